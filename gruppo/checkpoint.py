@@ -1,0 +1,119 @@
+"""Checkpoints: everything that a run needs to go on as if nothing had happened.
+
+safetensors and JSON only. There is no random state to keep: every draw is a function of the seed, the step and the
+numbers in `State`. The reference is not in a checkpoint: it is the start model, whose hash is in environment.json.
+A manifest holds the hash of every file; a checkpoint that does not agree with its manifest is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gruppo.models import named_weights
+from gruppo.runlog import RunFolder, publish, write_whole
+
+
+@dataclass
+class State:
+    """Where a run stands. `step`: steps done; `cursor`: prompts drawn; `evaluated`: the evaluation that is due at
+    this step has been made; `evaluations`: their figures by step; `lengths`: bytes of the append-only files."""
+
+    step: int = 0
+    cursor: int = 0
+    evaluated: bool = False
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    lengths: dict[str, int] = field(default_factory=dict)
+
+
+def save_checkpoint(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Path:
+    """Write checkpoints/step-NNNNNN and drop those that are neither of the last two nor the best."""
+    state.lengths = run.lengths()
+    folder = run.path / "checkpoints" / f"step-{state.step:06d}"
+    building = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_file({n: t.cpu().contiguous() for n, t in named_weights(model).items()}, building / "weights.safetensors")
+    save_file(_optimizer_tensors(model, optimizer), building / "optimizer.safetensors")
+    write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
+    manifest = {path.name: _sha256(path) for path in sorted(building.iterdir())}
+    write_whole(building / "manifest.json", json.dumps(manifest, indent=2).encode())
+    publish(building, folder)
+    _drop_old(folder.parent, state)
+    return folder
+
+
+def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with those after it, in words."""
+    problems = []
+    for folder in sorted((run.path / "checkpoints").glob("step-*"), reverse=True):
+        problem = _problem(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"{folder.name}: {problem}")
+    return None, problems
+
+
+def load_state(folder: Path) -> State:
+    """The state in a checkpoint."""
+    return State(**json.loads((folder / "state.json").read_text()))
+
+
+def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and optimizer state into model and optimizer."""
+    weights = load_file(folder / "weights.safetensors")
+    parameters = dict(model.named_parameters())
+    assert weights.keys() == parameters.keys(), "the checkpoint is of another model"
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+        kind, _, owner = name.partition(":")
+        parameter = parameters[owner]
+        value = tensor if kind == "step" else tensor.to(parameter.device)
+        optimizer.state[parameter][kind] = value
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{kind}:{name}": value.cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, digest in manifest.items():
+            if _sha256(folder / name) != digest:
+                return f"{name} does not agree with its hash"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"cannot be read ({error})"
+    return None if {"weights.safetensors", "optimizer.safetensors", "state.json"} <= set(manifest) else "cut manifest"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _drop_old(parent: Path, state: State) -> None:
+    steps = sorted(int(folder.name.removeprefix("step-")) for folder in parent.glob("step-*"))
+    scored = [step for step in steps if str(step) in state.evaluations]
+    best = max(scored, key=lambda step: (state.evaluations[str(step)]["accuracy"], step), default=None)
+    for step in steps[:-2]:
+        if step != best:
+            shutil.rmtree(parent / f"step-{step:06d}")

@@ -1,0 +1,290 @@
+"""The recipe: everything that decides what a run computes. TOML in, resolved TOML out.
+
+Frozen and validated where it is read; no torch here, so that a wrong recipe is refused in a moment. What depends on
+the machine (micro-batch, slots, dtype behind "auto") is not a field: it is chosen once, written to the run folder's
+`environment.json` and kept.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from gruppo.errors import UsageError, nearest
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Finite = Field(allow_inf_nan=False)
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be run; the message names file, field, value and fix, a line for each."""
+
+
+class Section(BaseModel):
+    """A table of the recipe."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Run(Section):
+    """What the run is called, how long it is, and when it is saved."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run; its folder is runs/<name> unless --out says otherwise. Default: the recipe's file name."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides the order of the questions and every sampled token."""
+    steps: Annotated[int, Field(ge=1)] = 100
+    """Steps; in each, a batch of questions is drawn, sampled, scored and learned from."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between checkpoints. The last two and the best are kept; the last step always makes one."""
+
+
+class Model(Section):
+    """Where the policy's weights come from, and where and how they are computed with."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """A Hugging Face hub name, a local folder, a GGUF file, or an alias ("smollm2-135m-instruct")."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; "auto" takes cuda, then mps, then cpu."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Precision of matrix products; "auto" is bfloat16 where the processor has it. Weights, gradients and optimizer
+    state are float32 (float64 with "float64", which is for proofs)."""
+
+
+class Task(Section):
+    """Where the questions come from."""
+
+    name: Annotated[str, Field(min_length=1)] = "arithmetic"
+    """A built-in task ("arithmetic"), a .jsonl file with a `prompt` in each row, or "package.module:function"."""
+    options: dict[str, Any] = {}
+    """Options of the task itself, passed on by name (for arithmetic: maximum, held_out, negative)."""
+
+
+class Reward(Section):
+    """How completions are scored."""
+
+    functions: list[str] = []
+    """Reward functions: built-in names ("number", "exact_match"), "package.module:function" or "file.py:function"."""
+    weights: list[float] = []
+    """One weight for each function, in the same order. Default: 1 for each."""
+    timeout: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds that one call (one function, one group) may take before its process is killed and the group abstains."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 2
+    """Processes that run reward functions side by side."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.weights and len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"weights = {self.weights} has {len(self.weights)} numbers for {len(self.functions)} functions; "
+                "write one weight for each function, or leave weights out"
+            )
+        return self
+
+
+class Method(Section):
+    """The objective: DeepSeekMath Eq. 3 with the KL term of Eq. 4."""
+
+    name: Literal["grpo"] = "grpo"
+    """The method; `gruppo.methods.METHODS` is the table."""
+    clip_low: Fraction = 0.2
+    """ε of the lower clip: the probability ratio is clipped from below at 1 - clip_low."""
+    clip_high: Annotated[float, Field(ge=0)] = 0.2
+    """ε of the upper clip: the probability ratio is clipped from above at 1 + clip_high."""
+    kl_coef: Annotated[float, Field(ge=0)] = 0.04
+    """β, the weight of the KL term in the loss; 0 needs no reference model."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """Estimator of the KL term: "k3" is the paper's Eq. 4, "k2" is ½ log². (k1 has no expected gradient in a loss.)"""
+    inner_updates: Annotated[int, Field(ge=1)] = 1
+    """μ, optimizer updates on each step's completions."""
+    mask_truncated: bool = False
+    """Treat a completion that was cut at max_tokens as if it had not been sampled."""
+
+
+class Sampling(Section):
+    """How a step's completions are drawn: always from the full distribution at the temperature."""
+
+    prompts_per_step: Annotated[int, Field(ge=1)] = 16
+    """P, questions a step."""
+    group_size: Annotated[int, Field(ge=1)] = 8
+    """G, completions a question; a step samples prompts_per_step × group_size completions."""
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    """Tokens at which a completion is cut."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Logits are divided by this; π_θ, π_old and π_ref are all taken at it."""
+
+
+class Optimizer(Section):
+    """AdamW with float32 master weights."""
+
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate after warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: constant, or linearly or along a half cosine to 0 at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly from 0 (the first step already moves)."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's mean of gradients."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the mean of squares."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, on matrices only (norms and biases have none)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A gradient whose norm is larger is scaled down to it."""
+
+
+class Evaluation(Section):
+    """Greedy accuracy on held-out questions; leave the table out for no evaluation."""
+
+    task: str | None = None
+    """Task or file of the questions; by default the held-out part of the training task."""
+    options: dict[str, Any] = {}
+    """Options of that task, if `task` is given."""
+    questions: Annotated[int, Field(ge=1)] = 256
+    """How many questions at the most, taken from the start of the held-out part."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0 evaluates before the first and after the last step only."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens at which an answer is cut; by default that of sampling."""
+    grader: str = "number"
+    """Judge of an answer, apart from the reward: "number", "exact_match" or "package.module:function"."""
+
+
+class Recipe(Section):
+    """All that decides what a run computes."""
+
+    run: Run = Run()
+    model: Model
+    task: Task = Task()
+    reward: Reward = Reward()
+    method: Method = Method()
+    sampling: Sampling = Sampling()
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.optimizer.warmup_steps > self.run.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than run.steps = {self.run.steps}; "
+                "write a smaller warm-up or more steps"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved recipe, every field with its value; reading it again gives an equal recipe."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+# Fields that users of other trainers will look for, with the reason why they are not here.
+_REFUSED = {
+    ("sampling", name): "training samples from the full distribution, so that π_old is what was drawn from; "
+    f"{name} exists in `gruppo sample` and evaluation only. Remove it, or use temperature"
+    for name in ("top_p", "top_k", "min_p")
+} | {
+    ("method", "micro_batch_size"): "the micro-batch is derived from memory and never changes a result; remove it",
+}
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a TOML file, a mapping or a Recipe, change it by "section.field=value", and validate it.
+
+    A value of an override is read as TOML, and as plain text where it is none. Raises RecipeError with a line for
+    each mistake: file, field, value, and what to write instead.
+    """
+    where, data = _read(source)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(details, data)}" for details in error.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Recipe):
+        return "recipe", source.model_dump(exclude_none=True)
+    if isinstance(source, Mapping):
+        return "recipe", {key: dict(table) if isinstance(table, Mapping) else table for key, table in source.items()}
+    path = Path(source)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(f"{path}: there is no such recipe file; give the path of a .toml file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error}); give a readable UTF-8 .toml file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}; mend that line") from None
+    if isinstance(run := data.setdefault("run", {}), dict):
+        run.setdefault("name", path.stem)
+    return str(path), data
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *tables, field = (part.strip() for part in key.split("."))
+    if not equals or not tables or not all([*tables, field]):
+        raise RecipeError(f'--set {override}: not of the form section.field=value; write e.g. --set "run.steps=50"')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = data
+    for part in tables:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {override}: {part} is not a table of the recipe; write section.field=value")
+    table[field] = value
+
+
+def _explain(details: ErrorDetails, data: Mapping[str, Any]) -> str:
+    """One mistake as `field = value: what is wrong; what to write`."""
+    location = [str(part) for part in details["loc"]]
+    field, kind = ".".join(location), details["type"]
+    section = Recipe.model_fields.get(location[0]) if location else None
+    if kind == "extra_forbidden":
+        if reason := _REFUSED.get(tuple(location[:2])):  # type: ignore[call-overload]
+            return f"{field} = {details['input']!r}: {reason}"
+        known = _fields_of(location[0]) if len(location) > 1 else list(Recipe.model_fields)
+        what = "field" if len(location) > 1 else "table"
+        return f"{field} = {_short(details['input'])}: unknown {what}{nearest(location[-1], known)}"
+    if kind == "missing":
+        return f'{field}: missing; write e.g. name = "smollm2-135m-instruct" in [{location[0]}]'
+    if kind == "value_error":
+        message = str(details["ctx"]["error"])
+        return f"{location[0]}.{message}" if location else message
+    if section is not None and len(location) == 1:
+        return f"{field} = {_short(details['input'])}: must be a table; write [{field}] and its fields below"
+    text = details["msg"].removeprefix("Input ").replace("should", "must")
+    return f"{field} = {_short(details['input'])}: {text}{_fix(location)}"
+
+
+def _fields_of(section: str) -> list[str]:
+    annotation = {**{n: f.annotation for n, f in Recipe.model_fields.items()}, "evaluation": Evaluation}[section]
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def _fix(location: Sequence[str]) -> str:
+    annotation = {**{n: f.annotation for n, f in Recipe.model_fields.items()}, "evaluation": Evaluation}[location[0]]
+    if not (isinstance(annotation, type) and issubclass(annotation, Section)) or len(location) < 2:
+        return ""
+    field = annotation.model_fields[location[1]]
+    if field.is_required() or field.default is None:
+        return f"; {field.description}"
+    return f"; write e.g. {tomli_w.dumps({location[1]: field.default}).strip()}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

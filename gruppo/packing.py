@@ -1,0 +1,150 @@
+"""Groups -> micro-batches in which each prompt stands once, followed by its completions.
+
+The weight of every token is fixed here over the whole step, before anything is split: how the step is cut into
+micro-batches, and in which order its groups stand, cannot change the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gruppo.attention import SharedPrefixAttention
+from gruppo.machine import free_memory
+from gruppo.maths.logprobs import token_logprobs
+from gruppo.models import LanguageModel
+from gruppo.types import Group
+
+MAX_TOKENS = 4096
+MEMORY_SHARE = 0.3
+
+TokenWeights = Callable[[list[list[int]]], list[list[float]]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """A micro-batch. Tensors over T are what the model reads, tensors over N the completion tokens in the loss.
+
+    The last token of a completion is never read, only predicted, so it is not in T. `predictors[n]` is the place in
+    T whose hidden state predicts `targets[n]`. `members` says which (group, completion) each stretch of N is.
+    `old_logprobs` and `ref_logprobs` are filled in by the method.
+    """
+
+    token_ids: Int[Tensor, " T"]
+    positions: Int[Tensor, " T"]
+    layout: list[tuple[int, list[int]]]
+    predictors: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
+    weights: Float[Tensor, " N"]
+    sampling_logprobs: Float[Tensor, " N"]
+    members: list[tuple[int, int, int]] = field(default_factory=list)
+    old_logprobs: Float[Tensor, " N"] | None = None
+    ref_logprobs: Float[Tensor, " N"] | None = None
+
+
+def pack(
+    groups: Sequence[Group], token_weights: TokenWeights, budget: int, with_kl: bool, device: torch.device | str = "cpu"
+) -> list[Batch]:
+    """Micro-batches of at most `budget` read tokens (or one completion, if that alone is longer).
+
+    Completions that are not trained on are left out, as if they had not been sampled. A group without signal is left
+    out where the loss has no KL term (`with_kl` False): its gradient would be 0; it still counts in the weights.
+    """
+    lengths = [[sum(c.mask) for c, used in zip(g.completions, g.trained, strict=True) if used] for g in groups]
+    packer = _Packer(budget, device)
+    for index, (group, weights) in enumerate(zip(groups, token_weights(lengths), strict=True)):
+        if not with_kl and not group.has_signal:
+            continue
+        used = [number for number, trained in enumerate(group.trained) if trained]
+        for number, weight in zip(used, weights, strict=True):
+            if group.completions[number].token_ids:
+                packer.add(index, number, group, weight)
+    return packer.batches()
+
+
+class _Packer:
+    def __init__(self, budget: int, device: torch.device | str) -> None:
+        self.budget, self.device = budget, device
+        self.plans: list[list[tuple[int, int, Group, float]]] = []
+        self.tokens = 0
+
+    def add(self, index: int, number: int, group: Group, weight: float) -> None:
+        """Put a completion into the last micro-batch, or into a new one where it does not fit."""
+        own, prompt = len(group.completions[number].token_ids) - 1, len(group.prompt.token_ids)
+        continues = bool(self.plans) and self.plans[-1][-1][0] == index
+        needed = own if continues else own + prompt
+        if not self.plans or self.tokens + needed > self.budget:
+            self.plans.append([])
+            self.tokens, needed = 0, own + prompt
+        self.plans[-1].append((index, number, group, weight))
+        self.tokens += needed
+
+    def batches(self) -> list[Batch]:
+        """The micro-batches as tensors."""
+        return [self._batch(plan) for plan in self.plans]
+
+    def _batch(self, plan: list[tuple[int, int, Group, float]]) -> Batch:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        layout: list[tuple[int, list[int]]] = []
+        predictors: list[int] = []
+        columns: dict[str, list[float]] = {"targets": [], "advantages": [], "weights": [], "sampling": []}
+        members: list[tuple[int, int, int]] = []
+        current = None
+        for index, number, group, weight in plan:
+            prompt, completion = group.prompt.token_ids, group.completions[number]
+            if index != current:
+                current, prompt_end = index, len(token_ids) + len(prompt)
+                token_ids += prompt
+                positions += range(len(prompt))
+                layout.append((len(prompt), []))
+            predictors += [prompt_end - 1, *range(len(token_ids), len(token_ids) + len(completion.token_ids) - 1)]
+            token_ids += completion.token_ids[:-1]
+            positions += range(len(prompt), len(prompt) + len(completion.token_ids) - 1)
+            if len(completion.token_ids) > 1:
+                layout[-1][1].append(len(completion.token_ids) - 1)
+            members.append((index, number, len(completion.token_ids)))
+            columns["targets"] += completion.token_ids
+            columns["advantages"] += group.advantages[number]
+            columns["weights"] += [weight if sampled else 0.0 for sampled in completion.mask]
+            columns["sampling"] += completion.sampling_logprobs
+        long = {"dtype": torch.long, "device": self.device}
+        real = {"dtype": torch.float64 if self.device != "mps" else torch.float32, "device": self.device}
+        return Batch(
+            token_ids=torch.tensor(token_ids, **long),
+            positions=torch.tensor(positions, **long),
+            layout=layout,
+            predictors=torch.tensor(predictors, **long),
+            targets=torch.tensor(columns["targets"], **long),
+            advantages=torch.tensor(columns["advantages"], **real),
+            weights=torch.tensor(columns["weights"], **real),
+            sampling_logprobs=torch.tensor(columns["sampling"], **real),
+            members=members,
+        )
+
+
+def score(
+    policy: LanguageModel, batch: Batch, temperature: float
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-probabilities of the batch's completion tokens and the entropy at each, in nats, at the temperature.
+
+    Call it inside `policy.precision()`. Both are float32, or float64 for a policy of that dtype.
+    """
+    plan = SharedPrefixAttention(batch.layout)
+    hidden = policy.hidden_states(batch.token_ids[None], batch.positions[None], plan)[0]
+    return token_logprobs(hidden.index_select(0, batch.predictors), policy.head, batch.targets, temperature)
+
+
+def choose_budget(policy: LanguageModel) -> int:
+    """Tokens of a micro-batch: what a share of the free memory holds in activations, at most 4096.
+
+    Per token and layer, forward keeps about 12 vectors of the hidden width and 5 of the MLP's, in float32.
+    """
+    config = policy.model.config
+    per_token = 4 * config.num_hidden_layers * (12 * config.hidden_size + 5 * config.intermediate_size)
+    return max(1, min(MAX_TOKENS, int(MEMORY_SHARE * free_memory(policy.device) / per_token)))

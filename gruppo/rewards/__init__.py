@@ -1,0 +1,52 @@
+"""A reward is a function in TRL's signature, sync or async:
+
+    reward(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+It is called by keyword, once a group, with G entries in every list. `completions` are texts, or lists of messages
+where the prompts are messages. None means "does not apply to this completion". `trainer_state`, `log_extra` and
+`log_metric` are passed to a function that names them or takes **kwargs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gruppo.errors import UsageError, nearest
+from gruppo.types import Reward
+
+REWARDS = {"number": "gruppo.rewards.rules:number", "exact_match": "gruppo.rewards.rules:exact_match"}
+
+RewardFunction = Callable[..., Any]
+
+
+def reward_path(name: str) -> str:
+    """Import path of a reward by built-in name or import path. Raises UsageError for an unknown name."""
+    if name in REWARDS:
+        return REWARDS[name]
+    if ":" not in name:
+        raise UsageError(
+            f'reward.functions = "{name}": unknown reward{nearest(name, REWARDS)}; or write "package.module:function" '
+            'or "file.py:function"'
+        )
+    return name
+
+
+def combine(
+    names: Sequence[str], weights: Sequence[float], values: Sequence[float | None | str], extra: Mapping[str, Any]
+) -> Reward:
+    """One completion's reward from what each function gave: a number, None, or (text) the reason of its failure.
+
+    total = Σ weight · value over the functions that did not return None. A failure makes the completion abstain, and
+    so does None from all of them: total None, never a substitute number.
+    """
+    parts = {name: None if isinstance(value, str) else value for name, value in zip(names, values, strict=True)}
+    failures = [f"{name}: {value}" for name, value in zip(names, values, strict=True) if isinstance(value, str)]
+    if failures:
+        return Reward(None, parts, "; ".join(failures), extra)
+    given = [weight * value for weight, value in zip(weights, parts.values(), strict=True) if value is not None]
+    if not given:
+        return Reward(None, parts, None, extra)
+    total = math.fsum(given)
+    return Reward(total, parts, None, extra) if math.isfinite(total) else Reward(None, parts, "sum overflows", extra)

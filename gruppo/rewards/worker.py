@@ -1,0 +1,174 @@
+"""The process that runs reward functions: `python -m gruppo.rewards.worker READ_FD WRITE_FD`.
+
+Calls arrive as pickles from the trainer; answers go back as JSON, so that nothing a reward does can make the trainer
+unpickle it. Functions run in the main thread, where signals (math-verify's SIGALRM) work. What a reward prints goes
+to the file that the trainer gave as this process's output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import inspect
+import json
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
+from typing import Any
+
+from gruppo.errors import UsageError
+from gruppo.imports import import_attribute
+from gruppo.rewards import RewardFunction
+
+_OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(calls: Connection, answers: Connection) -> None:
+    """Load the functions of the first message, then answer calls until the trainer hangs up."""
+    functions: list[RewardFunction] = []
+    while True:
+        try:
+            message = pickle.loads(calls.recv_bytes())
+        except EOFError:
+            return
+        if message["kind"] == "load":
+            functions = []
+            answer = _load(message["functions"], message["columns"], functions)
+        else:
+            answer = _score(functions[message["function"]], message["arguments"], message["state"])
+        answers.send_bytes(json.dumps(answer).encode())
+
+
+def _load(sources: Sequence[str | bytes], columns: Sequence[str], functions: list[RewardFunction]) -> dict[str, Any]:
+    """Import paths or pickled functions; the answer is {} or {"error": why}."""
+    for source in sources:
+        try:
+            if isinstance(source, bytes):
+                function = pickle.loads(source)
+                name = getattr(function, "__qualname__", type(function).__name__)
+            else:
+                function, name = import_attribute(source, "reward.functions"), source
+            check_signature(function, name, columns)
+        except UsageError as error:
+            return {"error": str(error)}
+        except Exception as error:  # noqa: BLE001  unpickling runs the user's code
+            return {"error": f"reward: cannot be carried into its process ({type(error).__name__}: {error}); "
+                    "define it in a file and name it by import path"}
+        functions.append(function)
+    return {}
+
+
+def check_signature(function: RewardFunction, name: str, columns: Sequence[str]) -> None:
+    """Raise UsageError unless the function can be called by keyword with what a group offers."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return  # a builtin without a signature: the first call will tell
+    offered = {*_OFFERED, *columns}
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    for parameter in parameters:
+        required = parameter.default is parameter.empty
+        if required and parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UsageError(f'reward.functions = "{name}": {parameter.name} is positional-only; rewards are called by '
+                             "keyword: remove the /")
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if required and named and parameter.name not in offered:
+            raise UsageError(
+                f'reward.functions = "{name}": it needs "{parameter.name}", which no row offers (offered: '
+                f"{', '.join(sorted(offered))}); write def reward(prompts, completions, **columns) or add that column"
+            )
+    if not takes_all and not {p.name for p in parameters} & {"completions", "completion_ids"}:
+        raise UsageError(f'reward.functions = "{name}": it takes no completions; write '
+                         "def reward(prompts, completions, **columns) -> list of numbers")
+
+
+def _score(function: RewardFunction, arguments: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """{"values": [number, None, or {"bad": text}], "metrics": …, "extra": …} or {"failure": why}."""
+    metrics: dict[str, list[float]] = {}
+    extra: dict[str, Any] = {}
+
+    def log_metric(name: str, value: float) -> None:
+        metrics.setdefault(str(name), []).append(float(value))
+
+    def log_extra(column: str, values: Sequence[Any]) -> None:
+        extra[str(column)] = [_plain(value) for value in values]
+
+    offered = {**arguments, "trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
+    try:
+        result = function(**_accepted(function, offered))
+        if inspect.isawaitable(result):
+            result = asyncio.run(_awaited(result))
+        values = _values(result, len(arguments["completions"]))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a reward raises is its abstention
+        return {"failure": _describe(error)}
+    return {"values": values, "metrics": metrics, "extra": extra}
+
+
+def _accepted(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return dict(offered)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(offered)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in offered.items() if name in names}
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _values(result: Any, count: int) -> list[Any]:
+    if hasattr(result, "tolist"):  # arrays and tensors
+        result = result.tolist()
+    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
+        raise TypeError(f"returned {_plain(result)[:100]}, not a list of {count} numbers")
+    values = list(result)
+    if len(values) != count:
+        raise ValueError(f"returned {len(values)} values for {count} completions")
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> float | None | dict[str, str]:
+    if value is None:
+        return None
+    if isinstance(value, str | bytes):
+        return {"bad": f"returned {value[:40]!r}, not a number"}
+    try:
+        number = float(value)
+    except Exception as error:  # noqa: BLE001  a user's object can raise anything here
+        return {"bad": f"returned a value that is no number ({_describe(error)})"}
+    return number if abs(number) < float("inf") else {"bad": f"returned {number}"}
+
+
+def _plain(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001  a user's object can refuse to be printed
+        return f"<{type(value).__name__} that cannot be printed>"
+
+
+def _describe(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "gruppo/rewards/worker" not in frame.filename.replace("\\", "/")]
+    where = f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
+    return f"{type(error).__name__}: {_plain(error)[:300]}{where}"
+
+
+def main() -> None:
+    """Serve the pipe ends given on the command line; die with the trainer, ignore its Ctrl-C."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    read, write = (int(argument) for argument in sys.argv[1:3])
+    serve(Connection(read, writable=False), Connection(write, readable=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Prompts -> scored groups: sampling and rewards of a step."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gruppo.engines import Engine, Request, SamplingOptions
+from gruppo.interruption import Stop
+from gruppo.reporting import Reporter
+from gruppo.rewards.pool import RewardPool
+from gruppo.types import Completion, Group, Metrics, Prompt
+
+
+def sample_groups(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    streams: Sequence[Sequence[tuple[int, ...]]],
+    options: SamplingOptions,
+    reporter: Reporter,
+    stop: Stop,
+    label: str = "Sampling",
+) -> list[list[Completion]]:
+    """Completions of every prompt, one for each of its streams, under a progress bar of tokens at the most."""
+    requests = [Request(prompt.token_ids, keys) for prompt, keys in zip(prompts, streams, strict=True)]
+    total = sum(len(keys) for keys in streams) * options.max_tokens
+    with reporter.progress(label, total, "tokens") as show:
+
+        def advance(tokens: float) -> None:
+            stop.check()
+            show(tokens)
+
+        return engine.generate(requests, options, advance)
+
+
+def rollout(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    pool: RewardPool,
+    streams: Sequence[Sequence[tuple[int, ...]]],
+    options: SamplingOptions,
+    state: Mapping[str, Any],
+    metrics: Metrics,
+    reporter: Reporter,
+    stop: Stop,
+) -> list[Group]:
+    """Sample a group for each prompt and score it; what rewards log goes into `metrics`."""
+    sampled = sample_groups(engine, prompts, streams, options, reporter, stop)
+    with reporter.progress("Rewarding", len(prompts), "groups") as show:
+        rewards, logged = pool.score(list(zip(prompts, sampled, strict=True)), state, show)
+    stop.check()
+    for name, values in logged.items():
+        metrics.mean(f"reward/log/{name}", math.fsum(values), len(values))
+    return [
+        Group(prompt, completions, scored)
+        for prompt, completions, scored in zip(prompts, sampled, rewards, strict=True)
+    ]
+
+
+def describe_groups(groups: Sequence[Group], metrics: Metrics) -> None:
+    """Metrics of what was sampled and how it was scored; lengths in tokens."""
+    for group in groups:
+        totals = [reward.total for reward in group.rewards if reward.total is not None]
+        metrics.mean("reward/mean", math.fsum(totals), len(totals))
+        if len(totals) > 1:
+            metrics.mean("reward/std", statistics.stdev(totals))
+        metrics.mean("groups/with_signal", group.has_signal)
+        metrics.mean("groups/duplicate_completions", len(group.completions) - len({c.token_ids for c in group.completions}),
+                     len(group.completions))
+        for completion, reward, used, advantages in zip(
+            group.completions, group.rewards, group.trained, group.advantages, strict=True
+        ):
+            metrics.mean("reward/abstained", reward.total is None)
+            for name, part in reward.parts.items():
+                if part is not None:
+                    metrics.mean(f"reward/{name}/mean", part)
+            metrics.mean("completion/length", len(completion.token_ids))
+            metrics.maximum("completion/length_max", len(completion.token_ids))
+            metrics.minimum("completion/length_min", len(completion.token_ids))
+            metrics.mean("completion/truncated", completion.finish_reason == "length")
+            metrics.mean("completion/trained", used)
+            if used and advantages:
+                metrics.maximum("advantage/max", max(advantages))
+                metrics.minimum("advantage/min", min(advantages))

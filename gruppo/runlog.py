@@ -1,0 +1,171 @@
+"""The run folder: what a run was asked, what it did, and what came out. Everything that shows a run reads it alone.
+
+    recipe.toml  environment.json  metrics.jsonl  events.jsonl  rewards.log  summary.json
+    rollouts/step-000012.parquet  evaluations/step-000012.parquet  checkpoints/step-000010/  model/
+
+Whole files are written under a temporary name, synced and renamed; metrics and events are appended to, a synced line
+at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gruppo.config import Recipe
+from gruppo.errors import UsageError
+
+APPENDED = ("metrics.jsonl", "events.jsonl")
+
+
+class RunFolder:
+    """A run folder that this process holds the lock of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UsageError(f"--out {path}: another run is writing to this folder; wait for it, or choose another") from None
+
+    def close(self) -> None:
+        """Give up the lock (a process that dies does so too)."""
+        self._lock.close()
+
+    def start(self, recipe: Recipe) -> None:
+        """Write the resolved recipe."""
+        write_whole(self.path / "recipe.toml", recipe.to_toml().encode())
+
+    def metric(self, values: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        self._append("metrics.jsonl", values)
+
+    def event(self, kind: str, message: str, step: int, **details: Any) -> None:
+        """Append a line to events.jsonl: something that a person should know of."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._append("events.jsonl", {"time": now, "step": step, "kind": kind, "message": message, **details})
+
+    def table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+        """Write rows as `folder`/step-NNNNNN.parquet."""
+        path = self.path / folder / f"step-{step:06d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".writing")
+        pq.write_table(pa.Table.from_pylist(list(rows)), temporary, compression="zstd")
+        publish(temporary, path)
+        return path
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file whole."""
+        write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read a JSON file; None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each append-only file."""
+        return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in APPENDED}
+
+    def cut_back(self, lengths: Mapping[str, int], step: int) -> None:
+        """Undo what was written after a checkpoint: append-only files to its lengths, tables of later steps gone."""
+        for name in APPENDED:
+            path = self.path / name
+            if path.exists():
+                with path.open("r+b") as stream:
+                    stream.truncate(min(lengths.get(name, 0), path.stat().st_size))
+                    os.fsync(stream.fileno())
+        for folder in ("rollouts", "evaluations"):
+            for path in (self.path / folder).glob("step-*"):
+                if path.suffix == ".writing" or int(path.stem.removeprefix("step-")) > step:
+                    path.unlink()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        line = json.dumps(values, allow_nan=False).encode() + b"\n"
+        with (self.path / name).open("ab", buffering=0) as stream:
+            stream.write(line)
+            os.fsync(stream.fileno())
+
+
+def check_folder(path: Path, recipe: Recipe, resume: bool) -> None:
+    """Raise UsageError where a run with this recipe may not go into the folder; write nothing."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--out {path}: is a file; choose a folder")
+    held = path / "recipe.toml"
+    if not held.is_file():
+        others = [entry.name for entry in path.iterdir() if entry.name != "lock"] if path.is_dir() else []
+        if others:
+            raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
+        return
+    if not resume:
+        raise UsageError(
+            f"--out {path}: the folder holds a run already; continue it with --resume, or choose another with --out"
+        )
+    with held.open("rb") as stream:
+        before = tomllib.load(stream)
+    changes = _differences(before, tomllib.loads(recipe.to_toml()))
+    if changes:
+        raise UsageError(
+            f"--resume {path}: the recipe has changed since: {'; '.join(changes)}; put it back, or choose another "
+            "folder with --out"
+        )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_bytes(content)
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a finished file or folder and give it its name, replacing what had it."""
+    for each in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+        _sync(each)
+    if path.is_dir():
+        shutil.rmtree(path)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    changes = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return changes

@@ -1,0 +1,58 @@
+"""What a step's rollouts look like as rows of a table: one a completion, nothing left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gruppo.types import Group
+
+
+def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """A row a completion: texts, token ids and their texts, log-probabilities, rewards, advantages, and whether the
+    completion was trained on or why not. Lists have one entry a token; log-probabilities that were not computed are
+    None."""
+    texts: dict[int, str] = {}
+
+    def token_text(token: int) -> str:
+        if token not in texts:
+            texts[token] = tokenizer.decode([token])
+        return texts[token]
+
+    rows = []
+    for index, group in enumerate(groups):
+        shared = {
+            "step": step,
+            "group": index,
+            "prompt_id": group.prompt.id,
+            "prompt": group.prompt.content if isinstance(group.prompt.content, str) else json.dumps(group.prompt.content),
+            "prompt_token_ids": list(group.prompt.token_ids),
+            "columns": json.dumps(dict(group.prompt.columns), default=str),
+            "skipped": group.skipped,
+        }
+        for number, (completion, reward) in enumerate(zip(group.completions, group.rewards, strict=True)):
+            rows.append(
+                {
+                    **shared,
+                    "completion": number,
+                    "text": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "policy_version": completion.policy_version,
+                    "reward": reward.total,
+                    "reward_parts": json.dumps(dict(reward.parts)),
+                    "failure": reward.failure,
+                    "extra": json.dumps(dict(reward.extra)),
+                    "trained": group.trained[number],
+                    "token_ids": list(completion.token_ids),
+                    "token_texts": [token_text(token) for token in completion.token_ids],
+                    "mask": list(completion.mask),
+                    "sampling_logprobs": list(completion.sampling_logprobs),
+                    "old_logprobs": group.old_logprobs[number],
+                    "ref_logprobs": group.ref_logprobs[number],
+                    "advantages": group.advantages[number],
+                }
+            )
+    return rows

@@ -1,0 +1,128 @@
+"""The objects that flow through gruppo, in the order in which they are made.
+
+    tasks -> Prompt -> engine -> Completion -> rewards -> Reward -> rollout -> Group -> packing -> Batch -> loss
+
+Legend of symbols, used in every shape of the project:
+    B  batch rows             P  prompts of a step        H  hidden width
+    T  packed tokens          G  completions of a group   V  vocabulary
+    N  completion tokens of a batch (the tokens that a loss can see)
+
+Words: `logprobs` are those of the policy being trained (π_θ), `old_logprobs` those of the policy that sampled, by
+the trainer (π_old), `sampling_logprobs` those that the engine drew from, `ref_logprobs` those of the reference
+(π_ref). All are natural logarithms (nats). A per-token tensor aligns with its *own* token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, Any]
+Row = dict[str, Any]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as the model reads it.
+
+    `content` is the text or the messages of the row, `token_ids` what the engine and the loss see, `columns` every
+    other column of the row: rewards and graders get them by name.
+    """
+
+    id: str
+    content: str | list[Message]
+    token_ids: tuple[int, ...]
+    task: str
+    columns: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The question for a human reader: the text itself or the last message."""
+        return self.content if isinstance(self.content, str) else str(self.content[-1].get("content", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer, as token ids. `mask` is False where a token was not sampled (tool output) and carries no loss.
+
+    `finish_reason`: "stop" if the model ended its turn (the end token is the last of `token_ids`), "length" if it
+    was cut at the maximum. It comes from the engine, never from looking for a padding id.
+    """
+
+    token_ids: tuple[int, ...]
+    sampling_logprobs: tuple[float, ...]
+    mask: tuple[bool, ...]
+    finish_reason: FinishReason
+    policy_version: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """The reward of one completion: `total` is the weighted sum of `parts`, or None if the completion abstains.
+
+    A part is None where its function returned None ("does not apply"). `failure` says in words why a reward
+    function gave nothing usable; a failure is never turned into a number.
+    """
+
+    total: float | None
+    parts: Mapping[str, float | None]
+    failure: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Group:
+    """A prompt, its G completions and their rewards; then, from the method, what the loss needs of them.
+
+    `trained[i]`: completion i takes part in the objective (its reward is known and it is not masked).
+    `advantages[i]`: Â of completion i, one number a token.
+    `skipped`: why the group made no gradient, in words, or None.
+    """
+
+    prompt: Prompt
+    completions: Sequence[Completion]
+    rewards: Sequence[Reward]
+    trained: list[bool] = field(default_factory=list)
+    advantages: list[list[float]] = field(default_factory=list)
+    old_logprobs: list[list[float] | None] = field(default_factory=list)
+    ref_logprobs: list[list[float] | None] = field(default_factory=list)
+    skipped: str | None = None
+
+    @property
+    def has_signal(self) -> bool:
+        """True if any token of any trained completion has an advantage other than 0."""
+        return any(any(row) for row, used in zip(self.advantages, self.trained, strict=True) if used)
+
+
+class Metrics:
+    """Named observations of a step: sums with counts, maxima or minima, reduced once at its end.
+
+    Adding in any order or grouping gives the same means, because only sums and counts are kept.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._extremes: dict[str, float] = {}
+
+    def mean(self, name: str, total: float, count: float = 1.0) -> None:
+        """Add `total` over `count` observations; the reduced value is Σ total / Σ count."""
+        old_total, old_count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (old_total + total, old_count + count)
+
+    def maximum(self, name: str, value: float) -> None:
+        """Keep the largest value seen."""
+        old = self._extremes.get(name, value)
+        self._extremes[name] = max(old, value)
+
+    def minimum(self, name: str, value: float) -> None:
+        """Keep the smallest value seen."""
+        old = self._extremes.get(name, value)
+        self._extremes[name] = min(old, value)
+
+    def reduce(self) -> dict[str, float | None]:
+        """Name -> value; a mean over no observations is None."""
+        means = {name: (total / count if count else None) for name, (total, count) in self._sums.items()}
+        return dict(sorted({**means, **self._extremes}.items()))
