@@ -55,7 +55,7 @@ def save_checkpoint(run: RunFolder, model: nn.Module, optimizer: torch.optim.Opt
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with those after it, in words."""
-    problems = []
+    problems: list[str] = []
     for folder in sorted((run.path / "checkpoints").glob("step-*"), reverse=True):
         problem = _problem(folder)
         if problem is None:

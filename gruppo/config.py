@@ -208,7 +208,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(details, data)}" for details in error.errors()]
+        lines = [f"{where}: {_explain(details)}" for details in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -248,13 +248,13 @@ def _override(data: dict[str, Any], override: str) -> None:
     table[field] = value
 
 
-def _explain(details: ErrorDetails, data: Mapping[str, Any]) -> str:
+def _explain(details: ErrorDetails) -> str:
     """One mistake as `field = value: what is wrong; what to write`."""
     location = [str(part) for part in details["loc"]]
     field, kind = ".".join(location), details["type"]
     section = Recipe.model_fields.get(location[0]) if location else None
     if kind == "extra_forbidden":
-        if reason := _REFUSED.get(tuple(location[:2])):  # type: ignore[call-overload]
+        if reason := _REFUSED.get((location[0], location[-1])):
             return f"{field} = {details['input']!r}: {reason}"
         known = _fields_of(location[0]) if len(location) > 1 else list(Recipe.model_fields)
         what = "field" if len(location) > 1 else "table"

@@ -68,7 +68,8 @@ def check_grader(grader: Grader, prompts: Sequence[Prompt]) -> None:
             raise UsageError(f"{prompt.id}: {error}") from None
         except Exception as error:
             raise UsageError(
-                f'evaluation.grader: fails on {prompt.id} ({type(error).__name__}: {error}); write def grader(text, columns) -> bool'
+                f"evaluation.grader: fails on {prompt.id} ({type(error).__name__}: {error}); "
+                "write def grader(text, columns) -> bool"
             ) from error
 
 

@@ -32,7 +32,7 @@ from gruppo.preparation import Prepared, prepare
 from gruppo.reporting import Reporter, Silent
 from gruppo.rewards import RewardFunction
 from gruppo.rollout import describe_groups, rollout
-from gruppo.runlog import RunFolder, publish
+from gruppo.runlog import publish
 from gruppo.tables import rollout_rows
 from gruppo.tasks import draw_prompts
 from gruppo.types import Group, Metrics, Row
@@ -136,8 +136,15 @@ class _Run:
         streams = [[(recipe.run.seed, step, state.cursor + i, j) for j in range(size)] for i in range(count)]
         with clock("rollout"):
             groups = rollout(
-                parts.engine, prompts, parts.pool, streams, parts.sampling,
-                {"global_step": state.step, "max_steps": recipe.run.steps}, metrics, self.reporter, self.stop,
+                parts.engine,
+                prompts,
+                parts.pool,
+                streams,
+                parts.sampling,
+                {"global_step": state.step, "max_steps": recipe.run.steps},
+                metrics,
+                self.reporter,
+                self.stop,
             )
         method = METHODS[recipe.method.name]
         assign_advantages(groups, method, recipe.method.mask_truncated)
@@ -190,7 +197,7 @@ class _Run:
             tensors = {name: each for name, each in tensors.items() if isinstance(each, torch.Tensor)}
             save_file(tensors, path.with_suffix(".writing"))
             publish(path.with_suffix(".writing"), path)
-        message = f"the {what} of step {step} is {value}; the weights were not touched and the batch is kept in {self.run.path}"
+        message = f"the {what} of step {step} is {value}; the weights were not touched, the batch is in {self.run.path}"
         self.run.event("nonfinite", message, step)
         raise RunError(f"{message}; resume from the last checkpoint with a lower optimizer.learning_rate in a new run")
 
@@ -333,7 +340,10 @@ def _listed(reward: str | RewardFunction | Sequence[str | RewardFunction] | None
 
 def _with_rewards(recipe: Recipe, rewards: Sequence[str | RewardFunction]) -> Recipe:
     """The recipe with the names of the given rewards, so that the run folder says what scored it."""
-    names = [each if isinstance(each, str) else f"given:{getattr(each, '__qualname__', type(each).__name__)}" for each in rewards]
+    names = [
+        each if isinstance(each, str) else f"given:{getattr(each, '__qualname__', type(each).__name__)}"
+        for each in rewards
+    ]
     weights = recipe.reward.weights if len(recipe.reward.weights) == len(names) else []
     section = recipe.reward.model_copy(update={"functions": names, "weights": weights})
     return recipe.model_copy(update={"reward": section})

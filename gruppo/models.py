@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import importlib
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -26,7 +28,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -141,8 +142,9 @@ def load_model(
     products = choose_dtype(dtype, target)
     storage = torch.float64 if products == torch.float64 else torch.float32
     with loading_progress(reporter or Silent()):
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=storage)
-    return wrap_model(model.to(target), source.tokenizer, products)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.location, dtype=storage)
+    nn.Module.to(model, target)
+    return wrap_model(model, source.tokenizer, products)
 
 
 def wrap_model(
@@ -150,6 +152,8 @@ def wrap_model(
 ) -> LanguageModel:
     """A model in memory as gruppo uses it. Dropout is off: what samples and what is trained is one distribution."""
     context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+    if dtype == torch.float64:
+        _widen_norms(model)
     return LanguageModel(model.eval(), tokenizer, eos_ids(model, tokenizer), context, model.device, dtype)
 
 
@@ -160,6 +164,17 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
         value = getattr(holder, "eos_token_id", None)
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(found))
+
+
+def _widen_norms(model: PreTrainedModel) -> None:
+    """transformers takes RMS norms in float32, which would leave float64 proofs with float32's rounding."""
+
+    def forward(norm: Any, hidden: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
 
 def choose_device(name: str) -> torch.device:
@@ -214,14 +229,15 @@ def loading_progress(reporter: Reporter) -> Iterator[None]:
     def bar(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> _Bar:
         return _Bar(reporter, *args, **options)
 
-    gguf_tqdm = modeling_gguf_pytorch_utils.tqdm
+    gguf_loading: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    gguf_tqdm = gguf_loading.tqdm
     before = transformers_logging.set_tqdm_hook(bar)
-    modeling_gguf_pytorch_utils.tqdm = lambda *args, **options: _Bar(reporter, *args, **options)
+    gguf_loading.tqdm = lambda *args, **options: _Bar(reporter, *args, **options)
     try:
         yield
     finally:
         transformers_logging.set_tqdm_hook(before)
-        modeling_gguf_pytorch_utils.tqdm = gguf_tqdm
+        gguf_loading.tqdm = gguf_tqdm
 
 
 class _Bar:

@@ -22,7 +22,7 @@ from gruppo.reporting import Reporter
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.pool import RewardPool
 from gruppo.runlog import RunFolder, check_folder
-from gruppo.tasks import checked_rows, load_rows, tokenize_rows
+from gruppo.tasks import Split, checked_rows, load_rows, tokenize_rows
 from gruppo.tasks.answers import Grader, find_grader
 from gruppo.types import Prompt, Row
 
@@ -63,7 +63,11 @@ def prepare(
     run = RunFolder(folder)
     stack.callback(run.close)
     pool = RewardPool(
-        rewards, recipe.reward.weights, sorted(columns), recipe.reward.timeout, recipe.reward.workers,
+        rewards,
+        recipe.reward.weights,
+        sorted(columns),
+        recipe.reward.timeout,
+        recipe.reward.workers,
         folder / "rewards.log",
     )
     stack.callback(pool.close)
@@ -122,7 +126,7 @@ def _rows(recipe: Recipe, rows: Sequence[Row] | None) -> tuple[list[Row], list[R
     if settings.task is None:
         test_rows = load_rows(recipe.task.name, "test", recipe.task.options)
     else:
-        split = "train" if settings.task.endswith(".jsonl") else "test"
+        split: Split = "train" if settings.task.endswith(".jsonl") else "test"
         test_rows = load_rows(settings.task, split, settings.options, "evaluation.task")
     return train_rows, test_rows[: settings.questions], find_grader(settings.grader)
 
@@ -133,7 +137,9 @@ def _load_policy(
     """Load the weights, and choose what depends on the machine, or keep what the run chose when it began."""
     before = run.read_json("environment.json")
     device = choose_device(recipe.model.device)
-    dtype = before["chosen"]["dtype"] if before else str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    dtype = (
+        before["chosen"]["dtype"] if before else str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    )
     policy = load_model(source, device.type, dtype, reporter)
     digest = weights_sha256(policy.model)
     if before:
@@ -144,7 +150,10 @@ def _load_policy(
             )
         return policy, before["chosen"]
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    wanted = max(recipe.sampling.prompts_per_step * recipe.sampling.group_size, recipe.evaluation.questions if recipe.evaluation else 1)
+    wanted = max(
+        recipe.sampling.prompts_per_step * recipe.sampling.group_size,
+        recipe.evaluation.questions if recipe.evaluation else 1,
+    )
     chosen = {
         "device": device.type,
         "dtype": dtype,

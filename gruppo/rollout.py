@@ -67,8 +67,11 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics) -> None:
         if len(totals) > 1:
             metrics.mean("reward/std", statistics.stdev(totals))
         metrics.mean("groups/with_signal", group.has_signal)
-        metrics.mean("groups/duplicate_completions", len(group.completions) - len({c.token_ids for c in group.completions}),
-                     len(group.completions))
+        metrics.mean(
+            "groups/duplicate_completions",
+            len(group.completions) - len({c.token_ids for c in group.completions}),
+            len(group.completions),
+        )
         for completion, reward, used, advantages in zip(
             group.completions, group.rewards, group.trained, group.advantages, strict=True
         ):

@@ -39,7 +39,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise UsageError(f"--out {path}: another run is writing to this folder; wait for it, or choose another") from None
+            raise UsageError(
+                f"--out {path}: another run is writing to this folder; wait for it, or choose another"
+            ) from None
 
     def close(self) -> None:
         """Give up the lock (a process that dies does so too)."""

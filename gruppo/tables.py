@@ -19,7 +19,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
 
     def token_text(token: int) -> str:
         if token not in texts:
-            texts[token] = tokenizer.decode([token])
+            texts[token] = str(tokenizer.decode([token]))
         return texts[token]
 
     rows = []
@@ -28,7 +28,9 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
             "step": step,
             "group": index,
             "prompt_id": group.prompt.id,
-            "prompt": group.prompt.content if isinstance(group.prompt.content, str) else json.dumps(group.prompt.content),
+            "prompt": group.prompt.content
+            if isinstance(group.prompt.content, str)
+            else json.dumps(group.prompt.content),
             "prompt_token_ids": list(group.prompt.token_ids),
             "columns": json.dumps(dict(group.prompt.columns), default=str),
             "skipped": group.skipped,

@@ -122,7 +122,7 @@ class NativeEngine:
             mask=(True,) * len(raw.tokens),
             finish_reason=reason,
             policy_version=self.version,
-            text=self.policy.tokenizer.decode(spoken, skip_special_tokens=True),
+            text=str(self.policy.tokenizer.decode(spoken, skip_special_tokens=True)),
         )
 
 
@@ -135,7 +135,7 @@ class _Raw:
 class _Flight:
     """The completions in flight: their keys and values, and where each stands. It is the attention plan of decoding.
 
-    A row is a live slot. Keys and values are kept in float32 (float64 in proofs), rounded to the dtype of products.
+    A row is a live slot. Keys and values are kept in float32 (float64 in proofs).
     """
 
     def __init__(self, policy: LanguageModel, slots: int, longest_prompt: int, options: SamplingOptions) -> None:
@@ -181,10 +181,10 @@ class _Flight:
             tokens, room = tokens + len(request.token_ids), room - len(request.streams)
             new.append((index, request, places.popleft()))
         if new:
-            self._prefill(new, head)
+            self._prefill(new)
         self._seat(head)
 
-    def _prefill(self, new: Sequence[tuple[int, Request, int]], head: Tensor) -> None:
+    def _prefill(self, new: Sequence[tuple[int, Request, int]]) -> None:
         lengths = [len(request.token_ids) for _, request, _ in new]
         plan = CapturingAttention([(length, ()) for length in lengths])
         device = self.policy.device
@@ -194,8 +194,8 @@ class _Flight:
         ends = np.cumsum(lengths)
         for layer, (keys, values) in plan.captured.items():
             for (_, _, place), end, length in zip(new, ends, lengths, strict=True):
-                self.prefix_keys[layer, place, :, :length] = self._rounded(keys[:, end - length : end])
-                self.prefix_values[layer, place, :, :length] = self._rounded(values[:, end - length : end])
+                self.prefix_keys[layer, place, :, :length] = keys[:, end - length : end]
+                self.prefix_values[layer, place, :, :length] = values[:, end - length : end]
         last = hidden[torch.as_tensor(ends - 1, device=device)]
         for (index, request, place), length, state in zip(new, lengths, last, strict=True):
             self.prefix_lengths[place], self.prefix_users[place] = length, len(request.streams)
@@ -289,9 +289,6 @@ class _Flight:
         bias[torch.as_tensor(~seen)] = -torch.inf
         return bias[:, None, None, :].to(self.policy.device)
 
-    def _rounded(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.policy.dtype).to(self.wide)
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `AttentionPlan`; T = 1. Attention over the shared prompt and over the completion's own tokens, each
         normalised by itself, joined by their log-sum-exps."""
@@ -299,9 +296,9 @@ class _Flight:
             live, heads, _, width = query.shape
             kv_heads = key.shape[1]
             shared = heads // kv_heads
-            self.own_keys[layer, self.rows, :, self.position] = self._rounded(key[:, :, 0])
-            self.own_values[layer, self.rows, :, self.position] = self._rounded(value[:, :, 0])
-            q = (self._rounded(query) * scale).view(live, kv_heads, shared, width)
+            self.own_keys[layer, self.rows, :, self.position] = key[:, :, 0].to(self.wide)
+            self.own_values[layer, self.rows, :, self.position] = value[:, :, 0].to(self.wide)
+            q = (query.to(self.wide) * scale).view(live, kv_heads, shared, width)
             own, own_lse = _softmax_attention(
                 q,
                 self.own_keys[layer, :live, :, : self.longest_own],

@@ -5,7 +5,7 @@ Log-probabilities are of the full-vocabulary distribution at the sampling temper
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,9 @@ def token_logprobs(
     chunk_size × V of them, never N × V. Products run in the dtype of `head`, everything after them in float32 (or
     float64). The entropy, in nats within [0, log V], carries no gradient. Both are empty for N = 0.
     """
-    logprobs, entropy = _TokenLogprobs.apply(hidden, head, targets, temperature, chunk_size)
+    logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, head, targets, temperature, chunk_size
+    )
     return logprobs, entropy
 
 
@@ -52,7 +54,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, targets, normalisers = ctx.saved_tensors
         wide = normalisers.dtype
         grad_hidden = torch.empty_like(hidden)
@@ -78,7 +80,7 @@ def _logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
 
 
 def kl_estimate(
-    logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."], kind: Literal["k2", "k3"]
+    logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."], kind: str
 ) -> Float[Tensor, "..."]:
     """Estimate of KL per token from one sample, in nats, always >= 0; d = log π_ref - log π_θ.
 

@@ -6,7 +6,7 @@ the *global* batch, so that a sum over any partition into micro-batches is the s
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,7 +34,7 @@ def policy_loss(
     clip_high: float,
     ref_logprobs: Float[Tensor, " N"] | None = None,
     kl_coef: float = 0.0,
-    kl_estimator: Literal["k2", "k3"] = "k3",
+    kl_estimator: str = "k3",
 ) -> PolicyLoss:
     """GRPO objective, negated (DeepSeekMath Eq. 3, KL of Eq. 4), summed over the N tokens of a micro-batch.
 

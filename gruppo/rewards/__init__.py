@@ -34,7 +34,7 @@ def reward_path(name: str) -> str:
 
 
 def combine(
-    names: Sequence[str], weights: Sequence[float], values: Sequence[float | None | str], extra: Mapping[str, Any]
+    names: Sequence[str], weights: Sequence[float], values: Sequence[float | str | None], extra: Mapping[str, Any]
 ) -> Reward:
     """One completion's reward from what each function gave: a number, None, or (text) the reason of its failure.
 

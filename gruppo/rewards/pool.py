@@ -35,7 +35,7 @@ LOAD_TIMEOUT = 120.0
 class Outcome:
     """What one call gave: G values (a number, None, or the reason of a failure) and what the function logged."""
 
-    values: list[float | None | str]
+    values: list[float | str | None]
     metrics: Mapping[str, Sequence[float]]
     extra: Mapping[str, Sequence[Any]]
 

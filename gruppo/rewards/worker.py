@@ -57,8 +57,10 @@ def _load(sources: Sequence[str | bytes], columns: Sequence[str], functions: lis
         except UsageError as error:
             return {"error": str(error)}
         except Exception as error:  # noqa: BLE001  unpickling runs the user's code
-            return {"error": f"reward: cannot be carried into its process ({type(error).__name__}: {error}); "
-                    "define it in a file and name it by import path"}
+            return {
+                "error": f"reward: cannot be carried into its process ({type(error).__name__}: {error}); "
+                "define it in a file and name it by import path"
+            }
         functions.append(function)
     return {}
 
@@ -74,8 +76,10 @@ def check_signature(function: RewardFunction, name: str, columns: Sequence[str])
     for parameter in parameters:
         required = parameter.default is parameter.empty
         if required and parameter.kind is parameter.POSITIONAL_ONLY:
-            raise UsageError(f'reward.functions = "{name}": {parameter.name} is positional-only; rewards are called by '
-                             "keyword: remove the /")
+            raise UsageError(
+                f'reward.functions = "{name}": {parameter.name} is positional-only; rewards are called by '
+                "keyword: remove the /"
+            )
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if required and named and parameter.name not in offered:
             raise UsageError(
@@ -83,8 +87,10 @@ def check_signature(function: RewardFunction, name: str, columns: Sequence[str])
                 f"{', '.join(sorted(offered))}); write def reward(prompts, completions, **columns) or add that column"
             )
     if not takes_all and not {p.name for p in parameters} & {"completions", "completion_ids"}:
-        raise UsageError(f'reward.functions = "{name}": it takes no completions; write '
-                         "def reward(prompts, completions, **columns) -> list of numbers")
+        raise UsageError(
+            f'reward.functions = "{name}": it takes no completions; write '
+            "def reward(prompts, completions, **columns) -> list of numbers"
+        )
 
 
 def _score(function: RewardFunction, arguments: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def _values(result: Any, count: int) -> list[Any]:
     return [_number(value) for value in values]
 
 
-def _number(value: Any) -> float | None | dict[str, str]:
+def _number(value: Any) -> float | dict[str, str] | None:
     if value is None:
         return None
     if isinstance(value, str | bytes):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
 from gruppo.errors import UsageError, nearest
 from gruppo.imports import import_attribute
 from gruppo.types import Prompt, Row
@@ -95,7 +96,9 @@ def draw_prompts(prompts: Sequence[Prompt], seed: int, cursor: int, count: int) 
     drawn: list[Prompt] = []
     while len(drawn) < count:
         epoch, place = divmod(cursor + len(drawn), len(prompts))
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1, epoch)))).permutation(len(prompts))
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1, epoch)))).permutation(
+            len(prompts)
+        )
         drawn += [prompts[index] for index in order[place : place + count - len(drawn)]]
     return drawn
 

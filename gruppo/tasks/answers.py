@@ -10,7 +10,8 @@ from typing import Any
 from gruppo.errors import UsageError, nearest
 from gruppo.imports import import_attribute
 
-# A sign counts unless it follows a number or a closing bracket, where it is an operator: "5-3" ends with 3, "5 - 3" too.
+# A sign counts unless it follows a number or a closing bracket, where it is an operator:
+# "5-3" ends with 3, and so does "5 - 3".
 _SIGN = r"(?:(?<![\d\w)\].])[-−+])?"
 _NUMBER = re.compile(
     rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)?(?:(?<=\d)\.\d+|(?<![\d.])\.\d+)?(?:(?<=\d)/\d+(?![\d.]))?", re.ASCII

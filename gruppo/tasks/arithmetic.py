@@ -32,7 +32,9 @@ def load(split: str, maximum: int = 20, held_out: int = 256, negative: bool = Tr
     shuffler = random.Random(2402_03300)
     shuffler.shuffle(questions)
     if split == "test":
-        return [_row(*(question if shuffler.random() < 0.5 else _turned(*question))) for question in questions[:held_out]]
+        return [
+            _row(*(question if shuffler.random() < 0.5 else _turned(*question))) for question in questions[:held_out]
+        ]
     train = questions[held_out:]
     train += [_turned(*question) for question in train if question[1] == "+" and question[0] != question[2]]
     return [_row(*question) for question in train]

@@ -1,0 +1,218 @@
+"""The command line. torch is imported only where something is computed, so that --help and a wrong recipe are quick.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or bad recipe, 130 interrupted after saving.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gruppo import __version__
+from gruppo.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from gruppo.console import ConsoleReporter
+    from gruppo.loop import Result
+
+app = typer.Typer(
+    name="gruppo",
+    help="Train language models with Group Relative Policy Optimization (arXiv 2402.03300).",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: cuda, then mps, then cpu.")]
+Dtype = Annotated[str, typer.Option(help="Precision of products: float32, bfloat16, or auto: bfloat16 where quick.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"gruppo {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file; see recipes/.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. By default runs/<name of the recipe>.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the folder; start it where there is none.")
+    ] = False,
+) -> None:
+    """Train a model as a recipe says.
+
+    Ctrl-C saves and stops; a second Ctrl-C stops at once.
+    """
+    from gruppo.config import load_recipe
+
+    settings = load_recipe(recipe, set_ or [])
+    folder = out if out is not None else Path("runs") / settings.run.name
+    from gruppo.console import ConsoleReporter
+
+    reporter = ConsoleReporter()
+    reporter.note(f"gruppo {__version__}: {recipe} -> {folder}")
+    import gruppo
+
+    result = gruppo.train(settings, out=folder, resume=resume, reporter=reporter)
+    if result.summary["state"] == "interrupted":
+        step, steps = result.summary["steps"], settings.run.steps
+        changes = "".join(f" --set {change!r}" for change in set_ or [])
+        reporter.note(f"Interrupted after step {step} of {steps}; everything is saved. Go on with:")
+        reporter.note(f"  gruppo train {recipe}{changes} --out {folder} --resume")
+        raise typer.Exit(130)
+    _show_result(reporter, result)
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or smollm2-135m-instruct.")],
+    task: Annotated[str, typer.Option(help="arithmetic, a .jsonl file, or package.module:function.")] = "arithmetic",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the task; may be repeated.")
+    ] = None,
+    questions: Annotated[int | None, typer.Option(help="Questions at the most. By default all.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens at which an answer is cut.")] = 256,
+    grader: Annotated[str, typer.Option(help="number, exact_match, or package.module:function.")] = "number",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option(help="Also write every answer to this .jsonl file.")] = None,
+) -> None:
+    """Measure greedy accuracy on held-out questions, with a 95 % interval."""
+    _check_choices(device, dtype)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    options = dict(_option(each) for each in option or [])
+    from gruppo.console import ConsoleReporter
+
+    reporter = ConsoleReporter()
+    from gruppo.evaluation import evaluate
+    from gruppo.interruption import stop_on_signals
+
+    with stop_on_signals() as stop:
+        outcome = evaluate(
+            model,
+            task,
+            options=options,
+            questions=questions,
+            max_tokens=max_tokens,
+            grader=grader,
+            device=device,
+            dtype=dtype,
+            reporter=reporter,
+            stop=stop,
+        )
+    if out is not None:
+        import json
+
+        out.write_text("".join(json.dumps(row) + "\n" for row in outcome.rows()), encoding="utf-8")
+    figures = outcome.figures()
+    low, high = figures["interval"]
+    reporter.output.print(
+        f"accuracy {figures['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}, "
+        f"{figures['questions']} questions)\n"
+        f"ends by itself {figures['ended_share']:.1%}, contains a number {figures['number_share']:.1%}"
+    )
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or smollm2-135m-instruct.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help='The prompt; "-" reads it from standard input.')],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Completions to sample.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens at which a completion is cut.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the completions.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Give the text as it stands, without chat template.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Sample completions of a prompt."""
+    _check_choices(device, dtype)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    from gruppo.console import ConsoleReporter
+    from gruppo.engines import SamplingOptions
+    from gruppo.engines.native import NativeEngine, choose_slots
+    from gruppo.interruption import stop_on_signals
+    from gruppo.models import find_model, load_model
+    from gruppo.rollout import sample_groups
+    from gruppo.tasks import checked_rows, tokenize_rows
+
+    reporter = ConsoleReporter()
+    with stop_on_signals() as stop:
+        source = find_model(model, reporter)
+        chat = bool(source.tokenizer.chat_template) and not plain
+        row: dict[str, Any] = {"prompt": [{"role": "user", "content": text}] if chat else text}
+        rows = checked_rows([row], "--prompt")
+        prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, "--prompt")
+        policy = load_model(source, device, dtype, reporter)
+        engine = NativeEngine(policy, choose_slots(policy, len(prompts[0].token_ids), max_tokens, count))
+        options = SamplingOptions(temperature, max_tokens)
+        streams = [[(seed, number) for number in range(count)]]
+        (completions,) = sample_groups(engine, prompts, streams, options, reporter, stop)
+    for number, completion in enumerate(completions, start=1):
+        if count > 1:
+            reporter.output.print(f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason})")
+        reporter.output.print(completion.text, markup=False)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    from gruppo.interruption import Interrupted
+
+    try:
+        app()
+    except UsageError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
+    except Interrupted:
+        _fail("interrupted", 130)
+    except OSError as error:
+        _fail(f"{type(error).__name__}: {error}; what was saved before is intact", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    for line in message.splitlines():
+        sys.stderr.write(f"gruppo: {line}\n")
+    sys.exit(code)
+
+
+def _check_choices(device: str, dtype: str) -> None:
+    if device not in {"auto", "cpu", "cuda", "mps"}:
+        raise UsageError(f"--device {device}: unknown; write auto, cpu, cuda or mps")
+    if dtype not in {"auto", "float32", "bfloat16", "float64"}:
+        raise UsageError(f"--dtype {dtype}: unknown; write auto, float32, bfloat16 or float64")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    import tomllib
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"--option {text}: not of the form name=value; write e.g. --option maximum=20")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value
+
+
+def _show_result(reporter: ConsoleReporter, result: Result) -> None:
+    """The summary that ends a run, from the run folder alone."""
+    from gruppo.summary import describe_run
+
+    reporter.output.print(describe_run(result.path, result.summary, result.metrics), markup=False)
+
+
+if __name__ == "__main__":
+    main()

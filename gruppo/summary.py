@@ -1,0 +1,59 @@
+"""The page of text that ends a run, made from the run folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+SHOWN = 3
+
+
+def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What a run came to: accuracies, what they are made of, some answers before and after, what to do next."""
+    lines = ["", f"Done: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
+    lines[-1] += f", at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory."
+    if summary["accuracy_before"] is not None:
+        lines += ["", *_evaluations(summary, metrics), "", *_answers(folder, summary["steps"])]
+    lines += [
+        "",
+        f"Everything is in {folder}: model/ (loadable by transformers), metrics.jsonl, rollouts/ (every completion,",
+        "reward and advantage), evaluations/ (every answer), events.jsonl, summary.json.",
+        "",
+        "Next:",
+        f'  gruppo sample {folder}/model --prompt "What is 3 + 4?"',
+        f"  gruppo eval {folder}/model --task arithmetic --max-tokens 24",
+        "  your own reward, data and model: README.md",
+    ]
+    return "\n".join(lines)
+
+
+def _evaluations(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    title = f"Held-out questions ({summary['questions']}, greedy)"
+    lines = [f"{title:<40} accuracy  95 % interval     end by themselves  contain a number"]
+    for values in metrics:
+        if "eval/accuracy" in values:
+            low, high = f"{values['eval/accuracy_low']:.1%}", f"{values['eval/accuracy_high']:.1%}"
+            lines.append(
+                f"  after step {values['step']:<4} {'':<22} {values['eval/accuracy']:>7.1%}  {low:>6} to {high:<6}"
+                f"  {values['eval/ended_share']:>16.1%}  {values['eval/number_share']:>16.1%}"
+            )
+    return lines
+
+
+def _answers(folder: Path, last: int) -> list[str]:
+    """The first held-out questions, with the answers of the first and of the last evaluation."""
+    before, after = (pq.read_table(folder / f"evaluations/step-{step:06d}.parquet").to_pylist() for step in (0, last))
+    lines = []
+    for old, new in list(zip(before, after, strict=True))[:SHOWN]:
+        lines.append(old["question"].strip())
+        lines += [f"  {name}: {_quoted(row)}" for name, row in (("before", old), ("after ", new))]
+    return lines
+
+
+def _quoted(row: Mapping[str, Any]) -> str:
+    text = " ".join(row["answer"].split())
+    cut = " (cut)" if row["finish_reason"] == "length" else ""
+    return f"{'right' if row['correct'] else 'wrong'}  {text[:100]}{cut}"

@@ -1,0 +1,96 @@
+"""A tiny Llama with a tokenizer of characters, in memory and as a folder; and groups made by hand."""
+
+from __future__ import annotations
+
+import random
+import string
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from gruppo.models import LanguageModel, save_model, wrap_model
+from gruppo.types import Completion, Group, Prompt, Reward
+
+torch.set_num_threads(1)
+
+END = 0
+LETTERS = string.ascii_lowercase + string.digits + " +-=?"
+TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}={% endif %}"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<eos>": END} | {letter: place for place, letter in enumerate(LETTERS + "<>", start=1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> LanguageModel:
+    """A Llama of two layers with grouped queries; its end token is its padding token too."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "eos_token_id": END,
+        "pad_token_id": END,
+        "bos_token_id": None,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        **changes,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return wrap_model(model, make_tokenizer(), dtype)
+
+
+@pytest.fixture(scope="session")
+def policy() -> LanguageModel:
+    return make_policy()
+
+
+@pytest.fixture(scope="session")
+def policy64() -> LanguageModel:
+    return make_policy(torch.float64)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(make_policy(initializer_range=0.02), folder)
+    return str(folder)
+
+
+def make_completion(token_ids: list[int], finish: str = "stop", mask: list[bool] | None = None) -> Completion:
+    used = mask or [True] * len(token_ids)
+    return Completion(tuple(token_ids), (-1.0,) * len(token_ids), tuple(used), finish, 0, "x")  # type: ignore[arg-type]
+
+
+def make_group(
+    prompt: list[int], completions: list[list[int]], rewards: list[float | None], **columns: object
+) -> Group:
+    return Group(
+        Prompt("t/0", "q", tuple(prompt), "t", columns),
+        [make_completion(ids) for ids in completions],
+        [Reward(reward, {}, None if reward is not None else "failed") for reward in rewards],
+    )
+
+
+def random_groups(seed: int = 0, groups: int = 3, size: int = 4, uneven: bool = True) -> list[Group]:
+    """Groups with random tokens, lengths and rewards; no two rewards of a group are equal."""
+    source = random.Random(seed)
+    made = []
+    for _ in range(groups):
+        prompt = [source.randrange(1, 48) for _ in range(source.randrange(2, 9))]
+        lengths = [source.randrange(1, 9) if uneven else 5 for _ in range(size)]
+        completions = [[source.randrange(1, 48) for _ in range(length)] for length in lengths]
+        made.append(make_group(prompt, completions, [source.gauss(0, 1) for _ in range(size)]))
+    return made
