@@ -82,7 +82,7 @@ class Reward(Section):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
-        if self.weights and len(self.weights) != len(self.functions):
+        if self.weights and self.functions and len(self.weights) != len(self.functions):
             raise ValueError(
                 f"weights = {self.weights} has {len(self.weights)} numbers for {len(self.functions)} functions; "
                 "write one weight for each function, or leave weights out"

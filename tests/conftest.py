@@ -7,7 +7,7 @@ import string
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gruppo.models import LanguageModel, save_model, wrap_model
@@ -24,6 +24,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<eos>": END} | {letter: place for place, letter in enumerate(LETTERS + "<>", start=1)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
     fast.chat_template = TEMPLATE
     return fast

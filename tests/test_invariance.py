@@ -29,7 +29,11 @@ def prepared(groups: list[Group]) -> list[Group]:
 
 
 def packed(
-    policy: LanguageModel, reference: LanguageModel, groups: list[Group], budget: int = 10**9, settings: Method = SETTINGS
+    policy: LanguageModel,
+    reference: LanguageModel,
+    groups: list[Group],
+    budget: int = 10**9,
+    settings: Method = SETTINGS,
 ) -> tuple[float, Gradient]:
     """Loss and gradient the way the loop computes them."""
     policy.model.zero_grad(set_to_none=True)
@@ -100,7 +104,11 @@ def distance(one: Gradient, other: Gradient) -> float:
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def setting(request: pytest.FixtureRequest) -> tuple[LanguageModel, LanguageModel, float]:
     """Policy, reference, and the bound: 1e-9 in float64, 1e-5 of the gradient's norm in float32."""
-    return make_policy(request.param), make_policy(request.param, seed=1), 1e-9 if request.param == torch.float64 else 1e-5
+    return (
+        make_policy(request.param),
+        make_policy(request.param, seed=1),
+        1e-9 if request.param == torch.float64 else 1e-5,
+    )
 
 
 Setting = tuple[LanguageModel, LanguageModel, float]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gruppo.attention import CapturingAttention
 from gruppo.engines import Request, SamplingOptions
+from gruppo.errors import RunError
 from gruppo.machine import free_memory
 from gruppo.models import LanguageModel
 from gruppo.reporting import Advance
@@ -236,6 +237,11 @@ class _Flight:
         position = self.length[rows]
         uniforms = torch.as_tensor(self.uniforms[rows, position], device=logits.device)
         tokens, logprobs = sample_tokens(logits, uniforms, self.options.temperature)
+        if not torch.isfinite(logprobs).all():
+            raise RunError(
+                "the model gives log-probabilities that are not finite; its weights or inputs are damaged: go back to "
+                "an earlier checkpoint, and lower optimizer.learning_rate"
+            )
         drawn = tokens.cpu().numpy()
         self.tokens[rows, position] = drawn
         self.logprobs[rows, position] = logprobs.cpu().numpy()

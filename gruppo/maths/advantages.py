@@ -22,7 +22,9 @@ def group_advantages(rewards: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
         raise ValueError(f"rewards = {rewards.tolist()}: a reward must be finite; let that completion abstain")
     if len(rewards) < 2 or bool((rewards == rewards[0]).all()):
         return torch.zeros_like(rewards)
-    return (rewards - rewards.mean()) / (rewards.std(correction=1) + EPSILON)
+    scale = rewards.abs().max().clamp(min=1.0)  # squares of huge rewards would overflow
+    rewards = rewards / scale
+    return (rewards - rewards.mean()) / (rewards.std(correction=1) + EPSILON / scale)
 
 
 def masked_group_advantages(rewards: Sequence[float | None]) -> list[float]:

@@ -79,9 +79,7 @@ def _logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
     return (hidden.to(head.dtype) @ head.T).to(wide).div_(temperature)
 
 
-def kl_estimate(
-    logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."], kind: str
-) -> Float[Tensor, "..."]:
+def kl_estimate(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."], kind: str) -> Float[Tensor, "..."]:
     """Estimate of KL per token from one sample, in nats, always >= 0; d = log π_ref - log π_θ.
 
     k3 = exp(d) - d - 1 (DeepSeekMath Eq. 4): its expected value under π_θ is KL(π_θ‖π_ref), its expected gradient,

@@ -48,5 +48,5 @@ def combine(
     given = [weight * value for weight, value in zip(weights, parts.values(), strict=True) if value is not None]
     if not given:
         return Reward(None, parts, None, extra)
-    total = math.fsum(given)
+    total = sum(given)
     return Reward(total, parts, None, extra) if math.isfinite(total) else Reward(None, parts, "sum overflows", extra)

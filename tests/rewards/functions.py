@@ -1,0 +1,87 @@
+"""Reward functions of all kinds, good and bad, for the contract of rewards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+
+def likes_letters(completions, **kwargs):
+    """The share of letters a to m in a completion."""
+    return [sum("a" <= letter <= "m" for letter in text) / max(1, len(text)) for text in completions]
+
+
+def length(completions, **kwargs):
+    return [float(len(each)) for each in completions]
+
+
+def named_arguments_only(completions, answer):
+    return [float(text == right) for text, right in zip(completions, answer)]
+
+
+async def waits(prompts, completions, **kwargs):
+    await asyncio.sleep(0.01)
+    return [2.0] * len(completions)
+
+
+def sometimes(completions, **kwargs):
+    return [None if text == "skip" else 1.0 for text in completions]
+
+
+def never(completions, **kwargs):
+    return [None] * len(completions)
+
+
+def logs(completions, log_metric, log_extra, trainer_state, **kwargs):
+    log_metric("answers", len(completions))
+    log_extra("seen", [text.upper() for text in completions])
+    return [float(trainer_state.global_step)] * len(completions)
+
+
+def misbehaves(completions, **kwargs):
+    word = completions[0]
+    if word == "hang":
+        time.sleep(60)
+    if word == "spin":
+        while True:
+            pass
+    if word == "exit":
+        os._exit(3)
+    if word == "system exit":
+        raise SystemExit(4)
+    if word == "raise":
+        raise RuntimeError("broken on purpose")
+    answers = {
+        "short": [1.0],
+        "text": "12",
+        "none": None,
+        "words": ["one", 1.0],
+        "nan": [float("nan"), 1.0],
+        "infinite": [float("inf"), 1.0],
+        "huge": [10**400, 1.0],
+    }
+    if word == "prints":
+        print("x" * 5_000_000)
+    return answers.get(word, [1.0] * len(completions))
+
+
+def needs_more(completions, solution, **kwargs):
+    return [0.0] * len(completions)
+
+
+def takes_nothing(prompts):
+    return [0.0]
+
+
+def positional(completions, /):
+    return [0.0]
+
+
+class Callable:
+    def __call__(self, completions, **kwargs):
+        return [3.0] * len(completions)
+
+
+instance = Callable()
+not_callable = 3

