@@ -78,6 +78,9 @@ class ConsoleReporter:
     @contextmanager
     def _lines(self, label: str, total: float | None, unit: str) -> Iterator[Advance]:
         """A line every ten seconds of a long phase, and one at its end."""
+        if label in _BRIEF:
+            yield lambda _: None
+            return
         start = shown = time.monotonic()
         done = 0.0
 
@@ -93,7 +96,7 @@ class ConsoleReporter:
                 self.note(f"{label}: {done:,.0f}{of} {unit}, {rate:,.4g} {unit}/s{left}")
 
         yield advance
-        if label not in _BRIEF and time.monotonic() - start >= 1:
+        if time.monotonic() - start >= 1:
             amount = f" {done:,.0f} {unit}" if unit else ""
             self.note(f"{label}:{amount} in {time.monotonic() - start:.1f} s")
 

@@ -104,6 +104,9 @@ class _Run:
         except Interrupted:
             save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
             outcome = "interrupted"
+        except KeyboardInterrupt:
+            outcome = "interrupted"
+            raise
         finally:
             summary = self._summary(outcome)
             self.run.write_json("summary.json", summary)
@@ -111,17 +114,19 @@ class _Run:
 
     def _steps(self, advance: Callable[[float], None]) -> None:
         """Algorithm 1. At the top of the loop nothing is half done: that is where state is saved."""
-        saved = self.state.step if self.state.step else None
+        saved = (self.state.step, self.state.evaluated)
         while True:
             if self._evaluation_due():
                 self._evaluate()
             last = self.state.step == self.recipe.run.steps
-            if self.state.step != saved and (last or self.state.step % self.recipe.run.checkpoint_every == 0):
+            stands = (self.state.step, self.state.evaluated)
+            due = last or self.state.step % self.recipe.run.checkpoint_every == 0
+            if due and self.state.step and stands != saved:
                 with self.reporter.progress("Saving", None, ""):
                     if last:
                         self._save_result()
                     save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
-                saved = self.state.step
+                saved = stands
             if last:
                 return
             self.stop.check()

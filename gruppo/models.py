@@ -126,11 +126,8 @@ def find_model(name: str, reporter: Reporter | None = None) -> ModelSource:
             f"model.name = {name!r}: cannot be loaded ({reason}); write a hub name, a local folder, a .gguf file or "
             f"one of: {', '.join(ALIASES)}"
         ) from None
-    if config.model_type not in SUPPORTED:
-        raise UsageError(
-            f"model.name = {name!r}: architecture {config.model_type!r} is not supported yet; use one of: "
-            f"{', '.join(SUPPORTED)}"
-        )
+    if reason := _unsupported(config):
+        raise UsageError(f"model.name = {name!r}: {reason}")
     return ModelSource(location, config, tokenizer)
 
 
@@ -174,7 +171,7 @@ def _widen_norms(model: PreTrainedModel) -> None:
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(forward, module)
 
 
 def choose_device(name: str) -> torch.device:
@@ -268,6 +265,18 @@ class _Bar:
 
     def __getattr__(self, _: str) -> Any:
         return lambda *args, **options: None
+
+
+def _unsupported(config: PreTrainedConfig) -> str | None:
+    """Why a model of this config cannot be run, or None."""
+    if config.model_type not in SUPPORTED:
+        return f"architecture {config.model_type!r} is not supported yet; use one of: {', '.join(SUPPORTED)}"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in {"dynamic", "longrope"}:
+        return f"rope_type {rope!r} makes a token's position depend on its neighbours' lengths; use another model"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantized and cannot be trained; use the unquantized model"
+    return None
 
 
 def _locate(name: str, reporter: Reporter) -> str:

@@ -112,7 +112,11 @@ def check_folder(path: Path, recipe: Recipe, resume: bool) -> None:
         raise UsageError(f"--out {path}: is a file; choose a folder")
     held = path / "recipe.toml"
     if not held.is_file():
-        others = [entry.name for entry in path.iterdir() if entry.name != "lock"] if path.is_dir() else []
+        others = (
+            [entry.name for entry in path.iterdir() if entry.name not in {"lock", "rewards.log"}]
+            if path.is_dir()
+            else []
+        )
         if others:
             raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
         return

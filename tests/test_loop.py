@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import gruppo
 import gruppo.methods
 from gruppo.config import Optimizer
+from gruppo.engines.native import NativeEngine
 from gruppo.errors import RunError, UsageError
 from gruppo.loop import Result, learning_rate, train
 from gruppo.models import weights_sha256
@@ -127,6 +128,30 @@ def test_rollouts_hold_everything(finished: Result) -> None:
             assert row["reward"] == pytest.approx(expected)
         line = next(line for line in finished.metrics if line["step"] == step and "reward/mean" in line)
         assert line["reward/mean"] == pytest.approx(sum(row["reward"] for row in rows) / 16)
+
+
+def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trl#5224, verl#6719: token ids go from the engine to the loss; text is never tokenised again."""
+    sampled, trained = [], []
+    generate, score = NativeEngine.generate, gruppo.methods.score
+
+    def keeps_sampled(*args):
+        made = generate(*args)
+        sampled.extend(list(completion.token_ids) for group in made for completion in group)
+        return made
+
+    def keeps_trained(policy, batch, temperature):
+        start = 0
+        for _, _, length in batch.members:
+            trained.append(batch.targets[start : start + length].tolist())
+            start += length
+        return score(policy, batch, temperature)
+
+    monkeypatch.setattr(NativeEngine, "generate", keeps_sampled)
+    monkeypatch.setattr("gruppo.methods.score", keeps_trained)
+    small_run(tiny_folder, tmp_path / "r", run__steps=1, method__kl_coef=0.0)
+    assert trained
+    assert all(ids in sampled for ids in trained)
 
 
 def test_run_folder_is_complete(finished: Result) -> None:

@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from gruppo import models
 from gruppo.errors import UsageError
@@ -78,6 +78,18 @@ def test_architecture_that_cannot_be_run_is_refused_by_name(tmp_path: Path) -> N
     GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="gpt2"):
+        find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+     ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantized")],
+)  # fmt: skip
+def test_llama_that_cannot_be_run_is_refused_with_the_reason(tmp_path: Path, change: dict, word: str) -> None:
+    LlamaConfig(**change).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=word):
         find_model(str(tmp_path))
 
 

@@ -86,7 +86,7 @@ def _resolve(target: str):
     return found
 
 
-@pytest.mark.parametrize("moment", ["sampling", "between steps", "evaluating", "updating"])
+@pytest.mark.parametrize("moment", ["sampling", "between steps", "evaluating", "evaluating at the end", "updating"])
 def test_asked_to_stop_saves_and_continues(
     moment: str, tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +95,7 @@ def test_asked_to_stop_saves_and_continues(
         "sampling": ("gruppo.engines.native._Flight.decode", 60),
         "between steps": ("gruppo.runlog.RunFolder.metric", 5),
         "evaluating": ("gruppo.evaluation.sample_groups", 2),
+        "evaluating at the end": ("gruppo.evaluation.sample_groups", 4),
         "updating": ("gruppo.loop.batch_loss", 5),
     }[moment]
     calls = 0
@@ -111,9 +112,10 @@ def test_asked_to_stop_saves_and_continues(
         patch.setattr(target, signals)
         result = small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
     assert result.summary["state"] == "interrupted"
-    assert result.summary["steps"] < 6
+    assert result.summary["steps"] < 6 or moment == "evaluating at the end"
     small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
     assert fingerprint(tmp_path / "run") == uninterrupted
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert any(event["kind"] == "resume" for event in read_lines(tmp_path / "run" / "events.jsonl"))
 
 

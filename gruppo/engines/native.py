@@ -40,11 +40,10 @@ def sample_tokens(
     never drawn.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scaled = logits / temperature if temperature else logits
-    likeliest = scaled.max(dim=-1, keepdim=True)
-    weights = (scaled - likeliest.values).exp_()
     if not temperature:
-        return likeliest.indices.squeeze(-1), -weights.sum(dim=-1).log()
+        likeliest = logits.max(dim=-1)
+        return likeliest.indices, likeliest.values - logits.logsumexp(dim=-1)
+    weights = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     rows, size = len(weights), 256
     if over := weights.shape[-1] % size:
         weights = torch.nn.functional.pad(weights, (0, size - over))
@@ -55,8 +54,7 @@ def sample_tokens(
     below = torch.nn.functional.pad(block_ends, (1, 0)).gather(-1, block[:, None]).squeeze(-1)
     chosen = blocks[torch.arange(rows, device=logits.device), block]
     tokens = block * size + _first_beyond(chosen.double().cumsum(dim=-1), goal - below)
-    likelihood = weights.gather(-1, tokens[:, None]).squeeze(-1).double() / block_ends[:, -1]
-    return tokens, likelihood.log().to(logits.dtype)
+    return tokens, weights.gather(-1, tokens[:, None]).squeeze(-1).log()
 
 
 def _first_beyond(ends: Tensor, goal: Tensor) -> Tensor:
@@ -97,7 +95,7 @@ class NativeEngine:
         if min((len(request.token_ids) for request in requests), default=1) < 1:
             raise ValueError("a prompt of a request has no tokens; give at least one")
         wanted = sum(len(request.streams) for request in requests)
-        state = _Flight(self.policy, min(self.slots, wanted), longest, options)
+        state = _Flight(self.policy, min(self.slots, wanted), min(self.slots, len(requests)), longest, options)
         queue = deque(enumerate(requests))
         with self.policy.precision():
             head = self.policy.head
@@ -139,18 +137,21 @@ class _Flight:
     A row is a live slot. Keys and values are kept in float32 (float64 in proofs).
     """
 
-    def __init__(self, policy: LanguageModel, slots: int, longest_prompt: int, options: SamplingOptions) -> None:
+    def __init__(
+        self, policy: LanguageModel, slots: int, places: int, longest_prompt: int, options: SamplingOptions
+    ) -> None:
+        """`slots`: completions in flight; `places`: prompts whose keys and values are kept at a time."""
         self.policy, self.options, self.slots = policy, options, slots
         config, device = policy.model.config, policy.device
         heads = config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.wide = torch.promote_types(policy.dtype, torch.float32)
         layers = config.num_hidden_layers
-        own, prefix = (layers, slots, heads, options.max_tokens, width), (layers, slots, heads, longest_prompt, width)
+        own, prefix = (layers, slots, heads, options.max_tokens, width), (layers, places, heads, longest_prompt, width)
         self.own_keys, self.own_values = (torch.zeros(own, dtype=self.wide, device=device) for _ in range(2))
         self.prefix_keys, self.prefix_values = (torch.zeros(prefix, dtype=self.wide, device=device) for _ in range(2))
-        self.prefix_lengths = np.zeros(slots, dtype=np.int64)
-        self.prefix_users = np.zeros(slots, dtype=np.int64)
+        self.prefix_lengths = np.zeros(places, dtype=np.int64)
+        self.prefix_users = np.zeros(places, dtype=np.int64)
         self.live = 0
         self.owner: list[tuple[int, int]] = [(0, 0)] * slots
         self.prefix_of = np.zeros(slots, dtype=np.int64)

@@ -1,0 +1,34 @@
+"""What the documents name exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MAP = Path("docs/paper_map.md").read_text()
+
+
+def test_every_function_and_test_of_the_paper_map_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", MAP)
+    assert len(named) > 40
+    for file, name in named:
+        path = Path("tests" if Path(file).name.startswith("test_") else "gruppo") / file
+        assert path.is_file(), path
+        if name:
+            assert re.search(rf"^def {name}\(", path.read_text(), re.MULTILINE), f"{path}::{name}"
+
+
+def test_every_metric_is_explained() -> None:
+    explained = Path("docs/metrics.md").read_text()
+    code = "".join(path.read_text() for path in Path("gruppo").rglob("*.py"))
+    names = set(re.findall(r'"((?:reward|groups|advantage|policy|engine|completion|loss|optimizer|eval)/\w+)"', code))
+    assert len(names) > 20
+    for name in names:
+        stem = re.sub(r"_(min|max|low|high)$", "", name)
+        assert name in explained or stem in explained, name
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for page in (Path("README.md"), *Path("docs").glob("*.md"), Path("CONTRIBUTING.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"
