@@ -126,8 +126,8 @@ def find_model(name: str, reporter: Reporter | None = None) -> ModelSource:
             f"model.name = {name!r}: cannot be loaded ({reason}); write a hub name, a local folder, a .gguf file or "
             f"one of: {', '.join(ALIASES)}"
         ) from None
-    if reason := _unsupported(config):
-        raise UsageError(f"model.name = {name!r}: {reason}")
+    if problem := _unsupported(config):
+        raise UsageError(f"model.name = {name!r}: {problem}")
     return ModelSource(location, config, tokenizer)
 
 
