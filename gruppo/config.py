@@ -7,6 +7,7 @@ the machine (micro-batch, slots, dtype behind "auto") is not a field: it is chos
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -219,7 +220,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[st
         return "recipe", {key: dict(table) if isinstance(table, Mapping) else table for key, table in source.items()}
     path = Path(source)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(f"{path}: there is no such recipe file; give the path of a .toml file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -227,7 +228,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[st
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}; mend that line") from None
     if isinstance(run := data.setdefault("run", {}), dict):
-        run.setdefault("name", path.stem)
+        run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run")
     return str(path), data
 
 

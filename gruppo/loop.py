@@ -33,7 +33,7 @@ from gruppo.reporting import Reporter, Silent
 from gruppo.rewards import RewardFunction
 from gruppo.rollout import describe_groups, rollout
 from gruppo.runlog import publish
-from gruppo.tables import rollout_rows
+from gruppo.tables import EVALUATIONS, ROLLOUTS, rollout_rows
 from gruppo.tasks import draw_prompts
 from gruppo.types import Group, Metrics, Row
 
@@ -214,7 +214,7 @@ class _Run:
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
         self._warn(step, groups)
         with clock("write"):
-            self.run.table("rollouts", step, rollout_rows(step, groups, parts.policy.tokenizer))
+            self.run.table("rollouts", step, rollout_rows(step, groups, parts.policy.tokenizer), ROLLOUTS)
         self.state.train_seconds += clock.total
         for name, seconds in clock.seconds.items():
             metrics.mean(f"time/{name}", seconds)
@@ -255,7 +255,7 @@ class _Run:
         start = time.monotonic()
         outcome = answer_questions(parts.engine, parts.questions, parts.grader, limit, self.reporter, self.stop)
         figures = outcome.figures()
-        self.run.table("evaluations", state.step, outcome.rows())
+        self.run.table("evaluations", state.step, outcome.rows(), EVALUATIONS)
         state.evaluations[str(state.step)] = figures
         low, high = figures["interval"]
         values = {

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,8 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -296,7 +301,26 @@ def _locate(name: str, reporter: Reporter) -> str:
         return str(_convert(path, reporter))
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"model.name = {name!r}: the folder has no config.json; give a folder saved by transformers")
-    return str(path) if path.is_dir() else name
+    if path.is_dir():
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(f"model.name = {name!r}: there is no such folder; give a folder saved by transformers")
+    _require_hub(name)
+    return name
+
+
+def _require_hub(name: str) -> None:
+    """Raise UsageError at once, not after half a minute of retries, where a hub model can be had from nowhere."""
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if cached or is_offline_mode() or getproxies():
+        return  # the real loading will tell
+    try:
+        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, 443)
+    except OSError:
+        raise UsageError(
+            f"model.name = {name!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, "
+            f"give a folder or .gguf file, or one of: {', '.join(ALIASES)}"
+        ) from None
 
 
 def _convert(file: Path, reporter: Reporter) -> Path:

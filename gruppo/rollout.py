@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,7 +51,7 @@ def rollout(
         rewards, logged = pool.score(list(zip(prompts, sampled, strict=True)), state, show)
     stop.check()
     for name, values in logged.items():
-        metrics.mean(f"reward/log/{name}", math.fsum(values), len(values))
+        metrics.mean(f"reward/log/{name}", sum(values), len(values))
     return [
         Group(prompt, completions, scored)
         for prompt, completions, scored in zip(prompts, sampled, rewards, strict=True)
@@ -63,7 +62,7 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics) -> None:
     """Metrics of what was sampled and how it was scored; lengths in tokens."""
     for group in groups:
         totals = [reward.total for reward in group.rewards if reward.total is not None]
-        metrics.mean("reward/mean", math.fsum(totals), len(totals))
+        metrics.mean("reward/mean", sum(totals), len(totals))
         if len(totals) > 1:
             metrics.mean("reward/std", statistics.stdev(totals))
         metrics.mean("groups/with_signal", group.has_signal)

@@ -60,12 +60,12 @@ class RunFolder:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._append("events.jsonl", {"time": now, "step": step, "kind": kind, "message": message, **details})
 
-    def table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    def table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
         """Write rows as `folder`/step-NNNNNN.parquet."""
         path = self.path / folder / f"step-{step:06d}.parquet"
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".writing")
-        pq.write_table(pa.Table.from_pylist(list(rows)), temporary, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(list(rows), schema), temporary, compression="zstd")
         publish(temporary, path)
         return path
 

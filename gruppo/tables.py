@@ -1,4 +1,4 @@
-"""What a step's rollouts look like as rows of a table: one a completion, nothing left out."""
+"""The tables of a run folder: a row a completion, or a held-out question, nothing left out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,53 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from gruppo.types import Group
+
+_TEXT, _WHOLE, _REAL, _YES = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+
+ROLLOUTS = pa.schema(
+    {
+        "step": _WHOLE,
+        "group": _WHOLE,
+        "completion": _WHOLE,
+        "prompt_id": _TEXT,
+        "prompt": _TEXT,
+        "columns": _TEXT,
+        "text": _TEXT,
+        "finish_reason": _TEXT,
+        "policy_version": _WHOLE,
+        "reward": _REAL,
+        "reward_parts": _TEXT,
+        "failure": _TEXT,
+        "extra": _TEXT,
+        "trained": _YES,
+        "skipped": _TEXT,
+        "prompt_token_ids": pa.list_(_WHOLE),
+        "token_ids": pa.list_(_WHOLE),
+        "token_texts": pa.list_(_TEXT),
+        "mask": pa.list_(_YES),
+        "sampling_logprobs": pa.list_(_REAL),
+        "old_logprobs": pa.list_(_REAL),
+        "ref_logprobs": pa.list_(_REAL),
+        "advantages": pa.list_(_REAL),
+    }
+)
+
+EVALUATIONS = pa.schema(
+    {
+        "prompt_id": _TEXT,
+        "question": _TEXT,
+        "columns": _TEXT,
+        "answer": _TEXT,
+        "correct": _YES,
+        "finish_reason": _TEXT,
+        "token_ids": pa.list_(_WHOLE),
+        "logprobs": pa.list_(_REAL),
+    }
+)
 
 
 def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

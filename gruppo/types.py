@@ -14,6 +14,7 @@ the trainer (π_old), `sampling_logprobs` those that the engine drew from, `ref_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -123,6 +124,7 @@ class Metrics:
         self._extremes[name] = min(old, value)
 
     def reduce(self) -> dict[str, float | None]:
-        """Name -> value; a mean over no observations is None."""
+        """Name -> value; a mean over no observations, and what is not finite, is None."""
         means = {name: (total / count if count else None) for name, (total, count) in self._sums.items()}
-        return dict(sorted({**means, **self._extremes}.items()))
+        every = sorted({**means, **self._extremes}.items())
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in every}

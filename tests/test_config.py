@@ -29,6 +29,12 @@ def test_name_comes_from_the_file(tmp_path: Path) -> None:
     assert load_recipe(path).run.name == "mine"
 
 
+def test_file_name_that_is_no_run_name_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "my recipe (2).toml"
+    path.write_text('\ufeff[model]\nname = "m"\n', encoding="utf-8")
+    assert load_recipe(path).run.name == "my-recipe-2"
+
+
 @pytest.mark.parametrize(
     ("override", "read"),
     [

@@ -197,6 +197,17 @@ def test_rewards_that_fail_are_events_and_no_signal(tiny_folder: str, tmp_path: 
     assert "RuntimeError: no" in events[0]["message"]
 
 
+def test_metric_that_is_not_finite_is_null(tiny_folder: str, tmp_path: Path) -> None:
+    def logs(completions, log_metric, **kwargs):
+        log_metric("odd", float("nan"))
+        return [1e308 * (index % 2) for index in range(len(completions))]
+
+    result = train(recipe(tiny_folder, run__steps=1), reward=logs, prompts=ROWS, out=tmp_path / "r")
+    assert result.metrics[0]["reward/log/odd"] is None
+    assert result.metrics[0]["reward/mean"] is None, "their sum overflows"
+    assert result.metrics[0]["groups/with_signal"] == 1
+
+
 def test_group_of_one_runs_without_signal(tiny_folder: str, tmp_path: Path) -> None:
     result = small_run(tiny_folder, tmp_path / "r", run__steps=1, sampling__group_size=1, method__kl_coef=0.0)
     assert result.metrics[0]["groups/with_signal"] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gruppo.models import weights_sha256
 from gruppo.runlog import RunFolder, check_folder, read_lines, write_whole
 from tests.conftest import make_policy
 
+SCHEMA = pa.schema({"a": pa.int64()})
 RECIPE = load_recipe({"model": {"name": "m"}})
 
 
@@ -28,11 +30,11 @@ def run(tmp_path: Path):
 
 def test_lines_are_cut_back_and_later_tables_go(run: RunFolder) -> None:
     run.metric({"step": 1})
-    run.table("rollouts", 1, [{"a": 1}])
+    run.table("rollouts", 1, [{"a": 1}], SCHEMA)
     lengths = run.lengths()
     run.metric({"step": 2})
     run.event("kind", "message", 2)
-    run.table("rollouts", 2, [{"a": 2}])
+    run.table("rollouts", 2, [{"a": 2}], SCHEMA)
     (run.path / "rollouts" / "step-000003.writing").write_text("half")
     run.cut_back(lengths, 1)
     assert run.metrics() == [{"step": 1}]

@@ -65,6 +65,7 @@ class RewardPool:
             "kind": "load",
             "functions": [reward_path(f) if isinstance(f, str) else _carried(f) for f in functions],
             "columns": list(columns),
+            "path": sys.path,
         }
         self._load, self._log = pickle.dumps(load), log
         self._workers: list[_Worker] = []
@@ -258,6 +259,11 @@ def _arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, A
 
 def _outcome(answer: Mapping[str, Any], count: int) -> Outcome:
     if "failure" in answer:
-        return Outcome([str(answer["failure"])] * count, {}, {})
-    values = [str(value["bad"]) if isinstance(value, dict) else value for value in answer["values"]]
+        return Outcome([_writable(answer["failure"])] * count, {}, {})
+    values = [_writable(value["bad"]) if isinstance(value, dict) else value for value in answer["values"]]
     return Outcome(values, answer["metrics"], answer["extra"])
+
+
+def _writable(text: str) -> str:
+    """Text that UTF-8 files can hold: lone surrogates replaced."""
+    return text.encode("utf-8", "replace").decode()

@@ -38,6 +38,7 @@ def serve(calls: Connection, answers: Connection) -> None:
             return
         if message["kind"] == "load":
             functions = []
+            sys.path += [place for place in message["path"] if place not in sys.path]
             answer = _load(message["functions"], message["columns"], functions)
         else:
             answer = _score(functions[message["function"]], message["arguments"], message["state"])

@@ -75,7 +75,15 @@ def tokenize_rows(
     """
     prompts = []
     for number, row in enumerate(rows):
-        token_ids = _token_ids(row["prompt"], tokenizer)
+        try:
+            token_ids = _token_ids(row["prompt"], tokenizer)
+        except UsageError:
+            raise
+        except Exception as error:  # a chat template is a program of the model's
+            raise UsageError(
+                f"{task}, row {number + 1}: the prompt cannot be turned into tokens ({type(error).__name__}: {error}); "
+                "write it as this model's chat template wants it"
+            ) from error
         if not token_ids:
             raise UsageError(f"{task}, row {number + 1}: prompt = {row['prompt']!r} has no tokens; write some text")
         if len(token_ids) + max_tokens > context:
@@ -110,7 +118,12 @@ def _token_ids(content: str | list[dict[str, Any]], tokenizer: PreTrainedTokeniz
                 "the rows hold messages but the model's tokenizer has no chat template; write prompt as plain text, "
                 "or take an instruction-tuned model"
             )
-        return list(tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
+        begun = content[-1]["role"] == "assistant"  # the model goes on with what it is given of its answer
+        return list(
+            tokenizer.apply_chat_template(
+                content, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False
+            )
+        )
     begins = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
     return list(tokenizer(content, add_special_tokens=not begins)["input_ids"])
 

@@ -16,7 +16,7 @@ def load(split: str, path: str) -> list[Row]:
         raise UsageError('a file has no held-out part; name the questions with evaluation.task = "other.jsonl"')
     rows = []
     try:
-        lines = data_file(path).read_text(encoding="utf-8").split("\n")
+        lines = data_file(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the file cannot be read ({error}); give a readable UTF-8 file") from None
     for number, line in enumerate(lines, start=1):

@@ -50,6 +50,8 @@ def misbehaves(completions, **kwargs):
         os._exit(3)
     if word == "system exit":
         raise SystemExit(4)
+    if word == "unprintable":
+        raise RuntimeError("lone \ud800 surrogate")
     if word == "raise":
         raise RuntimeError("broken on purpose")
     answers = {

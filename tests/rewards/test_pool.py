@@ -100,6 +100,7 @@ def test_metrics_extra_and_state() -> None:
         ("exit", "died (exit code 3)"),
         ("system exit", "SystemExit"),
         ("raise", "RuntimeError: broken on purpose"),
+        ("unprintable", "RuntimeError: lone ? surrogate"),
         ("short", "1 values for 2 completions"),
         ("text", "not a list"),
         ("none", "not a list"),
@@ -128,6 +129,17 @@ def test_output_of_rewards_goes_to_the_log(tmp_path) -> None:
     with RewardPool([f"{HOME}:misbehaves"], [], [], log=tmp_path / "rewards.log") as pool:
         assert totals(pool.score([group("prints", "b")], {})[0][0]) == [1, 1]
     assert (tmp_path / "rewards.log").stat().st_size > 5_000_000
+
+
+def test_function_from_a_folder_on_the_callers_path(tmp_path, monkeypatch) -> None:
+    """A script's own folder is on sys.path; its modules must be found from the reward's process too."""
+    (tmp_path / "beside_the_script.py").write_text(
+        "def reward(completions, **_):\n    return [5.0] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from beside_the_script import reward  # type: ignore[import-not-found]
+
+    assert totals(score(reward, "a")) == [5]
 
 
 def test_rewards_run_in_other_processes() -> None:

@@ -22,6 +22,9 @@ def write(path: Path, *lines: object) -> str:
 def test_jsonl_rows_keep_their_columns(tmp_path: Path) -> None:
     rows = [{"prompt": "a\u2028b", "answer": 1}, {"prompt": [{"role": "user", "content": "c"}], "level": [1, 2]}]
     assert load_rows(write(tmp_path / "r.jsonl", rows[0], "", rows[1]), "train", {}) == rows
+    with_mark = tmp_path / "mark.jsonl"
+    with_mark.write_text("\ufeff" + json.dumps(rows[0]) + "\r\n", encoding="utf-8")
+    assert load_rows(str(with_mark), "train", {}) == rows[:1]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,29 @@ def test_chat_template_is_applied_once() -> None:
     assert tokenizer.convert_ids_to_tokens(list(prompt.token_ids)) == ["<", "a", " ", "b", "="]
     assert prompt.columns == {"answer": 1}
     assert prompt.content == [{"role": "user", "content": "a b"}]
+
+
+def test_answer_that_is_begun_is_gone_on_with() -> None:
+    tokenizer = make_tokenizer()
+    content = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}={% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    )
+    (prompt,) = tokenize_rows([{"prompt": content}], tokenizer, 99, 5, "t")
+    assert tokenizer.convert_ids_to_tokens(list(prompt.token_ids)) == ["a", "=", "b"]
+
+
+@pytest.mark.parametrize(
+    "content", ["\ud800", [{"role": "user", "content": "\ud800"}], [{"role": "judge", "content": "a"}]]
+)
+def test_prompt_that_makes_no_tokens_is_told_with_its_row(content: object) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('roles!') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(UsageError, match="row 2"):
+        tokenize_rows([{"prompt": "a"}, {"prompt": content}], tokenizer, 99, 5, "t")
 
 
 def test_text_is_taken_as_it_stands() -> None:
