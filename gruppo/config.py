@@ -7,6 +7,7 @@ the machine (micro-batch, slots, dtype behind "auto") is not a field: it is chos
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -180,6 +181,11 @@ class Recipe(Section):
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than run.steps = {self.run.steps}; "
                 "write a smaller warm-up or more steps"
             )
+        if self.evaluation is not None and self.evaluation.options and self.evaluation.task is None:
+            raise ValueError(
+                f"evaluation.options = {self.evaluation.options}: they belong to evaluation.task, which is missing; "
+                "write task.options, or name a task"
+            )
         return self
 
     def to_toml(self) -> str:
@@ -207,26 +213,35 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     for override in overrides:
         _override(data, override)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         lines = [f"{where}: {_explain(details)}" for details in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+    try:
+        recipe.to_toml()
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: options hold a value that TOML cannot write ({error}); use plain values") from None
+    return recipe
 
 
 def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Recipe):
         return "recipe", source.model_dump(exclude_none=True)
     if isinstance(source, Mapping):
-        return "recipe", {key: dict(table) if isinstance(table, Mapping) else table for key, table in source.items()}
+        if odd := [key for key in source if not isinstance(key, str)]:
+            raise RecipeError(f"recipe: {odd[0]!r} is no name of a table; write text")
+        return "recipe", copy.deepcopy(dict(source))
+    if not isinstance(source, str | Path):
+        raise RecipeError(f"recipe = {source!r}: neither a path, a mapping nor a Recipe; give one of them")
     path = Path(source)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(f"{path}: there is no such recipe file; give the path of a .toml file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the recipe cannot be read ({error}); give a readable UTF-8 .toml file") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}; mend that line") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error}); give a readable UTF-8 .toml file") from None
     if isinstance(run := data.setdefault("run", {}), dict):
         run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run")
     return str(path), data
@@ -238,8 +253,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not tables or not all([*tables, field]):
         raise RecipeError(f'--set {override}: not of the form section.field=value; write e.g. --set "run.steps=50"')
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text
+    except (ValueError, RecursionError):
         value = text
     table = data
     for part in tables:
@@ -265,23 +281,27 @@ def _explain(details: ErrorDetails) -> str:
     if kind == "value_error":
         message = str(details["ctx"]["error"])
         return f"{location[0]}.{message}" if location else message
-    if section is not None and len(location) == 1:
+    if section is not None and len(location) == 1 and kind in {"model_type", "dict_type", "model_attributes_type"}:
         return f"{field} = {_short(details['input'])}: must be a table; write [{field}] and its fields below"
     text = details["msg"].removeprefix("Input ").replace("should", "must")
     return f"{field} = {_short(details['input'])}: {text}{_fix(location)}"
 
 
 def _fields_of(section: str) -> list[str]:
-    annotation = {**{n: f.annotation for n, f in Recipe.model_fields.items()}, "evaluation": Evaluation}[section]
+    annotation = {**{n: f.annotation for n, f in Recipe.model_fields.items()}, "evaluation": Evaluation}.get(section)
     return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
 
 
 def _fix(location: Sequence[str]) -> str:
-    annotation = {**{n: f.annotation for n, f in Recipe.model_fields.items()}, "evaluation": Evaluation}[location[0]]
+    annotation = {**{n: f.annotation for n, f in Recipe.model_fields.items()}, "evaluation": Evaluation}.get(
+        location[0]
+    )
     if not (isinstance(annotation, type) and issubclass(annotation, Section)) or len(location) < 2:
         return ""
-    field = annotation.model_fields[location[1]]
-    if field.is_required() or field.default is None:
+    field = annotation.model_fields.get(location[1])
+    if field is None:
+        return "; write text as the name of a field"
+    if field.is_required() or not field.default:
         return f"; {field.description}"
     return f"; write e.g. {tomli_w.dumps({location[1]: field.default}).strip()}"
 

@@ -22,7 +22,7 @@ def import_attribute(name: str, field: str) -> Any:
         raise UsageError(f'{field} = "{name}": not an import path; write "package.module:name" or "file.py:name"')
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f'{field} = "{name}": {place} cannot be imported ({type(error).__name__}: {error}); mend it or its path'
         ) from error

@@ -109,6 +109,11 @@ class ModelSource:
         """The most tokens that a sequence may have."""
         return int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        return int(self.config.vocab_size)
+
 
 def cache_dir() -> Path:
     """Where converted weights are kept: GRUPPO_CACHE, or ~/.cache/gruppo."""
@@ -125,10 +130,9 @@ def find_model(name: str, reporter: Reporter | None = None) -> ModelSource:
     try:
         config = AutoConfig.from_pretrained(location)
         tokenizer = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # configs and tokenizers are other people's files: anything can be wrong with them
         raise UsageError(
-            f"model.name = {name!r}: cannot be loaded ({reason}); write a hub name, a local folder, a .gguf file or "
+            f"model.name = {name!r}: cannot be loaded ({_first_line(error)}); write a hub name, a local folder, a .gguf file or "
             f"one of: {', '.join(ALIASES)}"
         ) from None
     if problem := _unsupported(config):
@@ -144,9 +148,34 @@ def load_model(
     products = choose_dtype(dtype, target)
     storage = torch.float64 if products == torch.float64 else torch.float32
     with loading_progress(reporter or Silent()):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.location, dtype=storage)
+        model = _load_weights(source.location, storage)
     nn.Module.to(model, target)
     return wrap_model(model, source.tokenizer, products)
+
+
+def _load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The model with all of its weights. Raises UsageError where a tensor is missing, left over or of another shape:
+    transformers would go on with random numbers."""
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
+    except Exception as error:  # weights are other people's files: anything can be wrong with them
+        raise UsageError(
+            f"model.name: the weights in {location} cannot be loaded ({_first_line(error)}); give a whole model"
+        ) from error
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(name) for name in report[kind] if "rotary_emb.inv_freq" not in str(name))
+        if names:
+            raise UsageError(
+                f"model.name: the weights in {location} do not fit their config: {len(names)} tensors are "
+                f"{kind.removesuffix('_keys')} ({names[0]}, …); give the config and weights of one model"
+            )
+    found: PreTrainedModel = model
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def wrap_model(
@@ -181,6 +210,8 @@ def _widen_norms(model: PreTrainedModel) -> None:
 
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" takes cuda, then mps, then cpu. Raises UsageError where it is not there."""
+    if name not in {"auto", "cuda", "mps", "cpu"}:
+        raise UsageError(f"device = {name!r}: unknown; write auto, cpu, cuda or mps")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, available in there.items() if available)
@@ -191,8 +222,11 @@ def choose_device(name: str) -> torch.device:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of products; "auto" is bfloat16 where the processor has instructions for it, else float32."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name in named:
+        return named[name]
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
+        raise UsageError(f"dtype = {name!r}: unknown; write auto, float32, bfloat16 or float64")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
@@ -328,15 +362,16 @@ def _convert(file: Path, reporter: Reporter) -> Path:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     target = cache_dir() / "models" / f"{file.stem}-{digest[:16]}"
-    if target.is_dir():
+    if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
         return target
+    shutil.rmtree(target, ignore_errors=True)  # somebody took files out of it
     reporter.note(f"Converting {file.name} to safetensors, once, into {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
         with loading_progress(reporter):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            model = _load_weights(str(file.parent), torch.float32, gguf_file=file.name)
         # transformers takes a dequantised GGUF model for a quantised one and will not save the mark of it.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -346,8 +381,12 @@ def _convert(file: Path, reporter: Reporter) -> Path:
         except OSError:
             if not target.is_dir():  # else another process was quicker, with the same result
                 raise
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise UsageError(f"model.name = {str(file)!r}: cannot be converted ({error}); give another file") from error
+    except UsageError:
+        raise
+    except Exception as error:  # the file is somebody's: anything can be wrong with it
+        raise UsageError(
+            f"model.name = {str(file)!r}: cannot be converted ({_first_line(error)}); give a whole .gguf file"
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
         gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,24 @@ def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Map
         "",
         "Next:",
         f'  gruppo sample {folder}/model --prompt "What is 3 + 4?"',
-        f"  gruppo eval {folder}/model --task arithmetic --max-tokens 24",
+        *_eval_command(folder),
         "  your own reward, data and model: README.md",
     ]
     return "\n".join(lines)
+
+
+def _eval_command(folder: Path) -> list[str]:
+    """How to repeat the run's evaluation, if it had one."""
+    recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    settings = recipe.get("evaluation")
+    if settings is None:
+        return []
+    task = settings.get("task", recipe["task"]["name"])
+    options = settings["options"] if "task" in settings else recipe["task"]["options"]
+    shown = "".join(f" --option {name}={value}" for name, value in options.items())
+    limit = settings.get("max_tokens", recipe["sampling"]["max_tokens"])
+    grader = "" if settings["grader"] == "number" else f" --grader {settings['grader']}"
+    return [f"  gruppo eval {folder}/model --task {task}{shown} --max-tokens {limit}{grader}"]
 
 
 def _evaluations(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -25,33 +25,41 @@ Split = Literal["train", "test"]
 TASKS = {"arithmetic": "gruppo.tasks.arithmetic:load"}
 
 
-def load_rows(name: str, split: Split, options: Mapping[str, Any], field: str = "task") -> list[Row]:
-    """The rows of a task by name, "package.module:function" or .jsonl file; `field` names it in errors.
+def load_rows(
+    name: str, split: Split, options: Mapping[str, Any], field: str = "task.name", options_field: str = "task.options"
+) -> list[Row]:
+    """The rows of a task by name, "package.module:function" or .jsonl file; the fields are for errors.
 
     Raises UsageError: unknown task, wrong options, no rows, a row without a usable `prompt`.
     """
     if name.endswith(".jsonl"):
+        if options:
+            raise UsageError(f"{options_field} = {dict(options)}: a .jsonl file has no options; remove them")
         load = import_attribute("gruppo.tasks.jsonl:load", field)
-        options = {**options, "path": name}
+        options = {"path": name}
     elif ":" in name or name in TASKS:
-        load = import_attribute(TASKS.get(name, name), f"{field}.name")
+        load = import_attribute(TASKS.get(name, name), field)
     else:
         raise UsageError(
-            f'{field}.name = "{name}": unknown task{nearest(name, TASKS)}; or write a .jsonl file, or '
+            f'{field} = "{name}": unknown task{nearest(name, TASKS)}; or write a .jsonl file, or '
             '"package.module:function"'
         )
     try:
         inspect.signature(load).bind(split, **options)
     except TypeError as error:
-        raise UsageError(f"{field}.options = {dict(options)}: {error}; {_options(load)}") from None
+        raise UsageError(f"{options_field} = {dict(options)}: {error}; {_options(load)}") from None
     try:
         return checked_rows(load(split, **options), name)
     except UsageError as error:
-        raise UsageError(f'{field}.name = "{name}": {error}') from None
+        raise UsageError(f'{field} = "{name}": {error}') from None
+    except (Exception, SystemExit) as error:
+        raise UsageError(f'{field} = "{name}": it fails ({type(error).__name__}: {error}); mend it') from error
 
 
 def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
     """The rows as a list, each with a prompt that is text or messages; `source` names them in errors."""
+    if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__iter__"):
+        raise UsageError(f'{source} gives {str(rows)[:40]!r}, not a list of rows; write [{{"prompt": "text"}}, …]')
     rows = list(rows)
     if not rows:
         raise UsageError(f"{source} has no rows; give at least one row with a prompt")
@@ -66,12 +74,17 @@ def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
 
 
 def tokenize_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, context: int, max_tokens: int, task: str
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_tokens: int,
+    task: str,
+    vocabulary: int | None = None,
 ) -> list[Prompt]:
     """Turn rows into prompts: messages through the chat template, once; text as it stands.
 
     The ids are kept and never made again from text. Raises UsageError where a prompt and `max_tokens` more do not
-    fit into the model's `context`: nothing is cut.
+    fit into the model's `context` (nothing is cut), or where the model does not know an id of its tokenizer's.
     """
     prompts = []
     for number, row in enumerate(rows):
@@ -90,6 +103,11 @@ def tokenize_rows(
             raise UsageError(
                 f"{task}, row {number + 1}: the prompt has {len(token_ids)} tokens; with {max_tokens} more to sample "
                 f"that is over the model's context of {context}; shorten the prompt or lower sampling.max_tokens"
+            )
+        if vocabulary is not None and max(token_ids) >= vocabulary:
+            raise UsageError(
+                f"{task}, row {number + 1}: the tokenizer gives token {max(token_ids)}, but the model knows only "
+                f"{vocabulary}; take the tokenizer that belongs to the model"
             )
         columns = {key: value for key, value in row.items() if key != "prompt"}
         prompts.append(Prompt(f"{task}/{number}", row["prompt"], tuple(token_ids), task, columns))
@@ -133,6 +151,8 @@ def _prompt_problem(row: object) -> str | None:
         return f"{row!r} is not a mapping"
     if "prompt" not in row:
         return f"it has no prompt (columns: {', '.join(map(str, row)) or 'none'})"
+    if odd := [column for column in row if not isinstance(column, str)]:
+        return f"the column name {odd[0]!r} is not text"
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return None if prompt else "the prompt is empty"

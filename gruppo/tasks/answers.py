@@ -13,9 +13,9 @@ from gruppo.imports import import_attribute
 # A sign counts unless it follows a number or a closing bracket, where it is an operator:
 # "5-3" ends with 3, and so does "5 - 3".
 _SIGN = r"(?:(?<![\d\w)\].])[-−+])?"
-_NUMBER = re.compile(
-    rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)?(?:(?<=\d)\.\d+|(?<![\d.])\.\d+)?(?:(?<=\d)/\d+(?![\d.]))?", re.ASCII
-)
+_FRACTION = rf"{_SIGN}(?<![\d./])\d+/\d+(?![\d/]|\.\d)"
+_DECIMAL = rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|{_SIGN}(?<![\d.])\.\d+"
+_NUMBER = re.compile(f"{_FRACTION}|{_DECIMAL}", re.ASCII)
 
 Grader = Callable[[str, Mapping[str, Any]], bool]
 
@@ -23,13 +23,12 @@ Grader = Callable[[str, Mapping[str, Any]], bool]
 def last_number(text: str) -> Fraction | None:
     """The last number of a text: sign, thousands commas, decimals and fractions like 3/4; None where there is none.
 
-    A division by zero ("1/0") is no number.
+    A division by zero ("1/0") is no number, nor is one of thousands of digits, which Python refuses to read.
     """
-    for found in reversed([match.group() for match in _NUMBER.finditer(text) if re.search(r"\d", match.group())]):
-        plain = found.replace(",", "").replace("−", "-")
+    for found in reversed(_NUMBER.findall(text)):
         try:
-            return Fraction(plain)
-        except ZeroDivisionError:
+            return Fraction(found.replace(",", "").replace("−", "-"))
+        except (ZeroDivisionError, ValueError):
             continue
     return None
 

@@ -18,13 +18,15 @@ def load(split: str, maximum: int = 20, held_out: int = 256, negative: bool = Tr
     `held_out` questions (a + b and b + a counted once) go to "test", drawn by a fixed seed; everything else is
     "train". Raises UsageError where that leaves no question on either side.
     """
-    if not isinstance(maximum, int) or not 1 <= maximum <= 1000:
+    if type(maximum) is not int or not 1 <= maximum <= 1000:
         raise UsageError(f"options.maximum = {maximum!r}: must be a whole number from 1 to 1000; write maximum = 20")
+    if not isinstance(negative, bool):
+        raise UsageError(f"options.negative = {negative!r}: must be true or false")
     numbers = range(maximum + 1)
     sums = [(a, "+", b) for a in numbers for b in numbers if a <= b]
     differences = [(a, "-", b) for a in numbers for b in numbers if a >= b or negative]
     questions = sums + differences
-    if not isinstance(held_out, int) or not 1 <= held_out < len(questions):
+    if type(held_out) is not int or not 1 <= held_out < len(questions):
         raise UsageError(
             f"options.held_out = {held_out!r}: must be a whole number from 1 to {len(questions) - 1}, as there are "
             f"{len(questions)} questions with maximum = {maximum}; lower it or raise maximum"

@@ -24,7 +24,7 @@ def load(split: str, path: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"line {number} is not JSON ({error}); write one object a line") from None
         if not isinstance(row, dict):
             raise UsageError(f"line {number} is {str(row)[:40]!r}; write one object a line")

@@ -1,5 +1,6 @@
 """Reading numbers, by a list of texts that was checked by hand."""
 
+import random
 from fractions import Fraction
 
 import pytest
@@ -30,6 +31,12 @@ from gruppo.tasks.answers import find_grader, last_number, same_number
         ("**12**", 12),
         ("\\boxed{7}", 7),
         ("first 1, then 2", 2),
+        ("The answer is 3/4.", Fraction(3, 4)),
+        ("= 1/2.\n", Fraction(1, 2)),
+        ("on 1/2/2024", 2024),
+        ("2024/01/02", 2),
+        ("-7/2 of it", Fraction(-7, 2)),
+        ("1.5/2", 2),
     ],
 )
 def test_last_number(text: str, number: Fraction) -> None:
@@ -39,6 +46,13 @@ def test_last_number(text: str, number: Fraction) -> None:
 @pytest.mark.parametrize("text", ["", "none", "1/0", "-", ".", "١٢"])
 def test_no_number(text: str) -> None:
     assert last_number(text) is None
+
+
+def test_any_text_is_read_without_an_error() -> None:
+    source = random.Random(0)
+    for _ in range(20_000):
+        last_number("".join(source.choices("12/.,- 0+)", k=source.randrange(12))))
+    assert last_number("9" * 5000) is None
 
 
 def test_same_number_is_exact() -> None:
