@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gruppo.config import Recipe as Recipe
     from gruppo.config import load_recipe as load_recipe
+    from gruppo.entry import Result as Result
+    from gruppo.entry import train as train
     from gruppo.errors import RunError as RunError
     from gruppo.errors import UsageError as UsageError
     from gruppo.evaluation import evaluate as evaluate
-    from gruppo.loop import Result as Result
-    from gruppo.loop import train as train
 
 _HOMES = {
     "Recipe": "config",
@@ -24,8 +24,8 @@ _HOMES = {
     "RunError": "errors",
     "UsageError": "errors",
     "evaluate": "evaluation",
-    "Result": "loop",
-    "train": "loop",
+    "Result": "entry",
+    "train": "entry",
 }
 
 __all__ = ["Recipe", "Result", "RunError", "UsageError", "evaluate", "load_recipe", "train"]

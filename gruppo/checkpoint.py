@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gruppo.models import named_weights
-from gruppo.runlog import RunFolder, publish, write_whole
+from gruppo.runlog import RunFolder, publish, recover, write_whole
 
 
 @dataclass
@@ -55,6 +55,8 @@ def save_checkpoint(run: RunFolder, model: nn.Module, optimizer: torch.optim.Opt
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with those after it, in words."""
+    recover(run.path)
+    recover(run.path / "checkpoints")
     problems: list[str] = []
     for folder in sorted((run.path / "checkpoints").glob("step-*"), reverse=True):
         problem = _problem(folder)

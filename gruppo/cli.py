@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage or bad recipe, 130 interrupted after s
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,7 @@ from gruppo.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from gruppo.console import ConsoleReporter
-    from gruppo.loop import Result
+    from gruppo.entry import Result
 
 app = typer.Typer(
     name="gruppo",
@@ -67,9 +68,9 @@ def train(
     result = gruppo.train(settings, out=folder, resume=resume, reporter=reporter)
     if result.summary["state"] == "interrupted":
         step, steps = result.summary["steps"], settings.run.steps
-        changes = "".join(f" --set {change!r}" for change in set_ or [])
+        command = ["gruppo", "train", str(recipe), *(part for each in set_ or [] for part in ("--set", each))]
         reporter.note(f"Interrupted after step {step} of {steps}; everything is saved. Go on with:")
-        reporter.note(f"  gruppo train {recipe}{changes} --out {folder} --resume")
+        reporter.note("  " + shlex.join([*command, "--out", str(folder), "--resume"]))
         raise typer.Exit(130)
     _show_result(reporter, result)
 
@@ -89,9 +90,8 @@ def eval_(
     out: Annotated[Path | None, typer.Option(help="Also write every answer to this .jsonl file.")] = None,
 ) -> None:
     """Measure greedy accuracy on held-out questions, with a 95 % interval."""
-    _check_choices(device, dtype)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UsageError(f"--out {out}: give the name of a file in a folder that exists")
     options = dict(_option(each) for each in option or [])
     from gruppo.console import ConsoleReporter
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
-from gruppo.errors import UsageError
+from gruppo.errors import RunError, UsageError
 from gruppo.interruption import Stop
-from gruppo.models import find_model, load_model
+from gruppo.models import choose_device, choose_dtype, find_model, load_model
 from gruppo.reporting import Reporter, Silent
 from gruppo.rollout import sample_groups
 from gruppo.stats import wilson_interval
+from gruppo.tables import as_json
 from gruppo.tasks import load_rows, tokenize_rows
 from gruppo.tasks.answers import Grader, find_grader, last_number
 from gruppo.types import Completion, Prompt
@@ -48,7 +48,7 @@ class Evaluation:
             {
                 "prompt_id": prompt.id,
                 "question": prompt.text,
-                "columns": json.dumps(dict(prompt.columns), default=str),
+                "columns": as_json(dict(prompt.columns)),
                 "answer": completion.text,
                 "correct": correct,
                 "finish_reason": completion.finish_reason,
@@ -63,14 +63,24 @@ def check_grader(grader: Grader, prompts: Sequence[Prompt]) -> None:
     """Try the grader on an empty answer to every question, before any work. Raises UsageError where it fails."""
     for prompt in prompts:
         try:
-            grader("", prompt.columns)
-        except UsageError as error:
-            raise UsageError(f"{prompt.id}: {error}") from None
-        except Exception as error:
-            raise UsageError(
-                f"evaluation.grader: fails on {prompt.id} ({type(error).__name__}: {error}); "
-                "write def grader(text, columns) -> bool"
-            ) from error
+            grade(grader, "", prompt)
+        except RunError as error:
+            raise UsageError(f"{error}; write def grader(text, columns) -> bool") from None
+
+
+def grade(grader: Grader, text: str, prompt: Prompt) -> bool:
+    """Whether an answer is right. Raises RunError where the grader raises or gives anything but yes or no."""
+    try:
+        verdict: Any = grader(text, prompt.columns)
+    except Exception as error:
+        raise RunError(f"evaluation.grader: fails on {prompt.id} ({type(error).__name__}: {error})") from error
+    if hasattr(verdict, "item"):
+        verdict = verdict.item()  # numpy's bool
+    if not isinstance(verdict, bool) and verdict not in (0, 1):
+        raise RunError(
+            f"evaluation.grader: gives {type(verdict).__name__} {verdict!r} on {prompt.id}, not True or False"
+        )
+    return bool(verdict)
 
 
 def answer_questions(
@@ -81,7 +91,7 @@ def answer_questions(
     streams = [[(number,)] for number in range(len(prompts))]
     sampled = sample_groups(engine, prompts, streams, options, reporter, stop, "Evaluating")
     completions = [group[0] for group in sampled]
-    correct = [bool(grader(c.text, prompt.columns)) for prompt, c in zip(prompts, completions, strict=True)]
+    correct = [grade(grader, c.text, prompt) for prompt, c in zip(prompts, completions, strict=True)]
     return Evaluation(prompts, completions, correct)
 
 
@@ -105,10 +115,11 @@ def evaluate(
     reporter, stop = reporter or Silent(), stop or Stop()
     if max_tokens < 1 or (questions is not None and questions < 1):
         raise UsageError(f"questions = {questions}, max_tokens = {max_tokens}: must be at least 1")
+    choose_dtype(dtype, choose_device(device))
     judge = find_grader(grader)
-    rows = load_rows(task, "train" if task.endswith(".jsonl") else "test", options or {})[:questions]
+    rows = load_rows(task, "train" if task.endswith(".jsonl") else "test", options or {}, "task", "options")[:questions]
     source = find_model(str(model), reporter)
-    prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, task)
+    prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, task, source.vocabulary)
     check_grader(judge, prompts)
     policy = load_model(source, device, dtype, reporter)
     slots = choose_slots(policy, max(len(prompt.token_ids) for prompt in prompts), max_tokens, len(prompts))

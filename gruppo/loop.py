@@ -10,78 +10,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from gruppo.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
-from gruppo.config import Optimizer, Recipe, load_recipe
-from gruppo.errors import RunError, UsageError
+from gruppo.config import Optimizer
+from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
-from gruppo.interruption import Interrupted, Stop, stop_on_signals
+from gruppo.interruption import Interrupted, Stop
 from gruppo.machine import peak_memory
 from gruppo.methods import METHODS, assign_advantages, batch_loss, keep_logprobs
-from gruppo.models import LanguageModel, find_model, load_model, save_model, weights_sha256
+from gruppo.models import save_model, weights_sha256
 from gruppo.packing import Batch, pack
-from gruppo.preparation import Prepared, prepare
-from gruppo.reporting import Reporter, Silent
-from gruppo.rewards import RewardFunction
-from gruppo.rollout import describe_groups, rollout
+from gruppo.preparation import Prepared
+from gruppo.reporting import Reporter
+from gruppo.rollout import describe_groups, sample_groups, score_groups
 from gruppo.runlog import publish
 from gruppo.tables import EVALUATIONS, ROLLOUTS, rollout_rows
 from gruppo.tasks import draw_prompts
-from gruppo.types import Group, Metrics, Row
+from gruppo.types import Group, Metrics
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run came to. `metrics`: the lines of metrics.jsonl; `summary`: the content of summary.json."""
-
-    path: Path
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-    def load_model(self) -> LanguageModel:
-        """The trained model, loaded from the run folder."""
-        if self.summary["state"] != "done":
-            raise UsageError(f"{self.path}: the run is {self.summary['state']}; resume it until it is done")
-        return load_model(find_model(str(self.path / "model")))
-
-
-def train(
-    recipe: str | Path | Mapping[str, Any] | Recipe,
-    *,
-    reward: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
-    prompts: Sequence[Row] | None = None,
-    overrides: Sequence[str] = (),
-    out: str | Path | None = None,
-    resume: bool = False,
-    reporter: Reporter | None = None,
-) -> Result:
-    """Run a recipe, from a file, a mapping or a Recipe.
-
-    `reward`: a function, an import path or several, in place of the recipe's. `prompts`: rows with a `prompt` (text
-    or messages) and more columns, in place of the recipe's task. `overrides`: "section.field=value". `out`: the run
-    folder, by default runs/<name>. `resume`: go on with the run that the folder holds, if it holds one.
-
-    The first SIGINT or SIGTERM ends the run at the next safe point with a checkpoint; summary["state"] is then
-    "interrupted". Raises UsageError for what the caller can mend, RunError where a run could not go on.
-    """
-    rewards = _listed(reward)
-    settings = load_recipe(recipe, overrides)
-    if rewards is not None:
-        settings = _with_rewards(settings, rewards)
-    folder = Path(out) if out is not None else Path("runs") / settings.run.name
-    with ExitStack() as stack:
-        stop = stack.enter_context(stop_on_signals())
-        given = settings.reward.functions if rewards is None else rewards
-        prepared = prepare(settings, folder, resume, given, prompts, reporter or Silent(), stack)
-        return _Run(prepared, reporter or Silent(), stop).go()
+def run(prepared: Prepared, reporter: Reporter, stop: Stop) -> dict[str, Any]:
+    """Run what was prepared, from wherever its folder stands; returns the content of summary.json."""
+    return _Run(prepared, reporter, stop).go()
 
 
 class _Run:
@@ -91,9 +47,10 @@ class _Run:
         self.parts, self.recipe, self.run = prepared, prepared.recipe, prepared.run
         self.reporter, self.stop = reporter, stop
         self.state = State()
+        self.saved: tuple[int, bool] | None = None
 
-    def go(self) -> Result:
-        """From wherever the folder stands to the end, an interruption or a failure."""
+    def go(self) -> dict[str, Any]:
+        """From wherever the folder stands to the end, an interruption or a failure; the summary."""
         self._restore()
         outcome = "failed"
         try:
@@ -102,36 +59,35 @@ class _Run:
                 self._steps(advance)
             outcome = "done"
         except Interrupted:
-            save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
+            if self.saved != (self.state.step, self.state.evaluated):
+                self._save()
             outcome = "interrupted"
-        except KeyboardInterrupt:
-            outcome = "interrupted"
-            raise
         finally:
             summary = self._summary(outcome)
             self.run.write_json("summary.json", summary)
-        return Result(self.run.path, self.run.metrics(), summary)
+        return summary
 
     def _steps(self, advance: Callable[[float], None]) -> None:
         """Algorithm 1. At the top of the loop nothing is half done: that is where state is saved."""
-        saved = (self.state.step, self.state.evaluated)
         while True:
             if self._evaluation_due():
                 self._evaluate()
             last = self.state.step == self.recipe.run.steps
-            stands = (self.state.step, self.state.evaluated)
-            due = last or self.state.step % self.recipe.run.checkpoint_every == 0
-            if due and self.state.step and stands != saved:
-                with self.reporter.progress("Saving", None, ""):
-                    if last:
-                        self._save_result()
-                    save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
-                saved = stands
+            due = last or (self.state.step and self.state.step % self.recipe.run.checkpoint_every == 0)
+            if due and self.saved != (self.state.step, self.state.evaluated):
+                if last:
+                    self._save_result()
+                self._save()
             if last:
                 return
             self.stop.check()
             self._step()
             advance(1)
+
+    def _save(self) -> None:
+        with self.reporter.progress("Saving", None, ""):
+            save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
+        self.saved = (self.state.step, self.state.evaluated)
 
     def _step(self) -> None:
         parts, recipe, state = self.parts, self.recipe, self.state
@@ -139,18 +95,11 @@ class _Run:
         count, size = recipe.sampling.prompts_per_step, recipe.sampling.group_size
         prompts = draw_prompts(parts.prompts, recipe.run.seed, state.cursor, count)
         streams = [[(recipe.run.seed, step, state.cursor + i, j) for j in range(size)] for i in range(count)]
-        with clock("rollout"):
-            groups = rollout(
-                parts.engine,
-                prompts,
-                parts.pool,
-                streams,
-                parts.sampling,
-                {"global_step": state.step, "max_steps": recipe.run.steps},
-                metrics,
-                self.reporter,
-                self.stop,
-            )
+        with clock("generate"):
+            sampled = sample_groups(parts.engine, prompts, streams, parts.sampling, self.reporter, self.stop)
+        with clock("reward"):
+            progress = {"global_step": state.step, "max_steps": recipe.run.steps}
+            groups = score_groups(prompts, sampled, parts.pool, progress, metrics, self.reporter, self.stop)
         method = METHODS[recipe.method.name]
         assign_advantages(groups, method, recipe.method.mask_truncated)
         batches = pack(
@@ -158,15 +107,15 @@ class _Run:
         )
         rate = learning_rate(recipe.optimizer, state.step, recipe.run.steps)
         with clock("update"):
-            for _ in range(recipe.method.inner_updates if batches else 0):
-                self._update(batches, rate, metrics)
+            for number in range(recipe.method.inner_updates if batches else 0):
+                self._update(batches, rate, metrics, number)
         with clock("load_weights"):
             parts.engine.load_weights(parts.policy, step)
         keep_logprobs(groups, batches)
-        self._write_step(step, groups, rate, metrics, clock)
+        self._write_step(step, groups, rate, metrics, clock, bool(batches))
         state.step, state.cursor, state.evaluated = step, state.cursor + count, False
 
-    def _update(self, batches: Sequence[Batch], rate: float, metrics: Metrics) -> None:
+    def _update(self, batches: Sequence[Batch], rate: float, metrics: Metrics, number: int) -> None:
         """One optimizer step on the whole of the step's completions; the loss is a sum over micro-batches."""
         parts, recipe = self.parts, self.recipe
         parts.optimizer.zero_grad(set_to_none=True)
@@ -176,13 +125,13 @@ class _Run:
                 loss = batch_loss(
                     parts.policy, parts.reference, batch, recipe.method, recipe.sampling.temperature, metrics
                 )
-                self._require_finite(float(loss.detach()), "loss", [batch])
+                self._require_finite(float(loss.detach()), "loss", [batch], number)
                 with torch.autocast(parts.policy.device.type, enabled=False):
                     loss.backward()
                 total += float(loss.detach())
                 advance(1)
         norm = torch.nn.utils.clip_grad_norm_(parts.policy.model.parameters(), recipe.optimizer.max_grad_norm)
-        self._require_finite(float(norm), "gradient norm", batches)
+        self._require_finite(float(norm), "gradient norm", batches, number)
         for group in parts.optimizer.param_groups:
             group["lr"] = rate
         parts.optimizer.step()
@@ -191,40 +140,43 @@ class _Run:
         metrics.mean("optimizer/gradient_norm", float(norm))
         metrics.mean("optimizer/clipped", float(norm) > recipe.optimizer.max_grad_norm)
 
-    def _require_finite(self, value: float, what: str, batches: Sequence[Batch]) -> None:
+    def _require_finite(self, value: float, what: str, batches: Sequence[Batch], update: int) -> None:
         """Stop before the optimizer where a number is not finite, keeping the batches for inspection."""
         if math.isfinite(value):
             return
         step = self.state.step + 1
-        for number, batch in enumerate(batches):
-            path = self.run.path / f"nonfinite-step-{step:06d}-{number}.safetensors"
+        for index, batch in enumerate(batches):
+            path = self.run.path / f"nonfinite-step-{step:06d}-{index}.safetensors"
             tensors = {name: getattr(batch, name) for name in batch.__slots__}
             tensors = {name: each for name, each in tensors.items() if isinstance(each, torch.Tensor)}
             save_file(tensors, path.with_suffix(".writing"))
             publish(path.with_suffix(".writing"), path)
-        message = f"the {what} of step {step} is {value}; the weights were not touched, the batch is in {self.run.path}"
+        where = f"step {step}" + (f", inner update {update + 1}" if self.recipe.method.inner_updates > 1 else "")
+        message = f"the {what} of {where} is {value}; this update was not made, and its batch is in {self.run.path}"
         self.run.event("nonfinite", message, step)
-        raise RunError(f"{message}; resume from the last checkpoint with a lower optimizer.learning_rate in a new run")
+        raise RunError(f"{message}; look at the batch, and begin again with a lower optimizer.learning_rate")
 
-    def _write_step(self, step: int, groups: list[Group], rate: float, metrics: Metrics, clock: _Clock) -> None:
+    def _write_step(
+        self, step: int, groups: list[Group], rate: float, metrics: Metrics, clock: _Clock, updated: bool
+    ) -> None:
         parts = self.parts
         describe_groups(groups, metrics)
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         metrics.mean("optimizer/learning_rate", rate)
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
-        self._warn(step, groups)
+        self._warn(step, groups, updated)
         with clock("write"):
             self.run.table("rollouts", step, rollout_rows(step, groups, parts.policy.tokenizer), ROLLOUTS)
         self.state.train_seconds += clock.total
         for name, seconds in clock.seconds.items():
             metrics.mean(f"time/{name}", seconds)
         metrics.mean("time/step", clock.total)
-        metrics.mean("time/tokens_per_second", tokens, clock.seconds["rollout"])
+        metrics.mean("time/tokens_per_second", tokens, clock.seconds["generate"])
         values = {"step": step, **metrics.reduce()}
         self.run.metric(values)
         self.reporter.step(values)
 
-    def _warn(self, step: int, groups: Sequence[Group]) -> None:
+    def _warn(self, step: int, groups: Sequence[Group], updated: bool) -> None:
         """Events for abstentions and for steps that teach nothing."""
         for group in groups:
             failures = {reward.failure for reward in group.rewards if reward.failure}
@@ -236,7 +188,7 @@ class _Run:
             self.reporter.note(f"Step {step}: {failed} completions abstain because a reward failed; see events.jsonl")
         if not any(group.has_signal for group in groups):
             reasons = sorted({group.skipped for group in groups if group.skipped})
-            only = "only the KL term moves the policy" if self.recipe.method.kl_coef else "the policy is not updated"
+            only = "only the KL term moves the policy" if updated else "the policy is not updated"
             message = f"no group of this step carries a signal ({'; '.join(reasons)}), so {only}"
             self.run.event("no_signal", message, step)
             self.reporter.note(f"Step {step}: {message}")
@@ -276,6 +228,7 @@ class _Run:
         folder, problems = newest_checkpoint(self.run)
         if folder is not None:
             self.state = load_state(folder)
+            self.saved = (self.state.step, self.state.evaluated)
             load_tensors(folder, self.parts.policy.model, self.parts.optimizer)
         begun = bool(self.run.lengths()["metrics.jsonl"])
         self.run.cut_back(self.state.lengths, self.state.step)
@@ -333,22 +286,3 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return settings.learning_rate * factor[settings.schedule]
-
-
-def _listed(reward: str | RewardFunction | Sequence[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
-    if reward is None:
-        return None
-    if isinstance(reward, str) or callable(reward):
-        return [reward]
-    return list(reward)
-
-
-def _with_rewards(recipe: Recipe, rewards: Sequence[str | RewardFunction]) -> Recipe:
-    """The recipe with the names of the given rewards, so that the run folder says what scored it."""
-    names = [
-        each if isinstance(each, str) else f"given:{getattr(each, '__qualname__', type(each).__name__)}"
-        for each in rewards
-    ]
-    weights = recipe.reward.weights if len(recipe.reward.weights) == len(names) else []
-    section = recipe.reward.model_copy(update={"functions": names, "weights": weights})
-    return recipe.model_copy(update={"reward": section})

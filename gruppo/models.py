@@ -132,9 +132,9 @@ def find_model(name: str, reporter: Reporter | None = None) -> ModelSource:
         tokenizer = AutoTokenizer.from_pretrained(location)
     except Exception as error:  # configs and tokenizers are other people's files: anything can be wrong with them
         raise UsageError(
-            f"model.name = {name!r}: cannot be loaded ({_first_line(error)}); write a hub name, a local folder, a .gguf file or "
-            f"one of: {', '.join(ALIASES)}"
-        ) from None
+            f"model.name = {name!r}: cannot be loaded ({_first_line(error)}); write a hub name, a local folder, a "
+            f".gguf file or one of: {', '.join(ALIASES)}"
+        ) from error
     if problem := _unsupported(config):
         raise UsageError(f"model.name = {name!r}: {problem}")
     return ModelSource(location, config, tokenizer)
@@ -157,11 +157,13 @@ def _load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTrain
     """The model with all of its weights. Raises UsageError where a tensor is missing, left over or of another shape:
     transformers would go on with random numbers."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # weights are other people's files: anything can be wrong with them
         raise UsageError(
             f"model.name: the weights in {location} cannot be loaded ({_first_line(error)}); give a whole model"
         ) from error
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(name) for name in report[kind] if "rotary_emb.inv_freq" not in str(name))
         if names:
@@ -169,8 +171,7 @@ def _load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTrain
                 f"model.name: the weights in {location} do not fit their config: {len(names)} tensors are "
                 f"{kind.removesuffix('_keys')} ({names[0]}, …); give the config and weights of one model"
             )
-    found: PreTrainedModel = model
-    return found
+    return model
 
 
 def _first_line(error: BaseException) -> str:

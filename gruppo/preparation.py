@@ -1,8 +1,9 @@
-"""Everything that a run needs, checked from the cheapest to the dearest: recipe, folder, data, rewards, weights."""
+"""Everything that a run needs, after `preflight`, from the cheapest to the dearest: rewards, tokens, weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,25 @@ from gruppo.engines.native import NativeEngine, choose_slots
 from gruppo.errors import UsageError
 from gruppo.evaluation import check_grader
 from gruppo.machine import describe
-from gruppo.models import LanguageModel, choose_device, choose_dtype, find_model, load_model, weights_sha256
+from gruppo.models import (
+    LanguageModel,
+    ModelSource,
+    choose_device,
+    choose_dtype,
+    find_model,
+    load_model,
+    weights_sha256,
+)
 from gruppo.packing import choose_budget
+from gruppo.preflight import Data
 from gruppo.reporting import Reporter
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.pool import RewardPool
 from gruppo.runlog import RunFolder, check_folder
-from gruppo.tasks import Split, checked_rows, load_rows, tokenize_rows
-from gruppo.tasks.answers import Grader, find_grader
-from gruppo.types import Prompt, Row
+from gruppo.tables import as_json
+from gruppo.tasks import tokenize_rows
+from gruppo.tasks.answers import Grader
+from gruppo.types import Prompt
 
 
 @dataclass
@@ -50,37 +61,32 @@ def prepare(
     folder: Path,
     resume: bool,
     rewards: Sequence[str | RewardFunction],
-    rows: Sequence[Row] | None,
+    data: Data,
     reporter: Reporter,
     stack: ExitStack,
 ) -> Prepared:
-    """Build a run from its recipe. Processes and locks are left to `stack`. Raises UsageError before weights are
-    loaded wherever it can."""
-    check_folder(folder, recipe, resume)
-    train_rows, test_rows, grader = _rows(recipe, rows)
-    columns = set.intersection(*(set(row) for row in train_rows)) - {"prompt"}
-    choose_device(recipe.model.device)
+    """Build a run from its recipe and its data. Processes and locks are left to `stack`. Raises UsageError before
+    weights are loaded wherever it can."""
+    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     run = RunFolder(folder)
     stack.callback(run.close)
+    check_folder(folder, recipe, resume)  # again, as another run may have come and gone before the lock was ours
+    settings = recipe.reward
     pool = RewardPool(
-        rewards,
-        recipe.reward.weights,
-        sorted(columns),
-        recipe.reward.timeout,
-        recipe.reward.workers,
-        folder / "rewards.log",
+        rewards, settings.weights, data.columns, settings.timeout, settings.workers, folder / "rewards.log"
     )
     stack.callback(pool.close)
     source = find_model(recipe.model.name, reporter)
-    limit = recipe.sampling.max_tokens
-    prompts = tokenize_rows(train_rows, source.tokenizer, source.context, limit, recipe.task.name)
+    context, limit = source.context, recipe.sampling.max_tokens
+    prompts = tokenize_rows(data.rows, source.tokenizer, context, limit, data.rows_name, source.vocabulary)
     questions: list[Prompt] = []
-    if recipe.evaluation is not None and grader is not None:
-        limit = max(limit, recipe.evaluation.max_tokens or 0)
-        name = recipe.evaluation.task or f"{recipe.task.name} (held out)"
-        questions = tokenize_rows(test_rows, source.tokenizer, source.context, limit, name)
-        check_grader(grader, questions)
-    policy, chosen = _load_policy(recipe, run, source, prompts + questions, limit, reporter)
+    if recipe.evaluation is not None and data.grader is not None:
+        own = recipe.evaluation.max_tokens or limit
+        name = data.questions_name
+        questions = tokenize_rows(data.questions, source.tokenizer, context, own, name, source.vocabulary)
+        check_grader(data.grader, questions)
+        limit = max(limit, own)
+    policy, chosen = _load_policy(recipe, run, source, prompts, questions, limit, pool.digests, reporter)
     return Prepared(
         recipe=recipe,
         run=run,
@@ -90,7 +96,7 @@ def prepare(
         pool=pool,
         prompts=prompts,
         questions=questions,
-        grader=grader,
+        grader=data.grader,
         optimizer=make_optimizer(recipe, policy),
         budget=chosen["micro_batch_tokens"],
         sampling=SamplingOptions(recipe.sampling.temperature, recipe.sampling.max_tokens),
@@ -113,47 +119,37 @@ def make_optimizer(recipe: Recipe, policy: LanguageModel) -> torch.optim.Optimiz
     )
 
 
-def _rows(recipe: Recipe, rows: Sequence[Row] | None) -> tuple[list[Row], list[Row], Grader | None]:
-    if rows is None:
-        train_rows = load_rows(recipe.task.name, "train", recipe.task.options)
-    else:
-        train_rows = checked_rows(rows, "prompts")
-    settings = recipe.evaluation
-    if settings is None:
-        return train_rows, [], None
-    if settings.task is None and rows is not None:
-        raise UsageError("evaluation.task: missing; prompts given as rows have no held-out part: name a task or file")
-    if settings.task is None:
-        test_rows = load_rows(recipe.task.name, "test", recipe.task.options)
-    else:
-        split: Split = "train" if settings.task.endswith(".jsonl") else "test"
-        test_rows = load_rows(settings.task, split, settings.options, "evaluation.task")
-    return train_rows, test_rows[: settings.questions], find_grader(settings.grader)
-
-
 def _load_policy(
-    recipe: Recipe, run: RunFolder, source: Any, prompts: Sequence[Prompt], max_tokens: int, reporter: Reporter
+    recipe: Recipe,
+    run: RunFolder,
+    source: ModelSource,
+    prompts: Sequence[Prompt],
+    questions: Sequence[Prompt],
+    max_tokens: int,
+    rewards: Sequence[str],
+    reporter: Reporter,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Load the weights, and choose what depends on the machine, or keep what the run chose when it began."""
     before = run.read_json("environment.json")
-    device = choose_device(recipe.model.device)
-    dtype = (
-        before["chosen"]["dtype"] if before else str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    )
+    chosen: dict[str, Any] = before["chosen"] if before else {}
+    device = choose_device(chosen.get("device", recipe.model.device))
+    dtype = chosen.get("dtype") or str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     policy = load_model(source, device.type, dtype, reporter)
-    digest = weights_sha256(policy.model)
+    identity = {
+        "start_weights_sha256": weights_sha256(policy.model),
+        "data_sha256": _data_sha256(prompts, questions),
+        "rewards_sha256": list(rewards),
+    }
     if before:
-        if before["start_weights_sha256"] != digest:
-            raise UsageError(
-                f'model.name = "{recipe.model.name}": its weights are not those that this run began with; put them '
-                "back, or start again with --out"
-            )
-        return policy, before["chosen"]
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    wanted = max(
-        recipe.sampling.prompts_per_step * recipe.sampling.group_size,
-        recipe.evaluation.questions if recipe.evaluation else 1,
-    )
+        _require_same(before, identity)
+        if before["rewards_sha256"] != identity["rewards_sha256"]:
+            message = "the reward functions have changed since the run began; from here on it is another run's"
+            run.event("reward_changed", message, 0)
+            reporter.note(f"Note: {message}")
+        torch.set_num_threads(chosen["threads"])
+        return policy, chosen
+    longest = max(len(prompt.token_ids) for prompt in [*prompts, *questions])
+    wanted = max(recipe.sampling.prompts_per_step * recipe.sampling.group_size, len(questions))
     chosen = {
         "device": device.type,
         "dtype": dtype,
@@ -162,5 +158,21 @@ def _load_policy(
         "micro_batch_tokens": choose_budget(policy),
     }
     run.start(recipe)
-    run.write_json("environment.json", {**describe(device), "chosen": chosen, "start_weights_sha256": digest})
+    run.write_json("environment.json", {**describe(device), "chosen": chosen, **identity})
     return policy, chosen
+
+
+def _data_sha256(prompts: Sequence[Prompt], questions: Sequence[Prompt]) -> str:
+    """A hash over the token ids and columns of all questions, in order."""
+    digest = hashlib.sha256()
+    for prompt in [*prompts, *questions]:
+        digest.update(as_json([prompt.id, prompt.token_ids, dict(prompt.columns)]).encode())
+    return digest.hexdigest()
+
+
+def _require_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key, what in (("start_weights_sha256", "weights of the start model"), ("data_sha256", "questions")):
+        if before[key] != now[key]:
+            raise UsageError(
+                f"--resume: the {what} are not those that this run began with; put them back, or start again with --out"
+            )

@@ -34,21 +34,23 @@ def sample_groups(
         return engine.generate(requests, options, advance)
 
 
-def rollout(
-    engine: Engine,
+def score_groups(
     prompts: Sequence[Prompt],
+    sampled: Sequence[Sequence[Completion]],
     pool: RewardPool,
-    streams: Sequence[Sequence[tuple[int, ...]]],
-    options: SamplingOptions,
     state: Mapping[str, Any],
     metrics: Metrics,
     reporter: Reporter,
     stop: Stop,
 ) -> list[Group]:
-    """Sample a group for each prompt and score it; what rewards log goes into `metrics`."""
-    sampled = sample_groups(engine, prompts, streams, options, reporter, stop)
+    """Groups with their rewards; what reward functions log goes into `metrics`."""
     with reporter.progress("Rewarding", len(prompts), "groups") as show:
-        rewards, logged = pool.score(list(zip(prompts, sampled, strict=True)), state, show)
+
+        def advance(groups: float) -> None:
+            stop.check()
+            show(groups)
+
+        rewards, logged = pool.score(list(zip(prompts, sampled, strict=True)), state, advance)
     stop.check()
     for name, values in logged.items():
         metrics.mean(f"reward/log/{name}", sum(values), len(values))

@@ -26,6 +26,7 @@ from gruppo.config import Recipe
 from gruppo.errors import UsageError
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
+_ASIDE = ".replaced-"
 
 
 class RunFolder:
@@ -33,8 +34,11 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = (path / "lock").open("a")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / "lock").open("a")
+        except OSError as error:
+            raise UsageError(f"--out {path}: cannot be written to ({error}); choose another folder") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -76,7 +80,13 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Read a JSON file; None where there is none."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise UsageError(f"{path}: is damaged ({error}); start again with another --out") from error
+        return content
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each append-only file."""
@@ -149,13 +159,31 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Sync a finished file or folder and give it its name, replacing what had it."""
+    """Sync a finished file or folder and give it its name, replacing what had it.
+
+    A folder cannot replace a folder in one stroke: the old one is set aside, and `recover` brings it back where a kill
+    came in between.
+    """
     for each in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
         _sync(each)
+    aside = path.with_name(_ASIDE + path.name)
     if path.is_dir():
-        shutil.rmtree(path)
+        path.rename(aside)
     temporary.replace(path)
     _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(parent: Path) -> None:
+    """Undo what a kill left half done in a folder of folders: bring back what was set aside, drop what was begun."""
+    for aside in parent.glob(_ASIDE + "*"):
+        path = parent / aside.name.removeprefix(_ASIDE)
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(path)
+    for begun in parent.glob(".writing-*"):
+        shutil.rmtree(begun)
 
 
 def _sync(path: Path) -> None:

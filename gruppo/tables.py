@@ -55,6 +55,14 @@ EVALUATIONS = pa.schema(
 )
 
 
+def as_json(value: Any) -> str:
+    """A value of a user's row as JSON; what JSON cannot say, as its text."""
+    try:
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):
+        return json.dumps(str(value))
+
+
 def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """A row a completion: texts, token ids and their texts, log-probabilities, rewards, advantages, and whether the
     completion was trained on or why not. Lists have one entry a token; log-probabilities that were not computed are
@@ -72,11 +80,9 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
             "step": step,
             "group": index,
             "prompt_id": group.prompt.id,
-            "prompt": group.prompt.content
-            if isinstance(group.prompt.content, str)
-            else json.dumps(group.prompt.content),
+            "prompt": group.prompt.content if isinstance(group.prompt.content, str) else as_json(group.prompt.content),
             "prompt_token_ids": list(group.prompt.token_ids),
-            "columns": json.dumps(dict(group.prompt.columns), default=str),
+            "columns": as_json(dict(group.prompt.columns)),
             "skipped": group.skipped,
         }
         for number, (completion, reward) in enumerate(zip(group.completions, group.rewards, strict=True)):
@@ -88,9 +94,9 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "finish_reason": completion.finish_reason,
                     "policy_version": completion.policy_version,
                     "reward": reward.total,
-                    "reward_parts": json.dumps(dict(reward.parts)),
+                    "reward_parts": as_json(dict(reward.parts)),
                     "failure": reward.failure,
-                    "extra": json.dumps(dict(reward.extra)),
+                    "extra": as_json(dict(reward.extra)),
                     "trained": group.trained[number],
                     "token_ids": list(completion.token_ids),
                     "token_texts": [token_text(token) for token in completion.token_ids],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from gruppo.loop import Result, train
+from gruppo.entry import Result, train
 
 ROWS = [{"prompt": f"{first}{second}", "answer": first} for first in "abcdef" for second in "123"]
 

@@ -12,11 +12,12 @@ LEVELS = [
     ["types", "errors", "config", "reporting", "imports", "interruption"],
     ["maths", "stats", "tasks", "runlog", "machine"],
     ["attention", "models"],
-    ["engines", "rewards", "packing", "checkpoint", "tables"],
+    ["engines", "rewards", "packing", "checkpoint", "tables", "preflight"],
     ["rollout", "methods"],
     ["evaluation"],
     ["preparation"],
     ["loop"],
+    ["entry"],
     ["summary"],
     ["console"],
     ["cli"],
@@ -72,6 +73,7 @@ def loaded_by(code: str) -> set[str]:
 def test_help_and_recipes_need_no_torch() -> None:
     assert not {"torch", "transformers", "numpy"} & loaded_by("import gruppo.cli")
     assert not {"torch", "transformers", "numpy"} & loaded_by("from gruppo import load_recipe")
+    assert not {"torch", "transformers"} & loaded_by("from gruppo import train")
 
 
 def test_reward_processes_need_no_torch() -> None:

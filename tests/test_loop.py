@@ -15,8 +15,9 @@ import gruppo
 import gruppo.methods
 from gruppo.config import Optimizer
 from gruppo.engines.native import NativeEngine
+from gruppo.entry import Result, train
 from gruppo.errors import RunError, UsageError
-from gruppo.loop import Result, learning_rate, train
+from gruppo.loop import learning_rate
 from gruppo.models import weights_sha256
 from gruppo.runlog import read_lines
 from tests.rewards.functions import likes_letters
@@ -75,7 +76,7 @@ def test_every_step_has_its_metrics(finished: Result) -> None:
             "advantage/max", "advantage/min", "policy/ratio_mean", "policy/ratio_max", "policy/clipped_low",
             "policy/clipped_high", "policy/kl", "engine/logprob_difference_mean", "engine/logprob_difference_max",
             "policy/entropy", "completion/length", "completion/truncated", "optimizer/gradient_norm",
-            "optimizer/learning_rate", "time/tokens_per_second", "time/rollout", "time/update", "memory/peak_bytes",
+            "optimizer/learning_rate", "time/tokens_per_second", "time/generate", "time/reward", "time/update", "memory/peak_bytes",
             "loss/total",
         } <= set(line)  # fmt: skip
         assert line["engine/logprob_difference_max"] < 1e-4

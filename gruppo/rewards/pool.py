@@ -17,18 +17,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 
-from gruppo.errors import UsageError
+from gruppo.errors import RunError, UsageError
 from gruppo.reporting import Advance
 from gruppo.rewards import RewardFunction, combine, reward_path
 from gruppo.types import Completion, Prompt, Reward
 
 LOAD_TIMEOUT = 120.0
+TICK_SECONDS = 0.5
+
+_Job = tuple[int, int]  # group, function
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +76,8 @@ class RewardPool:
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(self._load, log))
-            for worker in self._workers:
-                worker.ready()
+            loaded = [worker.load() for worker in self._workers]
+            self.digests = loaded[0]
         except BaseException:
             self.close()
             raise
@@ -99,22 +103,23 @@ class RewardPool:
         """Rewards of every completion of every group, and what the functions logged as metrics.
 
         `state` becomes `trainer_state`. A call that raises, hangs, dies or returns nonsense makes its completions
-        abstain, with the reason; a value that is not a finite number makes its own completion abstain.
+        abstain, with the reason; a value that is not a finite number makes its own completion abstain. `advance` is
+        called at least every half second and may raise: then the processes that are busy are replaced.
         """
         jobs = [(index, function) for index in range(len(groups)) for function in range(len(self.names))]
         arguments = [_arguments(prompt, completions) for prompt, completions in groups]
-        outcomes: dict[tuple[int, int], Outcome] = {}
+        outcomes: dict[_Job, Outcome] = {}
+        show = advance or (lambda _: None)
 
-        def call(job: tuple[int, int]) -> bytes:
+        def call(job: _Job) -> bytes:
             message = {"kind": "call", "function": job[1], "arguments": arguments[job[0]], "state": dict(state)}
-            return pickle.dumps(message)
+            return _pickled(message)
 
-        def done(job: tuple[int, int], answer: Mapping[str, Any]) -> None:
+        def done(job: _Job, answer: Mapping[str, Any]) -> None:
             outcomes[job] = _outcome(answer, len(groups[job[0]][1]))
-            if advance is not None:
-                advance(1 / len(self.names))
+            show(1 / len(self.names))
 
-        self._run(deque(jobs), call, done)
+        self._run(deque(jobs), call, done, lambda: show(0))
         metrics: dict[str, list[float]] = {}
         for outcome in (outcomes[job] for job in jobs):
             for name, values in outcome.metrics.items():
@@ -132,37 +137,53 @@ class RewardPool:
 
     def _run(
         self,
-        jobs: deque[tuple[int, int]],
-        call: Callable[[tuple[int, int]], bytes],
-        done: Callable[[tuple[int, int], Mapping[str, Any]], None],
+        jobs: deque[_Job],
+        call: Callable[[_Job], bytes],
+        done: Callable[[_Job, Mapping[str, Any]], None],
+        tick: Callable[[], None],
     ) -> None:
-        busy: dict[_Worker, tuple[tuple[int, int], float]] = {}
-        while jobs or busy:
-            for worker in self._workers:
-                if jobs and worker not in busy:
-                    job = jobs.popleft()
-                    busy[worker] = job, time.monotonic() + self.timeout
-                    worker.send(call(job))
-            patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
-            ready = wait([worker.answers for worker in busy], patience)
-            for worker, (job, deadline) in list(busy.items()):
-                if worker.answers in ready:
-                    answer = worker.receive()
-                elif time.monotonic() >= deadline:
-                    answer = {"failure": f"took longer than reward.timeout = {self.timeout:g} s"}
-                    worker.kill()
-                else:
-                    continue
-                del busy[worker]
-                if worker.dead:
-                    self._replace(worker)
+        """Give jobs to idle workers until all are done. A worker without a job may be loading its functions."""
+        busy: dict[_Worker, tuple[_Job | None, float]] = {}
+        try:
+            while jobs or any(job is not None for job, _ in busy.values()):
+                for worker in self._workers:
+                    if worker in busy:
+                        continue
+                    if not worker.loaded:
+                        busy[worker] = None, time.monotonic() + LOAD_TIMEOUT
+                    elif jobs:
+                        busy[worker] = jobs[0], time.monotonic() + self.timeout
+                        worker.send(call(jobs.popleft()))
+                patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
+                wait([worker.answers for worker in busy], min(patience, TICK_SECONDS))
+                self._collect(busy, done)
+                tick()
+        except BaseException:
+            for worker in busy:
+                worker.kill()
+                self._replace(worker)
+            raise
+
+    def _collect(
+        self, busy: dict[_Worker, tuple[_Job | None, float]], done: Callable[[_Job, Mapping[str, Any]], None]
+    ) -> None:
+        """Take the answers that have come, and give up on workers whose time is over."""
+        for worker, (job, deadline) in list(busy.items()):
+            answer = worker.answer_by(deadline)
+            if answer is None:
+                continue
+            del busy[worker]
+            if worker.dead:
+                self._replace(worker)
+            if job is not None:
                 done(job, answer)
+            elif answer.get("digests") == self.digests:
+                worker.loaded = True
+            else:
+                raise RunError(_reload_problem(answer))
 
     def _replace(self, worker: _Worker) -> None:
-        worker.kill()
-        fresh = _Worker(self._load, self._log)
-        self._workers[self._workers.index(worker)] = fresh
-        fresh.ready()
+        self._workers[self._workers.index(worker)] = _Worker(self._load, self._log)
 
 
 class _Worker:
@@ -183,7 +204,7 @@ class _Worker:
         os.close(call_read)
         os.close(answer_write)
         self.calls, self.answers = Connection(call_write, readable=False), Connection(answer_read, writable=False)
-        self.dead = False
+        self.dead = self.loaded = False
         self.send(load)
 
     def send(self, message: bytes) -> None:
@@ -191,41 +212,76 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):
             self.calls.send_bytes(message)
 
-    def receive(self) -> dict[str, Any]:
-        """The answer that has arrived; a failure where the process is gone or speaks nonsense."""
+    def answer_by(self, deadline: float) -> dict[str, Any] | None:
+        """The answer that has arrived, a failure where the process is gone or the deadline is past, else None."""
+        if self.answers.poll():
+            return self._receive()
+        if time.monotonic() < deadline:
+            return None
+        self.kill()
+        return {"failure": "took longer than its time (reward.timeout)"}
+
+    def _receive(self) -> dict[str, Any]:
         try:
             answer = json.loads(self.answers.recv_bytes())
             if isinstance(answer, dict):
                 return answer
             raise ValueError("not an answer")
         except (EOFError, OSError, ValueError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
             self.kill()
-            code = self.process.returncode
-            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-            return {"failure": f"its process died ({how})"}
+            return {"failure": f"its process died ({_how(self.process.returncode)}); see rewards.log"}
 
-    def ready(self) -> None:
-        """Wait until the functions are loaded. Raises UsageError where they cannot be."""
-        if not wait([self.answers], LOAD_TIMEOUT):
-            self.kill()
-            raise UsageError(f"reward.functions: importing them took longer than {LOAD_TIMEOUT:g} s; import less")
-        answer = self.receive()
-        if problem := answer.get("error") or answer.get("failure"):
-            self.kill()
-            raise UsageError(problem if "error" in answer else f"reward.functions: while importing them, {problem}")
+    def load(self) -> list[str]:
+        """Wait until the functions are loaded; a hash of each one's code. Raises UsageError where they cannot be."""
+        wait([self.answers], LOAD_TIMEOUT)
+        answer = self.answer_by(0.0)
+        assert answer is not None
+        if "digests" in answer:
+            self.loaded = True
+            digests: list[str] = answer["digests"]
+            return digests
+        self.kill()
+        raise UsageError(str(answer.get("error") or f"reward.functions: while importing them, {answer['failure']}"))
 
     def kill(self) -> None:
-        """Kill the process and whatever it started."""
+        """Kill the process and its process group."""
         self.dead = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.calls, self.answers):
             pipe.close()
 
 
+def _how(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _reload_problem(answer: Mapping[str, Any]) -> str:
+    """Why a replaced reward process cannot go on with the functions that the run began with."""
+    why = answer.get("error") or answer.get("failure") or "its code has changed since the run began"
+    return f"a reward process was replaced, and its functions could not be loaded again ({why}); mend them and resume"
+
+
+def _pickled(message: Mapping[str, Any]) -> bytes:
+    """cloudpickle carries more but is slower."""
+    try:
+        return pickle.dumps(message)
+    except Exception:  # noqa: BLE001  a column can be any object
+        return cloudpickle.dumps(message)  # type: ignore[no-any-return]
+
+
 def _carried(function: RewardFunction) -> bytes:
+    if not callable(function):
+        raise UsageError(f"reward = {function!r}: neither a function nor an import path; give one of them")
     try:
         return cloudpickle.dumps(function)  # type: ignore[no-any-return]
     except Exception as error:
@@ -242,7 +298,11 @@ def _name(function: str | RewardFunction) -> str:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    return [name if names.index(name) == place else f"{name}_{place}" for place, name in enumerate(names)]
+    unique: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in count(1))
+        unique.append(name if name not in unique else next(each for each in numbered if each not in unique))
+    return unique
 
 
 def _arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -257,9 +317,9 @@ def _arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, A
     }
 
 
-def _outcome(answer: Mapping[str, Any], count: int) -> Outcome:
+def _outcome(answer: Mapping[str, Any], size: int) -> Outcome:
     if "failure" in answer:
-        return Outcome([_writable(answer["failure"])] * count, {}, {})
+        return Outcome([_writable(answer["failure"])] * size, {}, {})
     values = [_writable(value["bad"]) if isinstance(value, dict) else value for value in answer["values"]]
     return Outcome(values, answer["metrics"], answer["extra"])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import hashlib
 import inspect
 import json
 import pickle
@@ -16,7 +17,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,22 +34,29 @@ _PR_SET_PDEATHSIG = 1
 def serve(calls: Connection, answers: Connection) -> None:
     """Load the functions of the first message, then answer calls until the trainer hangs up."""
     functions: list[RewardFunction] = []
-    while True:
-        try:
-            message = pickle.loads(calls.recv_bytes())
-        except EOFError:
-            return
-        if message["kind"] == "load":
-            functions = []
-            sys.path += [place for place in message["path"] if place not in sys.path]
-            answer = _load(message["functions"], message["columns"], functions)
-        else:
-            answer = _score(functions[message["function"]], message["arguments"], message["state"])
-        answers.send_bytes(json.dumps(answer).encode())
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                content = calls.recv_bytes()
+            except EOFError:
+                return
+            answers.send_bytes(json.dumps(_answer(content, functions, runner)).encode())
+
+
+def _answer(content: bytes, functions: list[RewardFunction], runner: asyncio.Runner) -> dict[str, Any]:
+    try:
+        message = pickle.loads(content)
+    except Exception as error:  # noqa: BLE001  a row's column can be an object that this process cannot make
+        return {"failure": f"a column of the row cannot be carried into the reward's process ({_describe(error)})"}
+    if message["kind"] == "load":
+        sys.path += [place for place in message["path"] if place not in sys.path]
+        return _load(message["functions"], message["columns"], functions)
+    return _score(functions[message["function"]], message["arguments"], message["state"], runner)
 
 
 def _load(sources: Sequence[str | bytes], columns: Sequence[str], functions: list[RewardFunction]) -> dict[str, Any]:
-    """Import paths or pickled functions; the answer is {} or {"error": why}."""
+    """Import paths or pickled functions; the answer is {"digests": a hash of each one's code} or {"error": why}."""
+    digests = []
     for source in sources:
         try:
             if isinstance(source, bytes):
@@ -63,7 +73,20 @@ def _load(sources: Sequence[str | bytes], columns: Sequence[str], functions: lis
                 "define it in a file and name it by import path"
             }
         functions.append(function)
-    return {}
+        digests.append(_digest(source, function))
+    return {"digests": digests}
+
+
+def _digest(source: str | bytes, function: RewardFunction) -> str:
+    """SHA-256 of the file that defines the function, or of its pickle where it came as one."""
+    if isinstance(source, bytes):
+        code = getattr(function, "__code__", None)
+        content = source if code is None else code.co_code + repr(code.co_names).encode()
+    else:
+        module = sys.modules.get(getattr(function, "__module__", None) or type(function).__module__)
+        file = getattr(module, "__file__", None)
+        content = Path(file).read_bytes() if file else source.encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_signature(function: RewardFunction, name: str, columns: Sequence[str]) -> None:
@@ -94,7 +117,9 @@ def check_signature(function: RewardFunction, name: str, columns: Sequence[str])
         )
 
 
-def _score(function: RewardFunction, arguments: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+def _score(
+    function: RewardFunction, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
+) -> dict[str, Any]:
     """{"values": [number, None, or {"bad": text}], "metrics": …, "extra": …} or {"failure": why}."""
     metrics: dict[str, list[float]] = {}
     extra: dict[str, Any] = {}
@@ -109,9 +134,9 @@ def _score(function: RewardFunction, arguments: Mapping[str, Any], state: Mappin
     try:
         result = function(**_accepted(function, offered))
         if inspect.isawaitable(result):
-            result = asyncio.run(_awaited(result))
+            result = runner.run(_awaited(result))
         values = _values(result, len(arguments["completions"]))
-    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a reward raises is its abstention
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001  all of it is an abstention
         return {"failure": _describe(error)}
     return {"values": values, "metrics": metrics, "extra": extra}
 
@@ -134,11 +159,12 @@ async def _awaited(result: Any) -> Any:
 def _values(result: Any, count: int) -> list[Any]:
     if hasattr(result, "tolist"):  # arrays and tensors
         result = result.tolist()
-    if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
+    if isinstance(result, str | bytes | Mapping | set | frozenset) or not hasattr(result, "__iter__"):
         raise TypeError(f"returned {_plain(result)[:100]}, not a list of {count} numbers")
-    values = list(result)
+    values = list(islice(result, count + 1))
     if len(values) != count:
-        raise ValueError(f"returned {len(values)} values for {count} completions")
+        number = len(values) if len(values) < count else "more"
+        raise ValueError(f"returned {number} values for {count} completions")
     return [_number(value) for value in values]
 
 

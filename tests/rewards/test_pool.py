@@ -95,8 +95,8 @@ def test_metrics_extra_and_state() -> None:
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("hang", "longer than reward.timeout"),
-        ("spin", "longer than reward.timeout"),
+        ("hang", "reward.timeout"),
+        ("spin", "reward.timeout"),
         ("exit", "died (exit code 3)"),
         ("system exit", "SystemExit"),
         ("raise", "RuntimeError: broken on purpose"),

@@ -1,0 +1,94 @@
+"""`gruppo.train`: from a recipe to a run. Mistakes that need no torch to be seen are told before it is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gruppo.config import Recipe, Task, load_recipe
+from gruppo.errors import UsageError
+from gruppo.interruption import stop_on_signals
+from gruppo.preflight import preflight
+from gruppo.reporting import Reporter, Silent
+from gruppo.rewards import RewardFunction
+from gruppo.types import Row
+
+if TYPE_CHECKING:
+    from gruppo.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. `metrics`: the lines of metrics.jsonl; `summary`: the content of summary.json."""
+
+    path: Path
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    def load_model(self) -> LanguageModel:
+        """The trained model, loaded from the run folder."""
+        if self.summary["state"] != "done":
+            raise UsageError(f"{self.path}: the run is {self.summary['state']}; resume it until it is done")
+        from gruppo.models import find_model, load_model
+
+        return load_model(find_model(str(self.path / "model")))
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    reward: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
+    prompts: Sequence[Row] | None = None,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Run a recipe, from a file, a mapping or a Recipe.
+
+    `reward`: a function, an import path or several, in place of the recipe's. `prompts`: rows with a `prompt` (text
+    or messages) and more columns, in place of the recipe's task. `overrides`: "section.field=value". `out`: the run
+    folder, by default runs/<name>. `resume`: go on with the run that the folder holds, if it holds one.
+
+    The first SIGINT or SIGTERM ends the run at the next safe point with a checkpoint; summary["state"] is then
+    "interrupted". Raises UsageError for what the caller can mend, RunError where a run could not go on.
+    """
+    rewards = _listed(reward)
+    settings = _as_given(load_recipe(recipe, overrides), rewards, prompts is not None)
+    folder = Path(out) if out is not None else Path("runs") / settings.run.name
+    given = settings.reward.functions if rewards is None else rewards
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        data = preflight(settings, folder, resume, given, prompts)
+        from gruppo.loop import run
+        from gruppo.preparation import prepare
+
+        shown = reporter or Silent()
+        prepared = prepare(settings, folder, resume, given, data, shown, stack)
+        summary = run(prepared, shown, stop)
+        return Result(prepared.run.path, prepared.run.metrics(), summary)
+
+
+def _listed(reward: str | RewardFunction | Sequence[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
+    if reward is None:
+        return None
+    if isinstance(reward, str) or callable(reward):
+        return [reward]
+    return list(reward)
+
+
+def _as_given(recipe: Recipe, rewards: Sequence[str | RewardFunction] | None, rows: bool) -> Recipe:
+    """The recipe as the run folder should tell it: rewards and questions that were given in place of its own."""
+    changes: dict[str, Any] = {}
+    if rewards is not None:
+        names = [
+            each if isinstance(each, str) else f"given:{getattr(each, '__qualname__', type(each).__name__)}"
+            for each in rewards
+        ]
+        changes["reward"] = recipe.reward.model_copy(update={"functions": names})
+    if rows:
+        changes["task"] = Task(name="given:prompts")
+    return recipe.model_copy(update=changes)
