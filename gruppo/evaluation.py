@@ -76,6 +76,8 @@ def grade(grader: Grader, text: str, prompt: Prompt) -> bool:
         raise RunError(f"evaluation.grader: fails on {prompt.id} ({type(error).__name__}: {error})") from error
     if hasattr(verdict, "item"):
         verdict = verdict.item()  # numpy's bool
+    if hasattr(verdict, "close"):
+        verdict.close()  # a coroutine that nobody will await
     if not isinstance(verdict, bool) and verdict not in (0, 1):
         raise RunError(
             f"evaluation.grader: gives {type(verdict).__name__} {verdict!r} on {prompt.id}, not True or False"

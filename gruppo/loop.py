@@ -235,6 +235,9 @@ class _Run:
         self.parts.engine.load_weights(self.parts.policy, self.state.step)
         for problem in problems:
             self.run.event("checkpoint_unusable", problem, self.state.step)
+        for change in self.parts.changes:
+            self.run.event("changed", f"{change}; from here on it is another run's", self.state.step)
+            self.reporter.note(f"Note: {change}; see events.jsonl")
         if folder is not None or begun:
             self.run.event("resume", f"continued after step {self.state.step}", self.state.step)
 

@@ -40,7 +40,8 @@ from gruppo.types import Prompt
 
 @dataclass
 class Prepared:
-    """A run that is ready to begin. `budget`: tokens of a micro-batch."""
+    """A run that is ready to begin. `budget`: tokens of a micro-batch; `changes`: what is no longer as it was when the
+    run began, in words."""
 
     recipe: Recipe
     run: RunFolder
@@ -54,6 +55,7 @@ class Prepared:
     optimizer: torch.optim.Optimizer
     budget: int
     sampling: SamplingOptions
+    changes: list[str]
 
 
 def prepare(
@@ -86,7 +88,7 @@ def prepare(
         questions = tokenize_rows(data.questions, source.tokenizer, context, own, name, source.vocabulary)
         check_grader(data.grader, questions)
         limit = max(limit, own)
-    policy, chosen = _load_policy(recipe, run, source, prompts, questions, limit, pool.digests, reporter)
+    policy, chosen, changes = _load_policy(recipe, run, source, prompts, questions, limit, pool.digests, reporter)
     return Prepared(
         recipe=recipe,
         run=run,
@@ -100,6 +102,7 @@ def prepare(
         optimizer=make_optimizer(recipe, policy),
         budget=chosen["micro_batch_tokens"],
         sampling=SamplingOptions(recipe.sampling.temperature, recipe.sampling.max_tokens),
+        changes=changes,
     )
 
 
@@ -128,7 +131,7 @@ def _load_policy(
     max_tokens: int,
     rewards: Sequence[str],
     reporter: Reporter,
-) -> tuple[LanguageModel, dict[str, Any]]:
+) -> tuple[LanguageModel, dict[str, Any], list[str]]:
     """Load the weights, and choose what depends on the machine, or keep what the run chose when it began."""
     before = run.read_json("environment.json")
     chosen: dict[str, Any] = before["chosen"] if before else {}
@@ -142,12 +145,9 @@ def _load_policy(
     }
     if before:
         _require_same(before, identity)
-        if before["rewards_sha256"] != identity["rewards_sha256"]:
-            message = "the reward functions have changed since the run began; from here on it is another run's"
-            run.event("reward_changed", message, 0)
-            reporter.note(f"Note: {message}")
         torch.set_num_threads(chosen["threads"])
-        return policy, chosen
+        same = before["rewards_sha256"] == identity["rewards_sha256"]
+        return policy, chosen, [] if same else ["the reward functions have changed since the run began"]
     longest = max(len(prompt.token_ids) for prompt in [*prompts, *questions])
     wanted = max(recipe.sampling.prompts_per_step * recipe.sampling.group_size, len(questions))
     chosen = {
@@ -159,7 +159,7 @@ def _load_policy(
     }
     run.start(recipe)
     run.write_json("environment.json", {**describe(device), "chosen": chosen, **identity})
-    return policy, chosen
+    return policy, chosen, []
 
 
 def _data_sha256(prompts: Sequence[Prompt], questions: Sequence[Prompt]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from gruppo.config import Method
 from gruppo.methods import METHODS, assign_advantages, batch_loss
-from gruppo.models import LanguageModel
+from gruppo.models import LanguageModel, wrap_model
 from gruppo.packing import pack
 from gruppo.types import Group, Metrics
 from tests.conftest import make_group, make_policy, random_groups
@@ -179,7 +179,7 @@ def test_order_of_groups_and_completions_does_not_show(setting: Setting) -> None
 
 
 def test_same_prompt_twice_is_two_groups(setting: Setting) -> None:
-    """NeMo: identical prompts merged into one group. trl#3098: completions paired with another prompt."""
+    """NeMo: identical prompts merged into one group. trl#3098, trl#6673: completions paired with another prompt."""
     policy, reference, bound = setting
     one, two = random_groups(groups=2)
     twin = make_group(list(one.prompt.token_ids), [list(c.token_ids) for c in two.completions], [5.0, 1.0, 1.0, 7.0])
@@ -244,7 +244,7 @@ def test_group_without_signal_keeps_its_kl(setting: Setting) -> None:
 
 
 def test_tool_output_carries_no_loss(setting: Setting) -> None:
-    """trl#4975: masked tokens are read but not trained on, and leave |o_i|."""
+    """trl#4975, trl#5144: masked tokens are read but not trained on, and leave |o_i|."""
     policy, reference, _ = setting
     (group,) = random_groups(groups=1, size=2)
     ids = [5, 6, 7, 8]
@@ -321,9 +321,22 @@ def test_inner_updates_use_the_first_pass_as_old() -> None:
     assert second.reduce()["policy/ratio_max"] > 1.001
 
 
-def test_dropout_is_off(tmp_path) -> None:
+def test_dropout_is_off() -> None:
     """trl#3000: a policy with dropout would be scored by another distribution than it samples from."""
-    policy = make_policy(attention_dropout=0.5)
+    policy = make_policy()
+    policy.model.train()
+    assert not wrap_model(policy.model, policy.tokenizer).model.training
+    packed(policy, policy, prepared(random_groups()))
+    assert not policy.model.training
+    assert not any(module.training for module in policy.frozen_copy().model.modules())
+
+
+def test_advantages_are_normalised_once() -> None:
+    """gem#113: the loss takes the group's advantages as they are."""
     groups = prepared(random_groups())
-    once = packed(policy, policy, groups)[0]
-    assert packed(policy, policy, groups)[0] == once
+    (batch,) = pack(groups, METHODS["grpo"].token_weights, 10**9, with_kl=True)
+    expected = [value for group in groups for row in group.advantages for value in row]
+    assert batch.advantages.tolist() == expected
+    first = torch.tensor([row[0] for row in groups[0].advantages], dtype=torch.float64)
+    assert float(first.std()) == pytest.approx(1, abs=1e-5)
+    assert float(first.mean()) == pytest.approx(0, abs=1e-12)

@@ -76,7 +76,8 @@ def test_every_step_has_its_metrics(finished: Result) -> None:
             "advantage/max", "advantage/min", "policy/ratio_mean", "policy/ratio_max", "policy/clipped_low",
             "policy/clipped_high", "policy/kl", "engine/logprob_difference_mean", "engine/logprob_difference_max",
             "policy/entropy", "completion/length", "completion/truncated", "optimizer/gradient_norm",
-            "optimizer/learning_rate", "time/tokens_per_second", "time/generate", "time/reward", "time/update", "memory/peak_bytes",
+            "optimizer/learning_rate", "time/tokens_per_second", "time/generate", "time/reward", "time/update",
+            "memory/peak_bytes",
             "loss/total",
         } <= set(line)  # fmt: skip
         assert line["engine/logprob_difference_max"] < 1e-4
@@ -155,6 +156,15 @@ def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeyp
     assert all(ids in sampled for ids in trained)
 
 
+def test_an_epoch_asks_every_question_once(finished: Result) -> None:
+    """Four prompts a step of eighteen: no question comes again before step 5."""
+    asked = []
+    for step in range(1, 5):
+        rows = pq.read_table(finished.path / f"rollouts/step-{step:06d}.parquet").to_pylist()
+        asked += [row["prompt_id"] for row in rows if row["completion"] == 0]
+    assert len(asked) == len(set(asked)) == 16
+
+
 def test_run_folder_is_complete(finished: Result) -> None:
     names = {path.name for path in finished.path.iterdir()}
     assert names >= {
@@ -194,6 +204,7 @@ def test_rewards_that_fail_are_events_and_no_signal(tiny_folder: str, tmp_path: 
     assert result.metrics[0]["reward/mean"] is None
     assert result.metrics[0]["reward/abstained"] == 1
     events = read_lines(tmp_path / "r" / "events.jsonl")
+    assert "not updated" in events[-1]["message"], "nothing was trained on, so the KL term moves nothing either"
     assert sum(event["completions"] for event in events if event["kind"] == "abstention") == 16
     assert "RuntimeError: no" in events[0]["message"]
 
@@ -214,9 +225,16 @@ def test_group_of_one_runs_without_signal(tiny_folder: str, tmp_path: Path) -> N
     assert result.metrics[0]["groups/with_signal"] == 0
 
 
-def test_everything_truncated_and_masked(tiny_folder: str, tmp_path: Path) -> None:
-    result = small_run(tiny_folder, tmp_path / "r", run__steps=1, sampling__max_tokens=1, method__mask_truncated=True)
-    assert result.metrics[0]["completion/trained"] < 1
+def test_everything_truncated_and_masked(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No end token is ever drawn: nothing is trained on, nothing moves, not even by the KL term, and it is said."""
+    monkeypatch.setattr("gruppo.models.eos_ids", lambda *_: ())
+    result = small_run(tiny_folder, tmp_path / "r", run__steps=1, method__mask_truncated=True, method__kl_coef=0.5)
+    assert result.metrics[0]["completion/truncated"] == 1
+    assert result.metrics[0]["completion/trained"] == 0
+    assert result.summary["weights_sha256"] == weights_sha256(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    (event,) = read_lines(tmp_path / "r" / "events.jsonl")
+    assert "no completion is trained on" in event["message"]
+    assert "not updated" in event["message"]
 
 
 def test_non_finite_loss_stops_before_the_optimizer(
@@ -226,7 +244,7 @@ def test_non_finite_loss_stops_before_the_optimizer(
     monkeypatch.setattr(
         "gruppo.methods.policy_loss", lambda *args: (result := original(*args))._replace(loss=result.loss * math.nan)
     )
-    with pytest.raises(RunError, match="not touched"):
+    with pytest.raises(RunError, match="this update was not made"):
         small_run(tiny_folder, tmp_path / "r", run__steps=1)
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["state"] == "failed"
@@ -257,6 +275,23 @@ def test_python_interface(tiny_folder: str, tmp_path: Path) -> None:
     assert "given:likes_letters" in (tmp_path / "run" / "recipe.toml").read_text()
 
 
+def test_questions_may_be_longer_than_prompts_where_they_fit(tiny_folder: str, tmp_path: Path) -> None:
+    """Each is held against its own limit of tokens."""
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "a" * 120, "answer": "a"}) + "\n")
+    changes = {"evaluation__task": str(long), "evaluation__grader": "exact_match", "evaluation__max_tokens": 5}
+    assert (
+        small_run(tiny_folder, tmp_path / "r", run__steps=1, sampling__max_tokens=20, **changes).summary["questions"]
+        == 1
+    )
+
+
+def test_weights_must_fit_the_rewards_given(tiny_folder: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="need as many weights"):
+        train(recipe(tiny_folder, reward__weights=[5.0]), reward=[likes_letters, "exact_match"], prompts=ROWS,
+              out=tmp_path / "r")  # fmt: skip
+
+
 def test_bfloat16_run(tiny_folder: str, tmp_path: Path) -> None:
     result = small_run(tiny_folder, tmp_path / "r", run__steps=2, model__dtype="bfloat16")
     assert result.summary["state"] == "done"
@@ -269,6 +304,23 @@ def test_bfloat16_run(tiny_folder: str, tmp_path: Path) -> None:
         ({"reward__functions": ["numbr"]}, "numbr"),
         ({"reward__functions": ["tests/rewards/functions.py:needs_more"]}, "solution"),
         ({"evaluation__questions": 3}, r"evaluation\.task"),
+        (
+            {
+                "evaluation__task": "tests/functions_of_users.py:task",
+                "evaluation__grader": "tests/functions_of_users.py:asynchronous",
+            },
+            "grader",
+        ),
+        (
+            {
+                "evaluation__task": "tests/functions_of_users.py:task",
+                "evaluation__grader": "tests/functions_of_users.py:raises",
+            },
+            "grader",
+        ),
+        ({"evaluation__task": "tests/functions_of_users.py:broken_task"}, "RuntimeError"),
+        ({"evaluation__task": "tests/functions_of_users.py:no_rows"}, "not a list of rows"),
+        ({"reward__weights": [1.0], "reward__functions": ["number"]}, "answer = 'a' holds no number"),
         ({"sampling__max_tokens": 1000}, "context of 128"),
     ],
 )

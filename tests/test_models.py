@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -93,6 +95,42 @@ def test_llama_that_cannot_be_run_is_refused_with_the_reason(tmp_path: Path, cha
         find_model(str(tmp_path))
 
 
+def damaged(tiny_folder: str, folder: Path, **changes: object) -> str:
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"attention_bias": True}, {"tie_word_embeddings": False},
+     {"intermediate_size": 47}],
+)  # fmt: skip
+def test_weights_that_do_not_fit_their_config_are_refused(tiny_folder: str, tmp_path: Path, changes: dict) -> None:
+    """transformers would go on with random numbers in place of missing tensors."""
+    source = find_model(damaged(tiny_folder, tmp_path / "m", **changes))
+    with pytest.raises(UsageError, match=r"model\.name"):
+        load_model(source, "cpu", "float32")
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": "abc"}, {"max_position_embeddings": "x"}, {"hidden_act": "none"}])
+def test_damaged_config_is_refused(tiny_folder: str, tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(UsageError, match=r"model\.name"):
+        load_model(find_model(damaged(tiny_folder, tmp_path / "m", **changes)), "cpu", "float32")
+
+
+def test_cut_or_missing_weights_are_refused(tiny_folder: str, tmp_path: Path) -> None:
+    source = find_model(damaged(tiny_folder, tmp_path / "m"))
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_model(source, "cpu", "float32")
+    weights.unlink()
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_model(source, "cpu", "float32")
+
+
 def test_device_and_dtype_that_are_not_there() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match=r"model\.device"):
@@ -150,6 +188,10 @@ def test_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert torch.equal(weights[name].detach(), tensor)
     monkeypatch.setattr(models, "loading_progress", None)
     assert find_model(str(tmp_path / "tiny.gguf")).location == source.location, "a second use converts nothing"
+    monkeypatch.undo()
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path / "cache"))
+    (Path(source.location) / "model.safetensors").unlink()
+    load_model(find_model(str(tmp_path / "tiny.gguf")), "cpu", "float32")
     assert [path.name[:4] for path in (tmp_path / "cache" / "models").iterdir()] == ["tiny"], "no half-built folder"
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from gruppo import loop
+from gruppo.entry import train
 from gruppo.errors import UsageError
 from gruppo.runlog import read_lines
-from tests.runs import fingerprint, recipe, small_run
+from tests.runs import ROWS, fingerprint, recipe, small_run
 
 EVALUATED = {"evaluation__grader": "exact_match", "evaluation__every": 2, "method__inner_updates": 2}
 
@@ -39,7 +40,7 @@ def uninterrupted(tiny_folder: str, questions: dict, tmp_path_factory: pytest.Te
 
 MOMENTS = {
     "while sampling": ("gruppo.engines.native._Flight.decode", 40),
-    "while rewarding": ("gruppo.rewards.pool._Worker.receive", 15),
+    "while rewarding": ("gruppo.rewards.pool._Worker._receive", 15),
     "while updating": ("gruppo.loop.batch_loss", 7),
     "between inner updates": ("gruppo.loop._Run._update", 8),
     "before a step is written": ("gruppo.loop._Run._write_step", 3),
@@ -168,6 +169,21 @@ def test_changed_recipe_other_run_and_changed_weights_are_refused(tiny_folder: s
         small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1)
 
 
+def test_changed_questions_are_refused_and_changed_rewards_are_told(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    changes = {"reward__functions": [str(tmp_path / "mine.py") + ":f"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", _stop_after(2))
+        small_run(tiny_folder, tmp_path / "run", **changes)
+    with pytest.raises(UsageError, match="questions are not those"):
+        train(recipe(tiny_folder, **changes), prompts=ROWS[1:], out=tmp_path / "run", resume=True)
+    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    return [0.0 for c in completions]\n")
+    assert small_run(tiny_folder, tmp_path / "run", resume=True, **changes).summary["state"] == "done"
+    assert "changed" in [event["kind"] for event in read_lines(tmp_path / "run" / "events.jsonl")]
+
+
 def test_damaged_last_checkpoint_falls_back_with_an_event(tiny_folder: str, tmp_path: Path) -> None:
     small_run(tiny_folder, tmp_path / "run")
     before = fingerprint(tmp_path / "run")
@@ -183,8 +199,6 @@ def test_sigkill_of_the_real_command(tiny_folder: str, questions: dict, uninterr
     import tomli_w
 
     data = recipe(tiny_folder, **EVALUATED, **questions)
-    from tests.runs import ROWS
-
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     data["task"] = {"name": str(tmp_path / "rows.jsonl")}
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(data))

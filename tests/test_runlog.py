@@ -141,3 +141,26 @@ def test_damaged_checkpoint_is_passed_over(run: RunFolder, damage: str) -> None:
 
 def test_no_checkpoint_yet(run: RunFolder) -> None:
     assert newest_checkpoint(run) == (None, [])
+
+
+def test_kill_while_a_checkpoint_is_replaced_loses_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old folder is set aside before the new one gets its name: in between, the old one is still found."""
+    model, optimizer = trained(0)
+    save_checkpoint(run, model, optimizer, State(step=2, cursor=1))
+    rename = Path.replace
+
+    def dies(self: Path, target: Path) -> Path:
+        if self.is_dir():
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(run, model, optimizer, State(step=2, cursor=2))
+    assert not (run.path / "checkpoints" / "step-000002").exists()
+    found, problems = newest_checkpoint(run)
+    assert problems == []
+    assert found is not None
+    assert load_state(found).cursor == 1
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-000002"]

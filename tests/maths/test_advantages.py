@@ -35,6 +35,7 @@ def test_group_of_one_has_advantage_zero() -> None:
 
 
 def test_abstained_completion_leaves_mean_and_std() -> None:
+    """slime#1414, slime#2230: an uneven group is normalised by itself."""
     with_gap = masked_group_advantages([1.0, None, 2.0, 6.0])
     assert with_gap[1] == 0.0
     assert [with_gap[0], *with_gap[2:]] == masked_group_advantages([1.0, 2.0, 6.0])

@@ -25,6 +25,18 @@ async def waits(prompts, completions, **kwargs):
     return [2.0] * len(completions)
 
 
+_semaphore = asyncio.Semaphore(1)
+
+
+async def shares_a_semaphore(completions, **kwargs):
+    async def one():
+        async with _semaphore:
+            await asyncio.sleep(0.01)
+            return 1.0
+
+    return await asyncio.gather(*(one() for _ in completions))
+
+
 def sometimes(completions, **kwargs):
     return [None if text == "skip" else 1.0 for text in completions]
 

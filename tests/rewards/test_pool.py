@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from gruppo.errors import UsageError
+from gruppo.errors import RunError, UsageError
 from gruppo.rewards import combine
 from gruppo.rewards.pool import RewardPool
 from gruppo.types import Prompt, Reward
@@ -170,6 +170,83 @@ def test_unusable_function_is_told_at_once(function: str, words: list[str]) -> N
 def test_no_function_at_all() -> None:
     with pytest.raises(UsageError, match=r"reward\.functions = \[\]"):
         RewardPool([], [], [])
+
+
+def test_slow_import_of_a_replacement_costs_no_other_call(tmp_path) -> None:
+    """While a killed worker's successor imports, the others' answers count as of when they came."""
+    (tmp_path / "slow.py").write_text(
+        "import time\ntime.sleep(1.5)\n"
+        "def f(completions, **_):\n"
+        "    time.sleep(60 if completions[0] == 'hang' else 0.4)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    with RewardPool([f"{tmp_path}/slow.py:f"], [], [], timeout=1.0, workers=2) as pool:
+        rewards = pool.score([group("hang"), *(group("a") for _ in range(6))], {})[0]
+    assert [totals(each) for each in rewards] == [[None], *[[1]] * 6]
+
+
+def test_file_that_changes_in_mid_run_stops_it(tmp_path) -> None:
+    """A replaced process must not score with other code than the run began with."""
+    path = tmp_path / "changes.py"
+    path.write_text("import os\ndef f(completions, **_):\n    os._exit(1)\n")
+    with RewardPool([f"{path}:f"], [], [], workers=1) as pool:
+        path.write_text("def f(completions, **_):\n    return [1.0] * len(completions)\n")
+        with pytest.raises(RunError, match="changed since the run began"):
+            pool.score([group("a"), group("b")], {})
+
+
+@pytest.mark.parametrize(("action", "how"), [("os.kill(os.getpid(), 40)", "signal 40"),
+                                             ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+                                             ("os.kill(os.getpid(), 11)", "SIGSEGV")])  # fmt: skip
+def test_cause_of_death_is_told(tmp_path, action: str, how: str) -> None:
+    (tmp_path / "dies.py").write_text(f"import os\ndef f(completions, **_):\n    {action}\n")
+    (reward,) = score(f"{tmp_path}/dies.py:f", "a")
+    assert reward.failure is not None
+    assert how in reward.failure
+
+
+def test_asynchronous_rewards_share_one_loop() -> None:
+    """A client or a semaphore made in one call must work in the next."""
+    assert [totals(each) for each in _scored_twice(f"{HOME}:shares_a_semaphore")] == [[1, 1], [1, 1]]
+
+
+def _scored_twice(function: str) -> list[list[Reward]]:
+    with RewardPool([function], [], [], workers=1) as pool:
+        return [pool.score([group("a", "b")], {})[0][0] for _ in range(2)]
+
+
+def test_column_that_cannot_be_carried_is_an_abstention() -> None:
+    class Odd:
+        def __reduce__(self):
+            return (int, ("not a number",))
+
+    (reward,) = score(f"{HOME}:length", "a", odd=Odd())
+    assert reward.failure is not None
+    assert "cannot be carried" in reward.failure
+    assert totals(score(lambda completions, odd, **_: [odd[0](2)] * len(completions), "a", odd=lambda x: x + 1)) == [3]
+
+
+def test_something_that_is_no_function_is_refused() -> None:
+    with pytest.raises(UsageError, match="neither a function"):
+        RewardPool([3], [], [])  # type: ignore[list-item]
+
+
+def test_equal_names_are_numbered() -> None:
+    with RewardPool([f"{HOME}:length"] * 3, [], []) as pool:
+        assert pool.names == ["length", "length_1", "length_2"]
+
+
+def test_asking_to_stop_ends_a_hanging_call_and_leaves_the_pool_usable() -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(_: float) -> None:
+        raise StopError
+
+    with RewardPool([f"{HOME}:misbehaves"], [], [], timeout=60, workers=1) as pool:
+        with pytest.raises(StopError):
+            pool.score([group("hang", "b")], {}, stop)
+        assert totals(pool.score([group("a", "b")], {})[0][0]) == [1, 1]
 
 
 def test_sum_that_overflows_abstains() -> None:

@@ -118,6 +118,11 @@ def test_prompt_over_the_context_is_refused_not_cut() -> None:
         tokenize_rows(rows, make_tokenizer(), 10, 5, "t")
 
 
+def test_token_that_the_model_does_not_know_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"row 1.*knows only 20"):
+        tokenize_rows([{"prompt": "z"}], make_tokenizer(), 99, 5, "t", vocabulary=20)
+
+
 def test_empty_data_is_refused() -> None:
     with pytest.raises(UsageError, match="no rows"):
         checked_rows([], "prompts")

@@ -1,0 +1,23 @@
+"""Tasks and graders as users might write them, good and bad."""
+
+from __future__ import annotations
+
+
+def task(split):
+    return [{"prompt": "a", "answer": "a"}]
+
+
+def broken_task(split):
+    raise RuntimeError("broken on purpose")
+
+
+def no_rows(split):
+    return None
+
+
+async def asynchronous(text, columns):
+    return False
+
+
+def raises(text, columns):
+    raise RuntimeError("broken on purpose")
