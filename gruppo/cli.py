@@ -128,7 +128,9 @@ def eval_(
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or smollm2-135m-instruct.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help='The prompt; "-" reads it from standard input.')],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help='The prompt; "-" reads it from standard input.')
+    ] = "What is 3 + 4?",
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Completions to sample.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens at which a completion is cut.")] = 256,

@@ -17,7 +17,7 @@ from gruppo.rewards import RewardFunction
 from gruppo.types import Row
 
 if TYPE_CHECKING:
-    from gruppo.models import LanguageModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,14 @@ class Result:
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
 
-    def load_model(self) -> LanguageModel:
-        """The trained model, loaded from the run folder."""
+    def load_model(self) -> PreTrainedModel:
+        """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too."""
         if self.summary["state"] != "done":
             raise UsageError(f"{self.path}: the run is {self.summary['state']}; resume it until it is done")
-        from gruppo.models import find_model, load_model
+        from transformers import AutoModelForCausalLM
 
-        return load_model(find_model(str(self.path / "model")))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path / "model")
+        return model
 
 
 def train(

@@ -64,7 +64,7 @@ def test_summary(finished: Result) -> None:
 def test_model_is_loadable_by_transformers_and_is_what_was_trained(finished: Result) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(finished.path / "model")
     assert weights_sha256(loaded) == finished.summary["weights_sha256"]
-    assert weights_sha256(finished.load_model().model) == finished.summary["weights_sha256"]
+    assert weights_sha256(finished.load_model()) == finished.summary["weights_sha256"]
 
 
 def test_every_step_has_its_metrics(finished: Result) -> None:

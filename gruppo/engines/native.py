@@ -240,8 +240,8 @@ class _Flight:
         tokens, logprobs = sample_tokens(logits, uniforms, self.options.temperature)
         if not torch.isfinite(logprobs).all():
             raise RunError(
-                "the model gives log-probabilities that are not finite; its weights or inputs are damaged: go back to "
-                "an earlier checkpoint, and lower optimizer.learning_rate"
+                "the model gives log-probabilities that are not finite: its weights have diverged or are damaged, or "
+                "the temperature is too small for them; begin again with a lower optimizer.learning_rate"
             )
         drawn = tokens.cpu().numpy()
         self.tokens[rows, position] = drawn

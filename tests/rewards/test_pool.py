@@ -108,7 +108,7 @@ def test_metrics_extra_and_state() -> None:
 )
 def test_failed_call_makes_its_group_abstain_and_no_other(word: str, reason: str) -> None:
     """verl#5839, trl#6533: never a hang, never a substitute number, and the next group is scored."""
-    with RewardPool([f"{HOME}:misbehaves"], [], [], timeout=1.0, workers=1) as pool:
+    with RewardPool([f"{HOME}:misbehaves"], [], [], timeout=2.0, workers=1) as pool:
         rewards = pool.score([group("a", "b"), group(word, "b"), group("c", "d")], {})[0]
     assert totals(rewards[0]) == totals(rewards[2]) == [1, 1]
     for reward in rewards[1]:
@@ -175,12 +175,12 @@ def test_no_function_at_all() -> None:
 def test_slow_import_of_a_replacement_costs_no_other_call(tmp_path) -> None:
     """While a killed worker's successor imports, the others' answers count as of when they came."""
     (tmp_path / "slow.py").write_text(
-        "import time\ntime.sleep(1.5)\n"
+        "import time\ntime.sleep(3.5)\n"
         "def f(completions, **_):\n"
         "    time.sleep(60 if completions[0] == 'hang' else 0.4)\n"
         "    return [1.0] * len(completions)\n"
     )
-    with RewardPool([f"{tmp_path}/slow.py:f"], [], [], timeout=1.0, workers=2) as pool:
+    with RewardPool([f"{tmp_path}/slow.py:f"], [], [], timeout=3.0, workers=2) as pool:
         rewards = pool.score([group("hang"), *(group("a") for _ in range(6))], {})[0]
     assert [totals(each) for each in rewards] == [[None], *[[1]] * 6]
 
