@@ -85,9 +85,14 @@ class _Run:
             advance(1)
 
     def _save(self) -> None:
+        self._note_memory()
         with self.reporter.progress("Saving", None, ""):
             save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
         self.saved = (self.state.step, self.state.evaluated)
+
+    def _note_memory(self) -> None:
+        peak = peak_memory(self.parts.policy.device)
+        self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak)
 
     def _step(self) -> None:
         parts, recipe, state = self.parts, self.recipe, self.state
@@ -250,7 +255,7 @@ class _Run:
         state = self.state
         before = state.evaluations.get("0", {})
         after = state.evaluations.get(str(state.step), {}) if state.step else {}
-        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory(self.parts.policy.device))
+        self._note_memory()
         return {
             "state": outcome,
             "steps": state.step,

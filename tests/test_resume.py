@@ -120,10 +120,17 @@ def test_asked_to_stop_saves_and_continues(
     assert any(event["kind"] == "resume" for event in read_lines(tmp_path / "run" / "events.jsonl"))
 
 
-def test_resume_twice_and_of_a_finished_run_changes_nothing(tiny_folder: str, tmp_path: Path) -> None:
-    small_run(tiny_folder, tmp_path / "run")
+def test_resume_of_a_finished_run_changes_nothing(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = small_run(tiny_folder, tmp_path / "run")
     before = fingerprint(tmp_path / "run")
-    result = small_run(tiny_folder, tmp_path / "run", resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("gruppo.loop.peak_memory", lambda _: 1)
+        result = small_run(tiny_folder, tmp_path / "run", resume=True)
+    peak = "peak_memory_bytes"
+    assert {**result.summary, peak: 0} == {**first.summary, peak: 0}
+    assert result.summary[peak] > 1, "the first process reached more memory than the second"
     assert result.summary["state"] == "done"
     assert fingerprint(tmp_path / "run") == before
 
