@@ -140,23 +140,23 @@ def sample(
     dtype: Dtype = "auto",
 ) -> None:
     """Sample completions of a prompt."""
-    _check_choices(device, dtype)
     text = sys.stdin.read() if prompt == "-" else prompt
     from gruppo.console import ConsoleReporter
     from gruppo.engines import SamplingOptions
     from gruppo.engines.native import NativeEngine, choose_slots
     from gruppo.interruption import stop_on_signals
-    from gruppo.models import find_model, load_model
+    from gruppo.models import choose_device, choose_dtype, find_model, load_model
     from gruppo.rollout import sample_groups
     from gruppo.tasks import checked_rows, tokenize_rows
 
+    choose_dtype(dtype, choose_device(device))
     reporter = ConsoleReporter()
     with stop_on_signals() as stop:
         source = find_model(model, reporter)
         chat = bool(source.tokenizer.chat_template) and not plain
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": text}] if chat else text}
         rows = checked_rows([row], "--prompt")
-        prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, "--prompt")
+        prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, "--prompt", source.vocabulary)
         policy = load_model(source, device, dtype, reporter)
         engine = NativeEngine(policy, choose_slots(policy, len(prompts[0].token_ids), max_tokens, count))
         options = SamplingOptions(temperature, max_tokens)
@@ -190,23 +190,13 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _check_choices(device: str, dtype: str) -> None:
-    if device not in {"auto", "cpu", "cuda", "mps"}:
-        raise UsageError(f"--device {device}: unknown; write auto, cpu, cuda or mps")
-    if dtype not in {"auto", "float32", "bfloat16", "float64"}:
-        raise UsageError(f"--dtype {dtype}: unknown; write auto, float32, bfloat16 or float64")
-
-
 def _option(text: str) -> tuple[str, Any]:
-    import tomllib
+    from gruppo.config import toml_value
 
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise UsageError(f"--option {text}: not of the form name=value; write e.g. --option maximum=20")
-    try:
-        return name.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name.strip(), value
+    return name.strip(), toml_value(value)
 
 
 def _show_result(reporter: ConsoleReporter, result: Result) -> None:

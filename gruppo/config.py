@@ -247,16 +247,21 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[st
     return str(path), data
 
 
+def toml_value(text: str) -> Any:
+    """A value as it would stand behind `=` in TOML; the text itself where it is none."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *tables, field = (part.strip() for part in key.split("."))
     if not equals or not tables or not all([*tables, field]):
         raise RecipeError(f'--set {override}: not of the form section.field=value; write e.g. --set "run.steps=50"')
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-        value = parsed["value"] if len(parsed) == 1 else text
-    except (ValueError, RecursionError):
-        value = text
+    value = toml_value(text)
     table = data
     for part in tables:
         table = table.setdefault(part, {})

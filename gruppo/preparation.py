@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,16 +137,15 @@ def _load_policy(
     chosen: dict[str, Any] = before["chosen"] if before else {}
     device = choose_device(chosen.get("device", recipe.model.device))
     dtype = chosen.get("dtype") or str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    policy = load_model(source, device.type, dtype, reporter)
-    identity = {
-        "start_weights_sha256": weights_sha256(policy.model),
-        "data_sha256": _data_sha256(prompts, questions),
-        "rewards_sha256": list(rewards),
-    }
+    data = _data_sha256(prompts, questions)
     if before:
-        _require_same(before, identity)
+        _require_same(before["data_sha256"], data, "questions")
+    policy = load_model(source, device.type, dtype, reporter)
+    weights = weights_sha256(policy.model)
+    if before:
+        _require_same(before["start_weights_sha256"], weights, "weights of the start model")
         torch.set_num_threads(chosen["threads"])
-        same = before["rewards_sha256"] == identity["rewards_sha256"]
+        same = before["rewards_sha256"] == list(rewards)
         return policy, chosen, [] if same else ["the reward functions have changed since the run began"]
     longest = max(len(prompt.token_ids) for prompt in [*prompts, *questions])
     wanted = max(recipe.sampling.prompts_per_step * recipe.sampling.group_size, len(questions))
@@ -158,6 +157,7 @@ def _load_policy(
         "micro_batch_tokens": choose_budget(policy),
     }
     run.start(recipe)
+    identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
     run.write_json("environment.json", {**describe(device), "chosen": chosen, **identity})
     return policy, chosen, []
 
@@ -170,9 +170,8 @@ def _data_sha256(prompts: Sequence[Prompt], questions: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _require_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key, what in (("start_weights_sha256", "weights of the start model"), ("data_sha256", "questions")):
-        if before[key] != now[key]:
-            raise UsageError(
-                f"--resume: the {what} are not those that this run began with; put them back, or start again with --out"
-            )
+def _require_same(before: str, now: str, what: str) -> None:
+    if before != now:
+        raise UsageError(
+            f"--resume: the {what} are not those that this run began with; put them back, or start again with --out"
+        )

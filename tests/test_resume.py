@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,24 +60,30 @@ MOMENTS = {
 def test_killed_and_resumed_equals_uninterrupted(
     moment: str, tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, count = MOMENTS[moment]
-    calls = 0
+    def dies() -> None:
+        raise Killed
+
     with monkeypatch.context() as patch:
-        original = _resolve(target)
-
-        def dies(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == count:
-                raise Killed
-            return original(*args, **kwargs)
-
-        patch.setattr(target, dies)
+        _at_call(patch, *MOMENTS[moment], dies)
         patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
         with pytest.raises(Killed):
             small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
     small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
     assert fingerprint(tmp_path / "run") == uninterrupted
+
+
+def _at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable[[], None]) -> None:
+    """Do `action` just before the `count`-th call of `target`."""
+    original, calls = _resolve(target), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            action()
+        return original(*args, **kwargs)
+
+    patch.setattr(target, counted)
 
 
 def _resolve(target: str):
@@ -99,18 +106,8 @@ def test_asked_to_stop_saves_and_continues(
         "evaluating at the end": ("gruppo.evaluation.sample_groups", 4),
         "updating": ("gruppo.loop.batch_loss", 5),
     }[moment]
-    calls = 0
     with monkeypatch.context() as patch:
-        original = _resolve(target)
-
-        def signals(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == count:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(*args, **kwargs)
-
-        patch.setattr(target, signals)
+        _at_call(patch, target, count, lambda: os.kill(os.getpid(), signal.SIGINT))
         result = small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
     assert result.summary["state"] == "interrupted"
     assert result.summary["steps"] < 6 or moment == "evaluating at the end"
