@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from gruppo.errors import UsageError, nearest
+from gruppo.methods import METHODS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Finite = Field(allow_inf_nan=False)
@@ -26,6 +27,14 @@ Finite = Field(allow_inf_nan=False)
 
 class RecipeError(UsageError):
     """A recipe that cannot be run; the message names file, field, value and fix, a line for each."""
+
+
+# The policy terms by name; `method.surrogate` also takes an import path.
+SURROGATES = {
+    "clipped": "gruppo.maths.losses:clipped",
+    "clipped-weight": "gruppo.maths.losses:clipped_weight",
+    "log-likelihood": "gruppo.maths.losses:log_likelihood",
+}
 
 
 class Section(BaseModel):
@@ -62,21 +71,42 @@ class Model(Section):
 
 
 class Task(Section):
-    """Where the questions come from."""
+    """Where questions come from, and how a row becomes a prompt."""
 
     name: Annotated[str, Field(min_length=1)] = "arithmetic"
-    """A built-in task ("arithmetic"), a .jsonl file with a `prompt` in each row, or "package.module:function"."""
+    """"arithmetic", "reasoning-gym/NAME", a file (.jsonl, .json, .csv, .parquet), a folder saved by datasets, a data
+    set of the Hugging Face hub ("owner/name"), or "package.module:function"."""
     options: dict[str, Any] = {}
-    """Options of the task itself, passed on by name (for arithmetic: maximum, held_out, negative)."""
+    """Options of the task itself, passed on by name (for arithmetic: maximum, held_out, negative; for reasoning-gym:
+    size, seed and those of the data set; for a data set of the hub: name, revision)."""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """Which part of a data set with several ("train", "test", …); by default "train"."""
+    columns: dict[str, str] = {}
+    """Our names of columns and theirs: `{prompt = "question", answer = "solution"}`. Others keep their names."""
+    template: str | None = None
+    """Text of the prompt with columns in braces: "{question} Think first." Double braces are braces."""
+    system: str | None = None
+    """Turn a text prompt into a conversation with this system message; "" makes a conversation without one."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the rows that is kept from training, chosen by a hash of their prompts; evaluation asks those."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens of a prompt; by default what the model's context leaves beside the completion."""
+    overlong: Literal["refuse", "filter"] = "refuse"
+    """What to do with longer prompts: refuse the recipe, or leave them out with a count. None is ever cut."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """In a mixture, how often this task is drawn from, relative to the others."""
 
 
 class Reward(Section):
     """How completions are scored."""
 
     functions: list[str] = []
-    """Reward functions: built-in names ("number", "exact_match"), "package.module:function" or "file.py:function"."""
+    """Reward functions: built-in names (gruppo.rewards.REWARDS), "package.module:function" or "file.py:function"; with
+    "verl:" or "verifiers:" before the path, functions of their signatures."""
     weights: list[float] = []
     """One weight for each function, in the same order. Default: 1 for each."""
+    options: dict[str, dict[str, Any]] = {}
+    """Keyword arguments of functions, by the name in `functions`: `options.regex.pattern = "\\\\d+"`."""
     timeout: Annotated[float, Field(gt=0)] = 10.0
     """Seconds that one call (one function, one group) may take before its process is killed and the group abstains."""
     workers: Annotated[int, Field(ge=1, le=256)] = 2
@@ -93,22 +123,69 @@ class Reward(Section):
 
 
 class Method(Section):
-    """The objective: DeepSeekMath Eq. 3 with the KL term of Eq. 4."""
+    """The objective. A method is a row of defaults for the other fields; what a recipe writes itself goes first."""
 
-    name: Literal["grpo"] = "grpo"
-    """The method; `gruppo.methods.METHODS` is the table."""
+    name: str = "grpo"
+    """A row of gruppo.methods.METHODS: grpo, dr-grpo, dapo, gspo, cispo, rloo, reinforce-pp."""
+    baseline: Literal["group", "leave-one-out", "batch", "none"] = "group"
+    """What is taken off a reward: the mean of its group, of the others of its group, of the whole step, or nothing."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """The standard deviation that an advantage is divided by: its group's, the whole step's, or none."""
+    credit: Literal["completion", "token"] = "completion"
+    """Where a KL penalty in the reward falls: on the completion's reward, or on the tokens up to where it arises."""
+    ratio: Literal["token", "sequence"] = "token"
+    """π_θ/π_old of each token, or of the whole completion (geometric mean of its tokens')."""
+    surrogate: Annotated[str, Field(min_length=1)] = "clipped"
+    """The policy term: "clipped" (Eq. 3), "clipped-weight" (detached clipped ratio times log π), "log-likelihood"
+    (log π alone), or "package.module:function" in the signature of those in gruppo.maths.losses."""
+    aggregation: Literal["sequence-mean", "sequence-sum", "group-token-mean", "token-mean", "constant"] = (
+        "sequence-mean"
+    )
+    """How tokens are averaged: within each completion (Eq. 3), not at all, over the tokens of a group, over those of
+    the step, or summed and divided by max_tokens; then over completions and groups."""
     clip_low: Fraction = 0.2
     """ε of the lower clip: the probability ratio is clipped from below at 1 - clip_low."""
     clip_high: Annotated[float, Field(ge=0)] = 0.2
     """ε of the upper clip: the probability ratio is clipped from above at 1 + clip_high."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.04
-    """β, the weight of the KL term in the loss; 0 needs no reference model."""
-    kl_estimator: Literal["k2", "k3"] = "k3"
-    """Estimator of the KL term: "k3" is the paper's Eq. 4, "k2" is ½ log². (k1 has no expected gradient in a loss.)"""
+    """β, the weight of the KL term; 0 needs no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL: "k3" (the paper's Eq. 4) and "k2" (½ log²) stand in the loss; "k1" (log π_old/π_ref) has no
+    expected gradient there and is taken off the reward."""
+    importance_cap: Annotated[float, Field(ge=0)] = 0.0
+    """Truncated importance sampling: tokens are weighted by π_old of the trainer over that of the engine, at most
+    this; 0 is off."""
     inner_updates: Annotated[int, Field(ge=1)] = 1
     """μ, optimizer updates on each step's completions."""
     mask_truncated: bool = False
     """Treat a completion that was cut at max_tokens as if it had not been sampled."""
+    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    """How often a step draws other questions for its groups without signal, which are dropped; 0 keeps them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_row(cls, data: Any) -> Any:
+        name = data.get("name", "grpo") if isinstance(data, Mapping) else "grpo"
+        row = METHODS.get(name) if isinstance(name, str) else None
+        return {**row.settings, **data} if row is not None and isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _parameters_agree(self) -> Self:
+        if self.name not in METHODS:
+            raise ValueError(f'name = "{self.name}": unknown method{nearest(self.name, METHODS)}')
+        if self.credit == "token" and not {self.baseline, self.scale} <= {"batch", "none"}:
+            raise ValueError(
+                f'credit = "token" gives each token its own reward, which baseline = "{self.baseline}" and scale = '
+                f'"{self.scale}" do not know; write "batch" or "none" for both, or credit = "completion"'
+            )
+        if self.surrogate == "log-likelihood" and self.inner_updates > 1:
+            raise ValueError(
+                f'inner_updates = {self.inner_updates}: surrogate = "log-likelihood" has no ratio that corrects for '
+                'a policy that has moved; write inner_updates = 1, or surrogate = "clipped"'
+            )
+        if ":" not in self.surrogate and self.surrogate not in SURROGATES:
+            raise ValueError(f'surrogate = "{self.surrogate}": unknown{nearest(self.surrogate, SURROGATES)}')
+        return self
 
 
 class Sampling(Section):
@@ -145,21 +222,46 @@ class Optimizer(Section):
     """A gradient whose norm is larger is scaled down to it."""
 
 
-class Evaluation(Section):
-    """Greedy accuracy on held-out questions; leave the table out for no evaluation."""
+class Decoding(Section):
+    """How answers are drawn where nothing is trained on them. Each option acts on what the one before left over."""
 
-    task: str | None = None
-    """Task or file of the questions; by default the held-out part of the training task."""
-    options: dict[str, Any] = {}
-    """Options of that task, if `task` is given."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Logits are divided by this; 0 takes the likeliest token."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from this many likeliest tokens only; 0 is off."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    min_p: Fraction = 0.0
+    """Draw only from tokens with at least this share of the likeliest one's probability."""
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens before which an answer cannot end."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """An answer ends before the first of these texts, wherever the borders of tokens are."""
+
+
+class Evaluation(Section):
+    """Accuracy on held-out questions; leave the table out for no evaluation."""
+
+    task: Task | None = None
+    """Task of the questions, a table as [task] or only its name; by default the held-out part of the training task."""
     questions: Annotated[int, Field(ge=1)] = 256
     """How many questions at the most, taken from the start of the held-out part."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations; 0 evaluates before the first and after the last step only."""
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Answers a question; the accuracy is over all of them."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens at which an answer is cut; by default that of sampling."""
     grader: str = "number"
-    """Judge of an answer, apart from the reward: "number", "exact_match" or "package.module:function"."""
+    """Judge of an answer, apart from the reward: "number", "exact_match", "math", "reasoning_gym" or
+    "package.module:function"."""
+    decoding: Decoding = Decoding()
+    """How answers are drawn; by default greedily."""
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _name_alone(cls, task: Any) -> Any:
+        return {"name": task} if isinstance(task, str) else task
 
 
 class Recipe(Section):
@@ -168,6 +270,9 @@ class Recipe(Section):
     run: Run = Run()
     model: Model
     task: Task = Task()
+    """The task, where there is one."""
+    mixture: list[Task] = []
+    """Several tasks, drawn from by their weights, in place of [task]."""
     reward: Reward = Reward()
     method: Method = Method()
     sampling: Sampling = Sampling()
@@ -181,16 +286,33 @@ class Recipe(Section):
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} is more than run.steps = {self.run.steps}; "
                 "write a smaller warm-up or more steps"
             )
-        if self.evaluation is not None and self.evaluation.options and self.evaluation.task is None:
+        if self.mixture and "task" in self.model_fields_set:
+            raise ValueError("[task] and [[mixture]] both say where questions come from; write one of them")
+        samples = self.evaluation.samples if self.evaluation else 1
+        if samples > 1 and self.evaluation and not self.evaluation.decoding.temperature:
             raise ValueError(
-                f"evaluation.options = {self.evaluation.options}: they belong to evaluation.task, which is missing; "
-                "write task.options, or name a task"
+                f"evaluation.samples = {samples}: greedy answers are all the same; write a temperature in "
+                "[evaluation.decoding], or samples = 1"
+            )
+        if self.method.baseline == "leave-one-out" and self.sampling.group_size < 2:
+            raise ValueError(
+                'sampling.group_size = 1: method.baseline = "leave-one-out" compares with the other completions of a '
+                "group; write group_size = 2 or more"
             )
         return self
 
     def to_toml(self) -> str:
         """The resolved recipe, every field with its value; reading it again gives an equal recipe."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+        return tomli_w.dumps(self.as_mapping())
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Tables and fields as plain values; reading them again gives an equal recipe."""
+        return self.model_dump(exclude_none=True, exclude={"task" if self.mixture else "mixture"})
+
+    @property
+    def tasks(self) -> list[Task]:
+        """Where questions come from: the mixture, or the one task."""
+        return self.mixture or [self.task]
 
 
 # Fields that users of other trainers will look for, with the reason why they are not here.
@@ -226,7 +348,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
 
 def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Recipe):
-        return "recipe", source.model_dump(exclude_none=True)
+        return "recipe", source.as_mapping()
     if isinstance(source, Mapping):
         if odd := [key for key in source if not isinstance(key, str)]:
             raise RecipeError(f"recipe: {odd[0]!r} is no name of a table; write text")

@@ -23,8 +23,9 @@ from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
 from gruppo.interruption import Interrupted, Stop
 from gruppo.machine import peak_memory
-from gruppo.methods import METHODS, assign_advantages, batch_loss, keep_logprobs
+from gruppo.maths.losses import sequence_mean_weights
 from gruppo.models import save_model, weights_sha256
+from gruppo.objective import assign_advantages, batch_loss, keep_logprobs
 from gruppo.packing import Batch, pack
 from gruppo.preparation import Prepared
 from gruppo.reporting import Reporter
@@ -105,10 +106,9 @@ class _Run:
         with clock("reward"):
             progress = {"global_step": state.step, "max_steps": recipe.run.steps}
             groups = score_groups(prompts, sampled, parts.pool, progress, metrics, self.reporter, self.stop)
-        method = METHODS[recipe.method.name]
-        assign_advantages(groups, method, recipe.method.mask_truncated)
+        assign_advantages(groups, recipe.method.mask_truncated)
         batches = pack(
-            groups, method.token_weights, parts.budget, with_kl=recipe.method.kl_coef > 0, device=parts.policy.device
+            groups, sequence_mean_weights, parts.budget, with_kl=recipe.method.kl_coef > 0, device=parts.policy.device
         )
         rate = learning_rate(recipe.optimizer, state.step, recipe.run.steps)
         with clock("update"):

@@ -1,132 +1,104 @@
-"""The table of methods, and what a method makes of scored groups: advantages and a loss.
+"""The table of methods: data source × reward × per-token signal × loss (DeepSeekMath §5.2.1). The loop is one for all.
 
-A method is data source × reward × per-token signal × loss (DeepSeekMath §5.2.1); the loop is the same for all.
+A row is a point in the space of a few orthogonal parameters, which are fields of the recipe's [method]; what a recipe
+writes itself goes before the row. `objective.py` computes what a row says; nothing there asks for a row's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from gruppo import config
-from gruppo.maths.advantages import masked_group_advantages
-from gruppo.maths.losses import policy_loss, sequence_mean_weights
-from gruppo.models import LanguageModel
-from gruppo.packing import Batch, TokenWeights, score
-from gruppo.types import Group, Metrics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
-class Method:
-    """A row of the table. The texts are for readers; the functions are what runs."""
+class MethodRow:
+    """A row of the table. The texts are for readers; `settings` are defaults of the recipe's [method]."""
 
     equation: str
     data_source: str
     reward: str
     signal: str
-    advantages: Callable[[Sequence[float | None]], list[float]]
-    token_weights: TokenWeights
+    loss: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
+
+_LIVE = "questions; completions of the live policy, G each"
 
 METHODS = {
-    "grpo": Method(
-        equation="DeepSeekMath Eq. 3, 4, 19-21",
-        data_source="questions; completions of the live policy, G each",
+    "grpo": MethodRow(
+        equation="DeepSeekMath (2402.03300) Eq. 3, 4, 19-21",
+        data_source=_LIVE,
         reward="rule",
         signal="(r - mean) / std of the group, on every token",
-        advantages=masked_group_advantages,
-        token_weights=sequence_mean_weights,
-    )
+        loss="clipped token ratio, mean over each completion, KL (k3) in the loss",
+    ),
+    "dr-grpo": MethodRow(
+        equation="Dr. GRPO (2503.20783)",
+        data_source=_LIVE,
+        reward="rule",
+        signal="r - mean of the group",
+        loss="as grpo, but the sum over tokens divided by max_tokens; no KL",
+        settings={"scale": "none", "aggregation": "constant", "kl_coef": 0.0},
+    ),
+    "dapo": MethodRow(
+        equation="DAPO (2503.14476) Eq. 8-12",
+        data_source="as grpo; groups without signal are dropped, others drawn for them",
+        reward="rule (the paper adds the reward `overlong`)",
+        signal="as grpo",
+        loss="clipped token ratio with a wider upper clip, mean over the tokens of a group; no KL",
+        settings={"aggregation": "group-token-mean", "clip_high": 0.28, "kl_coef": 0.0, "refill_rounds": 9},
+    ),
+    "gspo": MethodRow(
+        equation="GSPO (2507.18071) Eq. 5-7",
+        data_source=_LIVE,
+        reward="rule",
+        signal="as grpo",
+        loss="clipped sequence ratio (the geometric mean of the tokens'), mean over completions; no KL",
+        settings={"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},
+    ),
+    "cispo": MethodRow(
+        equation="CISPO (2506.13585) Eq. 4-5",
+        data_source=_LIVE,
+        reward="rule",
+        signal="as grpo",
+        loss="Â log π weighted by the detached ratio, clipped from above only; mean over the tokens of a group; no KL",
+        settings={
+            "surrogate": "clipped-weight",
+            "clip_low": 1.0,
+            "clip_high": 4.0,
+            "aggregation": "group-token-mean",
+            "kl_coef": 0.0,
+        },
+    ),
+    "rloo": MethodRow(
+        equation="RLOO (2402.14740) Eq. 8",
+        data_source=_LIVE,
+        reward="rule, minus β times the completion's KL (k1)",
+        signal="r - mean of the group's other completions",
+        loss="Â log π, summed over each completion; no ratio, no clip",
+        settings={
+            "baseline": "leave-one-out",
+            "scale": "none",
+            "surrogate": "log-likelihood",
+            "aggregation": "sequence-sum",
+            "kl_coef": 0.05,
+            "kl_estimator": "k1",
+        },
+    ),
+    "reinforce-pp": MethodRow(
+        equation="REINFORCE++ (2501.03262) Eq. 4-8",
+        data_source=_LIVE,
+        reward="rule, minus β times the KL (k1) of each token",
+        signal="reward still to come at each token, normalised over all tokens of the step",
+        loss="clipped token ratio, mean over the tokens of the step",
+        settings={
+            "baseline": "batch",
+            "scale": "batch",
+            "credit": "token",
+            "aggregation": "token-mean",
+            "kl_coef": 0.01,
+            "kl_estimator": "k1",
+        },
+    ),
 }
-
-
-def assign_advantages(groups: Sequence[Group], method: Method, mask_truncated: bool) -> None:
-    """Fill in `trained`, `advantages` and `skipped` of every group.
-
-    A completion whose reward is unknown, or that was cut while `mask_truncated`, is not trained on and leaves the
-    group's mean and standard deviation.
-    """
-    for group in groups:
-        pairs = list(zip(group.completions, group.rewards, strict=True))
-        group.trained = [r.total is not None and not (mask_truncated and c.finish_reason == "length") for c, r in pairs]
-        known = [r.total if used else None for (_, r), used in zip(pairs, group.trained, strict=True)]
-        values = method.advantages(known)
-        group.advantages = [[value] * len(c.token_ids) for value, c in zip(values, group.completions, strict=True)]
-        group.old_logprobs = [None] * len(pairs)
-        group.ref_logprobs = [None] * len(pairs)
-        if not any(group.trained):
-            group.skipped = "no completion is trained on: every reward abstained, or every completion was cut"
-        elif not group.has_signal:
-            group.skipped = "all advantages are 0: " + (
-                "one completion" if sum(group.trained) == 1 else "every trained completion has the same reward"
-            )
-
-
-def batch_loss(
-    policy: LanguageModel,
-    reference: LanguageModel | None,
-    batch: Batch,
-    settings: config.Method,
-    temperature: float,
-    metrics: Metrics,
-) -> Tensor:
-    """The micro-batch's part of the step's loss. Call it inside `policy.precision()`.
-
-    The first call on a batch keeps its log-probabilities as π_old (the policy has not moved since it sampled) and
-    computes those of the reference; later calls, the other inner updates, use both.
-    """
-    if settings.kl_coef and batch.ref_logprobs is None:
-        assert reference is not None
-        with torch.no_grad():
-            batch.ref_logprobs = score(reference, batch, temperature)[0]
-    logprobs, entropy = score(policy, batch, temperature)
-    first = batch.old_logprobs is None
-    if batch.old_logprobs is None:
-        batch.old_logprobs = logprobs.detach()
-    dtype = logprobs.dtype
-    result = policy_loss(
-        logprobs,
-        batch.old_logprobs,
-        batch.advantages.to(dtype),
-        batch.weights.to(dtype),
-        settings.clip_low,
-        settings.clip_high,
-        batch.ref_logprobs,
-        settings.kl_coef,
-        settings.kl_estimator,
-    )
-    used = batch.weights != 0
-    tokens = float(used.sum())
-    if not tokens:
-        return result.loss
-    metrics.mean("policy/ratio_mean", float(result.ratio[used].sum()), tokens)
-    metrics.maximum("policy/ratio_max", float(result.ratio[used].max()))
-    metrics.minimum("policy/ratio_min", float(result.ratio[used].min()))
-    metrics.mean("policy/clipped_low", float(result.clipped_low[used].sum()), tokens)
-    metrics.mean("policy/clipped_high", float(result.clipped_high[used].sum()), tokens)
-    if settings.kl_coef:
-        metrics.mean("policy/kl", float(result.kl[used].sum()), tokens)
-    if first:
-        metrics.mean("policy/entropy", float(entropy[used].sum()), tokens)
-        drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[used]
-        metrics.mean("engine/logprob_difference_mean", float(drift.sum()), tokens)
-        metrics.maximum("engine/logprob_difference_max", float(drift.max()))
-    return result.loss
-
-
-def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
-    """Copy the per-token log-probabilities that were computed back to the groups, to be written down."""
-    for batch in batches:
-        start = 0
-        for index, number, length in batch.members:
-            stretch = slice(start, start + length)
-            for kept, computed in (
-                (groups[index].old_logprobs, batch.old_logprobs),
-                (groups[index].ref_logprobs, batch.ref_logprobs),
-            ):
-                if computed is not None:
-                    kept[number] = computed[stretch].tolist()
-            start += length

@@ -58,9 +58,10 @@ def _read(recipe: Recipe, rows: Sequence[Row] | None) -> Data:
         return Data(train_rows, name, [], "", None)
     grader = find_grader(settings.grader)
     if settings.task is not None:
-        split: Split = "train" if settings.task.endswith(".jsonl") else "test"
-        questions = load_rows(settings.task, split, settings.options, "evaluation.task", "evaluation.options")
-        return Data(train_rows, name, questions[: settings.questions], settings.task, grader)
+        held = settings.task.name
+        split: Split = "train" if held.endswith(".jsonl") else "test"
+        questions = load_rows(held, split, settings.task.options, "evaluation.task.name", "evaluation.task.options")
+        return Data(train_rows, name, questions[: settings.questions], held, grader)
     if rows is not None:
         raise UsageError("evaluation.task: missing; prompts given as rows have no held-out part: name a task or file")
     questions = load_rows(recipe.task.name, "test", recipe.task.options)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
-    ["types", "errors", "config", "reporting", "imports", "interruption"],
+    ["types", "errors", "methods", "config", "reporting", "imports", "interruption"],
     ["maths", "stats", "tasks", "runlog", "machine"],
     ["attention", "models"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight"],
-    ["rollout", "methods"],
+    ["rollout", "objective"],
     ["evaluation"],
     ["preparation"],
     ["loop"],

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gruppo.config import Method
-from gruppo.methods import METHODS, assign_advantages, batch_loss
+from gruppo.maths.losses import sequence_mean_weights
 from gruppo.models import LanguageModel, wrap_model
+from gruppo.objective import assign_advantages, batch_loss
 from gruppo.packing import pack
 from gruppo.types import Group, Metrics
 from tests.conftest import make_group, make_policy, random_groups
@@ -24,7 +25,7 @@ Gradient = dict[str, torch.Tensor]
 
 
 def prepared(groups: list[Group]) -> list[Group]:
-    assign_advantages(groups, METHODS["grpo"], mask_truncated=False)
+    assign_advantages(groups, mask_truncated=False)
     return groups
 
 
@@ -38,7 +39,7 @@ def packed(
     """Loss and gradient the way the loop computes them."""
     policy.model.zero_grad(set_to_none=True)
     total = 0.0
-    batches = pack(groups, METHODS["grpo"].token_weights, budget, with_kl=settings.kl_coef > 0)
+    batches = pack(groups, sequence_mean_weights, budget, with_kl=settings.kl_coef > 0)
     for batch in batches:
         loss = batch_loss(policy, reference, batch, settings, TEMPERATURE, Metrics())
         loss.backward()
@@ -143,7 +144,7 @@ def test_micro_batches_do_not_show(setting: Setting) -> None:
 
 def test_smallest_budget_makes_one_micro_batch_a_completion() -> None:
     groups = prepared(random_groups())
-    batches = pack(groups, METHODS["grpo"].token_weights, 1, with_kl=True)
+    batches = pack(groups, sequence_mean_weights, 1, with_kl=True)
     assert [len(batch.members) for batch in batches] == [1] * 12
 
 
@@ -152,7 +153,7 @@ def test_sharing_the_prefix_does_not_show(setting: Setting) -> None:
     policy, reference, bound = setting
     groups = prepared(random_groups())
     loss, gradient = packed(policy, reference, groups)
-    weights = METHODS["grpo"].token_weights([[len(c.token_ids) for c in group.completions] for group in groups])
+    weights = sequence_mean_weights([[len(c.token_ids) for c in group.completions] for group in groups])
     alone, alone_weights = [], []
     for group, row in zip(groups, weights, strict=True):
         for index in range(len(group.completions)):
@@ -218,10 +219,10 @@ def test_group_without_signal_counts_and_costs_nothing_without_kl(setting: Setti
     flat = make_group([1, 2, 3], [[4, 5], [6]], [1.0, 1.0])
     (lively,) = random_groups(groups=1)
     groups = prepared([lively, flat])
-    (batch,) = pack(groups, METHODS["grpo"].token_weights, 10**9, with_kl=False)
+    (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=False)
     assert {index for index, _, _ in batch.members} == {0}
     loss, gradient = packed(policy, reference, groups, settings=settings)
-    whole = pack(groups, METHODS["grpo"].token_weights, 10**9, with_kl=True)
+    whole = pack(groups, sequence_mean_weights, 10**9, with_kl=True)
     policy.model.zero_grad(set_to_none=True)
     (full,) = (batch_loss(policy, reference, each, settings, TEMPERATURE, Metrics()) for each in whole)
     full.backward()
@@ -248,7 +249,7 @@ def test_tool_output_carries_no_loss(setting: Setting) -> None:
     groups = prepared([make_group(prompt, [ids, [9, 10]], [1.0, 0.0])])
     masked = groups[0].completions[0]
     object.__setattr__(masked, "mask", (True, False, False, True))
-    (batch,) = pack(groups, METHODS["grpo"].token_weights, 10**9, with_kl=True)
+    (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=True)
     assert batch.weights.tolist() == [1 / 4, 0, 0, 1 / 4, 1 / 4, 1 / 4]
     batch_loss(policy, reference, batch, SETTINGS, TEMPERATURE, Metrics())
     assert batch.token_ids.tolist() == [*prompt, 5, 6, 7, 9]
@@ -265,7 +266,7 @@ def test_one_token_completions(setting: Setting) -> None:
 def test_empty_completion_counts_in_its_group_and_has_no_token(setting: Setting) -> None:
     policy, reference, _ = setting
     groups = prepared([make_group([1, 2], [[], [4]], [1.0, 0.0])])
-    (batch,) = pack(groups, METHODS["grpo"].token_weights, 10**9, with_kl=True)
+    (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=True)
     assert batch.targets.tolist() == [4]
     assert batch.weights.tolist() == [0.5]
     assert math.isfinite(float(batch_loss(policy, reference, batch, SETTINGS, TEMPERATURE, Metrics()).detach()))
@@ -275,26 +276,26 @@ def test_everything_truncated_and_masked_makes_no_batch() -> None:
     group = make_group([1, 2], [[3, 4], [5, 6]], [1.0, 0.0])
     for completion in group.completions:
         object.__setattr__(completion, "finish_reason", "length")
-    assign_advantages([group], METHODS["grpo"], mask_truncated=True)
+    assign_advantages([group], mask_truncated=True)
     assert group.trained == [False, False]
     assert group.advantages == [[0.0, 0.0], [0.0, 0.0]]
     assert group.skipped is not None
-    assert pack([group], METHODS["grpo"].token_weights, 10, with_kl=True) == []
+    assert pack([group], sequence_mean_weights, 10, with_kl=True) == []
 
 
 def test_truncated_completion_is_trained_on_unless_masked() -> None:
     group = make_group([1, 2], [[3, 4], [5, 6], [7]], [1.0, 0.0, 0.5])
     object.__setattr__(group.completions[0], "finish_reason", "length")
-    assign_advantages([group], METHODS["grpo"], mask_truncated=False)
+    assign_advantages([group], mask_truncated=False)
     assert group.trained == [True, True, True]
-    assign_advantages([group], METHODS["grpo"], mask_truncated=True)
+    assign_advantages([group], mask_truncated=True)
     assert group.trained == [False, True, True]
     assert group.advantages[1][0] == -group.advantages[2][0] != 0
 
 
 def test_group_of_one_has_no_signal() -> None:
     group = make_group([1, 2], [[3, 4]], [7.0])
-    assign_advantages([group], METHODS["grpo"], mask_truncated=False)
+    assign_advantages([group], mask_truncated=False)
     assert not group.has_signal
     assert group.skipped == "all advantages are 0: one completion"
 
@@ -302,7 +303,7 @@ def test_group_of_one_has_no_signal() -> None:
 def test_inner_updates_use_the_first_pass_as_old() -> None:
     """tt-blacksmith#731: with μ > 1 the ratio must leave 1 after the first update."""
     policy, reference = make_policy(), make_policy(seed=1)
-    (batch,) = pack(prepared(random_groups()), METHODS["grpo"].token_weights, 10**9, with_kl=True)
+    (batch,) = pack(prepared(random_groups()), sequence_mean_weights, 10**9, with_kl=True)
     first, second = Metrics(), Metrics()
     batch_loss(policy, reference, batch, SETTINGS, TEMPERATURE, first).backward()
     old = batch.old_logprobs
@@ -328,7 +329,7 @@ def test_dropout_is_off() -> None:
 def test_advantages_are_normalised_once() -> None:
     """gem#113: the loss takes the group's advantages as they are."""
     groups = prepared(random_groups())
-    (batch,) = pack(groups, METHODS["grpo"].token_weights, 10**9, with_kl=True)
+    (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=True)
     expected = [value for group in groups for row in group.advantages for value in row]
     assert batch.advantages.tolist() == expected
     first = torch.tensor([row[0] for row in groups[0].advantages], dtype=torch.float64)

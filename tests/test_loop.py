@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gruppo
-import gruppo.methods
+import gruppo.objective
 from gruppo.config import Optimizer
 from gruppo.engines.native import NativeEngine
 from gruppo.entry import Result, train
@@ -135,7 +135,7 @@ def test_rollouts_hold_everything(finished: Result) -> None:
 def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """trl#5224, verl#6719: token ids go from the engine to the loss; text is never tokenised again."""
     sampled, trained = [], []
-    generate, score = NativeEngine.generate, gruppo.methods.score
+    generate, score = NativeEngine.generate, gruppo.objective.score
 
     def keeps_sampled(*args):
         made = generate(*args)
@@ -150,7 +150,7 @@ def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeyp
         return score(policy, batch, temperature)
 
     monkeypatch.setattr(NativeEngine, "generate", keeps_sampled)
-    monkeypatch.setattr("gruppo.methods.score", keeps_trained)
+    monkeypatch.setattr("gruppo.objective.score", keeps_trained)
     small_run(tiny_folder, tmp_path / "r", run__steps=1, method__kl_coef=0.0)
     assert trained
     assert all(ids in sampled for ids in trained)
@@ -240,9 +240,9 @@ def test_everything_truncated_and_masked(tiny_folder: str, tmp_path: Path, monke
 def test_non_finite_loss_stops_before_the_optimizer(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = gruppo.methods.policy_loss
+    original = gruppo.objective.policy_loss
     monkeypatch.setattr(
-        "gruppo.methods.policy_loss", lambda *args: (result := original(*args))._replace(loss=result.loss * math.nan)
+        "gruppo.objective.policy_loss", lambda *args: (result := original(*args))._replace(loss=result.loss * math.nan)
     )
     with pytest.raises(RunError, match="this update was not made"):
         small_run(tiny_folder, tmp_path / "r", run__steps=1)
