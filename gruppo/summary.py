@@ -34,15 +34,9 @@ def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Map
 def _eval_command(folder: Path) -> list[str]:
     """How to repeat the run's evaluation, if it had one."""
     recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-    settings = recipe.get("evaluation")
-    if settings is None:
+    if "evaluation" not in recipe:
         return []
-    task = settings.get("task", recipe["task"]["name"])
-    options = settings["options"] if "task" in settings else recipe["task"]["options"]
-    shown = "".join(f" --option {name}={value}" for name, value in options.items())
-    limit = settings.get("max_tokens", recipe["sampling"]["max_tokens"])
-    grader = "" if settings["grader"] == "number" else f" --grader {settings['grader']}"
-    return [f"  gruppo eval {folder}/model --task {task}{shown} --max-tokens {limit}{grader}"]
+    return [f"  gruppo eval {folder}/model --recipe {folder}/recipe.toml"]
 
 
 def _evaluations(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
