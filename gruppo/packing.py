@@ -48,6 +48,12 @@ class Batch:
     old_logprobs: Float[Tensor, " N"] | None = None
     ref_logprobs: Float[Tensor, " N"] | None = None
 
+    @property
+    def sequences(self) -> Int[Tensor, " N"]:
+        """The number of each token's completion within the batch; completions are never split between batches."""
+        lengths = torch.tensor([length for _, _, length in self.members], device=self.targets.device)
+        return torch.arange(len(lengths), device=self.targets.device).repeat_interleave(lengths)
+
 
 def pack(
     groups: Sequence[Group], token_weights: TokenWeights, budget: int, with_kl: bool, device: torch.device | str = "cpu"

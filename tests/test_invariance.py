@@ -14,7 +14,7 @@ import torch
 from gruppo.config import Method
 from gruppo.maths.losses import sequence_mean_weights
 from gruppo.models import LanguageModel, wrap_model
-from gruppo.objective import assign_advantages, batch_loss
+from gruppo.objective import assign_advantages, batch_loss, mark_trained
 from gruppo.packing import pack
 from gruppo.types import Group, Metrics
 from tests.architectures import ARCHITECTURES, make_architecture
@@ -25,8 +25,9 @@ SETTINGS = Method(kl_coef=0.05)
 Gradient = dict[str, torch.Tensor]
 
 
-def prepared(groups: list[Group]) -> list[Group]:
-    assign_advantages(groups, mask_truncated=False)
+def prepared(groups: list[Group], mask_truncated: bool = False) -> list[Group]:
+    mark_trained(groups, mask_truncated)
+    assign_advantages(groups, SETTINGS)
     return groups
 
 
@@ -282,7 +283,7 @@ def test_everything_truncated_and_masked_makes_no_batch() -> None:
     group = make_group([1, 2], [[3, 4], [5, 6]], [1.0, 0.0])
     for completion in group.completions:
         object.__setattr__(completion, "finish_reason", "length")
-    assign_advantages([group], mask_truncated=True)
+    prepared([group], mask_truncated=True)
     assert group.trained == [False, False]
     assert group.advantages == [[0.0, 0.0], [0.0, 0.0]]
     assert group.skipped is not None
@@ -292,16 +293,16 @@ def test_everything_truncated_and_masked_makes_no_batch() -> None:
 def test_truncated_completion_is_trained_on_unless_masked() -> None:
     group = make_group([1, 2], [[3, 4], [5, 6], [7]], [1.0, 0.0, 0.5])
     object.__setattr__(group.completions[0], "finish_reason", "length")
-    assign_advantages([group], mask_truncated=False)
+    prepared([group], mask_truncated=False)
     assert group.trained == [True, True, True]
-    assign_advantages([group], mask_truncated=True)
+    prepared([group], mask_truncated=True)
     assert group.trained == [False, True, True]
     assert group.advantages[1][0] == -group.advantages[2][0] != 0
 
 
 def test_group_of_one_has_no_signal() -> None:
     group = make_group([1, 2], [[3, 4]], [7.0])
-    assign_advantages([group], mask_truncated=False)
+    prepared([group], mask_truncated=False)
     assert not group.has_signal
     assert group.skipped == "all advantages are 0: one completion"
 
