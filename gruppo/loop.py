@@ -104,8 +104,9 @@ class _Run:
         with clock("generate"):
             sampled = sample_groups(parts.engine, prompts, streams, parts.sampling, self.reporter, self.stop)
         with clock("reward"):
-            progress = {"global_step": state.step, "max_steps": recipe.run.steps}
-            groups = score_groups(prompts, sampled, parts.pool, progress, metrics, self.reporter, self.stop)
+            told = {"global_step": state.step, "max_steps": recipe.run.steps}
+            told["max_tokens"] = recipe.sampling.max_tokens
+            groups = score_groups(prompts, sampled, parts.pool, told, metrics, self.reporter, self.stop)
         assign_advantages(groups, recipe.method.mask_truncated)
         batches = pack(
             groups, sequence_mean_weights, parts.budget, with_kl=recipe.method.kl_coef > 0, device=parts.policy.device
