@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,12 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants as hub_constants
-from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from gruppo.attention import AttentionPlan, attention_plan
 from gruppo.errors import UsageError
+from gruppo.hub import hub_reachable
 from gruppo.reporting import Reporter, Silent
 
 # alias -> (package that carries the file, file); the package is never imported.
@@ -347,15 +344,11 @@ def _locate(name: str, reporter: Reporter) -> str:
 def _require_hub(name: str) -> None:
     """Raise UsageError at once, not after half a minute of retries, where a hub model can be had from nowhere."""
     cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if cached or is_offline_mode() or getproxies():
-        return  # the real loading will tell
-    try:
-        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, 443)
-    except OSError:
+    if not cached and not hub_reachable():
         raise UsageError(
             f"model.name = {name!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, "
             f"give a folder or .gguf file, or one of: {', '.join(ALIASES)}"
-        ) from None
+        )
 
 
 def _convert(file: Path, reporter: Reporter) -> Path:

@@ -16,7 +16,11 @@ from typing import Any
 from gruppo.errors import UsageError, nearest
 from gruppo.types import Reward
 
-REWARDS = {"number": "gruppo.rewards.rules:number", "exact_match": "gruppo.rewards.rules:exact_match"}
+REWARDS = {
+    "number": "gruppo.rewards.rules:number",
+    "exact_match": "gruppo.rewards.rules:exact_match",
+    "reasoning_gym": "gruppo.rewards.gym:reasoning_gym",
+}
 
 RewardFunction = Callable[..., Any]
 
