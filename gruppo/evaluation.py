@@ -134,5 +134,5 @@ def _as_task(task: str | Mapping[str, Any] | Task, options: Mapping[str, Any] | 
     """A task by name or fields. Raises UsageError for fields that no task has."""
     if isinstance(task, Task):
         return task
-    fields = {"name": task, "options": dict(options or {})} if isinstance(task, str) else dict(task)
+    fields = {"name": task, "options": dict(options or {})} if isinstance(task, str) else task
     return load_recipe({"model": {"name": "none"}, "task": fields}).task

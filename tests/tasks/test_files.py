@@ -126,7 +126,7 @@ def test_a_file_has_no_splits(tmp_path: Path) -> None:
 def test_values_of_parquet_become_plain(tmp_path: Path) -> None:
     rows = [
         {
-            "prompt": [{"role": "user", "content": "x", "name": None}, {"role": "assistant", "content": "y", "name": "n"}],
+            "prompt": [{"role": "user", "content": "x", "name": None}, {"role": "system", "content": "y", "name": "n"}],
             "day": datetime.date(2020, 1, 2),
             "cost": decimal.Decimal("1.50"),
             "levels": [1, 2],
@@ -137,7 +137,7 @@ def test_values_of_parquet_become_plain(tmp_path: Path) -> None:
     reporter = Notes()
     assert training(save(tmp_path, ".parquet", rows), reporter) == [
         {
-            "prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "name": "n"}],
+            "prompt": [{"role": "user", "content": "x"}, {"role": "system", "content": "y", "name": "n"}],
             "day": "2020-01-02",
             "cost": "1.50",
             "levels": [1, 2],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gruppo.errors import UsageError
+from gruppo.evaluation import evaluate
 from tests.tasks.load import both_sides, questions, training
 
 QUESTIONS = [{"question": f"What is {n}?", "solution": str(n), "level": n % 3} for n in range(4)]
@@ -127,3 +128,11 @@ def test_own_test_part_of_a_function_and_of_arithmetic() -> None:
     assert len(both_sides("arithmetic", options={"held_out": 9})[1].rows) == 9
     assert len(questions("arithmetic", options={"held_out": 9}).rows) == 9
     assert both_sides("tests/functions_of_users.py:task")[1].rows == [{"prompt": "a", "answer": "a"}]
+
+
+def test_evaluate_takes_a_table(tiny_folder: str, tmp_path: Path) -> None:
+    task = {"name": str(save(tmp_path, QUESTIONS)), "template": "{level}", "columns": {"answer": "solution"}}
+    outcome = evaluate(tiny_folder, task, max_tokens=2, grader="exact_match", questions=3)
+    assert [prompt.content for prompt in outcome.prompts] == ["0", "1", "2"]
+    with pytest.raises(UsageError, match=r'task\.colums.*"columns"'):
+        evaluate(tiny_folder, {"name": "rows.jsonl", "colums": {}})
