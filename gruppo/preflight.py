@@ -44,7 +44,9 @@ def preflight(
     data = _read(recipe, rows, reporter)
     if REWARDS["number"] in names:
         _require_numbers(data)
-    if REWARDS["reasoning_gym"] in names and not any("metadata" in part.rows[0] for part in data.training):
+    if REWARDS["reasoning_gym"] in names and not any(
+        {"dataset", "parameters"} <= set(part.rows[0]) for part in data.training
+    ):
         raise UsageError(
             'reward.functions = ["reasoning_gym"]: scores rows of reasoning-gym only, and no task is one; write e.g. '
             'task.name = "reasoning-gym/leg_counting", or another reward'

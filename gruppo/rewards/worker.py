@@ -108,7 +108,8 @@ def check_signature(function: RewardFunction, name: str, columns: Sequence[str])
         if required and named and parameter.name not in offered:
             raise UsageError(
                 f'reward.functions = "{name}": it needs "{parameter.name}", which no row offers (offered: '
-                f"{', '.join(sorted(offered))}); write def reward(prompts, completions, **columns) or add that column"
+                f"{', '.join(sorted(offered))}); write def reward(prompts, completions, **columns), "
+                "or add that column, e.g. by task.columns"
             )
     if not takes_all and not {p.name for p in parameters} & {"completions", "completion_ids"}:
         raise UsageError(

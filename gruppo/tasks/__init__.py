@@ -175,10 +175,12 @@ def _checked(rows: Any, source: str) -> Iterable[Row]:
 
 
 def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=1):
+    number = 0
+    for number, row in enumerate(rows, start=1):  # noqa: B007  the last one is needed
         yield row
         if number % _SHOWN == 0:
             advance(_SHOWN)
+    advance(number % _SHOWN)
 
 
 def _divide(whole: Part, task: Task) -> tuple[Part, Part]:
