@@ -176,7 +176,7 @@ def _checked(rows: Any, source: str) -> Iterable[Row]:
 
 def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
     number = 0
-    for number, row in enumerate(rows, start=1):  # noqa: B007  the last one is needed
+    for number, row in enumerate(rows, start=1):
         yield row
         if number % _SHOWN == 0:
             advance(_SHOWN)
