@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -80,7 +80,7 @@ class Task(Section):
     """Options of the task itself, passed on by name (for arithmetic: maximum, held_out, negative; for reasoning-gym:
     size, seed and those of the data set; for a data set of the hub: name, revision)."""
     split: Annotated[str, Field(min_length=1)] | None = None
-    """Which part of a data set with several ("train", "test", …); by default "train"."""
+    """Which part of a data set with several ("train", "test", …); by default "train", for evaluation "test"."""
     columns: dict[str, str] = {}
     """Our names of columns and theirs: `{prompt = "question", answer = "solution"}`. Others keep their names."""
     template: str | None = None
@@ -413,42 +413,56 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _explain(details: ErrorDetails) -> str:
     """One mistake as `field = value: what is wrong; what to write`."""
     location = [str(part) for part in details["loc"]]
-    field, kind = ".".join(location), details["type"]
-    section = Recipe.model_fields.get(location[0]) if location else None
+    field, kind = re.sub(r"^mixture\.(\d+)", r"mixture[\1]", ".".join(location)), details["type"]
     if kind == "extra_forbidden":
         if reason := _REFUSED.get((location[0], location[-1])):
             return f"{field} = {details['input']!r}: {reason}"
-        known = _fields_of(location[0]) if len(location) > 1 else list(Recipe.model_fields)
+        section = _section(location[:-1])
         what = "field" if len(location) > 1 else "table"
+        known = section.model_fields if section else []
         return f"{field} = {_short(details['input'])}: unknown {what}{nearest(location[-1], known)}"
     if kind == "missing":
         return f'{field}: missing; write e.g. name = "smollm2-135m-instruct" in [{location[0]}]'
     if kind == "value_error":
         message = str(details["ctx"]["error"])
-        return f"{location[0]}.{message}" if location else message
-    if section is not None and len(location) == 1 and kind in {"model_type", "dict_type", "model_attributes_type"}:
+        return f"{field}.{message}" if location else message
+    if location[-1] == "mixture" or location[:-1] == ["mixture"]:
+        return f"{field} = {_short(details['input'])}: must be tables; write [[mixture]] and a task's fields below"
+    if kind in {"model_type", "dict_type", "model_attributes_type"} and _section(location):
         return f"{field} = {_short(details['input'])}: must be a table; write [{field}] and its fields below"
     text = details["msg"].removeprefix("Input ").replace("should", "must")
     return f"{field} = {_short(details['input'])}: {text}{_fix(location)}"
 
 
-def _fields_of(section: str) -> list[str]:
-    annotation = {**{n: f.annotation for n, f in Recipe.model_fields.items()}, "evaluation": Evaluation}.get(section)
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+def _section(location: Sequence[str]) -> type[Section] | None:
+    """The table at a place of the recipe."""
+    section: type[Section] = Recipe
+    for name in location:
+        if name.isdecimal():
+            continue  # a task of the mixture
+        if name not in section.model_fields:
+            return None
+        annotation = section.model_fields[name].annotation
+        kinds = [annotation, *get_args(annotation)]
+        found = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        if found is None:
+            return None
+        section = found
+    return section
 
 
 def _fix(location: Sequence[str]) -> str:
-    annotation = {**{n: f.annotation for n, f in Recipe.model_fields.items()}, "evaluation": Evaluation}.get(
-        location[0]
-    )
-    if not (isinstance(annotation, type) and issubclass(annotation, Section)) or len(location) < 2:
+    places = [place for place in range(len(location), 1, -1) if _section(location[: place - 1])]
+    if not places:
         return ""
-    field = annotation.model_fields.get(location[1])
-    if field is None:
+    section = _section(location[: places[0] - 1])
+    name = location[places[0] - 1]
+    if section is None or name not in section.model_fields:
         return "; write text as the name of a field"
+    field = section.model_fields[name]
     if field.is_required() or not field.default:
         return f"; {field.description}"
-    return f"; write e.g. {tomli_w.dumps({location[1]: field.default}).strip()}"
+    return f"; write e.g. {tomli_w.dumps({name: field.default}).strip()}"
 
 
 def _short(value: object) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gruppo.config import Recipe, Task, load_recipe
+from gruppo.config import Recipe, load_recipe
 from gruppo.errors import UsageError
 from gruppo.interruption import stop_on_signals
 from gruppo.preflight import preflight
@@ -51,8 +51,9 @@ def train(
     """Run a recipe, from a file, a mapping or a Recipe.
 
     `reward`: a function, an import path or several, in place of the recipe's. `prompts`: rows with a `prompt` (text
-    or messages) and more columns, in place of the recipe's task. `overrides`: "section.field=value". `out`: the run
-    folder, by default runs/<name>. `resume`: go on with the run that the folder holds, if it holds one.
+    or messages) and more columns, in place of the rows of the recipe's task; the other fields of [task] hold for them
+    too. `overrides`: "section.field=value". `out`: the run folder, by default runs/<name>. `resume`: go on with the
+    run that the folder holds, if it holds one.
 
     The first SIGINT or SIGTERM ends the run at the next safe point with a checkpoint; summary["state"] is then
     "interrupted". Raises UsageError for what the caller can mend, RunError where a run could not go on.
@@ -63,11 +64,11 @@ def train(
     given = settings.reward.functions if rewards is None else rewards
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        data = preflight(settings, folder, resume, given, prompts)
+        shown = reporter or Silent()
+        data = preflight(settings, folder, resume, given, prompts, shown)
         from gruppo.loop import run
         from gruppo.preparation import prepare
 
-        shown = reporter or Silent()
         prepared = prepare(settings, folder, resume, given, data, shown, stack)
         summary = run(prepared, shown, stop)
         return Result(prepared.run.path, prepared.run.metrics(), summary)
@@ -91,5 +92,7 @@ def _as_given(recipe: Recipe, rewards: Sequence[str | RewardFunction] | None, ro
         ]
         changes["reward"] = recipe.reward.model_copy(update={"functions": names})
     if rows:
-        changes["task"] = Task(name="given:prompts")
+        if recipe.mixture:
+            raise UsageError("prompts: rows are given, and the recipe has a [[mixture]]; take one of them")
+        changes["task"] = recipe.task.model_copy(update={"name": "given:prompts", "options": {}, "split": None})
     return recipe.model_copy(update=changes)

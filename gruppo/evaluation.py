@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gruppo.config import Task, load_recipe
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
 from gruppo.errors import RunError, UsageError
@@ -16,7 +17,7 @@ from gruppo.reporting import Reporter, Silent
 from gruppo.rollout import sample_groups
 from gruppo.stats import wilson_interval
 from gruppo.tables import as_json
-from gruppo.tasks import load_rows, tokenize_rows
+from gruppo.tasks import load_questions, tokenize_part
 from gruppo.tasks.answers import Grader, find_grader, last_number
 from gruppo.types import Completion, Prompt
 
@@ -99,7 +100,7 @@ def answer_questions(
 
 def evaluate(
     model: str | Path,
-    task: str = "arithmetic",
+    task: str | Mapping[str, Any] | Task = "arithmetic",
     *,
     options: Mapping[str, Any] | None = None,
     questions: int | None = None,
@@ -110,19 +111,28 @@ def evaluate(
     reporter: Reporter | None = None,
     stop: Stop | None = None,
 ) -> Evaluation:
-    """Greedy accuracy of a model on the held-out part of a task, or on all rows of a .jsonl file.
+    """Greedy accuracy of a model on the held-out part of a task, or on all rows of a task without one.
 
-    `questions`: how many at the most, from the start. Raises UsageError for whatever of the arguments is wrong.
+    `task`: a name, the fields of [task], or a Task; `options` are those of a task by name. `questions`: how many at
+    the most, from the start. Raises UsageError for whatever of the arguments is wrong.
     """
     reporter, stop = reporter or Silent(), stop or Stop()
     if max_tokens < 1 or (questions is not None and questions < 1):
         raise UsageError(f"questions = {questions}, max_tokens = {max_tokens}: must be at least 1")
     choose_dtype(dtype, choose_device(device))
     judge = find_grader(grader)
-    rows = load_rows(task, "train" if task.endswith(".jsonl") else "test", options or {}, "task", "options")[:questions]
+    part = load_questions(_as_task(task, options), "task", reporter)
     source = find_model(str(model), reporter)
-    prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, task, source.vocabulary)
+    prompts, _ = tokenize_part(part, source.tokenizer, source.context, max_tokens, source.vocabulary, questions)
     check_grader(judge, prompts)
     policy = load_model(source, device, dtype, reporter)
     slots = choose_slots(policy, max(len(prompt.token_ids) for prompt in prompts), max_tokens, len(prompts))
     return answer_questions(NativeEngine(policy, slots), prompts, judge, max_tokens, reporter, stop)
+
+
+def _as_task(task: str | Mapping[str, Any] | Task, options: Mapping[str, Any] | None) -> Task:
+    """A task by name or fields. Raises UsageError for fields that no task has."""
+    if isinstance(task, Task):
+        return task
+    fields = {"name": task, "options": dict(options or {})} if isinstance(task, str) else task
+    return load_recipe({"model": {"name": "none"}, "task": fields}).task

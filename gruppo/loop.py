@@ -40,7 +40,6 @@ from gruppo.reporting import Reporter
 from gruppo.rollout import describe_groups, sample_groups, score_groups
 from gruppo.runlog import publish
 from gruppo.tables import EVALUATIONS, ROLLOUTS, rollout_rows
-from gruppo.tasks import draw_prompts
 from gruppo.types import Group, Metrics
 
 
@@ -145,7 +144,7 @@ class _Run:
     def _sample(self, step: int, cursor: int, count: int, metrics: Metrics, clock: _Clock) -> list[Group]:
         """Groups of the next questions after the first `cursor` draws of the run."""
         parts, recipe = self.parts, self.recipe
-        prompts = draw_prompts(parts.prompts, recipe.run.seed, cursor, count)
+        prompts = parts.prompts.draw(cursor, count)
         size = recipe.sampling.group_size
         streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
         with clock("generate"):
@@ -208,7 +207,7 @@ class _Run:
         self, step: int, groups: list[Group], rate: float, metrics: Metrics, clock: _Clock, updated: bool
     ) -> None:
         parts = self.parts
-        describe_groups(groups, metrics)
+        describe_groups(groups, metrics, by_task=len(parts.prompts.parts) > 1)
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         metrics.mean("optimizer/learning_rate", rate)
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
@@ -286,6 +285,10 @@ class _Run:
         for change in self.parts.changes:
             self.run.event("changed", f"{change}; from here on it is another run's", self.state.step)
             self.reporter.note(f"Note: {change}; see events.jsonl")
+        if folder is None:
+            for task, count in self.parts.filtered.items():
+                message = f"{count} prompts of {task} are too long and were left out"
+                self.run.event("filtered", message, 0, task=task, prompts=count)
         if folder is not None or begun:
             self.run.event("resume", f"continued after step {self.state.step}", self.state.step)
 

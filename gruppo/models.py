@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,12 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants as hub_constants
-from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from gruppo.attention import AttentionPlan, CapturingAttention, attention_plan
 from gruppo.errors import UsageError
+from gruppo.hub import hub_reachable
 from gruppo.maths.logprobs import OutputHead
 from gruppo.reporting import Reporter, Silent
 
@@ -294,8 +291,9 @@ def _widen_norms(model: PreTrainedModel) -> None:
     def shifted(norm: Any, hidden: Tensor) -> Tensor:
         return nn.functional.rms_norm(hidden, norm.weight.shape, 1 + norm.weight, _epsilon(norm))
 
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None and hasattr(module, "weight"):
+    norms: list[Any] = [each for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
+    for module in norms:
+        if _epsilon(module) is not None and hasattr(module, "weight"):
             trial = torch.linspace(-1, 2, module.weight.numel(), dtype=torch.float64, device=module.weight.device)
             with torch.no_grad():
                 made = module(trial[None])
@@ -410,7 +408,7 @@ class _Bar:
 def unsupported(config: PreTrainedConfig) -> str | None:
     """Why a model of this config cannot be run, by name, or None; weights are not needed to tell."""
     name, text = config.model_type, config.get_text_config()
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None or getattr(text, "is_encoder_decoder", False):
         return f"architecture {name!r} is not a causal language model; use one (Llama, Qwen, Gemma, Mistral, Phi, …)"
     if not kind._supports_attention_backend:
@@ -460,14 +458,7 @@ def _locate(name: str, reporter: Reporter) -> str:
 
 def out_of_reach(name: str) -> bool:
     """True, at once and not after half a minute of retries, where a hub model can be had from nowhere."""
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if cached or is_offline_mode() or getproxies():
-        return False  # the real loading will tell
-    try:
-        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return True
-    return False
+    return not isinstance(try_to_load_from_cache(name, "config.json"), str) and not hub_reachable()
 
 
 def _convert(file: Path, reporter: Reporter) -> Path:

@@ -3,67 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gruppo.config import Recipe
 from gruppo.errors import UsageError
-from gruppo.rewards import RewardFunction, check_option_names, reward_path
+from gruppo.reporting import Reporter
+from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_path
 from gruppo.runlog import check_folder
-from gruppo.tasks import Split, checked_rows, load_rows
+from gruppo.tasks import Part, load_questions, load_training
 from gruppo.tasks.answers import Grader, find_grader, last_number
 from gruppo.types import Row
 
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run. `rows_name`, `questions_name`: what errors and ids call them."""
+    """The rows of a run, by task: those to train on, and those to evaluate on (several where tasks are mixed)."""
 
-    rows: list[Row]
-    rows_name: str
-    questions: list[Row]
-    questions_name: str
+    training: list[Part]
+    questions: list[Part]
     grader: Grader | None
 
     @property
     def columns(self) -> list[str]:
         """Those that every training row has, besides the prompt: what rewards are offered."""
-        return sorted(set.intersection(*(set(row) for row in self.rows)) - {"prompt"})
+        return sorted(set.intersection(*(set(row) for part in self.training for row in part.rows)) - {"prompt"})
 
 
 def preflight(
-    recipe: Recipe, folder: Path, resume: bool, rewards: Sequence[str | RewardFunction], rows: Sequence[Row] | None
+    recipe: Recipe,
+    folder: Path,
+    resume: bool,
+    rewards: Sequence[str | RewardFunction],
+    rows: Sequence[Row] | None,
+    reporter: Reporter,
 ) -> Data:
     """Check folder, reward names and data, and read the data. Raises UsageError."""
     check_folder(folder, recipe, resume)
     names = [reward_path(each) for each in rewards if isinstance(each, str)]
     check_option_names(rewards, recipe.reward.options)
-    data = _read(recipe, rows)
-    if "gruppo.rewards.rules:number" in names:
-        for number, row in enumerate(data.rows, start=1):
-            if "answer" in row and last_number(str(row["answer"])) is None:
-                raise UsageError(
-                    f"{data.rows_name}, row {number}: answer = {row['answer']!r} holds no number, which the reward "
-                    '"number" compares with; write a number, or take "exact_match"'
-                )
+    data = _read(recipe, rows, reporter)
+    if REWARDS["number"] in names:
+        _require_numbers(data)
+    if REWARDS["reasoning_gym"] in names and not any(
+        {"dataset", "parameters"} <= set(part.rows[0]) for part in data.training
+    ):
+        raise UsageError(
+            'reward.functions = ["reasoning_gym"]: scores rows of reasoning-gym only, and no task is one; write e.g. '
+            'task.name = "reasoning-gym/leg_counting", or another reward'
+        )
     return data
 
 
-def _read(recipe: Recipe, rows: Sequence[Row] | None) -> Data:
-    if rows is None:
-        train_rows, name = load_rows(recipe.task.name, "train", recipe.task.options), recipe.task.name
-    else:
-        train_rows, name = checked_rows(rows, "prompts"), "prompts"
+def _require_numbers(data: Data) -> None:
+    for part in data.training:
+        for number, row in zip(part.numbers, part.rows, strict=True):
+            if "answer" in row and last_number(str(row["answer"])) is None:
+                raise UsageError(
+                    f"{part.name}, row {number + 1}: answer = {row['answer']!r} holds no number, which the reward "
+                    '"number" compares with; write a number, or take "exact_match"'
+                )
+
+
+def _read(recipe: Recipe, rows: Sequence[Row] | None, reporter: Reporter) -> Data:
     settings = recipe.evaluation
-    if settings is None:
-        return Data(train_rows, name, [], "", None)
-    grader = find_grader(settings.grader)
-    if settings.task is not None:
-        held = settings.task.name
-        split: Split = "train" if held.endswith(".jsonl") else "test"
-        questions = load_rows(held, split, settings.task.options, "evaluation.task.name", "evaluation.task.options")
-        return Data(train_rows, name, questions[: settings.questions], held, grader)
-    if rows is not None:
-        raise UsageError("evaluation.task: missing; prompts given as rows have no held-out part: name a task or file")
-    questions = load_rows(recipe.task.name, "test", recipe.task.options)
-    return Data(train_rows, name, questions[: settings.questions], f"{name} (held out)", grader)
+    grader = find_grader(settings.grader) if settings else None
+    own = settings is not None and settings.task is None
+    fields = [f"mixture[{place}]" for place in range(len(recipe.mixture))] or ["task"]
+    training, questions = [], []
+    for task, field in zip(recipe.tasks, fields, strict=True):
+        train, held = load_training(task, field, own, reporter, rows)
+        training.append(train)
+        questions += [] if held is None else [held]
+    if settings is not None and settings.task is not None:
+        questions = [load_questions(settings.task, "evaluation.task", reporter)]
+    return Data(_told_apart(training), _told_apart(questions), grader)
+
+
+def _told_apart(parts: Sequence[Part]) -> list[Part]:
+    """The parts with names of their own, so that no two prompts have one id."""
+    names = [part.name for part in parts]
+    return [
+        part if (before := names[:place].count(part.name)) == 0 else replace(part, name=f"{part.name}#{before + 1}")
+        for place, part in enumerate(parts)
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +34,16 @@ from gruppo.rewards import RewardFunction
 from gruppo.rewards.pool import RewardPool
 from gruppo.runlog import RunFolder, check_folder
 from gruppo.tables import as_json
-from gruppo.tasks import tokenize_rows
+from gruppo.tasks import Part, tokenize_part
 from gruppo.tasks.answers import Grader
+from gruppo.tasks.mixture import Mixture, interleaved
 from gruppo.types import Prompt
 
 
 @dataclass
 class Prepared:
     """A run that is ready to begin. `budget`: tokens of a micro-batch; `changes`: what is no longer as it was when the
-    run began, in words."""
+    run began, in words; `filtered`: how many prompts of each task were left out as too long."""
 
     recipe: Recipe
     run: RunFolder
@@ -50,13 +51,14 @@ class Prepared:
     reference: LanguageModel | None
     engine: Engine
     pool: RewardPool
-    prompts: list[Prompt]
+    prompts: Mixture
     questions: list[Prompt]
     grader: Grader | None
     optimizer: torch.optim.Optimizer
     budget: int
     sampling: SamplingOptions
     changes: list[str]
+    filtered: dict[str, int]
 
 
 def prepare(
@@ -87,13 +89,14 @@ def prepare(
     )
     stack.callback(pool.close)
     source = find_model(recipe.model.name, reporter)
-    context, limit = source.context, recipe.sampling.max_tokens
-    prompts = tokenize_rows(data.rows, source.tokenizer, context, limit, data.rows_name, source.vocabulary)
+    limit = recipe.sampling.max_tokens
+    tokens = _Tokens(source, reporter)
+    parts = [tokens.of(part, limit) for part in data.training]
+    prompts = Mixture(parts, [task.weight for task in recipe.tasks], recipe.run.seed)
     questions: list[Prompt] = []
     if recipe.evaluation is not None and data.grader is not None:
-        own = recipe.evaluation.max_tokens or limit
-        name = data.questions_name
-        questions = tokenize_rows(data.questions, source.tokenizer, context, own, name, source.vocabulary)
+        own, most = recipe.evaluation.max_tokens or limit, recipe.evaluation.questions
+        questions = interleaved([tokens.of(part, own, most) for part in data.questions], most)
         check_grader(data.grader, questions)
         limit = max(limit, own)
     policy, chosen, changes = _load_policy(recipe, run, source, prompts, questions, limit, pool.digests, reporter)
@@ -111,7 +114,29 @@ def prepare(
         budget=chosen["micro_batch_tokens"],
         sampling=SamplingOptions(recipe.sampling.temperature, recipe.sampling.max_tokens),
         changes=changes,
+        filtered=tokens.filtered,
     )
+
+
+class _Tokens:
+    """Turns the rows of tasks into prompts, and counts those that were left out."""
+
+    def __init__(self, source: ModelSource, reporter: Reporter) -> None:
+        self.source, self.reporter = source, reporter
+        self.filtered: dict[str, int] = {}
+
+    def of(self, part: Part, max_tokens: int, most: int | None = None) -> list[Prompt]:
+        """See `gruppo.tasks.tokenize_part`."""
+        source = self.source
+        total = min(len(part.rows), most or len(part.rows))
+        with self.reporter.progress(f"Tokenizing {part.name}", total, "prompts") as advance:
+            prompts, left_out = tokenize_part(
+                part, source.tokenizer, source.context, max_tokens, source.vocabulary, most, advance
+            )
+        if left_out:
+            self.filtered[part.name] = left_out
+            self.reporter.note(f"{part.name}: left out {left_out} prompts that are too long; {len(prompts)} are used")
+        return prompts
 
 
 def make_optimizer(recipe: Recipe, policy: LanguageModel) -> torch.optim.Optimizer:
@@ -134,7 +159,7 @@ def _load_policy(
     recipe: Recipe,
     run: RunFolder,
     source: ModelSource,
-    prompts: Sequence[Prompt],
+    prompts: Mixture,
     questions: Sequence[Prompt],
     max_tokens: int,
     rewards: Sequence[str],
@@ -170,7 +195,7 @@ def _load_policy(
     return policy, chosen, []
 
 
-def _data_sha256(prompts: Sequence[Prompt], questions: Sequence[Prompt]) -> str:
+def _data_sha256(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> str:
     """A hash over the token ids and columns of all questions, in order."""
     digest = hashlib.sha256()
     for prompt in [*prompts, *questions]:

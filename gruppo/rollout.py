@@ -60,11 +60,13 @@ def score_groups(
     ]
 
 
-def describe_groups(groups: Sequence[Group], metrics: Metrics) -> None:
-    """Metrics of what was sampled and how it was scored; lengths in tokens."""
+def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = False) -> None:
+    """Metrics of what was sampled and how it was scored; lengths in tokens. `by_task`: also the reward of each task."""
     for group in groups:
         totals = [reward.total for reward in group.rewards if reward.total is not None]
         metrics.mean("reward/mean", sum(totals), len(totals))
+        if by_task:
+            metrics.mean(f"reward/task/{group.prompt.task}/mean", sum(totals), len(totals))
         if len(totals) > 1:
             metrics.mean("reward/std", statistics.stdev(totals))
         metrics.mean("groups/with_signal", group.has_signal)

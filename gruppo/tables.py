@@ -56,9 +56,9 @@ EVALUATIONS = pa.schema(
 
 
 def as_json(value: Any) -> str:
-    """A value of a user's row as JSON; what JSON cannot say, as its text."""
+    """A value of a user's row as JSON; sets as sorted lists, what JSON cannot say as its text."""
     try:
-        return json.dumps(value, default=str)
+        return json.dumps(value, default=lambda each: sorted(map(str, each)) if isinstance(each, set) else str(each))
     except (TypeError, ValueError):
         return json.dumps(str(value))
 

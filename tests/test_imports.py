@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
-    ["types", "errors", "methods", "config", "reporting", "imports", "interruption"],
+    ["types", "errors", "methods", "config", "reporting", "imports", "interruption", "hub"],
     ["maths", "stats", "tasks", "runlog", "machine"],
     ["attention", "models"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight"],

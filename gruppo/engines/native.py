@@ -149,7 +149,7 @@ class NativeEngine:
         )
 
 
-def _text(policy: LanguageModel, tokens: Sequence[int]) -> str:
+def _text(policy: LanguageModel, tokens: list[int]) -> str:
     return str(policy.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
@@ -277,7 +277,8 @@ class _Flight:
         """Sample the next token of `rows` from their last hidden states, and retire what has ended."""
         logits = head.logits(hidden)
         position = self.length[rows]
-        if early := np.flatnonzero(position < self.options.min_tokens).tolist():
+        early = np.flatnonzero(position < self.options.min_tokens)
+        if len(early):
             logits[np.ix_(early, self.eos)] = -torch.inf
         uniforms = torch.as_tensor(self.uniforms[rows, position], device=logits.device)
         tokens, logprobs = sample_tokens(logits, uniforms, self.options)

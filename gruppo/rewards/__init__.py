@@ -26,6 +26,7 @@ REWARDS = {
     "overlong": "gruppo.rewards.lengths:Overlong",
     "repetition": "gruppo.rewards.lengths:Repetition",
     "classifier": "gruppo.rewards.classifier:Classifier",
+    "reasoning_gym": "gruppo.rewards.gym:reasoning_gym",
 }
 PREFIXES = ("verl", "verifiers")  # of names whose functions go through gruppo.rewards.adapters
 

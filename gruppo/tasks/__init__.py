@@ -1,76 +1,257 @@
 """Tasks: where rows come from, and how a row becomes the exact token ids that the model reads.
 
-A task is a function `load(split, **options) -> list of rows`; a row has a `prompt` (text or messages) and any more
-columns. `split` is "train" or "test"; a task without a held-out part raises UsageError for "test".
+A row has a `prompt` (text or messages) and any more columns. It comes from a function `load(split, **options) -> rows`
+(split "train" or "test"; one without a held-out part raises UsageError for "test"), from reasoning-gym, from a file,
+or from a Hugging Face data set. What [task] says of columns, template, system and held_out is done to all of them
+alike.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError, nearest
 from gruppo.imports import import_attribute
+from gruppo.reporting import Advance, Reporter
+from gruppo.tasks.transform import in_held_out, transform
 from gruppo.types import Prompt, Row
 
-if TYPE_CHECKING:  # reward processes import this package and need no transformers
+if TYPE_CHECKING:  # reward processes import this package and need neither
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "test"]
+    from gruppo.config import Task
 
 TASKS = {"arithmetic": "gruppo.tasks.arithmetic:load"}
 
+_GYM = "reasoning-gym/"
+# Rows between two signs of progress.
+_SHOWN = 64
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_KINDS = (
+    f'"{_GYM}NAME", a file ({", ".join(_FILES)}), a folder saved by datasets, a data set of the hub ("owner/name") or '
+    '"package.module:function"'
+)
 
-def load_rows(
-    name: str, split: Split, options: Mapping[str, Any], field: str = "task.name", options_field: str = "task.options"
-) -> list[Row]:
-    """The rows of a task by name, "package.module:function" or .jsonl file; the fields are for errors.
 
-    Raises UsageError: unknown task, wrong options, no rows, a row without a usable `prompt`.
+@dataclass(frozen=True)
+class Part:
+    """Rows of one task on their way to tokens.
+
+    `name` and `numbers` (a row's place in its source) make up prompt ids; `field` is what errors call the task's
+    table. `max_prompt_tokens` and `filter_overlong` are those of the task.
     """
-    if name.endswith(".jsonl"):
-        if options:
-            raise UsageError(f"{options_field} = {dict(options)}: a .jsonl file has no options; remove them")
-        load = import_attribute("gruppo.tasks.jsonl:load", field)
-        options = {"path": name}
-    elif ":" in name or name in TASKS:
-        load = import_attribute(TASKS.get(name, name), field)
-    else:
-        raise UsageError(
-            f'{field} = "{name}": unknown task{nearest(name, TASKS)}; or write a .jsonl file, or '
-            '"package.module:function"'
-        )
+
+    name: str
+    rows: Sequence[Row]
+    numbers: Sequence[int]
+    field: str = "task"
+    max_prompt_tokens: int | None = None
+    filter_overlong: bool = False
+
+
+def load_training(
+    task: Task, field: str, with_held_out: bool, reporter: Reporter, given: Iterable[Row] | None = None
+) -> tuple[Part, Part | None]:
+    """The rows of a task to train on and, if they are asked for, those that are held out from it.
+
+    With task.held_out they are told apart by a hash of their prompts; without, the held-out ones are the source's own
+    "test". `given`: rows in place of the task's own. Raises UsageError: unknown task, wrong options or columns, no
+    held-out part.
+    """
+    whole = _load(task, field, task.split or "train", reporter, given)
+    if task.held_out:
+        train, held = _divide(whole, task)
+        return train, held if with_held_out else None
+    if not with_held_out:
+        return whole, None
+    fixes = f"write {field}.held_out = 0.1, or name the questions with evaluation.task"
+    if given is not None or not _has_test(task.name) or task.split not in (None, "train"):
+        raise UsageError(f"evaluation: {whole.name} has no held-out part; {fixes}")
     try:
-        inspect.signature(load).bind(split, **options)
-    except TypeError as error:
-        raise UsageError(f"{options_field} = {dict(options)}: {error}; {_options(load)}") from None
-    try:
-        return checked_rows(load(split, **options), name)
+        held = _load(task, field, "test", reporter)
     except UsageError as error:
-        raise UsageError(f'{field} = "{name}": {error}') from None
+        raise UsageError(f"evaluation: {whole.name} has no held-out part ({error}); {fixes}") from None
+    return whole, replace(held, name=f"{whole.name} (held out)")
+
+
+def load_questions(task: Task, field: str, reporter: Reporter) -> Part:
+    """The rows of a task that only evaluation asks: its held-out share if it has one, else its split, else its "test",
+    or all rows where there is no "test". Raises UsageError as `load_training` does."""
+    if task.held_out:
+        return _divide(_load(task, field, task.split or "train", reporter), task)[1]
+    return _load(task, field, task.split or ("test" if _has_test(task.name) else "train"), reporter)
+
+
+def _load(task: Task, field: str, split: str, reporter: Reporter, given: Iterable[Row] | None = None) -> Part:
+    name = task.name if given is None else "prompts"
+    with reporter.progress(f"Reading {name}", None, "rows") as advance:
+        source = _source(task, field, split, reporter) if given is None else _checked(given, name)
+        rows = transform(_counted(source, advance), task, field, name)
+    return Part(name, rows, range(len(rows)), field, task.max_prompt_tokens, task.overlong == "filter")
+
+
+def _source(task: Task, field: str, split: str, reporter: Reporter) -> Iterator[Row]:
+    """The rows as their source has them; whatever fails in it is a UsageError with the task's field."""
+    try:
+        yield from _checked(_open(task, field, split, reporter), task.name)
+    except UsageError as error:
+        message = str(error)
+        if message.startswith(("options", "split")):
+            raise UsageError(f"{field}.{message}") from None
+        raise UsageError(message if message.startswith(field) else f'{field}.name = "{task.name}": {message}') from None
     except (Exception, SystemExit) as error:
-        raise UsageError(f'{field} = "{name}": it fails ({type(error).__name__}: {error}); mend it') from error
+        raise UsageError(
+            f'{field}.name = "{task.name}": it fails ({type(error).__name__}: {error}); mend it'
+        ) from error
+
+
+def _open(task: Task, field: str, split: str, reporter: Reporter) -> Iterable[Row]:
+    name, options = task.name, task.options
+    if _is_file(name):
+        _only_train(split, "a file")
+        from gruppo.tasks.files import read_file
+
+        return read_file(data_file(name), options, reporter)
+    if name.startswith(_GYM):
+        _only_train(split, "reasoning-gym")
+        from gruppo.tasks.gym import generate
+
+        return generate(name.removeprefix(_GYM), options)
+    folder = Path(name).expanduser()
+    if name in TASKS or (":" in name and not folder.is_dir()):
+        load = import_attribute(TASKS.get(name, name), f"{field}.name")
+        try:
+            inspect.signature(load).bind(split, **options)
+        except TypeError as error:
+            raise UsageError(f"options = {dict(options)}: {error}; {_options(load)}") from None
+        return load(split, **options)  # type: ignore[no-any-return]
+    if folder.is_dir() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        from gruppo.tasks.hub import read_dataset
+
+        return read_dataset(name, split, options, reporter)
+    if folder.exists():
+        raise UsageError(f"this kind of file is not known; write one that ends in {', '.join(_FILES)}")
+    if "/" in name:
+        raise UsageError(f"there is no such file or folder (looked in {Path.cwd()}); give its path")
+    raise UsageError(f"unknown task{nearest(name, TASKS)}; or write {_KINDS}")
+
+
+def _only_train(split: str, what: str) -> None:
+    if split != "train":
+        raise UsageError(f'split = "{split}": {what} has no splits; remove split, or hold rows out with held_out = 0.1')
+
+
+def _is_file(name: str) -> bool:
+    return name.lower().endswith(_FILES) and not Path(name).expanduser().is_dir()
+
+
+def _has_test(name: str) -> bool:
+    """Whether a source can have a part "test" of its own."""
+    return not (_is_file(name) or name.startswith(_GYM) or (Path(name).expanduser() / "state.json").is_file())
+
+
+def _options(load: Any) -> str:
+    names = [name for name in inspect.signature(load).parameters if name != "split"]
+    return f"its options are: {', '.join(names)}" if names else "it has no options"
+
+
+def data_file(path: str) -> Path:
+    """A data file that exists; raises UsageError where it does not."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"there is no such file (looked in {Path.cwd()}); give the path of a file")
+    return file
+
+
+def _checked(rows: Any, source: str) -> Iterable[Row]:
+    if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__iter__"):
+        raise UsageError(f'{source} gives {str(rows)[:40]!r}, not a list of rows; write [{{"prompt": "text"}}, …]')
+    return rows  # type: ignore[no-any-return]
+
+
+def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
+    number = 0
+    for number, row in enumerate(rows, start=1):
+        yield row
+        if number % _SHOWN == 0:
+            advance(_SHOWN)
+    advance(number % _SHOWN)
+
+
+def _divide(whole: Part, task: Task) -> tuple[Part, Part]:
+    """The rows to train on and those held out, by the hash of their prompts."""
+    held = [in_held_out(row, task.held_out) for row in whole.rows]
+    if len(set(held)) < 2:
+        raise UsageError(
+            f"{whole.field}.held_out = {task.held_out}: of the {len(held)} rows of {whole.name} "
+            f"{'all' if held[0] else 'none'} would be held out; write another share, or give more rows"
+        )
+    train, test = (
+        replace(
+            whole,
+            rows=[row for row, side in zip(whole.rows, held, strict=True) if side is wanted],
+            numbers=[number for number, side in zip(whole.numbers, held, strict=True) if side is wanted],
+        )
+        for wanted in (False, True)
+    )
+    return train, replace(test, name=f"{whole.name} (held out)")
 
 
 def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
     """The rows as a list, each with a prompt that is text or messages; `source` names them in errors."""
-    if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__iter__"):
-        raise UsageError(f'{source} gives {str(rows)[:40]!r}, not a list of rows; write [{{"prompt": "text"}}, …]')
-    rows = list(rows)
-    if not rows:
-        raise UsageError(f"{source} has no rows; give at least one row with a prompt")
-    for number, row in enumerate(rows, start=1):
-        problem = _prompt_problem(row)
-        if problem:
+    from gruppo.config import Task
+
+    return transform(_checked(rows, source), Task(), "task", source)
+
+
+def tokenize_part(
+    part: Part,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_tokens: int,
+    vocabulary: int | None = None,
+    most: int | None = None,
+    advance: Advance = lambda _: None,
+) -> tuple[list[Prompt], int]:
+    """Turn rows into prompts, `most` at the most: messages through the chat template, once; text as it stands.
+
+    A prompt may have as many tokens as `context` leaves beside `max_tokens`, and no more than the task allows; the
+    second value is how many longer ones were left out, where the task says so. Nothing is ever cut, and the ids are
+    never made again from text. Raises UsageError for a longer prompt that is to be refused, if none is left, and where
+    the model does not know an id of its tokenizer's.
+    """
+    limit = min(context - max_tokens, part.max_prompt_tokens or context)
+    prompts: list[Prompt] = []
+    overlong = 0
+    for number, row in zip(part.numbers, part.rows, strict=True):
+        if len(prompts) == most:
+            break
+        where = f"{part.name}, row {number + 1}"
+        token_ids = _tokens(row, tokenizer, where)
+        advance(1)
+        if len(token_ids) > limit and part.filter_overlong:
+            overlong += 1
+            continue
+        if len(token_ids) > limit:
+            raise UsageError(f"{where}: {_too_long(len(token_ids), context, max_tokens, part)}")
+        if vocabulary is not None and max(token_ids) >= vocabulary:
             raise UsageError(
-                f'{source}, row {number}: {problem}; write {{"prompt": "text"}} or '
-                '{"prompt": [{"role": "user", "content": "text"}]}'
+                f"{where}: the tokenizer gives token {max(token_ids)}, but the model knows only "
+                f"{vocabulary}; take the tokenizer that belongs to the model"
             )
-    return rows
+        columns = {key: value for key, value in row.items() if key != "prompt"}
+        prompts.append(Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns))
+    if not prompts:
+        raise UsageError(
+            f'{part.field}.overlong = "filter": all {overlong} prompts of {part.name} are longer than {limit} tokens; '
+            "raise max_prompt_tokens, or lower max_tokens"
+        )
+    return prompts, overlong
 
 
 def tokenize_rows(
@@ -81,60 +262,31 @@ def tokenize_rows(
     task: str,
     vocabulary: int | None = None,
 ) -> list[Prompt]:
-    """Turn rows into prompts: messages through the chat template, once; text as it stands.
-
-    The ids are kept and never made again from text. Raises UsageError where a prompt and `max_tokens` more do not
-    fit into the model's `context` (nothing is cut), or where the model does not know an id of its tokenizer's.
-    """
-    prompts = []
-    for number, row in enumerate(rows):
-        try:
-            token_ids = _token_ids(row["prompt"], tokenizer)
-        except UsageError:
-            raise
-        except Exception as error:  # a chat template is a program of the model's
-            raise UsageError(
-                f"{task}, row {number + 1}: the prompt cannot be turned into tokens ({type(error).__name__}: {error}); "
-                "write it as this model's chat template wants it"
-            ) from error
-        if not token_ids:
-            raise UsageError(f"{task}, row {number + 1}: prompt = {row['prompt']!r} has no tokens; write some text")
-        if len(token_ids) + max_tokens > context:
-            raise UsageError(
-                f"{task}, row {number + 1}: the prompt has {len(token_ids)} tokens; with {max_tokens} more to sample "
-                f"that is over the model's context of {context}; shorten the prompt or lower sampling.max_tokens"
-            )
-        if vocabulary is not None and max(token_ids) >= vocabulary:
-            raise UsageError(
-                f"{task}, row {number + 1}: the tokenizer gives token {max(token_ids)}, but the model knows only "
-                f"{vocabulary}; take the tokenizer that belongs to the model"
-            )
-        columns = {key: value for key, value in row.items() if key != "prompt"}
-        prompts.append(Prompt(f"{task}/{number}", row["prompt"], tuple(token_ids), task, columns))
-    return prompts
+    """Prompts of rows that belong to no task; see `tokenize_part`. A prompt that is too long is refused."""
+    return tokenize_part(Part(task, rows, range(len(rows))), tokenizer, context, max_tokens, vocabulary)[0]
 
 
-def draw_prompts(prompts: Sequence[Prompt], seed: int, cursor: int, count: int) -> list[Prompt]:
-    """The `count` prompts after the first `cursor` draws: epoch after epoch, each in an order of its own.
-
-    A pure function of its arguments, so that a resumed run draws what the uninterrupted one would have.
-    """
-    drawn: list[Prompt] = []
-    while len(drawn) < count:
-        epoch, place = divmod(cursor + len(drawn), len(prompts))
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1, epoch)))).permutation(
-            len(prompts)
-        )
-        drawn += [prompts[index] for index in order[place : place + count - len(drawn)]]
-    return drawn
+def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    try:
+        token_ids = _token_ids(row["prompt"], tokenizer)
+    except UsageError:
+        raise
+    except Exception as error:  # a chat template is a program of the model's
+        raise UsageError(
+            f"{where}: the prompt cannot be turned into tokens ({type(error).__name__}: {error}); "
+            "write it as this model's chat template wants it"
+        ) from error
+    if not token_ids:
+        raise UsageError(f"{where}: prompt = {row['prompt']!r} has no tokens; write some text")
+    return token_ids
 
 
 def _token_ids(content: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not isinstance(content, str):
         if not tokenizer.chat_template:
             raise UsageError(
-                "the rows hold messages but the model's tokenizer has no chat template; write prompt as plain text, "
-                "or take an instruction-tuned model"
+                "the rows hold messages but the model's tokenizer has no chat template; write prompt as plain text "
+                '(for a column of text: template = "{question}"), or take an instruction-tuned model'
             )
         begun = content[-1]["role"] == "assistant"  # the model goes on with what it is given of its answer
         return list(
@@ -146,32 +298,14 @@ def _token_ids(content: str | list[dict[str, Any]], tokenizer: PreTrainedTokeniz
     return list(tokenizer(content, add_special_tokens=not begins)["input_ids"])
 
 
-def _prompt_problem(row: object) -> str | None:
-    if not isinstance(row, Mapping):
-        return f"{row!r} is not a mapping"
-    if "prompt" not in row:
-        return f"it has no prompt (columns: {', '.join(map(str, row)) or 'none'})"
-    if odd := [column for column in row if not isinstance(column, str)]:
-        return f"the column name {odd[0]!r} is not text"
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return None if prompt else "the prompt is empty"
-    if not isinstance(prompt, list) or not prompt:
-        return f"prompt = {prompt!r} is neither text nor a list of messages"
-    for message in prompt:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            return f"prompt has the message {message!r} without role and content"
-    return None
-
-
-def _options(load: Any) -> str:
-    names = [name for name in inspect.signature(load).parameters if name not in {"split", "path"}]
-    return f"its options are: {', '.join(names)}" if names else "it has no options"
-
-
-def data_file(path: str) -> Path:
-    """A data file that exists; raises UsageError where it does not."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"there is no such file (looked in {Path.cwd()}); give the path of a file")
-    return file
+def _too_long(tokens: int, context: int, max_tokens: int, part: Part) -> str:
+    filtered = f'write {part.field}.overlong = "filter" to leave such rows out'
+    if part.max_prompt_tokens is not None and tokens > part.max_prompt_tokens:
+        return (
+            f"the prompt has {tokens} tokens, more than {part.field}.max_prompt_tokens = {part.max_prompt_tokens}; "
+            f"raise that, or {filtered}"
+        )
+    return (
+        f"the prompt has {tokens} tokens; with {max_tokens} more to sample that is over the model's context of "
+        f"{context}; shorten the prompt, lower max_tokens, or {filtered}"
+    )

@@ -137,7 +137,19 @@ def _answer(columns: Mapping[str, Any]) -> Any:
     return columns["answer"]
 
 
-GRADERS: dict[str, Grader] = {"number": _grade_number, "exact_match": _grade_exact, "math": _grade_math}
+def _grade_gym(text: str, columns: Mapping[str, Any]) -> bool:
+    """Full score by the rules of the row's reasoning-gym data set; part of it is not right."""
+    from gruppo.tasks.gym import score
+
+    return score(text, columns) >= 1.0
+
+
+GRADERS: dict[str, Grader] = {
+    "number": _grade_number,
+    "exact_match": _grade_exact,
+    "math": _grade_math,
+    "reasoning_gym": _grade_gym,
+}
 
 
 def find_grader(name: str) -> Grader:

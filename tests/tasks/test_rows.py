@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from gruppo.config import Task
 from gruppo.errors import UsageError
-from gruppo.tasks import checked_rows, draw_prompts, load_rows, tokenize_rows
-from gruppo.types import Prompt
+from gruppo.reporting import Silent
+from gruppo.tasks import checked_rows, load_training, tokenize_rows
+from gruppo.tasks.mixture import draw_prompts
+from gruppo.types import Prompt, Row
 from tests.conftest import make_tokenizer
 
 
@@ -19,12 +22,16 @@ def write(path: Path, *lines: object) -> str:
     return str(path)
 
 
+def load_rows(name: str, **fields: object) -> list[Row]:
+    return list(load_training(Task(name=name, **fields), "task", False, Silent())[0].rows)
+
+
 def test_jsonl_rows_keep_their_columns(tmp_path: Path) -> None:
     rows = [{"prompt": "a\u2028b", "answer": 1}, {"prompt": [{"role": "user", "content": "c"}], "level": [1, 2]}]
-    assert load_rows(write(tmp_path / "r.jsonl", rows[0], "", rows[1]), "train", {}) == rows
+    assert load_rows(write(tmp_path / "r.jsonl", rows[0], "", rows[1])) == rows
     with_mark = tmp_path / "mark.jsonl"
     with_mark.write_text("\ufeff" + json.dumps(rows[0]) + "\r\n", encoding="utf-8")
-    assert load_rows(str(with_mark), "train", {}) == rows[:1]
+    assert load_rows(str(with_mark)) == rows[:1]
 
 
 @pytest.mark.parametrize(
@@ -43,25 +50,26 @@ def test_jsonl_rows_keep_their_columns(tmp_path: Path) -> None:
 def test_unusable_files_name_file_and_row(tmp_path: Path, lines: list, words: list[str]) -> None:
     path = write(tmp_path / "r.jsonl", *lines)
     with pytest.raises(UsageError) as caught:
-        load_rows(path, "train", {})
+        load_rows(path)
     for word in [path, *words]:
         assert word in str(caught.value)
 
 
 def test_missing_file_and_unknown_task() -> None:
     with pytest.raises(UsageError, match="no such file"):
-        load_rows("none.jsonl", "train", {})
+        load_rows("none.jsonl")
     with pytest.raises(UsageError, match='did you mean "arithmetic"'):
-        load_rows("aritmetic", "train", {})
+        load_rows("aritmetic")
     with pytest.raises(UsageError, match=r"options.*maximum, held_out, negative"):
-        load_rows("arithmetic", "train", {"maximun": 3})
+        load_rows("arithmetic", options={"maximun": 3})
     with pytest.raises(UsageError, match="cannot be imported"):
-        load_rows("nowhere.at_all:load", "train", {})
+        load_rows("nowhere.at_all:load")
 
 
 def test_file_has_no_held_out_part(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"evaluation\.task"):
-        load_rows(write(tmp_path / "r.jsonl", {"prompt": "x"}), "test", {})
+    task = Task(name=write(tmp_path / "r.jsonl", {"prompt": "x"}))
+    with pytest.raises(UsageError, match=r"task\.held_out = 0\.1.*evaluation\.task"):
+        load_training(task, "task", True, Silent())
 
 
 def test_chat_template_is_applied_once() -> None:
