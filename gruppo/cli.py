@@ -50,6 +50,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the folder; start it where there is none.")
     ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipe with every default and its meaning; train nothing.")
+    ] = False,
 ) -> None:
     """Train a model as a recipe says.
 
@@ -58,6 +61,11 @@ def train(
     from gruppo.config import load_recipe
 
     settings = load_recipe(recipe, set_ or [])
+    if show:
+        from gruppo.schema import annotated
+
+        typer.echo(annotated(settings), nl=False)
+        return
     folder = out if out is not None else Path("runs") / settings.run.name
     from gruppo.console import ConsoleReporter
 
@@ -166,6 +174,23 @@ def sample(
         if count > 1:
             reporter.output.print(f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason})")
         reporter.output.print(completion.text, markup=False)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/recipe.md instead: every field with its meaning.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of recipes, by which TOML editors complete and check them."""
+    import json
+
+    from gruppo import schema as described
+
+    if markdown:
+        typer.echo(described.markdown(), nl=False)
+    else:
+        typer.echo(json.dumps(described.json_schema(), indent=2, ensure_ascii=False))
 
 
 def main() -> None:

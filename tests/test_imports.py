@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
-    ["types", "errors", "methods", "config", "reporting", "imports", "interruption"],
+    ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption"],
     ["maths", "stats", "tasks", "runlog", "machine"],
     ["attention", "models"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight"],
@@ -73,6 +73,7 @@ def loaded_by(code: str) -> set[str]:
 def test_help_and_recipes_need_no_torch() -> None:
     assert not {"torch", "transformers", "numpy"} & loaded_by("import gruppo.cli")
     assert not {"torch", "transformers", "numpy"} & loaded_by("from gruppo import load_recipe")
+    assert not {"torch", "transformers", "numpy"} & loaded_by("import gruppo.schema")
     assert not {"torch", "transformers"} & loaded_by("from gruppo import train")
 
 
