@@ -17,7 +17,7 @@ from gruppo.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from gruppo.console import ConsoleReporter
-    from gruppo.entry import Result
+    from gruppo.results import Result
 
 app = typer.Typer(
     name="gruppo",
@@ -174,6 +174,29 @@ def sample(
         if count > 1:
             reporter.output.print(f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason})")
         reporter.output.print(completion.text, markup=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write; it must not exist, or be empty.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="last, best (of held-out accuracy), or the number of a step.")
+    ] = "last",
+    dtype: Annotated[str, typer.Option(help="Of the weights written: float32 or bfloat16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 500MB.")] = "5GB",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder: weights, tokenizer, generation config and model card."""
+    from gruppo.console import ConsoleReporter
+    from gruppo.exporting import export as write
+
+    reporter = ConsoleReporter()
+    made = write(run, to, checkpoint=checkpoint, dtype=dtype, max_shard_size=max_shard_size, reporter=reporter)
+    accuracy = "" if made.accuracy is None else f", held-out accuracy {made.accuracy:.1%}"
+    reporter.output.print(
+        f"step {made.step}{accuracy}: {made.files} files, {made.bytes / 1e6:,.0f} MB of {dtype} in {made.path}",
+        markup=False,
+    )
 
 
 @app.command()

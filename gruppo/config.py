@@ -419,9 +419,10 @@ def _writer(files: _Files, location: Sequence[str | int]) -> str:
 
     def holds(data: Any) -> bool:
         for part in location:
-            if not (isinstance(data, dict) and part in data) and not (isinstance(data, list) and isinstance(part, int)):
+            try:
+                data = data[part]
+            except (KeyError, IndexError, TypeError):
                 return False
-            data = data[part]
         return True
 
     return next((where for where, data in files if location and holds(data)), files[0][0])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
 from gruppo.errors import RunError, UsageError
@@ -98,9 +100,10 @@ def answer_questions(
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | PreTrainedModel,
     task: str = "arithmetic",
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     options: Mapping[str, Any] | None = None,
     questions: int | None = None,
     max_tokens: int = 256,
@@ -112,7 +115,8 @@ def evaluate(
 ) -> Evaluation:
     """Greedy accuracy of a model on the held-out part of a task, or on all rows of a .jsonl file.
 
-    `questions`: how many at the most, from the start. Raises UsageError for whatever of the arguments is wrong.
+    `questions`: how many at the most, from the start. `tokenizer`: that of a model in memory. Raises
+    UsageError for whatever of the arguments is wrong.
     """
     reporter, stop = reporter or Silent(), stop or Stop()
     if max_tokens < 1 or (questions is not None and questions < 1):
@@ -120,7 +124,7 @@ def evaluate(
     choose_dtype(dtype, choose_device(device))
     judge = find_grader(grader)
     rows = load_rows(task, "train" if task.endswith(".jsonl") else "test", options or {}, "task", "options")[:questions]
-    source = find_model(str(model), reporter)
+    source = find_model(str(model) if isinstance(model, Path) else model, reporter, tokenizer)
     prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, task, source.vocabulary)
     check_grader(judge, prompts)
     policy = load_model(source, device, dtype, reporter)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.config import Recipe
 from gruppo.engines import Engine, SamplingOptions
@@ -24,6 +25,7 @@ from gruppo.models import (
     choose_dtype,
     find_model,
     load_model,
+    save_base,
     weights_sha256,
 )
 from gruppo.packing import choose_budget
@@ -66,9 +68,10 @@ def prepare(
     data: Data,
     reporter: Reporter,
     stack: ExitStack,
+    model: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None = None,
 ) -> Prepared:
-    """Build a run from its recipe and its data. Processes and locks are left to `stack`. Raises UsageError before
-    weights are loaded wherever it can."""
+    """Build a run from its recipe and its data; `model`: one in memory with its tokenizer, in place of the recipe's.
+    Processes and locks are left to `stack`. Raises UsageError before weights are loaded wherever it can."""
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     run = RunFolder(folder)
     stack.callback(run.close)
@@ -78,7 +81,7 @@ def prepare(
         rewards, settings.weights, data.columns, settings.timeout, settings.workers, folder / "rewards.log"
     )
     stack.callback(pool.close)
-    source = find_model(recipe.model.name, reporter)
+    source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
     context, limit = source.context, recipe.sampling.max_tokens
     prompts = tokenize_rows(data.rows, source.tokenizer, context, limit, data.rows_name, source.vocabulary)
     questions: list[Prompt] = []
@@ -157,8 +160,11 @@ def _load_policy(
         "micro_batch_tokens": choose_budget(policy),
     }
     run.start(recipe)
+    with run.building("base") as folder:
+        save_base(policy, folder)
+    counts = {"prompts": len(prompts), "questions": len(questions)}
     identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
-    run.write_json("environment.json", {**describe(device), "chosen": chosen, **identity})
+    run.write_json("environment.json", {**describe(device), "chosen": chosen, **counts, **identity})
     return policy, chosen, []
 
 

@@ -14,7 +14,8 @@ SHOWN = 3
 
 def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     """What a run came to: accuracies, what they are made of, some answers before and after, what to do next."""
-    lines = ["", f"Done: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
+    ended = "Stopped by a callback" if summary["state"] == "stopped" else "Done"
+    lines = ["", f"{ended}: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
     lines[-1] += f", at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory."
     if summary["accuracy_before"] is not None:
         lines += ["", *_evaluations(summary, metrics), "", *_answers(folder, summary["steps"])]

@@ -37,10 +37,12 @@ def recipe_file(tiny_folder: str, tmp_path: Path) -> Path:
 
 def test_help_explains_every_option() -> None:
     for command, options in {
-        (): ["train", "eval", "sample", "schema", "--version"],
+        (): ["train", "eval", "sample", "export", "schema", "--version"],
         ("train",): ["--set", "--out", "--resume", "--show"],
         ("eval",): ["--task", "--questions", "--max-tokens", "--grader", "--device", "--dtype", "--option", "--out"],
         ("sample",): ["--prompt", "--count", "--temperature", "--max-tokens", "--seed", "--plain"],
+        ("export",): ["--to", "--checkpoint", "--dtype", "--max-shard-size"],
+        ("schema",): ["--markdown"],
     }.items():
         shown = gruppo(*command, "--help")
         assert shown.returncode == 0
