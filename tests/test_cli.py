@@ -83,6 +83,13 @@ def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
     assert measured.returncode == 0, measured.stderr
     assert "18 questions" in measured.stdout
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 18
+    written = gruppo("export", tmp_path / "run", "--to", tmp_path / "exported", "--dtype", "bfloat16")
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("step 2, held-out accuracy")
+    assert "of bfloat16 in" in written.stdout
+    assert (tmp_path / "exported" / "README.md").is_file()
+    refused = gruppo("export", tmp_path / "run", "--to", tmp_path / "exported")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     made = gruppo("sample", tmp_path / "run" / "model", "-p", "abc", "-n", 2, "--max-tokens", 5, "--plain")
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("---") == 2

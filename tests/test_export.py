@@ -306,6 +306,17 @@ def test_interrupted_run_exports_its_last_checkpoint(
         export(tmp_path / "run", tmp_path / "best", checkpoint="best")
 
 
+def test_stopped_run_exports_its_last_checkpoint(tiny_folder: str, tmp_path: Path) -> None:
+    def end(step: int, *_: object) -> object:
+        return gruppo.STOP if step == 3 else None
+
+    train(recipe(tiny_folder), prompts=ROWS, out=tmp_path / "run", callbacks=[end])
+    made = gruppo.export(tmp_path / "run", tmp_path / "out")
+    assert (made.step, made.accuracy) == (3, None)
+    held, run = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "run/model"))
+    assert all(torch.equal(held[name], run[name]) for name in run)
+
+
 def test_mistakes_are_told_with_the_fix_and_leave_nothing(finished: Result, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
