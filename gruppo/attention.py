@@ -9,15 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig
 
 NAME = "gruppo"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a layer's attention computes: softmax(cap · tanh(scale · q·k / cap)) · v over the keys that are seen.
+
+    `softcap`: the cap (Gemma 2), or None for scale · q·k alone. `window`: a query sees this many last positions, its
+    own included, or None for all. `sinks`: a logit a head that takes part in the softmax and has no value, or None.
+    """
+
+    index: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Float[Tensor, " heads"] | None = None
 
 
 class AttentionPlan(Protocol):
@@ -25,12 +41,11 @@ class AttentionPlan(Protocol):
 
     def attend(
         self,
-        layer: int,
+        layer: Layer,
         query: Float[Tensor, "B heads T D"],
         key: Float[Tensor, "B kv_heads T D"],
-        value: Float[Tensor, "B kv_heads T D"],
-        scale: float,
-    ) -> Float[Tensor, "B T heads D"]:
+        value: Float[Tensor, "B kv_heads T E"],
+    ) -> Float[Tensor, "B T heads E"]:
         """Attention output of every token."""
 
 
@@ -44,35 +59,50 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     assert _active is not None, "the attention of gruppo is set but no plan is active"
+    index = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = Layer(index, scale, softcap, _window(module, index, sliding_window), s_aux)
     if query.device.type != "cpu":
-        return _active.attend(layer, query, key, value, scale), None
+        return _active.attend(layer, query, key, value), None
     # torch's attention on a CPU is quicker in float32 than in bfloat16, forward and backward.
     with torch.autocast("cpu", enabled=False):
         wide = torch.promote_types(query.dtype, torch.float32)
-        return _active.attend(layer, query.to(wide), key.to(wide), value.to(wide), scale), None
+        return _active.attend(layer, query.to(wide), key.to(wide), value.to(wide)), None
+
+
+def _window(module: torch.nn.Module, index: int, given: int | None) -> int | None:
+    """The config says which layers slide, where it lists them: some modules pass a window that their mask ignores."""
+    config: Any = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if not types:
+        return given
+    return (given or config.sliding_window) if types[index] == "sliding_attention" else None
 
 
 AttentionInterface.register(NAME, _attention)
 
 
 @contextmanager
-def attention_plan(model: PreTrainedModel, plan: AttentionPlan) -> Iterator[None]:
-    """Let `plan` do the attention of `model` inside the block; plans do not nest."""
+def attention_plan(configs: Sequence[PreTrainedConfig], plan: AttentionPlan) -> Iterator[None]:
+    """Let `plan` do the attention of the modules with these configs inside the block; plans do not nest."""
     global _active
     assert _active is None, "an attention plan is active already"
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = NAME
     _active = plan
     try:
         yield
     finally:
         _active = None
-        model.config._attn_implementation = before
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
 
 
 class SharedPrefixAttention:
@@ -85,25 +115,34 @@ class SharedPrefixAttention:
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
         """`groups`: for each, the length of its prompt (>= 1) and of its completions (>= 1), in tokens."""
         self.groups = [(prompt, tuple(completions)) for prompt, completions in groups]
-        self._masks: dict[tuple[int, int, int], Tensor] = {}
+        self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1."""
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         output, start = [], 0
         for prompt, completions in self.groups:
             middle, end = start + prompt, start + prompt + sum(completions)
             q, k, v = (tensor[start:middle].transpose(0, 1)[None] for tensor in (query, key, value))
-            shared = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-            output.append(shared[0].transpose(0, 1))
+            output.append(self._prompt(layer, q, k, v)[0].transpose(0, 1))
             if completions:
                 own = slice(middle, end)
-                output.append(self._completions(query[own], key[own], value[own], k, v, completions, scale))
+                output.append(self._completions(layer, query[own], key[own], value[own], k, v, completions))
             start = end
         return torch.cat(output)[None]
 
+    def _prompt(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[2]
+        plain = layer.softcap is None and layer.sinks is None and (layer.window is None or length <= layer.window)
+        if plain:
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True)
+        heads, kv_heads = q.shape[1], k.shape[1]
+        q = q.reshape(1, kv_heads, heads // kv_heads * length, q.shape[-1])
+        mask = self._mask(0, length, heads // kv_heads, layer.window, q.device)
+        return _attend(layer, q, k, v, mask).reshape(1, heads, length, v.shape[-1])
+
     def _completions(
-        self, query: Tensor, key: Tensor, value: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float
+        self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]
     ) -> Tensor:
         """Query heads that share a key head are laid one after another, so that keys are not repeated for them."""
         kv_heads, prompt, width = k.shape[1:]
@@ -112,17 +151,41 @@ class SharedPrefixAttention:
         q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, shared * longest, width)
         k = torch.cat([k.expand(count, -1, -1, -1), _pad(key, lengths).transpose(1, 2)], dim=2)
         v = torch.cat([v.expand(count, -1, -1, -1), _pad(value, lengths).transpose(1, 2)], dim=2)
-        mask = self._mask(prompt, longest, shared, query.device)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        out = out.view(count, kv_heads, shared, longest, width).permute(0, 3, 1, 2, 4)
-        return _unpad(out.reshape(count, longest, kv_heads * shared, width), lengths)
+        mask = self._mask(prompt, longest, shared, layer.window, query.device)
+        out = _attend(layer, q, k, v, mask)
+        out = out.view(count, kv_heads, shared, longest, v.shape[-1]).permute(0, 3, 1, 2, 4)
+        return _unpad(out.reshape(count, longest, kv_heads * shared, v.shape[-1]), lengths)
 
-    def _mask(self, prompt: int, longest: int, shared: int, device: torch.device) -> Tensor:
-        if (prompt, longest, shared) not in self._masks:
-            own = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-            sees = torch.cat([own.new_ones(longest, prompt), own], dim=1)
-            self._masks[prompt, longest, shared] = sees.repeat(shared, 1)
-        return self._masks[prompt, longest, shared]
+    def _mask(self, prompt: int, longest: int, shared: int, window: int | None, device: torch.device) -> Tensor:
+        """What a completion's tokens see of [prompt, completion], once for each of the `shared` query heads."""
+        place = prompt, longest, shared, window
+        if place not in self._masks:
+            query = torch.arange(prompt, prompt + longest, device=device)[:, None]
+            key = torch.arange(prompt + longest, device=device)
+            sees = key <= query
+            if window is not None:
+                sees &= query - key < window
+            self._masks[place] = sees.repeat(shared, 1)
+        return self._masks[place]
+
+
+def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of queries laid out as [rows, kv_heads, shared · T, D], by torch's kernel where that knows the sum."""
+    if layer.softcap is None and layer.sinks is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
+    scores = soft_capped((q * layer.scale) @ k.transpose(-1, -2), layer.softcap).masked_fill(~mask, -torch.inf)
+    if layer.sinks is None:
+        return torch.softmax(scores, dim=-1) @ v
+    rows, kv_heads, stacked, _ = scores.shape
+    shared = len(layer.sinks) // kv_heads
+    sinks = layer.sinks.to(scores.dtype).view(1, kv_heads, shared, 1)
+    sinks = sinks.expand(rows, -1, -1, stacked // shared).reshape(rows, kv_heads, stacked, 1)
+    return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1] @ v
+
+
+def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(scores / cap); the scores themselves where there is no cap."""
+    return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
 class CapturingAttention(SharedPrefixAttention):
@@ -132,10 +195,10 @@ class CapturingAttention(SharedPrefixAttention):
         super().__init__(groups)
         self.captured: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1."""
-        self.captured[layer] = (key[0], value[0])
-        return super().attend(layer, query, key, value, scale)
+        self.captured[layer.index] = (key[0], value[0])
+        return super().attend(layer, query, key, value)
 
 
 def _pad(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:

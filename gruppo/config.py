@@ -183,9 +183,21 @@ class Method(Section):
                 f'inner_updates = {self.inner_updates}: surrogate = "log-likelihood" has no ratio that corrects for '
                 'a policy that has moved; write inner_updates = 1, or surrogate = "clipped"'
             )
+        if self.ratio == "sequence" and self.credit == "token":
+            raise ValueError('ratio = "sequence" needs one advantage a completion; write credit = "completion"')
         if ":" not in self.surrogate and self.surrogate not in SURROGATES:
             raise ValueError(f'surrogate = "{self.surrogate}": unknown{nearest(self.surrogate, SURROGATES)}')
         return self
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """The KL is a term of the loss."""
+        return self.kl_coef > 0 and self.kl_estimator != "k1"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """The KL is taken off the reward."""
+        return self.kl_coef > 0 and self.kl_estimator == "k1"
 
 
 class Sampling(Section):

@@ -24,9 +24,17 @@ from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
 from gruppo.interruption import Interrupted, Stop
 from gruppo.machine import peak_memory
-from gruppo.maths.losses import sequence_mean_weights
 from gruppo.models import save_model, weights_sha256
-from gruppo.objective import assign_advantages, batch_loss, keep_logprobs
+from gruppo.objective import (
+    assign_advantages,
+    batch_loss,
+    drop,
+    keep_logprobs,
+    mark_trained,
+    rewards_differ,
+    score_batches,
+    token_weights,
+)
 from gruppo.packing import Batch, pack
 from gruppo.preparation import Prepared
 from gruppo.reporting import Reporter
@@ -113,18 +121,13 @@ class _Run:
     def _step(self) -> None:
         parts, recipe, state = self.parts, self.recipe, self.state
         metrics, clock, step = Metrics(), _Clock(), state.step + 1
-        count, size = recipe.sampling.prompts_per_step, recipe.sampling.group_size
-        prompts = draw_prompts(parts.prompts, recipe.run.seed, state.cursor, count)
-        streams = [[(recipe.run.seed, step, state.cursor + i, j) for j in range(size)] for i in range(count)]
-        with clock("generate"):
-            sampled = sample_groups(parts.engine, prompts, streams, parts.sampling, self.reporter, self.stop)
-        with clock("reward"):
-            progress = {"global_step": state.step, "max_steps": recipe.run.steps}
-            groups = score_groups(prompts, sampled, parts.pool, progress, metrics, self.reporter, self.stop)
-        assign_advantages(groups, recipe.method.mask_truncated)
-        batches = pack(
-            groups, sequence_mean_weights, parts.budget, with_kl=recipe.method.kl_coef > 0, device=parts.policy.device
-        )
+        groups = self._explore(step, metrics, clock)
+        weights, device = token_weights(recipe.method, recipe.sampling.max_tokens), parts.policy.device
+        if recipe.method.kl_in_reward:
+            with clock("score"):
+                self._score(groups, pack(groups, weights, parts.budget, with_kl=True, device=device), metrics)
+        assign_advantages(groups, recipe.method)
+        batches = pack(groups, weights, parts.budget, with_kl=recipe.method.kl_in_loss, device=device)
         rate = learning_rate(recipe.optimizer, state.step, recipe.run.steps)
         with clock("update"):
             for number in range(recipe.method.inner_updates if batches else 0):
@@ -133,8 +136,47 @@ class _Run:
             parts.engine.load_weights(parts.policy, step)
         keep_logprobs(groups, batches)
         values = self._write_step(step, groups, rate, metrics, clock, bool(batches))
-        state.step, state.cursor, state.evaluated = step, state.cursor + count, False
+        state.step, state.cursor, state.evaluated = step, state.cursor + len(groups), False
         self.callbacks.tell("on_step", step, values, groups)
+
+    def _explore(self, step: int, metrics: Metrics, clock: _Clock) -> list[Group]:
+        """The step's groups, sampled from the policy and scored. Where the method refills, groups whose rewards do not
+        differ are dropped, and as many other questions are drawn, for so many rounds at the most."""
+        wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.refill_rounds
+        groups = self._sample(step, self.state.cursor, wanted, metrics, clock)
+        if not rounds:
+            return groups
+        for _ in range(rounds):
+            lacking = wanted - sum(map(rewards_differ, groups))
+            if lacking:
+                groups += self._sample(step, self.state.cursor + len(groups), lacking, metrics, clock)
+        for group in groups:
+            if not rewards_differ(group):
+                drop(group, "dropped, as its rewards do not differ; other questions were drawn (method.refill_rounds)")
+        if lacking := wanted - sum(map(rewards_differ, groups)):
+            message = f"after {rounds} rounds of refilling {lacking} of {wanted} groups still have equal rewards"
+            self.run.event("refill_exhausted", f"{message}; the step goes on without them", step)
+        return groups
+
+    def _sample(self, step: int, cursor: int, count: int, metrics: Metrics, clock: _Clock) -> list[Group]:
+        """Groups of the next questions after the first `cursor` draws of the run."""
+        parts, recipe = self.parts, self.recipe
+        prompts = draw_prompts(parts.prompts, recipe.run.seed, cursor, count)
+        size = recipe.sampling.group_size
+        streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
+        with clock("generate"):
+            sampled = sample_groups(parts.engine, prompts, streams, parts.sampling, self.reporter, self.stop)
+        with clock("reward"):
+            progress = {"global_step": self.state.step, "max_steps": recipe.run.steps}
+            groups = score_groups(prompts, sampled, parts.pool, progress, metrics, self.reporter, self.stop)
+        mark_trained(groups, recipe.method.mask_truncated)
+        return groups
+
+    def _score(self, groups: Sequence[Group], batches: Sequence[Batch], metrics: Metrics) -> None:
+        """π_old and π_ref of the trained completions, for a KL in the reward."""
+        assert self.parts.reference is not None
+        score_batches(self.parts.policy, self.parts.reference, batches, self.recipe.sampling.temperature, metrics)
+        keep_logprobs(groups, batches)
 
     def _update(self, batches: Sequence[Batch], rate: float, metrics: Metrics, number: int) -> None:
         """One optimizer step on the whole of the step's completions; the loss is a sum over micro-batches."""

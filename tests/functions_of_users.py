@@ -21,3 +21,11 @@ async def asynchronous(text, columns):
 
 def raises(text, columns):
     raise RuntimeError("broken on purpose")
+
+
+def soft_surrogate(logprobs, ratio, advantages, clip_low, clip_high):
+    return ratio / (1 + ratio) * advantages
+
+
+def surrogate_of_one_number(logprobs, ratio, advantages, clip_low, clip_high):
+    return (ratio * advantages).sum()

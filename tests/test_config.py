@@ -68,7 +68,7 @@ def test_override_does_not_change_the_mapping_given() -> None:
         ({"run": {"steps": 0}}, ["run.steps = 0", "greater than or equal to 1"]),
         ({"run": {"steps": True}}, ["run.steps = True", "integer"]),
         ({"method": {"clip_low": 1.5}}, ["method.clip_low = 1.5", "less than or equal to 1"]),
-        ({"method": {"kl_estimator": "k4"}}, ["method.kl_estimator = 'k4'", "'k2' or 'k3'"]),
+        ({"method": {"kl_estimator": "k4"}}, ["method.kl_estimator = 'k4'", "'k1', 'k2' or 'k3'"]),
         ({"sampling": {"temperature": 0.0}}, ["sampling.temperature = 0.0", "greater than 0"]),
         ({"sampling": {"temperature": float("nan")}}, ["sampling.temperature", "finite"]),
         ({"optimizer": {"learning_rate": -1.0}}, ["optimizer.learning_rate = -1.0"]),

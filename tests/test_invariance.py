@@ -14,9 +14,10 @@ import torch
 from gruppo.config import Method
 from gruppo.maths.losses import sequence_mean_weights
 from gruppo.models import LanguageModel, wrap_model
-from gruppo.objective import assign_advantages, batch_loss
+from gruppo.objective import assign_advantages, batch_loss, mark_trained
 from gruppo.packing import pack
 from gruppo.types import Group, Metrics
+from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_group, make_policy, random_groups
 
 TEMPERATURE = 0.8
@@ -24,8 +25,9 @@ SETTINGS = Method(kl_coef=0.05)
 Gradient = dict[str, torch.Tensor]
 
 
-def prepared(groups: list[Group]) -> list[Group]:
-    assign_advantages(groups, mask_truncated=False)
+def prepared(groups: list[Group], mask_truncated: bool = False) -> list[Group]:
+    mark_trained(groups, mask_truncated)
+    assign_advantages(groups, SETTINGS)
     return groups
 
 
@@ -108,14 +110,17 @@ def assert_equal(one: tuple[float, Gradient], other: tuple[float, Gradient], bou
     assert distance(one[1], other[1]) < bound
 
 
-@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+# Where transformers takes a part in float32 whatever the model's dtype: a soft-capped softmax, Cohere's norm, routers.
+FLOAT32_PARTS = {"gemma2", "cohere", "mixtral", "qwen3-moe", "deepseek-v3"}
+CASES = [("llama", torch.float32), *((name, torch.float64) for name in ARCHITECTURES)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{str(case[1])[6:]}")
 def setting(request: pytest.FixtureRequest) -> tuple[LanguageModel, LanguageModel, float]:
-    """Policy, reference, and the bound: 1e-9 in float64, 1e-5 of the gradient's norm in float32."""
-    return (
-        make_policy(request.param),
-        make_policy(request.param, seed=1),
-        1e-9 if request.param == torch.float64 else 1e-5,
-    )
+    """Policy, reference, and the bound: 1e-9 in float64, 1e-5 of the gradient's norm in float32, 1e-6 in between."""
+    name, dtype = request.param
+    bound = 1e-5 if dtype == torch.float32 else 1e-6 if name in FLOAT32_PARTS else 1e-9
+    return make_architecture(name, dtype), make_architecture(name, dtype, seed=1), bound
 
 
 Setting = tuple[LanguageModel, LanguageModel, float]
@@ -126,6 +131,8 @@ Setting = tuple[LanguageModel, LanguageModel, float]
 def test_packing_with_shared_prefix_equals_equation_3(setting: Setting, padding: str, uneven: bool) -> None:
     """trl#2708, trl#6800, open-instruct#1642: mask, positions and leaks; trl#2995: this is GRPO, not a token mean."""
     policy, reference, bound = setting
+    if padding != "none" and policy.model.config.model_type == "gemma2":
+        pytest.skip("transformers' own soft-capped softmax gives NaN in padded rows")
     groups = prepared(random_groups(uneven=uneven))
     expected = naive(policy, reference, groups, padding)
     assert_equal(packed(policy, reference, groups), expected, bound)
@@ -276,7 +283,7 @@ def test_everything_truncated_and_masked_makes_no_batch() -> None:
     group = make_group([1, 2], [[3, 4], [5, 6]], [1.0, 0.0])
     for completion in group.completions:
         object.__setattr__(completion, "finish_reason", "length")
-    assign_advantages([group], mask_truncated=True)
+    prepared([group], mask_truncated=True)
     assert group.trained == [False, False]
     assert group.advantages == [[0.0, 0.0], [0.0, 0.0]]
     assert group.skipped is not None
@@ -286,16 +293,16 @@ def test_everything_truncated_and_masked_makes_no_batch() -> None:
 def test_truncated_completion_is_trained_on_unless_masked() -> None:
     group = make_group([1, 2], [[3, 4], [5, 6], [7]], [1.0, 0.0, 0.5])
     object.__setattr__(group.completions[0], "finish_reason", "length")
-    assign_advantages([group], mask_truncated=False)
+    prepared([group], mask_truncated=False)
     assert group.trained == [True, True, True]
-    assign_advantages([group], mask_truncated=True)
+    prepared([group], mask_truncated=True)
     assert group.trained == [False, True, True]
     assert group.advantages[1][0] == -group.advantages[2][0] != 0
 
 
 def test_group_of_one_has_no_signal() -> None:
     group = make_group([1, 2], [[3, 4]], [7.0])
-    assign_advantages([group], mask_truncated=False)
+    prepared([group], mask_truncated=False)
     assert not group.has_signal
     assert group.skipped == "all advantages are 0: one completion"
 

@@ -332,3 +332,48 @@ def test_wrong_data_and_rewards_are_told_before_weights_are_loaded(
         small_run(tiny_folder, tmp_path / "r", **changes)
     small = [path.name for path in (tmp_path / "r").iterdir()] if (tmp_path / "r").exists() else []
     assert set(small) <= {"lock", "rewards.log"}, "the folder is still free for another try"
+
+
+def test_groups_without_signal_are_dropped_and_refilled(tiny_folder: str, tmp_path: Path) -> None:
+    """DAPO: a step trains on as many groups with a signal as it asked for; the others are written down as dropped."""
+    result = small_run(
+        tiny_folder, tmp_path / "run", method__refill_rounds=30, method__kl_coef=0.0, run__steps=3, run__seed=1,
+        reward__functions=["tests/rewards/functions.py:begins_with_a_letter"],
+    )  # fmt: skip
+    drawn = 0
+    for step in (1, 2, 3):
+        rows = pq.read_table(result.path / f"rollouts/step-{step:06d}.parquet").to_pylist()
+        groups = {row["group"]: row for row in rows}
+        kept = [group for group, row in groups.items() if row["skipped"] is None]
+        assert len(kept) == 4
+        for row in rows:
+            assert row["trained"] == (row["group"] in kept)
+            assert row["group"] in kept or "dropped" in row["skipped"]
+        drawn += len(groups)
+    assert drawn > 12, "nothing was ever refilled"
+    assert read_lines(result.path / "events.jsonl") == []
+
+
+def test_refilling_is_bounded_and_says_when_it_gave_up(tiny_folder: str, tmp_path: Path) -> None:
+    result = small_run(
+        tiny_folder, tmp_path / "run", method__refill_rounds=2, method__kl_coef=0.0, run__steps=1,
+        reward__functions=["tests/rewards/functions.py:waits"],
+    )  # fmt: skip
+    rows = pq.read_table(result.path / "rollouts/step-000001.parquet").to_pylist()
+    assert {row["group"] for row in rows} == set(range(12)), "four groups, and four in each of two rounds"
+    kinds = [event["kind"] for event in read_lines(result.path / "events.jsonl")]
+    assert kinds == ["refill_exhausted", "no_signal"]
+    assert "optimizer/gradient_norm" not in result.metrics[0], "no update"
+
+
+def test_step_trains_on_the_groups_that_refilling_found(tiny_folder: str, tmp_path: Path) -> None:
+    """The dropped ones leave every denominator: the update is the one of the kept groups alone."""
+    changes = {"method__name": "dapo", "run__steps": 1, "run__checkpoint_every": 1,
+               "reward__functions": ["tests/rewards/functions.py:begins_with_a_letter"]}  # fmt: skip
+    settings = recipe(tiny_folder, **changes)
+    refilled = train(settings, prompts=ROWS, out=tmp_path / "refilled")
+    rows = pq.read_table(refilled.path / "rollouts/step-000001.parquet").to_pylist()
+    advantages = [row["advantages"][0] for row in rows if row["trained"]]
+    assert len(advantages) == 16
+    assert sum(advantages) == pytest.approx(0, abs=1e-9)
+    assert all(not any(row["advantages"]) for row in rows if not row["trained"])

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gruppo import models
 from gruppo.errors import UsageError
-from gruppo.models import choose_device, choose_dtype, eos_ids, find_model, load_model, weights_sha256
+from gruppo.models import (
+    ModelSource,
+    choose_device,
+    choose_dtype,
+    eos_ids,
+    find_model,
+    load_model,
+    weights_sha256,
+    wrap_model,
+)
+from tests.architectures import ARCHITECTURES
 from tests.conftest import make_policy, make_tokenizer
 
 
@@ -76,11 +88,52 @@ def test_folder_without_config(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-def test_architecture_that_cannot_be_run_is_refused_by_name(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (transformers.MambaConfig(vocab_size=48, hidden_size=8, num_hidden_layers=1), ["mamba", "attention interface"]),
+        (transformers.BloomConfig(vocab_size=48, hidden_size=8, n_layer=1, n_head=2), ["bloom", "attention interface"]),
+        (transformers.T5Config(vocab_size=48, d_model=8, num_layers=1, num_heads=2), ["t5", "not a causal language"]),
+        (transformers.Lfm2Config(vocab_size=48, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+                                 num_key_value_heads=2, layer_types=["conv", "full_attention"]), ["lfm2", "conv"]),
+    ],
+    ids=lambda each: getattr(each, "model_type", ""),
+)  # fmt: skip
+def test_architecture_that_cannot_be_run_is_refused_by_name(
+    config: transformers.PreTrainedConfig, words: list[str], tmp_path: Path
+) -> None:
+    """Before any weights are looked for: there are none in the folder."""
+    config.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="gpt2"):
+    with pytest.raises(UsageError) as caught:
         find_model(str(tmp_path))
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_model_that_sees_the_future_is_found_out_by_trying_it() -> None:
+    """BERT has a causal class, but looks both ways unless it is told not to."""
+    settings = {"vocab_size": 48, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    both_ways = transformers.BertLMHeadModel(transformers.BertConfig(**settings, intermediate_size=8))
+    with pytest.raises(UsageError, match=r"bert \(BertLMHeadModel\)"):
+        wrap_model(both_ways, make_tokenizer())
+
+
+def test_long_rope_is_used_up_to_its_original_length() -> None:
+    """Beyond it every position of a sequence changes, also those before."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            "factor": 2.0}  # fmt: skip
+    config = transformers.Phi3Config(
+        vocab_size=48, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
+        intermediate_size=48, max_position_embeddings=128, original_max_position_embeddings=64,
+        rope_parameters=rope, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    assert ModelSource("", config, make_tokenizer()).context == 64
+    assert wrap_model(transformers.Phi3ForCausalLM(config), make_tokenizer()).context == 64
+
+
+def test_models_page_lists_the_architectures_that_are_tested() -> None:
+    listed = re.findall(r"^\| `([\w.-]+)` \|", Path("docs/models.md").read_text(), re.MULTILINE)
+    assert listed == list(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

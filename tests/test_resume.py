@@ -15,9 +15,11 @@ import pytest
 from gruppo import loop
 from gruppo.entry import train
 from gruppo.errors import UsageError
+from gruppo.methods import METHODS
 from gruppo.runlog import read_lines
 from tests.runs import ROWS, fingerprint, recipe, small_run
 
+REFILLED = "tests/rewards/functions.py:begins_with_a_letter"
 EVALUATED = {"evaluation__grader": "exact_match", "evaluation__every": 2, "method__inner_updates": 2}
 
 
@@ -71,6 +73,31 @@ def test_killed_and_resumed_equals_uninterrupted(
             small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
     small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
     assert fingerprint(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_bit_for_bit(
+    method: str, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DAPO's refills move the cursor by what they drew; KL in the reward needs the reference of the beginning."""
+
+    def dies() -> None:
+        raise Killed
+
+    changes = {"method__name": method, "reward__functions": [REFILLED], "sampling__temperature": 0.7}
+    settings = {**recipe(tiny_folder, **changes)}
+    del settings["method"]["kl_coef"]
+    train(settings, prompts=ROWS, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _at_call(patch, "gruppo.loop._Run._write_step", 5, dies)
+        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
+        with pytest.raises(Killed):
+            train(settings, prompts=ROWS, out=tmp_path / "run")
+    train(settings, prompts=ROWS, out=tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+    if method == "dapo":
+        tables = fingerprint(tmp_path / "run")["rollouts"].values()
+        assert max(row["group"] for table in tables for row in table) > 3, "no group was ever refilled"
 
 
 def _at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable[[], None]) -> None:

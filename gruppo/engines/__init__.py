@@ -21,10 +21,22 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """`temperature` 0 takes the likeliest token; a completion ends at `max_tokens` or with an end token."""
+    """The distribution that tokens are drawn from, and where a completion ends.
+
+    `temperature` divides the logits; 0 takes the likeliest token. Then, each on what the one before left: `top_k`
+    keeps the k likeliest tokens (0: all; equal ones at the border stay), `top_p` the likeliest that together have this
+    probability, `min_p` those with this share of the likeliest one's. A completion ends with an end token, before the
+    first text of `stop` (its tokens are kept, its text is not), or after `max_tokens`; never before `min_tokens`,
+    until which end tokens have probability 0. Training takes the full distribution and no stop.
+    """
 
     temperature: float
     max_tokens: int
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -36,8 +48,9 @@ class Engine(Protocol):
         """For each request its completions, in the order of its streams.
 
         In float32 a completion depends on its prompt, its stream, the options and the weights, and on nothing else.
-        `sampling_logprobs` are of the distribution that each token was drawn from; with temperature 0, of the
-        distribution at temperature 1. `advance` is called with the number of tokens made since the last call.
+        `sampling_logprobs` are of the distribution that each token was drawn from, truncated or not; with temperature
+        0, of the full distribution at temperature 1. `advance` is called with the number of tokens made since its last
+        call.
         """
 
     def load_weights(self, policy: LanguageModel, version: int) -> None:

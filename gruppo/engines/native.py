@@ -7,6 +7,7 @@ the last slot moves into the gap, so that slots 0..n-1 are always the live ones.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.attention import CapturingAttention
+from gruppo.attention import CapturingAttention, Layer, soft_capped
 from gruppo.engines import Request, SamplingOptions
 from gruppo.errors import RunError
 from gruppo.machine import free_memory
+from gruppo.maths.logprobs import OutputHead
 from gruppo.models import LanguageModel
 from gruppo.reporting import Advance
 from gruppo.types import Completion, FinishReason
@@ -27,12 +29,14 @@ from gruppo.types import Completion, FinishReason
 PREFILL_TOKENS = 4096
 MAX_SLOTS = 256
 MEMORY_SHARE = 0.2
+UNSEEN = -1e30  # finite, so that a row that sees nothing of its prompt has no NaN and no weight
 
 
 def sample_tokens(
-    logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], temperature: float
+    logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], options: SamplingOptions
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """Draw a token a row from softmax(logits / temperature) by inverting its distribution function at `uniforms`.
+    """Draw a token a row from softmax(logits / temperature), truncated as the options say, by inverting its
+    distribution function at `uniforms`.
 
     One uniform number in [0, 1) a row, and one pass over the logits: sums of blocks choose the block, then the sums
     within it the token. Returns the tokens and their log-probabilities (nats) under the distribution drawn from.
@@ -40,10 +44,10 @@ def sample_tokens(
     never drawn.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not temperature:
+    if not options.temperature:
         likeliest = logits.max(dim=-1)
         return likeliest.indices, likeliest.values - logits.logsumexp(dim=-1)
-    weights = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    weights = truncated_probabilities(logits, options)
     rows, size = len(weights), 256
     if over := weights.shape[-1] % size:
         weights = torch.nn.functional.pad(weights, (0, size - over))
@@ -55,6 +59,29 @@ def sample_tokens(
     chosen = blocks[torch.arange(rows, device=logits.device), block]
     tokens = block * size + _first_beyond(chosen.double().cumsum(dim=-1), goal - below)
     return tokens, weights.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+def truncated_probabilities(logits: Float[Tensor, "B V"], options: SamplingOptions) -> Float[Tensor, "B V"]:
+    """softmax(logits / temperature) with the tokens that top-k, top-p and min-p leave out at 0, summing to 1.
+
+    top-p keeps the fewest likeliest tokens whose probabilities, among those that top-k left, sum to at least p; the
+    likeliest token always stays.
+    """
+    if options.temperature != 1:
+        logits = logits / options.temperature
+    if 0 < options.top_k < logits.shape[-1]:
+        border = logits.topk(options.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < border, -torch.inf)
+    if options.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        likelier = torch.softmax(ordered, dim=-1).double().cumsum(dim=-1).roll(1, dims=-1)
+        likelier[:, 0] = 0
+        beyond = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, likelier >= options.top_p)
+        logits = logits.masked_fill(beyond, -torch.inf)
+    if options.min_p > 0:
+        border = logits.max(dim=-1, keepdim=True).values + math.log(options.min_p)
+        logits = logits.masked_fill(logits < border, -torch.inf)
+    return torch.softmax(logits, dim=-1)
 
 
 def _first_beyond(ends: Tensor, goal: Tensor) -> Tensor:
@@ -69,11 +96,8 @@ def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wan
 
     A slot holds the keys and values of one completion and, at worst, of a prompt of its own.
     """
-    config = policy.model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * width
     budget = MEMORY_SHARE * free_memory(policy.device)
-    return max(1, min(MAX_SLOTS, wanted, int(budget / (per_token * (prompt_tokens + max_tokens)))))
+    return max(1, min(MAX_SLOTS, wanted, int(budget / (policy.cache_bytes * (prompt_tokens + max_tokens)))))
 
 
 class NativeEngine:
@@ -113,22 +137,29 @@ class NativeEngine:
 
     def _completion(self, raw: _Raw) -> Completion:
         ended = raw.tokens[-1] in self.policy.eos_ids
-        reason: FinishReason = "stop" if ended else "length"
-        spoken = raw.tokens[:-1] if ended else raw.tokens
+        reason: FinishReason = "stop" if ended or raw.text_end is not None else "length"
+        text = _text(self.policy, raw.tokens[:-1] if ended else raw.tokens)
         return Completion(
             token_ids=tuple(raw.tokens),
             sampling_logprobs=tuple(raw.logprobs),
             mask=(True,) * len(raw.tokens),
             finish_reason=reason,
             policy_version=self.version,
-            text=str(self.policy.tokenizer.decode(spoken, skip_special_tokens=True)),
+            text=text[: raw.text_end],
         )
+
+
+def _text(policy: LanguageModel, tokens: Sequence[int]) -> str:
+    return str(policy.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
+    """`text_end`: where a stop text begins, if one ended it."""
+
     tokens: list[int]
     logprobs: list[float]
+    text_end: int | None
 
 
 class _Flight:
@@ -142,14 +173,10 @@ class _Flight:
     ) -> None:
         """`slots`: completions in flight; `places`: prompts whose keys and values are kept at a time."""
         self.policy, self.options, self.slots = policy, options, slots
-        config, device = policy.model.config, policy.device
-        heads = config.num_key_value_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.places_kept, self.longest_prompt = places, longest_prompt
         self.wide = torch.promote_types(policy.dtype, torch.float32)
-        layers = config.num_hidden_layers
-        own, prefix = (layers, slots, heads, options.max_tokens, width), (layers, places, heads, longest_prompt, width)
-        self.own_keys, self.own_values = (torch.zeros(own, dtype=self.wide, device=device) for _ in range(2))
-        self.prefix_keys, self.prefix_values = (torch.zeros(prefix, dtype=self.wide, device=device) for _ in range(2))
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+        self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
         self.prefix_lengths = np.zeros(places, dtype=np.int64)
         self.prefix_users = np.zeros(places, dtype=np.int64)
         self.live = 0
@@ -173,7 +200,7 @@ class _Flight:
         made, self._made = self._made, 0
         return made
 
-    def admit(self, queue: deque[tuple[int, Request]], head: Tensor) -> None:
+    def admit(self, queue: deque[tuple[int, Request]], head: OutputHead) -> None:
         """Fill free slots: first with completions whose prompt is computed already, then with new prompts."""
         new: list[tuple[int, Request, int]] = []
         places = deque(np.flatnonzero(self.prefix_users == 0).tolist())
@@ -194,17 +221,31 @@ class _Flight:
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
         hidden = self.policy.hidden_states(ids, positions, plan)[0]
         ends = np.cumsum(lengths)
-        for layer, (keys, values) in plan.captured.items():
-            for (_, _, place), end, length in zip(new, ends, lengths, strict=True):
-                self.prefix_keys[layer, place, :, :length] = keys[:, end - length : end]
-                self.prefix_values[layer, place, :, :length] = values[:, end - length : end]
+        for layer, captured in plan.captured.items():
+            if layer not in self.own:
+                self.own[layer], self.prefix[layer] = self._stores(captured)
+            for store, made in zip(self.prefix[layer], captured, strict=True):
+                for (_, _, place), end, length in zip(new, ends, lengths, strict=True):
+                    store[place, :, :length] = made[:, end - length : end]
         last = hidden[torch.as_tensor(ends - 1, device=device)]
         for (index, request, place), length, state in zip(new, lengths, last, strict=True):
             self.prefix_lengths[place], self.prefix_users[place] = length, len(request.streams)
             for number, _ in enumerate(request.streams):
                 self.waiting.append((index, number, tuple(request.streams[number]), place, state))
 
-    def _seat(self, head: Tensor) -> None:
+    def _stores(self, captured: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Room for a layer's keys and values: of the completions in flight, and of the prompts kept."""
+
+        def room(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+            keys, values = (
+                torch.zeros(rows, len(each), tokens, each.shape[-1], dtype=self.wide, device=each.device)
+                for each in captured
+            )
+            return keys, values
+
+        return room(self.slots, self.options.max_tokens), room(self.places_kept, self.longest_prompt)
+
+    def _seat(self, head: OutputHead) -> None:
         """Give free slots to waiting completions and draw their first tokens."""
         first = self.live
         states = []
@@ -220,7 +261,7 @@ class _Flight:
         if states:
             self._draw(torch.stack(states), np.arange(first, self.live), head)
 
-    def decode(self, head: Tensor) -> None:
+    def decode(self, head: OutputHead) -> None:
         """One more token for every completion in flight."""
         rows = np.arange(self.live)
         length = self.length[: self.live]
@@ -232,12 +273,14 @@ class _Flight:
         hidden = self.policy.hidden_states(ids, torch.as_tensor(positions, device=device)[:, None], self)
         self._draw(hidden[:, 0], rows, head)
 
-    def _draw(self, hidden: Tensor, rows: np.ndarray, head: Tensor) -> None:
+    def _draw(self, hidden: Tensor, rows: np.ndarray, head: OutputHead) -> None:
         """Sample the next token of `rows` from their last hidden states, and retire what has ended."""
-        logits = hidden.to(head.dtype) @ head.T
+        logits = head.logits(hidden)
         position = self.length[rows]
+        if early := np.flatnonzero(position < self.options.min_tokens).tolist():
+            logits[np.ix_(early, self.eos)] = -torch.inf
         uniforms = torch.as_tensor(self.uniforms[rows, position], device=logits.device)
-        tokens, logprobs = sample_tokens(logits, uniforms, self.options.temperature)
+        tokens, logprobs = sample_tokens(logits, uniforms, self.options)
         if not torch.isfinite(logprobs).all():
             raise RunError(
                 "the model gives log-probabilities that are not finite: its weights have diverged or are damaged, or "
@@ -249,13 +292,36 @@ class _Flight:
         self.length[rows] += 1
         self._made += len(rows)
         ended = np.isin(drawn, self.eos) | (self.length[rows] == self.options.max_tokens)
-        for row in rows[ended][::-1].tolist():
-            self._retire(row)
+        text_ends = self._find_stops(rows) if self.options.stop else {}
+        for row in rows[::-1].tolist():
+            if ended[row - rows[0]] or row in text_ends:
+                self._retire(row, text_ends.get(row))
 
-    def _retire(self, row: int) -> None:
+    def _find_stops(self, rows: np.ndarray) -> dict[int, int]:
+        """Rows whose text their last token completed a stop text of, and where in their text that begins.
+
+        A token gives at least one byte of text, so a stop text of n bytes lies in the last n tokens; a few more are
+        read, as decoders treat the first ones differently.
+        """
+        reach = 8 + max(len(stop.encode()) for stop in self.options.stop)
+        found = {}
+        for row in rows.tolist():
+            length = int(self.length[row])
+            tokens = self.tokens[row, :length].tolist()
+            tail = _text(self.policy, tokens[-reach:])
+            if length < self.options.min_tokens or not any(stop in tail for stop in self.options.stop):
+                continue
+            text, before = _text(self.policy, tokens), len(_text(self.policy, tokens[:-1]))
+            starts = [text.find(stop, max(0, before - len(stop) + 1)) for stop in self.options.stop]
+            if any(start >= 0 for start in starts):
+                found[row] = min(start for start in starts if start >= 0)
+        return found
+
+    def _retire(self, row: int, text_end: int | None) -> None:
         """Keep what the row made and move the last live row into its slot."""
         length = int(self.length[row])
-        self.finished[self.owner[row]] = _Raw(self.tokens[row, :length].tolist(), self.logprobs[row, :length].tolist())
+        tokens, logprobs = self.tokens[row, :length].tolist(), self.logprobs[row, :length].tolist()
+        self.finished[self.owner[row]] = _Raw(tokens, logprobs, text_end)
         self.prefix_users[self.prefix_of[row]] -= 1
         self.live -= 1
         last = self.live
@@ -265,8 +331,9 @@ class _Flight:
         for array in (self.prefix_of, self.length, self.tokens, self.logprobs, self.uniforms):
             array[row] = array[last]
         used = int(self.length[row])
-        for store in (self.own_keys, self.own_values):
-            store[:, row, :, :used] = store[:, last, :, :used]
+        for pair in self.own.values():
+            for store in pair:
+                store[row, :, :used] = store[last, :, :used]
 
     def _plan_step(self) -> None:
         """Indices and masks of a decoding step, the same for every layer."""
@@ -284,49 +351,71 @@ class _Flight:
         self.place_of_row = torch.as_tensor(member, device=device)
         self.seat_of_row = torch.as_tensor(seat, device=device)
         self.longest_prefix, self.longest_own = int(lengths.max()), int(self.length[:live].max())
-        self.prefix_bias = self._bias(lengths, self.longest_prefix)
-        self.own_bias = self._bias(self.length[:live], self.longest_own)
+        self.seen_lengths = torch.as_tensor(self.length[:live], device=device)
+        self.seen_prefixes = torch.as_tensor(self.prefix_lengths[self.prefix_of[:live]], device=device)
         self.rows = torch.arange(live, device=device)
-        self.position = torch.as_tensor(self.length[:live] - 1, device=device)
+        self.position = self.seen_lengths - 1
+        self.biases: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
 
-    def _bias(self, lengths: np.ndarray, longest: int) -> Tensor:
-        """0 where a key stands, -inf behind the end: [rows, 1, 1, longest]."""
-        seen = np.arange(longest) < lengths[:, None]
-        bias = torch.zeros(seen.shape, dtype=self.wide)
-        bias[torch.as_tensor(~seen)] = -torch.inf
-        return bias[:, None, None, :].to(self.policy.device)
+    def _bias(self, window: int | None, shared: int) -> tuple[Tensor, Tensor]:
+        """What is added to the scores of own keys [live, 1, 1, longest] and of prompt keys [places, 1, seats · shared
+        or 1, longest]: 0 where a key is seen, a number below every score where not."""
+        if window is not None and window >= self.longest_prefix + self.longest_own:
+            window = None
+        if (window, shared) not in self.biases:
+            own_key = torch.arange(self.longest_own, device=self.policy.device)
+            key = torch.arange(self.longest_prefix, device=self.policy.device)
+            own = own_key < self.seen_lengths[:, None]
+            prefix = key < self.seen_prefixes[:, None]
+            if window is not None:
+                own &= own_key > (self.position - window)[:, None]
+                prefix &= key > (self.seen_prefixes + self.position - window)[:, None]
+            by_place = prefix[self.rows_of_place].repeat_interleave(shared, dim=1)
+            if window is None:
+                by_place = by_place[:, :1]
+            self.biases[window, shared] = self._penalty(own[:, None, None]), self._penalty(by_place[:, None])
+        return self.biases[window, shared]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _penalty(self, seen: Tensor) -> Tensor:
+        return torch.zeros(seen.shape, dtype=self.wide, device=seen.device).masked_fill_(~seen, UNSEEN)
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; T = 1. Attention over the shared prompt and over the completion's own tokens, each
         normalised by itself, joined by their log-sum-exps."""
         with torch.autocast(self.policy.device.type, enabled=False):
             live, heads, _, width = query.shape
             kv_heads = key.shape[1]
             shared = heads // kv_heads
-            self.own_keys[layer, self.rows, :, self.position] = key[:, :, 0].to(self.wide)
-            self.own_values[layer, self.rows, :, self.position] = value[:, :, 0].to(self.wide)
-            q = (query.to(self.wide) * scale).view(live, kv_heads, shared, width)
+            own_keys, own_values = self.own[layer.index]
+            prefix_keys, prefix_values = self.prefix[layer.index]
+            own_keys[self.rows, :, self.position] = key[:, :, 0].to(self.wide)
+            own_values[self.rows, :, self.position] = value[:, :, 0].to(self.wide)
+            own_bias, prefix_bias = self._bias(layer.window, shared)
+            q = (query.to(self.wide) * layer.scale).view(live, kv_heads, shared, width)
             own, own_lse = _softmax_attention(
-                q,
-                self.own_keys[layer, :live, :, : self.longest_own],
-                self.own_values[layer, :live, :, : self.longest_own],
-                self.own_bias,
+                q, own_keys[:live, :, : self.longest_own], own_values[:live, :, : self.longest_own], own_bias, layer
             )
             places, seats = self.rows_of_place.shape
             grouped = q[self.rows_of_place].transpose(1, 2).reshape(places, kv_heads, seats * shared, width)
             out, lse = _softmax_attention(
                 grouped,
-                self.prefix_keys[layer, self.places, :, : self.longest_prefix],
-                self.prefix_values[layer, self.places, :, : self.longest_prefix],
-                self.prefix_bias,
+                prefix_keys[self.places, :, : self.longest_prefix],
+                prefix_values[self.places, :, : self.longest_prefix],
+                prefix_bias,
+                layer,
             )
-            out = out.view(places, kv_heads, seats, shared, width)[self.place_of_row, :, self.seat_of_row]
+            out = out.view(places, kv_heads, seats, shared, -1)[self.place_of_row, :, self.seat_of_row]
             lse = lse.view(places, kv_heads, seats, shared, 1)[self.place_of_row, :, self.seat_of_row]
             joint = torch.lerp(out, own, torch.sigmoid(own_lse - lse))
-            return joint.view(live, 1, heads, width)
+            if layer.sinks is not None:
+                sinks = layer.sinks.to(self.wide).view(1, kv_heads, shared, 1)
+                joint = joint * torch.sigmoid(torch.logaddexp(own_lse, lse) - sinks)
+            return joint.view(live, 1, heads, -1)
 
 
-def _softmax_attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    scores = query @ keys.transpose(-1, -2) + bias
+def _softmax_attention(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, layer: Layer
+) -> tuple[Tensor, Tensor]:
+    scores = soft_capped(query @ keys.transpose(-1, -2), layer.softcap) + bias
     lse = scores.logsumexp(dim=-1, keepdim=True)
     return (scores - lse).exp_() @ values, lse

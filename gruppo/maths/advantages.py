@@ -11,27 +11,56 @@ from torch import Tensor
 EPSILON = 1e-6
 
 
-def group_advantages(rewards: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
-    """Outcome supervision (DeepSeekMath §4.1.2): Â_i = (r_i - mean(r)) / (std(r) + ε) over one group.
+def advantages(
+    groups: Sequence[Float[Tensor, " _"]], baseline: str = "group", scale: str = "group"
+) -> list[Float[Tensor, " _"]]:
+    """Â_i = (r_i - b) / (s + ε) for each group's rewards (outcome supervision, DeepSeekMath §4.1.2, and its variants).
 
-    `rewards` are those of the group's trained completions only: one that abstained is left out by the caller, as if
-    it had not been sampled. Equal rewards, a group of one and an empty group give exactly 0, without rounding
-    residue. Raises ValueError on a reward that is not finite.
+    `baseline` b: "group", the mean of the group; "leave-one-out", the mean of the group's others (RLOO); "batch", the
+    mean over all groups; "none", 0. `scale` s: the standard deviation of the "group", of the rewards of all groups
+    ("batch", REINFORCE++; with the group's baseline also Lite PPO, arXiv 2508.08221), or "none", s + ε = 1.
+
+    `groups` hold the rewards of trained completions only: one that abstained is left out by the caller, as if it had
+    not been sampled. Where the rewards that b or s is taken over are all equal, a group of one among them, the result
+    is exactly 0, without rounding residue; with baseline "none" that concerns s alone, which is then left out. Raises
+    ValueError on a reward that is not finite, and for "leave-one-out" on a group of one.
     """
-    if not torch.isfinite(rewards).all():
-        raise ValueError(f"rewards = {rewards.tolist()}: a reward must be finite; let that completion abstain")
-    if len(rewards) < 2 or bool((rewards == rewards[0]).all()):
+    every = torch.cat(list(groups)) if groups else torch.zeros(0)
+    if not torch.isfinite(every).all():
+        raise ValueError(f"rewards = {every.tolist()}: a reward must be finite; let that completion abstain")
+    unit = every.abs().max().clamp(min=1.0) if len(every) else every.new_ones(())  # squares of huge ones would overflow
+    return [_advantages(rewards / unit, every / unit, unit, baseline, scale) for rewards in groups]
+
+
+def _advantages(rewards: Tensor, every: Tensor, unit: Tensor, baseline: str, scale: str) -> Tensor:
+    compared = {"group": rewards, "leave-one-out": rewards, "batch": every}
+    if baseline == "none":
+        centred = rewards
+    elif baseline not in compared:
+        raise ValueError(f'baseline = {baseline!r}: write "group", "leave-one-out", "batch" or "none"')
+    elif baseline == "leave-one-out" and len(rewards) == 1:
+        raise ValueError("a group of one has no other completion to compare with; leave it out")
+    elif _equal(compared[baseline]):
         return torch.zeros_like(rewards)
-    scale = rewards.abs().max().clamp(min=1.0)  # squares of huge rewards would overflow
-    rewards = rewards / scale
-    return (rewards - rewards.mean()) / (rewards.std(correction=1) + EPSILON / scale)
+    else:
+        centred = rewards - compared[baseline].mean()
+        if baseline == "leave-one-out":
+            centred = centred * (len(rewards) / (len(rewards) - 1))
+    spread_over = {"group": rewards, "batch": every}.get(scale)
+    if spread_over is None:
+        if scale != "none":
+            raise ValueError(f'scale = {scale!r}: write "group", "batch" or "none"')
+        return centred * unit
+    if _equal(spread_over):
+        return torch.zeros_like(rewards) if baseline != "none" and scale == "group" else centred * unit
+    return centred / (spread_over.std(correction=1) + EPSILON / unit)
 
 
-def masked_group_advantages(rewards: Sequence[float | None]) -> list[float]:
-    """Advantages of a group in which None marks a completion that is not trained on; its own advantage is 0."""
-    used = [index for index, reward in enumerate(rewards) if reward is not None]
-    values = group_advantages(torch.tensor([rewards[index] for index in used], dtype=torch.float64)).tolist()
-    advantages = [0.0] * len(rewards)
-    for index, value in zip(used, values, strict=True):
-        advantages[index] = value
-    return advantages
+def returns_to_go(reward: float, penalties: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """R_t = r - Σ_{s ≥ t} penalty_s: what is still to come at each token of a completion whose reward r falls on its
+    last token (REINFORCE++, arXiv 2501.03262)."""
+    return reward - penalties.flip(0).cumsum(0).flip(0)
+
+
+def _equal(values: Tensor) -> bool:
+    return len(values) < 2 or bool((values == values[0]).all())

@@ -5,28 +5,52 @@ Log-probabilities are of the full-vocabulary distribution at the sampling temper
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
+class OutputHead(NamedTuple):
+    """What makes logits of hidden states: z = scale · (hidden · weightᵀ + bias), then softcap · tanh(z / softcap) where
+    there is a cap."""
+
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        """Logits in float32 (or float64); the product runs in the dtype of `weight`."""
+        logits = (hidden.to(self.weight.dtype) @ self.weight.T).to(self.wide)
+        if self.bias is not None:
+            logits += self.bias
+        if self.scale != 1:
+            logits *= self.scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of everything after the product."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+
 def token_logprobs(
     hidden: Float[Tensor, "N H"],
-    head: Float[Tensor, "V H"],
+    head: OutputHead,
     targets: Int[Tensor, " N"],
     temperature: float,
     chunk_size: int = 512,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """log π(target) and the entropy of π, where π = softmax(hidden · headᵀ / temperature), for N tokens.
+    """log π(target) and the entropy of π, where π = softmax(logits / temperature), for N tokens.
 
     The logits are made for `chunk_size` tokens at a time and made again in backward, so memory holds
-    chunk_size × V of them, never N × V. Products run in the dtype of `head`, everything after them in float32 (or
+    chunk_size × V of them, never N × V. Products run in the dtype of the head, everything after them in float32 (or
     float64). The entropy, in nats within [0, log V], carries no gradient. Both are empty for N = 0.
     """
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, head, targets, temperature, chunk_size
+        hidden, *head, targets, temperature, chunk_size
     )
     return logprobs, entropy
 
@@ -36,47 +60,58 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, chunk_size: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(head.dtype, torch.float32)
-        logprobs = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        head = OutputHead(weight, bias, scale, softcap)
+        logprobs = torch.empty(len(targets), dtype=head.wide, device=hidden.device)
         entropy, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for chunk in _chunks(len(targets), chunk_size):
-            logits = _logits(hidden[chunk], head, temperature)
+            logits = head.logits(hidden[chunk]).div_(temperature)
             normaliser = torch.logsumexp(logits, dim=-1)
             logprobs[chunk] = logits.gather(-1, targets[chunk, None]).squeeze(-1) - normaliser
             probabilities = (logits - normaliser[:, None]).exp_()
             entropy[chunk] = normaliser - torch.linalg.vecdot(probabilities, logits)
             normalisers[chunk] = normaliser
-        ctx.save_for_backward(hidden, head, targets, normalisers)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.scale, ctx.softcap, ctx.temperature, ctx.chunk_size = scale, softcap, temperature, chunk_size
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, targets, normalisers = ctx.saved_tensors
-        wide = normalisers.dtype
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        head = OutputHead(weight, bias, ctx.scale, ctx.softcap)
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros(head.shape, dtype=wide, device=head.device)
+        grad_weight = torch.zeros(weight.shape, dtype=head.wide, device=weight.device)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         for chunk in _chunks(len(targets), ctx.chunk_size):
-            logits = _logits(hidden[chunk], head, ctx.temperature)
+            logits = head.logits(hidden[chunk])
+            slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
             scale = (grad[chunk] / ctx.temperature)[:, None]
-            grad_logits = logits.sub_(normalisers[chunk, None]).exp_().mul_(-scale)
-            grad_logits.scatter_add_(-1, targets[chunk, None], scale.to(wide))
-            narrow = grad_logits.to(head.dtype)
-            grad_hidden[chunk] = (narrow @ head).to(hidden.dtype)
-            grad_head += narrow.T @ hidden[chunk].to(head.dtype)
-        return grad_hidden, grad_head.to(head.dtype), None, None, None
+            grad_logits = logits.div_(ctx.temperature).sub_(normalisers[chunk, None]).exp_().mul_(-scale)
+            grad_logits.scatter_add_(-1, targets[chunk, None], scale.to(head.wide))
+            if slope is not None:
+                grad_logits *= slope
+            if head.scale != 1:
+                grad_logits *= head.scale
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+            narrow = grad_logits.to(weight.dtype)
+            grad_hidden[chunk] = (narrow @ weight).to(hidden.dtype)
+            grad_weight += narrow.T @ hidden[chunk].to(weight.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None, None
 
 
 def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    wide = torch.promote_types(head.dtype, torch.float32)
-    return (hidden.to(head.dtype) @ head.T).to(wide).div_(temperature)
 
 
 def kl_estimate(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."], kind: str) -> Float[Tensor, "..."]:

@@ -6,10 +6,11 @@ the *global* batch, so that a sum over any partition into micro-batches is the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gruppo.maths.logprobs import kl_estimate
@@ -25,6 +26,43 @@ class PolicyLoss(NamedTuple):
     kl: Float[Tensor, " N"]
 
 
+Surrogate = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+
+
+def clipped(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, " N"]:
+    """min(ρÂ, clip(ρ, 1-ε_low, 1+ε_high) Â): DeepSeekMath Eq. 3; with a sequence's ratio GSPO Eq. 5. GC at ρ = 1: Â."""
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def clipped_weight(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, " N"]:
+    """sg[clip(ρ, 1-ε_low, 1+ε_high)] Â log π_θ: CISPO (arXiv 2506.13585) Eq. 4-5. GC: the clipped ρ times Â, so that no
+    token loses its gradient."""
+    return ratio.clamp(1 - clip_low, 1 + clip_high).detach() * advantages * logprobs
+
+
+def log_likelihood(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, " N"]:
+    """Â log π_θ: REINFORCE, as in RLOO (arXiv 2402.14740). GC: Â; neither ratio nor clip."""
+    return advantages * logprobs
+
+
 def policy_loss(
     logprobs: Float[Tensor, " N"],
     old_logprobs: Float[Tensor, " N"],
@@ -35,11 +73,16 @@ def policy_loss(
     ref_logprobs: Float[Tensor, " N"] | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    surrogate: Surrogate = clipped,
+    sequences: Int[Tensor, " N"] | None = None,
+    importance: Float[Tensor, " N"] | None = None,
 ) -> PolicyLoss:
     """GRPO objective, negated (DeepSeekMath Eq. 3, KL of Eq. 4), summed over the N tokens of a micro-batch.
 
-    -Σ_t w_t [ min(ρÂ, clip(ρ, 1-ε_low, 1+ε_high) Â) - β·KL_t ],  ρ = π_θ/π_old
+    -Σ_t w_t [ c_t · f(ρ_t, Â_t) - β·KL_t ],  ρ = π_θ/π_old,  f = `surrogate`, by default min(ρÂ, clip(ρ) Â)
 
+    `sequences`: the number of each token's completion; then ρ is that completion's, exp of the mean of its tokens'
+    log-ratios (GSPO Eq. 7; a completion must be whole). `importance`: c, a factor a token, 1 where not given.
     Log-probabilities in nats. A token of weight 0 is left out by selection, so that whatever stands there, NaN
     included, reaches neither the loss nor the gradient. At ρ = 1 ∂J/∂logprobs is w (Â + β(π_ref/π_θ - 1)), Eq. 21.
     Raises ValueError unless 0 <= clip_low <= 1, clip_high >= 0, and ref_logprobs is given where kl_coef > 0.
@@ -52,10 +95,14 @@ def policy_loss(
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logprobs; give them, or set kl_coef to 0")
     used = weights != 0
     logprobs = torch.where(used, logprobs, 0.0)
-    ratio = torch.exp(logprobs - torch.where(used, old_logprobs, 0.0))
+    log_ratio = logprobs - torch.where(used, old_logprobs, 0.0)
+    if sequences is not None:
+        log_ratio = sequence_means(log_ratio, used, sequences)
+    ratio = torch.exp(log_ratio)
     advantages = torch.where(used, advantages, 0.0)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    objective = surrogate(logprobs, ratio, advantages, clip_low, clip_high)
+    if importance is not None:
+        objective = objective * torch.where(used, importance, 0.0)
     kl = torch.zeros_like(ratio)
     if kl_coef and ref_logprobs is not None:
         kl = kl_estimate(logprobs, torch.where(used, ref_logprobs, 0.0), kl_estimator)
@@ -70,11 +117,48 @@ def policy_loss(
     )
 
 
-def sequence_mean_weights(lengths: list[list[int]]) -> list[list[float]]:
-    """Token weights of Eq. 3: w = 1/P · 1/G_p · 1/|o_i| for completion i of prompt p.
+def sequence_means(
+    values: Float[Tensor, " N"], used: Bool[Tensor, " N"], sequences: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """The mean over the used tokens of each token's own sequence; 0 for a sequence without any."""
+    count = int(sequences.max()) + 1 if len(sequences) else 0
+    sums = values.new_zeros(count).index_add(0, sequences, torch.where(used, values, 0.0))
+    lengths = values.new_zeros(count).index_add(0, sequences, used.to(values.dtype))
+    return (sums / lengths.clamp(min=1))[sequences]
 
-    `lengths[p]` holds the numbers of loss tokens of the *trained* completions of prompt p, over the whole batch of
-    all processes. A prompt without any leaves P; an empty completion stays in G_p and has weight 0.
-    """
+
+# Weights of tokens. `lengths[p]` holds the numbers of loss tokens of the *trained* completions of prompt p, over the
+# whole step and all processes; the result has a token's weight for each of them. P counts the prompts that have any,
+# G_p the trained completions of prompt p, |o_i| the tokens of completion i. An empty completion counts in G_p and
+# weighs 0.
+
+
+def sequence_mean_weights(lengths: list[list[int]], max_tokens: int = 0) -> list[list[float]]:
+    """w = 1/P · 1/G_p · 1/|o_i|: DeepSeekMath Eq. 3, GSPO Eq. 5."""
+    return _weights(lengths, lambda group, length: 1 / (len(group) * length))
+
+
+def sequence_sum_weights(lengths: list[list[int]], max_tokens: int = 0) -> list[list[float]]:
+    """w = 1/P · 1/G_p: the sum over a completion's tokens, RLOO."""
+    return _weights(lengths, lambda group, length: 1 / len(group))
+
+
+def group_token_mean_weights(lengths: list[list[int]], max_tokens: int = 0) -> list[list[float]]:
+    """w = 1/P · 1/Σ_j |o_j|: the mean over all tokens of a group, DAPO Eq. 8, CISPO Eq. 4."""
+    return _weights(lengths, lambda group, length: 1 / sum(group))
+
+
+def constant_weights(lengths: list[list[int]], max_tokens: int) -> list[list[float]]:
+    """w = 1/P · 1/G_p · 1/max_tokens: Dr. GRPO."""
+    return _weights(lengths, lambda group, length: 1 / (len(group) * max_tokens))
+
+
+def token_mean_weights(lengths: list[list[int]], max_tokens: int = 0) -> list[list[float]]:
+    """w = 1/Σ_p Σ_i |o_i|: the mean over all tokens of the step, what TRL and verl call DAPO's; REINFORCE++."""
+    total = sum(map(sum, lengths))
+    return [[1 / total if length else 0.0 for length in group] for group in lengths]
+
+
+def _weights(lengths: list[list[int]], weight: Callable[[list[int], int], float]) -> list[list[float]]:
     prompts = sum(bool(group) for group in lengths)
-    return [[1 / (prompts * len(group) * length) if length else 0.0 for length in group] for group in lengths]
+    return [[weight(group, length) / prompts if length else 0.0 for length in group] for group in lengths]

@@ -13,12 +13,18 @@ from gruppo.maths.losses import sequence_mean_weights
 from gruppo.models import LanguageModel
 from gruppo.packing import pack, score
 from gruppo.types import Group, Prompt
+from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import END, make_policy
 
 ENGINES: dict[str, Callable[[LanguageModel, int], Engine]] = {"native": NativeEngine}
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14, 15), (5, 6, 7)]
 
 MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def policy(request: pytest.FixtureRequest) -> LanguageModel:
+    return make_architecture(request.param)
 
 
 @pytest.fixture(params=ENGINES)

@@ -2,6 +2,7 @@
 
 import torch
 
+from gruppo.engines import SamplingOptions
 from gruppo.engines.native import sample_tokens
 
 
@@ -9,7 +10,7 @@ def test_inverse_distribution_function_by_hand() -> None:
     """Probabilities ½, 0, ¼, ¼: u below ½ is token 0, below ¾ token 2, else token 3; never token 1."""
     logits = torch.log(torch.tensor([[0.5, 0.0, 0.25, 0.25]], dtype=torch.float64)).repeat(6, 1)
     uniforms = torch.tensor([0.0, 0.499, 0.5, 0.749, 0.75, 1 - 2**-53], dtype=torch.float64)
-    tokens, logprobs = sample_tokens(logits, uniforms, 1.0)
+    tokens, logprobs = sample_tokens(logits, uniforms, SamplingOptions(1.0, 1))
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25], dtype=torch.float64))
 
@@ -19,7 +20,7 @@ def test_blocks_do_not_show() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(500, 1000, generator=generator, dtype=torch.float64)
     uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
-    tokens, logprobs = sample_tokens(logits, uniforms, 0.8)
+    tokens, logprobs = sample_tokens(logits, uniforms, SamplingOptions(0.8, 1))
     plain = torch.softmax(logits / 0.8, -1)
     expected = (plain.cumsum(-1) <= uniforms[:, None]).sum(-1)
     assert tokens.tolist() == expected.tolist()
@@ -29,13 +30,15 @@ def test_blocks_do_not_show() -> None:
 def test_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.full((2, 700), -torch.inf)
     logits[:, 300] = 0.0
-    tokens, logprobs = sample_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)
+    tokens, logprobs = sample_tokens(
+        logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), SamplingOptions(1.0, 1)
+    )
     assert tokens.tolist() == [300, 300]
     assert logprobs.tolist() == [0.0, 0.0]
 
 
 def test_greedy_takes_the_likeliest_at_temperature_one() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    tokens, logprobs = sample_tokens(logits, torch.tensor([0.9]), 0.0)
+    tokens, logprobs = sample_tokens(logits, torch.tensor([0.9]), SamplingOptions(0.0, 1))
     assert tokens.tolist() == [1]
     torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1)[:, 1])

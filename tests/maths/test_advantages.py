@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from gruppo.maths.advantages import EPSILON, group_advantages, masked_group_advantages
+from gruppo.maths.advantages import EPSILON, advantages, returns_to_go
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    return advantages([rewards])[0]
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_two_of_four_right_by_hand() -> None:
@@ -31,23 +39,67 @@ def test_equal_rewards_give_exactly_zero(value: float, size: int) -> None:
 
 def test_group_of_one_has_advantage_zero() -> None:
     """verl trains a group of one on its raw reward."""
-    assert masked_group_advantages([5.0]) == [0.0]
+    assert advantages([column(5.0)])[0].tolist() == [0.0]
 
 
-def test_abstained_completion_leaves_mean_and_std() -> None:
-    """slime#1414, slime#2230: an uneven group is normalised by itself."""
-    with_gap = masked_group_advantages([1.0, None, 2.0, 6.0])
-    assert with_gap[1] == 0.0
-    assert [with_gap[0], *with_gap[2:]] == masked_group_advantages([1.0, 2.0, 6.0])
+def test_no_rewards_at_all() -> None:
+    assert advantages([]) == []
+    assert advantages([column()])[0].tolist() == []
 
 
-def test_all_abstained() -> None:
-    assert masked_group_advantages([None, None]) == [0.0, 0.0]
-    assert masked_group_advantages([]) == []
+# Two groups, 1 2 6 and 3 3: means 3 and 3, standard deviations √7 and 0; all five: mean 3, variance (4+1+9)/4 = 3.5.
+GROUPS = [column(1.0, 2.0, 6.0), column(3.0, 3.0)]
 
 
-def test_one_left_after_abstentions_is_a_group_of_one() -> None:
-    assert masked_group_advantages([None, 3.0, None]) == [0.0, 0.0, 0.0]
+@pytest.mark.parametrize(
+    ("baseline", "scale", "first", "second"),
+    [
+        ("group", "group", [-2 / math.sqrt(7), -1 / math.sqrt(7), 3 / math.sqrt(7)], [0, 0]),
+        ("group", "none", [-2, -1, 3], [0, 0]),
+        ("group", "batch", [-2 / math.sqrt(3.5), -1 / math.sqrt(3.5), 3 / math.sqrt(3.5)], [0, 0]),
+        ("leave-one-out", "none", [1 - 4, 2 - 3.5, 6 - 1.5], [0, 0]),
+        ("leave-one-out", "group", [-3 / math.sqrt(7), -1.5 / math.sqrt(7), 4.5 / math.sqrt(7)], [0, 0]),
+        ("batch", "batch", [-2 / math.sqrt(3.5), -1 / math.sqrt(3.5), 3 / math.sqrt(3.5)], [0, 0]),
+        ("batch", "none", [-2, -1, 3], [0, 0]),
+        ("none", "none", [1, 2, 6], [3, 3]),
+        ("none", "batch", [each / math.sqrt(3.5) for each in (1, 2, 6)], [each / math.sqrt(3.5) for each in (3, 3)]),
+    ],
+)
+def test_baselines_and_scales_by_hand(baseline: str, scale: str, first: list[float], second: list[float]) -> None:
+    got = advantages(GROUPS, baseline, scale)
+    assert got[0].tolist() == pytest.approx(first, abs=1e-5)
+    assert got[1].tolist() == second if not any(second) else got[1].tolist() == pytest.approx(second, abs=1e-5)
+
+
+def test_batch_baseline_tells_equal_groups_apart() -> None:
+    """A group of ones among zeros carries a signal under batch normalisation, and none under the group's."""
+    groups = [column(1.0, 1.0), column(0.0, 0.0)]
+    size = 0.5 / (math.sqrt(1 / 3) + EPSILON)
+    assert [each.tolist() for each in advantages(groups, "batch", "batch")] == [
+        pytest.approx([size] * 2), pytest.approx([-size] * 2)
+    ]  # fmt: skip
+    assert [each.tolist() for each in advantages(groups)] == [[0.0, 0.0]] * 2
+
+
+def test_batch_normalisation_takes_a_group_of_one() -> None:
+    got = advantages([column(1.0), column(3.0)], "batch", "batch")
+    assert [float(each) for each in got] == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], abs=1e-5)
+
+
+def test_leave_one_out_refuses_a_group_of_one() -> None:
+    with pytest.raises(ValueError, match="group of one"):
+        advantages([column(1.0)], "leave-one-out", "none")
+
+
+@pytest.mark.parametrize(("baseline", "scale"), [("mean", "group"), ("group", "std")])
+def test_unknown_names_are_refused(baseline: str, scale: str) -> None:
+    with pytest.raises(ValueError, match="write"):
+        advantages([column(1.0, 2.0)], baseline, scale)
+
+
+def test_returns_to_go_by_hand() -> None:
+    assert returns_to_go(1.0, column(0.1, 0.2, 0.4)).tolist() == pytest.approx([0.3, 0.4, 0.6])
+    assert returns_to_go(1.0, column()).tolist() == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gruppo.maths.logprobs import kl_estimate, token_logprobs
+from gruppo.maths.logprobs import OutputHead, kl_estimate, token_logprobs
 
 
 def inputs(count: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -18,7 +18,7 @@ def inputs(count: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int) -> None:
     """trl#3029: the temperature belongs to the distribution. Chunks must not show."""
     hidden, head, targets = inputs()
-    got, entropy = token_logprobs(hidden, head, targets, temperature, chunk)
+    got, entropy = token_logprobs(hidden, OutputHead(head), targets, temperature, chunk)
     full = torch.log_softmax(hidden @ head.T / temperature, dim=-1)
     expected = full.gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -30,14 +30,38 @@ def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int) 
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 2.0), (2.5, 1.5)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_biases_scales_and_soft_caps_of_the_head(scale: float, softcap: float | None, biased: bool) -> None:
+    """GPT-J and Phi have a bias, Cohere and Granite a scale, Gemma a soft cap: values and all gradients."""
+    hidden, weight, targets = inputs(7)
+    bias = torch.linspace(-1, 1, 13, dtype=torch.float64).requires_grad_() if biased else None
+    got, entropy = token_logprobs(hidden, OutputHead(weight, bias, scale, softcap), targets, 0.8, 3)
+    logits = hidden @ weight.T + (bias if biased else 0.0)
+    logits = logits * scale if softcap is None else softcap * torch.tanh(logits * scale / softcap)
+    full = torch.log_softmax(logits / 0.8, dim=-1)
+    expected = full.gather(-1, targets[:, None]).squeeze(-1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1), rtol=0, atol=1e-12)
+    held = [each for each in (hidden, weight, bias) if each is not None]
+    factors = torch.linspace(-1, 1, len(targets), dtype=torch.float64)
+    pairs = zip(
+        torch.autograd.grad((got * factors).sum(), held),
+        torch.autograd.grad((expected * factors).sum(), held),
+        strict=True,
+    )
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_gradcheck() -> None:
     hidden, head, targets = inputs(5)
-    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, 0.9, 2)[0], (hidden, head))
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, OutputHead(w), targets, 0.9, 2)[0], (hidden, head))
 
 
 def test_no_tokens() -> None:
     hidden, head, _ = inputs(0)
-    logprobs, entropy = token_logprobs(hidden, head, torch.zeros(0, dtype=torch.long), 1.0)
+    logprobs, entropy = token_logprobs(hidden, OutputHead(head), torch.zeros(0, dtype=torch.long), 1.0)
     assert logprobs.shape == entropy.shape == (0,)
     logprobs.sum().backward()
     assert head.grad is not None
@@ -46,7 +70,7 @@ def test_no_tokens() -> None:
 
 def test_bfloat16_products_keep_float32_sums() -> None:
     hidden, head, targets = inputs()
-    low = token_logprobs(hidden.float(), head.bfloat16(), targets, 1.0)[0]
+    low = token_logprobs(hidden.float(), OutputHead(head.bfloat16()), targets, 1.0)[0]
     assert low.dtype == torch.float32
     full = torch.log_softmax(hidden @ head.T, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
     assert float((low - full).abs().max().detach()) < 0.1

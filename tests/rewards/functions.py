@@ -12,6 +12,11 @@ def likes_letters(completions, **kwargs):
     return [sum("a" <= letter <= "m" for letter in text) / max(1, len(text)) for text in completions]
 
 
+def begins_with_a_letter(completions, **kwargs):
+    """Often equal for a whole group."""
+    return [float(text[:1] in "abcd") for text in completions]
+
+
 def length(completions, **kwargs):
     return [float(len(each)) for each in completions]
 
