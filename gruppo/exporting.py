@@ -143,7 +143,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
         raise UsageError(f"--to {target}: cannot be written to ({error}); choose another folder") from error
     try:
         yield building
-        building.chmod(0o755)  # mkdtemp makes folders that only their owner reads
+        building.chmod(0o755)  # temporary folders, and safetensors' files, are for their owner's eyes only
+        for path in building.iterdir():
+            path.chmod(0o644)
         publish(building, target.absolute())
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -255,8 +257,9 @@ def _data(recipe: Recipe, environment: Mapping[str, Any]) -> str:
         "rewards": ", ".join(f"`{_portable(name)}` (weight {weight:g})" for name, weight in rewards) or "none",
     }
     if recipe.evaluation:
-        held = recipe.evaluation.task.name if recipe.evaluation.task else "the held-out part"
-        rows["held-out questions"] = f"`{_portable(held)}`, judged by `{_portable(recipe.evaluation.grader)}`"
+        task = recipe.evaluation.task
+        held = f"`{_portable(task.name)}`" if task else "the held-out part of the task"
+        rows["held-out questions"] = f"{held}, judged by `{_portable(recipe.evaluation.grader)}`"
     return _two_columns(rows)
 
 

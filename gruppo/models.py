@@ -183,7 +183,7 @@ def _copied(given: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     loaded: Any = type(given).from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
-    model = _whole(*loaded, "in memory")
+    model = _whole(loaded[0], loaded[1], "in memory")
     model.generation_config = copy.deepcopy(given.generation_config)
     return model
 
@@ -197,7 +197,7 @@ def load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTraine
         raise UsageError(
             f"model.name: the weights in {location} cannot be loaded ({_first_line(error)}); give a whole model"
         ) from error
-    return _whole(*loaded, f"in {location}")
+    return _whole(loaded[0], loaded[1], f"in {location}")
 
 
 def _whole(model: PreTrainedModel, report: dict[str, Any], where: str) -> PreTrainedModel:

@@ -90,6 +90,7 @@ def test_folder_is_whole(finished: Result, exported: Path) -> None:
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja", "README.md"} <= {path.name for path in exported.iterdir()}  # fmt: skip
     assert list(exported.parent.iterdir()) == [exported], "no leavings"
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in exported.iterdir()), "others may read it"
     generation = GenerationConfig.from_pretrained(exported)
     assert generation.eos_token_id == [END, 7]
     assert not generation.do_sample, "the run's evaluations were greedy"
