@@ -92,7 +92,7 @@ def eval_(
     ] = None,
     questions: Annotated[int | None, typer.Option(help="Questions at the most. By default all.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens at which an answer is cut.")] = 256,
-    grader: Annotated[str, typer.Option(help="number, exact_match, or package.module:function.")] = "number",
+    grader: Annotated[str, typer.Option(help="number, exact_match, math, or package.module:function.")] = "number",
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="Also write every answer to this .jsonl file.")] = None,

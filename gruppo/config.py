@@ -113,12 +113,18 @@ class Reward(Section):
     """Processes that run reward functions side by side."""
 
     @model_validator(mode="after")
-    def _weights_fit(self) -> Self:
+    def _lists_fit(self) -> Self:
         if self.weights and self.functions and len(self.weights) != len(self.functions):
             raise ValueError(
                 f"weights = {self.weights} has {len(self.weights)} numbers for {len(self.functions)} functions; "
                 "write one weight for each function, or leave weights out"
             )
+        for name in self.options if self.functions else ():
+            if name not in self.functions:
+                raise ValueError(
+                    f"options.{name} = {self.options[name]}: no such function in reward.functions"
+                    f"{nearest(name, self.functions)}"
+                )
         return self
 
 

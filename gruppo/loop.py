@@ -167,8 +167,9 @@ class _Run:
         with clock("generate"):
             sampled = sample_groups(parts.engine, prompts, streams, parts.sampling, self.reporter, self.stop)
         with clock("reward"):
-            progress = {"global_step": self.state.step, "max_steps": recipe.run.steps}
-            groups = score_groups(prompts, sampled, parts.pool, progress, metrics, self.reporter, self.stop)
+            told = {"global_step": self.state.step, "max_steps": recipe.run.steps}
+            told["max_tokens"] = recipe.sampling.max_tokens
+            groups = score_groups(prompts, sampled, parts.pool, told, metrics, self.reporter, self.stop)
         mark_trained(groups, recipe.method.mask_truncated)
         return groups
 

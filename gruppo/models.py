@@ -492,22 +492,24 @@ def _locate(name: str, reporter: Reporter) -> str:
         raise UsageError(f"model.name = {name!r}: was in memory; give it again, with gruppo.train(…, model=…)")
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; give a folder saved by transformers")
-    _require_hub(name)
-    return name
-
-
-def _require_hub(name: str) -> None:
-    """Raise UsageError at once, not after half a minute of retries, where a hub model can be had from nowhere."""
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if cached or is_offline_mode() or getproxies():
-        return  # the real loading will tell
-    try:
-        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, 443)
-    except OSError:
+    if out_of_reach(name):
         raise UsageError(
             f"model.name = {name!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, "
             f"give a folder or .gguf file, or one of: {', '.join(ALIASES)}"
-        ) from None
+        )
+    return name
+
+
+def out_of_reach(name: str) -> bool:
+    """True, at once and not after half a minute of retries, where a hub model can be had from nowhere."""
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if cached or is_offline_mode() or getproxies():
+        return False  # the real loading will tell
+    try:
+        socket.getaddrinfo(urlsplit(hub_constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
 
 
 def _convert(file: Path, reporter: Reporter) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gruppo.config import Recipe
 from gruppo.errors import UsageError
-from gruppo.rewards import RewardFunction, reward_path
+from gruppo.rewards import RewardFunction, check_option_names, reward_path
 from gruppo.runlog import check_folder
 from gruppo.tasks import Split, checked_rows, load_rows
 from gruppo.tasks.answers import Grader, find_grader, last_number
@@ -37,6 +37,7 @@ def preflight(
     """Check folder, reward names and data, and read the data. Raises UsageError."""
     check_folder(folder, recipe, resume)
     names = [reward_path(each) for each in rewards if isinstance(each, str)]
+    check_option_names(rewards, recipe.reward.options)
     data = _read(recipe, rows)
     if "gruppo.rewards.rules:number" in names:
         for number, row in enumerate(data.rows, start=1):

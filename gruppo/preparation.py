@@ -80,7 +80,13 @@ def prepare(
     check_folder(folder, recipe, resume)  # again, as another run may have come and gone before the lock was ours
     settings = recipe.reward
     pool = RewardPool(
-        rewards, settings.weights, data.columns, settings.timeout, settings.workers, folder / "rewards.log"
+        rewards,
+        settings.weights,
+        data.columns,
+        settings.timeout,
+        settings.workers,
+        folder / "rewards.log",
+        settings.options,
     )
     stack.callback(pool.close)
     source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from gruppo.rewards import PREFIXES, REWARDS
+
 MAP = Path("docs/paper_map.md").read_text()
 
 
@@ -32,3 +34,9 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     for page in (Path("README.md"), *Path("docs").glob("*.md"), Path("CONTRIBUTING.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_reward_is_explained() -> None:
+    explained = Path("docs/rewards.md").read_text()
+    for name in (*REWARDS, *(f"{prefix}:" for prefix in PREFIXES)):
+        assert re.search(rf"`\W?{name}", explained), name

@@ -78,4 +78,7 @@ def test_help_and_recipes_need_no_torch() -> None:
 
 
 def test_reward_processes_need_no_torch() -> None:
-    assert not {"torch", "transformers"} & loaded_by("import gruppo.rewards.worker, gruppo.rewards.rules")
+    rooms = "import gruppo.rewards.worker, gruppo.rewards.rules, gruppo.rewards.formats, gruppo.rewards.lengths"
+    assert not {"torch", "transformers", "sympy"} & loaded_by(rooms)
+    used = 'from gruppo.tasks.answers import same_mathematics; same_mathematics("1", "1")'
+    assert not {"torch", "transformers"} & loaded_by(used)

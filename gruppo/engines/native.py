@@ -298,21 +298,16 @@ class _Flight:
                 self._retire(row, text_ends.get(row))
 
     def _find_stops(self, rows: np.ndarray) -> dict[int, int]:
-        """Rows whose text their last token completed a stop text of, and where in their text that begins.
-
-        A token gives at least one byte of text, so a stop text of n bytes lies in the last n tokens; a few more are
-        read, as decoders treat the first ones differently.
-        """
-        reach = 8 + max(len(stop.encode()) for stop in self.options.stop)
+        """Rows whose text their last token completed a stop text of, and where in their text that begins. The text is
+        that of all tokens so far: a token's own text can depend on those before it."""
         found = {}
         for row in rows.tolist():
             length = int(self.length[row])
-            tokens = self.tokens[row, :length].tolist()
-            tail = _text(self.policy, tokens[-reach:])
-            if length < self.options.min_tokens or not any(stop in tail for stop in self.options.stop):
+            if length < self.options.min_tokens:
                 continue
-            text, before = _text(self.policy, tokens), len(_text(self.policy, tokens[:-1]))
-            starts = [text.find(stop, max(0, before - len(stop) + 1)) for stop in self.options.stop]
+            tokens = self.tokens[row, :length].tolist()
+            text, before = _text(self.policy, tokens), _text(self.policy, tokens[:-1])
+            starts = [text.find(stop, max(0, len(before) - len(stop) + 1)) for stop in self.options.stop]
             if any(start >= 0 for start in starts):
                 found[row] = min(start for start in starts if start >= 0)
         return found

@@ -26,7 +26,7 @@ import cloudpickle
 
 from gruppo.errors import RunError, UsageError
 from gruppo.reporting import Advance
-from gruppo.rewards import RewardFunction, combine, reward_path
+from gruppo.rewards import RewardFunction, check_option_names, combine, reward_path
 from gruppo.types import Completion, Prompt, Reward
 
 LOAD_TIMEOUT = 120.0
@@ -55,9 +55,11 @@ class RewardPool:
         timeout: float = 10.0,
         workers: int = 2,
         log: Path | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """`columns`: those that rows offer besides the prompt; `timeout` in seconds a call; `log`: file for what
-        rewards print. Raises UsageError where a function cannot be imported or called."""
+        rewards print; `options`: keyword arguments of functions, by the name in `functions`. Raises UsageError where
+        a function cannot be imported, made with its options, or called."""
         if not functions:
             raise UsageError('reward.functions = []: there is no reward; write e.g. functions = ["number"]')
         self.names = _unique([_name(function) for function in functions])
@@ -65,13 +67,18 @@ class RewardPool:
         if len(self.weights) != len(functions):
             raise UsageError(f"reward.weights = {self.weights}: {len(functions)} functions need as many weights")
         self.timeout = timeout
+        options = options or {}
+        check_option_names(functions, options)
         load = {
             "kind": "load",
-            "functions": [reward_path(f) if isinstance(f, str) else _carried(f) for f in functions],
+            "rewards": [
+                (reward_path(f), f, dict(options.get(f, {}))) if isinstance(f, str) else (_carried(f), _name(f), {})
+                for f in functions
+            ],
             "columns": list(columns),
             "path": sys.path,
         }
-        self._load, self._log = pickle.dumps(load), log
+        self._load, self._log = _pickled(load), log
         self._workers: list[_Worker] = []
         try:
             for _ in range(workers):
@@ -235,9 +242,13 @@ class _Worker:
 
     def load(self) -> list[str]:
         """Wait until the functions are loaded; a hash of each one's code. Raises UsageError where they cannot be."""
-        wait([self.answers], LOAD_TIMEOUT)
-        answer = self.answer_by(0.0)
-        assert answer is not None
+        if not wait([self.answers], LOAD_TIMEOUT):
+            self.kill()
+            raise UsageError(
+                f"reward.functions: loading them takes longer than {LOAD_TIMEOUT:.0f} s; do less at import, and "
+                "download a reward model before the run: hf download NAME"
+            )
+        answer = self._receive()
         if "digests" in answer:
             self.loaded = True
             digests: list[str] = answer["digests"]
@@ -294,7 +305,8 @@ def _carried(function: RewardFunction) -> bytes:
 def _name(function: str | RewardFunction) -> str:
     if isinstance(function, str):
         return function.rpartition(":")[2]
-    return str(getattr(function, "__name__", type(function).__name__))
+    original = getattr(function, "func", function)  # a partial has no name of its own
+    return str(getattr(original, "__name__", type(original).__name__))
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -1,11 +1,13 @@
-"""Built-in rewards: functions in TRL's signature that compare completions with the column `answer`."""
+"""Rewards that compare completions with a reference answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from gruppo.tasks.answers import same_number, same_text
+from gruppo.errors import UsageError
+from gruppo.rewards import text_of
+from gruppo.tasks.answers import same_mathematics, same_number, same_text
 
 
 def number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
@@ -18,6 +20,35 @@ def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> 
     return [float(same_text(text_of(each), right)) for each, right in zip(completions, answer, strict=True)]
 
 
-def text_of(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion that is text, or messages whose last one counts."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+class Mathematics:
+    """1 where a completion's answer equals the reference symbolically (math-verify), else 0.
+
+    The reference is the column `answer`, or `solution` where there is no `answer`: a number, LaTeX with or without
+    dollars, a text with \\boxed{}, or a solution that ends with "#### 42". None where it cannot be read. A completion
+    whose comparison takes too long fails by itself.
+    """
+
+    any_of = ("answer", "solution")
+
+    def __init__(self) -> None:
+        import math_verify  # noqa: F401  sympy takes its time, which is not the first call's
+
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        answer: Sequence[Any] | None = None,
+        solution: Sequence[Any] | None = None,
+        **_: Any,
+    ) -> list[float | TimeoutError | None]:
+        references = answer if answer is not None else solution
+        if references is None:
+            raise UsageError("the row has neither answer nor solution; add one of these columns")
+        return [_equal(text_of(each), right) for each, right in zip(completions, references, strict=True)]
+
+
+def _equal(text: str, reference: Any) -> float | TimeoutError | None:
+    try:
+        equal = same_mathematics(text, reference)
+    except TimeoutError as error:
+        return error
+    return None if equal is None else float(equal)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import hashlib
 import inspect
 import json
 import pickle
@@ -19,52 +18,45 @@ import traceback
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from gruppo.errors import UsageError
-from gruppo.imports import import_attribute
 from gruppo.rewards import RewardFunction
+from gruppo.rewards.loading import Loaded, load_reward
 
-_OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _PR_SET_PDEATHSIG = 1
 
 
 def serve(calls: Connection, answers: Connection) -> None:
     """Load the functions of the first message, then answer calls until the trainer hangs up."""
-    functions: list[RewardFunction] = []
+    rewards: list[Loaded] = []
     with asyncio.Runner() as runner:
         while True:
             try:
                 content = calls.recv_bytes()
             except EOFError:
                 return
-            answers.send_bytes(json.dumps(_answer(content, functions, runner)).encode())
+            answers.send_bytes(json.dumps(_answer(content, rewards, runner)).encode())
 
 
-def _answer(content: bytes, functions: list[RewardFunction], runner: asyncio.Runner) -> dict[str, Any]:
+def _answer(content: bytes, rewards: list[Loaded], runner: asyncio.Runner) -> dict[str, Any]:
     try:
         message = pickle.loads(content)
     except Exception as error:  # noqa: BLE001  a row's column can be an object that this process cannot make
         return {"failure": f"a column of the row cannot be carried into the reward's process ({_describe(error)})"}
     if message["kind"] == "load":
         sys.path += [place for place in message["path"] if place not in sys.path]
-        return _load(message["functions"], message["columns"], functions)
-    return _score(functions[message["function"]], message["arguments"], message["state"], runner)
+        return _load(message["rewards"], message["columns"], rewards)
+    return _score(rewards[message["function"]], message["arguments"], message["state"], runner)
 
 
-def _load(sources: Sequence[str | bytes], columns: Sequence[str], functions: list[RewardFunction]) -> dict[str, Any]:
-    """Import paths or pickled functions; the answer is {"digests": a hash of each one's code} or {"error": why}."""
-    digests = []
-    for source in sources:
+def _load(rewards: Sequence[tuple[Any, ...]], columns: Sequence[str], loaded: list[Loaded]) -> dict[str, Any]:
+    """Rewards as (import path or pickle, name, options); the answer is {"digests": a hash of each one's code} or
+    {"error": why}."""
+    for source, name, options in rewards:
         try:
-            if isinstance(source, bytes):
-                function = pickle.loads(source)
-                name = getattr(function, "__qualname__", type(function).__name__)
-            else:
-                function, name = import_attribute(source, "reward.functions"), source
-            check_signature(function, name, columns)
+            loaded.append(load_reward(source, name, options, columns))
         except UsageError as error:
             return {"error": str(error)}
         except Exception as error:  # noqa: BLE001  unpickling runs the user's code
@@ -72,53 +64,11 @@ def _load(sources: Sequence[str | bytes], columns: Sequence[str], functions: lis
                 "error": f"reward: cannot be carried into its process ({type(error).__name__}: {error}); "
                 "define it in a file and name it by import path"
             }
-        functions.append(function)
-        digests.append(_digest(source, function))
-    return {"digests": digests}
-
-
-def _digest(source: str | bytes, function: RewardFunction) -> str:
-    """SHA-256 of the file that defines the function, or of its pickle where it came as one."""
-    if isinstance(source, bytes):
-        code = getattr(function, "__code__", None)
-        content = source if code is None else code.co_code + repr(code.co_names).encode()
-    else:
-        module = sys.modules.get(getattr(function, "__module__", None) or type(function).__module__)
-        file = getattr(module, "__file__", None)
-        content = Path(file).read_bytes() if file else source.encode()
-    return hashlib.sha256(content).hexdigest()
-
-
-def check_signature(function: RewardFunction, name: str, columns: Sequence[str]) -> None:
-    """Raise UsageError unless the function can be called by keyword with what a group offers."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return  # a builtin without a signature: the first call will tell
-    offered = {*_OFFERED, *columns}
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    for parameter in parameters:
-        required = parameter.default is parameter.empty
-        if required and parameter.kind is parameter.POSITIONAL_ONLY:
-            raise UsageError(
-                f'reward.functions = "{name}": {parameter.name} is positional-only; rewards are called by '
-                "keyword: remove the /"
-            )
-        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if required and named and parameter.name not in offered:
-            raise UsageError(
-                f'reward.functions = "{name}": it needs "{parameter.name}", which no row offers (offered: '
-                f"{', '.join(sorted(offered))}); write def reward(prompts, completions, **columns) or add that column"
-            )
-    if not takes_all and not {p.name for p in parameters} & {"completions", "completion_ids"}:
-        raise UsageError(
-            f'reward.functions = "{name}": it takes no completions; write '
-            "def reward(prompts, completions, **columns) -> list of numbers"
-        )
+    return {"digests": [each.digest for each in loaded]}
 
 
 def _score(
-    function: RewardFunction, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
+    reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
 ) -> dict[str, Any]:
     """{"values": [number, None, or {"bad": text}], "metrics": …, "extra": …} or {"failure": why}."""
     metrics: dict[str, list[float]] = {}
@@ -130,9 +80,9 @@ def _score(
     def log_extra(column: str, values: Sequence[Any]) -> None:
         extra[str(column)] = [_plain(value) for value in values]
 
-    offered = {**arguments, "trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
+    run = {"trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
     try:
-        result = function(**_accepted(function, offered))
+        result = reward.function(**_accepted(reward.function, {**arguments, **run, **reward.options}))
         if inspect.isawaitable(result):
             result = runner.run(_awaited(result))
         values = _values(result, len(arguments["completions"]))
@@ -173,6 +123,8 @@ def _number(value: Any) -> float | dict[str, str] | None:
         return None
     if isinstance(value, str | bytes):
         return {"bad": f"returned {value[:40]!r}, not a number"}
+    if isinstance(value, Exception):  # how a function tells the failure of one completion
+        return {"bad": _describe(value)}
     try:
         number = float(value)
     except Exception as error:  # noqa: BLE001  a user's object can raise anything here

@@ -1,10 +1,12 @@
-"""Reading numbers out of text, exactly; for rewards and for the graders of evaluation."""
+"""Comparing a text with a reference answer: by number, by text, by symbolic mathematics. For rewards and graders."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from gruppo.errors import UsageError, nearest
@@ -16,6 +18,10 @@ _SIGN = r"(?:(?<![\d\w)\].])[-−+])?"
 _FRACTION = rf"{_SIGN}(?<![\d./])\d+/\d+(?![\d/]|\.\d)"
 _DECIMAL = rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|{_SIGN}(?<![\d.])\.\d+"
 _NUMBER = re.compile(f"{_FRACTION}|{_DECIMAL}", re.ASCII)
+
+_DELIMITED = re.compile(r"(?<!\\)(?:\$|\\[(\[])|\\boxed")
+_EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d+)$")
+MATH_SECONDS = 2  # for reading, and for each comparison; math-verify counts in whole seconds
 
 Grader = Callable[[str, Mapping[str, Any]], bool]
 
@@ -41,6 +47,65 @@ def same_number(text: str, answer: object) -> bool:
     return last_number(text) == wanted
 
 
+def same_mathematics(text: str, answer: object) -> bool | None:
+    """Whether what `text` answers equals `answer` symbolically, by math-verify; None where `answer` cannot be read.
+
+    `text`: its last \\boxed{}, else what follows "the answer is", else its last formula or number counts; without any
+    of them it equals nothing. `answer`: a number, LaTeX with or without dollars, a text with \\boxed{}, or a solution
+    in the form of GSM8K, where what follows "####" counts. Raises TimeoutError where math-verify takes longer than
+    MATH_SECONDS. It works by signals: only in a main thread.
+    """
+    wanted = _reference(str(answer))
+    if not wanted:
+        return None
+    return _any_equal(wanted, _parse(text))
+
+
+@lru_cache(maxsize=1024)
+def _reference(answer: str) -> tuple[Any, ...]:
+    answer = answer.rpartition("####")[2].strip()
+    if not _DELIMITED.search(answer):
+        answer = f"${_EXPONENT.sub(_power_of_ten, answer)}$"
+    parsed = _parse(answer)
+    return tuple(parsed) if any(not isinstance(each, str) for each in parsed) else ()
+
+
+def _power_of_ten(exponent: re.Match[str]) -> str:
+    return rf"\cdot 10^{{{int(exponent[1])}}}"
+
+
+def _parse(text: str) -> Sequence[Any]:
+    """What math-verify reads in a text, boxes before all else: expressions, and at the end their text."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+    from math_verify.errors import TimeoutException
+
+    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    try:
+        return parse(text, kinds, parsing_timeout=MATH_SECONDS, raise_on_error=True)  # type: ignore[no-any-return]
+    except TimeoutException:
+        raise TimeoutError(f"math-verify could not read it in {MATH_SECONDS} s: {text[-100:]!r}") from None
+    except Exception:  # noqa: BLE001  text that no parser understands is no answer
+        return []
+
+
+def _any_equal(wanted: Sequence[Any], found: Sequence[Any]) -> bool:
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
+    late = False
+    for pair in product(wanted, found):
+        try:
+            if verify(*pair, timeout_seconds=MATH_SECONDS, raise_on_error=True):
+                return True
+        except TimeoutException:
+            late = True
+        except Exception:  # noqa: BLE001  things that cannot be compared are not equal
+            continue
+    if late:
+        raise TimeoutError(f"math-verify could not compare the answer in {MATH_SECONDS} s")
+    return False
+
+
 def same_text(text: str, answer: object) -> bool:
     """True if text and answer are equal, white space at the ends apart."""
     return text.strip() == str(answer).strip()
@@ -54,13 +119,25 @@ def _grade_exact(text: str, columns: Mapping[str, Any]) -> bool:
     return same_text(text, _answer(columns))
 
 
+def _grade_math(text: str, columns: Mapping[str, Any]) -> bool:
+    """Right only if it is shown to be right: an answer that takes too long to compare is wrong."""
+    answer = columns["solution"] if "answer" not in columns and "solution" in columns else _answer(columns)
+    try:
+        equal = same_mathematics(text, answer)
+    except TimeoutError:
+        return False
+    if equal is None:
+        raise UsageError(f"answer = {answer!r}: cannot be read as mathematics; write LaTeX, or take another grader")
+    return equal
+
+
 def _answer(columns: Mapping[str, Any]) -> Any:
     if "answer" not in columns:
         raise UsageError(f"a question has no answer (columns: {', '.join(columns) or 'none'}); add a column answer")
     return columns["answer"]
 
 
-GRADERS: dict[str, Grader] = {"number": _grade_number, "exact_match": _grade_exact}
+GRADERS: dict[str, Grader] = {"number": _grade_number, "exact_match": _grade_exact, "math": _grade_math}
 
 
 def find_grader(name: str) -> Grader:

@@ -20,6 +20,7 @@ ENGINES: dict[str, Callable[[LanguageModel, int], Engine]] = {"native": NativeEn
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14, 15), (5, 6, 7)]
 
 MakeEngine = Callable[..., Engine]
+ByHand = Callable[[torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -113,20 +114,116 @@ def test_streams_differ_and_repeat(make_engine: MakeEngine, policy: LanguageMode
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_distribution(make_engine: MakeEngine, temperature: float) -> None:
     """Chi-square of 8,000 first tokens on a vocabulary of eight, at p = 0.001."""
+    check_frequencies(make_engine, SamplingOptions(temperature, 1), lambda plain: plain)
+
+
+def likeliest(plain: torch.Tensor, count: int) -> torch.Tensor:
+    """The distribution on its `count` likeliest tokens."""
+    kept = torch.zeros_like(plain)
+    for token in sorted(range(len(plain)), key=lambda each: -float(plain[each]))[:count]:
+        kept[token] = plain[token]
+    return kept / kept.sum()
+
+
+def nucleus(plain: torch.Tensor, share: float) -> torch.Tensor:
+    """The distribution on the fewest likeliest tokens that have this share of it."""
+    count = next(n for n in range(1, 9) if float(plain.sort(descending=True).values[:n].sum()) >= share)
+    return likeliest(plain, count)
+
+
+def at_least(plain: torch.Tensor, share: float) -> torch.Tensor:
+    """The distribution on tokens with this share of the likeliest one's probability."""
+    kept = torch.tensor([p if p >= share * float(plain.max()) else 0.0 for p in plain.tolist()], dtype=plain.dtype)
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "by_hand"),
+    [
+        (SamplingOptions(1.0, 1, top_k=3), lambda plain: likeliest(plain, 3)),
+        (SamplingOptions(1.5, 1, top_k=1), lambda plain: likeliest(plain, 1)),
+        (SamplingOptions(1.5, 1, top_p=0.7), lambda plain: nucleus(plain, 0.7)),
+        (SamplingOptions(1.0, 1, top_p=1e-9), lambda plain: likeliest(plain, 1)),
+        (SamplingOptions(2.0, 1, min_p=0.4), lambda plain: at_least(plain, 0.4)),
+        (SamplingOptions(2.0, 1, top_k=6, top_p=0.8), lambda plain: nucleus(likeliest(plain, 6), 0.8)),
+        (SamplingOptions(2.0, 1, top_k=6, top_p=0.9, min_p=0.5),
+         lambda plain: at_least(nucleus(likeliest(plain, 6), 0.9), 0.5)),
+    ],
+    ids=["top-k", "top-1", "top-p", "tiny top-p", "min-p", "top-k then top-p", "all three"],
+)  # fmt: skip
+def test_truncated_frequencies_follow_the_distribution_by_hand(
+    make_engine: MakeEngine, options: SamplingOptions, by_hand: ByHand
+) -> None:
+    check_frequencies(make_engine, options, by_hand)
+
+
+def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEngine) -> None:
+    """The first token's distribution is that of the other seven; a completion ends from the minimum on."""
+
+    def without_end(plain: torch.Tensor) -> torch.Tensor:
+        kept = plain.clone()
+        kept[END] = 0
+        return kept / kept.sum()
+
+    check_frequencies(make_engine, SamplingOptions(1.5, 1, min_tokens=1), without_end)
+    policy = make_policy()
+    made = make_engine(policy).generate(requests(60), SamplingOptions(2.0, 12, min_tokens=4))
+    lengths = {len(c.token_ids) for group in made for c in group}
+    assert min(lengths) == 5, "four tokens, then the end token"
+    assert max(lengths) == 12
+
+
+def check_frequencies(make_engine: MakeEngine, options: SamplingOptions, by_hand: ByHand) -> None:
+    """First tokens and their log-probabilities against the distribution that `by_hand` makes of the plain one."""
     policy = make_policy(vocab_size=8)
-    made = make_engine(policy, 2000).generate(
-        [Request((5, 6), [(7, index) for index in range(8000)])], SamplingOptions(temperature, 1)
-    )
+    made = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(8000)])], options)
     logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1].detach().double()
-    expected = 8000 * torch.softmax(logits / temperature, -1)
+    distribution = by_hand(torch.softmax(logits / options.temperature, -1))
+    expected = 8000 * distribution
     drawn = torch.tensor([completion.token_ids[0] for completion in made[0]])
     counted = torch.bincount(drawn, minlength=8).double()
+    assert counted[distribution == 0].sum() == 0
     likely = expected >= 5
     statistic = ((counted - expected).square() / expected)[likely].sum()
-    if not likely.all():
-        rest = expected[~likely].sum()
+    rest = expected[~likely].sum()
+    if rest > 0:
         statistic = statistic + (counted[~likely].sum() - rest).square() / rest
     assert float(statistic) < 24.32, "chi-square with 7 degrees of freedom, p = 0.001"
+    got = torch.tensor([completion.sampling_logprobs[0] for completion in made[0]], dtype=torch.float64)
+    torch.testing.assert_close(got, distribution[drawn].log(), rtol=0, atol=1e-4)
+
+
+def test_stop_texts_end_a_completion_across_token_borders(make_engine: MakeEngine) -> None:
+    """Tokens are single characters here: a text of two lies on two of them. The tokens stay, the text does not."""
+    policy = make_policy(vocab_size=44)
+    plain = make_engine(policy).generate(requests(40), SamplingOptions(2.0, 24))
+    texts = [completion.text for group in plain for completion in group]
+    stop = next(text[2:4] for text in texts if len(text) > 6)
+    made = make_engine(policy).generate(requests(40), SamplingOptions(2.0, 24, stop=(stop, "never there")))
+    found = 0
+    for before, after in zip((c for g in plain for c in g), (c for g in made for c in g), strict=True):
+        place = before.text.find(stop)
+        if place < 0:
+            assert after.token_ids == before.token_ids
+            assert (after.text, after.finish_reason) == (before.text, before.finish_reason)
+            continue
+        found += 1
+        assert after.text == before.text[:place]
+        assert after.finish_reason == "stop"
+        assert after.token_ids == before.token_ids[: place + 2]
+        assert after.sampling_logprobs == pytest.approx(before.sampling_logprobs[: place + 2], abs=1e-4)
+    assert found
+
+
+def test_stop_text_before_the_minimum_does_not_end_a_completion(make_engine: MakeEngine) -> None:
+    policy = make_policy(vocab_size=44)
+    plain = make_engine(policy).generate(requests(40), SamplingOptions(2.0, 24, min_tokens=10))
+    stops = tuple({completion.text[0] for group in plain for completion in group})
+    made = make_engine(policy).generate(requests(40), SamplingOptions(2.0, 24, min_tokens=10, stop=stops))
+    for before, after in zip((c for g in plain for c in g), (c for g in made for c in g), strict=True):
+        ends = [place for place, letter in enumerate(before.text) if place >= 9 and letter in stops]
+        assert after.text == (before.text[: ends[0]] if ends else before.text)
+        assert len(after.token_ids) >= 10
 
 
 def test_finish_reason_where_pad_is_eos(make_engine: MakeEngine, policy: LanguageModel) -> None:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 
 from gruppo.errors import UsageError
-from gruppo.tasks.answers import find_grader, last_number, same_number
+from gruppo.tasks.answers import find_grader, last_number, same_mathematics, same_number
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,49 @@ def test_same_number_is_exact() -> None:
 def test_answer_without_number_is_refused() -> None:
     with pytest.raises(UsageError, match="holds no number"):
         same_number("3", "three")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "equal"),
+    [
+        ("is \\boxed{\\frac{2}{4}}", "\\frac{1}{2}", True),
+        ("The answer is 0.5, not 3.", "$\\frac12$", True),
+        ("\\boxed{1} and then 2", "1", True),
+        ("\\boxed{1} then \\boxed{2}", "1", False),
+        ("50%", "\\frac12", True),
+        ("\\boxed{\\sqrt{8}}", "2\\sqrt2", True),
+        ("\\boxed{2, 1}", "\\{1, 2\\}", True),
+        ("$x = 3$", "3", True),
+        ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}", True),
+        ("\\boxed{32500}", "\\$32,500", True),
+        ("0.00001", 1e-05, True),
+        ("-3", "3", False),
+        ("3.14", "\\pi", False),
+        ("", "1", False),
+        ("\\boxed{\\frac{}", "1", False),
+        ("4", "He has 5.\n#### 4", True),
+        ("1", "", None),
+        ("1", "\\frac{", None),
+    ],
+)
+def test_same_mathematics(text: str, answer: object, equal: bool | None) -> None:
+    assert same_mathematics(text, answer) is equal
+
+
+def test_mathematics_that_takes_too_long() -> None:
+    """For a reward it is a failure; for a grader, an answer that was not shown to be right."""
+    with pytest.raises(TimeoutError, match="in 2 s"):
+        same_mathematics("\\boxed{9^{9^9}}", "42")
+    assert not find_grader("math")("\\boxed{9^{9^9}}", {"answer": "42"})
+
+
+def test_math_grader() -> None:
+    assert find_grader("math")("\\boxed{0.5}", {"answer": "\\frac12"})
+    assert find_grader("math")("\\boxed{0.5}", {"solution": "so \\boxed{\\frac12}"})
+    with pytest.raises(UsageError, match="cannot be read as mathematics"):
+        find_grader("math")("4", {"answer": ""})
+    with pytest.raises(UsageError, match="no answer"):
+        find_grader("math")("4", {})
 
 
 def test_graders() -> None:

@@ -1,0 +1,159 @@
+"""Reward functions written for other trainers, as functions of our signature.
+
+    verl          compute_score(data_source, solution_str, ground_truth, extra_info) -> float | dict with "score"
+    verifiers     func(prompt, completion, answer, state, task, info) -> float
+
+Both score one completion a call, sync or async, and get only the arguments that they name. A call that raises makes
+its own completion abstain. In a recipe: "verl:file.py:compute_score", "verifiers:package.module:func".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from gruppo.errors import UsageError
+from gruppo.rewards import text_of
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How the functions of another trainer are called. `arguments`: from a prompt, a completion and its row to what is
+    passed by name; `passed`: the names of those; `any_of`: for an argument, the columns of which rows need one."""
+
+    arguments: Callable[[Any, Any, Mapping[str, Any]], dict[str, Any]]
+    passed: tuple[str, ...]
+    any_of: Mapping[str, tuple[str, ...]]
+
+    def adapt(self, function: Function) -> Adapted:
+        return Adapted(self, function)
+
+
+class Adapted:
+    """A function for one completion, as a reward of a group. Raises UsageError where it needs other arguments."""
+
+    def __init__(self, adapter: Adapter, function: Function) -> None:
+        self.adapter, self.function = adapter, function
+        original = getattr(function, "func", function)  # a partial has no name of its own
+        self.__name__ = str(getattr(original, "__name__", type(original).__name__))
+        parameters = inspect.signature(function).parameters.values()
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self.taken = [name for name in adapter.passed if takes_all or name in named]
+        for parameter in parameters:
+            needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+            if needed and parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in self.taken:
+                raise UsageError(
+                    f'reward.functions: {self.__name__} needs "{parameter.name}", which this adapter does not pass '
+                    f"(passed by name: {', '.join(adapter.passed)}); write it as an option, or give it a default"
+                )
+        self.any_of = tuple(column for name, columns in adapter.any_of.items() if name in named for column in columns)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        log_extra: Callable[[str, Sequence[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[Any] | Coroutine[Any, Any, list[Any]]:
+        """A number a completion, None where the function gives None, the exception where its call raises one."""
+        rows = [{name: values[number] for name, values in columns.items() if _is_column(values, len(completions))}
+                for number in range(len(completions))]  # fmt: skip
+        outcomes = [self._call(*each) for each in zip(prompts, completions, rows, strict=True)]
+        if any(inspect.isawaitable(outcome) for outcome in outcomes):
+            return self._wait(outcomes, log_extra, log_metric)
+        return _scores(outcomes, log_extra, log_metric)
+
+    def _call(self, prompt: Any, completion: Any, row: Mapping[str, Any]) -> Any:
+        try:
+            arguments = self.adapter.arguments(prompt, completion, row)
+            return self.function(**{name: arguments[name] for name in self.taken if name in arguments})
+        except Exception as error:  # noqa: BLE001  becomes the failure of this completion
+            return error
+
+    async def _wait(self, outcomes: Sequence[Any], *logs: Any) -> list[Any]:
+        async def outcome_of(outcome: Any) -> Any:
+            return await outcome if inspect.isawaitable(outcome) else outcome
+
+        return _scores(await asyncio.gather(*map(outcome_of, outcomes), return_exceptions=True), *logs)
+
+
+def verl(function: Function) -> Adapted:
+    """A reward of our signature from verl's `compute_score`.
+
+    `data_source` and `extra_info` come from the columns of those names ("" and {} where there are none),
+    `ground_truth` from the column ground_truth, else reward_model["ground_truth"], else answer. Of a returned dict,
+    "score" is the reward; its other numbers become metrics, and all of its other entries go to the rollout tables.
+    """
+    return _VERL.adapt(function)
+
+
+def verifiers(function: Function) -> Adapted:
+    """A reward of our signature from a function of verifiers' classic rubrics.
+
+    `answer`, `task` and `info` come from the columns of those names ("", "default" and {} where there are none);
+    `state` is a new dict with these, the prompt, the completion, its text in `responses`, and turn = 1.
+    """
+    return _VERIFIERS.adapt(function)
+
+
+def _is_column(values: Any, size: int) -> bool:
+    return isinstance(values, Sequence) and not isinstance(values, str | bytes) and len(values) == size
+
+
+def _verl_arguments(_: Any, completion: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    model = row.get("reward_model")
+    nested = model if isinstance(model, Mapping) else {}
+    truths = [place[name] for place, name in ((row, "ground_truth"), (nested, "ground_truth"), (row, "answer"))
+              if name in place]  # fmt: skip
+    return {
+        "data_source": row.get("data_source", ""),
+        "solution_str": text_of(completion),
+        "extra_info": row.get("extra_info", {}),
+        **({"ground_truth": truths[0]} if truths else {}),
+    }
+
+
+def _verifiers_arguments(prompt: Any, completion: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {
+        "prompt": prompt,
+        "completion": completion,
+        "answer": row.get("answer", ""),
+        "task": row.get("task", "default"),
+        "info": row.get("info", {}),
+    }
+    return {**shared, "state": {**shared, "responses": [text_of(completion)], "turn": 1}}
+
+
+def _scores(
+    outcomes: Sequence[Any],
+    log_extra: Callable[[str, Sequence[Any]], None] | None,
+    log_metric: Callable[[str, float], None] | None,
+) -> list[Any]:
+    """The scores alone; what else the functions told is logged."""
+    told = [outcome if isinstance(outcome, Mapping) else {} for outcome in outcomes]
+    for name in dict.fromkeys(name for entries in told for name in entries if name != "score"):
+        column = [entries.get(name) for entries in told]
+        if log_extra is not None:
+            log_extra(str(name), column)
+        for value in column:
+            if log_metric is not None and isinstance(value, Real):
+                log_metric(str(name), float(value))
+    without = ValueError('returned a dict without "score"')
+    return [each.get("score", without) if isinstance(each, Mapping) else each for each in outcomes]
+
+
+_VERL = Adapter(
+    _verl_arguments,
+    ("data_source", "solution_str", "ground_truth", "extra_info"),
+    {"ground_truth": ("ground_truth", "reward_model", "answer")},
+)
+_VERIFIERS = Adapter(_verifiers_arguments, ("prompt", "completion", "answer", "state", "task", "info"), {})
+ADAPTERS = {"verl": _VERL, "verifiers": _VERIFIERS}

@@ -1,0 +1,125 @@
+"""A Hugging Face sequence-classification model as a reward: a trained reward model, or any classifier of texts.
+
+The only reward that imports torch, in the reward's own processes. Sequences are scored one by one: a value depends on
+nothing else, and a model needs no padding token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
+
+from gruppo.errors import UsageError, nearest
+from gruppo.models import choose_device, out_of_reach
+from gruppo.rewards import text_of
+from gruppo.types import Message
+
+_UNLIMITED = 10**9  # tokenizers without a limit of their own say 10**30
+
+
+class Classifier:
+    """The score that a model gives to each prompt with its completion.
+
+    A model with one output: that number, as it is. With several: the probability of `label` (softmax; sigmoid where
+    the model's problem_type is multi_label_classification), by its name or its number. Messages go through the
+    tokenizer's chat template; without one, and for texts, the prompt is followed by the completion. What is too long
+    for the model is never cut: that completion fails.
+    """
+
+    def __init__(self, model: str, label: str | int | None = None, device: str = "auto") -> None:
+        """`model`: a folder or a hub name; `device`: auto, cpu, cuda or mps. Raises UsageError where there is no such
+        model, where weights or label are missing, or the device is."""
+        location = _locate(model)
+        try:
+            config = AutoConfig.from_pretrained(location)
+            self.tokenizer = AutoTokenizer.from_pretrained(location)
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(location, output_loading_info=True)
+        except Exception as error:  # a model is other people's files: anything can be wrong with them
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise UsageError(
+                f"model = {model!r}: cannot be loaded ({type(error).__name__}: {first}); give a folder or a hub name "
+                "of a sequence-classification model with its tokenizer"
+            ) from error
+        if missing := sorted(map(str, {*loaded[1]["missing_keys"], *loaded[1]["mismatched_keys"]})):
+            raise UsageError(
+                f"model = {model!r}: has no weights for {', '.join(missing[:3])}, which would be random; give a model "
+                "that was trained for sequence classification"
+            )
+        self.device = choose_device(device)
+        self.model = loaded[0].eval().to(self.device)
+        self.label = _label_id(config, label)
+        self.sigmoid = config.problem_type == "multi_label_classification"
+        sizes = (getattr(config.get_text_config(), "max_position_embeddings", None), self.tokenizer.model_max_length)
+        self.limit = min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | ValueError]:
+        return [self._score(*each) for each in zip(prompts, completions, strict=True)]
+
+    @torch.inference_mode()
+    def _score(self, prompt: str | list[Message], completion: str | list[Message]) -> float | ValueError:
+        token_ids = self._token_ids(prompt, completion)
+        if not 0 < len(token_ids) <= self.limit:
+            return ValueError(f"prompt and completion are {len(token_ids)} tokens; the model reads 1 to {self.limit}")
+        row = torch.tensor([token_ids], device=self.device)
+        logits = self.model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0].float()
+        if self.label is None:
+            return float(logits[0])
+        return float((logits.sigmoid() if self.sigmoid else logits.softmax(0))[self.label])
+
+    def _token_ids(self, prompt: str | list[Message], completion: str | list[Message]) -> list[int]:
+        if not isinstance(prompt, str) and self.tokenizer.chat_template:
+            return list(self.tokenizer.apply_chat_template(_conversation(prompt, completion), return_dict=False))
+        if isinstance(prompt, str):
+            text = prompt + text_of(completion)
+        else:
+            text = "\n".join(str(message["content"]) for message in _conversation(prompt, completion))
+        begun = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
+        return list(self.tokenizer(text, add_special_tokens=not begun)["input_ids"])
+
+
+def _conversation(prompt: list[Message], completion: str | list[Message]) -> list[Message]:
+    """Prompt and completion as messages; a completion that goes on with a begun answer becomes one message with it."""
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    if prompt[-1]["role"] == "assistant":
+        begun = prompt[-1]
+        joined = {**begun, "content": str(begun["content"]) + str(answer[0]["content"])}
+        return [*prompt[:-1], joined, *answer[1:]]
+    return [*prompt, *answer]
+
+
+def _locate(model: str) -> str:
+    if not isinstance(model, str) or not model:
+        raise UsageError(f"model = {model!r}: must be text; write a folder or a hub name")
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UsageError(f"model = {model!r}: there is no such folder with a config.json; give one, or a hub name")
+    if out_of_reach(model):
+        raise UsageError(
+            f"model = {model!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, or "
+            "give a folder"
+        )
+    return model
+
+
+def _label_id(config: PreTrainedConfig, label: str | int | None) -> int | None:
+    """The output of that label; None for a model with one output, which has none."""
+    names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    if config.num_labels == 1:
+        if label is not None:
+            raise UsageError(f"label = {label!r}: the model has a single output, its score; remove label")
+        return None
+    listed = ", ".join(f"{name} ({number})" for number, name in names.items())
+    if label is None:
+        raise UsageError(f"label: missing; the model has several outputs: write label = one of {listed}")
+    if isinstance(label, int) and not isinstance(label, bool) and label in names:
+        return label
+    for number, name in names.items():
+        if name == label:
+            return number
+    raise UsageError(f"label = {label!r}: the model has none of that name{nearest(str(label), names.values())}")

@@ -1,0 +1,127 @@
+"""Built-in rewards by hand-worked numbers, and what they do with nothing."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
+
+from gruppo.errors import UsageError
+from gruppo.rewards.formats import Regex, think_format
+from gruppo.rewards.lengths import Overlong, Repetition
+from gruppo.rewards.pool import RewardPool
+from tests.rewards.test_pool import group, score, totals
+
+
+@pytest.mark.parametrize(
+    ("reference", "right", "wrong"),
+    [
+        ("\\frac{1}{2}", ["\\boxed{0.5}", "so it is 2/4", "$\\frac{3}{6}$"], ["\\boxed{2}", "", "none"]),
+        (72, ["72", "That makes 72 clips."], ["71"]),
+        ("He has 5 and 6.\n5 + 6 = 11\n#### 11", ["11", "#### 11"], ["5"]),
+        ("Therefore \\boxed{x^2+2x+1}.", ["\\boxed{(x+1)^2}"], ["\\boxed{(x-1)^2}"]),
+        ("1,234", ["It is 1,234."], ["1.234"]),
+    ],
+)
+def test_math(reference: object, right: list[str], wrong: list[str]) -> None:
+    wanted = [1] * len(right) + [0] * len(wrong)
+    assert totals(score("math", *right, *wrong, answer=reference)) == wanted
+    assert totals(score("math", *right, *wrong, solution=reference)) == wanted
+
+
+def test_math_prefers_the_answer_to_the_solution() -> None:
+    assert totals(score("math", "4", "5", answer="4", solution="2 + 2 = 5")) == [1, 0]
+
+
+@pytest.mark.parametrize("reference", ["", "\\frac{", "####"])
+def test_math_does_not_apply_where_the_reference_is_no_mathematics(reference: str) -> None:
+    (reward,) = score("math", "4", answer=reference)
+    assert reward.total is None
+    assert reward.failure is None
+
+
+def test_math_that_takes_too_long_fails_alone() -> None:
+    bomb, right = score("math", "\\boxed{9^{9^9}}", "42", answer="42")
+    assert bomb.total is None
+    assert "could not compare the answer in 2 s" in str(bomb.failure)
+    assert right.total == 1
+
+
+def test_math_without_a_reference_is_told_at_once() -> None:
+    with pytest.raises(UsageError, match="answer or solution in every row"):
+        RewardPool(["math"], [], ["level"])
+
+
+THOUGHTS = ["<think>a</think>b", "<think>\na\n</think>\n", "<think></think>", "<think>a", "a</think>", "",
+            " <think>a</think>", "<think>a<think>b</think>", "<think>a</think><think>b</think>", "</think><think>",
+            "x\n<think>a</think>"]  # fmt: skip
+
+
+def test_think_format() -> None:
+    assert think_format(THOUGHTS) == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_think_format_is_trls_but_for_a_second_end() -> None:
+    assert think_format(THOUGHTS) == think_format_reward([[{"content": text}] for text in THOUGHTS])
+    twice = "<think>a</think>b</think>"
+    assert think_format([twice]) == [0]
+    assert think_format_reward([[{"content": twice}]]) == [1]
+
+
+def test_regex_matches_the_whole_text_over_line_breaks() -> None:
+    reward = Regex(r"<answer>.+</answer>")
+    assert reward(["<answer>4\n5</answer>", " <answer>4</answer>\n"]) == [1, 1]
+    assert reward(["so <answer>4</answer>", "<answer></answer>", ""]) == [0, 0, 0]
+    assert Regex("(?i)yes|no")(["YES", "no", "yes no"]) == [1, 1, 0]
+    assert Regex("(?-s:.*)")(["a\nb", "ab"]) == [0, 1]
+    assert Regex(r"\d+")([[{"role": "assistant", "content": "12"}]]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("length", "value"), [(0, 0), (12288, 0), (12289, -1 / 4096), (14336, -0.5), (16384, -1), (16385, -1), (99999, -1)]
+)
+def test_overlong_of_the_paper(length: int, value: float) -> None:
+    """DAPO: L = 16384 with a buffer of 4096, which is the default quarter."""
+    assert Overlong(max_tokens=16384)([[1] * length]) == [value]
+
+
+def test_overlong_takes_the_runs_maximum() -> None:
+    """L = 8, buffer 2: the seventh token costs a half, the eighth one."""
+    state = SimpleNamespace(max_tokens=8)
+    assert Overlong()([[1] * n for n in (0, 6, 7, 8, 9)], trainer_state=state) == [0, 0, -0.5, -1, -1]
+    with RewardPool(["overlong"], [], [], workers=1) as pool:
+        prompt, completions = group("ab", "abc")
+        rewards = pool.score([(prompt, completions)], {"max_tokens": 2})[0][0]  # two tokens each
+        assert totals(rewards) == [-1, -1]
+        assert "reward.options.overlong.max_tokens" in str(pool.score([(prompt, completions)], {})[0][0][0].failure)
+
+
+def test_overlong_equals_trls() -> None:
+    source = random.Random(0)
+    for _ in range(50):
+        most = source.randrange(1, 200)
+        buffer = source.randrange(1, most + 1)
+        ids = [[1] * source.randrange(0, 2 * most) for _ in range(5)]
+        assert Overlong(most, buffer)(ids) == get_soft_overlong_punishment(most, buffer)(completion_ids=ids)
+
+
+def test_repetition() -> None:
+    """ "a b a b a b": pairs ab ba ab ba ab, 2 of 5 distinct; triples aba bab aba bab, 2 of 4."""
+    text = "a b A b\na b"
+    assert Repetition(ngram=2)([text]) == pytest.approx([-3 / 5])
+    assert Repetition(penalty=-0.4)([text]) == pytest.approx([-0.2])
+    assert Repetition()(["", "a", "a a", "a b c d", "a a a"]) == [0, 0, 0, 0, 0]
+    assert Repetition(ngram=1)(["a a a a"]) == [-0.75]
+    assert Repetition(penalty=0)(["a a a a"]) == [0]
+
+
+def test_repetition_equals_trls_where_words_are_tokens() -> None:
+    source = random.Random(0)
+    for _ in range(50):
+        ids = [source.randrange(4) for _ in range(source.randrange(0, 12))]
+        text = " ".join(map(str, ids))
+        assert Repetition(2, -0.5)([text]) == pytest.approx(
+            get_repetition_penalty_reward(2, -0.5)(completion_ids=[ids])
+        )

@@ -1,0 +1,146 @@
+"""Options of rewards: where they go, and what is refused before any work."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gruppo.config import RecipeError, load_recipe
+from gruppo.errors import UsageError
+from gruppo.rewards.pool import RewardPool
+from tests.rewards.test_pool import group, totals
+from tests.runs import small_run
+
+OWN = '''
+import pathlib
+
+def scaled(completions, level=1, factor=1.0, **columns):
+    return [factor * level[0] if isinstance(level, list) else factor * level for _ in completions]
+
+class Counts:
+    """Counts its calls; made once."""
+
+    def __init__(self, start, step=1):
+        if step == 0:
+            raise ZeroDivisionError("no step")
+        self.count, self.step = start, step
+
+    def __call__(self, completions, **columns):
+        self.count += self.step
+        return [self.count] * len(completions)
+
+class NoCall:
+    pass
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def scores(function: Any, options: dict[str, Any], *texts: str, **columns: Any) -> list[float | None]:
+    named = {function: options} if options else {}
+    with RewardPool([function], [], list(columns), workers=1, options=named) as pool:
+        return totals(pool.score([group(*texts, **columns)], {})[0][0])
+
+
+def test_builtin() -> None:
+    assert scores("regex", {"pattern": r"\d+"}, "12", "a") == [1, 0]
+    assert scores("repetition", {"ngram": 1, "penalty": -2.0}, "a a", "a b") == [-1, 0]
+    assert scores("overlong", {"max_tokens": 4, "buffer_tokens": 4}, "a") == [-0.5]  # two tokens
+
+
+def test_function_of_the_users_file(own: str) -> None:
+    assert scores(f"{own}:scaled", {"factor": 3.0}, "a", "b") == [3, 3]
+    assert scores(f"{own}:scaled", {"factor": 3.0}, "a", level=2) == [6]
+
+
+def test_class_is_made_once_and_then_called(own: str) -> None:
+    name = f"{own}:Counts"
+    with RewardPool([name], [], [], workers=1, options={name: {"start": 10, "step": 2}}) as pool:
+        rewards = pool.score([group("a"), group("b"), group("c")], {})[0]
+    assert [totals(each) for each in rewards] == [[12], [14], [16]]
+
+
+def test_object_or_class_or_partial_from_python() -> None:
+    class Always:
+        def __init__(self, value: float = 5.0) -> None:
+            self.value = value
+
+        def __call__(self, completions: list[str], **_: Any) -> list[float]:
+            return [self.value] * len(completions)
+
+    def scaled(completions: list[str], factor: float, **_: Any) -> list[float]:
+        return [factor] * len(completions)
+
+    assert scores(Always, {}, "a") == [5]
+    assert scores(Always(7), {}, "a") == [7]
+    with RewardPool([partial(scaled, factor=2.0)], [], [], workers=1) as pool:
+        assert pool.names == ["scaled"]
+        assert totals(pool.score([group("a")], {})[0][0]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("regex", {}, ["reward.options.regex.pattern", "missing"]),
+        ("regex", {"pattern": "("}, ["reward.options.regex.pattern = '('", "unterminated"]),
+        ("regex", {"pattern": 3}, ["reward.options.regex.pattern = 3"]),
+        ("regex", {"patern": "a"}, ["reward.options.regex.patern", 'did you mean "pattern"']),
+        ("think_format", {"tag": "x"}, ["reward.options.think_format.tag", "no options"]),
+        ("think_format", {"completions": []}, ["reward.options.think_format.completions", "the run passes"]),
+        ("overlong", {"max_tokens": 0}, ["reward.options.overlong.max_tokens = 0", "1 or more"]),
+        ("overlong", {"max_tokens": 4, "buffer_tokens": 5}, ["buffer_tokens = 5", "max_tokens = 4"]),
+        ("overlong", {"buffer_tokens": 2.5}, ["buffer_tokens = 2.5"]),
+        ("repetition", {"ngram": 0}, ["reward.options.repetition.ngram = 0"]),
+        ("repetition", {"penalty": 0.5}, ["reward.options.repetition.penalty = 0.5", "not above 0"]),
+        ("OWN:scaled", {"facto": 2}, ['own.py:scaled".facto = 2', 'did you mean "factor"']),
+        ("OWN:scaled", {"level": 2}, ['own.py:scaled".level = 2', "the run passes level itself"]),
+        ("OWN:Counts", {}, ['own.py:Counts".start', "missing"]),
+        ("OWN:Counts", {"start": 1, "step": 0}, ["ZeroDivisionError: no step"]),
+        ("OWN:NoCall", {}, ["cannot be called"]),
+    ],
+)
+def test_wrong_options_are_told_at_once(own: str, name: str, options: dict[str, Any], words: list[str]) -> None:
+    name = name.replace("OWN", own)
+    with pytest.raises(UsageError) as caught:
+        RewardPool([name], [], ["level"], options={name: options})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_options_of_a_function_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match=r'reward\.options\.regx .* did you mean "regex"'):
+        RewardPool(["regex"], [], [], options={"regx": {"pattern": "a"}})
+    with pytest.raises(UsageError, match=r"functools\.partial"):
+        RewardPool([lambda completions: [1.0]], [], [], options={"<lambda>": {"a": 1}})
+    with pytest.raises(RecipeError, match=r'reward\.options\.regx = .*did you mean "regex"'):
+        load_recipe({"model": {"name": "m"}, "reward": {"functions": ["regex"], "options": {"regx": {}}}})
+    load_recipe({"model": {"name": "m"}, "reward": {"options": {"regex": {"pattern": "a"}}}})
+
+
+def test_options_of_a_recipe_reach_the_reward(tiny_folder: str, tmp_path: Path, own: str) -> None:
+    """Eight tokens at the most, a buffer of eight: each token costs an eighth, so the reward tells the length."""
+    result = small_run(
+        tiny_folder,
+        tmp_path / "run",
+        run__steps=1,
+        reward__functions=["overlong", f"{own}:scaled"],
+        reward__options={"overlong": {"buffer_tokens": 8}, f"{own}:scaled": {"factor": 3.0}},
+    )
+    line = result.metrics[0]
+    assert line["reward/overlong/mean"] == pytest.approx(-line["completion/length"] / 8)
+    assert line["reward/scaled/mean"] == 3
+
+
+def test_other_options_are_another_recipe(tiny_folder: str, tmp_path: Path) -> None:
+    settings = {"reward__functions": ["repetition"], "run__steps": 1}
+    small_run(tiny_folder, tmp_path / "run", reward__options={"repetition": {"ngram": 2}}, **settings)
+    with pytest.raises(UsageError, match="options"):
+        small_run(tiny_folder, tmp_path / "run", resume=True, reward__options={"repetition": {"ngram": 3}}, **settings)
