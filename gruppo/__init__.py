@@ -1,7 +1,8 @@
 """gruppo trains language models with Group Relative Policy Optimization.
 
-`train` runs a recipe, `evaluate` measures a model, `load_recipe` reads and validates a recipe. They are imported
-when first used, so that `import gruppo` is quick.
+`train` runs a recipe, `evaluate` measures a model, `export` writes a checkpoint as a model folder, `load_result` opens
+a run folder, `load_recipe` reads and validates a recipe; `Callback` and `STOP` are for watching and ending a run. They
+are imported when first used, so that `import gruppo` is quick.
 """
 
 from __future__ import annotations
@@ -10,25 +11,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gruppo.callbacks import STOP as STOP
+    from gruppo.callbacks import Callback as Callback
     from gruppo.config import Recipe as Recipe
     from gruppo.config import load_recipe as load_recipe
-    from gruppo.entry import Result as Result
     from gruppo.entry import train as train
     from gruppo.errors import RunError as RunError
     from gruppo.errors import UsageError as UsageError
     from gruppo.evaluation import evaluate as evaluate
+    from gruppo.exporting import export as export
+    from gruppo.results import Result as Result
+    from gruppo.results import load_result as load_result
 
 _HOMES = {
+    "STOP": "callbacks",
+    "Callback": "callbacks",
     "Recipe": "config",
     "load_recipe": "config",
     "RunError": "errors",
     "UsageError": "errors",
     "evaluate": "evaluation",
-    "Result": "entry",
+    "export": "exporting",
+    "Result": "results",
+    "load_result": "results",
     "train": "entry",
 }
 
-__all__ = ["Recipe", "Result", "RunError", "UsageError", "evaluate", "load_recipe", "train"]
+__all__ = [
+    "STOP",
+    "Callback",
+    "Recipe",
+    "Result",
+    "RunError",
+    "UsageError",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "load_result",
+    "train",
+]
 __version__ = "0.1.0"
 
 

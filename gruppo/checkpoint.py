@@ -59,7 +59,7 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
     recover(run.path / "checkpoints")
     problems: list[str] = []
     for folder in sorted((run.path / "checkpoints").glob("step-*"), reverse=True):
-        problem = _problem(folder)
+        problem = problem_of(folder)
         if problem is None:
             return folder, problems
         problems.append(f"{folder.name}: {problem}")
@@ -94,7 +94,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _problem(folder: Path) -> str | None:
+def problem_of(folder: Path) -> str | None:
+    """What keeps a checkpoint from being used, in words; None where it agrees with its manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, digest in manifest.items():

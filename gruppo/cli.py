@@ -17,7 +17,7 @@ from gruppo.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     from gruppo.console import ConsoleReporter
-    from gruppo.entry import Result
+    from gruppo.results import Result
 
 app = typer.Typer(
     name="gruppo",
@@ -50,6 +50,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the folder; start it where there is none.")
     ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipe with every default and its meaning; train nothing.")
+    ] = False,
 ) -> None:
     """Train a model as a recipe says.
 
@@ -58,6 +61,11 @@ def train(
     from gruppo.config import load_recipe
 
     settings = load_recipe(recipe, set_ or [])
+    if show:
+        from gruppo.schema import annotated
+
+        typer.echo(annotated(settings), nl=False)
+        return
     folder = out if out is not None else Path("runs") / settings.run.name
     from gruppo.console import ConsoleReporter
 
@@ -78,49 +86,66 @@ def train(
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or smollm2-135m-instruct.")],
-    task: Annotated[str, typer.Option(help="arithmetic, a .jsonl file, or package.module:function.")] = "arithmetic",
+    recipe: Annotated[
+        Path | None, typer.Option(help="Take the [evaluation] of this recipe; what is given here goes before it.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task as in a recipe's task.name, e.g. a file. By default arithmetic.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the task; may be repeated.")
     ] = None,
     questions: Annotated[int | None, typer.Option(help="Questions at the most. By default all.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens at which an answer is cut.")] = 256,
-    grader: Annotated[str, typer.Option(help="number, exact_match, math, or package.module:function.")] = "number",
+    samples: Annotated[int | None, typer.Option(help="Answers a question. By default 1.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens at which an answer is cut. By default 256.")] = None,
+    grader: Annotated[
+        str | None, typer.Option(help="number (default), exact_match, math, reasoning_gym, package.module:function.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any field, e.g. evaluation.decoding.top_p=0.9."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="Also write every answer to this .jsonl file.")] = None,
 ) -> None:
-    """Measure greedy accuracy on held-out questions, with a 95 % interval."""
+    """Measure accuracy on held-out questions, greedily by default, with a 95 % interval."""
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UsageError(f"--out {out}: give the name of a file in a folder that exists")
-    options = dict(_option(each) for each in option or [])
+    if option and task is None:
+        raise UsageError(f"--option {option[0]}: belongs to --task, which is missing; name the task too")
+    from gruppo.config import load_recipe
+
+    settings = {"questions": 2**31, "task": "arithmetic"}
+    if recipe is None:
+        data: dict[str, Any] = {"evaluation": settings}
+    else:
+        data = load_recipe(recipe).as_mapping()
+        settings = data.setdefault("evaluation", settings)
+    given = {"questions": questions, "samples": samples, "max_tokens": max_tokens, "grader": grader}
+    settings.update({name: value for name, value in given.items() if value is not None})
+    if task is not None:
+        settings["task"] = {"name": task, "options": dict(_option(each) for each in option or [])}
+    data["model"] = {"name": model, "device": device, "dtype": dtype}
+    asked = load_recipe(data, set_ or [])
     from gruppo.console import ConsoleReporter
 
     reporter = ConsoleReporter()
-    from gruppo.evaluation import evaluate
+    from gruppo.evaluation import evaluate_recipe
     from gruppo.interruption import stop_on_signals
 
     with stop_on_signals() as stop:
-        outcome = evaluate(
-            model,
-            task,
-            options=options,
-            questions=questions,
-            max_tokens=max_tokens,
-            grader=grader,
-            device=device,
-            dtype=dtype,
-            reporter=reporter,
-            stop=stop,
-        )
+        outcome = evaluate_recipe(asked, reporter=reporter, stop=stop)
     if out is not None:
         import json
 
         out.write_text("".join(json.dumps(row) + "\n" for row in outcome.rows()), encoding="utf-8")
     figures = outcome.figures()
     low, high = figures["interval"]
+    several = f", {figures['samples']} answers each" if figures["samples"] > 1 else ""
     reporter.output.print(
         f"accuracy {figures['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}, "
-        f"{figures['questions']} questions)\n"
+        f"{figures['questions']} questions{several})\n"
         f"ends by itself {figures['ended_share']:.1%}, contains a number {figures['number_share']:.1%}"
     )
 
@@ -132,23 +157,44 @@ def sample(
         str, typer.Option("--prompt", "-p", help='The prompt; "-" reads it from standard input.')
     ] = "What is 3 + 4?",
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Completions to sample.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens only; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Only tokens with this share of the likeliest one's probability.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens at which a completion is cut.")] = 256,
+    min_tokens: Annotated[int, typer.Option(help="Tokens before which a completion cannot end.")] = 0,
+    stop_text: Annotated[
+        list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the completions.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Give the text as it stands, without chat template.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A JSON object a line: text, token_ids, logprobs, finish_reason.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Sample completions of a prompt."""
+    from gruppo.config import load_recipe
+
+    decoding = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "min_tokens": min_tokens,
+        "stop": stop_text or [],
+    }  # fmt: skip
+    asked = load_recipe(
+        {"model": {"name": model, "device": device, "dtype": dtype}, "evaluation": {"decoding": decoding}}
+    ).evaluation
+    assert asked is not None
     text = sys.stdin.read() if prompt == "-" else prompt
     from gruppo.console import ConsoleReporter
-    from gruppo.engines import SamplingOptions
     from gruppo.engines.native import NativeEngine, choose_slots
+    from gruppo.evaluation import sampling_options
     from gruppo.interruption import stop_on_signals
     from gruppo.models import choose_device, choose_dtype, find_model, load_model
     from gruppo.rollout import sample_groups
     from gruppo.tasks import checked_rows, tokenize_rows
 
+    options = sampling_options(asked.decoding, max_tokens)
     choose_dtype(dtype, choose_device(device))
     reporter = ConsoleReporter()
     with stop_on_signals() as stop:
@@ -159,13 +205,70 @@ def sample(
         prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, "--prompt", source.vocabulary)
         policy = load_model(source, device, dtype, reporter)
         engine = NativeEngine(policy, choose_slots(policy, len(prompts[0].token_ids), max_tokens, count))
-        options = SamplingOptions(temperature, max_tokens)
         streams = [[(seed, number) for number in range(count)]]
         (completions,) = sample_groups(engine, prompts, streams, options, reporter, stop)
     for number, completion in enumerate(completions, start=1):
+        if as_json:
+            import json
+
+            typer.echo(
+                json.dumps(
+                    {
+                        "text": completion.text,
+                        "finish_reason": completion.finish_reason,
+                        "token_ids": completion.token_ids,
+                        "logprobs": completion.sampling_logprobs,
+                    }
+                )
+            )
+            continue
         if count > 1:
-            reporter.output.print(f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason})")
+            total = sum(completion.sampling_logprobs)
+            reporter.output.print(
+                f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason}, log-probability "
+                f"{total:.2f})"
+            )
         reporter.output.print(completion.text, markup=False)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write; it must not exist, or be empty.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="last, best (of held-out accuracy), or the number of a step.")
+    ] = "last",
+    dtype: Annotated[str, typer.Option(help="Of the weights written: float32 or bfloat16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 500MB.")] = "5GB",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder: weights, tokenizer, generation config and model card."""
+    from gruppo.console import ConsoleReporter
+    from gruppo.exporting import export as write
+
+    reporter = ConsoleReporter()
+    made = write(run, to, checkpoint=checkpoint, dtype=dtype, max_shard_size=max_shard_size, reporter=reporter)
+    accuracy = "" if made.accuracy is None else f", held-out accuracy {made.accuracy:.1%}"
+    reporter.output.print(
+        f"step {made.step}{accuracy}: {made.files} files, {made.bytes / 1e6:,.0f} MB of {dtype} in {made.path}",
+        markup=False,
+    )
+
+
+@app.command()
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/recipe.md instead: every field with its meaning.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of recipes, by which TOML editors complete and check them."""
+    import json
+
+    from gruppo import schema as described
+
+    if markdown:
+        typer.echo(described.markdown(), nl=False)
+    else:
+        typer.echo(json.dumps(described.json_schema(), indent=2, ensure_ascii=False))
 
 
 def main() -> None:

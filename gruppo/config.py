@@ -276,7 +276,7 @@ class Evaluation(Section):
     decoding: Decoding = Decoding()
     """How answers are drawn; by default greedily."""
 
-    @field_validator("task", mode="before")
+    @field_validator("task", mode="before", json_schema_input_type=Task | str)
     @classmethod
     def _name_alone(cls, task: Any) -> Any:
         return {"name": task} if isinstance(task, str) else task
@@ -346,16 +346,19 @@ _REFUSED = {
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a TOML file, a mapping or a Recipe, change it by "section.field=value", and validate it.
 
-    A value of an override is read as TOML, and as plain text where it is none. Raises RecipeError with a line for
-    each mistake: file, field, value, and what to write instead.
+    A file or mapping that says `extends = "other.toml"` (relative to the file; for a mapping, to the working directory)
+    is laid over that recipe: tables field by field, everything else whole. A [task] replaces a [[mixture]] below it and
+    a [[mixture]] a [task]; run.name is never taken over. A value of an override is read as TOML, and as plain text
+    where it is none. Raises RecipeError with a line for each mistake: file, field, value, and what to write instead.
     """
-    where, data = _read(source)
+    files = _read(source)
+    where, data = files[0][0], _laid_over([data for _, data in files])
     for override in overrides:
         _override(data, override)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(details)}" for details in error.errors()]
+        lines = [f"{_writer(files, details['loc'])}: {_explain(details)}" for details in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     try:
         recipe.to_toml()
@@ -364,27 +367,83 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     return recipe
 
 
-def _read(source: str | Path | Mapping[str, Any] | Recipe) -> tuple[str, dict[str, Any]]:
+# The files that a recipe is made of, each by its name, from the one that was asked for to the last that is extended.
+_Files = list[tuple[str, dict[str, Any]]]
+
+
+def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
     if isinstance(source, Recipe):
-        return "recipe", source.as_mapping()
+        return [("recipe", source.as_mapping())]
     if isinstance(source, Mapping):
         if odd := [key for key in source if not isinstance(key, str)]:
             raise RecipeError(f"recipe: {odd[0]!r} is no name of a table; write text")
-        return "recipe", copy.deepcopy(dict(source))
-    if not isinstance(source, str | Path):
+        files, folder, seen = [("recipe", copy.deepcopy(dict(source)))], Path(), []
+    elif isinstance(source, str | Path):
+        path = Path(source)
+        files, folder, seen = [(str(path), _read_file(path))], path.parent, [path.resolve()]
+        if isinstance(run := files[0][1].setdefault("run", {}), dict):
+            run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run")
+    else:
         raise RecipeError(f"recipe = {source!r}: neither a path, a mapping nor a Recipe; give one of them")
-    path = Path(source)
+    while "extends" in files[-1][1]:
+        where, data = files[-1]
+        wanted = data.pop("extends")
+        if not isinstance(wanted, str) or not wanted:
+            raise RecipeError(f'{where}: extends = {wanted!r}: must be the path of a recipe; write e.g. "other.toml"')
+        path = folder / Path(wanted).expanduser()
+        if path.resolve() in seen:
+            raise RecipeError(f'{where}: extends = "{wanted}": leads back to {path}; extend a recipe that stands alone')
+        if not path.is_file():
+            raise RecipeError(f'{where}: extends = "{wanted}": there is no file {path}; give a path from {where}')
+        base = _read_file(path)
+        if isinstance(run := base.get("run"), dict):
+            run.pop("name", None)
+        files.append((str(path), base))
+        folder, seen = path.parent, [*seen, path.resolve()]
+    return files
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(f"{path}: there is no such recipe file; give the path of a .toml file") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}; mend that line") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}); give a readable UTF-8 .toml file") from None
-    if isinstance(run := data.setdefault("run", {}), dict):
-        run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run")
-    return str(path), data
+
+
+def _laid_over(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The layers as one, the first on top."""
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        if "mixture" in layer or "task" in layer:
+            merged.pop("task" if "mixture" in layer else "mixture", None)
+        merged = _merged(merged, layer)
+    return merged
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        held = merged.get(key)
+        merged[key] = _merged(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _writer(files: _Files, location: Sequence[str | int]) -> str:
+    """The name of the file that wrote the field; the one that was asked for where none did."""
+
+    def holds(data: Any) -> bool:
+        for part in location:
+            try:
+                data = data[part]
+            except (KeyError, IndexError, TypeError):
+                return False
+        return True
+
+    return next((where for where, data in files if location and holds(data)), files[0][0])
 
 
 def toml_value(text: str) -> Any:

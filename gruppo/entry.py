@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gruppo.callbacks import Callback, Callbacks
 from gruppo.config import Recipe, load_recipe
 from gruppo.errors import UsageError
 from gruppo.interruption import stop_on_signals
 from gruppo.preflight import preflight
 from gruppo.reporting import Reporter, Silent
+from gruppo.results import Result
 from gruppo.rewards import RewardFunction
 from gruppo.types import Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to. `metrics`: the lines of metrics.jsonl; `summary`: the content of summary.json."""
-
-    path: Path
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-    def load_model(self) -> PreTrainedModel:
-        """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too."""
-        if self.summary["state"] != "done":
-            raise UsageError(f"{self.path}: the run is {self.summary['state']}; resume it until it is done")
-        from transformers import AutoModelForCausalLM
-
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path / "model")
-        return model
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def train(
@@ -43,6 +26,9 @@ def train(
     *,
     reward: str | RewardFunction | Sequence[str | RewardFunction] | None = None,
     prompts: Sequence[Row] | None = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Callback | Callable[..., Any] | object] = (),
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     resume: bool = False,
@@ -52,14 +38,22 @@ def train(
 
     `reward`: a function, an import path or several, in place of the recipe's. `prompts`: rows with a `prompt` (text
     or messages) and more columns, in place of the rows of the recipe's task; the other fields of [task] hold for them
-    too. `overrides`: "section.field=value". `out`: the run folder, by default runs/<name>. `resume`: go on with the
-    run that the folder holds, if it holds one.
+    too. `model`: a causal language model of transformers with its `tokenizer`, in place of the recipe's model.name; all
+    weights of a copy are trained, the model itself is left as it is. `callbacks`: objects with some of the methods of
+    gruppo.Callback, or functions f(step, metrics, groups). `overrides`: "section.field=value". `out`: the run folder,
+    by default runs/<name>. `resume`: go on with the run that the folder holds, if it holds one.
 
-    The first SIGINT or SIGTERM ends the run at the next safe point with a checkpoint; summary["state"] is then
-    "interrupted". Raises UsageError for what the caller can mend, RunError where a run could not go on.
+    A callback that returns gruppo.STOP ends the run early, with its result; summary["state"] is then "stopped". The
+    first SIGINT or SIGTERM ends it at the next safe point with a checkpoint; summary["state"] is then "interrupted".
+    Raises UsageError for what the caller can mend, RunError where a run could not go on, and what a callback raises.
     """
-    rewards = _listed(reward)
-    settings = _as_given(load_recipe(recipe, overrides), rewards, prompts is not None)
+    told, rewards = Callbacks(callbacks), _listed(reward)
+    if tokenizer is not None and model is None:
+        raise UsageError("tokenizer: is taken with a model in memory only; give model=… too, or leave it out")
+    if isinstance(model, str):
+        raise UsageError(f'model = "{model}": is a name; write it as model.name in the recipe')
+    named = [] if model is None else [f"model.name=given:{type(model).__name__}"]
+    settings = _as_given(load_recipe(recipe, [*overrides, *named]), rewards, prompts is not None)
     folder = Path(out) if out is not None else Path("runs") / settings.run.name
     given = settings.reward.functions if rewards is None else rewards
     with ExitStack() as stack:
@@ -69,8 +63,9 @@ def train(
         from gruppo.loop import run
         from gruppo.preparation import prepare
 
-        prepared = prepare(settings, folder, resume, given, data, shown, stack)
-        summary = run(prepared, shown, stop)
+        held = None if model is None else (model, tokenizer)
+        prepared = prepare(settings, folder, resume, given, data, shown, stack, held)
+        summary = run(prepared, shown, stop, told)
         return Result(prepared.run.path, prepared.run.metrics(), summary)
 
 

@@ -1,53 +1,68 @@
-"""Greedy accuracy on questions, with an interval, and every answer kept."""
+"""Accuracy on questions, with an interval, and every answer kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from gruppo.config import Task, load_recipe
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gruppo.config import Decoding, Recipe, Task, load_recipe
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
 from gruppo.errors import RunError, UsageError
 from gruppo.interruption import Stop
 from gruppo.models import choose_device, choose_dtype, find_model, load_model
+from gruppo.preflight import read_questions
 from gruppo.reporting import Reporter, Silent
 from gruppo.rollout import sample_groups
-from gruppo.stats import wilson_interval
+from gruppo.stats import bootstrap_interval, wilson_interval
 from gruppo.tables import as_json
-from gruppo.tasks import load_questions, tokenize_part
+from gruppo.tasks import tokenize_part
 from gruppo.tasks.answers import Grader, find_grader, last_number
+from gruppo.tasks.mixture import interleaved
 from gruppo.types import Completion, Prompt
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Greedy answers to questions and their grades, in the order of the questions."""
+    """Answers to questions and their grades: `samples` for each of `prompts`, one question's after another's."""
 
     prompts: Sequence[Prompt]
     completions: Sequence[Completion]
     correct: Sequence[bool]
+    samples: int = 1
 
     def figures(self) -> dict[str, Any]:
-        """accuracy with its 95 % interval (Wilson), and the shares of answers that end by themselves and that hold a
-        number: fractions of all questions."""
-        count = len(self.prompts)
-        low, high = wilson_interval(sum(self.correct), count)
+        """accuracy, and the shares of answers that end by themselves and that hold a number: fractions of all answers.
+
+        The 95 % interval of the accuracy is Wilson's for one answer a question, else a bootstrap over questions: the
+        answers to one question are not independent of each other.
+        """
+        count = len(self.completions)
+        if self.samples == 1:
+            low, high = wilson_interval(sum(self.correct), count)
+        else:
+            low, high = bootstrap_interval(np.array(self.correct).reshape(-1, self.samples).mean(axis=1))
         return {
             "accuracy": sum(self.correct) / count,
             "interval": [low, high],
-            "questions": count,
+            "questions": len(self.prompts),
+            "samples": self.samples,
             "ended_share": sum(c.finish_reason == "stop" for c in self.completions) / count,
             "number_share": sum(last_number(c.text) is not None for c in self.completions) / count,
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a question, for a table."""
+        """A row an answer, for a table."""
         return [
             {
                 "prompt_id": prompt.id,
+                "sample": number,
                 "question": prompt.text,
                 "columns": as_json(dict(prompt.columns)),
                 "answer": completion.text,
@@ -56,7 +71,9 @@ class Evaluation:
                 "token_ids": list(completion.token_ids),
                 "logprobs": list(completion.sampling_logprobs),
             }
-            for prompt, completion, correct in zip(self.prompts, self.completions, self.correct, strict=True)
+            for (prompt, number), completion, correct in zip(
+                product(self.prompts, range(self.samples)), self.completions, self.correct, strict=True
+            )
         ]
 
 
@@ -86,53 +103,109 @@ def grade(grader: Grader, text: str, prompt: Prompt) -> bool:
     return bool(verdict)
 
 
+def sampling_options(decoding: Decoding, max_tokens: int) -> SamplingOptions:
+    """The engine's options of a recipe's decoding. Raises UsageError where the minimum is above the maximum."""
+    if decoding.min_tokens > max_tokens:
+        raise UsageError(
+            f"evaluation.decoding.min_tokens = {decoding.min_tokens}: is more than max_tokens = {max_tokens}; lower it"
+        )
+    return SamplingOptions(max_tokens=max_tokens, **{**decoding.model_dump(), "stop": tuple(decoding.stop)})
+
+
 def answer_questions(
-    engine: Engine, prompts: Sequence[Prompt], grader: Grader, max_tokens: int, reporter: Reporter, stop: Stop
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    grader: Grader,
+    options: SamplingOptions,
+    samples: int,
+    seed: int,
+    reporter: Reporter,
+    stop: Stop,
 ) -> Evaluation:
-    """Answer every question greedily and grade it."""
-    options = SamplingOptions(temperature=0.0, max_tokens=max_tokens)
-    streams = [[(number,)] for number in range(len(prompts))]
+    """Answer every question `samples` times and grade the answers. The same seed draws the same random numbers at
+    every evaluation of a run, so that two of them differ by the policy alone."""
+    streams = [[(seed, 0, question, sample, 1) for sample in range(samples)] for question in range(len(prompts))]
     sampled = sample_groups(engine, prompts, streams, options, reporter, stop, "Evaluating")
-    completions = [group[0] for group in sampled]
-    correct = [grade(grader, c.text, prompt) for prompt, c in zip(prompts, completions, strict=True)]
-    return Evaluation(prompts, completions, correct)
+    completions = [completion for group in sampled for completion in group]
+    pairs = zip((prompt for prompt in prompts for _ in range(samples)), completions, strict=True)
+    correct = [grade(grader, completion.text, prompt) for prompt, completion in pairs]
+    return Evaluation(prompts, completions, correct, samples)
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | PreTrainedModel,
     task: str | Mapping[str, Any] | Task = "arithmetic",
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     options: Mapping[str, Any] | None = None,
     questions: int | None = None,
+    samples: int = 1,
     max_tokens: int = 256,
+    decoding: Mapping[str, Any] | None = None,
     grader: str = "number",
+    seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
     reporter: Reporter | None = None,
     stop: Stop | None = None,
 ) -> Evaluation:
-    """Greedy accuracy of a model on the held-out part of a task, or on all rows of a task without one.
+    """Accuracy of a model on the held-out part of a task, or on all rows of a task without one; greedy by default.
 
     `task`: a name, the fields of [task], or a Task; `options` are those of a task by name. `questions`: how many at
-    the most, from the start. Raises UsageError for whatever of the arguments is wrong.
+    the most, from the start. `samples`: answers a question. `decoding`: fields of [evaluation.decoding], such as
+    temperature and top_p. `tokenizer`: that of a model in memory. Raises UsageError for whatever of the arguments is
+    wrong, by its name in a recipe.
     """
-    reporter, stop = reporter or Silent(), stop or Stop()
-    if max_tokens < 1 or (questions is not None and questions < 1):
-        raise UsageError(f"questions = {questions}, max_tokens = {max_tokens}: must be at least 1")
-    choose_dtype(dtype, choose_device(device))
-    judge = find_grader(grader)
-    part = load_questions(_as_task(task, options), "task", reporter)
-    source = find_model(str(model), reporter)
-    prompts, _ = tokenize_part(part, source.tokenizer, source.context, max_tokens, source.vocabulary, questions)
-    check_grader(judge, prompts)
-    policy = load_model(source, device, dtype, reporter)
-    slots = choose_slots(policy, max(len(prompt.token_ids) for prompt in prompts), max_tokens, len(prompts))
-    return answer_questions(NativeEngine(policy, slots), prompts, judge, max_tokens, reporter, stop)
-
-
-def _as_task(task: str | Mapping[str, Any] | Task, options: Mapping[str, Any] | None) -> Task:
-    """A task by name or fields. Raises UsageError for fields that no task has."""
     if isinstance(task, Task):
-        return task
-    fields = {"name": task, "options": dict(options or {})} if isinstance(task, str) else task
-    return load_recipe({"model": {"name": "none"}, "task": fields}).task
+        task = task.model_dump(exclude_none=True)
+    fields = {"name": task, "options": dict(options or {})} if isinstance(task, str) else dict(task)
+    settings = {
+        "task": fields,
+        "questions": 2**31 if questions is None else questions,
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "decoding": dict(decoding or {}),
+        "grader": grader,
+    }
+    name = str(model) if isinstance(model, str | Path) else "given"
+    recipe = load_recipe(
+        {
+            "run": {"seed": seed},
+            "model": {"name": name, "device": device, "dtype": dtype},
+            "evaluation": settings,
+        }
+    )
+    return evaluate_recipe(
+        recipe, None if isinstance(model, str | Path) else model, tokenizer, reporter=reporter, stop=stop
+    )
+
+
+def evaluate_recipe(
+    recipe: Recipe,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    reporter: Reporter | None = None,
+    stop: Stop | None = None,
+) -> Evaluation:
+    """The evaluation that a recipe describes, of its model or of one in memory. Raises UsageError."""
+    settings, reporter, stop = recipe.evaluation, reporter or Silent(), stop or Stop()
+    if settings is None:
+        raise UsageError("evaluation: missing; the recipe describes no evaluation: write [evaluation] in it")
+    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    grader = find_grader(settings.grader)
+    parts = read_questions(recipe, reporter)
+    limit = settings.max_tokens or recipe.sampling.max_tokens
+    options = sampling_options(settings.decoding, limit)
+    source = find_model(recipe.model.name if model is None else model, reporter, tokenizer)
+    tokenized = [
+        tokenize_part(part, source.tokenizer, source.context, limit, source.vocabulary, settings.questions)[0]
+        for part in parts
+    ]
+    prompts = interleaved(tokenized, settings.questions)
+    check_grader(grader, prompts)
+    policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
+    wanted = len(prompts) * settings.samples
+    slots = choose_slots(policy, max(len(prompt.token_ids) for prompt in prompts), limit, wanted)
+    engine = NativeEngine(policy, slots)
+    return answer_questions(engine, prompts, grader, options, settings.samples, recipe.run.seed, reporter, stop)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from gruppo.callbacks import Callbacks
 from gruppo.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
 from gruppo.config import Optimizer
 from gruppo.errors import RunError
@@ -43,17 +44,17 @@ from gruppo.tables import EVALUATIONS, ROLLOUTS, rollout_rows
 from gruppo.types import Group, Metrics
 
 
-def run(prepared: Prepared, reporter: Reporter, stop: Stop) -> dict[str, Any]:
+def run(prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks | None = None) -> dict[str, Any]:
     """Run what was prepared, from wherever its folder stands; returns the content of summary.json."""
-    return _Run(prepared, reporter, stop).go()
+    return _Run(prepared, reporter, stop, callbacks or Callbacks()).go()
 
 
 class _Run:
     """A run on its way: what was prepared, and where it stands."""
 
-    def __init__(self, prepared: Prepared, reporter: Reporter, stop: Stop) -> None:
+    def __init__(self, prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks) -> None:
         self.parts, self.recipe, self.run = prepared, prepared.recipe, prepared.run
-        self.reporter, self.stop = reporter, stop
+        self.reporter, self.stop, self.callbacks = reporter, stop, callbacks
         self.state = State()
         self.saved: tuple[int, bool] | None = None
 
@@ -65,11 +66,14 @@ class _Run:
             with self.reporter.progress("Training", self.recipe.run.steps, "steps") as advance:
                 advance(self.state.step)
                 self._steps(advance)
-            outcome = "done"
+            outcome = "done" if self.state.step == self.recipe.run.steps else "stopped"
         except Interrupted:
-            if self.saved != (self.state.step, self.state.evaluated):
-                self._save()
+            self._save_once()
             outcome = "interrupted"
+        except Exception:
+            if self.callbacks.failed:  # which they do where nothing is half done
+                self._save_once()
+            raise
         finally:
             summary = self._summary(outcome)
             self.run.write_json("summary.json", summary)
@@ -80,23 +84,34 @@ class _Run:
         while True:
             if self._evaluation_due():
                 self._evaluate()
-            last = self.state.step == self.recipe.run.steps
-            due = last or (self.state.step and self.state.step % self.recipe.run.checkpoint_every == 0)
-            if due and self.saved != (self.state.step, self.state.evaluated):
-                if last:
-                    self._save_result()
-                self._save()
+            last = self._at_end
+            if last or (self.state.step and self.state.step % self.recipe.run.checkpoint_every == 0):
+                self._save_once()
             if last:
                 return
+            if self.callbacks.stopped:  # by the checkpoint just made: make it again, as the last one, with the result
+                self.saved = None
+                continue
             self.stop.check()
             self._step()
             advance(1)
 
-    def _save(self) -> None:
+    @property
+    def _at_end(self) -> bool:
+        return self.state.step == self.recipe.run.steps or self.callbacks.stopped
+
+    def _save_once(self) -> None:
+        """Make a checkpoint of where the run stands, after the result if this is its end, unless there is one."""
+        if self.saved == (self.state.step, self.state.evaluated):
+            return
+        if self._at_end:
+            with self.run.building("model") as folder:
+                save_model(self.parts.policy, folder)
         self._note_memory()
         with self.reporter.progress("Saving", None, ""):
-            save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
+            path = save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
         self.saved = (self.state.step, self.state.evaluated)
+        self.callbacks.tell("on_checkpoint", self.state.step, path)
 
     def _note_memory(self) -> None:
         peak = peak_memory(self.parts.policy.device)
@@ -119,8 +134,9 @@ class _Run:
         with clock("load_weights"):
             parts.engine.load_weights(parts.policy, step)
         keep_logprobs(groups, batches)
-        self._write_step(step, groups, rate, metrics, clock, bool(batches))
+        values = self._write_step(step, groups, rate, metrics, clock, bool(batches))
         state.step, state.cursor, state.evaluated = step, state.cursor + len(groups), False
+        self.callbacks.tell("on_step", step, values, groups)
 
     def _explore(self, step: int, metrics: Metrics, clock: _Clock) -> list[Group]:
         """The step's groups, sampled from the policy and scored. Where the method refills, groups whose rewards do not
@@ -205,7 +221,7 @@ class _Run:
 
     def _write_step(
         self, step: int, groups: list[Group], rate: float, metrics: Metrics, clock: _Clock, updated: bool
-    ) -> None:
+    ) -> dict[str, Any]:
         parts = self.parts
         describe_groups(groups, metrics, by_task=len(parts.prompts.parts) > 1)
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
@@ -222,6 +238,7 @@ class _Run:
         values = {"step": step, **metrics.reduce()}
         self.run.metric(values)
         self.reporter.step(values)
+        return values
 
     def _warn(self, step: int, groups: Sequence[Group], updated: bool) -> None:
         """Events for abstentions and for steps that teach nothing."""
@@ -244,17 +261,19 @@ class _Run:
         settings, step = self.recipe.evaluation, self.state.step
         if settings is None or self.state.evaluated:
             return False
-        return step in {0, self.recipe.run.steps} or (settings.every > 0 and step % settings.every == 0)
+        return step == 0 or self._at_end or (settings.every > 0 and step % settings.every == 0)
 
     def _evaluate(self) -> None:
         parts, settings, state = self.parts, self.recipe.evaluation, self.state
         assert settings is not None
         assert parts.grader is not None
-        limit = settings.max_tokens or self.recipe.sampling.max_tokens
         start = time.monotonic()
-        outcome = answer_questions(parts.engine, parts.questions, parts.grader, limit, self.reporter, self.stop)
-        figures = outcome.figures()
-        self.run.table("evaluations", state.step, outcome.rows(), EVALUATIONS)
+        seed, samples = self.recipe.run.seed, settings.samples
+        outcome = answer_questions(
+            parts.engine, parts.questions, parts.grader, parts.answering, samples, seed, self.reporter, self.stop
+        )
+        figures, rows = outcome.figures(), outcome.rows()
+        self.run.table("evaluations", state.step, rows, EVALUATIONS)
         state.evaluations[str(state.step)] = figures
         low, high = figures["interval"]
         values = {
@@ -269,6 +288,7 @@ class _Run:
         self.run.metric(values)
         self.reporter.step(values)
         state.evaluated = True
+        self.callbacks.tell("on_evaluation", state.step, figures, rows)
 
     def _restore(self) -> None:
         """Go back to the newest whole checkpoint, undoing in the folder what came after it; or to the beginning."""
@@ -291,11 +311,6 @@ class _Run:
                 self.run.event("filtered", message, 0, task=task, prompts=count)
         if folder is not None or begun:
             self.run.event("resume", f"continued after step {self.state.step}", self.state.step)
-
-    def _save_result(self) -> None:
-        building = self.run.path / ".writing-model"
-        save_model(self.parts.policy, building)
-        publish(building, self.run.path / "model")
 
     def _summary(self, outcome: str) -> dict[str, Any]:
         state = self.state

@@ -99,11 +99,12 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, its weights not yet loaded: enough to check prompts against."""
+    """A model that was found, its weights not yet loaded: enough to check prompts against. `given`: it is in memory."""
 
     location: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    given: PreTrainedModel | None = None
 
     @property
     def context(self) -> int:
@@ -121,12 +122,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("GRUPPO_CACHE") or Path.home() / ".cache" / "gruppo")
 
 
-def find_model(name: str, reporter: Reporter | None = None) -> ModelSource:
+def find_model(
+    name: str | PreTrainedModel, reporter: Reporter | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> ModelSource:
     """Find a model by alias, GGUF file, local folder or hub name; read its config and tokenizer, not its weights.
 
-    A GGUF file is converted to safetensors in the cache the first time. Raises UsageError where there is no such
-    model, or where it is of an architecture that gruppo cannot run.
+    A model in memory comes with its tokenizer, and is copied, never changed. A GGUF file is converted to safetensors
+    in the cache the first time. Raises UsageError where there is no such model, or where it is of an architecture that
+    gruppo cannot run.
     """
+    if not isinstance(name, str):
+        return _given(name, tokenizer)
+    if tokenizer is not None:
+        raise UsageError(f"tokenizer: is taken with a model in memory only; {name} has its own, leave it out")
     location = _locate(name, reporter or Silent())
     try:
         config = AutoConfig.from_pretrained(location)
@@ -141,6 +149,17 @@ def find_model(name: str, reporter: Reporter | None = None) -> ModelSource:
     return ModelSource(location, config, tokenizer)
 
 
+def _given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise UsageError(f"model: is a {type(model).__name__}; give a causal language model of transformers")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        what = "missing" if tokenizer is None else f"a {type(tokenizer).__name__}"
+        raise UsageError(f"tokenizer: {what}; give the model's tokenizer of transformers with the model")
+    if problem := unsupported(model.config):
+        raise UsageError(f"model: {problem}")
+    return ModelSource("memory", model.config, tokenizer, model)
+
+
 def load_model(
     source: ModelSource, device: str = "auto", dtype: str = "auto", reporter: Reporter | None = None
 ) -> LanguageModel:
@@ -149,12 +168,24 @@ def load_model(
     products = choose_dtype(dtype, target)
     storage = torch.float64 if products == torch.float64 else torch.float32
     with loading_progress(reporter or Silent()):
-        model = _load_weights(source.location, storage)
+        model = load_weights(source.location, storage) if source.given is None else _copied(source.given, storage)
     nn.Module.to(model, target)
     return wrap_model(model, source.tokenizer, products)
 
 
-def _load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+def _copied(given: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the same config and weights that shares no memory, hook or frozen parameter with the one given."""
+    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in given.state_dict().items()}
+    config = copy.deepcopy(given.config)
+    loaded: Any = type(given).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    model = _whole(loaded[0], loaded[1], "in memory")
+    model.generation_config = copy.deepcopy(given.generation_config)
+    return model
+
+
+def load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """The model with all of its weights. Raises UsageError where a tensor is missing, left over or of another shape:
     transformers would go on with random numbers."""
     try:
@@ -163,13 +194,16 @@ def _load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTrain
         raise UsageError(
             f"model.name: the weights in {location} cannot be loaded ({_first_line(error)}); give a whole model"
         ) from error
-    model: PreTrainedModel = loaded[0]
-    report: dict[str, Any] = loaded[1]
+    return _whole(loaded[0], loaded[1], f"in {location}")
+
+
+def _whole(model: PreTrainedModel, report: dict[str, Any], where: str) -> PreTrainedModel:
+    """The model, where transformers reports that each of its tensors was loaded and no other was there."""
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(name) for name in report[kind] if "rotary_emb.inv_freq" not in str(name))
         if names:
             raise UsageError(
-                f"model.name: the weights in {location} do not fit their config: {len(names)} tensors are "
+                f"model.name: the weights {where} do not fit their config: {len(names)} tensors are "
                 f"{kind.removesuffix('_keys')} ({names[0]}, …); give the config and weights of one model"
             )
     return model
@@ -351,6 +385,12 @@ def save_model(policy: LanguageModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.cpu().contiguous() for name, tensor in named_weights(policy.model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_base(policy, folder)
+
+
+def save_base(policy: LanguageModel, folder: Path) -> None:
+    """Write config, generation config and tokenizer: all of a model but its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
     policy.model.config.save_pretrained(folder)
     if policy.model.generation_config is not None:
         policy.model.generation_config.save_pretrained(folder)
@@ -446,6 +486,8 @@ def _locate(name: str, reporter: Reporter) -> str:
         raise UsageError(f"model.name = {name!r}: the folder has no config.json; give a folder saved by transformers")
     if path.is_dir():
         return str(path)
+    if name.startswith("given:"):
+        raise UsageError(f"model.name = {name!r}: was in memory; give it again, with gruppo.train(…, model=…)")
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; give a folder saved by transformers")
     if out_of_reach(name):
@@ -475,7 +517,7 @@ def _convert(file: Path, reporter: Reporter) -> Path:
     try:
         with loading_progress(reporter):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model = _load_weights(str(file.parent), torch.float32, gguf_file=file.name)
+            model = load_weights(str(file.parent), torch.float32, gguf_file=file.name)
         # transformers takes a dequantised GGUF model for a quantised one and will not save the mark of it.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -80,6 +80,13 @@ def _read(recipe: Recipe, rows: Sequence[Row] | None, reporter: Reporter) -> Dat
     return Data(_told_apart(training), _told_apart(questions), grader)
 
 
+def read_questions(recipe: Recipe, reporter: Reporter) -> list[Part]:
+    """What a recipe's evaluation asks: the rows of its own task, or those that its tasks hold out."""
+    if recipe.evaluation is not None and recipe.evaluation.task is not None:
+        return [load_questions(recipe.evaluation.task, "evaluation.task", reporter)]
+    return _read(recipe, None, reporter).questions
+
+
 def _told_apart(parts: Sequence[Part]) -> list[Part]:
     """The parts with names of their own, so that no two prompts have one id."""
     names = [part.name for part in parts]

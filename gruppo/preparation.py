@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.config import Recipe
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
 from gruppo.errors import UsageError
-from gruppo.evaluation import check_grader
+from gruppo.evaluation import check_grader, sampling_options
 from gruppo.machine import describe
 from gruppo.models import (
     LanguageModel,
@@ -24,6 +25,7 @@ from gruppo.models import (
     choose_dtype,
     find_model,
     load_model,
+    save_base,
     weights_sha256,
 )
 from gruppo.objective import find_surrogate
@@ -57,6 +59,7 @@ class Prepared:
     optimizer: torch.optim.Optimizer
     budget: int
     sampling: SamplingOptions
+    answering: SamplingOptions
     changes: list[str]
     filtered: dict[str, int]
 
@@ -69,9 +72,10 @@ def prepare(
     data: Data,
     reporter: Reporter,
     stack: ExitStack,
+    model: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None = None,
 ) -> Prepared:
-    """Build a run from its recipe and its data. Processes and locks are left to `stack`. Raises UsageError before
-    weights are loaded wherever it can."""
+    """Build a run from its recipe and its data; `model`: one in memory with its tokenizer, in place of the recipe's.
+    Processes and locks are left to `stack`. Raises UsageError before weights are loaded wherever it can."""
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     find_surrogate(recipe.method.surrogate)
     run = RunFolder(folder)
@@ -88,16 +92,18 @@ def prepare(
         settings.options,
     )
     stack.callback(pool.close)
-    source = find_model(recipe.model.name, reporter)
+    source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
     limit = recipe.sampling.max_tokens
     tokens = _Tokens(source, reporter)
     parts = [tokens.of(part, limit) for part in data.training]
     prompts = Mixture(parts, [task.weight for task in recipe.tasks], recipe.run.seed)
     questions: list[Prompt] = []
+    sampling = answering = SamplingOptions(recipe.sampling.temperature, limit)
     if recipe.evaluation is not None and data.grader is not None:
         own, most = recipe.evaluation.max_tokens or limit, recipe.evaluation.questions
         questions = interleaved([tokens.of(part, own, most) for part in data.questions], most)
         check_grader(data.grader, questions)
+        answering = sampling_options(recipe.evaluation.decoding, own)
         limit = max(limit, own)
     policy, chosen, changes = _load_policy(recipe, run, source, prompts, questions, limit, pool.digests, reporter)
     return Prepared(
@@ -112,7 +118,8 @@ def prepare(
         grader=data.grader,
         optimizer=make_optimizer(recipe, policy),
         budget=chosen["micro_batch_tokens"],
-        sampling=SamplingOptions(recipe.sampling.temperature, recipe.sampling.max_tokens),
+        sampling=sampling,
+        answering=answering,
         changes=changes,
         filtered=tokens.filtered,
     )
@@ -181,7 +188,8 @@ def _load_policy(
         same = before["rewards_sha256"] == list(rewards)
         return policy, chosen, [] if same else ["the reward functions have changed since the run began"]
     longest = max(len(prompt.token_ids) for prompt in [*prompts, *questions])
-    wanted = max(recipe.sampling.prompts_per_step * recipe.sampling.group_size, len(questions))
+    samples = recipe.evaluation.samples if recipe.evaluation else 1
+    wanted = max(recipe.sampling.prompts_per_step * recipe.sampling.group_size, len(questions) * samples)
     chosen = {
         "device": device.type,
         "dtype": dtype,
@@ -190,8 +198,11 @@ def _load_policy(
         "micro_batch_tokens": choose_budget(policy),
     }
     run.start(recipe)
+    with run.building("base") as folder:
+        save_base(policy, folder)
+    counts = {"prompts": len(prompts), "questions": len(questions)}
     identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
-    run.write_json("environment.json", {**describe(device), "chosen": chosen, **identity})
+    run.write_json("environment.json", {**describe(device), "chosen": chosen, **counts, **identity})
     return policy, chosen, []
 
 

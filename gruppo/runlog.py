@@ -1,7 +1,8 @@
 """The run folder: what a run was asked, what it did, and what came out. Everything that shows a run reads it alone.
 
     recipe.toml  environment.json  metrics.jsonl  events.jsonl  rewards.log  summary.json
-    rollouts/step-000012.parquet  evaluations/step-000012.parquet  checkpoints/step-000010/  model/
+    rollouts/step-000012.parquet  evaluations/step-000012.parquet  checkpoints/step-000010/
+    base/ (config, generation config and tokenizer of the start model)  model/ (the result)
 
 Whole files are written under a temporary name, synced and renamed; metrics and events are appended to, a synced line
 at a time.
@@ -14,7 +15,8 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,15 @@ class RunFolder:
         pq.write_table(pa.Table.from_pylist(list(rows), schema), temporary, compression="zstd")
         publish(temporary, path)
         return path
+
+    @contextmanager
+    def building(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which gets its name when the block ends well."""
+        folder = self.path / f".writing-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+        publish(folder, self.path / name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole."""
@@ -145,10 +156,11 @@ def check_folder(path: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; none where there is no file."""
+    """The objects of a JSON Lines file; none where there is no file. A last line that is still being written is left
+    out."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 
 def write_whole(path: Path, content: bytes) -> None:

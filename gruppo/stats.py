@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927, JASA 22), by default at 95 %.
@@ -22,3 +24,14 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == trials else (centre + half) / scale
     return low, high
+
+
+def bootstrap_interval(values: np.ndarray, share: float = 0.95, draws: int = 2_000) -> tuple[float, float]:
+    """Interval that holds the mean of `values` with probability `share`: percentiles of the means of `draws` samples of
+    the same size, drawn with replacement by a fixed seed. Raises ValueError for no values."""
+    if not len(values):
+        raise ValueError("values are empty; an interval needs at least one")
+    random = np.random.default_rng(0)
+    counts = random.multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
+    low, high = np.quantile(counts @ values / len(values), [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)

@@ -14,10 +14,11 @@ SHOWN = 3
 
 def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     """What a run came to: accuracies, what they are made of, some answers before and after, what to do next."""
-    lines = ["", f"Done: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
+    ended = "Stopped by a callback" if summary["state"] == "stopped" else "Done"
+    lines = ["", f"{ended}: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
     lines[-1] += f", at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory."
     if summary["accuracy_before"] is not None:
-        lines += ["", *_evaluations(summary, metrics), "", *_answers(folder, summary["steps"])]
+        lines += ["", *_evaluations(folder, summary, metrics), "", *_answers(folder, summary["steps"])]
     lines += [
         "",
         f"Everything is in {folder}: model/ (loadable by transformers), metrics.jsonl, rollouts/ (every completion,",
@@ -39,8 +40,10 @@ def _eval_command(folder: Path) -> list[str]:
     return [f"  gruppo eval {folder}/model --recipe {folder}/recipe.toml"]
 
 
-def _evaluations(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    title = f"Held-out questions ({summary['questions']}, greedy)"
+def _evaluations(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    decoding = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))["evaluation"]["decoding"]
+    how = f"temperature {decoding['temperature']}" if decoding["temperature"] else "greedy"
+    title = f"Held-out questions ({summary['questions']}, {how})"
     lines = [f"{title:<40} accuracy  95 % interval     end by themselves  contain a number"]
     for values in metrics:
         if "eval/accuracy" in values:
@@ -56,7 +59,8 @@ def _answers(folder: Path, last: int) -> list[str]:
     """The first held-out questions, with the answers of the first and of the last evaluation."""
     before, after = (pq.read_table(folder / f"evaluations/step-{step:06d}.parquet").to_pylist() for step in (0, last))
     lines = []
-    for old, new in list(zip(before, after, strict=True))[:SHOWN]:
+    firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0]
+    for old, new in firsts[:SHOWN]:
         lines.append(old["question"].strip())
         lines += [f"  {name}: {_quoted(row)}" for name, row in (("before", old), ("after ", new))]
     return lines

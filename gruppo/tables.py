@@ -44,6 +44,7 @@ ROLLOUTS = pa.schema(
 EVALUATIONS = pa.schema(
     {
         "prompt_id": _TEXT,
+        "sample": _WHOLE,
         "question": _TEXT,
         "columns": _TEXT,
         "answer": _TEXT,

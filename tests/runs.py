@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from gruppo.entry import Result, train
+from gruppo.entry import train
+from gruppo.results import Result
 
 ROWS = [{"prompt": f"{first}{second}", "answer": first} for first in "abcdef" for second in "123"]
 

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import tomli_w
 
+from gruppo.config import load_recipe
 from tests.runs import ROWS, recipe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -35,10 +37,12 @@ def recipe_file(tiny_folder: str, tmp_path: Path) -> Path:
 
 def test_help_explains_every_option() -> None:
     for command, options in {
-        (): ["train", "eval", "sample", "--version"],
-        ("train",): ["--set", "--out", "--resume"],
+        (): ["train", "eval", "sample", "export", "schema", "--version"],
+        ("train",): ["--set", "--out", "--resume", "--show"],
         ("eval",): ["--task", "--questions", "--max-tokens", "--grader", "--device", "--dtype", "--option", "--out"],
         ("sample",): ["--prompt", "--count", "--temperature", "--max-tokens", "--seed", "--plain"],
+        ("export",): ["--to", "--checkpoint", "--dtype", "--max-shard-size"],
+        ("schema",): ["--markdown"],
     }.items():
         shown = gruppo(*command, "--help")
         assert shown.returncode == 0
@@ -49,6 +53,20 @@ def test_help_explains_every_option() -> None:
 
 def test_version() -> None:
     assert gruppo("--version").stdout.startswith("gruppo 0.")
+
+
+def test_show_prints_the_whole_recipe_and_does_nothing(tmp_path: Path) -> None:
+    recipe = Path("recipes/quickstart.toml")
+    shown = gruppo("train", recipe, "--show", "--set", "run.steps=3", "--out", tmp_path / "run")
+    assert shown.returncode == 0, shown.stderr
+    read = load_recipe(tomllib.loads(shown.stdout))
+    assert read == load_recipe(recipe, ["run.steps=3"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schema_is_the_committed_one() -> None:
+    assert gruppo("schema").stdout == Path("recipes/schema.json").read_text()
+    assert gruppo("schema", "--markdown").stdout == Path("docs/recipe.md").read_text()
 
 
 def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
@@ -65,6 +83,13 @@ def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
     assert measured.returncode == 0, measured.stderr
     assert "18 questions" in measured.stdout
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 18
+    written = gruppo("export", tmp_path / "run", "--to", tmp_path / "exported", "--dtype", "bfloat16")
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("step 2, held-out accuracy")
+    assert "of bfloat16 in" in written.stdout
+    assert (tmp_path / "exported" / "README.md").is_file()
+    refused = gruppo("export", tmp_path / "run", "--to", tmp_path / "exported")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     made = gruppo("sample", tmp_path / "run" / "model", "-p", "abc", "-n", 2, "--max-tokens", 5, "--plain")
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("---") == 2

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gruppo.config import Recipe, RecipeError, load_recipe
+from gruppo.config import RecipeError, Section, load_recipe
+from gruppo.schema import TABLES
 
 MINIMAL = {"model": {"name": "m"}}
 
@@ -117,12 +118,9 @@ def test_unreadable_files_name_the_file(tmp_path: Path) -> None:
 
 
 def test_every_field_is_documented() -> None:
-    for name, section in Recipe.model_fields.items():
-        if name == "mixture":
-            continue  # tables like task
-        annotation = section.annotation if name != "evaluation" else type(load_recipe({**MINIMAL, name: {}}).evaluation)
-        for field, info in annotation.model_fields.items():
-            assert info.description, f"{name}.{field}"
+    for title, table in TABLES.items():
+        for field, info in table.model_fields.items():
+            assert info.description or issubclass(info.annotation, Section), f"{title} {field}"
 
 
 def test_recipes_of_the_project_are_valid() -> None:
@@ -130,3 +128,85 @@ def test_recipes_of_the_project_are_valid() -> None:
     assert found
     for path in found:
         assert load_recipe(path).run.name == path.stem
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Recipe files by name, with a model unless they extend another; the path of the last."""
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text if "extends" in text else f'{text}\n[model]\nname = "m"\n')
+    return folder / f"{name}.toml"
+
+
+def test_extended_recipe_keeps_what_is_not_written_again(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        base='[run]\nname = "theirs"\nsteps = 7\nseed = 3\n[reward]\nfunctions = ["a", "b"]\n[task]\n'
+        "options = {maximum = 9, negative = true}",
+        mine='extends = "base.toml"\n[run]\nsteps = 8\n[reward]\nfunctions = ["c"]\n[task]\noptions.maximum = 5',
+    )
+    recipe = load_recipe(path, ["run.seed=4"])
+    assert (recipe.run.name, recipe.run.steps, recipe.run.seed) == ("mine", 8, 4)
+    assert recipe.model.name == "m"
+    assert recipe.reward.functions == ["c"], "a list replaces a list"
+    assert recipe.task.options == {"maximum": 5, "negative": True}
+    assert "extends" not in recipe.to_toml()
+    assert load_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_extending_goes_from_file_to_file_each_by_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep", lowest="[run]\nsteps = 5\nseed = 5", middle='extends = "lowest.toml"\n[run]\nsteps = 6')
+    recipe = load_recipe(write(tmp_path, top='extends = "deep/middle.toml"\n[sampling]\ngroup_size = 2'))
+    assert (recipe.run.name, recipe.run.seed, recipe.run.steps, recipe.sampling.group_size) == ("top", 5, 6, 2)
+    other = load_recipe(write(tmp_path, far=f'extends = "{tmp_path}/deep/lowest.toml"\n[run]\nname = "x"'))
+    assert (other.run.name, other.run.steps) == ("x", 5)
+
+
+def test_mapping_extends_a_file_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, base='[run]\nname = "base"\nsteps = 7')
+    monkeypatch.chdir(tmp_path)
+    data = {"extends": "base.toml", "run": {"seed": 1}}
+    recipe = load_recipe(data)
+    assert (recipe.run.name, recipe.run.steps, recipe.run.seed) == ("run", 7, 1)
+    assert data["extends"] == "base.toml"
+
+
+def test_task_and_mixture_replace_each_other(tmp_path: Path) -> None:
+    one = write(
+        tmp_path, base="[task]\noptions = {maximum = 5}", mixed='extends = "base.toml"\n[[mixture]]\nweight = 2.0'
+    )
+    assert [task.weight for task in load_recipe(one).tasks] == [2.0]
+    back = write(tmp_path, again='extends = "mixed.toml"\n[task]\nname = "x.jsonl"')
+    assert [task.name for task in load_recipe(back).tasks] == ["x.jsonl"]
+    assert load_recipe(back).task.options == {}, "what a mixture has replaced is gone"
+    both = write(tmp_path, both='extends = "base.toml"\n[task]\n[[mixture]]\n')
+    with pytest.raises(RecipeError, match="both say where questions come from"):
+        load_recipe(both)
+
+
+def test_method_of_the_extending_recipe_fills_what_neither_wrote(tmp_path: Path) -> None:
+    path = write(tmp_path, base="[method]\nclip_high = 0.3", mine='extends = "base.toml"\n[method]\nname = "dapo"')
+    method = load_recipe(path).method
+    assert (method.clip_high, method.refill_rounds, method.kl_coef) == (0.3, 9, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends = 3", ["mine.toml: extends = 3", "path of a recipe"]),
+        ('extends = ["base.toml"]', ["mine.toml: extends = ['base.toml']", "path of a recipe"]),
+        ('extends = "none.toml"', ["mine.toml: extends", '"none.toml"', "there is no file"]),
+        ('extends = "mine.toml"', ["mine.toml: extends", "leads back"]),
+        ('extends = "circle.toml"', ["circle.toml: extends", "leads back"]),
+        ('extends = "base.toml"\n[run]\nsteps = 0', ["mine.toml: run.steps = 0"]),
+        ('extends = "wrong.toml"\n[run]\nseed = 1', ["wrong.toml: run.steps = 0"]),
+        ('extends = "broken.toml"', ["broken.toml: not valid TOML"]),
+    ],
+)
+def test_mistakes_in_extending_name_file_and_key(text: str, words: list[str], tmp_path: Path) -> None:
+    write(tmp_path, base="", circle='extends = "mine.toml"', wrong="[run]\nsteps = 0", broken="[run")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, mine=text))
+    assert len(str(caught.value).splitlines()) == 1
+    for word in words:
+        assert word in str(caught.value)

@@ -168,8 +168,8 @@ def test_an_epoch_asks_every_question_once(finished: Result) -> None:
 def test_run_folder_is_complete(finished: Result) -> None:
     names = {path.name for path in finished.path.iterdir()}
     assert names >= {
-        "recipe.toml", "environment.json", "metrics.jsonl", "rollouts", "evaluations", "checkpoints", "model",
-        "summary.json",
+        "recipe.toml", "environment.json", "metrics.jsonl", "rollouts", "evaluations", "checkpoints", "base",
+        "model", "summary.json",
     }  # fmt: skip
     assert not [path for path in finished.path.rglob("*") if "writing" in path.name]
     environment = json.loads((finished.path / "environment.json").read_text())

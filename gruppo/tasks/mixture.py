@@ -21,6 +21,9 @@ class Mixture:
     weights: Sequence[float]
     seed: int
 
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
     def __iter__(self) -> Iterator[Prompt]:
         for part in self.parts:
             yield from part

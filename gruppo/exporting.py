@@ -1,0 +1,326 @@
+"""A checkpoint of a run as a Hugging Face folder that transformers alone loads, with a card that says how it was made.
+
+All that is read is the run folder: neither the start model nor the network is needed. The weights are the checkpoint's,
+config and tokenizer the run's base/; the generation config ends turns where the run did and draws as its evaluations
+did. No path of this machine goes into the card.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from gruppo.config import Decoding, Recipe, load_recipe
+from gruppo.errors import UsageError
+from gruppo.methods import METHODS
+from gruppo.reporting import Reporter, Silent
+from gruppo.runlog import publish
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import GenerationConfig
+
+    from gruppo.checkpoint import State
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Export:
+    """A written folder. `step`: of its checkpoint; `accuracy`: held-out, at that step, where it was evaluated."""
+
+    path: Path
+    step: int
+    accuracy: float | None
+    files: int
+    bytes: int
+
+
+def export(
+    run: str | Path,
+    to: str | Path,
+    *,
+    checkpoint: str | int = "last",
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    reporter: Reporter | None = None,
+) -> Export:
+    """Write a checkpoint of the run in the folder `run` as the new folder `to`.
+
+    `checkpoint`: "last"; "best", the kept one of the highest held-out accuracy (the later of equals); or a step.
+    `dtype`: float32 as trained, or bfloat16. `max_shard_size`: bytes of a weights file at the most, like "5GB"; larger
+    models are written in several. Raises UsageError: `to` holds files, no such run or checkpoint, one that is damaged.
+    """
+    source, target, shown = Path(run), Path(to), reporter or Silent()
+    _check(source, target, dtype, max_shard_size)
+    recipe = load_recipe(source / "recipe.toml")
+    folder = _choose(source, checkpoint)
+    state = _state(source, folder)
+    environment = json.loads((source / "environment.json").read_text(encoding="utf-8"))
+    with _new_folder(target) as building:
+        weights = folder / "weights.safetensors"
+        chat = _write_model(source / "base", weights, building, recipe, dtype, max_shard_size, shown)
+        (building / "README.md").write_text(card(recipe, state, environment, dtype, chat), encoding="utf-8")
+        written = list(building.iterdir())
+        size = sum(path.stat().st_size for path in written)
+    return Export(target, state.step, _accuracy(state, state.step), len(written), size)
+
+
+def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: cannot be exported; write {' or '.join(DTYPES)}")
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
+        raise UsageError(f"--max-shard-size {max_shard_size}: not a size; write e.g. 5GB or 500MB")
+    if not (source / "recipe.toml").is_file():
+        raise UsageError(f"{source}: holds no run; give the folder of one, e.g. runs/quickstart")
+    if not _steps(source):
+        raise UsageError(f"{source}: the run has no checkpoint yet; train until it has one")
+    if not (source / "base").is_dir():
+        raise UsageError(f"{source}: has no base/ (config and tokenizer), which runs of gruppo 0.1.0 did not write")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"--to {target}: is there already; give the name of a new folder")
+
+
+def _steps(source: Path) -> dict[int, Path]:
+    """The checkpoints by step, in order."""
+    folders = sorted((source / "checkpoints").glob("step-*"))
+    return {int(folder.name.removeprefix("step-")): folder for folder in folders}
+
+
+def _state(source: Path, folder: Path) -> State:
+    """The state in a checkpoint that agrees with its hashes."""
+    from gruppo.checkpoint import load_state, problem_of
+
+    if problem := problem_of(folder):
+        raise UsageError(f"{folder}: the checkpoint is damaged ({problem}); {_others(source, folder)}")
+    return load_state(folder)
+
+
+def _choose(source: Path, checkpoint: str | int) -> Path:
+    steps = _steps(source)
+    if checkpoint == "last":
+        return steps[max(steps)]
+    if checkpoint == "best":
+        evaluated = _state(source, steps[max(steps)]).evaluations
+        if len([step for step in evaluated if int(step)]) < 2:
+            raise UsageError(
+                "--checkpoint best: the run has not evaluated two steps that could be compared; take --checkpoint "
+                "last, or train with evaluation.every"
+            )
+        kept = [step for step in steps if str(step) in evaluated]
+        if not kept:
+            raise UsageError(f"--checkpoint best: no step with a checkpoint was evaluated; {_others(source)}")
+        return steps[max(kept, key=lambda step: (evaluated[str(step)]["accuracy"], step))]
+    try:
+        return steps[int(checkpoint)]
+    except (KeyError, ValueError):
+        raise UsageError(f"--checkpoint {checkpoint}: there is none; write last, best, or {_others(source)}") from None
+
+
+def _others(source: Path, but: Path | None = None) -> str:
+    found = [str(step) for step, folder in _steps(source).items() if folder != but]
+    return f"the steps with a checkpoint are {', '.join(found)}" if found else "there is no other"
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill beside `target`, which gets its name when the block ends well and goes when it does not."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".writing-{target.name}-"))
+    except OSError as error:
+        raise UsageError(f"--to {target}: cannot be written to ({error}); choose another folder") from error
+    try:
+        yield building
+        building.chmod(0o755)  # temporary folders, and safetensors' files, are for their owner's eyes only
+        for path in building.iterdir():
+            path.chmod(0o644)
+        publish(building, target.absolute())
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_model(
+    base: Path, weights: Path, building: Path, recipe: Recipe, dtype: str, max_shard_size: str, reporter: Reporter
+) -> bool:
+    """Write weights, configs and tokenizer; whether there is a chat template."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from gruppo.models import eos_ids, load_weights, loading_progress
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with tempfile.TemporaryDirectory() as name, loading_progress(reporter):
+        whole = Path(name)
+        shutil.copytree(base, whole, dirs_exist_ok=True)
+        (whole / "model.safetensors").symlink_to(weights.absolute())
+        model = load_weights(str(whole), getattr(torch, dtype))
+        settings = recipe.evaluation.decoding if recipe.evaluation else Decoding()
+        model.generation_config = _generation(eos_ids(model, tokenizer), tokenizer, settings)
+        model.save_pretrained(building, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(building)
+    return bool(tokenizer.chat_template)
+
+
+def _generation(ends: Sequence[int], tokenizer: Any, settings: Decoding) -> GenerationConfig:
+    """Ends turns at every id that ended them in the run; greedy unless the run's evaluations were not."""
+    from transformers import GenerationConfig
+
+    options = settings.model_dump(include={"temperature", "top_k", "top_p", "min_p"})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
+        **({"do_sample": True, **options} if settings.temperature else {}),
+    )
+
+
+def card(recipe: Recipe, state: State, environment: Mapping[str, Any], dtype: str, chat: bool) -> str:
+    """The model card: what the model is, method, data, figures, the command that makes it again, how to load it."""
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": sorted({"gruppo", "grpo", recipe.method.name}),
+    }
+    front |= {"base_model": recipe.model.name} if _on_hub(recipe.model.name) else {}
+    if sets := [task.name for task in recipe.tasks if _on_hub(task.name)]:
+        front["datasets"] = sets
+    step = f"step {state.step} of {recipe.run.steps}"
+    sections = [
+        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
+        f"# {recipe.run.name}",
+        f"`{_portable(recipe.model.name)}` after {step} of [Group Relative Policy Optimization]"
+        f"(https://arxiv.org/abs/2402.03300) with gruppo, weights in {dtype}.",
+        "## Use",
+        _USE.format(inputs=_CHAT if chat else _TEXT),
+        "## Method",
+        _method(recipe),
+        "## Data",
+        _data(recipe, environment),
+        "## Figures",
+        _figures(recipe, state),
+        "## Made by",
+        _made_by(recipe, environment),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+model = AutoModelForCausalLM.from_pretrained("this folder")
+inputs = {inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```"""
+_TEXT = 'tokenizer("What is 3 + 4?", return_tensors="pt")'
+_CHAT = (
+    'tokenizer.apply_chat_template([{"role": "user", "content": "What is 3 + 4?"}], add_generation_prompt=True, '
+    'return_dict=True, return_tensors="pt")'
+)
+
+
+def _method(recipe: Recipe) -> str:
+    row, sampling, optimizer = METHODS[recipe.method.name], recipe.sampling, recipe.optimizer
+    rows = {
+        "method": f"`{recipe.method.name}`: {row.equation}",
+        "signal": row.signal,
+        "loss": row.loss,
+        "a step": f"{sampling.prompts_per_step} questions × {sampling.group_size} completions of at most "
+        f"{sampling.max_tokens} tokens at temperature {sampling.temperature:g}",
+        "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g} ({optimizer.schedule}), "
+        f"{recipe.method.inner_updates} updates a step",
+        "parameters": ", ".join(
+            f"{name} = {_portable(value)}" for name, value in recipe.method.model_dump().items() if name != "name"
+        ),
+    }
+    return _two_columns(rows)
+
+
+def _data(recipe: Recipe, environment: Mapping[str, Any]) -> str:
+    weights = recipe.reward.weights or [1.0] * len(recipe.reward.functions)
+    rewards = zip(recipe.reward.functions, weights, strict=True)
+    names = ", ".join(f"`{_portable(task.name)}`" for task in recipe.tasks)
+    rows = {
+        "questions": names + (f", {environment['prompts']} rows" if "prompts" in environment else ""),
+        "rewards": ", ".join(f"`{_portable(name)}` (weight {weight:g})" for name, weight in rewards) or "none",
+    }
+    if recipe.evaluation:
+        task = recipe.evaluation.task
+        held = f"`{_portable(task.name)}`" if task else "the held-out part of the task"
+        rows["held-out questions"] = f"{held}, judged by `{_portable(recipe.evaluation.grader)}`"
+    return _two_columns(rows)
+
+
+def _figures(recipe: Recipe, state: State) -> str:
+    rows = {
+        f"held-out accuracy {when}": f"{figures['accuracy']:.1%} (95 % interval {figures['interval'][0]:.1%} to "
+        f"{figures['interval'][1]:.1%}, {figures['questions']} questions)"
+        for when, step in (("before", 0), (f"after step {state.step}", state.step))
+        if (figures := state.evaluations.get(str(step)))
+    }
+    rows |= {
+        "steps": str(state.step),
+        "seconds of training": f"{state.train_seconds:.0f}",
+        "seed": str(recipe.run.seed),
+    }
+    return _two_columns(rows)
+
+
+def _made_by(recipe: Recipe, environment: Mapping[str, Any]) -> str:
+    given = [
+        what
+        for what, names in (
+            ("the model", [recipe.model.name]),
+            ("the questions", [task.name for task in recipe.tasks]),
+            ("reward functions", recipe.reward.functions),
+        )
+        if any(name.startswith("given:") for name in names)
+    ]
+    if given:
+        how = f'`gruppo.train("recipe.toml", …)` from Python, which was given {", ".join(given)} (`given:` below)'
+    else:
+        how = "`gruppo train recipe.toml`"
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return (
+        f"{how}, with the recipe below; Python {environment['python']}, {versions}; products in "
+        f"{environment['chosen']['dtype']} on {environment['chosen']['device']}.\n\n"
+        f"```toml\n{tomli_w.dumps(_portable(tomllib.loads(recipe.to_toml())))}```"
+    )
+
+
+def _two_columns(rows: Mapping[str, str]) -> str:
+    cells = [f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for name, text in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *cells])
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a model or data set is named as the Hugging Face hub names them."""
+    hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.startswith("reasoning-gym/")
+    return bool(hub) and not Path(name).exists()
+
+
+def _portable(value: Any) -> Any:
+    """A value of the recipe with absolute paths cut to their last part: folders are this machine's business."""
+    if isinstance(value, dict):
+        prompts = {"system", "template"}
+        return {_portable(key): each if key in prompts else _portable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_portable(each) for each in value]
+    return re.sub(r"^((?:\w+:)?)[/~].*/", r"\1", value) if isinstance(value, str) else value
+
+
+def _accuracy(state: State, step: int) -> float | None:
+    accuracy: float | None = state.evaluations.get(str(step), {}).get("accuracy")
+    return accuracy

@@ -1,0 +1,173 @@
+"""The recipe described, from the one place where its fields are documented: for editors, for readers, and as it stands.
+
+`json_schema` is what TOML editors complete and check with, `markdown` the page docs/recipe.md, `annotated` a recipe
+with every default written out.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tomli_w
+
+from gruppo.config import Decoding, Evaluation, Method, Model, Optimizer, Recipe, Reward, Run, Sampling, Section, Task
+from gruppo.methods import METHODS
+
+EXTENDS = (
+    "Path of a recipe, relative to this file, that this one is laid over: tables field by field, everything else whole."
+)
+
+# The tables of a recipe, in the order of the page; the same fields may stand in several places.
+TABLES: dict[str, type[Section]] = {
+    "[run]": Run,
+    "[model]": Model,
+    "[task], [[mixture]], [evaluation.task]": Task,
+    "[reward]": Reward,
+    "[method]": Method,
+    "[sampling]": Sampling,
+    "[optimizer]": Optimizer,
+    "[evaluation]": Evaluation,
+    "[evaluation.decoding]": Decoding,
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """The recipe's JSON schema, in the draft that TOML editors read. A recipe that extends another may leave out the
+    model."""
+    made: dict[str, Any] = _plain(Recipe.model_json_schema(ref_template="#/definitions/{model}"))
+    definitions = made.pop("$defs")
+    named = {"model": {"required": definitions["Model"].pop("required")}}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Recipe of gruppo",
+        "description": "Everything that decides what a run computes. Printed by `gruppo schema`.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"extends": {"type": "string", "minLength": 1, "description": EXTENDS}, **made["properties"]},
+        "if": {"not": {"required": ["extends"]}},
+        "then": {"required": made["required"], "properties": named},
+        "definitions": definitions,
+    }
+
+
+def _plain(schema: Any) -> Any:
+    """Without what TOML has no word for (null), titles that repeat names, and defaults that are whole tables."""
+    if isinstance(schema, list):
+        return [_plain(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if not (key == "title" and isinstance(value, str))}
+    if kept.get("default", 0) is None or "$ref" in kept:
+        kept.pop("default", None)
+    if "anyOf" in kept:
+        kept["anyOf"] = [each for each in kept["anyOf"] if each != {"type": "null"}]
+        if len(kept["anyOf"]) == 1:
+            kept |= kept.pop("anyOf")[0]
+    if isinstance(kept.get("description"), str):
+        kept["description"] = " ".join(kept["description"].split())
+    return {key: value if key == "default" else _plain(value) for key, value in kept.items()}
+
+
+def markdown() -> str:
+    """docs/recipe.md: a section a table, a row a field."""
+    schema = json_schema()
+    count = sum(1 for _ in _fields())
+    lines = [
+        "# The recipe, field by field",
+        "",
+        "<!-- Made by `gruppo schema --markdown > docs/recipe.md`; the texts stand in gruppo/config.py. -->",
+        "",
+        f"{count} fields; only `model.name` has no default. `gruppo train RECIPE --show` prints a recipe with",
+        "every value that it comes to.",
+        "",
+        f'`extends = "other.toml"`, above the first table: {EXTENDS[0].lower()}{EXTENDS[1:]}',
+        "A [task] replaces the [[mixture]] of the other and a [[mixture]] its [task]; `run.name` is never taken over.",
+    ]
+    for title, table in TABLES.items():
+        lines += ["", f"## {title}", "", " ".join((table.__doc__ or "").split()), ""]
+        lines += ["| field | values | default | meaning |", "| --- | --- | --- | --- |"]
+        properties = schema["definitions"][table.__name__]["properties"]
+        for name, field in table.model_fields.items():
+            if (table, name) == (Evaluation, "decoding"):
+                continue
+            meaning = " ".join((field.description or "").split()).replace("<", "&lt;")
+            default = "" if field.is_required() else _literal(field.default)
+            others = [
+                f"{method}: {_literal(row.settings[name])}" for method, row in METHODS.items() if name in row.settings
+            ]
+            if table is Method and others:
+                default += "; " + ", ".join(others)
+            cells = (f"`{name}`", _values(properties[name]), default, meaning)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _fields() -> Iterator[str]:
+    """Every field once; [evaluation.decoding] is a table, not a field."""
+    for title, table in TABLES.items():
+        yield from (f"{title} {name}" for name in table.model_fields if (table, name) != (Evaluation, "decoding"))
+
+
+def _literal(value: Any) -> str:
+    """A default for the page; nothing for None."""
+    return "" if value is None else f"`{_toml(value)}`"
+
+
+def _toml(value: Any) -> str:
+    """A value as it stands behind `=` in TOML; of tables, the empty one only."""
+    return "{}" if value == {} else tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """What a field takes, in words."""
+    if "enum" in schema:
+        return ", ".join(f'`"{each}"`' for each in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(_values(each) for each in schema["anyOf"])
+    if "$ref" in schema:
+        return "table"
+    if schema["type"] == "array":
+        return "list of " + {"string": "texts", "number": "numbers"}[schema["items"]["type"]]
+    words = {"string": "text", "integer": "integer", "number": "number", "boolean": "true, false", "object": "table"}
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = " and ".join(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)
+    return f"{words[schema['type']]} {bounds}".strip()
+
+
+def annotated(recipe: Recipe) -> str:
+    """The resolved recipe as TOML, every field under its documentation; reading it again gives an equal recipe."""
+    blocks: list[str] = []
+    for name in type(recipe).model_fields:
+        value = getattr(recipe, name)
+        if isinstance(value, Section) and not (name == "task" and recipe.mixture):
+            blocks += _table(name, value)
+        elif name == "mixture":
+            blocks += [line for task in value for line in _table(name, task, repeated=True)]
+        elif value is None:
+            blocks += [f"{_comment(Evaluation.__doc__)}# [evaluation]\n"]
+    return "\n".join(blocks)
+
+
+def _table(header: str, section: Section, repeated: bool = False) -> list[str]:
+    """A table and those inside it, which TOML wants behind its own fields."""
+    text = _comment(type(section).__doc__) + (f"[[{header}]]\n" if repeated else f"[{header}]\n")
+    inner: list[str] = []
+    for name, field in type(section).model_fields.items():
+        value, note = getattr(section, name), _comment(field.description)
+        if isinstance(value, Section):
+            inner += _table(f"{header}.{name}", value)
+        elif isinstance(value, dict) and value:
+            for part in reversed([*header.split("."), name]):
+                value = {part: value}
+            inner.append(note + tomli_w.dumps(value))
+        elif value is None:
+            text += f"{note}# {name} = …\n"
+        else:
+            text += f"{note}{name} = {_toml(value)}\n"
+    return [text, *inner]
+
+
+def _comment(text: str | None) -> str:
+    return textwrap.fill(" ".join((text or "").split()), 100, initial_indent="# ", subsequent_indent="# ") + "\n"
