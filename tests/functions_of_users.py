@@ -29,3 +29,7 @@ def soft_surrogate(logprobs, ratio, advantages, clip_low, clip_high):
 
 def surrogate_of_one_number(logprobs, ratio, advantages, clip_low, clip_high):
     return (ratio * advantages).sum()
+
+
+def begins_early(text, columns):
+    return bool(text) and text[0] in "abcdefghijklm"

@@ -39,11 +39,13 @@ def test_help_explains_every_option() -> None:
     for command, options in {
         (): ["train", "eval", "sample", "export", "schema", "--version"],
         ("train",): ["--set", "--out", "--resume", "--show"],
-        ("eval",): ["--task", "--questions", "--max-tokens", "--grader", "--device", "--dtype", "--option", "--out"],
-        ("sample",): ["--prompt", "--count", "--temperature", "--max-tokens", "--seed", "--plain"],
+        ("eval",): ["--recipe", "--task", "--questions", "--samples", "--max-tokens", "--grader", "--device", "--dtype",
+                    "--option", "--set", "--out"],
+        ("sample",): ["--prompt", "--count", "--temperature", "--top-k", "--top-p", "--min-p", "--max-tokens",
+                      "--min-tokens", "--stop", "--seed", "--plain", "--json"],
         ("export",): ["--to", "--checkpoint", "--dtype", "--max-shard-size"],
         ("schema",): ["--markdown"],
-    }.items():
+    }.items():  # fmt: skip
         shown = gruppo(*command, "--help")
         assert shown.returncode == 0
         for option in options:
@@ -158,3 +160,50 @@ def test_interrupted_saves_says_how_to_go_on_and_exits_with_130(recipe_file: Pat
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["state"] == "interrupted"
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_sample_as_json_with_truncation_and_stop_texts(tiny_folder: str) -> None:
+    """Four answers with the log-probabilities of their tokens; none holds the stop text."""
+    flags = ["-p", "ab", "--plain", "-n", 4, "--max-tokens", 12, "--top-k", 20, "--top-p", 0.95, "--min-p", 0.001,
+             "--min-tokens", 3, "--dtype", "float32", "--json"]  # fmt: skip
+    plain = gruppo("sample", tiny_folder, *flags)
+    assert plain.returncode == 0, plain.stderr
+    answers = [json.loads(line) for line in plain.stdout.splitlines()]
+    assert len(answers) == 4
+    for answer in answers:
+        assert 3 <= len(answer["token_ids"]) == len(answer["logprobs"]) <= 12
+        assert max(answer["logprobs"]) <= 0
+    letter = answers[0]["text"][4]
+    stopped = [json.loads(line) for line in gruppo("sample", tiny_folder, *flags, "--stop", letter).stdout.splitlines()]
+    assert stopped[0]["finish_reason"] == "stop"
+    assert answers[0]["text"].startswith(stopped[0]["text"])
+    assert len(stopped[0]["text"]) < len(answers[0]["text"])
+
+
+def test_eval_repeats_the_evaluation_of_a_recipe(recipe_file: Path, tiny_folder: str) -> None:
+    shown = gruppo("eval", tiny_folder, "--recipe", recipe_file)
+    assert shown.returncode == 0, shown.stderr
+    assert ", 4 questions)" in shown.stdout
+    drawn = gruppo(
+        "eval", tiny_folder, "--recipe", recipe_file, "--samples", 2, "--questions", 3, "--set",
+        "evaluation.decoding.temperature=1.0",
+    )  # fmt: skip
+    assert "3 questions, 2 answers each" in drawn.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (["sample", "m", "--top-p", 1.5], "evaluation.decoding.top_p = 1.5"),
+        (["sample", "m", "--top-k", -1], "evaluation.decoding.top_k = -1"),
+        (["sample", "m", "--min-tokens", 300], "min_tokens = 300"),
+        (["sample", "m", "--stop", ""], "evaluation.decoding.stop"),
+        (["eval", "m", "--samples", 4], "evaluation.samples = 4"),
+        (["eval", "m", "--option", "maximum=3"], "--task"),
+        (["eval", "m", "--set", "evaluation.decoding.top_p=2"], "evaluation.decoding.top_p = 2"),
+    ],
+)
+def test_wrong_decoding_is_refused_before_a_model_is_looked_for(command: list, word: str) -> None:
+    shown = gruppo(*command)
+    assert shown.returncode == 2
+    assert word in shown.stderr

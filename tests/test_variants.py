@@ -338,6 +338,18 @@ def test_leave_one_out_with_one_left_after_abstentions_has_no_signal() -> None:
     assert groups[1].advantages == [[1.0], [-1.0]]
 
 
+def test_abstained_completion_leaves_mean_and_std() -> None:
+    """slime#1414, slime#2230: an uneven group is normalised by itself."""
+    group = make_group([1], [[2], [3], [4], [5]], [1.0, None, 2.0, 6.0])
+    alone = make_group([1], [[2], [4], [5]], [1.0, 2.0, 6.0])
+    mark_trained([group, alone], False)
+    assign_advantages([group], Method())
+    assign_advantages([alone], Method())
+    assert group.advantages[1] == [0.0]
+    assert [group.advantages[0], *group.advantages[2:]] == alone.advantages
+    assert [row[0] for row in alone.advantages] == pytest.approx(normalised([1.0, 2.0, 6.0]))
+
+
 def test_abstained_completions_leave_the_batch_statistics() -> None:
     whole = [make_group([1], [[2], [3]], [1.0, 3.0]), make_group([1], [[2], [3]], [0.0, None])]
     mark_trained(whole, False)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gruppo.errors import UsageError, nearest
 from gruppo.imports import import_attribute
 from gruppo.reporting import Advance, Reporter
-from gruppo.tasks.transform import in_held_out, transform
+from gruppo.tasks.transform import in_held_out, prompt_text, transform
 from gruppo.types import Prompt, Row
 
 if TYPE_CHECKING:  # reward processes import this package and need neither
@@ -184,20 +184,19 @@ def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
 
 
 def _divide(whole: Part, task: Task) -> tuple[Part, Part]:
-    """The rows to train on and those held out, by the hash of their prompts."""
+    """The rows to train on and those held out, by the hash of their prompts; a held-out question is asked once, however
+    often it occurs, or its repetitions would make an interval too narrow."""
     held = [in_held_out(row, task.held_out) for row in whole.rows]
     if len(set(held)) < 2:
         raise UsageError(
             f"{whole.field}.held_out = {task.held_out}: of the {len(held)} rows of {whole.name} "
             f"{'all' if held[0] else 'none'} would be held out; write another share, or give more rows"
         )
+    places = [place for place, side in enumerate(held) if not side]
+    asked = {prompt_text(whole.rows[place]): place for place in reversed(range(len(held))) if held[place]}
     train, test = (
-        replace(
-            whole,
-            rows=[row for row, side in zip(whole.rows, held, strict=True) if side is wanted],
-            numbers=[number for number, side in zip(whole.numbers, held, strict=True) if side is wanted],
-        )
-        for wanted in (False, True)
+        replace(whole, rows=[whole.rows[place] for place in side], numbers=[whole.numbers[place] for place in side])
+        for side in (places, sorted(asked.values()))
     )
     return train, replace(test, name=f"{whole.name} (held out)")
 

@@ -51,10 +51,14 @@ def in_held_out(row: Row, share: float) -> bool:
 
     The order, the other rows and the seed do not matter, and equal prompts stay on one side.
     """
-    prompt = row["prompt"]
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(prompt_text(row).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def prompt_text(row: Row) -> str:
+    """A prompt as text, equal for equal prompts."""
+    prompt = row["prompt"]
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
 
 
 _EXAMPLES = '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}'

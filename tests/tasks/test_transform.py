@@ -105,10 +105,12 @@ def test_held_out_rows_depend_on_their_own_prompts_alone(tmp_path: Path) -> None
     assert {row["prompt"] for row in held.rows} < {row["prompt"] for row in larger.rows}
 
 
-def test_equal_prompts_stay_on_one_side(tmp_path: Path) -> None:
+def test_equal_prompts_stay_on_one_side_and_are_asked_once(tmp_path: Path) -> None:
     train, held = both_sides(save(tmp_path, MANY[:50] * 3), held_out=0.4)
     assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in held.rows}
-    assert len(train.rows) % 3 == len(held.rows) % 3 == 0
+    assert len(train.rows) == 3 * (50 - len(held.rows))
+    assert len({row["prompt"] for row in held.rows}) == len(held.rows)
+    assert held.numbers == sorted(held.numbers)
 
 
 def test_held_out_share_of_a_generated_task() -> None:
