@@ -4,7 +4,7 @@
 #   make test                                  style, types, tests
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
-#   make test-transformers TRANSFORMERS=5.16.1 the tests with another version of transformers, in an environment of its own
+#   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -93,16 +93,25 @@ def attention_plan(configs: Sequence[PreTrainedConfig], plan: AttentionPlan) -> 
     """Let `plan` do the attention of the modules with these configs inside the block; plans do not nest."""
     global _active
     assert _active is None, "an attention plan is active already"
+    _active = plan
+    try:
+        with attention_named(configs, NAME):
+            yield
+    finally:
+        _active = None
+
+
+@contextmanager
+def attention_named(configs: Sequence[PreTrainedConfig], name: str) -> Iterator[None]:
+    """Let the modules with these configs compute attention by that implementation inside the block."""
     before = [config._attn_implementation for config in configs]
     for config in configs:
-        config._attn_implementation = NAME
-    _active = plan
+        config._attn_implementation = name
     try:
         yield
     finally:
-        _active = None
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+        for config, held in zip(configs, before, strict=True):
+            config._attn_implementation = held
 
 
 class SharedPrefixAttention:
@@ -194,10 +203,15 @@ class CapturingAttention(SharedPrefixAttention):
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
         super().__init__(groups)
         self.captured: dict[int, tuple[Tensor, Tensor]] = {}
+        self.windows: set[int | None] = set()
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `AttentionPlan`; B = 1."""
+        """See `AttentionPlan`; B = 1. Raises ValueError for a layer that attends twice: its keys would overwrite each
+        other's."""
+        if layer.index in self.captured:
+            raise ValueError(f"layer {layer.index} computes attention more than once")
         self.captured[layer.index] = (key[0], value[0])
+        self.windows.add(layer.window)
         return super().attend(layer, query, key, value)
 
 

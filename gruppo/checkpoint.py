@@ -74,11 +74,11 @@ def load_state(folder: Path) -> State:
 def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state into model and optimizer."""
     weights = load_file(folder / "weights.safetensors")
+    held = named_weights(model)
+    assert weights.keys() == held.keys(), "the checkpoint is of another model"
+    for name, tensor in held.items():
+        tensor.copy_(weights[name])
     parameters = dict(model.named_parameters())
-    assert weights.keys() == parameters.keys(), "the checkpoint is of another model"
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         kind, _, owner = name.partition(":")
         parameter = parameters[owner]

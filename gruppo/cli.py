@@ -228,7 +228,7 @@ def sample(
                 f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason}, log-probability "
                 f"{total:.2f})"
             )
-        reporter.output.print(completion.text, markup=False)
+        typer.echo(completion.text)
 
 
 @app.command()

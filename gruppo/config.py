@@ -184,6 +184,11 @@ class Method(Section):
                 f'credit = "token" gives each token its own reward, which baseline = "{self.baseline}" and scale = '
                 f'"{self.scale}" do not know; write "batch" or "none" for both, or credit = "completion"'
             )
+        if self.baseline == "none" and self.scale == "group":
+            raise ValueError(
+                'scale = "group" with baseline = "none" would leave groups of equal rewards unscaled beside others; '
+                'write scale = "batch" or "none"'
+            )
         if self.surrogate == "log-likelihood" and self.inner_updates > 1:
             raise ValueError(
                 f'inner_updates = {self.inner_updates}: surrogate = "log-likelihood" has no ratio that corrects for '
@@ -225,7 +230,7 @@ class Optimizer(Section):
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate after warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: constant, or linearly or along a half cosine to 0 at the last step."""
+    """After warm-up: constant, or linearly or along a half cosine towards 0 behind the last step."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises linearly from 0 (the first step already moves)."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -354,7 +359,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     files = _read(source)
     where, data = files[0][0], _laid_over([data for _, data in files])
     for override in overrides:
-        _override(data, override)
+        data = _override(data, override)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -415,13 +420,25 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _laid_over(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The layers as one, the first on top."""
+    """The layers as one, the first on top. Other reward functions come without the options of those before; a task
+    takes the place of a mixture, and the other way round."""
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
         if "mixture" in layer or "task" in layer:
             merged.pop("task" if "mixture" in layer else "mixture", None)
+        reward, before = layer.get("reward"), merged.get("reward")
+        if isinstance(reward, dict) and isinstance(before, dict) and "functions" in reward:
+            merged["reward"] = _without_functions(before, reward["functions"])
         merged = _merged(merged, layer)
     return merged
+
+
+def _without_functions(reward: Mapping[str, Any], functions: Any) -> dict[str, Any]:
+    """A [reward] table whose functions are about to become others: without the options of those that go."""
+    options = reward.get("options")
+    if not isinstance(options, dict) or not isinstance(functions, list):
+        return dict(reward)
+    return {**reward, "options": {name: values for name, values in options.items() if name in functions}}
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -455,18 +472,41 @@ def toml_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *tables, field = (part.strip() for part in key.split("."))
-    if not equals or not tables or not all([*tables, field]):
-        raise RecipeError(f'--set {override}: not of the form section.field=value; write e.g. --set "run.steps=50"')
-    value = toml_value(text)
-    table = data
-    for part in tables:
-        table = table.setdefault(part, {})
+def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
+    """The recipe with one field changed. The key is one of TOML, so that quotes hold a name with dots together."""
+    form = f'--set {override}: not of the form section.field=value; write e.g. --set "run.steps=50"'
+    key, equals, text = _split(override)
+    try:
+        layer: Any = tomllib.loads(f"{key} = 0")
+    except ValueError:
+        raise RecipeError(form) from None
+    path: list[str] = []
+    while isinstance(layer, dict) and len(layer) == 1:
+        ((name, layer),) = layer.items()
+        path.append(name)
+    if not equals or len(path) < 2 or layer != 0:
+        raise RecipeError(form)
+    if path[0] == "mixture":
+        raise RecipeError(f"--set {override}: tasks of a mixture have no names; write them in the recipe")
+    table: Any = data
+    for part in path[:-1]:
+        table = table.get(part, {})
         if not isinstance(table, dict):
             raise RecipeError(f"--set {override}: {part} is not a table of the recipe; write section.field=value")
-    table[field] = value
+    value: Any = toml_value(text)
+    for part in reversed(path):
+        value = {part: value}
+    return _laid_over([value, data])
+
+
+def _split(override: str) -> tuple[str, str, str]:
+    """Key, "=" and value; an "=" within quotes belongs to the key."""
+    quoted = False
+    for place, letter in enumerate(override):
+        quoted ^= letter == '"'
+        if letter == "=" and not quoted:
+            return override[:place], "=", override[place + 1 :]
+    return override, "", ""
 
 
 def _explain(details: ErrorDetails) -> str:

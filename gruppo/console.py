@@ -40,8 +40,8 @@ class ConsoleReporter:
     """See `gruppo.reporting.Reporter`. Bars go to standard error, results to standard output."""
 
     def __init__(self) -> None:
-        self.output = Console(highlight=False, soft_wrap=True)
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.output = Console(highlight=False, soft_wrap=True, emoji=False)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),

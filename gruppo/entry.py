@@ -85,7 +85,11 @@ def _as_given(recipe: Recipe, rewards: Sequence[str | RewardFunction] | None, ro
             each if isinstance(each, str) else f"given:{getattr(each, '__qualname__', type(each).__name__)}"
             for each in rewards
         ]
-        changes["reward"] = recipe.reward.model_copy(update={"functions": names})
+        options = {name: held for name, held in recipe.reward.options.items() if name in names}
+        if not recipe.reward.functions:
+            options = recipe.reward.options  # whatever fits no function given is a mistake
+        others = {"functions": names, "options": options}
+        changes["reward"] = recipe.reward.model_copy(update=others)
     if rows:
         if recipe.mixture:
             raise UsageError("prompts: rows are given, and the recipe has a [[mixture]]; take one of them")

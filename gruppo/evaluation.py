@@ -40,14 +40,15 @@ class Evaluation:
     def figures(self) -> dict[str, Any]:
         """accuracy, and the shares of answers that end by themselves and that hold a number: fractions of all answers.
 
-        The 95 % interval of the accuracy is Wilson's for one answer a question, else a bootstrap over questions: the
-        answers to one question are not independent of each other.
+        The 95 % interval of the accuracy is over questions, as the answers to one are not independent of each other:
+        Wilson's where every question is all right or all wrong, as with one answer each, else a bootstrap.
         """
         count = len(self.completions)
-        if self.samples == 1:
-            low, high = wilson_interval(sum(self.correct), count)
+        shares = np.array(self.correct).reshape(-1, self.samples).mean(axis=1)
+        if set(shares) <= {0.0, 1.0}:
+            low, high = wilson_interval(int(shares.sum()), len(shares))
         else:
-            low, high = bootstrap_interval(np.array(self.correct).reshape(-1, self.samples).mean(axis=1))
+            low, high = bootstrap_interval(shares)
         return {
             "accuracy": sum(self.correct) / count,
             "interval": [low, high],

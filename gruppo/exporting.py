@@ -181,7 +181,7 @@ def _generation(ends: Sequence[int], tokenizer: Any, settings: Decoding) -> Gene
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(ends),
+        eos_token_id=list(ends) or None,
         pad_token_id=pad,
         **({"do_sample": True, **options} if settings.temperature else {}),
     )

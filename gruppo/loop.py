@@ -147,14 +147,16 @@ class _Run:
             return groups
         for _ in range(rounds):
             lacking = wanted - sum(map(rewards_differ, groups))
-            if lacking:
+            if lacking and any(any(group.trained) for group in groups):  # else the reward is broken: more will not help
                 groups += self._sample(step, self.state.cursor + len(groups), lacking, metrics, clock)
         for group in groups:
             if not rewards_differ(group):
                 drop(group, "dropped, as its rewards do not differ; other questions were drawn (method.refill_rounds)")
         if lacking := wanted - sum(map(rewards_differ, groups)):
-            message = f"after {rounds} rounds of refilling {lacking} of {wanted} groups still have equal rewards"
-            self.run.event("refill_exhausted", f"{message}; the step goes on without them", step)
+            unknown = sum(not any(reward.total is not None for reward in group.rewards) for group in groups)
+            message = f"refilling up to {rounds} times left {lacking} of {wanted} groups without rewards that differ"
+            detail = f"{len(groups)} were sampled, {unknown} of them abstained; the step goes on without them"
+            self.run.event("refill_exhausted", f"{message} ({detail})", step)
         return groups
 
     def _sample(self, step: int, cursor: int, count: int, metrics: Metrics, clock: _Clock) -> list[Group]:

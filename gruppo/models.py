@@ -33,7 +33,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from gruppo.attention import AttentionPlan, CapturingAttention, attention_plan
+from gruppo.attention import AttentionPlan, CapturingAttention, attention_named, attention_plan
 from gruppo.errors import UsageError
 from gruppo.hub import hub_reachable
 from gruppo.maths.logprobs import OutputHead
@@ -251,15 +251,29 @@ def _tried(policy: LanguageModel) -> LanguageModel:
         start += own
     positions = torch.tensor([[*prompt, *(place for row in rows for place in range(len(prompt), len(row)))]])
     try:
-        expected = torch.cat([model(input_ids=ids[:, row], use_cache=False).logits[0] for row in rows])
-        hidden = policy.hidden_states(ids, positions.to(policy.device), plan)[0]
+        with attention_named(_configs(model), "eager"):  # in transformers 5.16 its quicker kernels leave soft caps out
+            expected = torch.cat([model(input_ids=ids[:, row], use_cache=False).logits[0] for row in rows])
     except Exception as error:  # another project's module: anything can be wrong with it
+        raise UsageError(
+            f"model: architecture {name} fails by itself ({_first_line(error)}); mend the model"
+        ) from error
+    try:
+        hidden = policy.hidden_states(ids, positions.to(policy.device), plan)[0]
+    except Exception as error:
         raise UsageError(
             f"model: architecture {name} does not run on gruppo's attention ({_first_line(error)}); use another model"
         ) from error
+    text = model.config.get_text_config()
+    window = int(getattr(text, "sliding_window", None) or 0)
+    told = getattr(text, "layer_types", None) or not getattr(text, "use_sliding_window", True)
+    if 0 < window < policy.context and not told and None in plan.windows:
+        raise UsageError(
+            f"model: architecture {name} has a sliding window of {window} tokens that it does not tell its attention "
+            "of; use another model"
+        )
     raw = replace(policy, dtype=hidden.dtype).head.logits(hidden)[[place for row in rows for place in row]]
     near = 1e-3 * (1 + float(expected.abs().max()))
-    for scale, softcap in _head_settings(model.config.get_text_config()):
+    for scale, softcap in _head_settings(text):
         made = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
         if plan.captured and float((made - expected).abs().max()) < near:
             width = sum(each.shape[0] * each.shape[-1] for pair in plan.captured.values() for each in pair)
@@ -368,8 +382,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's parameters by name, a tied one once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """What a saved model holds, by name: its parameters, a tied one once, and its persistent buffers (routers have
+    biases that are no parameters)."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    kept = model.state_dict().keys()
+    return parameters | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def weights_sha256(model: nn.Module) -> str:

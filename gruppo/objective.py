@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -76,8 +77,8 @@ def rewards_differ(group: Group) -> bool:
 
 
 def drop(group: Group, why: str) -> None:
-    """Take a group out of the objective, as if it had not been sampled."""
-    group.trained, group.skipped = [False] * len(group.trained), why
+    """Take a group out of the objective, as if it had not been sampled; `why`, unless there is a reason already."""
+    group.trained, group.skipped = [False] * len(group.trained), group.skipped or why
 
 
 def assign_advantages(groups: Sequence[Group], settings: Method) -> None:
@@ -116,7 +117,7 @@ def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[li
         for completion, used in zip(group.completions, group.trained, strict=True)
         if used
     ]
-    return [[value] * length for value, length in zip(torch.cat(values).tolist(), lengths, strict=True)]
+    return [[value] * length for value, length in zip(chain(*(each.tolist() for each in values)), lengths, strict=True)]
 
 
 def _token_advantages(places: Sequence[tuple[Group, int]], settings: Method) -> list[list[float]]:

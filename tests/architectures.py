@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from gruppo.models import LanguageModel, wrap_model
+from gruppo.models import LanguageModel, named_weights, wrap_model
 from tests.conftest import END, make_tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -75,10 +75,13 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], PreTrainedConfig]]] = {
 def make_architecture(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> LanguageModel:
     """A tiny model of that architecture with random weights, biases and sinks included."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name][1]())
+    config = ARCHITECTURES[name][1]()
+    # In transformers 5.16 the default kernel leaves soft caps out; the plainest attention is right in all versions.
+    kernel = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases begin at 0 and norms at 1: a bias forgotten would not be seen
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        for tensor in named_weights(model).values():
+            if tensor.ndim == 1:  # biases begin at 0 and norms at 1: a bias forgotten would not be seen
+                tensor.add_(0.1 * torch.randn_like(tensor))
     model.to(torch.float64 if dtype == torch.float64 else torch.float32)
     return wrap_model(model, make_tokenizer(), dtype)

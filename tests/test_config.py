@@ -210,3 +210,22 @@ def test_mistakes_in_extending_name_file_and_key(text: str, words: list[str], tm
     assert len(str(caught.value).splitlines()) == 1
     for word in words:
         assert word in str(caught.value)
+
+
+def test_other_reward_functions_come_without_the_options_of_those_before(tmp_path: Path) -> None:
+    base = tmp_path / "base.toml"
+    base.write_text('[model]\nname = "m"\n[reward]\nfunctions = ["regex", "number"]\n'
+                    '[reward.options.regex]\npattern = "x"\n')  # fmt: skip
+    (tmp_path / "child.toml").write_text('extends = "base.toml"\n[reward]\nfunctions = ["number"]\n')
+    for recipe in (load_recipe(tmp_path / "child.toml"), load_recipe(base, ['reward.functions=["number"]'])):
+        assert (recipe.reward.functions, recipe.reward.options) == (["number"], {})
+
+
+def test_overrides_of_names_with_dots_and_of_a_mixture() -> None:
+    data = {**MINIMAL, "reward": {"functions": ["my.py:f"]}}
+    recipe = load_recipe(data, ['reward.options."my.py:f".word="a=b"'])
+    assert recipe.reward.options == {"my.py:f": {"word": "a=b"}}
+    mixed = {**MINIMAL, "mixture": [{"name": "arithmetic"}, {"name": "x.jsonl"}]}
+    assert load_recipe(mixed, ["task.name=arithmetic"]).mixture == []
+    assert "written in the recipe" not in mistake(mixed, "mixture.0.weight=2")
+    assert "mixture" in mistake(mixed, "mixture.0.weight=2")

@@ -24,10 +24,11 @@ from gruppo.models import (
     eos_ids,
     find_model,
     load_model,
+    save_model,
     weights_sha256,
     wrap_model,
 )
-from tests.architectures import ARCHITECTURES
+from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_policy, make_tokenizer
 
 
@@ -116,6 +117,40 @@ def test_model_that_sees_the_future_is_found_out_by_trying_it() -> None:
     both_ways = transformers.BertLMHeadModel(transformers.BertConfig(**settings, intermediate_size=8))
     with pytest.raises(UsageError, match=r"bert \(BertLMHeadModel\)"):
         wrap_model(both_ways, make_tokenizer())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_saved_and_loaded_models_give_the_same_logits(name: str, tmp_path: Path) -> None:
+    """Buffers that are no parameters, such as the bias of DeepSeek's router, are saved too; transformers loads them."""
+    policy = make_architecture(name)
+    save_model(policy, tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    expected = policy.model(input_ids=ids).logits
+    kernel = policy.model.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation=kernel)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+    again = load_model(find_model(str(tmp_path / "saved")), "cpu", "float32")
+    assert weights_sha256(again.model) == weights_sha256(policy.model)
+
+
+def test_layers_that_attend_twice_are_refused() -> None:
+    """The second call's keys would overwrite the first's; packing would be right, and sampling wrong."""
+    config = transformers.DiffLlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"diffllama .* more than once"):
+        wrap_model(transformers.DiffLlamaForCausalLM(config), make_tokenizer())
+
+
+def test_windows_that_attention_is_not_told_of_are_refused() -> None:
+    """PhiMoE puts its window into the mask alone: within nine tokens there is nothing to be seen of it."""
+    config = transformers.PhimoeConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, sliding_window=10, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"phimoe .* sliding window of 10"):
+        wrap_model(transformers.AutoModelForCausalLM.from_config(config), make_tokenizer())
 
 
 def test_long_rope_is_used_up_to_its_original_length() -> None:

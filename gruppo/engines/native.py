@@ -308,7 +308,9 @@ class _Flight:
                 continue
             tokens = self.tokens[row, :length].tolist()
             text, before = _text(self.policy, tokens), _text(self.policy, tokens[:-1])
-            starts = [text.find(stop, max(0, len(before) - len(stop) + 1)) for stop in self.options.stop]
+            pairs = enumerate(zip(before, text))  # the last token of a character changes what its first ones gave
+            same = next((place for place, (old, new) in pairs if old != new), min(len(before), len(text)))
+            starts = [text.find(stop, max(0, same - len(stop) + 1)) for stop in self.options.stop]
             if any(start >= 0 for start in starts):
                 found[row] = min(start for start in starts if start >= 0)
         return found

@@ -22,9 +22,12 @@ def advantages(
 
     `groups` hold the rewards of trained completions only: one that abstained is left out by the caller, as if it had
     not been sampled. Where the rewards that b or s is taken over are all equal, a group of one among them, the result
-    is exactly 0, without rounding residue; with baseline "none" that concerns s alone, which is then left out. Raises
-    ValueError on a reward that is not finite, and for "leave-one-out" on a group of one.
+    is exactly 0, without rounding residue; with baseline "none" an s of 0 is left out. Raises ValueError on a reward
+    that is not finite, for "leave-one-out" on a group of one, and for baseline "none" with scale "group", where groups
+    of equal rewards would stand unscaled beside others.
     """
+    if baseline == "none" and scale == "group":
+        raise ValueError('baseline = "none" with scale = "group": write scale = "batch" or "none"')
     every = torch.cat(list(groups)) if groups else torch.zeros(0)
     if not torch.isfinite(every).all():
         raise ValueError(f"rewards = {every.tolist()}: a reward must be finite; let that completion abstain")
@@ -52,7 +55,7 @@ def _advantages(rewards: Tensor, every: Tensor, unit: Tensor, baseline: str, sca
             raise ValueError(f'scale = {scale!r}: write "group", "batch" or "none"')
         return centred * unit
     if _equal(spread_over):
-        return torch.zeros_like(rewards) if baseline != "none" and scale == "group" else centred * unit
+        return torch.zeros_like(rewards) if scale == "group" else centred * unit
     return centred / (spread_over.std(correction=1) + EPSILON / unit)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
@@ -20,6 +21,8 @@ _DECIMAL = rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|{_SIGN}(?<![
 _NUMBER = re.compile(f"{_FRACTION}|{_DECIMAL}", re.ASCII)
 
 _DELIMITED = re.compile(r"(?<!\\)(?:\$|\\[(\[])|\\boxed")
+_SCIENTIFIC = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][-+]?\d{1,2}(?![\w.])", re.ASCII)
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d+)$")
 MATH_SECONDS = 2  # for reading, and for each comparison; math-verify counts in whole seconds
 
@@ -50,15 +53,17 @@ def same_number(text: str, answer: object) -> bool:
 def same_mathematics(text: str, answer: object) -> bool | None:
     """Whether what `text` answers equals `answer` symbolically, by math-verify; None where `answer` cannot be read.
 
-    `text`: its last \\boxed{}, else what follows "the answer is", else its last formula or number counts; without any
-    of them it equals nothing. `answer`: a number, LaTeX with or without dollars, a text with \\boxed{}, or a solution
-    in the form of GSM8K, where what follows "####" counts. Raises TimeoutError where math-verify takes longer than
-    MATH_SECONDS. It works by signals: only in a main thread.
+    `text`: of what stands in its last <answer> tags, or of all of it, the last \\boxed{}, else what follows "the answer
+    is", else the last formula or number counts; without any of them it equals nothing. `answer`: a number, LaTeX with
+    or without dollars, a text with \\boxed{}, or a solution in the form of GSM8K, where what follows "####" counts.
+    Raises TimeoutError where math-verify takes longer than MATH_SECONDS. It works by signals: only in a main thread.
     """
     wanted = _reference(str(answer))
     if not wanted:
         return None
-    return _any_equal(wanted, _parse(text))
+    if tagged := _TAGGED.findall(text):
+        text = tagged[-1].strip()
+    return _any_equal(wanted, _parse(_SCIENTIFIC.sub(_written_out, text)))
 
 
 @lru_cache(maxsize=1024)
@@ -72,6 +77,10 @@ def _reference(answer: str) -> tuple[Any, ...]:
 
 def _power_of_ten(exponent: re.Match[str]) -> str:
     return rf"\cdot 10^{{{int(exponent[1])}}}"
+
+
+def _written_out(number: re.Match[str]) -> str:
+    return f"{Decimal(number[0]):f}"
 
 
 def _parse(text: str) -> Sequence[Any]:

@@ -18,6 +18,8 @@ def load(split: str, maximum: int = 20, held_out: int = 256, negative: bool = Tr
     `held_out` questions (a + b and b + a counted once) go to "test", drawn by a fixed seed; everything else is
     "train". Raises UsageError where that leaves no question on either side.
     """
+    if split not in {"train", "test"}:
+        raise UsageError(f'split = "{split}": must be "train" or "test"')
     if type(maximum) is not int or not 1 <= maximum <= 1000:
         raise UsageError(f"options.maximum = {maximum!r}: must be a whole number from 1 to 1000; write maximum = 20")
     if not isinstance(negative, bool):

@@ -1,9 +1,13 @@
 """The parts of the native engine."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from gruppo.engines import SamplingOptions
-from gruppo.engines.native import sample_tokens
+from gruppo.engines.native import _Flight, sample_tokens
+from tests.conftest import make_policy
 
 
 def test_inverse_distribution_function_by_hand() -> None:
@@ -42,3 +46,23 @@ def test_greedy_takes_the_likeliest_at_temperature_one() -> None:
     tokens, logprobs = sample_tokens(logits, torch.tensor([0.9]), SamplingOptions(0.0, 1))
     assert tokens.tolist() == [1]
     torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1)[:, 1])
+
+
+def test_stop_text_of_characters_that_are_several_tokens() -> None:
+    """A byte-level tokenizer shows half a character as a mark of its own, which the next token takes back."""
+    marks = {b"\xe5": 1, b"\xae": 2, b"\x8c": 3, b"a": 4}
+
+    class Bytes:
+        def decode(self, ids: list[int], **_: object) -> str:
+            letters = {number: letter for letter, number in marks.items()}
+            return b"".join(letters[each] for each in ids).decode("utf-8", "replace")
+
+    policy = replace(make_policy(), tokenizer=Bytes())
+    options = SamplingOptions(1.0, 5, stop=("a\u5b8c",))
+    flight = _Flight(policy, 1, 1, 1, options)
+    flight.tokens[0] = [4, 4, 1, 2, 3]
+    found = {}
+    for length in range(1, 6):
+        flight.length[0] = length
+        found[length] = flight._find_stops(np.arange(1))
+    assert found == {1: {}, 2: {}, 3: {}, 4: {}, 5: {0: 1}}

@@ -91,7 +91,7 @@ def test_leave_one_out_refuses_a_group_of_one() -> None:
         advantages([column(1.0)], "leave-one-out", "none")
 
 
-@pytest.mark.parametrize(("baseline", "scale"), [("mean", "group"), ("group", "std")])
+@pytest.mark.parametrize(("baseline", "scale"), [("mean", "group"), ("group", "std"), ("none", "group")])
 def test_unknown_names_are_refused(baseline: str, scale: str) -> None:
     with pytest.raises(ValueError, match="write"):
         advantages([column(1.0, 2.0)], baseline, scale)

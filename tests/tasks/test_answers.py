@@ -118,3 +118,12 @@ def test_graders() -> None:
         find_grader("number")("4", {"solution": 4})
     with pytest.raises(UsageError, match='"number"'):
         find_grader("numbr")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("<answer>4</answer>", "4"), ("<think>is it 3</think>\n<answer>4</answer>", "4"), ("it is 1e5", "1e5"),
+     ("<answer>3</answer> or <answer>\\frac{1}{2}</answer>", "0.5")],
+)  # fmt: skip
+def test_mathematics_in_answer_tags_and_with_exponents(text: str, answer: str) -> None:
+    assert same_mathematics(text, answer) is True

@@ -41,3 +41,8 @@ def test_options() -> None:
 def test_impossible_options(options: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         load("train", **options)
+
+
+def test_other_splits_are_refused_and_not_taken_for_training() -> None:
+    with pytest.raises(UsageError, match="validation"):
+        load("validation")
