@@ -169,6 +169,8 @@ def data_file(path: str) -> Path:
 
 
 def _checked(rows: Any, source: str) -> Iterable[Row]:
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, which would give its columns' names
+        rows = rows.to_dict("records")
     if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__iter__"):
         raise UsageError(f'{source} gives {str(rows)[:40]!r}, not a list of rows; write [{{"prompt": "text"}}, …]')
     return rows  # type: ignore[no-any-return]

@@ -71,16 +71,15 @@ def _json(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Ro
 
 def _only_list(content: dict[str, Any]) -> list[Any]:
     """The list of rows in an object like {"data": […]}; an object without one is a row."""
-    lists = {
+    objects = {
         key: value
         for key, value in content.items()
-        if isinstance(value, list)
-        and value
-        and all(isinstance(each, dict) and not {"role", "content"} <= set(each) for each in value)
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
     }
+    lists = {key: value for key, value in objects.items() if not {"role", "content"} <= set(value[0])}  # no messages
     if len(lists) > 1:
         raise UsageError(f"the file holds several lists ({', '.join(lists)}); keep the one with the rows")
-    if not lists and content and all(isinstance(value, list) for value in content.values()):
+    if not objects and content and all(isinstance(value, list) for value in content.values()):
         raise UsageError(f"the file is an object of lists ({', '.join(content)}); write a list of objects, one a row")
     return next(iter(lists.values())) if lists else [content]
 

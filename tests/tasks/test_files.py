@@ -68,6 +68,9 @@ def test_an_object_with_messages_is_a_row(tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "x"}], "answer": "y"}
     (tmp_path / "r.json").write_text(json.dumps(row))
     assert training(tmp_path / "r.json") == [row]
+    alone = {"prompt": [{"role": "user", "content": "q"}]}
+    (tmp_path / "alone.json").write_text(json.dumps(alone))
+    assert training(tmp_path / "alone.json") == [alone]
 
 
 @pytest.mark.parametrize(

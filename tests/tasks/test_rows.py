@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pandas
 import pytest
 
 from gruppo.config import Task
@@ -152,3 +153,8 @@ def test_drawing_goes_on_where_it_stopped() -> None:
     """verl#5725, NeMo#3599: a resume that repeats or skips data."""
     whole = draw_prompts(prompts(7), 3, 0, 40)
     assert [each for cursor in range(0, 40, 4) for each in draw_prompts(prompts(7), 3, cursor, 4)] == whole
+
+
+def test_rows_as_a_data_frame() -> None:
+    """Iterating over one would give the names of its columns."""
+    assert checked_rows(pandas.DataFrame([{"prompt": "a", "answer": 1}]), "rows") == [{"prompt": "a", "answer": 1}]
