@@ -147,8 +147,9 @@ class _Run:
             return groups
         for _ in range(rounds):
             lacking = wanted - sum(map(rewards_differ, groups))
-            if lacking and any(any(group.trained) for group in groups):  # else the reward is broken: more will not help
-                groups += self._sample(step, self.state.cursor + len(groups), lacking, metrics, clock)
+            if not lacking or not any(any(group.trained) for group in groups):
+                break  # enough, or a reward that is broken, for which more completions would not help
+            groups += self._sample(step, self.state.cursor + len(groups), lacking, metrics, clock)
         for group in groups:
             if not rewards_differ(group):
                 drop(group, "dropped, as its rewards do not differ; other questions were drawn (method.refill_rounds)")

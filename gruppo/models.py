@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -72,11 +73,17 @@ class LanguageModel:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
+    @cached_property
+    def configs(self) -> list[PreTrainedConfig]:
+        """The configs by which the model's modules choose their attention, each once."""
+        own = {id(module.config): module.config for module in self.model.modules() if hasattr(module, "config")}
+        return [config for config in own.values() if isinstance(config, PreTrainedConfig)]
+
     def hidden_states(
         self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan
     ) -> Float[Tensor, "B T H"]:
         """Last hidden states, after the final norm, with `plan` doing the attention."""
-        with attention_plan(_configs(self.model), plan):
+        with attention_plan(self.configs, plan):
             output = self.model.get_decoder()(input_ids=token_ids, position_ids=positions, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
@@ -251,7 +258,7 @@ def _tried(policy: LanguageModel) -> LanguageModel:
         start += own
     positions = torch.tensor([[*prompt, *(place for row in rows for place in range(len(prompt), len(row)))]])
     try:
-        with attention_named(_configs(model), "eager"):  # in transformers 5.16 its quicker kernels leave soft caps out
+        with attention_named(policy.configs, "eager"):  # in transformers 5.16 its quicker kernels leave soft caps out
             expected = torch.cat([model(input_ids=ids[:, row], use_cache=False).logits[0] for row in rows])
     except Exception as error:  # another project's module: anything can be wrong with it
         raise UsageError(
@@ -291,12 +298,6 @@ def _head_settings(config: Any) -> list[tuple[float, float | None]]:
     scales = [1.0, *(scale for factor in factors if factor for scale in (float(factor), 1 / float(factor)))]
     cap = getattr(config, "final_logit_softcapping", None)
     return [(scale, softcap) for softcap in ([float(cap), None] if cap else [None]) for scale in scales]
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configs by which its modules choose their attention, each once."""
-    own = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return [config for config in own.values() if isinstance(config, PreTrainedConfig)]
 
 
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from gruppo.errors import RunError, UsageError
 from gruppo.loop import learning_rate
 from gruppo.models import weights_sha256
 from gruppo.runlog import read_lines
+from gruppo.tasks.mixture import draw_prompts
+from gruppo.types import Prompt
 from tests.rewards.functions import likes_letters
 from tests.runs import ROWS, recipe, small_run
 
@@ -340,7 +342,7 @@ def test_groups_without_signal_are_dropped_and_refilled(tiny_folder: str, tmp_pa
         tiny_folder, tmp_path / "run", method__refill_rounds=30, method__kl_coef=0.0, run__steps=3, run__seed=1,
         reward__functions=["tests/rewards/functions.py:begins_with_a_letter"],
     )  # fmt: skip
-    drawn = 0
+    drawn = []
     for step in (1, 2, 3):
         rows = pq.read_table(result.path / f"rollouts/step-{step:06d}.parquet").to_pylist()
         groups = {row["group"]: row for row in rows}
@@ -349,8 +351,11 @@ def test_groups_without_signal_are_dropped_and_refilled(tiny_folder: str, tmp_pa
         for row in rows:
             assert row["trained"] == (row["group"] in kept)
             assert row["group"] in kept or "dropped" in row["skipped"]
-        drawn += len(groups)
-    assert drawn > 12, "nothing was ever refilled"
+        drawn += [groups[number]["prompt"] for number in sorted(groups)]
+    assert len(drawn) > 12, "nothing was ever refilled"
+    numbered = [Prompt(str(number), row["prompt"], (1,), "t", {}) for number, row in enumerate(ROWS)]
+    wanted = draw_prompts(numbered, 1, 0, len(drawn))
+    assert drawn == [prompt.content for prompt in wanted], "each draw of the order once, refills and next steps alike"
     assert read_lines(result.path / "events.jsonl") == []
 
 

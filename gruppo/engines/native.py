@@ -368,9 +368,10 @@ class _Flight:
             if window is not None:
                 own &= own_key > (self.position - window)[:, None]
                 prefix &= key > (self.seen_prefixes + self.position - window)[:, None]
-            by_place = prefix[self.rows_of_place].repeat_interleave(shared, dim=1)
-            if window is None:
-                by_place = by_place[:, :1]
+            if window is None:  # the seats of a place see the same
+                by_place = prefix[self.rows_of_place[:, :1]]
+            else:
+                by_place = prefix[self.rows_of_place].repeat_interleave(shared, dim=1)
             self.biases[window, shared] = self._penalty(own[:, None, None]), self._penalty(by_place[:, None])
         return self.biases[window, shared]
 
