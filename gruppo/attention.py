@@ -203,7 +203,7 @@ class CapturingAttention(SharedPrefixAttention):
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
         super().__init__(groups)
         self.captured: dict[int, tuple[Tensor, Tensor]] = {}
-        self.windows: set[int | None] = set()
+        self.layers: list[Layer] = []
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1. Raises ValueError for a layer that attends twice: its keys would overwrite each
@@ -211,7 +211,7 @@ class CapturingAttention(SharedPrefixAttention):
         if layer.index in self.captured:
             raise ValueError(f"layer {layer.index} computes attention more than once")
         self.captured[layer.index] = (key[0], value[0])
-        self.windows.add(layer.window)
+        self.layers.append(layer)
         return super().attend(layer, query, key, value)
 
 

@@ -34,7 +34,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from gruppo.attention import AttentionPlan, CapturingAttention, attention_named, attention_plan
+from gruppo.attention import (
+    AttentionPlan,
+    CapturingAttention,
+    SharedPrefixAttention,
+    attention_named,
+    attention_plan,
+)
+from gruppo.body import Cast, FusedBody
 from gruppo.errors import UsageError
 from gruppo.hub import hub_reachable
 from gruppo.maths.logprobs import OutputHead
@@ -55,6 +62,7 @@ class LanguageModel:
     `model` holds float32 weights (float64 in proofs); matrix products run in `dtype`.
     `eos_ids`: every token id that ends a turn. `context`: the most tokens that a sequence may have.
     `head_scale`, `head_softcap`: see `OutputHead`. `cache_bytes`: of the keys and values of one token, in all layers.
+    `body`: the decoder with fused products, where there is one; otherwise the module computes.
     """
 
     model: PreTrainedModel
@@ -66,6 +74,7 @@ class LanguageModel:
     head_scale: float = 1.0
     head_softcap: float | None = None
     cache_bytes: int = 0
+    body: FusedBody | None = None
 
     def precision(self) -> AbstractContextManager[object]:
         """Products in `dtype` inside the block; each weight is cast at most once in it."""
@@ -83,20 +92,32 @@ class LanguageModel:
         self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan
     ) -> Float[Tensor, "B T H"]:
         """Last hidden states, after the final norm, with `plan` doing the attention."""
+        if self.body is not None:
+            return self.body.hidden_states(token_ids, positions, plan, self.dtype)
         with attention_plan(self.configs, plan):
             output = self.model.get_decoder()(input_ids=token_ids, position_ids=positions, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     @property
     def head(self) -> OutputHead:
-        """The output head, its weight in the dtype of products; differentiable."""
+        """The output head, its weight in the dtype of products: cast again when it has changed."""
         layer: Any = self.model.get_output_embeddings()
-        return OutputHead(layer.weight.to(self.dtype), layer.bias, self.head_scale, self.head_softcap)
+        return OutputHead(
+            self._head_weight(layer.weight, self.dtype), layer.bias, self.head_scale, self.head_softcap, layer.weight
+        )
+
+    @cached_property
+    def _head_weight(self) -> Cast:
+        return Cast()
 
     def frozen_copy(self) -> LanguageModel:
         """A copy that no update changes: the reference. Weights that are only used in products are kept in `dtype`,
         which is what they are cast to at each use, so that its numbers are those of the original."""
         model = copy.deepcopy(self.model).requires_grad_(False)
+        if self.body is not None:
+            body = FusedBody(model.get_decoder(), self.body.layers)
+            body.freeze(self.dtype)
+            return replace(self, model=model, body=body)
         shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         for module in model.modules():
             if isinstance(module, nn.Linear) and id(module.weight) not in shared:
@@ -257,6 +278,7 @@ def _tried(policy: LanguageModel) -> LanguageModel:
         rows.append([*prompt, *range(start, start + own)])
         start += own
     positions = torch.tensor([[*prompt, *(place for row in rows for place in range(len(prompt), len(row)))]])
+    positions = positions.to(policy.device)
     try:
         with attention_named(policy.configs, "eager"):  # in transformers 5.16 its quicker kernels leave soft caps out
             expected = torch.cat([model(input_ids=ids[:, row], use_cache=False).logits[0] for row in rows])
@@ -265,7 +287,7 @@ def _tried(policy: LanguageModel) -> LanguageModel:
             f"model: architecture {name} fails by itself ({_first_line(error)}); mend the model"
         ) from error
     try:
-        hidden = policy.hidden_states(ids, positions.to(policy.device), plan)[0]
+        hidden = policy.hidden_states(ids, positions, plan)[0]
     except Exception as error:
         raise UsageError(
             f"model: architecture {name} does not run on gruppo's attention ({_first_line(error)}); use another model"
@@ -273,19 +295,30 @@ def _tried(policy: LanguageModel) -> LanguageModel:
     text = model.config.get_text_config()
     window = int(getattr(text, "sliding_window", None) or 0)
     told = getattr(text, "layer_types", None) or not getattr(text, "use_sliding_window", True)
-    if 0 < window < policy.context and not told and None in plan.windows:
+    if 0 < window < policy.context and not told and any(layer.window is None for layer in plan.layers):
         raise UsageError(
             f"model: architecture {name} has a sliding window of {window} tokens that it does not tell its attention "
             "of; use another model"
         )
-    raw = replace(policy, dtype=hidden.dtype).head.logits(hidden)[[place for row in rows for place in row]]
     near = 1e-3 * (1 + float(expected.abs().max()))
+    places = [place for row in rows for place in row]
+
+    def agrees(made: LanguageModel, hidden: Tensor) -> bool:
+        logits = replace(made, dtype=hidden.dtype).head.logits(hidden[places])
+        return float((logits - expected).abs().max()) < near
+
     for scale, softcap in _head_settings(text):
-        made = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
-        if plan.captured and float((made - expected).abs().max()) < near:
+        made = replace(policy, head_scale=scale, head_softcap=softcap)
+        if plan.captured and agrees(made, hidden):
             width = sum(each.shape[0] * each.shape[-1] for pair in plan.captured.values() for each in pair)
             size = torch.promote_types(policy.dtype, torch.float32).itemsize
-            return replace(policy, head_scale=scale, head_softcap=softcap, cache_bytes=size * width)
+            made = replace(made, cache_bytes=size * width)
+            if not FusedBody.fits(model.get_decoder()):
+                return made
+            fused = replace(made, body=FusedBody(model.get_decoder(), plan.layers))
+            again = SharedPrefixAttention([(_TRIAL_PROMPT, _TRIAL_COMPLETIONS)])
+            same = agrees(made, replace(fused, dtype=hidden.dtype).hidden_states(ids, positions, again)[0])
+            return fused if same else made
     raise UsageError(
         f"model: architecture {name} gives other numbers on gruppo's attention than on transformers' own (its tokens "
         "see something besides the tokens before them, or its output head is not a linear one); use another model"

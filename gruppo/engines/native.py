@@ -22,6 +22,7 @@ from gruppo.engines import Request, SamplingOptions
 from gruppo.errors import RunError
 from gruppo.machine import free_memory
 from gruppo.maths.logprobs import OutputHead
+from gruppo.maths.products import packed
 from gruppo.models import LanguageModel
 from gruppo.reporting import Advance
 from gruppo.types import Completion, FinishReason
@@ -123,6 +124,7 @@ class NativeEngine:
         queue = deque(enumerate(requests))
         with self.policy.precision():
             head = self.policy.head
+            head = head._replace(weight=packed(head.weight))
             while queue or state.waiting or state.live:
                 if state.free and (queue or state.waiting):
                     state.admit(queue, head)

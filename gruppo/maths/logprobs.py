@@ -11,21 +11,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gruppo.maths.products import product
+
 
 class OutputHead(NamedTuple):
     """What makes logits of hidden states: z = scale · (hidden · weightᵀ + bias), then softcap · tanh(z / softcap) where
-    there is a cap."""
+    there is a cap.
+
+    `master`: the parameter that `weight` is a copy of, in the dtype of products. The weight's gradient is then added to
+    `master.grad` as soon as it is made, and `weight` has none.
+    """
 
     weight: Float[Tensor, "V H"]
     bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    master: Tensor | None = None
 
-    def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """Logits in float32 (or float64); the product runs in the dtype of `weight`."""
-        logits = (hidden.to(self.weight.dtype) @ self.weight.T).to(self.wide)
+    def logits(self, hidden: Float[Tensor, "N H"], part: slice = slice(None)) -> Float[Tensor, "N V"]:
+        """Logits in float32 (or float64), of a part of the vocabulary; the product runs in the dtype of `weight`."""
+        weight = self.weight if part == slice(None) else self.weight[part]
+        logits = product(hidden, weight).to(self.wide)
         if self.bias is not None:
-            logits += self.bias
+            logits += self.bias[part]
         if self.scale != 1:
             logits *= self.scale
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -41,22 +49,25 @@ def token_logprobs(
     head: OutputHead,
     targets: Int[Tensor, " N"],
     temperature: float,
-    chunk_size: int = 512,
+    chunk_size: int = 1024,
+    part_size: int = 4096,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """log π(target) and the entropy of π, where π = softmax(logits / temperature), for N tokens.
 
-    The logits are made for `chunk_size` tokens at a time and made again in backward, so memory holds
-    chunk_size × V of them, never N × V. Products run in the dtype of the head, everything after them in float32 (or
-    float64). The entropy, in nats within [0, log V], carries no gradient. Both are empty for N = 0.
+    The logits are made for `chunk_size` tokens and `part_size` entries of the vocabulary at a time and made again in
+    backward, so memory holds chunk_size × part_size of them, never N × V. Products run in the dtype of the head,
+    everything after them in float32 (or float64). The entropy, in nats within [0, log V], carries no gradient. Both
+    are empty for N = 0.
     """
+    weight, bias, scale, softcap, master = head
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, *head, targets, temperature, chunk_size
+        hidden, weight, bias, scale, softcap, master, targets, temperature, chunk_size, part_size
     )
     return logprobs, entropy
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """∂ log π_t / ∂ logits = (onehot(t) - π) / temperature, chunk by chunk."""
+    """∂ log π_t / ∂ logits = (onehot(t) - π) / temperature, part by part."""
 
     @staticmethod
     def forward(
@@ -66,51 +77,93 @@ class _TokenLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
+        master: Tensor | None,
         targets: Tensor,
         temperature: float,
         chunk_size: int,
+        part_size: int,
     ) -> tuple[Tensor, Tensor]:
-        head = OutputHead(weight, bias, scale, softcap)
+        head = OutputHead(weight, bias, scale, softcap, master)
         logprobs = torch.empty(len(targets), dtype=head.wide, device=hidden.device)
         entropy, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        for chunk in _chunks(len(targets), chunk_size):
-            logits = head.logits(hidden[chunk]).div_(temperature)
-            normaliser = torch.logsumexp(logits, dim=-1)
-            logprobs[chunk] = logits.gather(-1, targets[chunk, None]).squeeze(-1) - normaliser
-            probabilities = (logits - normaliser[:, None]).exp_()
-            entropy[chunk] = normaliser - torch.linalg.vecdot(probabilities, logits)
-            normalisers[chunk] = normaliser
+        for chunk in _slices(len(targets), chunk_size):
+            rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk, None]
+            # Over the parts so far: the largest logit m, Σ exp(z - m), Σ exp(z - m) · z, and the target's logit.
+            most = torch.full_like(logprobs[chunk, None], -torch.inf)
+            total, moment, target = (torch.zeros_like(most) for _ in range(3))
+            for part in _slices(len(weight), part_size):
+                logits = head.logits(rows, part).div_(temperature)
+                _pick(target, logits, wanted - part.start)
+                larger = torch.maximum(most, logits.amax(dim=-1, keepdim=True))
+                shrink = (most - larger).exp_()
+                weights = (logits - larger).exp_()
+                total = total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
+                moment = moment.mul_(shrink).add_(weights.mul_(logits).sum(dim=-1, keepdim=True))
+                most = larger
+            normaliser = most + total.log()
+            logprobs[chunk] = (target - normaliser)[:, 0]
+            entropy[chunk] = (normaliser - moment / total)[:, 0]
+            normalisers[chunk] = normaliser[:, 0]
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.scale, ctx.softcap, ctx.temperature, ctx.chunk_size = scale, softcap, temperature, chunk_size
+        ctx.rest = scale, softcap, master, temperature, chunk_size, part_size
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        head = OutputHead(weight, bias, ctx.scale, ctx.softcap)
+        scale, softcap, master, temperature, chunk_size, part_size = ctx.rest
+        head = OutputHead(weight, bias, scale, softcap, master)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=head.wide, device=weight.device)
+        grad_weight, trained = _gradient(weight, master, ctx.needs_input_grad[1])
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        for chunk in _chunks(len(targets), ctx.chunk_size):
-            logits = head.logits(hidden[chunk])
-            slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-            scale = (grad[chunk] / ctx.temperature)[:, None]
-            grad_logits = logits.div_(ctx.temperature).sub_(normalisers[chunk, None]).exp_().mul_(-scale)
-            grad_logits.scatter_add_(-1, targets[chunk, None], scale.to(head.wide))
-            if slope is not None:
-                grad_logits *= slope
-            if head.scale != 1:
-                grad_logits *= head.scale
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
-            narrow = grad_logits.to(weight.dtype)
-            grad_hidden[chunk] = (narrow @ weight).to(hidden.dtype)
-            grad_weight += narrow.T @ hidden[chunk].to(weight.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None, None
+        for chunk in _slices(len(targets), chunk_size):
+            rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk, None]
+            scales = (grad[chunk, None] / temperature).to(head.wide)
+            grad_rows = torch.zeros(rows.shape, dtype=head.wide, device=rows.device)
+            for part in _slices(len(weight), part_size):
+                logits = head.logits(rows, part)
+                slope = None if softcap is None else 1 - (logits / softcap).square_()
+                grad_logits = logits.div_(temperature).sub_(normalisers[chunk, None]).exp_().mul_(-scales)
+                _add_at(grad_logits, wanted - part.start, scales)
+                if slope is not None:
+                    grad_logits *= slope
+                if scale != 1:
+                    grad_logits *= scale
+                if grad_bias is not None:
+                    grad_bias[part] += grad_logits.sum(dim=0)
+                narrow = grad_logits.to(weight.dtype)
+                grad_rows += narrow @ weight[part]
+                if trained:
+                    grad_weight[part] += narrow.T @ rows
+            grad_hidden[chunk] = grad_rows.to(hidden.dtype)
+        returned = grad_weight.to(weight.dtype) if trained and master is None else None
+        return grad_hidden, returned, grad_bias, *(None for _ in range(7))
 
 
-def _chunks(length: int, size: int) -> list[slice]:
+def _gradient(weight: Tensor, master: Tensor | None, needed: bool) -> tuple[Tensor, bool]:
+    """Where the gradient of the output head's weight is summed up, and whether it is wanted."""
+    if master is None:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return torch.zeros(weight.shape if needed else (), dtype=wide, device=weight.device), needed
+    if master.requires_grad and master.grad is None:
+        master.grad = torch.zeros_like(master)
+    return (master if master.grad is None else master.grad), master.requires_grad
+
+
+def _pick(into: Tensor, logits: Tensor, places: Tensor) -> None:
+    """Put logits at `places` [N, 1] into the rows whose place is within them."""
+    inside = (places >= 0) & (places < logits.shape[-1])
+    into.copy_(torch.where(inside, logits.gather(-1, places.clamp(0, logits.shape[-1] - 1)), into))
+
+
+def _add_at(logits: Tensor, places: Tensor, values: Tensor) -> None:
+    """Add `values` [N, 1] at `places` [N, 1] of the rows whose place is within them."""
+    inside = (places >= 0) & (places < logits.shape[-1])
+    logits.scatter_add_(-1, places.clamp(0, logits.shape[-1] - 1), values * inside)
+
+
+def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
