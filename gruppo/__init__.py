@@ -7,6 +7,7 @@ are imported when first used, so that `import gruppo` is quick.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from gruppo.exporting import export as export
     from gruppo.results import Result as Result
     from gruppo.results import load_result as load_result
+
+# torch asks for huge pages for large tensors where this is set before its first one: fewer page faults.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {
     "STOP": "callbacks",

@@ -125,19 +125,18 @@ class SharedPrefixAttention:
         """`groups`: for each, the length of its prompt (>= 1) and of its completions (>= 1), in tokens."""
         self.groups = [(prompt, tuple(completions)) for prompt, completions in groups]
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
+        self._places: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1."""
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        output, start = [], 0
-        for prompt, completions in self.groups:
-            middle, end = start + prompt, start + prompt + sum(completions)
-            q, k, v = (tensor[start:middle].transpose(0, 1)[None] for tensor in (query, key, value))
+        sizes = [size for prompt, completions in self.groups for size in (prompt, sum(completions))]
+        parts = zip(*(tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value)), strict=True)
+        output = []
+        for prompt, own, (_, completions) in zip(parts, parts, self.groups, strict=False):
+            q, k, v = (tensor.transpose(0, 1)[None] for tensor in prompt)
             output.append(self._prompt(layer, q, k, v)[0].transpose(0, 1))
             if completions:
-                own = slice(middle, end)
-                output.append(self._completions(layer, query[own], key[own], value[own], k, v, completions))
-            start = end
+                output.append(self._completions(layer, *own, k, v, completions))
         return torch.cat(output)[None]
 
     def _prompt(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -156,14 +155,39 @@ class SharedPrefixAttention:
         """Query heads that share a key head are laid one after another, so that keys are not repeated for them."""
         kv_heads, prompt, width = k.shape[1:]
         count, longest, shared = len(lengths), max(lengths), query.shape[1] // kv_heads
-        q = _pad(query, lengths).reshape(count, longest, kv_heads, shared, width)
+        query, key, value = (self._pad(each, lengths) for each in (query, key, value))
+        q = query.reshape(count, longest, kv_heads, shared, width)
         q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, shared * longest, width)
-        k = torch.cat([k.expand(count, -1, -1, -1), _pad(key, lengths).transpose(1, 2)], dim=2)
-        v = torch.cat([v.expand(count, -1, -1, -1), _pad(value, lengths).transpose(1, 2)], dim=2)
+        k = torch.cat([k.expand(count, -1, -1, -1), key.transpose(1, 2)], dim=2)
+        v = torch.cat([v.expand(count, -1, -1, -1), value.transpose(1, 2)], dim=2)
         mask = self._mask(prompt, longest, shared, layer.window, query.device)
         out = _attend(layer, q, k, v, mask)
         out = out.view(count, kv_heads, shared, longest, v.shape[-1]).permute(0, 3, 1, 2, 4)
-        return _unpad(out.reshape(count, longest, kv_heads * shared, v.shape[-1]), lengths)
+        return self._unpad(out.reshape(count * longest, kv_heads * shared, v.shape[-1]), lengths)
+
+    def _pad(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Packed [Σ lengths, …] to [len(lengths), max, …]. Behind each end stands some other token: no token of the
+        completion sees it, and what it would see itself is thrown away."""
+        if len(set(lengths)) > 1:
+            tokens = _Pad.apply(tokens, *self._padding(lengths, tokens.device))  # type: ignore[no-untyped-call]
+        return tokens.view(len(lengths), max(lengths), *tokens.shape[1:])
+
+    def _unpad(self, rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """The inverse of `_pad`, from [len(lengths) · max, …]."""
+        if len(set(lengths)) == 1:
+            return rows
+        packed: Tensor = _Unpad.apply(rows, *self._padding(lengths, rows.device))  # type: ignore[no-untyped-call]
+        return packed
+
+    def _padding(self, lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """For each padded place the token that stands there, and for each token its place."""
+        if lengths not in self._places:
+            own = torch.tensor(lengths)[:, None]
+            place = torch.arange(max(lengths))
+            token = (own.cumsum(0) - own + place).clamp(max=sum(lengths) - 1)
+            filled = (place < own).flatten().nonzero().flatten()
+            self._places[lengths] = token.flatten().to(device), filled.to(device)
+        return self._places[lengths]
 
     def _mask(self, prompt: int, longest: int, shared: int, window: int | None, device: torch.device) -> Tensor:
         """What a completion's tokens see of [prompt, completion], once for each of the `shared` query heads."""
@@ -215,50 +239,29 @@ class CapturingAttention(SharedPrefixAttention):
         return super().attend(layer, query, key, value)
 
 
-def _pad(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Packed [Σ lengths, …] to [len(lengths), max, …], zeros behind each end."""
-    if len(set(lengths)) == 1:
-        return tokens.reshape(len(lengths), lengths[0], *tokens.shape[1:])
-    padded: Tensor = _Pad.apply(tokens, lengths)  # type: ignore[no-untyped-call]
-    return padded
-
-
-def _unpad(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """The inverse of `_pad`."""
-    if len(set(lengths)) == 1:
-        return rows.flatten(0, 1)
-    packed: Tensor = _Unpad.apply(rows, lengths)  # type: ignore[no-untyped-call]
-    return packed
-
-
-def _spread(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    rows = tokens.new_zeros(len(lengths), max(lengths), *tokens.shape[1:])
-    for row, part in zip(rows, tokens.split(list(lengths)), strict=True):
-        row[: len(part)] = part
-    return rows
-
-
-def _gather(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
-
-
 class _Pad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        ctx.lengths = lengths
-        return _spread(tokens, lengths)
+    """Tokens to padded places. What stands behind an end has no gradient."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.lengths), None
+    def forward(ctx: Any, tokens: Tensor, token_of_place: Tensor, place_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(place_of_token)
+        return tokens.index_select(0, token_of_place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 class _Unpad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        ctx.lengths = lengths
-        return _gather(rows, lengths)
+    """Padded places to tokens."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _spread(grad, ctx.lengths), None
+    def forward(ctx: Any, rows: Tensor, token_of_place: Tensor, place_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(place_of_token)
+        ctx.places = len(token_of_place)
+        return rows.index_select(0, place_of_token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        made = grad.new_zeros(ctx.places, *grad.shape[1:])
+        return made.index_copy_(0, *ctx.saved_tensors, grad), None, None

@@ -173,9 +173,7 @@ class FusedBody:
             prepared = self.prepare(dtype, pack=not training)
             hidden: Tensor = _Embedding.apply(token_ids.flatten(), self.decoder.embed_tokens.weight)  # type: ignore[no-untyped-call]
             cos, sin = self.decoder.rotary_emb(hidden, positions)
-            cos, sin = cos.reshape(batch * length, 1, -1), sin.reshape(batch * length, 1, -1)
-            half = sin.shape[-1] // 2
-            rope = cos, torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+            rope = cos.reshape(batch * length, 1, -1), sin.reshape(batch * length, 1, -1)
             run = _trained if training else _computed
             for each in prepared:
                 if training and self.recompute:
@@ -231,7 +229,7 @@ def _query_key_value(
     normed = _norm(hidden, each.block.input_layernorm).to(each.qkv.weight.dtype)
     projected = each.qkv(normed).view(len(hidden), -1, attention.head_dim)
     queries, keys = _heads(attention)
-    both, value = projected[:, : queries + keys], projected[:, queries + keys :].to(hidden.dtype)
+    both, value = projected[:, : queries + keys].to(hidden.dtype), projected[:, queries + keys :].to(hidden.dtype)
     if hasattr(attention, "q_norm"):
         both = torch.cat([_norm(both[:, :queries], attention.q_norm), _norm(both[:, queries:], attention.k_norm)], 1)
     rotated = _rotate(both, rope)
@@ -244,14 +242,22 @@ def _heads(attention: Any) -> tuple[int, int]:
 
 
 def _rotate(rows: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions: x · cos + half-turned x · sin."""
+    """Rotary positions of float32 rows, each of two halves (a, b): (a · cos - b · sin, b · cos + a · sin)."""
     cos, sin = rope
-    return torch.addcmul(rows * cos, rows.roll(rows.shape[-1] // 2, dims=-1), sin)
+    half = rows.shape[-1] // 2
+    turned = rows * cos
+    turned[..., :half].addcmul_(rows[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(rows[..., :half], sin[..., half:])
+    return turned
 
 
 def _rotate_backward(grad: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
-    return (grad * sin).roll(grad.shape[-1] // 2, dims=-1).addcmul_(grad, cos)
+    half = grad.shape[-1] // 2
+    made = grad * cos
+    made[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+    made[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
+    return made
 
 
 class _QueryKeyValue(torch.autograd.Function):
@@ -321,16 +327,22 @@ class _Rest(torch.autograd.Function):
 def _norm(rows: Tensor, norm: Any) -> Tensor:
     """RMS norm: weight · x / √(mean x² + ε)."""
     wide = rows.to(torch.promote_types(rows.dtype, norm.weight.dtype))
-    return wide * (wide.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon).rsqrt_() * norm.weight
+    return (wide * norm.weight).mul_(_inverse_size(wide, norm))
+
+
+def _inverse_size(rows: Tensor, norm: Any) -> Tensor:
+    """1 / √(mean x² + ε) of each row."""
+    sizes = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return sizes.square_().div_(rows.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
 
 
 def _norm_backward(grad: Tensor, rows: Tensor, norm: Any) -> Tensor:
     """Adds the gradient of the weight; returns that of the rows."""
     weight = norm.weight.detach()
     wide, grad = rows.to(weight.dtype), grad.to(weight.dtype)
-    scale = (wide.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon).rsqrt_()
+    scale = _inverse_size(wide, norm)
     normed = wide * scale
     joint = grad * normed
     accumulate(norm.weight, joint.flatten(0, -2).sum(dim=0))
     share = (joint @ weight).div_(weight.numel()).unsqueeze(-1)
-    return (grad * weight).addcmul_(normed, share, value=-1).mul_(scale)
+    return torch.mul(grad, weight, out=joint).addcmul_(normed, share, value=-1).mul_(scale)

@@ -44,6 +44,7 @@ from gruppo.attention import (
 from gruppo.body import Cast, FusedBody
 from gruppo.errors import UsageError
 from gruppo.hub import hub_reachable
+from gruppo.machine import keep_freed_memory
 from gruppo.maths.logprobs import OutputHead
 from gruppo.reporting import Reporter, Silent
 
@@ -192,6 +193,7 @@ def load_model(
     source: ModelSource, device: str = "auto", dtype: str = "auto", reporter: Reporter | None = None
 ) -> LanguageModel:
     """Load the weights of a model that was found, as float32 (float64 for dtype "float64"), onto the device."""
+    keep_freed_memory()
     target = choose_device(device)
     products = choose_dtype(dtype, target)
     storage = torch.float64 if products == torch.float64 else torch.float32

@@ -346,15 +346,19 @@ class _Flight:
         rows = np.zeros((len(places), int(seat.max()) + 1), dtype=np.int64)
         rows[member, seat] = np.arange(live)
         lengths = self.prefix_lengths[places]
-        self.places = torch.as_tensor(places, device=device)
         self.rows_of_place = torch.as_tensor(rows, device=device)
-        self.place_of_row = torch.as_tensor(member, device=device)
-        self.seat_of_row = torch.as_tensor(seat, device=device)
+        self.seated = torch.as_tensor(member * rows.shape[1] + seat, device=device)
         self.longest_prefix, self.longest_own = int(lengths.max()), int(self.length[:live].max())
         self.seen_lengths = torch.as_tensor(self.length[:live], device=device)
         self.seen_prefixes = torch.as_tensor(self.prefix_lengths[self.prefix_of[:live]], device=device)
         self.rows = torch.arange(live, device=device)
         self.position = self.seen_lengths - 1
+        # A slice where an index would do the same, but slower.
+        begun = self.length[:live]
+        together = begun.min() == begun.max()
+        self.written = (slice(live), slice(None), int(begun[0]) - 1) if together else (self.rows, slice(None), self.position)
+        whole = len(places) == int(places[-1]) + 1
+        self.places = slice(len(places)) if whole else torch.as_tensor(places, device=device)
         self.biases: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
 
     def _bias(self, window: int | None, shared: int) -> tuple[Tensor, Tensor]:
@@ -389,34 +393,53 @@ class _Flight:
             shared = heads // kv_heads
             own_keys, own_values = self.own[layer.index]
             prefix_keys, prefix_values = self.prefix[layer.index]
-            own_keys[self.rows, :, self.position] = key[:, :, 0].to(self.wide)
-            own_values[self.rows, :, self.position] = value[:, :, 0].to(self.wide)
+            own_keys[self.written] = key[:, :, 0].to(self.wide)
+            own_values[self.written] = value[:, :, 0].to(self.wide)
             own_bias, prefix_bias = self._bias(layer.window, shared)
-            q = (query.to(self.wide) * layer.scale).view(live, kv_heads, shared, width)
-            own, own_lse = _softmax_attention(
-                q, own_keys[:live, :, : self.longest_own], own_values[:live, :, : self.longest_own], own_bias, layer
+            query = query.to(self.wide)
+            own, own_lse = _attention(
+                query.reshape(live, kv_heads, shared, width),
+                own_keys[:live, :, : self.longest_own],
+                own_values[:live, :, : self.longest_own],
+                own_bias,
+                layer,
             )
             places, seats = self.rows_of_place.shape
-            grouped = q[self.rows_of_place].transpose(1, 2).reshape(places, kv_heads, seats * shared, width)
-            out, lse = _softmax_attention(
-                grouped,
+            grouped = query.reshape(live, -1).index_select(0, self.rows_of_place.view(-1))
+            grouped = grouped.view(places, seats, kv_heads, shared, width).transpose(1, 2)
+            out, lse = _attention(
+                grouped.reshape(places, kv_heads, seats * shared, width),
                 prefix_keys[self.places, :, : self.longest_prefix],
                 prefix_values[self.places, :, : self.longest_prefix],
                 prefix_bias,
                 layer,
             )
-            out = out.view(places, kv_heads, seats, shared, -1)[self.place_of_row, :, self.seat_of_row]
-            lse = lse.view(places, kv_heads, seats, shared, 1)[self.place_of_row, :, self.seat_of_row]
-            joint = torch.lerp(out, own, torch.sigmoid(own_lse - lse))
+            out, lse = (
+                each.view(places, kv_heads, seats, -1).transpose(1, 2).reshape(places * seats, -1).index_select(0, self.seated)
+                for each in (out, lse)
+            )
+            out, lse = out.view(own.shape), lse.view(own_lse.shape)
+            joint = torch.lerp(out, own, torch.sigmoid(own_lse - lse).unsqueeze(-1))
             if layer.sinks is not None:
-                sinks = layer.sinks.to(self.wide).view(1, kv_heads, shared, 1)
-                joint = joint * torch.sigmoid(torch.logaddexp(own_lse, lse) - sinks)
+                sinks = layer.sinks.to(self.wide).view(1, kv_heads, shared)
+                joint = joint * torch.sigmoid(torch.logaddexp(own_lse, lse) - sinks).unsqueeze(-1)
             return joint.view(live, 1, heads, -1)
 
 
-def _softmax_attention(
-    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, layer: Layer
-) -> tuple[Tensor, Tensor]:
-    scores = soft_capped(query @ keys.transpose(-1, -2), layer.softcap) + bias
+def _attention(
+    query: Float[Tensor, "B heads Q D"],
+    keys: Float[Tensor, "B heads K D"],
+    values: Float[Tensor, "B heads K E"],
+    bias: Float[Tensor, "..."],
+    layer: Layer,
+) -> tuple[Float[Tensor, "B heads Q E"], Float[Tensor, "B heads Q"]]:
+    """Attention and the log-sum-exp of its scores, by torch's kernel where that gives both."""
+    if layer.softcap is None and query.device.type == "cpu" and query.shape[-1] == values.shape[-1]:
+        mask = bias.expand(len(query), 1, query.shape[2], keys.shape[2])
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, attn_mask=mask, scale=layer.scale
+        )
+        return out, lse
+    scores = soft_capped(query @ keys.transpose(-1, -2) * layer.scale, layer.softcap) + bias
     lse = scores.logsumexp(dim=-1, keepdim=True)
-    return (scores - lse).exp_() @ values, lse
+    return (scores - lse).exp_() @ values, lse.squeeze(-1)

@@ -86,32 +86,31 @@ class _TokenLogprobs(torch.autograd.Function):
         head = OutputHead(weight, bias, scale, softcap, master)
         logprobs = torch.empty(len(targets), dtype=head.wide, device=hidden.device)
         entropy, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        parts = _slices(len(weight), part_size)
+        part_normalisers = logprobs.new_empty(len(targets), len(parts))
         for chunk in _slices(len(targets), chunk_size):
             rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk, None]
-            # Over the parts so far: the largest logit m, Σ exp(z - m), Σ exp(z - m) · z, and the target's logit.
-            most = torch.full_like(logprobs[chunk, None], -torch.inf)
-            total, moment, target = (torch.zeros_like(most) for _ in range(3))
-            for part in _slices(len(weight), part_size):
+            target = torch.zeros(len(rows), 1, dtype=head.wide, device=rows.device)
+            means = []  # of the logits, by the probabilities within each part
+            for number, part in enumerate(parts):
                 logits = head.logits(rows, part).div_(temperature)
                 _pick(target, logits, wanted - part.start)
-                larger = torch.maximum(most, logits.amax(dim=-1, keepdim=True))
-                shrink = (most - larger).exp_()
-                weights = (logits - larger).exp_()
-                total = total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
-                moment = moment.mul_(shrink).add_(weights.mul_(logits).sum(dim=-1, keepdim=True))
-                most = larger
-            normaliser = most + total.log()
-            logprobs[chunk] = (target - normaliser)[:, 0]
-            entropy[chunk] = (normaliser - moment / total)[:, 0]
-            normalisers[chunk] = normaliser[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+                within = torch.softmax(logits, dim=-1)  # a quicker kernel than exp's
+                part_normalisers[chunk, number] = logits.amax(dim=-1) - within.amax(dim=-1).log_()
+                means.append(within.mul_(logits).sum(dim=-1))
+            normaliser = part_normalisers[chunk].logsumexp(dim=-1)
+            shares = (part_normalisers[chunk] - normaliser[:, None]).exp_()
+            logprobs[chunk] = target[:, 0] - normaliser
+            entropy[chunk] = normaliser - (shares * torch.stack(means, dim=-1)).sum(dim=-1)
+            normalisers[chunk] = normaliser
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, part_normalisers)
         ctx.rest = scale, softcap, master, temperature, chunk_size, part_size
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        hidden, weight, bias, targets, normalisers, part_normalisers = ctx.saved_tensors
         scale, softcap, master, temperature, chunk_size, part_size = ctx.rest
         head = OutputHead(weight, bias, scale, softcap, master)
         grad_hidden = torch.empty_like(hidden)
@@ -121,10 +120,11 @@ class _TokenLogprobs(torch.autograd.Function):
             rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk, None]
             scales = (grad[chunk, None] / temperature).to(head.wide)
             grad_rows = torch.zeros(rows.shape, dtype=head.wide, device=rows.device)
-            for part in _slices(len(weight), part_size):
+            shares = (part_normalisers[chunk] - normalisers[chunk, None]).exp_().mul_(-scales)
+            for number, part in enumerate(_slices(len(weight), part_size)):
                 logits = head.logits(rows, part)
                 slope = None if softcap is None else 1 - (logits / softcap).square_()
-                grad_logits = logits.div_(temperature).sub_(normalisers[chunk, None]).exp_().mul_(-scales)
+                grad_logits = torch.softmax(logits.div_(temperature), dim=-1).mul_(shares[:, number, None])
                 _add_at(grad_logits, wanted - part.start, scales)
                 if slope is not None:
                     grad_logits *= slope
