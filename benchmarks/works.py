@@ -100,7 +100,8 @@ def _linked(source: ModelSource, folder: Path) -> ModelSource:
     for file in Path(source.location).iterdir():
         (folder / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)].__name__]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+    config["architectures"] = [kind.__name__]
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     return replace(source, location=str(folder))
