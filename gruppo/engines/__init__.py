@@ -13,10 +13,15 @@ from gruppo.types import Completion
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt to complete once for each of `streams`; a stream is the key of one completion's random numbers."""
+    """A prompt to complete once for each of `streams`; a stream is the key of one completion's random numbers.
+
+    `limits`: the most tokens of each completion, where it is fewer than the options' `max_tokens`; what reaches it ends
+    with the finish reason "length".
+    """
 
     token_ids: tuple[int, ...]
     streams: Sequence[tuple[int, ...]]
+    limits: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ class Engine(Protocol):
         In float32 a completion depends on its prompt, its stream, the options and the weights, and on nothing else.
         `sampling_logprobs` are of the distribution that each token was drawn from, truncated or not; with temperature
         0, of the full distribution at temperature 1. `advance` is called with the number of tokens made since its last
-        call.
+        call. Raises ValueError for a prompt without tokens, and for limits that are not one a stream, each at least 1.
         """
 
     def load_weights(self, policy: LanguageModel, version: int) -> None:

@@ -119,6 +119,12 @@ class NativeEngine:
         longest = max((len(request.token_ids) for request in requests), default=1)
         if min((len(request.token_ids) for request in requests), default=1) < 1:
             raise ValueError("a prompt of a request has no tokens; give at least one")
+        for request in requests:
+            if request.limits is not None and (len(request.limits) != len(request.streams) or min(request.limits) < 1):
+                raise ValueError(
+                    f"limits of a request = {list(request.limits)}: must be one for each of its {len(request.streams)} "
+                    "streams, each at least 1"
+                )
         wanted = sum(len(request.streams) for request in requests)
         state = _Flight(self.policy, min(self.slots, wanted), min(self.slots, len(requests)), longest, options)
         queue = deque(enumerate(requests))
@@ -185,11 +191,12 @@ class _Flight:
         self.owner: list[tuple[int, int]] = [(0, 0)] * slots
         self.prefix_of = np.zeros(slots, dtype=np.int64)
         self.length = np.zeros(slots, dtype=np.int64)
+        self.limit = np.zeros(slots, dtype=np.int64)
         self.tokens = np.zeros((slots, options.max_tokens), dtype=np.int64)
         self.logprobs = np.zeros((slots, options.max_tokens))
         self.uniforms = np.zeros((slots, options.max_tokens))
         self.finished: dict[tuple[int, int], _Raw] = {}
-        self.waiting: deque[tuple[int, int, tuple[int, ...], int, Tensor]] = deque()
+        self.waiting: deque[tuple[int, int, tuple[int, ...], int, int, Tensor]] = deque()
         self.eos = np.array(policy.eos_ids)
         self._made = 0
 
@@ -232,8 +239,10 @@ class _Flight:
         last = hidden[torch.as_tensor(ends - 1, device=device)]
         for (index, request, place), length, state in zip(new, lengths, last, strict=True):
             self.prefix_lengths[place], self.prefix_users[place] = length, len(request.streams)
-            for number, _ in enumerate(request.streams):
-                self.waiting.append((index, number, tuple(request.streams[number]), place, state))
+            most = self.options.max_tokens
+            for number, stream in enumerate(request.streams):
+                limit = most if request.limits is None else min(most, request.limits[number])
+                self.waiting.append((index, number, tuple(stream), limit, place, state))
 
     def _stores(self, captured: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Room for a layer's keys and values: of the completions in flight, and of the prompts kept."""
@@ -252,9 +261,10 @@ class _Flight:
         first = self.live
         states = []
         while self.waiting and self.free:
-            index, number, stream, place, state = self.waiting.popleft()
+            index, number, stream, limit, place, state = self.waiting.popleft()
             row = self.live
             self.owner[row], self.prefix_of[row], self.length[row] = (index, number), place, 0
+            self.limit[row] = limit
             if self.options.temperature:
                 generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(stream)))
                 self.uniforms[row] = generator.random(self.options.max_tokens)
@@ -294,7 +304,7 @@ class _Flight:
         self.logprobs[rows, position] = logprobs.cpu().numpy()
         self.length[rows] += 1
         self._made += len(rows)
-        ended = np.isin(drawn, self.eos) | (self.length[rows] == self.options.max_tokens)
+        ended = np.isin(drawn, self.eos) | (self.length[rows] == self.limit[rows])
         text_ends = self._find_stops(rows) if self.options.stop else {}
         for row in rows[::-1].tolist():
             if ended[row - rows[0]] or row in text_ends:
@@ -328,7 +338,7 @@ class _Flight:
         if row == last:
             return
         self.owner[row] = self.owner[last]
-        for array in (self.prefix_of, self.length, self.tokens, self.logprobs, self.uniforms):
+        for array in (self.prefix_of, self.length, self.limit, self.tokens, self.logprobs, self.uniforms):
             array[row] = array[last]
         used = int(self.length[row])
         for pair in self.own.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -288,6 +289,28 @@ def test_more_completions_than_slots_come_in_order(make_engine: MakeEngine, poli
     assert counted == sum(len(c.token_ids) for g in made for c in g)
     whole = make_engine(policy, 100).generate(requests(9), SamplingOptions(1.0, 10))
     assert [[c.token_ids for c in g] for g in made] == [[c.token_ids for c in g] for g in whole]
+
+
+def test_limits_cut_each_completion_and_change_nothing_else(make_engine: MakeEngine, policy: LanguageModel) -> None:
+    """Each is what it would be without its limit, up to there; a limit beyond the maximum is the maximum."""
+    limits = [1, 5, 12, 99, 3, 1]
+    plain = make_engine(policy, 5).generate(requests(6), SamplingOptions(2.0, 12))
+    asked = [replace(request, limits=limits) for request in requests(6)]
+    made = make_engine(policy, 5).generate(asked, SamplingOptions(2.0, 12))
+    cut = 0
+    for before, after in zip(plain, made, strict=True):
+        for whole, completion, limit in zip(before, after, limits, strict=True):
+            assert completion.token_ids == whole.token_ids[:limit]
+            ended = completion.token_ids[-1] == END
+            assert completion.finish_reason == ("stop" if ended else "length")
+            cut += len(whole.token_ids) > limit
+    assert cut > 4
+
+
+@pytest.mark.parametrize("limits", [[4], [4, 0], [4, 4, 4]])
+def test_limits_that_do_not_fit_are_refused(make_engine: MakeEngine, limits: list[int]) -> None:
+    with pytest.raises(ValueError, match="one for each of its 2 streams"):
+        make_engine(make_policy()).generate([Request((5,), [(0,), (1,)], limits)], SamplingOptions(1.0, 5))
 
 
 def test_no_requests(make_engine: MakeEngine, policy: LanguageModel) -> None:

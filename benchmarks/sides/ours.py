@@ -1,0 +1,210 @@
+"""gruppo's side: its own loop on the work's prompts, lengths and rewards."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import Channel, Phases, fixed_rewards, gradient_norm, perturb, read_work, versions
+
+from gruppo import loop, objective
+from gruppo.callbacks import Callbacks
+from gruppo.config import Method, load_recipe
+from gruppo.engines import Engine, Request, SamplingOptions
+from gruppo.engines.native import NativeEngine, choose_slots
+from gruppo.interruption import Stop
+from gruppo.models import LanguageModel, find_model, load_model
+from gruppo.packing import choose_budget, pack
+from gruppo.preflight import preflight
+from gruppo.preparation import prepare
+from gruppo.reporting import Advance, Silent
+from gruppo.types import Completion, Group, Metrics, Prompt, Reward
+
+
+class FixedLengths:
+    """An engine whose completions have the work's lengths: no end token before, and an end token there."""
+
+    def __init__(self, engine: Engine, work: dict[str, Any]) -> None:
+        self.engine, self.end = engine, work["end_id"]
+        pairs = zip(work["prompts"], work["lengths"], strict=True)
+        self.limits = {tuple(prompt): lengths for prompt, lengths in pairs}
+        self.made: dict[tuple[int, ...], list[int]] = {}
+
+    def generate(
+        self, requests: Sequence[Request], options: SamplingOptions, advance: Advance | None = None
+    ) -> list[list[Completion]]:
+        """See `Engine`."""
+        limited = [replace(request, limits=self.limits[request.token_ids]) for request in requests]
+        sampled = self.engine.generate(limited, replace(options, min_tokens=options.max_tokens), advance)
+        groups = [[self._ended(completion) for completion in group] for group in sampled]
+        pairs = zip(requests, groups, strict=True)
+        self.made = {request.token_ids: [len(each.token_ids) for each in group] for request, group in pairs}
+        return groups
+
+    def _ended(self, completion: Completion) -> Completion:
+        return replace(completion, token_ids=(*completion.token_ids[:-1], self.end), finish_reason="stop")
+
+    def load_weights(self, policy: LanguageModel, version: int) -> None:
+        """See `Engine`."""
+        self.engine.load_weights(policy, version)
+
+
+class Training:
+    """Steps of gruppo's loop, in a run folder of its own."""
+
+    def __init__(self, work: dict[str, Any], stack: ExitStack) -> None:
+        self.work, self.phases = work, Phases()
+        recipe = load_recipe(
+            {
+                "run": {"seed": work["seed"], "steps": 1000},
+                "model": {"name": work["model"]},
+                "task": {"name": "given:prompts"},
+                "reward": {"functions": ["fixed_rewards"]},
+                "method": {"name": "grpo", "kl_coef": work["kl_coef"]},
+                "sampling": {
+                    "prompts_per_step": len(work["prompts"]),
+                    "group_size": len(work["lengths"][0]),
+                    "max_tokens": work["max_tokens"],
+                },
+                "optimizer": {"learning_rate": work["learning_rate"], "max_grad_norm": work["max_grad_norm"]},
+            }
+        )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
+        pairs = zip(work["messages"], work["rewards"], strict=True)
+        rows = [{"prompt": messages, "fixed": own} for messages, own in pairs]
+        data = preflight(recipe, folder, False, [fixed_rewards], rows, Silent())
+        parts = prepare(recipe, folder, False, [fixed_rewards], data, Silent(), stack)
+        assert sorted(each.token_ids for each in parts.prompts) == sorted(map(tuple, work["prompts"]))
+        self.engine = FixedLengths(parts.engine, work)
+        parts.engine = self.engine
+        self.phases.watch_optimizer(parts.optimizer)
+        self._watch_reference(parts.reference)
+        self.parts, self.run = parts, loop._Run(parts, Silent(), Stop(), Callbacks())
+
+    def _watch_reference(self, reference: LanguageModel | None) -> None:
+        score = objective.score
+
+        def timed(policy: LanguageModel, *arguments: Any) -> Any:
+            if policy is not reference:
+                return score(policy, *arguments)
+            with self.phases("reference"):
+                return score(policy, *arguments)
+
+        objective.score = timed  # type: ignore[attr-defined]
+
+    def step(self) -> dict[str, Any]:
+        """One step of the loop."""
+        start = time.perf_counter()
+        self.run._step()
+        seconds = time.perf_counter() - start
+        values = self.parts.run.metrics()[-1]
+        inside = sum(self.phases.seconds.values())
+        self.phases.add("generation", values["time/generate"])
+        self.phases.add("loss and backward", values["time/update"] - inside)
+        lengths = [self.engine.made[tuple(prompt)] for prompt in self.work["prompts"]]
+        return {"seconds": seconds, "phases": self.phases.take(seconds), "lengths": lengths}
+
+    def setting(self) -> str:
+        """What the library chose for this machine."""
+        return str(self.parts.policy.dtype).removeprefix("torch.")
+
+
+class Generation:
+    """The engine alone, in bfloat16."""
+
+    def __init__(self, work: dict[str, Any], stack: ExitStack) -> None:
+        self.work = work
+        self.policy = load_model(find_model(work["model"]), dtype="bfloat16")
+        wanted = sum(map(len, work["lengths"]))
+        self.engine = NativeEngine(
+            self.policy, choose_slots(self.policy, len(work["prompts"][0]), work["max_tokens"], wanted)
+        )
+        self.calls = 0
+
+    def step(self, tokens: int | None = None) -> dict[str, Any]:
+        """All completions once; `tokens`: only so many of each."""
+        work, most = self.work, tokens or self.work["max_tokens"]
+        self.calls += 1
+        requests = [
+            Request(tuple(prompt), [(work["seed"], self.calls, place, index) for index in range(len(lengths))])
+            for place, (prompt, lengths) in enumerate(zip(work["prompts"], work["lengths"], strict=True))
+        ]
+        start = time.perf_counter()
+        made = self.engine.generate(requests, SamplingOptions(1.0, most, min_tokens=most))
+        seconds = time.perf_counter() - start
+        lengths = [[len(each.token_ids) for each in group] for group in made]
+        return {"seconds": seconds, "phases": {"generation": seconds}, "lengths": lengths}
+
+    def setting(self) -> str:
+        """How it runs."""
+        return f"bfloat16, {self.engine.slots} in flight"
+
+
+def check(work: dict[str, Any]) -> dict[str, Any]:
+    """Completions of the work, and the loss and the gradient's norm of gruppo's objective on them, in float32.
+
+    Old policy and reference are the start weights with noise, so that neither ratio nor KL term is trivial.
+    """
+    policy = load_model(find_model(work["model"]), dtype="float32")
+    noisy = policy.frozen_copy()
+    perturb(noisy.model, work["seed"])
+    method = Method(kl_coef=work["kl_coef"])
+    engine = FixedLengths(NativeEngine(policy, 64), work)
+    requests = [
+        Request(tuple(prompt), [(work["seed"], 0, place, index) for index in range(len(lengths))])
+        for place, (prompt, lengths) in enumerate(zip(work["prompts"], work["lengths"], strict=True))
+    ]
+    sampled = engine.generate(requests, SamplingOptions(1.0, work["max_tokens"]))
+    groups = [
+        Group(Prompt("p", "", request.token_ids, "t", {}), completions, [Reward(each, {}) for each in rewards])
+        for request, completions, rewards in zip(requests, sampled, work["rewards"], strict=True)
+    ]
+    objective.mark_trained(groups, False)
+    objective.assign_advantages(groups, method)
+    weights = objective.token_weights(method, work["max_tokens"])
+    batches = pack(groups, weights, choose_budget(policy), with_kl=method.kl_in_loss)
+    objective.score_batches(noisy, noisy, batches, 1.0, Metrics())
+    total = 0.0
+    for batch in batches:
+        loss = objective.batch_loss(policy, noisy, batch, method, 1.0, Metrics())
+        loss.backward()
+        total += float(loss.detach())
+    return {
+        "loss": total,
+        "gradient_norm": gradient_norm(policy.model),
+        "rollouts": {
+            "completions": [[list(each.token_ids) for each in group] for group in sampled],
+            "advantages": [[own[0] for own in group.advantages] for group in groups],
+        },
+    }
+
+
+def main() -> None:
+    channel, work = Channel(), read_work()
+    about = {"versions": versions("torch", "transformers"), "threads": torch.get_num_threads()}
+    if sys.argv[2] == "check":
+        channel.reply(setting="float32", **about)
+        for _ in channel:
+            channel.reply(**check(work))
+        return
+    with ExitStack() as stack:
+        side = Generation(work, stack) if work["name"] == "generation" else Training(work, stack)
+        channel.reply(setting=side.setting(), **about)
+        for command in channel:
+            if command["command"] == "warm" and isinstance(side, Generation):
+                first = side.step(1)["seconds"]
+                side.step()
+                channel.reply(first_token=first)
+            else:
+                channel.reply(**side.step())
+
+
+if __name__ == "__main__":
+    main()

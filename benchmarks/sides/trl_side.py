@@ -1,0 +1,211 @@
+"""TRL's side: GRPOTrainer in one setting, a step at a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from protocol import Channel, Phases, fixed_rewards, gradient_norm, perturb, read_work, versions
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+
+class FixedLengths(LogitsProcessor):
+    """No end token before the length of a row, and nothing but an end token there."""
+
+    def __init__(self, work: dict[str, Any]) -> None:
+        self.lengths = torch.tensor([length for lengths in work["lengths"] for length in lengths])
+        self.prompts = torch.tensor([own for own in work["prompts"] for _ in work["lengths"][0]])
+        self.ends, self.end = work["end_ids"], work["end_id"]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        width = self.prompts.shape[1]
+        assert torch.equal(input_ids[:, :width], self.prompts), "these are not the prompts of the work file"
+        last = self.lengths == input_ids.shape[1] - width + 1
+        scores[:, self.ends] = -torch.inf
+        scores[last] = -torch.inf
+        scores[last, self.end] = 0.0
+        return scores
+
+
+class Watched(GRPOTrainer):  # type: ignore[misc]
+    """The trainer as it is, with its phases timed."""
+
+    def __init__(self, work: dict[str, Any], **options: Any) -> None:
+        super().__init__(**options)
+        self.phases, self.lengths = Phases(), FixedLengths(work)
+        self.made: list[int] = []
+        plain = self.model.generate
+        self.model.generate = lambda **given: plain(**given, logits_processor=LogitsProcessorList([self.lengths]))
+
+    def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
+        with self.phases("generation"):
+            completion_ids, logprobs = super()._generate_single_turn(*given, **named)
+        self.made = [len(each) for each in completion_ids]
+        return completion_ids, logprobs
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *given: Any, **named: Any) -> Any:
+        if self.ref_model is None or model is not self.ref_model:
+            return super()._get_per_token_logps_and_entropies(model, *given, **named)
+        with self.phases("reference"):
+            return super()._get_per_token_logps_and_entropies(model, *given, **named)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        start = time.perf_counter()
+        inputs = super()._prepare_inputs(generation_batch)
+        self.phases.add("loss and backward", start - time.perf_counter())
+        return inputs
+
+    def training_step(self, *given: Any, **named: Any) -> Any:
+        with self.phases("loss and backward"):
+            return super().training_step(*given, **named)
+
+
+class Remote(TrainerCallback):  # type: ignore[misc]
+    """Holds every step back until it is asked for, and answers with its time."""
+
+    def __init__(self, channel: Channel, work: dict[str, Any]) -> None:
+        self.channel, self.work, self.trainer = channel, work, None
+        self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """A tiny update, so that nothing that is done once falls into the first step."""
+        inner = optimizer.optimizer
+        batch = {name: each[:2] for name, each in _inputs(self.work, _placeholders(self.work)).items()}
+        self.trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+        self.trainer.model.train()
+        self.trainer.compute_loss(self.trainer.model_wrapped, batch).backward()
+        inner.step()
+        inner.zero_grad()
+        self.trainer.phases.watch_optimizer(inner)
+        self.channel.reply()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.channel.read() is None:
+            raise SystemExit(0)
+        self.trainer.phases.seconds.clear()
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seconds = time.perf_counter() - self.started
+        made, size = self.trainer.made, len(self.work["lengths"][0])
+        lengths = [made[start : start + size] for start in range(0, len(made), size)]
+        self.channel.reply(seconds=seconds, phases=self.trainer.phases.take(seconds), lengths=lengths)
+
+
+def _placeholders(work: dict[str, Any]) -> dict[str, Any]:
+    """Completions of the right lengths, of any tokens."""
+    completions = [[[work["end_id"]] * length for length in lengths] for lengths in work["lengths"]]
+    return {"completions": completions, "advantages": work["rewards"]}
+
+
+def _inputs(work: dict[str, Any], rollouts: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What `_compute_loss` takes, of all completions, without log-probabilities (those of padding are 0)."""
+    completions = [torch.tensor(each) for group in rollouts["completions"] for each in group]
+    size = len(work["lengths"][0])
+    padded = pad_sequence(completions, batch_first=True, padding_value=work["end_id"])
+    mask = pad_sequence([torch.ones_like(each) for each in completions], batch_first=True)
+    prompts = torch.tensor([prompt for prompt in work["prompts"] for _ in range(size)])
+    return {
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": padded,
+        "completion_mask": mask,
+        "advantages": torch.tensor([each for group in rollouts["advantages"] for each in group], dtype=torch.float32),
+        "old_per_token_logps": torch.zeros(padded.shape),
+        "ref_per_token_logps": torch.zeros(padded.shape),
+    }
+
+
+def check(trainer: Watched, work: dict[str, Any], rollouts: dict[str, Any]) -> dict[str, Any]:
+    """Loss and norm of the gradient by TRL's own `_compute_loss`, on the completions and advantages given."""
+    model, size = trainer.model, trainer.args.per_device_train_batch_size
+    every = _inputs(work, rollouts)
+    plain = {name: each.clone() for name, each in model.state_dict().items()}
+    perturb(model, work["seed"])
+    ids = torch.cat([every["prompt_ids"], every["completion_ids"]], dim=1)
+    mask = torch.cat([every["prompt_mask"], every["completion_mask"]], dim=1)
+    with torch.no_grad():
+        width = every["completion_ids"].shape[1]
+        noisy = trainer._get_per_token_logps_and_entropies(model, ids, mask, width, size)[0]
+    model.load_state_dict(plain)
+    every["old_per_token_logps"] = every["ref_per_token_logps"] = noisy
+    trainer.current_gradient_accumulation_steps = len(ids) // size
+    model.train()
+    total = 0.0
+    for start in range(0, len(ids), size):
+        batch = {name: each[start : start + size] for name, each in every.items()}
+        loss = trainer._compute_loss(model, batch)
+        loss.backward()
+        total += float(loss.detach())
+    return {"loss": total, "gradient_norm": gradient_norm(model)}
+
+
+def make_trainer(work: dict[str, Any], setting: dict[str, Any], folder: str, callback: Remote) -> Watched:
+    """GRPOTrainer with the work's objective; `setting`: bf16 and the size of micro-batches."""
+    completions, size = sum(map(len, work["lengths"])), setting["micro_batch"]
+    config = GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=setting["bf16"],
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=completions // size,
+        num_generations=len(work["lengths"][0]),
+        max_completion_length=work["max_tokens"],
+        cache_implementation=setting.get("cache"),
+        beta=work["kl_coef"],
+        use_bias_correction_kl=False,
+        loss_type="grpo",
+        scale_rewards="group",
+        num_iterations=1,
+        max_steps=1000,
+        learning_rate=work["learning_rate"],
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        weight_decay=0.0,
+        max_grad_norm=work["max_grad_norm"],
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=work["seed"] % 2**31,
+    )
+    pairs = zip(work["messages"], work["rewards"], strict=True)
+    rows = [{"prompt": messages, "fixed": own} for messages, own in pairs]
+    trainer = Watched(
+        work,
+        model=work["model"],
+        reward_funcs=[fixed_rewards],
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(work["model"], padding_side="left"),
+        callbacks=[callback],
+    )
+    callback.trainer = trainer
+    return trainer
+
+
+def main() -> None:
+    channel, work, setting = Channel(), read_work(), json.loads(sys.argv[2])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(work, setting, folder, Remote(channel, work))
+        channel.reply(versions=versions("trl", "torch", "transformers"), threads=torch.get_num_threads())
+        for command in channel:
+            if command["command"] == "check":
+                channel.reply(**check(trainer, work, json.loads(Path(command["rollouts"]).read_text())))
+            else:
+                trainer.train()
+
+
+if __name__ == "__main__":
+    main()

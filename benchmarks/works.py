@@ -1,0 +1,162 @@
+"""The work that both sides do: prompts, lengths and rewards, fixed before anything is timed.
+
+It is written to a file of JSON that every side reads, so that a peer's environment needs nothing of gruppo.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from gruppo.config import Task
+from gruppo.models import ModelSource, find_model
+from gruppo.reporting import Silent
+from gruppo.tasks import load_training, tokenize_rows
+
+MODEL = "smollm2-135m-instruct"
+SEED = 20240203
+WIDTH = 49
+SUFFIX = " Think it through, then give the number."
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of work. `lengths` and `rewards` have a row for each prompt and a number for each of its completions;
+    `parameters` is the model's N."""
+
+    name: str
+    model: str
+    parameters: int
+    messages: list[list[dict[str, Any]]]
+    prompts: list[list[int]]
+    lengths: list[list[int]]
+    rewards: list[list[float]]
+    max_tokens: int
+    kl_coef: float
+    end_id: int
+    end_ids: list[int]
+    learning_rate: float = 1e-6
+    max_grad_norm: float = 1.0
+    seed: int = SEED
+
+    @property
+    def completions(self) -> int:
+        """Completions of a step."""
+        return sum(map(len, self.lengths))
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens of a step."""
+        return sum(map(sum, self.lengths))
+
+    @property
+    def flop(self) -> float:
+        """Floating-point operations that no implementation can do without: 2·N a token read, 6·N one trained on, each
+        prompt once a group. Without a KL term a group of equal rewards needs no training."""
+        read = [len(prompt) + sum(own) for prompt, own in zip(self.prompts, self.lengths, strict=True)]
+        if self.name == "generation":
+            return 2.0 * self.parameters * sum(read)
+        signal = [bool(self.kl_coef) or len(set(each)) > 1 for each in self.rewards]
+        trained = sum(tokens for tokens, used in zip(read, signal, strict=True) if used)
+        passes = 2.0 if self.kl_coef else 1.0
+        return self.parameters * (passes * 2.0 * sum(read) + 6.0 * trained)
+
+    def describe(self) -> str:
+        """In a line, for the table."""
+        size, width = len(self.lengths[0]), len(self.prompts[0])
+        what = f"{len(self.prompts)} prompts of {width} tokens × {size} completions of "
+        mean = self.tokens / self.completions
+        even = min(map(min, self.lengths)) == self.max_tokens
+        what += f"{self.max_tokens} tokens" if even else f"at most {self.max_tokens} tokens ({mean:.1f} on average)"
+        if self.name == "generation":
+            return what + ", temperature 1, bfloat16"
+        signal = sum(len(set(each)) > 1 for each in self.rewards)
+        return f"{what}, β = {self.kl_coef:g}, μ = 1; rewards differ in {signal} groups of {len(self.rewards)}"
+
+
+def make_works(folder: Path, quick: bool) -> dict[str, Work]:
+    """All works by name, their model linked into `folder`; `quick`: as small as they can be."""
+    source = _linked(find_model(MODEL), folder / "model")
+    many, size, short, long = (2, 2, 6, 8) if quick else (16, 8, 24, 64)
+    few = 2 if quick else 8
+    return {
+        "A": _work(source, "A", few, size, _lengths(few, size, 0.7 * long, long), long, 0.04),
+        "B": _work(source, "B", many, size, _lengths(many, size, 0.83 * short, short), short, 0.0),
+        "generation": _work(source, "generation", few, size, [[long] * size] * few, long, 0.0),
+    }
+
+
+def _linked(source: ModelSource, folder: Path) -> ModelSource:
+    """The model's files in a folder whose config names the class, which TRL and vLLM go by; a GGUF file does not."""
+    folder.mkdir()
+    for file in Path(source.location).iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)]
+    config["architectures"] = [kind.__name__]
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    return replace(source, location=str(folder))
+
+
+def _work(
+    source: ModelSource, name: str, count: int, size: int, lengths: list[list[int]], longest: int, kl_coef: float
+) -> Work:
+    messages, prompts = _prompts(source, count)
+    tokenizer: Any = source.tokenizer
+    end = int(tokenizer.eos_token_id)
+    halves = [[float((place + index) % 2) for index in range(size)] for place in range(count)]
+    if name == "B":
+        halves[1::2] = [[1.0] * size for _ in halves[1::2]]
+    return Work(
+        name=name,
+        model=source.location,
+        parameters=_parameters(source.location),
+        messages=messages,
+        prompts=prompts,
+        lengths=lengths,
+        rewards=halves,
+        max_tokens=longest,
+        kl_coef=kl_coef,
+        end_id=end,
+        end_ids=_end_ids(source, end),
+    )
+
+
+def _prompts(source: ModelSource, count: int) -> tuple[list[list[dict[str, Any]]], list[list[int]]]:
+    """The first questions of the arithmetic task that have 49 tokens with the suffix, so that none is padded."""
+    rows = load_training(Task(name="arithmetic"), "task", False, Silent())[0].rows
+    asked = [{"prompt": [{"role": "user", "content": row["prompt"][0]["content"] + SUFFIX}]} for row in rows]
+    made = tokenize_rows(asked, source.tokenizer, source.context, 64, "arithmetic")
+    chosen = [prompt for prompt in made if len(prompt.token_ids) == WIDTH][:count]
+    assert len(chosen) == count
+    messages = [prompt.content for prompt in chosen if not isinstance(prompt.content, str)]
+    return messages, [list(prompt.token_ids) for prompt in chosen]
+
+
+def _lengths(count: int, size: int, mean: float, longest: int) -> list[list[int]]:
+    """Lengths from a seeded bell curve around the mean, with a third of it as its width, cut at both ends."""
+    draw = random.Random(SEED)
+    return [[min(longest, max(2, round(draw.gauss(mean, mean / 3)))) for _ in range(size)] for _ in range(count)]
+
+
+def _parameters(location: str) -> int:
+    total = 0
+    with safe_open(f"{location}/model.safetensors", framework="np") as weights:
+        names: list[str] = list(weights.keys())
+        for name in names:
+            total += math.prod(weights.get_slice(name).get_shape())
+    return total
+
+
+def _end_ids(source: ModelSource, end: int) -> list[int]:
+    found = GenerationConfig.from_pretrained(source.location).eos_token_id
+    return sorted({end, *(found if isinstance(found, list) else [] if found is None else [found])})
