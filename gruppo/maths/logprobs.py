@@ -90,7 +90,9 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         head = OutputHead(weight, bias, ctx.scale, ctx.softcap)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=head.wide, device=weight.device)
+        grad_weight = None  # of a frozen head: V × H numbers that nobody would read
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=head.wide, device=weight.device)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for chunk in _chunks(len(targets), ctx.chunk_size):
             logits = head.logits(hidden[chunk])
@@ -106,8 +108,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_bias += grad_logits.sum(dim=0)
             narrow = grad_logits.to(weight.dtype)
             grad_hidden[chunk] = (narrow @ weight).to(hidden.dtype)
-            grad_weight += narrow.T @ hidden[chunk].to(weight.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None, None
+            if grad_weight is not None:
+                grad_weight += narrow.T @ hidden[chunk].to(weight.dtype)
+        narrowed = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, narrowed, grad_bias, None, None, None, None, None
 
 
 def _chunks(length: int, size: int) -> list[slice]:
