@@ -10,8 +10,9 @@ of the backward pass: `backward()` gives all gradients, `torch.autograd.grad` wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,25 +48,28 @@ class Cast:
 class Linear:
     """Linear layers that read the same rows, as one product: their weights stacked, in the dtype of products."""
 
-    modules: tuple[nn.Linear, ...]
+    modules: tuple[Any, ...]
     weight: Tensor
     bias: Tensor | None
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Linear], dtype: torch.dtype, pack: bool) -> Linear:
+    def of(cls, modules: Sequence[Any], weight_of: Callable[[Any], Tensor], dtype: torch.dtype, pack: bool) -> Linear:
         """Prepared from what the modules hold now."""
         with torch.no_grad():
+            rows = [module.out_features for module in modules]
             if len(modules) == 1:
-                weight = modules[0].weight.detach().to(dtype)
+                weight = weight_of(modules[0]).detach().to(dtype)
             else:
                 first = modules[0].weight
-                rows = [module.weight.shape[0] for module in modules]
                 weight = torch.empty(sum(rows), first.shape[1], dtype=dtype, device=first.device)
                 for part, module in zip(weight.split(rows), modules, strict=True):
-                    part.copy_(module.weight)
+                    part.copy_(weight_of(module))
             bias = None
-            if modules[0].bias is not None:
-                bias = torch.cat([module.bias for module in modules]).to(dtype)
+            if any(module.bias is not None for module in modules):
+                held = [
+                    weight.new_zeros(size) if m.bias is None else m.bias for m, size in zip(modules, rows, strict=True)
+                ]
+                bias = torch.cat(held).to(dtype)
             return cls(tuple(modules), packed(weight) if pack else weight, bias)
 
     def __call__(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
@@ -80,7 +84,7 @@ class Linear:
         for module in self.modules:
             end = start + module.weight.shape[0]
             accumulate(module.weight, made[start:end])
-            if sums is not None:
+            if sums is not None and module.bias is not None:
                 accumulate(module.bias, sums[start:end])
             start = end
         return grad @ self.weight
@@ -112,15 +116,29 @@ def accumulate(parameter: Tensor, gradient: Tensor) -> None:
         parameter.grad.add_(gradient)
 
 
+def _linear(block: Any) -> tuple[list[Any], ...]:
+    """The linear layers of a block, those that read the same rows together, in the order of `_Prepared`."""
+    attention, mlp = block.self_attn, block.mlp
+    return (
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    )
+
+
 class FusedBody:
     """A decoder of the Llama family: what its module computes, from token ids to the last hidden states."""
 
-    def __init__(self, decoder: nn.Module, layers: Sequence[Layer]) -> None:
-        """`layers`: what each layer's attention computes, in order."""
+    def __init__(
+        self, decoder: nn.Module, layers: Sequence[Layer], weight_of: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        """`layers`: what each layer's attention computes, in order. `weight_of`: the weight of a linear layer where
+        that is not its own (an adapter is merged); such a body computes, but gives no gradients."""
         self.decoder: Any = decoder
         self.layers = list(layers)
+        self.weight_of, self.trains = weight_of or (lambda module: module.weight), weight_of is None
         self.recompute = False
-        self._weights = [module.weight for module in decoder.modules() if isinstance(module, nn.Linear)]
         self._state: object = None
         self._prepared: list[_Prepared] = []
 
@@ -141,18 +159,16 @@ class FusedBody:
         if state != self._state:
             self._prepared = []  # freed before the new ones are made
             self._prepared = [
-                _Prepared(
-                    layer=layer,
-                    block=block,
-                    qkv=Linear.of([block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj], dtype, pack),
-                    out=Linear.of([block.self_attn.o_proj], dtype, pack),
-                    gate_up=Linear.of([block.mlp.gate_proj, block.mlp.up_proj], dtype, pack),
-                    down=Linear.of([block.mlp.down_proj], dtype, pack),
-                )
+                _Prepared(layer, block, *(Linear.of(part, self.weight_of, dtype, pack) for part in _linear(block)))
                 for layer, block in zip(self.layers, self.decoder.layers, strict=True)
             ]
             self._state = state
         return self._prepared
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        modules = [module for block in self.decoder.layers for part in _linear(block) for module in part]
+        return [weight for module in modules for weight in module.parameters()]
 
     def freeze(self, dtype: torch.dtype) -> None:
         """Keep the prepared weights alone: those of the modules, of which they are a copy, are given up."""
@@ -215,9 +231,7 @@ def _computed(each: _Prepared, hidden: Tensor, rope: tuple[Tensor, Tensor], plan
 
 def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, batch: int) -> Tensor:
     """Rows to sequences, through the plan, and back."""
-    query, key, value = (
-        part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value)
-    )
+    query, key, value = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
     return plan.attend(layer, query, key, value).reshape(query.shape[0] * query.shape[2], -1)
 
 
@@ -238,7 +252,7 @@ def _query_key_value(
 
 def _heads(attention: Any) -> tuple[int, int]:
     """Heads of queries and of keys."""
-    return tuple(each.weight.shape[0] // attention.head_dim for each in (attention.q_proj, attention.k_proj))  # type: ignore[return-value]
+    return tuple(each.out_features // attention.head_dim for each in (attention.q_proj, attention.k_proj))  # type: ignore[return-value]
 
 
 def _rotate(rows: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -321,7 +335,12 @@ class _Rest(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(inner * up, gate, grad_input=slopes[:, : gate.shape[-1]])
             normed = _norm(middle, norm).to(dtype)
             own = _norm_backward(each.gate_up.backward(slopes, normed), middle, norm).add_(grad)
-            return each.out.backward(own.to(dtype), attended).to(middle.dtype), own, None, *(None for _ in each.parameters)
+            return (
+                each.out.backward(own.to(dtype), attended).to(middle.dtype),
+                own,
+                None,
+                *(None for _ in each.parameters),
+            )
 
 
 def _norm(rows: Tensor, norm: Any) -> Tensor:

@@ -1,7 +1,8 @@
 """Checkpoints: everything that a run needs to go on as if nothing had happened.
 
 safetensors and JSON only. There is no random state to keep: every draw is a function of the seed, the step and the
-numbers in `State`. The reference is not in a checkpoint: it is the start model, whose hash is in environment.json.
+numbers in `State`. What is frozen is not in a checkpoint, nor is the reference: both are the start model, whose hash is
+in environment.json.
 A manifest holds the hash of every file; a checkpoint that does not agree with its manifest is passed over.
 """
 
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gruppo.models import named_weights
+from gruppo.models import trained_weights
 from gruppo.runlog import RunFolder, publish, recover, write_whole
 
 
@@ -43,7 +44,8 @@ def save_checkpoint(run: RunFolder, model: nn.Module, optimizer: torch.optim.Opt
     building = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    save_file({n: t.cpu().contiguous() for n, t in named_weights(model).items()}, building / "weights.safetensors")
+    weights = {name: tensor.cpu().contiguous() for name, tensor in trained_weights(model).items()}
+    save_file(weights, building / "weights.safetensors")
     save_file(_optimizer_tensors(model, optimizer), building / "optimizer.safetensors")
     write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
     manifest = {path.name: _sha256(path) for path in sorted(building.iterdir())}
@@ -73,17 +75,21 @@ def load_state(folder: Path) -> State:
 
 def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state into model and optimizer."""
-    weights = load_file(folder / "weights.safetensors")
-    held = named_weights(model)
-    assert weights.keys() == held.keys(), "the checkpoint is of another model"
-    for name, tensor in held.items():
-        tensor.copy_(weights[name])
+    load_weights_file(folder / "weights.safetensors", model)
     parameters = dict(model.named_parameters())
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         kind, _, owner = name.partition(":")
         parameter = parameters[owner]
         value = tensor if kind == "step" else tensor.to(parameter.device)
         optimizer.state[parameter][kind] = value
+
+
+def load_weights_file(path: Path, model: nn.Module) -> None:
+    """Put the weights of a checkpoint's file into the model."""
+    weights, held = load_file(path), trained_weights(model)
+    assert weights.keys() == held.keys(), "the checkpoint is of another model"
+    for name, tensor in held.items():
+        tensor.copy_(weights[name])
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -240,13 +240,27 @@ def export(
     ] = "last",
     dtype: Annotated[str, typer.Option(help="Of the weights written: float32 or bfloat16.")] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 500MB.")] = "5GB",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run with [model.lora]: the adapter alone, in peft's format.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder: weights, tokenizer, generation config and model card."""
+    """Write a checkpoint as a Hugging Face folder: weights, tokenizer, generation config and model card.
+
+    Adapters of a run with [model.lora] are merged into its model.
+    """
     from gruppo.console import ConsoleReporter
     from gruppo.exporting import export as write
 
     reporter = ConsoleReporter()
-    made = write(run, to, checkpoint=checkpoint, dtype=dtype, max_shard_size=max_shard_size, reporter=reporter)
+    made = write(
+        run,
+        to,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        adapter=adapter,
+        reporter=reporter,
+    )
     accuracy = "" if made.accuracy is None else f", held-out accuracy {made.accuracy:.1%}"
     reporter.output.print(
         f"step {made.step}{accuracy}: {made.files} files, {made.bytes / 1e6:,.0f} MB of {dtype} in {made.path}",

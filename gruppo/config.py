@@ -58,6 +58,30 @@ class Run(Section):
     """Steps between checkpoints. The last two and the best are kept; the last step always makes one."""
 
 
+class Lora(Section):
+    """Low-rank adapters (LoRA, through peft) in place of full fine-tuning: W + alpha/rank · B·A, where A and B alone
+    are trained. There is no dropout on them: what samples and what is trained is one distribution."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rows of A and columns of B."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What an adapter adds is scaled by alpha / rank."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Which layers: "all-linear" for every linear layer but the output head (experts that are no linear layers stay as
+    they are), or the ends of their names, such as ["q_proj", "v_proj"]."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _targets_are_names(cls, data: Any) -> Any:
+        targets = data.get("targets", "all-linear") if isinstance(data, Mapping) else "all-linear"
+        listed = isinstance(targets, list) and targets and all(isinstance(each, str) and each for each in targets)
+        if targets != "all-linear" and not listed:
+            raise ValueError(
+                f'targets = {targets!r}: neither "all-linear" nor a list of names; write e.g. ["q_proj", "v_proj"]'
+            )
+        return data
+
+
 class Model(Section):
     """Where the policy's weights come from, and where and how they are computed with."""
 
@@ -68,6 +92,8 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision of matrix products; "auto" is bfloat16 where the processor has it. Weights, gradients and optimizer
     state are float32 (float64 with "float64", which is for proofs)."""
+    lora: Lora | None = None
+    """Train adapters alone; leave the table out to train all weights."""
 
 
 class Task(Section):

@@ -38,8 +38,8 @@ def train(
 
     `reward`: a function, an import path or several, in place of the recipe's. `prompts`: rows with a `prompt` (text
     or messages) and more columns, in place of the rows of the recipe's task; the other fields of [task] hold for them
-    too. `model`: a causal language model of transformers with its `tokenizer`, in place of the recipe's model.name; all
-    weights of a copy are trained, the model itself is left as it is. `callbacks`: objects with some of the methods of
+    too. `model`: a causal language model of transformers with its `tokenizer`, in place of the recipe's model.name; a
+    copy is trained, the model itself is left as it is. `callbacks`: objects with some of the methods of
     gruppo.Callback, or functions f(step, metrics, groups). `overrides`: "section.field=value". `out`: the run folder,
     by default runs/<name>. `resume`: go on with the run that the folder holds, if it holds one.
 

@@ -1,8 +1,9 @@
 """A checkpoint of a run as a Hugging Face folder that transformers alone loads, with a card that says how it was made.
 
-All that is read is the run folder: neither the start model nor the network is needed. The weights are the checkpoint's,
-config and tokenizer the run's base/; the generation config ends turns where the run did and draws as its evaluations
-did. No path of this machine goes into the card.
+All that is read is the run folder: neither the start model nor the network is needed, unless the run trained adapters,
+whose checkpoints are merged into the start model. The weights are the checkpoint's, config and tokenizer the run's
+base/; the generation config ends turns where the run did and draws as its evaluations did. No path of this machine goes
+into the card.
 """
 
 from __future__ import annotations
@@ -54,24 +55,35 @@ def export(
     checkpoint: str | int = "last",
     dtype: str = "float32",
     max_shard_size: str = "5GB",
+    adapter: bool = False,
     reporter: Reporter | None = None,
 ) -> Export:
     """Write a checkpoint of the run in the folder `run` as the new folder `to`.
 
     `checkpoint`: "last"; "best", the kept one of the highest held-out accuracy (the later of equals); or a step.
     `dtype`: float32 as trained, or bfloat16. `max_shard_size`: bytes of a weights file at the most, like "5GB"; larger
-    models are written in several. Raises UsageError: `to` holds files, no such run or checkpoint, one that is damaged.
+    models are written in several. A run that trained adapters gives the merged model, or with `adapter` the adapter
+    alone, in peft's format. Raises UsageError: `to` holds files, no such run or checkpoint, one that is damaged.
     """
     source, target, shown = Path(run), Path(to), reporter or Silent()
     _check(source, target, dtype, max_shard_size)
     recipe = load_recipe(source / "recipe.toml")
+    if adapter and recipe.model.lora is None:
+        raise UsageError(f"--adapter: {source} trained all weights of its model, so there is no adapter; leave it out")
     folder = _choose(source, checkpoint)
     state = _state(source, folder)
     environment = json.loads((source / "environment.json").read_text(encoding="utf-8"))
     with _new_folder(target) as building:
         weights = folder / "weights.safetensors"
-        chat = _write_model(source / "base", weights, building, recipe, dtype, max_shard_size, shown)
-        (building / "README.md").write_text(card(recipe, state, environment, dtype, chat), encoding="utf-8")
+        if adapter:
+            chat = _write_adapter(source / "base", weights, building, recipe, dtype)
+        elif recipe.model.lora is not None:
+            with _merged(source / "base", weights, building, recipe, environment, shown) as merged:
+                chat = _write_model(source / "base", merged, building, recipe, dtype, max_shard_size, shown)
+        else:
+            chat = _write_model(source / "base", weights, building, recipe, dtype, max_shard_size, shown)
+        text = card(recipe, state, environment, dtype, chat, adapter)
+        (building / "README.md").write_text(text, encoding="utf-8")
         written = list(building.iterdir())
         size = sum(path.stat().st_size for path in written)
     return Export(target, state.step, _accuracy(state, state.step), len(written), size)
@@ -163,7 +175,7 @@ def _write_model(
     tokenizer = AutoTokenizer.from_pretrained(base)
     with tempfile.TemporaryDirectory() as name, loading_progress(reporter):
         whole = Path(name)
-        shutil.copytree(base, whole, dirs_exist_ok=True)
+        shutil.copytree(base, whole, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
         (whole / "model.safetensors").symlink_to(weights.absolute())
         model = load_weights(str(whole), getattr(torch, dtype))
         settings = recipe.evaluation.decoding if recipe.evaluation else Decoding()
@@ -171,6 +183,47 @@ def _write_model(
         model.save_pretrained(building, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(building)
     return bool(tokenizer.chat_template)
+
+
+@contextmanager
+def _merged(
+    base: Path, adapter: Path, building: Path, recipe: Recipe, environment: Mapping[str, Any], reporter: Reporter
+) -> Iterator[Path]:
+    """A file, inside the block, with the weights of the start model that the adapters of a checkpoint are merged into.
+    A model that was in memory stands in the run's base/."""
+    from gruppo.adapters import add_adapters
+    from gruppo.checkpoint import load_weights_file
+    from gruppo.models import find_model, load_model, save_weights, weights_sha256
+
+    name = str(base) if (base / "model.safetensors").is_file() else recipe.model.name
+    policy = load_model(find_model(name, reporter), "cpu", environment["chosen"]["dtype"], reporter)
+    if weights_sha256(policy.model) != environment["start_weights_sha256"]:
+        raise UsageError(
+            f"model.name = {recipe.model.name!r}: its weights are not those that the run began with, and the "
+            "checkpoint holds adapters alone; put them back, or export the adapter with --adapter"
+        )
+    policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
+    load_weights_file(adapter, policy.model)
+    with tempfile.TemporaryDirectory(dir=building) as folder:
+        save_weights(policy.weights(), Path(folder))
+        del policy
+        yield Path(folder) / "model.safetensors"
+
+
+def _write_adapter(base: Path, weights: Path, building: Path, recipe: Recipe, dtype: str) -> bool:
+    """Write the adapter of a checkpoint in peft's format, which needs no weights of the start model; whether there is a
+    chat template."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    from gruppo.adapters import lora_config, skeleton, write_adapter
+
+    assert recipe.model.lora is not None
+    config = lora_config(skeleton(AutoConfig.from_pretrained(base)), recipe.model.lora)
+    held = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(weights).items()}
+    write_adapter(config, held, building, recipe.model.name)
+    return bool(AutoTokenizer.from_pretrained(base).chat_template)
 
 
 def _generation(ends: Sequence[int], tokenizer: Any, settings: Decoding) -> GenerationConfig:
@@ -187,10 +240,12 @@ def _generation(ends: Sequence[int], tokenizer: Any, settings: Decoding) -> Gene
     )
 
 
-def card(recipe: Recipe, state: State, environment: Mapping[str, Any], dtype: str, chat: bool) -> str:
+def card(
+    recipe: Recipe, state: State, environment: Mapping[str, Any], dtype: str, chat: bool, adapter: bool = False
+) -> str:
     """The model card: what the model is, method, data, figures, the command that makes it again, how to load it."""
     front = {
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": sorted({"gruppo", "grpo", recipe.method.name}),
     }
@@ -198,13 +253,14 @@ def card(recipe: Recipe, state: State, environment: Mapping[str, Any], dtype: st
     if sets := [task.name for task in recipe.tasks if _on_hub(task.name)]:
         front["datasets"] = sets
     step = f"step {state.step} of {recipe.run.steps}"
+    what = "An adapter for " if adapter else ""
     sections = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
         f"# {recipe.run.name}",
-        f"`{_portable(recipe.model.name)}` after {step} of [Group Relative Policy Optimization]"
+        f"{what}`{_portable(recipe.model.name)}` after {step} of [Group Relative Policy Optimization]"
         f"(https://arxiv.org/abs/2402.03300) with gruppo, weights in {dtype}.",
         "## Use",
-        _USE.format(inputs=_CHAT if chat else _TEXT),
+        (_USE_ADAPTER if adapter else _USE).format(inputs=_CHAT if chat else _TEXT, base=_portable(recipe.model.name)),
         "## Method",
         _method(recipe),
         "## Data",
@@ -221,6 +277,14 @@ _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 model = AutoModelForCausalLM.from_pretrained("this folder")
+inputs = {inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```"""
+_USE_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
 inputs = {inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```"""
@@ -245,6 +309,8 @@ def _method(recipe: Recipe) -> str:
             f"{name} = {_portable(value)}" for name, value in recipe.method.model_dump().items() if name != "name"
         ),
     }
+    if lora := recipe.model.lora:
+        rows["adapters"] = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {lora.targets}"
     return _two_columns(rows)
 
 

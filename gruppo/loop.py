@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from gruppo.adapters import save_adapter
 from gruppo.callbacks import Callbacks
 from gruppo.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
 from gruppo.config import Optimizer
@@ -24,7 +25,7 @@ from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
 from gruppo.interruption import Interrupted, Stop
 from gruppo.machine import peak_memory
-from gruppo.models import save_model, weights_sha256
+from gruppo.models import save_model, tensors_sha256
 from gruppo.objective import (
     assign_advantages,
     batch_loss,
@@ -105,13 +106,19 @@ class _Run:
         if self.saved == (self.state.step, self.state.evaluated):
             return
         if self._at_end:
-            with self.run.building("model") as folder:
-                save_model(self.parts.policy, folder)
+            self._save_result()
         self._note_memory()
         with self.reporter.progress("Saving", None, ""):
             path = save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
         self.saved = (self.state.step, self.state.evaluated)
         self.callbacks.tell("on_checkpoint", self.state.step, path)
+
+    def _save_result(self) -> None:
+        with self.run.building("model") as folder:
+            save_model(self.parts.policy, folder)
+        if self.recipe.model.lora is not None:
+            with self.run.building("adapter") as folder:
+                save_adapter(self.parts.policy.model, folder, self.recipe.model.name)
 
     def _note_memory(self) -> None:
         peak = peak_memory(self.parts.policy.device)
@@ -330,7 +337,7 @@ class _Run:
             "interval_after": after.get("interval"),
             "questions": before.get("questions"),
             "peak_memory_bytes": state.peak_memory_bytes,
-            "weights_sha256": weights_sha256(self.parts.policy.model),
+            "weights_sha256": tensors_sha256(self.parts.policy.weights()),
         }
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from gruppo.attention import (
@@ -93,7 +94,7 @@ class LanguageModel:
         self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan
     ) -> Float[Tensor, "B T H"]:
         """Last hidden states, after the final norm, with `plan` doing the attention."""
-        if self.body is not None:
+        if self.body is not None and (self.body.trains or not torch.is_grad_enabled()):
             return self.body.hidden_states(token_ids, positions, plan, self.dtype)
         with attention_plan(self.configs, plan):
             output = self.model.get_decoder()(input_ids=token_ids, position_ids=positions, use_cache=False)
@@ -119,11 +120,24 @@ class LanguageModel:
             body = FusedBody(model.get_decoder(), self.body.layers)
             body.freeze(self.dtype)
             return replace(self, model=model, body=body)
-        shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and id(module.weight) not in shared:
-                module.to(self.dtype)
+        narrow_products(model, self.dtype)
         return replace(self, model=model)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the saved model holds, by name."""
+        return named_weights(self.model)
+
+
+def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep the weights of linear layers in `dtype`, which is what they are cast to at each use. Left as they are: an
+    output head that is the embedding too, and the bias of a head, which is added to wide logits."""
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in shared:
+            for tensor in module.parameters(recurse=False):
+                if module is not head or tensor is module.weight:
+                    tensor.data = tensor.data.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -425,10 +439,23 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
     return parameters | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What tells a model in training from its start, by name: everything, or its trained parameters where others are
+    frozen."""
+    trained = {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
+    whole = all(each.requires_grad for each in model.parameters())
+    return named_weights(model) if whole else trained
+
+
 def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over what a saved model holds; see `tensors_sha256`."""
+    return tensors_sha256(named_weights(model))
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the tensors' bytes in the order of their names."""
     digest = hashlib.sha256()
-    for _, tensor in sorted(named_weights(model).items()):
+    for _, tensor in sorted(tensors.items()):
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -436,9 +463,14 @@ def weights_sha256(model: nn.Module) -> str:
 def save_model(policy: LanguageModel, folder: Path) -> None:
     """Write weights (safetensors), config, generation config and tokenizer, so that transformers loads the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in named_weights(policy.model).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_weights(policy.weights(), folder)
     save_base(policy, folder)
+
+
+def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write model.safetensors."""
+    held = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def save_base(policy: LanguageModel, folder: Path) -> None:

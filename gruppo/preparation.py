@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gruppo.adapters import add_adapters, check_adapters
 from gruppo.config import Recipe
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
@@ -25,7 +26,9 @@ from gruppo.models import (
     choose_dtype,
     find_model,
     load_model,
+    named_weights,
     save_base,
+    save_weights,
     weights_sha256,
 )
 from gruppo.objective import find_surrogate
@@ -93,6 +96,7 @@ def prepare(
     )
     stack.callback(pool.close)
     source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
+    check_adapters(source, recipe.model.lora)
     limit = recipe.sampling.max_tokens
     tokens = _Tokens(source, reporter)
     parts = [tokens.of(part, limit) for part in data.training]
@@ -147,9 +151,9 @@ class _Tokens:
 
 
 def make_optimizer(recipe: Recipe, policy: LanguageModel) -> torch.optim.Optimizer:
-    """AdamW over the policy's float32 weights; decay on matrices only."""
+    """AdamW over the policy's trained float32 weights; decay on matrices only."""
     settings = recipe.optimizer
-    parameters = [parameter for _, parameter in policy.model.named_parameters()]
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -184,6 +188,9 @@ def _load_policy(
     weights = weights_sha256(policy.model)
     if before:
         _require_same(before["start_weights_sha256"], weights, "weights of the start model")
+    only_here = named_weights(policy.model) if recipe.model.lora and source.given and not before else None
+    policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
+    if before:
         torch.set_num_threads(chosen["threads"])
         same = before["rewards_sha256"] == list(rewards)
         return policy, chosen, [] if same else ["the reward functions have changed since the run began"]
@@ -200,6 +207,8 @@ def _load_policy(
     run.start(recipe)
     with run.building("base") as folder:
         save_base(policy, folder)
+        if only_here is not None:  # checkpoints hold the adapters alone, and no name leads back to these weights
+            save_weights(only_here, folder)
     counts = {"prompts": len(prompts), "questions": len(questions)}
     identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
     run.write_json("environment.json", {**describe(device), "chosen": chosen, **counts, **identity})

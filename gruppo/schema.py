@@ -12,7 +12,20 @@ from typing import Any
 
 import tomli_w
 
-from gruppo.config import Decoding, Evaluation, Method, Model, Optimizer, Recipe, Reward, Run, Sampling, Section, Task
+from gruppo.config import (
+    Decoding,
+    Evaluation,
+    Lora,
+    Method,
+    Model,
+    Optimizer,
+    Recipe,
+    Reward,
+    Run,
+    Sampling,
+    Section,
+    Task,
+)
 from gruppo.methods import METHODS
 
 EXTENDS = (
@@ -23,6 +36,7 @@ EXTENDS = (
 TABLES: dict[str, type[Section]] = {
     "[run]": Run,
     "[model]": Model,
+    "[model.lora]": Lora,
     "[task], [[mixture]], [evaluation.task]": Task,
     "[reward]": Reward,
     "[method]": Method,
@@ -31,6 +45,8 @@ TABLES: dict[str, type[Section]] = {
     "[evaluation]": Evaluation,
     "[evaluation.decoding]": Decoding,
 }
+# Tables within tables: no fields, and described where their own fields are.
+_INNER = {(Model, "lora"), (Evaluation, "decoding")}
 
 
 def json_schema() -> dict[str, Any]:
@@ -90,7 +106,7 @@ def markdown() -> str:
         lines += ["| field | values | default | meaning |", "| --- | --- | --- | --- |"]
         properties = schema["definitions"][table.__name__]["properties"]
         for name, field in table.model_fields.items():
-            if (table, name) == (Evaluation, "decoding"):
+            if (table, name) in _INNER:
                 continue
             meaning = " ".join((field.description or "").split()).replace("<", "&lt;")
             default = "" if field.is_required() else _literal(field.default)
@@ -105,9 +121,9 @@ def markdown() -> str:
 
 
 def _fields() -> Iterator[str]:
-    """Every field once; [evaluation.decoding] is a table, not a field."""
+    """Every field once."""
     for title, table in TABLES.items():
-        yield from (f"{title} {name}" for name in table.model_fields if (table, name) != (Evaluation, "decoding"))
+        yield from (f"{title} {name}" for name in table.model_fields if (table, name) not in _INNER)
 
 
 def _literal(value: Any) -> str:
@@ -122,6 +138,8 @@ def _toml(value: Any) -> str:
 
 def _values(schema: Mapping[str, Any]) -> str:
     """What a field takes, in words."""
+    if "const" in schema:
+        return f'`"{schema["const"]}"`'
     if "enum" in schema:
         return ", ".join(f'`"{each}"`' for each in schema["enum"])
     if "anyOf" in schema:
@@ -162,6 +180,8 @@ def _table(header: str, section: Section, repeated: bool = False) -> list[str]:
             for part in reversed([*header.split("."), name]):
                 value = {part: value}
             inner.append(note + tomli_w.dumps(value))
+        elif value is None and (type(section), name) in _INNER:
+            inner.append(f"{note}# [{header}.{name}]\n")
         elif value is None:
             text += f"{note}# {name} = …\n"
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 LEVELS = [
     ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub"],
     ["maths", "stats", "tasks", "runlog", "results", "machine"],
-    ["attention", "body", "models"],
+    ["attention", "body", "models", "adapters"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight"],
     ["rollout", "objective"],
     ["evaluation"],

@@ -100,6 +100,41 @@ def test_every_method_resumes_bit_for_bit(
         assert max(row["group"] for table in tables for row in table) > 3, "no group was ever refilled"
 
 
+LORA_MOMENTS = {
+    "while updating": ("gruppo.loop.batch_loss", 7),
+    "while the reference scores": ("gruppo.adapters._WithoutAdapters.hidden_states", 6),
+    "before a checkpoint is named": ("gruppo.checkpoint.publish", 2),
+    "before the adapter is saved": ("gruppo.loop.save_adapter", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_lora(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("lora") / "run"
+    small_run(tiny_folder, out, model__lora={"rank": 2}, method__inner_updates=2)
+    return {**fingerprint(out), "adapter": (out / "adapter" / "adapter_model.safetensors").read_bytes()}
+
+
+@pytest.mark.parametrize("moment", LORA_MOMENTS)
+def test_adapters_resume_bit_for_bit(
+    moment: str, tiny_folder: str, uninterrupted_lora: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen weights come from the start model again, A and B from the checkpoint or, before one, from the seed."""
+
+    def dies() -> None:
+        raise Killed
+
+    out, changes = tmp_path / "run", {"model__lora": {"rank": 2}, "method__inner_updates": 2}
+    with monkeypatch.context() as patch:
+        _at_call(patch, *LORA_MOMENTS[moment], dies)
+        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
+        with pytest.raises(Killed):
+            small_run(tiny_folder, out, **changes)
+    small_run(tiny_folder, out, resume=True, **changes)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == uninterrupted_lora["adapter"]
+    assert fingerprint(out) == {name: each for name, each in uninterrupted_lora.items() if name != "adapter"}
+
+
 def _at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable[[], None]) -> None:
     """Do `action` just before the `count`-th call of `target`."""
     original, calls = _resolve(target), 0

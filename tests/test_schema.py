@@ -24,6 +24,8 @@ def problems(value: Any, schema: dict[str, Any], root: dict[str, Any], where: st
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float, "boolean": bool}
     if not isinstance(value, kinds[schema["type"]]):
         return [f"{where}: {value!r} is no {schema['type']}"]
+    if "const" in schema and value != schema["const"]:
+        return [f"{where}: {value!r} is not {schema['const']!r}"]
     if "enum" in schema and value not in schema["enum"]:
         return [f"{where}: {value!r} is none of {schema['enum']}"]
     if "minimum" in schema and value < schema["minimum"]:
@@ -69,6 +71,8 @@ def test_recipes_name_the_schema_and_keep_it(path: Path) -> None:
         ({"model": {"name": "m"}, "run": {"steps": 0}}, "less than 1"),
         ({"model": {"name": "m"}, "optimizer": {"schedule": "cosin"}}, "none of"),
         ({"model": {}}, "name is missing"),
+        ({"model": {"name": "m", "lora": {"rank": 0}}}, "less than 1"),
+        ({"model": {"name": "m", "lora": {"targets": "all"}}}, "is not 'all-linear'"),
         ({}, "model is missing"),
     ],
 )
@@ -82,6 +86,8 @@ def test_schema_takes_what_the_reader_takes() -> None:
     for recipe in (
         {"extends": "other.toml", "model": {"device": "cpu"}},
         {"model": {"name": "m"}, "evaluation": {"task": "arithmetic"}},
+        {"model": {"name": "m", "lora": {"rank": 8, "targets": "all-linear"}}},
+        {"model": {"name": "m", "lora": {"alpha": 8, "targets": ["q_proj"]}}},
         {"model": {"name": "m"}, "evaluation": {"task": {"name": "arithmetic", "options": {"maximum": 9}}}},
         {"model": {"name": "m"}, "mixture": [{"weight": 2.0}], "optimizer": {"learning_rate": 1}},
     ):
@@ -115,6 +121,7 @@ def test_fields_stay_about_sixty() -> None:
             "task": {"system": 'say "x"\nand\ty', "columns": {"a b": "c.d"}},
             "reward": {"options": {"f.py:g": {"k": 1.5}}},
         },
+        {"model": {"name": "m", "lora": {"targets": ["q_proj"]}}},
         {"method": {"name": "rloo"}, "reward": {"functions": ["a", "b"], "weights": [1.0, 1e-9]}},
     ],
 )
@@ -127,9 +134,11 @@ def test_annotated_recipe_reads_back_equal(changes: dict[str, Any]) -> None:
 
 
 def test_annotated_recipe_shows_every_field_and_what_is_not_set() -> None:
-    text = annotated(load_recipe({"model": {"name": "m"}, "evaluation": {}}))
+    text = annotated(load_recipe({"model": {"name": "m", "lora": {}}, "evaluation": {}}))
     for title, table in TABLES.items():
         assert f"{title.split(', ')[0]}\n" in text
         for name in table.model_fields:
             assert f"\n{name} = " in text or f"\n# {name} = …" in text or f".{name}]" in text
-    assert "# [evaluation]\n" in annotated(load_recipe({"model": {"name": "m"}}))
+    bare = annotated(load_recipe({"model": {"name": "m"}}))
+    assert "# [evaluation]\n" in bare
+    assert "# [model.lora]\n" in bare

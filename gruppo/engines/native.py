@@ -366,7 +366,9 @@ class _Flight:
         # A slice where an index would do the same, but slower.
         begun = self.length[:live]
         together = begun.min() == begun.max()
-        self.written = (slice(live), slice(None), int(begun[0]) - 1) if together else (self.rows, slice(None), self.position)
+        self.written = (
+            (slice(live), slice(None), int(begun[0]) - 1) if together else (self.rows, slice(None), self.position)
+        )
         whole = len(places) == int(places[-1]) + 1
         self.places = slice(len(places)) if whole else torch.as_tensor(places, device=device)
         self.biases: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
@@ -425,7 +427,10 @@ class _Flight:
                 layer,
             )
             out, lse = (
-                each.view(places, kv_heads, seats, -1).transpose(1, 2).reshape(places * seats, -1).index_select(0, self.seated)
+                each.view(places, kv_heads, seats, -1)
+                .transpose(1, 2)
+                .reshape(places * seats, -1)
+                .index_select(0, self.seated)
                 for each in (out, lse)
             )
             out, lse = out.view(own.shape), lse.view(own_lse.shape)

@@ -18,7 +18,9 @@ def packed(weight: Float[Tensor, "O I"]) -> Tensor:
     return operators._reorder_linear_weight(weight.detach())  # type: ignore[no-any-return]
 
 
-def product(rows: Float[Tensor, "N I"], weight: Tensor, bias: Float[Tensor, " O"] | None = None) -> Float[Tensor, "N O"]:
+def product(
+    rows: Float[Tensor, "N I"], weight: Tensor, bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "N O"]:
     """rows · weightᵀ + bias in the dtype of the weight, which is plain or packed."""
     rows = rows.to(weight.dtype)
     if weight.is_mkldnn:
