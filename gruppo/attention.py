@@ -136,7 +136,7 @@ class SharedPrefixAttention:
             q, k, v = (tensor.transpose(0, 1)[None] for tensor in prompt)
             output.append(self._prompt(layer, q, k, v)[0].transpose(0, 1))
             if completions:
-                output.append(self._completions(layer, *own, k, v, completions))
+                output.append(self._completions(layer, own, k, v, completions))
         return torch.cat(output)[None]
 
     def _prompt(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -150,12 +150,12 @@ class SharedPrefixAttention:
         return _attend(layer, q, k, v, mask).reshape(1, heads, length, v.shape[-1])
 
     def _completions(
-        self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]
+        self, layer: Layer, own: tuple[Tensor, ...], k: Tensor, v: Tensor, lengths: tuple[int, ...]
     ) -> Tensor:
         """Query heads that share a key head are laid one after another, so that keys are not repeated for them."""
         kv_heads, prompt, width = k.shape[1:]
-        count, longest, shared = len(lengths), max(lengths), query.shape[1] // kv_heads
-        query, key, value = (self._pad(each, lengths) for each in (query, key, value))
+        query, key, value = (self._pad(each, lengths) for each in own)
+        count, longest, shared = len(lengths), max(lengths), query.shape[2] // kv_heads
         q = query.reshape(count, longest, kv_heads, shared, width)
         q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, shared * longest, width)
         k = torch.cat([k.expand(count, -1, -1, -1), key.transpose(1, 2)], dim=2)
@@ -264,4 +264,5 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         made = grad.new_zeros(ctx.places, *grad.shape[1:])
-        return made.index_copy_(0, *ctx.saved_tensors, grad), None, None
+        (place_of_token,) = ctx.saved_tensors
+        return made.index_copy_(0, place_of_token, grad), None, None

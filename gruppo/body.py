@@ -138,7 +138,6 @@ class FusedBody:
         self.decoder: Any = decoder
         self.layers = list(layers)
         self.weight_of, self.trains = weight_of or (lambda module: module.weight), weight_of is None
-        self.recompute = False
         self._state: object = None
         self._prepared: list[_Prepared] = []
 
@@ -180,9 +179,14 @@ class FusedBody:
         self._state = dtype, True, []
 
     def hidden_states(
-        self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan, dtype: torch.dtype
+        self,
+        token_ids: Int[Tensor, "B T"],
+        positions: Int[Tensor, "B T"],
+        plan: AttentionPlan,
+        dtype: torch.dtype,
+        recompute: bool = False,
     ) -> Float[Tensor, "B T H"]:
-        """Last hidden states, after the final norm, with `plan` doing the attention."""
+        """Last hidden states, after the final norm, with `plan` doing the attention; see `LanguageModel.recompute`."""
         batch, length = token_ids.shape
         training = torch.is_grad_enabled()
         with torch.autocast(token_ids.device.type, enabled=False):
@@ -192,7 +196,7 @@ class FusedBody:
             rope = cos.reshape(batch * length, 1, -1), sin.reshape(batch * length, 1, -1)
             run = _trained if training else _computed
             for each in prepared:
-                if training and self.recompute:
+                if training and recompute:
                     hidden = checkpoint(run, each, hidden, rope, plan, batch, use_reentrant=False)
                 else:
                     hidden = run(each, hidden, rope, plan, batch)
@@ -252,7 +256,7 @@ def _query_key_value(
 
 def _heads(attention: Any) -> tuple[int, int]:
     """Heads of queries and of keys."""
-    return tuple(each.out_features // attention.head_dim for each in (attention.q_proj, attention.k_proj))  # type: ignore[return-value]
+    return attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim
 
 
 def _rotate(rows: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -346,12 +350,13 @@ class _Rest(torch.autograd.Function):
 def _norm(rows: Tensor, norm: Any) -> Tensor:
     """RMS norm: weight · x / √(mean x² + ε)."""
     wide = rows.to(torch.promote_types(rows.dtype, norm.weight.dtype))
-    return (wide * norm.weight).mul_(_inverse_size(wide, norm))
+    scaled: Tensor = wide * norm.weight
+    return scaled.mul_(_inverse_size(wide, norm))
 
 
 def _inverse_size(rows: Tensor, norm: Any) -> Tensor:
     """1 / √(mean x² + ε) of each row."""
-    sizes = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    sizes: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return sizes.square_().div_(rows.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -23,6 +23,7 @@ from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -64,7 +66,8 @@ class LanguageModel:
     `model` holds float32 weights (float64 in proofs); matrix products run in `dtype`.
     `eos_ids`: every token id that ends a turn. `context`: the most tokens that a sequence may have.
     `head_scale`, `head_softcap`: see `OutputHead`. `cache_bytes`: of the keys and values of one token, in all layers.
-    `body`: the decoder with fused products, where there is one; otherwise the module computes.
+    `body`: the decoder with fused products, where there is one; otherwise the module computes. `recompute`: of every
+    layer only the input is kept for backward, which computes the layer again.
     """
 
     model: PreTrainedModel
@@ -77,6 +80,7 @@ class LanguageModel:
     head_softcap: float | None = None
     cache_bytes: int = 0
     body: FusedBody | None = None
+    recompute: bool = False
 
     def precision(self) -> AbstractContextManager[object]:
         """Products in `dtype` inside the block; each weight is cast at most once in it."""
@@ -95,10 +99,30 @@ class LanguageModel:
     ) -> Float[Tensor, "B T H"]:
         """Last hidden states, after the final norm, with `plan` doing the attention."""
         if self.body is not None and (self.body.trains or not torch.is_grad_enabled()):
-            return self.body.hidden_states(token_ids, positions, plan, self.dtype)
-        with attention_plan(self.configs, plan):
+            return self.body.hidden_states(token_ids, positions, plan, self.dtype, self.recompute)
+        recompute = self.recompute and torch.is_grad_enabled()
+        with attention_plan(self.configs, plan), self._recomputing(plan) if recompute else nullcontext():
             output = self.model.get_decoder()(input_ids=token_ids, position_ids=positions, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _recomputing(self, plan: AttentionPlan) -> Iterator[None]:
+        """Inside the block the decoder's layers keep their inputs alone; `plan` is there again when backward comes."""
+
+        def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+            return nullcontext(), attention_plan(self.configs, plan)
+
+        layers: list[Any] = [each for each in self.model.modules() if isinstance(each, GradientCheckpointingLayer)]
+        before = [vars(layer).get("forward") for layer in layers]
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+        try:
+            yield
+        finally:
+            for layer, own in zip(layers, before, strict=True):
+                del layer.forward
+                if own is not None:
+                    layer.forward = own
 
     @property
     def head(self) -> OutputHead:
@@ -476,7 +500,9 @@ def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
 def save_base(policy: LanguageModel, folder: Path) -> None:
     """Write config, generation config and tokenizer: all of a model but its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    policy.model.config.save_pretrained(folder)
+    config = copy.copy(policy.model.config)
+    config.architectures = [type(policy.model).__name__]  # which vLLM and others choose the model's class by
+    config.save_pretrained(folder)
     if policy.model.generation_config is not None:
         policy.model.generation_config.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)

@@ -154,7 +154,7 @@ def make_optimizer(recipe: Recipe, policy: LanguageModel) -> torch.optim.Optimiz
     """AdamW over the policy's trained float32 weights; decay on matrices only."""
     settings = recipe.optimizer
     parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -164,6 +164,9 @@ def make_optimizer(recipe: Recipe, policy: LanguageModel) -> torch.optim.Optimiz
         eps=settings.epsilon,
         fused=policy.device.type in {"cpu", "cuda"},
     )
+    # Fused steps leave the version of a tensor as it was, by which prepared weights are known to be old.
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
+    return optimizer
 
 
 def _load_policy(

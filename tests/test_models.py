@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gruppo import models
+from gruppo.attention import SharedPrefixAttention
 from gruppo.errors import UsageError
 from gruppo.models import (
+    LanguageModel,
     ModelSource,
     choose_device,
     choose_dtype,
@@ -56,16 +59,23 @@ def test_dtypes_keep_wide_weights(tiny_folder: str) -> None:
         assert {parameter.dtype for parameter in policy.model.parameters()} == {storage}
 
 
-def test_frozen_copy_gives_the_same_numbers_and_is_not_moved(tiny_folder: str) -> None:
-    policy = load_model(find_model(tiny_folder), "cpu", "bfloat16")
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_frozen_copy_gives_the_same_numbers_and_is_not_moved(name: str) -> None:
+    policy = replace(make_architecture(name), dtype=torch.bfloat16)
     copy = policy.frozen_copy()
     ids = torch.tensor([[1, 2, 3, 4]])
+
+    def logits(model: LanguageModel) -> torch.Tensor:
+        plan = SharedPrefixAttention([(4, ())])
+        return model.head.logits(model.hidden_states(ids, torch.arange(4)[None], plan)[0])
+
     with torch.no_grad(), policy.precision():
-        assert torch.equal(policy.model(ids).logits, copy.model(ids).logits)
-        before = copy.model(ids).logits
+        assert torch.equal(logits(policy), logits(copy))
+        before = logits(copy)
         for parameter in policy.model.parameters():
             parameter.add_(1.0)
-        assert torch.equal(copy.model(ids).logits, before)
+        assert torch.equal(logits(copy), before)
+        assert not torch.equal(logits(policy), before)
     assert not any(parameter.requires_grad for parameter in copy.model.parameters())
 
 

@@ -153,7 +153,7 @@ def check(work: dict[str, Any]) -> dict[str, Any]:
     Old policy and reference are the start weights with noise, so that neither ratio nor KL term is trivial.
     """
     policy = load_model(find_model(work["model"]), dtype="float32")
-    noisy = policy.frozen_copy()
+    noisy = load_model(find_model(work["model"]), dtype="float32")
     perturb(noisy.model, work["seed"])
     method = Method(kl_coef=work["kl_coef"])
     engine = FixedLengths(NativeEngine(policy, 64), work)
