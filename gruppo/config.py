@@ -370,6 +370,8 @@ _REFUSED = {
     f"{name} exists in `gruppo sample` and evaluation only. Remove it, or use temperature"
     for name in ("top_p", "top_k", "min_p")
 } | {
+    ("model", "dropout"): "there is none on adapters, so that what samples and what is trained is one distribution; "
+    "remove it",
     ("method", "micro_batch_size"): "the micro-batch is derived from memory and never changes a result; remove it",
 }
 

@@ -384,6 +384,11 @@ def test_wrong_targets_of_a_recipe(targets: Any) -> None:
         load_recipe({"model": {"name": "m", "lora": {"targets": targets}}})
 
 
+def test_dropout_is_refused_with_the_reason() -> None:
+    with pytest.raises(RecipeError, match=r"model\.lora\.dropout = 0\.1: .* one distribution"):
+        load_recipe({"model": {"name": "m", "lora": {"dropout": 0.1}}})
+
+
 def test_recipe_without_the_table_trains_all_weights_and_its_fields_can_be_set(tiny_folder: str) -> None:
     assert load_recipe({"model": {"name": "m"}}).model.lora is None
     made = load_recipe({"model": {"name": "m"}}, ["model.lora.rank=4", 'model.lora.targets=["q_proj"]']).model.lora
