@@ -41,8 +41,8 @@ _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w
 
 @dataclass(frozen=True)
 class AdaptedModel(LanguageModel):
-    """A language model whose linear layers carry adapters: applied where gradients are made, merged where the fused
-    body samples."""
+    """A language model whose linear layers carry adapters: applied, but merged for sampling by the fused body
+    in float32."""
 
     def frozen_copy(self) -> LanguageModel:
         """The same modules with their adapters off: nothing is copied, and no update changes what it computes."""
@@ -96,7 +96,9 @@ def add_adapters(policy: LanguageModel, settings: Lora | None, seed: int) -> Lan
         down.weight = nn.Parameter(start.to(policy.device, wide))
         up.weight = nn.Parameter(torch.zeros(up.weight.shape, dtype=wide, device=policy.device))
     model.eval()
-    body = policy.body and FusedBody(policy.body.decoder, policy.body.layers, _current_weight)
+    body = None
+    if policy.body is not None and wide == policy.dtype:  # in bfloat16 the sum would round small adapters away
+        body = FusedBody(policy.body.decoder, policy.body.layers, _current_weight)
     return AdaptedModel(**{field.name: getattr(policy, field.name) for field in fields(policy)} | {"body": body})
 
 
