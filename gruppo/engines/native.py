@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.attention import CapturingAttention, Layer, soft_capped
+from gruppo.attention import Layer, SharedPrefixAttention, soft_capped
 from gruppo.engines import Request, SamplingOptions
 from gruppo.errors import RunError
 from gruppo.machine import free_memory
@@ -224,18 +224,12 @@ class _Flight:
 
     def _prefill(self, new: Sequence[tuple[int, Request, int]]) -> None:
         lengths = [len(request.token_ids) for _, request, _ in new]
-        plan = CapturingAttention([(length, ()) for length in lengths])
+        plan = _Prefill(self, [place for _, _, place in new], lengths)
         device = self.policy.device
         ids = torch.tensor([[token for _, request, _ in new for token in request.token_ids]], device=device)
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
         hidden = self.policy.hidden_states(ids, positions, plan)[0]
         ends = np.cumsum(lengths)
-        for layer, captured in plan.captured.items():
-            if layer not in self.own:
-                self.own[layer], self.prefix[layer] = self._stores(captured)
-            for store, made in zip(self.prefix[layer], captured, strict=True):
-                for (_, _, place), end, length in zip(new, ends, lengths, strict=True):
-                    store[place, :, :length] = made[:, end - length : end]
         last = hidden[torch.as_tensor(ends - 1, device=device)]
         for (index, request, place), length, state in zip(new, lengths, last, strict=True):
             self.prefix_lengths[place], self.prefix_users[place] = length, len(request.streams)
@@ -244,17 +238,20 @@ class _Flight:
                 limit = most if request.limits is None else min(most, request.limits[number])
                 self.waiting.append((index, number, tuple(stream), limit, place, state))
 
-    def _stores(self, captured: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Room for a layer's keys and values: of the completions in flight, and of the prompts kept."""
+    def keep(self, layer: Layer, made: Sequence[Tensor], places: Sequence[int], lengths: Sequence[int]) -> None:
+        """Keep a layer's keys and values [heads, Σ lengths, D] of prompts."""
+        if layer.index not in self.own:
+            self.own[layer.index] = self._room(made, self.slots, self.options.max_tokens)
+            self.prefix[layer.index] = self._room(made, self.places_kept, self.longest_prompt)
+        for store, each in zip(self.prefix[layer.index], made, strict=True):
+            for place, length, part in zip(places, lengths, each.split(list(lengths), dim=1), strict=True):
+                store[place, :, :length] = part
 
-        def room(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-            keys, values = (
-                torch.zeros(rows, len(each), tokens, each.shape[-1], dtype=self.wide, device=each.device)
-                for each in captured
-            )
-            return keys, values
-
-        return room(self.slots, self.options.max_tokens), room(self.places_kept, self.longest_prompt)
+    def _room(self, made: Sequence[Tensor], rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+        keys, values = (
+            torch.zeros(rows, len(each), tokens, each.shape[-1], dtype=self.wide, device=each.device) for each in made
+        )
+        return keys, values
 
     def _seat(self, head: OutputHead) -> None:
         """Give free slots to waiting completions and draw their first tokens."""
@@ -439,6 +436,19 @@ class _Flight:
                 sinks = layer.sinks.to(self.wide).view(1, kv_heads, shared)
                 joint = joint * torch.sigmoid(torch.logaddexp(own_lse, lse) - sinks).unsqueeze(-1)
             return joint.view(live, 1, heads, -1)
+
+
+class _Prefill(SharedPrefixAttention):
+    """Prompts side by side, each seeing itself; their keys and values go to the flight as they are made."""
+
+    def __init__(self, flight: _Flight, places: Sequence[int], lengths: Sequence[int]) -> None:
+        super().__init__([(length, ()) for length in lengths])
+        self.flight, self.places, self.lengths = flight, places, lengths
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `AttentionPlan`; B = 1."""
+        self.flight.keep(layer, (key[0], value[0]), self.places, self.lengths)
+        return super().attend(layer, query, key, value)
 
 
 def _attention(
