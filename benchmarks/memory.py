@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prompts_per_step": 4, "group_size": 4, "max_tokens": 16, "kl_coef": 0.04, "words": 280,
     },
     "float32, one micro-batch": {"prompts_per_step": 2, "group_size": 8, "max_tokens": 32, "dtype": "float32"},
-    "budget of 3.2 GB": {"prompts_per_step": 4, "group_size": 8, "max_tokens": 24, "memory": "3.2 GB"},
+    "budget of 3.8 GB": {"prompts_per_step": 6, "group_size": 8, "max_tokens": 24, "memory": "3.8 GB"},
     "long, with evaluation": {"prompts_per_step": 3, "group_size": 4, "max_tokens": 112, "questions": 48},
     "wide model, reference": {
         "prompts_per_step": 4, "group_size": 6, "max_tokens": 48, "kl_coef": 0.04, "model": WIDE,
@@ -43,7 +43,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     import gruppo
 
     setting = SETTINGS[name]
-    words = "castle dragon river lantern winter garden thunder".split() * 100
+    words = ["castle", "dragon", "river", "lantern", "winter", "garden", "thunder"] * 100
     rows = [
         {"prompt": [{"role": "user", "content": f"Write a very long story, number {number}, about: "
                      + " ".join(words[: setting.get("words", 20)])}]}

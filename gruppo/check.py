@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def _time_update(recipe: Recipe, policy: LanguageModel, asked: Workload, chosen:
         marks.append(time.perf_counter())
     optimizer.step()
     marks.append(time.perf_counter())
-    forward, backward, updating = (after - before for before, after in zip(marks, marks[1:], strict=False))
+    forward, backward, updating = (after - before for before, after in pairwise(marks))
     return forward / tokens, backward / tokens, updating
 
 
@@ -195,8 +196,8 @@ def describe_check(check: Check) -> str:
     lines += [
         f"  peak {memory.peak / 1e9:.2f} of a budget of {chosen.budget_bytes / 1e9:.2f} ({source})",
         "",
-        f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight, activations"
-        f" {recompute}; {check.dtype} on {check.device}",
+        f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight, "
+        f"activations {recompute}; {check.dtype} on {check.device}",
         "",
         f"Time, at the most: every completion with {asked.max_tokens} tokens, every prompt with {asked.prompt_tokens}; "
         "rewards and saving not counted",

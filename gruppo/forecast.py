@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -18,11 +19,15 @@ from torch import Tensor, nn
 from gruppo.config import as_bytes
 from gruppo.engines.native import MAX_SLOTS, PREFILL_TOKENS
 from gruppo.errors import UsageError
-from gruppo.machine import free_memory
+from gruppo.machine import free_memory, release_memory
 from gruppo.models import LanguageModel
 from gruppo.packing import MAX_TOKENS, Batch, score
 from gruppo.reporting import Reporter
 
+LATER = 95_000_000  # what libraries take when they are first used: kernels, the writer of tables; measured on Linux
+FRAGMENTS = (
+    1.05  # resident over allocated bytes, for what comes and goes within a step; benchmarks/memory.py measures it
+)
 HEAD_CHUNK = 512  # tokens whose logits `token_logprobs` holds at a time
 PHASES = ("sampling", "training", "evaluation")
 
@@ -55,7 +60,8 @@ class Workload:
 
     def micro_batches(self, budget: int) -> list[list[tuple[int, list[int]]]]:
         """The layouts that `pack` makes of a step whose prompts and completions all have the greatest length."""
-        own, made, tokens = self.max_tokens - 1, [], 0
+        own, tokens = self.max_tokens - 1, 0
+        made: list[list[tuple[int, list[int]]]] = []
         for number in range(self.completions):
             continues = bool(made) and number % self.group_size > 0
             needed = own if continues else own + self.prompt_tokens
@@ -165,7 +171,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Sizes under a budget, and the memory that they come to. `recompute`: activations are computed again in backward."""
+    """Sizes under a budget, and the memory that they come to. `recompute`: compute activations again in backward."""
 
     micro_batch_tokens: int
     slots: int
@@ -175,8 +181,8 @@ class Chosen:
 
 
 def process_bytes(device: torch.device) -> int:
-    """What this process holds by now and the forecast counts: resident bytes on a CPU; on an accelerator nothing, as its
-    memory is counted by what torch allocates there."""
+    """What this process holds by now and the forecast counts: resident bytes on a CPU; on an accelerator nothing, as
+    its memory is counted by what torch allocates there."""
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
 
 
@@ -188,12 +194,14 @@ def budget_bytes(memory: float | str, device: torch.device) -> int:
 
 
 def measure_footprint(policy: LanguageModel, process: int, reporter: Reporter) -> Footprint:
-    """What the model takes, by trial and by count. `process`: see `process_bytes`, from before the weights were there."""
+    """What the model takes, by trial and by count. `process`: see `process_bytes`, from before the weights were
+    there."""
     config, weight = policy.model.config.get_text_config(), policy.head.weight
     wide = torch.promote_types(policy.dtype, torch.float32).itemsize
     prepared, *kept = _measure_kept(policy, reporter)
+    release_memory()
     return Footprint(
-        process=process,
+        process=process + (LATER if policy.device.type == "cpu" else 0),
         weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()]),
         gradients=_bytes_of([each for each in policy.model.parameters() if each.requires_grad]),
         reference=_reference_bytes(policy),
@@ -227,8 +235,8 @@ def _reference_bytes(policy: LanguageModel) -> int:
 
 
 def _terms(layout: Layout) -> list[int]:
-    """What the bytes kept can be proportional to: tokens of prompts, tokens of completions, completions, the copies of a
-    prompt that stand before them, their mask, their scores and those of prompts where attention is written out."""
+    """What the bytes kept can be proportional to: tokens of prompts, tokens of completions, completions, the copies of
+    a prompt that stand before them, their mask, their scores and those of prompts where attention is written out."""
     made = [0] * 7
     for prompt, completions in layout:
         count, own = len(completions), max(completions, default=0)
@@ -265,7 +273,7 @@ def saved_bytes(policy: LanguageModel, layout: Layout) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in held:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that held its own output would never be freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = score(policy, trial_batch(policy, layout), 1.0)  # alive until all is counted
@@ -275,7 +283,10 @@ def saved_bytes(policy: LanguageModel, layout: Layout) -> int:
 
 def trial_batch(policy: LanguageModel, layout: Layout) -> Batch:
     """A micro-batch of that layout, of arbitrary tokens."""
-    ids, positions, predictors, members = [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    members = []
     for index, (prompt, completions) in enumerate(layout):
         end = len(ids) + prompt
         ids += range(1, prompt + 1)
@@ -303,10 +314,15 @@ def trial_batch(policy: LanguageModel, layout: Layout) -> Batch:
 def forecast_memory(
     footprint: Footprint, workload: Workload, micro_batch_tokens: int, slots: int, recompute: bool = False
 ) -> Memory:
-    """The memory of a run with these sizes, if every prompt and every completion has the greatest length."""
+    """The memory of a run with these sizes, if every prompt and every completion has the greatest length.
+
+    Where a step is several micro-batches, they are taken to be full: shorter completions fill what longer ones leave.
+    """
     layouts = workload.micro_batches(micro_batch_tokens)
     layout = max(layouts, key=lambda each: footprint.activations(each, recompute))
     activations = footprint.activations(layout, recompute)
+    if len(layouts) > 1:
+        activations = int(activations * max(1.0, micro_batch_tokens / _tokens(layout)))
     logits = _logits(footprint, layout)
     gradients = footprint.gradients
     if len(layouts) == 1:  # they come as activations go
@@ -320,25 +336,30 @@ def forecast_memory(
         weights=footprint.weights,
         optimizer=2 * footprint.gradients,
         reference=footprint.reference if workload.reference else 0,
-        prepared=footprint.prepared,
-        cache=cache,
-        work=work,
-        evaluation_cache=evaluation_cache,
-        evaluation_work=evaluation_work,
-        gradients=gradients,
-        activations=activations,
-        logits=logits,
+        prepared=_resident(footprint.prepared),
+        cache=_resident(cache),
+        work=_resident(work),
+        evaluation_cache=_resident(evaluation_cache),
+        evaluation_work=_resident(evaluation_work),
+        gradients=_resident(gradients),
+        activations=_resident(activations),
+        logits=_resident(logits),
     )
 
 
+def _resident(allocated: int) -> int:
+    return int(FRAGMENTS * allocated)
+
+
 def _logits(footprint: Footprint, layout: Layout) -> int:
-    """The dearest moment of `token_logprobs`: forward, three times a chunk's logits; backward, a chunk's logits and
-    their gradient in the dtype of products, and the head's gradient twice, so too."""
+    """The dearest moment of `token_logprobs`: forward, three times a chunk's logits; backward, a chunk's logits beside
+    its part of the head's gradient and their sum, narrow copies among them; then that sum, narrow, and wide again."""
     chunk = min(HEAD_CHUNK, sum(own + 1 for _, completions in layout for own in completions))
-    ratio = 1 + footprint.narrow / footprint.wide if footprint.narrow < footprint.wide else 1.0
-    forward = 3 * chunk * footprint.logits_token
-    backward = ratio * chunk * footprint.logits_token + (1 + footprint.narrow / footprint.wide) * footprint.head
-    return int(max(forward, backward))
+    chunk_logits, narrowed = chunk * footprint.logits_token, footprint.narrow / footprint.wide
+    if narrowed == 1:
+        return int(max(3 * chunk_logits, chunk_logits + 2 * footprint.head))
+    within = (1 + narrowed) * (chunk_logits + footprint.head)
+    return int(max(3 * chunk_logits, within, (2 + narrowed) * footprint.head))
 
 
 def _generation(
@@ -365,13 +386,16 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
     def memory(tokens: int, slots: int, recompute: bool) -> Memory:
         return forecast_memory(footprint, workload, tokens, slots, recompute)
 
+    def fits(recompute: bool, tokens: int) -> bool:
+        return memory(tokens, 1, recompute).training <= budget
+
     most = max(1, min(MAX_SLOTS, max(workload.completions, workload.answers)))
     slots = _largest(
         1, most, lambda each: max(memory(1, each, True).sampling, memory(1, each, True).evaluation) <= budget
     )
     least = min(workload.smallest, MAX_TOKENS)
     for recompute in (False, True):
-        tokens = _largest(least, MAX_TOKENS, lambda each, again=recompute: memory(each, 1, again).training <= budget)
+        tokens = _largest(least, MAX_TOKENS, partial(fits, recompute))
         if slots and tokens:
             return Chosen(tokens, slots, recompute, budget, memory(tokens, slots, recompute))
     raise _too_little(memory(least, 1, True), workload, budget)

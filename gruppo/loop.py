@@ -23,7 +23,7 @@ from gruppo.config import Optimizer
 from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
 from gruppo.interruption import Interrupted, Stop
-from gruppo.machine import peak_memory
+from gruppo.machine import peak_memory, release_memory
 from gruppo.models import save_model, weights_sha256
 from gruppo.objective import (
     assign_advantages,
@@ -131,6 +131,7 @@ class _Run:
         with clock("update"):
             for number in range(recipe.method.inner_updates if batches else 0):
                 self._update(batches, rate, metrics, number)
+            release_memory()
         with clock("load_weights"):
             parts.engine.load_weights(parts.policy, step)
         keep_logprobs(groups, batches)
@@ -168,6 +169,7 @@ class _Run:
         streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
         with clock("generate"):
             sampled = sample_groups(parts.engine, prompts, streams, parts.sampling, self.reporter, self.stop)
+            release_memory()
         with clock("reward"):
             told = {"global_step": self.state.step, "max_steps": recipe.run.steps}
             told["max_tokens"] = recipe.sampling.max_tokens
@@ -275,6 +277,7 @@ class _Run:
         outcome = answer_questions(
             parts.engine, parts.questions, parts.grader, parts.answering, samples, seed, self.reporter, self.stop
         )
+        release_memory()
         figures, rows = outcome.figures(), outcome.rows()
         self.run.table("evaluations", state.step, rows, EVALUATIONS)
         state.evaluations[str(state.step)] = figures
