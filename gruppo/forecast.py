@@ -25,9 +25,7 @@ from gruppo.packing import MAX_TOKENS, Batch, score
 from gruppo.reporting import Reporter
 
 LATER = 95_000_000  # what libraries take when they are first used: kernels, the writer of tables; measured on Linux
-FRAGMENTS = (
-    1.05  # resident over allocated bytes, for what comes and goes within a step; benchmarks/memory.py measures it
-)
+FRAGMENTS = 1.05  # resident over allocated bytes of what comes and goes in a step; see benchmarks/memory.py
 HEAD_CHUNK = 512  # tokens whose logits `token_logprobs` holds at a time
 PHASES = ("sampling", "training", "evaluation")
 

@@ -131,7 +131,6 @@ class _Run:
         with clock("update"):
             for number in range(recipe.method.inner_updates if batches else 0):
                 self._update(batches, rate, metrics, number)
-            release_memory()
         with clock("load_weights"):
             parts.engine.load_weights(parts.policy, step)
         keep_logprobs(groups, batches)
@@ -169,7 +168,6 @@ class _Run:
         streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
         with clock("generate"):
             sampled = sample_groups(parts.engine, prompts, streams, parts.sampling, self.reporter, self.stop)
-            release_memory()
         with clock("reward"):
             told = {"global_step": self.state.step, "max_steps": recipe.run.steps}
             told["max_tokens"] = recipe.sampling.max_tokens
@@ -190,6 +188,7 @@ class _Run:
         total = 0.0
         with parts.policy.precision(), self.reporter.progress("Updating", len(batches), "batches") as advance:
             for batch in batches:
+                release_memory()
                 loss = batch_loss(
                     parts.policy, parts.reference, batch, recipe.method, recipe.sampling.temperature, metrics
                 )
@@ -277,7 +276,6 @@ class _Run:
         outcome = answer_questions(
             parts.engine, parts.questions, parts.grader, parts.answering, samples, seed, self.reporter, self.stop
         )
-        release_memory()
         figures, rows = outcome.figures(), outcome.rows()
         self.run.table("evaluations", state.step, rows, EVALUATIONS)
         state.evaluations[str(state.step)] = figures

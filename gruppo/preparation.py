@@ -18,7 +18,7 @@ from gruppo.engines.native import NativeEngine
 from gruppo.errors import UsageError
 from gruppo.evaluation import check_grader, sampling_options
 from gruppo.forecast import Chosen, Workload, budget_bytes, choose_sizes, measure_footprint, process_bytes
-from gruppo.machine import describe, release_memory
+from gruppo.machine import describe
 from gruppo.models import (
     LanguageModel,
     ModelSource,
@@ -88,13 +88,11 @@ def prepare(
     source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
     inputs = tokenize_data(recipe, data, source, reporter)
     policy, chosen, changes = _load_policy(recipe, run, source, inputs, pool.digests, reporter)
-    reference = policy.frozen_copy() if recipe.method.kl_coef else None
-    release_memory()
     return Prepared(
         recipe=recipe,
         run=run,
         policy=policy,
-        reference=reference,
+        reference=policy.frozen_copy() if recipe.method.kl_coef else None,
         engine=NativeEngine(policy, chosen["slots"]),
         pool=pool,
         prompts=inputs.prompts,

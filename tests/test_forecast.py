@@ -141,6 +141,8 @@ def test_more_work_never_needs_less(footprint: Footprint, field: str) -> None:
     if field in {"prompt_tokens", "max_tokens"}:
         assert sizes[0].sampling < sizes[1].sampling
         assert sizes[0].training < sizes[1].training
+    asked = forecast_memory(footprint, replace(ASKED, answer_tokens=10**6), 1, 40)
+    assert asked.peak == asked.evaluation > max(asked.sampling, asked.training)
     if field.startswith(("question", "answer_")):
         assert sizes[0].evaluation < sizes[1].evaluation
 
