@@ -105,6 +105,10 @@ class _Prepared:
     def parameters(self) -> tuple[Tensor, ...]:
         return tuple(self.block.parameters())
 
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
 
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
     """Add to the parameter's gradient, in the dtype of the parameter."""

@@ -83,6 +83,32 @@ def train(
     _show_result(reporter, result)
 
 
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file; see recipes/.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in bytes and seconds.")] = False,
+) -> None:
+    """Say what a recipe will take: memory by part, time a step and in all. Nothing is trained or written."""
+    from gruppo.check import check_recipe, describe_check
+    from gruppo.config import load_recipe
+
+    settings = load_recipe(recipe, set_ or [])
+    from gruppo.console import ConsoleReporter
+
+    reporter = ConsoleReporter()
+    found = check_recipe(settings, reporter=reporter)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found.as_dict()))
+    else:
+        reporter.output.print(describe_check(found), markup=False)
+
+
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or smollm2-135m-instruct.")],

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from gruppo.errors import UsageError, nearest
 from gruppo.methods import METHODS
@@ -45,6 +45,23 @@ class Section(BaseModel):
     )
 
 
+_UNITS = {
+    prefix + unit: base**power
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate(("", "K", "M", "G", "T"))
+    if prefix or unit == "B"
+}
+
+
+def as_bytes(text: str) -> int:
+    """A size such as "6 GB" (10⁹ bytes) or "5.5 GiB" (2³⁰) in bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    size = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if size < 1:
+        raise PydanticCustomError("memory", "must be a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    return size
+
+
 class Run(Section):
     """What the run is called, how long it is, and when it is saved."""
 
@@ -56,6 +73,18 @@ class Run(Section):
     """Steps; in each, a batch of questions is drawn, sampled, scored and learned from."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 10
     """Steps between checkpoints. The last two and the best are kept; the last step always makes one."""
+    memory: float | str = 0.6
+    """What the process may hold at its peak: a share of the memory that is free when the run begins, or so much of it:
+    "6 GB", "5.5 GiB". Micro-batch and slots are chosen by it, once; no result depends on them but by rounding."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _share_or_size(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            as_bytes(value)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise PydanticCustomError("memory", "must be a share (more than 0, at most 1) or a size such as '6 GB'")
+        return value
 
 
 class Lora(Section):

@@ -24,7 +24,7 @@ from gruppo.config import Optimizer
 from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
 from gruppo.interruption import Interrupted, Stop
-from gruppo.machine import peak_memory
+from gruppo.machine import peak_memory, release_memory
 from gruppo.models import save_model, tensors_sha256
 from gruppo.objective import (
     assign_advantages,
@@ -135,11 +135,13 @@ class _Run:
         assign_advantages(groups, recipe.method)
         batches = pack(groups, weights, parts.budget, with_kl=recipe.method.kl_in_loss, device=device)
         rate = learning_rate(recipe.optimizer, state.step, recipe.run.steps)
+        release_memory()  # what one phase has freed would lie in pieces that the next one cannot use
         with clock("update"):
             for number in range(recipe.method.inner_updates if batches else 0):
                 self._update(batches, rate, metrics, number)
         with clock("load_weights"):
             parts.engine.load_weights(parts.policy, step)
+        release_memory()
         keep_logprobs(groups, batches)
         values = self._write_step(step, groups, rate, metrics, clock, bool(batches))
         state.step, state.cursor, state.evaluated = step, state.cursor + len(groups), False

@@ -22,7 +22,7 @@ _PACKAGES = ("gruppo", "torch", "transformers", "accelerate", "safetensors", "nu
 def keep_freed_memory() -> None:
     """Let the C library keep what large tensors free for the next ones, where it is glibc. It would give every block
     of some megabytes back to the system, which hands out zeroed pages again, one by one: a sixth of a step's time."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    if _glibc():
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -39,6 +39,17 @@ def free_memory(device: torch.device) -> int:
     except (OSError, ValueError):
         return available
     return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def release_memory() -> None:
+    """Give back to the system what was freed and kept, between phases that need blocks of other sizes; where the C
+    library is not glibc nothing is done."""
+    if _glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,14 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gruppo.attention import SharedPrefixAttention
-from gruppo.machine import free_memory
 from gruppo.maths.logprobs import token_logprobs
 from gruppo.models import LanguageModel
 from gruppo.types import Group
 
-MAX_TOKENS = 1024
-MEMORY_SHARE = 0.3
-_INNER = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")  # what configs call the MLP's width
+MAX_TOKENS = 1024  # of a micro-batch: beyond it products get no quicker
 
 TokenWeights = Callable[[list[list[int]]], list[list[float]]]
 
@@ -146,16 +143,3 @@ def score(policy: LanguageModel, batch: Batch, temperature: float) -> tuple[Floa
     plan = SharedPrefixAttention(batch.layout)
     hidden = policy.hidden_states(batch.token_ids[None], batch.positions[None], plan)[0]
     return token_logprobs(hidden.index_select(0, batch.predictors), policy.head, batch.targets, temperature)
-
-
-def choose_budget(policy: LanguageModel) -> int:
-    """Tokens of a micro-batch: what a share of the free memory holds in activations, at most 1024: beyond it
-    products get no quicker.
-
-    Per token and layer, forward keeps about 12 vectors of the hidden width and 5 of the MLP's, in float32.
-    """
-    config = policy.model.config.get_text_config()
-    inner = next((size for size in (getattr(config, name, None) for name in _INNER) if size), 4 * config.hidden_size)
-    inner *= getattr(config, "num_experts_per_tok", None) or 1
-    per_token = 4 * config.num_hidden_layers * (12 * config.hidden_size + 5 * inner)
-    return max(1, min(MAX_TOKENS, int(MEMORY_SHARE * free_memory(policy.device) / per_token)))

@@ -40,6 +40,13 @@ def preflight(
 ) -> Data:
     """Check folder, reward names and data, and read the data. Raises UsageError."""
     check_folder(folder, recipe, resume)
+    return read_data(recipe, rewards, rows, reporter)
+
+
+def read_data(
+    recipe: Recipe, rewards: Sequence[str | RewardFunction], rows: Sequence[Row] | None, reporter: Reporter
+) -> Data:
+    """Check reward names and data, and read the data. Raises UsageError."""
     names = [reward_path(each) for each in rewards if isinstance(each, str)]
     check_option_names(rewards, recipe.reward.options)
     data = _read(recipe, rows, reporter)

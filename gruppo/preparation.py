@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gruppo.adapters import add_adapters, check_adapters
 from gruppo.config import Recipe
 from gruppo.engines import Engine, SamplingOptions
-from gruppo.engines.native import NativeEngine, choose_slots
+from gruppo.engines.native import NativeEngine
 from gruppo.errors import UsageError
 from gruppo.evaluation import check_grader, sampling_options
+from gruppo.forecast import Chosen, Workload, budget_bytes, choose_sizes, measure_footprint, process_bytes
 from gruppo.machine import describe
 from gruppo.models import (
     LanguageModel,
@@ -32,7 +33,6 @@ from gruppo.models import (
     weights_sha256,
 )
 from gruppo.objective import find_surrogate
-from gruppo.packing import choose_budget
 from gruppo.preflight import Data
 from gruppo.reporting import Reporter
 from gruppo.rewards import RewardFunction
@@ -84,19 +84,53 @@ def prepare(
     run = RunFolder(folder)
     stack.callback(run.close)
     check_folder(folder, recipe, resume)  # again, as another run may have come and gone before the lock was ours
-    settings = recipe.reward
-    pool = RewardPool(
-        rewards,
-        settings.weights,
-        data.columns,
-        settings.timeout,
-        settings.workers,
-        folder / "rewards.log",
-        settings.options,
-    )
+    pool = make_pool(recipe, rewards, data, folder / "rewards.log")
     stack.callback(pool.close)
     source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
     check_adapters(source, recipe.model.lora)
+    inputs = tokenize_data(recipe, data, source, reporter)
+    policy, chosen, changes = _load_policy(recipe, run, source, inputs, pool.digests, reporter)
+    policy = replace(policy, recompute=chosen.get("recompute", False))  # unsaid by runs from before there was a choice
+    return Prepared(
+        recipe=recipe,
+        run=run,
+        policy=policy,
+        reference=policy.frozen_copy() if recipe.method.kl_coef else None,
+        engine=NativeEngine(policy, chosen["slots"]),
+        pool=pool,
+        prompts=inputs.prompts,
+        questions=inputs.questions,
+        grader=data.grader,
+        optimizer=make_optimizer(recipe, policy),
+        budget=chosen["micro_batch_tokens"],
+        sampling=inputs.sampling,
+        answering=inputs.answering,
+        changes=changes,
+        filtered=inputs.filtered,
+    )
+
+
+def make_pool(recipe: Recipe, rewards: Sequence[str | RewardFunction], data: Data, log: Path) -> RewardPool:
+    """The reward processes of a recipe. Raises UsageError where a reward cannot be used on its data."""
+    settings = recipe.reward
+    return RewardPool(
+        rewards, settings.weights, data.columns, settings.timeout, settings.workers, log, settings.options
+    )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run asks of its model: prompts to train on and questions to evaluate on, and how each is answered."""
+
+    prompts: Mixture
+    questions: list[Prompt]
+    sampling: SamplingOptions
+    answering: SamplingOptions
+    filtered: dict[str, int]
+
+
+def tokenize_data(recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter) -> Inputs:
+    """The prompts and questions of a recipe. Raises UsageError where one does not fit the model, or the grader."""
     limit = recipe.sampling.max_tokens
     tokens = _Tokens(source, reporter)
     parts = [tokens.of(part, limit) for part in data.training]
@@ -108,24 +142,48 @@ def prepare(
         questions = interleaved([tokens.of(part, own, most) for part in data.questions], most)
         check_grader(data.grader, questions)
         answering = sampling_options(recipe.evaluation.decoding, own)
-        limit = max(limit, own)
-    policy, chosen, changes = _load_policy(recipe, run, source, prompts, questions, limit, pool.digests, reporter)
-    return Prepared(
-        recipe=recipe,
-        run=run,
-        policy=policy,
-        reference=policy.frozen_copy() if recipe.method.kl_coef else None,
-        engine=NativeEngine(policy, chosen["slots"]),
-        pool=pool,
-        prompts=prompts,
-        questions=questions,
-        grader=data.grader,
-        optimizer=make_optimizer(recipe, policy),
-        budget=chosen["micro_batch_tokens"],
-        sampling=sampling,
-        answering=answering,
-        changes=changes,
-        filtered=tokens.filtered,
+    return Inputs(prompts, questions, sampling, answering, tokens.filtered)
+
+
+def load_and_choose(
+    recipe: Recipe, source: ModelSource, inputs: Inputs, device: torch.device, dtype: str, reporter: Reporter
+) -> tuple[LanguageModel, Chosen]:
+    """The policy, and the sizes under the recipe's budget."""
+    free = Free.now(recipe, device)
+    policy = add_adapters(load_model(source, device.type, dtype, reporter), recipe.model.lora, recipe.run.seed)
+    return policy, free.choose(recipe, policy, inputs, reporter)
+
+
+@dataclass(frozen=True)
+class Free:
+    """The budget of a recipe and what the process holds, in bytes, from before the weights are there."""
+
+    budget: int
+    process: int
+
+    @classmethod
+    def now(cls, recipe: Recipe, device: torch.device) -> Free:
+        """As the machine is."""
+        return cls(budget_bytes(recipe.run.memory, device), process_bytes(device))
+
+    def choose(self, recipe: Recipe, policy: LanguageModel, inputs: Inputs, reporter: Reporter) -> Chosen:
+        """The sizes for a policy with its adapters."""
+        return choose_sizes(measure_footprint(policy, self.process, reporter), workload(recipe, inputs), self.budget)
+
+
+def workload(recipe: Recipe, inputs: Inputs) -> Workload:
+    """What the recipe asks for at the most, by its longest prompt and question."""
+    samples = recipe.evaluation.samples if recipe.evaluation else 0
+    return Workload(
+        prompt_tokens=max(len(prompt.token_ids) for prompt in inputs.prompts),
+        max_tokens=inputs.sampling.max_tokens,
+        prompts_per_step=recipe.sampling.prompts_per_step,
+        group_size=recipe.sampling.group_size,
+        reference=recipe.method.kl_coef > 0,
+        questions=len(inputs.questions),
+        answers=len(inputs.questions) * samples,
+        question_tokens=max((len(prompt.token_ids) for prompt in inputs.questions), default=0),
+        answer_tokens=inputs.answering.max_tokens,
     )
 
 
@@ -173,9 +231,7 @@ def _load_policy(
     recipe: Recipe,
     run: RunFolder,
     source: ModelSource,
-    prompts: Mixture,
-    questions: Sequence[Prompt],
-    max_tokens: int,
+    inputs: Inputs,
     rewards: Sequence[str],
     reporter: Reporter,
 ) -> tuple[LanguageModel, dict[str, Any], list[str]]:
@@ -184,9 +240,10 @@ def _load_policy(
     chosen: dict[str, Any] = before["chosen"] if before else {}
     device = choose_device(chosen.get("device", recipe.model.device))
     dtype = chosen.get("dtype") or str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    data = _data_sha256(prompts, questions)
+    data = _data_sha256(inputs.prompts, inputs.questions)
     if before:
         _require_same(before["data_sha256"], data, "questions")
+    free = Free.now(recipe, device)
     policy = load_model(source, device.type, dtype, reporter)
     weights = weights_sha256(policy.model)
     if before:
@@ -197,24 +254,25 @@ def _load_policy(
         torch.set_num_threads(chosen["threads"])
         same = before["rewards_sha256"] == list(rewards)
         return policy, chosen, [] if same else ["the reward functions have changed since the run began"]
-    longest = max(len(prompt.token_ids) for prompt in [*prompts, *questions])
-    samples = recipe.evaluation.samples if recipe.evaluation else 1
-    wanted = max(recipe.sampling.prompts_per_step * recipe.sampling.group_size, len(questions) * samples)
+    sizes = free.choose(recipe, policy, inputs, reporter)
     chosen = {
         "device": device.type,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "slots": choose_slots(policy, longest, max_tokens, wanted),
-        "micro_batch_tokens": choose_budget(policy),
+        "slots": sizes.slots,
+        "micro_batch_tokens": sizes.micro_batch_tokens,
+        "recompute": sizes.recompute,
+        "memory_budget_bytes": sizes.budget_bytes,
     }
     run.start(recipe)
     with run.building("base") as folder:
         save_base(policy, folder)
         if only_here is not None:  # checkpoints hold the adapters alone, and no name leads back to these weights
             save_weights(only_here, folder)
-    counts = {"prompts": len(prompts), "questions": len(questions)}
+    counts = {"prompts": len(inputs.prompts), "questions": len(inputs.questions)}
     identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
-    run.write_json("environment.json", {**describe(device), "chosen": chosen, **counts, **identity})
+    found = {**describe(device), "chosen": chosen, "memory_forecast": sizes.memory.as_dict()}
+    run.write_json("environment.json", {**found, **counts, **identity})
     return policy, chosen, []
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gruppo.config import Recipe
+from gruppo.config import Recipe, load_recipe
 from gruppo.errors import UsageError
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
@@ -147,7 +147,8 @@ def check_folder(path: Path, recipe: Recipe, resume: bool) -> None:
         )
     with held.open("rb") as stream:
         before = tomllib.load(stream)
-    changes = _differences(before, tomllib.loads(recipe.to_toml()))
+    # Read as a recipe, so that fields that are younger than the run have their defaults.
+    changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
     if changes:
         raise UsageError(
             f"--resume {path}: the recipe has changed since: {'; '.join(changes)}; put it back, or choose another "

@@ -37,8 +37,9 @@ def recipe_file(tiny_folder: str, tmp_path: Path) -> Path:
 
 def test_help_explains_every_option() -> None:
     for command, options in {
-        (): ["train", "eval", "sample", "export", "schema", "--version"],
+        (): ["train", "check", "eval", "sample", "export", "schema", "--version"],
         ("train",): ["--set", "--out", "--resume", "--show"],
+        ("check",): ["--set", "--json"],
         ("eval",): ["--recipe", "--task", "--questions", "--samples", "--max-tokens", "--grader", "--device", "--dtype",
                     "--option", "--set", "--out"],
         ("sample",): ["--prompt", "--count", "--temperature", "--top-k", "--top-p", "--min-p", "--max-tokens",

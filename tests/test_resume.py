@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gruppo import loop
 from gruppo.entry import train
 from gruppo.errors import UsageError
+from gruppo.forecast import process_bytes
 from gruppo.methods import METHODS
 from gruppo.runlog import read_lines
 from tests.runs import ROWS, fingerprint, recipe, small_run
@@ -202,14 +204,43 @@ def test_resume_of_nothing_starts(tiny_folder: str, tmp_path: Path) -> None:
 def test_resume_keeps_what_was_chosen_by_measuring(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Less memory at the resume must not change the micro-batch, and so the rounding."""
-    monkeypatch.setattr("gruppo.preparation.choose_budget", lambda _: 30)
+    """Other memory at the resume must not change the micro-batch, and so the rounding."""
+    held = process_bytes(torch.device("cpu"))
+    monkeypatch.setattr("gruppo.forecast.process_bytes", lambda _: held)
+    monkeypatch.setattr("gruppo.preparation.process_bytes", lambda _: held)
+    with monkeypatch.context() as patch:
+        patch.setattr("gruppo.forecast.free_memory", lambda _: 10**10)
+        patch.setattr("gruppo.packing.MAX_TOKENS", 30)
+        patch.setattr("gruppo.forecast.MAX_TOKENS", 30)
+        patch.setattr(loop._Run, "_step", _stop_after(2))
+        small_run(tiny_folder, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]
+    assert before["micro_batch_tokens"] == 30
+    assert (before["recompute"], before["memory_budget_bytes"]) == (False, int(0.6 * (10**10 + held)))
+    monkeypatch.setattr("gruppo.forecast.free_memory", lambda _: 0)
+    seen = []
+    original = loop.pack
+    monkeypatch.setattr(loop, "pack", lambda *args, **kwargs: seen.append(args[2]) or original(*args, **kwargs))
+    small_run(tiny_folder, tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"] == before
+    assert set(seen) == {30}
+
+
+def test_a_run_from_before_there_was_a_budget_resumes(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recipe has no run.memory, and nothing says whether activations are recomputed."""
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "_step", _stop_after(2))
         small_run(tiny_folder, tmp_path / "run")
-    monkeypatch.setattr("gruppo.preparation.choose_budget", lambda _: 1)
-    small_run(tiny_folder, tmp_path / "run", resume=True)
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]["micro_batch_tokens"] == 30
+    recipe, environment = tmp_path / "run" / "recipe.toml", tmp_path / "run" / "environment.json"
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if "memory" not in line))
+    content = json.loads(environment.read_text())
+    del content["chosen"]["recompute"], content["chosen"]["memory_budget_bytes"], content["memory_forecast"]
+    environment.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"run\.memory was 0\.6 and is 0\.5"):
+        small_run(tiny_folder, tmp_path / "run", resume=True, run__memory=0.5)
+    assert small_run(tiny_folder, tmp_path / "run", resume=True).summary["state"] == "done"
 
 
 def _stop_after(steps: int):

@@ -18,10 +18,10 @@ from gruppo import loop, objective
 from gruppo.callbacks import Callbacks
 from gruppo.config import Method, load_recipe
 from gruppo.engines import Engine, Request, SamplingOptions
-from gruppo.engines.native import NativeEngine, choose_slots
+from gruppo.engines.native import NativeEngine
 from gruppo.interruption import Stop
 from gruppo.models import LanguageModel, find_model, load_model
-from gruppo.packing import choose_budget, pack
+from gruppo.packing import MAX_TOKENS, pack
 from gruppo.preflight import preflight
 from gruppo.preparation import prepare
 from gruppo.reporting import Advance, Silent
@@ -123,9 +123,7 @@ class Generation:
         self.work = work
         self.policy = load_model(find_model(work["model"]), dtype="bfloat16")
         wanted = sum(map(len, work["lengths"]))
-        self.engine = NativeEngine(
-            self.policy, choose_slots(self.policy, len(work["prompts"][0]), work["max_tokens"], wanted)
-        )
+        self.engine = NativeEngine(self.policy, wanted)
         self.calls = 0
 
     def step(self, tokens: int | None = None) -> dict[str, Any]:
@@ -169,7 +167,7 @@ def check(work: dict[str, Any]) -> dict[str, Any]:
     objective.mark_trained(groups, False)
     objective.assign_advantages(groups, method)
     weights = objective.token_weights(method, work["max_tokens"])
-    batches = pack(groups, weights, choose_budget(policy), with_kl=method.kl_in_loss)
+    batches = pack(groups, weights, MAX_TOKENS, with_kl=method.kl_in_loss)
     objective.score_batches(noisy, noisy, batches, 1.0, Metrics())
     total = 0.0
     for batch in batches:

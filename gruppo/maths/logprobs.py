@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gruppo.maths.products import product
 
+CHUNK_SIZE, PART_SIZE = 1024, 4096  # tokens and entries of the vocabulary whose logits are held at a time
+
 
 class OutputHead(NamedTuple):
     """What makes logits of hidden states: z = scale · (hidden · weightᵀ + bias), then softcap · tanh(z / softcap) where
@@ -49,8 +51,8 @@ def token_logprobs(
     head: OutputHead,
     targets: Int[Tensor, " N"],
     temperature: float,
-    chunk_size: int = 1024,
-    part_size: int = 4096,
+    chunk_size: int = CHUNK_SIZE,
+    part_size: int = PART_SIZE,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """log π(target) and the entropy of π, where π = softmax(logits / temperature), for N tokens.
 

@@ -1,0 +1,218 @@
+"""`gruppo check`: what a recipe will take, in memory and in time, before anything starts. It writes no run folder."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gruppo.config import Recipe, load_recipe
+from gruppo.interruption import Stop, stop_on_signals
+from gruppo.preflight import Data, read_data
+from gruppo.reporting import Reporter, Silent
+
+if TYPE_CHECKING:
+    from gruppo.forecast import Chosen, Workload
+    from gruppo.models import LanguageModel
+    from gruppo.preparation import Inputs
+
+DRAWN = 3  # tokens a row that decoding is timed by
+PROMPT_TOKENS = 1024  # at most, whose computing is timed
+UPDATE_TOKENS = 512  # of the micro-batch that an update is timed by
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found. `step_seconds`: of a step, by phase, and `evaluation_seconds` of one evaluation, both if every
+    completion has max_tokens; saving is in neither. `memory`: the recipe's run.memory."""
+
+    recipe: Recipe
+    device: str
+    dtype: str
+    chosen: Chosen
+    workload: Workload
+    step_seconds: Mapping[str, float]
+    evaluation_seconds: float
+    evaluations: int
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all steps and evaluations."""
+        steps = self.recipe.run.steps * math.fsum(self.step_seconds.values())
+        return steps + self.evaluations * self.evaluation_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        sizes = asdict(self.chosen)
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "memory": self.recipe.run.memory,
+            **{name: sizes[name] for name in ("budget_bytes", "micro_batch_tokens", "slots", "recompute")},
+            "memory_bytes": self.chosen.memory.as_dict(),
+            "workload": asdict(self.workload),
+            "steps": self.recipe.run.steps,
+            "step_seconds": {**self.step_seconds, "total": math.fsum(self.step_seconds.values())},
+            "evaluations": self.evaluations,
+            "evaluation_seconds": self.evaluation_seconds,
+            "total_seconds": self.total_seconds,
+        }
+
+
+def check_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: Sequence[str] = (), reporter: Reporter | None = None
+) -> Check:
+    """Read recipe, rewards and data as training would, load the model, choose sizes, and time a little of each phase.
+
+    Raises UsageError for what training would refuse, and where the memory is too little.
+    """
+    settings, shown = load_recipe(recipe, overrides), reporter or Silent()
+    data = read_data(settings, settings.reward.functions, None, shown)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        return _measure(settings, data, shown, stop, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+
+
+def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path) -> Check:
+    from gruppo.models import choose_device, choose_dtype, find_model
+    from gruppo.objective import find_surrogate
+    from gruppo.preparation import load_and_choose, make_pool, tokenize_data, workload
+
+    device = choose_device(recipe.model.device)
+    dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    find_surrogate(recipe.method.surrogate)
+    with make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log"):
+        source = find_model(recipe.model.name, reporter)
+        inputs = tokenize_data(recipe, data, source, reporter)
+        policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, reporter)
+    asked = workload(recipe, inputs)
+    stop.check()
+    with reporter.progress("Timing", None, ""):
+        prompt, drawn = _time_generation(policy, inputs, chosen.slots, stop)
+        forward, backward, optimizer = _time_update(recipe, policy, asked, chosen)
+    rounds = math.ceil(asked.completions / chosen.slots)
+    tokens = sum(each + sum(own) for batch in asked.micro_batches(chosen.micro_batch_tokens) for each, own in batch)
+    passes = int(asked.reference) + int(recipe.method.kl_in_reward) + recipe.method.inner_updates * chosen.recompute
+    return Check(
+        recipe=recipe,
+        device=device.type,
+        dtype=dtype,
+        chosen=chosen,
+        workload=asked,
+        step_seconds={
+            "generate": prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
+            "score": forward * passes * tokens,
+            "update": recipe.method.inner_updates * ((forward + backward) * tokens + optimizer),
+        },
+        evaluation_seconds=prompt * asked.questions * asked.question_tokens
+        + drawn * math.ceil(asked.answers / chosen.slots) * asked.answer_tokens,
+        evaluations=_evaluations(recipe),
+    )
+
+
+def _evaluations(recipe: Recipe) -> int:
+    """How often a run of the recipe evaluates: before the first step, after the last, and as `every` says."""
+    if recipe.evaluation is None:
+        return 0
+    steps, every = recipe.run.steps, recipe.evaluation.every
+    return len({0, steps} | (set(range(0, steps, every)) if every else set()))
+
+
+def _time_generation(policy: LanguageModel, inputs: Inputs, slots: int, stop: Stop) -> tuple[float, float]:
+    """Seconds to compute a token of a prompt, and for a decoding step of all slots, by the engine on real prompts."""
+    from gruppo.engines import Request, SamplingOptions
+    from gruppo.engines.native import NativeEngine
+
+    prompts = [inputs.prompts.draw(0, 1)[0]]
+    for prompt in inputs.prompts.draw(1, slots - 1):
+        if sum(len(each.token_ids) for each in [*prompts, prompt]) <= PROMPT_TOKENS:
+            prompts.append(prompt)
+    shares = [len(range(place, slots, len(prompts))) for place in range(len(prompts))]
+    requests = [
+        Request(prompt.token_ids, [(0, place, number) for number in range(share)])
+        for place, (prompt, share) in enumerate(zip(prompts, shares, strict=True))
+    ]
+    engine = NativeEngine(policy, slots)
+
+    def seconds(tokens: int) -> float:
+        """Nothing ends before its last token."""
+        stop.check()
+        start = time.perf_counter()
+        engine.generate(requests, SamplingOptions(inputs.sampling.temperature, tokens, min_tokens=tokens))
+        return time.perf_counter() - start
+
+    seconds(1)  # to warm up
+    first, more = seconds(1), seconds(1 + DRAWN)
+    return first / sum(len(prompt.token_ids) for prompt in prompts), max(0.0, more - first) / DRAWN
+
+
+def _time_update(recipe: Recipe, policy: LanguageModel, asked: Workload, chosen: Chosen) -> tuple[float, float, float]:
+    """Seconds a token of a packed micro-batch forward and backward, and those of an optimizer step."""
+    import torch
+
+    from gruppo.forecast import trial_batch
+    from gruppo.packing import score
+    from gruppo.preparation import make_optimizer
+
+    layout = asked.micro_batches(min(chosen.micro_batch_tokens, UPDATE_TOKENS))[0]
+    batch, tokens = trial_batch(policy, layout), sum(prompt + sum(own) for prompt, own in layout)
+    optimizer = make_optimizer(recipe, policy)
+    with policy.precision():
+        score(policy, trial_batch(policy, [(1, [1, 1])]), 1.0)  # weights are prepared once for all micro-batches
+        marks = [time.perf_counter()]
+        loss = score(policy, batch, recipe.sampling.temperature)[0].mean()
+        marks.append(time.perf_counter())
+        with torch.autocast(policy.device.type, enabled=False):
+            loss.backward()
+        float(loss.detach())  # so that an accelerator has come to its end
+        marks.append(time.perf_counter())
+    optimizer.step()
+    marks.append(time.perf_counter())
+    forward, backward, updating = (after - before for before, after in pairwise(marks))
+    return forward / tokens, backward / tokens, updating
+
+
+def describe_check(check: Check) -> str:
+    """The findings as a page of text."""
+    chosen, asked, memory = check.chosen, check.workload, check.chosen.memory
+    held = check.recipe.run.memory
+    source = f'run.memory = "{held}"' if isinstance(held, str) else f"run.memory = {held:g} of what is free"
+    phases = ["sampling", "training", *(["evaluation"] if asked.answers else [])]
+    columns = {phase: memory.parts(phase) for phase in phases}
+    lines = [f"{'Memory, in GB':<24}" + "".join(f"{phase:>12}" for phase in phases)]
+    for name in dict.fromkeys(name for parts in columns.values() for name in parts):
+        cells = "".join(
+            f"{columns[phase][name] / 1e9:>12.2f}" if name in columns[phase] else " " * 12 for phase in phases
+        )
+        lines.append(f"  {name:<22}{cells}".rstrip())
+    lines.append(f"  {'together':<22}" + "".join(f"{sum(columns[phase].values()) / 1e9:>12.2f}" for phase in phases))
+    recompute = "computed again in backward, as they do not fit" if chosen.recompute else "kept"
+    lines += [
+        f"  peak {memory.peak / 1e9:.2f} of a budget of {chosen.budget_bytes / 1e9:.2f} ({source})",
+        "",
+        f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight, "
+        f"activations {recompute}; {check.dtype} on {check.device}",
+        "",
+        f"Time, at the most: every completion with {asked.max_tokens} tokens, every prompt with {asked.prompt_tokens}; "
+        "rewards and saving not counted",
+    ]
+    lines += [f"  {name:<22}{seconds:>12.1f} s a step" for name, seconds in check.step_seconds.items()]
+    step = math.fsum(check.step_seconds.values())
+    lines.append(f"  {'a step':<22}{step:>12.1f} s, {check.recipe.run.steps} steps")
+    if check.evaluations:
+        lines.append(f"  {'an evaluation':<22}{check.evaluation_seconds:>12.1f} s, {check.evaluations} evaluations")
+    lines.append(f"  {'the whole run':<22}{_duration(check.total_seconds):>12}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

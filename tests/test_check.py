@@ -1,0 +1,110 @@
+"""`gruppo check` says what a recipe will take, refuses what training would refuse, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gruppo.check import _evaluations, check_recipe, describe_check
+from gruppo.config import load_recipe
+from gruppo.errors import UsageError
+from tests.runs import ROWS, recipe, small_run
+from tests.test_cli import gruppo, recipe_file  # noqa: F401  # a fixture
+
+
+@pytest.fixture
+def data(tiny_folder: str, tmp_path: Path) -> dict:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    changes = {"evaluation__task": str(rows), "evaluation__questions": 4, "evaluation__grader": "exact_match"}
+    return {**recipe(tiny_folder, **changes), "task": {"name": str(rows)}}
+
+
+def test_it_prints_memory_sizes_and_time_and_leaves_no_folder(recipe_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    before = sorted(tmp_path.rglob("*"))
+    shown = gruppo("check", recipe_file, "--set", "run.memory='3 GB'")
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert lines[0].split() == ["Memory,", "in", "GB", "sampling", "training", "evaluation"]
+    parts = "process weights optimizer reference prepared cache work gradients activations logits together"
+    for part in [*parts.split(), "generate", "score", "update", "a step", "an evaluation", "the whole run"]:
+        assert any(line.startswith(f"  {part}") for line in lines), part
+    assert 'of a budget of 3.00 (run.memory = "3 GB")' in shown.stdout
+    assert "Chosen: micro-batches of 1024 tokens, 16 completions in flight, activations kept; float32 on cpu" in lines
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path("runs/tiny").exists()
+
+
+def test_json_holds_the_same(recipe_file: Path) -> None:  # noqa: F811
+    shown = gruppo("check", recipe_file, "--json", "--set", "run.steps=5")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    phases = {name: sum(parts.values()) for name, parts in found["memory_bytes"].items() if name != "peak"}
+    assert found["memory_bytes"]["peak"] == max(phases.values()) <= found["budget_bytes"]
+    seconds = found["step_seconds"]
+    assert seconds["total"] == pytest.approx(seconds["generate"] + seconds["score"] + seconds["update"])
+    assert found["total_seconds"] == pytest.approx(5 * seconds["total"] + 2 * found["evaluation_seconds"])
+    assert found["workload"]["prompt_tokens"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ("run.memory=2", "run.memory = 2"),
+        ("run.memory='1 MB'", "run.memory: allows 0.00 GB"),
+        ("task.name=none.jsonl", "no such file"),
+        ("model.name=no/such-model", "no/such-model"),
+        ('reward.functions=["nowhere:f"]', "nowhere:f"),
+        ('reward.functions=["tests/rewards/functions.py:needs_more"]', "solution"),
+        ("sampling.max_tokens=1000", "context of 128"),
+    ],
+)
+def test_what_training_refuses_is_one_line_and_exit_code_2(recipe_file: Path, change: str, word: str) -> None:  # noqa: F811
+    shown = gruppo("check", recipe_file, "--set", change)
+    assert shown.returncode == 2
+    (line,) = [each for each in shown.stderr.splitlines() if each.startswith("gruppo: ")]
+    assert word in line
+    assert shown.stdout == ""
+
+
+def test_it_foretells_the_sizes_that_training_chooses(data: dict, tmp_path: Path) -> None:
+    data["run"]["memory"] = "2 GB"
+    found = check_recipe(data).chosen
+    del data["task"]
+    small_run(data["model"]["name"], tmp_path / "run", run__memory="2 GB", run__steps=1)
+    chosen = json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]
+    assert (chosen["micro_batch_tokens"], chosen["slots"], chosen["recompute"], chosen["memory_budget_bytes"]) == (
+        found.micro_batch_tokens, found.slots, found.recompute, found.budget_bytes,
+    )  # fmt: skip
+
+
+def test_a_reference_and_inner_updates_cost_time(data: dict) -> None:
+    without = check_recipe(data, overrides=["method.kl_coef=0.0"])
+    assert without.step_seconds["score"] == 0
+    assert check_recipe(data).step_seconds["score"] > 0
+    assert check_recipe(data, overrides=["method.kl_coef=0.0"]).chosen.memory.reference == 0
+    assert "optimizer" in describe_check(without)
+
+
+@pytest.mark.parametrize(("steps", "every", "count"), [(6, 0, 2), (6, 2, 4), (7, 3, 4), (4, 9, 2)])
+def test_evaluations_are_counted_as_the_loop_makes_them(
+    data: dict, tmp_path: Path, steps: int, every: int, count: int
+) -> None:
+    changed = load_recipe(data, [f"run.steps={steps}", f"evaluation.every={every}"])
+    assert _evaluations(changed) == count
+    made = small_run(
+        data["model"]["name"], tmp_path / "run", run__steps=steps, evaluation__every=every,
+        evaluation__task=data["evaluation"]["task"], evaluation__questions=2, evaluation__grader="exact_match",
+    )  # fmt: skip
+    assert len(list((made.path / "evaluations").iterdir())) == count
+    assert _evaluations(load_recipe(recipe(data["model"]["name"]))) == 0
+
+
+def test_check_leaves_no_process_behind(data: dict) -> None:
+    import psutil
+
+    with pytest.raises(UsageError, match="max_tokens"):
+        check_recipe(data, overrides=["sampling.max_tokens=1000"])
+    assert not [each for each in psutil.Process().children(recursive=True) if "gruppo" in " ".join(each.cmdline())]
