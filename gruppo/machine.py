@@ -32,8 +32,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def release_memory() -> None:
-    """Give back to the system what was freed: glibc keeps it, in pieces that what comes next may not fit into. Elsewhere
-    nothing is done."""
+    """Give back to the system what was freed: glibc keeps it, in pieces that what comes next may not fit into.
+    Elsewhere nothing is done."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
