@@ -199,8 +199,8 @@ def describe_check(check: Check) -> str:
         f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight, "
         f"activations {recompute}; {check.dtype} on {check.device}",
         "",
-        f"Time, at the most: every completion with {asked.max_tokens} tokens, every prompt with {asked.prompt_tokens}; "
-        "rewards and saving not counted",
+        f"Time, if every completion has {asked.max_tokens} tokens and every prompt {asked.prompt_tokens}; measured on "
+        "short completions, rewards and saving not counted",
     ]
     lines += [f"  {name:<22}{seconds:>12.1f} s a step" for name, seconds in check.step_seconds.items()]
     step = math.fsum(check.step_seconds.values())
