@@ -245,8 +245,8 @@ def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor, plan: Atten
 
 def _query_key_value(
     each: _Prepared, hidden: Tensor, rope: tuple[Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """Queries, keys and values [N, heads, D]; beside them what was projected, and the normed rows."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Queries, keys and values [N, heads, D]; beside them what was projected."""
     attention = each.block.self_attn
     normed = _norm(hidden, each.block.input_layernorm).to(each.qkv.weight.dtype)
     projected = each.qkv(normed).view(len(hidden), -1, attention.head_dim)
@@ -255,7 +255,7 @@ def _query_key_value(
     if hasattr(attention, "q_norm"):
         both = torch.cat([_norm(both[:, :queries], attention.q_norm), _norm(both[:, queries:], attention.k_norm)], 1)
     rotated = _rotate(both, rope)
-    return (rotated[:, :queries], rotated[:, queries:], value), projected, normed
+    return (rotated[:, :queries], rotated[:, queries:], value), projected
 
 
 def _heads(attention: Any) -> tuple[int, int]:
@@ -287,7 +287,7 @@ class _QueryKeyValue(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, each: _Prepared, rope: tuple[Tensor, Tensor], *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        made, projected, _normed = _query_key_value(each, hidden, rope)
+        made, projected = _query_key_value(each, hidden, rope)
         kept = projected if hasattr(each.block.self_attn, "q_norm") else None
         ctx.save_for_backward(hidden, kept, *rope)
         ctx.each = each

@@ -80,6 +80,7 @@ def check_recipe(
 
 
 def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path) -> Check:
+    from gruppo.adapters import check_adapters
     from gruppo.models import choose_device, choose_dtype, find_model
     from gruppo.objective import find_surrogate
     from gruppo.preparation import load_and_choose, make_pool, tokenize_data, workload
@@ -89,6 +90,7 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
     find_surrogate(recipe.method.surrogate)
     with make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log"):
         source = find_model(recipe.model.name, reporter)
+        check_adapters(source, recipe.model.lora)
         inputs = tokenize_data(recipe, data, source, reporter)
         policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, reporter)
     asked = workload(recipe, inputs)

@@ -28,6 +28,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file; see recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: cuda, then mps, then cpu.")]
 Dtype = Annotated[str, typer.Option(help="Precision of products: float32, bfloat16, or auto: bfloat16 where quick.")]
 
@@ -41,11 +46,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file; see recipes/.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
-    ] = None,
+    recipe: RecipeFile,
+    set_: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. By default runs/<name of the recipe>.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the folder; start it where there is none.")
@@ -85,11 +87,8 @@ def train(
 
 @app.command()
 def check(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file; see recipes/.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
-    ] = None,
+    recipe: RecipeFile,
+    set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in bytes and seconds.")] = False,
 ) -> None:
     """Say what a recipe will take: memory by part, time a step and in all. Nothing is trained or written."""

@@ -140,12 +140,11 @@ class LanguageModel:
         """A copy that no update changes: the reference. Weights that are only used in products are kept in `dtype`,
         which is what they are cast to at each use, so that its numbers are those of the original."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        if self.body is not None:
-            body = FusedBody(model.get_decoder(), self.body.layers)
+        body = self.body and FusedBody(model.get_decoder(), self.body.layers)
+        if body is not None:
             body.freeze(self.dtype)
-            return replace(self, model=model, body=body)
         narrow_products(model, self.dtype)
-        return replace(self, model=model)
+        return replace(self, model=model, body=body)
 
     def weights(self) -> dict[str, Tensor]:
         """What the saved model holds, by name."""

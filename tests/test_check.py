@@ -108,3 +108,9 @@ def test_check_leaves_no_process_behind(data: dict) -> None:
     with pytest.raises(UsageError, match="max_tokens"):
         check_recipe(data, overrides=["sampling.max_tokens=1000"])
     assert not [each for each in psutil.Process().children(recursive=True) if "gruppo" in " ".join(each.cmdline())]
+
+
+def test_wrong_targets_are_told_before_weights_are_loaded(data: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gruppo.preparation.load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match=r"model\.lora\.targets.*nope"):
+        check_recipe(data, overrides=['model.lora.targets=["nope"]'])
