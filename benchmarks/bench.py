@@ -271,6 +271,12 @@ def main() -> None:
     chosen = given.works.split(",")
     if unknown := sorted(set(chosen) - set(WORKS)):
         parser.error(f"--works {given.works}: {unknown[0]!r} is none of {', '.join(WORKS)}")
+    if given.pairs < 1:
+        parser.error(f"--pairs {given.pairs}: must be at least 1")
+    for work in chosen:
+        name, python = ("vllm", given.vllm_python) if work == "generation" else ("trl", given.trl_python)
+        if not python.is_file():
+            parser.error(f"--{name}-python {python}: there is no such file; run make bench, which builds it")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-bench-")))
         works, bench = make_works(folder, given.quick), Bench(given, folder)
