@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SMOLLM = "smollm2-135m-instruct"
+from works import MODEL, make_random_model
+
 WIDE = "llama-204m-random"  # 12 layers, 1024 wide, made here
 
 # Fields of the recipe, and words in a prompt.
@@ -54,7 +55,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     sampling = {key: setting[key] for key in ("prompts_per_step", "group_size", "max_tokens")}
     recipe: dict[str, Any] = {
         "run": {"steps": 2, "memory": setting.get("memory", 0.6)},
-        "model": {"name": setting.get("model", SMOLLM), "dtype": setting.get("dtype", "bfloat16"), "device": "cpu"},
+        "model": {"name": setting.get("model", MODEL), "dtype": setting.get("dtype", "bfloat16"), "device": "cpu"},
         "task": {"name": str(task)},
         "reward": {"functions": ["benchmarks/memory.py:varied"], "workers": 1},
         "method": {"kl_coef": setting.get("kl_coef", 0.0)},
@@ -75,21 +76,6 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "measured": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "forecast": environment["memory_forecast"],
     }
-
-
-def make_wide(folder: Path) -> None:
-    """A Llama of random weights with the small model's tokenizer; in a process of its own, as it takes memory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from gruppo.models import find_model, save_model, wrap_model
-
-    tokenizer = find_model(SMOLLM).tokenizer
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
-        num_key_value_heads=8, tie_word_embeddings=True, max_position_embeddings=2048,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    save_model(wrap_model(LlamaForCausalLM(config), tokenizer), folder / WIDE)
 
 
 def main() -> None:
@@ -124,6 +110,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         print(json.dumps(measure(sys.argv[2], Path(sys.argv[3]))))
     elif sys.argv[1:2] == ["--make"]:
-        make_wide(Path(sys.argv[3]))
+        make_random_model(Path(sys.argv[3]) / WIDE, 1024)
     else:
         main()

@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from gruppo.config import Task
-from gruppo.models import ModelSource, find_model
+from gruppo.models import ModelSource, find_model, save_model, wrap_model
 from gruppo.reporting import Silent
 from gruppo.tasks import load_training, tokenize_rows
 
@@ -30,12 +31,12 @@ SUFFIX = " Think it through, then give the number."
 @dataclass(frozen=True)
 class Work:
     """One kind of work. `lengths` and `rewards` have a row for each prompt and a number for each of its completions;
-    `parameters` is the model's N."""
+    `parameters` is the model's N, and `slots` how many completions are in flight, 0 for all."""
 
     name: str
     model: str
     parameters: int
-    messages: list[list[dict[str, Any]]]
+    messages: Sequence[list[dict[str, Any]] | str]
     prompts: list[list[int]]
     lengths: list[list[int]]
     rewards: list[list[float]]
@@ -46,6 +47,7 @@ class Work:
     learning_rate: float = 1e-6
     max_grad_norm: float = 1.0
     seed: int = SEED
+    slots: int = 0
 
     @property
     def completions(self) -> int:
@@ -119,7 +121,7 @@ def _work(
     return Work(
         name=name,
         model=source.location,
-        parameters=_parameters(source.location),
+        parameters=parameters_of(source.location),
         messages=messages,
         prompts=prompts,
         lengths=lengths,
@@ -148,7 +150,8 @@ def _lengths(count: int, size: int, mean: float, longest: int) -> list[list[int]
     return [[min(longest, max(2, round(draw.gauss(mean, mean / 3)))) for _ in range(size)] for _ in range(count)]
 
 
-def _parameters(location: str) -> int:
+def parameters_of(location: str) -> int:
+    """The number N of a model's weights."""
     total = 0
     with safe_open(f"{location}/model.safetensors", framework="np") as weights:
         names: list[str] = list(weights.keys())
@@ -160,3 +163,15 @@ def _parameters(location: str) -> int:
 def _end_ids(source: ModelSource, end: int) -> list[int]:
     found = GenerationConfig.from_pretrained(source.location).eos_token_id
     return sorted({end, *(found if isinstance(found, list) else [] if found is None else [found])})
+
+
+def make_random_model(folder: Path, width: int) -> None:
+    """A Llama of 12 layers and random weights with the small model's tokenizer."""
+    tokenizer = find_model(MODEL).tokenizer
+    end = tokenizer.eos_token_id
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=12,
+        num_attention_heads=width // 64, num_key_value_heads=width // 128, tie_word_embeddings=True,
+        max_position_embeddings=2048, eos_token_id=end, pad_token_id=end, bos_token_id=None,
+    )  # fmt: skip
+    save_model(wrap_model(LlamaForCausalLM(config), tokenizer), folder)

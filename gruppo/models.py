@@ -284,7 +284,8 @@ def _first_line(error: BaseException) -> str:
 def wrap_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
 ) -> LanguageModel:
-    """A model in memory as gruppo uses it. Dropout is off: what samples and what is trained is one distribution.
+    """A model in memory as gruppo uses it. Dropout is off: what samples and what is trained is one distribution. A
+    padding token's embedding has its gradient, which torch would leave out: chat templates end turns with that token.
 
     The model is tried on a few tokens: what gruppo makes of them, packed with a shared prompt, has to be what
     transformers makes of each sequence alone. Raises UsageError, naming the architecture, where it is not.
@@ -294,6 +295,9 @@ def wrap_model(
     if dtype == torch.float64:
         _widen_norms(model)
         model.set_experts_implementation("eager")  # the grouped product knows no float64
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
     ends, context = eos_ids(model, tokenizer), _context(model.config)
     return _tried(LanguageModel(model.eval(), tokenizer, ends, context, model.device, dtype))
 

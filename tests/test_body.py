@@ -11,7 +11,7 @@ from torch import Tensor
 from gruppo.config import load_recipe
 from gruppo.maths.losses import sequence_mean_weights
 from gruppo.maths.products import packed, product
-from gruppo.models import LanguageModel
+from gruppo.models import LanguageModel, wrap_model
 from gruppo.packing import Batch, pack, score
 from gruppo.preparation import make_optimizer
 from tests.architectures import ARCHITECTURES, make_architecture
@@ -45,6 +45,32 @@ def test_gradients_are_those_of_the_modules(name: str) -> None:
     assert made.keys() == expected.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(made[key], gradient, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("written_out", [True, False])
+def test_padding_token_in_a_prompt_has_its_gradient(written_out: bool) -> None:
+    """As where the token that ends a turn is the padding token too; against a finite difference."""
+    made = make_architecture("llama", torch.float64)
+    made.model.config.pad_token_id = token = int(one_batch().token_ids[0])
+    torch.manual_seed(0)
+    fresh = wrap_model(type(made.model)(made.model.config).double(), made.tokenizer, torch.float64)
+    policy = fresh if written_out else replace(fresh, body=None)
+    weight, batch, small = policy.model.get_input_embeddings().weight, one_batch(), 1e-6
+    direction = torch.randn_like(weight[token])
+    with torch.no_grad():
+        weight[token] = 0.02 * torch.randn_like(weight[token])  # it begins as zeros, where norms have a kink
+    gradient = gradients(policy)["model.embed_tokens.weight"][token]
+
+    def loss(shift: float) -> float:
+        with torch.no_grad():
+            weight[token] += shift * direction
+            value = (score(policy, batch, 0.9)[0] * batch.advantages * batch.weights).sum()
+            weight[token] -= shift * direction
+        return float(value)
+
+    slope = (loss(small) - loss(-small)) / (2 * small)
+    assert abs(slope) > 1e-3
+    assert float(gradient @ direction) == pytest.approx(slope, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2", "gpt-neox", "mixtral"])

@@ -115,6 +115,10 @@ class Training:
         """What the library chose for this machine."""
         return str(self.parts.policy.dtype).removeprefix("torch.")
 
+    def forecast(self) -> int:
+        """Its peak memory as it was foreseen, in bytes."""
+        return int(self.parts.run.read_json("environment.json")["memory_forecast"]["peak"])
+
 
 class Generation:
     """The engine alone, in bfloat16."""
@@ -122,7 +126,7 @@ class Generation:
     def __init__(self, work: dict[str, Any], stack: ExitStack) -> None:
         self.work = work
         self.policy = load_model(find_model(work["model"]), dtype="bfloat16")
-        wanted = sum(map(len, work["lengths"]))
+        wanted = work["slots"] or sum(map(len, work["lengths"]))
         self.engine = NativeEngine(self.policy, wanted)
         self.calls = 0
 
@@ -131,7 +135,11 @@ class Generation:
         work, most = self.work, tokens or self.work["max_tokens"]
         self.calls += 1
         requests = [
-            Request(tuple(prompt), [(work["seed"], self.calls, place, index) for index in range(len(lengths))])
+            Request(
+                tuple(prompt),
+                [(work["seed"], self.calls, place, index) for index in range(len(lengths))],
+                limits=[min(each, most) for each in lengths],
+            )
             for place, (prompt, lengths) in enumerate(zip(work["prompts"], work["lengths"], strict=True))
         ]
         start = time.perf_counter()
@@ -146,12 +154,12 @@ class Generation:
 
 
 def check(work: dict[str, Any]) -> dict[str, Any]:
-    """Completions of the work, and the loss and the gradient's norm of gruppo's objective on them, in float32.
+    """Completions of the work, and the loss and the gradient's norm of gruppo's objective on them, in float64.
 
     Old policy and reference are the start weights with noise, so that neither ratio nor KL term is trivial.
     """
-    policy = load_model(find_model(work["model"]), dtype="float32")
-    noisy = load_model(find_model(work["model"]), dtype="float32")
+    policy = load_model(find_model(work["model"]), dtype="float64")
+    noisy = load_model(find_model(work["model"]), dtype="float64")
     perturb(noisy.model, work["seed"])
     method = Method(kl_coef=work["kl_coef"])
     engine = FixedLengths(NativeEngine(policy, 64), work)
@@ -188,13 +196,14 @@ def main() -> None:
     channel, work = Channel(), read_work()
     about = {"versions": versions("torch", "transformers"), "threads": torch.get_num_threads()}
     if sys.argv[2] == "check":
-        channel.reply(setting="float32", **about)
+        channel.reply(setting="float64", **about)
         for _ in channel:
             channel.reply(**check(work))
         return
     with ExitStack() as stack:
         side = Generation(work, stack) if work["name"] == "generation" else Training(work, stack)
-        channel.reply(setting=side.setting(), **about)
+        forecast = side.forecast() if isinstance(side, Training) else None
+        channel.reply(setting=side.setting(), forecast_bytes=forecast, **about)
         for command in channel:
             if command["command"] == "warm" and isinstance(side, Generation):
                 first = side.step(1)["seconds"]

@@ -124,9 +124,29 @@ def _inputs(work: dict[str, Any], rollouts: dict[str, Any]) -> dict[str, torch.T
     }
 
 
+def _widen(model: Any) -> None:
+    """Make the model compute in float64, norms too, which transformers takes in float32 whatever the dtype; and let
+    the embedding of the padding token, which ends turns in the prompts, have its gradient."""
+
+    def norm(module: Any) -> Any:
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            size = (hidden.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+            return module.weight * (hidden * size)
+
+        return forward
+
+    model.double()
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = norm(module)
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+
+
 def check(trainer: Watched, work: dict[str, Any], rollouts: dict[str, Any]) -> dict[str, Any]:
-    """Loss and norm of the gradient by TRL's own `_compute_loss`, on the completions and advantages given."""
+    """Loss and gradient norm by TRL's own `_compute_loss` in float64, on the completions and advantages given."""
     model, size = trainer.model, trainer.args.per_device_train_batch_size
+    _widen(model)
     every = _inputs(work, rollouts)
     plain = {name: each.clone() for name, each in model.state_dict().items()}
     perturb(model, work["seed"])

@@ -1,0 +1,142 @@
+"""How far the fast path's gradient is from the plain one, on a real model: `.venv/bin/python benchmarks/exactness.py`.
+
+The plain path is transformers' own model in float32: every completion alone after its own copy of the prompt, whole
+logits, log-softmax, torch's autograd. Beside it: gruppo's path in float32 (prefixes shared, written-out layers,
+log-probabilities in parts) and in bfloat16, and the plain path under torch's own bfloat16 autocast. Distances are those
+between the gradients of the same GRPO objective on the same completions, over the norm of the plain gradient. The
+embedding of the padding token, which ends turns in the prompts too, has its gradient everywhere; what torch's modules
+leave out by themselves is shown in the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from gruppo import objective
+from gruppo.config import Method
+from gruppo.engines import Request, SamplingOptions
+from gruppo.engines.native import NativeEngine
+from gruppo.maths.losses import policy_loss, sequence_mean_weights
+from gruppo.models import LanguageModel, find_model, load_model
+from gruppo.packing import MAX_TOKENS, Batch, pack
+from gruppo.types import Group, Metrics, Prompt, Reward
+
+METHOD = Method(kl_coef=0.04)
+
+
+def completions(policy: LanguageModel, prompts: int, group: int, tokens: int) -> list[Group]:
+    """Groups sampled from the model, right and wrong in turn."""
+    asked = [f"What is {3 * number + 7} + {5 * number + 4}?" for number in range(prompts)]
+    made = []
+    for place, text in enumerate(asked):
+        ids = tuple(policy.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+        )["input_ids"])  # fmt: skip
+        made.append(Request(ids, [(place, number) for number in range(group)]))
+    sampled = NativeEngine(policy, prompts * group).generate(made, SamplingOptions(1.0, tokens))
+    groups = [
+        Group(Prompt("p", "", each.token_ids, "t", {}), own, [Reward(float(number % 2), {}) for number in range(group)])
+        for each, own in zip(made, sampled, strict=True)
+    ]
+    objective.mark_trained(groups, False)
+    objective.assign_advantages(groups, METHOD)
+    return groups
+
+
+def fast(policy: LanguageModel, batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """The gradient by gruppo's own path."""
+    with policy.precision():
+        for batch in batches:
+            loss = objective.batch_loss(policy, None, replace(batch), METHOD, 1.0, Metrics())
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+    return gradients(policy.model)
+
+
+def plain(
+    location: str,
+    groups: list[Group],
+    batches: list[Batch],
+    autocast: bool = False,
+    padding: bool = True,
+) -> dict[str, torch.Tensor]:
+    """The gradient by transformers alone, one completion at a time; `padding`: that token's embedding has its own."""
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
+    if padding:
+        model.get_input_embeddings().padding_idx = None
+    for batch in batches:
+        start = 0
+        for index, number, length in batch.members:
+            stretch, prompt = slice(start, start + length), groups[index].prompt.token_ids
+            ids = torch.tensor([*prompt, *groups[index].completions[number].token_ids])
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = model(ids[None, :-1]).logits[0, len(prompt) - 1 :]
+            logprobs = logits.float().log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
+            ref = batch.ref_logprobs
+            assert ref is not None
+            policy_loss(
+                logprobs, logprobs.detach(), batch.advantages[stretch].float(), batch.weights[stretch].float(),
+                METHOD.clip_low, METHOD.clip_high, ref[stretch].float(), METHOD.kl_coef,
+            ).loss.backward()  # fmt: skip
+            start += length
+    return gradients(model)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All gradients by name, in float64; the model's are gone after it."""
+    made = {name: each.grad.double() for name, each in model.named_parameters() if each.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return made
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """|one - other| / |other| over all parameters."""
+    assert one.keys() == other.keys()
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in other)
+    return float((apart / sum(float(each.square().sum()) for each in other.values())) ** 0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=48)
+    given = parser.parse_args()
+    source = find_model(given.model)
+    policy = load_model(source, dtype="float32")
+    groups = completions(policy, given.prompts, given.group, given.tokens)
+    reference = load_model(source, dtype="float32")
+    torch.manual_seed(0)
+    for each in reference.model.parameters():  # so that the KL term is not trivial
+        each.data.add_(0.005 * each.data.std() * torch.randn_like(each))
+    batches = pack(groups, sequence_mean_weights, MAX_TOKENS, with_kl=True)
+    objective.score_batches(policy, reference, batches, 1.0, Metrics())
+    for batch in batches:
+        batch.old_logprobs = None  # the first update after sampling: each path is its own π_old
+    del reference
+    truth = plain(source.location, groups, batches)
+    found = {"float32, fast path": distance(fast(policy, batches), truth)}
+    del policy
+    found["bfloat16, fast path"] = distance(fast(load_model(source, dtype="bfloat16"), batches), truth)
+    found["bfloat16, torch's autocast, unpacked"] = distance(
+        plain(source.location, groups, batches, autocast=True), truth
+    )
+    found["float32, padding's embedding without"] = distance(
+        plain(source.location, groups, batches, padding=False), truth
+    )
+    tokens = sum(len(each.token_ids) for group in groups for each in group.completions)
+    norm = sum(float(each.square().sum()) for each in truth.values()) ** 0.5
+    print(f"{tokens} completion tokens; norm of the plain gradient {norm:.4g}")
+    for name, value in found.items():
+        print(f"{name:<40}{value:.3e} of it away")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""How seconds and memory of a step grow: `.venv/bin/python benchmarks/growth.py` measures, draws and writes.
+
+One axis at a time around a middle: group size, prompt length, completion length, model width; each point is a process
+of its own that makes two steps of gruppo's loop, of which the second is timed. The lines are predictions: of memory by
+`gruppo.forecast`, of seconds by counted floating-point work at one rate for sampling and one for training, both taken
+from the middle point alone. Then two questions about generation: completions of uneven length, and a large group
+beside as many separate sequences. Writes benchmarks/growth.json and docs/growth.svg.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "gruppo"
+from bench import Side  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+from works import MODEL, SEED, Work, make_random_model, parameters_of  # noqa: E402
+
+from gruppo.models import ModelSource, find_model  # noqa: E402
+
+HERE = Path(__file__).parent
+MIDDLE = {"prompts": 1, "group": 8, "prompt": 128, "completion": 64}
+AXES: dict[str, tuple[str, Sequence[int]]] = {
+    "group": ("group size", (1, 2, 4, 8, 16, 32, 64)),
+    "prompt": ("prompt tokens", (32, 64, 128, 256, 512, 1024)),
+    "completion": ("completion tokens", (32, 64, 128, 256, 512)),
+    "width": ("hidden size, 12 layers", (256, 512, 768, 1024)),
+}
+
+
+def make_work(
+    source: ModelSource, count: int, group: int, prompt: int, lengths: list[list[int]], name: str = "growth"
+) -> Work:
+    """Prompts of plain text of exactly that many tokens; rewards differ in every group of more than one."""
+    texts, prompts = [], []
+    for place in range(count):
+        texts.append(text_of(source, prompt, place))
+        prompts.append(list(source.tokenizer(texts[-1])["input_ids"]))
+    end = int(source.tokenizer.eos_token_id)
+    return Work(
+        name=name,
+        model=source.location,
+        parameters=parameters_of(source.location),
+        messages=texts,
+        prompts=prompts,
+        lengths=lengths,
+        rewards=[[float(number % 2) for number in range(group)] for _ in range(count)],
+        max_tokens=max(map(max, lengths)),
+        kl_coef=0.04,  # so that a group of one is trained on too
+        end_id=end,
+        end_ids=[end],
+    )
+
+
+def text_of(source: ModelSource, tokens: int, seed: int) -> str:
+    """Words that are that many tokens together."""
+    draw = random.Random(SEED + seed)
+    words = ["river", "castle", "winter", "garden", "number", "story", "water", "music", "house", "light"]
+    text = "the" + "".join(" " + draw.choice(words) for _ in range(tokens - 1))
+    assert len(source.tokenizer(text)["input_ids"]) == tokens
+    return text
+
+
+def attention_flop(config: Any, work: Work) -> float:
+    """Floating-point operations of attention forward: a completion reads its group's prompt and what is before it."""
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    pairs = 0.0
+    for prompt, own in zip(work.prompts, work.lengths, strict=True):
+        pairs += len(prompt) ** 2 / 2 + sum(len(prompt) * each + each**2 / 2 for each in own)
+    return 4.0 * width * config.num_hidden_layers * pairs
+
+
+def flop(config: Any, work: Work) -> tuple[float, float]:
+    """Of sampling, and of a training pass, in operations."""
+    read = sum(len(prompt) + sum(own) for prompt, own in zip(work.prompts, work.lengths, strict=True))
+    attention = attention_flop(config, work)
+    return 2.0 * work.parameters * read + attention, 6.0 * work.parameters * read + 3.0 * attention
+
+
+class Growth:
+    """Where files are, and what runs a side."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        threads = str(len(os.sched_getaffinity(0)))
+        self.environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+
+    def step(self, work: Work, mode: str = "run") -> dict[str, Any]:
+        """The second step of a work, with the side's peak and forecast."""
+        path = self.folder / "work.json"
+        path.write_text(json.dumps(asdict(work)))
+        command = [sys.executable, str(HERE / "sides/ours.py"), str(path), mode]
+        with Side("gruppo", command, self.environment, self.folder / "log", spare=False) as side:
+            side.call("warm")
+            made = side.call("step")
+            return {**made, "peak_bytes": side.peak_bytes(), "predicted_bytes": side.ready.get("forecast_bytes")}
+
+    def point(self, source: ModelSource, axis: str, value: int) -> dict[str, Any]:
+        """One point of an axis."""
+        shape = MIDDLE | ({axis: value} if axis in MIDDLE else {})
+        lengths = [[shape["completion"]] * shape["group"] for _ in range(shape["prompts"])]
+        work = make_work(source, shape["prompts"], shape["group"], shape["prompt"], lengths)
+        made = self.step(work)
+        sampling, training = flop(source.config, work)
+        return {
+            "axis": axis,
+            "value": value,
+            "generation_seconds": made["phases"]["generation"],
+            "training_seconds": made["phases"]["loss and backward"],
+            "generation_flop": sampling,
+            "training_flop": training,
+            "peak_bytes": made["peak_bytes"],
+            "predicted_bytes": made["predicted_bytes"],
+        }
+
+
+def measure(growth: Growth) -> dict[str, Any]:
+    """All points, with predictions, and the two questions."""
+    source = find_model(MODEL)
+    points = []
+    for axis, (_, values) in AXES.items():
+        for value in values:
+            chosen = source
+            if axis == "width":
+                path = growth.folder / f"wide-{value}"
+                make_random_model(path, value)
+                chosen = find_model(str(path))
+            points.append(growth.point(chosen, axis, value))
+            print(json.dumps(points[-1]), flush=True)
+    middle = next(each for each in points if each["axis"] == "group" and each["value"] == MIDDLE["group"])
+    for each in points:
+        for phase in ("generation", "training"):
+            rate = middle[f"{phase}_flop"] / middle[f"{phase}_seconds"]
+            each[f"predicted_{phase}_seconds"] = each[f"{phase}_flop"] / rate
+    return {
+        "command": "benchmarks/growth.py",
+        "points": points,
+        "uneven": uneven(growth, source),
+        "group": grouped(growth, source),
+    }
+
+
+def uneven(growth: Growth, source: ModelSource) -> dict[str, float]:
+    """Tokens a second of lengths spread evenly over 8..256, beside as many tokens of even lengths; 64 in flight."""
+    group, count = 8, 24
+    draw = random.Random(SEED)
+    spread = [[draw.randint(8, 256) for _ in range(group)] for _ in range(count)]
+    mean = round(sum(map(sum, spread)) / (group * count))
+    even = [[mean] * group for _ in range(count)]
+    seconds: dict[str, list[float]] = {"even": [], "uneven": []}
+    tokens = {"even": sum(map(sum, even)), "uneven": sum(map(sum, spread))}
+    for _ in range(2):  # alternately
+        for name, lengths in (("even", even), ("uneven", spread)):
+            work = replace(make_work(source, count, group, 49, lengths, "generation"), slots=64)
+            seconds[name].append(growth.step(work)["seconds"])
+    rates = {f"{name}_tokens_per_second": tokens[name] / min(times) for name, times in seconds.items()}
+    return {**rates, "share": rates["uneven_tokens_per_second"] / rates["even_tokens_per_second"]}
+
+
+def grouped(growth: Growth, source: ModelSource) -> dict[str, float]:
+    """Seconds of a step with 64 completions of one prompt of 512 tokens, and of 64 prompts of one completion each."""
+    group, separate = (
+        growth.step(make_work(source, count, size, 512, [[64] * size] * count)) for count, size in ((1, 64), (64, 1))
+    )
+    made = {"group_of_64_seconds": group["seconds"], "separate_seconds": separate["seconds"]}
+    return {**made, "share": group["seconds"] / separate["seconds"]}
+
+
+def draw(found: dict[str, Any], out: Path) -> None:
+    """A column an axis: seconds of both phases above, memory below; dots are measured, lines predicted."""
+    figure, rows = plt.subplots(2, len(AXES), figsize=(11, 5), layout="constrained", sharex="col")
+    for column, (axis, (title, _)) in enumerate(AXES.items()):
+        points = [each for each in found["points"] if each["axis"] == axis]
+        values = [each["value"] for each in points]
+        for phase, color in (("generation", "tab:blue"), ("training", "tab:orange")):
+            rows[0, column].plot(values, [each[f"{phase}_seconds"] for each in points], "o", color=color, label=phase)
+            rows[0, column].plot(values, [each[f"predicted_{phase}_seconds"] for each in points], "-", color=color)
+        rows[1, column].plot(values, [each["peak_bytes"] / 1e9 for each in points], "o", color="tab:green")
+        rows[1, column].plot(values, [each["predicted_bytes"] / 1e9 for each in points], "-", color="tab:green")
+        rows[0, column].set(xscale="log", yscale="log")
+        rows[1, column].set(xscale="log", ylim=(0, None), xlabel=title, xticks=values, xticklabels=values)
+        rows[1, column].minorticks_off()
+        for row in rows[:, column]:
+            row.grid(alpha=0.3)
+    rows[0, 0].set_ylabel("seconds a step")
+    rows[1, 0].set_ylabel("peak memory, GB")
+    rows[0, 0].legend()
+    figure.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="gruppo-growth-") as folder:
+        found = measure(Growth(Path(folder)))
+    (HERE / "growth.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, HERE.parent / "docs/growth.svg")
+    print(json.dumps({name: found[name] for name in ("uneven", "group")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
