@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # torch asks for huge pages for large tensors where this is set before its first one: fewer page faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# oneDNN keeps what it has compiled for 1,024 shapes, 0.6 MB each, and every micro-batch has shapes of its own.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _HOMES = {
     "STOP": "callbacks",

@@ -204,6 +204,7 @@ class _Run:
                 with torch.autocast(parts.policy.device.type, enabled=False):
                     loss.backward()
                 total += float(loss.detach())
+                release_memory()
                 advance(1)
         norm = torch.nn.utils.clip_grad_norm_(parts.policy.model.parameters(), recipe.optimizer.max_grad_norm)
         self._require_finite(float(norm), "gradient norm", batches, number)
