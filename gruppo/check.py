@@ -88,7 +88,9 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
     device = choose_device(recipe.model.device)
     dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     find_surrogate(recipe.method.surrogate)
-    with make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log"):
+    with ExitStack() as stack:
+        if recipe.method.source != "rows":
+            stack.enter_context(make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log"))
         source = find_model(recipe.model.name, reporter)
         check_adapters(source, recipe.model.lora)
         inputs = tokenize_data(recipe, data, source, reporter)
@@ -100,7 +102,11 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
         forward, backward, optimizer = _time_update(recipe, policy, asked, chosen)
     rounds = math.ceil(asked.completions / chosen.slots)
     tokens = sum(each + sum(own) for batch in asked.micro_batches(chosen.micro_batch_tokens) for each, own in batch)
-    passes = int(asked.reference) + int(recipe.method.kl_in_reward) + recipe.method.inner_updates * chosen.recompute
+    passes = (
+        int(recipe.method.kl_coef > 0 or recipe.method.credit == "pair")
+        + int(recipe.method.needs_scores)
+        + recipe.method.inner_updates * chosen.recompute
+    )
     return Check(
         recipe=recipe,
         device=device.type,
@@ -108,7 +114,9 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
         chosen=chosen,
         workload=asked,
         step_seconds={
-            "generate": prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
+            "generate": 0.0
+            if recipe.method.source == "rows"
+            else prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
             "score": forward * passes * tokens,
             "update": recipe.method.inner_updates * ((forward + backward) * tokens + optimizer),
         },
@@ -164,7 +172,7 @@ def _time_update(recipe: Recipe, policy: LanguageModel, asked: Workload, chosen:
 
     layout = asked.micro_batches(min(chosen.micro_batch_tokens, UPDATE_TOKENS))[0]
     batch, tokens = trial_batch(policy, layout), sum(prompt + sum(own) for prompt, own in layout)
-    optimizer = make_optimizer(recipe, policy)
+    optimizer = make_optimizer(recipe.optimizer, policy.model)
     with policy.precision():
         score(policy, trial_batch(policy, [(1, [1, 1])]), 1.0)  # weights are prepared once for all micro-batches
         marks = [time.perf_counter()]

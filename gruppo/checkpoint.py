@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,16 +39,27 @@ class State:
     lengths: dict[str, int] = field(default_factory=dict)
 
 
-def save_checkpoint(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Path:
+# What is trained beside the policy, by name: the start of its files' names.
+Others = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
+
+
+def save_checkpoint(
+    run: RunFolder,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    others: Others = MappingProxyType({}),
+) -> Path:
     """Write checkpoints/step-NNNNNN and drop those that are neither of the last two nor the best."""
     state.lengths = run.lengths()
     folder = run.path / "checkpoints" / f"step-{state.step:06d}"
     building = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in trained_weights(model).items()}
-    save_file(weights, building / "weights.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), building / "optimizer.safetensors")
+    for name, (module, own) in {"": (model, optimizer), **others}.items():
+        weights = {key: tensor.cpu().contiguous() for key, tensor in trained_weights(module).items()}
+        save_file(weights, building / _file(name, "weights"))
+        save_file(_optimizer_tensors(module, own), building / _file(name, "optimizer"))
     write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
     manifest = {path.name: _sha256(path) for path in sorted(building.iterdir())}
     write_whole(building / "manifest.json", json.dumps(manifest, indent=2).encode())
@@ -73,15 +86,21 @@ def load_state(folder: Path) -> State:
     return State(**json.loads((folder / "state.json").read_text()))
 
 
-def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state into model and optimizer."""
-    load_weights_file(folder / "weights.safetensors", model)
-    parameters = dict(model.named_parameters())
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
-        kind, _, owner = name.partition(":")
-        parameter = parameters[owner]
-        value = tensor if kind == "step" else tensor.to(parameter.device)
-        optimizer.state[parameter][kind] = value
+def load_tensors(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: Others = MappingProxyType({})
+) -> None:
+    """Put a checkpoint's weights and optimizer states into what they are of."""
+    for name, (module, own) in {"": (model, optimizer), **others}.items():
+        load_weights_file(folder / _file(name, "weights"), module)
+        parameters = dict(module.named_parameters())
+        for key, tensor in load_file(folder / _file(name, "optimizer")).items():
+            kind, _, owner = key.partition(":")
+            parameter = parameters[owner]
+            own.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+
+
+def _file(name: str, what: str) -> str:
+    return f"{name}.{what}.safetensors" if name else f"{what}.safetensors"
 
 
 def load_weights_file(path: Path, model: nn.Module) -> None:

@@ -294,6 +294,14 @@ def export(
 
 
 @app.command()
+def methods() -> None:
+    """Print the table of methods: data source, reward, signal on a token, loss, equation."""
+    from gruppo.methods import describe_methods
+
+    typer.echo(describe_methods())
+
+
+@app.command()
 def schema(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print docs/recipe.md instead: every field with its meaning.")

@@ -142,6 +142,8 @@ class Task(Section):
     """Text of the prompt with columns in braces: "{question} Think first." Double braces are braces."""
     system: str | None = None
     """Turn a text prompt into a conversation with this system message; "" makes a conversation without one."""
+    completion: str | None = None
+    """Text of the completion with columns in braces, for methods that learn from rows: "The answer is {answer}."."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the rows that is kept from training, chosen by a hash of their prompts; evaluation asks those."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -187,13 +189,27 @@ class Method(Section):
     """The objective. A method is a row of defaults for the other fields; what a recipe writes itself goes first."""
 
     name: str = "grpo"
-    """A row of gruppo.methods.METHODS: grpo, dr-grpo, dapo, gspo, cispo, rloo, reinforce-pp."""
-    baseline: Literal["group", "leave-one-out", "batch", "none"] = "group"
-    """What is taken off a reward: the mean of its group, of the others of its group, of the whole step, or nothing."""
+    """A row of gruppo.methods.METHODS (`gruppo methods` prints them): sft, rft, online-rft, dpo, ppo, grpo,
+    grpo-process, dr-grpo, dapo, gspo, cispo, rloo, reinforce-pp."""
+    source: Literal["live", "frozen", "rows"] = "live"
+    """Where completions come from: the policy of the step, the start model, or the rows of the task."""
+    baseline: Literal["group", "leave-one-out", "batch", "none", "indicator"] = "group"
+    """What is taken off a reward: the mean of its group, of the others of its group, of the whole step, or nothing;
+    "indicator" puts 1 for a right completion and 0 for any other in its place."""
     scale: Literal["group", "batch", "none"] = "group"
     """The standard deviation that an advantage is divided by: its group's, the whole step's, or none."""
-    credit: Literal["completion", "token"] = "completion"
-    """Where a KL penalty in the reward falls: on the completion's reward, or on the tokens up to where it arises."""
+    credit: Literal["completion", "token", "step", "pair", "value"] = "completion"
+    """What a signal is of: a completion's reward; of each token, with the KL penalty in the reward where it arises; of
+    steps, by rewards that judge them, with outcome rewards beside; of pairs of a right and a wrong completion of a
+    question (DPO); or of each token, compared with what a value model expects (PPO, see [critic])."""
+    right: float = 0.5
+    """A completion is right if its reward is more than this: for "indicator" and pairs."""
+    distinct: bool = False
+    """Leave out completions of a question that repeat an earlier one's text."""
+    most_per_prompt: Annotated[int, Field(ge=0)] = 0
+    """At most so many right completions of a question, or pairs, are used, the first ones; 0 is all."""
+    pair_beta: Annotated[float, Field(gt=0)] = 0.1
+    """β of DPO: how strongly a pair's log-ratios to the reference are told apart."""
     ratio: Literal["token", "sequence"] = "token"
     """π_θ/π_old of each token, or of the whole completion (geometric mean of its tokens')."""
     surrogate: Annotated[str, Field(min_length=1)] = "clipped"
@@ -234,10 +250,11 @@ class Method(Section):
     def _parameters_agree(self) -> Self:
         if self.name not in METHODS:
             raise ValueError(f'name = "{self.name}": unknown method{nearest(self.name, METHODS)}')
-        if self.credit == "token" and not {self.baseline, self.scale} <= {"batch", "none"}:
+        self._source_agrees()
+        if self.credit in {"token", "value"} and not {self.baseline, self.scale} <= {"batch", "none"}:
             raise ValueError(
-                f'credit = "token" gives each token its own reward, which baseline = "{self.baseline}" and scale = '
-                f'"{self.scale}" do not know; write "batch" or "none" for both, or credit = "completion"'
+                f'credit = "{self.credit}" gives each token its own signal, which baseline = "{self.baseline}" and '
+                f'scale = "{self.scale}" do not know; write "batch" or "none" for both, or credit = "completion"'
             )
         if self.baseline == "none" and self.scale == "group":
             raise ValueError(
@@ -249,11 +266,57 @@ class Method(Section):
                 f'inner_updates = {self.inner_updates}: surrogate = "log-likelihood" has no ratio that corrects for '
                 'a policy that has moved; write inner_updates = 1, or surrogate = "clipped"'
             )
-        if self.ratio == "sequence" and self.credit == "token":
+        if self.credit == "step" and (self.baseline, self.scale) != ("group", "group"):
+            raise ValueError(
+                f'credit = "step" normalises within the group; baseline = "{self.baseline}", scale = "{self.scale}": '
+                'write "group" for both'
+            )
+        if self.ratio == "sequence" and self.credit in {"token", "step", "value"}:
             raise ValueError('ratio = "sequence" needs one advantage a completion; write credit = "completion"')
         if ":" not in self.surrogate and self.surrogate not in SURROGATES:
             raise ValueError(f'surrogate = "{self.surrogate}": unknown{nearest(self.surrogate, SURROGATES)}')
         return self
+
+    def _source_agrees(self) -> None:
+        """Fields that go together with where completions come from, and with pairs. Raises ValueError."""
+        if self.source != "live" and self.importance_cap:
+            raise ValueError(
+                f'importance_cap = {self.importance_cap}: completions of source = "{self.source}" were not drawn from '
+                "the policy; write importance_cap = 0"
+            )
+        if self.source == "rows" and self.refill_rounds:
+            raise ValueError(
+                f'refill_rounds = {self.refill_rounds}: source = "rows" samples nothing; write refill_rounds = 0'
+            )
+        if self.baseline == "indicator" and self.scale != "none":
+            raise ValueError(f'scale = "{self.scale}" with baseline = "indicator": write scale = "none"')
+        if self.credit != "pair":
+            return
+        wanted = {"baseline": "none", "scale": "none", "surrogate": "log-likelihood", "ratio": "token", "kl_coef": 0.0}
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                fix = "0" if name == "kl_coef" else f'"{value}"'
+                raise ValueError(f'{name} = {getattr(self, name)!r} with credit = "pair": write {name} = {fix}')
+        if self.aggregation not in {"sequence-mean", "sequence-sum"}:
+            raise ValueError(
+                f'aggregation = "{self.aggregation}" with credit = "pair": write "sequence-mean" (log-ratios averaged '
+                'over a completion, the paper\'s Eq. 12) or "sequence-sum" (summed, as is usual)'
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """A frozen copy of the start model is needed: for a KL, for pairs, or to sample from."""
+        return self.kl_coef > 0 or self.credit == "pair" or self.source == "frozen"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Log-probabilities of policy and reference are needed before advantages: for a KL in the reward, for pairs."""
+        return self.kl_in_reward or self.credit == "pair"
+
+    @property
+    def needs_critic(self) -> bool:
+        """Advantages come from a value model."""
+        return self.credit == "value"
 
     @property
     def kl_in_loss(self) -> bool:
@@ -264,6 +327,22 @@ class Method(Section):
     def kl_in_reward(self) -> bool:
         """The KL is taken off the reward."""
         return self.kl_coef > 0 and self.kl_estimator == "k1"
+
+
+class Critic(Section):
+    """The value model of PPO (`method.credit = "value"`); other methods have none."""
+
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """Where its weights come from, as model.name; by default the policy's start weights. Its head begins at 0."""
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    """Learning rate after warm-up; warm-up, schedule and all else are those of [optimizer]."""
+    clip: Annotated[float, Field(ge=0)] = 0.2
+    """How far a value may move from what it was when the step was sampled before its loss stops to fall; 0 is no
+    clipping."""
+    gamma: Fraction = 1.0
+    """γ, the discount of a reward for each token until it comes."""
+    gae_lambda: Fraction = 0.95
+    """λ of generalised advantage estimation: 1 compares whole returns with values, 0 looks one token ahead."""
 
 
 class Sampling(Section):
@@ -353,6 +432,7 @@ class Recipe(Section):
     """Several tasks, drawn from by their weights, in place of [task]."""
     reward: Reward = Reward()
     method: Method = Method()
+    critic: Critic = Critic()
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation | None = None
@@ -371,6 +451,15 @@ class Recipe(Section):
             raise ValueError(
                 f"evaluation.samples = {samples}: greedy answers are all the same; write a temperature in "
                 "[evaluation.decoding], or samples = 1"
+            )
+        if self.method.source == "rows" and self.reward.functions:
+            raise ValueError(
+                f'reward.functions = {self.reward.functions}: method.source = "rows" scores nothing; remove it'
+            )
+        if self.method.credit == "pair" and self.method.source != "rows" and self.sampling.group_size < 2:
+            raise ValueError(
+                'sampling.group_size = 1: method.credit = "pair" needs a right and a wrong completion of a question; '
+                "write group_size = 2 or more"
             )
         if self.method.baseline == "leave-one-out" and self.sampling.group_size < 2:
             raise ValueError(

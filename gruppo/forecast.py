@@ -46,6 +46,7 @@ class Workload:
     prompts_per_step: int
     group_size: int
     reference: bool = False
+    critic: bool = False
     questions: int = 0
     answers: int = 0
     question_tokens: int = 0
@@ -82,17 +83,19 @@ class Workload:
 class Footprint:
     """What a model takes, whatever is asked of it; in bytes.
 
-    `process`: Python, torch and all that is resident before the weights are. `gradients`: as many bytes as there are of
-    trainable weights. `prepared`: copies of weights in the dtype of products, alive while something is computed.
-    `kept`: what forward keeps for backward, a coefficient for each of `_terms`. `cache_token`: keys and values of one
-    token in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in float32.
-    `head`: the output head's weight in float32. `narrow`: bytes of a number in products, `wide`: elsewhere.
+    `process`: Python, torch and all that is resident before the weights are. `gradients`: as many bytes as there are
+    of trainable weights. `critic`: a value model's weights, its optimizer's state and copies. `prepared`: copies of
+    weights in the dtype of products, alive while something is computed. `kept`: what forward keeps for backward, a
+    coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers. `state_token`: one
+    hidden state. `logits_token`: the logits of one token in float32. `head`: the output head's weight in float32.
+    `narrow`: bytes of a number in products, `wide`: elsewhere.
     """
 
     process: int
     weights: int
     gradients: int
     reference: int
+    critic: int
     prepared: int
     kept: tuple[float, ...]
     layers: int
@@ -123,6 +126,7 @@ class Memory:
     weights: int
     optimizer: int
     reference: int
+    critic: int
     prepared: int
     cache: int
     work: int
@@ -134,7 +138,7 @@ class Memory:
 
     def parts(self, phase: str) -> dict[str, int]:
         """What is alive in a phase, by name."""
-        standing = ("process", "weights", "optimizer", "reference", "prepared")
+        standing = ("process", "weights", "optimizer", "reference", "critic", "prepared")
         own = {
             "sampling": {"cache": self.cache, "work": self.work},
             "evaluation": {"cache": self.evaluation_cache, "work": self.evaluation_work},
@@ -203,6 +207,7 @@ def measure_footprint(policy: LanguageModel, process: int, reporter: Reporter) -
         weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()]),
         gradients=_bytes_of([each for each in policy.model.parameters() if each.requires_grad]),
         reference=_reference_bytes(policy),
+        critic=_critic_bytes(policy),
         prepared=int(prepared) + prepared_bytes(policy),
         kept=tuple(kept),
         layers=max(1, int(config.num_hidden_layers)),
@@ -239,6 +244,14 @@ def _reference_bytes(policy: LanguageModel) -> int:
     ]
     saved = sum(each.numel() * (each.itemsize - policy.dtype.itemsize) for each in narrow)
     return _bytes_of([*policy.model.parameters(), *policy.model.buffers()]) - saved
+
+
+def _critic_bytes(policy: LanguageModel) -> int:
+    """A value model of the policy's size: all of it is trained, adapters or not. Its gradients come where those of the
+    policy were."""
+    wide = torch.promote_types(policy.dtype, torch.float32).itemsize
+    count = sum(each.numel() for each in policy.model.parameters())
+    return count * (3 * wide + policy.dtype.itemsize)
 
 
 def _terms(layout: Layout) -> list[int]:
@@ -343,6 +356,7 @@ def forecast_memory(
         weights=footprint.weights,
         optimizer=2 * footprint.gradients,
         reference=footprint.reference if workload.reference else 0,
+        critic=footprint.critic if workload.critic else 0,
         prepared=_resident(footprint.prepared),
         cache=_resident(cache),
         work=_resident(work),

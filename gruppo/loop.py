@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 
 from gruppo.adapters import save_adapter
 from gruppo.callbacks import Callbacks
-from gruppo.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from gruppo.checkpoint import Others, State, load_state, load_tensors, newest_checkpoint, save_checkpoint
 from gruppo.config import Optimizer
+from gruppo.critic import critic_loss, score_values
 from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
 from gruppo.interruption import Interrupted, Stop
 from gruppo.machine import peak_memory, release_memory
-from gruppo.models import save_model, tensors_sha256
+from gruppo.models import LanguageModel, save_model, tensors_sha256
 from gruppo.objective import (
     assign_advantages,
     batch_loss,
@@ -34,12 +35,13 @@ from gruppo.objective import (
     mark_trained,
     rewards_differ,
     score_batches,
+    select,
     token_weights,
 )
 from gruppo.packing import Batch, pack
 from gruppo.preparation import Prepared
 from gruppo.reporting import Reporter
-from gruppo.rollout import describe_groups, sample_groups, score_groups
+from gruppo.rollout import describe_groups, given_groups, sample_groups, score_groups
 from gruppo.runlog import publish
 from gruppo.tables import EVALUATIONS, ROLLOUTS, rollout_rows
 from gruppo.types import Group, Metrics
@@ -109,9 +111,14 @@ class _Run:
             self._save_result()
         self._note_memory()
         with self.reporter.progress("Saving", None, ""):
-            path = save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state)
+            path = save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state, self._others())
         self.saved = (self.state.step, self.state.evaluated)
         self.callbacks.tell("on_checkpoint", self.state.step, path)
+
+    def _others(self) -> Others:
+        """What is trained beside the policy."""
+        critic, optimizer = self.parts.critic, self.parts.critic_optimizer
+        return {"critic": (critic.module, optimizer)} if critic and optimizer else {}
 
     def _save_result(self) -> None:
         with self.run.building("model") as folder:
@@ -129,16 +136,23 @@ class _Run:
         metrics, clock, step = Metrics(), _Clock(), state.step + 1
         groups = self._explore(step, metrics, clock)
         weights, device = token_weights(recipe.method, recipe.sampling.max_tokens), parts.policy.device
-        if recipe.method.kl_in_reward:
+        select(groups, recipe.method)
+        if recipe.method.needs_scores:
             with clock("score"):
                 self._score(groups, pack(groups, weights, parts.budget, with_kl=True, device=device), metrics)
-        assign_advantages(groups, recipe.method)
-        batches = pack(groups, weights, parts.budget, with_kl=recipe.method.kl_in_loss, device=device)
+        if parts.critic is not None:
+            with clock("score"):
+                score_values(parts.critic, groups, parts.budget, device)
+        weights_of = dict(zip(parts.pool.names, parts.pool.weights, strict=True)) if parts.pool else {}
+        assign_advantages(groups, recipe.method, metrics, weights_of, recipe.critic)
+        everything = recipe.method.kl_in_loss or parts.critic is not None
+        batches = pack(groups, weights, parts.budget, with_kl=everything, device=device)
         rate = learning_rate(recipe.optimizer, state.step, recipe.run.steps)
         release_memory()  # what one phase has freed would lie in pieces that the next one cannot use
         with clock("update"):
             for number in range(recipe.method.inner_updates if batches else 0):
                 self._update(batches, rate, metrics, number)
+                self._update_critic(batches, rate, metrics, number)
         with clock("load_weights"):
             parts.engine.load_weights(parts.policy, step)
         release_memory()
@@ -173,19 +187,28 @@ class _Run:
         """Groups of the next questions after the first `cursor` draws of the run."""
         parts, recipe = self.parts, self.recipe
         prompts = parts.prompts.draw(cursor, count)
+        if parts.pool is None:
+            groups = given_groups(prompts, parts.given)
+            mark_trained(groups, recipe.method.mask_truncated)
+            return groups
         size = recipe.sampling.group_size
         streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
         with clock("generate"):
-            sampled = sample_groups(parts.engine, prompts, streams, parts.sampling, self.reporter, self.stop)
+            sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
         with clock("reward"):
             told = {"global_step": self.state.step, "max_steps": recipe.run.steps}
             told["max_tokens"] = recipe.sampling.max_tokens
             groups = score_groups(prompts, sampled, parts.pool, told, metrics, self.reporter, self.stop)
+        if recipe.method.credit != "step" and any(reward.steps for group in groups for reward in group.rewards):
+            raise RunError(
+                f'method.credit = "{recipe.method.credit}": a reward judges steps, which it would not learn from; '
+                'write method.name = "grpo-process", or take another reward'
+            )
         mark_trained(groups, recipe.method.mask_truncated)
         return groups
 
     def _score(self, groups: Sequence[Group], batches: Sequence[Batch], metrics: Metrics) -> None:
-        """π_old and π_ref of the trained completions, for a KL in the reward."""
+        """π_old and π_ref of the trained completions, for a KL in the reward, or for pairs."""
         assert self.parts.reference is not None
         score_batches(self.parts.policy, self.parts.reference, batches, self.recipe.sampling.temperature, metrics)
         keep_logprobs(groups, batches)
@@ -193,28 +216,61 @@ class _Run:
     def _update(self, batches: Sequence[Batch], rate: float, metrics: Metrics, number: int) -> None:
         """One optimizer step on the whole of the step's completions; the loss is a sum over micro-batches."""
         parts, recipe = self.parts, self.recipe
-        parts.optimizer.zero_grad(set_to_none=True)
+
+        def loss(batch: Batch) -> torch.Tensor:
+            temperature = recipe.sampling.temperature
+            return batch_loss(parts.policy, parts.reference, batch, recipe.method, temperature, metrics)
+
+        total, norm = self._learn(batches, loss, parts.policy, parts.policy.model, parts.optimizer, rate, number)
+        metrics.mean("loss/total", total)
+        metrics.mean("optimizer/gradient_norm", norm)
+        metrics.mean("optimizer/clipped", norm > recipe.optimizer.max_grad_norm)
+
+    def _update_critic(self, batches: Sequence[Batch], rate: float, metrics: Metrics, number: int) -> None:
+        """The same of the value model, if there is one; its learning rate follows the policy's schedule."""
+        critic, optimizer, settings = self.parts.critic, self.parts.critic_optimizer, self.recipe.critic
+        if critic is None or optimizer is None:
+            return
+        share = rate / self.recipe.optimizer.learning_rate if self.recipe.optimizer.learning_rate else 1.0
+
+        def loss(batch: Batch) -> torch.Tensor:
+            return critic_loss(critic, batch, settings, metrics)
+
+        own = share * settings.learning_rate
+        total, norm = self._learn(batches, loss, critic.policy, critic.module, optimizer, own, number)
+        metrics.mean("value/loss", total)
+        metrics.mean("value/gradient_norm", norm)
+
+    def _learn(
+        self,
+        batches: Sequence[Batch],
+        loss_of: Callable[[Batch], torch.Tensor],
+        computed_by: LanguageModel,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rate: float,
+        number: int,
+    ) -> tuple[float, float]:
+        """An optimizer step on a loss that is a sum over micro-batches; the loss, and the gradient's norm before it was
+        clipped."""
+        optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        with parts.policy.precision(), self.reporter.progress("Updating", len(batches), "batches") as advance:
+        with computed_by.precision(), self.reporter.progress("Updating", len(batches), "batches") as advance:
             for batch in batches:
-                loss = batch_loss(
-                    parts.policy, parts.reference, batch, recipe.method, recipe.sampling.temperature, metrics
-                )
+                loss = loss_of(batch)
                 self._require_finite(float(loss.detach()), "loss", [batch], number)
-                with torch.autocast(parts.policy.device.type, enabled=False):
+                with torch.autocast(computed_by.device.type, enabled=False):
                     loss.backward()
                 total += float(loss.detach())
                 release_memory()
                 advance(1)
-        norm = torch.nn.utils.clip_grad_norm_(parts.policy.model.parameters(), recipe.optimizer.max_grad_norm)
-        self._require_finite(float(norm), "gradient norm", batches, number)
-        for group in parts.optimizer.param_groups:
+        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), self.recipe.optimizer.max_grad_norm))
+        self._require_finite(norm, "gradient norm", batches, number)
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        parts.optimizer.step()
-        parts.optimizer.zero_grad(set_to_none=True)
-        metrics.mean("loss/total", total)
-        metrics.mean("optimizer/gradient_norm", float(norm))
-        metrics.mean("optimizer/clipped", float(norm) > recipe.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total, norm
 
     def _require_finite(self, value: float, what: str, batches: Sequence[Batch], update: int) -> None:
         """Stop before the optimizer where a number is not finite, keeping the batches for inspection."""
@@ -247,7 +303,8 @@ class _Run:
         for name, seconds in clock.seconds.items():
             metrics.mean(f"time/{name}", seconds)
         metrics.mean("time/step", clock.total)
-        metrics.mean("time/tokens_per_second", tokens, clock.seconds["generate"])
+        if "generate" in clock.seconds:
+            metrics.mean("time/tokens_per_second", tokens, clock.seconds["generate"])
         values = {"step": step, **metrics.reduce()}
         self.run.metric(values)
         self.reporter.step(values)
@@ -309,7 +366,7 @@ class _Run:
         if folder is not None:
             self.state = load_state(folder)
             self.saved = (self.state.step, self.state.evaluated)
-            load_tensors(folder, self.parts.policy.model, self.parts.optimizer)
+            load_tensors(folder, self.parts.policy.model, self.parts.optimizer, self._others())
         begun = bool(self.run.lengths()["metrics.jsonl"])
         self.run.cut_back(self.state.lengths, self.state.step)
         self.parts.engine.load_weights(self.parts.policy, self.state.step)

@@ -6,6 +6,7 @@ writes itself goes before the row. `objective.py` computes what a row says; noth
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,14 +25,77 @@ class MethodRow:
 
 
 _LIVE = "questions; completions of the live policy, G each"
+_FROZEN = "questions; completions of the frozen start model, G each"
+_RIGHT = {
+    "baseline": "indicator",
+    "scale": "none",
+    "surrogate": "log-likelihood",
+    "aggregation": "sequence-mean",
+    "kl_coef": 0.0,
+}
 
 METHODS = {
+    "sft": MethodRow(
+        equation="DeepSeekMath (2402.03300) Eq. 6-7",
+        data_source="rows of questions with completions",
+        reward="none",
+        signal="1 on every token",
+        loss="-log π, mean over each completion",
+        settings={**_RIGHT, "source": "rows"},
+    ),
+    "rft": MethodRow(
+        equation="DeepSeekMath (2402.03300) Eq. 8-10",
+        data_source=f"{_FROZEN}; of right ones no duplicates, at most k a question",
+        reward="rule",
+        signal="1 if right, else 0",
+        loss="-log π, mean over each completion",
+        settings={**_RIGHT, "source": "frozen", "distinct": True, "most_per_prompt": 4},
+    ),
+    "online-rft": MethodRow(
+        equation="DeepSeekMath (2402.03300) Eq. 11",
+        data_source=_LIVE,
+        reward="rule",
+        signal="1 if right, else 0",
+        loss="-log π, mean over each completion",
+        settings=_RIGHT,
+    ),
+    "dpo": MethodRow(
+        equation="DeepSeekMath (2402.03300) Eq. 12-14",
+        data_source="pairs of a right and a wrong completion of the frozen start model, or rows of preferences",
+        reward="rule or preference",
+        signal="±β σ(β (Δ⁻ - Δ⁺)), Δ the completion's log-ratio to the reference",
+        loss="-log σ(β (Δ⁺ - Δ⁻)), Δ the mean over a completion's tokens, or (sequence-sum) their sum",
+        settings={
+            **_RIGHT,
+            "source": "frozen",
+            "baseline": "none",
+            "credit": "pair",
+            "distinct": True,
+            "most_per_prompt": 4,
+        },
+    ),
+    "ppo": MethodRow(
+        equation="DeepSeekMath (2402.03300) Eq. 1-2, 15-18",
+        data_source="questions; completions of the live policy",
+        reward="rule or model, on the last token; minus β times the KL (k1) of each token",
+        signal="generalised advantage estimation with a learned value model",
+        loss="clipped token ratio, mean over each completion; the value model's own, clipped squared error",
+        settings={"credit": "value", "baseline": "none", "scale": "none", "kl_estimator": "k1"},
+    ),
     "grpo": MethodRow(
         equation="DeepSeekMath (2402.03300) Eq. 3, 4, 19-21",
         data_source=_LIVE,
         reward="rule",
         signal="(r - mean) / std of the group, on every token",
         loss="clipped token ratio, mean over each completion, KL (k3) in the loss",
+    ),
+    "grpo-process": MethodRow(
+        equation="DeepSeekMath (2402.03300) §4.1.3",
+        data_source=_LIVE,
+        reward="of each step, by a model or a function; outcome rewards beside it",
+        signal="sum of the normalised rewards of the steps that end at or after the token",
+        loss="as grpo",
+        settings={"credit": "step"},
     ),
     "dr-grpo": MethodRow(
         equation="Dr. GRPO (2503.20783)",
@@ -102,3 +166,21 @@ METHODS = {
         },
     ),
 }
+
+
+def describe_methods(width: int = 100) -> str:
+    """The table as text, a block a method."""
+    wrapper = textwrap.TextWrapper(width, initial_indent="  ", subsequent_indent=" " * 12, break_on_hyphens=False)
+    blocks = []
+    for name, row in METHODS.items():
+        lines = [f"{name}  ({row.equation})"]
+        for title, text in (
+            ("data", row.data_source),
+            ("reward", row.reward),
+            ("signal", row.signal),
+            ("loss", row.loss),
+            ("settings", ", ".join(f"{key} = {value}" for key, value in row.settings.items()) or "the defaults"),
+        ):
+            lines += wrapper.wrap(f"{title:<10}{text}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)

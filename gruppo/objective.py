@@ -5,22 +5,22 @@ The recipe's [method] says which; see `methods.py` for the table of names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from gruppo.config import SURROGATES, Method
+from gruppo.config import SURROGATES, Critic, Method
 from gruppo.errors import UsageError
 from gruppo.imports import import_attribute
 from gruppo.maths import losses
-from gruppo.maths.advantages import advantages, returns_to_go
-from gruppo.maths.losses import Surrogate, policy_loss
+from gruppo.maths.advantages import advantages, gae, indicators, process_advantages, returns_to_go
+from gruppo.maths.losses import Surrogate, pair_loss, policy_loss
 from gruppo.models import LanguageModel
 from gruppo.packing import Batch, TokenWeights, score
-from gruppo.types import Group, Metrics
+from gruppo.types import Group, Metrics, Steps
 
 _AGGREGATIONS = {
     "sequence-mean": losses.sequence_mean_weights,
@@ -81,24 +81,68 @@ def drop(group: Group, why: str) -> None:
     group.trained, group.skipped = [False] * len(group.trained), group.skipped or why
 
 
-def assign_advantages(groups: Sequence[Group], settings: Method) -> None:
-    """Fill in `advantages`, and `skipped` where they are all 0, after `mark_trained`.
+def select(groups: Sequence[Group], settings: Method) -> None:
+    """Take out of the objective, after `mark_trained`, what the method does not learn from: repetitions (`distinct`),
+    right completions beyond `most_per_prompt`, and with credit "pair" whatever has no partner.
+
+    A completion that goes is treated as if it had not been sampled.
+    """
+    for group in groups:
+        used = [number for number, trained in enumerate(group.trained) if trained]
+        if settings.distinct:
+            texts = [group.completions[number].text for number in used]
+            used = [number for place, number in enumerate(used) if texts[place] not in texts[:place]]
+        right = [number for number in used if _reward(group, number) > settings.right]
+        wrong = [number for number in used if number not in set(right)]
+        most = settings.most_per_prompt or len(used)
+        if settings.credit == "pair":
+            most = min(most, len(right), len(wrong))
+            wrong = wrong[:most]
+        kept = {*right[:most], *wrong}
+        if any(group.trained) and not kept:
+            group.skipped = "no pair: it has no right completion, or no wrong one"
+        group.trained = [number in kept for number in range(len(group.trained))]
+
+
+def assign_advantages(
+    groups: Sequence[Group],
+    settings: Method,
+    metrics: Metrics,
+    step_weights: Mapping[str, float] | None = None,
+    critic: Critic | None = None,
+) -> None:
+    """Fill in `advantages`, and `skipped` where they are all 0, after `mark_trained` and `select`.
 
     A completion that is not trained on leaves every mean and standard deviation. Where the KL stands in the reward
-    (k1), `old_logprobs` and `ref_logprobs` of trained completions must be there.
+    (k1), and for pairs, `old_logprobs` and `ref_logprobs` of trained completions must be there. `step_weights`: those
+    of reward functions that judge steps, by name; 1 where there is none. `critic`: that table of the recipe, where
+    credit is "value"; then `values` must be there, and `returns` are filled in.
     """
+    if settings.credit == "pair":
+        _pair_advantages(groups, settings, metrics)
+        return
     places = [(group, number) for group in groups for number, used in enumerate(group.trained) if used]
     if settings.credit == "token":
         made = _token_advantages(places, settings)
+    elif settings.credit == "value":
+        assert critic is not None
+        made = _value_advantages(groups, places, settings, critic)
     else:
         made = _completion_advantages(groups, settings)
     for (group, number), values in zip(places, made, strict=True):
         group.advantages[number] = values
+    if settings.credit == "step":
+        for group in groups:
+            _add_step_advantages(group, step_weights)
     for group in groups:
         if any(group.trained) and not group.has_signal:
-            group.skipped = "all advantages are 0: " + (
-                "one completion" if sum(group.trained) == 1 else "every trained completion has the same reward"
-            )
+            group.skipped = f"all advantages are 0: {_why_no_signal(group, settings)}"
+
+
+def _why_no_signal(group: Group, settings: Method) -> str:
+    if settings.baseline == "indicator":
+        return "no completion is right"
+    return "one completion" if sum(group.trained) == 1 else "every trained completion has the same reward"
 
 
 def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[list[float]]:
@@ -109,7 +153,11 @@ def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[li
         known = [_reward(group, number) - float(_penalties(group, number, settings).sum()) for number in used]
         rewards.append(torch.tensor(known, dtype=torch.float64))
     alone = 2 if settings.baseline == "leave-one-out" else 1
-    made = iter(advantages([each for each in rewards if len(each) >= alone], settings.baseline, settings.scale))
+    compared = [each for each in rewards if len(each) >= alone]
+    if settings.baseline == "indicator":
+        made = iter([indicators(each, settings.right) for each in compared])
+    else:
+        made = iter(advantages(compared, settings.baseline, settings.scale))
     values = [next(made) if len(each) >= alone else torch.zeros_like(each) for each in rewards]
     lengths = [
         len(completion.token_ids)
@@ -118,6 +166,57 @@ def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[li
         if used
     ]
     return [[value] * length for value, length in zip(chain(*(each.tolist() for each in values)), lengths, strict=True)]
+
+
+def _add_step_advantages(group: Group, weights: Mapping[str, float] | None) -> None:
+    """Process supervision (§4.1.3) added to what the outcome rewards gave: each function's step rewards normalised over
+    the group, apart from the outcome's and from each other's, times its weight."""
+    used = [number for number, trained in enumerate(group.trained) if trained]
+    lengths = [len(group.completions[number].token_ids) for number in used]
+    for name in sorted({name for number in used for name in group.rewards[number].steps}):
+        steps = [group.rewards[number].steps.get(name, Steps((), ())) for number in used]
+        given = [(torch.tensor(each.rewards, dtype=torch.float64), each.ends) for each in steps]
+        weight = (weights or {}).get(name, 1.0)
+        for number, added in zip(used, process_advantages([given], [lengths])[0], strict=True):
+            held = group.advantages[number]
+            group.advantages[number] = [
+                before + weight * more for before, more in zip(held, added.tolist(), strict=True)
+            ]
+
+
+def _pair_advantages(groups: Sequence[Group], settings: Method, metrics: Metrics) -> None:
+    """The coefficients of DPO, each group's right completions paired with its wrong ones in order.
+
+    Each stands in one pair, so that half of a group's trained completions are its pairs: the 2 makes the weights of
+    completions those of pairs. `sequence-mean` averages both Δ and, by the weights of tokens, the coefficient.
+    """
+    mean = settings.aggregation == "sequence-mean"
+    for group in groups:
+        used = [number for number, trained in enumerate(group.trained) if trained]
+        sides = [number for number in used if _reward(group, number) > settings.right]
+        pairs = list(zip(sides, [number for number in used if number not in set(sides)], strict=True))
+        if not pairs:
+            continue
+        ratios = {number: _log_ratio(group, number, mean) for number in used}
+        chosen, rejected = (torch.stack([ratios[pair[side]] for pair in pairs]) for side in (0, 1))
+        made = pair_loss(chosen, rejected, settings.pair_beta)
+        for (right, wrong), coefficient in zip(pairs, made.coefficient.tolist(), strict=True):
+            for number, sign in ((right, 2), (wrong, -2)):
+                mask = group.completions[number].mask
+                group.advantages[number] = [sign * coefficient if sampled else 0.0 for sampled in mask]
+        metrics.mean("pair/loss", float(made.loss.sum()), len(pairs))
+        metrics.mean("pair/margin", float((chosen - rejected).sum()), len(pairs))
+        metrics.mean("pair/accuracy", int((chosen > rejected).sum()), len(pairs))
+
+
+def _log_ratio(group: Group, number: int, mean: bool) -> Tensor:
+    """Δ of a completion: log π_θ - log π_ref over its sampled tokens, averaged or summed."""
+    old, ref = group.old_logprobs[number], group.ref_logprobs[number]
+    assert old is not None
+    assert ref is not None
+    mask = torch.tensor(group.completions[number].mask)
+    ratios = (torch.tensor(old, dtype=torch.float64) - torch.tensor(ref, dtype=torch.float64))[mask]
+    return ratios.sum() / max(1, len(ratios)) if mean else ratios.sum()
 
 
 def _token_advantages(places: Sequence[tuple[Group, int]], settings: Method) -> list[list[float]]:
@@ -130,6 +229,40 @@ def _token_advantages(places: Sequence[tuple[Group, int]], settings: Method) -> 
     for mask, own in zip(masks, made.split([len(each) for each in sampled]), strict=True):
         values.append(torch.zeros(len(mask), dtype=own.dtype).masked_scatter(mask, own).tolist())
     return values
+
+
+def _value_advantages(
+    groups: Sequence[Group], places: Sequence[tuple[Group, int]], settings: Method, critic: Critic
+) -> list[list[float]]:
+    """Generalised advantage estimation over the sampled tokens of each completion: its reward on the last one, the KL
+    penalty on each; then what `baseline` and `scale` say, over the step."""
+    for group in groups:
+        group.returns = [None] * len(group.completions)
+    masks, estimates = [], []
+    for group, number in places:
+        mask, values = torch.tensor(group.completions[number].mask, dtype=torch.bool), group.values[number]
+        rewards = -_penalties(group, number, settings)[mask]
+        if not len(rewards):
+            group.returns[number] = [0.0] * len(mask)
+            masks.append(mask)
+            estimates.append(rewards)
+            continue
+        assert values is not None
+        rewards[-1] += _reward(group, number)
+        states = torch.tensor(values, dtype=torch.float64)
+        made = gae(rewards, torch.cat([states[:-1][mask], states[-1:]]), critic.gamma, critic.gae_lambda)
+        returns = torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask, made.returns)
+        group.returns[number] = returns.tolist()
+        masks.append(mask)
+        estimates.append(made.advantages)
+    if not estimates:
+        return []
+    scaled = advantages([torch.cat(estimates)], settings.baseline, settings.scale)[0]
+    parts = scaled.split([len(each) for each in estimates])
+    return [
+        torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask, own).tolist()
+        for mask, own in zip(masks, parts, strict=True)
+    ]
 
 
 def _reward(group: Group, number: int) -> float:
@@ -214,6 +347,7 @@ def batch_loss(
         metrics.mean("policy/kl", float(result.kl[used].sum()), tokens)
     if first:
         metrics.mean("policy/entropy", float(entropy[used].sum()), tokens)
+    if first and settings.source == "live":
         drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[used]
         metrics.mean("engine/logprob_difference_mean", float(drift.sum()), tokens)
         metrics.maximum("engine/logprob_difference_max", float(drift.max()))

@@ -30,7 +30,7 @@ class Batch:
 
     The last token of a completion is never read, only predicted, so it is not in T. `predictors[n]` is the place in
     T whose hidden state predicts `targets[n]`. `members` says which (group, completion) each stretch of N is.
-    `old_logprobs` and `ref_logprobs` are filled in by the method.
+    `old_logprobs` and `ref_logprobs` are filled in by the method. `values` and `returns` are there with a value model.
     """
 
     token_ids: Int[Tensor, " T"]
@@ -44,6 +44,8 @@ class Batch:
     members: list[tuple[int, int, int]] = field(default_factory=list)
     old_logprobs: Float[Tensor, " N"] | None = None
     ref_logprobs: Float[Tensor, " N"] | None = None
+    values: Float[Tensor, " N"] | None = None
+    returns: Float[Tensor, " N"] | None = None
 
     @property
     def sequences(self) -> Int[Tensor, " N"]:
@@ -57,17 +59,16 @@ def pack(
 ) -> list[Batch]:
     """Micro-batches of at most `budget` read tokens (or one completion, if that alone is longer).
 
-    Completions that are not trained on are left out, as if they had not been sampled. A group without signal is left
-    out where the loss has no KL term (`with_kl` False): its gradient would be 0; it still counts in the weights.
+    Completions that are not trained on are left out, as if they had not been sampled. Those whose advantages are all 0
+    are left out where the loss has no KL term (`with_kl` False): their gradient would be 0; they still count in the
+    weights.
     """
     lengths = [[sum(c.mask) for c, used in zip(g.completions, g.trained, strict=True) if used] for g in groups]
     packer = _Packer(budget, device)
     for index, (group, weights) in enumerate(zip(groups, token_weights(lengths), strict=True)):
-        if not with_kl and not group.has_signal:
-            continue
         used = [number for number, trained in enumerate(group.trained) if trained]
         for number, weight in zip(used, weights, strict=True):
-            if group.completions[number].token_ids:
+            if group.completions[number].token_ids and (with_kl or any(group.advantages[number])):
                 packer.add(index, number, group, weight)
     return packer.batches()
 
@@ -99,7 +100,7 @@ class _Packer:
         layout: list[tuple[int, list[int]]] = []
         predictors: list[int] = []
         targets: list[int] = []
-        columns: dict[str, list[float]] = {"advantages": [], "weights": [], "sampling": []}
+        columns: dict[str, list[float]] = {"advantages": [], "weights": [], "sampling": [], "values": [], "returns": []}
         members: list[tuple[int, int, int]] = []
         current = None
         for index, number, group, weight in plan:
@@ -119,6 +120,9 @@ class _Packer:
             columns["advantages"] += group.advantages[number]
             columns["weights"] += [weight if sampled else 0.0 for sampled in completion.mask]
             columns["sampling"] += completion.sampling_logprobs
+            if group.returns:
+                columns["values"] += (group.values[number] or [])[:-1]
+                columns["returns"] += group.returns[number] or []
         wide = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
         whole = partial(torch.tensor, dtype=torch.long, device=self.device)
         real = partial(torch.tensor, dtype=wide, device=self.device)
@@ -132,6 +136,8 @@ class _Packer:
             weights=real(columns["weights"]),
             sampling_logprobs=real(columns["sampling"]),
             members=members,
+            values=real(columns["values"]) if columns["returns"] else None,
+            returns=real(columns["returns"]) if columns["returns"] else None,
         )
 
 

@@ -47,6 +47,8 @@ def read_data(
     recipe: Recipe, rewards: Sequence[str | RewardFunction], rows: Sequence[Row] | None, reporter: Reporter
 ) -> Data:
     """Check reward names and data, and read the data. Raises UsageError."""
+    if recipe.method.source == "rows" and rewards:
+        raise UsageError(f'reward = {rewards[0]!r}: method.source = "rows" scores nothing; leave it out')
     names = [reward_path(each) for each in rewards if isinstance(each, str)]
     check_option_names(rewards, recipe.reward.options)
     data = _read(recipe, rows, reporter)
@@ -79,7 +81,7 @@ def _read(recipe: Recipe, rows: Sequence[Row] | None, reporter: Reporter) -> Dat
     fields = [f"mixture[{place}]" for place in range(len(recipe.mixture))] or ["task"]
     training, questions = [], []
     for task, field in zip(recipe.tasks, fields, strict=True):
-        train, held = load_training(task, field, own, reporter, rows)
+        train, held = load_training(task, field, own, reporter, rows, recipe.method.source == "rows")
         training.append(train)
         questions += [] if held is None else [held]
     if settings is not None and settings.task is not None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.adapters import add_adapters, check_adapters
-from gruppo.config import Recipe
+from gruppo.config import Optimizer, Recipe
+from gruppo.critic import ScalarModel
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.errors import UsageError
@@ -41,25 +43,35 @@ from gruppo.runlog import RunFolder, check_folder
 from gruppo.tables import as_json
 from gruppo.tasks import Part, tokenize_part
 from gruppo.tasks.answers import Grader
+from gruppo.tasks.given import Given, given_completions
 from gruppo.tasks.mixture import Mixture, interleaved
 from gruppo.types import Prompt
 
 
 @dataclass
 class Prepared:
-    """A run that is ready to begin. `budget`: tokens of a micro-batch; `changes`: what is no longer as it was when the
-    run began, in words; `filtered`: how many prompts of each task were left out as too long."""
+    """A run that is ready to begin.
+
+    `sampler`: what completions are drawn from, the policy's `engine` or one of the start model. `given`: by prompt id
+    the completions that rows bring; then there is no `pool`. `critic`: the value model, of PPO only. `budget`: tokens
+    of a micro-batch; `changes`: what is no longer as it was when the run began, in words; `filtered`: how many rows
+    of each task were left out as too long.
+    """
 
     recipe: Recipe
     run: RunFolder
     policy: LanguageModel
     reference: LanguageModel | None
     engine: Engine
-    pool: RewardPool
+    sampler: Engine
+    pool: RewardPool | None
     prompts: Mixture
+    given: Mapping[str, Given]
     questions: list[Prompt]
     grader: Grader | None
     optimizer: torch.optim.Optimizer
+    critic: ScalarModel | None
+    critic_optimizer: torch.optim.Optimizer | None
     budget: int
     sampling: SamplingOptions
     answering: SamplingOptions
@@ -84,24 +96,36 @@ def prepare(
     run = RunFolder(folder)
     stack.callback(run.close)
     check_folder(folder, recipe, resume)  # again, as another run may have come and gone before the lock was ours
-    pool = make_pool(recipe, rewards, data, folder / "rewards.log")
-    stack.callback(pool.close)
+    pool = None
+    if recipe.method.source != "rows":
+        pool = stack.enter_context(make_pool(recipe, rewards, data, folder / "rewards.log"))
     source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
     check_adapters(source, recipe.model.lora)
     inputs = tokenize_data(recipe, data, source, reporter)
-    policy, chosen, changes = _load_policy(recipe, run, source, inputs, pool.digests, reporter)
+    digests = pool.digests if pool else []
+    policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, reporter)
     policy = replace(policy, recompute=chosen.get("recompute", False))  # unsaid by runs from before there was a choice
+    reference = policy.frozen_copy() if recipe.method.needs_reference else None
+    engine = sampler = NativeEngine(policy, chosen["slots"])
+    if recipe.method.source == "frozen":
+        assert reference is not None
+        sampler = NativeEngine(reference, chosen["slots"])
+    critic = _load_critic(recipe, policy, source, chosen, reporter) if recipe.method.needs_critic else None
     return Prepared(
         recipe=recipe,
         run=run,
         policy=policy,
-        reference=policy.frozen_copy() if recipe.method.kl_coef else None,
-        engine=NativeEngine(policy, chosen["slots"]),
+        reference=reference,
+        engine=engine,
+        sampler=sampler,
         pool=pool,
         prompts=inputs.prompts,
+        given=inputs.given,
         questions=inputs.questions,
         grader=data.grader,
-        optimizer=make_optimizer(recipe, policy),
+        optimizer=make_optimizer(recipe.optimizer, policy.model),
+        critic=critic,
+        critic_optimizer=make_optimizer(recipe.optimizer, critic.module) if critic else None,
         budget=chosen["micro_batch_tokens"],
         sampling=inputs.sampling,
         answering=inputs.answering,
@@ -120,9 +144,11 @@ def make_pool(recipe: Recipe, rewards: Sequence[str | RewardFunction], data: Dat
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run asks of its model: prompts to train on and questions to evaluate on, and how each is answered."""
+    """What a run asks of its model: prompts to train on (with their completions, where rows bring them) and questions
+    to evaluate on, and how each is answered."""
 
     prompts: Mixture
+    given: Mapping[str, Given]
     questions: list[Prompt]
     sampling: SamplingOptions
     answering: SamplingOptions
@@ -134,6 +160,12 @@ def tokenize_data(recipe: Recipe, data: Data, source: ModelSource, reporter: Rep
     limit = recipe.sampling.max_tokens
     tokens = _Tokens(source, reporter)
     parts = [tokens.of(part, limit) for part in data.training]
+    given: dict[str, Given] = {}
+    if recipe.method.source == "rows":
+        parts = [
+            tokens.answered(part, prompts, limit, recipe.method.credit == "pair", given)
+            for part, prompts in zip(data.training, parts, strict=True)
+        ]
     prompts = Mixture(parts, [task.weight for task in recipe.tasks], recipe.run.seed)
     questions: list[Prompt] = []
     sampling = answering = SamplingOptions(recipe.sampling.temperature, limit)
@@ -142,7 +174,7 @@ def tokenize_data(recipe: Recipe, data: Data, source: ModelSource, reporter: Rep
         questions = interleaved([tokens.of(part, own, most) for part in data.questions], most)
         check_grader(data.grader, questions)
         answering = sampling_options(recipe.evaluation.decoding, own)
-    return Inputs(prompts, questions, sampling, answering, tokens.filtered)
+    return Inputs(prompts, given, questions, sampling, answering, tokens.filtered)
 
 
 def load_and_choose(
@@ -178,8 +210,9 @@ def workload(recipe: Recipe, inputs: Inputs) -> Workload:
         prompt_tokens=max(len(prompt.token_ids) for prompt in inputs.prompts),
         max_tokens=inputs.sampling.max_tokens,
         prompts_per_step=recipe.sampling.prompts_per_step,
-        group_size=recipe.sampling.group_size,
-        reference=recipe.method.kl_coef > 0,
+        group_size=max(map(len, inputs.given.values())) if inputs.given else recipe.sampling.group_size,
+        reference=recipe.method.needs_reference,
+        critic=recipe.method.needs_critic,
         questions=len(inputs.questions),
         answers=len(inputs.questions) * samples,
         question_tokens=max((len(prompt.token_ids) for prompt in inputs.questions), default=0),
@@ -202,16 +235,44 @@ class _Tokens:
             prompts, left_out = tokenize_part(
                 part, source.tokenizer, source.context, max_tokens, source.vocabulary, most, advance
             )
-        if left_out:
-            self.filtered[part.name] = left_out
-            self.reporter.note(f"{part.name}: left out {left_out} prompts that are too long; {len(prompts)} are used")
+        self._left_out(part, left_out, len(prompts))
         return prompts
 
+    def answered(
+        self, part: Part, prompts: Sequence[Prompt], max_tokens: int, pairs: bool, given: dict[str, Given]
+    ) -> list[Prompt]:
+        """Those of the prompts whose completions, which go into `given`, have at most `max_tokens` tokens; a longer one
+        is refused, unless the task says that it is left out."""
+        kept = []
+        with self.reporter.progress(f"Tokenizing completions of {part.name}", len(prompts), "rows") as advance:
+            for prompt in prompts:
+                made = given_completions(prompt, self.source.tokenizer, pairs)
+                advance(1)
+                longest = max(len(completion.token_ids) for completion, _ in made)
+                if longest <= max_tokens:
+                    given[prompt.id] = made
+                    kept.append(prompt)
+                elif not part.filter_overlong:
+                    raise UsageError(
+                        f"{prompt.id}: a completion has {longest} tokens, more than sampling.max_tokens = "
+                        f'{max_tokens}; raise that, or write {part.field}.overlong = "filter" to leave such rows out'
+                    )
+        self._left_out(part, len(prompts) - len(kept), len(kept))
+        if not kept:
+            raise UsageError(
+                f"sampling.max_tokens = {max_tokens}: every completion of {part.name} is longer; write a larger one"
+            )
+        return kept
 
-def make_optimizer(recipe: Recipe, policy: LanguageModel) -> torch.optim.Optimizer:
-    """AdamW over the policy's trained float32 weights; decay on matrices only."""
-    settings = recipe.optimizer
-    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    def _left_out(self, part: Part, count: int, kept: int) -> None:
+        if count:
+            self.filtered[part.name] = self.filtered.get(part.name, 0) + count
+            self.reporter.note(f"{part.name}: left out {count} rows that are too long; {kept} are used")
+
+
+def make_optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over a model's trained float32 weights; decay on matrices only."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -220,7 +281,7 @@ def make_optimizer(recipe: Recipe, policy: LanguageModel) -> torch.optim.Optimiz
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
-        fused=policy.device.type in {"cpu", "cuda"},
+        fused=parameters[0].device.type in {"cpu", "cuda"},
     )
     # Fused steps leave the version of a tensor as it was, by which prepared weights are known to be old.
     optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(parameters))
@@ -274,6 +335,20 @@ def _load_policy(
     found = {**describe(device), "chosen": chosen, "memory_forecast": sizes.memory.as_dict()}
     run.write_json("environment.json", {**found, **counts, **identity})
     return policy, chosen, []
+
+
+def _load_critic(
+    recipe: Recipe, policy: LanguageModel, source: ModelSource, chosen: Mapping[str, Any], reporter: Reporter
+) -> ScalarModel:
+    """The value model with its start weights. Raises UsageError where it does not read the policy's tokens."""
+    own = source if recipe.critic.name is None else find_model(recipe.critic.name, reporter)
+    if own.vocabulary != source.vocabulary:
+        raise UsageError(
+            f'critic.name = "{recipe.critic.name}": knows {own.vocabulary} tokens and the policy {source.vocabulary}; '
+            "take a model with the policy's tokenizer"
+        )
+    model = load_model(own, policy.device.type, chosen["dtype"], reporter)
+    return ScalarModel.on(replace(model, recompute=policy.recompute))
 
 
 def _data_sha256(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> str:

@@ -10,7 +10,8 @@ from gruppo.engines import Engine, Request, SamplingOptions
 from gruppo.interruption import Stop
 from gruppo.reporting import Reporter
 from gruppo.rewards.pool import RewardPool
-from gruppo.types import Completion, Group, Metrics, Prompt
+from gruppo.tasks.given import Given
+from gruppo.types import Completion, Group, Metrics, Prompt, Reward
 
 
 def sample_groups(
@@ -60,6 +61,14 @@ def score_groups(
     ]
 
 
+def given_groups(prompts: Sequence[Prompt], given: Mapping[str, Given]) -> list[Group]:
+    """Groups of the completions that rows bring, with their rewards."""
+    return [
+        Group(prompt, [each for each, _ in given[prompt.id]], [Reward(value, {}) for _, value in given[prompt.id]])
+        for prompt in prompts
+    ]
+
+
 def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = False) -> None:
     """Metrics of what was sampled and how it was scored; lengths in tokens. `by_task`: also the reward of each task."""
     for group in groups:
@@ -82,6 +91,9 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = F
             for name, part in reward.parts.items():
                 if part is not None:
                     metrics.mean(f"reward/{name}/mean", part)
+            for name, steps in reward.steps.items():
+                metrics.mean(f"reward/{name}/step_mean", sum(steps.rewards), len(steps.rewards))
+                metrics.mean(f"reward/{name}/steps", len(steps.rewards))
             metrics.mean("completion/length", len(completion.token_ids))
             metrics.maximum("completion/length_max", len(completion.token_ids))
             metrics.minimum("completion/length_min", len(completion.token_ids))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from gruppo.types import Group
+from gruppo.types import Completion, Group
 
 _TEXT, _WHOLE, _REAL, _YES = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
@@ -26,6 +27,7 @@ ROLLOUTS = pa.schema(
         "policy_version": _WHOLE,
         "reward": _REAL,
         "reward_parts": _TEXT,
+        "steps": _TEXT,
         "failure": _TEXT,
         "extra": _TEXT,
         "trained": _YES,
@@ -38,6 +40,8 @@ ROLLOUTS = pa.schema(
         "old_logprobs": pa.list_(_REAL),
         "ref_logprobs": pa.list_(_REAL),
         "advantages": pa.list_(_REAL),
+        "values": pa.list_(_REAL),
+        "returns": pa.list_(_REAL),
     }
 )
 
@@ -62,6 +66,11 @@ def as_json(value: Any) -> str:
         return json.dumps(value, default=lambda each: sorted(map(str, each)) if isinstance(each, set) else str(each))
     except (TypeError, ValueError):
         return json.dumps(str(value))
+
+
+def nobody_drew(completion: Completion) -> bool:
+    """True for a completion that a row brought."""
+    return any(map(math.isnan, completion.sampling_logprobs))
 
 
 def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -96,16 +105,19 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "policy_version": completion.policy_version,
                     "reward": reward.total,
                     "reward_parts": as_json(dict(reward.parts)),
+                    "steps": as_json({name: each._asdict() for name, each in reward.steps.items()}),
                     "failure": reward.failure,
                     "extra": as_json(dict(reward.extra)),
                     "trained": group.trained[number],
                     "token_ids": list(completion.token_ids),
                     "token_texts": [token_text(token) for token in completion.token_ids],
                     "mask": list(completion.mask),
-                    "sampling_logprobs": list(completion.sampling_logprobs),
+                    "sampling_logprobs": None if nobody_drew(completion) else list(completion.sampling_logprobs),
                     "old_logprobs": group.old_logprobs[number],
                     "ref_logprobs": group.ref_logprobs[number],
                     "advantages": group.advantages[number],
+                    "values": group.values[number] if group.values else None,
+                    "returns": group.returns[number] if group.returns else None,
                 }
             )
     return rows

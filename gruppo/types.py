@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Message = dict[str, Any]
 Row = dict[str, Any]
@@ -60,18 +60,27 @@ class Completion:
     text: str
 
 
+class Steps(NamedTuple):
+    """Rewards of a completion's steps, and the token (counted from 0) on which each step ends, rising."""
+
+    rewards: tuple[float, ...]
+    ends: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Reward:
     """The reward of one completion: `total` is the weighted sum of `parts`, or None if the completion abstains.
 
-    A part is None where its function returned None ("does not apply"). `failure` says in words why a reward
-    function gave nothing usable; a failure is never turned into a number.
+    A part is None where its function returned None ("does not apply"). `steps`: what functions that judge steps gave,
+    by name; with nothing but steps, `total` is 0. `failure` says in words why a reward function gave nothing usable; a
+    failure is never turned into a number.
     """
 
     total: float | None
     parts: Mapping[str, float | None]
     failure: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    steps: Mapping[str, Steps] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -80,6 +89,8 @@ class Group:
 
     `trained[i]`: completion i takes part in the objective (its reward is known and it is not masked).
     `advantages[i]`: Â of completion i, one number a token.
+    `values[i]`: by the value model, of the state before each token of completion i and of the one after the last;
+    `returns[i]`: what values should have been, one number a token. Both are there with a value model only.
     `skipped`: why the group made no gradient, in words, or None.
     """
 
@@ -90,6 +101,8 @@ class Group:
     advantages: list[list[float]] = field(default_factory=list)
     old_logprobs: list[list[float] | None] = field(default_factory=list)
     ref_logprobs: list[list[float] | None] = field(default_factory=list)
+    values: list[list[float] | None] = field(default_factory=list)
+    returns: list[list[float] | None] = field(default_factory=list)
     skipped: str | None = None
 
     @property

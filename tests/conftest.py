@@ -72,7 +72,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def make_completion(token_ids: list[int], finish: str = "stop", mask: list[bool] | None = None) -> Completion:
     used = mask or [True] * len(token_ids)
-    return Completion(tuple(token_ids), (-1.0,) * len(token_ids), tuple(used), finish, 0, "x")  # type: ignore[arg-type]
+    return Completion(tuple(token_ids), (-1.0,) * len(token_ids), tuple(used), finish, 0, str(token_ids))  # type: ignore[arg-type]
 
 
 def make_group(

@@ -33,7 +33,7 @@ from gruppo.adapters import (
     save_adapter,
     without_adapters,
 )
-from gruppo.config import Lora, Method, RecipeError, load_recipe
+from gruppo.config import Lora, Method, Optimizer, RecipeError, load_recipe
 from gruppo.engines import Request, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.entry import train
@@ -311,7 +311,7 @@ def test_reference_between_forward_and_backward_leaves_the_gradient() -> None:
 
 def test_optimizer_holds_and_moves_the_adapters_alone() -> None:
     policy = adapted("llama")
-    optimizer = make_optimizer(load_recipe({"model": {"name": "m"}, "optimizer": {"learning_rate": 1e-2}}), policy)
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-2), policy.model)
     held = {id(each) for group in optimizer.param_groups for each in group["params"]}
     assert held == {id(each) for name, each in policy.model.named_parameters() if ".lora_" in name}
     before = {name: each.clone() for name, each in policy.model.named_parameters()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gruppo.config import load_recipe
+from gruppo.config import Optimizer
 from gruppo.maths.losses import sequence_mean_weights
 from gruppo.maths.products import packed, product
 from gruppo.models import LanguageModel, wrap_model
@@ -96,8 +96,7 @@ def test_recomputation_keeps_less_and_changes_nothing(name: str) -> None:
 def test_weights_are_prepared_again_after_each_update(name: str) -> None:
     """Also by the fused optimizer, which does not say that it changed them; with and without gradients."""
     policy = make_architecture(name)
-    recipe = load_recipe({"model": {"name": "x"}, "task": {"name": "arithmetic"}, "optimizer": {"learning_rate": 0.01}})
-    optimizer, batch = make_optimizer(recipe, policy), one_batch()
+    optimizer, batch = make_optimizer(Optimizer(learning_rate=0.01), policy.model), one_batch()
     for _ in range(2):
         gradients(policy)
         optimizer.step()

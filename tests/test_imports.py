@@ -13,7 +13,7 @@ LEVELS = [
     ["maths", "stats", "tasks", "runlog", "results", "machine"],
     ["attention", "body", "models", "adapters"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight"],
-    ["rollout", "objective"],
+    ["rollout", "objective", "critic"],
     ["evaluation", "forecast"],
     ["preparation"],
     ["loop"],

@@ -27,7 +27,7 @@ Gradient = dict[str, torch.Tensor]
 
 def prepared(groups: list[Group], mask_truncated: bool = False) -> list[Group]:
     mark_trained(groups, mask_truncated)
-    assign_advantages(groups, SETTINGS)
+    assign_advantages(groups, SETTINGS, Metrics())
     return groups
 
 

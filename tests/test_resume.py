@@ -89,13 +89,17 @@ def test_every_method_resumes_bit_for_bit(
     changes = {"method__name": method, "reward__functions": [REFILLED], "sampling__temperature": 0.7}
     settings = {**recipe(tiny_folder, **changes)}
     del settings["method"]["kl_coef"]
-    train(settings, prompts=ROWS, out=tmp_path / "whole")
+    rows = ROWS
+    if method == "sft":
+        del settings["reward"]
+        rows = [{**row, "completion": row["prompt"] + "z"} for row in ROWS]
+    train(settings, prompts=rows, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         _at_call(patch, "gruppo.loop._Run._write_step", 5, dies)
         patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
         with pytest.raises(Killed):
-            train(settings, prompts=ROWS, out=tmp_path / "run")
-    train(settings, prompts=ROWS, out=tmp_path / "run", resume=True)
+            train(settings, prompts=rows, out=tmp_path / "run")
+    train(settings, prompts=rows, out=tmp_path / "run", resume=True)
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
     if method == "dapo":
         tables = fingerprint(tmp_path / "run")["rollouts"].values()

@@ -107,8 +107,9 @@ def test_schema_and_page_have_every_field() -> None:
     assert "null" not in json.dumps(schema)
 
 
-def test_fields_stay_about_sixty() -> None:
-    assert int(markdown().split(" fields;")[0].split()[-1]) <= 65
+def test_fields_stay_few() -> None:
+    """About sixty for GRPO and its variants, and eleven for the methods that it is compared with."""
+    assert int(markdown().split(" fields;")[0].split()[-1]) <= 76
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -57,6 +58,66 @@ def _advantages(rewards: Tensor, every: Tensor, unit: Tensor, baseline: str, sca
     if _equal(spread_over):
         return torch.zeros_like(rewards) if scale == "group" else centred * unit
     return centred / (spread_over.std(correction=1) + EPSILON / unit)
+
+
+def indicators(rewards: Float[Tensor, " G"], right: float) -> Float[Tensor, " G"]:
+    """Â = 1 for a reward above `right`, else 0: the gradient coefficient of RFT and Online RFT, DeepSeekMath Eq. 10."""
+    return (rewards > right).to(rewards.dtype)
+
+
+class Estimates(NamedTuple):
+    """Of each token of a completion: its advantage, and the return that its value should have been."""
+
+    advantages: Float[Tensor, " T"]
+    returns: Float[Tensor, " T"]
+
+
+def gae(rewards: Float[Tensor, " T"], values: Float[Tensor, " T+1"], gamma: float, lam: float) -> Estimates:
+    """Generalised advantage estimation (arXiv 1506.02438), as in PPO, DeepSeekMath Eq. 1 and 18.
+
+        δ_t = r_t + γ V_{t+1} - V_t,   A_t = Σ_{l ≥ 0} (γλ)^l δ_{t+l},   R_t = A_t + V_t
+
+    `values`: V of the state before each token, and of the state after the last one: 0 where the completion ended by
+    itself, the value model's where it was cut. λ = 1 makes A_t the discounted return minus V_t, λ = 0 only δ_t. No
+    tokens give no estimates. Raises ValueError unless γ and λ lie between 0 and 1.
+    """
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f"gamma = {gamma}, lam = {lam}: both must lie between 0 and 1")
+    deltas = rewards + gamma * values[1:] - values[:-1]
+    made, following = torch.zeros_like(deltas), deltas.new_zeros(())
+    for place in reversed(range(len(deltas))):
+        following = deltas[place] + gamma * lam * following
+        made[place] = following
+    return Estimates(made, made + values[:-1])
+
+
+def process_advantages(
+    groups: Sequence[Sequence[tuple[Float[Tensor, " _"], Sequence[int]]]], lengths: Sequence[Sequence[int]]
+) -> list[list[Float[Tensor, " _"]]]:
+    """Process supervision, DeepSeekMath §4.1.3: Â_{i,t} = Σ of the normalised rewards of steps that end at or after t.
+
+    A group holds, for each completion, the rewards of its K steps and the tokens (counted from 0, rising) on which they
+    end; `lengths` its tokens. All step rewards of a group are normalised together; where they are all equal, a single
+    one among them, every Â is 0. Tokens after the last step's end have 0, and so has a completion without a step.
+    Raises ValueError for ends that are not one a reward, do not rise, or lie outside the completion.
+    """
+    made = []
+    for group, sizes in zip(groups, lengths, strict=True):
+        for (rewards, ends), size in zip(group, sizes, strict=True):
+            inside = not ends or (ends[0] >= 0 and ends[-1] < size)
+            if len(ends) != len(rewards) or list(ends) != sorted(set(ends)) or not inside:
+                raise ValueError(
+                    f"step_ends = {list(ends)} for {len(rewards)} step rewards and {size} tokens: must be one a "
+                    "reward, rising, and within the completion"
+                )
+        (normal,) = advantages([torch.cat([rewards for rewards, _ in group])])
+        own = []
+        parts = normal.split([len(rewards) for rewards, _ in group])
+        for (_, ends), part, size in zip(group, parts, sizes, strict=True):
+            at = normal.new_zeros(size).index_add(0, torch.tensor(ends, dtype=torch.long), part)
+            own.append(at.flip(0).cumsum(0).flip(0))
+        made.append(own)
+    return made
 
 
 def returns_to_go(reward: float, penalties: Float[Tensor, " T"]) -> Float[Tensor, " T"]:

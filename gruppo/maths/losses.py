@@ -117,6 +117,48 @@ def policy_loss(
     )
 
 
+def value_loss(
+    values: Float[Tensor, " N"],
+    old_values: Float[Tensor, " N"],
+    returns: Float[Tensor, " N"],
+    weights: Float[Tensor, " N"],
+    clip: float,
+) -> Float[Tensor, ""]:
+    """½ Σ_t w_t max((V_t - R_t)², (V_old + clip(V_t - V_old, ±c) - R_t)²): PPO's value model; c = 0 clips nothing.
+
+    A token of weight 0 is left out by selection. Raises ValueError for a negative clip.
+    """
+    if clip < 0:
+        raise ValueError(f"clip = {clip} must not be negative")
+    used = weights != 0
+    error = torch.where(used, values - returns, 0.0)
+    squares = error.square()
+    if clip:
+        held = old_values + (values - old_values).clamp(-clip, clip)
+        squares = torch.maximum(squares, torch.where(used, held - returns, 0.0).square())
+    return 0.5 * (weights * squares).sum()
+
+
+class PairLoss(NamedTuple):
+    """A number a pair: the loss, and its derivative by Δ⁻, which is the gradient coefficient of DPO."""
+
+    loss: Float[Tensor, " K"]
+    coefficient: Float[Tensor, " K"]
+
+
+def pair_loss(chosen: Float[Tensor, " K"], rejected: Float[Tensor, " K"], beta: float) -> PairLoss:
+    """-log σ(β (Δ⁺ - Δ⁻)) of K pairs: DPO, DeepSeekMath Eq. 12 (Δ averaged over a completion) or its usual form (Δ
+    summed), where Δ is the completion's log π_θ - log π_ref in nats.
+
+    GC on each token of o⁺ is β σ(β (Δ⁻ - Δ⁺)), on o⁻ its negative, over |o| where Δ is averaged; the paper's Eq. 14
+    leaves out the factor β. Raises ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta = {beta} must be positive")
+    margin = beta * (chosen - rejected)
+    return PairLoss(torch.nn.functional.softplus(-margin), beta * torch.sigmoid(-margin))
+
+
 def sequence_means(
     values: Float[Tensor, " N"], used: Bool[Tensor, " N"], sequences: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:

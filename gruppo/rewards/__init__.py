@@ -3,9 +3,10 @@
     reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
 It is called by keyword, once a group, with G entries in every list. `completions` are texts, or lists of messages
-where the prompts are messages. None means "does not apply to this completion". `trainer_state`, `log_extra` and
-`log_metric` are passed to a function that names them or takes **kwargs. A class is instantiated first, with its
-options; docs/rewards.md has the built-in rewards and the rest.
+where the prompts are messages. None means "does not apply to this completion"; {"step_rewards": […], "step_ends": […]}
+judges the steps of a completion, each by the token (counted from 0) on which it ends. `trainer_state`, `log_extra` and
+`log_metric` are passed to a function that names them or takes **kwargs. A class is made first, with its options;
+docs/rewards.md has the built-in rewards and the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gruppo.errors import UsageError, nearest
-from gruppo.types import Reward
+from gruppo.types import Reward, Steps
 
 REWARDS = {
     "number": "gruppo.rewards.rules:number",
@@ -73,20 +74,30 @@ def text_of(completion: str | list[dict[str, Any]]) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def combine(
-    names: Sequence[str], weights: Sequence[float], values: Sequence[float | str | None], extra: Mapping[str, Any]
-) -> Reward:
-    """One completion's reward from what each function gave: a number, None, or (text) the reason of its failure.
+# What a function gave for one completion: a number, None, rewards of steps, or (text) the reason of its failure.
+Value = float | str | Steps | None
 
-    total = Σ weight · value over the functions that did not return None. A failure makes the completion abstain, and
-    so does None from all of them: total None, never a substitute number.
+
+def combine(
+    names: Sequence[str], weights: Sequence[float], values: Sequence[Value], extra: Mapping[str, Any]
+) -> Reward:
+    """One completion's reward from what each function gave.
+
+    total = Σ weight · value over the functions that gave a number. A failure makes the completion abstain, and so does
+    None from all of them: total None, never a substitute number. Rewards of steps stand beside the total.
     """
-    parts = {name: None if isinstance(value, str) else value for name, value in zip(names, values, strict=True)}
-    failures = [f"{name}: {value}" for name, value in zip(names, values, strict=True) if isinstance(value, str)]
+    given = dict(zip(names, values, strict=True))
+    parts = {name: float(value) if isinstance(value, int | float) else None for name, value in given.items()}
+    steps = {name: value for name, value in given.items() if isinstance(value, Steps)}
+    failures = [f"{name}: {value}" for name, value in given.items() if isinstance(value, str)]
     if failures:
         return Reward(None, parts, "; ".join(failures), extra)
-    given = [weight * value for weight, value in zip(weights, parts.values(), strict=True) if value is not None]
-    if not given:
+    weighed = [weight * value for weight, value in zip(weights, parts.values(), strict=True) if value is not None]
+    if not weighed and not steps:
         return Reward(None, parts, None, extra)
-    total = sum(given)
-    return Reward(total, parts, None, extra) if math.isfinite(total) else Reward(None, parts, "sum overflows", extra)
+    total = sum(weighed, 0.0)
+    return (
+        Reward(total, parts, None, extra, steps)
+        if math.isfinite(total)
+        else Reward(None, parts, "sum overflows", extra)
+    )

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ import cloudpickle
 
 from gruppo.errors import RunError, UsageError
 from gruppo.reporting import Advance
-from gruppo.rewards import RewardFunction, check_option_names, combine, reward_path
-from gruppo.types import Completion, Prompt, Reward
+from gruppo.rewards import RewardFunction, Value, check_option_names, combine, reward_path
+from gruppo.types import Completion, Prompt, Reward, Steps
 
 LOAD_TIMEOUT = 120.0
 TICK_SECONDS = 0.5
@@ -37,9 +37,9 @@ _Job = tuple[int, int]  # group, function
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one call gave: G values (a number, None, or the reason of a failure) and what the function logged."""
+    """What one call gave: G values and what the function logged."""
 
-    values: list[float | str | None]
+    values: list[Value]
     metrics: Mapping[str, Sequence[float]]
     extra: Mapping[str, Sequence[Any]]
 
@@ -123,7 +123,7 @@ class RewardPool:
             return _pickled(message)
 
         def done(job: _Job, answer: Mapping[str, Any]) -> None:
-            outcomes[job] = _outcome(answer, len(groups[job[0]][1]))
+            outcomes[job] = _outcome(answer, groups[job[0]][1])
             show(1 / len(self.names))
 
         self._run(deque(jobs), call, done, lambda: show(0))
@@ -329,11 +329,27 @@ def _arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, A
     }
 
 
-def _outcome(answer: Mapping[str, Any], size: int) -> Outcome:
+def _outcome(answer: Mapping[str, Any], completions: Sequence[Completion]) -> Outcome:
     if "failure" in answer:
-        return Outcome([_writable(answer["failure"])] * size, {}, {})
-    values = [_writable(value["bad"]) if isinstance(value, dict) else value for value in answer["values"]]
+        return Outcome([_writable(answer["failure"])] * len(completions), {}, {})
+    values = [_value(value, each) for value, each in zip(answer["values"], completions, strict=True)]
     return Outcome(values, answer["metrics"], answer["extra"])
+
+
+def _value(value: Any, completion: Completion) -> Value:
+    """A value as it came out of the worker; ends of steps that do not fit the completion are a failure."""
+    if not isinstance(value, dict):
+        return value  # type: ignore[no-any-return]
+    if "bad" in value:
+        return _writable(value["bad"])
+    steps, size = Steps(tuple(value["rewards"]), tuple(value["ends"])), len(completion.token_ids)
+    rising = all(before < after for before, after in pairwise(steps.ends))
+    if len(steps.ends) != len(steps.rewards) or not rising or not all(0 <= end < size for end in steps.ends):
+        return (
+            f"step_ends = {list(steps.ends)[:20]} for {len(steps.rewards)} step_rewards and {size} tokens: must be one "
+            "a reward, rising, and within the completion"
+        )
+    return steps
 
 
 def _writable(text: str) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import ctypes
 import inspect
 import json
+import operator
 import pickle
 import signal
 import sys
@@ -70,7 +71,8 @@ def _load(rewards: Sequence[tuple[Any, ...]], columns: Sequence[str], loaded: li
 def _score(
     reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
 ) -> dict[str, Any]:
-    """{"values": [number, None, or {"bad": text}], "metrics": …, "extra": …} or {"failure": why}."""
+    """{"values": […], "metrics": …, "extra": …} or {"failure": why}; a value is a number, None, {"bad": text}, or of
+    steps {"rewards": …, "ends": …}."""
     metrics: dict[str, list[float]] = {}
     extra: dict[str, Any] = {}
 
@@ -118,9 +120,11 @@ def _values(result: Any, count: int) -> list[Any]:
     return [_number(value) for value in values]
 
 
-def _number(value: Any) -> float | dict[str, str] | None:
+def _number(value: Any) -> float | dict[str, Any] | None:
     if value is None:
         return None
+    if isinstance(value, Mapping):
+        return _steps(value)
     if isinstance(value, str | bytes):
         return {"bad": f"returned {value[:40]!r}, not a number"}
     if isinstance(value, Exception):  # how a function tells the failure of one completion
@@ -130,6 +134,21 @@ def _number(value: Any) -> float | dict[str, str] | None:
     except Exception as error:  # noqa: BLE001  a user's object can raise anything here
         return {"bad": f"returned a value that is no number ({_describe(error)})"}
     return number if abs(number) < float("inf") else {"bad": f"returned {number}"}
+
+
+def _steps(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewards of steps as {"rewards": …, "ends": …}; whether they fit the completion is for the trainer to see."""
+    if set(value) != {"step_rewards", "step_ends"}:
+        names = ", ".join(_plain(key) for key in islice(value, 4))
+        return {"bad": f"returned a mapping of {names or 'nothing'}, not of step_rewards and step_ends"}
+    try:
+        rewards = [float(each) for each in value["step_rewards"]]
+        ends = [operator.index(each) for each in value["step_ends"]]
+    except Exception as error:  # noqa: BLE001  a user's object can raise anything here
+        return {"bad": f"returned step_rewards or step_ends that are no lists of numbers ({_describe(error)})"}
+    if odd := [each for each in rewards if not abs(each) < float("inf")]:
+        return {"bad": f"returned a step reward of {odd[0]}"}
+    return {"rewards": rewards, "ends": ends}
 
 
 def _plain(value: Any) -> str:

@@ -55,15 +55,20 @@ class Part:
 
 
 def load_training(
-    task: Task, field: str, with_held_out: bool, reporter: Reporter, given: Iterable[Row] | None = None
+    task: Task,
+    field: str,
+    with_held_out: bool,
+    reporter: Reporter,
+    given: Iterable[Row] | None = None,
+    answered: bool = False,
 ) -> tuple[Part, Part | None]:
     """The rows of a task to train on and, if they are asked for, those that are held out from it.
 
     With task.held_out they are told apart by a hash of their prompts; without, the held-out ones are the source's own
-    "test". `given`: rows in place of the task's own. Raises UsageError: unknown task, wrong options or columns, no
-    held-out part.
+    "test". `given`: rows in place of the task's own. `answered`: the rows to train on bring their completions. Raises
+    UsageError: unknown task, wrong options or columns, no held-out part.
     """
-    whole = _load(task, field, task.split or "train", reporter, given)
+    whole = _load(task, field, task.split or "train", reporter, given, answered)
     if task.held_out:
         train, held = _divide(whole, task)
         return train, held if with_held_out else None
@@ -87,11 +92,18 @@ def load_questions(task: Task, field: str, reporter: Reporter) -> Part:
     return _load(task, field, task.split or ("test" if _has_test(task.name) else "train"), reporter)
 
 
-def _load(task: Task, field: str, split: str, reporter: Reporter, given: Iterable[Row] | None = None) -> Part:
+def _load(
+    task: Task,
+    field: str,
+    split: str,
+    reporter: Reporter,
+    given: Iterable[Row] | None = None,
+    answered: bool = False,
+) -> Part:
     name = task.name if given is None else "prompts"
     with reporter.progress(f"Reading {name}", None, "rows") as advance:
         source = _source(task, field, split, reporter) if given is None else _checked(given, name)
-        rows = transform(_counted(source, advance), task, field, name)
+        rows = transform(_counted(source, advance), task, field, name, answered)
     return Part(name, rows, range(len(rows)), field, task.max_prompt_tokens, task.overlong == "filter")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError, nearest
+from gruppo.tasks.given import with_prompt
 from gruppo.types import Row
 
 if TYPE_CHECKING:
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 _LIKELY = ("question", "problem", "query", "instruction", "input", "messages", "text")
 
 
-def transform(rows: Iterable[Row], task: Task, field: str, source: str) -> list[Row]:
+def transform(rows: Iterable[Row], task: Task, field: str, source: str, answered: bool = False) -> list[Row]:
     """Rows with `columns` renamed, `template` filled in and `system` put in front, each with a usable `prompt`.
 
+    `answered`: each also with its completion, or with what was chosen and rejected (see `gruppo.tasks.given`).
     `field` ("task", "mixture[1]", "evaluation.task") and `source` (what the rows are called) are for errors. Raises
     UsageError: no rows, unknown column, impossible template, a prompt that is neither text nor messages.
     """
     parts = None if task.template is None else _parse(task.template, f"{field}.template")
+    completion = None if task.completion is None else _parse(task.completion, f"{field}.completion")
     done = []
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
@@ -35,6 +38,10 @@ def transform(rows: Iterable[Row], task: Task, field: str, source: str) -> list[
         changed = _renamed(row, task.columns, field, where) if task.columns else dict(row)
         if parts is not None:
             changed["prompt"] = _filled(parts, changed, f"{field}.template", where)
+        if answered:
+            if completion is not None:
+                changed["completion"] = _filled(completion, changed, f"{field}.completion", where)
+            changed = with_prompt(changed, where)
         if "prompt" not in changed:
             raise UsageError(f"{where}: {_no_prompt(changed, field)}")
         changed["prompt"] = _prompt(changed["prompt"], where)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gruppo.maths.advantages import EPSILON, advantages, returns_to_go
+from gruppo.maths.advantages import EPSILON, advantages, gae, indicators, process_advantages, returns_to_go
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
@@ -113,3 +113,66 @@ def test_huge_rewards_keep_their_advantages() -> None:
     """Squares of 1e300 overflow; the advantages of 0, 1, 2 and of 0, 1e300, 2e300 are the same but for ε."""
     huge = group_advantages(torch.tensor([0.0, 1e300, 2e300], dtype=torch.float64))
     assert huge.tolist() == pytest.approx([-1.0, 0.0, 1.0])
+
+
+def test_indicators_by_hand() -> None:
+    assert indicators(column(0.0, 0.5, 0.6, 1.0), 0.5).tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_process_advantages_by_hand() -> None:
+    """Steps of two completions: 1 and 0 (ends 1 and 3 of 5 tokens), 1 (end 0 of 2). All: mean 2/3, std √(1/3)."""
+    steps = [(column(1.0, 0.0), [1, 3]), (column(1.0), [0])]
+    ((first, second),) = process_advantages([steps], [[5, 2]])
+    high, low = (1 / 3) / (math.sqrt(1 / 3) + EPSILON), (-2 / 3) / (math.sqrt(1 / 3) + EPSILON)
+    assert first.tolist() == pytest.approx([high + low, high + low, low, low, 0.0], abs=1e-15)
+    assert second.tolist() == pytest.approx([high, 0.0], abs=1e-15)
+
+
+def test_process_advantages_of_other_numbers_of_steps() -> None:
+    """Three steps, none, one: 3, 3, 0 and 0: mean 1.5, std √3."""
+    steps = [(column(3.0, 3.0, 0.0), [0, 1, 2]), (column(), []), (column(0.0), [1])]
+    ((first, none, last),) = process_advantages([steps], [[3, 2, 2]])
+    unit = 1.5 / (math.sqrt(3) + EPSILON)
+    assert first.tolist() == pytest.approx([unit, 0.0, -unit], abs=1e-15)
+    assert none.tolist() == [0.0, 0.0]
+    assert last.tolist() == pytest.approx([-unit, -unit], abs=1e-15)
+
+
+@pytest.mark.parametrize("rewards", [[0.3, 0.3], [0.1 + 0.2], []])
+def test_equal_step_rewards_are_no_signal(rewards: list[float]) -> None:
+    ends = list(range(len(rewards)))
+    ((made,),) = process_advantages([[(column(*rewards), ends)]], [[4]])
+    assert made.tolist() == [0.0] * 4
+
+
+def test_groups_of_steps_are_normalised_apart() -> None:
+    one, other = [(column(0.0, 1.0), [0, 1])], [(column(10.0, 30.0), [0, 1])]
+    (first,), (second,) = process_advantages([one, other], [[2], [2]])
+    assert first.tolist() == pytest.approx(second.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ends", [[0], [1, 0], [0, 0], [-1, 0], [0, 2]])
+def test_ends_that_do_not_fit_are_refused(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match="step_ends"):
+        process_advantages([[(column(0.0, 1.0), ends)]], [[2]])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_gae_equals_the_direct_sum(gamma: float, lam: float) -> None:
+    torch.manual_seed(0)
+    rewards, values = torch.randn(7, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    made = gae(rewards, values, gamma, lam)
+    for t in range(7):
+        direct = 0.0
+        for later in range(t, 7):
+            delta = float(rewards[later] + gamma * values[later + 1] - values[later])
+            direct += (gamma * lam) ** (later - t) * delta
+        assert float(made.advantages[t]) == pytest.approx(direct, abs=1e-12)
+        assert float(made.returns[t]) == pytest.approx(direct + float(values[t]), abs=1e-12)
+
+
+def test_gae_of_nothing_and_of_wrong_discounts() -> None:
+    assert gae(column(), column(0.0), 1.0, 0.95).advantages.tolist() == []
+    with pytest.raises(ValueError, match=r"gamma = 1.1"):
+        gae(column(1.0), column(0.0, 0.0), 1.1, 0.5)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gruppo.maths.losses import policy_loss, sequence_mean_weights
+from gruppo.maths.losses import policy_loss, sequence_mean_weights, value_loss
 
 
 def column(*values: float) -> torch.Tensor:
@@ -130,3 +130,14 @@ def test_clips_out_of_range_are_refused(low: float, high: float, word: str) -> N
 def test_kl_without_reference_is_refused() -> None:
     with pytest.raises(ValueError, match="ref_logprobs"):
         policy_loss(column(0.0), column(0.0), column(0.0), column(1.0), 0.2, 0.2, None, 0.1)
+
+
+def test_value_loss_by_hand() -> None:
+    """Returns 1; values 0.5, 2, 0.9 from 0.6, 1.1, 0, clip 0.2: ½ of max(.25, .25), max(1, .09), max(.01, .64)."""
+    values = torch.tensor([0.5, 2.0, 0.9, float("nan")], dtype=torch.float64)
+    old = torch.tensor([0.6, 1.1, 0.0, 0.0], dtype=torch.float64)
+    returns, weights = torch.ones(4, dtype=torch.float64), torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=torch.float64)
+    assert float(value_loss(values, old, returns, weights, 0.2)) == pytest.approx(0.5 * (0.25 + 0.5 + 2 * 0.64))
+    assert float(value_loss(values, old, returns, weights, 0.0)) == pytest.approx(0.5 * (0.25 + 0.5 + 0.02))
+    with pytest.raises(ValueError, match="clip = -1"):
+        value_loss(values, old, returns, weights, -1.0)

@@ -17,6 +17,32 @@ def begins_with_a_letter(completions, **kwargs):
     return [float(text[:1] in "abcd") for text in completions]
 
 
+def steps(completions, completion_ids, **kwargs):
+    """A step a token but the last: 1 for a letter a to m, else 0; for one token alone it does not apply."""
+    return [
+        {"step_rewards": ["a" <= each <= "m" for each in text[: len(ids) - 1]], "step_ends": range(len(ids) - 1)}
+        if len(ids) > 1 and len(text) >= len(ids) - 1
+        else None
+        for text, ids in zip(completions, completion_ids, strict=True)
+    ]
+
+
+def odd_steps(completions, **kwargs):
+    """What a user can get wrong about steps, by the completion's text."""
+    return [
+        {
+            "names": {"rewards": [1]},
+            "few": {"step_rewards": [1.0, 0.0], "step_ends": [0]},
+            "back": {"step_rewards": [1.0, 0.0], "step_ends": [1, 0]},
+            "late": {"step_rewards": [1.0], "step_ends": [99]},
+            "nan": {"step_rewards": [float("nan")], "step_ends": [0]},
+            "text": {"step_rewards": "1", "step_ends": ["0"]},
+            "half": {"step_rewards": [1.0], "step_ends": [0.5]},
+        }[text]
+        for text in completions
+    ]
+
+
 def length(completions, **kwargs):
     return [float(len(each)) for each in completions]
 

@@ -9,7 +9,7 @@ import pytest
 from gruppo.errors import RunError, UsageError
 from gruppo.rewards import combine
 from gruppo.rewards.pool import RewardPool
-from gruppo.types import Prompt, Reward
+from gruppo.types import Prompt, Reward, Steps
 from tests.conftest import make_completion
 
 HOME = "tests.rewards.functions"
@@ -251,3 +251,41 @@ def test_asking_to_stop_ends_a_hanging_call_and_leaves_the_pool_usable() -> None
 
 def test_sum_that_overflows_abstains() -> None:
     assert combine(["a", "b"], [1.0, 1.0], [1e308, 1e308], {}).total is None
+
+
+def test_rewards_of_steps_stand_beside_the_total() -> None:
+    (first, second), _ = scored_steps("ab", "z")
+    assert first.steps == {"steps": Steps((1.0,), (0,))}
+    assert first.total == 4.0  # of `length`, weighed by 2
+    assert first.parts == {"steps": None, "length": 2.0}
+    assert second.steps == {"steps": Steps((0.0,), (0,))}
+
+
+def scored_steps(*texts: str) -> tuple[list[Reward], dict]:
+    with RewardPool([f"{HOME}:steps", f"{HOME}:length"], [1.0, 2.0], [], timeout=5, workers=1) as pool:
+        rewards, metrics = pool.score([group(*texts)], {})
+    return rewards[0], metrics
+
+
+def test_steps_alone_are_no_abstention() -> None:
+    (reward,) = score(f"{HOME}:steps", "ab")
+    assert reward.total == 0.0
+    assert reward.failure is None
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("names", "returned a mapping of rewards, not of step_rewards and step_ends"),
+        ("few", "step_ends = [0] for 2 step_rewards and 2 tokens"),
+        ("back", "step_ends = [1, 0] for 2 step_rewards"),
+        ("late", "step_ends = [99] for 1 step_rewards"),
+        ("nan", "returned a step reward of nan"),
+        ("text", "no lists of numbers"),
+        ("half", "no lists of numbers"),
+    ],
+)
+def test_odd_steps_abstain_with_the_reason(text: str, why: str) -> None:
+    (reward,) = score(f"{HOME}:odd_steps", text)
+    assert reward.total is None
+    assert why in str(reward.failure)
