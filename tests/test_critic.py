@@ -113,8 +113,10 @@ def test_ppo_learns_and_its_values_too(tiny_folder: str, tmp_path: Path) -> None
     result = train(settings, prompts=ROWS, out=tmp_path / "run")
     rewards = [line["reward/mean"] for line in result.metrics]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
-    late = result.metrics[-5:]  # far better than to expect nothing, as at the beginning
-    assert sum(line["value/error"] for line in late) < sum(line["value/return_mean"] ** 2 for line in late) / 2
+    late = result.metrics[-5:]  # values begin as 0 and come to be what returns are
+    value, returned = (sum(line[name] for line in late) / 5 for name in ("value/mean", "value/return_mean"))
+    assert returned > 0.35
+    assert abs(value - returned) < returned / 2
     table = pq.read_table(tmp_path / "run/rollouts/step-000001.parquet").to_pylist()
     row = table[0]
     assert row["values"] == [0.0] * (len(row["token_ids"]) + 1)  # the head begins at 0
