@@ -121,9 +121,8 @@ def test_ppo_learns_and_its_values_too(tiny_folder: str, tmp_path: Path) -> None
     row = table[0]
     assert row["values"] == [0.0] * (len(row["token_ids"]) + 1)  # the head begins at 0
     assert row["returns"][-1] == pytest.approx(row["reward"])
-    assert row["advantages"] == pytest.approx(
-        [0.95**place * row["reward"] for place in range(len(row["values"]) - 1)][::-1]
-    )
+    later = range(len(row["token_ids"]))[::-1]  # γλ for each token until the reward
+    assert row["advantages"] == pytest.approx([(0.5 * 0.95) ** place * row["reward"] for place in later])
     files = {path.name for path in (tmp_path / "run/checkpoints/step-000040").iterdir()}
     assert {"critic.weights.safetensors", "critic.optimizer.safetensors"} <= files
 

@@ -1,4 +1,4 @@
-"""Generated addition and subtraction: "What is a + b?" and "What is a - b?".
+"""Generated addition and subtraction: "What is a + b?" and "What is a - b?", with columns `expression` and `answer`.
 
 The held-out questions are the same for every run and seed. a + b and b + a are one question: both stand on the same
 side of the split, and the held-out part has only one of them.
@@ -50,4 +50,5 @@ def _turned(a: int, sign: str, b: int) -> tuple[int, str, int]:
 
 def _row(a: int, sign: str, b: int) -> Row:
     answer = a + b if sign == "+" else a - b
-    return {"prompt": [{"role": "user", "content": f"What is {a} {sign} {b}?"}], "answer": str(answer)}
+    asked = f"{a} {sign} {b}"
+    return {"prompt": [{"role": "user", "content": f"What is {asked}?"}], "expression": asked, "answer": str(answer)}
