@@ -101,6 +101,7 @@ def prepare(
         pool = stack.enter_context(make_pool(recipe, rewards, data, folder / "rewards.log"))
     source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
     check_adapters(source, recipe.model.lora)
+    critic_source = _find_critic(recipe, source, reporter) if recipe.method.needs_critic else None
     inputs = tokenize_data(recipe, data, source, reporter)
     digests = pool.digests if pool else []
     policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, reporter)
@@ -110,7 +111,10 @@ def prepare(
     if recipe.method.source == "frozen":
         assert reference is not None
         sampler = NativeEngine(reference, chosen["slots"])
-    critic = _load_critic(recipe, policy, source, chosen, reporter) if recipe.method.needs_critic else None
+    critic = None
+    if critic_source is not None:
+        layers = load_model(critic_source, policy.device.type, chosen["dtype"], reporter)
+        critic = ScalarModel.on(replace(layers, recompute=policy.recompute))
     return Prepared(
         recipe=recipe,
         run=run,
@@ -337,18 +341,20 @@ def _load_policy(
     return policy, chosen, []
 
 
-def _load_critic(
-    recipe: Recipe, policy: LanguageModel, source: ModelSource, chosen: Mapping[str, Any], reporter: Reporter
-) -> ScalarModel:
-    """The value model with its start weights. Raises UsageError where it does not read the policy's tokens."""
-    own = source if recipe.critic.name is None else find_model(recipe.critic.name, reporter)
+def _find_critic(recipe: Recipe, source: ModelSource, reporter: Reporter) -> ModelSource:
+    """Where the value model's weights come from. Raises UsageError where it does not read the policy's tokens."""
+    if recipe.critic.name is None:
+        return source
+    try:
+        own = find_model(recipe.critic.name, reporter)
+    except UsageError as error:
+        raise UsageError(str(error).replace("model.name", "critic.name", 1)) from None
     if own.vocabulary != source.vocabulary:
         raise UsageError(
             f'critic.name = "{recipe.critic.name}": knows {own.vocabulary} tokens and the policy {source.vocabulary}; '
             "take a model with the policy's tokenizer"
         )
-    model = load_model(own, policy.device.type, chosen["dtype"], reporter)
-    return ScalarModel.on(replace(model, recompute=policy.recompute))
+    return own
 
 
 def _data_sha256(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> str:
