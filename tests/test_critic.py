@@ -136,7 +136,7 @@ def test_a_critic_of_another_vocabulary_is_refused(tiny_folder: str, tmp_path: P
 
 def test_a_critic_that_is_not_there_is_told_by_its_field(tiny_folder: str, tmp_path: Path) -> None:
     settings = recipe(tiny_folder, method__name="ppo", critic__name="nowhere/model")
-    with pytest.raises(UsageError, match="critic.name = 'nowhere/model': there is no such folder"):
+    with pytest.raises(UsageError, match=r"critic\.name = 'nowhere/model': there is no such folder"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
     assert not (tmp_path / "run/recipe.toml").exists()
 
