@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gruppo.attention import SharedPrefixAttention
 from gruppo.config import Critic
 from gruppo.maths.losses import value_loss
 from gruppo.models import LanguageModel
-from gruppo.packing import Batch, pack
+from gruppo.packing import Batch, pack, predicting_states
 from gruppo.types import Completion, Group, Metrics
 
 
@@ -44,10 +43,9 @@ class ScalarModel:
 
     def numbers(self, batch: Batch) -> Float[Tensor, " N"]:
         """One at the state before each completion token. Call it inside `policy.precision()`."""
-        plan = SharedPrefixAttention(batch.layout)
-        hidden = self.policy.hidden_states(batch.token_ids[None], batch.positions[None], plan)[0]
+        hidden = predicting_states(self.policy, batch)
         with torch.autocast(self.policy.device.type, enabled=False):
-            made: Tensor = self.head(hidden.index_select(0, batch.predictors).to(self.head.weight.dtype))
+            made: Tensor = self.head(hidden.to(self.head.weight.dtype))
         return made[:, 0]
 
 

@@ -87,8 +87,7 @@ class Footprint:
     of trainable weights. `critic`: a value model's weights, its optimizer's state and copies. `prepared`: copies of
     weights in the dtype of products, alive while something is computed. `kept`: what forward keeps for backward, a
     coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers. `state_token`: one
-    hidden state. `logits_token`: the logits of one token in float32. `head`: the output head's weight in float32.
-    `narrow`: bytes of a number in products, `wide`: elsewhere.
+    hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of a number outside products.
     """
 
     process: int
@@ -102,8 +101,6 @@ class Footprint:
     cache_token: int
     state_token: int
     logits_token: int
-    head: int
-    narrow: int
     wide: int
 
     def activations(self, layout: Layout, recompute: bool) -> int:
@@ -214,8 +211,6 @@ def measure_footprint(policy: LanguageModel, process: int, reporter: Reporter) -
         cache_token=policy.cache_bytes,
         state_token=wide * weight.shape[1],
         logits_token=wide * weight.shape[0],
-        head=wide * weight.numel(),
-        narrow=policy.dtype.itemsize,
         wide=wide,
     )
 

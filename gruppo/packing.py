@@ -141,11 +141,16 @@ class _Packer:
         )
 
 
+def predicting_states(policy: LanguageModel, batch: Batch) -> Float[Tensor, "N H"]:
+    """The hidden state that predicts each of the batch's completion tokens. Call it inside `policy.precision()`."""
+    plan = SharedPrefixAttention(batch.layout)
+    hidden = policy.hidden_states(batch.token_ids[None], batch.positions[None], plan)[0]
+    return hidden.index_select(0, batch.predictors)
+
+
 def score(policy: LanguageModel, batch: Batch, temperature: float) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Log-probabilities of the batch's completion tokens and the entropy at each, in nats, at the temperature.
 
     Call it inside `policy.precision()`. Both are float32, or float64 for a policy of that dtype.
     """
-    plan = SharedPrefixAttention(batch.layout)
-    hidden = policy.hidden_states(batch.token_ids[None], batch.positions[None], plan)[0]
-    return token_logprobs(hidden.index_select(0, batch.predictors), policy.head, batch.targets, temperature)
+    return token_logprobs(predicting_states(policy, batch), policy.head, batch.targets, temperature)
