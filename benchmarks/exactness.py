@@ -44,7 +44,7 @@ def completions(policy: LanguageModel, prompts: int, group: int, tokens: int) ->
         for each, own in zip(made, sampled, strict=True)
     ]
     objective.mark_trained(groups, False)
-    objective.assign_advantages(groups, METHOD)
+    objective.assign_advantages(groups, METHOD, Metrics())
     return groups
 
 

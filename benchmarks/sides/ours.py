@@ -173,7 +173,7 @@ def check(work: dict[str, Any]) -> dict[str, Any]:
         for request, completions, rewards in zip(requests, sampled, work["rewards"], strict=True)
     ]
     objective.mark_trained(groups, False)
-    objective.assign_advantages(groups, method)
+    objective.assign_advantages(groups, method, Metrics())
     weights = objective.token_weights(method, work["max_tokens"])
     batches = pack(groups, weights, MAX_TOKENS, with_kl=method.kl_in_loss)
     objective.score_batches(noisy, noisy, batches, 1.0, Metrics())
