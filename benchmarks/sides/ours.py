@@ -83,7 +83,7 @@ class Training:
         parts = prepare(recipe, folder, False, [fixed_rewards], data, Silent(), stack)
         assert sorted(each.token_ids for each in parts.prompts) == sorted(map(tuple, work["prompts"]))
         self.engine = FixedLengths(parts.engine, work)
-        parts.engine = self.engine
+        parts.engine = parts.sampler = self.engine
         self.phases.watch_optimizer(parts.optimizer)
         self._watch_reference(parts.reference)
         self.parts, self.run = parts, loop._Run(parts, Silent(), Stop(), Callbacks())
