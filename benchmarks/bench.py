@@ -278,6 +278,7 @@ def main() -> None:
         name, python = ("vllm", given.vllm_python) if work == "generation" else ("trl", given.trl_python)
         if not python.is_file():
             parser.error(f"--{name}-python {python}: there is no such file; run make bench, which builds it")
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-bench-")))
         works, bench = make_works(folder, given.quick), Bench(given, folder)
