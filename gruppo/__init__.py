@@ -1,7 +1,8 @@
 """gruppo trains language models with Group Relative Policy Optimization.
 
 `train` runs a recipe, `evaluate` measures a model, `export` writes a checkpoint as a model folder, `load_result` opens
-a run folder, `load_recipe` reads and validates a recipe; `Callback` and `STOP` are for watching and ending a run. They
+a run folder, `load_recipe` reads and validates a recipe; `label` and `train_reward_model` make a
+reward model; `Callback` and `STOP` are for watching and ending a run. They
 are imported when first used, so that `import gruppo` is quick.
 """
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from gruppo.errors import UsageError as UsageError
     from gruppo.evaluation import evaluate as evaluate
     from gruppo.exporting import export as export
+    from gruppo.labelling import label as label
+    from gruppo.labelling import train_reward_model as train_reward_model
     from gruppo.results import Result as Result
     from gruppo.results import load_result as load_result
 
@@ -38,6 +41,8 @@ _HOMES = {
     "UsageError": "errors",
     "evaluate": "evaluation",
     "export": "exporting",
+    "label": "labelling",
+    "train_reward_model": "labelling",
     "Result": "results",
     "load_result": "results",
     "train": "entry",
@@ -52,9 +57,11 @@ __all__ = [
     "UsageError",
     "evaluate",
     "export",
+    "label",
     "load_recipe",
     "load_result",
     "train",
+    "train_reward_model",
 ]
 __version__ = "0.1.0"
 

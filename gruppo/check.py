@@ -30,7 +30,8 @@ UPDATE_TOKENS = 512  # of the micro-batch that an update is timed by
 @dataclass(frozen=True)
 class Check:
     """What was found. `step_seconds`: of a step, by phase, and `evaluation_seconds` of one evaluation, both if every
-    completion has max_tokens; saving is in neither. `memory`: the recipe's run.memory."""
+    completion has max_tokens; saving is in neither, nor is what a reward model learns between
+    iterations. `memory`: the recipe's run.memory."""
 
     recipe: Recipe
     device: str
@@ -105,6 +106,8 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
     passes = (
         int(recipe.method.kl_coef > 0 or recipe.method.credit == "pair")
         + int(recipe.method.needs_scores)
+        + int(recipe.method.needs_critic)
+        + int(recipe.reward_model is not None)
         + recipe.method.inner_updates * chosen.recompute
     )
     return Check(
@@ -118,7 +121,9 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
             if recipe.method.source == "rows"
             else prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
             "score": forward * passes * tokens,
-            "update": recipe.method.inner_updates * ((forward + backward) * tokens + optimizer),
+            "update": (1 + recipe.method.needs_critic)  # a value model is updated as often
+            * recipe.method.inner_updates
+            * ((forward + backward) * tokens + optimizer),
         },
         evaluation_seconds=prompt * asked.questions * asked.question_tokens
         + drawn * math.ceil(asked.answers / chosen.slots) * asked.answer_tokens,

@@ -1,8 +1,8 @@
 """Checkpoints: everything that a run needs to go on as if nothing had happened.
 
 safetensors and JSON only. There is no random state to keep: every draw is a function of the seed, the step and the
-numbers in `State`. What is frozen is not in a checkpoint, nor is the reference: both are the start model, whose hash is
-in environment.json.
+numbers in `State`. What is frozen is not in a checkpoint, nor is a reference that is the start model, whose hash is in
+environment.json; a later iteration's reference is, by a link to one file.
 A manifest holds the hash of every file; a checkpoint that does not agree with its manifest is passed over.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,11 +28,13 @@ from gruppo.runlog import RunFolder, publish, recover, write_whole
 
 @dataclass
 class State:
-    """Where a run stands. `step`: steps done; `cursor`: prompts drawn; `evaluated`: the evaluation that is due at
-    this step has been made; `evaluations`: their figures by step; `lengths`: bytes of the append-only files."""
+    """Where a run stands. `step`: steps done; `cursor`: prompts drawn; `iteration`: iterations begun; `evaluated`: the
+    evaluation that is due at this step has been made; `evaluations`: their figures by step; `lengths`: bytes of the
+    append-only files."""
 
     step: int = 0
     cursor: int = 0
+    iteration: int = 0
     evaluated: bool = False
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     train_seconds: float = 0.0
@@ -49,8 +52,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: State,
     others: Others = MappingProxyType({}),
+    files: Sequence[Path] = (),
 ) -> Path:
-    """Write checkpoints/step-NNNNNN and drop those that are neither of the last two nor the best."""
+    """Write checkpoints/step-NNNNNN and drop those that are neither of the last two nor the best. `files` that nobody
+    writes to any more belong to it too."""
     state.lengths = run.lengths()
     folder = run.path / "checkpoints" / f"step-{state.step:06d}"
     building = folder.with_name(f".writing-{folder.name}")
@@ -60,12 +65,23 @@ def save_checkpoint(
         weights = {key: tensor.cpu().contiguous() for key, tensor in trained_weights(module).items()}
         save_file(weights, building / _file(name, "weights"))
         save_file(_optimizer_tensors(module, own), building / _file(name, "optimizer"))
+    for file in files:
+        link_file(file, building / file.name)
     write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
     manifest = {path.name: _sha256(path) for path in sorted(building.iterdir())}
     write_whole(building / "manifest.json", json.dumps(manifest, indent=2).encode())
     publish(building, folder)
     _drop_old(folder.parent, state)
     return folder
+
+
+def link_file(file: Path, name: Path) -> None:
+    """Give a file another name, or a copy where the file system has no links."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
@@ -105,7 +121,11 @@ def _file(name: str, what: str) -> str:
 
 def load_weights_file(path: Path, model: nn.Module) -> None:
     """Put the weights of a checkpoint's file into the model."""
-    weights, held = load_file(path), trained_weights(model)
+    put_weights(load_file(path), trained_weights(model))
+
+
+def put_weights(weights: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    """Copy tensors by name into those that are held."""
     assert weights.keys() == held.keys(), "the checkpoint is of another model"
     for name, tensor in held.items():
         tensor.copy_(weights[name])

@@ -294,6 +294,54 @@ def export(
 
 
 @app.command()
+def label(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option(help="Folder of the labels.")],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the labels in the folder.")] = False,
+) -> None:
+    """Sample completions and label them by rule, each step too (Math-Shepherd); [reward_model] says how.
+
+    The labels are Parquet files in OUT/labels, a row a completion.
+    """
+    from gruppo.config import load_recipe
+
+    settings = load_recipe(recipe, set_ or [])
+    from gruppo.console import ConsoleReporter
+    from gruppo.labelling import label as make
+
+    reporter = ConsoleReporter()
+    made = make(settings, out=out, resume=resume, reporter=reporter)
+    steps = "" if made.soft is None else f"; {made.steps} steps, right from {made.soft:.1%} of their ends"
+    reporter.output.print(
+        f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}", markup=False
+    )
+
+
+@app.command("reward-model")
+def reward_model(
+    recipe: RecipeFile,
+    labels: Annotated[Path, typer.Argument(help="Folder that gruppo label wrote, or that of a run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the result.")],
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in the folder.")] = False,
+) -> None:
+    """Train the recipe's [reward_model] on labels; the result is in OUT/model, for transformers or for a recipe."""
+    from gruppo.config import load_recipe
+
+    settings = load_recipe(recipe, set_ or [])
+    from gruppo.console import ConsoleReporter
+    from gruppo.labelling import train_reward_model
+
+    reporter = ConsoleReporter()
+    made = train_reward_model(settings, labels, out=out, resume=resume, reporter=reporter)
+    reporter.output.print(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
+    for name in sorted({*made.before, *made.after}):
+        pair = ["-" if each is None else f"{each:.3f}" for each in (made.before.get(name), made.after.get(name))]
+        reporter.output.print(f"  {name:<18} {pair[0]:>9} -> {pair[1]:>9}", markup=False)
+
+
+@app.command()
 def methods() -> None:
     """Print the table of methods: data source, reward, signal on a token, loss, equation."""
     from gruppo.methods import describe_methods

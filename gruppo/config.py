@@ -71,6 +71,9 @@ class Run(Section):
     """Decides the order of the questions and every sampled token."""
     steps: Annotated[int, Field(ge=1)] = 100
     """Steps; in each, a batch of questions is drawn, sampled, scored and learned from."""
+    iterations: Annotated[int, Field(ge=1)] = 1
+    """I of Algorithm 1: the steps are cut into so many equal rounds. At the start of each the reference becomes the
+    policy, and a [reward_model] is trained on new samples."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 10
     """Steps between checkpoints. The last two and the best are kept; the last step always makes one."""
     memory: float | str = 0.6
@@ -183,6 +186,56 @@ class Reward(Section):
                     f"{nearest(name, self.functions)}"
                 )
         return self
+
+
+class RewardModel(Section):
+    """A trained model that judges completions beside, or in place of, reward functions (whose weights may be 0). Its
+    labels come from reward.functions: a completion is right where the first of them gives more than method.right."""
+
+    kind: Literal["outcome", "process"] = "outcome"
+    """One probability for a completion, or one for each of its steps (then method.credit = "step")."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """Where its weights come from, as model.name, or the folder of a reward model; by default the policy's start
+    weights. A new head begins at 0."""
+    weight: float = 1.0
+    """Its weight in the reward, beside reward.weights."""
+    prompts: Annotated[int, Field(ge=0)] = 64
+    """Questions whose completions, sampling.group_size each, are sampled and labelled before the first step and at the
+    start of every other iteration, to train it on; 0 leaves it as it is."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of these questions that it is not trained on, but measured by, before and after."""
+    learning_rate: Annotated[float, Field(ge=0)] = 2e-5
+    """Of its AdamW, constant; all else is as in [optimizer]."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over its training set in each round."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Completions an update."""
+    history: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of a round's training set that is drawn from the samples of earlier rounds."""
+    history_capacity: Annotated[int, Field(ge=0)] = 10_000
+    """How many of the latest earlier samples are drawn from."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides what is held out, what is drawn from history, and the order of training."""
+    split: Annotated[str, Field(min_length=1)] = "lines"
+    """Steps of a completion: its "lines", or "package.module:function", text -> the ends of steps in characters."""
+    continuations: Annotated[int, Field(ge=1)] = 4
+    """N, completions sampled from the end of each step to label it (Math-Shepherd)."""
+    labels: Literal["hard", "soft"] = "hard"
+    """Of a step: 1 if any of its continuations is right, or the share of them that is."""
+
+
+class Audit(Section):
+    """A second grader that judges a sample of the completions, and trains nothing: an alarm when the reward rises and
+    its verdict does not (DeepSeekMath §5.2.3). Leave the table out for none."""
+
+    function: Annotated[str, Field(min_length=1)]
+    """As in reward.functions; another one than the run is trained on."""
+    options: dict[str, Any] = {}
+    """Its keyword arguments."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of each step's groups that it judges, at least one."""
+    window: Annotated[int, Field(ge=4)] = 10
+    """Steps that a rise is looked for over."""
 
 
 class Method(Section):
@@ -431,6 +484,8 @@ class Recipe(Section):
     mixture: list[Task] = []
     """Several tasks, drawn from by their weights, in place of [task]."""
     reward: Reward = Reward()
+    reward_model: RewardModel | None = None
+    audit: Audit | None = None
     method: Method = Method()
     critic: Critic = Critic()
     sampling: Sampling = Sampling()
@@ -452,6 +507,7 @@ class Recipe(Section):
                 f"evaluation.samples = {samples}: greedy answers are all the same; write a temperature in "
                 "[evaluation.decoding], or samples = 1"
             )
+        self._rounds_agree()
         if self.method.source == "rows" and self.reward.functions:
             raise ValueError(
                 f'reward.functions = {self.reward.functions}: method.source = "rows" scores nothing; remove it'
@@ -467,6 +523,35 @@ class Recipe(Section):
                 "group; write group_size = 2 or more"
             )
         return self
+
+    def _rounds_agree(self) -> None:
+        """Fields of iterations, of the reward model and of the audit. Raises ValueError."""
+        rounds, model, method = self.run.iterations, self.reward_model, self.method
+        if self.run.steps % rounds:
+            raise ValueError(
+                f"run.iterations = {rounds}: run.steps = {self.run.steps} cannot be cut into as many equal rounds; "
+                f"write e.g. steps = {rounds * max(1, self.run.steps // rounds)}"
+            )
+        if rounds > 1 and method.source != "live":
+            raise ValueError(
+                f'run.iterations = {rounds}: method.source = "{method.source}" does not sample from the policy; write 1'
+            )
+        if rounds > 1 and self.model.lora is not None:
+            raise ValueError(
+                f"run.iterations = {rounds}: the reference of adapters is the model without them and cannot become "
+                "the policy; write iterations = 1, or leave [model.lora] out"
+            )
+        if method.source == "rows":
+            for name, table in (("reward_model", model), ("audit", self.audit)):
+                if table is not None:
+                    raise ValueError(f'[{name}]: method.source = "rows" scores nothing; leave the table out')
+        if model is not None and (model.kind == "process") != (method.credit == "step"):
+            fix = (
+                'write method.name = "grpo-process"'
+                if model.kind == "process"
+                else 'write kind = "process", or another method'
+            )
+            raise ValueError(f'reward_model.kind = "{model.kind}": method.credit = "{method.credit}"; {fix}')
 
     def to_toml(self) -> str:
         """The resolved recipe, every field with its value; reading it again gives an equal recipe."""

@@ -116,6 +116,15 @@ def _step_line(m: Mapping[str, Any]) -> str:
             f"step {m['step']:>4}  held-out accuracy {m['eval/accuracy']:.1%} "
             f"(95 % interval {m['eval/accuracy_low']:.1%} to {m['eval/accuracy_high']:.1%})"
         )
+    if "iteration" in m:
+        told = f"step {m['step']:>4}  iteration {m['iteration']} begins"
+        if "reward_model/loss" not in m:
+            return told
+        auc = " -> ".join(_number(m.get(f"reward_model/{when}/auc"), ".3f") for when in ("before", "after"))
+        return (
+            f"{told}; reward model: loss {_number(m['reward_model/loss'], '.3f')}, held-out AUC {auc}, "
+            f"{m['reward_model/new']:.0f} new samples and {m['reward_model/replayed']:.0f} replayed"
+        )
     parts = [
         f"step {m['step']:>4}",
         f"reward {_number(m.get('reward/mean'), '.3f')}",

@@ -47,6 +47,7 @@ class Workload:
     group_size: int
     reference: bool = False
     critic: bool = False
+    reward_model: bool = False
     questions: int = 0
     answers: int = 0
     question_tokens: int = 0
@@ -84,7 +85,8 @@ class Footprint:
     """What a model takes, whatever is asked of it; in bytes.
 
     `process`: Python, torch and all that is resident before the weights are. `gradients`: as many bytes as there are
-    of trainable weights. `critic`: a value model's weights, its optimizer's state and copies. `prepared`: copies of
+    of trainable weights. `critic`: the weights of a value or reward
+    model, its optimizer's state and copies. `prepared`: copies of
     weights in the dtype of products, alive while something is computed. `kept`: what forward keeps for backward, a
     coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers. `state_token`: one
     hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of a number outside products.
@@ -124,6 +126,7 @@ class Memory:
     optimizer: int
     reference: int
     critic: int
+    reward_model: int
     prepared: int
     cache: int
     work: int
@@ -135,7 +138,7 @@ class Memory:
 
     def parts(self, phase: str) -> dict[str, int]:
         """What is alive in a phase, by name."""
-        standing = ("process", "weights", "optimizer", "reference", "critic", "prepared")
+        standing = ("process", "weights", "optimizer", "reference", "critic", "reward_model", "prepared")
         own = {
             "sampling": {"cache": self.cache, "work": self.work},
             "evaluation": {"cache": self.evaluation_cache, "work": self.evaluation_work},
@@ -242,8 +245,8 @@ def _reference_bytes(policy: LanguageModel) -> int:
 
 
 def _critic_bytes(policy: LanguageModel) -> int:
-    """A value model of the policy's size: all of it is trained, adapters or not. Its gradients come where those of the
-    policy were."""
+    """A value or reward model of the policy's size: all of it is trained, adapters or not. Its gradients come where
+    those of the policy were."""
     wide = torch.promote_types(policy.dtype, torch.float32).itemsize
     count = sum(each.numel() for each in policy.model.parameters())
     return count * (3 * wide + policy.dtype.itemsize)
@@ -352,6 +355,7 @@ def forecast_memory(
         optimizer=2 * footprint.gradients,
         reference=footprint.reference if workload.reference else 0,
         critic=footprint.critic if workload.critic else 0,
+        reward_model=footprint.critic if workload.reward_model else 0,
         prepared=_resident(footprint.prepared),
         cache=_resident(cache),
         work=_resident(work),

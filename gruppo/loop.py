@@ -1,9 +1,11 @@
-"""Algorithm 1 of DeepSeekMath, with rule rewards: one iteration of it.
+"""Algorithm 1 of DeepSeekMath.
 
-    for each step: draw questions; sample G completions of each from π_old; score them; compute advantages;
-                   for each of μ inner updates: one step of AdamW on the objective
+    for each iteration: π_ref ← π_θ; train the reward model, if there is one, on new samples labelled by rule
+      for each step: draw questions; sample G completions of each from π_old; score them; compute advantages;
+                     for each of μ inner updates: one step of AdamW on the objective
 
-What is left out of the paper's recipe: a learned reward model and the iterations that retrain it.
+The paper trains the reward model at the end of an iteration; here it learns at the start of the next, and before the
+first, so that no model is trained that nothing follows.
 """
 
 from __future__ import annotations
@@ -12,21 +14,34 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gruppo.adapters import save_adapter
+from gruppo.audit import Auditor
 from gruppo.callbacks import Callbacks
-from gruppo.checkpoint import Others, State, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from gruppo.checkpoint import (
+    Others,
+    State,
+    link_file,
+    load_state,
+    load_tensors,
+    newest_checkpoint,
+    put_weights,
+    save_checkpoint,
+)
 from gruppo.config import Optimizer
 from gruppo.critic import critic_loss, score_values
 from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
 from gruppo.interruption import Interrupted, Stop
+from gruppo.judge import Judge
+from gruppo.labels import Labeller, label_rows, read_labels
 from gruppo.machine import peak_memory, release_memory
-from gruppo.models import LanguageModel, save_model, tensors_sha256
+from gruppo.models import LanguageModel, named_weights, save_model, save_weights, tensors_sha256
 from gruppo.objective import (
     assign_advantages,
     batch_loss,
@@ -41,10 +56,12 @@ from gruppo.objective import (
 from gruppo.packing import Batch, pack
 from gruppo.preparation import Prepared
 from gruppo.reporting import Reporter
+from gruppo.reward_model import NAME, save_reward_model
 from gruppo.rollout import describe_groups, given_groups, sample_groups, score_groups
 from gruppo.runlog import publish
-from gruppo.tables import EVALUATIONS, ROLLOUTS, rollout_rows
+from gruppo.tables import EVALUATIONS, LABELS, ROLLOUTS, rollout_rows
 from gruppo.types import Group, Metrics
+from gruppo.updates import update
 
 
 def run(prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks | None = None) -> dict[str, Any]:
@@ -59,7 +76,21 @@ class _Run:
         self.parts, self.recipe, self.run = prepared, prepared.recipe, prepared.run
         self.reporter, self.stop, self.callbacks = reporter, stop, callbacks
         self.state = State()
-        self.saved: tuple[int, bool] | None = None
+        self.saved: tuple[int, bool, int] | None = None
+        self.learning = False  # the reward model, which is half trained then
+        self.judge = None
+        if prepared.reward_model is not None and self.recipe.reward_model is not None:
+            self.judge = Judge(
+                prepared.reward_model,
+                prepared.reward_optimizer,
+                self.recipe.reward_model,
+                prepared.policy.tokenizer,
+                prepared.budget,
+                self.recipe.optimizer.max_grad_norm,
+            )
+        self.auditor = None
+        if prepared.audit is not None and self.recipe.audit is not None:
+            self.auditor = Auditor(prepared.audit, self.recipe.audit, self.recipe.run.seed)
 
     def go(self) -> dict[str, Any]:
         """From wherever the folder stands to the end, an interruption or a failure; the summary."""
@@ -71,7 +102,8 @@ class _Run:
                 self._steps(advance)
             outcome = "done" if self.state.step == self.recipe.run.steps else "stopped"
         except Interrupted:
-            self._save_once()
+            if not self.learning:  # else the checkpoint from before is where to go on
+                self._save_once()
             outcome = "interrupted"
         except Exception:
             if self.callbacks.failed:  # which they do where nothing is half done
@@ -96,6 +128,9 @@ class _Run:
                 self.saved = None
                 continue
             self.stop.check()
+            if self._iteration_due():
+                self._begin_iteration()
+                continue
             self._step()
             advance(1)
 
@@ -105,24 +140,34 @@ class _Run:
 
     def _save_once(self) -> None:
         """Make a checkpoint of where the run stands, after the result if this is its end, unless there is one."""
-        if self.saved == (self.state.step, self.state.evaluated):
+        where = self.state.step, self.state.evaluated, self.state.iteration
+        if self.saved == where:
             return
         if self._at_end:
             self._save_result()
         self._note_memory()
         with self.reporter.progress("Saving", None, ""):
-            path = save_checkpoint(self.run, self.parts.policy.model, self.parts.optimizer, self.state, self._others())
-        self.saved = (self.state.step, self.state.evaluated)
+            reference = [self._reference_file] if self._reference_file.is_file() and self.state.iteration > 1 else []
+            policy, optimizer = self.parts.policy.model, self.parts.optimizer
+            path = save_checkpoint(self.run, policy, optimizer, self.state, self._others(), reference)
+        self.saved = where
         self.callbacks.tell("on_checkpoint", self.state.step, path)
 
     def _others(self) -> Others:
         """What is trained beside the policy."""
-        critic, optimizer = self.parts.critic, self.parts.critic_optimizer
-        return {"critic": (critic.module, optimizer)} if critic and optimizer else {}
+        parts = self.parts
+        pairs = {
+            "critic": (parts.critic, parts.critic_optimizer),
+            "reward_model": (parts.reward_model, parts.reward_optimizer),
+        }
+        return {name: (model.module, own) for name, (model, own) in pairs.items() if model and own}
 
     def _save_result(self) -> None:
         with self.run.building("model") as folder:
             save_model(self.parts.policy, folder)
+        if self.judge is not None and self.judge.optimizer is not None:
+            with self.run.building("reward_model") as folder:
+                save_reward_model(self.judge.model, self.judge.settings.kind, folder)
         if self.recipe.model.lora is not None:
             with self.run.building("adapter") as folder:
                 save_adapter(self.parts.policy.model, folder, self.recipe.model.name)
@@ -130,6 +175,81 @@ class _Run:
     def _note_memory(self) -> None:
         peak = peak_memory(self.parts.policy.device)
         self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak)
+
+    def _iteration_due(self) -> bool:
+        length = self.recipe.run.steps // self.recipe.run.iterations
+        return not self._at_end and self.state.iteration <= self.state.step // length
+
+    def _begin_iteration(self) -> None:
+        """π_ref ← π_θ, and what the reward model learns from new samples of the policy; a checkpoint before and after,
+        unless nothing is there to be lost."""
+        parts, state, clock, number = self.parts, self.state, _Clock(), self.state.iteration + 1
+        learns = self.judge is not None and self.judge.optimizer is not None
+        if number == 1 and not learns:
+            state.iteration = number
+            return
+        if state.step:
+            self._save_once()
+        if number > 1 and parts.reference is not None:
+            with self.run.building(self._reference_file.parent.name) as folder:
+                save_weights(parts.policy.weights(), folder, self._reference_file.name)
+            parts.reference = None  # freed before the new one is made
+            parts.reference = parts.policy.frozen_copy()
+        figures: dict[str, float | None] = {}
+        if self.judge is not None and learns:
+            self.learning = True
+            with clock("reward_model"):
+                figures = self._train_reward_model(self.judge, number)
+            self.learning = False
+        state.iteration = number
+        state.train_seconds += clock.total
+        times = {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
+        values = {"step": state.step, "iteration": number, **figures, **times}
+        self.run.metric(values)
+        self.reporter.step(values)
+        self._save_once()
+
+    @property
+    def _reference_file(self) -> Path:
+        """The weights of a reference that is not the start model."""
+        return self.run.path / "reference" / "reference.safetensors"
+
+    def _train_reward_model(self, judge: Judge, number: int) -> dict[str, float | None]:
+        """Sample, label by rule, and train on that and on a share of what earlier iterations labelled."""
+        parts, recipe, state = self.parts, self.recipe, self.state
+        assert parts.pool is not None
+        prompts = parts.prompts.draw(state.cursor, judge.settings.prompts)
+        key = (recipe.run.seed, 0, state.cursor)
+        streams = [[(*key, 2, i, j) for j in range(recipe.sampling.group_size)] for i in range(len(prompts))]
+        sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
+        groups = score_groups(prompts, sampled, parts.pool, {}, Metrics(), self.reporter, self.stop)
+        labeller = Labeller(
+            parts.sampler,
+            parts.pool,
+            parts.policy.tokenizer,
+            parts.sampling,
+            judge.settings,
+            recipe.method.right,
+            self.reporter,
+            self.stop,
+        )
+        labels = labeller.label(groups, (*key, 3))
+        earlier = [
+            file for file in sorted(self.run.path.glob("labels/step-*.parquet")) if self._step_of(file) < state.step
+        ]
+        history = [each.sample(judge.settings) for each in read_labels(earlier)]
+        self.run.table("labels", state.step, label_rows(labels), LABELS)
+        state.cursor += len(prompts)
+
+        def require(value: float, what: str, batches: Sequence[Batch]) -> None:
+            self._require_finite(value, f"reward model's {what}", batches, 0)
+
+        new = [each.sample(judge.settings) for each in labels]
+        return judge.learn(new, history, number, require, self.reporter, self.stop)
+
+    @staticmethod
+    def _step_of(file: Path) -> int:
+        return int(file.stem.removeprefix("step-"))
 
     def _step(self) -> None:
         parts, recipe, state = self.parts, self.recipe, self.state
@@ -144,6 +264,8 @@ class _Run:
             with clock("score"):
                 score_values(parts.critic, groups, parts.budget, device)
         weights_of = dict(zip(parts.pool.names, parts.pool.weights, strict=True)) if parts.pool else {}
+        if self.judge is not None:
+            weights_of[NAME] = self.judge.settings.weight
         assign_advantages(groups, recipe.method, metrics, weights_of, recipe.critic)
         everything = recipe.method.kl_in_loss or parts.critic is not None
         batches = pack(groups, weights, parts.budget, with_kl=everything, device=device)
@@ -199,6 +321,10 @@ class _Run:
             told = {"global_step": self.state.step, "max_steps": recipe.run.steps}
             told["max_tokens"] = recipe.sampling.max_tokens
             groups = score_groups(prompts, sampled, parts.pool, told, metrics, self.reporter, self.stop)
+            if self.judge is not None:
+                self.judge.score(groups)
+            if self.auditor is not None:
+                self.auditor.judge(groups, step, metrics, lambda _: self.stop.check())
         if recipe.method.credit != "step" and any(reward.steps for group in groups for reward in group.rewards):
             raise RunError(
                 f'method.credit = "{recipe.method.credit}": a reward judges steps, which it would not learn from; '
@@ -251,26 +377,14 @@ class _Run:
         rate: float,
         number: int,
     ) -> tuple[float, float]:
-        """An optimizer step on a loss that is a sum over micro-batches; the loss, and the gradient's norm before it was
-        clipped."""
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        with computed_by.precision(), self.reporter.progress("Updating", len(batches), "batches") as advance:
-            for batch in batches:
-                loss = loss_of(batch)
-                self._require_finite(float(loss.detach()), "loss", [batch], number)
-                with torch.autocast(computed_by.device.type, enabled=False):
-                    loss.backward()
-                total += float(loss.detach())
-                release_memory()
-                advance(1)
-        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), self.recipe.optimizer.max_grad_norm))
-        self._require_finite(norm, "gradient norm", batches, number)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        """See `gruppo.updates.update`, under a progress bar."""
+
+        def require(value: float, what: str, own: Sequence[Batch]) -> None:
+            self._require_finite(value, what, own, number)
+
+        most = self.recipe.optimizer.max_grad_norm
+        with self.reporter.progress("Updating", len(batches), "batches") as advance:
+            return update(batches, loss_of, computed_by, module, optimizer, rate, most, require, advance)
 
     def _require_finite(self, value: float, what: str, batches: Sequence[Batch], update: int) -> None:
         """Stop before the optimizer where a number is not finite, keeping the batches for inspection."""
@@ -308,6 +422,10 @@ class _Run:
         values = {"step": step, **metrics.reduce()}
         self.run.metric(values)
         self.reporter.step(values)
+        alarm = self.auditor and self.auditor.alarm(values)
+        if alarm:
+            self.run.event("audit", alarm, step)
+            self.reporter.note(f"Step {step}: {alarm}")
         return values
 
     def _warn(self, step: int, groups: Sequence[Group], updated: bool) -> None:
@@ -365,10 +483,14 @@ class _Run:
         folder, problems = newest_checkpoint(self.run)
         if folder is not None:
             self.state = load_state(folder)
-            self.saved = (self.state.step, self.state.evaluated)
+            self.saved = (self.state.step, self.state.evaluated, self.state.iteration)
+            self._restore_reference(folder / self._reference_file.name)
             load_tensors(folder, self.parts.policy.model, self.parts.optimizer, self._others())
         begun = bool(self.run.lengths()["metrics.jsonl"])
         self.run.cut_back(self.state.lengths, self.state.step)
+        if self.auditor is not None:
+            for values in self.run.metrics():
+                self.auditor.alarm(values)  # to know of the last steps; what it says was said then
         self.parts.engine.load_weights(self.parts.policy, self.state.step)
         for problem in problems:
             self.run.event("checkpoint_unusable", problem, self.state.step)
@@ -381,6 +503,15 @@ class _Run:
                 self.run.event("filtered", message, 0, task=task, prompts=count)
         if folder is not None or begun:
             self.run.event("resume", f"continued after step {self.state.step}", self.state.step)
+
+    def _restore_reference(self, file: Path) -> None:
+        """The reference of a later iteration, by way of the policy, whose own weights are put back after it."""
+        if not file.is_file():
+            return
+        self._reference_file.parent.mkdir(exist_ok=True)
+        link_file(file, self._reference_file)
+        put_weights(load_file(file), named_weights(self.parts.policy.model))
+        self.parts.reference = self.parts.policy.frozen_copy()
 
     def _summary(self, outcome: str) -> dict[str, Any]:
         state = self.state

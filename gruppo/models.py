@@ -494,10 +494,10 @@ def save_model(policy: LanguageModel, folder: Path) -> None:
     save_base(policy, folder)
 
 
-def save_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write model.safetensors."""
+def save_weights(weights: Mapping[str, Tensor], folder: Path, file: str = "model.safetensors") -> None:
+    """Write a file of weights."""
     held = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(held, folder / file, metadata={"format": "pt"})
 
 
 def save_base(policy: LanguageModel, folder: Path) -> None:

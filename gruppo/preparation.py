@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.adapters import add_adapters, check_adapters
-from gruppo.config import Optimizer, Recipe
-from gruppo.critic import ScalarModel
+from gruppo.config import Audit, Optimizer, Recipe
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.errors import UsageError
 from gruppo.evaluation import check_grader, sampling_options
 from gruppo.forecast import Chosen, Workload, budget_bytes, choose_sizes, measure_footprint, process_bytes
+from gruppo.heads import ScalarModel
 from gruppo.machine import describe
 from gruppo.models import (
     LanguageModel,
@@ -37,9 +37,11 @@ from gruppo.models import (
 from gruppo.objective import find_surrogate
 from gruppo.preflight import Data
 from gruppo.reporting import Reporter
+from gruppo.reward_model import check_kind, load_reward_model
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.pool import RewardPool
 from gruppo.runlog import RunFolder, check_folder
+from gruppo.steps import find_split
 from gruppo.tables import as_json
 from gruppo.tasks import Part, tokenize_part
 from gruppo.tasks.answers import Grader
@@ -53,9 +55,10 @@ class Prepared:
     """A run that is ready to begin.
 
     `sampler`: what completions are drawn from, the policy's `engine` or one of the start model. `given`: by prompt id
-    the completions that rows bring; then there is no `pool`. `critic`: the value model, of PPO only. `budget`: tokens
-    of a micro-batch; `changes`: what is no longer as it was when the run began, in words; `filtered`: how many rows
-    of each task were left out as too long.
+    the completions that rows bring; then there is no `pool`. `critic`: the value model, of PPO only. `reward_model`
+    has a `reward_optimizer` where it is trained. `audit`: the second grader's pool. `budget`: tokens of a micro-batch;
+    `changes`: what is no longer as it was when the run began, in words; `filtered`: how many rows of each task were
+    left out as too long.
     """
 
     recipe: Recipe
@@ -72,6 +75,9 @@ class Prepared:
     optimizer: torch.optim.Optimizer
     critic: ScalarModel | None
     critic_optimizer: torch.optim.Optimizer | None
+    reward_model: ScalarModel | None
+    reward_optimizer: torch.optim.Optimizer | None
+    audit: RewardPool | None
     budget: int
     sampling: SamplingOptions
     answering: SamplingOptions
@@ -99,9 +105,19 @@ def prepare(
     pool = None
     if recipe.method.source != "rows":
         pool = stack.enter_context(make_pool(recipe, rewards, data, folder / "rewards.log"))
+    audit = None
+    if recipe.audit is not None:
+        audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, folder / "rewards.log"))
     source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
     check_adapters(source, recipe.model.lora)
-    critic_source = _find_critic(recipe, source, reporter) if recipe.method.needs_critic else None
+    critic_source = None
+    if recipe.method.needs_critic:
+        critic_source = _find_like(recipe.critic.name, "critic.name", source, reporter)
+    judge, judge_source = recipe.reward_model, None
+    if judge is not None:
+        find_split(judge.split)
+        judge_source = _find_like(judge.name, "reward_model.name", source, reporter)
+        check_kind(judge_source.config, judge.kind)
     inputs = tokenize_data(recipe, data, source, reporter)
     digests = pool.digests if pool else []
     policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, reporter)
@@ -115,6 +131,11 @@ def prepare(
     if critic_source is not None:
         layers = load_model(critic_source, policy.device.type, chosen["dtype"], reporter)
         critic = ScalarModel.on(replace(layers, recompute=policy.recompute))
+    reward_model = None
+    if judge is not None and judge_source is not None:
+        made = load_reward_model(judge_source, judge.kind, policy.device.type, chosen["dtype"], reporter)
+        reward_model = replace(made, policy=replace(made.policy, recompute=policy.recompute))
+    trained = reward_model is not None and judge is not None and judge.prompts > 0
     return Prepared(
         recipe=recipe,
         run=run,
@@ -130,6 +151,9 @@ def prepare(
         optimizer=make_optimizer(recipe.optimizer, policy.model),
         critic=critic,
         critic_optimizer=make_optimizer(recipe.optimizer, critic.module) if critic else None,
+        reward_model=reward_model,
+        reward_optimizer=make_optimizer(recipe.optimizer, reward_model.module) if reward_model and trained else None,
+        audit=audit,
         budget=chosen["micro_batch_tokens"],
         sampling=inputs.sampling,
         answering=inputs.answering,
@@ -144,6 +168,15 @@ def make_pool(recipe: Recipe, rewards: Sequence[str | RewardFunction], data: Dat
     return RewardPool(
         rewards, settings.weights, data.columns, settings.timeout, settings.workers, log, settings.options
     )
+
+
+def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path) -> RewardPool:
+    options = {settings.function: settings.options} if settings.options else {}
+    try:
+        return RewardPool([settings.function], [], data.columns, recipe.reward.timeout, 1, log, options)
+    except UsageError as error:
+        text = str(error).replace("reward.functions", "audit.function").replace("reward.options", "audit.options")
+        raise UsageError(text) from None
 
 
 @dataclass(frozen=True)
@@ -217,6 +250,7 @@ def workload(recipe: Recipe, inputs: Inputs) -> Workload:
         group_size=max(map(len, inputs.given.values())) if inputs.given else recipe.sampling.group_size,
         reference=recipe.method.needs_reference,
         critic=recipe.method.needs_critic,
+        reward_model=recipe.reward_model is not None,
         questions=len(inputs.questions),
         answers=len(inputs.questions) * samples,
         question_tokens=max((len(prompt.token_ids) for prompt in inputs.questions), default=0),
@@ -341,17 +375,18 @@ def _load_policy(
     return policy, chosen, []
 
 
-def _find_critic(recipe: Recipe, source: ModelSource, reporter: Reporter) -> ModelSource:
-    """Where the value model's weights come from. Raises UsageError where it does not read the policy's tokens."""
-    if recipe.critic.name is None:
+def _find_like(name: str | None, field: str, source: ModelSource, reporter: Reporter) -> ModelSource:
+    """Where the weights of a value or reward model come from; by default the policy's start weights. Raises UsageError
+    where that model does not read the policy's tokens."""
+    if name is None:
         return source
     try:
-        own = find_model(recipe.critic.name, reporter)
+        own = find_model(name, reporter)
     except UsageError as error:
-        raise UsageError(str(error).replace("model.name", "critic.name", 1)) from None
-    if own.vocabulary != source.vocabulary:
+        raise UsageError(str(error).replace("model.name", field, 1)) from None
+    if own.vocabulary != source.vocabulary or own.tokenizer.get_vocab() != source.tokenizer.get_vocab():
         raise UsageError(
-            f'critic.name = "{recipe.critic.name}": knows {own.vocabulary} tokens and the policy {source.vocabulary}; '
+            f'{field} = "{name}": knows {own.vocabulary} tokens and the policy {source.vocabulary}; '
             "take a model with the policy's tokenizer"
         )
     return own

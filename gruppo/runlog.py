@@ -1,7 +1,8 @@
 """The run folder: what a run was asked, what it did, and what came out. Everything that shows a run reads it alone.
 
     recipe.toml  environment.json  metrics.jsonl  events.jsonl  rewards.log  summary.json
-    rollouts/step-000012.parquet  evaluations/step-000012.parquet  checkpoints/step-000010/
+    rollouts/step-000012.parquet  evaluations/step-000012.parquet  labels/step-000012.parquet
+    checkpoints/step-000010/  reference/ (of a later iteration)  reward_model/ (trained in the run)
     base/ (config, generation config and tokenizer of the start model)  model/ (the result)
 
 Whole files are written under a temporary name, synced and renamed; metrics and events are appended to, a synced line
@@ -111,7 +112,7 @@ class RunFolder:
                 with path.open("r+b") as stream:
                     stream.truncate(min(lengths.get(name, 0), path.stat().st_size))
                     os.fsync(stream.fileno())
-        for folder in ("rollouts", "evaluations"):
+        for folder in ("rollouts", "evaluations", "labels"):
             for path in (self.path / folder).glob("step-*"):
                 if path.suffix == ".writing" or int(path.stem.removeprefix("step-")) > step:
                     path.unlink()

@@ -13,6 +13,8 @@ from typing import Any
 import tomli_w
 
 from gruppo.config import (
+    Audit,
+    Critic,
     Decoding,
     Evaluation,
     Lora,
@@ -21,6 +23,7 @@ from gruppo.config import (
     Optimizer,
     Recipe,
     Reward,
+    RewardModel,
     Run,
     Sampling,
     Section,
@@ -39,7 +42,10 @@ TABLES: dict[str, type[Section]] = {
     "[model.lora]": Lora,
     "[task], [[mixture]], [evaluation.task]": Task,
     "[reward]": Reward,
+    "[reward_model]": RewardModel,
+    "[audit]": Audit,
     "[method]": Method,
+    "[critic]": Critic,
     "[sampling]": Sampling,
     "[optimizer]": Optimizer,
     "[evaluation]": Evaluation,
@@ -164,7 +170,7 @@ def annotated(recipe: Recipe) -> str:
         elif name == "mixture":
             blocks += [line for task in value for line in _table(name, task, repeated=True)]
         elif value is None:
-            blocks += [f"{_comment(Evaluation.__doc__)}# [evaluation]\n"]
+            blocks += [f"{_comment(TABLES[f'[{name}]'].__doc__)}# [{name}]\n"]
     return "\n".join(blocks)
 
 

@@ -35,3 +35,23 @@ def bootstrap_interval(values: np.ndarray, share: float = 0.95, draws: int = 2_0
     counts = random.multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
     low, high = np.quantile(counts @ values / len(values), [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float | None:
+    """Area under the ROC curve: how often a positive's score is above a negative's, equal ones counted half; None where
+    there are only positives or only negatives."""
+    up, down = np.asarray(scores)[positive], np.sort(np.asarray(scores)[~positive])
+    if not len(up) or not len(down):
+        return None
+    below = np.searchsorted(down, up, side="left") + np.searchsorted(down, up, side="right")
+    return float(below.sum() / (2 * len(up) * len(down)))
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error (arXiv 1706.04599) over bins of equal width: Σ_b n_b/n |mean p - mean y|, from 0 to 1.
+    Raises ValueError for no values."""
+    if not len(probabilities):
+        raise ValueError("probabilities are empty; a calibration error needs at least one")
+    places = np.minimum((probabilities * bins).astype(int), bins - 1)
+    apart = np.bincount(places, probabilities - labels, minlength=bins)
+    return float(np.abs(apart).sum() / len(probabilities))

@@ -60,6 +60,25 @@ EVALUATIONS = pa.schema(
 )
 
 
+LABELS = pa.schema(
+    {
+        "prompt_id": _TEXT,
+        "prompt": _TEXT,
+        "columns": _TEXT,
+        "prompt_token_ids": pa.list_(_WHOLE),
+        "text": _TEXT,
+        "token_ids": pa.list_(_WHOLE),
+        "finish_reason": _TEXT,
+        "right": _YES,
+        "step_texts": pa.list_(_TEXT),
+        "step_ends": pa.list_(_WHOLE),
+        "step_text_ends": pa.list_(_WHOLE),
+        "soft": pa.list_(_REAL),
+        "hard": pa.list_(_YES),
+    }
+)
+
+
 def as_json(value: Any) -> str:
     """A value of a user's row as JSON; sets as sorted lists, what JSON cannot say as its text."""
     try:

@@ -33,3 +33,16 @@ def surrogate_of_one_number(logprobs, ratio, advantages, clip_low, clip_high):
 
 def begins_early(text, columns):
     return bool(text) and text[0] in "abcdefghijklm"
+
+
+def every_two(text):
+    """Steps of two characters."""
+    return [*range(2, len(text), 2), len(text)] if text else []
+
+
+def words_backwards(text):
+    return sorted(range(1, len(text) + 1), reverse=True)
+
+
+def no_ends(text):
+    return None

@@ -139,6 +139,19 @@ def value_loss(
     return 0.5 * (weights * squares).sum()
 
 
+def label_loss(
+    scores: Float[Tensor, " K"], labels: Float[Tensor, " K"], weights: Float[Tensor, " K"]
+) -> Float[Tensor, ""]:
+    """-Σ_k w_k [y_k log σ(s_k) + (1 - y_k) log(1 - σ(s_k))]: a reward model's, outcome (one s a completion) or process
+    (one at the end of each step; Math-Shepherd, arXiv 2312.08935, Eq. 2).
+
+    Labels y from 0 to 1, hard or soft. The derivative by s is w (σ(s) - y). Raises ValueError for other labels.
+    """
+    if len(labels) and not (float(labels.min()) >= 0 and float(labels.max()) <= 1):
+        raise ValueError(f"labels = {labels.tolist()[:20]}: must lie between 0 and 1")
+    return (weights * (torch.nn.functional.softplus(scores) - labels * scores)).sum()
+
+
 class PairLoss(NamedTuple):
     """A number a pair: the loss, and its derivative by Δ⁻, which is the gradient coefficient of DPO."""
 

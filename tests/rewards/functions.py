@@ -130,3 +130,12 @@ class Callable:
 
 instance = Callable()
 not_callable = 3
+
+
+def ends_in_a_vowel(completions, **kwargs):
+    """A rule for labels."""
+    return [float(text[-1:] in {"a", "e", "i", "o", "u"}) for text in completions]
+
+
+def always_half(completions, **kwargs):
+    return [0.5 for _ in completions]

@@ -1,0 +1,140 @@
+"""A reward model at work in a run: it scores the completions of steps, and learns between iterations, with replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from gruppo.config import RewardModel
+from gruppo.heads import ScalarModel
+from gruppo.interruption import Stop
+from gruppo.reporting import Reporter
+from gruppo.reward_model import (
+    Sample,
+    divided,
+    label_batches,
+    last_token,
+    minibatches,
+    probabilities,
+    quality,
+    replayed,
+    with_scores,
+)
+from gruppo.steps import checked_ends, find_split, step_tokens
+from gruppo.types import Completion, Group, Metrics, Steps
+from gruppo.updates import Require, update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Judge:
+    """`optimizer`: of the model's weights, where it is trained. `budget`: tokens of a micro-batch."""
+
+    model: ScalarModel
+    optimizer: torch.optim.Optimizer | None
+    settings: RewardModel
+    tokenizer: PreTrainedTokenizerBase
+    budget: int
+    max_grad_norm: float
+
+    def score(self, groups: Sequence[Group]) -> None:
+        """Put the model's judgement into the rewards of the groups."""
+        places = [(group, number) for group in groups for number in range(len(group.completions))]
+        asked = []
+        for group, number in places:
+            completion = group.completions[number]
+            ends = self._ends(completion)
+            asked.append(Sample(group.prompt, completion, False, Steps((0.0,) * len(ends), ends)))
+        made = probabilities(self.model, asked, self.budget, self.model.policy.device)
+        scored = [
+            with_scores(group.rewards[number], self.settings.kind, sample.labels.ends, own, self.settings.weight)
+            for (group, number), sample, own in zip(places, asked, made, strict=True)
+        ]
+        following = iter(scored)
+        for group in groups:
+            group.rewards = [next(following) for _ in group.completions]
+
+    def _ends(self, completion: Completion) -> tuple[int, ...]:
+        if self.settings.kind == "outcome":
+            return last_token(completion)
+        ends = checked_ends(find_split(self.settings.split), completion.text)
+        return tuple(end for end, _ in step_tokens(completion, ends, self.tokenizer))
+
+    def learn(
+        self,
+        new: Sequence[Sample],
+        history: Sequence[Sample],
+        turn: int,
+        require_finite: Require,
+        reporter: Reporter,
+        stop: Stop,
+    ) -> dict[str, float | None]:
+        """Train on new samples and on what is replayed of earlier ones; `turn`: the iteration, from 1. Figures of the
+        training, and of the held-out part of the new samples, before and after."""
+        assert self.optimizer is not None
+        training, held = divided(new, self.settings.held_out, self.settings.seed)
+        earlier, _ = divided(history, self.settings.held_out, self.settings.seed)
+        again = replayed(earlier, len(training), self.settings, turn)
+        before = self._quality(held)
+        metrics = fit(self, [*training, *again], turn, require_finite, reporter, stop)
+        after = self._quality(held)
+        return {
+            "reward_model/new": float(len(training)),
+            "reward_model/replayed": float(len(again)),
+            "reward_model/held_out": float(len(held)),
+            "reward_model/right": sum(each.right for each in new) / len(new) if new else None,
+            **metrics.reduce(),
+            **{f"reward_model/before/{name}": value for name, value in before.items()},
+            **{f"reward_model/after/{name}": value for name, value in after.items()},
+        }
+
+    def _quality(self, samples: Sequence[Sample]) -> dict[str, float | None]:
+        return quality(samples, probabilities(self.model, samples, self.budget, self.model.policy.device))
+
+
+def fit(
+    judge: Judge,
+    samples: Sequence[Sample],
+    turn: int,
+    require_finite: Require,
+    reporter: Reporter,
+    stop: Stop,
+    done: int = 0,
+    after: Callable[[int, Metrics], None] = lambda number, metrics: None,
+) -> Metrics:
+    """Train the judge's model on the samples, in mini-batches; the metrics of all updates. `done`: how many updates
+    were made before; `after` is called with the number of each that is made and its metrics."""
+    assert judge.optimizer is not None
+    model, settings, whole = judge.model, judge.settings, Metrics()
+    rows = list(minibatches(samples, settings, turn))
+    with reporter.progress("Training the reward model", len(rows), "updates") as show:
+        show(done)
+        for number, row in enumerate(rows[done:], start=done + 1):
+            stop.check()
+            batches, loss_of = label_batches(model, row, judge.budget)
+            if not batches:
+                continue
+            rate, most = settings.learning_rate, judge.max_grad_norm
+            total, norm = update(
+                batches,
+                loss_of,
+                model.policy,
+                model.module,
+                judge.optimizer,
+                rate,
+                most,
+                require_finite,
+                lambda _: None,
+            )
+            own = Metrics()
+            for each in (own, whole):
+                each.mean("reward_model/loss", total)
+                each.mean("reward_model/gradient_norm", norm)
+            after(number, own)
+            show(1)
+    return whole

@@ -1,0 +1,269 @@
+"""`gruppo label` and `gruppo reward-model`: labels for many completions, and a reward model trained on them, outside of
+a run. Both are folders that a kill leaves whole and that are continued by the same command with --resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gruppo.config import Recipe, RewardModel, load_recipe
+from gruppo.errors import RunError, UsageError
+from gruppo.interruption import stop_on_signals
+from gruppo.preflight import Data, read_data
+from gruppo.reporting import Reporter, Silent
+from gruppo.runlog import RunFolder, check_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from gruppo.interruption import Stop
+    from gruppo.labels import Labelled
+    from gruppo.types import Metrics
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What `label` made: its folder, and over all rows the counts and shares of what is right."""
+
+    path: Path
+    completions: int
+    right: float
+    steps: int
+    soft: float | None
+
+
+def label(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Labels:
+    """Sample completions of the recipe's questions and label them by rule into `out`/labels, a Parquet file for each
+    sampling.prompts_per_step questions.
+
+    [reward_model] says how: `prompts` questions, sampling.group_size completions each; kind "process" (the default
+    where the recipe has no such table) labels each step by `continuations` completions from its end. With `resume`
+    files that are there are kept. Raises UsageError.
+    """
+    settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
+    wanted = settings.reward_model or RewardModel(kind="process")
+    if settings.method.source == "rows" or not settings.reward.functions:
+        raise UsageError(
+            'reward.functions: the first of them is the rule that labels; write e.g. functions = ["number"]'
+        )
+    if not wanted.prompts:
+        raise UsageError("reward_model.prompts = 0: nothing would be labelled; write how many questions")
+    check_folder(folder, settings, resume)
+    data = read_data(settings, settings.reward.functions, None, shown)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        run = RunFolder(folder)
+        stack.callback(run.close)
+        return _label(settings, wanted, data, run, stack, shown, stop)
+
+
+def _label(
+    recipe: Recipe, settings: RewardModel, data: Data, run: RunFolder, stack: ExitStack, reporter: Reporter, stop: Stop
+) -> Labels:
+    from gruppo.engines.native import NativeEngine, choose_slots
+    from gruppo.labels import Labeller, label_rows, read_labels
+    from gruppo.models import choose_device, choose_dtype, find_model, load_model, weights_sha256
+    from gruppo.preparation import make_pool, tokenize_data
+    from gruppo.rollout import sample_groups, score_groups
+    from gruppo.steps import find_split
+    from gruppo.tables import LABELS
+    from gruppo.types import Metrics
+
+    find_split(settings.split)
+    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log"))
+    source = find_model(recipe.model.name, reporter)
+    inputs = tokenize_data(recipe, data, source, reporter)
+    policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
+    identity = {"weights_sha256": weights_sha256(policy.model), "rewards_sha256": pool.digests}
+    if (before := run.read_json("environment.json")) not in (None, identity):
+        odd = next(name for name in identity if (before or {}).get(name) != identity[name])
+        raise UsageError(f"--resume {run.path}: {odd} is not that of the labels there; choose another --out")
+    run.start(recipe)
+    run.write_json("environment.json", identity)
+    size, group, most = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
+    longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + most
+    engine = NativeEngine(policy, choose_slots(policy, longest, most, size * group * settings.continuations))
+    right = recipe.method.right
+    labeller = Labeller(engine, pool, policy.tokenizer, inputs.sampling, settings, right, reporter, stop)
+    with reporter.progress("Labelling", settings.prompts, "questions") as advance:
+        for number, start in enumerate(range(0, settings.prompts, size), start=1):
+            prompts = inputs.prompts.draw(start, min(size, settings.prompts - start))
+            advance(len(prompts))
+            if (run.path / "labels" / f"step-{number:06d}.parquet").is_file():
+                continue
+            key = (recipe.run.seed, 0, start)
+            streams = [[(*key, 2, place, draw) for draw in range(group)] for place in range(len(prompts))]
+            sampled = sample_groups(engine, prompts, streams, inputs.sampling, reporter, stop)
+            groups = score_groups(prompts, sampled, pool, {}, Metrics(), reporter, stop)
+            run.table("labels", number, label_rows(labeller.label(groups, (*key, 3))), LABELS)
+    return _counted(run.path, read_labels(sorted((run.path / "labels").glob("step-*.parquet"))))
+
+
+def _counted(folder: Path, made: Sequence[Labelled]) -> Labels:
+    shares = [share for each in made for share in each.shares]
+    right = sum(each.right for each in made) / len(made) if made else 0.0
+    return Labels(folder, len(made), right, len(shares), sum(shares) / len(shares) if shares else None)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train_reward_model` made: its folder, in which model/ is loaded by transformers, and the figures of its
+    held-out samples before and after (see `gruppo.reward_model.quality`)."""
+
+    path: Path
+    updates: int
+    before: Mapping[str, float | None]
+    after: Mapping[str, float | None]
+
+
+def train_reward_model(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    labels: str | Path,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Trained:
+    """Train the recipe's [reward_model] on the labels of a folder of `label`'s (or of a run), into `out`.
+
+    Weights come from reward_model.name, or model.name; a model with another tokenizer than the labels' reads the texts
+    anew. `out`/model is the model, `out`/metrics.jsonl has a line an update, `out`/summary.json the figures. A
+    checkpoint is made every run.checkpoint_every updates. Raises UsageError.
+    """
+    settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
+    wanted = settings.reward_model
+    if wanted is None:
+        raise UsageError('[reward_model]: missing; write it with kind = "outcome" or "process"')
+    files = sorted((Path(labels) / "labels").glob("step-*.parquet"))
+    if not files:
+        raise UsageError(f"{labels}: has no labels/step-….parquet; give the folder that `gruppo label` wrote")
+    check_folder(folder, settings, resume)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        run = RunFolder(folder)
+        stack.callback(run.close)
+        return _train(settings, wanted, files, run, shown, stop)
+
+
+def _train(
+    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter, stop: Stop
+) -> Trained:
+    from gruppo.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
+    from gruppo.judge import Judge, fit
+    from gruppo.labels import read_labels
+    from gruppo.models import choose_device, choose_dtype, find_model
+    from gruppo.packing import MAX_TOKENS
+    from gruppo.preparation import make_optimizer
+    from gruppo.reward_model import (
+        check_kind,
+        divided,
+        load_reward_model,
+        probabilities,
+        quality,
+        save_reward_model,
+    )
+
+    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    source = find_model(settings.name or recipe.model.name, reporter)
+    check_kind(source.config, settings.kind)
+    samples = [each.sample(settings) for each in _read_by(source.tokenizer, read_labels(files))]
+    training, held = divided(samples, settings.held_out, settings.seed)
+    if not any(sample.labels.ends for sample in training):
+        what = "step" if settings.kind == "process" else "completion"
+        raise UsageError(
+            f'reward_model.kind = "{settings.kind}": no {what} to train on is labelled in {files[0].parent}'
+        )
+    made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, reporter)
+    optimizer = make_optimizer(recipe.optimizer, made.module)
+    judge = Judge(made, optimizer, settings, source.tokenizer, MAX_TOKENS, recipe.optimizer.max_grad_norm)
+
+    def figures() -> dict[str, float | None]:
+        return quality(held, probabilities(made, held, judge.budget, made.policy.device))
+
+    run.start(recipe)
+    checkpoint, _ = newest_checkpoint(run)
+    state = load_state(checkpoint) if checkpoint else State()
+    if checkpoint is None:
+        run.cut_back({}, 0)
+        before = figures()
+        run.write_json("before.json", before)
+    else:
+        load_tensors(checkpoint, made.module, optimizer)
+        run.cut_back(state.lengths, state.step)
+        before = run.read_json("before.json") or {}
+
+    def require(value: float, what: str, batches: Sequence[Any]) -> None:
+        if not math.isfinite(value):
+            raise RunError(
+                f"the {what} of update {state.step + 1} is {value}; this update was not made: begin again with a lower "
+                "reward_model.learning_rate"
+            )
+
+    def after(number: int, metrics: Metrics) -> None:
+        state.step = number
+        run.metric({"step": number, **metrics.reduce()})
+        if number % recipe.run.checkpoint_every == 0:
+            save_checkpoint(run, made.module, optimizer, state)
+
+    fit(judge, training, 1, require, reporter, stop, state.step, after)
+    save_checkpoint(run, made.module, optimizer, state)
+    result = Trained(run.path, state.step, before, figures())
+    with run.building("model") as folder:
+        save_reward_model(made, settings.kind, folder)
+    run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
+    return result
+
+
+def _read_by(tokenizer: PreTrainedTokenizerBase, labels: Sequence[Labelled]) -> list[Labelled]:
+    """The same in this tokenizer's tokens: as they are, where it reads from them what is written."""
+
+    def read(each: Labelled) -> str:
+        return str(tokenizer.decode(list(each.completion.token_ids), skip_special_tokens=True))
+
+    size = len(tokenizer)
+    known = all(max(*each.prompt.token_ids, *each.completion.token_ids) < size for each in labels)
+    if known and all(read(each) == each.completion.text for each in labels):
+        return list(labels)
+    return [_encoded(tokenizer, each) for each in labels]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: Labelled) -> Labelled:
+    """A completion in other tokens; one that ended by itself ends with the end token."""
+    content = labelled.prompt.content
+    if isinstance(content, str) or not tokenizer.chat_template:
+        text = content if isinstance(content, str) else "\n".join(str(each["content"]) for each in content) + "\n"
+        asked = list(tokenizer(text)["input_ids"])
+    else:
+        asked = list(tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
+    made = tokenizer(labelled.completion.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(made["input_ids"]), [int(end) for _, end in made["offset_mapping"]]
+    ends = [next((place for place, end in enumerate(offsets) if end >= at), len(ids) - 1) for at in labelled.text_ends]
+    if labelled.completion.finish_reason == "stop" and tokenizer.eos_token_id is not None:
+        ids.append(int(tokenizer.eos_token_id))
+    kept = sorted({end: place for place, end in enumerate(ends)}.values())  # the last of steps that end in one token
+    return replace(
+        labelled,
+        prompt=replace(labelled.prompt, token_ids=tuple(asked)),
+        completion=replace(
+            labelled.completion,
+            token_ids=tuple(ids),
+            sampling_logprobs=(0.0,) * len(ids),
+            mask=(True,) * len(ids),
+        ),
+        ends=tuple(ends[place] for place in kept),
+        text_ends=tuple(labelled.text_ends[place] for place in kept),
+        shares=tuple(labelled.shares[place] for place in kept),
+    )

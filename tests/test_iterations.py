@@ -1,0 +1,202 @@
+"""Iterations of Algorithm 1: the reference becomes the policy, and the reward model learns, with replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from gruppo.config import RecipeError, load_recipe
+from gruppo.entry import train
+from gruppo.errors import UsageError
+from gruppo.interruption import Interrupted
+from gruppo.results import Result
+from tests.runs import ROWS, fingerprint, recipe
+from tests.test_resume import Killed, _at_call
+
+VOWELS = "tests/rewards/functions.py:ends_in_a_vowel"
+EVERY_TWO = "tests/functions_of_users.py:every_two"
+
+
+def rounds(model: str, kind: str, **changes: Any) -> dict[str, Any]:
+    """Three iterations of two steps by a reward model alone: the rule only makes its labels."""
+    settings = recipe(
+        model, run__iterations=3, reward__functions=[VOWELS], reward__weights=[0.0], reward_model__kind=kind,
+        reward_model__prompts=10, reward_model__epochs=2, reward_model__batch_size=8,
+        reward_model__learning_rate=1e-3, reward_model__history=0.2,
+    )  # fmt: skip
+    if kind == "process":
+        settings["method"]["name"] = "grpo-process"
+        settings["reward_model"] |= {"split": EVERY_TWO, "continuations": 2}
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        settings[section][field] = value
+    return settings
+
+
+def labels_of(out: Path) -> dict[str, Any]:
+    return {path.name: pq.read_table(path).to_pylist() for path in sorted((out / "labels").iterdir())}
+
+
+@pytest.fixture(scope="module", params=["outcome", "process"])
+def finished(request: pytest.FixtureRequest, tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    return request.param, out, train(rounds(tiny_folder, request.param), prompts=ROWS, out=out)
+
+
+def test_the_reference_becomes_the_policy_at_the_start_of_each_iteration(finished: tuple[str, Path, Result]) -> None:
+    steps = [line for line in finished[2].metrics if "policy/kl" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        assert first["policy/kl"] == pytest.approx(0, abs=1e-9)
+        assert second["policy/kl"] > 1e-7
+
+
+def test_one_iteration_keeps_the_start_model_as_reference(tiny_folder: str, tmp_path: Path) -> None:
+    result = train(recipe(tiny_folder), prompts=ROWS, out=tmp_path / "run")
+    assert all(line["policy/kl"] > 1e-7 for line in result.metrics[1:])
+    assert not any("iteration" in line for line in result.metrics)
+
+
+def test_the_reward_model_is_trained_on_new_samples_and_a_share_of_old_ones(finished: tuple[str, Path, Result]) -> None:
+    _, out, result = finished
+    begun = [line for line in result.metrics if "iteration" in line]
+    assert [(line["iteration"], line["step"]) for line in begun] == [(1, 0), (2, 2), (3, 4)]
+    assert not any("policy/kl" in line for line in begun)
+    tables = labels_of(out)
+    assert list(tables) == ["step-000000.parquet", "step-000002.parquet", "step-000004.parquet"]
+    assert all(len(rows) == 40 for rows in tables.values())
+    for line in begun:
+        assert line["reward_model/new"] + line["reward_model/held_out"] == 40
+        assert line["reward_model/before/labels"] == line["reward_model/after/labels"] > 0
+        assert 0 <= line["reward_model/after/accuracy"] <= 1
+        assert "reward_model/after/calibration_error" in line
+        assert "reward_model/after/majority_vote" in line
+    assert begun[0]["reward_model/replayed"] == 0
+    for line in begun[1:]:
+        share = line["reward_model/replayed"] / (line["reward_model/replayed"] + line["reward_model/new"])
+        assert share == pytest.approx(0.2, abs=0.02)
+    drawn = [row["prompt_id"] for row in tables["step-000000.parquet"]]
+    assert len(set(drawn)) == 10
+
+
+def test_its_judgement_is_the_reward(finished: tuple[str, Path, Result]) -> None:
+    kind, out, _ = finished
+    rows = pq.read_table(out / "rollouts/step-000002.parquet").to_pylist()
+    judged = [row for row in rows if '"reward_model"' in (row["steps"] if kind == "process" else row["reward_parts"])]
+    assert len(judged) >= len(rows) - 2, "but for completions without a step"
+    if kind == "outcome":
+        assert all(0 < row["reward"] < 1 for row in rows)
+    else:
+        assert all(row["reward"] == 0 for row in rows)
+    assert any(any(row["advantages"]) for row in rows)
+
+
+def test_the_result_is_loaded_by_transformers(finished: tuple[str, Path, Result]) -> None:
+    kind, out, _ = finished
+    auto = AutoModelForSequenceClassification if kind == "outcome" else AutoModelForTokenClassification
+    _, report = auto.from_pretrained(out / "reward_model", output_loading_info=True)
+    assert not report["missing_keys"]
+    saved = load_file(out / "reward_model" / "model.safetensors")
+    (checkpoint,) = (each for each in (out / "checkpoints").iterdir() if each.name == "step-000006")
+    held = load_file(checkpoint / "reward_model.weights.safetensors")
+    assert (saved["score.weight"] == held["score.weight"]).all()
+    assert (held["score.weight"] != 0).any()
+
+
+MOMENTS = {
+    "while the first is trained": ("gruppo.judge.update", 3),
+    "while labels are sampled": ("gruppo.loop.Labeller.label", 2),
+    "while it is trained again": ("gruppo.judge.update", 12),
+    "before labels are named": ("gruppo.runlog.publish", 12),
+    "between the reference and its checkpoint": ("gruppo.judge.Judge.learn", 2),
+    "before the checkpoint of the iteration": ("gruppo.loop.save_checkpoint", 4),
+    "within an iteration": ("gruppo.loop.batch_loss", 4),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_equals_uninterrupted(
+    moment: str, finished: tuple[str, Path, Result], tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, whole, _ = finished
+
+    def dies() -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        _at_call(patch, *MOMENTS[moment], dies)
+        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
+        with pytest.raises(Killed):
+            train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run")
+    train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == fingerprint(whole)
+    assert labels_of(tmp_path / "run") == labels_of(whole)
+    saved = "reward_model/model.safetensors"
+    assert (tmp_path / "run" / saved).read_bytes() == (whole / saved).read_bytes()
+
+
+def test_an_interruption_while_it_learns_leaves_the_checkpoint_before(
+    finished: tuple[str, Path, Result], tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, whole, _ = finished
+
+    def stops() -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        _at_call(patch, "gruppo.judge.update", 12, stops)
+        stopped = train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run")
+    assert (stopped.summary["state"], stopped.summary["steps"]) == ("interrupted", 2)
+    train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == fingerprint(whole)
+
+
+def test_a_trained_model_judges_without_learning(
+    finished: tuple[str, Path, Result], tiny_folder: str, tmp_path: Path
+) -> None:
+    kind, out, _ = finished
+    settings = rounds(
+        tiny_folder, kind, reward_model__name=str(out / "reward_model"), reward_model__prompts=0, run__iterations=1
+    )
+    result = train(settings, prompts=ROWS, out=tmp_path / "run")
+    assert not any(name.startswith("reward_model/") for line in result.metrics for name in line)
+    part = "reward/reward_model/mean" if kind == "outcome" else "reward/reward_model/step_mean"
+    assert all(0 < line[part] < 1 for line in result.metrics)
+    assert not (tmp_path / "run" / "labels").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*/reward_model*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run__iterations": 4}, r"run\.iterations = 4: run\.steps = 6 cannot be cut"),
+        ({"method__name": "rft"}, r"run\.iterations = 3: method\.source"),
+        ({"model__lora": {"rank": 2}}, r"run\.iterations = 3: the reference of adapters"),
+        ({"method__name": "grpo-process"}, r'reward_model\.kind = "outcome": method\.credit = "step"'),
+        ({"reward_model__kind": "process"}, r'reward_model\.kind = "process": method\.credit = "completion"'),
+        ({"reward_model__history": 1.0}, r"reward_model\.history = 1\.0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict, message: str, tiny_folder: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(rounds(tiny_folder, "outcome", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward_model__split": "nowhere:split"}, r"reward_model\.split"),
+        ({"reward_model__name": "/nowhere"}, r"reward_model\.name = '/nowhere'"),
+    ],
+)
+def test_what_is_not_there_is_told_before_weights_are_loaded(
+    changes: dict, message: str, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gruppo.preparation.load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match=message):
+        train(rounds(tiny_folder, "outcome", **changes), prompts=ROWS, out=tmp_path / "run")
