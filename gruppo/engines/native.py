@@ -30,6 +30,7 @@ from gruppo.types import Completion, FinishReason
 PREFILL_TOKENS = 4096
 MAX_SLOTS = 256
 MEMORY_SHARE = 0.2
+FEW_QUERIES = 8  # of a head: torch's attention kernel on a CPU is made for more, and 1.6 times as slow as two products
 UNSEEN = -1e30  # finite, so that a row that sees nothing of its prompt has no NaN and no weight
 
 
@@ -368,11 +369,13 @@ class _Flight:
         )
         whole = len(places) == int(places[-1]) + 1
         self.places = slice(len(places)) if whole else torch.as_tensor(places, device=device)
-        self.biases: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
+        self.biases: dict[tuple[int | None, int], tuple[Tensor | None, Tensor]] = {}
+        self.together = bool(together)
+        self.dense = bool((rows.ravel() == np.arange(live)).all()) if rows.size == live else False
 
-    def _bias(self, window: int | None, shared: int) -> tuple[Tensor, Tensor]:
-        """What is added to the scores of own keys [live, 1, 1, longest] and of prompt keys [places, 1, seats · shared
-        or 1, longest]: 0 where a key is seen, a number below every score where not."""
+    def _bias(self, window: int | None, shared: int) -> tuple[Tensor | None, Tensor]:
+        """What is added to the scores of own keys [live, 1, 1, longest], None where all are seen, and of prompt keys
+        [places, 1, seats · shared or 1, longest]: 0 where a key is seen, a number below every score where not."""
         if window is not None and window >= self.longest_prefix + self.longest_own:
             window = None
         if (window, shared) not in self.biases:
@@ -387,7 +390,9 @@ class _Flight:
                 by_place = prefix[self.rows_of_place[:, :1]]
             else:
                 by_place = prefix[self.rows_of_place].repeat_interleave(shared, dim=1)
-            self.biases[window, shared] = self._penalty(own[:, None, None]), self._penalty(by_place[:, None])
+            whole = self.together and window is None
+            own_bias = None if whole else self._penalty(own[:, None, None])
+            self.biases[window, shared] = own_bias, self._penalty(by_place[:, None])
         return self.biases[window, shared]
 
     def _penalty(self, seen: Tensor) -> Tensor:
@@ -414,7 +419,9 @@ class _Flight:
                 layer,
             )
             places, seats = self.rows_of_place.shape
-            grouped = query.reshape(live, -1).index_select(0, self.rows_of_place.view(-1))
+            grouped = query.reshape(live, -1)
+            if not self.dense:
+                grouped = grouped.index_select(0, self.rows_of_place.view(-1))
             grouped = grouped.view(places, seats, kv_heads, shared, width).transpose(1, 2)
             out, lse = _attention(
                 grouped.reshape(places, kv_heads, seats * shared, width),
@@ -424,12 +431,11 @@ class _Flight:
                 layer,
             )
             out, lse = (
-                each.view(places, kv_heads, seats, -1)
-                .transpose(1, 2)
-                .reshape(places * seats, -1)
-                .index_select(0, self.seated)
+                each.view(places, kv_heads, seats, -1).transpose(1, 2).reshape(places * seats, -1)
                 for each in (out, lse)
             )
+            if not self.dense:
+                out, lse = out.index_select(0, self.seated), lse.index_select(0, self.seated)
             out, lse = out.view(own.shape), lse.view(own_lse.shape)
             joint = torch.lerp(out, own, torch.sigmoid(own_lse - lse).unsqueeze(-1))
             if layer.sinks is not None:
@@ -455,16 +461,20 @@ def _attention(
     query: Float[Tensor, "B heads Q D"],
     keys: Float[Tensor, "B heads K D"],
     values: Float[Tensor, "B heads K E"],
-    bias: Float[Tensor, "..."],
+    bias: Float[Tensor, "..."] | None,
     layer: Layer,
 ) -> tuple[Float[Tensor, "B heads Q E"], Float[Tensor, "B heads Q"]]:
-    """Attention and the log-sum-exp of its scores, by torch's kernel where that gives both."""
-    if layer.softcap is None and query.device.type == "cpu" and query.shape[-1] == values.shape[-1]:
-        mask = bias.expand(len(query), 1, query.shape[2], keys.shape[2])
+    """Attention and the log-sum-exp of its scores, by torch's kernel where that gives both and is the quicker way."""
+    plain = layer.softcap is None and query.shape[-1] == values.shape[-1]
+    if plain and query.device.type == "cpu" and query.shape[2] > FEW_QUERIES:
+        mask = None if bias is None else bias.expand(len(query), 1, query.shape[2], keys.shape[2])
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=mask, scale=layer.scale
         )
         return out, lse
-    scores = soft_capped(query @ keys.transpose(-1, -2) * layer.scale, layer.softcap) + bias
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    return (scores - lse).exp_() @ values, lse.squeeze(-1)
+    scores = soft_capped((query * layer.scale) @ keys.transpose(-1, -2), layer.softcap)
+    if bias is not None:
+        scores += bias
+    weights = torch.softmax(scores, dim=-1)
+    # The log-sum-exp at the likeliest key, whose weight is at least 1 / keys.
+    return weights @ values, scores.amax(dim=-1) - weights.amax(dim=-1).log_()
