@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,13 @@ import pyarrow.parquet as pq
 from gruppo.stats import wilson_interval
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("sft", "rft", "online-rft", "dpo", "ppo", "quickstart")
+METHODS = ("sft", "rft", "online-rft", "dpo", "ppo", "quickstart", "iterative-grpo", "iterative-process")
+HEAVY = ("checkpoints", "model", "reward_model", "reference")  # gigabytes of a run that is done, which nothing reads
+    "checkpoints",
+    "model",
+    "reward_model",
+    "reference",
+)  # of a run that is done: gigabytes that nothing here reads
 
 
 def run(method: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -27,10 +34,12 @@ def run(method: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     out = folder / f"{method}-{seed}"
     summary = out / "summary.json"
     if not summary.is_file() or json.loads(summary.read_text())["state"] != "done":
-        settings = [f"run.seed={seed}", f"run.steps={steps}", f"evaluation.every={steps}"]
+        settings = [f"run.seed={seed}", f"run.steps={steps}", f"evaluation.every={max(1, steps // 3)}"]
         options = [part for each in settings for part in ("--set", each)]
         command = [sys.executable, "-m", "gruppo.cli", "train", str(ROOT / f"recipes/{method}.toml"), *options]
         subprocess.run([*command, "--out", str(out), "--resume"], check=True)
+    for name in HEAVY:
+        shutil.rmtree(out / name, ignore_errors=True)
     made: dict[str, Any] = json.loads(summary.read_text())
     tables = sorted((out / "rollouts").glob("step-*.parquet"))
     tokens = sum(sum(map(len, pq.read_table(path, columns=["token_ids"])["token_ids"].to_pylist())) for path in tables)
