@@ -22,11 +22,6 @@ from gruppo.stats import wilson_interval
 ROOT = Path(__file__).parents[1]
 METHODS = ("sft", "rft", "online-rft", "dpo", "ppo", "quickstart", "iterative-grpo", "iterative-process")
 HEAVY = ("checkpoints", "model", "reward_model", "reference")  # gigabytes of a run that is done, which nothing reads
-    "checkpoints",
-    "model",
-    "reward_model",
-    "reference",
-)  # of a run that is done: gigabytes that nothing here reads
 
 
 def run(method: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
