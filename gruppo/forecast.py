@@ -22,7 +22,7 @@ from gruppo.errors import UsageError
 from gruppo.machine import free_memory, release_memory
 from gruppo.maths.logprobs import CHUNK_SIZE, PART_SIZE
 from gruppo.models import LanguageModel
-from gruppo.packing import MAX_TOKENS, Batch, score
+from gruppo.packing import Batch, most_tokens, score
 from gruppo.reporting import Reporter
 
 LATER = 95_000_000  # what libraries take when they are first used: kernels, the writer of tables; measured on Linux
@@ -410,9 +410,10 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
     slots = _largest(
         1, most, lambda each: max(memory(1, each, True).sampling, memory(1, each, True).evaluation) <= budget
     )
-    least = min(workload.smallest, MAX_TOKENS)
+    highest = most_tokens(workload.prompt_tokens)
+    least = min(workload.smallest, highest)
     for recompute in (False, True):
-        tokens = _largest(least, MAX_TOKENS, partial(fits, recompute))
+        tokens = _largest(least, highest, partial(fits, recompute))
         if slots and tokens:
             return Chosen(tokens, slots, recompute, budget, memory(tokens, slots, recompute))
     raise _too_little(memory(least, 1, True), workload, budget)

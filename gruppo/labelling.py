@@ -165,7 +165,7 @@ def _train(
     from gruppo.judge import Judge, fit
     from gruppo.labels import read_labels
     from gruppo.models import choose_device, choose_dtype, find_model
-    from gruppo.packing import MAX_TOKENS
+    from gruppo.packing import most_tokens
     from gruppo.preparation import make_optimizer
     from gruppo.reward_model import (
         check_kind,
@@ -188,7 +188,8 @@ def _train(
         )
     made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, reporter)
     optimizer = make_optimizer(recipe.optimizer, made.module)
-    judge = Judge(made, optimizer, settings, source.tokenizer, MAX_TOKENS, recipe.optimizer.max_grad_norm)
+    budget = most_tokens(max(len(sample.prompt.token_ids) for sample in samples))
+    judge = Judge(made, optimizer, settings, source.tokenizer, budget, recipe.optimizer.max_grad_norm)
 
     def figures() -> dict[str, float | None]:
         return quality(held, probabilities(made, held, judge.budget, made.policy.device))

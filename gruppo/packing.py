@@ -21,6 +21,13 @@ from gruppo.types import Group
 
 MAX_TOKENS = 1024  # of a micro-batch: beyond it products get no quicker
 
+
+def most_tokens(prompt_tokens: int) -> int:
+    """Of a micro-batch. Where prompts are long they are at most half of it, or they would be computed again for every
+    few completions."""
+    return max(MAX_TOKENS, 2 * prompt_tokens)
+
+
 TokenWeights = Callable[[list[list[int]]], list[list[float]]]
 
 

@@ -177,6 +177,16 @@ def test_the_layouts_are_those_that_packing_makes(budget: int) -> None:
     assert work.micro_batches(budget) == [batch.layout for batch in batches]
 
 
+def test_a_long_prompt_is_computed_once_for_many_completions(footprint: Footprint) -> None:
+    """In a micro-batch of 1,024 tokens a prompt as long would stand once for each completion."""
+    long = Workload(prompt_tokens=1024, max_tokens=64, prompts_per_step=1, group_size=8)
+    chosen = choose_sizes(footprint, long, 10**12)
+    assert len(long.micro_batches(MAX_TOKENS)) == 8
+    assert len(long.micro_batches(chosen.micro_batch_tokens)) == 1
+    least = forecast_memory(footprint, long, long.smallest, 1, recompute=True).training
+    assert choose_sizes(footprint, long, least).micro_batch_tokens == long.smallest
+
+
 def test_what_is_chosen_is_the_most_that_the_budget_allows(footprint: Footprint) -> None:
     roomy = choose_sizes(footprint, ASKED, 10**12)
     assert (roomy.micro_batch_tokens, roomy.slots, roomy.recompute) == (MAX_TOKENS, 160, False)

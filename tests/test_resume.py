@@ -215,7 +215,6 @@ def test_resume_keeps_what_was_chosen_by_measuring(
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.forecast.free_memory", lambda _: 10**10)
         patch.setattr("gruppo.packing.MAX_TOKENS", 30)
-        patch.setattr("gruppo.forecast.MAX_TOKENS", 30)
         patch.setattr(loop._Run, "_step", _stop_after(2))
         small_run(tiny_folder, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]
