@@ -8,7 +8,7 @@ standard errors; a reward that rises so while the audit's slope is not even one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +31,11 @@ class Auditor:
     seed: int
     seen: list[tuple[float, float]] = field(default_factory=list)
 
-    def judge(self, groups: Sequence[Group], step: int, metrics: Metrics, advance: Advance) -> None:
-        """Judge a share of a step's groups, the same for a seed and a step, and note both means."""
+    def judge(
+        self, groups: Sequence[Group], weights: Mapping[str, float], step: int, metrics: Metrics, advance: Advance
+    ) -> list[str]:
+        """Judge a share of a step's groups, the same for a seed and a step, and note both means; what failed, in words.
+        The reward of a completion is its total, and of what judges its steps their mean, times its weight."""
         count = min(len(groups), max(1, round(self.settings.share * len(groups))))
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, step, 4))))
         chosen = [groups[place] for place in sorted(random.permutation(len(groups))[:count])]
@@ -40,15 +43,18 @@ class Auditor:
         for group, own in zip(chosen, verdicts, strict=True):
             for reward, verdict in zip(group.rewards, own, strict=True):
                 if reward.total is not None and verdict.total is not None:
-                    metrics.mean("audit/reward", reward.total)
+                    of_steps = (weights[name] * _mean(steps.rewards) for name, steps in reward.steps.items())
+                    metrics.mean("audit/reward", reward.total + sum(of_steps))
                     metrics.mean("audit/mean", verdict.total)
                 metrics.mean("audit/abstained", verdict.total is None)
+        return sorted({verdict.failure for own in verdicts for verdict in own if verdict.failure})
 
     def alarm(self, values: dict[str, Any]) -> str | None:
         """Note a step's metrics; what is to be said of the last steps, or None."""
         pair = values.get("audit/reward"), values.get("audit/mean")
-        if pair[0] is not None and pair[1] is not None:
-            self.seen = [*self.seen, (float(pair[0]), float(pair[1]))][-self.settings.window :]
+        if pair[0] is None or pair[1] is None:
+            return None
+        self.seen = [*self.seen, (float(pair[0]), float(pair[1]))][-self.settings.window :]
         if len(self.seen) < self.settings.window:
             return None
         rewards, audits = ([pair[side] for pair in self.seen] for side in (0, 1))
@@ -75,6 +81,10 @@ def trend(values: Sequence[float]) -> float:
     if error <= 1e-12 * max(1.0, float(np.abs(made).max())):
         return 0.0 if abs(slope) <= 1e-12 else math.copysign(math.inf, slope)
     return slope / error
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def _start(values: Sequence[float]) -> float:

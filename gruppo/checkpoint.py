@@ -28,13 +28,14 @@ from gruppo.runlog import RunFolder, publish, recover, write_whole
 
 @dataclass
 class State:
-    """Where a run stands. `step`: steps done; `cursor`: prompts drawn; `iteration`: iterations begun; `evaluated`: the
-    evaluation that is due at this step has been made; `evaluations`: their figures by step; `lengths`: bytes of the
-    append-only files."""
+    """Where a run stands. `step`: steps done; `cursor`: prompts drawn; `iteration`: iterations begun; `labels`: the
+    hash of each table of labels, by its file's name; `evaluated`: the evaluation that is due at this step has been
+    made; `evaluations`: their figures by step; `lengths`: bytes of the append-only files."""
 
     step: int = 0
     cursor: int = 0
     iteration: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
     evaluated: bool = False
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     train_seconds: float = 0.0
@@ -68,7 +69,7 @@ def save_checkpoint(
     for file in files:
         link_file(file, building / file.name)
     write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
-    manifest = {path.name: _sha256(path) for path in sorted(building.iterdir())}
+    manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
     write_whole(building / "manifest.json", json.dumps(manifest, indent=2).encode())
     publish(building, folder)
     _drop_old(folder.parent, state)
@@ -144,7 +145,7 @@ def problem_of(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, digest in manifest.items():
-            if _sha256(folder / name) != digest:
+            if file_sha256(folder / name) != digest:
                 return f"{name} does not agree with its hash"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -153,7 +154,8 @@ def problem_of(folder: Path) -> str | None:
     return None if {"weights.safetensors", "optimizer.safetensors", "state.json"} <= set(manifest) else "cut manifest"
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -201,7 +201,7 @@ class RewardModel(Section):
     """Its weight in the reward, beside reward.weights."""
     prompts: Annotated[int, Field(ge=0)] = 64
     """Questions whose completions, sampling.group_size each, are sampled and labelled before the first step and at the
-    start of every other iteration, to train it on; 0 leaves it as it is."""
+    start of each later iteration, to train it on; 0 leaves it as it is."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of these questions that it is not trained on, but measured by, before and after."""
     learning_rate: Annotated[float, Field(ge=0)] = 2e-5
@@ -323,6 +323,11 @@ class Method(Section):
             raise ValueError(
                 f'credit = "step" normalises within the group; baseline = "{self.baseline}", scale = "{self.scale}": '
                 'write "group" for both'
+            )
+        if self.credit == "step" and self.refill_rounds:
+            raise ValueError(
+                f"refill_rounds = {self.refill_rounds}: tells groups by the rewards of completions, and "
+                'credit = "step" learns from those of steps; write refill_rounds = 0'
             )
         if self.ratio == "sequence" and self.credit in {"token", "step", "value"}:
             raise ValueError('ratio = "sequence" needs one advantage a completion; write credit = "completion"')

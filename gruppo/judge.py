@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from gruppo.config import RewardModel
+from gruppo.errors import RunError
 from gruppo.heads import ScalarModel
 from gruppo.interruption import Stop
 from gruppo.reporting import Reporter
@@ -43,12 +44,17 @@ class Judge:
     max_grad_norm: float
 
     def score(self, groups: Sequence[Group]) -> None:
-        """Put the model's judgement into the rewards of the groups."""
+        """Put the model's judgement into the rewards; a completion whose steps cannot be told abstains."""
         places = [(group, number) for group in groups for number in range(len(group.completions))]
         asked = []
         for group, number in places:
             completion = group.completions[number]
-            ends = self._ends(completion)
+            try:
+                ends = self._ends(completion)
+            except RunError as error:
+                rewards, ends = list(group.rewards), ()
+                rewards[number] = replace(rewards[number], total=None, failure=str(error))
+                group.rewards = rewards
             asked.append(Sample(group.prompt, completion, False, Steps((0.0,) * len(ends), ends)))
         made = probabilities(self.model, asked, self.budget, self.model.policy.device)
         scored = [
@@ -80,6 +86,11 @@ class Judge:
         training, held = divided(new, self.settings.held_out, self.settings.seed)
         earlier, _ = divided(history, self.settings.held_out, self.settings.seed)
         again = replayed(earlier, len(training), self.settings, turn)
+        if not any(sample.labels.ends for sample in training):
+            raise RunError(
+                f"reward_model: of {len(new)} labelled completions none with a label is left to train on; see "
+                "events.jsonl for rules that failed, or write more reward_model.prompts or a smaller held_out"
+            )
         before = self._quality(held)
         metrics = fit(self, [*training, *again], turn, require_finite, reporter, stop)
         after = self._quality(held)
@@ -111,14 +122,12 @@ def fit(
     were made before; `after` is called with the number of each that is made and its metrics."""
     assert judge.optimizer is not None
     model, settings, whole = judge.model, judge.settings, Metrics()
-    rows = list(minibatches(samples, settings, turn))
+    rows = list(minibatches([sample for sample in samples if sample.labels.ends], settings, turn))
     with reporter.progress("Training the reward model", len(rows), "updates") as show:
         show(done)
         for number, row in enumerate(rows[done:], start=done + 1):
             stop.check()
             batches, loss_of = label_batches(model, row, judge.budget)
-            if not batches:
-                continue
             rate, most = settings.learning_rate, judge.max_grad_norm
             total, norm = update(
                 batches,

@@ -15,13 +15,15 @@ from gruppo.errors import RunError, UsageError
 from gruppo.interruption import stop_on_signals
 from gruppo.preflight import Data, read_data
 from gruppo.reporting import Reporter, Silent
-from gruppo.runlog import RunFolder, check_folder
+from gruppo.runlog import LABELS, REWARD_MODEL, RunFolder, check_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gruppo.interruption import Stop
     from gruppo.labels import Labelled
+    from gruppo.models import ModelSource
+    from gruppo.reward_model import Sample
     from gruppo.types import Metrics
 
 
@@ -49,7 +51,7 @@ def label(
 
     [reward_model] says how: `prompts` questions, sampling.group_size completions each; kind "process" (the default
     where the recipe has no such table) labels each step by `continuations` completions from its end. With `resume`
-    files that are there are kept. Raises UsageError.
+    files that are there are kept. Raises UsageError, and gruppo.interruption.Interrupted on SIGINT or SIGTERM.
     """
     settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
     wanted = settings.reward_model or RewardModel(kind="process")
@@ -59,7 +61,7 @@ def label(
         )
     if not wanted.prompts:
         raise UsageError("reward_model.prompts = 0: nothing would be labelled; write how many questions")
-    check_folder(folder, settings, resume)
+    check_folder(folder, settings, resume, LABELS)
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
@@ -74,10 +76,10 @@ def _label(
     from gruppo.engines.native import NativeEngine, choose_slots
     from gruppo.labels import Labeller, label_rows, read_labels
     from gruppo.models import choose_device, choose_dtype, find_model, load_model, weights_sha256
-    from gruppo.preparation import make_pool, tokenize_data
+    from gruppo.preparation import data_sha256, make_pool, tokenize_data
     from gruppo.rollout import sample_groups, score_groups
     from gruppo.steps import find_split
-    from gruppo.tables import LABELS
+    from gruppo.tables import LABELS as LABEL_COLUMNS
     from gruppo.types import Metrics
 
     find_split(settings.split)
@@ -86,12 +88,12 @@ def _label(
     source = find_model(recipe.model.name, reporter)
     inputs = tokenize_data(recipe, data, source, reporter)
     policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
-    identity = {"weights_sha256": weights_sha256(policy.model), "rewards_sha256": pool.digests}
-    if (before := run.read_json("environment.json")) not in (None, identity):
-        odd = next(name for name in identity if (before or {}).get(name) != identity[name])
-        raise UsageError(f"--resume {run.path}: {odd} is not that of the labels there; choose another --out")
-    run.start(recipe)
-    run.write_json("environment.json", identity)
+    identity = {
+        "weights_sha256": weights_sha256(policy.model),
+        "rewards_sha256": pool.digests,
+        "data_sha256": data_sha256(inputs.prompts, ()),
+    }
+    _begin(run, recipe, LABELS, identity)
     size, group, most = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
     longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + most
     engine = NativeEngine(policy, choose_slots(policy, longest, most, size * group * settings.continuations))
@@ -100,15 +102,30 @@ def _label(
     with reporter.progress("Labelling", settings.prompts, "questions") as advance:
         for number, start in enumerate(range(0, settings.prompts, size), start=1):
             prompts = inputs.prompts.draw(start, min(size, settings.prompts - start))
-            advance(len(prompts))
             if (run.path / "labels" / f"step-{number:06d}.parquet").is_file():
+                advance(len(prompts))
                 continue
             key = (recipe.run.seed, 0, start)
             streams = [[(*key, 2, place, draw) for draw in range(group)] for place in range(len(prompts))]
             sampled = sample_groups(engine, prompts, streams, inputs.sampling, reporter, stop)
             groups = score_groups(prompts, sampled, pool, {}, Metrics(), reporter, stop)
-            run.table("labels", number, label_rows(labeller.label(groups, (*key, 3))), LABELS)
+            labels, failures = labeller.label(groups, (*key, 3))
+            for failure, count in failures.items():
+                run.event("abstention", failure, number, completions=count)
+                reporter.note(f"{count} verdicts failed: {failure}; see events.jsonl")
+            run.table("labels", number, label_rows(labels), LABEL_COLUMNS)
+            advance(len(prompts))
     return _counted(run.path, read_labels(sorted((run.path / "labels").glob("step-*.parquet"))))
+
+
+def _begin(run: RunFolder, recipe: Recipe, kind: str, identity: Mapping[str, Any]) -> None:
+    """Write of what a folder is made, or check that it is made of the same. Raises UsageError."""
+    before = run.read_json("environment.json")
+    if before is not None and before != identity:
+        odd = next(name for name in identity if before.get(name) != identity[name])
+        raise UsageError(f"--resume {run.path}: {odd} is not what it was when this began; choose another --out")
+    run.start(recipe, kind)
+    run.write_json("environment.json", identity)
 
 
 def _counted(folder: Path, made: Sequence[Labelled]) -> Labels:
@@ -141,7 +158,8 @@ def train_reward_model(
 
     Weights come from reward_model.name, or model.name; a model with another tokenizer than the labels' reads the texts
     anew. `out`/model is the model, `out`/metrics.jsonl has a line an update, `out`/summary.json the figures. A
-    checkpoint is made every run.checkpoint_every updates. Raises UsageError.
+    checkpoint is made every run.checkpoint_every updates, and where SIGINT or SIGTERM ends it. Raises UsageError,
+    RunError where a loss is not finite, and gruppo.interruption.Interrupted.
     """
     settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
     wanted = settings.reward_model
@@ -150,7 +168,7 @@ def train_reward_model(
     files = sorted((Path(labels) / "labels").glob("step-*.parquet"))
     if not files:
         raise UsageError(f"{labels}: has no labels/step-….parquet; give the folder that `gruppo label` wrote")
-    check_folder(folder, settings, resume)
+    check_folder(folder, settings, resume, REWARD_MODEL)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         run = RunFolder(folder)
@@ -161,15 +179,13 @@ def train_reward_model(
 def _train(
     recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter, stop: Stop
 ) -> Trained:
-    from gruppo.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
+    from gruppo.checkpoint import State, file_sha256, load_state, load_tensors, newest_checkpoint, save_checkpoint
     from gruppo.judge import Judge, fit
-    from gruppo.labels import read_labels
-    from gruppo.models import choose_device, choose_dtype, find_model
+    from gruppo.models import choose_device, choose_dtype, weights_sha256
     from gruppo.packing import most_tokens
-    from gruppo.preparation import make_optimizer
+    from gruppo.preparation import find_named, make_optimizer
     from gruppo.reward_model import (
         check_kind,
-        divided,
         load_reward_model,
         probabilities,
         quality,
@@ -177,24 +193,21 @@ def _train(
     )
 
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
-    source = find_model(settings.name or recipe.model.name, reporter)
+    name = "reward_model.name" if settings.name else "model.name"
+    source = find_named(settings.name or recipe.model.name, name, reporter)
     check_kind(source.config, settings.kind)
-    samples = [each.sample(settings) for each in _read_by(source.tokenizer, read_labels(files))]
-    training, held = divided(samples, settings.held_out, settings.seed)
-    if not any(sample.labels.ends for sample in training):
-        what = "step" if settings.kind == "process" else "completion"
-        raise UsageError(
-            f'reward_model.kind = "{settings.kind}": no {what} to train on is labelled in {files[0].parent}'
-        )
+    training, held = _samples(source, settings, files)
+    prompts = [len(sample.prompt.token_ids) for sample in (*training, *held)]
     made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, reporter)
     optimizer = make_optimizer(recipe.optimizer, made.module)
-    budget = most_tokens(max(len(sample.prompt.token_ids) for sample in samples))
-    judge = Judge(made, optimizer, settings, source.tokenizer, budget, recipe.optimizer.max_grad_norm)
+    most = recipe.optimizer.max_grad_norm
+    judge = Judge(made, optimizer, settings, source.tokenizer, most_tokens(max(prompts)), most)
 
     def figures() -> dict[str, float | None]:
         return quality(held, probabilities(made, held, judge.budget, made.policy.device))
 
-    run.start(recipe)
+    identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
+    _begin(run, recipe, REWARD_MODEL, identity)
     checkpoint, _ = newest_checkpoint(run)
     state = load_state(checkpoint) if checkpoint else State()
     if checkpoint is None:
@@ -219,13 +232,39 @@ def _train(
         if number % recipe.run.checkpoint_every == 0:
             save_checkpoint(run, made.module, optimizer, state)
 
-    fit(judge, training, 1, require, reporter, stop, state.step, after)
-    save_checkpoint(run, made.module, optimizer, state)
+    try:
+        fit(judge, training, 1, require, reporter, stop, state.step, after)
+    finally:  # an interruption too comes between two updates
+        if state.step:
+            save_checkpoint(run, made.module, optimizer, state)
     result = Trained(run.path, state.step, before, figures())
     with run.building("model") as folder:
         save_reward_model(made, settings.kind, folder)
     run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
     return result
+
+
+def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) -> tuple[list[Sample], list[Sample]]:
+    """What is labelled, in the model's tokens: to train on, and held out. Raises UsageError."""
+    from gruppo.labels import read_labels
+    from gruppo.reward_model import divided
+
+    samples = [each.sample(settings) for each in _read_by(source.tokenizer, read_labels(files))]
+    for sample in samples:
+        size = len(sample.prompt.token_ids) + len(sample.completion.token_ids)
+        if not sample.prompt.token_ids or size > source.context:
+            raise UsageError(
+                f"{sample.prompt.id}: prompt and completion are {size} tokens; the model reads a prompt of 1 or "
+                f"more, and {source.context} in all"
+            )
+    training, held = divided(samples, settings.held_out, settings.seed)
+    if not any(sample.labels.ends for sample in training):
+        what = "step" if settings.kind == "process" else "completion"
+        raise UsageError(
+            f"reward_model.held_out = {settings.held_out}: of {len(samples)} completions in {files[0].parent} none "
+            f"with a label of its {what} is left to train on; label more, or hold out less"
+        )
+    return training, held
 
 
 def _read_by(tokenizer: PreTrainedTokenizerBase, labels: Sequence[Labelled]) -> list[Labelled]:
@@ -234,37 +273,35 @@ def _read_by(tokenizer: PreTrainedTokenizerBase, labels: Sequence[Labelled]) -> 
     def read(each: Labelled) -> str:
         return str(tokenizer.decode(list(each.completion.token_ids), skip_special_tokens=True))
 
-    size = len(tokenizer)
-    known = all(max(*each.prompt.token_ids, *each.completion.token_ids) < size for each in labels)
-    if known and all(read(each) == each.completion.text for each in labels):
+    ids = [token for each in labels for token in (*each.prompt.token_ids, *each.completion.token_ids)]
+    if max(ids, default=0) < len(tokenizer) and all(read(each) == each.completion.text for each in labels):
         return list(labels)
     return [_encoded(tokenizer, each) for each in labels]
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: Labelled) -> Labelled:
     """A completion in other tokens; one that ended by itself ends with the end token."""
+    from gruppo.steps import step_tokens
+
     content = labelled.prompt.content
     if isinstance(content, str) or not tokenizer.chat_template:
         text = content if isinstance(content, str) else "\n".join(str(each["content"]) for each in content) + "\n"
         asked = list(tokenizer(text)["input_ids"])
     else:
         asked = list(tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
-    made = tokenizer(labelled.completion.text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(made["input_ids"]), [int(end) for _, end in made["offset_mapping"]]
-    ends = [next((place for place, end in enumerate(offsets) if end >= at), len(ids) - 1) for at in labelled.text_ends]
+    text = labelled.completion.text
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if labelled.completion.finish_reason == "stop" and tokenizer.eos_token_id is not None:
         ids.append(int(tokenizer.eos_token_id))
-    kept = sorted({end: place for place, end in enumerate(ends)}.values())  # the last of steps that end in one token
+    none = (0.0,) * len(ids)
+    completion = replace(labelled.completion, token_ids=tuple(ids), sampling_logprobs=none, mask=(True,) * len(ids))
+    shares = dict(zip(labelled.text_ends, labelled.shares, strict=True))
+    found = step_tokens(completion, labelled.text_ends, tokenizer)
     return replace(
         labelled,
         prompt=replace(labelled.prompt, token_ids=tuple(asked)),
-        completion=replace(
-            labelled.completion,
-            token_ids=tuple(ids),
-            sampling_logprobs=(0.0,) * len(ids),
-            mask=(True,) * len(ids),
-        ),
-        ends=tuple(ends[place] for place in kept),
-        text_ends=tuple(labelled.text_ends[place] for place in kept),
-        shares=tuple(labelled.shares[place] for place in kept),
+        completion=completion,
+        ends=tuple(end for end, _ in found),
+        text_ends=tuple(end for _, end in found),
+        shares=tuple(shares[end] for _, end in found),
     )

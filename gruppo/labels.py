@@ -7,6 +7,7 @@ soft label is the share of them that is right (its Eq. 4), the hard label whethe
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from gruppo.config import RewardModel
 from gruppo.engines import Engine, Request, SamplingOptions
+from gruppo.errors import RunError
 from gruppo.interruption import Stop
 from gruppo.reporting import Reporter
 from gruppo.reward_model import Sample, last_token
@@ -63,9 +65,12 @@ class Labeller:
     reporter: Reporter
     stop: Stop
 
-    def label(self, groups: Sequence[Group], key: tuple[int, ...]) -> list[Labelled]:
-        """Every completion whose reward is known, in order. `key`: what the random streams of this call begin with; two
-        calls with one key draw the same."""
+    def label(self, groups: Sequence[Group], key: tuple[int, ...]) -> tuple[list[Labelled], Counter[str]]:
+        """Every completion that the rule could judge, in order; and what failed, in words, with how often. `key`: what
+        the random streams of this call begin with; two calls with one key draw the same."""
+        failures = Counter(
+            _why(reward) for group in groups for reward in group.rewards if self._verdict(reward) is None
+        )
         judged = [
             (index, number, group.prompt, completion, verdict)
             for index, group in enumerate(groups)
@@ -73,13 +78,18 @@ class Labeller:
             if (verdict := self._verdict(reward)) is not None
         ]
         if self.settings.kind == "outcome":
-            return [Labelled(prompt, completion, right) for _, _, prompt, completion, right in judged]
+            return [Labelled(prompt, completion, right) for _, _, prompt, completion, right in judged], failures
         split = find_split(self.settings.split)
         made: list[Labelled] = []
         places: list[tuple[int, int]] = []
         requests: list[Request] = []
         for index, number, prompt, completion, right in judged:
-            labelled = self._with_steps(prompt, completion, right, checked_ends(split, completion.text))
+            try:
+                text_ends = checked_ends(split, completion.text)
+            except RunError as error:
+                failures[str(error)] += 1
+                continue
+            labelled = self._with_steps(prompt, completion, right, text_ends)
             for step, end in enumerate(labelled.ends):
                 room = self.options.max_tokens - (end + 1)
                 if room < 1 or not completion.text[labelled.text_ends[step] :].strip():
@@ -90,11 +100,11 @@ class Labeller:
                 streams = [(*key, index, number, step, draw) for draw in range(count)]
                 requests.append(Request(ids, streams, [room] * count))
             made.append(labelled)
-        return self._settled(made, places, requests)
+        return self._settled(made, places, requests, failures), failures
 
     def _verdict(self, reward: Reward) -> bool | None:
         value = reward.parts.get(self.pool.names[0])
-        return None if reward.failure or value is None else value > self.right
+        return None if value is None else value > self.right
 
     def _with_steps(self, prompt: Prompt, completion: Completion, right: bool, text_ends: Sequence[int]) -> Labelled:
         """With its steps, each labelled as the whole completion for now."""
@@ -103,7 +113,11 @@ class Labeller:
         return Labelled(prompt, completion, right, ends, kept, (float(right),) * len(found))
 
     def _settled(
-        self, made: Sequence[Labelled], places: Sequence[tuple[int, int]], requests: Sequence[Request]
+        self,
+        made: Sequence[Labelled],
+        places: Sequence[tuple[int, int]],
+        requests: Sequence[Request],
+        failures: Counter[str],
     ) -> list[Labelled]:
         """The same with the shares of what was sampled; a step none of whose completions could be judged is gone."""
         total = sum(limit for request in requests for limit in request.limits or ())
@@ -126,6 +140,7 @@ class Labeller:
         for (place, step), own in zip(places, rewards, strict=True):
             known = [verdict for each in own if (verdict := self._verdict(each)) is not None]
             shares[place][step] = sum(known) / len(known) if known else None
+            failures.update(_why(each) for each in own if self._verdict(each) is None)
         settled = []
         for labelled, found in zip(made, shares, strict=True):
             kept = [place for place, share in enumerate(found) if share is not None]
@@ -142,13 +157,18 @@ class Labeller:
     def _continued(self, before: tuple[int, ...], completion: Completion) -> Completion:
         """A continuation as a completion of the question."""
         ids = (*before, *completion.token_ids)
+        spoken = ids[:-1] if completion.finish_reason == "stop" else ids
         return replace(
             completion,
             token_ids=ids,
             sampling_logprobs=(0.0,) * len(ids),
             mask=(True,) * len(ids),
-            text=str(self.tokenizer.decode(list(ids), skip_special_tokens=True)),
+            text=str(self.tokenizer.decode(list(spoken), skip_special_tokens=True)),
         )
+
+
+def _why(reward: Reward) -> str:
+    return reward.failure or "the first of reward.functions gave no number"
 
 
 def label_rows(labels: Iterable[Labelled]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from gruppo.callbacks import Callbacks
 from gruppo.checkpoint import (
     Others,
     State,
+    file_sha256,
     link_file,
     load_state,
     load_tensors,
@@ -190,6 +191,9 @@ class _Run:
             return
         if state.step:
             self._save_once()
+            if self.callbacks.stopped:
+                self.saved = None  # made again, as the last one, with the result
+                return
         if number > 1 and parts.reference is not None:
             with self.run.building(self._reference_file.parent.name) as folder:
                 save_weights(parts.policy.weights(), folder, self._reference_file.name)
@@ -208,6 +212,8 @@ class _Run:
         self.run.metric(values)
         self.reporter.step(values)
         self._save_once()
+        if self.callbacks.stopped:
+            self.saved = None
 
     @property
     def _reference_file(self) -> Path:
@@ -233,23 +239,26 @@ class _Run:
             self.reporter,
             self.stop,
         )
-        labels = labeller.label(groups, (*key, 3))
-        earlier = [
-            file for file in sorted(self.run.path.glob("labels/step-*.parquet")) if self._step_of(file) < state.step
-        ]
+        labels, failures = labeller.label(groups, (*key, 3))
+        for failure, count in failures.items():
+            self.run.event("abstention", failure, state.step, completions=count)
+        if failures:
+            total = sum(failures.values())
+            self.reporter.note(f"Step {state.step}: {total} verdicts for labels failed; see events.jsonl")
+        earlier = [self.run.path / "labels" / name for name in sorted(state.labels)]
+        for file in earlier:
+            if not file.is_file() or file_sha256(file) != state.labels[file.name]:
+                raise RunError(f"{file}: is not what this run wrote, and its reward model learns from it; put it back")
         history = [each.sample(judge.settings) for each in read_labels(earlier)]
-        self.run.table("labels", state.step, label_rows(labels), LABELS)
+        made = self.run.table("labels", state.step, label_rows(labels), LABELS)
         state.cursor += len(prompts)
+        state.labels[made.name] = file_sha256(made)
 
         def require(value: float, what: str, batches: Sequence[Batch]) -> None:
-            self._require_finite(value, f"reward model's {what}", batches, 0)
+            self._require_finite(value, f"reward model's {what}", batches, 0, "reward_model.learning_rate")
 
         new = [each.sample(judge.settings) for each in labels]
         return judge.learn(new, history, number, require, self.reporter, self.stop)
-
-    @staticmethod
-    def _step_of(file: Path) -> int:
-        return int(file.stem.removeprefix("step-"))
 
     def _step(self) -> None:
         parts, recipe, state = self.parts, self.recipe, self.state
@@ -263,10 +272,7 @@ class _Run:
         if parts.critic is not None:
             with clock("score"):
                 score_values(parts.critic, groups, parts.budget, device)
-        weights_of = dict(zip(parts.pool.names, parts.pool.weights, strict=True)) if parts.pool else {}
-        if self.judge is not None:
-            weights_of[NAME] = self.judge.settings.weight
-        assign_advantages(groups, recipe.method, metrics, weights_of, recipe.critic)
+        assign_advantages(groups, recipe.method, metrics, self._weights(), recipe.critic)
         everything = recipe.method.kl_in_loss or parts.critic is not None
         batches = pack(groups, weights, parts.budget, with_kl=everything, device=device)
         rate = learning_rate(recipe.optimizer, state.step, recipe.run.steps)
@@ -282,6 +288,12 @@ class _Run:
         values = self._write_step(step, groups, rate, metrics, clock, bool(batches))
         state.step, state.cursor, state.evaluated = step, state.cursor + len(groups), False
         self.callbacks.tell("on_step", step, values, groups)
+
+    def _weights(self) -> dict[str, float]:
+        """Of whatever judges, by name."""
+        pool = self.parts.pool
+        weights = dict(zip(pool.names, pool.weights, strict=True)) if pool else {}
+        return weights | ({NAME: self.judge.settings.weight} if self.judge else {})
 
     def _explore(self, step: int, metrics: Metrics, clock: _Clock) -> list[Group]:
         """The step's groups, sampled from the policy and scored. Where the method refills, groups whose rewards do not
@@ -324,7 +336,9 @@ class _Run:
             if self.judge is not None:
                 self.judge.score(groups)
             if self.auditor is not None:
-                self.auditor.judge(groups, step, metrics, lambda _: self.stop.check())
+                failed = self.auditor.judge(groups, self._weights(), step, metrics, lambda _: self.stop.check())
+                for failure in failed:
+                    self.run.event("abstention", f"audit: {failure}", step)
         if recipe.method.credit != "step" and any(reward.steps for group in groups for reward in group.rewards):
             raise RunError(
                 f'method.credit = "{recipe.method.credit}": a reward judges steps, which it would not learn from; '
@@ -386,7 +400,14 @@ class _Run:
         with self.reporter.progress("Updating", len(batches), "batches") as advance:
             return update(batches, loss_of, computed_by, module, optimizer, rate, most, require, advance)
 
-    def _require_finite(self, value: float, what: str, batches: Sequence[Batch], update: int) -> None:
+    def _require_finite(
+        self,
+        value: float,
+        what: str,
+        batches: Sequence[Batch],
+        update: int,
+        field: str = "optimizer.learning_rate",
+    ) -> None:
         """Stop before the optimizer where a number is not finite, keeping the batches for inspection."""
         if math.isfinite(value):
             return
@@ -400,7 +421,7 @@ class _Run:
         where = f"step {step}" + (f", inner update {update + 1}" if self.recipe.method.inner_updates > 1 else "")
         message = f"the {what} of {where} is {value}; this update was not made, and its batch is in {self.run.path}"
         self.run.event("nonfinite", message, step)
-        raise RunError(f"{message}; look at the batch, and begin again with a lower optimizer.learning_rate")
+        raise RunError(f"{message}; look at the batch, and begin again with a lower {field}")
 
     def _write_step(
         self, step: int, groups: list[Group], rate: float, metrics: Metrics, clock: _Clock, updated: bool

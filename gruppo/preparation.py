@@ -37,7 +37,7 @@ from gruppo.models import (
 from gruppo.objective import find_surrogate
 from gruppo.preflight import Data
 from gruppo.reporting import Reporter
-from gruppo.reward_model import check_kind, load_reward_model
+from gruppo.reward_model import NAME, check_kind, load_reward_model
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.pool import RewardPool
 from gruppo.runlog import RunFolder, check_folder
@@ -102,7 +102,7 @@ def prepare(
     run = RunFolder(folder)
     stack.callback(run.close)
     check_folder(folder, recipe, resume)  # again, as another run may have come and gone before the lock was ours
-    pool = None
+    pool, judge = None, recipe.reward_model
     if recipe.method.source != "rows":
         pool = stack.enter_context(make_pool(recipe, rewards, data, folder / "rewards.log"))
     audit = None
@@ -110,10 +110,12 @@ def prepare(
         audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, folder / "rewards.log"))
     source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
     check_adapters(source, recipe.model.lora)
+    if judge is not None and pool is not None and NAME in pool.names:
+        raise UsageError(f'reward.functions: one is called "{NAME}", as the part of [reward_model] is; rename it')
     critic_source = None
     if recipe.method.needs_critic:
         critic_source = _find_like(recipe.critic.name, "critic.name", source, reporter)
-    judge, judge_source = recipe.reward_model, None
+    judge_source = None
     if judge is not None:
         find_split(judge.split)
         judge_source = _find_like(judge.name, "reward_model.name", source, reporter)
@@ -135,6 +137,7 @@ def prepare(
     if judge is not None and judge_source is not None:
         made = load_reward_model(judge_source, judge.kind, policy.device.type, chosen["dtype"], reporter)
         reward_model = replace(made, policy=replace(made.policy, recompute=policy.recompute))
+        _require_same_judge(run, weights_sha256(reward_model.module))
     trained = reward_model is not None and judge is not None and judge.prompts > 0
     return Prepared(
         recipe=recipe,
@@ -339,7 +342,7 @@ def _load_policy(
     chosen: dict[str, Any] = before["chosen"] if before else {}
     device = choose_device(chosen.get("device", recipe.model.device))
     dtype = chosen.get("dtype") or str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    data = _data_sha256(inputs.prompts, inputs.questions)
+    data = data_sha256(inputs.prompts, inputs.questions)
     if before:
         _require_same(before["data_sha256"], data, "questions")
     free = Free.now(recipe, device)
@@ -375,15 +378,20 @@ def _load_policy(
     return policy, chosen, []
 
 
+def find_named(name: str, field: str, reporter: Reporter) -> ModelSource:
+    """The model of a field that is not model.name, which errors then name."""
+    try:
+        return find_model(name, reporter)
+    except UsageError as error:
+        raise UsageError(str(error).replace("model.name", field, 1)) from None
+
+
 def _find_like(name: str | None, field: str, source: ModelSource, reporter: Reporter) -> ModelSource:
     """Where the weights of a value or reward model come from; by default the policy's start weights. Raises UsageError
     where that model does not read the policy's tokens."""
     if name is None:
         return source
-    try:
-        own = find_model(name, reporter)
-    except UsageError as error:
-        raise UsageError(str(error).replace("model.name", field, 1)) from None
+    own = find_named(name, field, reporter)
     if own.vocabulary != source.vocabulary or own.tokenizer.get_vocab() != source.tokenizer.get_vocab():
         raise UsageError(
             f'{field} = "{name}": knows {own.vocabulary} tokens and the policy {source.vocabulary}; '
@@ -392,7 +400,16 @@ def _find_like(name: str | None, field: str, source: ModelSource, reporter: Repo
     return own
 
 
-def _data_sha256(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> str:
+def _require_same_judge(run: RunFolder, weights: str) -> None:
+    """Note the reward model's weights when a run begins; raise UsageError where it went on with others."""
+    known = run.read_json("environment.json") or {}
+    if "reward_model_sha256" in known:
+        _require_same(known["reward_model_sha256"], weights, "weights of the reward model")
+    else:
+        run.write_json("environment.json", {**known, "reward_model_sha256": weights})
+
+
+def data_sha256(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> str:
     """A hash over the token ids and columns of all questions, in order."""
     digest = hashlib.sha256()
     for prompt in [*prompts, *questions]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -25,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
 
+from gruppo.adapters import skeleton
 from gruppo.config import RewardModel
 from gruppo.errors import UsageError
 from gruppo.heads import ScalarModel, pack_states, read_states
@@ -155,7 +155,7 @@ def quality(samples: Sequence[Sample], made: Sequence[Sequence[float]]) -> dict[
     """Figures of a model's probabilities on samples with labels; all from 0 to 1, None where there is nothing to tell.
 
     accuracy (a probability above ½ against a label above ½), auc, calibration_error (10 bins), labels (how many).
-    Over the questions with several completions: first (how often a completion is right), best_of_n (the one with the
+    Over the questions with several completions: mean (how often a completion is right), best_of_n (the one with the
     highest probability; of a process model, the highest least one of its steps), majority_vote (the commonest answer,
     its last number or else its text), any_right; what is tied is shared.
     """
@@ -179,7 +179,7 @@ def quality(samples: Sequence[Sample], made: Sequence[Sequence[float]]) -> dict[
         scores = np.array([min(made[place], default=0.0) for place in own])
         answers = [_answer(samples[place].completion.text) for place in own]
         votes = np.array([answers.count(answer) for answer in answers])
-        shares["first"].append(float(right.mean()))
+        shares["mean"].append(float(right.mean()))
         shares["best_of_n"].append(float(right[scores == scores.max()].mean()))
         shares["majority_vote"].append(float(right[votes == votes.max()].mean()))
         shares["any_right"].append(float(right.max()))
@@ -206,13 +206,26 @@ def with_scores(reward: Reward, kind: str, ends: Sequence[int], made: Sequence[f
 
 
 def check_kind(config: PreTrainedConfig, kind: str) -> None:
-    """Raise UsageError where transformers has no class of classifier for the architecture."""
+    """Raise UsageError where transformers has no class of classifier that holds what a model of the architecture has
+    and a head; weights are not needed to tell."""
     ending, mapping = _KINDS[kind]
-    if type(config) not in mapping:
+    fits = type(config) in mapping
+    if fits:
+        target, layers = _skeleton(config, kind), skeleton(config).get_decoder()
+        prefix = f"{target.base_model_prefix}."
+        wanted = {name for name in target.state_dict() if name.startswith(prefix)}
+        fits = wanted == {prefix + name for name in layers.state_dict()} and _linear(target, prefix)
+    if not fits:
         raise UsageError(
-            f"reward_model.name: architecture {config.model_type!r} has no …{ending} in transformers, as which a model "
-            f"of kind {kind!r} is saved; use another model (Llama, Qwen, Gemma, Mistral, Phi, …)"
+            f"reward_model.name: architecture {config.model_type!r} has no …{ending} in transformers that is "
+            f"its layers and a head, as which a model of kind {kind!r} is saved; use another (Llama, Qwen, Mistral, …)"
         )
+
+
+def _linear(target: Any, prefix: str) -> bool:
+    """Whether the head is one linear layer."""
+    shapes = [list(each.shape) for name, each in target.named_parameters() if not name.startswith(prefix)]
+    return [1, target.config.get_text_config().hidden_size] in shapes and len(shapes) <= 2
 
 
 def is_trained(config: PreTrainedConfig) -> bool:
@@ -232,40 +245,55 @@ def load_reward_model(
     held = str((source.config.architectures or [""])[0])
     if not held.endswith(ending):
         raise UsageError(f"reward_model.kind = {kind!r}: {source.location} is a {held}; write the other kind")
-    layers = _without_head(source)
-    model = ScalarModel.on(load_model(replace(source, given=layers), device, dtype, reporter), bias=kind == "process")
-    names = _head_names(source.config, kind)
-    with safe_open(Path(source.location) / "model.safetensors", "pt") as file, torch.no_grad():
-        model.head.weight.copy_(file.get_tensor(names[0]))
-        if model.head.bias is not None:
-            model.head.bias.copy_(file.get_tensor(names[1]))
-    return model
-
-
-def _without_head(source: ModelSource) -> Any:
-    """The language model of a reward model's folder; its output head, which nothing reads, is of zeros."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, output_loading_info=True)
-    model, report = loaded
-    head = model.get_output_embeddings().weight
-    allowed = {name for name, each in model.named_parameters() if each is head}
-    if missing := sorted(set(map(str, report["missing_keys"])) - allowed):
+    if source.config.num_labels != 1:
         raise UsageError(
-            f"reward_model.name = {source.location!r}: has no weights for {missing[0]}; give a whole model"
+            f"reward_model.name = {source.location!r}: has {source.config.num_labels} labels; take a model with one, "
+            'or reward.functions = ["classifier"]'
         )
-    if allowed & set(map(str, report["missing_keys"])):
-        nn.init.zeros_(head)
+    layers, head = _parts(source, kind)
+    given = replace(source, given=layers)
+    model = ScalarModel.on(load_model(given, device, dtype, reporter), bias=kind == "process")
+    with torch.no_grad():
+        for own, each in zip((model.head.weight, model.head.bias), head, strict=False):
+            if own is not None:
+                own.copy_(each)
     return model
+
+
+def _parts(source: ModelSource, kind: str) -> tuple[Any, list[Tensor]]:
+    """The language model of a reward model's folder, its output head, which nothing reads, of zeros; and the tensors of
+    the head that is read."""
+    try:
+        loaded: Any = _KINDS[kind][1][type(source.config)].from_pretrained(
+            source.location, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # weights are other people's files: anything can be wrong with them
+        raise UsageError(
+            f"reward_model.name = {source.location!r}: cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
+    classifier, report = loaded
+    if missing := sorted(map(str, report["missing_keys"])):
+        raise UsageError(f"reward_model.name = {source.location!r}: has no weights for {missing[0]}; give all of it")
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
+    prefix = f"{classifier.base_model_prefix}."
+    named = dict(classifier.state_dict())
+    layers = {name.removeprefix(prefix): each for name, each in named.items() if name.startswith(prefix)}
+    output = model.get_output_embeddings().weight
+    if output is not model.get_input_embeddings().weight:
+        nn.init.zeros_(output)
+    model.get_decoder().load_state_dict(layers)
+    return model, [named[name].detach() for name in _head_names(source.config, kind)]
 
 
 def _skeleton(config: PreTrainedConfig, kind: str) -> Any:
     _, mapping = _KINDS[kind]
     with torch.device("meta"):
-        return mapping[type(config)](config)
+        return mapping[type(config)](_described(config, kind))
 
 
 def _head_names(config: PreTrainedConfig, kind: str) -> list[str]:
     """Names of the head's weight and of its bias, if it has one."""
-    model = _skeleton(_described(config, kind), kind)
+    model = _skeleton(config, kind)
     prefix = f"{model.base_model_prefix}."
     names = [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
     return sorted(names, key=lambda name: name.endswith("bias"))
@@ -293,8 +321,6 @@ def save_reward_model(model: ScalarModel, kind: str, folder: Path) -> None:
     weights = {prefix + name: each for name, each in policy.model.get_decoder().state_dict().items()}
     head = dict(zip(_head_names(config, kind), [model.head.weight, model.head.bias], strict=False))
     weights |= {name: each for name, each in head.items() if each is not None}
-    if odd := sorted(weights.keys() ^ target.state_dict().keys()):
-        raise UsageError(f"reward_model: {type(target).__name__} and the model differ in {odd[0]}; use another model")
     save_base(policy, folder)
     tokenizer = copy.deepcopy(policy.tokenizer)
     config.pad_token_id = _padding(policy)

@@ -29,6 +29,7 @@ from gruppo.config import Recipe, load_recipe
 from gruppo.errors import UsageError
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
+RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
 _ASIDE = ".replaced-"
 
 
@@ -54,8 +55,10 @@ class RunFolder:
         """Give up the lock (a process that dies does so too)."""
         self._lock.close()
 
-    def start(self, recipe: Recipe) -> None:
-        """Write the resolved recipe."""
+    def start(self, recipe: Recipe, kind: str = RUN) -> None:
+        """Write the resolved recipe, and of what the folder is, unless it is a run's."""
+        if kind != RUN:
+            self.write_json("folder.json", {"kind": kind})
         write_whole(self.path / "recipe.toml", recipe.to_toml().encode())
 
     def metric(self, values: Mapping[str, Any]) -> None:
@@ -128,8 +131,9 @@ class RunFolder:
             os.fsync(stream.fileno())
 
 
-def check_folder(path: Path, recipe: Recipe, resume: bool) -> None:
-    """Raise UsageError where a run with this recipe may not go into the folder; write nothing."""
+def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> None:
+    """Raise UsageError where a run with this recipe (or what else `kind` says) may not go into the folder; write
+    nothing."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; choose a folder")
     held = path / "recipe.toml"
@@ -142,9 +146,13 @@ def check_folder(path: Path, recipe: Recipe, resume: bool) -> None:
         if others:
             raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
         return
+    marked = path / "folder.json"
+    found = json.loads(marked.read_text())["kind"] if marked.is_file() else RUN
+    if found != kind:
+        raise UsageError(f"--out {path}: the folder holds a {found}, and not a {kind}; choose another one")
     if not resume:
         raise UsageError(
-            f"--out {path}: the folder holds a run already; continue it with --resume, or choose another with --out"
+            f"--out {path}: the folder holds a {kind} already; continue it with --resume, or choose another with --out"
         )
     with held.open("rb") as stream:
         before = tomllib.load(stream)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from operator import index
+from typing import TYPE_CHECKING
 
 from gruppo.errors import RunError, UsageError
 from gruppo.imports import import_attribute
@@ -22,6 +24,7 @@ def lines(text: str) -> list[int]:
     return [match.end() for match in re.finditer(r"[^\n]*\S", text)]
 
 
+@cache
 def find_split(name: str) -> Split:
     """The rule of that name or import path. Raises UsageError where it cannot be imported, or fails on a trial."""
     split: Split = lines if name == "lines" else import_attribute(name, "reward_model.split")
@@ -33,13 +36,15 @@ def find_split(name: str) -> Split:
 
 
 def checked_ends(split: Split, text: str) -> list[int]:
-    """What the rule gives for a text. Raises RunError unless it is numbers that rise, from 1 to the text's length."""
+    """What the rule gives for a text; a blank one has no steps. Raises RunError unless it is whole numbers that rise,
+    from 1 to the text's length."""
+    if not text.strip():
+        return []
     try:
-        ends: list[Any] = list(split(text))
+        ends = [index(end) for end in split(text)]
     except Exception as error:  # the rule is the user's
         raise RunError(f"reward_model.split: fails ({type(error).__name__}: {error}) on {text[:60]!r}") from error
-    whole = all(isinstance(end, int) and 0 < end <= len(text) for end in ends)
-    if not whole or any(before >= after for before, after in pairwise(ends)):
+    if not all(0 < end <= len(text) for end in ends) or any(before >= after for before, after in pairwise(ends)):
         raise RunError(
             f"reward_model.split: gives {ends[:20]} for a text of {len(text)} characters, not ends that rise within it"
         )

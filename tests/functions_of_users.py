@@ -46,3 +46,9 @@ def words_backwards(text):
 
 def no_ends(text):
     return None
+
+
+def fails_on_short_texts(text):
+    if len(text) < 4:
+        raise RuntimeError("broken on purpose")
+    return [len(text)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from gruppo.config import Audit
 from gruppo.entry import train
 from gruppo.errors import UsageError
 from gruppo.runlog import read_lines
+from gruppo.types import Metrics, Reward, Steps
+from tests.conftest import make_group
 from tests.runs import ROWS, recipe
 
 HALF = "tests/rewards/functions.py:always_half"
@@ -52,6 +55,26 @@ def test_alarm_when_the_reward_rises_and_the_audit_does_not() -> None:
     assert not any(alarms(level, [-each for each in rising]))
     assert not any(alarms(rising, level, window=9))
     assert alarms(rising, [-each for each in rising])[-1]
+
+
+def test_a_step_that_could_not_be_audited_says_nothing_again() -> None:
+    made = Auditor(FakePool(), Audit(function="second", window=4), 0)  # type: ignore[arg-type]
+    found = [made.alarm({"audit/reward": each, "audit/mean": 0.5}) for each in (0.1, 0.2, 0.3, 0.4)]
+    assert found[-1]
+    assert made.alarm({"audit/reward": None, "audit/mean": None}) is None
+    assert made.alarm({"step": 5, "eval/accuracy": 0.5}) is None
+
+
+def test_rewards_of_steps_count_with_their_weight() -> None:
+    class Pool(FakePool):
+        def score(self, groups, state, advance):
+            return [[Reward(1.0, {}) for _ in own] for _, own in groups], {}
+
+    group = make_group([1], [[1, 2], [3, 4]], [0.5, 0.5])
+    group.rewards = [replace(each, steps={"judge": Steps((0.2, 0.4), (0, 1))}) for each in group.rewards]
+    made, metrics = Auditor(Pool(), Audit(function="second"), 0), Metrics()  # type: ignore[arg-type]
+    made.judge([group], {"judge": 2.0}, 1, metrics, lambda _: None)
+    assert metrics.reduce()["audit/reward"] == pytest.approx(0.5 + 2 * 0.3)
 
 
 def test_a_run_is_audited_and_raises_the_alarm(tiny_folder: str, tmp_path: Path) -> None:

@@ -7,14 +7,20 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from gruppo.callbacks import STOP, Callback
 from gruppo.config import RecipeError, load_recipe
 from gruppo.entry import train
-from gruppo.errors import UsageError
+from gruppo.errors import RunError, UsageError
+from gruppo.heads import ScalarModel
 from gruppo.interruption import Interrupted
 from gruppo.results import Result
+from gruppo.reward_model import save_reward_model
+from gruppo.runlog import read_lines
+from tests.conftest import make_policy
 from tests.runs import ROWS, fingerprint, recipe
 from tests.test_resume import Killed, _at_call
 
@@ -114,7 +120,7 @@ MOMENTS = {
     "while it is trained again": ("gruppo.judge.update", 12),
     "before labels are named": ("gruppo.runlog.publish", 12),
     "between the reference and its checkpoint": ("gruppo.judge.Judge.learn", 2),
-    "before the checkpoint of the iteration": ("gruppo.loop.save_checkpoint", 4),
+    "before the checkpoint of the iteration": ("gruppo.loop.save_checkpoint", 3),
     "within an iteration": ("gruppo.loop.batch_loss", 4),
 }
 
@@ -156,6 +162,58 @@ def test_an_interruption_while_it_learns_leaves_the_checkpoint_before(
     assert fingerprint(tmp_path / "run") == fingerprint(whole)
 
 
+@pytest.mark.parametrize(("count", "steps"), [(1, 0), (2, 2), (3, 2)])
+def test_a_callback_that_stops_at_a_checkpoint_of_an_iteration_leaves_a_result(
+    count: int, steps: int, tiny_folder: str, tmp_path: Path
+) -> None:
+    """The checkpoint after the first training, the one before the second, and the one after it."""
+    seen = []
+
+    class Stops(Callback):
+        def on_checkpoint(self, step: int, path: Path) -> object:
+            seen.append(step)
+            return STOP if len(seen) == count else None
+
+    result = train(rounds(tiny_folder, "outcome"), prompts=ROWS, out=tmp_path / "run", callbacks=[Stops()])
+    assert (result.summary["state"], result.summary["steps"]) == ("stopped", steps)
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+    assert (tmp_path / "run/reward_model/model.safetensors").is_file()
+    tables = sorted(each.name for each in (tmp_path / "run/labels").iterdir())
+    assert len(tables) == (2 if count == 3 else 1), "stopped before the second training, it is not begun"
+
+
+def test_rules_that_fail_while_labelling_are_told_and_end_the_run(tiny_folder: str, tmp_path: Path) -> None:
+    settings = rounds(tiny_folder, "outcome", reward__functions=["tests/rewards/functions.py:never"])
+    with pytest.raises(RunError, match="none with a label is left to train on"):
+        train(settings, prompts=ROWS, out=tmp_path / "run")
+    events = read_lines(tmp_path / "run/events.jsonl")
+    assert [(each["kind"], each["completions"]) for each in events] == [("abstention", 40)]
+
+
+def test_labels_that_somebody_changed_are_not_learned_from(tiny_folder: str, tmp_path: Path) -> None:
+    class Stops(Callback):
+        def on_step(self, step: int, metrics: object, groups: object) -> object:
+            return STOP
+
+    train(rounds(tiny_folder, "outcome"), prompts=ROWS, out=tmp_path / "run", callbacks=[Stops()])
+    (tmp_path / "run/labels/step-000000.parquet").unlink()
+    with pytest.raises(RunError, match=r"step-000000\.parquet: is not what this run wrote"):
+        train(rounds(tiny_folder, "outcome"), prompts=ROWS, out=tmp_path / "run", resume=True)
+
+
+def test_a_judge_that_was_trained_anew_is_not_taken_for_the_one_that_the_run_began_with(
+    tiny_folder: str, tmp_path: Path
+) -> None:
+    model = ScalarModel.on(make_policy(initializer_range=0.02), bias=False)
+    save_reward_model(model, "outcome", tmp_path / "judge")
+    settings = rounds(tiny_folder, "outcome", reward_model__name=str(tmp_path / "judge"), reward_model__prompts=0)
+    train(settings, prompts=ROWS, out=tmp_path / "run")
+    torch.nn.init.ones_(model.head.weight)
+    save_reward_model(model, "outcome", tmp_path / "judge")
+    with pytest.raises(UsageError, match="weights of the reward model"):
+        train(settings, prompts=ROWS, out=tmp_path / "run", resume=True)
+
+
 def test_a_trained_model_judges_without_learning(
     finished: tuple[str, Path, Result], tiny_folder: str, tmp_path: Path
 ) -> None:
@@ -179,6 +237,7 @@ def test_a_trained_model_judges_without_learning(
         ({"model__lora": {"rank": 2}}, r"run\.iterations = 3: the reference of adapters"),
         ({"method__name": "grpo-process"}, r'reward_model\.kind = "outcome": method\.credit = "step"'),
         ({"reward_model__kind": "process"}, r'reward_model\.kind = "process": method\.credit = "completion"'),
+        ({"method__name": "grpo-process", "method__refill_rounds": 2}, r"refill_rounds = 2"),
         ({"reward_model__history": 1.0}, r"reward_model\.history = 1\.0"),
     ],
 )

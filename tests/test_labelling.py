@@ -12,9 +12,10 @@ import tomli_w
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 from typer.testing import CliRunner
 
-from gruppo import label, train_reward_model
+from gruppo import label, train, train_reward_model
 from gruppo.cli import app
 from gruppo.errors import UsageError
+from gruppo.interruption import Interrupted
 from gruppo.models import save_model
 from gruppo.runlog import read_lines
 from tests.conftest import make_policy
@@ -183,3 +184,38 @@ def test_both_commands(settings: dict[str, Any], tmp_path: Path) -> None:
     trained = run(app, ["reward-model", str(path), str(tmp_path / "labels"), "--out", str(tmp_path / "model")])
     assert trained.exit_code == 0, trained.output
     assert "calibration_error" in trained.output
+
+
+def test_folders_of_other_kinds_are_left_as_they_are(settings: dict[str, Any], labelled: Path) -> None:
+    before = rows_of(labelled)
+    with pytest.raises(UsageError, match="holds a set of labels, and not a reward model"):
+        train_reward_model(settings, labelled, out=labelled, resume=True)
+    with pytest.raises(UsageError, match="holds a set of labels, and not a run"):
+        train(settings, out=labelled, resume=True)
+    assert rows_of(labelled) == before
+
+
+def test_a_resume_with_other_labels_is_refused(settings: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
+    train_reward_model(settings, labelled, out=tmp_path / "model")
+    label(settings, out=tmp_path / "labels", overrides=["run.seed=1"])
+    with pytest.raises(UsageError, match="labels_sha256 is not what it was"):
+        train_reward_model(settings, tmp_path / "labels", out=tmp_path / "model", resume=True)
+
+
+def test_an_interruption_saves_what_was_learned(
+    settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five updates are done, and run.checkpoint_every is 100."""
+
+    def stops() -> None:
+        raise Interrupted
+
+    own = {**settings, "run": {**settings["run"], "checkpoint_every": 100}}
+    whole = train_reward_model(own, labelled, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _at_call(patch, "gruppo.judge.update", 6, stops)
+        with pytest.raises(Interrupted):
+            train_reward_model(own, labelled, out=tmp_path / "run")
+    assert [each.name for each in (tmp_path / "run/checkpoints").iterdir()] == ["step-000005"]
+    again = train_reward_model(own, labelled, out=tmp_path / "run", resume=True)
+    assert again.after == whole.after

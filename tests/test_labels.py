@@ -76,7 +76,7 @@ def probability_right(policy: LanguageModel, ids: tuple[int, ...], text: str, ro
 
 def test_soft_labels_are_the_probabilities_that_enumeration_gives(small: LanguageModel, pool: RewardPool) -> None:
     count = 4000
-    (made,) = labeller(small, pool, 7, continuations=count).label([group_of(small, "bacdge")], (0, 1))
+    ((made,), _) = labeller(small, pool, 7, continuations=count).label([group_of(small, "bacdge")], (0, 1))
     assert made.ends == (1, 3, 5)
     assert made.text_ends == (2, 4, 6)
     ids = small.tokenizer("bacdge")["input_ids"]
@@ -89,10 +89,10 @@ def test_soft_labels_are_the_probabilities_that_enumeration_gives(small: Languag
 
 def test_what_follows_nothing_is_the_completions_own_verdict(small: LanguageModel, pool: RewardPool) -> None:
     tools = labeller(small, pool, 4, continuations=2)
-    wrong, right = tools.label([group_of(small, "bc", "be")], (0, 1))
+    (wrong, right), _ = tools.label([group_of(small, "bc", "be")], (0, 1))
     assert (wrong.right, wrong.shares) == (False, (0.0,))
     assert (right.right, right.shares) == (True, (1.0,))
-    (cut,) = tools.label([group_of(small, "bcbe", finish="length")], (0, 1))
+    ((cut,), _) = tools.label([group_of(small, "bcbe", finish="length")], (0, 1))
     assert cut.shares[1] == 1.0, "cut at the last token: there is no room to go on"
 
 
@@ -101,14 +101,15 @@ def test_the_same_key_draws_the_same_and_completions_of_unknown_reward_are_left_
 ) -> None:
     tools = labeller(small, pool, 8, continuations=8)
     groups = [group_of(small, "bacd", "ggff", verdicts=[1.0, None]), group_of(small, "ed")]
-    made = tools.label(groups, (3, 1))
+    made, failures = tools.label(groups, (3, 1))
     assert [each.completion.text for each in made] == ["bacd", "ed"]
-    assert made == tools.label(groups, (3, 1))
-    assert [each.shares for each in made] != [each.shares for each in tools.label(groups, (4, 1))]
+    assert failures == {"failed": 1}
+    assert (made, failures) == tools.label(groups, (3, 1))
+    assert [each.shares for each in made] != [each.shares for each in tools.label(groups, (4, 1))[0]]
 
 
 def test_a_completion_without_a_step_has_no_label(small: LanguageModel, pool: RewardPool) -> None:
-    (made,) = labeller(small, pool, 8).label([group_of(small, "")], (0, 1))
+    ((made,), _) = labeller(small, pool, 8).label([group_of(small, "")], (0, 1))
     assert made.ends == ()
     assert made.sample(RewardModel(kind="process")).labels == Steps((), ())
 
@@ -124,14 +125,14 @@ def test_hard_and_soft_labels_and_those_of_outcomes() -> None:
 
 def test_outcome_labels_sample_nothing(small: LanguageModel, pool: RewardPool) -> None:
     tools = labeller(small, pool, 8, kind="outcome")
-    assert [(each.right, each.ends) for each in tools.label([group_of(small, "ab", "ba")], (0, 1))] == [
+    assert [(each.right, each.ends) for each in tools.label([group_of(small, "ab", "ba")], (0, 1))[0]] == [
         (False, ()),
         (True, ()),
     ]
 
 
 def test_what_is_written_is_read_again(small: LanguageModel, pool: RewardPool, tmp_path: Path) -> None:
-    made = labeller(small, pool, 8, continuations=3).label([group_of(small, "bacd", "ed")], (0, 1))
+    made, _ = labeller(small, pool, 8, continuations=3).label([group_of(small, "bacd", "ed")], (0, 1))
     run = RunFolder(tmp_path / "labels")
     path = run.table("labels", 1, label_rows(made), LABELS)
     run.close()
@@ -144,3 +145,19 @@ def test_what_is_written_is_read_again(small: LanguageModel, pool: RewardPool, t
         (each.completion.token_ids, each.right, each.ends, each.shares) for each in made
     ]
     assert again[0].prompt.columns == {"answer": 1}
+
+
+def test_a_rule_of_steps_that_fails_labels_nothing_and_is_counted(small: LanguageModel, pool: RewardPool) -> None:
+    tools = labeller(small, pool, 8, split="tests/functions_of_users.py:fails_on_short_texts")
+    made, failures = tools.label([group_of(small, "bacde", "ed")], (0, 1))
+    assert [each.completion.text for each in made] == ["bacde"]
+    ((why, count),) = failures.items()
+    assert (count, "reward_model.split" in why) == (1, True)
+
+
+def test_the_rule_judges_where_another_reward_failed(small: LanguageModel, pool: RewardPool) -> None:
+    group = group_of(small, "ba")
+    group.rewards = [Reward(None, {"ends_in_a_vowel": 1.0, "other": None}, "other: broken")]
+    ((made,), failures) = labeller(small, pool, 8, kind="outcome").label([group], (0, 1))
+    assert made.right
+    assert not failures

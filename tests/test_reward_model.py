@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    CohereConfig,
+    LlamaForSequenceClassification,
+    OPTConfig,
+)
 
 from gruppo.config import RewardModel
 from gruppo.errors import UsageError
@@ -141,10 +147,39 @@ def test_what_is_saved_is_loaded_by_transformers_and_by_gruppo(kind: str, tmp_pa
 
 
 def test_an_architecture_without_such_a_classifier_is_refused() -> None:
-    from transformers import CohereConfig
-
     with pytest.raises(UsageError, match=r"reward_model\.name: architecture 'cohere'"):
         check_kind(CohereConfig(), "process")
+    with pytest.raises(UsageError, match=r"reward_model\.name: architecture 'opt'"):
+        check_kind(OPTConfig(), "outcome")
+
+
+def test_a_classifier_of_several_labels_is_refused_and_one_in_parts_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = make_policy().model.config
+    config.num_labels = 2
+    two = LlamaForSequenceClassification(config)
+    two.save_pretrained(tmp_path / "two")
+    make_policy().tokenizer.save_pretrained(tmp_path / "two")
+    with pytest.raises(UsageError, match="has 2 labels"):
+        load_reward_model(find_model(str(tmp_path / "two")), "outcome", "cpu", "float32")
+    config.num_labels = 1
+    one = LlamaForSequenceClassification(config)
+    one.save_pretrained(tmp_path / "one", max_shard_size="20KB")
+    make_policy().tokenizer.save_pretrained(tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 1
+    loaded = load_reward_model(find_model(str(tmp_path / "one")), "outcome", "cpu", "float32")
+    assert (loaded.head.weight == one.score.weight).all()
+    assert loaded.head.bias is None
+
+
+def test_an_update_without_a_label_is_not_made() -> None:
+    model = scalar("process")
+    before = [each.clone() for each in model.module.parameters()]
+    optimizer = torch.optim.AdamW(model.module.parameters(), lr=0.1)
+    judge = Judge(model, optimizer, RewardModel(kind="process"), model.policy.tokenizer, 10**9, 1.0)
+    blank = [Sample(each.prompt, each.completion, True, Steps((), ())) for each in random_samples("process")]
+    assert fit(judge, blank, 1, lambda *_: None, Silent(), Stop()).reduce() == {}
+    assert all((own == each).all() for own, each in zip(before, model.module.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["outcome", "process"])
@@ -200,7 +235,7 @@ def test_figures_of_hand_worked_questions() -> None:
     assert figures["labels"] == 6
     assert figures["accuracy"] == pytest.approx(3 / 6)
     assert figures["auc"] == pytest.approx((3 + 1 + 0) / 9)  # 0.9 above all three, 0.3 above one, 0.1 above none
-    assert figures["first"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert figures["mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
     assert figures["best_of_n"] == pytest.approx((1 + 0) / 2)
     assert figures["majority_vote"] == pytest.approx((0 + 1) / 2)
     assert figures["any_right"] == 1.0

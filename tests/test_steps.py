@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -79,7 +80,13 @@ def test_a_bad_rule_is_told_before_anything_is_sampled(name: str) -> None:
         find_split(f"tests/functions_of_users.py:{name}")
 
 
-@pytest.mark.parametrize("ends", [[0], [3, 3], [5, 2], [99], [1.5], ["1"]])
+@pytest.mark.parametrize("ends", [[0], [3, 3], [5, 2], [99], [1.5], ["1"], None])
 def test_ends_must_rise_within_the_text(ends: list) -> None:
-    with pytest.raises(RunError, match=r"reward_model\.split: gives"):
+    with pytest.raises(RunError, match=r"reward_model\.split: (gives|fails)"):
         checked_ends(lambda text: ends, "some text")
+
+
+def test_a_blank_text_has_no_steps_whatever_the_rule_says() -> None:
+    assert checked_ends(lambda text: [len(text)], "") == []
+    assert checked_ends(lambda text: [len(text)], " \n") == []
+    assert checked_ends(lambda text: np.array([1, 3]), "abc") == [1, 3]
