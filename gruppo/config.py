@@ -757,7 +757,8 @@ def _explain(details: ErrorDetails) -> str:
         known = section.model_fields if section else []
         return f"{field} = {_short(details['input'])}: unknown {what}{nearest(location[-1], known)}"
     if kind == "missing":
-        return f'{field}: missing; write e.g. name = "smollm2-135m-instruct" in [{location[0]}]'
+        example = {"audit.function": "math"}.get(field, "smollm2-135m-instruct")
+        return f'{field}: missing; write e.g. {location[-1]} = "{example}" in [{".".join(location[:-1])}]'
     if kind == "value_error":
         message = str(details["ctx"]["error"])
         return f"{field}.{message}" if location else message

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gruppo.audit import Auditor, trend
-from gruppo.config import Audit
+from gruppo.config import Audit, load_recipe
 from gruppo.entry import train
 from gruppo.errors import UsageError
 from gruppo.runlog import read_lines
@@ -109,3 +109,8 @@ def test_a_grader_that_is_not_there_is_told_by_its_field(tiny_folder: str, tmp_p
     with pytest.raises(UsageError, match=r"audit\.function"):
         train(recipe(tiny_folder, audit__function="nowhere"), prompts=ROWS, out=tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.toml").exists()
+
+
+def test_an_audit_without_a_function_is_told_what_to_write(tiny_folder: str) -> None:
+    with pytest.raises(UsageError, match=r'audit\.function: missing; write e\.g\. function = "math" in \[audit\]'):
+        load_recipe(recipe(tiny_folder, audit__share=0.5))
