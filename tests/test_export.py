@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import gruppo
 from gruppo import loop
-from gruppo.checkpoint import _sha256, load_state
+from gruppo.checkpoint import file_sha256, load_state
 from gruppo.engines import Request, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.entry import train
@@ -146,7 +146,7 @@ def with_accuracies(run: Path, to: Path, accuracies: dict[int, float]) -> Path:
         state["evaluations"] = {str(step): {**figures, "accuracy": value} for step, value in accuracies.items()}
         (folder / "state.json").write_text(json.dumps(state))
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["state.json"] = _sha256(folder / "state.json")
+        manifest["state.json"] = file_sha256(folder / "state.json")
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return to
 
