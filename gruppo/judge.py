@@ -91,9 +91,9 @@ class Judge:
                 f"reward_model: of {len(new)} labelled completions none with a label is left to train on; see "
                 "events.jsonl for rules that failed, or write more reward_model.prompts or a smaller held_out"
             )
-        before = self._quality(held)
+        before = self.quality(held)
         metrics = fit(self, [*training, *again], turn, require_finite, reporter, stop)
-        after = self._quality(held)
+        after = self.quality(held)
         return {
             "reward_model/new": float(len(training)),
             "reward_model/replayed": float(len(again)),
@@ -104,7 +104,8 @@ class Judge:
             **{f"reward_model/after/{name}": value for name, value in after.items()},
         }
 
-    def _quality(self, samples: Sequence[Sample]) -> dict[str, float | None]:
+    def quality(self, samples: Sequence[Sample]) -> dict[str, float | None]:
+        """See `gruppo.reward_model.quality`."""
         return quality(samples, probabilities(self.model, samples, self.budget, self.model.policy.device))
 
 

@@ -77,10 +77,8 @@ def _label(
     from gruppo.labels import Labeller, label_rows, read_labels
     from gruppo.models import choose_device, choose_dtype, find_model, load_model, weights_sha256
     from gruppo.preparation import data_sha256, make_pool, tokenize_data
-    from gruppo.rollout import sample_groups, score_groups
     from gruppo.steps import find_split
     from gruppo.tables import LABELS as LABEL_COLUMNS
-    from gruppo.types import Metrics
 
     find_split(settings.split)
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
@@ -105,11 +103,7 @@ def _label(
             if (run.path / "labels" / f"step-{number:06d}.parquet").is_file():
                 advance(len(prompts))
                 continue
-            key = (recipe.run.seed, 0, start)
-            streams = [[(*key, 2, place, draw) for draw in range(group)] for place in range(len(prompts))]
-            sampled = sample_groups(engine, prompts, streams, inputs.sampling, reporter, stop)
-            groups = score_groups(prompts, sampled, pool, {}, Metrics(), reporter, stop)
-            labels, failures = labeller.label(groups, (*key, 3))
+            labels, failures = labeller.sample(prompts, group, (recipe.run.seed, 0, start))
             for failure, count in failures.items():
                 run.event("abstention", failure, number, completions=count)
                 reporter.note(f"{count} verdicts failed: {failure}; see events.jsonl")
@@ -184,13 +178,7 @@ def _train(
     from gruppo.models import choose_device, choose_dtype, weights_sha256
     from gruppo.packing import most_tokens
     from gruppo.preparation import find_named, make_optimizer
-    from gruppo.reward_model import (
-        check_kind,
-        load_reward_model,
-        probabilities,
-        quality,
-        save_reward_model,
-    )
+    from gruppo.reward_model import check_kind, load_reward_model, save_reward_model
 
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     name = "reward_model.name" if settings.name else "model.name"
@@ -203,16 +191,13 @@ def _train(
     most = recipe.optimizer.max_grad_norm
     judge = Judge(made, optimizer, settings, source.tokenizer, most_tokens(max(prompts)), most)
 
-    def figures() -> dict[str, float | None]:
-        return quality(held, probabilities(made, held, judge.budget, made.policy.device))
-
     identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
     _begin(run, recipe, REWARD_MODEL, identity)
     checkpoint, _ = newest_checkpoint(run)
     state = load_state(checkpoint) if checkpoint else State()
     if checkpoint is None:
         run.cut_back({}, 0)
-        before = figures()
+        before = judge.quality(held)
         run.write_json("before.json", before)
     else:
         load_tensors(checkpoint, made.module, optimizer)
@@ -237,7 +222,7 @@ def _train(
     finally:  # an interruption too comes between two updates
         if state.step:
             save_checkpoint(run, made.module, optimizer, state)
-    result = Trained(run.path, state.step, before, figures())
+    result = Trained(run.path, state.step, before, judge.quality(held))
     with run.building("model") as folder:
         save_reward_model(made, settings.kind, folder)
     run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})

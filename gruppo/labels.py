@@ -22,9 +22,10 @@ from gruppo.interruption import Stop
 from gruppo.reporting import Reporter
 from gruppo.reward_model import Sample, last_token
 from gruppo.rewards.pool import RewardPool
+from gruppo.rollout import sample_groups, score_groups
 from gruppo.steps import checked_ends, find_split, step_tokens
 from gruppo.tables import as_json
-from gruppo.types import Completion, Group, Prompt, Reward, Steps
+from gruppo.types import Completion, Group, Metrics, Prompt, Reward, Steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,15 @@ class Labeller:
     right: float
     reporter: Reporter
     stop: Stop
+
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, key: tuple[int, ...]
+    ) -> tuple[list[Labelled], Counter[str]]:
+        """Completions of prompts, scored by the pool and labelled; see `label`."""
+        streams = [[(*key, 2, place, draw) for draw in range(group_size)] for place in range(len(prompts))]
+        sampled = sample_groups(self.engine, prompts, streams, self.options, self.reporter, self.stop)
+        groups = score_groups(prompts, sampled, self.pool, {}, Metrics(), self.reporter, self.stop)
+        return self.label(groups, (*key, 3))
 
     def label(self, groups: Sequence[Group], key: tuple[int, ...]) -> tuple[list[Labelled], Counter[str]]:
         """Every completion that the rule could judge, in order; and what failed, in words, with how often. `key`: what

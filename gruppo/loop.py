@@ -225,10 +225,6 @@ class _Run:
         parts, recipe, state = self.parts, self.recipe, self.state
         assert parts.pool is not None
         prompts = parts.prompts.draw(state.cursor, judge.settings.prompts)
-        key = (recipe.run.seed, 0, state.cursor)
-        streams = [[(*key, 2, i, j) for j in range(recipe.sampling.group_size)] for i in range(len(prompts))]
-        sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
-        groups = score_groups(prompts, sampled, parts.pool, {}, Metrics(), self.reporter, self.stop)
         labeller = Labeller(
             parts.sampler,
             parts.pool,
@@ -239,7 +235,8 @@ class _Run:
             self.reporter,
             self.stop,
         )
-        labels, failures = labeller.label(groups, (*key, 3))
+        key = recipe.run.seed, 0, state.cursor
+        labels, failures = labeller.sample(prompts, recipe.sampling.group_size, key)
         for failure, count in failures.items():
             self.run.event("abstention", failure, state.step, completions=count)
         if failures:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from gruppo.entry import train
 from gruppo.results import Result
@@ -46,3 +49,43 @@ def fingerprint(out: Path) -> dict[str, Any]:
         "evaluations": {path.name: pq.read_table(path).to_pylist() for path in sorted(out.glob("evaluations/*"))},
         "checkpoint": {p.name: p.read_bytes() for p in final.iterdir() if p.suffix == ".safetensors"},
     }
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@contextmanager
+def killed(monkeypatch: pytest.MonkeyPatch, target: str, count: int) -> Iterator[None]:
+    """What runs in the block dies just before the `count`-th call of `target`, and writes no summary."""
+
+    def dies() -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        at_call(patch, target, count, dies)
+        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
+        with pytest.raises(Killed):
+            yield
+
+
+def at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable[[], None]) -> None:
+    """Do `action` just before the `count`-th call of `target`."""
+    original, calls = resolve(target), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            action()
+        return original(*args, **kwargs)
+
+    patch.setattr(target, counted)
+
+
+def resolve(target: str):
+    module, _, rest = target.partition(".")
+    found = __import__(module)
+    for part in rest.split("."):
+        found = getattr(found, part)
+    return found

@@ -21,8 +21,7 @@ from gruppo.results import Result
 from gruppo.reward_model import save_reward_model
 from gruppo.runlog import read_lines
 from tests.conftest import make_policy
-from tests.runs import ROWS, fingerprint, recipe
-from tests.test_resume import Killed, _at_call
+from tests.runs import ROWS, at_call, fingerprint, killed, recipe
 
 VOWELS = "tests/rewards/functions.py:ends_in_a_vowel"
 EVERY_TWO = "tests/functions_of_users.py:every_two"
@@ -131,14 +130,8 @@ def test_killed_and_resumed_equals_uninterrupted(
 ) -> None:
     kind, whole, _ = finished
 
-    def dies() -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        _at_call(patch, *MOMENTS[moment], dies)
-        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
-        with pytest.raises(Killed):
-            train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run")
+    with killed(monkeypatch, *MOMENTS[moment]):
+        train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run")
     train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run", resume=True)
     assert fingerprint(tmp_path / "run") == fingerprint(whole)
     assert labels_of(tmp_path / "run") == labels_of(whole)
@@ -155,7 +148,7 @@ def test_an_interruption_while_it_learns_leaves_the_checkpoint_before(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        _at_call(patch, "gruppo.judge.update", 12, stops)
+        at_call(patch, "gruppo.judge.update", 12, stops)
         stopped = train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run")
     assert (stopped.summary["state"], stopped.summary["steps"]) == ("interrupted", 2)
     train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run", resume=True)

@@ -19,8 +19,7 @@ from gruppo.interruption import Interrupted
 from gruppo.models import save_model
 from gruppo.runlog import read_lines
 from tests.conftest import make_policy
-from tests.runs import ROWS, recipe
-from tests.test_resume import Killed, _at_call
+from tests.runs import ROWS, at_call, killed, recipe
 
 VOWELS = "tests/rewards/functions.py:ends_in_a_vowel"
 EVERY_TWO = "tests/functions_of_users.py:every_two"
@@ -65,13 +64,8 @@ def test_a_row_a_completion_with_its_steps(settings: dict[str, Any], labelled: P
 def test_labelling_resumes_and_keeps_what_is_there(
     settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies() -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        _at_call(patch, "gruppo.labels.Labeller.label", 2, dies)
-        with pytest.raises(Killed):
-            label(settings, out=tmp_path / "labels")
+    with killed(monkeypatch, "gruppo.labels.Labeller.label", 2):
+        label(settings, out=tmp_path / "labels")
     first = tmp_path / "labels/labels/step-000001.parquet"
     written = first.stat().st_mtime_ns
     with pytest.raises(UsageError, match="--resume"):
@@ -96,13 +90,8 @@ def test_a_reward_model_is_trained_on_labels_and_resumes(
     _, report = auto.from_pretrained(tmp_path / "whole/model", output_loading_info=True)
     assert not report["missing_keys"]
 
-    def dies() -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        _at_call(patch, "gruppo.judge.update", 6, dies)
-        with pytest.raises(Killed):
-            train_reward_model(own, labelled, out=tmp_path / "run")
+    with killed(monkeypatch, "gruppo.judge.update", 6):
+        train_reward_model(own, labelled, out=tmp_path / "run")
     again = train_reward_model(own, labelled, out=tmp_path / "run", resume=True)
     assert (again.before, again.after, again.updates) == (whole.before, whole.after, whole.updates)
     assert read_lines(tmp_path / "run/metrics.jsonl") == lines
@@ -213,7 +202,7 @@ def test_an_interruption_saves_what_was_learned(
     own = {**settings, "run": {**settings["run"], "checkpoint_every": 100}}
     whole = train_reward_model(own, labelled, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        _at_call(patch, "gruppo.judge.update", 6, stops)
+        at_call(patch, "gruppo.judge.update", 6, stops)
         with pytest.raises(Interrupted):
             train_reward_model(own, labelled, out=tmp_path / "run")
     assert [each.name for each in (tmp_path / "run/checkpoints").iterdir()] == ["step-000005"]

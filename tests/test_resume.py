@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,10 @@ from gruppo.errors import UsageError
 from gruppo.forecast import process_bytes
 from gruppo.methods import METHODS
 from gruppo.runlog import read_lines
-from tests.runs import ROWS, fingerprint, recipe, small_run
+from tests.runs import ROWS, at_call, fingerprint, killed, recipe, small_run
 
 REFILLED = "tests/rewards/functions.py:begins_with_a_letter"
 EVALUATED = {"evaluation__grader": "exact_match", "evaluation__every": 2, "method__inner_updates": 2}
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +60,8 @@ MOMENTS = {
 def test_killed_and_resumed_equals_uninterrupted(
     moment: str, tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies() -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        _at_call(patch, *MOMENTS[moment], dies)
-        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
-        with pytest.raises(Killed):
-            small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
+    with killed(monkeypatch, *MOMENTS[moment]):
+        small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
     small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
     assert fingerprint(tmp_path / "run") == uninterrupted
 
@@ -83,9 +72,6 @@ def test_every_method_resumes_bit_for_bit(
 ) -> None:
     """DAPO's refills move the cursor by what they drew; KL in the reward needs the reference of the beginning."""
 
-    def dies() -> None:
-        raise Killed
-
     changes = {"method__name": method, "reward__functions": [REFILLED], "sampling__temperature": 0.7}
     settings = {**recipe(tiny_folder, **changes)}
     del settings["method"]["kl_coef"]
@@ -94,11 +80,8 @@ def test_every_method_resumes_bit_for_bit(
         del settings["reward"]
         rows = [{**row, "completion": row["prompt"] + "z"} for row in ROWS]
     train(settings, prompts=rows, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        _at_call(patch, "gruppo.loop._Run._write_step", 5, dies)
-        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
-        with pytest.raises(Killed):
-            train(settings, prompts=rows, out=tmp_path / "run")
+    with killed(monkeypatch, "gruppo.loop._Run._write_step", 5):
+        train(settings, prompts=rows, out=tmp_path / "run")
     train(settings, prompts=rows, out=tmp_path / "run", resume=True)
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
     if method == "dapo":
@@ -127,40 +110,12 @@ def test_adapters_resume_bit_for_bit(
 ) -> None:
     """The frozen weights come from the start model again, A and B from the checkpoint or, before one, from the seed."""
 
-    def dies() -> None:
-        raise Killed
-
     out, changes = tmp_path / "run", {"model__lora": {"rank": 2}, "method__inner_updates": 2}
-    with monkeypatch.context() as patch:
-        _at_call(patch, *LORA_MOMENTS[moment], dies)
-        patch.setattr("gruppo.loop._Run._summary", lambda *_: {}, raising=True)
-        with pytest.raises(Killed):
-            small_run(tiny_folder, out, **changes)
+    with killed(monkeypatch, *LORA_MOMENTS[moment]):
+        small_run(tiny_folder, out, **changes)
     small_run(tiny_folder, out, resume=True, **changes)
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == uninterrupted_lora["adapter"]
     assert fingerprint(out) == {name: each for name, each in uninterrupted_lora.items() if name != "adapter"}
-
-
-def _at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable[[], None]) -> None:
-    """Do `action` just before the `count`-th call of `target`."""
-    original, calls = _resolve(target), 0
-
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            action()
-        return original(*args, **kwargs)
-
-    patch.setattr(target, counted)
-
-
-def _resolve(target: str):
-    module, _, rest = target.partition(".")
-    found = __import__(module)
-    for part in rest.split("."):
-        found = getattr(found, part)
-    return found
 
 
 @pytest.mark.parametrize("moment", ["sampling", "between steps", "evaluating", "evaluating at the end", "updating"])
@@ -176,7 +131,7 @@ def test_asked_to_stop_saves_and_continues(
         "updating": ("gruppo.loop.batch_loss", 5),
     }[moment]
     with monkeypatch.context() as patch:
-        _at_call(patch, target, count, lambda: os.kill(os.getpid(), signal.SIGINT))
+        at_call(patch, target, count, lambda: os.kill(os.getpid(), signal.SIGINT))
         result = small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
     assert result.summary["state"] == "interrupted"
     assert result.summary["steps"] < 6 or moment == "evaluating at the end"
