@@ -139,18 +139,25 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert (tmp_path / "run" / saved).read_bytes() == (whole / saved).read_bytes()
 
 
+@pytest.mark.parametrize(("count", "steps"), [(3, 0), (12, 2)])
 def test_an_interruption_while_it_learns_leaves_the_checkpoint_before(
-    finished: tuple[str, Path, Result], tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    steps: int,
+    finished: tuple[str, Path, Result],
+    tiny_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Before the first step there is none, and none may be made of a model that is half trained."""
     kind, whole, _ = finished
 
     def stops() -> None:
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        at_call(patch, "gruppo.judge.update", 12, stops)
+        at_call(patch, "gruppo.judge.update", count, stops)
         stopped = train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run")
-    assert (stopped.summary["state"], stopped.summary["steps"]) == ("interrupted", 2)
+    assert (stopped.summary["state"], stopped.summary["steps"]) == ("interrupted", steps)
     train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run", resume=True)
     assert fingerprint(tmp_path / "run") == fingerprint(whole)
 
