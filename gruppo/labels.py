@@ -13,18 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gruppo.config import RewardModel
 from gruppo.engines import Engine, Request, SamplingOptions
-from gruppo.errors import RunError
+from gruppo.errors import RunError, UsageError
 from gruppo.interruption import Stop
 from gruppo.reporting import Reporter
 from gruppo.reward_model import Sample, last_token
 from gruppo.rewards.pool import RewardPool
 from gruppo.rollout import sample_groups, score_groups
 from gruppo.steps import checked_ends, find_split, step_tokens
-from gruppo.tables import as_json
+from gruppo.tables import LABELS, as_json
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward, Steps
 
 if TYPE_CHECKING:
@@ -208,10 +209,15 @@ def label_rows(labels: Iterable[Labelled]) -> list[dict[str, Any]]:
 
 
 def read_labels(files: Iterable[Path]) -> list[Labelled]:
-    """The completions of tables that `label_rows` made, in order."""
+    """The completions of tables that `label_rows` made, in order. Raises UsageError for another file."""
     made = []
     for file in files:
-        for row in pq.read_table(file).to_pylist():
+        try:
+            rows = pq.read_table(file, columns=LABELS.names).cast(LABELS).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            why = str(error).splitlines()[0]
+            raise UsageError(f"{file}: is no table of labels ({why}); give one that `gruppo label` wrote") from None
+        for row in rows:
             ids = tuple(row["token_ids"])
             completion = Completion(ids, (0.0,) * len(ids), (True,) * len(ids), row["finish_reason"], 0, row["text"])
             content, columns = json.loads(row["prompt"]), json.loads(row["columns"])

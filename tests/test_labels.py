@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from gruppo.config import RewardModel
 from gruppo.engines import SamplingOptions
 from gruppo.engines.native import NativeEngine
+from gruppo.errors import UsageError
 from gruppo.interruption import Stop
 from gruppo.labels import Labelled, Labeller, label_rows, read_labels
 from gruppo.models import LanguageModel
@@ -161,3 +163,13 @@ def test_the_rule_judges_where_another_reward_failed(small: LanguageModel, pool:
     ((made,), failures) = labeller(small, pool, 8, kind="outcome").label([group], (0, 1))
     assert made.right
     assert not failures
+
+
+def test_another_file_is_no_table_of_labels(tmp_path: Path) -> None:
+    path = tmp_path / "step-000001.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match="is no table of labels"):
+        read_labels([path])
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(UsageError, match="is no table of labels"):
+        read_labels([path])
