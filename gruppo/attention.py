@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
+
+from gruppo.kernels import Norms, Rope
 
 NAME = "gruppo"
 
@@ -47,6 +49,17 @@ class AttentionPlan(Protocol):
         value: Float[Tensor, "B kv_heads T E"],
     ) -> Float[Tensor, "B T heads E"]:
         """Attention output of every token."""
+
+
+@runtime_checkable
+class ProjectedAttention(Protocol):
+    """A plan that can also take what a layer's product made of its rows, before it is cut into heads and turned."""
+
+    def attend_projected(
+        self, layer: Layer, projected: Float[Tensor, "N Q+2*K D"], queries: int, rope: Rope, norms: Norms
+    ) -> Float[Tensor, "N Q*D"] | None:
+        """Attention output of each row, in the dtype of products; None where `attend` has to do it. See
+        `gruppo.kernels.turn_heads`."""
 
 
 _active: AttentionPlan | None = None

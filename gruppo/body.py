@@ -18,11 +18,20 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 
-from gruppo.attention import AttentionPlan, Layer
+from gruppo.attention import AttentionPlan, Layer, ProjectedAttention
+from gruppo.kernels import (
+    Norms,
+    Rope,
+    add_norm,
+    gate,
+    gate_backward,
+    norm_backward,
+    turn_heads,
+    turn_heads_backward,
+)
 from gruppo.maths.products import packed, product
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -90,7 +99,7 @@ class Linear:
         return grad @ self.weight
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Prepared:
     """A layer with its weights as products read them."""
 
@@ -108,6 +117,25 @@ class _Prepared:
     @property
     def products(self) -> tuple[Linear, ...]:
         return self.qkv, self.out, self.gate_up, self.down
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products."""
+        return self.qkv.weight.dtype
+
+    @cached_property
+    def queries(self) -> int:
+        """Heads of queries."""
+        return int(self.block.self_attn.q_proj.out_features // self.block.self_attn.head_dim)
+
+    @cached_property
+    def norms(self) -> Norms:
+        """Of each query's and key's head, where they have any."""
+        attention = self.block.self_attn
+        if not hasattr(attention, "q_norm"):
+            return None, None, 0.0
+        query, key = attention.q_norm, attention.k_norm
+        return query.weight.detach(), key.weight.detach(), query.variance_epsilon
 
 
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
@@ -197,13 +225,18 @@ class FusedBody:
             prepared = self.prepare(dtype, pack=not training)
             hidden: Tensor = _Embedding.apply(token_ids.flatten(), self.decoder.embed_tokens.weight)  # type: ignore[no-untyped-call]
             cos, sin = self.decoder.rotary_emb(hidden, positions)
-            rope = cos.reshape(batch * length, 1, -1), sin.reshape(batch * length, 1, -1)
-            run = _trained if training else _computed
-            for each in prepared:
-                if training and recompute:
-                    hidden = checkpoint(run, each, hidden, rope, plan, batch, use_reentrant=False)
-                else:
-                    hidden = run(each, hidden, rope, plan, batch)
+            rope = cos.reshape(batch * length, -1), sin.reshape(batch * length, -1)
+            if training:
+                for each in prepared:
+                    if recompute:
+                        hidden = checkpoint(_trained, each, hidden, rope, plan, batch, use_reentrant=False)
+                    else:
+                        hidden = _trained(each, hidden, rope, plan, batch)
+            else:
+                delta, decoding = None, plan if isinstance(plan, ProjectedAttention) else None
+                for each in prepared:
+                    hidden, delta = _computed(each, hidden, delta, rope, plan, batch, decoding)
+                hidden, _ = add_norm(hidden, delta, None, 0.0, dtype)
             last: Tensor = self.decoder.norm(hidden)
             return last.view(batch, length, -1)
 
@@ -224,17 +257,40 @@ class _Embedding(torch.autograd.Function):
         return None, None
 
 
-def _trained(each: _Prepared, hidden: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, batch: int) -> Tensor:
+def _trained(each: _Prepared, hidden: Tensor, rope: Rope, plan: AttentionPlan, batch: int) -> Tensor:
     query, key, value = _QueryKeyValue.apply(hidden, each, rope, *each.parameters)  # type: ignore[no-untyped-call]
     attended = _attend(each.layer, query, key, value, plan, batch)
     made: Tensor = _Rest.apply(attended, hidden, each, *each.parameters)  # type: ignore[no-untyped-call]
     return made
 
 
-def _computed(each: _Prepared, hidden: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, batch: int) -> Tensor:
-    query, key, value = _query_key_value(each, hidden, rope)[0]
-    attended = _attend(each.layer, query, key, value, plan, batch)
-    return _rest(each, attended, hidden)[0]
+def _computed(
+    each: _Prepared,
+    hidden: Tensor,
+    delta: Tensor | None,
+    rope: Rope,
+    plan: AttentionPlan,
+    batch: int,
+    decoding: ProjectedAttention | None,
+) -> tuple[Tensor, Tensor]:
+    """The rows after a layer's attention, and what its last product adds to them; the rows before the layer are
+    hidden + delta. `decoding`: the plan, where it takes rows as they are projected."""
+    hidden, normed = _normed(hidden, delta, each.block.input_layernorm, each.dtype)
+    projected = each.qkv(normed).view(len(hidden), -1, each.block.self_attn.head_dim)
+    attended = None
+    if decoding is not None:
+        attended = decoding.attend_projected(each.layer, projected, each.queries, rope, each.norms)
+    if attended is None:
+        made = turn_heads(projected, each.queries, rope, each.norms, hidden.dtype)
+        attended = _attend(each.layer, *made, plan, batch)
+    middle, normed = _normed(hidden, each.out(attended), each.block.post_attention_layernorm, each.dtype)
+    return middle, each.down(gate(each.gate_up(normed)))
+
+
+def _normed(hidden: Tensor, delta: Tensor | None, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    made, normed = add_norm(hidden, delta, norm.weight.detach(), norm.variance_epsilon, dtype)
+    assert normed is not None
+    return made, normed
 
 
 def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, batch: int) -> Tensor:
@@ -243,134 +299,72 @@ def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor, plan: Atten
     return plan.attend(layer, query, key, value).reshape(query.shape[0] * query.shape[2], -1)
 
 
-def _query_key_value(
-    each: _Prepared, hidden: Tensor, rope: tuple[Tensor, Tensor]
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Queries, keys and values [N, heads, D]; beside them what was projected."""
-    attention = each.block.self_attn
-    normed = _norm(hidden, each.block.input_layernorm).to(each.qkv.weight.dtype)
-    projected = each.qkv(normed).view(len(hidden), -1, attention.head_dim)
-    queries, keys = _heads(attention)
-    both, value = projected[:, : queries + keys].to(hidden.dtype), projected[:, queries + keys :].to(hidden.dtype)
-    if hasattr(attention, "q_norm"):
-        both = torch.cat([_norm(both[:, :queries], attention.q_norm), _norm(both[:, queries:], attention.k_norm)], 1)
-    rotated = _rotate(both, rope)
-    return (rotated[:, :queries], rotated[:, queries:], value), projected
-
-
-def _heads(attention: Any) -> tuple[int, int]:
-    """Heads of queries and of keys."""
-    return attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim
-
-
-def _rotate(rows: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions of float32 rows, each of two halves (a, b): (a · cos - b · sin, b · cos + a · sin)."""
-    cos, sin = rope
-    half = rows.shape[-1] // 2
-    turned = rows * cos
-    turned[..., :half].addcmul_(rows[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(rows[..., :half], sin[..., half:])
-    return turned
-
-
-def _rotate_backward(grad: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = rope
-    half = grad.shape[-1] // 2
-    made = grad * cos
-    made[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-    made[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
-    return made
-
-
 class _QueryKeyValue(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, each: _Prepared, rope: tuple[Tensor, Tensor], *_: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        made, projected = _query_key_value(each, hidden, rope)
-        kept = projected if hasattr(each.block.self_attn, "q_norm") else None
-        ctx.save_for_backward(hidden, kept, *rope)
+    def forward(ctx: Any, hidden: Tensor, each: _Prepared, rope: Rope, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normed = _normed(hidden, None, each.block.input_layernorm, each.dtype)[1]
+        projected = each.qkv(normed).view(len(hidden), -1, each.block.self_attn.head_dim)
+        ctx.save_for_backward(hidden, None if each.norms[0] is None else projected, *rope)
         ctx.each = each
-        return made
+        return turn_heads(projected, each.queries, rope, each.norms, hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, projected, *rope = ctx.saved_tensors
+        hidden, projected, cos, sin = ctx.saved_tensors
         each: _Prepared = ctx.each
-        attention, norm = each.block.self_attn, each.block.input_layernorm
         with torch.autocast(hidden.device.type, enabled=False):
-            both = _rotate_backward(torch.cat(grads[:2], dim=1), tuple(rope))
+            wide = hidden.dtype if projected is not None else each.dtype
+            query, key, value = (grad.contiguous() for grad in grads)
+            turned = turn_heads_backward(query, key, value, (cos, sin), wide)
             if projected is not None:
-                queries, keys = _heads(attention)
-                parts = projected[:, : queries + keys].split([queries, keys], dim=1)
-                norms = attention.q_norm, attention.k_norm
-                split = zip(both.split([queries, keys], dim=1), parts, norms, strict=True)
-                both = torch.cat([_norm_backward(grad, part, own) for grad, part, own in split], dim=1)
-            dtype = each.qkv.weight.dtype
-            grad = torch.cat([both.to(dtype), grads[2].to(dtype)], dim=1).flatten(1)
-            grad = each.qkv.backward(grad, _norm(hidden, norm).to(dtype))
-            return _norm_backward(grad, hidden, norm), None, None, *(None for _ in each.parameters)
+                turned = _head_norms_backward(each, turned, projected).to(each.dtype)
+            normed = _normed(hidden, None, each.block.input_layernorm, each.dtype)[1]
+            grad = each.qkv.backward(turned.flatten(1), normed)
+            made = _norm_backward(grad, hidden, each.block.input_layernorm)
+            return made, None, None, *(None for _ in each.parameters)
 
 
-def _rest(each: _Prepared, attended: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer's output; beside it the rows after attention, and what gate and up make of them."""
-    middle = hidden + each.out(attended)
-    gated = each.gate_up(_norm(middle, each.block.post_attention_layernorm))
-    gate, up = gated.chunk(2, dim=-1)
-    return middle + each.down(silu(gate).mul_(up)), middle, gated
+def _head_norms_backward(each: _Prepared, grad: Tensor, projected: Tensor) -> Tensor:
+    """Of rows [queries, keys, values]: back through the norms that queries and keys have of their own."""
+    attention, queries = each.block.self_attn, each.queries
+    keys = (projected.shape[1] - queries) // 2
+    parts = zip(grad.split([queries, keys, keys], dim=1), projected.split([queries, keys, keys], dim=1), strict=True)
+    (of_query, query), (of_key, key), (of_value, _) = parts
+    return torch.cat(
+        [_norm_backward(of_query, query, attention.q_norm), _norm_backward(of_key, key, attention.k_norm), of_value], 1
+    )
 
 
 class _Rest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attended: Tensor, hidden: Tensor, each: _Prepared, *_: Tensor) -> Tensor:
-        attended = attended.to(each.out.weight.dtype)
-        made, middle, gated = _rest(each, attended, hidden)
+        attended = attended.to(each.dtype)
+        middle, normed = _normed(hidden, each.out(attended), each.block.post_attention_layernorm, each.dtype)
+        gated = each.gate_up(normed)
         ctx.save_for_backward(attended, middle, gated)
         ctx.each = each
-        return made
+        return add_norm(middle, each.down(gate(gated)), None, 0.0, each.dtype)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         attended, middle, gated = ctx.saved_tensors
         each: _Prepared = ctx.each
-        dtype, norm = each.down.weight.dtype, each.block.post_attention_layernorm
+        norm = each.block.post_attention_layernorm
         with torch.autocast(grad.device.type, enabled=False):
-            gate, up = gated.chunk(2, dim=-1)
-            opened = silu(gate)
-            inner = each.down.backward(grad.to(dtype), opened * up)
-            slopes = torch.empty_like(gated)
-            torch.mul(inner, opened, out=slopes[:, gate.shape[-1] :])
-            torch.ops.aten.silu_backward.grad_input(inner * up, gate, grad_input=slopes[:, : gate.shape[-1]])
-            normed = _norm(middle, norm).to(dtype)
-            own = _norm_backward(each.gate_up.backward(slopes, normed), middle, norm).add_(grad)
+            inner = each.down.backward(grad.to(each.dtype), gate(gated))
+            normed = _normed(middle, None, norm, each.dtype)[1]
+            slopes = each.gate_up.backward(gate_backward(gated, inner), normed)
+            own = _norm_backward(slopes, middle, norm, grad)
             return (
-                each.out.backward(own.to(dtype), attended).to(middle.dtype),
+                each.out.backward(own.to(each.dtype), attended).to(middle.dtype),
                 own,
                 None,
                 *(None for _ in each.parameters),
             )
 
 
-def _norm(rows: Tensor, norm: Any) -> Tensor:
-    """RMS norm: weight · x / √(mean x² + ε)."""
-    wide = rows.to(torch.promote_types(rows.dtype, norm.weight.dtype))
-    scaled: Tensor = wide * norm.weight
-    return scaled.mul_(_inverse_size(wide, norm))
-
-
-def _inverse_size(rows: Tensor, norm: Any) -> Tensor:
-    """1 / √(mean x² + ε) of each row."""
-    sizes: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return sizes.square_().div_(rows.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
-
-
-def _norm_backward(grad: Tensor, rows: Tensor, norm: Any) -> Tensor:
-    """Adds the gradient of the weight; returns that of the rows."""
-    weight = norm.weight.detach()
-    wide, grad = rows.to(weight.dtype), grad.to(weight.dtype)
-    scale = _inverse_size(wide, norm)
-    normed = wide * scale
-    joint = grad * normed
-    accumulate(norm.weight, joint.flatten(0, -2).sum(dim=0))
-    share = (joint @ weight).div_(weight.numel()).unsqueeze(-1)
-    return torch.mul(grad, weight, out=joint).addcmul_(normed, share, value=-1).mul_(scale)
+def _norm_backward(grad: Tensor, rows: Tensor, norm: Any, more: Tensor | None = None) -> Tensor:
+    """Adds the gradient of the weight; returns that of the rows, plus `more`."""
+    made, of_weight = norm_backward(grad, rows, norm.weight.detach(), norm.variance_epsilon, more)
+    accumulate(norm.weight, of_weight)
+    return made

@@ -28,6 +28,11 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def cache_dir() -> Path:
+    """Where converted weights and compiled kernels are kept: GRUPPO_CACHE, or ~/.cache/gruppo."""
+    return Path(os.environ.get("GRUPPO_CACHE") or Path.home() / ".cache" / "gruppo")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated now on the device; on a CPU also within the control group's limit."""
     if device.type == "cuda":

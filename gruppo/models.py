@@ -7,7 +7,6 @@ import gc
 import hashlib
 import importlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -47,7 +46,7 @@ from gruppo.attention import (
 from gruppo.body import Cast, FusedBody
 from gruppo.errors import UsageError
 from gruppo.hub import hub_reachable
-from gruppo.machine import keep_freed_memory
+from gruppo.machine import cache_dir, keep_freed_memory
 from gruppo.maths.logprobs import OutputHead
 from gruppo.reporting import Reporter, Silent
 
@@ -181,11 +180,6 @@ class ModelSource:
     def vocabulary(self) -> int:
         """How many token ids the model knows."""
         return int(self.config.get_text_config().vocab_size)
-
-
-def cache_dir() -> Path:
-    """Where converted weights are kept: GRUPPO_CACHE, or ~/.cache/gruppo."""
-    return Path(os.environ.get("GRUPPO_CACHE") or Path.home() / ".cache" / "gruppo")
 
 
 def find_model(

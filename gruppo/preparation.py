@@ -21,6 +21,7 @@ from gruppo.errors import UsageError
 from gruppo.evaluation import check_grader, sampling_options
 from gruppo.forecast import Chosen, Workload, budget_bytes, choose_sizes, measure_footprint, process_bytes
 from gruppo.heads import ScalarModel
+from gruppo.kernels import NO_KERNELS, kernels_sha256
 from gruppo.machine import describe
 from gruppo.models import (
     LanguageModel,
@@ -355,12 +356,18 @@ def _load_policy(
     if before:
         torch.set_num_threads(chosen["threads"])
         same = before["rewards_sha256"] == list(rewards)
-        return policy, chosen, [] if same else ["the reward functions have changed since the run began"]
+        changed = [] if same else ["the reward functions have changed since the run began"]
+        if chosen.get("kernels", NO_KERNELS) != kernels_sha256(policy.dtype):
+            changed.append(
+                "the compiled kernels are not those that the run began with: it rounds otherwise from here on"
+            )
+        return policy, chosen, changed
     sizes = free.choose(recipe, policy, inputs, reporter)
     chosen = {
         "device": device.type,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
+        "kernels": kernels_sha256(policy.dtype),
         "slots": sizes.slots,
         "micro_batch_tokens": sizes.micro_batch_tokens,
         "recompute": sizes.recompute,

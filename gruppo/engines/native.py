@@ -20,6 +20,7 @@ from torch import Tensor
 from gruppo.attention import Layer, SharedPrefixAttention, soft_capped
 from gruppo.engines import Request, SamplingOptions
 from gruppo.errors import RunError
+from gruppo.kernels import Norms, Rope, attend_decoding, sample
 from gruppo.machine import free_memory
 from gruppo.maths.logprobs import OutputHead
 from gruppo.maths.products import packed
@@ -45,6 +46,9 @@ def sample_tokens(
     With temperature 0 the likeliest token and its log-probability at temperature 1. A token of probability 0 is
     never drawn.
     """
+    plain = options.top_k <= 0 and options.top_p >= 1 and options.min_p <= 0
+    if options.temperature and plain and (drawn := sample(logits, options.temperature, uniforms)) is not None:
+        return drawn
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not options.temperature:
         likeliest = logits.max(dim=-1)
@@ -285,7 +289,7 @@ class _Flight:
 
     def _draw(self, hidden: Tensor, rows: np.ndarray, head: OutputHead) -> None:
         """Sample the next token of `rows` from their last hidden states, and retire what has ended."""
-        logits = head.logits(hidden)
+        logits = head.part_logits(hidden, slice(None))
         position = self.length[rows]
         early = np.flatnonzero(position < self.options.min_tokens)
         if len(early):
@@ -354,6 +358,8 @@ class _Flight:
         rows = np.zeros((len(places), int(seat.max()) + 1), dtype=np.int64)
         rows[member, seat] = np.arange(live)
         lengths = self.prefix_lengths[places]
+        at = (order, self.prefix_of[:live], self.prefix_lengths[self.prefix_of[:live]], self.length[:live] - 1)
+        self.row_numbers = [torch.as_tensor(each, device=device) for each in at]
         self.rows_of_place = torch.as_tensor(rows, device=device)
         self.seated = torch.as_tensor(member * rows.shape[1] + seat, device=device)
         self.longest_prefix, self.longest_own = int(lengths.max()), int(self.length[:live].max())
@@ -397,6 +403,15 @@ class _Flight:
 
     def _penalty(self, seen: Tensor) -> Tensor:
         return torch.zeros(seen.shape, dtype=self.wide, device=seen.device).masked_fill_(~seen, UNSEEN)
+
+    def attend_projected(
+        self, layer: Layer, projected: Tensor, queries: int, rope: Rope, norms: Norms
+    ) -> Tensor | None:
+        """See `ProjectedAttention`; N is a row a completion in flight."""
+        if layer.softcap is not None or layer.sinks is not None:
+            return None
+        stores = self.own[layer.index], self.prefix[layer.index]
+        return attend_decoding(projected, queries, rope, norms, layer.scale, layer.window, *stores, self.row_numbers)
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; T = 1. Attention over the shared prompt and over the completion's own tokens, each

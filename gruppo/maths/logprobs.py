@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gruppo.kernels import logprobs_backward, logprobs_of_part
 from gruppo.maths.products import product
 
 CHUNK_SIZE, PART_SIZE = 1024, 4096  # tokens and entries of the vocabulary whose logits are held at a time
@@ -30,10 +31,17 @@ class OutputHead(NamedTuple):
     softcap: float | None = None
     master: Tensor | None = None
 
-    def logits(self, hidden: Float[Tensor, "N H"], part: slice = slice(None)) -> Float[Tensor, "N V"]:
-        """Logits in float32 (or float64), of a part of the vocabulary; the product runs in the dtype of `weight`."""
-        weight = self.weight if part == slice(None) else self.weight[part]
-        logits = product(hidden, weight).to(self.wide)
+    def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        """Logits in float32 (or float64)."""
+        return self.part_logits(hidden, slice(None)).to(self.wide)
+
+    def part_logits(self, hidden: Float[Tensor, "N H"], part: slice) -> Float[Tensor, "N V"]:
+        """Logits of a part of the vocabulary: in float32 (or float64), or as the product in the dtype of `weight` made
+        them where nothing is done to them."""
+        made = product(hidden, self.weight if part == slice(None) else self.weight[part])
+        if self.bias is None and self.scale == 1 and self.softcap is None:
+            return made
+        logits = made.to(self.wide)
         if self.bias is not None:
             logits += self.bias[part]
         if self.scale != 1:
@@ -88,53 +96,47 @@ class _TokenLogprobs(torch.autograd.Function):
         head = OutputHead(weight, bias, scale, softcap, master)
         logprobs = torch.empty(len(targets), dtype=head.wide, device=hidden.device)
         entropy, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        parts = _slices(len(weight), part_size)
-        part_normalisers = logprobs.new_empty(len(targets), len(parts))
         for chunk in _slices(len(targets), chunk_size):
-            rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk, None]
-            target = torch.zeros(len(rows), 1, dtype=head.wide, device=rows.device)
-            means = []  # of the logits, by the probabilities within each part
-            for number, part in enumerate(parts):
-                logits = head.logits(rows, part).div_(temperature)
-                _pick(target, logits, wanted - part.start)
-                within = torch.softmax(logits, dim=-1)  # a quicker kernel than exp's
-                part_normalisers[chunk, number] = logits.amax(dim=-1) - within.amax(dim=-1).log_()
-                means.append(within.mul_(logits).sum(dim=-1))
-            normaliser = part_normalisers[chunk].logsumexp(dim=-1)
-            shares = (part_normalisers[chunk] - normaliser[:, None]).exp_()
-            logprobs[chunk] = target[:, 0] - normaliser
-            entropy[chunk] = normaliser - (shares * torch.stack(means, dim=-1)).sum(dim=-1)
+            rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk]
+            target = torch.zeros(len(rows), dtype=head.wide, device=rows.device)
+            parts = [
+                logprobs_of_part(head.part_logits(rows, part), temperature, wanted, part.start, target)
+                for part in _slices(len(weight), part_size)
+            ]
+            part_normalisers, means = (torch.stack(each, dim=-1) for each in zip(*parts, strict=True))
+            normaliser = part_normalisers.logsumexp(dim=-1)
+            shares = (part_normalisers - normaliser[:, None]).exp_()  # of each part, means being those within it
+            logprobs[chunk] = target - normaliser
+            entropy[chunk] = normaliser - (shares * means).sum(dim=-1)
             normalisers[chunk] = normaliser
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, part_normalisers)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.rest = scale, softcap, master, temperature, chunk_size, part_size
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers, part_normalisers = ctx.saved_tensors
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         scale, softcap, master, temperature, chunk_size, part_size = ctx.rest
         head = OutputHead(weight, bias, scale, softcap, master)
         grad_hidden = torch.empty_like(hidden)
         grad_weight, trained = _gradient(weight, master, ctx.needs_input_grad[1])
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for chunk in _slices(len(targets), chunk_size):
-            rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk, None]
-            scales = (grad[chunk, None] / temperature).to(head.wide)
+            rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk]
+            scales = (grad[chunk] / temperature).to(head.wide)
             grad_rows = torch.zeros(rows.shape, dtype=head.wide, device=rows.device)
-            shares = (part_normalisers[chunk] - normalisers[chunk, None]).exp_().mul_(-scales)
-            for number, part in enumerate(_slices(len(weight), part_size)):
-                logits = head.logits(rows, part)
+            for part in _slices(len(weight), part_size):
+                logits = head.part_logits(rows, part)
                 slope = None if softcap is None else 1 - (logits / softcap).square_()
-                grad_logits = torch.softmax(logits.div_(temperature), dim=-1).mul_(shares[:, number, None])
-                _add_at(grad_logits, wanted - part.start, scales)
+                made = logprobs_backward(logits, temperature, wanted, part.start, normalisers[chunk], scales)
                 if slope is not None:
-                    grad_logits *= slope
+                    made *= slope
                 if scale != 1:
-                    grad_logits *= scale
+                    made *= scale
                 if grad_bias is not None:
-                    grad_bias[part] += grad_logits.sum(dim=0)
-                narrow = grad_logits.to(weight.dtype)
+                    grad_bias[part] += made.sum(dim=0)
+                narrow = made.to(weight.dtype)
                 grad_rows += narrow @ weight[part]
                 if trained:
                     grad_weight[part] += narrow.T @ rows
@@ -151,18 +153,6 @@ def _gradient(weight: Tensor, master: Tensor | None, needed: bool) -> tuple[Tens
     if master.requires_grad and master.grad is None:
         master.grad = torch.zeros_like(master)
     return (master if master.grad is None else master.grad), master.requires_grad
-
-
-def _pick(into: Tensor, logits: Tensor, places: Tensor) -> None:
-    """Put logits at `places` [N, 1] into the rows whose place is within them."""
-    inside = (places >= 0) & (places < logits.shape[-1])
-    into.copy_(torch.where(inside, logits.gather(-1, places.clamp(0, logits.shape[-1] - 1)), into))
-
-
-def _add_at(logits: Tensor, places: Tensor, values: Tensor) -> None:
-    """Add `values` [N, 1] at `places` [N, 1] of the rows whose place is within them."""
-    inside = (places >= 0) & (places < logits.shape[-1])
-    logits.scatter_add_(-1, places.clamp(0, logits.shape[-1] - 1), values * inside)
 
 
 def _slices(length: int, size: int) -> list[slice]:

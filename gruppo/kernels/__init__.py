@@ -1,0 +1,307 @@
+"""What a decoder does between its matrix products, each in one pass over memory where kernels can be compiled.
+
+Every function here says what it computes, and does so with torch's operations where `library` has nothing for the dtype
+of products or the device: in float64, on accelerators, without a compiler. "Narrow" is the dtype of products, "wide"
+that of everything between them: float32, or float64 in proofs.
+
+Rows are shared out to threads, so a row's result depends on that row alone; sums over rows (the gradient of a norm's
+weight) are taken in an order that the number of threads fixes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import silu
+
+from gruppo.kernels.build import NO_KERNELS, kernels_sha256, library, why_missing
+
+__all__ = [
+    "NO_KERNELS", "Norms", "Rope", "add_norm", "attend_decoding", "gate", "gate_backward", "kernels_sha256",
+    "library", "logprobs_backward", "logprobs_of_part", "norm_backward", "sample", "turn_heads", "turn_heads_backward",
+    "why_missing",
+]  # fmt: skip
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines [N, D]
+Norms = tuple[Tensor | None, Tensor | None, float]  # weights of the norms of each query's and key's head, and ε
+
+
+def _kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The library for products in `dtype`, where what it would read lies in memory as it reads it."""
+    for each in tensors:
+        fits = each is None or (each.device.type == "cpu" and each.is_contiguous())
+        if not fits or (each is not None and each.dtype not in {torch.float32, dtype, torch.int64}):
+            return None
+    return library(dtype)
+
+
+def _of(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def _whole(number: int) -> ctypes.c_int64:
+    return ctypes.c_int64(number)
+
+
+def _threads() -> ctypes.c_int:
+    return ctypes.c_int(torch.get_num_threads())
+
+
+def add_norm(
+    hidden: Float[Tensor, "N H"],
+    delta: Float[Tensor, "N H"] | None,
+    weight: Float[Tensor, " H"] | None,
+    epsilon: float,
+    dtype: torch.dtype,
+) -> tuple[Float[Tensor, "N H"], Float[Tensor, "N H"] | None]:
+    """The sum x = hidden + delta (hidden itself without a delta), wide; and weight · x / √(mean x² + ε), narrow, where
+    there is a weight. `dtype` is the narrow one, which the delta has."""
+    kernels = _kernels(dtype, hidden, delta, weight)
+    if kernels is not None and hidden.dtype == torch.float32:
+        made = hidden if delta is None else torch.empty_like(hidden)
+        normed = None if weight is None else torch.empty(hidden.shape, dtype=dtype)
+        kernels.add_norm(
+            *map(_whole, hidden.shape), _of(hidden), _of(delta), _of(weight), ctypes.c_float(epsilon), _of(made),
+            _of(normed), _threads(),
+        )  # fmt: skip
+        return made, normed
+    made = hidden if delta is None else hidden + delta
+    return made, None if weight is None else norm(made, weight, epsilon).to(dtype)
+
+
+def norm(rows: Float[Tensor, "... H"], weight: Float[Tensor, " H"], epsilon: float) -> Float[Tensor, "... H"]:
+    """RMS norm, wide: weight · x / √(mean x² + ε)."""
+    wide = rows.to(torch.promote_types(rows.dtype, weight.dtype))
+    return (wide * weight).mul_(_inverse_size(wide, epsilon))
+
+
+def _inverse_size(rows: Tensor, epsilon: float) -> Tensor:
+    """1 / √(mean x² + ε) of each row."""
+    sizes: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return sizes.square_().div_(rows.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def norm_backward(
+    grad: Float[Tensor, "*N H"],
+    rows: Float[Tensor, "*N H"],
+    weight: Float[Tensor, " H"],
+    epsilon: float,
+    more: Float[Tensor, "*N H"] | None = None,
+) -> tuple[Float[Tensor, "*N H"], Float[Tensor, " H"]]:
+    """The gradient of a norm's rows, plus `more`, and that of its weight; both wide.
+
+    With s = 1 / √(mean x² + ε) and n = x · s: s · (g · w - n · mean(g · w · n)), and Σ g · n over the rows.
+    """
+    kernels = _kernels(grad.dtype, grad, rows, weight, more)
+    if kernels is not None and rows.dtype == weight.dtype == torch.float32 and rows.ndim == 2:
+        made, threads = torch.empty_like(rows), torch.get_num_threads()
+        parts = torch.empty(threads, rows.shape[1])
+        kernels.norm_backward(
+            *map(_whole, rows.shape), _of(grad), _of(rows), _of(weight), ctypes.c_float(epsilon), _of(more), _of(made),
+            _of(parts), ctypes.c_int(threads),
+        )  # fmt: skip
+        return made, parts.sum(dim=0)
+    wide, grad = rows.to(weight.dtype), grad.to(weight.dtype)
+    scale = _inverse_size(wide, epsilon)
+    normed = wide * scale
+    joint = grad * normed
+    of_weight = joint.flatten(0, -2).sum(dim=0)
+    share = (joint @ weight).div_(weight.numel()).unsqueeze(-1)
+    made = torch.mul(grad, weight, out=joint).addcmul_(normed, share, value=-1).mul_(scale)
+    return (made if more is None else made.add_(more)), of_weight
+
+
+def gate(gated: Float[Tensor, "N 2*I"]) -> Float[Tensor, "N I"]:
+    """silu(gate) · up of rows [gate, up], narrow."""
+    rows, size = len(gated), gated.shape[1] // 2
+    kernels = _kernels(gated.dtype, gated)
+    if kernels is not None:
+        made = gated.new_empty(rows, size)
+        kernels.gate(_whole(rows), _whole(size), _of(gated), _of(made), _threads())
+        return made
+    first, second = gated.chunk(2, dim=-1)
+    return silu(first).mul_(second)
+
+
+def gate_backward(gated: Float[Tensor, "N 2*I"], grad: Float[Tensor, "N I"]) -> Float[Tensor, "N 2*I"]:
+    """The gradient of `gate` with respect to its rows, narrow."""
+    kernels = _kernels(gated.dtype, gated, grad)
+    made = torch.empty_like(gated)
+    if kernels is not None:
+        kernels.gate_backward(*map(_whole, grad.shape), _of(gated), _of(grad), _of(made), _threads())
+        return made
+    first, second = gated.chunk(2, dim=-1)
+    size = first.shape[-1]
+    torch.mul(grad, silu(first), out=made[:, size:])
+    torch.ops.aten.silu_backward.grad_input(grad * second, first, grad_input=made[:, :size])
+    return made
+
+
+def turn_heads(
+    projected: Float[Tensor, "N Q+2*K D"], queries: int, rope: Rope, norms: Norms, dtype: torch.dtype
+) -> tuple[Float[Tensor, "N Q D"], Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
+    """Queries, keys and values of rows [queries, keys, values], in `dtype`: queries and keys normed where there are
+    weights for it, then turned by their rotary positions: (a, b) -> (a · cos - b · sin, b · cos + a · sin) of the two
+    halves of each head."""
+    rows, heads, width = projected.shape
+    keys = (heads - queries) // 2
+    kernels = _kernels(projected.dtype, projected, *rope, *norms[:2])
+    if kernels is not None and dtype == rope[0].dtype == torch.float32:
+        made = torch.empty(rows, queries, width), torch.empty(rows, keys, width), torch.empty(rows, keys, width)
+        kernels.turn_heads(
+            *map(_whole, (rows, queries, keys, width)), _of(projected), *map(_of, (*rope, *norms[:2])),
+            ctypes.c_float(norms[2]), *map(_of, made), _threads(),
+        )  # fmt: skip
+        return made
+    both, value = projected[:, : queries + keys].to(dtype), projected[:, queries + keys :].to(dtype)
+    if norms[0] is not None and norms[1] is not None:
+        both = torch.cat([norm(both[:, :queries], norms[0], norms[2]), norm(both[:, queries:], norms[1], norms[2])], 1)
+    cos, sin = (each.unsqueeze(1) for each in rope)
+    half = width // 2
+    turned = both * cos
+    turned[..., :half].addcmul_(both[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(both[..., :half], sin[..., half:])
+    return turned[:, :queries], turned[:, queries:], value
+
+
+def turn_heads_backward(
+    query: Float[Tensor, "N Q D"],
+    key: Float[Tensor, "N K D"],
+    value: Float[Tensor, "N K D"],
+    rope: Rope,
+    dtype: torch.dtype,
+) -> Float[Tensor, "N Q+2*K D"]:
+    """The gradient of the rows that `turn_heads` read, in `dtype`, from those of what it made; where heads have norms
+    of their own, that of what those made."""
+    (rows, queries, width), keys = query.shape, key.shape[1]
+    kernels = _kernels(dtype, query, key, value, *rope)
+    if kernels is not None and query.dtype == torch.float32:
+        made = torch.empty(rows, queries + 2 * keys, width, dtype=dtype)
+        kernels.turn_heads_backward(
+            *map(_whole, (rows, queries, keys, width)), *map(_of, (query, key, value, *rope, made)), _threads()
+        )
+        return made
+    cos, sin = (each.unsqueeze(1) for each in rope)
+    both, half = torch.cat([query, key], dim=1), width // 2
+    turned = both * cos
+    turned[..., :half].addcmul_(both[..., half:], sin[..., half:])
+    turned[..., half:].addcmul_(both[..., :half], sin[..., :half], value=-1)
+    return torch.cat([turned.to(dtype), value.to(dtype)], dim=1)
+
+
+class Decoding(ctypes.Structure):
+    """A decoding step of one layer, as `attend` of kernels.c reads it: see there."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "queries", "keys", "own_room", "prefix_room", "window")),
+        *((name, ctypes.c_void_p) for name in ("projected", "cosine", "sine", "query_norm", "key_norm")),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
+        *((name, ctypes.c_void_p) for name in ("own_keys", "own_values", "prefix_keys", "prefix_values")),
+        *((name, ctypes.c_void_p) for name in ("order", "place", "prefix_length", "position", "made")),
+    )
+
+
+def attend_decoding(
+    projected: Float[Tensor, "N Q+2*K D"],
+    queries: int,
+    rope: Rope,
+    norms: Norms,
+    scale: float,
+    window: int | None,
+    own: tuple[Float[Tensor, "S K T D"], Float[Tensor, "S K T D"]],
+    prefix: tuple[Float[Tensor, "P K R D"], Float[Tensor, "P K R D"]],
+    rows: Sequence[Int[Tensor, " N"]],
+) -> Float[Tensor, "N Q*D"] | None:
+    """Attention of a decoding step, narrow; None where no kernel can do it, and nothing has happened then.
+
+    Each row's queries and key are turned (and normed) as by `turn_heads`, its key and value written to the stores of
+    its own tokens, row n to slot n; its queries then see the last `window` positions (all without one) of its prompt
+    and its own tokens. `rows` are four: an order of rows in which those of one prompt stand together; each row's place
+    among the prompts, the length of that prompt, and the position in its own store that it writes to.
+    """
+    count, heads, width = projected.shape
+    kernels = _kernels(projected.dtype, projected, *rope, *norms[:2], *own, *prefix, *rows)
+    if kernels is None or own[0].shape != own[1].shape or own[0].dtype != torch.float32 or width % 16:
+        return None
+    made = projected.new_empty(count, queries * width)
+    addresses = [None if each is None else each.data_ptr() for each in (projected, *rope, *norms[:2])]
+    step = Decoding(
+        count, queries, (heads - queries) // 2, own[0].shape[2], prefix[0].shape[2],
+        2**62 if window is None else window, *addresses, norms[2], scale,
+        *(each.data_ptr() for each in (*own, *prefix, *rows, made)),
+    )  # fmt: skip
+    if kernels.attend(_whole(width), ctypes.byref(step), _threads()):
+        raise MemoryError("the attention of a decoding step")
+    return made
+
+
+def logprobs_of_part(
+    logits: Float[Tensor, "N V"],
+    temperature: float,
+    targets: Int[Tensor, " N"],
+    start: int,
+    target: Float[Tensor, " N"],
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Of a part of the vocabulary that begins at `start`, with z = logits / temperature: log Σ exp z, and the mean of z
+    under its softmax; both wide. The z of targets that are in this part go into `target`."""
+    kernels = _kernels(logits.dtype, logits, targets, target)
+    if kernels is not None:
+        normaliser, mean = torch.empty_like(target), torch.empty_like(target)
+        kernels.logprobs_of_part(
+            *map(_whole, logits.shape), _of(logits), ctypes.c_float(1 / temperature), _of(targets), _whole(start),
+            *map(_of, (normaliser, mean, target)), _threads(),
+        )  # fmt: skip
+        return normaliser, mean
+    wide = logits.to(target.dtype).div_(temperature) if logits.dtype != target.dtype else logits.div(temperature)
+    places = targets - start
+    inside = (places >= 0) & (places < wide.shape[-1])
+    held = wide.gather(-1, places.clamp(0, wide.shape[-1] - 1)[:, None])[:, 0]
+    target.copy_(torch.where(inside, held, target))
+    within = torch.softmax(wide, dim=-1)  # a quicker kernel than exp's
+    normaliser = wide.amax(dim=-1) - within.amax(dim=-1).log_()
+    return normaliser, within.mul_(wide).sum(dim=-1)
+
+
+def logprobs_backward(
+    logits: Float[Tensor, "N V"],
+    temperature: float,
+    targets: Int[Tensor, " N"],
+    start: int,
+    normaliser: Float[Tensor, " N"],
+    scale: Float[Tensor, " N"],
+) -> Float[Tensor, "N V"]:
+    """scale · (onehot(target) - exp(logits / temperature - normaliser)) of the same part, in the dtype of the logits,
+    whose memory may be taken for it."""
+    kernels = _kernels(logits.dtype, logits, targets, normaliser, scale)
+    if kernels is not None:
+        kernels.logprobs_backward(
+            *map(_whole, logits.shape), _of(logits), ctypes.c_float(1 / temperature), _of(targets), _whole(start),
+            _of(normaliser), _of(scale), _threads(),
+        )  # fmt: skip
+        return logits
+    wide = logits.to(scale.dtype).div_(temperature) if logits.dtype != scale.dtype else logits.div(temperature)
+    made = wide.sub_(normaliser[:, None]).exp_().mul_(-scale[:, None])
+    places = targets - start
+    inside = (places >= 0) & (places < made.shape[-1])
+    made.scatter_add_(-1, places.clamp(0, made.shape[-1] - 1)[:, None], (scale * inside)[:, None])
+    return made.to(logits.dtype)
+
+
+def sample(
+    logits: Float[Tensor, "N V"], temperature: float, uniforms: Float[Tensor, " N"]
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]] | None:
+    """A token a row of softmax(logits / temperature), by inverting its distribution function at a number of [0, 1), and
+    its log-probability (NaN where the logits are not finite); None where no kernel can do it."""
+    kernels = None if uniforms.dtype != torch.float64 else _kernels(logits.dtype, logits)
+    if kernels is None:
+        return None
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    kernels.sample(
+        *map(_whole, logits.shape), _of(logits), ctypes.c_float(1 / temperature), _of(uniforms), _of(tokens),
+        _of(logprobs), _threads(),
+    )  # fmt: skip
+    return tokens, logprobs
