@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 
-from gruppo.kernels import Norms, Rope
+from gruppo.kernels import Norms, PackedLayout, Rope, attend_packed, attend_packed_backward
 
 NAME = "gruppo"
 
@@ -137,13 +137,18 @@ class SharedPrefixAttention:
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
         """`groups`: for each, the length of its prompt (>= 1) and of its completions (>= 1), in tokens."""
         self.groups = [(prompt, tuple(completions)) for prompt, completions in groups]
+        self._layout = PackedLayout(self.groups)
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
         self._places: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1."""
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        if layer.softcap is None and layer.sinks is None and self._layout.fits(*rows):
+            packed: Tensor = _Packed.apply(*rows, self._layout, layer.scale, layer.window)  # type: ignore[no-untyped-call]
+            return packed[None]
         sizes = [size for prompt, completions in self.groups for size in (prompt, sum(completions))]
-        parts = zip(*(tensor[0].transpose(0, 1).split(sizes) for tensor in (query, key, value)), strict=True)
+        parts = zip(*(each.split(sizes) for each in rows), strict=True)
         output = []
         for prompt, own, (_, completions) in zip(parts, parts, self.groups, strict=False):
             q, k, v = (tensor.transpose(0, 1)[None] for tensor in prompt)
@@ -250,6 +255,25 @@ class CapturingAttention(SharedPrefixAttention):
         self.captured[layer.index] = (key[0], value[0])
         self.layers.append(layer)
         return super().attend(layer, query, key, value)
+
+
+class _Packed(torch.autograd.Function):
+    """See `gruppo.kernels.attend_packed`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
+    ) -> Tensor:
+        tensors = query.contiguous(), key.contiguous(), value.contiguous()
+        made, normaliser = attend_packed(*tensors, layout, scale, window)
+        ctx.save_for_backward(*tensors, made, normaliser)
+        ctx.rest = layout, scale, window
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, made, normaliser = ctx.saved_tensors
+        return *attend_packed_backward(grad.contiguous(), tensors, (made, normaliser), *ctx.rest), None, None, None
 
 
 class _Pad(torch.autograd.Function):

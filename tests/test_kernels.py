@@ -220,3 +220,41 @@ def test_a_compiler_that_fails_is_a_reason(
     with pytest.raises(build._Missing, match=said):
         build._compiled(torch.float32)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 1, 5, 30])
+@pytest.mark.parametrize(("heads", "keys", "width"), [(6, 2, 16), (4, 4, 32), (9, 3, 64), (2, 2, 80)])
+def test_packed_attention_and_its_gradient(heads: int, keys: int, width: int, window: int | None) -> None:
+    """Against torch's attention of each sequence alone, behind its prompt, in float64."""
+    torch.manual_seed(0)
+    groups = [(3, (5, 1, 20)), (33, (17, 16)), (1, ())]
+    layout = kernels.PackedLayout(groups)
+    rows = int(layout.length.sum())
+    tensors = [torch.randn(rows, count, width) for count in (heads, keys, keys)]
+    assert layout.fits(*tensors)
+    made, normaliser = kernels.attend_packed(tensors[0], tensors[1], tensors[2], layout, 0.2, window)
+    query, key, value = (each.double().requires_grad_() for each in tensors)
+    expected, sums, start = [], [], 0
+    for prompt, completions in groups:
+        own = start + prompt
+        for length in (0, *completions):
+            place = torch.cat([torch.arange(start, start + prompt), torch.arange(own, own + length)])
+            all_keys, all_values = (each[place].repeat_interleave(heads // keys, 1) for each in (key, value))
+            scores = 0.2 * torch.einsum("qhd,khd->hqk", query[place], all_keys)
+            distance = torch.arange(len(place))[:, None] - torch.arange(len(place))
+            seen = (distance >= 0) & (distance < (window or 10**9))
+            scores = scores.masked_fill(~seen, -torch.inf)
+            new = slice(prompt if length else 0, None)
+            expected.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), all_values)[new])
+            sums.append(scores.logsumexp(-1).T[new])
+            own += length
+        start = own
+    torch.testing.assert_close(made.double(), torch.cat(expected).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normaliser.double(), torch.cat(sums).detach(), rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(made)
+    torch.cat(expected).backward(grad.double())
+    gradients = kernels.attend_packed_backward(grad, tensors, (made, normaliser), layout, 0.2, window)
+    for own_grad, tensor in zip(gradients, (query, key, value), strict=True):
+        assert tensor.grad is not None
+        torch.testing.assert_close(own_grad.double(), tensor.grad, rtol=1e-4, atol=1e-5)

@@ -21,9 +21,9 @@ from torch.nn.functional import silu
 from gruppo.kernels.build import NO_KERNELS, kernels_sha256, library, why_missing
 
 __all__ = [
-    "NO_KERNELS", "Norms", "Rope", "add_norm", "attend_decoding", "gate", "gate_backward", "kernels_sha256",
-    "library", "logprobs_backward", "logprobs_of_part", "norm_backward", "sample", "turn_heads", "turn_heads_backward",
-    "why_missing",
+    "NO_KERNELS", "Norms", "PackedLayout", "Rope", "add_norm", "attend_decoding", "attend_packed",
+    "attend_packed_backward", "gate", "gate_backward", "kernels_sha256", "library", "logprobs_backward",
+    "logprobs_of_part", "norm_backward", "sample", "turn_heads", "turn_heads_backward", "why_missing",
 ]  # fmt: skip
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines [N, D]
@@ -193,16 +193,105 @@ def turn_heads_backward(
     return torch.cat([turned.to(dtype), value.to(dtype)], dim=1)
 
 
-class Decoding(ctypes.Structure):
-    """A decoding step of one layer, as `attend` of kernels.c reads it: see there."""
+def _fields(**names: str) -> list[tuple[str, type]]:
+    """Of a structure of kernels.c: kinds with the names of what has them, in order."""
+    kinds = {"whole": ctypes.c_int64, "real": ctypes.c_float, "at": ctypes.c_void_p}
+    return [(name, kinds[kind.rstrip("_")]) for kind, listed in names.items() for name in listed.split()]
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "queries", "keys", "own_room", "prefix_room", "window")),
-        *((name, ctypes.c_void_p) for name in ("projected", "cosine", "sine", "query_norm", "key_norm")),
-        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
-        *((name, ctypes.c_void_p) for name in ("own_keys", "own_values", "prefix_keys", "prefix_values")),
-        *((name, ctypes.c_void_p) for name in ("order", "place", "prefix_length", "position", "made")),
+
+class _Decoding(ctypes.Structure):
+    """`struct decoding` of kernels.c."""
+
+    _fields_ = _fields(
+        whole="rows queries keys own_room prefix_room window",
+        at="projected cosine sine query_norm key_norm",
+        real="epsilon scale",
+        at_="own_keys own_values prefix_keys prefix_values order place prefix_length position made",
     )
+
+
+class _Packing(ctypes.Structure):
+    """`struct packing` of kernels.c."""
+
+    _fields_ = _fields(
+        whole="groups queries keys window",
+        at="first start length query key value",
+        real="scale",
+        at_="made normaliser grad of_query of_key of_value",
+    )
+
+
+_EVERYTHING = 2**62  # a window that nothing is outside of
+
+
+class PackedLayout:
+    """Where the sequences of a packed row lie: of each group its prompt, then its completions."""
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """`groups`: for each, the length of its prompt and of its completions, in tokens."""
+        lengths = [[prompt, *completions] for prompt, completions in groups]
+        self.groups = len(groups)
+        self.length = torch.tensor([each for own in lengths for each in own])
+        self.start = self.length.cumsum(0) - self.length
+        self.first = torch.tensor([0, *map(len, lengths)]).cumsum(0)
+
+    def fits(self, *tensors: Float[Tensor, "N heads D"]) -> bool:
+        """Whether `attend_packed` can attend between them, and is quick: a thread takes a key head of a group."""
+        width, keys = tensors[-1].shape[-1], tensors[-1].shape[1]
+        return (
+            all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+            and {each.shape[-1] for each in tensors} == {width}
+            and width % 16 == 0
+            and self.groups * keys >= torch.get_num_threads()
+            and library(torch.float32) is not None
+        )
+
+
+def attend_packed(
+    query: Float[Tensor, "N Q D"],
+    key: Float[Tensor, "N K D"],
+    value: Float[Tensor, "N K D"],
+    layout: PackedLayout,
+    scale: float,
+    window: int | None,
+) -> tuple[Float[Tensor, "N Q D"], Float[Tensor, "N Q"]]:
+    """Attention over a packed row of groups, and the log-sum-exp of each query's scores, scale · q·k.
+
+    A prompt's token sees the prompt up to itself, a completion's the whole prompt of its group and its own completion
+    up to itself; of that, where there is a window, the last so many. All contiguous, and such as the layout `fits`.
+    """
+    made, normaliser = torch.empty_like(query), query.new_empty(query.shape[:2])
+    _attend_packed([query, key, value], layout, scale, window, [made, normaliser, None, None, None, None])
+    return made, normaliser
+
+
+def attend_packed_backward(
+    grad: Float[Tensor, "N Q D"],
+    tensors: Sequence[Tensor],
+    made: tuple[Float[Tensor, "N Q D"], Float[Tensor, "N Q"]],
+    layout: PackedLayout,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, which are `tensors`; `made` is what `attend_packed` made of them."""
+    query, key, value = torch.empty_like(tensors[0]), torch.zeros_like(tensors[1]), torch.zeros_like(tensors[2])
+    _attend_packed(tensors, layout, scale, window, [*made, grad, query, key, value])
+    return query, key, value
+
+
+def _attend_packed(
+    tensors: Sequence[Tensor], layout: PackedLayout, scale: float, window: int | None, rest: Sequence[Tensor | None]
+) -> None:
+    kernels = library(torch.float32)
+    assert kernels is not None
+    packing = _Packing(
+        layout.groups, tensors[0].shape[1], tensors[1].shape[1], _EVERYTHING if window is None else window,
+        *(each.data_ptr() for each in (layout.first, layout.start, layout.length, *tensors)), scale,
+        *(None if each is None else each.data_ptr() for each in rest),
+    )  # fmt: skip
+    backward = ctypes.c_int(rest[2] is not None)
+    if kernels.attend_packed(_whole(tensors[0].shape[-1]), ctypes.byref(packing), backward, _threads()):
+        raise MemoryError("the attention of a packed row")
 
 
 def attend_decoding(
@@ -229,9 +318,9 @@ def attend_decoding(
         return None
     made = projected.new_empty(count, queries * width)
     addresses = [None if each is None else each.data_ptr() for each in (projected, *rope, *norms[:2])]
-    step = Decoding(
+    step = _Decoding(
         count, queries, (heads - queries) // 2, own[0].shape[2], prefix[0].shape[2],
-        2**62 if window is None else window, *addresses, norms[2], scale,
+        _EVERYTHING if window is None else window, *addresses, norms[2], scale,
         *(each.data_ptr() for each in (*own, *prefix, *rows, made)),
     )  # fmt: skip
     if kernels.attend(_whole(width), ctypes.byref(step), _threads()):

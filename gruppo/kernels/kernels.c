@@ -389,3 +389,214 @@ void sample(int64_t rows, int64_t size, const narrow *logits, float inverse_temp
         logprobs[r] = token < 0 ? NAN : (float)((wide(row[token]) - most) * inverse_temperature - log(all));
     }
 }
+
+/* Attention of packed groups, each a prompt and the completions that see it: float, forward and backward. A group's rows
+ * of one key head are one task: keys (and values) are laid out in tiles of 16 once, then blocks of queries are
+ * multiplied with them. Full rows of scores are held, of one block at a time. */
+struct packing {
+    int64_t groups, queries, keys, window;
+    const int64_t *first;                     /* [groups + 1]: which sequences are a group's, the first its prompt */
+    const int64_t *start, *length;            /* of each sequence, in rows */
+    const float *query, *key, *value;         /* [rows, heads, D] */
+    float scale;
+    float *made, *normaliser;                 /* [rows, queries, D], [rows, queries] */
+    const float *grad;                        /* as made; the following are as query, key and value, the latter begin as 0 */
+    float *of_query, *of_key, *of_value;
+};
+
+enum { BLOCK_ROWS = 8 };
+
+/* What one thread works with: `rows` queries of a block, `places` keys in tiles. */
+struct bench {
+    float *key_tiles, *value_tiles, *query, *grad, *made, *scores, *slopes;
+    int64_t *tile_of; /* the first tile of each sequence of the group */
+};
+
+/* scores[8, 16] of eight rows and a tile [D, 16]. */
+static inline void score_tile(int64_t D, const float *rows, const float *tile, float *scores,
+                                                             int64_t stride) {
+    lanes sum[BLOCK_ROWS] = {0};
+    for (int64_t d = 0; d < D; d++) {
+        lanes column = *(const lanes *)(tile + d * LANES);
+#pragma GCC unroll 8
+        for (int q = 0; q < BLOCK_ROWS; q++) sum[q] += rows[q * D + d] * column;
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < BLOCK_ROWS; q++) *(lanes *)(scores + q * stride) = sum[q];
+}
+
+/* out[R, W · 16] += Σ_k a[r · down + k · along] · matrix[k, :], both constants. */
+static inline __attribute__((always_inline)) void combine_some(const int R, const int W, int64_t inner, const float *a,
+                                                               int64_t down, int64_t along, const float *matrix,
+                                                               int64_t stride, float *out, int64_t out_stride) {
+    lanes sum[4][4] = {0};
+    for (int64_t k = 0; k < inner; k++)
+#pragma GCC unroll 4
+        for (int i = 0; i < W; i++) {
+            lanes column = *(const lanes *)(matrix + k * stride + i * LANES);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) sum[r][i] += a[r * down + k * along] * column;
+        }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < W; i++) *(lanes *)(out + r * out_stride + i * LANES) += sum[r][i];
+}
+
+/* out[r, :] += Σ_k a[r · down + k · along] · matrix[k, :], of width D. */
+static __attribute__((noinline)) void combine(int64_t D, int64_t rows, int64_t inner, const float *a, int64_t down, int64_t along,
+                                              const float *matrix, int64_t stride, float *out, int64_t out_stride) {
+    for (int64_t d = 0; d < D;) {
+        int64_t r = 0, wide_enough = D - d >= 4 * LANES;
+        for (; r + 4 <= rows; r += 4) {
+            const float *own = a + r * down;
+            float *to = out + r * out_stride + d;
+            if (wide_enough) combine_some(4, 4, inner, own, down, along, matrix + d, stride, to, out_stride);
+            else combine_some(4, 1, inner, own, down, along, matrix + d, stride, to, out_stride);
+        }
+        for (; r < rows; r++) {
+            const float *own = a + r * down;
+            float *to = out + r * out_stride + d;
+            if (wide_enough) combine_some(1, 4, inner, own, down, along, matrix + d, stride, to, out_stride);
+            else combine_some(1, 1, inner, own, down, along, matrix + d, stride, to, out_stride);
+        }
+        d += wide_enough ? 4 * LANES : LANES;
+    }
+}
+
+static inline int64_t tiles(int64_t length) { return (length + LANES - 1) / LANES; }
+
+static void lay_out(int64_t D, int64_t length, const float *rows, int64_t stride, float *tile) {
+    for (int64_t k = 0; k < tiles(length) * LANES; k++)
+        for (int64_t d = 0; d < D; d++)
+            tile[(k / LANES * D + d) * LANES + k % LANES] = k < length ? rows[k * stride + d] : 0.0f;
+}
+
+/* A block's product with the tiles of `count` keys, into columns from `column` on. */
+static __attribute__((noinline)) void score_block(int64_t D, int64_t rows, const float *block, int64_t count,
+                                                              const float *tile, float *scores, int64_t stride) {
+    for (int64_t t = 0; t < tiles(count); t++)
+        for (int64_t r = 0; r < rows; r += BLOCK_ROWS)
+            score_tile(D, block + r * D, tile + t * D * LANES, scores + r * stride + t * LANES, stride);
+}
+
+static void packed_sequence(int64_t D, const struct packing *p, const struct bench *own,
+                                                                  int64_t head, int64_t prompt, int64_t sequence, int64_t tile,
+                                                                  int backward) {
+    int64_t shared = p->queries / p->keys, tokens = shared == 1 ? 16 : 8, row_stride = p->queries * D, key_stride = p->keys * D;
+    int64_t prefix = prompt == sequence ? 0 : p->length[prompt], length = p->length[sequence], start = p->start[sequence];
+    int64_t own_from = tiles(prefix) * LANES, stride = own_from + tiles(length) * LANES;
+    int64_t prefix_at = p->start[prompt] * key_stride + head * D, own_at = start * key_stride + head * D;
+    for (int64_t t0 = 0; t0 < length; t0 += tokens) {
+        int64_t many = length - t0 < tokens ? length - t0 : tokens, rows = many * shared;
+        int64_t padded = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS, seen = t0 + many;
+        const float *query = p->query + (start + t0) * row_stride + head * shared * D;
+        memset(own->query + rows * D, 0, sizeof(float) * (padded - rows) * D);
+        for (int64_t t = 0; t < many; t++)
+            for (int64_t i = 0; i < shared * D; i++) own->query[t * shared * D + i] = query[t * row_stride + i] * p->scale;
+        if (prefix) score_block(D, padded, own->query, prefix, own->key_tiles, own->scores, stride);
+        score_block(D, padded, own->query, seen, own->key_tiles + tile * D * LANES, own->scores + own_from, stride);
+        if (backward) {
+            const float *grad = p->grad + (start + t0) * row_stride + head * shared * D;
+            memset(own->grad + rows * D, 0, sizeof(float) * (padded - rows) * D);
+            for (int64_t t = 0; t < many; t++) memcpy(own->grad + t * shared * D, grad + t * row_stride, sizeof(float) * shared * D);
+            if (prefix) score_block(D, padded, own->grad, prefix, own->value_tiles, own->slopes, stride);
+            score_block(D, padded, own->grad, seen, own->value_tiles + tile * D * LANES, own->slopes + own_from, stride);
+        }
+        memset(own->made, 0, sizeof(float) * padded * D);
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t position = t0 + r / shared, all = prefix + position + 1, hidden = all > p->window ? all - p->window : 0;
+            int64_t from = hidden < prefix ? hidden : prefix, own_begin = own_from + hidden - from;
+            int64_t end = own_from + position + 1, last = own_from + seen;
+            int64_t at = (start + t0 + r / shared) * p->queries + head * shared + r % shared;
+            float *row = own->scores + r * stride;
+            if (!backward) {
+                float most = -INFINITY, sum = 0;
+                for (int64_t k = from; k < prefix; k++) most = row[k] > most ? row[k] : most;
+                for (int64_t k = own_begin; k < end; k++) most = row[k] > most ? row[k] : most;
+                for (int64_t k = from; k < prefix; k++) sum += row[k] = exponential(row[k] - most);
+                for (int64_t k = own_begin; k < end; k++) sum += row[k] = exponential(row[k] - most);
+                p->normaliser[at] = most + logf(sum);
+                float share = 1.0f / sum;
+                for (int64_t k = from; k < end; k++) row[k] *= share;
+            } else {
+                const float *made = p->made + at * D, *grad = own->grad + r * D;
+                float *slope = own->slopes + r * stride, from_all = p->normaliser[at], joint = 0;
+                for (int d = 0; d < D; d++) joint += made[d] * grad[d];
+                for (int64_t k = from; k < end; k++) row[k] = exponential(row[k] - from_all);
+                for (int64_t k = from; k < end; k++) slope[k] = row[k] * (slope[k] - joint);
+                memset(slope, 0, sizeof(float) * from);
+                memset(slope + prefix, 0, sizeof(float) * (own_begin - prefix));
+                memset(slope + end, 0, sizeof(float) * (last - end));
+            }
+            memset(row, 0, sizeof(float) * from);
+            memset(row + prefix, 0, sizeof(float) * (own_begin - prefix));
+            memset(row + end, 0, sizeof(float) * (last - end));
+        }
+        if (!backward) {
+            if (prefix) combine(D, rows, prefix, own->scores, stride, 1, p->value + prefix_at, key_stride, own->made, D);
+            combine(D, rows, seen, own->scores + own_from, stride, 1, p->value + own_at, key_stride, own->made, D);
+        } else {
+            if (prefix) {
+                combine(D, rows, prefix, own->slopes, stride, 1, p->key + prefix_at, key_stride, own->made, D);
+                combine(D, prefix, rows, own->slopes, 1, stride, own->query, D, p->of_key + prefix_at, key_stride);
+                combine(D, prefix, rows, own->scores, 1, stride, own->grad, D, p->of_value + prefix_at, key_stride);
+            }
+            combine(D, rows, seen, own->slopes + own_from, stride, 1, p->key + own_at, key_stride, own->made, D);
+            combine(D, seen, rows, own->slopes + own_from, 1, stride, own->query, D, p->of_key + own_at, key_stride);
+            combine(D, seen, rows, own->scores + own_from, 1, stride, own->grad, D, p->of_value + own_at, key_stride);
+        }
+        float *out = (backward ? p->of_query : p->made) + (start + t0) * row_stride + head * shared * D;
+        float by = backward ? p->scale : 1.0f;
+        for (int64_t t = 0; t < many; t++)
+            for (int64_t i = 0; i < shared * D; i++) out[t * row_stride + i] = own->made[t * shared * D + i] * by;
+    }
+}
+
+static void packed_group(int64_t D, const struct packing *p, const struct bench *own,
+                                                               int64_t group, int64_t head, int backward) {
+    int64_t tile = 0, key_stride = p->keys * D;
+    for (int64_t s = p->first[group]; s < p->first[group + 1]; s++) {
+        int64_t at = p->start[s] * key_stride + head * D;
+        own->tile_of[s - p->first[group]] = tile;
+        lay_out(D, p->length[s], p->key + at, key_stride, own->key_tiles + tile * D * LANES);
+        if (backward) lay_out(D, p->length[s], p->value + at, key_stride, own->value_tiles + tile * D * LANES);
+        tile += tiles(p->length[s]);
+    }
+    for (int64_t s = p->first[group]; s < p->first[group + 1]; s++)
+        packed_sequence(D, p, own, head, p->first[group], s, own->tile_of[s - p->first[group]], backward);
+}
+
+/* Returns 0; 1 where memory lacks. D is a multiple of 16. */
+int attend_packed(int64_t width, const struct packing *p, int backward, int threads) {
+    int64_t shared = p->queries / p->keys, rows = (shared == 1 ? 16 : 8) * shared + BLOCK_ROWS;
+    int64_t most_tiles = 0, most_places = 0, most_sequences = 0;
+    int failed = 0;
+    for (int64_t g = 0; g < p->groups; g++) {
+        int64_t sum = 0, prompt = tiles(p->length[p->first[g]]) * LANES;
+        for (int64_t s = p->first[g]; s < p->first[g + 1]; s++) {
+            int64_t places = (s == p->first[g] ? 0 : prompt) + tiles(p->length[s]) * LANES;
+            sum += tiles(p->length[s]);
+            most_places = places > most_places ? places : most_places;
+        }
+        most_tiles = sum > most_tiles ? sum : most_tiles;
+        most_sequences = p->first[g + 1] - p->first[g] > most_sequences ? p->first[g + 1] - p->first[g] : most_sequences;
+    }
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        int64_t laid = most_tiles * LANES * width, block = rows * width, held = rows * most_places;
+        float *room = malloc(sizeof(float) * (2 * laid + 3 * block + 2 * held));
+        int64_t *tile_of = malloc(sizeof(int64_t) * most_sequences);
+        struct bench own = {room, room + laid, room + 2 * laid, room + 2 * laid + block, room + 2 * laid + 2 * block,
+                            room + 2 * laid + 3 * block, room + 2 * laid + 3 * block + held, tile_of};
+        failed = !room || !tile_of;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < p->groups * p->keys; task++) {
+            if (!room || !tile_of) continue;
+            packed_group(width, p, &own, task / p->keys, task % p->keys, backward);
+        }
+        free(room);
+        free(tile_of);
+    }
+    return failed;
+}
