@@ -43,7 +43,7 @@ import tomli_w
 
 import gruppo.cli
 import gruppo.loop
-import gruppo.preparation  # noqa: F401  imported once, for all that are forked
+import gruppo.preparation
 from gruppo.runlog import read_lines
 from tests.conftest import make_policy
 from tests.runs import ROWS, recipe, resolve
@@ -271,8 +271,8 @@ def left_alone(mark: str, everything: bool) -> list[str]:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """All that two equal runs have in common, by name. Files are compared byte by byte, but for times, memory, places in
-    files that hold times, and events of resumes."""
+    """All that two equal runs have in common, by name. Files are compared byte by byte, but for times, memory, places
+    in files that hold times, and events of resumes."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file() or path.name.startswith(".")):
         name = str(path.relative_to(out))
