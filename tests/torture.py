@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -46,7 +47,7 @@ import gruppo.loop
 import gruppo.preparation
 from gruppo.runlog import read_lines
 from tests.conftest import make_policy
-from tests.runs import ROWS, recipe, resolve
+from tests.runs import ROWS, recipe
 
 LETTERS = "tests/rewards/functions.py:likes_letters"
 FIRST_LETTER = "tests/rewards/functions.py:begins_with_a_letter"
@@ -157,7 +158,7 @@ class Hooks:
 
     def _count(self, name: str, target: str) -> None:
         place, _, attribute = target.rpartition(".")
-        original = resolve(target)
+        original = resolve_name(target)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self._due(name):
@@ -167,7 +168,7 @@ class Hooks:
                 die()
             return result
 
-        setattr(resolve(place), attribute, counted)
+        setattr(resolve_name(place), attribute, counted)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Operations on files of the run; those of rmtree name a file by its folder's descriptor."""
