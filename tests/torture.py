@@ -183,8 +183,17 @@ class Hooks:
             with contextlib.suppress(FileNotFoundError):
                 held = os.stat(path)
                 self.synced.setdefault(held.st_ino, (self.start, held.st_size))
+        if event == "os.rename":
+            self._check_synced(Path(path))
         if self._due("file"):
             die()
+
+    def _check_synced(self, path: Path) -> None:
+        """What gets a name has to be on the disk by then."""
+        for each in [path, *path.rglob("*")]:
+            held = each.stat()
+            if stat.S_ISREG(held.st_mode) and held.st_mtime_ns > self.synced.get(held.st_ino, (self.start, 0))[0]:
+                self.tally[f"not synced: {each.name}"] += 1
 
     def _cut(self, descriptor: int) -> None:
         """What a power cut may do to a file: of what was not synced some is gone, or there as zeros."""
@@ -328,6 +337,7 @@ def prepare(name: str, root: Path, real: bool) -> Case:
     ended = {"forked": run_forked(case, folder / "whole", None, 0, "whole")}
     case.seconds = time.monotonic() - start
     case.tally = json.loads((folder / "tally.json").read_text())
+    assert not [each for each in case.tally if each.startswith("not synced")], case.tally
     case.wanted = outcome(folder / "whole") if ended["forked"] == 0 else {}
     if real and not ended["forked"]:
         ended["real"] = run_real(case, folder / "real", None, "real")
