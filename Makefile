@@ -2,6 +2,7 @@
 #
 #   make quickstart                            train a real model for a few minutes
 #   make test                                  style, types, tests
+#   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make bench BENCH="--works A"               beside TRL and vLLM; BENCH=--help for its options
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 
-.PHONY: quickstart test check unit test-transformers bench format clean
+.PHONY: quickstart test check unit torture test-transformers bench format clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
@@ -32,6 +33,9 @@ check: $(VENV)/.ready-dev
 
 unit: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
+
+torture: $(VENV)/.ready-dev
+	$(BIN)/python -m tests.torture $(TORTURE)
 
 # Not all that is pinned goes with another transformers: what belongs to it is left to pip.
 test-transformers: constraints.txt pyproject.toml

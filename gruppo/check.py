@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.config import Recipe, load_recipe
+from gruppo.disk import free_bytes, gigabytes
 from gruppo.interruption import Stop, stop_on_signals
 from gruppo.preflight import Data, read_data
 from gruppo.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
+    from gruppo.disk_forecast import Disk
     from gruppo.forecast import Chosen, Workload
     from gruppo.models import LanguageModel
     from gruppo.preparation import Inputs
@@ -31,7 +33,7 @@ UPDATE_TOKENS = 512  # of the micro-batch that an update is timed by
 class Check:
     """What was found. `step_seconds`: of a step, by phase, and `evaluation_seconds` of one evaluation, both if every
     completion has max_tokens; saving is in neither, nor is what a reward model learns between
-    iterations. `memory`: the recipe's run.memory."""
+    iterations. `memory`: the recipe's run.memory. `disk_free`: bytes where runs/NAME would be."""
 
     recipe: Recipe
     device: str
@@ -41,6 +43,8 @@ class Check:
     step_seconds: Mapping[str, float]
     evaluation_seconds: float
     evaluations: int
+    disk: Disk
+    disk_free: int
 
     @property
     def total_seconds(self) -> float:
@@ -63,6 +67,8 @@ class Check:
             "evaluations": self.evaluations,
             "evaluation_seconds": self.evaluation_seconds,
             "total_seconds": self.total_seconds,
+            "disk_bytes": self.disk.as_dict(),
+            "disk_free_bytes": self.disk_free,
         }
 
 
@@ -77,6 +83,7 @@ def check_recipe(
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(stop.anywhere())
         return _measure(settings, data, shown, stop, Path(stack.enter_context(tempfile.TemporaryDirectory())))
 
 
@@ -84,7 +91,7 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
     from gruppo.adapters import check_adapters
     from gruppo.models import choose_device, choose_dtype, find_model
     from gruppo.objective import find_surrogate
-    from gruppo.preparation import load_and_choose, make_pool, tokenize_data, workload
+    from gruppo.preparation import disk_of, load_and_choose, make_pool, tokenize_data, workload
 
     device = choose_device(recipe.model.device)
     dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
@@ -128,15 +135,16 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
         evaluation_seconds=prompt * asked.questions * asked.question_tokens
         + drawn * math.ceil(asked.answers / chosen.slots) * asked.answer_tokens,
         evaluations=_evaluations(recipe),
+        disk=disk_of(recipe, policy, inputs),
+        disk_free=free_bytes(Path("runs") / recipe.run.name),
     )
 
 
 def _evaluations(recipe: Recipe) -> int:
-    """How often a run of the recipe evaluates: before the first step, after the last, and as `every` says."""
-    if recipe.evaluation is None:
-        return 0
-    steps, every = recipe.run.steps, recipe.evaluation.every
-    return len({0, steps} | (set(range(0, steps, every)) if every else set()))
+    """How often a run of the recipe evaluates."""
+    from gruppo.disk_forecast import evaluated_steps
+
+    return len(evaluated_steps(recipe))
 
 
 def _time_generation(policy: LanguageModel, inputs: Inputs, slots: int, stop: Stop) -> tuple[float, float]:
@@ -223,7 +231,18 @@ def describe_check(check: Check) -> str:
     if check.evaluations:
         lines.append(f"  {'an evaluation':<22}{check.evaluation_seconds:>12.1f} s, {check.evaluations} evaluations")
     lines.append(f"  {'the whole run':<22}{_duration(check.total_seconds):>12}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_describe_disk(check)])
+
+
+def _describe_disk(check: Check) -> list[str]:
+    disk, where = check.disk, Path("runs") / check.recipe.run.name
+    lines = [f"Disk, if every completion has {check.workload.max_tokens} tokens"]
+    lines += [f"  {name:<22}{gigabytes(size):>12}" for name, size in disk.parts.items()]
+    lines.append(f"  {'the finished run':<22}{gigabytes(disk.total):>12}")
+    enough = "" if disk.peak <= check.disk_free else ": too little"
+    lines.append(f"  {'at its most':<22}{gigabytes(disk.peak):>12}, while a checkpoint is written")
+    lines.append(f"  {'free':<22}{gigabytes(check.disk_free):>12} for {where}{enough}")
+    return lines
 
 
 def _duration(seconds: float) -> str:

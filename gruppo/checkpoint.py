@@ -22,8 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gruppo.disk import writing
+from gruppo.errors import RunError
 from gruppo.models import trained_weights
-from gruppo.runlog import RunFolder, publish, recover, write_whole
+from gruppo.runlog import RunFolder, checkpoint_folders, publish, recover, write_whole
 
 
 @dataclass
@@ -55,24 +57,25 @@ def save_checkpoint(
     others: Others = MappingProxyType({}),
     files: Sequence[Path] = (),
 ) -> Path:
-    """Write checkpoints/step-NNNNNN and drop those that are neither of the last two nor the best. `files` that nobody
-    writes to any more belong to it too."""
+    """Write checkpoints/step-NNNNNN and drop old ones (see `drop_old`). `files` that nobody writes to any more belong
+    to it too."""
     state.lengths = run.lengths()
     folder = run.path / "checkpoints" / f"step-{state.step:06d}"
     building = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for name, (module, own) in {"": (model, optimizer), **others}.items():
-        weights = {key: tensor.cpu().contiguous() for key, tensor in trained_weights(module).items()}
-        save_file(weights, building / _file(name, "weights"))
-        save_file(_optimizer_tensors(module, own), building / _file(name, "optimizer"))
-    for file in files:
-        link_file(file, building / file.name)
-    write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
-    manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
-    write_whole(building / "manifest.json", json.dumps(manifest, indent=2).encode())
-    publish(building, folder)
-    _drop_old(folder.parent, state)
+    with writing(folder, building):
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        for name, (module, own) in {"": (model, optimizer), **others}.items():
+            weights = {key: tensor.cpu().contiguous() for key, tensor in trained_weights(module).items()}
+            save_file(weights, building / _file(name, "weights"))
+            save_file(_optimizer_tensors(module, own), building / _file(name, "optimizer"))
+        for file in files:
+            link_file(file, building / file.name)
+        write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
+        manifest = {path.name: file_sha256(path) for path in sorted(building.iterdir())}
+        write_whole(building / "manifest.json", json.dumps(manifest, indent=2).encode())
+        publish(building, folder)
+    drop_old(run, state)
     return folder
 
 
@@ -86,15 +89,21 @@ def link_file(file: Path, name: Path) -> None:
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those after it, in words."""
+    """The newest checkpoint that is whole, and what is wrong with those after it, in words. Raises RunError where there
+    are some and none is whole: to begin again would throw away what the folder holds."""
     recover(run.path)
     recover(run.path / "checkpoints")
     problems: list[str] = []
-    for folder in sorted((run.path / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(checkpoint_folders(run.path).values()):
         problem = problem_of(folder)
         if problem is None:
             return folder, problems
         problems.append(f"{folder.name}: {problem}")
+    if problems:
+        raise RunError(
+            f"{run.path}: no checkpoint is whole ({'; '.join(problems)}), so there is nothing to go on from; put the "
+            "files back from a copy, or begin again with another --out; metrics and tables are as they were"
+        )
     return None, problems
 
 
@@ -147,6 +156,8 @@ def problem_of(folder: Path) -> str | None:
         for name, digest in manifest.items():
             if file_sha256(folder / name) != digest:
                 return f"{name} does not agree with its hash"
+        if unknown := sorted({path.name for path in folder.glob("*.safetensors")} - set(manifest)):
+            return f"cut manifest: {unknown[0]} is not in it"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, AttributeError) as error:
@@ -160,10 +171,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _drop_old(parent: Path, state: State) -> None:
-    steps = sorted(int(folder.name.removeprefix("step-")) for folder in parent.glob("step-*"))
+def drop_old(run: RunFolder, state: State) -> None:
+    """Keep the checkpoints of the last two steps and of the best; those of later steps than the state's could not be
+    used, or the run would not be back at it."""
+    folders = checkpoint_folders(run.path)
+    steps = [step for step in folders if step <= state.step]
     scored = [step for step in steps if str(step) in state.evaluations]
     best = max(scored, key=lambda step: (state.evaluations[str(step)]["accuracy"], step), default=None)
-    for step in steps[:-2]:
-        if step != best:
-            shutil.rmtree(parent / f"step-{step:06d}")
+    for step, folder in folders.items():
+        if step not in {*steps[-2:], best}:
+            shutil.rmtree(folder)

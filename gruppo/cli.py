@@ -1,12 +1,15 @@
 """The command line. torch is imported only where something is computed, so that --help and a wrong recipe are quick.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or bad recipe, 130 interrupted after saving.
+Exit codes: 0 done, 1 failed, 2 bad usage or bad recipe, 130 interrupted after saving; a second SIGINT or SIGTERM kills
+(130 or 143 in a shell).
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,14 +78,33 @@ def train(
     reporter.note(f"gruppo {__version__}: {recipe} -> {folder}")
     import gruppo
 
-    result = gruppo.train(settings, out=folder, resume=resume, reporter=reporter)
-    if result.summary["state"] == "interrupted":
-        step, steps = result.summary["steps"], settings.run.steps
-        command = ["gruppo", "train", str(recipe), *(part for each in set_ or [] for part in ("--set", each))]
-        reporter.note(f"Interrupted after step {step} of {steps}; everything is saved. Go on with:")
-        reporter.note("  " + shlex.join([*command, "--out", str(folder), "--resume"]))
-        raise typer.Exit(130)
+    with _resumable(["train", recipe], set_, folder):
+        result = gruppo.train(settings, out=folder, resume=resume, reporter=reporter)
+        if result.summary["state"] == "interrupted":
+            from gruppo.interruption import Interrupted
+
+            step, steps = result.summary["steps"], settings.run.steps
+            raise Interrupted(f"Interrupted after step {step} of {steps}; everything is saved. Go on with:")
     _show_result(reporter, result)
+
+
+@contextmanager
+def _resumable(command: Sequence[object], set_: Sequence[str] | None, folder: Path) -> Iterator[None]:
+    """Signals are heeded in the block, and an end before its time says by which command to go on."""
+    from gruppo.disk import WriteError
+    from gruppo.interruption import Interrupted, stop_on_signals
+
+    changes = [part for each in set_ or [] for part in ("--set", each)]
+    again = shlex.join(["gruppo", *map(str, command), *changes, "--out", str(folder), "--resume"])
+    try:
+        with stop_on_signals(kills=True):
+            yield
+    except Interrupted as end:
+        begun = str(end) or "Interrupted; what was done before is saved. Go on with:"
+        sys.stderr.write(f"{begun}\n  {again}\n")
+        raise typer.Exit(130) from None
+    except WriteError as error:
+        raise RunError(f"{error}; make room, and go on with: {again}") from error
 
 
 @app.command()
@@ -159,7 +181,7 @@ def eval_(
     from gruppo.evaluation import evaluate_recipe
     from gruppo.interruption import stop_on_signals
 
-    with stop_on_signals() as stop:
+    with stop_on_signals(kills=True) as stop, stop.anywhere():
         outcome = evaluate_recipe(asked, reporter=reporter, stop=stop)
     if out is not None:
         import json
@@ -222,7 +244,7 @@ def sample(
     options = sampling_options(asked.decoding, max_tokens)
     choose_dtype(dtype, choose_device(device))
     reporter = ConsoleReporter()
-    with stop_on_signals() as stop:
+    with stop_on_signals(kills=True) as stop, stop.anywhere():
         source = find_model(model, reporter)
         chat = bool(source.tokenizer.chat_template) and not plain
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": text}] if chat else text}
@@ -311,7 +333,8 @@ def label(
     from gruppo.labelling import label as make
 
     reporter = ConsoleReporter()
-    made = make(settings, out=out, resume=resume, reporter=reporter)
+    with _resumable(["label", recipe], set_, out):
+        made = make(settings, out=out, resume=resume, reporter=reporter)
     steps = "" if made.soft is None else f"; {made.steps} steps, right from {made.soft:.1%} of their ends"
     reporter.output.print(
         f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}", markup=False
@@ -334,7 +357,8 @@ def reward_model(
     from gruppo.labelling import train_reward_model
 
     reporter = ConsoleReporter()
-    made = train_reward_model(settings, labels, out=out, resume=resume, reporter=reporter)
+    with _resumable(["reward-model", recipe, labels], set_, out):
+        made = train_reward_model(settings, labels, out=out, resume=resume, reporter=reporter)
     reporter.output.print(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
     for name in sorted({*made.before, *made.after}):
         pair = ["-" if each is None else f"{each:.3f}" for each in (made.before.get(name), made.after.get(name))]
@@ -368,8 +392,9 @@ def schema(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from gruppo.interruption import Interrupted
+    from gruppo.interruption import Interrupted, exit_on_signals
 
+    exit_on_signals()
     try:
         app()
     except UsageError as error:

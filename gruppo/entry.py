@@ -15,6 +15,7 @@ from gruppo.preflight import preflight
 from gruppo.reporting import Reporter, Silent
 from gruppo.results import Result
 from gruppo.rewards import RewardFunction
+from gruppo.runlog import telling_what_stands
 from gruppo.types import Row
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ def train(
     by default runs/<name>. `resume`: go on with the run that the folder holds, if it holds one.
 
     A callback that returns gruppo.STOP ends the run early, with its result; summary["state"] is then "stopped". The
-    first SIGINT or SIGTERM ends it at the next safe point with a checkpoint; summary["state"] is then "interrupted".
-    Raises UsageError for what the caller can mend, RunError where a run could not go on, and what a callback raises.
+    first SIGINT or SIGTERM ends it at the next safe point with a checkpoint; summary["state"] is then "interrupted". A
+    second one raises KeyboardInterrupt.
+    Raises UsageError for what the caller can mend, RunError where a run could not go on (WriteError, a kind of it, on a
+    full disk), gruppo.interruption.Interrupted where a signal came before the run had begun, and what a callback
+    raises.
     """
     told, rewards = Callbacks(callbacks), _listed(reward)
     if tokenizer is not None and model is None:
@@ -58,13 +62,15 @@ def train(
     given = settings.reward.functions if rewards is None else rewards
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(telling_what_stands(folder))
         shown = reporter or Silent()
-        data = preflight(settings, folder, resume, given, prompts, shown)
-        from gruppo.loop import run
-        from gruppo.preparation import prepare
+        with stop.anywhere():
+            data = preflight(settings, folder, resume, given, prompts, shown)
+            from gruppo.loop import run
+            from gruppo.preparation import prepare
 
-        held = None if model is None else (model, tokenizer)
-        prepared = prepare(settings, folder, resume, given, data, shown, stack, held)
+            held = None if model is None else (model, tokenizer)
+            prepared = prepare(settings, folder, resume, given, data, shown, stack, held)
         summary = run(prepared, shown, stop, told)
         return Result(prepared.run.path, prepared.run.metrics(), summary)
 

@@ -129,7 +129,10 @@ def answer_questions(
     sampled = sample_groups(engine, prompts, streams, options, reporter, stop, "Evaluating")
     completions = [completion for group in sampled for completion in group]
     pairs = zip((prompt for prompt in prompts for _ in range(samples)), completions, strict=True)
-    correct = [grade(grader, completion.text, prompt) for prompt, completion in pairs]
+    correct = []
+    for prompt, completion in pairs:
+        stop.check()
+        correct.append(grade(grader, completion.text, prompt))
     return Evaluation(prompts, completions, correct, samples)
 
 

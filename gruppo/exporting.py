@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from gruppo.config import Decoding, Recipe, load_recipe
+from gruppo.disk import writing
 from gruppo.errors import UsageError
 from gruppo.methods import METHODS
 from gruppo.reporting import Reporter, Silent
-from gruppo.runlog import publish
+from gruppo.runlog import checkpoint_folders, publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,8 +107,7 @@ def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
 
 def _steps(source: Path) -> dict[int, Path]:
     """The checkpoints by step, in order."""
-    folders = sorted((source / "checkpoints").glob("step-*"))
-    return {int(folder.name.removeprefix("step-")): folder for folder in folders}
+    return checkpoint_folders(source)
 
 
 def _state(source: Path, folder: Path) -> State:
@@ -154,7 +154,8 @@ def _new_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"--to {target}: cannot be written to ({error}); choose another folder") from error
     try:
-        yield building
+        with writing(target):
+            yield building
         building.chmod(0o755)  # temporary folders, and safetensors' files, are for their owner's eyes only
         for path in building.iterdir():
             path.chmod(0o644)

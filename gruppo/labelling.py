@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.config import Recipe, RewardModel, load_recipe
+from gruppo.disk import WriteError
 from gruppo.errors import RunError, UsageError
-from gruppo.interruption import stop_on_signals
+from gruppo.interruption import Interrupted, stop_on_signals
 from gruppo.preflight import Data, read_data
 from gruppo.reporting import Reporter, Silent
-from gruppo.runlog import LABELS, REWARD_MODEL, RunFolder, check_folder
+from gruppo.runlog import LABELS, REWARD_MODEL, RunFolder, check_folder, telling_what_stands
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from gruppo.checkpoint import State
     from gruppo.interruption import Stop
+    from gruppo.judge import Judge
     from gruppo.labels import Labelled
     from gruppo.models import ModelSource
     from gruppo.reward_model import Sample
@@ -62,9 +65,11 @@ def label(
     if not wanted.prompts:
         raise UsageError("reward_model.prompts = 0: nothing would be labelled; write how many questions")
     check_folder(folder, settings, resume, LABELS)
-    data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(stop.anywhere())  # tables are written whole, and a table that is there is kept
+        stack.enter_context(telling_what_stands(folder))
+        data = read_data(settings, settings.reward.functions, None, shown)
         run = RunFolder(folder)
         stack.callback(run.close)
         return _label(settings, wanted, data, run, stack, shown, stop)
@@ -165,20 +170,32 @@ def train_reward_model(
     check_folder(folder, settings, resume, REWARD_MODEL)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(telling_what_stands(folder))
         run = RunFolder(folder)
         stack.callback(run.close)
         return _train(settings, wanted, files, run, shown, stop)
 
 
-def _train(
-    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter, stop: Stop
-) -> Trained:
-    from gruppo.checkpoint import State, file_sha256, load_state, load_tensors, newest_checkpoint, save_checkpoint
-    from gruppo.judge import Judge, fit
+@dataclass
+class _Training:
+    """A reward model on its way outside of a run. `before`: figures of the held-out samples before training."""
+
+    judge: Judge
+    state: State
+    training: list[Sample]
+    held: list[Sample]
+    before: dict[str, Any]
+
+
+def _begin_training(
+    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter
+) -> _Training:
+    from gruppo.checkpoint import State, file_sha256, load_state, load_tensors, newest_checkpoint
+    from gruppo.judge import Judge
     from gruppo.models import choose_device, choose_dtype, weights_sha256
     from gruppo.packing import most_tokens
     from gruppo.preparation import find_named, make_optimizer
-    from gruppo.reward_model import check_kind, load_reward_model, save_reward_model
+    from gruppo.reward_model import check_kind, load_reward_model
 
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     name = "reward_model.name" if settings.name else "model.name"
@@ -193,16 +210,36 @@ def _train(
 
     identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
     _begin(run, recipe, REWARD_MODEL, identity)
-    checkpoint, _ = newest_checkpoint(run)
+    checkpoint, problems = newest_checkpoint(run)
     state = load_state(checkpoint) if checkpoint else State()
+    damages = run.cut_back(state.lengths, state.step)
+    for kind, told in (("checkpoint_unusable", problems), ("damaged", damages)):
+        for each in told:
+            run.event(kind, each, state.step)
+            reporter.note(f"Note: {each}; going on after update {state.step}")
     if checkpoint is None:
-        run.cut_back({}, 0)
-        before = judge.quality(held)
+        before: dict[str, Any] = judge.quality(held)
         run.write_json("before.json", before)
     else:
         load_tensors(checkpoint, made.module, optimizer)
-        run.cut_back(state.lengths, state.step)
         before = run.read_json("before.json") or {}
+    return _Training(judge, state, training, held, before)
+
+
+def _train(
+    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter, stop: Stop
+) -> Trained:
+    with stop.anywhere():
+        begun = _begin_training(recipe, settings, files, run, reporter)
+        from gruppo.checkpoint import save_checkpoint
+        from gruppo.judge import fit
+        from gruppo.reward_model import save_reward_model
+    judge, state, made, optimizer = begun.judge, begun.state, begun.judge.model, begun.judge.optimizer
+    assert optimizer is not None
+
+    def save() -> None:
+        if state.step:
+            save_checkpoint(run, made.module, optimizer, state)
 
     def require(value: float, what: str, batches: Sequence[Any]) -> None:
         if not math.isfinite(value):
@@ -212,20 +249,23 @@ def _train(
             )
 
     def after(number: int, metrics: Metrics) -> None:
-        state.step = number
         run.metric({"step": number, **metrics.reduce()})
+        state.step = number
         if number % recipe.run.checkpoint_every == 0:
-            save_checkpoint(run, made.module, optimizer, state)
+            save()
 
     try:
-        fit(judge, training, 1, require, reporter, stop, state.step, after)
-    finally:  # an interruption too comes between two updates
-        if state.step:
-            save_checkpoint(run, made.module, optimizer, state)
-    result = Trained(run.path, state.step, before, judge.quality(held))
-    with run.building("model") as folder:
-        save_reward_model(made, settings.kind, folder)
-    run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
+        fit(judge, begun.training, 1, require, reporter, stop, state.step, after)
+    except (Interrupted, RunError) as error:  # they come between two updates, but for a line that was not written
+        if not isinstance(error, WriteError):
+            save()
+        raise
+    save()
+    with stop.anywhere():
+        result = Trained(run.path, state.step, begun.before, judge.quality(begun.held))
+        with run.building("model") as folder:
+            save_reward_model(made, settings.kind, folder)
+        run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
     return result
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gruppo.callbacks import Callbacks
 from gruppo.checkpoint import (
     Others,
     State,
+    drop_old,
     file_sha256,
     link_file,
     load_state,
@@ -36,6 +37,7 @@ from gruppo.checkpoint import (
 )
 from gruppo.config import Optimizer
 from gruppo.critic import critic_loss, score_values
+from gruppo.disk import WriteError
 from gruppo.errors import RunError
 from gruppo.evaluation import answer_questions
 from gruppo.interruption import Interrupted, Stop
@@ -78,6 +80,7 @@ class _Run:
         self.reporter, self.stop, self.callbacks = reporter, stop, callbacks
         self.state = State()
         self.saved: tuple[int, bool, int] | None = None
+        self.lengths: dict[str, int] = {}  # of the append-only files, where nothing was half done
         self.learning = False  # the reward model, which is half trained then
         self.judge = None
         if prepared.reward_model is not None and self.recipe.reward_model is not None:
@@ -95,7 +98,8 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         """From wherever the folder stands to the end, an interruption or a failure; the summary."""
-        self._restore()
+        with self.stop.anywhere():
+            self._restore()
         outcome = "failed"
         try:
             with self.reporter.progress("Training", self.recipe.run.steps, "steps") as advance:
@@ -104,6 +108,7 @@ class _Run:
             outcome = "done" if self.state.step == self.recipe.run.steps else "stopped"
         except Interrupted:
             if not self.learning:  # else the checkpoint from before is where to go on
+                self.run.cut_back(self.lengths, self.state.step)
                 self._save_once()
             outcome = "interrupted"
         except Exception:
@@ -112,12 +117,14 @@ class _Run:
             raise
         finally:
             summary = self._summary(outcome)
-            self.run.write_json("summary.json", summary)
+            with suppress(*[WriteError] if outcome == "failed" else []):  # the failure goes first
+                self.run.write_json("summary.json", summary)
         return summary
 
     def _steps(self, advance: Callable[[float], None]) -> None:
         """Algorithm 1. At the top of the loop nothing is half done: that is where state is saved."""
         while True:
+            self.lengths = self.run.lengths()
             if self._evaluation_due():
                 self._evaluate()
             last = self._at_end
@@ -202,7 +209,7 @@ class _Run:
         figures: dict[str, float | None] = {}
         if self.judge is not None and learns:
             self.learning = True
-            with clock("reward_model"):
+            with clock("reward_model"), self.stop.anywhere():  # a round that was stopped is begun again
                 figures = self._train_reward_model(self.judge, number)
             self.learning = False
         state.iteration = number
@@ -324,9 +331,9 @@ class _Run:
             return groups
         size = recipe.sampling.group_size
         streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
-        with clock("generate"):
+        with clock("generate"), self.stop.anywhere():
             sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
-        with clock("reward"):
+        with clock("reward"), self.stop.anywhere():
             told = {"global_step": self.state.step, "max_steps": recipe.run.steps}
             told["max_tokens"] = recipe.sampling.max_tokens
             groups = score_groups(prompts, sampled, parts.pool, told, metrics, self.reporter, self.stop)
@@ -475,9 +482,10 @@ class _Run:
         assert parts.grader is not None
         start = time.monotonic()
         seed, samples = self.recipe.run.seed, settings.samples
-        outcome = answer_questions(
-            parts.engine, parts.questions, parts.grader, parts.answering, samples, seed, self.reporter, self.stop
-        )
+        with self.stop.anywhere():
+            outcome = answer_questions(
+                parts.engine, parts.questions, parts.grader, parts.answering, samples, seed, self.reporter, self.stop
+            )
         figures, rows = outcome.figures(), outcome.rows()
         self.run.table("evaluations", state.step, rows, EVALUATIONS)
         state.evaluations[str(state.step)] = figures
@@ -505,13 +513,21 @@ class _Run:
             self._restore_reference(folder / self._reference_file.name)
             load_tensors(folder, self.parts.policy.model, self.parts.optimizer, self._others())
         begun = bool(self.run.lengths()["metrics.jsonl"])
-        self.run.cut_back(self.state.lengths, self.state.step)
+        damages = self.run.cut_back(self.state.lengths, self.state.step)
+        damages += self.run.table_problems("rollouts", range(1, self.state.step + 1))
+        damages += self.run.table_problems("evaluations", map(int, self.state.evaluations))
         if self.auditor is not None:
             for values in self.run.metrics():
                 self.auditor.alarm(values)  # to know of the last steps; what it says was said then
         self.parts.engine.load_weights(self.parts.policy, self.state.step)
         for problem in problems:
             self.run.event("checkpoint_unusable", problem, self.state.step)
+            self.reporter.note(f"Note: checkpoint {problem}; the one of step {self.state.step} is used")
+        for damage in damages:
+            self.run.event("damaged", damage, self.state.step)
+            self.reporter.note(f"Note: {damage}; what is trained does not depend on it")
+        if not problems:
+            drop_old(self.run, self.state)  # what a kill left behind
         for change in self.parts.changes:
             self.run.event("changed", f"{change}; from here on it is another run's", self.state.step)
             self.reporter.note(f"Note: {change}; see events.jsonl")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.adapters import add_adapters, check_adapters
 from gruppo.config import Audit, Optimizer, Recipe
+from gruppo.disk_forecast import Disk, forecast_disk, still_needed
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.errors import UsageError
@@ -41,7 +43,7 @@ from gruppo.reporting import Reporter
 from gruppo.reward_model import NAME, check_kind, load_reward_model
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.pool import RewardPool
-from gruppo.runlog import RunFolder, check_folder
+from gruppo.runlog import RunFolder, check_folder, checkpoint_folders
 from gruppo.steps import find_split
 from gruppo.tables import as_json
 from gruppo.tasks import Part, tokenize_part
@@ -244,6 +246,12 @@ class Free:
         return choose_sizes(measure_footprint(policy, self.process, reporter), workload(recipe, inputs), self.budget)
 
 
+def disk_of(recipe: Recipe, policy: LanguageModel, inputs: Inputs, start_weights: bool = False) -> Disk:
+    """The disk of a run of this policy, with tables of rows like its first prompts'."""
+    some = [prompt.token_ids for prompt in islice(inputs.prompts, 64)]
+    return forecast_disk(recipe, policy, workload(recipe, inputs), some, start_weights)
+
+
 def workload(recipe: Recipe, inputs: Inputs) -> Workload:
     """What the recipe asks for at the most, by its longest prompt and question."""
     samples = recipe.evaluation.samples if recipe.evaluation else 0
@@ -340,6 +348,11 @@ def _load_policy(
 ) -> tuple[LanguageModel, dict[str, Any], list[str]]:
     """Load the weights, and choose what depends on the machine, or keep what the run chose when it began."""
     before = run.read_json("environment.json")
+    if before is None and checkpoint_folders(run.path):
+        raise UsageError(
+            f"{run.path}: environment.json, which says what the run chose when it began, is missing; put it back, or "
+            "begin again with another --out"
+        )
     chosen: dict[str, Any] = before["chosen"] if before else {}
     device = choose_device(chosen.get("device", recipe.model.device))
     dtype = chosen.get("dtype") or str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
@@ -355,6 +368,8 @@ def _load_policy(
     policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
     if before:
         torch.set_num_threads(chosen["threads"])
+        if "disk_forecast" in before and (lacking := still_needed(run.path, before["disk_forecast"])):
+            reporter.note(f"Note: {lacking}")
         same = before["rewards_sha256"] == list(rewards)
         changed = [] if same else ["the reward functions have changed since the run began"]
         if chosen.get("kernels", NO_KERNELS) != kernels_sha256(policy.dtype):
@@ -363,6 +378,9 @@ def _load_policy(
             )
         return policy, chosen, changed
     sizes = free.choose(recipe, policy, inputs, reporter)
+    disk = disk_of(recipe, policy, inputs, start_weights=only_here is not None)
+    if doubt := disk.require(run.path):
+        reporter.note(f"Note: {doubt}")
     chosen = {
         "device": device.type,
         "dtype": dtype,
@@ -381,6 +399,7 @@ def _load_policy(
     counts = {"prompts": len(inputs.prompts), "questions": len(inputs.questions)}
     identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
     found = {**describe(device), "chosen": chosen, "memory_forecast": sizes.memory.as_dict()}
+    found["disk_forecast"] = disk.as_dict()
     run.write_json("environment.json", {**found, **counts, **identity})
     return policy, chosen, []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
-from gruppo.runlog import read_lines
+from gruppo.runlog import read_lines, read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,10 @@ class Result:
         if not (folder / "recipe.toml").is_file():
             raise UsageError(f"{folder}: holds no run; give the folder of one, e.g. runs/quickstart")
         held = folder / "summary.json"
-        summary = json.loads(held.read_text(encoding="utf-8")) if held.is_file() else {"state": "unfinished"}
+        try:
+            summary = json.loads(held.read_text(encoding="utf-8")) if held.is_file() else {"state": "unfinished"}
+        except ValueError as error:
+            raise UsageError(f"{held}: is damaged ({error}); --resume of the run writes it anew") from error
         return cls(folder, read_lines(folder / "metrics.jsonl"), summary)
 
     def frame(self) -> pd.DataFrame:
@@ -74,13 +77,12 @@ class Result:
 
     def _tables(self, folder: str, step: int | None) -> pd.DataFrame:
         import pandas as pd
-        import pyarrow.parquet as pq
 
         paths = {_step(path): path for path in sorted((self.path / folder).glob("step-*.parquet"))}
         if not paths or (step is not None and step not in paths):
             raise UsageError(f"{self.path}: has no {folder} of step {step}; {_known(paths)}")
         chosen: Iterable[int] = paths if step is None else [step]
-        frames = [pq.read_table(paths[each]).to_pandas().assign(step=each) for each in chosen]
+        frames = [read_table(paths[each]).to_pandas().assign(step=each) for each in chosen]
         found = pd.concat(frames, ignore_index=True)
         return found[["step", *(name for name in found.columns if name != "step")]]
 

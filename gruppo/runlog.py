@@ -6,17 +6,22 @@
     base/ (config, generation config and tokenizer of the start model)  model/ (the result)
 
 Whole files are written under a temporary name, synced and renamed; metrics and events are appended to, a synced line
-at a time.
+at a time. What cannot be written, to a full disk first of all, is a WriteError, and leaves nothing half written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+import socket
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +31,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gruppo.config import Recipe, load_recipe
+from gruppo.disk import WriteError, free_bytes, gigabytes, held_bytes, writing
 from gruppo.errors import UsageError
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
 RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
 _ASIDE = ".replaced-"
+_FIRST = {"lock", "rewards.log", "recipe.toml.writing", "folder.json", "folder.json.writing"}  # there before the recipe
+_held: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
 class RunFolder:
@@ -40,19 +48,37 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / "lock").open("a")
+            self._lock = (path / "lock").open("a+")
         except OSError as error:
             raise UsageError(f"--out {path}: cannot be written to ({error}); choose another folder") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            message = self._refusal(error)
             self._lock.close()
-            raise UsageError(
-                f"--out {path}: another run is writing to this folder; wait for it, or choose another"
-            ) from None
+            raise UsageError(message) from None
+        _held.add(self)
+        with contextlib.suppress(OSError):  # on a full disk: it is only told
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
+
+    def _refusal(self, error: OSError) -> str:
+        if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+            return (
+                f"--out {self.path}: its file system keeps no locks ({os.strerror(error.errno or 0)}), without which a "
+                "second run could write to the folder too; choose a folder on another file system, or have this one "
+                "mounted with locks"
+            )
+        self._lock.seek(0)
+        holder = self._lock.read(200).strip()
+        return (
+            f"--out {self.path}: another run is writing to this folder{holder and f' ({holder})'}; wait for it, or "
+            "choose another"
+        )
 
     def close(self) -> None:
-        """Give up the lock (a process that dies does so too)."""
+        """Give up the lock (a process that dies does so too, whatever of its children lives on)."""
         self._lock.close()
 
     def start(self, recipe: Recipe, kind: str = RUN) -> None:
@@ -75,18 +101,21 @@ class RunFolder:
         path = self.path / folder / f"step-{step:06d}.parquet"
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".writing")
-        pq.write_table(pa.Table.from_pylist(list(rows), schema), temporary, compression="zstd")
-        publish(temporary, path)
+        made = pa.Table.from_pylist(list(rows), schema)
+        with writing(path, temporary):
+            pq.write_table(made, temporary, compression="zstd", write_page_checksum=True)
+            publish(temporary, path)
         return path
 
     @contextmanager
     def building(self, name: str) -> Iterator[Path]:
         """A folder to fill, which gets its name when the block ends well."""
         folder = self.path / f".writing-{name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder
-        publish(folder, self.path / name)
+        with writing(self.path / name, folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            yield folder
+            publish(folder, self.path / name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole."""
@@ -107,28 +136,105 @@ class RunFolder:
         """Bytes of each append-only file."""
         return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in APPENDED}
 
-    def cut_back(self, lengths: Mapping[str, int], step: int) -> None:
-        """Undo what was written after a checkpoint: append-only files to its lengths, tables of later steps gone."""
+    def cut_back(self, lengths: Mapping[str, int], step: int) -> list[str]:
+        """Undo what was written after a checkpoint: append-only files to its lengths, tables of later steps gone. What
+        is left is looked through: what is damaged, in words (see `_mend`)."""
+        problems: list[str] = []
         for name in APPENDED:
-            path = self.path / name
-            if path.exists():
+            path, length = self.path / name, lengths.get(name, 0)
+            held = path.stat().st_size if path.exists() else 0
+            if held < length:
+                problems.append(f"{name}: its end is missing, {length - held} of {length} bytes")
+            if held:
                 with path.open("r+b") as stream:
-                    stream.truncate(min(lengths.get(name, 0), path.stat().st_size))
+                    stream.truncate(min(length, held))
                     os.fsync(stream.fileno())
+                problems += self._mend(name)
         for folder in ("rollouts", "evaluations", "labels"):
             for path in (self.path / folder).glob("step-*"):
                 if path.suffix == ".writing" or int(path.stem.removeprefix("step-")) > step:
                     path.unlink()
+        return problems
+
+    def _mend(self, name: str) -> list[str]:
+        """Put blanks, which readers skip, in the place of lines that are damaged, so that no length changes; a copy of
+        the file is kept as NAME.damaged. What was wrong, in words."""
+        lines = (self.path / name).read_bytes().split(b"\n")
+        damaged = [place for place, line in enumerate(lines) if line.strip() and _object(line) is None]
+        if lines[-1].strip() and len(lines) - 1 not in damaged:
+            lines.append(b"")  # whole, but for its end
+        elif not damaged:
+            return []
+        else:
+            shutil.copyfile(self.path / name, self.path / f"{name}.damaged")
+            lines = [b" " * len(line) if place in damaged else line for place, line in enumerate(lines)]
+            lines += [b""] if lines[-1] else []
+        write_whole(self.path / name, b"\n".join(lines))
+        told = ", ".join(str(place + 1) for place in damaged[:5]) + (", …" if len(damaged) > 5 else "")
+        return [f"{name}: line {told} cannot be read and was taken out ({name}.damaged has it)"] if damaged else []
+
+    def table_problems(self, folder: str, steps: Iterable[int]) -> list[str]:
+        """Which tables of these steps are missing or cannot be opened, in words."""
+        found = []
+        for step in steps:
+            path = self.path / folder / f"step-{step:06d}.parquet"
+            try:
+                pq.read_metadata(path)
+            except (OSError, pa.ArrowException) as error:
+                why = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+                found.append(f"{folder}/{path.name} {why}")
+        return found
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
         return read_lines(self.path / "metrics.jsonl")
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        line = json.dumps(values, allow_nan=False).encode() + b"\n"
-        with (self.path / name).open("ab", buffering=0) as stream:
-            stream.write(line)
-            os.fsync(stream.fileno())
+        line, path = json.dumps(values, allow_nan=False).encode() + b"\n", self.path / name
+        with writing(path), path.open("ab", buffering=0) as stream:
+            before = os.fstat(stream.fileno()).st_size
+            try:
+                while line:  # a disk that is nearly full takes a part
+                    line = line[stream.write(line) :]
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(before)
+                raise
+
+
+def _let_go() -> None:
+    """In a process that was forked: a lock is held as long as any copy of its descriptor is open."""
+    for run in _held:
+        run.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def telling_what_stands(folder: Path) -> Iterator[None]:
+    """A WriteError of the block says too what the run needs, and that its checkpoint is intact."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(f"{error}; {_standing(folder)}") from error
+
+
+def _standing(folder: Path) -> str:
+    words = [f"{gigabytes(free_bytes(folder))} are free there"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        needed = json.loads((folder / "environment.json").read_text())["disk_forecast"]["peak"] - held_bytes(folder)
+        if needed > 0:
+            words.append(f"the run needs about {gigabytes(needed)} more")
+    steps = checkpoint_folders(folder)
+    words.append(f"the checkpoint of step {max(steps)} is intact" if steps else "there is no checkpoint yet")
+    return ", ".join(words[:-1]) + f"; {words[-1]}"
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run folder by step, in order."""
+    found = {path.name.removeprefix("step-"): path for path in (folder / "checkpoints").glob("step-*")}
+    return dict(sorted((int(step), path) for step, path in found.items() if re.fullmatch(r"\d{6,}", step)))
 
 
 def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> None:
@@ -138,24 +244,22 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
         raise UsageError(f"--out {path}: is a file; choose a folder")
     held = path / "recipe.toml"
     if not held.is_file():
-        others = (
-            [entry.name for entry in path.iterdir() if entry.name not in {"lock", "rewards.log"}]
-            if path.is_dir()
-            else []
-        )
+        others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []
         if others:
             raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
         return
     marked = path / "folder.json"
-    found = json.loads(marked.read_text())["kind"] if marked.is_file() else RUN
+    found = _kind(marked) if marked.is_file() else RUN
     if found != kind:
         raise UsageError(f"--out {path}: the folder holds a {found}, and not a {kind}; choose another one")
     if not resume:
         raise UsageError(
             f"--out {path}: the folder holds a {kind} already; continue it with --resume, or choose another with --out"
         )
-    with held.open("rb") as stream:
-        before = tomllib.load(stream)
+    try:
+        before = tomllib.loads(held.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{held}: is damaged ({error}); put it back: it is the recipe as --show prints it") from error
     # Read as a recipe, so that fields that are younger than the run have their defaults.
     changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
     if changes:
@@ -165,19 +269,51 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
         )
 
 
+def _kind(marked: Path) -> str:
+    content = _object(marked.read_bytes())
+    if content is None or not isinstance(content.get("kind"), str):
+        raise UsageError(f"{marked}: is damaged; start again with another --out")
+    return str(content["kind"])
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that bytes hold; None where they hold none."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; none where there is no file. A last line that is still being written is left
-    out."""
+    out, and so are blank ones. Raises UsageError for a line that is damaged."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        if line.strip():
+            content = _object(line)
+            if content is None:
+                raise UsageError(f"{path}: line {number} is damaged; `gruppo train … --resume` takes it out")
+            found.append(content)
+    return found
+
+
+def read_table(path: Path) -> pa.Table:
+    """A table of a run folder. Raises UsageError where it is missing, or does not agree with its checksums."""
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(f"{path}: cannot be read ({str(error).splitlines()[0]}); it is missing or damaged") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or as it was before."""
     temporary = path.with_name(path.name + ".writing")
-    temporary.write_bytes(content)
-    publish(temporary, path)
+    with writing(path, temporary):
+        temporary.write_bytes(content)
+        publish(temporary, path)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+from gruppo.errors import UsageError
+from gruppo.runlog import read_table
 
 SHOWN = 3
 
@@ -57,7 +58,10 @@ def _evaluations(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Map
 
 def _answers(folder: Path, last: int) -> list[str]:
     """The first held-out questions, with the answers of the first and of the last evaluation."""
-    before, after = (pq.read_table(folder / f"evaluations/step-{step:06d}.parquet").to_pylist() for step in (0, last))
+    try:
+        before, after = (read_table(folder / f"evaluations/step-{step:06d}.parquet").to_pylist() for step in (0, last))
+    except UsageError as error:
+        return [str(error)]
     lines = []
     firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0]
     for old, new in firsts[:SHOWN]:

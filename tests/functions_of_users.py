@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 
 def task(split):
     return [{"prompt": "a", "answer": "a"}]
@@ -52,3 +55,27 @@ def fails_on_short_texts(text):
     if len(text) < 4:
         raise RuntimeError("broken on purpose")
     return [len(text)]
+
+
+_graded = []
+
+
+def right_at_first(text, columns):
+    """For the trial and two evaluations of one question."""
+    _graded.append(text)
+    return len(_graded) <= 3
+
+
+def slow_surrogate(logprobs, ratio, advantages, clip_low, clip_high):
+    """Computes for a minute in the first update, unless told not to (in its trial, on small tensors, it does not)."""
+    if len(logprobs) > 40 and os.environ.get("SLOW"):
+        print("updating", flush=True)
+        time.sleep(60)
+    return ratio * advantages
+
+
+def sleeps(completions, **kwargs):
+    """A reward that takes its time."""
+    if os.environ.get("SLOW"):
+        time.sleep(30)
+    return [float(len(each) % 2) for each in completions]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -71,7 +72,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, target: str, count: int) -> Iterator
 
 def at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable[[], None]) -> None:
     """Do `action` just before the `count`-th call of `target`."""
-    original, calls = resolve(target), 0
+    original, calls = resolve_name(target), 0
 
     def counted(*args, **kwargs):
         nonlocal calls
@@ -81,11 +82,3 @@ def at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable
         return original(*args, **kwargs)
 
     patch.setattr(target, counted)
-
-
-def resolve(target: str):
-    module, _, rest = target.partition(".")
-    found = __import__(module)
-    for part in rest.split("."):
-        found = getattr(found, part)
-    return found

@@ -30,6 +30,13 @@ def test_every_metric_is_explained() -> None:
         assert name in explained or stem in explained, name
 
 
+def test_every_test_of_a_fault_exists() -> None:
+    named = re.findall(r"`(?:tests/)?(test_\w+\.py)`", Path("docs/safety.md").read_text())
+    assert len(named) > 20
+    for name in named:
+        assert Path("tests", name).is_file(), name
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     for page in (Path("README.md"), *Path("docs").glob("*.md"), Path("CONTRIBUTING.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):

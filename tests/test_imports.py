@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
-    ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub"],
+    ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub", "disk"],
     ["machine"],
     ["kernels"],
     ["maths", "stats", "tasks", "runlog", "results"],
@@ -17,6 +17,7 @@ LEVELS = [
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight", "steps"],
     ["rollout", "objective", "heads", "critic", "updates", "reward_model", "labels", "judge", "audit"],
     ["evaluation", "forecast"],
+    ["disk_forecast"],
     ["preparation"],
     ["loop"],
     ["entry", "check", "exporting", "labelling"],

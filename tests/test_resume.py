@@ -50,7 +50,7 @@ MOMENTS = {
     "while evaluating": ("gruppo.evaluation.last_number", 5),
     "before a checkpoint": ("gruppo.loop.save_checkpoint", 2),
     "before a checkpoint is named": ("gruppo.checkpoint.publish", 2),
-    "before old checkpoints go": ("gruppo.checkpoint._drop_old", 2),
+    "before old checkpoints go": ("gruppo.checkpoint.drop_old", 2),
     "before the result is saved": ("gruppo.loop.save_model", 1),
     "before the first step": ("gruppo.loop._Run._step", 1),
 }

@@ -201,7 +201,7 @@ class _Worker:
         answer_read, answer_write = os.pipe()
         with open(log or os.devnull, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gruppo.rewards.worker", str(call_read), str(answer_write)],
+                [sys.executable, "-m", "gruppo.rewards.worker", *map(str, (call_read, answer_write, os.getpid()))],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

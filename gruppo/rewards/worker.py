@@ -1,4 +1,4 @@
-"""The process that runs reward functions: `python -m gruppo.rewards.worker READ_FD WRITE_FD`.
+"""The process that runs reward functions: `python -m gruppo.rewards.worker READ_FD WRITE_FD TRAINER_PID`.
 
 Calls arrive as pickles from the trainer; answers go back as JSON, so that nothing a reward does can make the trainer
 unpickle it. Functions run in the main thread, where signals (math-verify's SIGALRM) work. What a reward prints goes
@@ -12,6 +12,7 @@ import ctypes
 import inspect
 import json
 import operator
+import os
 import pickle
 import signal
 import sys
@@ -166,11 +167,14 @@ def _describe(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Serve the pipe ends given on the command line; die with the trainer, ignore its Ctrl-C."""
+    """Serve the pipe ends given on the command line; die with the trainer, whose number comes last, and ignore its
+    Ctrl-C."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    read, write = (int(argument) for argument in sys.argv[1:3])
+    read, write, trainer = (int(argument) for argument in sys.argv[1:4])
+    if os.getppid() != trainer:  # it died before this process could ask to die with it
+        return
     serve(Connection(read, writable=False), Connection(write, readable=False))
 
 
