@@ -91,7 +91,7 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
         if recipe.method.source != "rows":
-            stack.enter_context(make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log"))
+            stack.enter_context(make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log", reporter))
         source = find_model(recipe.model.name, reporter)
         check_adapters(source, recipe.model.lora)
         inputs = tokenize_data(recipe, data, source, reporter)

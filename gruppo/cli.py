@@ -14,6 +14,7 @@ import typer
 
 from gruppo import __version__
 from gruppo.errors import RunError, UsageError
+from gruppo.reporting import visible
 
 if TYPE_CHECKING:
     from gruppo.console import ConsoleReporter
@@ -66,7 +67,7 @@ def train(
     if show:
         from gruppo.schema import annotated
 
-        typer.echo(annotated(settings), nl=False)
+        typer.echo(visible(annotated(settings)), nl=False)
         return
     folder = out if out is not None else Path("runs") / settings.run.name
     from gruppo.console import ConsoleReporter
@@ -105,7 +106,7 @@ def check(
 
         typer.echo(json.dumps(found.as_dict()))
     else:
-        reporter.output.print(describe_check(found), markup=False)
+        reporter.result(describe_check(found))
 
 
 @app.command("eval")
@@ -168,7 +169,7 @@ def eval_(
     figures = outcome.figures()
     low, high = figures["interval"]
     several = f", {figures['samples']} answers each" if figures["samples"] > 1 else ""
-    reporter.output.print(
+    reporter.result(
         f"accuracy {figures['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}, "
         f"{figures['questions']} questions{several})\n"
         f"ends by itself {figures['ended_share']:.1%}, contains a number {figures['number_share']:.1%}"
@@ -249,11 +250,11 @@ def sample(
             continue
         if count > 1:
             total = sum(completion.sampling_logprobs)
-            reporter.output.print(
+            reporter.result(
                 f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason}, log-probability "
                 f"{total:.2f})"
             )
-        typer.echo(completion.text)
+        typer.echo(visible(completion.text))
 
 
 @app.command()
@@ -287,9 +288,8 @@ def export(
         reporter=reporter,
     )
     accuracy = "" if made.accuracy is None else f", held-out accuracy {made.accuracy:.1%}"
-    reporter.output.print(
+    reporter.result(
         f"step {made.step}{accuracy}: {made.files} files, {made.bytes / 1e6:,.0f} MB of {dtype} in {made.path}",
-        markup=False,
     )
 
 
@@ -313,9 +313,7 @@ def label(
     reporter = ConsoleReporter()
     made = make(settings, out=out, resume=resume, reporter=reporter)
     steps = "" if made.soft is None else f"; {made.steps} steps, right from {made.soft:.1%} of their ends"
-    reporter.output.print(
-        f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}", markup=False
-    )
+    reporter.result(f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}")
 
 
 @app.command("reward-model")
@@ -335,10 +333,42 @@ def reward_model(
 
     reporter = ConsoleReporter()
     made = train_reward_model(settings, labels, out=out, resume=resume, reporter=reporter)
-    reporter.output.print(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
+    reporter.result(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
     for name in sorted({*made.before, *made.after}):
         pair = ["-" if each is None else f"{each:.3f}" for each in (made.before.get(name), made.after.get(name))]
-        reporter.output.print(f"  {name:<18} {pair[0]:>9} -> {pair[1]:>9}", markup=False)
+        reporter.result(f"  {name:<18} {pair[0]:>9} -> {pair[1]:>9}")
+
+
+@app.command("repeat")
+def repeat_(
+    file: Annotated[Path, typer.Argument(help="A file of a run's failures/.")],
+    function: Annotated[
+        str | None,
+        typer.Option(help="Call this function, as in reward.functions, and not the one that the file names."),
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.01, help="Seconds. By default those of the run.")] = None,
+) -> None:
+    """Call a reward again as it was called when it failed. This runs the code that the file names.
+
+    Prints what the reward prints and gives, a line a completion. Exit code 1 where it fails again.
+    """
+    import tempfile
+
+    from gruppo.console import ConsoleReporter
+    from gruppo.rewards.failures import repeat
+
+    reporter = ConsoleReporter()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "rewards.log"
+        rewards = repeat(file, function, timeout, log)
+        if log.is_file():
+            reporter.note(log.read_text(encoding="utf-8", errors="replace").rstrip())
+    for number, reward in enumerate(rewards):
+        given = reward.failure or ("None" if reward.total is None else f"{reward.total:g}")
+        steps = "".join(f", steps {list(each.rewards)}" for each in reward.steps.values())
+        reporter.result(f"completion {number}: {given}{steps}")
+    if any(reward.failure for reward in rewards):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -384,7 +414,7 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> None:
     for line in message.splitlines():
-        sys.stderr.write(f"gruppo: {line}\n")
+        sys.stderr.write(f"gruppo: {visible(line)}\n")
     sys.exit(code)
 
 
@@ -401,7 +431,7 @@ def _show_result(reporter: ConsoleReporter, result: Result) -> None:
     """The summary that ends a run, from the run folder alone."""
     from gruppo.summary import describe_run
 
-    reporter.output.print(describe_run(result.path, result.summary, result.metrics), markup=False)
+    reporter.result(describe_run(result.path, result.summary, result.metrics))
 
 
 if __name__ == "__main__":

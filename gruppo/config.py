@@ -62,6 +62,15 @@ def as_bytes(text: str) -> int:
     return size
 
 
+def share_or_size(value: Any) -> Any:
+    """The value, where it is a share of a memory or a size that `as_bytes` reads."""
+    if isinstance(value, str):
+        as_bytes(value)
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise PydanticCustomError("memory", "must be a share (more than 0, at most 1) or a size such as '6 GB'")
+    return value
+
+
 class Run(Section):
     """What the run is called, how long it is, and when it is saved."""
 
@@ -80,14 +89,7 @@ class Run(Section):
     """What the process may hold at its peak: a share of the memory that is free when the run begins, or so much of it:
     "6 GB", "5.5 GiB". Micro-batch and slots are chosen by it, once; no result depends on them but by rounding."""
 
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _share_or_size(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            as_bytes(value)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise PydanticCustomError("memory", "must be a share (more than 0, at most 1) or a size such as '6 GB'")
-        return value
+    _checked_memory = field_validator("memory", mode="before")(share_or_size)
 
 
 class Lora(Section):
@@ -171,6 +173,17 @@ class Reward(Section):
     """Seconds that one call (one function, one group) may take before its process is killed and the group abstains."""
     workers: Annotated[int, Field(ge=1, le=256)] = 2
     """Processes that run reward functions side by side."""
+    failure_limit: Fraction = 0.2
+    """Share of a step's completions that may abstain because a reward failed; when it is more the run stops, is saved,
+    and says why. 1 never stops."""
+    memory: float | str = 0.5
+    """What these processes may hold together, each an equal part: a share of the machine's memory, or so much of it:
+    "4 GB". An allocation beyond it fails in the reward, and its call abstains."""
+    environment: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = []
+    """Names of environment variables that rewards need, such as ["OPENAI_API_KEY"]; of the others they get those that
+    say where programs, libraries and caches are, and no secrets."""
+
+    _checked_memory = field_validator("memory", mode="before")(share_or_size)
 
     @model_validator(mode="after")
     def _lists_fit(self) -> Self:

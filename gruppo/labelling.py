@@ -82,7 +82,7 @@ def _label(
 
     find_split(settings.split)
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
-    pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log"))
+    pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", reporter))
     source = find_model(recipe.model.name, reporter)
     inputs = tokenize_data(recipe, data, source, reporter)
     policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)

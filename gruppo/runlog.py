@@ -1,6 +1,7 @@
 """The run folder: what a run was asked, what it did, and what came out. Everything that shows a run reads it alone.
 
     recipe.toml  environment.json  metrics.jsonl  events.jsonl  rewards.log  summary.json
+    failures/step-000012-….json (calls of rewards)  rewards.old.log
     rollouts/step-000012.parquet  evaluations/step-000012.parquet  labels/step-000012.parquet
     checkpoints/step-000010/  reference/ (of a later iteration)  reward_model/ (trained in the run)
     base/ (config, generation config and tokenizer of the start model)  model/ (the result)
@@ -119,6 +120,9 @@ class RunFolder:
             for path in (self.path / folder).glob("step-*"):
                 if path.suffix == ".writing" or int(path.stem.removeprefix("step-")) > step:
                     path.unlink()
+        for path in (self.path / "failures").glob("step-*"):
+            if path.suffix == ".writing" or int(path.name.split("-")[1]) > step:
+                path.unlink()
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -139,7 +143,7 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
     held = path / "recipe.toml"
     if not held.is_file():
         others = (
-            [entry.name for entry in path.iterdir() if entry.name not in {"lock", "rewards.log"}]
+            [entry.name for entry in path.iterdir() if entry.name not in {"lock", "rewards.log", "rewards.old.log"}]
             if path.is_dir()
             else []
         )

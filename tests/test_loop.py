@@ -202,7 +202,8 @@ def test_rewards_that_fail_are_events_and_no_signal(tiny_folder: str, tmp_path: 
     def breaks(completions, **kwargs):
         raise RuntimeError("no")
 
-    result = train(recipe(tiny_folder, run__steps=1), reward=breaks, prompts=ROWS, out=tmp_path / "r")
+    settings = recipe(tiny_folder, run__steps=1, reward__failure_limit=1.0)
+    result = train(settings, reward=breaks, prompts=ROWS, out=tmp_path / "r")
     assert result.metrics[0]["reward/mean"] is None
     assert result.metrics[0]["reward/abstained"] == 1
     events = read_lines(tmp_path / "r" / "events.jsonl")
