@@ -38,6 +38,11 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: cuda, then m
 Dtype = Annotated[str, typer.Option(help="Precision of products: float32, bfloat16, or auto: bfloat16 where quick.")]
 
 
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model; read them first.")
+]
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:
@@ -133,6 +138,7 @@ def eval_(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust: Trust = False,
     out: Annotated[Path | None, typer.Option(help="Also write every answer to this .jsonl file.")] = None,
 ) -> None:
     """Measure accuracy on held-out questions, greedily by default, with a 95 % interval."""
@@ -152,7 +158,7 @@ def eval_(
     settings.update({name: value for name, value in given.items() if value is not None})
     if task is not None:
         settings["task"] = {"name": task, "options": dict(_option(each) for each in option or [])}
-    data["model"] = {"name": model, "device": device, "dtype": dtype}
+    data["model"] = {"name": model, "device": device, "dtype": dtype, "trust_remote_code": trust}
     asked = load_recipe(data, set_ or [])
     from gruppo.console import ConsoleReporter
 
@@ -199,6 +205,7 @@ def sample(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust: Trust = False,
 ) -> None:
     """Sample completions of a prompt."""
     from gruppo.config import load_recipe
@@ -224,7 +231,7 @@ def sample(
     choose_dtype(dtype, choose_device(device))
     reporter = ConsoleReporter()
     with stop_on_signals() as stop:
-        source = find_model(model, reporter)
+        source = find_model(model, reporter, trust_remote_code=trust)
         chat = bool(source.tokenizer.chat_template) and not plain
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": text}] if chat else text}
         rows = checked_rows([row], "--prompt")
@@ -269,6 +276,7 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Of a run with [model.lora]: the adapter alone, in peft's format.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: weights, tokenizer, generation config and model card.
 
@@ -285,6 +293,7 @@ def export(
         dtype=dtype,
         max_shard_size=max_shard_size,
         adapter=adapter,
+        trust_remote_code=trust,
         reporter=reporter,
     )
     accuracy = "" if made.accuracy is None else f", held-out accuracy {made.accuracy:.1%}"

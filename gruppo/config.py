@@ -74,7 +74,7 @@ def share_or_size(value: Any) -> Any:
 class Run(Section):
     """What the run is called, how long it is, and when it is saved."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
     """Name of the run; its folder is runs/<name> unless --out says otherwise. Default: the recipe's file name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides the order of the questions and every sampled token."""
@@ -90,6 +90,13 @@ class Run(Section):
     "6 GB", "5.5 GiB". Micro-batch and slots are chosen by it, once; no result depends on them but by rounding."""
 
     _checked_memory = field_validator("memory", mode="before")(share_or_size)
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_no_device(cls, name: str) -> str:
+        if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", name):
+            raise PydanticCustomError("name", "must be a name that a folder can have everywhere")
+        return name
 
 
 class Lora(Section):
@@ -126,6 +133,8 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision of matrix products; "auto" is bfloat16 where the processor has it. Weights, gradients and optimizer
     state are float32 (float64 with "float64", which is for proofs)."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with model.name. They can do whatever you can: read them first."""
     lora: Lora | None = None
     """Train adapters alone; leave the table out to train all weights."""
 
@@ -621,6 +630,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     return recipe
 
 
+_MOST_BYTES = 16 * 2**20
+
 # The files that a recipe is made of, each by its name, from the one that was asked for to the last that is extended.
 _Files = list[tuple[str, dict[str, Any]]]
 
@@ -659,7 +670,13 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        with path.open("rb") as stream:
+            content = stream.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise RecipeError(f"{path}: has more than {_MOST_BYTES / 2**20:.0f} MiB; give a recipe")
+        return tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
+    except RecipeError:
+        raise
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(f"{path}: there is no such recipe file; give the path of a .toml file") from None
     except tomllib.TOMLDecodeError as error:

@@ -110,7 +110,8 @@ def prepare(
     audit = None
     if recipe.audit is not None:
         audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, folder / "rewards.log", reporter))
-    source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
+    given, own = model or (recipe.model.name, None)
+    source = find_model(given, reporter, own, recipe.model.trust_remote_code)
     check_adapters(source, recipe.model.lora)
     if judge is not None and pool is not None and NAME in pool.names:
         raise UsageError(f'reward.functions: one is called "{NAME}", as the part of [reward_model] is; rename it')

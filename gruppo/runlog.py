@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,6 +27,8 @@ import pyarrow.parquet as pq
 
 from gruppo.config import Recipe, load_recipe
 from gruppo.errors import UsageError
+from gruppo.opening import read_lines as read_lines  # noqa: PLC0414  of others too
+from gruppo.opening import read_metrics, read_object, require_own, step_of
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
 RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
@@ -41,6 +42,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            require_own(path)
             self._lock = (path / "lock").open("a")
         except OSError as error:
             raise UsageError(f"--out {path}: cannot be written to ({error}); choose another folder") from error
@@ -98,11 +100,7 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UsageError(f"{path}: is damaged ({error}); start again with another --out") from error
-        return content
+        return read_object(path)
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each append-only file."""
@@ -118,15 +116,15 @@ class RunFolder:
                     os.fsync(stream.fileno())
         for folder in ("rollouts", "evaluations", "labels"):
             for path in (self.path / folder).glob("step-*"):
-                if path.suffix == ".writing" or int(path.stem.removeprefix("step-")) > step:
+                if path.suffix == ".writing" or (step_of(path) or 0) > step:
                     path.unlink()
         for path in (self.path / "failures").glob("step-*"):
-            if path.suffix == ".writing" or int(path.name.split("-")[1]) > step:
+            if path.suffix == ".writing" or (step_of(Path(path.name[: len("step-000000")])) or 0) > step:
                 path.unlink()
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        return read_lines(self.path / "metrics.jsonl")
+        return read_metrics(self.path / "metrics.jsonl")
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         line = json.dumps(values, allow_nan=False).encode() + b"\n"
@@ -140,6 +138,7 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
     nothing."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; choose a folder")
+    require_own(path)
     held = path / "recipe.toml"
     if not held.is_file():
         others = (
@@ -151,30 +150,20 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
             raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
         return
     marked = path / "folder.json"
-    found = json.loads(marked.read_text())["kind"] if marked.is_file() else RUN
+    found = read_object(marked).get("kind") if marked.is_file() else RUN
     if found != kind:
         raise UsageError(f"--out {path}: the folder holds a {found}, and not a {kind}; choose another one")
     if not resume:
         raise UsageError(
             f"--out {path}: the folder holds a {kind} already; continue it with --resume, or choose another with --out"
         )
-    with held.open("rb") as stream:
-        before = tomllib.load(stream)
     # Read as a recipe, so that fields that are younger than the run have their defaults.
-    changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
+    changes = _differences(load_recipe(held).as_mapping(), recipe.as_mapping())
     if changes:
         raise UsageError(
             f"--resume {path}: the recipe has changed since: {'; '.join(changes)}; put it back, or choose another "
             "folder with --out"
         )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; none where there is no file. A last line that is still being written is left
-    out."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 
 def write_whole(path: Path, content: bytes) -> None:

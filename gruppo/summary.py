@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+from gruppo.opening import read_table
 
 SHOWN = 3
 
@@ -57,7 +57,7 @@ def _evaluations(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Map
 
 def _answers(folder: Path, last: int) -> list[str]:
     """The first held-out questions, with the answers of the first and of the last evaluation."""
-    before, after = (pq.read_table(folder / f"evaluations/step-{step:06d}.parquet").to_pylist() for step in (0, last))
+    before, after = (read_table(folder / f"evaluations/step-{step:06d}.parquet").to_pylist() for step in (0, last))
     lines = []
     firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0]
     for old, new in firsts[:SHOWN]:

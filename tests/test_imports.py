@@ -10,7 +10,7 @@ from pathlib import Path
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
     ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub"],
-    ["maths", "stats", "tasks", "runlog", "results", "machine"],
+    ["maths", "stats", "tasks", "opening", "runlog", "results", "machine"],
     ["attention", "body", "models", "adapters"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight", "steps"],
     ["rollout", "objective", "heads", "critic", "updates", "reward_model", "labels", "judge", "audit"],
