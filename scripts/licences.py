@@ -15,9 +15,9 @@ HEADER = """# Licences of what is installed
 <!-- Made by `make licences` from the packages' own metadata. -->
 
 gruppo is Apache-2.0. It contains no code of these packages, and none of them comes with it: pip installs them, in the
-versions of `constraints.txt`. torch is chosen by the Makefile; a build for CUDA brings libraries of NVIDIA under NVIDIA's
-own terms. Columns: what gruppo needs itself, and what only tests, checks and benchmarks do, are told apart in
-`requirements.lock` and `requirements-dev.lock`.
+versions of `constraints.txt`. What gruppo needs itself is in `requirements.lock`, what only tests, checks and benchmarks
+need in `requirements-dev.lock`. torch is chosen by the Makefile; its builds for CUDA bring NVIDIA's libraries under
+NVIDIA's own terms.
 
 | package | version | licence |
 | --- | --- | --- |

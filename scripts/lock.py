@@ -1,4 +1,4 @@
-"""Write requirements.lock and requirements-dev.lock: the versions of constraints.txt with the hash of each of their files.
+"""Write requirements.lock and requirements-dev.lock: the versions of constraints.txt with the hashes of their files.
 
     make lock        (after a change of constraints.txt or pyproject.toml)
 

@@ -39,4 +39,4 @@ def test_what_gruppo_needs_itself_is_in_the_first_lock() -> None:
 def test_licences_are_listed() -> None:
     """Else run make licences."""
     rows = re.findall(r"^\| ([\w.-]+) \| ([\w.+-]+) \| (.+) \|$", Path("docs/licences.md").read_text(), re.MULTILINE)
-    assert {name: version for name, version, _ in rows} == WANTED
+    assert {name: version for name, version, _ in rows[2:]} == WANTED

@@ -56,7 +56,8 @@ def test_nothing_reads_a_pickle_from_a_file() -> None:
 def test_forbidden_calls() -> None:
     """Of what runs code, reads pickles, starts a shell, or listens."""
     words = {"eval", "exec", "compile", "__import__", "system", "popen", "listen", "bind", "create_server",
-             "serve_forever", "start_server", "HTTPServer", "init_process_group", "load_state_dict_from_url", "read_pickle"}  # fmt: skip
+             "serve_forever", "start_server",
+             "HTTPServer", "init_process_group", "load_state_dict_from_url", "read_pickle"}  # fmt: skip
     own = {"re.compile", "model.eval", "loaded[0].eval"} | {
         f"inspect.signature({each}).bind" for each in ("method", "load")
     }
