@@ -15,9 +15,9 @@ HEADER = """# Licences of what is installed
 <!-- Made by `make licences` from the packages' own metadata. -->
 
 gruppo is Apache-2.0. It contains no code of these packages, and none of them comes with it: pip installs them, in the
-versions of `constraints.txt`. What gruppo needs itself is in `requirements.lock`, what only tests, checks and benchmarks
-need in `requirements-dev.lock`. torch is chosen by the Makefile; its builds for CUDA bring NVIDIA's libraries under
-NVIDIA's own terms.
+versions of `constraints.txt`. What gruppo needs itself is in `requirements.lock`, what tests, checks and benchmarks
+need besides in `requirements-dev.lock`. torch is chosen by the Makefile; its builds for CUDA bring NVIDIA's libraries
+under NVIDIA's own terms.
 
 | package | version | licence |
 | --- | --- | --- |
