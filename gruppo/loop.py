@@ -330,7 +330,11 @@ class _Run:
         with clock("generate"):
             sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
         with clock("reward"):
-            groups = score_groups(prompts, sampled, parts.pool, self._told(), metrics, self.reporter, self.stop)
+            try:
+                groups = score_groups(prompts, sampled, parts.pool, self._told(), metrics, self.reporter, self.stop)
+            except RunError:  # a process that was replaced cannot load the functions again
+                self._save_once()
+                raise
             if self.judge is not None:
                 self.judge.score(groups)
             if self.auditor is not None:

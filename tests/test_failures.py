@@ -67,6 +67,20 @@ def called_as(code: str, held: dict) -> object:
     return space["f"](**held["arguments"], trainer_state=SimpleNamespace(**held["trainer_state"]))
 
 
+def test_reward_that_cannot_be_loaded_again_stops_the_run_saved(tiny_folder: str, tmp_path: Path) -> None:
+    reward, out = tmp_path / "r.py", tmp_path / "run"
+    dies = "import os, pathlib\ndef f(completions, trainer_state, **_):\n    if trainer_state.global_step == 2:\n"
+    dies += f"        pathlib.Path({str(reward)!r}).write_text('broken')\n        os._exit(1)\n"
+    dies += "    return good(completions)\n"
+    reward.write_text(WELL.replace("def f(", "def good(") + dies)
+    settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=4, run__checkpoint_every=4)
+    with pytest.raises(RunError, match="mend them and resume"):
+        train(settings, prompts=ROWS, out=out)
+    reward.write_text(WELL)
+    train(settings, prompts=ROWS, out=out, resume=True)
+    assert read_lines(out / "events.jsonl")[-1]["message"] == "continued after step 2"
+
+
 def test_few_failures_are_events_and_the_run_goes_on(tiny_folder: str, tmp_path: Path) -> None:
     reward = tmp_path / "r.py"
     reward.write_text("def f(completions, **_): return [float('nan'), *map(float, map(len, completions[1:]))]\n")
