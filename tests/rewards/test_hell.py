@@ -56,11 +56,18 @@ def test_bad_call_abstains_and_the_next_is_right(name: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["forks_and_both_return", "leaves_an_alarm", "patches_json", "mutates", "leaves_a_thread", "generator"],
+    ["forks_and_both_return", "patches_json", "mutates", "leaves_a_thread", "generator"],
 )
 def test_odd_call_is_right_and_so_is_the_next(name: str) -> None:
     made = scored(name, "abc", "a", answer="7")
     assert [totals(each) for each in made] == ([[1], [1]] if name == "generator" else [[3], [1]])
+
+
+def test_alarm_that_a_call_leaves_ends_nothing() -> None:
+    with RewardPool([f"{HELL}:leaves_an_alarm"], [], [], workers=1) as pool:
+        assert totals(pool.score([group("abc")], {})[0][0]) == [3]
+        time.sleep(1.3)  # of an alarm in one second
+        assert pool._workers[0].process.poll() is None
 
 
 def test_process_that_is_changed_answers_as_before(tmp_path: Path) -> None:
