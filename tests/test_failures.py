@@ -53,7 +53,9 @@ def test_broken_reward_stops_the_run_which_goes_on_when_it_is_mended(tiny_folder
     train(settings, prompts=ROWS, out=out, resume=True)
     train(settings, prompts=ROWS, out=tmp_path / "whole")
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
-    kinds = [each["kind"] for each in read_lines(out / "events.jsonl")]
+    events = read_lines(out / "events.jsonl")
+    assert events[-1]["message"] == "continued after step 3", "which was saved when the rewards failed"
+    kinds = [each["kind"] for each in events]
     assert kinds == ["changed", "resume"], "the step was made again, and its failures with it"
     assert list((out / "failures").iterdir()) == []
 
