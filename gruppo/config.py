@@ -62,10 +62,19 @@ def as_bytes(text: str) -> int:
     return size
 
 
+def share_or_size(value: Any) -> Any:
+    """The value, where it is a share of a memory or a size that `as_bytes` reads."""
+    if isinstance(value, str):
+        as_bytes(value)
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise PydanticCustomError("memory", "must be a share (more than 0, at most 1) or a size such as '6 GB'")
+    return value
+
+
 class Run(Section):
     """What the run is called, how long it is, and when it is saved."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
     """Name of the run; its folder is runs/<name> unless --out says otherwise. Default: the recipe's file name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides the order of the questions and every sampled token."""
@@ -80,14 +89,14 @@ class Run(Section):
     """What the process may hold at its peak: a share of the memory that is free when the run begins, or so much of it:
     "6 GB", "5.5 GiB". Micro-batch and slots are chosen by it, once; no result depends on them but by rounding."""
 
-    @field_validator("memory", mode="before")
+    _checked_memory = field_validator("memory", mode="before")(share_or_size)
+
+    @field_validator("name")
     @classmethod
-    def _share_or_size(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            as_bytes(value)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise PydanticCustomError("memory", "must be a share (more than 0, at most 1) or a size such as '6 GB'")
-        return value
+    def _name_of_no_device(cls, name: str) -> str:
+        if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", name):
+            raise PydanticCustomError("name", "must be a name that a folder can have everywhere")
+        return name
 
 
 class Lora(Section):
@@ -124,6 +133,8 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision of matrix products; "auto" is bfloat16 where the processor has it. Weights, gradients and optimizer
     state are float32 (float64 with "float64", which is for proofs)."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with model.name. They can do whatever you can: read them first."""
     lora: Lora | None = None
     """Train adapters alone; leave the table out to train all weights."""
 
@@ -171,6 +182,17 @@ class Reward(Section):
     """Seconds that one call (one function, one group) may take before its process is killed and the group abstains."""
     workers: Annotated[int, Field(ge=1, le=256)] = 2
     """Processes that run reward functions side by side."""
+    failure_limit: Fraction = 0.2
+    """Share of a step's completions that may abstain because a reward failed; when it is more the run stops, is saved,
+    and says why. 1 never stops."""
+    memory: float | str = 0.5
+    """What these processes may hold together, each an equal part: a share of the machine's memory, or so much of it:
+    "4 GB". An allocation beyond it fails in the reward, and its call abstains."""
+    environment: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = []
+    """Names of environment variables that rewards need, such as ["OPENAI_API_KEY"]; of the others they get those that
+    say where programs, libraries and caches are, and no secrets."""
+
+    _checked_memory = field_validator("memory", mode="before")(share_or_size)
 
     @model_validator(mode="after")
     def _lists_fit(self) -> Self:
@@ -608,6 +630,8 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     return recipe
 
 
+_MOST_BYTES = 16 * 2**20
+
 # The files that a recipe is made of, each by its name, from the one that was asked for to the last that is extended.
 _Files = list[tuple[str, dict[str, Any]]]
 
@@ -646,7 +670,13 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        with path.open("rb") as stream:
+            content = stream.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise RecipeError(f"{path}: has more than {_MOST_BYTES / 2**20:.0f} MiB; give a recipe")
+        return tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
+    except RecipeError:
+        raise
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(f"{path}: there is no such recipe file; give the path of a .toml file") from None
     except tomllib.TOMLDecodeError as error:

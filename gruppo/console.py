@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from gruppo.reporting import Advance
+from gruppo.reporting import Advance, visible
 
 QUIET_SECONDS = 10.0
 _BRIEF = {"Sampling", "Rewarding", "Updating", "Saving"}
@@ -44,7 +44,7 @@ class ConsoleReporter:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             _Rate(),
@@ -66,7 +66,7 @@ class ConsoleReporter:
         if not self._open:
             self._bars.start()
         self._open += 1
-        task = self._bars.add_task(label, total=total, unit=unit)
+        task = self._bars.add_task(visible(label), total=total, unit=unit)
         try:
             yield lambda amount: self._bars.update(task, advance=amount)
         finally:
@@ -102,11 +102,15 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         """See `Reporter`."""
-        self.console.print(text, markup=False)
+        self.console.print(visible(text), markup=False)
+
+    def result(self, text: str) -> None:
+        """Lines of plain text that were asked for, on standard output."""
+        self.output.print(visible(text), markup=False)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """A line a step, or for an evaluation."""
-        self.output.print(_step_line(metrics), markup=False)
+        self.result(_step_line(metrics))
         self.output.file.flush()
 
 

@@ -150,6 +150,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
     stop: Stop | None = None,
 ) -> Evaluation:
@@ -175,7 +176,7 @@ def evaluate(
     recipe = load_recipe(
         {
             "run": {"seed": seed},
-            "model": {"name": name, "device": device, "dtype": dtype},
+            "model": {"name": name, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
             "evaluation": settings,
         }
     )
@@ -201,7 +202,9 @@ def evaluate_recipe(
     parts = read_questions(recipe, reporter)
     limit = settings.max_tokens or recipe.sampling.max_tokens
     options = sampling_options(settings.decoding, limit)
-    source = find_model(recipe.model.name if model is None else model, reporter, tokenizer)
+    source = find_model(
+        recipe.model.name if model is None else model, reporter, tokenizer, recipe.model.trust_remote_code
+    )
     tokenized = [
         tokenize_part(part, source.tokenizer, source.context, limit, source.vocabulary, settings.questions)[0]
         for part in parts

@@ -25,6 +25,7 @@ from gruppo.config import Decoding, Recipe, load_recipe
 from gruppo.disk import writing
 from gruppo.errors import UsageError
 from gruppo.methods import METHODS
+from gruppo.opening import read_object, require_own
 from gruppo.reporting import Reporter, Silent
 from gruppo.runlog import checkpoint_folders, publish
 
@@ -57,6 +58,7 @@ def export(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     adapter: bool = False,
+    trust_remote_code: bool = False,
     reporter: Reporter | None = None,
 ) -> Export:
     """Write a checkpoint of the run in the folder `run` as the new folder `to`.
@@ -64,7 +66,8 @@ def export(
     `checkpoint`: "last"; "best", the kept one of the highest held-out accuracy (the later of equals); or a step.
     `dtype`: float32 as trained, or bfloat16. `max_shard_size`: bytes of a weights file at the most, like "5GB"; larger
     models are written in several. A run that trained adapters gives the merged model, or with `adapter` the adapter
-    alone, in peft's format. Raises UsageError: `to` holds files, no such run or checkpoint, one that is damaged.
+    alone, in peft's format. `trust_remote_code`: run the Python files that the model came with, whatever the run's
+    recipe says. Raises UsageError: `to` holds files, no such run or checkpoint, one that is damaged.
     """
     source, target, shown = Path(run), Path(to), reporter or Silent()
     _check(source, target, dtype, max_shard_size)
@@ -73,16 +76,17 @@ def export(
         raise UsageError(f"--adapter: {source} trained all weights of its model, so there is no adapter; leave it out")
     folder = _choose(source, checkpoint)
     state = _state(source, folder)
-    environment = json.loads((source / "environment.json").read_text(encoding="utf-8"))
+    environment = _environment(source)
+    options = dtype, max_shard_size, trust_remote_code
     with _new_folder(target) as building:
         weights = folder / "weights.safetensors"
         if adapter:
-            chat = _write_adapter(source / "base", weights, building, recipe, dtype)
+            chat = _write_adapter(source / "base", weights, building, recipe, dtype, trust_remote_code)
         elif recipe.model.lora is not None:
-            with _merged(source / "base", weights, building, recipe, environment, shown) as merged:
-                chat = _write_model(source / "base", merged, building, recipe, dtype, max_shard_size, shown)
+            with _merged(source / "base", weights, building, recipe, environment, trust_remote_code, shown) as merged:
+                chat = _write_model(source / "base", merged, building, recipe, options, shown)
         else:
-            chat = _write_model(source / "base", weights, building, recipe, dtype, max_shard_size, shown)
+            chat = _write_model(source / "base", weights, building, recipe, options, shown)
         text = card(recipe, state, environment, dtype, chat, adapter)
         (building / "README.md").write_text(text, encoding="utf-8")
         written = list(building.iterdir())
@@ -95,6 +99,8 @@ def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
         raise UsageError(f"--dtype {dtype}: cannot be exported; write {' or '.join(DTYPES)}")
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise UsageError(f"--max-shard-size {max_shard_size}: not a size; write e.g. 5GB or 500MB")
+    if source.is_dir():
+        require_own(source)
     if not (source / "recipe.toml").is_file():
         raise UsageError(f"{source}: holds no run; give the folder of one, e.g. runs/quickstart")
     if not _steps(source):
@@ -108,6 +114,21 @@ def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
 def _steps(source: Path) -> dict[int, Path]:
     """The checkpoints by step, in order."""
     return checkpoint_folders(source)
+
+
+def _environment(source: Path) -> dict[str, Any]:
+    """What environment.json says of how the run was made. Raises UsageError where it does not."""
+    path = source / "environment.json"
+    try:
+        found = read_object(path)
+        kinds = {"chosen": dict, "packages": dict, "python": str, "start_weights_sha256": str}
+        if all(isinstance(found[name], kind) for name, kind in kinds.items()) and {"dtype", "device"} <= set(
+            found["chosen"]
+        ):
+            return found
+    except (FileNotFoundError, KeyError):
+        pass
+    raise UsageError(f"{path}: does not say how the run was made; put it back from a copy")
 
 
 def _state(source: Path, folder: Path) -> State:
@@ -165,20 +186,27 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _write_model(
-    base: Path, weights: Path, building: Path, recipe: Recipe, dtype: str, max_shard_size: str, reporter: Reporter
+    base: Path, weights: Path, building: Path, recipe: Recipe, options: tuple[str, str, bool], reporter: Reporter
 ) -> bool:
-    """Write weights, configs and tokenizer; whether there is a chat template."""
+    """Write weights, configs and tokenizer; whether there is a chat template. `options`: dtype, size of files, trust
+    in the Python files of the model."""
     import torch
     from transformers import AutoTokenizer
 
     from gruppo.models import eos_ids, load_weights, loading_progress
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    dtype, max_shard_size, trust = options
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust)
     with tempfile.TemporaryDirectory() as name, loading_progress(reporter):
         whole = Path(name)
-        shutil.copytree(base, whole, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(
+            base,
+            whole,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "adapter_config.json"),
+        )
         (whole / "model.safetensors").symlink_to(weights.absolute())
-        model = load_weights(str(whole), getattr(torch, dtype))
+        model = load_weights(str(whole), getattr(torch, dtype), trust)
         settings = recipe.evaluation.decoding if recipe.evaluation else Decoding()
         model.generation_config = _generation(eos_ids(model, tokenizer), tokenizer, settings)
         model.save_pretrained(building, max_shard_size=max_shard_size)
@@ -188,7 +216,13 @@ def _write_model(
 
 @contextmanager
 def _merged(
-    base: Path, adapter: Path, building: Path, recipe: Recipe, environment: Mapping[str, Any], reporter: Reporter
+    base: Path,
+    adapter: Path,
+    building: Path,
+    recipe: Recipe,
+    environment: Mapping[str, Any],
+    trust: bool,
+    reporter: Reporter,
 ) -> Iterator[Path]:
     """A file, inside the block, with the weights of the start model that the adapters of a checkpoint are merged into.
     A model that was in memory stands in the run's base/."""
@@ -197,7 +231,9 @@ def _merged(
     from gruppo.models import find_model, load_model, save_weights, weights_sha256
 
     name = str(base) if (base / "model.safetensors").is_file() else recipe.model.name
-    policy = load_model(find_model(name, reporter), "cpu", environment["chosen"]["dtype"], reporter)
+    policy = load_model(
+        find_model(name, reporter, trust_remote_code=trust), "cpu", environment["chosen"]["dtype"], reporter
+    )
     if weights_sha256(policy.model) != environment["start_weights_sha256"]:
         raise UsageError(
             f"model.name = {recipe.model.name!r}: its weights are not those that the run began with, and the "
@@ -211,7 +247,7 @@ def _merged(
         yield Path(folder) / "model.safetensors"
 
 
-def _write_adapter(base: Path, weights: Path, building: Path, recipe: Recipe, dtype: str) -> bool:
+def _write_adapter(base: Path, weights: Path, building: Path, recipe: Recipe, dtype: str, trust: bool) -> bool:
     """Write the adapter of a checkpoint in peft's format, which needs no weights of the start model; whether there is a
     chat template."""
     import torch
@@ -221,10 +257,10 @@ def _write_adapter(base: Path, weights: Path, building: Path, recipe: Recipe, dt
     from gruppo.adapters import lora_config, skeleton, write_adapter
 
     assert recipe.model.lora is not None
-    config = lora_config(skeleton(AutoConfig.from_pretrained(base)), recipe.model.lora)
+    config = lora_config(skeleton(AutoConfig.from_pretrained(base, trust_remote_code=trust), trust), recipe.model.lora)
     held = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(weights).items()}
     write_adapter(config, held, building, recipe.model.name)
-    return bool(AutoTokenizer.from_pretrained(base).chat_template)
+    return bool(AutoTokenizer.from_pretrained(base, trust_remote_code=trust).chat_template)
 
 
 def _generation(ends: Sequence[int], tokenizer: Any, settings: Decoding) -> GenerationConfig:

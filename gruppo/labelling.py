@@ -14,6 +14,7 @@ from gruppo.config import Recipe, RewardModel, load_recipe
 from gruppo.disk import WriteError
 from gruppo.errors import RunError, UsageError
 from gruppo.interruption import Interrupted, stop_on_signals
+from gruppo.opening import require_own
 from gruppo.preflight import Data, read_data
 from gruppo.reporting import Reporter, Silent
 from gruppo.runlog import LABELS, REWARD_MODEL, RunFolder, check_folder, telling_what_stands
@@ -87,8 +88,8 @@ def _label(
 
     find_split(settings.split)
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
-    pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log"))
-    source = find_model(recipe.model.name, reporter)
+    pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", reporter))
+    source = find_model(recipe.model.name, reporter, trust_remote_code=recipe.model.trust_remote_code)
     inputs = tokenize_data(recipe, data, source, reporter)
     policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
     identity = {
@@ -164,6 +165,8 @@ def train_reward_model(
     wanted = settings.reward_model
     if wanted is None:
         raise UsageError('[reward_model]: missing; write it with kind = "outcome" or "process"')
+    if Path(labels).is_dir():
+        require_own(Path(labels))
     files = sorted((Path(labels) / "labels").glob("step-*.parquet"))
     if not files:
         raise UsageError(f"{labels}: has no labels/step-….parquet; give the folder that `gruppo label` wrote")

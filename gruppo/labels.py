@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from gruppo.config import RewardModel
 from gruppo.engines import Engine, Request, SamplingOptions
 from gruppo.errors import RunError, UsageError
 from gruppo.interruption import Stop
+from gruppo.opening import read_table
 from gruppo.reporting import Reporter
 from gruppo.reward_model import Sample, last_token
 from gruppo.rewards.pool import RewardPool
@@ -213,8 +211,8 @@ def read_labels(files: Iterable[Path]) -> list[Labelled]:
     made = []
     for file in files:
         try:
-            rows = pq.read_table(file, columns=LABELS.names).cast(LABELS).to_pylist()
-        except (OSError, pa.ArrowException) as error:
+            rows = read_table(file, LABELS).to_pylist()
+        except (OSError, UsageError) as error:
             why = str(error).splitlines()[0]
             raise UsageError(f"{file}: is no table of labels ({why}); give one that `gruppo label` wrote") from None
         for row in rows:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +61,7 @@ from gruppo.packing import Batch, pack
 from gruppo.preparation import Prepared
 from gruppo.reporting import Reporter
 from gruppo.reward_model import NAME, save_reward_model
+from gruppo.rewards.failures import failures_of, keep_call
 from gruppo.rollout import describe_groups, given_groups, sample_groups, score_groups
 from gruppo.runlog import publish
 from gruppo.tables import EVALUATIONS, LABELS, ROLLOUTS, rollout_rows
@@ -268,6 +270,7 @@ class _Run:
         parts, recipe, state = self.parts, self.recipe, self.state
         metrics, clock, step = Metrics(), _Clock(), state.step + 1
         groups = self._explore(step, metrics, clock)
+        self._require_rewards(step, groups)
         weights, device = token_weights(recipe.method, recipe.sampling.max_tokens), parts.policy.device
         select(groups, recipe.method)
         if recipe.method.needs_scores:
@@ -334,9 +337,11 @@ class _Run:
         with clock("generate"), self.stop.anywhere():
             sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
         with clock("reward"), self.stop.anywhere():
-            told = {"global_step": self.state.step, "max_steps": recipe.run.steps}
-            told["max_tokens"] = recipe.sampling.max_tokens
-            groups = score_groups(prompts, sampled, parts.pool, told, metrics, self.reporter, self.stop)
+            try:
+                groups = score_groups(prompts, sampled, parts.pool, self._told(), metrics, self.reporter, self.stop)
+            except RunError:  # a process that was replaced cannot load the functions again
+                self._save_once()
+                raise
             if self.judge is not None:
                 self.judge.score(groups)
             if self.auditor is not None:
@@ -453,13 +458,47 @@ class _Run:
             self.reporter.note(f"Step {step}: {alarm}")
         return values
 
+    def _tell_failures(self, step: int, groups: Sequence[Group]) -> list[str]:
+        """An event for each failure of a reward on a group, with a file that repeats the call; the files' names."""
+        files = []
+        for failure in failures_of(groups):
+            assert self.parts.pool is not None
+            file = keep_call(self.run.path, step, failure, self.parts.pool, self._told())
+            files += [] if file is None else [file]
+            told = {"reward": failure.name, "completions": failure.completions, "file": file}
+            message = f"{failure.name}: {failure.why}"
+            self.run.event("abstention", message, step, prompt_id=failure.group.prompt.id, **told)
+        for group in groups:  # of the reward model
+            for why, count in Counter(each.failure for each in group.rewards if not each.failures).items():
+                if why:
+                    self.run.event("abstention", why, step, prompt_id=group.prompt.id, completions=count)
+        return files
+
+    def _require_rewards(self, step: int, groups: Sequence[Group]) -> None:
+        """Stop, with everything saved, where rewards failed on more of a step's completions than the recipe allows."""
+        rewards = [reward for group in groups for reward in group.rewards]
+        failed = Counter(failure for reward in rewards for failure in reward.failures.items())
+        count, limit = sum(bool(reward.failures) for reward in rewards), self.recipe.reward.failure_limit
+        if count <= limit * len(rewards):
+            return
+        self._save_once()
+        files = self._tell_failures(step, groups)  # after the checkpoint, as the step will be made again
+        ((name, why), most), *_ = failed.most_common(1)
+        where = f"; see the call by: gruppo repeat {self.run.path / files[0]}" if files else ""
+        raise RunError(
+            f"step {step}: {count} of {len(rewards)} completions abstain because a reward failed, more than "
+            f"reward.failure_limit = {limit:g} allows; {most} of them by {name}: {why}{where}. Nothing was trained on "
+            "this step and everything before it is saved: mend the reward, and go on with --resume"
+        )
+
+    def _told(self) -> dict[str, int]:
+        """What rewards know of the run, as trainer_state."""
+        steps, most = self.recipe.run.steps, self.recipe.sampling.max_tokens
+        return {"global_step": self.state.step, "max_steps": steps, "max_tokens": most}
+
     def _warn(self, step: int, groups: Sequence[Group], updated: bool) -> None:
         """Events for abstentions and for steps that teach nothing."""
-        for group in groups:
-            failures = {reward.failure for reward in group.rewards if reward.failure}
-            for failure in sorted(failures):
-                count = sum(reward.failure == failure for reward in group.rewards)
-                self.run.event("abstention", failure, step, prompt_id=group.prompt.id, completions=count)
+        self._tell_failures(step, groups)
         failed = sum(reward.failure is not None for group in groups for reward in group.rewards)
         if failed:
             self.reporter.note(f"Step {step}: {failed} completions abstain because a reward failed; see events.jsonl")

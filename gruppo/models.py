@@ -31,10 +31,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from gruppo.attention import (
     AttentionPlan,
@@ -164,12 +166,14 @@ def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, its weights not yet loaded: enough to check prompts against. `given`: it is in memory."""
+    """A model that was found, its weights not yet loaded: enough to check prompts against. `given`: it is in memory.
+    `trusted`: the Python files that come with it may run."""
 
     location: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     given: PreTrainedModel | None = None
+    trusted: bool = False
 
     @property
     def context(self) -> int:
@@ -183,12 +187,16 @@ class ModelSource:
 
 
 def find_model(
-    name: str | PreTrainedModel, reporter: Reporter | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    name: str | PreTrainedModel,
+    reporter: Reporter | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelSource:
     """Find a model by alias, GGUF file, local folder or hub name; read its config and tokenizer, not its weights.
 
     A model in memory comes with its tokenizer, and is copied, never changed. A GGUF file is converted to safetensors
-    in the cache the first time. Raises UsageError where there is no such model, or where it is of an architecture that
+    in the cache the first time. Python files that come with a model run only where `trust_remote_code` says so, and
+    pickles are never read. Raises UsageError where there is no such model, or where it is of an architecture that
     gruppo cannot run.
     """
     if not isinstance(name, str):
@@ -197,16 +205,20 @@ def find_model(
         raise UsageError(f"tokenizer: is taken with a model in memory only; {name} has its own, leave it out")
     location = _locate(name, reporter or Silent())
     try:
-        config = AutoConfig.from_pretrained(location)
-        tokenizer = AutoTokenizer.from_pretrained(location)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+        if find_adapter_config_file(location) is not None:  # which transformers would put on the model, unasked
+            raise ValueError("it holds an adapter too (adapter_config.json); merge it into the weights, or remove it")
     except Exception as error:  # configs and tokenizers are other people's files: anything can be wrong with them
+        if "trust_remote_code" in str(error):
+            raise UsageError(f"model.name = {name!r}: {_FOREIGN}") from None
         raise UsageError(
             f"model.name = {name!r}: cannot be loaded ({_first_line(error)}); write a hub name, a local folder, a "
             f".gguf file or one of: {', '.join(ALIASES)}"
         ) from error
-    if problem := unsupported(config):
+    if problem := unsupported(config, trust_remote_code):
         raise UsageError(f"model.name = {name!r}: {problem}")
-    return ModelSource(location, config, tokenizer)
+    return ModelSource(location, config, tokenizer, trusted=trust_remote_code)
 
 
 def _given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
@@ -215,9 +227,10 @@ def _given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         what = "missing" if tokenizer is None else f"a {type(tokenizer).__name__}"
         raise UsageError(f"tokenizer: {what}; give the model's tokenizer of transformers with the model")
-    if problem := unsupported(model.config):
+    trusted = model.is_remote_code()  # it runs already
+    if problem := unsupported(model.config, trusted):
         raise UsageError(f"model: {problem}")
-    return ModelSource("memory", model.config, tokenizer, model)
+    return ModelSource("memory", model.config, tokenizer, model, trusted)
 
 
 def load_model(
@@ -229,7 +242,10 @@ def load_model(
     products = choose_dtype(dtype, target)
     storage = torch.float64 if products == torch.float64 else torch.float32
     with loading_progress(reporter or Silent()):
-        model = load_weights(source.location, storage) if source.given is None else _copied(source.given, storage)
+        if source.given is None:
+            model = load_weights(source.location, storage, source.trusted)
+        else:
+            model = _copied(source.given, storage)
     nn.Module.to(model, target)
     return wrap_model(model, source.tokenizer, products)
 
@@ -246,16 +262,43 @@ def _copied(given: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_weights(location: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The model with all of its weights. Raises UsageError where a tensor is missing, left over or of another shape:
-    transformers would go on with random numbers."""
+def load_weights(location: str, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model with all of its weights, from safetensors. Raises UsageError where a tensor is missing, left over or of
+    another shape: transformers would go on with random numbers."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
     except Exception as error:  # weights are other people's files: anything can be wrong with them
+        if "contains custom code" in str(error):
+            raise UsageError(f"model.name = {location!r}: {_FOREIGN}") from None
+        if "safetensors" in str(error) and "gguf_file" not in options:
+            raise UsageError(f"model.name = {location!r}: {_PICKLES}") from error
         raise UsageError(
             f"model.name: the weights in {location} cannot be loaded ({_first_line(error)}); give a whole model"
         ) from error
     return _whole(loaded[0], loaded[1], f"in {location}")
+
+
+_FOREIGN = (
+    "comes with Python code of its own, which would run here; read it, and if you trust it write "
+    "model.trust_remote_code = true (on the command line --trust-remote-code), or take another model"
+)
+_PICKLES = (
+    "has no weights in safetensors; others are pickles, which are never read, as reading one can run any code. Convert "
+    "them where you trust them: AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), of transformers"
+)
+
+
+def pickles_alone(folder: Path) -> str | None:
+    """What to do where a folder's weights are pickles alone, or None where they are not."""
+    pickles = any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
+    return _PICKLES if pickles and not any(folder.glob("*.safetensors")) else None
 
 
 def _whole(model: PreTrainedModel, report: dict[str, Any], where: str) -> PreTrainedModel:
@@ -284,7 +327,7 @@ def wrap_model(
     The model is tried on a few tokens: what gruppo makes of them, packed with a shared prompt, has to be what
     transformers makes of each sequence alone. Raises UsageError, naming the architecture, where it is not.
     """
-    if problem := unsupported(model.config):
+    if problem := unsupported(model.config, trust_remote_code=model.is_remote_code()):
         raise UsageError(f"model: {problem}")
     if dtype == torch.float64:
         _widen_norms(model)
@@ -499,6 +542,8 @@ def save_base(policy: LanguageModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(policy.model.config)
     config.architectures = [type(policy.model).__name__]  # which vLLM and others choose the model's class by
+    if policy.model.is_remote_code():
+        custom_object_save(policy.model, folder, config=config)  # type: ignore[arg-type]  # the Python files that it came with
     config.save_pretrained(folder)
     if policy.model.generation_config is not None:
         policy.model.generation_config.save_pretrained(folder)
@@ -553,10 +598,13 @@ class _Bar:
         return lambda *args, **options: None
 
 
-def unsupported(config: PreTrainedConfig) -> str | None:
+def unsupported(config: PreTrainedConfig, trust_remote_code: bool = False) -> str | None:
     """Why a model of this config cannot be run, by name, or None; weights are not needed to tell."""
     name, text = config.model_type, config.get_text_config()
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if trust_remote_code and own:
+        kind = get_class_from_dynamic_module(own, str(config.name_or_path))
     if kind is None or getattr(text, "is_encoder_decoder", False):
         return f"architecture {name!r} is not a causal language model; use one (Llama, Qwen, Gemma, Mistral, Phi, …)"
     if not kind._supports_attention_backend:
@@ -593,6 +641,8 @@ def _locate(name: str, reporter: Reporter) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         raise UsageError(f"model.name = {name!r}: the folder has no config.json; give a folder saved by transformers")
     if path.is_dir():
+        if problem := pickles_alone(path):
+            raise UsageError(f"model.name = {name!r}: {problem}")
         return str(path)
     if name.startswith("given:"):
         raise UsageError(f"model.name = {name!r}: was in memory; give it again, with gruppo.train(…, model=…)")
@@ -624,7 +674,7 @@ def _convert(file: Path, reporter: Reporter) -> Path:
     building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
         with loading_progress(reporter):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
             model = load_weights(str(file.parent), torch.float32, gguf_file=file.name)
         # transformers takes a dequantised GGUF model for a quantised one and will not save the mark of it.
         if hasattr(model.config, "quantization_config"):

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.adapters import add_adapters, check_adapters
-from gruppo.config import Audit, Optimizer, Recipe
+from gruppo.config import Audit, Optimizer, Recipe, as_bytes
+from gruppo.config import Reward as RewardSettings
 from gruppo.disk_forecast import Disk, forecast_disk, still_needed
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine
@@ -42,6 +43,7 @@ from gruppo.preflight import Data
 from gruppo.reporting import Reporter
 from gruppo.reward_model import NAME, check_kind, load_reward_model
 from gruppo.rewards import RewardFunction
+from gruppo.rewards.confinement import machine_memory
 from gruppo.rewards.pool import RewardPool
 from gruppo.runlog import RunFolder, check_folder, checkpoint_folders
 from gruppo.steps import find_split
@@ -107,11 +109,12 @@ def prepare(
     check_folder(folder, recipe, resume)  # again, as another run may have come and gone before the lock was ours
     pool, judge = None, recipe.reward_model
     if recipe.method.source != "rows":
-        pool = stack.enter_context(make_pool(recipe, rewards, data, folder / "rewards.log"))
+        pool = stack.enter_context(make_pool(recipe, rewards, data, folder / "rewards.log", reporter))
     audit = None
     if recipe.audit is not None:
-        audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, folder / "rewards.log"))
-    source = find_model(recipe.model.name, reporter) if model is None else find_model(model[0], reporter, model[1])
+        audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, folder / "rewards.log", reporter))
+    given, own = model or (recipe.model.name, None)
+    source = find_model(given, reporter, own, recipe.model.trust_remote_code)
     check_adapters(source, recipe.model.lora)
     if judge is not None and pool is not None and NAME in pool.names:
         raise UsageError(f'reward.functions: one is called "{NAME}", as the part of [reward_model] is; rename it')
@@ -168,21 +171,30 @@ def prepare(
     )
 
 
-def make_pool(recipe: Recipe, rewards: Sequence[str | RewardFunction], data: Data, log: Path) -> RewardPool:
+def make_pool(
+    recipe: Recipe, rewards: Sequence[str | RewardFunction], data: Data, log: Path, reporter: Reporter
+) -> RewardPool:
     """The reward processes of a recipe. Raises UsageError where a reward cannot be used on its data."""
-    settings = recipe.reward
-    return RewardPool(
-        rewards, settings.weights, data.columns, settings.timeout, settings.workers, log, settings.options
-    )
+    own = recipe.reward
+    confined = _memory_each(own), own.environment, reporter
+    return RewardPool(rewards, own.weights, data.columns, own.timeout, own.workers, log, own.options, *confined)
 
 
-def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path) -> RewardPool:
-    options = {settings.function: settings.options} if settings.options else {}
+def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, reporter: Reporter) -> RewardPool:
+    own, options = recipe.reward, {settings.function: settings.options} if settings.options else {}
+    confined = _memory_each(own), own.environment, reporter
     try:
-        return RewardPool([settings.function], [], data.columns, recipe.reward.timeout, 1, log, options)
+        return RewardPool([settings.function], [], data.columns, own.timeout, 1, log, options, *confined)
     except UsageError as error:
         text = str(error).replace("reward.functions", "audit.function").replace("reward.options", "audit.options")
         raise UsageError(text) from None
+
+
+def _memory_each(settings: RewardSettings) -> int:
+    """Bytes that one reward process may hold."""
+    wanted = settings.memory
+    whole = as_bytes(wanted) if isinstance(wanted, str) else int(wanted * machine_memory())
+    return whole // settings.workers
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
-from gruppo.runlog import read_lines, read_table
+from gruppo.opening import read_lines, read_metrics, read_object, read_table, require_own, step_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,12 +30,10 @@ class Result:
         folder = Path(path)
         if not (folder / "recipe.toml").is_file():
             raise UsageError(f"{folder}: holds no run; give the folder of one, e.g. runs/quickstart")
+        require_own(folder)
         held = folder / "summary.json"
-        try:
-            summary = json.loads(held.read_text(encoding="utf-8")) if held.is_file() else {"state": "unfinished"}
-        except ValueError as error:
-            raise UsageError(f"{held}: is damaged ({error}); --resume of the run writes it anew") from error
-        return cls(folder, read_lines(folder / "metrics.jsonl"), summary)
+        summary = read_object(held) if held.is_file() else {"state": "unfinished"}
+        return cls(folder, read_metrics(folder / "metrics.jsonl"), {"state": "unknown", **summary})
 
     def frame(self) -> pd.DataFrame:
         """The metrics, a row a step and a column a metric; an evaluation stands in the row of the step it came after,
@@ -64,36 +61,36 @@ class Result:
         found = pd.DataFrame(read_lines(self.path / "events.jsonl"))
         return found if len(found) else pd.DataFrame(columns=["time", "step", "kind", "message"])
 
-    def load_model(self) -> PreTrainedModel:
-        """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too."""
+    def load_model(self, *, trust_remote_code: bool = False) -> PreTrainedModel:
+        """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too.
+        `trust_remote_code`: run the Python files that the model came with."""
         if self.summary["state"] not in {"done", "stopped"}:
             raise UsageError(
                 f"{self.path}: the run is {self.summary['state']}; resume it until it is done, or export a checkpoint"
             )
         from transformers import AutoModelForCausalLM
 
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path / "model")
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.path / "model", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
         return model
 
     def _tables(self, folder: str, step: int | None) -> pd.DataFrame:
         import pandas as pd
 
-        paths = {_step(path): path for path in sorted((self.path / folder).glob("step-*.parquet"))}
+        found = {step_of(path): path for path in sorted((self.path / folder).glob("step-*.parquet"))}
+        paths = {number: path for number, path in found.items() if number is not None}
         if not paths or (step is not None and step not in paths):
             raise UsageError(f"{self.path}: has no {folder} of step {step}; {_known(paths)}")
         chosen: Iterable[int] = paths if step is None else [step]
         frames = [read_table(paths[each]).to_pandas().assign(step=each) for each in chosen]
-        found = pd.concat(frames, ignore_index=True)
-        return found[["step", *(name for name in found.columns if name != "step")]]
+        whole = pd.concat(frames, ignore_index=True)
+        return whole[["step", *(name for name in whole.columns if name != "step")]]
 
 
 def load_result(path: str | Path) -> Result:
     """The result in a run folder, finished or not; the same as `Result.read`."""
     return Result.read(path)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
 
 
 def _known(steps: Iterable[int]) -> str:

@@ -265,7 +265,11 @@ def _parts(source: ModelSource, kind: str) -> tuple[Any, list[Tensor]]:
     the head that is read."""
     try:
         loaded: Any = _KINDS[kind][1][type(source.config)].from_pretrained(
-            source.location, dtype=torch.float32, output_loading_info=True
+            source.location,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # weights are other people's files: anything can be wrong with them
         raise UsageError(
@@ -274,7 +278,7 @@ def _parts(source: ModelSource, kind: str) -> tuple[Any, list[Tensor]]:
     classifier, report = loaded
     if missing := sorted(map(str, report["missing_keys"])):
         raise UsageError(f"reward_model.name = {source.location!r}: has no weights for {missing[0]}; give all of it")
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), trust_remote_code=False)
     prefix = f"{classifier.base_model_prefix}."
     named = dict(classifier.state_dict())
     layers = {name.removeprefix(prefix): each for name, each in named.items() if name.startswith(prefix)}

@@ -1,6 +1,7 @@
 """The run folder: what a run was asked, what it did, and what came out. Everything that shows a run reads it alone.
 
     recipe.toml  environment.json  metrics.jsonl  events.jsonl  rewards.log  summary.json
+    failures/step-000012-….json (calls of rewards)  rewards.old.log
     rollouts/step-000012.parquet  evaluations/step-000012.parquet  labels/step-000012.parquet
     checkpoints/step-000010/  reference/ (of a later iteration)  reward_model/ (trained in the run)
     base/ (config, generation config and tokenizer of the start model)  model/ (the result)
@@ -33,11 +34,14 @@ import pyarrow.parquet as pq
 from gruppo.config import Recipe, load_recipe
 from gruppo.disk import WriteError, free_bytes, gigabytes, held_bytes, writing
 from gruppo.errors import UsageError
+from gruppo.opening import object_of, read_metrics, read_object, require_own, step_of
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
 RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
 _ASIDE = ".replaced-"
-_FIRST = {"lock", "rewards.log", "recipe.toml.writing", "folder.json", "folder.json.writing"}  # there before the recipe
+_FIRST = {  # there before the recipe
+    "lock", "rewards.log", "rewards.old.log", "recipe.toml.writing", "folder.json", "folder.json.writing",
+}  # fmt: skip
 _held: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
@@ -48,6 +52,7 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            require_own(path)
             self._lock = (path / "lock").open("a+")
         except OSError as error:
             raise UsageError(f"--out {path}: cannot be written to ({error}); choose another folder") from error
@@ -126,11 +131,7 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UsageError(f"{path}: is damaged ({error}); start again with another --out") from error
-        return content
+        return read_object(path)
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each append-only file."""
@@ -152,15 +153,18 @@ class RunFolder:
                 problems += self._mend(name)
         for folder in ("rollouts", "evaluations", "labels"):
             for path in (self.path / folder).glob("step-*"):
-                if path.suffix == ".writing" or int(path.stem.removeprefix("step-")) > step:
+                if path.suffix == ".writing" or (step_of(path) or 0) > step:
                     path.unlink()
+        for path in (self.path / "failures").glob("step-*"):
+            if path.suffix == ".writing" or (step_of(Path(path.name[: len("step-000000")])) or 0) > step:
+                path.unlink()
         return problems
 
     def _mend(self, name: str) -> list[str]:
         """Put blanks, which readers skip, in the place of lines that are damaged, so that no length changes; a copy of
         the file is kept as NAME.damaged. What was wrong, in words."""
         lines = (self.path / name).read_bytes().split(b"\n")
-        damaged = [place for place, line in enumerate(lines) if line.strip() and _object(line) is None]
+        damaged = [place for place, line in enumerate(lines) if line.strip() and object_of(line) is None]
         if lines[-1].strip() and len(lines) - 1 not in damaged:
             lines.append(b"")  # whole, but for its end
         elif not damaged:
@@ -187,7 +191,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        return read_lines(self.path / "metrics.jsonl")
+        return read_metrics(self.path / "metrics.jsonl")
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         line, path = json.dumps(values, allow_nan=False).encode() + b"\n", self.path / name
@@ -242,6 +246,7 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
     nothing."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; choose a folder")
+    require_own(path)
     held = path / "recipe.toml"
     if not held.is_file():
         others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []
@@ -270,42 +275,10 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
 
 
 def _kind(marked: Path) -> str:
-    content = _object(marked.read_bytes())
-    if content is None or not isinstance(content.get("kind"), str):
+    kind = read_object(marked).get("kind")
+    if not isinstance(kind, str):
         raise UsageError(f"{marked}: is damaged; start again with another --out")
-    return str(content["kind"])
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object that bytes hold; None where they hold none."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; none where there is no file. A last line that is still being written is left
-    out, and so are blank ones. Raises UsageError for a line that is damaged."""
-    if not path.is_file():
-        return []
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        if line.strip():
-            content = _object(line)
-            if content is None:
-                raise UsageError(f"{path}: line {number} is damaged; `gruppo train … --resume` takes it out")
-            found.append(content)
-    return found
-
-
-def read_table(path: Path) -> pa.Table:
-    """A table of a run folder. Raises UsageError where it is missing, or does not agree with its checksums."""
-    try:
-        return pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{path}: cannot be read ({str(error).splitlines()[0]}); it is missing or damaged") from error
+    return kind
 
 
 def write_whole(path: Path, content: bytes) -> None:

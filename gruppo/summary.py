@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gruppo.errors import UsageError
-from gruppo.runlog import read_table
+from gruppo.opening import read_table
 
 SHOWN = 3
 

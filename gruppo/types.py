@@ -72,8 +72,8 @@ class Reward:
     """The reward of one completion: `total` is the weighted sum of `parts`, or None if the completion abstains.
 
     A part is None where its function returned None ("does not apply"). `steps`: what functions that judge steps gave,
-    by name; with nothing but steps, `total` is 0. `failure` says in words why a reward function gave nothing usable; a
-    failure is never turned into a number.
+    by name; with nothing but steps, `total` is 0. `failure` says in words why nothing usable was given, `failures`
+    which functions failed, each with its reason; a failure is never turned into a number.
     """
 
     total: float | None
@@ -81,6 +81,7 @@ class Reward:
     failure: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[str, Steps] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

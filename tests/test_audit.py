@@ -13,7 +13,7 @@ from gruppo.audit import Auditor, trend
 from gruppo.config import Audit, load_recipe
 from gruppo.entry import train
 from gruppo.errors import UsageError
-from gruppo.runlog import read_lines
+from gruppo.opening import read_lines
 from gruppo.types import Metrics, Reward, Steps
 from tests.conftest import make_group
 from tests.runs import ROWS, recipe

@@ -12,8 +12,8 @@ import gruppo
 from gruppo.callbacks import Callbacks
 from gruppo.entry import train
 from gruppo.errors import UsageError
+from gruppo.opening import read_lines
 from gruppo.results import Result
-from gruppo.runlog import read_lines
 from tests.runs import ROWS, fingerprint, recipe, small_run
 
 

@@ -37,7 +37,7 @@ def recipe_file(tiny_folder: str, tmp_path: Path) -> Path:
 
 def test_help_explains_every_option() -> None:
     for command, options in {
-        (): ["train", "check", "eval", "sample", "export", "schema", "--version"],
+        (): ["train", "check", "eval", "sample", "export", "repeat", "schema", "--version"],
         ("train",): ["--set", "--out", "--resume", "--show"],
         ("check",): ["--set", "--json"],
         ("eval",): ["--recipe", "--task", "--questions", "--samples", "--max-tokens", "--grader", "--device", "--dtype",

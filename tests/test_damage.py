@@ -11,8 +11,9 @@ import pytest
 
 from gruppo import loop
 from gruppo.errors import RunError, UsageError
+from gruppo.opening import read_lines, read_table
 from gruppo.results import load_result
-from gruppo.runlog import RunFolder, read_lines, read_table
+from gruppo.runlog import RunFolder
 from tests.runs import fingerprint, small_run
 
 STEPS = {"run__steps": 6, "run__checkpoint_every": 2}
@@ -140,7 +141,7 @@ def test_missing_lines_and_tables_are_told(run: Path, tiny_folder: str) -> None:
     assert told[0].startswith("metrics.jsonl: its end is missing")
     assert told[1].startswith("metrics.jsonl: line 4 cannot be read")
     assert told[2:] == ["rollouts/step-000002.parquet is missing", "rollouts/step-000005.parquet is damaged"]
-    with pytest.raises(UsageError, match=r"step-000005\.parquet: cannot be read"):
+    with pytest.raises(UsageError, match=r"step-000005\.parquet: is damaged"):
         result.rollouts(5)
 
 

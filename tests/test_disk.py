@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from gruppo.disk import WriteError, held_bytes, writing
 from gruppo.entry import train
 from gruppo.errors import UsageError
-from gruppo.runlog import RunFolder, read_lines, read_table
+from gruppo.opening import read_lines, read_table
+from gruppo.runlog import RunFolder
 from tests.runs import ROWS, at_call, fingerprint, recipe, small_run
 from tests.test_cli import ENVIRONMENT, recipe_file  # noqa: F401  # a fixture
 from tests.test_iterations import rounds
@@ -78,7 +79,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(
             UsageError, match=r"run: 0\.70 MB are free there, and the run needs .*: 2 checkpoints of 0\.\d+"
         ):
             small_run(tiny_folder, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "rewards.log"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock"]
     assert small_run(tiny_folder, tmp_path / "run").summary["state"] == "done"
 
 

@@ -9,10 +9,22 @@ from pathlib import Path
 
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
-    ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub", "disk"],
+    [
+        "types",
+        "errors",
+        "methods",
+        "config",
+        "schema",
+        "reporting",
+        "imports",
+        "interruption",
+        "callbacks",
+        "hub",
+        "disk",
+    ],
     ["machine"],
     ["kernels"],
-    ["maths", "stats", "tasks", "runlog", "results"],
+    ["maths", "stats", "tasks", "opening", "runlog", "results"],
     ["attention", "body", "models", "adapters"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight", "steps"],
     ["rollout", "objective", "heads", "critic", "updates", "reward_model", "labels", "judge", "audit"],

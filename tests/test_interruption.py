@@ -66,7 +66,7 @@ def test_the_first_signal_while_a_reward_takes_its_time_and_the_command_that_is_
     written: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "a run"
-    file = written(reward__functions=[f"{USERS}:sleeps"], reward__timeout=60)
+    file = written(reward__functions=[f"{USERS}:sleeps"], reward__timeout=60, reward__environment=["SLOW"])
     process = begin("train", file, "--out", out, "--set", "run.steps=2")
     until(process, lambda line: "a run" in line)
     while not (out / "environment.json").is_file():

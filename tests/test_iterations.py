@@ -17,9 +17,9 @@ from gruppo.entry import train
 from gruppo.errors import RunError, UsageError
 from gruppo.heads import ScalarModel
 from gruppo.interruption import Interrupted
+from gruppo.opening import read_lines
 from gruppo.results import Result
 from gruppo.reward_model import save_reward_model
-from gruppo.runlog import read_lines
 from tests.conftest import make_policy
 from tests.runs import ROWS, at_call, fingerprint, killed, recipe
 

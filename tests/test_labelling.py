@@ -17,7 +17,7 @@ from gruppo.cli import app
 from gruppo.errors import UsageError
 from gruppo.interruption import Interrupted
 from gruppo.models import save_model
-from gruppo.runlog import read_lines
+from gruppo.opening import read_lines
 from tests.conftest import make_policy
 from tests.runs import ROWS, at_call, killed, recipe
 

@@ -19,7 +19,7 @@ from gruppo.entry import Result, train
 from gruppo.errors import RunError, UsageError
 from gruppo.loop import learning_rate
 from gruppo.models import weights_sha256
-from gruppo.runlog import read_lines
+from gruppo.opening import read_lines
 from gruppo.tasks.mixture import draw_prompts
 from gruppo.types import Prompt
 from tests.rewards.functions import likes_letters
@@ -202,7 +202,8 @@ def test_rewards_that_fail_are_events_and_no_signal(tiny_folder: str, tmp_path: 
     def breaks(completions, **kwargs):
         raise RuntimeError("no")
 
-    result = train(recipe(tiny_folder, run__steps=1), reward=breaks, prompts=ROWS, out=tmp_path / "r")
+    settings = recipe(tiny_folder, run__steps=1, reward__failure_limit=1.0)
+    result = train(settings, reward=breaks, prompts=ROWS, out=tmp_path / "r")
     assert result.metrics[0]["reward/mean"] is None
     assert result.metrics[0]["reward/abstained"] == 1
     events = read_lines(tmp_path / "r" / "events.jsonl")

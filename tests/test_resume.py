@@ -17,7 +17,7 @@ from gruppo.entry import train
 from gruppo.errors import UsageError
 from gruppo.forecast import process_bytes
 from gruppo.methods import METHODS
-from gruppo.runlog import read_lines
+from gruppo.opening import read_lines
 from tests.runs import ROWS, at_call, fingerprint, killed, recipe, small_run
 
 REFILLED = "tests/rewards/functions.py:begins_with_a_letter"

@@ -14,7 +14,8 @@ from gruppo.checkpoint import State, load_state, load_tensors, newest_checkpoint
 from gruppo.config import load_recipe
 from gruppo.errors import UsageError
 from gruppo.models import weights_sha256
-from gruppo.runlog import RunFolder, check_folder, read_lines, write_whole
+from gruppo.opening import read_lines
+from gruppo.runlog import RunFolder, check_folder, write_whole
 from tests.conftest import make_policy
 
 SCHEMA = pa.schema({"a": pa.int64()})

@@ -45,7 +45,7 @@ import tomli_w
 import gruppo.cli
 import gruppo.loop
 import gruppo.preparation
-from gruppo.runlog import read_lines
+from gruppo.opening import read_lines
 from tests.conftest import make_policy
 from tests.runs import ROWS, recipe
 

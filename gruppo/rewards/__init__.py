@@ -89,9 +89,10 @@ def combine(
     given = dict(zip(names, values, strict=True))
     parts = {name: float(value) if isinstance(value, int | float) else None for name, value in given.items()}
     steps = {name: value for name, value in given.items() if isinstance(value, Steps)}
-    failures = [f"{name}: {value}" for name, value in given.items() if isinstance(value, str)]
+    failures = {name: value for name, value in given.items() if isinstance(value, str)}
     if failures:
-        return Reward(None, parts, "; ".join(failures), extra)
+        told = "; ".join(f"{name}: {why}" for name, why in failures.items())
+        return Reward(None, parts, told, extra, failures=failures)
     weighed = [weight * value for weight, value in zip(weights, parts.values(), strict=True) if value is not None]
     if not weighed and not steps:
         return Reward(None, parts, None, extra)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from gruppo.errors import UsageError, nearest
-from gruppo.models import choose_device, out_of_reach
+from gruppo.models import choose_device, out_of_reach, pickles_alone
 from gruppo.rewards import text_of
 from gruppo.types import Message
 
@@ -35,9 +35,13 @@ class Classifier:
         model, where weights or label are missing, or the device is."""
         location = _locate(model)
         try:
-            config = AutoConfig.from_pretrained(location)
-            self.tokenizer = AutoTokenizer.from_pretrained(location)
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(location, output_loading_info=True)
+            if problem := pickles_alone(Path(location)):
+                raise ValueError(problem)
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                location, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            )
         except Exception as error:  # a model is other people's files: anything can be wrong with them
             first = (str(error).strip().splitlines() or [""])[0]
             raise UsageError(

@@ -1,35 +1,40 @@
 """Processes that run reward functions, so that a reward can hang, crash or lie without touching the trainer.
 
 One call is one function on one group. A worker runs one call at a time; a call that outlives the timeout is killed
-with its process and everything that it started, and the worker is replaced.
+with its process and everything that it started, and the worker is replaced. Time to load functions is not a call's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
+import secrets
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 
 from gruppo.errors import RunError, UsageError
-from gruppo.reporting import Advance
+from gruppo.reporting import Advance, Reporter, Silent
 from gruppo.rewards import RewardFunction, Value, check_option_names, combine, reward_path
+from gruppo.rewards.channel import Channel
+from gruppo.rewards.confinement import clean_environment, end_descendants, withheld
+from gruppo.rewards.output import Output
 from gruppo.types import Completion, Prompt, Reward, Steps
 
-LOAD_TIMEOUT = 120.0
+LOAD_TIMEOUT = 300.0
 TICK_SECONDS = 0.5
 
 _Job = tuple[int, int]  # group, function
@@ -56,19 +61,26 @@ class RewardPool:
         workers: int = 2,
         log: Path | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        memory: int = 0,
+        environment: Sequence[str] = (),
+        reporter: Reporter | None = None,
     ) -> None:
         """`columns`: those that rows offer besides the prompt; `timeout` in seconds a call; `log`: file for what
-        rewards print; `options`: keyword arguments of functions, by the name in `functions`. Raises UsageError where
-        a function cannot be imported, made with its options, or called."""
+        rewards print; `options`: keyword arguments of functions, by the name in `functions`; `memory`: bytes that each
+        process may hold, 0 for no limit; `environment`: names of variables that are passed on, besides the usual ones
+        (gruppo.rewards.confinement). Raises UsageError where a function cannot be imported, made with its options, or
+        called."""
         if not functions:
             raise UsageError('reward.functions = []: there is no reward; write e.g. functions = ["number"]')
         self.names = _unique([_name(function) for function in functions])
         self.weights = list(weights) or [1.0] * len(functions)
         if len(self.weights) != len(functions):
             raise UsageError(f"reward.weights = {self.weights}: {len(functions)} functions need as many weights")
-        self.timeout = timeout
+        self.timeout, self.columns, self.environment = timeout, list(columns), list(environment)
         options = options or {}
         check_option_names(functions, options)
+        self.paths = [each if isinstance(each, str) else None for each in functions]
+        self.options = [dict(options.get(each, {})) if isinstance(each, str) else {} for each in functions]
         load = {
             "kind": "load",
             "rewards": [
@@ -78,12 +90,14 @@ class RewardPool:
             "columns": list(columns),
             "path": sys.path,
         }
-        self._load, self._log = _pickled(load), log
+        self._load, self._memory = _pickled(load), memory
         self._workers: list[_Worker] = []
+        self._output = Output(log) if log is not None else None
         try:
             for _ in range(workers):
-                self._workers.append(_Worker(self._load, log))
-            loaded = [worker.load() for worker in self._workers]
+                self._workers.append(self._new_worker())
+            with (reporter or Silent()).progress("Loading reward functions", workers, "processes") as show:
+                loaded = [worker.load(show) for worker in self._workers]
             self.digests = loaded[0]
         except BaseException:
             self.close()
@@ -100,6 +114,9 @@ class RewardPool:
         for worker in self._workers:
             worker.kill()
         self._workers = []
+        if self._output is not None:
+            self._output.close()
+            self._output = None
 
     def score(
         self,
@@ -114,7 +131,7 @@ class RewardPool:
         called at least every half second and may raise: then the processes that are busy are replaced.
         """
         jobs = [(index, function) for index in range(len(groups)) for function in range(len(self.names))]
-        arguments = [_arguments(prompt, completions) for prompt, completions in groups]
+        arguments = [call_arguments(prompt, completions) for prompt, completions in groups]
         outcomes: dict[_Job, Outcome] = {}
         show = advance or (lambda _: None)
 
@@ -153,16 +170,17 @@ class RewardPool:
         busy: dict[_Worker, tuple[_Job | None, float]] = {}
         try:
             while jobs or any(job is not None for job, _ in busy.values()):
-                for worker in self._workers:
-                    if worker in busy:
-                        continue
+                for worker in [each for each in self._workers if each not in busy]:
+                    if worker.process.poll() is not None:  # by what an earlier call left behind
+                        worker.kill()
+                        worker = self._replace(worker)  # noqa: PLW2901
                     if not worker.loaded:
                         busy[worker] = None, time.monotonic() + LOAD_TIMEOUT
                     elif jobs:
                         busy[worker] = jobs[0], time.monotonic() + self.timeout
                         worker.send(call(jobs.popleft()))
                 patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
-                wait([worker.answers for worker in busy], min(patience, TICK_SECONDS))
+                _wait(busy, min(patience, TICK_SECONDS))
                 self._collect(busy, done)
                 tick()
         except BaseException:
@@ -189,81 +207,136 @@ class RewardPool:
             else:
                 raise RunError(_reload_problem(answer))
 
-    def _replace(self, worker: _Worker) -> None:
-        self._workers[self._workers.index(worker)] = _Worker(self._load, self._log)
+    def _new_worker(self) -> _Worker:
+        return _Worker(self._load, self._output, self._memory, self.environment)
+
+    def _replace(self, worker: _Worker) -> _Worker:
+        self._workers[self._workers.index(worker)] = made = self._new_worker()
+        return made
 
 
 class _Worker:
-    """A reward process and the two pipes to it."""
+    """A reward process and the pipes to it."""
 
-    def __init__(self, load: bytes, log: Path | None) -> None:
+    def __init__(self, load: bytes, output: Output | None, memory: int, environment: Sequence[str]) -> None:
+        self._mark = secrets.token_hex(16)
+        self._environment = clean_environment(environment, self._mark)
         call_read, call_write = os.pipe()
         answer_read, answer_write = os.pipe()
-        with open(log or os.devnull, "ab") as output:
+        self.channel = Channel(answer_read, call_write)
+        printed = subprocess.DEVNULL if output is None else output.descriptor
+        arguments = [str(each) for each in (call_read, answer_write, memory, os.getpid())]
+        try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gruppo.rewards.worker", *map(str, (call_read, answer_write, os.getpid()))],
+                [sys.executable, "-u", "-X", "faulthandler", "-m", "gruppo.rewards.worker", *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
+                stdout=printed,
+                stderr=printed,
                 pass_fds=(call_read, answer_write),
                 start_new_session=True,
+                env=self._environment,
             )
-        os.close(call_read)
-        os.close(answer_write)
-        self.calls, self.answers = Connection(call_write, readable=False), Connection(answer_read, writable=False)
+        except BaseException:
+            self.channel.close()
+            raise
+        finally:
+            os.close(call_read)
+            os.close(answer_write)
         self.dead = self.loaded = False
+        self._sent = 0
         self.send(load)
 
     def send(self, message: bytes) -> None:
-        """Send; a process that died is noticed when its answer is read."""
-        with contextlib.suppress(BrokenPipeError):
-            self.calls.send_bytes(message)
+        """Begin to send a message, of which there is one at a time."""
+        self._sent += 1
+        self.channel.send(message)
 
     def answer_by(self, deadline: float) -> dict[str, Any] | None:
         """The answer that has arrived, a failure where the process is gone or the deadline is past, else None."""
-        if self.answers.poll():
-            return self._receive()
+        self.channel.flush()
+        try:
+            content = self.channel.receive()
+        except EOFError:
+            return self._died()
+        except ValueError:
+            return self._nonsense()
+        if content is not None:
+            return self._receive(content)
         if time.monotonic() < deadline:
             return None
         self.kill()
         return {"failure": "took longer than its time (reward.timeout)"}
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self, content: bytes) -> dict[str, Any]:
         try:
-            answer = json.loads(self.answers.recv_bytes())
-            if isinstance(answer, dict):
-                return answer
-            raise ValueError("not an answer")
-        except (EOFError, OSError, ValueError):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
+            return self._nonsense()
+        if not isinstance(answer, dict) or answer.pop("number", None) != self._sent:
+            return self._nonsense()
+        if answer.pop("last", False):
             self.kill()
-            return {"failure": f"its process died ({_how(self.process.returncode)}); see rewards.log"}
+        for key in ("failure", "error"):
+            if key in answer:
+                answer[key] = self._hinted(_writable(str(answer[key])))
+        return answer
 
-    def load(self) -> list[str]:
+    def _hinted(self, text: str) -> str:
+        """The text, with what to do where it names a variable of the environment that the process does not have."""
+        if names := withheld(self._environment, text):
+            return f'{text} ({names[0]} is not passed on to rewards; write reward.environment = ["{names[0]}"])'
+        return text
+
+    def _died(self) -> dict[str, Any]:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        code = self.process.returncode
+        self.kill()
+        return {"failure": f"its process died ({_how(code)}); see rewards.log"}
+
+    def _nonsense(self) -> dict[str, Any]:
+        self.kill()
+        return {"failure": "its process wrote into the pipe to the trainer what is no answer, and was killed"}
+
+    def load(self, show: Advance) -> list[str]:
         """Wait until the functions are loaded; a hash of each one's code. Raises UsageError where they cannot be."""
-        if not wait([self.answers], LOAD_TIMEOUT):
-            self.kill()
+        deadline = time.monotonic() + LOAD_TIMEOUT
+        while (answer := self.answer_by(deadline)) is None:
+            _wait([self], TICK_SECONDS)
+            show(0)
+        if "digests" in answer:
+            self.loaded = True
+            digests: list[str] = answer["digests"]
+            show(1)
+            return digests
+        if time.monotonic() >= deadline:
             raise UsageError(
                 f"reward.functions: loading them takes longer than {LOAD_TIMEOUT:.0f} s; do less at import, and "
                 "download a reward model before the run: hf download NAME"
             )
-        answer = self._receive()
-        if "digests" in answer:
-            self.loaded = True
-            digests: list[str] = answer["digests"]
-            return digests
-        self.kill()
         raise UsageError(str(answer.get("error") or f"reward.functions: while importing them, {answer['failure']}"))
 
     def kill(self) -> None:
-        """Kill the process and its process group."""
+        """Kill the process and whatever it has started."""
+        if self.dead:
+            return
         self.dead = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for pipe in (self.calls, self.answers):
-            pipe.close()
+        end_descendants(self._mark)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system: nothing ends it but its own return
+            self.process.wait(5)
+        self.channel.close()
+
+
+def _wait(workers: Iterable[_Worker], seconds: float) -> None:
+    """Until one of the workers has something to read, or takes more of what is written to it; at most so long."""
+    poll = select.poll()
+    for worker in workers:
+        poll.register(worker.channel.read, select.POLLIN)
+        if worker.channel.waits_to_write:
+            poll.register(worker.channel.write, select.POLLOUT)
+    poll.poll(seconds * 1000)
 
 
 def _how(code: int | None) -> str:
@@ -317,7 +390,7 @@ def _unique(names: Sequence[str]) -> list[str]:
     return unique
 
 
-def _arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, Any]:
+def call_arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, Any]:
     """What a reward function is called with: every list has G entries."""
     size = len(completions)
     conversation = not isinstance(prompt.content, str)
@@ -330,19 +403,42 @@ def _arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, A
 
 
 def _outcome(answer: Mapping[str, Any], completions: Sequence[Completion]) -> Outcome:
-    if "failure" in answer:
-        return Outcome([_writable(answer["failure"])] * len(completions), {}, {})
-    values = [_value(value, each) for value, each in zip(answer["values"], completions, strict=True)]
-    return Outcome(values, answer["metrics"], answer["extra"])
+    if "failure" not in answer:
+        try:
+            values, metrics, extra = answer["values"], answer["metrics"], answer["extra"]
+            _require_form(values, metrics, extra)
+            made = [_value(value, each) for value, each in zip(values, completions, strict=True)]
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+            answer = {"failure": "its process gave an answer of no use; does it change Python's own modules?"}
+        else:
+            return Outcome(made, metrics, extra)
+    return Outcome([answer["failure"]] * len(completions), {}, {})
+
+
+def _require_form(values: Any, metrics: Any, extra: Any) -> None:
+    """Raise ValueError unless an answer's parts are of the form that the worker gives them: a function runs in the
+    process that answers, and can have changed anything in it."""
+    logged = [each for column in metrics.values() for each in column]
+    if not all(type(each) in (int, float) for each in logged):
+        raise ValueError("a metric that is no number")
+    if not all(isinstance(column, list) for column in (values, *extra.values())):
+        raise ValueError("no lists")
 
 
 def _value(value: Any, completion: Completion) -> Value:
     """A value as it came out of the worker; ends of steps that do not fit the completion are a failure."""
+    if value is None:
+        return None
     if not isinstance(value, dict):
-        return value  # type: ignore[no-any-return]
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError("no finite number")
+        return float(value)
     if "bad" in value:
-        return _writable(value["bad"])
-    steps, size = Steps(tuple(value["rewards"]), tuple(value["ends"])), len(completion.token_ids)
+        return _writable(str(value["bad"]))
+    rewards, ends = (tuple(value[name]) for name in ("rewards", "ends"))
+    if not all(type(each) in (int, float) for each in rewards) or not all(type(each) is int for each in ends):
+        raise ValueError("no numbers")
+    steps, size = Steps(rewards, ends), len(completion.token_ids)
     rising = all(before < after for before, after in pairwise(steps.ends))
     if len(steps.ends) != len(steps.rewards) or not rising or not all(0 <= end < size for end in steps.ends):
         return (

@@ -1,13 +1,17 @@
-"""The process that runs reward functions: `python -m gruppo.rewards.worker READ_FD WRITE_FD TRAINER_PID`.
+"""The process that runs reward functions: `python -m gruppo.rewards.worker READ_FD WRITE_FD MEMORY_BYTES TRAINER_PID`.
 
 Calls arrive as pickles from the trainer; answers go back as JSON, so that nothing a reward does can make the trainer
 unpickle it. Functions run in the main thread, where signals (math-verify's SIGALRM) work. What a reward prints goes
 to the file that the trainer gave as this process's output.
+
+What a function leaves behind must not reach the next call: its answer has the number of its message, a child that it
+forked ends where it would answer too, its alarms are switched off, and the working directory is put back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import inspect
 import json
@@ -17,29 +21,47 @@ import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count, islice
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
+from gruppo.rewards.channel import MOST_BYTES
+from gruppo.rewards.confinement import confine
 from gruppo.rewards.loading import Loaded, load_reward
 
 _PR_SET_PDEATHSIG = 1
+_encode = json.JSONEncoder().encode  # of our own, as functions may patch json
 
 
 def serve(calls: Connection, answers: Connection) -> None:
     """Load the functions of the first message, then answer calls until the trainer hangs up."""
     rewards: list[Loaded] = []
+    own, place = os.getpid(), os.getcwd()
     with asyncio.Runner() as runner:
-        while True:
+        for number in count(1):
             try:
                 content = calls.recv_bytes()
             except EOFError:
                 return
-            answers.send_bytes(json.dumps(_answer(content, rewards, runner)).encode())
+            answer = _answer(content, rewards, runner)
+            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that comes later would end this process
+            if os.getpid() != own:
+                os._exit(0)  # a child that a function forked and that came back from it
+            with contextlib.suppress(OSError):
+                os.chdir(place)
+            answers.send_bytes(_as_bytes({**answer, "number": number}))
+
+
+def _as_bytes(answer: Mapping[str, Any]) -> bytes:
+    content = _encode(answer).encode()
+    if len(content) <= MOST_BYTES:
+        return content
+    failure = f"logged {len(content)} bytes by log_metric and log_extra, more than {MOST_BYTES} in one call"
+    return _encode({"failure": failure, "number": answer["number"]}).encode()
 
 
 def _answer(content: bytes, rewards: list[Loaded], runner: asyncio.Runner) -> dict[str, Any]:
@@ -72,8 +94,9 @@ def _load(rewards: Sequence[tuple[Any, ...]], columns: Sequence[str], loaded: li
 def _score(
     reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
 ) -> dict[str, Any]:
-    """{"values": […], "metrics": …, "extra": …} or {"failure": why}; a value is a number, None, {"bad": text}, or of
-    steps {"rewards": …, "ends": …}."""
+    """{"values": […], "metrics": …, "extra": …} or {"failure": why} (with "last" where this process is of no more use);
+    a value is a number, None, {"bad": text}, or of steps {"rewards": …, "ends": …}."""
+    size = len(arguments["completions"])  # before the call, which can change its arguments
     metrics: dict[str, list[float]] = {}
     extra: dict[str, Any] = {}
 
@@ -88,8 +111,10 @@ def _score(
         result = reward.function(**_accepted(reward.function, {**arguments, **run, **reward.options}))
         if inspect.isawaitable(result):
             result = runner.run(_awaited(result))
-        values = _values(result, len(arguments["completions"]))
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001  all of it is an abstention
+        values = _values(result, size)
+    except MemoryError as error:  # what filled the memory may be held for ever: another process goes on
+        return {"failure": f"{_describe(error)} (see reward.memory)", "last": True}
+    except BaseException as error:  # noqa: BLE001  all of it is an abstention
         return {"failure": _describe(error)}
     return {"values": values, "metrics": metrics, "extra": extra}
 
@@ -109,15 +134,15 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def _values(result: Any, count: int) -> list[Any]:
+def _values(result: Any, size: int) -> list[Any]:
     if hasattr(result, "tolist"):  # arrays and tensors
         result = result.tolist()
     if isinstance(result, str | bytes | Mapping | set | frozenset) or not hasattr(result, "__iter__"):
-        raise TypeError(f"returned {_plain(result)[:100]}, not a list of {count} numbers")
-    values = list(islice(result, count + 1))
-    if len(values) != count:
-        number = len(values) if len(values) < count else "more"
-        raise ValueError(f"returned {number} values for {count} completions")
+        raise TypeError(f"returned {_plain(result)[:100]}, not a list of {size} numbers")
+    values = list(islice(result, size + 1))
+    if len(values) != size:
+        number = len(values) if len(values) < size else "more"
+        raise ValueError(f"returned {number} values for {size} completions")
     return [_number(value) for value in values]
 
 
@@ -126,8 +151,8 @@ def _number(value: Any) -> float | dict[str, Any] | None:
         return None
     if isinstance(value, Mapping):
         return _steps(value)
-    if isinstance(value, str | bytes):
-        return {"bad": f"returned {value[:40]!r}, not a number"}
+    if isinstance(value, str | bytes | bytearray | memoryview):  # of which float() would take some
+        return {"bad": f"returned {_shown(value[:40])}, not a number"}
     if isinstance(value, Exception):  # how a function tells the failure of one completion
         return {"bad": _describe(value)}
     try:
@@ -152,10 +177,14 @@ def _steps(value: Mapping[str, Any]) -> dict[str, Any]:
     return {"rewards": rewards, "ends": ends}
 
 
-def _plain(value: Any) -> str:
+def _shown(value: Any) -> str:
+    return _plain(bytes(value) if isinstance(value, bytearray | memoryview) else value, repr)
+
+
+def _plain(value: Any, form: Callable[[Any], str] = str) -> str:
     try:
-        return str(value)
-    except Exception:  # noqa: BLE001  a user's object can refuse to be printed
+        return form(value)
+    except BaseException:  # noqa: BLE001  a user's object can refuse to be printed in any way
         return f"<{type(value).__name__} that cannot be printed>"
 
 
@@ -172,9 +201,10 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    read, write, trainer = (int(argument) for argument in sys.argv[1:4])
+    read, write, memory, trainer = (int(argument) for argument in sys.argv[1:5])
     if os.getppid() != trainer:  # it died before this process could ask to die with it
         return
+    confine(memory)
     serve(Connection(read, writable=False), Connection(write, readable=False))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _REFUSED = {
     "split": "write the split as the task's own field",
     "streaming": "rows are drawn in random order, so that all of them are read; remove it",
+    "trust_remote_code": "data sets that are programs are never run; take one of data files",
     "path": "the name of the task is the path; remove it",
 }
 

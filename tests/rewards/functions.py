@@ -139,3 +139,51 @@ def ends_in_a_vowel(completions, **kwargs):
 
 def always_half(completions, **kwargs):
     return [0.5 for _ in completions]
+
+
+def odd_numbers(completions, **kwargs):
+    """All kinds of numbers, and of what is none, by the completion's text."""
+    import decimal
+    import fractions
+
+    import numpy as np
+    import torch
+
+    kinds = {
+        "bool": True,
+        "int": 2,
+        "numpy": np.float32(0.5),
+        "numpy int": np.int64(3),
+        "0-d array": np.array(1.5),
+        "torch": torch.tensor(2.5, requires_grad=True),
+        "decimal": decimal.Decimal("0.25"),
+        "fraction": fractions.Fraction(1, 4),
+        "text": "1.0",
+        "bytes": b"1.0",
+        "bytearray": bytearray(b"1.0"),
+        "numpy text": np.str_("1.0"),
+        "nan": float("nan"),
+        "infinite": -float("inf"),
+        "numpy nan": np.float64("nan"),
+        "huge": 10**400,
+        "complex": 1j,
+        "list": [1.0],
+        "unprintable": _Unprintable(),
+        "none": None,
+    }
+    return [kinds[text] for text in completions]
+
+
+class _Unprintable:
+    def __float__(self):
+        raise _OddError
+
+    def __repr__(self):
+        raise SystemExit(3)
+
+    __str__ = __repr__
+
+
+class _OddError(Exception):
+    def __str__(self):
+        raise SystemExit(3)

@@ -12,9 +12,9 @@ import pytest
 from gruppo.config import load_recipe
 from gruppo.entry import train
 from gruppo.errors import UsageError
+from gruppo.opening import read_lines
 from gruppo.preflight import Data, preflight
 from gruppo.reporting import Silent
-from gruppo.runlog import read_lines
 from gruppo.tasks.mixture import Mixture, draw_prompts, interleaved
 from gruppo.types import Prompt
 from tests.runs import ROWS, fingerprint, recipe

@@ -1,0 +1,125 @@
+"""Run folders may come from strangers. Whatever of one is read is read here, or after `require_own` has looked at it:
+no link leads out of the folder, nothing in it is a device, and no file is larger, once read, than it may be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gruppo.errors import UsageError
+
+MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; of a table, in memory
+_ROWS = 256
+
+
+def require_own(folder: Path) -> None:
+    """Raise UsageError where something in the folder is a link that leads out of it, or neither a file nor a folder:
+    reading it, or going on with the run, would reach what the folder does not hold."""
+    root = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place) / name
+            try:
+                mode = path.lstat().st_mode
+                inside = not stat.S_ISLNK(mode) or (path.resolve().is_relative_to(root) and path.exists())
+            except FileNotFoundError:
+                continue  # a run is going on in the folder
+            except (OSError, RuntimeError):  # a link to itself
+                inside = False
+            if not inside:
+                raise UsageError(f"{path}: is a link that leads out of the folder; put in its place what it stands for")
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+                raise UsageError(f"{path}: is neither a file nor a folder; remove it")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises UsageError where it holds something else, and FileNotFoundError."""
+    content = _json(_bytes(path, MOST_JSON), str(path))
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: is damaged (no object); put it back from a copy, or take another folder")
+    return content
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; none where there is no file. A last line that is still being written is left
+    out, and so are blank ones. Raises UsageError for a line that is none."""
+    if not path.is_file():
+        return []
+    made = []
+    for number, line in enumerate(_bytes(path, MOST_LINES).split(b"\n")[:-1], start=1):
+        if line.strip():
+            content = object_of(line)
+            if content is None:
+                raise UsageError(f"{path}: line {number} is damaged; `gruppo train … --resume` takes it out")
+            made.append(content)
+    return made
+
+
+def object_of(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that bytes hold; None where they hold none."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl: each has a step, and numbers or None. Raises UsageError for others."""
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        others = [name for name, value in line.items() if value is not None and type(value) not in (int, float)]
+        if type(line.get("step")) is not int or others:
+            odd = others[0] if others else "step"
+            raise UsageError(f"{path}, line {number}: {odd!r} is not a number; put the file back from a copy")
+    return lines
+
+
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """The rows of a Parquet file, with the columns of the schema where one is given. Raises UsageError for another file
+    or none, for one that does not agree with its checksums, and for one that is too large once it is unpacked, which
+    its size does not show."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            batches, size = [], 0
+            for batch in file.iter_batches(_ROWS):
+                size += batch.nbytes
+                if size > MOST_TABLE:
+                    raise UsageError(f"{path}: holds more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
+                batches.append(batch)
+            table = pa.Table.from_batches(batches, file.schema_arrow).replace_schema_metadata(None)
+        return table if schema is None else table.select(schema.names).cast(schema)
+    except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
+        if isinstance(error, UsageError):
+            raise
+        what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or no table of a run"
+        why = (str(error).splitlines() or [""])[0]
+        raise UsageError(f"{path}: {what} ({why}); put it back from a copy") from None
+
+
+def step_of(path: Path) -> int | None:
+    """12 for step-000012 and step-000012.parquet; None for another name."""
+    found = re.fullmatch(r"step-(\d{6,18})(\.parquet)?", path.name, re.ASCII)
+    return int(found[1]) if found else None
+
+
+def _bytes(path: Path, most: int) -> bytes:
+    with path.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise UsageError(f"{path}: has more than {most / 2**20:.0f} MiB; it is not read")
+    return content
+
+
+def _json(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: is damaged ({error}); put it back from a copy, or take another folder") from None
