@@ -277,7 +277,8 @@ def load_weights(location: str, dtype: torch.dtype, trust_remote_code: bool = Fa
     except Exception as error:  # weights are other people's files: anything can be wrong with them
         if "contains custom code" in str(error):
             raise UsageError(f"model.name = {location!r}: {_FOREIGN}") from None
-        if "safetensors" in str(error) and "gguf_file" not in options:
+        others = _has_pickles(Path(location)) or not Path(location).exists()  # the latter: of the hub
+        if "safetensors" in str(error) and others and "gguf_file" not in options:
             raise UsageError(f"model.name = {location!r}: {_PICKLES}") from error
         raise UsageError(
             f"model.name: the weights in {location} cannot be loaded ({_first_line(error)}); give a whole model"
@@ -297,8 +298,11 @@ _PICKLES = (
 
 def pickles_alone(folder: Path) -> str | None:
     """What to do where a folder's weights are pickles alone, or None where they are not."""
-    pickles = any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth"))
-    return _PICKLES if pickles and not any(folder.glob("*.safetensors")) else None
+    return _PICKLES if _has_pickles(folder) and not any(folder.glob("*.safetensors")) else None
+
+
+def _has_pickles(folder: Path) -> bool:
+    return any(path.suffix in {".bin", ".pt", ".pth"} for path in folder.glob("*"))
 
 
 def _whole(model: PreTrainedModel, report: dict[str, Any], where: str) -> PreTrainedModel:
