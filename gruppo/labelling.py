@@ -179,6 +179,7 @@ def _train(
     from gruppo.packing import most_tokens
     from gruppo.preparation import find_named, make_optimizer
     from gruppo.reward_model import check_kind, load_reward_model, save_reward_model
+    from gruppo.sizes import Sizes
 
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     name = "reward_model.name" if settings.name else "model.name"
@@ -189,7 +190,9 @@ def _train(
     made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, reporter)
     optimizer = make_optimizer(recipe.optimizer, made.module)
     most = recipe.optimizer.max_grad_norm
-    judge = Judge(made, optimizer, settings, source.tokenizer, most_tokens(max(prompts)), most)
+    longest = max(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in (*training, *held))
+    sizes = Sizes(most_tokens(max(prompts)), 1, longest, lambda made: run.event("memory", str(made), state.step))
+    judge = Judge(made, optimizer, settings, source.tokenizer, sizes, most)
 
     identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
     _begin(run, recipe, REWARD_MODEL, identity)

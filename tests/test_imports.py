@@ -13,6 +13,7 @@ LEVELS = [
     ["maths", "stats", "tasks", "runlog", "results", "machine"],
     ["attention", "body", "models", "adapters"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight", "steps"],
+    ["sizes", "nonfinite"],
     ["rollout", "objective", "heads", "critic", "updates", "reward_model", "labels", "judge", "audit"],
     ["evaluation", "forecast"],
     ["preparation"],
