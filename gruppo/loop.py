@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,6 +67,9 @@ from gruppo.sizes import Halving
 from gruppo.tables import EVALUATIONS, LABELS, ROLLOUTS, rollout_rows
 from gruppo.types import Group, Metrics
 from gruppo.updates import update
+from gruppo.watch import Watch
+
+BFLOAT16_DRIFT, FLOAT32_DRIFT = 0.05, 1e-4  # nats a token on average
 
 
 def run(prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks | None = None) -> dict[str, Any]:
@@ -94,6 +97,7 @@ class _Run:
                 self.recipe.optimizer.max_grad_norm,
             )
         prepared.sizes.told = self._note_halving
+        self.watch = self._watch()
         self.auditor = None
         if prepared.audit is not None and self.recipe.audit is not None:
             self.auditor = Auditor(prepared.audit, self.recipe.audit, self.recipe.run.seed)
@@ -490,13 +494,28 @@ class _Run:
         if "generate" in clock.seconds:
             metrics.mean("time/tokens_per_second", tokens, clock.seconds["generate"])
         values = {"step": step, **metrics.reduce()}
-        self.run.metric(values)
-        self.reporter.step(values)
+        self._note(values)
         alarm = self.auditor and self.auditor.alarm(values)
         if alarm:
             self.run.event("audit", alarm, step)
             self.reporter.note(f"Step {step}: {alarm}")
         return values
+
+    def _note(self, values: Mapping[str, Any]) -> None:
+        """Write a line of metrics, and warn of what it gives reason to."""
+        self.run.metric(values)
+        self.reporter.step(values)
+        for notice in self.watch.see(values):
+            state, link = "passed" if notice.passed else "begins", notice.link
+            details = {"warning": notice.name, "state": state, "evidence": notice.evidence, "link": link}
+            self.run.event("warning", notice.message, notice.step, **details)
+            title = notice.name.replace("_", " ")
+            told = " has passed" if notice.passed else f": {notice.message}; see {link}"
+            self.reporter.note(f"Step {notice.step}: warning ({title}){told}")
+
+    def _watch(self) -> Watch:
+        """Nothing seen yet. Rounding decides by how much engine and trainer may differ; see docs/metrics.md."""
+        return Watch(self._weights(), BFLOAT16_DRIFT if self.parts.policy.dtype == torch.bfloat16 else FLOAT32_DRIFT)
 
     def _warn(self, step: int, groups: Sequence[Group], updated: bool) -> None:
         """Events for abstentions and for steps that teach nothing."""
@@ -543,8 +562,7 @@ class _Run:
             "eval/number_share": figures["number_share"],
             "time/evaluate": time.monotonic() - start,
         }
-        self.run.metric(values)
-        self.reporter.step(values)
+        self._note(values)
         state.evaluated = True
         self.callbacks.tell("on_evaluation", state.step, figures, rows)
 
@@ -558,9 +576,10 @@ class _Run:
             load_tensors(folder, self.parts.policy.model, self.parts.optimizer, self._others())
         begun = bool(self.run.lengths()["metrics.jsonl"])
         self.run.cut_back(self.state.lengths, self.state.step)
-        if self.auditor is not None:
-            for values in self.run.metrics():
-                self.auditor.alarm(values)  # to know of the last steps; what it says was said then
+        for values in self.run.metrics():  # to know of the last steps; what is said of them was said then
+            self.watch.see(values)
+            if self.auditor is not None:
+                self.auditor.alarm(values)
         self.parts.engine.load_weights(self.parts.policy, self.state.step)
         for problem in problems:
             self.run.event("checkpoint_unusable", problem, self.state.step)

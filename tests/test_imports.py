@@ -10,7 +10,7 @@ from pathlib import Path
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
     ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub"],
-    ["maths", "stats", "tasks", "runlog", "results", "machine"],
+    ["maths", "stats", "tasks", "runlog", "results", "machine", "watch"],
     ["attention", "body", "models", "adapters"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight", "steps"],
     ["sizes", "nonfinite"],
