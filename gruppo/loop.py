@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,14 @@ from gruppo.objective import (
 )
 from gruppo.packing import Batch, TokenWeights, pack
 from gruppo.preparation import Prepared
+from gruppo.recorded import Recorded
 from gruppo.reporting import Reporter
 from gruppo.reward_model import NAME, save_reward_model
+from gruppo.rewards.pool import RewardPool
 from gruppo.rollout import describe_groups, given_groups, sample_groups, score_groups
 from gruppo.sizes import Halving
 from gruppo.tables import EVALUATIONS, LABELS, ROLLOUTS, rollout_rows
-from gruppo.types import Group, Metrics
+from gruppo.types import Completion, Group, Metrics, Prompt
 from gruppo.updates import update
 from gruppo.watch import Watch
 
@@ -77,10 +81,25 @@ def run(prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks
     return _Run(prepared, reporter, stop, callbacks or Callbacks()).go()
 
 
-class _Run:
-    """A run on its way: what was prepared, and where it stands."""
+def redo(prepared: Prepared, reporter: Reporter, stop: Stop, recorded: Recorded, last: int) -> int:
+    """Make the steps up to `last` again, from the newest checkpoint that the folder holds and from what was recorded;
+    nothing is sampled, evaluated or saved. The step that it began after."""
+    run = _Run(prepared, reporter, stop, Callbacks(), recorded)
+    return run.redo(last, recorded)
 
-    def __init__(self, prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks) -> None:
+
+class _Run:
+    """A run on its way: what was prepared, and where it stands. `recorded`: what its steps are made again from."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        reporter: Reporter,
+        stop: Stop,
+        callbacks: Callbacks,
+        recorded: Recorded | None = None,
+    ) -> None:
+        self.recorded = recorded
         self.parts, self.recipe, self.run = prepared, prepared.recipe, prepared.run
         self.reporter, self.stop, self.callbacks = reporter, stop, callbacks
         self.state = State()
@@ -127,6 +146,23 @@ class _Run:
             self.run.write_json("summary.json", summary)
         return summary
 
+    def redo(self, last: int, recorded: Recorded) -> int:
+        """See `redo`."""
+        self._restore()
+        begun, sizes = self.state.step, self.parts.sizes
+        with self.reporter.progress("Making steps again", last - begun, "steps") as advance:
+            while self.state.step < last:
+                self.stop.check()
+                due, step = self._iteration_due(), self.state.step
+                now = sizes.micro_batch_tokens
+                sizes.micro_batch_tokens = recorded.micro_batch_tokens(step if due else step + 1, due, now)
+                if due:
+                    self._begin_iteration()
+                else:
+                    self._step()
+                    advance(1)
+        return begun
+
     def _steps(self, advance: Callable[[float], None]) -> None:
         """Algorithm 1. At the top of the loop nothing is half done: that is where state is saved."""
         while True:
@@ -154,7 +190,7 @@ class _Run:
     def _save_once(self) -> None:
         """Make a checkpoint of where the run stands, after the result if this is its end, unless there is one."""
         where = self.state.step, self.state.evaluated, self.state.iteration
-        if self.saved == where:
+        if self.saved == where or self.recorded is not None:
             return
         if self._at_end:
             self._save_result()
@@ -220,7 +256,8 @@ class _Run:
         state.iteration = number
         state.train_seconds += clock.total
         times = {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
-        values = {"step": state.step, "iteration": number, **figures, **times}
+        size = {"memory/micro_batch_tokens": parts.sizes.micro_batch_tokens}
+        values = {"step": state.step, "iteration": number, **figures, **times, **size}
         self.run.metric(values)
         self.reporter.step(values)
         self._save_once()
@@ -248,7 +285,10 @@ class _Run:
             self.stop,
         )
         key = recipe.run.seed, 0, state.cursor
-        labels, failures = labeller.sample(prompts, recipe.sampling.group_size, key)
+        if self.recorded is None:
+            labels, failures = labeller.sample(prompts, recipe.sampling.group_size, key)
+        else:
+            labels, failures = self.recorded.labels(state.step), Counter()
         for failure, count in failures.items():
             self.run.event("abstention", failure, state.step, completions=count)
         if failures:
@@ -336,22 +376,36 @@ class _Run:
         streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
         with clock("generate"):
             sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
+        score = partial(self._judge, step, prompts, sampled, parts.pool, metrics)
         with clock("reward"):
-            told = {"global_step": self.state.step, "max_steps": recipe.run.steps}
-            told["max_tokens"] = recipe.sampling.max_tokens
-            groups = score_groups(prompts, sampled, parts.pool, told, metrics, self.reporter, self.stop)
-            if self.judge is not None:
-                self.judge.score(groups)
-            if self.auditor is not None:
-                failed = self.auditor.judge(groups, self._weights(), step, metrics, lambda _: self.stop.check())
-                for failure in failed:
-                    self.run.event("abstention", f"audit: {failure}", step)
+            recorded = self.recorded
+            groups = score() if recorded is None else recorded.rewarded(step, cursor, prompts, sampled, score)
         if recipe.method.credit != "step" and any(reward.steps for group in groups for reward in group.rewards):
             raise RunError(
                 f'method.credit = "{recipe.method.credit}": a reward judges steps, which it would not learn from; '
                 'write method.name = "grpo-process", or take another reward'
             )
         mark_trained(groups, recipe.method.mask_truncated)
+        return groups
+
+    def _judge(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        sampled: Sequence[Sequence[Completion]],
+        pool: RewardPool,
+        metrics: Metrics,
+    ) -> list[Group]:
+        """Groups with the rewards that functions and the reward model give them; audited, where the recipe asks."""
+        told = {"global_step": self.state.step, "max_steps": self.recipe.run.steps}
+        told["max_tokens"] = self.recipe.sampling.max_tokens
+        groups = score_groups(prompts, sampled, pool, told, metrics, self.reporter, self.stop)
+        if self.judge is not None:
+            self.judge.score(groups)
+        if self.auditor is not None:
+            failed = self.auditor.judge(groups, self._weights(), step, metrics, lambda _: self.stop.check())
+            for failure in failed:
+                self.run.event("abstention", f"audit: {failure}", step)
         return groups
 
     def _packed(self, groups: Sequence[Group], with_kl: bool) -> _Packed:
@@ -653,7 +707,8 @@ class _Packed:
         if tokens != self.tokens:
             if self.learned:
                 keep_logprobs(self.groups, self.batches)
-            self.tokens, self.batches = tokens, self._pack()
+            self.tokens = tokens
+            self.batches = self._pack()
             if self.learned:
                 put_logprobs(self.groups, self.batches, torch.promote_types(self.policy.dtype, torch.float32))
         return self.batches

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import gruppo.updates
+from gruppo import loop
 from gruppo.engines import Request, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.entry import train
@@ -78,8 +79,17 @@ def test_a_failed_allocation_changes_nothing_but_sizes(
     place: str, tiny_folder: str, whole: dict[str, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, count, kind, method, size = PLACES[place]
+    sizes: list[int] = []
+    original = loop.score_batches if method == "ppo" else loop.batch_loss
+
+    def sized(*args):
+        batches = args[2] if method == "ppo" else [args[2]]
+        sizes.append(max(len(batch.token_ids) for batch in batches))
+        return original(*args)
+
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.packing.MAX_TOKENS", 60)
+        patch.setattr(loop, original.__name__, sized)
         at_call(patch, target, count, fails(kind))
         result = small_run(tiny_folder, tmp_path / "run", **CHANGES, **(PPO if method == "ppo" else {}))
     close(whole[method], result)
@@ -91,6 +101,8 @@ def test_a_failed_allocation_changes_nothing_but_sizes(
     assert environment["chosen"][size] == event["after"]
     assert [each["step"] for each in environment["halvings"]] == [event["step"]]
     if size == "micro_batch_tokens":
+        assert max(sizes) > 30
+        assert max(sizes[-2:]) <= 30, "what is made again is smaller"
         assert result.metrics[-1]["memory/micro_batch_tokens"] == event["after"]
 
 
