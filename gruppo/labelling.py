@@ -20,11 +20,14 @@ from gruppo.runlog import LABELS, REWARD_MODEL, RunFolder, check_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from gruppo.checkpoint import State
     from gruppo.interruption import Stop
     from gruppo.labels import Labelled
     from gruppo.models import ModelSource
+    from gruppo.packing import Batch
     from gruppo.reward_model import Sample
     from gruppo.types import Metrics
+    from gruppo.updates import Require
 
 
 @dataclass(frozen=True)
@@ -207,12 +210,7 @@ def _train(
         run.cut_back(state.lengths, state.step)
         before = run.read_json("before.json") or {}
 
-    def require(value: float, what: str, batches: Sequence[Any]) -> None:
-        if not math.isfinite(value):
-            raise RunError(
-                f"the {what} of update {state.step + 1} is {value}; this update was not made: begin again with a lower "
-                "reward_model.learning_rate"
-            )
+    require = _required(run, state, source.tokenizer)
 
     def after(number: int, metrics: Metrics) -> None:
         state.step = number
@@ -230,6 +228,22 @@ def _train(
         save_reward_model(made, settings.kind, folder)
     run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
     return result
+
+
+def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) -> Require:
+    """What stops before the optimizer where a number is not finite, and keeps the batch."""
+    from gruppo.nonfinite import keep_batches
+
+    def require(value: float, what: str, batches: Sequence[Batch]) -> None:
+        if not math.isfinite(value):
+            facts = {"what": what, "value": str(value), "micro_batches": len(batches)}
+            path = keep_batches(run, state.step + 1, facts, batches, tokenizer)
+            raise RunError(
+                f"the {what} of update {state.step + 1} is {value}; this update was not made, and its batch is in "
+                f"{path}: begin again with a lower reward_model.learning_rate"
+            )
+
+    return require
 
 
 def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) -> tuple[list[Sample], list[Sample]]:
