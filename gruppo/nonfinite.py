@@ -62,12 +62,13 @@ def load_batches(path: str | Path) -> list[Batch]:
 
 
 def not_finite(batch: Batch) -> dict[str, int]:
-    """By name of a tensor over the batch's completion tokens, how many of its trained numbers are not finite."""
+    """By name of a tensor over the batch's completion tokens, how many of its trained numbers are not finite. A NaN of
+    the engine's is none: nobody drew what rows bring."""
     used = batch.weights != 0
     counts = {
         name: int((~torch.isfinite(each))[used].sum())
         for name, each in _tensors(batch).items()
-        if each.is_floating_point()
+        if each.is_floating_point() and not (name == "sampling_logprobs" and bool(each.isnan().all()))
     }
     return {name: count for name, count in counts.items() if count}
 

@@ -176,7 +176,8 @@ def everything_truncated(seen: Seen) -> Finding | None:
         return None
     steps = seen.span(CUT_STEPS)
     return Finding(
-        f"in steps {_to(steps)} {fmean(shares):.0%} of completions were cut at sampling.max_tokens; their ends are never seen",
+        f"in steps {_to(steps)} {fmean(shares):.0%} of completions were cut at sampling.max_tokens, "
+        "so that their ends are never seen",
         {"steps": steps, "completion/truncated": shares},
     )
 

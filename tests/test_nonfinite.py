@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 import gruppo.objective
 from gruppo.config import Method
 from gruppo.errors import RunError
+from gruppo.forecast import trial_batch
 from gruppo.models import find_model, load_model, weights_sha256
-from gruppo.nonfinite import load_batches
+from gruppo.nonfinite import load_batches, not_finite
 from gruppo.objective import batch_loss
 from gruppo.reporting import Silent
 from gruppo.runlog import read_lines
 from gruppo.types import Metrics
+from tests.conftest import make_policy
 from tests.runs import small_run
 
 PPO = {"method__name": "ppo"}
@@ -126,3 +128,13 @@ def test_the_weights_are_those_from_before(tiny_folder: str, tmp_path: Path, mon
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     start = load_model(find_model(tiny_folder, Silent()), "cpu", "float32").model
     assert summary["weights_sha256"] == weights_sha256(start)
+
+
+def test_completions_that_nobody_drew_are_no_reason() -> None:
+    batch = trial_batch(make_policy(), [(2, [1, 1])])
+    batch.sampling_logprobs = torch.full_like(batch.sampling_logprobs, math.nan)
+    assert not_finite(batch) == {}
+    batch.advantages[1] = math.inf
+    assert not_finite(batch) == {"advantages": 1}
+    batch.weights[1] = 0.0
+    assert not_finite(batch) == {}, "a token that is not trained on"
