@@ -1,9 +1,9 @@
 """gruppo trains language models with Group Relative Policy Optimization.
 
 `train` runs a recipe, `evaluate` measures a model, `export` writes a checkpoint as a model folder, `load_result` opens
-a run folder, `load_recipe` reads and validates a recipe; `label` and `train_reward_model` make a
-reward model; `Callback` and `STOP` are for watching and ending a run. They
-are imported when first used, so that `import gruppo` is quick.
+a run folder, `replay` makes a step of it again, `load_recipe` reads and validates a recipe; `label` and
+`train_reward_model` make a reward model; `Callback` and `STOP` are for watching and ending a run. They are imported
+when first used, so that `import gruppo` is quick.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gruppo.exporting import export as export
     from gruppo.labelling import label as label
     from gruppo.labelling import train_reward_model as train_reward_model
+    from gruppo.replaying import replay as replay
     from gruppo.results import Result as Result
     from gruppo.results import load_result as load_result
 
@@ -43,6 +44,7 @@ _HOMES = {
     "export": "exporting",
     "label": "labelling",
     "train_reward_model": "labelling",
+    "replay": "replaying",
     "Result": "results",
     "load_result": "results",
     "train": "entry",
@@ -60,6 +62,7 @@ __all__ = [
     "label",
     "load_recipe",
     "load_result",
+    "replay",
     "train",
     "train_reward_model",
 ]

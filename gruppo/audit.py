@@ -7,7 +7,6 @@ standard errors; a reward that rises so while the audit's slope is not even one 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from gruppo.config import Audit
 from gruppo.reporting import Advance
 from gruppo.rewards.pool import RewardPool
+from gruppo.stats import trend
 from gruppo.types import Group, Metrics
 
 RISES, STAYS = 2.0, 1.0  # standard errors
@@ -66,21 +66,6 @@ class Auditor:
             f"{_start(rewards[::-1]):.3f} and the audit ({self.pool.names[0]}) went from {_start(audits):.3f} to "
             f"{_start(audits[::-1]):.3f}: the policy may be learning what the reward gets wrong; read some rollouts"
         )
-
-
-def trend(values: Sequence[float]) -> float:
-    """The slope of a straight line through the values, in its standard errors; 0 where all are equal, infinite where
-    they lie on a line that is not level. Raises ValueError for fewer than three."""
-    if len(values) < 3:
-        raise ValueError(f"{len(values)} values have no trend; give three or more")
-    times = np.arange(len(values)) - (len(values) - 1) / 2
-    made = np.asarray(values, dtype=float)
-    slope = float(times @ made / (times @ times))
-    residuals = made - made.mean() - slope * times
-    error = math.sqrt(float(residuals @ residuals) / (len(values) - 2) / float(times @ times))
-    if error <= 1e-12 * max(1.0, float(np.abs(made).max())):
-        return 0.0 if abs(slope) <= 1e-12 else math.copysign(math.inf, slope)
-    return slope / error
 
 
 def _mean(values: Sequence[float]) -> float:

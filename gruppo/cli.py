@@ -405,6 +405,35 @@ def repeat_(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart; it is only read.")],
+    step: Annotated[int, typer.Option(help="The step to make again, from 1.")],
+    tolerance: Annotated[
+        float, typer.Option(help="Relative difference up to which numbers are equal; for another machine, e.g. 1e-4.")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with every difference.")] = False,
+) -> None:
+    """Make a step again from its stored rollouts, and compare rewards, advantages, loss and gradient norm.
+
+    Exit code 0 where all is equal, 1 where something differs.
+    """
+    from gruppo.console import ConsoleReporter
+    from gruppo.replaying import describe_replay
+    from gruppo.replaying import replay as make
+
+    reporter = ConsoleReporter()
+    made = make(run, step, tolerance=tolerance, reporter=reporter)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(made.as_dict()))
+    else:
+        reporter.output.print(describe_replay(made), markup=False)
+    if not made.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
 def methods() -> None:
     """Print the table of methods: data source, reward, signal on a token, loss, equation."""
     from gruppo.methods import describe_methods

@@ -14,6 +14,29 @@ class RunError(RuntimeError):
     """A run that had begun could not go on; what it had is in its folder. Exit code 1."""
 
 
+# What libraries say where memory is not to be had; an accelerator's error is a RuntimeError too.
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "could not create a memory",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed: Python's, numpy's, torch's on a CPU or an accelerator."""
+    if isinstance(error, MemoryError):
+        return True
+    told = isinstance(error, RuntimeError) and not isinstance(error, RunError)
+    return told and any(words in str(error) for words in _NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean "x"?' for the known word nearest to `word`, or '; known: …' where none is near."""
     known = sorted(known)

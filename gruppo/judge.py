@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +26,7 @@ from gruppo.reward_model import (
     replayed,
     with_scores,
 )
+from gruppo.sizes import Sizes
 from gruppo.steps import checked_ends, find_split, step_tokens
 from gruppo.types import Completion, Group, Metrics, Steps
 from gruppo.updates import Require, update
@@ -34,13 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judge:
-    """`optimizer`: of the model's weights, where it is trained. `budget`: tokens of a micro-batch."""
+    """`optimizer`: of the model's weights, where it is trained."""
 
     model: ScalarModel
     optimizer: torch.optim.Optimizer | None
     settings: RewardModel
     tokenizer: PreTrainedTokenizerBase
-    budget: int
+    sizes: Sizes
     max_grad_norm: float
 
     def score(self, groups: Sequence[Group]) -> None:
@@ -56,7 +59,7 @@ class Judge:
                 rewards[number] = replace(rewards[number], total=None, failure=str(error))
                 group.rewards = rewards
             asked.append(Sample(group.prompt, completion, False, Steps((0.0,) * len(ends), ends)))
-        made = probabilities(self.model, asked, self.budget, self.model.policy.device)
+        made = self._probabilities(asked, "judging by the reward model")
         scored = [
             with_scores(group.rewards[number], self.settings.kind, sample.labels.ends, own, self.settings.weight)
             for (group, number), sample, own in zip(places, asked, made, strict=True)
@@ -106,7 +109,23 @@ class Judge:
 
     def quality(self, samples: Sequence[Sample]) -> dict[str, float | None]:
         """See `gruppo.reward_model.quality`."""
-        return quality(samples, probabilities(self.model, samples, self.budget, self.model.policy.device))
+        return quality(samples, self._probabilities(samples, "measuring the reward model"))
+
+    def _probabilities(self, samples: Sequence[Sample], during: str) -> list[tuple[float, ...]]:
+        """See `gruppo.reward_model.probabilities`. Raises RunError where one is not finite."""
+        model = self.model
+
+        def attempt(tokens: int) -> list[tuple[float, ...]]:
+            return probabilities(model, samples, tokens, model.policy.device)
+
+        made = self.sizes.fitting("micro_batch_tokens", during, attempt)
+        odd = [sample.prompt.id for sample, own in zip(samples, made, strict=True) if not all(map(math.isfinite, own))]
+        if odd:
+            raise RunError(
+                f"the reward model's probability of a completion of {odd[0]} is not finite: its weights have diverged; "
+                "begin again with a lower reward_model.learning_rate"
+            )
+        return made
 
 
 def fit(
@@ -122,24 +141,14 @@ def fit(
     """Train the judge's model on the samples, in mini-batches; the metrics of all updates. `done`: how many updates
     were made before; `after` is called with the number of each that is made and its metrics."""
     assert judge.optimizer is not None
-    model, settings, whole = judge.model, judge.settings, Metrics()
+    settings, whole = judge.settings, Metrics()
     rows = list(minibatches([sample for sample in samples if sample.labels.ends], settings, turn))
     with reporter.progress("Training the reward model", len(rows), "updates") as show:
         show(done)
         for number, row in enumerate(rows[done:], start=done + 1):
             stop.check()
-            batches, loss_of = label_batches(model, row, judge.budget)
-            rate, most = settings.learning_rate, judge.max_grad_norm
-            total, norm = update(
-                batches,
-                loss_of,
-                model.policy,
-                model.module,
-                judge.optimizer,
-                rate,
-                most,
-                require_finite,
-                lambda _: None,
+            total, norm = judge.sizes.fitting(
+                "micro_batch_tokens", "training the reward model", partial(_learn_from, judge, row, require_finite)
             )
             own = Metrics()
             for each in (own, whole):
@@ -148,3 +157,21 @@ def fit(
             after(number, own)
             show(1)
     return whole
+
+
+def _learn_from(judge: Judge, row: Sequence[Sample], require_finite: Require, tokens: int) -> tuple[float, float]:
+    """One update on a mini-batch, in micro-batches of so many tokens; see `gruppo.updates.update`."""
+    assert judge.optimizer is not None
+    model = judge.model
+    batches, loss_of = label_batches(model, row, tokens)
+    return update(
+        batches,
+        loss_of,
+        model.policy,
+        model.module,
+        judge.optimizer,
+        judge.settings.learning_rate,
+        judge.max_grad_norm,
+        require_finite,
+        lambda _: None,
+    )

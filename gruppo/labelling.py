@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from gruppo.judge import Judge
     from gruppo.labels import Labelled
     from gruppo.models import ModelSource
+    from gruppo.packing import Batch
     from gruppo.reward_model import Sample
     from gruppo.types import Metrics
+    from gruppo.updates import Require
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ def _begin_training(
     from gruppo.packing import most_tokens
     from gruppo.preparation import find_named, make_optimizer
     from gruppo.reward_model import check_kind, load_reward_model
+    from gruppo.sizes import Sizes
 
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     name = "reward_model.name" if settings.name else "model.name"
@@ -209,7 +212,9 @@ def _begin_training(
     made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, reporter)
     optimizer = make_optimizer(recipe.optimizer, made.module)
     most = recipe.optimizer.max_grad_norm
-    judge = Judge(made, optimizer, settings, source.tokenizer, most_tokens(max(prompts)), most)
+    longest = max(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in (*training, *held))
+    sizes = Sizes(most_tokens(max(prompts)), 1, longest, lambda made: run.event("memory", str(made), state.step))
+    judge = Judge(made, optimizer, settings, source.tokenizer, sizes, most)
 
     identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
     _begin(run, recipe, REWARD_MODEL, identity)
@@ -244,12 +249,7 @@ def _train(
         if state.step:
             save_checkpoint(run, made.module, optimizer, state)
 
-    def require(value: float, what: str, batches: Sequence[Any]) -> None:
-        if not math.isfinite(value):
-            raise RunError(
-                f"the {what} of update {state.step + 1} is {value}; this update was not made: begin again with a lower "
-                "reward_model.learning_rate"
-            )
+    require = _required(run, state, judge.tokenizer)
 
     def after(number: int, metrics: Metrics) -> None:
         run.metric({"step": number, **metrics.reduce()})
@@ -270,6 +270,22 @@ def _train(
             save_reward_model(made, settings.kind, folder)
         run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
     return result
+
+
+def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) -> Require:
+    """What stops before the optimizer where a number is not finite, and keeps the batch."""
+    from gruppo.nonfinite import keep_batches
+
+    def require(value: float, what: str, batches: Sequence[Batch]) -> None:
+        if not math.isfinite(value):
+            facts = {"what": what, "value": str(value), "micro_batches": len(batches)}
+            path = keep_batches(run, state.step + 1, facts, batches, tokenizer)
+            raise RunError(
+                f"the {what} of update {state.step + 1} is {value}; this update was not made, and its batch is in "
+                f"{path}: begin again with a lower reward_model.learning_rate"
+            )
+
+    return require
 
 
 def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) -> tuple[list[Sample], list[Sample]]:

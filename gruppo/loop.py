@@ -13,13 +13,15 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gruppo.adapters import save_adapter
 from gruppo.audit import Auditor
@@ -39,34 +41,42 @@ from gruppo.checkpoint import (
 from gruppo.config import Optimizer
 from gruppo.critic import critic_loss, score_values
 from gruppo.disk import WriteError
-from gruppo.errors import RunError
+from gruppo.errors import RunError, first_line, out_of_memory
 from gruppo.evaluation import answer_questions
+from gruppo.heads import ScalarModel
 from gruppo.interruption import Interrupted, Stop
 from gruppo.judge import Judge
 from gruppo.labels import Labeller, label_rows, read_labels
 from gruppo.machine import peak_memory, release_memory
 from gruppo.models import LanguageModel, named_weights, save_model, save_weights, tensors_sha256
+from gruppo.nonfinite import keep_batches, not_finite
 from gruppo.objective import (
     assign_advantages,
     batch_loss,
     drop,
     keep_logprobs,
     mark_trained,
+    put_logprobs,
     rewards_differ,
     score_batches,
     select,
     token_weights,
 )
-from gruppo.packing import Batch, pack
+from gruppo.packing import Batch, TokenWeights, pack
 from gruppo.preparation import Prepared
+from gruppo.recorded import Recorded
 from gruppo.reporting import Reporter
 from gruppo.reward_model import NAME, save_reward_model
 from gruppo.rewards.failures import failures_of, keep_call
+from gruppo.rewards.pool import RewardPool
 from gruppo.rollout import describe_groups, given_groups, sample_groups, score_groups
-from gruppo.runlog import publish
+from gruppo.sizes import Halving
 from gruppo.tables import EVALUATIONS, LABELS, ROLLOUTS, rollout_rows
-from gruppo.types import Group, Metrics
+from gruppo.types import Completion, Group, Metrics, Prompt
 from gruppo.updates import update
+from gruppo.watch import Watch
+
+BFLOAT16_DRIFT, FLOAT32_DRIFT = 0.05, 1e-4  # nats a token on average
 
 
 def run(prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks | None = None) -> dict[str, Any]:
@@ -74,10 +84,25 @@ def run(prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks
     return _Run(prepared, reporter, stop, callbacks or Callbacks()).go()
 
 
-class _Run:
-    """A run on its way: what was prepared, and where it stands."""
+def redo(prepared: Prepared, reporter: Reporter, stop: Stop, recorded: Recorded, last: int) -> int:
+    """Make the steps up to `last` again, from the newest checkpoint that the folder holds and from what was recorded;
+    nothing is sampled, evaluated or saved. The step that it began after."""
+    run = _Run(prepared, reporter, stop, Callbacks(), recorded)
+    return run.redo(last, recorded)
 
-    def __init__(self, prepared: Prepared, reporter: Reporter, stop: Stop, callbacks: Callbacks) -> None:
+
+class _Run:
+    """A run on its way: what was prepared, and where it stands. `recorded`: what its steps are made again from."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        reporter: Reporter,
+        stop: Stop,
+        callbacks: Callbacks,
+        recorded: Recorded | None = None,
+    ) -> None:
+        self.recorded = recorded
         self.parts, self.recipe, self.run = prepared, prepared.recipe, prepared.run
         self.reporter, self.stop, self.callbacks = reporter, stop, callbacks
         self.state = State()
@@ -91,9 +116,11 @@ class _Run:
                 prepared.reward_optimizer,
                 self.recipe.reward_model,
                 prepared.policy.tokenizer,
-                prepared.budget,
+                prepared.sizes,
                 self.recipe.optimizer.max_grad_norm,
             )
+        prepared.sizes.told = self._note_halving
+        self.watch = self._watch()
         self.auditor = None
         if prepared.audit is not None and self.recipe.audit is not None:
             self.auditor = Auditor(prepared.audit, self.recipe.audit, self.recipe.run.seed)
@@ -113,15 +140,35 @@ class _Run:
                 self.run.cut_back(self.lengths, self.state.step)
                 self._save_once()
             outcome = "interrupted"
-        except Exception:
+        except Exception as error:
             if self.callbacks.failed:  # which they do where nothing is half done
                 self._save_once()
+            elif out_of_memory(error):
+                message = f"memory ran out ({first_line(error)}); free some, and resume from the last checkpoint"
+                raise RunError(message) from error
             raise
         finally:
             summary = self._summary(outcome)
             with suppress(*[WriteError] if outcome == "failed" else []):  # the failure goes first
                 self.run.write_json("summary.json", summary)
         return summary
+
+    def redo(self, last: int, recorded: Recorded) -> int:
+        """See `redo`."""
+        self._restore()
+        begun, sizes = self.state.step, self.parts.sizes
+        with self.reporter.progress("Making steps again", last - begun, "steps") as advance:
+            while self.state.step < last:
+                self.stop.check()
+                due, step = self._iteration_due(), self.state.step
+                now = sizes.micro_batch_tokens
+                sizes.micro_batch_tokens = recorded.micro_batch_tokens(step if due else step + 1, due, now)
+                if due:
+                    self._begin_iteration()
+                else:
+                    self._step()
+                    advance(1)
+        return begun
 
     def _steps(self, advance: Callable[[float], None]) -> None:
         """Algorithm 1. At the top of the loop nothing is half done: that is where state is saved."""
@@ -151,7 +198,7 @@ class _Run:
     def _save_once(self) -> None:
         """Make a checkpoint of where the run stands, after the result if this is its end, unless there is one."""
         where = self.state.step, self.state.evaluated, self.state.iteration
-        if self.saved == where:
+        if self.saved == where or self.recorded is not None:
             return
         if self._at_end:
             self._save_result()
@@ -217,7 +264,8 @@ class _Run:
         state.iteration = number
         state.train_seconds += clock.total
         times = {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
-        values = {"step": state.step, "iteration": number, **figures, **times}
+        size = {"memory/micro_batch_tokens": parts.sizes.micro_batch_tokens}
+        values = {"step": state.step, "iteration": number, **figures, **times, **size}
         self.run.metric(values)
         self.reporter.step(values)
         self._save_once()
@@ -245,7 +293,10 @@ class _Run:
             self.stop,
         )
         key = recipe.run.seed, 0, state.cursor
-        labels, failures = labeller.sample(prompts, recipe.sampling.group_size, key)
+        if self.recorded is None:
+            labels, failures = labeller.sample(prompts, recipe.sampling.group_size, key)
+        else:
+            labels, failures = self.recorded.labels(state.step), Counter()
         for failure, count in failures.items():
             self.run.event("abstention", failure, state.step, completions=count)
         if failures:
@@ -270,29 +321,28 @@ class _Run:
         parts, recipe, state = self.parts, self.recipe, self.state
         metrics, clock, step = Metrics(), _Clock(), state.step + 1
         groups = self._explore(step, metrics, clock)
-        self._require_rewards(step, groups)
-        weights, device = token_weights(recipe.method, recipe.sampling.max_tokens), parts.policy.device
+        if self.recorded is None:
+            self._require_rewards(step, groups)
         select(groups, recipe.method)
         if recipe.method.needs_scores:
             with clock("score"):
-                self._score(groups, pack(groups, weights, parts.budget, with_kl=True, device=device), metrics)
+                self._score(groups, metrics)
         if parts.critic is not None:
             with clock("score"):
-                score_values(parts.critic, groups, parts.budget, device)
+                self._score_values(parts.critic, groups)
         assign_advantages(groups, recipe.method, metrics, self._weights(), recipe.critic)
-        everything = recipe.method.kl_in_loss or parts.critic is not None
-        batches = pack(groups, weights, parts.budget, with_kl=everything, device=device)
+        packed = self._packed(groups, recipe.method.kl_in_loss or parts.critic is not None)
         rate = learning_rate(recipe.optimizer, state.step, recipe.run.steps)
         release_memory()  # what one phase has freed would lie in pieces that the next one cannot use
         with clock("update"):
-            for number in range(recipe.method.inner_updates if batches else 0):
-                self._update(batches, rate, metrics, number)
-                self._update_critic(batches, rate, metrics, number)
+            for number in range(recipe.method.inner_updates if packed.batches else 0):
+                self._update(packed, rate, metrics, number)
+                self._update_critic(packed, rate, metrics, number)
         with clock("load_weights"):
             parts.engine.load_weights(parts.policy, step)
         release_memory()
-        keep_logprobs(groups, batches)
-        values = self._write_step(step, groups, rate, metrics, clock, bool(batches))
+        keep_logprobs(groups, packed.batches)
+        values = self._write_step(step, groups, rate, metrics, clock, bool(packed.batches))
         state.step, state.cursor, state.evaluated = step, state.cursor + len(groups), False
         self.callbacks.tell("on_step", step, values, groups)
 
@@ -336,18 +386,10 @@ class _Run:
         streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
         with clock("generate"), self.stop.anywhere():
             sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
+        score = partial(self._judge, step, prompts, sampled, parts.pool, metrics)
         with clock("reward"), self.stop.anywhere():
-            try:
-                groups = score_groups(prompts, sampled, parts.pool, self._told(), metrics, self.reporter, self.stop)
-            except RunError:  # a process that was replaced cannot load the functions again
-                self._save_once()
-                raise
-            if self.judge is not None:
-                self.judge.score(groups)
-            if self.auditor is not None:
-                failed = self.auditor.judge(groups, self._weights(), step, metrics, lambda _: self.stop.check())
-                for failure in failed:
-                    self.run.event("abstention", f"audit: {failure}", step)
+            recorded = self.recorded
+            groups = score() if recorded is None else recorded.rewarded(step, cursor, prompts, sampled, score)
         if recipe.method.credit != "step" and any(reward.steps for group in groups for reward in group.rewards):
             raise RunError(
                 f'method.credit = "{recipe.method.credit}": a reward judges steps, which it would not learn from; '
@@ -356,13 +398,58 @@ class _Run:
         mark_trained(groups, recipe.method.mask_truncated)
         return groups
 
-    def _score(self, groups: Sequence[Group], batches: Sequence[Batch], metrics: Metrics) -> None:
+    def _judge(
+        self,
+        step: int,
+        prompts: Sequence[Prompt],
+        sampled: Sequence[Sequence[Completion]],
+        pool: RewardPool,
+        metrics: Metrics,
+    ) -> list[Group]:
+        """Groups with the rewards that functions and the reward model give them; audited, where the recipe asks."""
+        try:
+            groups = score_groups(prompts, sampled, pool, self._told(), metrics, self.reporter, self.stop)
+        except RunError:  # a process that was replaced cannot load the functions again
+            self._save_once()
+            raise
+        if self.judge is not None:
+            self.judge.score(groups)
+        if self.auditor is not None:
+            failed = self.auditor.judge(groups, self._weights(), step, metrics, lambda _: self.stop.check())
+            for failure in failed:
+                self.run.event("abstention", f"audit: {failure}", step)
+        return groups
+
+    def _packed(self, groups: Sequence[Group], with_kl: bool) -> _Packed:
+        weights = token_weights(self.recipe.method, self.recipe.sampling.max_tokens)
+        return _Packed(groups, weights, self.parts.policy, with_kl, self.parts.sizes.micro_batch_tokens)
+
+    def _score(self, groups: Sequence[Group], metrics: Metrics) -> None:
         """π_old and π_ref of the trained completions, for a KL in the reward, or for pairs."""
-        assert self.parts.reference is not None
-        score_batches(self.parts.policy, self.parts.reference, batches, self.recipe.sampling.temperature, metrics)
+        policy, reference, packed = self.parts.policy, self.parts.reference, self._packed(groups, with_kl=True)
+        assert reference is not None
+
+        def attempt(tokens: int) -> Sequence[Batch]:
+            batches = packed.at(tokens)
+            with metrics.all_or_nothing():
+                score_batches(policy, reference, batches, self.recipe.sampling.temperature, metrics)
+            return batches
+
+        batches = self.parts.sizes.fitting("micro_batch_tokens", "scoring", attempt)
+        for batch in batches:
+            if odd := not_finite(batch):
+                self._require_finite(math.nan, next(iter(odd)), [batch], 0)
         keep_logprobs(groups, batches)
 
-    def _update(self, batches: Sequence[Batch], rate: float, metrics: Metrics, number: int) -> None:
+    def _score_values(self, critic: ScalarModel, groups: Sequence[Group]) -> None:
+        """The value model's numbers for the trained completions."""
+
+        def attempt(tokens: int) -> None:
+            score_values(critic, groups, tokens, self.parts.policy.device)
+
+        self.parts.sizes.fitting("micro_batch_tokens", "scoring", attempt)
+
+    def _update(self, packed: _Packed, rate: float, metrics: Metrics, number: int) -> None:
         """One optimizer step on the whole of the step's completions; the loss is a sum over micro-batches."""
         parts, recipe = self.parts, self.recipe
 
@@ -370,12 +457,14 @@ class _Run:
             temperature = recipe.sampling.temperature
             return batch_loss(parts.policy, parts.reference, batch, recipe.method, temperature, metrics)
 
-        total, norm = self._learn(batches, loss, parts.policy, parts.policy.model, parts.optimizer, rate, number)
+        learner = _Learner(parts.policy, parts.policy.model, parts.optimizer, loss, rate)
+        total, norm = self._learn(packed, learner, metrics, number)
+        packed.learned = True
         metrics.mean("loss/total", total)
         metrics.mean("optimizer/gradient_norm", norm)
         metrics.mean("optimizer/clipped", norm > recipe.optimizer.max_grad_norm)
 
-    def _update_critic(self, batches: Sequence[Batch], rate: float, metrics: Metrics, number: int) -> None:
+    def _update_critic(self, packed: _Packed, rate: float, metrics: Metrics, number: int) -> None:
         """The same of the value model, if there is one; its learning rate follows the policy's schedule."""
         critic, optimizer, settings = self.parts.critic, self.parts.critic_optimizer, self.recipe.critic
         if critic is None or optimizer is None:
@@ -385,29 +474,51 @@ class _Run:
         def loss(batch: Batch) -> torch.Tensor:
             return critic_loss(critic, batch, settings, metrics)
 
-        own = share * settings.learning_rate
-        total, norm = self._learn(batches, loss, critic.policy, critic.module, optimizer, own, number)
+        learner = _Learner(critic.policy, critic.module, optimizer, loss, share * settings.learning_rate)
+        total, norm = self._learn(packed, learner, metrics, number, "value model's ", "critic.learning_rate")
         metrics.mean("value/loss", total)
         metrics.mean("value/gradient_norm", norm)
 
     def _learn(
         self,
-        batches: Sequence[Batch],
-        loss_of: Callable[[Batch], torch.Tensor],
-        computed_by: LanguageModel,
-        module: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        rate: float,
+        packed: _Packed,
+        learner: _Learner,
+        metrics: Metrics,
         number: int,
+        whose: str = "",
+        field: str = "optimizer.learning_rate",
     ) -> tuple[float, float]:
-        """See `gruppo.updates.update`, under a progress bar."""
+        """See `gruppo.updates.update`, under a progress bar. Where memory runs out the update is made again, in smaller
+        micro-batches, as if it had not been tried."""
 
         def require(value: float, what: str, own: Sequence[Batch]) -> None:
-            self._require_finite(value, what, own, number)
+            self._require_finite(value, whose + what, own, number, field)
 
-        most = self.recipe.optimizer.max_grad_norm
-        with self.reporter.progress("Updating", len(batches), "batches") as advance:
-            return update(batches, loss_of, computed_by, module, optimizer, rate, most, require, advance)
+        def attempt(tokens: int) -> tuple[float, float]:
+            batches, most = packed.at(tokens), self.recipe.optimizer.max_grad_norm
+            with self.reporter.progress("Updating", len(batches), "batches") as advance, metrics.all_or_nothing():
+                return update(
+                    batches,
+                    learner.loss_of,
+                    learner.computed_by,
+                    learner.module,
+                    learner.optimizer,
+                    learner.rate,
+                    most,
+                    require,
+                    advance,
+                )
+
+        return self.parts.sizes.fitting("micro_batch_tokens", "updating", attempt)
+
+    def _note_halving(self, made: Halving) -> None:
+        """Write a size that memory has made smaller down where sizes are, so that a resume keeps it."""
+        held = self.run.read_json("environment.json") or {}
+        halvings = [*held.get("halvings", []), {"step": self.state.step + 1, **asdict(made)}]
+        chosen = {**held.get("chosen", {}), made.size: made.after}
+        self.run.write_json("environment.json", {**held, "chosen": chosen, "halvings": halvings})
+        self.run.event("memory", str(made), self.state.step + 1, **asdict(made))
+        self.reporter.note(f"Step {self.state.step + 1}: {made}")
 
     def _require_finite(
         self,
@@ -421,15 +532,13 @@ class _Run:
         if math.isfinite(value):
             return
         step = self.state.step + 1
-        for index, batch in enumerate(batches):
-            path = self.run.path / f"nonfinite-step-{step:06d}-{index}.safetensors"
-            tensors = {name: getattr(batch, name) for name in batch.__slots__}
-            tensors = {name: each for name, each in tensors.items() if isinstance(each, torch.Tensor)}
-            save_file(tensors, path.with_suffix(".writing"))
-            publish(path.with_suffix(".writing"), path)
         where = f"step {step}" + (f", inner update {update + 1}" if self.recipe.method.inner_updates > 1 else "")
-        message = f"the {what} of {where} is {value}; this update was not made, and its batch is in {self.run.path}"
-        self.run.event("nonfinite", message, step)
+        facts = {"update": update + 1, "what": what, "value": str(value), "micro_batches": len(batches)}
+        path = keep_batches(self.run, step, facts, batches, self.parts.policy.tokenizer)
+        odd = sorted({name for batch in batches for name in not_finite(batch)})
+        inside = f"; not finite in it: {', '.join(odd)}" if odd else ""
+        message = f"the {what} of {where} is {value}; this update was not made, and its batch is in {path}{inside}"
+        self.run.event("nonfinite", message, step, file=path.name)
         raise RunError(f"{message}; look at the batch, and begin again with a lower {field}")
 
     def _write_step(
@@ -440,6 +549,7 @@ class _Run:
         tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
         metrics.mean("optimizer/learning_rate", rate)
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
+        metrics.maximum("memory/micro_batch_tokens", parts.sizes.micro_batch_tokens)
         self._warn(step, groups, updated)
         with clock("write"):
             self.run.table("rollouts", step, rollout_rows(step, groups, parts.policy.tokenizer), ROLLOUTS)
@@ -450,8 +560,7 @@ class _Run:
         if "generate" in clock.seconds:
             metrics.mean("time/tokens_per_second", tokens, clock.seconds["generate"])
         values = {"step": step, **metrics.reduce()}
-        self.run.metric(values)
-        self.reporter.step(values)
+        self._note(values)
         alarm = self.auditor and self.auditor.alarm(values)
         if alarm:
             self.run.event("audit", alarm, step)
@@ -496,6 +605,22 @@ class _Run:
         steps, most = self.recipe.run.steps, self.recipe.sampling.max_tokens
         return {"global_step": self.state.step, "max_steps": steps, "max_tokens": most}
 
+    def _note(self, values: Mapping[str, Any]) -> None:
+        """Write a line of metrics, and warn of what it gives reason to."""
+        self.run.metric(values)
+        self.reporter.step(values)
+        for notice in self.watch.see(values):
+            state, link = "passed" if notice.passed else "begins", notice.link
+            details = {"warning": notice.name, "state": state, "evidence": notice.evidence, "link": link}
+            self.run.event("warning", notice.message, notice.step, **details)
+            title = notice.name.replace("_", " ")
+            told = " has passed" if notice.passed else f": {notice.message}; see {link}"
+            self.reporter.note(f"Step {notice.step}: warning ({title}){told}")
+
+    def _watch(self) -> Watch:
+        """Nothing seen yet. Rounding decides by how much engine and trainer may differ; see docs/metrics.md."""
+        return Watch(self._weights(), BFLOAT16_DRIFT if self.parts.policy.dtype == torch.bfloat16 else FLOAT32_DRIFT)
+
     def _warn(self, step: int, groups: Sequence[Group], updated: bool) -> None:
         """Events for abstentions and for steps that teach nothing."""
         self._tell_failures(step, groups)
@@ -538,8 +663,7 @@ class _Run:
             "eval/number_share": figures["number_share"],
             "time/evaluate": time.monotonic() - start,
         }
-        self.run.metric(values)
-        self.reporter.step(values)
+        self._note(values)
         state.evaluated = True
         self.callbacks.tell("on_evaluation", state.step, figures, rows)
 
@@ -555,9 +679,10 @@ class _Run:
         damages = self.run.cut_back(self.state.lengths, self.state.step)
         damages += self.run.table_problems("rollouts", range(1, self.state.step + 1))
         damages += self.run.table_problems("evaluations", map(int, self.state.evaluations))
-        if self.auditor is not None:
-            for values in self.run.metrics():
-                self.auditor.alarm(values)  # to know of the last steps; what it says was said then
+        for values in self.run.metrics():  # to know of the last steps; what is said of them was said then
+            self.watch.see(values)
+            if self.auditor is not None:
+                self.auditor.alarm(values)
         self.parts.engine.load_weights(self.parts.policy, self.state.step)
         for problem in problems:
             self.run.event("checkpoint_unusable", problem, self.state.step)
@@ -574,6 +699,11 @@ class _Run:
             for task, count in self.parts.filtered.items():
                 message = f"{count} prompts of {task} are too long and were left out"
                 self.run.event("filtered", message, 0, task=task, prompts=count)
+        for halving in (self.run.read_json("environment.json") or {}).get("halvings", []):
+            if halving["step"] > self.state.step:  # its own event is of the steps that are now made again
+                size, after, made = halving["size"], halving["after"], halving["step"]
+                message = f"{size} stays {after}, as memory ran out in step {made} before the run was resumed"
+                self.run.event("memory", message, self.state.step, size=size, after=after)
         if folder is not None or begun:
             self.run.event("resume", f"continued after step {self.state.step}", self.state.step)
 
@@ -603,6 +733,43 @@ class _Run:
             "peak_memory_bytes": state.peak_memory_bytes,
             "weights_sha256": tensors_sha256(self.parts.policy.weights()),
         }
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """What an update is of: a model, its part that is trained, its optimizer, and the loss of a micro-batch."""
+
+    computed_by: LanguageModel
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_of: Callable[[Batch], torch.Tensor]
+    rate: float
+
+
+class _Packed:
+    """A step's groups in micro-batches, which can be packed anew into smaller ones. `learned`: the policy has moved
+    since, so that the log-probabilities that they hold cannot be computed again."""
+
+    def __init__(
+        self, groups: Sequence[Group], weights: TokenWeights, policy: LanguageModel, with_kl: bool, tokens: int
+    ) -> None:
+        self.groups, self.weights, self.policy, self.with_kl = groups, weights, policy, with_kl
+        self.tokens, self.learned = tokens, False
+        self.batches = self._pack()
+
+    def at(self, tokens: int) -> list[Batch]:
+        """In micro-batches of so many tokens."""
+        if tokens != self.tokens:
+            if self.learned:
+                keep_logprobs(self.groups, self.batches)
+            self.tokens = tokens
+            self.batches = self._pack()
+            if self.learned:
+                put_logprobs(self.groups, self.batches, torch.promote_types(self.policy.dtype, torch.float32))
+        return self.batches
+
+    def _pack(self) -> list[Batch]:
+        return pack(self.groups, self.weights, self.tokens, with_kl=self.with_kl, device=self.policy.device)
 
 
 class _Clock:

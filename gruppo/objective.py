@@ -370,3 +370,13 @@ def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
                 if computed is not None:
                     kept[number] = computed[stretch].tolist()
             start += length
+
+
+def put_logprobs(groups: Sequence[Group], batches: Sequence[Batch], dtype: torch.dtype) -> None:
+    """The other way: fill in batches with the log-probabilities that `keep_logprobs` copied to their groups."""
+    for batch in batches:
+        for name in ("old_logprobs", "ref_logprobs"):
+            kept = [getattr(groups[index], name)[number] for index, number, _ in batch.members]
+            if all(each is not None for each in kept):
+                values = list(chain(*kept))
+                setattr(batch, name, torch.tensor(values, dtype=dtype, device=batch.targets.device))

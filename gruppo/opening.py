@@ -19,16 +19,16 @@ MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; of a 
 _ROWS = 256
 
 
-def require_own(folder: Path) -> None:
-    """Raise UsageError where something in the folder is a link that leads out of it, or neither a file nor a folder:
-    reading it, or going on with the run, would reach what the folder does not hold."""
-    root = folder.resolve()
+def require_own(folder: Path, links_to: Path | None = None) -> None:
+    """Raise UsageError where something in the folder is a link that leads out of it (unless into `links_to`), or
+    neither a file nor a folder: reading it, or going on with the run, would reach what the folder does not hold."""
+    roots = [each.resolve() for each in (folder, links_to) if each is not None]
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place) / name
             try:
                 mode = path.lstat().st_mode
-                inside = not stat.S_ISLNK(mode) or (path.resolve().is_relative_to(root) and path.exists())
+                inside = not stat.S_ISLNK(mode) or (any(map(path.resolve().is_relative_to, roots)) and path.exists())
             except FileNotFoundError:
                 continue  # a run is going on in the folder
             except (OSError, RuntimeError):  # a link to itself
@@ -112,10 +112,10 @@ def step_of(path: Path) -> int | None:
 
 def _bytes(path: Path, most: int) -> bytes:
     with path.open("rb") as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise UsageError(f"{path}: has more than {most / 2**20:.0f} MiB; it is not read")
-    return content
+        size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise UsageError(f"{path}: has more than {most / 2**20:.0f} MiB; it is not read")
+        return stream.read(size)  # what a run appends meanwhile is left out; a limit would be reserved in memory
 
 
 def _json(content: bytes, where: str) -> Any:

@@ -46,6 +46,7 @@ from gruppo.rewards import RewardFunction
 from gruppo.rewards.confinement import machine_memory
 from gruppo.rewards.pool import RewardPool
 from gruppo.runlog import RunFolder, check_folder, checkpoint_folders
+from gruppo.sizes import FittingEngine, Sizes
 from gruppo.steps import find_split
 from gruppo.tables import as_json
 from gruppo.tasks import Part, tokenize_part
@@ -61,9 +62,8 @@ class Prepared:
 
     `sampler`: what completions are drawn from, the policy's `engine` or one of the start model. `given`: by prompt id
     the completions that rows bring; then there is no `pool`. `critic`: the value model, of PPO only. `reward_model`
-    has a `reward_optimizer` where it is trained. `audit`: the second grader's pool. `budget`: tokens of a micro-batch;
-    `changes`: what is no longer as it was when the run began, in words; `filtered`: how many rows of each task were
-    left out as too long.
+    has a `reward_optimizer` where it is trained. `audit`: the second grader's pool. `changes`: what is no longer
+    as it was when the run began, in words; `filtered`: how many rows of each task were left out as too long.
     """
 
     recipe: Recipe
@@ -83,7 +83,7 @@ class Prepared:
     reward_model: ScalarModel | None
     reward_optimizer: torch.optim.Optimizer | None
     audit: RewardPool | None
-    budget: int
+    sizes: Sizes
     sampling: SamplingOptions
     answering: SamplingOptions
     changes: list[str]
@@ -99,14 +99,17 @@ def prepare(
     reporter: Reporter,
     stack: ExitStack,
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None = None,
+    links_to: Path | None = None,
 ) -> Prepared:
-    """Build a run from its recipe and its data; `model`: one in memory with its tokenizer, in place of the recipe's.
+    """Build a run from its recipe and its data; `model`: one in memory with its tokenizer, in place of the recipe's;
+    `links_to`: see `check_folder`.
     Processes and locks are left to `stack`. Raises UsageError before weights are loaded wherever it can."""
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     find_surrogate(recipe.method.surrogate)
     run = RunFolder(folder)
     stack.callback(run.close)
-    check_folder(folder, recipe, resume)  # again, as another run may have come and gone before the lock was ours
+    # Again, as another run may have come and gone before the lock was ours.
+    check_folder(folder, recipe, resume, links_to=links_to)
     pool, judge = None, recipe.reward_model
     if recipe.method.source != "rows":
         pool = stack.enter_context(make_pool(recipe, rewards, data, folder / "rewards.log", reporter))
@@ -131,10 +134,12 @@ def prepare(
     policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, reporter)
     policy = replace(policy, recompute=chosen.get("recompute", False))  # unsaid by runs from before there was a choice
     reference = policy.frozen_copy() if recipe.method.needs_reference else None
-    engine = sampler = NativeEngine(policy, chosen["slots"])
+    least = workload(recipe, inputs).smallest
+    sizes = Sizes(chosen["micro_batch_tokens"], chosen["slots"], least)
+    engine = sampler = FittingEngine(NativeEngine(policy, sizes.slots), sizes)
     if recipe.method.source == "frozen":
         assert reference is not None
-        sampler = NativeEngine(reference, chosen["slots"])
+        sampler = FittingEngine(NativeEngine(reference, sizes.slots), sizes)
     critic = None
     if critic_source is not None:
         layers = load_model(critic_source, policy.device.type, chosen["dtype"], reporter)
@@ -163,7 +168,7 @@ def prepare(
         reward_model=reward_model,
         reward_optimizer=make_optimizer(recipe.optimizer, reward_model.module) if reward_model and trained else None,
         audit=audit,
-        budget=chosen["micro_batch_tokens"],
+        sizes=sizes,
         sampling=inputs.sampling,
         answering=inputs.answering,
         changes=changes,

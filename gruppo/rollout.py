@@ -78,6 +78,10 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = F
             metrics.mean(f"reward/task/{group.prompt.task}/mean", sum(totals), len(totals))
         if len(totals) > 1:
             metrics.mean("reward/std", statistics.stdev(totals))
+        for name in sorted({name for reward in group.rewards for name in reward.parts}):
+            given = [part for reward in group.rewards if (part := reward.parts.get(name)) is not None]
+            if len(given) > 1:
+                metrics.mean(f"reward/{name}/std", statistics.stdev(given))
         metrics.mean("groups/with_signal", group.has_signal)
         metrics.mean(
             "groups/duplicate_completions",

@@ -52,7 +52,6 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            require_own(path)
             self._lock = (path / "lock").open("a+")
         except OSError as error:
             raise UsageError(f"--out {path}: cannot be written to ({error}); choose another folder") from error
@@ -241,12 +240,12 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(step), path) for step, path in found.items() if re.fullmatch(r"\d{6,}", step)))
 
 
-def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> None:
+def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, links_to: Path | None = None) -> None:
     """Raise UsageError where a run with this recipe (or what else `kind` says) may not go into the folder; write
-    nothing."""
+    nothing. `links_to`: a folder, itself looked at before, that links may lead into."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; choose a folder")
-    require_own(path)
+    require_own(path, links_to)
     held = path / "recipe.toml"
     if not held.is_file():
         others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -55,3 +56,18 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
     places = np.minimum((probabilities * bins).astype(int), bins - 1)
     apart = np.bincount(places, probabilities - labels, minlength=bins)
     return float(np.abs(apart).sum() / len(probabilities))
+
+
+def trend(values: Sequence[float]) -> float:
+    """The slope of a straight line through the values, in its standard errors; 0 where all are equal, infinite where
+    they lie on a line that is not level. Raises ValueError for fewer than three."""
+    if len(values) < 3:
+        raise ValueError(f"{len(values)} values have no trend; give three or more")
+    times = np.arange(len(values)) - (len(values) - 1) / 2
+    made = np.asarray(values, dtype=float)
+    slope = float(times @ made / (times @ times))
+    residuals = made - made.mean() - slope * times
+    error = math.sqrt(float(residuals @ residuals) / (len(values) - 2) / float(times @ times))
+    if error <= 1e-12 * max(1.0, float(np.abs(made).max())):
+        return 0.0 if abs(slope) <= 1e-12 else math.copysign(math.inf, slope)
+    return slope / error

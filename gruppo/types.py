@@ -15,7 +15,8 @@ the trainer (π_old), `sampling_logprobs` those that the engine drew from, `ref_
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -136,6 +137,16 @@ class Metrics:
         """Keep the smallest value seen."""
         old = self._extremes.get(name, value)
         self._extremes[name] = min(old, value)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """What is observed in a block that ends with an error is as if it had not been."""
+        held = dict(self._sums), dict(self._extremes)
+        try:
+            yield
+        except BaseException:
+            self._sums, self._extremes = held
+            raise
 
     def reduce(self) -> dict[str, float | None]:
         """Name -> value; a mean over no observations, and what is not finite, is None."""

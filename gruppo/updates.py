@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from gruppo.errors import RunError, first_line, out_of_memory
 from gruppo.machine import release_memory
 from gruppo.models import LanguageModel
 from gruppo.packing import Batch
@@ -28,8 +29,40 @@ def update(
     advance: Advance,
 ) -> tuple[float, float]:
     """The loss, and the gradient's norm before it was clipped. `module` holds what is trained; `advance` is called
-    once a micro-batch. Where a number is not finite, `require_finite` raises before the optimizer has moved."""
+    once a micro-batch. Where a number is not finite, `require_finite` raises before the optimizer has moved.
+
+    An error leaves no gradient, and weights and moments as they were; but for one in the optimizer's own step, which
+    is then a RunError where memory ran out in it: such an update may be half made, and nobody may make it again.
+    """
     optimizer.zero_grad(set_to_none=True)
+    try:
+        total = _accumulate(batches, loss_of, computed_by, require_finite, advance)
+        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
+        require_finite(norm, "gradient norm", batches)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        try:
+            optimizer.step()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise RunError(
+                f"memory ran out in the optimizer's step ({first_line(error)}), which may be half made; resume from "
+                "the last checkpoint with more memory free, or begin again with a smaller model or [model.lora]"
+            ) from error
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def _accumulate(
+    batches: Sequence[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    computed_by: LanguageModel,
+    require_finite: Require,
+    advance: Advance,
+) -> float:
+    """Add every micro-batch's gradient to what is there; the sum of their losses."""
     total = 0.0
     with computed_by.precision():
         for batch in batches:
@@ -40,10 +73,4 @@ def update(
             total += float(loss.detach())
             release_memory()
             advance(1)
-    norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
-    require_finite(norm, "gradient norm", batches)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return total

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gruppo.audit import Auditor, trend
+from gruppo.audit import Auditor
 from gruppo.config import Audit, load_recipe
 from gruppo.entry import train
 from gruppo.errors import UsageError
 from gruppo.opening import read_lines
+from gruppo.stats import trend
 from gruppo.types import Metrics, Reward, Steps
 from tests.conftest import make_group
 from tests.runs import ROWS, recipe

@@ -99,7 +99,9 @@ def test_the_second_signal_ends_a_long_update_at_once(written: Callable[..., Pat
 @pytest.mark.parametrize("moment", [0.5, 2.0])
 def test_while_it_loads(moment: float, written: Callable[..., Path], tmp_path: Path) -> None:
     """torch is imported then, or the model read."""
-    process = begin("train", written(reward__functions=[f"{USERS}:sleeps"]), "--out", tmp_path / "run")
+    process = begin(
+        "train", written(reward__functions=[f"{USERS}:sleeps"], reward__environment=["SLOW"]), "--out", tmp_path / "run"
+    )
     until(process, lambda line: line.startswith("gruppo 0."))
     time.sleep(moment)
     process.send_signal(signal.SIGINT)
@@ -109,8 +111,8 @@ def test_while_it_loads(moment: float, written: Callable[..., Path], tmp_path: P
 
 
 def test_labelling_and_long_evaluations_end_soon_too(written: Callable[..., Path], tmp_path: Path) -> None:
-    file = written(reward__functions=[f"{USERS}:sleeps"], reward__timeout=60, reward_model__prompts=4,
-                   reward_model__kind="outcome")  # fmt: skip
+    slow = {"reward__functions": [f"{USERS}:sleeps"], "reward__timeout": 60, "reward__environment": ["SLOW"]}
+    file = written(**slow, reward_model__prompts=4, reward_model__kind="outcome")
     process = begin("label", file, "--out", tmp_path / "labels")
     while not (tmp_path / "labels/environment.json").is_file():
         time.sleep(0.1)

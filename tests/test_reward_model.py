@@ -36,6 +36,7 @@ from gruppo.reward_model import (
     save_reward_model,
     with_scores,
 )
+from gruppo.sizes import Sizes
 from gruppo.stats import auc, calibration_error
 from gruppo.types import Completion, Prompt, Reward, Steps
 from tests.conftest import make_policy
@@ -176,7 +177,7 @@ def test_an_update_without_a_label_is_not_made() -> None:
     model = scalar("process")
     before = [each.clone() for each in model.module.parameters()]
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=0.1)
-    judge = Judge(model, optimizer, RewardModel(kind="process"), model.policy.tokenizer, 10**9, 1.0)
+    judge = Judge(model, optimizer, RewardModel(kind="process"), model.policy.tokenizer, Sizes(10**9, 1), 1.0)
     blank = [Sample(each.prompt, each.completion, True, Steps((), ())) for each in random_samples("process")]
     assert fit(judge, blank, 1, lambda *_: None, Silent(), Stop()).reduce() == {}
     assert all((own == each).all() for own, each in zip(before, model.module.parameters(), strict=True))
@@ -202,7 +203,7 @@ def test_learns_to_tell_right_from_wrong(kind: str) -> None:
     settings = RewardModel(kind=kind, epochs=15, batch_size=12, learning_rate=5e-3)
     model = ScalarModel.on(make_policy(initializer_range=0.1), bias=kind == "process")
     optimizer = torch.optim.AdamW(model.module.parameters(), weight_decay=0.0)
-    judge = Judge(model, optimizer, settings, model.policy.tokenizer, 10**9, 1.0)
+    judge = Judge(model, optimizer, settings, model.policy.tokenizer, Sizes(10**9, 1), 1.0)
     before = quality(held, probabilities(model, held, 10**9, CPU))
     assert before["auc"] == 0.5, "a new head tells nothing"
     metrics = fit(judge, training, 1, lambda *_: None, Silent(), Stop()).reduce()

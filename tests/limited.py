@@ -1,0 +1,103 @@
+"""A program for tests of memory: it runs under a limit of its address space and prints what came of it as JSON.
+
+    python -m tests.limited FOLDER
+
+The limit is what the process has mapped once everything is loaded, and the rest of the recipe's budget. Under it the
+run of the budget has to come to its end; one in the largest micro-batch has to fail, or to come to its end by halving.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+
+from gruppo.entry import train
+from gruppo.errors import RunError
+from gruppo.forecast import LATER, choose_sizes
+from gruppo.machine import release_memory
+from gruppo.models import save_model
+from gruppo.opening import read_lines
+from gruppo.sizes import Sizes
+from tests.conftest import make_policy
+from tests.runs import ROWS, recipe
+
+ROOM = 200_000_000  # of the budget, for the run itself: less than activations of 1,024 tokens need
+SMALLEST, LARGEST = 66, 1024  # tokens of a micro-batch
+SETTINGS = {
+    "run__steps": 1, "run__checkpoint_every": 10, "sampling__prompts_per_step": 8, "sampling__group_size": 4,
+    "sampling__max_tokens": 64, "method__kl_coef": 0.0,
+}  # fmt: skip
+
+
+def made(model: str, out: Path, memory: str) -> dict[str, Any]:
+    try:
+        train(recipe(model, run__memory=memory, **SETTINGS), prompts=ROWS, out=out)
+        error = None
+    except RunError as raised:
+        error = str(raised)
+    gc.collect()  # an error's frames hold what failed
+    release_memory()
+    chosen = json.loads((out / "environment.json").read_text())["chosen"]
+    lines = read_lines(out / "metrics.jsonl")
+    return {
+        "error": error,
+        "chosen": chosen["micro_batch_tokens"],
+        "steps": len(lines),
+        "last": lines[-1]["memory/micro_batch_tokens"] if lines else None,
+        "halvings": [e["after"] for e in read_lines(out / "events.jsonl") if e["kind"] == "memory"],
+    }
+
+
+def sized(tokens: int) -> Callable[..., Any]:
+    """In place of `choose_sizes`: whatever memory there is, micro-batches of so many tokens."""
+
+    def choose(*args: Any) -> Any:
+        return replace(choose_sizes(*args), micro_batch_tokens=tokens)
+
+    return mock.patch("gruppo.preparation.choose_sizes", choose)
+
+
+def in_a_fork(model: str, out: Path, *patches: Any) -> dict[str, Any]:
+    """`made` in a copy of this process, so that no run finds what another has left in the heap."""
+    child = os.fork()
+    if not child:
+        with ExitStack() as stack:
+            for each in patches:
+                stack.enter_context(each)
+            out.with_suffix(".json").write_text(json.dumps(made(model, out, "100 GB")))
+        os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads(out.with_suffix(".json").read_text())  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    model = str(folder / "wide")
+    save_model(make_policy(initializer_range=0.02, hidden_size=64, intermediate_size=16384), Path(model))
+    with sized(SMALLEST):
+        made(model, folder / "warm", "100 GB")  # libraries are loaded as they are used
+    process = psutil.Process().memory_info()
+    held = process.rss + LATER + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (process.vms + held - process.rss, resource.RLIM_INFINITY))
+    without_halving = mock.patch.object(Sizes, "fitting", lambda self, size, _, attempt: attempt(getattr(self, size)))
+    found = {
+        "largest": in_a_fork(model, folder / "largest", sized(LARGEST), without_halving),
+        "halved": in_a_fork(model, folder / "halved", sized(LARGEST)),
+        "budget": made(model, folder / "budget", f"{held // 1000} KB"),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
