@@ -152,10 +152,8 @@ import os, time
 from pathlib import Path
 from gruppo.runlog import RunFolder
 run = RunFolder(Path({str(tmp_path / "run")!r}))
-child = os.fork()
-if child == 0:
-    time.sleep(60)
-print(child, flush=True)
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

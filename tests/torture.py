@@ -351,15 +351,16 @@ def tail(case: Case) -> str:
     return "\n".join((case.folder / "log.txt").read_text().splitlines()[-15:])
 
 
-def choose(case: Case, begun: bool, source: random.Random) -> Kill:
-    """Somewhere in the run, more often near its start, as a run that goes on does less than a whole one. `begun`: there
-    may be something to go back to."""
+def choose(case: Case, begun: bool, hit: Counter[str], source: random.Random) -> Kill:
+    """Somewhere in the run, more often near its start, as a run that goes on does less than a whole one; of phases one
+    that was hit least so far. `begun`: there may be something to go back to."""
     everything = source.random() < 0.5
     how = source.choice(["time", "file", "power", *(3 * ["call"])])
     if how == "time":
         return Kill("time", source.uniform(0, case.seconds), everything=everything)
     if how == "call":
-        how = source.choice([name for name in CALLS if (begun if name == "restoring" else case.tally.get(name))])
+        phases = [name for name in CALLS if (begun if name == "restoring" else case.tally.get(name))]
+        how = min(source.sample(phases, len(phases)), key=lambda name: hit[name])
     most = max(1, case.tally.get(how, 1) // source.choice([1, 3, 10]))
     return Kill(how, source.randint(1, most), how in CALLS and source.random() < 0.5, everything)
 
@@ -381,7 +382,9 @@ def torture(case: Case, kills: int, source: random.Random, real: bool, report: R
         while not ended:
             seed = source.randrange(2**32)
             mark = f"{os.getpid()}-{seed}"
-            kill = choose(case, bool(suffered), source) if len(suffered) < min(LIFE, kills - done) else None
+            kill = (
+                choose(case, bool(suffered), report.where, source) if len(suffered) < min(LIFE, kills - done) else None
+            )
             if real and kill and kill.how == "time" and source.random() < 0.3:
                 kill = Kill("time", source.uniform(3, 12), everything=kill.everything)
                 code = run_real(case, out, kill, mark)
