@@ -1,4 +1,9 @@
-"""`gruppo check`: what a recipe will take, in memory and in time, before anything starts. It writes no run folder."""
+"""`gruppo check`: what a recipe will take, in memory and in time, and what is wrong with it that a run would show only
+after hours. It writes no run folder.
+
+A check takes as long as loading the model, two steps' worth of timing at the most, a comparison of gradients on a few
+short completions, and what `seconds` allows for sampling and for rewards each.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +12,35 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.config import Recipe, load_recipe
+from gruppo.errors import UsageError
+from gruppo.findings import Finding, described
 from gruppo.interruption import Stop, stop_on_signals
 from gruppo.preflight import Data, read_data
 from gruppo.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
     from gruppo.forecast import Chosen, Workload
-    from gruppo.models import LanguageModel
+    from gruppo.models import LanguageModel, ModelSource
     from gruppo.preparation import Inputs
+    from gruppo.rewards.pool import RewardPool
 
 DRAWN = 3  # tokens a row that decoding is timed by
 PROMPT_TOKENS = 1024  # at most, whose computing is timed
 UPDATE_TOKENS = 512  # of the micro-batch that an update is timed by
+SECONDS = 60.0  # for sampling a trial, and as many for its rewards
 
 
 @dataclass(frozen=True)
 class Check:
     """What was found. `step_seconds`: of a step, by phase, and `evaluation_seconds` of one evaluation, both if every
     completion has max_tokens; saving is in neither, nor is what a reward model learns between
-    iterations. `memory`: the recipe's run.memory."""
+    iterations. `findings`: what was looked at, good and bad."""
 
     recipe: Recipe
     device: str
@@ -41,6 +50,12 @@ class Check:
     step_seconds: Mapping[str, float]
     evaluation_seconds: float
     evaluations: int
+    findings: Sequence[Finding] = ()
+
+    @property
+    def problems(self) -> int:
+        """How many findings will spoil a run."""
+        return sum(each.severity == "problem" for each in self.findings)
 
     @property
     def total_seconds(self) -> float:
@@ -63,72 +78,181 @@ class Check:
             "evaluations": self.evaluations,
             "evaluation_seconds": self.evaluation_seconds,
             "total_seconds": self.total_seconds,
+            "findings": [each.as_dict() for each in self.findings],
+            "problems": self.problems,
         }
 
 
 def check_recipe(
-    recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: Sequence[str] = (), reporter: Reporter | None = None
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    quick: bool = False,
+    seconds: float = SECONDS,
+    reporter: Reporter | None = None,
 ) -> Check:
-    """Read recipe, rewards and data as training would, load the model, choose sizes, and time a little of each phase.
+    """Read recipe, rewards and data as training would, load the model, choose sizes, time a little of each phase, and
+    sample and score a few groups, for at most `seconds` of each. `quick`: no group is sampled.
 
     Raises UsageError for what training would refuse, and where the memory is too little.
     """
+    if not seconds > 0:
+        raise UsageError(f"--seconds {seconds:g}: must be more than 0; write e.g. 60, or take --quick")
     settings, shown = load_recipe(recipe, overrides), reporter or Silent()
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        return _measure(settings, data, shown, stop, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return _measure(settings, data, shown, stop, folder, 0.0 if quick else seconds)
 
 
-def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path) -> Check:
+def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path, seconds: float) -> Check:
     from gruppo.adapters import check_adapters
     from gruppo.models import choose_device, choose_dtype, find_model
     from gruppo.objective import find_surrogate
-    from gruppo.preparation import load_and_choose, make_pool, tokenize_data, workload
+    from gruppo.preparation import load_and_choose, make_pool, workload
 
     device = choose_device(recipe.model.device)
     dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
+        pool = None
         if recipe.method.source != "rows":
-            stack.enter_context(make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log"))
+            pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log"))
         source = find_model(recipe.model.name, reporter)
         check_adapters(source, recipe.model.lora)
-        inputs = tokenize_data(recipe, data, source, reporter)
+        inputs, refused = _tokenize(recipe, data, source, reporter)
         policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, reporter)
-    asked = workload(recipe, inputs)
+        asked = workload(recipe, inputs)
+        stop.check()
+        with reporter.progress("Timing", None, ""):
+            prompt, drawn = _time_generation(policy, inputs, chosen.slots, stop)
+            forward, backward, optimizer = _time_update(recipe, policy, asked, chosen)
+        rounds = math.ceil(asked.completions / chosen.slots)
+        tokens = sum(each + sum(own) for batch in asked.micro_batches(chosen.micro_batch_tokens) for each, own in batch)
+        passes = (
+            int(recipe.method.kl_coef > 0 or recipe.method.credit == "pair")
+            + int(recipe.method.needs_scores)
+            + int(recipe.method.needs_critic)
+            + int(recipe.reward_model is not None)
+            + recipe.method.inner_updates * chosen.recompute
+        )
+        check = Check(
+            recipe=recipe,
+            device=device.type,
+            dtype=dtype,
+            chosen=chosen,
+            workload=asked,
+            step_seconds={
+                "generate": 0.0
+                if recipe.method.source == "rows"
+                else prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
+                "score": forward * passes * tokens,
+                "update": (1 + recipe.method.needs_critic)  # a value model is updated as often
+                * recipe.method.inner_updates
+                * ((forward + backward) * tokens + optimizer),
+            },
+            evaluation_seconds=prompt * asked.questions * asked.question_tokens
+            + drawn * math.ceil(asked.answers / chosen.slots) * asked.answer_tokens,
+            evaluations=_evaluations(recipe),
+        )
+        seen = [
+            *_inspect(check, policy, inputs, refused),
+            *_try(check, policy, inputs, pool, seconds, reporter, stop),
+        ]
+        return replace(check, findings=seen)
+
+
+def _tokenize(recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter) -> tuple[Inputs, str | None]:
+    """The prompts, and what training says where it refuses some that are too long: then without these."""
+    from gruppo.preparation import tokenize_data
+
+    try:
+        return tokenize_data(recipe, data, source, reporter), None
+    except UsageError as error:
+        filtering = replace(data, training=[replace(part, filter_overlong=True) for part in data.training])
+        try:
+            inputs = tokenize_data(recipe, filtering, source, reporter)
+        except UsageError:
+            raise error from None
+        return inputs, str(error)
+
+
+def _inspect(check: Check, policy: LanguageModel, inputs: Inputs, refused: str | None) -> list[Finding]:
+    """All that is seen without sampling."""
+    from gruppo import inspection
+
+    recipe, prompts = check.recipe, list(inputs.prompts)
+    most = recipe.sampling.max_tokens
+    limit = min(policy.context - most, *(task.max_prompt_tokens or policy.context for task in recipe.tasks))
+    return [
+        *inspection.inspect_recipe(recipe),
+        *inspection.inspect_model(policy, check.dtype),
+        *inspection.inspect_tokens(policy),
+        *inspection.inspect_start(policy.tokenizer, prompts),
+        *inspection.inspect_template(policy, prompts),
+        inspection.inspect_lengths(prompts, limit, most, inputs.filtered, refused),
+        *inspection.inspect_given(inputs.given, most),
+        *inspection.inspect_overlap(prompts, inputs.questions),
+        _memory(check, policy),
+        _time(check),
+    ]
+
+
+def _memory(check: Check, policy: LanguageModel) -> Finding:
+    from gruppo.forecast import process_bytes
+    from gruppo.machine import free_memory
+
+    memory, chosen = check.chosen.memory, check.chosen
+    there = free_memory(policy.device) + process_bytes(policy.device)
+    told = f"{memory.peak / 1e9:.2f} GB at the peak, of {chosen.budget_bytes / 1e9:.2f} that run.memory allows"
+    figures = {"peak_bytes": memory.peak, "budget_bytes": chosen.budget_bytes, "there_bytes": there}
+    if memory.peak > there:
+        return Finding(
+            "problem", "memory", f"{told}; the machine has {there / 1e9:.2f} GB",
+            "the run would be killed, or swap until it stands still",
+            f'write run.memory = "{0.9 * there / 1e9:.1f} GB", or end what else is running', figures,
+        )  # fmt: skip
+    if chosen.recompute:
+        return Finding(
+            "note", "memory", f"{told}; activations are computed again in backward, as they do not fit",
+            "an update takes a third longer", "allow more by run.memory, or a smaller sampling.max_tokens", figures,
+        )  # fmt: skip
+    return Finding("ok", "memory", told, figures=figures)
+
+
+def _time(check: Check) -> Finding:
+    step = math.fsum(check.step_seconds.values())
+    told = f"{step:.1f} s a step and {_duration(check.total_seconds)} in all, if every completion is the longest"
+    return Finding("ok", "time", told, figures={"step_seconds": step, "total_seconds": check.total_seconds})
+
+
+def _try(
+    check: Check,
+    policy: LanguageModel,
+    inputs: Inputs,
+    pool: RewardPool | None,
+    seconds: float,
+    reporter: Reporter,
+    stop: Stop,
+) -> list[Finding]:
+    """All that a few completions show, if there are `seconds` for them, and the gradient."""
+    from gruppo import trial
+
+    recipe, chosen = check.recipe, check.chosen
+    found = []
+    if pool is None:
+        found.append(trial.skipped(f'method.source = "{recipe.method.source}" brings them'))
+    elif not seconds:
+        found.append(trial.skipped("--quick"))
+    else:
+        made = trial.try_out(recipe, policy, inputs, pool, chosen.slots, seconds, reporter, stop)
+        found += trial.judge_trial(recipe, made, pool, seconds)
+        if made.completions:
+            groups, heat = [*made.groups, *made.unscored], recipe.sampling.temperature
+            found.append(trial.compare_logprobs(policy, groups, heat, chosen.micro_batch_tokens))
     stop.check()
-    with reporter.progress("Timing", None, ""):
-        prompt, drawn = _time_generation(policy, inputs, chosen.slots, stop)
-        forward, backward, optimizer = _time_update(recipe, policy, asked, chosen)
-    rounds = math.ceil(asked.completions / chosen.slots)
-    tokens = sum(each + sum(own) for batch in asked.micro_batches(chosen.micro_batch_tokens) for each, own in batch)
-    passes = (
-        int(recipe.method.kl_coef > 0 or recipe.method.credit == "pair")
-        + int(recipe.method.needs_scores)
-        + int(recipe.method.needs_critic)
-        + int(recipe.reward_model is not None)
-        + recipe.method.inner_updates * chosen.recompute
-    )
-    return Check(
-        recipe=recipe,
-        device=device.type,
-        dtype=dtype,
-        chosen=chosen,
-        workload=asked,
-        step_seconds={
-            "generate": 0.0
-            if recipe.method.source == "rows"
-            else prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
-            "score": forward * passes * tokens,
-            "update": (1 + recipe.method.needs_critic)  # a value model is updated as often
-            * recipe.method.inner_updates
-            * ((forward + backward) * tokens + optimizer),
-        },
-        evaluation_seconds=prompt * asked.questions * asked.question_tokens
-        + drawn * math.ceil(asked.answers / chosen.slots) * asked.answer_tokens,
-        evaluations=_evaluations(recipe),
-    )
+    return [*found, trial.compare_gradient(recipe, policy, inputs, chosen, reporter, stop)]
 
 
 def _evaluations(recipe: Recipe) -> int:
@@ -211,11 +335,11 @@ def describe_check(check: Check) -> str:
     lines += [
         f"  peak {memory.peak / 1e9:.2f} of a budget of {chosen.budget_bytes / 1e9:.2f} ({source})",
         "",
-        f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight, "
+        f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight,",
         f"activations {recompute}; {check.dtype} on {check.device}",
         "",
-        f"Time, if every completion has {asked.max_tokens} tokens and every prompt {asked.prompt_tokens}; measured on "
-        "short completions, rewards and saving not counted",
+        f"Time, if every completion has {asked.max_tokens} tokens and every prompt {asked.prompt_tokens};",
+        "measured on short completions, rewards and saving not counted",
     ]
     lines += [f"  {name:<22}{seconds:>12.1f} s a step" for name, seconds in check.step_seconds.items()]
     step = math.fsum(check.step_seconds.values())
@@ -223,7 +347,7 @@ def describe_check(check: Check) -> str:
     if check.evaluations:
         lines.append(f"  {'an evaluation':<22}{check.evaluation_seconds:>12.1f} s, {check.evaluations} evaluations")
     lines.append(f"  {'the whole run':<22}{_duration(check.total_seconds):>12}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", described(check.findings)])
 
 
 def _duration(seconds: float) -> str:

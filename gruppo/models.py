@@ -146,6 +146,13 @@ class LanguageModel:
         narrow_products(model, self.dtype)
         return replace(self, model=model, body=body)
 
+    def float64_copy(self) -> LanguageModel:
+        """A copy in float64 without gradients, for proofs, which transformers' own modules compute."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        nn.Module.to(model, torch.float64)
+        _for_float64(model)
+        return replace(self, model=model, body=None, dtype=torch.float64)
+
     def weights(self) -> dict[str, Tensor]:
         """What the saved model holds, by name."""
         return named_weights(self.model)
@@ -293,8 +300,7 @@ def wrap_model(
     if problem := unsupported(model.config):
         raise UsageError(f"model: {problem}")
     if dtype == torch.float64:
-        _widen_norms(model)
-        model.set_experts_implementation("eager")  # the grouped product knows no float64
+        _for_float64(model)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
@@ -402,6 +408,12 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
         value = getattr(holder, "eos_token_id", None)
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(found))
+
+
+def _for_float64(model: PreTrainedModel) -> None:
+    """Take out what keeps a model of float64 weights from computing in float64."""
+    _widen_norms(model)
+    model.set_experts_implementation("eager")  # the grouped product knows no float64
 
 
 def _widen_norms(model: PreTrainedModel) -> None:

@@ -32,7 +32,8 @@ def test_it_prints_memory_sizes_and_time_and_leaves_no_folder(recipe_file: Path,
     for part in [*parts.split(), "generate", "score", "update", "a step", "an evaluation", "the whole run"]:
         assert any(line.startswith(f"  {part}") for line in lines), part
     assert 'of a budget of 3.00 (run.memory = "3 GB")' in shown.stdout
-    assert "Chosen: micro-batches of 1024 tokens, 16 completions in flight, activations kept; float32 on cpu" in lines
+    place = lines.index("Chosen: micro-batches of 1024 tokens, 16 completions in flight,")
+    assert lines[place + 1] == "activations kept; float32 on cpu"
     assert sorted(tmp_path.rglob("*")) == before
     assert not Path("runs/tiny").exists()
 
@@ -114,3 +115,25 @@ def test_wrong_targets_are_told_before_weights_are_loaded(data: dict, monkeypatc
     monkeypatch.setattr("gruppo.preparation.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=r"model\.lora\.targets.*nope"):
         check_recipe(data, overrides=['model.lora.targets=["nope"]'])
+
+
+def test_a_problem_is_exit_code_1_in_text_of_80_columns_and_in_json(recipe_file: Path) -> None:  # noqa: F811
+    constant = ["--set", 'reward.functions=["tests/rewards/functions.py:always_half"]']
+    shown = gruppo("check", recipe_file, *constant)
+    assert shown.returncode == 1, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert shown.stdout.splitlines()[-1].startswith("Found: 2 problem, ")
+    assert "problem  signal: 0 of 18 groups of 4 carry one" in shown.stdout
+    told = gruppo("check", recipe_file, *constant, "--json")
+    assert told.returncode == 1, told.stderr
+    found = json.loads(told.stdout)
+    assert found["problems"] == 2
+    assert {each["subject"] for each in found["findings"] if each["severity"] == "problem"} == {"reward", "signal"}
+    assert all(each["what"] and set(each) >= {"why", "change", "figures"} for each in found["findings"])
+
+
+def test_seconds_that_are_none(recipe_file: Path) -> None:  # noqa: F811
+    shown = gruppo("check", recipe_file, "--seconds", 0)
+    assert (shown.returncode, shown.stderr.strip()) == (
+        2, "gruppo: --seconds 0: must be more than 0; write e.g. 60, or take --quick",
+    )  # fmt: skip

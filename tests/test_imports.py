@@ -9,7 +9,19 @@ from pathlib import Path
 
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
-    ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub"],
+    [
+        "types",
+        "errors",
+        "methods",
+        "config",
+        "schema",
+        "reporting",
+        "imports",
+        "interruption",
+        "callbacks",
+        "hub",
+        "findings",
+    ],
     ["maths", "stats", "tasks", "runlog", "results", "machine"],
     ["attention", "body", "models", "adapters"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight", "steps"],
@@ -17,6 +29,8 @@ LEVELS = [
     ["evaluation", "forecast"],
     ["preparation"],
     ["loop"],
+    ["inspection", "derivative"],
+    ["trial"],
     ["entry", "check", "exporting", "labelling"],
     ["summary"],
     ["console"],
