@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gruppo.models import trained_weights
-from gruppo.runlog import RunFolder, publish, recover, write_whole
+from gruppo.runlog import RunFolder, publish, read_object, reading, recover, step_of, write_whole
 
 
 @dataclass
@@ -90,7 +90,8 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
     recover(run.path)
     recover(run.path / "checkpoints")
     problems: list[str] = []
-    for folder in sorted((run.path / "checkpoints").glob("step-*"), reverse=True):
+    folders = [each for each in (run.path / "checkpoints").glob("step-*") if step_of(each) >= 0]
+    for folder in sorted(folders, key=step_of, reverse=True):
         problem = problem_of(folder)
         if problem is None:
             return folder, problems
@@ -99,8 +100,18 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
 
 
 def load_state(folder: Path) -> State:
-    """The state in a checkpoint."""
-    return State(**json.loads((folder / "state.json").read_text()))
+    """The state in a checkpoint. Raises UsageError where it holds something else, whatever its hash says."""
+    with reading(folder / "state.json", "take the checkpoint before it"):
+        state = State(**read_object(folder / "state.json"))
+        for name, default in asdict(State()).items():
+            value = getattr(state, name)
+            if not isinstance(value, type(default) | int if isinstance(default, float) else type(default)):
+                raise ValueError(f"{name} = {value!r:.60}")
+        if min(state.step, state.cursor, state.iteration, *map(int, state.lengths.values())) < 0:
+            raise ValueError("a number is below 0")
+        for figures in state.evaluations.values():
+            float(figures["accuracy"]), tuple(map(float, figures["interval"])), int(figures["questions"])
+        return state
 
 
 def load_tensors(
@@ -110,10 +121,13 @@ def load_tensors(
     for name, (module, own) in {"": (model, optimizer), **others}.items():
         load_weights_file(folder / _file(name, "weights"), module)
         parameters = dict(module.named_parameters())
-        for key, tensor in load_file(folder / _file(name, "optimizer")).items():
-            kind, _, owner = key.partition(":")
-            parameter = parameters[owner]
-            own.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+        with reading(folder / _file(name, "optimizer"), "take the checkpoint before it"):
+            for key, tensor in load_file(folder / _file(name, "optimizer")).items():
+                kind, _, owner = key.partition(":")
+                parameter = parameters[owner]
+                if kind != "step" and tensor.shape != parameter.shape:
+                    raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
+                own.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
 
 
 def _file(name: str, what: str) -> str:
@@ -122,7 +136,8 @@ def _file(name: str, what: str) -> str:
 
 def load_weights_file(path: Path, model: nn.Module) -> None:
     """Put the weights of a checkpoint's file into the model."""
-    put_weights(load_file(path), trained_weights(model))
+    with reading(path, "take another checkpoint"):
+        put_weights(load_file(path), trained_weights(model))
 
 
 def put_weights(weights: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
@@ -161,7 +176,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _drop_old(parent: Path, state: State) -> None:
-    steps = sorted(int(folder.name.removeprefix("step-")) for folder in parent.glob("step-*"))
+    steps = sorted(step for folder in parent.glob("step-*") if (step := step_of(folder)) >= 0)
     scored = [step for step in steps if str(step) in state.evaluations]
     best = max(scored, key=lambda step: (state.evaluations[str(step)]["accuracy"], step), default=None)
     for step in steps[:-2]:

@@ -25,7 +25,7 @@ from gruppo.config import Decoding, Recipe, load_recipe
 from gruppo.errors import UsageError
 from gruppo.methods import METHODS
 from gruppo.reporting import Reporter, Silent
-from gruppo.runlog import publish
+from gruppo.runlog import publish, read_object, reading, step_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,8 +72,8 @@ def export(
         raise UsageError(f"--adapter: {source} trained all weights of its model, so there is no adapter; leave it out")
     folder = _choose(source, checkpoint)
     state = _state(source, folder)
-    environment = json.loads((source / "environment.json").read_text(encoding="utf-8"))
-    with _new_folder(target) as building:
+    with reading(source, "export another checkpoint"), _new_folder(target) as building:
+        environment = read_object(source / "environment.json")
         weights = folder / "weights.safetensors"
         if adapter:
             chat = _write_adapter(source / "base", weights, building, recipe, dtype)
@@ -107,7 +107,7 @@ def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
 def _steps(source: Path) -> dict[int, Path]:
     """The checkpoints by step, in order."""
     folders = sorted((source / "checkpoints").glob("step-*"))
-    return {int(folder.name.removeprefix("step-")): folder for folder in folders}
+    return {step: folder for folder in folders if (step := step_of(folder)) >= 0}
 
 
 def _state(source: Path, folder: Path) -> State:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from gruppo.reporting import Reporter
 from gruppo.reward_model import Sample, last_token
 from gruppo.rewards.pool import RewardPool
 from gruppo.rollout import sample_groups, score_groups
+from gruppo.runlog import reading
 from gruppo.steps import checked_ends, find_split, step_tokens
 from gruppo.tables import LABELS, as_json
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward, Steps
@@ -213,15 +214,21 @@ def read_labels(files: Iterable[Path]) -> list[Labelled]:
     made = []
     for file in files:
         try:
-            rows = pq.read_table(file, columns=LABELS.names).cast(LABELS).to_pylist()
+            rows = pq.ParquetFile(file).read(LABELS.names).cast(LABELS).to_pylist()
         except (OSError, pa.ArrowException) as error:
             why = str(error).splitlines()[0]
             raise UsageError(f"{file}: is no table of labels ({why}); give one that `gruppo label` wrote") from None
-        for row in rows:
-            ids = tuple(row["token_ids"])
-            completion = Completion(ids, (0.0,) * len(ids), (True,) * len(ids), row["finish_reason"], 0, row["text"])
-            content, columns = json.loads(row["prompt"]), json.loads(row["columns"])
-            prompt = Prompt(row["prompt_id"], content, tuple(row["prompt_token_ids"]), "", columns)
-            steps = (tuple(row[name]) for name in ("step_ends", "step_text_ends", "soft"))
-            made.append(Labelled(prompt, completion, row["right"], *steps))
+        with reading(file, "give one that `gruppo label` wrote"):
+            made += [_labelled(row) for row in rows]
     return made
+
+
+def _labelled(row: Mapping[str, Any]) -> Labelled:
+    ids, size = tuple(row["token_ids"]), len(row["token_ids"])
+    completion = Completion(ids, (0.0,) * size, (True,) * size, row["finish_reason"], 0, row["text"])
+    content, columns = json.loads(row["prompt"]), json.loads(row["columns"])
+    prompt = Prompt(row["prompt_id"], content, tuple(row["prompt_token_ids"]), "", columns)
+    ends, text_ends, shares = (tuple(row[name]) for name in ("step_ends", "step_text_ends", "soft"))
+    if not len(ends) == len(text_ends) == len(shares) or not all(0 <= end < size for end in ends):
+        raise ValueError(f"the steps of {row['prompt_id']} do not fit its completion")
+    return Labelled(prompt, completion, bool(row["right"]), ends, text_ends, shares)

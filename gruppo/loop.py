@@ -59,7 +59,7 @@ from gruppo.preparation import Prepared
 from gruppo.reporting import Reporter
 from gruppo.reward_model import NAME, save_reward_model
 from gruppo.rollout import describe_groups, given_groups, sample_groups, score_groups
-from gruppo.runlog import publish
+from gruppo.runlog import publish, reading
 from gruppo.tables import EVALUATIONS, LABELS, ROLLOUTS, rollout_rows
 from gruppo.types import Group, Metrics
 from gruppo.updates import update
@@ -505,7 +505,8 @@ class _Run:
             self._restore_reference(folder / self._reference_file.name)
             load_tensors(folder, self.parts.policy.model, self.parts.optimizer, self._others())
         begun = bool(self.run.lengths()["metrics.jsonl"])
-        self.run.cut_back(self.state.lengths, self.state.step)
+        with reading(self.run.path, "put the folder back as the run left it, or choose another --out"):
+            self.run.cut_back(self.state.lengths, self.state.step)
         if self.auditor is not None:
             for values in self.run.metrics():
                 self.auditor.alarm(values)  # to know of the last steps; what it says was said then
@@ -528,7 +529,8 @@ class _Run:
             return
         self._reference_file.parent.mkdir(exist_ok=True)
         link_file(file, self._reference_file)
-        put_weights(load_file(file), named_weights(self.parts.policy.model))
+        with reading(file, "take the checkpoint before it"):
+            put_weights(load_file(file), named_weights(self.parts.policy.model))
         self.parts.reference = self.parts.policy.frozen_copy()
 
     def _summary(self, outcome: str) -> dict[str, Any]:

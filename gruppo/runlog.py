@@ -11,6 +11,7 @@ at a time.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -26,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gruppo.config import Recipe, load_recipe
-from gruppo.errors import UsageError
+from gruppo.errors import RunError, UsageError
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
 RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
@@ -97,11 +98,8 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UsageError(f"{path}: is damaged ({error}); start again with another --out") from error
-        return content
+        with reading(path, "start again with another --out"):
+            return read_object(path)
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each append-only file."""
@@ -117,8 +115,8 @@ class RunFolder:
                     os.fsync(stream.fileno())
         for folder in ("rollouts", "evaluations", "labels"):
             for path in (self.path / folder).glob("step-*"):
-                if path.suffix == ".writing" or int(path.stem.removeprefix("step-")) > step:
-                    path.unlink()
+                if path.suffix == ".writing" or step_of(path) > step:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -147,14 +145,18 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
             raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
         return
     marked = path / "folder.json"
-    found = json.loads(marked.read_text())["kind"] if marked.is_file() else RUN
+    with reading(marked, "choose another folder with --out"):
+        found = read_object(marked)["kind"] if marked.is_file() else RUN
     if found != kind:
         raise UsageError(f"--out {path}: the folder holds a {found}, and not a {kind}; choose another one")
     if not resume:
         raise UsageError(
             f"--out {path}: the folder holds a {kind} already; continue it with --resume, or choose another with --out"
         )
-    with held.open("rb") as stream:
+    with (
+        reading(held, "put the recipe of the run back, or choose another folder with --out"),
+        held.open("rb") as stream,
+    ):
         before = tomllib.load(stream)
     # Read as a recipe, so that fields that are younger than the run have their defaults.
     changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
@@ -167,10 +169,43 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; none where there is no file. A last line that is still being written is left
-    out."""
+    out. Raises UsageError where a line is no object."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    with reading(path, "put the file back as the run wrote it"):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+        if odd := [row for row in rows if not isinstance(row, dict)]:
+            raise ValueError(f"{odd[0]!r:.60} is no object")
+        return rows
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ValueError for anything else."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{content!r:.60} is no object")
+    return content
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a file or folder; -1 where the name is not of a run's."""
+    number = path.stem.removeprefix("step-")
+    return int(number) if number.isascii() and number.isdecimal() else -1
+
+
+@contextmanager
+def reading(what: Path, fix: str) -> Iterator[None]:
+    """Whatever fails in the block, which reads files that may be damaged or a stranger's, is a UsageError that names
+    `what` and says the `fix`; a disk that is full is not."""
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except Exception as error:  # anything can be wrong with such a file
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        why = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UsageError(f"{what}: is damaged ({type(error).__name__}: {why}); {fix}") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -9,11 +9,19 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from gruppo.runlog import reading
+
 SHOWN = 3
 
 
 def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
-    """What a run came to: accuracies, what they are made of, some answers before and after, what to do next."""
+    """What a run came to: accuracies, what they are made of, some answers before and after, what to do next. Raises
+    UsageError where the folder is damaged."""
+    with reading(folder, "the run itself is told by its summary.json"):
+        return _described(folder, summary, metrics)
+
+
+def _described(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     ended = "Stopped by a callback" if summary["state"] == "stopped" else "Done"
     lines = ["", f"{ended}: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
     lines[-1] += f", at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory."
@@ -57,7 +65,9 @@ def _evaluations(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Map
 
 def _answers(folder: Path, last: int) -> list[str]:
     """The first held-out questions, with the answers of the first and of the last evaluation."""
-    before, after = (pq.read_table(folder / f"evaluations/step-{step:06d}.parquet").to_pylist() for step in (0, last))
+    before, after = (
+        pq.ParquetFile(folder / f"evaluations/step-{step:06d}.parquet").read().to_pylist() for step in (0, last)
+    )
     lines = []
     firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0]
     for old, new in firsts[:SHOWN]:

@@ -21,6 +21,7 @@ LEVELS = [
         "callbacks",
         "hub",
         "findings",
+        "userpath",
     ],
     ["maths", "stats", "tasks", "runlog", "results", "machine"],
     ["attention", "body", "models", "adapters"],

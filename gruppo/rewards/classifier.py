@@ -7,7 +7,6 @@ nothing else, and a model needs no padding token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from gruppo.errors import UsageError, nearest
 from gruppo.models import choose_device, out_of_reach
 from gruppo.rewards import text_of
 from gruppo.types import Message
+from gruppo.userpath import is_dir, is_file, user_path
 
 _UNLIMITED = 10**9  # tokenizers without a limit of their own say 10**30
 
@@ -94,10 +94,10 @@ def _conversation(prompt: list[Message], completion: str | list[Message]) -> lis
 def _locate(model: str) -> str:
     if not isinstance(model, str) or not model:
         raise UsageError(f"model = {model!r}: must be text; write a folder or a hub name")
-    path = Path(model).expanduser()
-    if (path / "config.json").is_file():
+    path = user_path(model)
+    if is_file(path / "config.json"):
         return str(path)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if is_file(path) or is_dir(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UsageError(f"model = {model!r}: there is no such folder with a config.json; give one, or a hub name")
     if out_of_reach(model):
         raise UsageError(

@@ -12,6 +12,7 @@ from gruppo.hub import hub_reachable
 from gruppo.reporting import Reporter
 from gruppo.tasks.files import carried_columns, plain
 from gruppo.types import Row
+from gruppo.userpath import user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -42,7 +43,7 @@ def read_dataset(name: str, split: str, options: Mapping[str, Any], reporter: Re
 def _open(name: str, split: str, options: Mapping[str, Any]) -> Dataset:
     import datasets
 
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     sliced = bool(set(split) & set("[+")) and not saved  # "train[:10%]"
     if saved and options:
