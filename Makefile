@@ -2,6 +2,7 @@
 #
 #   make quickstart                            train a real model for a few minutes
 #   make test                                  style, types, tests
+#   make fuzz                                  bad input by the ten thousand (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               beside TRL and vLLM; BENCH=--help for its options
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
@@ -12,13 +13,14 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 OUT ?= runs/quickstart
 TRANSFORMERS ?= 5.16.1
+FUZZ ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 
-.PHONY: quickstart test check unit test-transformers bench format clean
+.PHONY: quickstart test check unit fuzz test-transformers bench format clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
@@ -32,6 +34,9 @@ check: $(VENV)/.ready-dev
 
 unit: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
+
+fuzz: $(VENV)/.ready-dev
+	GRUPPO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Not all that is pinned goes with another transformers: what belongs to it is left to pip.
 test-transformers: constraints.txt pyproject.toml

@@ -215,7 +215,7 @@ def read_labels(files: Iterable[Path]) -> list[Labelled]:
     for file in files:
         try:
             rows = pq.ParquetFile(file).read(LABELS.names).cast(LABELS).to_pylist()
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             why = str(error).splitlines()[0]
             raise UsageError(f"{file}: is no table of labels ({why}); give one that `gruppo label` wrote") from None
         with reading(file, "give one that `gruppo label` wrote"):

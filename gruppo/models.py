@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -617,7 +618,11 @@ def _locate(name: str, reporter: Reporter) -> str:
         raise UsageError(f"model.name = {name!r}: was in memory; give it again, with gruppo.train(…, model=…)")
     if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; give a folder saved by transformers")
-    if out_of_reach(name):
+    try:
+        nowhere = out_of_reach(name)
+    except HFValidationError:
+        raise UsageError(f"model.name = {name!r}: neither a folder nor a name of the Hugging Face hub") from None
+    if nowhere:
         raise UsageError(
             f"model.name = {name!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, "
             f"give a folder or .gguf file, or one of: {', '.join(ALIASES)}"

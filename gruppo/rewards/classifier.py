@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from gruppo.errors import UsageError, nearest
@@ -99,7 +100,11 @@ def _locate(model: str) -> str:
         return str(path)
     if is_file(path) or is_dir(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UsageError(f"model = {model!r}: there is no such folder with a config.json; give one, or a hub name")
-    if out_of_reach(model):
+    try:
+        nowhere = out_of_reach(model)
+    except HFValidationError:
+        raise UsageError(f"model = {model!r}: neither a folder nor a name of the Hugging Face hub") from None
+    if nowhere:
         raise UsageError(
             f"model = {model!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, or "
             "give a folder"

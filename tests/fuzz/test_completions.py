@@ -202,7 +202,7 @@ def test_rules_that_give_any_ends(given_ends: Any, text: str) -> None:
 
 
 @examples(
-    25,
+    12,
     stops=st.lists(TEXT.filter(bool) | st.sampled_from(["a", "ab", "=", " "]), min_size=1, max_size=3),
     prompt=IDS,
     least=st.integers(0, 3),

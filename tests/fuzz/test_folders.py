@@ -165,13 +165,13 @@ def look(folder: Path) -> None:
             use()
 
 
-@examples(120, damage=DAMAGE, rehash=st.booleans())
+@examples(40, damage=DAMAGE, rehash=st.booleans())
 def test_results_of_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool) -> None:
     with clear():
         look(damaged(run[1], scratch, damage, rehash))
 
 
-@examples(50, damage=DAMAGE, rehash=st.booleans(), checkpoint=st.sampled_from(["last", "best", "2", "x"]))
+@examples(15, damage=DAMAGE, rehash=st.booleans(), checkpoint=st.sampled_from(["last", "best", "2", "x"]))
 def test_exports_of_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool, checkpoint: str) -> None:
     folder = damaged(run[1], scratch, damage, rehash)
     shutil.rmtree(scratch / "exported", ignore_errors=True)
@@ -179,7 +179,7 @@ def test_exports_of_damaged_runs(run: tuple, scratch: Path, damage: list, rehash
         export(folder, scratch / "exported", checkpoint=checkpoint)
 
 
-@examples(50, damage=DAMAGE, rehash=st.booleans(), ended=st.booleans())
+@examples(20, damage=DAMAGE, rehash=st.booleans(), ended=st.booleans())
 def test_resuming_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool, ended: bool) -> None:
     recipe, whole = run
     folder = damaged(whole, scratch, damage, rehash)
@@ -189,7 +189,7 @@ def test_resuming_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: 
         train(recipe, out=folder, resume=True)
 
 
-@examples(40, damage=DAMAGE)
+@examples(15, damage=DAMAGE)
 def test_evaluating_damaged_models(run: tuple, scratch: Path, damage: list) -> None:
     recipe, whole = run
     folder = damaged(whole / "model", scratch, damage, rehash=False)
@@ -205,14 +205,14 @@ def test_damaged_labels(labels: tuple, scratch: Path, damage: list) -> None:
         read_labels(sorted((folder / "labels").glob("step-*.parquet")))
 
 
-@examples(8, damage=DAMAGE)
+@examples(4, damage=DAMAGE)
 def test_labelling_on_in_a_damaged_folder(labels: tuple, scratch: Path, damage: list) -> None:
     recipe, whole = labels
     with clear():
         label(recipe, out=damaged(whole, scratch, damage, rehash=False), resume=True)
 
 
-@examples(15, damage=DAMAGE)
+@examples(6, damage=DAMAGE)
 def test_training_on_damaged_labels(labels: tuple, scratch: Path, damage: list) -> None:
     recipe, whole = labels
     folder = damaged(whole, scratch, damage, rehash=False)
@@ -221,7 +221,7 @@ def test_training_on_damaged_labels(labels: tuple, scratch: Path, damage: list) 
         train_reward_model(load_recipe(recipe), folder, out=scratch / "judge")
 
 
-@examples(15, damage=DAMAGE, rehash=st.booleans())
+@examples(6, damage=DAMAGE, rehash=st.booleans())
 def test_damaged_runs_on_the_command_line(run: tuple, scratch: Path, damage: list, rehash: bool) -> None:
     folder = damaged(run[1], scratch, damage, rehash)
     shutil.rmtree(scratch / "exported", ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import tomli_w
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from gruppo.config import Recipe, Section, load_recipe, toml_value
 from gruppo.errors import UsageError
 from gruppo.methods import METHODS
+from gruppo.models import find_model
 from gruppo.schema import annotated
 from tests.fuzzing import ANY_TEXT, NUMBERS, TEXT, TOML_VALUES, clear, command, examples, said_clearly
 
@@ -138,3 +140,9 @@ def test_names_of_files(folder: Path, name: str, extends: str) -> None:
         load_recipe({"extends": extends, "model": {"name": "m"}})
     with pytest.raises(UsageError):
         load_recipe({"extends": str(folder / "none.toml")})
+
+
+@examples(60, name=ANY_TEXT | st.tuples(ANY_TEXT, st.sampled_from([".gguf", "/x", "--a", "/"])).map("".join))
+def test_names_of_models(name: str) -> None:
+    with clear(), mock.patch("gruppo.models.hub_reachable", return_value=False):
+        find_model(name)

@@ -45,7 +45,7 @@ def mutate(changes: list[tuple[int, int, str]]) -> str:
 TEMPLATES = st.lists(PARTS, max_size=8).map("".join) | LOOP | MUTATED.map(mutate)
 
 
-@examples(250, template=TEMPLATES, messages=CHATS, answer=ANSWERS, pairs=st.booleans())
+@examples(120, template=TEMPLATES, messages=CHATS, answer=ANSWERS, pairs=st.booleans())
 def test_templates_of_all_kinds(
     policy: LanguageModel, template: str, messages: list, answer: Any, pairs: bool
 ) -> None:  # fmt: skip
