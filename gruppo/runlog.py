@@ -30,6 +30,9 @@ from gruppo.config import Recipe, load_recipe
 from gruppo.errors import RunError, UsageError
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
+TABLES = ("rollouts", "evaluations", "labels")
+_FILES = (*APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "rewards.log", "lock")
+_FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
 RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
 _ASIDE = ".replaced-"
 
@@ -113,7 +116,7 @@ class RunFolder:
                 with path.open("r+b") as stream:
                     stream.truncate(min(lengths.get(name, 0), path.stat().st_size))
                     os.fsync(stream.fileno())
-        for folder in ("rollouts", "evaluations", "labels"):
+        for folder in TABLES:
             for path in (self.path / folder).glob("step-*"):
                 if path.suffix == ".writing" or step_of(path) > step:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -134,6 +137,11 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN) -> N
     nothing."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; choose a folder")
+    for name in (*_FILES, *_FOLDERS):
+        if (path / name).exists() and (path / name).is_dir() != (name in _FOLDERS):
+            raise UsageError(
+                f"--out {path}: {name} is not what a run makes of it; put it back, or choose another folder"
+            )
     held = path / "recipe.toml"
     if not held.is_file():
         others = (

@@ -35,6 +35,7 @@ COMPARED_TOKENS = 4096  # whose log-probabilities are compared, at the most
 GRADED = 2, 4  # prompts and completions of each that the gradient is compared on
 MEAN_DIFFERENCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05}  # nats; see docs/decisions.md
 GRADIENT_ERROR = {"float64": 1e-4, "float32": 1e-2, "bfloat16": 0.25}
+ENOUGH = 22  # groups: where none of them carries a signal, fewer than 15 % of all do (95 %)
 ABSTAINED = 0.2  # share of completions from which on it is a problem
 FEW_SIGNALS = 0.2
 ALMOST_ALL = 0.5  # of the completions cut
@@ -61,13 +62,20 @@ class _Deadline(Stop):
 @dataclass
 class Trial:
     """Groups with their rewards; `unscored`: those of the last round, where rewards took too long. Seconds of sampling
-    and of rewarding these groups, on this machine; `late`: the time was over before the last round was done."""
+    and of rewarding these groups, on this machine; `late`: the time was over before the last round was done; `whole`:
+    all that were wanted are there."""
 
     groups: list[Group] = field(default_factory=list)
     unscored: list[Group] = field(default_factory=list)
     sampling_seconds: float = 0.0
     reward_seconds: float = 0.0
     late: bool = False
+    whole: bool = False
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is many enough for what none of its groups shows."""
+        return self.whole or len(self.groups) >= ENOUGH
 
     @property
     def completions(self) -> list[Completion]:
@@ -119,6 +127,7 @@ def try_out(
         each = max(made.sampling_seconds, made.reward_seconds) / max(1, len(made.groups))
         left = seconds - max(made.sampling_seconds, made.reward_seconds)
         count = min(2 * count, most, wanted - len(made.groups), int(left / each) if each else wanted)
+    made.whole = len(made.groups) == wanted
     return made
 
 
@@ -211,9 +220,10 @@ def judge_rewards(recipe: Recipe, trial: Trial, weights: Mapping[str, float]) ->
         right = recipe.method.baseline == "indicator" and totals[0] > recipe.method.right
         learns = recipe.method.baseline == "none" or right
         found.append(Finding(
-            "warning" if learns else "problem", "reward", f"all {len(totals)} completions have the same reward, "
-            f"{totals[0]:.4g} ({told})", "no completion is better than another, so nothing is learned"
-            if not learns else "all completions are learned from alike",
+            "warning" if learns or not trial.tells else "problem", "reward",
+            f"all {len(totals)} completions have the same reward, {totals[0]:.4g} ({told})",
+            "all completions are learned from alike" if learns
+            else "no completion is better than another, so nothing is learned",
             "read some completions (gruppo sample), and look whether the reward reads them as they are", figures,
         ))  # fmt: skip
     else:
@@ -267,7 +277,7 @@ def judge_signal(recipe: Recipe, trial: Trial, weights: Mapping[str, float]) -> 
     known = recipe.reward_model is None
     if not count:
         return Finding(
-            "problem" if known and high < 0.5 else "warning", "signal", told,
+            "problem" if known and trial.tells else "warning", "signal", told,
             "a group of equal rewards teaches nothing" + ("" if known else "; the reward model was not tried"),
             "take easier or harder questions, a reward that tells completions apart, or a larger group_size", figures,
         )  # fmt: skip

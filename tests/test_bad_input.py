@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -223,3 +224,27 @@ def test_a_full_disk_is_not_damage(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "full")
     with pytest.raises(RunError, match="own"), reading(tmp_path, "fix"):
         raise RunError("own")
+
+
+@pytest.mark.parametrize(
+    "name", ["rewards.log", "metrics.jsonl", "environment.json", "rollouts", "checkpoints", "base"]
+)
+def test_files_that_are_folders_and_folders_that_are_files(run: Path, whole: tuple, name: str) -> None:
+    if (run / name).is_dir():
+        shutil.rmtree(run / name)
+        (run / name).write_text("x")
+    else:
+        (run / name).unlink(missing_ok=True)
+        (run / name).mkdir()
+    with pytest.raises(UsageError, match=f"{name} is not what a run makes of it"):
+        train(whole[0], out=run, resume=True)
+
+
+def test_a_log_that_cannot_be_written_leaves_no_pipe_open(tmp_path: Path) -> None:
+    from gruppo.rewards.pool import RewardPool
+
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(UsageError, match="cannot be written to"):
+            RewardPool(["exact_match"], [], ["answer"], log=tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -16,7 +16,9 @@ from gruppo.config import load_recipe
 from gruppo.derivative import Derivative
 from gruppo.findings import Finding
 from gruppo.interruption import Interrupted, Stop
+from gruppo.stats import wilson_interval
 from gruppo.trial import (
+    ENOUGH,
     Trial,
     judge_completions,
     judge_difference,
@@ -42,7 +44,7 @@ def trial_of(*rewards: list[float | None], sampling: float = 1.0, rewarding: flo
     groups = [make_group([1, 2], [[3, 4]] * len(each), each) for each in rewards]
     for group in groups:
         group.rewards = [Reward(r.total, {"number": r.total}, r.failure) for r in group.rewards]
-    return Trial(groups, sampling_seconds=sampling, reward_seconds=rewarding)
+    return Trial(groups, sampling_seconds=sampling, reward_seconds=rewarding, whole=True)
 
 
 def graded(findings: list[Finding]) -> dict[str, str]:
@@ -85,6 +87,15 @@ def test_a_constant_beside_a_reward_model_or_steps_is_no_problem() -> None:
     assert (found.severity, found.what) == ("ok", "number 0 to 1, mean 0.5 (steps)")
 
 
+@pytest.mark.parametrize(("count", "severity"), [(4, "warning"), (ENOUGH, "problem")])
+def test_a_trial_that_was_cut_short_tells_little_of_what_it_did_not_see(count: int, severity: str) -> None:
+    some = trial_of(*[[1.0] * 4] * count)
+    some.whole = False
+    assert judge_rewards(recipe(), some, NAMES)[0].severity == severity
+    assert judge_signal(recipe(), some, NAMES).severity == severity
+    assert wilson_interval(0, ENOUGH)[1] < 0.15
+
+
 def test_a_reward_that_takes_longer_than_sampling() -> None:
     slow = judge_rewards(recipe(), trial_of([0.0, 1.0], rewarding=1.5), NAMES)[-1]
     assert (slow.severity, slow.figures["seconds_each"]) == ("warning", 0.75)
@@ -99,7 +110,6 @@ def test_the_share_of_groups_with_a_signal() -> None:
          "16": (2 - 0.75**16 - 0.25**16 - 2 * 0.5**16) / 4}
     )  # fmt: skip
     assert judge_signal(recipe(), trial_of(*[[1.0] * 4] * 9, [0.0, 1.0]), NAMES).severity == "warning"
-    assert judge_signal(recipe(), trial_of(*[[1.0] * 4] * 2), NAMES).severity == "warning", "two groups are few"
     assert judge_signal(recipe(), trial_of(*[[1.0] * 4] * 9), NAMES).severity == "problem"
     judged = recipe(reward_model={"kind": "outcome"})
     assert judge_signal(judged, trial_of(*[[1.0] * 4] * 9), NAMES).severity == "warning"

@@ -197,9 +197,13 @@ class _Worker:
     """A reward process and the two pipes to it."""
 
     def __init__(self, load: bytes, log: Path | None) -> None:
+        try:
+            output = open(log or os.devnull, "ab")  # noqa: SIM115  before there are pipes that would stay open
+        except OSError as error:
+            raise UsageError(f"{log}: cannot be written to ({error}); remove it") from error
         call_read, call_write = os.pipe()
         answer_read, answer_write = os.pipe()
-        with open(log or os.devnull, "ab") as output:
+        with output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gruppo.rewards.worker", str(call_read), str(answer_write)],
                 stdin=subprocess.DEVNULL,
