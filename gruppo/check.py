@@ -260,7 +260,7 @@ def _evaluations(recipe: Recipe) -> int:
     if recipe.evaluation is None:
         return 0
     steps, every = recipe.run.steps, recipe.evaluation.every
-    return len({0, steps} | (set(range(0, steps, every)) if every else set()))
+    return len(range(0, steps, every or steps)) + 1
 
 
 def _time_generation(policy: LanguageModel, inputs: Inputs, slots: int, stop: Stop) -> tuple[float, float]:

@@ -248,3 +248,16 @@ def test_a_log_that_cannot_be_written_leaves_no_pipe_open(tmp_path: Path) -> Non
         with pytest.raises(UsageError, match="cannot be written to"):
             RewardPool(["exact_match"], [], ["answer"], log=tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_folder_that_is_a_part_of_a_disk_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gruppo.config import Task
+    from gruppo.reporting import Silent
+    from gruppo.tasks import hub, load_questions
+
+    (tmp_path / "inner").mkdir()
+    for number in range(3):
+        (tmp_path / "inner" / f"{number}.txt").write_text("a")
+    monkeypatch.setattr(hub, "MOST_FILES", 2)
+    with pytest.raises(UsageError, match="more than 2 files"):
+        load_questions(Task(name=str(tmp_path)), "task", Silent())

@@ -101,6 +101,7 @@ def test_evaluations_are_counted_as_the_loop_makes_them(
     )  # fmt: skip
     assert len(list((made.path / "evaluations").iterdir())) == count
     assert _evaluations(load_recipe(recipe(data["model"]["name"]))) == 0
+    assert _evaluations(load_recipe(data, [f"run.steps={10**15}", "evaluation.every=1"])) == 10**15 + 1
 
 
 def test_check_leaves_no_process_behind(data: dict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,9 @@ ENDINGS = st.sampled_from([":f", ".jsonl", "/x", ".py:f", ".parquet"])
     split=st.none() | TEXT,
     options=st.dictionaries(TEXT, JSON_VALUES, max_size=2),
 )
-def test_names_of_all_kinds(name: str, split: str | None, options: dict) -> None:
+def test_names_of_all_kinds(folder: Path, name: str, split: str | None, options: dict) -> None:
     task = {"name": name, "options": options, **({} if split is None else {"split": split})}
-    with clear():
+    with clear(), chdir(folder):
         through(None, task, "grpo", ["number"])
 
 
