@@ -104,6 +104,22 @@ def test_evaluations_are_counted_as_the_loop_makes_them(
     assert _evaluations(load_recipe(data, [f"run.steps={10**15}", "evaluation.every=1"])) == 10**15 + 1
 
 
+def test_what_is_sampled_is_the_start_model(data: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gruppo import trial
+    from gruppo.models import find_model, load_model, weights_sha256
+
+    start = weights_sha256(load_model(find_model(data["model"]["name"]), "cpu", "float32").model)
+    seen, sample = [], trial.try_out
+
+    def looked(recipe, policy, *rest):
+        seen.append((weights_sha256(policy.model), [each.grad for each in policy.model.parameters()]))
+        return sample(recipe, policy, *rest)
+
+    monkeypatch.setattr(trial, "try_out", looked)
+    check_recipe(data, overrides=["optimizer.learning_rate=0.1", "optimizer.weight_decay=0.1"])
+    assert [(weights, set(gradients)) for weights, gradients in seen] == [(start, {None})]
+
+
 def test_check_leaves_no_process_behind(data: dict) -> None:
     import psutil
 

@@ -122,9 +122,9 @@ def inflict(kind: str, path: Path, files: list[Path], where: int, what: Any) -> 
         path.unlink()
         path.mkdir()
     elif kind == "add":
-        (path.parent / ["step-x.parquet", "step-000009", "step-000001.parquet", "x.writing"][where % 4]).write_bytes(
-            noise
-        )
+        more = path.parent / ["step-x.parquet", "step-000009", "step-000001.parquet", "x.writing"][where % 4]
+        if not more.is_dir():
+            more.write_bytes(noise)
     elif kind == "json" and path.suffix in {".json", ".jsonl"}:
         lines = (
             content.decode(errors="replace").splitlines()
