@@ -4,6 +4,7 @@
 #   make quickstart                            train a real model for a few minutes
 #   make test                                  style, types, tests
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
+#   make fuzz                                  bad input by the ten thousand (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               beside TRL and vLLM; BENCH=--help for its options
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
@@ -14,6 +15,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 OUT ?= runs/quickstart
 TRANSFORMERS ?= 5.16.1
+FUZZ ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts
 
-.PHONY: quickstart test check unit torture test-transformers bench format lock licences clean
+.PHONY: quickstart test check unit torture fuzz test-transformers bench format lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
@@ -39,6 +41,9 @@ unit: $(VENV)/.ready-dev
 
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)
+
+fuzz: $(VENV)/.ready-dev
+	GRUPPO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Not all that is pinned goes with another transformers: what belongs to it is left to pip.
 test-transformers: constraints.txt pyproject.toml

@@ -1,4 +1,9 @@
-"""`gruppo check`: what a recipe will take, in memory and in time, before anything starts. It writes no run folder."""
+"""`gruppo check`: what a recipe will take, in memory and in time, and what is wrong with it that a run would show only
+after hours. It writes no run folder.
+
+A check takes as long as loading the model, two steps' worth of timing at the most, a comparison of gradients on a few
+short completions, and what `seconds` allows for sampling and for rewards each.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,15 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.config import Recipe, load_recipe
 from gruppo.disk import free_bytes, gigabytes
+from gruppo.errors import UsageError
+from gruppo.findings import Finding, described
 from gruppo.interruption import Stop, stop_on_signals
 from gruppo.preflight import Data, read_data
 from gruppo.reporting import Reporter, Silent
@@ -21,19 +28,22 @@ from gruppo.reporting import Reporter, Silent
 if TYPE_CHECKING:
     from gruppo.disk_forecast import Disk
     from gruppo.forecast import Chosen, Workload
-    from gruppo.models import LanguageModel
+    from gruppo.models import LanguageModel, ModelSource
     from gruppo.preparation import Inputs
+    from gruppo.rewards.pool import RewardPool
 
 DRAWN = 3  # tokens a row that decoding is timed by
 PROMPT_TOKENS = 1024  # at most, whose computing is timed
 UPDATE_TOKENS = 512  # of the micro-batch that an update is timed by
+REPEATS = 2  # of which the quicker counts: whatever else the machine does makes one slower
+SECONDS = 60.0  # for sampling a trial, and as many for its rewards
 
 
 @dataclass(frozen=True)
 class Check:
     """What was found. `step_seconds`: of a step, by phase, and `evaluation_seconds` of one evaluation, both if every
     completion has max_tokens; saving is in neither, nor is what a reward model learns between
-    iterations. `memory`: the recipe's run.memory. `disk_free`: bytes where runs/NAME would be."""
+    iterations. `disk_free`: bytes where runs/NAME would be. `findings`: what was looked at, good and bad."""
 
     recipe: Recipe
     device: str
@@ -45,6 +55,12 @@ class Check:
     evaluations: int
     disk: Disk
     disk_free: int
+    findings: Sequence[Finding] = ()
+
+    @property
+    def problems(self) -> int:
+        """How many findings will spoil a run."""
+        return sum(each.severity == "problem" for each in self.findings)
 
     @property
     def total_seconds(self) -> float:
@@ -69,82 +85,212 @@ class Check:
             "total_seconds": self.total_seconds,
             "disk_bytes": self.disk.as_dict(),
             "disk_free_bytes": self.disk_free,
+            "findings": [each.as_dict() for each in self.findings],
+            "problems": self.problems,
         }
 
 
 def check_recipe(
-    recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: Sequence[str] = (), reporter: Reporter | None = None
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    quick: bool = False,
+    seconds: float = SECONDS,
+    reporter: Reporter | None = None,
 ) -> Check:
-    """Read recipe, rewards and data as training would, load the model, choose sizes, and time a little of each phase.
+    """Read recipe, rewards and data as training would, load the model, choose sizes, time a little of each phase, and
+    sample and score a few groups, for at most `seconds` of each. `quick`: no group is sampled.
 
     Raises UsageError for what training would refuse, and where the memory is too little.
     """
+    if not seconds > 0:
+        raise UsageError(f"--seconds {seconds:g}: must be more than 0; write e.g. 60, or take --quick")
     settings, shown = load_recipe(recipe, overrides), reporter or Silent()
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(stop.anywhere())
-        return _measure(settings, data, shown, stop, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return _measure(settings, data, shown, stop, folder, 0.0 if quick else seconds)
 
 
-def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path) -> Check:
+def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path, seconds: float) -> Check:
     from gruppo.adapters import check_adapters
+    from gruppo.disk_forecast import evaluation_count
     from gruppo.models import choose_device, choose_dtype, find_model
     from gruppo.objective import find_surrogate
-    from gruppo.preparation import disk_of, load_and_choose, make_pool, tokenize_data, workload
+    from gruppo.preparation import disk_of, load_and_choose, make_pool, workload
 
     device = choose_device(recipe.model.device)
     dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
+        pool = None
         if recipe.method.source != "rows":
-            stack.enter_context(make_pool(recipe, recipe.reward.functions, data, folder / "rewards.log", reporter))
+            log = folder / "rewards.log"
+            pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, log, reporter))
         source = find_model(recipe.model.name, reporter, trust_remote_code=recipe.model.trust_remote_code)
         check_adapters(source, recipe.model.lora)
-        inputs = tokenize_data(recipe, data, source, reporter)
+        inputs, refused = _tokenize(recipe, data, source, reporter)
         policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, reporter)
-    asked = workload(recipe, inputs)
+        asked = workload(recipe, inputs)
+        stop.check()
+        with reporter.progress("Timing", None, ""):
+            prompt, drawn = _time_generation(policy, inputs, chosen.slots, stop)
+            forward, backward, optimizer = _time_update(recipe, policy, asked, chosen)
+        rounds = math.ceil(asked.completions / chosen.slots)
+        tokens = sum(each + sum(own) for batch in asked.micro_batches(chosen.micro_batch_tokens) for each, own in batch)
+        passes = (
+            int(recipe.method.kl_coef > 0 or recipe.method.credit == "pair")
+            + int(recipe.method.needs_scores)
+            + int(recipe.method.needs_critic)
+            + int(recipe.reward_model is not None)
+            + recipe.method.inner_updates * chosen.recompute
+        )
+        check = Check(
+            recipe=recipe,
+            device=device.type,
+            dtype=dtype,
+            chosen=chosen,
+            workload=asked,
+            step_seconds={
+                "generate": 0.0
+                if recipe.method.source == "rows"
+                else prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
+                "score": forward * passes * tokens,
+                "update": (1 + recipe.method.needs_critic)  # a value model is updated as often
+                * recipe.method.inner_updates
+                * ((forward + backward) * tokens + optimizer),
+            },
+            evaluation_seconds=prompt * asked.questions * asked.question_tokens
+            + drawn * math.ceil(asked.answers / chosen.slots) * asked.answer_tokens,
+            evaluations=evaluation_count(recipe),
+            disk=disk_of(recipe, policy, inputs),
+            disk_free=free_bytes(Path("runs") / recipe.run.name),
+        )
+        seen = [
+            *_inspect(check, policy, inputs, refused),
+            *_try(check, policy, inputs, pool, seconds, reporter, stop),
+        ]
+        return replace(check, findings=seen)
+
+
+def _tokenize(recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter) -> tuple[Inputs, str | None]:
+    """The prompts, and what training says where it refuses some that are too long: then without these."""
+    from gruppo.preparation import tokenize_data
+
+    try:
+        return tokenize_data(recipe, data, source, reporter), None
+    except UsageError as error:
+        filtering = replace(data, training=[replace(part, filter_overlong=True) for part in data.training])
+        try:
+            inputs = tokenize_data(recipe, filtering, source, reporter)
+        except UsageError:
+            raise error from None
+        return inputs, str(error)
+
+
+def _inspect(check: Check, policy: LanguageModel, inputs: Inputs, refused: str | None) -> list[Finding]:
+    """All that is seen without sampling."""
+    from gruppo import inspection
+
+    recipe, prompts = check.recipe, list(inputs.prompts)
+    most = recipe.sampling.max_tokens
+    limit = min(policy.context - most, *(task.max_prompt_tokens or policy.context for task in recipe.tasks))
+    return [
+        *inspection.inspect_recipe(recipe),
+        *inspection.inspect_model(policy, check.dtype),
+        *inspection.inspect_tokens(policy),
+        *inspection.inspect_start(policy.tokenizer, prompts),
+        *inspection.inspect_template(policy, prompts),
+        inspection.inspect_lengths(prompts, limit, most, inputs.filtered, refused),
+        *inspection.inspect_given(inputs.given, most),
+        *inspection.inspect_overlap(prompts, inputs.questions),
+        _memory(check, policy),
+        _time(check),
+        _disk(check),
+        _kernels(policy),
+    ]
+
+
+def _memory(check: Check, policy: LanguageModel) -> Finding:
+    from gruppo.forecast import process_bytes
+    from gruppo.machine import free_memory
+
+    memory, chosen = check.chosen.memory, check.chosen
+    there = free_memory(policy.device) + process_bytes(policy.device)
+    told = f"{memory.peak / 1e9:.2f} GB at the peak, of {chosen.budget_bytes / 1e9:.2f} that run.memory allows"
+    figures = {"peak_bytes": memory.peak, "budget_bytes": chosen.budget_bytes, "there_bytes": there}
+    if memory.peak > there:
+        return Finding(
+            "problem", "memory", f"{told}; the machine has {there / 1e9:.2f} GB",
+            "the run would be killed, or swap until it stands still",
+            f'write run.memory = "{0.9 * there / 1e9:.1f} GB", or end what else is running', figures,
+        )  # fmt: skip
+    if chosen.recompute:
+        return Finding(
+            "note", "memory", f"{told}; activations are computed again in backward, as they do not fit",
+            "an update takes a third longer", "allow more by run.memory, or a smaller sampling.max_tokens", figures,
+        )  # fmt: skip
+    return Finding("ok", "memory", told, figures=figures)
+
+
+def _time(check: Check) -> Finding:
+    step = math.fsum(check.step_seconds.values())
+    told = f"{step:.1f} s a step and {_duration(check.total_seconds)} in all, if every completion is the longest"
+    return Finding("ok", "time", told, figures={"step_seconds": step, "total_seconds": check.total_seconds})
+
+
+def _disk(check: Check) -> Finding:
+    disk, free, where = check.disk, check.disk_free, Path("runs") / check.recipe.run.name
+    told = f"{gigabytes(disk.peak)} at its most, {gigabytes(free)} are free for {where}"
+    figures = {"peak_bytes": disk.peak, "free_bytes": free}
+    if disk.peak <= free:
+        return Finding("ok", "disk", told, figures=figures)
+    return Finding(
+        "problem", "disk", told, "the run would stop where the disk is full",
+        "make room, write run folders elsewhere by --out, or a larger run.checkpoint_every", figures,
+    )  # fmt: skip
+
+
+def _kernels(policy: LanguageModel) -> Finding:
+    from gruppo.kernels import why_missing
+
+    missing = why_missing(policy.dtype)
+    if policy.device.type != "cpu" or missing is None:
+        return Finding("ok", "kernels", "compiled" if policy.device.type == "cpu" else "those of torch")
+    return Finding(
+        "note", "kernels", f"none for this model: {missing}", "a step takes up to half as long again",
+        "install a C compiler; nothing else changes", {},
+    )  # fmt: skip
+
+
+def _try(
+    check: Check,
+    policy: LanguageModel,
+    inputs: Inputs,
+    pool: RewardPool | None,
+    seconds: float,
+    reporter: Reporter,
+    stop: Stop,
+) -> list[Finding]:
+    """All that a few completions show, if there are `seconds` for them, and the gradient."""
+    from gruppo import trial
+
+    recipe, chosen = check.recipe, check.chosen
+    found = []
+    if pool is None:
+        found.append(trial.skipped(f'method.source = "{recipe.method.source}" brings them'))
+    elif not seconds:
+        found.append(trial.skipped("--quick"))
+    else:
+        made = trial.try_out(recipe, policy, inputs, pool, chosen.slots, seconds, reporter, stop)
+        found += trial.judge_trial(recipe, made, pool, seconds)
+        if made.completions:
+            groups, heat = [*made.groups, *made.unscored], recipe.sampling.temperature
+            found.append(trial.compare_logprobs(policy, groups, heat, chosen.micro_batch_tokens))
     stop.check()
-    with reporter.progress("Timing", None, ""):
-        prompt, drawn = _time_generation(policy, inputs, chosen.slots, stop)
-        forward, backward, optimizer = _time_update(recipe, policy, asked, chosen)
-    rounds = math.ceil(asked.completions / chosen.slots)
-    tokens = sum(each + sum(own) for batch in asked.micro_batches(chosen.micro_batch_tokens) for each, own in batch)
-    passes = (
-        int(recipe.method.kl_coef > 0 or recipe.method.credit == "pair")
-        + int(recipe.method.needs_scores)
-        + int(recipe.method.needs_critic)
-        + int(recipe.reward_model is not None)
-        + recipe.method.inner_updates * chosen.recompute
-    )
-    return Check(
-        recipe=recipe,
-        device=device.type,
-        dtype=dtype,
-        chosen=chosen,
-        workload=asked,
-        step_seconds={
-            "generate": 0.0
-            if recipe.method.source == "rows"
-            else prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
-            "score": forward * passes * tokens,
-            "update": (1 + recipe.method.needs_critic)  # a value model is updated as often
-            * recipe.method.inner_updates
-            * ((forward + backward) * tokens + optimizer),
-        },
-        evaluation_seconds=prompt * asked.questions * asked.question_tokens
-        + drawn * math.ceil(asked.answers / chosen.slots) * asked.answer_tokens,
-        evaluations=_evaluations(recipe),
-        disk=disk_of(recipe, policy, inputs),
-        disk_free=free_bytes(Path("runs") / recipe.run.name),
-    )
-
-
-def _evaluations(recipe: Recipe) -> int:
-    """How often a run of the recipe evaluates."""
-    from gruppo.disk_forecast import evaluated_steps
-
-    return len(evaluated_steps(recipe))
+    return [*found, trial.compare_gradient(recipe, policy, inputs, chosen, reporter, stop)]
 
 
 def _time_generation(policy: LanguageModel, inputs: Inputs, slots: int, stop: Stop) -> tuple[float, float]:
@@ -171,12 +317,13 @@ def _time_generation(policy: LanguageModel, inputs: Inputs, slots: int, stop: St
         return time.perf_counter() - start
 
     seconds(1)  # to warm up
-    first, more = seconds(1), seconds(1 + DRAWN)
+    first, more = (min(seconds(tokens) for _ in range(REPEATS)) for tokens in (1, 1 + DRAWN))
     return first / sum(len(prompt.token_ids) for prompt in prompts), max(0.0, more - first) / DRAWN
 
 
 def _time_update(recipe: Recipe, policy: LanguageModel, asked: Workload, chosen: Chosen) -> tuple[float, float, float]:
-    """Seconds a token of a packed micro-batch forward and backward, and those of an optimizer step."""
+    """Seconds a token of a packed micro-batch forward and backward, and those of an optimizer step of length 0, which
+    leaves the policy as it is."""
     import torch
 
     from gruppo.forecast import trial_batch
@@ -185,19 +332,23 @@ def _time_update(recipe: Recipe, policy: LanguageModel, asked: Workload, chosen:
 
     layout = asked.micro_batches(min(chosen.micro_batch_tokens, UPDATE_TOKENS))[0]
     batch, tokens = trial_batch(policy, layout), sum(prompt + sum(own) for prompt, own in layout)
-    optimizer = make_optimizer(recipe.optimizer, policy.model)
-    with policy.precision():
-        score(policy, trial_batch(policy, [(1, [1, 1])]), 1.0)  # weights are prepared once for all micro-batches
-        marks = [time.perf_counter()]
-        loss = score(policy, batch, recipe.sampling.temperature)[0].mean()
+    optimizer = make_optimizer(recipe.optimizer.model_copy(update={"learning_rate": 0.0}), policy.model)
+    taken = []
+    for _ in range(REPEATS):
+        with policy.precision():
+            score(policy, trial_batch(policy, [(1, [1, 1])]), 1.0)  # weights are prepared once for all micro-batches
+            marks = [time.perf_counter()]
+            loss = score(policy, batch, recipe.sampling.temperature)[0].mean()
+            marks.append(time.perf_counter())
+            with torch.autocast(policy.device.type, enabled=False):
+                loss.backward()
+            float(loss.detach())  # so that an accelerator has come to its end
+            marks.append(time.perf_counter())
+        optimizer.step()
         marks.append(time.perf_counter())
-        with torch.autocast(policy.device.type, enabled=False):
-            loss.backward()
-        float(loss.detach())  # so that an accelerator has come to its end
-        marks.append(time.perf_counter())
-    optimizer.step()
-    marks.append(time.perf_counter())
-    forward, backward, updating = (after - before for before, after in pairwise(marks))
+        taken.append([after - before for before, after in pairwise(marks)])
+    optimizer.zero_grad(set_to_none=True)
+    forward, backward, updating = map(min, zip(*taken, strict=True))
     return forward / tokens, backward / tokens, updating
 
 
@@ -219,11 +370,11 @@ def describe_check(check: Check) -> str:
     lines += [
         f"  peak {memory.peak / 1e9:.2f} of a budget of {chosen.budget_bytes / 1e9:.2f} ({source})",
         "",
-        f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight, "
+        f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight,",
         f"activations {recompute}; {check.dtype} on {check.device}",
         "",
-        f"Time, if every completion has {asked.max_tokens} tokens and every prompt {asked.prompt_tokens}; measured on "
-        "short completions, rewards and saving not counted",
+        f"Time, if every completion has {asked.max_tokens} tokens and every prompt {asked.prompt_tokens};",
+        "measured on short completions, rewards and saving not counted",
     ]
     lines += [f"  {name:<22}{seconds:>12.1f} s a step" for name, seconds in check.step_seconds.items()]
     step = math.fsum(check.step_seconds.values())
@@ -231,7 +382,7 @@ def describe_check(check: Check) -> str:
     if check.evaluations:
         lines.append(f"  {'an evaluation':<22}{check.evaluation_seconds:>12.1f} s, {check.evaluations} evaluations")
     lines.append(f"  {'the whole run':<22}{_duration(check.total_seconds):>12}")
-    return "\n".join([*lines, "", *_describe_disk(check)])
+    return "\n".join([*lines, "", *_describe_disk(check), "", described(check.findings)])
 
 
 def _describe_disk(check: Check) -> list[str]:
@@ -239,9 +390,8 @@ def _describe_disk(check: Check) -> list[str]:
     lines = [f"Disk, if every completion has {check.workload.max_tokens} tokens"]
     lines += [f"  {name:<22}{gigabytes(size):>12}" for name, size in disk.parts.items()]
     lines.append(f"  {'the finished run':<22}{gigabytes(disk.total):>12}")
-    enough = "" if disk.peak <= check.disk_free else ": too little"
     lines.append(f"  {'at its most':<22}{gigabytes(disk.peak):>12}, while a checkpoint is written")
-    lines.append(f"  {'free':<22}{gigabytes(check.disk_free):>12} for {where}{enough}")
+    lines.append(f"  {'free':<22}{gigabytes(check.disk_free):>12} for {where}")
     return lines
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from gruppo.disk import writing
 from gruppo.errors import RunError, UsageError
 from gruppo.models import trained_weights
-from gruppo.opening import read_object
+from gruppo.opening import read_object, reading
 from gruppo.runlog import RunFolder, checkpoint_folders, publish, recover, write_whole
 
 
@@ -110,11 +110,21 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
 
 
 def load_state(folder: Path) -> State:
-    """The state in a checkpoint."""
+    """The state in a checkpoint. Raises UsageError where it holds something else, whatever its hash says."""
+    path = folder / "state.json"
     try:
-        return TypeAdapter(State).validate_python(read_object(folder / "state.json"))
+        held = read_object(path)
+        state = TypeAdapter(State).validate_json(json.dumps(held), strict=True)
     except ValidationError as error:
-        raise UsageError(f"{folder / 'state.json'}: is no state of a run ({error.errors()[0]['msg']})") from None
+        raise UsageError(f"{path}: is damaged: no state of a run ({error.errors()[0]['msg']})") from None
+    with reading(path, "take the checkpoint before it"):
+        if more := held.keys() - asdict(state).keys():
+            raise ValueError(f"{min(more)!r} is no field")
+        if min(state.step, state.cursor, state.iteration, *state.lengths.values()) < 0:
+            raise ValueError("a number is below 0")
+        for figures in state.evaluations.values():
+            float(figures["accuracy"]), tuple(map(float, figures["interval"])), int(figures["questions"])
+    return state
 
 
 def load_tensors(
@@ -124,10 +134,13 @@ def load_tensors(
     for name, (module, own) in {"": (model, optimizer), **others}.items():
         load_weights_file(folder / _file(name, "weights"), module)
         parameters = dict(module.named_parameters())
-        for key, tensor in load_file(folder / _file(name, "optimizer")).items():
-            kind, _, owner = key.partition(":")
-            parameter = parameters[owner]
-            own.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+        with reading(folder / _file(name, "optimizer"), "take the checkpoint before it"):
+            for key, tensor in load_file(folder / _file(name, "optimizer")).items():
+                kind, _, owner = key.partition(":")
+                parameter = parameters[owner]
+                if kind != "step" and tensor.shape != parameter.shape:
+                    raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
+                own.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
 
 
 def _file(name: str, what: str) -> str:
@@ -136,7 +149,8 @@ def _file(name: str, what: str) -> str:
 
 def load_weights_file(path: Path, model: nn.Module) -> None:
     """Put the weights of a checkpoint's file into the model."""
-    put_weights(load_file(path), trained_weights(model))
+    with reading(path, "take another checkpoint"):
+        put_weights(load_file(path), trained_weights(model))
 
 
 def put_weights(weights: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:

@@ -118,8 +118,15 @@ def check(
     recipe: RecipeFile,
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in bytes and seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Sample nothing: no completions, rewards or signals.")] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Most seconds for sampling a trial, and as many for its rewards.")
+    ] = 60.0,
 ) -> None:
-    """Say what a recipe will take: memory by part, time a step and in all. Nothing is trained or written."""
+    """Say what a recipe will take (memory by part, time a step and in all), and what is wrong with it.
+
+    Nothing is trained or written. Exit code 0 without a problem, 1 with one, 2 for what training refuses.
+    """
     from gruppo.check import check_recipe, describe_check
     from gruppo.config import load_recipe
 
@@ -127,13 +134,15 @@ def check(
     from gruppo.console import ConsoleReporter
 
     reporter = ConsoleReporter()
-    found = check_recipe(settings, reporter=reporter)
+    found = check_recipe(settings, quick=quick, seconds=seconds, reporter=reporter)
     if as_json:
         import json
 
         typer.echo(json.dumps(found.as_dict()))
     else:
         reporter.result(describe_check(found))
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

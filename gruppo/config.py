@@ -18,8 +18,9 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from gruppo.errors import UsageError, nearest
+from gruppo.errors import UsageError, nearest, one_line
 from gruppo.methods import METHODS
+from gruppo.userpath import is_file, user_path
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Finite = Field(allow_inf_nan=False)
@@ -27,6 +28,9 @@ Finite = Field(allow_inf_nan=False)
 
 class RecipeError(UsageError):
     """A recipe that cannot be run; the message names file, field, value and fix, a line for each."""
+
+    def __init__(self, *mistakes: object) -> None:
+        ValueError.__init__(self, "\n".join(map(one_line, mistakes)))
 
 
 # The policy terms by name; `method.surrogate` also takes an import path.
@@ -622,9 +626,9 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         lines = [f"{_writer(files, details['loc'])}: {_explain(details)}" for details in error.errors()]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+        raise RecipeError(*dict.fromkeys(lines)) from None
     try:
-        recipe.to_toml()
+        recipe.to_toml().encode()
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: options hold a value that TOML cannot write ({error}); use plain values") from None
     return recipe
@@ -655,11 +659,11 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
         wanted = data.pop("extends")
         if not isinstance(wanted, str) or not wanted:
             raise RecipeError(f'{where}: extends = {wanted!r}: must be the path of a recipe; write e.g. "other.toml"')
-        path = folder / Path(wanted).expanduser()
+        path = folder / user_path(wanted)
+        if not is_file(path):
+            raise RecipeError(f'{where}: extends = "{wanted}": there is no file {path}; give a path from {where}')
         if path.resolve() in seen:
             raise RecipeError(f'{where}: extends = "{wanted}": leads back to {path}; extend a recipe that stands alone')
-        if not path.is_file():
-            raise RecipeError(f'{where}: extends = "{wanted}": there is no file {path}; give a path from {where}')
         base = _read_file(path)
         if isinstance(run := base.get("run"), dict):
             run.pop("name", None)
@@ -777,7 +781,7 @@ def _split(override: str) -> tuple[str, str, str]:
 
 def _explain(details: ErrorDetails) -> str:
     """One mistake as `field = value: what is wrong; what to write`."""
-    location = [str(part) for part in details["loc"]]
+    location = [str(part) for part in details["loc"]] or ["recipe"]
     field, kind = re.sub(r"^mixture\.(\d+)", r"mixture[\1]", ".".join(location)), details["type"]
     if kind == "extra_forbidden":
         if reason := _REFUSED.get((location[0], location[-1])):
@@ -791,7 +795,7 @@ def _explain(details: ErrorDetails) -> str:
         return f'{field}: missing; write e.g. {location[-1]} = "{example}" in [{".".join(location[:-1])}]'
     if kind == "value_error":
         message = str(details["ctx"]["error"])
-        return f"{field}.{message}" if location else message
+        return f"{field}.{message}" if details["loc"] else message
     if location[-1] == "mixture" or location[:-1] == ["mixture"]:
         return f"{field} = {_short(details['input'])}: must be tables; write [[mixture]] and a task's fields below"
     if kind in {"model_type", "dict_type", "model_attributes_type"} and _section(location):

@@ -8,6 +8,7 @@ than foretold where completions are shorter; nothing else does.
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def forecast_disk(
     rounds = recipe.run.iterations if judged else 0
     tables = {
         "rollouts": recipe.run.steps * _table(ROLLOUTS, _rollout, recipe, policy, work, prompts, work.completions),
-        "evaluations": len(evaluated_steps(recipe))
+        "evaluations": evaluation_count(recipe)
         * _table(EVALUATIONS, _answer, recipe, policy, work, prompts, work.answers),
     }
     if recipe.reward_model is not None and judged:
@@ -153,21 +154,29 @@ def _scalar_model(policy: LanguageModel) -> int:
 def _checkpoints(recipe: Recipe) -> tuple[int, int]:
     """How many checkpoints a finished run has, and how many are there while another is written."""
     run = recipe.run
-    made = {*range(run.checkpoint_every, run.steps + 1, run.checkpoint_every), run.steps}
-    made |= (
-        set(range(0, run.steps, run.steps // run.iterations)) if recipe.reward_model or run.iterations > 1 else set()
-    )
-    evaluated = evaluated_steps(recipe)
-    kept = min(2, len(made)) + any(step in evaluated for step in sorted(made)[:-2])
-    return kept, min(len(made), kept + 1)
+    made = [range(run.checkpoint_every, run.steps + 1, run.checkpoint_every)]
+    if recipe.reward_model or run.iterations > 1:
+        made.append(range(0, run.steps, run.steps // run.iterations))
+    last = sorted({run.steps, *(step for each in made for step in each[-4:])})[-4:]
+    best = any(_evaluates_before(recipe, each, last[-2:][0]) for each in made)
+    kept = min(2, len(last)) + best
+    return kept, min(len(last), kept + 1)
 
 
-def evaluated_steps(recipe: Recipe) -> set[int]:
-    """After which steps a run of the recipe evaluates: before the first, after the last, and as `every` says."""
-    if recipe.evaluation is None:
-        return set()
+def _evaluates_before(recipe: Recipe, made: range, border: int) -> bool:
+    """Whether a run of the recipe evaluates after one of the steps of a range, which begins at 0 or at its stride, that
+    are before the border. No step is listed: there may be more than memory holds."""
+    if recipe.evaluation is None or not made:
+        return False
     every = recipe.evaluation.every
-    return {0, recipe.run.steps} | (set(range(0, recipe.run.steps, every)) if every else set())
+    return made[0] == 0 < border or bool(every and math.lcm(every, made.step) < border)
+
+
+def evaluation_count(recipe: Recipe) -> int:
+    """How often a run of the recipe evaluates: before the first step, after the last, and as `every` says."""
+    if recipe.evaluation is None:
+        return 0
+    return len(range(0, recipe.run.steps, recipe.evaluation.every or recipe.run.steps)) + 1
 
 
 def _base_bytes(policy: LanguageModel) -> int:

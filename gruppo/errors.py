@@ -6,12 +6,29 @@ import difflib
 from collections.abc import Iterable
 
 
+def one_line(message: object) -> str:
+    """The message as one line that any file can hold, whatever values it quotes: line breaks, controls and lone
+    surrogates as Python writes them."""
+    text = str(message)
+    return text if text.isprintable() else "".join(_written(letter) for letter in text)
+
+
+def _written(letter: str) -> str:
+    return letter if letter.isprintable() else repr(letter)[1:-1]
+
+
 class UsageError(ValueError):
     """Something that the user gave is wrong: a recipe, data, a reward, a model or a folder. Exit code 2."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message))
 
 
 class RunError(RuntimeError):
     """A run that had begun could not go on; what it had is in its folder. Exit code 1."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message))
 
 
 # What libraries say where memory is not to be had; an accelerator's error is a RuntimeError too.

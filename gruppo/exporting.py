@@ -25,7 +25,7 @@ from gruppo.config import Decoding, Recipe, load_recipe
 from gruppo.disk import writing
 from gruppo.errors import UsageError
 from gruppo.methods import METHODS
-from gruppo.opening import read_object, require_own
+from gruppo.opening import read_object, reading, require_own
 from gruppo.reporting import Reporter, Silent
 from gruppo.runlog import checkpoint_folders, publish
 
@@ -78,7 +78,7 @@ def export(
     state = _state(source, folder)
     environment = _environment(source)
     options = dtype, max_shard_size, trust_remote_code
-    with _new_folder(target) as building:
+    with reading(source, "export another checkpoint"), _new_folder(target) as building:
         weights = folder / "weights.safetensors"
         if adapter:
             chat = _write_adapter(source / "base", weights, building, recipe, dtype, trust_remote_code)

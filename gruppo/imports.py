@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from gruppo.errors import UsageError
+from gruppo.userpath import user_path
 
 
 def import_attribute(name: str, field: str) -> Any:
@@ -44,7 +45,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
-    path = path.expanduser().resolve()
+    path = user_path(path).resolve()
     name = f"gruppo_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:

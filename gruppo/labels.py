@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from gruppo.config import RewardModel
 from gruppo.engines import Engine, Request, SamplingOptions
 from gruppo.errors import RunError, UsageError
 from gruppo.interruption import Stop
-from gruppo.opening import read_table
+from gruppo.opening import read_table, reading
 from gruppo.reporting import Reporter
 from gruppo.reward_model import Sample, last_token
 from gruppo.rewards.pool import RewardPool
@@ -215,11 +215,17 @@ def read_labels(files: Iterable[Path]) -> list[Labelled]:
         except (OSError, UsageError) as error:
             why = str(error).splitlines()[0]
             raise UsageError(f"{file}: is no table of labels ({why}); give one that `gruppo label` wrote") from None
-        for row in rows:
-            ids = tuple(row["token_ids"])
-            completion = Completion(ids, (0.0,) * len(ids), (True,) * len(ids), row["finish_reason"], 0, row["text"])
-            content, columns = json.loads(row["prompt"]), json.loads(row["columns"])
-            prompt = Prompt(row["prompt_id"], content, tuple(row["prompt_token_ids"]), "", columns)
-            steps = (tuple(row[name]) for name in ("step_ends", "step_text_ends", "soft"))
-            made.append(Labelled(prompt, completion, row["right"], *steps))
+        with reading(file, "give one that `gruppo label` wrote"):
+            made += [_labelled(row) for row in rows]
     return made
+
+
+def _labelled(row: Mapping[str, Any]) -> Labelled:
+    ids, size = tuple(row["token_ids"]), len(row["token_ids"])
+    completion = Completion(ids, (0.0,) * size, (True,) * size, row["finish_reason"], 0, row["text"])
+    content, columns = json.loads(row["prompt"]), json.loads(row["columns"])
+    prompt = Prompt(row["prompt_id"], content, tuple(row["prompt_token_ids"]), "", columns)
+    ends, text_ends, shares = (tuple(row[name]) for name in ("step_ends", "step_text_ends", "soft"))
+    if not len(ends) == len(text_ends) == len(shares) or not all(0 <= end < size for end in ends):
+        raise ValueError(f"the steps of {row['prompt_id']} do not fit its completion")
+    return Labelled(prompt, completion, bool(row["right"]), ends, text_ends, shares)

@@ -62,6 +62,7 @@ from gruppo.objective import (
     select,
     token_weights,
 )
+from gruppo.opening import reading
 from gruppo.packing import Batch, TokenWeights, pack
 from gruppo.preparation import Prepared
 from gruppo.recorded import Recorded
@@ -676,13 +677,14 @@ class _Run:
             self._restore_reference(folder / self._reference_file.name)
             load_tensors(folder, self.parts.policy.model, self.parts.optimizer, self._others())
         begun = bool(self.run.lengths()["metrics.jsonl"])
-        damages = self.run.cut_back(self.state.lengths, self.state.step)
-        damages += self.run.table_problems("rollouts", range(1, self.state.step + 1))
-        damages += self.run.table_problems("evaluations", map(int, self.state.evaluations))
-        for values in self.run.metrics():  # to know of the last steps; what is said of them was said then
-            self.watch.see(values)
-            if self.auditor is not None:
-                self.auditor.alarm(values)
+        with reading(self.run.path, "put the folder back as the run left it, or choose another --out"):
+            damages = self.run.cut_back(self.state.lengths, self.state.step)
+            damages += self.run.table_problems("rollouts", range(1, self.state.step + 1))
+            damages += self.run.table_problems("evaluations", map(int, self.state.evaluations))
+            for values in self.run.metrics():  # to know of the last steps; what is said of them was said then
+                self.watch.see(values)
+                if self.auditor is not None:
+                    self.auditor.alarm(values)
         self.parts.engine.load_weights(self.parts.policy, self.state.step)
         for problem in problems:
             self.run.event("checkpoint_unusable", problem, self.state.step)
@@ -713,7 +715,8 @@ class _Run:
             return
         self._reference_file.parent.mkdir(exist_ok=True)
         link_file(file, self._reference_file)
-        put_weights(load_file(file), named_weights(self.parts.policy.model))
+        with reading(file, "take the checkpoint before it"):
+            put_weights(load_file(file), named_weights(self.parts.policy.model))
         self.parts.reference = self.parts.policy.frozen_copy()
 
     def _summary(self, outcome: str) -> dict[str, Any]:

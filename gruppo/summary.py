@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from gruppo.errors import UsageError
-from gruppo.opening import read_table
+from gruppo.opening import read_table, reading
 
 SHOWN = 3
 
 
 def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
-    """What a run came to: accuracies, what they are made of, some answers before and after, what to do next."""
+    """What a run came to: accuracies, what they are made of, some answers before and after, what to do next. Raises
+    UsageError where the folder is damaged."""
+    with reading(folder, "the run itself is told by its summary.json"):
+        return _described(folder, summary, metrics)
+
+
+def _described(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     ended = "Stopped by a callback" if summary["state"] == "stopped" else "Done"
     lines = ["", f"{ended}: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
     lines[-1] += f", at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory."

@@ -82,9 +82,20 @@ LABELS = pa.schema(
 def as_json(value: Any) -> str:
     """A value of a user's row as JSON; sets as sorted lists, what JSON cannot say as its text."""
     try:
-        return json.dumps(value, default=lambda each: sorted(map(str, each)) if isinstance(each, set) else str(each))
-    except (TypeError, ValueError):
-        return json.dumps(str(value))
+        return json.dumps(value, default=_sayable)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(_as_text(value))
+
+
+def _sayable(value: Any) -> Any:
+    return sorted(map(_as_text, value)) if isinstance(value, set) else _as_text(value)
+
+
+def _as_text(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001  a user's object can refuse to be printed
+        return f"<{type(value).__name__} that cannot be printed>"
 
 
 def nobody_drew(completion: Completion) -> bool:

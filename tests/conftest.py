@@ -15,6 +15,25 @@ from gruppo.types import Completion, Group, Prompt, Reward
 
 torch.set_num_threads(1)
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    """Note how many examples of property-based tests a test tried, for the line that ends a session."""
+    if call.when == "call" and item.nodeid.startswith("tests/fuzz/"):
+        from tests import fuzzing
+
+        item.user_properties.append(("examples", fuzzing.tried))
+        fuzzing.tried = 0
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many examples were tried, in whatever processes."""
+    reports = [each for held in terminalreporter.stats.values() for each in held if getattr(each, "when", "") == "call"]
+    count = sum(value for each in reports for name, value in each.user_properties if name == "examples")
+    if count:
+        terminalreporter.write_line(f"{count:,} examples tried")
+
+
 END = 0
 LETTERS = string.ascii_lowercase + string.digits + " +-=?"
 TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}={% endif %}"

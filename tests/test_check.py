@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gruppo.check import _evaluations, check_recipe, describe_check
+from gruppo.check import check_recipe, describe_check
 from gruppo.config import load_recipe
+from gruppo.disk_forecast import evaluation_count
 from gruppo.errors import UsageError
 from tests.runs import ROWS, recipe, small_run
 from tests.test_cli import gruppo, recipe_file  # noqa: F401  # a fixture
@@ -32,7 +33,8 @@ def test_it_prints_memory_sizes_and_time_and_leaves_no_folder(recipe_file: Path,
     for part in [*parts.split(), "generate", "score", "update", "a step", "an evaluation", "the whole run"]:
         assert any(line.startswith(f"  {part}") for line in lines), part
     assert 'of a budget of 3.00 (run.memory = "3 GB")' in shown.stdout
-    assert "Chosen: micro-batches of 1024 tokens, 16 completions in flight, activations kept; float32 on cpu" in lines
+    place = lines.index("Chosen: micro-batches of 1024 tokens, 16 completions in flight,")
+    assert lines[place + 1] == "activations kept; float32 on cpu"
     assert sorted(tmp_path.rglob("*")) == before
     assert not Path("runs/tiny").exists()
 
@@ -93,13 +95,30 @@ def test_evaluations_are_counted_as_the_loop_makes_them(
     data: dict, tmp_path: Path, steps: int, every: int, count: int
 ) -> None:
     changed = load_recipe(data, [f"run.steps={steps}", f"evaluation.every={every}"])
-    assert _evaluations(changed) == count
+    assert evaluation_count(changed) == count
     made = small_run(
         data["model"]["name"], tmp_path / "run", run__steps=steps, evaluation__every=every,
         evaluation__task=data["evaluation"]["task"], evaluation__questions=2, evaluation__grader="exact_match",
     )  # fmt: skip
     assert len(list((made.path / "evaluations").iterdir())) == count
-    assert _evaluations(load_recipe(recipe(data["model"]["name"]))) == 0
+    assert evaluation_count(load_recipe(recipe(data["model"]["name"]))) == 0
+    assert evaluation_count(load_recipe(data, [f"run.steps={10**15}", "evaluation.every=1"])) == 10**15 + 1
+
+
+def test_what_is_sampled_is_the_start_model(data: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gruppo import trial
+    from gruppo.models import find_model, load_model, weights_sha256
+
+    start = weights_sha256(load_model(find_model(data["model"]["name"]), "cpu", "float32").model)
+    seen, sample = [], trial.try_out
+
+    def looked(recipe, policy, *rest):
+        seen.append((weights_sha256(policy.model), [each.grad for each in policy.model.parameters()]))
+        return sample(recipe, policy, *rest)
+
+    monkeypatch.setattr(trial, "try_out", looked)
+    check_recipe(data, overrides=["optimizer.learning_rate=0.1", "optimizer.weight_decay=0.1"])
+    assert [(weights, set(gradients)) for weights, gradients in seen] == [(start, {None})]
 
 
 def test_check_leaves_no_process_behind(data: dict) -> None:
@@ -114,3 +133,25 @@ def test_wrong_targets_are_told_before_weights_are_loaded(data: dict, monkeypatc
     monkeypatch.setattr("gruppo.preparation.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=r"model\.lora\.targets.*nope"):
         check_recipe(data, overrides=['model.lora.targets=["nope"]'])
+
+
+def test_a_problem_is_exit_code_1_in_text_of_80_columns_and_in_json(recipe_file: Path) -> None:  # noqa: F811
+    constant = ["--set", 'reward.functions=["tests/rewards/functions.py:always_half"]']
+    shown = gruppo("check", recipe_file, *constant)
+    assert shown.returncode == 1, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert shown.stdout.splitlines()[-1].startswith("Found: 2 problem, ")
+    assert "problem  signal: 0 of 18 groups of 4 carry one" in shown.stdout
+    told = gruppo("check", recipe_file, *constant, "--json")
+    assert told.returncode == 1, told.stderr
+    found = json.loads(told.stdout)
+    assert found["problems"] == 2
+    assert {each["subject"] for each in found["findings"] if each["severity"] == "problem"} == {"reward", "signal"}
+    assert all(each["what"] and set(each) >= {"why", "change", "figures"} for each in found["findings"])
+
+
+def test_seconds_that_are_none(recipe_file: Path) -> None:  # noqa: F811
+    shown = gruppo("check", recipe_file, "--seconds", 0)
+    assert (shown.returncode, shown.stderr.strip()) == (
+        2, "gruppo: --seconds 0: must be more than 0; write e.g. 60, or take --quick",
+    )  # fmt: skip

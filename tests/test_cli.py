@@ -39,7 +39,7 @@ def test_help_explains_every_option() -> None:
     for command, options in {
         (): ["train", "check", "eval", "sample", "export", "repeat", "schema", "--version"],
         ("train",): ["--set", "--out", "--resume", "--show"],
-        ("check",): ["--set", "--json"],
+        ("check",): ["--set", "--json", "--quick", "--seconds"],
         ("eval",): ["--recipe", "--task", "--questions", "--samples", "--max-tokens", "--grader", "--device", "--dtype",
                     "--option", "--set", "--out"],
         ("sample",): ["--prompt", "--count", "--temperature", "--top-k", "--top-p", "--min-p", "--max-tokens",

@@ -79,7 +79,7 @@ def test_too_little_disk_is_refused_before_anything_is_written(
             UsageError, match=r"run: 0\.70 MB are free there, and the run needs .*: 2 checkpoints of 0\.\d+"
         ):
             small_run(tiny_folder, tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "rewards.log"]
     assert small_run(tiny_folder, tmp_path / "run").summary["state"] == "done"
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 # Rooms from the bottom up; a module imports from its own level or below.
 LEVELS = [
-    ["types", "errors", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub"],
+    ["errors", "findings", "userpath"],
+    ["types", "methods", "config", "schema", "reporting", "imports", "interruption", "callbacks", "hub"],
     ["disk", "machine"],
     ["kernels"],
     ["maths", "stats", "tasks", "opening", "runlog", "results", "watch"],
@@ -21,6 +22,8 @@ LEVELS = [
     ["disk_forecast"],
     ["preparation"],
     ["loop"],
+    ["inspection", "derivative"],
+    ["trial"],
     ["entry", "check", "exporting", "labelling", "replaying"],
     ["summary"],
     ["console"],

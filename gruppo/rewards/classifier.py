@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from gruppo.errors import UsageError, nearest
 from gruppo.models import choose_device, out_of_reach, pickles_alone
 from gruppo.rewards import text_of
 from gruppo.types import Message
+from gruppo.userpath import is_dir, is_file, user_path
 
 _UNLIMITED = 10**9  # tokenizers without a limit of their own say 10**30
 
@@ -98,12 +100,16 @@ def _conversation(prompt: list[Message], completion: str | list[Message]) -> lis
 def _locate(model: str) -> str:
     if not isinstance(model, str) or not model:
         raise UsageError(f"model = {model!r}: must be text; write a folder or a hub name")
-    path = Path(model).expanduser()
-    if (path / "config.json").is_file():
+    path = user_path(model)
+    if is_file(path / "config.json"):
         return str(path)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if is_file(path) or is_dir(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UsageError(f"model = {model!r}: there is no such folder with a config.json; give one, or a hub name")
-    if out_of_reach(model):
+    try:
+        nowhere = out_of_reach(model)
+    except HFValidationError:
+        raise UsageError(f"model = {model!r}: neither a folder nor a name of the Hugging Face hub") from None
+    if nowhere:
         raise UsageError(
             f"model = {model!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, or "
             "give a folder"

@@ -7,6 +7,8 @@ import os
 import threading
 from pathlib import Path
 
+from gruppo.errors import UsageError
+
 # rewards.log and, before it, rewards.old.log.
 MOST_BYTES = 8 * 2**20
 _CHUNK = 2**16
@@ -18,6 +20,10 @@ class Output:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written to ({error}); remove it") from error
         self._read, self.descriptor = os.pipe()
         self._thread = threading.Thread(target=self._empty, name="rewards.log", daemon=True)
         self._thread.start()

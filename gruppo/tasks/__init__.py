@@ -20,6 +20,7 @@ from gruppo.imports import import_attribute
 from gruppo.reporting import Advance, Reporter
 from gruppo.tasks.transform import in_held_out, prompt_text, transform
 from gruppo.types import Prompt, Row
+from gruppo.userpath import is_dir, is_file, user_path
 
 if TYPE_CHECKING:  # reward processes import this package and need neither
     from transformers import PreTrainedTokenizerBase
@@ -134,19 +135,19 @@ def _open(task: Task, field: str, split: str, reporter: Reporter) -> Iterable[Ro
         from gruppo.tasks.gym import generate
 
         return generate(name.removeprefix(_GYM), options)
-    folder = Path(name).expanduser()
-    if name in TASKS or (":" in name and not folder.is_dir()):
+    folder = user_path(name)
+    if name in TASKS or (":" in name and not is_dir(folder)):
         load = import_attribute(TASKS.get(name, name), f"{field}.name")
         try:
             inspect.signature(load).bind(split, **options)
         except TypeError as error:
             raise UsageError(f"options = {dict(options)}: {error}; {_options(load)}") from None
         return load(split, **options)  # type: ignore[no-any-return]
-    if folder.is_dir() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if is_dir(folder) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         from gruppo.tasks.hub import read_dataset
 
         return read_dataset(name, split, options, reporter)
-    if folder.exists():
+    if is_file(folder):
         raise UsageError(f"this kind of file is not known; write one that ends in {', '.join(_FILES)}")
     if "/" in name:
         raise UsageError(f"there is no such file or folder (looked in {Path.cwd()}); give its path")
@@ -159,12 +160,12 @@ def _only_train(split: str, what: str) -> None:
 
 
 def _is_file(name: str) -> bool:
-    return name.lower().endswith(_FILES) and not Path(name).expanduser().is_dir()
+    return name.lower().endswith(_FILES) and not is_dir(user_path(name))
 
 
 def _has_test(name: str) -> bool:
     """Whether a source can have a part "test" of its own."""
-    return not (_is_file(name) or name.startswith(_GYM) or (Path(name).expanduser() / "state.json").is_file())
+    return not (_is_file(name) or name.startswith(_GYM) or is_file(user_path(name) / "state.json"))
 
 
 def _options(load: Any) -> str:
@@ -174,8 +175,8 @@ def _options(load: Any) -> str:
 
 def data_file(path: str) -> Path:
     """A data file that exists; raises UsageError where it does not."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = user_path(path)
+    if not is_file(file):
         raise UsageError(f"there is no such file (looked in {Path.cwd()}); give the path of a file")
     return file
 

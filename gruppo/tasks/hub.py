@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from gruppo.hub import hub_reachable
 from gruppo.reporting import Reporter
 from gruppo.tasks.files import carried_columns, plain
 from gruppo.types import Row
+from gruppo.userpath import user_path
+
+MOST_FILES = 10_000  # of a folder that is read as a data set
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -43,13 +47,15 @@ def read_dataset(name: str, split: str, options: Mapping[str, Any], reporter: Re
 def _open(name: str, split: str, options: Mapping[str, Any]) -> Dataset:
     import datasets
 
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     sliced = bool(set(split) & set("[+")) and not saved  # "train[:10%]"
     if saved and options:
         raise UsageError(f"options = {dict(options)}: a folder written by save_to_disk has no options; remove them")
     if not folder.is_dir():
         _require_hub(name)
+    elif not saved:
+        _require_few(folder)
     place = str(folder) if folder.is_dir() else name
     try:
         found: Dataset | DatasetDict = (
@@ -79,6 +85,17 @@ def _require_hub(name: str) -> None:
             "there is no such folder, and the Hugging Face hub cannot be reached; go online, or give a file or a "
             "folder saved by datasets"
         )
+
+
+def _require_few(folder: Path) -> None:
+    """Raise UsageError for a folder that is no data set but a part of a disk, which `datasets` would look through."""
+    count = 0
+    for _, _, files in os.walk(folder):
+        count += len(files)
+        if count > MOST_FILES:
+            raise UsageError(
+                f"the folder holds more than {MOST_FILES:,} files; name the data set's own folder, or a file"
+            )
 
 
 @contextmanager

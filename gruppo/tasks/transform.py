@@ -131,7 +131,7 @@ def _prompt(prompt: Any, where: str) -> str | list[dict[str, Any]]:
     if not isinstance(prompt, list | tuple) or not prompt:
         raise UsageError(f"{where}: prompt = {prompt!r} is neither text nor a list of messages; write {_EXAMPLES}")
     for message in prompt:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        if not isinstance(message, Mapping) or "content" not in message or not isinstance(message.get("role"), str):
             raise UsageError(f"{where}: prompt has the message {message!r} without role and content; write {_EXAMPLES}")
     return [
         {key: value for key, value in message.items() if value is not None or key == "content"} for message in prompt
