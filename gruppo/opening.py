@@ -118,6 +118,11 @@ def reading(what: Path, fix: str) -> Iterator[None]:
     except Exception as error:  # anything can be wrong with such a file
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise
+        if "trust_remote_code" in str(error):  # of transformers, and no damage
+            raise UsageError(
+                f"{what}: has Python files of its own, which run only where that is asked for, by trust_remote_code=True "
+                "(on the command line --trust-remote-code); read them first"
+            ) from error
         why = (str(error).strip().splitlines() or [""])[0][:200]
         raise UsageError(f"{what}: is damaged ({type(error).__name__}: {why}); {fix}") from error
 

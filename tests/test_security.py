@@ -170,7 +170,7 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for_by_name(custom: Path, t
     assert (result.path / "model/own.py").is_file(), "the model is loadable with its code"
     Path("code_ran").unlink()
 
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(UsageError, match="trust_remote_code=True"):
         result.load_model()
     with pytest.raises(UsageError, match="trust"):
         gruppo.export(result.path, tmp_path / "out")  # though the run's own recipe trusts it: the run may be anybody's
