@@ -120,8 +120,8 @@ def reading(what: Path, fix: str) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):  # of transformers, and no damage
             raise UsageError(
-                f"{what}: has Python files of its own, which run only where that is asked for, by trust_remote_code=True "
-                "(on the command line --trust-remote-code); read them first"
+                f"{what}: has Python files of its own, which run only where that is asked for: read them, and write "
+                "trust_remote_code=True (on the command line --trust-remote-code)"
             ) from error
         why = (str(error).strip().splitlines() or [""])[0][:200]
         raise UsageError(f"{what}: is damaged ({type(error).__name__}: {why}); {fix}") from error
