@@ -240,6 +240,18 @@ def test_changed_questions_are_refused_and_changed_rewards_are_told(
     assert "changed" in [event["kind"] for event in read_lines(tmp_path / "run" / "events.jsonl")]
 
 
+@pytest.mark.parametrize("before", ["of another compiler", "none"])
+def test_other_kernels_than_the_run_began_with_are_told(tiny_folder: str, tmp_path: Path, before: str) -> None:
+    out = tmp_path / "run"
+    small_run(tiny_folder, out)
+    chosen = json.loads((out / "environment.json").read_text())
+    now, chosen["chosen"]["kernels"] = chosen["chosen"]["kernels"], before
+    (out / "environment.json").write_text(json.dumps(chosen))
+    small_run(tiny_folder, out, resume=True)
+    told = [each["message"] for each in read_lines(out / "events.jsonl") if each["kind"] == "changed"]
+    assert ["kernels" in each for each in told] == [True] * (now != before)
+
+
 def test_damaged_last_checkpoint_falls_back_with_an_event(tiny_folder: str, tmp_path: Path) -> None:
     small_run(tiny_folder, tmp_path / "run")
     before = fingerprint(tmp_path / "run")
