@@ -165,12 +165,58 @@ def test_logprobs_of_a_part_and_their_gradient(dtype: torch.dtype, temperature: 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
 def test_logits_that_are_not_finite_are_not_hidden(dtype: torch.dtype, bad: float) -> None:
-    logits = torch.zeros(2, 500).to(dtype)
-    logits[1, 400] = bad
-    normaliser, _ = kernels.logprobs_of_part(logits, 1.0, torch.zeros(2, dtype=torch.long), 0, torch.zeros(2))
-    assert normaliser.isfinite().tolist() == [True, False]
-    _, logprobs = sample_tokens(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), SamplingOptions(1.0, 1))
-    assert logprobs.isfinite().tolist() == [True, False]
+    logits = torch.zeros(3, 500).to(dtype)
+    logits[1, 10:] = bad
+    normaliser, _ = kernels.logprobs_of_part(logits, 1.0, torch.zeros(3, dtype=torch.long), 0, torch.zeros(3))
+    assert normaliser.isfinite().tolist() == [True, False, True]
+    uniforms = torch.tensor([0.5, 0.5, 0.999], dtype=torch.float64)
+    tokens, logprobs = sample_tokens(logits, uniforms, SamplingOptions(1.0, 1))
+    assert logprobs.isfinite().tolist() == [True, False, True]
+    assert tokens[[0, 2]].tolist() == [250, 499], "a row does not change how another is sampled"
+
+
+@needs_compiler
+def test_defaults_of_torch_and_other_layouts_change_nothing(dtype: torch.dtype) -> None:
+    """Where what a kernel would read or write is not as it expects, torch computes."""
+    projected, rope = torch.randn(5, 6, 16).to(dtype), (torch.randn(5, 16), torch.randn(5, 16))
+    logits, uniforms = torch.randn(5, 300).to(dtype), torch.rand(5, 2, dtype=torch.float64)
+    hidden, delta, weight = torch.randn(5, 16), torch.randn(5, 16).to(dtype), torch.rand(16)
+
+    def made() -> list[Tensor]:
+        normed = kernels.add_norm(hidden, delta, weight, 1e-5, dtype)[1]
+        of_weight = kernels.norm_backward(delta, hidden, weight, 1e-5)[1]
+        drawn = kernels.sample(logits, 1.0, uniforms[:, 1])
+        assert normed is not None
+        assert drawn is not None
+        return [normed, of_weight, *drawn, *kernels.turn_heads(projected, 2, rope, (None, None, 0.0), torch.float32)]
+
+    expected = made()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(map(torch.equal, made(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    plain = kernels.sample(logits, 1.0, uniforms[:, 1].clone())
+    assert plain is not None
+    assert torch.equal(plain[0], expected[2])
+    odd = kernels.add_norm(hidden, delta.float() if dtype == torch.bfloat16 else delta.double(), weight, 1e-5, dtype)[1]
+    assert odd is not None
+    near(odd, expected[0])
+    narrow_rope = tuple(each.to(torch.bfloat16) for each in rope)
+    stores = tuple(torch.zeros(5, 2, 4, 16) for _ in range(2)), tuple(torch.zeros(1, 2, 4, 16) for _ in range(2))
+    rows = [torch.arange(5), *(torch.zeros(5, dtype=torch.long) for _ in range(3))]
+    assert kernels.attend_decoding(projected, 2, narrow_rope, (None, None, 0.0), 1.0, None, *stores, rows) is None
+
+
+@needs_compiler
+def test_a_library_that_is_damaged_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", "gcc -pipe")
+    path = build._compiled(torch.float32)
+    path.write_bytes(b"")
+    found = build._found.__wrapped__(torch.float32)
+    assert not isinstance(found, str)
+    assert path.stat().st_size
 
 
 @pytest.mark.parametrize("size", [3, 256, 1000])

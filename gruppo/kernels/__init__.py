@@ -27,16 +27,25 @@ __all__ = [
 ]  # fmt: skip
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines [N, D]
+Tensors = Sequence[Tensor | None]
 Norms = tuple[Tensor | None, Tensor | None, float]  # weights of the norms of each query's and key's head, and ε
 
 
-def _kernels(dtype: torch.dtype, *tensors: Tensor | None) -> ctypes.CDLL | None:
-    """The library for products in `dtype`, where what it would read lies in memory as it reads it."""
-    for each in tensors:
-        fits = each is None or (each.device.type == "cpu" and each.is_contiguous())
-        if not fits or (each is not None and each.dtype not in {torch.float32, dtype, torch.int64}):
-            return None
+def _kernels(
+    dtype: torch.dtype, *, narrow: Tensors = (), wide: Tensors = (), whole: Tensors = ()
+) -> ctypes.CDLL | None:
+    """The library for products in `dtype`, where what it would read lies in memory as it reads it: narrow tensors in
+    that dtype, wide ones in float32, whole numbers in 64 bits. One that is None is left out."""
+    for expected, tensors in ((dtype, narrow), (torch.float32, wide), (torch.int64, whole)):
+        for each in tensors:
+            if each is not None and (each.dtype != expected or each.device.type != "cpu" or not each.is_contiguous()):
+                return None
     return library(dtype)
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for a kernel to write to, whatever defaults torch is set to."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _of(tensor: Tensor | None) -> ctypes.c_void_p | None:
@@ -60,10 +69,10 @@ def add_norm(
 ) -> tuple[Float[Tensor, "N H"], Float[Tensor, "N H"] | None]:
     """The sum x = hidden + delta (hidden itself without a delta), wide; and weight · x / √(mean x² + ε), narrow, where
     there is a weight. `dtype` is the narrow one, which the delta has."""
-    kernels = _kernels(dtype, hidden, delta, weight)
-    if kernels is not None and hidden.dtype == torch.float32:
+    kernels = _kernels(dtype, narrow=[delta], wide=[hidden, weight])
+    if kernels is not None:
         made = hidden if delta is None else torch.empty_like(hidden)
-        normed = None if weight is None else torch.empty(hidden.shape, dtype=dtype)
+        normed = None if weight is None else _new(*hidden.shape, dtype=dtype)
         kernels.add_norm(
             *map(_whole, hidden.shape), _of(hidden), _of(delta), _of(weight), ctypes.c_float(epsilon), _of(made),
             _of(normed), _threads(),
@@ -96,10 +105,10 @@ def norm_backward(
 
     With s = 1 / √(mean x² + ε) and n = x · s: s · (g · w - n · mean(g · w · n)), and Σ g · n over the rows.
     """
-    kernels = _kernels(grad.dtype, grad, rows, weight, more)
-    if kernels is not None and rows.dtype == weight.dtype == torch.float32 and rows.ndim == 2:
+    kernels = _kernels(grad.dtype, narrow=[grad], wide=[rows, weight, more])
+    if kernels is not None and rows.ndim == 2:
         made, threads = torch.empty_like(rows), torch.get_num_threads()
-        parts = torch.empty(threads, rows.shape[1])
+        parts = _new(threads, rows.shape[1])
         kernels.norm_backward(
             *map(_whole, rows.shape), _of(grad), _of(rows), _of(weight), ctypes.c_float(epsilon), _of(more), _of(made),
             _of(parts), ctypes.c_int(threads),
@@ -118,7 +127,7 @@ def norm_backward(
 def gate(gated: Float[Tensor, "N 2*I"]) -> Float[Tensor, "N I"]:
     """silu(gate) · up of rows [gate, up], narrow."""
     rows, size = len(gated), gated.shape[1] // 2
-    kernels = _kernels(gated.dtype, gated)
+    kernels = _kernels(gated.dtype, narrow=[gated])
     if kernels is not None:
         made = gated.new_empty(rows, size)
         kernels.gate(_whole(rows), _whole(size), _of(gated), _of(made), _threads())
@@ -129,7 +138,7 @@ def gate(gated: Float[Tensor, "N 2*I"]) -> Float[Tensor, "N I"]:
 
 def gate_backward(gated: Float[Tensor, "N 2*I"], grad: Float[Tensor, "N I"]) -> Float[Tensor, "N 2*I"]:
     """The gradient of `gate` with respect to its rows, narrow."""
-    kernels = _kernels(gated.dtype, gated, grad)
+    kernels = _kernels(gated.dtype, narrow=[gated, grad])
     made = torch.empty_like(gated)
     if kernels is not None:
         kernels.gate_backward(*map(_whole, grad.shape), _of(gated), _of(grad), _of(made), _threads())
@@ -149,9 +158,9 @@ def turn_heads(
     halves of each head."""
     rows, heads, width = projected.shape
     keys = (heads - queries) // 2
-    kernels = _kernels(projected.dtype, projected, *rope, *norms[:2])
-    if kernels is not None and dtype == rope[0].dtype == torch.float32:
-        made = torch.empty(rows, queries, width), torch.empty(rows, keys, width), torch.empty(rows, keys, width)
+    kernels = _kernels(projected.dtype, narrow=[projected], wide=[*rope, *norms[:2]])
+    if kernels is not None and dtype == torch.float32:
+        made = _new(rows, queries, width), _new(rows, keys, width), _new(rows, keys, width)
         kernels.turn_heads(
             *map(_whole, (rows, queries, keys, width)), _of(projected), *map(_of, (*rope, *norms[:2])),
             ctypes.c_float(norms[2]), *map(_of, made), _threads(),
@@ -178,9 +187,9 @@ def turn_heads_backward(
     """The gradient of the rows that `turn_heads` read, in `dtype`, from those of what it made; where heads have norms
     of their own, that of what those made."""
     (rows, queries, width), keys = query.shape, key.shape[1]
-    kernels = _kernels(dtype, query, key, value, *rope)
-    if kernels is not None and query.dtype == torch.float32:
-        made = torch.empty(rows, queries + 2 * keys, width, dtype=dtype)
+    kernels = _kernels(dtype, wide=[query, key, value, *rope])
+    if kernels is not None:
+        made = _new(rows, queries + 2 * keys, width, dtype=dtype)
         kernels.turn_heads_backward(
             *map(_whole, (rows, queries, keys, width)), *map(_of, (query, key, value, *rope, made)), _threads()
         )
@@ -231,9 +240,10 @@ class PackedLayout:
         """`groups`: for each, the length of its prompt and of its completions, in tokens."""
         lengths = [[prompt, *completions] for prompt, completions in groups]
         self.groups = len(groups)
-        self.length = torch.tensor([each for own in lengths for each in own])
-        self.start = self.length.cumsum(0) - self.length
-        self.first = torch.tensor([0, *map(len, lengths)]).cumsum(0)
+        with torch.device("cpu"):
+            self.length = torch.tensor([each for own in lengths for each in own], dtype=torch.int64)
+            self.start = self.length.cumsum(0) - self.length
+            self.first = torch.tensor([0, *map(len, lengths)], dtype=torch.int64).cumsum(0)
 
     def fits(self, *tensors: Float[Tensor, "N heads D"]) -> bool:
         """Whether `attend_packed` can attend between them, and is quick: a thread takes a key head of a group."""
@@ -313,8 +323,9 @@ def attend_decoding(
     among the prompts, the length of that prompt, and the position in its own store that it writes to.
     """
     count, heads, width = projected.shape
-    kernels = _kernels(projected.dtype, projected, *rope, *norms[:2], *own, *prefix, *rows)
-    if kernels is None or own[0].shape != own[1].shape or own[0].dtype != torch.float32 or width % 16:
+    wide = [*rope, *norms[:2], *own, *prefix]
+    kernels = _kernels(projected.dtype, narrow=[projected], wide=wide, whole=rows)
+    if kernels is None or own[0].shape != own[1].shape or width % 16:
         return None
     made = projected.new_empty(count, queries * width)
     addresses = [None if each is None else each.data_ptr() for each in (projected, *rope, *norms[:2])]
@@ -337,7 +348,7 @@ def logprobs_of_part(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Of a part of the vocabulary that begins at `start`, with z = logits / temperature: log Σ exp z, and the mean of z
     under its softmax; both wide. The z of targets that are in this part go into `target`."""
-    kernels = _kernels(logits.dtype, logits, targets, target)
+    kernels = _kernels(logits.dtype, narrow=[logits], wide=[target], whole=[targets])
     if kernels is not None:
         normaliser, mean = torch.empty_like(target), torch.empty_like(target)
         kernels.logprobs_of_part(
@@ -365,7 +376,7 @@ def logprobs_backward(
 ) -> Float[Tensor, "N V"]:
     """scale · (onehot(target) - exp(logits / temperature - normaliser)) of the same part, in the dtype of the logits,
     whose memory may be taken for it."""
-    kernels = _kernels(logits.dtype, logits, targets, normaliser, scale)
+    kernels = _kernels(logits.dtype, narrow=[logits], wide=[normaliser, scale], whole=[targets])
     if kernels is not None:
         kernels.logprobs_backward(
             *map(_whole, logits.shape), _of(logits), ctypes.c_float(1 / temperature), _of(targets), _whole(start),
@@ -385,10 +396,12 @@ def sample(
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]] | None:
     """A token a row of softmax(logits / temperature), by inverting its distribution function at a number of [0, 1), and
     its log-probability (NaN where the logits are not finite); None where no kernel can do it."""
-    kernels = None if uniforms.dtype != torch.float64 else _kernels(logits.dtype, logits)
-    if kernels is None:
+    kernels = _kernels(logits.dtype, narrow=[logits])
+    if kernels is None or uniforms.dtype != torch.float64:
         return None
-    tokens, logprobs = torch.empty(len(logits), dtype=torch.long), torch.empty(len(logits))
+    uniforms = uniforms.cpu().contiguous()
+    assert len(uniforms) == len(logits)
+    tokens, logprobs = _new(len(logits), dtype=torch.int64), _new(len(logits))
     kernels.sample(
         *map(_whole, logits.shape), _of(logits), ctypes.c_float(1 / temperature), _of(uniforms), _of(tokens),
         _of(logprobs), _threads(),

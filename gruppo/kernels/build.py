@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,12 @@ def why_missing(dtype: torch.dtype) -> str | None:
 @cache
 def _found(dtype: torch.dtype) -> ctypes.CDLL | str:
     try:
-        return ctypes.CDLL(str(_compiled(dtype)))
+        path = _compiled(dtype)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # cut by a crash of the machine, say: once more
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(_compiled(dtype)))
     except _Missing as reason:
         return str(reason)
     except OSError as error:
@@ -70,22 +76,27 @@ def _compiled(dtype: torch.dtype) -> Path:
         raise _Missing(f"there are none for products in {str(dtype).removeprefix('torch.')}")
     if sys.platform != "linux":
         raise _Missing("they are compiled on Linux only")
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    compiler = shlex.split(os.environ.get("CC", "")) or [each for each in map(shutil.which, ("gcc", "cc")) if each][:1]
     if not compiler:
         raise _Missing("there is no C compiler (on Debian and Ubuntu: apt install gcc)")
     flags = [*_FLAGS, *_DEFINES[dtype], *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
     threads = _openmp()
-    key = "\n".join([SOURCE.read_text(), compiler, *flags, threads, _processor(), _run(compiler, "--version")])
-    folder = cache_dir() / "kernels"
-    target = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    key = "\n".join([*compiler, *flags, threads, _processor(), _run(*compiler, "--version")])
+    try:
+        folder = cache_dir() / "kernels"
+    except RuntimeError as error:  # nobody's home
+        raise _Missing(f"there is no place for them: {error}; set GRUPPO_CACHE") from error
+    target = folder / f"{hashlib.sha256(SOURCE.read_bytes() + key.encode()).hexdigest()[:32]}.so"
     if target.is_file():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-") as building:
             made = Path(building)
-            _run(compiler, *flags, "-c", str(SOURCE), "-o", str(made / "kernels.o"))
-            _run(compiler, "-shared", str(made / "kernels.o"), threads, "-lm", "-o", str(made / "kernels.so"))
+            _run(*compiler, *flags, "-c", str(SOURCE), "-o", str(made / "kernels.o"))
+            _run(*compiler, "-shared", str(made / "kernels.o"), threads, "-lm", "-o", str(made / "kernels.so"))
+            with (made / "kernels.so").open("rb") as file:
+                os.fsync(file.fileno())
             (made / "kernels.so").rename(target)  # whole, or not at all
     except OSError as error:
         raise _Missing(f"{folder} cannot be written to ({error})") from error
@@ -94,7 +105,10 @@ def _compiled(dtype: torch.dtype) -> Path:
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60,
+            env=os.environ | {"LC_ALL": "C"},
+        )  # fmt: skip
         return done.stdout
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines() or ["no word"]
@@ -107,7 +121,13 @@ def _openmp() -> str:
     """The OpenMP runtime that torch has loaded: a second one beside it would fight it for the cores."""
     torch.get_num_threads()
     loaded: list[str] = sorted(
-        set(re.findall(r"(/\S*lib[gi]?omp[^/\s]*\.so\S*)$", Path("/proc/self/maps").read_text(), re.M))
+        set(
+            re.findall(
+                r"(/\S*lib[gi]?omp[^/\s]*\.so\S*)$",
+                Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace"),
+                re.M,
+            )
+        )
     )
     if len(loaded) != 1:
         raise _Missing(f"torch has loaded {len(loaded)} OpenMP runtimes, and not one")
@@ -116,5 +136,5 @@ def _openmp() -> str:
 
 def _processor() -> str:
     """What instructions the processor has: the cache may lie on a file system that several machines share."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))

@@ -59,7 +59,7 @@ static inline float exponential(float x) {
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-/* The most of a row; a NaN counts as more than everything. By integers that rise as floats do: sums of floats can be
+/* The most of a row; a NaN counts as more, or less, than everything. By integers that rise as floats do: sums of floats can be
  * split among lanes, but a maximum only where there are no NaN. */
 static inline float largest(const narrow *row, int64_t size) {
     int32_t most = INT32_MIN;
@@ -374,8 +374,9 @@ void sample(int64_t rows, int64_t size, const narrow *logits, float inverse_temp
             if (below + sums[b] > goal) block = b;
             else below += sums[b];
         }
-        for (; block < 0 && blocks > 0; blocks--) /* rounding at the upper end: the last block with weight */
-            if (sums[blocks - 1] > 0) block = blocks - 1;
+        if (block < 0) goal = INFINITY; /* rounding at the upper end: the last token with weight */
+        for (int64_t b = blocks - 1; block < 0 && b >= 0; b--)
+            if (sums[b] > 0) block = b;
         if (block >= 0) {
             int64_t end = (block + 1) * BLOCK < size ? (block + 1) * BLOCK : size;
             for (int64_t i = block * BLOCK; i < end; i++) {
