@@ -41,9 +41,9 @@ SECONDS = 60.0  # for sampling a trial, and as many for its rewards
 
 @dataclass(frozen=True)
 class Check:
-    """What was found. `step_seconds`: of a step, by phase, and `evaluation_seconds` of one evaluation, both if every
-    completion has max_tokens; saving is in neither, nor is what a reward model learns between
-    iterations. `disk_free`: bytes where runs/NAME would be. `findings`: what was looked at, good and bad."""
+    """What was found. `step_seconds`: of a step, by phase, and `exam_seconds` of each exam of the workload, both if
+    every completion has max_tokens; saving is in neither, nor is what a reward model learns between iterations.
+    `disk_free`: bytes where runs/NAME would be. `findings`: what was looked at, good and bad."""
 
     recipe: Recipe
     device: str
@@ -51,8 +51,7 @@ class Check:
     chosen: Chosen
     workload: Workload
     step_seconds: Mapping[str, float]
-    evaluation_seconds: float
-    evaluations: int
+    exam_seconds: list[float]
     disk: Disk
     disk_free: int
     findings: Sequence[Finding] = ()
@@ -66,7 +65,8 @@ class Check:
     def total_seconds(self) -> float:
         """Of all steps and evaluations."""
         steps = self.recipe.run.steps * math.fsum(self.step_seconds.values())
-        return steps + self.evaluations * self.evaluation_seconds
+        exams = zip(self.workload.exams, self.exam_seconds, strict=True)
+        return steps + math.fsum(exam.times * seconds for exam, seconds in exams)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -80,8 +80,7 @@ class Check:
             "workload": asdict(self.workload),
             "steps": self.recipe.run.steps,
             "step_seconds": {**self.step_seconds, "total": math.fsum(self.step_seconds.values())},
-            "evaluations": self.evaluations,
-            "evaluation_seconds": self.evaluation_seconds,
+            "exam_seconds": self.exam_seconds,
             "total_seconds": self.total_seconds,
             "disk_bytes": self.disk.as_dict(),
             "disk_free_bytes": self.disk_free,
@@ -116,7 +115,6 @@ def check_recipe(
 
 def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path, seconds: float) -> Check:
     from gruppo.adapters import check_adapters
-    from gruppo.disk_forecast import evaluation_count
     from gruppo.models import choose_device, choose_dtype, find_model
     from gruppo.objective import find_surrogate
     from gruppo.preparation import disk_of, load_and_choose, make_pool, workload
@@ -162,9 +160,11 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
                 * recipe.method.inner_updates
                 * ((forward + backward) * tokens + optimizer),
             },
-            evaluation_seconds=prompt * asked.questions * asked.question_tokens
-            + drawn * math.ceil(asked.answers / chosen.slots) * asked.answer_tokens,
-            evaluations=evaluation_count(recipe),
+            exam_seconds=[
+                prompt * exam.questions * exam.question_tokens
+                + drawn * math.ceil(exam.answers / chosen.slots) * exam.answer_tokens
+                for exam in asked.exams
+            ],
             disk=disk_of(recipe, policy, inputs),
             disk_free=free_bytes(Path("runs") / recipe.run.name),
         )
@@ -379,8 +379,8 @@ def describe_check(check: Check) -> str:
     lines += [f"  {name:<22}{seconds:>12.1f} s a step" for name, seconds in check.step_seconds.items()]
     step = math.fsum(check.step_seconds.values())
     lines.append(f"  {'a step':<22}{step:>12.1f} s, {check.recipe.run.steps} steps")
-    if check.evaluations:
-        lines.append(f"  {'an evaluation':<22}{check.evaluation_seconds:>12.1f} s, {check.evaluations} evaluations")
+    for exam, seconds in zip(asked.exams, check.exam_seconds, strict=True):
+        lines.append(f"  {exam.name or 'an evaluation':<22}{seconds:>12.1f} s, {exam.times} times")
     lines.append(f"  {'the whole run':<22}{_duration(check.total_seconds):>12}")
     return "\n".join([*lines, "", *_describe_disk(check), "", described(check.findings)])
 

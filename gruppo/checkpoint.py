@@ -34,7 +34,8 @@ from gruppo.runlog import RunFolder, checkpoint_folders, publish, recover, write
 class State:
     """Where a run stands. `step`: steps done; `cursor`: prompts drawn; `iteration`: iterations begun; `labels`: the
     hash of each table of labels, by its file's name; `evaluated`: the evaluation that is due at this step has been
-    made; `evaluations`: their figures by step; `lengths`: bytes of the append-only files."""
+    made; `evaluations`: their figures by step; `benchmarks`: those of other exams, by step and name; `lengths`: bytes
+    of the append-only files."""
 
     step: int = 0
     cursor: int = 0
@@ -42,6 +43,7 @@ class State:
     labels: dict[str, str] = field(default_factory=dict)
     evaluated: bool = False
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    benchmarks: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     train_seconds: float = 0.0
     peak_memory_bytes: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
@@ -122,7 +124,8 @@ def load_state(folder: Path) -> State:
             raise ValueError(f"{min(more)!r} is no field")
         if min(state.step, state.cursor, state.iteration, *state.lengths.values()) < 0:
             raise ValueError("a number is below 0")
-        for figures in state.evaluations.values():
+        benchmarks = [figures for held in state.benchmarks.values() for figures in held.values()]
+        for figures in [*state.evaluations.values(), *benchmarks]:
             float(figures["accuracy"]), tuple(map(float, figures["interval"])), int(figures["questions"])
     return state
 

@@ -147,70 +147,89 @@ def check(
 
 @app.command("eval")
 def eval_(
-    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or smollm2-135m-instruct.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub name, folder, .gguf file, smollm2-135m-instruct; or a folder that --out wrote."),
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Another model, or a folder that --out wrote: differences, paired by question.")
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Grade the completions of this file (.jsonl, .parquet, …) in place of a model's."),
+    ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Take the [evaluation] of this recipe; what is given here goes before it.")
+        Path | None,
+        typer.Option(help="Take [evaluation] and [[benchmarks]] of this recipe; what is given here goes before them."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="A task as in a recipe's task.name, e.g. a file. By default arithmetic.")
+        list[str] | None,
+        typer.Option(
+            help="A task as in a recipe's task.name, e.g. gsm8k or a file; may be repeated. Default: arithmetic."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or file where the tasks' data are, in place of the Hugging Face hub.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the task; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the tasks; may be repeated.")
     ] = None,
-    questions: Annotated[int | None, typer.Option(help="Questions at the most. By default all.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Answers a question. By default 1.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Questions of a task at the most. By default all.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Answers a question; several need a --temperature.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0, the default, takes the likeliest token.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens at which an answer is cut. By default 256.")] = None,
     grader: Annotated[
-        str | None, typer.Option(help="number (default), exact_match, math, reasoning_gym, package.module:function.")
+        str | None,
+        typer.Option(help="number, choice, math, exact_match, … or package.module:function. Default: the task's."),
+    ] = None,
+    reward_model: Annotated[
+        str | None, typer.Option(help="A reward model that scores the answers: best-of-k and a weighted vote.")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any field, e.g. evaluation.decoding.top_p=0.9."),
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any field of the recipe, e.g. run.seed=1."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
-    out: Annotated[Path | None, typer.Option(help="Also write every answer to this .jsonl file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write: samples.parquet, results.json, events.jsonl.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
+    curves: Annotated[
+        Path | None, typer.Option(help="Draw pass@k and maj@k into this .svg, .png or .pdf file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
 ) -> None:
-    """Measure accuracy on held-out questions, greedily by default, with a 95 % interval."""
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise UsageError(f"--out {out}: give the name of a file in a folder that exists")
-    if option and task is None:
-        raise UsageError(f"--option {option[0]}: belongs to --task, which is missing; name the task too")
-    from gruppo.config import load_recipe
+    """Measure a model on tasks, greedily by default, with 95 % intervals over questions.
 
-    settings = {"questions": 2**31, "task": "arithmetic"}
-    if recipe is None:
-        data: dict[str, Any] = {"evaluation": settings}
-    else:
-        data = load_recipe(recipe).as_mapping()
-        settings = data.setdefault("evaluation", settings)
-    given = {"questions": questions, "samples": samples, "max_tokens": max_tokens, "grader": grader}
-    settings.update({name: value for name, value in given.items() if value is not None})
-    if task is not None:
-        settings["task"] = {"name": task, "options": dict(_option(each) for each in option or [])}
-    data["model"] = {"name": model, "device": device, "dtype": dtype, "trust_remote_code": trust}
-    asked = load_recipe(data, set_ or [])
+    With several samples: pass@k, maj@k, and best-of-k by a reward model. Or grade answers that come from elsewhere.
+    """
+    from gruppo.asking import Asking, evaluate_as_asked
+
+    if compare is not None and answers is not None:
+        raise UsageError(
+            "--answers: are compared once they are graded: write --out, then gruppo eval FOLDER --compare …"
+        )
+    if (model is None) == (answers is None):
+        raise UsageError("give a model, or --answers FILE with completions that are to be graded")
+    if curves is not None and (curves.suffix not in {".svg", ".png", ".pdf"} or not curves.absolute().parent.is_dir()):
+        raise UsageError(f"--curves {curves}: give the name of an .svg, .png or .pdf file in a folder that exists")
+    fields = {"questions": questions, "samples": samples, "max_tokens": max_tokens, "grader": grader}
+    asked = Asking(
+        recipe=recipe,
+        tasks=task or [],
+        data=data,
+        options=dict(_option(each) for each in option or []),
+        fields={name: value for name, value in fields.items() if value is not None},
+        temperature=temperature,
+        reward_model=reward_model,
+        overrides=set_ or [],
+        model={"device": device, "dtype": dtype, "trust_remote_code": trust},
+    )
     from gruppo.console import ConsoleReporter
 
-    reporter = ConsoleReporter()
-    from gruppo.evaluation import evaluate_recipe
-    from gruppo.interruption import stop_on_signals
-
-    with stop_on_signals(kills=True) as stop, stop.anywhere():
-        outcome = evaluate_recipe(asked, reporter=reporter, stop=stop)
-    if out is not None:
-        import json
-
-        out.write_text("".join(json.dumps(row) + "\n" for row in outcome.rows()), encoding="utf-8")
-    figures = outcome.figures()
-    low, high = figures["interval"]
-    several = f", {figures['samples']} answers each" if figures["samples"] > 1 else ""
-    reporter.result(
-        f"accuracy {figures['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}, "
-        f"{figures['questions']} questions{several})\n"
-        f"ends by itself {figures['ended_share']:.1%}, contains a number {figures['number_share']:.1%}"
-    )
+    evaluate_as_asked(asked, model, compare, answers, out, resume, curves, as_json, ConsoleReporter())
 
 
 @app.command()

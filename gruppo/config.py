@@ -493,9 +493,9 @@ class Evaluation(Section):
     """Answers a question; the accuracy is over all of them."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens at which an answer is cut; by default that of sampling."""
-    grader: str = "number"
-    """Judge of an answer, apart from the reward: "number", "exact_match", "math", "reasoning_gym" or
-    "package.module:function"."""
+    grader: str | None = None
+    """Judge of an answer, apart from the reward: "number", "choice", "math", "exact_match", "reasoning_gym" or
+    "package.module:function"; by default that of the task, "number" for a file or function."""
     decoding: Decoding = Decoding()
     """How answers are drawn; by default greedily."""
 
@@ -503,6 +503,29 @@ class Evaluation(Section):
     @classmethod
     def _name_alone(cls, task: Any) -> Any:
         return {"name": task} if isinstance(task, str) else task
+
+
+class Benchmark(Evaluation):
+    """Another task that is evaluated while training, each in a table of its own: the fields of [evaluation], with a
+    task, and a name. Its metrics are eval/NAME/accuracy and so on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = None
+    """What it is called; by default as its task."""
+
+    @model_validator(mode="after")
+    def _task_is_named(self) -> Self:
+        if self.task is None:
+            raise ValueError('task: missing; write e.g. task = "gsm8k"')
+        return self
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        assert self.task is not None
+        if self.name is not None:
+            return self.name
+        stem = re.sub(r"\.(jsonl|json|csv|tsv|parquet)$", "", self.task.name)
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[-100:] or "task"
 
 
 class Recipe(Section):
@@ -522,6 +545,8 @@ class Recipe(Section):
     sampling: Sampling = Sampling()
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation | None = None
+    benchmarks: list[Benchmark] = []
+    """More tasks to be evaluated on while training, or by `gruppo eval --recipe`."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -532,12 +557,7 @@ class Recipe(Section):
             )
         if self.mixture and "task" in self.model_fields_set:
             raise ValueError("[task] and [[mixture]] both say where questions come from; write one of them")
-        samples = self.evaluation.samples if self.evaluation else 1
-        if samples > 1 and self.evaluation and not self.evaluation.decoding.temperature:
-            raise ValueError(
-                f"evaluation.samples = {samples}: greedy answers are all the same; write a temperature in "
-                "[evaluation.decoding], or samples = 1"
-            )
+        self._exams_agree()
         self._rounds_agree()
         if self.method.source == "rows" and self.reward.functions:
             raise ValueError(
@@ -554,6 +574,20 @@ class Recipe(Section):
                 "group; write group_size = 2 or more"
             )
         return self
+
+    def _exams_agree(self) -> None:
+        """Fields of what is evaluated. Raises ValueError."""
+        asked = [("evaluation", self.evaluation)] if self.evaluation else []
+        asked += [(f"benchmarks[{place}]", each) for place, each in enumerate(self.benchmarks)]
+        for field, settings in asked:
+            if settings.samples > 1 and not settings.decoding.temperature:
+                raise ValueError(
+                    f"{field}.samples = {settings.samples}: greedy answers are all the same; write a temperature in "
+                    f"[{field}.decoding], or samples = 1"
+                )
+        titles = [each.title for each in self.benchmarks]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(f'benchmarks: two are called "{twice[0]}"; give one of them another name')
 
     def _rounds_agree(self) -> None:
         """Fields of iterations, of the reward model and of the audit. Raises ValueError."""
@@ -756,8 +790,8 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
         path.append(name)
     if not equals or len(path) < 2 or layer != 0:
         raise RecipeError(form)
-    if path[0] == "mixture":
-        raise RecipeError(f"--set {override}: tasks of a mixture have no names; write them in the recipe")
+    if path[0] in {"mixture", "benchmarks"}:
+        raise RecipeError(f"--set {override}: tables of a list have no names; write them in the recipe")
     table: Any = data
     for part in path[:-1]:
         table = table.get(part, {})
@@ -782,7 +816,7 @@ def _split(override: str) -> tuple[str, str, str]:
 def _explain(details: ErrorDetails) -> str:
     """One mistake as `field = value: what is wrong; what to write`."""
     location = [str(part) for part in details["loc"]] or ["recipe"]
-    field, kind = re.sub(r"^mixture\.(\d+)", r"mixture[\1]", ".".join(location)), details["type"]
+    field, kind = re.sub(r"^(mixture|benchmarks)\.(\d+)", r"\1[\2]", ".".join(location)), details["type"]
     if kind == "extra_forbidden":
         if reason := _REFUSED.get((location[0], location[-1])):
             return f"{field} = {details['input']!r}: {reason}"
@@ -796,8 +830,8 @@ def _explain(details: ErrorDetails) -> str:
     if kind == "value_error":
         message = str(details["ctx"]["error"])
         return f"{field}.{message}" if details["loc"] else message
-    if location[-1] == "mixture" or location[:-1] == ["mixture"]:
-        return f"{field} = {_short(details['input'])}: must be tables; write [[mixture]] and a task's fields below"
+    if tables := next((name for name in ("mixture", "benchmarks") if location[0] == name and len(location) < 3), ""):
+        return f"{field} = {_short(details['input'])}: must be tables; write [[{tables}]] and its fields below"
     if kind in {"model_type", "dict_type", "model_attributes_type"} and _section(location):
         return f"{field} = {_short(details['input'])}: must be a table; write [{field}] and its fields below"
     text = details["msg"].removeprefix("Input ").replace("should", "must")

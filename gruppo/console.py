@@ -115,11 +115,15 @@ class ConsoleReporter:
 
 
 def _step_line(m: Mapping[str, Any]) -> str:
-    if "eval/accuracy" in m:
-        return (
-            f"step {m['step']:>4}  held-out accuracy {m['eval/accuracy']:.1%} "
-            f"(95 % interval {m['eval/accuracy_low']:.1%} to {m['eval/accuracy_high']:.1%})"
-        )
+    if exams := [
+        name.removesuffix("/accuracy") for name in m if name.startswith("eval/") and name.endswith("/accuracy")
+    ]:
+        held = [
+            f"{exam.removeprefix('eval').strip('/') or 'held-out'} accuracy {m[exam + '/accuracy']:.1%} (95 % interval "
+            f"{m[exam + '/accuracy_low']:.1%} to {m[exam + '/accuracy_high']:.1%})"
+            for exam in exams
+        ]
+        return f"step {m['step']:>4}  " + ", ".join(held)
     if "iteration" in m:
         told = f"step {m['step']:>4}  iteration {m['iteration']} begins"
         if "reward_model/loss" not in m:

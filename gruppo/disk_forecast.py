@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from gruppo.config import Recipe
 from gruppo.disk import free_bytes, gigabytes, held_bytes
 from gruppo.errors import UsageError
-from gruppo.forecast import Workload
+from gruppo.forecast import Answering, Workload
 from gruppo.models import LanguageModel, named_weights, save_base, trained_weights
 from gruppo.tables import EVALUATIONS, LABELS, ROLLOUTS
 
@@ -108,8 +109,10 @@ def forecast_disk(
     rounds = recipe.run.iterations if judged else 0
     tables = {
         "rollouts": recipe.run.steps * _table(ROLLOUTS, _rollout, recipe, policy, work, prompts, work.completions),
-        "evaluations": evaluation_count(recipe)
-        * _table(EVALUATIONS, _answer, recipe, policy, work, prompts, work.answers),
+        "evaluations": sum(
+            exam.times * _table(EVALUATIONS, partial(_answer, exam), recipe, policy, work, prompts, exam.answers)
+            for exam in work.exams
+        ),
     }
     if recipe.reward_model is not None and judged:
         labelled = recipe.reward_model.prompts * recipe.sampling.group_size
@@ -172,11 +175,9 @@ def _evaluates_before(recipe: Recipe, made: range, border: int) -> bool:
     return made[0] == 0 < border or bool(every and math.lcm(every, made.step) < border)
 
 
-def evaluation_count(recipe: Recipe) -> int:
-    """How often a run of the recipe evaluates: before the first step, after the last, and as `every` says."""
-    if recipe.evaluation is None:
-        return 0
-    return len(range(0, recipe.run.steps, recipe.evaluation.every or recipe.run.steps)) + 1
+def exam_count(recipe: Recipe, every: int) -> int:
+    """How often a run of the recipe holds an exam: before the first step, after the last, and each `every` steps."""
+    return len(range(0, recipe.run.steps, every or recipe.run.steps)) + 1
 
 
 def _base_bytes(policy: LanguageModel) -> int:
@@ -214,7 +215,7 @@ def _table(
     """Bytes of a table of so many rows: written whole if it is small, else by what further rows add to a few."""
     if not rows:
         return 0
-    length = max(1, work.max_tokens, work.answer_tokens)
+    length = max(1, work.max_tokens, *(exam.answer_tokens for exam in work.exams))
     few = min(rows, max(2, TRIAL_TOKENS // length))
     draw = _Draw(policy, prompts)
 
@@ -248,11 +249,15 @@ def _rollout(recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw,
     }  # fmt: skip
 
 
-def _answer(recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw, name: str) -> dict[str, Any]:
-    tokens = draw.tokens(work.answer_tokens)
+def _answer(
+    exam: Answering, recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw, name: str
+) -> dict[str, Any]:
+    tokens = draw.tokens(exam.answer_tokens)
     return {
-        "prompt_id": name, "sample": 0, "question": draw.text(prompt), "columns": "{}", "answer": draw.text(tokens),
-        "correct": False, "finish_reason": "length", "token_ids": tokens, "logprobs": draw.logprobs(len(tokens)),
+        "exam": exam.name, "prompt_id": name, "sample": 0, "question": draw.text(prompt), "columns": "{}",
+        "answer": draw.text(tokens), "correct": False, "extracted": "12", "rule": "number", "other_rules": "{}",
+        "vote": "= 12", "score": None, "finish_reason": "length", "token_ids": tokens, "mask": [True] * len(tokens),
+        "logprobs": draw.logprobs(len(tokens)),
     }  # fmt: skip
 
 

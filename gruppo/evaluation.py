@@ -1,98 +1,189 @@
-"""Accuracy on questions, with an interval, and every answer kept."""
+"""Answers to questions: sampled, graded, and every one of them kept.
+
+An exam is a set of questions with the way in which they are answered and graded: the held-out questions of a run, or a
+task of [[benchmarks]]. Graders know nothing of rewards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.config import Decoding, Recipe, Task, load_recipe
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
 from gruppo.errors import RunError, UsageError
+from gruppo.figures import Question, figures
 from gruppo.interruption import Stop
-from gruppo.models import choose_device, choose_dtype, find_model, load_model
-from gruppo.preflight import read_questions
+from gruppo.models import LanguageModel, ModelSource, choose_device, choose_dtype, find_model, load_model
+from gruppo.preflight import ExamRows, read_exams
 from gruppo.reporting import Reporter, Silent
 from gruppo.rollout import sample_groups
-from gruppo.stats import bootstrap_interval, wilson_interval
 from gruppo.tables import as_json
-from gruppo.tasks import tokenize_part
-from gruppo.tasks.answers import Grader, find_grader, last_number
+from gruppo.tasks import Part, tokenize_part
+from gruppo.tasks.answers import GRADERS, find_grader, last_number
+from gruppo.tasks.grading import Verdict, verdicts
 from gruppo.tasks.mixture import interleaved
 from gruppo.types import Completion, Prompt
+
+Sampler = Callable[..., list[list[Completion]]]  # as `sample_groups`
+Tokenize = Callable[[Part, int, int], list[Prompt]]  # a part's prompts, with room for so many tokens, at most so many
+CHUNK = 1024  # answers that are sampled in one go; what was sampled before is kept where a folder is written
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions, how they are answered, and who grades the answers.
+
+    `name`: of the task, "" for the held-out questions of a run. `graders`: names, by the task of a prompt. `every`:
+    steps between two times that it is held in a run, 0 for its beginning and end only. `domain`: whether the recipe
+    trains on questions of its kind.
+    """
+
+    name: str
+    prompts: Sequence[Prompt]
+    graders: Mapping[str, str]
+    options: SamplingOptions
+    samples: int
+    every: int
+    domain: str | None
+
+    def due(self, step: int, at_end: bool) -> bool:
+        """Whether it is held after so many steps."""
+        return step == 0 or at_end or (self.every > 0 and step % self.every == 0)
+
+    def chunks(self) -> Iterator[range]:
+        """The places of questions that are answered in one go. Which these are decides, in bfloat16, the last digits
+        of what is sampled; so they depend on the exam alone."""
+        size = max(1, CHUNK // self.samples)
+        return (range(start, min(start + size, len(self.prompts))) for start in range(0, len(self.prompts), size))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers to questions and their grades: `samples` for each of `prompts`, one question's after another's."""
+    """Answers to the questions of an exam and their grades, a list for each question. `scores`: what a reward model
+    gives each answer, where there is one."""
 
-    prompts: Sequence[Prompt]
-    completions: Sequence[Completion]
-    correct: Sequence[bool]
-    samples: int = 1
+    exam: Exam
+    answers: Sequence[Sequence[Completion]]
+    verdicts: Sequence[Sequence[Verdict]]
+    scores: Sequence[Sequence[float]] | None = None
+
+    @property
+    def completions(self) -> list[Completion]:
+        """One question's after another's."""
+        return list(chain.from_iterable(self.answers))
+
+    @property
+    def correct(self) -> list[bool]:
+        """One question's after another's."""
+        return [verdict.correct for own in self.verdicts for verdict in own]
+
+    @property
+    def questions(self) -> list[Question]:
+        """What figures are made of."""
+        return [
+            Question(
+                prompt.id,
+                prompt.text,
+                [verdict.correct for verdict in own],
+                [vote(verdict) for verdict in own],
+                None if self.scores is None else self.scores[place],
+            )
+            for place, (prompt, own) in enumerate(zip(self.exam.prompts, self.verdicts, strict=True))
+        ]
 
     def figures(self) -> dict[str, Any]:
-        """accuracy, and the shares of answers that end by themselves and that hold a number: fractions of all answers.
-
-        The 95 % interval of the accuracy is over questions, as the answers to one are not independent of each other:
-        Wilson's where every question is all right or all wrong, as with one answer each, else a bootstrap.
-        """
-        count = len(self.completions)
-        shares = np.array(self.correct).reshape(-1, self.samples).mean(axis=1)
-        if set(shares) <= {0.0, 1.0}:
-            low, high = wilson_interval(int(shares.sum()), len(shares))
-        else:
-            low, high = bootstrap_interval(shares)
-        return {
-            "accuracy": sum(self.correct) / count,
-            "interval": [low, high],
-            "questions": len(self.prompts),
-            "samples": self.samples,
-            "ended_share": sum(c.finish_reason == "stop" for c in self.completions) / count,
-            "number_share": sum(last_number(c.text) is not None for c in self.completions) / count,
+        """See `gruppo.figures.figures`; and the shares of answers that end by themselves, that hold a number, and on
+        which rules of extraction disagree: fractions of all answers."""
+        completions, count = self.completions, len(self.completions)
+        return figures(self.questions) | {
+            "ended_share": sum(c.finish_reason == "stop" for c in completions) / count,
+            "number_share": sum(last_number(c.text) is not None for c in completions) / count,
+            "disagreement_share": sum(disagree(each) for own in self.verdicts for each in own) / count,
         }
 
     def rows(self) -> list[dict[str, Any]]:
         """A row an answer, for a table."""
-        return [
-            {
-                "prompt_id": prompt.id,
-                "sample": number,
-                "question": prompt.text,
-                "columns": as_json(dict(prompt.columns)),
-                "answer": completion.text,
-                "correct": correct,
-                "finish_reason": completion.finish_reason,
-                "token_ids": list(completion.token_ids),
-                "logprobs": list(completion.sampling_logprobs),
-            }
-            for (prompt, number), completion, correct in zip(
-                product(self.prompts, range(self.samples)), self.completions, self.correct, strict=True
-            )
-        ]
+        return answer_rows(self.exam, self.exam.prompts, self.answers, self.verdicts, self.scores)
 
 
-def check_grader(grader: Grader, prompts: Sequence[Prompt]) -> None:
-    """Try the grader on an empty answer to every question, before any work. Raises UsageError where it fails."""
-    for prompt in prompts:
+def answer_rows(
+    exam: Exam,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[Completion]],
+    graded: Sequence[Sequence[Verdict]],
+    scores: Sequence[Sequence[float]] | None = None,
+) -> list[dict[str, Any]]:
+    """A row an answer to some of an exam's questions, with the columns of gruppo.tables.EVALUATIONS."""
+    return [
+        {
+            "exam": exam.name,
+            "prompt_id": prompt.id,
+            "sample": number,
+            "question": prompt.text,
+            "columns": as_json(dict(prompt.columns)),
+            "answer": completion.text,
+            "correct": verdict.correct,
+            "extracted": verdict.extracted,
+            "rule": verdict.rule,
+            "other_rules": as_json(dict(verdict.others)),
+            "vote": vote(verdict),
+            "score": None if scores is None else scores[place][number],
+            "finish_reason": completion.finish_reason,
+            "token_ids": list(completion.token_ids),
+            "mask": list(completion.mask),
+            "logprobs": list(completion.sampling_logprobs),
+        }
+        for place, (prompt, own, verdicts_of) in enumerate(zip(prompts, answers, graded, strict=True))
+        for number, (completion, verdict) in enumerate(zip(own, verdicts_of, strict=True))
+    ]
+
+
+def vote(verdict: Verdict) -> str | None:
+    """What an answer says, equal for equal answers; None where nothing could be extracted. All right answers are equal;
+    others are by the value of a number, or else by their text without case and space."""
+    if verdict.correct:
+        return "right"
+    if verdict.extracted is None:
+        return None
+    number = last_number(verdict.extracted) if _NUMERIC.fullmatch(verdict.extracted.strip()) else None
+    return f"= {number}" if number is not None else f": {''.join(verdict.extracted.split()).casefold()}"
+
+
+_NUMERIC = re.compile(r"[-−+$€£]?[\d,./]+%?", re.ASCII)
+
+
+def disagree(verdict: Verdict) -> bool:
+    """Whether another rule of extraction gives another verdict."""
+    return any(other != verdict.correct for other in verdict.others.values())
+
+
+def mark(text: str, prompt: Prompt, grader: str) -> Verdict:
+    """The verdict on an answer. Raises RunError where a grader of the user's raises, or gives anything but yes or no;
+    it has no rules of extraction, and votes by the last number, or else by the whole text."""
+    if grader in GRADERS:
         try:
-            grade(grader, "", prompt)
-        except RunError as error:
-            raise UsageError(f"{error}; write def grader(text, columns) -> bool") from None
+            return verdicts(text, prompt.columns, grader)
+        except Exception as error:
+            raise _failed(grader, prompt, error) from error
+    number = last_number(text)
+    said = text.strip() if number is None else str(number)
+    return Verdict(_graded(grader, text, prompt), said or None, grader)
 
 
-def grade(grader: Grader, text: str, prompt: Prompt) -> bool:
-    """Whether an answer is right. Raises RunError where the grader raises or gives anything but yes or no."""
+def _graded(name: str, text: str, prompt: Prompt) -> bool:
+    grader = find_grader(name)
     try:
         verdict: Any = grader(text, prompt.columns)
     except Exception as error:
-        raise RunError(f"evaluation.grader: fails on {prompt.id} ({type(error).__name__}: {error})") from error
+        raise _failed(name, prompt, error) from error
     if hasattr(verdict, "item"):
         verdict = verdict.item()  # numpy's bool
     if hasattr(verdict, "close"):
@@ -104,6 +195,10 @@ def grade(grader: Grader, text: str, prompt: Prompt) -> bool:
     return bool(verdict)
 
 
+def _failed(name: str, prompt: Prompt, error: Exception) -> RunError:
+    return RunError(f'evaluation.grader = "{name}": fails on {prompt.id} ({type(error).__name__}: {error})')
+
+
 def sampling_options(decoding: Decoding, max_tokens: int) -> SamplingOptions:
     """The engine's options of a recipe's decoding. Raises UsageError where the minimum is above the maximum."""
     if decoding.min_tokens > max_tokens:
@@ -113,27 +208,65 @@ def sampling_options(decoding: Decoding, max_tokens: int) -> SamplingOptions:
     return SamplingOptions(max_tokens=max_tokens, **{**decoding.model_dump(), "stop": tuple(decoding.stop)})
 
 
-def answer_questions(
+def make_exam(rows: ExamRows, recipe: Recipe, tokenize: Tokenize) -> Exam:
+    """An exam of rows, with each grader tried on an empty answer to every question. Raises UsageError where a question
+    does not fit the model, or the grader."""
+    settings = rows.settings
+    limit = settings.max_tokens or recipe.sampling.max_tokens
+    options = sampling_options(settings.decoding, limit)
+    prompts = interleaved([tokenize(part, limit, settings.questions) for part in rows.parts], settings.questions)
+    exam = Exam(rows.name, prompts, rows.graders, options, settings.samples, settings.every, rows.domain)
+    check_graders(exam.graders, prompts)
+    return exam
+
+
+def check_graders(graders: Mapping[str, str], prompts: Sequence[Prompt]) -> None:
+    """Try graders on an empty answer to every question, before any work. Raises UsageError where one fails."""
+    for prompt in prompts:
+        try:
+            mark("", prompt, graders[prompt.task])
+        except RunError as error:
+            raise UsageError(f"{error}; write def grader(text, columns) -> bool") from None
+
+
+def answer(
     engine: Engine,
-    prompts: Sequence[Prompt],
-    grader: Grader,
-    options: SamplingOptions,
-    samples: int,
+    exam: Exam,
+    places: range,
     seed: int,
     reporter: Reporter,
     stop: Stop,
+    sample: Sampler = sample_groups,
+) -> list[list[Completion]]:
+    """`exam.samples` answers to each of its questions at `places`. The same seed draws the same random numbers at every
+    evaluation of a run, so that two of them differ by the policy alone."""
+    streams = [[(seed, 0, place, number, 1) for number in range(exam.samples)] for place in places]
+    prompts = [exam.prompts[place] for place in places]
+    return sample(engine, prompts, streams, exam.options, reporter, stop, f"Evaluating {exam.name}".rstrip())
+
+
+def graded(exam: Exam, places: range, answers: Sequence[Sequence[Completion]], stop: Stop) -> list[list[Verdict]]:
+    """The verdicts on answers to an exam's questions at `places`."""
+    made = []
+    for place, own in zip(places, answers, strict=True):
+        prompt, verdicts_of = exam.prompts[place], []
+        for completion in own:
+            stop.check()
+            verdicts_of.append(mark(completion.text, prompt, exam.graders[prompt.task]))
+        made.append(verdicts_of)
+    return made
+
+
+def hold(
+    exam: Exam, engine: Engine, seed: int, reporter: Reporter, stop: Stop, sample: Sampler = sample_groups
 ) -> Evaluation:
-    """Answer every question `samples` times and grade the answers. The same seed draws the same random numbers at
-    every evaluation of a run, so that two of them differ by the policy alone."""
-    streams = [[(seed, 0, question, sample, 1) for sample in range(samples)] for question in range(len(prompts))]
-    sampled = sample_groups(engine, prompts, streams, options, reporter, stop, "Evaluating")
-    completions = [completion for group in sampled for completion in group]
-    pairs = zip((prompt for prompt in prompts for _ in range(samples)), completions, strict=True)
-    correct = []
-    for prompt, completion in pairs:
-        stop.check()
-        correct.append(grade(grader, completion.text, prompt))
-    return Evaluation(prompts, completions, correct, samples)
+    """The whole exam, in memory."""
+    answers, verdicts_of = [], []
+    for places in exam.chunks():
+        made = answer(engine, exam, places, seed, reporter, stop, sample)
+        answers += made
+        verdicts_of += graded(exam, places, made, stop)
+    return Evaluation(exam, answers, verdicts_of)
 
 
 def evaluate(
@@ -146,7 +279,7 @@ def evaluate(
     samples: int = 1,
     max_tokens: int = 256,
     decoding: Mapping[str, Any] | None = None,
-    grader: str = "number",
+    grader: str | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -158,8 +291,8 @@ def evaluate(
 
     `task`: a name, the fields of [task], or a Task; `options` are those of a task by name. `questions`: how many at
     the most, from the start. `samples`: answers a question. `decoding`: fields of [evaluation.decoding], such as
-    temperature and top_p. `tokenizer`: that of a model in memory. Raises UsageError for whatever of the arguments is
-    wrong, by its name in a recipe.
+    temperature and top_p. `grader`: by default the task's own. `tokenizer`: that of a model in memory. Raises
+    UsageError for whatever of the arguments is wrong, by its name in a recipe.
     """
     if isinstance(task, Task):
         task = task.model_dump(exclude_none=True)
@@ -193,26 +326,46 @@ def evaluate_recipe(
     reporter: Reporter | None = None,
     stop: Stop | None = None,
 ) -> Evaluation:
-    """The evaluation that a recipe describes, of its model or of one in memory. Raises UsageError."""
-    settings, reporter, stop = recipe.evaluation, reporter or Silent(), stop or Stop()
-    if settings is None:
+    """The [evaluation] that a recipe describes, of its model or of one in memory. Raises UsageError."""
+    reporter, stop = reporter or Silent(), stop or Stop()
+    if recipe.evaluation is None:
         raise UsageError("evaluation: missing; the recipe describes no evaluation: write [evaluation] in it")
+    opened = open_exams(recipe.model_copy(update={"benchmarks": []}), model, tokenizer, reporter)
+    return hold(opened.exams[0], opened.engine, recipe.run.seed, reporter, stop)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to answer the exams of a recipe."""
+
+    source: ModelSource
+    policy: LanguageModel
+    engine: Engine
+    exams: list[Exam]
+
+
+def open_exams(
+    recipe: Recipe,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reporter: Reporter | None = None,
+) -> Opened:
+    """Read a recipe's exams and load its model, or take one in memory. Whatever is wrong with the exams is a UsageError
+    before weights are loaded."""
+    reporter = reporter or Silent()
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
-    grader = find_grader(settings.grader)
-    parts = read_questions(recipe, reporter)
-    limit = settings.max_tokens or recipe.sampling.max_tokens
-    options = sampling_options(settings.decoding, limit)
+    rows = read_exams(recipe, reporter)
     source = find_model(
         recipe.model.name if model is None else model, reporter, tokenizer, recipe.model.trust_remote_code
     )
-    tokenized = [
-        tokenize_part(part, source.tokenizer, source.context, limit, source.vocabulary, settings.questions)[0]
-        for part in parts
-    ]
-    prompts = interleaved(tokenized, settings.questions)
-    check_grader(grader, prompts)
+
+    def tokenize(part: Part, room: int, most: int) -> list[Prompt]:
+        with reporter.progress(f"Tokenizing {part.name}", min(len(part.rows), most), "prompts") as advance:
+            return tokenize_part(part, source.tokenizer, source.context, room, source.vocabulary, most, advance)[0]
+
+    exams = [make_exam(each, recipe, tokenize) for each in rows]
     policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
-    wanted = len(prompts) * settings.samples
-    slots = choose_slots(policy, max(len(prompt.token_ids) for prompt in prompts), limit, wanted)
-    engine = NativeEngine(policy, slots)
-    return answer_questions(engine, prompts, grader, options, settings.samples, recipe.run.seed, reporter, stop)
+    prompt = max(len(prompt.token_ids) for exam in exams for prompt in exam.prompts)
+    room = max(exam.options.max_tokens for exam in exams)
+    wanted = max(len(exam.prompts) * exam.samples for exam in exams)
+    return Opened(source, policy, NativeEngine(policy, choose_slots(policy, prompt, room, wanted)), exams)

@@ -38,8 +38,25 @@ Layout = Sequence[tuple[int, Sequence[int]]]
 
 
 @dataclass(frozen=True)
+class Answering:
+    """What an exam asks for, at the most; lengths in tokens. `times`: how often a run holds it."""
+
+    name: str
+    questions: int
+    samples: int
+    question_tokens: int
+    answer_tokens: int
+    times: int
+
+    @property
+    def answers(self) -> int:
+        """Answers each time."""
+        return self.questions * self.samples
+
+
+@dataclass(frozen=True)
 class Workload:
-    """What a run asks for, at the most. Lengths in tokens; `answers`: those of an evaluation, 0 without one."""
+    """What a run asks for, at the most; lengths in tokens."""
 
     prompt_tokens: int
     max_tokens: int
@@ -48,10 +65,12 @@ class Workload:
     reference: bool = False
     critic: bool = False
     reward_model: bool = False
-    questions: int = 0
-    answers: int = 0
-    question_tokens: int = 0
-    answer_tokens: int = 0
+    exams: tuple[Answering, ...] = ()
+
+    @property
+    def answers(self) -> int:
+        """Answers of the largest exam."""
+        return max((exam.answers for exam in self.exams), default=0)
 
     @property
     def completions(self) -> int:
@@ -347,8 +366,11 @@ def forecast_memory(
         gradients = max(0, gradients - activations - logits)
     step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
     cache, work = _generation(footprint, slots, *step)
-    asked = workload.answers, workload.questions, workload.question_tokens, workload.answer_tokens
-    evaluation_cache, evaluation_work = _generation(footprint, slots, *asked) if workload.answers else (0, 0)
+    exams = [
+        _generation(footprint, slots, exam.answers, exam.questions, exam.question_tokens, exam.answer_tokens)
+        for exam in workload.exams
+    ]
+    evaluation_cache, evaluation_work = max(exams, key=sum, default=(0, 0))
     return Memory(
         process=footprint.process,
         weights=footprint.weights,

@@ -99,7 +99,7 @@ def _label(
         "rewards_sha256": pool.digests,
         "data_sha256": data_sha256(inputs.prompts, ()),
     }
-    _begin(run, recipe, LABELS, identity)
+    run.start_same(recipe, LABELS, identity)
     size, group, most = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
     longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + most
     engine = NativeEngine(policy, choose_slots(policy, longest, most, size * group * settings.continuations))
@@ -118,16 +118,6 @@ def _label(
             run.table("labels", number, label_rows(labels), LABEL_COLUMNS)
             advance(len(prompts))
     return _counted(run.path, read_labels(sorted((run.path / "labels").glob("step-*.parquet"))))
-
-
-def _begin(run: RunFolder, recipe: Recipe, kind: str, identity: Mapping[str, Any]) -> None:
-    """Write of what a folder is made, or check that it is made of the same. Raises UsageError."""
-    before = run.read_json("environment.json")
-    if before is not None and before != identity:
-        odd = next(name for name in identity if before.get(name) != identity[name])
-        raise UsageError(f"--resume {run.path}: {odd} is not what it was when this began; choose another --out")
-    run.start(recipe, kind)
-    run.write_json("environment.json", identity)
 
 
 def _counted(folder: Path, made: Sequence[Labelled]) -> Labels:
@@ -217,7 +207,7 @@ def _begin_training(
     judge = Judge(made, optimizer, settings, source.tokenizer, sizes, most)
 
     identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
-    _begin(run, recipe, REWARD_MODEL, identity)
+    run.start_same(recipe, REWARD_MODEL, identity)
     checkpoint, problems = newest_checkpoint(run)
     state = load_state(checkpoint) if checkpoint else State()
     damages = run.cut_back(state.lengths, state.step)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from gruppo.config import Optimizer
 from gruppo.critic import critic_loss, score_values
 from gruppo.disk import WriteError
 from gruppo.errors import RunError, first_line, out_of_memory
-from gruppo.evaluation import answer_questions
+from gruppo.evaluation import Evaluation, disagree, hold
+from gruppo.figures import figure_metrics
 from gruppo.heads import ScalarModel
 from gruppo.interruption import Interrupted, Stop
 from gruppo.judge import Judge
@@ -636,37 +638,40 @@ class _Run:
             self.reporter.note(f"Step {step}: {message}")
 
     def _evaluation_due(self) -> bool:
-        settings, step = self.recipe.evaluation, self.state.step
-        if settings is None or self.state.evaluated:
-            return False
-        return step == 0 or self._at_end or (settings.every > 0 and step % settings.every == 0)
+        return not self.state.evaluated and any(exam.due(self.state.step, self._at_end) for exam in self.parts.exams)
 
     def _evaluate(self) -> None:
-        parts, settings, state = self.parts, self.recipe.evaluation, self.state
-        assert settings is not None
-        assert parts.grader is not None
-        start = time.monotonic()
-        seed, samples = self.recipe.run.seed, settings.samples
+        """Hold the exams that are due: a table of all their answers, and a line of their figures."""
+        parts, state, start = self.parts, self.state, time.monotonic()
+        due = [exam for exam in parts.exams if exam.due(state.step, self._at_end)]
         with self.stop.anywhere():
-            outcome = answer_questions(
-                parts.engine, parts.questions, parts.grader, parts.answering, samples, seed, self.reporter, self.stop
-            )
-        figures, rows = outcome.figures(), outcome.rows()
-        self.run.table("evaluations", state.step, rows, EVALUATIONS)
-        state.evaluations[str(state.step)] = figures
-        low, high = figures["interval"]
-        values = {
-            "step": state.step,
-            "eval/accuracy": figures["accuracy"],
-            "eval/accuracy_low": low,
-            "eval/accuracy_high": high,
-            "eval/ended_share": figures["ended_share"],
-            "eval/number_share": figures["number_share"],
-            "time/evaluate": time.monotonic() - start,
-        }
+            outcomes = [hold(exam, parts.engine, self.recipe.run.seed, self.reporter, self.stop) for exam in due]
+        rows = [outcome.rows() for outcome in outcomes]
+        self.run.table("evaluations", state.step, list(chain(*rows)), EVALUATIONS)
+        values: dict[str, Any] = {"step": state.step}
+        figures = [outcome.figures() for outcome in outcomes]
+        for outcome, found in zip(outcomes, figures, strict=True):
+            name = outcome.exam.name
+            if name:
+                state.benchmarks.setdefault(str(state.step), {})[name] = found
+            else:
+                state.evaluations[str(state.step)] = found
+            values |= figure_metrics(f"eval/{name}/" if name else "eval/", found)
+            self._tell_disagreements(outcome)
+        values["time/evaluate"] = time.monotonic() - start
         self._note(values)
         state.evaluated = True
-        self.callbacks.tell("on_evaluation", state.step, figures, rows)
+        for outcome, found, own in zip(outcomes, figures, rows, strict=True):
+            self.callbacks.tell("on_evaluation", state.step, {"exam": outcome.exam.name, **found}, own)
+
+    def _tell_disagreements(self, outcome: Evaluation) -> None:
+        """An event for the answers of an exam on which rules of extraction disagree."""
+        pairs = zip(outcome.exam.prompts, outcome.verdicts, strict=True)
+        asked = [prompt.id for prompt, own in pairs if any(map(disagree, own))]
+        if asked:
+            count = sum(disagree(verdict) for own in outcome.verdicts for verdict in own)
+            message = f"rules of extraction disagree on {count} of {len(outcome.completions)} answers; see evaluations/"
+            self.run.event("grading", message, self.state.step, exam=outcome.exam.name, prompt_ids=asked)
 
     def _restore(self) -> None:
         """Go back to the newest whole checkpoint, undoing in the folder what came after it; or to the beginning."""
@@ -733,6 +738,15 @@ class _Run:
             "interval_before": before.get("interval"),
             "interval_after": after.get("interval"),
             "questions": before.get("questions"),
+            "benchmarks": {
+                exam.name: {
+                    "domain": exam.domain,
+                    "before": state.benchmarks.get("0", {}).get(exam.name),
+                    "after": state.benchmarks.get(str(state.step), {}).get(exam.name) if state.step else None,
+                }
+                for exam in self.parts.exams
+                if exam.name
+            },
             "peak_memory_bytes": state.peak_memory_bytes,
             "weights_sha256": tensors_sha256(self.parts.policy.weights()),
         }

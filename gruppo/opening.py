@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,13 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             batches, size = [], 0
-            for batch in file.iter_batches(_ROWS):
+            for batch in file.iter_batches(_ROWS, columns=None if schema is None else schema.names):
                 size += batch.nbytes
                 if size > MOST_TABLE:
                     raise UsageError(f"{path}: holds more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
                 batches.append(batch)
-            table = pa.Table.from_batches(batches, file.schema_arrow).replace_schema_metadata(None)
+            held = file.schema_arrow if schema is None else _part(file.schema_arrow, schema.names)
+            table = pa.Table.from_batches(batches, held).replace_schema_metadata(None)
         return table if schema is None else table.select(schema.names).cast(schema)
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, UsageError):
@@ -105,6 +106,13 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
         what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or no table of a run"
         why = (str(error).splitlines() or [""])[0]
         raise UsageError(f"{path}: {what} ({why}); put it back from a copy") from None
+
+
+def _part(held: pa.Schema, names: Sequence[str]) -> pa.Schema:
+    """The fields of those names, in their own order, as batches have them. Raises KeyError where one is missing."""
+    if missing := set(names) - set(held.names):
+        raise KeyError(min(missing))
+    return pa.schema([field for field in held if field.name in names])
 
 
 @contextmanager

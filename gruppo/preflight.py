@@ -6,23 +6,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gruppo.config import Recipe
+from gruppo.config import Evaluation, Recipe
 from gruppo.errors import UsageError
 from gruppo.reporting import Reporter
 from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_path
 from gruppo.runlog import check_folder
 from gruppo.tasks import Part, load_questions, load_training
-from gruppo.tasks.answers import Grader, find_grader, last_number
+from gruppo.tasks.answers import find_grader, last_number
+from gruppo.tasks.grading import default_grader, domain
 from gruppo.types import Row
 
 
 @dataclass(frozen=True)
+class ExamRows:
+    """The rows of an exam: of the run's [evaluation], whose `name` is "", or of one of its [[benchmarks]]. `parts`:
+    several where the held-out rows of mixed tasks are asked. `graders`: names, by those of the parts. `domain`:
+    "in-domain" where the recipe trains on questions of its kind."""
+
+    name: str
+    settings: Evaluation
+    parts: list[Part]
+    graders: dict[str, str]
+    domain: str | None
+
+
+@dataclass(frozen=True)
 class Data:
-    """The rows of a run, by task: those to train on, and those to evaluate on (several where tasks are mixed)."""
+    """The rows of a run: those to train on, by task, and those of its exams."""
 
     training: list[Part]
-    questions: list[Part]
-    grader: Grader | None
+    exams: list[ExamRows]
 
     @property
     def columns(self) -> list[str]:
@@ -76,24 +89,48 @@ def _require_numbers(data: Data) -> None:
 
 def _read(recipe: Recipe, rows: Sequence[Row] | None, reporter: Reporter) -> Data:
     settings = recipe.evaluation
-    grader = find_grader(settings.grader) if settings else None
     own = settings is not None and settings.task is None
     fields = [f"mixture[{place}]" for place in range(len(recipe.mixture))] or ["task"]
-    training, questions = [], []
+    training, held_out = [], []
     for task, field in zip(recipe.tasks, fields, strict=True):
         train, held = load_training(task, field, own, reporter, rows, recipe.method.source == "rows")
         training.append(train)
-        questions += [] if held is None else [held]
-    if settings is not None and settings.task is not None:
-        questions = [load_questions(settings.task, "evaluation.task", reporter)]
-    return Data(_told_apart(training), _told_apart(questions), grader)
+        held_out += [] if held is None else [held]
+    exams = []
+    if settings is not None and own:
+        parts = _told_apart(held_out)
+        names = [task.name if rows is None else "" for task in recipe.tasks]
+        graders = {part.name: _grader(settings, name) for part, name in zip(parts, names, strict=True)}
+        exams = [ExamRows("", settings, parts, graders, "in-domain")]
+    return Data(_told_apart(training), exams + _own_exams(recipe, reporter))
 
 
-def read_questions(recipe: Recipe, reporter: Reporter) -> list[Part]:
-    """What a recipe's evaluation asks: the rows of its own task, or those that its tasks hold out."""
-    if recipe.evaluation is not None and recipe.evaluation.task is not None:
-        return [load_questions(recipe.evaluation.task, "evaluation.task", reporter)]
-    return _read(recipe, None, reporter).questions
+def read_exams(recipe: Recipe, reporter: Reporter) -> list[ExamRows]:
+    """The exams of a recipe; its training rows are read only where they hold out what is asked. Raises UsageError."""
+    if recipe.evaluation is not None and recipe.evaluation.task is None:
+        return _read(recipe, None, reporter).exams
+    return _own_exams(recipe, reporter)
+
+
+def _own_exams(recipe: Recipe, reporter: Reporter) -> list[ExamRows]:
+    """Exams that name their tasks."""
+    trained = [task.name for task in recipe.tasks]
+    asked = [("", "evaluation.task", recipe.evaluation)] if recipe.evaluation and recipe.evaluation.task else []
+    asked += [(each.title, f"benchmarks[{place}].task", each) for place, each in enumerate(recipe.benchmarks)]
+    exams = []
+    for name, field, settings in asked:
+        assert settings.task is not None
+        part = load_questions(settings.task, field, reporter)
+        grader = _grader(settings, settings.task.name)
+        exams.append(ExamRows(name, settings, [part], {part.name: grader}, domain(settings.task.name, trained)))
+    return exams
+
+
+def _grader(settings: Evaluation, task: str) -> str:
+    """The name of the grader of a task's answers. Raises UsageError for an unknown one."""
+    name = settings.grader or default_grader(task)
+    find_grader(name)
+    return name
 
 
 def _told_apart(parts: Sequence[Part]) -> list[Part]:

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gruppo.adapters import add_adapters, check_adapters
 from gruppo.config import Audit, Optimizer, Recipe, as_bytes
 from gruppo.config import Reward as RewardSettings
-from gruppo.disk_forecast import Disk, forecast_disk, still_needed
+from gruppo.disk_forecast import Disk, exam_count, forecast_disk, still_needed
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.errors import UsageError
-from gruppo.evaluation import check_grader, sampling_options
-from gruppo.forecast import Chosen, Workload, budget_bytes, choose_sizes, measure_footprint, process_bytes
+from gruppo.evaluation import Exam, make_exam
+from gruppo.forecast import Answering, Chosen, Workload, budget_bytes, choose_sizes, measure_footprint, process_bytes
 from gruppo.heads import ScalarModel
 from gruppo.kernels import NO_KERNELS, kernels_sha256
 from gruppo.machine import describe
@@ -51,9 +51,8 @@ from gruppo.sizes import FittingEngine, Sizes
 from gruppo.steps import find_split
 from gruppo.tables import as_json
 from gruppo.tasks import Part, tokenize_part
-from gruppo.tasks.answers import Grader
 from gruppo.tasks.given import Given, given_completions
-from gruppo.tasks.mixture import Mixture, interleaved
+from gruppo.tasks.mixture import Mixture
 from gruppo.types import Prompt
 
 
@@ -76,8 +75,7 @@ class Prepared:
     pool: RewardPool | None
     prompts: Mixture
     given: Mapping[str, Given]
-    questions: list[Prompt]
-    grader: Grader | None
+    exams: list[Exam]
     optimizer: torch.optim.Optimizer
     critic: ScalarModel | None
     critic_optimizer: torch.optim.Optimizer | None
@@ -86,7 +84,6 @@ class Prepared:
     audit: RewardPool | None
     sizes: Sizes
     sampling: SamplingOptions
-    answering: SamplingOptions
     changes: list[str]
     filtered: dict[str, int]
 
@@ -124,11 +121,11 @@ def prepare(
         raise UsageError(f'reward.functions: one is called "{NAME}", as the part of [reward_model] is; rename it')
     critic_source = None
     if recipe.method.needs_critic:
-        critic_source = _find_like(recipe.critic.name, "critic.name", source, reporter)
+        critic_source = find_like(recipe.critic.name, "critic.name", source, reporter)
     judge_source = None
     if judge is not None:
         find_split(judge.split)
-        judge_source = _find_like(judge.name, "reward_model.name", source, reporter)
+        judge_source = find_like(judge.name, "reward_model.name", source, reporter)
         check_kind(judge_source.config, judge.kind)
     inputs = tokenize_data(recipe, data, source, reporter)
     digests = pool.digests if pool else []
@@ -161,8 +158,7 @@ def prepare(
         pool=pool,
         prompts=inputs.prompts,
         given=inputs.given,
-        questions=inputs.questions,
-        grader=data.grader,
+        exams=inputs.exams,
         optimizer=make_optimizer(recipe.optimizer, policy.model),
         critic=critic,
         critic_optimizer=make_optimizer(recipe.optimizer, critic.module) if critic else None,
@@ -171,7 +167,6 @@ def prepare(
         audit=audit,
         sizes=sizes,
         sampling=inputs.sampling,
-        answering=inputs.answering,
         changes=changes,
         filtered=inputs.filtered,
     )
@@ -205,15 +200,19 @@ def _memory_each(settings: RewardSettings) -> int:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run asks of its model: prompts to train on (with their completions, where rows bring them) and questions
-    to evaluate on, and how each is answered."""
+    """What a run asks of its model: prompts to train on (with their completions, where rows bring them), how they are
+    answered, and the exams that it holds."""
 
     prompts: Mixture
     given: Mapping[str, Given]
-    questions: list[Prompt]
+    exams: list[Exam]
     sampling: SamplingOptions
-    answering: SamplingOptions
     filtered: dict[str, int]
+
+    @property
+    def questions(self) -> list[Prompt]:
+        """Of all exams."""
+        return [prompt for exam in self.exams for prompt in exam.prompts]
 
 
 def tokenize_data(recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter) -> Inputs:
@@ -228,14 +227,8 @@ def tokenize_data(recipe: Recipe, data: Data, source: ModelSource, reporter: Rep
             for part, prompts in zip(data.training, parts, strict=True)
         ]
     prompts = Mixture(parts, [task.weight for task in recipe.tasks], recipe.run.seed)
-    questions: list[Prompt] = []
-    sampling = answering = SamplingOptions(recipe.sampling.temperature, limit)
-    if recipe.evaluation is not None and data.grader is not None:
-        own, most = recipe.evaluation.max_tokens or limit, recipe.evaluation.questions
-        questions = interleaved([tokens.of(part, own, most) for part in data.questions], most)
-        check_grader(data.grader, questions)
-        answering = sampling_options(recipe.evaluation.decoding, own)
-    return Inputs(prompts, given, questions, sampling, answering, tokens.filtered)
+    exams = [make_exam(each, recipe, tokens.of) for each in data.exams]
+    return Inputs(prompts, given, exams, SamplingOptions(recipe.sampling.temperature, limit), tokens.filtered)
 
 
 def load_and_choose(
@@ -272,7 +265,6 @@ def disk_of(recipe: Recipe, policy: LanguageModel, inputs: Inputs, start_weights
 
 def workload(recipe: Recipe, inputs: Inputs) -> Workload:
     """What the recipe asks for at the most, by its longest prompt and question."""
-    samples = recipe.evaluation.samples if recipe.evaluation else 0
     return Workload(
         prompt_tokens=max(len(prompt.token_ids) for prompt in inputs.prompts),
         max_tokens=inputs.sampling.max_tokens,
@@ -281,10 +273,17 @@ def workload(recipe: Recipe, inputs: Inputs) -> Workload:
         reference=recipe.method.needs_reference,
         critic=recipe.method.needs_critic,
         reward_model=recipe.reward_model is not None,
-        questions=len(inputs.questions),
-        answers=len(inputs.questions) * samples,
-        question_tokens=max((len(prompt.token_ids) for prompt in inputs.questions), default=0),
-        answer_tokens=inputs.answering.max_tokens,
+        exams=tuple(
+            Answering(
+                name=exam.name,
+                questions=len(exam.prompts),
+                samples=exam.samples,
+                question_tokens=max(len(prompt.token_ids) for prompt in exam.prompts),
+                answer_tokens=exam.options.max_tokens,
+                times=exam_count(recipe, exam.every),
+            )
+            for exam in inputs.exams
+        ),
     )
 
 
@@ -447,7 +446,7 @@ def find_named(name: str, field: str, reporter: Reporter) -> ModelSource:
         raise UsageError(str(error).replace("model.name", field, 1)) from None
 
 
-def _find_like(name: str | None, field: str, source: ModelSource, reporter: Reporter) -> ModelSource:
+def find_like(name: str | None, field: str, source: ModelSource, reporter: Reporter) -> ModelSource:
     """Where the weights of a value or reward model come from; by default the policy's start weights. Raises UsageError
     where that model does not read the policy's tokens."""
     if name is None:

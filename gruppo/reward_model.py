@@ -30,6 +30,7 @@ from gruppo.errors import UsageError
 from gruppo.heads import ScalarModel, pack_states, read_states
 from gruppo.maths.losses import label_loss
 from gruppo.models import LanguageModel, ModelSource, load_model, save_base, save_weights
+from gruppo.opening import read_object
 from gruppo.packing import Batch
 from gruppo.reporting import Reporter
 from gruppo.stats import auc, calibration_error
@@ -231,6 +232,19 @@ def _linear(target: Any, prefix: str) -> bool:
 def is_trained(config: PreTrainedConfig) -> bool:
     """Whether a folder holds a reward model, and not a language model without a head."""
     return any(str(each).endswith(ending) for each in config.architectures or () for ending, _ in _KINDS.values())
+
+
+def kind_of(name: str) -> str:
+    """The kind of the reward model in a folder. Raises UsageError where there is none."""
+    file = Path(name) / "config.json"
+    held = read_object(file).get("architectures") if file.is_file() else None
+    first = str(held[0]) if isinstance(held, list) and held else ""
+    for kind, (ending, _) in _KINDS.items():
+        if first.endswith(ending):
+            return kind
+    raise UsageError(
+        f"--reward-model {name}: holds no reward model; give the folder of one, e.g. runs/NAME/reward_model"
+    )
 
 
 def load_reward_model(

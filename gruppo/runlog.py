@@ -38,9 +38,19 @@ from gruppo.opening import object_of, read_metrics, read_object, reading, requir
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
 TABLES = ("rollouts", "evaluations", "labels")
-_FILES = (*APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "rewards.log", "lock")
+_FILES = (
+    *APPENDED,
+    "recipe.toml",
+    "folder.json",
+    "environment.json",
+    "summary.json",
+    "rewards.log",
+    "lock",
+    "results.json",
+)
 _FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
-RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
+# What a folder can hold.
+RUN, LABELS, REWARD_MODEL, EVALUATION = "run", "set of labels", "reward model", "evaluation"
 _ASIDE = ".replaced-"
 _FIRST = {  # there before the recipe
     "lock", "rewards.log", "rewards.old.log", "recipe.toml.writing", "folder.json", "folder.json.writing",
@@ -93,6 +103,16 @@ class RunFolder:
         if kind != RUN:
             self.write_json("folder.json", {"kind": kind})
         write_whole(self.path / "recipe.toml", recipe.to_toml().encode())
+
+    def start_same(self, recipe: Recipe, kind: str, identity: Mapping[str, Any]) -> None:
+        """The same, with what the folder is made of; that must be what it was, where it has begun. Raises
+        UsageError."""
+        before = self.read_json("environment.json")
+        if before is not None and before != identity:
+            odd = next(name for name in identity if before.get(name) != identity[name])
+            raise UsageError(f"--resume {self.path}: {odd} is not what it was when this began; choose another --out")
+        self.start(recipe, kind)
+        self.write_json("environment.json", identity)
 
     def metric(self, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -14,6 +14,7 @@ import tomli_w
 
 from gruppo.config import (
     Audit,
+    Benchmark,
     Critic,
     Decoding,
     Evaluation,
@@ -40,7 +41,7 @@ TABLES: dict[str, type[Section]] = {
     "[run]": Run,
     "[model]": Model,
     "[model.lora]": Lora,
-    "[task], [[mixture]], [evaluation.task]": Task,
+    "[task], [[mixture]], [evaluation.task], [benchmarks.task]": Task,
     "[reward]": Reward,
     "[reward_model]": RewardModel,
     "[audit]": Audit,
@@ -49,10 +50,11 @@ TABLES: dict[str, type[Section]] = {
     "[sampling]": Sampling,
     "[optimizer]": Optimizer,
     "[evaluation]": Evaluation,
-    "[evaluation.decoding]": Decoding,
+    "[evaluation.decoding], [benchmarks.decoding]": Decoding,
+    "[[benchmarks]]": Benchmark,
 }
 # Tables within tables: no fields, and described where their own fields are.
-_INNER = {(Model, "lora"), (Evaluation, "decoding")}
+_INNER = {(Model, "lora"), (Evaluation, "decoding"), (Benchmark, "decoding")}
 
 
 def json_schema() -> dict[str, Any]:
@@ -112,7 +114,7 @@ def markdown() -> str:
         lines += ["| field | values | default | meaning |", "| --- | --- | --- | --- |"]
         properties = schema["definitions"][table.__name__]["properties"]
         for name, field in table.model_fields.items():
-            if (table, name) in _INNER:
+            if (table, name) in _INNER or _inherited(table, name):
                 continue
             meaning = " ".join((field.description or "").split()).replace("<", "&lt;")
             default = "" if field.is_required() else _literal(field.default)
@@ -129,7 +131,13 @@ def markdown() -> str:
 def _fields() -> Iterator[str]:
     """Every field once."""
     for title, table in TABLES.items():
-        yield from (f"{title} {name}" for name in table.model_fields if (table, name) not in _INNER)
+        names = (name for name in table.model_fields if (table, name) not in _INNER and not _inherited(table, name))
+        yield from (f"{title} {name}" for name in names)
+
+
+def _inherited(table: type[Section], name: str) -> bool:
+    """Whether a field is described with the table that has it first."""
+    return any(name in getattr(base, "model_fields", {}) for base in table.__bases__)
 
 
 def _literal(value: Any) -> str:
@@ -167,8 +175,10 @@ def annotated(recipe: Recipe) -> str:
         value = getattr(recipe, name)
         if isinstance(value, Section) and not (name == "task" and recipe.mixture):
             blocks += _table(name, value)
-        elif name == "mixture":
-            blocks += [line for task in value for line in _table(name, task, repeated=True)]
+        elif isinstance(value, list):
+            blocks += [line for each in value for line in _table(name, each, repeated=True)]
+            if not value and f"[[{name}]]" in TABLES:
+                blocks += [f"{_comment(TABLES[f'[[{name}]]'].__doc__)}# [[{name}]]\n"]
         elif value is None:
             blocks += [f"{_comment(TABLES[f'[{name}]'].__doc__)}# [{name}]\n"]
     return "\n".join(blocks)

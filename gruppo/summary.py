@@ -26,6 +26,7 @@ def _described(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mappi
     lines[-1] += f", at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory."
     if summary["accuracy_before"] is not None:
         lines += ["", *_evaluations(folder, summary, metrics), "", *_answers(folder, summary["steps"])]
+    lines += _benchmarks(summary.get("benchmarks", {}))
     lines += [
         "",
         f"Everything is in {folder}: model/ (loadable by transformers), metrics.jsonl, rollouts/ (every completion,",
@@ -62,6 +63,18 @@ def _evaluations(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Map
     return lines
 
 
+def _benchmarks(held: Mapping[str, Any]) -> list[str]:
+    """Before and after of each of [[benchmarks]]."""
+    lines = [""] if held else []
+    for name, found in held.items():
+        for when in ("before", "after"):
+            if figures := found[when]:
+                low, high = figures["interval"]
+                title = f"{name} ({found['domain']}), {when}"
+                lines.append(f"  {title:<38} {figures['accuracy']:>7.1%}  {low:>6.1%} to {high:<6.1%}")
+    return lines
+
+
 def _answers(folder: Path, last: int) -> list[str]:
     """The first held-out questions, with the answers of the first and of the last evaluation."""
     try:
@@ -69,7 +82,7 @@ def _answers(folder: Path, last: int) -> list[str]:
     except UsageError as error:
         return [str(error)]
     lines = []
-    firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0]
+    firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0 and not pair[0]["exam"]]
     for old, new in firsts[:SHOWN]:
         lines.append(old["question"].strip())
         lines += [f"  {name}: {_quoted(row)}" for name, row in (("before", old), ("after ", new))]

@@ -47,14 +47,21 @@ ROLLOUTS = pa.schema(
 
 EVALUATIONS = pa.schema(
     {
+        "exam": _TEXT,
         "prompt_id": _TEXT,
         "sample": _WHOLE,
         "question": _TEXT,
         "columns": _TEXT,
         "answer": _TEXT,
         "correct": _YES,
+        "extracted": _TEXT,
+        "rule": _TEXT,
+        "other_rules": _TEXT,
+        "vote": _TEXT,
+        "score": _REAL,
         "finish_reason": _TEXT,
         "token_ids": pa.list_(_WHOLE),
+        "mask": pa.list_(_YES),
         "logprobs": pa.list_(_REAL),
     }
 )

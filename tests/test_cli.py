@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
@@ -82,10 +83,10 @@ def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
     assert "Next:" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr, "plain lines where there is no terminal"
     measured = gruppo("eval", tmp_path / "run" / "model", "--task", tmp_path / "rows.jsonl", "--grader", "exact_match",
-                      "--max-tokens", 8, "--out", tmp_path / "answers.jsonl")  # fmt: skip
+                      "--max-tokens", 8, "--out", tmp_path / "answers")  # fmt: skip
     assert measured.returncode == 0, measured.stderr
     assert "18 questions" in measured.stdout
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 18
+    assert len(pq.read_table(tmp_path / "answers/samples.parquet")) == 18
     written = gruppo("export", tmp_path / "run", "--to", tmp_path / "exported", "--dtype", "bfloat16")
     assert written.returncode == 0, written.stderr
     assert written.stdout.startswith("step 2, held-out accuracy")
@@ -186,9 +187,8 @@ def test_eval_repeats_the_evaluation_of_a_recipe(recipe_file: Path, tiny_folder:
     assert shown.returncode == 0, shown.stderr
     assert ", 4 questions)" in shown.stdout
     drawn = gruppo(
-        "eval", tiny_folder, "--recipe", recipe_file, "--samples", 2, "--questions", 3, "--set",
-        "evaluation.decoding.temperature=1.0",
-    )  # fmt: skip
+        "eval", tiny_folder, "--recipe", recipe_file, "--samples", 2, "--questions", 3, "--temperature", 1.0
+    )
     assert "3 questions, 2 answers each" in drawn.stdout
 
 

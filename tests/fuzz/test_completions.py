@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gruppo.engines import Request, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.errors import RunError, UsageError
-from gruppo.evaluation import Evaluation, grade
+from gruppo.evaluation import Evaluation, Exam, mark
 from gruppo.maths.advantages import process_advantages
 from gruppo.models import LanguageModel
 from gruppo.objective import assign_advantages, mark_trained, select
@@ -29,7 +29,8 @@ from gruppo.rollout import describe_groups
 from gruppo.runlog import RunFolder
 from gruppo.steps import checked_ends, lines, step_tokens
 from gruppo.tables import EVALUATIONS, ROLLOUTS, as_json, rollout_rows
-from gruppo.tasks.answers import GRADERS, last_number, same_mathematics, same_number, same_text
+from gruppo.tasks.answers import last_number, same_mathematics, same_number, same_text
+from gruppo.tasks.grading import Verdict
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward
 from tests.conftest import make_tokenizer
 from tests.fuzzing import ANY_TEXT, JSON_VALUES, NUMBERS, TEXT, clear, examples
@@ -80,7 +81,7 @@ def test_mathematics_of_all_kinds(parts: list[str], answer: list[str]) -> None:
 )
 def test_graders_on_all_kinds(text: str, grader: str, columns: dict) -> None:
     with clear():
-        assert grade(GRADERS[grader], text, Prompt("t/0", "q", (1,), "t", columns)) in (True, False)
+        assert mark(text, Prompt("t/0", "q", (1,), "t", columns), grader).correct in (True, False)
 
 
 @examples(
@@ -248,7 +249,9 @@ def test_tables_hold_what_was_made(
     assert [row["token_ids"] for row in read] == ids
     assert [row["reward"] for row in read] == rewards[: len(ids)]
     json.loads(read[0]["columns"])
-    outcome = Evaluation([prompt] * len(ids), group.completions, [True] * len(ids))
+    exam = Exam("", [prompt], {prompt.task: "exact_match"}, SamplingOptions(0.0, 12), len(ids), 0, None)
+    verdicts = [[Verdict(True, text, "exact_match", {"boxed": False}) for _ in ids]]
+    outcome = Evaluation(exam, [group.completions], verdicts)
     run.table("evaluations", 1, outcome.rows(), EVALUATIONS)
     outcome.figures()
     run.event("kind", text, 1, **{"prompt_id": prompt.id})
