@@ -135,13 +135,17 @@ class Bench:
 
     def start(self, name: str, work: Work | None, option: str = "") -> Side:
         """Start a side; `option`: its second argument."""
+        return self.start_on(name, None if work is None else self.folder / f"{work.name}.json", option)
+
+    def start_on(self, name: str, file: Path | None, option: str = "") -> Side:
+        """The same with the file that the work is in."""
         script, python = {
             "gruppo": ("ours.py", sys.executable),
             "rates": ("rates.py", sys.executable),
-            "trl": ("trl_side.py", self.given.trl_python),
-            "vllm": ("vllm_side.py", self.given.vllm_python),
+            "trl": ("trl_side.py", getattr(self.given, "trl_python", None)),
+            "vllm": ("vllm_side.py", getattr(self.given, "vllm_python", None)),
         }[name]
-        arguments = [] if work is None else [str(self.folder / f"{work.name}.json"), option]
+        arguments = [] if file is None else [str(file), option]
         command = [str(python), str(HERE / "sides" / script), *arguments]
         peer = name in {"trl", "vllm"}
         side = Side(name, command, self.environment, self.folder / f"{name}.log", spare=peer)

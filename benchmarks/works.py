@@ -86,7 +86,7 @@ class Work:
 
 def make_works(folder: Path, quick: bool) -> dict[str, Work]:
     """All works by name, their model linked into `folder`; `quick`: as small as they can be."""
-    source = _linked(find_model(MODEL), folder / "model")
+    source = linked(find_model(MODEL), folder / "model")
     many, size, short, long = (2, 2, 6, 8) if quick else (16, 8, 24, 64)
     few = 2 if quick else 8
     return {
@@ -96,7 +96,7 @@ def make_works(folder: Path, quick: bool) -> dict[str, Work]:
     }
 
 
-def _linked(source: ModelSource, folder: Path) -> ModelSource:
+def linked(source: ModelSource, folder: Path) -> ModelSource:
     """The model's files in a folder whose config names the class, which TRL and vLLM go by; a GGUF file does not."""
     folder.mkdir()
     for file in Path(source.location).iterdir():

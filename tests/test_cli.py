@@ -186,9 +186,7 @@ def test_eval_repeats_the_evaluation_of_a_recipe(recipe_file: Path, tiny_folder:
     shown = gruppo("eval", tiny_folder, "--recipe", recipe_file)
     assert shown.returncode == 0, shown.stderr
     assert ", 4 questions)" in shown.stdout
-    drawn = gruppo(
-        "eval", tiny_folder, "--recipe", recipe_file, "--samples", 2, "--questions", 3, "--temperature", 1.0
-    )
+    drawn = gruppo("eval", tiny_folder, "--recipe", recipe_file, "--samples", 2, "--questions", 3, "--temperature", 1.0)
     assert "3 questions, 2 answers each" in drawn.stdout
 
 

