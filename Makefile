@@ -73,6 +73,12 @@ bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+.venv-lmeval/.ready: constraints.txt
+	test -x .venv-lmeval/bin/python || $(PYTHON) -m venv .venv-lmeval
+	.venv-lmeval/bin/$(INSTALL) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	.venv-lmeval/bin/$(INSTALL) -c constraints.txt "lm-eval[hf]"
+	touch $@
+
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
@@ -86,7 +92,7 @@ licences: $(VENV)/.ready-dev
 	$(BIN)/python scripts/licences.py
 
 clean:
-	rm -rf $(VENV) .venv-trl .venv-vllm build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and alone, so that its index serves nothing else: of which build it is, and so which hash it has, is not
 # ours to say. Then everything by hash, the model's package too, nothing that is not in the lock; then what this build of

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gruppo
@@ -140,3 +141,22 @@ def test_bootstrap_interval_of_known_values() -> None:
     assert (low + high) / 2 == pytest.approx(0.5, abs=0.005)
     with pytest.raises(ValueError, match="empty"):
         bootstrap_interval(np.array([]))
+
+
+def test_an_exported_model_evaluates_the_same_by_transformers_alone(
+    tiny_folder: str, questions: str, tmp_path: Path
+) -> None:
+    """What `generate` of transformers answers greedily is, token for token, what the evaluation had."""
+    small_run(tiny_folder, tmp_path / "run", run__steps=2)
+    gruppo.export(tmp_path / "run", tmp_path / "exported")
+    ours = evaluate(str(tmp_path / "exported"), questions, max_tokens=6, grader=LETTERS, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    for prompt, (completion,), (verdict,) in zip(ours.exam.prompts, ours.answers, ours.verdicts, strict=True):
+        ids = torch.tensor([prompt.token_ids])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
+        assert tuple(made[0, len(prompt.token_ids) :].tolist()) == completion.token_ids
+        text = AutoTokenizer.from_pretrained(tmp_path / "exported").decode(
+            completion.token_ids, skip_special_tokens=True
+        )
+        assert verdict.correct == (text[:1] in "abcdefghijklm" and bool(text))
+    assert len(ours.answers) == 5

@@ -179,8 +179,7 @@ def test_a_run_holds_exams_of_other_tasks_on_their_own_settings(
     assert held["second"]["before"]["questions"] == 3
     assert held["second"]["domain"] == "out-of-domain"
     assert result.summary["accuracy_before"] is None
-    again = measure(load_recipe({**data, "model": {"name": str(tmp_path / "run/model"), "dtype": "float32"}}), None, False,
-                    Silent(), Stop())  # fmt: skip
+    again = go(load_recipe({**data, "model": {"name": str(tmp_path / "run/model"), "dtype": "float32"}}))
     assert again.sheets["letters"].figures["accuracy"] == held["letters"]["after"]["accuracy"]
 
 

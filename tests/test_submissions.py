@@ -96,7 +96,7 @@ def test_rows_that_bring_their_own_reference(tmp_path: Path) -> None:
         ([{"index": 9, "completion": "2"}], True, ["row 1", "index", "9"]),
         ([{"index": 0, "completion": []}], True, ["holds no text"]),
         ([{"completion": "2"}], False, ["no reference", "--task"]),
-        ([{"id": 3, "answer": "2", "completion": "2"}, {"id": 3, "answer": "4", "completion": "2"}], False, ["row 2", "'3'"]),
+        ([{"id": 3, "answer": each, "completion": "2"} for each in "24"], False, ["row 2", "'3'"]),
         ([], True, ["no rows"]),
     ],
 )  # fmt: skip
