@@ -1,5 +1,0 @@
-"""stub until merge"""
-
-from typing import Any
-
-BENCHMARKS: dict[str, Any] = {}
