@@ -1,9 +1,9 @@
 """Tasks: where rows come from, and how a row becomes the exact token ids that the model reads.
 
 A row has a `prompt` (text or messages) and any more columns. It comes from a function `load(split, **options) -> rows`
-(split "train" or "test"; one without a held-out part raises UsageError for "test"), from reasoning-gym, from a file,
-or from a Hugging Face data set. What [task] says of columns, template, system and held_out is done to all of them
-alike.
+(split "train" or "test"; one without a held-out part raises UsageError for "test"), from a public benchmark by its
+name (`gruppo.tasks.benchmarks`), from reasoning-gym, from a file, or from a Hugging Face data set. What [task] says of
+columns, template, system and held_out is done to all of them alike.
 """
 
 from __future__ import annotations
@@ -135,6 +135,16 @@ def _open(task: Task, field: str, split: str, reporter: Reporter) -> Iterable[Ro
         from gruppo.tasks.gym import generate
 
         return generate(name.removeprefix(_GYM), options)
+    from gruppo.tasks.benchmarks import BENCHMARKS, load_benchmark
+
+    if name in BENCHMARKS:
+        try:
+            inspect.signature(load_benchmark).bind(name, split, reporter, **options)
+        except TypeError as error:
+            raise UsageError(
+                f"options = {dict(options)}: {error}; its options are: data, prompt, shots, format"
+            ) from None
+        return load_benchmark(name, split, reporter, **options)
     folder = user_path(name)
     if name in TASKS or (":" in name and not is_dir(folder)):
         load = import_attribute(TASKS.get(name, name), f"{field}.name")
@@ -151,7 +161,7 @@ def _open(task: Task, field: str, split: str, reporter: Reporter) -> Iterable[Ro
         raise UsageError(f"this kind of file is not known; write one that ends in {', '.join(_FILES)}")
     if "/" in name:
         raise UsageError(f"there is no such file or folder (looked in {Path.cwd()}); give its path")
-    raise UsageError(f"unknown task{nearest(name, TASKS)}; or write {_KINDS}")
+    raise UsageError(f"unknown task{nearest(name, (*TASKS, *BENCHMARKS))}; or write {_KINDS}")
 
 
 def _only_train(split: str, what: str) -> None:

@@ -1,0 +1,161 @@
+"""Where a text says what its answer is: boxes, tags, "the answer is", "####".
+
+A text that decides more than once means its last decision; what it goes on to ask itself (a base model after a few
+examples) is not its answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+Rule = Literal["tags", "boxed", "answer is", "label", "####"]
+
+
+class Decision(NamedTuple):
+    """A place at which a text names its answer. `text`: what stands there; `start`: where in the whole text."""
+
+    rule: Rule
+    text: str
+    start: int
+
+
+_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?[\w.]+))")
+_NEXT_QUESTION = re.compile(
+    r"\n\s*(?:\*\*|#+ )?(?:Question|Problem|Q|Human|User|Instruction|问题|题目)(?: ?\d+)?(?:\*\*)? ?[:：]"
+)
+_WRAPPED = r"[\s*_$~]*"
+_KIND = r"(?:(?:final|correct|right|best|numerical|ultimate)\s+)*"
+_ASKED = r"(?:\s+(?:to|for|of|in)\s[^.\n:=$]{1,80}?)?"
+_SAYS = re.compile(
+    rf"\b{_KIND}(?:answers?|(?:correct|right|best) (?:choice|option))\b{_ASKED}(?:\*\*)?\s*,?\s+"
+    r"(?:is|are|was|equals|would be|should be|must be|comes out to be)\b(?:\s+(?:therefore|thus|then|simply|just))?"
+    r"\s*[:：]?",
+    re.IGNORECASE,
+)
+_SAYS_CHINESE = re.compile(r"(?:答案|最终结果)(?:应该|应当|应|就)?(?:是|为|等于)[:：]?")
+# "Answer:" counts at the start of a line or sentence; "to check our answer:" does not.
+_LABEL = re.compile(
+    rf"(?:^|[.!?] |(?<=\bthe )|(?<=\bThe ))[ \t*_#>(-]*(?i:(?:my |our |the )?{_KIND}answer)[ \t*_]*[:：=][*_]*"
+    r"|答案?[*_]*[:：][*_]*",
+    re.MULTILINE,
+)
+_HEADING = re.compile(r"^#+\s*(?i:(?:final )?answer|最终答案|答案)\s*$", re.MULTILINE)
+_HASHES = re.compile(r"####[ \t]*")
+_NEGATED = re.compile(r"\s*(?:not|n't|wrong|incorrect|correct\b|right\b|in\b|unclear|unknown|不)", re.IGNORECASE)
+_NUMBERED = re.compile(r"\d+[.)、]\s+\S")
+_SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]")
+
+
+def own_answer(text: str) -> str:
+    """A text without what it thought aloud in tags, and without the questions that it goes on to ask itself."""
+    answered = _THOUGHT.split(text)[-1]
+    text = answered if answered.strip() else text
+    for found in _NEXT_QUESTION.finditer(text):
+        if any(True for _ in _decisions(text[: found.start()])):
+            return text[: found.start()]
+    return text
+
+
+def decisions(text: str) -> list[Decision]:
+    """All decisions of a text, in the order in which they stand there."""
+    return sorted(_decisions(text), key=lambda each: each.start)
+
+
+def _decisions(text: str) -> Iterator[Decision]:
+    for tagged in _TAGGED.finditer(text):
+        if tagged[1].strip():
+            yield Decision("tags", tagged[1].strip(), tagged.start(1))
+    for start, content in boxes(text):
+        yield Decision("boxed", content, start)
+    for said in (*_SAYS.finditer(text), *_SAYS_CHINESE.finditer(text)):
+        if not _NEGATED.match(text, said.end()):
+            yield from _following("answer is", text, said.end())
+    for label in (*_LABEL.finditer(text), *_HEADING.finditer(text)):
+        yield from _following("label", text, label.end())
+    for hashes in _HASHES.finditer(text):
+        line = text[hashes.end() :].split("\n", 1)[0]
+        if line.strip() and not _NUMBERED.match(line):
+            yield Decision("####", line.strip(), hashes.end())
+
+
+def _following(rule: Rule, text: str, start: int) -> Iterator[Decision]:
+    """What stands after "the answer is": the rest of its line, or the next line that is not blank."""
+    skipped = re.compile(r"[\s:：*]*").match(text, start)
+    assert skipped
+    start = skipped.end()
+    span = display(text, start) or text[start:].split("\n", 1)[0].strip()
+    if span:
+        yield Decision(rule, span, start)
+
+
+def display(text: str, start: int) -> str:
+    """The displayed formula that begins at `start`, which may have several lines; "" where none does."""
+    for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\begin", "\\end")):
+        if text.startswith(opening, start):
+            end = text.find(closing, start + len(opening))
+            if end < 0:
+                return ""
+            line = text.find("\n", end)
+            return text[start : line if line >= 0 else len(text)].strip()
+    return ""
+
+
+def boxes(text: str) -> list[tuple[int, str]]:
+    r"""Place and content of every \boxed{…} (braces balanced) that is closed and not empty."""
+    found = []
+    for box in _BOX.finditer(text):
+        content = box[1] if box[1] is not None else balanced(text, box.end())
+        if content is not None and content.strip():
+            found.append((box.start(), content.strip()))
+    return found
+
+
+def balanced(text: str, start: int) -> str | None:
+    r"""What stands from `start` to the brace that closes the one before it; None where none does. \{ is no brace."""
+    depth, place = 1, start
+    while place < len(text):
+        letter = text[place]
+        if letter == "\\":
+            place += 2
+            continue
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return text[start:place]
+        place += 1
+    return None
+
+
+_JOINED = re.compile(
+    r"[\s$.,;\\()]*(?:\\text\{ *(?:and|or) *\}|and|or|,|、|和|或)[\s$\\()]*(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
+)
+
+
+def last_box(text: str) -> tuple[int, str] | None:
+    """The last box and those that "and", "or" or a comma join to it, as a list with commas; None where there is
+    none."""
+    found = boxes(text)
+    if not found:
+        return None
+    start, joined = found[-1]
+    for before, content in reversed(found[:-1]):
+        opening = text.index("{", before) if "{" in text[before : before + 9] else None
+        end = None if opening is None else opening + len(balanced(text, opening + 1) or "") + 2
+        if end is None or not _JOINED.fullmatch(text, end, start):
+            break
+        start, joined = before, f"{content}, {joined}"
+    return start, joined
+
+
+def sentence(text: str) -> str:
+    """The text up to the end of its first sentence or line."""
+    end = _SENTENCE_END.search(text)
+    return text[: end.start()] if end else text
+
+
+def last_sentence(text: str) -> str:
+    """The last sentence or line that holds anything."""
+    return next((each for each in reversed(_SENTENCE_END.split(text)) if each.strip(" *_$")), "")
