@@ -52,6 +52,8 @@ class Asking:
         if self.reward_model is not None:
             base |= self._judge(self.reward_model)
         made = load_recipe(base, self.overrides).as_mapping()
+        if self.recipe is None:
+            del made["task"]  # the default of what is trained on, which nothing is
         own = made.pop("evaluation", None)
         if self.tasks:
             made["benchmarks"] = [self._table(own or {}, self._task(name)) for name in self.tasks]

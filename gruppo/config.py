@@ -510,7 +510,7 @@ class Benchmark(Evaluation):
     task, and a name. Its metrics are eval/NAME/accuracy and so on."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = None
-    """What it is called; by default as its task."""
+    """What it is called; by default as its task, or its file without folder and ending."""
 
     @model_validator(mode="after")
     def _task_is_named(self) -> Self:
@@ -524,7 +524,8 @@ class Benchmark(Evaluation):
         assert self.task is not None
         if self.name is not None:
             return self.name
-        stem = re.sub(r"\.(jsonl|json|csv|tsv|parquet)$", "", self.task.name)
+        file = re.fullmatch(r"(?:.*[/\\])?([^/\\]+)\.(?:jsonl|json|csv|tsv|parquet)", self.task.name, re.IGNORECASE)
+        stem = file[1] if file else self.task.name
         return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[-100:] or "task"
 
 

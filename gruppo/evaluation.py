@@ -106,7 +106,7 @@ class Evaluation:
         return figures(self.questions) | {
             "ended_share": sum(c.finish_reason == "stop" for c in completions) / count,
             "number_share": sum(last_number(c.text) is not None for c in completions) / count,
-            "disagreement_share": sum(disagree(each) for own in self.verdicts for each in own) / count,
+            "disagreement_share": sum(each.disputed for own in self.verdicts for each in own) / count,
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -158,11 +158,6 @@ def vote(verdict: Verdict) -> str | None:
 
 
 _NUMERIC = re.compile(r"[-−+$€£]?[\d,./]+%?", re.ASCII)
-
-
-def disagree(verdict: Verdict) -> bool:
-    """Whether another rule of extraction gives another verdict."""
-    return any(other != verdict.correct for other in verdict.others.values())
 
 
 def mark(text: str, prompt: Prompt, grader: str) -> Verdict:

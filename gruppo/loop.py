@@ -43,7 +43,7 @@ from gruppo.config import Optimizer
 from gruppo.critic import critic_loss, score_values
 from gruppo.disk import WriteError
 from gruppo.errors import RunError, first_line, out_of_memory
-from gruppo.evaluation import Evaluation, disagree, hold
+from gruppo.evaluation import Evaluation, hold
 from gruppo.figures import figure_metrics
 from gruppo.heads import ScalarModel
 from gruppo.interruption import Interrupted, Stop
@@ -667,9 +667,9 @@ class _Run:
     def _tell_disagreements(self, outcome: Evaluation) -> None:
         """An event for the answers of an exam on which rules of extraction disagree."""
         pairs = zip(outcome.exam.prompts, outcome.verdicts, strict=True)
-        asked = [prompt.id for prompt, own in pairs if any(map(disagree, own))]
+        asked = [prompt.id for prompt, own in pairs if any(verdict.disputed for verdict in own)]
         if asked:
-            count = sum(disagree(verdict) for own in outcome.verdicts for verdict in own)
+            count = sum(verdict.disputed for own in outcome.verdicts for verdict in own)
             message = f"rules of extraction disagree on {count} of {len(outcome.completions)} answers; see evaluations/"
             self.run.event("grading", message, self.state.step, exam=outcome.exam.name, prompt_ids=asked)
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
                 if size > MOST_TABLE:
                     raise UsageError(f"{path}: holds more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
                 batches.append(batch)
-            held = file.schema_arrow if schema is None else _part(file.schema_arrow, schema.names)
+            held = batches[0].schema if batches else file.schema_arrow
             table = pa.Table.from_batches(batches, held).replace_schema_metadata(None)
         return table if schema is None else table.select(schema.names).cast(schema)
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
@@ -106,13 +106,6 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
         what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or no table of a run"
         why = (str(error).splitlines() or [""])[0]
         raise UsageError(f"{path}: {what} ({why}); put it back from a copy") from None
-
-
-def _part(held: pa.Schema, names: Sequence[str]) -> pa.Schema:
-    """The fields of those names, in their own order, as batches have them. Raises KeyError where one is missing."""
-    if missing := set(names) - set(held.names):
-        raise KeyError(min(missing))
-    return pa.schema([field for field in held if field.name in names])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_p
 from gruppo.runlog import check_folder
 from gruppo.tasks import Part, load_questions, load_training
 from gruppo.tasks.answers import find_grader, last_number
-from gruppo.tasks.grading import default_grader, domain
+from gruppo.tasks.benchmarks import default_grader, domain
 from gruppo.types import Row
 
 
@@ -114,7 +114,8 @@ def read_exams(recipe: Recipe, reporter: Reporter) -> list[ExamRows]:
 
 def _own_exams(recipe: Recipe, reporter: Reporter) -> list[ExamRows]:
     """Exams that name their tasks."""
-    trained = [task.name for task in recipe.tasks]
+    named = bool("task" in recipe.model_fields_set or recipe.mixture or recipe.reward.functions)
+    trained = [task.name for task in recipe.tasks] if named else None  # an evaluation alone trains on nothing
     asked = [("", "evaluation.task", recipe.evaluation)] if recipe.evaluation and recipe.evaluation.task else []
     asked += [(each.title, f"benchmarks[{place}].task", each) for place, each in enumerate(recipe.benchmarks)]
     exams = []
@@ -122,7 +123,8 @@ def _own_exams(recipe: Recipe, reporter: Reporter) -> list[ExamRows]:
         assert settings.task is not None
         part = load_questions(settings.task, field, reporter)
         grader = _grader(settings, settings.task.name)
-        exams.append(ExamRows(name, settings, [part], {part.name: grader}, domain(settings.task.name, trained)))
+        place = None if trained is None else domain(settings.task.name, trained)
+        exams.append(ExamRows(name, settings, [part], {part.name: grader}, place))
     return exams
 
 
