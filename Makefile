@@ -37,9 +37,10 @@ check: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.ready-dev bubblewrap
-	PATH="$(CURDIR)/$(VENV)/bubblewrap/usr/bin:$$PATH" $(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2
 
 # For the tests of the sandbox, where the machine has none.
+export PATH := $(CURDIR)/$(VENV)/bubblewrap/usr/bin:$(PATH)
 bubblewrap: $(VENV)/.ready-dev
 	@sh scripts/bubblewrap.sh $(VENV)
 

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from gruppo.errors import RunError
 from gruppo.tools import worker
 from gruppo.tools.sandbox import MIB, Limits, confined, does_not_start, unconfined
@@ -36,6 +34,7 @@ START_SECONDS = 60.0
 MOST_WRITTEN = 16 * MIB  # what a block may write past what is kept, on the descriptors themselves
 MOST_FILES = 10_000
 LOOK_SECONDS = 0.2
+END_SECONDS = 5.0
 _CHUNK, _CHUNKS = 2**16, 16  # chunks that are read before the clocks are looked at again
 _ANSWER_BYTES = worker.ANSWER.size + 2**16
 
@@ -132,13 +131,14 @@ class Process:
     def __init__(self, limits: Limits, bubblewrap: str | None, mark: str) -> None:
         self.limits, self._mark = limits, mark
         self._using = threading.Lock()
-        self._ready = self._closed = False
+        self._ready = False
         self._number: int | None = None  # of the interpreter, which is not bubblewrap's
         self._handle: int | None = None
         self._folder = None if bubblewrap else tempfile.mkdtemp(prefix="gruppo-")
         pairs = [os.pipe() for _ in range(4)]  # calls, answers, output, and what bubblewrap tells
         ours = [pairs[0][1], *(read for read, _ in pairs[1:])]
         theirs = [pairs[0][0], *(write for _, write in pairs[1:])]
+        self._calls: int | None
         self._calls, self._answers, self._output, self._info = ours
         try:
             for each in ours:
@@ -218,7 +218,7 @@ class Process:
         return None
 
     def _exchange(self, mark: bytes, message: bytes) -> Exchange:
-        if self._closed:
+        if self._calls is None:
             raise ValueError("the pool is closed")
         return Exchange((self._calls, self._answers, self._output), mark, message, self.limits.output)
 
@@ -251,12 +251,12 @@ class Process:
         """Take hold of the interpreter from outside; and where memory runs out, the system is to end it first."""
         if sys.platform != "linux":
             return
-        with contextlib.suppress(OSError, ValueError, psutil.Error):
+        with contextlib.suppress(OSError):
             number = self._process.pid
             if self._folder is None:
-                number = _only_child(int(json.loads(os.read(self._info, _CHUNK))["child-pid"]))
-                self._handle = os.pidfd_open(number)
+                number = int(json.loads(os.read(self._info, _CHUNK))["child-pid"])
             self._number = number
+            self._handle = os.pidfd_open(number)
             Path(f"/proc/{number}/oom_score_adj").write_text("1000")
 
     def _signal(self, what: signal.Signals) -> None:
@@ -285,26 +285,28 @@ class Process:
         return there.f_files - there.f_ffree
 
     def stop(self) -> None:
-        """Kill it and whatever it has started."""
-        self._signal(signal.SIGKILL)
-        if self._process.poll() is None or self._folder:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system: nothing ends it but its own return
-            self._process.wait(5)
+        """Kill it, if it has begun. bubblewrap then ends by itself, and leaves nothing for others to clear away."""
+        if self._handle is not None:
+            self._signal(signal.SIGKILL)
+        elif self._ready:
+            self._process.kill()
 
     def close(self) -> None:
-        """Stop it and close the pipes, as soon as nobody waits at them."""
-        if self._closed:
-            return
+        """Stop it and whatever it has started, and close the pipes as soon as nobody waits at them."""
         self.stop()
         with self._using:
-            if not self._closed:
-                self._closed = True
-                hang_up = select.poll()
-                hang_up.register(self._answers, 0)
-                hang_up.poll(5000)  # the sandbox's own processes end a moment after bubblewrap
-                self._release()
+            if self._calls is None:
+                return
+            os.close(self._calls)  # at which one that is only just starting ends
+            self._calls = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
+            if self._process.returncode is None or self._folder:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system: only its own return ends it
+                self._process.wait(END_SECONDS)
+            self._release()
 
     def _release(self) -> None:
         for each in (self._calls, self._answers, self._output, self._info, self._handle):
@@ -327,12 +329,3 @@ def _spawn(
         env=environment,
         start_new_session=True,  # Ctrl-C is for the trainer to heed
     )
-
-
-def _only_child(number: int) -> int:
-    """The process that the first one of a sandbox has started."""
-    listed = Path(f"/proc/{number}/task/{number}/children")
-    children = (
-        listed.read_text().split() if listed.exists() else [each.pid for each in psutil.Process(number).children()]
-    )
-    return int(children[0])

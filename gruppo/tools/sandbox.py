@@ -127,7 +127,7 @@ def confined(
     setup |= {"filter": last_filter().hex(), "close": [filter_from, info_to]}
     return [
         *(bubblewrap, "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),
-        *("--new-session", "--die-with-parent", "--cap-drop", "ALL", "--clearenv"),
+        *("--new-session", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL", "--clearenv"),
         *(each for item in given.items() for each in ("--setenv", *item)),
         *_system(),
         *seen,

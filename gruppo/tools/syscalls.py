@@ -61,7 +61,8 @@ NEWEST = 450  # the last number, on both architectures, that was looked at for t
 _CLONE3 = 435  # its flags lie in memory, where no filter can look; the C library then takes clone
 _X32 = 0x40000000
 _LOAD, _EQUAL, _AT_LEAST, _ABOVE, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x06
-_NUMBER, _ARCHITECTURE = 0, 4  # where struct seccomp_data has them
+_NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, 16  # where struct seccomp_data has them; of the argument the lower half
+_PR_SET_PDEATHSIG = 1
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
@@ -72,9 +73,10 @@ class Machine:
     audit: int
     column: int  # of DENIED
     execve: int
+    prctl: int
 
 
-MACHINES = {"x86_64": Machine(0xC000003E, 0, 59), "aarch64": Machine(0xC00000B7, 1, 221)}
+MACHINES = {"x86_64": Machine(0xC000003E, 0, 59, 157), "aarch64": Machine(0xC00000B7, 1, 221, 167)}
 
 
 def first_filter(machine: str = "") -> bytes:
@@ -90,9 +92,16 @@ def first_filter(machine: str = "") -> bytes:
 
 
 def last_filter(machine: str = "") -> bytes:
-    """For the interpreter, once it runs: no other program in its place. Raises KeyError as `first_filter` does."""
+    """For the interpreter, once it runs: no other program in its place, and it cannot unsay that it dies with
+    bubblewrap. Raises KeyError as `first_filter` does."""
     made = MACHINES[machine or platform.machine()]
-    return _program(made, _refused(made.execve, errno.EPERM))
+    unsaid = [
+        _step(_EQUAL, made.prctl, 0, 4),
+        _step(_LOAD, _ARGUMENT),
+        *_refused(_PR_SET_PDEATHSIG, errno.EPERM),
+        _step(_LOAD, _NUMBER),
+    ]
+    return _program(made, [*_refused(made.execve, errno.EPERM), *unsaid])
 
 
 def _program(machine: Machine, refusals: list[bytes]) -> bytes:

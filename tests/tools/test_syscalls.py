@@ -1,4 +1,4 @@
-"""The filter's program, run by a machine of four instructions: for both architectures, without either."""
+"""The filter's program, run by a machine of five instructions: for both architectures, without either."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ALLOW, KILL = 0x7FFF0000, 0x80000000
 PERMISSION, NO_CALL = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 
 
-def decide(program: bytes, architecture: int, number: int) -> int:
+def decide(program: bytes, architecture: int, number: int, argument: int = 0) -> int:
     steps, at, held = list(struct.iter_unpack("=HBBI", program)), 0, 0
     while True:
         code, if_true, if_false, value = steps[at]
         at += 1
         if code == 0x20:
-            held = {0: number & 0xFFFFFFFF, 4: architecture}[value]
+            held = {0: number & 0xFFFFFFFF, 4: architecture, 16: argument}[value]
         elif code == 0x06:
             return int(value)
         else:
@@ -48,6 +48,9 @@ def test_last_filter_refuses_new_programs_alone(machine: str) -> None:
     made = MACHINES[machine]
     refused = [each for each in range(NEWEST + 1) if decide(last_filter(machine), made.audit, each) != ALLOW]
     assert refused == [made.execve]
+    assert decide(last_filter(machine), made.audit, made.prctl, 1) == PERMISSION  # PR_SET_PDEATHSIG
+    assert decide(last_filter(machine), made.audit, made.prctl, 22) == ALLOW
+    assert decide(last_filter(machine), made.audit, 1, 1) == ALLOW
     assert decide(last_filter(machine), 0x40000003, 1) == KILL
 
 
@@ -71,5 +74,6 @@ def test_numbers_are_those_of_the_system(header: str, column: int) -> None:
         pytest.skip(f"there is no {header}")
     found = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", Path(header).read_text()))
     known = {name: row[column] for name, row in DENIED.items() if row[column] != "-" and name in found}
+    known |= {name: str(getattr(list(MACHINES.values())[column], name)) for name in ("execve", "prctl")}
     assert len(known) > 80
     assert known == {name: found[name] for name in known}

@@ -12,6 +12,14 @@ def test_controls_are_made_visible() -> None:
     assert printable(b"\xed\xa0\x80\xc3") == "\ufffd\ufffd\ufffd\ufffd"
 
 
+def test_no_letter_and_no_byte_gets_through_that_cannot_be_shown() -> None:
+    letters = "".join(chr(each) for each in range(0, 0x110000, 7) if not 0xD800 <= each < 0xE000)
+    for data in (letters.encode(), bytes(range(256)) * 2):
+        text = printable(data).replace("\n", "").replace("\t", "")
+        assert text.isprintable()
+        assert text.encode()
+
+
 def test_no_more_is_kept_than_shows() -> None:
     kept = Kept(10)
     for _ in range(1000):
