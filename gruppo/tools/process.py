@@ -309,7 +309,8 @@ class Process:
             self._release()
 
     def _release(self) -> None:
-        for each in (self._calls, self._answers, self._output, self._info, self._handle):
+        handle, self._handle = self._handle, None  # before its number can be another's
+        for each in (self._calls, self._answers, self._output, self._info, handle):
             if each is not None:
                 os.close(each)
         if self._folder:
