@@ -24,7 +24,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts
 
-.PHONY: quickstart test check unit torture fuzz test-transformers bench format lock licences clean
+.PHONY: quickstart test check unit bubblewrap torture fuzz test-transformers bench format lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
@@ -36,8 +36,13 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
-unit: $(VENV)/.ready-dev
+unit: $(VENV)/.ready-dev bubblewrap
 	$(BIN)/python -m pytest -n 2
+
+# For the tests of the sandbox, where the machine has none.
+export PATH := $(CURDIR)/$(VENV)/bubblewrap/usr/bin:$(PATH)
+bubblewrap: $(VENV)/.ready-dev
+	@sh scripts/bubblewrap.sh $(VENV)
 
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)

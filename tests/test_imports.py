@@ -14,7 +14,7 @@ LEVELS = [
     ["disk", "machine"],
     ["kernels"],
     ["maths", "stats", "tasks", "opening", "runlog", "results", "watch", "figures"],
-    ["attention", "body", "models", "adapters"],
+    ["attention", "body", "models", "adapters", "tools"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight", "steps"],
     ["sizes", "nonfinite"],
     ["rollout", "objective", "heads", "critic", "updates", "reward_model", "labels", "judge", "audit", "recorded"],
