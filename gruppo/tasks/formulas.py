@@ -7,6 +7,7 @@ another kind, bases of numerals, tiny numbers, words, units, answers in blanks o
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -14,7 +15,7 @@ from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.tasks.answers import MATH_SECONDS, parse_formulas, same_mathematics
-from gruppo.tasks.extraction import Decision, balanced, decisions, last_box, last_sentence, own_answer
+from gruppo.tasks.extraction import Decision, boxes, decisions, last_box, last_sentence, own_answer
 from gruppo.tasks.numbers import Quantity, cleaned, quantities
 
 _SYMBOLS = {
@@ -33,7 +34,7 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\[dtc]frac", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|\\[,;: ]|,\\!|~)(?=\d{3}(?!\d))", ""),
-        (r"\\[,;: ]|~|\\q?quad\b", " "),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
         (rf"{_WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
         (rf"{_WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b", ""),
@@ -82,7 +83,7 @@ def same_formula(found: str, wanted: str) -> bool:
     blanks = _split(second, ";")
     if len(blanks) > 1:
         return _same_blanks(first, blanks)
-    if _is_words(second):
+    if is_words(second):
         return _words(first) == _words(second)
     return _same_one(first, second)
 
@@ -102,7 +103,7 @@ def _same_one(found: str, wanted: str) -> bool:
     numbers = _quantity(plain[0]), _quantity(plain[1])
     if numbers[0] and numbers[1] and len({*_named(plain[0]), *_named(plain[1])}) < 2:
         return _same_value(numbers[0], numbers[1])
-    return _same_by_shape(plain[0] if not _is_words(found) else found, plain[1])
+    return _same_by_shape(plain[0] if not is_words(found) else found, plain[1])
 
 
 def _same_by_shape(found: str, wanted: str) -> bool:
@@ -156,6 +157,8 @@ def _verified(found: str, wanted: str) -> bool:
 
 @lru_cache(maxsize=2048)
 def _parsed(formula: str) -> tuple[Any, ...]:
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("math-verify compares in a process's main thread only; grade there")
     return tuple(each for each in parse_formulas(f"${formula}$") if not isinstance(each, str))
 
 
@@ -254,7 +257,7 @@ def _near(first: Fraction, second: Fraction) -> bool:
 _MATHS = re.compile(r"[\d=+<>^_/|]|\\(?!text|mathrm|mbox|textbf|rm\b)[a-zA-Z]+")
 
 
-def _is_words(text: str) -> bool:
+def is_words(text: str) -> bool:
     """Whether an answer is words: text of three letters and more, or of another alphabet, without mathematics."""
     if "\\textcircled" in text:
         return True
@@ -311,9 +314,8 @@ def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
 
 def _unwrapped(text: str) -> str:
     r"""What stands in a box that stands in a formula; text as it is otherwise."""
-    found = re.search(r"\\(?:boxed|fbox)\s*\{", text)
-    inner = balanced(text, found.end()) if found else None
-    return text if inner is None else inner
+    found = boxes(text)
+    return found[-1].content if found else text
 
 
 def reference_formula(answer: object) -> str:
@@ -329,7 +331,7 @@ def grade_formula(text: str, answer: object) -> bool:
     wanted = reference_formula(answer)
     if not normal(wanted):
         raise UsageError(f"answer = {answer!r}: cannot be read as mathematics; write LaTeX, or take another grader")
-    words = _is_words(normal(wanted))
+    words = is_words(normal(wanted))
     try:
         answered = answered_formula(text, words)
         if answered is not None:

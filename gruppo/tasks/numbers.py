@@ -63,7 +63,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"(?<=\d)\s*\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2"),
         (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\1/\2"),
         (r"\\[dtc]?frac\s*(\d)\s*\{\s*(\d+)\s*\}|\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*(\d)", r"\1\3/\2\4"),
-        (r"([\d.]+)\s*(?:\\times|\\cdot|[×·*xX])\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?(?!\d)", r"\1e\2"),
+        (r"([\d.]+)\s*(?:\\times|\\cdot|[×·*xX])\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})(?:\s*\})?(?!\d)", r"\1e\2"),
         (r"(?<![\d.])10\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3}))(?!\d)", r"1e\1\2"),
         (r"\b(?:[Nn]egative|[Mm]inus)\s+(?=[\d.])|负\s*(?=\d)", "-"),
         (r"\b(\d{1,2}):00\b", r"\1"),
@@ -120,7 +120,7 @@ def _value(number: re.Match[str]) -> tuple[Fraction, int | None]:
 
 _DIGITS = {each: place for place, each in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _UNITS = {"十": 10, "百": 100, "千": 1000}
-_NUMERALS = "[零〇一二两三四五六七八九十百千万亿]+"
+_NUMERALS = "[零〇一二两三四五六七八九十百千万亿]{1,24}"
 _CHINESE = re.compile(f"负?{_NUMERALS}")
 _SHARE = re.compile(f"({_NUMERALS})分之({_NUMERALS})")
 _ONES = (
@@ -230,10 +230,9 @@ class Answered:
 
 
 _ABOUT = re.compile(
-    r"[\s:：]*(?:(?:approximately|about|around|exactly|only|just|equal to|roughly|a total of|USD|Rs\.?|is|are|"
+    r"[\s:：]*(?:(?:either|approximately|about|around|exactly|only|just|equal to|roughly|a total of|USD|Rs\.?|is|are|"
     r"大约|约|共|一共|总共|[A-Za-z](?:_\{?\w+\}?)?\s*[=:])\s*)*[\s(\[{]*(?=[-+]?[\d.])"
 )
-_CHAIN = re.compile(r"[\d\s+\-*/×÷().,^%x]|\\(?:times|cdot|div|approx)\b")
 _OR = re.compile(r"\s*(?:[A-Za-z%]+\s+){0,2}(?:or|或者?)\s+(?=[-+]?[\d.])")
 _SPACED = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d,])")
 

@@ -30,6 +30,7 @@ from gruppo.runlog import RunFolder
 from gruppo.steps import checked_ends, lines, step_tokens
 from gruppo.tables import EVALUATIONS, ROLLOUTS, as_json, rollout_rows
 from gruppo.tasks.answers import GRADERS, last_number, same_mathematics, same_number, same_text
+from gruppo.tasks.grading import verdicts
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward
 from tests.conftest import make_tokenizer
 from tests.fuzzing import ANY_TEXT, JSON_VALUES, NUMBERS, TEXT, clear, examples
@@ -68,19 +69,25 @@ def test_answers_of_all_kinds(text: str, answer: Any) -> None:
 def test_mathematics_of_all_kinds(parts: list[str], answer: list[str]) -> None:
     with suppress(TimeoutError):  # an abstention
         assert same_mathematics("".join(parts), "".join(answer)) in (True, False, None)
+    with clear():
+        for grader in ("math", "ocw"):
+            assert verdicts("".join(parts), {"answer": "".join(answer)}, grader).correct in (True, False)
 
 
 @examples(
     150,
     text=ANY_TEXT,
-    grader=st.sampled_from(["number", "exact_match", "reasoning_gym"]),
+    grader=st.sampled_from(["number", "exact_match", "choice", "reasoning_gym"]),
     columns=st.dictionaries(
-        st.sampled_from(["answer", "solution", "dataset", "parameters", "entry"]), ANSWERS, max_size=3
+        st.sampled_from(["answer", "solution", "choices", "question", "dataset", "parameters", "entry"]),
+        ANSWERS,
+        max_size=3,
     ),
 )
 def test_graders_on_all_kinds(text: str, grader: str, columns: dict) -> None:
     with clear():
-        assert grade(GRADERS[grader], text, Prompt("t/0", "q", (1,), "t", columns)) in (True, False)
+        given = grade(GRADERS[grader], text, Prompt("t/0", "q", (1,), "t", columns))
+        assert verdicts(text, columns, grader).correct is given
 
 
 @examples(
