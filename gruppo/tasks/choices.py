@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gruppo.errors import UsageError
 from gruppo.tasks.extraction import decisions, last_sentence, own_answer, sentence
-from gruppo.tasks.numbers import cleaned, quantities, same_quantity
+from gruppo.tasks.numbers import Quantity, cleaned, quantities, same_quantity, spelled
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -46,17 +46,18 @@ _FOUND = [
         rf"(?i:(?:the )?(?:correct |right )?(?:option|choice|answer|letter)s?\s*)?{_LEAD}{_GROUP}",
         rf"(?i:\b(?:is|be|gives|means)\s+(?:the\s+)?(?:correct\s+)?(?:option|choice)\s*[:：]?){_LEAD}{_GROUP}",
         rf"(?:(?i:option|choice|statement)s?\s+)?{_GROUP}\s+(?:is|are)\s+(?:the\s+|therefore\s+|thus\s+)?"
-        rf"(?:only\s+)?(?:correct|right|best|true)\b(?!\s+(?:that|if|when|for))",
+        rf"(?:only\s+)?(?:correct|right|best|true|answer)\b(?!\s+(?:that|if|when|for|to))",
         rf"(?:答案|正确选项|正确的选项|正确的是|符合题意的是|应选|故选|可选|选择|本题选|因此选|所以选|选)"
         rf"(?:应该|应当|应|就)?(?:选择|选|是|为|：|:)?\s*{_LEAD}{_GROUP}",
-        rf"{_GROUP}\s*(?:选项|项)?(?:是正确的|正确|是对的)(?!的?是)",
+        rf"{_GROUP}\s*(?:选项|项)?(?:是正确的|正确|是对的|是正确答案|是答案)(?!的?是)",
     )
 ]
-_ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:[.,:：。、!;；]|$))")
+_ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:选项|项)?(?:[.,:：。、!;；]|$))")
 
 
 _SMALL = re.compile(
     r"(?<!\w)[(（]([a-j])[)）]|(?<=[Aa]nswer is )([a-j])(?=\W*$|[).])|(?<=[Aa]nswer: )([a-j])(?=\W*$|[).])"
+    r"|(?<=[Oo]ption )([a-j])(?=\W*$|[).])"
     r"|^\s*([a-j])[).]?\s*$|^([a-j])\)", re.MULTILINE
 )  # fmt: skip
 
@@ -80,14 +81,22 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
     found = sorted(_named(text, options, letters), key=lambda each: each[0])
     if found:
         return found[-1][1]
+    if (judged := _by_verdict(text, letters)) is not None:
+        return judged
+    listed = _lists(text)
     for rule, part in (
         ("whole text", text),
-        ("last line", _last_line(text)),
+        ("last line", "" if listed and _LABELLED.match(_last_line(text)) else _last_line(text)),
         ("first line", text.strip().split("\n")[0]),
     ):
         if len(part) < _SHORT and not _lists(part) and (alone := _alone(part, rule, letters)) is not None:
             return alone
-    return _by_mention(text, letters) or _by_value(last_sentence(text), "last sentence", options)
+    last = last_sentence(text)
+    return (
+        _by_mention(text, letters)
+        or _by_value(last, "last sentence", options)
+        or _by_value(last.rpartition("=")[2], "last equation", options)
+    )
 
 
 _SHORT = 150  # letters of a text or line that begins with its answer, at the most
@@ -155,6 +164,20 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
+_JUDGED = re.compile(
+    r"^[\s*>-]*[(（]?([A-J])[)）.:：][^\n]*?(?<!not )(?<!n't )\b(?:right|correct|true|True|Correct)\b[^\n]*$",
+    re.MULTILINE,
+)
+
+
+def _by_verdict(text: str, letters: str) -> Choice | None:
+    """The only option that a list of verdicts calls right: "A) 4 is wrong", "B) 5 is right"."""
+    if not _lists(text):
+        return None
+    right = [found[1] for found in _JUDGED.finditer(_plain(text))]
+    return Choice(right[0], "verdicts", text[:200]) if len(right) == 1 and right[0] in letters else None
+
+
 def _by_mention(text: str, letters: str) -> Choice | None:
     """The only letter in brackets of the last sentence: "so it must be (B)"."""
     last = _plain(last_sentence(text))
@@ -194,11 +217,17 @@ def _words(text: str) -> str:
 
 def _same_number(part: str, option: str) -> bool:
     """Whether text and option are each one number, with a unit at most, and the same one."""
-    first, second = quantities(cleaned(part)), quantities(cleaned(unlabelled(option)))
+    first, second = _numbers(part), _numbers(unlabelled(option))
     if len(first) != 1 or len(second) != 1 or re.search(r"\\sqrt|\\pi|π|√|\^", part + option):
         return False
     rest = re.sub(r"[\d.,/%\s$\\{}()*+-]+|\\?[dt]?frac", " ", cleaned(unlabelled(option))).strip()
     return len(rest) < 25 and same_quantity(first[0], second[0])
+
+
+def _numbers(text: str) -> list[Quantity]:
+    clean = cleaned(text)
+    word = None if any(letter.isdigit() for letter in clean) else spelled(clean.strip(), last=False)
+    return [word] if word else quantities(clean)
 
 
 def _same_formula(part: str, option: str) -> bool:

@@ -7,7 +7,8 @@ examples) is not its answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 Rule = Literal["tags", "boxed", "answer is", "label", "####"]
@@ -44,8 +45,11 @@ _LABEL = re.compile(
     re.MULTILINE,
 )
 _HEADING = re.compile(r"^#+\s*(?i:(?:final )?answer|最终答案|答案)\s*$", re.MULTILINE)
-_HASHES = re.compile(r"####[ \t]*")
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*")
 _NEGATED = re.compile(r"\s*(?:not|n't|wrong|incorrect|correct\b|right\b|in\b|unclear|unknown|不)", re.IGNORECASE)
+_SUPPOSED = re.compile(
+    r"\b(?:if|whether|suppose|assume|assuming|unless)\s+(?:that\s+)?(?:the\s+|my\s+)?$", re.IGNORECASE
+)
 _NUMBERED = re.compile(r"\d+[.)、]\s+\S")
 _LONGEST = 1000  # letters of a line that names an answer, at the most
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]")
@@ -63,7 +67,15 @@ def own_answer(text: str) -> str:
 
 def decisions(text: str) -> list[Decision]:
     """All decisions of a text, in the order in which they stand there; a box after the words that lead to it."""
-    return sorted(_decisions(text), key=lambda each: (each.start, each.rule in ("tags", "boxed")))
+    inside = [(box.start, box.end) for box in boxes(text)]
+    found = [each for each in _decisions(text) if each.rule == "boxed" or not _is_within(each.start, inside)]
+    return sorted(found, key=lambda each: (each.start, each.rule in ("tags", "boxed")))
+
+
+def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether a place lies in one of the spans, which rise; those of boxes in boxes do not matter."""
+    before = bisect_left(spans, (place, 0)) - 1
+    return before >= 0 and place < spans[before][1]
 
 
 def _decisions(text: str) -> Iterator[Decision]:
@@ -73,7 +85,8 @@ def _decisions(text: str) -> Iterator[Decision]:
     for box in boxes(text):
         yield Decision("boxed", box.content, box.start)
     for said in (*_SAYS.finditer(text), *_SAYS_CHINESE.finditer(text)):
-        if not _NEGATED.match(text, said.end()):
+        supposed = _SUPPOSED.search(text, max(0, said.start() - 20), said.start())
+        if not supposed and not _NEGATED.match(text, said.end()):
             yield from _following("answer is", text, said.end())
     for label in (*_LABEL.finditer(text), *_HEADING.finditer(text)):
         yield from _following("label", text, label.end())
