@@ -337,9 +337,13 @@ def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
         said = decision.text if decision.rule in ("tags", "boxed") else _said(decision)
         if decision.rule == "label" and "=" in said and "=" in text[decision.start + len(said) :]:
             continue
-        if said and (words or decision.rule in ("tags", "boxed") or re.search(r"\d|\\|\$|^\W*\w\W*$|[=^∞π√]", said)):
+        if said and (words or decision.rule in ("tags", "boxed") or _FORMULA.search(said)):
             return _unwrapped(said), decision.rule
     return None
+
+
+# What tells a formula from words: digits, commands, signs, a letter alone, letters with an operator between them.
+_FORMULA = re.compile(r"\d|\\|\$|[=^∞π√]|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])")
 
 
 def _unwrapped(text: str) -> str:
