@@ -11,6 +11,7 @@ import torch
 from gruppo.config import RecipeError, load_recipe
 from gruppo.errors import UsageError
 from gruppo.forecast import (
+    Answering,
     PHASES,
     Footprint,
     Workload,
@@ -29,7 +30,8 @@ from tests.conftest import make_group, make_policy
 
 CPU = torch.device("cpu")
 WORK = Workload(prompt_tokens=40, max_tokens=30, prompts_per_step=20, group_size=8)
-ASKED = replace(WORK, questions=64, answers=64, question_tokens=50, answer_tokens=20)
+EXAM = Answering("", questions=64, samples=1, question_tokens=50, answer_tokens=20, times=2)
+ASKED = replace(WORK, exams=(EXAM,))
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +132,23 @@ def test_weights_gradients_and_reference_are_counted(footprint: Footprint) -> No
     assert measure_footprint(policy, 0, Silent()).gradients == 4 * (size - embedding)
 
 
-@pytest.mark.parametrize("field", ["prompt_tokens", "max_tokens", "group_size", "prompts_per_step", "answers",
+@pytest.mark.parametrize("field", ["prompt_tokens", "max_tokens", "group_size", "prompts_per_step", "samples",
                                    "question_tokens", "answer_tokens"])  # fmt: skip
 def test_more_work_never_needs_less(footprint: Footprint, field: str) -> None:
     """With micro-batches of one completion; larger ones hold the same tokens whatever the lengths are."""
-    sizes = [
-        forecast_memory(footprint, replace(ASKED, **{field: getattr(ASKED, field) * factor}), 1, 40)
-        for factor in (1, 2, 3)
-    ]
+
+    def longer(factor: int) -> Workload:
+        if hasattr(EXAM, field):
+            return replace(WORK, exams=(replace(EXAM, **{field: getattr(EXAM, field) * factor}),))
+        return replace(ASKED, **{field: getattr(ASKED, field) * factor})
+
+    sizes = [forecast_memory(footprint, longer(factor), 1, 40) for factor in (1, 2, 3)]
     for smaller, larger in pairwise(sizes):
         assert all(getattr(larger, phase) >= getattr(smaller, phase) for phase in PHASES)
     if field in {"prompt_tokens", "max_tokens"}:
         assert sizes[0].sampling < sizes[1].sampling
         assert sizes[0].training < sizes[1].training
-    asked = forecast_memory(footprint, replace(ASKED, answer_tokens=10**6), 1, 40)
+    asked = forecast_memory(footprint, replace(WORK, exams=(EXAM, replace(EXAM, answer_tokens=10**6))), 1, 40)
     assert asked.peak == asked.evaluation > max(asked.sampling, asked.training)
     if field.startswith(("question", "answer_")):
         assert sizes[0].evaluation < sizes[1].evaluation

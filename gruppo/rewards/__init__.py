@@ -22,6 +22,7 @@ REWARDS = {
     "number": "gruppo.rewards.rules:number",
     "exact_match": "gruppo.rewards.rules:exact_match",
     "math": "gruppo.rewards.rules:Mathematics",
+    "choice": "gruppo.rewards.rules:choice",
     "think_format": "gruppo.rewards.formats:think_format",
     "regex": "gruppo.rewards.formats:Regex",
     "overlong": "gruppo.rewards.lengths:Overlong",

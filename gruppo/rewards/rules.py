@@ -8,6 +8,7 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.rewards import text_of
 from gruppo.tasks.answers import same_mathematics, same_number, same_text
+from gruppo.tasks.choices import LETTERS, choice_of, letters_of
 
 
 def number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
@@ -18,6 +19,24 @@ def number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[
 def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
     """1 where a completion equals its answer, white space at the ends apart, else 0."""
     return [float(same_text(text_of(each), right)) for each, right in zip(completions, answer, strict=True)]
+
+
+def choice(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+    """1 where a completion decides for the letters of its answer ("B", "AD"), by letter, else 0.
+
+    None where the answer is no letter. The words or the value of an option do not count, as they do for the grader:
+    what is rewarded is the letter.
+    """
+    return [_chosen(text_of(each), right) for each, right in zip(completions, answer, strict=True)]
+
+
+def _chosen(text: str, reference: Any) -> float | None:
+    try:
+        wanted = letters_of(reference, ())
+    except UsageError:
+        return None
+    made = choice_of(text, (), LETTERS)
+    return float(made is not None and made.letters == wanted and not made.undecided)
 
 
 class Mathematics:

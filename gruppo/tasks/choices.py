@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 
 from gruppo.errors import UsageError
 from gruppo.tasks.extraction import decisions, last_sentence, own_answer, sentence
-from gruppo.tasks.numbers import cleaned, quantities, same_quantity
+from gruppo.tasks.numbers import Quantity, cleaned, quantities, same_quantity, spelled
 
 LETTERS = "ABCDEFGHIJ"
 
 
 class Choice(NamedTuple):
-    """Letters that a text decides for, in order; more than one where it names several. `open`: "A or B"."""
+    """Letters that a text decides for, in order; more than one where it names several. `undecided`: "A or B"."""
 
     letters: str
     rule: str
     text: str
-    open: bool = False
+    undecided: bool = False
 
 
 _STYLE = re.compile(
@@ -28,9 +28,9 @@ _STYLE = re.compile(
 _MARKS = re.compile(r"[*_`$~{}]|\\(?:left|right)\b")
 _LABELLED = re.compile(r"\s*[(（]?\s*([A-J])\s*[)）.、:：]\s*")
 # One letter or several, with brackets: "(B)", "A, C", "A和C", "ABD"; the article "A" of "A train" is none.
-_LETTER = r"[(（\[]?\s*[A-J]\s*[)）\]]?"
-_AND = r"(?:\s*(?:,\s*and\b|,|、|，|&|/|\band\b|和|与|及|以及|\bor\b|或者?)\s*|\s*)"
-_GROUP = rf"(?P<group>{_LETTER}(?:{_AND}{_LETTER})*)(?![A-Za-z'’\d]|-[A-Za-z])"
+_LETTER = r"(?:[(（\[]\s*[A-J]\s*[)）\]]|[A-J][)）\]]?)"
+_AND = r"(?:\s*(?:,\s*and\b|,|、|，|&|/|\band\b|和|与|及|以及|\bor\b|或者?)\s*|\s+|)"
+_GROUP = rf"(?<![A-Za-z])(?P<group>{_LETTER}(?:{_AND}{_LETTER}){{0,9}})(?:(?<=[)）\]])|(?![A-Za-z'’\d]|-[A-Za-z]))"
 _LEAD = r"[\s\"“”'‘’:：]*(?:(?:option|choice|letter|answer|statement|选项|选择|选)s?[\s:：]*)?[\"“'‘]*"
 _ARTICLE = re.compile(
     r"\s+(?!because|since|as|is|are|was|which|with|and|or|for|by|due|given|that|but|not|the|would|here|in\b)[a-z]"
@@ -41,21 +41,23 @@ _FOUND = [
         rf"(?i:\b(?:answers?|choices?|options?)(?: to [^.\n]{{1,60}}?)?,?\s+"
         rf"(?:is|are|was|would be|should be|must be|has to be)"
         rf"(?: therefore| thus| then| clearly| simply)?[\s:：]*(?:given by |the )?){_LEAD}{_GROUP}",
-        rf"(?i:\b(?:answers?|choice|option)\s*[:：=]\s*){_LEAD}{_GROUP}",
+        rf"(?i:\b(?:answers?|ans\.?|choice|option)\s*[:：=]\s*){_LEAD}{_GROUP}",
         rf"(?i:\b(?:choose|select|pick|chose|selected|picked|go with|going with|matches|corresponds to|match)\s+)"
         rf"(?i:(?:the )?(?:correct |right )?(?:option|choice|answer|letter)s?\s*)?{_LEAD}{_GROUP}",
+        rf"(?i:\b(?:is|be|gives|means)\s+(?:the\s+)?(?:correct\s+)?(?:option|choice)\s*[:：]?){_LEAD}{_GROUP}",
         rf"(?:(?i:option|choice|statement)s?\s+)?{_GROUP}\s+(?:is|are)\s+(?:the\s+|therefore\s+|thus\s+)?"
-        rf"(?:only\s+)?(?:correct|right|best|true)\b(?!\s+(?:that|if|when|for))",
+        rf"(?:only\s+)?(?:correct|right|best|true|answer)\b(?!\s+(?:that|if|when|for|to))",
         rf"(?:答案|正确选项|正确的选项|正确的是|符合题意的是|应选|故选|可选|选择|本题选|因此选|所以选|选)"
         rf"(?:应该|应当|应|就)?(?:选择|选|是|为|：|:)?\s*{_LEAD}{_GROUP}",
-        rf"{_GROUP}\s*(?:选项|项)?(?:是正确的|正确|是对的)(?!的?是)",
+        rf"{_GROUP}\s*(?:选项|项)?(?:是正确的|正确|是对的|是正确答案|是答案)(?!的?是)",
     )
 ]
-_ALONE = re.compile(rf"{_LEAD}{_GROUP}\s*(?:[.,:：。、!;；)]|$)")
+_ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:选项|项)?(?:[.,:：。、!;；]|$))")
 
 
 _SMALL = re.compile(
     r"(?<!\w)[(（]([a-j])[)）]|(?<=[Aa]nswer is )([a-j])(?=\W*$|[).])|(?<=[Aa]nswer: )([a-j])(?=\W*$|[).])"
+    r"|(?<=[Oo]ption )([a-j])(?=\W*$|[).])"
     r"|^\s*([a-j])[).]?\s*$|^([a-j])\)", re.MULTILINE
 )  # fmt: skip
 
@@ -79,14 +81,30 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
     found = sorted(_named(text, options, letters), key=lambda each: each[0])
     if found:
         return found[-1][1]
+    if (judged := _by_verdict(text, letters)) is not None:
+        return judged
+    listed = _lists(text)
     for rule, part in (
         ("whole text", text),
-        ("last line", _last_line(text)),
+        ("last line", "" if listed and _LABELLED.match(_last_line(text)) else _last_line(text)),
         ("first line", text.strip().split("\n")[0]),
     ):
-        if (alone := _alone(part, rule, letters)) is not None:
+        if len(part) < _SHORT and not _lists(part) and (alone := _alone(part, rule, letters)) is not None:
             return alone
-    return _by_mention(text, letters) or _by_value(last_sentence(text), "last sentence", options)
+    last = last_sentence(text)
+    return (
+        _by_mention(text, letters)
+        or _by_value(last, "last sentence", options)
+        or _by_value(last.rpartition("=")[2], "last equation", options)
+    )
+
+
+_SHORT = 150  # letters of a text or line that begins with its answer, at the most
+
+
+def _lists(part: str) -> bool:
+    """Whether a text goes through several options: "(A) 4 (B) 5"."""
+    return len(set(re.findall(r"(?<![A-Za-z])[(（]?([A-J])[)）.:：](?=\s)", _plain(part)))) > 1
 
 
 def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[int, Choice]]:
@@ -110,10 +128,13 @@ def _plain_in_place(text: str) -> str:
     return _capitals(_MARKS.sub(blank, _STYLE.sub(blank, text)))
 
 
+_DENIED = re.compile(
+    r"(?:\bnot|n't|neither|wrong|incorrect|不是|不选|不能选|排除)\W*(?:the )?(?:correct )?(?:option|choice|answer)?\W*$"
+)
+
+
 def _denied(text: str, place: int) -> bool:
-    return bool(
-        re.search(r"(?:not|n't|neither|wrong|incorrect|不是|不选|不能选|排除)\W*$", text[max(0, place - 20) : place])
-    )
+    return bool(_DENIED.search(text[max(0, place - 40) : place]))
 
 
 def _alone(part: str, rule: str, letters: str, whole: bool = False) -> Choice | None:
@@ -131,12 +152,30 @@ def _choice(found: re.Match[str], rule: str, letters: str, text: str) -> Choice 
         return None
     if not named or set(named) - set(letters):
         return None
-    return Choice("".join(sorted(set(named))), rule, group.strip(), bool(re.search(r"\bor\b|或", group)))
+    return Choice("".join(sorted(set(named))), rule, group.strip(), _open(group))
+
+
+def _open(group: str) -> bool:
+    return len(set(re.findall("[A-J]", group))) > 1 and bool(re.search(r"\bor\b|或", group))
 
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.strip().split("\n") if line.strip()]
     return lines[-1] if lines else ""
+
+
+_JUDGED = re.compile(
+    r"^[\s*>-]*[(（]?([A-J])[)）.:：][^\n]*?(?<!not )(?<!n't )\b(?:right|correct|true|True|Correct)\b[^\n]*$",
+    re.MULTILINE,
+)
+
+
+def _by_verdict(text: str, letters: str) -> Choice | None:
+    """The only option that a list of verdicts calls right: "A) 4 is wrong", "B) 5 is right"."""
+    if not _lists(text):
+        return None
+    right = [found[1] for found in _JUDGED.finditer(_plain(text))]
+    return Choice(right[0], "verdicts", text[:200]) if len(right) == 1 and right[0] in letters else None
 
 
 def _by_mention(text: str, letters: str) -> Choice | None:
@@ -154,6 +193,8 @@ def _by_value(part: str, rule: str, options: Sequence[str]) -> Choice | None:
     same = [place for place, option in enumerate(options) if said and said == _words(option)]
     if not same and len(said) < 400:
         same = [place for place, option in enumerate(options) if _same_number(part, option)]
+    if not same and rule in ("boxed", "tags", "answer is"):
+        same = [place for place, option in enumerate(options) if _same_formula(part, option)]
     if not same:
         within = [
             place for place, option in enumerate(options) if len(_words(option)) > 3 and _has(said, _words(option))
@@ -176,11 +217,29 @@ def _words(text: str) -> str:
 
 def _same_number(part: str, option: str) -> bool:
     """Whether text and option are each one number, with a unit at most, and the same one."""
-    first, second = quantities(cleaned(part)), quantities(cleaned(unlabelled(option)))
+    first, second = _numbers(part), _numbers(unlabelled(option))
     if len(first) != 1 or len(second) != 1 or re.search(r"\\sqrt|\\pi|π|√|\^", part + option):
         return False
     rest = re.sub(r"[\d.,/%\s$\\{}()*+-]+|\\?[dt]?frac", " ", cleaned(unlabelled(option))).strip()
     return len(rest) < 25 and same_quantity(first[0], second[0])
+
+
+def _numbers(text: str) -> list[Quantity]:
+    clean = cleaned(text)
+    word = None if any(letter.isdigit() for letter in clean) else spelled(clean.strip(), last=False)
+    return [word] if word else quantities(clean)
+
+
+def _same_formula(part: str, option: str) -> bool:
+    """Whether text and option are the same formula, where the option is one that numbers and words do not settle."""
+    from gruppo.tasks.formulas import same_formula
+
+    if len(part) > 200 or not re.search(r"\\[a-zA-Z]|[=^√π]", option) or not re.search(r"[\d\\]", part):
+        return False
+    try:
+        return same_formula(part, unlabelled(option))
+    except TimeoutError:
+        return False
 
 
 def unlabelled(option: str) -> str:
@@ -247,4 +306,4 @@ def grade_choice(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
     wanted = letters_of(answer, options)
     letters = LETTERS[: max(len(options) or 5, LETTERS.index(wanted[-1]) + 1)]
     made = choice_of(text, options, letters)
-    return made is not None and not (made.open and len(made.letters) > 1) and made.letters == wanted
+    return made is not None and not made.undecided and made.letters == wanted

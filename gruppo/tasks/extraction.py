@@ -7,7 +7,8 @@ examples) is not its answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 Rule = Literal["tags", "boxed", "answer is", "label", "####"]
@@ -25,7 +26,7 @@ _THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?[\w.]+))")
 _NEXT_QUESTION = re.compile(
-    r"\n\s*(?:\*\*|#+ )?(?:Question|Problem|Q|Human|User|Instruction|问题|题目)(?: ?\d+)?(?:\*\*)? ?[:：]"
+    r"\n[ \t]*(?:\*\*|#+ )?(?:Question|Problem|Q|Human|User|Instruction|问题|题目)(?: ?\d+)?(?:\*\*)? ?[:：]"
 )
 _WRAPPED = r"[\s*_$~]*"
 _KIND = r"(?:(?:final|correct|right|best|numerical|ultimate)\s+)*"
@@ -44,9 +45,13 @@ _LABEL = re.compile(
     re.MULTILINE,
 )
 _HEADING = re.compile(r"^#+\s*(?i:(?:final )?answer|最终答案|答案)\s*$", re.MULTILINE)
-_HASHES = re.compile(r"####[ \t]*")
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*")
 _NEGATED = re.compile(r"\s*(?:not|n't|wrong|incorrect|correct\b|right\b|in\b|unclear|unknown|不)", re.IGNORECASE)
+_SUPPOSED = re.compile(
+    r"\b(?:if|whether|suppose|assume|assuming|unless)\s+(?:that\s+)?(?:the\s+|my\s+)?$", re.IGNORECASE
+)
 _NUMBERED = re.compile(r"\d+[.)、]\s+\S")
+_LONGEST = 1000  # letters of a line that names an answer, at the most
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]")
 
 
@@ -61,23 +66,32 @@ def own_answer(text: str) -> str:
 
 
 def decisions(text: str) -> list[Decision]:
-    """All decisions of a text, in the order in which they stand there."""
-    return sorted(_decisions(text), key=lambda each: each.start)
+    """All decisions of a text, in the order in which they stand there; a box after the words that lead to it."""
+    inside = [(box.start, box.end) for box in boxes(text)]
+    found = [each for each in _decisions(text) if each.rule == "boxed" or not _is_within(each.start, inside)]
+    return sorted(found, key=lambda each: (each.start, each.rule in ("tags", "boxed")))
+
+
+def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether a place lies in one of the spans, which rise; those of boxes in boxes do not matter."""
+    before = bisect_left(spans, (place, 0)) - 1
+    return before >= 0 and place < spans[before][1]
 
 
 def _decisions(text: str) -> Iterator[Decision]:
     for tagged in _TAGGED.finditer(text):
         if tagged[1].strip():
             yield Decision("tags", tagged[1].strip(), tagged.start(1))
-    for start, content in boxes(text):
-        yield Decision("boxed", content, start)
+    for box in boxes(text):
+        yield Decision("boxed", box.content, box.start)
     for said in (*_SAYS.finditer(text), *_SAYS_CHINESE.finditer(text)):
-        if not _NEGATED.match(text, said.end()):
+        supposed = _SUPPOSED.search(text, max(0, said.start() - 20), said.start())
+        if not supposed and not _NEGATED.match(text, said.end()):
             yield from _following("answer is", text, said.end())
     for label in (*_LABEL.finditer(text), *_HEADING.finditer(text)):
         yield from _following("label", text, label.end())
     for hashes in _HASHES.finditer(text):
-        line = text[hashes.end() :].split("\n", 1)[0]
+        line = text[hashes.end() : hashes.end() + _LONGEST].split("\n", 1)[0]
         if line.strip() and not _NUMBERED.match(line):
             yield Decision("####", line.strip(), hashes.end())
 
@@ -87,7 +101,7 @@ def _following(rule: Rule, text: str, start: int) -> Iterator[Decision]:
     skipped = re.compile(r"[\s:：*]*").match(text, start)
     assert skipped
     start = skipped.end()
-    span = display(text, start) or text[start:].split("\n", 1)[0].strip()
+    span = display(text, start) or text[start : start + _LONGEST].split("\n", 1)[0].strip()
     if span:
         yield Decision(rule, span, start)
 
@@ -104,33 +118,41 @@ def display(text: str, start: int) -> str:
     return ""
 
 
-def boxes(text: str) -> list[tuple[int, str]]:
-    r"""Place and content of every \boxed{…} (braces balanced) that is closed and not empty."""
+class Box(NamedTuple):
+    """A box: where it begins and ends in the text, and what stands in it."""
+
+    start: int
+    end: int
+    content: str
+
+
+def boxes(text: str) -> list[Box]:
+    r"""Every \boxed{…} (braces balanced) that is closed and not empty."""
+    closing = _closing(text) if "\\" in text else {}
     found = []
     for box in _BOX.finditer(text):
-        content = box[1] if box[1] is not None else balanced(text, box.end())
-        if content is not None and content.strip():
-            found.append((box.start(), content.strip()))
+        if box[1] is not None:
+            found.append(Box(box.start(), box.end(), box[1]))
+        elif (end := closing.get(box.end() - 1)) is not None and text[box.end() : end].strip():
+            found.append(Box(box.start(), end + 1, text[box.end() : end].strip()))
     return found
 
 
-def balanced(text: str, start: int) -> str | None:
-    r"""What stands from `start` to the brace that closes the one before it; None where none does. \{ is no brace."""
-    depth, place = 1, start
-    while place < len(text):
-        letter = text[place]
-        if letter == "\\":
-            place += 2
-            continue
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return text[start:place]
-        place += 1
-    return None
+def _closing(text: str) -> dict[int, int]:
+    r"""The place of the brace that closes each one, in one pass; \{ and \} are none."""
+    opened: list[int] = []
+    pairs: dict[int, int] = {}
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            pairs[opened.pop()] = brace.start()
+    return pairs
 
 
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _JOINED = re.compile(
-    r"[\s$.,;\\()]*(?:\\text\{ *(?:and|or) *\}|and|or|,|、|和|或)[\s$\\()]*(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
+    r"[\s$.,;\\()]*(?:\\text\{ *(?:and|or) *\}|and|or|[,;，；、和或])[\s$\\()]*(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
 )
 
 
@@ -140,14 +162,15 @@ def last_box(text: str) -> tuple[int, str] | None:
     found = boxes(text)
     if not found:
         return None
-    start, joined = found[-1]
-    for before, content in reversed(found[:-1]):
-        opening = text.index("{", before) if "{" in text[before : before + 9] else None
-        end = None if opening is None else opening + len(balanced(text, opening + 1) or "") + 2
-        if end is None or not _JOINED.fullmatch(text, end, start):
+    start, _, joined = found[-1]
+    for before in reversed(found[:-1]):
+        if start - before.end > _JOIN or not _JOINED.fullmatch(text, before.end, start):
             break
-        start, joined = before, f"{content}, {joined}"
+        start, joined = before.start, f"{before.content}, {joined}"
     return start, joined
+
+
+_JOIN = 40  # letters between boxes that belong together, at the most
 
 
 def sentence(text: str) -> str:

@@ -7,6 +7,7 @@ another kind, bases of numerals, tiny numbers, words, units, answers in blanks o
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -14,7 +15,7 @@ from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.tasks.answers import MATH_SECONDS, parse_formulas, same_mathematics
-from gruppo.tasks.extraction import Decision, balanced, decisions, last_box, last_sentence, own_answer
+from gruppo.tasks.extraction import Decision, boxes, decisions, last_box, last_sentence, own_answer
 from gruppo.tasks.numbers import Quantity, cleaned, quantities
 
 _SYMBOLS = {
@@ -29,11 +30,15 @@ _WORD = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname|
 _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), other)
     for pattern, other in (
-        (r"\\(?:displaystyle|limits|nolimits|big|Big|bigg|bigl|bigr|Bigl|Bigr)\b|\\!|\\(?:left|right)\s*\.", ""),
+        (r"\\(?:displaystyle|limits|nolimits|big|Big|bigg|bigl|bigr|Bigl|Bigr)\b|\\!\s*|\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right)(?![a-z])", ""),
+        (r"\\varnothing\b", r"\\emptyset"),
+        (r"\\langle\b", "("),
+        (r"\\rangle\b", ")"),
+        (rf"{_WORD}\s*\{{\s*(?:all )?real numbers?\s*\}}", r"\\mathbb{R}"),
         (r"\\[dtc]frac", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|\\[,;: ]|,\\!|~)(?=\d{3}(?!\d))", ""),
-        (r"\\[,;: ]|~|\\q?quad\b", " "),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
         (rf"{_WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
         (rf"{_WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b", ""),
@@ -59,6 +64,7 @@ _UNIT_WORD = re.compile(
     r"(?!(?:and|or|mod|if|for|where|with|i|e|x|y|n|a|b|c|k|t)\b)[A-Za-z]{1,14}(?:\s+[a-z]{2,14}){0,4}\.?"
     r"(?:\s*/\s*[A-Za-z]{1,8}|\s+per\s+[a-z]+)?(?:\s*\^\s*\{?-?[1-4]\}?)?\s*$"
 )
+_WORDS_BEFORE = re.compile(rf"^\s*{_WORD}\s*\{{[^{{}}]*\}}\s*:?\s*(?=[-\d\\(])")
 _CHINESE_UNIT = re.compile(r"(?<=[\d})%])\s*[\u4e00-\u9fff]{1,6}\s*$")
 _LISTED = re.compile(r"\s*(?:,|;|\band\b|\bor\b|和|或)\s*")
 _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
@@ -82,8 +88,8 @@ def same_formula(found: str, wanted: str) -> bool:
     blanks = _split(second, ";")
     if len(blanks) > 1:
         return _same_blanks(first, blanks)
-    if _is_words(second):
-        return _words(first) == _words(second)
+    if is_words(second):
+        return _words(first) == _words(second) or _word_list(first) == _word_list(second)
     return _same_one(first, second)
 
 
@@ -102,13 +108,18 @@ def _same_one(found: str, wanted: str) -> bool:
     numbers = _quantity(plain[0]), _quantity(plain[1])
     if numbers[0] and numbers[1] and len({*_named(plain[0]), *_named(plain[1])}) < 2:
         return _same_value(numbers[0], numbers[1])
-    return _same_by_shape(plain[0] if not _is_words(found) else found, plain[1])
+    return _same_by_shape(plain[0] if not is_words(found) else found, plain[1])
 
 
 def _same_by_shape(found: str, wanted: str) -> bool:
     """Compare after what math-verify does not heed: kinds of brackets, and the order in a tuple."""
     if _is_matrix(found) != _is_matrix(wanted):
         found, wanted = _flat(found), _flat(wanted)
+    found, wanted = _condition(found), _condition(wanted)
+    rays = [each for each in _split(_LISTED.sub(",", found), ",") if _INEQUALITY.search(each)]
+    united = wanted.split("\\cup")
+    if len(rays) == len(united) > 1:
+        return all(any(same_formula(ray, each) for ray in rays) for each in united)
     kinds = _brackets(found), _brackets(wanted)
     if {"set", "tuple"} == set(kinds) or (None not in kinds and kinds[0] != kinds[1]):
         return False
@@ -120,6 +131,16 @@ def _same_by_shape(found: str, wanted: str) -> bool:
         pairs = _split(found[1:-1], ","), _split(wanted[1:-1], ",")
         return len(pairs[0]) == len(pairs[1]) and all(map(same_formula, *pairs))
     return _verified(found, wanted)
+
+
+_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|leq|geq|lt|gt)\b")
+_BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\mid\b|\||:|\\colon\b)(.*)\\\}")
+
+
+def _condition(text: str) -> str:
+    r"""The condition of a set like \{x \mid x > 3\}; other formulas as they are."""
+    found = _BUILDER.fullmatch(text.strip())
+    return found[1].strip() if found else text
 
 
 def _in_order(parts: Sequence[str]) -> Sequence[str]:
@@ -156,6 +177,8 @@ def _verified(found: str, wanted: str) -> bool:
 
 @lru_cache(maxsize=2048)
 def _parsed(formula: str) -> tuple[Any, ...]:
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("math-verify compares in a process's main thread only; grade there")
     return tuple(each for each in parse_formulas(f"${formula}$") if not isinstance(each, str))
 
 
@@ -214,7 +237,8 @@ def _flat(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """A formula without the unit after it."""
+    """A formula without the words before it and the unit after it."""
+    text = _WORDS_BEFORE.sub("", text)
     for pattern in (_UNIT_TEXT, _UNIT_WORD, _CHINESE_UNIT):
         shorter = pattern.sub("", text).strip()
         if shorter and re.search(r"\d|\\", shorter):
@@ -254,7 +278,7 @@ def _near(first: Fraction, second: Fraction) -> bool:
 _MATHS = re.compile(r"[\d=+<>^_/|]|\\(?!text|mathrm|mbox|textbf|rm\b)[a-zA-Z]+")
 
 
-def _is_words(text: str) -> bool:
+def is_words(text: str) -> bool:
     """Whether an answer is words: text of three letters and more, or of another alphabet, without mathematics."""
     if "\\textcircled" in text:
         return True
@@ -270,14 +294,23 @@ def _words(text: str) -> str:
     return re.sub(r"^(?:the|an?) ", "", text)
 
 
+def _word_list(text: str) -> list[str]:
+    """Words between commas, "and" and "or", in an order of their own."""
+    plain = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    return sorted(_words(each) for each in re.split(r",|;|\band\b|\bor\b", plain) if each.strip())
+
+
 _REASON = re.compile(r",? (?:because|since|as|which|where|for all|when|so|by|after|for every)\b|[.!?](?=\s|$)|[。！？]")
 _INLINE = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _BETWEEN = re.compile(r"\s*(?:,?\s*and|,?\s*or|,|;|；|，|和|或)\s*")
 
 
+_ITEM = re.compile(r"[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$"
+
+
 def _said(decision: Decision) -> str:
     """The formula with which the rest of a line begins, or its words up to the reason that it gives."""
-    text = decision.text.strip().lstrip(":：* ")
+    text = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
     found = _INLINE.match(text)
     if not found:
         text = re.sub(r"(?<=\d)\.(?=\s*$|\s+[A-Z])", " . ", text)
@@ -304,16 +337,19 @@ def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
         said = decision.text if decision.rule in ("tags", "boxed") else _said(decision)
         if decision.rule == "label" and "=" in said and "=" in text[decision.start + len(said) :]:
             continue
-        if said and (words or decision.rule in ("tags", "boxed") or re.search(r"\d|\\|\$|^\W*\w\W*$|[=^∞π√]", said)):
+        if said and (words or decision.rule in ("tags", "boxed") or _FORMULA.search(said)):
             return _unwrapped(said), decision.rule
     return None
 
 
+# What tells a formula from words: digits, commands, signs, a letter alone, letters with an operator between them.
+_FORMULA = re.compile(r"\d|\\|\$|[=^∞π√]|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])")
+
+
 def _unwrapped(text: str) -> str:
     r"""What stands in a box that stands in a formula; text as it is otherwise."""
-    found = re.search(r"\\(?:boxed|fbox)\s*\{", text)
-    inner = balanced(text, found.end()) if found else None
-    return text if inner is None else inner
+    found = boxes(text)
+    return found[-1].content if found else text
 
 
 def reference_formula(answer: object) -> str:
@@ -329,7 +365,7 @@ def grade_formula(text: str, answer: object) -> bool:
     wanted = reference_formula(answer)
     if not normal(wanted):
         raise UsageError(f"answer = {answer!r}: cannot be read as mathematics; write LaTeX, or take another grader")
-    words = _is_words(normal(wanted))
+    words = is_words(normal(wanted))
     try:
         answered = answered_formula(text, words)
         if answered is not None:
@@ -350,10 +386,25 @@ def _without_decision(text: str, wanted: str, words: bool) -> bool:
         return f" {_words(last)}".endswith(f" {_words(normal(wanted))}")
     formulas = list(_INLINE.finditer(text))
     if formulas and not re.search(r"\d", text[formulas[-1].end() :]):
-        return same_formula(re.split(r"(?<![<>!\\])=", formulas[-1][0])[-1], wanted) or same_formula(
-            formulas[-1][0], wanted
-        )
+        return _same_last(text, formulas, wanted)
     return bool(same_mathematics(text, wanted))
+
+
+def _same_last(text: str, formulas: Sequence[re.Match[str]], wanted: str) -> bool:
+    """The last formula of a text, its right-hand side, or with the ones that "and" joins to it ("x = 1 and x = 2")."""
+    joined = [formulas[-1]]
+    for before in reversed(formulas[:-1]):
+        if not _BETWEEN.fullmatch(text, before.end(), joined[0].start()):
+            break
+        joined.insert(0, before)
+    last = joined[-1][0]
+    if len(joined) > 1:
+        if same_formula(", ".join(each[0] for each in joined), wanted):
+            return True
+        names = [_named(normal(each[0])) for each in joined]
+        if names[0] and all(each == names[0] for each in names):
+            return False
+    return same_formula(re.split(r"(?<![<>!\\])=", last)[-1], wanted) or same_formula(last, wanted)
 
 
 def grade_science(text: str, answer: object, columns: Mapping[str, Any]) -> bool:

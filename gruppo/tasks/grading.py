@@ -14,7 +14,7 @@ from typing import Any
 from gruppo.tasks.answers import find_grader, last_number, same_mathematics
 from gruppo.tasks.choices import LETTERS, choice_of, letters_of, options_of
 from gruppo.tasks.extraction import Decision, decisions, last_box, own_answer
-from gruppo.tasks.formulas import answered_formula, reference_formula, same_formula
+from gruppo.tasks.formulas import answered_formula, is_words, normal, reference_formula, same_formula
 from gruppo.tasks.numbers import answered_number, cleaned, quantities, read_decision, reference_numbers, same_quantity
 
 LONGEST = 200  # letters of an extract that are kept
@@ -78,7 +78,7 @@ def _by_rule(text: str) -> Iterator[tuple[str, Decision]]:
 def _mathematics(text: str, columns: Mapping[str, Any]) -> Explained:
     answer = columns["answer"] if "answer" in columns else columns["solution"]
     wanted = reference_formula(answer)
-    answered = answered_formula(text)
+    answered = answered_formula(text, is_words(normal(wanted)))
     others = {name: _same(decision.text, wanted) for name, decision in _by_rule(text)}
     if re.fullmatch(r"[-+−]?[\d.,/]+", wanted.strip(" $")) and (plain := last_number(text)) is not None:
         others["last plain number"] = plain == last_number(wanted)

@@ -50,11 +50,11 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
     for pattern, text in (
         (r"\\(?:left|right|displaystyle|big|Big|bigl|bigr)\b", ""),
         (r"\\begin\{[a-z*]+\}|\\end\{[a-z*]+\}|\\(?:quad|qquad)\b|\\\\", " "),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|,\\!|[\u00a0\u202f\u2009\u2007~])(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d)(?:\{,\}|,?\\[,!;: ]\s?|[\u00a0\u202f\u2009\u2007~])(?=\d{3}(?!\d))", ""),
         (r"(?<=[$€£¥₹])\s?(\d{1,3}) (\d{3})(?: (\d{3}))?(?![\d,])", r"\1\2\3"),
         (r"\\%|％", "%"),
         (r"百分之\s*(\d+(?:\.\d+)?)", r"\1%"),
-        (r"(\d+)\s*分之\s*(\d+)", r"\2/\1"),
+        (r"(?<!\d)(\d+)\s*分之\s*(\d+)", r"\2/\1"),
         (r"(?<=\d)[*]{2}(?=\d)", "^"),
         (r"\*\*|__|\\[()\[\]$]|[$€£¥₹￥]|\\(?:pounds|euro)\b", ""),
         (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|textit|rm|bf)\s*\{([^{}]*)\}", r" \1 "),
@@ -63,7 +63,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"(?<=\d)\s*\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2"),
         (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\1/\2"),
         (r"\\[dtc]?frac\s*(\d)\s*\{\s*(\d+)\s*\}|\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*(\d)", r"\1\3/\2\4"),
-        (r"([\d.]+)\s*(?:\\times|\\cdot|[×·*xX])\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?(?!\d)", r"\1e\2"),
+        (r"(?<![\d.])([\d.]+)\s*(?:\\times|\\cdot|[×·*xX])\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})(?:\s*\})?(?!\d)", r"\1e\2"),
         (r"(?<![\d.])10\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3}))(?!\d)", r"1e\1\2"),
         (r"\b(?:[Nn]egative|[Mm]inus)\s+(?=[\d.])|负\s*(?=\d)", "-"),
         (r"\b(\d{1,2}):00\b", r"\1"),
@@ -89,10 +89,16 @@ def _share(found: re.Match[str]) -> str:
     return f"{over}%" if under == "百" else f"{over}/{chinese_number(under)}"
 
 
+# What makes a number after it an exponent, or part of a unit: "m^2", "10^{3", "cm2".
+_POWER = re.compile(r"\^\s*\{?\s*$|(?<![A-Za-z])(?:[cmkd]?m|ft|yd)$")
+
+
 def quantities(clean: str) -> list[Quantity]:
-    """All numbers of a cleaned text. Those that cannot be (1/0, thousands of digits) are none."""
+    """All numbers of a cleaned text but exponents. Those that cannot be (1/0, thousands of digits) are none."""
     found = []
     for number in _NUMBER.finditer(clean):
+        if _POWER.search(clean, max(0, number.start() - 8), number.start()):
+            continue
         try:
             value, decimals = _value(number)
         except (ZeroDivisionError, ValueError):
@@ -120,7 +126,7 @@ def _value(number: re.Match[str]) -> tuple[Fraction, int | None]:
 
 _DIGITS = {each: place for place, each in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _UNITS = {"十": 10, "百": 100, "千": 1000}
-_NUMERALS = "[零〇一二两三四五六七八九十百千万亿]+"
+_NUMERALS = "[零〇一二两三四五六七八九十百千万亿]{1,24}"
 _CHINESE = re.compile(f"负?{_NUMERALS}")
 _SHARE = re.compile(f"({_NUMERALS})分之({_NUMERALS})")
 _ONES = (
@@ -165,7 +171,7 @@ def english_number(words: str) -> int:
     return total + part
 
 
-def _spelled(clean: str, last: bool) -> Quantity | None:
+def spelled(clean: str, last: bool) -> Quantity | None:
     """A number in words: the first of a text that begins with one, or the last."""
     for pattern, read in ((_CHINESE, chinese_number), (_ENGLISH, english_number)):
         found = list(pattern.finditer(clean)) if last else [each] if (each := pattern.match(clean.lstrip())) else []
@@ -230,12 +236,16 @@ class Answered:
 
 
 _ABOUT = re.compile(
-    r"[\s:：]*(?:(?:approximately|about|around|exactly|only|just|equal to|roughly|a total of|USD|Rs\.?|is|are|"
+    r"[\s:：]*(?:(?:either|approximately|about|around|exactly|only|just|equal to|roughly|a total of|USD|Rs\.?|is|are|"
     r"大约|约|共|一共|总共|[A-Za-z](?:_\{?\w+\}?)?\s*[=:])\s*)*[\s(\[{]*(?=[-+]?[\d.])"
 )
-_CHAIN = re.compile(r"[\d\s+\-*/×÷().,^%x]|\\(?:times|cdot|div|approx)\b")
-_OR = re.compile(r"\s*(?:[A-Za-z%]+\s+){0,2}(?:or|或者?)\s+(?=[-+]?[\d.])")
+_OR = re.compile(
+    r"\s*(?:[A-Za-z%]+\s+){0,2}(?:or|to|或者?|到)\s+(?=[-+]?[\d.])|\s*-\s*(?=\d)"
+    r"|\s*(?:hours?|hrs?|h|days?|weeks?|years?|feet|ft|pounds?|lbs?|小时|天|年)(?:,?\s*and|,)?\s*"
+    r"(?=[\d.]+\s*(?:minutes?|mins?|seconds?|hours?|days?|months?|inch|ounces?|分|秒|个月))"
+)
 _SPACED = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d,])")
+_SPACED_ZEROS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})* 000(?![\d,])")
 
 
 def read_decision(decision: Decision) -> tuple[Quantity, ...]:
@@ -248,8 +258,8 @@ def read_decision(decision: Decision) -> tuple[Quantity, ...]:
     numbers = quantities(clean)
     begins = _ABOUT.match(clean)
     if not numbers:
-        spelled = _spelled(clean, last=False)
-        return (spelled,) if spelled else ()
+        word = spelled(clean, last=False)
+        return (word,) if word else ()
     if decision.rule in ("label", "####") and not begins:
         return (numbers[0],) if len(numbers) == 1 and decision.rule == "label" and len(clean) < 80 else ()
     if not begins:
@@ -266,9 +276,9 @@ def _whole(clean: str) -> tuple[Quantity, ...]:
     clean = re.split(r"=|\\approx|≈", clean)[-1] if re.search(r"(?:=|\\approx|≈)\s*\S", clean) else clean
     numbers = quantities(clean)
     if not numbers:
-        spelled = _spelled(clean, last=False)
-        return (spelled,) if spelled else ()
-    if len(numbers) > 1 or re.search(r"[*/×÷^]|\\(?:times|cdot|div)", clean):
+        word = spelled(clean, last=False)
+        return (word,) if word else ()
+    if len(numbers) > 1 or re.search(r"[-+*/×÷^]|\\(?:times|cdot|div)", clean):
         value = _calculated(clean)
         if value is not None:
             return (Quantity(value, None, False, 0, len(clean)),)
@@ -309,10 +319,10 @@ def _result(clean: str, numbers: Sequence[Quantity]) -> Quantity:
 
 
 def _calculated(clean: str) -> Fraction | None:
-    """The value of a sum like "3 * (4 + 5)"; None for anything else, and for powers, which can be as large as they
-    like."""
+    """The value of a sum like "3 * (4 + 5)", with powers up to the ninth; None for anything else."""
     written = re.sub(r"\\times|\\cdot|×", "*", re.sub(r"\\div|÷", "/", clean)).replace(",", "").strip(" .")
-    if len(written) > 60 or not re.fullmatch(r"[\d\s+\-*/().]+", written) or "**" in written or "//" in written:
+    written = re.sub(r"\^\s*(?:\{(\d)\}|(\d))(?!\d)", r"**\1\2", written)
+    if len(written) > 60 or not re.fullmatch(r"[\d\s+\-*/().]+", written) or "//" in written:
         return None
     try:
         return _evaluated(ast.parse(written.strip(), mode="eval").body)
@@ -334,6 +344,8 @@ def _evaluated(node: ast.AST) -> Fraction:
             return _evaluated(left) * _evaluated(right)
         case ast.BinOp(left=left, op=ast.Div(), right=right):
             return _evaluated(left) / _evaluated(right)
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)) if power < 10:
+            return _evaluated(left) ** power
     raise ValueError("not a sum")
 
 
@@ -351,13 +363,13 @@ def answered_number(text: str, question: str = "") -> Answered | None:
             continue
         if readings := read_decision(decision._replace(text=shown)):
             return Answered(readings, decision.text[:200], decision.rule)
-    clean = cleaned(text)
+    clean = _SPACED_ZEROS.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
     numbers = quantities(clean)
     if numbers:
         chosen = _computed(clean, numbers, question)
         return Answered((chosen,), clean[chosen.start : chosen.end], "last number")
-    spelled = _spelled(last_sentence(clean), last=True)
-    return Answered((spelled,), last_sentence(clean)[:200], "last number") if spelled else None
+    word = spelled(last_sentence(clean), last=True)
+    return Answered((word,), last_sentence(clean)[:200], "last number") if word else None
 
 
 def _goes_on(text: str, decision: Decision) -> bool:
@@ -370,21 +382,26 @@ def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantit
     """What a text without a decision ends with: the last result of an equation in the sentence of its last number,
     else that number.
 
-    Where the number only repeats the question and the sentence also holds the last computed result, that result is
-    meant ("so he makes 18 dollars from the 16 eggs").
+    Words in brackets do not count ("12 fruits (9 apples and 3 pears)"). Where the number only repeats the question, the
+    only other one of the sentence that does not is meant ("so he makes 18 dollars from the 16 eggs").
     """
     last = numbers[-1]
     begin = max(found.end() for found in _BEGIN.finditer(clean, 0, last.start))
-    equals = clean.rfind("=", 0, last.start)
-    result = next((each for each in numbers if each.start > equals >= 0), None)
-    if result is None or equals >= begin:
-        return result or last
+    inside = [each.span() for each in _ASIDE.finditer(clean, begin)]
+    within = [each for each in numbers if each.start >= begin]
+    outside = [each for each in within if not any(left <= each.start < right for left, right in inside)]
+    last = outside[-1] if outside else last
+    equals = clean.rfind("=", begin, last.start)
+    result = next((each for each in within if each.start > equals >= 0), None)
+    if result is not None and not _CONCLUSION.search(clean, result.end, last.start):
+        return result
     asked = {each.value for each in quantities(cleaned(question))}
-    if last.value not in asked or result.value in asked:
-        return last
-    return next((each for each in numbers if each.start >= begin and each.value == result.value), last)
+    new = {each.value: each for each in outside if each.value not in asked}
+    return next(iter(new.values())) if last.value in asked and len(new) == 1 else last
 
 
+_ASIDE = re.compile(r"\([^()]*[A-Za-z]{2}[^()]*\)")
+_CONCLUSION = re.compile(r"\b(?:so|thus|therefore|hence|means|total|leaving|leaves|altogether)\b|所以|因此|一共")
 _BEGIN = re.compile(r"^|[.!?]\s|[\n。！？]")
 
 
@@ -399,8 +416,8 @@ def reference_numbers(answer: object) -> tuple[Quantity, ...]:
         numbers = quantities(clean)
         if numbers:
             found.append(numbers[0] if _ABOUT.match(clean) else numbers[-1])
-        elif spelled := _spelled(clean, last=True):
-            found.append(spelled)
+        elif word := spelled(clean, last=True):
+            found.append(word)
     if not found:
         raise UsageError(f"answer = {answer!r}: holds no number; write a number, or take the grader exact_match")
     return tuple(found)

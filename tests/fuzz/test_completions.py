@@ -29,7 +29,7 @@ from gruppo.rollout import describe_groups
 from gruppo.runlog import RunFolder
 from gruppo.steps import checked_ends, lines, step_tokens
 from gruppo.tables import EVALUATIONS, ROLLOUTS, as_json, rollout_rows
-from gruppo.tasks.answers import last_number, same_mathematics, same_number, same_text
+from gruppo.tasks.answers import find_grader, last_number, same_mathematics, same_number, same_text
 from gruppo.tasks.grading import Verdict
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward
 from tests.conftest import make_tokenizer
@@ -69,19 +69,25 @@ def test_answers_of_all_kinds(text: str, answer: Any) -> None:
 def test_mathematics_of_all_kinds(parts: list[str], answer: list[str]) -> None:
     with suppress(TimeoutError):  # an abstention
         assert same_mathematics("".join(parts), "".join(answer)) in (True, False, None)
+    with clear():
+        for grader in ("math", "ocw"):
+            assert verdicts("".join(parts), {"answer": "".join(answer)}, grader).correct in (True, False)
 
 
 @examples(
     150,
     text=ANY_TEXT,
-    grader=st.sampled_from(["number", "exact_match", "reasoning_gym"]),
+    grader=st.sampled_from(["number", "exact_match", "choice", "reasoning_gym"]),
     columns=st.dictionaries(
-        st.sampled_from(["answer", "solution", "dataset", "parameters", "entry"]), ANSWERS, max_size=3
+        st.sampled_from(["answer", "solution", "choices", "question", "dataset", "parameters", "entry"]),
+        ANSWERS,
+        max_size=3,
     ),
 )
 def test_graders_on_all_kinds(text: str, grader: str, columns: dict) -> None:
     with clear():
-        assert mark(text, Prompt("t/0", "q", (1,), "t", columns), grader).correct in (True, False)
+        given = mark(text, Prompt("t/0", "q", (1,), "t", columns), grader)
+        assert find_grader(grader)(text, columns) is given.correct
 
 
 @examples(

@@ -54,6 +54,13 @@ def test_math_without_a_reference_is_told_at_once() -> None:
         RewardPool(["math"], [], ["level"])
 
 
+def test_choice_wants_the_letters() -> None:
+    assert totals(score("choice", "The answer is (B).", "\\boxed{A}", "5", "A or B", answer="B")) == [1, 0, 0, 0]
+    assert totals(score("choice", "故选：AD", "A", answer="A D")) == [1, 0]
+    (reward,) = score("choice", "B", answer="the second one")
+    assert reward.total is None
+
+
 THOUGHTS = ["<think>a</think>b", "<think>\na\n</think>\n", "<think></think>", "<think>a", "a</think>", "",
             " <think>a</think>", "<think>a<think>b</think>", "<think>a</think><think>b</think>", "</think><think>",
             "x\n<think>a</think>"]  # fmt: skip
