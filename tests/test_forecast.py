@@ -11,8 +11,8 @@ import torch
 from gruppo.config import RecipeError, load_recipe
 from gruppo.errors import UsageError
 from gruppo.forecast import (
-    Answering,
     PHASES,
+    Answering,
     Footprint,
     Workload,
     budget_bytes,

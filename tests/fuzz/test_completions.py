@@ -30,7 +30,7 @@ from gruppo.runlog import RunFolder
 from gruppo.steps import checked_ends, lines, step_tokens
 from gruppo.tables import EVALUATIONS, ROLLOUTS, as_json, rollout_rows
 from gruppo.tasks.answers import find_grader, last_number, same_mathematics, same_number, same_text
-from gruppo.tasks.grading import Verdict
+from gruppo.tasks.grading import Verdict, verdicts
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward
 from tests.conftest import make_tokenizer
 from tests.fuzzing import ANY_TEXT, JSON_VALUES, NUMBERS, TEXT, clear, examples
