@@ -267,6 +267,9 @@ def read_decision(decision: Decision) -> tuple[Quantity, ...]:
     chained = _chained(clean, begins.end(), numbers)
     if decision.rule == "label" and chained is numbers[0] and _operator(clean, chained.end):
         return ()
+    if chained is numbers[0] and _operator(clean, chained.end):  # a sum that is not worked out is no answer
+        value = _calculated(clean[begins.end() :])
+        return (chained, numbers[-1] if value is None else Quantity(value, None, False, 0, 0))
     return _alternatives(clean, chained, numbers)
 
 
