@@ -291,7 +291,7 @@ def is_words(text: str) -> bool:
 def _words(text: str) -> str:
     text = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
     text = re.sub(r"[\s\"'“”‘’.,;:!?()（）\[\]{}。-]+", " ", text).strip().casefold()
-    return re.sub(r"^(?:the|an?) ", "", text)
+    return re.sub(r"(?<=[a-z]{3})s\b", "", re.sub(r"^(?:the|an?) ", "", text))
 
 
 def _word_list(text: str) -> list[str]:

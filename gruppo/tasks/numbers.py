@@ -31,7 +31,7 @@ class Quantity:
 
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SCALES = {
-    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "k": 1000, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 _PLAIN = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!,?\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
@@ -43,7 +43,7 @@ _NUMBER = re.compile(
 )
 _AFTER = re.compile(
     r"\s*(?:(?P<percent>%|percent\b|per cent\b|percentage points?\b)|"
-    r"(?P<scale>hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千|万|亿|(?<=\d)[kK]\b))"
+    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千|万|亿|(?<=\d)[kK]\b))"
 )
 _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), text)
@@ -267,6 +267,9 @@ def read_decision(decision: Decision) -> tuple[Quantity, ...]:
     chained = _chained(clean, begins.end(), numbers)
     if decision.rule == "label" and chained is numbers[0] and _operator(clean, chained.end):
         return ()
+    if chained is numbers[0] and _operator(clean, chained.end):  # a sum that is not worked out is no answer
+        value = _calculated(clean[begins.end() :])
+        return (chained, numbers[-1] if value is None else Quantity(value, None, False, 0, 0))
     return _alternatives(clean, chained, numbers)
 
 

@@ -270,3 +270,30 @@ def test_graders_by_default() -> None:
     assert default_grader("reasoning-gym/countdown") == "reasoning_gym"
     assert default_grader("rows.jsonl") == "number"
     assert {each.grader for each in BENCHMARKS.values()} <= set(GRADERS)
+
+
+def test_without_data_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def read(name: str, split: str, options: Any, reporter: Any) -> list[dict[str, Any]]:
+        calls.append((name, split, dict(options)))
+        return [{"question": "2 + 3?", "answer": "5", "input": "2 + 3?", "target": 5.0, "subject": "law",
+                 "choices": ["4", "5"]}]  # fmt: skip
+
+    monkeypatch.setattr("gruppo.tasks.hub.read_dataset", read)
+    assert questions("gsm8k").rows[0]["answer"] == "5"
+    assert questions("gsm-hard").rows[0]["answer"] == "5"
+    with pytest.raises(UsageError, match="has no rows in cais/mmlu"):
+        questions("mmlu-stem")  # law is no STEM subject
+    assert calls == [
+        ("openai/gsm8k", "test", {"name": "main"}),
+        ("reasoning-machines/gsm-hard", "train", {}),
+        ("cais/mmlu", "test", {"name": "all"}),
+    ]
+
+
+def test_a_folder_saved_by_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.DatasetDict({"test": datasets.Dataset.from_list([ROW])})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert questions("gsm8k", options={"data": str(tmp_path / "saved")}).rows[0]["answer"] == "5"
