@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gruppo.config import Decoding, Recipe, Task, load_recipe
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
+from gruppo.episodes import Episodes, open_episodes
 from gruppo.errors import RunError, UsageError
 from gruppo.interruption import Stop
 from gruppo.models import choose_device, choose_dtype, find_model, load_model
@@ -122,11 +124,14 @@ def answer_questions(
     seed: int,
     reporter: Reporter,
     stop: Stop,
+    episodes: Episodes | None = None,
 ) -> Evaluation:
     """Answer every question `samples` times and grade the answers. The same seed draws the same random numbers at
-    every evaluation of a run, so that two of them differ by the policy alone."""
+    every evaluation of a run, so that two of them differ by the policy alone. `episodes`: what answers are written
+    with, of several turns."""
     streams = [[(seed, 0, question, sample, 1) for sample in range(samples)] for question in range(len(prompts))]
-    sampled = sample_groups(engine, prompts, streams, options, reporter, stop, "Evaluating")
+    sample = sample_groups if episodes is None else episodes.sample
+    sampled = sample(engine, prompts, streams, options, reporter, stop, "Evaluating")
     completions = [completion for group in sampled for completion in group]
     pairs = zip((prompt for prompt in prompts for _ in range(samples)), completions, strict=True)
     correct = []
@@ -205,14 +210,20 @@ def evaluate_recipe(
     source = find_model(
         recipe.model.name if model is None else model, reporter, tokenizer, recipe.model.trust_remote_code
     )
-    tokenized = [
-        tokenize_part(part, source.tokenizer, source.context, limit, source.vocabulary, settings.questions)[0]
-        for part in parts
-    ]
-    prompts = interleaved(tokenized, settings.questions)
-    check_grader(grader, prompts)
-    policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
-    wanted = len(prompts) * settings.samples
-    slots = choose_slots(policy, max(len(prompt.token_ids) for prompt in prompts), limit, wanted)
-    engine = NativeEngine(policy, slots)
-    return answer_questions(engine, prompts, grader, options, settings.samples, recipe.run.seed, reporter, stop)
+    with ExitStack() as stack:
+        opened = open_episodes(recipe, None, reporter, stack)
+        tools = opened.tools(source.tokenizer) if opened else None
+        tokenized = [
+            tokenize_part(
+                part, source.tokenizer, source.context, limit, source.vocabulary, settings.questions, tools=tools
+            )[0]
+            for part in parts
+        ]
+        prompts = interleaved(tokenized, settings.questions)
+        check_grader(grader, prompts)
+        policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
+        episodes = opened.episodes(policy.tokenizer, policy.eos_ids, prompts) if opened else None
+        wanted = len(prompts) * settings.samples
+        slots = choose_slots(policy, max(len(prompt.token_ids) for prompt in prompts), limit, wanted)
+        engine, seed = NativeEngine(policy, slots), recipe.run.seed
+        return answer_questions(engine, prompts, grader, options, settings.samples, seed, reporter, stop, episodes)

@@ -86,7 +86,7 @@ CALLS = {
     "loading": "gruppo.preparation.load_model",
     "restoring": "gruppo.loop.load_tensors",
     "sampling": "gruppo.engines.native._Flight.decode",
-    "rewarding": "gruppo.rewards.pool._Worker._receive",
+    "rewarding": "gruppo.rewards.pool.Worker._receive",
     "evaluating": "gruppo.evaluation.grade",
     "labelling": "gruppo.loop.label_rows",
     "training a reward model": "gruppo.judge.update",
