@@ -86,13 +86,12 @@ def test_what_fails_fails_alone(limit: float) -> None:
     environments = hosted("Fails", seconds=limit)
     played = plays(*({"what": what} for what in whats))
     told: dict[str, str | None] = {}
-    alive = played
-    for ask in (
-        lambda: environments.answer(alive, nothing),
-        lambda: say(environments, alive, *["x"] * len(alive)),
-        lambda: environments.end(alive, nothing),
-    ):
-        answers = ask()
+    alive, ends = played, []
+    for ask in ("reset", "step", "end"):
+        if ask == "step":
+            answers = say(environments, alive, *["x"] * len(alive))
+        else:
+            answers = (environments.end if ask == "end" else environments.answer)(alive, nothing)
         told |= {play.row["what"]: each.failure for play, each in zip(alive, answers, strict=True) if each.failure}
         ends = [each.reward for each in answers if not each.failure]
         alive = [play for play, each in zip(alive, answers, strict=True) if not each.failure]
