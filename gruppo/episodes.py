@@ -58,6 +58,7 @@ class _Course:
     ended: bool = False  # the model ended its turn by an end token
     finish: FinishReason | None = None
     failure: str | None = None
+    lost: bool = False  # its environment is no longer there
     reward: float | None = None
 
     @property
@@ -70,9 +71,9 @@ class _Course:
         self.logprobs += [0.0] * len(token_ids) if logprobs is None else logprobs
         self.mask += [logprobs is not None] * len(token_ids)
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, lost: bool = True) -> None:
         """It is over, and its reward is not known."""
-        self.failure, self.finish = why, "stop"
+        self.failure, self.finish, self.lost = why, "stop", lost
 
     def completion(self) -> Completion:
         """As it is now that it is over."""
@@ -203,7 +204,7 @@ class Episodes:
         course.since = len(own)
         if course.room < 1:
             course.ids, course.logprobs, course.mask = [], [], []
-            course.fail(f"what it says first leaves no room for an answer (sampling.max_tokens = {max_tokens})")
+            course.fail(f"what it says first leaves no room for an answer (max_tokens = {max_tokens})", lost=False)
 
     def _asks(self, course: _Course) -> bool:
         """Whether the environment may still answer."""
@@ -293,10 +294,11 @@ class Episodes:
         course.since, course.ended = len(course.ids), False
 
     def _end(self, courses: Sequence[_Course], tick: Callable[[], None]) -> None:
-        """Ask for the rewards."""
-        over = [course for course in courses if course.failure is None]
+        """Ask for the rewards, and let go of the environments."""
+        over = [course for course in courses if not course.lost]
         for course, answer in zip(over, self.environments.end([course.play for course in over], tick), strict=True):
-            course.reward, course.failure = answer.reward, answer.failure
+            if course.failure is None:
+                course.reward, course.failure = answer.reward, answer.failure
 
 
 def _key(course: _Course) -> tuple[int, ...]:

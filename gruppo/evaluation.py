@@ -224,6 +224,7 @@ def evaluate_recipe(
         policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
         episodes = opened.episodes(policy.tokenizer, policy.eos_ids, prompts) if opened else None
         wanted = len(prompts) * settings.samples
-        slots = choose_slots(policy, max(len(prompt.token_ids) for prompt in prompts), limit, wanted)
+        longest = max(len(prompt.token_ids) for prompt in prompts) + (limit if episodes else 0)
+        slots = choose_slots(policy, longest, limit, wanted)
         engine, seed = NativeEngine(policy, slots), recipe.run.seed
         return answer_questions(engine, prompts, grader, options, settings.samples, seed, reporter, stop, episodes)

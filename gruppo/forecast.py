@@ -39,7 +39,8 @@ Layout = Sequence[tuple[int, Sequence[int]]]
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run asks for, at the most. Lengths in tokens; `answers`: those of an evaluation, 0 without one."""
+    """What a run asks for, at the most. Lengths in tokens; `answers`: those of an evaluation, 0 without one; `turns`:
+    completions are written in several, and each is a prompt of its own then."""
 
     prompt_tokens: int
     max_tokens: int
@@ -52,11 +53,18 @@ class Workload:
     answers: int = 0
     question_tokens: int = 0
     answer_tokens: int = 0
+    turns: bool = False
 
     @property
     def completions(self) -> int:
         """Completions of a step."""
         return self.prompts_per_step * self.group_size
+
+    def drawn(self, completions: int, prompts: int, prompt_tokens: int, max_tokens: int) -> tuple[int, int, int, int]:
+        """The same four numbers of what the engine is given at the most."""
+        if not self.turns:
+            return completions, prompts, prompt_tokens, max_tokens
+        return completions, completions, prompt_tokens + max_tokens, max_tokens
 
     def micro_batches(self, budget: int) -> list[list[tuple[int, list[int]]]]:
         """The layouts that `pack` makes of a step whose prompts and completions all have the greatest length."""
@@ -346,9 +354,11 @@ def forecast_memory(
     if len(layouts) == 1:  # they come as activations go
         gradients = max(0, gradients - activations - logits)
     step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
-    cache, work = _generation(footprint, slots, *step)
+    cache, work = _generation(footprint, slots, *workload.drawn(*step))
     asked = workload.answers, workload.questions, workload.question_tokens, workload.answer_tokens
-    evaluation_cache, evaluation_work = _generation(footprint, slots, *asked) if workload.answers else (0, 0)
+    evaluation_cache, evaluation_work = 0, 0
+    if workload.answers:
+        evaluation_cache, evaluation_work = _generation(footprint, slots, *workload.drawn(*asked))
     return Memory(
         process=footprint.process,
         weights=footprint.weights,

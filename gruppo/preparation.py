@@ -305,6 +305,7 @@ def workload(recipe: Recipe, inputs: Inputs) -> Workload:
         answers=len(inputs.questions) * samples,
         question_tokens=max((len(prompt.token_ids) for prompt in inputs.questions), default=0),
         answer_tokens=inputs.answering.max_tokens,
+        turns=recipe.environment is not None,
     )
 
 
