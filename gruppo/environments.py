@@ -124,7 +124,7 @@ class Sandboxes:
 
 
 class _Host(Worker):
-    module = "gruppo.tools.host"
+    module = "gruppo.host"
     field, limit, log = "environment.name", "environment.seconds", "environment.log"
 
 

@@ -38,13 +38,12 @@ from gruppo.opening import object_of, read_metrics, read_object, reading, requir
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
 TABLES = ("rollouts", "evaluations", "labels")
-_FILES = (*APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "rewards.log", "lock")
+_LOGS = ("rewards.log", "rewards.old.log", "environment.log", "environment.old.log")  # of users' code
+_FILES = (*APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", *_LOGS, "lock")
 _FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
 RUN, LABELS, REWARD_MODEL = "run", "set of labels", "reward model"  # what a folder can hold
 _ASIDE = ".replaced-"
-_FIRST = {  # there before the recipe
-    "lock", "rewards.log", "rewards.old.log", "recipe.toml.writing", "folder.json", "folder.json.writing",
-}  # fmt: skip
+_FIRST = {"lock", *_LOGS, "recipe.toml.writing", "folder.json", "folder.json.writing"}  # there before the recipe
 _held: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 

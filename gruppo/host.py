@@ -1,4 +1,4 @@
-"""The process that holds objects of an environment's class: `python -m gruppo.tools.host READ_FD WRITE_FD MEMORY_BYTES
+"""The process that holds objects of an environment's class: `python -m gruppo.host READ_FD WRITE_FD MEMORY_BYTES
 TRAINER_PID`, as a reward's process (gruppo.rewards.worker).
 
 Every call brings the whole history of its completion, so that an object that was lost with another process is made
@@ -161,13 +161,17 @@ def _number(value: Any) -> float | None:
 
 def _told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "gruppo/tools/" not in frame.filename.replace("\\", "/")]
+    own = [frame for frame in frames if not _ours(frame.filename)]
     where = f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
     try:
         text = str(error)[:300]
     except Exception:  # noqa: BLE001  an exception of a user's can refuse to be printed
         text = "it cannot be printed"
     return f"{type(error).__name__}: {text}{where}"
+
+
+def _ours(filename: str) -> bool:
+    return filename == __file__ or "gruppo/tools/" in filename.replace("\\", "/")
 
 
 def serve(calls: Connection, answers: Connection) -> None:
