@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from gruppo.config import Environment as Settings
@@ -126,6 +127,7 @@ class Sandboxes:
 class _Host(Worker):
     module = "gruppo.host"
     field, limit, log = "environment.name", "environment.seconds", "environment.log"
+    variables = MappingProxyType({"PYTHONHASHSEED": "0"})  # the order of sets is the same in every process
 
 
 class Hosted:

@@ -278,12 +278,13 @@ def _reward(group: Group, number: int) -> float:
 def _penalties(group: Group, number: int, settings: Method) -> Tensor:
     """β log(π_old/π_ref) of each token of a completion, 0 where it was not sampled and without a KL in the reward."""
     old, ref = group.old_logprobs[number], group.ref_logprobs[number]
-    mask = torch.tensor(group.completions[number].mask, dtype=torch.float64)
+    mask = torch.tensor(group.completions[number].mask, dtype=torch.bool)
     if not settings.kl_in_reward:
-        return torch.zeros_like(mask)
+        return torch.zeros(len(mask), dtype=torch.float64)
     assert old is not None
     assert ref is not None
-    return settings.kl_coef * mask * (torch.tensor(old, dtype=mask.dtype) - torch.tensor(ref, dtype=mask.dtype))
+    apart = torch.tensor(old, dtype=torch.float64) - torch.tensor(ref, dtype=torch.float64)
+    return settings.kl_coef * torch.where(mask, apart, 0.0)
 
 
 @torch.no_grad()

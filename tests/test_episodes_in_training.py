@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import gruppo
+from gruppo.check import check_recipe
 from gruppo.config import Critic, Method
 from gruppo.engines.native import NativeEngine
 from gruppo.entry import train
-from gruppo.environments import Hosted, Sandboxes
+from gruppo.environments import Hosted, Play, Sandboxes
 from gruppo.errors import RunError, UsageError
 from gruppo.maths.losses import token_mean_weights
 from gruppo.models import LanguageModel
@@ -149,14 +149,10 @@ def test_numbers_of_what_was_said_change_nothing(
     results = []
     for value in (0.0, noise):
         group = group_with_answers(value)
-        if settings.kl_in_reward:
-            others = [[-1.0 if m else value for m in c.mask] for c in group.completions]
-            mark_trained([group], False)
-            group.old_logprobs, group.ref_logprobs = others, [[2 * x for x in each] for each in others]
-            keep = group.old_logprobs, group.ref_logprobs
         mark_trained([group], False)
         if settings.kl_in_reward:
-            group.old_logprobs, group.ref_logprobs = keep
+            group.old_logprobs = [[-1.0 if m else value for m in c.mask] for c in group.completions]
+            group.ref_logprobs = [[-2.0 if m else value for m in c.mask] for c in group.completions]
         metrics = Metrics()
         assign_advantages([group], settings, metrics)
         policy64.model.zero_grad(set_to_none=True)
@@ -221,10 +217,9 @@ def test_the_reward_of_an_environment_is_a_part_by_hand() -> None:
 
 def run(model: str, out: Path, resume: bool = False, **changes: object) -> Result:
     """No reward but the environment's."""
-    settings = recipe(model, **{"sampling__max_tokens": 14, "method__kl_coef": 0.0, **changes})
-    settings.setdefault("environment", LETTERS)
-    if "reward__functions" not in changes:
-        settings["reward"]["functions"] = []
+    environment = changes.pop("environment", LETTERS)
+    settings = recipe(model, **{"sampling__max_tokens": 14, "method__kl_coef": 0.0, "reward__functions": [], **changes})
+    settings |= {"environment": environment} if environment else {}
     return train(settings, prompts=ROWS, out=out, resume=resume)
 
 
@@ -278,13 +273,13 @@ def test_evaluation_answers_in_several_turns(finished: Result) -> None:
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
     tiny_folder: str, finished: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of an episode of the third step, whose engine is called turn by turn."""
+    """In the middle of an episode."""
     changes = {
         "method__inner_updates": 2, "method__kl_coef": 0.02, "evaluation__grader": "exact_match", "run__steps": 4,
         "evaluation__task": str(finished.path.parent / "test.jsonl"),
         "evaluation__decoding": {"temperature": 1.0},
     }  # fmt: skip
-    with killed(monkeypatch, "gruppo.environments.Hosted.answer", 10):
+    with killed(monkeypatch, "gruppo.environments.Hosted.answer", 11):
         run(tiny_folder, tmp_path / "run", **changes)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["rewards_sha256"]
     run(tiny_folder, tmp_path / "run", resume=True, **changes)
@@ -352,9 +347,8 @@ def test_python_blocks_in_a_run(tiny_folder: str, tmp_path: Path, monkeypatch: p
 
 def test_an_environment_that_fails_is_an_abstention_and_too_many_stop_the_run(tiny_folder: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"a{place}", "what": "raise in get_reward" if place < 3 else "well"} for place in range(4)]
-    settings = recipe(tiny_folder, run__steps=1, environment={"name": f"{WORLDS}:Fails", "workers": 1, "turns": 1})
-    settings["reward"] |= {"functions": [], "failure_limit": 0.75}
-    settings["method"]["kl_coef"] = 0.0
+    settings = recipe(tiny_folder, run__steps=1, method__kl_coef=0.0, reward__functions=[], reward__failure_limit=0.75)
+    settings["environment"] = {"name": f"{WORLDS}:Fails", "workers": 1, "turns": 1}
     result = train(settings, prompts=rows, out=tmp_path / "run")
     assert result.metrics[0]["reward/abstained"] == 0.75
     assert result.metrics[0]["environment/failed"] == 0.75
@@ -366,7 +360,10 @@ def test_an_environment_that_fails_is_an_abstention_and_too_many_stop_the_run(ti
         train(settings, prompts=rows, out=tmp_path / "again")
 
 
-def test_what_does_not_go_together_is_refused(tiny_folder: str, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gruppo.environments._python_pool", lambda _: FakePool())
     for changes, message in (
         ({"method__name": "sft"}, 'source = "rows"'),
         ({"reward_model__kind": "outcome"}, "reward_model"),
@@ -384,20 +381,18 @@ def test_what_does_not_go_together_is_refused(tiny_folder: str, tmp_path: Path) 
 def test_check_samples_a_trial_with_the_environment(tiny_folder: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    settings = recipe(tiny_folder, task__name=str(file), environment=LETTERS, sampling__max_tokens=14)
-    settings["reward"]["functions"] = []
-    made = gruppo.check(settings, seconds=5)
+    settings = recipe(tiny_folder, task__name=str(file), sampling__max_tokens=14, reward__functions=[])
+    settings["environment"] = LETTERS
+    made = check_recipe(settings, seconds=5)
     found = {each.subject: each for each in made.findings}
     assert "environment" in found["reward"].what
     assert found["engine"].severity == "ok"
 
 
-def test_sandboxes_are_closed_where_sampling_is_stopped(policy: LanguageModel) -> None:
+def test_sandboxes_are_closed_where_sampling_is_stopped() -> None:
     """An interruption in the middle of a turn leaves no session behind."""
     pool = FakePool()
     environments = Sandboxes(pool, 1)
-    from gruppo.environments import Play
-
     played = [Play(0, {}, 0, ["```python\nx\n```\n"])]
     environments.answer(played, lambda: None)
     environments.drop()

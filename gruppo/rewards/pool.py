@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cloudpickle
@@ -220,10 +221,11 @@ class Worker:
 
     module = "gruppo.rewards.worker"
     field, limit, log = "reward.functions", "reward.timeout", "rewards.log"
+    variables: Mapping[str, str] = MappingProxyType({})  # of its environment, whatever the trainer's has
 
     def __init__(self, load: bytes, output: Output | None, memory: int, environment: Sequence[str]) -> None:
         self._mark = secrets.token_hex(16)
-        self._environment = clean_environment(environment, self._mark)
+        self._environment = {**clean_environment(environment, self._mark), **self.variables}
         call_read, call_write = os.pipe()
         answer_read, answer_write = os.pipe()
         self.channel = Channel(answer_read, call_write)
