@@ -67,8 +67,12 @@ class Dialogue:
         return made, tuple(prompt_tokens(made, self.tokenizer, self.tools))
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """What was sampled, as an environment reads it."""
+        """What was sampled, as a person reads it."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def heard(self, token_ids: Sequence[int]) -> str:
+        """What was sampled, as an environment reads it: tools may be called by special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=self.tools is None))
 
     def within(self, observations: Sequence[str]) -> list[int]:
         """Token ids of what is said within the model's turn, or to a model without conversations."""

@@ -186,11 +186,13 @@ class Episodes:
                     content, ids = self.dialogue.prompt(prompt.content, said) if said else ("", prompt.token_ids)
                     whole[said] = (replace(prompt, content=content, token_ids=ids) if said else prompt), ids
                 course.ids = list(whole[said][1])
-            shared = _common([ids for _, ids in whole.values()]) or prompt.token_ids[:1]
+            shared = _common([ids for _, ids in whole.values()])
             for course in group:
+                if course.finish is None and not shared:
+                    course.fail("the prompts of its group, with what is said first, have no beginning in common", False)
                 self._seat(course, prompt, shared, options.max_tokens)
             one = next(iter(whole.values()))[0] if len(whole) == 1 else prompt
-            made.append(replace(one, token_ids=shared) if whole else prompt)
+            made.append(replace(one, token_ids=shared) if shared else prompt)
         return made
 
     def _seat(self, course: _Course, prompt: Prompt, shared: tuple[int, ...], max_tokens: int) -> None:
@@ -262,7 +264,8 @@ class Episodes:
         """Let the environments answer to the turns that were made."""
         asking = [course for course in asking if self._asks(course)]
         for course in asking:
-            course.play.texts.append(self._turn(course))
+            ids = course.ids[course.since :]
+            course.play.texts.append(self.dialogue.heard(ids[:-1] if course.ended else ids))
         answers = self.environments.answer([course.play for course in asking], tick)
         for course, answer in zip(asking, answers, strict=True):
             self._hear(course, answer)

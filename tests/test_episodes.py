@@ -359,18 +359,18 @@ def test_the_end_token_is_not_written_twice() -> None:
 
 
 def test_tools_of_trl_in_a_conversation(tokenizer, worlds) -> None:
-    """What the model can write here has no braces, so that it is a scripted text that calls."""
+    """What this model can write has no braces, so its tokens are heard as a call."""
     environments = worlds["Counter"]
     dialogue = Dialogue(tokenizer, [END], tool_texts(tokenizer, environments.schemas))
     text = '<tool_call>{"name": "add", "arguments": {"amount": 2}}</tool_call>'
-    dialogue.text = lambda ids: text if ids == [1] else "done"  # type: ignore[method-assign, assignment]
+    dialogue.heard = lambda ids: text if ids == [1] else "done"  # type: ignore[method-assign, assignment]
     engine = Scripted(tokenizer, ["a.", "b."])
     episodes = Episodes(environments, dialogue, 4)
     prompts = prompts_of(tokenizer, [{"role": "user", "content": "q"}], start=1)
     (begun,), ((made,),) = play(episodes, engine, prompts, options=replace(OPTIONS, max_tokens=90))
     assert begun.content[-1]["content"] == "q It is 1 now."
     assert made.episode == Episode(turns=1, calls=1, reward=3.0)
-    assert made.text == f"{text}\ntotal 3\ndone"
+    assert made.text == "a\ntotal 3\nb"
     assert made.mask.count(False) == len(dialogue.after(["total 3"]))
 
 
