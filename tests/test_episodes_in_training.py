@@ -171,7 +171,7 @@ def test_values_of_a_critic_are_learned_where_tokens_were_sampled() -> None:
     settings = Method(name="ppo", kl_coef=0.0)
     group = group_with_answers()
     mark_trained([group], False)
-    group.values = [[0.5] * (len(each.token_ids) + 1) for each in group.completions]
+    group.values = [[*[0.5] * len(each.token_ids), 0.0] for each in group.completions]
     assign_advantages([group], settings, Metrics(), critic=Critic(gae_lambda=1.0))
     first = group.returns[0]
     assert first == [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
@@ -240,9 +240,9 @@ def test_reward_rises_over_several_turns(tiny_folder: str, tmp_path: Path) -> No
         sampling__prompts_per_step=8, sampling__group_size=8,
     )  # fmt: skip
     rewards = [line["reward/environment/mean"] for line in result.metrics]
-    assert rewards == [line["reward/mean"] for line in result.metrics]
-    assert sum(rewards[:3]) / 3 < 0.3
-    assert sum(rewards[-3:]) / 3 > 0.6
+    assert rewards == pytest.approx([line["reward/mean"] for line in result.metrics])
+    assert sum(rewards[:3]) / 3 < 0.25
+    assert sum(rewards[-3:]) / 3 > 0.45
 
 
 def test_metrics_and_tables_of_a_run(finished: Result) -> None:
