@@ -24,6 +24,7 @@ from gruppo.rewards.pool import LOAD_TIMEOUT, TICK_SECONDS, Worker, pickled, wai
 from gruppo.tools.blocks import Pool, PythonBlocks
 
 NAME = "environment"  # of its part of the reward
+MOST_SANDBOXES = 64  # each holds an interpreter and what its blocks have made, until its completion is over
 Tick = Callable[[], None]
 
 
@@ -51,8 +52,9 @@ class Answer:
 
 
 class Environments(Protocol):
-    """What all completions of a step talk to."""
+    """What all completions of a step talk to. `most`: how many may be open at a time."""
 
+    most: int
     stop: tuple[str, ...]
     schemas: list[dict[str, Any]]
     gives_reward: bool
@@ -77,6 +79,7 @@ class Sandboxes:
 
     stop = PythonBlocks.stop
     gives_reward = False
+    most = MOST_SANDBOXES
 
     def __init__(self, pool: Pool, workers: int) -> None:
         self.schemas: list[dict[str, Any]] = []
@@ -134,10 +137,12 @@ class Hosted:
     """Objects of a user's class in processes of their own. A call that takes too long, or kills its process, fails
     alone: the other objects of that process are made again, by what they were given so far."""
 
+    most = sys.maxsize
+
     def __init__(self, settings: Settings, passed: Sequence[str], log: Path | None, reporter: Reporter) -> None:
         """`passed`: names of variables of the environment that the processes get; `log`: a file for what the class
         prints. Raises UsageError."""
-        self.seconds, self.most = settings.seconds, settings.output
+        self.seconds, self.shown = settings.seconds, settings.output
         self._memory, self._passed = as_bytes(settings.memory), list(passed)
         self._load = pickled(
             {"kind": "load", "name": settings.name, "options": dict(settings.options), "path": sys.path}
@@ -264,8 +269,8 @@ class Hosted:
             return Answer(failure="its process gave an answer of no use")
 
     def _cut(self, text: str) -> str:
-        over = len(text) - self.most
-        return text if over <= 0 else f"{text[: self.most]}… ({over} more characters)"
+        over = len(text) - self.shown
+        return text if over <= 0 else f"{text[: self.shown]}… ({over} more characters)"
 
     def _new_worker(self) -> _Host:
         return _Host(self._load, self._output, self._memory, self._passed)

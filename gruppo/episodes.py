@@ -1,6 +1,7 @@
 """Sampling over several turns: the model writes, an environment answers, the model goes on.
 
-All completions of a step go on together: each turn is one call of the engine over those that are not over. Sampled
+All completions of a step go on together (or as many as there may be environments at a time): each turn is one call of
+the engine over those that are not over. Sampled
 token ids stay as they were drawn; those of an answer are appended, with mask False and 0 for a log-probability. Tokens
 that ran on past the text that ended a turn were sampled, so they stay, and the answer follows them.
 
@@ -10,7 +11,7 @@ and the number of the turn behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,8 +135,7 @@ class Episodes:
             [_Course(tuple(key), self._play(prompt, tuple(keys[0]))) for key in keys]
             for prompt, keys in zip(prompts, streams, strict=True)
         ]
-        courses = [course for group in groups for course in group]
-        with reporter.progress(label, len(courses) * options.max_tokens, "tokens") as show:
+        with reporter.progress(label, sum(map(len, groups)) * options.max_tokens, "tokens") as show:
 
             def advance(tokens: float) -> None:
                 stop.check()
@@ -144,12 +144,15 @@ class Episodes:
             def tick() -> None:
                 advance(0)
 
+            begun: list[Prompt] = []
             try:
-                begun = self._begin(prompts, groups, options, tick)
-                while going := [course for course in courses if course.finish is None]:
-                    self._draw(engine, going, options, advance)
-                    self._answer([course for course in going if course.finish is None], tick)
-                self._end(courses, tick)
+                for wave in _waves([len(group) for group in groups], self.environments.most):
+                    begun += self._begin(prompts[wave], groups[wave], options, tick)
+                    own = [course for group in groups[wave] for course in group]
+                    while going := [course for course in own if course.finish is None]:
+                        self._draw(engine, going, options, advance)
+                        self._answer([course for course in going if course.finish is None], tick)
+                    self._end(own, tick)
             finally:
                 self.environments.drop()
         return begun, [[course.completion() for course in group] for group in groups]
@@ -302,6 +305,16 @@ class Episodes:
         for course, answer in zip(over, self.environments.end([course.play for course in over], tick), strict=True):
             if course.failure is None:
                 course.reward, course.failure = answer.reward, answer.failure
+
+
+def _waves(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Stretches of groups with `most` completions together, or a single group where that alone has more."""
+    start = 0
+    for place in range(len(sizes) + 1):
+        if place == len(sizes) or (place > start and sum(sizes[start : place + 1]) > most):
+            if place > start:
+                yield slice(start, place)
+            start = place
 
 
 def _key(course: _Course) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from gruppo.dialogue import Dialogue, tool_texts
 from gruppo.engines import Request, SamplingOptions
 from gruppo.engines.native import NativeEngine
 from gruppo.environments import Hosted, Sandboxes
-from gruppo.episodes import Episodes
+from gruppo.episodes import Episodes, _waves
 from gruppo.errors import UsageError
 from gruppo.interruption import Stop
 from gruppo.models import LanguageModel
@@ -425,3 +425,29 @@ def test_token_ids_are_those_that_the_engine_saw(policy: LanguageModel, worlds, 
     assert [[each.token_ids for each in group] for group in again] == [
         [each.token_ids for each in group] for group in groups
     ], "a completion depends on its stream and its environment alone"
+
+
+def test_waves_by_hand() -> None:
+    def waves(sizes: list[int], most: int) -> list[tuple[int, int]]:
+        return [(each.start, each.stop) for each in _waves(sizes, most)]
+
+    assert waves([4, 4, 4], 8) == [(0, 2), (2, 3)]
+    assert waves([4, 4, 4], 12) == [(0, 3)]
+    assert waves([9, 4, 9], 8) == [(0, 1), (1, 2), (2, 3)]
+    assert waves([], 8) == []
+
+
+def test_waves_change_no_completion(policy: LanguageModel, worlds, monkeypatch) -> None:
+    """Groups that wait for others to be over get what they would have got beside them."""
+    prompts = prompts_of(policy.tokenizer, "ab", "c", "de")
+    streams = [[(0, 1, place, number) for number in range(2)] for place in range(3)]
+    environments = worlds["Letters 9"]
+    episodes = Episodes(environments, Dialogue(policy.tokenizer, policy.eos_ids), 6)
+    asked = NativeEngine(policy, 4), prompts, streams, OPTIONS, Silent(), Stop()
+    together = episodes.play(*asked)
+    monkeypatch.setattr(environments, "most", 3)
+    apart = episodes.play(*asked)
+    assert [[each.token_ids for each in group] for group in apart[1]] == [
+        [each.token_ids for each in group] for group in together[1]
+    ]
+    assert apart[0] == together[0]
