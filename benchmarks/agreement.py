@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def main() -> None:
     given = parser.parse_args()
     task = {"name": "gsm8k", "options": {"data": str(given.data)}}
     settings = {"task": task, "questions": given.questions, "max_tokens": given.max_tokens}
-    opened = open_exams(load_recipe({"model": {"name": given.model, "dtype": "float32"}, "evaluation": settings}))
+    recipe = load_recipe({"model": {"name": given.model, "dtype": "float32"}, "evaluation": settings})
+    opened = open_exams(recipe, Silent(), ExitStack())
     exam = opened.exams[0]
     with tempfile.TemporaryDirectory(prefix="gruppo-agreement-") as held:
         theirs = harness(given, linked(opened.source, Path(held) / "model").location, exam.prompts, Path(held))

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def main() -> None:
     settings = {"task": task, "questions": given.questions, "max_tokens": given.max_tokens}
     recipe = load_recipe({"model": {"name": given.model, "dtype": "bfloat16"}, "evaluation": settings})
     begun = time.perf_counter()
-    opened = open_exams(recipe)
+    opened = open_exams(recipe, Silent(), ExitStack())
     ours_loaded, exam = time.perf_counter() - begun, opened.exams[0]
     longest = max((prompt.token_ids for prompt in exam.prompts), key=len)
     with tempfile.TemporaryDirectory(prefix="gruppo-bench-") as held:

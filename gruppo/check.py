@@ -27,6 +27,7 @@ from gruppo.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
     from gruppo.disk_forecast import Disk
+    from gruppo.episodes import Episodes, Opened
     from gruppo.forecast import Chosen, Workload
     from gruppo.models import LanguageModel, ModelSource
     from gruppo.preparation import Inputs
@@ -115,6 +116,7 @@ def check_recipe(
 
 def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path, seconds: float) -> Check:
     from gruppo.adapters import check_adapters
+    from gruppo.episodes import open_episodes
     from gruppo.models import choose_device, choose_dtype, find_model
     from gruppo.objective import find_surrogate
     from gruppo.preparation import disk_of, load_and_choose, make_pool, workload
@@ -124,13 +126,15 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
         pool = None
+        opened = open_episodes(recipe, folder / "environment.log", reporter, stack)
         if recipe.method.source != "rows":
             log = folder / "rewards.log"
-            pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, log, reporter))
+            pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, log, reporter, opened))
         source = find_model(recipe.model.name, reporter, trust_remote_code=recipe.model.trust_remote_code)
         check_adapters(source, recipe.model.lora)
-        inputs, refused = _tokenize(recipe, data, source, reporter)
+        inputs, refused = _tokenize(recipe, data, source, reporter, opened)
         policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, reporter)
+        episodes = opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None
         asked = workload(recipe, inputs)
         stop.check()
         with reporter.progress("Timing", None, ""):
@@ -170,21 +174,23 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
         )
         seen = [
             *_inspect(check, policy, inputs, refused),
-            *_try(check, policy, inputs, pool, seconds, reporter, stop),
+            *_try(check, policy, inputs, pool, seconds, reporter, stop, episodes),
         ]
         return replace(check, findings=seen)
 
 
-def _tokenize(recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter) -> tuple[Inputs, str | None]:
+def _tokenize(
+    recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter, opened: Opened | None
+) -> tuple[Inputs, str | None]:
     """The prompts, and what training says where it refuses some that are too long: then without these."""
     from gruppo.preparation import tokenize_data
 
     try:
-        return tokenize_data(recipe, data, source, reporter), None
+        return tokenize_data(recipe, data, source, reporter, opened), None
     except UsageError as error:
         filtering = replace(data, training=[replace(part, filter_overlong=True) for part in data.training])
         try:
-            inputs = tokenize_data(recipe, filtering, source, reporter)
+            inputs = tokenize_data(recipe, filtering, source, reporter, opened)
         except UsageError:
             raise error from None
         return inputs, str(error)
@@ -273,9 +279,11 @@ def _try(
     seconds: float,
     reporter: Reporter,
     stop: Stop,
+    episodes: Episodes | None,
 ) -> list[Finding]:
     """All that a few completions show, if there are `seconds` for them, and the gradient."""
     from gruppo import trial
+    from gruppo.environments import NAME
 
     recipe, chosen = check.recipe, check.chosen
     found = []
@@ -284,8 +292,11 @@ def _try(
     elif not seconds:
         found.append(trial.skipped("--quick"))
     else:
-        made = trial.try_out(recipe, policy, inputs, pool, chosen.slots, seconds, reporter, stop)
-        found += trial.judge_trial(recipe, made, pool, seconds)
+        made = trial.try_out(recipe, policy, inputs, pool, chosen.slots, seconds, reporter, stop, episodes)
+        weights = dict(zip(pool.names, pool.weights, strict=True))
+        if episodes is not None and episodes.weight is not None:
+            weights[NAME] = episodes.weight
+        found += trial.judge_trial(recipe, made, weights, seconds)
         if made.completions:
             groups, heat = [*made.groups, *made.unscored], recipe.sampling.temperature
             found.append(trial.compare_logprobs(policy, groups, heat, chosen.micro_batch_tokens))

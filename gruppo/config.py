@@ -250,6 +250,51 @@ class RewardModel(Section):
     """Of a step: 1 if any of its continuations is right, or the share of them that is."""
 
 
+class Environment(Section):
+    """What answers the model while it writes a completion: Python that it writes is run, or a class plays a part, turn
+    by turn. Answers are read by the model and carry no loss. Leave the table out for none. See docs/environments.md."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """"python" (blocks of Python are run in a sandbox and their output follows), "package.module:Class" or
+    "file.py:Class": a class of ours (reset, step) or of TRL's (reset, tools as methods)."""
+    options: dict[str, Any] = {}
+    """Keyword arguments that the class is made with, for every completion anew."""
+    turns: Annotated[int, Field(ge=1)] = 4
+    """How often it answers at the most; what the model writes after the last answer ends the completion."""
+    seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds that one answer may take: a block of Python (also of processor time), or one call of a class."""
+    memory: str = "512 MiB"
+    """What a sandbox, or a process that holds objects of the class, may hold."""
+    output: Annotated[int, Field(ge=1)] = 2000
+    """Characters of an answer that the model is given; more is cut, with a note."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 2
+    """Answers that are made side by side: sandboxes, or processes with objects of the class."""
+    weight: float = 1.0
+    """Weight of the class's get_reward() in the reward, where it has one, beside reward.weights."""
+    run_model_code_WITHOUT_A_SANDBOX: bool = False  # noqa: N815  as ugly as what it does
+    """Run what the model writes as you, with all that you can do. Only on a machine that has nothing to lose."""
+
+    @field_validator("memory")
+    @classmethod
+    def _is_a_size(cls, memory: str) -> str:
+        as_bytes(memory)
+        return memory
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.name != "python" and ":" not in self.name:
+            raise ValueError(
+                f'name = "{self.name}": unknown environment; write "python", "package.module:Class" or "file.py:Class"'
+            )
+        if self.name == "python" and self.options:
+            raise ValueError(f'options = {self.options}: name = "python" has none; remove them')
+        if self.name != "python" and self.run_model_code_WITHOUT_A_SANDBOX:
+            raise ValueError(
+                f'run_model_code_WITHOUT_A_SANDBOX = true: name = "{self.name}" runs no code of the model; remove it'
+            )
+        return self
+
+
 class Audit(Section):
     """A second grader that judges a sample of the completions, and trains nothing: an alarm when the reward rises and
     its verdict does not (DeepSeekMath §5.2.3). Leave the table out for none."""
@@ -540,6 +585,7 @@ class Recipe(Section):
     """Several tasks, drawn from by their weights, in place of [task]."""
     reward: Reward = Reward()
     reward_model: RewardModel | None = None
+    environment: Environment | None = None
     audit: Audit | None = None
     method: Method = Method()
     critic: Critic = Critic()
@@ -560,6 +606,7 @@ class Recipe(Section):
             raise ValueError("[task] and [[mixture]] both say where questions come from; write one of them")
         self._exams_agree()
         self._rounds_agree()
+        self._environment_agrees()
         if self.method.source == "rows" and self.reward.functions:
             raise ValueError(
                 f'reward.functions = {self.reward.functions}: method.source = "rows" scores nothing; remove it'
@@ -589,6 +636,18 @@ class Recipe(Section):
         titles = [each.title for each in self.benchmarks]
         if twice := [title for title in titles if titles.count(title) > 1]:
             raise ValueError(f'benchmarks: two are called "{twice[0]}"; give one of them another name')
+
+    def _environment_agrees(self) -> None:
+        """Fields that go together with an environment. Raises ValueError."""
+        if self.environment is None:
+            return
+        if self.method.source == "rows":
+            raise ValueError('[environment]: method.source = "rows" samples nothing; leave the table out')
+        if self.reward_model is not None:
+            raise ValueError(
+                "[environment]: a [reward_model] is labelled by completions that are sampled without it; leave one of "
+                "the two tables out"
+            )
 
     def _rounds_agree(self) -> None:
         """Fields of iterations, of the reward model and of the audit. Raises ValueError."""
@@ -826,7 +885,7 @@ def _explain(details: ErrorDetails) -> str:
         known = section.model_fields if section else []
         return f"{field} = {_short(details['input'])}: unknown {what}{nearest(location[-1], known)}"
     if kind == "missing":
-        example = {"audit.function": "math"}.get(field, "smollm2-135m-instruct")
+        example = {"audit.function": "math", "environment.name": "python"}.get(field, "smollm2-135m-instruct")
         return f'{field}: missing; write e.g. {location[-1]} = "{example}" in [{".".join(location[:-1])}]'
     if kind == "value_error":
         message = str(details["ctx"]["error"])

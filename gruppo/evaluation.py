@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gruppo.config import Decoding, Recipe, Task, load_recipe
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
+from gruppo.episodes import open_episodes
 from gruppo.errors import RunError, UsageError
 from gruppo.figures import Question, figures
 from gruppo.interruption import Stop
@@ -325,42 +327,53 @@ def evaluate_recipe(
     reporter, stop = reporter or Silent(), stop or Stop()
     if recipe.evaluation is None:
         raise UsageError("evaluation: missing; the recipe describes no evaluation: write [evaluation] in it")
-    opened = open_exams(recipe.model_copy(update={"benchmarks": []}), model, tokenizer, reporter)
-    return hold(opened.exams[0], opened.engine, recipe.run.seed, reporter, stop)
+    with ExitStack() as stack:
+        alone = recipe.model_copy(update={"benchmarks": []})
+        candidate = open_exams(alone, reporter, stack, model, tokenizer)
+        return hold(candidate.exams[0], candidate.engine, recipe.run.seed, reporter, stop, candidate.sample)
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model that is ready to answer the exams of a recipe."""
+class Candidate:
+    """A model that is ready to answer the exams of a recipe, by `sample`."""
 
     source: ModelSource
     policy: LanguageModel
     engine: Engine
     exams: list[Exam]
+    sample: Sampler
 
 
 def open_exams(
     recipe: Recipe,
+    reporter: Reporter,
+    stack: ExitStack,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    reporter: Reporter | None = None,
-) -> Opened:
-    """Read a recipe's exams and load its model, or take one in memory. Whatever is wrong with the exams is a UsageError
-    before weights are loaded."""
-    reporter = reporter or Silent()
+) -> Candidate:
+    """Read a recipe's exams and load its model, or take one in memory; processes of an environment are left to `stack`.
+    Whatever is wrong with the exams is a UsageError before weights are loaded."""
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     rows = read_exams(recipe, reporter)
     source = find_model(
         recipe.model.name if model is None else model, reporter, tokenizer, recipe.model.trust_remote_code
     )
+    opened = open_episodes(recipe, None, reporter, stack)
+    tools = opened.tools(source.tokenizer) if opened else None
 
     def tokenize(part: Part, room: int, most: int) -> list[Prompt]:
         with reporter.progress(f"Tokenizing {part.name}", min(len(part.rows), most), "prompts") as advance:
-            return tokenize_part(part, source.tokenizer, source.context, room, source.vocabulary, most, advance)[0]
+            context, known = source.context, source.vocabulary
+            return tokenize_part(part, source.tokenizer, context, room, known, most, advance, tools)[0]
 
     exams = [make_exam(each, recipe, tokenize) for each in rows]
     policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
-    prompt = max(len(prompt.token_ids) for exam in exams for prompt in exam.prompts)
+    prompts = [prompt for exam in exams for prompt in exam.prompts]
+    sample: Sampler = sample_groups
     room = max(exam.options.max_tokens for exam in exams)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if opened is not None:
+        sample = opened.episodes(policy.tokenizer, policy.eos_ids, prompts).sample
+        longest += room  # what was written before a turn is its prompt
     wanted = max(len(exam.prompts) * exam.samples for exam in exams)
-    return Opened(source, policy, NativeEngine(policy, choose_slots(policy, prompt, room, wanted)), exams)
+    return Candidate(source, policy, NativeEngine(policy, choose_slots(policy, longest, room, wanted)), exams, sample)

@@ -56,7 +56,8 @@ class Answering:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run asks for, at the most; lengths in tokens."""
+    """What a run asks for, at the most; lengths in tokens. `turns`: completions are written in several, and each is a
+    prompt of its own then."""
 
     prompt_tokens: int
     max_tokens: int
@@ -66,6 +67,7 @@ class Workload:
     critic: bool = False
     reward_model: bool = False
     exams: tuple[Answering, ...] = ()
+    turns: bool = False
 
     @property
     def answers(self) -> int:
@@ -76,6 +78,12 @@ class Workload:
     def completions(self) -> int:
         """Completions of a step."""
         return self.prompts_per_step * self.group_size
+
+    def drawn(self, completions: int, prompts: int, prompt_tokens: int, max_tokens: int) -> tuple[int, int, int, int]:
+        """The same four numbers of what the engine is given at the most."""
+        if not self.turns:
+            return completions, prompts, prompt_tokens, max_tokens
+        return completions, completions, prompt_tokens + max_tokens, max_tokens
 
     def micro_batches(self, budget: int) -> list[list[tuple[int, list[int]]]]:
         """The layouts that `pack` makes of a step whose prompts and completions all have the greatest length."""
@@ -365,9 +373,13 @@ def forecast_memory(
     if len(layouts) == 1:  # they come as activations go
         gradients = max(0, gradients - activations - logits)
     step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
-    cache, work = _generation(footprint, slots, *step)
+    cache, work = _generation(footprint, slots, *workload.drawn(*step))
     exams = [
-        _generation(footprint, slots, exam.answers, exam.questions, exam.question_tokens, exam.answer_tokens)
+        _generation(
+            footprint,
+            slots,
+            *workload.drawn(exam.answers, exam.questions, exam.question_tokens, exam.answer_tokens),
+        )
         for exam in workload.exams
     ]
     evaluation_cache, evaluation_work = max(exams, key=sum, default=(0, 0))

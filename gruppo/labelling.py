@@ -60,6 +60,8 @@ def label(
     files that are there are kept. Raises UsageError, and gruppo.interruption.Interrupted on SIGINT or SIGTERM.
     """
     settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
+    if settings.environment is not None:
+        raise UsageError("[environment]: labels are of completions that are sampled without one; leave the table out")
     wanted = settings.reward_model or RewardModel(kind="process")
     if settings.method.source == "rows" or not settings.reward.functions:
         raise UsageError(

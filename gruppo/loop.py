@@ -42,6 +42,7 @@ from gruppo.checkpoint import (
 from gruppo.config import Optimizer
 from gruppo.critic import critic_loss, score_values
 from gruppo.disk import WriteError
+from gruppo.environments import NAME as ENVIRONMENT
 from gruppo.errors import RunError, first_line, out_of_memory
 from gruppo.evaluation import Evaluation, hold
 from gruppo.figures import figure_metrics
@@ -353,6 +354,9 @@ class _Run:
         """Of whatever judges, by name."""
         pool = self.parts.pool
         weights = dict(zip(pool.names, pool.weights, strict=True)) if pool else {}
+        episodes = self.parts.episodes
+        if episodes is not None and episodes.weight is not None:
+            weights[ENVIRONMENT] = episodes.weight
         return weights | ({NAME: self.judge.settings.weight} if self.judge else {})
 
     def _explore(self, step: int, metrics: Metrics, clock: _Clock) -> list[Group]:
@@ -388,7 +392,14 @@ class _Run:
         size = recipe.sampling.group_size
         streams = [[(recipe.run.seed, step, cursor + i, j) for j in range(size)] for i in range(count)]
         with clock("generate"), self.stop.anywhere():
-            sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
+            if parts.episodes is None:
+                sampled = sample_groups(parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop)
+            elif self.recorded is not None:
+                prompts, sampled = self.recorded.played(prompts, streams)
+            else:
+                prompts, sampled = parts.episodes.play(
+                    parts.sampler, prompts, streams, parts.sampling, self.reporter, self.stop
+                )
         score = partial(self._judge, step, prompts, sampled, parts.pool, metrics)
         with clock("reward"), self.stop.anywhere():
             recorded = self.recorded
@@ -411,7 +422,8 @@ class _Run:
     ) -> list[Group]:
         """Groups with the rewards that functions and the reward model give them; audited, where the recipe asks."""
         try:
-            groups = score_groups(prompts, sampled, pool, self._told(), metrics, self.reporter, self.stop)
+            weight = self.parts.episodes.weight if self.parts.episodes else None
+            groups = score_groups(prompts, sampled, pool, self._told(), metrics, self.reporter, self.stop, weight)
         except RunError:  # a process that was replaced cannot load the functions again
             self._save_once()
             raise
@@ -549,7 +561,7 @@ class _Run:
     ) -> dict[str, Any]:
         parts = self.parts
         describe_groups(groups, metrics, by_task=len(parts.prompts.parts) > 1)
-        tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+        tokens = sum(sum(c.mask) for group in groups for c in group.completions)
         metrics.mean("optimizer/learning_rate", rate)
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
         metrics.maximum("memory/micro_batch_tokens", parts.sizes.micro_batch_tokens)
@@ -575,7 +587,9 @@ class _Run:
         files = []
         for failure in failures_of(groups):
             assert self.parts.pool is not None
-            file = keep_call(self.run.path, step, failure, self.parts.pool, self._told())
+            file = None
+            if failure.name in self.parts.pool.names:  # an environment's call cannot be repeated alone
+                file = keep_call(self.run.path, step, failure, self.parts.pool, self._told())
             files += [] if file is None else [file]
             told = {"reward": failure.name, "completions": failure.completions, "file": file}
             message = f"{failure.name}: {failure.why}"
@@ -645,7 +659,9 @@ class _Run:
         parts, state, start = self.parts, self.state, time.monotonic()
         due = [exam for exam in parts.exams if exam.due(state.step, self._at_end)]
         with self.stop.anywhere():
-            outcomes = [hold(exam, parts.engine, self.recipe.run.seed, self.reporter, self.stop) for exam in due]
+            sample = sample_groups if parts.episodes is None else parts.episodes.sample
+            seed = self.recipe.run.seed
+            outcomes = [hold(exam, parts.engine, seed, self.reporter, self.stop, sample) for exam in due]
         rows = [outcome.rows() for outcome in outcomes]
         self.run.table("evaluations", state.step, list(chain(*rows)), EVALUATIONS)
         values: dict[str, Any] = {"step": state.step}

@@ -24,7 +24,7 @@ from gruppo.checkpoint import file_sha256
 from gruppo.config import Recipe
 from gruppo.disk import writing
 from gruppo.errors import UsageError
-from gruppo.evaluation import Exam, Opened, answer, answer_rows, check_graders, graded, open_exams
+from gruppo.evaluation import Candidate, Exam, answer, answer_rows, check_graders, graded, open_exams
 from gruppo.figures import Question, compare, figures
 from gruppo.interruption import Stop
 from gruppo.judge import Judge
@@ -102,21 +102,21 @@ def measure(
             return read_evaluation(out)
     with ExitStack() as stack:
         stack.enter_context(telling_what_stands(out) if out is not None else nullcontext())
-        opened = open_exams(recipe, model, tokenizer, reporter)
-        scorer = _Scorer(recipe, opened, reporter) if recipe.reward_model is not None else None
+        candidate = open_exams(recipe, reporter, stack, model, tokenizer)
+        scorer = _Scorer(recipe, candidate, reporter) if recipe.reward_model is not None else None
         run = None
         if out is not None:
             run = RunFolder(out)
             stack.callback(run.close)
-            prompts = [prompt for exam in opened.exams for prompt in exam.prompts]
+            prompts = [prompt for exam in candidate.exams for prompt in exam.prompts]
             identity = {
-                "weights_sha256": weights_sha256(opened.policy.model),
+                "weights_sha256": weights_sha256(candidate.policy.model),
                 "data_sha256": data_sha256(prompts, ()),
-                "kernels": kernels_sha256(opened.policy.dtype),
-                "dtype": str(opened.policy.dtype).removeprefix("torch."),
+                "kernels": kernels_sha256(candidate.policy.dtype),
+                "dtype": str(candidate.policy.dtype).removeprefix("torch."),
             }
             run.start_same(recipe, EVALUATION, identity)
-        papers = [_paper(recipe, opened, exam, scorer, reporter, stop) for exam in opened.exams]
+        papers = [_paper(recipe, candidate, exam, scorer, reporter, stop) for exam in candidate.exams]
         return _write(recipe.model.name, papers, run, reporter)
 
 
@@ -158,12 +158,12 @@ class _Paper:
 
 
 def _paper(
-    recipe: Recipe, opened: Opened, exam: Exam, scorer: _Scorer | None, reporter: Reporter, stop: Stop
+    recipe: Recipe, candidate: Candidate, exam: Exam, scorer: _Scorer | None, reporter: Reporter, stop: Stop
 ) -> _Paper:
     """An exam that the model answers."""
 
     def make(places: range) -> list[dict[str, Any]]:
-        answers = answer(opened.engine, exam, places, recipe.run.seed, reporter, stop)
+        answers = answer(candidate.engine, exam, places, recipe.run.seed, reporter, stop, candidate.sample)
         verdicts = graded(exam, places, answers, stop)
         prompts = [exam.prompts[place] for place in places]
         return answer_rows(exam, prompts, answers, verdicts, scorer.scores(prompts, answers) if scorer else None)
@@ -197,14 +197,14 @@ def _write(model: str, papers: Sequence[_Paper], run: RunFolder | None, reporter
 class _Scorer:
     """The recipe's reward model, and what it gives answers."""
 
-    def __init__(self, recipe: Recipe, opened: Opened, reporter: Reporter) -> None:
+    def __init__(self, recipe: Recipe, candidate: Candidate, reporter: Reporter) -> None:
         """Raises UsageError where there is no such model, or one that does not read the policy's tokens."""
         assert recipe.reward_model is not None
-        self.settings, policy = recipe.reward_model, opened.policy
-        source = find_like(self.settings.name, "reward_model.name", opened.source, reporter)
+        self.settings, policy = recipe.reward_model, candidate.policy
+        source = find_like(self.settings.name, "reward_model.name", candidate.source, reporter)
         model = load_reward_model(source, self.settings.kind, policy.device.type, recipe.model.dtype, reporter)
         longest = max(
-            len(prompt.token_ids) + exam.options.max_tokens for exam in opened.exams for prompt in exam.prompts
+            len(prompt.token_ids) + exam.options.max_tokens for exam in candidate.exams for prompt in exam.prompts
         )
         sizes = Sizes(min(4 * longest, most_tokens(longest)), 1, longest)
         self.judge = Judge(model, None, self.settings, policy.tokenizer, sizes, 1.0)

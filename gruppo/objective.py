@@ -159,13 +159,16 @@ def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[li
     else:
         made = iter(advantages(compared, settings.baseline, settings.scale))
     values = [next(made) if len(each) >= alone else torch.zeros_like(each) for each in rewards]
-    lengths = [
-        len(completion.token_ids)
+    masks = [
+        completion.mask
         for group in groups
         for completion, used in zip(group.completions, group.trained, strict=True)
         if used
     ]
-    return [[value] * length for value, length in zip(chain(*(each.tolist() for each in values)), lengths, strict=True)]
+    return [
+        [value if sampled else 0.0 for sampled in mask]
+        for value, mask in zip(chain(*(each.tolist() for each in values)), masks, strict=True)
+    ]
 
 
 def _add_step_advantages(group: Group, weights: Mapping[str, float] | None) -> None:
@@ -178,9 +181,10 @@ def _add_step_advantages(group: Group, weights: Mapping[str, float] | None) -> N
         given = [(torch.tensor(each.rewards, dtype=torch.float64), each.ends) for each in steps]
         weight = (weights or {}).get(name, 1.0)
         for number, added in zip(used, process_advantages([given], [lengths])[0], strict=True):
-            held = group.advantages[number]
+            held, mask = group.advantages[number], group.completions[number].mask
             group.advantages[number] = [
-                before + weight * more for before, more in zip(held, added.tolist(), strict=True)
+                before + weight * more if sampled else 0.0
+                for before, more, sampled in zip(held, added.tolist(), mask, strict=True)
             ]
 
 
@@ -274,12 +278,13 @@ def _reward(group: Group, number: int) -> float:
 def _penalties(group: Group, number: int, settings: Method) -> Tensor:
     """β log(π_old/π_ref) of each token of a completion, 0 where it was not sampled and without a KL in the reward."""
     old, ref = group.old_logprobs[number], group.ref_logprobs[number]
-    mask = torch.tensor(group.completions[number].mask, dtype=torch.float64)
+    mask = torch.tensor(group.completions[number].mask, dtype=torch.bool)
     if not settings.kl_in_reward:
-        return torch.zeros_like(mask)
+        return torch.zeros(len(mask), dtype=torch.float64)
     assert old is not None
     assert ref is not None
-    return settings.kl_coef * mask * (torch.tensor(old, dtype=mask.dtype) - torch.tensor(ref, dtype=mask.dtype))
+    apart = torch.tensor(old, dtype=torch.float64) - torch.tensor(ref, dtype=torch.float64)
+    return settings.kl_coef * torch.where(mask, apart, 0.0)
 
 
 @torch.no_grad()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gruppo.config import Reward as RewardSettings
 from gruppo.disk_forecast import Disk, exam_count, forecast_disk, still_needed
 from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine
+from gruppo.episodes import Episodes, Opened, open_episodes
 from gruppo.errors import UsageError
 from gruppo.evaluation import Exam, make_exam
 from gruppo.forecast import Answering, Chosen, Workload, budget_bytes, choose_sizes, measure_footprint, process_bytes
@@ -50,7 +51,7 @@ from gruppo.runlog import RunFolder, check_folder, checkpoint_folders
 from gruppo.sizes import FittingEngine, Sizes
 from gruppo.steps import find_split
 from gruppo.tables import as_json
-from gruppo.tasks import Part, tokenize_part
+from gruppo.tasks import Part, ToolTexts, tokenize_part
 from gruppo.tasks.given import Given, given_completions
 from gruppo.tasks.mixture import Mixture
 from gruppo.types import Prompt
@@ -62,7 +63,8 @@ class Prepared:
 
     `sampler`: what completions are drawn from, the policy's `engine` or one of the start model. `given`: by prompt id
     the completions that rows bring; then there is no `pool`. `critic`: the value model, of PPO only. `reward_model`
-    has a `reward_optimizer` where it is trained. `audit`: the second grader's pool. `changes`: what is no longer
+    has a `reward_optimizer` where it is trained. `audit`: the second grader's pool. `episodes`: what samples where the
+    recipe has an environment. `changes`: what is no longer
     as it was when the run began, in words; `filtered`: how many rows of each task were left out as too long.
     """
 
@@ -86,6 +88,7 @@ class Prepared:
     sampling: SamplingOptions
     changes: list[str]
     filtered: dict[str, int]
+    episodes: Episodes | None = None
 
 
 def prepare(
@@ -109,8 +112,10 @@ def prepare(
     # Again, as another run may have come and gone before the lock was ours.
     check_folder(folder, recipe, resume, links_to=links_to)
     pool, judge = None, recipe.reward_model
+    opened = open_episodes(recipe, folder / "environment.log", reporter, stack, played=links_to is None)
     if recipe.method.source != "rows":
-        pool = stack.enter_context(make_pool(recipe, rewards, data, folder / "rewards.log", reporter))
+        log = folder / "rewards.log"
+        pool = stack.enter_context(make_pool(recipe, rewards, data, log, reporter, opened))
     audit = None
     if recipe.audit is not None:
         audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, folder / "rewards.log", reporter))
@@ -127,8 +132,8 @@ def prepare(
         find_split(judge.split)
         judge_source = find_like(judge.name, "reward_model.name", source, reporter)
         check_kind(judge_source.config, judge.kind)
-    inputs = tokenize_data(recipe, data, source, reporter)
-    digests = pool.digests if pool else []
+    inputs = tokenize_data(recipe, data, source, reporter, opened)
+    digests = [*(pool.digests if pool else []), *(opened.environments.digests if opened else [])]
     policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, reporter)
     policy = replace(policy, recompute=chosen.get("recompute", False))  # unsaid by runs from before there was a choice
     reference = policy.frozen_copy() if recipe.method.needs_reference else None
@@ -169,16 +174,24 @@ def prepare(
         sampling=inputs.sampling,
         changes=changes,
         filtered=inputs.filtered,
+        episodes=opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None,
     )
 
 
 def make_pool(
-    recipe: Recipe, rewards: Sequence[str | RewardFunction], data: Data, log: Path, reporter: Reporter
+    recipe: Recipe,
+    rewards: Sequence[str | RewardFunction],
+    data: Data,
+    log: Path,
+    reporter: Reporter,
+    opened: Opened | None = None,
 ) -> RewardPool:
-    """The reward processes of a recipe. Raises UsageError where a reward cannot be used on its data."""
+    """The reward processes of a recipe; none where its environment alone gives the reward. Raises UsageError where a
+    reward cannot be used on its data."""
     own = recipe.reward
     confined = _memory_each(own), own.environment, reporter
-    return RewardPool(rewards, own.weights, data.columns, own.timeout, own.workers, log, own.options, *confined)
+    workers = 0 if opened is not None and opened.environments.gives_reward and not rewards else own.workers
+    return RewardPool(rewards, own.weights, data.columns, own.timeout, workers, log, own.options, *confined)
 
 
 def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, reporter: Reporter) -> RewardPool:
@@ -214,11 +227,18 @@ class Inputs:
         """Of all exams."""
         return [prompt for exam in self.exams for prompt in exam.prompts]
 
+    @property
+    def all_prompts(self) -> Iterator[Prompt]:
+        """Those to train on and those to evaluate on."""
+        return chain(self.prompts, self.questions)
 
-def tokenize_data(recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter) -> Inputs:
+
+def tokenize_data(
+    recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter, opened: Opened | None = None
+) -> Inputs:
     """The prompts and questions of a recipe. Raises UsageError where one does not fit the model, or the grader."""
     limit = recipe.sampling.max_tokens
-    tokens = _Tokens(source, reporter)
+    tokens = _Tokens(source, reporter, opened.tools(source.tokenizer) if opened else None)
     parts = [tokens.of(part, limit) for part in data.training]
     given: dict[str, Given] = {}
     if recipe.method.source == "rows":
@@ -284,14 +304,15 @@ def workload(recipe: Recipe, inputs: Inputs) -> Workload:
             )
             for exam in inputs.exams
         ),
+        turns=recipe.environment is not None,
     )
 
 
 class _Tokens:
     """Turns the rows of tasks into prompts, and counts those that were left out."""
 
-    def __init__(self, source: ModelSource, reporter: Reporter) -> None:
-        self.source, self.reporter = source, reporter
+    def __init__(self, source: ModelSource, reporter: Reporter, tools: ToolTexts | None = None) -> None:
+        self.source, self.reporter, self.tools = source, reporter, tools
         self.filtered: dict[str, int] = {}
 
     def of(self, part: Part, max_tokens: int, most: int | None = None) -> list[Prompt]:
@@ -300,7 +321,7 @@ class _Tokens:
         total = min(len(part.rows), most or len(part.rows))
         with self.reporter.progress(f"Tokenizing {part.name}", total, "prompts") as advance:
             prompts, left_out = tokenize_part(
-                part, source.tokenizer, source.context, max_tokens, source.vocabulary, most, advance
+                part, source.tokenizer, source.context, max_tokens, source.vocabulary, most, advance, self.tools
             )
         self._left_out(part, left_out, len(prompts))
         return prompts

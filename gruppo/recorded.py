@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gruppo.labels import Labelled, read_labels
 from gruppo.models import LanguageModel
 from gruppo.opening import read_lines
 from gruppo.reporting import Advance
-from gruppo.types import Completion, Group, Prompt, Reward, Steps
+from gruppo.types import Completion, Episode, Group, Prompt, Reward, Steps
 
 Row = dict[str, Any]
 
@@ -48,6 +48,21 @@ class Recorded:
                 raise UsageError(f"{self._table(step)}: holds other questions than the run's recipe draws in that step")
             made.append([_completion(row) for row in rows])
         return made
+
+    def played(
+        self, prompts: Sequence[Prompt], streams: Sequence[Sequence[tuple[int, ...]]]
+    ) -> tuple[list[Prompt], list[list[Completion]]]:
+        """Prompts with what environments said first, and the completions; see `gruppo.episodes.Episodes.play`."""
+        begun, made = [], []
+        for prompt, keys in zip(prompts, streams, strict=True):
+            _, step, draw, _ = keys[0]
+            rows = self._group(step, draw)
+            if rows[0]["prompt_id"] != prompt.id or len(rows) != len(keys):
+                raise UsageError(f"{self._table(step)}: holds other questions than the run's recipe draws in that step")
+            content = rows[0]["prompt"] if isinstance(prompt.content, str) else json.loads(rows[0]["prompt"])
+            begun.append(replace(prompt, content=content, token_ids=tuple(rows[0]["prompt_token_ids"])))
+            made.append([_completion(row) for row in rows])
+        return begun, made
 
     def load_weights(self, policy: LanguageModel, version: int) -> None:
         """See `Engine`. What was drawn stays as it is."""
@@ -115,13 +130,15 @@ def read_groups(table: Path) -> list[list[Row]]:
 
 def _completion(row: Row) -> Completion:
     drawn = row["sampling_logprobs"] or [float("nan")] * len(row["token_ids"])
+    told = row.get("episode")  # not in tables from before there were environments
     return Completion(
         token_ids=tuple(row["token_ids"]),
-        sampling_logprobs=tuple(drawn),
+        sampling_logprobs=tuple(0.0 if each is None else each for each in drawn),
         mask=tuple(row["mask"]),
         finish_reason=row["finish_reason"],
         policy_version=row["policy_version"],
         text=row["text"],
+        episode=None if told is None else Episode(**json.loads(told)),
     )
 
 

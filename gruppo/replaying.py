@@ -149,7 +149,7 @@ def replay(
             gradient_norm=lines[step].get("optimizer/gradient_norm"),
             differences=differences,
             earlier=earlier,
-            notes=[*prepared.changes, *passed, *_notes(folder, step, begun)],
+            notes=[*prepared.changes, *passed, *_of_environment(recipe), *_notes(folder, step, begun)],
         )
 
 
@@ -235,6 +235,11 @@ def _link(folder: Path, scratch: Path, step: int) -> list[str]:
                 else:
                     passed.append(f"a nearer checkpoint could not be used: {path.name}: {problem}")
     return passed
+
+
+def _of_environment(recipe: Recipe) -> Iterator[str]:
+    if recipe.environment is not None:
+        yield "what the environment said, and its rewards, are taken as they were recorded; it was not asked again"
 
 
 def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gruppo.engines import Engine, Request, SamplingOptions
+from gruppo.environments import NAME
 from gruppo.interruption import Stop
 from gruppo.reporting import Reporter
+from gruppo.rewards import with_part
 from gruppo.rewards.pool import RewardPool
 from gruppo.tasks.given import Given
-from gruppo.types import Completion, Group, Metrics, Prompt, Reward
+from gruppo.types import Completion, Episode, Group, Metrics, Prompt, Reward
 
 
 def sample_groups(
@@ -43,8 +45,10 @@ def score_groups(
     metrics: Metrics,
     reporter: Reporter,
     stop: Stop,
+    environment: float | None = None,
 ) -> list[Group]:
-    """Groups with their rewards; what reward functions log goes into `metrics`."""
+    """Groups with their rewards; what reward functions log goes into `metrics`. `environment`: the weight of what
+    environments give, None where they give nothing."""
     with reporter.progress("Rewarding", len(prompts), "groups") as show:
 
         def advance(groups: float) -> None:
@@ -55,10 +59,19 @@ def score_groups(
     stop.check()
     for name, values in logged.items():
         metrics.mean(f"reward/log/{name}", sum(values), len(values))
-    return [
-        Group(prompt, completions, scored)
-        for prompt, completions, scored in zip(prompts, sampled, rewards, strict=True)
-    ]
+    groups = []
+    for prompt, completions, scored in zip(prompts, sampled, rewards, strict=True):
+        whole = [_with_episode(*each, environment) for each in zip(scored, completions, strict=True)]
+        groups.append(Group(prompt, completions, whole))
+    return groups
+
+
+def _with_episode(reward: Reward, completion: Completion, weight: float | None) -> Reward:
+    """A reward with what the completion's environment gave; one that failed makes the completion abstain."""
+    told = completion.episode
+    if told is None or (weight is None and told.failure is None):
+        return reward
+    return with_part(reward, NAME, weight or 0.0, told.reward if told.failure is None else told.failure)
 
 
 def given_groups(prompts: Sequence[Prompt], given: Mapping[str, Given]) -> list[Group]:
@@ -98,11 +111,22 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = F
             for name, steps in reward.steps.items():
                 metrics.mean(f"reward/{name}/step_mean", sum(steps.rewards), len(steps.rewards))
                 metrics.mean(f"reward/{name}/steps", len(steps.rewards))
-            metrics.mean("completion/length", len(completion.token_ids))
-            metrics.maximum("completion/length_max", len(completion.token_ids))
-            metrics.minimum("completion/length_min", len(completion.token_ids))
+            metrics.mean("completion/length", sum(completion.mask))
+            metrics.maximum("completion/length_max", sum(completion.mask))
+            metrics.minimum("completion/length_min", sum(completion.mask))
             metrics.mean("completion/truncated", completion.finish_reason == "length")
             metrics.mean("completion/trained", used)
+            if completion.episode is not None:
+                _describe_episode(completion, completion.episode, metrics)
             if used and advantages:
                 metrics.maximum("advantage/max", max(advantages))
                 metrics.minimum("advantage/min", min(advantages))
+
+
+def _describe_episode(completion: Completion, told: Episode, metrics: Metrics) -> None:
+    metrics.mean("environment/turns", told.turns)
+    metrics.mean("environment/called", told.calls > 0)
+    metrics.mean("environment/calls", told.calls)
+    metrics.mean("environment/errors", told.errors, told.calls)
+    metrics.mean("environment/failed", told.failure is not None)
+    metrics.mean("environment/tokens", completion.mask.count(False))

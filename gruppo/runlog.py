@@ -38,23 +38,15 @@ from gruppo.opening import object_of, read_metrics, read_object, reading, requir
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
 TABLES = ("rollouts", "evaluations", "labels")
+_LOGS = ("rewards.log", "rewards.old.log", "environment.log", "environment.old.log")  # of users' code
 _FILES = (
-    *APPENDED,
-    "recipe.toml",
-    "folder.json",
-    "environment.json",
-    "summary.json",
-    "rewards.log",
-    "lock",
-    "results.json",
-)
+    *APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "results.json", *_LOGS, "lock",
+)  # fmt: skip
 _FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
 # What a folder can hold.
 RUN, LABELS, REWARD_MODEL, EVALUATION = "run", "set of labels", "reward model", "evaluation"
 _ASIDE = ".replaced-"
-_FIRST = {  # there before the recipe
-    "lock", "rewards.log", "rewards.old.log", "recipe.toml.writing", "folder.json", "folder.json.writing",
-}  # fmt: skip
+_FIRST = {"lock", *_LOGS, "recipe.toml.writing", "folder.json", "folder.json.writing"}  # there before the recipe
 _held: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +32,7 @@ ROLLOUTS = pa.schema(
         "steps": _TEXT,
         "failure": _TEXT,
         "extra": _TEXT,
+        "episode": _TEXT,
         "trained": _YES,
         "skipped": _TEXT,
         "prompt_token_ids": pa.list_(_WHOLE),
@@ -110,10 +113,16 @@ def nobody_drew(completion: Completion) -> bool:
     return any(map(math.isnan, completion.sampling_logprobs))
 
 
+def _where_sampled(mask: Sequence[bool], values: Sequence[float] | None) -> list[float | None] | None:
+    if values is None:
+        return None
+    return [value if sampled else None for value, sampled in zip(values, mask, strict=True)]
+
+
 def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """A row a completion: texts, token ids and their texts, log-probabilities, rewards, advantages, and whether the
     completion was trained on or why not. Lists have one entry a token; log-probabilities that were not computed are
-    None."""
+    None, as are those of tokens that were not sampled."""
     texts: dict[int, str] = {}
 
     def token_text(token: int) -> str:
@@ -133,6 +142,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
             "skipped": group.skipped,
         }
         for number, (completion, reward) in enumerate(zip(group.completions, group.rewards, strict=True)):
+            sampled = partial(_where_sampled, completion.mask)
             rows.append(
                 {
                     **shared,
@@ -145,13 +155,14 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "steps": as_json({name: each._asdict() for name, each in reward.steps.items()}),
                     "failure": reward.failure,
                     "extra": as_json(dict(reward.extra)),
+                    "episode": None if completion.episode is None else as_json(asdict(completion.episode)),
                     "trained": group.trained[number],
                     "token_ids": list(completion.token_ids),
                     "token_texts": [token_text(token) for token in completion.token_ids],
                     "mask": list(completion.mask),
-                    "sampling_logprobs": None if nobody_drew(completion) else list(completion.sampling_logprobs),
-                    "old_logprobs": group.old_logprobs[number],
-                    "ref_logprobs": group.ref_logprobs[number],
+                    "sampling_logprobs": None if nobody_drew(completion) else sampled(completion.sampling_logprobs),
+                    "old_logprobs": sampled(group.old_logprobs[number]),
+                    "ref_logprobs": sampled(group.ref_logprobs[number]),
                     "advantages": group.advantages[number],
                     "values": group.values[number] if group.values else None,
                     "returns": group.returns[number] if group.returns else None,

@@ -17,6 +17,7 @@ from gruppo.config import Method, Recipe
 from gruppo.derivative import Derivative, compare, shortened, signal, with_arbitrary_rewards
 from gruppo.engines import SamplingOptions
 from gruppo.engines.native import NativeEngine
+from gruppo.episodes import Episodes
 from gruppo.findings import Finding
 from gruppo.forecast import Chosen
 from gruppo.interruption import Stop
@@ -97,6 +98,7 @@ def try_out(
     seconds: float,
     reporter: Reporter,
     stop: Stop,
+    episodes: Episodes | None = None,
 ) -> Trial:
     """Sample and score groups as the first steps of a run would, until there are enough or `seconds` are over, for
     sampling and for rewards each. A round has twice as many groups as the one before, if the time seems to allow them,
@@ -112,14 +114,19 @@ def try_out(
         start = time.monotonic()
         try:
             until = _Deadline(stop, seconds - made.sampling_seconds)
-            sampled = sample_groups(engine, prompts, streams, inputs.sampling, reporter, until, "Sampling a trial")
+            asked = engine, prompts, streams, inputs.sampling, reporter, until, "Sampling a trial"
+            if episodes is None:
+                sampled = sample_groups(*asked)
+            else:
+                prompts, sampled = episodes.play(*asked)
             made.sampling_seconds += time.monotonic() - start
             start = time.monotonic()
             until = _Deadline(stop, seconds - made.reward_seconds)
             made.unscored = [
                 Group(prompt, each, [Reward(None, {})] * size) for prompt, each in zip(prompts, sampled, strict=True)
             ]
-            made.groups += score_groups(prompts, sampled, pool, state, Metrics(), reporter, until)
+            weight = None if episodes is None else episodes.weight
+            made.groups += score_groups(prompts, sampled, pool, state, Metrics(), reporter, until, weight)
             made.unscored = []
             made.reward_seconds += time.monotonic() - start
         except _Late:
@@ -131,8 +138,8 @@ def try_out(
     return made
 
 
-def judge_trial(recipe: Recipe, trial: Trial, pool: RewardPool, seconds: float) -> list[Finding]:
-    """Findings on completions, rewards and signals of a trial."""
+def judge_trial(recipe: Recipe, trial: Trial, weights: Mapping[str, float], seconds: float) -> list[Finding]:
+    """Findings on completions, rewards and signals of a trial. `weights`: of whatever rewards, by name."""
     if not trial.completions:
         each = recipe.sampling.group_size
         return [Finding(
@@ -148,9 +155,9 @@ def judge_trial(recipe: Recipe, trial: Trial, pool: RewardPool, seconds: float) 
             "make it quicker, write more reward.workers, or give more time with --seconds",
         ))  # fmt: skip
     if trial.groups:
-        found += judge_rewards(recipe, trial, dict(zip(pool.names, pool.weights, strict=True)))
+        found += judge_rewards(recipe, trial, weights)
     if any(each.total is not None for each in trial.rewards):
-        found.append(judge_signal(recipe, trial, dict(zip(pool.names, pool.weights, strict=True))))
+        found.append(judge_signal(recipe, trial, weights))
     return found
 
 
@@ -346,7 +353,9 @@ def compare_logprobs(policy: LanguageModel, groups: Sequence[Group], temperature
     apart = []
     for batch in pack(taken, lambda lengths: [[1.0] * len(row) for row in lengths], budget, True, policy.device):
         with policy.precision():
-            apart.append((score(policy, batch, temperature)[0].double() - batch.sampling_logprobs.double()).abs().cpu())
+            trainers = score(policy, batch, temperature)[0].double()
+        drawn = batch.weights != 0
+        apart.append((trainers - batch.sampling_logprobs.double())[drawn].abs().cpu())
     return judge_difference(torch.cat(apart), str(policy.dtype).removeprefix("torch."))
 
 

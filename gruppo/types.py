@@ -46,8 +46,22 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Episode:
+    """What an environment tells of a completion: how often it answered (`turns`), how many tools or blocks of Python
+    the model called and how many of those calls failed; its reward, None where it gives none. `failure`: in words, why
+    it could not go on, or not judge."""
+
+    turns: int = 0
+    calls: int = 0
+    errors: int = 0
+    reward: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer, as token ids. `mask` is False where a token was not sampled (tool output) and carries no loss.
+    """One answer, as token ids. `mask` is False where a token was not sampled (tool output) and carries no loss; its
+    sampling log-probability is then no number that means anything (0). `episode`: there with an environment only.
 
     `finish_reason`: "stop" if the model ended its turn (the end token is the last of `token_ids`), "length" if it
     was cut at the maximum. It comes from the engine, never from looking for a padding id.
@@ -59,6 +73,7 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int
     text: str
+    episode: Episode | None = None
 
 
 class Steps(NamedTuple):

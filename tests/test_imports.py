@@ -16,7 +16,8 @@ LEVELS = [
     ["maths", "stats", "tasks", "opening", "runlog", "results", "watch", "figures"],
     ["attention", "body", "models", "adapters", "tools"],
     ["engines", "rewards", "packing", "checkpoint", "tables", "preflight", "steps"],
-    ["sizes", "nonfinite"],
+    ["sizes", "nonfinite", "host", "environments", "dialogue"],
+    ["episodes"],
     ["rollout", "objective", "heads", "critic", "updates", "reward_model", "labels", "judge", "audit", "recorded"],
     ["evaluation", "forecast"],
     ["disk_forecast", "submissions"],
@@ -88,6 +89,7 @@ def test_help_and_recipes_need_no_torch() -> None:
 
 def test_reward_processes_need_no_torch() -> None:
     rooms = "import gruppo.rewards.worker, gruppo.rewards.rules, gruppo.rewards.formats, gruppo.rewards.lengths"
+    rooms += ", gruppo.host, gruppo.tools.guess"
     assert not {"torch", "transformers", "sympy"} & loaded_by(rooms)
     used = 'from gruppo.tasks.answers import same_mathematics; same_mathematics("1", "1")'
     assert not {"torch", "transformers"} & loaded_by(used)

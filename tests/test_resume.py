@@ -40,7 +40,7 @@ def uninterrupted(tiny_folder: str, questions: dict, tmp_path_factory: pytest.Te
 
 MOMENTS = {
     "while sampling": ("gruppo.engines.native._Flight.decode", 40),
-    "while rewarding": ("gruppo.rewards.pool._Worker._receive", 15),
+    "while rewarding": ("gruppo.rewards.pool.Worker._receive", 15),
     "while updating": ("gruppo.loop.batch_loss", 7),
     "between inner updates": ("gruppo.loop._Run._update", 8),
     "before a step is written": ("gruppo.loop._Run._write_step", 3),

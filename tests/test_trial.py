@@ -162,10 +162,10 @@ class _Pool:
 
 
 def test_what_took_too_long_is_said() -> None:
-    (none,) = judge_trial(recipe(), Trial(late=True), _Pool(), 5)  # type: ignore[arg-type]
+    (none,) = judge_trial(recipe(), Trial(late=True), {"r": 1.0}, 5)
     assert (none.severity, "in 5 s" in none.what) == ("warning", True)
     hung = Trial(unscored=trial_of([None, None]).groups, sampling_seconds=1.0, late=True)
-    assert graded(judge_trial(recipe(), hung, _Pool(), 5)) == {"completions": "ok", "reward": "problem"}  # type: ignore[arg-type]
+    assert graded(judge_trial(recipe(), hung, {"r": 1.0}, 5)) == {"completions": "ok", "reward": "problem"}
 
 
 def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,9 @@ CASES: dict[str, dict[str, Any]] = {
     "rloo": {"method__name": "rloo", "method__kl_coef": None, **RULE},
     "reinforce-pp": {"method__name": "reinforce-pp", "method__kl_coef": None, **RULE},
     "gspo": {"method__name": "gspo", "method__kl_coef": None, **RULE},
+    "several turns": {
+        "environment__name": "tests/tools/worlds.py:Letters", "environment__workers": 1, "sampling__max_tokens": 16,
+    },
     "grpo-process": {"method__name": "grpo-process", "reward__functions": ["tests/rewards/functions.py:steps"]},
 }  # fmt: skip
 QUICK = ("grpo", "iterative, process", "ppo")
@@ -86,7 +89,7 @@ CALLS = {
     "loading": "gruppo.preparation.load_model",
     "restoring": "gruppo.loop.load_tensors",
     "sampling": "gruppo.engines.native._Flight.decode",
-    "rewarding": "gruppo.rewards.pool._Worker._receive",
+    "rewarding": "gruppo.rewards.pool.Worker._receive",
     "evaluating": "gruppo.evaluation.grade",
     "labelling": "gruppo.loop.label_rows",
     "training a reward model": "gruppo.judge.update",

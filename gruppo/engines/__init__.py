@@ -32,7 +32,8 @@ class SamplingOptions:
     keeps the k likeliest tokens (0: all; equal ones at the border stay), `top_p` the likeliest that together have this
     probability, `min_p` those with this share of the likeliest one's. A completion ends with an end token, before the
     first text of `stop` (its tokens are kept, its text is not), or after `max_tokens`; never before `min_tokens`,
-    until which end tokens have probability 0. Training takes the full distribution and no stop.
+    until which end tokens have probability 0. Training takes the full distribution; its only stops are where an
+    environment takes over.
     """
 
     temperature: float

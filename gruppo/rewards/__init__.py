@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gruppo.errors import UsageError, nearest
@@ -103,3 +104,17 @@ def combine(
         if math.isfinite(total)
         else Reward(None, parts, "sum overflows", extra)
     )
+
+
+def with_part(reward: Reward, name: str, weight: float, value: float | str | None) -> Reward:
+    """A reward with one part more, as if a function had given it; text is the reason of a failure."""
+    if isinstance(value, str):
+        why = "; ".join(filter(None, (reward.failure, f"{name}: {value}")))
+        parts, failures = {**reward.parts, name: None}, {**reward.failures, name: value}
+        return replace(reward, total=None, parts=parts, failure=why, failures=failures)
+    known = reward.total is not None or reward.failure is None
+    if value is None or not known:
+        return replace(reward, parts={**reward.parts, name: value})
+    total = weight * value + (reward.total or 0.0)
+    failure = None if math.isfinite(total) else "sum overflows"
+    return replace(reward, total=None if failure else total, parts={**reward.parts, name: value}, failure=failure)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cloudpickle
@@ -70,7 +71,7 @@ class RewardPool:
         process may hold, 0 for no limit; `environment`: names of variables that are passed on, besides the usual ones
         (gruppo.rewards.confinement). Raises UsageError where a function cannot be imported, made with its options, or
         called."""
-        if not functions:
+        if not functions and workers:
             raise UsageError('reward.functions = []: there is no reward; write e.g. functions = ["number"]')
         self.names = _unique([_name(function) for function in functions])
         self.weights = list(weights) or [1.0] * len(functions)
@@ -90,15 +91,15 @@ class RewardPool:
             "columns": list(columns),
             "path": sys.path,
         }
-        self._load, self._memory = _pickled(load), memory
-        self._workers: list[_Worker] = []
+        self._load, self._memory = pickled(load), memory
+        self._workers: list[Worker] = []
         self._output = Output(log) if log is not None else None
         try:
             for _ in range(workers):
                 self._workers.append(self._new_worker())
             with (reporter or Silent()).progress("Loading reward functions", workers, "processes") as show:
                 loaded = [worker.load(show) for worker in self._workers]
-            self.digests = loaded[0]
+            self.digests = loaded[0] if loaded else []
         except BaseException:
             self.close()
             raise
@@ -137,7 +138,7 @@ class RewardPool:
 
         def call(job: _Job) -> bytes:
             message = {"kind": "call", "function": job[1], "arguments": arguments[job[0]], "state": dict(state)}
-            return _pickled(message)
+            return pickled(message)
 
         def done(job: _Job, answer: Mapping[str, Any]) -> None:
             outcomes[job] = _outcome(answer, groups[job[0]][1])
@@ -167,7 +168,7 @@ class RewardPool:
         tick: Callable[[], None],
     ) -> None:
         """Give jobs to idle workers until all are done. A worker without a job may be loading its functions."""
-        busy: dict[_Worker, tuple[_Job | None, float]] = {}
+        busy: dict[Worker, tuple[_Job | None, float]] = {}
         try:
             while jobs or any(job is not None for job, _ in busy.values()):
                 for worker in [each for each in self._workers if each not in busy]:
@@ -180,7 +181,7 @@ class RewardPool:
                         busy[worker] = jobs[0], time.monotonic() + self.timeout
                         worker.send(call(jobs.popleft()))
                 patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
-                _wait(busy, min(patience, TICK_SECONDS))
+                wait(busy, min(patience, TICK_SECONDS))
                 self._collect(busy, done)
                 tick()
         except BaseException:
@@ -190,7 +191,7 @@ class RewardPool:
             raise
 
     def _collect(
-        self, busy: dict[_Worker, tuple[_Job | None, float]], done: Callable[[_Job, Mapping[str, Any]], None]
+        self, busy: dict[Worker, tuple[_Job | None, float]], done: Callable[[_Job, Mapping[str, Any]], None]
     ) -> None:
         """Take the answers that have come, and give up on workers whose time is over."""
         for worker, (job, deadline) in list(busy.items()):
@@ -207,20 +208,24 @@ class RewardPool:
             else:
                 raise RunError(_reload_problem(answer))
 
-    def _new_worker(self) -> _Worker:
-        return _Worker(self._load, self._output, self._memory, self.environment)
+    def _new_worker(self) -> Worker:
+        return Worker(self._load, self._output, self._memory, self.environment)
 
-    def _replace(self, worker: _Worker) -> _Worker:
+    def _replace(self, worker: Worker) -> Worker:
         self._workers[self._workers.index(worker)] = made = self._new_worker()
         return made
 
 
-class _Worker:
-    """A reward process and the pipes to it."""
+class Worker:
+    """A process that runs users' code, and the pipes to it. `module`: its program; the others are for errors."""
+
+    module = "gruppo.rewards.worker"
+    field, limit, log = "reward.functions", "reward.timeout", "rewards.log"
+    variables: Mapping[str, str] = MappingProxyType({})  # of its environment, whatever the trainer's has
 
     def __init__(self, load: bytes, output: Output | None, memory: int, environment: Sequence[str]) -> None:
         self._mark = secrets.token_hex(16)
-        self._environment = clean_environment(environment, self._mark)
+        self._environment = {**clean_environment(environment, self._mark), **self.variables}
         call_read, call_write = os.pipe()
         answer_read, answer_write = os.pipe()
         self.channel = Channel(answer_read, call_write)
@@ -228,7 +233,7 @@ class _Worker:
         arguments = [str(each) for each in (call_read, answer_write, memory, os.getpid())]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", "-X", "faulthandler", "-m", "gruppo.rewards.worker", *arguments],
+                [sys.executable, "-u", "-X", "faulthandler", "-m", self.module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=printed,
@@ -243,6 +248,7 @@ class _Worker:
             os.close(call_read)
             os.close(answer_write)
         self.dead = self.loaded = False
+        self.told: dict[str, Any] = {}  # when it was loaded
         self._sent = 0
         self.send(load)
 
@@ -265,7 +271,7 @@ class _Worker:
         if time.monotonic() < deadline:
             return None
         self.kill()
-        return {"failure": "took longer than its time (reward.timeout)"}
+        return {"failure": f"took longer than its time ({self.limit})"}
 
     def _receive(self, content: bytes) -> dict[str, Any]:
         try:
@@ -292,7 +298,7 @@ class _Worker:
             self.process.wait(1)
         code = self.process.returncode
         self.kill()
-        return {"failure": f"its process died ({_how(code)}); see rewards.log"}
+        return {"failure": f"its process died ({_how(code)}); see {self.log}"}
 
     def _nonsense(self) -> dict[str, Any]:
         self.kill()
@@ -302,19 +308,19 @@ class _Worker:
         """Wait until the functions are loaded; a hash of each one's code. Raises UsageError where they cannot be."""
         deadline = time.monotonic() + LOAD_TIMEOUT
         while (answer := self.answer_by(deadline)) is None:
-            _wait([self], TICK_SECONDS)
+            wait([self], TICK_SECONDS)
             show(0)
         if "digests" in answer:
-            self.loaded = True
+            self.loaded, self.told = True, answer
             digests: list[str] = answer["digests"]
             show(1)
             return digests
         if time.monotonic() >= deadline:
             raise UsageError(
-                f"reward.functions: loading them takes longer than {LOAD_TIMEOUT:.0f} s; do less at import, and "
+                f"{self.field}: loading them takes longer than {LOAD_TIMEOUT:.0f} s; do less at import, and "
                 "download a reward model before the run: hf download NAME"
             )
-        raise UsageError(str(answer.get("error") or f"reward.functions: while importing them, {answer['failure']}"))
+        raise UsageError(str(answer.get("error") or f"{self.field}: while importing them, {answer['failure']}"))
 
     def kill(self) -> None:
         """Kill the process and whatever it has started."""
@@ -329,7 +335,7 @@ class _Worker:
         self.channel.close()
 
 
-def _wait(workers: Iterable[_Worker], seconds: float) -> None:
+def wait(workers: Iterable[Worker], seconds: float) -> None:
     """Until one of the workers has something to read, or takes more of what is written to it; at most so long."""
     poll = select.poll()
     for worker in workers:
@@ -355,7 +361,7 @@ def _reload_problem(answer: Mapping[str, Any]) -> str:
     return f"a reward process was replaced, and its functions could not be loaded again ({why}); mend them and resume"
 
 
-def _pickled(message: Mapping[str, Any]) -> bytes:
+def pickled(message: Mapping[str, Any]) -> bytes:
     """cloudpickle carries more but is slower."""
     try:
         return pickle.dumps(message)

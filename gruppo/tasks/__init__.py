@@ -19,7 +19,7 @@ from gruppo.errors import UsageError, nearest
 from gruppo.imports import import_attribute
 from gruppo.reporting import Advance, Reporter
 from gruppo.tasks.transform import in_held_out, prompt_text, transform
-from gruppo.types import Prompt, Row
+from gruppo.types import Message, Prompt, Row
 from gruppo.userpath import is_dir, is_file, user_path
 
 if TYPE_CHECKING:  # reward processes import this package and need neither
@@ -233,6 +233,28 @@ def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
     return transform(_checked(rows, source), Task(), "task", source)
 
 
+@dataclass(frozen=True)
+class ToolTexts:
+    """What prompts tell the model of its tools: `schemas`, where its chat template has a place for them, else `text`,
+    in the system message."""
+
+    schemas: Sequence[Mapping[str, Any]] = ()
+    text: str = ""
+
+    def told(self, content: str | list[Message]) -> str | list[Message]:
+        """A prompt with the text. Raises UsageError where it is no conversation."""
+        if isinstance(content, str):
+            raise UsageError(
+                "the environment has tools, which need conversations, and the prompt is plain text; write "
+                'task.system = "" (for rows of text), or take rows with messages'
+            )
+        if not self.text:
+            return content
+        if content[0]["role"] == "system":
+            return [{**content[0], "content": f"{content[0]['content']}\n\n{self.text}"}, *content[1:]]
+        return [{"role": "system", "content": self.text}, *content]
+
+
 def tokenize_part(
     part: Part,
     tokenizer: PreTrainedTokenizerBase,
@@ -241,8 +263,10 @@ def tokenize_part(
     vocabulary: int | None = None,
     most: int | None = None,
     advance: Advance = lambda _: None,
+    tools: ToolTexts | None = None,
 ) -> tuple[list[Prompt], int]:
-    """Turn rows into prompts, `most` at the most: messages through the chat template, once; text as it stands.
+    """Turn rows into prompts, `most` at the most: messages through the chat template, once; text as it stands. `tools`:
+    what prompts say of them, in front.
 
     A prompt may have as many tokens as `context` leaves beside `max_tokens`, and no more than the task allows; the
     second value is how many longer ones were left out, where the task says so. Nothing is ever cut, and the ids are
@@ -256,7 +280,9 @@ def tokenize_part(
         if len(prompts) == most:
             break
         where = f"{part.name}, row {number + 1}"
-        token_ids = _tokens(row, tokenizer, where)
+        if tools is not None:
+            row = {**row, "prompt": tools.told(row["prompt"])}  # noqa: PLW2901
+        token_ids = _tokens(row, tokenizer, where, tools)
         advance(1)
         if len(token_ids) > limit and part.filter_overlong:
             overlong += 1
@@ -290,9 +316,9 @@ def tokenize_rows(
     return tokenize_part(Part(task, rows, range(len(rows))), tokenizer, context, max_tokens, vocabulary)[0]
 
 
-def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: ToolTexts | None = None) -> list[int]:
     try:
-        token_ids = _token_ids(row["prompt"], tokenizer)
+        token_ids = prompt_tokens(row["prompt"], tokenizer, tools)
     except UsageError:
         raise
     except Exception as error:  # a chat template is a program of the model's
@@ -305,7 +331,10 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> list[in
     return token_ids
 
 
-def _token_ids(content: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_tokens(
+    content: str | list[Message], tokenizer: PreTrainedTokenizerBase, tools: ToolTexts | None = None
+) -> list[int]:
+    """The token ids of a prompt: messages through the chat template, text as it stands."""
     if not isinstance(content, str):
         if not tokenizer.chat_template:
             raise UsageError(
@@ -313,9 +342,10 @@ def _token_ids(content: str | list[dict[str, Any]], tokenizer: PreTrainedTokeniz
                 '(for a column of text: template = "{question}"), or take an instruction-tuned model'
             )
         begun = content[-1]["role"] == "assistant"  # the model goes on with what it is given of its answer
+        schemas: dict[str, Any] = {"tools": list(tools.schemas)} if tools is not None and tools.schemas else {}
         return list(
             tokenizer.apply_chat_template(
-                content, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False
+                content, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False, **schemas
             )
         )
     begins = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))

@@ -1,4 +1,4 @@
-"""What a model may use while it answers: Python, run in a sandbox (docs/sandbox.md)."""
+"""What a model can use while it completes a prompt: Python in a sandbox, and environments of several turns."""
 
 from gruppo.tools.pool import PythonPool, Session
 from gruppo.tools.process import Ran, Status

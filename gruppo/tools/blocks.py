@@ -1,0 +1,97 @@
+"""Python that a model writes into its answer, run block by block: tool-integrated reasoning (ToRA, DeepSeekMath).
+
+    ```python
+    print(3 * 7)
+    ```
+    ```output
+    21
+    ```
+
+The closing fence ends the turn; the output follows in the same turn of the conversation. The blocks of a completion
+share one interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from gruppo.tools.environment import Turn
+
+_FENCE = "```"
+_LANGUAGES = ("python", "python3", "py")
+
+
+class Ran(Protocol):
+    """What running a block gave: text that is safe to show, and "ok" or what went wrong."""
+
+    output: str
+    status: str
+
+
+class Session(Protocol):
+    """An interpreter of its own, confined; it forgets nothing between blocks unless it says so."""
+
+    def run(self, code: str) -> Any:
+        """Run a block; a `Ran`, within the limits of the session's pool."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class Pool(Protocol):
+    """Where sessions come from; see gruppo.tools.pool."""
+
+    def session(self) -> Any:
+        """A new `Session`."""
+
+    def close(self) -> None:
+        """End all of them."""
+
+
+class PythonBlocks:
+    """The environment of one completion: see the top of this file."""
+
+    stop: tuple[str, ...] = (f"\n{_FENCE}\n",)
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.session: Session | None = None
+
+    def reset(self, row: Mapping[str, Any], seed: int) -> str | None:
+        """Nothing to say."""
+        return None
+
+    def step(self, text: str) -> Turn:
+        """Run the block that the text ends with, if it ends with one."""
+        code = last_block(text)
+        if code is None:
+            return Turn()
+        if self.session is None:
+            self.session = self.pool.session()
+        ran: Ran = self.session.run(code)
+        output = ran.output.strip("\n")
+        shown = f"{_FENCE}output\n{output}\n{_FENCE}\n" if output else f"{_FENCE}output\n{_FENCE}\n"
+        return Turn(shown, calls=1, errors=int(ran.status != "ok"))
+
+    def close(self) -> None:
+        """End its interpreter."""
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+
+def last_block(text: str) -> str | None:
+    """The code of the block of Python whose closing fence ends the text, white space apart; None where none does."""
+    opened: tuple[int, str] | None = None
+    code, lines = None, text.rstrip().split("\n")
+    for place, line in enumerate(lines):
+        bare = line.strip()
+        if opened is None and bare.startswith(_FENCE):
+            opened, code = (place, bare.removeprefix(_FENCE).strip().lower()), None
+        elif opened is not None and bare == _FENCE:
+            start, language = opened
+            opened = None
+            if language in _LANGUAGES and place == len(lines) - 1:
+                code = "\n".join(lines[start + 1 : place])
+    return code
