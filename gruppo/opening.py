@@ -98,6 +98,8 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
                     raise UsageError(f"{path}: holds more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
                 batches.append(batch)
             table = pa.Table.from_batches(batches, file.schema_arrow).replace_schema_metadata(None)
+            if len(table) != file.metadata.num_rows:  # a page's header, which has no checksum, says that it is no page
+                raise ValueError(f"{len(table)} of {file.metadata.num_rows} rows can be read")
         return table if schema is None else table.select(schema.names).cast(schema)
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, UsageError):
