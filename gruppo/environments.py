@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 from gruppo.config import Environment as Settings
 from gruppo.config import as_bytes
-from gruppo.errors import RunError, UsageError
-from gruppo.imports import import_attribute
+from gruppo.errors import RunError
 from gruppo.reporting import Reporter
 from gruppo.rewards.output import Output
 from gruppo.rewards.pool import LOAD_TIMEOUT, TICK_SECONDS, Worker, pickled, wait
+from gruppo.tools import Limits, PythonPool
 from gruppo.tools.blocks import Pool, PythonBlocks
 
 NAME = "environment"  # of its part of the reward
@@ -301,12 +301,8 @@ def open_environments(
 
 
 def _python_pool(settings: Settings) -> Pool:
-    try:
-        limits, pool = (import_attribute(f"gruppo.tools.pool:{name}", NAME) for name in ("Limits", "PythonPool"))
-    except UsageError as error:
-        raise UsageError(f'environment.name = "python": this build has no sandbox ({error})') from None
-    made: Pool = pool(
-        limits(
+    return PythonPool(
+        Limits(
             seconds=settings.seconds,
             processor_seconds=settings.seconds,
             memory=as_bytes(settings.memory),
@@ -315,4 +311,3 @@ def _python_pool(settings: Settings) -> Pool:
         ready=settings.workers,
         run_model_code_WITHOUT_A_SANDBOX=settings.run_model_code_WITHOUT_A_SANDBOX,
     )
-    return made

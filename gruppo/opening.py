@@ -99,6 +99,8 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
                 batches.append(batch)
             held = batches[0].schema if batches else file.schema_arrow
             table = pa.Table.from_batches(batches, held).replace_schema_metadata(None)
+            if len(table) != file.metadata.num_rows:  # a page's header, which has no checksum, says that it is no page
+                raise ValueError(f"{len(table)} of {file.metadata.num_rows} rows can be read")
         return table if schema is None else table.select(schema.names).cast(schema)
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, UsageError):

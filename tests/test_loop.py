@@ -53,7 +53,7 @@ def test_summary(finished: Result) -> None:
     assert summary == finished.summary
     assert set(summary) == {
         "state", "steps", "train_seconds", "accuracy_before", "accuracy_after", "interval_before", "interval_after",
-        "questions", "peak_memory_bytes", "weights_sha256",
+        "questions", "benchmarks", "peak_memory_bytes", "weights_sha256",
     }  # fmt: skip
     assert summary["state"] == "done"
     assert summary["steps"] == 6

@@ -37,7 +37,8 @@ def given(node: ast.Call, name: str) -> str | None:
 
 
 def test_nothing_reads_a_pickle_from_a_file() -> None:
-    """Those that are read come through pipes from our own processes: calls of rewards, and reasoning-gym's rows."""
+    """Those that are read come through pipes from our own processes: calls of rewards and environments, and
+    reasoning-gym's rows."""
     reading = {
         f"{path}: {ast.unparse(node)}"
         for path, node in CALLS
@@ -45,6 +46,7 @@ def test_nothing_reads_a_pickle_from_a_file() -> None:
         and named(node).split(".")[0] not in {"json", "tomllib", "worker"}
     } - {"gruppo/tasks/__init__.py: load(split, **options)"}  # a user's function
     assert reading == {
+        "gruppo/host.py: pickle.loads(content)",
         "gruppo/rewards/worker.py: pickle.loads(content)",
         "gruppo/rewards/loading.py: pickle.loads(source)",
         "gruppo/tasks/gym.py: pickle.load(stream)",
@@ -59,7 +61,7 @@ def test_forbidden_calls() -> None:
              "serve_forever", "start_server",
              "HTTPServer", "init_process_group", "load_state_dict_from_url", "read_pickle"}  # fmt: skip
     own = {"re.compile", "model.eval", "loaded[0].eval"} | {
-        f"inspect.signature({each}).bind" for each in ("method", "load")
+        f"inspect.signature({each}).bind" for each in ("method", "load", "tool", "kind")
     }
     found = {
         f"{path}: {named(node)}"

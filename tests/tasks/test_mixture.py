@@ -92,7 +92,7 @@ def read(data: dict, folder: Path) -> Data:
 def test_ids_are_unique_though_a_file_stands_twice(files: list[str], tmp_path: Path) -> None:
     data = read(mixed("m", files), tmp_path / "run")
     assert [part.name for part in data.training] == [files[0], files[1], f"{files[0]}#2"]
-    assert [part.name for part in data.questions] == [f"{name} (held out)" for name in files] + [
+    assert [part.name for part in data.exams[0].parts] == [f"{name} (held out)" for name in files] + [
         f"{files[0]} (held out)#2"
     ]
     assert data.columns == ["answer"]
