@@ -29,7 +29,7 @@ from gruppo.reporting import Reporter, Silent
 from gruppo.rollout import sample_groups
 from gruppo.tables import as_json
 from gruppo.tasks import Part, tokenize_part
-from gruppo.tasks.answers import GRADERS, find_grader, last_number
+from gruppo.tasks.answers import GRADERS, Named, last_number
 from gruppo.tasks.grading import Verdict, verdicts
 from gruppo.tasks.mixture import interleaved
 from gruppo.types import Completion, Prompt
@@ -43,14 +43,14 @@ CHUNK = 1024  # answers that are sampled in one go; what was sampled before is k
 class Exam:
     """Questions, how they are answered, and who grades the answers.
 
-    `name`: of the task, "" for the held-out questions of a run. `graders`: names, by the task of a prompt. `every`:
+    `name`: of the task, "" for the held-out questions of a run. `graders`: by the task of a prompt. `every`:
     steps between two times that it is held in a run, 0 for its beginning and end only. `domain`: whether the recipe
     trains on questions of its kind.
     """
 
     name: str
     prompts: Sequence[Prompt]
-    graders: Mapping[str, str]
+    graders: Mapping[str, Named]
     options: SamplingOptions
     samples: int
     every: int
@@ -162,25 +162,24 @@ def vote(verdict: Verdict) -> str | None:
 _NUMERIC = re.compile(r"[-−+$€£]?[\d,./]+%?", re.ASCII)
 
 
-def mark(text: str, prompt: Prompt, grader: str) -> Verdict:
+def mark(text: str, prompt: Prompt, grader: Named) -> Verdict:
     """The verdict on an answer. Raises RunError where a grader of the user's raises, or gives anything but yes or no;
     it has no rules of extraction, and votes by the last number, or else by the whole text."""
-    if grader in GRADERS:
+    if grader.name in GRADERS:
         try:
-            return verdicts(text, prompt.columns, grader)
+            return verdicts(text, prompt.columns, grader.name)
         except Exception as error:
-            raise _failed(grader, prompt, error) from error
+            raise _failed(grader.name, prompt, error) from error
     number = last_number(text)
     said = text.strip() if number is None else str(number)
-    return Verdict(_graded(grader, text, prompt), said or None, grader)
+    return Verdict(_graded(grader, text, prompt), said or None, grader.name)
 
 
-def _graded(name: str, text: str, prompt: Prompt) -> bool:
-    grader = find_grader(name)
+def _graded(named: Named, text: str, prompt: Prompt) -> bool:
     try:
-        verdict: Any = grader(text, prompt.columns)
+        verdict: Any = named.grader(text, prompt.columns)
     except Exception as error:
-        raise _failed(name, prompt, error) from error
+        raise _failed(named.name, prompt, error) from error
     if hasattr(verdict, "item"):
         verdict = verdict.item()  # numpy's bool
     if hasattr(verdict, "close"):
@@ -217,7 +216,7 @@ def make_exam(rows: ExamRows, recipe: Recipe, tokenize: Tokenize) -> Exam:
     return exam
 
 
-def check_graders(graders: Mapping[str, str], prompts: Sequence[Prompt]) -> None:
+def check_graders(graders: Mapping[str, Named], prompts: Sequence[Prompt]) -> None:
     """Try graders on an empty answer to every question, before any work. Raises UsageError where one fails."""
     for prompt in prompts:
         try:

@@ -12,7 +12,7 @@ from gruppo.reporting import Reporter
 from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_path
 from gruppo.runlog import check_folder
 from gruppo.tasks import Part, load_questions, load_training
-from gruppo.tasks.answers import find_grader, last_number
+from gruppo.tasks.answers import Named, find_grader, last_number
 from gruppo.tasks.benchmarks import default_grader, domain
 from gruppo.types import Row
 
@@ -20,13 +20,13 @@ from gruppo.types import Row
 @dataclass(frozen=True)
 class ExamRows:
     """The rows of an exam: of the run's [evaluation], whose `name` is "", or of one of its [[benchmarks]]. `parts`:
-    several where the held-out rows of mixed tasks are asked. `graders`: names, by those of the parts. `domain`:
+    several where the held-out rows of mixed tasks are asked. `graders`: by the names of the parts. `domain`:
     "in-domain" where the recipe trains on questions of its kind."""
 
     name: str
     settings: Evaluation
     parts: list[Part]
-    graders: dict[str, str]
+    graders: dict[str, Named]
     domain: str | None
 
 
@@ -128,11 +128,10 @@ def _own_exams(recipe: Recipe, reporter: Reporter) -> list[ExamRows]:
     return exams
 
 
-def _grader(settings: Evaluation, task: str) -> str:
-    """The name of the grader of a task's answers. Raises UsageError for an unknown one."""
+def _grader(settings: Evaluation, task: str) -> Named:
+    """The grader of a task's answers. Raises UsageError for an unknown one."""
     name = settings.grader or default_grader(task)
-    find_grader(name)
-    return name
+    return Named(name, find_grader(name))
 
 
 def _told_apart(parts: Sequence[Part]) -> list[Part]:

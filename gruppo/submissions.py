@@ -19,7 +19,7 @@ from gruppo.evaluation import Exam
 from gruppo.preflight import ExamRows
 from gruppo.reporting import Reporter
 from gruppo.tasks import data_file
-from gruppo.tasks.answers import find_grader
+from gruppo.tasks.answers import Named, find_grader
 from gruppo.tasks.files import read_file
 from gruppo.types import Completion, Prompt, Row
 
@@ -59,8 +59,8 @@ def read_submission(
         name, domain = exams[0].name, exams[0].domain
         graders = {part: each for exam in exams for part, each in exam.graders.items()}
     else:
-        find_grader(grader or "number")
-        name, domain, graders = path.stem, None, {path.stem: grader or "number"}
+        asked = grader or "number"
+        name, domain, graders = path.stem, None, {path.stem: Named(asked, find_grader(asked))}
     fewest = min(map(len, answers.values()))
     exam = Exam(name, list(prompts.values()), graders, SamplingOptions(0.0, 1), fewest, 0, domain)
     if known.count > len(prompts):

@@ -8,7 +8,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from gruppo.errors import UsageError, nearest
 from gruppo.imports import import_attribute
@@ -173,6 +173,13 @@ GRADERS: dict[str, Grader] = {
     "choice": _grade_choice,
     "reasoning_gym": _grade_gym,
 }
+
+
+class Named(NamedTuple):
+    """A grader by its name."""
+
+    name: str
+    grader: Grader
 
 
 def find_grader(name: str) -> Grader:

@@ -29,7 +29,7 @@ from gruppo.rollout import describe_groups
 from gruppo.runlog import RunFolder
 from gruppo.steps import checked_ends, lines, step_tokens
 from gruppo.tables import EVALUATIONS, ROLLOUTS, as_json, rollout_rows
-from gruppo.tasks.answers import find_grader, last_number, same_mathematics, same_number, same_text
+from gruppo.tasks.answers import Named, find_grader, last_number, same_mathematics, same_number, same_text
 from gruppo.tasks.grading import Verdict, verdicts
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward
 from tests.conftest import make_tokenizer
@@ -86,7 +86,7 @@ def test_mathematics_of_all_kinds(parts: list[str], answer: list[str]) -> None:
 )
 def test_graders_on_all_kinds(text: str, grader: str, columns: dict) -> None:
     with clear():
-        given = mark(text, Prompt("t/0", "q", (1,), "t", columns), grader)
+        given = mark(text, Prompt("t/0", "q", (1,), "t", columns), Named(grader, find_grader(grader)))
         assert find_grader(grader)(text, columns) is given.correct
 
 
@@ -255,7 +255,9 @@ def test_tables_hold_what_was_made(
     assert [row["token_ids"] for row in read] == ids
     assert [row["reward"] for row in read] == rewards[: len(ids)]
     json.loads(read[0]["columns"])
-    exam = Exam("", [prompt], {prompt.task: "exact_match"}, SamplingOptions(0.0, 12), len(ids), 0, None)
+    exam = Exam(
+        "", [prompt], {prompt.task: Named("exact_match", same_text)}, SamplingOptions(0.0, 12), len(ids), 0, None
+    )
     verdicts = [[Verdict(True, text, "exact_match", {"boxed": False}) for _ in ids]]
     outcome = Evaluation(exam, [group.completions], verdicts)
     run.table("evaluations", 1, outcome.rows(), EVALUATIONS)
