@@ -37,6 +37,7 @@ class Asking:
     fields: Mapping[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     reward_model: str | None = None
+    environment: str | None = None
     overrides: Sequence[str] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
 
@@ -51,6 +52,9 @@ class Asking:
         base.pop("reward_model", None)
         if self.reward_model is not None:
             base |= self._judge(self.reward_model)
+        uses_tools = self.options.get("prompt") == "tool" and "environment" not in base
+        if name := self.environment or ("python" if uses_tools else None):
+            base["environment"] = {**base.get("environment", {}), "name": name}
         made = load_recipe(base, self.overrides).as_mapping()
         if self.recipe is None:
             del made["task"]  # the default of what is trained on, which nothing is

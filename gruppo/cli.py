@@ -182,6 +182,12 @@ def eval_(
         str | None,
         typer.Option(help="number, choice, math, exact_match, … or package.module:function. Default: the task's."),
     ] = None,
+    environment: Annotated[
+        str | None,
+        typer.Option(
+            help='What answers are written with: "python" (in a sandbox; of itself with --option prompt=tool), a class.'
+        ),
+    ] = None,
     reward_model: Annotated[
         str | None, typer.Option(help="A reward model that scores the answers: best-of-k and a weighted vote.")
     ] = None,
@@ -224,6 +230,7 @@ def eval_(
         fields={name: value for name, value in fields.items() if value is not None},
         temperature=temperature,
         reward_model=reward_model,
+        environment=environment,
         overrides=set_ or [],
         model={"device": device, "dtype": dtype, "trust_remote_code": trust},
     )

@@ -147,11 +147,13 @@ class Task(Section):
     """Where questions come from, and how a row becomes a prompt."""
 
     name: Annotated[str, Field(min_length=1)] = "arithmetic"
-    """"arithmetic", "reasoning-gym/NAME", a file (.jsonl, .json, .csv, .parquet), a folder saved by datasets, a data
-    set of the Hugging Face hub ("owner/name"), or "package.module:function"."""
+    """"arithmetic", a benchmark by name ("gsm8k", "math", …), "reasoning-gym/NAME", a file (.jsonl, .json, .csv,
+    .parquet), a folder saved by datasets, a data set of the Hugging Face hub ("owner/name"), or
+    "package.module:function"."""
     options: dict[str, Any] = {}
     """Options of the task itself, passed on by name (for arithmetic: maximum, held_out, negative; for reasoning-gym:
-    size, seed and those of the data set; for a data set of the hub: name, revision)."""
+    size, seed and those of the data set; for a benchmark: data, prompt, shots, format; for a data set of the hub: name,
+    revision)."""
     split: Annotated[str, Field(min_length=1)] | None = None
     """Which part of a data set with several ("train", "test", …); by default "train", for evaluation "test"."""
     columns: dict[str, str] = {}

@@ -256,8 +256,8 @@ def _answer(
     return {
         "exam": exam.name, "prompt_id": name, "sample": 0, "question": draw.text(prompt), "columns": "{}",
         "answer": draw.text(tokens), "correct": False, "extracted": "12", "rule": "number", "other_rules": "{}",
-        "vote": "= 12", "score": None, "finish_reason": "length", "token_ids": tokens, "mask": [True] * len(tokens),
-        "logprobs": draw.logprobs(len(tokens)),
+        "vote": "= 12", "score": None, "finish_reason": "length", "episode": None, "token_ids": tokens,
+        "mask": [True] * len(tokens), "logprobs": draw.logprobs(len(tokens)),
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,8 @@ def answer_rows(
             "other_rules": as_json(dict(verdict.others)),
             "vote": vote(verdict),
             "score": None if scores is None else scores[place][number],
-            "finish_reason": completion.finish_reason,
+            "finish_reason": completion.finish_reason or None,
+            "episode": None if completion.episode is None else as_json(asdict(completion.episode)),
             "token_ids": list(completion.token_ids),
             "mask": list(completion.mask),
             "logprobs": list(completion.sampling_logprobs),

@@ -63,6 +63,7 @@ EVALUATIONS = pa.schema(
         "vote": _TEXT,
         "score": _REAL,
         "finish_reason": _TEXT,
+        "episode": _TEXT,
         "token_ids": pa.list_(_WHOLE),
         "mask": pa.list_(_YES),
         "logprobs": pa.list_(_REAL),

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gruppo import measuring
+from gruppo.asking import Asking
 from gruppo.config import Recipe, load_recipe
 from gruppo.entry import train
 from gruppo.errors import UsageError
@@ -236,3 +237,48 @@ def test_a_damaged_folder_is_refused(tiny_folder: str, files: list[str], tmp_pat
         read_evaluation(tmp_path / "out")
     with pytest.raises(UsageError, match="holds no evaluation"):
         read_evaluation(tmp_path)
+
+
+def test_answers_can_be_written_with_an_environment(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
+    settings = asked(tiny_folder, files[:1], samples=1, max_tokens=30)
+    world = {"name": "tests/tools/worlds.py:Letters", "turns": 3, "workers": 1}
+    go(load_recipe({**settings.as_mapping(), "environment": world}), tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out/samples.parquet").to_pylist()
+    assert len(rows) == 5
+    assert all(json.loads(row["episode"])["turns"] >= 1 for row in rows)
+    assert all(False in row["mask"] or row["finish_reason"] == "length" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("asking", "name"),
+    [
+        (Asking(tasks=["gsm8k"], options={"prompt": "tool"}), "python"),
+        (Asking(tasks=["gsm8k"], options={"prompt": "tool"}, environment="game.py:Game"), "game.py:Game"),
+        (Asking(tasks=["gsm8k"]), None),
+    ],
+)
+def test_a_tool_prompt_brings_its_tool(asking: Asking, name: str | None) -> None:
+    environment = asking.recipe_of("m").environment
+    assert (environment.name if environment else None) == name
+
+
+def test_what_is_asked_goes_before_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        '[model]\nname = "a"\n[task]\nname = "gsm8k"\n[evaluation]\nquestions = 7\nmax_tokens = 9\n'
+        '[[benchmarks]]\ntask = "math"\nmax_tokens = 5\n'
+    )
+    own = Asking(recipe=path, data=tmp_path, fields={"questions": 3}).recipe_of("b")
+    assert own.model.name == "b"
+    assert own.evaluation is not None
+    assert (own.evaluation.questions, own.evaluation.max_tokens) == (3, 9)
+    assert own.benchmarks[0].task is not None
+    assert own.benchmarks[0].task.options == {"data": str(tmp_path)}
+    assert (own.benchmarks[0].questions, own.benchmarks[0].max_tokens) == (3, 5)
+    other = Asking(recipe=path, tasks=["sat", "cmath"], temperature=0.5, overrides=["evaluation.decoding.top_p=0.9"])
+    made = other.recipe_of("b")
+    assert made.evaluation is None
+    assert [each.title for each in made.benchmarks] == ["sat", "cmath"]
+    assert {(each.decoding.temperature, each.decoding.top_p, each.max_tokens) for each in made.benchmarks} == {
+        (0.5, 0.9, 9)
+    }
