@@ -197,7 +197,7 @@ def draw_curves(sets: Mapping[str, Mapping[str, Any]], title: str, write: Callab
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     except ImportError:
-        raise UsageError("--curves: needs matplotlib; pip install matplotlib") from None
+        raise UsageError("--curves: needs matplotlib; pip install 'gruppo[plots]'") from None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for number, (name, found) in enumerate(sets.items()):
