@@ -126,8 +126,8 @@ def test_asked_to_stop_saves_and_continues(
     target, count = {
         "sampling": ("gruppo.engines.native._Flight.decode", 60),
         "between steps": ("gruppo.runlog.RunFolder.metric", 5),
-        "evaluating": ("gruppo.evaluation.sample_groups", 2),
-        "evaluating at the end": ("gruppo.evaluation.sample_groups", 4),
+        "evaluating": ("gruppo.evaluation.answer", 2),
+        "evaluating at the end": ("gruppo.evaluation.answer", 4),
         "updating": ("gruppo.loop.batch_loss", 5),
     }[moment]
     with monkeypatch.context() as patch:

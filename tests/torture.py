@@ -90,7 +90,7 @@ CALLS = {
     "restoring": "gruppo.loop.load_tensors",
     "sampling": "gruppo.engines.native._Flight.decode",
     "rewarding": "gruppo.rewards.pool.Worker._receive",
-    "evaluating": "gruppo.evaluation.grade",
+    "evaluating": "gruppo.evaluation.mark",
     "labelling": "gruppo.loop.label_rows",
     "training a reward model": "gruppo.judge.update",
     "computing a loss": "gruppo.updates.release_memory",

@@ -93,7 +93,8 @@ def damaged(whole: Path, scratch: Path, damage: list[tuple[str, int, int, Any]],
         texts = [path for path in files if path.suffix in {".json", ".jsonl", ".toml"}]
         path = (texts or files)[which % len(texts or files)] if kind in {"json", "line"} else files[which % len(files)]
         inflict(kind, path, files, where, what)
-    for manifest in folder.rglob("manifest.json") if rehash else ():
+    manifests = [path for path in folder.rglob("manifest.json") if path.is_file()]
+    for manifest in manifests if rehash else ():
         held = {
             path.name: file_sha256(path) for path in manifest.parent.iterdir() if path.is_file() and path != manifest
         }
