@@ -15,7 +15,8 @@ from gruppo.disk import writing
 from gruppo.errors import UsageError
 from gruppo.figures import draw_curves, told, told_difference
 from gruppo.interruption import Interrupted, stop_on_signals
-from gruppo.runlog import publish
+from gruppo.opening import read_object
+from gruppo.runlog import EVALUATION, publish
 from gruppo.tasks.benchmarks import BENCHMARKS
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Asking:
             del made["task"]  # the default of what is trained on, which nothing is
         own = made.pop("evaluation", None)
         if self.tasks:
+            if self.data is not None and not any(name in BENCHMARKS for name in self.tasks):
+                raise UsageError(f"--data {self.data}: {self.tasks[0]} is no benchmark; give its file as --task")
             made["benchmarks"] = [self._table(own or {}, self._task(name)) for name in self.tasks]
             return load_recipe(made)
         for name, value in (("--option", min(self.options, default=None)), ("--data", None if exams else self.data)):
@@ -69,6 +72,31 @@ class Asking:
             made["evaluation"] = self._table(own, None)
         made["benchmarks"] = [self._table(each, None) for each in made["benchmarks"]]
         return load_recipe(made)
+
+    def require_fitting(self, answers: Path | None, done: bool, out: Path | None, resume: bool) -> None:
+        """Raise UsageError for options that would be ignored: beside answers from elsewhere, or where nothing but
+        evaluations that are `done` is asked for."""
+        if resume and out is None:
+            raise UsageError("--resume: goes on with the folder that --out names; name it")
+        sampled = {"--samples": "samples", "--questions": "questions", "--max-tokens": "max_tokens"}
+        odd = [option for option, name in sampled.items() if name in self.fields]
+        odd += ["--temperature"] if self.temperature is not None else []
+        odd += ["--reward-model"] if self.reward_model is not None else []
+        odd += ["--environment"] if self.environment is not None else []
+        if answers is not None and odd:
+            raise UsageError(f"{odd[0]}: says how a model answers, and --answers has its answers; leave it out")
+        if answers is not None and len(self.tasks) > 1:
+            raise UsageError(f"--task {self.tasks[1]}: a file of --answers answers one task; grade it once for each")
+        if not done:
+            return
+        odd += ["--task"] if self.tasks else []
+        odd += ["--recipe"] if self.recipe is not None else []
+        odd += ["--grader"] if "grader" in self.fields else []
+        odd += ["--out"] if out is not None else []
+        if odd:
+            raise UsageError(
+                f"{odd[0]}: what is asked for is an evaluation that is done, which it cannot change; leave it out"
+            )
 
     def _table(self, below: Mapping[str, Any], task: dict[str, Any] | None) -> dict[str, Any]:
         made = {**below, **self.fields}
@@ -81,9 +109,7 @@ class Asking:
         return made
 
     def _task(self, name: str) -> dict[str, Any]:
-        if self.data is not None and name not in BENCHMARKS:
-            raise UsageError(f"--data {self.data}: {name} is no benchmark; give its file as --task")
-        data = {} if self.data is None else {"data": str(self.data)}
+        data = {"data": str(self.data)} if self.data is not None and name in BENCHMARKS else {}
         return {"name": name, "options": {**data, **self.options}}
 
     def _judge(self, name: str) -> dict[str, Any]:
@@ -111,8 +137,10 @@ def evaluate_as_asked(
     """Evaluate, compare if there is an `other` model, and show what came out. Raises UsageError, and ends the process
     with 130 where a signal came."""
     names = [str(answers)] if model is None else [model, *([other] if other is not None else [])]
+    done = [answers is None and _is_evaluation(name) for name in names]
+    asked.require_fitting(answers, all(done), out, resume)
     folders = [out / part if out is not None and len(names) > 1 else out for part in ("first", "second")]
-    recipes = [None if _is_done(name) else asked.recipe_of(name) for name in names]
+    recipes = [None if there else asked.recipe_of(name) for name, there in zip(names, done, strict=True)]
     from gruppo.measuring import compare_all, grade_file, measure, read_evaluation
 
     made: list[Measured] = []
@@ -133,14 +161,25 @@ def evaluate_as_asked(
             )
         raise
     compared = compare_all(*made) if len(made) > 1 else {}
+    _show(made, compared, as_json, reporter)
     if curves is not None:
         _draw(made, curves)
-    _show(made, compared, as_json, reporter)
 
 
-def _is_done(name: str) -> bool:
-    """Whether a name is a folder of an evaluation, and not a model."""
-    return (Path(name) / "results.json").is_file()
+def _is_evaluation(name: str) -> bool:
+    """Whether a name is a folder that `gruppo eval --out` wrote, and not a model."""
+    marked = Path(name) / "folder.json"
+    return marked.is_file() and read_object(marked).get("kind") == EVALUATION
+
+
+def _labels(made: Sequence[Measured]) -> list[str]:
+    """What models are called beside each other: by their folders, or their order, where they have one name."""
+    names = [each.model for each in made]
+    if len(set(names)) < len(names):
+        names = [name if each.path is None else str(each.path) for name, each in zip(names, made, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({order})" for name, order in zip(names, ("first", "second"), strict=True)]
+    return names
 
 
 def _show(
@@ -150,11 +189,14 @@ def _show(
         content = {"evaluations": [each.as_dict() for each in made], "differences": compared}
         reporter.result(json.dumps(content if len(made) > 1 else made[0].as_dict()))
         return
-    for each in made:
-        if len(made) > 1:
-            reporter.result(each.model)
+    labels = _labels(made) if len(made) > 1 else [""]
+    for label, each in zip(labels, made, strict=True):
+        if label:
+            reporter.result(label)
         for name, sheet in each.sheets.items():
-            note = f", {sheet.domain}" if sheet.domain else ""
+            note = f", {sheet.figures['domain']}" if sheet.figures["domain"] else ""
+            if sheet.figures.get("unanswered"):
+                note += f"; {sheet.figures['unanswered']:,} questions are not answered and not counted"
             for line in told(name, sheet.figures, note):
                 reporter.result(line)
             shares = [("ends by itself", "ended_share"), ("has an answer", "answered_share")]
@@ -164,14 +206,15 @@ def _show(
         if each.path is not None:
             reporter.result(f"  every sample: {each.path}/samples.parquet")
     for name, found in compared.items():
-        for line in told_difference(name, made[0].model, made[1].model, found):
+        for line in told_difference(name, labels[0], labels[-1], found):
             reporter.result(line)
 
 
 def _draw(made: Sequence[Measured], path: Path) -> None:
     """The curves of the first exam that all have."""
     name = next(name for name in made[0].sheets if all(name in each.sheets for each in made))
-    sets = {each.model: each.sheets[name].figures for each in made}
+    labels = _labels(made) if len(made) > 1 else [made[0].model]
+    sets = [(label, each.sheets[name].figures) for label, each in zip(labels, made, strict=True)]
     temporary = path.with_name(f".writing-{path.name}")
     with writing(path, temporary):
         draw_curves(sets, name, partial(_save, temporary, path.suffix.removeprefix(".")))

@@ -536,7 +536,7 @@ class Evaluation(Section):
     """How many questions at the most, taken from the start of the held-out part."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations; 0 evaluates before the first and after the last step only."""
-    samples: Annotated[int, Field(ge=1)] = 1
+    samples: Annotated[int, Field(ge=1, le=1000)] = 1
     """Answers a question; the accuracy is over all of them."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens at which an answer is cut; by default that of sampling."""

@@ -21,7 +21,7 @@ from gruppo.engines import Engine, SamplingOptions
 from gruppo.engines.native import NativeEngine, choose_slots
 from gruppo.episodes import open_episodes
 from gruppo.errors import RunError, UsageError
-from gruppo.figures import Question, figures
+from gruppo.figures import figures_of
 from gruppo.interruption import Stop
 from gruppo.models import LanguageModel, ModelSource, choose_device, choose_dtype, find_model, load_model
 from gruppo.preflight import ExamRows, read_exams
@@ -87,29 +87,9 @@ class Evaluation:
         """One question's after another's."""
         return [verdict.correct for own in self.verdicts for verdict in own]
 
-    @property
-    def questions(self) -> list[Question]:
-        """What figures are made of."""
-        return [
-            Question(
-                prompt.id,
-                prompt.text,
-                [verdict.correct for verdict in own],
-                [vote(verdict) for verdict in own],
-                None if self.scores is None else self.scores[place],
-            )
-            for place, (prompt, own) in enumerate(zip(self.exam.prompts, self.verdicts, strict=True))
-        ]
-
     def figures(self) -> dict[str, Any]:
-        """See `gruppo.figures.figures`; and the shares of answers that end by themselves, that hold a number, and on
-        which rules of extraction disagree: fractions of all answers."""
-        completions, count = self.completions, len(self.completions)
-        return figures(self.questions) | {
-            "ended_share": sum(c.finish_reason == "stop" for c in completions) / count,
-            "number_share": sum(last_number(c.text) is not None for c in completions) / count,
-            "disagreement_share": sum(each.disputed for own in self.verdicts for each in own) / count,
-        }
+        """See `gruppo.figures.figures_of`."""
+        return figures_of(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
         """A row an answer, for a table."""
@@ -129,7 +109,7 @@ def answer_rows(
             "exam": exam.name,
             "prompt_id": prompt.id,
             "sample": number,
-            "question": prompt.text,
+            "question": asked if isinstance(asked := prompt.columns.get("question"), str) else prompt.text,
             "columns": as_json(dict(prompt.columns)),
             "answer": completion.text,
             "correct": verdict.correct,
@@ -223,7 +203,8 @@ def check_graders(graders: Mapping[str, Named], prompts: Sequence[Prompt]) -> No
         try:
             mark("", prompt, graders[prompt.task])
         except RunError as error:
-            raise UsageError(f"{error}; write def grader(text, columns) -> bool") from None
+            own = graders[prompt.task].name not in GRADERS
+            raise UsageError(f"{error}; write def grader(text, columns) -> bool" if own else str(error)) from None
 
 
 def answer(

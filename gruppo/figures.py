@@ -6,7 +6,8 @@ other. An answer's `vote` is what it says, equal for equal answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,17 @@ import numpy as np
 
 from gruppo.errors import UsageError
 from gruppo.stats import (
+    MOST_VOTES,
     best_at_k,
     bootstrap_interval,
     majority_at_k,
+    paired_interval,
     pass_at_k,
     smallest_difference,
     weighted_vote,
     wilson_interval,
 )
+from gruppo.tasks.answers import last_number
 
 CURVES = ("pass", "maj", "best")
 
@@ -47,16 +51,54 @@ class Question:
         return best_at_k(self.scores, self.right)
 
 
+def questions_of(rows: Iterable[Mapping[str, Any]]) -> list[Question]:
+    """The questions that rows of gruppo.tables.EVALUATIONS answer, in their order."""
+    held: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        held.setdefault(row["prompt_id"], []).append(row)
+    made = []
+    for name, own in held.items():
+        scores = [row["score"] for row in own]
+        made.append(
+            Question(
+                name,
+                own[0]["question"],
+                [row["correct"] for row in own],
+                [row["vote"] for row in own],
+                None if None in scores else scores,
+            )
+        )
+    return made
+
+
+def disputed(row: Mapping[str, Any]) -> bool:
+    """Whether rules of extraction disagree on a row's answer."""
+    return any(other != row["correct"] for other in json.loads(row["other_rules"]).values())
+
+
+def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`figures` of the questions that rows answer; and the shares of answers that end by themselves (where it is known
+    how they end), that hold a number, that say something, and on which rules of extraction disagree."""
+    ends = [row["finish_reason"] == "stop" for row in rows if row["finish_reason"]]
+    shares = {"ended_share": sum(ends) / len(ends)} if ends else {}
+    return figures(questions_of(rows)) | {
+        **shares,
+        "number_share": sum(last_number(row["answer"]) is not None for row in rows) / len(rows),
+        "answered_share": sum(row["vote"] is not None for row in rows) / len(rows),
+        "disagreement_share": sum(map(disputed, rows)) / len(rows),
+    }
+
+
 def accuracies(questions: Sequence[Question]) -> np.ndarray:
     """The share of each question's answers that is right."""
     return np.array([sum(each.right) / len(each.right) for each in questions])
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """A 95 % interval of the mean of values that are one a question: Wilson's where each is 0 or 1, else a bootstrap;
-    where all are equal, a bootstrap would have no width."""
-    if set(values.tolist()) <= {0.0, 1.0}:
-        return list(wilson_interval(int(values.sum()), len(values)))
+    """A 95 % interval of the mean of values that are one a question: Wilson's where each is 0 or 1 or all are equal, of
+    which a bootstrap would have no width; else a bootstrap."""
+    if set(values.tolist()) <= {0.0, 1.0} or len(set(values.tolist())) == 1:
+        return list(wilson_interval(float(values.sum()), len(values)))
     return list(bootstrap_interval(values))
 
 
@@ -79,7 +121,9 @@ def figures(questions: Sequence[Question]) -> dict[str, Any]:
     if made["samples"] < 2:
         return made
     scored = all(each.scores is not None for each in questions)
-    made["curves"] = {name: _curve(questions, name) for name in CURVES if name != "best" or scored}
+    few = max(len(each.right) for each in questions) <= MOST_VOTES
+    known = {"pass": True, "maj": few, "best": scored}
+    made["curves"] = {name: _curve(questions, name) for name in CURVES if known[name]}
     if scored:
         votes = np.array([weighted_vote(each.votes, each.right, each.scores or ()) for each in questions])
         made["weighted_vote"] = _with_interval(votes)
@@ -128,7 +172,7 @@ def compare(first: Sequence[Question], second: Sequence[Question]) -> dict[str, 
         "questions": len(pairs),
         "left_out": len(first) + len(second) - 2 * len(pairs),
         "difference": float(apart.mean()),
-        "interval": list(bootstrap_interval(apart)),
+        "interval": list(paired_interval(apart)),
         "smallest": smallest_difference(apart),
         "first_only": int((apart < 0).sum()),
         "second_only": int((apart > 0).sum()),
@@ -137,10 +181,11 @@ def compare(first: Sequence[Question], second: Sequence[Question]) -> dict[str, 
     if ks[-1] > 1:
         places = [k - 1 for k in ks]
         made["curves"] = {}
-        for name in ("pass", "maj"):
+        few = max(len(each.right) for each in (*ours, *others)) <= MOST_VOTES
+        for name in ("pass", "maj") if few else ("pass",):
             each = np.array([other.curve(name)[places] - one.curve(name)[places] for one, other in pairs])
             made["curves"][name] = {
-                str(k): {"value": float(each[:, i].mean()), "interval": list(bootstrap_interval(each[:, i]))}
+                str(k): {"value": float(each[:, i].mean()), "interval": list(paired_interval(each[:, i]))}
                 for i, k in enumerate(ks)
             }
     return made
@@ -171,6 +216,8 @@ def told_difference(name: str, first: str, second: str, found: Mapping[str, Any]
         f"  more right answers: {first} on {found['first_only']}, {second} on {found['second_only']} questions; the "
         f"smallest difference that so many questions can show is {found['smallest']:.1%}",
     ]
+    if found.get("settings"):
+        lines.append(f"  they were not asked alike: {'; '.join(found['settings'])}")
     if found["left_out"]:
         lines.append(f"  {found['left_out']} questions that only one of them was asked are left out")
     for curve, points in found.get("curves", {}).items():
@@ -187,12 +234,12 @@ def _range(found: Mapping[str, Any]) -> str:
     return f"{low:.1%} to {high:.1%}"
 
 
-def draw_curves(sets: Mapping[str, Mapping[str, Any]], title: str, write: Callable[[Any], None]) -> None:
+def draw_curves(sets: Sequence[tuple[str, Mapping[str, Any]]], title: str, write: Callable[[Any], None]) -> None:
     """pass@k and maj@k of one or more models in one picture, as Figure 7 of DeepSeekMath has them: `sets` holds their
-    figures by name; `write` is given matplotlib's figure. Raises UsageError where there are no curves, or where
+    names and figures; `write` is given matplotlib's figure. Raises UsageError where there are no curves, or where
     matplotlib is not installed."""
-    if missing := [name for name, found in sets.items() if "curves" not in found]:
-        raise UsageError(f"{missing[0]}: one answer a question has no curve; evaluate with --samples and a temperature")
+    if missing := [name for name, found in sets if "maj" not in found.get("curves", {})]:
+        raise UsageError(f"--curves: {missing[0]}: needs 2 to {MOST_VOTES:,} answers a question")
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
@@ -200,7 +247,7 @@ def draw_curves(sets: Mapping[str, Mapping[str, Any]], title: str, write: Callab
         raise UsageError("--curves: needs matplotlib; pip install 'gruppo[plots]'") from None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for number, (name, found) in enumerate(sets.items()):
+    for number, (name, found) in enumerate(sets):
         for style, curve in (("-", "pass"), ("--", "maj")):
             points = found["curves"][curve]
             ks = [int(k) for k in points]

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from gruppo.config import Recipe
 from gruppo.disk import writing
 from gruppo.errors import UsageError
 from gruppo.evaluation import Candidate, Exam, answer, answer_rows, check_graders, graded, open_exams
-from gruppo.figures import Question, compare, figures
+from gruppo.figures import Question, compare, disputed, figures_of, questions_of
 from gruppo.interruption import Stop
 from gruppo.judge import Judge
 from gruppo.kernels import kernels_sha256
@@ -54,14 +54,14 @@ _NEEDED = pa.schema(
         )
     ]
 )  # fmt: skip
+RESULTS = "results.json"
 HELD_OUT = "held-out"  # what a run's own exam, which has no name, is called beside others
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """What was answered in an exam, as its rows have it."""
+    """What was answered in an exam: its questions, and the figures of results.json."""
 
-    domain: str | None
     questions: list[Question]
     figures: Mapping[str, Any]
 
@@ -76,8 +76,8 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        sheets = {name: {"domain": sheet.domain, **sheet.figures} for name, sheet in self.sheets.items()}
-        return {"model": self.model, "gruppo": __version__, "exams": sheets}
+        exams = {name: dict(sheet.figures) for name, sheet in self.sheets.items()}
+        return {"model": self.model, "gruppo": __version__, "exams": exams}
 
 
 def measure(
@@ -96,28 +96,20 @@ def measure(
         raise UsageError(
             "evaluation: missing; the recipe describes no evaluation: write [evaluation] or [[benchmarks]]"
         )
-    if out is not None:
-        check_folder(out, recipe, resume, EVALUATION)
-        if (out / "results.json").is_file():
-            return read_evaluation(out)
+    _check(recipe, out, resume)
     with ExitStack() as stack:
-        stack.enter_context(telling_what_stands(out) if out is not None else nullcontext())
         candidate = open_exams(recipe, reporter, stack, model, tokenizer)
         scorer = _Scorer(recipe, candidate, reporter) if recipe.reward_model is not None else None
-        run = None
-        if out is not None:
-            run = RunFolder(out)
-            stack.callback(run.close)
-            prompts = [prompt for exam in candidate.exams for prompt in exam.prompts]
-            identity = {
-                "weights_sha256": weights_sha256(candidate.policy.model),
-                "data_sha256": data_sha256(prompts, ()),
-                "kernels": kernels_sha256(candidate.policy.dtype),
-                "dtype": str(candidate.policy.dtype).removeprefix("torch."),
-            }
-            run.start_same(recipe, EVALUATION, identity)
+        identity = {
+            "weights_sha256": weights_sha256(candidate.policy.model),
+            "data_sha256": data_sha256([prompt for exam in candidate.exams for prompt in exam.prompts], ()),
+            "kernels": kernels_sha256(candidate.policy.dtype),
+            "dtype": str(candidate.policy.dtype).removeprefix("torch."),
+        }
+        if scorer is not None:
+            identity["reward_model_sha256"] = weights_sha256(scorer.judge.model.module)
         papers = [_paper(recipe, candidate, exam, scorer, reporter, stop) for exam in candidate.exams]
-        return _write(recipe.model.name, papers, run, reporter)
+        return _write(recipe, papers, identity, out, stack, reporter)
 
 
 def grade_file(
@@ -125,36 +117,38 @@ def grade_file(
 ) -> Measured:
     """Grade the completions of a file (see `gruppo.submissions`) and tabulate them, without a model. `asks`: they
     answer the questions of the recipe's exam; otherwise each row brings its own. Raises UsageError."""
+    _check(recipe, out, resume)
     exams = [] if not asks else read_exams(recipe, reporter)
-    exam, answers = read_submission(path, exams, recipe.evaluation.grader if recipe.evaluation else None, reporter)
+    exam, answers, unanswered = read_submission(
+        path, exams, recipe.evaluation.grader if recipe.evaluation else None, reporter
+    )
     check_graders(exam.graders, exam.prompts)
+
+    def make(places: range) -> list[dict[str, Any]]:
+        own = [answers[place] for place in places]
+        prompts = [exam.prompts[place] for place in places]
+        return answer_rows(exam, prompts, own, graded(exam, places, own, stop))
+
+    paper = _Paper(exam, make, {"unanswered": unanswered} if asks else {})
     with ExitStack() as stack:
-        run = None
-        if out is not None:
-            check_folder(out, recipe, resume, EVALUATION)
-            if (out / "results.json").is_file():
-                return read_evaluation(out)
-            stack.enter_context(telling_what_stands(out))
-            run = RunFolder(out)
-            stack.callback(run.close)
-            run.start_same(recipe, EVALUATION, {"answers_sha256": file_sha256(path)})
+        return _write(recipe, [paper], {"answers_sha256": file_sha256(path)}, out, stack, reporter)
 
-        def make(places: range) -> list[dict[str, Any]]:
-            own = [answers[place] for place in places]
-            prompts = [exam.prompts[place] for place in places]
-            return answer_rows(exam, prompts, own, graded(exam, places, own, stop))
 
-        return _write(str(path), [_Paper(exam.name, exam.domain, list(exam.chunks()), make)], run, reporter)
+def _check(recipe: Recipe, out: Path | None, resume: bool) -> None:
+    """Raise UsageError where an evaluation of the recipe may not go into the folder."""
+    if out is not None:
+        check_folder(out, recipe, resume, EVALUATION)
+    elif resume:
+        raise UsageError("--resume: goes on with the folder that --out names; name it")
 
 
 @dataclass(frozen=True)
 class _Paper:
-    """An exam as parts, and what makes the rows of one."""
+    """An exam, what makes the rows of some of its questions, and figures of it that no row tells."""
 
-    name: str
-    domain: str | None
-    chunks: Sequence[range]
+    exam: Exam
     make: Callable[[range], list[dict[str, Any]]]
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _paper(
@@ -168,15 +162,32 @@ def _paper(
         prompts = [exam.prompts[place] for place in places]
         return answer_rows(exam, prompts, answers, verdicts, scorer.scores(prompts, answers) if scorer else None)
 
-    return _Paper(exam.name, exam.domain, list(exam.chunks()), make)
+    return _Paper(exam, make, {"decoding": {**asdict(exam.options), "stop": list(exam.options.stop)}})
 
 
-def _write(model: str, papers: Sequence[_Paper], run: RunFolder | None, reporter: Reporter) -> Measured:
-    """Make the parts that are not there, and figures of all."""
+def _write(
+    recipe: Recipe,
+    papers: Sequence[_Paper],
+    identity: Mapping[str, Any],
+    out: Path | None,
+    stack: ExitStack,
+    reporter: Reporter,
+) -> Measured:
+    """Make the parts that are not there, and figures of all. Raises UsageError where the folder was made of something
+    else."""
+    run = None
+    if out is not None:
+        stack.enter_context(telling_what_stands(out))
+        run = RunFolder(out)
+        stack.callback(run.close)
+        run.start_same(recipe, EVALUATION, identity)
+        if (out / RESULTS).is_file():
+            return read_evaluation(out)
     tables, number = [], 0
     for paper in papers:
-        with reporter.progress(f"Asking {paper.name or HELD_OUT}", sum(map(len, paper.chunks)), "questions") as advance:
-            for places in paper.chunks:
+        name = paper.exam.name or HELD_OUT
+        with reporter.progress(f"Asking {name}", len(paper.exam.prompts), "questions") as advance:
+            for places in paper.exam.chunks():
                 number += 1
                 path = None if run is None else run.path / "evaluations" / f"step-{number:06d}.parquet"
                 if path is None or not path.is_file():
@@ -185,13 +196,23 @@ def _write(model: str, papers: Sequence[_Paper], run: RunFolder | None, reporter
                         run.table("evaluations", number, rows, EVALUATIONS)
                     tables.append(pa.Table.from_pylist(rows, EVALUATIONS).select(_NEEDED.names))
                 else:
-                    tables.append(read_table(path, _NEEDED))
+                    with _part_of(path):
+                        tables.append(read_table(path, _NEEDED))
                 advance(len(places))
-    sheets = _sheets(tables, {paper.name: paper.domain for paper in papers})
-    measured = Measured(model, sheets, None if run is None else run.path)
+    beside = {paper.exam.name: {"domain": paper.exam.domain, **paper.beside} for paper in papers}
+    measured = Measured(recipe.model.name, _sheets(tables, beside), out)
     if run is not None:
         _finish(run, measured)
     return measured
+
+
+@contextmanager
+def _part_of(path: Path) -> Iterator[None]:
+    """A part that is damaged can be made again."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{error}, or delete it, and it is made again with --resume") from None
 
 
 class _Scorer:
@@ -225,44 +246,16 @@ class _Scorer:
         return min(steps.rewards, default=0.0) if steps else 0.0
 
 
-def _sheets(tables: Sequence[pa.Table], domains: Mapping[str, str | None]) -> dict[str, Sheet]:
-    """The rows of every exam as questions, with their figures."""
-    held: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in _rows(tables):
-        held[row["exam"]][row["prompt_id"]].append(row)
-    made = {}
-    for name, domain in domains.items():
-        own = list(held[name].values())
-        rows = [row for each in own for row in each]
-        questions = [_question(each) for each in own]
-        ends = [row["finish_reason"] == "stop" for row in rows if row["finish_reason"]]
-        shares = {
-            **({"ended_share": sum(ends) / len(ends)} if ends else {}),
-            "answered_share": sum(row["vote"] is not None for row in rows) / len(rows),
-            "disagreement_share": sum(map(_disagrees, rows)) / len(rows),
-        }
-        made[name or HELD_OUT] = Sheet(domain, questions, figures(questions) | shares)
-    return made
-
-
-def _question(rows: Sequence[Mapping[str, Any]]) -> Question:
-    scores = [row["score"] for row in rows]
-    return Question(
-        rows[0]["prompt_id"],
-        rows[0]["question"],
-        [row["correct"] for row in rows],
-        [row["vote"] for row in rows],
-        None if None in scores else scores,
-    )
-
-
-def _rows(tables: Sequence[pa.Table]) -> Iterator[dict[str, Any]]:
+def _sheets(tables: Sequence[pa.Table], beside: Mapping[str, Mapping[str, Any]]) -> dict[str, Sheet]:
+    """The rows of every exam as questions, with their figures, and `beside` them what no row tells."""
+    held: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for table in tables:
-        yield from table.to_pylist()
-
-
-def _disagrees(row: Mapping[str, Any]) -> bool:
-    return any(other != row["correct"] for other in json.loads(row["other_rules"]).values())
+        for row in table.to_pylist():
+            held[row["exam"]].append(row)
+    return {
+        name or HELD_OUT: Sheet(questions_of(held[name]), {**told, **figures_of(held[name])})
+        for name, told in beside.items()
+    }
 
 
 def _finish(run: RunFolder, measured: Measured) -> None:
@@ -274,10 +267,10 @@ def _finish(run: RunFolder, measured: Measured) -> None:
             for part in sorted((run.path / "evaluations").glob("step-*.parquet")):
                 table = read_table(part, EVALUATIONS)
                 writer.write_table(table)
-                events += [_event(row) for row in table.select(_NEEDED.names).to_pylist() if _disagrees(row)]
+                events += [_event(row) for row in table.select(_NEEDED.names).to_pylist() if disputed(row)]
         publish(temporary, path)
     write_whole(run.path / "events.jsonl", "".join(json.dumps(each) + "\n" for each in events).encode())
-    run.write_json("results.json", measured.as_dict())
+    run.write_json(RESULTS, measured.as_dict())
 
 
 def _event(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,17 +285,29 @@ def _event(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_evaluation(folder: Path) -> Measured:
     """An evaluation that is done, from its folder. Raises UsageError where it holds none, or a damaged one."""
-    if not (folder / "results.json").is_file():
-        raise UsageError(f"{folder}: holds no evaluation that is done; give what `gruppo eval --out` wrote")
     require_own(folder)
-    held = read_object(folder / "results.json")
-    exams, model = held.get("exams"), held.get("model")
-    if not isinstance(exams, dict) or not isinstance(model, str):
-        raise UsageError(f"{folder}/results.json: is damaged; evaluate again with another --out")
+    if not (folder / RESULTS).is_file():
+        raise UsageError(f"{folder}: holds no evaluation that is finished; repeat its command with --resume")
+    held = read_object(folder / RESULTS)
+    exams: Any = held.get("exams")
+    model: Any = held.get("model")
+    if (
+        not isinstance(model, str)
+        or not isinstance(exams, dict)
+        or any(type(each) is not dict for each in exams.values())
+    ):
+        raise UsageError(f"{folder / RESULTS}: is damaged; evaluate again with another --out")
     table = read_table(folder / "samples.parquet", _NEEDED)
-    names = set(table["exam"].to_pylist())
-    domains = {name: exams.get(name or HELD_OUT, {}).get("domain") for name in sorted(names)}
-    return Measured(model, _sheets([table], domains), folder)
+    there = {name or HELD_OUT: name for name in table["exam"].to_pylist()}
+    if set(there) != set(exams):
+        raise UsageError(
+            f"{folder / RESULTS}: is of other exams than samples.parquet; evaluate again into another --out"
+        )
+    return Measured(model, _sheets([table], {there[name]: _beside(exams[name]) for name in exams}), folder)
+
+
+def _beside(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: figures[name] for name in ("domain", "decoding", "unanswered") if name in figures}
 
 
 def compare_all(first: Measured, second: Measured) -> dict[str, dict[str, Any]]:
@@ -312,4 +317,15 @@ def compare_all(first: Measured, second: Measured) -> dict[str, dict[str, Any]]:
     if not shared:
         held = [f"{each.model} has {', '.join(each.sheets)}" for each in (first, second)]
         raise UsageError(f"nothing to compare: {'; '.join(held)}; evaluate both on one task")
-    return {name: compare(first.sheets[name].questions, second.sheets[name].questions) for name in shared}
+    made = {}
+    for name in shared:
+        one, other = first.sheets[name], second.sheets[name]
+        made[name] = compare(one.questions, other.questions) | {"settings": _apart(one.figures, other.figures)}
+    return made
+
+
+def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """In which settings two exams differ, in words."""
+    one, other = ({"samples": each["samples"], **each.get("decoding", {})} for each in (first, second))
+    names = sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
+    return [f"{name} {one[name]} and {other[name]}" for name in names]

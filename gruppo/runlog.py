@@ -276,10 +276,13 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
     marked = path / "folder.json"
     found = _kind(marked) if marked.is_file() else RUN
     if found != kind:
-        raise UsageError(f"--out {path}: the folder holds a {found}, and not a {kind}; choose another one")
+        raise UsageError(
+            f"--out {path}: the folder holds {_article(found)}, and not {_article(kind)}; choose another one"
+        )
     if not resume:
         raise UsageError(
-            f"--out {path}: the folder holds a {kind} already; continue it with --resume, or choose another with --out"
+            f"--out {path}: the folder holds {_article(kind)} already; continue it with --resume, or choose another "
+            "with --out"
         )
     with reading(held, "put the recipe of the run back, or choose another folder with --out"):
         before = tomllib.loads(held.read_text(encoding="utf-8"))
@@ -290,6 +293,10 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
             f"--resume {path}: the recipe has changed since: {'; '.join(changes)}; put it back, or choose another "
             "folder with --out"
         )
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 
 def _kind(marked: Path) -> str:
@@ -349,6 +356,15 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changes += _differences(old, new, f"{prefix}{key}.")
+        elif pairs := _tables(old, new):
+            for place, (one, other) in enumerate(pairs):
+                changes += _differences(one, other, f"{prefix}{key}[{place}].")
         elif old != new:
             changes.append(f"{prefix}{key} was {old!r} and is {new!r}")
     return changes
+
+
+def _tables(old: Any, new: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """[[tables]] of two recipes in pairs, where they have as many; else none."""
+    both = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    return list(zip(old, new, strict=True)) if both and all(isinstance(each, dict) for each in (*old, *new)) else []

@@ -10,12 +10,14 @@ from statistics import NormalDist
 
 import numpy as np
 
+MOST_VOTES = 1000  # samples whose subsets can be counted in double precision
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
+
+def wilson_interval(successes: float, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927, JASA 22), by default at 95 %.
 
     (p̂ + z²/2n ± z·√(p̂(1-p̂)/n + z²/4n²)) / (1 + z²/n); both ends lie in [0, 1], also where p̂ is 0 or 1.
-    No trials give (0, 1). Raises ValueError unless 0 <= successes <= trials.
+    No trials give (0, 1); successes may count in part. Raises ValueError unless 0 <= successes <= trials.
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"successes = {successes} must lie between 0 and trials = {trials}")
@@ -97,9 +99,9 @@ def majority_at_k(votes: Sequence[Hashable], right: Sequence[bool]) -> np.ndarra
 
     `votes`: what each sample answers, equal for equal answers; None casts no vote, and where nobody votes nothing is
     right. `right`: whether a sample is right; an answer whose samples differ in that counts with their mean. k = 1 is
-    the accuracy. Raises ValueError for no samples, more than 1,000, or lists of different lengths.
+    the accuracy. Raises ValueError for no samples, more than MOST_VOTES, or lists of different lengths.
     """
-    if not 1 <= len(votes) <= 1000 or len(votes) != len(right):
+    if not 1 <= len(votes) <= MOST_VOTES or len(votes) != len(right):
         raise ValueError(f"{len(votes)} votes, {len(right)} verdicts: must be as many, from 1 to 1,000")
     counts, credited = Counter(votes), Counter[Hashable]()
     for vote, verdict in zip(votes, right, strict=True):
@@ -182,10 +184,24 @@ def smallest_difference(differences: np.ndarray, power: float = 0.8, share: floa
     with as many pairs of the same spread: (z_(1+share)/2 + z_power) · s/√n, by the normal approximation.
 
     s is taken over the differences and one pair more each way (+1 and -1), so that pairs that never differ do not
-    promise that every difference would be seen. Raises ValueError for no pairs.
+    promise that every difference would be seen. At most 1. Raises ValueError for no pairs.
     """
+    quantile = NormalDist().inv_cdf
+    return min(1.0, (quantile((1 + share) / 2) + quantile(power)) * _standard_error(differences))
+
+
+def paired_interval(differences: np.ndarray, share: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean of pairs' differences, each from -1 to 1: a bootstrap over pairs; where all are equal, which
+    no draw would show to be chance, by the normal approximation with the spread that `smallest_difference` takes.
+    Raises ValueError for no pairs."""
+    if len(differences) and len(set(differences.tolist())) == 1:
+        half = NormalDist().inv_cdf((1 + share) / 2) * _standard_error(differences)
+        middle = float(differences[0])
+        return max(-1.0, middle - half), min(1.0, middle + half)
+    return bootstrap_interval(differences, share)
+
+
+def _standard_error(differences: np.ndarray) -> float:
     if not len(differences):
         raise ValueError("differences are empty; give one a question")
-    spread = float(np.std(np.append(differences, [1.0, -1.0]), ddof=1))
-    quantile = NormalDist().inv_cdf
-    return (quantile((1 + share) / 2) + quantile(power)) * spread / math.sqrt(len(differences))
+    return float(np.std(np.append(differences, [1.0, -1.0]), ddof=1)) / math.sqrt(len(differences))

@@ -34,11 +34,14 @@ NUMBERS = ("index", "idx", "doc_id", "id")
 
 def read_submission(
     path: Path, exams: Sequence[ExamRows], grader: str | None, reporter: Reporter
-) -> tuple[Exam, list[list[Completion]]]:
+) -> tuple[Exam, list[list[Completion]], int]:
     """The answers of a file, and the exam that they are to; of the questions of `exams`, or of the rows themselves
-    where there are none, by `grader` then ("number" by default). Several rows may answer one question. Raises
-    UsageError for a row that cannot be read, which it shows."""
-    rows = list(read_file(data_file(str(path)), {}, reporter))
+    where there are none, by `grader` then ("number" by default); and how many questions of the exam nothing answers.
+    Several rows may answer one question. Raises UsageError for a row that cannot be read, which it shows."""
+    try:
+        rows = list(read_file(data_file(str(path)), {}, reporter))
+    except UsageError as error:
+        raise UsageError(f"--answers {path}: {error}") from None
     if not rows:
         raise UsageError(f"--answers {path}: has no rows; write a line for each completion")
     prompts: dict[str, Prompt] = {}
@@ -50,11 +53,11 @@ def read_submission(
         texts = _texts(given, where)
         prompt = known.find(given, where) if exams else _own(given, number, path.stem, where)
         before = prompts.setdefault(prompt.id, prompt)
-        if before.columns != prompt.columns:
+        if (before.text, before.columns.get("answer")) != (prompt.text, prompt.columns.get("answer")):
             raise UsageError(f"{where}: has the id of another question, {prompt.id!r}; {_shown(row)}")
-        reason = "length" if given.get("finish_reason") == "length" else "stop"
-        said = "finish_reason" in given
-        answers.setdefault(prompt.id, []).extend(_completion(text, reason if said else "") for text in texts)
+        ends = given.get("finish_reason")
+        reason: Any = ends if ends in ("stop", "length") else ""
+        answers.setdefault(prompt.id, []).extend(Completion((), (), (), reason, 0, text) for text in texts)
     if exams:
         name, domain = exams[0].name, exams[0].domain
         graders = {part: each for exam in exams for part, each in exam.graders.items()}
@@ -63,13 +66,7 @@ def read_submission(
         name, domain, graders = path.stem, None, {path.stem: Named(asked, find_grader(asked))}
     fewest = min(map(len, answers.values()))
     exam = Exam(name, list(prompts.values()), graders, SamplingOptions(0.0, 1), fewest, 0, domain)
-    if known.count > len(prompts):
-        reporter.note(f"{path}: answers {len(prompts):,} of {known.count:,} questions; the figures are of those")
-    return exam, list(answers.values())
-
-
-def _completion(text: str, reason: Any) -> Completion:
-    return Completion((), (), (), reason, 0, text)
+    return exam, list(answers.values()), max(0, known.count - len(prompts))
 
 
 def _unwrapped(row: Row) -> Row:
@@ -89,6 +86,9 @@ def _unwrapped(row: Row) -> Row:
 
 def _texts(row: Row, where: str) -> list[str]:
     name = next((name for name in COMPLETIONS if row.get(name) is not None), None)
+    talk = row.get("messages")
+    if name is None and isinstance(talk, list) and talk and isinstance(talk[-1], Mapping):
+        name = "messages" if talk[-1].get("role") == "assistant" else None
     if name is None:
         raise UsageError(f"{where}: has no completion; name it {', '.join(COMPLETIONS[:3])}, …; {_shown(row)}")
     texts = _said(row[name])
@@ -98,16 +98,19 @@ def _texts(row: Row, where: str) -> list[str]:
 
 
 def _said(value: Any) -> list[str]:
-    """The texts in a value: itself, those of a list, or the last of messages."""
+    """The texts in a value: itself, those of a list, or the last of messages. A null in a list is an answer that was
+    not given; halves of characters, which cannot be written, are replaced."""
     if isinstance(value, str):
-        return [value]
+        return [value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return [str(value)]
     if isinstance(value, Mapping):
-        held = next((value[name] for name in ("text", "content", *COMPLETIONS) if name in value), None)
+        held = next((value[name] for name in ("text", "content", "message", *COMPLETIONS) if name in value), None)
         return _said(held)
     if isinstance(value, list | tuple):
         if value and all(isinstance(each, Mapping) and "role" in each for each in value):
             return _said(value[-1])
-        return [text for each in value for text in _said(each)]
+        return [text for each in value for text in ([""] if each is None else _said(each))]
     return []
 
 
@@ -116,18 +119,19 @@ class _Known:
 
     def __init__(self, exams: Sequence[ExamRows]) -> None:
         self.by_id: dict[str, Prompt] = {}
+        self.by_own_id: dict[str, Prompt] = {}
         self.by_text: dict[str, Prompt] = {}
         self.in_order: list[Prompt] = []
-        for exam in exams:
-            for part in exam.parts:
-                for number, row in zip(part.numbers, part.rows, strict=True):
-                    columns = {key: value for key, value in row.items() if key != "prompt"}
-                    prompt = Prompt(f"{part.name}/{number}", row["prompt"], (), part.name, columns)
-                    self.in_order.append(prompt)
-                    self.by_id[prompt.id] = prompt
-                    for text in (prompt.text, columns.get("question")):
-                        if isinstance(text, str):
-                            self.by_text.setdefault(_plain(text), prompt)
+        for part in (part for exam in exams for part in exam.parts):
+            for number, row in zip(part.numbers, part.rows, strict=True):
+                columns = {key: value for key, value in row.items() if key != "prompt"}
+                prompt = Prompt(f"{part.name}/{number}", row["prompt"], (), part.name, columns)
+                self.in_order.append(prompt)
+                self.by_id[prompt.id] = prompt
+                if isinstance(columns.get("id"), str | int):
+                    self.by_own_id.setdefault(str(columns["id"]), prompt)
+                for text in _texts_of(prompt):
+                    self.by_text.setdefault(text, prompt)
 
     @property
     def count(self) -> int:
@@ -135,25 +139,46 @@ class _Known:
         return len(self.in_order)
 
     def find(self, row: Row, where: str) -> Prompt:
-        """The question that a row answers. Raises UsageError where it cannot be told."""
-        if row.get("prompt_id") in self.by_id:
-            return self.by_id[row["prompt_id"]]
-        for name in QUESTIONS:
-            text = row.get(name)
-            if isinstance(text, list):
-                text = "".join(_said(text)[-1:])
-            if isinstance(text, str) and _plain(text) in self.by_text:
-                return self.by_text[_plain(text)]
+        """The question that a row answers: by its id, its text, or its number, which a text that the row has must
+        agree with. Raises UsageError where it cannot be told."""
+        if isinstance(named := row.get("prompt_id"), str) and named in self.by_id:
+            return self.by_id[named]
+        texts = [_plain(text) for name in QUESTIONS for text in _said(row.get(name))[-1:]]
+        for text in texts:
+            if text in self.by_text:
+                return self.by_text[text]
+        found = self._by_number(row)
+        if found is None:
+            raise UsageError(
+                f"{where}: answers no question of the task that can be told; give its prompt_id, its text as question, "
+                f"or its number from 0 as index; {_shown(row)}"
+            )
+        if texts and not any(own in text or text in own for text in texts for own in _texts_of(found)):
+            raise UsageError(
+                f"{where}: has the number of {found.id}, and the text of another question; give the text as the task "
+                f"has it, or the number alone, which counts from 0; {_shown(row)}"
+            )
+        return found
+
+    def _by_number(self, row: Row) -> Prompt | None:
+        own = row.get("id")
+        if self.by_own_id and isinstance(own, str | int):
+            return self.by_own_id.get(str(own))
         for name in NUMBERS:
             number = row.get(name)
+            if isinstance(number, float) and number.is_integer():
+                number = int(number)
             if isinstance(number, str) and number.isascii() and number.isdecimal():
                 number = int(number)
             if type(number) is int and 0 <= number < self.count:
                 return self.in_order[number]
-        raise UsageError(
-            f"{where}: answers no question of the task that can be told; give its prompt_id, its text as question, or "
-            f"its number from 0 as index; {_shown(row)}"
-        )
+        return None
+
+
+def _texts_of(prompt: Prompt) -> list[str]:
+    """What a row may say a question is: what the model reads, or the question alone."""
+    asked = prompt.columns.get("question")
+    return [_plain(text) for text in (asked, prompt.text) if isinstance(text, str) and text.strip()]
 
 
 def _own(row: Row, number: int, name: str, where: str) -> Prompt:
@@ -165,10 +190,9 @@ def _own(row: Row, number: int, name: str, where: str) -> Prompt:
             f"{_shown(row)}"
         )
     columns = {key: value for key, value in row.items() if key not in COMPLETIONS and key != "finish_reason"}
-    if reference is not None:
-        columns["answer"] = row[reference]
+    columns["answer"] = row["solution" if reference is None else reference]
     text = next((text for each in QUESTIONS for text in _said(row.get(each))[-1:]), "")
-    told = next((row[each] for each in ("prompt_id", *NUMBERS) if row.get(each) is not None), None)
+    told = next((row[each] for each in ("prompt_id", *NUMBERS) if isinstance(row.get(each), str | int)), None)
     return Prompt(f"{name}/{number}" if told is None else str(told), text or f"row {number + 1}", (), name, columns)
 
 

@@ -103,11 +103,28 @@ def test_what_is_told_names_every_figure() -> None:
 
 def test_the_picture_has_both_curves_of_both_models() -> None:
     drawn = []
-    sets = {"A": figures([question(0, "10")]), "B": figures([question(0, "11")])}
+    sets = [("A", figures([question(0, "10")])), ("B", figures([question(0, "11")]))]
     draw_curves(sets, "gsm8k", drawn.append)
     (axes,) = drawn[0].axes
     labels = [line.get_label() for line in axes.get_lines()]
     assert labels == ["A: pass@k", "A: maj@k", "B: pass@k", "B: maj@k"]
     assert list(axes.get_lines()[2].get_ydata()) == [1, 1]
-    with pytest.raises(UsageError, match="--samples"):
-        draw_curves({"A": figures([question(0, "1")])}, "gsm8k", drawn.append)
+    with pytest.raises(UsageError, match="2 to 1,000 answers"):
+        draw_curves([("A", figures([question(0, "1")]))], "gsm8k", drawn.append)
+
+
+def test_answers_that_are_all_alike_still_leave_doubt() -> None:
+    """Half right on every question: the bootstrap would have no width, and neither would equal differences."""
+    low, high = figures([question(number, "10") for number in range(3)])["interval"]
+    assert low < 0.3
+    assert high > 0.7
+    same = compare([question(0, "1"), question(1, "0")], [question(0, "1"), question(1, "0")])
+    assert same["interval"][0] < -0.5
+    assert same["interval"][1] > 0.5
+    assert same["smallest"] == 1
+
+
+def test_more_answers_than_can_be_counted_have_no_majority_curve() -> None:
+    found = figures([question(0, "10" * 501)])
+    assert found["curves"].keys() == {"pass"}
+    assert found["curves"]["pass"]["1"]["value"] == pytest.approx(0.5)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gruppo import measuring
-from gruppo.asking import Asking
+from gruppo.asking import Asking, _labels
 from gruppo.config import Recipe, load_recipe
 from gruppo.entry import train
 from gruppo.errors import UsageError
@@ -103,7 +103,6 @@ def test_another_model_in_the_same_folder_is_refused(tiny_folder: str, files: li
     shutil.copytree(tiny_folder, tmp_path / "model")
     settings = asked(str(tmp_path / "model"), files)
     go(settings, tmp_path / "out")
-    (tmp_path / "out/results.json").unlink()
     shutil.rmtree(tmp_path / "model")
     save_model(make_policy(seed=3), tmp_path / "model")
     with pytest.raises(UsageError, match="weights_sha256"):
@@ -120,9 +119,31 @@ def test_two_models_are_compared(tiny_folder: str, files: list[str], tmp_path: P
         assert found[name]["left_out"] == 0
     same = compare_all(first, first)
     assert same["letters"]["difference"] == 0
-    assert same["letters"]["interval"] == [0, 0]
+    low, high = same["letters"]["interval"]
+    assert low < 0 < high, "five questions without a difference promise little"
     with pytest.raises(UsageError, match="nothing to compare"):
         compare_all(go(asked(tiny_folder, files[:1])), go(asked(tiny_folder, files[1:])))
+
+
+def test_other_questions_in_a_finished_folder_are_refused(tiny_folder: str, tmp_path: Path) -> None:
+    task = tmp_path / "rows.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:5]))
+    settings = asked(tiny_folder, [str(task)])
+    first = go(settings, tmp_path / "out")
+    assert go(settings, tmp_path / "out", resume=True).as_dict() == first.as_dict()
+    task.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    with pytest.raises(UsageError, match="data_sha256"):
+        go(settings, tmp_path / "out", resume=True)
+
+
+def test_settings_that_differ_are_told(tiny_folder: str, files: list[str]) -> None:
+    found = compare_all(go(asked(tiny_folder, files[:1])), go(asked(tiny_folder, files[:1], max_tokens=3)))
+    assert found["letters"]["settings"] == ["max_tokens 6 and 3"]
+
+
+def test_one_model_twice_has_two_names(tiny_folder: str, files: list[str]) -> None:
+    once = go(asked(tiny_folder, files[:1]))
+    assert _labels([once, once]) == [f"{tiny_folder} (first)", f"{tiny_folder} (second)"]
 
 
 def test_a_reward_model_scores_the_answers(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
@@ -204,6 +225,8 @@ def test_the_command_line_from_a_model_to_a_picture(tiny_folder: str, files: lis
     found = json.loads(shown.stdout)
     assert found["differences"]["letters"]["difference"] == 0
     assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+    unheard = gruppo("eval", tmp_path / "a", "--task", files[0])
+    assert (unheard.returncode, "--task" in unheard.stderr) == (2, True)
     refused = gruppo("eval", tiny_folder, *tasks, *options, "--out", tmp_path / "a")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
@@ -212,6 +235,10 @@ def test_the_command_line_from_a_model_to_a_picture(tiny_folder: str, files: lis
     ("arguments", "words"),
     [
         ([], ["--answers"]),
+        (["m", "--resume"], ["--resume", "--out"]),
+        (["m", "--task", "arithmetic", "--samples", "1001", "--temperature", "1"], ["samples = 1001"]),
+        (["--answers", "x.jsonl", "--samples", "4"], ["--samples", "--answers"]),
+        (["--answers", "x.jsonl", "--task", "gsm8k", "--task", "math"], ["--task math"]),
         (["m", "--answers", "x.jsonl"], ["--answers"]),
         (["m", "--curves", "x.txt"], ["--curves x.txt", ".svg"]),
         (["m", "--data", "x"], ["--data", "--task"]),

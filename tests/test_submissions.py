@@ -95,6 +95,8 @@ def test_rows_that_bring_their_own_reference(tmp_path: Path) -> None:
         ([{"completion": "2"}], True, ["row 1", "prompt_id", '"completion": "2"']),
         ([{"index": 9, "completion": "2"}], True, ["row 1", "index", "9"]),
         ([{"index": 0, "completion": []}], True, ["holds no text"]),
+        ([{"index": 0, "question": "What is 2 + 3?", "completion": "2"}], True, ["row 1", "another question"]),
+        ([{"prompt_id": [1], "completion": "2"}], True, ["row 1", "prompt_id"]),
         ([{"completion": "2"}], False, ["no reference", "--task"]),
         ([{"id": 3, "answer": each, "completion": "2"} for each in "24"], False, ["row 2", "'3'"]),
         ([], True, ["no rows"]),
@@ -116,3 +118,34 @@ def test_a_folder_can_be_read_and_graded_again(tmp_path: Path) -> None:
     assert [s.figures["accuracy"] for s in own.sheets.values()] == [
         s.figures["accuracy"] for s in first.sheets.values()
     ]
+
+
+def test_what_is_left_out_or_missing_is_told(tmp_path: Path) -> None:
+    """A question without an answer, and an answer that is null, which counts as wrong."""
+    (sheet,) = graded(tmp_path, [{"index": 0, "completions": ["2", None]}]).sheets.values()
+    assert sheet.figures["accuracy"] == 0.5
+    assert sheet.figures["unanswered"] == 1
+
+
+def test_halves_of_characters_and_numbers_are_answers_too(tmp_path: Path) -> None:
+    rows = [{"index": 0, "completion": "2 \ud83d"}, {"index": 1.0, "completion": 4}]
+    made = graded(tmp_path, rows, out=tmp_path / "out")
+    (sheet,) = made.sheets.values()
+    assert [list(each.right) for each in sheet.questions] == [[True], [True]]
+
+
+def test_an_edited_file_is_not_taken_for_the_one_that_was_graded(tmp_path: Path) -> None:
+    graded(tmp_path, SHAPES["text, by index"], out=tmp_path / "out")
+    with pytest.raises(UsageError, match="answers_sha256"):
+        graded(tmp_path, [{"index": 0, "completion": "2"}], out=tmp_path / "out", resume=True)
+
+
+def test_ids_of_the_task_go_before_places(tmp_path: Path) -> None:
+    """Rows with ids from 1: their own answer, and no neighbour's."""
+    rows = [{**row, "id": number} for number, row in enumerate(TASK, start=1)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps({"id": n, "completion": t}) + "\n" for n, t in ((1, "2"), (2, "4"))))
+    recipe = load_recipe({"model": {"name": "x"}, "evaluation": {"task": str(tmp_path / "own.jsonl")}})
+    (sheet,) = grade_file(recipe, path, True, None, False, Silent(), Stop()).sheets.values()
+    assert sheet.figures["accuracy"] == 1
