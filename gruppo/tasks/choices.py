@@ -24,6 +24,7 @@ class Choice(NamedTuple):
 
 _STYLE = re.compile(
     r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|mbox|boldsymbol|bf|rm|operatorname)\b\s*|\\[()\[\]!,; ]"
+    r"|</?(?:b|strong|i|em|u|p|span|code)>"
 )
 _MARKS = re.compile(r"[*_`$~{}]|\\(?:left|right)\b")
 _LABELLED = re.compile(r"\s*[(（]?\s*([A-J])\s*[)）.、:：]\s*")
@@ -45,8 +46,11 @@ _FOUND = [
         rf"(?i:\b(?:choose|select|pick|chose|selected|picked|go with|going with|matches|corresponds to|match)\s+)"
         rf"(?i:(?:the )?(?:correct |right )?(?:option|choice|answer|letter)s?\s*)?{_LEAD}{_GROUP}",
         rf"(?i:\b(?:is|be|gives|means)\s+(?:the\s+)?(?:correct\s+)?(?:option|choice)\s*[:：]?){_LEAD}{_GROUP}",
-        rf"(?:(?i:option|choice|statement)s?\s+)?{_GROUP}\s+(?:is|are)\s+(?:the\s+|therefore\s+|thus\s+)?"
-        rf"(?:only\s+)?(?:correct|right|best|true|answer)\b(?!\s+(?:that|if|when|for|to))",
+        rf"(?:(?i:option|choice|statement)s?\s+)?{_GROUP}\s+(?:is|are|seems|looks|appears|must be)\s+"
+        rf"(?:to be\s+)?(?:the\s+|therefore\s+|thus\s+)?(?:only\s+)?"
+        rf"(?:(?:correct|right|best|true|answer|solution)\b(?!\s+(?:that|if|when|for|to))|one (?:that works|we want))",
+        rf"(?i:\bonly\s+(?:(?:option|choice|answer)\s+)?){_GROUP}\s+(?:works?|fits?|satisf(?:y|ies)|matche?s?|holds?)\b",
+        rf"(?i:\b(?:so|thus|hence|therefore)),?\s+(?i:(?:option|choice)\s+)?{_GROUP}(?=\s*(?:[.!\n]|$))",
         rf"(?:答案|正确选项|正确的选项|正确的是|符合题意的是|应选|故选|可选|选择|本题选|因此选|所以选|选)"
         rf"(?:应该|应当|应|就)?(?:选择|选|是|为|：|:)?\s*{_LEAD}{_GROUP}",
         rf"{_GROUP}\s*(?:选项|项)?(?:是正确的|正确|是对的|是正确答案|是答案)(?!的?是)",
@@ -57,7 +61,7 @@ _ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:选项|项)?(?:[.,:
 
 _SMALL = re.compile(
     r"(?<!\w)[(（]([a-j])[)）]|(?<=[Aa]nswer is )([a-j])(?=\W*$|[).])|(?<=[Aa]nswer: )([a-j])(?=\W*$|[).])"
-    r"|(?<=[Oo]ption )([a-j])(?=\W*$|[).])"
+    r"|(?<=[Oo]ption )([a-j])(?=\W*$|[).])|(?<=[Cc]hoice )([a-j])(?=\W*$|[).])"
     r"|^\s*([a-j])[).]?\s*$|^([a-j])\)", re.MULTILINE
 )  # fmt: skip
 
@@ -77,7 +81,7 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
     It may be a letter ("the answer is (B)", a box, 故选B, a text or a last line that is a letter), or the words or the
     value of an option in the place of an answer.
     """
-    text = own_answer(text)
+    text = own_answer(text).translate(_FULL_WIDTH)
     found = sorted(_named(text, options, letters), key=lambda each: each[0])
     if found:
         return found[-1][1]
@@ -99,6 +103,7 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
     )
 
 
+_FULL_WIDTH = {0xFF21 + place: letter for place, letter in enumerate(LETTERS)}
 _SHORT = 150  # letters of a text or line that begins with its answer, at the most
 
 
@@ -118,7 +123,7 @@ def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[in
     for pattern in _FOUND:
         for found in pattern.finditer(plain):
             made = _choice(found, "phrase", letters, plain)
-            if made is not None and not _denied(plain, found.start("group")):
+            if made is not None and not _denied(plain, found) and not _ASKED.match(plain, found.end()):
                 yield found.start("group"), made
 
 
@@ -129,19 +134,31 @@ def _plain_in_place(text: str) -> str:
 
 
 _DENIED = re.compile(
-    r"(?:\bnot|n't|neither|wrong|incorrect|不是|不选|不能选|排除)\W*(?:the )?(?:correct )?(?:option|choice|answer)?\W*$"
+    r"(?:\b(?:not|cannot|neither|nor|wrong|incorrect|false|rul(?:e|es|ed|ing) out|eliminat(?:e|es|ed|ing)|"
+    r"exclud(?:e|es|ed|ing)|discard|reject)\b|n['’]t\b|不是|不选|不能选|不能是|排除)"
+    r"(?:[ \t(\"'“]+(?:be|is|are|was|the|an?|correct|right|option|choice|answer|statement|necessarily)\b)*"
+    r"[ \t(（\"'“:]*$",
+    re.IGNORECASE,
 )
+_REFUSED = re.compile(
+    r"[)）\]]?\s*(?:选项|项)?\s*(?:(?:is|are|was|would be|must be|seems|looks)?\s*"
+    r"(?:(?:definitely|clearly|also|certainly)\s+)?(?:not|wrong|incorrect|false|impossible|out)\b"
+    r"|(?:is|are|was|does|do|did|can|could|would|wo|ca)n['’]t\b|(?:does|do|can|could|would)\s*not\b|不|错)"
+)
+_ASKED = re.compile(r"[^.!?\n]{0,20}[?？]")
 
 
-def _denied(text: str, place: int) -> bool:
-    return bool(_DENIED.search(text[max(0, place - 40) : place]))
+def _denied(text: str, found: re.Match[str]) -> bool:
+    """Whether the words before or after letters say that they are not the answer: "not (B)", "(B) is wrong"."""
+    place = found.start("group")
+    return bool(_DENIED.search(text[max(0, place - 60) : place]) or _REFUSED.match(text, found.end("group")))
 
 
 def _alone(part: str, rule: str, letters: str, whole: bool = False) -> Choice | None:
     """The letters with which a text begins, and nothing else decides: "B", "(B) 42", "B. because …"."""
-    plain = _plain(part).strip()
+    plain = _plain(part).strip(" \n\t\"'“”‘’")
     found = _ALONE.match(plain) if not whole else re.match(rf"{_LEAD}{_GROUP}", plain)
-    return _choice(found, rule, letters, plain) if found else None
+    return _choice(found, rule, letters, plain) if found and not _REFUSED.match(plain, found.end("group")) else None
 
 
 def _choice(found: re.Match[str], rule: str, letters: str, text: str) -> Choice | None:
@@ -178,10 +195,21 @@ def _by_verdict(text: str, letters: str) -> Choice | None:
     return Choice(right[0], "verdicts", text[:200]) if len(right) == 1 and right[0] in letters else None
 
 
+_BRACKETED = re.compile(r"[(（]\s*(?P<group>[A-J])\s*[)）]")
+_CONCLUDED = re.compile(
+    r"(?:\b(?:so|thus|hence|therefore|then|is|are|be|guess|say|option|choice|leaves|leaving|with|means|for|to|pick|but|definitely|probably|both|answer)\b"
+    r"|^|['’]s\b|[∴→⇒:：,(（-])[\s,:(（\"'“-]*(?:(?:option|choice) )?(?P<group>[B-HJ])(?=\W*$)",
+    re.IGNORECASE,
+)
+
+
 def _by_mention(text: str, letters: str) -> Choice | None:
-    """The only letter in brackets of the last sentence: "so it must be (B)"."""
+    """The only letter in brackets of the last sentence, or with which it concludes: "so it must be (B)", "I say B"."""
     last = _plain(last_sentence(text))
-    named = re.findall(r"[(（]\s*([A-J])\s*[)）]", last) or re.findall(r"\b([B-HJ])\b(?=\s*$)", last)
+    if text.rstrip(" *_$").endswith(("?", "？")):
+        return None
+    found = list(_BRACKETED.finditer(last)) or list(_CONCLUDED.finditer(last))
+    named = [each["group"] for each in found if not _denied(last, each)]
     if len(set(named)) != 1 or named[0] not in letters:
         return None
     return Choice(named[0], "mention", last.strip()[:200])

@@ -32,7 +32,7 @@ _WRAPPED = r"[\s*_$~]*"
 _KIND = r"(?:(?:final|correct|right|best|numerical|ultimate)\s+)*"
 _ASKED = r"(?:\s+(?:to|for|of|in)\s[^.\n:=$]{1,80}?)?"
 _SAYS = re.compile(
-    rf"\b{_KIND}(?:answers?|(?:correct|right|best) (?:choice|option))\b{_ASKED}(?:\*\*)?\s*,?\s+"
+    rf"\b{_KIND}(?:answers?|(?:correct|right|best) (?:choice|option|one))\b{_ASKED}(?:\*\*)?\s*,?\s+"
     r"(?:is|are|was|equals|would be|should be|must be|comes out to be)\b(?:\s+(?:therefore|thus|then|simply|just))?"
     r"\s*[:：]?",
     re.IGNORECASE,
@@ -41,15 +41,32 @@ _SAYS_CHINESE = re.compile(r"(?:答案|最终结果)(?:应该|应当|应|就)?(?
 # "Answer:" counts at the start of a line or sentence; "to check our answer:" does not.
 _LABEL = re.compile(
     rf"(?:^|[.!?] |(?<=\bthe )|(?<=\bThe ))[ \t*_#>(-]*(?i:(?:my |our |the )?{_KIND}answer)[ \t*_]*[:：=][*_]*"
-    r"|答案?[*_]*[:：][*_]*",
+    r"|答案?[*_]*[:：][*_]*|【答案】[:：]?|[\"'](?i:(?:final_)?answer)[\"']\s*:\s*[\"']?",
     re.MULTILINE,
 )
+# A change of mind behind an answer: "No, it's 14.", "Wait, actually B.", "I first thought …, but it is B."
+_DOUBT = (
+    r"(?:no|wait|actually|correction|hmm+|oops|sorry|scratch that|on second thought|"
+    r"let me (?:re-?|double-?)?(?:check|compute|calculate|count)[^.\n]{0,60})"
+)
+_IT_IS = (
+    r"(?:it|that|this|the (?:correct|right|real|actual) (?:one|value|number|choice|option))"
+    r"(?:['’]s| is| was| should be| must be)(?: actually| really)? "
+)
+_VALUE = r"(?=[*_\"'($\[]*(?:(?:option|choice) )?[($]?(?:[-+−]?\d|[A-J]\b|\\(?:frac|sqrt|boxed)))"
+_REVISED = re.compile(
+    rf"(?<=[.!?,;:—–\n])\s*(?:(?:but|so|and) )?(?:\b{_DOUBT}\b[\s,.:;!—–-]*)+(?:[^\n]{{0,120}}?\b{_IT_IS})?{_VALUE}"
+    rf"|\b(?:thought|believed|guessed|assumed)\b[^.\n]{{1,60}}?\bbut (?:actually |now )?{_IT_IS}{_VALUE}",
+    re.IGNORECASE,
+)
+_BEHIND = 300  # letters between an answer and the change of mind about it, at the most
 _HEADING = re.compile(r"^#+\s*(?i:(?:final )?answer|最终答案|答案)\s*$", re.MULTILINE)
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*")
 _NEGATED = re.compile(r"\s*(?:not|n't|wrong|incorrect|correct\b|right\b|in\b|unclear|unknown|不)", re.IGNORECASE)
 _SUPPOSED = re.compile(
     r"\b(?:if|whether|suppose|assume|assuming|unless)\s+(?:that\s+)?(?:the\s+|my\s+)?$", re.IGNORECASE
 )
+_WRONG = re.compile(r"\b(?:wrong|incorrect|false)\s+$", re.IGNORECASE)
 _NUMBERED = re.compile(r"\d+[.)、]\s+\S")
 _LONGEST = 1000  # letters of a line that names an answer, at the most
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]")
@@ -86,14 +103,25 @@ def _decisions(text: str) -> Iterator[Decision]:
         yield Decision("boxed", box.content, box.start)
     for said in (*_SAYS.finditer(text), *_SAYS_CHINESE.finditer(text)):
         supposed = _SUPPOSED.search(text, max(0, said.start() - 20), said.start())
-        if not supposed and not _NEGATED.match(text, said.end()):
+        wrong = _WRONG.search(text, max(0, said.start() - 12), said.start())
+        if not supposed and not wrong and not _NEGATED.match(text, said.end()):
             yield from _following("answer is", text, said.end())
     for label in (*_LABEL.finditer(text), *_HEADING.finditer(text)):
         yield from _following("label", text, label.end())
+    yield from _revised(text)
     for hashes in _HASHES.finditer(text):
         line = text[hashes.end() : hashes.end() + _LONGEST].split("\n", 1)[0]
         if line.strip() and not _NUMBERED.match(line):
             yield Decision("####", line.strip(), hashes.end())
+
+
+def _revised(text: str) -> Iterator[Decision]:
+    """What a text changes its mind to, shortly after it named an answer."""
+    named = sorted(each.end() for pattern in (_SAYS, _LABEL) for each in pattern.finditer(text))
+    for revised in _REVISED.finditer(text) if named else ():
+        before = bisect_left(named, revised.end()) - 1
+        if before >= 0 and revised.end() - named[before] <= _BEHIND:
+            yield from _following("answer is", text, revised.end())
 
 
 def _following(rule: Rule, text: str, start: int) -> Iterator[Decision]:

@@ -22,8 +22,12 @@ _BATCH = 4096
 
 
 def read_file(path: Path, options: Mapping[str, Any], reporter: Reporter) -> Iterable[Row]:
-    """The rows of a file, by its suffix. Raises UsageError for a file that is not what its suffix says."""
-    return FILES[path.suffix.lower()](path, options, reporter)
+    """The rows of a file, by its suffix. Raises UsageError for an unknown suffix, and for a file that is not
+    what its suffix says."""
+    read = FILES.get(path.suffix.lower())
+    if read is None:
+        raise UsageError(f"{path.name}: this kind of file is not known; write one of {', '.join(FILES)}")
+    return read(path, options, reporter)
 
 
 def _jsonl(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Row]:

@@ -9,7 +9,7 @@ import ast
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -43,7 +43,7 @@ _NUMBER = re.compile(
 )
 _AFTER = re.compile(
     r"\s*(?:(?P<percent>%|percent\b|per cent\b|percentage points?\b)|"
-    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千|万|亿|(?<=\d)[kK]\b))"
+    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千(?![米克瓦])|万|亿|(?<=\d)[kK]\b))"
 )
 _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), text)
@@ -52,6 +52,12 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\begin\{[a-z*]+\}|\\end\{[a-z*]+\}|\\(?:quad|qquad)\b|\\\\", " "),
         (r"(?<=\d)(?:\{,\}|,?\\[,!;: ]\s?|[\u00a0\u202f\u2009\u2007~])(?=\d{3}(?!\d))", ""),
         (r"(?<=[$€£¥₹])\s?(\d{1,3}) (\d{3})(?: (\d{3}))?(?![\d,])", r"\1\2\3"),
+        (r"(?<=[$€£¥₹])\s?(\d[\d,.]*)\s?M\b", r"\1 million"),
+        (r"(?<=\d)['’_](?=\d{3}(?!\d))", ""),
+        (r"\bRs\.?\s*(?=\d)", ""),
+        (r"(?<![\d.])(\d+) dollars? and (\d{2}) cents?\b", r"\1.\2 dollars"),
+        (r"(\d+)元(\d)角", r"\1.\2元"),
+        (r"(?<![\d.:/])(\d+)(?::| : )(?!00\b)(\d+)(?![\d.:/]\d|\d|:)", r"\1/\2"),
         (r"\\%|％", "%"),
         (r"百分之\s*(\d+(?:\.\d+)?)", r"\1%"),
         (r"(?<!\d)(\d+)\s*分之\s*(\d+)", r"\2/\1"),
@@ -67,7 +73,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"(?<![\d.])10\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|([-+]?\d{1,3}))(?!\d)", r"1e\1\2"),
         (r"\b(?:[Nn]egative|[Mm]inus)\s+(?=[\d.])|负\s*(?=\d)", "-"),
         (r"\b(\d{1,2}):00\b", r"\1"),
-        (r"(?<![\d\w)])[–—](?=\d)", "-"),
+        (r"(?<![\d\w)])[–—](?=\d)|^\s*–\s+(?=\d)", "-"),
     )
 ]  # fmt: skip
 
@@ -233,6 +239,7 @@ class Answered:
     readings: tuple[Quantity, ...]
     text: str
     rule: str
+    bound: bool = False  # "less than 13", which is no answer unless a bound was asked for
 
 
 _ABOUT = re.compile(
@@ -253,24 +260,65 @@ def read_decision(decision: Decision) -> tuple[Quantity, ...]:
     clean = cleaned(decision.text)
     if decision.rule in ("tags", "boxed"):
         return _whole(clean)
-    clean = sentence(clean)
+    clean = _SPECIFIED.sub("", sentence(clean))
     clean = _SPACED.sub(lambda found: found[0].replace(" ", ""), clean, count=1) if _ABOUT.match(clean) else clean
     numbers = quantities(clean)
     begins = _ABOUT.match(clean)
     if not numbers:
         word = spelled(clean, last=False)
         return (word,) if word else ()
+    if _UNKNOWN.search(clean):
+        return _open(numbers[0])
+    if between := _BETWEEN.match(clean):
+        return tuple(each for each in numbers if each.start >= between.end())[:2]
     if decision.rule in ("label", "####") and not begins:
-        return (numbers[0],) if len(numbers) == 1 and decision.rule == "label" and len(clean) < 80 else ()
+        inside = [each.span() for each in _ASIDE.finditer(clean)]
+        outside = [each for each in numbers if not any(left <= each.start < right for left, right in inside)]
+        return (outside[0],) if len(outside) == 1 and decision.rule == "label" and len(clean) < 80 else ()
     if not begins:
         return (_result(clean, numbers),)
+    if worked := _WORKED_OUT.match(clean, begins.end()):
+        return (next(each for each in numbers if each.end >= worked.end()),)
     chained = _chained(clean, begins.end(), numbers)
     if decision.rule == "label" and chained is numbers[0] and _operator(clean, chained.end):
         return ()
-    if chained is numbers[0] and _operator(clean, chained.end):  # a sum that is not worked out is no answer
+    if chained is numbers[0] and (_operator(clean, chained.end) or _RAISED.match(clean, chained.end)):
         value = _calculated(clean[begins.end() :])
-        return (chained, numbers[-1] if value is None else Quantity(value, None, False, 0, 0))
+        worth = numbers[-1] if value is None else Quantity(value, None, False, 0, 0)
+        if _operator(clean, chained.end):  # a sum that is not worked out is no answer
+            return (chained, worth)
+        if value is not None:
+            return (worth,)
     return _alternatives(clean, chained, numbers)
+
+
+# What has a letter to be solved for, or an error: "13x", "x + 13", "13 ± 2".
+_UNKNOWN = re.compile(
+    r"^\s*(?:-?\s*[a-z]\s*[-+*/]\s*\d|[-+]?[\d.,]+(?:[xyz]\b|\s*[-+*/]\s*[xyz]\b)(?!\s*=)|[-+]?[\d.,]+\s*(?:±|\\pm\b))"
+)
+_BETWEEN = re.compile(r"\s*(?:somewhere )?between (?=[^a-z]*\d[^a-z]*\band\b)")
+_BOUND = re.compile(
+    r"\b(?:(?:less|more|fewer|greater|larger|smaller|higher|lower) than|at (?:least|most)|no (?:more|less|fewer) than|"
+    r"up to|minimum|maximum|least|most|above|below|over|under)\b|至少|至多|最多|最少|大于|小于|超过|不到"
+)
+_BOUNDED = re.compile(
+    r"[\s:*]*(?:is |strictly |clearly )?"
+    r"(?:(?:less|more|fewer|greater|larger|smaller|higher|lower) than|at (?:least|most)|"
+    r"no (?:more|less|fewer) than)\b(?!\s+or equal)"
+)
+_SPECIFIED = re.compile(r"[,，]\s*其中.*$")
+_RAISED = re.compile(r"\s*\^\s*\{?\d")
+# "1/3 of 54, which is 18": a sum and what it comes to.
+_WORKED_OUT = re.compile(
+    r"[-+]?[\d.,/]+\s*(?:[-+*/×÷]|of|plus|minus|times|divided by|multiplied by)\s*[\d.][^=;()]{0,40}?"
+    r"(?:,\s*|\s)(?:which (?:is|equals|gives|makes|comes to)|i\.e\.,?|that is,?|so|or|equals|is)\s+"
+    r"(?:[a-z]+\s+){0,2}[-+]?[\d.,/]*\d"
+)
+
+
+def _open(number: Quantity) -> tuple[Quantity, ...]:
+    """Readings of which no number is all: an answer that is no number yet."""
+    return number, replace(number, value=number.value + 1)
 
 
 def _whole(clean: str) -> tuple[Quantity, ...]:
@@ -298,7 +346,11 @@ def _chained(clean: str, start: int, numbers: Sequence[Quantity]) -> Quantity:
     if not equals:
         return numbers[0]
     after = [each for each in numbers if each.start >= start + equals[-1]]
-    return after[0] if after else numbers[0]
+    if not after:
+        return numbers[0]
+    if _operator(clean, after[0].end) and _calculated(part[equals[-1] - start :]) == numbers[0].value:
+        return numbers[0]  # "18 = 2 * 9"
+    return after[0]
 
 
 def _operator(clean: str, end: int) -> bool:
@@ -365,14 +417,25 @@ def answered_number(text: str, question: str = "") -> Answered | None:
         if decision.rule == "label" and _goes_on(text, decision):
             continue
         if readings := read_decision(decision._replace(text=shown)):
-            return Answered(readings, decision.text[:200], decision.rule)
+            return Answered(readings, decision.text[:200], decision.rule, bool(_BOUNDED.match(decision.text)))
     clean = _SPACED_ZEROS.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
-    numbers = quantities(clean)
+    written = quantities(clean)
+    numbers = [each for each in written if not _DENIED.search(clean, max(0, each.start - 40), each.start)]
+    if written and not numbers:
+        return None
     if numbers:
         chosen = _computed(clean, numbers, question)
         return Answered((chosen,), clean[chosen.start : chosen.end], "last number")
     word = spelled(last_sentence(clean), last=True)
     return Answered((word,), last_sentence(clean)[:200], "last number") if word else None
+
+
+# What a number is said not to be, or only supposed to be: "the answer is not 18", "it's 18, not 20".
+_DENIED = re.compile(
+    r"(?:\b(?:not|never|cannot be|(?:wrong|incorrect) answer is|answer (?:could|might|may) be)|n't(?: be)?|不是|不等于)"
+    r"\s*(?:equal to |exactly |simply |just )?$",
+    re.IGNORECASE,
+)
 
 
 def _goes_on(text: str, decision: Decision) -> bool:
@@ -403,7 +466,7 @@ def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantit
     return next(iter(new.values())) if last.value in asked and len(new) == 1 else last
 
 
-_ASIDE = re.compile(r"\([^()]*[A-Za-z]{2}[^()]*\)")
+_ASIDE = re.compile(r"\([^()]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()]*\)")
 _CONCLUSION = re.compile(r"\b(?:so|thus|therefore|hence|means|total|leaving|leaves|altogether)\b|所以|因此|一共")
 _BEGIN = re.compile(r"^|[.!?]\s|[\n。！？]")
 
@@ -433,7 +496,11 @@ def grade_number(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
     if answered is None:
         return False
     if len(wanted) == 1:
-        return all(same_quantity(each, wanted[0]) for each in answered.readings)
+        if answered.bound and not _BOUND.search(f"{answer} {columns.get('question', '')}"):
+            return False
+        readings = answered.readings
+        same = [same_quantity(each, wanted[0]) for each in readings]
+        return any(same) if all(same_quantity(each, readings[0]) for each in readings) else all(same)
     named = decisions(own_answer(text))
     clean = cleaned(named[-1].text if named else last_sentence(text))
     numbers = quantities(clean)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gruppo.errors import UsageError
+from gruppo.tasks.files import read_file
 from tests.tasks.load import Notes, questions, training
 
 ROWS = [
@@ -147,3 +148,9 @@ def test_values_of_parquet_become_plain(tmp_path: Path) -> None:
         }
     ]
     assert "image, raw" in reporter.notes[0]
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.gz", "rows"])
+def test_an_unknown_kind_of_file_is_told(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"not known; write one of \.jsonl, \.json"):
+        read_file(tmp_path / name, {}, Notes())
