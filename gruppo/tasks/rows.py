@@ -5,6 +5,7 @@ One reader a family: word problems, formulas, multiple choice. What cannot be re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ def read_number(row: Mapping[str, Any]) -> Row:
 def read_formula(row: Mapping[str, Any]) -> Row:
     """A problem with its answer as LaTeX, or with a solution that holds it in a box."""
     columns = _lowered(row)
-    question = _question(columns, row, ("problem", *_QUESTION))
+    question = _bare(_question(columns, row, ("problem", *_QUESTION)))
     found = next((columns[name] for name in _FORMULA if _given(columns.get(name))), None)
     if found is None:
         box = last_box(_text(columns.get("solution") or ""))
@@ -70,8 +71,10 @@ def read_choice(row: Mapping[str, Any]) -> Row:
     columns = _lowered(row)
     question = _question(columns, row)
     choices = _choices(columns)
-    if not choices:
-        question, choices = _within(question)
+    bare = _bare(question)
+    if not choices or bare != question:
+        question, within = _within(bare)
+        choices = choices or within
     if len(choices) < 2:
         raise _unreadable(
             row, f"it has no options (a list or text in one of {', '.join(_OPTIONS)}; or columns A, B, …)"
@@ -102,12 +105,24 @@ def _choices(columns: Mapping[str, Any]) -> list[str]:
     return without_letters([_text(each) for each in given])
 
 
+_PROMPTED = re.compile(
+    r"\s*(?:Q:|问题[：:])(.*?)(?:答案[：:](?:从A到[A-Z][，,]\s*我们应选择)?|A:(?: Among A through [A-Z], the answer is)?)?\s*",
+    re.DOTALL,
+)
+
+
+def _bare(question: str) -> str:
+    """A question without what evaluations write around it to ask for its answer: "问题：… 答案："."""
+    prompted = _PROMPTED.fullmatch(question)
+    return prompted[1].strip() if prompted else question
+
+
 def _within(question: str) -> tuple[str, list[str]]:
     """A question that holds its own options, parted from them: "… Answer Choices: (A)4 (B)5"."""
     for opening in ("Answer Choices:", "Options:", "从以下选项中选择:", "选项:", "选项：", "\n"):
         before, found, after = question.partition(opening)
-        if found and len(options := split_options(after.removesuffix("A: Among A through D, the answer is"))) > 1:
-            return before.removeprefix("Q:").removeprefix("问题：").strip(), options
+        if found and len(options := split_options(after)) > 1:
+            return before.strip(), options
     return question, []
 
 
