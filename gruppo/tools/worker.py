@@ -33,6 +33,7 @@ MOST_REPORT = 4000  # characters
 FRAMES = 8  # of a traceback, the last ones
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 38, 22, 2
 _STACK = 8 * 2**20
+_SIGNALS = 16  # that wait, of the user's in all
 _BLOCK = "<block "
 _read, _write, _process = os.read, os.write, os.getpid  # of our own, as blocks may patch os
 
@@ -151,6 +152,7 @@ def confine(limits: Mapping[str, float], needed: bool) -> None:
         "RLIMIT_STACK": _STACK,
         "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_SIGPENDING": _SIGNALS,
     }
     for name, most in wanted.items():
         try:
