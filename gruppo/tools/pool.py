@@ -11,7 +11,7 @@ from itertools import count
 
 from gruppo.errors import RunError, UsageError
 from gruppo.tools.process import Process, Ran
-from gruppo.tools.sandbox import Limits, does_not_start, find_bubblewrap, watch_for_leftovers
+from gruppo.tools.sandbox import Limits, cannot_be_asked_for, find_bubblewrap, watch_for_leftovers
 from gruppo.tools.text import composed
 
 MOST_CODE = 2**20  # bytes of a block
@@ -110,7 +110,7 @@ class PythonPool:
             process = self._next()
             try:
                 if isinstance(process, Exception):
-                    raise RunError(does_not_start(str(process)))
+                    raise RunError(cannot_be_asked_for(process))
                 process.await_ready()
             except RunError:
                 self._end(process)

@@ -108,7 +108,8 @@ class Exchange:
         if mark != self._mark or outcome not in (worker.OK, worker.ERROR, worker.MEMORY) or len(report) > length:
             self.end = "forged"
         elif len(report) == length:
-            self.end, self.outcome, self.report = "answered", outcome, printable(report)
+            self.end, self.outcome = "answered", outcome
+            self.report = "\0".join(printable(part) for part in report.split(b"\0", 1))
 
     def _read_output(self) -> bool:
         """Read some of what was printed; whether there may be more."""
@@ -134,13 +135,14 @@ class Process:
         self._ready = False
         self._number: int | None = None  # of the interpreter, which is not bubblewrap's
         self._handle: int | None = None
-        self._folder = None if bubblewrap else tempfile.mkdtemp(prefix="gruppo-")
-        pairs = [os.pipe() for _ in range(4)]  # calls, answers, output, and what bubblewrap tells
+        self._folder: str | None = None
+        pairs = _pipes(4)  # calls, answers, output, and what bubblewrap tells
         ours = [pairs[0][1], *(read for read, _ in pairs[1:])]
         theirs = [pairs[0][0], *(write for _, write in pairs[1:])]
         self._calls: int | None
         self._calls, self._answers, self._output, self._info = ours
         try:
+            self._folder = None if bubblewrap else tempfile.mkdtemp(prefix="gruppo-")
             for each in ours:
                 os.set_blocking(each, False)
             self._process = self._confined(bubblewrap, *theirs) if bubblewrap else self._unconfined(*theirs)
@@ -154,8 +156,10 @@ class Process:
     def _confined(self, bubblewrap: str, calls: int, answers: int, output: int, info: int) -> subprocess.Popen[bytes]:
         filter_from, filter_to = os.pipe()
         try:
-            os.write(filter_to, first_filter())  # which a pipe takes whole
-            os.close(filter_to)
+            try:
+                os.write(filter_to, first_filter())  # which a pipe takes whole
+            finally:
+                os.close(filter_to)
             command = confined(bubblewrap, self.limits, self._mark, calls, answers, filter_from, info)
             return _spawn(command, output, (calls, answers, filter_from, info), "/", {})
         finally:
@@ -315,6 +319,18 @@ class Process:
                 os.close(each)
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _pipes(number: int) -> list[tuple[int, int]]:
+    """So many pipes, or none."""
+    with contextlib.ExitStack() as undo:
+        made = []
+        for _ in range(number):
+            made.append(os.pipe())
+            for each in made[-1]:
+                undo.callback(os.close, each)
+        undo.pop_all()
+    return made
 
 
 def _spawn(

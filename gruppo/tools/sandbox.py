@@ -7,6 +7,7 @@ capabilities, behind a filter of system calls (gruppo.tools.syscalls). Nothing o
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import platform
@@ -28,6 +29,9 @@ WORKER = Path(__file__).with_name("worker.py")
 
 # What is less than this starts no interpreter.
 _LEAST = {"memory": 48 * MIB, "output": 1, "file_size": 0, "open_files": 16, "temporary": 64 * 1024}
+# More than this the system takes for no limit, or not at all.
+_MOST = {"memory": 2**46, "output": 2**24, "file_size": 2**46, "open_files": 2**20, "temporary": 2**46}
+_MOST_SECONDS = 10**9
 _INSTALL = (
     "apt install bubblewrap (Debian, Ubuntu), dnf install bubblewrap (Fedora, Red Hat), "
     "pacman -S bubblewrap (Arch), zypper install bubblewrap (openSUSE), apk add bubblewrap (Alpine)"
@@ -80,8 +84,12 @@ class Limits:
                 raise UsageError(f"limits.{field.name} = {value!r}: write a {'whole ' * whole}number")
             if whole and value < least:
                 raise UsageError(f"limits.{field.name} = {value}: write at least {least}")
-            if not whole and not 0 < value < float("inf"):
-                raise UsageError(f"limits.{field.name} = {value}: write a number of seconds above 0")
+            if whole and value > _MOST[field.name]:
+                raise UsageError(f"limits.{field.name} = {value}: write at most {_MOST[field.name]}")
+            if not whole and not 0 < value <= _MOST_SECONDS:
+                raise UsageError(
+                    f"limits.{field.name} = {value}: write a number of seconds above 0, at most {_MOST_SECONDS}"
+                )
 
 
 def find_bubblewrap() -> str:
@@ -113,6 +121,16 @@ def does_not_start(told: str) -> str:
     return (
         f'the sandbox for model-written code does not start: "{one_line(told.strip()) or "nothing was said"}"; {_ALLOW}'
     )
+
+
+def cannot_be_asked_for(error: Exception) -> str:
+    """The message where the trainer itself could not start the sandbox's process."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return (
+            f"no sandbox can be started, as too many files are open ({error}): raise the limit of open files "
+            "(ulimit -n), or let fewer completions be under way at a time"
+        )
+    return f"no sandbox can be started: {type(error).__name__}: {one_line(str(error))}"
 
 
 def confined(

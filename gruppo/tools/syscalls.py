@@ -15,8 +15,9 @@ from dataclasses import dataclass
 _PROCESSES = """
 fork 57 -   vfork 58 -   clone 56 220   execveat 322 281   unshare 272 97   setns 308 268
 """
-# Signals, and whatever else reaches into a process
+# Signals, and whatever else reaches into a process; each timer holds a place in the queue of all of the user's signals
 _OTHERS = """
+timer_create 222 107
 kill 62 129   tkill 200 130   tgkill 234 131   rt_sigqueueinfo 129 138   rt_tgsigqueueinfo 297 240
 pidfd_open 434 434   pidfd_getfd 438 438   pidfd_send_signal 424 424   ptrace 101 117   kcmp 312 272
 process_vm_readv 310 270   process_vm_writev 311 271   process_madvise 440 440   process_mrelease 448 448
@@ -25,8 +26,9 @@ _NETWORK = """
 socket 41 198   socketpair 53 199   connect 42 203   bind 49 200   listen 50 201   accept 43 202   accept4 288 242
 sendto 44 206   sendmsg 46 211   sendmmsg 307 269   recvfrom 45 207   recvmsg 47 212   recvmmsg 299 243
 """
-# Mounts, and writing out the disks of the whole machine, which delays others
+# Mounts; writing out the disks of the whole machine, which delays others; locks on files that others see too
 _FILE_SYSTEMS = """
+flock 73 32
 mount 165 40   umount2 166 39   pivot_root 155 41   chroot 161 51   move_mount 429 429   open_tree 428 428
 fsopen 430 430   fsconfig 431 431   fsmount 432 432   fspick 433 433   mount_setattr 442 442   swapon 167 224
 swapoff 168 225   quotactl 179 60   quotactl_fd 443 443   acct 163 89   name_to_handle_at 303 264
@@ -61,8 +63,13 @@ NEWEST = 450  # the last number, on both architectures, that was looked at for t
 _CLONE3 = 435  # its flags lie in memory, where no filter can look; the C library then takes clone
 _X32 = 0x40000000
 _LOAD, _EQUAL, _AT_LEAST, _ABOVE, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x06
-_NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, 16  # where struct seccomp_data has them; of the argument the lower half
+# Where struct seccomp_data has them; of the arguments the lower halves, which is all that prctl and fcntl look at
+_NUMBER, _ARCHITECTURE, _ARGUMENT, _SECOND = 0, 4, 16, 24
 _PR_SET_PDEATHSIG = 1
+# What fcntl may be asked for: copies of a descriptor, its flags, the size of its pipe. Left out are locks and leases,
+# by which one could talk with others, or stop them, through files that both see; watching folders; signals.
+_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC, _F_GETPIPE_SZ = 0, 1, 2, 3, 4, 1030, 1032
+FCNTL = (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC, _F_GETPIPE_SZ)
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
@@ -74,9 +81,10 @@ class Machine:
     column: int  # of DENIED
     execve: int
     prctl: int
+    fcntl: int
 
 
-MACHINES = {"x86_64": Machine(0xC000003E, 0, 59, 157), "aarch64": Machine(0xC00000B7, 1, 221, 167)}
+MACHINES = {"x86_64": Machine(0xC000003E, 0, 59, 157, 72), "aarch64": Machine(0xC00000B7, 1, 221, 167, 25)}
 
 
 def first_filter(machine: str = "") -> bytes:
@@ -88,7 +96,7 @@ def first_filter(machine: str = "") -> bytes:
     numbers = [int(row[made.column]) for row in DENIED.values() if row[made.column] != "-"]
     refused = [each for number in numbers for each in _refused(number, errno.EPERM)]
     newer = [_step(_ABOVE, NEWEST, 0, 1), _step(_RETURN, _ERROR | errno.ENOSYS)]
-    return _program(made, [*_refused(_CLONE3, errno.ENOSYS), *newer, *refused])
+    return _program(made, [*_refused(_CLONE3, errno.ENOSYS), *newer, *refused, *_fcntl(made)])
 
 
 def last_filter(machine: str = "") -> bytes:
@@ -102,6 +110,18 @@ def last_filter(machine: str = "") -> bytes:
         _step(_LOAD, _NUMBER),
     ]
     return _program(made, [*_refused(made.execve, errno.EPERM), *unsaid])
+
+
+def _fcntl(machine: Machine) -> list[bytes]:
+    """Refuse fcntl but for FCNTL."""
+    count = len(FCNTL)
+    return [
+        _step(_EQUAL, machine.fcntl, 0, count + 3),
+        _step(_LOAD, _SECOND),
+        *(_step(_EQUAL, asked, count - place, 0) for place, asked in enumerate(FCNTL)),
+        _step(_RETURN, _ERROR | errno.EPERM),
+        _step(_LOAD, _NUMBER),
+    ]
 
 
 def _program(machine: Machine, refusals: list[bytes]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CUT = "\n[output cut here]\n"
+from gruppo.tools.worker import CUT
 
 
 class Kept:
@@ -28,11 +28,26 @@ def printable(data: bytes | bytearray) -> str:
     return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
+def shortened(report: str, most: int) -> str:
+    """At most so many characters of an error's report, whose parts a null character divides: of its frames the last,
+    and the beginning of what it says, of which there is at least half."""
+    frames, _, said = report.rpartition("\0")
+    if len(frames) + len(said) <= most:
+        return frames + said
+    room = max(most // 2, most - len(frames))
+    if len(said) > room:
+        said = said[: max(0, room - len(CUT))] + CUT
+    if len(frames) > most - len(said):
+        frames = frames[len(frames) - max(0, most - len(said)) :]
+        begin = frames.find('  File "')
+        frames = frames[begin:] if begin >= 0 else ""
+    return frames + said
+
+
 def composed(head: str, text: str, report: str, note: str, most: int) -> str:
-    """At most so many characters: `head`, as much of the text as there is room for, the end of the report of an error,
-    and the note, which says how the block ended. Each begins on a line of its own."""
-    if len(report) > most // 2:
-        report = report[-(most // 2) :]
+    """At most so many characters: `head`, as much of the text as there is room for, the report of an error, which may
+    take half of them (`shortened`), and the note, which says how the block ended. Each begins on a line of its own."""
+    report = shortened(report, most // 2)
     tail = "".join(f"{each.rstrip(chr(10))}\n" for each in (report, note) if each)
     if head:
         head += "\n"

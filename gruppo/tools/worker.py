@@ -6,6 +6,8 @@ drew for the block:
 
     calls:    16 bytes, length of the code (4 bytes), code
     answers:  16 bytes, outcome (1 byte), length of the report (2 bytes), report
+
+A report is the frames of an error, a null byte, and what the error says.
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from collections.abc import Mapping
 CALL, ANSWER = struct.Struct("=16sI"), struct.Struct("=16sBH")
 OK, ERROR, MEMORY = range(3)
 READY = bytes(16)  # what the first answer, to no call, begins with
-MOST_REPORT = 4000  # characters
+MOST_FRAMES, MOST_SAID, MOST_LINE = 4000, 8000, 240  # characters of a report's two parts, and of a line of frames
 FRAMES = 8  # of a traceback, the last ones
+CUT = "\n[output cut here]\n"
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 38, 22, 2
 _STACK = 8 * 2**20
+_SIGNALS = 16  # that wait, of the user's in all
 _BLOCK = "<block "
-_read, _write, _process = os.read, os.write, os.getpid  # of our own, as blocks may patch os
+_read, _write, _look, _process = os.read, os.write, os.fstat, os.getpid  # of our own, as blocks may patch os
 
 
 class Output(io.RawIOBase):
@@ -133,13 +137,23 @@ def _report(error: BaseException) -> str:
     while frames is not None and not frames.tb_frame.f_code.co_filename.startswith(_BLOCK):
         frames = frames.tb_next
     try:
-        lines = traceback.format_exception(type(error), error, frames, limit=-FRAMES)
-        text = "".join(lines)
-        if len(text) > MOST_REPORT:
-            text = f"{text[: MOST_REPORT // 4]}\n[...]\n{text[-MOST_REPORT // 2 :]}"
+        parts = traceback.format_exception_only(type(error), error)
+        above = next((place for place, part in enumerate(parts) if part[:1] != " "), 0)  # of no valid Python, its line
+        said = "".join(parts[above:])
+        text = "".join(traceback.format_exception(type(error), error, frames, limit=-FRAMES))
+        if not text.endswith(said):  # a group of errors, which is told as a tree
+            said = text
+        text = text.removesuffix(said)
     except BaseException:  # noqa: BLE001  a block's own exception can refuse to be printed in any way
         return f"{type(error).__name__} that cannot be printed"
-    return text
+    lines = [line if len(line) <= MOST_LINE else f"{line[:MOST_LINE]}...\n" for line in text.splitlines(True)]
+    told = "".join(lines)[-MOST_FRAMES:]
+    return "\0".join((told.replace("\0", "\\x00"), _begun(said)))
+
+
+def _begun(said: str) -> str:
+    """As much of what an error says as a report has room for."""
+    return said if len(said) <= MOST_SAID else said[:MOST_SAID] + CUT
 
 
 def confine(limits: Mapping[str, float], needed: bool) -> None:
@@ -151,6 +165,7 @@ def confine(limits: Mapping[str, float], needed: bool) -> None:
         "RLIMIT_STACK": _STACK,
         "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_SIGPENDING": _SIGNALS,
     }
     for name, most in wanted.items():
         try:
@@ -189,7 +204,7 @@ def allow_processor(seconds: float) -> None:
 
 def serve(calls: int, answers: int, interpreter: Interpreter, processor_seconds: float) -> None:
     """Run blocks until the pool hangs up, or memory is at its end; 0 seconds leave processor time to the pool alone."""
-    own = _process()
+    own, output = _process(), _file(1)
     _send(answers, ANSWER.pack(READY, OK, 0))
     while begin := _receive(calls, CALL.size):
         mark, length = CALL.unpack(begin)
@@ -198,10 +213,21 @@ def serve(calls: int, answers: int, interpreter: Interpreter, processor_seconds:
         outcome, text = interpreter.run(_receive(calls, length))
         if _process() != own:
             os._exit(0)  # a child that a block forked, without a sandbox, and that came back from it
+        if _file(1) != output:  # closed or another's by the block: nothing could be shown any more
+            return
         report = text.encode("utf-8", "backslashreplace")[:60000]
         _send(answers, ANSWER.pack(mark, outcome, len(report)) + report)
         if outcome == MEMORY:  # what filled it may be held for ever
             return
+
+
+def _file(descriptor: int) -> tuple[int, int] | None:
+    """What a descriptor stands for; None where it is closed."""
+    try:
+        found = _look(descriptor)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _receive(descriptor: int, size: int) -> bytes:

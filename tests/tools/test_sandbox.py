@@ -280,6 +280,43 @@ def test_nothing_outside_can_be_written(pool: PythonPool) -> None:
     assert stat.S_ISCHR(after.st_mode)
 
 
+def test_files_that_others_see_carry_no_locks_leases_or_watches(pool: PythonPool) -> None:
+    """By these one could stop a process of the host that opens the file, watch it, or talk with another session."""
+    refused(
+        pool,
+        "fcntl.fcntl(file, 1024, 0)",  # F_SETLEASE, F_RDLCK
+        "fcntl.fcntl(file, 1025)",  # F_GETLEASE
+        "fcntl.fcntl(os.open('/', os.O_RDONLY), 1026, 0x80000001)",  # F_NOTIFY, DN_ACCESS and DN_MULTISHOT
+        "fcntl.flock(file, fcntl.LOCK_SH)",
+        "fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        *(f"fcntl.fcntl(file, {command}, bytes([0] * 32))" for command in (5, 6, 7, 36, 37, 38)),
+        "fcntl.fcntl(file, fcntl.F_SETOWN, os.getpid())",
+        "fcntl.fcntl(file, 1031, 2**20)",  # F_SETPIPE_SZ
+        "call(number(72, 25), file.fileno(), ctypes.c_ulong(2**32 + 1024), 0)",  # the kernel takes the lower half
+        preamble=f"import fcntl\nfile = open('/worker.py')\n{CALL}",
+    )
+    assert attack(pool, "import os\nos.get_blocking(os.dup(0)), os.get_inheritable(0)").status == "ok"
+
+
+def test_timers_take_no_place_in_the_users_queue_of_signals(pool: PythonPool) -> None:
+    refused(pool, "call(number(222, 107), 0, 0, ctypes.byref(ctypes.c_int()))", preamble=CALL)
+    assert attack(pool, "import resource\nresource.getrlimit(resource.RLIMIT_SIGPENDING)").output == "(16, 16)\n"
+
+
+def test_databases_need_no_locks(pool: PythonPool) -> None:
+    code = """
+        import sqlite3
+        for name in (":memory:", "file:/tmp/data?nolock=1"):
+            with sqlite3.connect(name, uri=True) as base:
+                base.execute("create table t as select 7 as n")
+                print(base.execute("select n from t").fetchall())
+    """
+    ran = attack(pool, code)
+    if "No module named" in ran.output or "ImportError" in ran.output:
+        pytest.skip("there is no sqlite3 in the sandbox")
+    assert ran.output == "[(7,)]\n[(7,)]\n"
+
+
 def test_sockets(pool: PythonPool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

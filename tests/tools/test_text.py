@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gruppo.tools.text import Kept, composed, printable
+from gruppo.tools.text import CUT, Kept, composed, printable, shortened
 
 
 def test_controls_are_made_visible() -> None:
@@ -38,5 +38,18 @@ def test_text_gives_way_to_what_is_said_about_it() -> None:
     made = composed("head", "t" * 1000, "r" * 30, "note", 100)
     assert len(made) == 100
     assert made == "head\n" + "t" * 40 + "\n[output cut here]\n" + "r" * 30 + "\nnote\n"
-    assert composed("", "t" * 1000, "r" * 1000 + "!", "", 100).endswith("r" * 49 + "!\n")
     assert len(composed("head", "t" * 1000, "r" * 1000, "note", 10)) == 10
+
+
+def test_of_an_error_the_last_frame_and_its_kind_are_kept() -> None:
+    frames = "Traceback (most recent call last):\n" + "".join(
+        f'  File "<block 1>", line {n}, in f\n    g()\n' for n in range(1, 10)
+    )
+    last = '  File "<block 1>", line 9, in f\n    g()\n'
+    assert shortened(f"{frames}\0ValueError: x\n", 1000) == f"{frames}ValueError: x\n"
+    assert shortened(f"{frames}\0ValueError: x\n", len(last) + 20) == f"{last}ValueError: x\n"
+    made = shortened(f"{frames}\0ValueError: {'x' * 1000}\n", 120)
+    assert made == f"{last}ValueError: {'x' * 29}\n[output cut here]\n"
+    assert shortened(f"{last}\0ValueError: {'x' * 1000}\n", 200).count("x") == 200 - len(last) - 12 - 19
+    assert shortened("no parts " * 100, 50) == "no parts no parts no parts no p\n[output cut here]\n"
+    assert composed("", "t" * 1000, "r" * 1000, "", 100) == "t" * 31 + "\n[output cut here]\n" + "r" * 31 + CUT
