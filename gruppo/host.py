@@ -71,6 +71,8 @@ class Host:
             self.loaded = load_environment(message["name"], message["options"])
         except UsageError as error:
             return {"error": str(error)}
+        except Exception as error:  # noqa: BLE001  whatever is odd about a user's class
+            return {"error": f'environment.name = "{message["name"]}": cannot be used ({_told(error)}); mend it'}
         found = self.loaded
         told = {"schemas": found.schemas, "stop": found.stop, "gives_reward": found.gives_reward}
         try:

@@ -106,7 +106,8 @@ def _choices(columns: Mapping[str, Any]) -> list[str]:
 
 
 _PROMPTED = re.compile(
-    r"\s*(?:Q:|问题[：:])(.*?)(?:答案[：:](?:从A到[A-Z][，,]\s*我们应选择)?|A:(?: Among A through [A-Z], the answer is)?)?\s*",
+    r"\s*(?:Q:|问题[：:])(.*?)"
+    r"(?:答案[：:](?:从A到[A-Z][，,]\s*我们应选择)?|A:(?: Among A through [A-Z], the answer is)?)?\s*",
     re.DOTALL,
 )
 

@@ -13,13 +13,15 @@ share one interpreter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from gruppo.tools.environment import Turn
 
 _FENCE = "```"
-_LANGUAGES = ("python", "python3", "py")
+_FENCED = re.compile(rf"([ \t]*){_FENCE}([^`]*)")
+_LANGUAGE = re.compile(r"\s*\{?\.?(?:python|py)[\d.]*\}?(?:\s|$)", re.IGNORECASE)
 
 
 class Ran(Protocol):
@@ -82,16 +84,25 @@ class PythonBlocks:
 
 
 def last_block(text: str) -> str | None:
-    """The code of the block of Python whose closing fence ends the text, white space apart; None where none does."""
-    opened: tuple[int, str] | None = None
-    code, lines = None, text.rstrip().split("\n")
+    """The code of the block of Python whose closing fence ends the text, white space apart; None where none does.
+
+    A fence stands alone on its line, but for indentation, which is taken off the code too, and for what language it
+    opens: "python", "py", "python3.11", "{python}", with anything behind it. Python opens a block within another.
+    """
+    lines = text.rstrip().split("\n")
+    opened: tuple[int, int, bool] | None = None
     for place, line in enumerate(lines):
-        bare = line.strip()
-        if opened is None and bare.startswith(_FENCE):
-            opened, code = (place, bare.removeprefix(_FENCE).strip().lower()), None
-        elif opened is not None and bare == _FENCE:
-            start, language = opened
+        fence = _FENCED.fullmatch(line)
+        if fence is None:
+            continue
+        python = bool(_LANGUAGE.match(fence[2]))
+        if opened is None or python:
+            opened = place, len(fence[1]), python
+        elif not fence[2].strip():
+            start, indent, runs = opened
+            if runs and place == len(lines) - 1:
+                return "\n".join(
+                    each[min(indent, len(each) - len(each.lstrip())) :] for each in lines[start + 1 : place]
+                )
             opened = None
-            if language in _LANGUAGES and place == len(lines) - 1:
-                code = "\n".join(lines[start + 1 : place])
-    return code
+    return None

@@ -22,6 +22,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, get_origin
 
@@ -89,13 +90,22 @@ def load_environment(name: str, options: Mapping[str, Any]) -> Loaded:
             f'environment.name = "{name}": it has no method reset; write def reset(self, row, seed) and def step(self, '
             "text), or a class of TRL's with reset(self, **row) and tools as methods"
         )
+    if not is_ours(tried) and _hears_text(tried):
+        raise UsageError(
+            f'environment.name = "{name}": it has step(self, text), but its reset is not reset(self, row, seed); write '
+            "that, or call the tool something else than step"
+        )
     module = sys.modules.get(type(tried).__module__)
     file = getattr(module, "__file__", None)
     digest = hashlib.sha256(Path(file).read_bytes() if file else name.encode()).hexdigest()
     gives = callable(getattr(tried, "get_reward", None))
     if is_ours(tried):
+        if odd := [each for each in ("reset", "step") if inspect.iscoroutinefunction(getattr(tried, each))]:
+            raise UsageError(
+                f'environment.name = "{name}": {odd[0]} is async, which a class of TRL\'s can be; write def {odd[0]}(…)'
+            )
         return Loaded(lambda: kind(**options), [], _stop(tried, name), gives, digest)
-    schemas = [schema_of(method) for method in tools_of(tried).values()]
+    schemas = [schema_of(method, tool) for tool, method in tools_of(tried).items()]
     if not schemas:
         raise UsageError(
             f'environment.name = "{name}": it has neither step(self, text) with reset(self, row, seed), nor public '
@@ -108,6 +118,12 @@ def is_ours(made: Any) -> bool:
     """Whether an object is of our kind: it has `step`, and `reset` takes a row and a seed and nothing else."""
     parameters = inspect.signature(made.reset).parameters.values()
     return callable(getattr(made, "step", None)) and [each.name for each in parameters] == ["row", "seed"]
+
+
+def _hears_text(made: Any) -> bool:
+    """Whether an object has the `step` of our kind."""
+    step = getattr(made, "step", None)
+    return callable(step) and list(inspect.signature(step).parameters) == ["text"]
 
 
 def _stop(made: Any, name: str) -> tuple[str, ...]:
@@ -213,7 +229,13 @@ def awaited(result: Any) -> Any:
     async def wait() -> Any:
         return await result
 
-    return asyncio.run(wait()) if inspect.isawaitable(result) else result
+    return _loop().run(wait()) if inspect.isawaitable(result) else result
+
+
+@cache
+def _loop() -> asyncio.Runner:
+    """One event loop a process, as locks and clients that an object keeps belong to that in which they were made."""
+    return asyncio.Runner()
 
 
 def _accepted(function: Callable[..., Any], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,8 +251,9 @@ _TYPES: dict[Any, str] = {
 }  # fmt: skip
 
 
-def schema_of(method: Callable[..., Any]) -> dict[str, Any]:
-    """The JSON schema of a tool, from its signature, its annotations and its docstring, as chat templates take it."""
+def schema_of(method: Callable[..., Any], name: str | None = None) -> dict[str, Any]:
+    """The JSON schema of a tool, from its signature, its annotations and its docstring, as chat templates take it.
+    `name`: what it is called, where that is not the function's own."""
     said, arguments = _documented(inspect.getdoc(method) or "")
     try:
         hints = typing.get_type_hints(method)
@@ -244,7 +267,7 @@ def schema_of(method: Callable[..., Any]) -> dict[str, Any]:
         properties[parameter.name] = {**_json_type(hints.get(parameter.name)), **told}
         required += [parameter.name] if parameter.default is parameter.empty else []
     parameters = {"type": "object", "properties": properties, "required": required}
-    function = {"name": method.__name__, "description": said, "parameters": parameters}
+    function = {"name": name or method.__name__, "description": said, "parameters": parameters}
     return {"type": "function", "function": function}
 
 

@@ -302,8 +302,8 @@ def test_a_folder_saved_by_datasets(tmp_path: Path) -> None:
 def test_rows_that_are_prompts_already_are_parted_from_what_asks() -> None:
     """AGIEval's copies for lm-evaluation-harness: query, choices, and gold, the places of the right ones."""
     row = {
-        "query": "问题：1+1=? 选项：(A)1 (B)2 (C)3 (D)4\n答案：从A到D, 我们应选择", "choices": ["(A)1", "(B)2", "(C)3", "(D)4"],
-        "gold": [1],
+        "query": "问题：1+1=? 选项：(A)1 (B)2 (C)3 (D)4\n答案：从A到D, 我们应选择",
+        "choices": ["(A)1", "(B)2", "(C)3", "(D)4"], "gold": [1],
     }  # fmt: skip
     read = BENCHMARKS["gaokao-mathqa"].read(row)
     assert (read["question"], read["choices"], read["answer"]) == ("1+1=?", ["1", "2", "3", "4"], "B")

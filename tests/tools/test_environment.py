@@ -113,6 +113,8 @@ def test_classes_that_cannot_be_used() -> None:
         (f"{WORLDS}:Counter", {"a": 1}, "environment.options"),
         (f"{WORLDS}:NoTools", {}, "neither step"),
         (f"{WORLDS}:NoReset", {}, "no method reset"),
+        (f"{WORLDS}:OtherReset", {}, r"reset\(self, row, seed\)"),
+        (f"{WORLDS}:Awaits", {}, "step is async"),
         (f"{WORLDS}:Letters", {"rounds": 2, "other": 1}, "environment.options"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -133,6 +135,13 @@ def test_classes_that_cannot_be_used() -> None:
         ("```python\nx\n```\n```text\ny\n```\n", None),
         ("```python\nx\n```\ntext\n```python\ny\n```\n", "y"),
         ("", None),
+        ("```x = 3``` is it.\n```python\nprint(1)\n```\n", "print(1)"),
+        ("```\n```python\n1\n```\n", "1"),
+        ("1. do:\n   ```python\n   x = 1\n     y\n   ```\n", "x = 1\n  y"),
+        ("```python title=a\nx\n```\n", "x"),
+        ("```{python}\nx\n```\n", "x"),
+        ("```python3.11\nx\n```\n", "x"),
+        ("```pyramid\nx\n```\n", None),
     ],
 )
 def test_the_block_that_ends_a_text(text: str, code: str | None) -> None:
@@ -184,3 +193,11 @@ def test_blocks_of_a_completion_share_a_session() -> None:
     assert [each.ran for each in pool.sessions] == [["x", "error"]]
     blocks.close()
     assert pool.sessions[0].closed
+
+
+def test_what_an_object_keeps_belongs_to_one_event_loop() -> None:
+    made = load_environment(f"{WORLDS}:Locks", {}).make()
+    made.reset({}, 0)
+    call = '<tool_call>{"name": "hold", "arguments": {}}</tool_call>'
+    for _ in range(2):
+        assert made.step(call) == Turn(["held"], calls=1)

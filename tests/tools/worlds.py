@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import time
@@ -148,3 +149,37 @@ class NoTools:
 class NoReset:
     def step(self, text):
         return Turn()
+
+
+class OtherReset(Letters):
+    """Meant as one of ours, and nearly so."""
+
+    def reset(self, row):
+        return None
+
+
+class Awaits(Letters):
+    """Ours, but not at once."""
+
+    async def step(self, text):
+        return Turn("+")
+
+
+class Locks:
+    """A class of TRL's that keeps what belongs to an event loop."""
+
+    async def reset(self, **row):
+        self.lock = asyncio.Lock()
+
+    async def hold(self, seconds: float = 0.0) -> str:
+        async with self.lock:
+            waits = asyncio.create_task(self._wait())
+            await asyncio.sleep(seconds)
+        return await waits
+
+    async def _wait(self) -> str:
+        async with self.lock:
+            return "held"
+
+    def get_reward(self) -> float:
+        return 1.0
