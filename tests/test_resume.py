@@ -47,7 +47,7 @@ MOMENTS = {
     "before a metrics line": ("gruppo.runlog.RunFolder.metric", 6),
     "before base is named": ("gruppo.runlog.publish", 2),
     "before a table is named": ("gruppo.runlog.publish", 10),
-    "while evaluating": ("gruppo.evaluation.last_number", 5),
+    "while evaluating": ("gruppo.evaluation.graded", 2),
     "before a checkpoint": ("gruppo.loop.save_checkpoint", 2),
     "before a checkpoint is named": ("gruppo.checkpoint.publish", 2),
     "before old checkpoints go": ("gruppo.checkpoint.drop_old", 2),
