@@ -9,7 +9,6 @@ the completion's seed and turn: nothing depends on which process holds an object
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -26,10 +25,9 @@ from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rewards.channel import MOST_BYTES
-from gruppo.rewards.confinement import confine
+from gruppo.rewards.confinement import serve_pipes
 from gruppo.tools.environment import Environment, Loaded, Turn, load_environment
 
-_PR_SET_PDEATHSIG = 1
 _encode = json.JSONEncoder().encode
 
 
@@ -196,17 +194,5 @@ def serve(calls: Connection, answers: Connection) -> None:
         answers.send_bytes(made)
 
 
-def main() -> None:
-    """Serve the pipe ends given on the command line; die with the trainer and ignore its Ctrl-C."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    read, write, memory, trainer = (int(argument) for argument in sys.argv[1:5])
-    if os.getppid() != trainer:  # it died before this process could ask to die with it
-        return
-    confine(memory)
-    serve(Connection(read, writable=False), Connection(write, readable=False))
-
-
 if __name__ == "__main__":
-    main()
+    serve_pipes(serve)

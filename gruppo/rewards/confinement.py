@@ -7,11 +7,14 @@ program of the user's, and reads and writes the files that the user can.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import resource
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -29,6 +32,7 @@ _PASSED = re.compile(
     r"|(?P<address>(HTTPS?|FTP|ALL|NO)_PROXY)",
     re.IGNORECASE,
 )
+_PR_SET_PDEATHSIG = 1
 _MARK = "GRUPPO_REWARD_PROCESS"  # by which the descendants of a reward process are known
 
 
@@ -92,3 +96,16 @@ def machine_memory() -> int:
     except OSError:
         return total
     return total if limit == "max" else min(total, int(limit))
+
+
+def serve_pipes(serve: Callable[[Connection, Connection], None]) -> None:
+    """What a process of the trainer's does: serve the pipe ends given on the command line, within its memory; die with
+    the trainer, whose number comes last, and ignore its Ctrl-C."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    read, write, memory, trainer = (int(argument) for argument in sys.argv[1:5])
+    if os.getppid() != trainer:  # it died before this process could ask to die with it
+        return
+    confine(memory)
+    serve(Connection(read, writable=False), Connection(write, readable=False))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import inspect
 import json
 import operator
@@ -30,10 +29,9 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.channel import MOST_BYTES
-from gruppo.rewards.confinement import confine
+from gruppo.rewards.confinement import serve_pipes
 from gruppo.rewards.loading import Loaded, load_reward
 
-_PR_SET_PDEATHSIG = 1
 _encode = json.JSONEncoder().encode  # of our own, as functions may patch json
 
 
@@ -195,18 +193,5 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {_plain(error)[:300]}{where}"
 
 
-def main() -> None:
-    """Serve the pipe ends given on the command line; die with the trainer, whose number comes last, and ignore its
-    Ctrl-C."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    read, write, memory, trainer = (int(argument) for argument in sys.argv[1:5])
-    if os.getppid() != trainer:  # it died before this process could ask to die with it
-        return
-    confine(memory)
-    serve(Connection(read, writable=False), Connection(write, readable=False))
-
-
 if __name__ == "__main__":
-    main()
+    serve_pipes(serve)
