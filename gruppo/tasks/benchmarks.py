@@ -18,7 +18,7 @@ from gruppo.reporting import Reporter
 from gruppo.tasks import examples
 from gruppo.tasks.choices import LETTERS
 from gruppo.tasks.examples import Example
-from gruppo.tasks.files import FILES, read_file
+from gruppo.tasks.files import FILES, first_values, read_file
 from gruppo.tasks.rows import read_choice, read_formula, read_number
 from gruppo.types import Message, Row
 from gruppo.userpath import is_dir, is_file, user_path
@@ -37,9 +37,10 @@ class Benchmark:
     """A public set by its name.
 
     `hub`: its repository, `config` and `options` what else `load_dataset` needs; `splits`: ours and theirs. `aliases`:
-    how its files are called, `several`: that several such files make it up. `read`: a row of any of its copies as
-    question, answer, choices. `shots`: the usual number of `examples` in a few-shot prompt. `family`: training on a
-    set of the same family makes it in-domain. `keep`: which rows of the repository belong to it.
+    how its files are called, `several`: that several such files make it up, `header`: the columns of copies in CSV or
+    TSV that do not name them. `read`: a row of any of its copies as question, answer, choices. `shots`: the usual
+    number of `examples` in a few-shot prompt. `family`: training on a set of the same family makes it in-domain.
+    `keep`: which rows of the repository belong to it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Benchmark:
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
     aliases: Sequence[str] = ()
     several: Sequence[str] = ()
+    header: Sequence[str] = ()
     family: str = ""
     kind: Literal["number", "formula", "choice", "blanks"] = "number"
     keep: Callable[[Mapping[str, Any]], bool] | None = None
@@ -93,6 +95,7 @@ def _is_stem(row: Mapping[str, Any]) -> bool:
     return subject is None or str(subject).replace(" ", "_").lower() in _STEM
 
 
+_SPLITS = frozenset({"train", "auxiliary_train", "test", "validation", "val", "dev"})
 _ONLY_TEST = {"test": "test"}
 _IN_TRAIN = {"test": "train"}  # sets to test with whose repository calls their only part "train"
 
@@ -110,6 +113,7 @@ _ALL = (
     Benchmark(
         "mgsm-zh", "MGSM-zh", "juletxara/mgsm", read_number, "number", examples.CHINESE_WORD_PROBLEMS, "zh",
         options={"revision": "refs/convert/parquet", "data_dir": "zh"}, splits=_ONLY_TEST, aliases=("mgsm_zh",),
+        header=("question", "answer"),
     ),
     Benchmark(
         "cmath", "CMATH", "weitianwen/cmath", read_number, "number", examples.CHINESE_WORD_PROBLEMS, "zh",
@@ -131,7 +135,8 @@ _ALL = (
     Benchmark(
         "mmlu-stem", "MMLU, its 18 subjects of science and technology", "cais/mmlu", read_choice, "choice",
         examples.CHOICES, config="all", splits={"test": "test", "validation": "validation"},
-        aliases=("mmlu_stem", "mmlu"), kind="choice", keep=_is_stem,
+        aliases=("mmlu_stem", "mmlu"), kind="choice", keep=_is_stem, several=sorted(_STEM),
+        header=("question", "A", "B", "C", "D", "answer"),
     ),
     Benchmark(
         "gaokao-mathcloze", "AGIEval Gaokao, blanks", "hails/agieval-gaokao-mathcloze", read_formula, "math",
@@ -165,7 +170,8 @@ _ALL = (
     ),
     Benchmark(
         "aime", "AIME 2024", "Maxwell-Jia/AIME_2024", read_formula, "math", examples.COMPETITION, splits=_IN_TRAIN,
-        aliases=("aime", "aime_2024", "aime24", "aime_24", "aime_2025", "aime25", "aime_25"), kind="formula",
+        aliases=("aime", "aime_2024", "aime2024", "aime24", "aime_24", "aime_2024_problems", "aime_2025", "aime2025",
+                 "aime25", "aime_25"), several=("aime2025_i", "aime2025_ii"), kind="formula",
     ),
 )  # fmt: skip
 
@@ -252,8 +258,18 @@ def _source(benchmark: Benchmark, split: str, data: str | None, reporter: Report
         yield from _placed(benchmark, data, read_dataset(data, split, {}, reporter))
         return
     for file, part in find_files(benchmark, folder, split):
-        for place, row in _placed(benchmark, file.name, read_file(file, {}, reporter)):
+        options = {"header": benchmark.header} if _lacks_header(benchmark, file) else {}
+        for place, row in _placed(benchmark, file.name, read_file(file, options, reporter)):
             yield place, {**row, "part": part} if part else row
+
+
+def _lacks_header(benchmark: Benchmark, file: Path) -> bool:
+    """Whether a file's first line is a row already: as many values as the set has columns, of which the last is an
+    answer."""
+    if not benchmark.header or file.suffix.lower() not in (".csv", ".tsv"):
+        return False
+    values = first_values(file)
+    return len(values) == len(benchmark.header) and bool(re.fullmatch(r"[A-Z]|-?\d[\d.,]*", values[-1].strip()))
 
 
 def _placed(benchmark: Benchmark, name: str, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
@@ -276,6 +292,8 @@ def find_files(benchmark: Benchmark, data: Path, split: str) -> list[tuple[Path,
     found = _listed(data)
     for pattern in _patterns(benchmark, split):
         fitting = {key: files for key, files in found.items() if re.fullmatch(pattern, key)}
+        usual = {key: files for key, files in fitting.items() if benchmark.config in key.split("/")}
+        fitting = usual or fitting  # the configuration that the hub's rows are of, beside others
         if len(fitting) == 1:
             return [(file, None) for file in next(iter(fitting.values()))]
         if len(fitting) > 1:
@@ -285,6 +303,11 @@ def find_files(benchmark: Benchmark, data: Path, split: str) -> list[tuple[Path,
                 "name one of them"
             )
     parts = _parts(benchmark, split, found)
+    if parts:
+        return parts
+    # The folder may be one part's own: MATH/test/algebra, which holds 1.json and so on.
+    above = "/".join(_as_key(each) for each in data.resolve().parts[-2:])
+    parts = _parts(benchmark, split, {f"{above}/{key}": files for key, files in found.items()})
     if parts:
         return parts
     names = [str(file.relative_to(data)) for files in found.values() for file in files]
@@ -304,9 +327,13 @@ def _listed(folder: Path) -> dict[str, list[Path]]:
         )
     for file in sorted(files):
         if file.suffix.lower() in FILES and is_file(file):
-            key = file.relative_to(folder).with_suffix("").as_posix().lower().replace("-", "_").replace(" ", "_")
+            key = _as_key(file.relative_to(folder).with_suffix("").as_posix())
             found.setdefault(re.sub(r"_\d{5}_of_\d{5}(?:_[0-9a-f]+)?$|/\d{4}$", "", key), []).append(file)
     return found
+
+
+def _as_key(name: str) -> str:
+    return name.lower().replace("-", "_").replace(" ", "_")
 
 
 def _patterns(benchmark: Benchmark, split: str) -> Iterator[str]:
@@ -324,13 +351,13 @@ def _parts(benchmark: Benchmark, split: str, found: Mapping[str, list[Path]]) ->
     if not benchmark.several:
         return []
     own, parts = "|".join(benchmark.aliases), "|".join(benchmark.several)
-    other = {"train": "test", "test": "train"}.get(split, "")
-    pattern = re.compile(rf"(?:(?:.*/)?(?:{own})[_/.])?(?:(\w+)/)?({parts})(?:[_/](\w+))?(?:/\d+)?")
+    pattern = re.compile(rf"(.*/)?(?:(?:{own})[_/.])?({parts})(?:[_/](\w+))?(?:/\d+)?")
     chosen: list[tuple[Path, str | None]] = []
     for key, files in found.items():
-        named = pattern.fullmatch(key)
-        if named and other not in (named[1], named[3]) and (split == "test" or split in (named[1], named[3])):
-            chosen += [(file, named[2]) for file in files]
+        if named := pattern.fullmatch(key):
+            sides = _SPLITS & {*(named[1] or "").split("/"), named[3]}
+            if sides & {split, benchmark.splits[split]} or (split == "test" and not sides):
+                chosen += [(file, named[2]) for file in files]
     return chosen
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,32 +89,46 @@ def _only_list(content: dict[str, Any]) -> list[Any]:
 
 
 def _csv(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Row]:
-    """A header and rows, all of them text. `delimiter`: what stands between columns; a comma, or a tab in .tsv."""
-    if unknown := set(options) - {"delimiter"}:
-        raise UsageError(f"options.{min(unknown)}: unknown; the one option of a {path.suffix} file is delimiter")
+    """A header and rows, all of them text. `delimiter`: what stands between columns; a comma, or a tab in .tsv.
+    `header`: names of the columns of a file that has no header."""
+    if unknown := set(options) - {"delimiter", "header"}:
+        raise UsageError(f"options.{min(unknown)}: unknown; the options of a {path.suffix} file are delimiter, header")
     delimiter = options.get("delimiter", "\t" if path.suffix.lower() == ".tsv" else ",")
     if not isinstance(delimiter, str) or len(delimiter) != 1:
         raise UsageError(f'options.delimiter = {delimiter!r}: must be one character; write e.g. ";"')
+    header = options.get("header", [])
+    if not isinstance(header, list | tuple) or not all(isinstance(each, str) for each in header):
+        raise UsageError(f'options.header = {header!r}: must be a list of names; write e.g. ["question", "answer"]')
+    header = _header(list(header), delimiter) if header else []
+    rows: list[Row] = []
+    for line, values in _values(path, delimiter):
+        if not header:
+            header = _header(values, delimiter)
+        elif len(values) != len(header):
+            raise UsageError(
+                f"line {line} has {len(values)} values for {len(header)} columns; put quotes around "
+                f"values that hold {delimiter!r} or line breaks, or give options.delimiter"
+            )
+        else:
+            rows.append(dict(zip(header, values, strict=True)))
+    return rows
+
+
+def first_values(path: Path) -> list[str]:
+    """What stands in the first line of a CSV or TSV file, which is its header where it has one."""
+    return next((values for _, values in _values(path, "\t" if path.suffix.lower() == ".tsv" else ",")), [])
+
+
+def _values(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The values of each line that has any, with the line's number."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
-    header: list[str] = []
     try:
         for values in reader:
-            if not any(values):
-                continue
-            if not header:
-                header = _header(values, delimiter)
-            elif len(values) != len(header):
-                raise UsageError(
-                    f"line {reader.line_num} has {len(values)} values for {len(header)} columns; put quotes around "
-                    f"values that hold {delimiter!r} or line breaks, or give options.delimiter"
-                )
-            else:
-                rows.append(dict(zip(header, values, strict=True)))
+            if any(values):
+                yield reader.line_num, values
     except csv.Error as error:
         raise UsageError(f"line {reader.line_num}: {error}; write a quote inside of quotes twice") from None
-    return rows
 
 
 def _header(names: list[str], delimiter: str) -> list[str]:

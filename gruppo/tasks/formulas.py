@@ -70,11 +70,29 @@ _LISTED = re.compile(r"\s*(?:,|;|\band\b|\bor\b|和|或)\s*")
 _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
 
 
+_ANGLE = r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*"
+_DEGREES = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,40})\s*\}|(\d))(?!\d)")
+
+
+def _radians(found: re.Match[str]) -> str:
+    r"""\cos 60^\circ as \cos(\frac{60\pi}{180})."""
+    return rf"\{found[1]}(\frac{{{found[2] or found[3] or found[4]}\pi}}{{180}})"
+
+
+def _repeating(found: re.Match[str]) -> str:
+    r"""0.1\overline{6} as \frac{15}{90}."""
+    head, period = found[1] + found[2], found[3] or found[4]
+    under = (10 ** len(period) - 1) * 10 ** len(found[2])
+    return rf"\frac{{{int(head + period) - int(head or 0)}}}{{{under}}}"
+
+
 def normal(text: str) -> str:
-    """A formula without dollars, spacing commands and signs of other alphabets."""
+    """A formula without dollars, spacing commands and signs of other alphabets; degrees of an angle in radians."""
     for symbol, other in _SYMBOLS.items():
         text = text.replace(symbol, other)
-    text = text.strip().strip("*_ ")
+    text = _DEGREES.sub(_radians, text.strip().strip("*_ "))
+    text = _REPEATING.sub(_repeating, text)
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()

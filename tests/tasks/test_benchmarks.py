@@ -149,6 +149,37 @@ def test_shards_are_one_file_and_parts_are_named(tmp_path: Path) -> None:
     assert [(row["part"], row["question"]) for row in rows] == [("algebra", "test?"), ("geometry", "test?")]
 
 
+def test_copies_as_their_makers_hand_them_out(tmp_path: Path) -> None:
+    """MMLU and MGSM without headers, a subject a file; repositories with configurations; a subject's own folder."""
+    mmlu = tmp_path / "mmlu/data"
+    for split, subject in (("test", "astronomy"), ("dev", "astronomy"), ("test", "law"), ("test", "machine_learning")):
+        (mmlu / split).mkdir(parents=True, exist_ok=True)
+        (mmlu / split / f"{subject}_{split}.csv").write_text(f'"In {subject}, {split}?",1,1,2,3,B\nAnd?,4,5,6,7,D\n')
+    rows = questions("mmlu-stem", options={"data": str(tmp_path / "mmlu")}).rows
+    assert [(row["part"], row["question"], row["answer"]) for row in rows] == [
+        ("astronomy", "In astronomy, test?", "B"), ("astronomy", "And?", "D"),
+        ("machine_learning", "In machine_learning, test?", "B"), ("machine_learning", "And?", "D"),
+    ]  # fmt: skip
+    assert rows[0]["choices"] == ["1", "1", "2", "3"]
+    (tmp_path / "mgsm").mkdir()
+    (tmp_path / "mgsm/mgsm_zh.tsv").write_text("二加三？\t5\n一千减一？\t999\n", encoding="utf-8")
+    rows = questions("mgsm-zh", options={"data": str(tmp_path / "mgsm")}).rows
+    assert [(row["question"], row["answer"]) for row in rows] == [("二加三？", "5"), ("一千减一？", "999")]
+    (tmp_path / "mgsm/mgsm_zh.tsv").write_text("question\tanswer\n二加三？\t5\n", encoding="utf-8")
+    assert len(questions("mgsm-zh", options={"data": str(tmp_path / "mgsm")}).rows) == 1
+    for config in ("main", "socratic"):
+        write(tmp_path / "sets/gsm8k" / config / "test-00000-of-00001.parquet", [ROW | {"question": config}])
+    assert questions("gsm8k", options={"data": str(tmp_path / "sets")}).rows[0]["question"] == "main"
+    for subject in ("algebra", "geometry"):
+        write(tmp_path / "MATH/test" / subject / "1.json", [{"problem": subject, "solution": "\\boxed{1}"}])
+    rows = questions("math", options={"data": str(tmp_path / "MATH/test/algebra")}).rows
+    assert [(row["part"], row["question"]) for row in rows] == [("algebra", "algebra")]
+    for file in ("aime_2024_problems.parquet", "AIME2024/AIME2024.jsonl", "aime2025-I.jsonl"):
+        write(tmp_path / file[:8] / file, [{"problem": "2 + 3?", "answer": "5"}])
+        assert len(questions("aime", options={"data": str(tmp_path / file[:8])}).rows) == 1
+        (tmp_path / file[:8] / file).unlink()
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

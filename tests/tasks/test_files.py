@@ -116,6 +116,15 @@ def test_options_of_files(tmp_path: Path) -> None:
         training(tmp_path / "r.csv", options={"delimeter": ";"})
     with pytest.raises(UsageError, match=r"task\.options\.delimiter = 'ab'"):
         training(tmp_path / "r.csv", options={"delimiter": "ab"})
+
+
+def test_a_file_without_a_header_is_given_one(tmp_path: Path) -> None:
+    (tmp_path / "r.tsv").write_text("a\tb\nc\td\n")
+    rows = training(tmp_path / "r.tsv", options={"header": ["prompt", "answer"]})
+    assert rows == [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]
+    for header, words in (("prompt", "must be a list"), (["prompt"], "2 values for 1"), (["p", "p"], "of its own")):
+        with pytest.raises(UsageError, match=words):
+            training(tmp_path / "r.tsv", options={"header": header})
     with pytest.raises(UsageError, match=r"task\.options = .*no options"):
         training(save(tmp_path, ".parquet", ROWS), options={"x": 1})
 
