@@ -3,9 +3,9 @@
 The plain path is transformers' own model in float32: every completion alone after its own copy of the prompt, whole
 logits, log-softmax, torch's autograd. Beside it: gruppo's path in float32 (prefixes shared, written-out layers,
 log-probabilities in parts) and in bfloat16, and the plain path under torch's own bfloat16 autocast. Distances are those
-between the gradients of the same GRPO objective on the same completions, over the norm of the plain gradient. The
-embedding of the padding token, which ends turns in the prompts too, has its gradient everywhere; what torch's modules
-leave out by themselves is shown in the last line.
+between the gradients of the same GRPO objective on the same completions, over the norm of the second one: from the
+plain path in float64, and from the plain path in float32. The embedding of the padding token, which ends turns in the
+prompts too, has its gradient everywhere; what torch's modules leave out by themselves is shown in the last line.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ def plain(
     location: str,
     groups: list[Group],
     batches: list[Batch],
+    dtype: torch.dtype = torch.float32,
     autocast: bool = False,
     padding: bool = True,
 ) -> dict[str, torch.Tensor]:
     """The gradient by transformers alone, one completion at a time; `padding`: that token's embedding has its own."""
-    model = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
     if padding:
         model.get_input_embeddings().padding_idx = None
     for batch in batches:
@@ -76,12 +77,12 @@ def plain(
             ids = torch.tensor([*prompt, *groups[index].completions[number].token_ids])
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 logits = model(ids[None, :-1]).logits[0, len(prompt) - 1 :]
-            logprobs = logits.float().log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
+            logprobs = logits.to(dtype).log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
             ref = batch.ref_logprobs
             assert ref is not None
             policy_loss(
-                logprobs, logprobs.detach(), batch.advantages[stretch].float(), batch.weights[stretch].float(),
-                METHOD.clip_low, METHOD.clip_high, ref[stretch].float(), METHOD.kl_coef,
+                logprobs, logprobs.detach(), batch.advantages[stretch].to(dtype), batch.weights[stretch].to(dtype),
+                METHOD.clip_low, METHOD.clip_high, ref[stretch].to(dtype), METHOD.kl_coef,
             ).loss.backward()  # fmt: skip
             start += length
     return gradients(model)
@@ -97,8 +98,19 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """|one - other| / |other| over all parameters."""
     assert one.keys() == other.keys()
-    apart = sum(float((one[name] - other[name]).square().sum()) for name in other)
-    return float((apart / sum(float(each.square().sum()) for each in other.values())) ** 0.5)
+    return norm({name: one[name] - other[name] for name in other}) / norm(other)
+
+
+def norm(one: dict[str, torch.Tensor]) -> float:
+    """Of all parameters together."""
+    return sum(float(each.square().sum()) for each in one.values()) ** 0.5
+
+
+def between(
+    one: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], usual: dict[str, torch.Tensor]
+) -> tuple[float, float, float]:
+    """Distances from both, and how far its norm is from that of the truth, relatively."""
+    return distance(one, truth), distance(one, usual), abs(norm(one) / norm(truth) - 1)
 
 
 def main() -> None:
@@ -120,21 +132,22 @@ def main() -> None:
     for batch in batches:
         batch.old_logprobs = None  # the first update after sampling: each path is its own π_old
     del reference
-    truth = plain(source.location, groups, batches)
-    found = {"float32, fast path": distance(fast(policy, batches), truth)}
+    truth, usual = (plain(source.location, groups, batches, dtype) for dtype in (torch.float64, torch.float32))
+    found = {"float32, fast path": between(fast(policy, batches), truth, usual)}
     del policy
-    found["bfloat16, fast path"] = distance(fast(load_model(source, dtype="bfloat16"), batches), truth)
-    found["bfloat16, torch's autocast, unpacked"] = distance(
-        plain(source.location, groups, batches, autocast=True), truth
+    found["float32, transformers"] = between(usual, truth, usual)
+    found["bfloat16, fast path"] = between(fast(load_model(source, dtype="bfloat16"), batches), truth, usual)
+    found["bfloat16, torch's autocast, unpacked"] = between(
+        plain(source.location, groups, batches, autocast=True), truth, usual
     )
-    found["float32, padding's embedding without"] = distance(
-        plain(source.location, groups, batches, padding=False), truth
+    found["float32, padding's embedding without"] = between(
+        plain(source.location, groups, batches, padding=False), truth, usual
     )
     tokens = sum(len(each.token_ids) for group in groups for each in group.completions)
-    norm = sum(float(each.square().sum()) for each in truth.values()) ** 0.5
-    print(f"{tokens} completion tokens; norm of the plain gradient {norm:.4g}")
-    for name, value in found.items():
-        print(f"{name:<40}{value:.3e} of it away")
+    print(f"{tokens} completion tokens; norm of the gradient in float64 {norm(truth):.7g}\n")
+    print("| path | from float64 | from transformers in float32 | the norm itself |\n| --- | --- | --- | --- |")
+    for name, values in found.items():
+        print(f"| {name} | {' | '.join(f'{each:.1e}' for each in values)} |")
     print(json.dumps(found))
 
 

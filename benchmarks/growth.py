@@ -3,8 +3,8 @@
 One axis at a time around a middle: group size, prompt length, completion length, model width; each point is a process
 of its own that makes two steps of gruppo's loop, of which the second is timed. The lines are predictions: of memory by
 `gruppo.forecast`, of seconds by counted floating-point work at one rate for sampling and one for training, both taken
-from the middle point alone. Then two questions about generation: completions of uneven length, and a large group
-beside as many separate sequences. Writes benchmarks/growth.json and docs/growth.svg.
+from the middle point alone. Then three questions: how sampling gains from more completions in flight, what uneven
+lengths cost it, and a large group beside as many separate sequences. Writes benchmarks/growth.json and docs/growth.svg.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Growth:
 
 
 def measure(growth: Growth) -> dict[str, Any]:
-    """All points, with predictions, and the two questions."""
+    """All points, with predictions, and the three questions."""
     source = find_model(MODEL)
     points = []
     for axis, (_, values) in AXES.items():
@@ -148,9 +148,20 @@ def measure(growth: Growth) -> dict[str, Any]:
     return {
         "command": "benchmarks/growth.py",
         "points": points,
+        "in_flight": in_flight(growth, source),
         "uneven": uneven(growth, source),
         "group": grouped(growth, source),
     }
+
+
+def in_flight(growth: Growth, source: ModelSource) -> dict[str, float]:
+    """Tokens a second with so many completions of 64 tokens in flight, eight of a prompt."""
+    rates = {}
+    for prompts in (8, 16, 32, 64):
+        lengths = [[64] * 8] * prompts
+        work = replace(make_work(source, prompts, 8, 49, lengths, "generation"), slots=8 * prompts)
+        rates[str(8 * prompts)] = sum(map(sum, lengths)) / growth.step(work)["seconds"]
+    return rates
 
 
 def uneven(growth: Growth, source: ModelSource) -> dict[str, float]:
@@ -206,7 +217,7 @@ def main() -> None:
         found = measure(Growth(Path(folder)))
     (HERE / "growth.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, HERE.parent / "docs/growth.svg")
-    print(json.dumps({name: found[name] for name in ("uneven", "group")}, indent=1))
+    print(json.dumps({name: found[name] for name in ("in_flight", "uneven", "group")}, indent=1))
 
 
 if __name__ == "__main__":

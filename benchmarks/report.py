@@ -123,7 +123,7 @@ def _table(results: Results) -> str:
         f"{machine['platform']}, Python {machine['python']}\n"
         f"- versions: {packages}\n"
         f"- matrix products, GFLOP/s: {rates}\n"
-        f"- while one side worked, the other used at most {100 * idle:.1f} % of a core\n"
+        f"- while one side worked, the other stood still (it used at most {100 * idle:.1f} % of a core)\n"
         "- memory: the most that was resident since the process began, loading included, summed over a side's "
         "processes\n"
         "- share of the limit: floating-point work with each prompt once a group (2·N a token sampled or scored by the "
