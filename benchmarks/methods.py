@@ -1,9 +1,9 @@
 """Each method's held-out accuracy before and after, on one task, over seeds: `.venv/bin/python benchmarks/methods.py`.
 
 All sample as many tokens, to half a step's: a run ends at the step that comes nearest to --tokens, after --steps at
-most. SFT samples none and takes --steps of as many rows. A run that is done is left as it is and one that was killed
-goes on, so the same command finishes what is missing. Writes benchmarks/methods.json and prints the table of
-docs/methods.md.
+most. SFT samples none and takes --steps of as many rows. What labels of a reward model are sampled with is not counted.
+A run that is done is left as it is and one that was killed goes on, so the same command finishes what is missing.
+Writes benchmarks/methods.json and prints the table of docs/methods.md.
 """
 
 from __future__ import annotations
@@ -44,16 +44,23 @@ def sampled(folder: Path, steps: int | None = None) -> int:
     return sum(sum(map(len, pq.read_table(path, columns=["token_ids"])["token_ids"].to_pylist())) for path in tables)
 
 
-def train(method: str, seed: int, steps: int, tokens: int, out: Path) -> None:
+def place(method: str, seed: int, given: argparse.Namespace) -> Path:
+    """The run's folder: one of other steps or tokens is another run."""
+    runs: Path = given.runs
+    return runs / f"{given.steps}-{given.tokens}" / f"{method}-{seed}"
+
+
+def train(method: str, seed: int, given: argparse.Namespace) -> None:
     """One run, in this process; what is there of it goes on."""
-    settings = [f"run.seed={seed}", f"run.steps={steps}", "evaluation.every=0"]
-    budget = [] if method == "sft" else [Budget(tokens, out)]
+    out = place(method, seed, given)
+    settings = [f"run.seed={seed}", f"run.steps={given.steps}", "evaluation.every=0"]
+    budget = [] if method == "sft" else [Budget(given.tokens, out)]
     gruppo.train(ROOT / f"recipes/{method}.toml", callbacks=budget, overrides=settings, out=out, resume=True)
 
 
 def finished(method: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """What a run came to, made first, in a process of its own, if it is not there."""
-    out = given.runs / f"{method}-{seed}"
+    out = place(method, seed, given)
     summary = out / "summary.json"
     if not summary.is_file() or json.loads(summary.read_text())["state"] not in ("done", "stopped"):
         command = [sys.executable, __file__, "--one", f"{method}:{seed}", "--runs", str(given.runs)]
@@ -77,9 +84,13 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         method, seed = given.one.split(":")
-        train(method, int(seed), given.steps, given.tokens, given.runs / f"{method}-{seed}")
+        train(method, int(seed), given)
         return
     names = given.methods.split(",")
+    if odd := [name for name in names if name not in METHODS]:
+        parser.error(f"--methods {odd[0]}: is none of {', '.join(METHODS)}")
+    if least := [name for name in ("seeds", "steps", "tokens") if getattr(given, name) < 1]:
+        parser.error(f"--{least[0]} {getattr(given, least[0])}: must be 1 or more")
     rows = [finished(name, seed, given) for seed in range(given.seeds) for name in names]
     (Path(__file__).with_suffix(".json")).write_text(json.dumps(rows, indent=1) + "\n")
     print("| method | before | after, by seed | all seeds, 95 % interval | steps | sampled tokens | s | peak, GB |")
