@@ -42,8 +42,9 @@ SECONDS = 60.0  # for sampling a trial, and as many for its rewards
 
 @dataclass(frozen=True)
 class Check:
-    """What was found. `step_seconds`: of a step, by phase, and `exam_seconds` of each exam of the workload, both if
-    every completion has max_tokens; saving is in neither, nor is what a reward model learns between iterations.
+    """What was found. `step_seconds`: of a step, by phase, `exam_seconds` of each exam of the workload, and
+    `round_seconds` of what a reward model learns at the start of each iteration, 0 where it learns nothing; all if
+    every completion has max_tokens. Saving is in none, nor are completions sampled from the ends of steps.
     `disk_free`: bytes where runs/NAME would be. `findings`: what was looked at, good and bad."""
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Check:
     workload: Workload
     step_seconds: Mapping[str, float]
     exam_seconds: list[float]
+    round_seconds: float
     disk: Disk
     disk_free: int
     findings: Sequence[Finding] = ()
@@ -64,10 +66,11 @@ class Check:
 
     @property
     def total_seconds(self) -> float:
-        """Of all steps and evaluations."""
+        """Of all steps, evaluations and iterations."""
         steps = self.recipe.run.steps * math.fsum(self.step_seconds.values())
         exams = zip(self.workload.exams, self.exam_seconds, strict=True)
-        return steps + math.fsum(exam.times * seconds for exam, seconds in exams)
+        rounds = self.recipe.run.iterations * self.round_seconds
+        return steps + rounds + math.fsum(exam.times * seconds for exam, seconds in exams)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -82,6 +85,7 @@ class Check:
             "steps": self.recipe.run.steps,
             "step_seconds": {**self.step_seconds, "total": math.fsum(self.step_seconds.values())},
             "exam_seconds": self.exam_seconds,
+            "round_seconds": self.round_seconds,
             "total_seconds": self.total_seconds,
             "disk_bytes": self.disk.as_dict(),
             "disk_free_bytes": self.disk_free,
@@ -149,6 +153,7 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
             + int(recipe.reward_model is not None)
             + recipe.method.inner_updates * chosen.recompute
         )
+        drawing = prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens
         check = Check(
             recipe=recipe,
             device=device.type,
@@ -156,9 +161,7 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
             chosen=chosen,
             workload=asked,
             step_seconds={
-                "generate": 0.0
-                if recipe.method.source == "rows"
-                else prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens,
+                "generate": 0.0 if recipe.method.source == "rows" else drawing,
                 "score": forward * passes * tokens,
                 "update": (1 + recipe.method.needs_critic)  # a value model is updated as often
                 * recipe.method.inner_updates
@@ -169,6 +172,7 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
                 + drawn * math.ceil(exam.answers / chosen.slots) * exam.answer_tokens
                 for exam in asked.exams
             ],
+            round_seconds=_round_seconds(recipe, drawing, forward * tokens, backward * tokens, optimizer),
             disk=disk_of(recipe, policy, inputs),
             disk_free=free_bytes(Path("runs") / recipe.run.name),
         )
@@ -332,6 +336,19 @@ def _time_generation(policy: LanguageModel, inputs: Inputs, slots: int, stop: St
     return first / sum(len(prompt.token_ids) for prompt in prompts), max(0.0, more - first) / DRAWN
 
 
+def _round_seconds(recipe: Recipe, drawing: float, forward: float, backward: float, optimizer: float) -> float:
+    """Labels sampled, and a reward model measured, trained and measured again; from the seconds of a step's sampling,
+    and those of its completions forward and backward."""
+    model, sampling = recipe.reward_model, recipe.sampling
+    if model is None:
+        return 0.0
+    scale = model.prompts / sampling.prompts_per_step
+    trained = scale * (1 - model.held_out) / (1 - model.history)
+    updates = math.ceil(trained * sampling.prompts_per_step * sampling.group_size / model.batch_size)
+    learning = model.epochs * (trained * (forward + backward) + updates * optimizer)
+    return scale * (drawing + 2 * model.held_out * forward) + learning
+
+
 def _time_update(recipe: Recipe, policy: LanguageModel, asked: Workload, chosen: Chosen) -> tuple[float, float, float]:
     """Seconds a token of a packed micro-batch forward and backward, and those of an optimizer step of length 0, which
     leaves the policy as it is."""
@@ -391,7 +408,9 @@ def describe_check(check: Check) -> str:
     step = math.fsum(check.step_seconds.values())
     lines.append(f"  {'a step':<22}{step:>12.1f} s, {check.recipe.run.steps} steps")
     for exam, seconds in zip(asked.exams, check.exam_seconds, strict=True):
-        lines.append(f"  {exam.name or 'an evaluation':<22}{seconds:>12.1f} s, {exam.times} times")
+        lines.append(f"  {exam.name or 'an evaluation':<22}{seconds:>12.1f} s × {exam.times}")
+    if check.round_seconds:
+        lines.append(f"  {'the reward model':<22}{check.round_seconds:>12.1f} s × {check.recipe.run.iterations}")
     lines.append(f"  {'the whole run':<22}{_duration(check.total_seconds):>12}")
     return "\n".join([*lines, "", *_describe_disk(check), "", described(check.findings)])
 

@@ -94,9 +94,9 @@ class Judge:
                 f"reward_model: of {len(new)} labelled completions none with a label is left to train on; see "
                 "events.jsonl for rules that failed, or write more reward_model.prompts or a smaller held_out"
             )
-        before = self.quality(held)
+        before = self.quality(held, reporter)
         metrics = fit(self, [*training, *again], turn, require_finite, reporter, stop)
-        after = self.quality(held)
+        after = self.quality(held, reporter)
         return {
             "reward_model/new": float(len(training)),
             "reward_model/replayed": float(len(again)),
@@ -107,9 +107,10 @@ class Judge:
             **{f"reward_model/after/{name}": value for name, value in after.items()},
         }
 
-    def quality(self, samples: Sequence[Sample]) -> dict[str, float | None]:
+    def quality(self, samples: Sequence[Sample], reporter: Reporter) -> dict[str, float | None]:
         """See `gruppo.reward_model.quality`."""
-        return quality(samples, self._probabilities(samples, "measuring the reward model"))
+        with reporter.progress("Measuring the reward model", None, ""):
+            return quality(samples, self._probabilities(samples, "measuring the reward model"))
 
     def _probabilities(self, samples: Sequence[Sample], during: str) -> list[tuple[float, ...]]:
         """See `gruppo.reward_model.probabilities`. Raises RunError where one is not finite."""

@@ -218,7 +218,7 @@ def _begin_training(
             run.event(kind, each, state.step)
             reporter.note(f"Note: {each}; going on after update {state.step}")
     if checkpoint is None:
-        before: dict[str, Any] = judge.quality(held)
+        before: dict[str, Any] = judge.quality(held, reporter)
         run.write_json("before.json", before)
     else:
         load_tensors(checkpoint, made.module, optimizer)
@@ -257,7 +257,7 @@ def _train(
         raise
     save()
     with stop.anywhere():
-        result = Trained(run.path, state.step, begun.before, judge.quality(begun.held))
+        result = Trained(run.path, state.step, begun.before, judge.quality(begun.held, reporter))
         with run.building("model") as folder:
             save_reward_model(made, settings.kind, folder)
         run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})

@@ -269,9 +269,7 @@ class _Run:
         state.train_seconds += clock.total
         times = {f"time/{name}": seconds for name, seconds in clock.seconds.items()}
         size = {"memory/micro_batch_tokens": parts.sizes.micro_batch_tokens}
-        values = {"step": state.step, "iteration": number, **figures, **times, **size}
-        self.run.metric(values)
-        self.reporter.step(values)
+        self._note({"step": state.step, "iteration": number, **figures, **times, **size})
         self._save_once()
         if self.callbacks.stopped:
             self.saved = None

@@ -155,16 +155,16 @@ def divided(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sa
 def quality(samples: Sequence[Sample], made: Sequence[Sequence[float]]) -> dict[str, float | None]:
     """Figures of a model's probabilities on samples with labels; all from 0 to 1, None where there is nothing to tell.
 
-    accuracy (a probability above ½ against a label above ½), auc, calibration_error (10 bins), labels (how many).
-    Over the questions with several completions: mean (how often a completion is right), best_of_n (the one with the
-    highest probability; of a process model, the highest least one of its steps), majority_vote (the commonest answer,
-    its last number or else its text), any_right; what is tied is shared.
+    accuracy (a probability above ½ against a label above ½), auc, calibration_error (10 bins), labels (how many),
+    positives (how many of them above ½). Over the questions with several completions: mean (how often a completion is
+    right), best_of_n (the one with the highest probability; of a process model, the highest least one of its steps),
+    majority_vote (the commonest answer, its last number or else its text), any_right; what is tied is shared.
     """
     flat = np.array([each for own in made for each in own])
     labels = np.array([each for sample in samples for each in sample.labels.rewards])
-    figures: dict[str, float | None] = {"labels": float(len(labels))}
+    positive = labels > 0.5
+    figures: dict[str, float | None] = {"labels": float(len(labels)), "positives": float(positive.sum())}
     if len(flat):
-        positive = labels > 0.5
         figures["accuracy"] = float(((flat > 0.5) == positive).mean())
         figures["auc"] = auc(flat, positive)
         figures["calibration_error"] = calibration_error(flat, labels)

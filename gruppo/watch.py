@@ -28,6 +28,7 @@ PART_STEPS, PART_SHARE, NOTHING = 10, 0.9, 1e-9
 KL_STEPS, KL_FACTOR, KL_LEAST, KL_MOST = 3, 5.0, 0.1, 1.0
 SPIKE, SPIKE_STEPS = 10.0, 10
 RISES = 2.0  # standard errors of a slope
+CHANCE = 2.0  # standard errors of an area under the curve
 PENALTIES = ("overlong", "repetition")  # rewards that are 0 where all is well
 
 
@@ -57,7 +58,8 @@ class Notice:
 
 @dataclass
 class Seen:
-    """The lines that checks look at. `first`: of the run's first steps; `steps`: of the last; `evaluations`: of all.
+    """The lines that checks look at. `first`: of the run's first steps; `steps`: of the last; `evaluations`: of all;
+    `rounds`: in which a reward model was trained.
     `weights`: of the parts of the reward; `drift`: nats, on average, by which engine and trainer may differ."""
 
     weights: Mapping[str, float]
@@ -65,12 +67,15 @@ class Seen:
     first: list[Line] = field(default_factory=list)
     steps: list[Line] = field(default_factory=list)
     evaluations: list[Line] = field(default_factory=list)
+    rounds: list[Line] = field(default_factory=list)
     count: int = 0
 
     def add(self, line: Line) -> bool:
         """Take a line in; whether it is one of a step."""
         if "eval/accuracy" in line:
             self.evaluations.append(line)
+        if "reward_model/after/labels" in line:
+            self.rounds.append(line)
         if "completion/length" not in line:
             return False
         self.count += 1
@@ -282,6 +287,30 @@ def gradient_spikes(seen: Seen) -> Finding | None:
     )
 
 
+def reward_model_guesses(seen: Seen) -> Finding | None:
+    """After its last training the reward model's AUC on held-out labels is no further above ½ than chance puts it: n₁
+    positives and n₀ others have a standard error of √((n₁ + n₀ + 1) / 12 n₁ n₀) around it (Mann-Whitney)."""
+    if not seen.rounds:
+        return None
+    line = seen.rounds[-1]
+    value, labels, positives = (line.get(f"reward_model/after/{name}") for name in ("auc", "labels", "positives"))
+    if labels is None or positives is None:
+        return None
+    step = int(line["step"])
+    evidence = {"steps": [step, step], "auc": value, "labels": labels, "positives": positives}
+    told = f"of {labels:.0f} held-out labels after step {step} {positives:.0f} are positive"
+    if value is None:
+        return Finding(f"{told}: whether the reward model tells right from wrong cannot be seen", evidence)
+    error = ((labels + 1) / (12 * positives * (labels - positives))) ** 0.5
+    if value > 0.5 + CHANCE * error:
+        return None
+    return Finding(
+        f"{told}, and the reward model's AUC on them is {value:.2f}, where chance alone gives up to "
+        f"{min(1.0, 0.5 + CHANCE * error):.2f}: the policy may follow its noise",
+        evidence,
+    )
+
+
 CHECKS: dict[str, Callable[[Seen], Finding | None]] = {
     check.__name__: check
     for check in (
@@ -294,6 +323,7 @@ CHECKS: dict[str, Callable[[Seen], Finding | None]] = {
         one_part_of_the_reward,
         kl_explodes,
         gradient_spikes,
+        reward_model_guesses,
     )
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gruppo.check import check_recipe, describe_check
+from gruppo.check import _round_seconds, check_recipe, describe_check
 from gruppo.config import load_recipe
 from gruppo.disk_forecast import exam_count
 from gruppo.errors import UsageError
@@ -49,6 +49,26 @@ def test_json_holds_the_same(recipe_file: Path) -> None:  # noqa: F811
     assert seconds["total"] == pytest.approx(seconds["generate"] + seconds["score"] + seconds["update"])
     assert found["total_seconds"] == pytest.approx(5 * seconds["total"] + 2 * sum(found["exam_seconds"]))
     assert found["workload"]["prompt_tokens"] == 2
+
+
+def test_the_training_of_a_reward_model_counts(recipe_file: Path) -> None:  # noqa: F811
+    changes = ["reward_model.prompts=8", "run.iterations=2", "run.steps=4", "evaluation.every=0"]
+    shown = gruppo("check", recipe_file, "--json", "--quick", *(part for each in changes for part in ("--set", each)))
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert found["round_seconds"] > 0
+    parts = [4 * found["step_seconds"]["total"], 2 * sum(found["exam_seconds"]), 2 * found["round_seconds"]]
+    assert found["total_seconds"] == pytest.approx(sum(parts))
+
+
+def test_seconds_of_a_round_by_hand(data: dict) -> None:
+    data["sampling"] |= {"prompts_per_step": 4, "group_size": 4}
+    data["reward_model"] = {"prompts": 8, "held_out": 0.25, "history": 0.0, "batch_size": 8, "epochs": 2}
+    # Two steps' worth of samples, of which 0.5 is measured twice and 1.5 trained on twice, in 3 updates each time.
+    seconds = _round_seconds(load_recipe(data), drawing=10.0, forward=1.0, backward=2.0, optimizer=0.5)
+    assert seconds == pytest.approx(2 * 10 + 2 * 0.5 * 1 + 2 * (1.5 * 3 + 3 * 0.5))
+    del data["reward_model"]
+    assert _round_seconds(load_recipe(data), 10.0, 1.0, 2.0, 0.5) == 0
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,13 @@ def with_evaluations(lines: list[dict[str, Any]], accuracies: dict[int, float]) 
     return made
 
 
+def with_round(auc: float | None, positives: int, step: int = 20) -> list[dict[str, Any]]:
+    """A reward model trained after a step, with so many positives among 100 held-out labels."""
+    figures = {"auc": auc, "labels": 100.0, "positives": float(positives)}
+    line = {"step": step, "iteration": 2, **{f"reward_model/after/{name}": value for name, value in figures.items()}}
+    return [*series()[:step], line, *series()[step:]]
+
+
 def told(lines: list[dict[str, Any]]) -> list[Notice]:
     return warnings_of(lines, WEIGHTS, 1e-4)
 
@@ -76,6 +83,7 @@ SHOWN = {
     "one_part_of_the_reward": (series(reward__number__mean=0.0, reward__number__std=0.0), 29),
     "kl_explodes": (series(policy__kl=lambda step: 0.02 * 1.5 ** (step - 19)), 24),
     "gradient_spikes": (series(until=21, optimizer__gradient_norm=7.0), 20),
+    "reward_model_guesses": (with_round(0.66, 10), 20),  # a standard error is 0.097
 }
 
 
@@ -92,6 +100,13 @@ def test_a_series_that_shows_it_is_warned_of_once_with_evidence(name: str) -> No
     assert steps[1] == step
     assert str(steps[0]) in notice.message or str(steps[1]) in notice.message
     json.dumps(notice.evidence, allow_nan=False)
+
+
+def test_a_reward_model_that_cannot_be_measured_is_told_and_a_better_one_ends_the_warning() -> None:
+    lines = with_round(None, 0)
+    lines[31:31] = [{**with_round(0.9, 10)[20], "step": 30}]
+    found = [(notice.name, notice.step, notice.passed) for notice in told(lines)]
+    assert found == [("reward_model_guesses", 20, False), ("reward_model_guesses", 30 + PATIENCE, True)]
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -128,11 +143,14 @@ def test_recorded_runs_of_the_quickstart_are_silent(path: Path) -> None:
         series(reward__regex__std=0.0, reward__regex__mean=0.5),
         series(policy__kl=0.09),
         series(optimizer__gradient_norm=4.0),
+        with_round(0.70, 10),
+        with_round(0.66, 20),
     ],
     ids=[
         "four steps without signal", "intervals that overlap", "a reward that does not rise", "slow growth",
         "shorter while the reward rises", "two steps truncated", "a fifth of the entropy", "two steps of drift",
         "a part that all completions earn", "a KL of 0.09", "eight times the usual gradient",
+        "an AUC chance seldom gives", "one of more labels",
     ],
 )  # fmt: skip
 def test_what_is_less_is_silent(lines: list[dict[str, Any]]) -> None:
