@@ -80,6 +80,7 @@ def test_the_reward_model_is_trained_on_new_samples_and_a_share_of_old_ones(fini
         assert line["reward_model/before/labels"] == line["reward_model/after/labels"] > 0
         assert 0 <= line["reward_model/after/accuracy"] <= 1
         assert "reward_model/after/calibration_error" in line
+        assert 0 <= line["reward_model/after/positives"] <= line["reward_model/after/labels"]
         assert "reward_model/after/majority_vote" in line
     assert begun[0]["reward_model/replayed"] == 0
     for line in begun[1:]:

@@ -234,6 +234,7 @@ def test_figures_of_hand_worked_questions() -> None:
     ]
     figures = quality(samples, [(0.9,), (0.2,), (0.4,), (0.3,), (0.1,), (0.6,)])
     assert figures["labels"] == 6
+    assert figures["positives"] == 3
     assert figures["accuracy"] == pytest.approx(3 / 6)
     assert figures["auc"] == pytest.approx((3 + 1 + 0) / 9)  # 0.9 above all three, 0.3 above one, 0.1 above none
     assert figures["mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
@@ -250,7 +251,7 @@ def test_a_process_models_best_is_that_of_the_highest_least_step_and_ties_are_sh
 
 
 def test_figures_of_nothing_are_none() -> None:
-    assert quality([], []) == {"labels": 0.0}
+    assert quality([], []) == {"labels": 0.0, "positives": 0.0}
     one = quality([sample("a", True, "1", (1.0,))], [(0.7,)])
     assert one["auc"] is None
     assert "best_of_n" not in one
