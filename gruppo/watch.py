@@ -298,14 +298,14 @@ def reward_model_guesses(seen: Seen) -> Finding | None:
         return None
     step = int(line["step"])
     evidence = {"steps": [step, step], "auc": value, "labels": labels, "positives": positives}
-    told = f"of {labels:.0f} held-out labels after step {step} {positives:.0f} are positive"
+    told = f"after step {step}, with {positives:.0f} of {labels:.0f} held-out labels positive,"
     if value is None:
-        return Finding(f"{told}: whether the reward model tells right from wrong cannot be seen", evidence)
+        return Finding(f"{told} it cannot be seen whether the reward model tells right from wrong", evidence)
     error = ((labels + 1) / (12 * positives * (labels - positives))) ** 0.5
     if value > 0.5 + CHANCE * error:
         return None
     return Finding(
-        f"{told}, and the reward model's AUC on them is {value:.2f}, where chance alone gives up to "
+        f"{told} the reward model's AUC on them is {value:.2f}, where chance alone gives up to "
         f"{min(1.0, 0.5 + CHANCE * error):.2f}: the policy may follow its noise",
         evidence,
     )
