@@ -209,7 +209,8 @@ def test_a_reward_model_learns_the_same(tiny_folder: str, tmp_path: Path, monkey
         at_call(patch, "gruppo.judge.probabilities", 3, fails())
         second = small_run(tiny_folder, tmp_path / "run", **changes)
     close(first, second)
-    told = [each["during"] for each in read_lines(tmp_path / "run" / "events.jsonl")]
+    events = read_lines(tmp_path / "run" / "events.jsonl")
+    told = [each["during"] for each in events if each["kind"] == "memory"]
     assert told == ["training the reward model", "judging by the reward model"]
 
 
