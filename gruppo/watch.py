@@ -59,7 +59,7 @@ class Notice:
 @dataclass
 class Seen:
     """The lines that checks look at. `first`: of the run's first steps; `steps`: of the last; `evaluations`: of all;
-    `rounds`: in which a reward model was trained.
+    `judged`: of the reward model's last training.
     `weights`: of the parts of the reward; `drift`: nats, on average, by which engine and trainer may differ."""
 
     weights: Mapping[str, float]
@@ -67,15 +67,15 @@ class Seen:
     first: list[Line] = field(default_factory=list)
     steps: list[Line] = field(default_factory=list)
     evaluations: list[Line] = field(default_factory=list)
-    rounds: list[Line] = field(default_factory=list)
+    judged: Line | None = None
     count: int = 0
 
     def add(self, line: Line) -> bool:
         """Take a line in; whether it is one of a step."""
         if "eval/accuracy" in line:
             self.evaluations.append(line)
-        if "reward_model/after/labels" in line:
-            self.rounds.append(line)
+        if "reward_model/after/positives" in line:
+            self.judged = line
         if "completion/length" not in line:
             return False
         self.count += 1
@@ -290,13 +290,11 @@ def gradient_spikes(seen: Seen) -> Finding | None:
 def reward_model_guesses(seen: Seen) -> Finding | None:
     """After its last training the reward model's AUC on held-out labels is no further above ½ than chance puts it: n₁
     positives and n₀ others have a standard error of √((n₁ + n₀ + 1) / 12 n₁ n₀) around it (Mann-Whitney)."""
-    if not seen.rounds:
+    if seen.judged is None:
         return None
-    line = seen.rounds[-1]
-    value, labels, positives = (line.get(f"reward_model/after/{name}") for name in ("auc", "labels", "positives"))
-    if labels is None or positives is None:
-        return None
-    step = int(line["step"])
+    line, step = seen.judged, int(seen.judged["step"])
+    labels, positives = (float(line[f"reward_model/after/{name}"]) for name in ("labels", "positives"))
+    value = line.get("reward_model/after/auc")
     evidence = {"steps": [step, step], "auc": value, "labels": labels, "positives": positives}
     told = f"after step {step}, with {positives:.0f} of {labels:.0f} held-out labels positive,"
     if value is None:
