@@ -20,6 +20,7 @@ from gruppo.interruption import Interrupted
 from gruppo.opening import read_lines
 from gruppo.results import Result
 from gruppo.reward_model import save_reward_model
+from gruppo.watch import warnings_of
 from tests.conftest import make_policy
 from tests.runs import ROWS, at_call, fingerprint, killed, recipe
 
@@ -88,6 +89,14 @@ def test_the_reward_model_is_trained_on_new_samples_and_a_share_of_old_ones(fini
         assert share == pytest.approx(0.2, abs=0.02)
     drawn = [row["prompt_id"] for row in tables["step-000000.parquet"]]
     assert len(set(drawn)) == 10
+
+
+def test_a_model_that_guesses_is_warned_of_at_its_round(finished: tuple[str, Path, Result]) -> None:
+    _, out, result = finished
+    events = [each for each in read_lines(out / "events.jsonl") if each.get("warning") == "reward_model_guesses"]
+    seen = [each for each in warnings_of(result.metrics, {}, 1.0) if each.name == "reward_model_guesses"]
+    assert [(each["step"], each["message"]) for each in events] == [(each.step, each.message) for each in seen]
+    assert events[0]["step"] == 0, "the first round of a tiny model without knowledge"
 
 
 def test_its_judgement_is_the_reward(finished: tuple[str, Path, Result]) -> None:
