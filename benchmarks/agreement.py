@@ -20,10 +20,10 @@ from typing import Any
 from bench import ROOT
 from works import linked
 
-from gruppo.config import load_recipe
-from gruppo.evaluation import hold, open_exams
-from gruppo.interruption import Stop
-from gruppo.reporting import Silent
+from gruppo.config.recipe import load_recipe
+from gruppo.evaluation.sets import hold, open_exams
+from gruppo.utils.progress import Silent
+from gruppo.utils.signals import Stop
 
 # As the task gsm8k of lm-evaluation-harness has them.
 STRICT, FLEXIBLE = r"#### (\-?[0-9\.\,]+)", r"(-?[$0-9.,]{2,})|(-?[0-9]+)"

@@ -17,13 +17,13 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
-from gruppo import objective
-from gruppo.config import Method
-from gruppo.engines import Request, SamplingOptions
-from gruppo.engines.native import NativeEngine
-from gruppo.maths.losses import policy_loss, sequence_mean_weights
-from gruppo.models import LanguageModel, find_model, load_model
-from gruppo.packing import MAX_TOKENS, Batch, pack
+from gruppo.algorithms import credit as objective
+from gruppo.algorithms.losses import policy_loss, sequence_mean_weights
+from gruppo.config.recipe import Method
+from gruppo.engines.base import Request, SamplingOptions
+from gruppo.engines.native.engine import NativeEngine
+from gruppo.models.policy import LanguageModel, find_model, load_model
+from gruppo.training.packing import MAX_TOKENS, Batch, pack
 from gruppo.types import Group, Metrics, Prompt, Reward
 
 METHOD = Method(kl_coef=0.04)

@@ -2,7 +2,7 @@
 
 One axis at a time around a middle: group size, prompt length, completion length, model width; each point is a process
 of its own that makes two steps of gruppo's loop, of which the second is timed. The lines are predictions: of memory by
-`gruppo.forecast`, of seconds by counted floating-point work at one rate for sampling and one for training, both taken
+`gruppo.training.memory_estimate`, of seconds by counted floating-point work at one rate for sampling and one for training, both taken
 from the middle point alone. Then three questions: how sampling gains from more completions in flight, what uneven
 lengths cost it, and a large group beside as many separate sequences. Writes benchmarks/growth.json and docs/growth.svg.
 """
@@ -27,7 +27,10 @@ from bench import Side  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from works import MODEL, SEED, Work, make_random_model, parameters_of  # noqa: E402
 
-from gruppo.models import ModelSource, find_model  # noqa: E402
+from gruppo.models.policy import (
+    ModelSource,
+    find_model,
+)
 
 HERE = Path(__file__).parent
 MIDDLE = {"prompts": 1, "group": 8, "prompt": 128, "completion": 64}

@@ -21,11 +21,11 @@ from typing import Any
 from bench import ROOT, Bench
 from works import linked
 
-from gruppo.config import load_recipe
-from gruppo.evaluation import Exam, answer, mark, open_exams
-from gruppo.interruption import Stop
-from gruppo.reporting import Silent
+from gruppo.config.recipe import load_recipe
+from gruppo.evaluation.sets import Exam, answer, mark, open_exams
 from gruppo.types import Completion
+from gruppo.utils.progress import Silent
+from gruppo.utils.signals import Stop
 
 Turn = tuple[range, dict[str, Any], list[list[Completion]], float]  # questions, vLLM's answers, ours, our seconds
 

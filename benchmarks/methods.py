@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 import gruppo
-from gruppo.stats import wilson_interval
+from gruppo.utils.stats import wilson_interval
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("sft", "rft", "online-rft", "dpo", "ppo", "quickstart", "iterative-grpo", "iterative-process")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from works import Work
 
-from gruppo.machine import describe
+from gruppo.utils.system import describe
 
 PHASES = ("generation", "reference", "loss and backward", "optimizer", "other")
 

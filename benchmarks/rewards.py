@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 
-from gruppo.rewards.pool import RewardPool
+from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.types import Completion, Prompt
 
 PROMISED = 10_000

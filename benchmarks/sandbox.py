@@ -11,9 +11,9 @@ import statistics
 import sys
 import time
 
-from gruppo.tools import Limits, PythonPool
-from gruppo.tools.process import Process
-from gruppo.tools.sandbox import find_bubblewrap
+from gruppo.rollout.sandbox import Limits, PythonPool
+from gruppo.rollout.sandbox.bubblewrap import find_bubblewrap
+from gruppo.rollout.sandbox.interpreter import Process
 
 PROMISED = 0.05
 CODE = "sum(range(10))"

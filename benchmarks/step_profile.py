@@ -38,11 +38,11 @@ def kind_of(name: str) -> str:
 
 def phases(model: str) -> dict[str, Callable[[], Any]]:
     """A step's phases on work A's shapes, to be called in order."""
-    from gruppo.engines import Request, SamplingOptions
-    from gruppo.engines.native import NativeEngine
-    from gruppo.maths.losses import policy_loss, sequence_mean_weights
-    from gruppo.models import find_model, load_model
-    from gruppo.packing import MAX_TOKENS, pack, score
+    from gruppo.algorithms.losses import policy_loss, sequence_mean_weights
+    from gruppo.engines.base import Request, SamplingOptions
+    from gruppo.engines.native.engine import NativeEngine
+    from gruppo.models.policy import find_model, load_model
+    from gruppo.training.packing import MAX_TOKENS, pack, score
     from gruppo.types import Completion, Group, Prompt, Reward
 
     policy = load_model(find_model(model))

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from gruppo.config import Task
-from gruppo.models import ModelSource, find_model, save_model, wrap_model
-from gruppo.reporting import Silent
-from gruppo.tasks import load_training, tokenize_rows
+from gruppo.config.recipe import Task
+from gruppo.data.loading import load_training, tokenize_rows
+from gruppo.models.policy import ModelSource, find_model, save_model, wrap_model
+from gruppo.utils.progress import Silent
 
 MODEL = "smollm2-135m-instruct"
 SEED = 20240203

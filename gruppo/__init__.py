@@ -13,20 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gruppo.callbacks import STOP as STOP
-    from gruppo.callbacks import Callback as Callback
-    from gruppo.config import Recipe as Recipe
-    from gruppo.config import load_recipe as load_recipe
-    from gruppo.entry import train as train
+    from gruppo.config.recipe import Recipe as Recipe
+    from gruppo.config.recipe import load_recipe as load_recipe
     from gruppo.errors import RunError as RunError
     from gruppo.errors import UsageError as UsageError
-    from gruppo.evaluation import evaluate as evaluate
-    from gruppo.exporting import export as export
-    from gruppo.labelling import label as label
-    from gruppo.labelling import train_reward_model as train_reward_model
-    from gruppo.replaying import replay as replay
-    from gruppo.results import Result as Result
-    from gruppo.results import load_result as load_result
+    from gruppo.evaluation.sets import evaluate as evaluate
+    from gruppo.runs.results import Result as Result
+    from gruppo.runs.results import load_result as load_result
+    from gruppo.training.api import train as train
+    from gruppo.training.callbacks import STOP as STOP
+    from gruppo.training.callbacks import Callback as Callback
+    from gruppo.training.export import export as export
+    from gruppo.training.replay import replay as replay
+    from gruppo.training.reward_model_api import label as label
+    from gruppo.training.reward_model_api import train_reward_model as train_reward_model
 
 # torch asks for huge pages for large tensors where this is set before its first one: fewer page faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -34,20 +34,20 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _HOMES = {
-    "STOP": "callbacks",
-    "Callback": "callbacks",
-    "Recipe": "config",
-    "load_recipe": "config",
+    "STOP": "training.callbacks",
+    "Callback": "training.callbacks",
+    "Recipe": "config.recipe",
+    "load_recipe": "config.recipe",
     "RunError": "errors",
     "UsageError": "errors",
-    "evaluate": "evaluation",
-    "export": "exporting",
-    "label": "labelling",
-    "train_reward_model": "labelling",
-    "replay": "replaying",
-    "Result": "results",
-    "load_result": "results",
-    "train": "entry",
+    "evaluate": "evaluation.sets",
+    "export": "training.export",
+    "label": "training.reward_model_api",
+    "train_reward_model": "training.reward_model_api",
+    "replay": "training.replay",
+    "Result": "runs.results",
+    "load_result": "runs.results",
+    "train": "training.api",
 }
 
 __all__ = [

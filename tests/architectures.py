@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from gruppo.models import LanguageModel, named_weights, wrap_model
+from gruppo.models.policy import LanguageModel, named_weights, wrap_model
 from tests.conftest import END, make_tokenizer
 
 _COMMON: dict[str, Any] = {

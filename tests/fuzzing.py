@@ -18,7 +18,7 @@ from unittest import mock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gruppo.config import RecipeError
+from gruppo.config.recipe import RecipeError
 from gruppo.errors import RunError, UsageError
 
 TIMES = int(os.environ.get("GRUPPO_FUZZ", "1"))
@@ -63,7 +63,7 @@ def clear() -> Iterator[None]:
 def command(*arguments: str) -> tuple[int, str, str]:
     """The command line in this process: exit code, standard output, and standard error; whatever else it raises is a
     failure of the test."""
-    from gruppo.cli import main
+    from gruppo.cli.main import main
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)

@@ -22,15 +22,15 @@ from unittest import mock
 
 import psutil
 
-from gruppo.entry import train
 from gruppo.errors import RunError
-from gruppo.forecast import LATER, choose_sizes
-from gruppo.machine import release_memory
-from gruppo.models import save_model
-from gruppo.opening import read_lines
-from gruppo.sizes import Sizes
+from gruppo.models.policy import save_model
+from gruppo.runs.reading import read_lines
+from gruppo.training.api import train
+from gruppo.training.memory_estimate import LATER, choose_sizes
+from gruppo.training.oom_retry import Sizes
+from gruppo.utils.system import release_memory
 from tests.conftest import make_policy
-from tests.runs import ROWS, recipe
+from tests.small_runs import ROWS, recipe
 
 ROOM = 200_000_000  # of the budget, for the run itself: less than activations of 1,024 tokens need
 SMALLEST, LARGEST = 66, 1024  # tokens of a micro-batch
@@ -65,7 +65,7 @@ def sized(tokens: int) -> Callable[..., Any]:
     def choose(*args: Any) -> Any:
         return replace(choose_sizes(*args), micro_batch_tokens=tokens)
 
-    return mock.patch("gruppo.preparation.choose_sizes", choose)
+    return mock.patch("gruppo.training.setup.choose_sizes", choose)
 
 
 def in_a_fork(model: str, out: Path, *patches: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ before a random operation on a file of the run (open, rename, link, remove), or 
 synced, what was not synced yet is cut off or zeroed first. The hooks stand here, none in the product.
 
 Processes are forked from one that has imported gruppo, so that a start takes a fraction of a second; they run the
-command line's own `main`. In full, each method's undisturbed run and one of its kills are of `python -m gruppo.cli`.
+command line's own `main`. In full, each method's undisturbed run and one of its kills are of `python -m gruppo.cli.main`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import psutil
 import tomli_w
 
-import gruppo.cli
-import gruppo.loop
-import gruppo.preparation
-from gruppo.opening import read_lines
+import gruppo.cli.main
+import gruppo.training.loop
+import gruppo.training.setup
+from gruppo.runs.reading import read_lines
 from tests.conftest import make_policy
-from tests.runs import ROWS, recipe
+from tests.small_runs import ROWS, recipe
 
 LETTERS = "tests/rewards/functions.py:likes_letters"
 FIRST_LETTER = "tests/rewards/functions.py:begins_with_a_letter"
@@ -59,7 +59,7 @@ ITERATED = {
     "reward_model__history": 0.2,
 }  # fmt: skip
 
-# Changes to the recipe of tests/runs.py; "None" takes a field away.
+# Changes to the recipe of tests/small_runs.py; "None" takes a field away.
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {"method__inner_updates": 2, "audit__function": VOWELS, "audit__window": 4},
     "lora": {"model__lora": {"rank": 2}, "method__inner_updates": 2},
@@ -78,7 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reinforce-pp": {"method__name": "reinforce-pp", "method__kl_coef": None, **RULE},
     "gspo": {"method__name": "gspo", "method__kl_coef": None, **RULE},
     "several turns": {
-        "environment__name": "tests/tools/worlds.py:Letters", "environment__workers": 1, "sampling__max_tokens": 16,
+        "environment__name": "tests/rollout/environments/worlds.py:Letters", "environment__workers": 1, "sampling__max_tokens": 16,
     },
     "grpo-process": {"method__name": "grpo-process", "reward__functions": ["tests/rewards/functions.py:steps"]},
 }  # fmt: skip
@@ -86,18 +86,18 @@ QUICK = ("grpo", "iterative, process", "ppo")
 
 # What is counted of each phase; a kill comes just before or just after one of these calls.
 CALLS = {
-    "loading": "gruppo.preparation.load_model",
-    "restoring": "gruppo.loop.load_tensors",
-    "sampling": "gruppo.engines.native._Flight.decode",
-    "rewarding": "gruppo.rewards.pool.Worker._receive",
-    "evaluating": "gruppo.evaluation.mark",
-    "labelling": "gruppo.loop.label_rows",
-    "training a reward model": "gruppo.judge.update",
-    "computing a loss": "gruppo.updates.release_memory",
-    "updating": "gruppo.updates.torch.optim.AdamW.step",
-    "writing a checkpoint": "gruppo.checkpoint.save_file",
-    "writing a table": "gruppo.runlog.pq.write_table",
-    "writing a line": "gruppo.runlog.RunFolder._append",
+    "loading": "gruppo.training.setup.load_model",
+    "restoring": "gruppo.training.loop.load_tensors",
+    "sampling": "gruppo.engines.native.engine._Flight.decode",
+    "rewarding": "gruppo.rollout.workers.rewards.Worker._receive",
+    "evaluating": "gruppo.evaluation.sets.mark",
+    "labelling": "gruppo.training.loop.label_rows",
+    "training a reward model": "gruppo.training.reward_model.update",
+    "computing a loss": "gruppo.training.policy_trainer.release_memory",
+    "updating": "gruppo.training.policy_trainer.torch.optim.AdamW.step",
+    "writing a checkpoint": "gruppo.training.checkpoint.save_file",
+    "writing a table": "gruppo.runs.folder.pq.write_table",
+    "writing a line": "gruppo.runs.folder.RunFolder._append",
 }
 FILES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
 MARK = "GRUPPO_TORTURE"  # in the environment of a run and of all that it starts
@@ -226,7 +226,7 @@ def become(case: Case, out: Path, kill: Kill | None, seed: int, mark: str) -> No
         hooks = Hooks(out, kill, seed)
         sys.argv = case.command(out)
         try:
-            gruppo.cli.main()
+            gruppo.cli.main.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush()
@@ -249,8 +249,8 @@ def run_forked(case: Case, out: Path, kill: Kill | None, seed: int, mark: str) -
 
 
 def run_real(case: Case, out: Path, kill: Kill | None, mark: str) -> int:
-    """The same by `python -m gruppo.cli`, which can be killed at a time only."""
-    command = [sys.executable, "-m", "gruppo.cli", *case.command(out)[1:]]
+    """The same by `python -m gruppo.cli.main`, which can be killed at a time only."""
+    command = [sys.executable, "-m", "gruppo.cli.main", *case.command(out)[1:]]
     with (case.folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, MARK: mark})
         try:
@@ -427,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = asked.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root.mkdir(exist_ok=True)
         if os.fork() == 0:  # so that no torch thread ever runs in the process that is forked
-            from gruppo.models import save_model
+            from gruppo.models.policy import save_model
 
             save_model(make_policy(initializer_range=0.02), root / "model")
             os._exit(0)

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from protocol import Channel, Phases, fixed_rewards, gradient_norm, perturb, read_work, versions
 
-from gruppo import loop, objective
-from gruppo.callbacks import Callbacks
-from gruppo.config import Method, load_recipe
-from gruppo.engines import Engine, Request, SamplingOptions
-from gruppo.engines.native import NativeEngine
-from gruppo.interruption import Stop
-from gruppo.models import LanguageModel, find_model, load_model
-from gruppo.packing import MAX_TOKENS, pack
-from gruppo.preflight import preflight
-from gruppo.preparation import prepare
-from gruppo.reporting import Advance, Silent
+from gruppo.algorithms import credit as objective
+from gruppo.config.recipe import Method, load_recipe
+from gruppo.data.datasets import preflight
+from gruppo.engines.base import Engine, Request, SamplingOptions
+from gruppo.engines.native.engine import NativeEngine
+from gruppo.models.policy import LanguageModel, find_model, load_model
+from gruppo.training import loop
+from gruppo.training.callbacks import Callbacks
+from gruppo.training.packing import MAX_TOKENS, pack
+from gruppo.training.setup import prepare
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward
+from gruppo.utils.progress import Advance, Silent
+from gruppo.utils.signals import Stop
 
 
 class FixedLengths:

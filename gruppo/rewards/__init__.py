@@ -20,18 +20,18 @@ from gruppo.errors import UsageError, nearest
 from gruppo.types import Reward, Steps
 
 REWARDS = {
-    "number": "gruppo.rewards.rules:number",
-    "exact_match": "gruppo.rewards.rules:exact_match",
-    "math": "gruppo.rewards.rules:Mathematics",
-    "choice": "gruppo.rewards.rules:choice",
-    "think_format": "gruppo.rewards.formats:think_format",
-    "regex": "gruppo.rewards.formats:Regex",
-    "overlong": "gruppo.rewards.lengths:Overlong",
-    "repetition": "gruppo.rewards.lengths:Repetition",
+    "number": "gruppo.rewards.answers:number",
+    "exact_match": "gruppo.rewards.answers:exact_match",
+    "math": "gruppo.rewards.answers:Mathematics",
+    "choice": "gruppo.rewards.answers:choice",
+    "think_format": "gruppo.rewards.format:think_format",
+    "regex": "gruppo.rewards.format:Regex",
+    "overlong": "gruppo.rewards.length:Overlong",
+    "repetition": "gruppo.rewards.length:Repetition",
     "classifier": "gruppo.rewards.classifier:Classifier",
-    "reasoning_gym": "gruppo.rewards.gym:reasoning_gym",
+    "reasoning_gym": "gruppo.rewards.reasoning_gym:reasoning_gym",
 }
-PREFIXES = ("verl", "verifiers")  # of names whose functions go through gruppo.rewards.adapters
+PREFIXES = ("verl", "verifiers")  # of names whose functions go through gruppo.rewards.interop
 
 RewardFunction = Callable[..., Any]
 

@@ -15,10 +15,10 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from gruppo.errors import UsageError, nearest
-from gruppo.models import choose_device, out_of_reach, pickles_alone
+from gruppo.models.policy import choose_device, out_of_reach, pickles_alone
 from gruppo.rewards import text_of
 from gruppo.types import Message
-from gruppo.userpath import is_dir, is_file, user_path
+from gruppo.utils.paths import is_dir, is_file, user_path
 
 _UNLIMITED = 10**9  # tokenizers without a limit of their own say 10**30
 

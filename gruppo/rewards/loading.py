@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gruppo.errors import UsageError, nearest
-from gruppo.imports import import_attribute
 from gruppo.rewards import RewardFunction, split_prefix
-from gruppo.rewards.adapters import ADAPTERS, Adapted
+from gruppo.rewards.interop import ADAPTERS, Adapted
+from gruppo.utils.imports import import_attribute
 
 OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 

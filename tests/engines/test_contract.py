@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gruppo.engines import Engine, Request, SamplingOptions
-from gruppo.engines.native import NativeEngine
-from gruppo.maths.losses import sequence_mean_weights
-from gruppo.models import LanguageModel
-from gruppo.packing import pack, score
+from gruppo.algorithms.losses import sequence_mean_weights
+from gruppo.engines.base import Engine, Request, SamplingOptions
+from gruppo.engines.native.engine import NativeEngine
+from gruppo.models.policy import LanguageModel
+from gruppo.training.packing import pack, score
 from gruppo.types import Group, Prompt
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import END, make_policy

@@ -12,25 +12,25 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from gruppo.engines import Request, SamplingOptions
-from gruppo.engines.native import NativeEngine
+from gruppo.algorithms.advantages import process_advantages
+from gruppo.algorithms.credit import assign_advantages, mark_trained, select
+from gruppo.engines.base import Request, SamplingOptions
+from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import RunError, UsageError
-from gruppo.evaluation import Evaluation, Exam, mark
-from gruppo.maths.advantages import process_advantages
-from gruppo.models import LanguageModel
-from gruppo.objective import assign_advantages, mark_trained, select
+from gruppo.evaluation.sets import Evaluation, Exam, mark
+from gruppo.models.policy import LanguageModel
 from gruppo.rewards import combine
-from gruppo.rewards.formats import Regex, think_format
-from gruppo.rewards.lengths import Overlong, Repetition
-from gruppo.rewards.pool import _outcome
-from gruppo.rewards.rules import exact_match, number
-from gruppo.rewards.worker import _score
-from gruppo.rollout import describe_groups
-from gruppo.runlog import RunFolder
-from gruppo.steps import checked_ends, lines, step_tokens
-from gruppo.tables import EVALUATIONS, ROLLOUTS, as_json, rollout_rows
-from gruppo.tasks.answers import Named, find_grader, last_number, same_mathematics, same_number, same_text
-from gruppo.tasks.grading import Verdict, verdicts
+from gruppo.rewards.answers import exact_match, number
+from gruppo.rewards.format import Regex, think_format
+from gruppo.rewards.grading.graders import Named, find_grader, last_number, same_mathematics, same_number, same_text
+from gruppo.rewards.grading.verdicts import Verdict, verdicts
+from gruppo.rewards.length import Overlong, Repetition
+from gruppo.rewards.steps import checked_ends, lines, step_tokens
+from gruppo.rollout.sampling import describe_groups
+from gruppo.rollout.workers.reward_main import _score
+from gruppo.rollout.workers.rewards import _outcome
+from gruppo.runs.folder import RunFolder
+from gruppo.runs.tables import EVALUATIONS, ROLLOUTS, as_json, rollout_rows
 from gruppo.types import Completion, Group, Metrics, Prompt, Reward
 from tests.conftest import make_tokenizer
 from tests.fuzzing import ANY_TEXT, JSON_VALUES, NUMBERS, TEXT, clear, examples
@@ -164,7 +164,7 @@ def test_whatever_a_reward_returns_is_a_number_steps_or_an_abstention(value: Any
     assert len(rewards) == 2
     group = Group(Prompt("t/0", "q", (1, 2), "t", {}), completions, rewards)
     mark_trained([group], mask_truncated=False)
-    from gruppo.config import Method
+    from gruppo.config.recipe import Method
 
     settings, metrics = Method(name="grpo-process"), Metrics()
     select([group], settings)

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from gruppo.checkpoint import file_sha256
-from gruppo.config import load_recipe
-from gruppo.entry import train
-from gruppo.evaluation import evaluate
-from gruppo.exporting import export
-from gruppo.labelling import label, train_reward_model
-from gruppo.labels import read_labels
-from gruppo.results import load_result
-from gruppo.summary import describe_run
+from gruppo.config.recipe import load_recipe
+from gruppo.evaluation.sets import evaluate
+from gruppo.runs.report import describe_run
+from gruppo.runs.results import load_result
+from gruppo.training.api import train
+from gruppo.training.checkpoint import file_sha256
+from gruppo.training.export import export
+from gruppo.training.reward_model_api import label, train_reward_model
+from gruppo.training.step_labels import read_labels
 from tests.fuzzing import JSON_VALUES, clear, command, examples, said_clearly
 
 ROWS = [{"prompt": f"{first}{second}", "completion": first, "answer": first} for first in "abc" for second in "12"]

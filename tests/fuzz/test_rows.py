@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from gruppo.config import RecipeError, load_recipe
-from gruppo.preflight import read_data
-from gruppo.reporting import Silent
-from gruppo.tables import as_json
-from gruppo.tasks import tokenize_part
-from gruppo.tasks.given import given_completions
-from gruppo.tasks.transform import in_held_out
+from gruppo.config.recipe import RecipeError, load_recipe
+from gruppo.data.datasets import read_data
+from gruppo.data.loading import tokenize_part
+from gruppo.data.offline import given_completions
+from gruppo.data.transform import in_held_out
+from gruppo.runs.tables import as_json
+from gruppo.utils.progress import Silent
 from tests.conftest import make_tokenizer
 from tests.fuzzing import ANY_TEXT, JSON_VALUES, TEXT, clear, command, examples, said_clearly
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from gruppo.inspection import inspect_lengths, inspect_start, inspect_template, inspect_tokens
-from gruppo.models import LanguageModel
-from gruppo.tasks import checked_rows, tokenize_rows
-from gruppo.tasks.given import given_completions
+from gruppo.data.loading import checked_rows, tokenize_rows
+from gruppo.data.offline import given_completions
+from gruppo.models.policy import LanguageModel
+from gruppo.preflight.static_checks import inspect_lengths, inspect_start, inspect_template, inspect_tokens
 from tests.conftest import TEMPLATE, make_tokenizer
 from tests.fuzz.test_rows import MESSAGES
 from tests.fuzzing import TEXT, clear, examples

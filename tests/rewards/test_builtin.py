@@ -9,10 +9,10 @@ import pytest
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
 from gruppo.errors import UsageError
-from gruppo.rewards.formats import Regex, think_format
-from gruppo.rewards.lengths import Overlong, Repetition
-from gruppo.rewards.pool import RewardPool
-from tests.rewards.test_pool import group, score, totals
+from gruppo.rewards.format import Regex, think_format
+from gruppo.rewards.length import Overlong, Repetition
+from gruppo.rollout.workers.rewards import RewardPool
+from tests.rollout.workers.test_rewards import group, score, totals
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from transformers import (
 
 from gruppo.errors import UsageError
 from gruppo.rewards.classifier import Classifier
-from gruppo.rewards.pool import RewardPool
+from gruppo.rollout.workers.rewards import RewardPool
 from tests.conftest import make_policy, make_tokenizer
-from tests.rewards.test_pool import group, totals
+from tests.rollout.workers.test_rewards import group, totals
 
 QUESTION = [{"role": "user", "content": "one or two"}]
 

@@ -12,9 +12,9 @@ from trl.rewards import (
     think_format_reward,
 )
 
-from gruppo.rewards.pool import RewardPool
+from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.types import Reward
-from tests.rewards.test_pool import group, totals
+from tests.rollout.workers.test_rewards import group, totals
 
 OPEN_R1 = "tests/rewards/open_r1.py"
 HALF = r"\frac{1}{2}"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from gruppo.config import RecipeError, load_recipe
+from gruppo.config.recipe import RecipeError, load_recipe
 from gruppo.errors import UsageError
-from gruppo.rewards.pool import RewardPool
-from tests.rewards.test_pool import group, totals
-from tests.runs import small_run
+from gruppo.rollout.workers.rewards import RewardPool
+from tests.rollout.workers.test_rewards import group, totals
+from tests.small_runs import small_run
 
 OWN = '''
 import pathlib

@@ -1,0 +1,1 @@
+"""Pure functions on tensors and groups: filtering, credit, advantages, losses, aggregation, KL."""

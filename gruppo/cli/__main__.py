@@ -1,0 +1,5 @@
+"""`python -m gruppo.cli`."""
+
+from gruppo.cli.main import main
+
+main()

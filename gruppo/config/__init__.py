@@ -1,0 +1,1 @@
+"""The recipe: its sections, validation, loading, method presets and JSON schema."""

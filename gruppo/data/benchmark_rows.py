@@ -1,0 +1,175 @@
+"""Rows of public benchmarks, whose copies name their columns differently, as question, answer and choices.
+
+One reader a family: word problems, formulas, multiple choice. What cannot be read is shown with its row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gruppo.data.files import plain
+from gruppo.errors import UsageError
+from gruppo.rewards.grading.choices import LETTERS, letters_of, options_of, split_options, without_letters
+from gruppo.rewards.grading.extraction import last_box
+from gruppo.types import Row
+
+_QUESTION = ("question", "problem", "question_concat", "input", "query", "original_text", "squestion", "prompt", "text")
+_NUMBER = (
+    "answer_number", "final_ans", "numerical_answer", "result", "target", "golden", "answer", "final_answer",
+    "ground_truth", "expected_answer", "label", "lsolutions", "result_float",
+)  # fmt: skip
+_FORMULA = ("answer", "final_answer", "ground_truth", "expected_answer", "target", "gold", "label")
+_LETTER = ("correct", "label", "gold", "answerkey", "answer", "correct_option", "target", "answer_index", "solution")
+_OPTIONS = ("options", "choices", "possible answers", "possible_answers")
+# Columns that are kept where a set has them, under our name.
+_KEPT = {
+    "id": "id", "idx": "id", "unique_id": "id", "level": "level", "type": "type", "subject": "topic", "topic": "topic",
+    "category": "category", "grade": "grade", "reasoning_step": "reasoning_step", "num_digits": "num_digits",
+    "equation": "equation", "solution_type": "type", "year": "year", "part": "part", "solution": "solution",
+    "rationale": "solution", "other": "source",
+}  # fmt: skip
+
+
+def read_number(row: Mapping[str, Any]) -> Row:
+    """A word problem: a question (or its body and question) and a number, or a solution that ends with "#### 18"."""
+    columns = _lowered(row)
+    body, asked = columns.get("body"), columns.get("question")
+    question = f"{_text(body)} {_text(asked)}" if body and asked else _question(columns, row)
+    found = _answer(columns, _NUMBER, row)
+    found = found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
+    text = _text(found)
+    kept = _others(columns)
+    if "####" in text:
+        kept["solution"], text = text, text.rpartition("####")[2]
+    elif (box := last_box(text)) is not None:
+        kept["solution"], text = text, box[1]
+    if not any(letter.isdigit() for letter in text):
+        raise _unreadable(row, f"its answer {text!r} holds no number")
+    return {**kept, "question": question, "answer": text.strip()}
+
+
+def read_formula(row: Mapping[str, Any]) -> Row:
+    """A problem with its answer as LaTeX, or with a solution that holds it in a box."""
+    columns = _lowered(row)
+    question = _bare(_question(columns, row, ("problem", *_QUESTION)))
+    found = next((columns[name] for name in _FORMULA if _given(columns.get(name))), None)
+    if found is None:
+        box = last_box(_text(columns.get("solution") or ""))
+        if box is None:
+            raise _unreadable(row, f"it has no answer (one of {', '.join(_FORMULA)}) and no solution with a box")
+        found = box[1]
+    answer = ", ".join(map(_text, found)) if isinstance(found, list | tuple) else _text(found)
+    if "\\boxed" in answer and (box := last_box(answer)) is not None:
+        answer = box[1]
+    return {**_others(columns), "question": question, "answer": answer}
+
+
+def read_choice(row: Mapping[str, Any]) -> Row:
+    """A question with options, and the letter, letters, place or text of the right ones."""
+    columns = _lowered(row)
+    question = _question(columns, row)
+    choices = _choices(columns)
+    bare = _bare(question)
+    if not choices or bare != question:
+        question, within = _within(bare)
+        choices = choices or within
+    if len(choices) < 2:
+        raise _unreadable(
+            row, f"it has no options (a list or text in one of {', '.join(_OPTIONS)}; or columns A, B, …)"
+        )
+    found = _answer(columns, _LETTER, row)
+    found = found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
+    if isinstance(found, str) and found.strip().isdigit() and found.strip() not in choices:
+        found = int(found)
+    try:
+        answer = letters_of(_text(found) if isinstance(found, float) else found, choices)
+    except UsageError as error:
+        raise _unreadable(row, str(error)) from None
+    if LETTERS.index(answer[-1]) >= len(choices):
+        raise _unreadable(row, f"its answer {answer} is none of its {len(choices)} options")
+    kept = {name: value for name, value in _others(columns).items() if value != found}
+    return {**kept, "question": question, "choices": choices, "answer": answer}
+
+
+def _choices(columns: Mapping[str, Any]) -> list[str]:
+    given = next((columns[name] for name in _OPTIONS if _given(columns.get(name))), None)
+    if given is None:
+        single = [columns.get(letter.lower()) for letter in LETTERS]
+        return [_text(each) for each in single[: single.index(None)]] if None in single else []
+    if isinstance(given, str):
+        return split_options(given)
+    if isinstance(given, Mapping):
+        return options_of({"choices": given})
+    return without_letters([_text(each) for each in given])
+
+
+_PROMPTED = re.compile(
+    r"\s*(?:Q:|问题[：:])(.*?)"
+    r"(?:答案[：:](?:从A到[A-Z][，,]\s*我们应选择)?|A:(?: Among A through [A-Z], the answer is)?)?\s*",
+    re.DOTALL,
+)
+
+
+def _bare(question: str) -> str:
+    """A question without what evaluations write around it to ask for its answer: "问题：… 答案："."""
+    prompted = _PROMPTED.fullmatch(question)
+    return prompted[1].strip() if prompted else question
+
+
+def _within(question: str) -> tuple[str, list[str]]:
+    """A question that holds its own options, parted from them: "… Answer Choices: (A)4 (B)5"."""
+    for opening in ("Answer Choices:", "Options:", "从以下选项中选择:", "选项:", "选项：", "\n"):
+        before, found, after = question.partition(opening)
+        if found and len(options := split_options(after)) > 1:
+            return before.strip(), options
+    return question, []
+
+
+def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise _unreadable(row, "it is no object with columns")
+    return {str(name).strip().lower(): value for name, value in row.items()}
+
+
+def _question(columns: Mapping[str, Any], row: Mapping[str, Any], names: Iterable[str] = _QUESTION) -> str:
+    for name in names:
+        if isinstance(columns.get(name), str) and columns[name].strip():
+            return _tidied(columns[name])
+    asked = columns.get("messages") or columns.get("prompt")
+    if isinstance(asked, list) and asked and isinstance(asked[0], Mapping):
+        user = [each for each in asked if each.get("role") == "user" and each.get("content")]
+        if user:
+            return _tidied(str(user[-1]["content"]))
+    raise _unreadable(row, f"it has no question (one of {', '.join(names)}, or messages)")
+
+
+def _tidied(text: str) -> str:
+    return text.strip().rstrip("\\").strip()
+
+
+def _answer(columns: Mapping[str, Any], names: Iterable[str], row: Mapping[str, Any]) -> Any:
+    for name in names:
+        if _given(columns.get(name)):
+            return columns[name]
+    raise _unreadable(row, f"it has no answer (one of {', '.join(names)})")
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value not in ("", [])
+
+
+def _text(value: Any) -> str:
+    """A value as people write it: 14.0 is "14"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def _others(columns: Mapping[str, Any]) -> Row:
+    return {ours: plain(columns[name]) for name, ours in _KEPT.items() if _given(columns.get(name))}
+
+
+def _unreadable(row: Any, reason: str) -> UsageError:
+    shown = str(row)
+    names = f"; its columns: {', '.join(map(str, row))}" if isinstance(row, Mapping) else ""
+    return UsageError(f"cannot be read: {reason}{names}; the row: {shown[:300]}{'…' if len(shown) > 300 else ''}")

@@ -1,0 +1,210 @@
+"""Rows of a file: JSON Lines, JSON, CSV, TSV and Parquet.
+
+A value is what the file says it is: text in CSV stays text ("007", "1e5"), and nothing is guessed. What JSON cannot
+say becomes text (dates, decimals); columns of bytes (images, audio) are left out with a note.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gruppo.errors import UsageError
+from gruppo.types import Row
+from gruppo.utils.progress import Reporter
+
+# Rows of Parquet that are in memory twice at a time.
+_BATCH = 4096
+
+
+def read_file(path: Path, options: Mapping[str, Any], reporter: Reporter) -> Iterable[Row]:
+    """The rows of a file, by its suffix. Raises UsageError for an unknown suffix, and for a file that is not
+    what its suffix says."""
+    read = FILES.get(path.suffix.lower())
+    if read is None:
+        raise UsageError(f"{path.name}: this kind of file is not known; write one of {', '.join(FILES)}")
+    return read(path, options, reporter)
+
+
+def _jsonl(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Row]:
+    _no_options(options, path)
+    return _lines(_text(path))
+
+
+def _lines(text: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"line {number} is not JSON ({error}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise UsageError(
+                f"line {number} is {str(row)[:40]!r}; write one object a line, or name a file that is one list .json"
+            )
+        rows.append(row)
+    return rows
+
+
+def _json(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Row]:
+    """A list of objects; an object with one list of objects in it; or JSON Lines under the wrong name."""
+    _no_options(options, path)
+    text = _text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        try:
+            return _lines(text)
+        except UsageError:
+            raise UsageError(f"the file is not JSON ({error}); write a list of objects") from None
+    if isinstance(content, dict):
+        content = _only_list(content)
+    if not isinstance(content, list):
+        raise UsageError(f"the file holds {str(content)[:40]!r}; write a list of objects")
+    for number, row in enumerate(content, start=1):
+        if not isinstance(row, dict):
+            raise UsageError(f"entry {number} is {str(row)[:40]!r}; write a list of objects")
+    return content
+
+
+def _only_list(content: dict[str, Any]) -> list[Any]:
+    """The list of rows in an object like {"data": […]}; an object without one is a row."""
+    objects = {
+        key: value
+        for key, value in content.items()
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    }
+    lists = {key: value for key, value in objects.items() if not {"role", "content"} <= set(value[0])}  # no messages
+    if len(lists) > 1:
+        raise UsageError(f"the file holds several lists ({', '.join(lists)}); keep the one with the rows")
+    if not objects and content and all(isinstance(value, list) for value in content.values()):
+        raise UsageError(f"the file is an object of lists ({', '.join(content)}); write a list of objects, one a row")
+    return next(iter(lists.values())) if lists else [content]
+
+
+def _csv(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Row]:
+    """A header and rows, all of them text. `delimiter`: what stands between columns; a comma, or a tab in .tsv.
+    `header`: names of the columns of a file that has no header."""
+    if unknown := set(options) - {"delimiter", "header"}:
+        raise UsageError(f"options.{min(unknown)}: unknown; the options of a {path.suffix} file are delimiter, header")
+    delimiter = options.get("delimiter", "\t" if path.suffix.lower() == ".tsv" else ",")
+    if not isinstance(delimiter, str) or len(delimiter) != 1:
+        raise UsageError(f'options.delimiter = {delimiter!r}: must be one character; write e.g. ";"')
+    header = options.get("header", [])
+    if not isinstance(header, list | tuple) or not all(isinstance(each, str) for each in header):
+        raise UsageError(f'options.header = {header!r}: must be a list of names; write e.g. ["question", "answer"]')
+    header = _header(list(header), delimiter) if header else []
+    rows: list[Row] = []
+    for line, values in _values(path, delimiter):
+        if not header:
+            header = _header(values, delimiter)
+        elif len(values) != len(header):
+            raise UsageError(
+                f"line {line} has {len(values)} values for {len(header)} columns; put quotes around "
+                f"values that hold {delimiter!r} or line breaks, or give options.delimiter"
+            )
+        else:
+            rows.append(dict(zip(header, values, strict=True)))
+    return rows
+
+
+def first_values(path: Path) -> list[str]:
+    """What stands in the first line of a CSV or TSV file, which is its header where it has one."""
+    return next((values for _, values in _values(path, "\t" if path.suffix.lower() == ".tsv" else ",")), [])
+
+
+def _values(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The values of each line that has any, with the line's number."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for values in reader:
+            if any(values):
+                yield reader.line_num, values
+    except csv.Error as error:
+        raise UsageError(f"line {reader.line_num}: {error}; write a quote inside of quotes twice") from None
+
+
+def _header(names: list[str], delimiter: str) -> list[str]:
+    other = next((each for each in ";\t|," if each != delimiter and each in names[0]), None)
+    if len(names) == 1 and other is not None:
+        raise UsageError(
+            f"the header {names[0][:60]!r} is one column with {delimiter!r} between columns; "
+            f"write options.delimiter = {json.dumps(other)}"
+        )
+    if not all(names) or len(set(names)) < len(names):
+        raise UsageError(f"the header is {names}; give every column a name of its own")
+    return names
+
+
+def _parquet(path: Path, options: Mapping[str, Any], reporter: Reporter) -> Iterable[Row]:
+    _no_options(options, path)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        names = carried_columns(file.schema_arrow, path.name, reporter)
+        for batch in file.iter_batches(_BATCH, columns=names):
+            yield from (plain(row) for row in batch.to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(f"the file cannot be read ({error}); give a whole Parquet file") from None
+
+
+def carried_columns(schema: Any, name: str, reporter: Reporter) -> list[str]:
+    """Names of the columns of an Arrow schema whose values are no bytes; a note tells of the others."""
+    dropped = [field.name for field in schema if _has_bytes(field.type)]
+    if dropped:
+        reporter.note(f"{name}: left out columns of bytes, such as images or audio: {', '.join(dropped)}")
+    return [each for each in schema.names if each not in dropped]
+
+
+def _has_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return True
+    if isinstance(kind, pa.BaseExtensionType):
+        return _has_bytes(kind.storage_type)
+    return any(_has_bytes(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON could hold it: arrays and tuples as lists, whatever else is not JSON's as its text."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return str(value)
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            return stream.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the file cannot be read ({error}); give a readable UTF-8 file") from None
+
+
+def _no_options(options: Mapping[str, Any], path: Path) -> None:
+    if options:
+        raise UsageError(f"options = {dict(options)}: a {path.suffix} file has no options; remove them")
+
+
+FILES: dict[str, Callable[[Path, Mapping[str, Any], Reporter], Iterable[Row]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}

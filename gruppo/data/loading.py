@@ -1,0 +1,365 @@
+"""Tasks: where rows come from, and how a row becomes the exact token ids that the model reads.
+
+A row has a `prompt` (text or messages) and any more columns. It comes from a function `load(split, **options) -> rows`
+(split "train" or "test"; one without a held-out part raises UsageError for "test"), from a public benchmark by its
+name (`gruppo.data.benchmarks`), from reasoning-gym, from a file, or from a Hugging Face data set. What [task] says of
+columns, template, system and held_out is done to all of them alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gruppo.data.transform import in_held_out, prompt_text, transform
+from gruppo.errors import UsageError, nearest
+from gruppo.types import Message, Prompt, Row
+from gruppo.utils.imports import import_attribute
+from gruppo.utils.paths import is_dir, is_file, user_path
+from gruppo.utils.progress import Advance, Reporter
+
+if TYPE_CHECKING:  # reward processes import this package and need neither
+    from transformers import PreTrainedTokenizerBase
+
+    from gruppo.config.recipe import Task
+
+TASKS = {"arithmetic": "gruppo.data.arithmetic:load"}
+
+_GYM = "reasoning-gym/"
+# Rows between two signs of progress.
+_SHOWN = 64
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_KINDS = (
+    f'"{_GYM}NAME", a file ({", ".join(_FILES)}), a folder saved by datasets, a data set of the hub ("owner/name") or '
+    '"package.module:function"'
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one task on their way to tokens.
+
+    `name` and `numbers` (a row's place in its source) make up prompt ids; `field` is what errors call the task's
+    table. `max_prompt_tokens` and `filter_overlong` are those of the task.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    numbers: Sequence[int]
+    field: str = "task"
+    max_prompt_tokens: int | None = None
+    filter_overlong: bool = False
+
+
+def load_training(
+    task: Task,
+    field: str,
+    with_held_out: bool,
+    reporter: Reporter,
+    given: Iterable[Row] | None = None,
+    answered: bool = False,
+) -> tuple[Part, Part | None]:
+    """The rows of a task to train on and, if they are asked for, those that are held out from it.
+
+    With task.held_out they are told apart by a hash of their prompts; without, the held-out ones are the source's own
+    "test". `given`: rows in place of the task's own. `answered`: the rows to train on bring their completions. Raises
+    UsageError: unknown task, wrong options or columns, no held-out part.
+    """
+    whole = _load(task, field, task.split or "train", reporter, given, answered)
+    if task.held_out:
+        train, held = _divide(whole, task)
+        return train, held if with_held_out else None
+    if not with_held_out:
+        return whole, None
+    fixes = f"write {field}.held_out = 0.1, or name the questions with evaluation.task"
+    if given is not None or not _has_test(task.name) or task.split not in (None, "train"):
+        raise UsageError(f"evaluation: {whole.name} has no held-out part; {fixes}")
+    try:
+        held = _load(task, field, "test", reporter)
+    except UsageError as error:
+        raise UsageError(f"evaluation: {whole.name} has no held-out part ({error}); {fixes}") from None
+    return whole, replace(held, name=f"{whole.name} (held out)")
+
+
+def load_questions(task: Task, field: str, reporter: Reporter) -> Part:
+    """The rows of a task that only evaluation asks: its held-out share if it has one, else its split, else its "test",
+    or all rows where there is no "test". Raises UsageError as `load_training` does."""
+    if task.held_out:
+        return _divide(_load(task, field, task.split or "train", reporter), task)[1]
+    return _load(task, field, task.split or ("test" if _has_test(task.name) else "train"), reporter)
+
+
+def _load(
+    task: Task,
+    field: str,
+    split: str,
+    reporter: Reporter,
+    given: Iterable[Row] | None = None,
+    answered: bool = False,
+) -> Part:
+    name = task.name if given is None else "prompts"
+    with reporter.progress(f"Reading {name}", None, "rows") as advance:
+        source = _source(task, field, split, reporter) if given is None else _checked(given, name)
+        rows = transform(_counted(source, advance), task, field, name, answered)
+    return Part(name, rows, range(len(rows)), field, task.max_prompt_tokens, task.overlong == "filter")
+
+
+def _source(task: Task, field: str, split: str, reporter: Reporter) -> Iterator[Row]:
+    """The rows as their source has them; whatever fails in it is a UsageError with the task's field."""
+    try:
+        yield from _checked(_open(task, field, split, reporter), task.name)
+    except UsageError as error:
+        message = str(error)
+        if message.startswith(("options", "split")):
+            raise UsageError(f"{field}.{message}") from None
+        raise UsageError(message if message.startswith(field) else f'{field}.name = "{task.name}": {message}') from None
+    except (Exception, SystemExit) as error:
+        raise UsageError(
+            f'{field}.name = "{task.name}": it fails ({type(error).__name__}: {error}); mend it'
+        ) from error
+
+
+def _open(task: Task, field: str, split: str, reporter: Reporter) -> Iterable[Row]:
+    name, options = task.name, task.options
+    if _is_file(name):
+        _only_train(split, "a file")
+        from gruppo.data.files import read_file
+
+        return read_file(data_file(name), options, reporter)
+    if name.startswith(_GYM):
+        _only_train(split, "reasoning-gym")
+        from gruppo.data.reasoning_gym import generate
+
+        return generate(name.removeprefix(_GYM), options)
+    from gruppo.data.benchmarks import BENCHMARKS, load_benchmark
+
+    if name in BENCHMARKS:
+        try:
+            inspect.signature(load_benchmark).bind(name, split, reporter, **options)
+        except TypeError as error:
+            raise UsageError(
+                f"options = {dict(options)}: {error}; its options are: data, prompt, shots, format"
+            ) from None
+        return load_benchmark(name, split, reporter, **options)
+    folder = user_path(name)
+    if name in TASKS or (":" in name and not is_dir(folder)):
+        load = import_attribute(TASKS.get(name, name), f"{field}.name")
+        try:
+            inspect.signature(load).bind(split, **options)
+        except TypeError as error:
+            raise UsageError(f"options = {dict(options)}: {error}; {_options(load)}") from None
+        return load(split, **options)  # type: ignore[no-any-return]
+    if is_dir(folder) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        from gruppo.data.hub import read_dataset
+
+        return read_dataset(name, split, options, reporter)
+    if is_file(folder):
+        raise UsageError(f"this kind of file is not known; write one that ends in {', '.join(_FILES)}")
+    if "/" in name:
+        raise UsageError(f"there is no such file or folder (looked in {Path.cwd()}); give its path")
+    raise UsageError(f"unknown task{nearest(name, (*TASKS, *BENCHMARKS))}; or write {_KINDS}")
+
+
+def _only_train(split: str, what: str) -> None:
+    if split != "train":
+        raise UsageError(f'split = "{split}": {what} has no splits; remove split, or hold rows out with held_out = 0.1')
+
+
+def _is_file(name: str) -> bool:
+    return name.lower().endswith(_FILES) and not is_dir(user_path(name))
+
+
+def _has_test(name: str) -> bool:
+    """Whether a source can have a part "test" of its own."""
+    return not (_is_file(name) or name.startswith(_GYM) or is_file(user_path(name) / "state.json"))
+
+
+def _options(load: Any) -> str:
+    names = [name for name in inspect.signature(load).parameters if name != "split"]
+    return f"its options are: {', '.join(names)}" if names else "it has no options"
+
+
+def data_file(path: str) -> Path:
+    """A data file that exists; raises UsageError where it does not."""
+    file = user_path(path)
+    if not is_file(file):
+        raise UsageError(f"there is no such file (looked in {Path.cwd()}); give the path of a file")
+    return file
+
+
+def _checked(rows: Any, source: str) -> Iterable[Row]:
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, which would give its columns' names
+        rows = rows.to_dict("records")
+    if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__iter__"):
+        raise UsageError(f'{source} gives {str(rows)[:40]!r}, not a list of rows; write [{{"prompt": "text"}}, …]')
+    return rows  # type: ignore[no-any-return]
+
+
+def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
+    number = 0
+    for number, row in enumerate(rows, start=1):
+        yield row
+        if number % _SHOWN == 0:
+            advance(_SHOWN)
+    advance(number % _SHOWN)
+
+
+def _divide(whole: Part, task: Task) -> tuple[Part, Part]:
+    """The rows to train on and those held out, by the hash of their prompts; a held-out question is asked once, however
+    often it occurs, or its repetitions would make an interval too narrow."""
+    held = [in_held_out(row, task.held_out) for row in whole.rows]
+    if len(set(held)) < 2:
+        raise UsageError(
+            f"{whole.field}.held_out = {task.held_out}: of the {len(held)} rows of {whole.name} "
+            f"{'all' if held[0] else 'none'} would be held out; write another share, or give more rows"
+        )
+    places = [place for place, side in enumerate(held) if not side]
+    asked = {prompt_text(whole.rows[place]): place for place in reversed(range(len(held))) if held[place]}
+    train, test = (
+        replace(whole, rows=[whole.rows[place] for place in side], numbers=[whole.numbers[place] for place in side])
+        for side in (places, sorted(asked.values()))
+    )
+    return train, replace(test, name=f"{whole.name} (held out)")
+
+
+def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
+    """The rows as a list, each with a prompt that is text or messages; `source` names them in errors."""
+    from gruppo.config.recipe import Task
+
+    return transform(_checked(rows, source), Task(), "task", source)
+
+
+@dataclass(frozen=True)
+class ToolTexts:
+    """What prompts tell the model of its tools: `schemas`, where its chat template has a place for them, else `text`,
+    in the system message."""
+
+    schemas: Sequence[Mapping[str, Any]] = ()
+    text: str = ""
+
+    def told(self, content: str | list[Message]) -> str | list[Message]:
+        """A prompt with the text. Raises UsageError where it is no conversation."""
+        if isinstance(content, str):
+            raise UsageError(
+                "the environment has tools, which need conversations, and the prompt is plain text; write "
+                'task.system = "" (for rows of text), or take rows with messages'
+            )
+        if not self.text:
+            return content
+        if content[0]["role"] == "system":
+            return [{**content[0], "content": f"{content[0]['content']}\n\n{self.text}"}, *content[1:]]
+        return [{"role": "system", "content": self.text}, *content]
+
+
+def tokenize_part(
+    part: Part,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_tokens: int,
+    vocabulary: int | None = None,
+    most: int | None = None,
+    advance: Advance = lambda _: None,
+    tools: ToolTexts | None = None,
+) -> tuple[list[Prompt], int]:
+    """Turn rows into prompts, `most` at the most: messages through the chat template, once; text as it stands. `tools`:
+    what prompts say of them, in front.
+
+    A prompt may have as many tokens as `context` leaves beside `max_tokens`, and no more than the task allows; the
+    second value is how many longer ones were left out, where the task says so. Nothing is ever cut, and the ids are
+    never made again from text. Raises UsageError for a longer prompt that is to be refused, if none is left, and where
+    the model does not know an id of its tokenizer's.
+    """
+    limit = min(context - max_tokens, part.max_prompt_tokens or context)
+    prompts: list[Prompt] = []
+    overlong = 0
+    for number, row in zip(part.numbers, part.rows, strict=True):
+        if len(prompts) == most:
+            break
+        where = f"{part.name}, row {number + 1}"
+        if tools is not None:
+            row = {**row, "prompt": tools.told(row["prompt"])}  # noqa: PLW2901
+        token_ids = _tokens(row, tokenizer, where, tools)
+        advance(1)
+        if len(token_ids) > limit and part.filter_overlong:
+            overlong += 1
+            continue
+        if len(token_ids) > limit:
+            raise UsageError(f"{where}: {_too_long(len(token_ids), context, max_tokens, part)}")
+        if vocabulary is not None and max(token_ids) >= vocabulary:
+            raise UsageError(
+                f"{where}: the tokenizer gives token {max(token_ids)}, but the model knows only "
+                f"{vocabulary}; take the tokenizer that belongs to the model"
+            )
+        columns = {key: value for key, value in row.items() if key != "prompt"}
+        prompts.append(Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns))
+    if not prompts:
+        raise UsageError(
+            f'{part.field}.overlong = "filter": all {overlong} prompts of {part.name} are longer than {limit} tokens; '
+            "raise max_prompt_tokens, or lower max_tokens"
+        )
+    return prompts, overlong
+
+
+def tokenize_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_tokens: int,
+    task: str,
+    vocabulary: int | None = None,
+) -> list[Prompt]:
+    """Prompts of rows that belong to no task; see `tokenize_part`. A prompt that is too long is refused."""
+    return tokenize_part(Part(task, rows, range(len(rows))), tokenizer, context, max_tokens, vocabulary)[0]
+
+
+def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: ToolTexts | None = None) -> list[int]:
+    try:
+        token_ids = prompt_tokens(row["prompt"], tokenizer, tools)
+    except UsageError:
+        raise
+    except Exception as error:  # a chat template is a program of the model's
+        raise UsageError(
+            f"{where}: the prompt cannot be turned into tokens ({type(error).__name__}: {error}); "
+            "write it as this model's chat template wants it"
+        ) from error
+    if not token_ids:
+        raise UsageError(f"{where}: prompt = {row['prompt']!r} has no tokens; write some text")
+    return token_ids
+
+
+def prompt_tokens(
+    content: str | list[Message], tokenizer: PreTrainedTokenizerBase, tools: ToolTexts | None = None
+) -> list[int]:
+    """The token ids of a prompt: messages through the chat template, text as it stands."""
+    if not isinstance(content, str):
+        if not tokenizer.chat_template:
+            raise UsageError(
+                "the rows hold messages but the model's tokenizer has no chat template; write prompt as plain text "
+                '(for a column of text: template = "{question}"), or take an instruction-tuned model'
+            )
+        begun = content[-1]["role"] == "assistant"  # the model goes on with what it is given of its answer
+        schemas: dict[str, Any] = {"tools": list(tools.schemas)} if tools is not None and tools.schemas else {}
+        return list(
+            tokenizer.apply_chat_template(
+                content, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False, **schemas
+            )
+        )
+    begins = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(content, add_special_tokens=not begins)["input_ids"])
+
+
+def _too_long(tokens: int, context: int, max_tokens: int, part: Part) -> str:
+    filtered = f'write {part.field}.overlong = "filter" to leave such rows out'
+    if part.max_prompt_tokens is not None and tokens > part.max_prompt_tokens:
+        return (
+            f"the prompt has {tokens} tokens, more than {part.field}.max_prompt_tokens = {part.max_prompt_tokens}; "
+            f"raise that, or {filtered}"
+        )
+    return (
+        f"the prompt has {tokens} tokens; with {max_tokens} more to sample that is over the model's context of "
+        f"{context}; shorten the prompt, lower max_tokens, or {filtered}"
+    )

@@ -1,0 +1,1 @@
+"""The engine that samples with the transformers module that is being trained, in the same process."""

@@ -1,0 +1,1 @@
+"""Evaluation sets, running them, metrics, comparison and plots."""

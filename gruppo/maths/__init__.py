@@ -1,1 +1,0 @@
-"""Tensors in, tensors out: what the paper writes in equations. No config, no input or output."""

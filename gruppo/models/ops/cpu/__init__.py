@@ -1,0 +1,1 @@
+"""The compiled C kernels of the CPU: building, loading and calling them."""

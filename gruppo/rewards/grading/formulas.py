@@ -1,0 +1,444 @@
+"""Mathematics for evaluation: formulas, sets, intervals, tuples, matrices, equations, words, several answers.
+
+math-verify compares; what it is too generous or too strict with is decided before it: order in tuples, brackets of
+another kind, bases of numerals, tiny numbers, words, units, answers in blanks of their own ("5;10").
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from gruppo.errors import UsageError
+from gruppo.rewards.grading.extraction import Decision, boxes, decisions, last_box, last_sentence, own_answer
+from gruppo.rewards.grading.graders import MATH_SECONDS, parse_formulas, same_mathematics
+from gruppo.rewards.grading.numbers import Quantity, cleaned, quantities
+
+_SYMBOLS = {
+    "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "−": "-", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ",
+    "÷": "\\div ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ",
+    "∈": "\\in ",
+    "±": "\\pm ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "²": "^{2}", "³": "^{3}",
+    "°": "^{\\circ}",
+    "、": ",", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
+} | {chr(0x2460 + place): f"\\textcircled{{{place + 1}}}" for place in range(9)}  # fmt: skip
+_WORD = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname|rm)"
+_CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
+    (re.compile(pattern), other)
+    for pattern, other in (
+        (r"\\(?:displaystyle|limits|nolimits|big|Big|bigg|bigl|bigr|Bigl|Bigr)\b|\\!\s*|\\(?:left|right)\s*\.", ""),
+        (r"\\(?:left|right)(?![a-z])", ""),
+        (r"\\varnothing\b", r"\\emptyset"),
+        (r"\\langle\b", "("),
+        (r"\\rangle\b", ")"),
+        (rf"{_WORD}\s*\{{\s*(?:all )?real numbers?\s*\}}", r"\\mathbb{R}"),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"(?<=\d)(?:\{,\}|\\[,;: ]|,\\!|~)(?=\d{3}(?!\d))", ""),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
+        (rf"{_WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
+        (rf"{_WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b", ""),
+        (r"\\\$|\$|€|£|¥|￥|\\[()]|\\\[|\\\]|\*\*(?!\d)", ""),
+        (r"\*\*", "^"),
+        (r"√\s*\(([^()]*)\)|\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1\2}"),
+        (r"√\s*(\w)", r"\\sqrt{\1}"),
+        (r"(?<![\\A-Za-z])(sin|cos|tan|ln|log|arcsin|arccos|arctan|exp|pi|infty)(?![A-Za-z])", r"\\\1 "),
+        (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
+        (r"\bnp\.", ""),
+        (r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,3})(?![\w.])", r"\1\\times 10^{\2}"),
+        (r"(\d)\.(?=/|$|[\s,;)])", r"\1"),
+        (r"\\begin\{bmatrix\}|\\begin\{array\}\s*\{[^{}]*\}|\\begin\{vmatrix\}", r"\\begin{pmatrix}"),
+        (r"\\end\{(?:bmatrix|array|vmatrix)\}", r"\\end{pmatrix}"),
+        (r"[\[(]\s*(\\begin\{pmatrix\}[^[]*?\\end\{pmatrix\})\s*[\])]", r"\1"),
+    )
+]  # fmt: skip
+_UNIT_TEXT = re.compile(
+    rf"(?<=\S)\s*{_WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?(?:\s*/?\s*{_WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?)*\s*$"
+)
+_UNIT_WORD = re.compile(
+    r"(?<=[\d})%])\s*(?<![\\])(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
+    r"(?!(?:and|or|mod|if|for|where|with|i|e|x|y|n|a|b|c|k|t)\b)[A-Za-z]{1,14}(?:\s+[a-z]{2,14}){0,4}\.?"
+    r"(?:\s*/\s*[A-Za-z]{1,8}|\s+per\s+[a-z]+)?(?:\s*\^\s*\{?-?[1-4]\}?)?\s*$"
+)
+_WORDS_BEFORE = re.compile(rf"^\s*{_WORD}\s*\{{[^{{}}]*\}}\s*:?\s*(?=[-\d\\(])")
+_CHINESE_UNIT = re.compile(r"(?<=[\d})%])\s*[\u4e00-\u9fff]{1,6}\s*$")
+_LISTED = re.compile(r"\s*(?:,|;|\band\b|\bor\b|和|或)\s*")
+_BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
+
+
+_ANGLE = r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*"
+_DEGREES = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,40})\s*\}|(\d))(?!\d)")
+
+
+def _radians(found: re.Match[str]) -> str:
+    r"""\cos 60^\circ as \cos(\frac{60\pi}{180})."""
+    return rf"\{found[1]}(\frac{{{found[2] or found[3] or found[4]}\pi}}{{180}})"
+
+
+def _repeating(found: re.Match[str]) -> str:
+    r"""0.1\overline{6} as \frac{15}{90}."""
+    head, period = found[1] + found[2], found[3] or found[4]
+    under = (10 ** len(period) - 1) * 10 ** len(found[2])
+    return rf"\frac{{{int(head + period) - int(head or 0)}}}{{{under}}}"
+
+
+def normal(text: str) -> str:
+    """A formula without dollars, spacing commands and signs of other alphabets; degrees of an angle in radians."""
+    for symbol, other in _SYMBOLS.items():
+        text = text.replace(symbol, other)
+    text = _DEGREES.sub(_radians, text.strip().strip("*_ "))
+    text = _REPEATING.sub(_repeating, text)
+    for pattern, other in _CHANGES:
+        text = pattern.sub(other, text)
+    return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
+
+
+def same_formula(found: str, wanted: str) -> bool:
+    """Whether two answers, each a formula, a list of them, or words, mean the same. Raises TimeoutError."""
+    first, second = normal(found), normal(wanted)
+    if _squeezed(first) == _squeezed(second) and second:
+        return True
+    blanks = _split(second, ";")
+    if len(blanks) > 1:
+        return _same_blanks(first, blanks)
+    if is_words(second):
+        return _words(first) == _words(second) or _word_list(first) == _word_list(second)
+    return _same_one(first, second)
+
+
+def _same_blanks(found: str, wanted: Sequence[str]) -> bool:
+    parts = _split(found, ";")
+    if len(parts) != len(wanted):
+        parts = [each for each in _split(_LISTED.sub(",", found) if "(" not in found else found, ",;") if each]
+    return len(parts) == len(wanted) and all(map(same_formula, parts, wanted))
+
+
+def _same_one(found: str, wanted: str) -> bool:
+    bases = _BASE.fullmatch(found), _BASE.fullmatch(wanted)
+    if bases[1]:
+        return (bases[0][1], bases[0][2]) == (bases[1][1], bases[1][2]) if bases[0] else found == bases[1][1]
+    plain = _bare(found), _bare(wanted)
+    numbers = _quantity(plain[0]), _quantity(plain[1])
+    if numbers[0] and numbers[1] and len({*_named(plain[0]), *_named(plain[1])}) < 2:
+        return _same_value(numbers[0], numbers[1])
+    return _same_by_shape(plain[0] if not is_words(found) else found, plain[1])
+
+
+def _same_by_shape(found: str, wanted: str) -> bool:
+    """Compare after what math-verify does not heed: kinds of brackets, and the order in a tuple."""
+    if _is_matrix(found) != _is_matrix(wanted):
+        found, wanted = _flat(found), _flat(wanted)
+    found, wanted = _condition(found), _condition(wanted)
+    rays = [each for each in _split(_LISTED.sub(",", found), ",") if _INEQUALITY.search(each)]
+    united = wanted.split("\\cup")
+    if len(rays) == len(united) > 1:
+        return all(any(same_formula(ray, each) for ray in rays) for each in united)
+    kinds = _brackets(found), _brackets(wanted)
+    if {"set", "tuple"} == set(kinds) or (None not in kinds and kinds[0] != kinds[1]):
+        return False
+    if kinds[1] == "tuple" and kinds[0] is None:
+        parts = _split(_LISTED.sub(",", found), ",")
+        if len(parts) == len(_split(wanted[1:-1], ",")) > 1:
+            found = f"({','.join(_in_order(parts))})"
+    if kinds == ("tuple", "tuple"):
+        pairs = _split(found[1:-1], ","), _split(wanted[1:-1], ",")
+        return len(pairs[0]) == len(pairs[1]) and all(map(same_formula, *pairs))
+    return _verified(found, wanted)
+
+
+_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|leq|geq|lt|gt)\b")
+_BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\mid\b|\||:|\\colon\b)(.*)\\\}")
+
+
+def _condition(text: str) -> str:
+    r"""The condition of a set like \{x \mid x > 3\}; other formulas as they are."""
+    found = _BUILDER.fullmatch(text.strip())
+    return found[1].strip() if found else text
+
+
+def _in_order(parts: Sequence[str]) -> Sequence[str]:
+    """The values of "y = 2", "x = 1" in the order of their names."""
+    pairs = [each.split("=") for each in parts]
+    if all(len(pair) == 2 and len(pair[0].strip()) <= 3 for pair in pairs):
+        return [pair[1] for pair in sorted(pairs, key=lambda pair: pair[0].strip())]
+    return parts
+
+
+def _verified(found: str, wanted: str) -> bool:
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
+    parsed = _parsed(wanted)
+    other = _parsed(found)
+    if not parsed or not other:
+        return False
+    try:
+        return bool(
+            verify(
+                list(parsed),
+                list(other),
+                timeout_seconds=MATH_SECONDS,
+                allow_set_relation_comp=True,
+                raise_on_error=True,
+            )
+        )
+    except TimeoutException:
+        raise TimeoutError(f"math-verify could not compare the answer in {MATH_SECONDS} s") from None
+    except Exception:  # noqa: BLE001  things that cannot be compared are not equal
+        return False
+
+
+@lru_cache(maxsize=2048)
+def _parsed(formula: str) -> tuple[Any, ...]:
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("math-verify compares in a process's main thread only; grade there")
+    return tuple(each for each in parse_formulas(f"${formula}$") if not isinstance(each, str))
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
+
+
+def _split(text: str, marks: str) -> list[str]:
+    """Parts of a formula between marks that stand in no brackets."""
+    parts, depth, begin = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter in marks and depth <= 0:
+            parts.append(text[begin:place].strip())
+            begin = place + 1
+    return [*parts, text[begin:].strip()]
+
+
+def _brackets(text: str) -> str | None:
+    r"""The kind of brackets around several things: "set" for \{1,2\}, "tuple" for (1,2), "closed" for [1,2], …"""
+    text = text.strip()
+    if text.startswith("\\{") and text.endswith("\\}"):
+        return "set"
+    if text[:1] not in tuple("([") or text[-1:] not in tuple(")]") or len(_split(text[1:-1], ",")) < 2:
+        return None
+    if any(part.count("(") != part.count(")") for part in _split(text[1:-1], ",")):
+        return None
+    if _depth_breaks(text):
+        return None
+    return {"()": "tuple", "[]": "closed", "(]": "open-closed", "[)": "closed-open"}[text[0] + text[-1]]
+
+
+def _depth_breaks(text: str) -> bool:
+    """Whether the first bracket is closed before the end, as in "(1,2) \\cup (3,4)"."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth == 0 and place < len(text) - 1:
+            return True
+    return False
+
+
+def _is_matrix(text: str) -> bool:
+    return "\\begin{pmatrix}" in text
+
+
+def _flat(text: str) -> str:
+    """A matrix of one column or one row as a tuple."""
+    found = re.fullmatch(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", text.strip())
+    if not found:
+        return text
+    rows = [each.strip() for each in re.split(r"\\\\", found[1]) if each.strip()]
+    if len(rows) > 1 and any("&" in row for row in rows):
+        return text
+    return f"({','.join(rows if len(rows) > 1 else rows[0].split('&')).strip()})" if rows else text
+
+
+def _bare(text: str) -> str:
+    """A formula without the words before it and the unit after it."""
+    text = _WORDS_BEFORE.sub("", text)
+    for pattern in (_UNIT_TEXT, _UNIT_WORD, _CHINESE_UNIT):
+        shorter = pattern.sub("", text).strip()
+        if shorter and re.search(r"\d|\\", shorter):
+            text = shorter
+    return text
+
+
+_NAMED = re.compile(r"^([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*")
+
+
+def _named(text: str) -> list[str]:
+    return [found[1] for found in _NAMED.finditer(text)]
+
+
+def _quantity(text: str) -> Quantity | None:
+    """The number that a formula is, sign, percent and equals sign with one letter before it included; else None."""
+    clean = cleaned(_NAMED.sub("", text)).strip()
+    found = quantities(clean)
+    return found[0] if len(found) == 1 and clean[: found[0].start] + clean[found[0].end :] == "" else None
+
+
+def _same_value(found: Quantity, wanted: Quantity) -> bool:
+    values = {found.value}, {wanted.value}
+    if found.percent != wanted.percent:
+        for quantity, those in zip((found, wanted), values, strict=True):
+            if quantity.percent:
+                those.add(quantity.value / 100)
+    return any(_near(one, other) for one in values[0] for other in values[1])
+
+
+def _near(first: Fraction, second: Fraction) -> bool:
+    if first.denominator == second.denominator == 1:
+        return first == second
+    return abs(first - second) <= 2 * max(abs(first), abs(second)) / 10**6
+
+
+_MATHS = re.compile(r"[\d=+<>^_/|]|\\(?!text|mathrm|mbox|textbf|rm\b)[a-zA-Z]+")
+
+
+def is_words(text: str) -> bool:
+    """Whether an answer is words: text of three letters and more, or of another alphabet, without mathematics."""
+    if "\\textcircled" in text:
+        return True
+    inner = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    if _MATHS.search(inner):
+        return bool(re.fullmatch(rf"\s*{_WORD}\s*\{{[^{{}}]*[A-Za-z]{{3,}}[^{{}}]*\}}\s*", text))
+    return bool(re.search(r"[A-Za-z]{3,}|[\u4e00-\u9fff]{2,}", inner)) or inner != text
+
+
+def _words(text: str) -> str:
+    text = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    text = re.sub(r"[\s\"'“”‘’.,;:!?()（）\[\]{}。-]+", " ", text).strip().casefold()
+    return re.sub(r"(?<=[a-z]{3})s\b", "", re.sub(r"^(?:the|an?) ", "", text))
+
+
+def _word_list(text: str) -> list[str]:
+    """Words between commas, "and" and "or", in an order of their own."""
+    plain = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    return sorted(_words(each) for each in re.split(r",|;|\band\b|\bor\b", plain) if each.strip())
+
+
+_REASON = re.compile(r",? (?:because|since|as|which|where|for all|when|so|by|after|for every)\b|[.!?](?=\s|$)|[。！？]")
+_INLINE = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_BETWEEN = re.compile(r"\s*(?:,?\s*and|,?\s*or|,|;|；|，|和|或)\s*")
+
+
+_ITEM = re.compile(r"[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$"
+
+
+def _said(decision: Decision) -> str:
+    """The formula with which the rest of a line begins, or its words up to the reason that it gives."""
+    text = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
+    found = _INLINE.match(text)
+    if not found:
+        text = re.sub(r"(?<=\d)\.(?=\s*$|\s+[A-Z])", " . ", text)
+        inline = list(_INLINE.finditer(text))
+        if inline and not re.match(r"[-+\d\\(\[{]", text):
+            return inline[-1][0]
+        return _REASON.split(text, maxsplit=1)[0].strip(" *")
+    parts, end = [found[0]], found.end()
+    while (between := _BETWEEN.match(text, end)) and (found := _INLINE.match(text, between.end())):
+        parts.append(("; " if between[0].strip() in (";", "；") else ", ") + found[0])
+        end = found.end()
+    after = re.match(r"\s*(\\?%|percent)", text[end:])
+    return "".join(parts) + ("\\%" if after else "")
+
+
+def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
+    """What a text answers and by which rule: its last decision; None where it has none. `words`: an answer in words
+    will do; else one without any sign of mathematics is passed over."""
+    text = own_answer(text)
+    box = last_box(text)
+    for decision in reversed(decisions(text)):
+        if decision.rule == "boxed" and box and decision.start >= box[0]:
+            return _unwrapped(box[1]), decision.rule
+        said = decision.text if decision.rule in ("tags", "boxed") else _said(decision)
+        if decision.rule == "label" and "=" in said and "=" in text[decision.start + len(said) :]:
+            continue
+        if said and (words or decision.rule in ("tags", "boxed") or _FORMULA.search(said)):
+            return _unwrapped(said), decision.rule
+    return None
+
+
+# What tells a formula from words: digits, commands, signs, a letter alone, letters with an operator between them.
+_FORMULA = re.compile(r"\d|\\|\$|[=^∞π√]|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])")
+
+
+def _unwrapped(text: str) -> str:
+    r"""What stands in a box that stands in a formula; text as it is otherwise."""
+    found = boxes(text)
+    return found[-1].content if found else text
+
+
+def reference_formula(answer: object) -> str:
+    """The formula of a reference: what is in its last box, or after "####", else all of it."""
+    text = str(answer).rpartition("####")[2].strip()
+    box = last_box(text)
+    return text if box is None else box[1]
+
+
+def grade_formula(text: str, answer: object) -> bool:
+    """Whether what a text answers means the same as the reference. One that takes too long to compare is wrong: it was
+    not shown to be right. Raises UsageError for a reference that cannot be read."""
+    wanted = reference_formula(answer)
+    if not normal(wanted):
+        raise UsageError(f"answer = {answer!r}: cannot be read as mathematics; write LaTeX, or take another grader")
+    words = is_words(normal(wanted))
+    try:
+        answered = answered_formula(text, words)
+        if answered is not None:
+            return same_formula(answered[0], wanted)
+        return _without_decision(own_answer(text), wanted, words)
+    except TimeoutError:
+        return False
+
+
+def _without_decision(text: str, wanted: str, words: bool) -> bool:
+    """Of a text that names no answer: all of it, its last formula, or for words the end of its last sentence."""
+    if not text.strip():
+        return False
+    if len(text) < 200 and same_formula(text, wanted):
+        return True
+    last = last_sentence(text)
+    if words:
+        return f" {_words(last)}".endswith(f" {_words(normal(wanted))}")
+    formulas = list(_INLINE.finditer(text))
+    if formulas and not re.search(r"\d", text[formulas[-1].end() :]):
+        return _same_last(text, formulas, wanted)
+    return bool(same_mathematics(text, wanted))
+
+
+def _same_last(text: str, formulas: Sequence[re.Match[str]], wanted: str) -> bool:
+    """The last formula of a text, its right-hand side, or with the ones that "and" joins to it ("x = 1 and x = 2")."""
+    joined = [formulas[-1]]
+    for before in reversed(formulas[:-1]):
+        if not _BETWEEN.fullmatch(text, before.end(), joined[0].start()):
+            break
+        joined.insert(0, before)
+    last = joined[-1][0]
+    if len(joined) > 1:
+        if same_formula(", ".join(each[0] for each in joined), wanted):
+            return True
+        names = [_named(normal(each[0])) for each in joined]
+        if names[0] and all(each == names[0] for each in names):
+            return False
+    return same_formula(re.split(r"(?<![<>!\\])=", last)[-1], wanted) or same_formula(last, wanted)
+
+
+def grade_science(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
+    """By the rules of OCWCourses (Minerva): a number within 1e-5 of the reference (numbers below 1e-8 within 1 %),
+    whatever its unit; everything else as a formula or an equation."""
+    from gruppo.rewards.grading.numbers import answered_number
+
+    wanted = _quantity(normal(reference_formula(answer)))
+    if wanted is None:
+        return grade_formula(text, answer)
+    answered = answered_number(text, str(columns.get("problem", columns.get("question", ""))))
+    return answered is not None and all(_close(each.value, wanted.value) for each in answered.readings)
+
+
+def _close(first: Fraction, second: Fraction) -> bool:
+    difference = abs(first - second)
+    if max(abs(first), abs(second)) < Fraction(1, 10**8):
+        return difference <= abs(first + second) / 200
+    return difference <= Fraction(1, 10**8) + abs(second) / 10**5

@@ -1,0 +1,146 @@
+"""Grades with their reasons: what was taken as the answer, by which rule, and what other rules would have said.
+
+Evaluations differ in how they find an answer in a text, and that can move a figure by points. Where the verdicts of
+the rules differ, the text is worth a look.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gruppo.rewards.grading.choices import LETTERS, choice_of, letters_of, options_of
+from gruppo.rewards.grading.extraction import Decision, decisions, last_box, own_answer
+from gruppo.rewards.grading.formulas import answered_formula, is_words, normal, reference_formula, same_formula
+from gruppo.rewards.grading.graders import find_grader, last_number, same_mathematics
+from gruppo.rewards.grading.numbers import (
+    answered_number,
+    cleaned,
+    quantities,
+    read_decision,
+    reference_numbers,
+    same_quantity,
+)
+
+LONGEST = 200  # letters of an extract that are kept
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A grade. `extracted`: the answer that was found, None for none; `rule`: how; `others`: the verdict of each other
+    rule that found an answer, by its name."""
+
+    correct: bool
+    extracted: str | None
+    rule: str
+    others: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def disputed(self) -> bool:
+        """Whether another rule grades the text otherwise."""
+        return any(verdict != self.correct for verdict in self.others.values())
+
+
+def verdicts(text: str, columns: Mapping[str, Any], grader: str) -> Verdict:
+    """The grade of a text by a grader of `GRADERS`, or one by its import path, with what other rules say.
+
+    `correct` is what the grader itself gives. Raises whatever the grader raises for an unusable row.
+    """
+    correct = bool(find_grader(grader)(text, columns))
+    explain = _EXPLAINED.get(grader)
+    if explain is None:
+        return Verdict(correct, None, grader)
+    extracted, rule, others = explain(text, columns)
+    return Verdict(correct, extracted and extracted[:LONGEST], rule, others)
+
+
+Explained = tuple[str | None, str, dict[str, bool]]
+
+
+def _number(text: str, columns: Mapping[str, Any]) -> Explained:
+    wanted = reference_numbers(columns["answer"])
+    answered = answered_number(text, str(columns.get("question", "")))
+    others = {}
+    for name, decision in _by_rule(text):
+        if readings := read_decision(decision):
+            others[name] = len(wanted) == 1 and all(same_quantity(each, wanted[0]) for each in readings)
+    numbers = quantities(cleaned(text))
+    if numbers:
+        others["last number"] = same_quantity(numbers[-1], wanted[-1])
+    if (plain := last_number(text)) is not None:
+        others["last plain number"] = plain == wanted[-1].value
+    return (answered.text if answered else None), (answered.rule if answered else "none"), others
+
+
+def _by_rule(text: str) -> Iterator[tuple[str, Decision]]:
+    """The last decision of each rule, as other evaluations take them: of the whole text, whatever comes later."""
+    last = {decision.rule: decision for decision in decisions(text)}
+    if box := last_box(text):
+        last["boxed"] = Decision("boxed", box[1], box[0])
+    yield from last.items()
+
+
+def _mathematics(text: str, columns: Mapping[str, Any]) -> Explained:
+    answer = columns["answer"] if "answer" in columns else columns["solution"]
+    wanted = reference_formula(answer)
+    answered = answered_formula(text, is_words(normal(wanted)))
+    others = {name: _same(decision.text, wanted) for name, decision in _by_rule(text)}
+    if re.fullmatch(r"[-+−]?[\d.,/]+", wanted.strip(" $")) and (plain := last_number(text)) is not None:
+        others["last plain number"] = plain == last_number(wanted)
+    boxed = others.get("boxed")
+    if boxed is None or answered is None or answered[1] != "boxed":
+        others["math-verify"] = _in_time(lambda: bool(same_mathematics(own_answer(text), answer)))
+    return (answered[0] if answered else None), (answered[1] if answered else "whole text"), others
+
+
+def _same(found: str, wanted: str) -> bool:
+    return _in_time(lambda: same_formula(found, wanted))
+
+
+def _in_time(compare: Callable[[], bool]) -> bool:
+    try:
+        return compare()
+    except TimeoutError:
+        return False
+
+
+def _science(text: str, columns: Mapping[str, Any]) -> Explained:
+    extracted, rule, others = _mathematics(text, columns)
+    wanted = quantities(cleaned(reference_formula(columns.get("answer", columns.get("solution")))))
+    answered = answered_number(text)
+    if answered is not None and len(wanted) == 1:
+        extracted, rule = answered.text, answered.rule
+        others["within 1 %"] = abs(answered.readings[0].value - wanted[0].value) <= abs(wanted[0].value) / 100
+    return extracted, rule, others
+
+
+def _choice(text: str, columns: Mapping[str, Any]) -> Explained:
+    options = options_of(columns)
+    wanted = letters_of(columns["answer"], options)
+    letters = LETTERS[: max(len(options) or 5, LETTERS.index(wanted[-1]) + 1)]
+    made = choice_of(text, options, letters)
+    others = {}
+    for name, decision in _by_rule(text):
+        part = choice_of(decision.text, options, letters)
+        if part is not None:
+            others[name] = part.letters == wanted
+    if standing := re.findall(rf"(?<![A-Za-z])[{letters}](?![A-Za-z])", text):
+        others["last letter"] = standing[-1] == wanted
+    if bracketed := re.findall(rf"\(([{letters}])\)", text):
+        others["last bracketed letter"] = bracketed[-1] == wanted
+    return (made.letters if made else None), (made.rule if made else "none"), others
+
+
+def _exact(text: str, columns: Mapping[str, Any]) -> Explained:
+    return text.strip(), "whole text", {}
+
+
+_EXPLAINED: dict[str, Callable[[str, Mapping[str, Any]], Explained]] = {
+    "number": _number,
+    "math": _mathematics,
+    "ocw": _science,
+    "choice": _choice,
+    "exact_match": _exact,
+}

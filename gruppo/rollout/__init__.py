@@ -1,0 +1,1 @@
+"""Prompts become scored groups: sampling, multi-turn episodes, rewards."""

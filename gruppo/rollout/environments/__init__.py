@@ -1,0 +1,1 @@
+"""Environments that a model talks to over several turns."""

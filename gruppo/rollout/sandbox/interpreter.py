@@ -1,0 +1,348 @@
+"""An interpreter in a process, and one exchange with it: a block there, an answer back.
+
+Every byte from it is hostile: what is read is bounded, and anything but the one answer that is due ends it. The clocks
+are those of this side: time that passes here, and processor time as the system counts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gruppo.errors import RunError
+from gruppo.rollout.sandbox import worker_main as worker
+from gruppo.rollout.sandbox.bubblewrap import MIB, Limits, confined, does_not_start, unconfined
+from gruppo.rollout.sandbox.output import Kept, composed, printable
+from gruppo.rollout.sandbox.seccomp import first_filter
+
+Status = Literal["ok", "error", "time", "memory", "killed"]
+
+START_SECONDS = 60.0
+MOST_WRITTEN = 16 * MIB  # what a block may write past what is kept, on the descriptors themselves
+MOST_FILES = 10_000
+LOOK_SECONDS = 0.2
+END_SECONDS = 5.0
+_CHUNK, _CHUNKS = 2**16, 16  # chunks that are read before the clocks are looked at again
+_ANSWER_BYTES = worker.ANSWER.size + 2**16
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of a block.
+
+    `output` is safe to show and never longer than `Limits.output`: what was printed, the value of an expression that
+    ends the block, the traceback of an error, and why the block was stopped. `status` is "ok"; "error" for an
+    exception; "time" (wall or processor), "memory" or "killed" (its process ended, or did what none may) where the
+    interpreter is gone. `seconds` is wall time, without that of waiting for an interpreter.
+    """
+
+    output: str
+    status: Status
+    seconds: float
+
+
+class Exchange:
+    """What is sent to an interpreter and what has come of it. `end` is None until it is "answered", "gone" (nobody can
+    answer any more), "forged" (what came is no answer) or "flooded" (too much was written)."""
+
+    def __init__(self, pipes: tuple[int, int, int], mark: bytes, message: bytes, most_output: int) -> None:
+        self._calls, self._answers, self._output = pipes
+        self._mark, self._outgoing, self._incoming = mark, memoryview(message), bytearray()
+        self._output_open = True
+        self.kept = Kept(most_output)
+        self._most_written = self.kept.most + MOST_WRITTEN
+        self.end: Literal["answered", "gone", "forged", "flooded"] | None = None
+        self.outcome, self.report = worker.OK, ""
+
+    def step(self, patience: float) -> None:
+        """Wait for something to happen, at most so many seconds, and take what has come."""
+        poll = select.poll()
+        poll.register(self._answers, select.POLLIN)
+        if self._output_open:
+            poll.register(self._output, select.POLLIN)
+        if self._outgoing:
+            poll.register(self._calls, select.POLLOUT)
+        poll.poll(patience * 1000)
+        self._send()
+        self._receive()  # first, as what was printed before an answer is then there to be read
+        while self._read_output() and self.end is not None:
+            pass
+        if self.kept.written > self._most_written:
+            self.end = "flooded"
+
+    def _send(self) -> None:
+        try:
+            while self._outgoing:
+                self._outgoing = self._outgoing[os.write(self._calls, self._outgoing[:_CHUNK]) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # nobody reads: told by the answers
+            self._outgoing = memoryview(b"")
+
+    def _receive(self) -> None:
+        try:
+            chunk = os.read(self._answers, _ANSWER_BYTES)
+        except BlockingIOError:
+            return
+        if not chunk:
+            self.end = "gone"
+            return
+        self._incoming += chunk
+        if len(self._incoming) < worker.ANSWER.size:
+            return
+        mark, outcome, length = worker.ANSWER.unpack_from(self._incoming)
+        report = self._incoming[worker.ANSWER.size :]
+        if mark != self._mark or outcome not in (worker.OK, worker.ERROR, worker.MEMORY) or len(report) > length:
+            self.end = "forged"
+        elif len(report) == length:
+            self.end, self.outcome = "answered", outcome
+            self.report = "\0".join(printable(part) for part in report.split(b"\0", 1))
+
+    def _read_output(self) -> bool:
+        """Read some of what was printed; whether there may be more."""
+        for _ in range(_CHUNKS):
+            if self.kept.written > self._most_written or not self._output_open:
+                return False
+            try:
+                chunk = os.read(self._output, _CHUNK)
+            except BlockingIOError:
+                return False
+            self._output_open = bool(chunk)
+            self.kept.add(chunk)
+        return True
+
+
+class Process:
+    """An interpreter, confined by bubblewrap; without, it has the user's rights within limits of a process. It may be
+    closed by one thread while another waits for a block."""
+
+    def __init__(self, limits: Limits, bubblewrap: str | None, mark: str) -> None:
+        self.limits, self._mark = limits, mark
+        self._using = threading.Lock()
+        self._ready = False
+        self._number: int | None = None  # of the interpreter, which is not bubblewrap's
+        self._handle: int | None = None
+        self._folder: str | None = None
+        pairs = _pipes(4)  # calls, answers, output, and what bubblewrap tells
+        ours = [pairs[0][1], *(read for read, _ in pairs[1:])]
+        theirs = [pairs[0][0], *(write for _, write in pairs[1:])]
+        self._calls: int | None
+        self._calls, self._answers, self._output, self._info = ours
+        try:
+            self._folder = None if bubblewrap else tempfile.mkdtemp(prefix="gruppo-")
+            for each in ours:
+                os.set_blocking(each, False)
+            self._process = self._confined(bubblewrap, *theirs) if bubblewrap else self._unconfined(*theirs)
+        except BaseException:
+            self._release()
+            raise
+        finally:
+            for each in theirs:
+                os.close(each)
+
+    def _confined(self, bubblewrap: str, calls: int, answers: int, output: int, info: int) -> subprocess.Popen[bytes]:
+        filter_from, filter_to = os.pipe()
+        try:
+            try:
+                os.write(filter_to, first_filter())  # which a pipe takes whole
+            finally:
+                os.close(filter_to)
+            command = confined(bubblewrap, self.limits, self._mark, calls, answers, filter_from, info)
+            return _spawn(command, output, (calls, answers, filter_from, info), "/", {})
+        finally:
+            os.close(filter_from)
+
+    def _unconfined(self, calls: int, answers: int, output: int, _: int) -> subprocess.Popen[bytes]:
+        command, environment = unconfined(self.limits, self._mark, calls, answers)
+        home = str(self._folder)
+        return _spawn(command, output, (calls, answers), home, environment | {"HOME": home})
+
+    def await_ready(self) -> None:
+        """Wait until it can take a block. Raises RunError, with what was said, where it does not start."""
+        with self._using:
+            if self._ready:
+                return
+            exchange = self._exchange(worker.READY, b"")
+            until = time.monotonic() + START_SECONDS
+            while exchange.end is None and time.monotonic() < until:
+                exchange.step(until - time.monotonic())
+            if exchange.end != "answered":
+                told = printable(exchange.kept.data) if exchange.end else f"no answer in {START_SECONDS:.0f} s"
+                raise RunError(does_not_start(told))
+            self._find()
+            self._ready = True
+
+    def run(self, code: bytes, head: str) -> Ran:
+        """Run a block; `head` begins its output. After another status than "ok" and "error" only `close` is of use."""
+        mark = secrets.token_bytes(16)
+        with self._using:
+            self._signal(signal.SIGCONT)
+            start, used = time.monotonic(), self._processor()
+            exchange = self._exchange(mark, worker.CALL.pack(mark, len(code)) + code)
+            over: tuple[Status, str] | None = None
+            while exchange.end is None and over is None:
+                left = self.limits.seconds - (time.monotonic() - start)
+                processor_left = self.limits.processor_seconds - (self._processor() - used)
+                over = self._over(left, processor_left)
+                if over is None:
+                    exchange.step(min(left, processor_left, LOOK_SECONDS))
+            # An answer that the block's own code forged leaves it no time in which nobody looks.
+            self._signal(signal.SIGSTOP)
+            status, note = over or self._ended(exchange)
+            text = printable(exchange.kept.data)
+            output = composed(head, text, exchange.report, note, self.limits.output)
+            return Ran(output, status, time.monotonic() - start)
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process.poll() is not None
+
+    def _over(self, left: float, processor_left: float) -> tuple[Status, str] | None:
+        """Status and note of a block that has used up what it may, by the seconds that are left."""
+        if left <= 0:
+            return "time", f"[stopped: a block may take {self.limits.seconds:g} s]"
+        if processor_left <= 0:
+            return "time", f"[stopped: a block may take {self.limits.processor_seconds:g} s of processor time]"
+        if self._files() > MOST_FILES:
+            return "killed", f"[stopped: no more than {MOST_FILES} files may be made]"
+        return None
+
+    def _exchange(self, mark: bytes, message: bytes) -> Exchange:
+        if self._calls is None:
+            raise ValueError("the pool is closed")
+        return Exchange((self._calls, self._answers, self._output), mark, message, self.limits.output)
+
+    def _ended(self, exchange: Exchange) -> tuple[Status, str]:
+        """Status and note of an exchange that has ended by itself."""
+        if exchange.end == "answered":
+            if exchange.outcome == worker.MEMORY:
+                return "memory", f"[stopped: an interpreter may hold {self.limits.memory / MIB:g} MiB of memory]"
+            return ("ok", "") if exchange.outcome == worker.OK else ("error", "")
+        if exchange.end == "forged":
+            return "killed", "[stopped: the block wrote where only its interpreter writes]"
+        if exchange.end == "flooded":
+            return "killed", f"[stopped: the block wrote more than {MOST_WRITTEN // MIB} MiB]"
+        return self._died()
+
+    def _died(self) -> tuple[Status, str]:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        code = self._process.returncode
+        number = -code if code and code < 0 else (code or 0) - 128  # bubblewrap passes a signal on so
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            return "killed", f"[the interpreter ended: {'it hung up' if code is None else f'exit code {code}'}]"
+        if name == "SIGXCPU":
+            return "time", f"[stopped: a block may take {self.limits.processor_seconds:g} s of processor time]"
+        return "killed", f"[the interpreter was killed: {name}]"
+
+    def _find(self) -> None:
+        """Take hold of the interpreter from outside; and where memory runs out, the system is to end it first."""
+        if sys.platform != "linux":
+            return
+        with contextlib.suppress(OSError):
+            number = self._process.pid
+            if self._folder is None:
+                number = int(json.loads(os.read(self._info, _CHUNK))["child-pid"])
+            self._number = number
+            self._handle = os.pidfd_open(number)
+            Path(f"/proc/{number}/oom_score_adj").write_text("1000")
+
+    def _signal(self, what: signal.Signals) -> None:
+        if self._handle is not None:
+            with contextlib.suppress(OSError):  # it has ended
+                signal.pidfd_send_signal(self._handle, what)
+
+    def _processor(self) -> float:
+        """Seconds of processor time so far, 0 where they cannot be told."""
+        if self._number is None:
+            return 0.0
+        try:
+            return time.clock_gettime(~self._number << 3 | 2)  # clock_getcpuclockid(3)
+        except OSError:  # it is gone, which its answers tell
+            return 0.0
+
+    def _files(self) -> int:
+        """How many files there are in the sandbox, of which an empty one takes memory too; 0 where they cannot be
+        told."""
+        if self._number is None or self._folder is not None:
+            return 0
+        try:
+            there = os.statvfs(f"/proc/{self._number}/root/tmp")
+        except OSError:
+            return 0
+        return there.f_files - there.f_ffree
+
+    def stop(self) -> None:
+        """Kill it, if it has begun. bubblewrap then ends by itself, and leaves nothing for others to clear away."""
+        if self._handle is not None:
+            self._signal(signal.SIGKILL)
+        elif self._ready:
+            self._process.kill()
+
+    def close(self) -> None:
+        """Stop it and whatever it has started, and close the pipes as soon as nobody waits at them."""
+        self.stop()
+        with self._using:
+            if self._calls is None:
+                return
+            os.close(self._calls)  # at which one that is only just starting ends
+            self._calls = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
+            if self._process.returncode is None or self._folder:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system: only its own return ends it
+                self._process.wait(END_SECONDS)
+            self._release()
+
+    def _release(self) -> None:
+        handle, self._handle = self._handle, None  # before its number can be another's
+        for each in (self._calls, self._answers, self._output, self._info, handle):
+            if each is not None:
+                os.close(each)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _pipes(number: int) -> list[tuple[int, int]]:
+    """So many pipes, or none."""
+    with contextlib.ExitStack() as undo:
+        made = []
+        for _ in range(number):
+            made.append(os.pipe())
+            for each in made[-1]:
+                undo.callback(os.close, each)
+        undo.pop_all()
+    return made
+
+
+def _spawn(
+    command: list[str], output: int, passed: tuple[int, ...], folder: str, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=passed,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for the trainer to heed
+    )

@@ -1,0 +1,1 @@
+"""The run folder: layout, atomic writes, safe reads, tables, recorder, warnings, results."""

@@ -1,0 +1,370 @@
+"""The run folder: what a run was asked, what it did, and what came out. Everything that shows a run reads it alone.
+
+    recipe.toml  environment.json  metrics.jsonl  events.jsonl  rewards.log  summary.json
+    failures/step-000012-….json (calls of rewards)  rewards.old.log
+    rollouts/step-000012.parquet  evaluations/step-000012.parquet  labels/step-000012.parquet
+    checkpoints/step-000010/  reference/ (of a later iteration)  reward_model/ (trained in the run)
+    base/ (config, generation config and tokenizer of the start model)  model/ (the result)
+
+Whole files are written under a temporary name, synced and renamed; metrics and events are appended to, a synced line
+at a time. What cannot be written, to a full disk first of all, is a WriteError, and leaves nothing half written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import tomllib
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gruppo.config.recipe import Recipe, load_recipe
+from gruppo.errors import UsageError
+from gruppo.runs.atomic import WriteError, free_bytes, gigabytes, held_bytes, writing
+from gruppo.runs.reading import object_of, read_metrics, read_object, reading, require_own, step_of
+
+APPENDED = ("metrics.jsonl", "events.jsonl")
+TABLES = ("rollouts", "evaluations", "labels")
+_LOGS = ("rewards.log", "rewards.old.log", "environment.log", "environment.old.log")  # of users' code
+_FILES = (
+    *APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "results.json", *_LOGS, "lock",
+)  # fmt: skip
+_FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
+# What a folder can hold.
+RUN, LABELS, REWARD_MODEL, EVALUATION = "run", "set of labels", "reward model", "evaluation"
+_ASIDE = ".replaced-"
+_FIRST = {"lock", *_LOGS, "recipe.toml.writing", "folder.json", "folder.json.writing"}  # there before the recipe
+_held: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+
+
+class RunFolder:
+    """A run folder that this process holds the lock of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / "lock").open("a+")
+        except OSError as error:
+            raise UsageError(f"--out {path}: cannot be written to ({error}); choose another folder") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            message = self._refusal(error)
+            self._lock.close()
+            raise UsageError(message) from None
+        _held.add(self)
+        with contextlib.suppress(OSError):  # on a full disk: it is only told
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
+
+    def _refusal(self, error: OSError) -> str:
+        if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
+            return (
+                f"--out {self.path}: its file system keeps no locks ({os.strerror(error.errno or 0)}), without which a "
+                "second run could write to the folder too; choose a folder on another file system, or have this one "
+                "mounted with locks"
+            )
+        self._lock.seek(0)
+        holder = self._lock.read(200).strip()
+        return (
+            f"--out {self.path}: another run is writing to this folder{holder and f' ({holder})'}; wait for it, or "
+            "choose another"
+        )
+
+    def close(self) -> None:
+        """Give up the lock (a process that dies does so too, whatever of its children lives on)."""
+        self._lock.close()
+
+    def start(self, recipe: Recipe, kind: str = RUN) -> None:
+        """Write the resolved recipe, and of what the folder is, unless it is a run's."""
+        if kind != RUN:
+            self.write_json("folder.json", {"kind": kind})
+        write_whole(self.path / "recipe.toml", recipe.to_toml().encode())
+
+    def start_same(self, recipe: Recipe, kind: str, identity: Mapping[str, Any]) -> None:
+        """The same, with what the folder is made of; that must be what it was, where it has begun. Raises
+        UsageError."""
+        before = self.read_json("environment.json")
+        if before is not None and before != identity:
+            odd = next(name for name in identity if before.get(name) != identity[name])
+            raise UsageError(f"--resume {self.path}: {odd} is not what it was when this began; choose another --out")
+        self.start(recipe, kind)
+        self.write_json("environment.json", identity)
+
+    def metric(self, values: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        self._append("metrics.jsonl", values)
+
+    def event(self, kind: str, message: str, step: int, **details: Any) -> None:
+        """Append a line to events.jsonl: something that a person should know of."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._append("events.jsonl", {"time": now, "step": step, "kind": kind, "message": message, **details})
+
+    def table(self, folder: str, step: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
+        """Write rows as `folder`/step-NNNNNN.parquet."""
+        path = self.path / folder / f"step-{step:06d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".writing")
+        made = pa.Table.from_pylist(list(rows), schema)
+        with writing(path, temporary):
+            pq.write_table(made, temporary, compression="zstd", write_page_checksum=True)
+            publish(temporary, path)
+        return path
+
+    @contextmanager
+    def building(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which gets its name when the block ends well."""
+        folder = self.path / f".writing-{name}"
+        with writing(self.path / name, folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            yield folder
+            publish(folder, self.path / name)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file whole."""
+        write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read a JSON file; None where there is none."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        with reading(path, "start again with another --out"):
+            return read_object(path)
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each append-only file."""
+        return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in APPENDED}
+
+    def cut_back(self, lengths: Mapping[str, int], step: int) -> list[str]:
+        """Undo what was written after a checkpoint: append-only files to its lengths, tables of later steps gone. What
+        is left is looked through: what is damaged, in words (see `_mend`)."""
+        problems: list[str] = []
+        for name in APPENDED:
+            path, length = self.path / name, lengths.get(name, 0)
+            held = path.stat().st_size if path.exists() else 0
+            if held < length:
+                problems.append(f"{name}: its end is missing, {length - held} of {length} bytes")
+            if held:
+                with path.open("r+b") as stream:
+                    stream.truncate(min(length, held))
+                    os.fsync(stream.fileno())
+                problems += self._mend(name)
+        for folder in TABLES:
+            for path in (self.path / folder).glob("step-*"):
+                if path.suffix == ".writing" or (step_of(path) or 0) > step:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in (self.path / "failures").glob("step-*"):
+            if path.suffix == ".writing" or (step_of(Path(path.name[: len("step-000000")])) or 0) > step:
+                path.unlink()
+        return problems
+
+    def _mend(self, name: str) -> list[str]:
+        """Put blanks, which readers skip, in the place of lines that are damaged, so that no length changes; a copy of
+        the file is kept as NAME.damaged. What was wrong, in words."""
+        lines = (self.path / name).read_bytes().split(b"\n")
+        damaged = [place for place, line in enumerate(lines) if line.strip() and object_of(line) is None]
+        if lines[-1].strip() and len(lines) - 1 not in damaged:
+            lines.append(b"")  # whole, but for its end
+        elif not damaged:
+            return []
+        else:
+            shutil.copyfile(self.path / name, self.path / f"{name}.damaged")
+            lines = [b" " * len(line) if place in damaged else line for place, line in enumerate(lines)]
+            lines += [b""] if lines[-1] else []
+        write_whole(self.path / name, b"\n".join(lines))
+        told = ", ".join(str(place + 1) for place in damaged[:5]) + (", …" if len(damaged) > 5 else "")
+        return [f"{name}: line {told} cannot be read and was taken out ({name}.damaged has it)"] if damaged else []
+
+    def table_problems(self, folder: str, steps: Iterable[int]) -> list[str]:
+        """Which tables of these steps are missing or cannot be opened, in words."""
+        found = []
+        for step in steps:
+            path = self.path / folder / f"step-{step:06d}.parquet"
+            try:
+                pq.read_metadata(path)
+            except (OSError, pa.ArrowException) as error:
+                why = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+                found.append(f"{folder}/{path.name} {why}")
+        return found
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return read_metrics(self.path / "metrics.jsonl")
+
+    def _append(self, name: str, values: Mapping[str, Any]) -> None:
+        line, path = json.dumps(values, allow_nan=False).encode() + b"\n", self.path / name
+        with writing(path), path.open("ab", buffering=0) as stream:
+            before = os.fstat(stream.fileno()).st_size
+            try:
+                while line:  # a disk that is nearly full takes a part
+                    line = line[stream.write(line) :]
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(before)
+                raise
+
+
+def _let_go() -> None:
+    """In a process that was forked: a lock is held as long as any copy of its descriptor is open."""
+    for run in _held:
+        run.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def telling_what_stands(folder: Path) -> Iterator[None]:
+    """A WriteError of the block says too what the run needs, and that its checkpoint is intact."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(f"{error}; {_standing(folder)}") from error
+
+
+def _standing(folder: Path) -> str:
+    words = [f"{gigabytes(free_bytes(folder))} are free there"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        needed = json.loads((folder / "environment.json").read_text())["disk_forecast"]["peak"] - held_bytes(folder)
+        if needed > 0:
+            words.append(f"the run needs about {gigabytes(needed)} more")
+    steps = checkpoint_folders(folder)
+    words.append(f"the checkpoint of step {max(steps)} is intact" if steps else "there is no checkpoint yet")
+    return ", ".join(words[:-1]) + f"; {words[-1]}"
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run folder by step, in order."""
+    found = {path.name.removeprefix("step-"): path for path in (folder / "checkpoints").glob("step-*")}
+    return dict(sorted((int(step), path) for step, path in found.items() if re.fullmatch(r"\d{6,}", step)))
+
+
+def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, links_to: Path | None = None) -> None:
+    """Raise UsageError where a run with this recipe (or what else `kind` says) may not go into the folder; write
+    nothing. `links_to`: a folder, itself looked at before, that links may lead into."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--out {path}: is a file; choose a folder")
+    require_own(path, links_to)
+    for name in (*_FILES, *_FOLDERS):
+        if (path / name).exists() and (path / name).is_dir() != (name in _FOLDERS):
+            raise UsageError(
+                f"--out {path}: {name} is not what a run makes of it; put it back, or choose another folder"
+            )
+    held = path / "recipe.toml"
+    if not held.is_file():
+        others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []
+        if others:
+            raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
+        return
+    marked = path / "folder.json"
+    found = _kind(marked) if marked.is_file() else RUN
+    if found != kind:
+        raise UsageError(
+            f"--out {path}: the folder holds {_article(found)}, and not {_article(kind)}; choose another one"
+        )
+    if not resume:
+        raise UsageError(
+            f"--out {path}: the folder holds {_article(kind)} already; continue it with --resume, or choose another "
+            "with --out"
+        )
+    with reading(held, "put the recipe of the run back, or choose another folder with --out"):
+        before = tomllib.loads(held.read_text(encoding="utf-8"))
+    # Read as a recipe, so that fields that are younger than the run have their defaults.
+    changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
+    if changes:
+        raise UsageError(
+            f"--resume {path}: the recipe has changed since: {'; '.join(changes)}; put it back, or choose another "
+            "folder with --out"
+        )
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
+
+
+def _kind(marked: Path) -> str:
+    kind = read_object(marked).get("kind")
+    if not isinstance(kind, str):
+        raise UsageError(f"{marked}: is damaged; start again with another --out")
+    return kind
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    temporary = path.with_name(path.name + ".writing")
+    with writing(path, temporary):
+        temporary.write_bytes(content)
+        publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a finished file or folder and give it its name, replacing what had it.
+
+    A folder cannot replace a folder in one stroke: the old one is set aside, and `recover` brings it back where a kill
+    came in between.
+    """
+    for each in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+        _sync(each)
+    aside = path.with_name(_ASIDE + path.name)
+    if path.is_dir():
+        path.rename(aside)
+    temporary.replace(path)
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(parent: Path) -> None:
+    """Undo what a kill left half done in a folder of folders: bring back what was set aside, drop what was begun."""
+    for aside in parent.glob(_ASIDE + "*"):
+        path = parent / aside.name.removeprefix(_ASIDE)
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(path)
+    for begun in parent.glob(".writing-*"):
+        shutil.rmtree(begun)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    changes = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _differences(old, new, f"{prefix}{key}.")
+        elif pairs := _tables(old, new):
+            for place, (one, other) in enumerate(pairs):
+                changes += _differences(one, other, f"{prefix}{key}[{place}].")
+        elif old != new:
+            changes.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return changes
+
+
+def _tables(old: Any, new: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """[[tables]] of two recipes in pairs, where they have as many; else none."""
+    both = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    return list(zip(old, new, strict=True)) if both and all(isinstance(each, dict) for each in (*old, *new)) else []

@@ -1,0 +1,95 @@
+"""The page of text that ends a run, made from the run folder alone."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gruppo.errors import UsageError
+from gruppo.runs.reading import read_table, reading
+
+SHOWN = 3
+
+
+def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    """What a run came to: accuracies, what they are made of, some answers before and after, what to do next. Raises
+    UsageError where the folder is damaged."""
+    with reading(folder, "the run itself is told by its summary.json"):
+        return _described(folder, summary, metrics)
+
+
+def _described(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    ended = "Stopped by a callback" if summary["state"] == "stopped" else "Done"
+    lines = ["", f"{ended}: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
+    lines[-1] += f", at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory."
+    if summary["accuracy_before"] is not None:
+        lines += ["", *_evaluations(folder, summary, metrics), "", *_answers(folder, summary["steps"])]
+    lines += _benchmarks(summary.get("benchmarks", {}))
+    lines += [
+        "",
+        f"Everything is in {folder}: model/ (loadable by transformers), metrics.jsonl, rollouts/ (every completion,",
+        "reward and advantage), evaluations/ (every answer), events.jsonl, summary.json.",
+        "",
+        "Next:",
+        f'  gruppo sample {folder}/model --prompt "What is 3 + 4?"',
+        *_eval_command(folder),
+        "  your own reward, data and model: README.md",
+    ]
+    return "\n".join(lines)
+
+
+def _eval_command(folder: Path) -> list[str]:
+    """How to repeat the run's evaluation, if it had one."""
+    recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
+    if "evaluation" not in recipe:
+        return []
+    return [f"  gruppo eval {folder}/model --recipe {folder}/recipe.toml"]
+
+
+def _evaluations(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    decoding = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))["evaluation"]["decoding"]
+    how = f"temperature {decoding['temperature']}" if decoding["temperature"] else "greedy"
+    title = f"Held-out questions ({summary['questions']}, {how})"
+    lines = [f"{title:<40} accuracy  95 % interval     end by themselves  contain a number"]
+    for values in metrics:
+        if "eval/accuracy" in values:
+            low, high = f"{values['eval/accuracy_low']:.1%}", f"{values['eval/accuracy_high']:.1%}"
+            lines.append(
+                f"  after step {values['step']:<4} {'':<22} {values['eval/accuracy']:>7.1%}  {low:>6} to {high:<6}"
+                f"  {values['eval/ended_share']:>16.1%}  {values['eval/number_share']:>16.1%}"
+            )
+    return lines
+
+
+def _benchmarks(held: Mapping[str, Any]) -> list[str]:
+    """Before and after of each of [[benchmarks]]."""
+    lines = [""] if held else []
+    for name, found in held.items():
+        for when in ("before", "after"):
+            if figures := found[when]:
+                low, high = figures["interval"]
+                title = f"{name} ({found['domain']}), {when}"
+                lines.append(f"  {title:<38} {figures['accuracy']:>7.1%}  {low:>6.1%} to {high:<6.1%}")
+    return lines
+
+
+def _answers(folder: Path, last: int) -> list[str]:
+    """The first held-out questions, with the answers of the first and of the last evaluation."""
+    try:
+        before, after = (read_table(folder / f"evaluations/step-{step:06d}.parquet").to_pylist() for step in (0, last))
+    except UsageError as error:
+        return [str(error)]
+    lines = []
+    firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0 and not pair[0]["exam"]]
+    for old, new in firsts[:SHOWN]:
+        lines.append(old["question"].strip())
+        lines += [f"  {name}: {_quoted(row)}" for name, row in (("before", old), ("after ", new))]
+    return lines
+
+
+def _quoted(row: Mapping[str, Any]) -> str:
+    text = " ".join(row["answer"].split())
+    cut = " (cut)" if row["finish_reason"] == "length" else ""
+    return f"{'right' if row['correct'] else 'wrong'}  {text[:100]}{cut}"

@@ -1,0 +1,163 @@
+"""Groups -> micro-batches in which each prompt stands once, followed by its completions.
+
+The weight of every token is fixed here over the whole step, before anything is split: how the step is cut into
+micro-batches, and in which order its groups stand, cannot change the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gruppo.models.attention.interface import SharedPrefixAttention
+from gruppo.models.logprobs import token_logprobs
+from gruppo.models.policy import LanguageModel
+from gruppo.types import Group
+
+MAX_TOKENS = 1024  # of a micro-batch: beyond it products get no quicker
+
+
+def most_tokens(prompt_tokens: int) -> int:
+    """Of a micro-batch. Where prompts are long they are at most half of it, or they would be computed again for every
+    few completions."""
+    return max(MAX_TOKENS, 2 * prompt_tokens)
+
+
+TokenWeights = Callable[[list[list[int]]], list[list[float]]]
+
+
+@dataclass(slots=True)
+class Batch:
+    """A micro-batch. Tensors over T are what the model reads, tensors over N the completion tokens in the loss.
+
+    The last token of a completion is never read, only predicted, so it is not in T. `predictors[n]` is the place in
+    T whose hidden state predicts `targets[n]`. `members` says which (group, completion) each stretch of N is.
+    `old_logprobs` and `ref_logprobs` are filled in by the method. `values` and `returns` are there with a value model.
+    """
+
+    token_ids: Int[Tensor, " T"]
+    positions: Int[Tensor, " T"]
+    layout: list[tuple[int, list[int]]]
+    predictors: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
+    advantages: Float[Tensor, " N"]
+    weights: Float[Tensor, " N"]
+    sampling_logprobs: Float[Tensor, " N"]
+    members: list[tuple[int, int, int]] = field(default_factory=list)
+    old_logprobs: Float[Tensor, " N"] | None = None
+    ref_logprobs: Float[Tensor, " N"] | None = None
+    values: Float[Tensor, " N"] | None = None
+    returns: Float[Tensor, " N"] | None = None
+
+    @property
+    def sequences(self) -> Int[Tensor, " N"]:
+        """The number of each token's completion within the batch; completions are never split between batches."""
+        lengths = torch.tensor([length for _, _, length in self.members], device=self.targets.device)
+        return torch.arange(len(lengths), device=self.targets.device).repeat_interleave(lengths)
+
+
+def pack(
+    groups: Sequence[Group], token_weights: TokenWeights, budget: int, with_kl: bool, device: torch.device | str = "cpu"
+) -> list[Batch]:
+    """Micro-batches of at most `budget` read tokens (or one completion, if that alone is longer).
+
+    Completions that are not trained on are left out, as if they had not been sampled. Those whose advantages are all 0
+    are left out where the loss has no KL term (`with_kl` False): their gradient would be 0; they still count in the
+    weights.
+    """
+    lengths = [[sum(c.mask) for c, used in zip(g.completions, g.trained, strict=True) if used] for g in groups]
+    packer = _Packer(budget, device)
+    for index, (group, weights) in enumerate(zip(groups, token_weights(lengths), strict=True)):
+        used = [number for number, trained in enumerate(group.trained) if trained]
+        for number, weight in zip(used, weights, strict=True):
+            if group.completions[number].token_ids and (with_kl or any(group.advantages[number])):
+                packer.add(index, number, group, weight)
+    return packer.batches()
+
+
+class _Packer:
+    def __init__(self, budget: int, device: torch.device | str) -> None:
+        self.budget, self.device = budget, device
+        self.plans: list[list[tuple[int, int, Group, float]]] = []
+        self.tokens = 0
+
+    def add(self, index: int, number: int, group: Group, weight: float) -> None:
+        """Put a completion into the last micro-batch, or into a new one where it does not fit."""
+        own, prompt = len(group.completions[number].token_ids) - 1, len(group.prompt.token_ids)
+        continues = bool(self.plans) and self.plans[-1][-1][0] == index
+        needed = own if continues else own + prompt
+        if not self.plans or self.tokens + needed > self.budget:
+            self.plans.append([])
+            self.tokens, needed = 0, own + prompt
+        self.plans[-1].append((index, number, group, weight))
+        self.tokens += needed
+
+    def batches(self) -> list[Batch]:
+        """The micro-batches as tensors."""
+        return [self._batch(plan) for plan in self.plans]
+
+    def _batch(self, plan: list[tuple[int, int, Group, float]]) -> Batch:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        layout: list[tuple[int, list[int]]] = []
+        predictors: list[int] = []
+        targets: list[int] = []
+        columns: dict[str, list[float]] = {"advantages": [], "weights": [], "sampling": [], "values": [], "returns": []}
+        members: list[tuple[int, int, int]] = []
+        current = None
+        for index, number, group, weight in plan:
+            prompt, completion = group.prompt.token_ids, group.completions[number]
+            if index != current:
+                current, prompt_end = index, len(token_ids) + len(prompt)
+                token_ids += prompt
+                positions += range(len(prompt))
+                layout.append((len(prompt), []))
+            predictors += [prompt_end - 1, *range(len(token_ids), len(token_ids) + len(completion.token_ids) - 1)]
+            token_ids += completion.token_ids[:-1]
+            positions += range(len(prompt), len(prompt) + len(completion.token_ids) - 1)
+            if len(completion.token_ids) > 1:
+                layout[-1][1].append(len(completion.token_ids) - 1)
+            members.append((index, number, len(completion.token_ids)))
+            targets += completion.token_ids
+            columns["advantages"] += group.advantages[number]
+            columns["weights"] += [weight if sampled else 0.0 for sampled in completion.mask]
+            columns["sampling"] += completion.sampling_logprobs
+            if group.returns:
+                columns["values"] += (group.values[number] or [])[:-1]
+                columns["returns"] += group.returns[number] or []
+        wide = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
+        whole = partial(torch.tensor, dtype=torch.long, device=self.device)
+        real = partial(torch.tensor, dtype=wide, device=self.device)
+        return Batch(
+            token_ids=whole(token_ids),
+            positions=whole(positions),
+            layout=layout,
+            predictors=whole(predictors),
+            targets=whole(targets),
+            advantages=real(columns["advantages"]),
+            weights=real(columns["weights"]),
+            sampling_logprobs=real(columns["sampling"]),
+            members=members,
+            values=real(columns["values"]) if columns["returns"] else None,
+            returns=real(columns["returns"]) if columns["returns"] else None,
+        )
+
+
+def predicting_states(policy: LanguageModel, batch: Batch) -> Float[Tensor, "N H"]:
+    """The hidden state that predicts each of the batch's completion tokens. Call it inside `policy.precision()`."""
+    plan = SharedPrefixAttention(batch.layout)
+    hidden = policy.hidden_states(batch.token_ids[None], batch.positions[None], plan)[0]
+    return hidden.index_select(0, batch.predictors)
+
+
+def score(policy: LanguageModel, batch: Batch, temperature: float) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-probabilities of the batch's completion tokens and the entropy at each, in nats, at the temperature.
+
+    Call it inside `policy.precision()`. Both are float32, or float64 for a policy of that dtype.
+    """
+    return token_logprobs(predicting_states(policy, batch), policy.head, batch.targets, temperature)

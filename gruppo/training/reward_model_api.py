@@ -1,0 +1,343 @@
+"""`gruppo label` and `gruppo reward-model`: labels for many completions, and a reward model trained on them, outside of
+a run. Both are folders that a kill leaves whole and that are continued by the same command with --resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gruppo.config.recipe import Recipe, RewardModel, load_recipe
+from gruppo.data.datasets import Data, read_data
+from gruppo.errors import RunError, UsageError
+from gruppo.runs.atomic import WriteError
+from gruppo.runs.folder import LABELS, REWARD_MODEL, RunFolder, check_folder, telling_what_stands
+from gruppo.runs.reading import require_own
+from gruppo.utils.progress import Reporter, Silent
+from gruppo.utils.signals import Interrupted, stop_on_signals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from gruppo.models.policy import ModelSource
+    from gruppo.models.reward_model import Sample
+    from gruppo.training.checkpoint import State
+    from gruppo.training.packing import Batch
+    from gruppo.training.policy_trainer import Require
+    from gruppo.training.reward_model import Judge
+    from gruppo.training.step_labels import Labelled
+    from gruppo.types import Metrics
+    from gruppo.utils.signals import Stop
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What `label` made: its folder, and over all rows the counts and shares of what is right."""
+
+    path: Path
+    completions: int
+    right: float
+    steps: int
+    soft: float | None
+
+
+def label(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Labels:
+    """Sample completions of the recipe's questions and label them by rule into `out`/labels, a Parquet file for each
+    sampling.prompts_per_step questions.
+
+    [reward_model] says how: `prompts` questions, sampling.group_size completions each; kind "process" (the default
+    where the recipe has no such table) labels each step by `continuations` completions from its end. With `resume`
+    files that are there are kept. Raises UsageError, and gruppo.utils.signals.Interrupted on SIGINT or SIGTERM.
+    """
+    settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
+    if settings.environment is not None:
+        raise UsageError("[environment]: labels are of completions that are sampled without one; leave the table out")
+    wanted = settings.reward_model or RewardModel(kind="process")
+    if settings.method.source == "rows" or not settings.reward.functions:
+        raise UsageError(
+            'reward.functions: the first of them is the rule that labels; write e.g. functions = ["number"]'
+        )
+    if not wanted.prompts:
+        raise UsageError("reward_model.prompts = 0: nothing would be labelled; write how many questions")
+    check_folder(folder, settings, resume, LABELS)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(stop.anywhere())  # tables are written whole, and a table that is there is kept
+        stack.enter_context(telling_what_stands(folder))
+        data = read_data(settings, settings.reward.functions, None, shown)
+        run = RunFolder(folder)
+        stack.callback(run.close)
+        return _label(settings, wanted, data, run, stack, shown, stop)
+
+
+def _label(
+    recipe: Recipe, settings: RewardModel, data: Data, run: RunFolder, stack: ExitStack, reporter: Reporter, stop: Stop
+) -> Labels:
+    from gruppo.engines.native.engine import NativeEngine, choose_slots
+    from gruppo.models.policy import choose_device, choose_dtype, find_model, load_model, weights_sha256
+    from gruppo.rewards.steps import find_split
+    from gruppo.runs.tables import LABELS as LABEL_COLUMNS
+    from gruppo.training.setup import data_sha256, make_pool, tokenize_data
+    from gruppo.training.step_labels import Labeller, label_rows, read_labels
+
+    find_split(settings.split)
+    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", reporter))
+    source = find_model(recipe.model.name, reporter, trust_remote_code=recipe.model.trust_remote_code)
+    inputs = tokenize_data(recipe, data, source, reporter)
+    policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
+    identity = {
+        "weights_sha256": weights_sha256(policy.model),
+        "rewards_sha256": pool.digests,
+        "data_sha256": data_sha256(inputs.prompts, ()),
+    }
+    run.start_same(recipe, LABELS, identity)
+    size, group, most = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
+    longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + most
+    engine = NativeEngine(policy, choose_slots(policy, longest, most, size * group * settings.continuations))
+    right = recipe.method.right
+    labeller = Labeller(engine, pool, policy.tokenizer, inputs.sampling, settings, right, reporter, stop)
+    with reporter.progress("Labelling", settings.prompts, "questions") as advance:
+        for number, start in enumerate(range(0, settings.prompts, size), start=1):
+            prompts = inputs.prompts.draw(start, min(size, settings.prompts - start))
+            if (run.path / "labels" / f"step-{number:06d}.parquet").is_file():
+                advance(len(prompts))
+                continue
+            labels, failures = labeller.sample(prompts, group, (recipe.run.seed, 0, start))
+            for failure, count in failures.items():
+                run.event("abstention", failure, number, completions=count)
+                reporter.note(f"{count} verdicts failed: {failure}; see events.jsonl")
+            run.table("labels", number, label_rows(labels), LABEL_COLUMNS)
+            advance(len(prompts))
+    return _counted(run.path, read_labels(sorted((run.path / "labels").glob("step-*.parquet"))))
+
+
+def _counted(folder: Path, made: Sequence[Labelled]) -> Labels:
+    shares = [share for each in made for share in each.shares]
+    right = sum(each.right for each in made) / len(made) if made else 0.0
+    return Labels(folder, len(made), right, len(shares), sum(shares) / len(shares) if shares else None)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train_reward_model` made: its folder, in which model/ is loaded by transformers, and the figures of its
+    held-out samples before and after (see `gruppo.models.reward_model.quality`)."""
+
+    path: Path
+    updates: int
+    before: Mapping[str, float | None]
+    after: Mapping[str, float | None]
+
+
+def train_reward_model(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    labels: str | Path,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Trained:
+    """Train the recipe's [reward_model] on the labels of a folder of `label`'s (or of a run), into `out`.
+
+    Weights come from reward_model.name, or model.name; a model with another tokenizer than the labels' reads the texts
+    anew. `out`/model is the model, `out`/metrics.jsonl has a line an update, `out`/summary.json the figures. A
+    checkpoint is made every run.checkpoint_every updates, and where SIGINT or SIGTERM ends it. Raises UsageError,
+    RunError where a loss is not finite, and gruppo.utils.signals.Interrupted.
+    """
+    settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
+    wanted = settings.reward_model
+    if wanted is None:
+        raise UsageError('[reward_model]: missing; write it with kind = "outcome" or "process"')
+    if Path(labels).is_dir():
+        require_own(Path(labels))
+    files = sorted((Path(labels) / "labels").glob("step-*.parquet"))
+    if not files:
+        raise UsageError(f"{labels}: has no labels/step-….parquet; give the folder that `gruppo label` wrote")
+    check_folder(folder, settings, resume, REWARD_MODEL)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(telling_what_stands(folder))
+        run = RunFolder(folder)
+        stack.callback(run.close)
+        return _train(settings, wanted, files, run, shown, stop)
+
+
+@dataclass
+class _Training:
+    """A reward model on its way outside of a run. `before`: figures of the held-out samples before training."""
+
+    judge: Judge
+    state: State
+    training: list[Sample]
+    held: list[Sample]
+    before: dict[str, Any]
+
+
+def _begin_training(
+    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter
+) -> _Training:
+    from gruppo.models.policy import choose_device, choose_dtype, weights_sha256
+    from gruppo.models.reward_model import check_kind, load_reward_model
+    from gruppo.training.checkpoint import State, file_sha256, load_state, load_tensors, newest_checkpoint
+    from gruppo.training.oom_retry import Sizes
+    from gruppo.training.packing import most_tokens
+    from gruppo.training.reward_model import Judge
+    from gruppo.training.setup import find_named, make_optimizer
+
+    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    name = "reward_model.name" if settings.name else "model.name"
+    source = find_named(settings.name or recipe.model.name, name, reporter)
+    check_kind(source.config, settings.kind)
+    training, held = _samples(source, settings, files)
+    prompts = [len(sample.prompt.token_ids) for sample in (*training, *held)]
+    made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, reporter)
+    optimizer = make_optimizer(recipe.optimizer, made.module)
+    most = recipe.optimizer.max_grad_norm
+    longest = max(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in (*training, *held))
+    sizes = Sizes(most_tokens(max(prompts)), 1, longest, lambda made: run.event("memory", str(made), state.step))
+    judge = Judge(made, optimizer, settings, source.tokenizer, sizes, most)
+
+    identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
+    run.start_same(recipe, REWARD_MODEL, identity)
+    checkpoint, problems = newest_checkpoint(run)
+    state = load_state(checkpoint) if checkpoint else State()
+    damages = run.cut_back(state.lengths, state.step)
+    for kind, told in (("checkpoint_unusable", problems), ("damaged", damages)):
+        for each in told:
+            run.event(kind, each, state.step)
+            reporter.note(f"Note: {each}; going on after update {state.step}")
+    if checkpoint is None:
+        before: dict[str, Any] = judge.quality(held, reporter)
+        run.write_json("before.json", before)
+    else:
+        load_tensors(checkpoint, made.module, optimizer)
+        before = run.read_json("before.json") or {}
+    return _Training(judge, state, training, held, before)
+
+
+def _train(
+    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter, stop: Stop
+) -> Trained:
+    with stop.anywhere():
+        begun = _begin_training(recipe, settings, files, run, reporter)
+        from gruppo.models.reward_model import save_reward_model
+        from gruppo.training.checkpoint import save_checkpoint
+        from gruppo.training.reward_model import fit
+    judge, state, made, optimizer = begun.judge, begun.state, begun.judge.model, begun.judge.optimizer
+    assert optimizer is not None
+
+    def save() -> None:
+        if state.step:
+            save_checkpoint(run, made.module, optimizer, state)
+
+    require = _required(run, state, judge.tokenizer)
+
+    def after(number: int, metrics: Metrics) -> None:
+        run.metric({"step": number, **metrics.reduce()})
+        state.step = number
+        if number % recipe.run.checkpoint_every == 0:
+            save()
+
+    try:
+        fit(judge, begun.training, 1, require, reporter, stop, state.step, after)
+    except (Interrupted, RunError) as error:  # they come between two updates, but for a line that was not written
+        if not isinstance(error, WriteError):
+            save()
+        raise
+    save()
+    with stop.anywhere():
+        result = Trained(run.path, state.step, begun.before, judge.quality(begun.held, reporter))
+        with run.building("model") as folder:
+            save_reward_model(made, settings.kind, folder)
+        run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
+    return result
+
+
+def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) -> Require:
+    """What stops before the optimizer where a number is not finite, and keeps the batch."""
+    from gruppo.training.nonfinite import keep_batches
+
+    def require(value: float, what: str, batches: Sequence[Batch]) -> None:
+        if not math.isfinite(value):
+            facts = {"what": what, "value": str(value), "micro_batches": len(batches)}
+            path = keep_batches(run, state.step + 1, facts, batches, tokenizer)
+            raise RunError(
+                f"the {what} of update {state.step + 1} is {value}; this update was not made, and its batch is in "
+                f"{path}: begin again with a lower reward_model.learning_rate"
+            )
+
+    return require
+
+
+def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) -> tuple[list[Sample], list[Sample]]:
+    """What is labelled, in the model's tokens: to train on, and held out. Raises UsageError."""
+    from gruppo.models.reward_model import divided
+    from gruppo.training.step_labels import read_labels
+
+    samples = [each.sample(settings) for each in _read_by(source.tokenizer, read_labels(files))]
+    for sample in samples:
+        size = len(sample.prompt.token_ids) + len(sample.completion.token_ids)
+        if not sample.prompt.token_ids or size > source.context:
+            raise UsageError(
+                f"{sample.prompt.id}: prompt and completion are {size} tokens; the model reads a prompt of 1 or "
+                f"more, and {source.context} in all"
+            )
+    training, held = divided(samples, settings.held_out, settings.seed)
+    if not any(sample.labels.ends for sample in training):
+        what = "step" if settings.kind == "process" else "completion"
+        raise UsageError(
+            f"reward_model.held_out = {settings.held_out}: of {len(samples)} completions in {files[0].parent} none "
+            f"with a label of its {what} is left to train on; label more, or hold out less"
+        )
+    return training, held
+
+
+def _read_by(tokenizer: PreTrainedTokenizerBase, labels: Sequence[Labelled]) -> list[Labelled]:
+    """The same in this tokenizer's tokens: as they are, where it reads from them what is written."""
+
+    def read(each: Labelled) -> str:
+        return str(tokenizer.decode(list(each.completion.token_ids), skip_special_tokens=True))
+
+    ids = [token for each in labels for token in (*each.prompt.token_ids, *each.completion.token_ids)]
+    if max(ids, default=0) < len(tokenizer) and all(read(each) == each.completion.text for each in labels):
+        return list(labels)
+    return [_encoded(tokenizer, each) for each in labels]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: Labelled) -> Labelled:
+    """A completion in other tokens; one that ended by itself ends with the end token."""
+    from gruppo.rewards.steps import step_tokens
+
+    content = labelled.prompt.content
+    if isinstance(content, str) or not tokenizer.chat_template:
+        text = content if isinstance(content, str) else "\n".join(str(each["content"]) for each in content) + "\n"
+        asked = list(tokenizer(text)["input_ids"])
+    else:
+        asked = list(tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
+    text = labelled.completion.text
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if labelled.completion.finish_reason == "stop" and tokenizer.eos_token_id is not None:
+        ids.append(int(tokenizer.eos_token_id))
+    none = (0.0,) * len(ids)
+    completion = replace(labelled.completion, token_ids=tuple(ids), sampling_logprobs=none, mask=(True,) * len(ids))
+    shares = dict(zip(labelled.text_ends, labelled.shares, strict=True))
+    found = step_tokens(completion, labelled.text_ends, tokenizer)
+    return replace(
+        labelled,
+        prompt=replace(labelled.prompt, token_ids=tuple(asked)),
+        completion=completion,
+        ends=tuple(end for end, _ in found),
+        text_ends=tuple(end for _, end in found),
+        shares=tuple(shares[end] for _, end in found),
+    )

@@ -1,0 +1,231 @@
+"""Recipes: what is read, what is written, and what each mistake is told."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from gruppo.config.recipe import RecipeError, Section, load_recipe
+from gruppo.config.schema import TABLES
+
+MINIMAL = {"model": {"name": "m"}}
+
+
+def mistake(data: dict, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(data, overrides)
+    return str(caught.value)
+
+
+def test_resolved_recipe_reads_back_equal() -> None:
+    recipe = load_recipe({**MINIMAL, "evaluation": {"questions": 7}, "task": {"options": {"maximum": 9}}})
+    assert load_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_name_comes_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[model]\nname = "m"\n')
+    assert load_recipe(path).run.name == "mine"
+
+
+def test_file_name_that_is_no_run_name_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "my recipe (2).toml"
+    path.write_text('\ufeff[model]\nname = "m"\n', encoding="utf-8")
+    assert load_recipe(path).run.name == "my-recipe-2"
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("run.steps=7", lambda recipe: recipe.run.steps == 7),
+        ("optimizer.learning_rate=1e-5", lambda recipe: recipe.optimizer.learning_rate == 1e-5),
+        ("model.name=some/model", lambda recipe: recipe.model.name == "some/model"),
+        ('reward.functions=["number", "exact_match"]', lambda recipe: len(recipe.reward.functions) == 2),
+        ("task.options.maximum=9", lambda recipe: recipe.task.options == {"maximum": 9}),
+        ("method.kl_coef=0", lambda recipe: recipe.method.kl_coef == 0),
+        ("evaluation.questions=5", lambda recipe: recipe.evaluation.questions == 5),
+    ],
+)
+def test_overrides(override: str, read) -> None:
+    assert read(load_recipe(MINIMAL, [override]))
+
+
+def test_override_does_not_change_the_mapping_given() -> None:
+    data = {"model": {"name": "m"}}
+    load_recipe(data, ["model.name=other"])
+    assert data == {"model": {"name": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"method": {"kl_coeff": 0.1}}, ["method.kl_coeff = 0.1", "unknown field", '"kl_coef"']),
+        ({"metod": {}}, ["metod", "unknown table", '"method"']),
+        ({"run": {"steps": "ten"}}, ["run.steps = 'ten'", "integer", "steps = 100"]),
+        ({"run": {"steps": "10"}}, ["run.steps = '10'", "integer"]),
+        ({"run": {"steps": 0}}, ["run.steps = 0", "greater than or equal to 1"]),
+        ({"run": {"steps": True}}, ["run.steps = True", "integer"]),
+        ({"method": {"clip_low": 1.5}}, ["method.clip_low = 1.5", "less than or equal to 1"]),
+        ({"method": {"kl_estimator": "k4"}}, ["method.kl_estimator = 'k4'", "'k1', 'k2' or 'k3'"]),
+        ({"sampling": {"temperature": 0.0}}, ["sampling.temperature = 0.0", "greater than 0"]),
+        ({"sampling": {"temperature": float("nan")}}, ["sampling.temperature", "finite"]),
+        ({"optimizer": {"learning_rate": -1.0}}, ["optimizer.learning_rate = -1.0"]),
+        ({"optimizer": {"schedule": "cosin"}}, ["optimizer.schedule = 'cosin'", "'cosine'"]),
+        ({"optimizer": {"warmup_steps": 200}}, ["optimizer.warmup_steps = 200", "run.steps = 100"]),
+        ({"reward": {"functions": ["number"], "weights": [1.0, 2.0]}}, ["reward.weights", "2 numbers for 1 functions"]),
+        ({"model": {"name": ""}}, ["model.name = ''"]),
+        ({"model": 3}, ["model = 3", "must be a table"]),
+        ({"evaluation": {"evry": 3}}, ["evaluation.evry = 3", '"every"']),
+        ({"run": {"name": "../up"}}, ["run.name = '../up'"]),
+    ],
+)
+def test_each_mistake_names_field_value_and_fix(data: dict, words: list[str]) -> None:
+    message = mistake({**MINIMAL, **data})
+    assert len(message.splitlines()) == 1
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("name", ["top_p", "top_k", "min_p"])
+def test_truncated_sampling_is_refused_with_the_reason(name: str) -> None:
+    message = mistake({**MINIMAL, "sampling": {name: 0.9}})
+    assert "full distribution" in message
+
+
+def test_missing_model() -> None:
+    assert "model: missing" in mistake({})
+
+
+def test_every_mistake_has_its_line() -> None:
+    message = mistake({**MINIMAL, "run": {"steps": 0, "sed": 1}})
+    assert len(message.splitlines()) == 2
+
+
+@pytest.mark.parametrize("override", ["steps=3", "run.steps", "=3", "run.=3"])
+def test_malformed_override(override: str) -> None:
+    assert "section.field=value" in mistake(MINIMAL, override)
+
+
+def test_unreadable_files_name_the_file(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\n")
+    for path, word in ((broken, "not valid TOML"), (tmp_path / "none.toml", "no such recipe"), (tmp_path, "no such")):
+        with pytest.raises(RecipeError, match=word) as caught:
+            load_recipe(path)
+        assert str(path) in str(caught.value)
+
+
+def test_every_field_is_documented() -> None:
+    for title, table in TABLES.items():
+        for field, info in table.model_fields.items():
+            assert info.description or issubclass(info.annotation, Section), f"{title} {field}"
+
+
+def test_recipes_of_the_project_are_valid() -> None:
+    found = sorted(Path("recipes").glob("*.toml"))
+    assert found
+    for path in found:
+        assert load_recipe(path).run.name == path.stem
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Recipe files by name, with a model unless they extend another; the path of the last."""
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text if "extends" in text else f'{text}\n[model]\nname = "m"\n')
+    return folder / f"{name}.toml"
+
+
+def test_extended_recipe_keeps_what_is_not_written_again(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        base='[run]\nname = "theirs"\nsteps = 7\nseed = 3\n[reward]\nfunctions = ["a", "b"]\n[task]\n'
+        "options = {maximum = 9, negative = true}",
+        mine='extends = "base.toml"\n[run]\nsteps = 8\n[reward]\nfunctions = ["c"]\n[task]\noptions.maximum = 5',
+    )
+    recipe = load_recipe(path, ["run.seed=4"])
+    assert (recipe.run.name, recipe.run.steps, recipe.run.seed) == ("mine", 8, 4)
+    assert recipe.model.name == "m"
+    assert recipe.reward.functions == ["c"], "a list replaces a list"
+    assert recipe.task.options == {"maximum": 5, "negative": True}
+    assert "extends" not in recipe.to_toml()
+    assert load_recipe(tomllib.loads(recipe.to_toml())) == recipe
+
+
+def test_extending_goes_from_file_to_file_each_by_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep", lowest="[run]\nsteps = 5\nseed = 5", middle='extends = "lowest.toml"\n[run]\nsteps = 6')
+    recipe = load_recipe(write(tmp_path, top='extends = "deep/middle.toml"\n[sampling]\ngroup_size = 2'))
+    assert (recipe.run.name, recipe.run.seed, recipe.run.steps, recipe.sampling.group_size) == ("top", 5, 6, 2)
+    other = load_recipe(write(tmp_path, far=f'extends = "{tmp_path}/deep/lowest.toml"\n[run]\nname = "x"'))
+    assert (other.run.name, other.run.steps) == ("x", 5)
+
+
+def test_mapping_extends_a_file_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, base='[run]\nname = "base"\nsteps = 7')
+    monkeypatch.chdir(tmp_path)
+    data = {"extends": "base.toml", "run": {"seed": 1}}
+    recipe = load_recipe(data)
+    assert (recipe.run.name, recipe.run.steps, recipe.run.seed) == ("run", 7, 1)
+    assert data["extends"] == "base.toml"
+
+
+def test_task_and_mixture_replace_each_other(tmp_path: Path) -> None:
+    one = write(
+        tmp_path, base="[task]\noptions = {maximum = 5}", mixed='extends = "base.toml"\n[[mixture]]\nweight = 2.0'
+    )
+    assert [task.weight for task in load_recipe(one).tasks] == [2.0]
+    back = write(tmp_path, again='extends = "mixed.toml"\n[task]\nname = "x.jsonl"')
+    assert [task.name for task in load_recipe(back).tasks] == ["x.jsonl"]
+    assert load_recipe(back).task.options == {}, "what a mixture has replaced is gone"
+    both = write(tmp_path, both='extends = "base.toml"\n[task]\n[[mixture]]\n')
+    with pytest.raises(RecipeError, match="both say where questions come from"):
+        load_recipe(both)
+
+
+def test_method_of_the_extending_recipe_fills_what_neither_wrote(tmp_path: Path) -> None:
+    path = write(tmp_path, base="[method]\nclip_high = 0.3", mine='extends = "base.toml"\n[method]\nname = "dapo"')
+    method = load_recipe(path).method
+    assert (method.clip_high, method.refill_rounds, method.kl_coef) == (0.3, 9, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends = 3", ["mine.toml: extends = 3", "path of a recipe"]),
+        ('extends = ["base.toml"]', ["mine.toml: extends = ['base.toml']", "path of a recipe"]),
+        ('extends = "none.toml"', ["mine.toml: extends", '"none.toml"', "there is no file"]),
+        ('extends = "mine.toml"', ["mine.toml: extends", "leads back"]),
+        ('extends = "circle.toml"', ["circle.toml: extends", "leads back"]),
+        ('extends = "base.toml"\n[run]\nsteps = 0', ["mine.toml: run.steps = 0"]),
+        ('extends = "wrong.toml"\n[run]\nseed = 1', ["wrong.toml: run.steps = 0"]),
+        ('extends = "broken.toml"', ["broken.toml: not valid TOML"]),
+    ],
+)
+def test_mistakes_in_extending_name_file_and_key(text: str, words: list[str], tmp_path: Path) -> None:
+    write(tmp_path, base="", circle='extends = "mine.toml"', wrong="[run]\nsteps = 0", broken="[run")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, mine=text))
+    assert len(str(caught.value).splitlines()) == 1
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_other_reward_functions_come_without_the_options_of_those_before(tmp_path: Path) -> None:
+    base = tmp_path / "base.toml"
+    base.write_text('[model]\nname = "m"\n[reward]\nfunctions = ["regex", "number"]\n'
+                    '[reward.options.regex]\npattern = "x"\n')  # fmt: skip
+    (tmp_path / "child.toml").write_text('extends = "base.toml"\n[reward]\nfunctions = ["number"]\n')
+    for recipe in (load_recipe(tmp_path / "child.toml"), load_recipe(base, ['reward.functions=["number"]'])):
+        assert (recipe.reward.functions, recipe.reward.options) == (["number"], {})
+
+
+def test_overrides_of_names_with_dots_and_of_a_mixture() -> None:
+    data = {**MINIMAL, "reward": {"functions": ["my.py:f"]}}
+    recipe = load_recipe(data, ['reward.options."my.py:f".word="a=b"'])
+    assert recipe.reward.options == {"my.py:f": {"word": "a=b"}}
+    mixed = {**MINIMAL, "mixture": [{"name": "arithmetic"}, {"name": "x.jsonl"}]}
+    assert load_recipe(mixed, ["task.name=arithmetic"]).mixture == []
+    assert "written in the recipe" not in mistake(mixed, "mixture.0.weight=2")
+    assert "mixture" in mistake(mixed, "mixture.0.weight=2")

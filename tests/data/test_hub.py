@@ -1,0 +1,104 @@
+"""Hugging Face data sets: saved folders, folders of files, and the hub by a stand-in for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from gruppo.errors import UsageError
+from tests.data.load import Notes, both_sides, questions, training
+
+TRAIN = [{"prompt": [{"role": "user", "content": f"q{n}"}], "answer": str(n)} for n in range(5)]
+TEST = [{"prompt": [{"role": "user", "content": f"t{n}"}], "answer": str(n)} for n in range(3)]
+SPLITS = datasets.DatasetDict({"train": datasets.Dataset.from_list(TRAIN), "test": datasets.Dataset.from_list(TEST)})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    SPLITS.save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_splits_of_a_saved_folder(saved: Path) -> None:
+    assert training(saved) == TRAIN
+    assert training(saved, split="test") == TEST
+    train, held = both_sides(saved)
+    assert (train.rows, held.rows) == (TRAIN, TEST)
+    assert held.name == f"{saved} (held out)"
+    assert questions(saved).rows == TEST
+    assert questions(saved, split="train").rows == TRAIN
+    with pytest.raises(UsageError, match=r'task\.split = "dev".*train, test'):
+        training(saved, split="dev")
+
+
+def test_a_folder_without_splits(tmp_path: Path) -> None:
+    SPLITS["train"].shuffle(seed=0).sort("answer").save_to_disk(tmp_path / "one")
+    assert training(tmp_path / "one") == TRAIN
+    assert questions(tmp_path / "one").rows == TRAIN
+    with pytest.raises(UsageError, match=r"task\.held_out = 0\.1"):
+        both_sides(tmp_path / "one")
+    for split in ("test", "train[:2]"):
+        with pytest.raises(UsageError, match=r"task\.split.*no splits"):
+            training(tmp_path / "one", split=split)
+    with pytest.raises(UsageError, match=r"task\.options.*no options"):
+        training(tmp_path / "one", options={"name": "main"})
+
+
+def test_missing_test_split_names_the_fixes(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": SPLITS["train"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UsageError, match=r"held_out = 0\.1.*evaluation\.task"):
+        both_sides(tmp_path / "saved")
+
+
+def test_a_folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "clone").mkdir()
+    for split in SPLITS:
+        SPLITS[split].to_json(tmp_path / "clone" / f"{split}.jsonl")
+    assert training(tmp_path / "clone") == TRAIN
+    assert training(tmp_path / "clone", split="train[:2]") == TRAIN[:2]
+    assert questions(tmp_path / "clone").rows == TEST
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"task\.name.*cannot be loaded"):
+        training(tmp_path / "empty")
+
+
+def test_a_data_set_of_the_hub_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load_dataset(path: str, **options: Any) -> datasets.DatasetDict:
+        asked.append((path, options))
+        return SPLITS
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("gruppo.data.hub.hub_reachable", lambda: True)
+    assert training("owner/name", options={"name": "main", "revision": "abc"}, columns={"solution": "answer"}) == [
+        {"solution": row["answer"], "prompt": row["prompt"]} for row in TRAIN
+    ]
+    assert asked == [("owner/name", {"split": None, "name": "main", "revision": "abc"})]
+    with pytest.raises(UsageError, match=r"task\.options\.streaming = True"):
+        training("owner/name", options={"streaming": True})
+
+
+def test_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gruppo.data.hub.hub_reachable", lambda: False)
+    with pytest.raises(UsageError, match=r'task\.name = "owner/no-such-name".*cannot be reached'):
+        training("owner/no-such-name")
+
+
+@pytest.mark.parametrize("name", ["./none", "/none/at/all", "a/b/c", "~/none", "none/"])
+def test_a_path_that_leads_nowhere(name: str) -> None:
+    with pytest.raises(UsageError, match="no such file or folder"):
+        training(name)
+
+
+def test_columns_of_bytes_are_left_out_with_a_note(tmp_path: Path) -> None:
+    image = {"bytes": b"\x89PNG", "path": None}
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
+    datasets.Dataset.from_dict({"prompt": ["x"], "image": [image]}, features=features).save_to_disk(tmp_path / "d")
+    reporter = Notes()
+    assert training(tmp_path / "d", reporter) == [{"prompt": "x"}]
+    assert "image" in reporter.notes[0]

@@ -1,0 +1,140 @@
+"""Columns, template, system; and the held-out share, whose rows depend on nothing but their own prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from gruppo.errors import UsageError
+from gruppo.evaluation.sets import evaluate
+from tests.data.load import both_sides, questions, training
+
+QUESTIONS = [{"question": f"What is {n}?", "solution": str(n), "level": n % 3} for n in range(4)]
+
+
+def save(folder: Path, rows: list, name: str = "rows.jsonl") -> Path:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+def test_columns_are_renamed_and_others_stay(tmp_path: Path) -> None:
+    rows = training(save(tmp_path, QUESTIONS), columns={"prompt": "question", "answer": "solution"})
+    assert rows[1] == {"prompt": "What is 1?", "answer": "1", "level": 1}
+
+
+def test_columns_may_change_places_and_hide_others(tmp_path: Path) -> None:
+    path = save(tmp_path, [{"prompt": "a", "answer": "b", "text": "c"}])
+    assert training(path, columns={"prompt": "answer", "answer": "prompt"}) == [
+        {"prompt": "b", "answer": "a", "text": "c"}
+    ]
+    assert training(path, columns={"prompt": "text"}) == [{"prompt": "c", "answer": "b"}]
+
+
+def test_template_and_system(tmp_path: Path) -> None:
+    path = save(tmp_path, QUESTIONS[:1])
+    plain = training(path, template="{question} ({level}) {{x}}")
+    assert plain[0]["prompt"] == "What is 0? (0) {x}"
+    assert plain[0]["question"] == "What is 0?"
+    user = {"role": "user", "content": "What is 0?"}
+    told = training(path, columns={"prompt": "question"}, system="Think.")
+    assert told[0]["prompt"] == [{"role": "system", "content": "Think."}, user]
+    assert training(path, columns={"prompt": "question"}, system="")[0]["prompt"] == [user]
+
+
+def test_system_of_a_conversation(tmp_path: Path) -> None:
+    user, own = {"role": "user", "content": "x"}, {"role": "system", "content": "Mine."}
+    path = save(tmp_path, [{"prompt": [user]}, {"prompt": [own, user]}])
+    given = {"role": "system", "content": "Think."}
+    assert [row["prompt"] for row in training(path, system="Think.")] == [[given, user], [own, user]]
+    assert [row["prompt"] for row in training(path, system="")] == [[user], [own, user]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, ["row 1", "no prompt", 'task.columns = {prompt = "question"}']),
+        ({"columns": {"prompt": "qestion"}}, ["task.columns", 'prompt = "qestion"', 'did you mean "question"']),
+        ({"columns": {"prompt": "level"}}, ["row 1", "prompt = 0", "neither text"]),
+        ({"template": "{questions}?"}, ["task.template", "{questions}", 'did you mean "question"']),
+        ({"template": "no column"}, ["task.template", "no column"]),
+        ({"template": "{question"}, ["task.template", "{{ }}"]),
+        ({"template": "{question} }"}, ["task.template", "{{ }}"]),
+        ({"template": '{"a": {question}}'}, ["task.template", "{{ }}"]),
+        ({"template": "{}"}, ["task.template", "not the name of a column"]),
+    ],
+)
+def test_mistakes_name_the_field_and_the_fix(tmp_path: Path, fields: dict, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        training(save(tmp_path, QUESTIONS), **fields)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_mistakes_of_evaluation_name_its_table(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r'evaluation\.task\.columns = \{prompt = "question"\}'):
+        questions(save(tmp_path, QUESTIONS))
+
+
+def test_a_template_needs_a_value_in_every_row(tmp_path: Path) -> None:
+    path = save(tmp_path, [{"q": "a", "hint": "b"}, {"q": "c", "hint": None}])
+    with pytest.raises(UsageError, match=r"row 2 has nothing in \{hint\}"):
+        training(path, template="{q} {hint}")
+
+
+MANY = [{"prompt": f"Question {n}", "answer": n} for n in range(2000)]
+
+
+def test_held_out_share_divides_the_rows(tmp_path: Path) -> None:
+    train, held = both_sides(save(tmp_path, MANY), held_out=0.2)
+    assert 340 < len(held.rows) < 460, "within three standard deviations of 400"
+    assert sorted([*train.numbers, *held.numbers]) == list(range(2000))
+    assert [MANY[number] for number in held.numbers] == list(held.rows)
+    assert questions(tmp_path / "rows.jsonl", held_out=0.2).rows == held.rows
+
+
+def test_held_out_rows_depend_on_their_own_prompts_alone(tmp_path: Path) -> None:
+    _, held = both_sides(save(tmp_path, MANY), held_out=0.2)
+    shuffled = random.Random(0).sample(MANY, 500)
+    _, fewer = both_sides(save(tmp_path, [{**row, "more": 1} for row in shuffled], "fewer.jsonl"), held_out=0.2)
+    wanted = {row["prompt"] for row in held.rows} & {row["prompt"] for row in shuffled}
+    assert {row["prompt"] for row in fewer.rows} == wanted
+    _, larger = both_sides(tmp_path / "rows.jsonl", held_out=0.3)
+    assert {row["prompt"] for row in held.rows} < {row["prompt"] for row in larger.rows}
+
+
+def test_equal_prompts_stay_on_one_side_and_are_asked_once(tmp_path: Path) -> None:
+    train, held = both_sides(save(tmp_path, MANY[:50] * 3), held_out=0.4)
+    assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in held.rows}
+    assert len(train.rows) == 3 * (50 - len(held.rows))
+    assert len({row["prompt"] for row in held.rows}) == len(held.rows)
+    assert held.numbers == sorted(held.numbers)
+
+
+def test_held_out_share_of_a_generated_task() -> None:
+    train, held = both_sides("arithmetic", held_out=0.25)
+    assert not {str(row["prompt"]) for row in train.rows} & {str(row["prompt"]) for row in held.rows}
+    assert 0.2 < len(held.rows) / (len(held.rows) + len(train.rows)) < 0.3
+
+
+def test_a_side_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"task\.held_out = 0\.001.*none would be held out"):
+        both_sides(save(tmp_path, MANY[:3]), held_out=0.001)
+    with pytest.raises(UsageError, match=r"task\.held_out = 0\.99.*all would be held out"):
+        training(save(tmp_path, MANY[:2]), held_out=0.99)
+
+
+def test_own_test_part_of_a_function_and_of_arithmetic() -> None:
+    assert len(both_sides("arithmetic", options={"held_out": 9})[1].rows) == 9
+    assert len(questions("arithmetic", options={"held_out": 9}).rows) == 9
+    assert both_sides("tests/functions_of_users.py:task")[1].rows == [{"prompt": "a", "answer": "a"}]
+
+
+def test_evaluate_takes_a_table(tiny_folder: str, tmp_path: Path) -> None:
+    task = {"name": str(save(tmp_path, QUESTIONS)), "template": "{level}", "columns": {"answer": "solution"}}
+    outcome = evaluate(tiny_folder, task, max_tokens=2, grader="exact_match", questions=3)
+    assert [prompt.content for prompt in outcome.exam.prompts] == ["0", "1", "2"]
+    with pytest.raises(UsageError, match=r'task\.colums.*"columns"'):
+        evaluate(tiny_folder, {"name": "rows.jsonl", "colums": {}})

@@ -1,0 +1,68 @@
+"""The parts of the native engine."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from gruppo.engines.base import SamplingOptions
+from gruppo.engines.native.engine import _Flight, sample_tokens
+from tests.conftest import make_policy
+
+
+def test_inverse_distribution_function_by_hand() -> None:
+    """Probabilities ½, 0, ¼, ¼: u below ½ is token 0, below ¾ token 2, else token 3; never token 1."""
+    logits = torch.log(torch.tensor([[0.5, 0.0, 0.25, 0.25]], dtype=torch.float64)).repeat(6, 1)
+    uniforms = torch.tensor([0.0, 0.499, 0.5, 0.749, 0.75, 1 - 2**-53], dtype=torch.float64)
+    tokens, logprobs = sample_tokens(logits, uniforms, SamplingOptions(1.0, 1))
+    assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25], dtype=torch.float64))
+
+
+def test_blocks_do_not_show() -> None:
+    """A vocabulary of several blocks, not a multiple of their size: the token is where the plain sum says."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(500, 1000, generator=generator, dtype=torch.float64)
+    uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
+    tokens, logprobs = sample_tokens(logits, uniforms, SamplingOptions(0.8, 1))
+    plain = torch.softmax(logits / 0.8, -1)
+    expected = (plain.cumsum(-1) <= uniforms[:, None]).sum(-1)
+    assert tokens.tolist() == expected.tolist()
+    torch.testing.assert_close(logprobs, plain.gather(-1, tokens[:, None]).squeeze(-1).log(), rtol=0, atol=1e-12)
+
+
+def test_token_of_probability_zero_is_never_drawn() -> None:
+    logits = torch.full((2, 700), -torch.inf)
+    logits[:, 300] = 0.0
+    tokens, logprobs = sample_tokens(
+        logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), SamplingOptions(1.0, 1)
+    )
+    assert tokens.tolist() == [300, 300]
+    assert logprobs.tolist() == [0.0, 0.0]
+
+
+def test_greedy_takes_the_likeliest_at_temperature_one() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    tokens, logprobs = sample_tokens(logits, torch.tensor([0.9]), SamplingOptions(0.0, 1))
+    assert tokens.tolist() == [1]
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1)[:, 1])
+
+
+def test_stop_text_of_characters_that_are_several_tokens() -> None:
+    """A byte-level tokenizer shows half a character as a mark of its own, which the next token takes back."""
+    marks = {b"\xe5": 1, b"\xae": 2, b"\x8c": 3, b"a": 4}
+
+    class Bytes:
+        def decode(self, ids: list[int], **_: object) -> str:
+            letters = {number: letter for letter, number in marks.items()}
+            return b"".join(letters[each] for each in ids).decode("utf-8", "replace")
+
+    policy = replace(make_policy(), tokenizer=Bytes())
+    options = SamplingOptions(1.0, 5, stop=("a\u5b8c",))
+    flight = _Flight(policy, 1, 1, 1, options)
+    flight.tokens[0] = [4, 4, 1, 2, 3]
+    found = {}
+    for length in range(1, 6):
+        flight.length[0] = length
+        found[length] = flight._find_stops(np.arange(1))
+    assert found == {1: {}, 2: {}, 3: {}, 4: {}, 5: {0: 1}}

@@ -1,0 +1,330 @@
+"""Reward models: what they read, what they learn, how they are measured, and that transformers loads them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    CohereConfig,
+    LlamaForSequenceClassification,
+    OPTConfig,
+)
+
+from gruppo.config.recipe import RewardModel
+from gruppo.errors import UsageError
+from gruppo.models.policy import find_model
+from gruppo.models.reward_model import (
+    Sample,
+    check_kind,
+    divided,
+    label_batches,
+    load_reward_model,
+    minibatches,
+    probabilities,
+    quality,
+    replayed,
+    save_reward_model,
+    with_scores,
+)
+from gruppo.models.value_head import ScalarModel
+from gruppo.training.oom_retry import Sizes
+from gruppo.training.reward_model import Judge, fit
+from gruppo.types import Completion, Prompt, Reward, Steps
+from gruppo.utils.progress import Silent
+from gruppo.utils.signals import Stop
+from gruppo.utils.stats import auc, calibration_error
+from tests.conftest import make_policy
+
+CPU = torch.device("cpu")
+
+
+def scalar(kind: str, seed: int = 3, dtype: torch.dtype = torch.float64) -> ScalarModel:
+    made = ScalarModel.on(make_policy(dtype, seed=seed), bias=kind == "process")
+    torch.manual_seed(seed)
+    for each in made.head.parameters():
+        torch.nn.init.normal_(each)
+    return made
+
+
+def completion(ids: list[int], text: str = "") -> Completion:
+    return Completion(tuple(ids), (0.0,) * len(ids), (True,) * len(ids), "stop", 0, text or str(ids))
+
+
+def random_samples(kind: str, prompts: int = 4, size: int = 3, seed: int = 0) -> list[Sample]:
+    source, made = random.Random(seed), []
+    for number in range(prompts):
+        asked = Prompt(
+            f"t/{number}", "q", tuple(source.randrange(1, 48) for _ in range(source.randrange(2, 7))), "t", {}
+        )
+        for _ in range(size):
+            ids = [source.randrange(1, 48) for _ in range(source.randrange(2, 9))]
+            ends = (len(ids) - 1,) if kind == "outcome" else tuple(sorted({0, len(ids) // 2, len(ids) - 1}))
+            labels = tuple(source.choice([0.0, 0.5, 1.0]) for _ in ends)
+            made.append(Sample(asked, completion(ids), source.random() < 0.5, Steps(labels, ends)))
+    source.shuffle(made)
+    return made
+
+
+def plain_scores(model: ScalarModel, sample: Sample) -> torch.Tensor:
+    """At the ends of a sample, by transformers' forward of its sequence alone."""
+    ids = torch.tensor([[*sample.prompt.token_ids, *sample.completion.token_ids]])
+    hidden = model.policy.model.get_decoder()(input_ids=ids).last_hidden_state[0]
+    places = [len(sample.prompt.token_ids) + end for end in sample.labels.ends]
+    return model.head(hidden[places])[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["outcome", "process"])
+@pytest.mark.parametrize("budget", [10**9, 20])
+def test_all_ends_are_read_where_transformers_reads_them(kind: str, budget: int) -> None:
+    model, samples = scalar(kind), random_samples(kind)
+    made = probabilities(model, samples, budget, CPU)
+    for sample, own in zip(samples, made, strict=True):
+        with torch.no_grad():
+            assert own == pytest.approx(torch.sigmoid(plain_scores(model, sample)).tolist(), abs=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["outcome", "process"])
+@pytest.mark.parametrize("budget", [10**9, 20])
+def test_loss_and_gradient_are_those_of_binary_cross_entropy(kind: str, budget: int) -> None:
+    """-mean over labels of y log σ(s) + (1 - y) log(1 - σ(s)), hard and soft labels."""
+    model, samples = scalar(kind), random_samples(kind)
+    scores = torch.cat([plain_scores(model, sample) for sample in samples])
+    labels = torch.tensor([each for sample in samples for each in sample.labels.rewards], dtype=torch.float64)
+    made = torch.sigmoid(scores)
+    expected = -(labels * made.log() + (1 - labels) * (1 - made).log()).mean()
+    expected.backward()
+    wanted = {name: each.grad.clone() for name, each in model.module.named_parameters() if each.grad is not None}
+    model.module.zero_grad(set_to_none=True)
+    batches, loss_of = label_batches(model, samples, budget)
+    assert (len(batches) == 1) == (budget > 20)
+    total = 0.0
+    for batch in batches:
+        loss = loss_of(batch)
+        loss.backward()
+        total += float(loss.detach())
+    assert total == pytest.approx(float(expected.detach()), abs=1e-10)
+    for name, each in model.module.named_parameters():
+        torch.testing.assert_close(each.grad, wanted[name], atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["outcome", "process"])
+def test_what_is_saved_is_loaded_by_transformers_and_by_gruppo(kind: str, tmp_path: Path) -> None:
+    """In a padded batch, where completions end with the token that pads in the language model."""
+    model, samples = scalar(kind, dtype=torch.float32), random_samples(kind, prompts=3, size=2)
+    samples = [
+        Sample(each.prompt, completion([*each.completion.token_ids, 0]), each.right, each.labels) for each in samples
+    ]
+    if kind == "outcome":
+        last = [Steps(each.labels.rewards, (len(each.completion.token_ids) - 1,)) for each in samples]
+        samples = [Sample(s.prompt, s.completion, s.right, own) for s, own in zip(samples, last, strict=True)]
+    model.policy.tokenizer.unk_token = "?"  # the only token set apart that ends no turn
+    save_reward_model(model, kind, tmp_path / "model")
+    auto = AutoModelForSequenceClassification if kind == "outcome" else AutoModelForTokenClassification
+    loaded, report = auto.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    rows = [[*each.prompt.token_ids, *each.completion.token_ids] for each in samples]
+    longest, pad = max(map(len, rows)), loaded.config.pad_token_id
+    assert pad not in (0, None)
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        logits = loaded.eval()(input_ids=ids, attention_mask=mask).logits
+    made = probabilities(model, samples, 10**9, CPU)
+    for row, sample, own in zip(logits, samples, made, strict=True):
+        at = row[0] if kind == "outcome" else row[[len(sample.prompt.token_ids) + e for e in sample.labels.ends], 0]
+        assert list(own) == pytest.approx(torch.sigmoid(at).reshape(-1).tolist(), abs=1e-5)
+    again = load_reward_model(find_model(str(tmp_path / "model")), kind, "cpu", "float32")
+    assert probabilities(again, samples, 10**9, CPU) == made
+    other = "process" if kind == "outcome" else "outcome"
+    with pytest.raises(UsageError, match=r"reward_model\.kind = "):
+        load_reward_model(find_model(str(tmp_path / "model")), other, "cpu", "float32")
+
+
+def test_an_architecture_without_such_a_classifier_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"reward_model\.name: architecture 'cohere'"):
+        check_kind(CohereConfig(), "process")
+    with pytest.raises(UsageError, match=r"reward_model\.name: architecture 'opt'"):
+        check_kind(OPTConfig(), "outcome")
+
+
+def test_a_classifier_of_several_labels_is_refused_and_one_in_parts_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = make_policy().model.config
+    config.num_labels = 2
+    two = LlamaForSequenceClassification(config)
+    two.save_pretrained(tmp_path / "two")
+    make_policy().tokenizer.save_pretrained(tmp_path / "two")
+    with pytest.raises(UsageError, match="has 2 labels"):
+        load_reward_model(find_model(str(tmp_path / "two")), "outcome", "cpu", "float32")
+    config.num_labels = 1
+    one = LlamaForSequenceClassification(config)
+    one.save_pretrained(tmp_path / "one", max_shard_size="20KB")
+    make_policy().tokenizer.save_pretrained(tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 1
+    loaded = load_reward_model(find_model(str(tmp_path / "one")), "outcome", "cpu", "float32")
+    assert (loaded.head.weight == one.score.weight).all()
+    assert loaded.head.bias is None
+
+
+def test_an_update_without_a_label_is_not_made() -> None:
+    model = scalar("process")
+    before = [each.clone() for each in model.module.parameters()]
+    optimizer = torch.optim.AdamW(model.module.parameters(), lr=0.1)
+    judge = Judge(model, optimizer, RewardModel(kind="process"), model.policy.tokenizer, Sizes(10**9, 1), 1.0)
+    blank = [Sample(each.prompt, each.completion, True, Steps((), ())) for each in random_samples("process")]
+    assert fit(judge, blank, 1, lambda *_: None, Silent(), Stop()).reduce() == {}
+    assert all((own == each).all() for own, each in zip(before, model.module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["outcome", "process"])
+def test_learns_to_tell_right_from_wrong(kind: str) -> None:
+    """What is right holds token 5: a process model is to know from there on, and not before."""
+    source, samples = random.Random(1), []
+    for number in range(240):
+        ids = [source.randrange(6, 48) for _ in range(6)]
+        place = source.randrange(6) if number % 2 else None
+        if place is not None:
+            ids[place] = 5
+        seen = [float(place is not None and place <= end) for end in range(6)]
+        labels = Steps((seen[-1],), (5,)) if kind == "outcome" else Steps(tuple(seen), tuple(range(6)))
+        samples.append(
+            Sample(
+                Prompt(f"t/{number}", "q", (1, 2, number % 40 + 3), "t", {}), completion(ids), place is not None, labels
+            )
+        )
+    training, held = samples[:180], samples[180:]
+    settings = RewardModel(kind=kind, epochs=15, batch_size=12, learning_rate=5e-3)
+    model = ScalarModel.on(make_policy(initializer_range=0.1), bias=kind == "process")
+    optimizer = torch.optim.AdamW(model.module.parameters(), weight_decay=0.0)
+    judge = Judge(model, optimizer, settings, model.policy.tokenizer, Sizes(10**9, 1), 1.0)
+    before = quality(held, probabilities(model, held, 10**9, CPU))
+    assert before["auc"] == 0.5, "a new head tells nothing"
+    metrics = fit(judge, training, 1, lambda *_: None, Silent(), Stop()).reduce()
+    after = quality(held, probabilities(model, held, 10**9, CPU))
+    assert metrics["reward_model/loss"] < np.log(2)
+    assert after["accuracy"] > 0.9
+    assert after["auc"] > 0.95
+    assert after["calibration_error"] < 0.2
+
+
+# Figures.
+
+
+def sample(prompt: str, right: bool, text: str, labels: tuple[float, ...]) -> Sample:
+    own = completion(list(range(1, len(labels) + 1)), text)
+    return Sample(Prompt(prompt, "q", (1,), "t", {}), own, right, Steps(labels, tuple(range(len(labels)))))
+
+
+def test_figures_of_hand_worked_questions() -> None:
+    """Two questions of three completions: the model is best at the first, the vote at the second."""
+    samples = [
+        sample("a", True, "It is 4.", (1.0,)),
+        sample("a", False, "It is 5.", (0.0,)),
+        sample("a", False, "5", (0.0,)),
+        sample("b", True, "7", (1.0,)),
+        sample("b", True, "= 7.0", (1.0,)),
+        sample("b", False, "8", (0.0,)),
+    ]
+    figures = quality(samples, [(0.9,), (0.2,), (0.4,), (0.3,), (0.1,), (0.6,)])
+    assert figures["labels"] == 6
+    assert figures["positives"] == 3
+    assert figures["accuracy"] == pytest.approx(3 / 6)
+    assert figures["auc"] == pytest.approx((3 + 1 + 0) / 9)  # 0.9 above all three, 0.3 above one, 0.1 above none
+    assert figures["mean"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert figures["best_of_n"] == pytest.approx((1 + 0) / 2)
+    assert figures["majority_vote"] == pytest.approx((0 + 1) / 2)
+    assert figures["any_right"] == 1.0
+
+
+def test_a_process_models_best_is_that_of_the_highest_least_step_and_ties_are_shared() -> None:
+    samples = [sample("a", True, "1", (1.0, 1.0)), sample("a", False, "2", (1.0, 0.0)), sample("a", False, "3", (0.0,))]
+    figures = quality(samples, [(0.5, 0.6), (0.9, 0.1), (0.5,)])
+    assert figures["best_of_n"] == pytest.approx(1 / 2)  # 0.5 and 0.5 are the highest
+    assert figures["majority_vote"] == pytest.approx(1 / 3)  # three answers of one vote each
+
+
+def test_figures_of_nothing_are_none() -> None:
+    assert quality([], []) == {"labels": 0.0, "positives": 0.0}
+    one = quality([sample("a", True, "1", (1.0,))], [(0.7,)])
+    assert one["auc"] is None
+    assert "best_of_n" not in one
+
+
+def test_auc_and_calibration_of_hand_worked_numbers() -> None:
+    assert auc(np.array([0.1, 0.5, 0.5, 0.9]), np.array([False, True, False, True])) == pytest.approx((1.5 + 2) / 4)
+    assert auc(np.array([0.1, 0.2]), np.array([True, True])) is None
+    # bins 0.0-0.1: mean p 0.05, mean y 0.5; 0.9-1.0: mean p 1.0, mean y 1.0
+    made = calibration_error(np.array([0.04, 0.06, 1.0, 1.0]), np.array([0.0, 1.0, 1.0, 1.0]))
+    assert made == pytest.approx(0.5 * 0.45)
+    with pytest.raises(ValueError, match="empty"):
+        calibration_error(np.array([]), np.array([]))
+
+
+# What is trained on.
+
+
+def test_minibatches_hold_every_sample_once_an_epoch_and_prompts_together() -> None:
+    samples, settings = random_samples("outcome", prompts=7, size=3), RewardModel(epochs=2, batch_size=6)
+    made = list(minibatches(samples, settings, 1))
+    assert [len(each) for each in made] == [6, 6, 6, 3] * 2
+    for epoch in (made[:4], made[4:]):
+        assert sorted(id(sample) for row in epoch for sample in row) == sorted(map(id, samples))
+    assert all(len({each.prompt.id for each in row}) == 2 for row in made[:3])
+    assert [id(each) for row in made[:4] for each in row] != [id(each) for row in made[4:] for each in row]
+    again = list(minibatches(samples, settings, 1))
+    assert made == again
+    assert made != list(minibatches(samples, settings, 2))
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 10), (0.5, 90), (0.0, 0)])
+def test_history_is_its_share_of_the_training_set(share: float, count: int) -> None:
+    history = random_samples("outcome", prompts=100, size=2)
+    again = replayed(history, 90, RewardModel(history=share), 2)
+    assert len(again) == count
+    assert count / (count + 90) == pytest.approx(share)
+    assert len({id(each) for each in again}) == count, "none twice"
+    assert again == replayed(history, 90, RewardModel(history=share), 2)
+    if count:
+        assert again != replayed(history, 90, RewardModel(history=share), 3)
+        assert again != replayed(history, 90, RewardModel(history=share, seed=1), 2)
+
+
+def test_history_is_of_the_latest_within_its_capacity() -> None:
+    history = random_samples("outcome", prompts=100, size=2)
+    again = replayed(history, 90, RewardModel(history=0.5, history_capacity=20), 2)
+    assert again == history[-20:]
+    assert replayed(history, 90, RewardModel(history=0.5, history_capacity=0), 2) == []
+
+
+def test_a_question_is_held_out_in_every_round_or_in_none() -> None:
+    samples = random_samples("outcome", prompts=200, size=2)
+    training, held = divided(samples, 0.25, 0)
+    assert len(training) + len(held) == 400
+    assert 60 < len(held) < 140
+    assert not {each.prompt.id for each in training} & {each.prompt.id for each in held}
+    again, _ = divided(list(reversed(samples)), 0.25, 0)
+    assert {each.prompt.id for each in again} == {each.prompt.id for each in training}
+    assert divided(samples, 0.0, 0) == (samples, [])
+
+
+# Its part of a reward.
+
+
+def test_scores_join_the_reward() -> None:
+    rule = Reward(1.0, {"rule": 1.0})
+    made = with_scores(rule, "outcome", (3,), (0.25,), 2.0)
+    assert made.total == 1.5
+    assert made.parts == {"rule": 1.0, "reward_model": 0.25}
+    steps = with_scores(rule, "process", (1, 3), (0.25, 0.5), 2.0)
+    assert steps.total == 1.0
+    assert steps.steps == {"reward_model": Steps((0.25, 0.5), (1, 3))}
+    assert with_scores(Reward(None, {"rule": None}), "outcome", (3,), (0.25,), 2.0).total == 0.5
+    failed = Reward(None, {"rule": None}, "rule: broken")
+    assert with_scores(failed, "outcome", (3,), (0.25,), 1.0) is failed

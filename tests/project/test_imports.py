@@ -1,0 +1,100 @@
+"""The import rule: packages import downward only, modules never in a circle, and heavy libraries only where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+# A package imports from itself and from what stands before its arrow.
+RULE = (
+    "errors, types -> utils, config -> runs, data, algorithms -> models -> engines, rewards -> rollout -> evaluation "
+    "-> training -> preflight -> cli"
+)
+RANK = {name: rank for rank, names in enumerate(RULE.split(" -> ")) for name in names.split(", ")}
+PACKAGE = Path("gruppo")
+MODULES = {
+    ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(path: Path, deferred: bool = True) -> set[str]:
+    """Modules that a file imports; `deferred`: also inside functions and for type checking."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if deferred else iter(tree.body)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+def package(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_two_loose_modules() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "types.py", "errors.py"}
+    assert {package(module) for module in MODULES} - {""} == set(RANK)
+
+
+def test_packages_import_downward_only() -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in MODULES.items()
+        for name in imports(path)
+        if package(module) and package(name) and name.startswith("gruppo.") and name in MODULES
+        if package(name) != package(module) and RANK[package(name)] >= RANK[package(module)]
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {
+        module: {name for name in imports(path, deferred=False) if name in MODULES} for module, path in MODULES.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_algorithms_import_tensors_and_settings_only() -> None:
+    for path in (PACKAGE / "algorithms").glob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "jaxtyping", "gruppo"}, path
+
+
+def loaded_by(code: str) -> set[str]:
+    report = f"{code}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import gruppo.cli.main",
+        "from gruppo import load_recipe",
+        "import gruppo.config.schema",
+        "from gruppo import train, export, load_result, Callback",
+        "import gruppo.runs, pkgutil, importlib\n"
+        "for each in pkgutil.iter_modules(gruppo.runs.__path__): importlib.import_module('gruppo.runs.' + each.name)",
+    ],
+)
+def test_torch_is_not_loaded_before_it_computes(code: str) -> None:
+    assert not {"torch", "transformers"} & loaded_by(code)
+
+
+def test_reward_processes_need_no_torch() -> None:
+    modules = "import gruppo.rollout.workers.reward_main, gruppo.rewards.answers, gruppo.rewards.format"
+    modules += ", gruppo.rewards.length, gruppo.rollout.environments.worker_main"
+    modules += ", gruppo.rollout.environments.guess_number"
+    assert not {"torch", "transformers", "sympy"} & loaded_by(modules)
+    used = 'from gruppo.rewards.grading.graders import same_mathematics; same_mathematics("1", "1")'
+    assert not {"torch", "transformers"} & loaded_by(used)

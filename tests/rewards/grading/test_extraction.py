@@ -1,0 +1,75 @@
+"""Where a text names its answer."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from gruppo.rewards.grading.extraction import boxes, decisions, last_box, own_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        ("The answer is 5.", ["answer is"]),
+        ("\\boxed{5}", ["boxed"]),
+        ("The answer is \\boxed{5}.", ["answer is", "boxed"]),
+        ("#### 5", ["####"]),
+        ("#### 2. Compute", []),
+        ("<answer>5</answer>", ["tags"]),
+        ("Answer: 5", ["label"]),
+        ("We check our answer: 5", []),
+        ("The answer is not 5.", []),
+        ("答案是5", ["answer is"]),
+        ("答：5", ["label"]),
+        ("5", []),
+        ("\\boxed{5", []),
+        ("\\boxed{}", []),
+    ],
+)
+def test_decisions(text: str, rules: list[str]) -> None:
+    assert [each.rule for each in decisions(text)] == rules
+
+
+def test_boxes_have_balanced_braces() -> None:
+    assert [box.content for box in boxes("\\boxed{\\frac{1}{2}} \\fbox{\\{1\\}} \\boxed 5 \\boxed{x")] == [
+        "\\frac{1}{2}",
+        "\\{1\\}",
+        "5",
+    ]
+
+
+def test_boxes_that_belong_together_are_one_list() -> None:
+    assert last_box("$x = \\boxed{-2}$ and $x = \\boxed{1}$") == (5, "-2, 1")
+    found = last_box("\\boxed{3} is wrong. So \\boxed{4}")
+    assert found is not None
+    assert found[1] == "4"
+    assert last_box("none") is None
+
+
+def test_own_answer_ends_where_the_next_question_begins() -> None:
+    assert own_answer("\\boxed{5}\n\nQuestion: 2 + 2?\nAnswer: 4") == "\\boxed{5}\n"
+    assert own_answer("答案是5\n\n问题：二") == "答案是5\n"
+    asked = "Let me restate.\nQuestion: 2 + 2?\nThe answer is 4."
+    assert own_answer(asked) == asked  # nothing was answered before it
+
+
+def test_thoughts_are_no_answer() -> None:
+    assert own_answer("<think>\\boxed{3}</think>\\boxed{4}") == "\\boxed{4}"
+    assert own_answer("<think>\\boxed{3}</think>") == "<think>\\boxed{3}</think>"
+
+
+@pytest.mark.parametrize(
+    "part", ["\\boxed{", "the answer is ", "####", "$", "A, ", "1,234 ", "Answer: ", "(", "{", "9"]
+)
+def test_long_texts_take_no_time_to_speak_of(part: str) -> None:
+    """Every rule reads a text in a time that grows about as its length does."""
+    from gruppo.rewards.grading.choices import choice_of
+    from gruppo.rewards.grading.numbers import answered_number
+
+    text = part * (12_000 // len(part))
+    begun = time.process_time()
+    answered_number(text)
+    choice_of(text, ["1", "2"], "AB")
+    assert time.process_time() - begun < 10

@@ -1,0 +1,129 @@
+"""Reading numbers, by a list of texts that was checked by hand."""
+
+import random
+from fractions import Fraction
+
+import pytest
+
+from gruppo.errors import UsageError
+from gruppo.rewards.grading.graders import find_grader, last_number, same_mathematics, same_number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("5 + 3 = 8.", 8),
+        ("-3", -3),
+        ("it is −3", -3),
+        ("5-3", 3),
+        ("20 - 12", 12),
+        ("(4)-2", 2),
+        ("7 - 12 = -5", -5),
+        ("answer: -5.", -5),
+        ("1,234", 1234),
+        ("1,2", 2),
+        ("$1,234,567.89!", Fraction(123456789, 100)),
+        ("3.0 apples", 3),
+        ("2.", 2),
+        (".5", Fraction(1, 2)),
+        ("x=-.5", Fraction(-1, 2)),
+        ("3/4", Fraction(3, 4)),
+        ("**12**", 12),
+        ("\\boxed{7}", 7),
+        ("first 1, then 2", 2),
+        ("The answer is 3/4.", Fraction(3, 4)),
+        ("= 1/2.\n", Fraction(1, 2)),
+        ("on 1/2/2024", 2024),
+        ("2024/01/02", 2),
+        ("-7/2 of it", Fraction(-7, 2)),
+        ("1.5/2", 2),
+    ],
+)
+def test_last_number(text: str, number: Fraction) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "none", "1/0", "-", ".", "١٢"])
+def test_no_number(text: str) -> None:
+    assert last_number(text) is None
+
+
+def test_any_text_is_read_without_an_error() -> None:
+    source = random.Random(0)
+    for _ in range(20_000):
+        last_number("".join(source.choices("12/.,- 0+)", k=source.randrange(12))))
+    assert last_number("9" * 5000) is None
+
+
+def test_same_number_is_exact() -> None:
+    assert same_number("it is 0.50", "1/2")
+    assert not same_number("0.3333333333333333", "1/3")
+    assert not same_number("no idea", "0")
+    assert same_number("100000000000000000001", 100000000000000000001)
+
+
+def test_answer_without_number_is_refused() -> None:
+    with pytest.raises(UsageError, match="holds no number"):
+        same_number("3", "three")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "equal"),
+    [
+        ("is \\boxed{\\frac{2}{4}}", "\\frac{1}{2}", True),
+        ("The answer is 0.5, not 3.", "$\\frac12$", True),
+        ("\\boxed{1} and then 2", "1", True),
+        ("\\boxed{1} then \\boxed{2}", "1", False),
+        ("50%", "\\frac12", True),
+        ("\\boxed{\\sqrt{8}}", "2\\sqrt2", True),
+        ("\\boxed{2, 1}", "\\{1, 2\\}", True),
+        ("$x = 3$", "3", True),
+        ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}", True),
+        ("\\boxed{32500}", "\\$32,500", True),
+        ("0.00001", 1e-05, True),
+        ("-3", "3", False),
+        ("3.14", "\\pi", False),
+        ("", "1", False),
+        ("\\boxed{\\frac{}", "1", False),
+        ("4", "He has 5.\n#### 4", True),
+        ("1", "", None),
+        ("1", "\\frac{", None),
+    ],
+)
+def test_same_mathematics(text: str, answer: object, equal: bool | None) -> None:
+    assert same_mathematics(text, answer) is equal
+
+
+def test_mathematics_that_takes_too_long() -> None:
+    """For a reward it is a failure; for a grader, an answer that was not shown to be right."""
+    with pytest.raises(TimeoutError, match="in 2 s"):
+        same_mathematics("\\boxed{9^{9^9}}", "42")
+    assert not find_grader("math")("\\boxed{9^{9^9}}", {"answer": "42"})
+
+
+def test_math_grader() -> None:
+    assert find_grader("math")("\\boxed{0.5}", {"answer": "\\frac12"})
+    assert find_grader("math")("\\boxed{0.5}", {"solution": "so \\boxed{\\frac12}"})
+    with pytest.raises(UsageError, match="cannot be read as mathematics"):
+        find_grader("math")("4", {"answer": ""})
+    with pytest.raises(UsageError, match="no answer"):
+        find_grader("math")("4", {})
+
+
+def test_graders() -> None:
+    assert find_grader("number")("so 4", {"answer": 4})
+    assert find_grader("exact_match")(" four\n", {"answer": "four"})
+    assert not find_grader("exact_match")("so four", {"answer": "four"})
+    with pytest.raises(UsageError, match="no answer"):
+        find_grader("number")("4", {"solution": 4})
+    with pytest.raises(UsageError, match='"number"'):
+        find_grader("numbr")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("<answer>4</answer>", "4"), ("<think>is it 3</think>\n<answer>4</answer>", "4"), ("it is 1e5", "1e5"),
+     ("<answer>3</answer> or <answer>\\frac{1}{2}</answer>", "0.5")],
+)  # fmt: skip
+def test_mathematics_in_answer_tags_and_with_exponents(text: str, answer: str) -> None:
+    assert same_mathematics(text, answer) is True

@@ -1,0 +1,95 @@
+"""Grades with their reasons, and what other rules say."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from gruppo.errors import UsageError
+from gruppo.rewards.grading.graders import GRADERS
+from gruppo.rewards.grading.verdicts import LONGEST, verdicts
+
+
+def test_a_verdict_says_what_was_found_and_how() -> None:
+    verdict = verdicts("So 18. The answer is 20 dollars.", {"answer": "20"}, "number")
+    assert (verdict.correct, verdict.rule) == (True, "answer is")
+    assert verdict.extracted == "20 dollars."
+    assert verdict.others == {"answer is": True, "last number": True, "last plain number": True}
+    assert not verdict.disputed
+
+
+def test_rules_that_differ_are_seen() -> None:
+    verdict = verdicts("\\boxed{18}, for the 7 days of a week.", {"answer": "18"}, "number")
+    assert verdict.correct
+    assert verdict.others == {"boxed": True, "last number": False, "last plain number": False}
+    assert verdict.disputed
+    changed = verdicts("\\boxed{18}. No, the answer is 20.", {"answer": "18"}, "number")
+    assert not changed.correct
+    assert changed.others["boxed"]
+
+
+def test_mathematics() -> None:
+    verdict = verdicts("$x = \\frac{1}{2}$", {"answer": "0.5"}, "math")
+    assert (verdict.correct, verdict.extracted, verdict.rule) == (True, None, "whole text")
+    assert verdict.others["math-verify"]
+    boxed = verdicts("$\\boxed{\\{2,1\\}}$", {"solution": "so \\boxed{\\{1,2\\}}"}, "math")
+    assert boxed.others == {"boxed": True}
+
+
+def test_science_says_what_one_percent_would() -> None:
+    verdict = verdicts("$\\boxed{1.61}$ cm", {"answer": "1.6"}, "ocw")
+    assert not verdict.correct
+    assert verdict.others["within 1 %"]
+    assert verdict.disputed
+
+
+def test_choices() -> None:
+    columns = {"answer": "B", "choices": ["4", "5"]}
+    verdict = verdicts("The answer is 5, not (A).", columns, "choice")
+    assert (verdict.correct, verdict.extracted) == (True, "B")
+    assert not verdict.others["last bracketed letter"]
+    assert verdicts("", columns, "choice").rule == "none"
+
+
+def test_other_graders() -> None:
+    assert verdicts(" four ", {"answer": "four"}, "exact_match").extracted == "four"
+    own = verdicts("x", {}, "tests.rewards.grading.test_verdicts:always")
+    assert (own.correct, own.extracted, own.others) == (True, None, {})
+    with pytest.raises(UsageError, match="no answer"):
+        verdicts("4", {}, "number")
+
+
+def always(text: str, columns: object) -> bool:
+    return True
+
+
+def test_an_extract_is_short() -> None:
+    verdict = verdicts("The answer is 5" + " and so on" * 100, {"answer": "5"}, "number")
+    assert verdict.extracted is not None
+    assert len(verdict.extracted) <= LONGEST
+
+
+@pytest.mark.parametrize(
+    ("grader", "answer"),
+    [("number", ""), ("number", "…"), ("number", None), ("choice", ""), ("choice", "…"), ("math", ""), ("ocw", "")],
+)
+def test_a_reference_that_cannot_be_read_is_told(grader: str, answer: object) -> None:
+    with pytest.raises(UsageError, match="answer = "):
+        GRADERS[grader]("4", {"answer": answer})
+
+
+def test_mathematics_in_a_thread_is_told() -> None:
+    """math-verify works by signals, which a thread cannot have; nothing may be graded wrong in silence for it."""
+    caught: list[BaseException] = []
+
+    def grade() -> None:
+        try:
+            GRADERS["math"]("\\boxed{(x+1)^2 - 3}", {"answer": "x^2+2x-2"})
+        except RuntimeError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=grade)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(caught[0])

@@ -1,0 +1,141 @@
+"""Users' classes in processes of their own: what they may do, and what happens when they hang, die or lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from gruppo.config.recipe import Environment
+from gruppo.errors import UsageError
+from gruppo.rollout.environments.client import Answer, Hosted, Play, Sandboxes, open_environments
+from gruppo.utils.progress import Silent
+from tests.rollout.environments.test_protocol import FakePool
+
+WORLDS = "tests/rollout/environments/worlds.py"
+
+
+def nothing() -> None:
+    pass
+
+
+def hosted(name: str, **fields: object) -> Hosted:
+    settings = Environment(name=f"{WORLDS}:{name}", **{"workers": 1, **fields})  # type: ignore[arg-type]
+    return Hosted(settings, [], None, Silent())
+
+
+def plays(*rows: dict, seed: int = 1) -> list[Play]:
+    return [Play(number, row, seed) for number, row in enumerate(rows)]
+
+
+def say(environments: Hosted, played: list[Play], *texts: str) -> list[Answer]:
+    for play, text in zip(played, texts, strict=True):
+        play.texts.append(text)
+    return environments.answer(played, nothing)
+
+
+@pytest.fixture(scope="module")
+def letters() -> Iterator[Hosted]:
+    made = hosted("Letters", options={"rounds": 2})
+    yield made
+    made.close()
+
+
+def test_objects_of_ours_keep_their_state_apart(letters: Hosted) -> None:
+    two = plays({}, {})
+    assert (letters.stop, letters.schemas, letters.gives_reward) == (("?", "="), [], True)
+    assert letters.answer(two, nothing) == [Answer(), Answer()]
+    assert say(letters, two, "ab", "xy") == [Answer(("+",)), Answer(("+",))]
+    assert say(letters, two, "z", "c") == [Answer(("--",), done=True)] * 2
+    assert [each.reward for each in letters.end(two, nothing)] == [2 / 3, 1 / 3]
+
+
+def test_a_lost_process_is_made_up_for(letters: Hosted) -> None:
+    """Its objects are made again by what they were given; nothing of the answers changes."""
+    (play,) = plays({})
+    letters.answer([play], nothing)
+    say(letters, [play], "ab")
+    letters._workers[0].process.kill()
+    letters._workers[0].process.wait()
+    assert say(letters, [play], "z") == [Answer(("--",), done=True)]
+    letters._workers[0].kill()
+    letters._replace(letters._workers[0])
+    assert [each.reward for each in letters.end([play], nothing)] == [2 / 3]
+
+
+def test_python_s_own_random_numbers_depend_on_seed_and_turn_alone() -> None:
+    made = []
+    for count in (1, 3):
+        environments = hosted("Random")
+        played = [*plays({}, seed=7), *(Play(number, {}, 8) for number in range(1, count))]
+        environments.answer(played, nothing)
+        first = say(environments, played, *["x"] * count)[0]
+        environments._places.clear()  # as if another process had it
+        made.append((first, say(environments, played, *["y"] * count)[0], environments.end(played[:1], nothing)[0]))
+        environments.close()
+    assert made[0] == made[1]
+    assert made[0][2].reward is not None
+
+
+@pytest.mark.parametrize("limit", [1.0])
+def test_what_fails_fails_alone(limit: float) -> None:
+    whats = [
+        "hang in reset", "die in reset", "raise in reset", "hang in step", "die in step", "raise in step", "no turn",
+        "no text", "hang in get_reward", "die in get_reward", "raise in get_reward", "nan", "text", "none", "well",
+    ]  # fmt: skip
+    environments = hosted("Fails", seconds=limit)
+    played = plays(*({"what": what} for what in whats))
+    told: dict[str, str | None] = {}
+    alive, ends = played, []
+    for ask in ("reset", "step", "end"):
+        if ask == "step":
+            answers = say(environments, alive, *["x"] * len(alive))
+        else:
+            answers = (environments.end if ask == "end" else environments.answer)(alive, nothing)
+        told |= {play.row["what"]: each.failure for play, each in zip(alive, answers, strict=True) if each.failure}
+        ends = [each.reward for each in answers if not each.failure]
+        alive = [play for play, each in zip(alive, answers, strict=True) if not each.failure]
+    environments.close()
+    assert [play.row["what"] for play in alive] == ["none", "well"]
+    assert ends == [None, 1.0]
+    for what, why in told.items():
+        expected = {"hang": "environment.seconds", "die ": "process died", "rais": "is broken"}
+        assert expected.get(what[:4], "") in str(why)
+    assert "not a Turn" in str(told["no turn"])
+    assert "not text" in str(told["no text"])
+    assert "get_reward returned nan" in str(told["nan"])
+
+
+def test_long_observations_are_cut_with_a_note() -> None:
+    environments = hosted("Greets", output=3)
+    (play,) = plays({})
+    environments._places.clear()
+    assert environments._cut("abcdef") == "abc… (3 more characters)"
+    assert environments.answer([play], nothing) == [Answer(("b",))]
+    environments.close()
+
+
+def test_classes_are_refused_before_any_work() -> None:
+    with pytest.raises(UsageError, match="neither step"):
+        hosted("NoTools")
+    with pytest.raises(UsageError, match="cannot be imported"):
+        hosted("worlds_that_are_not_there.py:X")
+
+
+def test_blocks_of_python_go_to_sandboxes() -> None:
+    pool = FakePool()
+    environments = Sandboxes(pool, 2)
+    played = plays({}, {}, {})
+    assert environments.answer(played, nothing) == [Answer()] * 3
+    block = "```python\nx\n```\n"
+    answers = say(environments, played, block, "no code", block)  # type: ignore[arg-type]
+    assert answers == [Answer(("```output\n1\n```\n",), calls=1), Answer(), Answer(("```output\n1\n```\n",), calls=1)]
+    environments.end(played[:1], nothing)
+    assert sorted(each.closed for each in pool.sessions) == [False, True]
+    environments.close()
+    assert pool.closed
+    assert all(each.closed for each in pool.sessions)
+
+
+def test_nothing_is_needed_where_nothing_is_sampled() -> None:
+    open_environments(Environment(name="python"), [], None, Silent(), played=False).close()

@@ -1,0 +1,158 @@
+"""Failures of rewards in a run: events, files that repeat the calls, and the end of a run whose rewards are broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gruppo.errors import RunError, UsageError
+from gruppo.rollout.reward_failures import MOST_BYTES, MOST_FILES, failures_of, keep_call, read_call, repeat
+from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.runs.reading import read_lines
+from gruppo.training.api import train
+from gruppo.types import Group, Prompt, Reward
+from tests.conftest import make_completion
+from tests.small_runs import ROWS, fingerprint, recipe
+
+WELL = "def f(completions, **_): return [sum('a' <= letter <= 'm' for letter in text) for text in completions]\n"
+BROKEN = WELL.replace("def f(", "def good(") + (
+    "def f(completions, trainer_state, **columns):\n"
+    "    if trainer_state.global_step == 3: raise RuntimeError('\\x1b[2Jbroken \\ud800')\n"
+    "    return good(completions)\n"
+)
+
+
+def test_broken_reward_stops_the_run_which_goes_on_when_it_is_mended(tiny_folder: str, tmp_path: Path) -> None:
+    reward, out = tmp_path / "r.py", tmp_path / "run"
+    settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=5, run__checkpoint_every=5)
+    reward.write_text(BROKEN)
+    with pytest.raises(RunError) as caught:
+        train(settings, prompts=ROWS, out=out)
+    told = str(caught.value)
+    for words in ("step 4: 16 of 16 completions", "reward.failure_limit = 0.2", "f: RuntimeError: ", "line 3 of",
+                  "gruppo repeat ", "--resume"):  # fmt: skip
+        assert words in told
+    events = [each for each in read_lines(out / "events.jsonl") if each["kind"] == "abstention"]
+    assert [(each["step"], each["reward"], each["completions"]) for each in events] == [(4, "f", 4)] * 4
+    assert len({each["prompt_id"] for each in events}) == 4
+    for event in events:
+        held = read_call(out / event["file"])
+        assert (held["prompt_id"], held["exact"], held["step"]) == (event["prompt_id"], True, 4)
+        with pytest.raises(RuntimeError, match="broken"):
+            called_as(BROKEN, held)
+    (again,) = {each.failure for each in repeat(out / events[0]["file"])}
+    assert "broken" in str(again)
+
+    reward.write_text(WELL)
+    assert repeat(out / events[0]["file"])[0].failure is None
+    train(settings, prompts=ROWS, out=out, resume=True)
+    train(settings, prompts=ROWS, out=tmp_path / "whole")
+    assert fingerprint(out) == fingerprint(tmp_path / "whole")
+    events = read_lines(out / "events.jsonl")
+    assert events[-1]["message"] == "continued after step 3", "which was saved when the rewards failed"
+    kinds = [each["kind"] for each in events]
+    assert kinds == ["changed", "resume"], "the step was made again, and its failures with it"
+    assert list((out / "failures").iterdir()) == []
+
+
+def called_as(code: str, held: dict) -> object:
+    """As the documentation has it for a debugger."""
+    from types import SimpleNamespace
+
+    space: dict = {}
+    exec(code, space)
+    return space["f"](**held["arguments"], trainer_state=SimpleNamespace(**held["trainer_state"]))
+
+
+def test_reward_that_cannot_be_loaded_again_stops_the_run_saved(tiny_folder: str, tmp_path: Path) -> None:
+    reward, out = tmp_path / "r.py", tmp_path / "run"
+    dies = "import os, pathlib\ndef f(completions, trainer_state, **_):\n    if trainer_state.global_step == 2:\n"
+    dies += f"        pathlib.Path({str(reward)!r}).write_text('broken')\n        os._exit(1)\n"
+    dies += "    return good(completions)\n"
+    reward.write_text(WELL.replace("def f(", "def good(") + dies)
+    settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=4, run__checkpoint_every=4)
+    with pytest.raises(RunError, match="mend them and resume"):
+        train(settings, prompts=ROWS, out=out)
+    reward.write_text(WELL)
+    train(settings, prompts=ROWS, out=out, resume=True)
+    assert read_lines(out / "events.jsonl")[-1]["message"] == "continued after step 2"
+
+
+def test_few_failures_are_events_and_the_run_goes_on(tiny_folder: str, tmp_path: Path) -> None:
+    reward = tmp_path / "r.py"
+    reward.write_text("def f(completions, **_): return [float('nan'), *map(float, map(len, completions[1:]))]\n")
+    settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=2, reward__failure_limit=0.25)
+    result = train(settings, prompts=ROWS, out=tmp_path / "run")
+    assert result.metrics[-1]["reward/abstained"] == 0.25
+    events = [each for each in read_lines(result.path / "events.jsonl") if each["kind"] == "abstention"]
+    assert [(each["step"], each["completions"]) for each in events] == [(1, 1)] * 4 + [(2, 1)] * 4
+    assert {each["file"] for each in events} == {f"failures/{path.name}" for path in result.path.glob("failures/*")}
+    assert repeat(result.path / events[0]["file"])[0].failure == "f: returned nan"
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RewardPool(["tests/rewards/functions.py:length", lambda completions, **_: []], [], [], workers=1) as made:
+        yield made
+
+
+def failed(pool: RewardPool, prompt: str = "q", text: str = "a", name: str = "length", **columns: object) -> Group:
+    completion = make_completion([1])
+    object.__setattr__(completion, "text", text)
+    reward = Reward(None, {}, "why", failures={name: "why"})
+    return Group(Prompt(prompt, "q", (1,), "t", columns), [completion], [reward])
+
+
+def test_files_are_bounded_in_number_and_size(pool: RewardPool, tmp_path: Path) -> None:
+    def keep(group: Group) -> str | None:
+        return keep_call(tmp_path, 1, next(failures_of([group])), pool, {})
+
+    large = keep(failed(pool, "large", "x" * MOST_BYTES))
+    assert (tmp_path / str(large)).stat().st_size < 1000
+    with pytest.raises(UsageError, match=r"not in it .* rollouts/step-000001\.parquet"):
+        read_call(tmp_path / str(large))
+    made = [keep(failed(pool, f"../{number}\n\0")) for number in range(MOST_FILES + 5)]
+    assert made.count(None) == 6
+    assert len(list((tmp_path / "failures").iterdir())) == MOST_FILES
+
+
+def test_file_says_what_is_not_exact_and_what_has_no_name(pool: RewardPool, tmp_path: Path) -> None:
+    group = failed(pool, odd=object())
+    name = keep_call(tmp_path, 1, next(failures_of([group])), pool, {})
+    assert json.loads((tmp_path / str(name)).read_text())["exact"] is False
+    given = keep_call(tmp_path, 2, next(failures_of([failed(pool, name="<lambda>")])), pool, {})
+    with pytest.raises(UsageError, match="was given from Python"):
+        repeat(tmp_path / str(given))
+    assert "0 values for 1" in str(repeat(tmp_path / str(given), lambda completions, **_: [])[0].failure)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"arguments": 3}', "[" * 10**5, "\ufffd", '{"arguments": {}}'])
+def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_text(content)
+    with pytest.raises(UsageError, match="holds no call of a reward"):
+        read_call(tmp_path / "f.json")
+
+
+def test_command_repeats_a_call_and_writes_nothing_to_the_terminal_but_text(tmp_path: Path) -> None:
+    reward = tmp_path / "r.py"
+    reward.write_text(
+        "def f(completions, **_):\n    print('\\x1b[31mseen')\n    raise RuntimeError('\\x1b[2Jbroken')\n"
+    )
+    with RewardPool([f"{reward}:f"], [], [], workers=1) as pool:
+        name = keep_call(tmp_path, 1, next(failures_of([failed(pool, name="f")])), pool, {})
+    command = [sys.executable, "-m", "gruppo.cli.main", "repeat", str(tmp_path / str(name))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert r"completion 0: f: RuntimeError: \x1b[2Jbroken (line 3 of" in done.stdout
+    assert r"\x1b[31mseen" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    well = subprocess.run([*command, "--function", "tests/rewards/functions.py:length"], capture_output=True, text=True)
+    assert (well.returncode, well.stdout) == (0, "completion 0: 1\n")
+    shutil.rmtree(tmp_path / "failures")
+    gone = subprocess.run(command, capture_output=True, text=True)
+    assert (gone.returncode, gone.stderr.count("\n")) == (2, 1)

@@ -1,0 +1,291 @@
+"""The contract of rewards: what is accepted, what abstains, and that nothing reaches the trainer's process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from gruppo.errors import RunError, UsageError
+from gruppo.rewards import combine
+from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.types import Prompt, Reward, Steps
+from tests.conftest import make_completion
+
+HOME = "tests.rewards.functions"
+
+
+def group(*texts: str, chat: bool = False, **columns: object) -> tuple[Prompt, list]:
+    content = [{"role": "user", "content": "q"}] if chat else "q"
+    completions = []
+    for text in texts:
+        completion = make_completion([1, 2])
+        object.__setattr__(completion, "text", text)
+        completions.append(completion)
+    return Prompt("t/0", content, (1,), "t", columns), completions
+
+
+def score(function: object, *texts: str, chat: bool = False, **columns: object) -> list[Reward]:
+    with RewardPool([function], [], list(columns), timeout=5, workers=1) as pool:
+        return pool.score([group(*texts, chat=chat, **columns)], {"global_step": 4})[0][0]
+
+
+def totals(rewards: list[Reward]) -> list[float | None]:
+    return [reward.total for reward in rewards]
+
+
+def test_import_path_builtin_file_function_and_object() -> None:
+    assert totals(score(f"{HOME}:length", "ab", "c")) == [2, 1]
+    assert totals(score("tests/rewards/functions.py:length", "ab", "c")) == [2, 1]
+    assert totals(score("number", "is 4", "is 5", answer="4")) == [1, 0]
+    assert totals(score("exact_match", "4", "is 4", answer="4")) == [1, 0]
+    factor = 3
+    assert totals(score(lambda completions, **_: [factor] * len(completions), "a", "b")) == [3, 3]
+    assert totals(score(f"{HOME}:instance", "a")) == [3]
+
+
+def test_asynchronous() -> None:
+    assert totals(score(f"{HOME}:waits", "a", "b")) == [2, 2]
+
+
+def test_only_named_arguments_are_passed() -> None:
+    assert totals(score(f"{HOME}:named_arguments_only", "4", "5", answer="4", other=1)) == [1, 0]
+
+
+def test_conversations_arrive_as_messages() -> None:
+    def reads(prompts, completions, completion_ids, level, **kwargs):
+        assert prompts == [[{"role": "user", "content": "q"}]] * 2
+        assert completions == [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]]
+        assert completion_ids == [[1, 2], [1, 2]]
+        assert level == [7, 7]
+        return [1.0, 2.0]
+
+    rewards = score(reads, "a", "b", chat=True, level=7)
+    assert [reward.failure for reward in rewards] == [None, None]
+    assert totals(rewards) == [1, 2]
+    assert totals(score("number", "so 4", chat=True, answer=4)) == [1]
+
+
+def test_group_comes_in_one_call() -> None:
+    assert totals(score(lambda completions, **_: [len(completions)] * len(completions), *"abc")) == [3, 3, 3]
+
+
+def test_weights_and_none_drop_out_of_the_sum() -> None:
+    """trl#5775: None does not apply to this row."""
+    with RewardPool([f"{HOME}:length", f"{HOME}:sometimes"], [0.5, 2.0], []) as pool:
+        rewards = pool.score([group("skip", "ab")], {})[0][0]
+    assert totals(rewards) == [2.0, 3.0]
+    assert dict(rewards[0].parts) == {"length": 4.0, "sometimes": None}
+
+
+def test_none_from_every_function_is_an_abstention_without_failure() -> None:
+    (reward,) = score(f"{HOME}:never", "a")
+    assert reward.total is None
+    assert reward.failure is None
+
+
+def test_metrics_extra_and_state() -> None:
+    with RewardPool([f"{HOME}:logs"], [], []) as pool:
+        rewards, metrics = pool.score([group("a", "b"), group("c")], {"global_step": 4})
+    assert metrics == {"answers": [2.0, 1.0]}
+    assert [dict(reward.extra) for reward in rewards[0]] == [{"seen": "A"}, {"seen": "B"}]
+    assert totals(rewards[0]) == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("hang", "reward.timeout"),
+        ("spin", "reward.timeout"),
+        ("exit", "died (exit code 3)"),
+        ("system exit", "SystemExit"),
+        ("raise", "RuntimeError: broken on purpose"),
+        ("unprintable", "RuntimeError: lone ? surrogate"),
+        ("short", "1 values for 2 completions"),
+        ("text", "not a list"),
+        ("none", "not a list"),
+    ],
+)
+def test_failed_call_makes_its_group_abstain_and_no_other(word: str, reason: str) -> None:
+    """verl#5839, trl#6533: never a hang, never a substitute number, and the next group is scored."""
+    with RewardPool([f"{HOME}:misbehaves"], [], [], timeout=2.0, workers=1) as pool:
+        rewards = pool.score([group("a", "b"), group(word, "b"), group("c", "d")], {})[0]
+    assert totals(rewards[0]) == totals(rewards[2]) == [1, 1]
+    for reward in rewards[1]:
+        assert reward.total is None
+        assert reward.failure is not None
+        assert reason in reward.failure
+
+
+@pytest.mark.parametrize("word", ["words", "nan", "infinite", "huge"])
+def test_value_that_is_no_number_makes_its_own_completion_abstain(word: str) -> None:
+    first, second = score(f"{HOME}:misbehaves", word, "b")
+    assert first.total is None
+    assert first.failure is not None
+    assert second.total == 1.0
+
+
+def test_output_of_rewards_goes_to_the_log(tmp_path) -> None:
+    with RewardPool([f"{HOME}:misbehaves"], [], [], log=tmp_path / "rewards.log") as pool:
+        assert totals(pool.score([group("prints", "b")], {})[0][0]) == [1, 1]
+    assert (tmp_path / "rewards.log").stat().st_size > 5_000_000
+
+
+def test_function_from_a_folder_on_the_callers_path(tmp_path, monkeypatch) -> None:
+    """A script's own folder is on sys.path; its modules must be found from the reward's process too."""
+    (tmp_path / "beside_the_script.py").write_text(
+        "def reward(completions, **_):\n    return [5.0] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from beside_the_script import reward  # type: ignore[import-not-found]
+
+    assert totals(score(reward, "a")) == [5]
+
+
+def test_rewards_run_in_other_processes() -> None:
+    assert totals(score(lambda completions, **_: [os.getpid()], "a")) != [os.getpid()]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("numbr", ["numbr", 'did you mean "number"']),
+        ("no.such.module:f", ["no.such.module:f", "cannot be imported"]),
+        (f"{HOME}:none_such", ["none_such"]),
+        (f"{HOME}:not_callable", ["callable"]),
+        (f"{HOME}:needs_more", ["solution", "offered"]),
+        (f"{HOME}:takes_nothing", ["takes no completions"]),
+        (f"{HOME}:positional", ["positional-only"]),
+        ("none.py:f", ["none.py"]),
+        ("number", ["answer"]),
+    ],
+)
+def test_unusable_function_is_told_at_once(function: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        RewardPool([function], [], [])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_no_function_at_all() -> None:
+    with pytest.raises(UsageError, match=r"reward\.functions = \[\]"):
+        RewardPool([], [], [])
+
+
+def test_slow_import_of_a_replacement_costs_no_other_call(tmp_path) -> None:
+    """While a killed worker's successor imports, the others' answers count as of when they came."""
+    (tmp_path / "slow.py").write_text(
+        "import time\ntime.sleep(3.5)\n"
+        "def f(completions, **_):\n"
+        "    time.sleep(60 if completions[0] == 'hang' else 0.4)\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    with RewardPool([f"{tmp_path}/slow.py:f"], [], [], timeout=3.0, workers=2) as pool:
+        rewards = pool.score([group("hang"), *(group("a") for _ in range(6))], {})[0]
+    assert [totals(each) for each in rewards] == [[None], *[[1]] * 6]
+
+
+def test_file_that_changes_in_mid_run_stops_it(tmp_path) -> None:
+    """A replaced process must not score with other code than the run began with."""
+    path = tmp_path / "changes.py"
+    path.write_text("import os\ndef f(completions, **_):\n    os._exit(1)\n")
+    with RewardPool([f"{path}:f"], [], [], workers=1) as pool:
+        path.write_text("def f(completions, **_):\n    return [1.0] * len(completions)\n")
+        with pytest.raises(RunError, match="changed since the run began"):
+            pool.score([group("a"), group("b")], {})
+
+
+@pytest.mark.parametrize(("action", "how"), [("os.kill(os.getpid(), 40)", "signal 40"),
+                                             ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+                                             ("os.kill(os.getpid(), 11)", "SIGSEGV")])  # fmt: skip
+def test_cause_of_death_is_told(tmp_path, action: str, how: str) -> None:
+    (tmp_path / "dies.py").write_text(f"import os\ndef f(completions, **_):\n    {action}\n")
+    (reward,) = score(f"{tmp_path}/dies.py:f", "a")
+    assert reward.failure is not None
+    assert how in reward.failure
+
+
+def test_asynchronous_rewards_share_one_loop() -> None:
+    """A client or a semaphore made in one call must work in the next."""
+    assert [totals(each) for each in _scored_twice(f"{HOME}:shares_a_semaphore")] == [[1, 1], [1, 1]]
+
+
+def _scored_twice(function: str) -> list[list[Reward]]:
+    with RewardPool([function], [], [], workers=1) as pool:
+        return [pool.score([group("a", "b")], {})[0][0] for _ in range(2)]
+
+
+def test_column_that_cannot_be_carried_is_an_abstention() -> None:
+    class Odd:
+        def __reduce__(self):
+            return (int, ("not a number",))
+
+    (reward,) = score(f"{HOME}:length", "a", odd=Odd())
+    assert reward.failure is not None
+    assert "cannot be carried" in reward.failure
+    assert totals(score(lambda completions, odd, **_: [odd[0](2)] * len(completions), "a", odd=lambda x: x + 1)) == [3]
+
+
+def test_something_that_is_no_function_is_refused() -> None:
+    with pytest.raises(UsageError, match="neither a function"):
+        RewardPool([3], [], [])  # type: ignore[list-item]
+
+
+def test_equal_names_are_numbered() -> None:
+    with RewardPool([f"{HOME}:length"] * 3, [], []) as pool:
+        assert pool.names == ["length", "length_1", "length_2"]
+
+
+def test_asking_to_stop_ends_a_hanging_call_and_leaves_the_pool_usable() -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(_: float) -> None:
+        raise StopError
+
+    with RewardPool([f"{HOME}:misbehaves"], [], [], timeout=60, workers=1) as pool:
+        with pytest.raises(StopError):
+            pool.score([group("hang", "b")], {}, stop)
+        assert totals(pool.score([group("a", "b")], {})[0][0]) == [1, 1]
+
+
+def test_sum_that_overflows_abstains() -> None:
+    assert combine(["a", "b"], [1.0, 1.0], [1e308, 1e308], {}).total is None
+
+
+def test_rewards_of_steps_stand_beside_the_total() -> None:
+    (first, second), _ = scored_steps("ab", "z")
+    assert first.steps == {"steps": Steps((1.0,), (0,))}
+    assert first.total == 4.0  # of `length`, weighed by 2
+    assert first.parts == {"steps": None, "length": 2.0}
+    assert second.steps == {"steps": Steps((0.0,), (0,))}
+
+
+def scored_steps(*texts: str) -> tuple[list[Reward], dict]:
+    with RewardPool([f"{HOME}:steps", f"{HOME}:length"], [1.0, 2.0], [], timeout=5, workers=1) as pool:
+        rewards, metrics = pool.score([group(*texts)], {})
+    return rewards[0], metrics
+
+
+def test_steps_alone_are_no_abstention() -> None:
+    (reward,) = score(f"{HOME}:steps", "ab")
+    assert reward.total == 0.0
+    assert reward.failure is None
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("names", "returned a mapping of rewards, not of step_rewards and step_ends"),
+        ("few", "step_ends = [0] for 2 step_rewards and 2 tokens"),
+        ("back", "step_ends = [1, 0] for 2 step_rewards"),
+        ("late", "step_ends = [99] for 1 step_rewards"),
+        ("nan", "returned a step reward of nan"),
+        ("text", "no lists of numbers"),
+        ("half", "no lists of numbers"),
+    ],
+)
+def test_odd_steps_abstain_with_the_reason(text: str, why: str) -> None:
+    (reward,) = score(f"{HOME}:odd_steps", text)
+    assert reward.total is None
+    assert why in str(reward.failure)

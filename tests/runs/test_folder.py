@@ -1,0 +1,173 @@
+"""The run folder and its checkpoints, file by file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from gruppo.training.checkpoint import State
+from gruppo.training.checkpoint import load_state
+from gruppo.training.checkpoint import load_tensors
+from gruppo.training.checkpoint import newest_checkpoint
+from gruppo.training.checkpoint import save_checkpoint
+from gruppo.config.recipe import load_recipe
+from gruppo.errors import UsageError
+from gruppo.models.policy import weights_sha256
+from gruppo.runs.reading import read_lines
+from gruppo.runs.folder import RunFolder
+from gruppo.runs.folder import check_folder
+from gruppo.runs.folder import write_whole
+from tests.conftest import make_policy
+
+SCHEMA = pa.schema({"a": pa.int64()})
+RECIPE = load_recipe({"model": {"name": "m"}})
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    yield folder
+    folder.close()
+
+
+def test_lines_are_cut_back_and_later_tables_go(run: RunFolder) -> None:
+    run.metric({"step": 1})
+    run.table("rollouts", 1, [{"a": 1}], SCHEMA)
+    lengths = run.lengths()
+    run.metric({"step": 2})
+    run.event("kind", "message", 2)
+    run.table("rollouts", 2, [{"a": 2}], SCHEMA)
+    (run.path / "rollouts" / "step-000003.writing").write_text("half")
+    run.cut_back(lengths, 1)
+    assert run.metrics() == [{"step": 1}]
+    assert read_lines(run.path / "events.jsonl") == []
+    assert [path.name for path in (run.path / "rollouts").iterdir()] == ["step-000001.parquet"]
+    assert pq.read_table(run.path / "rollouts" / "step-000001.parquet").to_pylist() == [{"a": 1}]
+
+
+def test_metrics_hold_no_nan(run: RunFolder) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.metric({"step": 1, "x": float("nan")})
+
+
+def test_second_run_in_a_folder_is_refused(run: RunFolder) -> None:
+    with pytest.raises(UsageError, match="another run"):
+        RunFolder(run.path)
+    run.close()
+    RunFolder(run.path).close()
+
+
+def test_whole_files_replace_whole_files(tmp_path: Path) -> None:
+    write_whole(tmp_path / "x", b"one")
+    write_whole(tmp_path / "x", b"two")
+    assert (tmp_path / "x").read_bytes() == b"two"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_folder_rules(run: RunFolder, tmp_path: Path) -> None:
+    check_folder(tmp_path / "new", RECIPE, resume=False)
+    check_folder(run.path, RECIPE, resume=True)
+    run.start(RECIPE)
+    check_folder(run.path, RECIPE, resume=True)
+    with pytest.raises(UsageError, match="holds a run already"):
+        check_folder(run.path, RECIPE, resume=False)
+    changed = load_recipe(RECIPE, ["run.steps=7"])
+    with pytest.raises(UsageError, match=r"run\.steps was 100 and is 7"):
+        check_folder(run.path, changed, resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        check_folder(tmp_path / "other", RECIPE, resume=True)
+    with pytest.raises(UsageError, match="is a file"):
+        check_folder(tmp_path / "other" / "thesis.tex", RECIPE, resume=False)
+
+
+def trained(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = make_policy(seed=seed).model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_checkpoint_brings_back_weights_optimizer_and_state(run: RunFolder) -> None:
+    model, optimizer = trained(0)
+    run.metric({"step": 1})
+    folder = save_checkpoint(run, model, optimizer, State(step=3, cursor=12, evaluated=True))
+    state = load_state(folder)
+    assert (state.step, state.cursor, state.evaluated) == (3, 12, True)
+    assert state.lengths == {"metrics.jsonl": len('{"step": 1}\n'), "events.jsonl": 0}
+    other, other_optimizer = trained(1)
+    load_tensors(folder, other, other_optimizer)
+    for one, two in ((model, optimizer), (other, other_optimizer)):
+        one(torch.tensor([[4, 5]])).logits.square().mean().backward()
+        two.step()
+    assert weights_sha256(model) == weights_sha256(other)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+
+
+def test_last_two_and_best_are_kept(run: RunFolder) -> None:
+    model, optimizer = trained(0)
+    state = State()
+    for step, accuracy in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], start=1):
+        state.step = step
+        state.evaluations[str(step)] = {"accuracy": accuracy}
+        save_checkpoint(run, model, optimizer, state)
+    kept = sorted(path.name for path in (run.path / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000004", "step-000005"]
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "missing file", "cut manifest", "empty manifest"])
+def test_damaged_checkpoint_is_passed_over(run: RunFolder, damage: str) -> None:
+    model, optimizer = trained(0)
+    good = save_checkpoint(run, model, optimizer, State(step=1))
+    bad = save_checkpoint(run, model, optimizer, State(step=2))
+    if damage == "flipped bit":
+        content = bytearray((bad / "weights.safetensors").read_bytes())
+        content[-5] ^= 1
+        (bad / "weights.safetensors").write_bytes(content)
+    elif damage == "missing file":
+        (bad / "optimizer.safetensors").unlink()
+    elif damage == "cut manifest":
+        text = (bad / "manifest.json").read_text()
+        (bad / "manifest.json").write_text(text[: len(text) // 2])
+    else:
+        (bad / "manifest.json").write_text(json.dumps({}))
+    found, problems = newest_checkpoint(run)
+    assert found == good
+    assert len(problems) == 1
+    assert "step-000002" in problems[0]
+
+
+def test_no_checkpoint_yet(run: RunFolder) -> None:
+    assert newest_checkpoint(run) == (None, [])
+
+
+def test_kill_while_a_checkpoint_is_replaced_loses_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old folder is set aside before the new one gets its name: in between, the old one is still found."""
+    model, optimizer = trained(0)
+    save_checkpoint(run, model, optimizer, State(step=2, cursor=1))
+    rename = Path.replace
+
+    def dies(self: Path, target: Path) -> Path:
+        if self.is_dir():
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(run, model, optimizer, State(step=2, cursor=2))
+    assert not (run.path / "checkpoints" / "step-000002").exists()
+    found, problems = newest_checkpoint(run)
+    assert problems == []
+    assert found is not None
+    assert load_state(found).cursor == 1
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-000002"]

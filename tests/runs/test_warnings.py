@@ -1,0 +1,232 @@
+"""Warnings: each on a series that shows it, none on healthy ones, and the same after a resume."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gruppo.runs.reading import read_lines
+from gruppo.runs.warnings import CHECKS
+from gruppo.runs.warnings import PATIENCE
+from gruppo.runs.warnings import Notice
+from gruppo.runs.warnings import Watch
+from gruppo.runs.warnings import warnings_of
+from tests.small_runs import killed, small_run
+
+WEIGHTS = {"number": 1.0, "regex": 0.5}
+RECORDED = Path("tests/runs/recorded")
+
+
+def healthy(step: int) -> dict[str, Any]:
+    """Noise without chance: a reward that rises, shorter and surer completions."""
+    swing = (-1) ** step * 0.01
+    return {
+        "step": step, "groups/with_signal": 0.6 + swing, "reward/mean": 0.2 + 0.01 * step + swing,
+        "reward/number/mean": 0.1 + 0.008 * step + swing, "reward/number/std": 0.3,
+        "reward/regex/mean": 0.2 + 0.004 * step, "reward/regex/std": 0.2,
+        "completion/length": 60.0 - 0.5 * step + 100 * swing, "completion/truncated": 0.3 + swing,
+        "policy/entropy": 0.4 + 0.6 * 0.97**step + swing, "policy/kl": 0.001 * step,
+        "groups/duplicate_completions": 0.1,
+        "engine/logprob_difference_mean": 2e-6, "engine/logprob_difference_max": 2e-5,
+        "optimizer/gradient_norm": 0.5 + 10 * swing,
+    }  # fmt: skip
+
+
+def evaluation(step: int, accuracy: float) -> dict[str, Any]:
+    low, high = accuracy - 0.05, accuracy + 0.05
+    return {"step": step, "eval/accuracy": accuracy, "eval/accuracy_low": low, "eval/accuracy_high": high}
+
+
+def series(steps: int = 40, since: int = 20, until: int = 1000, **changes: Any) -> list[dict[str, Any]]:
+    """A healthy run; from one step to another some metrics are others: a number, or a function of the step."""
+    lines = []
+    for step in range(1, steps + 1):
+        line = healthy(step)
+        if since <= step < until:
+            line |= {
+                name.replace("__", "/"): value(step) if callable(value) else value for name, value in changes.items()
+            }
+        lines.append(line)
+    return lines
+
+
+def with_evaluations(lines: list[dict[str, Any]], accuracies: dict[int, float]) -> list[dict[str, Any]]:
+    made = [evaluation(0, accuracies[0])]
+    for line in lines:
+        made += [line, *([evaluation(line["step"], accuracies[line["step"]])] if line["step"] in accuracies else [])]
+    return made
+
+
+def with_round(auc: float | None, positives: int, step: int = 20) -> list[dict[str, Any]]:
+    """A reward model trained after a step, with so many positives among 100 held-out labels."""
+    figures = {"auc": auc, "labels": 100.0, "positives": float(positives)}
+    line = {"step": step, "iteration": 2, **{f"reward_model/after/{name}": value for name, value in figures.items()}}
+    return [*series()[:step], line, *series()[step:]]
+
+
+def told(lines: list[dict[str, Any]]) -> list[Notice]:
+    return warnings_of(lines, WEIGHTS, 1e-4)
+
+
+def begun(lines: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(notice.name, notice.step) for notice in told(lines) if not notice.passed]
+
+
+# A series that shows each, and the step at which it is told.
+SHOWN = {
+    "no_signal": (series(groups__with_signal=0.0), 24),
+    "evaluation_falls": (with_evaluations(series(), {0: 0.3, 10: 0.5, 20: 0.52, 30: 0.35, 40: 0.3}), 30),
+    "lengths": (series(completion__length=lambda step: 50.0 + 8 * (step - 19)), 29),
+    "everything_truncated": (series(completion__truncated=0.98), 22),
+    "entropy_collapses": (series(policy__entropy=0.02), 22),
+    "engine_drifts": (series(engine__logprob_difference_mean=3e-4), 22),
+    "one_part_of_the_reward": (series(reward__number__mean=0.0, reward__number__std=0.0), 29),
+    "kl_explodes": (series(policy__kl=lambda step: 0.02 * 1.5 ** (step - 19)), 24),
+    "gradient_spikes": (series(until=21, optimizer__gradient_norm=7.0), 20),
+    "reward_model_guesses": (with_round(0.66, 10), 20),  # a standard error is 0.097
+}
+
+
+def test_every_check_is_shown() -> None:
+    assert set(SHOWN) == set(CHECKS)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_series_that_shows_it_is_warned_of_once_with_evidence(name: str) -> None:
+    lines, step = SHOWN[name]
+    assert begun(lines) == [(name, step)], told(lines)
+    (notice,) = (notice for notice in told(lines) if not notice.passed)
+    steps = notice.evidence["steps"]
+    assert steps[1] == step
+    assert str(steps[0]) in notice.message or str(steps[1]) in notice.message
+    json.dumps(notice.evidence, allow_nan=False)
+
+
+def test_a_reward_model_that_cannot_be_measured_is_told_and_a_better_one_ends_the_warning() -> None:
+    lines = with_round(None, 0)
+    lines[31:31] = [{**with_round(0.9, 10)[20], "step": 30}]
+    found = [(notice.name, notice.step, notice.passed) for notice in told(lines)]
+    assert found == [("reward_model_guesses", 20, False), ("reward_model_guesses", 30 + PATIENCE, True)]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_its_page_explains_it(name: str) -> None:
+    lines, _ = SHOWN[name]
+    file, _, anchor = told(lines)[0].link.partition("#")
+    assert re.search(rf"^## {anchor}$", Path(file).read_text(), re.MULTILINE)
+
+
+def test_healthy_series_are_silent() -> None:
+    assert told(series(100)) == []
+    assert told(with_evaluations(series(), {0: 0.3, 10: 0.5, 20: 0.45, 30: 0.5, 40: 0.52})) == []
+
+
+@pytest.mark.parametrize("path", sorted(RECORDED.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_recorded_runs_of_the_quickstart_are_silent(path: Path) -> None:
+    """Its model and task, by several methods, in bfloat16."""
+    lines = read_lines(path)
+    assert len(lines) >= 12
+    assert warnings_of(lines, {"number": 1.0}, 0.05) == []
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        series(until=24, groups__with_signal=0.0),
+        with_evaluations(series(), {0: 0.3, 10: 0.5, 20: 0.42, 30: 0.41, 40: 0.40}),
+        with_evaluations(series(reward__mean=0.5), {0: 0.3, 20: 0.52, 30: 0.35, 40: 0.3}),
+        series(completion__length=lambda step: 50.0 + step),
+        series(completion__length=10.0, reward__mean=lambda step: 0.2 + 0.03 * step),
+        series(until=22, completion__truncated=1.0),
+        series(policy__entropy=0.2),
+        series(until=22, engine__logprob_difference_mean=1.0),
+        series(reward__regex__std=0.0, reward__regex__mean=0.5),
+        series(policy__kl=0.09),
+        series(optimizer__gradient_norm=4.0),
+        with_round(0.70, 10),
+        with_round(0.66, 20),
+    ],
+    ids=[
+        "four steps without signal", "intervals that overlap", "a reward that does not rise", "slow growth",
+        "shorter while the reward rises", "two steps truncated", "a fifth of the entropy", "two steps of drift",
+        "a part that all completions earn", "a KL of 0.09", "eight times the usual gradient",
+        "an AUC chance seldom gives", "one of more labels",
+    ],
+)  # fmt: skip
+def test_what_is_less_is_silent(lines: list[dict[str, Any]]) -> None:
+    assert told(lines) == []
+
+
+def test_shorter_completions_without_a_better_reward() -> None:
+    ((name, _),) = begun(series(completion__length=10.0, reward__mean=0.2))
+    assert name == "lengths"
+
+
+def test_a_part_that_falls_as_another_rises() -> None:
+    changes = {"reward__number__mean": lambda step: 0.3 - 0.01 * step, "reward__number__std": 0.01}
+    ((name, _),) = begun(series(since=1, **changes))
+    assert name == "one_part_of_the_reward"
+
+
+def test_penalties_may_be_zero() -> None:
+    lines = [
+        {**line, "reward/overlong/mean": 0.0, "reward/overlong/std": 0.0, "reward/regex/std": 0.0} for line in series()
+    ]
+    assert warnings_of(lines, {**WEIGHTS, "overlong": 1.0}, 1e-4) == []
+
+
+def test_it_passes_after_some_steps_without_and_can_begin_again() -> None:
+    lines = series(40, 10, 20, completion__truncated=1.0)
+    notices = [
+        (notice.step, notice.passed) for notice in told([*lines, *series(60, 1, completion__truncated=1.0)[40:]])
+    ]
+    assert notices == [(12, False), (19 + PATIENCE, True), (43, False)]
+
+
+def test_a_short_break_is_no_end() -> None:
+    lines = series(40, 10, completion__truncated=lambda step: 0.5 if step % 8 == 0 else 1.0)
+    assert begun(lines) == [("everything_truncated", 12)]
+
+
+def test_metrics_that_are_missing_are_no_reason() -> None:
+    lines: list[dict[str, Any]] = [{"step": step, "completion/length": 5.0} for step in range(1, 50)]
+    assert told(lines) == []
+    empty = [{name: None if "/" in name and name != "completion/length" else v for name, v in healthy(s).items()}
+             for s in range(1, 50)]  # fmt: skip
+    assert told(empty) == []
+
+
+@pytest.mark.parametrize("cut", [5, 21, 23, 30])
+def test_seeing_the_lines_again_gives_the_same_state(cut: int) -> None:
+    for lines, _ in SHOWN.values():
+        first, again = Watch(WEIGHTS, 1e-4), Watch(WEIGHTS, 1e-4)
+        for line in lines[:cut]:
+            first.see(line)
+            again.see(json.loads(json.dumps(line)))
+        assert [first.see(line) for line in lines[cut:]] == [again.see(line) for line in lines[cut:]]
+
+
+def warnings_in(out: Path) -> list[dict[str, Any]]:
+    events = read_lines(out / "events.jsonl")
+    return [{k: v for k, v in event.items() if k != "time"} for event in events if event["kind"] == "warning"]
+
+
+def test_a_run_warns_once_and_a_killed_one_no_more(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Completions of two tokens are all cut; killed after the warning and before a checkpoint, it is said again."""
+    monkeypatch.setattr("gruppo.models.policy.eos_ids", lambda *_: ())
+    changes = {"sampling__max_tokens": 2, "run__steps": 5}
+    small_run(tiny_folder, tmp_path / "whole", **changes)
+    (event,) = warnings_in(tmp_path / "whole")
+    assert (event["warning"], event["state"], event["step"]) == ("everything_truncated", "begins", 3)
+    assert event["evidence"]["completion/truncated"] == [1.0, 1.0, 1.0]
+    assert event["link"] == "docs/warnings.md#everything-truncated"
+    with killed(monkeypatch, "gruppo.training.loop._Run._write_step", 4):
+        small_run(tiny_folder, tmp_path / "run", **changes)
+    small_run(tiny_folder, tmp_path / "run", resume=True, **changes)
+    assert warnings_in(tmp_path / "run") == [event]

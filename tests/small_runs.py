@@ -1,0 +1,84 @@
+"""A small run of the tiny model, whole in seconds, for tests of the loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from gruppo.runs.results import Result
+from gruppo.training.api import train
+
+ROWS = [{"prompt": f"{first}{second}", "answer": first} for first in "abcdef" for second in "123"]
+
+
+def recipe(model: str, **changes: Any) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "run": {"name": "tiny", "steps": 6, "checkpoint_every": 2},
+        "model": {"name": model, "device": "cpu", "dtype": "float32"},
+        "reward": {"functions": ["tests/rewards/functions.py:likes_letters"], "workers": 1},
+        "method": {"kl_coef": 0.02},
+        "sampling": {"prompts_per_step": 4, "group_size": 4, "max_tokens": 8},
+        "optimizer": {"learning_rate": 3e-3, "schedule": "cosine", "warmup_steps": 1},
+    }
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        data.setdefault(section, {})[field] = value
+    return data
+
+
+def small_run(model: str, out: Path, resume: bool = False, **changes: Any) -> Result:
+    return train(recipe(model, **changes), prompts=ROWS, out=out, resume=resume)
+
+
+def fingerprint(out: Path) -> dict[str, Any]:
+    """Everything that two equal runs have in common: all but times, memory and events of interruption."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in metrics]
+    summary = json.loads((out / "summary.json").read_text())
+    final = sorted((out / "checkpoints").iterdir())[-1]
+    return {
+        "metrics": kept,
+        "weights": summary["weights_sha256"],
+        "rollouts": {path.name: pq.read_table(path).to_pylist() for path in sorted((out / "rollouts").iterdir())},
+        "evaluations": {path.name: pq.read_table(path).to_pylist() for path in sorted(out.glob("evaluations/*"))},
+        "checkpoint": {p.name: p.read_bytes() for p in final.iterdir() if p.suffix == ".safetensors"},
+    }
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@contextmanager
+def killed(monkeypatch: pytest.MonkeyPatch, target: str, count: int) -> Iterator[None]:
+    """What runs in the block dies just before the `count`-th call of `target`, and writes no summary."""
+
+    def dies() -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        at_call(patch, target, count, dies)
+        patch.setattr("gruppo.training.loop._Run._summary", lambda *_: {}, raising=True)
+        with pytest.raises(Killed):
+            yield
+
+
+def at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable[[], None]) -> None:
+    """Do `action` just before the `count`-th call of `target`."""
+    original, calls = resolve_name(target), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            action()
+        return original(*args, **kwargs)
+
+    patch.setattr(target, counted)

@@ -1,0 +1,204 @@
+"""Callbacks see a run and can end it, and change nothing of what it computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gruppo
+from gruppo.errors import UsageError
+from gruppo.runs.reading import read_lines
+from gruppo.runs.results import Result
+from gruppo.training.api import train
+from gruppo.training.callbacks import Callbacks
+from tests.small_runs import ROWS, fingerprint, recipe, small_run
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("data") / "test.jsonl"
+    path.write_text("".join(json.dumps({"prompt": letter, "answer": "a"}) + "\n" for letter in "abc"))
+    return {"evaluation__task": str(path), "evaluation__grader": "exact_match", "evaluation__every": 3}
+
+
+class Recorder:
+    """Notes what it is told; answers `answer` to the call `when`."""
+
+    def __init__(self, when: tuple[str, int] | None = None, answer: Any = None, error: Exception | None = None) -> None:
+        self.when, self.answer, self.error = when, answer, error
+        self.told: list[tuple[str, int]] = []
+        self.arguments: dict[tuple[str, int], tuple[Any, ...]] = {}
+
+    def _note(self, moment: str, step: int, *rest: Any) -> Any:
+        self.told.append((moment, step))
+        self.arguments[moment, step] = rest
+        if (moment, step) == self.when:
+            if self.error is not None:
+                raise self.error
+            return self.answer
+        return None
+
+    def on_step(self, step, metrics, groups):
+        return self._note("step", step, metrics, groups)
+
+    def on_evaluation(self, step, figures, rows):
+        return self._note("evaluation", step, figures, rows)
+
+    def on_checkpoint(self, step, path):
+        return self._note("checkpoint", step, path, sorted(each.name for each in path.iterdir()))
+
+
+def run(model: str, out: Path, *callbacks: Any, resume: bool = False, **changes: Any) -> Result:
+    return train(recipe(model, **changes), prompts=ROWS, out=out, resume=resume, callbacks=list(callbacks))
+
+
+def test_told_in_order_with_what_is_in_the_folder(tiny_folder: str, evaluated: dict, tmp_path: Path) -> None:
+    seen = Recorder()
+    result = run(tiny_folder, tmp_path / "run", seen, run__steps=4, **evaluated)
+    assert seen.told == [
+        ("evaluation", 0), ("step", 1), ("step", 2), ("checkpoint", 2), ("step", 3), ("evaluation", 3), ("step", 4),
+        ("evaluation", 4), ("checkpoint", 4),
+    ]  # fmt: skip
+    metrics, groups = seen.arguments["step", 3]
+    assert metrics in read_lines(result.path / "metrics.jsonl")
+    told = [list(completion.token_ids) for group in groups for completion in group.completions]
+    assert told == [list(ids) for ids in result.rollouts(3)["token_ids"]]
+    figures, rows = seen.arguments["evaluation", 4]
+    assert figures["accuracy"] == result.summary["accuracy_after"]
+    assert [row["answer"] for row in rows] == list(result.evaluations(4)["answer"])
+    path, files = seen.arguments["checkpoint", 4]
+    assert path == result.path / "checkpoints" / "step-000004"
+    assert "manifest.json" in files
+
+
+def test_what_a_callback_does_to_its_arguments_changes_nothing(
+    tiny_folder: str, evaluated: dict, tmp_path: Path
+) -> None:
+    class Vandal(gruppo.Callback):
+        def on_step(self, step, metrics, groups):
+            metrics.clear()
+            for group in groups:
+                group.advantages.clear()
+                group.prompt.columns.clear()
+
+        def on_evaluation(self, step, figures, rows):
+            figures["interval"].clear()
+            figures["accuracy"] = 1.0
+            rows.clear()
+
+    run(tiny_folder, tmp_path / "one", Vandal(), Recorder(), **evaluated)
+    small_run(tiny_folder, tmp_path / "two", **evaluated)
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
+
+
+def test_function_is_an_on_step_and_a_base_class_is_silent(tiny_folder: str, tmp_path: Path) -> None:
+    steps = []
+    run(
+        tiny_folder, tmp_path / "run", lambda step, metrics, groups: steps.append(step), gruppo.Callback(), run__steps=2
+    )
+    assert steps == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("when", "checkpoints"),
+    [
+        (("step", 1), [1]),
+        (("evaluation", 0), [0]),
+        (("evaluation", 3), [2, 3]),
+        (("checkpoint", 2), [2]),
+        (("checkpoint", 4), [2, 4]),
+    ],
+)
+def test_stopped_is_evaluated_saved_and_resumed(
+    when: tuple[str, int], checkpoints: list[int], tiny_folder: str, evaluated: dict, tmp_path: Path
+) -> None:
+    seen = Recorder(when, gruppo.STOP)
+    result = run(tiny_folder, tmp_path / "run", seen, **evaluated)
+    step = when[1]
+    assert (result.summary["state"], result.summary["steps"]) == ("stopped", step)
+    assert {int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir()} == set(checkpoints)
+    assert step in result.evaluations()["step"].unique()
+    assert seen.told.count(("evaluation", step)) == 1
+    assert f"Stopped by a callback: {step} steps" in _described(result)
+    assert result.load_model().num_parameters() > 0
+    again = Recorder()
+    run(tiny_folder, tmp_path / "run", again, resume=True, **evaluated)
+    assert [number for moment, number in again.told if moment == "step"] == list(range(step + 1, 7))
+    small_run(tiny_folder, tmp_path / "whole", **evaluated)
+    one, two = fingerprint(tmp_path / "run"), fingerprint(tmp_path / "whole")
+    assert one["weights"] == two["weights"]
+    assert one["rollouts"] == two["rollouts"]
+    assert (tmp_path / "run" / "summary.json").read_text().count('"done"')
+
+
+def _described(result: Result) -> str:
+    from gruppo.runs.report import describe_run
+
+    return describe_run(result.path, result.summary, result.metrics)
+
+
+def test_stop_at_the_last_step_is_the_end(tiny_folder: str, tmp_path: Path) -> None:
+    seen = Recorder(("step", 2), gruppo.STOP)
+    result = run(tiny_folder, tmp_path / "run", seen, run__steps=2)
+    assert result.summary["state"] == "done"
+
+
+@pytest.mark.parametrize("when", [("step", 3), ("step", 6), ("evaluation", 6), ("checkpoint", 2), ("checkpoint", 6)])
+def test_what_a_callback_raises_reaches_the_caller_and_nothing_is_lost(
+    when: tuple[str, int], tiny_folder: str, evaluated: dict, tmp_path: Path
+) -> None:
+    error = KeyError("mine")
+    error.__cause__ = ValueError("why")
+    with pytest.raises(KeyError) as caught:
+        run(tiny_folder, tmp_path / "run", Recorder(when, error=error), **evaluated)
+    assert caught.value is error
+    assert isinstance(error.__cause__, ValueError)
+    assert Result.read(tmp_path / "run").summary["state"] == "failed"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{when[1]:06d}" / "manifest.json").is_file()
+    small_run(tiny_folder, tmp_path / "run", resume=True, **evaluated)
+    small_run(tiny_folder, tmp_path / "whole", **evaluated)
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("when", [("step", 2), ("evaluation", 2)])
+def test_failure_at_the_very_end_leaves_a_result_to_resume_to(
+    when: tuple[str, int], tiny_folder: str, evaluated: dict, tmp_path: Path
+) -> None:
+    changes = {"run__steps": 2, **(evaluated if when[0] == "evaluation" else {})}
+    with pytest.raises(KeyError):
+        run(tiny_folder, tmp_path / "run", Recorder(when, error=KeyError("x")), **changes)
+    assert small_run(tiny_folder, tmp_path / "run", resume=True, **changes).load_model().num_parameters() > 0
+
+
+def test_true_does_not_stop_it_is_refused(tiny_folder: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Recorder\.on_step returns True; return gruppo\.STOP"):
+        run(tiny_folder, tmp_path / "run", Recorder(("step", 1), answer=True))
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
+
+
+class OnlyWrong:
+    def on_step(self, step):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ([object()], "has none of on_step"),
+        ([Recorder], "is a class; give an instance"),
+        ([3], "has none of"),
+        (lambda step, metrics, groups: None, "give a list"),
+        ([OnlyWrong()], r"OnlyWrong\.on_step cannot be called"),
+        ([lambda step: None], "cannot be called with on_step's arguments"),
+    ],
+)
+def test_wrong_callbacks_are_told_before_any_work(given: Any, word: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=word):
+        Callbacks(given)
+    with pytest.raises(UsageError, match=word):
+        train(recipe("no-such-model"), prompts=ROWS, out=tmp_path / "run", callbacks=given)
+    assert not (tmp_path / "run").exists()

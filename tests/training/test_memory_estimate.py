@@ -1,0 +1,240 @@
+"""The memory forecast: what is kept is foretold, more never needs less, and nothing chosen is over the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from gruppo.config.recipe import RecipeError, load_recipe
+from gruppo.errors import UsageError
+from gruppo.models.policy import LanguageModel
+from gruppo.training.memory_estimate import (
+    PHASES,
+    Answering,
+    Footprint,
+    Workload,
+    budget_bytes,
+    choose_sizes,
+    forecast_memory,
+    measure_footprint,
+    prepared_bytes,
+    process_bytes,
+    saved_bytes,
+)
+from gruppo.training.packing import MAX_TOKENS, pack
+from gruppo.utils.progress import Silent
+from tests.conftest import make_group, make_policy
+
+CPU = torch.device("cpu")
+WORK = Workload(prompt_tokens=40, max_tokens=30, prompts_per_step=20, group_size=8)
+EXAM = Answering("", questions=64, samples=1, question_tokens=50, answer_tokens=20, times=2)
+ASKED = replace(WORK, exams=(EXAM,))
+
+
+@pytest.fixture(scope="module")
+def footprint() -> Footprint:
+    return measure_footprint(make_policy(), process=1000, reporter=Silent())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("6 GB", 6_000_000_000), ("5.5GiB", 5_905_580_032), ("300 MB", 300_000_000), ("7 KiB", 7168)]
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert budget_bytes(load_recipe({"model": {"name": "m"}, "run": {"memory": text}}).run.memory, CPU) == size
+
+
+def test_a_share_is_of_what_is_free_before_the_run_and_of_what_the_process_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 1000)
+    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: 200)
+    assert budget_bytes(0.5, CPU) == 600
+
+
+@pytest.mark.parametrize("value", [0, 1.5, -1, True, "6", "GB", "6 gb", "0 GB", "-1 GB", [1]])
+def test_a_wrong_budget_names_field_value_and_fix(value: object) -> None:
+    with pytest.raises(RecipeError, match=r"^recipe: run\.memory = .*: must be a .*; write e\.g\. memory = 0\.6$"):
+        load_recipe({"model": {"name": "m"}, "run": {"memory": value}})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_is_foretold_to_the_byte_from_a_few_short_trials(dtype: torch.dtype) -> None:
+    policy = make_policy(dtype)
+    footprint = measure_footprint(policy, 0, Silent())
+    for layout in ([(21, [13] * 5)], [(30, [12] * 5), (9, [3] * 2)], [(50, [7] * 3)]):
+        with policy.precision():
+            exact = saved_bytes(policy, layout)
+        unseen = prepared_bytes(policy)
+        known = footprint.prepared - unseen + footprint.activations(layout, recompute=False)
+        assert known == pytest.approx(exact, abs=2)
+
+
+def test_attention_that_is_written_out_is_foretold_too() -> None:
+    """Scores of tokens × tokens, beside which everything else soon is small."""
+    policy = _softcapped(replace(make_policy(), body=None))
+    footprint = measure_footprint(policy, 0, Silent())
+    layout = [(60, [20] * 6)]
+    exact = saved_bytes(policy, layout)
+    assert exact > 1.3 * saved_bytes(replace(make_policy(), body=None), layout)
+    assert footprint.activations(layout, recompute=False) == pytest.approx(exact, abs=2)
+
+
+def _softcapped(policy: LanguageModel) -> LanguageModel:
+    for module in policy.model.modules():
+        if hasattr(module, "layer_idx"):
+            module.register_forward_pre_hook(lambda *args: (args[1], {**args[2], "softcap": 30.0}), with_kwargs=True)
+    return policy
+
+
+def test_kept_bytes_of_one_product_counted_by_hand() -> None:
+    """Of the MLP gate and up are kept, [T, 48] each in float32 a layer; the rest is made of them again."""
+    layout = [(6, [5, 5])]
+    wide, wider = (saved_bytes(make_policy(intermediate_size=size, num_hidden_layers=1), layout) for size in (48, 49))
+    assert wider - wide == 2 * 16 * 4
+
+
+def test_twice_the_layers_keep_twice_as_much(footprint: Footprint) -> None:
+    twice, thrice = (
+        measure_footprint(make_policy(num_hidden_layers=count), 0, Silent()).kept for count in (4, 6)
+    )  # fmt: skip
+    for one, two, three in zip(footprint.kept, twice, thrice, strict=True):
+        assert two - one == pytest.approx(three - two, abs=1)
+    assert twice[0] > 1.8 * footprint.kept[0]
+
+
+def test_measuring_leaves_nothing_behind() -> None:
+    """A graph that holds its own outputs would never be freed; forty of these are 200 MB."""
+    policy = make_policy(hidden_size=256, intermediate_size=512)
+    layout = [(40, [20] * 3)]
+    kept = saved_bytes(policy, layout)
+    before = process_bytes(CPU)
+    for _ in range(40):
+        saved_bytes(policy, layout)
+    assert process_bytes(CPU) - before < 10 * kept
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+
+
+def test_weights_gradients_and_reference_are_counted(footprint: Footprint) -> None:
+    policy = make_policy(torch.bfloat16)
+    narrow = measure_footprint(policy, 0, Silent())
+    size = sum(parameter.numel() for parameter in policy.model.parameters())
+    embedding = policy.model.get_input_embeddings().weight.numel()
+    norms = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.ndim == 1)
+    assert footprint.gradients == 4 * size
+    assert 0 <= footprint.weights - 4 * size < 1000, "buffers are small"
+    assert narrow.reference == narrow.weights - 2 * (size - embedding - norms)
+    assert narrow.prepared == pytest.approx(2 * (size - norms), abs=2), "every matrix once in bfloat16"
+    assert footprint.prepared == 2 * 4 * ((32 + 16 + 16) * 32 + 2 * 48 * 32), "what is stacked for one product"
+    policy.model.get_input_embeddings().requires_grad_(False)
+    assert measure_footprint(policy, 0, Silent()).gradients == 4 * (size - embedding)
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "max_tokens", "group_size", "prompts_per_step", "samples",
+                                   "question_tokens", "answer_tokens"])  # fmt: skip
+def test_more_work_never_needs_less(footprint: Footprint, field: str) -> None:
+    """With micro-batches of one completion; larger ones hold the same tokens whatever the lengths are."""
+
+    def longer(factor: int) -> Workload:
+        if hasattr(EXAM, field):
+            return replace(WORK, exams=(replace(EXAM, **{field: getattr(EXAM, field) * factor}),))
+        return replace(ASKED, **{field: getattr(ASKED, field) * factor})
+
+    sizes = [forecast_memory(footprint, longer(factor), 1, 40) for factor in (1, 2, 3)]
+    for smaller, larger in pairwise(sizes):
+        assert all(getattr(larger, phase) >= getattr(smaller, phase) for phase in PHASES)
+    if field in {"prompt_tokens", "max_tokens"}:
+        assert sizes[0].sampling < sizes[1].sampling
+        assert sizes[0].training < sizes[1].training
+    asked = forecast_memory(footprint, replace(WORK, exams=(EXAM, replace(EXAM, answer_tokens=10**6))), 1, 40)
+    assert asked.peak == asked.evaluation > max(asked.sampling, asked.training)
+    if field.startswith(("question", "answer_")):
+        assert sizes[0].evaluation < sizes[1].evaluation
+
+
+def test_larger_sizes_and_a_reference_never_need_less(footprint: Footprint) -> None:
+    peaks = [forecast_memory(footprint, WORK, tokens, 8).training for tokens in range(70, 1200, 10)]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1]
+    by_slots = [forecast_memory(footprint, WORK, 100, slots).sampling for slots in (1, 2, 8, 64)]
+    assert by_slots == sorted(set(by_slots))
+    kept, again = (forecast_memory(footprint, WORK, 512, 8, recompute).training for recompute in (False, True))
+    assert again < kept
+    alone, beside = (forecast_memory(footprint, replace(WORK, reference=each), 512, 8) for each in (False, True))
+    assert beside.peak - alone.peak == footprint.reference
+
+
+def test_a_step_in_one_micro_batch_has_no_gradients_beside_all_activations(footprint: Footprint) -> None:
+    one = replace(WORK, prompts_per_step=1)
+    assert forecast_memory(footprint, one, 1000, 8).gradients == 0
+    assert forecast_memory(footprint, one, 200, 8).gradients >= footprint.gradients
+
+
+@pytest.mark.parametrize("budget", [40, 69, 70, 71, 150, 300, 1024])
+def test_the_layouts_are_those_that_packing_makes(budget: int) -> None:
+    work = replace(WORK, prompts_per_step=3, group_size=4)
+    groups = [make_group([1] * 40, [[2] * 30] * 4, [0.0, 1.0, 2.0, 3.0]) for _ in range(3)]
+    for group in groups:
+        group.trained, group.advantages = [True] * 4, [[1.0] * 30] * 4
+    batches = pack(groups, lambda lengths: [[1.0] * len(each) for each in lengths], budget, with_kl=False)
+    assert work.micro_batches(budget) == [batch.layout for batch in batches]
+
+
+def test_a_long_prompt_is_computed_once_for_many_completions(footprint: Footprint) -> None:
+    """In a micro-batch of 1,024 tokens a prompt as long would stand once for each completion."""
+    long = Workload(prompt_tokens=1024, max_tokens=64, prompts_per_step=1, group_size=8)
+    chosen = choose_sizes(footprint, long, 10**12)
+    assert len(long.micro_batches(MAX_TOKENS)) == 8
+    assert len(long.micro_batches(chosen.micro_batch_tokens)) == 1
+    least = forecast_memory(footprint, long, long.smallest, 1, recompute=True).training
+    assert choose_sizes(footprint, long, least).micro_batch_tokens == long.smallest
+
+
+def test_what_is_chosen_is_the_most_that_the_budget_allows(footprint: Footprint) -> None:
+    roomy = choose_sizes(footprint, ASKED, 10**12)
+    assert (roomy.micro_batch_tokens, roomy.slots, roomy.recompute) == (MAX_TOKENS, 160, False)
+    least = forecast_memory(footprint, ASKED, ASKED.smallest, 1)
+    for budget in range(least.peak, roomy.memory.peak, max(1, (roomy.memory.peak - least.peak) // 17)):
+        chosen = choose_sizes(footprint, ASKED, budget)
+        assert chosen.memory == forecast_memory(footprint, ASKED, chosen.micro_batch_tokens, chosen.slots)
+        assert chosen.memory.peak <= budget
+        assert not chosen.recompute
+        more = forecast_memory(footprint, ASKED, chosen.micro_batch_tokens + 1, chosen.slots + 1)
+        assert chosen.micro_batch_tokens == MAX_TOKENS or more.training > budget
+        assert chosen.slots == 160 or max(more.sampling, more.evaluation) > budget
+
+
+def test_activations_are_recomputed_only_where_one_completion_does_not_fit_otherwise(footprint: Footprint) -> None:
+    long = replace(WORK, prompt_tokens=400)
+    least = forecast_memory(footprint, long, long.smallest, 1)
+    assert least.training > max(least.sampling, 0)
+    assert not choose_sizes(footprint, long, least.training).recompute
+    tight = choose_sizes(footprint, long, least.training - 1)
+    assert tight.recompute
+    assert tight.memory.peak < least.training
+
+
+def test_too_little_memory_says_how_much_is_needed_for_what_and_what_to_change(footprint: Footprint) -> None:
+    heavy = replace(footprint, gradients=3_000_000_000)
+    with pytest.raises(UsageError) as error:
+        choose_sizes(heavy, WORK, 2_000_000_000)
+    message = str(error.value)
+    for words in (
+        "run.memory",
+        "allows 2.00 GB",
+        "training needs at least 9.25 GB",
+        "most of it for optimizer (6.00 GB)",
+        '"9.3 GB"',
+        "40 + 30 tokens",
+        "sampling.max_tokens",
+    ):
+        assert words in message
+    with pytest.raises(UsageError, match=r"sampling needs at least .* most of it for cache"):
+        choose_sizes(replace(footprint, cache_token=10**9), WORK, 2_000_000_000)
+
+
+def test_the_process_counts_on_a_cpu_and_not_on_an_accelerator() -> None:
+    assert process_bytes(CPU) > 100_000_000
+    assert process_bytes(torch.device("cuda")) == 0

@@ -1,0 +1,287 @@
+"""A run that was stopped at any kind of moment and continued equals the run that nobody stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gruppo.config.methods import METHODS
+from gruppo.errors import UsageError
+from gruppo.runs.reading import read_lines
+from gruppo.training import loop
+from gruppo.training.api import train
+from gruppo.training.memory_estimate import process_bytes
+from tests.small_runs import ROWS, at_call, fingerprint, killed, recipe, small_run
+
+REFILLED = "tests/rewards/functions.py:begins_with_a_letter"
+EVALUATED = {"evaluation__grader": "exact_match", "evaluation__every": 2, "method__inner_updates": 2}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    path = tmp_path_factory.mktemp("data") / "test.jsonl"
+    path.write_text("".join(json.dumps({"prompt": letter, "answer": "a"}) + "\n" for letter in "abc"))
+    return {"evaluation__task": str(path)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_folder: str, questions: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    small_run(tiny_folder, out, **EVALUATED, **questions)
+    return fingerprint(out)
+
+
+MOMENTS = {
+    "while sampling": ("gruppo.engines.native.engine._Flight.decode", 40),
+    "while rewarding": ("gruppo.rollout.workers.rewards.Worker._receive", 15),
+    "while updating": ("gruppo.training.loop.batch_loss", 7),
+    "between inner updates": ("gruppo.training.loop._Run._update", 8),
+    "before a step is written": ("gruppo.training.loop._Run._write_step", 3),
+    "before a metrics line": ("gruppo.runs.folder.RunFolder.metric", 6),
+    "before base is named": ("gruppo.runs.folder.publish", 2),
+    "before a table is named": ("gruppo.runs.folder.publish", 10),
+    "while evaluating": ("gruppo.evaluation.sets.graded", 2),
+    "before a checkpoint": ("gruppo.training.loop.save_checkpoint", 2),
+    "before a checkpoint is named": ("gruppo.training.checkpoint.publish", 2),
+    "before old checkpoints go": ("gruppo.training.checkpoint.drop_old", 2),
+    "before the result is saved": ("gruppo.training.loop.save_model", 1),
+    "before the first step": ("gruppo.training.loop._Run._step", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_equals_uninterrupted(
+    moment: str, tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed(monkeypatch, *MOMENTS[moment]):
+        small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
+    small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
+    assert fingerprint(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_bit_for_bit(
+    method: str, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DAPO's refills move the cursor by what they drew; KL in the reward needs the reference of the beginning."""
+
+    changes = {"method__name": method, "reward__functions": [REFILLED], "sampling__temperature": 0.7}
+    settings = {**recipe(tiny_folder, **changes)}
+    del settings["method"]["kl_coef"]
+    rows = ROWS
+    if method == "sft":
+        del settings["reward"]
+        rows = [{**row, "completion": row["prompt"] + "z"} for row in ROWS]
+    train(settings, prompts=rows, out=tmp_path / "whole")
+    with killed(monkeypatch, "gruppo.training.loop._Run._write_step", 5):
+        train(settings, prompts=rows, out=tmp_path / "run")
+    train(settings, prompts=rows, out=tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+    if method == "dapo":
+        tables = fingerprint(tmp_path / "run")["rollouts"].values()
+        assert max(row["group"] for table in tables for row in table) > 3, "no group was ever refilled"
+
+
+LORA_MOMENTS = {
+    "while updating": ("gruppo.training.loop.batch_loss", 7),
+    "while the reference scores": ("gruppo.models.lora._WithoutAdapters.hidden_states", 6),
+    "before a checkpoint is named": ("gruppo.training.checkpoint.publish", 2),
+    "before the adapter is saved": ("gruppo.training.loop.save_adapter", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_lora(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("lora") / "run"
+    small_run(tiny_folder, out, model__lora={"rank": 2}, method__inner_updates=2)
+    return {**fingerprint(out), "adapter": (out / "adapter" / "adapter_model.safetensors").read_bytes()}
+
+
+@pytest.mark.parametrize("moment", LORA_MOMENTS)
+def test_adapters_resume_bit_for_bit(
+    moment: str, tiny_folder: str, uninterrupted_lora: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen weights come from the start model again, A and B from the checkpoint or, before one, from the seed."""
+
+    out, changes = tmp_path / "run", {"model__lora": {"rank": 2}, "method__inner_updates": 2}
+    with killed(monkeypatch, *LORA_MOMENTS[moment]):
+        small_run(tiny_folder, out, **changes)
+    small_run(tiny_folder, out, resume=True, **changes)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == uninterrupted_lora["adapter"]
+    assert fingerprint(out) == {name: each for name, each in uninterrupted_lora.items() if name != "adapter"}
+
+
+@pytest.mark.parametrize("moment", ["sampling", "between steps", "evaluating", "evaluating at the end", "updating"])
+def test_asked_to_stop_saves_and_continues(
+    moment: str, tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first signal, at a moment of each kind; an update that has begun is finished first."""
+    target, count = {
+        "sampling": ("gruppo.engines.native.engine._Flight.decode", 60),
+        "between steps": ("gruppo.runs.folder.RunFolder.metric", 5),
+        "evaluating": ("gruppo.evaluation.sets.answer", 2),
+        "evaluating at the end": ("gruppo.evaluation.sets.answer", 4),
+        "updating": ("gruppo.training.loop.batch_loss", 5),
+    }[moment]
+    with monkeypatch.context() as patch:
+        at_call(patch, target, count, lambda: os.kill(os.getpid(), signal.SIGINT))
+        result = small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
+    assert result.summary["state"] == "interrupted"
+    assert result.summary["steps"] < 6 or moment == "evaluating at the end"
+    small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
+    assert fingerprint(tmp_path / "run") == uninterrupted
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert any(event["kind"] == "resume" for event in read_lines(tmp_path / "run" / "events.jsonl"))
+
+
+def test_resume_of_a_finished_run_changes_nothing(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = small_run(tiny_folder, tmp_path / "run")
+    before = fingerprint(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("gruppo.training.loop.peak_memory", lambda _: 1)
+        result = small_run(tiny_folder, tmp_path / "run", resume=True)
+    peak = "peak_memory_bytes"
+    assert {**result.summary, peak: 0} == {**first.summary, peak: 0}
+    assert result.summary[peak] > 1, "the first process reached more memory than the second"
+    assert result.summary["state"] == "done"
+    assert fingerprint(tmp_path / "run") == before
+
+
+def test_resume_of_nothing_starts(tiny_folder: str, tmp_path: Path) -> None:
+    assert small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1).summary["state"] == "done"
+
+
+def test_resume_keeps_what_was_chosen_by_measuring(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other memory at the resume must not change the micro-batch, and so the rounding."""
+    held = process_bytes(torch.device("cpu"))
+    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: held)
+    monkeypatch.setattr("gruppo.training.setup.process_bytes", lambda _: held)
+    with monkeypatch.context() as patch:
+        patch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 10**10)
+        patch.setattr("gruppo.training.packing.MAX_TOKENS", 30)
+        patch.setattr(loop._Run, "_step", _stop_after(2))
+        small_run(tiny_folder, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]
+    assert before["micro_batch_tokens"] == 30
+    assert (before["recompute"], before["memory_budget_bytes"]) == (False, int(0.6 * (10**10 + held)))
+    monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 0)
+    seen = []
+    original = loop.pack
+    monkeypatch.setattr(loop, "pack", lambda *args, **kwargs: seen.append(args[2]) or original(*args, **kwargs))
+    small_run(tiny_folder, tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"] == before
+    assert set(seen) == {30}
+
+
+def test_a_run_from_before_there_was_a_budget_resumes(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recipe has no run.memory, and nothing says whether activations are recomputed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", _stop_after(2))
+        small_run(tiny_folder, tmp_path / "run")
+    recipe, environment = tmp_path / "run" / "recipe.toml", tmp_path / "run" / "environment.json"
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if "memory" not in line))
+    content = json.loads(environment.read_text())
+    del content["chosen"]["recompute"], content["chosen"]["memory_budget_bytes"], content["memory_forecast"]
+    environment.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"run\.memory was 0\.6 and is 0\.5"):
+        small_run(tiny_folder, tmp_path / "run", resume=True, run__memory=0.5)
+    assert small_run(tiny_folder, tmp_path / "run", resume=True).summary["state"] == "done"
+
+
+def _stop_after(steps: int):
+    original = loop._Run._step
+
+    def step(self):
+        original(self)
+        if self.state.step == steps:
+            self.stop.request()
+
+    return step
+
+
+def test_changed_recipe_other_run_and_changed_weights_are_refused(tiny_folder: str, tmp_path: Path) -> None:
+    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    with pytest.raises(UsageError, match="holds a run already"):
+        small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    with pytest.raises(UsageError, match=r"run\.seed was 0 and is 1"):
+        small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1, run__seed=1)
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    environment["start_weights_sha256"] = "0" * 64
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(UsageError, match="not those that this run began with"):
+        small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1)
+
+
+def test_changed_questions_are_refused_and_changed_rewards_are_told(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    return [float(len(c)) for c in completions]\n")
+    changes = {"reward__functions": [str(tmp_path / "mine.py") + ":f"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", _stop_after(2))
+        small_run(tiny_folder, tmp_path / "run", **changes)
+    with pytest.raises(UsageError, match="questions are not those"):
+        train(recipe(tiny_folder, **changes), prompts=ROWS[1:], out=tmp_path / "run", resume=True)
+    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    return [0.0 for c in completions]\n")
+    assert small_run(tiny_folder, tmp_path / "run", resume=True, **changes).summary["state"] == "done"
+    assert "changed" in [event["kind"] for event in read_lines(tmp_path / "run" / "events.jsonl")]
+
+
+@pytest.mark.parametrize("before", ["of another compiler", "none"])
+def test_other_kernels_than_the_run_began_with_are_told(tiny_folder: str, tmp_path: Path, before: str) -> None:
+    out = tmp_path / "run"
+    small_run(tiny_folder, out)
+    chosen = json.loads((out / "environment.json").read_text())
+    now, chosen["chosen"]["kernels"] = chosen["chosen"]["kernels"], before
+    (out / "environment.json").write_text(json.dumps(chosen))
+    small_run(tiny_folder, out, resume=True)
+    told = [each["message"] for each in read_lines(out / "events.jsonl") if each["kind"] == "changed"]
+    assert ["kernels" in each for each in told] == [True] * (now != before)
+
+
+def test_damaged_last_checkpoint_falls_back_with_an_event(tiny_folder: str, tmp_path: Path) -> None:
+    small_run(tiny_folder, tmp_path / "run")
+    before = fingerprint(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-000006" / "weights.safetensors").write_bytes(b"rubbish")
+    small_run(tiny_folder, tmp_path / "run", resume=True)
+    assert fingerprint(tmp_path / "run") == before
+    events = read_lines(tmp_path / "run" / "events.jsonl")
+    assert [event["kind"] for event in events] == ["checkpoint_unusable", "resume"]
+
+
+def test_sigkill_of_the_real_command(tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path) -> None:
+    """The command line in a process of its own, killed after its third step, resumed by the same command."""
+    import tomli_w
+
+    data = recipe(tiny_folder, **EVALUATED, **questions)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data["task"] = {"name": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(data))
+    command = [sys.executable, "-m", "gruppo.cli.main", "train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run"),
+               "--resume"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step    3  reward"):
+            break
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    got = fingerprint(tmp_path / "run")
+    assert got["metrics"] == uninterrupted["metrics"]
+    assert got["weights"] == uninterrupted["weights"]

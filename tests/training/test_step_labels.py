@@ -1,0 +1,175 @@
+"""Labels by rule: the shares of continuations against exact enumeration, and what is labelled how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from gruppo.config.recipe import RewardModel
+from gruppo.engines.base import SamplingOptions
+from gruppo.engines.native.engine import NativeEngine
+from gruppo.errors import UsageError
+from gruppo.models.policy import LanguageModel
+from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.runs.folder import RunFolder
+from gruppo.runs.tables import LABELS
+from gruppo.training.step_labels import Labelled, Labeller, label_rows, read_labels
+from gruppo.types import Completion, Group, Prompt, Reward, Steps
+from gruppo.utils.progress import Silent
+from gruppo.utils.signals import Stop
+from tests.conftest import END, make_policy
+
+VOWELS = "tests/rewards/functions.py:ends_in_a_vowel"
+EVERY_TWO = "tests/functions_of_users.py:every_two"
+VOCABULARY = 8  # the end token and the letters a to g: a and e are right
+RIGHT = {"a", "e"}
+
+
+@pytest.fixture(scope="module")
+def small() -> LanguageModel:
+    """A model whose tokenizer has more letters than it: it says a to g and nothing else."""
+    return make_policy(vocab_size=VOCABULARY, seed=2, initializer_range=0.1)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RewardPool]:
+    with RewardPool([VOWELS], [], [], workers=1) as made:
+        yield made
+
+
+def labeller(policy: LanguageModel, pool: RewardPool, most: int, **settings: object) -> Labeller:
+    engine = NativeEngine(policy, 256)
+    chosen = RewardModel(**{"kind": "process", "split": EVERY_TWO, **settings})
+    options = SamplingOptions(temperature=1.0, max_tokens=most)
+    return Labeller(engine, pool, policy.tokenizer, options, chosen, 0.5, Silent(), Stop())
+
+
+def group_of(
+    policy: LanguageModel, *texts: str, finish: str = "stop", verdicts: list[float | None] | None = None
+) -> Group:
+    completions = []
+    for text in texts:
+        ids = [*policy.tokenizer(text)["input_ids"], *([END] if finish == "stop" else [])]
+        completions.append(Completion(tuple(ids), (0.0,) * len(ids), (True,) * len(ids), finish, 0, text))
+    found = verdicts or [float(text[-1:] in RIGHT) for text in texts]
+    rewards = [Reward(each, {"ends_in_a_vowel": each}, "failed" if each is None else None) for each in found]
+    return Group(Prompt("t/0", "b", (2,), "t", {"answer": 1}), completions, rewards)
+
+
+def probability_right(policy: LanguageModel, ids: tuple[int, ...], text: str, room: int) -> float:
+    """Over every continuation of at most `room` tokens, by transformers."""
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+    total = 0.0
+    for token, share in enumerate(logits.softmax(0).tolist()):
+        longer = text if token == END else text + str(policy.tokenizer.decode([token]))
+        if token == END or room == 1:
+            total += share * (longer[-1:] in RIGHT)
+        else:
+            total += share * probability_right(policy, (*ids, token), longer, room - 1)
+    return total
+
+
+def test_soft_labels_are_the_probabilities_that_enumeration_gives(small: LanguageModel, pool: RewardPool) -> None:
+    count = 4000
+    ((made,), _) = labeller(small, pool, 7, continuations=count).label([group_of(small, "bacdge")], (0, 1))
+    assert made.ends == (1, 3, 5)
+    assert made.text_ends == (2, 4, 6)
+    ids = small.tokenizer("bacdge")["input_ids"]
+    for end, share in list(zip(made.ends, made.shares, strict=True))[:2]:
+        exact = probability_right(small, (2, *ids[: end + 1]), "bacdge"[: end + 1], 7 - (end + 1))
+        assert 0.02 < exact < 0.98
+        assert share == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / count))
+    assert made.shares[2] == 1.0, "nothing follows the last step: the rule's own verdict"
+
+
+def test_what_follows_nothing_is_the_completions_own_verdict(small: LanguageModel, pool: RewardPool) -> None:
+    tools = labeller(small, pool, 4, continuations=2)
+    (wrong, right), _ = tools.label([group_of(small, "bc", "be")], (0, 1))
+    assert (wrong.right, wrong.shares) == (False, (0.0,))
+    assert (right.right, right.shares) == (True, (1.0,))
+    ((cut,), _) = tools.label([group_of(small, "bcbe", finish="length")], (0, 1))
+    assert cut.shares[1] == 1.0, "cut at the last token: there is no room to go on"
+
+
+def test_the_same_key_draws_the_same_and_completions_of_unknown_reward_are_left_out(
+    small: LanguageModel, pool: RewardPool
+) -> None:
+    tools = labeller(small, pool, 8, continuations=8)
+    groups = [group_of(small, "bacd", "ggff", verdicts=[1.0, None]), group_of(small, "ed")]
+    made, failures = tools.label(groups, (3, 1))
+    assert [each.completion.text for each in made] == ["bacd", "ed"]
+    assert failures == {"failed": 1}
+    assert (made, failures) == tools.label(groups, (3, 1))
+    assert [each.shares for each in made] != [each.shares for each in tools.label(groups, (4, 1))[0]]
+
+
+def test_a_completion_without_a_step_has_no_label(small: LanguageModel, pool: RewardPool) -> None:
+    ((made,), _) = labeller(small, pool, 8).label([group_of(small, "")], (0, 1))
+    assert made.ends == ()
+    assert made.sample(RewardModel(kind="process")).labels == Steps((), ())
+
+
+def test_hard_and_soft_labels_and_those_of_outcomes() -> None:
+    asked, ids = Prompt("t/0", "q", (1,), "t", {}), (1, 2, 3, 4)
+    own = Completion(ids, (0.0,) * 4, (True,) * 4, "stop", 0, "abcd")
+    made = Labelled(asked, own, True, (0, 1, 3), (1, 2, 4), (0.0, 0.25, 1.0))
+    assert made.sample(RewardModel(kind="process")).labels == Steps((0.0, 1.0, 1.0), (0, 1, 3))
+    assert made.sample(RewardModel(kind="process", labels="soft")).labels == Steps((0.0, 0.25, 1.0), (0, 1, 3))
+    assert made.sample(RewardModel(kind="outcome")).labels == Steps((1.0,), (3,))
+
+
+def test_outcome_labels_sample_nothing(small: LanguageModel, pool: RewardPool) -> None:
+    tools = labeller(small, pool, 8, kind="outcome")
+    assert [(each.right, each.ends) for each in tools.label([group_of(small, "ab", "ba")], (0, 1))[0]] == [
+        (False, ()),
+        (True, ()),
+    ]
+
+
+def test_what_is_written_is_read_again(small: LanguageModel, pool: RewardPool, tmp_path: Path) -> None:
+    made, _ = labeller(small, pool, 8, continuations=3).label([group_of(small, "bacd", "ed")], (0, 1))
+    run = RunFolder(tmp_path / "labels")
+    path = run.table("labels", 1, label_rows(made), LABELS)
+    run.close()
+    (row, _) = pq.read_table(path).to_pylist()
+    assert row["step_texts"] == ["ba", "cd"]
+    assert row["step_ends"] == [1, 3]
+    assert row["hard"] == [share > 0 for share in row["soft"]]
+    again = read_labels([path])
+    assert [(each.completion.token_ids, each.right, each.ends, each.shares) for each in again] == [
+        (each.completion.token_ids, each.right, each.ends, each.shares) for each in made
+    ]
+    assert again[0].prompt.columns == {"answer": 1}
+
+
+def test_a_rule_of_steps_that_fails_labels_nothing_and_is_counted(small: LanguageModel, pool: RewardPool) -> None:
+    tools = labeller(small, pool, 8, split="tests/functions_of_users.py:fails_on_short_texts")
+    made, failures = tools.label([group_of(small, "bacde", "ed")], (0, 1))
+    assert [each.completion.text for each in made] == ["bacde"]
+    ((why, count),) = failures.items()
+    assert (count, "reward_model.split" in why) == (1, True)
+
+
+def test_the_rule_judges_where_another_reward_failed(small: LanguageModel, pool: RewardPool) -> None:
+    group = group_of(small, "ba")
+    group.rewards = [Reward(None, {"ends_in_a_vowel": 1.0, "other": None}, "other: broken")]
+    ((made,), failures) = labeller(small, pool, 8, kind="outcome").label([group], (0, 1))
+    assert made.right
+    assert not failures
+
+
+def test_another_file_is_no_table_of_labels(tmp_path: Path) -> None:
+    path = tmp_path / "step-000001.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match="is no table of labels"):
+        read_labels([path])
+    pq.write_table(pa.table({"a": [1]}), path)
+    with pytest.raises(UsageError, match="is no table of labels"):
+        read_labels([path])
