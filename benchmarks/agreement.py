@@ -20,9 +20,9 @@ from typing import Any
 from bench import ROOT
 from works import linked
 
-from gruppo.config.recipe import load_recipe
-from gruppo.evaluation.sets import hold, open_exams
-from gruppo.utils.progress import Silent
+from gruppo.config.loading import load_recipe
+from gruppo.evaluation.runner import hold, open_eval_sets
+from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Stop
 
 # As the task gsm8k of lm-evaluation-harness has them.
@@ -76,11 +76,11 @@ def main() -> None:
     task = {"name": "gsm8k", "options": {"data": str(given.data)}}
     settings = {"task": task, "questions": given.questions, "max_tokens": given.max_tokens}
     recipe = load_recipe({"model": {"name": given.model, "dtype": "float32"}, "evaluation": settings})
-    opened = open_exams(recipe, Silent(), ExitStack())
+    opened = open_eval_sets(recipe, NullProgress(), ExitStack())
     exam = opened.exams[0]
     with tempfile.TemporaryDirectory(prefix="gruppo-agreement-") as held:
         theirs = harness(given, linked(opened.source, Path(held) / "model").location, exam.prompts, Path(held))
-    ours = hold(exam, opened.engine, 0, Silent(), Stop())
+    ours = hold(exam, opened.engine, 0, NullProgress(), Stop())
     same_text, counts, odd = 0, {"strict-match": [0, 0], "flexible-extract": [0, 0]}, []
     for prompt, (completion,), (verdict,) in zip(exam.prompts, ours.answers, ours.verdicts, strict=True):
         sample = theirs[prompt.id]

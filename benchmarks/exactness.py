@@ -17,14 +17,18 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
-from gruppo.algorithms import credit as objective
-from gruppo.algorithms.losses import policy_loss, sequence_mean_weights
-from gruppo.config.recipe import Method
-from gruppo.engines.base import Request, SamplingOptions
+from gruppo.algorithms import credit, filtering
+from gruppo.algorithms.aggregation import sequence_mean_weights
+from gruppo.algorithms.losses import policy_loss
+from gruppo.config.method_section import Method
+from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
-from gruppo.models.policy import LanguageModel, find_model, load_model
-from gruppo.training.packing import MAX_TOKENS, Batch, pack
-from gruppo.types import Group, Metrics, Prompt, Reward
+from gruppo.models.loading import find_model, load_model
+from gruppo.models.packing import MAX_TOKENS, Batch, pack
+from gruppo.models.policy import LanguageModel
+from gruppo.training import policy_loss as losses_of_batches
+from gruppo.types import Group, Prompt, Reward
+from gruppo.utils.metrics import Metrics
 
 METHOD = Method(kl_coef=0.04)
 
@@ -38,13 +42,13 @@ def completions(policy: LanguageModel, prompts: int, group: int, tokens: int) ->
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
         )["input_ids"])  # fmt: skip
         made.append(Request(ids, [(place, number) for number in range(group)]))
-    sampled = NativeEngine(policy, prompts * group).generate(made, SamplingOptions(1.0, tokens))
+    sampled = NativeEngine(policy, prompts * group).generate(made, SamplingParams(1.0, tokens))
     groups = [
         Group(Prompt("p", "", each.token_ids, "t", {}), own, [Reward(float(number % 2), {}) for number in range(group)])
         for each, own in zip(made, sampled, strict=True)
     ]
-    objective.mark_trained(groups, False)
-    objective.assign_advantages(groups, METHOD, Metrics())
+    filtering.mark_trained(groups, False)
+    credit.assign_advantages(groups, METHOD, Metrics())
     return groups
 
 
@@ -52,7 +56,7 @@ def fast(policy: LanguageModel, batches: list[Batch]) -> dict[str, torch.Tensor]
     """The gradient by gruppo's own path."""
     with policy.precision():
         for batch in batches:
-            loss = objective.batch_loss(policy, None, replace(batch), METHOD, 1.0, Metrics())
+            loss = losses_of_batches.batch_loss(policy, None, replace(batch), METHOD, 1.0, Metrics())
             with torch.autocast("cpu", enabled=False):
                 loss.backward()
     return gradients(policy.model)
@@ -128,7 +132,7 @@ def main() -> None:
     for each in reference.model.parameters():  # so that the KL term is not trivial
         each.data.add_(0.005 * each.data.std() * torch.randn_like(each))
     batches = pack(groups, sequence_mean_weights, MAX_TOKENS, with_kl=True)
-    objective.score_batches(policy, reference, batches, 1.0, Metrics())
+    losses_of_batches.score_batches(policy, reference, batches, 1.0, Metrics())
     for batch in batches:
         batch.old_logprobs = None  # the first update after sampling: each path is its own π_old
     del reference

@@ -27,10 +27,7 @@ from bench import Side  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from works import MODEL, SEED, Work, make_random_model, parameters_of  # noqa: E402
 
-from gruppo.models.policy import (
-    ModelSource,
-    find_model,
-)
+from gruppo.models.loading import ModelSource, find_model  # noqa: E402
 
 HERE = Path(__file__).parent
 MIDDLE = {"prompts": 1, "group": 8, "prompt": 128, "completion": 64}

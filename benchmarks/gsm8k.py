@@ -21,10 +21,12 @@ from typing import Any
 from bench import ROOT, Bench
 from works import linked
 
-from gruppo.config.recipe import load_recipe
-from gruppo.evaluation.sets import Exam, answer, mark, open_exams
+from gruppo.config.loading import load_recipe
+from gruppo.evaluation.runner import answer, open_eval_sets
+from gruppo.evaluation.sets import EvalSet
+from gruppo.evaluation.verdicts import mark
 from gruppo.types import Completion
-from gruppo.utils.progress import Silent
+from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Stop
 
 Turn = tuple[range, dict[str, Any], list[list[Completion]], float]  # questions, vLLM's answers, ours, our seconds
@@ -43,7 +45,7 @@ def main() -> None:
     settings = {"task": task, "questions": given.questions, "max_tokens": given.max_tokens}
     recipe = load_recipe({"model": {"name": given.model, "dtype": "bfloat16"}, "evaluation": settings})
     begun = time.perf_counter()
-    opened = open_exams(recipe, Silent(), ExitStack())
+    opened = open_eval_sets(recipe, NullProgress(), ExitStack())
     ours_loaded, exam = time.perf_counter() - begun, opened.exams[0]
     longest = max((prompt.token_ids for prompt in exam.prompts), key=len)
     with tempfile.TemporaryDirectory(prefix="gruppo-bench-") as held:
@@ -60,7 +62,7 @@ def main() -> None:
                 asked = [list(exam.prompts[place].token_ids) for place in places]
                 theirs = side.call("answer", prompts=asked, tokens=given.max_tokens)
                 begun = time.perf_counter()
-                mine = answer(opened.engine, exam, places, 0, Silent(), Stop())
+                mine = answer(opened.engine, exam, places, 0, NullProgress(), Stop())
                 seconds = time.perf_counter() - begun
                 turns.append((places, theirs, mine, seconds))
                 peer = theirs["seconds"]
@@ -69,7 +71,7 @@ def main() -> None:
     tabulate(exam, turns, {"vllm": loaded, "gruppo": ours_loaded}, opened.policy.tokenizer.decode)
 
 
-def tabulate(exam: Exam, turns: Sequence[Turn], loads: dict[str, float], decode: Callable[..., str]) -> None:
+def tabulate(exam: EvalSet, turns: Sequence[Turn], loads: dict[str, float], decode: Callable[..., str]) -> None:
     """Print the table: rates, and accuracies of both sides by gruppo's grader."""
     right, tokens, same = dict.fromkeys(loads, 0), dict.fromkeys(loads, 0), 0
     seconds = {"vllm": sum(turn[1]["seconds"] for turn in turns), "gruppo": sum(turn[3] for turn in turns)}

@@ -38,11 +38,12 @@ def kind_of(name: str) -> str:
 
 def phases(model: str) -> dict[str, Callable[[], Any]]:
     """A step's phases on work A's shapes, to be called in order."""
-    from gruppo.algorithms.losses import policy_loss, sequence_mean_weights
-    from gruppo.engines.base import Request, SamplingOptions
+    from gruppo.algorithms.aggregation import sequence_mean_weights
+    from gruppo.algorithms.losses import policy_loss
+    from gruppo.engines.base import Request, SamplingParams
     from gruppo.engines.native.engine import NativeEngine
-    from gruppo.models.policy import find_model, load_model
-    from gruppo.training.packing import MAX_TOKENS, pack, score
+    from gruppo.models.loading import find_model, load_model
+    from gruppo.models.packing import MAX_TOKENS, pack, score
     from gruppo.types import Completion, Group, Prompt, Reward
 
     policy = load_model(find_model(model))
@@ -50,7 +51,7 @@ def phases(model: str) -> dict[str, Callable[[], Any]]:
     draw = random.Random(0)
     prompts = [tuple(draw.randrange(100, 40000) for _ in range(WIDTH)) for _ in range(PROMPTS)]
     engine = NativeEngine(policy, PROMPTS * GROUP)
-    options = SamplingOptions(1.0, LONGEST, min_tokens=LONGEST)
+    options = SamplingParams(1.0, LONGEST, min_tokens=LONGEST)
     groups = []
     for place, prompt in enumerate(prompts):
         made = []
@@ -88,11 +89,11 @@ def phases(model: str) -> dict[str, Callable[[], Any]]:
     def optimize() -> None:
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
-        torch.autograd.graph.increment_version(list(policy.model.parameters()))
+        policy.generation.advance()
         optimizer.zero_grad(set_to_none=True)
 
     def load() -> None:
-        engine.load_weights(policy, 1)
+        engine.load_weights(policy.weight_source(), 1)
 
     return {
         "generation": sample, "reference": refer, "loss and backward": update, "optimizer": optimize,

@@ -17,10 +17,13 @@ from safetensors import safe_open
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from gruppo.config.recipe import Task
-from gruppo.data.loading import load_training, tokenize_rows
-from gruppo.models.policy import ModelSource, find_model, save_model, wrap_model
-from gruppo.utils.progress import Silent
+from gruppo.config.sections import Task
+from gruppo.data.loading import load_training
+from gruppo.data.tokenization import tokenize_rows
+from gruppo.models.compatibility import wrap_model
+from gruppo.models.loading import ModelSource, find_model
+from gruppo.models.weights import save_model
+from gruppo.utils.progress import NullProgress
 
 MODEL = "smollm2-135m-instruct"
 SEED = 20240203
@@ -135,7 +138,7 @@ def _work(
 
 def _prompts(source: ModelSource, count: int) -> tuple[list[list[dict[str, Any]]], list[list[int]]]:
     """The first questions of the arithmetic task that have 49 tokens with the suffix, so that none is padded."""
-    rows = load_training(Task(name="arithmetic"), "task", False, Silent())[0].rows
+    rows = load_training(Task(name="arithmetic"), "task", False, NullProgress())[0].rows
     asked = [{"prompt": [{"role": "user", "content": row["prompt"][0]["content"] + SUFFIX}]} for row in rows]
     made = tokenize_rows(asked, source.tokenizer, source.context, 64, "arithmetic")
     chosen = [prompt for prompt in made if len(prompt.token_ids) == WIDTH][:count]

@@ -1,75 +1,82 @@
-"""gruppo trains language models with Group Relative Policy Optimization.
+"""gruppo trains language models with Group Relative Policy Optimization (GRPO, arXiv 2402.03300).
 
-`train` runs a recipe, `evaluate` measures a model, `export` writes a checkpoint as a model folder, `load_result` opens
-a run folder, `replay` makes a step of it again, `load_recipe` reads and validates a recipe; `label` and
-`train_reward_model` make a reward model; `Callback` and `STOP` are for watching and ending a run. They are imported
-when first used, so that `import gruppo` is quick.
+Train and evaluate:
+    train                  run a recipe
+    evaluate               measure a model on a task
+    load_result            open a run folder
+    export                 write a checkpoint as a model folder
+    reproduce              recompute a step of a run from its stored rollouts, and compare
+    load_recipe            read and validate a recipe
+Reward models:
+    label                  label completions, and their steps, by a rule
+    train_reward_model     train a reward model on labels
+For your own code:
+    Callback, STOP         watch a run, and stop it
+    Environment, Turn      environments of several turns
+
+Names are imported when they are first used, so that `import gruppo` is quick.
 """
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gruppo.utils.renamed_modules import install_aliases
+from gruppo.utils.torch_settings import configure_torch
+
 if TYPE_CHECKING:
+    from gruppo.config.loading import load_recipe as load_recipe
     from gruppo.config.recipe import Recipe as Recipe
-    from gruppo.config.recipe import load_recipe as load_recipe
     from gruppo.errors import RunError as RunError
     from gruppo.errors import UsageError as UsageError
-    from gruppo.evaluation.sets import evaluate as evaluate
+    from gruppo.evaluation.runner import evaluate as evaluate
+    from gruppo.rollout.environments.protocol import Environment as Environment
+    from gruppo.rollout.environments.protocol import Turn as Turn
     from gruppo.runs.results import Result as Result
     from gruppo.runs.results import load_result as load_result
     from gruppo.training.api import train as train
     from gruppo.training.callbacks import STOP as STOP
     from gruppo.training.callbacks import Callback as Callback
     from gruppo.training.export import export as export
-    from gruppo.training.replay import replay as replay
+    from gruppo.training.reproduce import reproduce as reproduce
     from gruppo.training.reward_model_api import label as label
     from gruppo.training.reward_model_api import train_reward_model as train_reward_model
-
-# torch asks for huge pages for large tensors where this is set before its first one: fewer page faults.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# oneDNN keeps what it has compiled for 1,024 shapes, 0.6 MB each, and every micro-batch has shapes of its own.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _HOMES = {
     "STOP": "training.callbacks",
     "Callback": "training.callbacks",
+    "Environment": "rollout.environments.protocol",
     "Recipe": "config.recipe",
-    "load_recipe": "config.recipe",
+    "Result": "runs.results",
     "RunError": "errors",
+    "Turn": "rollout.environments.protocol",
     "UsageError": "errors",
-    "evaluate": "evaluation.sets",
+    "evaluate": "evaluation.runner",
     "export": "training.export",
     "label": "training.reward_model_api",
-    "train_reward_model": "training.reward_model_api",
-    "replay": "training.replay",
-    "Result": "runs.results",
+    "load_recipe": "config.loading",
     "load_result": "runs.results",
+    "reproduce": "training.reproduce",
     "train": "training.api",
+    "train_reward_model": "training.reward_model_api",
 }
 
-__all__ = [
-    "STOP",
-    "Callback",
-    "Recipe",
-    "Result",
-    "RunError",
-    "UsageError",
-    "evaluate",
-    "export",
-    "label",
-    "load_recipe",
-    "load_result",
-    "replay",
-    "train",
-    "train_reward_model",
-]
+__all__ = [  # noqa: RUF022  in the order of the text above
+    "train", "evaluate", "load_result", "export", "reproduce", "load_recipe", "label", "train_reward_model",
+    "Callback", "STOP", "Environment", "Turn", "Recipe", "Result", "RunError", "UsageError",
+]  # fmt: skip
 __version__ = "0.1.0"
+
+configure_torch()
+install_aliases()
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"gruppo.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'gruppo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__", "__doc__", "__file__", "__name__", "__path__"})

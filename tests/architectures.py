@@ -10,7 +10,9 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from gruppo.models.policy import LanguageModel, named_weights, wrap_model
+from gruppo.models.compatibility import wrap_model
+from gruppo.models.policy import LanguageModel
+from gruppo.models.weights import named_weights
 from tests.conftest import END, make_tokenizer
 
 _COMMON: dict[str, Any] = {

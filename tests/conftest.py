@@ -10,7 +10,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gruppo.models.policy import LanguageModel, save_model, wrap_model
+from gruppo.models.compatibility import wrap_model
+from gruppo.models.policy import LanguageModel
+from gruppo.models.weights import save_model
 from gruppo.types import Completion, Group, Prompt, Reward
 
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from unittest import mock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gruppo.config.recipe import RecipeError
+from gruppo.config.loading import RecipeError
 from gruppo.errors import RunError, UsageError
 
 TIMES = int(os.environ.get("GRUPPO_FUZZ", "1"))

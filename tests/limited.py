@@ -23,11 +23,11 @@ from unittest import mock
 import psutil
 
 from gruppo.errors import RunError
-from gruppo.models.policy import save_model
+from gruppo.models.weights import save_model
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import train
 from gruppo.training.memory_estimate import LATER, choose_sizes
-from gruppo.training.oom_retry import Sizes
+from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.system import release_memory
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, recipe
@@ -65,7 +65,7 @@ def sized(tokens: int) -> Callable[..., Any]:
     def choose(*args: Any) -> Any:
         return replace(choose_sizes(*args), micro_batch_tokens=tokens)
 
-    return mock.patch("gruppo.training.setup.choose_sizes", choose)
+    return mock.patch("gruppo.training.sizing.choose_sizes", choose)
 
 
 def in_a_fork(model: str, out: Path, *patches: Any) -> dict[str, Any]:
@@ -90,7 +90,9 @@ def main() -> None:
     process = psutil.Process().memory_info()
     held = process.rss + LATER + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (process.vms + held - process.rss, resource.RLIM_INFINITY))
-    without_halving = mock.patch.object(Sizes, "fitting", lambda self, size, _, attempt: attempt(getattr(self, size)))
+    without_halving = mock.patch.object(
+        BatchSizes, "fitting", lambda self, size, _, attempt: attempt(getattr(self, size))
+    )
     found = {
         "largest": in_a_fork(model, folder / "largest", sized(LARGEST), without_halving),
         "halved": in_a_fork(model, folder / "halved", sized(LARGEST)),

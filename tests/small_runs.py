@@ -65,7 +65,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, target: str, count: int) -> Iterator
 
     with monkeypatch.context() as patch:
         at_call(patch, target, count, dies)
-        patch.setattr("gruppo.training.loop._Run._summary", lambda *_: {}, raising=True)
+        patch.setattr("gruppo.training.run.summarize", lambda *_: {}, raising=True)
         with pytest.raises(Killed):
             yield
 

@@ -87,14 +87,14 @@ QUICK = ("grpo", "iterative, process", "ppo")
 # What is counted of each phase; a kill comes just before or just after one of these calls.
 CALLS = {
     "loading": "gruppo.training.setup.load_model",
-    "restoring": "gruppo.training.loop.load_tensors",
-    "sampling": "gruppo.engines.native.engine._Flight.decode",
-    "rewarding": "gruppo.rollout.workers.rewards.Worker._receive",
-    "evaluating": "gruppo.evaluation.sets.mark",
-    "labelling": "gruppo.training.loop.label_rows",
+    "restoring": "gruppo.training.checkpointer.load_tensors",
+    "sampling": "gruppo.engines.native.engine._Decoder.decode",
+    "rewarding": "gruppo.rollout.workers.process.Worker._receive",
+    "evaluating": "gruppo.evaluation.verdicts.mark",
+    "labelling": "gruppo.training.iterations.label_rows",
     "training a reward model": "gruppo.training.reward_model.update",
-    "computing a loss": "gruppo.training.policy_trainer.release_memory",
-    "updating": "gruppo.training.policy_trainer.torch.optim.AdamW.step",
+    "computing a loss": "gruppo.training.optimizer.release_memory",
+    "updating": "gruppo.training.optimizer.torch.optim.AdamW.step",
     "writing a checkpoint": "gruppo.training.checkpoint.save_file",
     "writing a table": "gruppo.runs.folder.pq.write_table",
     "writing a line": "gruppo.runs.folder.RunFolder._append",
@@ -427,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = asked.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root.mkdir(exist_ok=True)
         if os.fork() == 0:  # so that no torch thread ever runs in the process that is forked
-            from gruppo.models.policy import save_model
+            from gruppo.models.weights import save_model
 
             save_model(make_policy(initializer_range=0.02), root / "model")
             os._exit(0)

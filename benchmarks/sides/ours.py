@@ -14,18 +14,22 @@ from typing import Any
 import torch
 from protocol import Channel, Phases, fixed_rewards, gradient_norm, perturb, read_work, versions
 
-from gruppo.algorithms import credit as objective
-from gruppo.config.recipe import Method, load_recipe
-from gruppo.data.datasets import preflight
-from gruppo.engines.base import Engine, Request, SamplingOptions
+from gruppo.algorithms import credit, filtering
+from gruppo.config.loading import load_recipe
+from gruppo.config.method_section import Method
+from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
-from gruppo.models.policy import LanguageModel, find_model, load_model
+from gruppo.evaluation.datasets import preflight
+from gruppo.models.loading import find_model, load_model
+from gruppo.models.packing import MAX_TOKENS, pack
+from gruppo.models.policy import LanguageModel
 from gruppo.training import loop
+from gruppo.training import policy_loss as losses_of_batches
 from gruppo.training.callbacks import Callbacks
-from gruppo.training.packing import MAX_TOKENS, pack
 from gruppo.training.setup import prepare
-from gruppo.types import Completion, Group, Metrics, Prompt, Reward
-from gruppo.utils.progress import Advance, Silent
+from gruppo.types import Completion, Group, Prompt, Reward
+from gruppo.utils.metrics import Metrics
+from gruppo.utils.progress import Advance, NullProgress
 from gruppo.utils.signals import Stop
 
 
@@ -39,7 +43,7 @@ class FixedLengths:
         self.made: dict[tuple[int, ...], list[int]] = {}
 
     def generate(
-        self, requests: Sequence[Request], options: SamplingOptions, advance: Advance | None = None
+        self, requests: Sequence[Request], options: SamplingParams, advance: Advance | None = None
     ) -> list[list[Completion]]:
         """See `Engine`."""
         limited = [replace(request, limits=self.limits[request.token_ids]) for request in requests]
@@ -80,17 +84,17 @@ class Training:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         pairs = zip(work["messages"], work["rewards"], strict=True)
         rows = [{"prompt": messages, "fixed": own} for messages, own in pairs]
-        data = preflight(recipe, folder, False, [fixed_rewards], rows, Silent())
-        parts = prepare(recipe, folder, False, [fixed_rewards], data, Silent(), stack)
+        data = preflight(recipe, folder, False, [fixed_rewards], rows, NullProgress())
+        parts = prepare(recipe, folder, False, [fixed_rewards], data, NullProgress(), stack)
         assert sorted(each.token_ids for each in parts.prompts) == sorted(map(tuple, work["prompts"]))
         self.engine = FixedLengths(parts.engine, work)
         parts.engine = parts.sampler = self.engine
         self.phases.watch_optimizer(parts.optimizer)
         self._watch_reference(parts.reference)
-        self.parts, self.run = parts, loop._Run(parts, Silent(), Stop(), Callbacks())
+        self.parts, self.run = parts, loop._Run(parts, NullProgress(), Stop(), Callbacks())
 
     def _watch_reference(self, reference: LanguageModel | None) -> None:
-        score = objective.score
+        score = losses_of_batches.score
 
         def timed(policy: LanguageModel, *arguments: Any) -> Any:
             if policy is not reference:
@@ -98,7 +102,7 @@ class Training:
             with self.phases("reference"):
                 return score(policy, *arguments)
 
-        objective.score = timed  # type: ignore[attr-defined]
+        losses_of_batches.score = timed  # type: ignore[attr-defined]
 
     def step(self) -> dict[str, Any]:
         """One step of the loop."""
@@ -144,7 +148,7 @@ class Generation:
             for place, (prompt, lengths) in enumerate(zip(work["prompts"], work["lengths"], strict=True))
         ]
         start = time.perf_counter()
-        made = self.engine.generate(requests, SamplingOptions(1.0, most, min_tokens=most))
+        made = self.engine.generate(requests, SamplingParams(1.0, most, min_tokens=most))
         seconds = time.perf_counter() - start
         lengths = [[len(each.token_ids) for each in group] for group in made]
         return {"seconds": seconds, "phases": {"generation": seconds}, "lengths": lengths}
@@ -168,19 +172,19 @@ def check(work: dict[str, Any]) -> dict[str, Any]:
         Request(tuple(prompt), [(work["seed"], 0, place, index) for index in range(len(lengths))])
         for place, (prompt, lengths) in enumerate(zip(work["prompts"], work["lengths"], strict=True))
     ]
-    sampled = engine.generate(requests, SamplingOptions(1.0, work["max_tokens"]))
+    sampled = engine.generate(requests, SamplingParams(1.0, work["max_tokens"]))
     groups = [
         Group(Prompt("p", "", request.token_ids, "t", {}), completions, [Reward(each, {}) for each in rewards])
         for request, completions, rewards in zip(requests, sampled, work["rewards"], strict=True)
     ]
-    objective.mark_trained(groups, False)
-    objective.assign_advantages(groups, method, Metrics())
-    weights = objective.token_weights(method, work["max_tokens"])
+    filtering.mark_trained(groups, False)
+    credit.assign_advantages(groups, method, Metrics())
+    weights = losses_of_batches.token_weights(method, work["max_tokens"])
     batches = pack(groups, weights, MAX_TOKENS, with_kl=method.kl_in_loss)
-    objective.score_batches(noisy, noisy, batches, 1.0, Metrics())
+    losses_of_batches.score_batches(noisy, noisy, batches, 1.0, Metrics())
     total = 0.0
     for batch in batches:
-        loss = objective.batch_loss(policy, noisy, batch, method, 1.0, Metrics())
+        loss = losses_of_batches.batch_loss(policy, noisy, batch, method, 1.0, Metrics())
         loss.backward()
         total += float(loss.detach())
     return {

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gruppo.models.logprobs import kl_estimate
+from gruppo.algorithms.kl import kl_estimate
 
 
 class PolicyLoss(NamedTuple):
@@ -139,7 +139,7 @@ def value_loss(
     return 0.5 * (weights * squares).sum()
 
 
-def label_loss(
+def reward_model_loss(
     scores: Float[Tensor, " K"], labels: Float[Tensor, " K"], weights: Float[Tensor, " K"]
 ) -> Float[Tensor, ""]:
     """-Σ_k w_k [y_k log σ(s_k) + (1 - y_k) log(1 - σ(s_k))]: a reward model's, outcome (one s a completion) or process
@@ -152,14 +152,14 @@ def label_loss(
     return (weights * (torch.nn.functional.softplus(scores) - labels * scores)).sum()
 
 
-class PairLoss(NamedTuple):
+class DPOLoss(NamedTuple):
     """A number a pair: the loss, and its derivative by Δ⁻, which is the gradient coefficient of DPO."""
 
     loss: Float[Tensor, " K"]
     coefficient: Float[Tensor, " K"]
 
 
-def pair_loss(chosen: Float[Tensor, " K"], rejected: Float[Tensor, " K"], beta: float) -> PairLoss:
+def dpo_loss(chosen: Float[Tensor, " K"], rejected: Float[Tensor, " K"], beta: float) -> DPOLoss:
     """-log σ(β (Δ⁺ - Δ⁻)) of K pairs: DPO, DeepSeekMath Eq. 12 (Δ averaged over a completion) or its usual form (Δ
     summed), where Δ is the completion's log π_θ - log π_ref in nats.
 
@@ -169,7 +169,7 @@ def pair_loss(chosen: Float[Tensor, " K"], rejected: Float[Tensor, " K"], beta: 
     if beta <= 0:
         raise ValueError(f"beta = {beta} must be positive")
     margin = beta * (chosen - rejected)
-    return PairLoss(torch.nn.functional.softplus(-margin), beta * torch.sigmoid(-margin))
+    return DPOLoss(torch.nn.functional.softplus(-margin), beta * torch.sigmoid(-margin))
 
 
 def sequence_means(
@@ -180,40 +180,3 @@ def sequence_means(
     sums = values.new_zeros(count).index_add(0, sequences, torch.where(used, values, 0.0))
     lengths = values.new_zeros(count).index_add(0, sequences, used.to(values.dtype))
     return (sums / lengths.clamp(min=1))[sequences]
-
-
-# Weights of tokens. `lengths[p]` holds the numbers of loss tokens of the *trained* completions of prompt p, over the
-# whole step and all processes; the result has a token's weight for each of them. P counts the prompts that have any,
-# G_p the trained completions of prompt p, |o_i| the tokens of completion i. An empty completion counts in G_p and
-# weighs 0.
-
-
-def sequence_mean_weights(lengths: list[list[int]], max_tokens: int = 0) -> list[list[float]]:
-    """w = 1/P · 1/G_p · 1/|o_i|: DeepSeekMath Eq. 3, GSPO Eq. 5."""
-    return _weights(lengths, lambda group, length: 1 / (len(group) * length))
-
-
-def sequence_sum_weights(lengths: list[list[int]], max_tokens: int = 0) -> list[list[float]]:
-    """w = 1/P · 1/G_p: the sum over a completion's tokens, RLOO."""
-    return _weights(lengths, lambda group, length: 1 / len(group))
-
-
-def group_token_mean_weights(lengths: list[list[int]], max_tokens: int = 0) -> list[list[float]]:
-    """w = 1/P · 1/Σ_j |o_j|: the mean over all tokens of a group, DAPO Eq. 8, CISPO Eq. 4."""
-    return _weights(lengths, lambda group, length: 1 / sum(group))
-
-
-def constant_weights(lengths: list[list[int]], max_tokens: int) -> list[list[float]]:
-    """w = 1/P · 1/G_p · 1/max_tokens: Dr. GRPO."""
-    return _weights(lengths, lambda group, length: 1 / (len(group) * max_tokens))
-
-
-def token_mean_weights(lengths: list[list[int]], max_tokens: int = 0) -> list[list[float]]:
-    """w = 1/Σ_p Σ_i |o_i|: the mean over all tokens of the step, what TRL and verl call DAPO's; REINFORCE++."""
-    total = sum(map(sum, lengths))
-    return [[1 / total if length else 0.0 for length in group] for group in lengths]
-
-
-def _weights(lengths: list[list[int]], weight: Callable[[list[int], int], float]) -> list[list[float]]:
-    prompts = sum(bool(group) for group in lengths)
-    return [[weight(group, length) / prompts if length else 0.0 for length in group] for group in lengths]

@@ -36,8 +36,8 @@ class _Rate(ProgressColumn):
         return Text(f"{rate:,.4g} {unit}/s" if rate and unit else "")
 
 
-class ConsoleReporter:
-    """See `gruppo.utils.progress.Reporter`. Bars go to standard error, results to standard output."""
+class ConsoleProgress:
+    """See `gruppo.utils.progress.Progress`. Bars go to standard error, results to standard output."""
 
     def __init__(self) -> None:
         self.output = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -57,8 +57,8 @@ class ConsoleReporter:
         self._open = 0
 
     @contextmanager
-    def progress(self, label: str, total: float | None, unit: str) -> Iterator[Advance]:
-        """See `Reporter`."""
+    def bar(self, label: str, total: float | None, unit: str) -> Iterator[Advance]:
+        """See `Progress`."""
         if not self.console.is_terminal:
             with self._lines(label, total, unit) as advance:
                 yield advance
@@ -101,7 +101,7 @@ class ConsoleReporter:
             self.note(f"{label}:{amount} in {time.monotonic() - start:.1f} s")
 
     def note(self, text: str) -> None:
-        """See `Reporter`."""
+        """See `Progress`."""
         self.console.print(visible(text), markup=False)
 
     def result(self, text: str) -> None:

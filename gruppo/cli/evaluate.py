@@ -10,24 +10,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gruppo.config.recipe import Benchmark, Recipe, load_recipe
-from gruppo.data.benchmarks import BENCHMARKS
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
+from gruppo.config.sections import Benchmark
+from gruppo.data.benchmark_table import BENCHMARKS
 from gruppo.errors import UsageError
-from gruppo.evaluation.metrics import draw_curves, told, told_difference
-from gruppo.runs.atomic import writing
-from gruppo.runs.folder import EVALUATION, publish
+from gruppo.evaluation.formatting import told, told_difference
+from gruppo.evaluation.plots import draw_curves
+from gruppo.runs.atomic import publish, writing
+from gruppo.runs.folder import EVALUATION
 from gruppo.runs.reading import read_object
 from gruppo.utils.signals import Interrupted, stop_on_signals
 
 if TYPE_CHECKING:
-    from gruppo.cli.console import ConsoleReporter
-    from gruppo.evaluation.eval_run import Measured
+    from gruppo.cli.console import ConsoleProgress
+    from gruppo.evaluation.results import EvalResult
 
 _ALL = 2**31
 
 
 @dataclass(frozen=True)
-class Asking:
+class EvalArguments:
     """The options of `gruppo eval` that say what is asked, and how. `fields`: those of [evaluation]; `model`: those of
     [model] but its name."""
 
@@ -123,8 +126,8 @@ class Asking:
         }
 
 
-def evaluate_as_asked(
-    asked: Asking,
+def evaluate_command(
+    asked: EvalArguments,
     model: str | None,
     other: str | None,
     answers: Path | None,
@@ -132,7 +135,7 @@ def evaluate_as_asked(
     resume: bool,
     curves: Path | None,
     as_json: bool,
-    reporter: ConsoleReporter,
+    progress: ConsoleProgress,
 ) -> None:
     """Evaluate, compare if there is an `other` model, and show what came out. Raises UsageError, and ends the process
     with 130 where a signal came."""
@@ -141,19 +144,20 @@ def evaluate_as_asked(
     asked.require_fitting(answers, all(done), out, resume)
     folders = [out / part if out is not None and len(names) > 1 else out for part in ("first", "second")]
     recipes = [None if there else asked.recipe_of(name) for name, there in zip(names, done, strict=True)]
-    from gruppo.evaluation.eval_run import compare_all, grade_file, measure, read_evaluation
+    from gruppo.evaluation.compare import compare_all, read_evaluation
+    from gruppo.evaluation.eval_run import grade_file, measure
 
-    made: list[Measured] = []
+    made: list[EvalResult] = []
     try:
-        with stop_on_signals(kills=True) as stop, stop.anywhere():
+        with stop_on_signals(kills=True) as stop, stop.interruptible():
             for name, recipe, folder in zip(names, recipes, folders, strict=False):
                 if recipe is None:
                     made.append(read_evaluation(Path(name)))
                 elif answers is not None:
                     asks = bool(asked.tasks or asked.recipe)
-                    made.append(grade_file(recipe, answers, asks, folder, resume, reporter, stop))
+                    made.append(grade_file(recipe, answers, asks, folder, resume, progress, stop))
                 else:
-                    made.append(measure(recipe, folder, resume, reporter, stop))
+                    made.append(measure(recipe, folder, resume, progress, stop))
     except Interrupted:
         if out is not None:
             sys.stderr.write(
@@ -161,7 +165,7 @@ def evaluate_as_asked(
             )
         raise
     compared = compare_all(*made) if len(made) > 1 else {}
-    _show(made, compared, as_json, reporter)
+    _show(made, compared, as_json, progress)
     if curves is not None:
         _draw(made, curves)
 
@@ -172,7 +176,7 @@ def _is_evaluation(name: str) -> bool:
     return marked.is_file() and read_object(marked).get("kind") == EVALUATION
 
 
-def _labels(made: Sequence[Measured]) -> list[str]:
+def _labels(made: Sequence[EvalResult]) -> list[str]:
     """What models are called beside each other: by their folders, or their order, where they have one name."""
     names = [each.model for each in made]
     if len(set(names)) < len(names):
@@ -183,34 +187,34 @@ def _labels(made: Sequence[Measured]) -> list[str]:
 
 
 def _show(
-    made: Sequence[Measured], compared: Mapping[str, Mapping[str, Any]], as_json: bool, reporter: ConsoleReporter
+    made: Sequence[EvalResult], compared: Mapping[str, Mapping[str, Any]], as_json: bool, progress: ConsoleProgress
 ) -> None:
     if as_json:
         content = {"evaluations": [each.as_dict() for each in made], "differences": compared}
-        reporter.result(json.dumps(content if len(made) > 1 else made[0].as_dict()))
+        progress.result(json.dumps(content if len(made) > 1 else made[0].as_dict()))
         return
     labels = _labels(made) if len(made) > 1 else [""]
     for label, each in zip(labels, made, strict=True):
         if label:
-            reporter.result(label)
+            progress.result(label)
         for name, sheet in each.sheets.items():
             note = f", {sheet.figures['domain']}" if sheet.figures["domain"] else ""
             if sheet.figures.get("unanswered"):
                 note += f"; {sheet.figures['unanswered']:,} questions are not answered and not counted"
             for line in told(name, sheet.figures, note):
-                reporter.result(line)
+                progress.result(line)
             shares = [("ends by itself", "ended_share"), ("has an answer", "answered_share")]
             shown = [f"{words} {sheet.figures[key]:.1%}" for words, key in shares if key in sheet.figures]
             odd = sheet.figures["disagreement_share"]
-            reporter.result(f"  {', '.join(shown)}, rules of extraction disagree on {odd:.1%}")
+            progress.result(f"  {', '.join(shown)}, rules of extraction disagree on {odd:.1%}")
         if each.path is not None:
-            reporter.result(f"  every sample: {each.path}/samples.parquet")
+            progress.result(f"  every sample: {each.path}/samples.parquet")
     for name, found in compared.items():
         for line in told_difference(name, labels[0], labels[-1], found):
-            reporter.result(line)
+            progress.result(line)
 
 
-def _draw(made: Sequence[Measured], path: Path) -> None:
+def _draw(made: Sequence[EvalResult], path: Path) -> None:
     """The curves of the first exam that all have."""
     name = next(name for name in made[0].sheets if all(name in each.sheets for each in made))
     labels = _labels(made) if len(made) > 1 else [made[0].model]

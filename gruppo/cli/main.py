@@ -20,7 +20,7 @@ from gruppo.errors import RunError, UsageError
 from gruppo.utils.progress import visible
 
 if TYPE_CHECKING:
-    from gruppo.cli.console import ConsoleReporter
+    from gruppo.cli.console import ConsoleProgress
     from gruppo.runs.results import Result
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def train(
 
     Ctrl-C saves and stops; a second Ctrl-C stops at once.
     """
-    from gruppo.config.recipe import load_recipe
+    from gruppo.config.loading import load_recipe
 
     settings = load_recipe(recipe, set_ or [])
     if show:
@@ -78,20 +78,20 @@ def train(
         typer.echo(visible(annotated(settings)), nl=False)
         return
     folder = out if out is not None else Path("runs") / settings.run.name
-    from gruppo.cli.console import ConsoleReporter
+    from gruppo.cli.console import ConsoleProgress
 
-    reporter = ConsoleReporter()
-    reporter.note(f"gruppo {__version__}: {recipe} -> {folder}")
+    progress = ConsoleProgress()
+    progress.note(f"gruppo {__version__}: {recipe} -> {folder}")
     import gruppo
 
     with _resumable(["train", recipe], set_, folder):
-        result = gruppo.train(settings, out=folder, resume=resume, reporter=reporter)
+        result = gruppo.train(settings, out=folder, resume=resume, progress=progress)
         if result.summary["state"] == "interrupted":
             from gruppo.utils.signals import Interrupted
 
             step, steps = result.summary["steps"], settings.run.steps
             raise Interrupted(f"Interrupted after step {step} of {steps}; everything is saved. Go on with:")
-    _show_result(reporter, result)
+    _show_result(progress, result)
 
 
 @contextmanager
@@ -127,20 +127,20 @@ def check(
 
     Nothing is trained or written. Exit code 0 without a problem, 1 with one, 2 for what training refuses.
     """
-    from gruppo.config.recipe import load_recipe
+    from gruppo.config.loading import load_recipe
     from gruppo.preflight.check import check_recipe, describe_check
 
     settings = load_recipe(recipe, set_ or [])
-    from gruppo.cli.console import ConsoleReporter
+    from gruppo.cli.console import ConsoleProgress
 
-    reporter = ConsoleReporter()
-    found = check_recipe(settings, quick=quick, seconds=seconds, reporter=reporter)
+    progress = ConsoleProgress()
+    found = check_recipe(settings, quick=quick, seconds=seconds, progress=progress)
     if as_json:
         import json
 
         typer.echo(json.dumps(found.as_dict()))
     else:
-        reporter.result(describe_check(found))
+        progress.result(describe_check(found))
     if found.problems:
         raise typer.Exit(1)
 
@@ -211,7 +211,7 @@ def eval_(
 
     With several samples: pass@k, maj@k, and best-of-k by a reward model. Or grade answers that come from elsewhere.
     """
-    from gruppo.cli.evaluate import Asking, evaluate_as_asked
+    from gruppo.cli.evaluate import EvalArguments, evaluate_command
 
     if compare is not None and answers is not None:
         raise UsageError(
@@ -222,7 +222,7 @@ def eval_(
     if curves is not None and (curves.suffix not in {".svg", ".png", ".pdf"} or not curves.absolute().parent.is_dir()):
         raise UsageError(f"--curves {curves}: give the name of an .svg, .png or .pdf file in a folder that exists")
     fields = {"questions": questions, "samples": samples, "max_tokens": max_tokens, "grader": grader}
-    asked = Asking(
+    asked = EvalArguments(
         recipe=recipe,
         tasks=task or [],
         data=data,
@@ -234,9 +234,9 @@ def eval_(
         overrides=set_ or [],
         model={"device": device, "dtype": dtype, "trust_remote_code": trust},
     )
-    from gruppo.cli.console import ConsoleReporter
+    from gruppo.cli.console import ConsoleProgress
 
-    evaluate_as_asked(asked, model, compare, answers, out, resume, curves, as_json, ConsoleReporter())
+    evaluate_command(asked, model, compare, answers, out, resume, curves, as_json, ConsoleProgress())
 
 
 @app.command()
@@ -265,7 +265,7 @@ def sample(
     trust: Trust = False,
 ) -> None:
     """Sample completions of a prompt."""
-    from gruppo.config.recipe import load_recipe
+    from gruppo.config.loading import load_recipe
 
     decoding = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "min_tokens": min_tokens,
@@ -276,27 +276,30 @@ def sample(
     ).evaluation
     assert asked is not None
     text = sys.stdin.read() if prompt == "-" else prompt
-    from gruppo.cli.console import ConsoleReporter
-    from gruppo.data.loading import checked_rows, tokenize_rows
-    from gruppo.engines.native.engine import NativeEngine, choose_slots
+    from gruppo.cli.console import ConsoleProgress
+    from gruppo.data.loading import checked_rows
+    from gruppo.data.tokenization import tokenize_rows
+    from gruppo.engines import build_engine
+    from gruppo.engines.native.engine import choose_slots
     from gruppo.evaluation.sets import sampling_options
-    from gruppo.models.policy import choose_device, choose_dtype, find_model, load_model
+    from gruppo.models.loading import find_model, load_model
+    from gruppo.models.precision import choose_device, choose_dtype
     from gruppo.rollout.sampling import sample_groups
     from gruppo.utils.signals import stop_on_signals
 
     options = sampling_options(asked.decoding, max_tokens)
     choose_dtype(dtype, choose_device(device))
-    reporter = ConsoleReporter()
-    with stop_on_signals(kills=True) as stop, stop.anywhere():
-        source = find_model(model, reporter, trust_remote_code=trust)
+    progress = ConsoleProgress()
+    with stop_on_signals(kills=True) as stop, stop.interruptible():
+        source = find_model(model, progress, trust_remote_code=trust)
         chat = bool(source.tokenizer.chat_template) and not plain
         row: dict[str, Any] = {"prompt": [{"role": "user", "content": text}] if chat else text}
         rows = checked_rows([row], "--prompt")
         prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, "--prompt", source.vocabulary)
-        policy = load_model(source, device, dtype, reporter)
-        engine = NativeEngine(policy, choose_slots(policy, len(prompts[0].token_ids), max_tokens, count))
+        policy = load_model(source, device, dtype, progress)
+        engine = build_engine(policy, choose_slots(policy, len(prompts[0].token_ids), max_tokens, count))
         streams = [[(seed, number) for number in range(count)]]
-        (completions,) = sample_groups(engine, prompts, streams, options, reporter, stop)
+        (completions,) = sample_groups(engine, prompts, streams, options, progress, stop)
     for number, completion in enumerate(completions, start=1):
         if as_json:
             import json
@@ -314,7 +317,7 @@ def sample(
             continue
         if count > 1:
             total = sum(completion.sampling_logprobs)
-            reporter.result(
+            progress.result(
                 f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason}, log-probability "
                 f"{total:.2f})"
             )
@@ -339,10 +342,10 @@ def export(
 
     Adapters of a run with [model.lora] are merged into its model.
     """
-    from gruppo.cli.console import ConsoleReporter
+    from gruppo.cli.console import ConsoleProgress
     from gruppo.training.export import export as write
 
-    reporter = ConsoleReporter()
+    progress = ConsoleProgress()
     made = write(
         run,
         to,
@@ -351,10 +354,10 @@ def export(
         max_shard_size=max_shard_size,
         adapter=adapter,
         trust_remote_code=trust,
-        reporter=reporter,
+        progress=progress,
     )
     accuracy = "" if made.accuracy is None else f", held-out accuracy {made.accuracy:.1%}"
-    reporter.result(
+    progress.result(
         f"step {made.step}{accuracy}: {made.files} files, {made.bytes / 1e6:,.0f} MB of {dtype} in {made.path}",
     )
 
@@ -370,17 +373,17 @@ def label(
 
     The labels are Parquet files in OUT/labels, a row a completion.
     """
-    from gruppo.config.recipe import load_recipe
+    from gruppo.config.loading import load_recipe
 
     settings = load_recipe(recipe, set_ or [])
-    from gruppo.cli.console import ConsoleReporter
+    from gruppo.cli.console import ConsoleProgress
     from gruppo.training.reward_model_api import label as make
 
-    reporter = ConsoleReporter()
+    progress = ConsoleProgress()
     with _resumable(["label", recipe], set_, out):
-        made = make(settings, out=out, resume=resume, reporter=reporter)
+        made = make(settings, out=out, resume=resume, progress=progress)
     steps = "" if made.soft is None else f"; {made.steps} steps, right from {made.soft:.1%} of their ends"
-    reporter.result(f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}")
+    progress.result(f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}")
 
 
 @app.command("reward-model")
@@ -392,23 +395,23 @@ def reward_model(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in the folder.")] = False,
 ) -> None:
     """Train the recipe's [reward_model] on labels; the result is in OUT/model, for transformers or for a recipe."""
-    from gruppo.config.recipe import load_recipe
+    from gruppo.config.loading import load_recipe
 
     settings = load_recipe(recipe, set_ or [])
-    from gruppo.cli.console import ConsoleReporter
+    from gruppo.cli.console import ConsoleProgress
     from gruppo.training.reward_model_api import train_reward_model
 
-    reporter = ConsoleReporter()
+    progress = ConsoleProgress()
     with _resumable(["reward-model", recipe, labels], set_, out):
-        made = train_reward_model(settings, labels, out=out, resume=resume, reporter=reporter)
-    reporter.result(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
+        made = train_reward_model(settings, labels, out=out, resume=resume, progress=progress)
+    progress.result(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
     for name in sorted({*made.before, *made.after}):
         pair = ["-" if each is None else f"{each:.3f}" for each in (made.before.get(name), made.after.get(name))]
-        reporter.result(f"  {name:<18} {pair[0]:>9} -> {pair[1]:>9}")
+        progress.result(f"  {name:<18} {pair[0]:>9} -> {pair[1]:>9}")
 
 
-@app.command("repeat")
-def repeat_(
+@app.command("rerun-reward")
+def rerun_reward_(
     file: Annotated[Path, typer.Argument(help="A file of a run's failures/.")],
     function: Annotated[
         str | None,
@@ -422,25 +425,25 @@ def repeat_(
     """
     import tempfile
 
-    from gruppo.cli.console import ConsoleReporter
-    from gruppo.rollout.reward_failures import repeat
+    from gruppo.cli.console import ConsoleProgress
+    from gruppo.rollout.reward_failures import rerun_reward
 
-    reporter = ConsoleReporter()
+    progress = ConsoleProgress()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "rewards.log"
-        rewards = repeat(file, function, timeout, log)
+        rewards = rerun_reward(file, function, timeout, log)
         if log.is_file():
-            reporter.note(log.read_text(encoding="utf-8", errors="replace").rstrip())
+            progress.note(log.read_text(encoding="utf-8", errors="replace").rstrip())
     for number, reward in enumerate(rewards):
         given = reward.failure or ("None" if reward.total is None else f"{reward.total:g}")
         steps = "".join(f", steps {list(each.rewards)}" for each in reward.steps.values())
-        reporter.result(f"completion {number}: {given}{steps}")
+        progress.result(f"completion {number}: {given}{steps}")
     if any(reward.failure for reward in rewards):
         raise typer.Exit(1)
 
 
 @app.command()
-def replay(
+def reproduce(
     run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart; it is only read.")],
     step: Annotated[int, typer.Option(help="The step to make again, from 1.")],
     tolerance: Annotated[
@@ -452,18 +455,18 @@ def replay(
 
     Exit code 0 where all is equal, 1 where something differs.
     """
-    from gruppo.cli.console import ConsoleReporter
-    from gruppo.training.replay import describe_replay
-    from gruppo.training.replay import replay as make
+    from gruppo.cli.console import ConsoleProgress
+    from gruppo.training.reproduce import describe_reproduction
+    from gruppo.training.reproduce import reproduce as make
 
-    reporter = ConsoleReporter()
-    made = make(run, step, tolerance=tolerance, reporter=reporter)
+    progress = ConsoleProgress()
+    made = make(run, step, tolerance=tolerance, progress=progress)
     if as_json:
         import json
 
         typer.echo(json.dumps(made.as_dict()))
     else:
-        reporter.output.print(describe_replay(made), markup=False)
+        progress.output.print(describe_reproduction(made), markup=False)
     if not made.equal:
         raise typer.Exit(1)
 
@@ -517,7 +520,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    from gruppo.config.recipe import toml_value
+    from gruppo.config.loading import toml_value
 
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
@@ -525,11 +528,11 @@ def _option(text: str) -> tuple[str, Any]:
     return name.strip(), toml_value(value)
 
 
-def _show_result(reporter: ConsoleReporter, result: Result) -> None:
+def _show_result(progress: ConsoleProgress, result: Result) -> None:
     """The summary that ends a run, from the run folder alone."""
     from gruppo.runs.report import describe_run
 
-    reporter.result(describe_run(result.path, result.summary, result.metrics))
+    progress.result(describe_run(result.path, result.summary, result.metrics))
 
 
 if __name__ == "__main__":

@@ -12,19 +12,18 @@ from typing import Any
 
 import tomli_w
 
+from gruppo.config.method_section import Critic, Method
 from gruppo.config.methods import METHODS
-from gruppo.config.recipe import (
+from gruppo.config.recipe import Recipe
+from gruppo.config.sections import (
     Audit,
     Benchmark,
-    Critic,
     Decoding,
     Environment,
     Evaluation,
     Lora,
-    Method,
     Model,
     Optimizer,
-    Recipe,
     Reward,
     RewardModel,
     Run,
@@ -103,7 +102,7 @@ def markdown() -> str:
     lines = [
         "# The recipe, field by field",
         "",
-        "<!-- Made by `gruppo schema --markdown > docs/recipe.md`; the texts stand in gruppo/config/recipe.py. -->",
+        "<!-- Made by `gruppo schema --markdown > docs/recipe.md`; the texts stand in gruppo/config/units.py. -->",
         "",
         f"{count} fields; only `model.name` has no default. `gruppo train RECIPE --show` prints a recipe with",
         "every value that it comes to.",

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gruppo.data.boxes import last_box
 from gruppo.data.files import plain
+from gruppo.data.options import LETTERS, letters_of, options_of, split_options, without_letters
 from gruppo.errors import UsageError
-from gruppo.rewards.grading.choices import LETTERS, letters_of, options_of, split_options, without_letters
-from gruppo.rewards.grading.extraction import last_box
 from gruppo.types import Row
 
 _QUESTION = ("question", "problem", "question_concat", "input", "query", "original_text", "squestion", "prompt", "text")

@@ -1,215 +1,26 @@
-"""Public benchmarks by name: where their rows are, how they are asked, how they are graded, what they belong to.
-
-A benchmark comes from the Hugging Face hub, or with `data` from a local file or folder. Its rows get a `prompt` and
-keep `question`, `answer` and, where there are options, `choices`.
-"""
+"""Rows of benchmarks: from the hub or from local copies, asked zero-shot, few-shot or with tools."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-from gruppo.data import few_shot as examples
-from gruppo.data.benchmark_rows import read_choice, read_formula, read_number
+from gruppo.data.benchmark_files import find_files
+from gruppo.data.benchmark_table import BENCHMARKS, FORMATS, PROMPTS, Benchmark, Language
 from gruppo.data.few_shot import Example
-from gruppo.data.files import FILES, first_values, read_file
+from gruppo.data.files import first_values, read_file
+from gruppo.data.options import LETTERS
 from gruppo.errors import UsageError
-from gruppo.rewards.grading.choices import LETTERS
 from gruppo.types import Message, Row
 from gruppo.utils.paths import is_dir, is_file, user_path
-from gruppo.utils.progress import Reporter
-
-Language = Literal["en", "zh"]
-Reader = Callable[[Mapping[str, Any]], Row]
-
-PROMPTS = ("zero-shot", "few-shot", "tool")
-FORMATS = ("chat", "text")
-MOST_LISTED = 12  # files that an error names
-MOST_FILES = 20_000  # of a folder that is looked through
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A public set by its name.
-
-    `hub`: its repository, `config` and `options` what else `load_dataset` needs; `splits`: ours and theirs. `aliases`:
-    how its files are called, `several`: that several such files make it up, `header`: the columns of copies in CSV or
-    TSV that do not name them. `read`: a row of any of its copies as question, answer, choices. `shots`: the usual
-    number of `examples` in a few-shot prompt. `family`: training on a set of the same family makes it in-domain.
-    `keep`: which rows of the repository belong to it.
-    """
-
-    name: str
-    title: str
-    hub: str
-    read: Reader
-    grader: str
-    examples: Sequence[Example]
-    language: Language = "en"
-    config: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
-    aliases: Sequence[str] = ()
-    several: Sequence[str] = ()
-    header: Sequence[str] = ()
-    family: str = ""
-    kind: Literal["number", "formula", "choice", "blanks"] = "number"
-    keep: Callable[[Mapping[str, Any]], bool] | None = None
-
-    @property
-    def shots(self) -> int:
-        """How many examples a few-shot prompt has, unless it is told otherwise."""
-        return len(self.examples)
-
-
-_STEM = frozenset(
-    {
-        "abstract_algebra",
-        "astronomy",
-        "college_biology",
-        "college_chemistry",
-        "college_computer_science",
-        "college_mathematics",
-        "college_physics",
-        "computer_security",
-        "conceptual_physics",
-        "electrical_engineering",
-        "elementary_mathematics",
-        "high_school_biology",
-        "high_school_chemistry",
-        "high_school_computer_science",
-        "high_school_mathematics",
-        "high_school_physics",
-        "high_school_statistics",
-        "machine_learning",
-    }
-)
-
-
-def _is_stem(row: Mapping[str, Any]) -> bool:
-    subject = row.get("subject", row.get("topic"))
-    return subject is None or str(subject).replace(" ", "_").lower() in _STEM
-
-
-_SPLITS = frozenset({"train", "auxiliary_train", "test", "validation", "val", "dev"})
-_ONLY_TEST = {"test": "test"}
-_IN_TRAIN = {"test": "train"}  # sets to test with whose repository calls their only part "train"
-
-_ALL = (
-    Benchmark(
-        "gsm8k", "GSM8K", "openai/gsm8k", read_number, "number", examples.WORD_PROBLEMS,
-        config="main", aliases=("gsm8k", "grade_school_math"),
-    ),
-    Benchmark(
-        "math", "MATH", "DigitalLearningGmbH/MATH-lighteval", read_formula, "math", examples.COMPETITION,
-        aliases=("math", "hendrycks_math", "competition_math", "math_500", "math500"), kind="formula",
-        several=("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
-                 "prealgebra", "precalculus"),
-    ),
-    Benchmark(
-        "mgsm-zh", "MGSM-zh", "juletxara/mgsm", read_number, "number", examples.CHINESE_WORD_PROBLEMS, "zh",
-        options={"revision": "refs/convert/parquet", "data_dir": "zh"}, splits=_ONLY_TEST, aliases=("mgsm_zh",),
-        header=("question", "answer"),
-    ),
-    Benchmark(
-        "cmath", "CMATH", "weitianwen/cmath", read_number, "number", examples.CHINESE_WORD_PROBLEMS, "zh",
-        splits=_ONLY_TEST, aliases=("cmath",),
-    ),
-    Benchmark(
-        "sat", "SAT mathematics, May 2023", "mcaleste/sat_multiple_choice_math_may_23", read_choice, "choice",
-        examples.CHOICES, splits=_IN_TRAIN, aliases=("sat", "sat_math", "math_sat"), kind="choice",
-    ),
-    Benchmark(
-        "ocw", "OCWCourses", "math-ai/minervamath", read_formula, "ocw", examples.SCIENCE,
-        splits=_ONLY_TEST, aliases=("ocw", "ocwcourses", "ocw_courses"), family="ocw", kind="formula",
-    ),
-    Benchmark(
-        "minerva", "Minerva Math, another copy of OCWCourses", "math-ai/minervamath", read_formula, "ocw",
-        examples.SCIENCE, splits=_ONLY_TEST, aliases=("minerva", "minerva_math", "minervamath"), family="ocw",
-        kind="formula",
-    ),
-    Benchmark(
-        "mmlu-stem", "MMLU, its 18 subjects of science and technology", "cais/mmlu", read_choice, "choice",
-        examples.CHOICES, config="all", splits={"test": "test", "validation": "validation"},
-        aliases=("mmlu_stem", "mmlu"), kind="choice", keep=_is_stem, several=sorted(_STEM),
-        header=("question", "A", "B", "C", "D", "answer"),
-    ),
-    Benchmark(
-        "gaokao-mathcloze", "AGIEval Gaokao, blanks", "hails/agieval-gaokao-mathcloze", read_formula, "math",
-        examples.CHINESE_BLANKS, "zh", splits=_ONLY_TEST, aliases=("gaokao_mathcloze", "gaokao_math_cloze"),
-        kind="blanks",
-    ),
-    Benchmark(
-        "gaokao-mathqa", "AGIEval Gaokao, multiple choice", "hails/agieval-gaokao-mathqa", read_choice, "choice",
-        examples.CHINESE_CHOICES, "zh", splits=_ONLY_TEST, aliases=("gaokao_mathqa", "gaokao_math_qa"), kind="choice",
-    ),
-    Benchmark(
-        "svamp", "SVAMP", "ChilleD/SVAMP", read_number, "number", examples.WORD_PROBLEMS, aliases=("svamp",)
-    ),
-    Benchmark(
-        "asdiv", "ASDiv", "EleutherAI/asdiv", read_number, "number", examples.WORD_PROBLEMS,
-        splits={"test": "validation"}, aliases=("asdiv",),
-    ),
-    Benchmark(
-        "mawps", "MAWPS", "MU-NLPC/Calc-mawps", read_number, "number", examples.WORD_PROBLEMS,
-        splits={"train": "train", "test": "test", "validation": "validation"}, aliases=("mawps",),
-        several=("singleop", "addsub", "multiarith", "singleeq", "simuleq", "singleop_test"),
-    ),
-    Benchmark(
-        "gsm-hard", "GSM-Hard", "reasoning-machines/gsm-hard", read_number, "number", examples.WORD_PROBLEMS,
-        splits=_IN_TRAIN, aliases=("gsm_hard", "gsmhard", "gsmhardv2"),
-    ),
-    Benchmark(
-        "aqua", "AQuA-RAT", "deepmind/aqua_rat", read_choice, "choice", examples.CHOICES, config="raw",
-        splits={"train": "train", "test": "test", "validation": "validation"}, aliases=("aqua", "aqua_rat"),
-        kind="choice",
-    ),
-    Benchmark(
-        "aime", "AIME 2024", "Maxwell-Jia/AIME_2024", read_formula, "math", examples.COMPETITION, splits=_IN_TRAIN,
-        aliases=("aime", "aime_2024", "aime2024", "aime24", "aime_24", "aime_2024_problems", "aime_2025", "aime2025",
-                 "aime25", "aime_25"), several=("aime2025_i", "aime2025_ii"), kind="formula",
-    ),
-)  # fmt: skip
-
-BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in _ALL}
-
-# Other names under which the training part of a family is known.
-_COPIES = {
-    "openai/gsm8k": "gsm8k", "gsm8k/main": "gsm8k", "EleutherAI/hendrycks_math": "math", "hendrycks/competition_math":
-    "math", "lighteval/MATH": "math", "nlile/hendrycks-MATH-benchmark": "math",
-} | {each.hub: each.name for each in reversed(_ALL)}  # fmt: skip
-
-
-def default_grader(task: str) -> str:
-    """The name of the grader that a task's answers are graded by where none is asked for."""
-    if task in BENCHMARKS:
-        return BENCHMARKS[task].grader
-    return "reasoning_gym" if task.startswith("reasoning-gym/") else "number"
-
-
-def domain(task: str, trained: Collection[str]) -> Literal["in-domain", "out-of-domain"]:
-    """Whether a task is of the kind that was trained on: itself, or for benchmarks a set of its family.
-
-    `trained`: names of tasks as in a recipe. GSM8K's test part is in-domain where gsm8k was trained on, by that name or
-    its repository's; MGSM-zh, the same questions in Chinese, is not (as in DeepSeekMath).
-    """
-    return "in-domain" if _family(task) in {_family(each) for each in trained} else "out-of-domain"
-
-
-def _family(task: str) -> str:
-    name = re.sub(r"(?:#\d+)?(?: \(held out\))?$", "", task)
-    name = _COPIES.get(name, name)
-    return BENCHMARKS[name].family or name if name in BENCHMARKS else name
+from gruppo.utils.progress import Progress
 
 
 def load_benchmark(
     name: str,
     split: str,
-    reporter: Reporter,
+    progress: Progress,
     data: str | None = None,
     prompt: str = "zero-shot",
     shots: int | None = None,
@@ -228,7 +39,7 @@ def load_benchmark(
         raise UsageError(f'split = "{split}": {benchmark.title} has {reason}; write {has}')
     ask = _asker(benchmark, prompt, shots, format)
     number = 0
-    for place, row in _source(benchmark, split, data, reporter):
+    for place, row in _source_rows(benchmark, split, data, progress):
         try:
             read = benchmark.read(row)
         except UsageError as error:
@@ -239,14 +50,14 @@ def load_benchmark(
         raise UsageError(f"{benchmark.title} has no rows in {data or benchmark.hub}; give a file with rows")
 
 
-def _source(benchmark: Benchmark, split: str, data: str | None, reporter: Reporter) -> Iterator[tuple[str, Row]]:
+def _source_rows(benchmark: Benchmark, split: str, data: str | None, progress: Progress) -> Iterator[tuple[str, Row]]:
     """The rows as their source has them, each with its place for errors."""
     if data is None:
         from gruppo.data.hub import read_dataset
 
         options = {**({"name": benchmark.config} if benchmark.config else {}), **benchmark.options}
         yield from _placed(
-            benchmark, benchmark.hub, read_dataset(benchmark.hub, benchmark.splits[split], options, reporter)
+            benchmark, benchmark.hub, read_dataset(benchmark.hub, benchmark.splits[split], options, progress)
         )
         return
     if not isinstance(data, str) or not data:
@@ -255,11 +66,11 @@ def _source(benchmark: Benchmark, split: str, data: str | None, reporter: Report
     if is_dir(folder) and any(is_file(folder / name) for name in ("state.json", "dataset_dict.json")):
         from gruppo.data.hub import read_dataset
 
-        yield from _placed(benchmark, data, read_dataset(data, split, {}, reporter))
+        yield from _placed(benchmark, data, read_dataset(data, split, {}, progress))
         return
     for file, part in find_files(benchmark, folder, split):
         options = {"header": benchmark.header} if _lacks_header(benchmark, file) else {}
-        for place, row in _placed(benchmark, file.name, read_file(file, options, reporter)):
+        for place, row in _placed(benchmark, file.name, read_file(file, options, progress)):
             yield place, {**row, "part": part} if part else row
 
 
@@ -276,100 +87,6 @@ def _placed(benchmark: Benchmark, name: str, rows: Iterable[Row]) -> Iterator[tu
     for number, row in enumerate(rows, start=1):
         if benchmark.keep is None or benchmark.keep(row):
             yield f"{name}, row {number}", row
-
-
-def find_files(benchmark: Benchmark, data: Path, split: str) -> list[tuple[Path, str | None]]:
-    """The files of a benchmark in a folder (or the one that `data` is), each with its part of the set where several
-    make it up. Raises UsageError where none or several others fit."""
-    if is_file(data):
-        if data.suffix.lower() not in FILES:
-            raise UsageError(
-                f'options.data = "{data}": this kind of file is not known; write one of {", ".join(FILES)}'
-            )
-        return [(data, None)]
-    if not is_dir(data):
-        raise UsageError(f'options.data = "{data}": there is no such file or folder (looked in {Path.cwd()})')
-    found = _listed(data)
-    for pattern in _patterns(benchmark, split):
-        fitting = {key: files for key, files in found.items() if re.fullmatch(pattern, key)}
-        usual = {key: files for key, files in fitting.items() if benchmark.config in key.split("/")}
-        fitting = usual or fitting  # the configuration that the hub's rows are of, beside others
-        if len(fitting) == 1:
-            return [(file, None) for file in next(iter(fitting.values()))]
-        if len(fitting) > 1:
-            names = [str(file.relative_to(data)) for files in fitting.values() for file in files]
-            raise UsageError(
-                f'options.data = "{data}": several files there may be {benchmark.title} ({_shown(names)}); '
-                "name one of them"
-            )
-    parts = _parts(benchmark, split, found)
-    if parts:
-        return parts
-    # The folder may be one part's own: MATH/test/algebra, which holds 1.json and so on.
-    above = "/".join(_as_key(each) for each in data.resolve().parts[-2:])
-    parts = _parts(benchmark, split, {f"{above}/{key}": files for key, files in found.items()})
-    if parts:
-        return parts
-    names = [str(file.relative_to(data)) for files in found.values() for file in files]
-    raise UsageError(
-        f'options.data = "{data}": no file of {benchmark.title} there; looked for {_looked_for(benchmark, split)} '
-        f"(.jsonl, .json, .csv, .tsv or .parquet) and found {_shown(names) or 'no such files'}; name the file itself"
-    )
-
-
-def _listed(folder: Path) -> dict[str, list[Path]]:
-    """Data files of a folder by their path in it, in small letters and without endings; the shards of one together."""
-    found: dict[str, list[Path]] = {}
-    files = list(islice(folder.rglob("*"), MOST_FILES + 1))
-    if len(files) > MOST_FILES:
-        raise UsageError(
-            f'options.data = "{folder}": the folder holds more than {MOST_FILES:,} files; name the data\'s own folder'
-        )
-    for file in sorted(files):
-        if file.suffix.lower() in FILES and is_file(file):
-            key = _as_key(file.relative_to(folder).with_suffix("").as_posix())
-            found.setdefault(re.sub(r"_\d{5}_of_\d{5}(?:_[0-9a-f]+)?$|/\d{4}$", "", key), []).append(file)
-    return found
-
-
-def _as_key(name: str) -> str:
-    return name.lower().replace("-", "_").replace(" ", "_")
-
-
-def _patterns(benchmark: Benchmark, split: str) -> Iterator[str]:
-    """What a file of the split may be called, the surest first."""
-    own = "|".join(benchmark.aliases)
-    theirs = "|".join({split, benchmark.splits[split]} - ({"train"} if split == "test" else set()))
-    yield rf"(?:.*/)?(?:{own})[_/.](?:.*/)?(?:{theirs})"
-    if split == "test":
-        yield rf"(?:.*/)?(?:{own})(?:/(?:{own}))?"
-    yield rf"(?:(?:main|data|default|raw|all|zh)/)?(?:{theirs})"
-
-
-def _parts(benchmark: Benchmark, split: str, found: Mapping[str, list[Path]]) -> list[tuple[Path, str | None]]:
-    """The files of a set that is made up of several, each with its part's name."""
-    if not benchmark.several:
-        return []
-    own, parts = "|".join(benchmark.aliases), "|".join(benchmark.several)
-    pattern = re.compile(rf"(.*/)?(?:(?:{own})[_/.])?({parts})(?:[_/](\w+))?(?:/\d+)?")
-    chosen: list[tuple[Path, str | None]] = []
-    for key, files in found.items():
-        if named := pattern.fullmatch(key):
-            sides = _SPLITS & {*(named[1] or "").split("/"), named[3]}
-            if sides & {split, benchmark.splits[split]} or (split == "test" and not sides):
-                chosen += [(file, named[2]) for file in files]
-    return chosen
-
-
-def _looked_for(benchmark: Benchmark, split: str) -> str:
-    own = benchmark.aliases[0]
-    names = [f"{own}_{split}", f"{own}/{split}", *([own] if split == "test" else []), split]
-    return ", ".join([*names, *(f"{own}_{part}" for part in benchmark.several[:2])])
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(names[:MOST_LISTED]) + more
 
 
 def _asker(benchmark: Benchmark, prompt: str, shots: int | None, format_: str) -> Callable[[Row], str | list[Message]]:
@@ -428,22 +145,30 @@ _TOOL = (
     "and you are given what it prints in a block that begins with ```output; go on from there, with more code where "
     "you need it. "
 )
+
+
 _TOOL_CHINESE = (
     "请借助 Python 解答：把代码写在以 ```python 开头、以 ``` 结尾的代码块中。代码会被运行，输出会写在以 ```output "
     "开头的代码块中交还给你，你可以接着推理，需要时再写代码。"
 )
+
+
 _ENDINGS = {
     "number": "put the final answer, a number alone, in \\boxed{}.",
     "formula": "put the final answer in \\boxed{}.",
     "choice": "put the letter of the right option in \\boxed{}.",
     "blanks": "put the final answer in \\boxed{}, those of several blanks in their order with semicolons between them.",
 }
+
+
 _ENDINGS_CHINESE = {
     "number": "把最终答案（只写数字）放在 \\boxed{} 中。",
     "formula": "把最终答案放在 \\boxed{} 中。",
     "choice": "把正确选项的字母放在 \\boxed{} 中；如有多个正确选项，把字母写在一起。",
     "blanks": "把最终答案放在 \\boxed{} 中；如有多个空，按顺序填写，用分号隔开。",
 }
+
+
 _WORDS: dict[Language, dict[str, str]] = {
     "en": {
         "question": "Question: ",

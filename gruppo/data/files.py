@@ -15,22 +15,22 @@ from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.types import Row
-from gruppo.utils.progress import Reporter
+from gruppo.utils.progress import Progress
 
 # Rows of Parquet that are in memory twice at a time.
 _BATCH = 4096
 
 
-def read_file(path: Path, options: Mapping[str, Any], reporter: Reporter) -> Iterable[Row]:
+def read_file(path: Path, options: Mapping[str, Any], progress: Progress) -> Iterable[Row]:
     """The rows of a file, by its suffix. Raises UsageError for an unknown suffix, and for a file that is not
     what its suffix says."""
     read = FILES.get(path.suffix.lower())
     if read is None:
         raise UsageError(f"{path.name}: this kind of file is not known; write one of {', '.join(FILES)}")
-    return read(path, options, reporter)
+    return read(path, options, progress)
 
 
-def _jsonl(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Row]:
+def _jsonl(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row]:
     _no_options(options, path)
     return _lines(_text(path))
 
@@ -52,7 +52,7 @@ def _lines(text: str) -> list[Row]:
     return rows
 
 
-def _json(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Row]:
+def _json(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row]:
     """A list of objects; an object with one list of objects in it; or JSON Lines under the wrong name."""
     _no_options(options, path)
     text = _text(path)
@@ -88,7 +88,7 @@ def _only_list(content: dict[str, Any]) -> list[Any]:
     return next(iter(lists.values())) if lists else [content]
 
 
-def _csv(path: Path, options: Mapping[str, Any], reporter: Reporter) -> list[Row]:
+def _csv(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row]:
     """A header and rows, all of them text. `delimiter`: what stands between columns; a comma, or a tab in .tsv.
     `header`: names of the columns of a file that has no header."""
     if unknown := set(options) - {"delimiter", "header"}:
@@ -143,25 +143,25 @@ def _header(names: list[str], delimiter: str) -> list[str]:
     return names
 
 
-def _parquet(path: Path, options: Mapping[str, Any], reporter: Reporter) -> Iterable[Row]:
+def _parquet(path: Path, options: Mapping[str, Any], progress: Progress) -> Iterable[Row]:
     _no_options(options, path)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        names = carried_columns(file.schema_arrow, path.name, reporter)
+        names = carried_columns(file.schema_arrow, path.name, progress)
         for batch in file.iter_batches(_BATCH, columns=names):
             yield from (plain(row) for row in batch.to_pylist())
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"the file cannot be read ({error}); give a whole Parquet file") from None
 
 
-def carried_columns(schema: Any, name: str, reporter: Reporter) -> list[str]:
+def carried_columns(schema: Any, name: str, progress: Progress) -> list[str]:
     """Names of the columns of an Arrow schema whose values are no bytes; a note tells of the others."""
     dropped = [field.name for field in schema if _has_bytes(field.type)]
     if dropped:
-        reporter.note(f"{name}: left out columns of bytes, such as images or audio: {', '.join(dropped)}")
+        progress.note(f"{name}: left out columns of bytes, such as images or audio: {', '.join(dropped)}")
     return [each for each in schema.names if each not in dropped]
 
 
@@ -201,7 +201,7 @@ def _no_options(options: Mapping[str, Any], path: Path) -> None:
         raise UsageError(f"options = {dict(options)}: a {path.suffix} file has no options; remove them")
 
 
-FILES: dict[str, Callable[[Path, Mapping[str, Any], Reporter], Iterable[Row]]] = {
+FILES: dict[str, Callable[[Path, Mapping[str, Any], Progress], Iterable[Row]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

@@ -13,7 +13,7 @@ from gruppo.errors import UsageError
 from gruppo.types import Row
 from gruppo.utils.hub import hub_reachable
 from gruppo.utils.paths import user_path
-from gruppo.utils.progress import Reporter
+from gruppo.utils.progress import Progress
 
 MOST_FILES = 10_000  # of a folder that is read as a data set
 
@@ -28,7 +28,7 @@ _REFUSED = {
 }
 
 
-def read_dataset(name: str, split: str, options: Mapping[str, Any], reporter: Reporter) -> Iterable[Row]:
+def read_dataset(name: str, split: str, options: Mapping[str, Any], progress: Progress) -> Iterable[Row]:
     """The rows of a split; of a folder without splits, all of them are "train".
 
     `options` are those of `datasets.load_dataset` (name: the configuration; revision; data_files; …); a folder that
@@ -37,9 +37,9 @@ def read_dataset(name: str, split: str, options: Mapping[str, Any], reporter: Re
     for option, reason in _REFUSED.items():
         if option in options:
             raise UsageError(f"options.{option} = {options[option]!r}: {reason}")
-    with reporter.progress(f"Opening {name}", None, ""), _quiet():
+    with progress.bar(f"Opening {name}", None, ""), _quiet():
         dataset = _open(name, split, options)
-    names = carried_columns(dataset.features.arrow_schema, name, reporter)
+    names = carried_columns(dataset.features.arrow_schema, name, progress)
     for row in dataset.select_columns(names).with_format(None):
         yield plain(row)
 

@@ -1,10 +1,4 @@
-"""Tasks: where rows come from, and how a row becomes the exact token ids that the model reads.
-
-A row has a `prompt` (text or messages) and any more columns. It comes from a function `load(split, **options) -> rows`
-(split "train" or "test"; one without a held-out part raises UsageError for "test"), from a public benchmark by its
-name (`gruppo.data.benchmarks`), from reasoning-gym, from a file, or from a Hugging Face data set. What [task] says of
-columns, template, system and held_out is done to all of them alike.
-"""
+"""Rows from the source that a recipe names, and their division into training and held-out rows."""
 
 from __future__ import annotations
 
@@ -17,22 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from gruppo.data.transform import in_held_out, prompt_text, transform
 from gruppo.errors import UsageError, nearest
-from gruppo.types import Message, Prompt, Row
+from gruppo.types import Row
 from gruppo.utils.imports import import_attribute
 from gruppo.utils.paths import is_dir, is_file, user_path
-from gruppo.utils.progress import Advance, Reporter
+from gruppo.utils.progress import Advance, Progress
 
-if TYPE_CHECKING:  # reward processes import this package and need neither
-    from transformers import PreTrainedTokenizerBase
-
-    from gruppo.config.recipe import Task
+if TYPE_CHECKING:
+    from gruppo.config.sections import Task
 
 TASKS = {"arithmetic": "gruppo.data.arithmetic:load"}
 
+
 _GYM = "reasoning-gym/"
+
+
 # Rows between two signs of progress.
 _SHOWN = 64
+
+
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
 _KINDS = (
     f'"{_GYM}NAME", a file ({", ".join(_FILES)}), a folder saved by datasets, a data set of the hub ("owner/name") or '
     '"package.module:function"'
@@ -40,7 +39,7 @@ _KINDS = (
 
 
 @dataclass(frozen=True)
-class Part:
+class Dataset:
     """Rows of one task on their way to tokens.
 
     `name` and `numbers` (a row's place in its source) make up prompt ids; `field` is what errors call the task's
@@ -59,17 +58,17 @@ def load_training(
     task: Task,
     field: str,
     with_held_out: bool,
-    reporter: Reporter,
+    progress: Progress,
     given: Iterable[Row] | None = None,
     answered: bool = False,
-) -> tuple[Part, Part | None]:
+) -> tuple[Dataset, Dataset | None]:
     """The rows of a task to train on and, if they are asked for, those that are held out from it.
 
     With task.held_out they are told apart by a hash of their prompts; without, the held-out ones are the source's own
     "test". `given`: rows in place of the task's own. `answered`: the rows to train on bring their completions. Raises
     UsageError: unknown task, wrong options or columns, no held-out part.
     """
-    whole = _load(task, field, task.split or "train", reporter, given, answered)
+    whole = _load(task, field, task.split or "train", progress, given, answered)
     if task.held_out:
         train, held = _divide(whole, task)
         return train, held if with_held_out else None
@@ -79,39 +78,39 @@ def load_training(
     if given is not None or not _has_test(task.name) or task.split not in (None, "train"):
         raise UsageError(f"evaluation: {whole.name} has no held-out part; {fixes}")
     try:
-        held = _load(task, field, "test", reporter)
+        held = _load(task, field, "test", progress)
     except UsageError as error:
         raise UsageError(f"evaluation: {whole.name} has no held-out part ({error}); {fixes}") from None
     return whole, replace(held, name=f"{whole.name} (held out)")
 
 
-def load_questions(task: Task, field: str, reporter: Reporter) -> Part:
+def load_questions(task: Task, field: str, progress: Progress) -> Dataset:
     """The rows of a task that only evaluation asks: its held-out share if it has one, else its split, else its "test",
     or all rows where there is no "test". Raises UsageError as `load_training` does."""
     if task.held_out:
-        return _divide(_load(task, field, task.split or "train", reporter), task)[1]
-    return _load(task, field, task.split or ("test" if _has_test(task.name) else "train"), reporter)
+        return _divide(_load(task, field, task.split or "train", progress), task)[1]
+    return _load(task, field, task.split or ("test" if _has_test(task.name) else "train"), progress)
 
 
 def _load(
     task: Task,
     field: str,
     split: str,
-    reporter: Reporter,
+    progress: Progress,
     given: Iterable[Row] | None = None,
     answered: bool = False,
-) -> Part:
+) -> Dataset:
     name = task.name if given is None else "prompts"
-    with reporter.progress(f"Reading {name}", None, "rows") as advance:
-        source = _source(task, field, split, reporter) if given is None else _checked(given, name)
+    with progress.bar(f"Reading {name}", None, "rows") as advance:
+        source = _source(task, field, split, progress) if given is None else _checked(given, name)
         rows = transform(_counted(source, advance), task, field, name, answered)
-    return Part(name, rows, range(len(rows)), field, task.max_prompt_tokens, task.overlong == "filter")
+    return Dataset(name, rows, range(len(rows)), field, task.max_prompt_tokens, task.overlong == "filter")
 
 
-def _source(task: Task, field: str, split: str, reporter: Reporter) -> Iterator[Row]:
+def _source(task: Task, field: str, split: str, progress: Progress) -> Iterator[Row]:
     """The rows as their source has them; whatever fails in it is a UsageError with the task's field."""
     try:
-        yield from _checked(_open(task, field, split, reporter), task.name)
+        yield from _checked(_open(task, field, split, progress), task.name)
     except UsageError as error:
         message = str(error)
         if message.startswith(("options", "split")):
@@ -123,28 +122,29 @@ def _source(task: Task, field: str, split: str, reporter: Reporter) -> Iterator[
         ) from error
 
 
-def _open(task: Task, field: str, split: str, reporter: Reporter) -> Iterable[Row]:
+def _open(task: Task, field: str, split: str, progress: Progress) -> Iterable[Row]:
     name, options = task.name, task.options
     if _is_file(name):
         _only_train(split, "a file")
         from gruppo.data.files import read_file
 
-        return read_file(data_file(name), options, reporter)
+        return read_file(data_file(name), options, progress)
     if name.startswith(_GYM):
         _only_train(split, "reasoning-gym")
         from gruppo.data.reasoning_gym import generate
 
         return generate(name.removeprefix(_GYM), options)
-    from gruppo.data.benchmarks import BENCHMARKS, load_benchmark
+    from gruppo.data.benchmark_table import BENCHMARKS
+    from gruppo.data.benchmarks import load_benchmark
 
     if name in BENCHMARKS:
         try:
-            inspect.signature(load_benchmark).bind(name, split, reporter, **options)
+            inspect.signature(load_benchmark).bind(name, split, progress, **options)
         except TypeError as error:
             raise UsageError(
                 f"options = {dict(options)}: {error}; its options are: data, prompt, shots, format"
             ) from None
-        return load_benchmark(name, split, reporter, **options)
+        return load_benchmark(name, split, progress, **options)
     folder = user_path(name)
     if name in TASKS or (":" in name and not is_dir(folder)):
         load = import_attribute(TASKS.get(name, name), f"{field}.name")
@@ -156,7 +156,7 @@ def _open(task: Task, field: str, split: str, reporter: Reporter) -> Iterable[Ro
     if is_dir(folder) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         from gruppo.data.hub import read_dataset
 
-        return read_dataset(name, split, options, reporter)
+        return read_dataset(name, split, options, progress)
     if is_file(folder):
         raise UsageError(f"this kind of file is not known; write one that ends in {', '.join(_FILES)}")
     if "/" in name:
@@ -208,7 +208,7 @@ def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
     advance(number % _SHOWN)
 
 
-def _divide(whole: Part, task: Task) -> tuple[Part, Part]:
+def _divide(whole: Dataset, task: Task) -> tuple[Dataset, Dataset]:
     """The rows to train on and those held out, by the hash of their prompts; a held-out question is asked once, however
     often it occurs, or its repetitions would make an interval too narrow."""
     held = [in_held_out(row, task.held_out) for row in whole.rows]
@@ -228,138 +228,6 @@ def _divide(whole: Part, task: Task) -> tuple[Part, Part]:
 
 def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
     """The rows as a list, each with a prompt that is text or messages; `source` names them in errors."""
-    from gruppo.config.recipe import Task
+    from gruppo.config.sections import Task
 
     return transform(_checked(rows, source), Task(), "task", source)
-
-
-@dataclass(frozen=True)
-class ToolTexts:
-    """What prompts tell the model of its tools: `schemas`, where its chat template has a place for them, else `text`,
-    in the system message."""
-
-    schemas: Sequence[Mapping[str, Any]] = ()
-    text: str = ""
-
-    def told(self, content: str | list[Message]) -> str | list[Message]:
-        """A prompt with the text. Raises UsageError where it is no conversation."""
-        if isinstance(content, str):
-            raise UsageError(
-                "the environment has tools, which need conversations, and the prompt is plain text; write "
-                'task.system = "" (for rows of text), or take rows with messages'
-            )
-        if not self.text:
-            return content
-        if content[0]["role"] == "system":
-            return [{**content[0], "content": f"{content[0]['content']}\n\n{self.text}"}, *content[1:]]
-        return [{"role": "system", "content": self.text}, *content]
-
-
-def tokenize_part(
-    part: Part,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    max_tokens: int,
-    vocabulary: int | None = None,
-    most: int | None = None,
-    advance: Advance = lambda _: None,
-    tools: ToolTexts | None = None,
-) -> tuple[list[Prompt], int]:
-    """Turn rows into prompts, `most` at the most: messages through the chat template, once; text as it stands. `tools`:
-    what prompts say of them, in front.
-
-    A prompt may have as many tokens as `context` leaves beside `max_tokens`, and no more than the task allows; the
-    second value is how many longer ones were left out, where the task says so. Nothing is ever cut, and the ids are
-    never made again from text. Raises UsageError for a longer prompt that is to be refused, if none is left, and where
-    the model does not know an id of its tokenizer's.
-    """
-    limit = min(context - max_tokens, part.max_prompt_tokens or context)
-    prompts: list[Prompt] = []
-    overlong = 0
-    for number, row in zip(part.numbers, part.rows, strict=True):
-        if len(prompts) == most:
-            break
-        where = f"{part.name}, row {number + 1}"
-        if tools is not None:
-            row = {**row, "prompt": tools.told(row["prompt"])}  # noqa: PLW2901
-        token_ids = _tokens(row, tokenizer, where, tools)
-        advance(1)
-        if len(token_ids) > limit and part.filter_overlong:
-            overlong += 1
-            continue
-        if len(token_ids) > limit:
-            raise UsageError(f"{where}: {_too_long(len(token_ids), context, max_tokens, part)}")
-        if vocabulary is not None and max(token_ids) >= vocabulary:
-            raise UsageError(
-                f"{where}: the tokenizer gives token {max(token_ids)}, but the model knows only "
-                f"{vocabulary}; take the tokenizer that belongs to the model"
-            )
-        columns = {key: value for key, value in row.items() if key != "prompt"}
-        prompts.append(Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns))
-    if not prompts:
-        raise UsageError(
-            f'{part.field}.overlong = "filter": all {overlong} prompts of {part.name} are longer than {limit} tokens; '
-            "raise max_prompt_tokens, or lower max_tokens"
-        )
-    return prompts, overlong
-
-
-def tokenize_rows(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    max_tokens: int,
-    task: str,
-    vocabulary: int | None = None,
-) -> list[Prompt]:
-    """Prompts of rows that belong to no task; see `tokenize_part`. A prompt that is too long is refused."""
-    return tokenize_part(Part(task, rows, range(len(rows))), tokenizer, context, max_tokens, vocabulary)[0]
-
-
-def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: ToolTexts | None = None) -> list[int]:
-    try:
-        token_ids = prompt_tokens(row["prompt"], tokenizer, tools)
-    except UsageError:
-        raise
-    except Exception as error:  # a chat template is a program of the model's
-        raise UsageError(
-            f"{where}: the prompt cannot be turned into tokens ({type(error).__name__}: {error}); "
-            "write it as this model's chat template wants it"
-        ) from error
-    if not token_ids:
-        raise UsageError(f"{where}: prompt = {row['prompt']!r} has no tokens; write some text")
-    return token_ids
-
-
-def prompt_tokens(
-    content: str | list[Message], tokenizer: PreTrainedTokenizerBase, tools: ToolTexts | None = None
-) -> list[int]:
-    """The token ids of a prompt: messages through the chat template, text as it stands."""
-    if not isinstance(content, str):
-        if not tokenizer.chat_template:
-            raise UsageError(
-                "the rows hold messages but the model's tokenizer has no chat template; write prompt as plain text "
-                '(for a column of text: template = "{question}"), or take an instruction-tuned model'
-            )
-        begun = content[-1]["role"] == "assistant"  # the model goes on with what it is given of its answer
-        schemas: dict[str, Any] = {"tools": list(tools.schemas)} if tools is not None and tools.schemas else {}
-        return list(
-            tokenizer.apply_chat_template(
-                content, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False, **schemas
-            )
-        )
-    begins = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
-    return list(tokenizer(content, add_special_tokens=not begins)["input_ids"])
-
-
-def _too_long(tokens: int, context: int, max_tokens: int, part: Part) -> str:
-    filtered = f'write {part.field}.overlong = "filter" to leave such rows out'
-    if part.max_prompt_tokens is not None and tokens > part.max_prompt_tokens:
-        return (
-            f"the prompt has {tokens} tokens, more than {part.field}.max_prompt_tokens = {part.max_prompt_tokens}; "
-            f"raise that, or {filtered}"
-        )
-    return (
-        f"the prompt has {tokens} tokens; with {max_tokens} more to sample that is over the model's context of "
-        f"{context}; shorten the prompt, lower max_tokens, or {filtered}"
-    )

@@ -17,7 +17,9 @@ from gruppo.types import Completion, Message, Prompt, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Given = Sequence[tuple[Completion, float]]  # completions with their rewards: 1, and 0 for what was rejected
+OfflineCompletions = Sequence[
+    tuple[Completion, float]
+]  # completions with their rewards: 1, and 0 for what was rejected
 
 _SHAPES = '{"prompt": "…", "completion": "…"}, {"messages": […]} or {"prompt": "…", "chosen": "…", "rejected": "…"}'
 
@@ -61,7 +63,7 @@ def _common(chosen: Any, rejected: Any, where: str) -> Row:
     return {"prompt": begins, "chosen": list(chosen[len(begins) :]), "rejected": list(rejected[len(begins) :])}
 
 
-def given_completions(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> Given:
+def offline_completions(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> OfflineCompletions:
     """A row's completions as tokens, with rewards; `pairs`: the chosen one and the rejected one.
 
     Their `sampling_logprobs` are NaN, as nobody drew them. Raises UsageError where the row has none, or where the chat

@@ -13,7 +13,7 @@ from gruppo.errors import UsageError, nearest
 from gruppo.types import Row
 
 if TYPE_CHECKING:
-    from gruppo.config.recipe import Task
+    from gruppo.config.sections import Task
 
 # Columns that hold the question where a data set has no `prompt`, the likeliest first.
 _LIKELY = ("question", "problem", "query", "instruction", "input", "messages", "text")

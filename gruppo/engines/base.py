@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gruppo.models.policy import LanguageModel
+from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
 
@@ -15,8 +15,8 @@ from gruppo.utils.progress import Advance
 class Request:
     """A prompt to complete once for each of `streams`; a stream is the key of one completion's random numbers.
 
-    `limits`: the most tokens of each completion, where it is fewer than the options' `max_tokens`; what reaches it ends
-    with the finish reason "length".
+    `limits`: the most tokens of each completion, where that is fewer than `SamplingParams.max_tokens`. A completion
+    that reaches its limit has the finish reason "length".
     """
 
     token_ids: tuple[int, ...]
@@ -25,8 +25,8 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """The distribution that tokens are drawn from, and where a completion ends.
+class SamplingParams:
+    """The distribution that tokens are sampled from, and where a completion ends.
 
     `temperature` divides the logits; 0 takes the likeliest token. Then, each on what the one before left: `top_k`
     keeps the k likeliest tokens (0: all; equal ones at the border stay), `top_p` the likeliest that together have this
@@ -48,16 +48,28 @@ class SamplingOptions:
 class Engine(Protocol):
     """Samples completions from the policy whose weights it was given last."""
 
-    def generate(
-        self, requests: Sequence[Request], options: SamplingOptions, advance: Advance | None = None
-    ) -> list[list[Completion]]:
-        """For each request its completions, in the order of its streams.
+    slots: int
+    """How many completions are sampled at a time. No completion depends on it but by rounding."""
 
-        In float32 a completion depends on its prompt, its stream, the options and the weights, and on nothing else.
-        `sampling_logprobs` are of the distribution that each token was drawn from, truncated or not; with temperature
-        0, of the full distribution at temperature 1. `advance` is called with the number of tokens made since its last
-        call. Raises ValueError for a prompt without tokens, and for limits that are not one a stream, each at least 1.
+    def stream(
+        self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """The index of each request with its completions, in the order of its streams, as soon as all of them are
+        finished: shorter groups come first.
+
+        In float32 a completion depends on its prompt, its stream, the parameters and the weights, and on nothing else.
+        It carries the version of the weights that sampled it. `sampling_logprobs` are of the distribution that each
+        token was sampled from, truncated or not; with temperature 0, of the full distribution at temperature 1.
+        `advance` is called with the number of tokens sampled since its last call. Raises ValueError for a prompt
+        without tokens, and unless `limits` has one positive value per stream.
         """
 
-    def load_weights(self, policy: LanguageModel, version: int) -> None:
-        """Sample from `policy` as it is now; completions carry `version`."""
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
+    ) -> list[list[Completion]]:
+        """The completions of every request, in order; see `stream`."""
+        finished = dict(self.stream(requests, params, advance))
+        return [finished[index] for index in range(len(requests))]
+
+    def load_weights(self, source: WeightSource, version: int) -> None:
+        """Sample with these weights from now on; completions carry `version`."""

@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gruppo.data.datasets import ExamRows
 from gruppo.data.files import read_file
 from gruppo.data.loading import data_file
-from gruppo.engines.base import SamplingOptions
+from gruppo.engines.base import SamplingParams
 from gruppo.errors import UsageError
-from gruppo.evaluation.sets import Exam
+from gruppo.evaluation.datasets import EvalSetRows
+from gruppo.evaluation.sets import EvalSet
 from gruppo.rewards.grading.graders import Named, find_grader
 from gruppo.types import Completion, Prompt, Row
-from gruppo.utils.progress import Reporter
+from gruppo.utils.progress import Progress
 
 COMPLETIONS = (
     "completions", "completion", "responses", "response", "outputs", "output", "generations", "generation",
@@ -33,13 +33,13 @@ NUMBERS = ("index", "idx", "doc_id", "id")
 
 
 def read_submission(
-    path: Path, exams: Sequence[ExamRows], grader: str | None, reporter: Reporter
-) -> tuple[Exam, list[list[Completion]], int]:
+    path: Path, exams: Sequence[EvalSetRows], grader: str | None, progress: Progress
+) -> tuple[EvalSet, list[list[Completion]], int]:
     """The answers of a file, and the exam that they are to; of the questions of `exams`, or of the rows themselves
     where there are none, by `grader` then ("number" by default); and how many questions of the exam nothing answers.
     Several rows may answer one question. Raises UsageError for a row that cannot be read, which it shows."""
     try:
-        rows = list(read_file(data_file(str(path)), {}, reporter))
+        rows = list(read_file(data_file(str(path)), {}, progress))
     except UsageError as error:
         raise UsageError(f"--answers {path}: {error}") from None
     if not rows:
@@ -65,7 +65,7 @@ def read_submission(
         asked = grader or "number"
         name, domain, graders = path.stem, None, {path.stem: Named(asked, find_grader(asked))}
     fewest = min(map(len, answers.values()))
-    exam = Exam(name, list(prompts.values()), graders, SamplingOptions(0.0, 1), fewest, 0, domain)
+    exam = EvalSet(name, list(prompts.values()), graders, SamplingParams(0.0, 1), fewest, 0, domain)
     return exam, list(answers.values()), max(0, known.count - len(prompts))
 
 
@@ -117,7 +117,7 @@ def _said(value: Any) -> list[str]:
 class _Known:
     """The questions of exams, by what a row may call them."""
 
-    def __init__(self, exams: Sequence[ExamRows]) -> None:
+    def __init__(self, exams: Sequence[EvalSetRows]) -> None:
         self.by_id: dict[str, Prompt] = {}
         self.by_own_id: dict[str, Prompt] = {}
         self.by_text: dict[str, Prompt] = {}

@@ -7,14 +7,14 @@ other. An answer's `vote` is what it says, equal for equal answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gruppo.errors import UsageError
-from gruppo.rewards.grading.graders import last_number
+from gruppo.rewards.grading.last_number import last_number
 from gruppo.utils.stats import (
     MOST_VOTES,
     best_at_k,
@@ -189,78 +189,3 @@ def compare(first: Sequence[Question], second: Sequence[Question]) -> dict[str, 
                 for i, k in enumerate(ks)
             }
     return made
-
-
-def told(name: str, found: Mapping[str, Any], note: str = "") -> list[str]:
-    """Figures in words, a line each."""
-    several = f", {found['samples']} answers each" if found["samples"] > 1 else ""
-    lines = [
-        f"{name}: accuracy {found['accuracy']:.1%} (95 % interval {_range(found)}, {found['questions']:,} "
-        f"questions{several}){note}"
-    ]
-    for curve, points in found.get("curves", {}).items():
-        title = {"pass": "pass@k", "maj": "maj@k", "best": "best-of-k"}[curve]
-        shown = "  ".join(f"{k}: {point['value']:.1%} ({_range(point)})" for k, point in points.items())
-        lines.append(f"  {title:<10} {shown}")
-    if vote := found.get("weighted_vote"):
-        lines.append(f"  weighted vote of all {found['samples']}: {vote['value']:.1%} ({_range(vote)})")
-    return lines
-
-
-def told_difference(name: str, first: str, second: str, found: Mapping[str, Any]) -> list[str]:
-    """A comparison in words."""
-    low, high = found["interval"]
-    lines = [
-        f"{name}: {second} less {first}: {found['difference']:+.1%} (95 % interval {low:+.1%} to {high:+.1%}, paired, "
-        f"{found['questions']:,} questions)",
-        f"  more right answers: {first} on {found['first_only']}, {second} on {found['second_only']} questions; the "
-        f"smallest difference that so many questions can show is {found['smallest']:.1%}",
-    ]
-    if found.get("settings"):
-        lines.append(f"  they were not asked alike: {'; '.join(found['settings'])}")
-    if found["left_out"]:
-        lines.append(f"  {found['left_out']} questions that only one of them was asked are left out")
-    for curve, points in found.get("curves", {}).items():
-        shown = "  ".join(
-            f"{k}: {point['value']:+.1%} ({point['interval'][0]:+.1%} to {point['interval'][1]:+.1%})"
-            for k, point in points.items()
-        )
-        lines.append(f"  {curve}@k{'':<5} {shown}")
-    return lines
-
-
-def _range(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{low:.1%} to {high:.1%}"
-
-
-def draw_curves(sets: Sequence[tuple[str, Mapping[str, Any]]], title: str, write: Callable[[Any], None]) -> None:
-    """pass@k and maj@k of one or more models in one picture, as Figure 7 of DeepSeekMath has them: `sets` holds their
-    names and figures; `write` is given matplotlib's figure. Raises UsageError where there are no curves, or where
-    matplotlib is not installed."""
-    if missing := [name for name, found in sets if "maj" not in found.get("curves", {})]:
-        raise UsageError(f"--curves: {missing[0]}: needs 2 to {MOST_VOTES:,} answers a question")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError:
-        raise UsageError("--curves: needs matplotlib; pip install 'gruppo[plots]'") from None
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, found) in enumerate(sets):
-        for style, curve in (("-", "pass"), ("--", "maj")):
-            points = found["curves"][curve]
-            ks = [int(k) for k in points]
-            colour = f"C{number}"
-            axes.plot(
-                ks, [points[str(k)]["value"] for k in ks], style, color=colour, marker="o", label=f"{name}: {curve}@k"
-            )
-            low, high = ([points[str(k)]["interval"][side] for k in ks] for side in (0, 1))
-            axes.fill_between(ks, low, high, color=colour, alpha=0.1, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlabel="k", ylabel="accuracy, with 95 % intervals over questions", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write(figure)

@@ -22,31 +22,26 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 
 from gruppo.models.attention.interface import AttentionPlan, Layer, ProjectedAttention
-from gruppo.models.ops.cpu.bindings import (
-    Norms,
-    Rope,
-    add_norm,
-    gate,
-    gate_backward,
-    norm_backward,
-    turn_heads,
-    turn_heads_backward,
-)
+from gruppo.models.generation import Generation
 from gruppo.models.ops.linear import packed, product
+from gruppo.models.ops.norm import add_norm, norm_backward
+from gruppo.models.ops.rope import QKNorm, Rope, apply_rope, apply_rope_backward
+from gruppo.models.ops.swiglu import gate, gate_backward
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 
 
 class Cast:
-    """A weight in another dtype, cast again when it has changed."""
+    """A weight in another dtype, cast again when weights have changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
         self._state: object = None
         self._made: Tensor | None = None
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight itself where it has that dtype."""
-        state = weight.data_ptr(), weight._version, dtype
+        state = self.generation.number, dtype
         if self._made is None or state != self._state:
             self._made = None  # freed before the new one is made
             self._state, self._made = state, weight.detach().to(dtype)
@@ -129,7 +124,7 @@ class _Prepared:
         return int(self.block.self_attn.q_proj.out_features // self.block.self_attn.head_dim)
 
     @cached_property
-    def norms(self) -> Norms:
+    def norms(self) -> QKNorm:
         """Of each query's and key's head, where they have any."""
         attention = self.block.self_attn
         if not hasattr(attention, "q_norm"):
@@ -163,15 +158,20 @@ class FusedBody:
     """A decoder of the Llama family: what its module computes, from token ids to the last hidden states."""
 
     def __init__(
-        self, decoder: nn.Module, layers: Sequence[Layer], weight_of: Callable[[Any], Tensor] | None = None
+        self,
+        decoder: nn.Module,
+        layers: Sequence[Layer],
+        generation: Generation,
+        weight_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        """`layers`: what each layer's attention computes, in order. `weight_of`: the weight of a linear layer where
+        """`layers`: what each layer's attention computes, in order. `generation`: of the decoder's weights. `weight_of`: the weight of a linear layer where
         that is not its own (an adapter is merged); such a body computes, but gives no gradients."""
         self.decoder: Any = decoder
-        self.layers = list(layers)
+        self.layers, self.generation = list(layers), generation
         self.weight_of, self.trains = weight_of or (lambda module: module.weight), weight_of is None
         self._state: object = None
         self._prepared: list[_Prepared] = []
+        self._frozen = False
 
     @staticmethod
     def fits(decoder: Any) -> bool:
@@ -186,8 +186,8 @@ class FusedBody:
 
     def prepare(self, dtype: torch.dtype, pack: bool) -> list[_Prepared]:
         """The layers with their weights in the dtype of products: made again when a weight has changed."""
-        state = dtype, pack, [(weight.data_ptr(), weight._version) for weight in self._weights]
-        if state != self._state:
+        state = dtype, pack, self.generation.number
+        if state != self._state and not self._frozen:
             self._prepared = []  # freed before the new ones are made
             self._prepared = [
                 _Prepared(layer, block, *(Linear.of(part, self.weight_of, dtype, pack) for part in _linear(block)))
@@ -196,19 +196,13 @@ class FusedBody:
             self._state = state
         return self._prepared
 
-    @cached_property
-    def _weights(self) -> list[Tensor]:
-        modules = [module for block in self.decoder.layers for part in _linear(block) for module in part]
-        return [weight for module in modules for weight in module.parameters()]
-
     def freeze(self, dtype: torch.dtype) -> None:
         """Keep the prepared weights alone: those of the modules, of which they are a copy, are given up."""
         self.prepare(dtype, pack=True)
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
-        self._weights = []
-        self._state = dtype, True, []
+        self._frozen = True
 
     def hidden_states(
         self,
@@ -281,7 +275,7 @@ def _computed(
     if decoding is not None:
         attended = decoding.attend_projected(each.layer, projected, each.queries, rope, each.norms)
     if attended is None:
-        made = turn_heads(projected, each.queries, rope, each.norms, hidden.dtype)
+        made = apply_rope(projected, each.queries, rope, each.norms, hidden.dtype)
         attended = _attend(each.layer, *made, plan, batch)
     middle, normed = _normed(hidden, each.out(attended), each.block.post_attention_layernorm, each.dtype)
     return middle, each.down(gate(each.gate_up(normed)))
@@ -306,7 +300,7 @@ class _QueryKeyValue(torch.autograd.Function):
         projected = each.qkv(normed).view(len(hidden), -1, each.block.self_attn.head_dim)
         ctx.save_for_backward(hidden, None if each.norms[0] is None else projected, *rope)
         ctx.each = each
-        return turn_heads(projected, each.queries, rope, each.norms, hidden.dtype)
+        return apply_rope(projected, each.queries, rope, each.norms, hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -315,7 +309,7 @@ class _QueryKeyValue(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             wide = hidden.dtype if projected is not None else each.dtype
             query, key, value = (grad.contiguous() for grad in grads)
-            turned = turn_heads_backward(query, key, value, (cos, sin), wide)
+            turned = apply_rope_backward(query, key, value, (cos, sin), wide)
             if projected is not None:
                 turned = _head_norms_backward(each, turned, projected).to(each.dtype)
             normed = _normed(hidden, None, each.block.input_layernorm, each.dtype)[1]

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.models.ops.cpu.bindings import logprobs_backward, logprobs_of_part
 from gruppo.models.ops.linear import product
+from gruppo.models.ops.logprobs import logprobs_backward, logprobs_of_part
 
 CHUNK_SIZE, PART_SIZE = 1024, 4096  # tokens and entries of the vocabulary whose logits are held at a time
 
@@ -157,19 +157,3 @@ def _gradient(weight: Tensor, master: Tensor | None, needed: bool) -> tuple[Tens
 
 def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def kl_estimate(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."], kind: str) -> Float[Tensor, "..."]:
-    """Estimate of KL per token from one sample, in nats, always >= 0; d = log π_ref - log π_θ.
-
-    k3 = exp(d) - d - 1 (DeepSeekMath Eq. 4): its expected value under π_θ is KL(π_θ‖π_ref), its expected gradient,
-    samples fixed, that of KL(π_ref‖π_θ).
-    k2 = ½ d² (Schulman 2020): its expected gradient is that of KL(π_θ‖π_ref).
-    k1 = -d has no expected gradient, so it has no place in a loss: ValueError.
-    """
-    difference = ref_logprobs - logprobs
-    if kind == "k3":
-        return torch.expm1(difference) - difference
-    if kind == "k2":
-        return difference.square() / 2
-    raise ValueError(f'kind = {kind!r}: k1 has an expected gradient of 0 in a loss; write "k2" or "k3"')

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gruppo.config.recipe import Lora
+from gruppo.config.sections import Lora
 from gruppo.errors import UsageError
 from gruppo.models.attention.interface import AttentionPlan
 from gruppo.models.fused_decoder import FusedBody
-from gruppo.models.policy import LanguageModel, ModelSource, named_weights, narrow_products, trained_weights
+from gruppo.models.loading import ModelSource
+from gruppo.models.policy import LanguageModel, narrow_products
+from gruppo.models.weights import WeightSource, named_weights, trained_weights
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -51,6 +53,10 @@ class AdaptedModel(LanguageModel):
     def weights(self) -> dict[str, Tensor]:
         """What the saved model holds: the merged weights, under the names of a model without adapters."""
         return merged_weights(self.model)
+
+    def weight_source(self) -> WeightSource:
+        """The merged weights, one tensor at a time."""
+        return WeightSource(self.model, lambda: _merged_one_by_one(self.model))
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,10 @@ def add_adapters(policy: LanguageModel, settings: Lora | None, seed: int) -> Lan
         down.weight = nn.Parameter(start.to(policy.device, wide))
         up.weight = nn.Parameter(torch.zeros(up.weight.shape, dtype=wide, device=policy.device))
     model.eval()
+    policy.generation.advance()
     body = None
     if policy.body is not None and wide == policy.dtype:  # in bfloat16 the sum would round small adapters away
-        body = FusedBody(policy.body.decoder, policy.body.layers, _current_weight)
+        body = FusedBody(policy.body.decoder, policy.body.layers, policy.generation, _current_weight)
     return AdaptedModel(**{field.name: getattr(policy, field.name) for field in fields(policy)} | {"body": body})
 
 
@@ -190,13 +197,16 @@ def merged_weight(layer: Any) -> Tensor:
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """What `named_weights` would give of the model with every adapter merged: float32 (float64 in proofs), but for
     buffers of integers."""
+    return dict(_merged_one_by_one(model))
+
+
+def _merged_one_by_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     carriers = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(model).items()}
     adapters = trained_weights(model)
-    return {
-        name.replace(".base_layer.", "."): merged_weight(carriers[name]) if name in carriers else _wide(tensor)
-        for name, tensor in named_weights(model).items()
-        if name not in adapters
-    }
+    for name, tensor in named_weights(model).items():
+        if name not in adapters:
+            merged = merged_weight(carriers[name]) if name in carriers else _wide(tensor)
+            yield name.replace(".base_layer.", "."), merged
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gruppo.models.policy import LanguageModel
-from gruppo.training.packing import Batch, pack, predicting_states
+from gruppo.models.packing import Batch, pack
+from gruppo.models.policy import LanguageModel, predicting_states
 from gruppo.types import Completion, Group
 
 
@@ -31,17 +33,37 @@ class ScalarModel:
             nn.init.zeros_(parameter)
         return cls(policy, head)
 
-    @property
+    @cached_property
     def module(self) -> nn.Module:
         """Layers and head: what is trained and saved."""
-        return nn.ModuleDict({"model": self.policy.model.get_decoder(), "score": self.head})
+        return ScalarScorer(self)
 
     def numbers(self, batch: Batch) -> Float[Tensor, " N"]:
         """One at the state before each completion token. Call it inside `policy.precision()`."""
-        hidden = predicting_states(self.policy, batch)
+        numbers: Tensor = self.module(batch.token_ids, batch.positions, batch.layout, batch.predictors)
+        return numbers
+
+
+class ScalarScorer(nn.Module):
+    """Layers and head as one module, whose forward reads every weight; see `gruppo.models.policy.TokenScorer`."""
+
+    def __init__(self, model: ScalarModel) -> None:
+        super().__init__()
+        self.model: Any = model.policy.model.get_decoder()
+        self.score, self.policy = model.head, model.policy
+
+    def forward(
+        self,
+        token_ids: Int[Tensor, " T"],
+        positions: Int[Tensor, " T"],
+        layout: Sequence[tuple[int, Sequence[int]]],
+        predictors: Int[Tensor, " N"],
+    ) -> Float[Tensor, " N"]:
+        """One number at each predicting state; see `Batch`."""
+        hidden = predicting_states(self.policy, token_ids, positions, layout, predictors)
         with torch.autocast(self.policy.device.type, enabled=False):
-            made: Tensor = self.head(hidden.to(self.head.weight.dtype))
-        return made[:, 0]
+            numbers: Tensor = self.score(hidden.to(self.score.weight.dtype))
+        return numbers[:, 0]
 
 
 def pack_states(groups: Sequence[Group], budget: int, device: torch.device) -> list[Batch]:

@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gruppo.config.recipe import Recipe, load_recipe
-from gruppo.data.datasets import Data, read_data
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
+from gruppo.evaluation.datasets import Data, read_data
 from gruppo.preflight.findings import Finding, described
-from gruppo.runs.atomic import free_bytes, gigabytes
-from gruppo.utils.progress import Reporter, Silent
+from gruppo.preflight.timing import SECONDS, round_seconds, time_generation, time_update
+from gruppo.utils.disk import free_bytes, gigabytes
+from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
 
 if TYPE_CHECKING:
-    from gruppo.models.policy import LanguageModel, ModelSource
-    from gruppo.rollout.multi_turn import Episodes, Opened
+    from gruppo.models.loading import ModelSource
+    from gruppo.models.policy import LanguageModel
+    from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments
     from gruppo.rollout.workers.rewards import RewardPool
     from gruppo.training.disk_estimate import Disk
-    from gruppo.training.memory_estimate import Chosen, Workload
-    from gruppo.training.setup import Inputs
-
-DRAWN = 3  # tokens a row that decoding is timed by
-PROMPT_TOKENS = 1024  # at most, whose computing is timed
-UPDATE_TOKENS = 512  # of the micro-batch that an update is timed by
-REPEATS = 2  # of which the quicker counts: whatever else the machine does makes one slower
-SECONDS = 60.0  # for sampling a trial, and as many for its rewards
+    from gruppo.training.inputs import RunInputs
+    from gruppo.training.memory_estimate import ChosenSizes, Workload
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Check:
     recipe: Recipe
     device: str
     dtype: str
-    chosen: Chosen
+    chosen: ChosenSizes
     workload: Workload
     step_seconds: Mapping[str, float]
     exam_seconds: list[float]
@@ -100,7 +95,7 @@ def check_recipe(
     overrides: Sequence[str] = (),
     quick: bool = False,
     seconds: float = SECONDS,
-    reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> Check:
     """Read recipe, rewards and data as training would, load the model, choose sizes, time a little of each phase, and
     sample and score a few groups, for at most `seconds` of each. `quick`: no group is sampled.
@@ -109,41 +104,44 @@ def check_recipe(
     """
     if not seconds > 0:
         raise UsageError(f"--seconds {seconds:g}: must be more than 0; write e.g. 60, or take --quick")
-    settings, shown = load_recipe(recipe, overrides), reporter or Silent()
+    settings, shown = load_recipe(recipe, overrides), progress or NullProgress()
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        stack.enter_context(stop.anywhere())
+        stack.enter_context(stop.interruptible())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         return _measure(settings, data, shown, stop, folder, 0.0 if quick else seconds)
 
 
-def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder: Path, seconds: float) -> Check:
-    from gruppo.algorithms.credit import find_surrogate
+def _measure(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: Path, seconds: float) -> Check:
+    from gruppo.models.loading import find_model
     from gruppo.models.lora import check_adapters
-    from gruppo.models.policy import choose_device, choose_dtype, find_model
-    from gruppo.rollout.multi_turn import open_episodes
-    from gruppo.training.setup import disk_of, load_and_choose, make_pool, workload
+    from gruppo.models.precision import choose_device, choose_dtype
+    from gruppo.rollout.multi_turn import open_multi_turn
+    from gruppo.training.inputs import workload
+    from gruppo.training.policy_loss import find_surrogate
+    from gruppo.training.setup import make_pool
+    from gruppo.training.sizing import disk_of, load_and_choose
 
     device = choose_device(recipe.model.device)
     dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
         pool = None
-        opened = open_episodes(recipe, folder / "environment.log", reporter, stack)
+        opened = open_multi_turn(recipe, folder / "environment.log", progress, stack)
         if recipe.method.source != "rows":
             log = folder / "rewards.log"
-            pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, log, reporter, opened))
-        source = find_model(recipe.model.name, reporter, trust_remote_code=recipe.model.trust_remote_code)
+            pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, log, progress, opened))
+        source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
         check_adapters(source, recipe.model.lora)
-        inputs, refused = _tokenize(recipe, data, source, reporter, opened)
-        policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, reporter)
+        inputs, refused = _tokenize(recipe, data, source, progress, opened)
+        policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, progress)
         episodes = opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None
         asked = workload(recipe, inputs)
         stop.check()
-        with reporter.progress("Timing", None, ""):
-            prompt, drawn = _time_generation(policy, inputs, chosen.slots, stop)
-            forward, backward, optimizer = _time_update(recipe, policy, asked, chosen)
+        with progress.bar("Timing", None, ""):
+            prompt, drawn = time_generation(policy, inputs, chosen.slots, stop)
+            forward, backward, optimizer = time_update(recipe, policy, asked, chosen)
         rounds = math.ceil(asked.completions / chosen.slots)
         tokens = sum(each + sum(own) for batch in asked.micro_batches(chosen.micro_batch_tokens) for each, own in batch)
         passes = (
@@ -172,35 +170,35 @@ def _measure(recipe: Recipe, data: Data, reporter: Reporter, stop: Stop, folder:
                 + drawn * math.ceil(exam.answers / chosen.slots) * exam.answer_tokens
                 for exam in asked.exams
             ],
-            round_seconds=_round_seconds(recipe, drawing, forward * tokens, backward * tokens, optimizer),
+            round_seconds=round_seconds(recipe, drawing, forward * tokens, backward * tokens, optimizer),
             disk=disk_of(recipe, policy, inputs),
             disk_free=free_bytes(Path("runs") / recipe.run.name),
         )
         seen = [
             *_inspect(check, policy, inputs, refused),
-            *_try(check, policy, inputs, pool, seconds, reporter, stop, episodes),
+            *_try(check, policy, inputs, pool, seconds, progress, stop, episodes),
         ]
         return replace(check, findings=seen)
 
 
 def _tokenize(
-    recipe: Recipe, data: Data, source: ModelSource, reporter: Reporter, opened: Opened | None
-) -> tuple[Inputs, str | None]:
+    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: OpenedEnvironments | None
+) -> tuple[RunInputs, str | None]:
     """The prompts, and what training says where it refuses some that are too long: then without these."""
-    from gruppo.training.setup import tokenize_data
+    from gruppo.training.inputs import tokenize_data
 
     try:
-        return tokenize_data(recipe, data, source, reporter, opened), None
+        return tokenize_data(recipe, data, source, progress, opened), None
     except UsageError as error:
         filtering = replace(data, training=[replace(part, filter_overlong=True) for part in data.training])
         try:
-            inputs = tokenize_data(recipe, filtering, source, reporter, opened)
+            inputs = tokenize_data(recipe, filtering, source, progress, opened)
         except UsageError:
             raise error from None
         return inputs, str(error)
 
 
-def _inspect(check: Check, policy: LanguageModel, inputs: Inputs, refused: str | None) -> list[Finding]:
+def _inspect(check: Check, policy: LanguageModel, inputs: RunInputs, refused: str | None) -> list[Finding]:
     """All that is seen without sampling."""
     from gruppo.preflight import static_checks as inspection
 
@@ -278,12 +276,12 @@ def _kernels(policy: LanguageModel) -> Finding:
 def _try(
     check: Check,
     policy: LanguageModel,
-    inputs: Inputs,
+    inputs: RunInputs,
     pool: RewardPool | None,
     seconds: float,
-    reporter: Reporter,
+    progress: Progress,
     stop: Stop,
-    episodes: Episodes | None,
+    episodes: MultiTurnSampler | None,
 ) -> list[Finding]:
     """All that a few completions show, if there are `seconds` for them, and the gradient."""
     from gruppo.preflight import smoke_test as trial
@@ -296,7 +294,7 @@ def _try(
     elif not seconds:
         found.append(trial.skipped("--quick"))
     else:
-        made = trial.try_out(recipe, policy, inputs, pool, chosen.slots, seconds, reporter, stop, episodes)
+        made = trial.try_out(recipe, policy, inputs, pool, chosen.slots, seconds, progress, stop, episodes)
         weights = dict(zip(pool.names, pool.weights, strict=True))
         if episodes is not None and episodes.weight is not None:
             weights[NAME] = episodes.weight
@@ -305,79 +303,7 @@ def _try(
             groups, heat = [*made.groups, *made.unscored], recipe.sampling.temperature
             found.append(trial.compare_logprobs(policy, groups, heat, chosen.micro_batch_tokens))
     stop.check()
-    return [*found, trial.compare_gradient(recipe, policy, inputs, chosen, reporter, stop)]
-
-
-def _time_generation(policy: LanguageModel, inputs: Inputs, slots: int, stop: Stop) -> tuple[float, float]:
-    """Seconds to compute a token of a prompt, and for a decoding step of all slots, by the engine on real prompts."""
-    from gruppo.engines.base import Request, SamplingOptions
-    from gruppo.engines.native.engine import NativeEngine
-
-    prompts = [inputs.prompts.draw(0, 1)[0]]
-    for prompt in inputs.prompts.draw(1, slots - 1):
-        if sum(len(each.token_ids) for each in [*prompts, prompt]) <= PROMPT_TOKENS:
-            prompts.append(prompt)
-    shares = [len(range(place, slots, len(prompts))) for place in range(len(prompts))]
-    requests = [
-        Request(prompt.token_ids, [(0, place, number) for number in range(share)])
-        for place, (prompt, share) in enumerate(zip(prompts, shares, strict=True))
-    ]
-    engine = NativeEngine(policy, slots)
-
-    def seconds(tokens: int) -> float:
-        """Nothing ends before its last token."""
-        stop.check()
-        start = time.perf_counter()
-        engine.generate(requests, SamplingOptions(inputs.sampling.temperature, tokens, min_tokens=tokens))
-        return time.perf_counter() - start
-
-    seconds(1)  # to warm up
-    first, more = (min(seconds(tokens) for _ in range(REPEATS)) for tokens in (1, 1 + DRAWN))
-    return first / sum(len(prompt.token_ids) for prompt in prompts), max(0.0, more - first) / DRAWN
-
-
-def _round_seconds(recipe: Recipe, drawing: float, forward: float, backward: float, optimizer: float) -> float:
-    """Labels sampled, and a reward model measured, trained and measured again; from the seconds of a step's sampling,
-    and those of its completions forward and backward."""
-    model, sampling = recipe.reward_model, recipe.sampling
-    if model is None:
-        return 0.0
-    scale = model.prompts / sampling.prompts_per_step
-    trained = scale * (1 - model.held_out) / (1 - model.history)
-    updates = math.ceil(trained * sampling.prompts_per_step * sampling.group_size / model.batch_size)
-    learning = model.epochs * (trained * (forward + backward) + updates * optimizer)
-    return scale * (drawing + 2 * model.held_out * forward) + learning
-
-
-def _time_update(recipe: Recipe, policy: LanguageModel, asked: Workload, chosen: Chosen) -> tuple[float, float, float]:
-    """Seconds a token of a packed micro-batch forward and backward, and those of an optimizer step of length 0, which
-    leaves the policy as it is."""
-    import torch
-
-    from gruppo.training.memory_estimate import trial_batch
-    from gruppo.training.packing import score
-    from gruppo.training.setup import make_optimizer
-
-    layout = asked.micro_batches(min(chosen.micro_batch_tokens, UPDATE_TOKENS))[0]
-    batch, tokens = trial_batch(policy, layout), sum(prompt + sum(own) for prompt, own in layout)
-    optimizer = make_optimizer(recipe.optimizer.model_copy(update={"learning_rate": 0.0}), policy.model)
-    taken = []
-    for _ in range(REPEATS):
-        with policy.precision():
-            score(policy, trial_batch(policy, [(1, [1, 1])]), 1.0)  # weights are prepared once for all micro-batches
-            marks = [time.perf_counter()]
-            loss = score(policy, batch, recipe.sampling.temperature)[0].mean()
-            marks.append(time.perf_counter())
-            with torch.autocast(policy.device.type, enabled=False):
-                loss.backward()
-            float(loss.detach())  # so that an accelerator has come to its end
-            marks.append(time.perf_counter())
-        optimizer.step()
-        marks.append(time.perf_counter())
-        taken.append([after - before for before, after in pairwise(marks)])
-    optimizer.zero_grad(set_to_none=True)
-    forward, backward, updating = map(min, zip(*taken, strict=True))
-    return forward / tokens, backward / tokens, updating
+    return [*found, trial.compare_gradient(recipe, policy, inputs, chosen, progress, stop)]
 
 
 def describe_check(check: Check) -> str:

@@ -16,13 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gruppo.algorithms.credit import assign_advantages, batch_loss, mark_trained, select, token_weights
-from gruppo.config.recipe import Critic, Method, Recipe
+from gruppo.algorithms.credit import assign_advantages
+from gruppo.algorithms.filtering import mark_trained, select
+from gruppo.config.method_section import Critic, Method
+from gruppo.config.recipe import Recipe
 from gruppo.models.lora import AdaptedModel
+from gruppo.models.packing import Batch, pack
 from gruppo.models.policy import LanguageModel
 from gruppo.training.memory_estimate import process_bytes
-from gruppo.training.packing import Batch, pack
-from gruppo.types import Completion, Group, Metrics, Reward, Steps
+from gruppo.training.policy_loss import batch_loss, token_weights
+from gruppo.types import Completion, Group, Reward, Steps
+from gruppo.utils.metrics import Metrics
 from gruppo.utils.system import free_memory, release_memory
 
 DIRECTIONS = 2
@@ -169,7 +173,9 @@ def _gradients(
 @torch.no_grad()
 def _loss(policy: LanguageModel, batches: Sequence[Batch], method: Method, temperature: float) -> float:
     with policy.precision():
-        return math.fsum(float(batch_loss(policy, None, batch, method, temperature, Metrics())) for batch in batches)
+        return math.fsum(
+            float(batch_loss(policy, None, batch, method, temperature, Metrics(), first=False)) for batch in batches
+        )
 
 
 @torch.no_grad()
@@ -196,6 +202,7 @@ def _along_signs(
         for move in (step, -2 * step):
             for name, each in held.items():
                 each.add_(signs[name], alpha=move)
+            copy.generation.advance()
             losses.append(_loss(copy, batches, method, temperature))
         for name, each in held.items():
             each.add_(signs[name], alpha=step)
@@ -215,7 +222,9 @@ def _along_gradient(
     for sign in (1, -1):
         for name, each in held.items():
             each.copy_(kept[name]).add_(gradients[name], alpha=sign * step)
+        policy.generation.advance()
         losses.append(_loss(policy, batches, method, temperature))
     for name, each in held.items():
         each.copy_(kept[name])
+    policy.generation.advance()
     return [norm], [(losses[0] - losses[1]) / (2 * step * norm)]

@@ -13,21 +13,25 @@ from typing import Any
 
 import torch
 
-from gruppo.algorithms.credit import mark_trained
-from gruppo.config.recipe import Method, Recipe
-from gruppo.engines.base import SamplingOptions
-from gruppo.engines.native.engine import NativeEngine
+from gruppo.algorithms.filtering import mark_trained
+from gruppo.config.method_section import Method
+from gruppo.config.recipe import Recipe
+from gruppo.engines import build_engine
+from gruppo.engines.base import SamplingParams
+from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
 from gruppo.preflight.gradient_check import Derivative, compare, shortened, signal, with_arbitrary_rewards
-from gruppo.rollout.multi_turn import Episodes
-from gruppo.rollout.sampling import given_groups, sample_groups, score_groups
+from gruppo.rollout.multi_turn import MultiTurnSampler
+from gruppo.rollout.offline import offline_groups
+from gruppo.rollout.sampling import sample_groups
+from gruppo.rollout.scoring import score_groups
 from gruppo.rollout.workers.rewards import RewardPool
-from gruppo.training.memory_estimate import Chosen
-from gruppo.training.packing import pack, score
-from gruppo.training.setup import Inputs
-from gruppo.types import Completion, Group, Metrics, Prompt, Reward
-from gruppo.utils.progress import Reporter
+from gruppo.training.inputs import RunInputs
+from gruppo.training.memory_estimate import ChosenSizes
+from gruppo.types import Completion, Group, Prompt, Reward
+from gruppo.utils.metrics import Metrics
+from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 from gruppo.utils.stats import wilson_interval
 
@@ -92,18 +96,18 @@ class Trial:
 def try_out(
     recipe: Recipe,
     policy: LanguageModel,
-    inputs: Inputs,
+    inputs: RunInputs,
     pool: RewardPool,
     slots: int,
     seconds: float,
-    reporter: Reporter,
+    progress: Progress,
     stop: Stop,
-    episodes: Episodes | None = None,
+    episodes: MultiTurnSampler | None = None,
 ) -> Trial:
     """Sample and score groups as the first steps of a run would, until there are enough or `seconds` are over, for
     sampling and for rewards each. A round has twice as many groups as the one before, if the time seems to allow them,
     so that a slow machine shows some."""
-    engine, size, made = NativeEngine(policy, slots), recipe.sampling.group_size, Trial()
+    engine, size, made = build_engine(policy, slots), recipe.sampling.group_size, Trial()
     wanted, most = min(PROMPTS, len(inputs.prompts)), max(1, slots // size)
     state = {"global_step": 0, "max_steps": recipe.run.steps, "max_tokens": recipe.sampling.max_tokens}
     count = 1
@@ -114,7 +118,7 @@ def try_out(
         start = time.monotonic()
         try:
             until = _Deadline(stop, seconds - made.sampling_seconds)
-            asked = engine, prompts, streams, inputs.sampling, reporter, until, "Sampling a trial"
+            asked = engine, prompts, streams, inputs.sampling, progress, until, "Sampling a trial"
             if episodes is None:
                 sampled = sample_groups(*asked)
             else:
@@ -126,7 +130,7 @@ def try_out(
                 Group(prompt, each, [Reward(None, {})] * size) for prompt, each in zip(prompts, sampled, strict=True)
             ]
             weight = None if episodes is None else episodes.weight
-            made.groups += score_groups(prompts, sampled, pool, state, Metrics(), reporter, until, weight)
+            made.groups += score_groups(prompts, sampled, pool, state, Metrics(), progress, until, weight)
             made.unscored = []
             made.reward_seconds += time.monotonic() - start
         except _Late:
@@ -376,11 +380,11 @@ def judge_difference(apart: torch.Tensor, dtype: str) -> Finding:
 
 
 def compare_gradient(
-    recipe: Recipe, policy: LanguageModel, inputs: Inputs, chosen: Chosen, reporter: Reporter, stop: Stop
+    recipe: Recipe, policy: LanguageModel, inputs: RunInputs, chosen: ChosenSizes, progress: Progress, stop: Stop
 ) -> Finding:
     """The gradient beside finite differences, on a few short completions with arbitrary rewards."""
-    with reporter.progress("Comparing the gradient", None, ""):
-        groups = _short_groups(recipe, policy, inputs, reporter, stop)
+    with progress.bar("Comparing the gradient", None, ""):
+        groups = _short_groups(recipe, policy, inputs, progress, stop)
         made = compare(policy, groups, recipe, chosen.micro_batch_tokens, chosen.budget_bytes)
     if made is None:
         return Finding(
@@ -390,17 +394,19 @@ def compare_gradient(
     return judge_gradient(made, ":" in recipe.method.surrogate)
 
 
-def _short_groups(recipe: Recipe, policy: LanguageModel, inputs: Inputs, reporter: Reporter, stop: Stop) -> list[Group]:
+def _short_groups(
+    recipe: Recipe, policy: LanguageModel, inputs: RunInputs, progress: Progress, stop: Stop
+) -> list[Group]:
     prompts, most = GRADED
     drawn = _distinct(inputs.prompts.draw(0, min(len(inputs.prompts), PROMPTS)))
     shortest = sorted(drawn, key=lambda each: len(each.token_ids))[:prompts]
     if inputs.given:
-        return shortened(given_groups(shortest, inputs.given), most)
+        return shortened(offline_groups(shortest, inputs.given), most)
     size = min(recipe.sampling.group_size, most)
-    options = SamplingOptions(recipe.sampling.temperature, min(12, recipe.sampling.max_tokens))
+    options = SamplingParams(recipe.sampling.temperature, min(12, recipe.sampling.max_tokens))
     streams = [[(recipe.run.seed, 0, place, number, 2) for number in range(size)] for place in range(len(shortest))]
     sampled = sample_groups(
-        NativeEngine(policy, size * len(shortest)), shortest, streams, options, reporter, stop, "Sampling"
+        build_engine(policy, size * len(shortest)), shortest, streams, options, progress, stop, "Sampling"
     )
     groups = [
         Group(prompt, each, [Reward(0.0, {})] * len(each)) for prompt, each in zip(shortest, sampled, strict=True)

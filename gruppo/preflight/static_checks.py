@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gruppo.config.recipe import Recipe
-from gruppo.data.offline import Given
+from gruppo.data.offline import OfflineCompletions
 from gruppo.data.transform import prompt_text
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
@@ -280,7 +280,7 @@ def inspect_lengths(
     return Finding("ok", "prompts", told, figures=figures)
 
 
-def inspect_given(given: Mapping[str, Given], max_tokens: int) -> list[Finding]:
+def inspect_given(given: Mapping[str, OfflineCompletions], max_tokens: int) -> list[Finding]:
     """How long the completions are that rows bring."""
     lengths = sorted(len(completion.token_ids) for each in given.values() for completion, _ in each)
     if not lengths:

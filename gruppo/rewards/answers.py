@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gruppo.data.options import LETTERS, letters_of
 from gruppo.errors import UsageError
 from gruppo.rewards import text_of
-from gruppo.rewards.grading.choices import LETTERS, choice_of, letters_of
-from gruppo.rewards.grading.graders import same_mathematics, same_number, same_text
+from gruppo.rewards.grading.choices import choice_of
+from gruppo.rewards.grading.last_number import same_number, same_text
+from gruppo.rewards.grading.math_verify import same_mathematics
 
 
 def number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
@@ -39,7 +41,7 @@ def _chosen(text: str, reference: Any) -> float | None:
     return float(made is not None and made.letters == wanted and not made.undecided)
 
 
-class Mathematics:
+class MathVerify:
     """1 where a completion's answer equals the reference symbolically (math-verify), else 0.
 
     The reference is the column `answer`, or `solution` where there is no `answer`: a number, LaTeX with or without

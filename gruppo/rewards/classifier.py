@@ -15,7 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from gruppo.errors import UsageError, nearest
-from gruppo.models.policy import choose_device, out_of_reach, pickles_alone
+from gruppo.models.loading import out_of_reach, pickles_alone
+from gruppo.models.precision import choose_device
 from gruppo.rewards import text_of
 from gruppo.types import Message
 from gruppo.utils.paths import is_dir, is_file, user_path

@@ -11,9 +11,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gruppo.data.loading import ToolTexts, prompt_tokens
+from gruppo.data.tokenization import ToolTexts, prompt_tokens
 from gruppo.errors import UsageError
-from gruppo.rollout.environments.protocol import CALL, CALL_END
+from gruppo.rollout.environments.trl_tools import CALL, CALL_END
 from gruppo.types import Message
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _writes_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str
     return without != given
 
 
-class Dialogue:
+class ChatRenderer:
     """Turns of a model and an environment as token ids. `tools`: what prompts say of them, None without any."""
 
     def __init__(

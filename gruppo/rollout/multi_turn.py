@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gruppo.config.recipe import Environment as Settings
 from gruppo.config.recipe import Recipe
-from gruppo.data.loading import ToolTexts
-from gruppo.engines.base import Engine, Request, SamplingOptions
-from gruppo.rollout.chat_rendering import Dialogue, tool_texts
-from gruppo.rollout.environments.client import Answer, Environments, Play, open_environments
+from gruppo.config.sections import Environment as Settings
+from gruppo.data.tokenization import ToolTexts
+from gruppo.engines.base import Engine, Request, SamplingParams
+from gruppo.rollout.chat_rendering import ChatRenderer, tool_texts
+from gruppo.rollout.environments.client import Answer, EnvironmentHandle, Environments, open_environments
 from gruppo.types import Completion, Episode, FinishReason, Prompt
-from gruppo.utils.progress import Reporter
+from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ _STOPS_IN_VAIN = 16  # in a completion, after which its turns are no longer look
 
 
 @dataclass(eq=False)
-class _Course:
+class Trajectory:
     """A completion under way. `ids` begin with what its own prompt has beyond the one that its group shares; `since`:
     where the turn began that the environment has not answered yet."""
 
     stream: tuple[int, ...]
-    play: Play
+    play: EnvironmentHandle
     shared: tuple[int, ...] = ()
     limit: int = 0
     ids: list[int] = field(default_factory=list)
@@ -91,11 +91,11 @@ class _Course:
         )
 
 
-class Episodes:
+class MultiTurnSampler:
     """What samples completions of several turns, in the place of `gruppo.rollout.sampling.sample_groups`. `weight`: of the
     environment's reward; None where it gives none."""
 
-    def __init__(self, environments: Environments, dialogue: Dialogue, turns: int, weight: float = 1.0) -> None:
+    def __init__(self, environments: Environments, dialogue: ChatRenderer, turns: int, weight: float = 1.0) -> None:
         self.environments, self.dialogue, self.turns = environments, dialogue, turns
         self.weight = weight if environments.gives_reward else None
         self._numbers = 0
@@ -105,22 +105,22 @@ class Episodes:
         engine: Engine,
         prompts: Sequence[Prompt],
         streams: Sequence[Sequence[tuple[int, ...]]],
-        options: SamplingOptions,
-        reporter: Reporter,
+        options: SamplingParams,
+        progress: Progress,
         stop: Stop,
         label: str = "Sampling",
     ) -> list[list[Completion]]:
         """Completions of every prompt, one for each of its streams; see `play`, which also gives the prompts as they
         were with what environments said first."""
-        return self.play(engine, prompts, streams, options, reporter, stop, label)[1]
+        return self.play(engine, prompts, streams, options, progress, stop, label)[1]
 
     def play(
         self,
         engine: Engine,
         prompts: Sequence[Prompt],
         streams: Sequence[Sequence[tuple[int, ...]]],
-        options: SamplingOptions,
-        reporter: Reporter,
+        options: SamplingParams,
+        progress: Progress,
         stop: Stop,
         label: str = "Sampling",
     ) -> tuple[list[Prompt], list[list[Completion]]]:
@@ -132,10 +132,10 @@ class Episodes:
         "length". A completion whose environment fails ends there; its episode says why.
         """
         groups = [
-            [_Course(tuple(key), self._play(prompt, tuple(keys[0]))) for key in keys]
+            [Trajectory(tuple(key), self._play(prompt, tuple(keys[0]))) for key in keys]
             for prompt, keys in zip(prompts, streams, strict=True)
         ]
-        with reporter.progress(label, sum(map(len, groups)) * options.max_tokens, "tokens") as show:
+        with progress.bar(label, sum(map(len, groups)) * options.max_tokens, "tokens") as show:
 
             def advance(tokens: float) -> None:
                 stop.check()
@@ -161,17 +161,17 @@ class Episodes:
         """End the processes of the environments."""
         self.environments.close()
 
-    def _play(self, prompt: Prompt, key: tuple[int, ...]) -> Play:
+    def _play(self, prompt: Prompt, key: tuple[int, ...]) -> EnvironmentHandle:
         """The environment of a completion, which has its group's seed."""
         self._numbers += 1
         seed = int(np.random.SeedSequence((*key, _SEED)).generate_state(1)[0])
-        return Play(self._numbers, {"prompt": prompt.content, **prompt.columns}, seed)
+        return EnvironmentHandle(self._numbers, {"prompt": prompt.content, **prompt.columns}, seed)
 
     def _begin(
         self,
         prompts: Sequence[Prompt],
-        groups: Sequence[Sequence[_Course]],
-        options: SamplingOptions,
+        groups: Sequence[Sequence[Trajectory]],
+        options: SamplingParams,
         tick: Callable[[], None],
     ) -> list[Prompt]:
         """Reset all environments; the prompts with what these said."""
@@ -198,7 +198,7 @@ class Episodes:
             made.append(replace(one, token_ids=shared) if shared else prompt)
         return made
 
-    def _seat(self, course: _Course, prompt: Prompt, shared: tuple[int, ...], max_tokens: int) -> None:
+    def _seat(self, course: Trajectory, prompt: Prompt, shared: tuple[int, ...], max_tokens: int) -> None:
         """Divide what a completion begins with into the group's prompt and its own beginning."""
         own, course.ids = course.ids[len(shared) :], []
         course.shared = shared
@@ -211,16 +211,16 @@ class Episodes:
             course.ids, course.logprobs, course.mask = [], [], []
             course.fail(f"what it says first leaves no room for an answer (max_tokens = {max_tokens})", lost=False)
 
-    def _asks(self, course: _Course) -> bool:
+    def _asks(self, course: Trajectory) -> bool:
         """Whether the environment may still answer."""
         return course.turns < self.turns and course.in_vain < _STOPS_IN_VAIN
 
     def _draw(
-        self, engine: Engine, going: Sequence[_Course], options: SamplingOptions, advance: Callable[[float], None]
+        self, engine: Engine, going: Sequence[Trajectory], options: SamplingParams, advance: Callable[[float], None]
     ) -> None:
         """A turn of each completion, or what is left of one. Those that stand at the same tokens share them."""
         for asks in (True, False):
-            alike: dict[tuple[tuple[int, ...], bool], list[_Course]] = {}
+            alike: dict[tuple[tuple[int, ...], bool], list[Trajectory]] = {}
             for course in going:
                 if self._asks(course) == asks:
                     alike.setdefault(((*course.shared, *course.ids), not course.draws), []).append(course)
@@ -238,7 +238,7 @@ class Episodes:
                 for course, completion in zip(each, drawn, strict=True):
                     self._take(course, completion, options)
 
-    def _take(self, course: _Course, completion: Completion, options: SamplingOptions) -> None:
+    def _take(self, course: Trajectory, completion: Completion, options: SamplingParams) -> None:
         """Append what was drawn, and see whether the completion is over."""
         course.append(completion.token_ids, completion.sampling_logprobs)
         course.draws, course.version = course.draws + 1, completion.policy_version
@@ -252,18 +252,18 @@ class Episodes:
         elif course.ended and not self._asks(course):
             self._over(course, "stop")
 
-    def _turn(self, course: _Course) -> str:
+    def _turn(self, course: Trajectory) -> str:
         """What the model has written since the environment answered."""
         ids = course.ids[course.since :]
         return self.dialogue.text(ids[:-1] if course.ended else ids)
 
-    def _over(self, course: _Course, finish: FinishReason, beyond: int = 0) -> None:
+    def _over(self, course: Trajectory, finish: FinishReason, beyond: int = 0) -> None:
         """End a completion; of its text the last letters are not kept, where a text of the recipe's ended it."""
         text = self._turn(course)
         course.texts.append(text[: len(text) - beyond])
         course.finish = finish
 
-    def _answer(self, asking: Sequence[_Course], tick: Callable[[], None]) -> None:
+    def _answer(self, asking: Sequence[Trajectory], tick: Callable[[], None]) -> None:
         """Let the environments answer to the turns that were made."""
         asking = [course for course in asking if self._asks(course)]
         for course in asking:
@@ -273,7 +273,7 @@ class Episodes:
         for course, answer in zip(asking, answers, strict=True):
             self._hear(course, answer)
 
-    def _hear(self, course: _Course, answer: Answer) -> None:
+    def _hear(self, course: Trajectory, answer: Answer) -> None:
         """Go on with an answer, or end."""
         course.calls, course.errors = course.calls + answer.calls, course.errors + answer.errors
         if answer.failure is not None:
@@ -299,7 +299,7 @@ class Episodes:
         course.append(ids)
         course.since, course.ended = len(course.ids), False
 
-    def _end(self, courses: Sequence[_Course], tick: Callable[[], None]) -> None:
+    def _end(self, courses: Sequence[Trajectory], tick: Callable[[], None]) -> None:
         """Ask for the rewards, and let go of the environments."""
         over = [course for course in courses if not course.lost]
         for course, answer in zip(over, self.environments.end([course.play for course in over], tick), strict=True):
@@ -317,7 +317,7 @@ def _waves(sizes: Sequence[int], most: int) -> Iterator[slice]:
             start = place
 
 
-def _key(course: _Course) -> tuple[int, ...]:
+def _key(course: Trajectory) -> tuple[int, ...]:
     """The random stream of a completion's next turn."""
     return (*course.stream, _TURN, course.draws) if course.draws else course.stream
 
@@ -331,35 +331,35 @@ def _common(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedEnvironments:
     """The environments of a recipe before its model is loaded."""
 
     environments: Environments
     settings: Settings
 
     def tools(self, tokenizer: PreTrainedTokenizerBase) -> ToolTexts | None:
-        """What prompts have to say of them, for `gruppo.data.loading.tokenize_part`."""
+        """What prompts have to say of them, for `gruppo.data.tokenization.tokenize_part`."""
         return tool_texts(tokenizer, self.environments.schemas)
 
     def episodes(
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], prompts: Iterable[Prompt]
-    ) -> Episodes:
+    ) -> MultiTurnSampler:
         """What samples with them. Raises UsageError where the model's chat template cannot go on with a conversation,
         and the prompts are some."""
-        dialogue = Dialogue(tokenizer, eos_ids, self.tools(tokenizer))
+        dialogue = ChatRenderer(tokenizer, eos_ids, self.tools(tokenizer))
         if any(not isinstance(prompt.content, str) for prompt in prompts):
             dialogue.check()
-        return Episodes(self.environments, dialogue, self.settings.turns, self.settings.weight)
+        return MultiTurnSampler(self.environments, dialogue, self.settings.turns, self.settings.weight)
 
 
-def open_episodes(
-    recipe: Recipe, log: Path | None, reporter: Reporter, stack: ExitStack, played: bool = True
-) -> Opened | None:
+def open_multi_turn(
+    recipe: Recipe, log: Path | None, progress: Progress, stack: ExitStack, played: bool = True
+) -> OpenedEnvironments | None:
     """Start the environments of a recipe, which `stack` closes; None where it has none. `log`: a file for what a class
     prints; `played`: False where nothing is sampled. Raises UsageError."""
     settings = recipe.environment
     if settings is None:
         return None
-    environments = open_environments(settings, recipe.reward.environment, log, reporter, played)
+    environments = open_environments(settings, recipe.reward.environment, log, progress, played)
     stack.callback(environments.close)
-    return Opened(environments, settings)
+    return OpenedEnvironments(environments, settings)

@@ -1,6 +1,6 @@
 """Calls of rewards that failed, kept as files of the run folder that repeat them: failures/step-000012-0-name.json.
 
-A file holds what the function was called with. `gruppo repeat FILE` calls it again in a process of its own; in a
+A file holds what the function was called with. `gruppo rerun-reward FILE` calls it again in a process of its own; in a
 debugger: `my_reward(**json.load(open(FILE))["arguments"])`.
 """
 
@@ -18,7 +18,8 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rollout.workers.rewards import RewardPool, call_arguments
-from gruppo.runs.folder import write_whole
+from gruppo.runs.atomic import write_whole
+from gruppo.runs.recorder import Recorder
 from gruppo.types import Completion, Group, Prompt, Reward
 
 FOLDER = "failures"
@@ -41,6 +42,29 @@ def failures_of(groups: Sequence[Group]) -> Iterator[Failure]:
         counts = Counter(failure for reward in group.rewards for failure in reward.failures.items())
         for (name, why), count in sorted(counts.items()):
             yield Failure(name, why, group, count)
+
+
+def record_failures(
+    recorder: Recorder, folder: Path, step: int, groups: Sequence[Group], pool: RewardPool, state: Mapping[str, Any]
+) -> list[str]:
+    """An event for each failure of a reward on a group, with a file that keeps the call; the files' names.
+
+    `state`: the `trainer_state` that the functions were called with.
+    """
+    files = []
+    for failure in failures_of(groups):
+        file = None
+        if failure.name in pool.names:  # an environment's call cannot be repeated alone
+            file = keep_call(folder, step, failure, pool, state)
+        files += [] if file is None else [file]
+        details = {"reward": failure.name, "completions": failure.completions, "file": file}
+        message = f"{failure.name}: {failure.why}"
+        recorder.event("abstention", message, step, prompt_id=failure.group.prompt.id, **details)
+    for group in groups:  # of the reward model
+        for why, count in Counter(each.failure for each in group.rewards if not each.failures).items():
+            if why:
+                recorder.event("abstention", why, step, prompt_id=group.prompt.id, completions=count)
+    return files
 
 
 def keep_call(folder: Path, step: int, failure: Failure, pool: RewardPool, state: Mapping[str, Any]) -> str | None:
@@ -109,7 +133,7 @@ def read_call(file: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
-def repeat(
+def rerun_reward(
     file: str | Path,
     function: str | RewardFunction | None = None,
     timeout: float | None = None,
@@ -125,7 +149,7 @@ def repeat(
     if chosen is None:
         raise UsageError(
             f"{file}: the reward {held['reward']!r} was given from Python; name it by --function file.py:name, or call "
-            "gruppo.rollout.reward_failures.repeat(FILE, function)"
+            "gruppo.rollout.reward_failures.rerun_reward(FILE, function)"
         )
     arguments, columns = held["arguments"], held["columns"]
     texts = [each if isinstance(each, str) else str(each[-1]["content"]) for each in arguments["completions"]]

@@ -1,4 +1,4 @@
-"""Writing to a disk that may be full: nothing half written is left behind, and what failed is told in one line."""
+"""Writing files so that they are there whole or not at all, also when the disk is full."""
 
 from __future__ import annotations
 
@@ -11,6 +11,53 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gruppo.errors import RunError
+
+_ASIDE = ".replaced-"
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    temporary = path.with_name(path.name + ".writing")
+    with writing(path, temporary):
+        temporary.write_bytes(content)
+        publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Sync a finished file or folder and give it its name, replacing what had it.
+
+    A folder cannot replace a folder in one stroke: the old one is set aside, and `recover` brings it back where a kill
+    came in between.
+    """
+    for each in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+        _sync(each)
+    aside = path.with_name(_ASIDE + path.name)
+    if path.is_dir():
+        path.rename(aside)
+    temporary.replace(path)
+    _sync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(parent: Path) -> None:
+    """Undo what a kill left half done in a folder of folders: bring back what was set aside, drop what was begun."""
+    for aside in parent.glob(_ASIDE + "*"):
+        path = parent / aside.name.removeprefix(_ASIDE)
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(path)
+    for begun in parent.glob(".writing-*"):
+        shutil.rmtree(begun)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -53,22 +100,3 @@ def _why(error: Exception) -> str | None:
     if number is None:
         return None
     return f"{_FULL[number]} ({os.strerror(number)})" if number in _FULL else os.strerror(number)
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that may be written to the file system of a path, or of the first folder above it that is there."""
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
-
-
-def held_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder, each once however many names it has."""
-    found = [path.lstat() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sum({each.st_ino: each.st_size for each in found}.values())
-
-
-def gigabytes(size: float) -> str:
-    """A size in words."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

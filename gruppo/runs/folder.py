@@ -31,22 +31,37 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gruppo.config.recipe import Recipe, load_recipe
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
-from gruppo.runs.atomic import WriteError, free_bytes, gigabytes, held_bytes, writing
+from gruppo.runs.atomic import WriteError, publish, write_whole, writing
 from gruppo.runs.reading import object_of, read_metrics, read_object, reading, require_own, step_of
+from gruppo.utils.disk import free_bytes, gigabytes, held_bytes
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
+
+
 TABLES = ("rollouts", "evaluations", "labels")
+
+
 _LOGS = ("rewards.log", "rewards.old.log", "environment.log", "environment.old.log")  # of users' code
+
+
 _FILES = (
     *APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "results.json", *_LOGS, "lock",
 )  # fmt: skip
+
+
 _FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
+
+
 # What a folder can hold.
 RUN, LABELS, REWARD_MODEL, EVALUATION = "run", "set of labels", "reward model", "evaluation"
-_ASIDE = ".replaced-"
+
+
 _FIRST = {"lock", *_LOGS, "recipe.toml.writing", "folder.json", "folder.json.writing"}  # there before the recipe
+
+
 _held: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
@@ -304,50 +319,6 @@ def _kind(marked: Path) -> str:
     if not isinstance(kind, str):
         raise UsageError(f"{marked}: is damaged; start again with another --out")
     return kind
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or as it was before."""
-    temporary = path.with_name(path.name + ".writing")
-    with writing(path, temporary):
-        temporary.write_bytes(content)
-        publish(temporary, path)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Sync a finished file or folder and give it its name, replacing what had it.
-
-    A folder cannot replace a folder in one stroke: the old one is set aside, and `recover` brings it back where a kill
-    came in between.
-    """
-    for each in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
-        _sync(each)
-    aside = path.with_name(_ASIDE + path.name)
-    if path.is_dir():
-        path.rename(aside)
-    temporary.replace(path)
-    _sync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def recover(parent: Path) -> None:
-    """Undo what a kill left half done in a folder of folders: bring back what was set aside, drop what was begun."""
-    for aside in parent.glob(_ASIDE + "*"):
-        path = parent / aside.name.removeprefix(_ASIDE)
-        if path.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(path)
-    for begun in parent.glob(".writing-*"):
-        shutil.rmtree(begun)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

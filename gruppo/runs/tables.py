@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,8 +12,10 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from gruppo.types import Completion, Group
+from gruppo.utils.text import as_json
 
 _TEXT, _WHOLE, _REAL, _YES = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+
 
 ROLLOUTS = pa.schema(
     {
@@ -47,6 +48,7 @@ ROLLOUTS = pa.schema(
         "returns": pa.list_(_REAL),
     }
 )
+
 
 EVALUATIONS = pa.schema(
     {
@@ -90,26 +92,7 @@ LABELS = pa.schema(
 )
 
 
-def as_json(value: Any) -> str:
-    """A value of a user's row as JSON; sets as sorted lists, what JSON cannot say as its text."""
-    try:
-        return json.dumps(value, default=_sayable)
-    except (TypeError, ValueError, RecursionError):
-        return json.dumps(_as_text(value))
-
-
-def _sayable(value: Any) -> Any:
-    return sorted(map(_as_text, value)) if isinstance(value, set) else _as_text(value)
-
-
-def _as_text(value: Any) -> str:
-    try:
-        return str(value)
-    except Exception:  # noqa: BLE001  a user's object can refuse to be printed
-        return f"<{type(value).__name__} that cannot be printed>"
-
-
-def nobody_drew(completion: Completion) -> bool:
+def is_offline(completion: Completion) -> bool:
     """True for a completion that a row brought."""
     return any(map(math.isnan, completion.sampling_logprobs))
 
@@ -161,7 +144,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "token_ids": list(completion.token_ids),
                     "token_texts": [token_text(token) for token in completion.token_ids],
                     "mask": list(completion.mask),
-                    "sampling_logprobs": None if nobody_drew(completion) else sampled(completion.sampling_logprobs),
+                    "sampling_logprobs": None if is_offline(completion) else sampled(completion.sampling_logprobs),
                     "old_logprobs": sampled(group.old_logprobs[number]),
                     "ref_logprobs": sampled(group.ref_logprobs[number]),
                     "advantages": group.advantages[number],

@@ -33,7 +33,7 @@ PENALTIES = ("overlong", "repetition")  # rewards that are 0 where all is well
 
 
 @dataclass(frozen=True)
-class Finding:
+class Evidence:
     """What there is to warn of, in words, and the numbers that say so."""
 
     message: str
@@ -41,7 +41,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Notice:
+class WarningEvent:
     """A warning that begins at a step, or has passed there."""
 
     name: str
@@ -57,7 +57,7 @@ class Notice:
 
 
 @dataclass
-class Seen:
+class History:
     """The lines that checks look at. `first`: of the run's first steps; `steps`: of the last; `evaluations`: of all;
     `judged`: of the reward model's last training.
     `weights`: of the parts of the reward; `drift`: nats, on average, by which engine and trainer may differ."""
@@ -93,49 +93,49 @@ class Seen:
         return [int(self.steps[-count]["step"]), int(self.steps[-1]["step"])]
 
 
-class Watch:
+class WarningMonitor:
     """Looks at the lines of a run one by one, as they are written, or again after a resume."""
 
     def __init__(self, weights: Mapping[str, float], drift: float) -> None:
-        self._seen = Seen(weights, drift)
+        self._seen = History(weights, drift)
         self._silent: dict[str, int] = {}  # of each warning that is on, for how many steps nothing was found
 
-    def see(self, line: Line) -> list[Notice]:
+    def see(self, line: Line) -> list[WarningEvent]:
         """What begins or has passed with this line."""
         step, is_step, notices = int(line["step"]), self._seen.add(line), []
         for name, check in CHECKS.items():
             found = check(self._seen)
             if found is not None:
                 if name not in self._silent:
-                    notices.append(Notice(name, step, False, found.message, found.evidence))
+                    notices.append(WarningEvent(name, step, False, found.message, found.evidence))
                 self._silent[name] = 0
             elif name in self._silent and is_step:
                 self._silent[name] += 1
                 if self._silent[name] == PATIENCE:
                     del self._silent[name]
-                    notices.append(Notice(name, step, True, f"not seen for {PATIENCE} steps", {}))
+                    notices.append(WarningEvent(name, step, True, f"not seen for {PATIENCE} steps", {}))
         return notices
 
 
-def warnings_of(lines: Iterable[Line], weights: Mapping[str, float], drift: float) -> list[Notice]:
-    """All that `Watch` says of a run's lines."""
-    watch = Watch(weights, drift)
+def warnings_of(lines: Iterable[Line], weights: Mapping[str, float], drift: float) -> list[WarningEvent]:
+    """All that `WarningMonitor` says of a run's lines."""
+    watch = WarningMonitor(weights, drift)
     return [notice for line in lines for notice in watch.see(line)]
 
 
-def no_signal(seen: Seen) -> Finding | None:
+def no_signal(seen: History) -> Evidence | None:
     """No group's completions differ in their rewards, for QUIET steps."""
     shares = seen.last("groups/with_signal", QUIET)
     if not shares or any(shares):
         return None
     steps = seen.span(QUIET)
-    return Finding(
+    return Evidence(
         f"no group carried a signal in steps {_to(steps)}: nothing is learned from rewards",
         {"steps": steps, "reward/mean": seen.last("reward/mean", QUIET)},
     )
 
 
-def evaluation_falls(seen: Seen) -> Finding | None:
+def evaluation_falls(seen: History) -> Evidence | None:
     """The last evaluation lies below the best one, their intervals apart, and the reward rose in between."""
     if len(seen.evaluations) < 2:
         return None
@@ -148,14 +148,14 @@ def evaluation_falls(seen: Seen) -> Finding | None:
     if trend(rewards) <= RISES:
         return None
     steps = [int(best["step"]), int(now["step"])]
-    return Finding(
+    return Evidence(
         f"the evaluation fell from {best['eval/accuracy']:.1%} after step {steps[0]} to {now['eval/accuracy']:.1%} "
         f"after step {steps[1]} while the reward rose from {_ends(rewards)}: what it rewards may not be what is asked",
         {"steps": steps, "eval/accuracy": [best["eval/accuracy"], now["eval/accuracy"]], "reward": rewards},
     )
 
 
-def lengths(seen: Seen) -> Finding | None:
+def lengths(seen: History) -> Evidence | None:
     """Completions have become twice as long within some steps; or a third as long, and the reward has not risen."""
     if len(seen.steps) < 2 * RECENT:
         return None
@@ -167,27 +167,27 @@ def lengths(seen: Seen) -> Finding | None:
     told = f"completions went from {before:.0f} to {now:.0f} tokens over steps {_to(steps)}"
     if now >= GROWN * before and now - before >= FEWEST_TOKENS:
         cut = window[-1].get("completion/truncated") or 0.0
-        return Finding(f"{told}; {cut:.0%} are cut at the maximum", evidence)
+        return Evidence(f"{told}; {cut:.0%} are cut at the maximum", evidence)
     rewards = [_reward(line) for line in window]
     if now <= SHRUNK * before and before - now >= FEWEST_TOKENS / 2 and trend(rewards) <= RISES:
-        return Finding(f"{told}, and the reward did not rise ({_ends(rewards)})", {**evidence, "reward": rewards})
+        return Evidence(f"{told}, and the reward did not rise ({_ends(rewards)})", {**evidence, "reward": rewards})
     return None
 
 
-def everything_truncated(seen: Seen) -> Finding | None:
+def everything_truncated(seen: History) -> Evidence | None:
     """Nearly all completions are cut, for CUT_STEPS steps."""
     shares = seen.last("completion/truncated", CUT_STEPS)
     if not shares or min(shares) < CUT_SHARE:
         return None
     steps = seen.span(CUT_STEPS)
-    return Finding(
+    return Evidence(
         f"in steps {_to(steps)} {fmean(shares):.0%} of completions were cut at sampling.max_tokens, "
         "so that their ends are never seen",
         {"steps": steps, "completion/truncated": shares},
     )
 
 
-def entropy_collapses(seen: Seen) -> Finding | None:
+def entropy_collapses(seen: History) -> Evidence | None:
     """The policy's entropy is a tenth of what it was in the first steps, or next to nothing."""
     values, start = seen.last("policy/entropy", ENTROPY_STEPS), _values(seen.first, "policy/entropy")
     if not values or not start or seen.count < START + ENTROPY_STEPS:
@@ -196,7 +196,7 @@ def entropy_collapses(seen: Seen) -> Finding | None:
     if now >= max(ENTROPY_SHARE * before, ENTROPY_FLOOR):
         return None
     steps = seen.span(ENTROPY_STEPS)
-    return Finding(
+    return Evidence(
         f"the entropy is {now:.3f} nats a token in steps {_to(steps)}, from {before:.3f} in the first {len(start)}: "
         "completions of a group become alike",
         {
@@ -208,13 +208,13 @@ def entropy_collapses(seen: Seen) -> Finding | None:
     )
 
 
-def engine_drifts(seen: Seen) -> Finding | None:
+def engine_drifts(seen: History) -> Evidence | None:
     """The engine's log-probabilities differ from the trainer's by more than rounding, for DRIFT_STEPS steps."""
     values = seen.last("engine/logprob_difference_mean", DRIFT_STEPS)
     if not values or min(values) <= seen.drift:
         return None
     steps = seen.span(DRIFT_STEPS)
-    return Finding(
+    return Evidence(
         f"engine and trainer differ by {fmean(values):.2g} nats a token in steps {_to(steps)}, more than "
         f"{seen.drift:g}: what is trained is not what was sampled",
         {
@@ -225,7 +225,7 @@ def engine_drifts(seen: Seen) -> Finding | None:
     )
 
 
-def one_part_of_the_reward(seen: Seen) -> Finding | None:
+def one_part_of_the_reward(seen: History) -> Evidence | None:
     """One part of the reward makes nearly all of what tells completions apart, and another part earns nothing, or falls
     while it rises."""
     parts = [name for name, weight in seen.weights.items() if weight and seen.last(f"reward/{name}/std", PART_STEPS)]
@@ -247,14 +247,14 @@ def one_part_of_the_reward(seen: Seen) -> Finding | None:
         return None
     steps = seen.span(PART_STEPS)
     told = "; ".join(f"{name} {how}" for name, how in behind.items())
-    return Finding(
+    return Evidence(
         f"over steps {_to(steps)} {leader} made {signal[leader] / whole:.0%} of what tells completions apart, going "
         f"from {_ends(means[leader])}; {told}",
         {"steps": steps, "shares": {name: value / whole for name, value in signal.items()}, "means": means},
     )
 
 
-def kl_explodes(seen: Seen) -> Finding | None:
+def kl_explodes(seen: History) -> Evidence | None:
     """The KL to the reference has jumped, or is very large."""
     values = seen.last("policy/kl", KL_STEPS)
     if not values:
@@ -265,13 +265,13 @@ def kl_explodes(seen: Seen) -> Finding | None:
         return None
     steps = seen.span(KL_STEPS)
     told = "" if usual is None else f", from {usual:.3f} in the {len(before)} steps before"
-    return Finding(
+    return Evidence(
         f"the KL to the reference is {now:.3f} nats a token in steps {_to(steps)}{told}: the policy runs away from it",
         {"steps": steps, "policy/kl": values, "before": before},
     )
 
 
-def gradient_spikes(seen: Seen) -> Finding | None:
+def gradient_spikes(seen: History) -> Evidence | None:
     """A gradient's norm is many times what it usually is."""
     norms = [(int(line["step"]), line.get("optimizer/gradient_norm")) for line in seen.steps]
     known = [(step, float(norm)) for step, norm in norms if norm is not None]
@@ -280,14 +280,14 @@ def gradient_spikes(seen: Seen) -> Finding | None:
     usual, (step, now) = median(norm for _, norm in known[:-1]), known[-1]
     if not usual or now <= SPIKE * usual:
         return None
-    return Finding(
+    return Evidence(
         f"the gradient's norm is {now:.3g} in step {step}, {now / usual:.0f} times the median of the {len(known) - 1} "
         "updates before",
         {"steps": [step, step], "optimizer/gradient_norm": now, "median": usual},
     )
 
 
-def reward_model_guesses(seen: Seen) -> Finding | None:
+def reward_model_guesses(seen: History) -> Evidence | None:
     """After its last training the reward model's AUC on held-out labels is no further above ½ than chance puts it: n₁
     positives and n₀ others have a standard error of √((n₁ + n₀ + 1) / 12 n₁ n₀) around it (Mann-Whitney)."""
     if seen.judged is None:
@@ -298,18 +298,18 @@ def reward_model_guesses(seen: Seen) -> Finding | None:
     evidence = {"steps": [step, step], "auc": value, "labels": labels, "positives": positives}
     told = f"after step {step}, with {positives:.0f} of {labels:.0f} held-out labels positive,"
     if value is None:
-        return Finding(f"{told} it cannot be seen whether the reward model tells right from wrong", evidence)
+        return Evidence(f"{told} it cannot be seen whether the reward model tells right from wrong", evidence)
     error = ((labels + 1) / (12 * positives * (labels - positives))) ** 0.5
     if value > 0.5 + CHANCE * error:
         return None
-    return Finding(
+    return Evidence(
         f"{told} the reward model's AUC on them is {value:.2f}, where chance alone gives up to "
         f"{min(1.0, 0.5 + CHANCE * error):.2f}: the policy may follow its noise",
         evidence,
     )
 
 
-CHECKS: dict[str, Callable[[Seen], Finding | None]] = {
+CHECKS: dict[str, Callable[[History], Evidence | None]] = {
     check.__name__: check
     for check in (
         no_signal,

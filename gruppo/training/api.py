@@ -7,15 +7,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gruppo.config.recipe import Recipe, load_recipe
-from gruppo.data.datasets import preflight
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
+from gruppo.evaluation.datasets import preflight
 from gruppo.rewards import RewardFunction
 from gruppo.runs.folder import telling_what_stands
 from gruppo.runs.results import Result
 from gruppo.training.callbacks import Callback, Callbacks
 from gruppo.types import Row
-from gruppo.utils.progress import Reporter, Silent
+from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import stop_on_signals
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def train(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     resume: bool = False,
-    reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Run a recipe, from a file, a mapping or a Recipe.
 
@@ -63,15 +64,16 @@ def train(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(telling_what_stands(folder))
-        shown = reporter or Silent()
-        with stop.anywhere():
+        shown = progress or NullProgress()
+        with stop.interruptible():
             data = preflight(settings, folder, resume, given, prompts, shown)
-            from gruppo.training.loop import run
+            from gruppo.training.loop import run_training
+            from gruppo.training.run import TrainingRun
             from gruppo.training.setup import prepare
 
             held = None if model is None else (model, tokenizer)
             prepared = prepare(settings, folder, resume, given, data, shown, stack, held)
-        summary = run(prepared, shown, stop, told)
+        summary = TrainingRun(prepared, shown, stop, told).execute(run_training)
         return Result(prepared.run.path, prepared.run.metrics(), summary)
 
 

@@ -17,13 +17,13 @@ from gruppo.errors import UsageError
 from gruppo.types import Group
 
 
-class Ending(Enum):
+class StopTraining(Enum):
     """What a callback returns to end the run early: `gruppo.STOP`."""
 
     STOP = "stop"
 
 
-STOP: Final = Ending.STOP
+STOP: Final = StopTraining.STOP
 
 
 class Callback:
@@ -33,15 +33,15 @@ class Callback:
     recipe has one, a checkpoint and the result. Steps done before a resume are not told again.
     """
 
-    def on_step(self, step: int, metrics: dict[str, Any], groups: Sequence[Group]) -> Ending | None:
+    def on_step(self, step: int, metrics: dict[str, Any], groups: Sequence[Group]) -> StopTraining | None:
         """A step was made and written: its line of metrics.jsonl, its groups with completions and advantages."""
         return None
 
-    def on_evaluation(self, step: int, figures: dict[str, Any], rows: list[dict[str, Any]]) -> Ending | None:
+    def on_evaluation(self, step: int, figures: dict[str, Any], rows: list[dict[str, Any]]) -> StopTraining | None:
         """Questions were answered after `step` steps: accuracy with interval, and a row an answer."""
         return None
 
-    def on_checkpoint(self, step: int, path: Path) -> Ending | None:
+    def on_checkpoint(self, step: int, path: Path) -> StopTraining | None:
         """A checkpoint is complete in the folder `path`; it is deleted when later ones have come."""
         return None
 

@@ -8,9 +8,7 @@ A manifest holds the hash of every file; a checkpoint that does not agree with i
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gruppo.errors import RunError, UsageError
-from gruppo.models.policy import trained_weights
-from gruppo.runs.atomic import writing
-from gruppo.runs.folder import RunFolder, checkpoint_folders, publish, recover, write_whole
+from gruppo.models.weights import trained_weights
+from gruppo.runs.atomic import publish, recover, write_whole, writing
+from gruppo.runs.folder import RunFolder, checkpoint_folders
 from gruppo.runs.reading import read_object, reading
+from gruppo.utils.files import file_sha256, link_file
 
 
 @dataclass
@@ -81,15 +80,6 @@ def save_checkpoint(
         publish(building, folder)
     drop_old(run, state)
     return folder
-
-
-def link_file(file: Path, name: Path) -> None:
-    """Give a file another name, or a copy where the file system has no links."""
-    name.unlink(missing_ok=True)
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
@@ -187,12 +177,6 @@ def problem_of(folder: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         return f"cannot be read ({error})"
     return None if {"weights.safetensors", "optimizer.safetensors", "state.json"} <= set(manifest) else "cut manifest"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def drop_old(run: RunFolder, state: State) -> None:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
-from gruppo.models.policy import LanguageModel, named_weights, save_base, trained_weights
-from gruppo.runs.atomic import free_bytes, gigabytes, held_bytes
+from gruppo.models.policy import LanguageModel
+from gruppo.models.weights import named_weights, save_base, trained_weights
 from gruppo.runs.tables import EVALUATIONS, LABELS, ROLLOUTS
-from gruppo.training.memory_estimate import Answering, Workload
+from gruppo.training.memory_estimate import EvalWorkload, Workload
+from gruppo.utils.disk import free_bytes, gigabytes, held_bytes
 
 TRIAL_TOKENS = 8_000  # of completions in a trial table
 HEADER = 110  # bytes that a file of tensors spends on naming one
@@ -175,7 +176,7 @@ def _evaluates_before(recipe: Recipe, made: range, border: int) -> bool:
     return made[0] == 0 < border or bool(every and math.lcm(every, made.step) < border)
 
 
-def exam_count(recipe: Recipe, every: int) -> int:
+def eval_set_count(recipe: Recipe, every: int) -> int:
     """How often a run of the recipe holds an exam: before the first step, after the last, and each `every` steps."""
     return len(range(0, recipe.run.steps, every or recipe.run.steps)) + 1
 
@@ -250,7 +251,7 @@ def _rollout(recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw,
 
 
 def _answer(
-    exam: Answering, recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw, name: str
+    exam: EvalWorkload, recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw, name: str
 ) -> dict[str, Any]:
     tokens = draw.tokens(exam.answer_tokens)
     return {

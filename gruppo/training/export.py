@@ -8,26 +8,24 @@ into the card.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomli_w
-
-from gruppo.config.methods import METHODS
-from gruppo.config.recipe import Decoding, Recipe, load_recipe
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
+from gruppo.config.sections import Decoding
 from gruppo.errors import UsageError
-from gruppo.runs.atomic import writing
-from gruppo.runs.folder import checkpoint_folders, publish
+from gruppo.runs.atomic import publish, writing
+from gruppo.runs.folder import checkpoint_folders
 from gruppo.runs.reading import read_object, reading, require_own
-from gruppo.utils.progress import Reporter, Silent
+from gruppo.training.model_card import accuracy_of, card
+from gruppo.utils.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +57,7 @@ def export(
     max_shard_size: str = "5GB",
     adapter: bool = False,
     trust_remote_code: bool = False,
-    reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> Export:
     """Write a checkpoint of the run in the folder `run` as the new folder `to`.
 
@@ -69,7 +67,7 @@ def export(
     alone, in peft's format. `trust_remote_code`: run the Python files that the model came with, whatever the run's
     recipe says. Raises UsageError: `to` holds files, no such run or checkpoint, one that is damaged.
     """
-    source, target, shown = Path(run), Path(to), reporter or Silent()
+    source, target, shown = Path(run), Path(to), progress or NullProgress()
     _check(source, target, dtype, max_shard_size)
     recipe = load_recipe(source / "recipe.toml")
     if adapter and recipe.model.lora is None:
@@ -91,7 +89,7 @@ def export(
         (building / "README.md").write_text(text, encoding="utf-8")
         written = list(building.iterdir())
         size = sum(path.stat().st_size for path in written)
-    return Export(target, state.step, _accuracy(state, state.step), len(written), size)
+    return Export(target, state.step, accuracy_of(state, state.step), len(written), size)
 
 
 def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
@@ -186,18 +184,19 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _write_model(
-    base: Path, weights: Path, building: Path, recipe: Recipe, options: tuple[str, str, bool], reporter: Reporter
+    base: Path, weights: Path, building: Path, recipe: Recipe, options: tuple[str, str, bool], progress: Progress
 ) -> bool:
     """Write weights, configs and tokenizer; whether there is a chat template. `options`: dtype, size of files, trust
     in the Python files of the model."""
     import torch
     from transformers import AutoTokenizer
 
-    from gruppo.models.policy import eos_ids, load_weights, loading_progress
+    from gruppo.models.compatibility import eos_ids
+    from gruppo.models.loading import load_weights, loading_progress
 
     dtype, max_shard_size, trust = options
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust)
-    with tempfile.TemporaryDirectory() as name, loading_progress(reporter):
+    with tempfile.TemporaryDirectory() as name, loading_progress(progress):
         whole = Path(name)
         shutil.copytree(
             base,
@@ -222,17 +221,18 @@ def _merged(
     recipe: Recipe,
     environment: Mapping[str, Any],
     trust: bool,
-    reporter: Reporter,
+    progress: Progress,
 ) -> Iterator[Path]:
     """A file, inside the block, with the weights of the start model that the adapters of a checkpoint are merged into.
     A model that was in memory stands in the run's base/."""
+    from gruppo.models.loading import find_model, load_model
     from gruppo.models.lora import add_adapters
-    from gruppo.models.policy import find_model, load_model, save_weights, weights_sha256
+    from gruppo.models.weights import save_weights, weights_sha256
     from gruppo.training.checkpoint import load_weights_file
 
     name = str(base) if (base / "model.safetensors").is_file() else recipe.model.name
     policy = load_model(
-        find_model(name, reporter, trust_remote_code=trust), "cpu", environment["chosen"]["dtype"], reporter
+        find_model(name, progress, trust_remote_code=trust), "cpu", environment["chosen"]["dtype"], progress
     )
     if weights_sha256(policy.model) != environment["start_weights_sha256"]:
         raise UsageError(
@@ -275,155 +275,3 @@ def _generation(ends: Sequence[int], tokenizer: Any, settings: Decoding) -> Gene
         pad_token_id=pad,
         **({"do_sample": True, **options} if settings.temperature else {}),
     )
-
-
-def card(
-    recipe: Recipe, state: State, environment: Mapping[str, Any], dtype: str, chat: bool, adapter: bool = False
-) -> str:
-    """The model card: what the model is, method, data, figures, the command that makes it again, how to load it."""
-    front = {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": sorted({"gruppo", "grpo", recipe.method.name}),
-    }
-    front |= {"base_model": recipe.model.name} if _on_hub(recipe.model.name) else {}
-    if sets := [task.name for task in recipe.tasks if _on_hub(task.name)]:
-        front["datasets"] = sets
-    step = f"step {state.step} of {recipe.run.steps}"
-    what = "An adapter for " if adapter else ""
-    sections = [
-        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
-        f"# {recipe.run.name}",
-        f"{what}`{_portable(recipe.model.name)}` after {step} of [Group Relative Policy Optimization]"
-        f"(https://arxiv.org/abs/2402.03300) with gruppo, weights in {dtype}.",
-        "## Use",
-        (_USE_ADAPTER if adapter else _USE).format(inputs=_CHAT if chat else _TEXT, base=_portable(recipe.model.name)),
-        "## Method",
-        _method(recipe),
-        "## Data",
-        _data(recipe, environment),
-        "## Figures",
-        _figures(recipe, state),
-        "## Made by",
-        _made_by(recipe, environment),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-_USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-model = AutoModelForCausalLM.from_pretrained("this folder")
-inputs = {inputs}
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
-```"""
-_USE_ADAPTER = """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
-inputs = {inputs}
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
-```"""
-_TEXT = 'tokenizer("What is 3 + 4?", return_tensors="pt")'
-_CHAT = (
-    'tokenizer.apply_chat_template([{"role": "user", "content": "What is 3 + 4?"}], add_generation_prompt=True, '
-    'return_dict=True, return_tensors="pt")'
-)
-
-
-def _method(recipe: Recipe) -> str:
-    row, sampling, optimizer = METHODS[recipe.method.name], recipe.sampling, recipe.optimizer
-    rows = {
-        "method": f"`{recipe.method.name}`: {row.equation}",
-        "signal": row.signal,
-        "loss": row.loss,
-        "a step": f"{sampling.prompts_per_step} questions × {sampling.group_size} completions of at most "
-        f"{sampling.max_tokens} tokens at temperature {sampling.temperature:g}",
-        "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g} ({optimizer.schedule}), "
-        f"{recipe.method.inner_updates} updates a step",
-        "parameters": ", ".join(
-            f"{name} = {_portable(value)}" for name, value in recipe.method.model_dump().items() if name != "name"
-        ),
-    }
-    if lora := recipe.model.lora:
-        rows["adapters"] = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {lora.targets}"
-    return _two_columns(rows)
-
-
-def _data(recipe: Recipe, environment: Mapping[str, Any]) -> str:
-    weights = recipe.reward.weights or [1.0] * len(recipe.reward.functions)
-    rewards = zip(recipe.reward.functions, weights, strict=True)
-    names = ", ".join(f"`{_portable(task.name)}`" for task in recipe.tasks)
-    rows = {
-        "questions": names + (f", {environment['prompts']} rows" if "prompts" in environment else ""),
-        "rewards": ", ".join(f"`{_portable(name)}` (weight {weight:g})" for name, weight in rewards) or "none",
-    }
-    if recipe.evaluation:
-        task = recipe.evaluation.task
-        held = f"`{_portable(task.name)}`" if task else "the held-out part of the task"
-        rows["held-out questions"] = f"{held}, judged by `{_portable(recipe.evaluation.grader)}`"
-    return _two_columns(rows)
-
-
-def _figures(recipe: Recipe, state: State) -> str:
-    rows = {
-        f"held-out accuracy {when}": f"{figures['accuracy']:.1%} (95 % interval {figures['interval'][0]:.1%} to "
-        f"{figures['interval'][1]:.1%}, {figures['questions']} questions)"
-        for when, step in (("before", 0), (f"after step {state.step}", state.step))
-        if (figures := state.evaluations.get(str(step)))
-    }
-    rows |= {
-        "steps": str(state.step),
-        "seconds of training": f"{state.train_seconds:.0f}",
-        "seed": str(recipe.run.seed),
-    }
-    return _two_columns(rows)
-
-
-def _made_by(recipe: Recipe, environment: Mapping[str, Any]) -> str:
-    given = [
-        what
-        for what, names in (
-            ("the model", [recipe.model.name]),
-            ("the questions", [task.name for task in recipe.tasks]),
-            ("reward functions", recipe.reward.functions),
-        )
-        if any(name.startswith("given:") for name in names)
-    ]
-    if given:
-        how = f'`gruppo.train("recipe.toml", …)` from Python, which was given {", ".join(given)} (`given:` below)'
-    else:
-        how = "`gruppo train recipe.toml`"
-    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    return (
-        f"{how}, with the recipe below; Python {environment['python']}, {versions}; products in "
-        f"{environment['chosen']['dtype']} on {environment['chosen']['device']}.\n\n"
-        f"```toml\n{tomli_w.dumps(_portable(tomllib.loads(recipe.to_toml())))}```"
-    )
-
-
-def _two_columns(rows: Mapping[str, str]) -> str:
-    cells = [f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for name, text in rows.items()]
-    return "\n".join(["| | |", "| --- | --- |", *cells])
-
-
-def _on_hub(name: str) -> bool:
-    """Whether a model or data set is named as the Hugging Face hub names them."""
-    hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.startswith("reasoning-gym/")
-    return bool(hub) and not Path(name).exists()
-
-
-def _portable(value: Any) -> Any:
-    """A value of the recipe with absolute paths cut to their last part: folders are this machine's business."""
-    if isinstance(value, dict):
-        prompts = {"system", "template"}
-        return {_portable(key): each if key in prompts else _portable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_portable(each) for each in value]
-    return re.sub(r"^((?:\w+:)?)[/~].*/", r"\1", value) if isinstance(value, str) else value
-
-
-def _accuracy(state: State, step: int) -> float | None:
-    accuracy: float | None = state.evaluations.get(str(step), {}).get("accuracy")
-    return accuracy

@@ -16,13 +16,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from gruppo.config.recipe import as_bytes
+from gruppo.config.units import as_bytes
 from gruppo.engines.native.engine import MAX_SLOTS, PREFILL_TOKENS
 from gruppo.errors import UsageError
 from gruppo.models.logprobs import CHUNK_SIZE, PART_SIZE
+from gruppo.models.packing import Batch, most_tokens, score
 from gruppo.models.policy import LanguageModel
-from gruppo.training.packing import Batch, most_tokens, score
-from gruppo.utils.progress import Reporter
+from gruppo.utils.progress import Progress
 from gruppo.utils.system import free_memory, release_memory
 
 LATER = 95_000_000  # what libraries take when they are first used: kernels, the writer of tables; measured on Linux
@@ -38,7 +38,7 @@ Layout = Sequence[tuple[int, Sequence[int]]]
 
 
 @dataclass(frozen=True)
-class Answering:
+class EvalWorkload:
     """What an exam asks for, at the most; lengths in tokens. `times`: how often a run holds it."""
 
     name: str
@@ -66,7 +66,7 @@ class Workload:
     reference: bool = False
     critic: bool = False
     reward_model: bool = False
-    exams: tuple[Answering, ...] = ()
+    exams: tuple[EvalWorkload, ...] = ()
     turns: bool = False
 
     @property
@@ -199,7 +199,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenSizes:
     """Sizes under a budget, and the memory that they come to. `recompute`: compute activations again in backward."""
 
     micro_batch_tokens: int
@@ -222,12 +222,12 @@ def budget_bytes(memory: float | str, device: torch.device) -> int:
     return int(memory * (free_memory(device) + process_bytes(device)))
 
 
-def measure_footprint(policy: LanguageModel, process: int, reporter: Reporter) -> Footprint:
+def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -> Footprint:
     """What the model takes, by trial and by count. `process`: see `process_bytes`, from before the weights were
     there."""
     config, weight = policy.model.config.get_text_config(), policy.head.weight
     wide = torch.promote_types(policy.dtype, torch.float32).itemsize
-    prepared, *kept = _measure_kept(policy, reporter)
+    prepared, *kept = _measure_kept(policy, progress)
     release_memory()
     return Footprint(
         process=process + (LATER if policy.device.type == "cpu" else 0),
@@ -295,10 +295,10 @@ def _tokens(layout: Layout) -> int:
     return sum(prompt + sum(completions) for prompt, completions in layout)
 
 
-def _measure_kept(policy: LanguageModel, reporter: Reporter) -> list[float]:
+def _measure_kept(policy: LanguageModel, progress: Progress) -> list[float]:
     """Bytes that do not grow with the tokens (prepared weights), then those a unit of each of `_terms`."""
     rows, kept = [], []
-    with policy.precision(), reporter.progress("Measuring memory", len(_TRIALS), "trials") as advance:
+    with policy.precision(), progress.bar("Measuring memory", len(_TRIALS), "trials") as advance:
         for prompt, count, own in _TRIALS:
             layout = [(prompt, [own] * count)]
             rows.append([1.0, *map(float, _terms(layout))])
@@ -430,7 +430,7 @@ def _generation(
     return cache, max(prefill, decoding)
 
 
-def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chosen:
+def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> ChosenSizes:
     """The largest sizes whose forecast is within the budget; activations are recomputed only where not even one
     completion could be trained on otherwise. Raises UsageError where nothing fits."""
 
@@ -449,7 +449,7 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
     for recompute in (False, True):
         tokens = _largest(least, highest, partial(fits, recompute))
         if slots and tokens:
-            return Chosen(tokens, slots, recompute, budget, memory(tokens, slots, recompute))
+            return ChosenSizes(tokens, slots, recompute, budget, memory(tokens, slots, recompute))
     raise _too_little(memory(least, 1, True), workload, budget)
 
 

@@ -7,18 +7,54 @@ nonfinite-step-000012-0.safetensors  the tensors of the first micro-batch, and s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from gruppo.runs.folder import RunFolder, publish
-from gruppo.training.packing import Batch
+from gruppo.errors import RunError
+from gruppo.models.packing import Batch
+from gruppo.runs.atomic import publish
+from gruppo.runs.folder import RunFolder
+from gruppo.training.context import RunContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class FiniteGuard:
+    """Stops a run before the optimizer where a value is not finite, and keeps the batches for inspection."""
+
+    context: RunContext
+    tokenizer: PreTrainedTokenizerBase
+
+    def require(
+        self,
+        value: float,
+        what: str,
+        batches: Sequence[Batch],
+        update: int = 0,
+        field: str = "optimizer.learning_rate",
+    ) -> None:
+        """Raise RunError where `value` is not finite. `what`: what it is, for the message; `update`: of the step,
+        counted from 0; `field`: which learning rate to lower."""
+        if math.isfinite(value):
+            return
+        folder, step = self.context.folder, self.context.state.step + 1
+        several = self.context.recipe.method.inner_updates > 1
+        where = f"step {step}" + (f", inner update {update + 1}" if several else "")
+        facts = {"update": update + 1, "what": what, "value": str(value), "micro_batches": len(batches)}
+        path = keep_batches(folder, step, facts, batches, self.tokenizer)
+        odd = sorted({name for batch in batches for name in not_finite(batch)})
+        inside = f"; not finite in it: {', '.join(odd)}" if odd else ""
+        message = f"the {what} of {where} is {value}; this update was not made, and its batch is in {path}{inside}"
+        self.context.recorder.event("nonfinite", message, step, file=path.name)
+        raise RunError(f"{message}; look at the batch, and begin again with a lower {field}")
 
 
 def keep_batches(

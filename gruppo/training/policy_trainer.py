@@ -1,76 +1,192 @@
-"""One step of AdamW on a loss that is a sum over micro-batches: policy, value model and reward model alike."""
+"""What changes the policy: scoring its tokens, packing them into micro-batches, and the updates of a step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
 
-from gruppo.errors import RunError, first_line, out_of_memory
+from gruppo.config.recipe import Recipe
+from gruppo.models.packing import Batch, TokenWeights, pack
 from gruppo.models.policy import LanguageModel
-from gruppo.training.packing import Batch
-from gruppo.utils.progress import Advance
+from gruppo.models.weights import WeightSource
+from gruppo.rollout.source import Step
+from gruppo.training.nonfinite import FiniteGuard, not_finite
+from gruppo.training.optimizer import learning_rate, update
+from gruppo.training.policy_loss import batch_loss, keep_logprobs, put_logprobs, score_batches, token_weights
+from gruppo.types import Group
+from gruppo.utils.metrics import Metrics
+from gruppo.utils.oom_retry import BatchSizes
+from gruppo.utils.progress import Progress
 from gruppo.utils.system import release_memory
 
-# Called with a number, what it is, and the micro-batches it is of; raises where the number is not finite.
-Require = Callable[[float, str, Sequence[Batch]], None]
 
+class StepBatches:
+    """The micro-batches of a step, which can be packed again into smaller ones where memory runs out. The weights of
+    tokens are fixed over the whole step.
 
-def update(
-    batches: Sequence[Batch],
-    loss_of: Callable[[Batch], Tensor],
-    computed_by: LanguageModel,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    max_grad_norm: float,
-    require_finite: Require,
-    advance: Advance,
-) -> tuple[float, float]:
-    """The loss, and the gradient's norm before it was clipped. `module` holds what is trained; `advance` is called
-    once a micro-batch. Where a number is not finite, `require_finite` raises before the optimizer has moved.
-
-    An error leaves no gradient, and weights and moments as they were; but for one in the optimizer's own step, which
-    is then a RunError where memory ran out in it: such an update may be half made, and nobody may make it again.
+    `old_from_engine`: π_old is what the engine sampled from, and not what the trainer's first update computes.
+    `updated`: the policy has moved since it was scored, so the log-probabilities in the batches cannot be computed
+    again and move with their tokens.
     """
-    optimizer.zero_grad(set_to_none=True)
-    try:
-        total = _accumulate(batches, loss_of, computed_by, require_finite, advance)
-        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
-        require_finite(norm, "gradient norm", batches)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        try:
-            optimizer.step()
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise RunError(
-                f"memory ran out in the optimizer's step ({first_line(error)}), which may be half made; resume from "
-                "the last checkpoint with more memory free, or begin again with a smaller model or [model.lora]"
-            ) from error
-    finally:
-        optimizer.zero_grad(set_to_none=True)
-    return total, norm
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        weights: TokenWeights,
+        policy: LanguageModel,
+        with_kl: bool,
+        tokens: int,
+        old_from_engine: bool = False,
+    ) -> None:
+        self.groups, self.weights, self.policy, self.with_kl = groups, weights, policy, with_kl
+        self.tokens, self.old_from_engine, self.updated = tokens, old_from_engine, False
+        self.batches = self._pack()
+
+    def __bool__(self) -> bool:
+        return bool(self.batches)
+
+    def at(self, tokens: int) -> list[Batch]:
+        """The micro-batches with at most `tokens` tokens."""
+        if tokens != self.tokens:
+            if self.updated:
+                keep_logprobs(self.groups, self.batches)
+            self.tokens = tokens
+            self.batches = self._pack()
+            if self.updated:
+                put_logprobs(self.groups, self.batches, torch.promote_types(self.policy.dtype, torch.float32))
+        return self.batches
+
+    def _pack(self) -> list[Batch]:
+        batches = pack(self.groups, self.weights, self.tokens, with_kl=self.with_kl, device=self.policy.device)
+        if self.old_from_engine:
+            for batch in batches:
+                batch.old_logprobs = batch.sampling_logprobs
+        return batches
 
 
-def _accumulate(
-    batches: Sequence[Batch],
-    loss_of: Callable[[Batch], Tensor],
-    computed_by: LanguageModel,
-    require_finite: Require,
-    advance: Advance,
-) -> float:
-    """Add every micro-batch's gradient to what is there; the sum of their losses."""
-    total = 0.0
-    with computed_by.precision():
-        for batch in batches:
-            loss = loss_of(batch)
-            require_finite(float(loss.detach()), "loss", [batch])
-            with torch.autocast(computed_by.device.type, enabled=False):
-                loss.backward()
-            total += float(loss.detach())
-            release_memory()
-            advance(1)
-    return total
+@dataclass(frozen=True)
+class Learner:
+    """One model's side of an update. `computed_by` runs the products; `module` holds what is trained; `prefix` and
+    `rate_field` are for messages."""
+
+    computed_by: LanguageModel
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+    sizes: BatchSizes
+    guard: FiniteGuard
+    progress: Progress
+    prefix: str = ""
+    rate_field: str = "optimizer.learning_rate"
+
+    def update(
+        self,
+        batches: StepBatches,
+        loss_of: Callable[[Batch], torch.Tensor],
+        rate: float,
+        number: int,
+        metrics: Metrics,
+    ) -> tuple[float, float]:
+        """The loss and the gradient's norm of update `number` (from 0) of a step. Where memory runs out the update is
+        tried again in smaller micro-batches, as if it had not been tried before."""
+
+        def require(value: float, what: str, own: Sequence[Batch]) -> None:
+            self.guard.require(value, self.prefix + what, own, number, self.rate_field)
+
+        def attempt(tokens: int) -> tuple[float, float]:
+            packed = batches.at(tokens)
+            with self.progress.bar("Updating", len(packed), "batches") as advance, metrics.all_or_nothing():
+                return update(
+                    packed,
+                    loss_of,
+                    self.computed_by,
+                    self.module,
+                    self.optimizer,
+                    rate,
+                    self.max_grad_norm,
+                    require,
+                    advance,
+                )
+
+        return self.sizes.fitting("micro_batch_tokens", "updating", attempt)
+
+
+class PolicyTrainer:
+    """Trains the policy. `reference`: π_ref, where the method needs one; it is replaced at each iteration."""
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        reference: LanguageModel | None,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        sizes: BatchSizes,
+        guard: FiniteGuard,
+        progress: Progress,
+    ) -> None:
+        self.policy, self.reference, self.optimizer = policy, reference, optimizer
+        self.recipe, self.method, self.sizes, self.guard = recipe, recipe.method, sizes, guard
+        most = recipe.optimizer.max_grad_norm
+        self.learner = Learner(policy, policy.model, optimizer, most, sizes, guard, progress)
+        self._weights = token_weights(self.method, recipe.sampling.max_tokens)
+
+    @property
+    def weights(self) -> WeightSource:
+        """The policy's weights, for engines."""
+        return self.policy.weight_source()
+
+    def rate(self, step: Step) -> float:
+        """The learning rate of a step."""
+        return learning_rate(self.recipe.optimizer, step.number - 1, self.recipe.run.steps)
+
+    def score(self, groups: Sequence[Group], step: Step) -> None:
+        """Fill in π_old and π_ref of trained completions, where advantages depend on them: a KL in the reward, pairs."""
+        if not self.method.needs_scores:
+            return
+        policy, reference = self.policy, self.reference
+        assert reference is not None
+        with step.timer("score"):
+            packed = StepBatches(groups, self._weights, policy, with_kl=True, tokens=self.sizes.micro_batch_tokens)
+
+            def attempt(tokens: int) -> Sequence[Batch]:
+                batches = packed.at(tokens)
+                with step.metrics.all_or_nothing():
+                    score_batches(policy, reference, batches, self.recipe.sampling.temperature, step.metrics)
+                return batches
+
+            batches = self.sizes.fitting("micro_batch_tokens", "scoring", attempt)
+            for batch in batches:
+                if odd := not_finite(batch):
+                    self.guard.require(math.nan, next(iter(odd)), [batch])
+            keep_logprobs(groups, batches)
+
+    def pack(self, groups: Sequence[Group]) -> StepBatches:
+        """The step's micro-batches; none where nothing would move the policy."""
+        with_all = self.method.kl_in_loss or self.method.needs_critic
+        from_engine = self.method.old_logprobs == "engine"
+        tokens = self.sizes.micro_batch_tokens
+        batches = StepBatches(groups, self._weights, self.policy, with_all, tokens, from_engine)
+        release_memory()  # what one phase has freed would lie in pieces that the next one cannot use
+        return batches
+
+    def update(self, batches: StepBatches, number: int, step: Step) -> None:
+        """Update `number` (from 0) of the step, on all of its completions; the loss is a sum over micro-batches."""
+        loss = partial(
+            batch_loss,
+            self.policy,
+            self.reference,
+            settings=self.method,
+            temperature=self.recipe.sampling.temperature,
+            metrics=step.metrics,
+            first=number == 0,
+        )
+        with step.timer("update"):
+            total, norm = self.learner.update(batches, loss, self.rate(step), number, step.metrics)
+        batches.updated = True
+        step.metrics.mean("loss/total", total)
+        step.metrics.mean("optimizer/gradient_norm", norm)
+        step.metrics.mean("optimizer/clipped", norm > self.recipe.optimizer.max_grad_norm)

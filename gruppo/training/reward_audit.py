@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from gruppo.config.recipe import Audit
+from gruppo.config.sections import Audit
 from gruppo.rollout.workers.rewards import RewardPool
-from gruppo.types import Group, Metrics
+from gruppo.types import Group
+from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Advance
 from gruppo.utils.stats import trend
 
@@ -23,7 +24,7 @@ RISES, STAYS = 2.0, 1.0  # standard errors
 
 
 @dataclass
-class Auditor:
+class RewardAudit:
     """`seen`: of the last steps, the mean reward of the completions that were audited, and the audit's own."""
 
     pool: RewardPool

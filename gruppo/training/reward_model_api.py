@@ -10,26 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gruppo.config.recipe import Recipe, RewardModel, load_recipe
-from gruppo.data.datasets import Data, read_data
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
+from gruppo.config.sections import RewardModel
 from gruppo.errors import RunError, UsageError
+from gruppo.evaluation.datasets import Data, read_data
 from gruppo.runs.atomic import WriteError
 from gruppo.runs.folder import LABELS, REWARD_MODEL, RunFolder, check_folder, telling_what_stands
 from gruppo.runs.reading import require_own
-from gruppo.utils.progress import Reporter, Silent
+from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import Interrupted, stop_on_signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from gruppo.models.policy import ModelSource
-    from gruppo.models.reward_model import Sample
+    from gruppo.models.loading import ModelSource
+    from gruppo.models.packing import Batch
+    from gruppo.rollout.labels import LabelledCompletion
+    from gruppo.rollout.reward_model import Sample
     from gruppo.training.checkpoint import State
-    from gruppo.training.packing import Batch
-    from gruppo.training.policy_trainer import Require
-    from gruppo.training.reward_model import Judge
-    from gruppo.training.step_labels import Labelled
-    from gruppo.types import Metrics
+    from gruppo.training.optimizer import RequireFinite
+    from gruppo.training.reward_model import RewardModelTrainer
+    from gruppo.utils.metrics import Metrics
     from gruppo.utils.signals import Stop
 
 
@@ -50,7 +52,7 @@ def label(
     out: str | Path,
     resume: bool = False,
     overrides: Sequence[str] = (),
-    reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> Labels:
     """Sample completions of the recipe's questions and label them by rule into `out`/labels, a Parquet file for each
     sampling.prompts_per_step questions.
@@ -59,7 +61,7 @@ def label(
     where the recipe has no such table) labels each step by `continuations` completions from its end. With `resume`
     files that are there are kept. Raises UsageError, and gruppo.utils.signals.Interrupted on SIGINT or SIGTERM.
     """
-    settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
+    settings, shown, folder = load_recipe(recipe, overrides), progress or NullProgress(), Path(out)
     if settings.environment is not None:
         raise UsageError("[environment]: labels are of completions that are sampled without one; leave the table out")
     wanted = settings.reward_model or RewardModel(kind="process")
@@ -72,7 +74,7 @@ def label(
     check_folder(folder, settings, resume, LABELS)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        stack.enter_context(stop.anywhere())  # tables are written whole, and a table that is there is kept
+        stack.enter_context(stop.interruptible())  # tables are written whole, and a table that is there is kept
         stack.enter_context(telling_what_stands(folder))
         data = read_data(settings, settings.reward.functions, None, shown)
         run = RunFolder(folder)
@@ -81,21 +83,27 @@ def label(
 
 
 def _label(
-    recipe: Recipe, settings: RewardModel, data: Data, run: RunFolder, stack: ExitStack, reporter: Reporter, stop: Stop
+    recipe: Recipe, settings: RewardModel, data: Data, run: RunFolder, stack: ExitStack, progress: Progress, stop: Stop
 ) -> Labels:
-    from gruppo.engines.native.engine import NativeEngine, choose_slots
-    from gruppo.models.policy import choose_device, choose_dtype, find_model, load_model, weights_sha256
+    from gruppo.data.tokenization import data_sha256
+    from gruppo.engines import build_engine
+    from gruppo.engines.native.engine import choose_slots
+    from gruppo.models.loading import find_model, load_model
+    from gruppo.models.precision import choose_device, choose_dtype
+    from gruppo.models.weights import weights_sha256
     from gruppo.rewards.steps import find_split
+    from gruppo.rollout.labels import label_rows, read_labels
+    from gruppo.rollout.step_labels import StepLabeller
     from gruppo.runs.tables import LABELS as LABEL_COLUMNS
-    from gruppo.training.setup import data_sha256, make_pool, tokenize_data
-    from gruppo.training.step_labels import Labeller, label_rows, read_labels
+    from gruppo.training.inputs import tokenize_data
+    from gruppo.training.setup import make_pool
 
     find_split(settings.split)
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
-    pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", reporter))
-    source = find_model(recipe.model.name, reporter, trust_remote_code=recipe.model.trust_remote_code)
-    inputs = tokenize_data(recipe, data, source, reporter)
-    policy = load_model(source, recipe.model.device, recipe.model.dtype, reporter)
+    pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", progress))
+    source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
+    inputs = tokenize_data(recipe, data, source, progress)
+    policy = load_model(source, recipe.model.device, recipe.model.dtype, progress)
     identity = {
         "weights_sha256": weights_sha256(policy.model),
         "rewards_sha256": pool.digests,
@@ -104,10 +112,10 @@ def _label(
     run.start_same(recipe, LABELS, identity)
     size, group, most = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
     longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + most
-    engine = NativeEngine(policy, choose_slots(policy, longest, most, size * group * settings.continuations))
+    engine = build_engine(policy, choose_slots(policy, longest, most, size * group * settings.continuations))
     right = recipe.method.right
-    labeller = Labeller(engine, pool, policy.tokenizer, inputs.sampling, settings, right, reporter, stop)
-    with reporter.progress("Labelling", settings.prompts, "questions") as advance:
+    labeller = StepLabeller(engine, pool, policy.tokenizer, inputs.sampling, settings, right, progress, stop)
+    with progress.bar("Labelling", settings.prompts, "questions") as advance:
         for number, start in enumerate(range(0, settings.prompts, size), start=1):
             prompts = inputs.prompts.draw(start, min(size, settings.prompts - start))
             if (run.path / "labels" / f"step-{number:06d}.parquet").is_file():
@@ -116,13 +124,13 @@ def _label(
             labels, failures = labeller.sample(prompts, group, (recipe.run.seed, 0, start))
             for failure, count in failures.items():
                 run.event("abstention", failure, number, completions=count)
-                reporter.note(f"{count} verdicts failed: {failure}; see events.jsonl")
+                progress.note(f"{count} verdicts failed: {failure}; see events.jsonl")
             run.table("labels", number, label_rows(labels), LABEL_COLUMNS)
             advance(len(prompts))
     return _counted(run.path, read_labels(sorted((run.path / "labels").glob("step-*.parquet"))))
 
 
-def _counted(folder: Path, made: Sequence[Labelled]) -> Labels:
+def _counted(folder: Path, made: Sequence[LabelledCompletion]) -> Labels:
     shares = [share for each in made for share in each.shares]
     right = sum(each.right for each in made) / len(made) if made else 0.0
     return Labels(folder, len(made), right, len(shares), sum(shares) / len(shares) if shares else None)
@@ -131,7 +139,7 @@ def _counted(folder: Path, made: Sequence[Labelled]) -> Labels:
 @dataclass(frozen=True)
 class Trained:
     """What `train_reward_model` made: its folder, in which model/ is loaded by transformers, and the figures of its
-    held-out samples before and after (see `gruppo.models.reward_model.quality`)."""
+    held-out samples before and after (see `gruppo.training.reward_model.quality`)."""
 
     path: Path
     updates: int
@@ -146,7 +154,7 @@ def train_reward_model(
     out: str | Path,
     resume: bool = False,
     overrides: Sequence[str] = (),
-    reporter: Reporter | None = None,
+    progress: Progress | None = None,
 ) -> Trained:
     """Train the recipe's [reward_model] on the labels of a folder of `label`'s (or of a run), into `out`.
 
@@ -155,7 +163,7 @@ def train_reward_model(
     checkpoint is made every run.checkpoint_every updates, and where SIGINT or SIGTERM ends it. Raises UsageError,
     RunError where a loss is not finite, and gruppo.utils.signals.Interrupted.
     """
-    settings, shown, folder = load_recipe(recipe, overrides), reporter or Silent(), Path(out)
+    settings, shown, folder = load_recipe(recipe, overrides), progress or NullProgress(), Path(out)
     wanted = settings.reward_model
     if wanted is None:
         raise UsageError('[reward_model]: missing; write it with kind = "outcome" or "process"')
@@ -177,7 +185,7 @@ def train_reward_model(
 class _Training:
     """A reward model on its way outside of a run. `before`: figures of the held-out samples before training."""
 
-    judge: Judge
+    trainer: RewardModelTrainer
     state: State
     training: list[Sample]
     held: list[Sample]
@@ -185,28 +193,32 @@ class _Training:
 
 
 def _begin_training(
-    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter
+    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, progress: Progress
 ) -> _Training:
-    from gruppo.models.policy import choose_device, choose_dtype, weights_sha256
+    from gruppo.models.loading import find_named
+    from gruppo.models.packing import most_tokens
+    from gruppo.models.precision import choose_device, choose_dtype
     from gruppo.models.reward_model import check_kind, load_reward_model
-    from gruppo.training.checkpoint import State, file_sha256, load_state, load_tensors, newest_checkpoint
-    from gruppo.training.oom_retry import Sizes
-    from gruppo.training.packing import most_tokens
-    from gruppo.training.reward_model import Judge
-    from gruppo.training.setup import find_named, make_optimizer
+    from gruppo.models.weights import weights_sha256
+    from gruppo.rollout.reward_model import RewardModelScorer
+    from gruppo.training.checkpoint import State, load_state, load_tensors, newest_checkpoint
+    from gruppo.training.optimizer import make_optimizer
+    from gruppo.training.reward_model import RewardModelTrainer
+    from gruppo.utils.files import file_sha256
+    from gruppo.utils.oom_retry import BatchSizes
 
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     name = "reward_model.name" if settings.name else "model.name"
-    source = find_named(settings.name or recipe.model.name, name, reporter)
+    source = find_named(settings.name or recipe.model.name, name, progress)
     check_kind(source.config, settings.kind)
     training, held = _samples(source, settings, files)
     prompts = [len(sample.prompt.token_ids) for sample in (*training, *held)]
-    made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, reporter)
-    optimizer = make_optimizer(recipe.optimizer, made.module)
+    made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, progress)
+    optimizer = make_optimizer(recipe.optimizer, made.module, made.policy)
     most = recipe.optimizer.max_grad_norm
     longest = max(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in (*training, *held))
-    sizes = Sizes(most_tokens(max(prompts)), 1, longest, lambda made: run.event("memory", str(made), state.step))
-    judge = Judge(made, optimizer, settings, source.tokenizer, sizes, most)
+    sizes = BatchSizes(most_tokens(max(prompts)), 1, longest, lambda made: run.event("memory", str(made), state.step))
+    trainer = RewardModelTrainer(RewardModelScorer(made, settings, source.tokenizer, sizes), optimizer, most)
 
     identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
     run.start_same(recipe, REWARD_MODEL, identity)
@@ -216,32 +228,33 @@ def _begin_training(
     for kind, told in (("checkpoint_unusable", problems), ("damaged", damages)):
         for each in told:
             run.event(kind, each, state.step)
-            reporter.note(f"Note: {each}; going on after update {state.step}")
+            progress.note(f"Note: {each}; going on after update {state.step}")
     if checkpoint is None:
-        before: dict[str, Any] = judge.quality(held, reporter)
+        before: dict[str, Any] = trainer.quality(held, progress)
         run.write_json("before.json", before)
     else:
         load_tensors(checkpoint, made.module, optimizer)
+        made.policy.generation.advance()
         before = run.read_json("before.json") or {}
-    return _Training(judge, state, training, held, before)
+    return _Training(trainer, state, training, held, before)
 
 
 def _train(
-    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, reporter: Reporter, stop: Stop
+    recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, progress: Progress, stop: Stop
 ) -> Trained:
-    with stop.anywhere():
-        begun = _begin_training(recipe, settings, files, run, reporter)
+    with stop.interruptible():
+        begun = _begin_training(recipe, settings, files, run, progress)
         from gruppo.models.reward_model import save_reward_model
         from gruppo.training.checkpoint import save_checkpoint
         from gruppo.training.reward_model import fit
-    judge, state, made, optimizer = begun.judge, begun.state, begun.judge.model, begun.judge.optimizer
-    assert optimizer is not None
+    trainer, state = begun.trainer, begun.state
+    made, optimizer = trainer.scorer.model, trainer.optimizer
 
     def save() -> None:
         if state.step:
             save_checkpoint(run, made.module, optimizer, state)
 
-    require = _required(run, state, judge.tokenizer)
+    require = _required(run, state, trainer.scorer.tokenizer)
 
     def after(number: int, metrics: Metrics) -> None:
         run.metric({"step": number, **metrics.reduce()})
@@ -250,21 +263,21 @@ def _train(
             save()
 
     try:
-        fit(judge, begun.training, 1, require, reporter, stop, state.step, after)
+        fit(trainer, begun.training, 1, require, progress, stop, state.step, after)
     except (Interrupted, RunError) as error:  # they come between two updates, but for a line that was not written
         if not isinstance(error, WriteError):
             save()
         raise
     save()
-    with stop.anywhere():
-        result = Trained(run.path, state.step, begun.before, judge.quality(begun.held, reporter))
+    with stop.interruptible():
+        result = Trained(run.path, state.step, begun.before, trainer.quality(begun.held, progress))
         with run.building("model") as folder:
             save_reward_model(made, settings.kind, folder)
         run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
     return result
 
 
-def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) -> Require:
+def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) -> RequireFinite:
     """What stops before the optimizer where a number is not finite, and keeps the batch."""
     from gruppo.training.nonfinite import keep_batches
 
@@ -282,8 +295,8 @@ def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) 
 
 def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) -> tuple[list[Sample], list[Sample]]:
     """What is labelled, in the model's tokens: to train on, and held out. Raises UsageError."""
-    from gruppo.models.reward_model import divided
-    from gruppo.training.step_labels import read_labels
+    from gruppo.rollout.labels import read_labels
+    from gruppo.training.reward_model import divided
 
     samples = [each.sample(settings) for each in _read_by(source.tokenizer, read_labels(files))]
     for sample in samples:
@@ -303,10 +316,10 @@ def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) 
     return training, held
 
 
-def _read_by(tokenizer: PreTrainedTokenizerBase, labels: Sequence[Labelled]) -> list[Labelled]:
+def _read_by(tokenizer: PreTrainedTokenizerBase, labels: Sequence[LabelledCompletion]) -> list[LabelledCompletion]:
     """The same in this tokenizer's tokens: as they are, where it reads from them what is written."""
 
-    def read(each: Labelled) -> str:
+    def read(each: LabelledCompletion) -> str:
         return str(tokenizer.decode(list(each.completion.token_ids), skip_special_tokens=True))
 
     ids = [token for each in labels for token in (*each.prompt.token_ids, *each.completion.token_ids)]
@@ -315,7 +328,7 @@ def _read_by(tokenizer: PreTrainedTokenizerBase, labels: Sequence[Labelled]) -> 
     return [_encoded(tokenizer, each) for each in labels]
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: Labelled) -> Labelled:
+def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: LabelledCompletion) -> LabelledCompletion:
     """A completion in other tokens; one that ended by itself ends with the end token."""
     from gruppo.rewards.steps import step_tokens
 

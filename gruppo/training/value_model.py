@@ -1,4 +1,4 @@
-"""The value model of PPO.
+"""The value model of PPO: its values, its loss, and its updates.
 
 V(s_t) is read at the token before t, where the policy predicts t, so policy and value model read the same batches.
 """
@@ -6,15 +6,24 @@ V(s_t) is read at the token before t, where the policy predicts t, so policy and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gruppo.algorithms.losses import value_loss
-from gruppo.config.recipe import Critic
+from gruppo.config.method_section import Critic
+from gruppo.config.recipe import Recipe
+from gruppo.models.packing import Batch
 from gruppo.models.value_head import ScalarModel, read_states
-from gruppo.training.packing import Batch
-from gruppo.types import Group, Metrics
+from gruppo.rollout.source import Step
+from gruppo.training.nonfinite import FiniteGuard
+from gruppo.training.optimizer import Trainable
+from gruppo.training.policy_trainer import Learner, StepBatches
+from gruppo.types import Group
+from gruppo.utils.metrics import Metrics
+from gruppo.utils.oom_retry import BatchSizes
+from gruppo.utils.progress import Progress
 
 
 def score_values(critic: ScalarModel, groups: Sequence[Group], budget: int, device: torch.device) -> None:
@@ -47,3 +56,47 @@ def critic_loss(critic: ScalarModel, batch: Batch, settings: Critic, metrics: Me
             moved = (numbers.detach() - values).abs()[used] > settings.clip
             metrics.mean("value/clipped", float(moved.sum()), count)
     return loss
+
+
+class ValueModelTrainer:
+    """Trains the value model beside the policy, on the same batches; its learning rate follows the policy's schedule.
+    Without a value model (`critic` is None) it does nothing."""
+
+    def __init__(
+        self,
+        critic: Trainable | None,
+        recipe: Recipe,
+        sizes: BatchSizes,
+        guard: FiniteGuard,
+        progress: Progress,
+    ) -> None:
+        self.critic = None if critic is None else critic.model
+        self.settings, self.sizes = recipe.critic, sizes
+        self.policy_rate = recipe.optimizer.learning_rate
+        self.learner = None
+        if critic is not None and critic.optimizer is not None:
+            model, most = critic.model, recipe.optimizer.max_grad_norm
+            self.learner = Learner(
+                model.policy, model.module, critic.optimizer, most, sizes, guard, progress, "value model's ",
+                "critic.learning_rate",
+            )  # fmt: skip
+
+    def score(self, groups: Sequence[Group], step: Step) -> None:
+        """Fill in the values of trained completions."""
+        if self.critic is None:
+            return
+        with step.timer("score"):
+            device = self.critic.policy.device
+            attempt = partial(score_values, self.critic, groups, device=device)
+            self.sizes.fitting("micro_batch_tokens", "scoring", attempt)
+
+    def update(self, batches: StepBatches, rate: float, number: int, step: Step) -> None:
+        """Update `number` (from 0) of the step; `rate`: the policy's learning rate in it."""
+        if self.critic is None or self.learner is None:
+            return
+        share = rate / self.policy_rate if self.policy_rate else 1.0
+        loss = partial(critic_loss, self.critic, settings=self.settings, metrics=step.metrics)
+        with step.timer("update"):
+            total, norm = self.learner.update(batches, loss, share * self.settings.learning_rate, number, step.metrics)
+        step.metrics.mean("value/loss", total)
+        step.metrics.mean("value/gradient_norm", norm)

@@ -1,4 +1,4 @@
-"""How the library says what it is doing. It prints nothing itself: the command line passes a reporter that does."""
+"""How the library says what it is doing. It prints nothing itself: the command line passes a progress that does."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-class Reporter(Protocol):
+class Progress(Protocol):
     """Shows progress and notes to a person."""
 
-    def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Advance]:
+    def bar(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Advance]:
         """A bar named `label` over `total` units (None: not known); call what it yields with the units just done."""
 
     def note(self, text: str) -> None:
@@ -33,16 +33,16 @@ class Reporter(Protocol):
         """The metrics of a finished step."""
 
 
-class Silent:
+class NullProgress:
     """Shows nothing."""
 
     @contextmanager
-    def progress(self, label: str, total: float | None, unit: str) -> Iterator[Advance]:
-        """See `Reporter`."""
+    def bar(self, label: str, total: float | None, unit: str) -> Iterator[Advance]:
+        """See `Progress`."""
         yield lambda _: None
 
     def note(self, text: str) -> None:
-        """See `Reporter`."""
+        """See `Progress`."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """See `Reporter`."""
+        """See `Progress`."""

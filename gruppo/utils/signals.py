@@ -26,7 +26,7 @@ class Stop:
         self._droppable = 0
 
     def request(self) -> None:
-        """Ask the run to stop at the next safe point, which is here and now inside of `anywhere`."""
+        """Ask the run to stop at the next safe point, which is here and now inside of `interruptible`."""
         self.requested = True
         if self._droppable:
             raise Interrupted
@@ -37,7 +37,7 @@ class Stop:
             raise Interrupted
 
     @contextmanager
-    def anywhere(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """What the block does may be dropped at any moment, so that a stop need not wait: imports, loading, sampling,
         whatever is begun again by a resume."""
         self._droppable += 1

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gruppo.algorithms.advantages import advantages
-from gruppo.algorithms.credit import find_surrogate, token_weights
 from gruppo.algorithms.losses import policy_loss
-from gruppo.config.recipe import Method
+from gruppo.config.method_section import Method
+from gruppo.training.policy_loss import find_surrogate, token_weights
 
 trl = pytest.importorskip("trl", reason="TRL is a test extra: make test installs it")
 

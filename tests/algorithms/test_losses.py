@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gruppo.algorithms.losses import policy_loss, sequence_mean_weights, value_loss
+from gruppo.algorithms.aggregation import sequence_mean_weights
+from gruppo.algorithms.losses import policy_loss, value_loss
 
 
 def column(*values: float) -> torch.Tensor:

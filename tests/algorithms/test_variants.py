@@ -12,23 +12,18 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gruppo.algorithms import losses
-from gruppo.algorithms.credit import (
-    assign_advantages,
-    batch_loss,
-    find_surrogate,
-    keep_logprobs,
-    mark_trained,
-    score_batches,
-    select,
-    token_weights,
-)
+from gruppo.algorithms import aggregation, losses
+from gruppo.algorithms.credit import assign_advantages
+from gruppo.algorithms.filtering import mark_trained, select
+from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.config.method_section import Critic, Method
 from gruppo.config.methods import METHODS
-from gruppo.config.recipe import Critic, Method, RecipeError, load_recipe
 from gruppo.errors import UsageError
+from gruppo.models.packing import pack
 from gruppo.models.policy import LanguageModel
-from gruppo.training.packing import pack
-from gruppo.types import Group, Metrics, Reward, Steps
+from gruppo.training.policy_loss import batch_loss, find_surrogate, keep_logprobs, score_batches, token_weights
+from gruppo.types import Group, Reward, Steps
+from gruppo.utils.metrics import Metrics
 from tests.conftest import make_group, make_policy, random_groups
 from tests.training.test_invariance import distance, rows_logprobs
 
@@ -219,6 +214,7 @@ def models() -> tuple[LanguageModel, LanguageModel, LanguageModel]:
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64))
+    policy.generation.advance()
     return policy, sampled, make_policy(torch.float64, seed=1)
 
 
@@ -251,7 +247,7 @@ def computed(
     for batch in pack(groups, weights, budget, with_kl=settings.kl_in_loss):
         with torch.no_grad():
             batch_loss(sampled, reference, batch, settings, TEMPERATURE, Metrics())
-        loss = batch_loss(policy, reference, batch, settings, TEMPERATURE, Metrics())
+        loss = batch_loss(policy, reference, batch, settings, TEMPERATURE, Metrics(), first=False)
         loss.backward()
         total += float(loss.detach())
     return total, {name: each.grad.clone() for name, each in policy.model.named_parameters() if each.grad is not None}
@@ -362,11 +358,11 @@ LENGTHS = [[2, 4], [5, 0, 1]]
 @pytest.mark.parametrize(
     ("weights", "expected"),
     [
-        (losses.sequence_mean_weights, [[1 / 8, 1 / 16], [1 / 30, 0, 1 / 6]]),
-        (losses.sequence_sum_weights, [[1 / 4, 1 / 4], [1 / 6, 0, 1 / 6]]),
-        (losses.group_token_mean_weights, [[1 / 12, 1 / 12], [1 / 12, 0, 1 / 12]]),
-        (losses.token_mean_weights, [[1 / 12, 1 / 12], [1 / 12, 0, 1 / 12]]),
-        (losses.constant_weights, [[1 / 40, 1 / 40], [1 / 60, 0, 1 / 60]]),
+        (aggregation.sequence_mean_weights, [[1 / 8, 1 / 16], [1 / 30, 0, 1 / 6]]),
+        (aggregation.sequence_sum_weights, [[1 / 4, 1 / 4], [1 / 6, 0, 1 / 6]]),
+        (aggregation.group_token_mean_weights, [[1 / 12, 1 / 12], [1 / 12, 0, 1 / 12]]),
+        (aggregation.token_mean_weights, [[1 / 12, 1 / 12], [1 / 12, 0, 1 / 12]]),
+        (aggregation.constant_weights, [[1 / 40, 1 / 40], [1 / 60, 0, 1 / 60]]),
     ],
 )
 def test_aggregations_by_hand(weights: Callable, expected: list[list[float]]) -> None:
@@ -378,8 +374,8 @@ def test_aggregations_by_hand(weights: Callable, expected: list[list[float]]) ->
 
 def test_group_and_step_token_means_differ_where_groups_do() -> None:
     """2 tokens and 8: the group's mean gives each prompt one half; the step's gives the longer one four fifths."""
-    assert losses.group_token_mean_weights([[2], [8]]) == [[1 / 4], [1 / 16]]
-    assert losses.token_mean_weights([[2], [8]]) == [[1 / 10], [1 / 10]]
+    assert aggregation.group_token_mean_weights([[2], [8]]) == [[1 / 4], [1 / 16]]
+    assert aggregation.token_mean_weights([[2], [8]]) == [[1 / 10], [1 / 10]]
 
 
 def test_truncated_importance_weights_by_hand() -> None:

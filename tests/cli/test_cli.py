@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
-from gruppo.config.recipe import load_recipe
+from gruppo.config.loading import load_recipe
 from tests.small_runs import ROWS, recipe
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gruppo.config.recipe import RecipeError, Section, load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.config.schema import TABLES
+from gruppo.config.sections import Section
 
 MINIMAL = {"model": {"name": "m"}}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from gruppo.config.recipe import Recipe, RecipeError, load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.config.recipe import Recipe
 from gruppo.config.schema import TABLES, annotated, json_schema, markdown
 
 RECIPES = sorted(Path("recipes").glob("*.toml"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from gruppo.config.recipe import Task
-from gruppo.data.loading import Part, load_questions, load_training
+from gruppo.config.sections import Task
+from gruppo.data.loading import Dataset, load_questions, load_training
 from gruppo.types import Row
-from gruppo.utils.progress import Silent
+from gruppo.utils.progress import NullProgress
 
 
-class Notes(Silent):
-    """A reporter that remembers what it was told to note."""
+class Notes(NullProgress):
+    """A progress that remembers what it was told to note."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -18,15 +18,15 @@ class Notes(Silent):
         self.notes.append(text)
 
 
-def training(name: object, reporter: Silent | None = None, **fields: object) -> list[Row]:
-    return list(load_training(Task(name=str(name), **fields), "task", False, reporter or Silent())[0].rows)
+def training(name: object, progress: NullProgress | None = None, **fields: object) -> list[Row]:
+    return list(load_training(Task(name=str(name), **fields), "task", False, progress or NullProgress())[0].rows)
 
 
-def both_sides(name: object, **fields: object) -> tuple[Part, Part]:
-    train, held = load_training(Task(name=str(name), **fields), "task", True, Silent())
+def both_sides(name: object, **fields: object) -> tuple[Dataset, Dataset]:
+    train, held = load_training(Task(name=str(name), **fields), "task", True, NullProgress())
     assert held is not None
     return train, held
 
 
-def questions(name: object, **fields: object) -> Part:
-    return load_questions(Task(name=str(name), **fields), "evaluation.task", Silent())
+def questions(name: object, **fields: object) -> Dataset:
+    return load_questions(Task(name=str(name), **fields), "evaluation.task", NullProgress())

@@ -9,12 +9,13 @@ from pathlib import Path
 import pandas
 import pytest
 
-from gruppo.config.recipe import Task
-from gruppo.data.loading import checked_rows, load_training, tokenize_rows
+from gruppo.config.sections import Task
+from gruppo.data.loading import checked_rows, load_training
 from gruppo.data.mixture import draw_prompts
+from gruppo.data.tokenization import tokenize_rows
 from gruppo.errors import UsageError
 from gruppo.types import Prompt, Row
-from gruppo.utils.progress import Silent
+from gruppo.utils.progress import NullProgress
 from tests.conftest import make_tokenizer
 
 
@@ -24,7 +25,7 @@ def write(path: Path, *lines: object) -> str:
 
 
 def load_rows(name: str, **fields: object) -> list[Row]:
-    return list(load_training(Task(name=name, **fields), "task", False, Silent())[0].rows)
+    return list(load_training(Task(name=name, **fields), "task", False, NullProgress())[0].rows)
 
 
 def test_jsonl_rows_keep_their_columns(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_missing_file_and_unknown_task() -> None:
 def test_file_has_no_held_out_part(tmp_path: Path) -> None:
     task = Task(name=write(tmp_path / "r.jsonl", {"prompt": "x"}))
     with pytest.raises(UsageError, match=r"task\.held_out = 0\.1.*evaluation\.task"):
-        load_training(task, "task", True, Silent())
+        load_training(task, "task", True, NullProgress())
 
 
 def test_chat_template_is_applied_once() -> None:

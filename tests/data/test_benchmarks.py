@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gruppo.data.benchmarks import BENCHMARKS, default_grader, domain
+from gruppo.data.benchmark_table import BENCHMARKS, default_grader, domain
 from gruppo.data.few_shot import Example
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.graders import GRADERS, find_grader
@@ -306,7 +306,7 @@ def test_graders_by_default() -> None:
 def test_without_data_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def read(name: str, split: str, options: Any, reporter: Any) -> list[dict[str, Any]]:
+    def read(name: str, split: str, options: Any, progress: Any) -> list[dict[str, Any]]:
         calls.append((name, split, dict(options)))
         return [{"question": "2 + 3?", "answer": "5", "input": "2 + 3?", "target": 5.0, "subject": "law",
                  "choices": ["4", "5"]}]  # fmt: skip

@@ -147,8 +147,8 @@ def test_values_of_parquet_become_plain(tmp_path: Path) -> None:
             "raw": b"\x00",
         }
     ]  # fmt: skip
-    reporter = Notes()
-    assert training(save(tmp_path, ".parquet", rows), reporter) == [
+    progress = Notes()
+    assert training(save(tmp_path, ".parquet", rows), progress) == [
         {
             "prompt": [{"role": "user", "content": "x"}, {"role": "system", "content": "y", "name": "n"}],
             "day": "2020-01-02",
@@ -156,7 +156,7 @@ def test_values_of_parquet_become_plain(tmp_path: Path) -> None:
             "levels": [1, 2],
         }
     ]
-    assert "image, raw" in reporter.notes[0]
+    assert "image, raw" in progress.notes[0]
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.gz", "rows"])

@@ -99,6 +99,6 @@ def test_columns_of_bytes_are_left_out_with_a_note(tmp_path: Path) -> None:
     image = {"bytes": b"\x89PNG", "path": None}
     features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
     datasets.Dataset.from_dict({"prompt": ["x"], "image": [image]}, features=features).save_to_disk(tmp_path / "d")
-    reporter = Notes()
-    assert training(tmp_path / "d", reporter) == [{"prompt": "x"}]
-    assert "image" in reporter.notes[0]
+    progress = Notes()
+    assert training(tmp_path / "d", progress) == [{"prompt": "x"}]
+    assert "image" in progress.notes[0]

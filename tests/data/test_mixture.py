@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gruppo.config.recipe import load_recipe
-from gruppo.data.datasets import Data, preflight
+from gruppo.config.loading import load_recipe
 from gruppo.data.mixture import Mixture, draw_prompts, interleaved
 from gruppo.errors import UsageError
+from gruppo.evaluation.datasets import Data, preflight
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import train
 from gruppo.types import Prompt
-from gruppo.utils.progress import Silent
+from gruppo.utils.progress import NullProgress
 from tests.data.load import Notes
 from tests.small_runs import ROWS, fingerprint, recipe
 
@@ -86,7 +86,7 @@ def mixed(model: str, files: list[str], **changes: object) -> dict:
 
 
 def read(data: dict, folder: Path) -> Data:
-    return preflight(load_recipe(data), folder, False, ["exact_match"], None, Silent())
+    return preflight(load_recipe(data), folder, False, ["exact_match"], None, NullProgress())
 
 
 def test_ids_are_unique_though_a_file_stands_twice(files: list[str], tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_killed_and_resumed_mixture_equals_the_uninterrupted_run(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("gruppo.training.loop._Run._warn", dies)
-        patch.setattr("gruppo.training.loop._Run._summary", lambda *_: {})
+        patch.setattr("gruppo.training.run.TrainingRun._record_failures", dies)
+        patch.setattr("gruppo.training.run.summarize", lambda *_: {})
         with pytest.raises(Killed):
             train(data, out=tmp_path / "run")
     train(data, out=tmp_path / "run", resume=True)
@@ -171,13 +171,13 @@ def test_killed_and_resumed_mixture_equals_the_uninterrupted_run(
 def test_overlong_prompts_are_left_out_with_a_count(tiny_folder: str, tmp_path: Path) -> None:
     rows = [*ROWS, {"prompt": "a" * 60, "answer": "a"}, {"prompt": "b" * 120, "answer": "b"}]
     task = {"overlong": "filter", "max_prompt_tokens": 50, "held_out": 0.3}
-    reporter = Notes()
+    progress = Notes()
     data = {**recipe(tiny_folder, run__steps=1, evaluation__grader="exact_match"), "task": task}
-    train(data, prompts=rows, out=tmp_path / "run", reporter=reporter)
+    train(data, prompts=rows, out=tmp_path / "run", progress=progress)
     events = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["kind"] == "filtered"]
     assert sum(event["prompts"] for event in events) == 2
     assert all(str(event["prompts"]) in event["message"] and event["task"] in event["message"] for event in events)
-    assert any("left out" in note for note in reporter.notes)
+    assert any("left out" in note for note in progress.notes)
 
 
 @pytest.mark.parametrize(

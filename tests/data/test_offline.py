@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gruppo.data.loading import tokenize_rows
-from gruppo.data.offline import given_completions, with_prompt
+from gruppo.data.offline import offline_completions, with_prompt
+from gruppo.data.tokenization import tokenize_rows
 from gruppo.errors import UsageError
 from gruppo.types import Row
 from tests.conftest import END, make_tokenizer
@@ -28,7 +28,7 @@ def tokenizer(template: str = TURNS) -> Any:
 def given(row: Row, pairs: bool = False, template: str = TURNS) -> list[tuple[str, list[bool], float]]:
     own = tokenizer(template)
     (prompt,) = tokenize_rows([with_prompt(row, "row 1")], own, 100, 10, "t")
-    made = given_completions(prompt, own, pairs)
+    made = offline_completions(prompt, own, pairs)
     return [(own.decode(list(each.token_ids)), list(each.mask), reward) for each, reward in made]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gruppo.errors import UsageError
-from gruppo.evaluation.sets import evaluate
+from gruppo.evaluation.runner import evaluate
 from tests.data.load import both_sides, questions, training
 
 QUESTIONS = [{"question": f"What is {n}?", "solution": str(n), "level": n % 3} for n in range(4)]

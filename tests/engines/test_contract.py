@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gruppo.algorithms.losses import sequence_mean_weights
-from gruppo.engines.base import Engine, Request, SamplingOptions
+from gruppo.algorithms.aggregation import sequence_mean_weights
+from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
+from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
-from gruppo.training.packing import pack, score
 from gruppo.types import Group, Prompt
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import END, make_policy
@@ -57,7 +57,7 @@ def trainer_logprobs(
 
 
 def test_greedy_tokens_equal_transformers_generate(make_engine: MakeEngine, policy: LanguageModel) -> None:
-    made = make_engine(policy).generate(requests(1), SamplingOptions(0.0, 20))
+    made = make_engine(policy).generate(requests(1), SamplingParams(0.0, 20))
     for prompt, (completion,) in zip(PROMPTS, made, strict=True):
         expected = policy.model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
         assert list(completion.token_ids) == expected[0, len(prompt) :].tolist()
@@ -68,7 +68,7 @@ def test_sampling_logprobs_equal_the_trainers(
     make_engine: MakeEngine, policy: LanguageModel, temperature: float
 ) -> None:
     """open-instruct#1678: they are of the distribution drawn from, temperature included."""
-    made = make_engine(policy).generate(requests(), SamplingOptions(temperature, 16))
+    made = make_engine(policy).generate(requests(), SamplingParams(temperature, 16))
     expected = trainer_logprobs(policy, requests(), made, temperature)
     got = [completion.sampling_logprobs for group in made for completion in group]
     for one, other in zip(got, expected, strict=True):
@@ -78,7 +78,7 @@ def test_sampling_logprobs_equal_the_trainers(
 def test_sampling_logprobs_in_bfloat16_stay_within_the_stated_bound(make_engine: MakeEngine) -> None:
     """docs/decisions.md states the bound: 0.05 nats on average for a model of this size."""
     policy = make_policy(torch.bfloat16, initializer_range=0.1)
-    made = make_engine(policy).generate(requests(8), SamplingOptions(1.0, 16))
+    made = make_engine(policy).generate(requests(8), SamplingParams(1.0, 16))
     expected = torch.cat(trainer_logprobs(policy, requests(8), made, 1.0))
     got = torch.tensor([each for group in made for completion in group for each in completion.sampling_logprobs])
     difference = (got - expected).abs()
@@ -87,7 +87,7 @@ def test_sampling_logprobs_in_bfloat16_stay_within_the_stated_bound(make_engine:
 
 def test_completions_do_not_depend_on_neighbours(make_engine: MakeEngine, policy: LanguageModel) -> None:
     """Alone or in company, in many slots or in two, in any order: the same tokens."""
-    options = SamplingOptions(1.0, 16)
+    options = SamplingParams(1.0, 16)
     together = make_engine(policy).generate(requests(), options)
     few_slots = make_engine(policy, 2).generate(requests(), options)
     backwards = make_engine(policy, 5).generate(requests()[::-1], options)[::-1]
@@ -102,7 +102,7 @@ def test_completions_do_not_depend_on_neighbours(make_engine: MakeEngine, policy
 
 def test_streams_differ_and_repeat(make_engine: MakeEngine, policy: LanguageModel) -> None:
     """ms-swift#4383: the same seed everywhere would make equal completions; the same stream must."""
-    options = SamplingOptions(1.0, 16)
+    options = SamplingParams(1.0, 16)
     made = make_engine(policy).generate(requests(8), options)
     again = make_engine(policy).generate(requests(8), options)
     other = make_engine(policy).generate(requests(8, seed=1), options)
@@ -115,7 +115,7 @@ def test_streams_differ_and_repeat(make_engine: MakeEngine, policy: LanguageMode
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_distribution(make_engine: MakeEngine, temperature: float) -> None:
     """Chi-square of 8,000 first tokens on a vocabulary of eight, at p = 0.001."""
-    check_frequencies(make_engine, SamplingOptions(temperature, 1), lambda plain: plain)
+    check_frequencies(make_engine, SamplingParams(temperature, 1), lambda plain: plain)
 
 
 def likeliest(plain: torch.Tensor, count: int) -> torch.Tensor:
@@ -141,19 +141,19 @@ def at_least(plain: torch.Tensor, share: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "by_hand"),
     [
-        (SamplingOptions(1.0, 1, top_k=3), lambda plain: likeliest(plain, 3)),
-        (SamplingOptions(1.5, 1, top_k=1), lambda plain: likeliest(plain, 1)),
-        (SamplingOptions(1.5, 1, top_p=0.7), lambda plain: nucleus(plain, 0.7)),
-        (SamplingOptions(1.0, 1, top_p=1e-9), lambda plain: likeliest(plain, 1)),
-        (SamplingOptions(2.0, 1, min_p=0.4), lambda plain: at_least(plain, 0.4)),
-        (SamplingOptions(2.0, 1, top_k=6, top_p=0.8), lambda plain: nucleus(likeliest(plain, 6), 0.8)),
-        (SamplingOptions(2.0, 1, top_k=6, top_p=0.9, min_p=0.5),
+        (SamplingParams(1.0, 1, top_k=3), lambda plain: likeliest(plain, 3)),
+        (SamplingParams(1.5, 1, top_k=1), lambda plain: likeliest(plain, 1)),
+        (SamplingParams(1.5, 1, top_p=0.7), lambda plain: nucleus(plain, 0.7)),
+        (SamplingParams(1.0, 1, top_p=1e-9), lambda plain: likeliest(plain, 1)),
+        (SamplingParams(2.0, 1, min_p=0.4), lambda plain: at_least(plain, 0.4)),
+        (SamplingParams(2.0, 1, top_k=6, top_p=0.8), lambda plain: nucleus(likeliest(plain, 6), 0.8)),
+        (SamplingParams(2.0, 1, top_k=6, top_p=0.9, min_p=0.5),
          lambda plain: at_least(nucleus(likeliest(plain, 6), 0.9), 0.5)),
     ],
     ids=["top-k", "top-1", "top-p", "tiny top-p", "min-p", "top-k then top-p", "all three"],
 )  # fmt: skip
 def test_truncated_frequencies_follow_the_distribution_by_hand(
-    make_engine: MakeEngine, options: SamplingOptions, by_hand: ByHand
+    make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand
 ) -> None:
     check_frequencies(make_engine, options, by_hand)
 
@@ -166,15 +166,15 @@ def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEn
         kept[END] = 0
         return kept / kept.sum()
 
-    check_frequencies(make_engine, SamplingOptions(1.5, 1, min_tokens=1), without_end)
+    check_frequencies(make_engine, SamplingParams(1.5, 1, min_tokens=1), without_end)
     policy = make_policy()
-    made = make_engine(policy).generate(requests(60), SamplingOptions(2.0, 12, min_tokens=4))
+    made = make_engine(policy).generate(requests(60), SamplingParams(2.0, 12, min_tokens=4))
     lengths = {len(c.token_ids) for group in made for c in group}
     assert min(lengths) == 5, "four tokens, then the end token"
     assert max(lengths) == 12
 
 
-def check_frequencies(make_engine: MakeEngine, options: SamplingOptions, by_hand: ByHand) -> None:
+def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand) -> None:
     """First tokens and their log-probabilities against the distribution that `by_hand` makes of the plain one."""
     policy = make_policy(vocab_size=8)
     made = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(8000)])], options)
@@ -197,10 +197,10 @@ def check_frequencies(make_engine: MakeEngine, options: SamplingOptions, by_hand
 def test_stop_texts_end_a_completion_across_token_borders(make_engine: MakeEngine) -> None:
     """Tokens are single characters here: a text of two lies on two of them. The tokens stay, the text does not."""
     policy = make_policy(vocab_size=44)
-    plain = make_engine(policy).generate(requests(40), SamplingOptions(2.0, 24))
+    plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24))
     texts = [completion.text for group in plain for completion in group]
     stop = next(text[2:4] for text in texts if len(text) > 6)
-    made = make_engine(policy).generate(requests(40), SamplingOptions(2.0, 24, stop=(stop, "never there")))
+    made = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, stop=(stop, "never there")))
     found = 0
     for before, after in zip((c for g in plain for c in g), (c for g in made for c in g), strict=True):
         place = before.text.find(stop)
@@ -218,9 +218,9 @@ def test_stop_texts_end_a_completion_across_token_borders(make_engine: MakeEngin
 
 def test_stop_text_before_the_minimum_does_not_end_a_completion(make_engine: MakeEngine) -> None:
     policy = make_policy(vocab_size=44)
-    plain = make_engine(policy).generate(requests(40), SamplingOptions(2.0, 24, min_tokens=10))
+    plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, min_tokens=10))
     stops = tuple({completion.text[0] for group in plain for completion in group})
-    made = make_engine(policy).generate(requests(40), SamplingOptions(2.0, 24, min_tokens=10, stop=stops))
+    made = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, min_tokens=10, stop=stops))
     for before, after in zip((c for g in plain for c in g), (c for g in made for c in g), strict=True):
         ends = [place for place, letter in enumerate(before.text) if place >= 9 and letter in stops]
         assert after.text == (before.text[: ends[0]] if ends else before.text)
@@ -230,7 +230,7 @@ def test_stop_text_before_the_minimum_does_not_end_a_completion(make_engine: Mak
 def test_finish_reason_where_pad_is_eos(make_engine: MakeEngine, policy: LanguageModel) -> None:
     """trl#7039: "stop" if and only if the end token came, "length" at the limit; nothing after an end."""
     reasons = set()
-    for completion in (c for g in make_engine(policy).generate(requests(40), SamplingOptions(2.0, 20)) for c in g):
+    for completion in (c for g in make_engine(policy).generate(requests(40), SamplingParams(2.0, 20)) for c in g):
         reasons.add(completion.finish_reason)
         assert (completion.finish_reason == "stop") == (completion.token_ids[-1] == END)
         assert END not in completion.token_ids[:-1]
@@ -245,14 +245,14 @@ def test_end_token_at_the_limit_is_a_stop(make_engine: MakeEngine) -> None:
     every_token_ends = LanguageModel(
         policy.model, policy.tokenizer, tuple(range(48)), policy.context, policy.device, policy.dtype
     )
-    made = make_engine(every_token_ends).generate(requests(2), SamplingOptions(1.0, 1))
+    made = make_engine(every_token_ends).generate(requests(2), SamplingParams(1.0, 1))
     assert {completion.finish_reason for group in made for completion in group} == {"stop"}
 
 
 def test_several_end_tokens(make_engine: MakeEngine) -> None:
     policy = make_policy()
     several = LanguageModel(policy.model, policy.tokenizer, (0, 3, 17, 30), policy.context, policy.device, policy.dtype)
-    made = make_engine(several).generate(requests(30), SamplingOptions(2.0, 12))
+    made = make_engine(several).generate(requests(30), SamplingParams(2.0, 12))
     ends = {c.token_ids[-1] for g in made for c in g if c.finish_reason == "stop"}
     assert len(ends) > 1
     assert ends <= {0, 3, 17, 30}
@@ -263,13 +263,14 @@ def test_weights_are_those_given_last(make_engine: MakeEngine) -> None:
     """verl#7495: stale weights in the engine."""
     policy = make_policy()
     engine = make_engine(policy)
-    engine.load_weights(policy, 0)
-    before = engine.generate(requests(), SamplingOptions(1.0, 12))
+    engine.load_weights(policy.weight_source(), 0)
+    before = engine.generate(requests(), SamplingParams(1.0, 12))
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(0.5)
-    engine.load_weights(policy, 3)
-    after = engine.generate(requests(), SamplingOptions(1.0, 12))
+    policy.generation.advance()
+    engine.load_weights(policy.weight_source(), 3)
+    after = engine.generate(requests(), SamplingParams(1.0, 12))
     assert {completion.policy_version for group in after for completion in group} == {3}
     assert [c.token_ids for g in before for c in g] != [c.token_ids for g in after for c in g]
     expected = torch.cat(trainer_logprobs(policy, requests(), after, 1.0))
@@ -284,19 +285,19 @@ def test_more_completions_than_slots_come_in_order(make_engine: MakeEngine, poli
         nonlocal counted
         counted += tokens
 
-    made = make_engine(policy, 3).generate(requests(9), SamplingOptions(1.0, 10), advance)
+    made = make_engine(policy, 3).generate(requests(9), SamplingParams(1.0, 10), advance)
     assert [len(group) for group in made] == [9, 9, 9, 9]
     assert counted == sum(len(c.token_ids) for g in made for c in g)
-    whole = make_engine(policy, 100).generate(requests(9), SamplingOptions(1.0, 10))
+    whole = make_engine(policy, 100).generate(requests(9), SamplingParams(1.0, 10))
     assert [[c.token_ids for c in g] for g in made] == [[c.token_ids for c in g] for g in whole]
 
 
 def test_limits_cut_each_completion_and_change_nothing_else(make_engine: MakeEngine, policy: LanguageModel) -> None:
     """Each is what it would be without its limit, up to there; a limit beyond the maximum is the maximum."""
     limits = [1, 5, 12, 99, 3, 1]
-    plain = make_engine(policy, 5).generate(requests(6), SamplingOptions(2.0, 12))
+    plain = make_engine(policy, 5).generate(requests(6), SamplingParams(2.0, 12))
     asked = [replace(request, limits=limits) for request in requests(6)]
-    made = make_engine(policy, 5).generate(asked, SamplingOptions(2.0, 12))
+    made = make_engine(policy, 5).generate(asked, SamplingParams(2.0, 12))
     cut = 0
     for before, after in zip(plain, made, strict=True):
         for whole, completion, limit in zip(before, after, limits, strict=True):
@@ -310,13 +311,13 @@ def test_limits_cut_each_completion_and_change_nothing_else(make_engine: MakeEng
 @pytest.mark.parametrize("limits", [[4], [4, 0], [4, 4, 4]])
 def test_limits_that_do_not_fit_are_refused(make_engine: MakeEngine, limits: list[int]) -> None:
     with pytest.raises(ValueError, match="one for each of its 2 streams"):
-        make_engine(make_policy()).generate([Request((5,), [(0,), (1,)], limits)], SamplingOptions(1.0, 5))
+        make_engine(make_policy()).generate([Request((5,), [(0,), (1,)], limits)], SamplingParams(1.0, 5))
 
 
 def test_no_requests(make_engine: MakeEngine, policy: LanguageModel) -> None:
-    assert make_engine(policy).generate([], SamplingOptions(1.0, 5)) == []
+    assert make_engine(policy).generate([], SamplingParams(1.0, 5)) == []
 
 
 def test_empty_prompt_is_refused(make_engine: MakeEngine, policy: LanguageModel) -> None:
     with pytest.raises(ValueError, match="no tokens"):
-        make_engine(policy).generate([Request((), [(0,)])], SamplingOptions(1.0, 5))
+        make_engine(policy).generate([Request((), [(0,)])], SamplingParams(1.0, 5))

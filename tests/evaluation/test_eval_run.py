@@ -9,15 +9,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from gruppo.cli.evaluate import Asking, _labels
-from gruppo.config.recipe import Recipe, load_recipe
+from gruppo.cli.evaluate import EvalArguments, _labels
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.evaluation import eval_run as measuring
-from gruppo.evaluation.eval_run import compare_all, measure, read_evaluation
-from gruppo.models.policy import find_model, save_model
+from gruppo.evaluation.compare import compare_all, read_evaluation
+from gruppo.evaluation.eval_run import measure
+from gruppo.evaluation.results import EvalResult
+from gruppo.models.loading import find_model
 from gruppo.models.reward_model import load_reward_model, save_reward_model
+from gruppo.models.weights import save_model
 from gruppo.training.api import train
-from gruppo.utils.progress import Silent
+from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Stop
 from tests.cli.test_cli import gruppo
 from tests.conftest import make_policy
@@ -50,8 +54,8 @@ def asked(model: str, files: list[str], samples: int = 3, **fields: object) -> R
     return load_recipe({"model": {"name": model, "dtype": "float32", "device": "cpu"}, "benchmarks": tables})
 
 
-def go(recipe: Recipe, out: Path | None = None, resume: bool = False) -> measuring.Measured:
-    return measure(recipe, out, resume, Silent(), Stop())
+def go(recipe: Recipe, out: Path | None = None, resume: bool = False) -> EvalResult:
+    return measure(recipe, out, resume, NullProgress(), Stop())
 
 
 def test_several_tasks_into_a_folder(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_one_model_twice_has_two_names(tiny_folder: str, files: list[str]) -> No
 
 
 def test_a_reward_model_scores_the_answers(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
-    head = load_reward_model(find_model(tiny_folder, Silent()), "outcome", "cpu", "float32")
+    head = load_reward_model(find_model(tiny_folder, NullProgress()), "outcome", "cpu", "float32")
     save_reward_model(head, "outcome", tmp_path / "judge")
     settings = asked(tiny_folder, files[:1])
     judged = load_recipe({**settings.as_mapping(), "reward_model": {"name": str(tmp_path / "judge"), "prompts": 0}})
@@ -165,7 +169,7 @@ def test_disagreements_between_rules_are_events(tmp_path: Path) -> None:
     texts = ["\\boxed{2} of 5", "\\boxed{2}", "we have 3"]
     path.write_text("".join(json.dumps({"id": i, "answer": "2", "completion": t}) + "\n" for i, t in enumerate(texts)))
     settings = load_recipe({"model": {"name": "x"}})
-    made = measuring.grade_file(settings, path, False, tmp_path / "out", False, Silent(), Stop())
+    made = measuring.grade_file(settings, path, False, tmp_path / "out", False, NullProgress(), Stop())
     events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
     assert [event["prompt_id"] for event in events] == ["0"]
     assert events[0]["answer"] == texts[0]
@@ -279,12 +283,12 @@ def test_answers_can_be_written_with_an_environment(tiny_folder: str, files: lis
 @pytest.mark.parametrize(
     ("asking", "name"),
     [
-        (Asking(tasks=["gsm8k"], options={"prompt": "tool"}), "python"),
-        (Asking(tasks=["gsm8k"], options={"prompt": "tool"}, environment="game.py:Game"), "game.py:Game"),
-        (Asking(tasks=["gsm8k"]), None),
+        (EvalArguments(tasks=["gsm8k"], options={"prompt": "tool"}), "python"),
+        (EvalArguments(tasks=["gsm8k"], options={"prompt": "tool"}, environment="game.py:Game"), "game.py:Game"),
+        (EvalArguments(tasks=["gsm8k"]), None),
     ],
 )
-def test_a_tool_prompt_brings_its_tool(asking: Asking, name: str | None) -> None:
+def test_a_tool_prompt_brings_its_tool(asking: EvalArguments, name: str | None) -> None:
     environment = asking.recipe_of("m").environment
     assert (environment.name if environment else None) == name
 
@@ -295,14 +299,16 @@ def test_what_is_asked_goes_before_the_recipe(tmp_path: Path) -> None:
         '[model]\nname = "a"\n[task]\nname = "gsm8k"\n[evaluation]\nquestions = 7\nmax_tokens = 9\n'
         '[[benchmarks]]\ntask = "math"\nmax_tokens = 5\n'
     )
-    own = Asking(recipe=path, data=tmp_path, fields={"questions": 3}).recipe_of("b")
+    own = EvalArguments(recipe=path, data=tmp_path, fields={"questions": 3}).recipe_of("b")
     assert own.model.name == "b"
     assert own.evaluation is not None
     assert (own.evaluation.questions, own.evaluation.max_tokens) == (3, 9)
     assert own.benchmarks[0].task is not None
     assert own.benchmarks[0].task.options == {"data": str(tmp_path)}
     assert (own.benchmarks[0].questions, own.benchmarks[0].max_tokens) == (3, 5)
-    other = Asking(recipe=path, tasks=["sat", "cmath"], temperature=0.5, overrides=["evaluation.decoding.top_p=0.9"])
+    other = EvalArguments(
+        recipe=path, tasks=["sat", "cmath"], temperature=0.5, overrides=["evaluation.decoding.top_p=0.9"]
+    )
     made = other.recipe_of("b")
     assert made.evaluation is None
     assert [each.title for each in made.benchmarks] == ["sat", "cmath"]

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gruppo
-from gruppo.config.recipe import Decoding
+from gruppo.config.sections import Decoding
 from gruppo.errors import UsageError
-from gruppo.evaluation.sets import evaluate, evaluate_recipe, sampling_options
-from gruppo.models.policy import save_model
+from gruppo.evaluation.runner import evaluate, evaluate_recipe
+from gruppo.evaluation.sets import sampling_options
+from gruppo.models.weights import save_model
 from gruppo.utils.stats import bootstrap_interval
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, small_run

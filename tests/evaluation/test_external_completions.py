@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from gruppo.config.recipe import load_recipe
+from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
-from gruppo.evaluation.eval_run import Measured, grade_file
-from gruppo.utils.progress import Silent
+from gruppo.evaluation.eval_run import grade_file
+from gruppo.evaluation.results import EvalResult
+from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Stop
 
 TASK = [{"prompt": "What is 1 + 1?", "answer": "2"}, {"prompt": "What is 2 + 2?", "answer": "4"}]
@@ -20,7 +21,7 @@ TASK = [{"prompt": "What is 1 + 1?", "answer": "2"}, {"prompt": "What is 2 + 2?"
 def graded(
     tmp_path: Path, rows: list[dict[str, Any]], task: bool = True, grader: str | None = None, out: Path | None = None,
     resume: bool = False,
-) -> Measured:  # fmt: skip
+) -> EvalResult:  # fmt: skip
     path = tmp_path / "given.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TASK))
@@ -28,7 +29,7 @@ def graded(
     if task:
         settings["task"] = str(tmp_path / "task.jsonl")
     recipe = load_recipe({"model": {"name": str(path)}, "evaluation": settings})
-    return grade_file(recipe, path, task, out, resume, Silent(), Stop())
+    return grade_file(recipe, path, task, out, resume, NullProgress(), Stop())
 
 
 SHAPES = {
@@ -114,7 +115,7 @@ def test_a_folder_can_be_read_and_graded_again(tmp_path: Path) -> None:
     again = graded(tmp_path, SHAPES["text, by index"], out=tmp_path / "out", resume=True)
     assert again.as_dict()["exams"] == first.as_dict()["exams"]
     recipe = load_recipe({"model": {"name": "x"}, "evaluation": {"task": str(tmp_path / "task.jsonl")}})
-    own = grade_file(recipe, tmp_path / "out" / "samples.parquet", True, None, False, Silent(), Stop())
+    own = grade_file(recipe, tmp_path / "out" / "samples.parquet", True, None, False, NullProgress(), Stop())
     assert [s.figures["accuracy"] for s in own.sheets.values()] == [
         s.figures["accuracy"] for s in first.sheets.values()
     ]
@@ -147,5 +148,5 @@ def test_ids_of_the_task_go_before_places(tmp_path: Path) -> None:
     path = tmp_path / "given.jsonl"
     path.write_text("".join(json.dumps({"id": n, "completion": t}) + "\n" for n, t in ((1, "2"), (2, "4"))))
     recipe = load_recipe({"model": {"name": "x"}, "evaluation": {"task": str(tmp_path / "own.jsonl")}})
-    (sheet,) = grade_file(recipe, path, True, None, False, Silent(), Stop()).sheets.values()
+    (sheet,) = grade_file(recipe, path, True, None, False, NullProgress(), Stop()).sheets.values()
     assert sheet.figures["accuracy"] == 1

@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 
 from gruppo.errors import UsageError
-from gruppo.evaluation.metrics import (
-    Question,
-    compare,
-    draw_curves,
-    figure_metrics,
-    figures,
-    sizes,
-    told,
-    told_difference,
-)
+from gruppo.evaluation.formatting import told, told_difference
+from gruppo.evaluation.metrics import Question, compare, figure_metrics, figures, sizes
+from gruppo.evaluation.plots import draw_curves
 
 
 def question(number: int, right: str, votes: str | None = None, scores: list[float] | None = None) -> Question:

@@ -13,25 +13,32 @@ import pytest
 from hypothesis import strategies as st
 
 from gruppo.algorithms.advantages import process_advantages
-from gruppo.algorithms.credit import assign_advantages, mark_trained, select
-from gruppo.engines.base import Request, SamplingOptions
+from gruppo.algorithms.credit import assign_advantages
+from gruppo.algorithms.filtering import mark_trained, select
+from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import RunError, UsageError
-from gruppo.evaluation.sets import Evaluation, Exam, mark
+from gruppo.evaluation.runner import Evaluation
+from gruppo.evaluation.sets import EvalSet
+from gruppo.evaluation.verdicts import mark
 from gruppo.models.policy import LanguageModel
-from gruppo.rewards import combine
 from gruppo.rewards.answers import exact_match, number
+from gruppo.rewards.combine import combine
 from gruppo.rewards.format import Regex, think_format
-from gruppo.rewards.grading.graders import Named, find_grader, last_number, same_mathematics, same_number, same_text
+from gruppo.rewards.grading.graders import Named, find_grader
+from gruppo.rewards.grading.last_number import last_number, same_number, same_text
+from gruppo.rewards.grading.math_verify import same_mathematics
 from gruppo.rewards.grading.verdicts import Verdict, verdicts
 from gruppo.rewards.length import Overlong, Repetition
 from gruppo.rewards.steps import checked_ends, lines, step_tokens
-from gruppo.rollout.sampling import describe_groups
+from gruppo.rollout.metrics import describe_groups
 from gruppo.rollout.workers.reward_main import _score
 from gruppo.rollout.workers.rewards import _outcome
 from gruppo.runs.folder import RunFolder
-from gruppo.runs.tables import EVALUATIONS, ROLLOUTS, as_json, rollout_rows
-from gruppo.types import Completion, Group, Metrics, Prompt, Reward
+from gruppo.runs.tables import EVALUATIONS, ROLLOUTS, rollout_rows
+from gruppo.types import Completion, Group, Prompt, Reward
+from gruppo.utils.metrics import Metrics
+from gruppo.utils.text import as_json
 from tests.conftest import make_tokenizer
 from tests.fuzzing import ANY_TEXT, JSON_VALUES, NUMBERS, TEXT, clear, examples
 
@@ -164,7 +171,7 @@ def test_whatever_a_reward_returns_is_a_number_steps_or_an_abstention(value: Any
     assert len(rewards) == 2
     group = Group(Prompt("t/0", "q", (1, 2), "t", {}), completions, rewards)
     mark_trained([group], mask_truncated=False)
-    from gruppo.config.recipe import Method
+    from gruppo.config.method_section import Method
 
     settings, metrics = Method(name="grpo-process"), Metrics()
     select([group], settings)
@@ -219,7 +226,7 @@ def test_rules_that_give_any_ends(given_ends: Any, text: str) -> None:
 def test_stop_texts_of_all_kinds(
     policy: LanguageModel, stops: list, prompt: list, least: int, top_p: float, seed: int
 ) -> None:
-    options = SamplingOptions(1.0, 6, top_p=top_p, min_tokens=least, stop=tuple(stops))
+    options = SamplingParams(1.0, 6, top_p=top_p, min_tokens=least, stop=tuple(stops))
     ((made,),) = NativeEngine(policy, 1).generate([Request(tuple(prompt), [(seed,)])], options)
     assert least or not any(stop in made.text for stop in stops)
     assert 1 <= len(made.token_ids) <= 6
@@ -255,8 +262,8 @@ def test_tables_hold_what_was_made(
     assert [row["token_ids"] for row in read] == ids
     assert [row["reward"] for row in read] == rewards[: len(ids)]
     json.loads(read[0]["columns"])
-    exam = Exam(
-        "", [prompt], {prompt.task: Named("exact_match", same_text)}, SamplingOptions(0.0, 12), len(ids), 0, None
+    exam = EvalSet(
+        "", [prompt], {prompt.task: Named("exact_match", same_text)}, SamplingParams(0.0, 12), len(ids), 0, None
     )
     verdicts = [[Verdict(True, text, "exact_match", {"boxed": False}) for _ in ids]]
     outcome = Evaluation(exam, [group.completions], verdicts)

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from gruppo.config.recipe import load_recipe
-from gruppo.evaluation.sets import evaluate
+from gruppo.config.loading import load_recipe
+from gruppo.evaluation.runner import evaluate
+from gruppo.rollout.labels import read_labels
 from gruppo.runs.report import describe_run
 from gruppo.runs.results import load_result
 from gruppo.training.api import train
-from gruppo.training.checkpoint import file_sha256
 from gruppo.training.export import export
 from gruppo.training.reward_model_api import label, train_reward_model
-from gruppo.training.step_labels import read_labels
+from gruppo.utils.files import file_sha256
 from tests.fuzzing import JSON_VALUES, clear, command, examples, said_clearly
 
 ROWS = [{"prompt": f"{first}{second}", "completion": first, "answer": first} for first in "abc" for second in "12"]

@@ -11,11 +11,13 @@ import pytest
 import tomli_w
 from hypothesis import strategies as st
 
+from gruppo.config.loading import load_recipe, toml_value
 from gruppo.config.methods import METHODS
-from gruppo.config.recipe import Recipe, Section, load_recipe, toml_value
+from gruppo.config.recipe import Recipe
 from gruppo.config.schema import annotated
+from gruppo.config.sections import Section
 from gruppo.errors import UsageError
-from gruppo.models.policy import find_model
+from gruppo.models.loading import find_model
 from tests.fuzzing import ANY_TEXT, NUMBERS, TEXT, TOML_VALUES, clear, command, examples, said_clearly
 
 QUICKSTART = Path("recipes/quickstart.toml").read_text()
@@ -144,5 +146,5 @@ def test_names_of_files(folder: Path, name: str, extends: str) -> None:
 
 @examples(60, name=ANY_TEXT | st.tuples(ANY_TEXT, st.sampled_from([".gguf", "/x", "--a", "/"])).map("".join))
 def test_names_of_models(name: str) -> None:
-    with clear(), mock.patch("gruppo.models.policy.hub_reachable", return_value=False):
+    with clear(), mock.patch("gruppo.models.loading.hub_reachable", return_value=False):
         find_model(name)

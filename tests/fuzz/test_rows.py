@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from gruppo.config.recipe import RecipeError, load_recipe
-from gruppo.data.datasets import read_data
-from gruppo.data.loading import tokenize_part
-from gruppo.data.offline import given_completions
+from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.data.offline import offline_completions
+from gruppo.data.tokenization import tokenize_part
 from gruppo.data.transform import in_held_out
-from gruppo.runs.tables import as_json
-from gruppo.utils.progress import Silent
+from gruppo.evaluation.datasets import read_data
+from gruppo.utils.progress import NullProgress
+from gruppo.utils.text import as_json
 from tests.conftest import make_tokenizer
 from tests.fuzzing import ANY_TEXT, JSON_VALUES, TEXT, clear, command, examples, said_clearly
 
@@ -57,7 +57,7 @@ def through(rows: Any, task: dict[str, Any], method: str, rewards: list[str]) ->
         })  # fmt: skip
     except RecipeError:
         return  # tests/fuzz/test_recipes.py has these
-    data = read_data(recipe, recipe.reward.functions, rows, Silent())
+    data = read_data(recipe, recipe.reward.functions, rows, NullProgress())
     for part in data.training:
         prompts, _ = tokenize_part(part, TOKENIZER, 128, 8, 48)
         for prompt in prompts:
@@ -65,7 +65,7 @@ def through(rows: Any, task: dict[str, Any], method: str, rewards: list[str]) ->
             as_json(dict(prompt.columns)).encode()
             prompt.text.encode()
             if method != "grpo":
-                given_completions(prompt, TOKENIZER, method == "dpo")
+                offline_completions(prompt, TOKENIZER, method == "dpo")
 
 
 @examples(250, rows=ROWS | GOOD, task=TASKS, method=st.sampled_from(["grpo", "sft", "dpo"]), rewards=REWARDS)

@@ -7,8 +7,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from gruppo.data.loading import checked_rows, tokenize_rows
-from gruppo.data.offline import given_completions
+from gruppo.data.loading import checked_rows
+from gruppo.data.offline import offline_completions
+from gruppo.data.tokenization import tokenize_rows
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.static_checks import inspect_lengths, inspect_start, inspect_template, inspect_tokens
 from tests.conftest import TEMPLATE, make_tokenizer
@@ -61,4 +62,4 @@ def test_templates_of_all_kinds(
             inspect_lengths(prompts, 120, 8, {}, None),
         ]  # fmt: skip
         assert all(line.isprintable() for each in found for line in each.lines())
-        given_completions(prompts[0], tokenizer, pairs)
+        offline_completions(prompts[0], tokenizer, pairs)

@@ -14,20 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gruppo.config.recipe import RecipeError, load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.data.loading import checked_rows
 from gruppo.data.transform import transform
 from gruppo.errors import RunError, UsageError, one_line
-from gruppo.models.policy import find_model
+from gruppo.models.loading import find_model
+from gruppo.rollout.labels import read_labels
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.reading import reading
 from gruppo.runs.results import load_result
-from gruppo.runs.tables import as_json
 from gruppo.training.api import train
-from gruppo.training.checkpoint import file_sha256, load_state
+from gruppo.training.checkpoint import load_state
 from gruppo.training.export import export
-from gruppo.training.step_labels import read_labels
+from gruppo.utils.files import file_sha256
 from gruppo.utils.paths import is_dir, is_file, user_path
+from gruppo.utils.text import as_json
 from tests.fuzz.test_folders import recipe_of, rows_file
 
 
@@ -58,16 +59,16 @@ def test_names_that_no_file_can_have(name: str) -> None:
     assert not is_dir(user_path(name))
     with pytest.raises(UsageError):
         find_model(name)
-    from gruppo.config.recipe import Task
+    from gruppo.config.sections import Task
     from gruppo.data.loading import load_questions
-    from gruppo.utils.progress import Silent
+    from gruppo.utils.progress import NullProgress
 
     with pytest.raises(UsageError):
-        load_questions(Task.model_construct(**{**Task().model_dump(), "name": name}), "task", Silent())
+        load_questions(Task.model_construct(**{**Task().model_dump(), "name": name}), "task", NullProgress())
 
 
 def test_a_message_without_a_role() -> None:
-    from gruppo.config.recipe import Task
+    from gruppo.config.sections import Task
 
     rows = [{"prompt": [{"role": None, "content": "a"}]}]
     with pytest.raises(UsageError, match="without role and content"):
@@ -245,14 +246,14 @@ def test_a_log_that_cannot_be_written_leaves_no_pipe_open(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_is_a_part_of_a_disk_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gruppo.config.recipe import Task
+    from gruppo.config.sections import Task
     from gruppo.data import hub
     from gruppo.data.loading import load_questions
-    from gruppo.utils.progress import Silent
+    from gruppo.utils.progress import NullProgress
 
     (tmp_path / "inner").mkdir()
     for number in range(3):
         (tmp_path / "inner" / f"{number}.txt").write_text("a")
     monkeypatch.setattr(hub, "MOST_FILES", 2)
     with pytest.raises(UsageError, match="more than 2 files"):
-        load_questions(Task(name=str(tmp_path)), "task", Silent())
+        load_questions(Task(name=str(tmp_path)), "task", NullProgress())

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gruppo.algorithms.losses import sequence_mean_weights
-from gruppo.config.recipe import Optimizer
+from gruppo.algorithms.aggregation import sequence_mean_weights
+from gruppo.config.sections import Optimizer
+from gruppo.models.compatibility import wrap_model
 from gruppo.models.ops.linear import packed, product
-from gruppo.models.policy import LanguageModel, wrap_model
-from gruppo.training.packing import Batch, pack, score
-from gruppo.training.setup import make_optimizer
+from gruppo.models.packing import Batch, pack, score
+from gruppo.models.policy import LanguageModel
+from gruppo.training.optimizer import make_optimizer
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.training.test_invariance import prepared, random_groups
 
@@ -96,7 +97,7 @@ def test_recomputation_keeps_less_and_changes_nothing(name: str) -> None:
 def test_weights_are_prepared_again_after_each_update(name: str) -> None:
     """Also by the fused optimizer, which does not say that it changed them; with and without gradients."""
     policy = make_architecture(name)
-    optimizer, batch = make_optimizer(Optimizer(learning_rate=0.01), policy.model), one_batch()
+    optimizer, batch = make_optimizer(Optimizer(learning_rate=0.01), policy.model, policy), one_batch()
     for _ in range(2):
         gradients(policy)
         optimizer.step()
@@ -113,6 +114,7 @@ def test_weights_are_prepared_once_while_they_stay() -> None:
         first = policy.body.prepare(torch.bfloat16, True)
         assert policy.body.prepare(torch.bfloat16, True) is first
         policy.body.decoder.layers[1].mlp.down_proj.weight.mul_(2)
+        policy.generation.advance()
         assert policy.body.prepare(torch.bfloat16, True) is not first
 
 

@@ -17,20 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gruppo.errors import UsageError
-from gruppo.models import policy as models
-from gruppo.models.attention.interface import SharedPrefixAttention
-from gruppo.models.policy import (
-    LanguageModel,
-    ModelSource,
-    choose_device,
-    choose_dtype,
-    eos_ids,
-    find_model,
-    load_model,
-    save_model,
-    weights_sha256,
-    wrap_model,
-)
+from gruppo.models import loading as models
+from gruppo.models.attention.shared_prefix import SharedPrefixAttention
+from gruppo.models.compatibility import eos_ids, wrap_model
+from gruppo.models.loading import ModelSource, find_model, load_model
+from gruppo.models.policy import LanguageModel
+from gruppo.models.precision import choose_device, choose_dtype
+from gruppo.models.weights import save_model, weights_sha256
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_policy, make_tokenizer
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gruppo.models.logprobs import OutputHead, kl_estimate, token_logprobs
+from gruppo.algorithms.kl import kl_estimate
+from gruppo.models.logprobs import OutputHead, token_logprobs
 
 
 def inputs(count: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

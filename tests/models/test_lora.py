@@ -23,12 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from gruppo.algorithms.credit import batch_loss
-from gruppo.algorithms.losses import sequence_mean_weights
-from gruppo.config.recipe import Lora, Method, Optimizer, RecipeError, load_recipe
-from gruppo.engines.base import Request, SamplingOptions
+from gruppo.algorithms.aggregation import sequence_mean_weights
+from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.config.method_section import Method
+from gruppo.config.sections import Lora, Optimizer
+from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import UsageError
+from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.logprobs import OutputHead, token_logprobs
 from gruppo.models.lora import (
     AdaptedModel,
@@ -40,22 +42,14 @@ from gruppo.models.lora import (
     save_adapter,
     without_adapters,
 )
-from gruppo.models.policy import (
-    LanguageModel,
-    ModelSource,
-    find_model,
-    load_model,
-    named_weights,
-    save_model,
-    tensors_sha256,
-    trained_weights,
-    weights_sha256,
-)
+from gruppo.models.packing import pack, score
+from gruppo.models.policy import LanguageModel
+from gruppo.models.weights import named_weights, save_model, tensors_sha256, trained_weights, weights_sha256
 from gruppo.training.api import train
 from gruppo.training.export import export
-from gruppo.training.packing import pack, score
-from gruppo.training.setup import make_optimizer
-from gruppo.types import Metrics
+from gruppo.training.optimizer import make_optimizer
+from gruppo.training.policy_loss import batch_loss
+from gruppo.utils.metrics import Metrics
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_policy, make_tokenizer, random_groups
 from tests.small_runs import ROWS, recipe, small_run
@@ -80,6 +74,7 @@ def give_values(policy: LanguageModel) -> None:
     with torch.no_grad():
         for layer in adapted_layers(policy.model).values():
             layer.lora_B["default"].weight.normal_(std=0.3)
+    policy.generation.advance()
 
 
 def logits(policy: LanguageModel) -> torch.Tensor:
@@ -196,6 +191,7 @@ def merged_model(name: str, policy: LanguageModel) -> LanguageModel:
     assert held.keys() == weights.keys()
     for each, tensor in held.items():
         tensor.copy_(weights[each])
+    plain.generation.advance()
     return plain
 
 
@@ -207,7 +203,7 @@ PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14, 15)]
 def test_engine_samples_the_same_from_adapters_and_from_merged_weights(name: str, dtype: torch.dtype) -> None:
     policy = adapted(name, dtype)
     asked = [Request(prompt, [(0, place, index) for index in range(4)]) for place, prompt in enumerate(PROMPTS)]
-    options = SamplingOptions(1.0, 16)
+    options = SamplingParams(1.0, 16)
     one = NativeEngine(policy, 8).generate(asked, options)
     two = NativeEngine(merged_model(name, policy), 8).generate(asked, options)
     start = NativeEngine(make_architecture(name, dtype), 8).generate(asked, options)
@@ -309,7 +305,7 @@ def test_reference_between_forward_and_backward_leaves_the_gradient() -> None:
 
 def test_optimizer_holds_and_moves_the_adapters_alone() -> None:
     policy = adapted("llama")
-    optimizer = make_optimizer(Optimizer(learning_rate=1e-2), policy.model)
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-2), policy.model, policy)
     held = {id(each) for group in optimizer.param_groups for each in group["params"]}
     assert held == {id(each) for name, each in policy.model.named_parameters() if ".lora_" in name}
     before = {name: each.clone() for name, each in policy.model.named_parameters()}

@@ -16,27 +16,16 @@ from transformers import (
     OPTConfig,
 )
 
-from gruppo.config.recipe import RewardModel
+from gruppo.config.sections import RewardModel
 from gruppo.errors import UsageError
-from gruppo.models.policy import find_model
-from gruppo.models.reward_model import (
-    Sample,
-    check_kind,
-    divided,
-    label_batches,
-    load_reward_model,
-    minibatches,
-    probabilities,
-    quality,
-    replayed,
-    save_reward_model,
-    with_scores,
-)
+from gruppo.models.loading import find_model
+from gruppo.models.reward_model import check_kind, load_reward_model, save_reward_model
 from gruppo.models.value_head import ScalarModel
-from gruppo.training.oom_retry import Sizes
-from gruppo.training.reward_model import Judge, fit
+from gruppo.rollout.reward_model import RewardModelScorer, Sample, probabilities, with_scores
+from gruppo.training.reward_model import RewardModelTrainer, divided, fit, label_batches, minibatches, quality, replayed
 from gruppo.types import Completion, Prompt, Reward, Steps
-from gruppo.utils.progress import Silent
+from gruppo.utils.oom_retry import BatchSizes
+from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Stop
 from gruppo.utils.stats import auc, calibration_error
 from tests.conftest import make_policy
@@ -177,9 +166,11 @@ def test_an_update_without_a_label_is_not_made() -> None:
     model = scalar("process")
     before = [each.clone() for each in model.module.parameters()]
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=0.1)
-    judge = Judge(model, optimizer, RewardModel(kind="process"), model.policy.tokenizer, Sizes(10**9, 1), 1.0)
+    settings = RewardModel(kind="process")
+    scorer = RewardModelScorer(model, settings, model.policy.tokenizer, BatchSizes(10**9, 1))
+    trainer = RewardModelTrainer(scorer, optimizer, 1.0)
     blank = [Sample(each.prompt, each.completion, True, Steps((), ())) for each in random_samples("process")]
-    assert fit(judge, blank, 1, lambda *_: None, Silent(), Stop()).reduce() == {}
+    assert fit(trainer, blank, 1, lambda *_: None, NullProgress(), Stop()).reduce() == {}
     assert all((own == each).all() for own, each in zip(before, model.module.parameters(), strict=True))
 
 
@@ -203,10 +194,12 @@ def test_learns_to_tell_right_from_wrong(kind: str) -> None:
     settings = RewardModel(kind=kind, epochs=15, batch_size=12, learning_rate=5e-3)
     model = ScalarModel.on(make_policy(initializer_range=0.1), bias=kind == "process")
     optimizer = torch.optim.AdamW(model.module.parameters(), weight_decay=0.0)
-    judge = Judge(model, optimizer, settings, model.policy.tokenizer, Sizes(10**9, 1), 1.0)
+    optimizer.register_step_post_hook(lambda *_: model.policy.generation.advance())
+    scorer = RewardModelScorer(model, settings, model.policy.tokenizer, BatchSizes(10**9, 1))
+    trainer = RewardModelTrainer(scorer, optimizer, 1.0)
     before = quality(held, probabilities(model, held, 10**9, CPU))
     assert before["auc"] == 0.5, "a new head tells nothing"
-    metrics = fit(judge, training, 1, lambda *_: None, Silent(), Stop()).reduce()
+    metrics = fit(trainer, training, 1, lambda *_: None, NullProgress(), Stop()).reduce()
     after = quality(held, probabilities(model, held, 10**9, CPU))
     assert metrics["reward_model/loss"] < np.log(2)
     assert after["accuracy"] > 0.9

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gruppo.config.recipe import load_recipe
+from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
-from gruppo.preflight.check import _round_seconds, check_recipe, describe_check
-from gruppo.training.disk_estimate import exam_count
+from gruppo.preflight.check import check_recipe, describe_check
+from gruppo.preflight.timing import round_seconds
+from gruppo.training.disk_estimate import eval_set_count
 from tests.cli.test_cli import gruppo, recipe_file  # noqa: F401  # a fixture
 from tests.small_runs import ROWS, recipe, small_run
 
@@ -65,10 +66,10 @@ def test_seconds_of_a_round_by_hand(data: dict) -> None:
     data["sampling"] |= {"prompts_per_step": 4, "group_size": 4}
     data["reward_model"] = {"prompts": 8, "held_out": 0.25, "history": 0.0, "batch_size": 8, "epochs": 2}
     # Two steps' worth of samples, of which 0.5 is measured twice and 1.5 trained on twice, in 3 updates each time.
-    seconds = _round_seconds(load_recipe(data), drawing=10.0, forward=1.0, backward=2.0, optimizer=0.5)
+    seconds = round_seconds(load_recipe(data), drawing=10.0, forward=1.0, backward=2.0, optimizer=0.5)
     assert seconds == pytest.approx(2 * 10 + 2 * 0.5 * 1 + 2 * (1.5 * 3 + 3 * 0.5))
     del data["reward_model"]
-    assert _round_seconds(load_recipe(data), 10.0, 1.0, 2.0, 0.5) == 0
+    assert round_seconds(load_recipe(data), 10.0, 1.0, 2.0, 0.5) == 0
 
 
 @pytest.mark.parametrize(
@@ -115,17 +116,18 @@ def test_evaluations_are_counted_as_the_loop_makes_them(
     data: dict, tmp_path: Path, steps: int, every: int, count: int
 ) -> None:
     changed = load_recipe(data, [f"run.steps={steps}", f"evaluation.every={every}"])
-    assert exam_count(changed, every) == count
+    assert eval_set_count(changed, every) == count
     made = small_run(
         data["model"]["name"], tmp_path / "run", run__steps=steps, evaluation__every=every,
         evaluation__task=data["evaluation"]["task"], evaluation__questions=2, evaluation__grader="exact_match",
     )  # fmt: skip
     assert len(list((made.path / "evaluations").iterdir())) == count
-    assert exam_count(load_recipe(data, [f"run.steps={10**15}"]), 1) == 10**15 + 1
+    assert eval_set_count(load_recipe(data, [f"run.steps={10**15}"]), 1) == 10**15 + 1
 
 
 def test_what_is_sampled_is_the_start_model(data: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gruppo.models.policy import find_model, load_model, weights_sha256
+    from gruppo.models.loading import find_model, load_model
+    from gruppo.models.weights import weights_sha256
     from gruppo.preflight import smoke_test as trial
 
     start = weights_sha256(load_model(find_model(data["model"]["name"]), "cpu", "float32").model)

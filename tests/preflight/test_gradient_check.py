@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gruppo.algorithms import credit as objective
-from gruppo.config.recipe import Lora, load_recipe
+from gruppo.config.loading import load_recipe
+from gruppo.config.sections import Lora
 from gruppo.models.lora import add_adapters
-from gruppo.models.policy import LanguageModel, weights_sha256
+from gruppo.models.policy import LanguageModel
+from gruppo.models.weights import weights_sha256
 from gruppo.preflight.gradient_check import TOKENS, Derivative, compare, shortened, with_arbitrary_rewards
+from gruppo.training import policy_loss as losses_of_batches
 from gruppo.types import Group, Reward
 from tests.architectures import make_architecture
 from tests.conftest import make_group, make_policy, random_groups
@@ -63,13 +65,13 @@ def test_without_memory_it_goes_along_the_gradient(policy: LanguageModel) -> Non
 def test_a_gradient_that_is_wrong_is_noticed(
     policy: LanguageModel, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
-    right = objective.policy_loss
+    right = losses_of_batches.policy_loss
 
     def wrong(*arguments: object):
         made = right(*arguments)  # type: ignore[arg-type]
         return made._replace(loss=1.5 * made.loss - 0.5 * made.loss.detach())
 
-    monkeypatch.setattr(objective, "policy_loss", wrong)
+    monkeypatch.setattr(losses_of_batches, "policy_loss", wrong)
     assert compared(policy, allowed=allowed).error > 0.1
 
 

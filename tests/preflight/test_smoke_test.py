@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gruppo.config.recipe import load_recipe
+from gruppo.config.loading import load_recipe
 from gruppo.models.ops.cpu.build import why_missing
 from gruppo.preflight import smoke_test as tried
 from gruppo.preflight.check import check_recipe

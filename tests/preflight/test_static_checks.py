@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gruppo.config.recipe import load_recipe
+from gruppo.config.loading import load_recipe
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import WIDTH, Finding, described
 from gruppo.preflight.static_checks import (

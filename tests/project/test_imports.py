@@ -12,7 +12,7 @@ import pytest
 
 # A package imports from itself and from what stands before its arrow.
 RULE = (
-    "errors, types -> utils, config -> runs, data, algorithms -> models -> engines, rewards -> rollout -> evaluation "
+    "errors, types -> utils -> config -> runs, data, algorithms -> models -> engines, rewards -> rollout -> evaluation "
     "-> training -> preflight -> cli"
 )
 RANK = {name: rank for rank, names in enumerate(RULE.split(" -> ")) for name in names.split(", ")}

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import gruppo
-from gruppo.config.recipe import RecipeError, load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.errors import UsageError
-from gruppo.models.policy import find_model, load_model
+from gruppo.models.loading import find_model, load_model
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.training.api import train
 from tests.small_runs import ROWS, recipe

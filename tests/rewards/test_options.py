@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gruppo.config.recipe import RecipeError, load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.errors import UsageError
 from gruppo.rollout.workers.rewards import RewardPool
 from tests.rollout.workers.test_rewards import group, totals

@@ -9,25 +9,26 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gruppo.config.recipe import Environment
-from gruppo.data.loading import Part, tokenize_part
-from gruppo.engines.base import Request, SamplingOptions
+from gruppo.config.sections import Environment
+from gruppo.data.loading import Dataset
+from gruppo.data.tokenization import tokenize_part
+from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
-from gruppo.rollout.chat_rendering import Dialogue, tool_texts
-from gruppo.rollout.environments.client import Hosted, Sandboxes
-from gruppo.rollout.multi_turn import Episodes, _waves
+from gruppo.rollout.chat_rendering import ChatRenderer, tool_texts
+from gruppo.rollout.environments.client import ProcessEnvironments, PythonEnvironments
+from gruppo.rollout.multi_turn import MultiTurnSampler, _waves
 from gruppo.rollout.sampling import sample_groups
 from gruppo.types import Completion, Episode, Prompt
-from gruppo.utils.progress import Silent
+from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Stop
 from tests.conftest import END, make_tokenizer
 from tests.rollout.environments.test_protocol import FakePool
 from tests.rollout.environments.worlds import Counter
 
 WORLDS = "tests/rollout/environments/worlds.py"
-OPTIONS = SamplingOptions(1.0, 24)
+OPTIONS = SamplingParams(1.0, 24)
 STREAMS = [[(0, 1, place, number) for number in range(3)] for place in range(2)]
 
 
@@ -37,7 +38,7 @@ class Scripted:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, turns: Sequence[str], eos: int = END) -> None:
         self.tokenizer, self.turns, self.eos = tokenizer, turns, eos
         self.requests: list[Request] = []
-        self.options: list[SamplingOptions] = []
+        self.options: list[SamplingParams] = []
         self.asked: dict[tuple[int, ...], int] = {}
 
     def generate(self, requests, options, advance=None):
@@ -45,7 +46,7 @@ class Scripted:
         self.options.append(options)
         return [[self._one(r, stream, r.limits[n], options) for n, stream in enumerate(r.streams)] for r in requests]
 
-    def _one(self, request: Request, stream: tuple[int, ...], limit: int, options: SamplingOptions) -> Completion:
+    def _one(self, request: Request, stream: tuple[int, ...], limit: int, options: SamplingParams) -> Completion:
         turn = self.asked.get(stream[:4], 0)
         self.asked[stream[:4]] = turn + 1
         ids = [
@@ -74,35 +75,37 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[str, Hosted]]:
-    made: dict[str, Hosted] = {}
+def worlds() -> Iterator[dict[str, ProcessEnvironments]]:
+    made: dict[str, ProcessEnvironments] = {}
 
-    class Opened(dict):
-        def __missing__(self, name: str) -> Hosted:
+    class OpenedEnvironments(dict):
+        def __missing__(self, name: str) -> ProcessEnvironments:
             kind, _, options = name.partition(" ")
             fields = {"options": {"rounds": int(options)}} if options else {}
-            made[name] = Hosted(Environment(name=f"{WORLDS}:{kind}", workers=1, **fields), [], None, Silent())
+            made[name] = ProcessEnvironments(
+                Environment(name=f"{WORLDS}:{kind}", workers=1, **fields), [], None, NullProgress()
+            )
             return made[name]
 
-    yield Opened()
+    yield OpenedEnvironments()
     for each in made.values():
         each.close()
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerFast, *contents: object, **columns: object) -> list[Prompt]:
     rows = [{"prompt": content, **columns} for content in contents]
-    return tokenize_part(Part("t", rows, range(len(rows))), tokenizer, 128, 24)[0]
+    return tokenize_part(Dataset("t", rows, range(len(rows))), tokenizer, 128, 24)[0]
 
 
-def play(episodes: Episodes, engine: object, prompts: list[Prompt], count: int = 1, options=OPTIONS):
+def play(episodes: MultiTurnSampler, engine: object, prompts: list[Prompt], count: int = 1, options=OPTIONS):
     streams = [[(0, 1, place, number) for number in range(count)] for place in range(len(prompts))]
-    return episodes.play(engine, prompts, streams, options, Silent(), Stop())  # type: ignore[arg-type]
+    return episodes.play(engine, prompts, streams, options, NullProgress(), Stop())  # type: ignore[arg-type]
 
 
 def test_turns_of_an_environment_of_ours_by_hand(tokenizer, worlds) -> None:
     """ab? + c= is over: the answer to the last turn is read by nobody."""
     engine = Scripted(tokenizer, ["ab?", "z="])
-    episodes = Episodes(worlds["Letters 2"], Dialogue(tokenizer, [END]), turns=4)
+    episodes = MultiTurnSampler(worlds["Letters 2"], ChatRenderer(tokenizer, [END]), turns=4)
     begun, ((made,),) = play(episodes, engine, prompts_of(tokenizer, "q"))
     ids = tokenizer("ab?+z=")["input_ids"]
     assert made == Completion(
@@ -124,7 +127,7 @@ def test_turns_of_an_environment_of_ours_by_hand(tokenizer, worlds) -> None:
 
 def test_after_the_last_answer_the_model_ends_by_itself(tokenizer, worlds) -> None:
     engine = Scripted(tokenizer, ["a?", "b?c?."])
-    episodes = Episodes(worlds["Letters 9"], Dialogue(tokenizer, [END]), turns=1)
+    episodes = MultiTurnSampler(worlds["Letters 9"], ChatRenderer(tokenizer, [END]), turns=1)
     _, ((made,),) = play(episodes, engine, prompts_of(tokenizer, "q"))
     assert (made.text, made.token_ids[-1], made.finish_reason) == ("a?+b?c?", END, "stop")
     assert made.episode == Episode(turns=1, reward=1 / 2), "what comes after is not heard"
@@ -135,7 +138,7 @@ def test_an_end_token_is_the_end_of_a_turn(tokenizer, worlds) -> None:
     """Of plain text the answer follows as it stands."""
     engine = Scripted(tokenizer, ["a.", "b."])
     _, ((made,),) = play(
-        Episodes(worlds["Letters 2"], Dialogue(tokenizer, [END]), 4), engine, prompts_of(tokenizer, "q")
+        MultiTurnSampler(worlds["Letters 2"], ChatRenderer(tokenizer, [END]), 4), engine, prompts_of(tokenizer, "q")
     )
     assert list(made.token_ids) == [*tokenizer("a")["input_ids"], END, *tokenizer("+b")["input_ids"], END]
     assert made.mask == (True, True, False, True, True)
@@ -146,7 +149,7 @@ def test_in_a_conversation_an_answer_is_a_message(tokenizer, worlds) -> None:
     """The template writes <question> and = for the assistant: after its end token come ">", the answer and "="."""
     engine = Scripted(tokenizer, ["a.", "b."])
     prompts = prompts_of(tokenizer, [{"role": "user", "content": "q"}])
-    _, ((made,),) = play(Episodes(worlds["Letters 2"], Dialogue(tokenizer, [END]), 4), engine, prompts)
+    _, ((made,),) = play(MultiTurnSampler(worlds["Letters 2"], ChatRenderer(tokenizer, [END]), 4), engine, prompts)
     answer = tokenizer("><+>=", add_special_tokens=False)["input_ids"]
     assert list(made.token_ids) == [*tokenizer("a")["input_ids"], END, *answer, *tokenizer("b")["input_ids"], END]
     assert made.mask == (True, True, *(False,) * 5, True, True)
@@ -155,7 +158,7 @@ def test_in_a_conversation_an_answer_is_a_message(tokenizer, worlds) -> None:
 
 def test_an_answer_that_does_not_fit_ends_the_completion(tokenizer, worlds) -> None:
     """Two tokens are said after the second turn, and two are left: nothing could be written behind them."""
-    episodes = Episodes(worlds["Letters 9"], Dialogue(tokenizer, [END]), 9)
+    episodes = MultiTurnSampler(worlds["Letters 9"], ChatRenderer(tokenizer, [END]), 9)
     for most, text in ((5, "ab?+?"), (8, "ab?+?--e"), (7, "ab?+?")):
         engine = Scripted(tokenizer, ["ab?", "?", "efgh"])
         _, ((made,),) = play(episodes, engine, prompts_of(tokenizer, "q"), options=replace(OPTIONS, max_tokens=most))
@@ -165,7 +168,7 @@ def test_an_answer_that_does_not_fit_ends_the_completion(tokenizer, worlds) -> N
 
 def test_a_turn_that_is_cut_is_not_heard(tokenizer, worlds) -> None:
     engine = Scripted(tokenizer, ["abcdefgh"])
-    episodes = Episodes(worlds["Letters 9"], Dialogue(tokenizer, [END]), 9)
+    episodes = MultiTurnSampler(worlds["Letters 9"], ChatRenderer(tokenizer, [END]), 9)
     _, ((made,),) = play(episodes, engine, prompts_of(tokenizer, "q"), options=replace(OPTIONS, max_tokens=4))
     assert (made.text, made.finish_reason, made.episode) == ("abcd", "length", Episode(reward=0.0))
 
@@ -173,14 +176,16 @@ def test_a_turn_that_is_cut_is_not_heard(tokenizer, worlds) -> None:
 def test_an_environment_that_says_nothing_lets_the_model_go_on(tokenizer, worlds) -> None:
     """Within one turn; what it hears grows with it."""
     engine = Scripted(tokenizer, ["a?", "b?", "c."])
-    _, ((made,),) = play(Episodes(worlds["Silent"], Dialogue(tokenizer, [END]), 4), engine, prompts_of(tokenizer, "q"))
+    _, ((made,),) = play(
+        MultiTurnSampler(worlds["Silent"], ChatRenderer(tokenizer, [END]), 4), engine, prompts_of(tokenizer, "q")
+    )
     assert (made.text, made.mask) == ("a?b?c", (True,) * 6)
     assert made.episode == Episode(turns=0, reward=pytest.approx((1 + 2 + 3) / (2 + 4 + 5)))
 
 
 def test_texts_of_the_recipe_end_a_completion_as_they_do_without_an_environment(tokenizer, worlds) -> None:
     engine = Scripted(tokenizer, ["a?", "bx"])
-    episodes = Episodes(worlds["Letters 9"], Dialogue(tokenizer, [END]), 4)
+    episodes = MultiTurnSampler(worlds["Letters 9"], ChatRenderer(tokenizer, [END]), 4)
     options = replace(OPTIONS, stop=("x",), min_tokens=1)
     _, ((made,),) = play(episodes, engine, prompts_of(tokenizer, "q"), options=options)
     assert (made.text, made.finish_reason) == ("a?+b", "stop")
@@ -189,7 +194,7 @@ def test_texts_of_the_recipe_end_a_completion_as_they_do_without_an_environment(
 
 
 def test_what_is_said_first_ends_the_prompt(tokenizer, worlds) -> None:
-    episodes = Episodes(worlds["Greets"], Dialogue(tokenizer, [END]), 1)
+    episodes = MultiTurnSampler(worlds["Greets"], ChatRenderer(tokenizer, [END]), 1)
     for content in ("q", [{"role": "user", "content": "q"}]):
         prompts = prompts_of(tokenizer, content)
         (begun,), (group,) = play(episodes, Scripted(tokenizer, ["x.", "y."]), prompts, count=3)
@@ -204,7 +209,7 @@ def test_what_is_said_first_ends_the_prompt(tokenizer, worlds) -> None:
 def test_where_a_group_is_told_different_things_they_begin_its_completions(tokenizer, worlds) -> None:
     """The prompt is what they have in common; what is not counts as said in the completion."""
     prompts = prompts_of(tokenizer, [{"role": "user", "content": "q"}])
-    episodes = Episodes(worlds["Various"], Dialogue(tokenizer, [END]), 1)
+    episodes = MultiTurnSampler(worlds["Various"], ChatRenderer(tokenizer, [END]), 1)
     engine = Scripted(tokenizer, ["x.", "y."])
     (begun,), (group,) = play(episodes, engine, prompts, count=3)
     assert list(begun.token_ids) == tokenizer("<q")["input_ids"]
@@ -218,7 +223,7 @@ def test_where_a_group_is_told_different_things_they_begin_its_completions(token
 
 
 def test_what_is_said_first_and_leaves_no_room_abstains(tokenizer, worlds) -> None:
-    episodes = Episodes(worlds["Greets"], Dialogue(tokenizer, [END]), 1)
+    episodes = MultiTurnSampler(worlds["Greets"], ChatRenderer(tokenizer, [END]), 1)
     _, ((made,),) = play(
         episodes, Scripted(tokenizer, ["x."]), prompts_of(tokenizer, "q"), options=replace(OPTIONS, max_tokens=1)
     )
@@ -233,7 +238,7 @@ def test_failures_end_a_completion_with_their_reason(tokenizer, worlds) -> None:
         *prompts_of(tokenizer, "q", what="raise in get_reward"), *prompts_of(tokenizer, "q", what="well"),
     ]  # fmt: skip
     engine = Scripted(tokenizer, ["x.", "y.", "z."])
-    _, groups = play(Episodes(worlds["Fails"], Dialogue(tokenizer, [END]), 1), engine, prompts)
+    _, groups = play(MultiTurnSampler(worlds["Fails"], ChatRenderer(tokenizer, [END]), 1), engine, prompts)
     assert [made.text for (made,) in groups] == ["", "x", "xay", "xay"]
     told = [made.episode for (made,) in groups]
     assert [each.reward for each in told] == [None, None, None, 1.0]
@@ -254,8 +259,8 @@ def test_blocks_of_python_are_run_and_their_output_follows() -> None:
     """The token behind the closing fence runs on past the line's end: it was sampled, so it stays."""
     tokenizer, pool = pieces_tokenizer(), FakePool()
     turns = ["```python\nprint(3*7)\n```\n\n", "```python\nprint(3*7)\n```\n", "The answer is 2."]
-    environments = Sandboxes(pool, 1)
-    episodes = Episodes(environments, Dialogue(tokenizer, [END]), 2)
+    environments = PythonEnvironments(pool, 1)
+    episodes = MultiTurnSampler(environments, ChatRenderer(tokenizer, [END]), 2)
     options = replace(OPTIONS, max_tokens=64)
     _, ((made, other),) = play(episodes, Scripted(tokenizer, turns), prompts_of(tokenizer, "q"), 2, options)
     environments.close()
@@ -275,8 +280,8 @@ def test_blocks_of_python_are_run_and_their_output_follows() -> None:
 def test_a_block_in_the_last_turn_is_not_run() -> None:
     tokenizer, pool = pieces_tokenizer(), FakePool()
     block = "```python\nprint(3*7)\n```\n"
-    environments = Sandboxes(pool, 1)
-    episodes = Episodes(environments, Dialogue(tokenizer, [END]), 1)
+    environments = PythonEnvironments(pool, 1)
+    episodes = MultiTurnSampler(environments, ChatRenderer(tokenizer, [END]), 1)
     _, ((made,),) = play(episodes, Scripted(tokenizer, [block, block + "."]), prompts_of(tokenizer, "q"), 1,
                          replace(OPTIONS, max_tokens=64))  # fmt: skip
     environments.close()
@@ -287,7 +292,7 @@ def test_a_block_in_the_last_turn_is_not_run() -> None:
 def test_what_an_environment_says_is_no_special_token(tokenizer) -> None:
     """A tool's output could otherwise end turns, or begin those of others."""
     assert END in tokenizer("<eos>")["input_ids"]
-    dialogue = Dialogue(tokenizer, [END])
+    dialogue = ChatRenderer(tokenizer, [END])
     for made in (dialogue.within(["a<eos>b"]), dialogue.after(["a<eos>b"])):
         assert END not in made
 
@@ -307,14 +312,14 @@ def with_template(template: str | None) -> PreTrainedTokenizerFast:
 
 def test_tools_go_through_the_template_where_it_has_a_place_for_them() -> None:
     tokenizer = with_template(HERMES)
-    from gruppo.rollout.environments.protocol import schema_of
+    from gruppo.rollout.environments.trl_tools import schema_of
 
     tools = tool_texts(tokenizer, [schema_of(Counter().add)])
     rows = [{"prompt": [{"role": "user", "content": "q"}]}]
-    (prompt,), _ = tokenize_part(Part("t", rows, [0]), tokenizer, 128, 24, tools=tools)
+    (prompt,), _ = tokenize_part(Dataset("t", rows, [0]), tokenizer, 128, 24, tools=tools)
     expected = tokenizer("[tools add ]<user:q<eos>\n<assistant:", add_special_tokens=False)["input_ids"]
     assert list(prompt.token_ids) == expected
-    dialogue = Dialogue(tokenizer, [END], tools)
+    dialogue = ChatRenderer(tokenizer, [END], tools)
     assert dialogue.after(["a", "b"]) == [
         token
         for text in ("\n<tool:", "a", "<eos>\n<tool:", "b", "<eos>\n<assistant:")
@@ -323,7 +328,7 @@ def test_tools_go_through_the_template_where_it_has_a_place_for_them() -> None:
 
 
 def test_tools_are_told_in_the_system_message_where_it_has_none(tokenizer) -> None:
-    from gruppo.rollout.environments.protocol import schema_of
+    from gruppo.rollout.environments.trl_tools import schema_of
 
     tools = tool_texts(tokenizer, [schema_of(Counter().add)])
     assert tools is not None
@@ -334,7 +339,7 @@ def test_tools_are_told_in_the_system_message_where_it_has_none(tokenizer) -> No
         assert '"name": "add"' in told[0]["content"]
     with pytest.raises(UsageError, match=r"task\.system"):
         tools.told("text")
-    pieces = Dialogue(tokenizer, [END], tools)._frame(2)
+    pieces = ChatRenderer(tokenizer, [END], tools)._frame(2)
     assert pieces[1] == "\n</tool_response>\n<tool_response>\n"
 
 
@@ -346,7 +351,7 @@ def test_templates_that_cannot_go_on_are_refused() -> None:
         "{% for m in messages %}<{{ m.content }}{{ m.content }}>{% endfor %}",
     ):
         with pytest.raises(UsageError, match="chat template cannot go on"):
-            Dialogue(with_template(template), [END]).check()
+            ChatRenderer(with_template(template), [END]).check()
 
 
 def test_the_end_token_is_not_written_twice() -> None:
@@ -355,17 +360,17 @@ def test_the_end_token_is_not_written_twice() -> None:
         ("{% for m in messages %}{{ m.content }} <eos>\n{% endfor %}", "\n"),
         ("{% for m in messages %}{{ m.content }}<eos>{% endfor %}", ""),
     ):
-        assert Dialogue(with_template(template), [END])._frame(1)[0] == begins
+        assert ChatRenderer(with_template(template), [END])._frame(1)[0] == begins
 
 
 def test_tools_of_trl_in_a_conversation(tokenizer, worlds) -> None:
     """What this model can write has no braces, so its tokens are heard as a call."""
     environments = worlds["Counter"]
-    dialogue = Dialogue(tokenizer, [END], tool_texts(tokenizer, environments.schemas))
+    dialogue = ChatRenderer(tokenizer, [END], tool_texts(tokenizer, environments.schemas))
     text = '<tool_call>{"name": "add", "arguments": {"amount": 2}}</tool_call>'
     dialogue.heard = lambda ids: text if ids == [1] else "done"  # type: ignore[method-assign, assignment]
     engine = Scripted(tokenizer, ["a.", "b."])
-    episodes = Episodes(environments, dialogue, 4)
+    episodes = MultiTurnSampler(environments, dialogue, 4)
     prompts = prompts_of(tokenizer, [{"role": "user", "content": "q"}], start=1)
     (begun,), ((made,),) = play(episodes, engine, prompts, options=replace(OPTIONS, max_tokens=90))
     assert begun.content[-1]["content"] == "q It is 1 now."
@@ -377,9 +382,9 @@ def test_tools_of_trl_in_a_conversation(tokenizer, worlds) -> None:
 def test_an_environment_that_never_speaks_changes_no_completion(policy: LanguageModel) -> None:
     """With the real engine; and no completion depends on how many stand beside it."""
     prompts = prompts_of(policy.tokenizer, "ab", "c")
-    environments = Sandboxes(FakePool(), 1)
-    episodes = Episodes(environments, Dialogue(policy.tokenizer, policy.eos_ids), 4)
-    asked = NativeEngine(policy, 4), prompts, STREAMS, OPTIONS, Silent(), Stop()
+    environments = PythonEnvironments(FakePool(), 1)
+    episodes = MultiTurnSampler(environments, ChatRenderer(policy.tokenizer, policy.eos_ids), 4)
+    asked = NativeEngine(policy, 4), prompts, STREAMS, OPTIONS, NullProgress(), Stop()
     alone = sample_groups(*asked)
     made = episodes.sample(*asked)
     environments.close()
@@ -401,9 +406,9 @@ def test_token_ids_are_those_that_the_engine_saw(policy: LanguageModel, worlds, 
 
     monkeypatch.setattr(NativeEngine, "generate", watched)
     prompts = prompts_of(policy.tokenizer, "ab", "c")
-    episodes = Episodes(worlds["Letters 9"], Dialogue(policy.tokenizer, policy.eos_ids), 6)
+    episodes = MultiTurnSampler(worlds["Letters 9"], ChatRenderer(policy.tokenizer, policy.eos_ids), 6)
     options = replace(OPTIONS, max_tokens=40)
-    begun, groups = episodes.play(NativeEngine(policy, 4), prompts, STREAMS, options, Silent(), Stop())
+    begun, groups = episodes.play(NativeEngine(policy, 4), prompts, STREAMS, options, NullProgress(), Stop())
     whole = [
         (prompt.token_ids + made.token_ids, made) for prompt, group in zip(begun, groups, strict=True) for made in group
     ]
@@ -421,7 +426,7 @@ def test_token_ids_are_those_that_the_engine_saw(policy: LanguageModel, worlds, 
             for place in range(stretch.start, stretch.stop)
         }
         assert drawn_here == {start + place for place, sampled in enumerate(made.mask) if sampled}
-    again = episodes.sample(NativeEngine(policy, 1), prompts, STREAMS, options, Silent(), Stop())
+    again = episodes.sample(NativeEngine(policy, 1), prompts, STREAMS, options, NullProgress(), Stop())
     assert [[each.token_ids for each in group] for group in again] == [
         [each.token_ids for each in group] for group in groups
     ], "a completion depends on its stream and its environment alone"
@@ -442,8 +447,8 @@ def test_waves_change_no_completion(policy: LanguageModel, worlds, monkeypatch) 
     prompts = prompts_of(policy.tokenizer, "ab", "c", "de")
     streams = [[(0, 1, place, number) for number in range(2)] for place in range(3)]
     environments = worlds["Letters 9"]
-    episodes = Episodes(environments, Dialogue(policy.tokenizer, policy.eos_ids), 6)
-    asked = NativeEngine(policy, 4), prompts, streams, OPTIONS, Silent(), Stop()
+    episodes = MultiTurnSampler(environments, ChatRenderer(policy.tokenizer, policy.eos_ids), 6)
+    asked = NativeEngine(policy, 4), prompts, streams, OPTIONS, NullProgress(), Stop()
     together = episodes.play(*asked)
     monkeypatch.setattr(environments, "most", 3)
     apart = episodes.play(*asked)

@@ -12,23 +12,26 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gruppo.algorithms.credit import assign_advantages, batch_loss, keep_logprobs, mark_trained, token_weights
-from gruppo.algorithms.losses import token_mean_weights
-from gruppo.config.recipe import Critic, Method
+from gruppo.algorithms.aggregation import token_mean_weights
+from gruppo.algorithms.credit import assign_advantages
+from gruppo.algorithms.filtering import mark_trained
+from gruppo.config.method_section import Critic, Method
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import RunError, UsageError
+from gruppo.models.packing import pack
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.check import check_recipe
 from gruppo.preflight.smoke_test import compare_logprobs
-from gruppo.rewards import with_part
-from gruppo.rollout.environments.client import Hosted, Play, Sandboxes
+from gruppo.rewards.combine import with_part
+from gruppo.rollout.environments.client import EnvironmentHandle, ProcessEnvironments, PythonEnvironments
 from gruppo.runs.reading import read_lines
 from gruppo.runs.results import Result
 from gruppo.runs.tables import rollout_rows
 from gruppo.training.api import train
-from gruppo.training.packing import pack
-from gruppo.training.replay import describe_replay, replay
-from gruppo.types import Completion, Episode, Group, Metrics, Prompt, Reward
+from gruppo.training.policy_loss import batch_loss, keep_logprobs, token_weights
+from gruppo.training.reproduce import describe_reproduction, reproduce
+from gruppo.types import Completion, Episode, Group, Prompt, Reward
+from gruppo.utils.metrics import Metrics
 from tests.conftest import END, make_policy, make_tokenizer
 from tests.rollout.environments.test_protocol import FakePool
 from tests.small_runs import ROWS, fingerprint, killed, recipe
@@ -279,7 +282,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         "evaluation__task": str(finished.path.parent / "test.jsonl"),
         "evaluation__decoding": {"temperature": 1.0},
     }  # fmt: skip
-    with killed(monkeypatch, "gruppo.rollout.environments.client.Hosted.answer", 11):
+    with killed(monkeypatch, "gruppo.rollout.environments.client.ProcessEnvironments.answer", 11):
         run(tiny_folder, tmp_path / "run", **changes)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["rewards_sha256"]
     run(tiny_folder, tmp_path / "run", resume=True, **changes)
@@ -290,12 +293,12 @@ def test_a_step_is_replayed_with_what_was_recorded(finished: Result, monkeypatch
     def asked(*_: object) -> None:
         raise AssertionError("a replay asks nobody")
 
-    for target, name in ((NativeEngine, "generate"), (Hosted, "answer"), (Hosted, "end")):
+    for target, name in ((NativeEngine, "generate"), (ProcessEnvironments, "answer"), (ProcessEnvironments, "end")):
         monkeypatch.setattr(target, name, asked)
     for step in (3, 4):
-        made = replay(finished.path, step, prompts=ROWS)
-        assert made.equal, describe_replay(made)
-        assert "not asked again" in describe_replay(made)
+        made = reproduce(finished.path, step, prompts=ROWS)
+        assert made.equal, describe_reproduction(made)
+        assert "not asked again" in describe_reproduction(made)
 
 
 def test_rewards_beside_the_environment_s_are_called_again_by_a_replay(tiny_folder: str, tmp_path: Path) -> None:
@@ -309,7 +312,7 @@ def test_rewards_beside_the_environment_s_are_called_again_by_a_replay(tiny_fold
         assert row["reward"] == pytest.approx(parts["likes_letters"] + 0.5 * parts["environment"])
         expected = sum("a" <= letter <= "m" for letter in row["text"]) / max(1, len(row["text"]))
         assert parts["likes_letters"] == pytest.approx(expected), "rewards read what was said too"
-    made = replay(result.path, 2, prompts=ROWS)
+    made = reproduce(result.path, 2, prompts=ROWS)
     assert made.equal
     assert made.rewards == 16
 
@@ -323,7 +326,7 @@ def test_what_is_said_first_is_in_prompts_and_their_replay(tiny_folder: str, tmp
     rows = pq.read_table(result.path / "rollouts" / "step-000002.parquet").to_pylist()
     assert all(row["prompt"][:2] in {each["prompt"] for each in ROWS} for row in rows)
     assert all(row["prompt"][2:] in tuple("abcdefgh") and len(row["prompt_token_ids"]) == 3 for row in rows)
-    assert replay(result.path, 2, prompts=ROWS).equal
+    assert reproduce(result.path, 2, prompts=ROWS).equal
 
 
 def test_python_blocks_in_a_run(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +344,7 @@ def test_python_blocks_in_a_run(tiny_folder: str, tmp_path: Path, monkeypatch: p
     assert alone.summary["weights_sha256"] == beside.summary["weights_sha256"]
     assert beside.metrics[0]["environment/called"] == 0
     assert pools[0].closed
-    assert replay(beside.path, 2, prompts=ROWS).equal
+    assert reproduce(beside.path, 2, prompts=ROWS).equal
     assert len(pools) == 1, "a replay needs no sandbox"
 
 
@@ -392,8 +395,8 @@ def test_check_samples_a_trial_with_the_environment(tiny_folder: str, tmp_path: 
 def test_sandboxes_are_closed_where_sampling_is_stopped() -> None:
     """An interruption in the middle of a turn leaves no session behind."""
     pool = FakePool()
-    environments = Sandboxes(pool, 1)
-    played = [Play(0, {}, 0, ["```python\nx\n```\n"])]
+    environments = PythonEnvironments(pool, 1)
+    played = [EnvironmentHandle(0, {}, 0, ["```python\nx\n```\n"])]
     environments.answer(played, lambda: None)
     environments.drop()
     assert pool.sessions[0].closed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gruppo.errors import RunError, UsageError
-from gruppo.rollout.reward_failures import MOST_BYTES, MOST_FILES, failures_of, keep_call, read_call, repeat
+from gruppo.rollout.reward_failures import MOST_BYTES, MOST_FILES, failures_of, keep_call, read_call, rerun_reward
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import train
@@ -35,7 +35,7 @@ def test_broken_reward_stops_the_run_which_goes_on_when_it_is_mended(tiny_folder
         train(settings, prompts=ROWS, out=out)
     told = str(caught.value)
     for words in ("step 4: 16 of 16 completions", "reward.failure_limit = 0.2", "f: RuntimeError: ", "line 3 of",
-                  "gruppo repeat ", "--resume"):  # fmt: skip
+                  "gruppo rerun-reward ", "--resume"):  # fmt: skip
         assert words in told
     events = [each for each in read_lines(out / "events.jsonl") if each["kind"] == "abstention"]
     assert [(each["step"], each["reward"], each["completions"]) for each in events] == [(4, "f", 4)] * 4
@@ -45,11 +45,11 @@ def test_broken_reward_stops_the_run_which_goes_on_when_it_is_mended(tiny_folder
         assert (held["prompt_id"], held["exact"], held["step"]) == (event["prompt_id"], True, 4)
         with pytest.raises(RuntimeError, match="broken"):
             called_as(BROKEN, held)
-    (again,) = {each.failure for each in repeat(out / events[0]["file"])}
+    (again,) = {each.failure for each in rerun_reward(out / events[0]["file"])}
     assert "broken" in str(again)
 
     reward.write_text(WELL)
-    assert repeat(out / events[0]["file"])[0].failure is None
+    assert rerun_reward(out / events[0]["file"])[0].failure is None
     train(settings, prompts=ROWS, out=out, resume=True)
     train(settings, prompts=ROWS, out=tmp_path / "whole")
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
@@ -92,7 +92,7 @@ def test_few_failures_are_events_and_the_run_goes_on(tiny_folder: str, tmp_path:
     events = [each for each in read_lines(result.path / "events.jsonl") if each["kind"] == "abstention"]
     assert [(each["step"], each["completions"]) for each in events] == [(1, 1)] * 4 + [(2, 1)] * 4
     assert {each["file"] for each in events} == {f"failures/{path.name}" for path in result.path.glob("failures/*")}
-    assert repeat(result.path / events[0]["file"])[0].failure == "f: returned nan"
+    assert rerun_reward(result.path / events[0]["file"])[0].failure == "f: returned nan"
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +127,8 @@ def test_file_says_what_is_not_exact_and_what_has_no_name(pool: RewardPool, tmp_
     assert json.loads((tmp_path / str(name)).read_text())["exact"] is False
     given = keep_call(tmp_path, 2, next(failures_of([failed(pool, name="<lambda>")])), pool, {})
     with pytest.raises(UsageError, match="was given from Python"):
-        repeat(tmp_path / str(given))
-    assert "0 values for 1" in str(repeat(tmp_path / str(given), lambda completions, **_: [])[0].failure)
+        rerun_reward(tmp_path / str(given))
+    assert "0 values for 1" in str(rerun_reward(tmp_path / str(given), lambda completions, **_: [])[0].failure)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"arguments": 3}', "[" * 10**5, "\ufffd", '{"arguments": {}}'])
@@ -145,7 +145,7 @@ def test_command_repeats_a_call_and_writes_nothing_to_the_terminal_but_text(tmp_
     )
     with RewardPool([f"{reward}:f"], [], [], workers=1) as pool:
         name = keep_call(tmp_path, 1, next(failures_of([failed(pool, name="f")])), pool, {})
-    command = [sys.executable, "-m", "gruppo.cli.main", "repeat", str(tmp_path / str(name))]
+    command = [sys.executable, "-m", "gruppo.cli.main", "rerun-reward", str(tmp_path / str(name))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert r"completion 0: f: RuntimeError: \x1b[2Jbroken (line 3 of" in done.stdout

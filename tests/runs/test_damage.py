@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gruppo.training import loop
 from gruppo.errors import RunError, UsageError
-from gruppo.runs.reading import read_lines
-from gruppo.runs.reading import read_table
-from gruppo.runs.results import load_result
 from gruppo.runs.folder import RunFolder
+from gruppo.runs.reading import read_lines, read_table
+from gruppo.runs.results import load_result
+from gruppo.training.run import TrainingRun
 from tests.small_runs import fingerprint, small_run
 
 STEPS = {"run__steps": 6, "run__checkpoint_every": 2}
@@ -93,13 +92,13 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(
 ) -> None:
     """Stopped between the two: the checkpoints of steps 4 and 5 are the last two, and that of step 6 is gone."""
     flip(run / "checkpoints/step-000006/weights.safetensors")
-    original = loop._Run._step
+    original = TrainingRun.finish_step
 
-    def stops(self: loop._Run) -> None:
-        original(self)
+    def stops(self: TrainingRun, *arguments) -> None:
+        original(self, *arguments)
         self.stop.request()
 
-    monkeypatch.setattr(loop._Run, "_step", stops)
+    monkeypatch.setattr(TrainingRun, "finish_step", stops)
     small_run(tiny_folder, run, resume=True, **STEPS)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 

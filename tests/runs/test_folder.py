@@ -10,18 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gruppo.training.checkpoint import State
-from gruppo.training.checkpoint import load_state
-from gruppo.training.checkpoint import load_tensors
-from gruppo.training.checkpoint import newest_checkpoint
-from gruppo.training.checkpoint import save_checkpoint
-from gruppo.config.recipe import load_recipe
+from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
-from gruppo.models.policy import weights_sha256
+from gruppo.models.weights import weights_sha256
+from gruppo.runs.atomic import write_whole
+from gruppo.runs.folder import RunFolder, check_folder
 from gruppo.runs.reading import read_lines
-from gruppo.runs.folder import RunFolder
-from gruppo.runs.folder import check_folder
-from gruppo.runs.folder import write_whole
+from gruppo.training.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
 from tests.conftest import make_policy
 
 SCHEMA = pa.schema({"a": pa.int64()})

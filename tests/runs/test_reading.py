@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import gruppo
-from gruppo.runs import reading as opening
-from gruppo.training.checkpoint import problem_of
-from gruppo.cli.console import ConsoleReporter
-from gruppo.training.api import train
+from gruppo.cli.console import ConsoleProgress
 from gruppo.errors import UsageError
-from gruppo.utils.progress import visible
-from gruppo.runs.results import load_result
+from gruppo.runs import reading as opening
 from gruppo.runs.report import describe_run
+from gruppo.runs.results import load_result
+from gruppo.training.api import train
+from gruppo.training.checkpoint import problem_of
+from gruppo.utils.progress import visible
 from tests.small_runs import ROWS, recipe
 
 
@@ -140,7 +140,7 @@ def test_manifest_cannot_name_what_is_outside(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("content", ['{"step": "x"}', '{"labels": []}', "[]", '{"evaluations": {"1": 3}}'])
 def test_state_of_another_form_is_refused(content: str, folder: Path) -> None:
-    from gruppo.training.checkpoint import file_sha256
+    from gruppo.utils.files import file_sha256
 
     for checkpoint in folder.glob("checkpoints/*"):
         (checkpoint / "state.json").write_text(content)
@@ -178,11 +178,11 @@ def test_what_is_shown_is_visible(text: str, shown: str) -> None:
 
 
 def test_console_shows_markup_and_controls_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = ConsoleReporter()
+    progress = ConsoleProgress()
     for text in ("[red]no[/]", "[/] [bold", "\x1b]0;title\x07", ":smile:"):
-        reporter.note(text)
-        reporter.result(text)
-        with reporter.progress(text, 1, "things") as advance:
+        progress.note(text)
+        progress.result(text)
+        with progress.bar(text, 1, "things") as advance:
             advance(1)
     shown = capsys.readouterr()
     lines = ["[red]no[/]", "[/] [bold", r"\x1b]0;title\x07", ":smile:"]
@@ -192,9 +192,9 @@ def test_console_shows_markup_and_controls_as_they_are(capsys: pytest.CaptureFix
 def test_bars_show_markup_as_it_is() -> None:
     from rich.console import Console
 
-    reporter = ConsoleReporter()
-    reporter.console = reporter._bars.live.console = Console(force_terminal=True, width=200, record=True, quiet=False)
-    with reporter.progress("Opening [/] [red]x\x1b[2J", 1, "") as advance:
+    progress = ConsoleProgress()
+    progress.console = progress._bars.live.console = Console(force_terminal=True, width=200, record=True, quiet=False)
+    with progress.bar("Opening [/] [red]x\x1b[2J", 1, "") as advance:
         advance(1)
-        reporter._bars.refresh()
-    assert r"Opening [/] [red]x\x1b[2J" in reporter.console.export_text()
+        progress._bars.refresh()
+    assert r"Opening [/] [red]x\x1b[2J" in progress.console.export_text()

@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 
 from gruppo.runs.reading import read_lines
-from gruppo.runs.warnings import CHECKS
-from gruppo.runs.warnings import PATIENCE
-from gruppo.runs.warnings import Notice
-from gruppo.runs.warnings import Watch
-from gruppo.runs.warnings import warnings_of
+from gruppo.runs.warnings import CHECKS, PATIENCE, WarningEvent, WarningMonitor, warnings_of
 from tests.small_runs import killed, small_run
 
 WEIGHTS = {"number": 1.0, "regex": 0.5}
@@ -68,7 +64,7 @@ def with_round(auc: float | None, positives: int, step: int = 20) -> list[dict[s
     return [*series()[:step], line, *series()[step:]]
 
 
-def told(lines: list[dict[str, Any]]) -> list[Notice]:
+def told(lines: list[dict[str, Any]]) -> list[WarningEvent]:
     return warnings_of(lines, WEIGHTS, 1e-4)
 
 
@@ -203,7 +199,7 @@ def test_metrics_that_are_missing_are_no_reason() -> None:
 @pytest.mark.parametrize("cut", [5, 21, 23, 30])
 def test_seeing_the_lines_again_gives_the_same_state(cut: int) -> None:
     for lines, _ in SHOWN.values():
-        first, again = Watch(WEIGHTS, 1e-4), Watch(WEIGHTS, 1e-4)
+        first, again = WarningMonitor(WEIGHTS, 1e-4), WarningMonitor(WEIGHTS, 1e-4)
         for line in lines[:cut]:
             first.see(line)
             again.see(json.loads(json.dumps(line)))
@@ -219,14 +215,14 @@ def test_a_run_warns_once_and_a_killed_one_no_more(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Completions of two tokens are all cut; killed after the warning and before a checkpoint, it is said again."""
-    monkeypatch.setattr("gruppo.models.policy.eos_ids", lambda *_: ())
+    monkeypatch.setattr("gruppo.models.compatibility.eos_ids", lambda *_: ())
     changes = {"sampling__max_tokens": 2, "run__steps": 5}
     small_run(tiny_folder, tmp_path / "whole", **changes)
     (event,) = warnings_in(tmp_path / "whole")
     assert (event["warning"], event["state"], event["step"]) == ("everything_truncated", "begins", 3)
     assert event["evidence"]["completion/truncated"] == [1.0, 1.0, 1.0]
     assert event["link"] == "docs/warnings.md#everything-truncated"
-    with killed(monkeypatch, "gruppo.training.loop._Run._write_step", 4):
+    with killed(monkeypatch, "gruppo.training.run.TrainingRun._describe", 4):
         small_run(tiny_folder, tmp_path / "run", **changes)
     small_run(tiny_folder, tmp_path / "run", resume=True, **changes)
     assert warnings_in(tmp_path / "run") == [event]

@@ -18,10 +18,11 @@ import pytest
 from safetensors import SafetensorError
 
 from gruppo.errors import UsageError
-from gruppo.runs.atomic import WriteError, held_bytes, writing
+from gruppo.runs.atomic import WriteError, writing
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.reading import read_lines, read_table
 from gruppo.training.api import train
+from gruppo.utils.disk import held_bytes
 from tests.cli.test_cli import ENVIRONMENT, recipe_file  # noqa: F401  # a fixture
 from tests.small_runs import ROWS, at_call, fingerprint, recipe, small_run
 from tests.training.test_iterations import rounds
@@ -84,13 +85,13 @@ def test_too_little_disk_is_refused_before_anything_is_written(
 
 
 class Notes:
-    """A reporter that keeps what is noted."""
+    """A progress that keeps what is noted."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
 
     @contextlib.contextmanager
-    def progress(self, label: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
+    def bar(self, label: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
         yield lambda _: None
 
     def note(self, text: str) -> None:
@@ -105,13 +106,13 @@ def test_tables_that_may_not_fit_are_a_warning_and_so_is_a_resume(
 ) -> None:
     settings, shown = recipe(tiny_folder, sampling__group_size=60), Notes()
     monkeypatch.setattr("gruppo.training.disk_estimate.free_bytes", lambda _: 1_000_000)
-    train(settings, prompts=ROWS, out=tmp_path / "run", reporter=shown)
+    train(settings, prompts=ROWS, out=tmp_path / "run", progress=shown)
     (note,) = (each for each in shown.notes if "are free there" in each)
     assert "1.00 MB are free there, and the run may need" in note
     assert "tables of completions" in note
     monkeypatch.setattr("gruppo.training.disk_estimate.free_bytes", lambda _: 0)
     monkeypatch.setattr("gruppo.training.disk_estimate.held_bytes", lambda _: 0)
-    train(settings, prompts=ROWS, out=tmp_path / "run", reporter=shown, resume=True)
+    train(settings, prompts=ROWS, out=tmp_path / "run", progress=shown, resume=True)
     assert "0.00 MB are free there, and the run may need" in shown.notes[-1]
 
 
@@ -119,7 +120,7 @@ def test_tables_that_may_not_fit_are_a_warning_and_so_is_a_resume(
     ("writer", "raises", "code"),
     [
         ("gruppo.training.checkpoint.save_file", "rust", errno.ENOSPC),
-        ("gruppo.models.policy.save_file", "rust", errno.EDQUOT),
+        ("gruppo.models.weights.save_file", "rust", errno.EDQUOT),
         ("gruppo.runs.folder.pq.write_table", "system", errno.EDQUOT),
         ("gruppo.runs.folder.os.fsync", "system", errno.ENOSPC),
         ("gruppo.runs.folder.Path.write_bytes", "system", errno.ENOSPC),

@@ -20,15 +20,17 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import gruppo
-from gruppo.engines.base import Request, SamplingOptions
+from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import UsageError
-from gruppo.models.policy import find_model, load_model
+from gruppo.models.loading import find_model, load_model
 from gruppo.runs.results import Result
-from gruppo.training import loop
 from gruppo.training.api import train
-from gruppo.training.checkpoint import file_sha256, load_state
-from gruppo.training.export import card, export
+from gruppo.training.checkpoint import load_state
+from gruppo.training.export import export
+from gruppo.training.model_card import card
+from gruppo.training.run import TrainingRun
+from gruppo.utils.files import file_sha256
 from tests.conftest import END, make_policy, make_tokenizer
 from tests.small_runs import ROWS, recipe, small_run
 
@@ -79,7 +81,7 @@ def answers(folder: Path) -> dict[str, Any]:
 def test_transformers_alone_gives_the_greedy_answers_of_the_engine(finished: Result, exported: Path) -> None:
     policy = load_model(find_model(str(finished.path / "model")), "cpu", "float32")
     requests = [Request(tuple(prompt), [(0,)]) for prompt in PROMPTS]
-    groups = NativeEngine(policy, 4).generate(requests, SamplingOptions(0.0, 12))
+    groups = NativeEngine(policy, 4).generate(requests, SamplingParams(0.0, 12))
     made = answers(exported)
     assert made["ids"] == [list(group[0].token_ids) for group in groups]
     assert made["text"] == "<ab>="
@@ -293,14 +295,14 @@ def test_wrong_models_in_memory_are_refused(given: dict[str, Any], word: str, tm
 def test_interrupted_run_exports_its_last_checkpoint(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop._Run._step
+    original = TrainingRun.finish_step
 
-    def step(self):
-        original(self)
+    def step(self, *arguments):
+        original(self, *arguments)
         if self.state.step == 3:
             self.stop.request()
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(TrainingRun, "finish_step", step)
     assert small_run(tiny_folder, tmp_path / "run").summary["state"] == "interrupted"
     assert export(tmp_path / "run", tmp_path / "out").step == 3
     with pytest.raises(UsageError, match="not evaluated two steps"):

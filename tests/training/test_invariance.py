@@ -11,12 +11,16 @@ import math
 import pytest
 import torch
 
-from gruppo.algorithms.credit import assign_advantages, batch_loss, mark_trained
-from gruppo.algorithms.losses import sequence_mean_weights
-from gruppo.config.recipe import Method
-from gruppo.models.policy import LanguageModel, wrap_model
-from gruppo.training.packing import pack
-from gruppo.types import Group, Metrics
+from gruppo.algorithms.aggregation import sequence_mean_weights
+from gruppo.algorithms.credit import assign_advantages
+from gruppo.algorithms.filtering import mark_trained
+from gruppo.config.method_section import Method
+from gruppo.models.compatibility import wrap_model
+from gruppo.models.packing import pack
+from gruppo.models.policy import LanguageModel
+from gruppo.training.policy_loss import batch_loss
+from gruppo.types import Group
+from gruppo.utils.metrics import Metrics
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_group, make_policy, random_groups
 
@@ -317,7 +321,8 @@ def test_inner_updates_use_the_first_pass_as_old() -> None:
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.sub_(0.05 * parameter.grad)
-    batch_loss(policy, reference, batch, SETTINGS, TEMPERATURE, second)
+    policy.generation.advance()
+    batch_loss(policy, reference, batch, SETTINGS, TEMPERATURE, second, first=False)
     assert batch.old_logprobs is old
     assert first.reduce()["policy/ratio_max"] == 1.0
     assert second.reduce()["policy/ratio_max"] > 1.001

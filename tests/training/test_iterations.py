@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from gruppo.config.recipe import RecipeError, load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.errors import RunError, UsageError
 from gruppo.models.reward_model import save_reward_model
 from gruppo.models.value_head import ScalarModel
@@ -125,12 +125,12 @@ def test_the_result_is_loaded_by_transformers(finished: tuple[str, Path, Result]
 
 MOMENTS = {
     "while the first is trained": ("gruppo.training.reward_model.update", 3),
-    "while labels are sampled": ("gruppo.training.loop.Labeller.label", 2),
+    "while labels are sampled": ("gruppo.rollout.step_labels.StepLabeller.label", 2),
     "while it is trained again": ("gruppo.training.reward_model.update", 12),
-    "before labels are named": ("gruppo.runs.folder.publish", 12),
-    "between the reference and its checkpoint": ("gruppo.training.reward_model.Judge.learn", 2),
-    "before the checkpoint of the iteration": ("gruppo.training.loop.save_checkpoint", 3),
-    "within an iteration": ("gruppo.training.loop.batch_loss", 4),
+    "before labels are named": ("gruppo.runs.atomic.publish", 12),
+    "between the reference and its checkpoint": ("gruppo.training.reward_model.RewardModelTrainer.learn", 2),
+    "before the checkpoint of the iteration": ("gruppo.training.checkpointer.save_checkpoint", 3),
+    "within an iteration": ("gruppo.training.policy_trainer.batch_loss", 4),
 }
 
 

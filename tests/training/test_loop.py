@@ -12,15 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gruppo
-import gruppo.algorithms.credit
-from gruppo.config.recipe import Optimizer
+import gruppo.training.policy_loss
+from gruppo.config.sections import Optimizer
 from gruppo.data.mixture import draw_prompts
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import RunError, UsageError
-from gruppo.models.policy import weights_sha256
+from gruppo.models.weights import weights_sha256
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import Result, train
-from gruppo.training.loop import learning_rate
+from gruppo.training.optimizer import learning_rate
 from gruppo.types import Prompt
 from tests.rewards.functions import likes_letters
 from tests.small_runs import ROWS, recipe, small_run
@@ -137,7 +137,7 @@ def test_rollouts_hold_everything(finished: Result) -> None:
 def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """trl#5224, verl#6719: token ids go from the engine to the loss; text is never tokenised again."""
     sampled, trained = [], []
-    generate, score = NativeEngine.generate, gruppo.algorithms.credit.score
+    generate, score = NativeEngine.generate, gruppo.training.policy_loss.score
 
     def keeps_sampled(*args):
         made = generate(*args)
@@ -152,7 +152,7 @@ def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeyp
         return score(policy, batch, temperature)
 
     monkeypatch.setattr(NativeEngine, "generate", keeps_sampled)
-    monkeypatch.setattr("gruppo.algorithms.credit.score", keeps_trained)
+    monkeypatch.setattr("gruppo.training.policy_loss.score", keeps_trained)
     small_run(tiny_folder, tmp_path / "r", run__steps=1, method__kl_coef=0.0)
     assert trained
     assert all(ids in sampled for ids in trained)
@@ -230,7 +230,7 @@ def test_group_of_one_runs_without_signal(tiny_folder: str, tmp_path: Path) -> N
 
 def test_everything_truncated_and_masked(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No end token is ever drawn: nothing is trained on, nothing moves, not even by the KL term, and it is said."""
-    monkeypatch.setattr("gruppo.models.policy.eos_ids", lambda *_: ())
+    monkeypatch.setattr("gruppo.models.compatibility.eos_ids", lambda *_: ())
     result = small_run(tiny_folder, tmp_path / "r", run__steps=1, method__mask_truncated=True, method__kl_coef=0.5)
     assert result.metrics[0]["completion/truncated"] == 1
     assert result.metrics[0]["completion/trained"] == 0
@@ -243,9 +243,9 @@ def test_everything_truncated_and_masked(tiny_folder: str, tmp_path: Path, monke
 def test_non_finite_loss_stops_before_the_optimizer(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = gruppo.algorithms.credit.policy_loss
+    original = gruppo.training.policy_loss.policy_loss
     monkeypatch.setattr(
-        "gruppo.algorithms.credit.policy_loss",
+        "gruppo.training.policy_loss.policy_loss",
         lambda *args: (result := original(*args))._replace(loss=result.loss * math.nan),
     )
     with pytest.raises(RunError, match="this update was not made"):

@@ -8,12 +8,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gruppo.config.recipe import RecipeError, load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.errors import UsageError
+from gruppo.models.packing import MAX_TOKENS, pack
 from gruppo.models.policy import LanguageModel
 from gruppo.training.memory_estimate import (
     PHASES,
-    Answering,
+    EvalWorkload,
     Footprint,
     Workload,
     budget_bytes,
@@ -24,19 +25,18 @@ from gruppo.training.memory_estimate import (
     process_bytes,
     saved_bytes,
 )
-from gruppo.training.packing import MAX_TOKENS, pack
-from gruppo.utils.progress import Silent
+from gruppo.utils.progress import NullProgress
 from tests.conftest import make_group, make_policy
 
 CPU = torch.device("cpu")
 WORK = Workload(prompt_tokens=40, max_tokens=30, prompts_per_step=20, group_size=8)
-EXAM = Answering("", questions=64, samples=1, question_tokens=50, answer_tokens=20, times=2)
+EXAM = EvalWorkload("", questions=64, samples=1, question_tokens=50, answer_tokens=20, times=2)
 ASKED = replace(WORK, exams=(EXAM,))
 
 
 @pytest.fixture(scope="module")
 def footprint() -> Footprint:
-    return measure_footprint(make_policy(), process=1000, reporter=Silent())
+    return measure_footprint(make_policy(), process=1000, progress=NullProgress())
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_wrong_budget_names_field_value_and_fix(value: object) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_is_foretold_to_the_byte_from_a_few_short_trials(dtype: torch.dtype) -> None:
     policy = make_policy(dtype)
-    footprint = measure_footprint(policy, 0, Silent())
+    footprint = measure_footprint(policy, 0, NullProgress())
     for layout in ([(21, [13] * 5)], [(30, [12] * 5), (9, [3] * 2)], [(50, [7] * 3)]):
         with policy.precision():
             exact = saved_bytes(policy, layout)
@@ -75,7 +75,7 @@ def test_what_is_kept_is_foretold_to_the_byte_from_a_few_short_trials(dtype: tor
 def test_attention_that_is_written_out_is_foretold_too() -> None:
     """Scores of tokens × tokens, beside which everything else soon is small."""
     policy = _softcapped(replace(make_policy(), body=None))
-    footprint = measure_footprint(policy, 0, Silent())
+    footprint = measure_footprint(policy, 0, NullProgress())
     layout = [(60, [20] * 6)]
     exact = saved_bytes(policy, layout)
     assert exact > 1.3 * saved_bytes(replace(make_policy(), body=None), layout)
@@ -98,7 +98,7 @@ def test_kept_bytes_of_one_product_counted_by_hand() -> None:
 
 def test_twice_the_layers_keep_twice_as_much(footprint: Footprint) -> None:
     twice, thrice = (
-        measure_footprint(make_policy(num_hidden_layers=count), 0, Silent()).kept for count in (4, 6)
+        measure_footprint(make_policy(num_hidden_layers=count), 0, NullProgress()).kept for count in (4, 6)
     )  # fmt: skip
     for one, two, three in zip(footprint.kept, twice, thrice, strict=True):
         assert two - one == pytest.approx(three - two, abs=1)
@@ -119,7 +119,7 @@ def test_measuring_leaves_nothing_behind() -> None:
 
 def test_weights_gradients_and_reference_are_counted(footprint: Footprint) -> None:
     policy = make_policy(torch.bfloat16)
-    narrow = measure_footprint(policy, 0, Silent())
+    narrow = measure_footprint(policy, 0, NullProgress())
     size = sum(parameter.numel() for parameter in policy.model.parameters())
     embedding = policy.model.get_input_embeddings().weight.numel()
     norms = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.ndim == 1)
@@ -129,7 +129,7 @@ def test_weights_gradients_and_reference_are_counted(footprint: Footprint) -> No
     assert narrow.prepared == pytest.approx(2 * (size - norms), abs=2), "every matrix once in bfloat16"
     assert footprint.prepared == 2 * 4 * ((32 + 16 + 16) * 32 + 2 * 48 * 32), "what is stacked for one product"
     policy.model.get_input_embeddings().requires_grad_(False)
-    assert measure_footprint(policy, 0, Silent()).gradients == 4 * (size - embedding)
+    assert measure_footprint(policy, 0, NullProgress()).gradients == 4 * (size - embedding)
 
 
 @pytest.mark.parametrize("field", ["prompt_tokens", "max_tokens", "group_size", "prompts_per_step", "samples",

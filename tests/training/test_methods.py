@@ -12,14 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gruppo.algorithms.credit import assign_advantages, mark_trained, select
-from gruppo.algorithms.losses import pair_loss
+from gruppo.algorithms.credit import assign_advantages
+from gruppo.algorithms.filtering import mark_trained, select
+from gruppo.algorithms.losses import dpo_loss
+from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.config.method_section import Method
 from gruppo.config.methods import METHODS, describe_methods
-from gruppo.config.recipe import Method, RecipeError, load_recipe
 from gruppo.errors import RunError, UsageError
-from gruppo.models.policy import find_model, load_model
+from gruppo.models.loading import find_model, load_model
 from gruppo.training.api import train
-from gruppo.types import Group, Metrics, Reward, Steps
+from gruppo.types import Group, Reward, Steps
+from gruppo.utils.metrics import Metrics
 from tests.conftest import make_group
 from tests.small_runs import ROWS, recipe
 from tests.training.test_invariance import TEMPERATURE, rows_logprobs
@@ -85,12 +88,12 @@ def test_pair_loss_has_the_gradient_of_its_coefficient() -> None:
     chosen, rejected = torch.randn(2, 5, dtype=torch.float64).unbind()
     chosen.requires_grad_(True)
     rejected.requires_grad_(True)
-    made = pair_loss(chosen, rejected, 0.3)
+    made = dpo_loss(chosen, rejected, 0.3)
     made.loss.sum().backward()
     torch.testing.assert_close(chosen.grad, -made.coefficient)
     torch.testing.assert_close(rejected.grad, made.coefficient)
     with pytest.raises(ValueError, match="beta = 0"):
-        pair_loss(chosen, rejected, 0.0)
+        dpo_loss(chosen, rejected, 0.0)
 
 
 def settings_of(model: str, method: str, **changes: Any) -> dict[str, Any]:

@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import gruppo.algorithms.credit
-from gruppo.algorithms.credit import batch_loss
-from gruppo.config.recipe import Method
+import gruppo.training.policy_loss
+from gruppo.config.method_section import Method
 from gruppo.errors import RunError
-from gruppo.models.policy import find_model, load_model, weights_sha256
+from gruppo.models.loading import find_model, load_model
+from gruppo.models.weights import weights_sha256
 from gruppo.runs.reading import read_lines
 from gruppo.training.memory_estimate import trial_batch
 from gruppo.training.nonfinite import load_batches, not_finite
-from gruppo.types import Metrics
-from gruppo.utils.progress import Silent
+from gruppo.training.policy_loss import batch_loss
+from gruppo.utils.metrics import Metrics
+from gruppo.utils.progress import NullProgress
 from tests.conftest import make_policy
 from tests.small_runs import small_run
 
@@ -29,7 +30,7 @@ PPO = {"method__name": "ppo"}
 
 def times(factor: float, calls: int):
     """The policy's loss, multiplied from a call on."""
-    original, count = gruppo.algorithms.credit.policy_loss, 0
+    original, count = gruppo.training.policy_loss.policy_loss, 0
 
     def scaled(*args):
         nonlocal count
@@ -40,34 +41,34 @@ def times(factor: float, calls: int):
     return scaled
 
 
-def reference_fails(policy, batch, temperature, original=gruppo.algorithms.credit.score):
+def reference_fails(policy, batch, temperature, original=gruppo.training.policy_loss.score):
     logprobs, entropy = original(policy, batch, temperature)
     return (logprobs if torch.is_grad_enabled() else logprobs * -math.inf), entropy
 
 
 # What is patched, by what, for which recipe; and what the message says.
 PLACES: dict[str, tuple[str, Any, dict[str, Any], str]] = {
-    "loss": ("gruppo.algorithms.credit.policy_loss", times(math.nan, 1), {}, r"the loss of step 1 is nan"),
-    "gradient": ("gruppo.algorithms.credit.policy_loss", times(1e38, 1), {}, r"the gradient norm of step 1 is (inf|nan)"),
+    "loss": ("gruppo.training.policy_loss.policy_loss", times(math.nan, 1), {}, r"the loss of step 1 is nan"),
+    "gradient": ("gruppo.training.policy_loss.policy_loss", times(1e38, 1), {}, r"the gradient norm of step 1 is (inf|nan)"),
     "second inner update": (
-        "gruppo.algorithms.credit.policy_loss", times(math.nan, 2), {"method__inner_updates": 3},
+        "gruppo.training.policy_loss.policy_loss", times(math.nan, 2), {"method__inner_updates": 3},
         r"the loss of step 1, inner update 2 is nan",
     ),
     "reference": (
-        "gruppo.algorithms.credit.score", reference_fails, {}, r"the loss of step 1 is .*not finite in it: ref_logprobs",
+        "gruppo.training.policy_loss.score", reference_fails, {}, r"the loss of step 1 is .*not finite in it: ref_logprobs",
     ),
     "reference before the update": (
-        "gruppo.algorithms.credit.score", reference_fails, PPO, r"the old_logprobs of step 1 is nan.*, ref_logprobs",
+        "gruppo.training.policy_loss.score", reference_fails, PPO, r"the old_logprobs of step 1 is nan.*, ref_logprobs",
     ),
     "value model": (
         "gruppo.training.value_model.value_loss", lambda *_: torch.tensor(math.inf, requires_grad=True), PPO,
         r"the value model's loss of step 1 is inf.*lower critic\.learning_rate",
     ),
     "adapters": (
-        "gruppo.algorithms.credit.policy_loss", times(math.nan, 1), {"model__lora": {"rank": 2}}, r"the loss of step 1 is nan",
+        "gruppo.training.policy_loss.policy_loss", times(math.nan, 1), {"model__lora": {"rank": 2}}, r"the loss of step 1 is nan",
     ),
     "reward model": (
-        "gruppo.models.reward_model.label_loss", lambda *_: torch.tensor(math.nan, requires_grad=True),
+        "gruppo.training.reward_model.reward_model_loss", lambda *_: torch.tensor(math.nan, requires_grad=True),
         {"reward_model__prompts": 6}, r"the reward model's loss of step 1 is nan.*lower reward_model\.learning_rate",
     ),
 }  # fmt: skip
@@ -104,12 +105,12 @@ def test_a_batch_that_was_kept_can_be_computed_again(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("gruppo.algorithms.credit.policy_loss", times(math.nan, 1))
+        patch.setattr("gruppo.training.policy_loss.policy_loss", times(math.nan, 1))
         with pytest.raises(RunError, match="not made"):
             small_run(tiny_folder, tmp_path / "run", run__steps=1, method__kl_coef=0.0)
     (batch,) = load_batches(tmp_path / "run" / "nonfinite-step-000001.json")
     kept = load_file(tmp_path / "run" / "nonfinite-step-000001-0.safetensors")
-    policy = load_model(find_model(tiny_folder, Silent()), "cpu", "float32")
+    policy = load_model(find_model(tiny_folder, NullProgress()), "cpu", "float32")
     first = batch.old_logprobs
     batch.old_logprobs = None
     with policy.precision():
@@ -122,11 +123,11 @@ def test_a_batch_that_was_kept_can_be_computed_again(
 
 def test_the_weights_are_those_from_before(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("gruppo.algorithms.credit.policy_loss", times(1e38, 1))
+        patch.setattr("gruppo.training.policy_loss.policy_loss", times(1e38, 1))
         with pytest.raises(RunError, match="not made"):
             small_run(tiny_folder, tmp_path / "run", run__steps=1)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    start = load_model(find_model(tiny_folder, Silent()), "cpu", "float32").model
+    start = load_model(find_model(tiny_folder, NullProgress()), "cpu", "float32").model
     assert summary["weights_sha256"] == weights_sha256(start)
 
 

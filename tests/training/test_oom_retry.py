@@ -16,16 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import gruppo.training.policy_trainer
-from gruppo.engines.base import Request, SamplingOptions
+import gruppo.training.optimizer
+from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
+from gruppo.engines.resizing import ResizingEngine
 from gruppo.errors import RunError, out_of_memory
 from gruppo.runs.reading import read_lines
 from gruppo.runs.results import Result
-from gruppo.training import loop
+from gruppo.training import policy_trainer
 from gruppo.training.api import train
-from gruppo.training.oom_retry import FittingEngine, Sizes
-from gruppo.types import Metrics
+from gruppo.utils.metrics import Metrics
+from gruppo.utils.oom_retry import BatchSizes
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, at_call, killed, recipe, small_run
 
@@ -68,10 +69,10 @@ def whole(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 # What fails at which call, with which error, and in which method's run; then which size becomes smaller. A step of GRPO
 # has two micro-batches here (one in the run that it is compared with), four once they are halved.
 PLACES = {
-    "sampling": ("gruppo.engines.native.engine._Flight.decode", 12, MemoryError, "grpo", "slots"),
-    "forward": ("gruppo.training.loop.batch_loss", 2, RuntimeError, "grpo", "micro_batch_tokens"),
+    "sampling": ("gruppo.engines.native.engine._Decoder.decode", 12, MemoryError, "grpo", "slots"),
+    "forward": ("gruppo.training.policy_trainer.batch_loss", 2, RuntimeError, "grpo", "micro_batch_tokens"),
     "forward of the second inner update": (
-        "gruppo.training.loop.batch_loss",
+        "gruppo.training.policy_trainer.batch_loss",
         4,
         RuntimeError,
         "grpo",
@@ -79,9 +80,9 @@ PLACES = {
     ),
     "backward": ("torch.Tensor.backward", 6, torch.OutOfMemoryError, "grpo", "micro_batch_tokens"),
     "norm of the gradient": ("torch.nn.utils.clip_grad_norm_", 2, RuntimeError, "grpo", "micro_batch_tokens"),
-    "scoring": ("gruppo.algorithms.credit.score", 2, RuntimeError, "ppo", "micro_batch_tokens"),
+    "scoring": ("gruppo.training.policy_loss.score", 2, RuntimeError, "ppo", "micro_batch_tokens"),
     "values": ("gruppo.models.value_head.ScalarModel.numbers", 1, RuntimeError, "ppo", "micro_batch_tokens"),
-    "value model": ("gruppo.training.loop.critic_loss", 2, RuntimeError, "ppo", "micro_batch_tokens"),
+    "value model": ("gruppo.training.value_model.critic_loss", 2, RuntimeError, "ppo", "micro_batch_tokens"),
     "value model's backward": ("torch.Tensor.backward", 4, MemoryError, "ppo", "micro_batch_tokens"),
 }
 
@@ -92,16 +93,16 @@ def test_a_failed_allocation_changes_nothing_but_sizes(
 ) -> None:
     target, count, kind, method, size = PLACES[place]
     sizes: list[int] = []
-    original = loop.score_batches if method == "ppo" else loop.batch_loss
+    original = policy_trainer.score_batches if method == "ppo" else policy_trainer.batch_loss
 
-    def sized(*args):
+    def sized(*args, **options):
         batches = args[2] if method == "ppo" else [args[2]]
         sizes.append(max(len(batch.token_ids) for batch in batches))
-        return original(*args)
+        return original(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gruppo.training.packing.MAX_TOKENS", 60)
-        patch.setattr(loop, original.__name__, sized)
+        patch.setattr("gruppo.models.packing.MAX_TOKENS", 60)
+        patch.setattr(policy_trainer, original.__name__, sized)
         at_call(patch, target, count, fails(kind))
         result = small_run(tiny_folder, tmp_path / "run", **CHANGES, **(PPO if method == "ppo" else {}))
     close(whole[method], result)
@@ -140,12 +141,12 @@ def test_the_gradient_is_that_of_the_update_that_did_not_fail() -> None:
 
         def attempt(_tokens, policy=policy, loss=loss, optimizer=optimizer, take=take):
             assert all(each.grad is None for each in policy.model.parameters())
-            return gruppo.training.policy_trainer.update(
+            return gruppo.training.optimizer.update(
                 list(ids), loss, policy, policy.model, optimizer, 0.0, 1e9, take, lambda _: None
             )  # type: ignore[arg-type]
 
         tries.clear()
-        Sizes(64, 1).fitting("micro_batch_tokens", "updating", attempt)
+        BatchSizes(64, 1).fitting("micro_batch_tokens", "updating", attempt)
         assert all(each.grad is None for each in policy.model.parameters())
     assert tries == [1, 5, 9, 1, 5, 9]
     for name, gradient in seen[False].items():
@@ -161,7 +162,7 @@ def test_an_error_of_another_kind_leaves_no_gradient(policy) -> None:
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     rows = list(torch.arange(1, 9).view(2, 4))
     with pytest.raises(ValueError, match="on purpose"):
-        gruppo.training.policy_trainer.update(
+        gruppo.training.optimizer.update(
             rows, loss, policy, policy.model, optimizer, 0.0, 1.0, lambda *_: None, lambda _: None
         )  # type: ignore[arg-type]
     assert all(each.grad is None for each in policy.model.parameters())
@@ -171,14 +172,14 @@ def test_the_optimizers_own_step_is_not_made_twice(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_call(monkeypatch, "torch.optim.AdamW.step", 2, fails())
-    with pytest.raises(RunError, match=r"optimizer's step .* may be half made"):
+    with pytest.raises(RunError, match=r"optimizer's step .* may be half done"):
         small_run(tiny_folder, tmp_path / "run", **CHANGES)
 
 
 def test_below_the_smallest_the_run_says_what_to_lower(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gruppo.training.loop.batch_loss", lambda *_: fails()())
+    monkeypatch.setattr("gruppo.training.policy_trainer.batch_loss", lambda *_, **__: fails()())
     with pytest.raises(RunError, match=r"at its smallest \(9\).*smaller sampling\.max_tokens"):
         small_run(tiny_folder, tmp_path / "run", **CHANGES)
     sizes = [each["after"] for each in read_lines(tmp_path / "run" / "events.jsonl") if each["kind"] == "memory"]
@@ -186,7 +187,7 @@ def test_below_the_smallest_the_run_says_what_to_lower(
 
 
 def test_elsewhere_it_ends_with_a_line(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gruppo.training.loop.rollout_rows", lambda *_: fails(MemoryError)())
+    monkeypatch.setattr("gruppo.training.run.rollout_rows", lambda *_: fails(MemoryError)())
     with pytest.raises(RunError, match=r"memory ran out .* resume from the last checkpoint"):
         small_run(tiny_folder, tmp_path / "run", **CHANGES)
 
@@ -196,8 +197,8 @@ def test_a_halved_size_is_kept_over_a_kill_and_told_again(
 ) -> None:
     """Killed in the step whose event the resume cuts away: the size stays, and an event says so."""
     with monkeypatch.context() as patch:
-        at_call(patch, "gruppo.training.loop.batch_loss", 4, fails())
-        with killed(patch, "gruppo.training.loop._Run._write_step", 2):
+        at_call(patch, "gruppo.training.policy_trainer.batch_loss", 4, fails())
+        with killed(patch, "gruppo.training.run.TrainingRun._describe", 2):
             small_run(tiny_folder, tmp_path / "run", **CHANGES)
     seen: list[float] = []
     result = train(recipe(tiny_folder, **CHANGES), prompts=ROWS, out=tmp_path / "run", resume=True,
@@ -214,7 +215,7 @@ def test_a_reward_model_learns_the_same(tiny_folder: str, tmp_path: Path, monkey
     first = small_run(tiny_folder, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         at_call(patch, "torch.Tensor.backward", 2, fails())
-        at_call(patch, "gruppo.training.reward_model.probabilities", 3, fails())
+        at_call(patch, "gruppo.rollout.reward_model.probabilities", 3, fails())
         second = small_run(tiny_folder, tmp_path / "run", **changes)
     close(first, second)
     events = read_lines(tmp_path / "run" / "events.jsonl")
@@ -224,12 +225,12 @@ def test_a_reward_model_learns_the_same(tiny_folder: str, tmp_path: Path, monkey
 
 def test_fewer_slots_sample_the_same(policy, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request((1, 2, 3), [(0, place, draw) for draw in range(4)]) for place in range(3)]
-    options = SamplingOptions(1.0, 6)
+    options = SamplingParams(1.0, 6)
     wanted = NativeEngine(policy, 12).generate(requests, options)
     told: list[str] = []
-    sizes = Sizes(1024, 12, told=lambda made: told.append(str(made)))
-    at_call(monkeypatch, "gruppo.engines.native.engine._Flight.decode", 3, fails())
-    made = FittingEngine(NativeEngine(policy, 12), sizes).generate(requests, options)
+    sizes = BatchSizes(1024, 12, told=lambda made: told.append(str(made)))
+    at_call(monkeypatch, "gruppo.engines.native.engine._Decoder.decode", 3, fails())
+    made = ResizingEngine(NativeEngine(policy, 12), sizes).generate(requests, options)
     ids = [[[completion.token_ids for completion in group] for group in each] for each in (wanted, made)]
     assert ids[0] == ids[1]
     assert sizes.slots == 6

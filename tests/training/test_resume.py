@@ -15,9 +15,10 @@ import torch
 from gruppo.config.methods import METHODS
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_lines
-from gruppo.training import loop
+from gruppo.training import policy_trainer
 from gruppo.training.api import train
 from gruppo.training.memory_estimate import process_bytes
+from gruppo.training.run import TrainingRun
 from tests.small_runs import ROWS, at_call, fingerprint, killed, recipe, small_run
 
 REFILLED = "tests/rewards/functions.py:begins_with_a_letter"
@@ -39,20 +40,20 @@ def uninterrupted(tiny_folder: str, questions: dict, tmp_path_factory: pytest.Te
 
 
 MOMENTS = {
-    "while sampling": ("gruppo.engines.native.engine._Flight.decode", 40),
-    "while rewarding": ("gruppo.rollout.workers.rewards.Worker._receive", 15),
-    "while updating": ("gruppo.training.loop.batch_loss", 7),
-    "between inner updates": ("gruppo.training.loop._Run._update", 8),
-    "before a step is written": ("gruppo.training.loop._Run._write_step", 3),
+    "while sampling": ("gruppo.engines.native.engine._Decoder.decode", 40),
+    "while rewarding": ("gruppo.rollout.workers.process.Worker._receive", 15),
+    "while updating": ("gruppo.training.policy_trainer.batch_loss", 7),
+    "between inner updates": ("gruppo.training.policy_trainer.PolicyTrainer.update", 8),
+    "before a step is written": ("gruppo.training.run.TrainingRun._describe", 3),
     "before a metrics line": ("gruppo.runs.folder.RunFolder.metric", 6),
-    "before base is named": ("gruppo.runs.folder.publish", 2),
-    "before a table is named": ("gruppo.runs.folder.publish", 10),
-    "while evaluating": ("gruppo.evaluation.sets.graded", 2),
-    "before a checkpoint": ("gruppo.training.loop.save_checkpoint", 2),
+    "before base is named": ("gruppo.runs.atomic.publish", 2),
+    "before a table is named": ("gruppo.runs.atomic.publish", 10),
+    "while evaluating": ("gruppo.evaluation.runner.graded", 2),
+    "before a checkpoint": ("gruppo.training.checkpointer.save_checkpoint", 2),
     "before a checkpoint is named": ("gruppo.training.checkpoint.publish", 2),
     "before old checkpoints go": ("gruppo.training.checkpoint.drop_old", 2),
-    "before the result is saved": ("gruppo.training.loop.save_model", 1),
-    "before the first step": ("gruppo.training.loop._Run._step", 1),
+    "before the result is saved": ("gruppo.training.checkpointer.save_model", 1),
+    "before the first step": ("gruppo.training.run.TrainingRun.start_step", 1),
 }
 
 
@@ -80,7 +81,7 @@ def test_every_method_resumes_bit_for_bit(
         del settings["reward"]
         rows = [{**row, "completion": row["prompt"] + "z"} for row in ROWS]
     train(settings, prompts=rows, out=tmp_path / "whole")
-    with killed(monkeypatch, "gruppo.training.loop._Run._write_step", 5):
+    with killed(monkeypatch, "gruppo.training.run.TrainingRun._describe", 5):
         train(settings, prompts=rows, out=tmp_path / "run")
     train(settings, prompts=rows, out=tmp_path / "run", resume=True)
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
@@ -90,10 +91,10 @@ def test_every_method_resumes_bit_for_bit(
 
 
 LORA_MOMENTS = {
-    "while updating": ("gruppo.training.loop.batch_loss", 7),
+    "while updating": ("gruppo.training.policy_trainer.batch_loss", 7),
     "while the reference scores": ("gruppo.models.lora._WithoutAdapters.hidden_states", 6),
     "before a checkpoint is named": ("gruppo.training.checkpoint.publish", 2),
-    "before the adapter is saved": ("gruppo.training.loop.save_adapter", 1),
+    "before the adapter is saved": ("gruppo.training.checkpointer.save_adapter", 1),
 }
 
 
@@ -124,11 +125,11 @@ def test_asked_to_stop_saves_and_continues(
 ) -> None:
     """The first signal, at a moment of each kind; an update that has begun is finished first."""
     target, count = {
-        "sampling": ("gruppo.engines.native.engine._Flight.decode", 60),
+        "sampling": ("gruppo.engines.native.engine._Decoder.decode", 60),
         "between steps": ("gruppo.runs.folder.RunFolder.metric", 5),
-        "evaluating": ("gruppo.evaluation.sets.answer", 2),
-        "evaluating at the end": ("gruppo.evaluation.sets.answer", 4),
-        "updating": ("gruppo.training.loop.batch_loss", 5),
+        "evaluating": ("gruppo.evaluation.runner.answer", 2),
+        "evaluating at the end": ("gruppo.evaluation.runner.answer", 4),
+        "updating": ("gruppo.training.policy_trainer.batch_loss", 5),
     }[moment]
     with monkeypatch.context() as patch:
         at_call(patch, target, count, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -147,7 +148,7 @@ def test_resume_of_a_finished_run_changes_nothing(
     first = small_run(tiny_folder, tmp_path / "run")
     before = fingerprint(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr("gruppo.training.loop.peak_memory", lambda _: 1)
+        patch.setattr("gruppo.training.checkpointer.peak_memory", lambda _: 1)
         result = small_run(tiny_folder, tmp_path / "run", resume=True)
     peak = "peak_memory_bytes"
     assert {**result.summary, peak: 0} == {**first.summary, peak: 0}
@@ -166,19 +167,21 @@ def test_resume_keeps_what_was_chosen_by_measuring(
     """Other memory at the resume must not change the micro-batch, and so the rounding."""
     held = process_bytes(torch.device("cpu"))
     monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: held)
-    monkeypatch.setattr("gruppo.training.setup.process_bytes", lambda _: held)
+    monkeypatch.setattr("gruppo.training.sizing.process_bytes", lambda _: held)
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 10**10)
-        patch.setattr("gruppo.training.packing.MAX_TOKENS", 30)
-        patch.setattr(loop._Run, "_step", _stop_after(2))
+        patch.setattr("gruppo.models.packing.MAX_TOKENS", 30)
+        patch.setattr(TrainingRun, "finish_step", _stop_after(2))
         small_run(tiny_folder, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]
     assert before["micro_batch_tokens"] == 30
     assert (before["recompute"], before["memory_budget_bytes"]) == (False, int(0.6 * (10**10 + held)))
     monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 0)
     seen = []
-    original = loop.pack
-    monkeypatch.setattr(loop, "pack", lambda *args, **kwargs: seen.append(args[2]) or original(*args, **kwargs))
+    original = policy_trainer.pack
+    monkeypatch.setattr(
+        policy_trainer, "pack", lambda *args, **kwargs: seen.append(args[2]) or original(*args, **kwargs)
+    )
     small_run(tiny_folder, tmp_path / "run", resume=True)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"] == before
     assert set(seen) == {30}
@@ -189,7 +192,7 @@ def test_a_run_from_before_there_was_a_budget_resumes(
 ) -> None:
     """Its recipe has no run.memory, and nothing says whether activations are recomputed."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step", _stop_after(2))
+        patch.setattr(TrainingRun, "finish_step", _stop_after(2))
         small_run(tiny_folder, tmp_path / "run")
     recipe, environment = tmp_path / "run" / "recipe.toml", tmp_path / "run" / "environment.json"
     recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if "memory" not in line))
@@ -202,10 +205,10 @@ def test_a_run_from_before_there_was_a_budget_resumes(
 
 
 def _stop_after(steps: int):
-    original = loop._Run._step
+    original = TrainingRun.finish_step
 
-    def step(self):
-        original(self)
+    def step(self, *arguments):
+        original(self, *arguments)
         if self.state.step == steps:
             self.stop.request()
 
@@ -231,7 +234,7 @@ def test_changed_questions_are_refused_and_changed_rewards_are_told(
     (tmp_path / "mine.py").write_text("def f(completions, **_):\n    return [float(len(c)) for c in completions]\n")
     changes = {"reward__functions": [str(tmp_path / "mine.py") + ":f"]}
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step", _stop_after(2))
+        patch.setattr(TrainingRun, "finish_step", _stop_after(2))
         small_run(tiny_folder, tmp_path / "run", **changes)
     with pytest.raises(UsageError, match="questions are not those"):
         train(recipe(tiny_folder, **changes), prompts=ROWS[1:], out=tmp_path / "run", resume=True)

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gruppo.config.recipe import Audit, load_recipe
+from gruppo.config.loading import load_recipe
+from gruppo.config.sections import Audit
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import train
-from gruppo.training.reward_audit import Auditor
-from gruppo.types import Metrics, Reward, Steps
+from gruppo.training.reward_audit import RewardAudit
+from gruppo.types import Reward, Steps
+from gruppo.utils.metrics import Metrics
 from gruppo.utils.stats import trend
 from tests.conftest import make_group
 from tests.small_runs import ROWS, recipe
@@ -28,7 +30,7 @@ class FakePool:
 
 
 def alarms(rewards: list[float], audits: list[float], window: int = 8) -> list[str | None]:
-    made = Auditor(FakePool(), Audit(function="second", window=window), 0)  # type: ignore[arg-type]
+    made = RewardAudit(FakePool(), Audit(function="second", window=window), 0)  # type: ignore[arg-type]
     return [made.alarm({"audit/reward": r, "audit/mean": a}) for r, a in zip(rewards, audits, strict=True)]
 
 
@@ -59,7 +61,7 @@ def test_alarm_when_the_reward_rises_and_the_audit_does_not() -> None:
 
 
 def test_a_step_that_could_not_be_audited_says_nothing_again() -> None:
-    made = Auditor(FakePool(), Audit(function="second", window=4), 0)  # type: ignore[arg-type]
+    made = RewardAudit(FakePool(), Audit(function="second", window=4), 0)  # type: ignore[arg-type]
     found = [made.alarm({"audit/reward": each, "audit/mean": 0.5}) for each in (0.1, 0.2, 0.3, 0.4)]
     assert found[-1]
     assert made.alarm({"audit/reward": None, "audit/mean": None}) is None
@@ -73,7 +75,7 @@ def test_rewards_of_steps_count_with_their_weight() -> None:
 
     group = make_group([1], [[1, 2], [3, 4]], [0.5, 0.5])
     group.rewards = [replace(each, steps={"judge": Steps((0.2, 0.4), (0, 1))}) for each in group.rewards]
-    made, metrics = Auditor(Pool(), Audit(function="second"), 0), Metrics()  # type: ignore[arg-type]
+    made, metrics = RewardAudit(Pool(), Audit(function="second"), 0), Metrics()  # type: ignore[arg-type]
     made.judge([group], {"judge": 2.0}, 1, metrics, lambda _: None)
     assert metrics.reduce()["audit/reward"] == pytest.approx(0.5 + 2 * 0.3)
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from gruppo import label, train, train_reward_model
 from gruppo.cli.main import app
 from gruppo.errors import UsageError
-from gruppo.models.policy import save_model
+from gruppo.models.weights import save_model
 from gruppo.runs.reading import read_lines
 from gruppo.utils.signals import Interrupted
 from tests.conftest import make_policy
@@ -64,7 +64,7 @@ def test_a_row_a_completion_with_its_steps(settings: dict[str, Any], labelled: P
 def test_labelling_resumes_and_keeps_what_is_there(
     settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with killed(monkeypatch, "gruppo.training.step_labels.Labeller.label", 2):
+    with killed(monkeypatch, "gruppo.rollout.step_labels.StepLabeller.label", 2):
         label(settings, out=tmp_path / "labels")
     first = tmp_path / "labels/labels/step-000001.parquet"
     written = first.stat().st_mtime_ns

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from gruppo.algorithms.credit import assign_advantages, keep_logprobs, mark_trained, score_batches
-from gruppo.algorithms.losses import sequence_mean_weights
-from gruppo.config.recipe import Critic, Method, RecipeError, load_recipe
+from gruppo.algorithms.aggregation import sequence_mean_weights
+from gruppo.algorithms.credit import assign_advantages
+from gruppo.algorithms.filtering import mark_trained
+from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.config.method_section import Critic, Method
 from gruppo.errors import UsageError
-from gruppo.models.policy import save_model
+from gruppo.models.packing import pack
+from gruppo.models.weights import save_model
 from gruppo.training.api import train
-from gruppo.training.packing import pack
+from gruppo.training.policy_loss import keep_logprobs, score_batches
 from gruppo.training.value_model import ScalarModel, critic_loss, score_values
-from gruppo.types import Group, Metrics
+from gruppo.types import Group
+from gruppo.utils.metrics import Metrics
 from tests.conftest import make_completion, make_policy, random_groups
 from tests.small_runs import ROWS, recipe
 
@@ -79,6 +83,7 @@ def test_loss_and_gradient_are_the_written_out_ones(budget: int) -> None:
     with torch.no_grad():
         for each in critic.module.parameters():
             each.add_(0.05 * torch.randn_like(each))
+    critic.policy.generation.advance()
     critic.module.zero_grad(set_to_none=True)
     expected = torch.zeros((), dtype=torch.float64)
     for group in groups:

@@ -135,12 +135,12 @@ def test_anywhere_means_at_once_and_everywhere_else_at_the_next_check() -> None:
         _library_that_catches_exceptions()
     later = Stop()
     later.request()
-    with pytest.raises(Interrupted), later.anywhere():
+    with pytest.raises(Interrupted), later.interruptible():
         pytest.fail("a stop that was asked for before is heeded where it may be")
 
 
 def _library_that_catches_exceptions() -> None:
-    with stop_on_signals() as stop, stop.anywhere(), contextlib.suppress(Exception):
+    with stop_on_signals() as stop, stop.interruptible(), contextlib.suppress(Exception):
         os.kill(os.getpid(), signal.SIGINT)
     pytest.fail("went on")
 

@@ -6,11 +6,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gruppo.errors import UsageError
+from gruppo.data.options import (
+    LABELLED,
+    LETTERS,
+    MARKS,
+    TEXT_STYLE,
+    bare_words,
+    capitals,
+    letters_of,
+    options_of,
+    plain_text,
+    unlabelled,
+)
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer, sentence
-from gruppo.rewards.grading.numbers import Quantity, cleaned, quantities, same_quantity, spelled
-
-LETTERS = "ABCDEFGHIJ"
+from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
 
 
 class Choice(NamedTuple):
@@ -22,20 +31,24 @@ class Choice(NamedTuple):
     undecided: bool = False
 
 
-_STYLE = re.compile(
-    r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|mbox|boldsymbol|bf|rm|operatorname)\b\s*|\\[()\[\]!,; ]"
-    r"|</?(?:b|strong|i|em|u|p|span|code)>"
-)
-_MARKS = re.compile(r"[*_`$~{}]|\\(?:left|right)\b")
-_LABELLED = re.compile(r"\s*[(（]?\s*([A-J])\s*[)）.、:：]\s*")
 # One letter or several, with brackets: "(B)", "A, C", "A和C", "ABD"; the article "A" of "A train" is none.
 _LETTER = r"(?:[(（\[]\s*[A-J]\s*[)）\]]|[A-J][)）\]]?)"
+
+
 _AND = r"(?:\s*(?:,\s*and\b|,|、|，|&|/|\band\b|和|与|及|以及|\bor\b|或者?)\s*|\s+|)"
+
+
 _GROUP = rf"(?<![A-Za-z])(?P<group>{_LETTER}(?:{_AND}{_LETTER}){{0,9}})(?:(?<=[)）\]])|(?![A-Za-z'’\d]|-[A-Za-z]))"
+
+
 _LEAD = r"[\s\"“”'‘’:：]*(?:(?:option|choice|letter|answer|statement|选项|选择|选)s?[\s:：]*)?[\"“'‘]*"
+
+
 _ARTICLE = re.compile(
     r"\s+(?!because|since|as|is|are|was|which|with|and|or|for|by|due|given|that|but|not|the|would|here|in\b)[a-z]"
 )
+
+
 _FOUND = [
     re.compile(pattern)
     for pattern in (
@@ -56,23 +69,9 @@ _FOUND = [
         rf"{_GROUP}\s*(?:选项|项)?(?:是正确的|正确|是对的|是正确答案|是答案)(?!的?是)",
     )
 ]
+
+
 _ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:选项|项)?(?:[.,:：。、!;；]|$))")
-
-
-_SMALL = re.compile(
-    r"(?<!\w)[(（]([a-j])[)）]|(?<=[Aa]nswer is )([a-j])(?=\W*$|[).])|(?<=[Aa]nswer: )([a-j])(?=\W*$|[).])"
-    r"|(?<=[Oo]ption )([a-j])(?=\W*$|[).])|(?<=[Cc]hoice )([a-j])(?=\W*$|[).])"
-    r"|^\s*([a-j])[).]?\s*$|^([a-j])\)", re.MULTILINE
-)  # fmt: skip
-
-
-def _plain(text: str) -> str:
-    return _capitals(_MARKS.sub(" ", _STYLE.sub(" ", text)))
-
-
-def _capitals(text: str) -> str:
-    """Small letters that can only be those of options, as capitals: "(b)", "the answer is c."."""
-    return _SMALL.sub(lambda found: found[0].upper() if found.lastindex else found[0], text)
 
 
 def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
@@ -90,7 +89,7 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
     listed = _lists(text)
     for rule, part in (
         ("whole text", text),
-        ("last line", "" if listed and _LABELLED.match(_last_line(text)) else _last_line(text)),
+        ("last line", "" if listed and LABELLED.match(_last_line(text)) else _last_line(text)),
         ("first line", text.strip().split("\n")[0]),
     ):
         if len(part) < _SHORT and not _lists(part) and (alone := _alone(part, rule, letters)) is not None:
@@ -104,12 +103,14 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
 
 
 _FULL_WIDTH = {0xFF21 + place: letter for place, letter in enumerate(LETTERS)}
+
+
 _SHORT = 150  # letters of a text or line that begins with its answer, at the most
 
 
 def _lists(part: str) -> bool:
     """Whether a text goes through several options: "(A) 4 (B) 5"."""
-    return len(set(re.findall(r"(?<![A-Za-z])[(（]?([A-J])[)）.:：](?=\s)", _plain(part)))) > 1
+    return len(set(re.findall(r"(?<![A-Za-z])[(（]?([A-J])[)）.:：](?=\s)", plain_text(part)))) > 1
 
 
 def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[int, Choice]]:
@@ -130,7 +131,7 @@ def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[in
 def _plain_in_place(text: str) -> str:
     """The text without its marks of style, every letter where it was."""
     blank = lambda found: " " * len(found[0])  # noqa: E731
-    return _capitals(_MARKS.sub(blank, _STYLE.sub(blank, text)))
+    return capitals(MARKS.sub(blank, TEXT_STYLE.sub(blank, text)))
 
 
 _DENIED = re.compile(
@@ -140,11 +141,15 @@ _DENIED = re.compile(
     r"[ \t(（\"'“:]*$",
     re.IGNORECASE,
 )
+
+
 _REFUSED = re.compile(
     r"[)）\]]?\s*(?:选项|项)?\s*(?:(?:is|are|was|would be|must be|seems|looks)?\s*"
     r"(?:(?:definitely|clearly|also|certainly)\s+)?(?:not|wrong|incorrect|false|impossible|out)\b"
     r"|(?:is|are|was|does|do|did|can|could|would|wo|ca)n['’]t\b|(?:does|do|can|could|would)\s*not\b|不|错)"
 )
+
+
 _ASKED = re.compile(r"[^.!?\n]{0,20}[?？]")
 
 
@@ -156,7 +161,7 @@ def _denied(text: str, found: re.Match[str]) -> bool:
 
 def _alone(part: str, rule: str, letters: str, whole: bool = False) -> Choice | None:
     """The letters with which a text begins, and nothing else decides: "B", "(B) 42", "B. because …"."""
-    plain = _plain(part).strip(" \n\t\"'“”‘’")
+    plain = plain_text(part).strip(" \n\t\"'“”‘’")
     found = _ALONE.match(plain) if not whole else re.match(rf"{_LEAD}{_GROUP}", plain)
     return _choice(found, rule, letters, plain) if found and not _REFUSED.match(plain, found.end("group")) else None
 
@@ -191,11 +196,13 @@ def _by_verdict(text: str, letters: str) -> Choice | None:
     """The only option that a list of verdicts calls right: "A) 4 is wrong", "B) 5 is right"."""
     if not _lists(text):
         return None
-    right = [found[1] for found in _JUDGED.finditer(_plain(text))]
+    right = [found[1] for found in _JUDGED.finditer(plain_text(text))]
     return Choice(right[0], "verdicts", text[:200]) if len(right) == 1 and right[0] in letters else None
 
 
 _BRACKETED = re.compile(r"[(（]\s*(?P<group>[A-J])\s*[)）]")
+
+
 _CONCLUDED = re.compile(
     r"(?:\b(?:so|thus|hence|therefore|then|is|are|be|guess|say|option|choice|leaves|leaving|with|means|for|to|pick|but|definitely|probably|both|answer)\b"
     r"|^|['’]s\b|[∴→⇒:：,(（-])[\s,:(（\"'“-]*(?:(?:option|choice) )?(?P<group>[B-HJ])(?=\W*$)",
@@ -205,7 +212,7 @@ _CONCLUDED = re.compile(
 
 def _by_mention(text: str, letters: str) -> Choice | None:
     """The only letter in brackets of the last sentence, or with which it concludes: "so it must be (B)", "I say B"."""
-    last = _plain(last_sentence(text))
+    last = plain_text(last_sentence(text))
     if text.rstrip(" *_$").endswith(("?", "？")):
         return None
     found = list(_BRACKETED.finditer(last)) or list(_CONCLUDED.finditer(last))
@@ -217,30 +224,27 @@ def _by_mention(text: str, letters: str) -> Choice | None:
 
 def _by_value(part: str, rule: str, options: Sequence[str]) -> Choice | None:
     """The one option whose words or number a text gives; an option that is in another one is not taken for it."""
-    said = _words(part)
-    same = [place for place, option in enumerate(options) if said and said == _words(option)]
+    said = bare_words(part)
+    same = [place for place, option in enumerate(options) if said and said == bare_words(option)]
     if not same and len(said) < 400:
         same = [place for place, option in enumerate(options) if _same_number(part, option)]
     if not same and rule in ("boxed", "tags", "answer is"):
         same = [place for place, option in enumerate(options) if _same_formula(part, option)]
     if not same:
         within = [
-            place for place, option in enumerate(options) if len(_words(option)) > 3 and _has(said, _words(option))
+            place
+            for place, option in enumerate(options)
+            if len(bare_words(option)) > 3 and _has(said, bare_words(option))
         ]
-        longest = max((len(_words(options[place])) for place in within), default=0)
-        same = [place for place in within if len(_words(options[place])) == longest]
-        if any(_words(options[place]) not in _words(options[same[0]]) for place in within):
+        longest = max((len(bare_words(options[place])) for place in within), default=0)
+        same = [place for place in within if len(bare_words(options[place])) == longest]
+        if any(bare_words(options[place]) not in bare_words(options[same[0]]) for place in within):
             return None
     return Choice(LETTERS[same[0]], rule, part.strip()[:200]) if len(same) == 1 else None
 
 
 def _has(said: str, words: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", said) is not None
-
-
-def _words(text: str) -> str:
-    text = re.sub(r"\\[dt]frac", r"\\frac", unlabelled(text))
-    return re.sub(r"\s+", " ", _plain(text)).strip(" .。,;:，；").casefold().removeprefix("the ")
 
 
 def _same_number(part: str, option: str) -> bool:
@@ -268,64 +272,6 @@ def _same_formula(part: str, option: str) -> bool:
         return same_formula(part, unlabelled(option))
     except TimeoutError:
         return False
-
-
-def unlabelled(option: str) -> str:
-    """An option without its own letter: "(A) 4" is "4"."""
-    found = _LABELLED.match(option)
-    return option[found.end() :] if found else option
-
-
-def split_options(text: str) -> list[str]:
-    """Options of one text, "A) 4 B) 5 C) 6", each without its letter; empty where the text has no such letters."""
-    options: list[str] = []
-    place = 0
-    for letter in LETTERS:
-        found = re.compile(rf"(?:^|(?<=\s)|(?<=[.;,)$}}]))[(（]?{letter}\s*[)）.、:：]\s*").search(text, place)
-        if found is None:
-            break
-        if options or letter != "A":
-            options[-1] = text[place : found.start()].strip()
-        options.append("")
-        place = found.end()
-    if options:
-        options[-1] = text[place:].strip()
-    return options
-
-
-def letters_of(answer: object, options: Sequence[str]) -> str:
-    """The letters of a reference: "B", "(B)", "A B D", a place (0 is A), or the text of an option.
-
-    Raises UsageError where it is none of these.
-    """
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < (len(options) or len(LETTERS)):
-        return LETTERS[answer]
-    text = str(answer).strip()
-    named = re.sub(r"[\s,、，()（）.;]|\band\b", "", text)
-    if re.fullmatch("[A-J]+", named) or re.fullmatch("[a-j]", named):
-        return "".join(sorted(set(named.upper())))
-    same = [place for place, option in enumerate(options) if _words(option) == _words(text)]
-    if len(same) == 1:
-        return LETTERS[same[0]]
-    raise UsageError(f"answer = {answer!r}: is no letter of an option; write one, like B, or several, like ABD")
-
-
-def options_of(columns: Mapping[str, Any]) -> list[str]:
-    """The options of a row, from its column choices or options, without their letters."""
-    given = columns.get("choices", columns.get("options"))
-    if isinstance(given, Mapping):
-        given = given.get("text", list(given.values()))
-    if isinstance(given, str):
-        return split_options(given)
-    return without_letters([str(each) for each in given]) if isinstance(given, list | tuple) else []
-
-
-def without_letters(options: Sequence[str]) -> list[str]:
-    """Options without their letters where all have one, in order: "A)4", "B)5"; else as they are ("C. elegans")."""
-    found = [_LABELLED.match(option) for option in options]
-    if all(each and each[1] == letter for each, letter in zip(found, LETTERS, strict=False)):
-        return [unlabelled(option).strip() for option in options]
-    return list(options)
 
 
 def grade_choice(text: str, answer: object, columns: Mapping[str, Any]) -> bool:

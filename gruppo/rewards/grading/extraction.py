@@ -11,6 +11,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from gruppo.data.boxes import boxes
+
 Rule = Literal["tags", "boxed", "answer is", "label", "####"]
 
 
@@ -23,52 +25,93 @@ class Decision(NamedTuple):
 
 
 _THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
+
+
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?[\w.]+))")
+
+
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:\*\*|#+ )?(?:Question|Problem|Q|Human|User|Instruction|问题|题目)(?: ?\d+)?(?:\*\*)? ?[:：]"
 )
+
+
 _WRAPPED = r"[\s*_$~]*"
+
+
 _KIND = r"(?:(?:final|correct|right|best|numerical|ultimate)\s+)*"
+
+
 _ASKED = r"(?:\s+(?:to|for|of|in)\s[^.\n:=$]{1,80}?)?"
+
+
 _SAYS = re.compile(
     rf"\b{_KIND}(?:answers?|(?:correct|right|best) (?:choice|option|one))\b{_ASKED}(?:\*\*)?\s*,?\s+"
     r"(?:is|are|was|equals|would be|should be|must be|comes out to be)\b(?:\s+(?:therefore|thus|then|simply|just))?"
     r"\s*[:：]?",
     re.IGNORECASE,
 )
+
+
 _SAYS_CHINESE = re.compile(r"(?:答案|最终结果)(?:应该|应当|应|就)?(?:是|为|等于)[:：]?")
+
+
 # "Answer:" counts at the start of a line or sentence; "to check our answer:" does not.
 _LABEL = re.compile(
     rf"(?:^|[.!?] |(?<=\bthe )|(?<=\bThe ))[ \t*_#>(-]*(?i:(?:my |our |the )?{_KIND}answer)[ \t*_]*[:：=][*_]*"
     r"|答案?[*_]*[:：][*_]*|【答案】[:：]?|[\"'](?i:(?:final_)?answer)[\"']\s*:\s*[\"']?",
     re.MULTILINE,
 )
+
+
 # A change of mind behind an answer: "No, it's 14.", "Wait, actually B.", "I first thought …, but it is B."
 _DOUBT = (
     r"(?:no|wait|actually|correction|hmm+|oops|sorry|scratch that|on second thought|"
     r"let me (?:re-?|double-?)?(?:check|compute|calculate|count)[^.\n]{0,60})"
 )
+
+
 _IT_IS = (
     r"(?:it|that|this|the (?:correct|right|real|actual) (?:one|value|number|choice|option))"
     r"(?:['’]s| is| was| should be| must be)(?: actually| really)? "
 )
+
+
 _VALUE = r"(?=[*_\"'($\[]*(?:(?:option|choice) )?[($]?(?:[-+−]?\d|[A-J]\b|\\(?:frac|sqrt|boxed)))"
+
+
 _REVISED = re.compile(
     rf"(?<=[.!?,;:—–\n])\s*(?:(?:but|so|and) )?(?:\b{_DOUBT}\b[\s,.:;!—–-]*)+(?:[^\n]{{0,120}}?\b{_IT_IS})?{_VALUE}"
     rf"|\b(?:thought|believed|guessed|assumed)\b[^.\n]{{1,60}}?\bbut (?:actually |now )?{_IT_IS}{_VALUE}",
     re.IGNORECASE,
 )
+
+
 _BEHIND = 300  # letters between an answer and the change of mind about it, at the most
+
+
 _HEADING = re.compile(r"^#+\s*(?i:(?:final )?answer|最终答案|答案)\s*$", re.MULTILINE)
+
+
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*")
+
+
 _NEGATED = re.compile(r"\s*(?:not|n't|wrong|incorrect|correct\b|right\b|in\b|unclear|unknown|不)", re.IGNORECASE)
+
+
 _SUPPOSED = re.compile(
     r"\b(?:if|whether|suppose|assume|assuming|unless)\s+(?:that\s+)?(?:the\s+|my\s+)?$", re.IGNORECASE
 )
+
+
 _WRONG = re.compile(r"\b(?:wrong|incorrect|false)\s+$", re.IGNORECASE)
+
+
 _NUMBERED = re.compile(r"\d+[.)、]\s+\S")
+
+
 _LONGEST = 1000  # letters of a line that names an answer, at the most
+
+
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]")
 
 
@@ -144,61 +187,6 @@ def display(text: str, start: int) -> str:
             line = text.find("\n", end)
             return text[start : line if line >= 0 else len(text)].strip()
     return ""
-
-
-class Box(NamedTuple):
-    """A box: where it begins and ends in the text, and what stands in it."""
-
-    start: int
-    end: int
-    content: str
-
-
-def boxes(text: str) -> list[Box]:
-    r"""Every \boxed{…} (braces balanced) that is closed and not empty."""
-    closing = _closing(text) if "\\" in text else {}
-    found = []
-    for box in _BOX.finditer(text):
-        if box[1] is not None:
-            found.append(Box(box.start(), box.end(), box[1]))
-        elif (end := closing.get(box.end() - 1)) is not None and text[box.end() : end].strip():
-            found.append(Box(box.start(), end + 1, text[box.end() : end].strip()))
-    return found
-
-
-def _closing(text: str) -> dict[int, int]:
-    r"""The place of the brace that closes each one, in one pass; \{ and \} are none."""
-    opened: list[int] = []
-    pairs: dict[int, int] = {}
-    for brace in _BRACE.finditer(text):
-        if brace[0] == "{":
-            opened.append(brace.start())
-        elif brace[0] == "}" and opened:
-            pairs[opened.pop()] = brace.start()
-    return pairs
-
-
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_JOINED = re.compile(
-    r"[\s$.,;\\()]*(?:\\text\{ *(?:and|or) *\}|and|or|[,;，；、和或])[\s$\\()]*(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
-)
-
-
-def last_box(text: str) -> tuple[int, str] | None:
-    """The last box and those that "and", "or" or a comma join to it, as a list with commas; None where there is
-    none."""
-    found = boxes(text)
-    if not found:
-        return None
-    start, _, joined = found[-1]
-    for before in reversed(found[:-1]):
-        if start - before.end > _JOIN or not _JOINED.fullmatch(text, before.end, start):
-            break
-        start, joined = before.start, f"{before.content}, {joined}"
-    return start, joined
-
-
-_JOIN = 40  # letters between boxes that belong together, at the most
 
 
 def sentence(text: str) -> str:

@@ -13,10 +13,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from gruppo.data.boxes import boxes, last_box
 from gruppo.errors import UsageError
-from gruppo.rewards.grading.extraction import Decision, boxes, decisions, last_box, last_sentence, own_answer
-from gruppo.rewards.grading.graders import MATH_SECONDS, parse_formulas, same_mathematics
-from gruppo.rewards.grading.numbers import Quantity, cleaned, quantities
+from gruppo.rewards.grading.extraction import Decision, decisions, last_sentence, own_answer
+from gruppo.rewards.grading.math_verify import MATH_SECONDS, parse_formulas, same_mathematics
+from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
 
 _SYMBOLS = {
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "−": "-", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ",

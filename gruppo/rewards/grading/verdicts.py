@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gruppo.rewards.grading.choices import LETTERS, choice_of, letters_of, options_of
-from gruppo.rewards.grading.extraction import Decision, decisions, last_box, own_answer
+from gruppo.data.boxes import last_box
+from gruppo.data.options import LETTERS, letters_of, options_of
+from gruppo.rewards.grading.choices import choice_of
+from gruppo.rewards.grading.extraction import Decision, decisions, own_answer
 from gruppo.rewards.grading.formulas import answered_formula, is_words, normal, reference_formula, same_formula
-from gruppo.rewards.grading.graders import find_grader, last_number, same_mathematics
-from gruppo.rewards.grading.numbers import (
-    answered_number,
-    cleaned,
-    quantities,
-    read_decision,
-    reference_numbers,
-    same_quantity,
-)
+from gruppo.rewards.grading.graders import find_grader
+from gruppo.rewards.grading.last_number import last_number
+from gruppo.rewards.grading.math_verify import same_mathematics
+from gruppo.rewards.grading.numbers import answered_number, read_decision, reference_numbers
+from gruppo.rewards.grading.quantities import cleaned, quantities, same_quantity
 
 LONGEST = 200  # letters of an extract that are kept
 

@@ -14,14 +14,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from gruppo.config.recipe import Environment as Settings
-from gruppo.config.recipe import as_bytes
+from gruppo.config.sections import Environment as Settings
+from gruppo.config.units import as_bytes
 from gruppo.errors import RunError
 from gruppo.rollout.environments.python_tool import Pool, PythonBlocks
 from gruppo.rollout.sandbox import Limits, PythonPool
 from gruppo.rollout.workers.log import Output
-from gruppo.rollout.workers.rewards import LOAD_TIMEOUT, TICK_SECONDS, Worker, pickled, wait
-from gruppo.utils.progress import Reporter
+from gruppo.rollout.workers.process import LOAD_TIMEOUT, TICK_SECONDS, Worker, wait
+from gruppo.rollout.workers.rewards import pickled
+from gruppo.utils.progress import Progress
 
 NAME = "environment"  # of its part of the reward
 MOST_SANDBOXES = 64  # each holds an interpreter and what its blocks have made, until its completion is over
@@ -29,7 +30,7 @@ Tick = Callable[[], None]
 
 
 @dataclass
-class Play:
+class EnvironmentHandle:
     """A completion and its environment: what the model wrote in each turn so far."""
 
     number: int
@@ -60,11 +61,11 @@ class Environments(Protocol):
     gives_reward: bool
     digests: list[str]
 
-    def answer(self, plays: Sequence[Play], tick: Tick) -> list[Answer]:
+    def answer(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """Answers to the last text of each, or the first observation where there is none yet. `tick` is called at least
         every half second and may raise."""
 
-    def end(self, plays: Sequence[Play], tick: Tick) -> list[Answer]:
+    def end(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """The rewards of completions that are over; each is let go of."""
 
     def drop(self) -> None:
@@ -74,7 +75,7 @@ class Environments(Protocol):
         """End all processes."""
 
 
-class Sandboxes:
+class PythonEnvironments:
     """Blocks of Python, each completion's in a sandbox of its own."""
 
     stop = PythonBlocks.stop
@@ -87,7 +88,7 @@ class Sandboxes:
         self.pool, self.threads = pool, ThreadPoolExecutor(workers, "sandbox")
         self.held: dict[int, PythonBlocks] = {}
 
-    def answer(self, plays: Sequence[Play], tick: Tick) -> list[Answer]:
+    def answer(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`."""
         waiting = [self.threads.submit(self._step, play) for play in plays]
         try:
@@ -100,7 +101,7 @@ class Sandboxes:
             raise
         return [each.result() for each in waiting]
 
-    def _step(self, play: Play) -> Answer:
+    def _step(self, play: EnvironmentHandle) -> Answer:
         if not play.texts:
             return Answer()
         held = self.held.setdefault(play.number, PythonBlocks(self.pool))
@@ -108,7 +109,7 @@ class Sandboxes:
         shown = None if turn.observation is None else (str(turn.observation),)
         return Answer(shown, turn.done, turn.calls, turn.errors)
 
-    def end(self, plays: Sequence[Play], tick: Tick) -> list[Answer]:
+    def end(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`. Python gives no reward."""
         for play in plays:
             if held := self.held.pop(play.number, None):
@@ -133,13 +134,13 @@ class _Host(Worker):
     variables = MappingProxyType({"PYTHONHASHSEED": "0"})  # the order of sets is the same in every process
 
 
-class Hosted:
+class ProcessEnvironments:
     """Objects of a user's class in processes of their own. A call that takes too long, or kills its process, fails
     alone: the other objects of that process are made again, by what they were given so far."""
 
     most = sys.maxsize
 
-    def __init__(self, settings: Settings, passed: Sequence[str], log: Path | None, reporter: Reporter) -> None:
+    def __init__(self, settings: Settings, passed: Sequence[str], log: Path | None, progress: Progress) -> None:
         """`passed`: names of variables of the environment that the processes get; `log`: a file for what the class
         prints. Raises UsageError."""
         self.seconds, self.shown = settings.seconds, settings.output
@@ -152,7 +153,7 @@ class Hosted:
         self._places: dict[int, _Host] = {}  # by number of the completion: the process that knows all of it
         try:
             self._workers = [self._new_worker() for _ in range(settings.workers)]
-            with reporter.progress("Loading the environment", settings.workers, "processes") as show:
+            with progress.bar("Loading the environment", settings.workers, "processes") as show:
                 digests = [worker.load(show) for worker in self._workers]
         except BaseException:
             self.close()
@@ -163,11 +164,11 @@ class Hosted:
         self.stop = tuple(told["stop"])
         self.gives_reward = bool(told["gives_reward"])
 
-    def answer(self, plays: Sequence[Play], tick: Tick) -> list[Answer]:
+    def answer(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`."""
         return self._ask("turn", plays, tick)
 
-    def end(self, plays: Sequence[Play], tick: Tick) -> list[Answer]:
+    def end(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`."""
         made = self._ask("end", plays, tick)
         for play in plays:
@@ -191,7 +192,7 @@ class Hosted:
             self._output.close()
             self._output = None
 
-    def _ask(self, kind: str, plays: Sequence[Play], tick: Tick) -> list[Answer]:
+    def _ask(self, kind: str, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """One call a completion; a completion's calls go to one process, and processes work side by side."""
         queues: list[deque[int]] = [deque() for _ in self._workers]
         for number, play in enumerate(plays):
@@ -221,7 +222,9 @@ class Hosted:
             raise
         return [answers[number] for number in range(len(plays))]
 
-    def _give(self, place: int, queue: deque[int], kind: str, plays: Sequence[Play]) -> tuple[int | None, float]:
+    def _give(
+        self, place: int, queue: deque[int], kind: str, plays: Sequence[EnvironmentHandle]
+    ) -> tuple[int | None, float]:
         """Begin the next call of a process, or wait for one that is still loading; the call and its deadline."""
         worker = self._workers[place]
         if worker.process.poll() is not None:
@@ -291,13 +294,13 @@ class _Closed:
 
 
 def open_environments(
-    settings: Settings, passed: Sequence[str], log: Path | None, reporter: Reporter, played: bool = True
+    settings: Settings, passed: Sequence[str], log: Path | None, progress: Progress, played: bool = True
 ) -> Environments:
-    """The environments of a recipe. `passed`, `log`: see `Hosted`; `played`: False where no block will be run, so that
+    """The environments of a recipe. `passed`, `log`: see `ProcessEnvironments`; `played`: False where no block will be run, so that
     no sandbox is needed. Raises UsageError where they cannot run here."""
     if settings.name != "python":
-        return Hosted(settings, passed, log, reporter)
-    return Sandboxes(_python_pool(settings) if played else _Closed(), settings.workers)
+        return ProcessEnvironments(settings, passed, log, progress)
+    return PythonEnvironments(_python_pool(settings) if played else _Closed(), settings.workers)
 
 
 def _python_pool(settings: Settings) -> Pool:

@@ -24,7 +24,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from gruppo.errors import UsageError
-from gruppo.rollout.environments.protocol import Environment, Loaded, Turn, load_environment
+from gruppo.rollout.environments.loading import Loaded, load_environment
+from gruppo.rollout.environments.protocol import Environment, Turn
 from gruppo.rollout.workers.channel import MOST_BYTES
 from gruppo.rollout.workers.limits import serve_pipes
 

@@ -6,37 +6,26 @@ with its process and everything that it started, and the worker is replaced. Tim
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 import pickle
-import secrets
-import select
-import signal
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import cloudpickle
 
 from gruppo.errors import RunError, UsageError
-from gruppo.rewards import RewardFunction, Value, check_option_names, combine, reward_path
-from gruppo.rollout.workers.channel import Channel
-from gruppo.rollout.workers.limits import clean_environment, end_descendants, withheld
+from gruppo.rewards import RewardFunction, check_option_names, reward_path
+from gruppo.rewards.combine import Value, combine
 from gruppo.rollout.workers.log import Output
+from gruppo.rollout.workers.process import LOAD_TIMEOUT, TICK_SECONDS, Worker, reload_problem, wait, writable_message
 from gruppo.types import Completion, Prompt, Reward, Steps
-from gruppo.utils.progress import Advance, Reporter, Silent
-
-LOAD_TIMEOUT = 300.0
-TICK_SECONDS = 0.5
+from gruppo.utils.progress import Advance, NullProgress, Progress
 
 _Job = tuple[int, int]  # group, function
 
@@ -64,7 +53,7 @@ class RewardPool:
         options: Mapping[str, Mapping[str, Any]] | None = None,
         memory: int = 0,
         environment: Sequence[str] = (),
-        reporter: Reporter | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """`columns`: those that rows offer besides the prompt; `timeout` in seconds a call; `log`: file for what
         rewards print; `options`: keyword arguments of functions, by the name in `functions`; `memory`: bytes that each
@@ -97,7 +86,7 @@ class RewardPool:
         try:
             for _ in range(workers):
                 self._workers.append(self._new_worker())
-            with (reporter or Silent()).progress("Loading reward functions", workers, "processes") as show:
+            with (progress or NullProgress()).bar("Loading reward functions", workers, "processes") as show:
                 loaded = [worker.load(show) for worker in self._workers]
             self.digests = loaded[0] if loaded else []
         except BaseException:
@@ -206,7 +195,7 @@ class RewardPool:
             elif answer.get("digests") == self.digests:
                 worker.loaded = True
             else:
-                raise RunError(_reload_problem(answer))
+                raise RunError(reload_problem(answer))
 
     def _new_worker(self) -> Worker:
         return Worker(self._load, self._output, self._memory, self.environment)
@@ -214,151 +203,6 @@ class RewardPool:
     def _replace(self, worker: Worker) -> Worker:
         self._workers[self._workers.index(worker)] = made = self._new_worker()
         return made
-
-
-class Worker:
-    """A process that runs users' code, and the pipes to it. `module`: its program; the others are for errors."""
-
-    module = "gruppo.rollout.workers.reward_main"
-    field, limit, log = "reward.functions", "reward.timeout", "rewards.log"
-    variables: Mapping[str, str] = MappingProxyType({})  # of its environment, whatever the trainer's has
-
-    def __init__(self, load: bytes, output: Output | None, memory: int, environment: Sequence[str]) -> None:
-        self._mark = secrets.token_hex(16)
-        self._environment = {**clean_environment(environment, self._mark), **self.variables}
-        call_read, call_write = os.pipe()
-        answer_read, answer_write = os.pipe()
-        self.channel = Channel(answer_read, call_write)
-        printed = subprocess.DEVNULL if output is None else output.descriptor
-        arguments = [str(each) for each in (call_read, answer_write, memory, os.getpid())]
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-u", "-X", "faulthandler", "-m", self.module, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=printed,
-                stderr=printed,
-                pass_fds=(call_read, answer_write),
-                start_new_session=True,
-                env=self._environment,
-            )
-        except BaseException:
-            self.channel.close()
-            raise
-        finally:
-            os.close(call_read)
-            os.close(answer_write)
-        self.dead = self.loaded = False
-        self.told: dict[str, Any] = {}  # when it was loaded
-        self._sent = 0
-        self.send(load)
-
-    def send(self, message: bytes) -> None:
-        """Begin to send a message, of which there is one at a time."""
-        self._sent += 1
-        self.channel.send(message)
-
-    def answer_by(self, deadline: float) -> dict[str, Any] | None:
-        """The answer that has arrived, a failure where the process is gone or the deadline is past, else None."""
-        self.channel.flush()
-        try:
-            content = self.channel.receive()
-        except EOFError:
-            return self._died()
-        except ValueError:
-            return self._nonsense()
-        if content is not None:
-            return self._receive(content)
-        if time.monotonic() < deadline:
-            return None
-        self.kill()
-        return {"failure": f"took longer than its time ({self.limit})"}
-
-    def _receive(self, content: bytes) -> dict[str, Any]:
-        try:
-            answer = json.loads(content)
-        except (ValueError, RecursionError):
-            return self._nonsense()
-        if not isinstance(answer, dict) or answer.pop("number", None) != self._sent:
-            return self._nonsense()
-        if answer.pop("last", False):
-            self.kill()
-        for key in ("failure", "error"):
-            if key in answer:
-                answer[key] = self._hinted(_writable(str(answer[key])))
-        return answer
-
-    def _hinted(self, text: str) -> str:
-        """The text, with what to do where it names a variable of the environment that the process does not have."""
-        if names := withheld(self._environment, text):
-            return f'{text} ({names[0]} is not passed on to rewards; write reward.environment = ["{names[0]}"])'
-        return text
-
-    def _died(self) -> dict[str, Any]:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1)
-        code = self.process.returncode
-        self.kill()
-        return {"failure": f"its process died ({_how(code)}); see {self.log}"}
-
-    def _nonsense(self) -> dict[str, Any]:
-        self.kill()
-        return {"failure": "its process wrote into the pipe to the trainer what is no answer, and was killed"}
-
-    def load(self, show: Advance) -> list[str]:
-        """Wait until the functions are loaded; a hash of each one's code. Raises UsageError where they cannot be."""
-        deadline = time.monotonic() + LOAD_TIMEOUT
-        while (answer := self.answer_by(deadline)) is None:
-            wait([self], TICK_SECONDS)
-            show(0)
-        if "digests" in answer:
-            self.loaded, self.told = True, answer
-            digests: list[str] = answer["digests"]
-            show(1)
-            return digests
-        if time.monotonic() >= deadline:
-            raise UsageError(
-                f"{self.field}: loading them takes longer than {LOAD_TIMEOUT:.0f} s; do less at import, and "
-                "download a reward model before the run: hf download NAME"
-            )
-        raise UsageError(str(answer.get("error") or f"{self.field}: while importing them, {answer['failure']}"))
-
-    def kill(self) -> None:
-        """Kill the process and whatever it has started."""
-        if self.dead:
-            return
-        self.dead = True
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        end_descendants(self._mark)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system: nothing ends it but its own return
-            self.process.wait(5)
-        self.channel.close()
-
-
-def wait(workers: Iterable[Worker], seconds: float) -> None:
-    """Until one of the workers has something to read, or takes more of what is written to it; at most so long."""
-    poll = select.poll()
-    for worker in workers:
-        poll.register(worker.channel.read, select.POLLIN)
-        if worker.channel.waits_to_write:
-            poll.register(worker.channel.write, select.POLLOUT)
-    poll.poll(seconds * 1000)
-
-
-def _how(code: int | None) -> str:
-    """How a process ended, in words."""
-    if code is None or code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"
-
-
-def _reload_problem(answer: Mapping[str, Any]) -> str:
-    """Why a replaced reward process cannot go on with the functions that the run began with."""
-    why = answer.get("error") or answer.get("failure") or "its code has changed since the run began"
-    return f"a reward process was replaced, and its functions could not be loaded again ({why}); mend them and resume"
 
 
 def pickled(message: Mapping[str, Any]) -> bytes:
@@ -440,7 +284,7 @@ def _value(value: Any, completion: Completion) -> Value:
             raise ValueError("no finite number")
         return float(value)
     if "bad" in value:
-        return _writable(str(value["bad"]))
+        return writable_message(str(value["bad"]))
     rewards, ends = (tuple(value[name]) for name in ("rewards", "ends"))
     if not all(type(each) in (int, float) for each in rewards) or not all(type(each) is int for each in ends):
         raise ValueError("no numbers")
@@ -452,8 +296,3 @@ def _value(value: Any, completion: Completion) -> Value:
             "a reward, rising, and within the completion"
         )
     return steps
-
-
-def _writable(text: str) -> str:
-    """Text that UTF-8 files can hold: lone surrogates replaced."""
-    return text.encode("utf-8", "replace").decode()

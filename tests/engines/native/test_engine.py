@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from gruppo.engines.base import SamplingOptions
-from gruppo.engines.native.engine import _Flight, sample_tokens
+from gruppo.engines.base import Request, SamplingParams
+from gruppo.engines.native.engine import _Decoder
+from gruppo.engines.native.sampling import sample_tokens
 from tests.conftest import make_policy
 
 
@@ -14,7 +15,7 @@ def test_inverse_distribution_function_by_hand() -> None:
     """Probabilities ½, 0, ¼, ¼: u below ½ is token 0, below ¾ token 2, else token 3; never token 1."""
     logits = torch.log(torch.tensor([[0.5, 0.0, 0.25, 0.25]], dtype=torch.float64)).repeat(6, 1)
     uniforms = torch.tensor([0.0, 0.499, 0.5, 0.749, 0.75, 1 - 2**-53], dtype=torch.float64)
-    tokens, logprobs = sample_tokens(logits, uniforms, SamplingOptions(1.0, 1))
+    tokens, logprobs = sample_tokens(logits, uniforms, SamplingParams(1.0, 1))
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25], dtype=torch.float64))
 
@@ -24,7 +25,7 @@ def test_blocks_do_not_show() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(500, 1000, generator=generator, dtype=torch.float64)
     uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
-    tokens, logprobs = sample_tokens(logits, uniforms, SamplingOptions(0.8, 1))
+    tokens, logprobs = sample_tokens(logits, uniforms, SamplingParams(0.8, 1))
     plain = torch.softmax(logits / 0.8, -1)
     expected = (plain.cumsum(-1) <= uniforms[:, None]).sum(-1)
     assert tokens.tolist() == expected.tolist()
@@ -35,7 +36,7 @@ def test_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.full((2, 700), -torch.inf)
     logits[:, 300] = 0.0
     tokens, logprobs = sample_tokens(
-        logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), SamplingOptions(1.0, 1)
+        logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), SamplingParams(1.0, 1)
     )
     assert tokens.tolist() == [300, 300]
     assert logprobs.tolist() == [0.0, 0.0]
@@ -43,7 +44,7 @@ def test_token_of_probability_zero_is_never_drawn() -> None:
 
 def test_greedy_takes_the_likeliest_at_temperature_one() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    tokens, logprobs = sample_tokens(logits, torch.tensor([0.9]), SamplingOptions(0.0, 1))
+    tokens, logprobs = sample_tokens(logits, torch.tensor([0.9]), SamplingParams(0.0, 1))
     assert tokens.tolist() == [1]
     torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1)[:, 1])
 
@@ -58,11 +59,11 @@ def test_stop_text_of_characters_that_are_several_tokens() -> None:
             return b"".join(letters[each] for each in ids).decode("utf-8", "replace")
 
     policy = replace(make_policy(), tokenizer=Bytes())
-    options = SamplingOptions(1.0, 5, stop=("a\u5b8c",))
-    flight = _Flight(policy, 1, 1, 1, options)
-    flight.tokens[0] = [4, 4, 1, 2, 3]
+    options = SamplingParams(1.0, 5, stop=("a\u5b8c",))
+    decoder = _Decoder(policy, 1, [Request((1,), [(0,)])], options)
+    decoder.scheduler.tokens[0] = [4, 4, 1, 2, 3]
     found = {}
     for length in range(1, 6):
-        flight.length[0] = length
-        found[length] = flight._find_stops(np.arange(1))
+        decoder.scheduler.length[0] = length
+        found[length] = decoder._find_stops(np.arange(1))
     assert found == {1: {}, 2: {}, 3: {}, 4: {}, 5: {0: 1}}

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from gruppo.engines.base import SamplingOptions
-from gruppo.engines.native.engine import sample_tokens
-from gruppo.models.ops.cpu import bindings as kernels
+from gruppo.engines.base import SamplingParams
+from gruppo.engines.native.sampling import sample_tokens
+from gruppo.models.ops.attention import PackedLayout, attend_decoding, attend_packed, attend_packed_backward
 from gruppo.models.ops.cpu import build
+from gruppo.models.ops.logprobs import logprobs_backward, logprobs_of_part
+from gruppo.models.ops.norm import add_norm, norm_backward
+from gruppo.models.ops.rope import apply_rope, apply_rope_backward
+from gruppo.models.ops.sampling import sample
+from gruppo.models.ops.swiglu import gate, gate_backward
 
 DTYPES = [torch.bfloat16, torch.float32]
 needs_compiler = pytest.mark.skipif(build.why_missing(torch.float32) is not None, reason="no C compiler here")
@@ -29,26 +34,26 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def near(made: Tensor, expected: Tensor) -> None:
     """Within what the dtype of the result can hold; torch's operations round to it several times."""
-    size = 2e-6 if made.dtype != torch.bfloat16 else 2**-8 if kernels.library(made.dtype) else 2**-6
+    size = 2e-6 if made.dtype != torch.bfloat16 else 2**-8 if build.library(made.dtype) else 2**-6
     torch.testing.assert_close(made.double(), expected.double(), rtol=size, atol=size * float(expected.abs().mean()))
 
 
 @needs_compiler
 def test_kernels_are_there(dtype: torch.dtype) -> None:
-    assert kernels.library(dtype) is not None
-    assert kernels.kernels_sha256(torch.bfloat16) != kernels.kernels_sha256(torch.float32) != kernels.NO_KERNELS
-    assert kernels.library(torch.float64) is None
-    assert kernels.kernels_sha256(torch.float64) == kernels.NO_KERNELS
+    assert build.library(dtype) is not None
+    assert build.kernels_sha256(torch.bfloat16) != build.kernels_sha256(torch.float32) != build.NO_KERNELS
+    assert build.library(torch.float64) is None
+    assert build.kernels_sha256(torch.float64) == build.NO_KERNELS
 
 
 @pytest.mark.parametrize("size", [1, 33, 576])
 def test_norm_of_a_sum(dtype: torch.dtype, size: int) -> None:
     hidden, delta, weight = torch.randn(7, size), torch.randn(7, size).to(dtype), torch.randn(size)
-    made, normed = kernels.add_norm(hidden, delta, weight, 1e-5, dtype)
+    made, normed = add_norm(hidden, delta, weight, 1e-5, dtype)
     near(made, hidden.double() + delta.double())
     assert normed is not None
     near(normed, rms_norm(made.double(), (size,), weight.double(), 1e-5))
-    same, again = kernels.add_norm(made, None, weight, 1e-5, dtype)
+    same, again = add_norm(made, None, weight, 1e-5, dtype)
     assert same is made
     assert again is not None
     assert torch.equal(again, normed)
@@ -58,7 +63,7 @@ def test_norm_of_a_sum(dtype: torch.dtype, size: int) -> None:
 def test_gradient_of_a_norm(dtype: torch.dtype, with_more: bool) -> None:
     rows, weight = torch.randn(50, 48), torch.randn(48)
     grad, more = torch.randn(50, 48).to(dtype), torch.randn(50, 48) if with_more else None
-    made, of_weight = kernels.norm_backward(grad, rows, weight, 1e-5, more)
+    made, of_weight = norm_backward(grad, rows, weight, 1e-5, more)
     x, w = rows.double().requires_grad_(), weight.double().requires_grad_()
     rms_norm(x, (48,), w, 1e-5).backward(grad.double())
     assert x.grad is not None
@@ -72,9 +77,9 @@ def test_gate_and_its_gradient(dtype: torch.dtype) -> None:
     x = gated.double().requires_grad_()
     expected = silu(x[:, :33]) * x[:, 33:]
     expected.backward(grad.double())
-    near(kernels.gate(gated), expected.detach())
+    near(gate(gated), expected.detach())
     assert x.grad is not None
-    near(kernels.gate_backward(gated, grad), x.grad)
+    near(gate_backward(gated, grad), x.grad)
 
 
 def turned(head: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -87,7 +92,7 @@ def turned(head: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 def test_heads_are_turned(dtype: torch.dtype, normed: bool) -> None:
     projected, rope = torch.randn(5, 4 + 2 * 2, 16).to(dtype), (torch.randn(5, 16), torch.randn(5, 16))
     weights = (torch.rand(16), torch.rand(16)) if normed else (None, None)
-    made = kernels.turn_heads(projected, 4, rope, (*weights, 1e-6), torch.float32)
+    made = apply_rope(projected, 4, rope, (*weights, 1e-6), torch.float32)
     x = projected.double().requires_grad_()
     query, key, value = x.split([4, 2, 2], dim=1)
     if weights[0] is not None and weights[1] is not None:
@@ -100,7 +105,7 @@ def test_heads_are_turned(dtype: torch.dtype, normed: bool) -> None:
         grads = [torch.randn_like(each) for each in made]
         torch.autograd.backward(expected, [each.double() for each in grads])
         assert x.grad is not None
-        near(kernels.turn_heads_backward(*grads, rope, dtype), x.grad)
+        near(apply_rope_backward(*grads, rope, dtype), x.grad)
 
 
 @needs_compiler
@@ -117,12 +122,12 @@ def test_attention_of_a_decoding_step(dtype: torch.dtype, width: int, window: in
     projected = torch.randn(count, queries + 2 * keys, width).to(dtype)
     rope = torch.randn(count, width), torch.randn(count, width)
     weights = (torch.rand(width), torch.rand(width)) if normed else (None, None)
-    made = kernels.attend_decoding(
+    made = attend_decoding(
         projected, queries, rope, (*weights, 1e-6), 0.3, window, own, prefix,
         (place.argsort(stable=True), place, lengths[place], position),
     )  # fmt: skip
     assert made is not None
-    query, key, value = kernels.turn_heads(projected.double(), queries, rope, (*weights, 1e-6), torch.float64)
+    query, key, value = apply_rope(projected.double(), queries, rope, (*weights, 1e-6), torch.float64)
     expected = torch.empty(count, queries, width, dtype=torch.float64)
     for row in range(count):
         written = int(position[row])
@@ -143,11 +148,11 @@ def test_attention_of_a_decoding_step(dtype: torch.dtype, width: int, window: in
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_of_a_part_and_their_gradient(dtype: torch.dtype, temperature: float) -> None:
     logits = (5 * torch.randn(6, 300)).to(dtype)
-    if kernels.library(dtype) is not None:
+    if build.library(dtype) is not None:
         logits[0, :100] = -torch.inf
     targets = torch.tensor([120, 0, 99, 100, 399, 400])
     target = torch.full((6,), 7.0)
-    normaliser, mean = kernels.logprobs_of_part(logits, temperature, targets, 100, target)
+    normaliser, mean = logprobs_of_part(logits, temperature, targets, 100, target)
     z = logits.double() / temperature
     near(normaliser, z.logsumexp(dim=-1))
     torch.testing.assert_close(mean.double(), (z.softmax(-1) * z).nansum(-1), rtol=1e-5, atol=1e-5)
@@ -158,7 +163,7 @@ def test_logprobs_of_a_part_and_their_gradient(dtype: torch.dtype, temperature: 
     onehot = torch.zeros_like(z)
     onehot[inside, targets[inside] - 100] = 1
     expected = scale.double()[:, None] * (onehot - (z - 6.0).exp())
-    made = kernels.logprobs_backward(logits.clone(), temperature, targets, 100, torch.full((6,), 6.0), scale)
+    made = logprobs_backward(logits.clone(), temperature, targets, 100, torch.full((6,), 6.0), scale)
     assert made.dtype == dtype
     near(made, expected)
 
@@ -167,11 +172,11 @@ def test_logprobs_of_a_part_and_their_gradient(dtype: torch.dtype, temperature: 
 def test_logits_that_are_not_finite_are_not_hidden(dtype: torch.dtype, bad: float) -> None:
     logits = torch.zeros(3, 500).to(dtype)
     logits[1, 10:] = bad
-    normaliser, _ = kernels.logprobs_of_part(logits, 1.0, torch.zeros(3, dtype=torch.long), 0, torch.zeros(3))
+    normaliser, _ = logprobs_of_part(logits, 1.0, torch.zeros(3, dtype=torch.long), 0, torch.zeros(3))
     assert normaliser.isfinite().tolist() == [True, False, True]
     uniforms = torch.tensor([0.5, 0.5, 0.999], dtype=torch.float64)
-    tokens, logprobs = sample_tokens(logits, uniforms, SamplingOptions(1.0, 1))
-    assert logprobs.isfinite().tolist() == [True, False, True]
+    tokens, sampled = sample_tokens(logits, uniforms, SamplingParams(1.0, 1))
+    assert sampled.isfinite().tolist() == [True, False, True]
     assert tokens[[0, 2]].tolist() == [250, 499], "a row does not change how another is sampled"
 
 
@@ -183,12 +188,12 @@ def test_defaults_of_torch_and_other_layouts_change_nothing(dtype: torch.dtype) 
     hidden, delta, weight = torch.randn(5, 16), torch.randn(5, 16).to(dtype), torch.rand(16)
 
     def made() -> list[Tensor]:
-        normed = kernels.add_norm(hidden, delta, weight, 1e-5, dtype)[1]
-        of_weight = kernels.norm_backward(delta, hidden, weight, 1e-5)[1]
-        drawn = kernels.sample(logits, 1.0, uniforms[:, 1])
+        normed = add_norm(hidden, delta, weight, 1e-5, dtype)[1]
+        of_weight = norm_backward(delta, hidden, weight, 1e-5)[1]
+        drawn = sample(logits, 1.0, uniforms[:, 1])
         assert normed is not None
         assert drawn is not None
-        return [normed, of_weight, *drawn, *kernels.turn_heads(projected, 2, rope, (None, None, 0.0), torch.float32)]
+        return [normed, of_weight, *drawn, *apply_rope(projected, 2, rope, (None, None, 0.0), torch.float32)]
 
     expected = made()
     torch.set_default_dtype(torch.float64)
@@ -196,16 +201,16 @@ def test_defaults_of_torch_and_other_layouts_change_nothing(dtype: torch.dtype) 
         assert all(map(torch.equal, made(), expected))
     finally:
         torch.set_default_dtype(torch.float32)
-    plain = kernels.sample(logits, 1.0, uniforms[:, 1].clone())
+    plain = sample(logits, 1.0, uniforms[:, 1].clone())
     assert plain is not None
     assert torch.equal(plain[0], expected[2])
-    odd = kernels.add_norm(hidden, delta.float() if dtype == torch.bfloat16 else delta.double(), weight, 1e-5, dtype)[1]
+    odd = add_norm(hidden, delta.float() if dtype == torch.bfloat16 else delta.double(), weight, 1e-5, dtype)[1]
     assert odd is not None
     near(odd, expected[0])
     narrow_rope = tuple(each.to(torch.bfloat16) for each in rope)
     stores = tuple(torch.zeros(5, 2, 4, 16) for _ in range(2)), tuple(torch.zeros(1, 2, 4, 16) for _ in range(2))
     rows = [torch.arange(5), *(torch.zeros(5, dtype=torch.long) for _ in range(3))]
-    assert kernels.attend_decoding(projected, 2, narrow_rope, (None, None, 0.0), 1.0, None, *stores, rows) is None
+    assert attend_decoding(projected, 2, narrow_rope, (None, None, 0.0), 1.0, None, *stores, rows) is None
 
 
 @needs_compiler
@@ -224,21 +229,21 @@ def test_sampling_inverts_the_distribution_function(dtype: torch.dtype, size: in
     logits = (2 * torch.randn(1, size)).to(dtype)
     logits[0, 1] = -torch.inf
     uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    tokens, logprobs = sample_tokens(logits.expand(4000, -1).contiguous(), uniforms, SamplingOptions(0.8, 1))
+    tokens, logprobs = sample_tokens(logits.expand(4000, -1).contiguous(), uniforms, SamplingParams(0.8, 1))
     expected = torch.softmax(logits.double() / 0.8, dim=-1)[0]
     counts = torch.bincount(tokens, minlength=size)
     assert counts[1] == 0
     assert float((counts / 4000 - expected).abs().max()) <= 1.01 / 4000
     near(logprobs.exp(), expected[tokens])
     edge = torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64)
-    low, high = sample_tokens(logits.expand(2, -1).contiguous(), edge, SamplingOptions(0.8, 1))[0].tolist()
+    low, high = sample_tokens(logits.expand(2, -1).contiguous(), edge, SamplingParams(0.8, 1))[0].tolist()
     assert (low, high) == (0, size - 1)
 
 
 def test_rows_do_not_depend_on_their_neighbours(dtype: torch.dtype) -> None:
     hidden, delta, weight = torch.randn(40, 64), torch.randn(40, 64).to(dtype), torch.randn(64)
-    many = kernels.add_norm(hidden, delta, weight, 1e-5, dtype)[1]
-    few = kernels.add_norm(hidden[7:9].clone(), delta[7:9].clone(), weight, 1e-5, dtype)[1]
+    many = add_norm(hidden, delta, weight, 1e-5, dtype)[1]
+    few = add_norm(hidden[7:9].clone(), delta[7:9].clone(), weight, 1e-5, dtype)[1]
     assert many is not None
     assert few is not None
     assert torch.equal(many[7:9], few)
@@ -275,11 +280,11 @@ def test_packed_attention_and_its_gradient(heads: int, keys: int, width: int, wi
     """Against torch's attention of each sequence alone, behind its prompt, in float64."""
     torch.manual_seed(0)
     groups = [(3, (5, 1, 20)), (33, (17, 16)), (1, ())]
-    layout = kernels.PackedLayout(groups)
+    layout = PackedLayout(groups)
     rows = int(layout.length.sum())
     tensors = [torch.randn(rows, count, width) for count in (heads, keys, keys)]
     assert layout.fits(*tensors)
-    made, normaliser = kernels.attend_packed(tensors[0], tensors[1], tensors[2], layout, 0.2, window)
+    made, normaliser = attend_packed(tensors[0], tensors[1], tensors[2], layout, 0.2, window)
     query, key, value = (each.double().requires_grad_() for each in tensors)
     expected, sums, start = [], [], 0
     for prompt, completions in groups:
@@ -300,7 +305,7 @@ def test_packed_attention_and_its_gradient(heads: int, keys: int, width: int, wi
     torch.testing.assert_close(normaliser.double(), torch.cat(sums).detach(), rtol=1e-5, atol=1e-5)
     grad = torch.randn_like(made)
     torch.cat(expected).backward(grad.double())
-    gradients = kernels.attend_packed_backward(grad, tensors, (made, normaliser), layout, 0.2, window)
+    gradients = attend_packed_backward(grad, tensors, (made, normaliser), layout, 0.2, window)
     for own_grad, tensor in zip(gradients, (query, key, value), strict=True):
         assert tensor.grad is not None
         torch.testing.assert_close(own_grad.double(), tensor.grad, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from gruppo.rewards.grading.extraction import boxes, decisions, last_box, own_answer
+from gruppo.data.boxes import boxes, last_box
+from gruppo.rewards.grading.extraction import decisions, own_answer
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from fractions import Fraction
 import pytest
 
 from gruppo.errors import UsageError
-from gruppo.rewards.grading.graders import find_grader, last_number, same_mathematics, same_number
+from gruppo.rewards.grading.graders import find_grader
+from gruppo.rewards.grading.last_number import last_number, same_number
+from gruppo.rewards.grading.math_verify import same_mathematics
 
 
 @pytest.mark.parametrize(

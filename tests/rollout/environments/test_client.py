@@ -6,10 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from gruppo.config.recipe import Environment
+from gruppo.config.sections import Environment
 from gruppo.errors import UsageError
-from gruppo.rollout.environments.client import Answer, Hosted, Play, Sandboxes, open_environments
-from gruppo.utils.progress import Silent
+from gruppo.rollout.environments.client import (
+    Answer,
+    EnvironmentHandle,
+    ProcessEnvironments,
+    PythonEnvironments,
+    open_environments,
+)
+from gruppo.utils.progress import NullProgress
 from tests.rollout.environments.test_protocol import FakePool
 
 WORLDS = "tests/rollout/environments/worlds.py"
@@ -19,29 +25,29 @@ def nothing() -> None:
     pass
 
 
-def hosted(name: str, **fields: object) -> Hosted:
+def hosted(name: str, **fields: object) -> ProcessEnvironments:
     settings = Environment(name=f"{WORLDS}:{name}", **{"workers": 1, **fields})  # type: ignore[arg-type]
-    return Hosted(settings, [], None, Silent())
+    return ProcessEnvironments(settings, [], None, NullProgress())
 
 
-def plays(*rows: dict, seed: int = 1) -> list[Play]:
-    return [Play(number, row, seed) for number, row in enumerate(rows)]
+def plays(*rows: dict, seed: int = 1) -> list[EnvironmentHandle]:
+    return [EnvironmentHandle(number, row, seed) for number, row in enumerate(rows)]
 
 
-def say(environments: Hosted, played: list[Play], *texts: str) -> list[Answer]:
+def say(environments: ProcessEnvironments, played: list[EnvironmentHandle], *texts: str) -> list[Answer]:
     for play, text in zip(played, texts, strict=True):
         play.texts.append(text)
     return environments.answer(played, nothing)
 
 
 @pytest.fixture(scope="module")
-def letters() -> Iterator[Hosted]:
+def letters() -> Iterator[ProcessEnvironments]:
     made = hosted("Letters", options={"rounds": 2})
     yield made
     made.close()
 
 
-def test_objects_of_ours_keep_their_state_apart(letters: Hosted) -> None:
+def test_objects_of_ours_keep_their_state_apart(letters: ProcessEnvironments) -> None:
     two = plays({}, {})
     assert (letters.stop, letters.schemas, letters.gives_reward) == (("?", "="), [], True)
     assert letters.answer(two, nothing) == [Answer(), Answer()]
@@ -50,7 +56,7 @@ def test_objects_of_ours_keep_their_state_apart(letters: Hosted) -> None:
     assert [each.reward for each in letters.end(two, nothing)] == [2 / 3, 1 / 3]
 
 
-def test_a_lost_process_is_made_up_for(letters: Hosted) -> None:
+def test_a_lost_process_is_made_up_for(letters: ProcessEnvironments) -> None:
     """Its objects are made again by what they were given; nothing of the answers changes."""
     (play,) = plays({})
     letters.answer([play], nothing)
@@ -67,7 +73,7 @@ def test_python_s_own_random_numbers_depend_on_seed_and_turn_alone() -> None:
     made = []
     for count in (1, 3):
         environments = hosted("Random")
-        played = [*plays({}, seed=7), *(Play(number, {}, 8) for number in range(1, count))]
+        played = [*plays({}, seed=7), *(EnvironmentHandle(number, {}, 8) for number in range(1, count))]
         environments.answer(played, nothing)
         first = say(environments, played, *["x"] * count)[0]
         environments._places.clear()  # as if another process had it
@@ -124,7 +130,7 @@ def test_classes_are_refused_before_any_work() -> None:
 
 def test_blocks_of_python_go_to_sandboxes() -> None:
     pool = FakePool()
-    environments = Sandboxes(pool, 2)
+    environments = PythonEnvironments(pool, 2)
     played = plays({}, {}, {})
     assert environments.answer(played, nothing) == [Answer()] * 3
     block = "```python\nx\n```\n"
@@ -138,4 +144,4 @@ def test_blocks_of_python_go_to_sandboxes() -> None:
 
 
 def test_nothing_is_needed_where_nothing_is_sampled() -> None:
-    open_environments(Environment(name="python"), [], None, Silent(), played=False).close()
+    open_environments(Environment(name="python"), [], None, NullProgress(), played=False).close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gruppo.rollout.environments.guess_number import Guess, load
-from gruppo.rollout.environments.protocol import Turn, load_environment
+from gruppo.rollout.environments.loading import load_environment
+from gruppo.rollout.environments.protocol import Turn
 
 
 def test_rows() -> None:

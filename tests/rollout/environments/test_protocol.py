@@ -7,8 +7,10 @@ import json
 import pytest
 
 from gruppo.errors import UsageError
-from gruppo.rollout.environments.protocol import Tools, Turn, load_environment, schema_of, tool_calls
+from gruppo.rollout.environments.loading import load_environment
+from gruppo.rollout.environments.protocol import Turn
 from gruppo.rollout.environments.python_tool import PythonBlocks, last_block
+from gruppo.rollout.environments.trl_tools import Tools, schema_of, tool_calls
 from tests.rollout.environments.worlds import Counter
 
 WORLDS = "tests/rollout/environments/worlds.py"

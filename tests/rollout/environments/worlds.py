@@ -30,7 +30,7 @@ class Letters:
         return sum("a" <= letter <= "m" for letter in text) / max(1, len(text))
 
 
-class Silent(Letters):
+class NullProgress(Letters):
     """Never says a thing."""
 
     def step(self, text):

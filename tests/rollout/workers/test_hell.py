@@ -168,21 +168,21 @@ def test_import_is_not_in_the_time_of_a_call_and_is_shown(tmp_path: Path) -> Non
         def __init__(self) -> None:
             self.shown: list[tuple[str, float]] = []
 
-        def progress(self, label, total, unit):
+        def bar(self, label, total, unit):
             import contextlib
 
             return contextlib.nullcontext(lambda amount: self.shown.append((label, amount)))
 
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(1.2)\ndef f(completions, **_): return [1.0]\n")
     shows = Shows()
-    with RewardPool([f"{tmp_path}/slow.py:f"], [], [], timeout=1.0, workers=1, reporter=shows) as pool:  # type: ignore[arg-type]
+    with RewardPool([f"{tmp_path}/slow.py:f"], [], [], timeout=1.0, workers=1, progress=shows) as pool:  # type: ignore[arg-type]
         assert totals(pool.score([group("a")], {})[0][0]) == [1]
     assert ("Loading reward functions", 0) in shows.shown
     assert shows.shown[-1] == ("Loading reward functions", 1)
 
 
 def test_import_that_never_ends_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gruppo.rollout.workers.rewards.LOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr("gruppo.rollout.workers.process.LOAD_TIMEOUT", 0.5)
     (tmp_path / "never.py").write_text("import time\ntime.sleep(1000)\n")
     with pytest.raises(UsageError, match="loading them takes longer"):
         score(f"{tmp_path}/never.py:f", "a")

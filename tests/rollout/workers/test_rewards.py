@@ -7,7 +7,7 @@ import os
 import pytest
 
 from gruppo.errors import RunError, UsageError
-from gruppo.rewards import combine
+from gruppo.rewards.combine import combine
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.types import Prompt, Reward, Steps
 from tests.conftest import make_completion

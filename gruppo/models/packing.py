@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gruppo.models.attention.interface import SharedPrefixAttention
-from gruppo.models.logprobs import token_logprobs
 from gruppo.models.policy import LanguageModel
 from gruppo.types import Group
 
@@ -148,16 +146,12 @@ class _Packer:
         )
 
 
-def predicting_states(policy: LanguageModel, batch: Batch) -> Float[Tensor, "N H"]:
-    """The hidden state that predicts each of the batch's completion tokens. Call it inside `policy.precision()`."""
-    plan = SharedPrefixAttention(batch.layout)
-    hidden = policy.hidden_states(batch.token_ids[None], batch.positions[None], plan)[0]
-    return hidden.index_select(0, batch.predictors)
-
-
 def score(policy: LanguageModel, batch: Batch, temperature: float) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Log-probabilities of the batch's completion tokens and the entropy at each, in nats, at the temperature.
 
     Call it inside `policy.precision()`. Both are float32, or float64 for a policy of that dtype.
     """
-    return token_logprobs(predicting_states(policy, batch), policy.head, batch.targets, temperature)
+    logprobs, entropy = policy.scorer(
+        batch.token_ids, batch.positions, batch.layout, batch.predictors, batch.targets, temperature
+    )
+    return logprobs, entropy

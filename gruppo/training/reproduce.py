@@ -1,4 +1,4 @@
-"""`gruppo replay`: a step of a run made again from its stored rollouts, and compared with what was written down.
+"""`gruppo reproduce`: a step of a run made again from its stored rollouts, and compared with what was written down.
 
 The loop itself makes the steps from the nearest checkpoint before, in a folder of its own that holds links to what the
 run has; the run folder is only read, so a run that is still going on can be replayed too. Nothing is sampled.
@@ -16,17 +16,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gruppo.config.recipe import Recipe, load_recipe
-from gruppo.data.datasets import read_data
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
+from gruppo.evaluation.datasets import read_data
 from gruppo.rewards import RewardFunction
 from gruppo.runs.reading import read_lines, require_own
 from gruppo.types import Reward, Row
-from gruppo.utils.progress import Advance, Reporter, Silent
+from gruppo.utils.progress import Advance, NullProgress, Progress
 from gruppo.utils.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gruppo.rollout.recorded import Recording
+    from gruppo.training.run import TrainingRun
 
 SHOWN = 10  # differences of completions on the page
 APART = ("time/", "memory/")  # metrics of the machine
@@ -50,7 +54,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Replay:
+class Reproduction:
     """A step that was made again. `begun`: the checkpoint's step that it began from, 0 for the start model. `metrics`,
     `completions`, `rewards`: how many were compared (no rewards, where rows bring the completions). `earlier`: of
     the steps made on the way, the first that differs, with its differences."""
@@ -79,7 +83,7 @@ class Replay:
         return {"equal": self.equal, **asdict(self), "path": str(self.path), "earlier": earlier}
 
 
-def replay(
+def reproduce(
     run: str | Path,
     step: int,
     *,
@@ -88,8 +92,8 @@ def replay(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tolerance: float = 0.0,
-    reporter: Reporter | None = None,
-) -> Replay:
+    progress: Progress | None = None,
+) -> Reproduction:
     """Make a step of a run again from its stored rollouts, and compare rewards, advantages and metrics.
 
     It begins from the nearest earlier checkpoint and makes the updates of the steps in between from their stored
@@ -98,7 +102,7 @@ def replay(
     `model`: what the run was given in memory. `tolerance`: relative difference up to which numbers are equal. Raises
     UsageError where the step cannot be made again.
     """
-    folder, shown = Path(run), reporter or Silent()
+    folder, shown = Path(run), progress or NullProgress()
     if not (tolerance >= 0 and math.isfinite(tolerance)):
         raise UsageError(f"tolerance = {tolerance}: is not a number from 0; write e.g. 1e-4")
     recipe = _recipe(folder)
@@ -109,22 +113,29 @@ def replay(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-replay-")))
         passed = _link(folder, scratch, step)
         stop = stack.enter_context(stop_on_signals())
-        from gruppo.rollout.recorded import Recorded, read_groups
-        from gruppo.training.loop import redo
+        from gruppo.rollout.recorded import RecordedRollouts, Recording, read_groups
+        from gruppo.training.run import TrainingRun
         from gruppo.training.setup import prepare
 
         quiet = _Quiet(shown)
         held = None if model is None else (model, tokenizer)
         prepared = prepare(recipe, scratch, True, given, data, quiet, stack, held, folder)
-        recorded = Recorded(folder, step)
-        stored = recorded.groups(step)
-        prepared.sampler = recorded
-        begun = redo(prepared, quiet, stop, recorded, step)
+        recording = Recording(folder)
+        stored = recording.groups(step)
+        again = TrainingRun(
+            prepared,
+            quiet,
+            stop,
+            source=lambda live: RecordedRollouts(**vars(live), recording=recording, scored=step),
+            saves=False,
+        )
+        begun = _make_again(again, recording, step)
+        recomputed = again.rollouts.rewards if isinstance(again.rollouts, RecordedRollouts) else []
         made = read_groups(scratch / "rollouts" / f"step-{step:06d}.parquet")
         lines = _steps_of(read_lines(scratch / "metrics.jsonl"))
         compare = _Compare(tolerance)
         differences = [
-            *compare.rewards(stored, recorded.judgements),
+            *compare.rewards(stored, recomputed),
             *compare.rows(stored, made),
             *compare.metrics(line, lines[step]),
         ]
@@ -137,14 +148,14 @@ def replay(
             ),
             None,
         )
-        return Replay(
+        return Reproduction(
             path=folder,
             step=step,
             begun=begun,
             tolerance=tolerance,
             metrics=len(_compared(line, lines[step])),
             completions=sum(map(len, stored)),
-            rewards=sum(map(len, recorded.judgements)),
+            rewards=sum(map(len, recomputed)),
             loss=lines[step].get("loss/total"),
             gradient_norm=lines[step].get("optimizer/gradient_norm"),
             differences=differences,
@@ -153,21 +164,41 @@ def replay(
         )
 
 
+def _make_again(run: TrainingRun, recording: Recording, last: int) -> int:
+    """Make the steps up to `last` again, from the newest checkpoint that the folder holds; the step of that."""
+    from gruppo.training.loop import train_step
+
+    run.restore()
+    begun, sizes = run.state.step, run.parts.sizes
+    with run.recorder.bar("Making steps again", last - begun, "steps") as advance:
+        while run.state.step < last:
+            run.stop.check()
+            due, step = run.iterations.due(), run.state.step
+            now = sizes.micro_batch_tokens
+            sizes.micro_batch_tokens = recording.micro_batch_tokens(step if due else step + 1, due, now)
+            if due:
+                run.iterations.begin()
+            else:
+                train_step(run, step + 1)
+                advance(1)
+    return begun
+
+
 class _Quiet:
     """Progress alone: what a run would say of its steps was said when they were made."""
 
-    def __init__(self, shown: Reporter) -> None:
+    def __init__(self, shown: Progress) -> None:
         self.shown = shown
 
-    def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Advance]:
-        """See `Reporter`."""
-        return self.shown.progress(label, total, unit)
+    def bar(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Advance]:
+        """See `Progress`."""
+        return self.shown.bar(label, total, unit)
 
     def note(self, text: str) -> None:
-        """See `Reporter`."""
+        """See `Progress`."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """See `Reporter`."""
+        """See `Progress`."""
 
 
 def _recipe(folder: Path) -> Recipe:
@@ -208,7 +239,7 @@ def _given(
     ):
         if name.startswith("given:") and missing:
             raise UsageError(
-                f'{field_} = "{name}": was given in memory; call gruppo.replay(run, step, {argument}=…) with the same'
+                f'{field_} = "{name}": was given in memory; call gruppo.reproduce(run, step, {argument}=…) with the same'
             )
     if reward is None:
         return recipe.reward.functions
@@ -245,7 +276,7 @@ def _of_environment(recipe: Recipe) -> Iterator[str]:
 def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:
     """What is to be known beside the comparison."""
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    from gruppo.models.policy import choose_device
+    from gruppo.models.precision import choose_device
     from gruppo.utils.system import describe
 
     now = describe(choose_device(environment["chosen"]["device"]))
@@ -331,7 +362,7 @@ def _comparable(reward: Reward) -> dict[str, Any]:
     }
 
 
-def describe_replay(made: Replay) -> str:
+def describe_reproduction(made: Reproduction) -> str:
     """What was found, as a page of text."""
     source = f"checkpoints/step-{made.begun:06d}" if made.begun else "the start model"
     span = f"step {made.step}" if made.begun == made.step - 1 else f"steps {made.begun + 1} to {made.step}"

@@ -22,7 +22,7 @@ from gruppo.errors import UsageError
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.tables import ROLLOUTS
 from gruppo.training.api import train
-from gruppo.training.replay import Replay, describe_replay, replay
+from gruppo.training.reproduce import Reproduction, describe_reproduction, reproduce
 from tests.small_runs import ROWS, at_call, killed, recipe, small_run
 from tests.training.test_iterations import rounds
 
@@ -38,7 +38,7 @@ def state_of(folder: Path) -> dict[str, str]:
     }
 
 
-def again(out: Path, step: int, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Replay:
+def again(out: Path, step: int, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Reproduction:
     """The step made again, with nothing sampled and nothing written to the run folder."""
 
     def samples(*_: object) -> None:
@@ -47,7 +47,7 @@ def again(out: Path, step: int, monkeypatch: pytest.MonkeyPatch, **given: Any) -
     before = state_of(out)
     with monkeypatch.context() as patch:
         patch.setattr(NativeEngine, "generate", samples)
-        made = replay(out, step, **{"prompts": ROWS, **given})
+        made = reproduce(out, step, **{"prompts": ROWS, **given})
     assert state_of(out) == before
     assert json.loads(json.dumps(made.as_dict()))["equal"] == made.equal
     return made
@@ -73,7 +73,7 @@ def test_equal_bit_for_bit_from_the_nearest_checkpoint(
     assert (made.equal, made.begun, made.differences) == (True, begun, [])
     assert (made.completions, made.rewards) == (16, 16)
     assert made.metrics > 20
-    page = describe_replay(made)
+    page = describe_reproduction(made)
     assert (f"checkpoints/step-{begun:06d}" if begun else "the start model") in page
     assert page.endswith("Equal, bit for bit.")
 
@@ -91,7 +91,7 @@ def test_every_method(method: str, tiny_folder: str, tmp_path: Path, monkeypatch
         rows = [{**row, "completion": row["prompt"] + "z"} for row in ROWS]
     train(settings, prompts=rows, out=tmp_path / "run")
     made = again(tmp_path / "run", 3, monkeypatch, prompts=rows)
-    assert made.equal, describe_replay(made)
+    assert made.equal, describe_reproduction(made)
     assert (made.begun, made.rewards > 0) == (2, method != "sft")
 
 
@@ -109,13 +109,13 @@ def test_iterations_train_their_reward_model_on_the_stored_labels(
     train(rounds(tiny_folder, kind), prompts=ROWS, out=tmp_path / "run")
     for step, begun in ((3, 0), (6, 4)):
         made = again(tmp_path / "run", step, monkeypatch)
-        assert made.equal, describe_replay(made)
+        assert made.equal, describe_reproduction(made)
         assert made.begun == begun
 
 
 def test_a_run_that_is_going_on(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in step 4, as good as going on: no summary, a line that is half written, and the lock held."""
-    with killed(monkeypatch, "gruppo.training.loop._Run._write_step", 4):
+    with killed(monkeypatch, "gruppo.training.run.TrainingRun._describe", 4):
         small_run(tiny_folder, tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 4, "rew')
@@ -123,17 +123,17 @@ def test_a_run_that_is_going_on(tiny_folder: str, tmp_path: Path, monkeypatch: p
     assert again(tmp_path / "run", 3, monkeypatch).equal
     held.close()
     with pytest.raises(UsageError, match="has made steps 1 to 3"):
-        replay(tmp_path / "run", 4, prompts=ROWS)
+        reproduce(tmp_path / "run", 4, prompts=ROWS)
 
 
 def test_a_step_whose_micro_batch_was_halved(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps before the halving are made with the size that they had then."""
     with monkeypatch.context() as patch:
-        patch.setattr("gruppo.training.packing.MAX_TOKENS", 60)
-        at_call(patch, "gruppo.training.loop.batch_loss", 4, lambda: (_ for _ in ()).throw(MemoryError))
+        patch.setattr("gruppo.models.packing.MAX_TOKENS", 60)
+        at_call(patch, "gruppo.training.policy_trainer.batch_loss", 4, lambda: (_ for _ in ()).throw(MemoryError))
         small_run(tiny_folder, tmp_path / "run", run__steps=3, run__checkpoint_every=3)
     made = again(tmp_path / "run", 3, monkeypatch)
-    assert made.equal, describe_replay(made)
+    assert made.equal, describe_reproduction(made)
     assert "memory ran out in step 2" in made.notes[0]
 
 
@@ -155,7 +155,7 @@ def test_a_random_reward_is_named_and_the_rest_is_from_what_was_stored(
     assert not made.equal
     assert {each.what for each in made.differences} == {"reward"}
     assert len(made.differences) == 16
-    page = describe_replay(made)
+    page = describe_reproduction(made)
     assert "16 of 16 completions differ" in page
     assert "computed from the stored rewards" in page
     assert page.endswith("Different.")
@@ -217,7 +217,7 @@ def test_a_changed_token_on_the_way_names_the_step(copy: Path, monkeypatch: pyte
     made = again(copy, 3, monkeypatch)
     assert made.earlier is not None
     assert made.earlier[0] == 2
-    assert "Step 2, on the way, is the first that differs" in describe_replay(made)
+    assert "Step 2, on the way, is the first that differs" in describe_reproduction(made)
 
 
 def test_a_changed_metric_is_named_and_a_tolerance_forgives(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_a_changed_metric_is_named_and_a_tolerance_forgives(copy: Path, monkeypa
     (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = again(copy, 6, monkeypatch)
     assert [each.what for each in made.differences] == ["optimizer/gradient_norm"]
-    assert "stored" in describe_replay(made)
+    assert "stored" in describe_reproduction(made)
     assert again(copy, 6, monkeypatch, tolerance=1e-5).equal
 
 
@@ -240,12 +240,12 @@ def test_a_damaged_checkpoint_is_passed_over(copy: Path, monkeypatch: pytest.Mon
 def test_rollouts_that_are_gone(copy: Path) -> None:
     (copy / "rollouts/step-000005.parquet").unlink()
     with pytest.raises(UsageError, match="rollouts were deleted"):
-        replay(copy, 6, prompts=ROWS)
+        reproduce(copy, 6, prompts=ROWS)
 
 
 def test_what_was_given_in_memory_is_asked_for(tiny_folder: str, tmp_path: Path, finished: Path) -> None:
-    with pytest.raises(UsageError, match=r"task.name = .* given in memory; call gruppo.replay\(run, step, prompts="):
-        replay(finished, 6)
+    with pytest.raises(UsageError, match=r"task.name = .* given in memory; call gruppo.reproduce\(run, step, prompts="):
+        reproduce(finished, 6)
 
     def constant(completions, **_):
         return [float(len(text)) for text in completions]
@@ -254,13 +254,13 @@ def test_what_was_given_in_memory_is_asked_for(tiny_folder: str, tmp_path: Path,
         recipe(tiny_folder, run__steps=1, reward__functions=[]), reward=constant, prompts=ROWS, out=tmp_path / "run"
     )
     with pytest.raises(UsageError, match=r"reward=…"):
-        replay(tmp_path / "run", 1, prompts=ROWS)
-    assert gruppo.replay(tmp_path / "run", 1, prompts=ROWS, reward=constant).equal
+        reproduce(tmp_path / "run", 1, prompts=ROWS)
+    assert gruppo.reproduce(tmp_path / "run", 1, prompts=ROWS, reward=constant).equal
 
 
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run"):
-        replay(tmp_path, 1)
+        reproduce(tmp_path, 1)
 
 
 def test_the_command(
@@ -274,7 +274,7 @@ def test_the_command(
     out = train(tmp_path / "tiny.toml", out=tmp_path / "run").path
 
     def called(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["gruppo", "replay", str(out), *arguments])
+        monkeypatch.setattr("sys.argv", ["gruppo", "reproduce", str(out), *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
         return int(ended.value.code or 0), *capsys.readouterr()

@@ -1,33 +1,26 @@
-"""The sizes of a run that follow from memory, and what happens to them when an allocation fails after all.
-
-What failed is done again from its beginning with half the size, which is kept for the rest of the run. No result
-depends on a size but by rounding.
-"""
+"""TODO."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from gruppo.engines.base import Request, SamplingOptions
-from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import RunError, first_line, out_of_memory
-from gruppo.models.policy import LanguageModel
-from gruppo.types import Completion
-from gruppo.utils.progress import Advance
 from gruppo.utils.system import release_memory
 
 Made = TypeVar("Made")
+
+
 NAMES = {"micro_batch_tokens": "micro-batch", "slots": "completions in flight"}
 
 
 @dataclass(frozen=True)
-class Halving:
-    """A size that became smaller: which one of `Sizes`, what was being done, and what the allocator said."""
+class SizeReduced:
+    """A size that became smaller: which one of `BatchSizes`, what was being done, and what the allocator said."""
 
     size: str
     before: int
@@ -44,7 +37,7 @@ class Halving:
 
 
 @dataclass
-class Sizes:
+class BatchSizes:
     """`micro_batch_tokens`: of a micro-batch at the most; `slots`: completions in flight. `least`: tokens of the
     longest prompt with its longest completion, below which a micro-batch cannot become smaller. `told`: called with
     each change, once it is made."""
@@ -52,7 +45,7 @@ class Sizes:
     micro_batch_tokens: int
     slots: int
     least: int = 1
-    told: Callable[[Halving], None] = lambda _: None
+    told: Callable[[SizeReduced], None] = lambda _: None
 
     def fitting(self, size: str, during: str, attempt: Callable[[int], Made]) -> Made:
         """What `attempt` makes with the size of that name, which is halved for as long as memory runs out. An attempt
@@ -65,9 +58,10 @@ class Sizes:
                     raise
                 why = first_line(error)
             # Outside of the clause above, as the error holds the frames, and they the tensors, of the attempt.
-            self._halve(size, during, why)
+            self.reduce(size, during, why)
 
-    def _halve(self, size: str, during: str, why: str) -> None:
+    def reduce(self, size: str, during: str, why: str) -> None:
+        """Halve a size, free memory, and report it. Raises RunError where the size is at its smallest."""
         before, least = getattr(self, size), self.least if size == "micro_batch_tokens" else 1
         if before <= least:
             raise RunError(
@@ -80,27 +74,4 @@ class Sizes:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         setattr(self, size, max(least, before // 2))
-        self.told(Halving(size, before, getattr(self, size), during, why))
-
-
-@dataclass
-class FittingEngine:
-    """An engine whose completions in flight become fewer where memory runs out. In float32 no completion changes."""
-
-    engine: NativeEngine
-    sizes: Sizes
-
-    def generate(
-        self, requests: Sequence[Request], options: SamplingOptions, advance: Advance | None = None
-    ) -> list[list[Completion]]:
-        """See `Engine`."""
-
-        def attempt(slots: int) -> list[list[Completion]]:
-            self.engine.slots = slots
-            return self.engine.generate(requests, options, advance)
-
-        return self.sizes.fitting("slots", "sampling", attempt)
-
-    def load_weights(self, policy: LanguageModel, version: int) -> None:
-        """See `Engine`."""
-        self.engine.load_weights(policy, version)
+        self.told(SizeReduced(size, before, getattr(self, size), during, why))

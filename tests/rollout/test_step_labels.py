@@ -11,17 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gruppo.config.recipe import RewardModel
-from gruppo.engines.base import SamplingOptions
+from gruppo.config.sections import RewardModel
+from gruppo.engines.base import SamplingParams
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
+from gruppo.rollout.labels import LabelledCompletion, label_rows, read_labels
+from gruppo.rollout.step_labels import StepLabeller
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.tables import LABELS
-from gruppo.training.step_labels import Labelled, Labeller, label_rows, read_labels
 from gruppo.types import Completion, Group, Prompt, Reward, Steps
-from gruppo.utils.progress import Silent
+from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Stop
 from tests.conftest import END, make_policy
 
@@ -43,11 +44,11 @@ def pool() -> Iterator[RewardPool]:
         yield made
 
 
-def labeller(policy: LanguageModel, pool: RewardPool, most: int, **settings: object) -> Labeller:
+def labeller(policy: LanguageModel, pool: RewardPool, most: int, **settings: object) -> StepLabeller:
     engine = NativeEngine(policy, 256)
     chosen = RewardModel(**{"kind": "process", "split": EVERY_TWO, **settings})
-    options = SamplingOptions(temperature=1.0, max_tokens=most)
-    return Labeller(engine, pool, policy.tokenizer, options, chosen, 0.5, Silent(), Stop())
+    options = SamplingParams(temperature=1.0, max_tokens=most)
+    return StepLabeller(engine, pool, policy.tokenizer, options, chosen, 0.5, NullProgress(), Stop())
 
 
 def group_of(
@@ -119,7 +120,7 @@ def test_a_completion_without_a_step_has_no_label(small: LanguageModel, pool: Re
 def test_hard_and_soft_labels_and_those_of_outcomes() -> None:
     asked, ids = Prompt("t/0", "q", (1,), "t", {}), (1, 2, 3, 4)
     own = Completion(ids, (0.0,) * 4, (True,) * 4, "stop", 0, "abcd")
-    made = Labelled(asked, own, True, (0, 1, 3), (1, 2, 4), (0.0, 0.25, 1.0))
+    made = LabelledCompletion(asked, own, True, (0, 1, 3), (1, 2, 4), (0.0, 0.25, 1.0))
     assert made.sample(RewardModel(kind="process")).labels == Steps((0.0, 1.0, 1.0), (0, 1, 3))
     assert made.sample(RewardModel(kind="process", labels="soft")).labels == Steps((0.0, 0.25, 1.0), (0, 1, 3))
     assert made.sample(RewardModel(kind="outcome")).labels == Steps((1.0,), (3,))

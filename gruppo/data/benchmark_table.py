@@ -1,0 +1,206 @@
+"""The table of benchmarks: names, sources, splits, answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gruppo.data import few_shot as examples
+from gruppo.data.benchmark_rows import read_choice, read_formula, read_number
+from gruppo.data.few_shot import Example
+from gruppo.types import Row
+
+Language = Literal["en", "zh"]
+
+
+Reader = Callable[[Mapping[str, Any]], Row]
+
+
+PROMPTS = ("zero-shot", "few-shot", "tool")
+
+
+FORMATS = ("chat", "text")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A public set by its name.
+
+    `hub`: its repository, `config` and `options` what else `load_dataset` needs; `splits`: ours and theirs. `aliases`:
+    how its files are called, `several`: that several such files make it up, `header`: the columns of copies in CSV or
+    TSV that do not name them. `read`: a row of any of its copies as question, answer, choices. `shots`: the usual
+    number of `examples` in a few-shot prompt. `family`: training on a set of the same family makes it in-domain.
+    `keep`: which rows of the repository belong to it.
+    """
+
+    name: str
+    title: str
+    hub: str
+    read: Reader
+    grader: str
+    examples: Sequence[Example]
+    language: Language = "en"
+    config: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+    aliases: Sequence[str] = ()
+    several: Sequence[str] = ()
+    header: Sequence[str] = ()
+    family: str = ""
+    kind: Literal["number", "formula", "choice", "blanks"] = "number"
+    keep: Callable[[Mapping[str, Any]], bool] | None = None
+
+    @property
+    def shots(self) -> int:
+        """How many examples a few-shot prompt has, unless it is told otherwise."""
+        return len(self.examples)
+
+
+STEM_SUBJECTS = frozenset(
+    {
+        "abstract_algebra",
+        "astronomy",
+        "college_biology",
+        "college_chemistry",
+        "college_computer_science",
+        "college_mathematics",
+        "college_physics",
+        "computer_security",
+        "conceptual_physics",
+        "electrical_engineering",
+        "elementary_mathematics",
+        "high_school_biology",
+        "high_school_chemistry",
+        "high_school_computer_science",
+        "high_school_mathematics",
+        "high_school_physics",
+        "high_school_statistics",
+        "machine_learning",
+    }
+)
+
+
+def is_stem(row: Mapping[str, Any]) -> bool:
+    """Whether an MMLU row is of a STEM subject, or names no subject."""
+    subject = row.get("subject", row.get("topic"))
+    return subject is None or str(subject).replace(" ", "_").lower() in STEM_SUBJECTS
+
+
+SPLITS = frozenset({"train", "auxiliary_train", "test", "validation", "val", "dev"})
+
+
+_ONLY_TEST = {"test": "test"}
+
+
+_IN_TRAIN = {"test": "train"}  # sets to test with whose repository calls their only part "train"
+
+
+ALL_BENCHMARKS = (
+    Benchmark(
+        "gsm8k", "GSM8K", "openai/gsm8k", read_number, "number", examples.WORD_PROBLEMS,
+        config="main", aliases=("gsm8k", "grade_school_math"),
+    ),
+    Benchmark(
+        "math", "MATH", "DigitalLearningGmbH/MATH-lighteval", read_formula, "math", examples.COMPETITION,
+        aliases=("math", "hendrycks_math", "competition_math", "math_500", "math500"), kind="formula",
+        several=("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                 "prealgebra", "precalculus"),
+    ),
+    Benchmark(
+        "mgsm-zh", "MGSM-zh", "juletxara/mgsm", read_number, "number", examples.CHINESE_WORD_PROBLEMS, "zh",
+        options={"revision": "refs/convert/parquet", "data_dir": "zh"}, splits=_ONLY_TEST, aliases=("mgsm_zh",),
+        header=("question", "answer"),
+    ),
+    Benchmark(
+        "cmath", "CMATH", "weitianwen/cmath", read_number, "number", examples.CHINESE_WORD_PROBLEMS, "zh",
+        splits=_ONLY_TEST, aliases=("cmath",),
+    ),
+    Benchmark(
+        "sat", "SAT mathematics, May 2023", "mcaleste/sat_multiple_choice_math_may_23", read_choice, "choice",
+        examples.CHOICES, splits=_IN_TRAIN, aliases=("sat", "sat_math", "math_sat"), kind="choice",
+    ),
+    Benchmark(
+        "ocw", "OCWCourses", "math-ai/minervamath", read_formula, "ocw", examples.SCIENCE,
+        splits=_ONLY_TEST, aliases=("ocw", "ocwcourses", "ocw_courses"), family="ocw", kind="formula",
+    ),
+    Benchmark(
+        "minerva", "Minerva Math, another copy of OCWCourses", "math-ai/minervamath", read_formula, "ocw",
+        examples.SCIENCE, splits=_ONLY_TEST, aliases=("minerva", "minerva_math", "minervamath"), family="ocw",
+        kind="formula",
+    ),
+    Benchmark(
+        "mmlu-stem", "MMLU, its 18 subjects of science and technology", "cais/mmlu", read_choice, "choice",
+        examples.CHOICES, config="all", splits={"test": "test", "validation": "validation"},
+        aliases=("mmlu_stem", "mmlu"), kind="choice", keep=is_stem, several=sorted(STEM_SUBJECTS),
+        header=("question", "A", "B", "C", "D", "answer"),
+    ),
+    Benchmark(
+        "gaokao-mathcloze", "AGIEval Gaokao, blanks", "hails/agieval-gaokao-mathcloze", read_formula, "math",
+        examples.CHINESE_BLANKS, "zh", splits=_ONLY_TEST, aliases=("gaokao_mathcloze", "gaokao_math_cloze"),
+        kind="blanks",
+    ),
+    Benchmark(
+        "gaokao-mathqa", "AGIEval Gaokao, multiple choice", "hails/agieval-gaokao-mathqa", read_choice, "choice",
+        examples.CHINESE_CHOICES, "zh", splits=_ONLY_TEST, aliases=("gaokao_mathqa", "gaokao_math_qa"), kind="choice",
+    ),
+    Benchmark(
+        "svamp", "SVAMP", "ChilleD/SVAMP", read_number, "number", examples.WORD_PROBLEMS, aliases=("svamp",)
+    ),
+    Benchmark(
+        "asdiv", "ASDiv", "EleutherAI/asdiv", read_number, "number", examples.WORD_PROBLEMS,
+        splits={"test": "validation"}, aliases=("asdiv",),
+    ),
+    Benchmark(
+        "mawps", "MAWPS", "MU-NLPC/Calc-mawps", read_number, "number", examples.WORD_PROBLEMS,
+        splits={"train": "train", "test": "test", "validation": "validation"}, aliases=("mawps",),
+        several=("singleop", "addsub", "multiarith", "singleeq", "simuleq", "singleop_test"),
+    ),
+    Benchmark(
+        "gsm-hard", "GSM-Hard", "reasoning-machines/gsm-hard", read_number, "number", examples.WORD_PROBLEMS,
+        splits=_IN_TRAIN, aliases=("gsm_hard", "gsmhard", "gsmhardv2"),
+    ),
+    Benchmark(
+        "aqua", "AQuA-RAT", "deepmind/aqua_rat", read_choice, "choice", examples.CHOICES, config="raw",
+        splits={"train": "train", "test": "test", "validation": "validation"}, aliases=("aqua", "aqua_rat"),
+        kind="choice",
+    ),
+    Benchmark(
+        "aime", "AIME 2024", "Maxwell-Jia/AIME_2024", read_formula, "math", examples.COMPETITION, splits=_IN_TRAIN,
+        aliases=("aime", "aime_2024", "aime2024", "aime24", "aime_24", "aime_2024_problems", "aime_2025", "aime2025",
+                 "aime25", "aime_25"), several=("aime2025_i", "aime2025_ii"), kind="formula",
+    ),
+)  # fmt: skip
+
+
+BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in ALL_BENCHMARKS}
+
+
+# Other names under which the training part of a family is known.
+COPIES = {
+    "openai/gsm8k": "gsm8k", "gsm8k/main": "gsm8k", "EleutherAI/hendrycks_math": "math", "hendrycks/competition_math":
+    "math", "lighteval/MATH": "math", "nlile/hendrycks-MATH-benchmark": "math",
+} | {each.hub: each.name for each in reversed(ALL_BENCHMARKS)}  # fmt: skip
+
+
+def default_grader(task: str) -> str:
+    """The name of the grader that a task's answers are graded by where none is asked for."""
+    if task in BENCHMARKS:
+        return BENCHMARKS[task].grader
+    return "reasoning_gym" if task.startswith("reasoning-gym/") else "number"
+
+
+def domain(task: str, trained: Collection[str]) -> Literal["in-domain", "out-of-domain"]:
+    """Whether a task is of the kind that was trained on: itself, or for benchmarks a set of its family.
+
+    `trained`: names of tasks as in a recipe. GSM8K's test part is in-domain where gsm8k was trained on, by that name or
+    its repository's; MGSM-zh, the same questions in Chinese, is not (as in DeepSeekMath).
+    """
+    return "in-domain" if _family(task) in {_family(each) for each in trained} else "out-of-domain"
+
+
+def _family(task: str) -> str:
+    name = re.sub(r"(?:#\d+)?(?: \(held out\))?$", "", task)
+    name = COPIES.get(name, name)
+    return BENCHMARKS[name].family or name if name in BENCHMARKS else name

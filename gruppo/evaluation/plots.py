@@ -1,0 +1,43 @@
+"""Plots of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gruppo.errors import UsageError
+from gruppo.utils.stats import (
+    MOST_VOTES,
+)
+
+
+def draw_curves(sets: Sequence[tuple[str, Mapping[str, Any]]], title: str, write: Callable[[Any], None]) -> None:
+    """pass@k and maj@k of one or more models in one picture, as Figure 7 of DeepSeekMath has them: `sets` holds their
+    names and figures; `write` is given matplotlib's figure. Raises UsageError where there are no curves, or where
+    matplotlib is not installed."""
+    if missing := [name for name, found in sets if "maj" not in found.get("curves", {})]:
+        raise UsageError(f"--curves: {missing[0]}: needs 2 to {MOST_VOTES:,} answers a question")
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError:
+        raise UsageError("--curves: needs matplotlib; pip install 'gruppo[plots]'") from None
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, found) in enumerate(sets):
+        for style, curve in (("-", "pass"), ("--", "maj")):
+            points = found["curves"][curve]
+            ks = [int(k) for k in points]
+            colour = f"C{number}"
+            axes.plot(
+                ks, [points[str(k)]["value"] for k in ks], style, color=colour, marker="o", label=f"{name}: {curve}@k"
+            )
+            low, high = ([points[str(k)]["interval"][side] for k in ks] for side in (0, 1))
+            axes.fill_between(ks, low, high, color=colour, alpha=0.1, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set(xlabel="k", ylabel="accuracy, with 95 % intervals over questions", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write(figure)

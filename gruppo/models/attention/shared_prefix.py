@@ -1,0 +1,186 @@
+"""Attention over packed groups in which completions share their prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from gruppo.models.attention.interface import Layer, soft_capped
+from gruppo.models.ops.attention import PackedLayout, attend_packed, attend_packed_backward
+
+
+class SharedPrefixAttention:
+    """Attention over a packed row of groups, each laid out as prompt, completion 1, …, completion n.
+
+    A prompt token sees its prompt up to itself; a completion token sees the whole prompt of its group and its own
+    completion up to itself, and nothing else. A group without completions is a plain causal sequence.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """`groups`: for each, the length of its prompt (>= 1) and of its completions (>= 1), in tokens."""
+        self.groups = [(prompt, tuple(completions)) for prompt, completions in groups]
+        self._layout = PackedLayout(self.groups)
+        self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
+        self._places: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `AttentionPlan`; B = 1."""
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        if layer.softcap is None and layer.sinks is None and self._layout.fits(*rows):
+            packed: Tensor = _Packed.apply(*rows, self._layout, layer.scale, layer.window)  # type: ignore[no-untyped-call]
+            return packed[None]
+        sizes = [size for prompt, completions in self.groups for size in (prompt, sum(completions))]
+        parts = zip(*(each.split(sizes) for each in rows), strict=True)
+        output = []
+        for prompt, own, (_, completions) in zip(parts, parts, self.groups, strict=False):
+            q, k, v = (tensor.transpose(0, 1)[None] for tensor in prompt)
+            output.append(self._prompt(layer, q, k, v)[0].transpose(0, 1))
+            if completions:
+                output.append(self._completions(layer, own, k, v, completions))
+        return torch.cat(output)[None]
+
+    def _prompt(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[2]
+        plain = layer.softcap is None and layer.sinks is None and (layer.window is None or length <= layer.window)
+        if plain:
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.scale, enable_gqa=True)
+        heads, kv_heads = q.shape[1], k.shape[1]
+        q = q.reshape(1, kv_heads, heads // kv_heads * length, q.shape[-1])
+        mask = self._mask(0, length, heads // kv_heads, layer.window, q.device)
+        return _attend(layer, q, k, v, mask).reshape(1, heads, length, v.shape[-1])
+
+    def _completions(
+        self, layer: Layer, own: tuple[Tensor, ...], k: Tensor, v: Tensor, lengths: tuple[int, ...]
+    ) -> Tensor:
+        """Query heads that share a key head are laid one after another, so that keys are not repeated for them."""
+        kv_heads, prompt, width = k.shape[1:]
+        query, key, value = (self._pad(each, lengths) for each in own)
+        count, longest, shared = len(lengths), max(lengths), query.shape[2] // kv_heads
+        q = query.reshape(count, longest, kv_heads, shared, width)
+        q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, shared * longest, width)
+        k = torch.cat([k.expand(count, -1, -1, -1), key.transpose(1, 2)], dim=2)
+        v = torch.cat([v.expand(count, -1, -1, -1), value.transpose(1, 2)], dim=2)
+        mask = self._mask(prompt, longest, shared, layer.window, query.device)
+        out = _attend(layer, q, k, v, mask)
+        out = out.view(count, kv_heads, shared, longest, v.shape[-1]).permute(0, 3, 1, 2, 4)
+        return self._unpad(out.reshape(count * longest, kv_heads * shared, v.shape[-1]), lengths)
+
+    def _pad(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Packed [Σ lengths, …] to [len(lengths), max, …]. Behind each end stands some other token: no token of the
+        completion sees it, and what it would see itself is thrown away."""
+        if len(set(lengths)) > 1:
+            tokens = _Pad.apply(tokens, *self._padding(lengths, tokens.device))  # type: ignore[no-untyped-call]
+        return tokens.view(len(lengths), max(lengths), *tokens.shape[1:])
+
+    def _unpad(self, rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """The inverse of `_pad`, from [len(lengths) · max, …]."""
+        if len(set(lengths)) == 1:
+            return rows
+        packed: Tensor = _Unpad.apply(rows, *self._padding(lengths, rows.device))  # type: ignore[no-untyped-call]
+        return packed
+
+    def _padding(self, lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """For each padded place the token that stands there, and for each token its place."""
+        if lengths not in self._places:
+            own = torch.tensor(lengths)[:, None]
+            place = torch.arange(max(lengths))
+            token = (own.cumsum(0) - own + place).clamp(max=sum(lengths) - 1)
+            filled = (place < own).flatten().nonzero().flatten()
+            self._places[lengths] = token.flatten().to(device), filled.to(device)
+        return self._places[lengths]
+
+    def _mask(self, prompt: int, longest: int, shared: int, window: int | None, device: torch.device) -> Tensor:
+        """What a completion's tokens see of [prompt, completion], once for each of the `shared` query heads."""
+        place = prompt, longest, shared, window
+        if place not in self._masks:
+            query = torch.arange(prompt, prompt + longest, device=device)[:, None]
+            key = torch.arange(prompt + longest, device=device)
+            sees = key <= query
+            if window is not None:
+                sees &= query - key < window
+            self._masks[place] = sees.repeat(shared, 1)
+        return self._masks[place]
+
+
+def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of queries laid out as [rows, kv_heads, shared · T, D], by torch's kernel where that knows the sum."""
+    if layer.softcap is None and layer.sinks is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
+    scores = soft_capped((q * layer.scale) @ k.transpose(-1, -2), layer.softcap).masked_fill(~mask, -torch.inf)
+    if layer.sinks is None:
+        return torch.softmax(scores, dim=-1) @ v
+    rows, kv_heads, stacked, _ = scores.shape
+    shared = len(layer.sinks) // kv_heads
+    sinks = layer.sinks.to(scores.dtype).view(1, kv_heads, shared, 1)
+    sinks = sinks.expand(rows, -1, -1, stacked // shared).reshape(rows, kv_heads, stacked, 1)
+    return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1] @ v
+
+
+class _Packed(torch.autograd.Function):
+    """See `gruppo.models.ops.attention.attend_packed`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
+    ) -> Tensor:
+        tensors = query.contiguous(), key.contiguous(), value.contiguous()
+        made, normaliser = attend_packed(*tensors, layout, scale, window)
+        ctx.save_for_backward(*tensors, made, normaliser)
+        ctx.rest = layout, scale, window
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, made, normaliser = ctx.saved_tensors
+        return *attend_packed_backward(grad.contiguous(), tensors, (made, normaliser), *ctx.rest), None, None, None
+
+
+class _Pad(torch.autograd.Function):
+    """Tokens to padded places. What stands behind an end has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, token_of_place: Tensor, place_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(place_of_token)
+        return tokens.index_select(0, token_of_place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Padded places to tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token_of_place: Tensor, place_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(place_of_token)
+        ctx.places = len(token_of_place)
+        return rows.index_select(0, place_of_token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        made = grad.new_zeros(ctx.places, *grad.shape[1:])
+        (place_of_token,) = ctx.saved_tensors
+        return made.index_copy_(0, place_of_token, grad), None, None
+
+
+class CapturingAttention(SharedPrefixAttention):
+    """The same, keeping every layer's keys and values: for the prompts that completions will share."""
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+        super().__init__(groups)
+        self.captured: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: list[Layer] = []
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `AttentionPlan`; B = 1. Raises ValueError for a layer that attends twice: its keys would overwrite each
+        other's."""
+        if layer.index in self.captured:
+            raise ValueError(f"layer {layer.index} computes attention more than once")
+        self.captured[layer.index] = (key[0], value[0])
+        self.layers.append(layer)
+        return super().attend(layer, query, key, value)

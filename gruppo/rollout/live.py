@@ -1,0 +1,186 @@
+"""Groups sampled from the policy and scored: the exploration of a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from gruppo.algorithms.filtering import drop, mark_trained, rewards_differ
+from gruppo.config.recipe import Recipe
+from gruppo.data.mixture import Mixture
+from gruppo.engines.base import Engine, SamplingParams
+from gruppo.errors import RunError
+from gruppo.rollout.labels import LabelledCompletion
+from gruppo.rollout.multi_turn import MultiTurnSampler
+from gruppo.rollout.reward_failures import record_failures
+from gruppo.rollout.reward_model import RewardModelScorer
+from gruppo.rollout.sampling import sample_groups
+from gruppo.rollout.scoring import score_groups
+from gruppo.rollout.source import Step
+from gruppo.rollout.step_labels import StepLabeller
+from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.runs.recorder import Recorder
+from gruppo.types import Completion, Group, Prompt
+from gruppo.utils.metrics import Metrics
+from gruppo.utils.signals import Stop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Audit(Protocol):
+    """A second grader on a share of the rewards; see `gruppo.training.reward_audit`."""
+
+    def judge(
+        self,
+        groups: Sequence[Group],
+        weights: Mapping[str, float],
+        step: int,
+        metrics: Metrics,
+        advance: Callable[[float], None],
+    ) -> list[str]:
+        """Judge some of the groups; what failed, in words."""
+
+
+@dataclass
+class LiveRollouts:
+    """See `RolloutSource`.
+
+    `engine`: samples completions, of several turns by way of `multi_turn`. `pool`: the reward functions; `scorer`: the
+    reward model, if the recipe has one; `weights`: of everything that scores, by name. `folder`: the run folder, which keeps calls of
+    rewards that failed. `save`: saves the run before it
+    ends because rewards failed; nothing of the step is lost then, as a resume makes it again.
+    """
+
+    recipe: Recipe
+    prompts: Mixture
+    engine: Engine
+    multi_turn: MultiTurnSampler | None
+    pool: RewardPool
+    scorer: RewardModelScorer | None
+    audit: Audit | None
+    tokenizer: PreTrainedTokenizerBase
+    params: SamplingParams
+    weights: Mapping[str, float]
+    folder: Path
+    recorder: Recorder
+    stop: Stop
+    save: Callable[[], None]
+
+    def collect(self, step: Step) -> list[Group]:
+        """See `RolloutSource`. Where the recipe asks for dynamic sampling, groups whose rewards do not differ are
+        dropped and other questions take their places, for a limited number of rounds."""
+        wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.refill_rounds
+        groups = self._sample_and_score(step, step.cursor, wanted)
+        for _ in range(rounds):
+            lacking = wanted - sum(map(rewards_differ, groups))
+            if not lacking or not any(any(group.trained) for group in groups):
+                break  # enough, or a reward that is broken, for which more completions would not help
+            groups += self._sample_and_score(step, step.cursor + len(groups), lacking)
+        if rounds:
+            self._drop_equal_rewards(step, groups)
+        self._require_rewards(step, groups)
+        return groups
+
+    def label(
+        self, prompts: Sequence[Prompt], step: int, key: tuple[int, ...]
+    ) -> tuple[list[LabelledCompletion], Counter[str]]:
+        """See `RolloutSource`."""
+        assert self.recipe.reward_model is not None
+        labeller = StepLabeller(
+            self.engine,
+            self.pool,
+            self.tokenizer,
+            self.params,
+            self.recipe.reward_model,
+            self.recipe.method.right,
+            self.recorder,
+            self.stop,
+        )
+        return labeller.sample(prompts, self.recipe.sampling.group_size, key)
+
+    def _sample_and_score(self, step: Step, cursor: int, count: int) -> list[Group]:
+        """Groups of the next `count` questions after the first `cursor` of the run."""
+        prompts, size = self.prompts.draw(cursor, count), self.recipe.sampling.group_size
+        streams = [[(self.recipe.run.seed, step.number, cursor + i, j) for j in range(size)] for i in range(count)]
+        with step.timer("generate"), self.stop.interruptible():
+            prompts, completions = self.sample(prompts, streams)
+        with step.timer("reward"), self.stop.interruptible():
+            groups = self.score(step, cursor, prompts, completions)
+        if self.recipe.method.credit != "step" and any(reward.steps for group in groups for reward in group.rewards):
+            raise RunError(
+                f'method.credit = "{self.recipe.method.credit}": a reward scores steps, which this method would not '
+                'learn from; write method.name = "grpo-process", or use another reward'
+            )
+        mark_trained(groups, self.recipe.method.mask_truncated)
+        return groups
+
+    def sample(
+        self, prompts: Sequence[Prompt], streams: Sequence[Sequence[tuple[int, ...]]]
+    ) -> tuple[list[Prompt], list[list[Completion]]]:
+        """Completions of the prompts, one for each random stream. With an environment the prompts may end with what it
+        said first."""
+        if self.multi_turn is None:
+            return list(prompts), sample_groups(self.engine, prompts, streams, self.params, self.recorder, self.stop)
+        return self.multi_turn.play(self.engine, prompts, streams, self.params, self.recorder, self.stop)
+
+    def score(
+        self, step: Step, cursor: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> list[Group]:
+        """Groups with the rewards of functions, environment and reward model; audited, where the recipe asks."""
+        weight = self.multi_turn.weight if self.multi_turn else None
+        state = self._trainer_state(step)
+        try:
+            groups = score_groups(
+                prompts, completions, self.pool, state, step.metrics, self.recorder, self.stop, weight
+            )
+        except RunError:  # a process that was replaced cannot load the functions again
+            self.save()
+            raise
+        if self.scorer is not None:
+            self.scorer.score(groups)
+        if self.audit is not None:
+            failed = self.audit.judge(groups, self.weights, step.number, step.metrics, lambda _: self.stop.check())
+            for failure in failed:
+                self.recorder.event("abstention", f"audit: {failure}", step.number)
+        return groups
+
+    def record_failures(self, step: Step, groups: Sequence[Group]) -> list[str]:
+        """Events for rewards that failed; see `gruppo.rollout.reward_failures.record_failures`."""
+        return record_failures(self.recorder, self.folder, step.number, groups, self.pool, self._trainer_state(step))
+
+    def _trainer_state(self, step: Step) -> dict[str, int]:
+        """What reward functions can know of the run."""
+        steps, tokens = self.recipe.run.steps, self.recipe.sampling.max_tokens
+        return {"global_step": step.number - 1, "max_steps": steps, "max_tokens": tokens}
+
+    def _drop_equal_rewards(self, step: Step, groups: Sequence[Group]) -> None:
+        wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.refill_rounds
+        for group in groups:
+            if not rewards_differ(group):
+                drop(group, "dropped, as its rewards do not differ; other questions were drawn (method.refill_rounds)")
+        if lacking := wanted - sum(map(rewards_differ, groups)):
+            unknown = sum(not any(reward.total is not None for reward in group.rewards) for group in groups)
+            message = f"refilling up to {rounds} times left {lacking} of {wanted} groups without rewards that differ"
+            detail = f"{len(groups)} were sampled, {unknown} of them abstained; the step goes on without them"
+            self.recorder.event("refill_exhausted", f"{message} ({detail})", step.number)
+
+    def _require_rewards(self, step: Step, groups: Sequence[Group]) -> None:
+        """Stop, with everything saved, where rewards failed on more of a step's completions than the recipe allows."""
+        rewards = [reward for group in groups for reward in group.rewards]
+        failed = Counter(failure for reward in rewards for failure in reward.failures.items())
+        count, limit = sum(bool(reward.failures) for reward in rewards), self.recipe.reward.failure_limit
+        if count <= limit * len(rewards):
+            return
+        self.save()
+        files = self.record_failures(step, groups)  # after the checkpoint, as the step will be made again
+        ((name, why), most), *_ = failed.most_common(1)
+        where = f"; see the call by: gruppo rerun-reward {self.folder / files[0]}" if files else ""
+        raise RunError(
+            f"step {step.number}: {count} of {len(rewards)} completions abstain because a reward failed, more than "
+            f"reward.failure_limit = {limit:g} allows; {most} of them by {name}: {why}{where}. Nothing was trained on "
+            "this step and everything before it is saved: mend the reward, and go on with --resume"
+        )

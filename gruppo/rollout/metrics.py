@@ -1,0 +1,59 @@
+"""Metrics of sampled and scored groups."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from gruppo.types import Completion, Episode, Group
+from gruppo.utils.metrics import Metrics
+
+
+def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = False) -> None:
+    """Metrics of what was sampled and how it was scored; lengths in tokens. `by_task`: also the reward of each task."""
+    for group in groups:
+        totals = [reward.total for reward in group.rewards if reward.total is not None]
+        metrics.mean("reward/mean", sum(totals), len(totals))
+        if by_task:
+            metrics.mean(f"reward/task/{group.prompt.task}/mean", sum(totals), len(totals))
+        if len(totals) > 1:
+            metrics.mean("reward/std", statistics.stdev(totals))
+        for name in sorted({name for reward in group.rewards for name in reward.parts}):
+            given = [part for reward in group.rewards if (part := reward.parts.get(name)) is not None]
+            if len(given) > 1:
+                metrics.mean(f"reward/{name}/std", statistics.stdev(given))
+        metrics.mean("groups/with_signal", group.has_signal)
+        metrics.mean(
+            "groups/duplicate_completions",
+            len(group.completions) - len({c.token_ids for c in group.completions}),
+            len(group.completions),
+        )
+        for completion, reward, used, advantages in zip(
+            group.completions, group.rewards, group.trained, group.advantages, strict=True
+        ):
+            metrics.mean("reward/abstained", reward.total is None)
+            for name, part in reward.parts.items():
+                if part is not None:
+                    metrics.mean(f"reward/{name}/mean", part)
+            for name, steps in reward.steps.items():
+                metrics.mean(f"reward/{name}/step_mean", sum(steps.rewards), len(steps.rewards))
+                metrics.mean(f"reward/{name}/steps", len(steps.rewards))
+            metrics.mean("completion/length", sum(completion.mask))
+            metrics.maximum("completion/length_max", sum(completion.mask))
+            metrics.minimum("completion/length_min", sum(completion.mask))
+            metrics.mean("completion/truncated", completion.finish_reason == "length")
+            metrics.mean("completion/trained", used)
+            if completion.episode is not None:
+                _describe_episode(completion, completion.episode, metrics)
+            if used and advantages:
+                metrics.maximum("advantage/max", max(advantages))
+                metrics.minimum("advantage/min", min(advantages))
+
+
+def _describe_episode(completion: Completion, told: Episode, metrics: Metrics) -> None:
+    metrics.mean("environment/turns", told.turns)
+    metrics.mean("environment/called", told.calls > 0)
+    metrics.mean("environment/calls", told.calls)
+    metrics.mean("environment/errors", told.errors, told.calls)
+    metrics.mean("environment/failed", told.failure is not None)
+    metrics.mean("environment/tokens", completion.mask.count(False))

@@ -1,0 +1,120 @@
+"""When a run is saved, and how it is restored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gruppo.models.lora import save_adapter
+from gruppo.models.reward_model import save_reward_model
+from gruppo.models.weights import save_model
+from gruppo.training.checkpoint import drop_old, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from gruppo.training.context import RunContext
+from gruppo.training.optimizer import Trainable
+from gruppo.training.setup import RunComponents
+from gruppo.utils.system import peak_memory
+
+REFERENCE = "reference.safetensors"  # the weights of a reference that is not the start model
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run continues from. `checkpoint`: its folder, None for the beginning; `problems`: what is wrong with newer
+    ones, in words."""
+
+    checkpoint: Path | None
+    problems: list[str]
+
+
+class Checkpointer:
+    """Saves checkpoints, and the final model at the last step. `enabled`: False where nothing is to be saved."""
+
+    def __init__(self, context: RunContext, parts: RunComponents, enabled: bool = True) -> None:
+        self.context, self.parts, self.enabled = context, parts, enabled
+        self._saved: tuple[int, bool, int] | None = None
+
+    @property
+    def reference_file(self) -> Path:
+        """The weights of a later iteration's reference."""
+        return self.context.folder.path / "reference" / REFERENCE
+
+    @property
+    def _place(self) -> tuple[int, bool, int]:
+        state = self.context.state
+        return state.step, state.evaluated, state.iteration
+
+    def save(self) -> None:
+        """Save a checkpoint (and the final model at the last step) unless the run is saved where it stands."""
+        if self._saved == self._place or not self.enabled:
+            return
+        context, parts = self.context, self.parts
+        if context.at_end:
+            self._save_final_model()
+        self.note_memory()
+        with context.recorder.bar("Saving", None, ""):
+            later = self.reference_file.is_file() and context.state.iteration > 1
+            files = [self.reference_file] if later else []
+            path = save_checkpoint(
+                context.folder, parts.policy.model, parts.optimizer, context.state, self._others(), files
+            )
+        self._saved = self._place
+        context.callbacks.tell("on_checkpoint", context.state.step, path)
+
+    def forget(self) -> None:
+        """Save again at the next call, though the step is saved: it has become the last one, and has a final model."""
+        self._saved = None
+
+    def note_memory(self) -> None:
+        """Keep the peak of memory in the state."""
+        state = self.context.state
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory(self.parts.policy.device))
+
+    def restore(self) -> Restored:
+        """Find the newest complete checkpoint and load its state; its tensors are loaded by `load_tensors`."""
+        folder, problems = newest_checkpoint(self.context.folder)
+        if folder is not None:
+            loaded = load_state(folder)
+            for field in fields(loaded):
+                setattr(self.context.state, field.name, getattr(loaded, field.name))
+            self._saved = self._place
+        return Restored(folder, problems)
+
+    def load_tensors(self, checkpoint: Path) -> None:
+        """Load a checkpoint's weights and optimizer states."""
+        load_tensors(checkpoint, self.parts.policy.model, self.parts.optimizer, self._others())
+        self.parts.policy.generation.advance()
+        for part in self._scalar_models().values():
+            part.model.policy.generation.advance()
+
+    def drop_old(self) -> None:
+        """Delete checkpoints that are no longer needed."""
+        drop_old(self.context.folder, self.context.state)
+
+    def _scalar_models(self) -> dict[str, Trainable]:
+        """Critic and reward model, where there are such."""
+        parts = {"critic": self.parts.critic, "reward_model": self.parts.reward_model}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _others(self) -> Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]:
+        """Critic and reward model, with their optimizers."""
+        return {
+            name: (part.model.module, part.optimizer)
+            for name, part in self._scalar_models().items()
+            if part.optimizer is not None
+        }
+
+    def _save_final_model(self) -> None:
+        folder, parts, recipe = self.context.folder, self.parts, self.context.recipe
+        with folder.building("model") as path:
+            save_model(parts.policy, path)
+        scorer = parts.reward_model
+        if scorer is not None and scorer.optimizer is not None and recipe.reward_model is not None:
+            with folder.building("reward_model") as path:
+                save_reward_model(scorer.model, recipe.reward_model.kind, path)
+        if recipe.model.lora is not None:
+            with folder.building("adapter") as path:
+                save_adapter(parts.policy.model, path, recipe.model.name)

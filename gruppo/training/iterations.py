@@ -1,0 +1,128 @@
+"""The outer iterations of Algorithm 1: the reference becomes the policy, and the reward model learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from gruppo.data.mixture import Mixture
+from gruppo.errors import RunError
+from gruppo.models.packing import Batch
+from gruppo.models.weights import named_weights, save_weights
+from gruppo.rollout.labels import label_rows, read_labels
+from gruppo.rollout.source import RolloutSource
+from gruppo.runs.reading import reading
+from gruppo.runs.tables import LABELS
+from gruppo.training.checkpoint import put_weights
+from gruppo.training.checkpointer import Checkpointer
+from gruppo.training.context import RunContext
+from gruppo.training.nonfinite import FiniteGuard
+from gruppo.training.policy_trainer import PolicyTrainer
+from gruppo.training.reward_model import RewardModelTrainer
+from gruppo.utils.files import file_sha256, link_file
+from gruppo.utils.oom_retry import BatchSizes
+from gruppo.utils.timing import PhaseTimer
+
+
+class Iterations:
+    """Begins an iteration where one is due: π_ref ← π_θ; then the reward model, if it is trained, learns from new
+    samples of the policy and from a share of what earlier iterations labelled."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        policy: PolicyTrainer,
+        reward_model: RewardModelTrainer | None,
+        source: RolloutSource,
+        prompts: Mixture,
+        checkpointer: Checkpointer,
+        guard: FiniteGuard,
+        sizes: BatchSizes,
+    ) -> None:
+        self.context, self.policy, self.reward_model = context, policy, reward_model
+        self.source, self.prompts, self.checkpointer = source, prompts, checkpointer
+        self.guard, self.sizes = guard, sizes
+        self.learning = False  # the reward model is half trained: the run must not be saved
+
+    def due(self) -> bool:
+        """Whether an iteration begins before the next step."""
+        run, state = self.context.recipe.run, self.context.state
+        return not self.context.at_end and state.iteration <= state.step // (run.steps // run.iterations)
+
+    def begin(self) -> None:
+        """Begin an iteration; with a checkpoint before and after, unless there is nothing to lose."""
+        state, timer, number = self.context.state, PhaseTimer(), self.context.state.iteration + 1
+        if number == 1 and self.reward_model is None:
+            state.iteration = number
+            return
+        if state.step:
+            self.checkpointer.save()
+            if self.context.callbacks.stopped:
+                self.checkpointer.forget()
+                return
+        if number > 1 and self.policy.reference is not None:
+            self._replace_reference()
+        figures: dict[str, float | None] = {}
+        if self.reward_model is not None:
+            self.learning = True
+            with timer("reward_model"), self.context.stop.interruptible():  # a round that was stopped is begun again
+                figures = self._train_reward_model(self.reward_model, number)
+            self.learning = False
+        state.iteration = number
+        state.train_seconds += timer.total
+        times = {f"time/{name}": seconds for name, seconds in timer.seconds.items()}
+        size = {"memory/micro_batch_tokens": self.sizes.micro_batch_tokens}
+        self.context.recorder.step({"step": state.step, "iteration": number, **figures, **times, **size})
+        self.checkpointer.save()
+        if self.context.callbacks.stopped:
+            self.checkpointer.forget()
+
+    def _replace_reference(self) -> None:
+        """π_ref ← π_θ; its weights are kept beside the checkpoints."""
+        file, policy = self.checkpointer.reference_file, self.policy.policy
+        with self.context.folder.building(file.parent.name) as folder:
+            save_weights(policy.weights(), folder, file.name)
+        self.policy.reference = None  # freed before the new one is made
+        self.policy.reference = policy.frozen_copy()
+
+    def restore_reference(self, checkpoint: Path) -> None:
+        """Load the reference of a later iteration from the checkpoint that the run continues from. It passes through
+        the policy, whose own weights have to be loaded after this."""
+        own = self.checkpointer.reference_file
+        file = checkpoint / own.name
+        if not file.is_file():
+            return
+        own.parent.mkdir(exist_ok=True)
+        link_file(file, own)
+        policy = self.policy.policy
+        with reading(file, "take the checkpoint before it"):
+            put_weights(load_file(file), named_weights(policy.model))
+        policy.generation.advance()
+        self.policy.reference = policy.frozen_copy()
+
+    def _train_reward_model(self, trainer: RewardModelTrainer, number: int) -> dict[str, float | None]:
+        """Sample, label by rule, and train on that and on a share of what earlier iterations labelled."""
+        context, state, settings = self.context, self.context.state, trainer.settings
+        prompts = self.prompts.draw(state.cursor, settings.prompts)
+        labels, failures = self.source.label(prompts, state.step, (context.recipe.run.seed, 0, state.cursor))
+        for failure, count in failures.items():
+            context.recorder.event("abstention", failure, state.step, completions=count)
+        if failures:
+            total = sum(failures.values())
+            context.recorder.note(f"Step {state.step}: {total} verdicts for labels failed; see events.jsonl")
+        earlier = [context.folder.path / "labels" / name for name in sorted(state.labels)]
+        for file in earlier:
+            if not file.is_file() or file_sha256(file) != state.labels[file.name]:
+                raise RunError(f"{file}: is not what this run wrote, and its reward model learns from it; put it back")
+        history = [label.sample(settings) for label in read_labels(earlier)]
+        table = context.folder.table("labels", state.step, label_rows(labels), LABELS)
+        state.cursor += len(prompts)
+        state.labels[table.name] = file_sha256(table)
+
+        def require(value: float, what: str, batches: Sequence[Batch]) -> None:
+            self.guard.require(value, f"reward model's {what}", batches, 0, "reward_model.learning_rate")
+
+        new = [label.sample(settings) for label in labels]
+        return trainer.learn(new, history, number, require, context.recorder, context.stop)

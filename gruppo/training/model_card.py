@@ -1,0 +1,177 @@
+"""The model card of an exported model."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from gruppo.config.methods import METHODS
+from gruppo.config.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gruppo.training.checkpoint import State
+
+
+def card(
+    recipe: Recipe, state: State, environment: Mapping[str, Any], dtype: str, chat: bool, adapter: bool = False
+) -> str:
+    """The model card: what the model is, method, data, figures, the command that makes it again, how to load it."""
+    front = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": sorted({"gruppo", "grpo", recipe.method.name}),
+    }
+    front |= {"base_model": recipe.model.name} if _on_hub(recipe.model.name) else {}
+    if sets := [task.name for task in recipe.tasks if _on_hub(task.name)]:
+        front["datasets"] = sets
+    step = f"step {state.step} of {recipe.run.steps}"
+    what = "An adapter for " if adapter else ""
+    sections = [
+        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
+        f"# {recipe.run.name}",
+        f"{what}`{_portable(recipe.model.name)}` after {step} of [Group Relative Policy Optimization]"
+        f"(https://arxiv.org/abs/2402.03300) with gruppo, weights in {dtype}.",
+        "## Use",
+        (_USE_ADAPTER if adapter else _USE).format(inputs=_CHAT if chat else _TEXT, base=_portable(recipe.model.name)),
+        "## Method",
+        _method(recipe),
+        "## Data",
+        _data(recipe, environment),
+        "## Figures",
+        _figures(recipe, state),
+        "## Made by",
+        _made_by(recipe, environment),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+model = AutoModelForCausalLM.from_pretrained("this folder")
+inputs = {inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```"""
+
+
+_USE_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
+inputs = {inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```"""
+
+
+_TEXT = 'tokenizer("What is 3 + 4?", return_tensors="pt")'
+
+
+_CHAT = (
+    'tokenizer.apply_chat_template([{"role": "user", "content": "What is 3 + 4?"}], add_generation_prompt=True, '
+    'return_dict=True, return_tensors="pt")'
+)
+
+
+def _method(recipe: Recipe) -> str:
+    row, sampling, optimizer = METHODS[recipe.method.name], recipe.sampling, recipe.optimizer
+    rows = {
+        "method": f"`{recipe.method.name}`: {row.equation}",
+        "signal": row.signal,
+        "loss": row.loss,
+        "a step": f"{sampling.prompts_per_step} questions × {sampling.group_size} completions of at most "
+        f"{sampling.max_tokens} tokens at temperature {sampling.temperature:g}",
+        "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g} ({optimizer.schedule}), "
+        f"{recipe.method.inner_updates} updates a step",
+        "parameters": ", ".join(
+            f"{name} = {_portable(value)}" for name, value in recipe.method.model_dump().items() if name != "name"
+        ),
+    }
+    if lora := recipe.model.lora:
+        rows["adapters"] = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {lora.targets}"
+    return _two_columns(rows)
+
+
+def _data(recipe: Recipe, environment: Mapping[str, Any]) -> str:
+    weights = recipe.reward.weights or [1.0] * len(recipe.reward.functions)
+    rewards = zip(recipe.reward.functions, weights, strict=True)
+    names = ", ".join(f"`{_portable(task.name)}`" for task in recipe.tasks)
+    rows = {
+        "questions": names + (f", {environment['prompts']} rows" if "prompts" in environment else ""),
+        "rewards": ", ".join(f"`{_portable(name)}` (weight {weight:g})" for name, weight in rewards) or "none",
+    }
+    if recipe.evaluation:
+        task = recipe.evaluation.task
+        held = f"`{_portable(task.name)}`" if task else "the held-out part of the task"
+        rows["held-out questions"] = f"{held}, judged by `{_portable(recipe.evaluation.grader)}`"
+    return _two_columns(rows)
+
+
+def _figures(recipe: Recipe, state: State) -> str:
+    rows = {
+        f"held-out accuracy {when}": f"{figures['accuracy']:.1%} (95 % interval {figures['interval'][0]:.1%} to "
+        f"{figures['interval'][1]:.1%}, {figures['questions']} questions)"
+        for when, step in (("before", 0), (f"after step {state.step}", state.step))
+        if (figures := state.evaluations.get(str(step)))
+    }
+    rows |= {
+        "steps": str(state.step),
+        "seconds of training": f"{state.train_seconds:.0f}",
+        "seed": str(recipe.run.seed),
+    }
+    return _two_columns(rows)
+
+
+def _made_by(recipe: Recipe, environment: Mapping[str, Any]) -> str:
+    given = [
+        what
+        for what, names in (
+            ("the model", [recipe.model.name]),
+            ("the questions", [task.name for task in recipe.tasks]),
+            ("reward functions", recipe.reward.functions),
+        )
+        if any(name.startswith("given:") for name in names)
+    ]
+    if given:
+        how = f'`gruppo.train("recipe.toml", …)` from Python, which was given {", ".join(given)} (`given:` below)'
+    else:
+        how = "`gruppo train recipe.toml`"
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return (
+        f"{how}, with the recipe below; Python {environment['python']}, {versions}; products in "
+        f"{environment['chosen']['dtype']} on {environment['chosen']['device']}.\n\n"
+        f"```toml\n{tomli_w.dumps(_portable(tomllib.loads(recipe.to_toml())))}```"
+    )
+
+
+def _two_columns(rows: Mapping[str, str]) -> str:
+    cells = [f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for name, text in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *cells])
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a model or data set is named as the Hugging Face hub names them."""
+    hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.startswith("reasoning-gym/")
+    return bool(hub) and not Path(name).exists()
+
+
+def _portable(value: Any) -> Any:
+    """A value of the recipe with absolute paths cut to their last part: folders are this machine's business."""
+    if isinstance(value, dict):
+        prompts = {"system", "template"}
+        return {_portable(key): each if key in prompts else _portable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_portable(each) for each in value]
+    return re.sub(r"^((?:\w+:)?)[/~].*/", r"\1", value) if isinstance(value, str) else value
+
+
+def accuracy_of(state: State, step: int) -> float | None:
+    """Held-out accuracy after a step, where it was evaluated."""
+    accuracy: float | None = state.evaluations.get(str(step), {}).get("accuracy")
+    return accuracy

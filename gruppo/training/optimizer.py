@@ -1,0 +1,119 @@
+"""AdamW, its learning rate at a step, and one update: policy, value model and reward model alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gruppo.config.sections import Optimizer
+from gruppo.errors import RunError, first_line, out_of_memory
+from gruppo.models.packing import Batch
+from gruppo.models.policy import LanguageModel
+from gruppo.models.value_head import ScalarModel
+from gruppo.utils.progress import Advance
+from gruppo.utils.system import release_memory
+
+# Called with a value, what it is, and the micro-batches that it comes from; raises where the value is not finite.
+RequireFinite = Callable[[float, str, Sequence[Batch]], None]
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A value or reward model with its optimizer; None where it is used as it is."""
+
+    model: ScalarModel
+    optimizer: torch.optim.Optimizer | None
+
+
+def make_optimizer(settings: Optimizer, model: nn.Module, computed_by: LanguageModel) -> torch.optim.Optimizer:
+    """AdamW over a model's trained float32 weights, with weight decay on matrices only. After each of its steps the
+    weights of `computed_by` count as changed."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        fused=parameters[0].device.type in {"cpu", "cuda"},
+    )
+    optimizer.register_step_post_hook(lambda *_: computed_by.generation.advance())
+    return optimizer
+
+
+def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0: linear warm-up, then constant, or linear or cosine decay to 0 at the
+    end of training."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return settings.learning_rate * factor[settings.schedule]
+
+
+def update(
+    batches: Sequence[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    computed_by: LanguageModel,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    max_grad_norm: float,
+    require_finite: RequireFinite,
+    advance: Advance,
+) -> tuple[float, float]:
+    """One optimizer step on a loss that is a sum over micro-batches: the loss, and the gradient's norm before clipping.
+
+    `module` holds what is trained; `advance` is called once per micro-batch. Where a value is not finite,
+    `require_finite` raises before the optimizer has moved.
+
+    An error leaves no gradient, and leaves weights and moments unchanged. The one exception is an error in the
+    optimizer's own step: where memory runs out in it, that is a RunError, as the update may be half done and must not
+    be tried again.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    try:
+        total = _accumulate(batches, loss_of, computed_by, require_finite, advance)
+        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
+        require_finite(norm, "gradient norm", batches)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        try:
+            optimizer.step()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise RunError(
+                f"out of memory in the optimizer's step ({first_line(error)}), which may be half done; resume from the "
+                "last checkpoint with more memory free, or start again with a smaller model or [model.lora]"
+            ) from error
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def _accumulate(
+    batches: Sequence[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    computed_by: LanguageModel,
+    require_finite: RequireFinite,
+    advance: Advance,
+) -> float:
+    """Add every micro-batch's gradient to those that are there; the sum of the losses."""
+    total = 0.0
+    with computed_by.precision():
+        for batch in batches:
+            loss = loss_of(batch)
+            require_finite(float(loss.detach()), "loss", [batch])
+            with torch.autocast(computed_by.device.type, enabled=False):
+                loss.backward()
+            total += float(loss.detach())
+            release_memory()
+            advance(1)
+    return total

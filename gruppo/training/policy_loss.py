@@ -1,0 +1,156 @@
+"""The loss of a micro-batch, and the log-probabilities that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from gruppo.algorithms import aggregation
+from gruppo.algorithms.losses import Surrogate, policy_loss
+from gruppo.config.method_section import Method
+from gruppo.config.sections import SURROGATES
+from gruppo.errors import UsageError
+from gruppo.models.packing import Batch, TokenWeights, score
+from gruppo.models.policy import LanguageModel
+from gruppo.types import Group
+from gruppo.utils.imports import import_attribute
+from gruppo.utils.metrics import Metrics
+
+_AGGREGATIONS = {
+    "sequence-mean": aggregation.sequence_mean_weights,
+    "sequence-sum": aggregation.sequence_sum_weights,
+    "group-token-mean": aggregation.group_token_mean_weights,
+    "token-mean": aggregation.token_mean_weights,
+    "constant": aggregation.constant_weights,
+}
+
+
+def token_weights(settings: Method, max_tokens: int) -> TokenWeights:
+    """The aggregation of a method as the weights of tokens."""
+    return partial(_AGGREGATIONS[settings.aggregation], max_tokens=max_tokens)
+
+
+@cache
+def find_surrogate(name: str) -> Surrogate:
+    """The policy term of that name or import path. Raises UsageError where it cannot be imported, or where a trial on
+    two tokens does not give two numbers."""
+    surrogate: Surrogate = import_attribute(SURROGATES.get(name, name), "method.surrogate")
+    trial = torch.zeros(2), torch.ones(2), torch.ones(2), 0.2, 0.2
+    try:
+        shape = surrogate(*trial).shape
+    except Exception as error:  # the function is the user's
+        raise UsageError(
+            f'method.surrogate = "{name}": fails on a trial ({type(error).__name__}: {error}); write '
+            "def surrogate(logprobs, ratio, advantages, clip_low, clip_high) -> a number a token"
+        ) from error
+    if shape != (2,):
+        raise UsageError(
+            f'method.surrogate = "{name}": gives shape {tuple(shape)} for 2 tokens; write a number a token'
+        )
+    return surrogate
+
+
+@torch.no_grad()
+def score_batches(
+    policy: LanguageModel, reference: LanguageModel, batches: Sequence[Batch], temperature: float, metrics: Metrics
+) -> None:
+    """Fill in π_old and π_ref of batches before any advantage is known: for a KL in the reward."""
+    for batch in batches:
+        with policy.precision():
+            batch.old_logprobs = score(policy, batch, temperature)[0]
+            batch.ref_logprobs = score(reference, batch, temperature)[0]
+        used = batch.weights != 0
+        metrics.mean("policy/kl", float((batch.old_logprobs - batch.ref_logprobs)[used].sum()), float(used.sum()))
+
+
+def batch_loss(
+    policy: LanguageModel,
+    reference: LanguageModel | None,
+    batch: Batch,
+    settings: Method,
+    temperature: float,
+    metrics: Metrics,
+    first: bool = True,
+) -> Tensor:
+    """The micro-batch's part of the step's loss. Call it inside `policy.precision()`.
+
+    `first`: this is the first update of a step, so the policy has not moved since it sampled. Where π_old is the
+    trainer's (`method.old_logprobs`), the log-probabilities of this pass are π_old, and the batch keeps them for the
+    updates that follow. Those of the reference are computed once per batch.
+    """
+    if settings.kl_in_loss and batch.ref_logprobs is None:
+        assert reference is not None
+        with torch.no_grad():
+            batch.ref_logprobs = score(reference, batch, temperature)[0]
+    logprobs, entropy = score(policy, batch, temperature)
+    dtype = logprobs.dtype
+    if first and settings.old_logprobs == "trainer":
+        batch.old_logprobs = logprobs.detach()
+    assert batch.old_logprobs is not None, "π_old comes from the engine, or from the first update"
+    importance = None
+    if settings.importance_cap:
+        importance = (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=settings.importance_cap).to(dtype)
+    result = policy_loss(
+        logprobs,
+        batch.old_logprobs.to(dtype),
+        batch.advantages.to(dtype),
+        batch.weights.to(dtype),
+        settings.clip_low,
+        settings.clip_high,
+        batch.ref_logprobs,
+        settings.kl_coef if settings.kl_in_loss else 0.0,
+        settings.kl_estimator,
+        find_surrogate(settings.surrogate),
+        batch.sequences if settings.ratio == "sequence" else None,
+        importance,
+    )
+    used = batch.weights != 0
+    tokens = float(used.sum())
+    if not tokens:
+        return result.loss
+    metrics.mean("policy/ratio_mean", float(result.ratio[used].sum()), tokens)
+    metrics.maximum("policy/ratio_max", float(result.ratio[used].max()))
+    metrics.minimum("policy/ratio_min", float(result.ratio[used].min()))
+    metrics.mean("policy/clipped_low", float(result.clipped_low[used].sum()), tokens)
+    metrics.mean("policy/clipped_high", float(result.clipped_high[used].sum()), tokens)
+    if settings.kl_in_loss:
+        metrics.mean("policy/kl", float(result.kl[used].sum()), tokens)
+    if first:
+        metrics.mean("policy/entropy", float(entropy[used].sum()), tokens)
+    if first and settings.source == "live":
+        drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[used]
+        metrics.mean("engine/logprob_difference_mean", float(drift.sum()), tokens)
+        metrics.maximum("engine/logprob_difference_max", float(drift.max()))
+        if importance is not None:
+            metrics.mean("engine/importance_mean", float(importance[used].sum()), tokens)
+            metrics.mean("engine/importance_capped", float((importance[used] == settings.importance_cap).sum()), tokens)
+    return result.loss
+
+
+def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
+    """Copy the per-token log-probabilities that were computed back to the groups, to be written down."""
+    for batch in batches:
+        start = 0
+        for index, number, length in batch.members:
+            stretch = slice(start, start + length)
+            for kept, computed in (
+                (groups[index].old_logprobs, batch.old_logprobs),
+                (groups[index].ref_logprobs, batch.ref_logprobs),
+            ):
+                if computed is not None:
+                    kept[number] = computed[stretch].tolist()
+            start += length
+
+
+def put_logprobs(groups: Sequence[Group], batches: Sequence[Batch], dtype: torch.dtype) -> None:
+    """The other way: fill in batches with the log-probabilities that `keep_logprobs` copied to their groups."""
+    for batch in batches:
+        for name in ("old_logprobs", "ref_logprobs"):
+            kept = [getattr(groups[index], name)[number] for index, number, _ in batch.members]
+            if all(each is not None for each in kept):
+                values = list(chain(*kept))
+                setattr(batch, name, torch.tensor(values, dtype=dtype, device=batch.targets.device))

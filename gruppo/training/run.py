@@ -1,0 +1,313 @@
+"""A training run: its parts put together, its life from restoring to the summary, and what surrounds each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from gruppo.errors import RunError, first_line, out_of_memory
+from gruppo.evaluation.schedule import EvalSchedule
+from gruppo.models.reward_model import NAME as REWARD_MODEL
+from gruppo.rollout.environments.client import NAME as ENVIRONMENT
+from gruppo.rollout.live import LiveRollouts
+from gruppo.rollout.metrics import describe_groups
+from gruppo.rollout.offline import OfflineRollouts
+from gruppo.rollout.reward_model import RewardModelScorer
+from gruppo.rollout.sampling import sample_groups
+from gruppo.rollout.source import RolloutSource, Step
+from gruppo.runs.atomic import WriteError
+from gruppo.runs.reading import reading
+from gruppo.runs.recorder import FileSink, Recorder, Sink, StatusSink
+from gruppo.runs.status import StatusFile
+from gruppo.runs.tables import ROLLOUTS, rollout_rows
+from gruppo.runs.warnings import WarningMonitor
+from gruppo.training.callbacks import Callbacks
+from gruppo.training.checkpoint import State
+from gruppo.training.checkpointer import Checkpointer, Restored
+from gruppo.training.context import RunContext
+from gruppo.training.iterations import Iterations
+from gruppo.training.nonfinite import FiniteGuard
+from gruppo.training.policy_loss import keep_logprobs
+from gruppo.training.policy_trainer import PolicyTrainer, StepBatches
+from gruppo.training.reward_audit import RewardAudit
+from gruppo.training.reward_model import RewardModelTrainer
+from gruppo.training.setup import RunComponents
+from gruppo.training.summary import summarize
+from gruppo.training.value_model import ValueModelTrainer
+from gruppo.types import Group
+from gruppo.utils.oom_retry import SizeReduced
+from gruppo.utils.progress import Advance, Progress
+from gruppo.utils.signals import Interrupted, Stop
+from gruppo.utils.system import peak_memory, release_memory
+
+BFLOAT16_DRIFT, FLOAT32_DRIFT = 0.05, 1e-4  # nats per token by which engine and trainer may differ on average
+
+# Makes the source of a run's groups from the usual one.
+MakeSource = Callable[[LiveRollouts], RolloutSource]
+
+
+class TrainingRun:
+    """State of a training run. `source`: makes the source of its rollouts from the
+    usual one; `saves`: False for a run that leaves
+    no checkpoints and no final model."""
+
+    def __init__(
+        self,
+        parts: RunComponents,
+        console: Progress,
+        stop: Stop,
+        callbacks: Callbacks | None = None,
+        source: MakeSource | None = None,
+        saves: bool = True,
+    ) -> None:
+        self.parts, self.recipe, self.method, self.folder = parts, parts.recipe, parts.recipe.method, parts.run
+        self.stop, self.callbacks, self.state = stop, callbacks or Callbacks(), State()
+        self.reward_weights = _reward_weights(parts)
+        self.status = StatusFile(parts.run.path, self.recipe.run.steps)
+        # Rounding decides by how much engine and trainer may differ; see docs/metrics.md.
+        drift = BFLOAT16_DRIFT if parts.policy.dtype == torch.bfloat16 else FLOAT32_DRIFT
+        sinks: list[Sink] = [FileSink(parts.run), StatusSink(self.status)]
+        self.recorder = Recorder(console, sinks, WarningMonitor(self.reward_weights, drift))
+        self.context = RunContext(self.recipe, parts.run, self.state, self.recorder, stop, self.callbacks)
+        self.checkpointer = Checkpointer(self.context, parts, enabled=saves)
+        parts.sizes.told = self._size_reduced
+        self.audit = None
+        if parts.audit is not None and self.recipe.audit is not None:
+            self.audit = RewardAudit(parts.audit, self.recipe.audit, self.recipe.run.seed)
+        scorer, reward_trainer = self._reward_model()
+        self.rollouts = self._rollouts(scorer, source)
+        guard = FiniteGuard(self.context, parts.policy.tokenizer)
+        reference, parts.reference = parts.reference, None  # the trainer alone holds it, and replaces it
+        self.policy = PolicyTrainer(
+            parts.policy, reference, parts.optimizer, self.recipe, parts.sizes, guard, self.recorder
+        )
+        self.value_model = ValueModelTrainer(parts.critic, self.recipe, parts.sizes, guard, self.recorder)
+        self.iterations = Iterations(
+            self.context, self.policy, reward_trainer, self.rollouts, parts.prompts, self.checkpointer, guard,
+            parts.sizes,
+        )  # fmt: skip
+        self.evaluations = EvalSchedule(
+            parts.exams,
+            parts.engine,
+            sample_groups if parts.episodes is None else parts.episodes.sample,
+            self.recipe.run.seed,
+            self.state,
+            parts.run,
+            self.recorder,
+            stop,
+            lambda *arguments: self.callbacks.tell("on_evaluation", *arguments),
+        )
+        self._advance: Advance = lambda _: None  # the bar over all steps, while there is one
+        self._lengths: dict[str, int] = {}  # of the append-only files, where nothing was half done
+
+    def _reward_model(self) -> tuple[RewardModelScorer | None, RewardModelTrainer | None]:
+        part, settings = self.parts.reward_model, self.recipe.reward_model
+        if part is None or settings is None:
+            return None, None
+        scorer = RewardModelScorer(part.model, settings, self.parts.policy.tokenizer, self.parts.sizes)
+        if part.optimizer is None:
+            return scorer, None
+        return scorer, RewardModelTrainer(scorer, part.optimizer, self.recipe.optimizer.max_grad_norm)
+
+    def _rollouts(self, scorer: RewardModelScorer | None, source: MakeSource | None) -> RolloutSource:
+        parts = self.parts
+        if parts.pool is None:
+            size = self.recipe.sampling.prompts_per_step
+            return OfflineRollouts(parts.prompts, parts.given, size, self.method.mask_truncated)
+        live = LiveRollouts(
+            recipe=self.recipe,
+            prompts=parts.prompts,
+            engine=parts.sampler,
+            multi_turn=parts.episodes,
+            pool=parts.pool,
+            scorer=scorer,
+            audit=self.audit,
+            tokenizer=parts.policy.tokenizer,
+            params=parts.sampling,
+            weights=self.reward_weights,
+            folder=self.folder.path,
+            recorder=self.recorder,
+            stop=self.stop,
+            save=self.checkpointer.save,
+        )
+        return live if source is None else source(live)
+
+    # The life of a run.
+
+    def execute(self, train: Callable[[TrainingRun], None]) -> dict[str, Any]:
+        """Restore, train, and write the summary, also after an interruption or a failure; the summary."""
+        with self.stop.interruptible():
+            self.restore()
+        outcome = "failed"
+        try:
+            with self.recorder.bar("Training", self.recipe.run.steps, "steps") as self._advance:
+                self._advance(self.state.step)
+                train(self)
+            outcome = "done" if self.state.step == self.recipe.run.steps else "stopped"
+        except Interrupted:
+            if not self.iterations.learning:  # else the checkpoint from before is where to continue
+                self.folder.cut_back(self._lengths, self.state.step)
+                self.checkpointer.save()
+            outcome = "interrupted"
+        except Exception as error:
+            if self.callbacks.failed:  # which they do where nothing is half done
+                self.checkpointer.save()
+            elif out_of_memory(error):
+                message = f"memory ran out ({first_line(error)}); free some, and resume from the last checkpoint"
+                raise RunError(message) from error
+            raise
+        finally:
+            self.checkpointer.note_memory()
+            summary = summarize(outcome, self.state, self.parts.exams, self.parts.policy)
+            with suppress(*[WriteError] if outcome == "failed" else []):  # the failure goes first
+                self.folder.write_json("summary.json", summary)
+            self.status.update(now=True, state=outcome, step=self.state.step)
+        return summary
+
+    def restore(self) -> None:
+        """Go back to the newest complete checkpoint, or to the beginning, and undo in the folder what came after it."""
+        restored = self.checkpointer.restore()
+        if restored.checkpoint is not None:
+            self.iterations.restore_reference(restored.checkpoint)
+            self.checkpointer.load_tensors(restored.checkpoint)
+        begun = bool(self.folder.lengths()["metrics.jsonl"])
+        with reading(self.folder.path, "put the folder back as the run left it, or choose another --out"):
+            damages = self.folder.cut_back(self.state.lengths, self.state.step)
+            damages += self.folder.table_problems("rollouts", range(1, self.state.step + 1))
+            damages += self.folder.table_problems("evaluations", map(int, self.state.evaluations))
+            for values in self.folder.metrics():  # for warnings that look back; what they said was said then
+                self.recorder.see_again(values)
+                if self.audit is not None:
+                    self.audit.alarm(values)
+        self.status.update(now=True, step=self.state.step, cut_back_to=self.folder.lengths())
+        self.parts.engine.load_weights(self.policy.weights, self.state.step)
+        self._record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
+
+    def _record_restored(self, restored: Restored, damages: Sequence[str], resumed: bool) -> None:
+        """Events and notes of what was found, and of what differs from the run that began."""
+        step, recorder = self.state.step, self.recorder
+        for problem in restored.problems:
+            recorder.event("checkpoint_unusable", problem, step)
+            recorder.note(f"Note: checkpoint {problem}; the one of step {step} is used")
+        for damage in damages:
+            recorder.event("damaged", damage, step)
+            recorder.note(f"Note: {damage}; what is trained does not depend on it")
+        if not restored.problems:
+            self.checkpointer.drop_old()  # what a kill left behind
+        for change in self.parts.changes:
+            recorder.event("changed", f"{change}; from here on it is another run's", step)
+            recorder.note(f"Note: {change}; see events.jsonl")
+        if restored.checkpoint is None:
+            for task, count in self.parts.filtered.items():
+                message = f"{count} prompts of {task} are too long and were left out"
+                recorder.event("filtered", message, 0, task=task, prompts=count)
+        for halving in (self.folder.read_json("environment.json") or {}).get("halvings", []):
+            if halving["step"] > step:  # its own event is of the steps that are now made again
+                size, after, before = halving["size"], halving["after"], halving["step"]
+                message = f"{size} stays {after}, as memory ran out in step {before} before the run was resumed"
+                recorder.event("memory", message, step, size=size, after=after)
+        if resumed:
+            recorder.event("resume", f"continued after step {step}", step)
+
+    # Around the steps.
+
+    def remaining_steps(self) -> Iterator[int]:
+        """The number of the next step, again and again. Between two steps nothing is half done: here the run evaluates,
+        saves and ends."""
+        while True:
+            self._lengths = self.folder.lengths()
+            self.evaluations.run_due(self.context.at_end)
+            at_end = self.context.at_end
+            if at_end or (self.state.step and self.state.step % self.recipe.run.checkpoint_every == 0):
+                self.checkpointer.save()
+            if at_end:
+                return
+            if self.callbacks.stopped:  # by the checkpoint just made: it is made again as the last one, with the model
+                self.checkpointer.forget()
+                continue
+            self.stop.check()
+            yield self.state.step + 1
+
+    def start_step(self, number: int) -> Step:
+        """A step with fresh metrics and times."""
+        return Step(number, self.state.cursor)
+
+    def load_weights(self, step: Step) -> None:
+        """Give the engine the weights of the policy after a step."""
+        with step.timer("load_weights"):
+            self.parts.engine.load_weights(self.policy.weights, step.number)
+
+    def finish_step(self, step: Step, groups: list[Group], batches: StepBatches) -> None:
+        """Record the step: rollouts, metrics, warnings; then it is done, and callbacks see it."""
+        release_memory()
+        keep_logprobs(groups, batches.batches)
+        self._describe(step, groups)
+        self._record_failures(step, groups, bool(batches))
+        with step.timer("write"):
+            rows = rollout_rows(step.number, groups, self.parts.policy.tokenizer)
+            self.folder.table("rollouts", step.number, rows, ROLLOUTS)
+        self.state.train_seconds += step.timer.total
+        values = self._reduce(step, groups)
+        self.recorder.step(values)
+        alarm = self.audit and self.audit.alarm(values)
+        if alarm:
+            self.recorder.event("audit", alarm, step.number)
+            self.recorder.note(f"Step {step.number}: {alarm}")
+        self.state.step, self.state.cursor = step.number, self.state.cursor + len(groups)
+        self.state.evaluated = False
+        self.callbacks.tell("on_step", step.number, values, groups)
+        self._advance(1)
+
+    def _describe(self, step: Step, groups: Sequence[Group]) -> None:
+        metrics, parts = step.metrics, self.parts
+        describe_groups(groups, metrics, by_task=len(parts.prompts.parts) > 1)
+        metrics.mean("optimizer/learning_rate", self.policy.rate(step))
+        metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
+        metrics.maximum("memory/micro_batch_tokens", parts.sizes.micro_batch_tokens)
+
+    def _reduce(self, step: Step, groups: Sequence[Group]) -> dict[str, Any]:
+        metrics, timer = step.metrics, step.timer
+        for name, seconds in timer.seconds.items():
+            metrics.mean(f"time/{name}", seconds)
+        metrics.mean("time/step", timer.total)
+        if "generate" in timer.seconds:
+            tokens = sum(sum(completion.mask) for group in groups for completion in group.completions)
+            metrics.mean("time/tokens_per_second", tokens, timer.seconds["generate"])
+        return {"step": step.number, **metrics.reduce()}
+
+    def _record_failures(self, step: Step, groups: Sequence[Group], updated: bool) -> None:
+        """Events for rewards that failed, and for a step that teaches nothing."""
+        self.rollouts.record_failures(step, groups)
+        failed = sum(reward.failure is not None for group in groups for reward in group.rewards)
+        if failed:
+            self.recorder.note(
+                f"Step {step.number}: {failed} completions abstain because a reward failed; see events.jsonl"
+            )
+        if not any(group.has_signal for group in groups):
+            reasons = sorted({group.skipped for group in groups if group.skipped})
+            only = "only the KL term moves the policy" if updated else "the policy is not updated"
+            message = f"no group of this step carries a signal ({'; '.join(reasons)}), so {only}"
+            self.recorder.event("no_signal", message, step.number)
+            self.recorder.note(f"Step {step.number}: {message}")
+
+    def _size_reduced(self, reduced: SizeReduced) -> None:
+        """Write a size that memory has made smaller into environment.json, so that a resume keeps it."""
+        step, held = self.state.step + 1, self.folder.read_json("environment.json") or {}
+        halvings = [*held.get("halvings", []), {"step": step, **asdict(reduced)}]
+        chosen = {**held.get("chosen", {}), reduced.size: reduced.after}
+        self.folder.write_json("environment.json", {**held, "chosen": chosen, "halvings": halvings})
+        self.recorder.event("memory", str(reduced), step, **asdict(reduced))
+        self.recorder.note(f"Step {step}: {reduced}")
+
+
+def _reward_weights(parts: RunComponents) -> dict[str, float]:
+    """The weights of everything that scores completions, by name."""
+    weights = dict(zip(parts.pool.names, parts.pool.weights, strict=True)) if parts.pool else {}
+    if parts.episodes is not None and parts.episodes.weight is not None:
+        weights[ENVIRONMENT] = parts.episodes.weight
+    settings = parts.recipe.reward_model
+    return weights | ({REWARD_MODEL: settings.weight} if parts.reward_model is not None and settings else {})

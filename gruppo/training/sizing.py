@@ -1,0 +1,55 @@
+"""Sizes that follow from the memory of the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from gruppo.config.recipe import Recipe
+from gruppo.models.loading import ModelSource, load_model
+from gruppo.models.lora import add_adapters
+from gruppo.models.policy import LanguageModel
+from gruppo.training.disk_estimate import Disk, forecast_disk
+from gruppo.training.inputs import RunInputs, workload
+from gruppo.training.memory_estimate import (
+    ChosenSizes,
+    budget_bytes,
+    choose_sizes,
+    measure_footprint,
+    process_bytes,
+)
+from gruppo.utils.progress import Progress
+
+
+def load_and_choose(
+    recipe: Recipe, source: ModelSource, inputs: RunInputs, device: torch.device, dtype: str, progress: Progress
+) -> tuple[LanguageModel, ChosenSizes]:
+    """The policy, and the sizes under the recipe's budget."""
+    free = Free.now(recipe, device)
+    policy = add_adapters(load_model(source, device.type, dtype, progress), recipe.model.lora, recipe.run.seed)
+    return policy, free.choose(recipe, policy, inputs, progress)
+
+
+@dataclass(frozen=True)
+class Free:
+    """The budget of a recipe and what the process holds, in bytes, from before the weights are there."""
+
+    budget: int
+    process: int
+
+    @classmethod
+    def now(cls, recipe: Recipe, device: torch.device) -> Free:
+        """As the machine is."""
+        return cls(budget_bytes(recipe.run.memory, device), process_bytes(device))
+
+    def choose(self, recipe: Recipe, policy: LanguageModel, inputs: RunInputs, progress: Progress) -> ChosenSizes:
+        """The sizes for a policy with its adapters."""
+        return choose_sizes(measure_footprint(policy, self.process, progress), workload(recipe, inputs), self.budget)
+
+
+def disk_of(recipe: Recipe, policy: LanguageModel, inputs: RunInputs, start_weights: bool = False) -> Disk:
+    """The disk of a run of this policy, with tables of rows like its first prompts'."""
+    some = [prompt.token_ids for prompt in islice(inputs.prompts, 64)]
+    return forecast_disk(recipe, policy, workload(recipe, inputs), some, start_weights)

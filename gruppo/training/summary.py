@@ -1,0 +1,38 @@
+"""The content of summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gruppo.evaluation.sets import EvalSet
+from gruppo.models.policy import LanguageModel
+from gruppo.models.weights import tensors_sha256
+from gruppo.training.checkpoint import State
+
+
+def summarize(outcome: str, state: State, sets: Sequence[EvalSet], policy: LanguageModel) -> dict[str, Any]:
+    """What a run has come to: its state, accuracies before and after, seconds, bytes, and a hash of the weights."""
+    before = state.evaluations.get("0", {})
+    after = state.evaluations.get(str(state.step), {}) if state.step else {}
+    return {
+        "state": outcome,
+        "steps": state.step,
+        "train_seconds": state.train_seconds,
+        "accuracy_before": before.get("accuracy"),
+        "accuracy_after": after.get("accuracy"),
+        "interval_before": before.get("interval"),
+        "interval_after": after.get("interval"),
+        "questions": before.get("questions"),
+        "benchmarks": {
+            each.name: {
+                "domain": each.domain,
+                "before": state.benchmarks.get("0", {}).get(each.name),
+                "after": state.benchmarks.get(str(state.step), {}).get(each.name) if state.step else None,
+            }
+            for each in sets
+            if each.name
+        },
+        "peak_memory_bytes": state.peak_memory_bytes,
+        "weights_sha256": tensors_sha256(policy.weights()),
+    }

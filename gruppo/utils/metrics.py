@@ -1,0 +1,49 @@
+"""Metrics of a step: sums with counts, and extremes, reduced once at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Metrics:
+    """Named observations of a step: sums with counts, maxima or minima, reduced once at its end.
+
+    Adding in any order or grouping gives the same means, because only sums and counts are kept.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._extremes: dict[str, float] = {}
+
+    def mean(self, name: str, total: float, count: float = 1.0) -> None:
+        """Add `total` over `count` observations; the reduced value is Σ total / Σ count."""
+        old_total, old_count = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (old_total + total, old_count + count)
+
+    def maximum(self, name: str, value: float) -> None:
+        """Keep the largest value seen."""
+        old = self._extremes.get(name, value)
+        self._extremes[name] = max(old, value)
+
+    def minimum(self, name: str, value: float) -> None:
+        """Keep the smallest value seen."""
+        old = self._extremes.get(name, value)
+        self._extremes[name] = min(old, value)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """What is observed in a block that ends with an error is as if it had not been."""
+        held = dict(self._sums), dict(self._extremes)
+        try:
+            yield
+        except BaseException:
+            self._sums, self._extremes = held
+            raise
+
+    def reduce(self) -> dict[str, float | None]:
+        """Name -> value; a mean over no observations, and what is not finite, is None."""
+        means = {name: (total / count if count else None) for name, (total, count) in self._sums.items()}
+        every = sorted({**means, **self._extremes}.items())
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in every}
