@@ -125,6 +125,6 @@ class Group:
     skipped: str | None = None
 
     @property
-    def has_signal(self) -> bool:
+    def has_nonzero_advantage(self) -> bool:
         """True if any token of any trained completion has an advantage other than 0."""
         return any(any(row) for row, used in zip(self.advantages, self.trained, strict=True) if used)

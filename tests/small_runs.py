@@ -34,7 +34,7 @@ def recipe(model: str, **changes: Any) -> dict[str, Any]:
 
 
 def small_run(model: str, out: Path, resume: bool = False, **changes: Any) -> Result:
-    return train(recipe(model, **changes), prompts=ROWS, out=out, resume=resume)
+    return train(recipe(model, **changes), prompts=ROWS, out=out, resume=resume, progress=False)
 
 
 def fingerprint(out: Path) -> dict[str, Any]:

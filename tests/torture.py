@@ -56,7 +56,7 @@ RULE = {"reward__functions": [FIRST_LETTER], "sampling__temperature": 0.7}
 ITERATED = {
     "run__iterations": 3, "reward__functions": [VOWELS], "reward__weights": [0.0], "reward_model__prompts": 8,
     "reward_model__epochs": 2, "reward_model__batch_size": 8, "reward_model__learning_rate": 1e-3,
-    "reward_model__history": 0.2,
+    "reward_model__replay_fraction": 0.2,
 }  # fmt: skip
 
 # Changes to the recipe of tests/small_runs.py; "None" takes a field away.

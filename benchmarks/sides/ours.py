@@ -70,7 +70,7 @@ class Training:
             {
                 "run": {"seed": work["seed"], "steps": 1000},
                 "model": {"name": work["model"]},
-                "task": {"name": "given:prompts"},
+                "task": {"name": "in-memory:prompts"},
                 "reward": {"functions": ["fixed_rewards"]},
                 "method": {"name": "grpo", "kl_coef": work["kl_coef"]},
                 "sampling": {

@@ -46,7 +46,7 @@ def assign_advantages(
         for group in groups:
             _add_step_advantages(group, step_weights)
     for group in groups:
-        if any(group.trained) and not group.has_signal:
+        if any(group.trained) and not group.has_nonzero_advantage:
             group.skipped = f"all advantages are 0: {_why_no_signal(group, settings)}"
 
 
@@ -66,7 +66,7 @@ def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[li
     alone = 2 if settings.baseline == "leave-one-out" else 1
     compared = [each for each in rewards if len(each) >= alone]
     if settings.baseline == "indicator":
-        made = iter([indicators(each, settings.right) for each in compared])
+        made = iter([indicators(each, settings.success_threshold) for each in compared])
     else:
         made = iter(advantages(compared, settings.baseline, settings.scale))
     values = [next(made) if len(each) >= alone else torch.zeros_like(each) for each in rewards]
@@ -108,20 +108,20 @@ def _pair_advantages(groups: Sequence[Group], settings: Method, metrics: Metrics
     mean = settings.aggregation == "sequence-mean"
     for group in groups:
         used = [number for number, trained in enumerate(group.trained) if trained]
-        sides = [number for number in used if total_reward(group, number) > settings.right]
+        sides = [number for number in used if total_reward(group, number) > settings.success_threshold]
         pairs = list(zip(sides, [number for number in used if number not in set(sides)], strict=True))
         if not pairs:
             continue
         ratios = {number: _log_ratio(group, number, mean) for number in used}
         chosen, rejected = (torch.stack([ratios[pair[side]] for pair in pairs]) for side in (0, 1))
-        made = dpo_loss(chosen, rejected, settings.pair_beta)
+        made = dpo_loss(chosen, rejected, settings.dpo_beta)
         for (right, wrong), coefficient in zip(pairs, made.coefficient.tolist(), strict=True):
             for number, sign in ((right, 2), (wrong, -2)):
                 mask = group.completions[number].mask
                 group.advantages[number] = [sign * coefficient if sampled else 0.0 for sampled in mask]
-        metrics.mean("pair/loss", float(made.loss.sum()), len(pairs))
-        metrics.mean("pair/margin", float((chosen - rejected).sum()), len(pairs))
-        metrics.mean("pair/accuracy", int((chosen > rejected).sum()), len(pairs))
+        metrics.mean("dpo/loss", float(made.loss.sum()), len(pairs))
+        metrics.mean("dpo/margin", float((chosen - rejected).sum()), len(pairs))
+        metrics.mean("dpo/accuracy", int((chosen > rejected).sum()), len(pairs))
 
 
 def _log_ratio(group: Group, number: int, mean: bool) -> Tensor:

@@ -36,18 +36,18 @@ def drop(group: Group, why: str) -> None:
 
 def select(groups: Sequence[Group], settings: Method) -> None:
     """Take out of the objective, after `mark_trained`, what the method does not learn from: repetitions (`distinct`),
-    right completions beyond `most_per_prompt`, and with credit "pair" whatever has no partner.
+    right completions beyond `max_per_prompt`, and with credit "pair" whatever has no partner.
 
     A completion that goes is treated as if it had not been sampled.
     """
     for group in groups:
         used = [number for number, trained in enumerate(group.trained) if trained]
-        if settings.distinct:
+        if settings.deduplicate:
             texts = [group.completions[number].text for number in used]
             used = [number for place, number in enumerate(used) if texts[place] not in texts[:place]]
-        right = [number for number in used if total_reward(group, number) > settings.right]
+        right = [number for number in used if total_reward(group, number) > settings.success_threshold]
         wrong = [number for number in used if number not in set(right)]
-        most = settings.most_per_prompt or len(used)
+        most = settings.max_per_prompt or len(used)
         if settings.credit == "pair":
             most = min(most, len(right), len(wrong))
             wrong = wrong[:most]

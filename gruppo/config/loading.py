@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gruppo.config.recipe import Recipe
+from gruppo.config.renames import new_field, new_value, translate_recipe
 from gruppo.config.sections import Section
 from gruppo.errors import UsageError, nearest, one_line
 from gruppo.utils.paths import is_file, user_path
@@ -78,7 +79,10 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
         files, folder, seen = [("recipe", copy.deepcopy(dict(source)))], Path(), []
     elif isinstance(source, str | Path):
         path = Path(source)
-        files, folder, seen = [(str(path), _read_file(path))], path.parent, [path.resolve()]
+        data = _read_file(path)
+        if (path.parent / "environment.json").is_file():  # of a run folder, which an older version may have made
+            data = translate_recipe(data)
+        files, folder, seen = [(str(path), data)], path.parent, [path.resolve()]
         if isinstance(run := files[0][1].setdefault("run", {}), dict):
             run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run")
     else:
@@ -215,12 +219,14 @@ def _explain(details: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         if reason := _REFUSED.get((location[0], location[-1])):
             return f"{field} = {details['input']!r}: {reason}"
+        if renamed := new_field(location[0], location[-1]):
+            return f"{field} = {_short(details['input'])}: this field is called {location[0]}.{renamed} now; write that"
         section = _section(location[:-1])
         what = "field" if len(location) > 1 else "table"
         known = section.model_fields if section else []
         return f"{field} = {_short(details['input'])}: unknown {what}{nearest(location[-1], known)}"
     if kind == "missing":
-        example = {"audit.function": "math", "environment.name": "python"}.get(field, "smollm2-135m-instruct")
+        example = {"audit.function": "math_verify", "environment.name": "python"}.get(field, "smollm2-135m-instruct")
         return f'{field}: missing; write e.g. {location[-1]} = "{example}" in [{".".join(location[:-1])}]'
     if kind == "value_error":
         message = str(details["ctx"]["error"])
@@ -229,6 +235,8 @@ def _explain(details: ErrorDetails) -> str:
         return f"{field} = {_short(details['input'])}: must be tables; write [[{tables}]] and its fields below"
     if kind in {"model_type", "dict_type", "model_attributes_type"} and _section(location):
         return f"{field} = {_short(details['input'])}: must be a table; write [{field}] and its fields below"
+    if renamed := new_value(location[0], location[-1], details["input"]):
+        return f'{field} = {_short(details["input"])}: this is called "{renamed}" now; write that'
     text = details["msg"].removeprefix("Input ").replace("should", "must")
     return f"{field} = {_short(details['input'])}: {text}{_fix(location)}"
 

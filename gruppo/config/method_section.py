@@ -18,7 +18,7 @@ class Method(Section):
     name: str = "grpo"
     """A row of gruppo.config.methods.METHODS (`gruppo methods` prints them): sft, rft, online-rft, dpo, ppo, grpo,
     grpo-process, dr-grpo, dapo, gspo, cispo, rloo, reinforce-pp."""
-    source: Literal["live", "frozen", "rows"] = "live"
+    source: Literal["policy", "initial", "dataset"] = "policy"
     """Where completions come from: the policy of the step, the start model, or the rows of the task."""
     baseline: Literal["group", "leave-one-out", "batch", "none", "indicator"] = "group"
     """What is taken off a reward: the mean of its group, of the others of its group, of the whole step, or nothing;
@@ -29,13 +29,13 @@ class Method(Section):
     """What a signal is of: a completion's reward; of each token, with the KL penalty in the reward where it arises; of
     steps, by rewards that judge them, with outcome rewards beside; of pairs of a right and a wrong completion of a
     question (DPO); or of each token, compared with what a value model expects (PPO, see [critic])."""
-    right: float = 0.5
+    success_threshold: float = 0.5
     """A completion is right if its reward is more than this: for "indicator" and pairs."""
-    distinct: bool = False
+    deduplicate: bool = False
     """Leave out completions of a question that repeat an earlier one's text."""
-    most_per_prompt: Annotated[int, Field(ge=0)] = 0
+    max_per_prompt: Annotated[int, Field(ge=0)] = 0
     """At most so many right completions of a question, or pairs, are used, the first ones; 0 is all."""
-    pair_beta: Annotated[float, Field(gt=0)] = 0.1
+    dpo_beta: Annotated[float, Field(gt=0)] = 0.1
     """β of DPO: how strongly a pair's log-ratios to the reference are told apart."""
     ratio: Literal["token", "sequence"] = "token"
     """π_θ/π_old of each token, or of the whole completion (geometric mean of its tokens')."""
@@ -59,14 +59,14 @@ class Method(Section):
     old_logprobs: Literal["trainer", "engine"] = "trainer"
     """Where π_old comes from: the trainer computes it in the first update of a step, or the engine's sampling
     log-probabilities are taken as they are."""
-    importance_cap: Annotated[float, Field(ge=0)] = 0.0
+    tis_cap: Annotated[float, Field(ge=0)] = 0.0
     """Truncated importance sampling: tokens are weighted by π_old of the trainer over that of the engine, at most
     this; 0 is off."""
     inner_updates: Annotated[int, Field(ge=1)] = 1
     """μ, optimizer updates on each step's completions."""
     mask_truncated: bool = False
     """Treat a completion that was cut at max_tokens as if it had not been sampled."""
-    refill_rounds: Annotated[int, Field(ge=0)] = 0
+    dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
     """How often a step draws other questions for its groups without signal, which are dropped; 0 keeps them."""
 
     @model_validator(mode="before")
@@ -101,10 +101,10 @@ class Method(Section):
                 f'credit = "step" normalises within the group; baseline = "{self.baseline}", scale = "{self.scale}": '
                 'write "group" for both'
             )
-        if self.credit == "step" and self.refill_rounds:
+        if self.credit == "step" and self.dynamic_sampling_rounds:
             raise ValueError(
-                f"refill_rounds = {self.refill_rounds}: tells groups by the rewards of completions, and "
-                'credit = "step" learns from those of steps; write refill_rounds = 0'
+                f"dynamic_sampling_rounds = {self.dynamic_sampling_rounds}: tells groups by the rewards of completions, and "
+                'credit = "step" learns from those of steps; write dynamic_sampling_rounds = 0'
             )
         if self.ratio == "sequence" and self.credit in {"token", "step", "value"}:
             raise ValueError('ratio = "sequence" needs one advantage a completion; write credit = "completion"')
@@ -114,22 +114,22 @@ class Method(Section):
 
     def _source_agrees(self) -> None:
         """Fields that go together with where completions come from, and with pairs. Raises ValueError."""
-        if self.source != "live" and self.importance_cap:
+        if self.source != "policy" and self.tis_cap:
             raise ValueError(
-                f'importance_cap = {self.importance_cap}: completions of source = "{self.source}" were not drawn from '
-                "the policy; write importance_cap = 0"
+                f'tis_cap = {self.tis_cap}: completions of source = "{self.source}" were not drawn from '
+                "the policy; write tis_cap = 0"
             )
-        if self.old_logprobs == "engine" and self.source != "live":
+        if self.old_logprobs == "engine" and self.source != "policy":
             raise ValueError(
                 f'old_logprobs = "engine": completions of source = "{self.source}" were not sampled from the policy; '
                 'write old_logprobs = "trainer"'
             )
-        if self.old_logprobs == "engine" and (self.importance_cap or self.needs_scores):
-            what = "importance_cap" if self.importance_cap else "a KL in the reward, or a pair,"
+        if self.old_logprobs == "engine" and (self.tis_cap or self.needs_scores):
+            what = "tis_cap" if self.tis_cap else "a KL in the reward, or a pair,"
             raise ValueError(f'old_logprobs = "engine": {what} needs those of the trainer; write "trainer"')
-        if self.source == "rows" and self.refill_rounds:
+        if self.source == "dataset" and self.dynamic_sampling_rounds:
             raise ValueError(
-                f'refill_rounds = {self.refill_rounds}: source = "rows" samples nothing; write refill_rounds = 0'
+                f'dynamic_sampling_rounds = {self.dynamic_sampling_rounds}: source = "dataset" samples nothing; write dynamic_sampling_rounds = 0'
             )
         if self.baseline == "indicator" and self.scale != "none":
             raise ValueError(f'scale = "{self.scale}" with baseline = "indicator": write scale = "none"')
@@ -149,7 +149,7 @@ class Method(Section):
     @property
     def needs_reference(self) -> bool:
         """A frozen copy of the start model is needed: for a KL, for pairs, or to sample from."""
-        return self.kl_coef > 0 or self.credit == "pair" or self.source == "frozen"
+        return self.kl_coef > 0 or self.credit == "pair" or self.source == "initial"
 
     @property
     def needs_scores(self) -> bool:

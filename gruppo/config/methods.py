@@ -41,7 +41,7 @@ METHODS = {
         reward="none",
         signal="1 on every token",
         loss="-log π, mean over each completion",
-        settings={**_RIGHT, "source": "rows"},
+        settings={**_RIGHT, "source": "dataset"},
     ),
     "rft": MethodRow(
         equation="DeepSeekMath (2402.03300) Eq. 8-10",
@@ -49,7 +49,7 @@ METHODS = {
         reward="rule",
         signal="1 if right, else 0",
         loss="-log π, mean over each completion",
-        settings={**_RIGHT, "source": "frozen", "distinct": True, "most_per_prompt": 4},
+        settings={**_RIGHT, "source": "initial", "deduplicate": True, "max_per_prompt": 4},
     ),
     "online-rft": MethodRow(
         equation="DeepSeekMath (2402.03300) Eq. 11",
@@ -67,11 +67,11 @@ METHODS = {
         loss="-log σ(β (Δ⁺ - Δ⁻)), Δ the mean over a completion's tokens, or (sequence-sum) their sum",
         settings={
             **_RIGHT,
-            "source": "frozen",
+            "source": "initial",
             "baseline": "none",
             "credit": "pair",
-            "distinct": True,
-            "most_per_prompt": 4,
+            "deduplicate": True,
+            "max_per_prompt": 4,
         },
     ),
     "ppo": MethodRow(
@@ -111,7 +111,7 @@ METHODS = {
         reward="rule (the paper adds the reward `overlong`)",
         signal="as grpo",
         loss="clipped token ratio with a wider upper clip, mean over the tokens of a group; no KL",
-        settings={"aggregation": "group-token-mean", "clip_high": 0.28, "kl_coef": 0.0, "refill_rounds": 9},
+        settings={"aggregation": "group-token-mean", "clip_high": 0.28, "kl_coef": 0.0, "dynamic_sampling_rounds": 9},
     ),
     "gspo": MethodRow(
         equation="GSPO (2507.18071) Eq. 5-7",

@@ -57,11 +57,11 @@ class Recipe(Section):
         self._exams_agree()
         self._rounds_agree()
         self._environment_agrees()
-        if self.method.source == "rows" and self.reward.functions:
+        if self.method.source == "dataset" and self.reward.functions:
             raise ValueError(
-                f'reward.functions = {self.reward.functions}: method.source = "rows" scores nothing; remove it'
+                f'reward.functions = {self.reward.functions}: method.source = "dataset" scores nothing; remove it'
             )
-        if self.method.credit == "pair" and self.method.source != "rows" and self.sampling.group_size < 2:
+        if self.method.credit == "pair" and self.method.source != "dataset" and self.sampling.group_size < 2:
             raise ValueError(
                 'sampling.group_size = 1: method.credit = "pair" needs a right and a wrong completion of a question; '
                 "write group_size = 2 or more"
@@ -91,8 +91,8 @@ class Recipe(Section):
         """Fields that go together with an environment. Raises ValueError."""
         if self.environment is None:
             return
-        if self.method.source == "rows":
-            raise ValueError('[environment]: method.source = "rows" samples nothing; leave the table out')
+        if self.method.source == "dataset":
+            raise ValueError('[environment]: method.source = "dataset" samples nothing; leave the table out')
         if self.reward_model is not None:
             raise ValueError(
                 "[environment]: a [reward_model] is labelled by completions that are sampled without it; leave one of "
@@ -107,7 +107,7 @@ class Recipe(Section):
                 f"run.iterations = {rounds}: run.steps = {self.run.steps} cannot be cut into as many equal rounds; "
                 f"write e.g. steps = {rounds * max(1, self.run.steps // rounds)}"
             )
-        if rounds > 1 and method.source != "live":
+        if rounds > 1 and method.source != "policy":
             raise ValueError(
                 f'run.iterations = {rounds}: method.source = "{method.source}" does not sample from the policy; write 1'
             )
@@ -116,10 +116,10 @@ class Recipe(Section):
                 f"run.iterations = {rounds}: the reference of adapters is the model without them and cannot become "
                 "the policy; write iterations = 1, or leave [model.lora] out"
             )
-        if method.source == "rows":
+        if method.source == "dataset":
             for name, table in (("reward_model", model), ("audit", self.audit)):
                 if table is not None:
-                    raise ValueError(f'[{name}]: method.source = "rows" scores nothing; leave the table out')
+                    raise ValueError(f'[{name}]: method.source = "dataset" scores nothing; leave the table out')
         if model is not None and (model.kind == "process") != (method.credit == "step"):
             fix = (
                 'write method.name = "grpo-process"'

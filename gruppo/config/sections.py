@@ -177,7 +177,7 @@ class Reward(Section):
 
 class RewardModel(Section):
     """A trained model that judges completions beside, or in place of, reward functions (whose weights may be 0). Its
-    labels come from reward.functions: a completion is right where the first of them gives more than method.right."""
+    labels come from reward.functions: a completion is right where the first of them gives more than method.success_threshold."""
 
     kind: Literal["outcome", "process"] = "outcome"
     """One probability for a completion, or one for each of its steps (then method.credit = "step")."""
@@ -197,9 +197,9 @@ class RewardModel(Section):
     """Passes over its training set in each round."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Completions an update."""
-    history: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    replay_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of a round's training set that is drawn from the samples of earlier rounds."""
-    history_capacity: Annotated[int, Field(ge=0)] = 10_000
+    replay_capacity: Annotated[int, Field(ge=0)] = 10_000
     """How many of the latest earlier samples are drawn from."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides what is held out, what is drawn from history, and the order of training."""
@@ -335,8 +335,8 @@ class Evaluation(Section):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens at which an answer is cut; by default that of sampling."""
     grader: str | None = None
-    """Judge of an answer, apart from the reward: "number", "choice", "math", "exact_match", "reasoning_gym" or
-    "package.module:function"; by default that of the task, "number" for a file or function."""
+    """Judge of an answer, apart from the reward: "numeric_answer", "choice", "math_answer", "exact_match", "reasoning_gym" or
+    "package.module:function"; by default that of the task, "numeric_answer" for a file or function."""
     decoding: Decoding = Decoding()
     """How answers are drawn; by default greedily."""
 

@@ -99,22 +99,22 @@ _IN_TRAIN = {"test": "train"}  # sets to test with whose repository calls their 
 
 ALL_BENCHMARKS = (
     Benchmark(
-        "gsm8k", "GSM8K", "openai/gsm8k", read_number, "number", examples.WORD_PROBLEMS,
+        "gsm8k", "GSM8K", "openai/gsm8k", read_number, "numeric_answer", examples.WORD_PROBLEMS,
         config="main", aliases=("gsm8k", "grade_school_math"),
     ),
     Benchmark(
-        "math", "MATH", "DigitalLearningGmbH/MATH-lighteval", read_formula, "math", examples.COMPETITION,
+        "math", "MATH", "DigitalLearningGmbH/MATH-lighteval", read_formula, "math_answer", examples.COMPETITION,
         aliases=("math", "hendrycks_math", "competition_math", "math_500", "math500"), kind="formula",
         several=("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                  "prealgebra", "precalculus"),
     ),
     Benchmark(
-        "mgsm-zh", "MGSM-zh", "juletxara/mgsm", read_number, "number", examples.CHINESE_WORD_PROBLEMS, "zh",
+        "mgsm-zh", "MGSM-zh", "juletxara/mgsm", read_number, "numeric_answer", examples.CHINESE_WORD_PROBLEMS, "zh",
         options={"revision": "refs/convert/parquet", "data_dir": "zh"}, splits=_ONLY_TEST, aliases=("mgsm_zh",),
         header=("question", "answer"),
     ),
     Benchmark(
-        "cmath", "CMATH", "weitianwen/cmath", read_number, "number", examples.CHINESE_WORD_PROBLEMS, "zh",
+        "cmath", "CMATH", "weitianwen/cmath", read_number, "numeric_answer", examples.CHINESE_WORD_PROBLEMS, "zh",
         splits=_ONLY_TEST, aliases=("cmath",),
     ),
     Benchmark(
@@ -137,7 +137,7 @@ ALL_BENCHMARKS = (
         header=("question", "A", "B", "C", "D", "answer"),
     ),
     Benchmark(
-        "gaokao-mathcloze", "AGIEval Gaokao, blanks", "hails/agieval-gaokao-mathcloze", read_formula, "math",
+        "gaokao-mathcloze", "AGIEval Gaokao, blanks", "hails/agieval-gaokao-mathcloze", read_formula, "math_answer",
         examples.CHINESE_BLANKS, "zh", splits=_ONLY_TEST, aliases=("gaokao_mathcloze", "gaokao_math_cloze"),
         kind="blanks",
     ),
@@ -146,19 +146,19 @@ ALL_BENCHMARKS = (
         examples.CHINESE_CHOICES, "zh", splits=_ONLY_TEST, aliases=("gaokao_mathqa", "gaokao_math_qa"), kind="choice",
     ),
     Benchmark(
-        "svamp", "SVAMP", "ChilleD/SVAMP", read_number, "number", examples.WORD_PROBLEMS, aliases=("svamp",)
+        "svamp", "SVAMP", "ChilleD/SVAMP", read_number, "numeric_answer", examples.WORD_PROBLEMS, aliases=("svamp",)
     ),
     Benchmark(
-        "asdiv", "ASDiv", "EleutherAI/asdiv", read_number, "number", examples.WORD_PROBLEMS,
+        "asdiv", "ASDiv", "EleutherAI/asdiv", read_number, "numeric_answer", examples.WORD_PROBLEMS,
         splits={"test": "validation"}, aliases=("asdiv",),
     ),
     Benchmark(
-        "mawps", "MAWPS", "MU-NLPC/Calc-mawps", read_number, "number", examples.WORD_PROBLEMS,
+        "mawps", "MAWPS", "MU-NLPC/Calc-mawps", read_number, "numeric_answer", examples.WORD_PROBLEMS,
         splits={"train": "train", "test": "test", "validation": "validation"}, aliases=("mawps",),
         several=("singleop", "addsub", "multiarith", "singleeq", "simuleq", "singleop_test"),
     ),
     Benchmark(
-        "gsm-hard", "GSM-Hard", "reasoning-machines/gsm-hard", read_number, "number", examples.WORD_PROBLEMS,
+        "gsm-hard", "GSM-Hard", "reasoning-machines/gsm-hard", read_number, "numeric_answer", examples.WORD_PROBLEMS,
         splits=_IN_TRAIN, aliases=("gsm_hard", "gsmhard", "gsmhardv2"),
     ),
     Benchmark(
@@ -167,7 +167,7 @@ ALL_BENCHMARKS = (
         kind="choice",
     ),
     Benchmark(
-        "aime", "AIME 2024", "Maxwell-Jia/AIME_2024", read_formula, "math", examples.COMPETITION, splits=_IN_TRAIN,
+        "aime", "AIME 2024", "Maxwell-Jia/AIME_2024", read_formula, "math_answer", examples.COMPETITION, splits=_IN_TRAIN,
         aliases=("aime", "aime_2024", "aime2024", "aime24", "aime_24", "aime_2024_problems", "aime_2025", "aime2025",
                  "aime25", "aime_25"), several=("aime2025_i", "aime2025_ii"), kind="formula",
     ),
@@ -188,7 +188,7 @@ def default_grader(task: str) -> str:
     """The name of the grader that a task's answers are graded by where none is asked for."""
     if task in BENCHMARKS:
         return BENCHMARKS[task].grader
-    return "reasoning_gym" if task.startswith("reasoning-gym/") else "number"
+    return "reasoning_gym" if task.startswith("reasoning-gym/") else "numeric_answer"
 
 
 def domain(task: str, trained: Collection[str]) -> Literal["in-domain", "out-of-domain"]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gruppo.config.renames import RESULTS as RENAMED
 from gruppo.errors import UsageError
 from gruppo.evaluation.metrics import compare
 from gruppo.evaluation.results import HELD_OUT, NEEDED_COLUMNS, RESULTS, EvalResult, sets_of
@@ -17,8 +18,8 @@ def read_evaluation(folder: Path) -> EvalResult:
     require_own(folder)
     if not (folder / RESULTS).is_file():
         raise UsageError(f"{folder}: holds no evaluation that is finished; repeat its command with --resume")
-    held = read_object(folder / RESULTS)
-    exams: Any = held.get("exams")
+    held = {RENAMED.get(name, name): value for name, value in read_object(folder / RESULTS).items()}
+    exams: Any = held.get("sets")
     model: Any = held.get("model")
     if (
         not isinstance(model, str)
@@ -27,7 +28,7 @@ def read_evaluation(folder: Path) -> EvalResult:
     ):
         raise UsageError(f"{folder / RESULTS}: is damaged; evaluate again with another --out")
     table = read_table(folder / "samples.parquet", NEEDED_COLUMNS)
-    there = {name or HELD_OUT: name for name in table["exam"].to_pylist()}
+    there = {name or HELD_OUT: name for name in table["eval_set"].to_pylist()}
     if set(there) != set(exams):
         raise UsageError(
             f"{folder / RESULTS}: is of other exams than samples.parquet; evaluate again into another --out"

@@ -62,12 +62,12 @@ def read_data(
     recipe: Recipe, rewards: Sequence[str | RewardFunction], rows: Sequence[Row] | None, progress: Progress
 ) -> Data:
     """Check reward names and data, and read the data. Raises UsageError."""
-    if recipe.method.source == "rows" and rewards:
-        raise UsageError(f'reward = {rewards[0]!r}: method.source = "rows" scores nothing; leave it out')
+    if recipe.method.source == "dataset" and rewards:
+        raise UsageError(f'reward = {rewards[0]!r}: method.source = "dataset" scores nothing; leave it out')
     names = [reward_path(each) for each in rewards if isinstance(each, str)]
     check_option_names(rewards, recipe.reward.options)
     data = _read(recipe, rows, progress)
-    if REWARDS["number"] in names:
+    if REWARDS["last_number"] in names:
         _require_numbers(data)
     if REWARDS["reasoning_gym"] in names and not any(
         {"dataset", "parameters"} <= set(part.rows[0]) for part in data.training
@@ -85,7 +85,7 @@ def _require_numbers(data: Data) -> None:
             if "answer" in row and last_number(str(row["answer"])) is None:
                 raise UsageError(
                     f"{part.name}, row {number + 1}: answer = {row['answer']!r} holds no number, which the reward "
-                    '"number" compares with; write a number, or take "exact_match"'
+                    '"last_number" compares with; write a number, or take "exact_match"'
                 )
 
 
@@ -95,7 +95,7 @@ def _read(recipe: Recipe, rows: Sequence[Row] | None, progress: Progress) -> Dat
     fields = [f"mixture[{place}]" for place in range(len(recipe.mixture))] or ["task"]
     training, held_out = [], []
     for task, field in zip(recipe.tasks, fields, strict=True):
-        train, held = load_training(task, field, own, progress, rows, recipe.method.source == "rows")
+        train, held = load_training(task, field, own, progress, rows, recipe.method.source == "dataset")
         training.append(train)
         held_out += [] if held is None else [held]
     exams = []

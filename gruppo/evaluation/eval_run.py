@@ -24,7 +24,7 @@ from gruppo.errors import UsageError
 from gruppo.evaluation.compare import read_evaluation
 from gruppo.evaluation.datasets import read_eval_sets
 from gruppo.evaluation.external_completions import read_submission
-from gruppo.evaluation.metrics import disputed
+from gruppo.evaluation.metrics import ambiguous
 from gruppo.evaluation.results import HELD_OUT, NEEDED_COLUMNS, RESULTS, EvalResult, sets_of
 from gruppo.evaluation.runner import Candidate, answer, answer_rows, graded, open_eval_sets
 from gruppo.evaluation.sets import EvalSet, check_graders
@@ -223,7 +223,7 @@ def _finish(run: RunFolder, measured: EvalResult) -> None:
             for part in sorted((run.path / "evaluations").glob("step-*.parquet")):
                 table = read_table(part, EVALUATIONS)
                 writer.write_table(table)
-                events += [_event(row) for row in table.select(NEEDED_COLUMNS.names).to_pylist() if disputed(row)]
+                events += [_event(row) for row in table.select(NEEDED_COLUMNS.names).to_pylist() if ambiguous(row)]
         publish(temporary, path)
     write_whole(run.path / "events.jsonl", "".join(json.dumps(each) + "\n" for each in events).encode())
     run.write_json(RESULTS, measured.as_dict())
@@ -235,5 +235,12 @@ def _event(row: Mapping[str, Any]) -> dict[str, Any]:
     odd = ", ".join(name for name, other in others.items() if other != row["correct"])
     said = {True: "right", False: "wrong"}
     message = f"{row['prompt_id']}: {row['rule']} says {said[row['correct']]}, and {odd} {said[not row['correct']]}"
-    kept = {name: row[name] for name in ("exam", "prompt_id", "sample", "correct", "rule", "extracted")}
-    return {"step": 0, "kind": "grading", "message": message, **kept, "other_rules": others, "answer": row["answer"]}
+    kept = {name: row[name] for name in ("eval_set", "prompt_id", "sample", "correct", "rule", "extracted")}
+    return {
+        "step": 0,
+        "kind": "ambiguous_answer",
+        "message": message,
+        **kept,
+        "other_rules": others,
+        "answer": row["answer"],
+    }

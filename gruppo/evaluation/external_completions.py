@@ -36,7 +36,7 @@ def read_submission(
     path: Path, exams: Sequence[EvalSetRows], grader: str | None, progress: Progress
 ) -> tuple[EvalSet, list[list[Completion]], int]:
     """The answers of a file, and the exam that they are to; of the questions of `exams`, or of the rows themselves
-    where there are none, by `grader` then ("number" by default); and how many questions of the exam nothing answers.
+    where there are none, by `grader` then ("numeric_answer" by default); and how many questions of the exam nothing answers.
     Several rows may answer one question. Raises UsageError for a row that cannot be read, which it shows."""
     try:
         rows = list(read_file(data_file(str(path)), {}, progress))
@@ -62,7 +62,7 @@ def read_submission(
         name, domain = exams[0].name, exams[0].domain
         graders = {part: each for exam in exams for part, each in exam.graders.items()}
     else:
-        asked = grader or "number"
+        asked = grader or "numeric_answer"
         name, domain, graders = path.stem, None, {path.stem: Named(asked, find_grader(asked))}
     fewest = min(map(len, answers.values()))
     exam = EvalSet(name, list(prompts.values()), graders, SamplingParams(0.0, 1), fewest, 0, domain)

@@ -71,7 +71,7 @@ def questions_of(rows: Iterable[Mapping[str, Any]]) -> list[Question]:
     return made
 
 
-def disputed(row: Mapping[str, Any]) -> bool:
+def ambiguous(row: Mapping[str, Any]) -> bool:
     """Whether rules of extraction disagree on a row's answer."""
     return any(other != row["correct"] for other in json.loads(row["other_rules"]).values())
 
@@ -80,12 +80,12 @@ def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`figures` of the questions that rows answer; and the shares of answers that end by themselves (where it is known
     how they end), that hold a number, that say something, and on which rules of extraction disagree."""
     ends = [row["finish_reason"] == "stop" for row in rows if row["finish_reason"]]
-    shares = {"ended_share": sum(ends) / len(ends)} if ends else {}
+    shares = {"finished_share": sum(ends) / len(ends)} if ends else {}
     return figures(questions_of(rows)) | {
         **shares,
         "number_share": sum(last_number(row["answer"]) is not None for row in rows) / len(rows),
         "answered_share": sum(row["vote"] is not None for row in rows) / len(rows),
-        "disagreement_share": sum(map(disputed, rows)) / len(rows),
+        "ambiguous_share": sum(map(ambiguous, rows)) / len(rows),
     }
 
 

@@ -18,7 +18,7 @@ NEEDED_COLUMNS = pa.schema(
     [
         EVALUATIONS.field(name)
         for name in (
-            "exam", "prompt_id", "question", "answer", "correct", "extracted", "rule", "other_rules", "vote", "score",
+            "eval_set", "prompt_id", "question", "answer", "correct", "extracted", "rule", "other_rules", "vote", "score",
             "finish_reason", "sample",
         )
     ]
@@ -50,7 +50,7 @@ class EvalResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         exams = {name: dict(sheet.figures) for name, sheet in self.sheets.items()}
-        return {"model": self.model, "gruppo": __version__, "exams": exams}
+        return {"model": self.model, "gruppo": __version__, "sets": exams}
 
 
 def sets_of(tables: Sequence[pa.Table], beside: Mapping[str, Mapping[str, Any]]) -> dict[str, SetResult]:
@@ -58,7 +58,7 @@ def sets_of(tables: Sequence[pa.Table], beside: Mapping[str, Mapping[str, Any]])
     held: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for table in tables:
         for row in table.to_pylist():
-            held[row["exam"]].append(row)
+            held[row["eval_set"]].append(row)
     return {
         name or HELD_OUT: SetResult(questions_of(held[name]), {**told, **figures_of(held[name])})
         for name, told in beside.items()

@@ -30,8 +30,9 @@ from gruppo.models.precision import choose_device, choose_dtype
 from gruppo.rewards.grading.verdicts import Verdict
 from gruppo.rollout.multi_turn import open_multi_turn
 from gruppo.rollout.sampling import sample_groups
+from gruppo.runs.console import choose_progress
 from gruppo.types import Completion, Prompt
-from gruppo.utils.progress import NullProgress, Progress
+from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 from gruppo.utils.text import as_json
 
@@ -77,7 +78,7 @@ def answer_rows(
     """A row an answer to some of an exam's questions, with the columns of gruppo.runs.tables.EVALUATIONS."""
     return [
         {
-            "exam": exam.name,
+            "eval_set": exam.name,
             "prompt_id": prompt.id,
             "sample": number,
             "question": asked if isinstance(asked := prompt.columns.get("question"), str) else prompt.text,
@@ -155,7 +156,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: bool | Progress = True,
     stop: Stop | None = None,
 ) -> Evaluation:
     """Accuracy of a model on the held-out part of a task, or on all rows of a task without one; greedy by default.
@@ -194,11 +195,11 @@ def evaluate_recipe(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    progress: Progress | None = None,
+    progress: bool | Progress = True,
     stop: Stop | None = None,
 ) -> Evaluation:
     """The [evaluation] that a recipe describes, of its model or of one in memory. Raises UsageError."""
-    progress, stop = progress or NullProgress(), stop or Stop()
+    progress, stop = choose_progress(progress), stop or Stop()
     if recipe.evaluation is None:
         raise UsageError("evaluation: missing; the recipe describes no evaluation: write [evaluation] in it")
     with ExitStack() as stack:

@@ -69,13 +69,15 @@ class EvalSchedule:
         self.recorder.step(values)
         state.evaluated = True
         for result, own, own_rows in zip(results, figures, rows, strict=True):
-            self.tell(state.step, {"exam": result.exam.name, **own}, own_rows)
+            self.tell(state.step, {"eval_set": result.exam.name, **own}, own_rows)
 
     def _record_ambiguous(self, result: Evaluation) -> None:
         """An event for the answers that extraction rules read differently."""
         pairs = zip(result.exam.prompts, result.verdicts, strict=True)
-        asked = [prompt.id for prompt, own in pairs if any(verdict.disputed for verdict in own)]
+        asked = [prompt.id for prompt, own in pairs if any(verdict.ambiguous for verdict in own)]
         if asked:
-            count = sum(verdict.disputed for own in result.verdicts for verdict in own)
+            count = sum(verdict.ambiguous for own in result.verdicts for verdict in own)
             message = f"rules of extraction disagree on {count} of {len(result.completions)} answers; see evaluations/"
-            self.recorder.event("grading", message, self.state.step, exam=result.exam.name, prompt_ids=asked)
+            self.recorder.event(
+                "ambiguous_answer", message, self.state.step, eval_set=result.exam.name, prompt_ids=asked
+            )

@@ -52,7 +52,7 @@ class EvalSet:
         return (range(start, min(start + size, len(self.prompts))) for start in range(0, len(self.prompts), size))
 
 
-def sampling_options(decoding: Decoding, max_tokens: int) -> SamplingParams:
+def sampling_params(decoding: Decoding, max_tokens: int) -> SamplingParams:
     """The engine's options of a recipe's decoding. Raises UsageError where the minimum is above the maximum."""
     if decoding.min_tokens > max_tokens:
         raise UsageError(
@@ -66,7 +66,7 @@ def make_eval_set(rows: EvalSetRows, recipe: Recipe, tokenize: Tokenize) -> Eval
     does not fit the model, or the grader."""
     settings = rows.settings
     limit = settings.max_tokens or recipe.sampling.max_tokens
-    options = sampling_options(settings.decoding, limit)
+    options = sampling_params(settings.decoding, limit)
     prompts = interleaved([tokenize(part, limit, settings.questions) for part in rows.parts], settings.questions)
     exam = EvalSet(rows.name, prompts, rows.graders, options, settings.samples, settings.every, rows.domain)
     check_graders(exam.graders, prompts)

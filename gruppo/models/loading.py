@@ -262,13 +262,20 @@ def _locate(name: str, progress: Progress) -> str:
         if not is_file(path):
             raise UsageError(f"model.name = {name!r}: there is no such file; give the path of a .gguf file")
         return str(_convert(path, progress))
+    if is_dir(path) and (path / "recipe.toml").is_file() and not (path / "config.json").is_file():
+        if not (path / "model" / "config.json").is_file():
+            raise UsageError(
+                f"model.name = {name!r}: this run has no final model yet; finish it with --resume, or write a checkpoint "
+                f"as a model: gruppo export {name} --to DIR"
+            )
+        path = path / "model"
     if is_dir(path) and not (path / "config.json").is_file():
         raise UsageError(f"model.name = {name!r}: the folder has no config.json; give a folder saved by transformers")
     if is_dir(path):
         if problem := pickles_alone(path):
             raise UsageError(f"model.name = {name!r}: {problem}")
         return str(path)
-    if name.startswith("given:"):
+    if name.startswith("in-memory:"):
         raise UsageError(f"model.name = {name!r}: was in memory; give it again, with gruppo.train(…, model=…)")
     if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; give a folder saved by transformers")

@@ -129,7 +129,7 @@ def _measure(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder:
     with ExitStack() as stack:
         pool = None
         opened = open_multi_turn(recipe, folder / "environment.log", progress, stack)
-        if recipe.method.source != "rows":
+        if recipe.method.source != "dataset":
             log = folder / "rewards.log"
             pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, log, progress, opened))
         source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
@@ -159,7 +159,7 @@ def _measure(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder:
             chosen=chosen,
             workload=asked,
             step_seconds={
-                "generate": 0.0 if recipe.method.source == "rows" else drawing,
+                "generate": 0.0 if recipe.method.source == "dataset" else drawing,
                 "score": forward * passes * tokens,
                 "update": (1 + recipe.method.needs_critic)  # a value model is updated as often
                 * recipe.method.inner_updates

@@ -76,7 +76,7 @@ def with_arbitrary_rewards(groups: Sequence[Group], method: Method) -> list[Grou
     for group in groups:
         rewards = []
         for number, completion in enumerate(group.completions):
-            value = method.right + (1 if number % 2 else -1) * (0.5 + source.random())
+            value = method.success_threshold + (1 if number % 2 else -1) * (0.5 + source.random())
             last = len(completion.token_ids) - 1
             ends = tuple(sorted({last // 2, last}))
             steps = {"step": Steps(tuple(source.random(len(ends)).tolist()), ends)} if method.credit == "step" else {}

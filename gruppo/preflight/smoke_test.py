@@ -228,7 +228,7 @@ def judge_rewards(recipe: Recipe, trial: Trial, weights: Mapping[str, float]) ->
     figures |= {"min": min(totals), "max": max(totals), "mean": statistics.fmean(totals)}
     constant = len(set(totals)) == 1 and len(totals) > 1 and not any(each.steps for each in rewards)
     if constant and recipe.reward_model is None:
-        right = recipe.method.baseline == "indicator" and totals[0] > recipe.method.right
+        right = recipe.method.baseline == "indicator" and totals[0] > recipe.method.success_threshold
         learns = recipe.method.baseline == "none" or right
         found.append(Finding(
             "warning" if learns or not trial.tells else "problem", "reward",
@@ -271,7 +271,7 @@ def judge_signal(recipe: Recipe, trial: Trial, weights: Mapping[str, float]) -> 
     method, size = recipe.method, recipe.sampling.group_size
     groups = [Group(group.prompt, group.completions, group.rewards) for group in trial.groups]
     signal(groups, method, recipe.critic, dict(weights))
-    count = sum(group.has_signal for group in groups)
+    count = sum(group.has_nonzero_advantage for group in groups)
     low, high = wilson_interval(count, len(groups))
     others = other_sizes(groups, method, size)
     figures = {
@@ -318,7 +318,9 @@ def other_sizes(groups: Sequence[Group], method: Method, size: int) -> dict[int,
         mark_trained([group], method.mask_truncated)
         values = [reward.total for reward, used in zip(group.rewards, group.trained, strict=True) if used]
         observed.append(
-            Counter(value > method.right for value in values if value is not None) if sides else Counter(values)
+            Counter(value > method.success_threshold for value in values if value is not None)
+            if sides
+            else Counter(values)
         )
     least = 1 if method.baseline == "indicator" else 2
     chosen = sorted({max(least, size // 4), max(least, size // 2), size * 2, size * 4} - {size})

@@ -27,7 +27,7 @@ def inspect_recipe(recipe: Recipe) -> list[Finding]:
     """Fields that agree with each other and yet come to nothing."""
     run, sampling, method = recipe.run, recipe.sampling, recipe.method
     found = []
-    compared = method.source != "rows" and method.baseline == "group" and method.credit == "completion"
+    compared = method.source != "dataset" and method.baseline == "group" and method.credit == "completion"
     if compared and sampling.group_size == 1:
         found.append(Finding(
             "problem", "recipe", "sampling.group_size = 1: each completion is its group's mean",
@@ -51,7 +51,7 @@ def inspect_recipe(recipe: Recipe) -> list[Finding]:
             "write [evaluation] with questions that are not trained on",
         ))  # fmt: skip
     each = (
-        f"{sampling.prompts_per_step} rows" if method.source == "rows"
+        f"{sampling.prompts_per_step} rows" if method.source == "dataset"
         else f"{sampling.prompts_per_step} questions x {sampling.group_size} completions of at most "
         f"{sampling.max_tokens} tokens"
     )  # fmt: skip

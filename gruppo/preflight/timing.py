@@ -57,7 +57,7 @@ def round_seconds(recipe: Recipe, drawing: float, forward: float, backward: floa
     if model is None:
         return 0.0
     scale = model.prompts / sampling.prompts_per_step
-    trained = scale * (1 - model.held_out) / (1 - model.history)
+    trained = scale * (1 - model.held_out) / (1 - model.replay_fraction)
     updates = math.ceil(trained * sampling.prompts_per_step * sampling.group_size / model.batch_size)
     learning = model.epochs * (trained * (forward + backward) + updates * optimizer)
     return scale * (drawing + 2 * model.held_out * forward) + learning

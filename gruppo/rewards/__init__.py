@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gruppo.config.renames import REWARDS as RENAMED
 from gruppo.errors import UsageError, nearest
 
 REWARDS = {
-    "number": "gruppo.rewards.answers:number",
+    "last_number": "gruppo.rewards.answers:last_number",
     "exact_match": "gruppo.rewards.answers:exact_match",
-    "math": "gruppo.rewards.answers:MathVerify",
+    "math_verify": "gruppo.rewards.answers:MathVerify",
     "choice": "gruppo.rewards.answers:choice",
     "think_format": "gruppo.rewards.format:think_format",
     "regex": "gruppo.rewards.format:Regex",
@@ -46,6 +47,8 @@ def reward_path(name: str) -> str:
             f'reward.functions = "{name}": "{prefix}:" needs an import path behind it; write '
             f'"{prefix}:package.module:function" or "{prefix}:file.py:function"'
         )
+    if name in RENAMED:
+        raise UsageError(f'reward.functions = "{name}": this reward is called "{RENAMED[name]}" now; write that')
     if ":" not in name:
         raise UsageError(
             f'reward.functions = "{name}": unknown reward{nearest(name, REWARDS)}; or write "package.module:function" '

@@ -13,7 +13,7 @@ from gruppo.rewards.grading.last_number import same_number, same_text
 from gruppo.rewards.grading.math_verify import same_mathematics
 
 
-def number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
+def last_number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
     """1 where the last number of a completion equals the last number of its answer, else 0."""
     return [float(same_number(text_of(each), right)) for each, right in zip(completions, answer, strict=True)]
 

@@ -73,7 +73,7 @@ class LiveRollouts:
     def collect(self, step: Step) -> list[Group]:
         """See `RolloutSource`. Where the recipe asks for dynamic sampling, groups whose rewards do not differ are
         dropped and other questions take their places, for a limited number of rounds."""
-        wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.refill_rounds
+        wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.dynamic_sampling_rounds
         groups = self._sample_and_score(step, step.cursor, wanted)
         for _ in range(rounds):
             lacking = wanted - sum(map(rewards_differ, groups))
@@ -96,7 +96,7 @@ class LiveRollouts:
             self.tokenizer,
             self.params,
             self.recipe.reward_model,
-            self.recipe.method.right,
+            self.recipe.method.success_threshold,
             self.recorder,
             self.stop,
         )
@@ -145,7 +145,7 @@ class LiveRollouts:
         if self.audit is not None:
             failed = self.audit.judge(groups, self.weights, step.number, step.metrics, lambda _: self.stop.check())
             for failure in failed:
-                self.recorder.event("abstention", f"audit: {failure}", step.number)
+                self.recorder.event("reward_failed", f"audit: {failure}", step.number)
         return groups
 
     def record_failures(self, step: Step, groups: Sequence[Group]) -> list[str]:
@@ -158,15 +158,18 @@ class LiveRollouts:
         return {"global_step": step.number - 1, "max_steps": steps, "max_tokens": tokens}
 
     def _drop_equal_rewards(self, step: Step, groups: Sequence[Group]) -> None:
-        wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.refill_rounds
+        wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.dynamic_sampling_rounds
         for group in groups:
             if not rewards_differ(group):
-                drop(group, "dropped, as its rewards do not differ; other questions were drawn (method.refill_rounds)")
+                drop(
+                    group,
+                    "dropped, as its rewards do not differ; other questions were drawn (method.dynamic_sampling_rounds)",
+                )
         if lacking := wanted - sum(map(rewards_differ, groups)):
             unknown = sum(not any(reward.total is not None for reward in group.rewards) for group in groups)
             message = f"refilling up to {rounds} times left {lacking} of {wanted} groups without rewards that differ"
             detail = f"{len(groups)} were sampled, {unknown} of them abstained; the step goes on without them"
-            self.recorder.event("refill_exhausted", f"{message} ({detail})", step.number)
+            self.recorder.event("dynamic_sampling_exhausted", f"{message} ({detail})", step.number)
 
     def _require_rewards(self, step: Step, groups: Sequence[Group]) -> None:
         """Stop, with everything saved, where rewards failed on more of a step's completions than the recipe allows."""

@@ -22,7 +22,7 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = F
             given = [part for reward in group.rewards if (part := reward.parts.get(name)) is not None]
             if len(given) > 1:
                 metrics.mean(f"reward/{name}/std", statistics.stdev(given))
-        metrics.mean("groups/with_signal", group.has_signal)
+        metrics.mean("groups/nonzero_advantage", group.has_nonzero_advantage)
         metrics.mean(
             "groups/duplicate_completions",
             len(group.completions) - len({c.token_ids for c in group.completions}),
@@ -31,7 +31,7 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = F
         for completion, reward, used, advantages in zip(
             group.completions, group.rewards, group.trained, group.advantages, strict=True
         ):
-            metrics.mean("reward/abstained", reward.total is None)
+            metrics.mean("reward/excluded", reward.total is None)
             for name, part in reward.parts.items():
                 if part is not None:
                     metrics.mean(f"reward/{name}/mean", part)

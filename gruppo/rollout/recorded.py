@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from gruppo.errors import UsageError
 from gruppo.rollout.labels import LabelledCompletion, read_labels
 from gruppo.rollout.live import LiveRollouts
 from gruppo.rollout.source import Step
-from gruppo.runs.reading import read_lines
+from gruppo.runs.reading import old_parts, read_lines
 from gruppo.types import Completion, Episode, Group, Prompt, Reward, Steps
 
 Row = dict[str, Any]
@@ -32,7 +33,7 @@ class Recording:
     def groups(self, step: int) -> list[list[Row]]:
         """The rows of a step, by group. Raises UsageError where there are none."""
         if self._read[0] != step:
-            self._read = step, read_groups(self.table(step))
+            self._read = step, read_groups(self.table(step), old_parts(self.folder))
         return self._read[1]
 
     def group(self, step: int, draw: int) -> list[Row]:
@@ -115,8 +116,9 @@ class RecordedRollouts(LiveRollouts):
         """Whether too many failed was decided when the step was made first."""
 
 
-def read_groups(table: Path) -> list[list[Row]]:
-    """The rows of a table of rollouts, by group. Raises UsageError where it is not there or cannot be read."""
+def read_groups(table: Path, renamed: Mapping[str, str] = MappingProxyType({})) -> list[list[Row]]:
+    """The rows of a table of rollouts, by group; `renamed`: parts of the reward that have other names by now. Raises
+    UsageError where the table is not there or cannot be read."""
     try:
         rows: list[Row] = pq.read_table(table).to_pylist()
     except FileNotFoundError:
@@ -125,6 +127,8 @@ def read_groups(table: Path) -> list[list[Row]]:
         raise UsageError(f"{table}: cannot be read ({str(error).splitlines()[0]})") from None
     groups: list[list[Row]] = []
     for row in rows:
+        for name in ("reward_parts", "steps") if renamed else ():
+            row[name] = json.dumps({renamed.get(part, part): held for part, held in json.loads(row[name]).items()})
         if row["completion"] == 0:
             groups.append([])
         groups[-1].append(row)

@@ -59,11 +59,11 @@ def record_failures(
         files += [] if file is None else [file]
         details = {"reward": failure.name, "completions": failure.completions, "file": file}
         message = f"{failure.name}: {failure.why}"
-        recorder.event("abstention", message, step, prompt_id=failure.group.prompt.id, **details)
+        recorder.event("reward_failed", message, step, prompt_id=failure.group.prompt.id, **details)
     for group in groups:  # of the reward model
         for why, count in Counter(each.failure for each in group.rewards if not each.failures).items():
             if why:
-                recorder.event("abstention", why, step, prompt_id=group.prompt.id, completions=count)
+                recorder.event("reward_failed", why, step, prompt_id=group.prompt.id, completions=count)
     return files
 
 

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
+from gruppo.config.renames import translate_recipe
 from gruppo.errors import UsageError
 from gruppo.runs.atomic import WriteError, publish, write_whole, writing
 from gruppo.runs.reading import object_of, read_metrics, read_object, reading, require_own, step_of
@@ -300,7 +301,7 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
             "with --out"
         )
     with reading(held, "put the recipe of the run back, or choose another folder with --out"):
-        before = tomllib.loads(held.read_text(encoding="utf-8"))
+        before = translate_recipe(tomllib.loads(held.read_text(encoding="utf-8")))
     # Read as a recipe, so that fields that are younger than the run have their defaults.
     changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
     if changes:

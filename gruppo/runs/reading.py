@@ -8,7 +8,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gruppo.config.renames import COLUMNS, renamed_parts, translate_event, translate_metrics
 from gruppo.errors import RunError, UsageError
 
 MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; of a table, in memory
@@ -56,13 +58,30 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     made = []
+    translate = _translation(path)
     for number, line in enumerate(_bytes(path, MOST_LINES).split(b"\n")[:-1], start=1):
         if line.strip():
             content = object_of(line)
             if content is None:
                 raise UsageError(f"{path}: line {number} is damaged; `gruppo train … --resume` takes it out")
-            made.append(content)
+            made.append(translate(content))
     return made
+
+
+def _translation(path: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What puts the lines of a file that an older version wrote into the names of now."""
+    if path.name == "metrics.jsonl":
+        parts = old_parts(path.parent)
+        return lambda line: translate_metrics(line, parts)
+    return translate_event if path.name == "events.jsonl" else dict
+
+
+def old_parts(folder: Path) -> dict[str, str]:
+    """See `gruppo.config.renames.renamed_parts`; nothing where the folder has no recipe that can be read."""
+    try:
+        return renamed_parts(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def object_of(line: bytes) -> dict[str, Any] | None:
@@ -92,13 +111,17 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             batches, size = [], 0
-            for batch in file.iter_batches(_ROWS, columns=None if schema is None else schema.names):
+            new_names = {old: new for old, new in COLUMNS.items() if old in file.schema_arrow.names}
+            old_names = {new: old for old, new in new_names.items()}
+            wanted = None if schema is None else [old_names.get(name, name) for name in schema.names]
+            for batch in file.iter_batches(_ROWS, columns=wanted):
                 size += batch.nbytes
                 if size > MOST_TABLE:
                     raise UsageError(f"{path}: holds more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
                 batches.append(batch)
             held = batches[0].schema if batches else file.schema_arrow
             table = pa.Table.from_batches(batches, held).replace_schema_metadata(None)
+            table = table.rename_columns([new_names.get(name, name) for name in table.column_names])
             if len(table) != file.metadata.num_rows:  # a page's header, which has no checksum, says that it is no page
                 raise ValueError(f"{len(table)} of {file.metadata.num_rows} rows can be read")
         return table if schema is None else table.select(schema.names).cast(schema)

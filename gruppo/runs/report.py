@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_table, reading
 
-SHOWN = 3
+SHOWN = 3  # answers
+LONGEST_PROMPT = 400  # characters, of a prompt that a command repeats
 
 
 def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -23,42 +26,70 @@ def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Map
 def _described(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
     ended = "Stopped by a callback" if summary["state"] == "stopped" else "Done"
     lines = ["", f"{ended}: {summary['steps']} steps, {summary['train_seconds']:.0f} s of training"]
-    lines[-1] += f", at most {summary['peak_memory_bytes'] / 1e9:.1f} GB of memory."
+    lines[-1] += f", peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB."
     if summary["accuracy_before"] is not None:
         lines += ["", *_evaluations(folder, summary, metrics), "", *_answers(folder, summary["steps"])]
     lines += _benchmarks(summary.get("benchmarks", {}))
     lines += [
         "",
-        f"Everything is in {folder}: model/ (loadable by transformers), metrics.jsonl, rollouts/ (every completion,",
-        "reward and advantage), evaluations/ (every answer), events.jsonl, summary.json.",
+        f"Everything is in {folder}: model/ (for transformers), metrics.jsonl, rollouts/ (every completion with reward",
+        "and advantages), evaluations/ (every answer), events.jsonl, summary.json.",
         "",
         "Next:",
-        f'  gruppo sample {folder}/model --prompt "What is 3 + 4?"',
+        f"  {_sample_command(folder, summary['steps'])}",
         *_eval_command(folder),
-        "  your own reward, data and model: README.md",
+        f"  gruppo export {shlex.quote(str(folder))} --to my-model     # a folder for the Hugging Face hub",
     ]
     return "\n".join(lines)
+
+
+def _sample_command(folder: Path, step: int) -> str:
+    """How to sample from the model, with a prompt and the system text of this run."""
+    command = ["gruppo", "sample", str(folder)]
+    try:
+        rows = read_table(folder / f"rollouts/step-{step:06d}.parquet").to_pylist()
+    except UsageError:
+        return shlex.join(command)
+    prompt = min((row["prompt"] for row in rows), key=len)
+    messages = _messages(prompt)
+    if messages is None:
+        options = ["--plain", "--prompt", prompt]
+    elif [message.get("role") for message in messages] == ["user"]:
+        options = ["--prompt", str(messages[0].get("content"))]
+    elif [message.get("role") for message in messages] == ["system", "user"]:
+        options = ["--system", str(messages[0].get("content")), "--prompt", str(messages[1].get("content"))]
+    else:
+        options = ["--messages", prompt]
+    return shlex.join([*command, *(options if len(prompt) <= LONGEST_PROMPT else [])])
+
+
+def _messages(prompt: str) -> list[dict[str, Any]] | None:
+    """The messages of a stored prompt; None where it is text."""
+    try:
+        content = json.loads(prompt)
+    except ValueError:
+        return None
+    listed = isinstance(content, list) and content and all(isinstance(each, dict) for each in content)
+    return content if listed else None
 
 
 def _eval_command(folder: Path) -> list[str]:
     """How to repeat the run's evaluation, if it had one."""
     recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
-    if "evaluation" not in recipe:
-        return []
-    return [f"  gruppo eval {folder}/model --recipe {folder}/recipe.toml"]
+    return [f"  gruppo eval {shlex.quote(str(folder))}"] if "evaluation" in recipe else []
 
 
 def _evaluations(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     decoding = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))["evaluation"]["decoding"]
     how = f"temperature {decoding['temperature']}" if decoding["temperature"] else "greedy"
     title = f"Held-out questions ({summary['questions']}, {how})"
-    lines = [f"{title:<40} accuracy  95 % interval     end by themselves  contain a number"]
+    lines = [f"{title:<40} accuracy  95% interval      finished (EOS)     contain a number"]
     for values in metrics:
         if "eval/accuracy" in values:
             low, high = f"{values['eval/accuracy_low']:.1%}", f"{values['eval/accuracy_high']:.1%}"
             lines.append(
                 f"  after step {values['step']:<4} {'':<22} {values['eval/accuracy']:>7.1%}  {low:>6} to {high:<6}"
-                f"  {values['eval/ended_share']:>16.1%}  {values['eval/number_share']:>16.1%}"
+                f"  {values['eval/finished_share']:>16.1%}  {values['eval/number_share']:>16.1%}"
             )
     return lines
 
@@ -82,7 +113,7 @@ def _answers(folder: Path, last: int) -> list[str]:
     except UsageError as error:
         return [str(error)]
     lines = []
-    firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0 and not pair[0]["exam"]]
+    firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0 and not pair[0]["eval_set"]]
     for old, new in firsts[:SHOWN]:
         lines.append(old["question"].strip())
         lines += [f"  {name}: {_quoted(row)}" for name, row in (("before", old), ("after ", new))]

@@ -27,6 +27,18 @@ class Result:
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
 
+    def __repr__(self) -> str:
+        """A few lines: where it is, how far it came, and its held-out accuracy."""
+        summary = self.summary
+        lines = [f"Result({str(self.path)!r}: {summary.get('state', 'unknown')}"]
+        if "steps" in summary:
+            lines[0] += f", {summary['steps']} steps, {summary.get('train_seconds', 0.0):.0f} s of training"
+        before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
+        if isinstance(before, float):
+            lines.append(f"  held-out accuracy {before:.1%}" + (f" -> {after:.1%}" if isinstance(after, float) else ""))
+        lines.append("  .frame(), .rollouts(step), .evaluations(step), .events(), .load_model()")
+        return "\n".join(lines) + ")"
+
     @classmethod
     def read(cls, path: str | Path) -> Result:
         """The result in a run folder, finished or not. Raises UsageError where the folder holds no run."""

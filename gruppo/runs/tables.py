@@ -52,7 +52,7 @@ ROLLOUTS = pa.schema(
 
 EVALUATIONS = pa.schema(
     {
-        "exam": _TEXT,
+        "eval_set": _TEXT,
         "prompt_id": _TEXT,
         "sample": _WHOLE,
         "question": _TEXT,

@@ -123,9 +123,9 @@ def warnings_of(lines: Iterable[Line], weights: Mapping[str, float], drift: floa
     return [notice for line in lines for notice in watch.see(line)]
 
 
-def no_signal(seen: History) -> Evidence | None:
+def no_nonzero_advantage(seen: History) -> Evidence | None:
     """No group's completions differ in their rewards, for QUIET steps."""
-    shares = seen.last("groups/with_signal", QUIET)
+    shares = seen.last("groups/nonzero_advantage", QUIET)
     if not shares or any(shares):
         return None
     steps = seen.span(QUIET)
@@ -312,7 +312,7 @@ def reward_model_guesses(seen: History) -> Evidence | None:
 CHECKS: dict[str, Callable[[History], Evidence | None]] = {
     check.__name__: check
     for check in (
-        no_signal,
+        no_nonzero_advantage,
         evaluation_falls,
         lengths,
         everything_truncated,

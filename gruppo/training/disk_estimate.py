@@ -96,7 +96,7 @@ def forecast_disk(
 ) -> Disk:
     """The disk that a run of the policy (with its adapters) will need. `prompts`: token ids of some of its prompts;
     `start_weights`: those of the start model are kept too. Value and reward models are taken to have the policy's size;
-    groups that a step draws in place of dropped ones (method.refill_rounds) are not counted."""
+    groups that a step draws in place of dropped ones (method.dynamic_sampling_rounds) are not counted."""
     whole, trained = _weights(named_weights(policy.model)), trained_weights(policy.model)
     adapters = _bytes(trained.values()) if recipe.model.lora is not None else 0
     layers = _scalar_model(policy)
@@ -255,7 +255,7 @@ def _answer(
 ) -> dict[str, Any]:
     tokens = draw.tokens(exam.answer_tokens)
     return {
-        "exam": exam.name, "prompt_id": name, "sample": 0, "question": draw.text(prompt), "columns": "{}",
+        "eval_set": exam.name, "prompt_id": name, "sample": 0, "question": draw.text(prompt), "columns": "{}",
         "answer": draw.text(tokens), "correct": False, "extracted": "12", "rule": "number", "other_rules": "{}",
         "vote": "= 12", "score": None, "finish_reason": "length", "episode": None, "token_ids": tokens,
         "mask": [True] * len(tokens), "logprobs": draw.logprobs(len(tokens)),

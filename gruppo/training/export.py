@@ -22,10 +22,11 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Decoding
 from gruppo.errors import UsageError
 from gruppo.runs.atomic import publish, writing
+from gruppo.runs.console import choose_progress
 from gruppo.runs.folder import checkpoint_folders
 from gruppo.runs.reading import read_object, reading, require_own
 from gruppo.training.model_card import accuracy_of, card
-from gruppo.utils.progress import NullProgress, Progress
+from gruppo.utils.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,7 +58,7 @@ def export(
     max_shard_size: str = "5GB",
     adapter: bool = False,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: bool | Progress = True,
 ) -> Export:
     """Write a checkpoint of the run in the folder `run` as the new folder `to`.
 
@@ -67,7 +68,7 @@ def export(
     alone, in peft's format. `trust_remote_code`: run the Python files that the model came with, whatever the run's
     recipe says. Raises UsageError: `to` holds files, no such run or checkpoint, one that is damaged.
     """
-    source, target, shown = Path(run), Path(to), progress or NullProgress()
+    source, target, shown = Path(run), Path(to), choose_progress(progress)
     _check(source, target, dtype, max_shard_size)
     recipe = load_recipe(source / "recipe.toml")
     if adapter and recipe.model.lora is None:

@@ -56,7 +56,7 @@ def tokenize_data(
     tokens = _Tokens(source, progress, opened.tools(source.tokenizer) if opened else None)
     parts = [tokens.of(part, limit) for part in data.training]
     given: dict[str, OfflineCompletions] = {}
-    if recipe.method.source == "rows":
+    if recipe.method.source == "dataset":
         parts = [
             tokens.answered(part, prompts, limit, recipe.method.credit == "pair", given)
             for part, prompts in zip(data.training, parts, strict=True)

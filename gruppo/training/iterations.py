@@ -108,7 +108,7 @@ class Iterations:
         prompts = self.prompts.draw(state.cursor, settings.prompts)
         labels, failures = self.source.label(prompts, state.step, (context.recipe.run.seed, 0, state.cursor))
         for failure, count in failures.items():
-            context.recorder.event("abstention", failure, state.step, completions=count)
+            context.recorder.event("reward_failed", failure, state.step, completions=count)
         if failures:
             total = sum(failures.values())
             context.recorder.note(f"Step {state.step}: {total} verdicts for labels failed; see events.jsonl")

@@ -136,10 +136,10 @@ def _made_by(recipe: Recipe, environment: Mapping[str, Any]) -> str:
             ("the questions", [task.name for task in recipe.tasks]),
             ("reward functions", recipe.reward.functions),
         )
-        if any(name.startswith("given:") for name in names)
+        if any(name.startswith("in-memory:") for name in names)
     ]
     if given:
-        how = f'`gruppo.train("recipe.toml", …)` from Python, which was given {", ".join(given)} (`given:` below)'
+        how = f'`gruppo.train("recipe.toml", …)` from Python, which was given {", ".join(given)} (`in-memory:` below)'
     else:
         how = "`gruppo train recipe.toml`"
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())

@@ -92,8 +92,8 @@ def batch_loss(
         batch.old_logprobs = logprobs.detach()
     assert batch.old_logprobs is not None, "π_old comes from the engine, or from the first update"
     importance = None
-    if settings.importance_cap:
-        importance = (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=settings.importance_cap).to(dtype)
+    if settings.tis_cap:
+        importance = (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=settings.tis_cap).to(dtype)
     result = policy_loss(
         logprobs,
         batch.old_logprobs.to(dtype),
@@ -121,13 +121,13 @@ def batch_loss(
         metrics.mean("policy/kl", float(result.kl[used].sum()), tokens)
     if first:
         metrics.mean("policy/entropy", float(entropy[used].sum()), tokens)
-    if first and settings.source == "live":
+    if first and settings.source == "policy":
         drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[used]
         metrics.mean("engine/logprob_difference_mean", float(drift.sum()), tokens)
         metrics.maximum("engine/logprob_difference_max", float(drift.max()))
         if importance is not None:
             metrics.mean("engine/importance_mean", float(importance[used].sum()), tokens)
-            metrics.mean("engine/importance_capped", float((importance[used] == settings.importance_cap).sum()), tokens)
+            metrics.mean("engine/importance_capped", float((importance[used] == settings.tis_cap).sum()), tokens)
     return result.loss
 
 

@@ -21,9 +21,10 @@ from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import read_data
 from gruppo.rewards import RewardFunction
+from gruppo.runs.console import choose_progress
 from gruppo.runs.reading import read_lines, require_own
 from gruppo.types import Reward, Row
-from gruppo.utils.progress import Advance, NullProgress, Progress
+from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import stop_on_signals
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def reproduce(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tolerance: float = 0.0,
-    progress: Progress | None = None,
+    progress: bool | Progress = True,
 ) -> Reproduction:
     """Make a step of a run again from its stored rollouts, and compare rewards, advantages and metrics.
 
@@ -102,7 +103,7 @@ def reproduce(
     `model`: what the run was given in memory. `tolerance`: relative difference up to which numbers are equal. Raises
     UsageError where the step cannot be made again.
     """
-    folder, shown = Path(run), progress or NullProgress()
+    folder, shown = Path(run), choose_progress(progress)
     if not (tolerance >= 0 and math.isfinite(tolerance)):
         raise UsageError(f"tolerance = {tolerance}: is not a number from 0; write e.g. 1e-4")
     recipe = _recipe(folder)
@@ -231,13 +232,13 @@ def _given(
     model: PreTrainedModel | None,
 ) -> Sequence[str | RewardFunction]:
     """The reward functions. Raises UsageError where the run had something in memory that is not given again."""
-    named = [name for name in recipe.reward.functions if name.startswith("given:")]
+    named = [name for name in recipe.reward.functions if name.startswith("in-memory:")]
     for field_, name, missing, argument in (
         ("reward.functions", named[0] if named else "", reward is None, "reward"),
         ("task.name", recipe.task.name, prompts is None, "prompts"),
         ("model.name", recipe.model.name, model is None, "model"),
     ):
-        if name.startswith("given:") and missing:
+        if name.startswith("in-memory:") and missing:
             raise UsageError(
                 f'{field_} = "{name}": was given in memory; call gruppo.reproduce(run, step, {argument}=…) with the same'
             )

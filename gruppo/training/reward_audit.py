@@ -47,7 +47,7 @@ class RewardAudit:
                     of_steps = (weights[name] * _mean(steps.rewards) for name, steps in reward.steps.items())
                     metrics.mean("audit/reward", reward.total + sum(of_steps))
                     metrics.mean("audit/mean", verdict.total)
-                metrics.mean("audit/abstained", verdict.total is None)
+                metrics.mean("audit/excluded", verdict.total is None)
         return sorted({verdict.failure for own in verdicts for verdict in own if verdict.failure})
 
     def alarm(self, values: dict[str, Any]) -> str | None:

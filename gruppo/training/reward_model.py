@@ -67,9 +67,9 @@ def minibatches(samples: Sequence[Sample], settings: RewardModel, turn: int) -> 
 
 def replayed(history: Sequence[Sample], new: int, settings: RewardModel, turn: int) -> list[Sample]:
     """Samples of earlier rounds that make up the share `history` of a training set with `new` ones, drawn without
-    repetition from the last `history_capacity` of them; fewer where there are not so many."""
-    kept = history[-settings.history_capacity :] if settings.history_capacity else []
-    wanted = round(settings.history * new / (1 - settings.history))
+    repetition from the last `replay_capacity` of them; fewer where there are not so many."""
+    kept = history[-settings.replay_capacity :] if settings.replay_capacity else []
+    wanted = round(settings.replay_fraction * new / (1 - settings.replay_fraction))
     chosen = _random(settings.seed, turn, 2).permutation(len(kept))[:wanted]
     return [kept[place] for place in sorted(chosen)]
 

@@ -16,9 +16,10 @@ from gruppo.config.sections import RewardModel
 from gruppo.errors import RunError, UsageError
 from gruppo.evaluation.datasets import Data, read_data
 from gruppo.runs.atomic import WriteError
+from gruppo.runs.console import choose_progress
 from gruppo.runs.folder import LABELS, REWARD_MODEL, RunFolder, check_folder, telling_what_stands
 from gruppo.runs.reading import require_own
-from gruppo.utils.progress import NullProgress, Progress
+from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Interrupted, stop_on_signals
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def label(
     out: str | Path,
     resume: bool = False,
     overrides: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: bool | Progress = True,
 ) -> Labels:
     """Sample completions of the recipe's questions and label them by rule into `out`/labels, a Parquet file for each
     sampling.prompts_per_step questions.
@@ -61,13 +62,13 @@ def label(
     where the recipe has no such table) labels each step by `continuations` completions from its end. With `resume`
     files that are there are kept. Raises UsageError, and gruppo.utils.signals.Interrupted on SIGINT or SIGTERM.
     """
-    settings, shown, folder = load_recipe(recipe, overrides), progress or NullProgress(), Path(out)
+    settings, shown, folder = load_recipe(recipe, overrides), choose_progress(progress), Path(out)
     if settings.environment is not None:
         raise UsageError("[environment]: labels are of completions that are sampled without one; leave the table out")
     wanted = settings.reward_model or RewardModel(kind="process")
-    if settings.method.source == "rows" or not settings.reward.functions:
+    if settings.method.source == "dataset" or not settings.reward.functions:
         raise UsageError(
-            'reward.functions: the first of them is the rule that labels; write e.g. functions = ["number"]'
+            'reward.functions: the first of them is the rule that labels; write e.g. functions = ["last_number"]'
         )
     if not wanted.prompts:
         raise UsageError("reward_model.prompts = 0: nothing would be labelled; write how many questions")
@@ -113,7 +114,7 @@ def _label(
     size, group, most = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
     longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + most
     engine = build_engine(policy, choose_slots(policy, longest, most, size * group * settings.continuations))
-    right = recipe.method.right
+    right = recipe.method.success_threshold
     labeller = StepLabeller(engine, pool, policy.tokenizer, inputs.sampling, settings, right, progress, stop)
     with progress.bar("Labelling", settings.prompts, "questions") as advance:
         for number, start in enumerate(range(0, settings.prompts, size), start=1):
@@ -123,7 +124,7 @@ def _label(
                 continue
             labels, failures = labeller.sample(prompts, group, (recipe.run.seed, 0, start))
             for failure, count in failures.items():
-                run.event("abstention", failure, number, completions=count)
+                run.event("reward_failed", failure, number, completions=count)
                 progress.note(f"{count} verdicts failed: {failure}; see events.jsonl")
             run.table("labels", number, label_rows(labels), LABEL_COLUMNS)
             advance(len(prompts))
@@ -154,7 +155,7 @@ def train_reward_model(
     out: str | Path,
     resume: bool = False,
     overrides: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: bool | Progress = True,
 ) -> Trained:
     """Train the recipe's [reward_model] on the labels of a folder of `label`'s (or of a run), into `out`.
 
@@ -163,7 +164,7 @@ def train_reward_model(
     checkpoint is made every run.checkpoint_every updates, and where SIGINT or SIGTERM ends it. Raises UsageError,
     RunError where a loss is not finite, and gruppo.utils.signals.Interrupted.
     """
-    settings, shown, folder = load_recipe(recipe, overrides), progress or NullProgress(), Path(out)
+    settings, shown, folder = load_recipe(recipe, overrides), choose_progress(progress), Path(out)
     wanted = settings.reward_model
     if wanted is None:
         raise UsageError('[reward_model]: missing; write it with kind = "outcome" or "process"')

@@ -287,11 +287,11 @@ class TrainingRun:
             self.recorder.note(
                 f"Step {step.number}: {failed} completions abstain because a reward failed; see events.jsonl"
             )
-        if not any(group.has_signal for group in groups):
+        if not any(group.has_nonzero_advantage for group in groups):
             reasons = sorted({group.skipped for group in groups if group.skipped})
             only = "only the KL term moves the policy" if updated else "the policy is not updated"
             message = f"no group of this step carries a signal ({'; '.join(reasons)}), so {only}"
-            self.recorder.event("no_signal", message, step.number)
+            self.recorder.event("no_nonzero_advantage", message, step.number)
             self.recorder.note(f"Step {step.number}: {message}")
 
     def _size_reduced(self, reduced: SizeReduced) -> None:

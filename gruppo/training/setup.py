@@ -102,7 +102,7 @@ def prepare(
     check_folder(folder, recipe, resume, links_to=links_to)
     pool, judge = None, recipe.reward_model
     opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played=links_to is None)
-    if recipe.method.source != "rows":
+    if recipe.method.source != "dataset":
         log = folder / "rewards.log"
         pool = stack.enter_context(make_pool(recipe, rewards, data, log, progress, opened))
     audit = None
@@ -129,7 +129,7 @@ def prepare(
     least = workload(recipe, inputs).smallest
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], least)
     engine = sampler = build_engine(policy, sizes.slots, sizes)
-    if recipe.method.source == "frozen":
+    if recipe.method.source == "initial":
         assert reference is not None
         sampler = build_engine(reference, sizes.slots, sizes)
     critic = None

@@ -1,4 +1,4 @@
-"""How the library says what it is doing. It prints nothing itself: the command line passes a progress that does."""
+"""How the library shows what it is doing: bars, notes and steps, for whoever wants to show them."""
 
 from __future__ import annotations
 

@@ -21,8 +21,10 @@ class Interrupted(BaseException):
 class Stop:
     """A request to stop, looked at only where stopping loses nothing."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, kills: bool = False) -> None:
+        """`kills`: see `stop_on_signals`."""
+        self.requested, self.kills = False, kills
+        self.signal: int | None = None  # which one asked for it
         self._droppable = 0
 
     def request(self) -> None:
@@ -35,6 +37,14 @@ class Stop:
         """Raise Interrupted if a stop was asked for. Call it where nothing is half done."""
         if self.requested:
             raise Interrupted
+
+    def raise_for_python(self, error: BaseException | None = None) -> None:
+        """In a process that is more than a run, raise what Python raises for the signal that stopped it:
+        KeyboardInterrupt, or SystemExit for SIGTERM. Everything is saved by then."""
+        if self.signal == signal.SIGINT and not self.kills:
+            raise KeyboardInterrupt from error
+        if self.signal == signal.SIGTERM and not self.kills:
+            raise SystemExit(128 + signal.SIGTERM) from error
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -54,16 +64,18 @@ _active: list[Stop] = []
 @contextmanager
 def stop_on_signals(kills: bool = False) -> Iterator[Stop]:
     """SIGINT and SIGTERM request a stop; a second one raises KeyboardInterrupt or, with `kills`, which is for a process
-    that is a run and nothing else, ends it like SIGKILL would, whatever it computes. Handlers are put back. Inside
-    another such block it is that block's stop."""
+    that is a run and nothing else, ends it like SIGKILL would, whatever it computes. Handlers are put back at the end,
+    where an `Interrupted` becomes KeyboardInterrupt (SystemExit for SIGTERM), unless `kills`. Inside another such block
+    it is that block's stop."""
     if _active or threading.current_thread() is not threading.main_thread():
         yield _active[-1] if _active else Stop()
         return
-    stop = Stop()
+    stop = Stop(kills)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.requested:
             raise KeyboardInterrupt
+        stop.signal = number
         if kills:
             for each in _SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
@@ -74,6 +86,9 @@ def stop_on_signals(kills: bool = False) -> Iterator[Stop]:
     _active.append(stop)
     try:
         yield stop
+    except Interrupted as error:
+        stop.raise_for_python(error)
+        raise
     finally:
         _active.pop()
         for number, handler in before.items():

@@ -91,7 +91,7 @@ def ours(rows: dict[str, Tensor], advantage: Tensor, settings: Method) -> tuple[
     weights = torch.tensor(
         [w for group in token_weights(settings, MAX_TOKENS)(grouped) for w in group], dtype=torch.float64
     )
-    importance = (rows["old"] - rows["sampling"]).exp().clamp(max=settings.importance_cap)
+    importance = (rows["old"] - rows["sampling"]).exp().clamp(max=settings.tis_cap)
     result = policy_loss(
         logprobs[mask],
         rows["old"][mask],
@@ -104,7 +104,7 @@ def ours(rows: dict[str, Tensor], advantage: Tensor, settings: Method) -> tuple[
         settings.kl_estimator,
         find_surrogate(settings.surrogate),
         torch.arange(len(lengths)).repeat_interleave(lengths) if settings.ratio == "sequence" else None,
-        importance[mask] if settings.importance_cap else None,
+        importance[mask] if settings.tis_cap else None,
     )
     (gradient,) = torch.autograd.grad(result.loss, logprobs)
     return float(result.loss.detach()), gradient
@@ -128,8 +128,8 @@ def by_groups(rows: dict[str, Tensor], settings: Method) -> Tensor:
          {"importance_sampling_level": "sequence", "epsilon_high": 0.3, "beta": 0.04}),
         # TRL's epsilon_high is the bound itself, ours what is added to 1.
         (Method(name="cispo", aggregation="token-mean", clip_high=0.5), {"loss_type": "cispo", "epsilon_high": 1.5}),
-        (Method(importance_cap=1.1), {"beta": 0.04, "use_vllm": True}),
-        (Method(importance_cap=1.1, aggregation="token-mean"), {"beta": 0.04, "use_vllm": True, "loss_type": "dapo"}),
+        (Method(tis_cap=1.1), {"beta": 0.04, "use_vllm": True}),
+        (Method(tis_cap=1.1, aggregation="token-mean"), {"beta": 0.04, "use_vllm": True, "loss_type": "dapo"}),
     ],
     ids=["no-kl", "grpo", "clip-higher", "dr-grpo", "dapo-kl", "bnpo", "gspo", "gspo-kl", "cispo", "tis", "tis-dapo"],
 )  # fmt: skip

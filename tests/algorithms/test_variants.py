@@ -382,7 +382,7 @@ def test_truncated_importance_weights_by_hand() -> None:
     """π_old/π_sampling of e^½, e^-1 and e^2, at most 2: the policy term is weighted, the KL term is not."""
     policy, reference = make_policy(torch.float64), make_policy(torch.float64, seed=1)
     group = make_group([1, 2], [[3, 4], [5]], [1.0, 0.0])
-    settings = Method(importance_cap=2.0, kl_coef=0.3)
+    settings = Method(tis_cap=2.0, kl_coef=0.3)
     mark_trained([group], False)
     assign_advantages([group], settings, Metrics())
     (batch,) = pack([group], token_weights(settings, MAX_TOKENS), 100, with_kl=True)

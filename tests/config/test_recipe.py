@@ -43,7 +43,7 @@ def test_file_name_that_is_no_run_name_and_a_byte_order_mark(tmp_path: Path) -> 
         ("run.steps=7", lambda recipe: recipe.run.steps == 7),
         ("optimizer.learning_rate=1e-5", lambda recipe: recipe.optimizer.learning_rate == 1e-5),
         ("model.name=some/model", lambda recipe: recipe.model.name == "some/model"),
-        ('reward.functions=["number", "exact_match"]', lambda recipe: len(recipe.reward.functions) == 2),
+        ('reward.functions=["last_number", "exact_match"]', lambda recipe: len(recipe.reward.functions) == 2),
         ("task.options.maximum=9", lambda recipe: recipe.task.options == {"maximum": 9}),
         ("method.kl_coef=0", lambda recipe: recipe.method.kl_coef == 0),
         ("evaluation.questions=5", lambda recipe: recipe.evaluation.questions == 5),
@@ -75,7 +75,10 @@ def test_override_does_not_change_the_mapping_given() -> None:
         ({"optimizer": {"learning_rate": -1.0}}, ["optimizer.learning_rate = -1.0"]),
         ({"optimizer": {"schedule": "cosin"}}, ["optimizer.schedule = 'cosin'", "'cosine'"]),
         ({"optimizer": {"warmup_steps": 200}}, ["optimizer.warmup_steps = 200", "run.steps = 100"]),
-        ({"reward": {"functions": ["number"], "weights": [1.0, 2.0]}}, ["reward.weights", "2 numbers for 1 functions"]),
+        (
+            {"reward": {"functions": ["last_number"], "weights": [1.0, 2.0]}},
+            ["reward.weights", "2 numbers for 1 functions"],
+        ),
         ({"model": {"name": ""}}, ["model.name = ''"]),
         ({"model": 3}, ["model = 3", "must be a table"]),
         ({"evaluation": {"evry": 3}}, ["evaluation.evry = 3", '"every"']),
@@ -188,7 +191,7 @@ def test_task_and_mixture_replace_each_other(tmp_path: Path) -> None:
 def test_method_of_the_extending_recipe_fills_what_neither_wrote(tmp_path: Path) -> None:
     path = write(tmp_path, base="[method]\nclip_high = 0.3", mine='extends = "base.toml"\n[method]\nname = "dapo"')
     method = load_recipe(path).method
-    assert (method.clip_high, method.refill_rounds, method.kl_coef) == (0.3, 9, 0.0)
+    assert (method.clip_high, method.dynamic_sampling_rounds, method.kl_coef) == (0.3, 9, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -215,11 +218,11 @@ def test_mistakes_in_extending_name_file_and_key(text: str, words: list[str], tm
 
 def test_other_reward_functions_come_without_the_options_of_those_before(tmp_path: Path) -> None:
     base = tmp_path / "base.toml"
-    base.write_text('[model]\nname = "m"\n[reward]\nfunctions = ["regex", "number"]\n'
+    base.write_text('[model]\nname = "m"\n[reward]\nfunctions = ["regex", "last_number"]\n'
                     '[reward.options.regex]\npattern = "x"\n')  # fmt: skip
-    (tmp_path / "child.toml").write_text('extends = "base.toml"\n[reward]\nfunctions = ["number"]\n')
-    for recipe in (load_recipe(tmp_path / "child.toml"), load_recipe(base, ['reward.functions=["number"]'])):
-        assert (recipe.reward.functions, recipe.reward.options) == (["number"], {})
+    (tmp_path / "child.toml").write_text('extends = "base.toml"\n[reward]\nfunctions = ["last_number"]\n')
+    for recipe in (load_recipe(tmp_path / "child.toml"), load_recipe(base, ['reward.functions=["last_number"]'])):
+        assert (recipe.reward.functions, recipe.reward.options) == (["last_number"], {})
 
 
 def test_overrides_of_names_with_dots_and_of_a_mixture() -> None:

@@ -138,7 +138,7 @@ def test_annotated_recipe_reads_back_equal(changes: dict[str, Any]) -> None:
 
 
 def test_annotated_recipe_shows_every_field_and_what_is_not_set() -> None:
-    tables = {"evaluation": {}, "reward_model": {}, "audit": {"function": "number"}}
+    tables = {"evaluation": {}, "reward_model": {}, "audit": {"function": "last_number"}}
     text = annotated(load_recipe({"model": {"name": "m", "lora": {}}, **tables}))
     text += annotated(load_recipe({"model": {"name": "m"}, "environment": {"name": "python"}}))
     for title, table in TABLES.items():

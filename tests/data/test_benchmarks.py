@@ -296,10 +296,10 @@ def test_domains(task: str, trained: list[str], place: str) -> None:
 
 
 def test_graders_by_default() -> None:
-    assert default_grader("math") == "math"
+    assert default_grader("math") == "math_answer"
     assert default_grader("gaokao-mathqa") == "choice"
     assert default_grader("reasoning-gym/countdown") == "reasoning_gym"
-    assert default_grader("rows.jsonl") == "number"
+    assert default_grader("rows.jsonl") == "numeric_answer"
     assert {each.grader for each in BENCHMARKS.values()} <= set(GRADERS)
 
 

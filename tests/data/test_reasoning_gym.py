@@ -144,7 +144,7 @@ def test_a_run_on_reasoning_gym(tiny_folder: str, tmp_path: Path) -> None:
     result = train(data, out=tmp_path / "run")
     assert result.summary["state"] == "done"
     assert result.summary["questions"] > 3
-    assert result.metrics[1]["reward/abstained"] == 0
+    assert result.metrics[1]["reward/excluded"] == 0
     assert "reward/reasoning_gym/mean" in result.metrics[1]
 
 

@@ -63,11 +63,11 @@ def test_several_tasks_into_a_folder(tiny_folder: str, files: list[str], tmp_pat
     rows = pq.read_table(tmp_path / "out/samples.parquet").to_pylist()
     assert len(rows) == (5 + 7) * 3
     for name, sheet in made.sheets.items():
-        own = [row for row in rows if row["exam"] == name]
+        own = [row for row in rows if row["eval_set"] == name]
         assert sheet.figures["accuracy"] == pytest.approx(sum(row["correct"] for row in own) / len(own))
         assert sheet.figures["curves"]["pass"]["3"]["value"] >= sheet.figures["accuracy"]
     held = json.loads((tmp_path / "out/results.json").read_text())
-    assert held["exams"]["letters"]["questions"] == 5
+    assert held["sets"]["letters"]["questions"] == 5
     assert read_evaluation(tmp_path / "out").as_dict() == made.as_dict()
     memory = go(asked(tiny_folder, files))
     assert memory.as_dict() == made.as_dict(), "with or without a folder"
@@ -174,7 +174,7 @@ def test_disagreements_between_rules_are_events(tmp_path: Path) -> None:
     assert [event["prompt_id"] for event in events] == ["0"]
     assert events[0]["answer"] == texts[0]
     assert True in events[0]["other_rules"].values() or events[0]["correct"]
-    assert next(iter(made.sheets.values())).figures["disagreement_share"] == pytest.approx(1 / 3)
+    assert next(iter(made.sheets.values())).figures["ambiguous_share"] == pytest.approx(1 / 3)
 
 
 def test_a_run_holds_exams_of_other_tasks_on_their_own_settings(
@@ -198,7 +198,7 @@ def test_a_run_holds_exams_of_other_tasks_on_their_own_settings(
     assert ["eval/second/accuracy" in line for line in lines] == [True, False, True]
     assert "eval/letters/pass@2" in lines[0]
     rows = result.evaluations(1)
-    assert set(rows["exam"]) == {"letters"}
+    assert set(rows["eval_set"]) == {"letters"}
     assert len(rows) == 10
     assert {len(ids) <= 5 for ids in rows["token_ids"]} == {True}
     held = result.summary["benchmarks"]

@@ -14,7 +14,7 @@ import gruppo
 from gruppo.config.sections import Decoding
 from gruppo.errors import UsageError
 from gruppo.evaluation.runner import evaluate, evaluate_recipe
-from gruppo.evaluation.sets import sampling_options
+from gruppo.evaluation.sets import sampling_params
 from gruppo.models.weights import save_model
 from gruppo.utils.stats import bootstrap_interval
 from tests.conftest import make_policy
@@ -128,7 +128,7 @@ def test_base_model_without_chat_template_takes_text_and_refuses_messages(tmp_pa
 
 
 def test_sampling_options_are_the_recipes() -> None:
-    options = sampling_options(Decoding(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, min_tokens=2, stop=["x"]), 8)
+    options = sampling_params(Decoding(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, min_tokens=2, stop=["x"]), 8)
     assert (options.temperature, options.top_k, options.top_p, options.min_p) == (0.5, 3, 0.9, 0.1)
     assert (options.min_tokens, options.stop, options.max_tokens) == (2, ("x",), 8)
 

@@ -60,7 +60,7 @@ def test_shapes_of_rows(shape: str, tmp_path: Path) -> None:
         "What is 2 + 2?": [False],
     }
     assert sheet.figures["accuracy"] == 0.5
-    assert "ended_share" not in sheet.figures, "nobody knows how these ended"
+    assert "finished_share" not in sheet.figures, "nobody knows how these ended"
 
 
 def test_several_completions_of_a_question_in_one_row_or_in_many(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_rows_that_bring_their_own_reference(tmp_path: Path) -> None:
         {"question": "1 + 1", "reference": "2", "completion": "2"}, {"gold": 7, "response": "8"},
         {"problem": "half", "ground_truth": "\\frac12", "generation": "\\boxed{0.5}"},
     ]  # fmt: skip
-    (sheet,) = graded(tmp_path, rows, task=False, grader="math").sheets.values()
+    (sheet,) = graded(tmp_path, rows, task=False, grader="math_answer").sheets.values()
     assert [list(each.right) for each in sheet.questions] == [[True], [False], [True]]
     assert [each.text for each in sheet.questions] == ["1 + 1", "row 2", "half"]
 
@@ -113,7 +113,7 @@ def test_a_folder_can_be_read_and_graded_again(tmp_path: Path) -> None:
     """Our own samples are answers from elsewhere too, and give the same figures."""
     first = graded(tmp_path, SHAPES["text, by index"], out=tmp_path / "out")
     again = graded(tmp_path, SHAPES["text, by index"], out=tmp_path / "out", resume=True)
-    assert again.as_dict()["exams"] == first.as_dict()["exams"]
+    assert again.as_dict()["sets"] == first.as_dict()["sets"]
     recipe = load_recipe({"model": {"name": "x"}, "evaluation": {"task": str(tmp_path / "task.jsonl")}})
     own = grade_file(recipe, tmp_path / "out" / "samples.parquet", True, None, False, NullProgress(), Stop())
     assert [s.figures["accuracy"] for s in own.sheets.values()] == [

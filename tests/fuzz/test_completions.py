@@ -77,14 +77,14 @@ def test_mathematics_of_all_kinds(parts: list[str], answer: list[str]) -> None:
     with suppress(TimeoutError):  # an abstention
         assert same_mathematics("".join(parts), "".join(answer)) in (True, False, None)
     with clear():
-        for grader in ("math", "ocw"):
+        for grader in ("math_answer", "ocw"):
             assert verdicts("".join(parts), {"answer": "".join(answer)}, grader).correct in (True, False)
 
 
 @examples(
     150,
     text=ANY_TEXT,
-    grader=st.sampled_from(["number", "exact_match", "choice", "reasoning_gym"]),
+    grader=st.sampled_from(["numeric_answer", "exact_match", "choice", "reasoning_gym"]),
     columns=st.dictionaries(
         st.sampled_from(["answer", "solution", "choices", "question", "dataset", "parameters", "entry"]),
         ANSWERS,

@@ -36,8 +36,8 @@ def sections(kind: type[Section] = Recipe, path: tuple[str, ...] = ()) -> list[t
 FIELDS = [(*path, name) for path, kind in sections() for name in kind.model_fields]
 LIKELY = st.sampled_from([
     *METHODS, "group", "batch", "none", "indicator", "rows", "frozen", "live", "pair", "step", "value", "outcome",
-    "process", "number", "math", "6 GB", "all-linear", "auto", "float32", "k1", "k2", "k3", "sequence", "token-mean",
-    ["number"], [1.0], ["number", "math"], {"number": {}}, {"name": "arithmetic"}, [{"name": "arithmetic"}],
+    "process", "last_number", "math_verify", "6 GB", "all-linear", "auto", "float32", "k1", "k2", "k3", "sequence", "token-mean",
+    ["last_number"], [1.0], ["last_number", "math_verify"], {"last_number": {}}, {"name": "arithmetic"}, [{"name": "arithmetic"}],
 ])  # fmt: skip
 VALUES = LIKELY | NUMBERS | st.booleans() | TOML_VALUES
 KEYS = st.sampled_from(FIELDS) | st.tuples(st.sampled_from([path for path, _ in sections()]), TEXT).map(

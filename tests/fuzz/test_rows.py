@@ -43,7 +43,7 @@ TASKS = st.fixed_dictionaries({}, optional={
     "max_prompt_tokens": st.integers(1, 9),
     "overlong": st.just("filter"),
 })  # fmt: skip
-REWARDS = st.sampled_from([["number"], ["exact_match"], ["reasoning_gym"], ["math", "think_format"]])
+REWARDS = st.sampled_from([["last_number"], ["exact_match"], ["reasoning_gym"], ["math_verify", "think_format"]])
 TOKENIZER = make_tokenizer()
 
 
@@ -77,7 +77,7 @@ def test_lists_of_all_kinds(rows: list, task: dict, method: str, rewards: list[s
 @examples(60, rows=JSON_VALUES | st.binary() | st.sets(st.integers()) | st.just(object()) | st.just({"prompt": ["a"]}))
 def test_what_is_no_list(rows: Any) -> None:
     with clear():
-        through(rows, {}, "grpo", ["number"])
+        through(rows, {}, "grpo", ["last_number"])
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_files_of_all_kinds(folder: Path, rows: list, suffix: str, task: dict, c
     content = written(rows, suffix)
     path.write_bytes(content if cut is None else content[:cut] + noise + content[cut:])
     with clear():
-        through(None, {**task, "name": str(path)}, "grpo", ["number"])
+        through(None, {**task, "name": str(path)}, "grpo", ["last_number"])
 
 
 @examples(60, rows=ROWS | GOOD, cut=st.none() | st.integers(0, 400), noise=st.binary(max_size=3))
@@ -131,7 +131,7 @@ def test_parquet_of_all_kinds(folder: Path, rows: list, cut: int | None, noise: 
         content = path.read_bytes()
         path.write_bytes(content[:cut] + noise + content[cut:])
     with clear():
-        through(None, {"name": str(path)}, "grpo", ["number"])
+        through(None, {"name": str(path)}, "grpo", ["last_number"])
 
 
 @examples(80, content=st.binary(max_size=80), suffix=st.sampled_from([*FILES, ".parquet", ".txt", ""]))
@@ -139,7 +139,7 @@ def test_bytes_of_all_kinds(folder: Path, content: bytes, suffix: str) -> None:
     path = folder / f"bytes{suffix}"
     path.write_bytes(content)
     with clear():
-        through(None, {"name": str(path)}, "grpo", ["number"])
+        through(None, {"name": str(path)}, "grpo", ["last_number"])
 
 
 ENDINGS = st.sampled_from([":f", ".jsonl", "/x", ".py:f", ".parquet"])
@@ -154,7 +154,7 @@ ENDINGS = st.sampled_from([":f", ".jsonl", "/x", ".py:f", ".parquet"])
 def test_names_of_all_kinds(folder: Path, name: str, split: str | None, options: dict) -> None:
     task = {"name": name, "options": options, **({} if split is None else {"split": split})}
     with clear(), chdir(folder):
-        through(None, task, "grpo", ["number"])
+        through(None, task, "grpo", ["last_number"])
 
 
 @examples(60, row=st.fixed_dictionaries({"prompt": CONTENT}), share=st.floats(0, 1))

@@ -279,21 +279,21 @@ def test_minibatches_hold_every_sample_once_an_epoch_and_prompts_together() -> N
 @pytest.mark.parametrize(("share", "count"), [(0.1, 10), (0.5, 90), (0.0, 0)])
 def test_history_is_its_share_of_the_training_set(share: float, count: int) -> None:
     history = random_samples("outcome", prompts=100, size=2)
-    again = replayed(history, 90, RewardModel(history=share), 2)
+    again = replayed(history, 90, RewardModel(replay_fraction=share), 2)
     assert len(again) == count
     assert count / (count + 90) == pytest.approx(share)
     assert len({id(each) for each in again}) == count, "none twice"
-    assert again == replayed(history, 90, RewardModel(history=share), 2)
+    assert again == replayed(history, 90, RewardModel(replay_fraction=share), 2)
     if count:
-        assert again != replayed(history, 90, RewardModel(history=share), 3)
-        assert again != replayed(history, 90, RewardModel(history=share, seed=1), 2)
+        assert again != replayed(history, 90, RewardModel(replay_fraction=share), 3)
+        assert again != replayed(history, 90, RewardModel(replay_fraction=share, seed=1), 2)
 
 
 def test_history_is_of_the_latest_within_its_capacity() -> None:
     history = random_samples("outcome", prompts=100, size=2)
-    again = replayed(history, 90, RewardModel(history=0.5, history_capacity=20), 2)
+    again = replayed(history, 90, RewardModel(replay_fraction=0.5, replay_capacity=20), 2)
     assert again == history[-20:]
-    assert replayed(history, 90, RewardModel(history=0.5, history_capacity=0), 2) == []
+    assert replayed(history, 90, RewardModel(replay_fraction=0.5, replay_capacity=0), 2) == []
 
 
 def test_a_question_is_held_out_in_every_round_or_in_none() -> None:

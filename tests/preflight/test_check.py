@@ -64,7 +64,7 @@ def test_the_training_of_a_reward_model_counts(recipe_file: Path) -> None:  # no
 
 def test_seconds_of_a_round_by_hand(data: dict) -> None:
     data["sampling"] |= {"prompts_per_step": 4, "group_size": 4}
-    data["reward_model"] = {"prompts": 8, "held_out": 0.25, "history": 0.0, "batch_size": 8, "epochs": 2}
+    data["reward_model"] = {"prompts": 8, "held_out": 0.25, "replay_fraction": 0.0, "batch_size": 8, "epochs": 2}
     # Two steps' worth of samples, of which 0.5 is measured twice and 1.5 trained on twice, in 3 updates each time.
     seconds = round_seconds(load_recipe(data), drawing=10.0, forward=1.0, backward=2.0, optimizer=0.5)
     assert seconds == pytest.approx(2 * 10 + 2 * 0.5 * 1 + 2 * (1.5 * 3 + 3 * 0.5))

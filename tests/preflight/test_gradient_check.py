@@ -35,7 +35,7 @@ def compared(policy: LanguageModel, allowed: int = MEMORY, **method: object) -> 
 )
 def test_it_agrees_for_every_method(policy: LanguageModel, name: str) -> None:
     before = weights_sha256(policy.model)
-    made = compared(policy, name=name, **({"source": "live"} if name == "dpo" else {}))
+    made = compared(policy, name=name, **({"source": "policy"} if name == "dpo" else {}))
     assert (made.backward_dtype, made.differences_dtype) == ("float32", "float64")
     assert made.error < 1e-4
     assert weights_sha256(policy.model) == before

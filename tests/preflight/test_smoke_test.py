@@ -33,18 +33,18 @@ from gruppo.utils.stats import wilson_interval
 from tests.conftest import make_completion, make_group
 from tests.preflight.test_check import data  # noqa: F401  # a fixture
 
-NAMES = {"number": 1.0}
+NAMES = {"last_number": 1.0}
 
 
 def recipe(**tables: Any):
-    held = {"model": {"name": "m"}, "reward": {"functions": ["number"]}, "sampling": {"group_size": 4}}
+    held = {"model": {"name": "m"}, "reward": {"functions": ["last_number"]}, "sampling": {"group_size": 4}}
     return load_recipe({**held, **tables})
 
 
 def trial_of(*rewards: list[float | None], sampling: float = 1.0, rewarding: float = 0.1) -> Trial:
     groups = [make_group([1, 2], [[3, 4]] * len(each), each) for each in rewards]
     for group in groups:
-        group.rewards = [Reward(r.total, {"number": r.total}, r.failure) for r in group.rewards]
+        group.rewards = [Reward(r.total, {"last_number": r.total}, r.failure) for r in group.rewards]
     return Trial(groups, sampling_seconds=sampling, reward_seconds=rewarding, whole=True)
 
 
@@ -83,7 +83,7 @@ def test_a_constant_beside_a_reward_model_or_steps_is_no_problem() -> None:
     judged = recipe(reward_model={"kind": "outcome"})
     assert graded(judge_rewards(judged, trial_of([0.0, 0.0]), NAMES))["reward"] == "ok"
     stepwise = trial_of([0.0, 0.0])
-    stepwise.groups[0].rewards = [Reward(0.0, {}, steps={"number": Steps((each,), (0,))}) for each in (0.0, 1.0)]
+    stepwise.groups[0].rewards = [Reward(0.0, {}, steps={"last_number": Steps((each,), (0,))}) for each in (0.0, 1.0)]
     (found, _) = judge_rewards(recipe(), stepwise, NAMES)
     assert (found.severity, found.what) == ("ok", "number 0 to 1, mean 0.5 (steps)")
 
@@ -120,7 +120,7 @@ def test_other_group_sizes_follow_what_a_method_learns_from() -> None:
     groups = trial_of([1.0, 0.0, 0.0, 0.0]).groups
     assert other_sizes(groups, recipe(method={"name": "rft"}).method, 4)[2] == pytest.approx(1 / 2)
     assert other_sizes(groups, recipe(method={"name": "rft"}).method, 4)[1] == pytest.approx(1 / 4)
-    assert other_sizes(groups, recipe(method={"name": "dpo", "source": "live"}).method, 4)[2] == pytest.approx(1 / 2)
+    assert other_sizes(groups, recipe(method={"name": "dpo", "source": "policy"}).method, 4)[2] == pytest.approx(1 / 2)
     for name in ("reinforce-pp", "ppo", "grpo-process"):
         assert other_sizes(groups, recipe(method={"name": name}).method, 4) == {}
     assert tried._differs(Counter(), 2, False) == 0
@@ -158,7 +158,7 @@ def test_gradients(made: Derivative, own: bool, severity: str) -> None:
 
 
 class _Pool:
-    names, weights = ["number"], [1.0]
+    names, weights = ["last_number"], [1.0]
 
 
 def test_what_took_too_long_is_said() -> None:
@@ -260,11 +260,11 @@ def test_rows_sample_nothing(tiny_folder: str, tmp_path: Path, name: str) -> Non
         {
             "model": {"name": tiny_folder, "device": "cpu", "dtype": "float32"},
             "task": {"name": str(tmp_path / "rows.jsonl")},
-            "method": {"name": name, "source": "rows"},
+            "method": {"name": name, "source": "dataset"},
             "sampling": {"max_tokens": 8, "prompts_per_step": 2, "group_size": 2},
         }
     )
-    assert 'method.source = "rows"' in found["completions"].what
+    assert 'method.source = "dataset"' in found["completions"].what
     assert found["gradient"].severity == "ok"
     assert "rows of at most" not in found["recipe"].what
 

@@ -47,7 +47,7 @@ def with_template(template: str, **tokens: str) -> LanguageModel:
 
 
 def recipe(**tables: dict):
-    return load_recipe({"model": {"name": "m"}, "reward": {"functions": ["number"]}, **tables})
+    return load_recipe({"model": {"name": "m"}, "reward": {"functions": ["last_number"]}, **tables})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def recipe(**tables: dict):
     [
         ({"sampling": {"group_size": 1}}, "problem"),
         ({"sampling": {"group_size": 1}, "method": {"name": "reinforce-pp"}}, "ok"),
-        ({"reward": {"functions": ["number"], "weights": [0.0]}}, "problem"),
+        ({"reward": {"functions": ["last_number"], "weights": [0.0]}}, "problem"),
         ({"optimizer": {"learning_rate": 0.0}}, "warning"),
         ({"evaluation": None}, "note"),
         ({}, "ok"),

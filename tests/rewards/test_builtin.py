@@ -27,23 +27,23 @@ from tests.rollout.workers.test_rewards import group, score, totals
 )
 def test_math(reference: object, right: list[str], wrong: list[str]) -> None:
     wanted = [1] * len(right) + [0] * len(wrong)
-    assert totals(score("math", *right, *wrong, answer=reference)) == wanted
-    assert totals(score("math", *right, *wrong, solution=reference)) == wanted
+    assert totals(score("math_verify", *right, *wrong, answer=reference)) == wanted
+    assert totals(score("math_verify", *right, *wrong, solution=reference)) == wanted
 
 
 def test_math_prefers_the_answer_to_the_solution() -> None:
-    assert totals(score("math", "4", "5", answer="4", solution="2 + 2 = 5")) == [1, 0]
+    assert totals(score("math_verify", "4", "5", answer="4", solution="2 + 2 = 5")) == [1, 0]
 
 
 @pytest.mark.parametrize("reference", ["", "\\frac{", "####"])
 def test_math_does_not_apply_where_the_reference_is_no_mathematics(reference: str) -> None:
-    (reward,) = score("math", "4", answer=reference)
+    (reward,) = score("math_verify", "4", answer=reference)
     assert reward.total is None
     assert reward.failure is None
 
 
 def test_math_that_takes_too_long_fails_alone() -> None:
-    bomb, right = score("math", "\\boxed{9^{9^9}}", "42", answer="42")
+    bomb, right = score("math_verify", "\\boxed{9^{9^9}}", "42", answer="42")
     assert bomb.total is None
     assert "could not compare the answer in 2 s" in str(bomb.failure)
     assert right.total == 1
@@ -51,7 +51,7 @@ def test_math_that_takes_too_long_fails_alone() -> None:
 
 def test_math_without_a_reference_is_told_at_once() -> None:
     with pytest.raises(UsageError, match="answer or solution in every row"):
-        RewardPool(["math"], [], ["level"])
+        RewardPool(["math_verify"], [], ["level"])
 
 
 def test_choice_wants_the_letters() -> None:

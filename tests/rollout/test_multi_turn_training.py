@@ -135,7 +135,7 @@ def test_metrics_see_sampled_tokens_alone(policy64: LanguageModel, reference64: 
 
 
 METHODS = [
-    Method(kl_coef=0.05, importance_cap=2.0),
+    Method(kl_coef=0.05, tis_cap=2.0),
     Method(name="gspo", kl_coef=0.05),
     Method(name="reinforce-pp"),
     Method(name="rloo"),
@@ -204,9 +204,9 @@ def test_the_comparison_with_the_engine_leaves_out_what_was_said(policy64: Langu
 
 
 def test_the_reward_of_an_environment_is_a_part_by_hand() -> None:
-    given = Reward(0.5, {"number": 0.5}, extra={"x": 1})
+    given = Reward(0.5, {"last_number": 0.5}, extra={"x": 1})
     assert with_part(given, "environment", 2.0, 0.25) == Reward(
-        1.0, {"number": 0.5, "environment": 0.25}, extra={"x": 1}
+        1.0, {"last_number": 0.5, "environment": 0.25}, extra={"x": 1}
     )
     assert with_part(Reward(None, {}), "environment", 2.0, 0.25).total == 0.5
     assert with_part(given, "environment", 2.0, None).total == 0.5
@@ -353,9 +353,9 @@ def test_an_environment_that_fails_is_an_abstention_and_too_many_stop_the_run(ti
     settings = recipe(tiny_folder, run__steps=1, method__kl_coef=0.0, reward__functions=[], reward__failure_limit=0.75)
     settings["environment"] = {"name": f"{WORLDS}:Fails", "workers": 1, "turns": 1}
     result = train(settings, prompts=rows, out=tmp_path / "run")
-    assert result.metrics[0]["reward/abstained"] == 0.75
+    assert result.metrics[0]["reward/excluded"] == 0.75
     assert result.metrics[0]["environment/failed"] == 0.75
-    told = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["kind"] == "abstention"]
+    told = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["kind"] == "reward_failed"]
     assert len(told) == 3
     assert "get_reward is broken" in told[0]["message"]
     settings["reward"]["failure_limit"] = 0.5
@@ -368,7 +368,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     monkeypatch.setattr("gruppo.rollout.environments.client._python_pool", lambda _: FakePool())
     for changes, message in (
-        ({"method__name": "sft"}, 'source = "rows"'),
+        ({"method__name": "sft"}, 'source = "dataset"'),
         ({"reward_model__kind": "outcome"}, "reward_model"),
         ({"environment": {"name": "pyhton"}}, '"python"'),
         ({"environment": {"name": "python", "options": {"a": 1}}}, "remove"),

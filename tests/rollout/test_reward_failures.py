@@ -37,7 +37,7 @@ def test_broken_reward_stops_the_run_which_goes_on_when_it_is_mended(tiny_folder
     for words in ("step 4: 16 of 16 completions", "reward.failure_limit = 0.2", "f: RuntimeError: ", "line 3 of",
                   "gruppo rerun-reward ", "--resume"):  # fmt: skip
         assert words in told
-    events = [each for each in read_lines(out / "events.jsonl") if each["kind"] == "abstention"]
+    events = [each for each in read_lines(out / "events.jsonl") if each["kind"] == "reward_failed"]
     assert [(each["step"], each["reward"], each["completions"]) for each in events] == [(4, "f", 4)] * 4
     assert len({each["prompt_id"] for each in events}) == 4
     for event in events:
@@ -88,8 +88,8 @@ def test_few_failures_are_events_and_the_run_goes_on(tiny_folder: str, tmp_path:
     reward.write_text("def f(completions, **_): return [float('nan'), *map(float, map(len, completions[1:]))]\n")
     settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=2, reward__failure_limit=0.25)
     result = train(settings, prompts=ROWS, out=tmp_path / "run")
-    assert result.metrics[-1]["reward/abstained"] == 0.25
-    events = [each for each in read_lines(result.path / "events.jsonl") if each["kind"] == "abstention"]
+    assert result.metrics[-1]["reward/excluded"] == 0.25
+    events = [each for each in read_lines(result.path / "events.jsonl") if each["kind"] == "reward_failed"]
     assert [(each["step"], each["completions"]) for each in events] == [(1, 1)] * 4 + [(2, 1)] * 4
     assert {each["file"] for each in events} == {f"failures/{path.name}" for path in result.path.glob("failures/*")}
     assert rerun_reward(result.path / events[0]["file"])[0].failure == "f: returned nan"

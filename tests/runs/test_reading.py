@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import gruppo
-from gruppo.cli.console import ConsoleProgress
+from gruppo.runs.console import ConsoleProgress
 from gruppo.errors import UsageError
 from gruppo.runs import reading as opening
 from gruppo.runs.report import describe_run

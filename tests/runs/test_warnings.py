@@ -13,7 +13,7 @@ from gruppo.runs.reading import read_lines
 from gruppo.runs.warnings import CHECKS, PATIENCE, WarningEvent, WarningMonitor, warnings_of
 from tests.small_runs import killed, small_run
 
-WEIGHTS = {"number": 1.0, "regex": 0.5}
+WEIGHTS = {"last_number": 1.0, "regex": 0.5}
 RECORDED = Path("tests/runs/recorded")
 
 
@@ -21,8 +21,8 @@ def healthy(step: int) -> dict[str, Any]:
     """Noise without chance: a reward that rises, shorter and surer completions."""
     swing = (-1) ** step * 0.01
     return {
-        "step": step, "groups/with_signal": 0.6 + swing, "reward/mean": 0.2 + 0.01 * step + swing,
-        "reward/number/mean": 0.1 + 0.008 * step + swing, "reward/number/std": 0.3,
+        "step": step, "groups/nonzero_advantage": 0.6 + swing, "reward/mean": 0.2 + 0.01 * step + swing,
+        "reward/last_number/mean": 0.1 + 0.008 * step + swing, "reward/last_number/std": 0.3,
         "reward/regex/mean": 0.2 + 0.004 * step, "reward/regex/std": 0.2,
         "completion/length": 60.0 - 0.5 * step + 100 * swing, "completion/truncated": 0.3 + swing,
         "policy/entropy": 0.4 + 0.6 * 0.97**step + swing, "policy/kl": 0.001 * step,
@@ -74,7 +74,7 @@ def begun(lines: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 # A series that shows each, and the step at which it is told.
 SHOWN = {
-    "no_signal": (series(groups__with_signal=0.0), 24),
+    "no_nonzero_advantage": (series(groups__with_signal=0.0), 24),
     "evaluation_falls": (with_evaluations(series(), {0: 0.3, 10: 0.5, 20: 0.52, 30: 0.35, 40: 0.3}), 30),
     "lengths": (series(completion__length=lambda step: 50.0 + 8 * (step - 19)), 29),
     "everything_truncated": (series(completion__truncated=0.98), 22),
@@ -126,7 +126,7 @@ def test_recorded_runs_of_the_quickstart_are_silent(path: Path) -> None:
     """Its model and task, by several methods, in bfloat16."""
     lines = read_lines(path)
     assert len(lines) >= 12
-    assert warnings_of(lines, {"number": 1.0}, 0.05) == []
+    assert warnings_of(lines, {"last_number": 1.0}, 0.05) == []
 
 
 @pytest.mark.parametrize(

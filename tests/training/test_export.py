@@ -241,7 +241,7 @@ def test_model_in_memory_is_trained_as_a_copy_and_exports(tmp_path: Path) -> Non
     result = train(data, **given)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.dtype == torch.bfloat16
-    assert 'name = "given:LlamaForCausalLM"' in (tmp_path / "run" / "recipe.toml").read_text()
+    assert 'name = "in-memory:LlamaForCausalLM"' in (tmp_path / "run" / "recipe.toml").read_text()
     trained = result.load_model()
     assert trained.dtype == torch.float32
     assert not torch.equal(trained.lm_head.weight, before["lm_head.weight"].float())
@@ -253,7 +253,7 @@ def test_model_in_memory_is_trained_as_a_copy_and_exports(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="not those that this run began with"):
         train(data, **{**given, "model": make_policy(seed=1).model}, resume=True)
     with pytest.raises(UsageError, match="was in memory; give it again"):
-        train({**data, "model": {"name": "given:LlamaForCausalLM", "device": "cpu", "dtype": "float32"}},
+        train({**data, "model": {"name": "in-memory:LlamaForCausalLM", "device": "cpu", "dtype": "float32"}},
               prompts=ROWS, out=tmp_path / "run", resume=True)  # fmt: skip
 
 

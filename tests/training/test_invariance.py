@@ -307,7 +307,7 @@ def test_truncated_completion_is_trained_on_unless_masked() -> None:
 def test_group_of_one_has_no_signal() -> None:
     group = make_group([1, 2], [[3, 4]], [7.0])
     prepared([group], mask_truncated=False)
-    assert not group.has_signal
+    assert not group.has_nonzero_advantage
     assert group.skipped == "all advantages are 0: one completion"
 
 

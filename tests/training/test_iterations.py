@@ -33,7 +33,7 @@ def rounds(model: str, kind: str, **changes: Any) -> dict[str, Any]:
     settings = recipe(
         model, run__iterations=3, reward__functions=[VOWELS], reward__weights=[0.0], reward_model__kind=kind,
         reward_model__prompts=10, reward_model__epochs=2, reward_model__batch_size=8,
-        reward_model__learning_rate=1e-3, reward_model__history=0.2,
+        reward_model__learning_rate=1e-3, reward_model__replay_fraction=0.2,
     )  # fmt: skip
     if kind == "process":
         settings["method"]["name"] = "grpo-process"
@@ -197,7 +197,7 @@ def test_rules_that_fail_while_labelling_are_told_and_end_the_run(tiny_folder: s
     with pytest.raises(RunError, match="none with a label is left to train on"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
     events = read_lines(tmp_path / "run/events.jsonl")
-    assert [(each["kind"], each["completions"]) for each in events] == [("abstention", 40)]
+    assert [(each["kind"], each["completions"]) for each in events] == [("reward_failed", 40)]
 
 
 def test_labels_that_somebody_changed_are_not_learned_from(tiny_folder: str, tmp_path: Path) -> None:
@@ -247,8 +247,8 @@ def test_a_trained_model_judges_without_learning(
         ({"model__lora": {"rank": 2}}, r"run\.iterations = 3: the reference of adapters"),
         ({"method__name": "grpo-process"}, r'reward_model\.kind = "outcome": method\.credit = "step"'),
         ({"reward_model__kind": "process"}, r'reward_model\.kind = "process": method\.credit = "completion"'),
-        ({"method__name": "grpo-process", "method__refill_rounds": 2}, r"refill_rounds = 2"),
-        ({"reward_model__history": 1.0}, r"reward_model\.history = 1\.0"),
+        ({"method__name": "grpo-process", "method__dynamic_sampling_rounds": 2}, r"dynamic_sampling_rounds = 2"),
+        ({"reward_model__replay_fraction": 1.0}, r"reward_model\.replay_fraction = 1\.0"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: dict, message: str, tiny_folder: str) -> None:

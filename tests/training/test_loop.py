@@ -74,7 +74,7 @@ def test_every_step_has_its_metrics(finished: Result) -> None:
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
         assert {
-            "reward/mean", "reward/std", "reward/likes_letters/mean", "groups/with_signal", "reward/abstained",
+            "reward/mean", "reward/std", "reward/likes_letters/mean", "groups/nonzero_advantage", "reward/excluded",
             "advantage/max", "advantage/min", "policy/ratio_mean", "policy/ratio_max", "policy/clipped_low",
             "policy/clipped_high", "policy/kl", "engine/logprob_difference_mean", "engine/logprob_difference_max",
             "policy/entropy", "completion/length", "completion/truncated", "optimizer/gradient_norm",
@@ -189,11 +189,11 @@ def test_step_without_signal_makes_no_update_and_says_so(tiny_folder: str, tmp_p
     )
     before = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert result.summary["weights_sha256"] == weights_sha256(before)
-    events = [event for event in read_lines(tmp_path / "r" / "events.jsonl") if event["kind"] == "no_signal"]
+    events = [event for event in read_lines(tmp_path / "r" / "events.jsonl") if event["kind"] == "no_nonzero_advantage"]
     assert len(events) == 2
     assert "every trained completion has the same reward" in events[0]["message"]
     assert "not updated" in events[0]["message"]
-    assert result.metrics[0]["groups/with_signal"] == 0
+    assert result.metrics[0]["groups/nonzero_advantage"] == 0
     rows = pq.read_table(tmp_path / "r" / "rollouts" / "step-000001.parquet").to_pylist()
     assert all("same reward" in row["skipped"] for row in rows)
 
@@ -205,10 +205,10 @@ def test_rewards_that_fail_are_events_and_no_signal(tiny_folder: str, tmp_path: 
     settings = recipe(tiny_folder, run__steps=1, reward__failure_limit=1.0)
     result = train(settings, reward=breaks, prompts=ROWS, out=tmp_path / "r")
     assert result.metrics[0]["reward/mean"] is None
-    assert result.metrics[0]["reward/abstained"] == 1
+    assert result.metrics[0]["reward/excluded"] == 1
     events = read_lines(tmp_path / "r" / "events.jsonl")
     assert "not updated" in events[-1]["message"], "nothing was trained on, so the KL term moves nothing either"
-    assert sum(event["completions"] for event in events if event["kind"] == "abstention") == 16
+    assert sum(event["completions"] for event in events if event["kind"] == "reward_failed") == 16
     assert "RuntimeError: no" in events[0]["message"]
 
 
@@ -220,12 +220,12 @@ def test_metric_that_is_not_finite_is_null(tiny_folder: str, tmp_path: Path) -> 
     result = train(recipe(tiny_folder, run__steps=1), reward=logs, prompts=ROWS, out=tmp_path / "r")
     assert result.metrics[0]["reward/log/odd"] is None
     assert result.metrics[0]["reward/mean"] is None, "their sum overflows"
-    assert result.metrics[0]["groups/with_signal"] == 1
+    assert result.metrics[0]["groups/nonzero_advantage"] == 1
 
 
 def test_group_of_one_runs_without_signal(tiny_folder: str, tmp_path: Path) -> None:
     result = small_run(tiny_folder, tmp_path / "r", run__steps=1, sampling__group_size=1, method__kl_coef=0.0)
-    assert result.metrics[0]["groups/with_signal"] == 0
+    assert result.metrics[0]["groups/nonzero_advantage"] == 0
 
 
 def test_everything_truncated_and_masked(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_python_interface(tiny_folder: str, tmp_path: Path) -> None:
     assert line["reward/mean"] == pytest.approx(
         line["reward/likes_letters/mean"] + 0.5 * line["reward/exact_match/mean"]
     )
-    assert "given:likes_letters" in (tmp_path / "run" / "recipe.toml").read_text()
+    assert "in-memory:likes_letters" in (tmp_path / "run" / "recipe.toml").read_text()
 
 
 def test_questions_may_be_longer_than_prompts_where_they_fit(tiny_folder: str, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_bfloat16_run(tiny_folder: str, tmp_path: Path) -> None:
         ),
         ({"evaluation__task": "tests/functions_of_users.py:broken_task"}, "RuntimeError"),
         ({"evaluation__task": "tests/functions_of_users.py:no_rows"}, "not a list of rows"),
-        ({"reward__weights": [1.0], "reward__functions": ["number"]}, "answer = 'a' holds no number"),
+        ({"reward__weights": [1.0], "reward__functions": ["last_number"]}, "answer = 'a' holds no number"),
         ({"sampling__max_tokens": 1000}, "context of 128"),
     ],
 )
@@ -341,7 +341,7 @@ def test_wrong_data_and_rewards_are_told_before_weights_are_loaded(
 def test_groups_without_signal_are_dropped_and_refilled(tiny_folder: str, tmp_path: Path) -> None:
     """DAPO: a step trains on as many groups with a signal as it asked for; the others are written down as dropped."""
     result = small_run(
-        tiny_folder, tmp_path / "run", method__refill_rounds=30, method__kl_coef=0.0, run__steps=3, run__seed=1,
+        tiny_folder, tmp_path / "run", method__dynamic_sampling_rounds=30, method__kl_coef=0.0, run__steps=3, run__seed=1,
         reward__functions=["tests/rewards/functions.py:begins_with_a_letter"],
     )  # fmt: skip
     drawn = []
@@ -363,13 +363,13 @@ def test_groups_without_signal_are_dropped_and_refilled(tiny_folder: str, tmp_pa
 
 def test_refilling_is_bounded_and_says_when_it_gave_up(tiny_folder: str, tmp_path: Path) -> None:
     result = small_run(
-        tiny_folder, tmp_path / "run", method__refill_rounds=2, method__kl_coef=0.0, run__steps=1,
+        tiny_folder, tmp_path / "run", method__dynamic_sampling_rounds=2, method__kl_coef=0.0, run__steps=1,
         reward__functions=["tests/rewards/functions.py:waits"],
     )  # fmt: skip
     rows = pq.read_table(result.path / "rollouts/step-000001.parquet").to_pylist()
     assert {row["group"] for row in rows} == set(range(12)), "four groups, and four in each of two rounds"
     kinds = [event["kind"] for event in read_lines(result.path / "events.jsonl")]
-    assert kinds == ["refill_exhausted", "no_signal"]
+    assert kinds == ["dynamic_sampling_exhausted", "no_nonzero_advantage"]
     assert "optimizer/gradient_norm" not in result.metrics[0], "no update"
 
 

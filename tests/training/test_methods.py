@@ -35,7 +35,7 @@ def selected(group: Group, settings: Method) -> list[bool]:
 
 
 def test_rft_keeps_the_first_right_ones_without_duplicates() -> None:
-    settings = Method(name="rft", most_per_prompt=2)
+    settings = Method(name="rft", max_per_prompt=2)
     group = make_group([1, 2], [[3], [4], [3], [5], [6], [7]], [1.0, 1.0, 1.0, 0.0, 1.0, None])
     assert selected(group, settings) == [True, True, False, True, False, False]
     assign_advantages([group], settings, Metrics())
@@ -44,7 +44,7 @@ def test_rft_keeps_the_first_right_ones_without_duplicates() -> None:
 
 def test_right_is_what_the_recipe_says() -> None:
     group = make_group([1], [[2], [3], [4]], [0.3, 0.2, 0.1])
-    settings = Method(name="online-rft", right=0.2)
+    settings = Method(name="online-rft", success_threshold=0.2)
     assert selected(group, settings) == [True, True, True]
     assign_advantages([group], settings, Metrics())
     assert [row[0] for row in group.advantages] == [1.0, 0.0, 0.0]
@@ -54,12 +54,12 @@ def test_nothing_right_is_no_signal() -> None:
     group, settings = make_group([1], [[2], [3]], [0.0, 0.0]), Method(name="rft")
     selected(group, settings)
     assign_advantages([group], settings, Metrics())
-    assert not group.has_signal
+    assert not group.has_nonzero_advantage
     assert group.skipped == "all advantages are 0: no completion is right"
 
 
 def test_pairs_are_right_with_wrong_in_order() -> None:
-    settings = Method(name="dpo", most_per_prompt=2, aggregation="sequence-sum", pair_beta=0.5)
+    settings = Method(name="dpo", max_per_prompt=2, aggregation="sequence-sum", dpo_beta=0.5)
     group = make_group([1], [[2, 3], [4], [5], [6], [7], [8]], [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
     assert selected(group, settings) == [True, True, True, True, False, False]
     group.old_logprobs = [[-1.0, -2.0], [-1.0], [-3.0], [-1.0], None, None]
@@ -73,9 +73,9 @@ def test_pairs_are_right_with_wrong_in_order() -> None:
     assert group.advantages[2] == pytest.approx([2 * second], abs=1e-12)
     assert group.advantages[3] == pytest.approx([-2 * second], abs=1e-12)
     values = metrics.reduce()
-    assert values["pair/loss"] == pytest.approx((math.log1p(math.exp(-0.75)) + math.log1p(math.exp(1.0))) / 2)
-    assert values["pair/margin"] == pytest.approx(-0.25)
-    assert values["pair/accuracy"] == 0.5
+    assert values["dpo/loss"] == pytest.approx((math.log1p(math.exp(-0.75)) + math.log1p(math.exp(1.0))) / 2)
+    assert values["dpo/margin"] == pytest.approx(-0.25)
+    assert values["dpo/accuracy"] == 0.5
 
 
 def test_a_group_without_a_pair_is_skipped_with_the_reason() -> None:
@@ -154,15 +154,15 @@ def test_frozen_completions_are_the_start_models(method: str, tiny_folder: str, 
 def test_dpo_takes_rows_of_preferences(tiny_folder: str, tmp_path: Path) -> None:
     settings = without_reward(
         settings_of(
-            tiny_folder, "dpo", method__source="rows", method__aggregation="sequence-sum", run__steps=30,
+            tiny_folder, "dpo", method__source="dataset", method__aggregation="sequence-sum", run__steps=30,
             optimizer__learning_rate=0.01,
         )
     )  # fmt: skip
     result = train(settings, prompts=PREFERENCES, out=tmp_path / "run")
     first, last = result.metrics[0], result.metrics[-1]
-    assert first["pair/loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is the reference
-    assert last["pair/loss"] < first["pair/loss"]
-    assert last["pair/accuracy"] == 1.0
+    assert first["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is the reference
+    assert last["dpo/loss"] < first["dpo/loss"]
+    assert last["dpo/accuracy"] == 1.0
 
 
 def test_step_rewards_are_learned_from(tiny_folder: str, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_steps_are_not_left_unused(tiny_folder: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_rows_without_completions_are_told_with_the_shapes(method: str, tiny_folder: str, tmp_path: Path) -> None:
-    settings = without_reward(settings_of(tiny_folder, method, method__source="rows"))
+    settings = without_reward(settings_of(tiny_folder, method, method__source="dataset"))
     with pytest.raises(UsageError, match=r"row 1: it has no completion .*chosen"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
 
@@ -234,14 +234,14 @@ def test_long_completions_are_refused_or_left_out(tiny_folder: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"name": "rft", "importance_cap": 2.0}, "importance_cap = 2.0"),
-        ({"name": "sft", "refill_rounds": 1}, "refill_rounds = 1"),
+        ({"name": "rft", "tis_cap": 2.0}, "tis_cap = 2.0"),
+        ({"name": "sft", "dynamic_sampling_rounds": 1}, "dynamic_sampling_rounds = 1"),
         ({"name": "rft", "scale": "group"}, 'scale = "group"'),
         ({"name": "dpo", "kl_coef": 0.1}, "kl_coef = 0.1"),
         ({"name": "dpo", "baseline": "group"}, "baseline = 'group'"),
         ({"name": "dpo", "aggregation": "constant"}, 'aggregation = "constant"'),
         ({"name": "dpo", "inner_updates": 2}, "inner_updates = 2"),
-        ({"name": "dpo", "pair_beta": 0.0}, "pair_beta"),
+        ({"name": "dpo", "dpo_beta": 0.0}, "dpo_beta"),
     ],
 )
 def test_settings_that_contradict_each_other(method: dict[str, Any], message: str) -> None:
@@ -253,7 +253,9 @@ def test_rows_and_rewards_contradict_each_other(tiny_folder: str, tmp_path: Path
     with pytest.raises(RecipeError, match="scores nothing"):
         load_recipe(settings_of(tiny_folder, "sft"))
     with pytest.raises(UsageError, match="scores nothing"):
-        train(without_reward(settings_of(tiny_folder, "sft")), prompts=DEMONSTRATIONS, reward="number", out=tmp_path)
+        train(
+            without_reward(settings_of(tiny_folder, "sft")), prompts=DEMONSTRATIONS, reward="last_number", out=tmp_path
+        )
 
 
 def test_pairs_need_two_completions() -> None:

@@ -115,5 +115,7 @@ def test_a_grader_that_is_not_there_is_told_by_its_field(tiny_folder: str, tmp_p
 
 
 def test_an_audit_without_a_function_is_told_what_to_write(tiny_folder: str) -> None:
-    with pytest.raises(UsageError, match=r'audit\.function: missing; write e\.g\. function = "math" in \[audit\]'):
+    with pytest.raises(
+        UsageError, match=r'audit\.function: missing; write e\.g\. function = "math_verify" in \[audit\]'
+    ):
         load_recipe(recipe(tiny_folder, audit__share=0.5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from gruppo.config.renames import GRADERS as RENAMED
 from gruppo.errors import UsageError, nearest
 from gruppo.rewards.grading.last_number import same_text
 from gruppo.utils.imports import import_attribute
@@ -58,9 +59,9 @@ def _grade_gym(text: str, columns: Mapping[str, Any]) -> bool:
 
 
 GRADERS: dict[str, Grader] = {
-    "number": _grade_number,
+    "numeric_answer": _grade_number,
     "exact_match": _grade_exact,
-    "math": _grade_math,
+    "math_answer": _grade_math,
     "ocw": _grade_science,
     "choice": _grade_choice,
     "reasoning_gym": _grade_gym,
@@ -79,6 +80,8 @@ def find_grader(name: str) -> Grader:
     one."""
     if name in GRADERS:
         return GRADERS[name]
+    if name in RENAMED:
+        raise UsageError(f'evaluation.grader = "{name}": this grader is called "{RENAMED[name]}" now; write that')
     if ":" not in name:
         raise UsageError(f'evaluation.grader = "{name}": unknown grader{nearest(name, GRADERS)}')
     grader: Grader = import_attribute(name, "evaluation.grader")

@@ -36,7 +36,7 @@ class Verdict:
     others: Mapping[str, bool] = field(default_factory=dict)
 
     @property
-    def disputed(self) -> bool:
+    def ambiguous(self) -> bool:
         """Whether another rule grades the text otherwise."""
         return any(verdict != self.correct for verdict in self.others.values())
 
@@ -136,8 +136,8 @@ def _exact(text: str, columns: Mapping[str, Any]) -> Explained:
 
 
 _EXPLAINED: dict[str, Callable[[str, Mapping[str, Any]], Explained]] = {
-    "number": _number,
-    "math": _mathematics,
+    "numeric_answer": _number,
+    "math_answer": _mathematics,
     "ocw": _science,
     "choice": _choice,
     "exact_match": _exact,

@@ -61,7 +61,7 @@ class RewardPool:
         (gruppo.rollout.workers.limits). Raises UsageError where a function cannot be imported, made with its options, or
         called."""
         if not functions and workers:
-            raise UsageError('reward.functions = []: there is no reward; write e.g. functions = ["number"]')
+            raise UsageError('reward.functions = []: there is no reward; write e.g. functions = ["last_number"]')
         self.names = _unique([_name(function) for function in functions])
         self.weights = list(weights) or [1.0] * len(functions)
         if len(self.weights) != len(functions):

@@ -32,7 +32,9 @@ def test_the_list_is_large_and_has_both_kinds() -> None:
     kinds = Counter((row["grader"], row["correct"]) for row in ROWS)
     assert len(ROWS) >= 250
     assert all(
-        kinds[grader, correct] >= 9 for grader in ("number", "math", "choice", "ocw") for correct in (True, False)
+        kinds[grader, correct] >= 9
+        for grader in ("numeric_answer", "math_answer", "choice", "ocw")
+        for correct in (True, False)
     )
     assert all(row["why"] for row in ROWS)
     assert sum("known" in row for row in ROWS) <= len(ROWS) / 30

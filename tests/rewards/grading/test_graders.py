@@ -100,26 +100,26 @@ def test_mathematics_that_takes_too_long() -> None:
     """For a reward it is a failure; for a grader, an answer that was not shown to be right."""
     with pytest.raises(TimeoutError, match="in 2 s"):
         same_mathematics("\\boxed{9^{9^9}}", "42")
-    assert not find_grader("math")("\\boxed{9^{9^9}}", {"answer": "42"})
+    assert not find_grader("math_answer")("\\boxed{9^{9^9}}", {"answer": "42"})
 
 
 def test_math_grader() -> None:
-    assert find_grader("math")("\\boxed{0.5}", {"answer": "\\frac12"})
-    assert find_grader("math")("\\boxed{0.5}", {"solution": "so \\boxed{\\frac12}"})
+    assert find_grader("math_answer")("\\boxed{0.5}", {"answer": "\\frac12"})
+    assert find_grader("math_answer")("\\boxed{0.5}", {"solution": "so \\boxed{\\frac12}"})
     with pytest.raises(UsageError, match="cannot be read as mathematics"):
-        find_grader("math")("4", {"answer": ""})
+        find_grader("math_answer")("4", {"answer": ""})
     with pytest.raises(UsageError, match="no answer"):
-        find_grader("math")("4", {})
+        find_grader("math_answer")("4", {})
 
 
 def test_graders() -> None:
-    assert find_grader("number")("so 4", {"answer": 4})
+    assert find_grader("numeric_answer")("so 4", {"answer": 4})
     assert find_grader("exact_match")(" four\n", {"answer": "four"})
     assert not find_grader("exact_match")("so four", {"answer": "four"})
     with pytest.raises(UsageError, match="no answer"):
-        find_grader("number")("4", {"solution": 4})
-    with pytest.raises(UsageError, match='"number"'):
-        find_grader("numbr")
+        find_grader("numeric_answer")("4", {"solution": 4})
+    with pytest.raises(UsageError, match='"numeric_answer"'):
+        find_grader("numeric_answr")
 
 
 @pytest.mark.parametrize(

@@ -12,28 +12,28 @@ from gruppo.rewards.grading.verdicts import LONGEST, verdicts
 
 
 def test_a_verdict_says_what_was_found_and_how() -> None:
-    verdict = verdicts("So 18. The answer is 20 dollars.", {"answer": "20"}, "number")
+    verdict = verdicts("So 18. The answer is 20 dollars.", {"answer": "20"}, "numeric_answer")
     assert (verdict.correct, verdict.rule) == (True, "answer is")
     assert verdict.extracted == "20 dollars."
     assert verdict.others == {"answer is": True, "last number": True, "last plain number": True}
-    assert not verdict.disputed
+    assert not verdict.ambiguous
 
 
 def test_rules_that_differ_are_seen() -> None:
-    verdict = verdicts("\\boxed{18}, for the 7 days of a week.", {"answer": "18"}, "number")
+    verdict = verdicts("\\boxed{18}, for the 7 days of a week.", {"answer": "18"}, "numeric_answer")
     assert verdict.correct
     assert verdict.others == {"boxed": True, "last number": False, "last plain number": False}
-    assert verdict.disputed
-    changed = verdicts("\\boxed{18}. No, the answer is 20.", {"answer": "18"}, "number")
+    assert verdict.ambiguous
+    changed = verdicts("\\boxed{18}. No, the answer is 20.", {"answer": "18"}, "numeric_answer")
     assert not changed.correct
     assert changed.others["boxed"]
 
 
 def test_mathematics() -> None:
-    verdict = verdicts("$x = \\frac{1}{2}$", {"answer": "0.5"}, "math")
+    verdict = verdicts("$x = \\frac{1}{2}$", {"answer": "0.5"}, "math_answer")
     assert (verdict.correct, verdict.extracted, verdict.rule) == (True, None, "whole text")
     assert verdict.others["math-verify"]
-    boxed = verdicts("$\\boxed{\\{2,1\\}}$", {"solution": "so \\boxed{\\{1,2\\}}"}, "math")
+    boxed = verdicts("$\\boxed{\\{2,1\\}}$", {"solution": "so \\boxed{\\{1,2\\}}"}, "math_answer")
     assert boxed.others == {"boxed": True}
 
 
@@ -41,7 +41,7 @@ def test_science_says_what_one_percent_would() -> None:
     verdict = verdicts("$\\boxed{1.61}$ cm", {"answer": "1.6"}, "ocw")
     assert not verdict.correct
     assert verdict.others["within 1 %"]
-    assert verdict.disputed
+    assert verdict.ambiguous
 
 
 def test_choices() -> None:
@@ -57,7 +57,7 @@ def test_other_graders() -> None:
     own = verdicts("x", {}, "tests.rewards.grading.test_verdicts:always")
     assert (own.correct, own.extracted, own.others) == (True, None, {})
     with pytest.raises(UsageError, match="no answer"):
-        verdicts("4", {}, "number")
+        verdicts("4", {}, "numeric_answer")
 
 
 def always(text: str, columns: object) -> bool:
@@ -65,14 +65,22 @@ def always(text: str, columns: object) -> bool:
 
 
 def test_an_extract_is_short() -> None:
-    verdict = verdicts("The answer is 5" + " and so on" * 100, {"answer": "5"}, "number")
+    verdict = verdicts("The answer is 5" + " and so on" * 100, {"answer": "5"}, "numeric_answer")
     assert verdict.extracted is not None
     assert len(verdict.extracted) <= LONGEST
 
 
 @pytest.mark.parametrize(
     ("grader", "answer"),
-    [("number", ""), ("number", "…"), ("number", None), ("choice", ""), ("choice", "…"), ("math", ""), ("ocw", "")],
+    [
+        ("numeric_answer", ""),
+        ("numeric_answer", "…"),
+        ("numeric_answer", None),
+        ("choice", ""),
+        ("choice", "…"),
+        ("math_answer", ""),
+        ("ocw", ""),
+    ],
 )
 def test_a_reference_that_cannot_be_read_is_told(grader: str, answer: object) -> None:
     with pytest.raises(UsageError, match="answer = "):
@@ -85,7 +93,7 @@ def test_mathematics_in_a_thread_is_told() -> None:
 
     def grade() -> None:
         try:
-            GRADERS["math"]("\\boxed{(x+1)^2 - 3}", {"answer": "x^2+2x-2"})
+            GRADERS["math_answer"]("\\boxed{(x+1)^2 - 3}", {"answer": "x^2+2x-2"})
         except RuntimeError as error:
             caught.append(error)
 

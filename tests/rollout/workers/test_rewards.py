@@ -37,7 +37,7 @@ def totals(rewards: list[Reward]) -> list[float | None]:
 def test_import_path_builtin_file_function_and_object() -> None:
     assert totals(score(f"{HOME}:length", "ab", "c")) == [2, 1]
     assert totals(score("tests/rewards/functions.py:length", "ab", "c")) == [2, 1]
-    assert totals(score("number", "is 4", "is 5", answer="4")) == [1, 0]
+    assert totals(score("last_number", "is 4", "is 5", answer="4")) == [1, 0]
     assert totals(score("exact_match", "4", "is 4", answer="4")) == [1, 0]
     factor = 3
     assert totals(score(lambda completions, **_: [factor] * len(completions), "a", "b")) == [3, 3]
@@ -63,7 +63,7 @@ def test_conversations_arrive_as_messages() -> None:
     rewards = score(reads, "a", "b", chat=True, level=7)
     assert [reward.failure for reward in rewards] == [None, None]
     assert totals(rewards) == [1, 2]
-    assert totals(score("number", "so 4", chat=True, answer=4)) == [1]
+    assert totals(score("last_number", "so 4", chat=True, answer=4)) == [1]
 
 
 def test_group_comes_in_one_call() -> None:
@@ -149,7 +149,7 @@ def test_rewards_run_in_other_processes() -> None:
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("numbr", ["numbr", 'did you mean "number"']),
+        ("last_numbr", ["last_numbr", 'did you mean "last_number"']),
         ("no.such.module:f", ["no.such.module:f", "cannot be imported"]),
         (f"{HOME}:none_such", ["none_such"]),
         (f"{HOME}:not_callable", ["callable"]),
@@ -157,7 +157,7 @@ def test_rewards_run_in_other_processes() -> None:
         (f"{HOME}:takes_nothing", ["takes no completions"]),
         (f"{HOME}:positional", ["positional-only"]),
         ("none.py:f", ["none.py"]),
-        ("number", ["answer"]),
+        ("last_number", ["answer"]),
     ],
 )
 def test_unusable_function_is_told_at_once(function: str, words: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the command line shows: bars with rates and time left on a terminal, plain lines elsewhere."""
+"""Progress on the console: bars with rates and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from gruppo.utils.progress import Advance, visible
+from gruppo.errors import UsageError
+from gruppo.utils.progress import Advance, NullProgress, visible
+from gruppo.utils.progress import Progress as ProgressProtocol
 
 QUIET_SECONDS = 10.0
 _BRIEF = {"Sampling", "Rewarding", "Updating", "Saving"}
@@ -114,6 +116,15 @@ class ConsoleProgress:
         self.output.file.flush()
 
 
+def choose_progress(progress: bool | ProgressProtocol) -> ProgressProtocol:
+    """The argument `progress` of public functions: True shows progress on the console, False shows nothing."""
+    if isinstance(progress, bool):
+        return ConsoleProgress() if progress else NullProgress()
+    if not all(callable(getattr(progress, name, None)) for name in ("bar", "note", "step")):
+        raise UsageError(f"progress = {progress!r}: give True, False, or an object with bar, note and step")
+    return progress
+
+
 def _step_line(m: Mapping[str, Any]) -> str:
     if exams := [
         name.removesuffix("/accuracy") for name in m if name.startswith("eval/") and name.endswith("/accuracy")
@@ -136,7 +147,7 @@ def _step_line(m: Mapping[str, Any]) -> str:
     parts = [
         f"step {m['step']:>4}",
         f"reward {_number(m.get('reward/mean'), '.3f')}",
-        f"signal {_number(m.get('groups/with_signal'), '.0%')} of groups",
+        f"signal {_number(m.get('groups/nonzero_advantage'), '.0%')} of groups",
         f"length {_number(m.get('completion/length'), '.1f')}",
         f"entropy {_number(m.get('policy/entropy'), '.2f')}",
     ]

@@ -1,0 +1,144 @@
+"""`gruppo sample`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gruppo.cli.options import Device, Dtype, Trust
+from gruppo.errors import UsageError
+from gruppo.utils.progress import visible
+
+if TYPE_CHECKING:
+    from gruppo.runs.console import ConsoleProgress
+    from gruppo.types import Completion
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, run folder, .gguf file, or smollm2-135m-instruct.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help='The prompt; "-" reads it from standard input.')
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system text before the prompt.")] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(
+            help='A conversation in place of --prompt: a JSON list of messages, or a file of one; "-" reads it.'
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of completions.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens only; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that have this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Only tokens with this share of the likeliest one's probability.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 256,
+    min_tokens: Annotated[int, typer.Option(help="Fewest tokens of a completion.")] = 0,
+    stop_text: Annotated[
+        list[str] | None, typer.Option("--stop", help="End a completion before this text; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Use the prompt as it is, without the chat template.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per line: text, token_ids, logprobs, finish_reason.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust: Trust = False,
+) -> None:
+    """Sample completions of a prompt."""
+    from gruppo.config.loading import load_recipe
+
+    decoding = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "min_tokens": min_tokens,
+        "stop": stop_text or [],
+    }  # fmt: skip
+    evaluation = load_recipe(
+        {"model": {"name": model, "device": device, "dtype": dtype}, "evaluation": {"decoding": decoding}}
+    ).evaluation
+    assert evaluation is not None
+    content = _content(prompt, system, messages, plain)
+    from gruppo.data.loading import checked_rows
+    from gruppo.data.tokenization import tokenize_rows
+    from gruppo.engines import build_engine
+    from gruppo.engines.native.engine import choose_slots
+    from gruppo.evaluation.sets import sampling_params
+    from gruppo.models.loading import find_model, load_model
+    from gruppo.models.precision import choose_device, choose_dtype
+    from gruppo.rollout.sampling import sample_groups
+    from gruppo.runs.console import ConsoleProgress
+    from gruppo.utils.signals import stop_on_signals
+
+    params = sampling_params(evaluation.decoding, max_tokens)
+    choose_dtype(dtype, choose_device(device))
+    progress = ConsoleProgress()
+    with stop_on_signals(kills=True) as stop, stop.interruptible():
+        source = find_model(model, progress, trust_remote_code=trust)
+        if isinstance(content, list) and len(content) == 1 and not source.tokenizer.chat_template:
+            content = content[0]["content"]  # a base model reads the text alone
+        rows = checked_rows([{"prompt": content}], "--prompt")
+        prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, "--prompt", source.vocabulary)
+        policy = load_model(source, device, dtype, progress)
+        engine = build_engine(policy, choose_slots(policy, len(prompts[0].token_ids), max_tokens, count))
+        streams = [[(seed, number) for number in range(count)]]
+        (completions,) = sample_groups(engine, prompts, streams, params, progress, stop)
+    for number, completion in enumerate(completions, start=1):
+        _show(completion, number if count > 1 else None, as_json, progress)
+
+
+def _content(prompt: str | None, system: str | None, messages: str | None, plain: bool) -> str | list[dict[str, Any]]:
+    """The text or the messages that the options ask to complete. Raises UsageError."""
+    if messages is not None:
+        if prompt is not None or system is not None or plain:
+            raise UsageError("--messages: holds the whole conversation; leave out --prompt, --system and --plain")
+        return _conversation(messages)
+    text = sys.stdin.read() if prompt == "-" else "What is 3 + 4?" if prompt is None else prompt
+    if plain:
+        if system is not None:
+            raise UsageError("--system: needs the chat template, which --plain leaves out; drop one of them")
+        return text
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [*before, {"role": "user", "content": text}]
+
+
+def _conversation(messages: str) -> list[dict[str, Any]]:
+    text = sys.stdin.read() if messages == "-" else messages
+    if not text.lstrip().startswith("["):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--messages {messages}: cannot be read ({error}); give a JSON list or a file") from None
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UsageError(
+            f'--messages: is not JSON ({error}); write e.g. [{{"role": "user", "content": "Hi"}}]'
+        ) from None
+    fine = isinstance(content, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in content
+    )
+    if not fine or not content:
+        raise UsageError('--messages: is not a list of messages; write e.g. [{"role": "user", "content": "Hi"}]')
+    return list(content)
+
+
+def _show(completion: Completion, number: int | None, as_json: bool, progress: ConsoleProgress) -> None:
+    if as_json:
+        content = {
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "token_ids": completion.token_ids,
+            "logprobs": completion.sampling_logprobs,
+        }
+        typer.echo(json.dumps(content))
+        return
+    if number is not None:
+        total = sum(completion.sampling_logprobs)
+        progress.result(
+            f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason}, log-probability {total:.2f})"
+        )
+    typer.echo(visible(completion.text))

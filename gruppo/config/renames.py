@@ -1,0 +1,127 @@
+"""Names that changed after revision 790d39a: recipe fields, their values, and what run folders hold.
+
+A user's recipe that writes an old name is refused with the new one. Run folders that an older version made are read
+through this table, so they resume, export, reproduce and evaluate as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+# (table, old field) -> new field
+FIELDS = {
+    ("method", "right"): "success_threshold",
+    ("method", "most_per_prompt"): "max_per_prompt",
+    ("method", "distinct"): "deduplicate",
+    ("method", "pair_beta"): "dpo_beta",
+    ("method", "refill_rounds"): "dynamic_sampling_rounds",
+    ("method", "importance_cap"): "tis_cap",
+    ("reward_model", "history"): "replay_fraction",
+    ("reward_model", "history_capacity"): "replay_capacity",
+}
+# (table, field) -> {old value: new value}
+GRADERS = {"number": "numeric_answer", "math": "math_answer"}
+REWARDS = {"number": "last_number", "math": "math_verify"}
+VALUES = {
+    ("method", "source"): {"live": "policy", "frozen": "initial", "rows": "dataset"},
+    ("evaluation", "grader"): GRADERS,
+    ("benchmarks", "grader"): GRADERS,
+    ("reward", "functions"): REWARDS,
+    ("audit", "function"): REWARDS,
+}
+PREFIX = ("given:", "in-memory:")  # of what a run was given from Python
+
+METRICS = {
+    "groups/with_signal": "groups/nonzero_advantage",
+    "reward/abstained": "reward/excluded",
+    "audit/abstained": "audit/excluded",
+    "pair/loss": "dpo/loss",
+    "pair/margin": "dpo/margin",
+    "pair/accuracy": "dpo/accuracy",
+}
+FIGURES = {"ended_share": "finished_share", "disagreement_share": "ambiguous_share"}  # of evaluations
+EVENTS = {
+    "abstention": "reward_failed",
+    "no_signal": "no_nonzero_advantage",
+    "refill_exhausted": "dynamic_sampling_exhausted",
+    "grading": "ambiguous_answer",
+}
+WARNINGS = {"no_signal": "no_nonzero_advantage"}
+COLUMNS = {"exam": "eval_set"}  # of Parquet tables
+RESULTS = {"exams": "sets"}  # of results.json
+
+
+def new_field(table: str, field: str) -> str | None:
+    """The new name of a field; None where it has no other."""
+    return FIELDS.get((table, field))
+
+
+def new_value(table: str, field: str, value: Any) -> str | None:
+    """The new name of a field's value; None where it has no other."""
+    return VALUES.get((table, field), {}).get(value) if isinstance(value, str) else None
+
+
+def translate_recipe(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe of an older run folder in the names of now; one that has them already comes back unchanged."""
+    made = copy.deepcopy(dict(data))
+    for (table, old), new in FIELDS.items():
+        if isinstance(made.get(table), dict) and old in made[table]:
+            made[table][new] = made[table].pop(old)
+    for (table, field), values in VALUES.items():
+        for section in made[table] if isinstance(made.get(table), list) else [made.get(table)]:
+            if isinstance(section, dict) and field in section:
+                section[field] = _translated(section[field], values)
+    reward = made.get("reward")
+    if isinstance(reward, dict) and isinstance(reward.get("options"), dict):
+        reward["options"] = {REWARDS.get(name, name): held for name, held in reward["options"].items()}
+    for table, field in (("model", "name"), ("task", "name"), ("reward", "functions")):
+        if isinstance(made.get(table), dict) and field in made[table]:
+            made[table][field] = _in_memory(made[table][field])
+    return made
+
+
+def _translated(value: Any, values: Mapping[str, str]) -> Any:
+    if isinstance(value, list):
+        return [_translated(each, values) for each in value]
+    return values.get(value, value) if isinstance(value, str) else value
+
+
+def _in_memory(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_in_memory(each) for each in value]
+    old, new = PREFIX
+    return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
+
+
+def renamed_parts(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Parts of the reward that an older run folder has under another name: those of built-in functions."""
+    reward = recipe.get("reward")
+    functions = reward.get("functions") if isinstance(reward, dict) else None
+    return {old: new for old, new in REWARDS.items() if isinstance(functions, list) and old in functions}
+
+
+def translate_metrics(line: Mapping[str, Any], parts: Mapping[str, str]) -> dict[str, Any]:
+    """A line of metrics in the names of now; `parts`: see `renamed_parts`."""
+    return {_metric(name, parts): value for name, value in line.items()}
+
+
+def _metric(name: str, parts: Mapping[str, str]) -> str:
+    if name in METRICS:
+        return METRICS[name]
+    head, *rest = name.split("/")
+    if head == "reward" and len(rest) == 2 and rest[0] in parts:
+        return "/".join((head, parts[rest[0]], rest[1]))
+    if head == "eval" and rest and rest[-1] in FIGURES:
+        return "/".join((head, *rest[:-1], FIGURES[rest[-1]]))
+    return name
+
+
+def translate_event(event: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of events in the names of now."""
+    made = dict(event)
+    made["kind"] = EVENTS.get(made.get("kind", ""), made.get("kind"))
+    if made["kind"] == "warning":
+        made["warning"] = WARNINGS.get(made.get("warning", ""), made.get("warning"))
+    return {COLUMNS.get(name, name): value for name, value in made.items()}
