@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gruppo.data import few_shot as examples
 from gruppo.data.benchmark_rows import read_choice, read_formula, read_number
-from gruppo.data.few_shot import Example
+from gruppo.data.few_shot import Example, examples_of
 from gruppo.types import Row
 
 Language = Literal["en", "zh"]
@@ -28,11 +27,11 @@ FORMATS = ("chat", "text")
 class Benchmark:
     """A public set by its name.
 
-    `hub`: its repository, `config` and `options` what else `load_dataset` needs; `splits`: ours and theirs. `aliases`:
-    how its files are called, `several`: that several such files make it up, `header`: the columns of copies in CSV or
-    TSV that do not name them. `read`: a row of any of its copies as question, answer, choices. `shots`: the usual
-    number of `examples` in a few-shot prompt. `family`: training on a set of the same family makes it in-domain.
-    `keep`: which rows of the repository belong to it.
+    `hub`: its repository on the hub; `config`, `options`: what else `load_dataset` needs; `splits`: our names of splits
+    -> those of the repository. `aliases`: names of its files; `several`: names of files that make it up together;
+    `header`: the columns of CSV and TSV copies that do not name them. `read`: turns a row of any copy into question,
+    answer and choices. `few_shot`: the name of its worked examples. `family`: training on a set of the same family makes
+    it in-domain. `keep`: which rows of the repository belong to it.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Benchmark:
     hub: str
     read: Reader
     grader: str
-    examples: Sequence[Example]
+    few_shot: str
     language: Language = "en"
     config: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,8 +52,13 @@ class Benchmark:
     keep: Callable[[Mapping[str, Any]], bool] | None = None
 
     @property
+    def examples(self) -> Sequence[Example]:
+        """Worked examples for few-shot prompts."""
+        return examples_of(self.few_shot)
+
+    @property
     def shots(self) -> int:
-        """How many examples a few-shot prompt has, unless it is told otherwise."""
+        """How many examples a few-shot prompt has by default."""
         return len(self.examples)
 
 
@@ -99,75 +103,75 @@ _IN_TRAIN = {"test": "train"}  # sets to test with whose repository calls their 
 
 ALL_BENCHMARKS = (
     Benchmark(
-        "gsm8k", "GSM8K", "openai/gsm8k", read_number, "numeric_answer", examples.WORD_PROBLEMS,
+        "gsm8k", "GSM8K", "openai/gsm8k", read_number, "numeric_answer", "word_problems",
         config="main", aliases=("gsm8k", "grade_school_math"),
     ),
     Benchmark(
-        "math", "MATH", "DigitalLearningGmbH/MATH-lighteval", read_formula, "math_answer", examples.COMPETITION,
+        "math", "MATH", "DigitalLearningGmbH/MATH-lighteval", read_formula, "math_answer", "competition",
         aliases=("math", "hendrycks_math", "competition_math", "math_500", "math500"), kind="formula",
         several=("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                  "prealgebra", "precalculus"),
     ),
     Benchmark(
-        "mgsm-zh", "MGSM-zh", "juletxara/mgsm", read_number, "numeric_answer", examples.CHINESE_WORD_PROBLEMS, "zh",
+        "mgsm-zh", "MGSM-zh", "juletxara/mgsm", read_number, "numeric_answer", "chinese_word_problems", "zh",
         options={"revision": "refs/convert/parquet", "data_dir": "zh"}, splits=_ONLY_TEST, aliases=("mgsm_zh",),
         header=("question", "answer"),
     ),
     Benchmark(
-        "cmath", "CMATH", "weitianwen/cmath", read_number, "numeric_answer", examples.CHINESE_WORD_PROBLEMS, "zh",
+        "cmath", "CMATH", "weitianwen/cmath", read_number, "numeric_answer", "chinese_word_problems", "zh",
         splits=_ONLY_TEST, aliases=("cmath",),
     ),
     Benchmark(
         "sat", "SAT mathematics, May 2023", "mcaleste/sat_multiple_choice_math_may_23", read_choice, "choice",
-        examples.CHOICES, splits=_IN_TRAIN, aliases=("sat", "sat_math", "math_sat"), kind="choice",
+        "choices", splits=_IN_TRAIN, aliases=("sat", "sat_math", "math_sat"), kind="choice",
     ),
     Benchmark(
-        "ocw", "OCWCourses", "math-ai/minervamath", read_formula, "ocw", examples.SCIENCE,
+        "ocw", "OCWCourses", "math-ai/minervamath", read_formula, "ocw", "science",
         splits=_ONLY_TEST, aliases=("ocw", "ocwcourses", "ocw_courses"), family="ocw", kind="formula",
     ),
     Benchmark(
         "minerva", "Minerva Math, another copy of OCWCourses", "math-ai/minervamath", read_formula, "ocw",
-        examples.SCIENCE, splits=_ONLY_TEST, aliases=("minerva", "minerva_math", "minervamath"), family="ocw",
+        "science", splits=_ONLY_TEST, aliases=("minerva", "minerva_math", "minervamath"), family="ocw",
         kind="formula",
     ),
     Benchmark(
         "mmlu-stem", "MMLU, its 18 subjects of science and technology", "cais/mmlu", read_choice, "choice",
-        examples.CHOICES, config="all", splits={"test": "test", "validation": "validation"},
+        "choices", config="all", splits={"test": "test", "validation": "validation"},
         aliases=("mmlu_stem", "mmlu"), kind="choice", keep=is_stem, several=sorted(STEM_SUBJECTS),
         header=("question", "A", "B", "C", "D", "answer"),
     ),
     Benchmark(
         "gaokao-mathcloze", "AGIEval Gaokao, blanks", "hails/agieval-gaokao-mathcloze", read_formula, "math_answer",
-        examples.CHINESE_BLANKS, "zh", splits=_ONLY_TEST, aliases=("gaokao_mathcloze", "gaokao_math_cloze"),
+        "chinese_blanks", "zh", splits=_ONLY_TEST, aliases=("gaokao_mathcloze", "gaokao_math_cloze"),
         kind="blanks",
     ),
     Benchmark(
         "gaokao-mathqa", "AGIEval Gaokao, multiple choice", "hails/agieval-gaokao-mathqa", read_choice, "choice",
-        examples.CHINESE_CHOICES, "zh", splits=_ONLY_TEST, aliases=("gaokao_mathqa", "gaokao_math_qa"), kind="choice",
+        "chinese_choices", "zh", splits=_ONLY_TEST, aliases=("gaokao_mathqa", "gaokao_math_qa"), kind="choice",
     ),
     Benchmark(
-        "svamp", "SVAMP", "ChilleD/SVAMP", read_number, "numeric_answer", examples.WORD_PROBLEMS, aliases=("svamp",)
+        "svamp", "SVAMP", "ChilleD/SVAMP", read_number, "numeric_answer", "word_problems", aliases=("svamp",)
     ),
     Benchmark(
-        "asdiv", "ASDiv", "EleutherAI/asdiv", read_number, "numeric_answer", examples.WORD_PROBLEMS,
+        "asdiv", "ASDiv", "EleutherAI/asdiv", read_number, "numeric_answer", "word_problems",
         splits={"test": "validation"}, aliases=("asdiv",),
     ),
     Benchmark(
-        "mawps", "MAWPS", "MU-NLPC/Calc-mawps", read_number, "numeric_answer", examples.WORD_PROBLEMS,
+        "mawps", "MAWPS", "MU-NLPC/Calc-mawps", read_number, "numeric_answer", "word_problems",
         splits={"train": "train", "test": "test", "validation": "validation"}, aliases=("mawps",),
         several=("singleop", "addsub", "multiarith", "singleeq", "simuleq", "singleop_test"),
     ),
     Benchmark(
-        "gsm-hard", "GSM-Hard", "reasoning-machines/gsm-hard", read_number, "numeric_answer", examples.WORD_PROBLEMS,
+        "gsm-hard", "GSM-Hard", "reasoning-machines/gsm-hard", read_number, "numeric_answer", "word_problems",
         splits=_IN_TRAIN, aliases=("gsm_hard", "gsmhard", "gsmhardv2"),
     ),
     Benchmark(
-        "aqua", "AQuA-RAT", "deepmind/aqua_rat", read_choice, "choice", examples.CHOICES, config="raw",
+        "aqua", "AQuA-RAT", "deepmind/aqua_rat", read_choice, "choice", "choices", config="raw",
         splits={"train": "train", "test": "test", "validation": "validation"}, aliases=("aqua", "aqua_rat"),
         kind="choice",
     ),
     Benchmark(
-        "aime", "AIME 2024", "Maxwell-Jia/AIME_2024", read_formula, "math_answer", examples.COMPETITION, splits=_IN_TRAIN,
+        "aime", "AIME 2024", "Maxwell-Jia/AIME_2024", read_formula, "math_answer", "competition", splits=_IN_TRAIN,
         aliases=("aime", "aime_2024", "aime2024", "aime24", "aime_24", "aime_2024_problems", "aime_2025", "aime2025",
                  "aime25", "aime_25"), several=("aime2025_i", "aime2025_ii"), kind="formula",
     ),

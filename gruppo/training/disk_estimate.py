@@ -1,37 +1,31 @@
-"""How much disk a run will need, before it starts.
+"""How much disk a run needs, estimated before it starts.
 
-Weights are counted tensor by tensor. Of tables a trial is made in memory: rows as a run writes them, of the longest
-completions, whose tokens are those of the prompts and whose log-probabilities are random. So tables come out smaller
-than foretold where completions are shorter; nothing else does.
+Weights are counted tensor by tensor. Tables of completions are estimated by a few measured sizes, as if every
+completion had the most tokens, so they come out smaller.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor, nn
 
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import named_weights, save_base, trained_weights
-from gruppo.runs.tables import EVALUATIONS, LABELS, ROLLOUTS
-from gruppo.training.memory_estimate import EvalWorkload, Workload
+from gruppo.training.memory_estimate import Workload
 from gruppo.utils.disk import free_bytes, gigabytes, held_bytes
 
-TRIAL_TOKENS = 8_000  # of completions in a trial table
 HEADER = 110  # bytes that a file of tensors spends on naming one
 LINE = 2_500  # bytes of a step in metrics.jsonl and events.jsonl
+# Bytes of a table as Parquet compresses it: of the file, a row, a token (its id and texts), and a real number.
+FILE, ROW, TOKEN, REAL = 9_000, 60, 5.0, 5.0
 TABLES = ("rollouts", "evaluations", "labels")
 
 
@@ -91,12 +85,12 @@ def still_needed(folder: Path, forecast: Mapping[str, Any]) -> str | None:
     return f"{folder}: {gigabytes(free)} are free there, and the run may need {gigabytes(needed)} more"
 
 
-def forecast_disk(
-    recipe: Recipe, policy: LanguageModel, work: Workload, prompts: Sequence[Sequence[int]], start_weights: bool = False
-) -> Disk:
-    """The disk that a run of the policy (with its adapters) will need. `prompts`: token ids of some of its prompts;
-    `start_weights`: those of the start model are kept too. Value and reward models are taken to have the policy's size;
-    groups that a step draws in place of dropped ones (method.dynamic_sampling_rounds) are not counted."""
+def forecast_disk(recipe: Recipe, policy: LanguageModel, work: Workload, start_weights: bool = False) -> Disk:
+    """The disk that a run of the policy (with its adapters) needs.
+
+    `start_weights`: the weights of the start model are kept too. Value and reward models are assumed to have the
+    policy's size. Groups that dynamic sampling adds to a step are not counted.
+    """
     whole, trained = _weights(named_weights(policy.model)), trained_weights(policy.model)
     adapters = _bytes(trained.values()) if recipe.model.lora is not None else 0
     layers = _scalar_model(policy)
@@ -108,23 +102,13 @@ def forecast_disk(
     references = min(recipe.run.iterations - 1, 1 + (kept > 2)) if recipe.method.needs_reference else 0
     base = _base_bytes(policy)
     rounds = recipe.run.iterations if judged else 0
-    tables = {
-        "rollouts": recipe.run.steps * _table(ROLLOUTS, _rollout, recipe, policy, work, prompts, work.completions),
-        "evaluations": sum(
-            exam.times * _table(EVALUATIONS, partial(_answer, exam), recipe, policy, work, prompts, exam.answers)
-            for exam in work.exams
-        ),
-    }
-    if recipe.reward_model is not None and judged:
-        labelled = recipe.reward_model.prompts * recipe.sampling.group_size
-        tables["labels"] = rounds * _table(LABELS, _label, recipe, policy, work, prompts, labelled)
     parts = {
         "checkpoints": kept * checkpoint,
         "model": result + base + (layers + base if judged else 0),
         "adapter": adapters,
         "base": base + (result if start_weights else 0),
         "reference": references * whole,
-        **tables,
+        **_tables(recipe, work, rounds),
         "logs": LINE * (recipe.run.steps + rounds) + 10_000,
     }
     saving = (checkpoint if most > kept else 0) + (whole if recipe.run.iterations - 1 > references > 0 else 0)
@@ -188,87 +172,20 @@ def _base_bytes(policy: LanguageModel) -> int:
         return held_bytes(Path(folder))
 
 
-_Row = Callable[[Recipe, Workload, Sequence[int], "_Draw", str], dict[str, Any]]
+def _tables(recipe: Recipe, work: Workload, rounds: int) -> dict[str, int]:
+    """Bytes of the tables by folder, if every completion has the most tokens."""
+    by_token = recipe.method.credit in {"token", "value", "step"}
+    lists = 2 + work.reference + by_token + 2 * work.critic  # of log-probabilities, advantages, values, returns
+    tables = {
+        "rollouts": recipe.run.steps * _table(work.completions, work.max_tokens, lists),
+        "evaluations": sum(each.times * _table(each.answers, each.answer_tokens, 1) for each in work.exams),
+    }
+    if recipe.reward_model is not None and rounds:
+        labelled = recipe.reward_model.prompts * recipe.sampling.group_size
+        tables["labels"] = rounds * _table(labelled, work.max_tokens, 0)
+    return tables
 
 
-class _Draw:
-    """Tokens and numbers of a trial."""
-
-    def __init__(self, policy: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
-        self.random = np.random.default_rng(0)
-        self.known = np.array([token for prompt in prompts for token in prompt])
-        self.texts = {int(each): str(policy.tokenizer.decode([int(each)])) for each in np.unique(self.known)}
-
-    def tokens(self, count: int) -> list[int]:
-        return [int(each) for each in self.random.choice(self.known, count)]
-
-    def logprobs(self, count: int) -> list[float]:
-        return [float(each) for each in -self.random.exponential(size=count).astype(np.float32)]
-
-    def text(self, tokens: Sequence[int]) -> str:
-        return "".join(self.texts[token] for token in tokens)
-
-
-def _table(
-    schema: pa.Schema, row: _Row, recipe: Recipe, policy: LanguageModel, work: Workload,
-    prompts: Sequence[Sequence[int]], rows: int,
-) -> int:  # fmt: skip
-    """Bytes of a table of so many rows: written whole if it is small, else by what further rows add to a few."""
-    if not rows:
-        return 0
-    length = max(1, work.max_tokens, *(exam.answer_tokens for exam in work.exams))
-    few = min(rows, max(2, TRIAL_TOKENS // length))
-    draw = _Draw(policy, prompts)
-
-    def size(count: int) -> int:
-        chosen = [prompts[(number // work.group_size) % len(prompts)] for number in range(count)]
-        made = [row(recipe, work, prompt, draw, f"{recipe.task.name}/{number}") for number, prompt in enumerate(chosen)]
-        target = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(made, schema), target, compression="zstd", write_page_checksum=True)
-        return target.tell()
-
-    whole = size(few)
-    if few == rows:
-        return whole
-    fixed = size(1)
-    return whole + (whole - fixed) * (rows - few) // (few - 1)
-
-
-def _rollout(recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw, name: str) -> dict[str, Any]:
-    count, method = work.max_tokens, recipe.method
-    tokens, number = draw.tokens(count), draw.random.random()
-    own = draw.logprobs(count) if method.credit in {"token", "value", "step"} else [number] * count
-    return {
-        "step": 1, "group": 1, "completion": 1, "prompt_id": name, "prompt": draw.text(prompt), "columns": "{}",
-        "text": draw.text(tokens), "finish_reason": "length", "policy_version": 1, "reward": number,
-        "reward_parts": f'{{"reward": {number}}}', "steps": "{}", "extra": "{}", "trained": True,
-        "prompt_token_ids": list(prompt), "token_ids": tokens, "token_texts": [draw.texts[each] for each in tokens],
-        "mask": [True] * count, "sampling_logprobs": draw.logprobs(count), "old_logprobs": draw.logprobs(count),
-        "ref_logprobs": draw.logprobs(count) if work.reference else None, "advantages": own,
-        "values": draw.logprobs(count + 1) if work.critic else None,
-        "returns": draw.logprobs(count) if work.critic else None,
-    }  # fmt: skip
-
-
-def _answer(
-    exam: EvalWorkload, recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw, name: str
-) -> dict[str, Any]:
-    tokens = draw.tokens(exam.answer_tokens)
-    return {
-        "eval_set": exam.name, "prompt_id": name, "sample": 0, "question": draw.text(prompt), "columns": "{}",
-        "answer": draw.text(tokens), "correct": False, "extracted": "12", "rule": "number", "other_rules": "{}",
-        "vote": "= 12", "score": None, "finish_reason": "length", "episode": None, "token_ids": tokens,
-        "mask": [True] * len(tokens), "logprobs": draw.logprobs(len(tokens)),
-    }  # fmt: skip
-
-
-def _label(recipe: Recipe, work: Workload, prompt: Sequence[int], draw: _Draw, name: str) -> dict[str, Any]:
-    tokens = draw.tokens(work.max_tokens)
-    ends = list(range(9, len(tokens), 10))
-    steps = ends if recipe.reward_model is not None and recipe.reward_model.kind == "process" else []
-    return {
-        "prompt_id": name, "prompt": draw.text(prompt), "columns": "{}", "prompt_token_ids": list(prompt),
-        "text": draw.text(tokens), "token_ids": tokens, "finish_reason": "length", "right": True,
-        "step_texts": [draw.text(tokens[max(0, end - 9) : end + 1]) for end in steps], "step_ends": steps,
-        "step_text_ends": steps, "soft": [float(draw.random.random()) for _ in steps], "hard": [True] * len(steps),
-    }  # fmt: skip
+def _table(rows: int, tokens: int, lists: int) -> int:
+    """Bytes of one table; `tokens` of a row; `lists`: how many lists of real numbers a row has."""
+    return FILE + rows * (ROW + round(tokens * (TOKEN + REAL * lists))) if rows else 0

@@ -25,7 +25,8 @@ from gruppo.runs.atomic import publish, writing
 from gruppo.runs.console import choose_progress
 from gruppo.runs.folder import checkpoint_folders
 from gruppo.runs.reading import read_object, reading, require_own
-from gruppo.training.model_card import accuracy_of, card
+from gruppo.training.model_card import accuracy_of, model_card
+from gruppo.utils.paths import is_dir, user_path
 from gruppo.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ def export(
                 chat = _write_model(source / "base", merged, building, recipe, options, shown)
         else:
             chat = _write_model(source / "base", weights, building, recipe, options, shown)
-        text = card(recipe, state, environment, dtype, chat, adapter)
-        (building / "README.md").write_text(text, encoding="utf-8")
+        start = user_path(recipe.model.name)
+        card = model_card(recipe, state, environment, dtype, chat, adapter, start if is_dir(start) else None)
+        (building / "README.md").write_text(str(card), encoding="utf-8")
         written = list(building.iterdir())
         size = sum(path.stat().st_size for path in written)
     return Export(target, state.step, accuracy_of(state, state.step), len(written), size)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
+from huggingface_hub import ModelCard, ModelCardData
 
 from gruppo.config.methods import METHODS
 from gruppo.config.recipe import Recipe
@@ -17,42 +18,70 @@ from gruppo.config.recipe import Recipe
 if TYPE_CHECKING:
     from gruppo.training.checkpoint import State
 
+# alias of a model -> its name on the hub, its license
+ORIGINS = {"smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
-def card(
-    recipe: Recipe, state: State, environment: Mapping[str, Any], dtype: str, chat: bool, adapter: bool = False
-) -> str:
-    """The model card: what the model is, method, data, figures, the command that makes it again, how to load it."""
-    front = {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": sorted({"gruppo", "grpo", recipe.method.name}),
-    }
-    front |= {"base_model": recipe.model.name} if _on_hub(recipe.model.name) else {}
-    if sets := [task.name for task in recipe.tasks if _on_hub(task.name)]:
-        front["datasets"] = sets
-    step = f"step {state.step} of {recipe.run.steps}"
-    what = "An adapter for " if adapter else ""
+
+def model_card(
+    recipe: Recipe,
+    state: State,
+    environment: Mapping[str, Any],
+    dtype: str,
+    chat: bool,
+    adapter: bool = False,
+    start_model: Path | None = None,
+) -> ModelCard:
+    """The card of an exported model: what it is, how to use it, method, data, results, and the recipe that trained it.
+
+    `chat`: the tokenizer has a chat template. `adapter`: a LoRA adapter and not a whole model. `start_model`: the
+    folder of the start model, whose own card names its license.
+    """
+    base, license_name = _origin(recipe.model.name, start_model)
+    data = ModelCardData(
+        base_model=base,
+        datasets=[task.name for task in recipe.tasks if _on_hub(task.name)] or None,
+        library_name="peft" if adapter else "transformers",
+        license=license_name,
+        pipeline_tag="text-generation",
+        tags=sorted({"gruppo", "grpo", recipe.method.name, *(["lora"] if recipe.model.lora else [])}),
+    )
+    inputs = _CHAT if chat else _TEXT
+    template = _USE_ADAPTER if adapter else _USE
     sections = [
-        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items()) + "---",
+        f"---\n{data.to_yaml()}\n---",
         f"# {recipe.run.name}",
-        f"{what}`{_portable(recipe.model.name)}` after {step} of [Group Relative Policy Optimization]"
-        f"(https://arxiv.org/abs/2402.03300) with gruppo, weights in {dtype}.",
+        f"{'A LoRA adapter for' if adapter else 'Trained from'} `{_portable(base or recipe.model.name)}` with [Group "
+        "Relative Policy Optimization](https://arxiv.org/abs/2402.03300) by gruppo: step "
+        f"{state.step} of {recipe.run.steps}, weights in {dtype}.",
         "## Use",
-        (_USE_ADAPTER if adapter else _USE).format(inputs=_CHAT if chat else _TEXT, base=_portable(recipe.model.name)),
+        template.format(inputs=inputs, base=_portable(base or recipe.model.name)),
         "## Method",
         _method(recipe),
         "## Data",
         _data(recipe, environment),
-        "## Figures",
-        _figures(recipe, state),
-        "## Made by",
-        _made_by(recipe, environment),
+        "## Results",
+        _results(recipe, state),
+        "## How it was trained",
+        _how(recipe, environment),
     ]
-    return "\n\n".join(sections) + "\n"
+    return ModelCard("\n\n".join(sections) + "\n")
+
+
+def _origin(name: str, folder: Path | None) -> tuple[str | None, str | None]:
+    """The start model's name on the hub and its license, as far as they are known."""
+    if name in ORIGINS:
+        return ORIGINS[name]
+    own = ModelCardData()
+    if folder is not None and (folder / "README.md").is_file():
+        with suppress(Exception):  # somebody else's file: anything can be wrong with it
+            own = ModelCard.load(folder / "README.md").data
+    named = name if _on_hub(name) else getattr(own, "base_model", None)
+    return (named if isinstance(named, str) else None), getattr(own, "license", None)
 
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 model = AutoModelForCausalLM.from_pretrained("this folder")
 inputs = {inputs}
@@ -63,6 +92,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 _USE_ADAPTER = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
 tokenizer = AutoTokenizer.from_pretrained("{base}")
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
 inputs = {inputs}
@@ -83,12 +113,12 @@ def _method(recipe: Recipe) -> str:
     row, sampling, optimizer = METHODS[recipe.method.name], recipe.sampling, recipe.optimizer
     rows = {
         "method": f"`{recipe.method.name}`: {row.equation}",
-        "signal": row.signal,
+        "advantage": row.signal,
         "loss": row.loss,
-        "a step": f"{sampling.prompts_per_step} questions × {sampling.group_size} completions of at most "
+        "step": f"{sampling.prompts_per_step} questions × {sampling.group_size} completions of at most "
         f"{sampling.max_tokens} tokens at temperature {sampling.temperature:g}",
         "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g} ({optimizer.schedule}), "
-        f"{recipe.method.inner_updates} updates a step",
+        f"{recipe.method.inner_updates} updates per step",
         "parameters": ", ".join(
             f"{name} = {_portable(value)}" for name, value in recipe.method.model_dump().items() if name != "name"
         ),
@@ -103,21 +133,21 @@ def _data(recipe: Recipe, environment: Mapping[str, Any]) -> str:
     rewards = zip(recipe.reward.functions, weights, strict=True)
     names = ", ".join(f"`{_portable(task.name)}`" for task in recipe.tasks)
     rows = {
-        "questions": names + (f", {environment['prompts']} rows" if "prompts" in environment else ""),
+        "prompts": names + (f", {environment['prompts']} rows" if "prompts" in environment else ""),
         "rewards": ", ".join(f"`{_portable(name)}` (weight {weight:g})" for name, weight in rewards) or "none",
     }
     if recipe.evaluation:
         task = recipe.evaluation.task
-        held = f"`{_portable(task.name)}`" if task else "the held-out part of the task"
-        rows["held-out questions"] = f"{held}, judged by `{_portable(recipe.evaluation.grader)}`"
+        held = f"`{_portable(task.name)}`" if task else "the held-out share of the task"
+        rows["held-out questions"] = f"{held}, graded by `{_portable(recipe.evaluation.grader)}`"
     return _two_columns(rows)
 
 
-def _figures(recipe: Recipe, state: State) -> str:
+def _results(recipe: Recipe, state: State) -> str:
     rows = {
-        f"held-out accuracy {when}": f"{figures['accuracy']:.1%} (95 % interval {figures['interval'][0]:.1%} to "
+        f"held-out accuracy {when}": f"{figures['accuracy']:.1%} (95% interval {figures['interval'][0]:.1%} to "
         f"{figures['interval'][1]:.1%}, {figures['questions']} questions)"
-        for when, step in (("before", 0), (f"after step {state.step}", state.step))
+        for when, step in (("before training", 0), (f"after step {state.step}", state.step))
         if (figures := state.evaluations.get(str(step)))
     }
     rows |= {
@@ -128,23 +158,23 @@ def _figures(recipe: Recipe, state: State) -> str:
     return _two_columns(rows)
 
 
-def _made_by(recipe: Recipe, environment: Mapping[str, Any]) -> str:
+def _how(recipe: Recipe, environment: Mapping[str, Any]) -> str:
     given = [
         what
         for what, names in (
             ("the model", [recipe.model.name]),
-            ("the questions", [task.name for task in recipe.tasks]),
-            ("reward functions", recipe.reward.functions),
+            ("the prompts", [task.name for task in recipe.tasks]),
+            ("the reward functions", recipe.reward.functions),
         )
         if any(name.startswith("in-memory:") for name in names)
     ]
     if given:
-        how = f'`gruppo.train("recipe.toml", …)` from Python, which was given {", ".join(given)} (`in-memory:` below)'
+        how = f'`gruppo.train("recipe.toml", …)` in Python, with {", ".join(given)} from memory (`in-memory:` below)'
     else:
         how = "`gruppo train recipe.toml`"
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     return (
-        f"{how}, with the recipe below; Python {environment['python']}, {versions}; products in "
+        f"{how}, with the recipe below; Python {environment['python']}, {versions}; matrix multiplications in "
         f"{environment['chosen']['dtype']} on {environment['chosen']['device']}.\n\n"
         f"```toml\n{tomli_w.dumps(_portable(tomllib.loads(recipe.to_toml())))}```"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
@@ -50,6 +49,5 @@ class Free:
 
 
 def disk_of(recipe: Recipe, policy: LanguageModel, inputs: RunInputs, start_weights: bool = False) -> Disk:
-    """The disk of a run of this policy, with tables of rows like its first prompts'."""
-    some = [prompt.token_ids for prompt in islice(inputs.prompts, 64)]
-    return forecast_disk(recipe, policy, workload(recipe, inputs), some, start_weights)
+    """The disk of a run of this policy, with its tables."""
+    return forecast_disk(recipe, policy, workload(recipe, inputs), start_weights)

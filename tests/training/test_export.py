@@ -28,7 +28,7 @@ from gruppo.runs.results import Result
 from gruppo.training.api import train
 from gruppo.training.checkpoint import load_state
 from gruppo.training.export import export
-from gruppo.training.model_card import card
+from gruppo.training.model_card import model_card
 from gruppo.training.run import TrainingRun
 from gruppo.utils.files import file_sha256
 from tests.conftest import END, make_policy, make_tokenizer
@@ -179,13 +179,13 @@ def test_card(finished: Result, exported: Path, tmp_path: Path) -> None:
     low, high = finished.summary["interval_after"]
     for words in (
         f"{finished.summary['accuracy_before']:.1%}",
-        f"{finished.summary['accuracy_after']:.1%} (95 % interval {low:.1%} to {high:.1%}, 3 questions)",
+        f"{finished.summary['accuracy_after']:.1%} (95% interval {low:.1%} to {high:.1%}, 3 questions)",
         "DeepSeekMath (2402.03300) Eq. 3",
         "kl_coef = 0.02",
         "4 questions × 4 completions of at most 8 tokens",
         "`tests/rewards/functions.py:likes_letters` (weight 1)",
         "18 rows",
-        "`held out.jsonl`, judged by `exact_match`",
+        "`held out.jsonl`, graded by `exact_match`",
         "seed",
         f"transformers {json.loads((finished.path / 'environment.json').read_text())['packages']['transformers']}",
         "AutoModelForCausalLM.from_pretrained",
@@ -207,16 +207,18 @@ def test_lines_of_the_card_load_the_model(exported: Path) -> None:
     assert done.stdout.startswith("<abc>=")
 
 
-def test_card_of_hub_models_and_data_names_them(finished: Result) -> None:
+def test_card_of_hub_models_and_data_names_them(finished: Result, tmp_path: Path) -> None:
     data = recipe("someone/model-1B", method__name="dapo") | {
         "task": {"name": "openai/gsm8k", "system": "/no_think a/b"}
     }
     state = load_state(sorted((finished.path / "checkpoints").iterdir())[-1])
     environment = json.loads((finished.path / "environment.json").read_text())
-    text = card(gruppo.load_recipe(data), state, environment, "float32", chat=False)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# The start model\n")
+    text = str(model_card(gruppo.load_recipe(data), state, environment, "float32", False, start_model=tmp_path))
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "someone/model-1B"
     assert front["datasets"] == ["openai/gsm8k"]
+    assert front["license"] == "mit"
     assert "dapo" in front["tags"]
     assert "`gruppo train recipe.toml`" in text
     assert "/no_think a/b" in text
@@ -249,7 +251,7 @@ def test_model_in_memory_is_trained_as_a_copy_and_exports(tmp_path: Path) -> Non
     assert again.summary["weights_sha256"] == result.summary["weights_sha256"]
     export(tmp_path / "run", tmp_path / "out")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight, trained.lm_head.weight)
-    assert "given the model, the questions" in (tmp_path / "out" / "README.md").read_text()
+    assert "with the model, the prompts" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(UsageError, match="not those that this run began with"):
         train(data, **{**given, "model": make_policy(seed=1).model}, resume=True)
     with pytest.raises(UsageError, match="was in memory; give it again"):
