@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 from gruppo.utils.renamed_modules import install_aliases
 from gruppo.utils.torch_settings import configure_torch
@@ -75,6 +76,9 @@ install_aliases()
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"gruppo.{_HOMES[name]}"), name)
+    if name == "replay":
+        warn("gruppo.replay is now gruppo.reproduce; write that", FutureWarning, stacklevel=2)
+        return import_module("gruppo.training.reproduce").reproduce
     raise AttributeError(f"module 'gruppo' has no attribute {name!r}")
 
 

@@ -1,7 +1,7 @@
-"""Names that changed after revision 790d39a: recipe fields, their values, and what run folders hold.
+"""Names that changed after revision 790d39a: recipe fields, their values, and names in run folders.
 
-A user's recipe that writes an old name is refused with the new one. Run folders that an older version made are read
-through this table, so they resume, export, reproduce and evaluate as before.
+A recipe that uses an old name is refused, and the message gives the new one. Run folders of older versions are read
+through these tables, so they resume, export, reproduce and evaluate as before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VALUES = {
     ("reward", "functions"): REWARDS,
     ("audit", "function"): REWARDS,
 }
-PREFIX = ("given:", "in-memory:")  # of what a run was given from Python
+PREFIX = ("given:", "in-memory:")  # old and new prefix of objects passed from Python
 
 METRICS = {
     "groups/with_signal": "groups/nonzero_advantage",
@@ -41,7 +41,7 @@ METRICS = {
     "pair/margin": "dpo/margin",
     "pair/accuracy": "dpo/accuracy",
 }
-FIGURES = {"ended_share": "finished_share", "disagreement_share": "ambiguous_share"}  # of evaluations
+FIGURES = {"ended_share": "finished_share", "disagreement_share": "ambiguous_share"}  # figures of evaluations
 EVENTS = {
     "abstention": "reward_failed",
     "no_signal": "no_nonzero_advantage",
@@ -49,61 +49,60 @@ EVENTS = {
     "grading": "ambiguous_answer",
 }
 WARNINGS = {"no_signal": "no_nonzero_advantage"}
-COLUMNS = {"exam": "eval_set"}  # of Parquet tables
-RESULTS = {"exams": "sets"}  # of results.json
+COLUMNS = {"exam": "eval_set"}  # columns of Parquet tables
+RESULTS = {"exams": "sets"}  # keys of results.json
 
 
 def new_field(table: str, field: str) -> str | None:
-    """The new name of a field; None where it has no other."""
+    """The new name of a field; None if it was not renamed."""
     return FIELDS.get((table, field))
 
 
 def new_value(table: str, field: str, value: Any) -> str | None:
-    """The new name of a field's value; None where it has no other."""
+    """The new name of a field's value; None if it was not renamed."""
     return VALUES.get((table, field), {}).get(value) if isinstance(value, str) else None
 
 
 def translate_recipe(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe of an older run folder in the names of now; one that has them already comes back unchanged."""
-    made = copy.deepcopy(dict(data))
+    """A recipe of an older run folder with the current names; a recipe that already has them is unchanged."""
+    recipe = copy.deepcopy(dict(data))
     for (table, old), new in FIELDS.items():
-        if isinstance(made.get(table), dict) and old in made[table]:
-            made[table][new] = made[table].pop(old)
+        if isinstance(recipe.get(table), dict) and old in recipe[table]:
+            recipe[table][new] = recipe[table].pop(old)
     for (table, field), values in VALUES.items():
-        for section in made[table] if isinstance(made.get(table), list) else [made.get(table)]:
+        for section in recipe[table] if isinstance(recipe.get(table), list) else [recipe.get(table)]:
             if isinstance(section, dict) and field in section:
                 section[field] = _translated(section[field], values)
-    reward = made.get("reward")
+    reward = recipe.get("reward")
     if isinstance(reward, dict) and isinstance(reward.get("options"), dict):
-        reward["options"] = {REWARDS.get(name, name): held for name, held in reward["options"].items()}
-    for table, field in (("model", "name"), ("task", "name"), ("reward", "functions")):
-        if isinstance(made.get(table), dict) and field in made[table]:
-            made[table][field] = _in_memory(made[table][field])
-    return made
+        reward["options"] = {REWARDS.get(name, name): options for name, options in reward["options"].items()}
+    return {table: _in_memory(content) for table, content in recipe.items()}
 
 
 def _translated(value: Any, values: Mapping[str, str]) -> Any:
     if isinstance(value, list):
-        return [_translated(each, values) for each in value]
+        return [_translated(item, values) for item in value]
     return values.get(value, value) if isinstance(value, str) else value
 
 
 def _in_memory(value: Any) -> Any:
     if isinstance(value, list):
-        return [_in_memory(each) for each in value]
+        return [_in_memory(item) for item in value]
+    if isinstance(value, dict):
+        return {_in_memory(name): _in_memory(item) for name, item in value.items()}
     old, new = PREFIX
     return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
 
 
 def renamed_parts(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Parts of the reward that an older run folder has under another name: those of built-in functions."""
+    """Old name -> new name of the reward parts that were renamed: built-in functions that the recipe uses."""
     reward = recipe.get("reward")
     functions = reward.get("functions") if isinstance(reward, dict) else None
     return {old: new for old, new in REWARDS.items() if isinstance(functions, list) and old in functions}
 
 
 def translate_metrics(line: Mapping[str, Any], parts: Mapping[str, str]) -> dict[str, Any]:
-    """A line of metrics in the names of now; `parts`: see `renamed_parts`."""
+    """A line of metrics with the current names; `parts`: see `renamed_parts`."""
     return {_metric(name, parts): value for name, value in line.items()}
 
 
@@ -119,9 +118,9 @@ def _metric(name: str, parts: Mapping[str, str]) -> str:
 
 
 def translate_event(event: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of events in the names of now."""
-    made = dict(event)
-    made["kind"] = EVENTS.get(made.get("kind", ""), made.get("kind"))
-    if made["kind"] == "warning":
-        made["warning"] = WARNINGS.get(made.get("warning", ""), made.get("warning"))
-    return {COLUMNS.get(name, name): value for name, value in made.items()}
+    """A line of events with the current names."""
+    translated = dict(event)
+    translated["kind"] = EVENTS.get(translated.get("kind", ""), translated.get("kind"))
+    if translated["kind"] == "warning":
+        translated["warning"] = WARNINGS.get(translated.get("warning", ""), translated.get("warning"))
+    return {COLUMNS.get(name, name): value for name, value in translated.items()}

@@ -1,9 +1,9 @@
-"""status.json, the heartbeat of a run: what its process is doing, and when it last said so.
+"""status.json, the heartbeat of a run: what its process is doing, and when it last wrote this file.
 
-A reader compares `heartbeat` with the clock to tell a run that is alive from one that died without a word. `attempt`
-counts the times the run was started or resumed. A resume cuts metrics.jsonl and events.jsonl back to the checkpoint
-that it continues from; `cut_back_to` holds the bytes that were left of each. So a reader that follows those files
-begins them again from the start when `attempt` changes.
+A reader compares `heartbeat` with the clock to tell a live run from one that died. `attempt` counts how often the run
+was started or resumed. A resume truncates metrics.jsonl and events.jsonl to the checkpoint that it continues from, and
+`truncated_to` has the remaining size of each in bytes. A reader that follows those files reads them again from the
+start when `attempt` changes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ SECONDS = 1.0  # the file is written at most this often
 
 @dataclass(frozen=True)
 class Status:
-    """The content of status.json. `phase`: "Sampling", "Updating", …; `done` of `total` `unit`s of it are done.
-    `state`: "running", or how the run ended: "done", "stopped", "interrupted", "failed"."""
+    """The content of status.json.
+
+    `state`: "running", or how the run ended: "done", "stopped", "interrupted" or "failed". `phase`: "Sampling",
+    "Updating", …; `done` of its `total` units are done, and `unit` names them. `heartbeat`: time of the last write, UTC
+    in ISO 8601. `truncated_to`: file name -> bytes that the last resume kept.
+    """
 
     state: str = "running"
     phase: str = "Starting"
@@ -40,11 +44,11 @@ class Status:
     process_id: int = 0
     heartbeat: str = ""
     attempt: int = 1
-    cut_back_to: Mapping[str, int] = field(default_factory=dict)
+    truncated_to: Mapping[str, int] = field(default_factory=dict)
 
 
 class StatusFile:
-    """Writes status.json. It is a convenience for readers: a disk that is full does not stop the run here."""
+    """Writes status.json for readers of the run folder. A full disk does not stop the run here."""
 
     def __init__(self, folder: Path, steps: int | None = None) -> None:
         self.path = folder / FILE
@@ -54,7 +58,7 @@ class StatusFile:
         self._written = float("-inf")
 
     def update(self, now: bool = False, **changes: Any) -> None:
-        """Change some fields; the file follows at most once per second, or `now`."""
+        """Change some fields. The file is written at most once per second; `now`: at once, and safe from a power cut."""
         self.status = replace(self.status, **changes)
         if not now and time.monotonic() - self._written < SECONDS:
             return
@@ -63,13 +67,16 @@ class StatusFile:
         temporary = self.path.with_name(f"{FILE}.writing")
         try:
             temporary.write_text(json.dumps(asdict(self.status), indent=1), encoding="utf-8")
-            publish(temporary, self.path)
+            if now:
+                publish(temporary, self.path)
+            else:
+                temporary.replace(self.path)
         except OSError:
             temporary.unlink(missing_ok=True)
 
 
 def read_status(folder: Path) -> Status | None:
-    """The status of a run; None where there is no such file, or one that cannot be read."""
+    """The status of a run. None if the file is missing or cannot be read."""
     path = folder / FILE
     if not path.is_file():
         return None
