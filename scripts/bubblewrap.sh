@@ -1,6 +1,6 @@
 #!/bin/sh
-# Get bubblewrap where there is no bwrap that runs: its package unpacked into FOLDER/bubblewrap, which needs no root;
-# else installed, as root; else it is told how, and the tests of the sandbox are skipped.
+# Install bubblewrap if no working bwrap is available. First its package is unpacked into FOLDER/bubblewrap, which needs
+# no root; if that fails and we are root, it is installed. Otherwise a message says that the sandbox tests are skipped.
 #
 #   sh scripts/bubblewrap.sh FOLDER
 set -u
@@ -32,5 +32,5 @@ elif root; then
         command -v "${install%% *}" >/dev/null && $install bubblewrap >/dev/null 2>&1
     done
 fi
-runs || echo "There is no bubblewrap, and it could not be got: the tests of the sandbox are skipped (docs/sandbox.md)."
+runs || echo "bubblewrap is missing and could not be installed: the sandbox tests are skipped (see docs/sandbox.md)."
 exit 0

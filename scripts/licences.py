@@ -1,4 +1,4 @@
-"""Write docs/licences.md: the licence of each package of constraints.txt, as its own metadata says.
+"""Write docs/licences.md: the licence of every package in constraints.txt, according to its metadata.
 
 make licences    (after a change of constraints.txt)
 """
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from lock import name_of, pins
 
-HEADER = """# Licences of what is installed
+HEADER = """# Licences of installed packages
 
-<!-- Made by `make licences` from the packages' own metadata. -->
+<!-- Written by `make licences` from the packages' metadata. -->
 
-gruppo is Apache-2.0. It contains no code of these packages, and none of them comes with it: pip installs them, in the
-versions of `constraints.txt`. What gruppo needs itself is in `requirements.lock`, what tests, checks and benchmarks
-need besides in `requirements-dev.lock`. torch is chosen by the Makefile; its builds for CUDA bring NVIDIA's libraries
-under NVIDIA's own terms.
+gruppo is licensed under Apache-2.0. It contains no code of these packages and does not ship them: pip installs them in
+the versions of `constraints.txt`. The dependencies of gruppo are in `requirements.lock`; the additional packages for
+tests, checks and benchmarks are in `requirements-dev.lock`. The Makefile chooses the torch build; CUDA builds include
+NVIDIA's libraries under NVIDIA's terms.
 
 | package | version | licence |
 | --- | --- | --- |
@@ -26,22 +26,22 @@ under NVIDIA's own terms.
 
 def licence(name: str) -> str:
     """The licence of an installed package: its SPDX expression, its classifiers, or the first line of its text."""
-    held = metadata.metadata(name)
-    if expression := held.get("License-Expression"):
+    fields = metadata.metadata(name)
+    if expression := fields.get("License-Expression"):
         return str(expression)
-    classes = [
-        each.rpartition(" :: ")[2] for each in held.get_all("Classifier") or [] if each.startswith("License :: ")
+    classifiers = [
+        line.rpartition(" :: ")[2] for line in fields.get_all("Classifier") or [] if line.startswith("License :: ")
     ]
-    named = [each for each in classes if each != "OSI Approved"]
-    first = (held.get("License") or "").strip().partition("\n")[0][:60]
-    return ", ".join(named) or first or "not said; see its repository"
+    names = [name for name in classifiers if name != "OSI Approved"]
+    first = (fields.get("License") or "").strip().partition("\n")[0][:60]
+    return ", ".join(names) or first or "not stated; see its repository"
 
 
 def main() -> None:
     """Write the page."""
     versions = {name: line.partition("==")[2] for name, line in pins().items()}
     rows = {name: f"| {name} | {version} | {licence(name)} |" for name, version in versions.items()}
-    rows["torch"] = f"| torch | by the Makefile | {licence('torch')} |"
+    rows["torch"] = f"| torch | chosen by the Makefile | {licence('torch')} |"
     Path("docs/licences.md").write_text(HEADER + "\n".join(rows[name] for name in sorted(rows, key=name_of)) + "\n")
 
 

