@@ -1,10 +1,10 @@
-"""gruppo beside its peers, alternately and in one go: `make bench`, or `.venv/bin/python benchmarks/bench.py --help`.
+"""Compare gruppo with its peers in one run: `make bench`, or `.venv/bin/python benchmarks/bench.py --help`.
 
-Every side is a process of its own, kept alive, that makes one step when it is told to. A peer's settings are tried
-first, each in one pair of steps (the peer's, then ours); pairs in its quickest setting follow. The side that is not
-asked stands still. Linux only.
+Every side is a separate long-lived process that does one step per command. First, every setting of a peer is tried in
+one pair of steps (the peer's, then ours). Then pairs in its fastest setting follow. The side that is not working is
+suspended. Linux only.
 
-Works: A and B are whole training steps against TRL's GRPOTrainer, "generation" is sampling alone against vLLM.
+Works: A and B are whole training steps against TRL's GRPOTrainer; "generation" is sampling alone against vLLM.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ Setting = dict[str, Any]
 
 
 class SideError(Exception):
-    """A side's process has ended without an answer; the text is the end of what it printed."""
+    """The process of a side exited without an answer; the message is the last line of its log."""
 
 
 class DifferentWorkError(Exception):
-    """The two sides do not do the same work: nothing that was timed would mean anything."""
+    """The two sides do not do the same work, so their times cannot be compared."""
 
 
 class Side:
-    """A process that waits for commands. Use it as a context; it is ready when that begins."""
+    """A process that waits for commands; a context manager, ready as soon as it is constructed."""
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path, spare: bool) -> None:
-        """`spare`: where memory runs out, this process is the one to go."""
-        self.name, self.log, begun = name, log, time.perf_counter()
+        """`spare`: if memory runs out, the kernel kills this process first."""
+        self.name, self.log, started = name, log, time.perf_counter()
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True
         )
@@ -58,10 +58,10 @@ class Side:
             with contextlib.suppress(OSError):
                 Path(f"/proc/{self.process.pid}/oom_score_adj").write_text("900")
         self.ready = self._answer()
-        self.load_seconds = time.perf_counter() - begun
+        self.load_seconds = time.perf_counter() - started
 
     def call(self, command: str, **options: Any) -> dict[str, Any]:
-        """Have a command done. Raises SideError."""
+        """Send a command and return its answer. Raises SideError if the process exits."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"command": command, **options}) + "\n")
@@ -76,39 +76,39 @@ class Side:
             return answer
         code = self.process.wait()
         if code == -9:
-            raise SideError("killed, as memory ran out")
-        last = [each for each in self.log.read_text().splitlines() if each.strip()][-1:]
+            raise SideError("killed: out of memory")
+        last = [text for text in self.log.read_text().splitlines() if text.strip()][-1:]
         raise SideError(f"exit {code}: {''.join(last)[:300]}")
 
     def _tree(self) -> list[psutil.Process]:
-        own = psutil.Process(self.process.pid)
-        return [own, *own.children(recursive=True)]
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
 
     def peak_bytes(self) -> int:
-        """Most bytes resident since its start, loading included, summed over its processes."""
+        """Peak resident memory in bytes since the start, including loading, summed over its processes."""
         total = 0
-        for each in self._tree():
-            status = Path(f"/proc/{each.pid}/status").read_text()
+        for process in self._tree():
+            status = Path(f"/proc/{process.pid}/status").read_text()
             kilobytes = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), "0")
             total += 1024 * int(kilobytes)
         return total
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """None of its processes runs meanwhile: a few hundredths of a core cost the other side a tenth of its time."""
+        """Suspend its processes: a few hundredths of a core used here cost the other side a tenth of its time."""
         tree = self._tree()
-        for each in tree:
-            each.suspend()
+        for process in tree:
+            process.suspend()
         try:
             yield
         finally:
-            for each in reversed(tree):
+            for process in reversed(tree):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    each.resume()
+                    process.resume()
 
     def processor_seconds(self) -> float:
-        """Processor time of its processes so far."""
-        return sum(sum(each.cpu_times()[:2]) for each in self._tree())
+        """CPU time of its processes so far, in seconds."""
+        return sum(sum(process.cpu_times()[:2]) for process in self._tree())
 
     def __enter__(self) -> Side:
         return self
@@ -127,37 +127,37 @@ class Side:
 
 
 class Bench:
-    """A run of the benchmark: where its files are, and what it has measured."""
+    """One benchmark run: its temporary files and its results."""
 
-    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
-        self.given, self.folder, self.begun = given, folder, time.perf_counter()
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder, self.started = args, folder, time.perf_counter()
         threads = len(os.sched_getaffinity(0))
         self.environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            # What is compiled is compiled in this run, so that the first start of vLLM is a first start.
+            # Compilation caches are empty at the start of a run, so that vLLM's first start is a cold one.
             "VLLM_CACHE_ROOT": str(folder / "vllm"),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
-        self.results = Results(threads=threads, quick=given.quick)
+        self.results = Results(threads=threads, quick=args.quick)
 
-    def tell(self, text: str) -> None:
-        """A line of progress."""
-        print(f"{time.perf_counter() - self.begun:6.0f} s  {text}", flush=True)
+    def log(self, text: str) -> None:
+        """Print a line of progress."""
+        print(f"{time.perf_counter() - self.started:6.0f} s  {text}", flush=True)
 
     def start(self, name: str, work: Work | None, option: str = "") -> Side:
-        """Start a side; `option`: its second argument."""
+        """Start a side on a work; `option`: its second command-line argument."""
         return self.start_on(name, None if work is None else self.folder / f"{work.name}.json", option)
 
     def start_on(self, name: str, file: Path | None, option: str = "") -> Side:
-        """The same with the file that the work is in."""
+        """Start a side on a work file."""
         script, python = {
             "gruppo": ("ours.py", sys.executable),
             "rates": ("rates.py", sys.executable),
-            "trl": ("trl_side.py", getattr(self.given, "trl_python", None)),
-            "vllm": ("vllm_side.py", getattr(self.given, "vllm_python", None)),
+            "trl": ("trl_side.py", getattr(self.args, "trl_python", None)),
+            "vllm": ("vllm_side.py", getattr(self.args, "vllm_python", None)),
         }[name]
         arguments = [] if file is None else [str(file), option]
         command = [str(python), str(HERE / "sides" / script), *arguments]
@@ -167,14 +167,17 @@ class Bench:
         return side
 
     def measure_rates(self) -> None:
-        """Rates of products now; the best of the run counts."""
+        """Measure matmul rates; the best value of the run is kept."""
         with self.start("rates", None) as side:
             for name, value in side.call("rates")["rates"].items():
                 self.results.rates[name] = max(value, self.results.rates.get(name, 0.0))
-        self.tell(", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in self.results.rates.items()))
+        self.log(", ".join(f"{name} {value:.0f} GFLOP/s" for name, value in self.results.rates.items()))
 
     def check(self, work: Work, setting: Setting) -> None:
-        """Both sides' losses and gradients on the same completions, in float64. Raises DifferentWorkError."""
+        """Compare loss and gradient norm of both sides on the same completions in float64.
+
+        Raises DifferentWorkError if they differ by more than the tolerance.
+        """
         with self.start("gruppo", work, "check") as side:
             ours = side.call("check")
         rollouts = self.folder / "rollouts.json"
@@ -185,17 +188,17 @@ class Bench:
             mine, other = ours[name], theirs[name]
             relative = abs(mine - other) / abs(other)
             fact = (
-                f"work {work.name}: the {name.replace('_', ' ')} of one step's completions in float64 is {mine:.8g} "
-                f"by gruppo and {other:.8g} by TRL's own `_compute_loss`, a relative difference of {relative:.1e} "
-                f"(allowed {tolerance:.0e})"
+                f"work {work.name}: {name.replace('_', ' ')} of one step's completions in float64: {mine:.8g} by "
+                f"gruppo, {other:.8g} by TRL's `_compute_loss`; relative difference {relative:.1e} "
+                f"(allowed: {tolerance:.0e})"
             )
-            self.tell(fact)
+            self.log(fact)
             if not relative <= tolerance:
                 raise DifferentWorkError(fact)
             self.results.checks.append(fact)
 
     def race(self, work: Work, peer: str, settings: Sequence[Setting]) -> None:
-        """Try a peer's settings on a work, then alternate in the best one."""
+        """Try all settings of a peer on a work, then alternate with it in its fastest setting."""
         with self.start("gruppo", work, "run") as ours:
             self._warm(ours, work, ours.ready["setting"])
             tried: list[tuple[float, Setting]] = []
@@ -204,26 +207,26 @@ class Bench:
                     with self.start(peer, work, json.dumps(setting)) as side:
                         self._warm(side, work, describe(peer, setting, work))
                         pair = self._pair(work, side, ours, setting, trial=True)
-                except SideError as died:
-                    self.results.failures.append(f"work {work.name}: {peer}, {describe(peer, setting, work)}: {died}")
-                    self.tell(self.results.failures[-1])
+                except SideError as error:
+                    self.results.failures.append(f"work {work.name}: {peer}, {describe(peer, setting, work)}: {error}")
+                    self.log(self.results.failures[-1])
                     continue
                 tried.append((pair.peer_seconds, setting))
             if not tried:
                 raise SideError(self.results.failures[-1])
-            best = min(tried, key=lambda each: each[0])[1]
+            best = min(tried, key=lambda trial: trial[0])[1]
             with self.start(peer, work, json.dumps(best)) as side:
                 self._warm(side, work, describe(peer, best, work))
-                for _ in range(self.given.pairs):
+                for _ in range(self.args.pairs):
                     self._pair(work, side, ours, best, trial=False)
 
     def _warm(self, side: Side, work: Work, setting: str) -> None:
         first = side.call("warm").get("first_token")
         self.results.starts.append(Start(work.name, side.name, setting, side.load_seconds, first))
-        self.tell(f"work {work.name}: {side.name}, {setting}: loaded in {side.load_seconds:.1f} s")
+        self.log(f"work {work.name}: {side.name}, {setting}: loaded in {side.load_seconds:.1f} s")
 
     def _pair(self, work: Work, peer: Side, ours: Side, setting: Setting, trial: bool) -> Pair:
-        """A step of the peer, then one of ours. Raises DifferentWorkError where their completions are not as long."""
+        """A step of the peer, then one of ours. Raises DifferentWorkError if lengths differ from the work file."""
         theirs, idle_ours = self._step(work, peer, ours)
         mine, idle_theirs = self._step(work, ours, peer)
         pair = Pair(
@@ -241,25 +244,25 @@ class Bench:
             idle=max(idle_ours, idle_theirs),
         )
         self.results.pairs.append(pair)
-        self.tell(
+        self.log(
             f"work {work.name}: {pair.peer} {pair.peer_seconds:.2f} s ({pair.setting}), gruppo {pair.our_seconds:.2f} "
             f"s: {pair.ratio:.2f} times as fast"
         )
         return pair
 
     def _step(self, work: Work, side: Side, idle: Side) -> tuple[dict[str, Any], float]:
-        """One step of a side while the other is paused, and the share of a core that the other used all the same."""
+        """One step of a side while the other is suspended, and the share of a core that the other still used."""
         before = idle.processor_seconds()
         with idle.paused():
-            made = side.call("step")
-        used = (idle.processor_seconds() - before) / made["seconds"]
-        if made["lengths"] != work.lengths:
-            raise DifferentWorkError(f"work {work.name}: {side.name} made completions of {made['lengths']} tokens")
-        return made, used
+            step = side.call("step")
+        used = (idle.processor_seconds() - before) / step["seconds"]
+        if step["lengths"] != work.lengths:
+            raise DifferentWorkError(f"work {work.name}: {side.name} sampled completions of {step['lengths']} tokens")
+        return step, used
 
 
 def describe(peer: str, setting: Setting, work: Work) -> str:
-    """A peer's setting in words."""
+    """Description of a peer's setting for the table."""
     if peer == "vllm":
         return "bfloat16" + "".join(f", {name} {value}" for name, value in setting.items())
     size = setting["micro_batch"]
@@ -267,7 +270,7 @@ def describe(peer: str, setting: Setting, work: Work) -> str:
 
 
 def settings_of(work: Work, quick: bool) -> list[Setting]:
-    """What is tried of a peer on a work, the smallest in memory first."""
+    """The settings of a peer to try on a work, smallest memory first."""
     if work.name == "generation":
         return [{}] if quick else [{}, {"block_size": 32}]
     whole = work.completions
@@ -278,45 +281,47 @@ def settings_of(work: Work, quick: bool) -> list[Setting]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--works", default=",".join(WORKS), help="which of them, with commas (default: all)")
-    parser.add_argument("--pairs", type=int, default=2, help="pairs of steps in the peer's best setting")
+    parser.add_argument("--works", default=",".join(WORKS), help="works, separated by commas (default: all)")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs of steps in the peer's fastest setting")
     parser.add_argument(
-        "--quick", action="store_true", help="works of a second, to try the machinery; figures mean nothing"
+        "--quick", action="store_true", help="tiny works to test the benchmark itself; the figures mean nothing"
     )
-    parser.add_argument("--out", type=Path, default=HERE / "results.json", help="the table goes beside it, as .md")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results.json", help="results file; the table is written next to it as .md"
+    )
     parser.add_argument("--trl-python", type=Path, default=ROOT / ".venv-trl/bin/python")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")
-    given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that sides end and files go
-    chosen = given.works.split(",")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that sides are stopped and files are removed
+    chosen = args.works.split(",")
     if unknown := sorted(set(chosen) - set(WORKS)):
-        parser.error(f"--works {given.works}: {unknown[0]!r} is none of {', '.join(WORKS)}")
-    if given.pairs < 1:
-        parser.error(f"--pairs {given.pairs}: must be at least 1")
+        parser.error(f"--works {args.works}: {unknown[0]!r} is not one of {', '.join(WORKS)}")
+    if args.pairs < 1:
+        parser.error(f"--pairs {args.pairs}: must be at least 1")
     for work in chosen:
-        name, python = ("vllm", given.vllm_python) if work == "generation" else ("trl", given.trl_python)
+        name, python = ("vllm", args.vllm_python) if work == "generation" else ("trl", args.trl_python)
         if not python.is_file():
-            parser.error(f"--{name}-python {python}: there is no such file; run make bench, which builds it")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+            parser.error(f"--{name}-python {python}: file not found; run make bench, which creates it")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-bench-")))
-        works, bench = make_works(folder, given.quick), Bench(given, folder)
+        works, bench = make_works(folder, args.quick), Bench(args, folder)
         try:
             for work in (works[name] for name in chosen):
                 (folder / f"{work.name}.json").write_text(json.dumps(asdict(work)))
                 bench.measure_rates()
-                settings = settings_of(work, given.quick)
+                settings = settings_of(work, args.quick)
                 if work.name == "generation":
                     bench.race(work, "vllm", settings)
                 else:
                     bench.check(work, {"bf16": False, "micro_batch": settings[0]["micro_batch"]})
                     bench.race(work, "trl", settings)
                 bench.results.works.append(work)
-                write_results(bench.results, given.out)
+                write_results(bench.results, args.out)
         except (SideError, DifferentWorkError) as error:
             print(f"bench: {error}", file=sys.stderr)
             sys.exit(1)
-    print(given.out.with_suffix(".md").read_text())
+    print(args.out.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How far the fast path's gradient is from the plain one, on a real model: `.venv/bin/python benchmarks/exactness.py`.
+"""Compare gruppo's gradient with transformers' on a real model: `.venv/bin/python benchmarks/exactness.py`.
 
-The plain path is transformers' own model in float32: every completion alone after its own copy of the prompt, whole
-logits, log-softmax, torch's autograd. Beside it: gruppo's path in float32 (prefixes shared, written-out layers,
-log-probabilities in parts) and in bfloat16, and the plain path under torch's own bfloat16 autocast. Distances are those
-between the gradients of the same GRPO objective on the same completions, over the norm of the second one: from the
-plain path in float64, and from the plain path in float32. The embedding of the padding token, which ends turns in the
-prompts too, has its gradient everywhere; what torch's modules leave out by themselves is shown in the last line.
+The reference path is transformers' model in float32: every completion separately with its own copy of the prompt, full
+logits, log-softmax, torch's autograd. It is compared with gruppo's path in float32 (shared prefixes, fused layers,
+chunked log-probabilities) and in bfloat16, and with itself under torch's bfloat16 autocast. A distance is the norm of
+the difference between two gradients of the same GRPO objective on the same completions, divided by the norm of the
+second one; the second one is the reference path in float64 or in float32. The embedding of the padding token, which
+also ends turns in the prompts, has a gradient everywhere except in the last row, where torch omits it by default.
 """
 
 from __future__ import annotations
@@ -34,18 +34,22 @@ METHOD = Method(kl_coef=0.04)
 
 
 def completions(policy: LanguageModel, prompts: int, group: int, tokens: int) -> list[Group]:
-    """Groups sampled from the model, right and wrong in turn."""
-    asked = [f"What is {3 * number + 7} + {5 * number + 4}?" for number in range(prompts)]
-    made = []
-    for place, text in enumerate(asked):
+    """Groups sampled from the model, with rewards 0 and 1 in turn."""
+    questions = [f"What is {3 * number + 7} + {5 * number + 4}?" for number in range(prompts)]
+    requests = []
+    for place, text in enumerate(questions):
         ids = tuple(policy.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
         )["input_ids"])  # fmt: skip
-        made.append(Request(ids, [(place, number) for number in range(group)]))
-    sampled = NativeEngine(policy, prompts * group).generate(made, SamplingParams(1.0, tokens))
+        requests.append(Request(ids, [(place, number) for number in range(group)]))
+    sampled = NativeEngine(policy, prompts * group).generate(requests, SamplingParams(1.0, tokens))
     groups = [
-        Group(Prompt("p", "", each.token_ids, "t", {}), own, [Reward(float(number % 2), {}) for number in range(group)])
-        for each, own in zip(made, sampled, strict=True)
+        Group(
+            Prompt("p", "", request.token_ids, "t", {}),
+            samples,
+            [Reward(float(number % 2), {}) for number in range(group)],
+        )
+        for request, samples in zip(requests, sampled, strict=True)
     ]
     filtering.mark_trained(groups, False)
     credit.assign_advantages(groups, METHOD, Metrics())
@@ -53,7 +57,7 @@ def completions(policy: LanguageModel, prompts: int, group: int, tokens: int) ->
 
 
 def fast(policy: LanguageModel, batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """The gradient by gruppo's own path."""
+    """The gradient by gruppo's path."""
     with policy.precision():
         for batch in batches:
             loss = losses_of_batches.batch_loss(policy, None, replace(batch), METHOD, 1.0, Metrics())
@@ -70,14 +74,14 @@ def plain(
     autocast: bool = False,
     padding: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """The gradient by transformers alone, one completion at a time; `padding`: that token's embedding has its own."""
+    """The gradient by transformers, one completion at a time; `padding`: include the padding token's embedding."""
     model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
     if padding:
         model.get_input_embeddings().padding_idx = None
     for batch in batches:
         start = 0
         for index, number, length in batch.members:
-            stretch, prompt = slice(start, start + length), groups[index].prompt.token_ids
+            span, prompt = slice(start, start + length), groups[index].prompt.token_ids
             ids = torch.tensor([*prompt, *groups[index].completions[number].token_ids])
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 logits = model(ids[None, :-1]).logits[0, len(prompt) - 1 :]
@@ -85,18 +89,18 @@ def plain(
             ref = batch.ref_logprobs
             assert ref is not None
             policy_loss(
-                logprobs, logprobs.detach(), batch.advantages[stretch].to(dtype), batch.weights[stretch].to(dtype),
-                METHOD.clip_low, METHOD.clip_high, ref[stretch].to(dtype), METHOD.kl_coef,
+                logprobs, logprobs.detach(), batch.advantages[span].to(dtype), batch.weights[span].to(dtype),
+                METHOD.clip_low, METHOD.clip_high, ref[span].to(dtype), METHOD.kl_coef,
             ).loss.backward()  # fmt: skip
             start += length
     return gradients(model)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All gradients by name, in float64; the model's are gone after it."""
-    made = {name: each.grad.double() for name, each in model.named_parameters() if each.grad is not None}
+    """All gradients by parameter name in float64; clears those of the model."""
+    result = {name: weight.grad.double() for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad(set_to_none=True)
-    return made
+    return result
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -106,14 +110,14 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 def norm(one: dict[str, torch.Tensor]) -> float:
-    """Of all parameters together."""
-    return sum(float(each.square().sum()) for each in one.values()) ** 0.5
+    """Norm of a gradient over all parameters."""
+    return sum(float(gradient.square().sum()) for gradient in one.values()) ** 0.5
 
 
 def between(
     one: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], usual: dict[str, torch.Tensor]
 ) -> tuple[float, float, float]:
-    """Distances from both, and how far its norm is from that of the truth, relatively."""
+    """Distances from `truth` and from `usual`, and the relative difference of norms to `truth`."""
     return distance(one, truth), distance(one, usual), abs(norm(one) / norm(truth) - 1)
 
 
@@ -123,36 +127,38 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
-    given = parser.parse_args()
-    source = find_model(given.model)
+    args = parser.parse_args()
+    source = find_model(args.model)
     policy = load_model(source, dtype="float32")
-    groups = completions(policy, given.prompts, given.group, given.tokens)
+    groups = completions(policy, args.prompts, args.group, args.tokens)
     reference = load_model(source, dtype="float32")
     torch.manual_seed(0)
-    for each in reference.model.parameters():  # so that the KL term is not trivial
-        each.data.add_(0.005 * each.data.std() * torch.randn_like(each))
+    for weight in reference.model.parameters():  # so that the KL term is not trivial
+        weight.data.add_(0.005 * weight.data.std() * torch.randn_like(weight))
     batches = pack(groups, sequence_mean_weights, MAX_TOKENS, with_kl=True)
     losses_of_batches.score_batches(policy, reference, batches, 1.0, Metrics())
     for batch in batches:
-        batch.old_logprobs = None  # the first update after sampling: each path is its own π_old
+        batch.old_logprobs = None  # the first update after sampling: every path uses its own π_θ as π_old
     del reference
     truth, usual = (plain(source.location, groups, batches, dtype) for dtype in (torch.float64, torch.float32))
-    found = {"float32, fast path": between(fast(policy, batches), truth, usual)}
+    distances = {"float32, fast path": between(fast(policy, batches), truth, usual)}
     del policy
-    found["float32, transformers"] = between(usual, truth, usual)
-    found["bfloat16, fast path"] = between(fast(load_model(source, dtype="bfloat16"), batches), truth, usual)
-    found["bfloat16, torch's autocast, unpacked"] = between(
+    distances["float32, transformers"] = between(usual, truth, usual)
+    distances["bfloat16, fast path"] = between(fast(load_model(source, dtype="bfloat16"), batches), truth, usual)
+    distances["bfloat16, transformers with torch's autocast"] = between(
         plain(source.location, groups, batches, autocast=True), truth, usual
     )
-    found["float32, padding's embedding without"] = between(
+    distances["float32, transformers without the padding embedding's gradient"] = between(
         plain(source.location, groups, batches, padding=False), truth, usual
     )
-    tokens = sum(len(each.token_ids) for group in groups for each in group.completions)
-    print(f"{tokens} completion tokens; norm of the gradient in float64 {norm(truth):.7g}\n")
-    print("| path | from float64 | from transformers in float32 | the norm itself |\n| --- | --- | --- | --- |")
-    for name, values in found.items():
-        print(f"| {name} | {' | '.join(f'{each:.1e}' for each in values)} |")
-    print(json.dumps(found))
+    tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
+    print(f"{tokens} completion tokens; gradient norm in float64: {norm(truth):.7g}\n")
+    print(
+        "| path | from float64 | from transformers in float32 | relative error of the norm |\n| --- | --- | --- | --- |"
+    )
+    for name, values in distances.items():
+        print(f"| {name} | {' | '.join(f'{value:.1e}' for value in values)} |")
+    print(json.dumps(distances))
 
 
 if __name__ == "__main__":

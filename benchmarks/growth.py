@@ -1,10 +1,11 @@
-"""How seconds and memory of a step grow: `.venv/bin/python benchmarks/growth.py` measures, draws and writes.
+"""Measure how time and memory of a step grow: `.venv/bin/python benchmarks/growth.py`.
 
-One axis at a time around a middle: group size, prompt length, completion length, model width; each point is a process
-of its own that makes two steps of gruppo's loop, of which the second is timed. The lines are predictions: of memory by
-`gruppo.training.memory_estimate`, of seconds by counted floating-point work at one rate for sampling and one for training, both taken
-from the middle point alone. Then three questions: how sampling gains from more completions in flight, what uneven
-lengths cost it, and a large group beside as many separate sequences. Writes benchmarks/growth.json and docs/growth.svg.
+One axis is varied at a time around a middle point: group size, prompt length, completion length, model width. Every
+point is a separate process that does two steps of gruppo's loop, of which the second is timed. The lines are
+predictions: memory by `gruppo.training.memory_estimate`; seconds by counted floating-point operations at one rate for
+sampling and one for training, both taken from the middle point. Then it measures how sampling speed depends on the
+number of concurrent completions, what uneven lengths cost, and one large group against as many separate sequences.
+Writes benchmarks/growth.json and docs/growth.svg.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ AXES: dict[str, tuple[str, Sequence[int]]] = {
 def make_work(
     source: ModelSource, count: int, group: int, prompt: int, lengths: list[list[int]], name: str = "growth"
 ) -> Work:
-    """Prompts of plain text of exactly that many tokens; rewards differ in every group of more than one."""
+    """A work of `count` prompts with exactly `prompt` tokens of plain text; rewards differ in groups of 2 or more."""
     texts, prompts = [], []
     for place in range(count):
         texts.append(text_of(source, prompt, place))
@@ -64,34 +65,34 @@ def make_work(
 
 
 def text_of(source: ModelSource, tokens: int, seed: int) -> str:
-    """Words that are that many tokens together."""
-    draw = random.Random(SEED + seed)
+    """Words that have exactly `tokens` tokens in total."""
+    source_of_words = random.Random(SEED + seed)
     words = ["river", "castle", "winter", "garden", "number", "story", "water", "music", "house", "light"]
-    text = "the" + "".join(" " + draw.choice(words) for _ in range(tokens - 1))
+    text = "the" + "".join(" " + source_of_words.choice(words) for _ in range(tokens - 1))
     assert len(source.tokenizer(text)["input_ids"]) == tokens
     return text
 
 
 def attention_flop(config: Any, work: Work) -> float:
-    """Floating-point operations of attention forward: a completion reads its group's prompt and what is before it."""
+    """Floating-point operations of attention, forward: a completion attends to its prompt and its earlier tokens."""
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     pairs = 0.0
-    for prompt, own in zip(work.prompts, work.lengths, strict=True):
-        pairs += len(prompt) ** 2 / 2 + sum(len(prompt) * each + each**2 / 2 for each in own)
+    for prompt, lengths in zip(work.prompts, work.lengths, strict=True):
+        pairs += len(prompt) ** 2 / 2 + sum(len(prompt) * length + length**2 / 2 for length in lengths)
     return 4.0 * width * config.num_hidden_layers * pairs
 
 
 def flop(config: Any, work: Work) -> tuple[float, float]:
-    """Of sampling, and of a training pass, in operations."""
-    read = sum(len(prompt) + sum(own) for prompt, own in zip(work.prompts, work.lengths, strict=True))
+    """Floating-point operations of sampling and of a training pass."""
+    tokens = sum(len(prompt) + sum(lengths) for prompt, lengths in zip(work.prompts, work.lengths, strict=True))
     attention = attention_flop(config, work)
-    return 2.0 * work.parameters * read + attention, 6.0 * work.parameters * read + 3.0 * attention
+    return 2.0 * work.parameters * tokens + attention, 6.0 * work.parameters * tokens + 3.0 * attention
 
 
 class Growth:
-    """Where files are, and what runs a side."""
+    """Runs gruppo's side on works written into `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -99,36 +100,36 @@ class Growth:
         self.environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
 
     def step(self, work: Work, mode: str = "run") -> dict[str, Any]:
-        """The second step of a work, with the side's peak and forecast."""
+        """Measure the second step of a work, with the measured and the predicted peak memory."""
         path = self.folder / "work.json"
         path.write_text(json.dumps(asdict(work)))
         command = [sys.executable, str(HERE / "sides/ours.py"), str(path), mode]
         with Side("gruppo", command, self.environment, self.folder / "log", spare=False) as side:
             side.call("warm")
-            made = side.call("step")
-            return {**made, "peak_bytes": side.peak_bytes(), "predicted_bytes": side.ready.get("forecast_bytes")}
+            step = side.call("step")
+            return {**step, "peak_bytes": side.peak_bytes(), "predicted_bytes": side.ready.get("forecast_bytes")}
 
     def point(self, source: ModelSource, axis: str, value: int) -> dict[str, Any]:
-        """One point of an axis."""
+        """Measure one point of an axis."""
         shape = MIDDLE | ({axis: value} if axis in MIDDLE else {})
         lengths = [[shape["completion"]] * shape["group"] for _ in range(shape["prompts"])]
         work = make_work(source, shape["prompts"], shape["group"], shape["prompt"], lengths)
-        made = self.step(work)
+        step = self.step(work)
         sampling, training = flop(source.config, work)
         return {
             "axis": axis,
             "value": value,
-            "generation_seconds": made["phases"]["generation"],
-            "training_seconds": made["phases"]["loss and backward"],
+            "generation_seconds": step["phases"]["generation"],
+            "training_seconds": step["phases"]["loss and backward"],
             "generation_flop": sampling,
             "training_flop": training,
-            "peak_bytes": made["peak_bytes"],
-            "predicted_bytes": made["predicted_bytes"],
+            "peak_bytes": step["peak_bytes"],
+            "predicted_bytes": step["predicted_bytes"],
         }
 
 
 def measure(growth: Growth) -> dict[str, Any]:
-    """All points, with predictions, and the three questions."""
+    """Measure all points, with predictions, and the three additional comparisons."""
     source = find_model(MODEL)
     points = []
     for axis, (_, values) in AXES.items():
@@ -140,11 +141,11 @@ def measure(growth: Growth) -> dict[str, Any]:
                 chosen = find_model(str(path))
             points.append(growth.point(chosen, axis, value))
             print(json.dumps(points[-1]), flush=True)
-    middle = next(each for each in points if each["axis"] == "group" and each["value"] == MIDDLE["group"])
-    for each in points:
+    middle = next(point for point in points if point["axis"] == "group" and point["value"] == MIDDLE["group"])
+    for point in points:
         for phase in ("generation", "training"):
             rate = middle[f"{phase}_flop"] / middle[f"{phase}_seconds"]
-            each[f"predicted_{phase}_seconds"] = each[f"{phase}_flop"] / rate
+            point[f"predicted_{phase}_seconds"] = point[f"{phase}_flop"] / rate
     return {
         "command": "benchmarks/growth.py",
         "points": points,
@@ -155,7 +156,7 @@ def measure(growth: Growth) -> dict[str, Any]:
 
 
 def in_flight(growth: Growth, source: ModelSource) -> dict[str, float]:
-    """Tokens a second with so many completions of 64 tokens in flight, eight of a prompt."""
+    """Tokens per second by number of concurrent completions of 64 tokens, eight per prompt."""
     rates = {}
     for prompts in (8, 16, 32, 64):
         lengths = [[64] * 8] * prompts
@@ -165,10 +166,10 @@ def in_flight(growth: Growth, source: ModelSource) -> dict[str, float]:
 
 
 def uneven(growth: Growth, source: ModelSource) -> dict[str, float]:
-    """Tokens a second of lengths spread evenly over 8..256, beside as many tokens of even lengths; 64 in flight."""
+    """Tokens per second with lengths uniform over 8..256 and with as many tokens in equal lengths; 64 slots."""
     group, count = 8, 24
-    draw = random.Random(SEED)
-    spread = [[draw.randint(8, 256) for _ in range(group)] for _ in range(count)]
+    source_of_lengths = random.Random(SEED)
+    spread = [[source_of_lengths.randint(8, 256) for _ in range(group)] for _ in range(count)]
     mean = round(sum(map(sum, spread)) / (group * count))
     even = [[mean] * group for _ in range(count)]
     seconds: dict[str, list[float]] = {"even": [], "uneven": []}
@@ -182,31 +183,31 @@ def uneven(growth: Growth, source: ModelSource) -> dict[str, float]:
 
 
 def grouped(growth: Growth, source: ModelSource) -> dict[str, float]:
-    """Seconds of a step with 64 completions of one prompt of 512 tokens, and of 64 prompts of one completion each."""
+    """Seconds per step with 64 completions of one 512-token prompt, and with 64 prompts of one completion each."""
     group, separate = (
         growth.step(make_work(source, count, size, 512, [[64] * size] * count)) for count, size in ((1, 64), (64, 1))
     )
-    made = {"group_of_64_seconds": group["seconds"], "separate_seconds": separate["seconds"]}
-    return {**made, "share": group["seconds"] / separate["seconds"]}
+    seconds = {"group_of_64_seconds": group["seconds"], "separate_seconds": separate["seconds"]}
+    return {**seconds, "share": group["seconds"] / separate["seconds"]}
 
 
-def draw(found: dict[str, Any], out: Path) -> None:
-    """A column an axis: seconds of both phases above, memory below; dots are measured, lines predicted."""
+def plot(results: dict[str, Any], out: Path) -> None:
+    """One column per axis: seconds of both phases above, memory below; dots are measured, lines predicted."""
     figure, rows = plt.subplots(2, len(AXES), figsize=(11, 5), layout="constrained", sharex="col")
     for column, (axis, (title, _)) in enumerate(AXES.items()):
-        points = [each for each in found["points"] if each["axis"] == axis]
-        values = [each["value"] for each in points]
+        points = [point for point in results["points"] if point["axis"] == axis]
+        values = [point["value"] for point in points]
         for phase, color in (("generation", "tab:blue"), ("training", "tab:orange")):
-            rows[0, column].plot(values, [each[f"{phase}_seconds"] for each in points], "o", color=color, label=phase)
-            rows[0, column].plot(values, [each[f"predicted_{phase}_seconds"] for each in points], "-", color=color)
-        rows[1, column].plot(values, [each["peak_bytes"] / 1e9 for each in points], "o", color="tab:green")
-        rows[1, column].plot(values, [each["predicted_bytes"] / 1e9 for each in points], "-", color="tab:green")
+            rows[0, column].plot(values, [point[f"{phase}_seconds"] for point in points], "o", color=color, label=phase)
+            rows[0, column].plot(values, [point[f"predicted_{phase}_seconds"] for point in points], "-", color=color)
+        rows[1, column].plot(values, [point["peak_bytes"] / 1e9 for point in points], "o", color="tab:green")
+        rows[1, column].plot(values, [point["predicted_bytes"] / 1e9 for point in points], "-", color="tab:green")
         rows[0, column].set(xscale="log", yscale="log")
         rows[1, column].set(xscale="log", ylim=(0, None), xlabel=title, xticks=values, xticklabels=values)
         rows[1, column].minorticks_off()
         for row in rows[:, column]:
             row.grid(alpha=0.3)
-    rows[0, 0].set_ylabel("seconds a step")
+    rows[0, 0].set_ylabel("seconds per step")
     rows[1, 0].set_ylabel("peak memory, GB")
     rows[0, 0].legend()
     figure.savefig(out, metadata={"Date": None})
@@ -214,10 +215,10 @@ def draw(found: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gruppo-growth-") as folder:
-        found = measure(Growth(Path(folder)))
-    (HERE / "growth.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, HERE.parent / "docs/growth.svg")
-    print(json.dumps({name: found[name] for name in ("in_flight", "uneven", "group")}, indent=1))
+        results = measure(Growth(Path(folder)))
+    (HERE / "growth.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, HERE.parent / "docs/growth.svg")
+    print(json.dumps({name: results[name] for name in ("in_flight", "uneven", "group")}, indent=1))
 
 
 if __name__ == "__main__":

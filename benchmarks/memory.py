@@ -1,7 +1,7 @@
-"""Predicted against measured peak memory, on settings that differ in everything that memory depends on.
+"""Compare predicted and measured peak memory on settings that vary everything that memory depends on.
 
-`.venv/bin/python benchmarks/memory.py` trains two steps of each in a process of its own, prints a table and writes
-benchmarks/memory.json. Names of settings as arguments run those alone and write nothing.
+`.venv/bin/python benchmarks/memory.py` trains two steps of every setting in a separate process, prints a table and
+writes benchmarks/memory.json. With names of settings as arguments, only those run and nothing is written.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 from works import MODEL, make_random_model
 
-WIDE = "llama-204m-random"  # 12 layers, 1024 wide, made here
+WIDE = "llama-204m-random"  # 12 layers, hidden size 1024, created by this script
 
-# Fields of the recipe, and words in a prompt.
+# Name -> recipe fields, and the number of words in a prompt.
 SETTINGS: dict[str, dict[str, Any]] = {
     "groups of 8, short": {"prompts_per_step": 6, "group_size": 8, "max_tokens": 24},
     "reference, prompts of 400": {
@@ -36,11 +36,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def varied(completions: list[Any], **_: Any) -> list[float]:
     """A reward that differs within every group, so that every completion is trained on."""
-    return [hashlib.sha256(f"{place} {each}".encode()).digest()[0] / 255 for place, each in enumerate(completions)]
+    return [
+        hashlib.sha256(f"{place} {completion}".encode()).digest()[0] / 255
+        for place, completion in enumerate(completions)
+    ]
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Train two steps in this process; what was predicted, and what the operating system saw."""
+    """Train two steps in this process; returns the predicted peak and the one that the operating system reports."""
     import gruppo
 
     setting = SETTINGS[name]
@@ -80,30 +83,29 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     names = sys.argv[1:] or list(SETTINGS)
-    made: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     print(f"{'setting':<28}{'predicted':>11}{'measured':>11}{'ratio':>8}  micro-batch  slots")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             if SETTINGS[name].get("model") == WIDE:
                 _child("make", name, folder)
-            made[name] = row = json.loads(_child("measure", name, folder).splitlines()[-1])
+            rows[name] = row = json.loads(_child("measure", name, folder).splitlines()[-1])
         row["ratio"] = row["predicted"] / row["measured"]
         print(
             f"{name:<28}{row['predicted'] / 1e9:>8.2f} GB{row['measured'] / 1e9:>8.2f} GB{row['ratio']:>8.3f}"
             f"{row['micro_batch_tokens']:>13}{row['slots']:>7}",
             flush=True,
         )
-    worst = max(abs(row["ratio"] - 1) for row in made.values())
-    print(f"worst difference {worst:.1%}")
+    worst = max(abs(row["ratio"] - 1) for row in rows.values())
+    print(f"largest difference: {worst:.1%}")
     if names == list(SETTINGS):
-        text = json.dumps({"command": "benchmarks/memory.py", "worst_difference": worst, "settings": made}, indent=2)
+        text = json.dumps({"command": "benchmarks/memory.py", "worst_difference": worst, "settings": rows}, indent=2)
         Path(__file__).with_suffix(".json").write_text(text + "\n")
 
 
-def _child(what: str, name: str, folder: str) -> str:
-    command = [sys.executable, __file__, f"--{what}", name, folder]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout
+def _child(action: str, name: str, folder: str) -> str:
+    command = [sys.executable, __file__, f"--{action}", name, folder]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

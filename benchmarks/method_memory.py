@@ -1,7 +1,7 @@
-"""Peak memory of each method on the same work, with its parts: `.venv/bin/python benchmarks/method_memory.py`.
+"""Measure the peak memory of every method on the same work, by part: `.venv/bin/python benchmarks/method_memory.py`.
 
-Two steps of 8 questions x 8 completions of at most 64 tokens on the quickstart's model, each in a process of its own.
-GRPO and PPO both with a KL to the reference. Prints the table of docs/methods.md and writes
+Every method does two steps of 8 questions x 8 completions of at most 64 tokens with the quickstart's model, in a
+separate process. GRPO and PPO both have a KL term. Prints the table of docs/methods.md and writes
 benchmarks/method_memory.json.
 """
 
@@ -23,7 +23,7 @@ SHAPE = {
     "sampling.max_tokens": 64,
     "evaluation.questions": 8,
 }
-# Name in the table -> recipe and what else is set.
+# Name in the table -> recipe and changed fields.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("quickstart", {"method.kl_coef": 0.04}),
     "ppo": ("ppo", {"method.kl_coef": 0.04}),
@@ -40,7 +40,7 @@ PARTS = ("process", "weights", "optimizer", "gradients", "reference", "critic", 
 
 
 def measure(recipe: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Forecast by part and measured peak, in bytes."""
+    """Measured peak and estimate by part, in bytes."""
     with tempfile.TemporaryDirectory(prefix="gruppo-memory-") as folder:
         fields = (
             SHAPE | ({"sampling.prompts_per_step": 64, "sampling.group_size": 1} if recipe == "sft" else {}) | changes
@@ -56,17 +56,17 @@ def measure(recipe: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     chosen = sys.argv[1:] or list(RUNS)
-    made = {}
+    rows = {}
     print("| | measured | forecast | " + " | ".join(PARTS) + " | activations, logits |")
     print("| --- | --- | --- | " + "--- | " * (len(PARTS) + 1))
     for name in chosen:
-        made[name] = row = measure(*RUNS[name])
+        rows[name] = row = measure(*RUNS[name])
         parts = [row["parts"][part] for part in PARTS]
         rest = row["parts"]["activations"] + row["parts"]["logits"]
         cells = [f"{value / 1e9:.2f}" for value in (row["measured"], row["forecast"], *parts, rest)]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     if chosen == list(RUNS):
-        text = json.dumps({"command": "benchmarks/method_memory.py", "runs": made}, indent=1)
+        text = json.dumps({"command": "benchmarks/method_memory.py", "runs": rows}, indent=1)
         Path(__file__).with_suffix(".json").write_text(text + "\n")
 
 

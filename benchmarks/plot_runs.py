@@ -1,4 +1,4 @@
-"""Held-out accuracy over steps of one or more runs, as an SVG: plot_runs.py OUT.svg RUN [RUN …]."""
+"""Plot the held-out accuracy of one or more runs over steps as an SVG: plot_runs.py OUT.svg RUN [RUN …]."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def main() -> None:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         points = [line for line in lines if "eval/accuracy" in line]
         steps = [line["step"] for line in points]
-        (drawn,) = axes.plot(steps, [line["eval/accuracy"] for line in points], marker="o", label=folder.name)
+        (curve,) = axes.plot(steps, [line["eval/accuracy"] for line in points], marker="o", label=folder.name)
         axes.fill_between(
             steps,
             [line["eval/accuracy_low"] for line in points],
             [line["eval/accuracy_high"] for line in points],
-            color=drawn.get_color(),
+            color=curve.get_color(),
             alpha=0.12,
             linewidth=0,
         )

@@ -1,4 +1,4 @@
-"""What the benchmark measured, as a list for programs and as a table for readers."""
+"""Write the results of the benchmark as JSON for programs and as Markdown tables for readers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ PHASES = ("generation", "reference", "loss and backward", "optimizer", "other")
 
 @dataclass(frozen=True)
 class Pair:
-    """A step of a peer and the step of ours after it. Seconds; bytes since each process began; `idle`: the share of a
-    core that the side which had to wait used; `trial`: only to choose the peer's setting."""
+    """A step of a peer and the step of gruppo after it.
+
+    Times are in seconds, peaks in bytes since process start. `idle`: the share of a core that the suspended side used.
+    `trial`: the pair only served to choose the peer's setting.
+    """
 
     work: str
     peer: str
@@ -44,7 +47,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Start:
-    """How long a side took from its start to being ready, and from then to the first token of a first request."""
+    """Seconds from the start of a side until it is ready, and from then until the first token of the first request."""
 
     work: str
     side: str
@@ -55,7 +58,7 @@ class Start:
 
 @dataclass
 class Results:
-    """All of a run. `rates`: the best of the run, GFLOP/s."""
+    """All results of a run. `rates`: best matmul rates of the run, in GFLOP/s."""
 
     threads: int
     quick: bool
@@ -68,19 +71,19 @@ class Results:
     starts: list[Start] = field(default_factory=list)
 
     def share(self, work: Work, seconds: float) -> float:
-        """The work at the best bfloat16 rate, over the time taken."""
+        """Share of the limit: time of the work at the best bfloat16 rate, divided by the measured time."""
         return work.flop / (self.rates["bfloat16"] * 1e9) / seconds
 
 
 def write_results(results: Results, path: Path) -> None:
-    """The list as JSON, and the table beside it."""
+    """Write the results to `path` as JSON, and the tables next to it as .md."""
     rows = [row for work in results.works for pair in _of(results, work) for row in _rows(results, work, pair)]
     path.write_text(json.dumps(rows, indent=1) + "\n")
     path.with_suffix(".md").write_text(_table(results))
 
 
 def _of(results: Results, work: Work) -> list[Pair]:
-    """A work's pairs, those in the best setting first."""
+    """All pairs of a work, those in the peer's fastest setting first."""
     return sorted((pair for pair in results.pairs if pair.work == work.name), key=lambda pair: pair.trial)
 
 
@@ -107,40 +110,40 @@ def _rows(results: Results, work: Work, pair: Pair) -> list[dict[str, Any]]:
 
 def _table(results: Results) -> str:
     machine = describe(torch.device("cpu"))
-    packages = "; ".join(
-        f"{side}: {', '.join(f'{name} {version}' for name, version in held.items())}"
-        for side, held in sorted(results.versions.items())
-        if held
+    versions = "; ".join(
+        f"{side}: {', '.join(f'{name} {version}' for name, version in packages.items())}"
+        for side, packages in sorted(results.versions.items())
+        if packages
     )
     rates = ", ".join(f"{name} {value:.0f}" for name, value in results.rates.items())
     idle = max(pair.idle for pair in results.pairs)
     revision = f" at revision {machine['git_revision'][:10]}" if machine["git_revision"] else ""
     parts = [
-        "# gruppo beside its peers",
-        f"Made by `make bench`{revision}; each row was measured in one run, alternately with the row below it."
-        + (" **Tiny works: only to try the machinery, the figures mean nothing.**" if results.quick else ""),
-        f"- machine: {_processor()}, {results.threads} threads a side, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        "# gruppo compared with its peers",
+        f"Written by `make bench`{revision}; all rows were measured in one run, with the two sides alternating."
+        + (" **Tiny works, only to test the benchmark itself: the figures mean nothing.**" if results.quick else ""),
+        f"- machine: {_processor()}, {results.threads} threads per side, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"{machine['platform']}, Python {machine['python']}\n"
-        f"- versions: {packages}\n"
-        f"- matrix products, GFLOP/s: {rates}\n"
-        f"- while one side worked, the other stood still (it used at most {100 * idle:.1f} % of a core)\n"
-        "- memory: the most that was resident since the process began, loading included, summed over a side's "
-        "processes\n"
-        "- share of the limit: floating-point work with each prompt once a group (2·N a token sampled or scored by the "
-        "reference, 6·N a token trained on, groups without a signal not trained on), at the best bfloat16 rate, over "
-        "the time",
+        f"- versions: {versions}\n"
+        f"- matmul rates, GFLOP/s: {rates}\n"
+        f"- while one side worked, the other was suspended (it used at most {100 * idle:.1f} % of a core)\n"
+        "- memory: peak resident memory since process start, including loading, summed over a side's processes\n"
+        "- share of the limit: time of the necessary floating-point operations at the best bfloat16 rate, divided by "
+        "the measured time; necessary are 2·N operations per token sampled or scored by the reference and 6·N per "
+        "token trained on, with every prompt counted once per group and without training on groups that have no "
+        "gradient",
         "Checks of the work:\n\n"
-        + "".join(f"- {each}\n" for each in results.checks)
-        + "- in every timed step each completion had the length of the work file on both sides",
+        + "".join(f"- {check}\n" for check in results.checks)
+        + "- in every timed step, every completion had the length given in the work file, on both sides",
     ]
     for work in results.works:
         parts += _section(results, work)
     parts.append(
-        "## Starts\n\nSeconds from the start of a process until it is ready, and then to its first tokens.\n\n"
+        "## Startup\n\nSeconds from process start until it is ready, and from then to the first tokens.\n\n"
         + _starts(results)
     )
     if results.failures:
-        parts.append("## Did not finish\n\n" + "\n".join(f"- {each}" for each in results.failures))
+        parts.append("## Did not finish\n\n" + "\n".join(f"- {failure}" for failure in results.failures))
     return "\n\n".join(parts) + "\n"
 
 
@@ -153,7 +156,7 @@ def _section(results: Results, work: Work) -> list[str]:
 
     def line(side: str, setting: str, seconds: list[float], peak: int, phases: list[dict[str, float]]) -> list[str]:
         middle = statistics.median(seconds)
-        spent = [[each[name] for each in phases if name in each] for name in PHASES]
+        spent = [[step[name] for step in phases if name in step] for name in PHASES]
         return [
             side,
             setting,
@@ -161,7 +164,7 @@ def _section(results: Results, work: Work) -> list[str]:
             f"{work.tokens / middle:.0f}",
             f"{peak / 1e9:.2f}",
             f"{results.share(work, middle):.0%}",
-            *(f"{statistics.median(each):.2f}" if each else "" for each in spent),
+            *(f"{statistics.median(times):.2f}" if times else "" for times in spent),
         ]
 
     def by(pick: Callable[[Pair], Any]) -> list[Any]:
@@ -198,26 +201,29 @@ def _section(results: Results, work: Work) -> list[str]:
         f"## {'Work ' if len(work.name) == 1 else ''}{work.name}",
         f"{work.describe()}; {work.flop / 1e12:.2f} TFLOP, {work.flop / results.rates['bfloat16'] / 1e9:.2f} s at the "
         "limit.",
-        f"**{statistics.median(ratios):.2f} times as fast as {first.peer}** in its best setting (median of {len(best)} "
-        f"pairs: {', '.join(f'{each:.2f}' for each in ratios)}). Medians; in brackets the least and the most:",
+        f"**{statistics.median(ratios):.2f} times as fast as {first.peer}** in its fastest setting (median of "
+        f"{len(best)} pair{'s' if len(best) > 1 else ''}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}). The table "
+        "shows medians, with minimum and maximum in parentheses:",
         _markdown(columns, rows),
-        "Settings of the peer, one pair each:",
-        _markdown(["setting", f"{first.peer}, s", "gruppo, s", "ratio", "its peak, GB", "its phases, s"], settings),
+        "All settings of the peer that were tried, one pair per setting:",
+        _markdown(
+            ["setting", f"{first.peer}, s", "gruppo, s", "ratio", "peer's peak, GB", "peer's phases, s"], settings
+        ),
     ]
 
 
 def _starts(results: Results) -> str:
     rows = [
         [
-            each.work,
-            each.side,
-            each.setting,
-            f"{each.load_seconds:.1f}",
-            "" if each.first_token is None else f"{each.first_token:.2f}",
+            start.work,
+            start.side,
+            start.setting,
+            f"{start.load_seconds:.1f}",
+            "" if start.first_token is None else f"{start.first_token:.2f}",
         ]
-        for each in results.starts
+        for start in results.starts
     ]
-    return _markdown(["work", "side", "setting", "ready", "first tokens"], rows)
+    return _markdown(["work", "side", "setting", "ready, s", "first tokens, s"], rows)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -1,8 +1,9 @@
-"""How many completions a second a trivial reward is called for, through the processes that rewards run in.
+"""Measure how many completions per second a trivial reward scores in the reward processes.
 
     python benchmarks/rewards.py
 
-Completions are of 256 tokens and 900 letters, in groups of several sizes; at least 10,000 a second is promised.
+Completions have 256 tokens and about 900 characters, in groups of several sizes. At least 10,000 per second are
+promised.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ PROMISED = 10_000
 
 
 def trivial(completions, **columns):
-    """A number for each completion, without looking at it."""
+    """A constant reward per completion."""
     return [1.0] * len(completions)
 
 
 def rate(group_size: int, workers: int, completions: int = 16_384) -> float:
-    """Completions a second, the best of three."""
+    """Completions per second, best of three."""
     ids, text = tuple(range(1000, 1256)), "The answer is " * 64
-    own = [Completion(ids, (-1.0,) * len(ids), (True,) * len(ids), "stop", 0, text)] * group_size
-    asked = [{"role": "user", "content": "What is 3 + 4?"}]
+    completions_of_group = [Completion(ids, (-1.0,) * len(ids), (True,) * len(ids), "stop", 0, text)] * group_size
+    messages = [{"role": "user", "content": "What is 3 + 4?"}]
     groups = [
-        (Prompt(f"t/{number}", asked, (1, 2, 3), "t", {"answer": "7"}), own)
+        (Prompt(f"t/{number}", messages, (1, 2, 3), "t", {"answer": "7"}), completions_of_group)
         for number in range(completions // group_size)
     ]
     best = 0.0
@@ -40,11 +41,11 @@ def rate(group_size: int, workers: int, completions: int = 16_384) -> float:
 
 
 def main() -> None:
-    """Print a table; exit code 1 where a rate is below what is promised."""
+    """Print a table; exit with code 1 if a rate is below the promised one."""
     rates = {(size, workers): rate(size, workers) for size in (8, 16, 64) for workers in (1, 2)}
-    print("group_size  workers  completions a second")
-    for (size, workers), found in rates.items():
-        print(f"{size:>10}  {workers:>7}  {found:>20,.0f}")
+    print("group_size  workers  completions per second")
+    for (size, workers), value in rates.items():
+        print(f"{size:>10}  {workers:>7}  {value:>22,.0f}")
     sys.exit(min(rates.values()) < PROMISED)
 
 

@@ -1,8 +1,8 @@
-"""How long a block of model-written code waits for its sandbox: first blocks of sessions, later ones, cold starts.
+"""Measure how long a block of model-written code takes in the sandbox: first blocks, later blocks, cold starts.
 
     python benchmarks/sandbox.py
 
-At most 50 ms is promised for a block, in the median of first blocks that find a ready interpreter and of later blocks.
+A median of at most 50 ms per block is promised, both for first blocks with a ready interpreter and for later blocks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ CODE = "sum(range(10))"
 
 
 def timed(session) -> float:
-    """Seconds of one block."""
+    """Seconds that one block takes."""
     start = time.perf_counter()
     assert session.run(CODE).output == "45\n"
     return time.perf_counter() - start
 
 
 def blocks(sessions: int, pause: float) -> tuple[list[float], list[float]]:
-    """Seconds of sessions' first blocks and of their nine later ones, with a pause between sessions."""
+    """Seconds of the first block and of the nine later blocks of every session, with a pause between sessions."""
     first, later = [], []
     with PythonPool(Limits()) as pool:
         time.sleep(1)
@@ -40,31 +40,31 @@ def blocks(sessions: int, pause: float) -> tuple[list[float], list[float]]:
 
 
 def cold(number: int) -> list[float]:
-    """Seconds from nothing to the end of a first block."""
-    bubblewrap, made = find_bubblewrap(), []
+    """Seconds from process start to the end of the first block."""
+    bubblewrap, seconds = find_bubblewrap(), []
     for _ in range(number):
         start = time.perf_counter()
         process = Process(Limits(), bubblewrap, "benchmark")
         process.await_ready()
         process.run(CODE.encode(), "")
-        made.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
         process.close()
-    return made
+    return seconds
 
 
 def main() -> None:
-    """Print a table; exit code 1 where a median is above what is promised."""
+    """Print a table; exit with code 1 if a median is above the promised one."""
     first, later = blocks(50, 0.1)
-    hurried, _ = blocks(50, 0)
+    without_pause, _ = blocks(50, 0)
     rows = {
         "first block, ready interpreter": first,
-        "first block, sessions without a pause": hurried,
+        "first block, sessions without a pause": without_pause,
         "later block": later,
         "first block, cold start": cold(20),
     }
     print(f"{'':40}{'median ms':>10}{'worst ms':>10}{'number':>8}")
-    for name, found in rows.items():
-        print(f"{name:40}{1000 * statistics.median(found):>10.1f}{1000 * max(found):>10.1f}{len(found):>8}")
+    for name, seconds in rows.items():
+        print(f"{name:40}{1000 * statistics.median(seconds):>10.1f}{1000 * max(seconds):>10.1f}{len(seconds):>8}")
     sys.exit(max(statistics.median(first), statistics.median(later)) > PROMISED)
 
 

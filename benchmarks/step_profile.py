@@ -1,7 +1,7 @@
-"""Where each second of a step of work A goes: phases by the clock, operators by torch's profiler.
+"""Profile a step of work A: phases by wall-clock time, operators by torch's profiler.
 
-`.venv/bin/python benchmarks/step_profile.py [--source CHECKOUT]`; the source is another checkout's code, so that one
-revision can be set beside another. Lengths are work A's; every completion is sampled to 64 tokens.
+`.venv/bin/python benchmarks/step_profile.py [--source CHECKOUT]`; --source profiles the code of another checkout, to
+compare two revisions. Lengths for scoring and training are work A's; every completion is sampled to 64 tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 PROMPTS, GROUP, WIDTH, LONGEST, MEAN = 8, 8, 49, 64, 44.8
 
 KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "linear", "mkldnn"),
+    "matmuls": ("mm", "addmm", "bmm", "linear", "mkldnn"),
     "attention": ("attention", "flash"),
     "copies and casts": ("copy", "cat", "index", "gather", "scatter", "embedding", "stack", "clone", "to_copy"),
     "softmax, exponentials": ("softmax", "exp", "logsumexp", "cumsum", "searchsorted"),
@@ -30,14 +30,12 @@ KINDS = {
 
 
 def kind_of(name: str) -> str:
-    """The kind of an operator, by its name."""
-    return next(
-        (kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other element by element"
-    )
+    """Kind of an operator, by its name."""
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other elementwise")
 
 
 def phases(model: str) -> dict[str, Callable[[], Any]]:
-    """A step's phases on work A's shapes, to be called in order."""
+    """The phases of a step on work A's shapes; call them in order."""
     from gruppo.algorithms.aggregation import sequence_mean_weights
     from gruppo.algorithms.losses import policy_loss
     from gruppo.engines.base import Request, SamplingParams
@@ -48,29 +46,31 @@ def phases(model: str) -> dict[str, Callable[[], Any]]:
 
     policy = load_model(find_model(model))
     reference = policy.frozen_copy()
-    draw = random.Random(0)
-    prompts = [tuple(draw.randrange(100, 40000) for _ in range(WIDTH)) for _ in range(PROMPTS)]
+    source = random.Random(0)
+    prompts = [tuple(source.randrange(100, 40000) for _ in range(WIDTH)) for _ in range(PROMPTS)]
     engine = NativeEngine(policy, PROMPTS * GROUP)
     options = SamplingParams(1.0, LONGEST, min_tokens=LONGEST)
     groups = []
     for place, prompt in enumerate(prompts):
-        made = []
+        completions = []
         for _ in range(GROUP):
-            length = min(LONGEST, max(2, round(draw.gauss(MEAN, MEAN / 3))))
-            ids = tuple(draw.randrange(100, 40000) for _ in range(length))
-            made.append(Completion(ids, (-1.0,) * length, (True,) * length, "length", 0, ""))
-        group = Group(Prompt(str(place), "", prompt, "t", {}), made, [Reward(0.0, {})] * GROUP)
+            length = min(LONGEST, max(2, round(source.gauss(MEAN, MEAN / 3))))
+            ids = tuple(source.randrange(100, 40000) for _ in range(length))
+            completions.append(Completion(ids, (-1.0,) * length, (True,) * length, "length", 0, ""))
+        group = Group(Prompt(str(place), "", prompt, "t", {}), completions, [Reward(0.0, {})] * GROUP)
         group.trained = [True] * GROUP
-        group.advantages = [[(-1.0) ** number] * len(each.token_ids) for number, each in enumerate(made)]
+        group.advantages = [
+            [(-1.0) ** number] * len(completion.token_ids) for number, completion in enumerate(completions)
+        ]
         groups.append(group)
     batches = pack(groups, sequence_mean_weights, MAX_TOKENS, with_kl=True)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-9, fused=True)
 
     def sample() -> None:
-        requests = [Request(each, [(0, i, j) for j in range(GROUP)]) for i, each in enumerate(prompts)]
+        requests = [Request(prompt, [(0, i, j) for j in range(GROUP)]) for i, prompt in enumerate(prompts)]
         engine.generate(requests, options)
 
-    def refer() -> None:
+    def score_reference() -> None:
         with torch.no_grad():
             for batch in batches:
                 batch.ref_logprobs = score(reference, batch, 1.0)[0]
@@ -96,42 +96,44 @@ def phases(model: str) -> dict[str, Callable[[], Any]]:
         engine.load_weights(policy.weight_source(), 1)
 
     return {
-        "generation": sample, "reference": refer, "loss and backward": update, "optimizer": optimize,
+        "generation": sample, "reference": score_reference, "loss and backward": update, "optimizer": optimize,
         "weights to the engine": load,
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=Path(__file__).parents[1], help="the checkout to profile")
+    parser.add_argument("--source", type=Path, default=Path(__file__).parents[1], help="checkout to profile")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--repeats", type=int, default=2, help="timed steps; the best counts")
-    given = parser.parse_args()
-    sys.path.insert(0, str(given.source.resolve()))
-    parts = phases(given.model)
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps; the fastest counts")
+    args = parser.parse_args()
+    sys.path.insert(0, str(args.source.resolve()))
+    parts = phases(args.model)
     for run in parts.values():
         run()
     best = dict.fromkeys(parts, float("inf"))
-    for _ in range(given.repeats):
+    for _ in range(args.repeats):
         for name, run in parts.items():
             start = time.perf_counter()
             run()
             best[name] = min(best[name], time.perf_counter() - start)
     spent: dict[str, dict[str, float]] = {name: {} for name in parts}
     for name, run in parts.items():
-        with profile(activities=[ProfilerActivity.CPU]) as watched:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
             run()
-        for event in watched.key_averages():
+        for event in profiler.key_averages():
             kind = kind_of(event.key.lower())
             spent[name][kind] = spent[name].get(kind, 0.0) + event.self_cpu_time_total / 1e6
-    kinds = [*KINDS, "other element by element"]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; seconds, the profiler's in parts\n")
-    print("| phase | by the clock | " + " | ".join(kinds) + " |\n|" + " --- |" * (len(kinds) + 2))
+    kinds = [*KINDS, "other elementwise"]
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; seconds (kinds of operators: by the profiler)\n"
+    )
+    print("| phase | wall clock | " + " | ".join(kinds) + " |\n|" + " --- |" * (len(kinds) + 2))
     for name in parts:
         cells = " | ".join(f"{spent[name].get(kind, 0.0):.2f}" for kind in kinds)
         print(f"| {name} | {best[name]:.2f} | {cells} |")
-    print(f"| a step | {sum(best.values()):.2f} |" + " |" * len(kinds))
-    print(f"\npeak resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
+    print(f"| whole step | {sum(best.values()):.2f} |" + " |" * len(kinds))
+    print(f"\npeak resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

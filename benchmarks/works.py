@@ -1,6 +1,6 @@
 """The work that both sides do: prompts, lengths and rewards, fixed before anything is timed.
 
-It is written to a file of JSON that every side reads, so that a peer's environment needs nothing of gruppo.
+It is written to a JSON file that every side reads, so that a peer's environment does not need gruppo.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ SUFFIX = " Think it through, then give the number."
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of work. `lengths` and `rewards` have a row for each prompt and a number for each of its completions;
-    `parameters` is the model's N, and `slots` how many completions are in flight, 0 for all."""
+    """One kind of work.
+
+    `lengths` and `rewards` have one row per prompt and one value per completion. `parameters` is the model's N. `slots`
+    is the number of concurrent completions, 0 for all.
+    """
 
     name: str
     model: str
@@ -54,41 +57,44 @@ class Work:
 
     @property
     def completions(self) -> int:
-        """Completions of a step."""
+        """Completions per step."""
         return sum(map(len, self.lengths))
 
     @property
     def tokens(self) -> int:
-        """Completion tokens of a step."""
+        """Completion tokens per step."""
         return sum(map(sum, self.lengths))
 
     @property
     def flop(self) -> float:
-        """Floating-point operations that no implementation can do without: 2·N a token read, 6·N one trained on, each
-        prompt once a group. Without a KL term a group of equal rewards needs no training."""
-        read = [len(prompt) + sum(own) for prompt, own in zip(self.prompts, self.lengths, strict=True)]
+        """Floating-point operations that every implementation needs.
+
+        2·N per token sampled or scored, 6·N per token trained on, every prompt once per group. Without a KL term, a
+        group of equal rewards needs no training.
+        """
+        tokens = [len(prompt) + sum(lengths) for prompt, lengths in zip(self.prompts, self.lengths, strict=True)]
         if self.name == "generation":
-            return 2.0 * self.parameters * sum(read)
-        signal = [bool(self.kl_coef) or len(set(each)) > 1 for each in self.rewards]
-        trained = sum(tokens for tokens, used in zip(read, signal, strict=True) if used)
+            return 2.0 * self.parameters * sum(tokens)
+        has_gradient = [bool(self.kl_coef) or len(set(rewards)) > 1 for rewards in self.rewards]
+        trained = sum(count for count, used in zip(tokens, has_gradient, strict=True) if used)
         passes = 2.0 if self.kl_coef else 1.0
-        return self.parameters * (passes * 2.0 * sum(read) + 6.0 * trained)
+        return self.parameters * (passes * 2.0 * sum(tokens) + 6.0 * trained)
 
     def describe(self) -> str:
-        """In a line, for the table."""
+        """One-line description for the table."""
         size, width = len(self.lengths[0]), len(self.prompts[0])
-        what = f"{len(self.prompts)} prompts of {width} tokens × {size} completions of "
+        text = f"{len(self.prompts)} prompts of {width} tokens × {size} completions of "
         mean = self.tokens / self.completions
         even = min(map(min, self.lengths)) == self.max_tokens
-        what += f"{self.max_tokens} tokens" if even else f"at most {self.max_tokens} tokens ({mean:.1f} on average)"
+        text += f"{self.max_tokens} tokens" if even else f"at most {self.max_tokens} tokens ({mean:.1f} on average)"
         if self.name == "generation":
-            return what + ", temperature 1, bfloat16"
-        signal = sum(len(set(each)) > 1 for each in self.rewards)
-        return f"{what}, β = {self.kl_coef:g}, μ = 1; rewards differ in {signal} groups of {len(self.rewards)}"
+            return text + ", temperature 1, bfloat16"
+        differing = sum(len(set(rewards)) > 1 for rewards in self.rewards)
+        return f"{text}, β = {self.kl_coef:g}, μ = 1; rewards differ in {differing} of {len(self.rewards)} groups"
 
 
 def make_works(folder: Path, quick: bool) -> dict[str, Work]:
-    """All works by name, their model linked into `folder`; `quick`: as small as they can be."""
+    """All works by name, with the model linked into `folder`; `quick`: as small as possible."""
     source = linked(find_model(MODEL), folder / "model")
     many, size, short, long = (2, 2, 6, 8) if quick else (16, 8, 24, 64)
     few = 2 if quick else 8
@@ -100,7 +106,10 @@ def make_works(folder: Path, quick: bool) -> dict[str, Work]:
 
 
 def linked(source: ModelSource, folder: Path) -> ModelSource:
-    """The model's files in a folder whose config names the class, which TRL and vLLM go by; a GGUF file does not."""
+    """Link the model's files into a folder whose config names the model class.
+
+    TRL and vLLM need that name; a config from a GGUF file lacks it.
+    """
     folder.mkdir()
     for file in Path(source.location).iterdir():
         (folder / file.name).symlink_to(file)
@@ -137,24 +146,24 @@ def _work(
 
 
 def _prompts(source: ModelSource, count: int) -> tuple[list[list[dict[str, Any]]], list[list[int]]]:
-    """The first questions of the arithmetic task that have 49 tokens with the suffix, so that none is padded."""
+    """The first questions of the arithmetic task that have 49 tokens with the suffix, so that no prompt is padded."""
     rows = load_training(Task(name="arithmetic"), "task", False, NullProgress())[0].rows
-    asked = [{"prompt": [{"role": "user", "content": row["prompt"][0]["content"] + SUFFIX}]} for row in rows]
-    made = tokenize_rows(asked, source.tokenizer, source.context, 64, "arithmetic")
-    chosen = [prompt for prompt in made if len(prompt.token_ids) == WIDTH][:count]
+    questions = [{"prompt": [{"role": "user", "content": row["prompt"][0]["content"] + SUFFIX}]} for row in rows]
+    prompts = tokenize_rows(questions, source.tokenizer, source.context, 64, "arithmetic")
+    chosen = [prompt for prompt in prompts if len(prompt.token_ids) == WIDTH][:count]
     assert len(chosen) == count
     messages = [prompt.content for prompt in chosen if not isinstance(prompt.content, str)]
     return messages, [list(prompt.token_ids) for prompt in chosen]
 
 
 def _lengths(count: int, size: int, mean: float, longest: int) -> list[list[int]]:
-    """Lengths from a seeded bell curve around the mean, with a third of it as its width, cut at both ends."""
-    draw = random.Random(SEED)
-    return [[min(longest, max(2, round(draw.gauss(mean, mean / 3)))) for _ in range(size)] for _ in range(count)]
+    """Lengths sampled from a normal distribution (seeded, standard deviation mean/3), clipped to 2..longest."""
+    generator = random.Random(SEED)
+    return [[min(longest, max(2, round(generator.gauss(mean, mean / 3)))) for _ in range(size)] for _ in range(count)]
 
 
 def parameters_of(location: str) -> int:
-    """The number N of a model's weights."""
+    """Number of parameters N of a model."""
     total = 0
     with safe_open(f"{location}/model.safetensors", framework="np") as weights:
         names: list[str] = list(weights.keys())
@@ -164,12 +173,12 @@ def parameters_of(location: str) -> int:
 
 
 def _end_ids(source: ModelSource, end: int) -> list[int]:
-    found = GenerationConfig.from_pretrained(source.location).eos_token_id
-    return sorted({end, *(found if isinstance(found, list) else [] if found is None else [found])})
+    ids = GenerationConfig.from_pretrained(source.location).eos_token_id
+    return sorted({end, *(ids if isinstance(ids, list) else [] if ids is None else [ids])})
 
 
 def make_random_model(folder: Path, width: int) -> None:
-    """A Llama of 12 layers and random weights with the small model's tokenizer."""
+    """Save a 12-layer Llama with random weights and the small model's tokenizer."""
     tokenizer = find_model(MODEL).tokenizer
     end = tokenizer.eos_token_id
     config = LlamaConfig(

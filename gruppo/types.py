@@ -1,15 +1,19 @@
-"""The objects that flow through gruppo, in the order in which they are made.
+"""The data types that flow through gruppo, in the order in which they are created.
 
     tasks -> Prompt -> engine -> Completion -> rewards -> Reward -> rollout -> Group -> packing -> Batch -> loss
 
-Legend of symbols, used in every shape of the project:
-    B  batch rows             P  prompts of a step        H  hidden width
-    T  packed tokens          G  completions of a group   V  vocabulary
-    N  completion tokens of a batch (the tokens that a loss can see)
+Symbols used in the shapes of all modules:
+    B  batch rows             P  prompts per step         H  hidden size
+    T  packed tokens          G  completions per group    V  vocabulary size
+    N  completion tokens of a batch (the tokens that a loss is computed on)
 
-Words: `logprobs` are those of the policy being trained (π_θ), `old_logprobs` those of the policy that sampled, by
-the trainer (π_old), `sampling_logprobs` those that the engine drew from, `ref_logprobs` those of the reference
-(π_ref). All are natural logarithms (nats). A per-token tensor aligns with its *own* token.
+Log-probabilities, all natural logarithms (nats):
+    logprobs           of the policy being trained (π_θ)
+    old_logprobs       of the policy that sampled, computed by the trainer (π_old)
+    sampling_logprobs  of the policy that sampled, recorded by the engine while sampling
+    ref_logprobs       of the reference (π_ref)
+
+The entry of a per-token tensor at position t belongs to token t itself, not to the next token.
 """
 
 from __future__ import annotations
@@ -29,10 +33,10 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question as the model reads it.
+    """A prompt of the task, tokenized.
 
-    `content` is the text or the messages of the row, `token_ids` what the engine and the loss see, `columns` every
-    other column of the row: rewards and graders get them by name.
+    `content`: the text or the messages of the row. `token_ids`: the tokens that engine and loss see. `columns`: all
+    other columns of the row, passed to rewards and graders by name.
     """
 
     id: str
@@ -43,15 +47,18 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The question for a human reader: the text itself or the last message."""
+        """The prompt for a human reader: the text itself, or the content of the last message."""
         return self.content if isinstance(self.content, str) else str(self.content[-1].get("content", ""))
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """What an environment tells of a completion: how often it answered (`turns`), how many tools or blocks of Python
-    the model called and how many of those calls failed; its reward, None where it gives none. `failure`: in words, why
-    it could not go on, or not judge."""
+    """What the environment reports about a completion.
+
+    `turns`: number of its answers. `calls`: tools or Python blocks that the model called, of which `errors` failed.
+    `reward`: the reward of the environment, None if it gives none. `failure`: why the environment could not continue or
+    not give a reward, in words.
+    """
 
     turns: int = 0
     calls: int = 0
@@ -62,11 +69,12 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer, as token ids. `mask` is False where a token was not sampled (tool output) and carries no loss; its
-    sampling log-probability is then no number that means anything (0). `episode`: there with an environment only.
+    """A completion, as token ids.
 
-    `finish_reason`: "stop" if the model ended its turn (the end token is the last of `token_ids`), "length" if it
-    was cut at the maximum. It comes from the engine, never from looking for a padding id.
+    `mask`: False for tokens that were not sampled (tool output). They carry no loss, and their sampling log-probability
+    is a placeholder (0). `finish_reason`: "stop" if the model finished (the end token is the last of `token_ids`),
+    "length" if the completion was truncated at the maximum length. It comes from the engine, never from a search for
+    padding ids. `episode`: set only with an environment.
     """
 
     token_ids: tuple[int, ...]
@@ -79,7 +87,7 @@ class Completion:
 
 
 class Steps(NamedTuple):
-    """Rewards of a completion's steps, and the token (counted from 0) on which each step ends, rising."""
+    """Rewards of the steps of a completion, and the token (from 0, increasing) on which each step ends."""
 
     rewards: tuple[float, ...]
     ends: tuple[int, ...]
@@ -87,11 +95,12 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """The reward of one completion: `total` is the weighted sum of `parts`, or None if the completion abstains.
+    """The reward of one completion.
 
-    A part is None where its function returned None ("does not apply"). `steps`: what functions that judge steps gave,
-    by name; with nothing but steps, `total` is 0. `failure` says in words why nothing usable was given, `failures`
-    which functions failed, each with its reason; a failure is never turned into a number.
+    `total`: the weighted sum of `parts`, or None if the completion is excluded. `parts`: rewards by function name; None
+    if the function returned None ("does not apply"). `steps`: step rewards by function name; with step rewards only,
+    `total` is 0. `failure`: why there is no usable reward, in words. `failures`: reasons by the name of the functions
+    that failed. A failure is never converted to a number.
     """
 
     total: float | None
@@ -104,13 +113,13 @@ class Reward:
 
 @dataclass(slots=True)
 class Group:
-    """A prompt, its G completions and their rewards; then, from the method, what the loss needs of them.
+    """A prompt with its G completions and rewards, and the inputs of the loss that the method adds.
 
-    `trained[i]`: completion i takes part in the objective (its reward is known and it is not masked).
-    `advantages[i]`: Â of completion i, one number a token.
-    `values[i]`: by the value model, of the state before each token of completion i and of the one after the last;
-    `returns[i]`: what values should have been, one number a token. Both are there with a value model only.
-    `skipped`: why the group made no gradient, in words, or None.
+    `trained[i]`: whether completion i takes part in the objective (its reward is known and it is not masked).
+    `advantages[i]`: Â of completion i, one value per token.
+    `values[i]`: predictions of the value model for the state before each token of completion i, and for the state after
+    the last one. `returns[i]`: targets of these values, one per token. Both are set only with a value model.
+    `skipped`: why the group has no gradient, in words, or None.
     """
 
     prompt: Prompt
@@ -126,5 +135,5 @@ class Group:
 
     @property
     def has_nonzero_advantage(self) -> bool:
-        """True if any token of any trained completion has an advantage other than 0."""
+        """Whether any token of a trained completion has a nonzero advantage."""
         return any(any(row) for row, used in zip(self.advantages, self.trained, strict=True) if used)

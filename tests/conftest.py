@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer of characters, in memory and as a folder; and groups made by hand."""
+"""Shared fixtures: a tiny Llama with a character tokenizer, in memory and on disk, and hand-made groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
-    """Note how many examples of property-based tests a test tried, for the line that ends a session."""
+    """Record how many property-based examples a test tried, for the summary at the end of the session."""
     if call.when == "call" and item.nodeid.startswith("tests/fuzz/"):
         from tests import fuzzing
 
@@ -29,9 +29,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many examples were tried, in whatever processes."""
-    reports = [each for held in terminalreporter.stats.values() for each in held if getattr(each, "when", "") == "call"]
-    count = sum(value for each in reports for name, value in each.user_properties if name == "examples")
+    """Print how many property-based examples were tried, over all processes."""
+    reports = [
+        report
+        for entries in terminalreporter.stats.values()
+        for report in entries
+        if getattr(report, "when", "") == "call"
+    ]
+    count = sum(value for report in reports for name, value in report.user_properties if name == "examples")
     if count:
         terminalreporter.write_line(f"{count:,} examples tried")
 
@@ -42,7 +47,7 @@ TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_gen
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<eos>": END} | {letter: place for place, letter in enumerate(LETTERS + "<>", start=1)}
+    vocabulary = {"<eos>": END} | {letter: token_id for token_id, letter in enumerate(LETTERS + "<>", start=1)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -52,7 +57,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> LanguageModel:
-    """A Llama of two layers with grouped queries; its end token is its padding token too."""
+    """A two-layer Llama with grouped-query attention; the padding token is the end token."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": 48,
@@ -92,8 +97,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make_completion(token_ids: list[int], finish: str = "stop", mask: list[bool] | None = None) -> Completion:
-    used = mask or [True] * len(token_ids)
-    return Completion(tuple(token_ids), (-1.0,) * len(token_ids), tuple(used), finish, 0, str(token_ids))  # type: ignore[arg-type]
+    loss_mask = mask or [True] * len(token_ids)
+    return Completion(tuple(token_ids), (-1.0,) * len(token_ids), tuple(loss_mask), finish, 0, str(token_ids))  # type: ignore[arg-type]
 
 
 def make_group(
@@ -109,10 +114,10 @@ def make_group(
 def random_groups(seed: int = 0, groups: int = 3, size: int = 4, uneven: bool = True) -> list[Group]:
     """Groups with random tokens, lengths and rewards; no two rewards of a group are equal."""
     source = random.Random(seed)
-    made = []
+    result = []
     for _ in range(groups):
         prompt = [source.randrange(1, 48) for _ in range(source.randrange(2, 9))]
         lengths = [source.randrange(1, 9) if uneven else 5 for _ in range(size)]
         completions = [[source.randrange(1, 48) for _ in range(length)] for length in lengths]
-        made.append(make_group(prompt, completions, [source.gauss(0, 1) for _ in range(size)]))
-    return made
+        result.append(make_group(prompt, completions, [source.gauss(0, 1) for _ in range(size)]))
+    return result

@@ -1,4 +1,4 @@
-"""Tasks and graders as users might write them, good and bad."""
+"""Tasks, graders, surrogates, step splitters and rewards as users might write them, valid and broken."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def begins_early(text, columns):
 
 
 def every_two(text):
-    """Steps of two characters."""
+    """Split into steps of two characters."""
     return [*range(2, len(text), 2), len(text)] if text else []
 
 
@@ -61,13 +61,13 @@ _graded = []
 
 
 def right_at_first(text, columns):
-    """For the trial and two evaluations of one question."""
+    """True for the first three calls: the trial call and two evaluations of one question."""
     _graded.append(text)
     return len(_graded) <= 3
 
 
 def slow_surrogate(logprobs, ratio, advantages, clip_low, clip_high):
-    """Computes for a minute in the first update, unless told not to (in its trial, on small tensors, it does not)."""
+    """Takes a minute in the first update if SLOW is set; its trial call, on small tensors, stays fast."""
     if len(logprobs) > 40 and os.environ.get("SLOW"):
         print("updating", flush=True)
         time.sleep(60)
@@ -75,7 +75,7 @@ def slow_surrogate(logprobs, ratio, advantages, clip_low, clip_high):
 
 
 def sleeps(completions, **kwargs):
-    """A reward that takes its time."""
+    """A reward that takes 30 seconds if SLOW is set."""
     if os.environ.get("SLOW"):
         time.sleep(30)
-    return [float(len(each) % 2) for each in completions]
+    return [float(len(completion) % 2) for completion in completions]

@@ -1,7 +1,7 @@
-"""What property-based tests have in common: how many examples, what counts as a clear error, and values of all kinds.
+"""Helpers of the property-based tests: number of examples, definition of a clear error, and strategies for values.
 
-The same examples at each run. GRUPPO_FUZZ=40 tries forty times as many (`make fuzz`); the terminal's last lines tell
-how many were tried.
+Every run tries the same examples. GRUPPO_FUZZ=40 tries forty times as many (see `make fuzz`); the end of pytest's
+output says how many were tried.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ tried = 0
 
 
 def examples(count: int, **strategies: st.SearchStrategy) -> Callable:
-    """Run the test on so many examples, and count them."""
+    """Run the test on `count` examples (times GRUPPO_FUZZ), and count them in `tried`."""
 
     def decorate(test: Callable) -> Callable:
         @wraps(test)
-        def counted(*given_: Any, **arguments: Any) -> None:
+        def counted(*args: Any, **arguments: Any) -> None:
             global tried
             tried += 1
-            test(*given_, **arguments)
+            test(*args, **arguments)
 
         checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
         limited = settings(
@@ -46,23 +46,27 @@ def examples(count: int, **strategies: st.SearchStrategy) -> Callable:
 
 @contextmanager
 def clear() -> Iterator[None]:
-    """What runs in the block works, or raises an error for users whose message is one line that can be written; a
-    recipe's has a line for each mistake."""
+    """Assert that the block succeeds or raises a user-facing error with a clear message.
+
+    The message must be one line that can be encoded; a `RecipeError` has one line per mistake.
+    """
     try:
         yield
     except (UsageError, RunError) as error:
-        said = error
+        message = error
     else:
         return
-    lines = str(said).encode().decode().splitlines()
-    assert lines, "an error without words"
+    lines = str(message).encode().decode().splitlines()
+    assert lines, "an error without a message"
     assert all(line.strip() for line in lines), f"an empty line: {lines}"
-    assert isinstance(said, RecipeError) or len(lines) == 1, f"several lines: {lines}"
+    assert isinstance(message, RecipeError) or len(lines) == 1, f"several lines: {lines}"
 
 
 def command(*arguments: str) -> tuple[int, str, str]:
-    """The command line in this process: exit code, standard output, and standard error; whatever else it raises is a
-    failure of the test."""
+    """Run the command line in this process; returns exit code, standard output and standard error.
+
+    Any exception other than SystemExit fails the test.
+    """
     from gruppo.cli.main import main
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
@@ -77,13 +81,13 @@ def command(*arguments: str) -> tuple[int, str, str]:
 
 
 def said_clearly(code: int, err: str) -> None:
-    """Done without a word of error, or one line for each mistake and the exit code of bad usage."""
+    """Assert that the command succeeded, or failed with a clear message and an exit code of at most 2."""
     assert code in (0, 1, 2)
     assert "Traceback" not in err
     assert code == 0 or any(line.startswith(("gruppo: ", "Error: ", "Usage: ")) for line in err.splitlines())
 
 
-# Text as it comes: letters, what is special somewhere, and (for values that are in memory) lone surrogates.
+# Text that users may pass: letters, strings with a special meaning somewhere, and (in ANY_TEXT) lone surrogates.
 ODD_TEXT = st.sampled_from([
     "", " ", "\n", "a", "ab", "assistant", "user", "system", "{question}", "{", "}}", "{{ x }}", "\x00", "\x1b[31m",
     "﷽", "1/0", "-5", "1,000", "1e999", "NaN", "#### 4", "\\boxed{", "$x$", "<answer>3</answer>", "<think>", "../..",
@@ -96,7 +100,7 @@ NUMBERS = st.integers(-3, 40) | st.integers() | st.sampled_from([2**31, 2**63, 1
 
 
 def values(leaves: st.SearchStrategy, keys: st.SearchStrategy) -> st.SearchStrategy:
-    """Nested lists and tables of such values."""
+    """Nested lists and tables of `leaves`."""
     return st.recursive(
         leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=6
     )

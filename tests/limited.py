@@ -1,9 +1,9 @@
-"""A program for tests of memory: it runs under a limit of its address space and prints what came of it as JSON.
+"""A program for memory tests: it trains under a limit on its address space and prints the outcomes as JSON.
 
     python -m tests.limited FOLDER
 
-The limit is what the process has mapped once everything is loaded, and the rest of the recipe's budget. Under it the
-run of the budget has to come to its end; one in the largest micro-batch has to fail, or to come to its end by halving.
+The limit is the memory mapped once everything is loaded plus the rest of the recipe's budget. Under it, the run sized
+by the budget must finish; a run with the largest micro-batch must fail, or finish if halving is allowed.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from gruppo.utils.system import release_memory
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, recipe
 
-ROOM = 200_000_000  # of the budget, for the run itself: less than activations of 1,024 tokens need
-SMALLEST, LARGEST = 66, 1024  # tokens of a micro-batch
+ROOM = 200_000_000  # bytes of the budget for the run itself: less than the activations of 1,024 tokens need
+SMALLEST, LARGEST = 66, 1024  # tokens per micro-batch
 SETTINGS = {
     "run__steps": 1, "run__checkpoint_every": 10, "sampling__prompts_per_step": 8, "sampling__group_size": 4,
     "sampling__max_tokens": 64, "method__kl_coef": 0.0,
 }  # fmt: skip
 
 
-def made(model: str, out: Path, memory: str) -> dict[str, Any]:
+def outcome(model: str, out: Path, memory: str) -> dict[str, Any]:
     try:
         train(recipe(model, run__memory=memory, **SETTINGS), prompts=ROWS, out=out)
         error = None
     except RunError as raised:
         error = str(raised)
-    gc.collect()  # an error's frames hold what failed
+    gc.collect()  # an error's frames keep the failed tensors alive
     release_memory()
     chosen = json.loads((out / "environment.json").read_text())["chosen"]
     lines = read_lines(out / "metrics.jsonl")
@@ -60,7 +60,7 @@ def made(model: str, out: Path, memory: str) -> dict[str, Any]:
 
 
 def sized(tokens: int) -> Callable[..., Any]:
-    """In place of `choose_sizes`: whatever memory there is, micro-batches of so many tokens."""
+    """Patch `choose_sizes` to use micro-batches of `tokens` tokens, regardless of the available memory."""
 
     def choose(*args: Any) -> Any:
         return replace(choose_sizes(*args), micro_batch_tokens=tokens)
@@ -69,13 +69,13 @@ def sized(tokens: int) -> Callable[..., Any]:
 
 
 def in_a_fork(model: str, out: Path, *patches: Any) -> dict[str, Any]:
-    """`made` in a copy of this process, so that no run finds what another has left in the heap."""
+    """`outcome` in a forked process, so that no run reuses heap memory of another."""
     child = os.fork()
     if not child:
         with ExitStack() as stack:
-            for each in patches:
-                stack.enter_context(each)
-            out.with_suffix(".json").write_text(json.dumps(made(model, out, "100 GB")))
+            for patch in patches:
+                stack.enter_context(patch)
+            out.with_suffix(".json").write_text(json.dumps(outcome(model, out, "100 GB")))
         os._exit(0)
     os.waitpid(child, 0)
     return json.loads(out.with_suffix(".json").read_text())  # type: ignore[no-any-return]
@@ -86,19 +86,19 @@ def main() -> None:
     model = str(folder / "wide")
     save_model(make_policy(initializer_range=0.02, hidden_size=64, intermediate_size=16384), Path(model))
     with sized(SMALLEST):
-        made(model, folder / "warm", "100 GB")  # libraries are loaded as they are used
+        outcome(model, folder / "warm", "100 GB")  # libraries are loaded on first use
     process = psutil.Process().memory_info()
-    held = process.rss + LATER + ROOM
-    resource.setrlimit(resource.RLIMIT_AS, (process.vms + held - process.rss, resource.RLIM_INFINITY))
+    budget = process.rss + LATER + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (process.vms + budget - process.rss, resource.RLIM_INFINITY))
     without_halving = mock.patch.object(
-        BatchSizes, "fitting", lambda self, size, _, attempt: attempt(getattr(self, size))
+        BatchSizes, "run_with_retry", lambda self, size, _, attempt: attempt(getattr(self, size))
     )
-    found = {
+    outcomes = {
         "largest": in_a_fork(model, folder / "largest", sized(LARGEST), without_halving),
         "halved": in_a_fork(model, folder / "halved", sized(LARGEST)),
-        "budget": made(model, folder / "budget", f"{held // 1000} KB"),
+        "budget": outcome(model, folder / "budget", f"{budget // 1000} KB"),
     }
-    print(json.dumps(found))
+    print(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

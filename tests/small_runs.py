@@ -1,4 +1,4 @@
-"""A small run of the tiny model, whole in seconds, for tests of the loop."""
+"""Small runs of the tiny model, which finish in seconds, for tests of the training loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def small_run(model: str, out: Path, resume: bool = False, **changes: Any) -> Re
 
 
 def fingerprint(out: Path) -> dict[str, Any]:
-    """Everything that two equal runs have in common: all but times, memory and events of interruption."""
+    """Everything that must be equal in two equal runs: all but times, memory and events."""
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in metrics]
     summary = json.loads((out / "summary.json").read_text())
@@ -53,12 +53,12 @@ def fingerprint(out: Path) -> dict[str, Any]:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
+    """Stands in for SIGKILL: no code of gruppo catches it."""
 
 
 @contextmanager
 def killed(monkeypatch: pytest.MonkeyPatch, target: str, count: int) -> Iterator[None]:
-    """What runs in the block dies just before the `count`-th call of `target`, and writes no summary."""
+    """Kill the code in the block just before the `count`-th call of `target`; no summary is written."""
 
     def dies() -> None:
         raise Killed
@@ -71,7 +71,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, target: str, count: int) -> Iterator
 
 
 def at_call(patch: pytest.MonkeyPatch, target: str, count: int, action: Callable[[], None]) -> None:
-    """Do `action` just before the `count`-th call of `target`."""
+    """Run `action` just before the `count`-th call of `target`."""
     original, calls = resolve_name(target), 0
 
     def counted(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""gruppo's side: its own loop on the work's prompts, lengths and rewards."""
+"""gruppo's side: the training loop on the prompts, lengths and rewards of the work file."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from gruppo.utils.signals import Stop
 
 
 class FixedLengths:
-    """An engine whose completions have the work's lengths: no end token before, and an end token there."""
+    """An engine whose completions have the lengths of the work file: an end token there and none before."""
 
     def __init__(self, engine: Engine, work: dict[str, Any]) -> None:
         self.engine, self.end = engine, work["end_id"]
         pairs = zip(work["prompts"], work["lengths"], strict=True)
         self.limits = {tuple(prompt): lengths for prompt, lengths in pairs}
-        self.made: dict[tuple[int, ...], list[int]] = {}
+        self.sampled: dict[tuple[int, ...], list[int]] = {}  # prompt -> lengths of its last completions
 
     def generate(
         self, requests: Sequence[Request], options: SamplingParams, advance: Advance | None = None
@@ -48,12 +48,14 @@ class FixedLengths:
         """See `Engine`."""
         limited = [replace(request, limits=self.limits[request.token_ids]) for request in requests]
         sampled = self.engine.generate(limited, replace(options, min_tokens=options.max_tokens), advance)
-        groups = [[self._ended(completion) for completion in group] for group in sampled]
+        groups = [[self._with_end_token(completion) for completion in group] for group in sampled]
         pairs = zip(requests, groups, strict=True)
-        self.made = {request.token_ids: [len(each.token_ids) for each in group] for request, group in pairs}
+        self.sampled = {
+            request.token_ids: [len(completion.token_ids) for completion in group] for request, group in pairs
+        }
         return groups
 
-    def _ended(self, completion: Completion) -> Completion:
+    def _with_end_token(self, completion: Completion) -> Completion:
         return replace(completion, token_ids=(*completion.token_ids[:-1], self.end), finish_reason="stop")
 
     def load_weights(self, policy: LanguageModel, version: int) -> None:
@@ -62,7 +64,7 @@ class FixedLengths:
 
 
 class Training:
-    """Steps of gruppo's loop, in a run folder of its own."""
+    """Steps of gruppo's training loop, in a temporary run folder."""
 
     def __init__(self, work: dict[str, Any], stack: ExitStack) -> None:
         self.work, self.phases = work, Phases()
@@ -83,10 +85,10 @@ class Training:
         )
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
         pairs = zip(work["messages"], work["rewards"], strict=True)
-        rows = [{"prompt": messages, "fixed": own} for messages, own in pairs]
+        rows = [{"prompt": messages, "fixed": rewards} for messages, rewards in pairs]
         data = preflight(recipe, folder, False, [fixed_rewards], rows, NullProgress())
         parts = prepare(recipe, folder, False, [fixed_rewards], data, NullProgress(), stack)
-        assert sorted(each.token_ids for each in parts.prompts) == sorted(map(tuple, work["prompts"]))
+        assert sorted(prompt.token_ids for prompt in parts.prompts) == sorted(map(tuple, work["prompts"]))
         self.engine = FixedLengths(parts.engine, work)
         parts.engine = parts.sampler = self.engine
         self.phases.watch_optimizer(parts.optimizer)
@@ -105,7 +107,7 @@ class Training:
         losses_of_batches.score = timed  # type: ignore[attr-defined]
 
     def step(self) -> dict[str, Any]:
-        """One step of the loop."""
+        """Run one step of the loop."""
         start = time.perf_counter()
         self.run._step()
         seconds = time.perf_counter() - start
@@ -113,15 +115,15 @@ class Training:
         inside = sum(self.phases.seconds.values())
         self.phases.add("generation", values["time/generate"])
         self.phases.add("loss and backward", values["time/update"] - inside)
-        lengths = [self.engine.made[tuple(prompt)] for prompt in self.work["prompts"]]
+        lengths = [self.engine.sampled[tuple(prompt)] for prompt in self.work["prompts"]]
         return {"seconds": seconds, "phases": self.phases.take(seconds), "lengths": lengths}
 
     def setting(self) -> str:
-        """What the library chose for this machine."""
+        """The dtype that gruppo chose for this machine."""
         return str(self.parts.policy.dtype).removeprefix("torch.")
 
     def forecast(self) -> int:
-        """Its peak memory as it was foreseen, in bytes."""
+        """Estimated peak memory in bytes."""
         return int(self.parts.run.read_json("environment.json")["memory_forecast"]["peak"])
 
 
@@ -131,37 +133,37 @@ class Generation:
     def __init__(self, work: dict[str, Any], stack: ExitStack) -> None:
         self.work = work
         self.policy = load_model(find_model(work["model"]), dtype="bfloat16")
-        wanted = work["slots"] or sum(map(len, work["lengths"]))
-        self.engine = NativeEngine(self.policy, wanted)
+        slots = work["slots"] or sum(map(len, work["lengths"]))
+        self.engine = NativeEngine(self.policy, slots)
         self.calls = 0
 
     def step(self, tokens: int | None = None) -> dict[str, Any]:
-        """All completions once; `tokens`: only so many of each."""
-        work, most = self.work, tokens or self.work["max_tokens"]
+        """Sample all completions once; `tokens`: at most this many tokens per completion."""
+        work, max_tokens = self.work, tokens or self.work["max_tokens"]
         self.calls += 1
         requests = [
             Request(
                 tuple(prompt),
                 [(work["seed"], self.calls, place, index) for index in range(len(lengths))],
-                limits=[min(each, most) for each in lengths],
+                limits=[min(length, max_tokens) for length in lengths],
             )
             for place, (prompt, lengths) in enumerate(zip(work["prompts"], work["lengths"], strict=True))
         ]
         start = time.perf_counter()
-        made = self.engine.generate(requests, SamplingParams(1.0, most, min_tokens=most))
+        groups = self.engine.generate(requests, SamplingParams(1.0, max_tokens, min_tokens=max_tokens))
         seconds = time.perf_counter() - start
-        lengths = [[len(each.token_ids) for each in group] for group in made]
+        lengths = [[len(completion.token_ids) for completion in group] for group in groups]
         return {"seconds": seconds, "phases": {"generation": seconds}, "lengths": lengths}
 
     def setting(self) -> str:
-        """How it runs."""
+        """Dtype and number of concurrent completions."""
         return f"bfloat16, {self.engine.slots} in flight"
 
 
 def check(work: dict[str, Any]) -> dict[str, Any]:
-    """Completions of the work, and the loss and the gradient's norm of gruppo's objective on them, in float64.
+    """Sample the work's completions; returns them with loss and gradient norm of gruppo's objective in float64.
 
-    Old policy and reference are the start weights with noise, so that neither ratio nor KL term is trivial.
+    Old policy and reference are the initial weights with noise, so that neither the ratio nor the KL term is trivial.
     """
     policy = load_model(find_model(work["model"]), dtype="float64")
     noisy = load_model(find_model(work["model"]), dtype="float64")
@@ -174,7 +176,7 @@ def check(work: dict[str, Any]) -> dict[str, Any]:
     ]
     sampled = engine.generate(requests, SamplingParams(1.0, work["max_tokens"]))
     groups = [
-        Group(Prompt("p", "", request.token_ids, "t", {}), completions, [Reward(each, {}) for each in rewards])
+        Group(Prompt("p", "", request.token_ids, "t", {}), completions, [Reward(reward, {}) for reward in rewards])
         for request, completions, rewards in zip(requests, sampled, work["rewards"], strict=True)
     ]
     filtering.mark_trained(groups, False)
@@ -191,8 +193,8 @@ def check(work: dict[str, Any]) -> dict[str, Any]:
         "loss": total,
         "gradient_norm": gradient_norm(policy.model),
         "rollouts": {
-            "completions": [[list(each.token_ids) for each in group] for group in sampled],
-            "advantages": [[own[0] for own in group.advantages] for group in groups],
+            "completions": [[list(completion.token_ids) for completion in group] for group in sampled],
+            "advantages": [[advantages[0] for advantages in group.advantages] for group in groups],
         },
     }
 

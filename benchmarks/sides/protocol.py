@@ -1,6 +1,6 @@
-"""What all sides share: a line of JSON a command, the work file, phases, and what makes two sides do the same work.
+"""Code that all sides share: the JSON-lines protocol, the work file, timing of phases, and code for equal work.
 
-It runs in every side's own environment, so it imports nothing but torch, and that only where it is used.
+It runs in every side's environment, so it imports nothing but torch, and that only where it is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Channel:
-    """Commands on stdin, answers on what stdout was at the beginning; all that is printed goes to stderr."""
+    """Reads commands from stdin and writes answers to the original stdout; everything printed later goes to stderr."""
 
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
@@ -28,29 +28,29 @@ class Channel:
             yield command
 
     def read(self) -> dict[str, Any] | None:
-        """The next command, or None where there are no more."""
+        """The next command, or None at the end of input."""
         line = sys.stdin.readline()
         return json.loads(line) if line else None
 
     def reply(self, **values: Any) -> None:
-        """The answer to a command."""
+        """Send the answer to a command."""
         self.answers.write(json.dumps(values) + "\n")
         self.answers.flush()
 
 
 def read_work() -> dict[str, Any]:
-    """The work file, which is a side's first argument."""
+    """Read the work file, a side's first command-line argument."""
     work: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     return work
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of a side's packages."""
+    """Installed versions of the packages."""
     return {name: metadata.version(name) for name in packages}
 
 
 class Phases:
-    """Seconds by phase of a step."""
+    """Times the phases of a step, in seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -62,11 +62,11 @@ class Phases:
         self.add(name, time.perf_counter() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        """Add to a phase."""
+        """Add seconds to a phase."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def take(self, total: float) -> dict[str, float]:
-        """The phases of a step that took `total` seconds and the rest of it; begins the next step."""
+        """Return the phases of a step that took `total` seconds, with the rest as "other", and start the next step."""
         taken, self.seconds = self.seconds, {}
         return {**taken, "other": total - sum(taken.values())}
 
@@ -78,12 +78,12 @@ class Phases:
 
 
 def fixed_rewards(completions: Sequence[Any], fixed: Sequence[Sequence[float]], **_: Any) -> list[float]:
-    """The rewards that the work file gives; completions come group by group."""
-    return [own[index % len(own)] for index, own in enumerate(fixed)]
+    """The rewards from the work file; completions come group by group."""
+    return [rewards[index % len(rewards)] for index, rewards in enumerate(fixed)]
 
 
 def perturb(model: Any, seed: int) -> None:
-    """Move every weight by noise of 3 % of its tensor's standard deviation: the same on every side."""
+    """Add noise of 3 % of a tensor's standard deviation to every weight, the same on every side."""
     import torch
 
     with torch.no_grad():
@@ -95,5 +95,5 @@ def perturb(model: Any, seed: int) -> None:
 
 def gradient_norm(model: Any) -> float:
     """The norm over all gradients, summed in float64."""
-    squares = [float(each.grad.double().square().sum()) for each in model.parameters() if each.grad is not None]
+    squares = [float(weight.grad.double().square().sum()) for weight in model.parameters() if weight.grad is not None]
     return float(sum(squares) ** 0.5)

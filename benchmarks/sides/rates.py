@@ -1,4 +1,4 @@
-"""Rates of matrix products on this machine, GFLOP/s: the limit that shares are shares of."""
+"""Measure matmul rates on this machine in GFLOP/s; they define the limit in the tables."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 import torch
 from protocol import Channel
 
-# Rows, inputs and outputs: many tokens at once through the model's MLP, and one token of 64 completions.
+# Rows, inputs, outputs: many tokens at once through the model's MLP, and one token of each of 64 completions.
 SHAPES = ((1024, 576, 1536), (1024, 1536, 576), (4096, 576, 1536), (64, 576, 1536), (64, 1536, 576))
 
 
 def rate(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> float:
-    """The best of half a second of products."""
+    """The best rate within half a second of matmuls."""
     left, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
     best, end = float("inf"), time.perf_counter() + 0.5
     while time.perf_counter() < end:
@@ -26,13 +26,13 @@ def main() -> None:
     channel = Channel()
     channel.reply(versions={})
     for _ in channel:
-        found = {}
+        rates = {}
         for dtype in (torch.float32, torch.bfloat16):
-            made = {shape: rate(dtype, *shape) for shape in SHAPES}
+            by_shape = {shape: rate(dtype, *shape) for shape in SHAPES}
             name = str(dtype).removeprefix("torch.")
-            found[name] = max(made.values())
-            found[f"{name} of 64 rows"] = max(value for shape, value in made.items() if shape[0] == 64)
-        channel.reply(rates=found)
+            rates[name] = max(by_shape.values())
+            rates[f"{name} (64 rows)"] = max(value for shape, value in by_shape.items() if shape[0] == 64)
+        channel.reply(rates=rates)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""TRL's side: GRPOTrainer in one setting, a step at a time."""
+"""TRL's side: GRPOTrainer in one setting, one step per command."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class FixedLengths(LogitsProcessor):
-    """No end token before the length of a row, and nothing but an end token there."""
+    """Forces completion lengths: no end token before the length of a row, and only an end token there."""
 
     def __init__(self, work: dict[str, Any]) -> None:
         self.lengths = torch.tensor([length for lengths in work["lengths"] for length in lengths])
-        self.prompts = torch.tensor([own for own in work["prompts"] for _ in work["lengths"][0]])
+        self.prompts = torch.tensor([prompt for prompt in work["prompts"] for _ in work["lengths"][0]])
         self.ends, self.end = work["end_ids"], work["end_id"]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         width = self.prompts.shape[1]
-        assert torch.equal(input_ids[:, :width], self.prompts), "these are not the prompts of the work file"
+        assert torch.equal(input_ids[:, :width], self.prompts), "the prompts differ from the work file"
         last = self.lengths == input_ids.shape[1] - width + 1
         scores[:, self.ends] = -torch.inf
         scores[last] = -torch.inf
@@ -36,26 +36,26 @@ class FixedLengths(LogitsProcessor):
 
 
 class Watched(GRPOTrainer):  # type: ignore[misc]
-    """The trainer as it is, with its phases timed."""
+    """The unchanged trainer with timed phases."""
 
     def __init__(self, work: dict[str, Any], **options: Any) -> None:
         super().__init__(**options)
         self.phases, self.lengths = Phases(), FixedLengths(work)
-        self.made: list[int] = []
+        self.sampled: list[int] = []  # lengths of the last completions
         plain = self.model.generate
-        self.model.generate = lambda **given: plain(**given, logits_processor=LogitsProcessorList([self.lengths]))
+        self.model.generate = lambda **options: plain(**options, logits_processor=LogitsProcessorList([self.lengths]))
 
-    def _generate_single_turn(self, *given: Any, **named: Any) -> Any:
+    def _generate_single_turn(self, *arguments: Any, **options: Any) -> Any:
         with self.phases("generation"):
-            completion_ids, logprobs = super()._generate_single_turn(*given, **named)
-        self.made = [len(each) for each in completion_ids]
+            completion_ids, logprobs = super()._generate_single_turn(*arguments, **options)
+        self.sampled = [len(token_ids) for token_ids in completion_ids]
         return completion_ids, logprobs
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *given: Any, **named: Any) -> Any:
+    def _get_per_token_logps_and_entropies(self, model: Any, *arguments: Any, **options: Any) -> Any:
         if self.ref_model is None or model is not self.ref_model:
-            return super()._get_per_token_logps_and_entropies(model, *given, **named)
+            return super()._get_per_token_logps_and_entropies(model, *arguments, **options)
         with self.phases("reference"):
-            return super()._get_per_token_logps_and_entropies(model, *given, **named)
+            return super()._get_per_token_logps_and_entropies(model, *arguments, **options)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         start = time.perf_counter()
@@ -63,22 +63,22 @@ class Watched(GRPOTrainer):  # type: ignore[misc]
         self.phases.add("loss and backward", start - time.perf_counter())
         return inputs
 
-    def training_step(self, *given: Any, **named: Any) -> Any:
+    def training_step(self, *arguments: Any, **options: Any) -> Any:
         with self.phases("loss and backward"):
-            return super().training_step(*given, **named)
+            return super().training_step(*arguments, **options)
 
 
 class Remote(TrainerCallback):  # type: ignore[misc]
-    """Holds every step back until it is asked for, and answers with its time."""
+    """Delays every step until a command asks for it, and answers with its time."""
 
     def __init__(self, channel: Channel, work: dict[str, Any]) -> None:
         self.channel, self.work, self.trainer = channel, work, None
         self.started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """A tiny update, so that nothing that is done once falls into the first step."""
+        """Do a tiny update, so that one-time work does not fall into the first step."""
         inner = optimizer.optimizer
-        batch = {name: each[:2] for name, each in _inputs(self.work, _placeholders(self.work)).items()}
+        batch = {name: tensor[:2] for name, tensor in _inputs(self.work, _placeholders(self.work)).items()}
         self.trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
         self.trainer.model.train()
         self.trainer.compute_loss(self.trainer.model_wrapped, batch).backward()
@@ -95,38 +95,41 @@ class Remote(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = time.perf_counter() - self.started
-        made, size = self.trainer.made, len(self.work["lengths"][0])
-        lengths = [made[start : start + size] for start in range(0, len(made), size)]
+        sampled, size = self.trainer.sampled, len(self.work["lengths"][0])
+        lengths = [sampled[start : start + size] for start in range(0, len(sampled), size)]
         self.channel.reply(seconds=seconds, phases=self.trainer.phases.take(seconds), lengths=lengths)
 
 
 def _placeholders(work: dict[str, Any]) -> dict[str, Any]:
-    """Completions of the right lengths, of any tokens."""
+    """Completions of the right lengths with arbitrary tokens."""
     completions = [[[work["end_id"]] * length for length in lengths] for lengths in work["lengths"]]
     return {"completions": completions, "advantages": work["rewards"]}
 
 
 def _inputs(work: dict[str, Any], rollouts: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What `_compute_loss` takes, of all completions, without log-probabilities (those of padding are 0)."""
-    completions = [torch.tensor(each) for group in rollouts["completions"] for each in group]
+    """Inputs of `_compute_loss` for all completions, with zeros in place of log-probabilities."""
+    completions = [torch.tensor(token_ids) for group in rollouts["completions"] for token_ids in group]
     size = len(work["lengths"][0])
     padded = pad_sequence(completions, batch_first=True, padding_value=work["end_id"])
-    mask = pad_sequence([torch.ones_like(each) for each in completions], batch_first=True)
+    mask = pad_sequence([torch.ones_like(completion) for completion in completions], batch_first=True)
     prompts = torch.tensor([prompt for prompt in work["prompts"] for _ in range(size)])
     return {
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": padded,
         "completion_mask": mask,
-        "advantages": torch.tensor([each for group in rollouts["advantages"] for each in group], dtype=torch.float32),
+        "advantages": torch.tensor([value for group in rollouts["advantages"] for value in group], dtype=torch.float32),
         "old_per_token_logps": torch.zeros(padded.shape),
         "ref_per_token_logps": torch.zeros(padded.shape),
     }
 
 
 def _widen(model: Any) -> None:
-    """Make the model compute in float64, norms too, which transformers takes in float32 whatever the dtype; and let
-    the embedding of the padding token, which ends turns in the prompts, have its gradient."""
+    """Make the model compute in float64, and give the embedding of the padding token a gradient.
+
+    Norms are replaced because transformers computes them in float32 regardless of the dtype. The padding token ends
+    turns in the prompts.
+    """
 
     def norm(module: Any) -> Any:
         def forward(hidden: torch.Tensor) -> torch.Tensor:
@@ -144,24 +147,24 @@ def _widen(model: Any) -> None:
 
 
 def check(trainer: Watched, work: dict[str, Any], rollouts: dict[str, Any]) -> dict[str, Any]:
-    """Loss and gradient norm by TRL's own `_compute_loss` in float64, on the completions and advantages given."""
+    """Loss and gradient norm by TRL's `_compute_loss` in float64, on the completions and advantages of `rollouts`."""
     model, size = trainer.model, trainer.args.per_device_train_batch_size
     _widen(model)
-    every = _inputs(work, rollouts)
-    plain = {name: each.clone() for name, each in model.state_dict().items()}
+    inputs = _inputs(work, rollouts)
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     perturb(model, work["seed"])
-    ids = torch.cat([every["prompt_ids"], every["completion_ids"]], dim=1)
-    mask = torch.cat([every["prompt_mask"], every["completion_mask"]], dim=1)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     with torch.no_grad():
-        width = every["completion_ids"].shape[1]
+        width = inputs["completion_ids"].shape[1]
         noisy = trainer._get_per_token_logps_and_entropies(model, ids, mask, width, size)[0]
     model.load_state_dict(plain)
-    every["old_per_token_logps"] = every["ref_per_token_logps"] = noisy
+    inputs["old_per_token_logps"] = inputs["ref_per_token_logps"] = noisy
     trainer.current_gradient_accumulation_steps = len(ids) // size
     model.train()
     total = 0.0
     for start in range(0, len(ids), size):
-        batch = {name: each[start : start + size] for name, each in every.items()}
+        batch = {name: tensor[start : start + size] for name, tensor in inputs.items()}
         loss = trainer._compute_loss(model, batch)
         loss.backward()
         total += float(loss.detach())
@@ -169,7 +172,7 @@ def check(trainer: Watched, work: dict[str, Any], rollouts: dict[str, Any]) -> d
 
 
 def make_trainer(work: dict[str, Any], setting: dict[str, Any], folder: str, callback: Remote) -> Watched:
-    """GRPOTrainer with the work's objective; `setting`: bf16 and the size of micro-batches."""
+    """GRPOTrainer with the objective of the work file; `setting`: bf16, and the micro-batch size in completions."""
     completions, size = sum(map(len, work["lengths"])), setting["micro_batch"]
     config = GRPOConfig(
         output_dir=folder,
@@ -201,7 +204,7 @@ def make_trainer(work: dict[str, Any], setting: dict[str, Any], folder: str, cal
         seed=work["seed"] % 2**31,
     )
     pairs = zip(work["messages"], work["rewards"], strict=True)
-    rows = [{"prompt": messages, "fixed": own} for messages, own in pairs]
+    rows = [{"prompt": messages, "fixed": rewards} for messages, rewards in pairs]
     trainer = Watched(
         work,
         model=work["model"],

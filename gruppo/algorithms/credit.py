@@ -1,4 +1,4 @@
-"""Who gets which advantage: credit for completions, steps, tokens, pairs and values."""
+"""Advantage granularity: advantages per completion, step, token or pair, or from a value model."""
 
 from __future__ import annotations
 
@@ -22,54 +22,56 @@ def assign_advantages(
     step_weights: Mapping[str, float] | None = None,
     critic: Critic | None = None,
 ) -> None:
-    """Fill in `advantages`, and `skipped` where they are all 0, after `mark_trained` and `select`.
+    """Fill in `advantages` of all groups, and `skipped` of groups whose advantages are all 0.
 
-    A completion that is not trained on leaves every mean and standard deviation. Where the KL stands in the reward
-    (k1), and for pairs, `old_logprobs` and `ref_logprobs` of trained completions must be there. `step_weights`: those
-    of reward functions that judge steps, by name; 1 where there is none. `critic`: that table of the recipe, where
-    credit is "value"; then `values` must be there, and `returns` are filled in.
+    Call this after `mark_trained` and `select`. Completions that are not trained on count in no mean or standard
+    deviation. If the KL is part of the reward (k1), and for pairs (DPO), `old_logprobs` and `ref_logprobs` of the
+    trained completions must be set.
+
+    `step_weights`: the weights of the reward functions that score steps, by name; 1 if not listed. `critic`: the table
+    [critic] of the recipe, required for credit "value". In this case `values` must be set, and `returns` is filled in.
     """
     if settings.credit == "pair":
         _pair_advantages(groups, settings, metrics)
         return
-    places = [(group, number) for group in groups for number, used in enumerate(group.trained) if used]
+    trained = [(group, index) for group in groups for index, used in enumerate(group.trained) if used]
     if settings.credit == "token":
-        made = _token_advantages(places, settings)
+        rows = _token_advantages(trained, settings)
     elif settings.credit == "value":
         assert critic is not None
-        made = _value_advantages(groups, places, settings, critic)
+        rows = _value_advantages(groups, trained, settings, critic)
     else:
-        made = _completion_advantages(groups, settings)
-    for (group, number), values in zip(places, made, strict=True):
-        group.advantages[number] = values
+        rows = _completion_advantages(groups, settings)
+    for (group, index), row in zip(trained, rows, strict=True):
+        group.advantages[index] = row
     if settings.credit == "step":
         for group in groups:
             _add_step_advantages(group, step_weights)
     for group in groups:
         if any(group.trained) and not group.has_nonzero_advantage:
-            group.skipped = f"all advantages are 0: {_why_no_signal(group, settings)}"
+            group.skipped = f"all advantages are 0: {_why_all_zero(group, settings)}"
 
 
-def _why_no_signal(group: Group, settings: Method) -> str:
+def _why_all_zero(group: Group, settings: Method) -> str:
     if settings.baseline == "indicator":
-        return "no completion is right"
-    return "one completion" if sum(group.trained) == 1 else "every trained completion has the same reward"
+        return "no completion is correct"
+    return "only one trained completion" if sum(group.trained) == 1 else "every trained completion has the same reward"
 
 
 def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[list[float]]:
-    """One advantage a completion, the same for all of its tokens; one that has nobody to be compared with has 0."""
+    """One advantage per completion, the same for all of its tokens; 0 if the group has no other to compare with."""
     rewards = []
     for group in groups:
-        used = [number for number, trained in enumerate(group.trained) if trained]
-        known = [total_reward(group, number) - float(_penalties(group, number, settings).sum()) for number in used]
-        rewards.append(torch.tensor(known, dtype=torch.float64))
-    alone = 2 if settings.baseline == "leave-one-out" else 1
-    compared = [each for each in rewards if len(each) >= alone]
+        used = [index for index, trained in enumerate(group.trained) if trained]
+        totals = [total_reward(group, index) - float(_penalties(group, index, settings).sum()) for index in used]
+        rewards.append(torch.tensor(totals, dtype=torch.float64))
+    smallest = 2 if settings.baseline == "leave-one-out" else 1
+    compared = [row for row in rewards if len(row) >= smallest]
     if settings.baseline == "indicator":
-        made = iter([indicators(each, settings.success_threshold) for each in compared])
+        results = iter([indicators(row, settings.success_threshold) for row in compared])
     else:
-        made = iter(advantages(compared, settings.baseline, settings.scale))
-    values = [next(made) if len(each) >= alone else torch.zeros_like(each) for each in rewards]
+        results = iter(advantages(compared, settings.baseline, settings.scale))
+    values = [next(results) if len(row) >= smallest else torch.zeros_like(row) for row in rewards]
     masks = [
         completion.mask
         for group in groups
@@ -78,124 +80,131 @@ def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[li
     ]
     return [
         [value if sampled else 0.0 for sampled in mask]
-        for value, mask in zip(chain(*(each.tolist() for each in values)), masks, strict=True)
+        for value, mask in zip(chain(*(row.tolist() for row in values)), masks, strict=True)
     ]
 
 
 def _add_step_advantages(group: Group, weights: Mapping[str, float] | None) -> None:
-    """Process supervision (§4.1.3) added to what the outcome rewards gave: each function's step rewards normalised over
-    the group, apart from the outcome's and from each other's, times its weight."""
-    used = [number for number, trained in enumerate(group.trained) if trained]
-    lengths = [len(group.completions[number].token_ids) for number in used]
-    for name in sorted({name for number in used for name in group.rewards[number].steps}):
-        steps = [group.rewards[number].steps.get(name, Steps((), ())) for number in used]
-        given = [(torch.tensor(each.rewards, dtype=torch.float64), each.ends) for each in steps]
+    """Process supervision (DeepSeekMath §4.1.3): add step advantages to the advantages of the outcome rewards.
+
+    The step rewards of each reward function are normalized over the group separately from the outcome rewards and from
+    other functions, then multiplied by the weight of the function.
+    """
+    used = [index for index, trained in enumerate(group.trained) if trained]
+    lengths = [len(group.completions[index].token_ids) for index in used]
+    for name in sorted({name for index in used for name in group.rewards[index].steps}):
+        steps = [group.rewards[index].steps.get(name, Steps((), ())) for index in used]
+        scored = [(torch.tensor(step.rewards, dtype=torch.float64), step.ends) for step in steps]
         weight = (weights or {}).get(name, 1.0)
-        for number, added in zip(used, process_advantages([given], [lengths])[0], strict=True):
-            held, mask = group.advantages[number], group.completions[number].mask
-            group.advantages[number] = [
+        for index, added in zip(used, process_advantages([scored], [lengths])[0], strict=True):
+            outcome, mask = group.advantages[index], group.completions[index].mask
+            group.advantages[index] = [
                 before + weight * more if sampled else 0.0
-                for before, more, sampled in zip(held, added.tolist(), mask, strict=True)
+                for before, more, sampled in zip(outcome, added.tolist(), mask, strict=True)
             ]
 
 
 def _pair_advantages(groups: Sequence[Group], settings: Method, metrics: Metrics) -> None:
-    """The coefficients of DPO, each group's right completions paired with its wrong ones in order.
+    """DPO coefficients as advantages: the correct completions of each group are paired with its wrong ones, in order.
 
-    Each stands in one pair, so that half of a group's trained completions are its pairs: the 2 makes the weights of
-    completions those of pairs. `sequence-mean` averages both Δ and, by the weights of tokens, the coefficient.
+    Each trained completion is in exactly one pair, so a group has half as many pairs as trained completions. The factor
+    2 turns weights per completion into weights per pair. With aggregation "sequence-mean", Δ is averaged over tokens,
+    and so is the coefficient, through the token weights.
     """
     mean = settings.aggregation == "sequence-mean"
     for group in groups:
-        used = [number for number, trained in enumerate(group.trained) if trained]
-        sides = [number for number in used if total_reward(group, number) > settings.success_threshold]
-        pairs = list(zip(sides, [number for number in used if number not in set(sides)], strict=True))
+        used = [index for index, trained in enumerate(group.trained) if trained]
+        correct = [index for index in used if total_reward(group, index) > settings.success_threshold]
+        pairs = list(zip(correct, [index for index in used if index not in set(correct)], strict=True))
         if not pairs:
             continue
-        ratios = {number: _log_ratio(group, number, mean) for number in used}
+        ratios = {index: _log_ratio(group, index, mean) for index in used}
         chosen, rejected = (torch.stack([ratios[pair[side]] for pair in pairs]) for side in (0, 1))
-        made = dpo_loss(chosen, rejected, settings.dpo_beta)
-        for (right, wrong), coefficient in zip(pairs, made.coefficient.tolist(), strict=True):
-            for number, sign in ((right, 2), (wrong, -2)):
-                mask = group.completions[number].mask
-                group.advantages[number] = [sign * coefficient if sampled else 0.0 for sampled in mask]
-        metrics.mean("dpo/loss", float(made.loss.sum()), len(pairs))
+        result = dpo_loss(chosen, rejected, settings.dpo_beta)
+        for (better, worse), coefficient in zip(pairs, result.coefficient.tolist(), strict=True):
+            for index, sign in ((better, 2), (worse, -2)):
+                mask = group.completions[index].mask
+                group.advantages[index] = [sign * coefficient if sampled else 0.0 for sampled in mask]
+        metrics.mean("dpo/loss", float(result.loss.sum()), len(pairs))
         metrics.mean("dpo/margin", float((chosen - rejected).sum()), len(pairs))
         metrics.mean("dpo/accuracy", int((chosen > rejected).sum()), len(pairs))
 
 
-def _log_ratio(group: Group, number: int, mean: bool) -> Tensor:
-    """Δ of a completion: log π_θ - log π_ref over its sampled tokens, averaged or summed."""
-    old, ref = group.old_logprobs[number], group.ref_logprobs[number]
+def _log_ratio(group: Group, index: int, mean: bool) -> Tensor:
+    """Δ of a completion in nats: log π_old - log π_ref, summed over its sampled tokens, or averaged with `mean`."""
+    old, ref = group.old_logprobs[index], group.ref_logprobs[index]
     assert old is not None
     assert ref is not None
-    mask = torch.tensor(group.completions[number].mask)
+    mask = torch.tensor(group.completions[index].mask)
     ratios = (torch.tensor(old, dtype=torch.float64) - torch.tensor(ref, dtype=torch.float64))[mask]
     return ratios.sum() / max(1, len(ratios)) if mean else ratios.sum()
 
 
-def _token_advantages(places: Sequence[tuple[Group, int]], settings: Method) -> list[list[float]]:
-    """An advantage a token: what is still to come there, compared with that of all tokens of the step."""
-    masks = [torch.tensor(group.completions[number].mask) for group, number in places]
+def _token_advantages(trained: Sequence[tuple[Group, int]], settings: Method) -> list[list[float]]:
+    """One advantage per token: its return-to-go, normalized over all sampled tokens of the step."""
+    masks = [torch.tensor(group.completions[index].mask) for group, index in trained]
     returns = [
-        returns_to_go(total_reward(group, number), _penalties(group, number, settings)) for group, number in places
+        returns_to_go(total_reward(group, index), _penalties(group, index, settings)) for group, index in trained
     ]
-    sampled = [each[mask] for each, mask in zip(returns, masks, strict=True)]
-    made = advantages([torch.cat(sampled)], settings.baseline, settings.scale)[0] if sampled else torch.zeros(0)
-    values = []
-    for mask, own in zip(masks, made.split([len(each) for each in sampled]), strict=True):
-        values.append(torch.zeros(len(mask), dtype=own.dtype).masked_scatter(mask, own).tolist())
-    return values
+    sampled = [row[mask] for row, mask in zip(returns, masks, strict=True)]
+    scaled = advantages([torch.cat(sampled)], settings.baseline, settings.scale)[0] if sampled else torch.zeros(0)
+    rows = []
+    for mask, part in zip(masks, scaled.split([len(row) for row in sampled]), strict=True):
+        rows.append(torch.zeros(len(mask), dtype=part.dtype).masked_scatter(mask, part).tolist())
+    return rows
 
 
 def _value_advantages(
-    groups: Sequence[Group], places: Sequence[tuple[Group, int]], settings: Method, critic: Critic
+    groups: Sequence[Group], trained: Sequence[tuple[Group, int]], settings: Method, critic: Critic
 ) -> list[list[float]]:
-    """Generalised advantage estimation over the sampled tokens of each completion: its reward on the last one, the KL
-    penalty on each; then what `baseline` and `scale` say, over the step."""
+    """Generalized advantage estimation over the sampled tokens of each completion, then `baseline` and `scale` over the
+    step. The reward is on the last sampled token, and the KL penalty on every sampled token."""
     for group in groups:
         group.returns = [None] * len(group.completions)
     masks, estimates = [], []
-    for group, number in places:
-        mask, values = torch.tensor(group.completions[number].mask, dtype=torch.bool), group.values[number]
-        rewards = -_penalties(group, number, settings)[mask]
+    for group, index in trained:
+        mask, values = torch.tensor(group.completions[index].mask, dtype=torch.bool), group.values[index]
+        rewards = -_penalties(group, index, settings)[mask]
         if not len(rewards):
-            group.returns[number] = [0.0] * len(mask)
+            group.returns[index] = [0.0] * len(mask)
             masks.append(mask)
             estimates.append(rewards)
             continue
         assert values is not None
-        rewards[-1] += total_reward(group, number)
+        rewards[-1] += total_reward(group, index)
         states = torch.tensor(values, dtype=torch.float64)
-        made = gae(rewards, torch.cat([states[:-1][mask], states[-1:]]), critic.gamma, critic.gae_lambda)
-        returns = torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask, made.returns)
-        group.returns[number] = returns.tolist()
+        estimate = gae(rewards, torch.cat([states[:-1][mask], states[-1:]]), critic.gamma, critic.gae_lambda)
+        returns = torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask, estimate.returns)
+        group.returns[index] = returns.tolist()
         masks.append(mask)
-        estimates.append(made.advantages)
+        estimates.append(estimate.advantages)
     if not estimates:
         return []
     scaled = advantages([torch.cat(estimates)], settings.baseline, settings.scale)[0]
-    parts = scaled.split([len(each) for each in estimates])
+    parts = scaled.split([len(row) for row in estimates])
     return [
-        torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask, own).tolist()
-        for mask, own in zip(masks, parts, strict=True)
+        torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask, part).tolist()
+        for mask, part in zip(masks, parts, strict=True)
     ]
 
 
-def total_reward(group: Group, number: int) -> float:
-    """The reward of a trained completion."""
-    total = group.rewards[number].total
+def total_reward(group: Group, index: int) -> float:
+    """The total reward of a trained completion."""
+    total = group.rewards[index].total
     assert total is not None
     return total
 
 
-def _penalties(group: Group, number: int, settings: Method) -> Tensor:
-    """β log(π_old/π_ref) of each token of a completion, 0 where it was not sampled and without a KL in the reward."""
-    old, ref = group.old_logprobs[number], group.ref_logprobs[number]
-    mask = torch.tensor(group.completions[number].mask, dtype=torch.bool)
+def _penalties(group: Group, index: int, settings: Method) -> Tensor:
+    """β log(π_old/π_ref) per token of a completion; 0 for tokens that were not sampled.
+
+    All 0 if the KL is not part of the reward.
+    """
+    old, ref = group.old_logprobs[index], group.ref_logprobs[index]
+    mask = torch.tensor(group.completions[index].mask, dtype=torch.bool)
     if not settings.kl_in_reward:
         return torch.zeros(len(mask), dtype=torch.float64)
     assert old is not None
     assert ref is not None
-    apart = torch.tensor(old, dtype=torch.float64) - torch.tensor(ref, dtype=torch.float64)
-    return settings.kl_coef * torch.where(mask, apart, 0.0)
+    difference = torch.tensor(old, dtype=torch.float64) - torch.tensor(ref, dtype=torch.float64)
+    return settings.kl_coef * torch.where(mask, difference, 0.0)

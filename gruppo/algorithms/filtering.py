@@ -1,4 +1,4 @@
-"""Which completions a method learns from."""
+"""Selection of the completions that a method trains on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from gruppo.types import Group
 
 
 def mark_trained(groups: Sequence[Group], mask_truncated: bool) -> None:
-    """Fill in `trained` of every group: a completion whose reward is unknown, or that was cut while `mask_truncated`,
-    is not trained on."""
+    """Fill in `trained` of every group, and reset its advantages and log-probabilities.
+
+    A completion is not trained on if its reward is None, or if it was truncated and `mask_truncated` is set.
+    """
     for group in groups:
         group.trained = [
             reward.total is not None and not (mask_truncated and completion.finish_reason == "length")
@@ -21,7 +23,7 @@ def mark_trained(groups: Sequence[Group], mask_truncated: bool) -> None:
         group.old_logprobs = [None] * len(group.completions)
         group.ref_logprobs = [None] * len(group.completions)
         if not any(group.trained):
-            group.skipped = "no completion is trained on: every reward abstained, or every completion was cut"
+            group.skipped = "no completion is trained on: each was excluded (its reward failed) or truncated"
 
 
 def rewards_differ(group: Group) -> bool:
@@ -30,28 +32,28 @@ def rewards_differ(group: Group) -> bool:
 
 
 def drop(group: Group, why: str) -> None:
-    """Take a group out of the objective, as if it had not been sampled; `why`, unless there is a reason already."""
+    """Remove a group from the objective, as if it had not been sampled. `why` is recorded unless a reason is set."""
     group.trained, group.skipped = [False] * len(group.trained), group.skipped or why
 
 
 def select(groups: Sequence[Group], settings: Method) -> None:
-    """Take out of the objective, after `mark_trained`, what the method does not learn from: repetitions (`distinct`),
-    right completions beyond `max_per_prompt`, and with credit "pair" whatever has no partner.
+    """Remove the completions that the method does not train on from the objective, after `mark_trained`.
 
-    A completion that goes is treated as if it had not been sampled.
+    These are duplicates (`deduplicate`), correct completions beyond `max_per_prompt`, and with credit "pair" all
+    completions without a partner. They are treated as if they had not been sampled.
     """
     for group in groups:
-        used = [number for number, trained in enumerate(group.trained) if trained]
+        used = [index for index, trained in enumerate(group.trained) if trained]
         if settings.deduplicate:
-            texts = [group.completions[number].text for number in used]
-            used = [number for place, number in enumerate(used) if texts[place] not in texts[:place]]
-        right = [number for number in used if total_reward(group, number) > settings.success_threshold]
-        wrong = [number for number in used if number not in set(right)]
+            texts = [group.completions[index].text for index in used]
+            used = [index for place, index in enumerate(used) if texts[place] not in texts[:place]]
+        correct = [index for index in used if total_reward(group, index) > settings.success_threshold]
+        wrong = [index for index in used if index not in set(correct)]
         most = settings.max_per_prompt or len(used)
         if settings.credit == "pair":
-            most = min(most, len(right), len(wrong))
+            most = min(most, len(correct), len(wrong))
             wrong = wrong[:most]
-        kept = {*right[:most], *wrong}
+        kept = {*correct[:most], *wrong}
         if any(group.trained) and not kept:
-            group.skipped = "no pair: it has no right completion, or no wrong one"
-        group.trained = [number in kept for number in range(len(group.trained))]
+            group.skipped = "no pair: the group has no correct completion, or no wrong one"
+        group.trained = [index in kept for index in range(len(group.trained))]

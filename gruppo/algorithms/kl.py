@@ -1,4 +1,4 @@
-"""Estimates of the KL divergence between policy and reference."""
+"""Estimators of the KL divergence between policy and reference."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from torch import Tensor
 
 
 def kl_estimate(logprobs: Float[Tensor, "..."], ref_logprobs: Float[Tensor, "..."], kind: str) -> Float[Tensor, "..."]:
-    """Estimate of KL per token from one sample, in nats, always >= 0; d = log π_ref - log π_θ.
+    """Per-token estimate of the KL divergence from one sample, in nats, always >= 0. Let d = log π_ref - log π_θ.
 
-    k3 = exp(d) - d - 1 (DeepSeekMath Eq. 4): its expected value under π_θ is KL(π_θ‖π_ref), its expected gradient,
-    samples fixed, that of KL(π_ref‖π_θ).
-    k2 = ½ d² (Schulman 2020): its expected gradient is that of KL(π_θ‖π_ref).
-    k1 = -d has no expected gradient, so it has no place in a loss: ValueError.
+    "k3" = exp(d) - d - 1 (DeepSeekMath Eq. 4). Its expected value under π_θ is KL(π_θ‖π_ref). Its expected gradient,
+    with the samples held fixed, is the gradient of KL(π_ref‖π_θ).
+
+    "k2" = ½ d² (Schulman 2020). Its expected gradient is the gradient of KL(π_θ‖π_ref).
+
+    "k1" = -d has an expected gradient of 0, so it cannot be a loss term. Raises ValueError for it and for any other
+    `kind`.
     """
     difference = ref_logprobs - logprobs
     if kind == "k3":

@@ -1,7 +1,8 @@
-"""Losses: functions of per-token tensors, with the weight of every token given from outside.
+"""Losses as functions of per-token tensors and token weights.
 
-`weights` carries the whole of an objective's averaging (for Eq. 3 of DeepSeekMath 1/P · 1/G · 1/|o_i|), computed over
-the *global* batch, so that a sum over any partition into micro-batches is the same loss.
+`weights` contains all of an objective's averaging (1/P · 1/G · 1/|o_i| for DeepSeekMath Eq. 3). It is computed over the
+*global* batch, so the losses of micro-batches add up to the same loss for any partition into micro-batches. "GC" is the
+gradient coefficient of DeepSeekMath Eq. 5: the factor of ∇ log π_θ of a token, before weighting.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from gruppo.algorithms.kl import kl_estimate
 
 
 class PolicyLoss(NamedTuple):
-    """The loss, and what it was made of, a number a token; only `loss` carries a gradient."""
+    """The loss and its parts, one value per token. Only `loss` has a gradient.
+
+    `ratio`: ρ = π_θ/π_old. `clipped_low`: ρ < 1 - clip_low and Â < 0. `clipped_high`: ρ > 1 + clip_high and Â > 0. The
+    `clipped` surrogate has no gradient at these tokens. `kl`: the KL estimate in nats, 0 without a KL term.
+    """
 
     loss: Float[Tensor, ""]
     ratio: Float[Tensor, " N"]
@@ -36,7 +41,7 @@ def clipped(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, " N"]:
-    """min(ρÂ, clip(ρ, 1-ε_low, 1+ε_high) Â): DeepSeekMath Eq. 3; with a sequence's ratio GSPO Eq. 5. GC at ρ = 1: Â."""
+    """min(ρÂ, clip(ρ, 1-ε_low, 1+ε_high) Â): DeepSeekMath Eq. 3; GSPO Eq. 5 with sequence ratios. GC at ρ = 1: Â."""
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
@@ -47,8 +52,10 @@ def clipped_weight(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, " N"]:
-    """sg[clip(ρ, 1-ε_low, 1+ε_high)] Â log π_θ: CISPO (arXiv 2506.13585) Eq. 4-5. GC: the clipped ρ times Â, so that no
-    token loses its gradient."""
+    """sg[clip(ρ, 1-ε_low, 1+ε_high)] Â log π_θ: CISPO (arXiv 2506.13585) Eq. 4-5; sg stops the gradient.
+
+    GC: the clipped ρ times Â. No token loses its gradient to clipping.
+    """
     return ratio.clamp(1 - clip_low, 1 + clip_high).detach() * advantages * logprobs
 
 
@@ -59,7 +66,7 @@ def log_likelihood(
     clip_low: float,
     clip_high: float,
 ) -> Float[Tensor, " N"]:
-    """Â log π_θ: REINFORCE, as in RLOO (arXiv 2402.14740). GC: Â; neither ratio nor clip."""
+    """Â log π_θ: REINFORCE, as in RLOO (arXiv 2402.14740). GC: Â. Uses neither the ratio nor the clips."""
     return advantages * logprobs
 
 
@@ -77,22 +84,27 @@ def policy_loss(
     sequences: Int[Tensor, " N"] | None = None,
     importance: Float[Tensor, " N"] | None = None,
 ) -> PolicyLoss:
-    """GRPO objective, negated (DeepSeekMath Eq. 3, KL of Eq. 4), summed over the N tokens of a micro-batch.
+    """Negated GRPO objective (DeepSeekMath Eq. 3, with the KL of Eq. 4), summed over the N tokens of a micro-batch.
 
-    -Σ_t w_t [ c_t · f(ρ_t, Â_t) - β·KL_t ],  ρ = π_θ/π_old,  f = `surrogate`, by default min(ρÂ, clip(ρ) Â)
+        -Σ_t w_t [ c_t · f(ρ_t, Â_t) - β · KL_t ],   ρ = π_θ/π_old,   f = `surrogate`, by default min(ρÂ, clip(ρ) Â)
 
-    `sequences`: the number of each token's completion; then ρ is that completion's, exp of the mean of its tokens'
-    log-ratios (GSPO Eq. 7; a completion must be whole). `importance`: c, a factor a token, 1 where not given.
-    Log-probabilities in nats. A token of weight 0 is left out by selection, so that whatever stands there, NaN
-    included, reaches neither the loss nor the gradient. At ρ = 1 ∂J/∂logprobs is w (Â + β(π_ref/π_θ - 1)), Eq. 21.
-    Raises ValueError unless 0 <= clip_low <= 1, clip_high >= 0, and ref_logprobs is given where kl_coef > 0.
+    Log-probabilities are in nats; all tensors have one value per token. `weights` w contains the averaging.
+
+    `sequences`: the completion index of each token. If given, ρ is the ratio of the completion: exp of the mean
+    log-ratio over its tokens (GSPO Eq. 7). A completion must not be split over micro-batches. `importance`: the factor
+    c_t, 1 if not given. `kl_coef`: β.
+
+    A token of weight 0 is left out by selection, so its values, even NaN, affect neither the loss nor the gradient.
+    At ρ = 1, ∂J/∂logprobs is w (Â + β(π_ref/π_θ - 1)), DeepSeekMath Eq. 21.
+
+    Raises ValueError unless 0 <= clip_low <= 1 and clip_high >= 0, and if kl_coef > 0 without `ref_logprobs`.
     """
     if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low = {clip_low} must lie between 0 and 1")
+        raise ValueError(f"clip_low = {clip_low}: must be between 0 and 1")
     if clip_high < 0:
-        raise ValueError(f"clip_high = {clip_high} must not be negative")
+        raise ValueError(f"clip_high = {clip_high}: must be at least 0")
     if kl_coef and ref_logprobs is None:
-        raise ValueError(f"kl_coef = {kl_coef} needs ref_logprobs; give them, or set kl_coef to 0")
+        raise ValueError(f"kl_coef = {kl_coef}: needs ref_logprobs; pass them, or set kl_coef to 0")
     used = weights != 0
     logprobs = torch.where(used, logprobs, 0.0)
     log_ratio = logprobs - torch.where(used, old_logprobs, 0.0)
@@ -124,50 +136,54 @@ def value_loss(
     weights: Float[Tensor, " N"],
     clip: float,
 ) -> Float[Tensor, ""]:
-    """½ Σ_t w_t max((V_t - R_t)², (V_old + clip(V_t - V_old, ±c) - R_t)²): PPO's value model; c = 0 clips nothing.
+    """½ Σ_t w_t max((V_t - R_t)², (V_old + clip(V_t - V_old, ±c) - R_t)²): the value loss of PPO, c = `clip`.
 
-    A token of weight 0 is left out by selection. Raises ValueError for a negative clip.
+    All tensors have one value per token. c = 0 turns clipping off. A token of weight 0 is left out by selection. Raises
+    ValueError for a negative clip.
     """
     if clip < 0:
-        raise ValueError(f"clip = {clip} must not be negative")
+        raise ValueError(f"clip = {clip}: must be at least 0; 0 turns clipping off")
     used = weights != 0
     error = torch.where(used, values - returns, 0.0)
     squares = error.square()
     if clip:
-        held = old_values + (values - old_values).clamp(-clip, clip)
-        squares = torch.maximum(squares, torch.where(used, held - returns, 0.0).square())
+        clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+        squares = torch.maximum(squares, torch.where(used, clipped_values - returns, 0.0).square())
     return 0.5 * (weights * squares).sum()
 
 
 def reward_model_loss(
     scores: Float[Tensor, " K"], labels: Float[Tensor, " K"], weights: Float[Tensor, " K"]
 ) -> Float[Tensor, ""]:
-    """-Σ_k w_k [y_k log σ(s_k) + (1 - y_k) log(1 - σ(s_k))]: a reward model's, outcome (one s a completion) or process
-    (one at the end of each step; Math-Shepherd, arXiv 2312.08935, Eq. 2).
+    """-Σ_k w_k [y_k log σ(s_k) + (1 - y_k) log(1 - σ(s_k))]: binary cross-entropy of a reward model.
 
-    Labels y from 0 to 1, hard or soft. The derivative by s is w (σ(s) - y). Raises ValueError for other labels.
+    Outcome reward models have one score s per completion, process reward models one at the end of each step
+    (Math-Shepherd, arXiv 2312.08935, Eq. 2). Labels y are between 0 and 1, hard or soft. The derivative with respect to
+    s is w (σ(s) - y). With K = 0 the loss is 0. Raises ValueError for labels outside of this range.
     """
     if len(labels) and not (float(labels.min()) >= 0 and float(labels.max()) <= 1):
-        raise ValueError(f"labels = {labels.tolist()[:20]}: must lie between 0 and 1")
+        raise ValueError(f"labels = {labels.tolist()[:20]}: must be between 0 and 1")
     return (weights * (torch.nn.functional.softplus(scores) - labels * scores)).sum()
 
 
 class DPOLoss(NamedTuple):
-    """A number a pair: the loss, and its derivative by Δ⁻, which is the gradient coefficient of DPO."""
+    """One value per pair: the loss, and its derivative with respect to Δ⁻, the gradient coefficient (GC) of DPO."""
 
     loss: Float[Tensor, " K"]
     coefficient: Float[Tensor, " K"]
 
 
 def dpo_loss(chosen: Float[Tensor, " K"], rejected: Float[Tensor, " K"], beta: float) -> DPOLoss:
-    """-log σ(β (Δ⁺ - Δ⁻)) of K pairs: DPO, DeepSeekMath Eq. 12 (Δ averaged over a completion) or its usual form (Δ
-    summed), where Δ is the completion's log π_θ - log π_ref in nats.
+    """-log σ(β (Δ⁺ - Δ⁻)) for K pairs of a chosen completion o⁺ and a rejected completion o⁻ (DPO).
 
-    GC on each token of o⁺ is β σ(β (Δ⁻ - Δ⁺)), on o⁻ its negative, over |o| where Δ is averaged; the paper's Eq. 14
-    leaves out the factor β. Raises ValueError unless beta > 0.
+    Δ is log π_θ - log π_ref of a completion in nats, `chosen` Δ⁺ and `rejected` Δ⁻: averaged over the tokens of the
+    completion in DeepSeekMath Eq. 12, summed in the usual form.
+
+    The GC is β σ(β (Δ⁻ - Δ⁺)) for each token of o⁺ and its negative for each token of o⁻, divided by |o| if Δ is
+    averaged. DeepSeekMath Eq. 14 omits the factor β. Raises ValueError unless beta > 0.
     """
     if beta <= 0:
-        raise ValueError(f"beta = {beta} must be positive")
+        raise ValueError(f"beta = {beta}: must be greater than 0")
     margin = beta * (chosen - rejected)
     return DPOLoss(torch.nn.functional.softplus(-margin), beta * torch.sigmoid(-margin))
 
@@ -175,7 +191,7 @@ def dpo_loss(chosen: Float[Tensor, " K"], rejected: Float[Tensor, " K"], beta: f
 def sequence_means(
     values: Float[Tensor, " N"], used: Bool[Tensor, " N"], sequences: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """The mean over the used tokens of each token's own sequence; 0 for a sequence without any."""
+    """For each token, the mean of `values` over the used tokens of its sequence; 0 if the sequence has none."""
     count = int(sequences.max()) + 1 if len(sequences) else 0
     sums = values.new_zeros(count).index_add(0, sequences, torch.where(used, values, 0.0))
     lengths = values.new_zeros(count).index_add(0, sequences, used.to(values.dtype))

@@ -1,4 +1,4 @@
-"""The options of `gruppo eval` as recipes, and what it shows."""
+"""`gruppo eval`: its options as recipes, and its output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Benchmark
 from gruppo.data.benchmark_table import BENCHMARKS
 from gruppo.errors import UsageError
-from gruppo.evaluation.formatting import told, told_difference
+from gruppo.evaluation.formatting import format_difference, format_results
 from gruppo.evaluation.plots import draw_curves
 from gruppo.runs.atomic import publish, writing
 from gruppo.runs.folder import EVALUATION
@@ -31,8 +31,10 @@ _ALL = 2**31
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """The options of `gruppo eval` that say what is asked, and how. `fields`: those of [evaluation]; `model`: those of
-    [model] but its name."""
+    """The options of `gruppo eval` that define the evaluation.
+
+    `fields`: fields of [evaluation]; `model`: fields of [model] except its name; `options`: options of the tasks.
+    """
 
     recipe: Path | None = None
     tasks: Sequence[str] = ()
@@ -46,77 +48,84 @@ class EvalArguments:
     model: Mapping[str, Any] = field(default_factory=dict)
 
     def recipe_of(self, model: str) -> Recipe:
-        """The recipe of an evaluation of a model: a table of [[benchmarks]] for each task; with a recipe and no task,
-        its own exams. Raises UsageError."""
+        """The recipe that evaluates a model: one [[benchmarks]] table per task.
+
+        With --recipe and without --task, the evaluation sets of that recipe. Raises UsageError for invalid or
+        contradictory options.
+        """
         base: dict[str, Any] = {} if self.recipe is None else load_recipe(self.recipe).as_mapping()
-        exams = bool(base.get("evaluation") or base.get("benchmarks"))
-        if self.tasks or not exams:
+        has_sets = bool(base.get("evaluation") or base.get("benchmarks"))
+        if self.tasks or not has_sets:
             base["evaluation"] = {"questions": _ALL, "task": "arithmetic", **base.get("evaluation", {})}
         base["model"] = {"name": model, **self.model}
         base.pop("reward_model", None)
         if self.reward_model is not None:
-            base |= self._judge(self.reward_model)
+            base |= self._reward_model_tables(self.reward_model)
         uses_tools = self.options.get("prompt") == "tool" and "environment" not in base
         if name := self.environment or ("python" if uses_tools else None):
             base["environment"] = {**base.get("environment", {}), "name": name}
-        made = load_recipe(base, self.overrides).as_mapping()
+        recipe = load_recipe(base, self.overrides).as_mapping()
         if self.recipe is None:
-            del made["task"]  # the default of what is trained on, which nothing is
-        own = made.pop("evaluation", None)
+            del recipe["task"]  # the default training task; nothing is trained here
+        evaluation = recipe.pop("evaluation", None)
         if self.tasks:
             if self.data is not None and not any(name in BENCHMARKS for name in self.tasks):
-                raise UsageError(f"--data {self.data}: {self.tasks[0]} is no benchmark; give its file as --task")
-            made["benchmarks"] = [self._table(own or {}, self._task(name)) for name in self.tasks]
-            return load_recipe(made)
-        for name, value in (("--option", min(self.options, default=None)), ("--data", None if exams else self.data)):
+                raise UsageError(f"--data {self.data}: {self.tasks[0]} is not a benchmark; give its file as --task")
+            recipe["benchmarks"] = [self._table(evaluation or {}, self._task(name)) for name in self.tasks]
+            return load_recipe(recipe)
+        for name, value in (("--option", min(self.options, default=None)), ("--data", None if has_sets else self.data)):
             if value is not None:
-                raise UsageError(f"{name} {value}: belongs to --task, which is missing; name the task too")
-        if own is not None:
-            made["evaluation"] = self._table(own, None)
-        made["benchmarks"] = [self._table(each, None) for each in made["benchmarks"]]
-        return load_recipe(made)
+                raise UsageError(f"{name} {value}: needs --task, which is missing; name the task too")
+        if evaluation is not None:
+            recipe["evaluation"] = self._table(evaluation, None)
+        recipe["benchmarks"] = [self._table(benchmark, None) for benchmark in recipe["benchmarks"]]
+        return load_recipe(recipe)
 
     def require_fitting(self, answers: Path | None, done: bool, out: Path | None, resume: bool) -> None:
-        """Raise UsageError for options that would be ignored: beside answers from elsewhere, or where nothing but
-        evaluations that are `done` is asked for."""
+        """Raise UsageError for options that would be ignored.
+
+        `answers`: the file of --answers, if any. `done`: only finished evaluations are read, so nothing is evaluated.
+        """
         if resume and out is None:
-            raise UsageError("--resume: goes on with the folder that --out names; name it")
+            raise UsageError("--resume: needs the folder to resume; name it with --out")
         sampled = {"--samples": "samples", "--questions": "questions", "--max-tokens": "max_tokens"}
-        odd = [option for option, name in sampled.items() if name in self.fields]
-        odd += ["--temperature"] if self.temperature is not None else []
-        odd += ["--reward-model"] if self.reward_model is not None else []
-        odd += ["--environment"] if self.environment is not None else []
-        if answers is not None and odd:
-            raise UsageError(f"{odd[0]}: says how a model answers, and --answers has its answers; leave it out")
+        ignored = [option for option, name in sampled.items() if name in self.fields]
+        ignored += ["--temperature"] if self.temperature is not None else []
+        ignored += ["--reward-model"] if self.reward_model is not None else []
+        ignored += ["--environment"] if self.environment is not None else []
+        if answers is not None and ignored:
+            raise UsageError(
+                f"{ignored[0]}: controls how a model answers, but --answers reads the answers; leave it out"
+            )
         if answers is not None and len(self.tasks) > 1:
-            raise UsageError(f"--task {self.tasks[1]}: a file of --answers answers one task; grade it once for each")
+            raise UsageError(f"--task {self.tasks[1]}: --answers grades one task; run it once per task")
         if not done:
             return
-        odd += ["--task"] if self.tasks else []
-        odd += ["--recipe"] if self.recipe is not None else []
-        odd += ["--grader"] if "grader" in self.fields else []
-        odd += ["--out"] if out is not None else []
-        if odd:
-            raise UsageError(
-                f"{odd[0]}: what is asked for is an evaluation that is done, which it cannot change; leave it out"
-            )
+        ignored += ["--task"] if self.tasks else []
+        ignored += ["--recipe"] if self.recipe is not None else []
+        ignored += ["--grader"] if "grader" in self.fields else []
+        ignored += ["--out"] if out is not None else []
+        if ignored:
+            raise UsageError(f"{ignored[0]}: cannot change an evaluation that is already finished; leave it out")
 
-    def _table(self, below: Mapping[str, Any], task: dict[str, Any] | None) -> dict[str, Any]:
-        made = {**below, **self.fields}
+    def _table(self, base: Mapping[str, Any], task: dict[str, Any] | None) -> dict[str, Any]:
+        """An evaluation table with the options of the command line, which take precedence over `base`."""
+        table = {**base, **self.fields}
         if task is not None:
-            made |= {"task": task, "name": Benchmark.model_validate({"task": task}).title}
-        elif self.data is not None and isinstance(held := made.get("task"), dict) and held["name"] in BENCHMARKS:
-            made["task"] = {**held, "options": {**held.get("options", {}), "data": str(self.data)}}
+            table |= {"task": task, "name": Benchmark.model_validate({"task": task}).title}
+        elif self.data is not None and isinstance(old := table.get("task"), dict) and old["name"] in BENCHMARKS:
+            table["task"] = {**old, "options": {**old.get("options", {}), "data": str(self.data)}}
         if self.temperature is not None:
-            made["decoding"] = {**made.get("decoding", {}), "temperature": self.temperature}
-        return made
+            table["decoding"] = {**table.get("decoding", {}), "temperature": self.temperature}
+        return table
 
     def _task(self, name: str) -> dict[str, Any]:
+        """The task table of a --task, with --data and the options of --option."""
         data = {"data": str(self.data)} if self.data is not None and name in BENCHMARKS else {}
         return {"name": name, "options": {**data, **self.options}}
 
-    def _judge(self, name: str) -> dict[str, Any]:
-        """The tables of a recipe in which a reward model of its kind can stand."""
+    def _reward_model_tables(self, name: str) -> dict[str, Any]:
+        """The recipe tables that a reward model of this kind needs."""
         from gruppo.models.reward_model import kind_of
 
         kind = kind_of(name)
@@ -127,7 +136,7 @@ class EvalArguments:
 
 
 def evaluate_command(
-    asked: EvalArguments,
+    arguments: EvalArguments,
     model: str | None,
     other: str | None,
     answers: Path | None,
@@ -137,88 +146,89 @@ def evaluate_command(
     as_json: bool,
     progress: ConsoleProgress,
 ) -> None:
-    """Evaluate, compare if there is an `other` model, and show what came out. Raises UsageError, and ends the process
-    with 130 where a signal came."""
+    """Evaluate, compare if an `other` model is given, and print the results.
+
+    Raises UsageError for options that do not fit, and Interrupted (exit code 130) after a signal.
+    """
     names = [str(answers)] if model is None else [model, *([other] if other is not None else [])]
     done = [answers is None and _is_evaluation(name) for name in names]
-    asked.require_fitting(answers, all(done), out, resume)
+    arguments.require_fitting(answers, all(done), out, resume)
     folders = [out / part if out is not None and len(names) > 1 else out for part in ("first", "second")]
-    recipes = [None if there else asked.recipe_of(name) for name, there in zip(names, done, strict=True)]
+    recipes = [None if finished else arguments.recipe_of(name) for name, finished in zip(names, done, strict=True)]
     from gruppo.evaluation.compare import compare_all, read_evaluation
-    from gruppo.evaluation.eval_run import grade_file, measure
+    from gruppo.evaluation.eval_run import grade_file, run_evaluation
 
-    made: list[EvalResult] = []
+    results: list[EvalResult] = []
     try:
         with stop_on_signals(kills=True) as stop, stop.interruptible():
             for name, recipe, folder in zip(names, recipes, folders, strict=False):
                 if recipe is None:
-                    made.append(read_evaluation(Path(name)))
+                    results.append(read_evaluation(Path(name)))
                 elif answers is not None:
-                    asks = bool(asked.tasks or asked.recipe)
-                    made.append(grade_file(recipe, answers, asks, folder, resume, progress, stop))
+                    has_task = bool(arguments.tasks or arguments.recipe)
+                    results.append(grade_file(recipe, answers, has_task, folder, resume, progress, stop))
                 else:
-                    made.append(measure(recipe, folder, resume, progress, stop))
+                    results.append(run_evaluation(recipe, folder, resume, progress, stop))
     except Interrupted:
         if out is not None:
-            sys.stderr.write(
-                "Interrupted; what was answered before is kept. Go on with the same command and --resume\n"
-            )
+            sys.stderr.write("Interrupted; the answers so far are kept. Resume with the same command and --resume\n")
         raise
-    compared = compare_all(*made) if len(made) > 1 else {}
-    _show(made, compared, as_json, progress)
+    compared = compare_all(*results) if len(results) > 1 else {}
+    _show(results, compared, as_json, progress)
     if curves is not None:
-        _draw(made, curves)
+        _draw(results, curves)
 
 
 def _is_evaluation(name: str) -> bool:
-    """Whether a name is a folder that `gruppo eval --out` wrote, and not a model."""
-    marked = Path(name) / "folder.json"
-    return marked.is_file() and read_object(marked).get("kind") == EVALUATION
+    """Whether the name is a folder written by `gruppo eval --out` rather than a model."""
+    marker = Path(name) / "folder.json"
+    return marker.is_file() and read_object(marker).get("kind") == EVALUATION
 
 
-def _labels(made: Sequence[EvalResult]) -> list[str]:
-    """What models are called beside each other: by their folders, or their order, where they have one name."""
-    names = [each.model for each in made]
+def _labels(results: Sequence[EvalResult]) -> list[str]:
+    """Labels of the compared models: their names; if these are equal, their folders; if needed, also their order."""
+    names = [result.model for result in results]
     if len(set(names)) < len(names):
-        names = [name if each.path is None else str(each.path) for name, each in zip(names, made, strict=True)]
+        names = [name if result.path is None else str(result.path) for name, result in zip(names, results, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} ({order})" for name, order in zip(names, ("first", "second"), strict=True)]
     return names
 
 
 def _show(
-    made: Sequence[EvalResult], compared: Mapping[str, Mapping[str, Any]], as_json: bool, progress: ConsoleProgress
+    results: Sequence[EvalResult], compared: Mapping[str, Mapping[str, Any]], as_json: bool, progress: ConsoleProgress
 ) -> None:
     if as_json:
-        content = {"evaluations": [each.as_dict() for each in made], "differences": compared}
-        progress.result(json.dumps(content if len(made) > 1 else made[0].as_dict()))
+        content = {"evaluations": [result.as_dict() for result in results], "differences": compared}
+        progress.result(json.dumps(content if len(results) > 1 else results[0].as_dict()))
         return
-    labels = _labels(made) if len(made) > 1 else [""]
-    for label, each in zip(labels, made, strict=True):
+    labels = _labels(results) if len(results) > 1 else [""]
+    for label, result in zip(labels, results, strict=True):
         if label:
             progress.result(label)
-        for name, sheet in each.sheets.items():
-            note = f", {sheet.figures['domain']}" if sheet.figures["domain"] else ""
-            if sheet.figures.get("unanswered"):
-                note += f"; {sheet.figures['unanswered']:,} questions are not answered and not counted"
-            for line in told(name, sheet.figures, note):
+        for name, eval_set in result.sets.items():
+            figures = eval_set.figures
+            note = f", {figures['domain']}" if figures["domain"] else ""
+            if figures.get("unanswered"):
+                note += f"; {figures['unanswered']:,} questions have no answer and are not counted"
+            for line in format_results(name, figures, note):
                 progress.result(line)
-            shares = [("ends by itself", "finished_share"), ("has an answer", "answered_share")]
-            shown = [f"{words} {sheet.figures[key]:.1%}" for words, key in shares if key in sheet.figures]
-            odd = sheet.figures["ambiguous_share"]
-            progress.result(f"  {', '.join(shown)}, rules of extraction disagree on {odd:.1%}")
-        if each.path is not None:
-            progress.result(f"  every sample: {each.path}/samples.parquet")
-    for name, found in compared.items():
-        for line in told_difference(name, labels[0], labels[-1], found):
+            shares = [("finished (EOS)", "finished_share"), ("has an answer", "answered_share")]
+            shown = [f"{words} {figures[key]:.1%}" for words, key in shares if key in figures]
+            shown.append(f"ambiguous answer extraction {figures['ambiguous_share']:.1%}")
+            progress.result(f"  {', '.join(shown)}")
+        if result.path is not None:
+            progress.result(f"  all samples: {result.path}/samples.parquet")
+    for name, comparison in compared.items():
+        for line in format_difference(name, labels[0], labels[-1], comparison):
             progress.result(line)
 
 
-def _draw(made: Sequence[EvalResult], path: Path) -> None:
-    """The curves of the first exam that all have."""
-    name = next(name for name in made[0].sheets if all(name in each.sheets for each in made))
-    labels = _labels(made) if len(made) > 1 else [made[0].model]
-    sets = [(label, each.sheets[name].figures) for label, each in zip(labels, made, strict=True)]
+def _draw(results: Sequence[EvalResult], path: Path) -> None:
+    """Plot the curves of the first evaluation set that all results have."""
+    name = next(name for name in results[0].sets if all(name in result.sets for result in results))
+    labels = _labels(results) if len(results) > 1 else [results[0].model]
+    sets = [(label, result.sets[name].figures) for label, result in zip(labels, results, strict=True)]
     temporary = path.with_name(f".writing-{path.name}")
     with writing(path, temporary):
         draw_curves(sets, name, partial(_save, temporary, path.suffix.removeprefix(".")))

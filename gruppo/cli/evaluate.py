@@ -14,76 +14,80 @@ from gruppo.errors import UsageError
 def eval_(
     model: Annotated[
         str | None,
-        typer.Argument(help="Hub name, folder, .gguf file, smollm2-135m-instruct; or a folder that --out wrote."),
+        typer.Argument(
+            help="Hub name, model or run folder, .gguf file, smollm2-135m-instruct, or a folder written by --out."
+        ),
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="Another model, or a folder that --out wrote: differences, paired by question.")
+        str | None, typer.Option(help="Compare with another model, or a folder written by --out, paired by question.")
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(help="Grade the completions of this file (.jsonl, .parquet, …) in place of a model's."),
+        typer.Option(help="Grade the completions in this file (.jsonl, .parquet, …) instead of a model's."),
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Take [evaluation] and [[benchmarks]] of this recipe; what is given here goes before them."),
+        typer.Option(help="Use [evaluation] and [[benchmarks]] of this recipe; options given here take precedence."),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A task as in a recipe's task.name, e.g. gsm8k or a file; may be repeated. Default: arithmetic."
-        ),
+        typer.Option(help="A task, named as in task.name, e.g. gsm8k or a file; may be repeated. Default: arithmetic."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder or file where the tasks' data are, in place of the Hugging Face hub.")
+        Path | None, typer.Option(help="Folder or file with the data of the tasks, in place of the Hugging Face hub.")
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the tasks; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set an option of the tasks; may be repeated.")
     ] = None,
-    questions: Annotated[int | None, typer.Option(help="Questions of a task at the most. By default all.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Answers a question; several need a --temperature.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0, the default, takes the likeliest token.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens at which an answer is cut. By default 256.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Maximum questions per task. Default: all.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Answers per question; more than 1 needs --temperature.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0, the default, takes the most likely token.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum tokens per answer. Default: 256.")] = None,
     grader: Annotated[
         str | None,
-        typer.Option(help="number, choice, math, exact_match, … or package.module:function. Default: the task's."),
+        typer.Option(
+            help="numeric_answer, choice, math_answer, exact_match, … or package.module:function. Default: the task's."
+        ),
     ] = None,
     environment: Annotated[
         str | None,
         typer.Option(
-            help='What answers are written with: "python" (in a sandbox; of itself with --option prompt=tool), a class.'
+            help='Environment for the answers: "python" (sandboxed; implied by --option prompt=tool) or a class.'
         ),
     ] = None,
     reward_model: Annotated[
-        str | None, typer.Option(help="A reward model that scores the answers: best-of-k and a weighted vote.")
+        str | None, typer.Option(help="Reward model that scores the answers, for weighted votes and best-of-k.")
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any field of the recipe, e.g. run.seed=1."),
+        typer.Option(
+            "--set", metavar="SECTION.FIELD=VALUE", help="Set a field of the recipe, e.g. run.seed=1; may be repeated."
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write: samples.parquet, results.json, events.jsonl.")
+        Path | None, typer.Option(help="Folder to write samples.parquet, results.json and events.jsonl to.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in the folder.")] = False,
-    curves: Annotated[
-        Path | None, typer.Option(help="Draw pass@k and maj@k into this .svg, .png or .pdf file.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the table.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the evaluation in the folder.")] = False,
+    curves: Annotated[Path | None, typer.Option(help="Plot pass@k and maj@k to this .svg, .png or .pdf file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
 ) -> None:
-    """Measure a model on tasks, greedily by default, with 95 % intervals over questions.
+    """Evaluate a model on tasks.
 
-    With several samples: pass@k, maj@k, and best-of-k by a reward model. Or grade answers that come from elsewhere.
+    Reports accuracy with 95% intervals over questions, by default of greedy answers. Several samples add pass@k, maj@k
+    and, with --reward-model, best-of-k. --answers grades completions from a file instead.
     """
     if compare is not None and answers is not None:
         raise UsageError(
-            "--answers: are compared once they are graded: write --out, then gruppo eval FOLDER --compare …"
+            "--answers: cannot be combined with --compare; grade with --out FOLDER first, then run "
+            "gruppo eval FOLDER --compare …"
         )
     if (model is None) == (answers is None):
-        raise UsageError("give a model, or --answers FILE with completions that are to be graded")
+        raise UsageError("give either a model or --answers FILE with completions to grade")
     if curves is not None and (curves.suffix not in {".svg", ".png", ".pdf"} or not curves.absolute().parent.is_dir()):
-        raise UsageError(f"--curves {curves}: give the name of an .svg, .png or .pdf file in a folder that exists")
+        raise UsageError(f"--curves {curves}: must be an .svg, .png or .pdf file in an existing folder")
     fields = {"questions": questions, "samples": samples, "max_tokens": max_tokens, "grader": grader}
     from gruppo.cli.eval_arguments import EvalArguments, evaluate_command
 
@@ -91,12 +95,12 @@ def eval_(
         model is not None and (Path(model) / "recipe.toml").is_file() and not (Path(model) / "folder.json").exists()
     )
     if recipe is None and not task and model is not None and is_run:
-        recipe = Path(model) / "recipe.toml"  # of a run: its own evaluation
-    asked = EvalArguments(
+        recipe = Path(model) / "recipe.toml"  # a run folder: use the evaluation of its recipe
+    arguments = EvalArguments(
         recipe=recipe,
         tasks=task or [],
         data=data,
-        options=dict(named_option(each) for each in option or []),
+        options=dict(named_option(text) for text in option or []),
         fields={name: value for name, value in fields.items() if value is not None},
         temperature=temperature,
         reward_model=reward_model,
@@ -106,4 +110,4 @@ def eval_(
     )
     from gruppo.runs.console import ConsoleProgress
 
-    evaluate_command(asked, model, compare, answers, out, resume, curves, as_json, ConsoleProgress())
+    evaluate_command(arguments, model, compare, answers, out, resume, curves, as_json, ConsoleProgress())

@@ -1,4 +1,4 @@
-"""`gruppo export`, `reproduce` and `rerun-reward`: what run folders hold."""
+"""`gruppo export`, `reproduce` and `rerun-reward`: commands for run folders."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from gruppo.cli.options import Trust
 
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart.")],
-    to: Annotated[Path, typer.Option("--to", help="The folder to write; it must not exist, or be empty.")],
-    checkpoint: Annotated[
-        str, typer.Option(help="last, best (of held-out accuracy), or the number of a step.")
-    ] = "last",
-    dtype: Annotated[str, typer.Option(help="Of the weights written: float32 or bfloat16.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 500MB.")] = "5GB",
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; must be empty or not exist yet.")],
+    checkpoint: Annotated[str, typer.Option(help="last, best (highest held-out accuracy), or a step number.")] = "last",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file, e.g. 500MB.")] = "5GB",
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a run with [model.lora]: the adapter alone, in peft's format.")
+        bool, typer.Option("--adapter", help="Write only the adapter of a run with [model.lora], in peft's format.")
     ] = False,
     trust: Trust = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder: weights, tokenizer, generation config and model card.
+    """Export a checkpoint as a Hugging Face model folder.
 
-    Adapters of a run with [model.lora] are merged into its model.
+    The folder has weights, tokenizer, generation config and model card. Adapters of a run with [model.lora] are merged
+    into the model.
     """
     from gruppo.runs.console import ConsoleProgress
-    from gruppo.training.export import export as write
+    from gruppo.training.export import export as write_folder
 
     progress = ConsoleProgress()
-    made = write(
+    exported = write_folder(
         run,
         to,
         checkpoint=checkpoint,
@@ -41,23 +40,27 @@ def export(
         trust_remote_code=trust,
         progress=progress,
     )
-    accuracy = "" if made.accuracy is None else f", held-out accuracy {made.accuracy:.1%}"
+    accuracy = "" if exported.accuracy is None else f", held-out accuracy {exported.accuracy:.1%}"
     progress.result(
-        f"step {made.step}{accuracy}: {made.files} files, {made.bytes / 1e6:,.0f} MB of {dtype} in {made.path}",
+        f"step {exported.step}{accuracy}: {exported.files} files, {exported.bytes / 1e6:,.0f} MB of {dtype} in "
+        f"{exported.path}",
     )
 
 
 def rerun_reward_(
-    file: Annotated[Path, typer.Argument(help="A file of a run's failures/.")],
+    file: Annotated[Path, typer.Argument(help="A file in the failures/ folder of a run.")],
     function: Annotated[
         str | None,
-        typer.Option(help="Call this function, as in reward.functions, and not the one that the file names."),
+        typer.Option(help="Call this function, named as in reward.functions, in place of the one in the file."),
     ] = None,
-    timeout: Annotated[float | None, typer.Option(min=0.01, help="Seconds. By default those of the run.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.01, help="Time limit in seconds. Default: that of the run.")
+    ] = None,
 ) -> None:
-    """Call a reward again as it was called when it failed. This runs the code that the file names.
+    """Rerun a failed reward call with the same arguments.
 
-    Prints what the reward prints and gives, a line a completion. Exit code 1 where it fails again.
+    This runs the code that the file names. Prints the output of the reward function and one line per completion with
+    its reward. Exit code 1 if it fails again.
     """
     import tempfile
 
@@ -71,36 +74,37 @@ def rerun_reward_(
         if log.is_file():
             progress.note(log.read_text(encoding="utf-8", errors="replace").rstrip())
     for number, reward in enumerate(rewards):
-        given = reward.failure or ("None" if reward.total is None else f"{reward.total:g}")
-        steps = "".join(f", steps {list(each.rewards)}" for each in reward.steps.values())
-        progress.result(f"completion {number}: {given}{steps}")
+        outcome = reward.failure or ("None" if reward.total is None else f"{reward.total:g}")
+        steps = "".join(f", steps {list(scores.rewards)}" for scores in reward.steps.values())
+        progress.result(f"completion {number}: {outcome}{steps}")
     if any(reward.failure for reward in rewards):
         raise typer.Exit(1)
 
 
 def reproduce(
-    run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart; it is only read.")],
-    step: Annotated[int, typer.Option(help="The step to make again, from 1.")],
+    run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart; it is not changed.")],
+    step: Annotated[int, typer.Option(help="Number of the step to reproduce, from 1.")],
     tolerance: Annotated[
-        float, typer.Option(help="Relative difference up to which numbers are equal; for another machine, e.g. 1e-4.")
+        float, typer.Option(help="Relative difference that counts as equal, e.g. 1e-4 on a different machine.")
     ] = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, with every difference.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every difference.")] = False,
 ) -> None:
-    """Make a step again from its stored rollouts, and compare rewards, advantages, loss and gradient norm.
+    """Reproduce a step from its stored rollouts.
 
-    Exit code 0 where all is equal, 1 where something differs.
+    Compares rewards, advantages, loss and gradient norm with the stored ones. Exit code 0 if all are equal, 1 if any
+    differs.
     """
     from gruppo.runs.console import ConsoleProgress
     from gruppo.training.reproduce import describe_reproduction
-    from gruppo.training.reproduce import reproduce as make
+    from gruppo.training.reproduce import reproduce as reproduce_step
 
     progress = ConsoleProgress()
-    made = make(run, step, tolerance=tolerance, progress=progress)
+    reproduction = reproduce_step(run, step, tolerance=tolerance, progress=progress)
     if as_json:
         import json
 
-        typer.echo(json.dumps(made.as_dict()))
+        typer.echo(json.dumps(reproduction.as_dict()))
     else:
-        progress.output.print(describe_reproduction(made), markup=False)
-    if not made.equal:
+        progress.output.print(describe_reproduction(reproduction), markup=False)
+    if not reproduction.equal:
         raise typer.Exit(1)

@@ -1,7 +1,7 @@
-"""The command line. torch is imported only where something is computed, so that --help and a wrong recipe are quick.
+"""The command line. torch is imported only by commands that compute, so that --help and recipe errors are fast.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or bad recipe, 130 interrupted after saving; a second SIGINT or SIGTERM kills
-(130 or 143 in a shell).
+Exit codes: 0 done, 1 failed, 2 bad usage or bad recipe, 130 interrupted after saving. A second SIGINT or SIGTERM kills
+the process (130 or 143 in a shell).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ app.command()(train.schema)
 
 
 def main() -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line and exit with its exit code."""
     from gruppo.utils.signals import Interrupted, exit_on_signals
 
     exit_on_signals()
@@ -60,7 +60,7 @@ def main() -> None:
     except Interrupted:
         _fail("interrupted", 130)
     except OSError as error:
-        _fail(f"{type(error).__name__}: {error}; what was saved before is intact", 1)
+        _fail(f"{type(error).__name__}: {error}; everything that was saved before is intact", 1)
 
 
 def _fail(message: str, code: int) -> None:

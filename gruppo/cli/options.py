@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import typer
 
 from gruppo.errors import RunError, UsageError
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file; see recipes/.")]
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file; examples are in recipes/.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be repeated."),
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field of the recipe; may be repeated."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: cuda, then mps, then cpu.")]
-Dtype = Annotated[str, typer.Option(help="Precision of products: float32, bfloat16, or auto: bfloat16 where quick.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto (the first available of cuda, mps, cpu).")]
+Dtype = Annotated[
+    str, typer.Option(help="Compute dtype: float32, bfloat16, or auto (bfloat16 if natively supported, else float32).")
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model; read them first.")
 ]
@@ -27,28 +29,28 @@ Trust = Annotated[
 
 @contextmanager
 def resumable(command: Sequence[object], set_: Sequence[str] | None, folder: Path) -> Iterator[None]:
-    """Signals are heeded in the block, and an end before its time says by which command to go on."""
+    """Handle SIGINT and SIGTERM in the block. If it is interrupted or the disk is full, print the command to resume."""
     from gruppo.runs.atomic import WriteError
     from gruppo.utils.signals import Interrupted, stop_on_signals
 
-    changes = [part for each in set_ or [] for part in ("--set", each)]
-    again = shlex.join(["gruppo", *map(str, command), *changes, "--out", str(folder), "--resume"])
+    overrides = [part for override in set_ or [] for part in ("--set", override)]
+    again = shlex.join(["gruppo", *map(str, command), *overrides, "--out", str(folder), "--resume"])
     try:
         with stop_on_signals(kills=True):
             yield
     except Interrupted as end:
-        begun = str(end) or "Interrupted; what was done before is saved. Go on with:"
-        sys.stderr.write(f"{begun}\n  {again}\n")
+        message = str(end) or "Interrupted; everything done so far is saved. Resume with:"
+        sys.stderr.write(f"{message}\n  {again}\n")
         raise typer.Exit(130) from None
     except WriteError as error:
-        raise RunError(f"{error}; make room, and go on with: {again}") from error
+        raise RunError(f"{error}; free some space and resume with: {again}") from error
 
 
 def named_option(text: str) -> tuple[str, Any]:
-    """The name and value of "name=value", read as TOML."""
+    """Name and value of "name=value". The value is parsed as TOML, else taken as text. Raises UsageError."""
     from gruppo.config.loading import toml_value
 
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise UsageError(f"--option {text}: not of the form name=value; write e.g. --option maximum=20")
+        raise UsageError(f"--option {text}: must have the form name=value; write e.g. --option maximum=20")
     return name.strip(), toml_value(value)

@@ -12,35 +12,39 @@ from gruppo.cli.options import Overrides, RecipeFile, resumable
 
 def label(
     recipe: RecipeFile,
-    out: Annotated[Path, typer.Option(help="Folder of the labels.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the labels to.")],
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the labels in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the labeling in the folder.")] = False,
 ) -> None:
-    """Sample completions and label them by rule, each step too (Math-Shepherd); [reward_model] says how.
+    """Sample completions and label them by rule.
 
-    The labels are Parquet files in OUT/labels, a row a completion.
+    [reward_model] has the settings; with kind = "process" every step is labeled too (Math-Shepherd). The labels are
+    Parquet files in OUT/labels, one row per completion.
     """
     from gruppo.config.loading import load_recipe
 
     settings = load_recipe(recipe, set_ or [])
     from gruppo.runs.console import ConsoleProgress
-    from gruppo.training.reward_model_api import label as make
+    from gruppo.training.reward_model_api import label as label_completions
 
     progress = ConsoleProgress()
     with resumable(["label", recipe], set_, out):
-        made = make(settings, out=out, resume=resume, progress=progress)
-    steps = "" if made.soft is None else f"; {made.steps} steps, right from {made.soft:.1%} of their ends"
-    progress.result(f"{made.completions} completions, {made.right:.1%} right{steps}: {made.path / 'labels'}")
+        labels = label_completions(settings, out=out, resume=resume, progress=progress)
+    steps = "" if labels.soft is None else f"; {labels.steps} steps, mean soft label {labels.soft:.1%}"
+    progress.result(f"{labels.completions} completions, {labels.right:.1%} correct{steps}: {labels.path / 'labels'}")
 
 
 def reward_model(
     recipe: RecipeFile,
-    labels: Annotated[Path, typer.Argument(help="Folder that gruppo label wrote, or that of a run.")],
-    out: Annotated[Path, typer.Option(help="Folder of the result.")],
+    labels: Annotated[Path, typer.Argument(help="A folder written by gruppo label, or a run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the reward model to.")],
     set_: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the training in the folder.")] = False,
 ) -> None:
-    """Train the recipe's [reward_model] on labels; the result is in OUT/model, for transformers or for a recipe."""
+    """Train the recipe's [reward_model] on labels.
+
+    OUT/model can be loaded by transformers, or named in a recipe (reward_model.name).
+    """
     from gruppo.config.loading import load_recipe
 
     settings = load_recipe(recipe, set_ or [])
@@ -49,8 +53,9 @@ def reward_model(
 
     progress = ConsoleProgress()
     with resumable(["reward-model", recipe, labels], set_, out):
-        made = train_reward_model(settings, labels, out=out, resume=resume, progress=progress)
-    progress.result(f"{made.updates} updates; held-out figures before and after, {made.path / 'model'}:")
-    for name in sorted({*made.before, *made.after}):
-        pair = ["-" if each is None else f"{each:.3f}" for each in (made.before.get(name), made.after.get(name))]
-        progress.result(f"  {name:<18} {pair[0]:>9} -> {pair[1]:>9}")
+        trained = train_reward_model(settings, labels, out=out, resume=resume, progress=progress)
+    progress.result(f"{trained.updates} updates, saved to {trained.path / 'model'}. Held-out metrics before and after:")
+    for name in sorted({*trained.before, *trained.after}):
+        values = trained.before.get(name), trained.after.get(name)
+        before, after = ("-" if value is None else f"{value:.3f}" for value in values)
+        progress.result(f"  {name:<18} {before:>9} -> {after:>9}")

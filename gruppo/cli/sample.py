@@ -19,37 +19,43 @@ if TYPE_CHECKING:
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="Hub name, folder, run folder, .gguf file, or smollm2-135m-instruct.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub name, model folder, run folder, .gguf file or smollm2-135m-instruct.")
+    ],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help='The prompt; "-" reads it from standard input.')
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A system text before the prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message before the prompt.")] = None,
     messages: Annotated[
         str | None,
         typer.Option(
-            help='A conversation in place of --prompt: a JSON list of messages, or a file of one; "-" reads it.'
+            help='A conversation in place of --prompt: a JSON list of messages, a file with one, or "-" for stdin.'
         ),
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of completions.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens only; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that have this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Only tokens with this share of the likeliest one's probability.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 256,
-    min_tokens: Annotated[int, typer.Option(help="Fewest tokens of a completion.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens only; 0 turns it off.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens that add up to this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample tokens with at least this fraction of the most likely token's probability.")
+    ] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per completion.")] = 256,
+    min_tokens: Annotated[int, typer.Option(help="Minimum tokens per completion.")] = 0,
     stop_text: Annotated[
         list[str] | None, typer.Option("--stop", help="End a completion before this text; may be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")] = 0,
-    plain: Annotated[bool, typer.Option("--plain", help="Use the prompt as it is, without the chat template.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Use the prompt as is, without the chat template.")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object per line: text, token_ids, logprobs, finish_reason.")
+        bool, typer.Option("--json", help="Print one JSON object per line: text, token_ids, logprobs, finish_reason.")
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
 ) -> None:
-    """Sample completions of a prompt."""
+    """Sample completions for a prompt."""
     from gruppo.config.loading import load_recipe
 
     decoding = {
@@ -78,7 +84,7 @@ def sample(
     with stop_on_signals(kills=True) as stop, stop.interruptible():
         source = find_model(model, progress, trust_remote_code=trust)
         if isinstance(content, list) and len(content) == 1 and not source.tokenizer.chat_template:
-            content = content[0]["content"]  # a base model reads the text alone
+            content = content[0]["content"]  # a base model has no chat template and reads the text alone
         rows = checked_rows([{"prompt": content}], "--prompt")
         prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, "--prompt", source.vocabulary)
         policy = load_model(source, device, dtype, progress)
@@ -90,39 +96,45 @@ def sample(
 
 
 def _content(prompt: str | None, system: str | None, messages: str | None, plain: bool) -> str | list[dict[str, Any]]:
-    """The text or the messages that the options ask to complete. Raises UsageError."""
+    """The text or the messages to complete. Raises UsageError if the options contradict each other."""
     if messages is not None:
         if prompt is not None or system is not None or plain:
-            raise UsageError("--messages: holds the whole conversation; leave out --prompt, --system and --plain")
+            raise UsageError("--messages: replaces the whole prompt; leave out --prompt, --system and --plain")
         return _conversation(messages)
     text = sys.stdin.read() if prompt == "-" else "What is 3 + 4?" if prompt is None else prompt
     if plain:
         if system is not None:
-            raise UsageError("--system: needs the chat template, which --plain leaves out; drop one of them")
+            raise UsageError("--system: needs the chat template, which --plain leaves out; remove one of them")
         return text
     before = [] if system is None else [{"role": "system", "content": system}]
     return [*before, {"role": "user", "content": text}]
 
 
 def _conversation(messages: str) -> list[dict[str, Any]]:
+    """The messages of the option, a file or standard input. Raises UsageError if they are not a conversation."""
     text = sys.stdin.read() if messages == "-" else messages
     if not text.lstrip().startswith("["):
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UsageError(f"--messages {messages}: cannot be read ({error}); give a JSON list or a file") from None
+            raise UsageError(
+                f"--messages {messages}: cannot be read ({error}); give a JSON list or the path of a file"
+            ) from None
     try:
         content = json.loads(text)
     except ValueError as error:
         raise UsageError(
-            f'--messages: is not JSON ({error}); write e.g. [{{"role": "user", "content": "Hi"}}]'
+            f'--messages: not valid JSON ({error}); write e.g. [{{"role": "user", "content": "Hi"}}]'
         ) from None
-    fine = isinstance(content, list) and all(
+    valid = isinstance(content, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in content
     )
-    if not fine or not content:
-        raise UsageError('--messages: is not a list of messages; write e.g. [{"role": "user", "content": "Hi"}]')
+    if not valid or not content:
+        raise UsageError(
+            "--messages: must be a list of messages with role and content; "
+            'write e.g. [{"role": "user", "content": "Hi"}]'
+        )
     return list(content)
 
 
@@ -139,6 +151,7 @@ def _show(completion: Completion, number: int | None, as_json: bool, progress: C
     if number is not None:
         total = sum(completion.sampling_logprobs)
         progress.result(
-            f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason}, log-probability {total:.2f})"
+            f"--- {number} ({len(completion.token_ids)} tokens, {completion.finish_reason}, "
+            f"log-probability {total:.2f})"
         )
     typer.echo(visible(completion.text))

@@ -1,4 +1,4 @@
-"""`gruppo train`, `check`, `methods` and `schema`: recipes."""
+"""`gruppo train`, `check`, `methods` and `schema`: commands for recipes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 def train(
     recipe: RecipeFile,
     set_: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. By default runs/<name of the recipe>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<run.name>.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the folder; start it where there is none.")
+        bool, typer.Option("--resume", help="Resume the run in the folder; start it if there is none.")
     ] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Print the recipe with every default and its meaning; train nothing.")
+        bool, typer.Option("--show", help="Print the recipe with every default and its meaning, and exit.")
     ] = False,
 ) -> None:
-    """Train a model as a recipe says.
+    """Train a model with a recipe.
 
-    Ctrl-C saves and stops; a second Ctrl-C stops at once.
+    Ctrl-C saves the run and stops; a second Ctrl-C stops immediately.
     """
     from gruppo.config.loading import load_recipe
 
@@ -52,12 +52,12 @@ def train(
             from gruppo.utils.signals import Interrupted
 
             step, steps = result.summary["steps"], settings.run.steps
-            raise Interrupted(f"Interrupted after step {step} of {steps}; everything is saved. Go on with:")
+            raise Interrupted(f"Interrupted after step {step} of {steps}; everything is saved. Resume with:")
     _show_result(progress, result)
 
 
 def _show_result(progress: ConsoleProgress, result: Result) -> None:
-    """The summary that ends a run, from the run folder alone."""
+    """Print the summary of a finished run, taken from the run folder alone."""
     from gruppo.runs.report import describe_run
 
     progress.result(describe_run(result.path, result.summary, result.metrics))
@@ -66,15 +66,19 @@ def _show_result(progress: ConsoleProgress, result: Result) -> None:
 def check(
     recipe: RecipeFile,
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in bytes and seconds.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Sample nothing: no completions, rewards or signals.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, in bytes and seconds.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Skip the smoke test: sample no completions, compute no rewards or advantages."),
+    ] = False,
     seconds: Annotated[
-        float, typer.Option(help="Most seconds for sampling a trial, and as many for its rewards.")
+        float, typer.Option(help="Maximum seconds for sampling in the smoke test, and again for its rewards.")
     ] = 60.0,
 ) -> None:
-    """Say what a recipe will take (memory by part, time a step and in all), and what is wrong with it.
+    """Estimate memory, time and disk, and report problems.
 
-    Nothing is trained or written. Exit code 0 without a problem, 1 with one, 2 for what training refuses.
+    Shows memory by part, time per step and in total. Nothing is trained or written. Exit code 0 without problems, 1
+    with problems, 2 if training would refuse the recipe.
     """
     from gruppo.config.loading import load_recipe
     from gruppo.preflight.check import check_recipe, describe_check
@@ -83,19 +87,22 @@ def check(
     from gruppo.runs.console import ConsoleProgress
 
     progress = ConsoleProgress()
-    found = check_recipe(settings, quick=quick, seconds=seconds, progress=progress)
+    result = check_recipe(settings, quick=quick, seconds=seconds, progress=progress)
     if as_json:
         import json
 
-        typer.echo(json.dumps(found.as_dict()))
+        typer.echo(json.dumps(result.as_dict()))
     else:
-        progress.result(describe_check(found))
-    if found.problems:
+        progress.result(describe_check(result))
+    if result.problems:
         raise typer.Exit(1)
 
 
 def methods() -> None:
-    """Print the table of methods: data source, reward, signal on a token, loss, equation."""
+    """Print the table of methods.
+
+    Each method has an equation, a data source, a reward, an advantage per token, a loss and its default settings.
+    """
     from gruppo.config.methods import describe_methods
 
     typer.echo(describe_methods())
@@ -103,15 +110,18 @@ def methods() -> None:
 
 def schema(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print docs/recipe.md instead: every field with its meaning.")
+        bool, typer.Option("--markdown", help="Print docs/recipe.md, every field with its meaning, instead.")
     ] = False,
 ) -> None:
-    """Print the JSON schema of recipes, by which TOML editors complete and check them."""
+    """Print the JSON schema of recipes.
+
+    TOML editors use it to complete and validate recipes.
+    """
     import json
 
-    from gruppo.config import schema as described
+    from gruppo.config import schema as formats
 
     if markdown:
-        typer.echo(described.markdown(), nl=False)
+        typer.echo(formats.markdown(), nl=False)
     else:
-        typer.echo(json.dumps(described.json_schema(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(formats.json_schema(), indent=2, ensure_ascii=False))

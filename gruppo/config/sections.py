@@ -1,4 +1,4 @@
-"""The tables of a recipe. Each field has its meaning, unit and default in its docstring."""
+"""The tables of a recipe, except [method] and [critic]. Each field's docstring gives its meaning, unit and default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Finite = Field(allow_inf_nan=False)
 
 
-# The policy terms by name; `method.surrogate` also takes an import path.
+# Built-in policy terms by name; `method.surrogate` also accepts an import path.
 SURROGATES = {
     "clipped": "gruppo.algorithms.losses:clipped",
     "clipped-weight": "gruppo.algorithms.losses:clipped_weight",
@@ -35,127 +35,136 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    """What the run is called, how long it is, and when it is saved."""
+    """Name, length, seed, checkpoints and memory limit of the run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
-    """Name of the run; its folder is runs/<name> unless --out says otherwise. Default: the recipe's file name."""
+    """Name of the run. The run folder is runs/<name> unless --out is given. Default: the recipe's file name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides the order of the questions and every sampled token."""
+    """Random seed; determines the order of the prompts and every sampled token."""
     steps: Annotated[int, Field(ge=1)] = 100
-    """Steps; in each, a batch of questions is drawn, sampled, scored and learned from."""
+    """Number of steps. Each step samples completions for a batch of prompts, scores them and updates the policy
+    method.inner_updates times."""
     iterations: Annotated[int, Field(ge=1)] = 1
-    """I of Algorithm 1: the steps are cut into so many equal rounds. At the start of each the reference becomes the
-    policy, and a [reward_model] is trained on new samples."""
+    """I, the outer iterations of Algorithm 1: the steps are split into this many equal parts. At the start of every
+    iteration a [reward_model] is trained on new samples; from the second iteration on, the reference is also reset to
+    the current policy. TRL's num_iterations is not this but method.inner_updates."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 10
-    """Steps between checkpoints. The last two and the best are kept; the last step always makes one."""
+    """Steps between checkpoints. The latest two and the best are kept; the last step is always saved."""
     memory: float | str = 0.6
-    """What the process may hold at its peak: a share of the memory that is free when the run begins, or so much of it:
-    "6 GB", "5.5 GiB". Micro-batch and slots are chosen by it, once; no result depends on them but by rounding."""
+    """Peak memory of the process: a fraction of the memory that is free when the run starts, or a size such as "6 GB"
+    or "5.5 GiB". The micro-batch and the slots (concurrent completions) are derived from it once, at the start; they
+    affect results by rounding only."""
 
     _checked_memory = field_validator("memory", mode="before")(share_or_size)
 
     @field_validator("name")
     @classmethod
-    def _name_of_no_device(cls, name: str) -> str:
+    def _is_portable(cls, name: str) -> str:
         if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", name):
-            raise PydanticCustomError("name", "must be a name that a folder can have everywhere")
+            raise PydanticCustomError("name", "must be a valid folder name on every operating system")
         return name
 
 
 class Lora(Section):
-    """Low-rank adapters (LoRA, through peft) in place of full fine-tuning: W + alpha/rank · B·A, where A and B alone
-    are trained. There is no dropout on them: what samples and what is trained is one distribution."""
+    """Low-rank adapters (LoRA, via peft) in place of full fine-tuning: W + alpha/rank · B·A, where only A and B are
+    trained. Adapters have no dropout, so that sampling and training use the same distribution."""
 
     rank: Annotated[int, Field(ge=1)] = 16
-    """Rows of A and columns of B."""
+    """Rank of the adapters: rows of A and columns of B."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """What an adapter adds is scaled by alpha / rank."""
+    """The output of each adapter is scaled by alpha / rank."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Which layers: "all-linear" for every linear layer but the output head (experts that are no linear layers stay as
-    they are), or the ends of their names, such as ["q_proj", "v_proj"]."""
+    """Layers that get an adapter: "all-linear" for every linear layer except the output head (experts that are not
+    linear layers get none), or a list of layer name suffixes, such as ["q_proj", "v_proj"]."""
 
     @model_validator(mode="before")
     @classmethod
     def _targets_are_names(cls, data: Any) -> Any:
         targets = data.get("targets", "all-linear") if isinstance(data, Mapping) else "all-linear"
-        listed = isinstance(targets, list) and targets and all(isinstance(each, str) and each for each in targets)
+        listed = isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
         if targets != "all-linear" and not listed:
             raise ValueError(
-                f'targets = {targets!r}: neither "all-linear" nor a list of names; write e.g. ["q_proj", "v_proj"]'
+                f'targets = {targets!r}: must be "all-linear" or a list of layer names; write e.g. ["q_proj", "v_proj"]'
             )
         return data
 
 
 class Model(Section):
-    """Where the policy's weights come from, and where and how they are computed with."""
+    """Initial weights of the policy, device and compute dtype."""
 
     name: Annotated[str, Field(min_length=1)]
-    """A Hugging Face hub name, a local folder, a GGUF file, or an alias ("smollm2-135m-instruct")."""
+    """Hugging Face hub name, local folder, GGUF file or alias ("smollm2-135m-instruct")."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; "auto" takes cuda, then mps, then cpu."""
+    """Device to compute on; "auto" picks the first one available of cuda, mps and cpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Precision of matrix products; "auto" is bfloat16 where the processor has it. Weights, gradients and optimizer
-    state are float32 (float64 with "float64", which is for proofs)."""
+    """Compute dtype of matrix multiplications (matmuls); "auto" is bfloat16 if the device supports it natively, else
+    float32. Weights, gradients and optimizer state are float32 (float64 with "float64", meant for numerical
+    checks)."""
     trust_remote_code: bool = False
-    """Run the Python files that come with model.name. They can do whatever you can: read them first."""
+    """Run the Python files that come with model.name. They run with your permissions: read them first."""
     lora: Lora | None = None
-    """Train adapters alone; leave the table out to train all weights."""
+    """Train adapters only. Leave the table out to train all weights."""
 
 
 class Task(Section):
-    """Where questions come from, and how a row becomes a prompt."""
+    """Source of the prompts, and how a row becomes a prompt."""
 
     name: Annotated[str, Field(min_length=1)] = "arithmetic"
-    """"arithmetic", a benchmark by name ("gsm8k", "math", …), "reasoning-gym/NAME", a file (.jsonl, .json, .csv,
-    .parquet), a folder saved by datasets, a data set of the Hugging Face hub ("owner/name"), or
+    """"arithmetic"; a benchmark by name ("gsm8k", "math", …); "reasoning-gym/NAME"; a file (.jsonl, .json, .csv, .tsv,
+    .parquet); a folder saved by the datasets library; a dataset on the Hugging Face hub ("owner/name"); or
     "package.module:function"."""
     options: dict[str, Any] = {}
-    """Options of the task itself, passed on by name (for arithmetic: maximum, held_out, negative; for reasoning-gym:
-    size, seed and those of the data set; for a benchmark: data, prompt, shots, format; for a data set of the hub: name,
-    revision)."""
+    """Options of the task, passed as keyword arguments. Arithmetic: maximum, held_out, negative. reasoning-gym: size,
+    seed and the options of the dataset. Benchmarks: data, prompt, shots, format. Hub datasets: name, revision."""
     split: Annotated[str, Field(min_length=1)] | None = None
-    """Which part of a data set with several ("train", "test", …); by default "train", for evaluation "test"."""
+    """Split of the dataset ("train", "test", …). Default: "train" for training, "test" for evaluation."""
     columns: dict[str, str] = {}
-    """Our names of columns and theirs: `{prompt = "question", answer = "solution"}`. Others keep their names."""
+    """Column names: gruppo's name = the dataset's name, e.g. `{prompt = "question", answer = "solution"}`. Other
+    columns keep their names."""
     template: str | None = None
-    """Text of the prompt with columns in braces: "{question} Think first." Double braces are braces."""
+    """Prompt template with column names in braces, e.g. "{question} Think first.". Double braces stand for literal
+    braces."""
     system: str | None = None
-    """Turn a text prompt into a conversation with this system message; "" makes a conversation without one."""
+    """Convert text prompts into conversations with this system message; "" converts them without a system message."""
     completion: str | None = None
-    """Text of the completion with columns in braces, for methods that learn from rows: "The answer is {answer}."."""
+    """Completion template with column names in braces, e.g. "The answer is {answer}."; for methods with
+    source = "dataset"."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the rows that is kept from training, chosen by a hash of their prompts; evaluation asks those."""
+    """Fraction of the rows held out from training, selected by a hash of the prompt. Evaluation uses these rows."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens of a prompt; by default what the model's context leaves beside the completion."""
+    """Maximum prompt length in tokens. Default: the model's context length minus the completion length."""
     overlong: Literal["refuse", "filter"] = "refuse"
-    """What to do with longer prompts: refuse the recipe, or leave them out with a count. None is ever cut."""
+    """If prompts are longer than that: "refuse" rejects the recipe, "filter" leaves them out and reports how many.
+    Prompts are never truncated."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """In a mixture, how often this task is drawn from, relative to the others."""
+    """Sampling weight of this task in a mixture, relative to the other tasks."""
 
 
 class Reward(Section):
     """How completions are scored."""
 
     functions: list[str] = []
-    """Reward functions: built-in names (gruppo.rewards.REWARDS), "package.module:function" or "file.py:function"; with
-    "verl:" or "verifiers:" before the path, functions of their signatures."""
+    """Reward functions: built-in names (gruppo.rewards.REWARDS), "package.module:function" or "file.py:function". The
+    prefix "verl:" or "verifiers:" before the path selects the signature of that library."""
     weights: list[float] = []
-    """One weight for each function, in the same order. Default: 1 for each."""
+    """One weight per function, in the same order. Default: 1 for every function."""
     options: dict[str, dict[str, Any]] = {}
-    """Keyword arguments of functions, by the name in `functions`: `options.regex.pattern = "\\\\d+"`."""
+    """Keyword arguments per function, keyed by its name in `functions`: `options.regex.pattern = "\\\\d+"`."""
     timeout: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds that one call (one function, one group) may take before its process is killed and the group abstains."""
+    """Time limit in seconds of one call (one function, one group). After that the process is killed, and the
+    completions of the group are excluded."""
     workers: Annotated[int, Field(ge=1, le=256)] = 2
-    """Processes that run reward functions side by side."""
+    """Worker processes that run reward functions in parallel."""
     failure_limit: Fraction = 0.2
-    """Share of a step's completions that may abstain because a reward failed; when it is more the run stops, is saved,
-    and says why. 1 never stops."""
+    """Fraction of a step's completions that may be excluded because a reward failed. Above it, the run is saved and
+    stops with the reason. 1 never stops the run."""
     memory: float | str = 0.5
-    """What these processes may hold together, each an equal part: a share of the machine's memory, or so much of it:
-    "4 GB". An allocation beyond it fails in the reward, and its call abstains."""
+    """Memory limit of all worker processes together, divided equally among them: a fraction of the machine's memory, or
+    a size such as "4 GB". An allocation beyond the limit fails in the reward function, and the completions of that call
+    are excluded."""
     environment: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]] = []
-    """Names of environment variables that rewards need, such as ["OPENAI_API_KEY"]; of the others they get those that
-    say where programs, libraries and caches are, and no secrets."""
+    """Names of environment variables to pass on to reward functions, such as ["OPENAI_API_KEY"]. Apart from these they
+    get only variables that locate programs, libraries and caches, and no secrets."""
 
     _checked_memory = field_validator("memory", mode="before")(share_or_size)
 
@@ -163,77 +172,83 @@ class Reward(Section):
     def _lists_fit(self) -> Self:
         if self.weights and self.functions and len(self.weights) != len(self.functions):
             raise ValueError(
-                f"weights = {self.weights} has {len(self.weights)} numbers for {len(self.functions)} functions; "
-                "write one weight for each function, or leave weights out"
+                f"weights = {self.weights}: {len(self.weights)} numbers for {len(self.functions)} functions; "
+                "write one weight per function, or leave weights out"
             )
         for name in self.options if self.functions else ():
             if name not in self.functions:
                 raise ValueError(
-                    f"options.{name} = {self.options[name]}: no such function in reward.functions"
+                    f"options.{name} = {self.options[name]}: reward.functions has no function of this name"
                     f"{nearest(name, self.functions)}"
                 )
         return self
 
 
 class RewardModel(Section):
-    """A trained model that judges completions beside, or in place of, reward functions (whose weights may be 0). Its
-    labels come from reward.functions: a completion is right where the first of them gives more than method.success_threshold."""
+    """A trained model that scores completions in addition to, or in place of, reward functions (whose weights may be
+    0). Its labels come from reward.functions: a completion is correct if the reward of the first function is greater
+    than method.success_threshold."""
 
     kind: Literal["outcome", "process"] = "outcome"
-    """One probability for a completion, or one for each of its steps (then method.credit = "step")."""
+    """"outcome": one probability per completion. "process": one per step of a completion; requires
+    method.credit = "step"."""
     name: Annotated[str, Field(min_length=1)] | None = None
-    """Where its weights come from, as model.name, or the folder of a reward model; by default the policy's start
-    weights. A new head begins at 0."""
+    """Initial weights, as in model.name, or the folder of a reward model. Default: the policy's initial weights. A new
+    head starts at 0."""
     weight: float = 1.0
-    """Its weight in the reward, beside reward.weights."""
+    """Weight of its score in the total reward, next to reward.weights."""
     prompts: Annotated[int, Field(ge=0)] = 64
-    """Questions whose completions, sampling.group_size each, are sampled and labelled before the first step and at the
-    start of each later iteration, to train it on; 0 leaves it as it is."""
+    """Prompts of one round of reward model training: for each, sampling.group_size completions are sampled and labeled.
+    Rounds take place before the first step and at the start of each later iteration. 0 trains nothing."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Share of these questions that it is not trained on, but measured by, before and after."""
+    """Fraction of these prompts held out from its training; the reward model is measured on them before and after each
+    round."""
     learning_rate: Annotated[float, Field(ge=0)] = 2e-5
-    """Of its AdamW, constant; all else is as in [optimizer]."""
+    """Learning rate of its AdamW, constant. Everything else is as in [optimizer]."""
     epochs: Annotated[int, Field(ge=1)] = 1
-    """Passes over its training set in each round."""
+    """Passes over the training set per round."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Completions an update."""
+    """Completions per update."""
     replay_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of a round's training set that is drawn from the samples of earlier rounds."""
+    """Fraction of a round's training set that is taken from the samples of earlier rounds."""
     replay_capacity: Annotated[int, Field(ge=0)] = 10_000
-    """How many of the latest earlier samples are drawn from."""
+    """Number of most recent earlier samples that can be replayed."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides what is held out, what is drawn from history, and the order of training."""
+    """Random seed; determines the held-out prompts, the replayed samples and the training order."""
     split: Annotated[str, Field(min_length=1)] = "lines"
-    """Steps of a completion: its "lines", or "package.module:function", text -> the ends of steps in characters."""
+    """How a completion is split into steps: "lines", or "package.module:function", which maps a text to the end of each
+    step in characters."""
     continuations: Annotated[int, Field(ge=1)] = 4
-    """N, completions sampled from the end of each step to label it (Math-Shepherd)."""
+    """N: completions sampled from the end of each step to label it (Math-Shepherd)."""
     labels: Literal["hard", "soft"] = "hard"
-    """Of a step: 1 if any of its continuations is right, or the share of them that is."""
+    """Label of a step: "hard" is 1 if any continuation is correct, else 0; "soft" is the fraction that is correct."""
 
 
 class Environment(Section):
-    """What answers the model while it writes a completion: Python that it writes is run, or a class plays a part, turn
-    by turn. Answers are read by the model and carry no loss. Leave the table out for none. See docs/environments.md."""
+    """Environment for multi-turn completions: it runs the Python blocks that the model writes, or a user-defined class
+    answers the model turn by turn. The model reads these answers, but they are excluded from the loss. Leave the table
+    out for single-turn completions. See docs/environments.md."""
 
     name: Annotated[str, Field(min_length=1)]
-    """"python" (blocks of Python are run in a sandbox and their output follows), "package.module:Class" or
-    "file.py:Class": a class of ours (reset, step) or of TRL's (reset, tools as methods)."""
+    """"python" (Python blocks are run in a sandbox and their output is appended), "package.module:Class" or
+    "file.py:Class": a class with gruppo's interface (reset, step) or TRL's (reset, tools as methods)."""
     options: dict[str, Any] = {}
-    """Keyword arguments that the class is made with, for every completion anew."""
+    """Keyword arguments of the class. Every completion gets a new instance."""
     turns: Annotated[int, Field(ge=1)] = 4
-    """How often it answers at the most; what the model writes after the last answer ends the completion."""
+    """Maximum answers per completion. The completion ends with the text that the model writes after the last answer."""
     seconds: Annotated[float, Field(gt=0)] = 5.0
-    """Seconds that one answer may take: a block of Python (also of processor time), or one call of a class."""
+    """Time limit of one answer in seconds: one Python block (wall-clock and processor time) or one call of the
+    class."""
     memory: str = "512 MiB"
-    """What a sandbox, or a process that holds objects of the class, may hold."""
+    """Memory limit of one sandbox, or of one process that runs instances of the class: "512 MiB", "1 GB"."""
     output: Annotated[int, Field(ge=1)] = 2000
-    """Characters of an answer that the model is given; more is cut, with a note."""
+    """Maximum length in characters of an answer shown to the model. Longer answers are truncated with a note."""
     workers: Annotated[int, Field(ge=1, le=256)] = 2
-    """Answers that are made side by side: sandboxes, or processes with objects of the class."""
+    """Answers computed in parallel: number of sandboxes, or of processes that run instances of the class."""
     weight: float = 1.0
-    """Weight of the class's get_reward() in the reward, where it has one, beside reward.weights."""
-    run_model_code_WITHOUT_A_SANDBOX: bool = False  # noqa: N815  as ugly as what it does
-    """Run what the model writes as you, with all that you can do. Only on a machine that has nothing to lose."""
+    """Weight of get_reward() in the total reward, next to reward.weights, if the class defines it."""
+    run_model_code_WITHOUT_A_SANDBOX: bool = False  # noqa: N815  ugly on purpose: it is dangerous
+    """Run the model's code as you, with all your permissions. Use it only on a machine where nothing can be lost."""
 
     @field_validator("memory")
     @classmethod
@@ -248,7 +263,7 @@ class Environment(Section):
                 f'name = "{self.name}": unknown environment; write "python", "package.module:Class" or "file.py:Class"'
             )
         if self.name == "python" and self.options:
-            raise ValueError(f'options = {self.options}: name = "python" has none; remove them')
+            raise ValueError(f'options = {self.options}: name = "python" takes no options; remove them')
         if self.name != "python" and self.run_model_code_WITHOUT_A_SANDBOX:
             raise ValueError(
                 f'run_model_code_WITHOUT_A_SANDBOX = true: name = "{self.name}" runs no code of the model; remove it'
@@ -257,30 +272,30 @@ class Environment(Section):
 
 
 class Audit(Section):
-    """A second grader that judges a sample of the completions, and trains nothing: an alarm when the reward rises and
-    its verdict does not (DeepSeekMath §5.2.3). Leave the table out for none."""
+    """Reward audit: a second reward function scores a sample of the completions and is never trained on. An event warns
+    if the reward rises and the audit does not (DeepSeekMath §5.2.3). Leave the table out for no audit."""
 
     function: Annotated[str, Field(min_length=1)]
-    """As in reward.functions; another one than the run is trained on."""
+    """One function, as in reward.functions; not one that the run is trained on."""
     options: dict[str, Any] = {}
-    """Its keyword arguments."""
+    """Keyword arguments of the function."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of each step's groups that it judges, at least one."""
+    """Fraction of each step's groups that are audited, at least one group."""
     window: Annotated[int, Field(ge=4)] = 10
-    """Steps that a rise is looked for over."""
+    """Steps over which the trends of reward and audit are compared."""
 
 
 class Sampling(Section):
-    """How a step's completions are drawn: always from the full distribution at the temperature."""
+    """How training completions are sampled: always from the full distribution at the given temperature."""
 
     prompts_per_step: Annotated[int, Field(ge=1)] = 16
-    """P, questions a step."""
+    """P: prompts per step."""
     group_size: Annotated[int, Field(ge=1)] = 8
-    """G, completions a question; a step samples prompts_per_step × group_size completions."""
+    """G: completions per prompt. A step samples prompts_per_step × group_size completions."""
     max_tokens: Annotated[int, Field(ge=1)] = 256
-    """Tokens at which a completion is cut."""
+    """Maximum completion length in tokens. Longer completions are truncated."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Logits are divided by this; π_θ, π_old and π_ref are all taken at it."""
+    """Logits are divided by this value; π_θ, π_old and π_ref are all computed at this temperature."""
 
 
 class Optimizer(Section):
@@ -289,56 +304,60 @@ class Optimizer(Section):
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate after warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: constant, or linearly or along a half cosine towards 0 behind the last step."""
+    """Learning rate after warm-up: constant, or a linear or half-cosine decay that would reach 0 one step after the
+    last."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises linearly from 0 (the first step already moves)."""
+    """Steps of linear warm-up from 0. The learning rate of the first step is already above 0."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of AdamW's mean of gradients."""
+    """Decay rate of AdamW's first moment (mean of gradients)."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of AdamW's mean of squared gradients."""
+    """Decay rate of AdamW's second moment (mean of squared gradients)."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the mean of squares."""
+    """Added to the square root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay, on matrices only (norms and biases have none)."""
+    """Decoupled weight decay; applied to matrices only, not to norms and biases."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """A gradient whose norm is larger is scaled down to it."""
+    """Gradient clipping: a gradient with a larger norm is scaled down to this norm."""
 
 
 class Decoding(Section):
-    """How answers are drawn where nothing is trained on them. Each option acts on what the one before left over."""
+    """How answers are sampled in evaluation and `gruppo sample`, where nothing is trained on them. The options apply in
+    the order listed, each to the tokens that the previous one kept."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Logits are divided by this; 0 takes the likeliest token."""
+    """Logits are divided by this value; 0 takes the most likely token (greedy)."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Draw from this many likeliest tokens only; 0 is off."""
+    """Sample from the k most likely tokens only; 0 turns it off."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens whose probabilities add up to this value; 1 turns it off."""
     min_p: Fraction = 0.0
-    """Draw only from tokens with at least this share of the likeliest one's probability."""
+    """Sample only from tokens with at least this fraction of the most likely token's probability; 0 turns it off."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    """Tokens before which an answer cannot end."""
+    """Minimum answer length in tokens; the answer cannot end earlier."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    """An answer ends before the first of these texts, wherever the borders of tokens are."""
+    """The answer ends before the first occurrence of any of these texts, regardless of token boundaries."""
 
 
 class Evaluation(Section):
-    """Accuracy on held-out questions; leave the table out for no evaluation."""
+    """Accuracy on held-out questions. Leave the table out for no evaluation."""
 
     task: Task | None = None
-    """Task of the questions, a table as [task] or only its name; by default the held-out part of the training task."""
+    """Task that the questions come from: a table like [task], or only its name. Default: the held-out part of the
+    training task."""
     questions: Annotated[int, Field(ge=1)] = 256
-    """How many questions at the most, taken from the start of the held-out part."""
+    """Maximum number of questions, taken from the start of the held-out part."""
     every: Annotated[int, Field(ge=0)] = 0
-    """Steps between evaluations; 0 evaluates before the first and after the last step only."""
+    """Steps between evaluations. 0 evaluates only before the first and after the last step."""
     samples: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Answers a question; the accuracy is over all of them."""
+    """Answers per question; the accuracy is the average over all of them."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens at which an answer is cut; by default that of sampling."""
+    """Maximum answer length in tokens. Longer answers are truncated. Default: sampling.max_tokens."""
     grader: str | None = None
-    """Judge of an answer, apart from the reward: "numeric_answer", "choice", "math_answer", "exact_match", "reasoning_gym" or
-    "package.module:function"; by default that of the task, "numeric_answer" for a file or function."""
+    """Grader of the answers, independent of the reward: "numeric_answer", "choice", "math_answer", "exact_match",
+    "reasoning_gym" or "package.module:function". Default: the grader of the task; "numeric_answer" for a file or
+    function."""
     decoding: Decoding = Decoding()
-    """How answers are drawn; by default greedily."""
+    """How answers are sampled. Default: greedily."""
 
     @field_validator("task", mode="before", json_schema_input_type=Task | str)
     @classmethod
@@ -347,11 +366,11 @@ class Evaluation(Section):
 
 
 class Benchmark(Evaluation):
-    """Another task that is evaluated while training, each in a table of its own: the fields of [evaluation], with a
-    task, and a name. Its metrics are eval/NAME/accuracy and so on."""
+    """An additional task that is evaluated during training, one table per task: the fields of [evaluation], where
+    `task` is required, and a name. Its metrics are eval/NAME/accuracy and so on."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = None
-    """What it is called; by default as its task, or its file without folder and ending."""
+    """Name in metrics and results. Default: the name of the task, or of its file without folder and extension."""
 
     @model_validator(mode="after")
     def _task_is_named(self) -> Self:
@@ -361,7 +380,7 @@ class Benchmark(Evaluation):
 
     @property
     def title(self) -> str:
-        """What it is called."""
+        """Name in metrics and results."""
         assert self.task is not None
         if self.name is not None:
             return self.name

@@ -1,4 +1,4 @@
-"""Sizes of memory, as recipes write them."""
+"""Memory sizes as written in recipes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ _UNITS = {
 
 
 def as_bytes(text: str) -> int:
-    """A size such as "6 GB" (10⁹ bytes) or "5.5 GiB" (2³⁰) in bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    size = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    """A size such as "6 GB" (GB = 10⁹ bytes) or "5.5 GiB" (GiB = 2³⁰ bytes), in bytes.
+
+    Raises PydanticCustomError if the text is not a size of at least one byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
     if size < 1:
-        raise PydanticCustomError("memory", "must be a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+        raise PydanticCustomError("memory", "must be a number followed by B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
     return size
 
 
 def share_or_size(value: Any) -> Any:
-    """The value, where it is a share of a memory or a size that `as_bytes` reads."""
+    """The value unchanged, if it is a fraction of memory or a size that `as_bytes` accepts.
+
+    Raises PydanticCustomError otherwise.
+    """
     if isinstance(value, str):
         as_bytes(value)
     elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise PydanticCustomError("memory", "must be a share (more than 0, at most 1) or a size such as '6 GB'")
+        raise PydanticCustomError("memory", "must be a fraction (more than 0, at most 1) or a size such as '6 GB'")
     return value

@@ -1,1 +1,1 @@
-"""Rows from anywhere become `Prompt`s with token ids: sources, benchmarks, mixtures, offline completions."""
+"""From rows of any source to `Prompt`s with token ids: sources, benchmarks, mixtures, offline completions."""

@@ -1,7 +1,7 @@
 """Generated addition and subtraction: "What is a + b?" and "What is a - b?", with columns `expression` and `answer`.
 
-The held-out questions are the same for every run and seed. a + b and b + a are one question: both stand on the same
-side of the split, and the held-out part has only one of them.
+The held-out questions are the same for every run and seed. a + b and b + a are one question: both are on the same side
+of the split, and the held-out side contains only one of them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from gruppo.types import Row
 
 
 def load(split: str, maximum: int = 20, held_out: int = 256, negative: bool = True) -> list[Row]:
-    """All questions of one side, with numbers 0..maximum; `negative`: also subtractions with a result below 0.
+    """All questions of one split with numbers from 0 to `maximum`; `negative`: include differences below 0.
 
-    `held_out` questions (a + b and b + a counted once) go to "test", drawn by a fixed seed; everything else is
-    "train". Raises UsageError where that leaves no question on either side.
+    `held_out` questions (a + b and b + a count once), selected with a fixed seed, are the split "test"; all others are
+    "train". Raises UsageError if the split is unknown, if an option is out of range, or if a split would be empty.
     """
     if split not in {"train", "test"}:
         raise UsageError(f'split = "{split}": must be "train" or "test"')
@@ -37,18 +37,22 @@ def load(split: str, maximum: int = 20, held_out: int = 256, negative: bool = Tr
     shuffler.shuffle(questions)
     if split == "test":
         return [
-            _row(*(question if shuffler.random() < 0.5 else _turned(*question))) for question in questions[:held_out]
+            _row(*(question if shuffler.random() < 0.5 else _swapped(*question))) for question in questions[:held_out]
         ]
     train = questions[held_out:]
-    train += [_turned(*question) for question in train if question[1] == "+" and question[0] != question[2]]
+    train += [_swapped(*question) for question in train if question[1] == "+" and question[0] != question[2]]
     return [_row(*question) for question in train]
 
 
-def _turned(a: int, sign: str, b: int) -> tuple[int, str, int]:
+def _swapped(a: int, sign: str, b: int) -> tuple[int, str, int]:
     return (b, sign, a) if sign == "+" else (a, sign, b)
 
 
 def _row(a: int, sign: str, b: int) -> Row:
     answer = a + b if sign == "+" else a - b
-    asked = f"{a} {sign} {b}"
-    return {"prompt": [{"role": "user", "content": f"What is {asked}?"}], "expression": asked, "answer": str(answer)}
+    expression = f"{a} {sign} {b}"
+    return {
+        "prompt": [{"role": "user", "content": f"What is {expression}?"}],
+        "expression": expression,
+        "answer": str(answer),
+    }

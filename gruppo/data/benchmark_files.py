@@ -1,4 +1,4 @@
-"""Finding local copies of benchmarks."""
+"""Find local copies of benchmarks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from gruppo.data.files import FILES
 from gruppo.errors import UsageError
 from gruppo.utils.paths import is_dir, is_file
 
-MOST_LISTED = 12  # files that an error names
+MOST_LISTED = 12  # file names that an error lists
 
 
-MOST_FILES = 20_000  # of a folder that is looked through
+MOST_FILES = 20_000  # maximum entries of a folder that is searched
 
 
 def find_files(benchmark: Benchmark, data: Path, split: str) -> list[tuple[Path, str | None]]:
-    """The files of a benchmark in a folder (or the one that `data` is), each with its part of the set where several
-    make it up. Raises UsageError where none or several others fit."""
+    """Files of a benchmark's split in the folder `data`, or `data` itself if it is a file.
+
+    Every file comes with the name of its part if the benchmark consists of several, else None. Raises UsageError if no
+    file matches, if several match that are not parts of one set, or if `data` is missing, too large a folder or an
+    unknown type of file.
+    """
     if is_file(data):
         if data.suffix.lower() not in FILES:
-            raise UsageError(
-                f'options.data = "{data}": this kind of file is not known; write one of {", ".join(FILES)}'
-            )
+            raise UsageError(f'options.data = "{data}": unknown file type; write one of {", ".join(FILES)}')
         return [(data, None)]
     if not is_dir(data):
         raise UsageError(f'options.data = "{data}": there is no such file or folder (looked in {Path.cwd()})')
@@ -33,37 +35,39 @@ def find_files(benchmark: Benchmark, data: Path, split: str) -> list[tuple[Path,
     for pattern in _patterns(benchmark, split):
         fitting = {key: files for key, files in found.items() if re.fullmatch(pattern, key)}
         usual = {key: files for key, files in fitting.items() if benchmark.config in key.split("/")}
-        fitting = usual or fitting  # the configuration that the hub's rows are of, beside others
+        fitting = usual or fitting  # prefer the configuration that the hub's rows come from
         if len(fitting) == 1:
             return [(file, None) for file in next(iter(fitting.values()))]
         if len(fitting) > 1:
             names = [str(file.relative_to(data)) for files in fitting.values() for file in files]
             raise UsageError(
-                f'options.data = "{data}": several files there may be {benchmark.title} ({shortened_list(names)}); '
-                "name one of them"
+                f'options.data = "{data}": several files match {benchmark.title} ({shortened_list(names)}); '
+                "write the path of one of them"
             )
     parts = _parts(benchmark, split, found)
     if parts:
         return parts
-    # The folder may be one part's own: MATH/test/algebra, which holds 1.json and so on.
-    above = "/".join(_as_key(each) for each in data.resolve().parts[-2:])
+    # The folder may be that of one part: MATH/test/algebra, which contains 1.json and so on.
+    above = "/".join(_as_key(part) for part in data.resolve().parts[-2:])
     parts = _parts(benchmark, split, {f"{above}/{key}": files for key, files in found.items()})
     if parts:
         return parts
     names = [str(file.relative_to(data)) for files in found.values() for file in files]
     raise UsageError(
         f'options.data = "{data}": no file of {benchmark.title} there; looked for {_looked_for(benchmark, split)} '
-        f"(.jsonl, .json, .csv, .tsv or .parquet) and found {shortened_list(names) or 'no such files'}; name the file itself"
+        f"(.jsonl, .json, .csv, .tsv or .parquet) and found {shortened_list(names) or 'no data files'}; "
+        "write the path of the file"
     )
 
 
 def _listed(folder: Path) -> dict[str, list[Path]]:
-    """Data files of a folder by their path in it, in small letters and without endings; the shards of one together."""
+    """Data files of a folder by relative path, in lower case and without suffix; shards of one file are grouped."""
     found: dict[str, list[Path]] = {}
     files = list(islice(folder.rglob("*"), MOST_FILES + 1))
     if len(files) > MOST_FILES:
         raise UsageError(
-            f'options.data = "{folder}": the folder holds more than {MOST_FILES:,} files; name the data\'s own folder'
+            f'options.data = "{folder}": the folder contains more than {MOST_FILES:,} files; '
+            "write the path of the data's own folder"
         )
     for file in sorted(files):
         if file.suffix.lower() in FILES and is_file(file):
@@ -77,21 +81,21 @@ def _as_key(name: str) -> str:
 
 
 def _patterns(benchmark: Benchmark, split: str) -> Iterator[str]:
-    """What a file of the split may be called, the surest first."""
-    own = "|".join(benchmark.aliases)
-    theirs = "|".join({split, benchmark.splits[split]} - ({"train"} if split == "test" else set()))
-    yield rf"(?:.*/)?(?:{own})[_/.](?:.*/)?(?:{theirs})"
+    """Patterns of file names for the split, most specific first."""
+    aliases = "|".join(benchmark.aliases)
+    splits = "|".join({split, benchmark.splits[split]} - ({"train"} if split == "test" else set()))
+    yield rf"(?:.*/)?(?:{aliases})[_/.](?:.*/)?(?:{splits})"
     if split == "test":
-        yield rf"(?:.*/)?(?:{own})(?:/(?:{own}))?"
-    yield rf"(?:(?:main|data|default|raw|all|zh)/)?(?:{theirs})"
+        yield rf"(?:.*/)?(?:{aliases})(?:/(?:{aliases}))?"
+    yield rf"(?:(?:main|data|default|raw|all|zh)/)?(?:{splits})"
 
 
 def _parts(benchmark: Benchmark, split: str, found: Mapping[str, list[Path]]) -> list[tuple[Path, str | None]]:
-    """The files of a set that is made up of several, each with its part's name."""
+    """Files of a benchmark that consists of several parts, with the names of the parts."""
     if not benchmark.several:
         return []
-    own, parts = "|".join(benchmark.aliases), "|".join(benchmark.several)
-    pattern = re.compile(rf"(.*/)?(?:(?:{own})[_/.])?({parts})(?:[_/](\w+))?(?:/\d+)?")
+    aliases, parts = "|".join(benchmark.aliases), "|".join(benchmark.several)
+    pattern = re.compile(rf"(.*/)?(?:(?:{aliases})[_/.])?({parts})(?:[_/](\w+))?(?:/\d+)?")
     chosen: list[tuple[Path, str | None]] = []
     for key, files in found.items():
         if named := pattern.fullmatch(key):
@@ -102,12 +106,12 @@ def _parts(benchmark: Benchmark, split: str, found: Mapping[str, list[Path]]) ->
 
 
 def _looked_for(benchmark: Benchmark, split: str) -> str:
-    own = benchmark.aliases[0]
-    names = [f"{own}_{split}", f"{own}/{split}", *([own] if split == "test" else []), split]
-    return ", ".join([*names, *(f"{own}_{part}" for part in benchmark.several[:2])])
+    alias = benchmark.aliases[0]
+    names = [f"{alias}_{split}", f"{alias}/{split}", *([alias] if split == "test" else []), split]
+    return ", ".join([*names, *(f"{alias}_{part}" for part in benchmark.several[:2])])
 
 
 def shortened_list(names: Sequence[str]) -> str:
-    """The first names of a list, in words."""
+    """The first `MOST_LISTED` names separated by commas, and how many more there are."""
     more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
     return ", ".join(names[:MOST_LISTED]) + more

@@ -1,6 +1,6 @@
-"""Rows of public benchmarks, whose copies name their columns differently, as question, answer and choices.
+"""Read rows of public benchmarks, whose copies name their columns differently, as question, answer and choices.
 
-One reader a family: word problems, formulas, multiple choice. What cannot be read is shown with its row.
+There is one reader per family: word problems, formulas, multiple choice. An error quotes the row that cannot be read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NUMBER = (
 _FORMULA = ("answer", "final_answer", "ground_truth", "expected_answer", "target", "gold", "label")
 _LETTER = ("correct", "label", "gold", "answerkey", "answer", "correct_option", "target", "answer_index", "solution")
 _OPTIONS = ("options", "choices", "possible answers", "possible_answers")
-# Columns that are kept where a set has them, under our name.
+# Other columns that are kept, and our names for them.
 _KEPT = {
     "id": "id", "idx": "id", "unique_id": "id", "level": "level", "type": "type", "subject": "topic", "topic": "topic",
     "category": "category", "grade": "grade", "reasoning_step": "reasoning_step", "num_digits": "num_digits",
@@ -33,7 +33,10 @@ _KEPT = {
 
 
 def read_number(row: Mapping[str, Any]) -> Row:
-    """A word problem: a question (or its body and question) and a number, or a solution that ends with "#### 18"."""
+    """Read a word problem: a question (or body and question) with a number or with a solution that ends with "#### 18".
+
+    Returns a row with `question` and `answer`. Raises UsageError if the question or a number in the answer is missing.
+    """
     columns = _lowered(row)
     body, asked = columns.get("body"), columns.get("question")
     question = f"{_text(body)} {_text(asked)}" if body and asked else _question(columns, row)
@@ -46,15 +49,18 @@ def read_number(row: Mapping[str, Any]) -> Row:
     elif (box := last_box(text)) is not None:
         kept["solution"], text = text, box[1]
     if not any(letter.isdigit() for letter in text):
-        raise _unreadable(row, f"its answer {text!r} holds no number")
+        raise _unreadable(row, f"its answer {text!r} contains no number")
     return {**kept, "question": question, "answer": text.strip()}
 
 
 def read_formula(row: Mapping[str, Any]) -> Row:
-    """A problem with its answer as LaTeX, or with a solution that holds it in a box."""
+    """Read a problem with an answer in LaTeX, or with a solution that has the answer in a box.
+
+    Returns a row with `question` and `answer`. Raises UsageError if either is missing.
+    """
     columns = _lowered(row)
     question = _bare(_question(columns, row, ("problem", *_QUESTION)))
-    found = next((columns[name] for name in _FORMULA if _given(columns.get(name))), None)
+    found = next((columns[name] for name in _FORMULA if _has_value(columns.get(name))), None)
     if found is None:
         box = last_box(_text(columns.get("solution") or ""))
         if box is None:
@@ -67,7 +73,11 @@ def read_formula(row: Mapping[str, Any]) -> Row:
 
 
 def read_choice(row: Mapping[str, Any]) -> Row:
-    """A question with options, and the letter, letters, place or text of the right ones."""
+    """Read a question with options and the letter, letters, index or text of the correct ones.
+
+    Returns a row with `question`, `choices` (without letters) and `answer` (letters). Raises UsageError if one of them
+    is missing, if there are fewer than two options, or if the answer is not one of them.
+    """
     columns = _lowered(row)
     question = _question(columns, row)
     choices = _choices(columns)
@@ -88,21 +98,21 @@ def read_choice(row: Mapping[str, Any]) -> Row:
     except UsageError as error:
         raise _unreadable(row, str(error)) from None
     if LETTERS.index(answer[-1]) >= len(choices):
-        raise _unreadable(row, f"its answer {answer} is none of its {len(choices)} options")
+        raise _unreadable(row, f"its answer {answer} is not one of its {len(choices)} options")
     kept = {name: value for name, value in _others(columns).items() if value != found}
     return {**kept, "question": question, "choices": choices, "answer": answer}
 
 
 def _choices(columns: Mapping[str, Any]) -> list[str]:
-    given = next((columns[name] for name in _OPTIONS if _given(columns.get(name))), None)
+    given = next((columns[name] for name in _OPTIONS if _has_value(columns.get(name))), None)
     if given is None:
         single = [columns.get(letter.lower()) for letter in LETTERS]
-        return [_text(each) for each in single[: single.index(None)]] if None in single else []
+        return [_text(option) for option in single[: single.index(None)]] if None in single else []
     if isinstance(given, str):
         return split_options(given)
     if isinstance(given, Mapping):
         return options_of({"choices": given})
-    return without_letters([_text(each) for each in given])
+    return without_letters([_text(option) for option in given])
 
 
 _PROMPTED = re.compile(
@@ -113,13 +123,13 @@ _PROMPTED = re.compile(
 
 
 def _bare(question: str) -> str:
-    """A question without what evaluations write around it to ask for its answer: "问题：… 答案："."""
+    """A question without the words around it that ask for an answer: "问题：… 答案："."""
     prompted = _PROMPTED.fullmatch(question)
     return prompted[1].strip() if prompted else question
 
 
 def _within(question: str) -> tuple[str, list[str]]:
-    """A question that holds its own options, parted from them: "… Answer Choices: (A)4 (B)5"."""
+    """Split options off the question that contains them: "… Answer Choices: (A)4 (B)5"; [] if there are none."""
     for opening in ("Answer Choices:", "Options:", "从以下选项中选择:", "选项:", "选项：", "\n"):
         before, found, after = question.partition(opening)
         if found and len(options := split_options(after)) > 1:
@@ -129,7 +139,7 @@ def _within(question: str) -> tuple[str, list[str]]:
 
 def _lowered(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(row, Mapping):
-        raise _unreadable(row, "it is no object with columns")
+        raise _unreadable(row, "it is not an object with columns")
     return {str(name).strip().lower(): value for name, value in row.items()}
 
 
@@ -139,7 +149,7 @@ def _question(columns: Mapping[str, Any], row: Mapping[str, Any], names: Iterabl
             return _tidied(columns[name])
     asked = columns.get("messages") or columns.get("prompt")
     if isinstance(asked, list) and asked and isinstance(asked[0], Mapping):
-        user = [each for each in asked if each.get("role") == "user" and each.get("content")]
+        user = [message for message in asked if message.get("role") == "user" and message.get("content")]
         if user:
             return _tidied(str(user[-1]["content"]))
     raise _unreadable(row, f"it has no question (one of {', '.join(names)}, or messages)")
@@ -151,22 +161,22 @@ def _tidied(text: str) -> str:
 
 def _answer(columns: Mapping[str, Any], names: Iterable[str], row: Mapping[str, Any]) -> Any:
     for name in names:
-        if _given(columns.get(name)):
+        if _has_value(columns.get(name)):
             return columns[name]
     raise _unreadable(row, f"it has no answer (one of {', '.join(names)})")
 
 
-def _given(value: Any) -> bool:
+def _has_value(value: Any) -> bool:
     return value is not None and value not in ("", [])
 
 
 def _text(value: Any) -> str:
-    """A value as people write it: 14.0 is "14"."""
+    """A value as text, whole numbers without decimals: 14.0 is "14"."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def _others(columns: Mapping[str, Any]) -> Row:
-    return {ours: plain(columns[name]) for name, ours in _KEPT.items() if _given(columns.get(name))}
+    return {ours: plain(columns[name]) for name, ours in _KEPT.items() if _has_value(columns.get(name))}
 
 
 def _unreadable(row: Any, reason: str) -> UsageError:

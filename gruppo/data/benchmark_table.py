@@ -1,4 +1,4 @@
-"""The table of benchmarks: names, sources, splits, answers."""
+"""The table of benchmarks: names, sources, splits and readers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ FORMATS = ("chat", "text")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A public set by its name.
+    """A public benchmark.
 
-    `hub`: its repository on the hub; `config`, `options`: what else `load_dataset` needs; `splits`: our names of splits
-    -> those of the repository. `aliases`: names of its files; `several`: names of files that make it up together;
-    `header`: the columns of CSV and TSV copies that do not name them. `read`: turns a row of any copy into question,
-    answer and choices. `few_shot`: the name of its worked examples. `family`: training on a set of the same family makes
-    it in-domain. `keep`: which rows of the repository belong to it.
+    `hub`: its repository on the hub; `config`, `options`: further arguments of `load_dataset`; `splits`: our split
+    names -> the repository's. `aliases`: names of its files; `several`: names of files that together make up the
+    benchmark; `header`: the columns of CSV and TSV copies without a header. `read`: turns a row of any copy into
+    question, answer and choices. `few_shot`: the name of its worked examples. `family`: training on a benchmark of the
+    same family makes this one in-domain. `keep`: selects the rows of the repository that belong to the benchmark; None
+    keeps all.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Benchmark:
 
     @property
     def shots(self) -> int:
-        """How many examples a few-shot prompt has by default."""
+        """Default number of examples in a few-shot prompt."""
         return len(self.examples)
 
 
@@ -87,7 +88,7 @@ STEM_SUBJECTS = frozenset(
 
 
 def is_stem(row: Mapping[str, Any]) -> bool:
-    """Whether an MMLU row is of a STEM subject, or names no subject."""
+    """Whether the subject of an MMLU row is a STEM subject; also true if the row names no subject."""
     subject = row.get("subject", row.get("topic"))
     return subject is None or str(subject).replace(" ", "_").lower() in STEM_SUBJECTS
 
@@ -98,7 +99,7 @@ SPLITS = frozenset({"train", "auxiliary_train", "test", "validation", "val", "de
 _ONLY_TEST = {"test": "test"}
 
 
-_IN_TRAIN = {"test": "train"}  # sets to test with whose repository calls their only part "train"
+_IN_TRAIN = {"test": "train"}  # test sets whose repository calls its only split "train"
 
 
 ALL_BENCHMARKS = (
@@ -135,14 +136,14 @@ ALL_BENCHMARKS = (
         kind="formula",
     ),
     Benchmark(
-        "mmlu-stem", "MMLU, its 18 subjects of science and technology", "cais/mmlu", read_choice, "choice",
+        "mmlu-stem", "MMLU, the 18 STEM subjects", "cais/mmlu", read_choice, "choice",
         "choices", config="all", splits={"test": "test", "validation": "validation"},
         aliases=("mmlu_stem", "mmlu"), kind="choice", keep=is_stem, several=sorted(STEM_SUBJECTS),
         header=("question", "A", "B", "C", "D", "answer"),
     ),
     Benchmark(
-        "gaokao-mathcloze", "AGIEval Gaokao, blanks", "hails/agieval-gaokao-mathcloze", read_formula, "math_answer",
-        "chinese_blanks", "zh", splits=_ONLY_TEST, aliases=("gaokao_mathcloze", "gaokao_math_cloze"),
+        "gaokao-mathcloze", "AGIEval Gaokao, fill in the blank", "hails/agieval-gaokao-mathcloze", read_formula,
+        "math_answer", "chinese_blanks", "zh", splits=_ONLY_TEST, aliases=("gaokao_mathcloze", "gaokao_math_cloze"),
         kind="blanks",
     ),
     Benchmark(
@@ -178,30 +179,30 @@ ALL_BENCHMARKS = (
 )  # fmt: skip
 
 
-BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in ALL_BENCHMARKS}
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in ALL_BENCHMARKS}
 
 
-# Other names under which the training part of a family is known.
+# Other names of the training split of a family.
 COPIES = {
     "openai/gsm8k": "gsm8k", "gsm8k/main": "gsm8k", "EleutherAI/hendrycks_math": "math", "hendrycks/competition_math":
     "math", "lighteval/MATH": "math", "nlile/hendrycks-MATH-benchmark": "math",
-} | {each.hub: each.name for each in reversed(ALL_BENCHMARKS)}  # fmt: skip
+} | {benchmark.hub: benchmark.name for benchmark in reversed(ALL_BENCHMARKS)}  # fmt: skip
 
 
 def default_grader(task: str) -> str:
-    """The name of the grader that a task's answers are graded by where none is asked for."""
+    """Name of the grader for the answers of a task if the recipe names none."""
     if task in BENCHMARKS:
         return BENCHMARKS[task].grader
     return "reasoning_gym" if task.startswith("reasoning-gym/") else "numeric_answer"
 
 
 def domain(task: str, trained: Collection[str]) -> Literal["in-domain", "out-of-domain"]:
-    """Whether a task is of the kind that was trained on: itself, or for benchmarks a set of its family.
+    """Whether the training tasks include this task or, for benchmarks, another one of its family.
 
-    `trained`: names of tasks as in a recipe. GSM8K's test part is in-domain where gsm8k was trained on, by that name or
+    `trained`: task names as in a recipe. GSM8K's test split is in-domain if gsm8k was trained on, under that name or
     its repository's; MGSM-zh, the same questions in Chinese, is not (as in DeepSeekMath).
     """
-    return "in-domain" if _family(task) in {_family(each) for each in trained} else "out-of-domain"
+    return "in-domain" if _family(task) in {_family(name) for name in trained} else "out-of-domain"
 
 
 def _family(task: str) -> str:

@@ -1,4 +1,4 @@
-"""Rows of benchmarks: from the hub or from local copies, asked zero-shot, few-shot or with tools."""
+"""Benchmark rows, from the hub or from local copies, with zero-shot, few-shot or tool prompts."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ def load_benchmark(
     data: str | None = None,
     prompt: str = "zero-shot",
     shots: int | None = None,
-    format: str = "chat",  # noqa: A002  the word of the option
+    format: str = "chat",  # noqa: A002  the name of the option
 ) -> Iterator[Row]:
-    """Rows of a benchmark with their prompts.
+    """Yield the rows of a benchmark with their prompts.
 
-    `data`: a file, or a folder that has one with a usual name; without it the hub's. `prompt`: "zero-shot", "few-shot"
-    (`shots` examples before the question) or "tool" (Python, whose output the model gets back). `format`: "chat" for
-    messages, "text" for base models. Raises UsageError.
+    `data`: a file, or a folder that contains a file with one of the usual names; None reads from the hub. `prompt`:
+    "zero-shot", "few-shot" (`shots` examples before the question) or "tool" (the model writes Python and gets its
+    output back). `format`: "chat" for messages, "text" for base models. Raises UsageError for impossible options,
+    missing data and rows that cannot be read.
     """
     benchmark = BENCHMARKS[name]
     if split not in benchmark.splits:
-        has = " or ".join(f'"{each}"' for each in benchmark.splits)
-        reason = "nothing to train on" if split == "train" else "no such part"
+        has = " or ".join(f'"{split_name}"' for split_name in benchmark.splits)
+        reason = "nothing to train on" if split == "train" else "no such split"
         raise UsageError(f'split = "{split}": {benchmark.title} has {reason}; write {has}')
     ask = _asker(benchmark, prompt, shots, format)
     number = 0
@@ -51,7 +52,7 @@ def load_benchmark(
 
 
 def _source_rows(benchmark: Benchmark, split: str, data: str | None, progress: Progress) -> Iterator[tuple[str, Row]]:
-    """The rows as their source has them, each with its place for errors."""
+    """Yield the rows as their source has them, each with its location for error messages."""
     if data is None:
         from gruppo.data.hub import read_dataset
 
@@ -75,8 +76,10 @@ def _source_rows(benchmark: Benchmark, split: str, data: str | None, progress: P
 
 
 def _lacks_header(benchmark: Benchmark, file: Path) -> bool:
-    """Whether a file's first line is a row already: as many values as the set has columns, of which the last is an
-    answer."""
+    """Whether the first line of a CSV or TSV file is already a row.
+
+    It is if it has as many values as the benchmark has columns and the last value looks like an answer.
+    """
     if not benchmark.header or file.suffix.lower() not in (".csv", ".tsv"):
         return False
     values = first_values(file)
@@ -90,7 +93,7 @@ def _placed(benchmark: Benchmark, name: str, rows: Iterable[Row]) -> Iterator[tu
 
 
 def _asker(benchmark: Benchmark, prompt: str, shots: int | None, format_: str) -> Callable[[Row], str | list[Message]]:
-    """How a row of the benchmark is asked. Raises UsageError for impossible options."""
+    """Return the function that turns a row into a prompt. Raises UsageError for impossible options."""
     if prompt not in PROMPTS:
         raise UsageError(f"options.prompt = {prompt!r}: must be one of {', '.join(PROMPTS)}")
     if format_ not in FORMATS:
@@ -108,12 +111,12 @@ def _asker(benchmark: Benchmark, prompt: str, shots: int | None, format_: str) -
 
 
 def _as_chat(row: Row, instruction: str, shots: Sequence[Example], words: Mapping[str, str]) -> list[Message]:
-    """Each example as a question of the user's and an answer of the assistant's, then the question itself."""
+    """Render the examples as user and assistant messages, followed by the question."""
     messages: list[Message] = []
-    for each in shots:
+    for shot in shots:
         messages += [
-            {"role": "user", "content": f"{_asked(each.question, each.choices)}\n\n{instruction}"},
-            {"role": "assistant", "content": _worked(each, words)},
+            {"role": "user", "content": f"{_asked(shot.question, shot.choices)}\n\n{instruction}"},
+            {"role": "assistant", "content": _worked(shot, words)},
         ]
     return [
         *messages,
@@ -122,11 +125,11 @@ def _as_chat(row: Row, instruction: str, shots: Sequence[Example], words: Mappin
 
 
 def _as_text(row: Row, instruction: str, shots: Sequence[Example], words: Mapping[str, str]) -> str:
-    """For models without a chat template: what to do, the examples, and the question with its answer begun."""
+    """Render a prompt for models without a chat template: instruction, examples, question and an opened answer."""
     parts = [instruction]
-    for each in shots:
+    for shot in shots:
         parts.append(
-            f"{words['question']}{_asked(each.question, each.choices)}\n{words['answer']}{_worked(each, words)}"
+            f"{words['question']}{_asked(shot.question, shot.choices)}\n{words['answer']}{_worked(shot, words)}"
         )
     parts.append(f"{words['question']}{_asked(row['question'], row.get('choices', ()))}\n{words['answer'].rstrip()}")
     return "\n\n".join(parts)

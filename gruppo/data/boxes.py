@@ -1,4 +1,4 @@
-"""What stands in the \\boxed{…} of a text."""
+"""Find every \\boxed{…} of a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?[\w.]+))")
 
 
 class Box(NamedTuple):
-    """A box: where it begins and ends in the text, and what stands in it."""
+    """A box: its span in the text (`start`, `end`) and its content."""
 
     start: int
     end: int
@@ -17,7 +17,7 @@ class Box(NamedTuple):
 
 
 def boxes(text: str) -> list[Box]:
-    r"""Every \boxed{…} (braces balanced) that is closed and not empty."""
+    r"""Every \boxed{…} or \fbox{…} (braces balanced) that is closed and not empty, and \boxed followed by a word."""
     closing = _closing(text) if "\\" in text else {}
     found = []
     for box in _BOX.finditer(text):
@@ -29,7 +29,7 @@ def boxes(text: str) -> list[Box]:
 
 
 def _closing(text: str) -> dict[int, int]:
-    r"""The place of the brace that closes each one, in one pass; \{ and \} are none."""
+    r"""Index of the closing brace for every opening brace, in one pass; \{ and \} do not count."""
     opened: list[int] = []
     pairs: dict[int, int] = {}
     for brace in _BRACE.finditer(text):
@@ -49,8 +49,10 @@ _JOINED = re.compile(
 
 
 def last_box(text: str) -> tuple[int, str] | None:
-    """The last box and those that "and", "or" or a comma join to it, as a list with commas; None where there is
-    none."""
+    """(start, content) of the last box; None if there is none.
+
+    Boxes that "and", "or" or a comma connect to it are included, separated by commas.
+    """
     found = boxes(text)
     if not found:
         return None
@@ -62,4 +64,4 @@ def last_box(text: str) -> tuple[int, str] | None:
     return start, joined
 
 
-_JOIN = 40  # letters between boxes that belong together, at the most
+_JOIN = 40  # maximum characters between boxes that belong together

@@ -1,4 +1,4 @@
-"""Worked examples for few-shot prompts (few_shot.json), written for this project; none is from a public set."""
+"""Worked examples for few-shot prompts (few_shot.json), written for this project; none is from a public dataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Example(NamedTuple):
-    """A question, the steps to its answer, and the answer. `choices`: the options of a multiple-choice question."""
+    """A question with the steps to its answer. `choices`: the options of a multiple-choice question."""
 
     question: str
     working: str
@@ -19,6 +19,6 @@ class Example(NamedTuple):
 
 @cache
 def examples_of(name: str) -> tuple[Example, ...]:
-    """The examples of that name, such as "word_problems"."""
+    """Return the examples with this name, such as "word_problems"."""
     content = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     return tuple(Example(**{**row, "choices": tuple(row.get("choices", ()))}) for row in content[name])

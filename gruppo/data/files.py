@@ -1,7 +1,7 @@
 """Rows of a file: JSON Lines, JSON, CSV, TSV and Parquet.
 
-A value is what the file says it is: text in CSV stays text ("007", "1e5"), and nothing is guessed. What JSON cannot
-say becomes text (dates, decimals); columns of bytes (images, audio) are left out with a note.
+Values have the type that the file gives them: text in CSV stays text ("007", "1e5"), and nothing is guessed. Values
+that JSON cannot represent (dates, decimals) become text. Binary columns (images, audio) are left out with a note.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from gruppo.errors import UsageError
 from gruppo.types import Row
 from gruppo.utils.progress import Progress
 
-# Rows of Parquet that are in memory twice at a time.
+# Parquet rows that are in memory twice at a time.
 _BATCH = 4096
 
 
 def read_file(path: Path, options: Mapping[str, Any], progress: Progress) -> Iterable[Row]:
-    """The rows of a file, by its suffix. Raises UsageError for an unknown suffix, and for a file that is not
-    what its suffix says."""
+    """The rows of a file, in the format that its suffix names.
+
+    `options`: delimiter and header for CSV and TSV; none for other formats. Raises UsageError if the suffix or an
+    option is unknown, or if the file cannot be read in this format; for Parquet during iteration.
+    """
     read = FILES.get(path.suffix.lower())
     if read is None:
-        raise UsageError(f"{path.name}: this kind of file is not known; write one of {', '.join(FILES)}")
+        raise UsageError(f"{path.name}: unknown file type; write one of {', '.join(FILES)}")
     return read(path, options, progress)
 
 
@@ -43,17 +46,18 @@ def _lines(text: str) -> list[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"line {number} is not JSON ({error}); write one object a line") from None
+            raise UsageError(f"line {number} is not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict):
             raise UsageError(
-                f"line {number} is {str(row)[:40]!r}; write one object a line, or name a file that is one list .json"
+                f"line {number} is {str(row)[:40]!r}; write one object per line, or rename a file "
+                "that is one list to .json"
             )
         rows.append(row)
     return rows
 
 
 def _json(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row]:
-    """A list of objects; an object with one list of objects in it; or JSON Lines under the wrong name."""
+    """Rows from a list of objects, an object that contains one list of objects, or JSON Lines with the wrong suffix."""
     _no_options(options, path)
     text = _text(path)
     try:
@@ -66,7 +70,7 @@ def _json(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Ro
     if isinstance(content, dict):
         content = _only_list(content)
     if not isinstance(content, list):
-        raise UsageError(f"the file holds {str(content)[:40]!r}; write a list of objects")
+        raise UsageError(f"the file contains {str(content)[:40]!r}; write a list of objects")
     for number, row in enumerate(content, start=1):
         if not isinstance(row, dict):
             raise UsageError(f"entry {number} is {str(row)[:40]!r}; write a list of objects")
@@ -74,30 +78,33 @@ def _json(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Ro
 
 
 def _only_list(content: dict[str, Any]) -> list[Any]:
-    """The list of rows in an object like {"data": […]}; an object without one is a row."""
+    """The list of rows in an object such as {"data": […]}; an object without one is itself a row."""
     objects = {
         key: value
         for key, value in content.items()
-        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)
     }
-    lists = {key: value for key, value in objects.items() if not {"role", "content"} <= set(value[0])}  # no messages
+    lists = {key: value for key, value in objects.items() if not {"role", "content"} <= set(value[0])}  # skip messages
     if len(lists) > 1:
-        raise UsageError(f"the file holds several lists ({', '.join(lists)}); keep the one with the rows")
+        raise UsageError(f"the file contains several lists ({', '.join(lists)}); keep only the one with the rows")
     if not objects and content and all(isinstance(value, list) for value in content.values()):
-        raise UsageError(f"the file is an object of lists ({', '.join(content)}); write a list of objects, one a row")
+        raise UsageError(f"the file is an object of lists ({', '.join(content)}); write a list of objects, one per row")
     return next(iter(lists.values())) if lists else [content]
 
 
 def _csv(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row]:
-    """A header and rows, all of them text. `delimiter`: what stands between columns; a comma, or a tab in .tsv.
-    `header`: names of the columns of a file that has no header."""
+    """Rows of a file with a header; all values are text.
+
+    `delimiter`: the separator of columns; default: a comma, in .tsv a tab. `header`: column names for a file without a
+    header.
+    """
     if unknown := set(options) - {"delimiter", "header"}:
         raise UsageError(f"options.{min(unknown)}: unknown; the options of a {path.suffix} file are delimiter, header")
     delimiter = options.get("delimiter", "\t" if path.suffix.lower() == ".tsv" else ",")
     if not isinstance(delimiter, str) or len(delimiter) != 1:
         raise UsageError(f'options.delimiter = {delimiter!r}: must be one character; write e.g. ";"')
     header = options.get("header", [])
-    if not isinstance(header, list | tuple) or not all(isinstance(each, str) for each in header):
+    if not isinstance(header, list | tuple) or not all(isinstance(name, str) for name in header):
         raise UsageError(f'options.header = {header!r}: must be a list of names; write e.g. ["question", "answer"]')
     header = _header(list(header), delimiter) if header else []
     rows: list[Row] = []
@@ -107,7 +114,7 @@ def _csv(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row
         elif len(values) != len(header):
             raise UsageError(
                 f"line {line} has {len(values)} values for {len(header)} columns; put quotes around "
-                f"values that hold {delimiter!r} or line breaks, or give options.delimiter"
+                f"values that contain {delimiter!r} or line breaks, or set options.delimiter"
             )
         else:
             rows.append(dict(zip(header, values, strict=True)))
@@ -115,12 +122,12 @@ def _csv(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row
 
 
 def first_values(path: Path) -> list[str]:
-    """What stands in the first line of a CSV or TSV file, which is its header where it has one."""
+    """Values of the first non-blank line of a CSV or TSV file: its header, if it has one. [] for an empty file."""
     return next((values for _, values in _values(path, "\t" if path.suffix.lower() == ".tsv" else ",")), [])
 
 
 def _values(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """The values of each line that has any, with the line's number."""
+    """Line number and values of every line that is not blank."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
@@ -128,18 +135,18 @@ def _values(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             if any(values):
                 yield reader.line_num, values
     except csv.Error as error:
-        raise UsageError(f"line {reader.line_num}: {error}; write a quote inside of quotes twice") from None
+        raise UsageError(f"line {reader.line_num}: {error}; double the quotes inside a quoted value") from None
 
 
 def _header(names: list[str], delimiter: str) -> list[str]:
-    other = next((each for each in ";\t|," if each != delimiter and each in names[0]), None)
+    other = next((mark for mark in ";\t|," if mark != delimiter and mark in names[0]), None)
     if len(names) == 1 and other is not None:
         raise UsageError(
-            f"the header {names[0][:60]!r} is one column with {delimiter!r} between columns; "
+            f"the header {names[0][:60]!r} is a single column with the delimiter {delimiter!r}; "
             f"write options.delimiter = {json.dumps(other)}"
         )
     if not all(names) or len(set(names)) < len(names):
-        raise UsageError(f"the header is {names}; give every column a name of its own")
+        raise UsageError(f"the header is {names}; give every column a unique name")
     return names
 
 
@@ -154,15 +161,15 @@ def _parquet(path: Path, options: Mapping[str, Any], progress: Progress) -> Iter
         for batch in file.iter_batches(_BATCH, columns=names):
             yield from (plain(row) for row in batch.to_pylist())
     except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"the file cannot be read ({error}); give a whole Parquet file") from None
+        raise UsageError(f"the file cannot be read ({error}); give a complete Parquet file") from None
 
 
 def carried_columns(schema: Any, name: str, progress: Progress) -> list[str]:
-    """Names of the columns of an Arrow schema whose values are no bytes; a note tells of the others."""
+    """Names of the columns of an Arrow schema that contain no bytes; a progress note lists the columns left out."""
     dropped = [field.name for field in schema if _has_bytes(field.type)]
     if dropped:
-        progress.note(f"{name}: left out columns of bytes, such as images or audio: {', '.join(dropped)}")
-    return [each for each in schema.names if each not in dropped]
+        progress.note(f"{name}: left out binary columns, such as images or audio: {', '.join(dropped)}")
+    return [column for column in schema.names if column not in dropped]
 
 
 def _has_bytes(kind: Any) -> bool:
@@ -176,15 +183,15 @@ def _has_bytes(kind: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON could hold it: arrays and tuples as lists, whatever else is not JSON's as its text."""
+    """A value in JSON types: arrays and tuples become lists, anything else that JSON cannot represent becomes text."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [plain(item) for item in value]
     return str(value)
 
 

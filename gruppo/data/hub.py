@@ -1,4 +1,4 @@
-"""Rows of a Hugging Face data set: of the hub, or of a local folder (saved by `datasets`, or of data files)."""
+"""Rows of a Hugging Face dataset, from the hub or from a local folder (saved by `datasets`, or with data files)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from gruppo.utils.hub import hub_reachable
 from gruppo.utils.paths import user_path
 from gruppo.utils.progress import Progress
 
-MOST_FILES = 10_000  # of a folder that is read as a data set
+MOST_FILES = 10_000  # maximum files of a folder that is read as a dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 _REFUSED = {
-    "split": "write the split as the task's own field",
-    "streaming": "rows are drawn in random order, so that all of them are read; remove it",
-    "trust_remote_code": "data sets that are programs are never run; take one of data files",
-    "path": "the name of the task is the path; remove it",
+    "split": "set the task's field split instead",
+    "streaming": "rows are sampled in random order, so all of them must be read; remove it",
+    "trust_remote_code": "datasets that are programs are never run; use one with data files",
+    "path": "the task's name is the path; remove it",
 }
 
 
 def read_dataset(name: str, split: str, options: Mapping[str, Any], progress: Progress) -> Iterable[Row]:
-    """The rows of a split; of a folder without splits, all of them are "train".
+    """The rows of one split of a dataset. In a folder without splits, all rows are "train".
 
-    `options` are those of `datasets.load_dataset` (name: the configuration; revision; data_files; …); a folder that
-    `save_to_disk` wrote has none. Raises UsageError: nothing there, unknown split, hub out of reach.
+    `options`: those of `datasets.load_dataset` (name: the configuration; revision; data_files; …), except the ones in
+    `_REFUSED`; none for a folder that `save_to_disk` wrote. Raises UsageError, when iterated, if an option is refused,
+    if the dataset cannot be loaded, if the split is unknown, or if the hub cannot be reached.
     """
     for option, reason in _REFUSED.items():
         if option in options:
@@ -63,20 +64,22 @@ def _open(name: str, split: str, options: Mapping[str, Any]) -> Dataset:
             if saved
             else datasets.load_dataset(place, split=split if sliced else None, **options)
         )
-    except Exception as error:  # data sets are other people's files: anything can be wrong with them
+    except Exception as error:  # third-party files: anything can be wrong with them
         lines = str(error).strip().splitlines() or [""]
-        raise UsageError(f"it cannot be loaded ({type(error).__name__}: {lines[0]}); mend name or options") from error
+        raise UsageError(
+            f"it cannot be loaded ({type(error).__name__}: {lines[0]}); fix the name or the options"
+        ) from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise UsageError(f'split = "{split}": there is none of that name; write one of: {", ".join(found)}')
+            raise UsageError(f'split = "{split}": no such split; write one of: {", ".join(found)}')
         return found[split]
     if split != "train" and not sliced:
-        raise UsageError(f'split = "{split}": the data set has no splits; remove split')
+        raise UsageError(f'split = "{split}": the dataset has no splits; remove split')
     return found
 
 
 def _require_hub(name: str) -> None:
-    """Raise UsageError at once where a data set of the hub can be had from nowhere."""
+    """Raise UsageError early if a dataset of the hub is neither cached nor available online."""
     import datasets
 
     cached = (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
@@ -88,19 +91,19 @@ def _require_hub(name: str) -> None:
 
 
 def _require_few(folder: Path) -> None:
-    """Raise UsageError for a folder that is no data set but a part of a disk, which `datasets` would look through."""
+    """Raise UsageError for a folder with too many files to be a dataset, all of which `datasets` would scan."""
     count = 0
     for _, _, files in os.walk(folder):
         count += len(files)
         if count > MOST_FILES:
             raise UsageError(
-                f"the folder holds more than {MOST_FILES:,} files; name the data set's own folder, or a file"
+                f"the folder contains more than {MOST_FILES:,} files; give the dataset's own folder, or a file"
             )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The reporter shows progress, not `datasets`."""
+    """Disable the progress bars of `datasets`: progress is shown by our reporter."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()

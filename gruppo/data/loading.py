@@ -1,4 +1,4 @@
-"""Rows from the source that a recipe names, and their division into training and held-out rows."""
+"""Load the rows of the source that a recipe names, and split them into training and held-out rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TASKS = {"arithmetic": "gruppo.data.arithmetic:load"}
 _GYM = "reasoning-gym/"
 
 
-# Rows between two signs of progress.
+# Rows between two progress updates.
 _SHOWN = 64
 
 
@@ -33,17 +33,17 @@ _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 _KINDS = (
-    f'"{_GYM}NAME", a file ({", ".join(_FILES)}), a folder saved by datasets, a data set of the hub ("owner/name") or '
+    f'"{_GYM}NAME", a file ({", ".join(_FILES)}), a folder saved by datasets, a dataset of the hub ("owner/name") or '
     '"package.module:function"'
 )
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows of one task on their way to tokens.
+    """Rows of one task before tokenization.
 
-    `name` and `numbers` (a row's place in its source) make up prompt ids; `field` is what errors call the task's
-    table. `max_prompt_tokens` and `filter_overlong` are those of the task.
+    `name` and `numbers` (the rows' indices in the source, from 0) form the prompt ids. `field`: name of the task's
+    table in errors. `max_prompt_tokens` and `filter_overlong`: settings of the task.
     """
 
     name: str
@@ -62,31 +62,35 @@ def load_training(
     given: Iterable[Row] | None = None,
     answered: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
-    """The rows of a task to train on and, if they are asked for, those that are held out from it.
+    """Training rows of a task and, if `with_held_out`, its held-out rows, else None.
 
-    With task.held_out they are told apart by a hash of their prompts; without, the held-out ones are the source's own
-    "test". `given`: rows in place of the task's own. `answered`: the rows to train on bring their completions. Raises
-    UsageError: unknown task, wrong options or columns, no held-out part.
+    With task.held_out, a hash of the prompt decides which rows are held out; without it, the held-out rows are the
+    source's split "test". `given`: rows passed from Python, used in place of the task's source. `answered`: training
+    rows include completions. Raises UsageError if the task is unknown, if options, columns or rows are wrong, or if
+    held-out rows are requested and there are none.
     """
     whole = _load(task, field, task.split or "train", progress, given, answered)
     if task.held_out:
-        train, held = _divide(whole, task)
-        return train, held if with_held_out else None
+        train, held_out = _divide(whole, task)
+        return train, held_out if with_held_out else None
     if not with_held_out:
         return whole, None
-    fixes = f"write {field}.held_out = 0.1, or name the questions with evaluation.task"
+    fixes = f"write {field}.held_out = 0.1, or set evaluation.task"
     if given is not None or not _has_test(task.name) or task.split not in (None, "train"):
-        raise UsageError(f"evaluation: {whole.name} has no held-out part; {fixes}")
+        raise UsageError(f"evaluation: {whole.name} has no held-out rows; {fixes}")
     try:
-        held = _load(task, field, "test", progress)
+        held_out = _load(task, field, "test", progress)
     except UsageError as error:
-        raise UsageError(f"evaluation: {whole.name} has no held-out part ({error}); {fixes}") from None
-    return whole, replace(held, name=f"{whole.name} (held out)")
+        raise UsageError(f"evaluation: {whole.name} has no held-out rows ({error}); {fixes}") from None
+    return whole, replace(held_out, name=f"{whole.name} (held out)")
 
 
 def load_questions(task: Task, field: str, progress: Progress) -> Dataset:
-    """The rows of a task that only evaluation asks: its held-out share if it has one, else its split, else its "test",
-    or all rows where there is no "test". Raises UsageError as `load_training` does."""
+    """The rows of a task that is used for evaluation only.
+
+    With task.held_out, the held-out rows; else those of task.split, else of "test", or all rows if the source has no
+    "test". Raises UsageError if the task is unknown or if options, columns or rows are wrong.
+    """
     if task.held_out:
         return _divide(_load(task, field, task.split or "train", progress), task)[1]
     return _load(task, field, task.split or ("test" if _has_test(task.name) else "train"), progress)
@@ -108,7 +112,7 @@ def _load(
 
 
 def _source(task: Task, field: str, split: str, progress: Progress) -> Iterator[Row]:
-    """The rows as their source has them; whatever fails in it is a UsageError with the task's field."""
+    """The unchanged rows of the source; any failure becomes a UsageError that names the task's field."""
     try:
         yield from _checked(_open(task, field, split, progress), task.name)
     except UsageError as error:
@@ -117,9 +121,7 @@ def _source(task: Task, field: str, split: str, progress: Progress) -> Iterator[
             raise UsageError(f"{field}.{message}") from None
         raise UsageError(message if message.startswith(field) else f'{field}.name = "{task.name}": {message}') from None
     except (Exception, SystemExit) as error:
-        raise UsageError(
-            f'{field}.name = "{task.name}": it fails ({type(error).__name__}: {error}); mend it'
-        ) from error
+        raise UsageError(f'{field}.name = "{task.name}": it fails ({type(error).__name__}: {error}); fix it') from error
 
 
 def _open(task: Task, field: str, split: str, progress: Progress) -> Iterable[Row]:
@@ -158,15 +160,17 @@ def _open(task: Task, field: str, split: str, progress: Progress) -> Iterable[Ro
 
         return read_dataset(name, split, options, progress)
     if is_file(folder):
-        raise UsageError(f"this kind of file is not known; write one that ends in {', '.join(_FILES)}")
+        raise UsageError(f"unknown file type; use a file that ends in {', '.join(_FILES)}")
     if "/" in name:
         raise UsageError(f"there is no such file or folder (looked in {Path.cwd()}); give its path")
     raise UsageError(f"unknown task{nearest(name, (*TASKS, *BENCHMARKS))}; or write {_KINDS}")
 
 
-def _only_train(split: str, what: str) -> None:
+def _only_train(split: str, source: str) -> None:
     if split != "train":
-        raise UsageError(f'split = "{split}": {what} has no splits; remove split, or hold rows out with held_out = 0.1')
+        raise UsageError(
+            f'split = "{split}": {source} has no splits; remove split, or hold rows out with held_out = 0.1'
+        )
 
 
 def _is_file(name: str) -> bool:
@@ -174,7 +178,7 @@ def _is_file(name: str) -> bool:
 
 
 def _has_test(name: str) -> bool:
-    """Whether a source can have a part "test" of its own."""
+    """Whether a source can have a split "test"."""
     return not (_is_file(name) or name.startswith(_GYM) or is_file(user_path(name) / "state.json"))
 
 
@@ -184,7 +188,7 @@ def _options(load: Any) -> str:
 
 
 def data_file(path: str) -> Path:
-    """A data file that exists; raises UsageError where it does not."""
+    """Resolve the path of a data file. Raises UsageError if there is no such file."""
     file = user_path(path)
     if not is_file(file):
         raise UsageError(f"there is no such file (looked in {Path.cwd()}); give the path of a file")
@@ -192,7 +196,7 @@ def data_file(path: str) -> Path:
 
 
 def _checked(rows: Any, source: str) -> Iterable[Row]:
-    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, which would give its columns' names
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, which would iterate over column names
         rows = rows.to_dict("records")
     if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__iter__"):
         raise UsageError(f'{source} gives {str(rows)[:40]!r}, not a list of rows; write [{{"prompt": "text"}}, …]')
@@ -209,16 +213,19 @@ def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
 
 
 def _divide(whole: Dataset, task: Task) -> tuple[Dataset, Dataset]:
-    """The rows to train on and those held out, by the hash of their prompts; a held-out question is asked once, however
-    often it occurs, or its repetitions would make an interval too narrow."""
-    held = [in_held_out(row, task.held_out) for row in whole.rows]
-    if len(set(held)) < 2:
+    """Split rows into training and held-out rows by the hash of their prompts.
+
+    A held-out question that occurs several times is kept once: repetitions would make confidence intervals too narrow.
+    Raises UsageError if one side would be empty.
+    """
+    is_held_out = [in_held_out(row, task.held_out) for row in whole.rows]
+    if len(set(is_held_out)) < 2:
         raise UsageError(
-            f"{whole.field}.held_out = {task.held_out}: of the {len(held)} rows of {whole.name} "
-            f"{'all' if held[0] else 'none'} would be held out; write another share, or give more rows"
+            f"{whole.field}.held_out = {task.held_out}: of the {len(is_held_out)} rows of {whole.name} "
+            f"{'all' if is_held_out[0] else 'none'} would be held out; write another share, or give more rows"
         )
-    places = [place for place, side in enumerate(held) if not side]
-    asked = {prompt_text(whole.rows[place]): place for place in reversed(range(len(held))) if held[place]}
+    places = [place for place, side in enumerate(is_held_out) if not side]
+    asked = {prompt_text(whole.rows[place]): place for place in reversed(range(len(is_held_out))) if is_held_out[place]}
     train, test = (
         replace(whole, rows=[whole.rows[place] for place in side], numbers=[whole.numbers[place] for place in side])
         for side in (places, sorted(asked.values()))
@@ -227,7 +234,10 @@ def _divide(whole: Dataset, task: Task) -> tuple[Dataset, Dataset]:
 
 
 def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
-    """The rows as a list, each with a prompt that is text or messages; `source` names them in errors."""
+    """Check rows and return them as a list; the prompt of every row is text or messages.
+
+    `source`: name of the rows in errors. Raises UsageError if there are no rows or a row has no usable prompt.
+    """
     from gruppo.config.sections import Task
 
     return transform(_checked(rows, source), Task(), "task", source)

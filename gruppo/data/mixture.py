@@ -1,4 +1,4 @@
-"""The order in which prompts are drawn, from one task or from several by weight."""
+"""The order in which prompts are sampled, from one task or from several by weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Mixture:
-    """Prompts of one or several tasks. `weights`: how often each is drawn from, relative to the others."""
+    """Prompts of one or several tasks. `weights`: sampling weight of every task, relative to the others."""
 
     parts: Sequence[Sequence[Prompt]]
     weights: Sequence[float]
@@ -29,10 +29,11 @@ class Mixture:
             yield from part
 
     def draw(self, cursor: int, count: int) -> list[Prompt]:
-        """The `count` prompts after the first `cursor` draws: a task by weight, then its next prompt.
+        """Sample the `count` prompts that follow the first `cursor` samples: a task by weight, then its next prompt.
 
-        Each task goes epoch after epoch, each in an order of its own. A pure function of the mixture and its
-        arguments, so that a resumed run draws what the uninterrupted one would have, in whatever batches.
+        A task's prompts are repeated epoch by epoch, in a new order in every epoch. The result depends only on the
+        mixture and the arguments, so that a resumed run samples the same prompts as an uninterrupted one, whatever the
+        batch sizes.
         """
         if len(self.parts) == 1:
             return draw_prompts(self.parts[0], self.seed, cursor, count)
@@ -41,28 +42,29 @@ class Mixture:
         chosen = np.searchsorted(borders[:-1], source.random(cursor + count), side="right")
         before = np.bincount(chosen[:cursor], minlength=len(self.parts))
         now = np.bincount(chosen[cursor:], minlength=len(self.parts))
-        drawn = [
-            iter(draw_prompts(part, self.seed, int(start), int(many), stream))
-            for stream, (part, start, many) in enumerate(zip(self.parts, before, now, strict=True))
+        samples = [
+            iter(draw_prompts(part, self.seed, int(start), int(size), stream))
+            for stream, (part, start, size) in enumerate(zip(self.parts, before, now, strict=True))
         ]
-        return [next(drawn[task]) for task in chosen[cursor:]]
+        return [next(samples[task]) for task in chosen[cursor:]]
 
 
 def draw_prompts(prompts: Sequence[Prompt], seed: int, cursor: int, count: int, stream: int = 0) -> list[Prompt]:
-    """The `count` prompts after the first `cursor` draws: epoch after epoch, each in an order of its own.
+    """Sample the `count` prompts that follow the first `cursor` samples, epoch by epoch, in a new order in every epoch.
 
-    A pure function of its arguments. `stream` tells the tasks of a mixture apart; 0 is that of a single task.
+    A pure function of its arguments. `stream`: index of the task in a mixture, so that tasks get different orders; 0
+    for a single task. `prompts` must not be empty.
     """
-    drawn: list[Prompt] = []
-    while len(drawn) < count:
-        epoch, place = divmod(cursor + len(drawn), len(prompts))
+    samples: list[Prompt] = []
+    while len(samples) < count:
+        epoch, place = divmod(cursor + len(samples), len(prompts))
         entropy = (seed, 1, epoch, stream) if stream else (seed, 1, epoch)
         order = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).permutation(len(prompts))
-        drawn += [prompts[index] for index in order[place : place + count - len(drawn)]]
-    return drawn
+        samples += [prompts[index] for index in order[place : place + count - len(samples)]]
+    return samples
 
 
 def interleaved(parts: Sequence[Sequence[T]], most: int | None = None) -> list[T]:
-    """One of each part in turn, as long as there are any, `most` at the most: the first few hold all parts."""
+    """Items of all parts in turn, at most `most` (default: all), so that the first few items cover all parts."""
     longest = max(map(len, parts), default=0)
     return [part[place] for place in range(longest) for part in parts if place < len(part)][:most]

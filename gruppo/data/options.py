@@ -1,4 +1,4 @@
-"""The options of multiple-choice questions, and the letters of their references."""
+"""Options of multiple-choice questions, and the letters of their reference answers."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ _SMALL = re.compile(
 
 
 def capitals(text: str) -> str:
-    """Small letters that can only be those of options, as capitals: "(b)", "the answer is c."."""
+    """Capitalize lower-case letters that can only name options: "(b)", "the answer is c."."""
     return _SMALL.sub(lambda found: found[0].upper() if found.lastindex else found[0], text)
 
 
 def plain_text(text: str) -> str:
-    """A text without LaTeX styles and Markdown marks."""
+    """A text without LaTeX styles and Markdown marks, and with option letters capitalized."""
     return capitals(MARKS.sub(" ", TEXT_STYLE.sub(" ", text)))
 
 
 def bare_words(text: str) -> str:
-    """The words of an option, for comparison: without letter, styles, case and closing marks."""
+    """The words of an option for comparison: case-folded, without its letter, styles and closing punctuation."""
     text = re.sub(r"\\[dt]frac", r"\\frac", unlabelled(text))
     return re.sub(r"\s+", " ", plain_text(text)).strip(" .。,;:，；").casefold().removeprefix("the ")
 
 
 def unlabelled(option: str) -> str:
-    """An option without its own letter: "(A) 4" is "4"."""
+    """An option without its letter: "(A) 4" becomes "4"."""
     found = LABELLED.match(option)
     return option[found.end() :] if found else option
 
 
 def split_options(text: str) -> list[str]:
-    """Options of one text, "A) 4 B) 5 C) 6", each without its letter; empty where the text has no such letters."""
+    """Split a text such as "A) 4 B) 5 C) 6" into options without letters; [] if the text has no such letters."""
     options: list[str] = []
     place = 0
     for letter in LETTERS:
@@ -70,9 +70,9 @@ def split_options(text: str) -> list[str]:
 
 
 def letters_of(answer: object, options: Sequence[str]) -> str:
-    """The letters of a reference: "B", "(B)", "A B D", a place (0 is A), or the text of an option.
+    """The letters of a reference answer, sorted: of "B", "(B)", "A B D", an index (0 is A), or the text of an option.
 
-    Raises UsageError where it is none of these.
+    Raises UsageError if `answer` is none of these.
     """
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < (len(options) or len(LETTERS)):
         return LETTERS[answer]
@@ -83,22 +83,24 @@ def letters_of(answer: object, options: Sequence[str]) -> str:
     same = [place for place, option in enumerate(options) if bare_words(option) == bare_words(text)]
     if len(same) == 1:
         return LETTERS[same[0]]
-    raise UsageError(f"answer = {answer!r}: is no letter of an option; write one, like B, or several, like ABD")
+    raise UsageError(
+        f"answer = {answer!r}: is not a letter of an option; write one, such as B, or several, such as ABD"
+    )
 
 
 def options_of(columns: Mapping[str, Any]) -> list[str]:
-    """The options of a row, from its column choices or options, without their letters."""
+    """The options of a row without letters, from its column `choices` or `options`; [] if it has neither."""
     given = columns.get("choices", columns.get("options"))
     if isinstance(given, Mapping):
         given = given.get("text", list(given.values()))
     if isinstance(given, str):
         return split_options(given)
-    return without_letters([str(each) for each in given]) if isinstance(given, list | tuple) else []
+    return without_letters([str(option) for option in given]) if isinstance(given, list | tuple) else []
 
 
 def without_letters(options: Sequence[str]) -> list[str]:
-    """Options without their letters where all have one, in order: "A)4", "B)5"; else as they are ("C. elegans")."""
+    """Options without letters if all have one, in order: "A)4", "B)5"; otherwise unchanged ("C. elegans")."""
     found = [LABELLED.match(option) for option in options]
-    if all(each and each[1] == letter for each, letter in zip(found, LETTERS, strict=False)):
+    if all(match and match[1] == letter for match, letter in zip(found, LETTERS, strict=False)):
         return [unlabelled(option).strip() for option in options]
     return list(options)

@@ -1,4 +1,4 @@
-"""Rows become prompts: chat templates, token ids, and the length limit."""
+"""Turn rows into prompts: chat templates, token ids, and the length limit."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ToolTexts:
-    """What prompts tell the model of its tools: `schemas`, where its chat template has a place for them, else `text`,
-    in the system message."""
+    """Description of the tools in prompts.
+
+    `schemas`: passed to the chat template, if it supports tools. `text`: otherwise added to the system message.
+    """
 
     schemas: Sequence[Mapping[str, Any]] = ()
     text: str = ""
 
     def told(self, content: str | list[Message]) -> str | list[Message]:
-        """A prompt with the text. Raises UsageError where it is no conversation."""
+        """Return a prompt with the text added. Raises UsageError if the prompt is not a conversation."""
         if isinstance(content, str):
             raise UsageError(
-                "the environment has tools, which need conversations, and the prompt is plain text; write "
-                'task.system = "" (for rows of text), or take rows with messages'
+                "the environment has tools, which need conversations, but the prompt is plain text; write "
+                'task.system = "" (for rows of text), or use rows with messages'
             )
         if not self.text:
             return content
@@ -51,13 +53,15 @@ def tokenize_part(
     advance: Advance = lambda _: None,
     tools: ToolTexts | None = None,
 ) -> tuple[list[Prompt], int]:
-    """Turn rows into prompts, `most` at the most: messages through the chat template, once; text as it stands. `tools`:
-    what prompts say of them, in front.
+    """Turn rows into prompts, at most `most`; return them and the number of overlong prompts that were left out.
 
-    A prompt may have as many tokens as `context` leaves beside `max_tokens`, and no more than the task allows; the
-    second value is how many longer ones were left out, where the task says so. Nothing is ever cut, and the ids are
-    never made again from text. Raises UsageError for a longer prompt that is to be refused, if none is left, and where
-    the model does not know an id of its tokenizer's.
+    Messages are rendered with the chat template, once; text is tokenized unchanged. A prompt may have at most
+    `context` - `max_tokens` tokens, and at most the task's max_prompt_tokens. Longer prompts are left out if the task
+    filters them, else refused. Nothing is ever truncated, and token ids are never reproduced from text. `vocabulary`:
+    number of tokens that the model knows. `tools`: description of the tools, added to every prompt.
+
+    Raises UsageError if a prompt is refused or cannot be tokenized, if none is left, or if the tokenizer gives a token
+    outside the vocabulary.
     """
     limit = min(context - max_tokens, part.max_prompt_tokens or context)
     prompts: list[Prompt] = []
@@ -78,7 +82,7 @@ def tokenize_part(
         if vocabulary is not None and max(token_ids) >= vocabulary:
             raise UsageError(
                 f"{where}: the tokenizer gives token {max(token_ids)}, but the model knows only "
-                f"{vocabulary}; take the tokenizer that belongs to the model"
+                f"{vocabulary}; use the tokenizer that belongs to the model"
             )
         columns = {key: value for key, value in row.items() if key != "prompt"}
         prompts.append(Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns))
@@ -98,7 +102,7 @@ def tokenize_rows(
     task: str,
     vocabulary: int | None = None,
 ) -> list[Prompt]:
-    """Prompts of rows that belong to no task; see `tokenize_part`. A prompt that is too long is refused."""
+    """Prompts of rows without a task. Raises UsageError as `tokenize_part` does, and for any overlong prompt."""
     return tokenize_part(Dataset(task, rows, range(len(rows))), tokenizer, context, max_tokens, vocabulary)[0]
 
 
@@ -107,10 +111,10 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: Too
         token_ids = prompt_tokens(row["prompt"], tokenizer, tools)
     except UsageError:
         raise
-    except Exception as error:  # a chat template is a program of the model's
+    except Exception as error:  # a chat template is the model's own program
         raise UsageError(
             f"{where}: the prompt cannot be turned into tokens ({type(error).__name__}: {error}); "
-            "write it as this model's chat template wants it"
+            "write it as this model's chat template expects"
         ) from error
     if not token_ids:
         raise UsageError(f"{where}: prompt = {row['prompt']!r} has no tokens; write some text")
@@ -120,39 +124,47 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: Too
 def prompt_tokens(
     content: str | list[Message], tokenizer: PreTrainedTokenizerBase, tools: ToolTexts | None = None
 ) -> list[int]:
-    """The token ids of a prompt: messages through the chat template, text as it stands."""
+    """Token ids of a prompt: messages are rendered with the chat template, text is tokenized unchanged.
+
+    A text gets the tokenizer's special tokens, unless it already starts with the BOS token. Raises UsageError for
+    messages if the tokenizer has no chat template.
+    """
     if not isinstance(content, str):
         if not tokenizer.chat_template:
             raise UsageError(
-                "the rows hold messages but the model's tokenizer has no chat template; write prompt as plain text "
-                '(for a column of text: template = "{question}"), or take an instruction-tuned model'
+                "the rows contain messages but the model's tokenizer has no chat template; write prompt as plain text "
+                '(for a column of text: template = "{question}"), or use an instruction-tuned model'
             )
-        begun = content[-1]["role"] == "assistant"  # the model goes on with what it is given of its answer
+        continues = content[-1]["role"] == "assistant"  # the model continues the start of its answer
         schemas: dict[str, Any] = {"tools": list(tools.schemas)} if tools is not None and tools.schemas else {}
         return list(
             tokenizer.apply_chat_template(
-                content, add_generation_prompt=not begun, continue_final_message=begun, return_dict=False, **schemas
+                content,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                return_dict=False,
+                **schemas,
             )
         )
-    begins = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
-    return list(tokenizer(content, add_special_tokens=not begins)["input_ids"])
+    has_bos = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(content, add_special_tokens=not has_bos)["input_ids"])
 
 
 def _too_long(tokens: int, context: int, max_tokens: int, part: Dataset) -> str:
-    filtered = f'write {part.field}.overlong = "filter" to leave such rows out'
+    advice = f'write {part.field}.overlong = "filter" to leave such rows out'
     if part.max_prompt_tokens is not None and tokens > part.max_prompt_tokens:
         return (
             f"the prompt has {tokens} tokens, more than {part.field}.max_prompt_tokens = {part.max_prompt_tokens}; "
-            f"raise that, or {filtered}"
+            f"raise that, or {advice}"
         )
     return (
         f"the prompt has {tokens} tokens; with {max_tokens} more to sample that is over the model's context of "
-        f"{context}; shorten the prompt, lower max_tokens, or {filtered}"
+        f"{context}; shorten the prompt, lower max_tokens, or {advice}"
     )
 
 
 def data_sha256(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> str:
-    """A hash over the token ids and columns of all questions, in order."""
+    """SHA-256 over ids, token ids and columns of all prompts and questions, in order; the hex digest."""
     digest = hashlib.sha256()
     for prompt in [*prompts, *questions]:
         digest.update(as_json([prompt.id, prompt.token_ids, dict(prompt.columns)]).encode())

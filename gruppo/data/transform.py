@@ -1,4 +1,4 @@
-"""From the columns of a row to its prompt, and from its prompt to its side of the held-out split."""
+"""Build a row's prompt from its columns, and decide by its prompt whether the row is held out."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from gruppo.types import Row
 if TYPE_CHECKING:
     from gruppo.config.sections import Task
 
-# Columns that hold the question where a data set has no `prompt`, the likeliest first.
+# Columns that may contain the question if a dataset has no `prompt`, most likely first.
 _LIKELY = ("question", "problem", "query", "instruction", "input", "messages", "text")
 
 
 def transform(rows: Iterable[Row], task: Task, field: str, source: str, answered: bool = False) -> list[Row]:
-    """Rows with `columns` renamed, `template` filled in and `system` put in front, each with a usable `prompt`.
+    """Apply a task's `columns` (renamed), `template` (filled in) and `system` (put in front); check every prompt.
 
-    `answered`: each also with its completion, or with what was chosen and rejected (see `gruppo.data.offline`).
-    `field` ("task", "mixture[1]", "evaluation.task") and `source` (what the rows are called) are for errors. Raises
-    UsageError: no rows, unknown column, impossible template, a prompt that is neither text nor messages.
+    `answered`: rows also get a completion, or chosen and rejected completions (see `gruppo.data.offline`). `field`
+    ("task", "mixture[1]", "evaluation.task") and `source` (name of the rows) appear in errors. Raises UsageError if
+    there are no rows, a column is unknown, a template is invalid, or a prompt is neither text nor messages.
     """
     parts = None if task.template is None else _parse(task.template, f"{field}.template")
     completion = None if task.completion is None else _parse(task.completion, f"{field}.completion")
-    done = []
+    transformed = []
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
         if not isinstance(row, Mapping):
             raise UsageError(f"{where}: {row!r} is not a mapping; write {_EXAMPLES}")
-        if odd := [column for column in row if not isinstance(column, str)]:
-            raise UsageError(f"{where}: the column name {odd[0]!r} is not text; write {_EXAMPLES}")
+        if invalid := [column for column in row if not isinstance(column, str)]:
+            raise UsageError(f"{where}: the column name {invalid[0]!r} is not text; write {_EXAMPLES}")
         changed = _renamed(row, task.columns, field, where) if task.columns else dict(row)
         if parts is not None:
             changed["prompt"] = _filled(parts, changed, f"{field}.template", where)
@@ -47,23 +47,23 @@ def transform(rows: Iterable[Row], task: Task, field: str, source: str, answered
         changed["prompt"] = _prompt(changed["prompt"], where)
         if task.system is not None:
             changed["prompt"] = _with_system(changed["prompt"], task.system)
-        done.append(changed)
-    if not done:
+        transformed.append(changed)
+    if not transformed:
         raise UsageError(f"{source} has no rows; give at least one row with a prompt")
-    return done
+    return transformed
 
 
 def in_held_out(row: Row, share: float) -> bool:
-    """Whether a row belongs to the held-out `share`: SHA-256 of its prompt, as a fraction, is below it.
+    """Whether a row is held out: the SHA-256 of its prompt, as a fraction of 1, is below `share` (0 to 1).
 
-    The order, the other rows and the seed do not matter, and equal prompts stay on one side.
+    The result does not depend on the order, the other rows or the seed, and is the same for equal prompts.
     """
     digest = hashlib.sha256(prompt_text(row).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def prompt_text(row: Row) -> str:
-    """A prompt as text, equal for equal prompts."""
+    """A prompt as text, messages as JSON; equal prompts give equal texts."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
 
@@ -83,8 +83,8 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], field: str, whe
 
 
 def _parse(template: str, field: str) -> Sequence[tuple[str, str | None]]:
-    """Pairs of plain text and the column that follows it."""
-    advice = "write columns as {name}, and braces that are meant as braces twice: {{ }}"
+    """Split a template into pairs (plain text, column that follows it or None)."""
+    advice = "write columns as {name}, and double literal braces: {{ }}"
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -93,14 +93,14 @@ def _parse(template: str, field: str) -> Sequence[tuple[str, str | None]]:
         if column is not None and (not column.strip() or form or conversion):
             raise UsageError(f"{field} = {template!r}: {{{column}…}} is not the name of a column; {advice}")
     if not any(column for _, column, _, _ in parsed):
-        raise UsageError(f"{field} = {template!r}: holds no column, so that all prompts are equal; {advice}")
+        raise UsageError(f"{field} = {template!r}: contains no column, so all prompts would be equal; {advice}")
     return [(text, column) for text, column, _, _ in parsed]
 
 
 def _filled(parts: Sequence[tuple[str, str | None]], row: Row, field: str, where: str) -> str:
-    made = []
+    pieces = []
     for text, column in parts:
-        made.append(text)
+        pieces.append(text)
         if column is None:
             continue
         if column not in row:
@@ -109,9 +109,9 @@ def _filled(parts: Sequence[tuple[str, str | None]], row: Row, field: str, where
             )
         value = row[column]
         if value is None:
-            raise UsageError(f"{field}: {where} has nothing in {{{column}}}; give it a value, or leave the row out")
-        made.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-    return "".join(made)
+            raise UsageError(f"{field}: {where} has no value in {{{column}}}; give it one, or leave the row out")
+        pieces.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    return "".join(pieces)
 
 
 def _no_prompt(row: Row, field: str) -> str:
@@ -123,7 +123,7 @@ def _no_prompt(row: Row, field: str) -> str:
 
 
 def _prompt(prompt: Any, where: str) -> str | list[dict[str, Any]]:
-    """A prompt as text or a list of messages; keys without a value, which tables add to messages, go."""
+    """Check a prompt: text or a list of messages. Message keys without a value, which tables add, are removed."""
     if isinstance(prompt, str):
         if not prompt:
             raise UsageError(f"{where}: the prompt is empty; write {_EXAMPLES}")

@@ -1,4 +1,4 @@
-"""Engines turn prompts into completions."""
+"""Engines: samplers that turn prompts into completions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from gruppo.models.policy import LanguageModel
 from gruppo.utils.imports import import_attribute
 from gruppo.utils.oom_retry import BatchSizes
 
-# name -> class, called with a policy and the number of completions that it samples at a time
+# name -> import path of a class that is called with a policy and the number of slots (concurrent completions)
 ENGINES = {"native": "gruppo.engines.native.engine:NativeEngine"}
 
 
 def build_engine(policy: LanguageModel, slots: int, sizes: BatchSizes | None = None, name: str = "native") -> Engine:
-    """An engine that samples from the policy, `slots` completions at a time.
+    """Build an engine that samples from the policy, with `slots` concurrent completions.
 
-    `sizes`: where they are given, sampling that runs out of memory is tried again with fewer slots, and `sizes` keeps
-    that for the rest of the run. `name`: of ENGINES, or an import path.
+    `sizes`: if given, sampling that runs out of memory is retried with fewer slots, and `sizes` keeps the smaller
+    number for the rest of the run. `name`: a key of ENGINES or an import path.
     """
     engine: Engine = import_attribute(ENGINES.get(name, name), "engine")(policy, slots)
     if sizes is None:

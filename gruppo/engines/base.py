@@ -1,4 +1,4 @@
-"""Engines turn prompts into completions. Every engine passes the same contract tests (`tests/engines`)."""
+"""Interface of engines. Every engine passes the same contract tests (`tests/engines`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from gruppo.utils.progress import Advance
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt to complete once for each of `streams`; a stream is the key of one completion's random numbers.
+    """A prompt with one completion to sample per entry of `streams`.
 
-    `limits`: the most tokens of each completion, where that is fewer than `SamplingParams.max_tokens`. A completion
-    that reaches its limit has the finish reason "length".
+    A stream is the key of the random numbers of one completion. `limits`: the maximum number of tokens of each
+    completion, if it is smaller than `SamplingParams.max_tokens`. A completion that reaches its limit has the finish
+    reason "length".
     """
 
     token_ids: tuple[int, ...]
@@ -26,14 +27,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The distribution that tokens are sampled from, and where a completion ends.
+    """The distribution that tokens are sampled from, and the conditions that end a completion.
 
-    `temperature` divides the logits; 0 takes the likeliest token. Then, each on what the one before left: `top_k`
-    keeps the k likeliest tokens (0: all; equal ones at the border stay), `top_p` the likeliest that together have this
-    probability, `min_p` those with this share of the likeliest one's. A completion ends with an end token, before the
-    first text of `stop` (its tokens are kept, its text is not), or after `max_tokens`; never before `min_tokens`,
-    until which end tokens have probability 0. Training takes the full distribution; its only stops are where an
-    environment takes over.
+    `temperature` divides the logits; 0 always takes the most likely token. The truncations then apply in this order,
+    each to the result of the one before: `top_k` keeps the k most likely tokens (0 keeps all; ties at the border are
+    kept), `top_p` the fewest most likely tokens whose probabilities sum to at least top_p, and `min_p` the tokens whose
+    probability is at least min_p times that of the most likely token.
+
+    A completion ends with an EOS token, before the first text of `stop` (its tokens are kept, its text is removed), or
+    after `max_tokens` tokens. It never ends before `min_tokens` tokens; until then EOS tokens have probability 0.
+
+    Training samples from the full distribution. Its only stop texts are the points where an environment takes over.
     """
 
     temperature: float
@@ -46,30 +50,32 @@ class SamplingParams:
 
 
 class Engine(Protocol):
-    """Samples completions from the policy whose weights it was given last."""
+    """Samples completions from the policy with the weights that were loaded last."""
 
     slots: int
-    """How many completions are sampled at a time. No completion depends on it but by rounding."""
+    """Number of concurrent completions. It changes completions by rounding at most."""
 
     def stream(
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """The index of each request with its completions, in the order of its streams, as soon as all of them are
-        finished: shorter groups come first.
+        """Yield the index of each request and its completions, in the order of its streams.
 
-        In float32 a completion depends on its prompt, its stream, the parameters and the weights, and on nothing else.
-        It carries the version of the weights that sampled it. `sampling_logprobs` are of the distribution that each
-        token was sampled from, truncated or not; with temperature 0, of the full distribution at temperature 1.
-        `advance` is called with the number of tokens sampled since its last call. Raises ValueError for a prompt
-        without tokens, and unless `limits` has one positive value per stream.
+        A request is yielded as soon as all of its completions are finished, so groups of short completions come first.
+
+        In float32 a completion depends only on its prompt, stream, parameters and weights. It has the version of the
+        weights that sampled it. `sampling_logprobs` are log-probabilities (nats) under the distribution that each token
+        was sampled from, truncated or not; with temperature 0, under the full distribution at temperature 1. `advance`
+        is called with the number of tokens sampled since its last call.
+
+        Raises ValueError for a prompt without tokens, and unless `limits` has one positive value per stream.
         """
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
     ) -> list[list[Completion]]:
-        """The completions of every request, in order; see `stream`."""
+        """The completions of every request, in order. See `stream`."""
         finished = dict(self.stream(requests, params, advance))
         return [finished[index] for index in range(len(requests))]
 
     def load_weights(self, source: WeightSource, version: int) -> None:
-        """Sample with these weights from now on; completions carry `version`."""
+        """Use these weights for sampling from now on. Completions get the version `version`."""

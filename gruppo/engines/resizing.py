@@ -1,4 +1,4 @@
-"""An engine that samples with fewer slots after it ran out of memory."""
+"""An engine wrapper that reduces the number of slots when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from gruppo.utils.progress import Advance
 
 @dataclass
 class ResizingEngine(Engine):
-    """Any engine with slots, which become fewer where memory runs out. In float32 no completion changes by that.
+    """Wraps an engine, and retries with fewer slots when it runs out of memory.
 
-    Groups that are finished stay; the others are sampled again from their beginning.
+    In float32 this changes no completion. Finished groups are kept; the others are sampled again from the start.
     """
 
     engine: Engine
@@ -44,7 +44,7 @@ class ResizingEngine(Engine):
                 if not out_of_memory(error):
                     raise
                 why = first_line(error)
-            # Outside of the clause above, as the error holds the frames, and they the tensors, of the attempt.
+            # Not in the except clause: there the error still keeps the frames of the failed attempt, and their tensors.
             if why is not None:
                 self.sizes.reduce("slots", "sampling", why)
 

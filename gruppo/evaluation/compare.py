@@ -1,4 +1,4 @@
-"""Two evaluations compared, question by question."""
+"""Comparison of two evaluations, paired by question."""
 
 from __future__ import annotations
 
@@ -14,48 +14,57 @@ from gruppo.runs.reading import read_object, read_table, require_own
 
 
 def read_evaluation(folder: Path) -> EvalResult:
-    """An evaluation that is done, from its folder. Raises UsageError where it holds none, or a damaged one."""
+    """Read a finished evaluation from its folder.
+
+    Raises UsageError if the folder contains no finished evaluation, or a damaged one.
+    """
     require_own(folder)
     if not (folder / RESULTS).is_file():
-        raise UsageError(f"{folder}: holds no evaluation that is finished; repeat its command with --resume")
-    held = {RENAMED.get(name, name): value for name, value in read_object(folder / RESULTS).items()}
-    exams: Any = held.get("sets")
-    model: Any = held.get("model")
+        raise UsageError(f"{folder}: contains no finished evaluation; run its command again with --resume")
+    content = {RENAMED.get(name, name): value for name, value in read_object(folder / RESULTS).items()}
+    figures: Any = content.get("sets")
+    model: Any = content.get("model")
     if (
         not isinstance(model, str)
-        or not isinstance(exams, dict)
-        or any(type(each) is not dict for each in exams.values())
+        or not isinstance(figures, dict)
+        or any(type(value) is not dict for value in figures.values())
     ):
         raise UsageError(f"{folder / RESULTS}: is damaged; evaluate again with another --out")
     table = read_table(folder / "samples.parquet", NEEDED_COLUMNS)
-    there = {name or HELD_OUT: name for name in table["eval_set"].to_pylist()}
-    if set(there) != set(exams):
+    set_names = {name or HELD_OUT: name for name in table["eval_set"].to_pylist()}
+    if set(set_names) != set(figures):
         raise UsageError(
-            f"{folder / RESULTS}: is of other exams than samples.parquet; evaluate again into another --out"
+            f"{folder / RESULTS}: its evaluation sets differ from those of samples.parquet; evaluate again with "
+            "another --out"
         )
-    return EvalResult(model, sets_of([table], {there[name]: _beside(exams[name]) for name in exams}), folder)
+    extra = {set_names[name]: _extra_figures(figures[name]) for name in figures}
+    return EvalResult(model, sets_of([table], extra), folder)
 
 
-def _beside(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _extra_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that cannot be computed from the rows."""
     return {name: figures[name] for name in ("domain", "decoding", "unanswered") if name in figures}
 
 
 def compare_all(first: EvalResult, second: EvalResult) -> dict[str, dict[str, Any]]:
-    """The second's figures less the first's, by the name of each exam that both held; see `gruppo.evaluation.metrics.compare`.
-    Raises UsageError where they held none in common."""
-    shared = [name for name in first.sheets if name in second.sheets]
+    """Differences (second - first) for each evaluation set that both have, by set name.
+
+    See `gruppo.evaluation.metrics.compare`. Raises UsageError if they have no set in common.
+    """
+    shared = [name for name in first.sets if name in second.sets]
     if not shared:
-        held = [f"{each.model} has {', '.join(each.sheets)}" for each in (first, second)]
-        raise UsageError(f"nothing to compare: {'; '.join(held)}; evaluate both on one task")
-    made = {}
+        listed = [f"{result.model} has {', '.join(result.sets)}" for result in (first, second)]
+        raise UsageError(f"nothing to compare: {'; '.join(listed)}; evaluate both on one task")
+    differences = {}
     for name in shared:
-        one, other = first.sheets[name], second.sheets[name]
-        made[name] = compare(one.questions, other.questions) | {"settings": _apart(one.figures, other.figures)}
-    return made
+        one, other = first.sets[name], second.sets[name]
+        settings = _differing_settings(one.figures, other.figures)
+        differences[name] = compare(one.questions, other.questions) | {"settings": settings}
+    return differences
 
 
-def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """In which settings two exams differ, in words."""
-    one, other = ({"samples": each["samples"], **each.get("decoding", {})} for each in (first, second))
+def _differing_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The settings that differ between two results, as text."""
+    one, other = ({"samples": figures["samples"], **figures.get("decoding", {})} for figures in (first, second))
     names = sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
     return [f"{name} {one[name]} and {other[name]}" for name in names]

@@ -21,9 +21,12 @@ from gruppo.utils.progress import Progress
 
 @dataclass(frozen=True)
 class EvalSetRows:
-    """The rows of an exam: of the run's [evaluation], whose `name` is "", or of one of its [[benchmarks]]. `parts`:
-    several where the held-out rows of mixed tasks are asked. `graders`: by the names of the parts. `domain`:
-    "in-domain" where the recipe trains on questions of its kind."""
+    """The rows of one evaluation set.
+
+    `name`: "" for the run's [evaluation], otherwise the name of one of its [[benchmarks]]. `parts`: several if the set
+    consists of the held-out rows of mixed tasks. `graders`: by part name. `domain`: "in-domain" if the recipe trains on
+    questions of the same kind, otherwise "out-of-domain"; None if it trains on nothing.
+    """
 
     name: str
     settings: Evaluation
@@ -34,14 +37,14 @@ class EvalSetRows:
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run: those to train on, by task, and those of its exams."""
+    """The rows of a run: training rows by task, and evaluation sets."""
 
     training: list[Dataset]
-    exams: list[EvalSetRows]
+    eval_sets: list[EvalSetRows]
 
     @property
     def columns(self) -> list[str]:
-        """Those that every training row has, besides the prompt: what rewards are offered."""
+        """Columns that every training row has, except the prompt: the columns that rewards receive."""
         return sorted(set.intersection(*(set(row) for part in self.training for row in part.rows)) - {"prompt"})
 
 
@@ -64,7 +67,7 @@ def read_data(
     """Check reward names and data, and read the data. Raises UsageError."""
     if recipe.method.source == "dataset" and rewards:
         raise UsageError(f'reward = {rewards[0]!r}: method.source = "dataset" scores nothing; leave it out')
-    names = [reward_path(each) for each in rewards if isinstance(each, str)]
+    names = [reward_path(reward) for reward in rewards if isinstance(reward, str)]
     check_option_names(rewards, recipe.reward.options)
     data = _read(recipe, rows, progress)
     if REWARDS["last_number"] in names:
@@ -73,71 +76,77 @@ def read_data(
         {"dataset", "parameters"} <= set(part.rows[0]) for part in data.training
     ):
         raise UsageError(
-            'reward.functions = ["reasoning_gym"]: scores rows of reasoning-gym only, and no task is one; write e.g. '
+            'reward.functions = ["reasoning_gym"]: scores only rows of reasoning-gym, and no task has any; write e.g. '
             'task.name = "reasoning-gym/leg_counting", or another reward'
         )
     return data
 
 
 def _require_numbers(data: Data) -> None:
+    """Raise UsageError if a training row has an answer that contains no number."""
     for part in data.training:
         for number, row in zip(part.numbers, part.rows, strict=True):
             if "answer" in row and last_number(str(row["answer"])) is None:
                 raise UsageError(
-                    f"{part.name}, row {number + 1}: answer = {row['answer']!r} holds no number, which the reward "
-                    '"last_number" compares with; write a number, or take "exact_match"'
+                    f"{part.name}, row {number + 1}: answer = {row['answer']!r} contains no number, which the reward "
+                    '"last_number" compares with; write a number, or use "exact_match"'
                 )
 
 
 def _read(recipe: Recipe, rows: Sequence[Row] | None, progress: Progress) -> Data:
     settings = recipe.evaluation
-    own = settings is not None and settings.task is None
+    uses_held_out = settings is not None and settings.task is None
     fields = [f"mixture[{place}]" for place in range(len(recipe.mixture))] or ["task"]
     training, held_out = [], []
     for task, field in zip(recipe.tasks, fields, strict=True):
-        train, held = load_training(task, field, own, progress, rows, recipe.method.source == "dataset")
+        train, rest = load_training(task, field, uses_held_out, progress, rows, recipe.method.source == "dataset")
         training.append(train)
-        held_out += [] if held is None else [held]
-    exams = []
-    if settings is not None and own:
-        parts = _told_apart(held_out)
+        held_out += [] if rest is None else [rest]
+    eval_sets = []
+    if settings is not None and uses_held_out:
+        parts = _with_unique_names(held_out)
         names = [task.name if rows is None else "" for task in recipe.tasks]
         graders = {part.name: _grader(settings, name) for part, name in zip(parts, names, strict=True)}
-        exams = [EvalSetRows("", settings, parts, graders, "in-domain")]
-    return Data(_told_apart(training), exams + _own_exams(recipe, progress))
+        eval_sets = [EvalSetRows("", settings, parts, graders, "in-domain")]
+    return Data(_with_unique_names(training), eval_sets + _sets_with_tasks(recipe, progress))
 
 
 def read_eval_sets(recipe: Recipe, progress: Progress) -> list[EvalSetRows]:
-    """The exams of a recipe; its training rows are read only where they hold out what is asked. Raises UsageError."""
+    """Read the evaluation sets of a recipe.
+
+    Training rows are read only if the evaluation asks held-out rows. Raises UsageError.
+    """
     if recipe.evaluation is not None and recipe.evaluation.task is None:
-        return _read(recipe, None, progress).exams
-    return _own_exams(recipe, progress)
+        return _read(recipe, None, progress).eval_sets
+    return _sets_with_tasks(recipe, progress)
 
 
-def _own_exams(recipe: Recipe, progress: Progress) -> list[EvalSetRows]:
-    """Exams that name their tasks."""
-    named = bool("task" in recipe.model_fields_set or recipe.mixture or recipe.reward.functions)
-    trained = [task.name for task in recipe.tasks] if named else None  # an evaluation alone trains on nothing
-    asked = [("", "evaluation.task", recipe.evaluation)] if recipe.evaluation and recipe.evaluation.task else []
-    asked += [(each.title, f"benchmarks[{place}].task", each) for place, each in enumerate(recipe.benchmarks)]
-    exams = []
-    for name, field, settings in asked:
+def _sets_with_tasks(recipe: Recipe, progress: Progress) -> list[EvalSetRows]:
+    """The evaluation sets that name a task."""
+    trains = bool("task" in recipe.model_fields_set or recipe.mixture or recipe.reward.functions)
+    trained = [task.name for task in recipe.tasks] if trains else None  # an evaluation alone trains on nothing
+    sources = [("", "evaluation.task", recipe.evaluation)] if recipe.evaluation and recipe.evaluation.task else []
+    sources += [
+        (benchmark.title, f"benchmarks[{place}].task", benchmark) for place, benchmark in enumerate(recipe.benchmarks)
+    ]
+    eval_sets = []
+    for name, field, settings in sources:
         assert settings.task is not None
         part = load_questions(settings.task, field, progress)
         grader = _grader(settings, settings.task.name)
-        place = None if trained is None else domain(settings.task.name, trained)
-        exams.append(EvalSetRows(name, settings, [part], {part.name: grader}, place))
-    return exams
+        set_domain = None if trained is None else domain(settings.task.name, trained)
+        eval_sets.append(EvalSetRows(name, settings, [part], {part.name: grader}, set_domain))
+    return eval_sets
 
 
 def _grader(settings: Evaluation, task: str) -> Named:
-    """The grader of a task's answers. Raises UsageError for an unknown one."""
+    """The grader for a task's answers. Raises UsageError if it is unknown."""
     name = settings.grader or default_grader(task)
     return Named(name, find_grader(name))
 
 
-def _told_apart(parts: Sequence[Dataset]) -> list[Dataset]:
-    """The parts with names of their own, so that no two prompts have one id."""
+def _with_unique_names(parts: Sequence[Dataset]) -> list[Dataset]:
+    """The parts, renamed if necessary so that no two prompts have the same id."""
     names = [part.name for part in parts]
     return [
         part if (before := names[:place].count(part.name)) == 0 else replace(part, name=f"{part.name}#{before + 1}")

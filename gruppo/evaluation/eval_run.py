@@ -1,9 +1,8 @@
-"""`gruppo eval`: a model on the exams of a recipe, into a folder that a kill leaves whole; answers from elsewhere; and
-two evaluations compared.
+"""`gruppo eval`: evaluate a model on the evaluation sets of a recipe, or grade a file of completions.
 
-The folder: recipe.toml, environment.json, evaluations/step-NNNNNN.parquet (a part each, which a resume keeps), then
-samples.parquet (a row a sample), events.jsonl (a line for every answer on which rules of extraction disagree) and
-results.json (the figures).
+The folder contains recipe.toml, environment.json, evaluations/step-NNNNNN.parquet (one part each; --resume keeps
+finished parts), samples.parquet (one row per sample), events.jsonl (one line per ambiguous answer) and results.json
+(the figures). It stays intact if the process is killed.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from gruppo.data.tokenization import data_sha256
 from gruppo.errors import UsageError
 from gruppo.evaluation.compare import read_evaluation
 from gruppo.evaluation.datasets import read_eval_sets
-from gruppo.evaluation.external_completions import read_submission
+from gruppo.evaluation.external_completions import read_external_completions
 from gruppo.evaluation.metrics import ambiguous
 from gruppo.evaluation.results import HELD_OUT, NEEDED_COLUMNS, RESULTS, EvalResult, sets_of
-from gruppo.evaluation.runner import Candidate, answer, answer_rows, graded, open_eval_sets
+from gruppo.evaluation.runner import Candidate, answer_rows, grade_answers, open_eval_sets, sample_answers
 from gruppo.evaluation.sets import EvalSet, check_graders
 from gruppo.models.loading import find_like
 from gruppo.models.ops.cpu.build import kernels_sha256
@@ -35,7 +34,7 @@ from gruppo.models.reward_model import NAME, load_reward_model
 from gruppo.models.weights import weights_sha256
 from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.runs.atomic import publish, write_whole, writing
-from gruppo.runs.folder import EVALUATION, RunFolder, check_folder, telling_what_stands
+from gruppo.runs.folder import EVALUATION, RunFolder, check_folder, explaining_write_errors
 from gruppo.runs.reading import read_table
 from gruppo.runs.tables import EVALUATIONS
 from gruppo.types import Completion, Group, Prompt, Reward
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def measure(
+def run_evaluation(
     recipe: Recipe,
     out: Path | None,
     resume: bool,
@@ -57,152 +56,168 @@ def measure(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> EvalResult:
-    """Hold all exams of a recipe, [evaluation] and [[benchmarks]], and score the answers with its [reward_model], if
-    there is one. With `out` parts are kept as they are made; with `resume` those that are there are not made again.
-    Raises UsageError."""
+    """Run all evaluation sets of a recipe: [evaluation] and [[benchmarks]].
+
+    If the recipe has a [reward_model], it scores the answers. With `out`, parts are kept as they are finished; with
+    `resume`, finished parts are not run again. Raises UsageError.
+    """
     if recipe.evaluation is None and not recipe.benchmarks:
         raise UsageError(
             "evaluation: missing; the recipe describes no evaluation: write [evaluation] or [[benchmarks]]"
         )
-    _check(recipe, out, resume)
+    _check_out(recipe, out, resume)
     with ExitStack() as stack:
         candidate = open_eval_sets(recipe, progress, stack, model, tokenizer)
         scorer = _Scorer(recipe, candidate, progress) if recipe.reward_model is not None else None
+        prompts = [prompt for eval_set in candidate.eval_sets for prompt in eval_set.prompts]
         identity = {
             "weights_sha256": weights_sha256(candidate.policy.model),
-            "data_sha256": data_sha256([prompt for exam in candidate.exams for prompt in exam.prompts], ()),
+            "data_sha256": data_sha256(prompts, ()),
             "kernels": kernels_sha256(candidate.policy.dtype),
             "dtype": str(candidate.policy.dtype).removeprefix("torch."),
         }
         if scorer is not None:
             identity["reward_model_sha256"] = weights_sha256(scorer.scorer.model.module)
-        papers = [_paper(recipe, candidate, exam, scorer, progress, stop) for exam in candidate.exams]
-        return _write(recipe, papers, identity, out, stack, progress)
+        jobs = [_model_job(recipe, candidate, eval_set, scorer, progress, stop) for eval_set in candidate.eval_sets]
+        return _run_jobs(recipe, jobs, identity, out, stack, progress)
 
 
 def grade_file(
-    recipe: Recipe, path: Path, asks: bool, out: Path | None, resume: bool, progress: Progress, stop: Stop
+    recipe: Recipe, path: Path, has_task: bool, out: Path | None, resume: bool, progress: Progress, stop: Stop
 ) -> EvalResult:
-    """Grade the completions of a file (see `gruppo.evaluation.external_completions`) and tabulate them, without a model. `asks`: they
-    answer the questions of the recipe's exam; otherwise each row brings its own. Raises UsageError."""
-    _check(recipe, out, resume)
-    exams = [] if not asks else read_eval_sets(recipe, progress)
-    exam, answers, unanswered = read_submission(
-        path, exams, recipe.evaluation.grader if recipe.evaluation else None, progress
-    )
-    check_graders(exam.graders, exam.prompts)
+    """Grade the completions of a file, without a model; see `gruppo.evaluation.external_completions`.
 
-    def make(places: range) -> list[dict[str, Any]]:
-        own = [answers[place] for place in places]
-        prompts = [exam.prompts[place] for place in places]
-        return answer_rows(exam, prompts, own, graded(exam, places, own, stop))
+    `has_task`: the completions answer the questions of the recipe's evaluation set; otherwise each row brings its own
+    question. Raises UsageError.
+    """
+    _check_out(recipe, out, resume)
+    eval_sets = read_eval_sets(recipe, progress) if has_task else []
+    grader = recipe.evaluation.grader if recipe.evaluation else None
+    eval_set, answers, unanswered = read_external_completions(path, eval_sets, grader, progress)
+    check_graders(eval_set.graders, eval_set.prompts)
 
-    paper = _EvalJob(exam, make, {"unanswered": unanswered} if asks else {})
+    def make_rows(places: range) -> list[dict[str, Any]]:
+        part = [answers[place] for place in places]
+        prompts = [eval_set.prompts[place] for place in places]
+        return answer_rows(eval_set, prompts, part, grade_answers(eval_set, places, part, stop))
+
+    job = _EvalJob(eval_set, make_rows, {"unanswered": unanswered} if has_task else {})
     with ExitStack() as stack:
-        return _write(recipe, [paper], {"answers_sha256": file_sha256(path)}, out, stack, progress)
+        return _run_jobs(recipe, [job], {"answers_sha256": file_sha256(path)}, out, stack, progress)
 
 
-def _check(recipe: Recipe, out: Path | None, resume: bool) -> None:
-    """Raise UsageError where an evaluation of the recipe may not go into the folder."""
+def _check_out(recipe: Recipe, out: Path | None, resume: bool) -> None:
+    """Raise UsageError if the recipe's evaluation may not be written to `out`."""
     if out is not None:
         check_folder(out, recipe, resume, EVALUATION)
     elif resume:
-        raise UsageError("--resume: goes on with the folder that --out names; name it")
+        raise UsageError("--resume: needs the folder to resume; name it with --out")
 
 
 @dataclass(frozen=True)
 class _EvalJob:
-    """An exam, what makes the rows of some of its questions, and figures of it that no row tells."""
+    """An evaluation set and a function that computes the rows of some of its questions.
 
-    exam: EvalSet
-    make: Callable[[range], list[dict[str, Any]]]
-    beside: Mapping[str, Any] = field(default_factory=dict)
+    `extra`: figures that cannot be computed from the rows.
+    """
+
+    eval_set: EvalSet
+    make_rows: Callable[[range], list[dict[str, Any]]]
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _paper(
-    recipe: Recipe, candidate: Candidate, exam: EvalSet, scorer: _Scorer | None, progress: Progress, stop: Stop
+def _model_job(
+    recipe: Recipe, candidate: Candidate, eval_set: EvalSet, scorer: _Scorer | None, progress: Progress, stop: Stop
 ) -> _EvalJob:
-    """An exam that the model answers."""
+    """The job of an evaluation set that the model answers."""
 
-    def make(places: range) -> list[dict[str, Any]]:
-        answers = answer(candidate.engine, exam, places, recipe.run.seed, progress, stop, candidate.sample)
-        verdicts = graded(exam, places, answers, stop)
-        prompts = [exam.prompts[place] for place in places]
-        return answer_rows(exam, prompts, answers, verdicts, scorer.scores(prompts, answers) if scorer else None)
+    def make_rows(places: range) -> list[dict[str, Any]]:
+        answers = sample_answers(candidate.engine, eval_set, places, recipe.run.seed, progress, stop, candidate.sample)
+        verdicts = grade_answers(eval_set, places, answers, stop)
+        prompts = [eval_set.prompts[place] for place in places]
+        return answer_rows(eval_set, prompts, answers, verdicts, scorer.scores(prompts, answers) if scorer else None)
 
-    return _EvalJob(exam, make, {"decoding": {**asdict(exam.options), "stop": list(exam.options.stop)}})
+    decoding = {**asdict(eval_set.options), "stop": list(eval_set.options.stop)}
+    return _EvalJob(eval_set, make_rows, {"decoding": decoding})
 
 
-def _write(
+def _run_jobs(
     recipe: Recipe,
-    papers: Sequence[_EvalJob],
+    jobs: Sequence[_EvalJob],
     identity: Mapping[str, Any],
     out: Path | None,
     stack: ExitStack,
     progress: Progress,
 ) -> EvalResult:
-    """Make the parts that are not there, and figures of all. Raises UsageError where the folder was made of something
-    else."""
+    """Compute the missing parts, then the figures of all.
+
+    Raises UsageError if the folder was written with another `identity`.
+    """
     run = None
     if out is not None:
-        stack.enter_context(telling_what_stands(out))
+        stack.enter_context(explaining_write_errors(out))
         run = RunFolder(out)
         stack.callback(run.close)
         run.start_same(recipe, EVALUATION, identity)
         if (out / RESULTS).is_file():
             return read_evaluation(out)
     tables, number = [], 0
-    for paper in papers:
-        name = paper.exam.name or HELD_OUT
-        with progress.bar(f"Asking {name}", len(paper.exam.prompts), "questions") as advance:
-            for places in paper.exam.chunks():
+    for job in jobs:
+        name = job.eval_set.name or HELD_OUT
+        with progress.bar(f"Evaluation set {name}", len(job.eval_set.prompts), "questions") as advance:
+            for places in job.eval_set.chunks():
                 number += 1
                 path = None if run is None else run.path / "evaluations" / f"step-{number:06d}.parquet"
                 if path is None or not path.is_file():
-                    rows = paper.make(places)
+                    rows = job.make_rows(places)
                     if run is not None:
                         run.table("evaluations", number, rows, EVALUATIONS)
                     tables.append(pa.Table.from_pylist(rows, EVALUATIONS).select(NEEDED_COLUMNS.names))
                 else:
-                    with _part_of(path):
+                    with _advising_to_delete():
                         tables.append(read_table(path, NEEDED_COLUMNS))
                 advance(len(places))
-    beside = {paper.exam.name: {"domain": paper.exam.domain, **paper.beside} for paper in papers}
-    measured = EvalResult(recipe.model.name, sets_of(tables, beside), out)
+    extra = {job.eval_set.name: {"domain": job.eval_set.domain, **job.extra} for job in jobs}
+    result = EvalResult(recipe.model.name, sets_of(tables, extra), out)
     if run is not None:
-        _finish(run, measured)
-    return measured
+        _write_results(run, result)
+    return result
 
 
 @contextmanager
-def _part_of(path: Path) -> Iterator[None]:
-    """A part that is damaged can be made again."""
+def _advising_to_delete() -> Iterator[None]:
+    """Add to an error about a damaged part that the part may be deleted."""
     try:
         yield
     except UsageError as error:
-        raise UsageError(f"{error}, or delete it, and it is made again with --resume") from None
+        raise UsageError(f"{error}, or delete it, and --resume computes it again") from None
 
 
 class _Scorer:
-    """The recipe's reward model, and what it gives answers."""
+    """Scores answers with the recipe's reward model."""
 
     def __init__(self, recipe: Recipe, candidate: Candidate, progress: Progress) -> None:
-        """Raises UsageError where there is no such model, or one that does not read the policy's tokens."""
+        """Raises UsageError if the reward model does not exist, or does not read the policy's tokens."""
         assert recipe.reward_model is not None
         self.settings, policy = recipe.reward_model, candidate.policy
         source = find_like(self.settings.name, "reward_model.name", candidate.source, progress)
         model = load_reward_model(source, self.settings.kind, policy.device.type, recipe.model.dtype, progress)
         longest = max(
-            len(prompt.token_ids) + exam.options.max_tokens for exam in candidate.exams for prompt in exam.prompts
+            len(prompt.token_ids) + eval_set.options.max_tokens
+            for eval_set in candidate.eval_sets
+            for prompt in eval_set.prompts
         )
         sizes = BatchSizes(min(4 * longest, most_tokens(longest)), 1, longest)
         self.scorer = RewardModelScorer(model, self.settings, policy.tokenizer, sizes)
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> list[list[float]]:
-        """A score an answer: the model's probability that it is right; of a process model, the least one of its steps,
-        and 0 for an answer without any."""
+        """One score per answer: the model's probability that the answer is correct.
+
+        With a process model: the lowest probability among its steps, or 0 if it has no step.
+        """
         groups = [
-            Group(prompt, own, [Reward(0.0, {})] * len(own)) for prompt, own in zip(prompts, answers, strict=True)
+            Group(prompt, completions, [Reward(0.0, {})] * len(completions))
+            for prompt, completions in zip(prompts, answers, strict=True)
         ]
         self.scorer.score(groups)
         return [[self._score(reward) for reward in group.rewards] for group in groups]
@@ -214,8 +229,8 @@ class _Scorer:
         return min(steps.rewards, default=0.0) if steps else 0.0
 
 
-def _finish(run: RunFolder, measured: EvalResult) -> None:
-    """All samples in one table, the events of grading, and last the figures, whose file says that all is there."""
+def _write_results(run: RunFolder, result: EvalResult) -> None:
+    """Write all samples as one table, then the grading events, and last results.json, which marks the end."""
     path, temporary = run.path / "samples.parquet", run.path / "samples.writing"
     events = []
     with writing(path, temporary):
@@ -225,22 +240,25 @@ def _finish(run: RunFolder, measured: EvalResult) -> None:
                 writer.write_table(table)
                 events += [_event(row) for row in table.select(NEEDED_COLUMNS.names).to_pylist() if ambiguous(row)]
         publish(temporary, path)
-    write_whole(run.path / "events.jsonl", "".join(json.dumps(each) + "\n" for each in events).encode())
-    run.write_json(RESULTS, measured.as_dict())
+    write_whole(run.path / "events.jsonl", "".join(json.dumps(event) + "\n" for event in events).encode())
+    run.write_json(RESULTS, result.as_dict())
 
 
 def _event(row: Mapping[str, Any]) -> dict[str, Any]:
-    """An answer on which rules of extraction disagree."""
+    """The event of an ambiguous answer."""
     others = json.loads(row["other_rules"])
-    odd = ", ".join(name for name, other in others.items() if other != row["correct"])
-    said = {True: "right", False: "wrong"}
-    message = f"{row['prompt_id']}: {row['rule']} says {said[row['correct']]}, and {odd} {said[not row['correct']]}"
-    kept = {name: row[name] for name in ("eval_set", "prompt_id", "sample", "correct", "rule", "extracted")}
+    disagreeing = ", ".join(name for name, other in others.items() if other != row["correct"])
+    words = {True: "correct", False: "wrong"}
+    message = (
+        f"{row['prompt_id']}: ambiguous answer extraction: {row['rule']} says {words[row['correct']]}, {disagreeing} "
+        f"{words[not row['correct']]}"
+    )
+    columns = {name: row[name] for name in ("eval_set", "prompt_id", "sample", "correct", "rule", "extracted")}
     return {
         "step": 0,
         "kind": "ambiguous_answer",
         "message": message,
-        **kept,
+        **columns,
         "other_rules": others,
         "answer": row["answer"],
     }

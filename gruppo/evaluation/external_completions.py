@@ -1,9 +1,10 @@
-"""Answers from elsewhere: a file of completions, read so that they are graded as our own.
+"""Completions from elsewhere: a file of completions, read so that they are graded like gruppo's.
 
-A row holds one completion or several, under one of the names in COMPLETIONS: text, a list of texts, or messages whose
-last one counts. Of a task's questions, it says which by `prompt_id`, by the question's own text, or by its number from
-0 (`index`, `idx`, `doc_id`, `id`); without a task, it brings its own reference (`answer`, `reference`, …) and other
-columns that the grader reads. Rows of `samples.parquet` and of lm-evaluation-harness's samples are read as they are.
+A row contains one completion or several, under one of the names in `COMPLETIONS`: text, a list of texts, or messages,
+of which the last one counts. If the recipe names a task, a row identifies its question by `prompt_id`, by the
+question's text, or by its number from 0 (`index`, `idx`, `doc_id`, `id`). Without a task, a row brings its own
+reference (`answer`, `reference`, …) and any other columns that the grader reads. Rows of `samples.parquet` and samples
+of lm-evaluation-harness are read as they are.
 """
 
 from __future__ import annotations
@@ -32,45 +33,48 @@ QUESTIONS = ("question", "problem", "prompt", "query", "instruction", "input")
 NUMBERS = ("index", "idx", "doc_id", "id")
 
 
-def read_submission(
-    path: Path, exams: Sequence[EvalSetRows], grader: str | None, progress: Progress
+def read_external_completions(
+    path: Path, eval_sets: Sequence[EvalSetRows], grader: str | None, progress: Progress
 ) -> tuple[EvalSet, list[list[Completion]], int]:
-    """The answers of a file, and the exam that they are to; of the questions of `exams`, or of the rows themselves
-    where there are none, by `grader` then ("numeric_answer" by default); and how many questions of the exam nothing answers.
-    Several rows may answer one question. Raises UsageError for a row that cannot be read, which it shows."""
+    """The evaluation set that the file's rows answer, their completions, and the number of unanswered questions.
+
+    The questions come from `eval_sets`, or, if it is empty, from the rows; they are then graded by `grader`
+    ("numeric_answer" by default). Several rows may answer the same question. Raises UsageError for a row that cannot be
+    read; the message shows the row.
+    """
     try:
         rows = list(read_file(data_file(str(path)), {}, progress))
     except UsageError as error:
         raise UsageError(f"--answers {path}: {error}") from None
     if not rows:
-        raise UsageError(f"--answers {path}: has no rows; write a line for each completion")
+        raise UsageError(f"--answers {path}: has no rows; write one row per completion")
     prompts: dict[str, Prompt] = {}
     answers: dict[str, list[Completion]] = {}
-    known = _Known(exams)
+    index = _QuestionIndex(eval_sets)
     for number, row in enumerate(rows):
         where = f"--answers {path}, row {number + 1}"
-        given = _unwrapped(row)
-        texts = _texts(given, where)
-        prompt = known.find(given, where) if exams else _own(given, number, path.stem, where)
+        fields = _unwrapped(row)
+        texts = _texts(fields, where)
+        prompt = index.find(fields, where) if eval_sets else _prompt_from_row(fields, number, path.stem, where)
         before = prompts.setdefault(prompt.id, prompt)
         if (before.text, before.columns.get("answer")) != (prompt.text, prompt.columns.get("answer")):
             raise UsageError(f"{where}: has the id of another question, {prompt.id!r}; {_shown(row)}")
-        ends = given.get("finish_reason")
-        reason: Any = ends if ends in ("stop", "length") else ""
+        finish_reason = fields.get("finish_reason")
+        reason: Any = finish_reason if finish_reason in ("stop", "length") else ""
         answers.setdefault(prompt.id, []).extend(Completion((), (), (), reason, 0, text) for text in texts)
-    if exams:
-        name, domain = exams[0].name, exams[0].domain
-        graders = {part: each for exam in exams for part, each in exam.graders.items()}
+    if eval_sets:
+        name, domain = eval_sets[0].name, eval_sets[0].domain
+        graders = {part: named for eval_set in eval_sets for part, named in eval_set.graders.items()}
     else:
-        asked = grader or "numeric_answer"
-        name, domain, graders = path.stem, None, {path.stem: Named(asked, find_grader(asked))}
-    fewest = min(map(len, answers.values()))
-    exam = EvalSet(name, list(prompts.values()), graders, SamplingParams(0.0, 1), fewest, 0, domain)
-    return exam, list(answers.values()), max(0, known.count - len(prompts))
+        grader_name = grader or "numeric_answer"
+        name, domain, graders = path.stem, None, {path.stem: Named(grader_name, find_grader(grader_name))}
+    samples = min(map(len, answers.values()))
+    eval_set = EvalSet(name, list(prompts.values()), graders, SamplingParams(0.0, 1), samples, 0, domain)
+    return eval_set, list(answers.values()), max(0, index.count - len(prompts))
 
 
 def _unwrapped(row: Row) -> Row:
-    """The row with what lies one level deeper: lm-evaluation-harness's `doc`, our own `columns`."""
+    """The row with nested fields moved up: `doc` of lm-evaluation-harness, `columns` of samples.parquet."""
     if isinstance(row.get("doc"), Mapping):
         return {**row["doc"], **{name: value for name, value in row.items() if name != "doc"}}
     if isinstance(row.get("columns"), str) and "sample" in row and "answer" in row:
@@ -85,85 +89,91 @@ def _unwrapped(row: Row) -> Row:
 
 
 def _texts(row: Row, where: str) -> list[str]:
+    """The completions of a row. Raises UsageError if there are none."""
     name = next((name for name in COMPLETIONS if row.get(name) is not None), None)
-    talk = row.get("messages")
-    if name is None and isinstance(talk, list) and talk and isinstance(talk[-1], Mapping):
-        name = "messages" if talk[-1].get("role") == "assistant" else None
+    messages = row.get("messages")
+    if name is None and isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
+        name = "messages" if messages[-1].get("role") == "assistant" else None
     if name is None:
         raise UsageError(f"{where}: has no completion; name it {', '.join(COMPLETIONS[:3])}, …; {_shown(row)}")
-    texts = _said(row[name])
+    texts = _texts_in(row[name])
     if not texts:
-        raise UsageError(f"{where}: {name} holds no text; {_shown(row)}")
+        raise UsageError(f"{where}: {name} contains no text; {_shown(row)}")
     return texts
 
 
-def _said(value: Any) -> list[str]:
-    """The texts in a value: itself, those of a list, or the last of messages. A null in a list is an answer that was
-    not given; halves of characters, which cannot be written, are replaced."""
+def _texts_in(value: Any) -> list[str]:
+    """The texts in a value: the value itself, the items of a list, or the last of a list of messages.
+
+    A null in a list is an empty answer. Unpaired surrogates, which cannot be written, are replaced.
+    """
     if isinstance(value, str):
         return [value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [str(value)]
     if isinstance(value, Mapping):
-        held = next((value[name] for name in ("text", "content", "message", *COMPLETIONS) if name in value), None)
-        return _said(held)
+        inner = next((value[name] for name in ("text", "content", "message", *COMPLETIONS) if name in value), None)
+        return _texts_in(inner)
     if isinstance(value, list | tuple):
-        if value and all(isinstance(each, Mapping) and "role" in each for each in value):
-            return _said(value[-1])
-        return [text for each in value for text in ([""] if each is None else _said(each))]
+        if value and all(isinstance(item, Mapping) and "role" in item for item in value):
+            return _texts_in(value[-1])
+        return [text for item in value for text in ([""] if item is None else _texts_in(item))]
     return []
 
 
-class _Known:
-    """The questions of exams, by what a row may call them."""
+class _QuestionIndex:
+    """Finds the questions of evaluation sets by id, text or number."""
 
-    def __init__(self, exams: Sequence[EvalSetRows]) -> None:
+    def __init__(self, eval_sets: Sequence[EvalSetRows]) -> None:
         self.by_id: dict[str, Prompt] = {}
-        self.by_own_id: dict[str, Prompt] = {}
+        self.by_dataset_id: dict[str, Prompt] = {}
         self.by_text: dict[str, Prompt] = {}
         self.in_order: list[Prompt] = []
-        for part in (part for exam in exams for part in exam.parts):
+        for part in (part for eval_set in eval_sets for part in eval_set.parts):
             for number, row in zip(part.numbers, part.rows, strict=True):
                 columns = {key: value for key, value in row.items() if key != "prompt"}
                 prompt = Prompt(f"{part.name}/{number}", row["prompt"], (), part.name, columns)
                 self.in_order.append(prompt)
                 self.by_id[prompt.id] = prompt
                 if isinstance(columns.get("id"), str | int):
-                    self.by_own_id.setdefault(str(columns["id"]), prompt)
-                for text in _texts_of(prompt):
+                    self.by_dataset_id.setdefault(str(columns["id"]), prompt)
+                for text in _question_texts(prompt):
                     self.by_text.setdefault(text, prompt)
 
     @property
     def count(self) -> int:
-        """Of all questions."""
+        """Number of questions."""
         return len(self.in_order)
 
     def find(self, row: Row, where: str) -> Prompt:
-        """The question that a row answers: by its id, its text, or its number, which a text that the row has must
-        agree with. Raises UsageError where it cannot be told."""
-        if isinstance(named := row.get("prompt_id"), str) and named in self.by_id:
-            return self.by_id[named]
-        texts = [_plain(text) for name in QUESTIONS for text in _said(row.get(name))[-1:]]
+        """The question that a row answers, by its id, its text, or its number.
+
+        If the row has a number and a text, they must agree. Raises UsageError if no question matches.
+        """
+        if isinstance(prompt_id := row.get("prompt_id"), str) and prompt_id in self.by_id:
+            return self.by_id[prompt_id]
+        texts = [_plain(text) for name in QUESTIONS for text in _texts_in(row.get(name))[-1:]]
         for text in texts:
             if text in self.by_text:
                 return self.by_text[text]
-        found = self._by_number(row)
-        if found is None:
+        prompt = self._by_number(row)
+        if prompt is None:
             raise UsageError(
-                f"{where}: answers no question of the task that can be told; give its prompt_id, its text as question, "
-                f"or its number from 0 as index; {_shown(row)}"
+                f"{where}: matches no question of the task; give its prompt_id, its text as question, or its number "
+                f"from 0 as index; {_shown(row)}"
             )
-        if texts and not any(own in text or text in own for text in texts for own in _texts_of(found)):
+        known_texts = _question_texts(prompt)
+        if texts and not any(known in text or text in known for text in texts for known in known_texts):
             raise UsageError(
-                f"{where}: has the number of {found.id}, and the text of another question; give the text as the task "
-                f"has it, or the number alone, which counts from 0; {_shown(row)}"
+                f"{where}: has the number of {prompt.id} and the text of another question; give the text as the task "
+                f"has it, or only the number, which counts from 0; {_shown(row)}"
             )
-        return found
+        return prompt
 
     def _by_number(self, row: Row) -> Prompt | None:
-        own = row.get("id")
-        if self.by_own_id and isinstance(own, str | int):
-            return self.by_own_id.get(str(own))
+        dataset_id = row.get("id")
+        if self.by_dataset_id and isinstance(dataset_id, str | int):
+            return self.by_dataset_id.get(str(dataset_id))
         for name in NUMBERS:
             number = row.get(name)
             if isinstance(number, float) and number.is_integer():
@@ -175,15 +185,15 @@ class _Known:
         return None
 
 
-def _texts_of(prompt: Prompt) -> list[str]:
-    """What a row may say a question is: what the model reads, or the question alone."""
-    asked = prompt.columns.get("question")
-    return [_plain(text) for text in (asked, prompt.text) if isinstance(text, str) and text.strip()]
+def _question_texts(prompt: Prompt) -> list[str]:
+    """The texts by which a row may quote a question: the question alone, or the whole prompt."""
+    question = prompt.columns.get("question")
+    return [_plain(text) for text in (question, prompt.text) if isinstance(text, str) and text.strip()]
 
 
-def _own(row: Row, number: int, name: str, where: str) -> Prompt:
-    """The question that a row brings."""
-    reference = next((each for each in REFERENCES if row.get(each) is not None), None)
+def _prompt_from_row(row: Row, number: int, name: str, where: str) -> Prompt:
+    """The question that a row brings itself. Raises UsageError if it has no reference."""
+    reference = next((column for column in REFERENCES if row.get(column) is not None), None)
     if reference is None and "solution" not in row:
         raise UsageError(
             f"{where}: has no reference; name it {', '.join(REFERENCES[:4])}, …, or name the task with --task; "
@@ -191,12 +201,14 @@ def _own(row: Row, number: int, name: str, where: str) -> Prompt:
         )
     columns = {key: value for key, value in row.items() if key not in COMPLETIONS and key != "finish_reason"}
     columns["answer"] = row["solution" if reference is None else reference]
-    text = next((text for each in QUESTIONS for text in _said(row.get(each))[-1:]), "")
-    told = next((row[each] for each in ("prompt_id", *NUMBERS) if isinstance(row.get(each), str | int)), None)
-    return Prompt(f"{name}/{number}" if told is None else str(told), text or f"row {number + 1}", (), name, columns)
+    text = next((text for column in QUESTIONS for text in _texts_in(row.get(column))[-1:]), "")
+    row_id = next((row[key] for key in ("prompt_id", *NUMBERS) if isinstance(row.get(key), str | int)), None)
+    prompt_id = f"{name}/{number}" if row_id is None else str(row_id)
+    return Prompt(prompt_id, text or f"row {number + 1}", (), name, columns)
 
 
 def _plain(text: str) -> str:
+    """The text with single spaces."""
     return " ".join(text.split())
 
 

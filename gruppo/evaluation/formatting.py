@@ -1,4 +1,4 @@
-"""Evaluation figures as text."""
+"""Evaluation results as text."""
 
 from __future__ import annotations
 
@@ -6,44 +6,49 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def told(name: str, found: Mapping[str, Any], note: str = "") -> list[str]:
-    """Figures in words, a line each."""
-    several = f", {found['samples']} answers each" if found["samples"] > 1 else ""
+def format_results(name: str, figures: Mapping[str, Any], note: str = "") -> list[str]:
+    """The results of one evaluation set, as lines of text."""
+    samples = f", {figures['samples']} answers each" if figures["samples"] > 1 else ""
     lines = [
-        f"{name}: accuracy {found['accuracy']:.1%} (95 % interval {_range(found)}, {found['questions']:,} "
-        f"questions{several}){note}"
+        f"{name}: accuracy {figures['accuracy']:.1%} (95% interval {_range(figures)})",
+        f"  {figures['questions']:,} questions{samples}{note}",
     ]
-    for curve, points in found.get("curves", {}).items():
+    for curve, points in figures.get("curves", {}).items():
         title = {"pass": "pass@k", "maj": "maj@k", "best": "best-of-k"}[curve]
-        shown = "  ".join(f"{k}: {point['value']:.1%} ({_range(point)})" for k, point in points.items())
-        lines.append(f"  {title:<10} {shown}")
-    if vote := found.get("weighted_vote"):
-        lines.append(f"  weighted vote of all {found['samples']}: {vote['value']:.1%} ({_range(vote)})")
+        lines += _columns(title, [f"{k}: {point['value']:.1%} ({_range(point)})" for k, point in points.items()])
+    if vote := figures.get("weighted_vote"):
+        lines.append(f"  weighted vote of all {figures['samples']}: {vote['value']:.1%} ({_range(vote)})")
     return lines
 
 
-def told_difference(name: str, first: str, second: str, found: Mapping[str, Any]) -> list[str]:
-    """A comparison in words."""
-    low, high = found["interval"]
+def format_difference(name: str, first: str, second: str, comparison: Mapping[str, Any]) -> list[str]:
+    """The difference between two models on one evaluation set, as lines of text."""
+    low, high = comparison["interval"]
     lines = [
-        f"{name}: {second} less {first}: {found['difference']:+.1%} (95 % interval {low:+.1%} to {high:+.1%}, paired, "
-        f"{found['questions']:,} questions)",
-        f"  more right answers: {first} on {found['first_only']}, {second} on {found['second_only']} questions; the "
-        f"smallest difference that so many questions can show is {found['smallest']:.1%}",
+        f"{name}: difference ({second} - {first}) {comparison['difference']:+.1%}",
+        f"  95% interval {low:+.1%} to {high:+.1%}, paired, {comparison['questions']:,} questions",
+        f"  smallest difference that this many questions can show: {comparison['smallest']:.1%}",
+        f"  more correct answers: {first} on {comparison['first_only']} questions, {second} on "
+        f"{comparison['second_only']}",
     ]
-    if found.get("settings"):
-        lines.append(f"  they were not asked alike: {'; '.join(found['settings'])}")
-    if found["left_out"]:
-        lines.append(f"  {found['left_out']} questions that only one of them was asked are left out")
-    for curve, points in found.get("curves", {}).items():
-        shown = "  ".join(
+    if comparison.get("settings"):
+        lines.append(f"  settings differ: {'; '.join(comparison['settings'])}")
+    if comparison["left_out"]:
+        lines.append(f"  left out: {comparison['left_out']} questions that only one of them answered")
+    for curve, points in comparison.get("curves", {}).items():
+        lines += _columns(f"{curve}@k", [
             f"{k}: {point['value']:+.1%} ({point['interval'][0]:+.1%} to {point['interval'][1]:+.1%})"
             for k, point in points.items()
-        )
-        lines.append(f"  {curve}@k{'':<5} {shown}")
+        ])  # fmt: skip
     return lines
 
 
-def _range(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
+def _columns(title: str, cells: list[str]) -> list[str]:
+    """`cells` in two columns, so that they fit 80 characters, behind a title."""
+    rows = ["".join(f"{cell:<34}" for cell in cells[start : start + 2]) for start in range(0, len(cells), 2)]
+    return [f"  {title if not number else '':<10} {row}".rstrip() for number, row in enumerate(rows)]
+
+
+def _range(figures: Mapping[str, Any]) -> str:
+    low, high = figures["interval"]
     return f"{low:.1%} to {high:.1%}"

@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gruppo.errors import UsageError
-from gruppo.utils.stats import (
-    MOST_VOTES,
-)
+from gruppo.utils.stats import MOST_VOTES
 
 
-def draw_curves(sets: Sequence[tuple[str, Mapping[str, Any]]], title: str, write: Callable[[Any], None]) -> None:
-    """pass@k and maj@k of one or more models in one picture, as Figure 7 of DeepSeekMath has them: `sets` holds their
-    names and figures; `write` is given matplotlib's figure. Raises UsageError where there are no curves, or where
-    matplotlib is not installed."""
-    if missing := [name for name, found in sets if "maj" not in found.get("curves", {})]:
-        raise UsageError(f"--curves: {missing[0]}: needs 2 to {MOST_VOTES:,} answers a question")
+def draw_curves(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, write: Callable[[Any], None]) -> None:
+    """Plot pass@k and maj@k of one or more models in one figure, like Figure 7 of DeepSeekMath.
+
+    `results`: pairs of model name and figures. `write`: receives matplotlib's figure. Raises UsageError if a model has
+    no curves, or if matplotlib is not installed.
+    """
+    if missing := [name for name, figures in results if "maj" not in figures.get("curves", {})]:
+        raise UsageError(f"--curves: {missing[0]}: needs 2 to {MOST_VOTES:,} answers per question")
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
@@ -24,20 +24,20 @@ def draw_curves(sets: Sequence[tuple[str, Mapping[str, Any]]], title: str, write
         raise UsageError("--curves: needs matplotlib; pip install 'gruppo[plots]'") from None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for number, (name, found) in enumerate(sets):
+    for number, (name, figures) in enumerate(results):
         for style, curve in (("-", "pass"), ("--", "maj")):
-            points = found["curves"][curve]
+            points = figures["curves"][curve]
             ks = [int(k) for k in points]
-            colour = f"C{number}"
+            color = f"C{number}"
             axes.plot(
-                ks, [points[str(k)]["value"] for k in ks], style, color=colour, marker="o", label=f"{name}: {curve}@k"
+                ks, [points[str(k)]["value"] for k in ks], style, color=color, marker="o", label=f"{name}: {curve}@k"
             )
             low, high = ([points[str(k)]["interval"][side] for k in ks] for side in (0, 1))
-            axes.fill_between(ks, low, high, color=colour, alpha=0.1, linewidth=0)
+            axes.fill_between(ks, low, high, color=color, alpha=0.1, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlabel="k", ylabel="accuracy, with 95 % intervals over questions", title=title)
+    axes.set(xlabel="k", ylabel="accuracy, with 95% intervals over questions", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     write(figure)

@@ -1,4 +1,4 @@
-"""What an evaluation came to: questions and figures by evaluation set."""
+"""Results of an evaluation: questions and figures by evaluation set."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NEEDED_COLUMNS = pa.schema(
     [
         EVALUATIONS.field(name)
         for name in (
-            "eval_set", "prompt_id", "question", "answer", "correct", "extracted", "rule", "other_rules", "vote", "score",
-            "finish_reason", "sample",
+            "eval_set", "prompt_id", "question", "answer", "correct", "extracted", "rule", "other_rules", "vote",
+            "score", "finish_reason", "sample",
         )
     ]
 )  # fmt: skip
@@ -28,12 +28,12 @@ NEEDED_COLUMNS = pa.schema(
 RESULTS = "results.json"
 
 
-HELD_OUT = "held-out"  # what a run's own exam, which has no name, is called beside others
+HELD_OUT = "held-out"  # display name of a run's own evaluation set, whose name is ""
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """What was answered in an exam: its questions, and the figures of results.json."""
+    """Results of one evaluation set: its questions, and its figures as in results.json."""
 
     questions: list[Question]
     figures: Mapping[str, Any]
@@ -41,25 +41,28 @@ class SetResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The exams of a model, by name. `path`: the folder, if there is one."""
+    """Results of one model, by evaluation set. `path`: the evaluation folder, if there is one."""
 
     model: str
-    sheets: dict[str, SetResult]
+    sets: dict[str, SetResult]
     path: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        exams = {name: dict(sheet.figures) for name, sheet in self.sheets.items()}
-        return {"model": self.model, "gruppo": __version__, "sets": exams}
+        figures = {name: dict(result.figures) for name, result in self.sets.items()}
+        return {"model": self.model, "gruppo": __version__, "sets": figures}
 
 
-def sets_of(tables: Sequence[pa.Table], beside: Mapping[str, Mapping[str, Any]]) -> dict[str, SetResult]:
-    """The rows of every exam as questions, with their figures, and `beside` them what no row tells."""
-    held: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def sets_of(tables: Sequence[pa.Table], extra: Mapping[str, Mapping[str, Any]]) -> dict[str, SetResult]:
+    """The results of every evaluation set, from its rows.
+
+    `extra`: figures that cannot be computed from the rows, by set name.
+    """
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for table in tables:
         for row in table.to_pylist():
-            held[row["eval_set"]].append(row)
+            rows[row["eval_set"]].append(row)
     return {
-        name or HELD_OUT: SetResult(questions_of(held[name]), {**told, **figures_of(held[name])})
-        for name, told in beside.items()
+        name or HELD_OUT: SetResult(questions_of(rows[name]), {**figures, **figures_of(rows[name])})
+        for name, figures in extra.items()
     }

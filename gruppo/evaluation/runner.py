@@ -1,4 +1,4 @@
-"""Running evaluation sets: answers, verdicts, figures."""
+"""Running evaluation sets: sampling answers, grading them, and computing figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import read_eval_sets
 from gruppo.evaluation.metrics import figures_of
 from gruppo.evaluation.sets import EvalSet, make_eval_set
-from gruppo.evaluation.verdicts import mark, vote
+from gruppo.evaluation.verdicts import grade_answer, vote
 from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
@@ -36,52 +36,54 @@ from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 from gruppo.utils.text import as_json
 
-Sampler = Callable[..., list[list[Completion]]]  # as `sample_groups`
+Sampler = Callable[..., list[list[Completion]]]  # same signature as `sample_groups`
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers to the questions of an exam and their grades, a list for each question. `scores`: what a reward model
-    gives each answer, where there is one."""
+    """Answers to an evaluation set and their grades, one list per question.
 
-    exam: EvalSet
+    `scores`: reward model scores of the answers, if there is a reward model.
+    """
+
+    eval_set: EvalSet
     answers: Sequence[Sequence[Completion]]
     verdicts: Sequence[Sequence[Verdict]]
     scores: Sequence[Sequence[float]] | None = None
 
     @property
     def completions(self) -> list[Completion]:
-        """One question's after another's."""
+        """All answers, question by question."""
         return list(chain.from_iterable(self.answers))
 
     @property
     def correct(self) -> list[bool]:
-        """One question's after another's."""
-        return [verdict.correct for own in self.verdicts for verdict in own]
+        """Whether each answer is correct, question by question."""
+        return [verdict.correct for verdicts in self.verdicts for verdict in verdicts]
 
     def figures(self) -> dict[str, Any]:
         """See `gruppo.evaluation.metrics.figures_of`."""
         return figures_of(self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row an answer, for a table."""
-        return answer_rows(self.exam, self.exam.prompts, self.answers, self.verdicts, self.scores)
+        """One table row per answer."""
+        return answer_rows(self.eval_set, self.eval_set.prompts, self.answers, self.verdicts, self.scores)
 
 
 def answer_rows(
-    exam: EvalSet,
+    eval_set: EvalSet,
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[Completion]],
-    graded: Sequence[Sequence[Verdict]],
+    verdicts: Sequence[Sequence[Verdict]],
     scores: Sequence[Sequence[float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row an answer to some of an exam's questions, with the columns of gruppo.runs.tables.EVALUATIONS."""
+    """One row per answer to some questions of a set, with the columns of `gruppo.runs.tables.EVALUATIONS`."""
     return [
         {
-            "eval_set": exam.name,
+            "eval_set": eval_set.name,
             "prompt_id": prompt.id,
             "sample": number,
-            "question": asked if isinstance(asked := prompt.columns.get("question"), str) else prompt.text,
+            "question": question if isinstance(question := prompt.columns.get("question"), str) else prompt.text,
             "columns": as_json(dict(prompt.columns)),
             "answer": completion.text,
             "correct": verdict.correct,
@@ -96,49 +98,54 @@ def answer_rows(
             "mask": list(completion.mask),
             "logprobs": list(completion.sampling_logprobs),
         }
-        for place, (prompt, own, verdicts_of) in enumerate(zip(prompts, answers, graded, strict=True))
-        for number, (completion, verdict) in enumerate(zip(own, verdicts_of, strict=True))
+        for place, (prompt, completions, grades) in enumerate(zip(prompts, answers, verdicts, strict=True))
+        for number, (completion, verdict) in enumerate(zip(completions, grades, strict=True))
     ]
 
 
-def answer(
+def sample_answers(
     engine: Engine,
-    exam: EvalSet,
+    eval_set: EvalSet,
     places: range,
     seed: int,
     progress: Progress,
     stop: Stop,
     sample: Sampler = sample_groups,
 ) -> list[list[Completion]]:
-    """`exam.samples` answers to each of its questions at `places`. The same seed draws the same random numbers at every
-    evaluation of a run, so that two of them differ by the policy alone."""
-    streams = [[(seed, 0, place, number, 1) for number in range(exam.samples)] for place in places]
-    prompts = [exam.prompts[place] for place in places]
-    return sample(engine, prompts, streams, exam.options, progress, stop, f"Evaluating {exam.name}".rstrip())
+    """Sample `eval_set.samples` answers to each question at `places`.
+
+    The same seed gives the same random numbers at every evaluation of a run, so that two evaluations differ only by the
+    policy.
+    """
+    streams = [[(seed, 0, place, number, 1) for number in range(eval_set.samples)] for place in places]
+    prompts = [eval_set.prompts[place] for place in places]
+    return sample(engine, prompts, streams, eval_set.options, progress, stop, f"Evaluating {eval_set.name}".rstrip())
 
 
-def graded(exam: EvalSet, places: range, answers: Sequence[Sequence[Completion]], stop: Stop) -> list[list[Verdict]]:
-    """The verdicts on answers to an exam's questions at `places`."""
-    made = []
-    for place, own in zip(places, answers, strict=True):
-        prompt, verdicts_of = exam.prompts[place], []
-        for completion in own:
+def grade_answers(
+    eval_set: EvalSet, places: range, answers: Sequence[Sequence[Completion]], stop: Stop
+) -> list[list[Verdict]]:
+    """Grade the answers to the questions at `places`."""
+    verdicts = []
+    for place, completions in zip(places, answers, strict=True):
+        prompt, question_verdicts = eval_set.prompts[place], []
+        for completion in completions:
             stop.check()
-            verdicts_of.append(mark(completion.text, prompt, exam.graders[prompt.task]))
-        made.append(verdicts_of)
-    return made
+            question_verdicts.append(grade_answer(completion.text, prompt, eval_set.graders[prompt.task]))
+        verdicts.append(question_verdicts)
+    return verdicts
 
 
-def hold(
-    exam: EvalSet, engine: Engine, seed: int, progress: Progress, stop: Stop, sample: Sampler = sample_groups
+def run_eval_set(
+    eval_set: EvalSet, engine: Engine, seed: int, progress: Progress, stop: Stop, sample: Sampler = sample_groups
 ) -> Evaluation:
-    """The whole exam, in memory."""
-    answers, verdicts_of = [], []
-    for places in exam.chunks():
-        made = answer(engine, exam, places, seed, progress, stop, sample)
-        answers += made
-        verdicts_of += graded(exam, places, made, stop)
-    return Evaluation(exam, answers, verdicts_of)
+    """Run a whole evaluation set in memory."""
+    answers, verdicts = [], []
+    for places in eval_set.chunks():
+        part = sample_answers(engine, eval_set, places, seed, progress, stop, sample)
+        answers += part
+        verdicts += grade_answers(eval_set, places, part, stop)
+    return Evaluation(eval_set, answers, verdicts)
 
 
 def evaluate(
@@ -159,12 +166,13 @@ def evaluate(
     progress: bool | Progress = True,
     stop: Stop | None = None,
 ) -> Evaluation:
-    """Accuracy of a model on the held-out part of a task, or on all rows of a task without one; greedy by default.
+    """Evaluate a model on a task, greedily by default.
 
-    `task`: a name, the fields of [task], or a Task; `options` are those of a task by name. `questions`: how many at
-    the most, from the start. `samples`: answers a question. `decoding`: fields of [evaluation.decoding], such as
-    temperature and top_p. `grader`: by default the task's own. `tokenizer`: that of a model in memory. Raises
-    UsageError for whatever of the arguments is wrong, by its name in a recipe.
+    The questions are the held-out part of the task, or all its rows if it has none. `task`: a name, the fields of
+    [task], or a Task. `options`: options of a task given by name. `questions`: maximum number of questions, from the
+    start. `samples`: answers per question. `decoding`: fields of [evaluation.decoding], such as temperature and top_p.
+    `grader`: the task's own by default. `tokenizer`: for a model passed from Python. Raises UsageError for an invalid
+    argument, naming it as in a recipe.
     """
     if isinstance(task, Task):
         task = task.model_dump(exclude_none=True)
@@ -177,7 +185,7 @@ def evaluate(
         "decoding": dict(decoding or {}),
         "grader": grader,
     }
-    name = str(model) if isinstance(model, str | Path) else "given"
+    name = str(model) if isinstance(model, str | Path) else "in-memory"
     recipe = load_recipe(
         {
             "run": {"seed": seed},
@@ -198,24 +206,24 @@ def evaluate_recipe(
     progress: bool | Progress = True,
     stop: Stop | None = None,
 ) -> Evaluation:
-    """The [evaluation] that a recipe describes, of its model or of one in memory. Raises UsageError."""
+    """Run a recipe's [evaluation] with its model, or with a model passed from Python. Raises UsageError."""
     progress, stop = choose_progress(progress), stop or Stop()
     if recipe.evaluation is None:
         raise UsageError("evaluation: missing; the recipe describes no evaluation: write [evaluation] in it")
     with ExitStack() as stack:
-        alone = recipe.model_copy(update={"benchmarks": []})
-        candidate = open_eval_sets(alone, progress, stack, model, tokenizer)
-        return hold(candidate.exams[0], candidate.engine, recipe.run.seed, progress, stop, candidate.sample)
+        without_benchmarks = recipe.model_copy(update={"benchmarks": []})
+        candidate = open_eval_sets(without_benchmarks, progress, stack, model, tokenizer)
+        return run_eval_set(candidate.eval_sets[0], candidate.engine, recipe.run.seed, progress, stop, candidate.sample)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is ready to answer the exams of a recipe, by `sample`."""
+    """A model with the evaluation sets that it is to answer. `sample`: the function that samples its answers."""
 
     source: ModelSource
     policy: LanguageModel
     engine: Engine
-    exams: list[EvalSet]
+    eval_sets: list[EvalSet]
     sample: Sampler
 
 
@@ -226,10 +234,13 @@ def open_eval_sets(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Candidate:
-    """Read a recipe's exams and load its model, or take one in memory; processes of an environment are left to `stack`.
-    Whatever is wrong with the exams is a UsageError before weights are loaded."""
+    """Read a recipe's evaluation sets and load its model, or use the model passed from Python.
+
+    `stack` closes the processes of an environment. Raises UsageError for problems with the evaluation sets, before
+    weights are loaded.
+    """
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
-    rows = read_eval_sets(recipe, progress)
+    all_rows = read_eval_sets(recipe, progress)
     source = find_model(
         recipe.model.name if model is None else model, progress, tokenizer, recipe.model.trust_remote_code
     )
@@ -241,14 +252,15 @@ def open_eval_sets(
             context, known = source.context, source.vocabulary
             return tokenize_part(part, source.tokenizer, context, room, known, most, advance, tools)[0]
 
-    exams = [make_eval_set(each, recipe, tokenize) for each in rows]
+    eval_sets = [make_eval_set(rows, recipe, tokenize) for rows in all_rows]
     policy = load_model(source, recipe.model.device, recipe.model.dtype, progress)
-    prompts = [prompt for exam in exams for prompt in exam.prompts]
+    prompts = [prompt for eval_set in eval_sets for prompt in eval_set.prompts]
     sample: Sampler = sample_groups
-    room = max(exam.options.max_tokens for exam in exams)
+    room = max(eval_set.options.max_tokens for eval_set in eval_sets)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     if opened is not None:
         sample = opened.episodes(policy.tokenizer, policy.eos_ids, prompts).sample
-        longest += room  # what was written before a turn is its prompt
-    wanted = max(len(exam.prompts) * exam.samples for exam in exams)
-    return Candidate(source, policy, build_engine(policy, choose_slots(policy, longest, room, wanted)), exams, sample)
+        longest += room  # the prompt of a turn includes all earlier turns
+    wanted = max(len(eval_set.prompts) * eval_set.samples for eval_set in eval_sets)
+    engine = build_engine(policy, choose_slots(policy, longest, room, wanted))
+    return Candidate(source, policy, engine, eval_sets, sample)

@@ -1,4 +1,4 @@
-"""The evaluations of a run: when they are due, and what they record."""
+"""Evaluation during training: when sets are due, and what is recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from gruppo.engines.base import Engine
 from gruppo.evaluation.metrics import figure_metrics
-from gruppo.evaluation.runner import Evaluation, Sampler, hold
+from gruppo.evaluation.runner import Evaluation, Sampler, run_eval_set
 from gruppo.evaluation.sets import EvalSet
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.recorder import Recorder
@@ -19,8 +19,11 @@ from gruppo.utils.signals import Stop
 
 
 class Evaluated(Protocol):
-    """What a run's state keeps of its evaluations: figures by step; `evaluated`: the evaluation that is due at this
-    step is done."""
+    """The part of a run's state that evaluations change.
+
+    `evaluated`: the evaluation due at this step is done. `evaluations`: figures by step. `benchmarks`: figures by step
+    and benchmark name.
+    """
 
     step: int
     evaluated: bool
@@ -30,9 +33,9 @@ class Evaluated(Protocol):
 
 @dataclass(frozen=True)
 class EvalSchedule:
-    """Runs the evaluation sets of a recipe before the first step, every so many steps, and at the end.
+    """Runs the evaluation sets of a recipe before the first step, every `every` steps of a set, and at the end.
 
-    `tell`: called with step, figures and rows of each evaluation, for callbacks.
+    `notify`: called with step, figures and rows of each evaluation, for callbacks.
     """
 
     sets: Sequence[EvalSet]
@@ -43,41 +46,44 @@ class EvalSchedule:
     folder: RunFolder
     recorder: Recorder
     stop: Stop
-    tell: Callable[[int, dict[str, Any], list[dict[str, Any]]], None]
+    notify: Callable[[int, dict[str, Any], list[dict[str, Any]]], None]
 
     def run_due(self, at_end: bool) -> None:
-        """Run the sets that are due: a table of all their answers, a line of metrics, and the figures in the state."""
+        """Run the sets that are due. Writes a table of all answers and a line of metrics, and updates the state."""
         state, start = self.state, time.monotonic()
-        due = [each for each in self.sets if each.due(state.step, at_end)]
+        due = [eval_set for eval_set in self.sets if eval_set.due(state.step, at_end)]
         if state.evaluated or not due:
             return
         with self.stop.interruptible():
-            results = [hold(each, self.engine, self.seed, self.recorder, self.stop, self.sample) for each in due]
-        rows = [result.rows() for result in results]
-        self.folder.table("evaluations", state.step, list(chain(*rows)), EVALUATIONS)
+            results = [
+                run_eval_set(eval_set, self.engine, self.seed, self.recorder, self.stop, self.sample)
+                for eval_set in due
+            ]
+        all_rows = [result.rows() for result in results]
+        self.folder.table("evaluations", state.step, list(chain(*all_rows)), EVALUATIONS)
         values: dict[str, Any] = {"step": state.step}
-        figures = [result.figures() for result in results]
-        for result, own in zip(results, figures, strict=True):
-            name = result.exam.name
+        all_figures = [result.figures() for result in results]
+        for result, figures in zip(results, all_figures, strict=True):
+            name = result.eval_set.name
             if name:
-                state.benchmarks.setdefault(str(state.step), {})[name] = own
+                state.benchmarks.setdefault(str(state.step), {})[name] = figures
             else:
-                state.evaluations[str(state.step)] = own
-            values |= figure_metrics(f"eval/{name}/" if name else "eval/", own)
+                state.evaluations[str(state.step)] = figures
+            values |= figure_metrics(f"eval/{name}/" if name else "eval/", figures)
             self._record_ambiguous(result)
         values["time/evaluate"] = time.monotonic() - start
         self.recorder.step(values)
         state.evaluated = True
-        for result, own, own_rows in zip(results, figures, rows, strict=True):
-            self.tell(state.step, {"eval_set": result.exam.name, **own}, own_rows)
+        for result, figures, rows in zip(results, all_figures, all_rows, strict=True):
+            self.notify(state.step, {"eval_set": result.eval_set.name, **figures}, rows)
 
     def _record_ambiguous(self, result: Evaluation) -> None:
-        """An event for the answers that extraction rules read differently."""
-        pairs = zip(result.exam.prompts, result.verdicts, strict=True)
-        asked = [prompt.id for prompt, own in pairs if any(verdict.ambiguous for verdict in own)]
-        if asked:
-            count = sum(verdict.ambiguous for own in result.verdicts for verdict in own)
-            message = f"rules of extraction disagree on {count} of {len(result.completions)} answers; see evaluations/"
+        """Record an event if extraction rules disagree on some answers."""
+        pairs = zip(result.eval_set.prompts, result.verdicts, strict=True)
+        prompt_ids = [prompt.id for prompt, verdicts in pairs if any(verdict.ambiguous for verdict in verdicts)]
+        if prompt_ids:
+            count = sum(verdict.ambiguous for verdicts in result.verdicts for verdict in verdicts)
+            message = f"ambiguous answer extraction: {count} of {len(result.completions)} answers; see evaluations/"
             self.recorder.event(
-                "ambiguous_answer", message, self.state.step, eval_set=result.exam.name, prompt_ids=asked
+                "ambiguous_answer", message, self.state.step, eval_set=result.eval_set.name, prompt_ids=prompt_ids
             )

@@ -1,4 +1,4 @@
-"""Evaluation sets: questions, how they are answered, and who grades the answers."""
+"""Evaluation sets: questions, decoding settings and graders."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from gruppo.data.mixture import interleaved
 from gruppo.engines.base import SamplingParams
 from gruppo.errors import RunError, UsageError
 from gruppo.evaluation.datasets import EvalSetRows
-from gruppo.evaluation.verdicts import mark
+from gruppo.evaluation.verdicts import grade_answer
 from gruppo.rewards.grading.graders import GRADERS, Named
 from gruppo.types import Prompt
 
-Tokenize = Callable[
-    [Dataset, int, int], list[Prompt]
-]  # a part's prompts, with room for so many tokens, at most so many
+# Arguments: a part, the tokens of context to reserve for the answer, and the maximum number of prompts.
+Tokenize = Callable[[Dataset, int, int], list[Prompt]]
 
 
-CHUNK = 1024  # answers that are sampled in one go; what was sampled before is kept where a folder is written
+CHUNK = 1024  # answers sampled at a time; with an evaluation folder, finished chunks survive a kill
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Questions, how they are answered, and who grades the answers.
+    """Questions, decoding settings and graders.
 
-    `name`: of the task, "" for the held-out questions of a run. `graders`: by the task of a prompt. `every`:
-    steps between two times that it is held in a run, 0 for its beginning and end only. `domain`: whether the recipe
-    trains on questions of its kind.
+    `name`: of the task, or "" for the held-out questions of a run. `graders`: by the task of a prompt. `every`: steps
+    between evaluations during a run, or 0 to evaluate only before the first and after the last step. `domain`:
+    see `EvalSetRows`.
     """
 
     name: str
@@ -42,18 +41,20 @@ class EvalSet:
     domain: str | None
 
     def due(self, step: int, at_end: bool) -> bool:
-        """Whether it is held after so many steps."""
+        """Whether this set is evaluated at `step`."""
         return step == 0 or at_end or (self.every > 0 and step % self.every == 0)
 
     def chunks(self) -> Iterator[range]:
-        """The places of questions that are answered in one go. Which these are decides, in bfloat16, the last digits
-        of what is sampled; so they depend on the exam alone."""
+        """Index ranges of the questions that are sampled together.
+
+        In bfloat16, the grouping affects the last digits of what is sampled, so it depends on the evaluation set alone.
+        """
         size = max(1, CHUNK // self.samples)
         return (range(start, min(start + size, len(self.prompts))) for start in range(0, len(self.prompts), size))
 
 
 def sampling_params(decoding: Decoding, max_tokens: int) -> SamplingParams:
-    """The engine's options of a recipe's decoding. Raises UsageError where the minimum is above the maximum."""
+    """The engine's options for a recipe's decoding. Raises UsageError if min_tokens is greater than max_tokens."""
     if decoding.min_tokens > max_tokens:
         raise UsageError(
             f"evaluation.decoding.min_tokens = {decoding.min_tokens}: is more than max_tokens = {max_tokens}; lower it"
@@ -62,22 +63,25 @@ def sampling_params(decoding: Decoding, max_tokens: int) -> SamplingParams:
 
 
 def make_eval_set(rows: EvalSetRows, recipe: Recipe, tokenize: Tokenize) -> EvalSet:
-    """An exam of rows, with each grader tried on an empty answer to every question. Raises UsageError where a question
-    does not fit the model, or the grader."""
+    """Build an evaluation set from rows, and try its graders.
+
+    Raises UsageError if a question does not fit the model or the grader.
+    """
     settings = rows.settings
     limit = settings.max_tokens or recipe.sampling.max_tokens
     options = sampling_params(settings.decoding, limit)
     prompts = interleaved([tokenize(part, limit, settings.questions) for part in rows.parts], settings.questions)
-    exam = EvalSet(rows.name, prompts, rows.graders, options, settings.samples, settings.every, rows.domain)
-    check_graders(exam.graders, prompts)
-    return exam
+    eval_set = EvalSet(rows.name, prompts, rows.graders, options, settings.samples, settings.every, rows.domain)
+    check_graders(eval_set.graders, prompts)
+    return eval_set
 
 
 def check_graders(graders: Mapping[str, Named], prompts: Sequence[Prompt]) -> None:
-    """Try graders on an empty answer to every question, before any work. Raises UsageError where one fails."""
+    """Try the graders on an empty answer to every question. Raises UsageError if one fails."""
     for prompt in prompts:
         try:
-            mark("", prompt, graders[prompt.task])
+            grade_answer("", prompt, graders[prompt.task])
         except RunError as error:
-            own = graders[prompt.task].name not in GRADERS
-            raise UsageError(f"{error}; write def grader(text, columns) -> bool" if own else str(error)) from None
+            user_defined = graders[prompt.task].name not in GRADERS
+            message = f"{error}; write def grader(text, columns) -> bool" if user_defined else str(error)
+            raise UsageError(message) from None

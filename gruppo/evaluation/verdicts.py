@@ -1,4 +1,4 @@
-"""The verdict on an answer, by a grader of ours or of a user."""
+"""Grading one answer, with a built-in or a user-defined grader."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from gruppo.types import Prompt
 
 
 def vote(verdict: Verdict) -> str | None:
-    """What an answer says, equal for equal answers; None where nothing could be extracted. All right answers are equal;
-    others are by the value of a number, or else by their text without case and space."""
+    """A key that is equal for equal answers, or None if no answer could be extracted.
+
+    All correct answers have the same key. Other answers are identified by their number, otherwise by their text without
+    case and whitespace.
+    """
     if verdict.correct:
         return "right"
     if verdict.extracted is None:
@@ -26,20 +29,23 @@ def vote(verdict: Verdict) -> str | None:
 _NUMERIC = re.compile(r"[-−+$€£]?[\d,./]+%?", re.ASCII)
 
 
-def mark(text: str, prompt: Prompt, grader: Named) -> Verdict:
-    """The verdict on an answer. Raises RunError where a grader of the user's raises, or gives anything but yes or no;
-    it has no rules of extraction, and votes by the last number, or else by the whole text."""
+def grade_answer(text: str, prompt: Prompt, grader: Named) -> Verdict:
+    """Grade an answer.
+
+    A user-defined grader has no extraction rules: the last number counts as the extracted answer, otherwise the whole
+    text. Raises RunError if a user-defined grader raises, or returns anything but True or False.
+    """
     if grader.name in GRADERS:
         try:
             return verdicts(text, prompt.columns, grader.name)
         except Exception as error:
             raise _failed(grader.name, prompt, error) from error
     number = last_number(text)
-    said = text.strip() if number is None else str(number)
-    return Verdict(_graded(grader, text, prompt), said or None, grader.name)
+    extracted = text.strip() if number is None else str(number)
+    return Verdict(_is_correct(grader, text, prompt), extracted or None, grader.name)
 
 
-def _graded(named: Named, text: str, prompt: Prompt) -> bool:
+def _is_correct(named: Named, text: str, prompt: Prompt) -> bool:
     try:
         verdict: Any = named.grader(text, prompt.columns)
     except Exception as error:
@@ -47,13 +53,13 @@ def _graded(named: Named, text: str, prompt: Prompt) -> bool:
     if hasattr(verdict, "item"):
         verdict = verdict.item()  # numpy's bool
     if hasattr(verdict, "close"):
-        verdict.close()  # a coroutine that nobody will await
+        verdict.close()  # a coroutine that is never awaited
     if not isinstance(verdict, bool) and verdict not in (0, 1):
         raise RunError(
-            f"evaluation.grader: gives {type(verdict).__name__} {verdict!r} on {prompt.id}, not True or False"
+            f"evaluation.grader: returned {type(verdict).__name__} {verdict!r} for {prompt.id}, not True or False"
         )
     return bool(verdict)
 
 
 def _failed(name: str, prompt: Prompt, error: Exception) -> RunError:
-    return RunError(f'evaluation.grader = "{name}": fails on {prompt.id} ({type(error).__name__}: {error})')
+    return RunError(f'evaluation.grader = "{name}": failed on {prompt.id} ({type(error).__name__}: {error})')

@@ -1,1 +1,1 @@
-"""Policies, value heads, reward models, LoRA, attention backends and the operations they run on."""
+"""Policies, value models, reward models, LoRA, attention plans, and the operations they run on."""

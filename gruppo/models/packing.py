@@ -1,7 +1,7 @@
-"""Groups -> micro-batches in which each prompt stands once, followed by its completions.
+"""Packing of groups into micro-batches. Each prompt occurs once and is followed by its completions.
 
-The weight of every token is fixed here over the whole step, before anything is split: how the step is cut into
-micro-batches, and in which order its groups stand, cannot change the objective.
+Token weights are computed here over the whole step before it is split. So the split into micro-batches and the order of
+the groups cannot change the objective.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch import Tensor
 from gruppo.models.policy import LanguageModel
 from gruppo.types import Group
 
-MAX_TOKENS = 1024  # of a micro-batch: beyond it products get no quicker
+MAX_TOKENS = 1024  # per micro-batch; larger ones do not make matmuls faster
 
 
 def most_tokens(prompt_tokens: int) -> int:
-    """Of a micro-batch. Where prompts are long they are at most half of it, or they would be computed again for every
-    few completions."""
+    """Maximum number of tokens of a micro-batch.
+
+    A prompt is at most half of it. Otherwise long prompts would be computed again for every few completions.
+    """
     return max(MAX_TOKENS, 2 * prompt_tokens)
 
 
@@ -31,11 +33,12 @@ TokenWeights = Callable[[list[list[int]]], list[list[float]]]
 
 @dataclass(slots=True)
 class Batch:
-    """A micro-batch. Tensors over T are what the model reads, tensors over N the completion tokens in the loss.
+    """A micro-batch. Tensors over T are read by the model, tensors over N are the completion tokens in the loss.
 
-    The last token of a completion is never read, only predicted, so it is not in T. `predictors[n]` is the place in
-    T whose hidden state predicts `targets[n]`. `members` says which (group, completion) each stretch of N is.
-    `old_logprobs` and `ref_logprobs` are filled in by the method. `values` and `returns` are there with a value model.
+    The last token of a completion is predicted but never read, so it is not in T. `layout` has the lengths of each
+    prompt and its completions in T. `predictors[n]` is the position in T whose hidden state predicts `targets[n]`.
+    `members` lists the completions in N, in order, as (group index, completion index, number of tokens). The method
+    fills in `old_logprobs` and `ref_logprobs`. `values` and `returns` are set with a value model only.
     """
 
     token_ids: Int[Tensor, " T"]
@@ -54,7 +57,7 @@ class Batch:
 
     @property
     def sequences(self) -> Int[Tensor, " N"]:
-        """The number of each token's completion within the batch; completions are never split between batches."""
+        """The index of the completion of each token within the batch. Completions are never split between batches."""
         lengths = torch.tensor([length for _, _, length in self.members], device=self.targets.device)
         return torch.arange(len(lengths), device=self.targets.device).repeat_interleave(lengths)
 
@@ -62,11 +65,11 @@ class Batch:
 def pack(
     groups: Sequence[Group], token_weights: TokenWeights, budget: int, with_kl: bool, device: torch.device | str = "cpu"
 ) -> list[Batch]:
-    """Micro-batches of at most `budget` read tokens (or one completion, if that alone is longer).
+    """Pack groups into micro-batches of at most `budget` read tokens, or one completion if it alone is longer.
 
-    Completions that are not trained on are left out, as if they had not been sampled. Those whose advantages are all 0
-    are left out where the loss has no KL term (`with_kl` False): their gradient would be 0; they still count in the
-    weights.
+    Completions that are not trained on are left out, as if they had not been sampled. Without a KL term in the loss
+    (`with_kl` False), completions whose advantages are all 0 are also left out, because their gradient is 0; they still
+    count in the weights.
     """
     lengths = [[sum(c.mask) for c, used in zip(g.completions, g.trained, strict=True) if used] for g in groups]
     packer = _Packer(budget, device)
@@ -85,13 +88,13 @@ class _Packer:
         self.tokens = 0
 
     def add(self, index: int, number: int, group: Group, weight: float) -> None:
-        """Put a completion into the last micro-batch, or into a new one where it does not fit."""
-        own, prompt = len(group.completions[number].token_ids) - 1, len(group.prompt.token_ids)
+        """Add a completion to the last micro-batch, or to a new one if it does not fit."""
+        completion, prompt = len(group.completions[number].token_ids) - 1, len(group.prompt.token_ids)
         continues = bool(self.plans) and self.plans[-1][-1][0] == index
-        needed = own if continues else own + prompt
+        needed = completion if continues else completion + prompt
         if not self.plans or self.tokens + needed > self.budget:
             self.plans.append([])
-            self.tokens, needed = 0, own + prompt
+            self.tokens, needed = 0, completion + prompt
         self.plans[-1].append((index, number, group, weight))
         self.tokens += needed
 
@@ -128,9 +131,9 @@ class _Packer:
             if group.returns:
                 columns["values"] += (group.values[number] or [])[:-1]
                 columns["returns"] += group.returns[number] or []
-        wide = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
+        dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
         whole = partial(torch.tensor, dtype=torch.long, device=self.device)
-        real = partial(torch.tensor, dtype=wide, device=self.device)
+        real = partial(torch.tensor, dtype=dtype, device=self.device)
         return Batch(
             token_ids=whole(token_ids),
             positions=whole(positions),
@@ -147,9 +150,9 @@ class _Packer:
 
 
 def score(policy: LanguageModel, batch: Batch, temperature: float) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Log-probabilities of the batch's completion tokens and the entropy at each, in nats, at the temperature.
+    """Log-probabilities of the completion tokens of the batch, and the entropy at each, in nats at `temperature`.
 
-    Call it inside `policy.precision()`. Both are float32, or float64 for a policy of that dtype.
+    Call this inside `policy.precision()`. Both results are float32, or float64 for a float64 policy.
     """
     logprobs, entropy = policy.scorer(
         batch.token_ids, batch.positions, batch.layout, batch.predictors, batch.targets, temperature

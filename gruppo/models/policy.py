@@ -1,4 +1,4 @@
-"""A causal language model with what is needed to compute with it."""
+"""The policy: a causal language model with tokenizer, devices and dtypes, and its copies."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from gruppo.models.weights import WeightSource, named_weights
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model with what is needed to compute with it.
+    """A causal language model with its tokenizer and the settings to compute with it.
 
-    `model` holds float32 weights (float64 in proofs); matrix products run in `dtype`.
-    `eos_ids`: every token id that ends a turn. `context`: the most tokens that a sequence may have.
-    `head_scale`, `head_softcap`: see `OutputHead`. `cache_bytes`: of the keys and values of one token, in all layers.
-    `body`: the decoder with fused products, where there is one; otherwise the module computes. `recompute`: of every
-    layer only the input is kept for backward, which computes the layer again. `generation`: changes with the weights.
+    `model` has float32 weights (float64 for `float64_copy`); matmuls run in `dtype`, the compute dtype. `eos_ids`: all
+    token ids that end a turn. `context`: the maximum number of tokens of a sequence. `head_scale`, `head_softcap`: see
+    `OutputHead`. `cache_bytes`: size of the keys and values of one token in all layers. `body`: the decoder with fused
+    matmuls, if available; otherwise the module computes. `recompute`: keep only the input of every layer for backward,
+    and compute the layer again there. `generation`: counter of weight changes.
     """
 
     model: PreTrainedModel
@@ -55,21 +55,21 @@ class LanguageModel:
     generation: Generation = field(default_factory=Generation)
 
     def precision(self) -> AbstractContextManager[object]:
-        """Products in `dtype` inside the block; each weight is cast at most once in it."""
+        """Run matmuls in `dtype` inside the block. Each weight is cast at most once per block."""
         if self.dtype == torch.bfloat16:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
     @cached_property
     def configs(self) -> list[PreTrainedConfig]:
-        """The configs by which the model's modules choose their attention, each once."""
-        own = {id(module.config): module.config for module in self.model.modules() if hasattr(module, "config")}
-        return [config for config in own.values() if isinstance(config, PreTrainedConfig)]
+        """The configs that select the attention implementation of the modules, without duplicates."""
+        configs = {id(module.config): module.config for module in self.model.modules() if hasattr(module, "config")}
+        return [config for config in configs.values() if isinstance(config, PreTrainedConfig)]
 
     def hidden_states(
         self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan
     ) -> Float[Tensor, "B T H"]:
-        """Last hidden states, after the final norm, with `plan` doing the attention."""
+        """Last hidden states, after the final norm. `plan` computes the attention."""
         if self.body is not None and (self.body.trains or not torch.is_grad_enabled()):
             return self.body.hidden_states(token_ids, positions, plan, self.dtype, self.recompute)
         recompute = self.recompute and torch.is_grad_enabled()
@@ -79,31 +79,33 @@ class LanguageModel:
 
     @contextmanager
     def _recomputing(self, plan: AttentionPlan) -> Iterator[None]:
-        """Inside the block the decoder's layers keep their inputs alone; `plan` is there again when backward comes."""
+        """Let the decoder layers keep only their inputs inside the block. `plan` is active again during backward."""
 
         def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
             return nullcontext(), attention_plan(self.configs, plan)
 
-        layers: list[Any] = [each for each in self.model.modules() if isinstance(each, GradientCheckpointingLayer)]
+        layers: list[Any] = [
+            module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)
+        ]
         before = [vars(layer).get("forward") for layer in layers]
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
         try:
             yield
         finally:
-            for layer, own in zip(layers, before, strict=True):
+            for layer, forward in zip(layers, before, strict=True):
                 del layer.forward
-                if own is not None:
-                    layer.forward = own
+                if forward is not None:
+                    layer.forward = forward
 
     @property
     def scorer(self) -> TokenScorer:
-        """The policy as a module that scores tokens. Not kept: a circle of references would keep a policy alive."""
+        """The policy as a module that scores tokens. Not cached: a reference cycle would keep the policy alive."""
         return TokenScorer(self)
 
     @property
     def head(self) -> OutputHead:
-        """The output head, its weight in the dtype of products: cast again when it has changed."""
+        """The output head with its weight in the compute dtype, cast again when it has changed."""
         layer: Any = self.model.get_output_embeddings()
         return OutputHead(
             self._head_weight(layer.weight, self.dtype), layer.bias, self.head_scale, self.head_softcap, layer.weight
@@ -114,8 +116,11 @@ class LanguageModel:
         return Cast(self.generation)
 
     def frozen_copy(self) -> LanguageModel:
-        """A copy that no update changes: the reference. Weights that are only used in products are kept in `dtype`,
-        which is what they are cast to at each use, so that its numbers are those of the original."""
+        """A copy that updates do not change: the reference policy.
+
+        Weights used only in matmuls are stored in `dtype`, to which they would be cast at each use anyway. So the copy
+        computes the same numbers as the original.
+        """
         model = copy.deepcopy(self.model).requires_grad_(False)
         generation = Generation()
         body = self.body and FusedBody(model.get_decoder(), self.body.layers, generation)
@@ -125,14 +130,14 @@ class LanguageModel:
         return replace(self, model=model, body=body, generation=generation)
 
     def float64_copy(self) -> LanguageModel:
-        """A copy in float64 without gradients, for proofs, which transformers' own modules compute."""
+        """A float64 copy without gradients, computed by transformers' own modules, for numerical checks."""
         model = copy.deepcopy(self.model).requires_grad_(False)
         nn.Module.to(model, torch.float64)
         prepare_for_float64(model)
         return replace(self, model=model, body=None, dtype=torch.float64, generation=Generation())
 
     def weights(self) -> dict[str, Tensor]:
-        """What the saved model holds, by name."""
+        """The weights of the saved model, by name."""
         return named_weights(self.model)
 
     def weight_source(self) -> WeightSource:
@@ -143,8 +148,8 @@ class LanguageModel:
 class TokenScorer(nn.Module):
     """A policy as a module that scores tokens of packed groups.
 
-    Every weight, that of the output head too, is read inside `forward`. So this is the module to shard: whoever gathers
-    the weights of a module for its forward pass has all of them there.
+    All weights, including the weight of the output head, are read inside `forward`. So this is the module to shard:
+    code that gathers the weights of a module for its forward pass gathers all of them here.
     """
 
     def __init__(self, policy: LanguageModel) -> None:
@@ -160,7 +165,7 @@ class TokenScorer(nn.Module):
         targets: Int[Tensor, " N"],
         temperature: float,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Log-probabilities of the targets and the entropy at each, in nats, at the temperature; see `Batch`."""
+        """Log-probabilities of the targets, and the entropy at each, in nats at `temperature`. See `Batch`."""
         hidden = predicting_states(self.policy, token_ids, positions, layout, predictors)
         return token_logprobs(hidden, self.policy.head, targets, temperature)
 
@@ -172,14 +177,17 @@ def predicting_states(
     layout: Sequence[tuple[int, Sequence[int]]],
     predictors: Int[Tensor, " N"],
 ) -> Float[Tensor, "N H"]:
-    """The hidden state that predicts each completion token of packed groups. Call it inside `policy.precision()`."""
+    """The hidden state that predicts each completion token of packed groups. Call inside `policy.precision()`."""
     hidden = policy.hidden_states(token_ids[None], positions[None], SharedPrefixAttention(layout))[0]
     return hidden.index_select(0, predictors)
 
 
 def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Keep the weights of linear layers in `dtype`, which is what they are cast to at each use. Left as they are: an
-    output head that is the embedding too, and the bias of a head, which is added to wide logits."""
+    """Store the weights of linear layers in `dtype`, to which they are cast at each use.
+
+    Unchanged are an output head whose weight is also the embedding, and the bias of the head, which is added to logits
+    in the accumulation dtype.
+    """
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
     for module in model.modules():

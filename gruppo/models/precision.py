@@ -1,4 +1,4 @@
-"""Devices, dtypes, and what keeps a model from computing in float64."""
+"""Devices, compute dtypes, and support for float64."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gruppo.errors import UsageError
 
 
 def prepare_for_float64(model: PreTrainedModel) -> None:
-    """Take out what keeps a model of float64 weights from computing in float64."""
+    """Make a model with float64 weights compute in float64."""
     _widen_norms(model)
-    model.set_experts_implementation("eager")  # the grouped product knows no float64
+    model.set_experts_implementation("eager")  # the grouped matmul does not support float64
 
 
 def _widen_norms(model: PreTrainedModel) -> None:
-    """transformers takes RMS norms in float32, which would leave float64 proofs with float32's rounding.
+    """Replace RMS norms, which transformers computes in float32, by float64 ones.
 
-    Which of the two common formulas a norm follows is seen by trying it; one that follows neither stays as it is.
+    Each norm is tried to find which of the two common formulas it follows. A norm that follows neither is not changed.
     """
 
     def plain(norm: Any, hidden: Tensor) -> Tensor:
@@ -32,14 +32,14 @@ def _widen_norms(model: PreTrainedModel) -> None:
     def shifted(norm: Any, hidden: Tensor) -> Tensor:
         return nn.functional.rms_norm(hidden, norm.weight.shape, 1 + norm.weight, _epsilon(norm))
 
-    norms: list[Any] = [each for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
+    norms: list[Any] = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     for module in norms:
         if _epsilon(module) is not None and hasattr(module, "weight"):
             trial = torch.linspace(-1, 2, module.weight.numel(), dtype=torch.float64, device=module.weight.device)
             with torch.no_grad():
-                made = module(trial[None])
+                expected = module(trial[None])
                 for forward in (plain, shifted):
-                    if torch.allclose(forward(module, trial[None]), made, atol=1e-5):
+                    if torch.allclose(forward(module, trial[None]), expected, atol=1e-5):
                         module.forward = MethodType(forward, module)
                         break
 
@@ -49,22 +49,28 @@ def _epsilon(norm: Any) -> Any:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes cuda, then mps, then cpu. Raises UsageError where it is not there."""
+    """The device `name`. "auto" selects cuda, then mps, then cpu.
+
+    Raises UsageError if it is unknown or not available.
+    """
     if name not in {"auto", "cuda", "mps", "cpu"}:
         raise UsageError(f"device = {name!r}: unknown; write auto, cpu, cuda or mps")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, available in there.items() if available)
-    if not there[name]:
-        raise UsageError(f'model.device = "{name}": this machine has none that torch can use; write "auto"')
+        name = next(device for device, usable in available.items() if usable)
+    if not available[name]:
+        raise UsageError(f'model.device = "{name}": torch cannot use such a device on this machine; write "auto"')
     return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of products; "auto" is bfloat16 where the processor has instructions for it, else float32."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    if name in named:
-        return named[name]
+    """The compute dtype `name`. "auto" is bfloat16 if the processor has instructions for it, else float32.
+
+    Raises UsageError for an unknown name.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name in dtypes:
+        return dtypes[name]
     if name != "auto":
         raise UsageError(f"dtype = {name!r}: unknown; write auto, float32, bfloat16 or float64")
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A language model's layers with a head that gives a number at each token: value models and reward models."""
+"""Scalar heads on the layers of a language model, for value models and reward models."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from gruppo.types import Completion, Group
 
 @dataclass(frozen=True)
 class ScalarModel:
-    """`policy`: the layers (its output head is not used); `head`: from a hidden state to a number, never narrow."""
+    """The layers of `policy`, whose output head is not used, and `head`, which maps hidden states to scalars.
+
+    The head is always in the accumulation dtype.
+    """
 
     policy: LanguageModel
     head: nn.Linear
 
     @classmethod
     def on(cls, policy: LanguageModel, bias: bool = True) -> ScalarModel:
-        """A head of zeros on a model's layers, so that every number begins as 0."""
+        """A model with a zero-initialized head on the layers of `policy`, so all outputs start as 0."""
         weight = policy.head.weight
-        wide = torch.promote_types(policy.dtype, torch.float32)
-        head = nn.Linear(weight.shape[1], 1, bias=bias, device=policy.device, dtype=wide)
+        dtype = torch.promote_types(policy.dtype, torch.float32)
+        head = nn.Linear(weight.shape[1], 1, bias=bias, device=policy.device, dtype=dtype)
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
         return cls(policy, head)
 
     @cached_property
     def module(self) -> nn.Module:
-        """Layers and head: what is trained and saved."""
+        """Layers and head as the module that is trained and saved."""
         return ScalarScorer(self)
 
     def numbers(self, batch: Batch) -> Float[Tensor, " N"]:
-        """One at the state before each completion token. Call it inside `policy.precision()`."""
+        """The output at the state before each completion token. Call inside `policy.precision()`."""
         numbers: Tensor = self.module(batch.token_ids, batch.positions, batch.layout, batch.predictors)
         return numbers
 
 
 class ScalarScorer(nn.Module):
-    """Layers and head as one module, whose forward reads every weight; see `gruppo.models.policy.TokenScorer`."""
+    """Layers and head as one module whose forward reads every weight. See `gruppo.models.policy.TokenScorer`."""
 
     def __init__(self, model: ScalarModel) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class ScalarScorer(nn.Module):
         layout: Sequence[tuple[int, Sequence[int]]],
         predictors: Int[Tensor, " N"],
     ) -> Float[Tensor, " N"]:
-        """One number at each predicting state; see `Batch`."""
+        """The output at each predicting state. See `Batch`."""
         hidden = predicting_states(self.policy, token_ids, positions, layout, predictors)
         with torch.autocast(self.policy.device.type, enabled=False):
             numbers: Tensor = self.score(hidden.to(self.score.weight.dtype))
@@ -67,26 +70,28 @@ class ScalarScorer(nn.Module):
 
 
 def pack_states(groups: Sequence[Group], budget: int, device: torch.device) -> list[Batch]:
-    """Micro-batches of the trained completions in which the state after the last token is there too: a completion of k
-    tokens has k + 1 places, the number t (from 0) being the state before token t."""
-    longer = [
+    """Micro-batches of the trained completions that also contain the state after the last token.
+
+    A completion of k tokens has k + 1 states. State t (from 0) is the state before token t.
+    """
+    extended = [
         replace(
             group,
-            completions=[_longer(each) for each in group.completions],
-            advantages=[[0.0] * (len(each.token_ids) + 1) for each in group.completions],
+            completions=[_extended(completion) for completion in group.completions],
+            advantages=[[0.0] * (len(completion.token_ids) + 1) for completion in group.completions],
             values=[],
             returns=[],
         )
         for group in groups
     ]
-    return pack(longer, lambda lengths: [[1.0] * len(own) for own in lengths], budget, with_kl=True, device=device)
+    return pack(extended, lambda lengths: [[1.0] * len(row) for row in lengths], budget, with_kl=True, device=device)
 
 
 @torch.no_grad()
 def read_states(
     model: ScalarModel, groups: Sequence[Group], budget: int, device: torch.device
 ) -> Iterator[tuple[int, int, list[float]]]:
-    """Group, completion, and the model's number at each state of it, the one after the last token included."""
+    """Yield group index, completion index, and the outputs at all states, including the one after the last token."""
     for batch in pack_states(groups, budget, device):
         with model.policy.precision():
             numbers = model.numbers(batch).double().cpu()
@@ -96,8 +101,8 @@ def read_states(
             start += length
 
 
-def _longer(completion: Completion) -> Completion:
-    """With a token behind its last one, which is then read; an empty one stays empty."""
+def _extended(completion: Completion) -> Completion:
+    """The completion with its last token repeated, so that the last token is read. An empty completion stays empty."""
     if not completion.token_ids:
         return completion
     return replace(

@@ -1,4 +1,4 @@
-"""Weights by name: hashing and saving them."""
+"""Weights by name: listing, hashing and saving."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Named tensors of a model, given one at a time, as often as it is iterated over.
+    """The named tensors of a model, produced one at a time; can be iterated over repeatedly.
 
-    `module`: the live module that holds them, where it is in this process. An engine that samples with that very module
-    has nothing to copy. Names are those of the saved model: an adapter is merged on the way.
+    `module`: the live module that has the weights, in this process. An engine that samples with this module need not
+    copy anything. Names are the names in the saved model. Adapters are merged during iteration.
     """
 
     module: nn.Module
@@ -34,28 +34,29 @@ class WeightSource:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What a saved model holds, by name: its parameters, a tied one once, and its persistent buffers (routers have
-    biases that are no parameters)."""
+    """The weights of a saved model, by name.
+
+    These are its parameters, tied ones once, and its persistent buffers (routers have biases that are not parameters).
+    """
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     kept = model.state_dict().keys()
     return parameters | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What tells a model in training from its start, by name: everything, or its trained parameters where others are
-    frozen."""
-    trained = {name: each.detach() for name, each in model.named_parameters() if each.requires_grad}
-    whole = all(each.requires_grad for each in model.parameters())
+    """The weights that training changes, by name: all of them, or only the trained parameters if others are frozen."""
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole = all(parameter.requires_grad for parameter in model.parameters())
     return named_weights(model) if whole else trained
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over what a saved model holds; see `tensors_sha256`."""
+    """SHA-256 over the weights of a saved model. See `tensors_sha256`."""
     return tensors_sha256(named_weights(model))
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the tensors' bytes in the order of their names."""
+    """SHA-256 over the bytes of the tensors, in the order of their names."""
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
@@ -63,25 +64,25 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_model(policy: LanguageModel, folder: Path) -> None:
-    """Write weights (safetensors), config, generation config and tokenizer, so that transformers loads the folder."""
+    """Write weights (safetensors), config, generation config and tokenizer to a folder that transformers can load."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(policy.weights(), folder)
     save_base(policy, folder)
 
 
 def save_weights(weights: Mapping[str, Tensor], folder: Path, file: str = "model.safetensors") -> None:
-    """Write a file of weights."""
-    held = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-    save_file(held, folder / file, metadata={"format": "pt"})
+    """Write weights to a safetensors file."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def save_base(policy: LanguageModel, folder: Path) -> None:
-    """Write config, generation config and tokenizer: all of a model but its weights."""
+    """Write config, generation config and tokenizer: everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(policy.model.config)
-    config.architectures = [type(policy.model).__name__]  # which vLLM and others choose the model's class by
+    config.architectures = [type(policy.model).__name__]  # vLLM and others select the model class by this
     if policy.model.is_remote_code():
-        custom_object_save(policy.model, folder, config=config)  # type: ignore[arg-type]  # the Python files that it came with
+        custom_object_save(policy.model, folder, config=config)  # type: ignore[arg-type]  # the Python files of the model
     config.save_pretrained(folder)
     if policy.model.generation_config is not None:
         policy.model.generation_config.save_pretrained(folder)

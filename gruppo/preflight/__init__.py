@@ -1,1 +1,1 @@
-"""`gruppo check`: what a recipe will take, and what is wrong with it, before a run."""
+"""`gruppo check`: estimate memory, time and disk for a recipe and report problems, before a run."""

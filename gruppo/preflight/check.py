@@ -1,14 +1,15 @@
-"""`gruppo check`: what a recipe will take, in memory and in time, and what is wrong with it that a run would show only
-after hours. It writes no run folder.
+"""`gruppo check`: estimate memory, time and disk for a recipe, and report problems.
 
-A check takes as long as loading the model, two steps' worth of timing at the most, a comparison of gradients on a few
-short completions, and what `seconds` allows for sampling and for rewards each.
+It finds problems that a run would show only after hours, and writes no run folder. It takes as long as loading the
+model, at most two steps' worth of timing, a gradient check on a few short completions, and at most `seconds` each of
+sampling and of rewards.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data, read_data
-from gruppo.preflight.findings import Finding, described
+from gruppo.preflight.findings import WIDTH, Finding, format_findings
 from gruppo.preflight.timing import SECONDS, round_seconds, time_generation, time_update
 from gruppo.utils.disk import free_bytes, gigabytes
 from gruppo.utils.progress import NullProgress, Progress
@@ -37,10 +38,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """What was found. `step_seconds`: of a step, by phase, `exam_seconds` of each exam of the workload, and
-    `round_seconds` of what a reward model learns at the start of each iteration, 0 where it learns nothing; all if
-    every completion has max_tokens. Saving is in none, nor are completions sampled from the ends of steps.
-    `disk_free`: bytes where runs/NAME would be. `findings`: what was looked at, good and bad."""
+    """The result of a check.
+
+    `step_seconds`: seconds per step, by phase. `eval_set_seconds`: seconds per evaluation of each set in the workload.
+    `round_seconds`: seconds for the reward model per iteration, 0 if it is not trained. All of these assume completions
+    of max_tokens; they do not include saving, nor completions sampled from the ends of steps. `disk_free`: free bytes
+    at runs/NAME. `findings`: the results of all checks, good and bad.
+    """
 
     recipe: Recipe
     device: str
@@ -48,7 +52,7 @@ class Check:
     chosen: ChosenSizes
     workload: Workload
     step_seconds: Mapping[str, float]
-    exam_seconds: list[float]
+    eval_set_seconds: list[float]
     round_seconds: float
     disk: Disk
     disk_free: int
@@ -56,16 +60,16 @@ class Check:
 
     @property
     def problems(self) -> int:
-        """How many findings will spoil a run."""
-        return sum(each.severity == "problem" for each in self.findings)
+        """Number of findings that will spoil a run."""
+        return sum(finding.severity == "problem" for finding in self.findings)
 
     @property
     def total_seconds(self) -> float:
-        """Of all steps, evaluations and iterations."""
+        """Seconds of all steps, evaluations and iterations."""
         steps = self.recipe.run.steps * math.fsum(self.step_seconds.values())
-        exams = zip(self.workload.exams, self.exam_seconds, strict=True)
+        eval_sets = zip(self.workload.eval_sets, self.eval_set_seconds, strict=True)
         rounds = self.recipe.run.iterations * self.round_seconds
-        return steps + rounds + math.fsum(exam.times * seconds for exam, seconds in exams)
+        return steps + rounds + math.fsum(eval_set.times * seconds for eval_set, seconds in eval_sets)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -79,12 +83,12 @@ class Check:
             "workload": asdict(self.workload),
             "steps": self.recipe.run.steps,
             "step_seconds": {**self.step_seconds, "total": math.fsum(self.step_seconds.values())},
-            "exam_seconds": self.exam_seconds,
+            "eval_set_seconds": self.eval_set_seconds,
             "round_seconds": self.round_seconds,
             "total_seconds": self.total_seconds,
             "disk_bytes": self.disk.as_dict(),
             "disk_free_bytes": self.disk_free,
-            "findings": [each.as_dict() for each in self.findings],
+            "findings": [finding.as_dict() for finding in self.findings],
             "problems": self.problems,
         }
 
@@ -97,23 +101,25 @@ def check_recipe(
     seconds: float = SECONDS,
     progress: Progress | None = None,
 ) -> Check:
-    """Read recipe, rewards and data as training would, load the model, choose sizes, time a little of each phase, and
-    sample and score a few groups, for at most `seconds` of each. `quick`: no group is sampled.
+    """Check a recipe.
 
-    Raises UsageError for what training would refuse, and where the memory is too little.
+    Reads recipe, rewards and data as training would, loads the model, chooses sizes and times a little of each phase.
+    Then it samples and scores a few groups, for at most `seconds` each. `quick`: skip this smoke test.
+
+    Raises UsageError if training would refuse the recipe, or if there is too little memory.
     """
     if not seconds > 0:
-        raise UsageError(f"--seconds {seconds:g}: must be more than 0; write e.g. 60, or take --quick")
+        raise UsageError(f"--seconds {seconds:g}: must be more than 0; write e.g. 60, or use --quick")
     settings, shown = load_recipe(recipe, overrides), progress or NullProgress()
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(stop.interruptible())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        return _measure(settings, data, shown, stop, folder, 0.0 if quick else seconds)
+        return _check(settings, data, shown, stop, folder, 0.0 if quick else seconds)
 
 
-def _measure(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: Path, seconds: float) -> Check:
+def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: Path, seconds: float) -> Check:
     from gruppo.models.loading import find_model
     from gruppo.models.lora import check_adapters
     from gruppo.models.precision import choose_device, choose_dtype
@@ -137,13 +143,17 @@ def _measure(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder:
         inputs, refused = _tokenize(recipe, data, source, progress, opened)
         policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, progress)
         episodes = opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None
-        asked = workload(recipe, inputs)
+        work = workload(recipe, inputs)
         stop.check()
         with progress.bar("Timing", None, ""):
-            prompt, drawn = time_generation(policy, inputs, chosen.slots, stop)
-            forward, backward, optimizer = time_update(recipe, policy, asked, chosen)
-        rounds = math.ceil(asked.completions / chosen.slots)
-        tokens = sum(each + sum(own) for batch in asked.micro_batches(chosen.micro_batch_tokens) for each, own in batch)
+            prompt_token, decoding_step = time_generation(policy, inputs, chosen.slots, stop)
+            forward, backward, optimizer = time_update(recipe, policy, work, chosen)
+        rounds = math.ceil(work.completions / chosen.slots)
+        tokens = sum(
+            prompt + sum(completions)
+            for batch in work.micro_batches(chosen.micro_batch_tokens)
+            for prompt, completions in batch
+        )
         passes = (
             int(recipe.method.kl_coef > 0 or recipe.method.credit == "pair")
             + int(recipe.method.needs_scores)
@@ -151,40 +161,42 @@ def _measure(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder:
             + int(recipe.reward_model is not None)
             + recipe.method.inner_updates * chosen.recompute
         )
-        drawing = prompt * asked.prompts_per_step * asked.prompt_tokens + drawn * rounds * asked.max_tokens
+        generation = (
+            prompt_token * work.prompts_per_step * work.prompt_tokens + decoding_step * rounds * work.max_tokens
+        )
         check = Check(
             recipe=recipe,
             device=device.type,
             dtype=dtype,
             chosen=chosen,
-            workload=asked,
+            workload=work,
             step_seconds={
-                "generate": 0.0 if recipe.method.source == "dataset" else drawing,
+                "generate": 0.0 if recipe.method.source == "dataset" else generation,
                 "score": forward * passes * tokens,
-                "update": (1 + recipe.method.needs_critic)  # a value model is updated as often
+                "update": (1 + recipe.method.needs_critic)  # the value model gets as many updates
                 * recipe.method.inner_updates
                 * ((forward + backward) * tokens + optimizer),
             },
-            exam_seconds=[
-                prompt * exam.questions * exam.question_tokens
-                + drawn * math.ceil(exam.answers / chosen.slots) * exam.answer_tokens
-                for exam in asked.exams
+            eval_set_seconds=[
+                prompt_token * eval_set.questions * eval_set.question_tokens
+                + decoding_step * math.ceil(eval_set.answers / chosen.slots) * eval_set.answer_tokens
+                for eval_set in work.eval_sets
             ],
-            round_seconds=round_seconds(recipe, drawing, forward * tokens, backward * tokens, optimizer),
+            round_seconds=round_seconds(recipe, generation, forward * tokens, backward * tokens, optimizer),
             disk=disk_of(recipe, policy, inputs),
             disk_free=free_bytes(Path("runs") / recipe.run.name),
         )
-        seen = [
-            *_inspect(check, policy, inputs, refused),
-            *_try(check, policy, inputs, pool, seconds, progress, stop, episodes),
+        findings = [
+            *_static_findings(check, policy, inputs, refused),
+            *_smoke_test_findings(check, policy, inputs, pool, seconds, progress, stop, episodes),
         ]
-        return replace(check, findings=seen)
+        return replace(check, findings=findings)
 
 
 def _tokenize(
     recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: OpenedEnvironments | None
 ) -> tuple[RunInputs, str | None]:
-    """The prompts, and what training says where it refuses some that are too long: then without these."""
+    """The tokenized prompts and None; or, if training would refuse some as too long, the others and its message."""
     from gruppo.training.inputs import tokenize_data
 
     try:
@@ -198,22 +210,22 @@ def _tokenize(
         return inputs, str(error)
 
 
-def _inspect(check: Check, policy: LanguageModel, inputs: RunInputs, refused: str | None) -> list[Finding]:
-    """All that is seen without sampling."""
-    from gruppo.preflight import static_checks as inspection
+def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, refused: str | None) -> list[Finding]:
+    """The findings that need no sampling."""
+    from gruppo.preflight import static_checks
 
     recipe, prompts = check.recipe, list(inputs.prompts)
     most = recipe.sampling.max_tokens
     limit = min(policy.context - most, *(task.max_prompt_tokens or policy.context for task in recipe.tasks))
     return [
-        *inspection.inspect_recipe(recipe),
-        *inspection.inspect_model(policy, check.dtype),
-        *inspection.inspect_tokens(policy),
-        *inspection.inspect_start(policy.tokenizer, prompts),
-        *inspection.inspect_template(policy, prompts),
-        inspection.inspect_lengths(prompts, limit, most, inputs.filtered, refused),
-        *inspection.inspect_given(inputs.given, most),
-        *inspection.inspect_overlap(prompts, inputs.questions),
+        *static_checks.check_fields(recipe),
+        *static_checks.check_model(policy, check.dtype),
+        *static_checks.check_end_tokens(policy),
+        *static_checks.check_bos(policy.tokenizer, prompts),
+        *static_checks.check_chat_template(policy, prompts),
+        static_checks.check_prompt_lengths(prompts, limit, most, inputs.filtered, refused),
+        *static_checks.check_dataset_completions(inputs.offline, most),
+        *static_checks.check_overlap(prompts, inputs.questions),
         _memory(check, policy),
         _time(check),
         _disk(check),
@@ -226,38 +238,38 @@ def _memory(check: Check, policy: LanguageModel) -> Finding:
     from gruppo.utils.system import free_memory
 
     memory, chosen = check.chosen.memory, check.chosen
-    there = free_memory(policy.device) + process_bytes(policy.device)
-    told = f"{memory.peak / 1e9:.2f} GB at the peak, of {chosen.budget_bytes / 1e9:.2f} that run.memory allows"
-    figures = {"peak_bytes": memory.peak, "budget_bytes": chosen.budget_bytes, "there_bytes": there}
-    if memory.peak > there:
+    available = free_memory(policy.device) + process_bytes(policy.device)
+    what = f"peak {memory.peak / 1e9:.2f} GB; run.memory allows {chosen.budget_bytes / 1e9:.2f} GB"
+    figures = {"peak_bytes": memory.peak, "budget_bytes": chosen.budget_bytes, "there_bytes": available}
+    if memory.peak > available:
         return Finding(
-            "problem", "memory", f"{told}; the machine has {there / 1e9:.2f} GB",
-            "the run would be killed, or swap until it stands still",
-            f'write run.memory = "{0.9 * there / 1e9:.1f} GB", or end what else is running', figures,
+            "problem", "memory", f"{what}, but only {available / 1e9:.2f} GB are available",
+            "the run would be killed, or become very slow through swapping",
+            f'write run.memory = "{0.9 * available / 1e9:.1f} GB", or stop other programs', figures,
         )  # fmt: skip
     if chosen.recompute:
         return Finding(
-            "note", "memory", f"{told}; activations are computed again in backward, as they do not fit",
-            "an update takes a third longer", "allow more by run.memory, or a smaller sampling.max_tokens", figures,
+            "note", "memory", f"{what}; activations do not fit and are recomputed in backward",
+            "an update takes a third longer", "increase run.memory, or reduce sampling.max_tokens", figures,
         )  # fmt: skip
-    return Finding("ok", "memory", told, figures=figures)
+    return Finding("ok", "memory", what, figures=figures)
 
 
 def _time(check: Check) -> Finding:
     step = math.fsum(check.step_seconds.values())
-    told = f"{step:.1f} s a step and {_duration(check.total_seconds)} in all, if every completion is the longest"
-    return Finding("ok", "time", told, figures={"step_seconds": step, "total_seconds": check.total_seconds})
+    what = f"{step:.1f} s per step, {_duration(check.total_seconds)} in all, if every completion has max_tokens"
+    return Finding("ok", "time", what, figures={"step_seconds": step, "total_seconds": check.total_seconds})
 
 
 def _disk(check: Check) -> Finding:
     disk, free, where = check.disk, check.disk_free, Path("runs") / check.recipe.run.name
-    told = f"{gigabytes(disk.peak)} at its most, {gigabytes(free)} are free for {where}"
+    what = f"at most {gigabytes(disk.peak)}; {gigabytes(free)} free for {where}"
     figures = {"peak_bytes": disk.peak, "free_bytes": free}
     if disk.peak <= free:
-        return Finding("ok", "disk", told, figures=figures)
+        return Finding("ok", "disk", what, figures=figures)
     return Finding(
-        "problem", "disk", told, "the run would stop where the disk is full",
-        "make room, write run folders elsewhere by --out, or a larger run.checkpoint_every", figures,
+        "problem", "disk", what, "the run would stop when the disk is full",
+        "free some space, write the run folder to another disk with --out, or increase run.checkpoint_every", figures,
     )  # fmt: skip
 
 
@@ -266,14 +278,14 @@ def _kernels(policy: LanguageModel) -> Finding:
 
     missing = why_missing(policy.dtype)
     if policy.device.type != "cpu" or missing is None:
-        return Finding("ok", "kernels", "compiled" if policy.device.type == "cpu" else "those of torch")
+        return Finding("ok", "kernels", "compiled" if policy.device.type == "cpu" else "torch's")
     return Finding(
-        "note", "kernels", f"none for this model: {missing}", "a step takes up to half as long again",
+        "note", "kernels", f"none for this model: {missing}", "a step takes up to 50% longer",
         "install a C compiler; nothing else changes", {},
     )  # fmt: skip
 
 
-def _try(
+def _smoke_test_findings(
     check: Check,
     policy: LanguageModel,
     inputs: RunInputs,
@@ -283,72 +295,93 @@ def _try(
     stop: Stop,
     episodes: MultiTurnSampler | None,
 ) -> list[Finding]:
-    """All that a few completions show, if there are `seconds` for them, and the gradient."""
-    from gruppo.preflight import smoke_test as trial
+    """The findings of the smoke test, if `seconds` is not 0, and of the gradient check."""
+    from gruppo.preflight import smoke_test
     from gruppo.rollout.environments.client import NAME
 
     recipe, chosen = check.recipe, check.chosen
     found = []
     if pool is None:
-        found.append(trial.skipped(f'method.source = "{recipe.method.source}" brings them'))
+        found.append(smoke_test.skipped(f'method.source = "{recipe.method.source}"'))
     elif not seconds:
-        found.append(trial.skipped("--quick"))
+        found.append(smoke_test.skipped("--quick"))
     else:
-        made = trial.try_out(recipe, policy, inputs, pool, chosen.slots, seconds, progress, stop, episodes)
+        test = smoke_test.run_smoke_test(recipe, policy, inputs, pool, chosen.slots, seconds, progress, stop, episodes)
         weights = dict(zip(pool.names, pool.weights, strict=True))
         if episodes is not None and episodes.weight is not None:
             weights[NAME] = episodes.weight
-        found += trial.judge_trial(recipe, made, weights, seconds)
-        if made.completions:
-            groups, heat = [*made.groups, *made.unscored], recipe.sampling.temperature
-            found.append(trial.compare_logprobs(policy, groups, heat, chosen.micro_batch_tokens))
+        found += smoke_test.report_smoke_test(recipe, test, weights, seconds)
+        if test.completions:
+            groups, temperature = [*test.groups, *test.unscored], recipe.sampling.temperature
+            found.append(smoke_test.compare_logprobs(policy, groups, temperature, chosen.micro_batch_tokens))
     stop.check()
-    return [*found, trial.compare_gradient(recipe, policy, inputs, chosen, progress, stop)]
+    return [*found, smoke_test.compare_gradient(recipe, policy, inputs, chosen, progress, stop)]
+
+
+_PARTS = {  # of memory, if their names in JSON need an explanation
+    "reward_model": "reward model",
+    "prepared": "prepared weights",
+    "cache": "KV cache",
+    "work": "temporaries",
+}
+_LARGEST = 3  # maximum number of memory parts shown per phase; parts under 5 MB would print as 0.00
 
 
 def describe_check(check: Check) -> str:
-    """The findings as a page of text."""
-    chosen, asked, memory = check.chosen, check.workload, check.chosen.memory
-    held = check.recipe.run.memory
-    source = f'run.memory = "{held}"' if isinstance(held, str) else f"run.memory = {held:g} of what is free"
-    phases = ["sampling", "training", *(["evaluation"] if asked.answers else [])]
-    columns = {phase: memory.parts(phase) for phase in phases}
-    lines = [f"{'Memory, in GB':<24}" + "".join(f"{phase:>12}" for phase in phases)]
-    for name in dict.fromkeys(name for parts in columns.values() for name in parts):
-        cells = "".join(
-            f"{columns[phase][name] / 1e9:>12.2f}" if name in columns[phase] else " " * 12 for phase in phases
+    """The estimates and findings as text of at most 80 columns."""
+    estimated = {"memory", "time", "disk"}  # shown as estimates, and as findings only if not ok
+    findings = [finding for finding in check.findings if finding.subject not in estimated or finding.severity != "ok"]
+    parts = [_describe_memory(check), _describe_time(check), _describe_disk(check)]
+    return "\n".join([*(line for part in parts for line in [*part, ""]), format_findings(findings)])
+
+
+def _describe_memory(check: Check) -> list[str]:
+    memory, setting = check.chosen.memory, check.recipe.run.memory
+    source = f'run.memory = "{setting}"' if isinstance(setting, str) else f"run.memory = {setting:g} of free memory"
+    budget = check.chosen.budget_bytes
+    lines = _wrapped(f"Memory, in GB: peak {memory.peak / 1e9:.2f}, budget {budget / 1e9:.2f} ({source})")
+    for phase in ("sampling", "training", *(["evaluation"] if check.workload.answers else [])):
+        parts = memory.parts(phase)
+        largest = sorted((name for name in parts if parts[name] >= 5e6), key=lambda name: -parts[name])[:_LARGEST]
+        shown = [f"{_PARTS.get(name, name)} {parts[name] / 1e9:.2f}" for name in largest]
+        others = sum(size for name, size in parts.items() if name not in largest)
+        lines += _row(
+            phase, f"{sum(parts.values()) / 1e9:.2f}", ", ".join([*shown, f"others {others / 1e9:.2f}"]), 10, 6
         )
-        lines.append(f"  {name:<22}{cells}".rstrip())
-    lines.append(f"  {'together':<22}" + "".join(f"{sum(columns[phase].values()) / 1e9:>12.2f}" for phase in phases))
-    recompute = "computed again in backward, as they do not fit" if chosen.recompute else "kept"
-    lines += [
-        f"  peak {memory.peak / 1e9:.2f} of a budget of {chosen.budget_bytes / 1e9:.2f} ({source})",
-        "",
-        f"Chosen: micro-batches of {chosen.micro_batch_tokens} tokens, {chosen.slots} completions in flight,",
-        f"activations {recompute}; {check.dtype} on {check.device}",
-        "",
-        f"Time, if every completion has {asked.max_tokens} tokens and every prompt {asked.prompt_tokens};",
-        "measured on short completions, rewards and saving not counted",
-    ]
-    lines += [f"  {name:<22}{seconds:>12.1f} s a step" for name, seconds in check.step_seconds.items()]
-    step = math.fsum(check.step_seconds.values())
-    lines.append(f"  {'a step':<22}{step:>12.1f} s, {check.recipe.run.steps} steps")
-    for exam, seconds in zip(asked.exams, check.exam_seconds, strict=True):
-        lines.append(f"  {exam.name or 'an evaluation':<22}{seconds:>12.1f} s × {exam.times}")
+    return lines
+
+
+def _describe_time(check: Check) -> list[str]:
+    work, run, phases = check.workload, check.recipe.run, check.step_seconds
+    lengths = f"if all completions have {work.max_tokens} tokens and prompts {work.prompt_tokens}"
+    lines = _wrapped(f"Time, {lengths}; no rewards, no saving")
+    by_phase = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())
+    lines += _row("per step", f"{math.fsum(phases.values()):.1f} s", by_phase)
+    for eval_set, seconds in zip(work.eval_sets, check.eval_set_seconds, strict=True):
+        lines += _row(eval_set.name or "evaluation", f"{seconds:.1f} s", f"{eval_set.times} times")
     if check.round_seconds:
-        lines.append(f"  {'the reward model':<22}{check.round_seconds:>12.1f} s × {check.recipe.run.iterations}")
-    lines.append(f"  {'the whole run':<22}{_duration(check.total_seconds):>12}")
-    return "\n".join([*lines, "", *_describe_disk(check), "", described(check.findings)])
+        lines += _row("reward model", f"{check.round_seconds:.1f} s", f"{run.iterations} times")
+    return lines + _row("in all", _duration(check.total_seconds), f"{run.steps} steps, evaluations included")
 
 
 def _describe_disk(check: Check) -> list[str]:
     disk, where = check.disk, Path("runs") / check.recipe.run.name
-    lines = [f"Disk, if every completion has {check.workload.max_tokens} tokens"]
-    lines += [f"  {name:<22}{gigabytes(size):>12}" for name, size in disk.parts.items()]
-    lines.append(f"  {'the finished run':<22}{gigabytes(disk.total):>12}")
-    lines.append(f"  {'at its most':<22}{gigabytes(disk.peak):>12}, while a checkpoint is written")
-    lines.append(f"  {'free':<22}{gigabytes(check.disk_free):>12} for {where}")
-    return lines
+    lines = _wrapped(f"Disk, if all completions have {check.workload.max_tokens} tokens")
+    checkpoints = f"{disk.kept} checkpoint{'s' if disk.kept != 1 else ''} of {gigabytes(disk.checkpoint)}"
+    lines += _row("finished run", gigabytes(disk.total), f"with {checkpoints}")
+    if disk.peak > disk.total:
+        lines += _row("peak", gigabytes(disk.peak), "while a checkpoint is written")
+    return lines + _row("free", gigabytes(check.disk_free), f"for {where}")
+
+
+def _row(name: str, value: str, text: str, name_width: int = 13, value_width: int = 9) -> list[str]:
+    """A line with name, value and text, continued below the text. The widths are in columns."""
+    head = f"  {name:<{name_width}}{value:>{value_width}}  "
+    return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What `gruppo check` finds: what there is, why it matters, and what to change."""
+"""Findings of `gruppo check`: what was found, why it matters, and what to change."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, Literal
 Severity = Literal["ok", "note", "warning", "problem"]
 
 WIDTH = 80  # columns of a terminal
-_SEVERITY = 9  # of them
+_SEVERITY = 9  # columns for the severity
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
-    `severity`: "ok"; "note", which a person should know; "warning", which may spoil the run; "problem", which will.
-    `subject`: what was looked at, in a word or two; `what`: what was found; `why` it matters; what to `change`.
-    `figures`: the same in plain values, for JSON.
+    `severity`: "ok"; "note" (worth knowing); "warning" (may spoil the run); "problem" (will spoil the run). `subject`:
+    what was checked, in a word or two. `what`: what was found. `why`: why it matters. `change`: what to change.
+    `figures`: the same as plain values, for JSON.
     """
 
     severity: Severity
@@ -34,7 +34,7 @@ class Finding:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The finding in lines of 80 columns."""
+        """The finding as lines of at most 80 columns."""
         lines = _wrapped(f"{self.subject}: {self.what}", f"{self.severity:<{_SEVERITY}}", _SEVERITY)
         for name, text in (("why", self.why), ("do", self.change)):
             head = f"{'':<{_SEVERITY}}{name}: "
@@ -43,15 +43,19 @@ class Finding:
 
 
 def _wrapped(text: str, head: str, indent: int) -> list[str]:
-    """`text` without control characters, which a template or a reward may bring, behind `head`."""
-    shown = "".join(each if each.isprintable() else " " for each in text)
+    """`text` wrapped after `head`, without the control characters that a template or a reward may contain."""
+    shown = "".join(character if character.isprintable() else " " for character in text)
     return textwrap.wrap(shown, WIDTH, initial_indent=head, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
-def described(findings: Iterable[Finding]) -> str:
-    """All findings, the gravest last, where a terminal ends, and a line that counts them."""
-    held = list(findings)
+def format_findings(findings: Iterable[Finding]) -> str:
+    """All findings as text, the most severe last, followed by a line with their counts."""
+    listed = list(findings)
     order = ["ok", "note", "warning", "problem"]
-    lines = [line for each in sorted(held, key=lambda each: order.index(each.severity)) for line in each.lines()]
-    counts = [f"{sum(each.severity == kind for each in held)} {kind}" for kind in reversed(order)]
-    return "\n".join([*lines, "", "Found: " + ", ".join(counts)])
+    ordered = sorted(listed, key=lambda finding: order.index(finding.severity))
+    lines = [line for finding in ordered for line in finding.lines()]
+    counts = {severity: sum(finding.severity == severity for finding in listed) for severity in reversed(order)}
+    shown = [
+        f"{count} {severity}{'s' if count != 1 and severity != 'ok' else ''}" for severity, count in counts.items()
+    ]
+    return "\n".join([*lines, "", "Found: " + ", ".join(shown)])

@@ -1,5 +1,8 @@
-"""What a few dozen completions of the model show before a run: where they end, what the rewards say of them and how
-long they take, how many groups would carry a signal, and whether engine and trainer give the same log-probabilities."""
+"""Smoke test: sample and score a few dozen completions before a run.
+
+It reports how many completions are truncated, reward values and reward time, the share of groups with a nonzero
+advantage, and whether engine and trainer agree on log-probabilities. It also reports the gradient check.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from gruppo.engines.base import SamplingParams
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
-from gruppo.preflight.gradient_check import Derivative, compare, shortened, signal, with_arbitrary_rewards
+from gruppo.preflight.gradient_check import Derivative, compare, fill_advantages, shortened, with_arbitrary_rewards
 from gruppo.rollout.multi_turn import MultiTurnSampler
 from gruppo.rollout.offline import offline_groups
 from gruppo.rollout.sampling import sample_groups
@@ -35,65 +38,68 @@ from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 from gruppo.utils.stats import wilson_interval
 
-PROMPTS = 32  # whose groups are sampled, at the most
-COMPARED_TOKENS = 4096  # whose log-probabilities are compared, at the most
-GRADED = 2, 4  # prompts and completions of each that the gradient is compared on
+PROMPTS = 32  # maximum number of sampled groups
+COMPARED_TOKENS = 4096  # maximum number of tokens whose log-probabilities are compared
+GRADIENT_GROUPS = 2, 4  # prompts, and completions per prompt, of the gradient check
 MEAN_DIFFERENCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05}  # nats; see docs/decisions.md
 GRADIENT_ERROR = {"float64": 1e-4, "float32": 1e-2, "bfloat16": 0.25}
-ENOUGH = 22  # groups: where none of them carries a signal, fewer than 15 % of all do (95 %)
-ABSTAINED = 0.2  # share of completions from which on it is a problem
-FEW_SIGNALS = 0.2
-ALMOST_ALL = 0.5  # of the completions cut
+ENOUGH_GROUPS = 22  # if none of them has a nonzero advantage, fewer than 15% of all groups do (95% confidence)
+MANY_EXCLUDED = 0.2  # from this share of completions on, excluded completions are a problem
+FEW_NONZERO = 0.2  # below this share of groups, warn
+MANY_TRUNCATED = 0.5  # from this share of completions on, warn
 
 
-class _Late(Exception):  # noqa: N818  not an error
-    """The time that was given is over."""
+class _TimeUp(Exception):  # noqa: N818  not an error
+    """The time limit has passed."""
 
 
 class _Deadline(Stop):
-    """A stop that also ends what takes too long."""
+    """A stop that also ends work after a time limit."""
 
     def __init__(self, stop: Stop, seconds: float) -> None:
         super().__init__()
         self.stop, self.end = stop, time.monotonic() + seconds
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was asked for, _Late where the time is over."""
+        """Raise Interrupted if a stop was requested, _TimeUp if the time limit has passed."""
         self.stop.check()
         if time.monotonic() > self.end:
-            raise _Late
+            raise _TimeUp
 
 
 @dataclass
-class Trial:
-    """Groups with their rewards; `unscored`: those of the last round, where rewards took too long. Seconds of sampling
-    and of rewarding these groups, on this machine; `late`: the time was over before the last round was done; `whole`:
-    all that were wanted are there."""
+class SmokeTest:
+    """Sampled groups with their rewards.
+
+    `unscored`: groups of the last round, if rewards took too long. `sampling_seconds`, `reward_seconds`: for all
+    groups, on this machine. `timed_out`: the time was up before the last round was done. `complete`: all planned groups
+    were sampled and scored.
+    """
 
     groups: list[Group] = field(default_factory=list)
     unscored: list[Group] = field(default_factory=list)
     sampling_seconds: float = 0.0
     reward_seconds: float = 0.0
-    late: bool = False
-    whole: bool = False
+    timed_out: bool = False
+    complete: bool = False
 
     @property
-    def tells(self) -> bool:
-        """Whether it is many enough for what none of its groups shows."""
-        return self.whole or len(self.groups) >= ENOUGH
+    def conclusive(self) -> bool:
+        """Whether there are enough groups to draw a conclusion from what none of them shows."""
+        return self.complete or len(self.groups) >= ENOUGH_GROUPS
 
     @property
     def completions(self) -> list[Completion]:
-        """All that were sampled."""
-        return [each for group in [*self.groups, *self.unscored] for each in group.completions]
+        """All sampled completions."""
+        return [completion for group in [*self.groups, *self.unscored] for completion in group.completions]
 
     @property
     def rewards(self) -> list[Reward]:
-        """All that were given."""
-        return [each for group in self.groups for each in group.rewards]
+        """The rewards of all scored groups."""
+        return [reward for group in self.groups for reward in group.rewards]
 
 
-def try_out(
+def run_smoke_test(
     recipe: Recipe,
     policy: LanguageModel,
     inputs: RunInputs,
@@ -103,157 +109,167 @@ def try_out(
     progress: Progress,
     stop: Stop,
     episodes: MultiTurnSampler | None = None,
-) -> Trial:
-    """Sample and score groups as the first steps of a run would, until there are enough or `seconds` are over, for
-    sampling and for rewards each. A round has twice as many groups as the one before, if the time seems to allow them,
-    so that a slow machine shows some."""
-    engine, size, made = build_engine(policy, slots), recipe.sampling.group_size, Trial()
+) -> SmokeTest:
+    """Sample and score groups like the first steps of a run.
+
+    It ends when there are enough groups, or after `seconds` of sampling or `seconds` of rewards. Each round has twice
+    as many groups as the one before, if the time seems to suffice, so that a slow machine finishes at least a few.
+    """
+    engine, size, test = build_engine(policy, slots), recipe.sampling.group_size, SmokeTest()
     wanted, most = min(PROMPTS, len(inputs.prompts)), max(1, slots // size)
     state = {"global_step": 0, "max_steps": recipe.run.steps, "max_tokens": recipe.sampling.max_tokens}
     count = 1
-    while count and not made.late:
-        cursor = len(made.groups)
+    while count and not test.timed_out:
+        cursor = len(test.groups)
         prompts = inputs.prompts.draw(cursor, count)
         streams = [[(recipe.run.seed, 0, cursor + i, j) for j in range(size)] for i in range(count)]
         start = time.monotonic()
         try:
-            until = _Deadline(stop, seconds - made.sampling_seconds)
-            asked = engine, prompts, streams, inputs.sampling, progress, until, "Sampling a trial"
+            deadline = _Deadline(stop, seconds - test.sampling_seconds)
+            arguments = engine, prompts, streams, inputs.sampling, progress, deadline, "Smoke test"
             if episodes is None:
-                sampled = sample_groups(*asked)
+                sampled = sample_groups(*arguments)
             else:
-                prompts, sampled = episodes.play(*asked)
-            made.sampling_seconds += time.monotonic() - start
+                prompts, sampled = episodes.play(*arguments)
+            test.sampling_seconds += time.monotonic() - start
             start = time.monotonic()
-            until = _Deadline(stop, seconds - made.reward_seconds)
-            made.unscored = [
-                Group(prompt, each, [Reward(None, {})] * size) for prompt, each in zip(prompts, sampled, strict=True)
+            deadline = _Deadline(stop, seconds - test.reward_seconds)
+            test.unscored = [
+                Group(prompt, completions, [Reward(None, {})] * size)
+                for prompt, completions in zip(prompts, sampled, strict=True)
             ]
             weight = None if episodes is None else episodes.weight
-            made.groups += score_groups(prompts, sampled, pool, state, Metrics(), progress, until, weight)
-            made.unscored = []
-            made.reward_seconds += time.monotonic() - start
-        except _Late:
-            made.late = True
-        each = max(made.sampling_seconds, made.reward_seconds) / max(1, len(made.groups))
-        left = seconds - max(made.sampling_seconds, made.reward_seconds)
-        count = min(2 * count, most, wanted - len(made.groups), int(left / each) if each else wanted)
-    made.whole = len(made.groups) == wanted
-    return made
+            test.groups += score_groups(prompts, sampled, pool, state, Metrics(), progress, deadline, weight)
+            test.unscored = []
+            test.reward_seconds += time.monotonic() - start
+        except _TimeUp:
+            test.timed_out = True
+        slower = max(test.sampling_seconds, test.reward_seconds)
+        per_group = slower / max(1, len(test.groups))
+        left = seconds - slower
+        count = min(2 * count, most, wanted - len(test.groups), int(left / per_group) if per_group else wanted)
+    test.complete = len(test.groups) == wanted
+    return test
 
 
-def judge_trial(recipe: Recipe, trial: Trial, weights: Mapping[str, float], seconds: float) -> list[Finding]:
-    """Findings on completions, rewards and signals of a trial. `weights`: of whatever rewards, by name."""
-    if not trial.completions:
-        each = recipe.sampling.group_size
+def report_smoke_test(recipe: Recipe, test: SmokeTest, weights: Mapping[str, float], seconds: float) -> list[Finding]:
+    """Findings on completions, rewards and advantages. `weights`: reward weights by name."""
+    if not test.completions:
+        size = recipe.sampling.group_size
         return [Finding(
-            "warning", "completions", f"not one group of {each} completions of up to {recipe.sampling.max_tokens} "
-            f"tokens was sampled in {seconds:g} s", "completions, rewards and signals were not looked at",
+            "warning", "completions", f"not even one group of {size} completions of up to {recipe.sampling.max_tokens} "
+            f"tokens was sampled in {seconds:g} s", "completions, rewards and advantages were not checked",
             "give more time with --seconds",
         )]  # fmt: skip
-    found = [judge_completions(trial.completions, recipe)]
-    if trial.unscored:
+    found = [report_completions(test.completions, recipe)]
+    if test.unscored:
+        count = sum(len(group.completions) for group in test.unscored)
         found.append(Finding(
-            "problem", "reward", f"it did not come to an end on {sum(len(g.completions) for g in trial.unscored)} "
-            f"completions in {seconds:g} s", "steps would wait for it, and completions abstain",
-            "make it quicker, write more reward.workers, or give more time with --seconds",
+            "problem", "reward", f"it did not finish on {count} completions in {seconds:g} s",
+            "steps would wait for it, and completions would be excluded",
+            "make it faster, increase reward.workers, or give more time with --seconds",
         ))  # fmt: skip
-    if trial.groups:
-        found += judge_rewards(recipe, trial, weights)
-    if any(each.total is not None for each in trial.rewards):
-        found.append(judge_signal(recipe, trial, weights))
+    if test.groups:
+        found += report_rewards(recipe, test, weights)
+    if any(reward.total is not None for reward in test.rewards):
+        found.append(report_advantages(recipe, test, weights))
     return found
 
 
-def judge_completions(completions: Sequence[Completion], recipe: Recipe) -> Finding:
-    """Whether completions end by themselves."""
-    lengths = sorted(len(each.token_ids) for each in completions)
-    cut = sum(each.finish_reason == "length" for each in completions)
-    share, most = cut / len(completions), recipe.sampling.max_tokens
-    low, high = wilson_interval(cut, len(completions))
+def report_completions(completions: Sequence[Completion], recipe: Recipe) -> Finding:
+    """How many completions are truncated."""
+    lengths = sorted(len(completion.token_ids) for completion in completions)
+    truncated = sum(completion.finish_reason == "length" for completion in completions)
+    share, most = truncated / len(completions), recipe.sampling.max_tokens
+    low, high = wilson_interval(truncated, len(completions))
     figures = {
-        "completions": len(completions), "cut": cut, "interval": [low, high], "length_mean": statistics.mean(lengths),
-        "length_median": statistics.median(lengths),
+        "completions": len(completions), "truncated": truncated, "interval": [low, high],
+        "length_mean": statistics.mean(lengths), "length_median": statistics.median(lengths),
     }  # fmt: skip
-    told = (
-        f"{cut} of {len(completions)} are cut at {most} tokens ({share:.0%}; 95 % interval {low:.0%} to {high:.0%}), "
+    what = (
+        f"{truncated} of {len(completions)} truncated at {most} tokens ({share:.0%}; 95% interval {low:.0%} to "
+        f"{high:.0%}); median length {lengths[len(lengths) // 2]}"
     )
-    told += f"half have fewer than {lengths[len(lengths) // 2] + 1}"
     masked = recipe.method.mask_truncated
-    if cut == len(completions):
+    if truncated == len(completions):
         return Finding(
-            "problem" if masked else "warning", "completions", f"{told}; none of them emits an end token",
-            "method.mask_truncated leaves none to be trained on" if masked
-            else "answers that are not finished are judged, and nothing teaches the model to end",
-            "write a larger sampling.max_tokens, or see that the chat template ends answers with an end token", figures,
+            "problem" if masked else "warning", "completions", f"{what}; none of them emits an end token",
+            "with method.mask_truncated, no completion is left to train on" if masked
+            else "unfinished answers are scored, and nothing teaches the model to finish",
+            "increase sampling.max_tokens, or check that the chat template ends answers with an end token", figures,
         )  # fmt: skip
-    if share >= ALMOST_ALL:
+    if share >= MANY_TRUNCATED:
         return Finding(
-            "warning", "completions", told, "answers that are not finished are judged",
-            "write a larger sampling.max_tokens, or ask for shorter answers", figures,
+            "warning", "completions", what, "unfinished answers are scored",
+            "increase sampling.max_tokens, or ask for shorter answers", figures,
         )  # fmt: skip
-    return Finding("ok", "completions", told, figures=figures)
+    return Finding("ok", "completions", what, figures=figures)
 
 
-def judge_rewards(recipe: Recipe, trial: Trial, weights: Mapping[str, float]) -> list[Finding]:
-    """What the rewards gave, how often nothing, and how long they took."""
-    rewards = trial.rewards
-    totals = [each.total for each in rewards if each.total is not None]
-    silent, found = len(rewards) - len(totals), []
-    figures: dict[str, Any] = {"completions": len(rewards), "abstained": silent}
-    if silent:
-        reasons = Counter(each.failure or "every function gave None" for each in rewards if each.total is None)
+def report_rewards(recipe: Recipe, test: SmokeTest, weights: Mapping[str, float]) -> list[Finding]:
+    """Reward values, excluded completions, and reward time."""
+    rewards = test.rewards
+    totals = [reward.total for reward in rewards if reward.total is not None]
+    excluded, found = len(rewards) - len(totals), []
+    figures: dict[str, Any] = {"completions": len(rewards), "excluded": excluded}
+    if excluded:
+        reasons = Counter(
+            reward.failure or "every function returned None" for reward in rewards if reward.total is None
+        )
         reason, _ = reasons.most_common(1)[0]
-        grave = silent / len(rewards) >= ABSTAINED
+        many = excluded / len(rewards) >= MANY_EXCLUDED
         found.append(Finding(
-            "problem" if grave else "warning", "abstentions", f"{silent} of {len(rewards)} completions have no reward "
-            f"({silent / len(rewards):.0%}), most often: {reason[:200]}", "they are left out of training",
-            "mend the reward", figures,
+            "problem" if many else "warning", "excluded completions", f"{excluded} of {len(rewards)} have no reward "
+            f"({excluded / len(rewards):.0%}); most common reason: {reason[:200]}", "they are left out of training",
+            "fix the reward", figures,
         ))  # fmt: skip
     if not totals:
-        return [*found, _timing(recipe, trial)]
+        return [*found, _reward_time(recipe, test)]
     parts = {
-        name: [value for each in rewards if (value := each.parts.get(name)) is not None] for name in weights
+        name: [value for reward in rewards if (value := reward.parts.get(name)) is not None] for name in weights
     }  # fmt: skip
     steps = {
-        name: [value for each in rewards if name in each.steps for value in each.steps[name].rewards]
+        name: [value for reward in rewards if name in reward.steps for value in reward.steps[name].rewards]
         for name in weights
     }
-    told = "; ".join(
-        f"{name} {min(held):.4g} to {max(held):.4g}, mean {statistics.fmean(held):.4g}{what}"
-        for named, what in ((parts, ""), (steps, " (steps)"))
-        for name, held in named.items()
-        if held
+    what = "; ".join(
+        f"{name} {min(values):.4g} to {max(values):.4g}, mean {statistics.fmean(values):.4g}{suffix}"
+        for by_name, suffix in ((parts, ""), (steps, " (steps)"))
+        for name, values in by_name.items()
+        if values
     )
     figures |= {"min": min(totals), "max": max(totals), "mean": statistics.fmean(totals)}
-    constant = len(set(totals)) == 1 and len(totals) > 1 and not any(each.steps for each in rewards)
+    constant = len(set(totals)) == 1 and len(totals) > 1 and not any(reward.steps for reward in rewards)
     if constant and recipe.reward_model is None:
-        right = recipe.method.baseline == "indicator" and totals[0] > recipe.method.success_threshold
-        learns = recipe.method.baseline == "none" or right
+        correct = recipe.method.baseline == "indicator" and totals[0] > recipe.method.success_threshold
+        learns = recipe.method.baseline == "none" or correct
         found.append(Finding(
-            "warning" if learns or not trial.tells else "problem", "reward",
-            f"all {len(totals)} completions have the same reward, {totals[0]:.4g} ({told})",
-            "all completions are learned from alike" if learns
+            "warning" if learns or not test.conclusive else "problem", "reward",
+            f"all {len(totals)} completions have the same reward, {totals[0]:.4g} ({what})",
+            "the method learns from all completions equally" if learns
             else "no completion is better than another, so nothing is learned",
-            "read some completions (gruppo sample), and look whether the reward reads them as they are", figures,
+            "read some completions (gruppo sample), and check that the reward can parse them", figures,
         ))  # fmt: skip
     else:
-        found.append(Finding("ok", "reward", told, figures=figures))
-    return [*found, _timing(recipe, trial)]
+        found.append(Finding("ok", "reward", what, figures=figures))
+    return [*found, _reward_time(recipe, test)]
 
 
-def _timing(recipe: Recipe, trial: Trial) -> Finding:
-    count = len(trial.rewards)
+def _reward_time(recipe: Recipe, test: SmokeTest) -> Finding:
+    count = len(test.rewards)
     size = recipe.sampling.prompts_per_step * recipe.sampling.group_size
-    each, sampling = trial.reward_seconds / count, trial.sampling_seconds / len(trial.completions)
-    figures = {"seconds_each": each, "seconds_step": each * size, "sampling_seconds_step": sampling * size}
-    told = f"{_seconds(each)} a completion, {_seconds(each * size)} a step; sampling takes {_seconds(sampling * size)}"
-    if each > sampling:
+    scoring, sampling = test.reward_seconds / count, test.sampling_seconds / len(test.completions)
+    figures = {"seconds_each": scoring, "seconds_step": scoring * size, "sampling_seconds_step": sampling * size}
+    what = (
+        f"{_seconds(scoring)} per completion, {_seconds(scoring * size)} per step; sampling takes "
+        f"{_seconds(sampling * size)} per step"
+    )
+    if scoring > sampling:
         return Finding(
-            "warning", "reward's time", told, "most of a step would be waiting for rewards",
-            f"make the reward quicker, or write more reward.workers than {recipe.reward.workers}", figures,
+            "warning", "reward time", what, "a step would mostly wait for rewards",
+            f"make the reward faster, or increase reward.workers = {recipe.reward.workers}", figures,
         )  # fmt: skip
-    return Finding("ok", "reward's time", told, figures=figures)
+    return Finding("ok", "reward time", what, figures=figures)
 
 
 def _seconds(seconds: float) -> str:
@@ -266,144 +282,145 @@ def _seconds(seconds: float) -> str:
     )
 
 
-def judge_signal(recipe: Recipe, trial: Trial, weights: Mapping[str, float]) -> Finding:
-    """How many groups would teach something, at this group size and at others."""
+def report_advantages(recipe: Recipe, test: SmokeTest, weights: Mapping[str, float]) -> Finding:
+    """The share of groups with a nonzero advantage, at this group size and at others."""
     method, size = recipe.method, recipe.sampling.group_size
-    groups = [Group(group.prompt, group.completions, group.rewards) for group in trial.groups]
-    signal(groups, method, recipe.critic, dict(weights))
+    groups = [Group(group.prompt, group.completions, group.rewards) for group in test.groups]
+    fill_advantages(groups, method, recipe.critic, dict(weights))
     count = sum(group.has_nonzero_advantage for group in groups)
     low, high = wilson_interval(count, len(groups))
     others = other_sizes(groups, method, size)
     figures = {
-        "groups": len(groups), "with_signal": count, "interval": [low, high], "group_size": size,
-        "share_at": {str(each): share for each, share in others.items()},
+        "groups": len(groups), "nonzero_advantage": count, "interval": [low, high], "group_size": size,
+        "share_at": {str(other): share for other, share in others.items()},
     }  # fmt: skip
-    told = (
-        f"{count} of {len(groups)} groups of {size} carry one ({count / len(groups):.0%}; 95 % interval {low:.0%} to "
+    what = (
+        f"in {count} of {len(groups)} groups of {size} ({count / len(groups):.0%}; 95% interval {low:.0%} to "
+        f"{high:.0%})"
     )
-    told += f"{high:.0%})"
     if others:
-        sizes = [f"{'at least ' if each > size else ''}{share:.0%} of {each}" for each, share in others.items()]
-        told += "; by the rates of these prompts " + ", ".join(sizes)
+        sizes = [f"{'at least ' if other > size else ''}{share:.0%} of {other}" for other, share in others.items()]
+        what += "; estimated for groups of other sizes: " + ", ".join(sizes)
     known = recipe.reward_model is None
     if not count:
         return Finding(
-            "problem" if known and trial.tells else "warning", "signal", told,
-            "a group of equal rewards teaches nothing" + ("" if known else "; the reward model was not tried"),
-            "take easier or harder questions, a reward that tells completions apart, or a larger group_size", figures,
+            "problem" if known and test.conclusive else "warning", "nonzero advantage", what,
+            "a group with equal rewards teaches nothing" + ("" if known else "; the reward model was not tried"),
+            "use easier or harder questions, a reward that distinguishes completions, or a larger group_size", figures,
         )  # fmt: skip
-    if count / len(groups) < FEW_SIGNALS:
+    if count / len(groups) < FEW_NONZERO:
         return Finding(
-            "warning", "signal", told, "most of the sampling teaches nothing",
-            'take questions of another difficulty, a larger group_size, or method.name = "dapo", which draws others',
-            figures,
+            "warning", "nonzero advantage", what, "most of the sampling teaches nothing",
+            'use questions of another difficulty, a larger group_size, or method.name = "dapo", which samples other '
+            "questions instead", figures,
         )  # fmt: skip
-    return Finding("ok", "signal", told, figures=figures)
+    return Finding("ok", "nonzero advantage", what, figures=figures)
 
 
 def other_sizes(groups: Sequence[Group], method: Method, size: int) -> dict[int, float]:
-    """The share of groups that would carry a signal at other group sizes, where that is a matter of a group alone.
+    """The estimated share of groups with a nonzero advantage at other group sizes, by size.
 
-    Fewer than were sampled: the chance that so many of them, drawn without replacement, differ; no bias. More: by the
-    observed frequencies of a prompt, which call a prompt whose completions were all alike one that never differs, so
-    that the share is at least this.
+    Smaller sizes: the probability that a subset of the sampled completions has different rewards, which is unbiased.
+    Larger sizes: from the observed reward frequencies of each prompt. A prompt whose rewards were all equal counts as
+    one whose rewards never differ, so this is a lower bound. Empty if an advantage depends on more than the outcome
+    rewards of its group.
     """
     if method.credit == "step" or method.baseline not in {"group", "leave-one-out", "indicator"} | (
         {"none"} if method.credit == "pair" else set()
     ):
         return {}
-    sides = method.baseline == "indicator" or method.credit == "pair"
+    by_success = method.baseline == "indicator" or method.credit == "pair"
     observed: list[Counter[Any]] = []
     for group in groups:
         mark_trained([group], method.mask_truncated)
         values = [reward.total for reward, used in zip(group.rewards, group.trained, strict=True) if used]
         observed.append(
             Counter(value > method.success_threshold for value in values if value is not None)
-            if sides
+            if by_success
             else Counter(values)
         )
     least = 1 if method.baseline == "indicator" else 2
     chosen = sorted({max(least, size // 4), max(least, size // 2), size * 2, size * 4} - {size})
     return {
-        each: statistics.fmean(_differs(counts, each, method.baseline == "indicator") for counts in observed)
-        for each in chosen
+        other: statistics.fmean(_differs(counts, other, method.baseline == "indicator") for counts in observed)
+        for other in chosen
     }
 
 
-def _differs(counts: Counter[Any], size: int, any_right: bool) -> float:
-    """The chance that a group of `size` has two values, or with `any_right` a right one."""
+def _differs(counts: Counter[Any], size: int, any_correct: bool) -> float:
+    """The probability that a group of `size` has two different values, or with `any_correct`, a correct completion."""
     total = sum(counts.values())
     if not total:
         return 0.0
-    alike = [counts[False]] if any_right else list(counts.values())
+    equal = [counts[False]] if any_correct else list(counts.values())
     if size <= total:
-        return 1 - sum(math.comb(each, size) for each in alike) / math.comb(total, size)
-    return 1 - math.fsum((each / total) ** size for each in alike)
+        return 1 - sum(math.comb(count, size) for count in equal) / math.comb(total, size)
+    return 1 - math.fsum((count / total) ** size for count in equal)
 
 
 @torch.no_grad()
 def compare_logprobs(policy: LanguageModel, groups: Sequence[Group], temperature: float, budget: int) -> Finding:
-    """The engine's log-probabilities of what it sampled beside the trainer's."""
-    taken: list[Group] = []
+    """Compare the engine's log-probabilities of its samples with the trainer's."""
+    chosen: list[Group] = []
     tokens = 0
     for group in groups:
-        held: list[Completion] = []
+        completions: list[Completion] = []
         for completion in group.completions:
             tokens += len(completion.token_ids)
-            if tokens <= COMPARED_TOKENS or not (taken or held):
-                held.append(completion)
-        if held:
-            made = Group(group.prompt, held, [Reward(0.0, {})] * len(held))
-            mark_trained([made], mask_truncated=False)
-            taken.append(made)
-    apart = []
-    for batch in pack(taken, lambda lengths: [[1.0] * len(row) for row in lengths], budget, True, policy.device):
+            if tokens <= COMPARED_TOKENS or not (chosen or completions):
+                completions.append(completion)
+        if completions:
+            part = Group(group.prompt, completions, [Reward(0.0, {})] * len(completions))
+            mark_trained([part], mask_truncated=False)
+            chosen.append(part)
+    differences = []
+    for batch in pack(chosen, lambda lengths: [[1.0] * len(row) for row in lengths], budget, True, policy.device):
         with policy.precision():
-            trainers = score(policy, batch, temperature)[0].double()
-        drawn = batch.weights != 0
-        apart.append((trainers - batch.sampling_logprobs.double())[drawn].abs().cpu())
-    return judge_difference(torch.cat(apart), str(policy.dtype).removeprefix("torch."))
+            logprobs = score(policy, batch, temperature)[0].double()
+        sampled = batch.weights != 0
+        differences.append((logprobs - batch.sampling_logprobs.double())[sampled].abs().cpu())
+    return report_engine_difference(torch.cat(differences), str(policy.dtype).removeprefix("torch."))
 
 
-def judge_difference(apart: torch.Tensor, dtype: str) -> Finding:
-    """The finding on |log π by the trainer - log π by the engine|, in nats."""
-    mean, most, bound = float(apart.mean()), float(apart.max()), MEAN_DIFFERENCE[dtype]
-    figures = {"tokens": len(apart), "mean": mean, "max": most, "bound": bound}
-    told = (
-        f"log-probabilities of {len(apart)} tokens are {mean:.2g} nats apart in the mean, {most:.2g} at the most; the "
+def report_engine_difference(differences: torch.Tensor, dtype: str) -> Finding:
+    """The finding on |log π of the trainer - log π of the engine|, in nats, one value per token."""
+    mean, most, bound = float(differences.mean()), float(differences.max()), MEAN_DIFFERENCE[dtype]
+    figures = {"tokens": len(differences), "mean": mean, "max": most, "bound": bound}
+    what = (
+        f"log-probabilities of {len(differences)} tokens differ from the trainer's by {mean:.2g} nats on average, at "
+        f"most {most:.2g}; bound of the mean in {dtype}: {bound:g}"
     )
-    told += f"bound of the mean is {bound:g} in {dtype}"
     if not mean <= bound:
         return Finding(
-            "problem", "engine", told, "what is trained would not be what was sampled",
-            'write model.dtype = "float32"; if it is so there too, report it with the name of the model', figures,
+            "problem", "engine", what, "the trained distribution would not be the sampled one",
+            'write model.dtype = "float32"; if the problem remains, report it with the name of the model', figures,
         )  # fmt: skip
-    return Finding("ok", "engine", told, figures=figures)
+    return Finding("ok", "engine", what, figures=figures)
 
 
 def compare_gradient(
     recipe: Recipe, policy: LanguageModel, inputs: RunInputs, chosen: ChosenSizes, progress: Progress, stop: Stop
 ) -> Finding:
-    """The gradient beside finite differences, on a few short completions with arbitrary rewards."""
-    with progress.bar("Comparing the gradient", None, ""):
+    """Compare the gradient with finite differences, on a few short completions with arbitrary rewards."""
+    with progress.bar("Checking the gradient", None, ""):
         groups = _short_groups(recipe, policy, inputs, progress, stop)
-        made = compare(policy, groups, recipe, chosen.micro_batch_tokens, chosen.budget_bytes)
-    if made is None:
+        derivative = compare(policy, groups, recipe, chosen.micro_batch_tokens, chosen.budget_bytes)
+    if derivative is None:
         return Finding(
-            "note", "gradient", "it was not compared with finite differences: there is none on a few completions, or "
-            "no memory for the comparison",
+            "note", "gradient", "not compared with finite differences: the gradient of the few completions is zero, or "
+            "there is no memory for the comparison",
         )  # fmt: skip
-    return judge_gradient(made, ":" in recipe.method.surrogate)
+    return report_gradient(derivative, ":" in recipe.method.surrogate)
 
 
 def _short_groups(
     recipe: Recipe, policy: LanguageModel, inputs: RunInputs, progress: Progress, stop: Stop
 ) -> list[Group]:
-    prompts, most = GRADED
-    drawn = _distinct(inputs.prompts.draw(0, min(len(inputs.prompts), PROMPTS)))
-    shortest = sorted(drawn, key=lambda each: len(each.token_ids))[:prompts]
-    if inputs.given:
-        return shortened(offline_groups(shortest, inputs.given), most)
+    count, most = GRADIENT_GROUPS
+    prompts = _distinct(inputs.prompts.draw(0, min(len(inputs.prompts), PROMPTS)))
+    shortest = sorted(prompts, key=lambda prompt: len(prompt.token_ids))[:count]
+    if inputs.offline:
+        return shortened(offline_groups(shortest, inputs.offline), most)
     size = min(recipe.sampling.group_size, most)
     options = SamplingParams(recipe.sampling.temperature, min(12, recipe.sampling.max_tokens))
     streams = [[(recipe.run.seed, 0, place, number, 2) for number in range(size)] for place in range(len(shortest))]
@@ -411,7 +428,8 @@ def _short_groups(
         build_engine(policy, size * len(shortest)), shortest, streams, options, progress, stop, "Sampling"
     )
     groups = [
-        Group(prompt, each, [Reward(0.0, {})] * len(each)) for prompt, each in zip(shortest, sampled, strict=True)
+        Group(prompt, completions, [Reward(0.0, {})] * len(completions))
+        for prompt, completions in zip(shortest, sampled, strict=True)
     ]
     return with_arbitrary_rewards(groups, recipe.method)
 
@@ -420,33 +438,35 @@ def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
     return list({prompt.id: prompt for prompt in prompts}.values())
 
 
-def judge_gradient(made: Derivative, own: bool) -> Finding:
-    """The finding on a comparison; `own`: the policy term is the user's function."""
-    bound = GRADIENT_ERROR[made.backward_dtype]
-    if made.differences_dtype != "float64":
+def report_gradient(derivative: Derivative, user_defined: bool) -> Finding:
+    """The finding on a gradient comparison. `user_defined`: the policy term is a function of the user."""
+    bound = GRADIENT_ERROR[derivative.backward_dtype]
+    if derivative.differences_dtype != "float64":
         bound = max(bound, 0.1)
     figures = {
-        "relative_error": made.error, "bound": bound, "backward": list(made.backward),
-        "differences": list(made.differences), "dtypes": [made.backward_dtype, made.differences_dtype],
+        "relative_error": derivative.error, "bound": bound, "backward": list(derivative.backward),
+        "differences": list(derivative.differences),
+        "dtypes": [derivative.backward_dtype, derivative.differences_dtype],
     }  # fmt: skip
-    where = f"along {len(made.backward)} random directions" if made.differences_dtype == "float64" else "along itself"
-    told = (
-        f"{where} it is {made.error:.1g} (relative) from finite differences in {made.differences_dtype}; the bound is "
+    exact = derivative.differences_dtype == "float64"
+    where = f"along {len(derivative.backward)} random directions" if exact else "along the gradient"
+    what = (
+        f"differs from finite differences in {derivative.differences_dtype} by {derivative.error:.1g} (relative, "
+        f"{where}); bound in {derivative.backward_dtype}: {bound:g}"
     )
-    told += f"{bound:g} in {made.backward_dtype}"
-    if not made.error <= bound and own:
+    if not derivative.error <= bound and user_defined:
         return Finding(
-            "warning", "gradient", told, "the run would not go down the objective of the recipe, unless "
-            "method.surrogate detaches a part of it on purpose", "compare its gradient with its paper", figures,
+            "warning", "gradient", what, "the run would not minimize the recipe's loss, unless method.surrogate "
+            "detaches a part of it on purpose", "compare the gradient with the paper of the method", figures,
         )  # fmt: skip
-    if not made.error <= bound:
+    if not derivative.error <= bound:
         return Finding(
-            "problem", "gradient", told, "the run would not go down the objective of the recipe",
-            "report it with the recipe and the name of the model: nothing in the recipe can mend it", figures,
+            "problem", "gradient", what, "the run would not minimize the recipe's loss",
+            "report it with the recipe and the name of the model; no change of the recipe can fix it", figures,
         )  # fmt: skip
-    return Finding("ok", "gradient", told, figures=figures)
+    return Finding("ok", "gradient", what, figures=figures)
 
 
 def skipped(why: str) -> Finding:
-    """The finding on all that sampling would have shown."""
-    return Finding("note", "completions", f"none were sampled: {why}; rewards, signals and engine were not looked at")
+    """The finding if the smoke test did not run."""
+    return Finding("note", "completions", f"none sampled ({why}); rewards, advantages and engine were not checked")

@@ -1,5 +1,5 @@
-"""What can be seen of a recipe without sampling: findings on its fields, the tokenizer and its chat template, the
-lengths of prompts, and questions that are both trained on and asked."""
+"""Checks that need no sampling: recipe fields, model, tokenizer, chat template, prompt lengths, and overlap between
+training and evaluation."""
 
 from __future__ import annotations
 
@@ -18,94 +18,94 @@ from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
 from gruppo.types import Message, Prompt
 
-_ANSWER = "Kiwi seven."  # stands for what the assistant says
+_ANSWER = "Kiwi seven."  # a made-up assistant message
 _THOUGHT = "<think>\nPlum.\n</think>\n\n" + _ANSWER
 _ENDS = re.compile(r"[\"'.,;:!?’”)\]]+(?=\s|$)|(?:(?<=\s)|^)[\"'‘“(\[]+")
 
 
-def inspect_recipe(recipe: Recipe) -> list[Finding]:
-    """Fields that agree with each other and yet come to nothing."""
+def check_fields(recipe: Recipe) -> list[Finding]:
+    """Fields that are valid together but train nothing."""
     run, sampling, method = recipe.run, recipe.sampling, recipe.method
     found = []
     compared = method.source != "dataset" and method.baseline == "group" and method.credit == "completion"
     if compared and sampling.group_size == 1:
         found.append(Finding(
-            "problem", "recipe", "sampling.group_size = 1: each completion is its group's mean",
-            "every advantage is 0, and nothing is learned",
+            "problem", "recipe", "sampling.group_size = 1: each reward is the mean of its group",
+            "every advantage is 0, so nothing is learned",
             'write group_size = 2 or more, or method.baseline = "batch"',
         ))  # fmt: skip
     weights = recipe.reward.weights
     if weights and not any(weights) and recipe.reward_model is None:
         found.append(Finding(
-            "problem", "recipe", f"reward.weights = {weights}: every reward counts for nothing",
-            "all rewards are 0, and nothing is learned", "write a weight other than 0",
+            "problem", "recipe", f"reward.weights = {weights}: all weights are 0",
+            "all rewards are 0, so nothing is learned", "write a weight other than 0",
         ))  # fmt: skip
     if not recipe.optimizer.learning_rate:
         found.append(Finding(
-            "warning", "recipe", "optimizer.learning_rate = 0", "the policy stays as it is", "write e.g. 1e-6",
+            "warning", "recipe", "optimizer.learning_rate = 0", "the policy does not change", "write e.g. 1e-6",
         ))  # fmt: skip
     if recipe.evaluation is None:
         found.append(Finding(
             "note", "recipe", "there is no [evaluation]",
-            "a reward that rises does not say that the model gets better at what you want",
+            "a rising reward does not show that the model gets better at what you want",
             "write [evaluation] with questions that are not trained on",
         ))  # fmt: skip
-    each = (
+    step = (
         f"{sampling.prompts_per_step} rows" if method.source == "dataset"
         else f"{sampling.prompts_per_step} questions x {sampling.group_size} completions of at most "
         f"{sampling.max_tokens} tokens"
     )  # fmt: skip
-    return [Finding("ok", "recipe", f"{method.name}: {run.steps} steps of {each}"), *found]
+    return [Finding("ok", "recipe", f"{method.name}: {run.steps} steps of {step}"), *found]
 
 
-def inspect_model(policy: LanguageModel, dtype: str) -> list[Finding]:
-    """Whose numbers these are, and whether all of them are numbers."""
+def check_model(policy: LanguageModel, dtype: str) -> list[Finding]:
+    """Architecture, number of weights and compute dtype, and whether all weights are finite."""
     import torch
 
-    count = sum(each.numel() for each in policy.model.parameters())
-    trained = sum(each.numel() for each in policy.model.parameters() if each.requires_grad)
-    bad = [name for name, each in policy.model.named_parameters() if not bool(torch.isfinite(each).all())]
+    count = sum(weight.numel() for weight in policy.model.parameters())
+    trained = sum(weight.numel() for weight in policy.model.parameters() if weight.requires_grad)
+    bad = [name for name, weight in policy.model.named_parameters() if not bool(torch.isfinite(weight).all())]
     if bad:
         return [Finding(
-            "problem", "model", f"{len(bad)} tensors hold numbers that are not finite ({bad[0]})",
-            "every log-probability is NaN", "load whole weights of another copy of the model",
+            "problem", "model", f"{len(bad)} tensors have values that are not finite (first: {bad[0]})",
+            "every log-probability is NaN", "load an undamaged copy of the model",
         )]  # fmt: skip
-    some = "" if trained == count else f", of which {trained / 1e6:,.1f} million are trained"
-    context = f"a context of {policy.context:,} tokens" if policy.context < 2**31 else "no limit to its context"
-    what = f"{policy.model.config.model_type}, {count / 1e6:,.1f} million weights{some}; {dtype} products, {context}"
+    part = "" if trained == count else f", {trained / 1e6:,.1f} million of them trained"
+    context = f"a context of {policy.context:,} tokens" if policy.context < 2**31 else "an unlimited context"
+    what = f"{policy.model.config.model_type}, {count / 1e6:,.1f} million weights{part}; {dtype} matmuls, {context}"
     return [Finding("ok", "model", what, figures={"weights": count, "trained": trained})]
 
 
-def inspect_tokens(policy: LanguageModel) -> list[Finding]:
-    """The tokens that end a completion, that fill up, and that the model does not know."""
+def check_end_tokens(policy: LanguageModel) -> list[Finding]:
+    """End tokens, the padding token, and the vocabulary sizes of tokenizer and model."""
     tokenizer, ends = policy.tokenizer, list(policy.eos_ids)
     known = int(policy.model.config.get_text_config().vocab_size)
     found = []
     if not ends:
         found.append(Finding(
-            "problem", "end of turns", "neither the model's configs nor the tokenizer name an end token (eos_token_id)",
-            "no completion ends by itself; each is cut at max_tokens",
+            "problem", "end tokens", "neither the model's configs nor the tokenizer name an end token (eos_token_id)",
+            "no completion finishes (EOS); all are truncated at max_tokens",
             "set eos_token_id in the model's generation_config.json",
         ))  # fmt: skip
-    elif all(each >= known for each in ends):
+    elif all(token >= known for token in ends):
         found.append(Finding(
-            "problem", "end of turns", f"the end tokens {ends} are beyond the model's {known} tokens",
-            "the model cannot emit them: no completion ends by itself",
-            "take the tokenizer that belongs to the model, or set eos_token_id in its generation_config.json",
+            "problem", "end tokens", f"the end tokens {ends} are outside the model's vocabulary of {known} tokens",
+            "the model cannot emit them, so no completion finishes (EOS)",
+            "use the tokenizer that belongs to the model, or set eos_token_id in its generation_config.json",
         ))  # fmt: skip
     else:
-        names = ", ".join(f"{_shown(tokenizer, each)} ({each})" for each in ends)
-        several = f"{len(ends)} end tokens, each of which ends a completion: " if len(ends) > 1 else "end token: "
-        found.append(Finding("ok", "end of turns", several + names, figures={"eos_ids": ends}))
+        names = ", ".join(f"{_shown(tokenizer, token)} ({token})" for token in ends)
+        several = f"{len(ends)} tokens, each of which ends a completion: " if len(ends) > 1 else ""
+        found.append(Finding("ok", "end tokens", several + names, figures={"eos_ids": ends}))
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in ends:
         found.append(Finding(
-            "ok", "padding", f"the padding token is the end token {_shown(tokenizer, tokenizer.pad_token_id)}: "
-            "harmless here, as masks come from lengths and nothing is padded",
+            "ok", "padding", f"the padding token is the end token {_shown(tokenizer, tokenizer.pad_token_id)}; "
+            "harmless, because gruppo does not pad and masks by length",
         ))  # fmt: skip
     if len(tokenizer) > known:
         found.append(Finding(
-            "warning", "tokenizer", f"it has {len(tokenizer)} tokens, and the model knows {known}",
-            "a prompt that holds one of the others is refused", "take the tokenizer that belongs to the model",
+            "warning", "tokenizer", f"it has {len(tokenizer)} tokens, but the model's vocabulary only {known}",
+            "prompts with one of the other tokens are refused", "use the tokenizer that belongs to the model",
             {"tokenizer": len(tokenizer), "model": known},
         ))  # fmt: skip
     return found
@@ -115,212 +115,219 @@ def _shown(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return repr(str(tokenizer.decode([token]))) if token < len(tokenizer) else "unknown"
 
 
-def inspect_start(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[Finding]:
-    """Whether prompts begin with BOS once, where the model has one that it is used to."""
+def check_bos(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[Finding]:
+    """Whether prompts begin with exactly one BOS token, if the tokenizer has one and adds it to plain text."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return []
-    seen = [prompt.token_ids for prompt in prompts]
-    twice = sum(ids[:2] == (bos, bos) for ids in seen)
-    without = sum(ids[0] != bos for ids in seen)
+    all_ids = [prompt.token_ids for prompt in prompts]
+    twice = sum(ids[:2] == (bos, bos) for ids in all_ids)
+    without = sum(ids[0] != bos for ids in all_ids)
     name = _shown(tokenizer, bos)
     if twice:
         return [Finding(
-            "problem", "start of prompts", f"{twice} of {len(seen)} prompts begin with BOS ({name}) twice",
-            "the model has not seen that in its training, and answers worse",
-            "take BOS out of the chat template or out of the rows' text, as the tokenizer adds it",
-            {"prompts": len(seen), "twice": twice},
+            "problem", "start of prompts", f"{twice} of {len(all_ids)} prompts begin with two BOS tokens ({name})",
+            "the model never saw this in training and answers worse",
+            "remove BOS from the chat template or from the rows' text, because the tokenizer adds it",
+            {"prompts": len(all_ids), "twice": twice},
         )]  # fmt: skip
     begins = list(tokenizer("a")["input_ids"])[:1] == [bos]
     if without and begins:
         return [Finding(
-            "warning", "start of prompts", f"{without} of {len(seen)} prompts do not begin with BOS ({name}), which "
-            "the tokenizer puts before plain text", "most models that have a BOS answer worse without it",
-            "put {{ bos_token }} at the start of the chat template", {"prompts": len(seen), "without": without},
+            "warning", "start of prompts", f"{without} of {len(all_ids)} prompts do not begin with BOS ({name}), "
+            "which the tokenizer adds to plain text", "most models with a BOS token answer worse without it",
+            "put {{ bos_token }} at the start of the chat template", {"prompts": len(all_ids), "without": without},
         )]  # fmt: skip
-    what = f"BOS ({name}) stands once at the start of each prompt" if not without else "no BOS is added to plain text"
+    what = f"one BOS token ({name}) in every prompt" if not without else "the tokenizer adds no BOS to plain text"
     return [Finding("ok", "start of prompts", what)]
 
 
-def inspect_template(policy: LanguageModel, prompts: Sequence[Prompt]) -> list[Finding]:
-    """Whether the chat template asks for an answer, ends it with an end token, and leaves earlier turns alone.
+def check_chat_template(policy: LanguageModel, prompts: Sequence[Prompt]) -> list[Finding]:
+    """Whether the chat template opens an answer, ends it with an end token, and keeps earlier turns unchanged.
 
-    It is tried on the first conversation of the prompts, with an answer made up.
+    It is tried on the first conversation of the prompts, with a made-up answer.
     """
     chats = [prompt.content for prompt in prompts if not isinstance(prompt.content, str)]
     plain = len(prompts) - len(chats)
     found = []
     if plain and policy.tokenizer.chat_template:
         found.append(Finding(
-            "note", "chat template", f"{plain} of {len(prompts)} prompts are plain text, which the model reads as it "
-            "stands", "a chat model answers worse outside of its template",
-            'write task.system = "" to make conversations of them, unless this is meant',
+            "note", "chat template", f"{plain} of {len(prompts)} prompts are plain text, which is not rendered with "
+            "the chat template", "a chat model answers worse without its template",
+            'write task.system = "" to turn them into conversations, unless plain text is intended',
         ))  # fmt: skip
     elif plain:
-        found.append(Finding("ok", "chat template", "prompts are plain text, and the tokenizer has no chat template"))
+        found.append(Finding("ok", "chat template", "prompts are plain text; the tokenizer has no chat template"))
     if not chats:
         return found
-    messages = [each for each in chats[0] if each["role"] != "assistant"]
+    messages = [message for message in chats[0] if message["role"] != "assistant"]
     try:
-        return [*found, *_turns(policy, messages, any(_answered(chat) for chat in chats))]
-    except Exception as error:  # noqa: BLE001  a chat template is a program of the model's
+        return [*found, *_template_findings(policy, messages, any(_has_answer(chat) for chat in chats))]
+    except Exception as error:  # noqa: BLE001  a chat template is a program that comes with the model
         what = f"it fails on a conversation with an answer ({type(error).__name__}: {error})"
-        why = "whether a turn ends with an end token cannot be seen"
+        why = "cannot check whether a turn ends with an end token"
         return [*found, Finding("note", "chat template", what[:300], why)]
 
 
-def _answered(messages: Sequence[Message]) -> bool:
-    return any(each["role"] == "assistant" for each in messages[:-1])
+def _has_answer(messages: Sequence[Message]) -> bool:
+    return any(message["role"] == "assistant" for message in messages[:-1])
 
 
-def _turns(policy: LanguageModel, messages: list[Message], answered: bool) -> list[Finding]:
+def _template_findings(policy: LanguageModel, messages: list[Message], has_answers: bool) -> list[Finding]:
     tokenizer = policy.tokenizer
 
     def rendered(*more: Message, ask: bool = False) -> str:
         return str(tokenizer.apply_chat_template([*messages, *more], add_generation_prompt=ask, tokenize=False))
 
     answer: Message = {"role": "assistant", "content": _ANSWER}
-    asked, bare, whole = rendered(ask=True), rendered(), rendered(answer)
+    prompt, bare, whole = rendered(ask=True), rendered(), rendered(answer)
     if _ANSWER not in whole:
         return [Finding(
-            "problem", "chat template", "it leaves out what the assistant says",
-            "the model is not shown answers as it gives them", "take the chat template that belongs to the model",
+            "problem", "chat template", "it omits what the assistant says",
+            "the model does not see earlier answers", "use the chat template that belongs to the model",
         )]  # fmt: skip
     before, _, after = whole.rpartition(_ANSWER)
     return [
-        _asking(asked, bare, before),
-        _ending(policy, after),
-        *_earlier(rendered, answered),
+        _generation_prompt(prompt, bare, before),
+        _answer_end(policy, after),
+        *_earlier_turns(rendered, has_answers),
     ]
 
 
-def _asking(asked: str, bare: str, before: str) -> Finding:
-    """Whether the prompt ends where the assistant's answer begins."""
-    if asked == bare and before != bare:
+def _generation_prompt(prompt: str, bare: str, before: str) -> Finding:
+    """Whether the prompt ends where the assistant's answer begins.
+
+    `prompt`: rendered with a generation prompt; `bare`: without; `before`: what precedes an answer.
+    """
+    if prompt == bare and before != bare:
         header = before.removeprefix(bare)[-40:]
         return Finding(
-            "problem", "generation prompt", "the chat template gives the same with and without a generation prompt, "
-            f"though an answer begins with {header!r}", "the model goes on with the user's turn instead of answering",
+            "problem", "generation prompt", "the chat template renders the same with and without a generation prompt, "
+            f"but an answer begins with {header!r}", "the model continues the user's turn instead of answering",
             "put {% if add_generation_prompt %}" + header.replace("\n", "\\n") + "{% endif %} at its end",
         )  # fmt: skip
-    if before != asked and not before.startswith(asked):
+    if before != prompt and not before.startswith(prompt):
         return Finding(
-            "note", "generation prompt", f"prompts end with {asked[-30:]!r}, and earlier answers in a conversation "
-            f"begin after {before[-30:]!r}", "the model answers from another place than a conversation shows",
-            "nothing, if the model was trained so (some think only in their last turn)",
+            "note", "generation prompt", f"prompts end with {prompt[-30:]!r}, but earlier answers in a conversation "
+            f"begin after {before[-30:]!r}", "the model answers after a different text than in a conversation",
+            "nothing, if the model was trained this way (some think only in their last turn)",
         )  # fmt: skip
-    return Finding("ok", "generation prompt", f"prompts end with {asked[-30:]!r}, where an answer begins")
+    return Finding("ok", "generation prompt", f"prompts end with {prompt[-30:]!r}, where an answer begins")
 
 
-def _ending(policy: LanguageModel, after: str) -> Finding:
-    """Whether the assistant's turn ends with a token that ends a completion."""
+def _answer_end(policy: LanguageModel, after: str) -> Finding:
+    """Whether the assistant's turn ends with an end token. `after`: what the template puts after an answer."""
     tokenizer = policy.tokenizer
     ids = list(tokenizer(after, add_special_tokens=False)["input_ids"]) if after else []
-    if any(each in policy.eos_ids for each in ids):
-        end = next(each for each in ids if each in policy.eos_ids)
+    if any(token in policy.eos_ids for token in ids):
+        end = next(token for token in ids if token in policy.eos_ids)
         return Finding("ok", "end of answers", f"the chat template ends an answer with {_shown(tokenizer, end)}")
-    special = [each for each in ids if each in tokenizer.all_special_ids or each in tokenizer.added_tokens_decoder]
-    how = f"with {after[:30]!r}, which is" if after.strip() else "with nothing, so with"
+    special = [token for token in ids if token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder]
+    how = f"ends an answer with {after[:30]!r}, not with" if after.strip() else "ends an answer without"
     return Finding(
         "problem" if special else "warning", "end of answers",
-        f"the chat template ends an answer {how} {'no end token' if after.strip() else 'no end token either'} "
-        f"(end tokens: {list(policy.eos_ids)})",
-        "a model that was taught to end its turns so goes on after them, and is cut at max_tokens",
+        f"the chat template {how} an end token (end tokens: {list(policy.eos_ids)})",
+        "a model trained on this template does not stop after its turn and is truncated at max_tokens",
         f"add {special[0]} to eos_token_id in the model's generation_config.json" if special
-        else "let the template end the assistant's turn with the end token, if the model was trained so",
+        else "end the assistant's turn with the end token in the template, if the model was trained this way",
         {"ends_with": after, "eos_ids": list(policy.eos_ids)},
     )  # fmt: skip
 
 
-def _earlier(rendered: Any, answered: bool) -> list[Finding]:
-    """Whether a conversation that goes on leaves what is there already."""
-    on: Message = {"role": "user", "content": "And then?"}
+def _earlier_turns(rendered: Any, has_answers: bool) -> list[Finding]:
+    """Whether earlier messages are rendered the same when a conversation continues."""
+    follow_up: Message = {"role": "user", "content": "And then?"}
     for content in (_ANSWER, _THOUGHT):
         answer: Message = {"role": "assistant", "content": content}
         first = rendered(answer)
-        if not rendered(answer, on).startswith(first.rstrip()):
+        if not rendered(answer, follow_up).startswith(first.rstrip()):
             return [Finding(
-                "warning" if answered else "note", "earlier turns",
-                "the chat template writes an earlier answer anew when the conversation goes on"
+                "warning" if has_answers else "note", "earlier turns",
+                "the chat template changes an earlier answer when the conversation continues"
                 + (" (with <think>)" if content == _THOUGHT else ""),
-                "in conversations of several answers the model reads other tokens than it wrote",
-                "give one row for each answer" if answered else "nothing, as long as prompts hold one question each",
+                "in conversations with several answers, the model reads other tokens than it wrote",
+                "write one row per answer" if has_answers else "nothing, as long as every prompt has one question",
             )]  # fmt: skip
     return []
 
 
-def inspect_lengths(
+def check_prompt_lengths(
     prompts: Sequence[Prompt], limit: int, max_tokens: int, left_out: Mapping[str, int], refused: str | None
 ) -> Finding:
-    """How long prompts are beside what the context leaves. `left_out`: too long ones by task; `refused`: what training
-    says of them, where the recipe does not filter."""
+    """Prompt lengths compared with the limit.
+
+    `left_out`: number of prompts over the limit, by task. `refused`: training's error message about them, if the recipe
+    does not filter.
+    """
     lengths = sorted(len(prompt.token_ids) for prompt in prompts)
-    gone = sum(left_out.values())
+    too_long = sum(left_out.values())
     median, most = round(statistics.median(lengths)), lengths[-1]
     high = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
     figures = {
         "prompts": len(lengths), "min": lengths[0], "median": median, "p95": high, "max": most, "limit": limit,
-        "too_long": gone,
+        "too_long": too_long,
     }  # fmt: skip
-    told = f"{len(lengths)} prompts of {lengths[0]} to {most} tokens, half of them below {median + 1}, 95 % below "
-    told += f"{high + 1}; the limit is {limit}" if limit < 2**30 else f"{high + 1}"
-    whole = len(lengths) + gone
+    what = f"{len(lengths)} prompts of {lengths[0]} to {most} tokens (median {median}, 95th percentile {high})"
+    what += f"; limit {limit}" if limit < 2**30 else ""
+    rows = len(lengths) + too_long
     if refused:
         return Finding(
-            "problem", "prompts", f"{gone} of {whole} rows are over the limit; {told}",
+            "problem", "prompts", f"{too_long} of {rows} rows are over the limit; {what}",
             f"training refuses them: {refused}",
             'write overlong = "filter" in [task], lower sampling.max_tokens, or shorten the prompts', figures,
         )  # fmt: skip
-    if gone:
+    if too_long:
         return Finding(
-            "warning", "prompts", f"{gone} of {whole} rows are left out as too long; {told}",
-            "the model learns from the short ones alone",
+            "warning", "prompts", f"{too_long} of {rows} rows are too long and left out; {what}",
+            "the model learns only from the shorter ones",
             f"raise max_prompt_tokens, or lower sampling.max_tokens = {max_tokens}", figures,
         )  # fmt: skip
-    return Finding("ok", "prompts", told, figures=figures)
+    return Finding("ok", "prompts", what, figures=figures)
 
 
-def inspect_given(given: Mapping[str, OfflineCompletions], max_tokens: int) -> list[Finding]:
-    """How long the completions are that rows bring."""
-    lengths = sorted(len(completion.token_ids) for each in given.values() for completion, _ in each)
+def check_dataset_completions(completions: Mapping[str, OfflineCompletions], max_tokens: int) -> list[Finding]:
+    """Lengths of the completions in the dataset, if it has any."""
+    lengths = sorted(len(completion.token_ids) for pairs in completions.values() for completion, _ in pairs)
     if not lengths:
         return []
-    what = f"rows bring {len(lengths)} of {lengths[0]} to {lengths[-1]} tokens, half of them below "
     figures = {"completions": len(lengths), "max": lengths[-1], "max_tokens": max_tokens}
-    text = f"{what}{round(statistics.median(lengths)) + 1}; the limit is {max_tokens}"
-    return [Finding("ok", "completions", text, figures=figures)]
+    what = (
+        f"{len(lengths)} in the dataset, of {lengths[0]} to {lengths[-1]} tokens (median "
+        f"{round(statistics.median(lengths))}); limit {max_tokens}"
+    )
+    return [Finding("ok", "completions", what, figures=figures)]
 
 
-def inspect_overlap(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> list[Finding]:
-    """Questions of the evaluation that are trained on too, word for word or but for case, space and punctuation."""
+def check_overlap(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> list[Finding]:
+    """Evaluation questions that are also trained on, identical or except for case, whitespace and punctuation."""
     if not questions:
         return []
     exact: dict[str, Prompt] = {}
-    alike: dict[str, Prompt] = {}
+    similar: dict[str, Prompt] = {}
     for prompt in prompts:
         exact.setdefault(prompt_text({"prompt": prompt.content}), prompt)
-        alike.setdefault(_normalised(prompt), prompt)
-    same = [each for each in questions if prompt_text({"prompt": each.content}) in exact]
-    near = [each for each in questions if each not in same and _normalised(each) in alike]
+        similar.setdefault(_normalized(prompt), prompt)
+    same = [question for question in questions if prompt_text({"prompt": question.content}) in exact]
+    near = [question for question in questions if question not in same and _normalized(question) in similar]
     figures = {"questions": len(questions), "exact": len(same), "normalised": len(near)}
     if not same and not near:
-        what = f"none of the {len(questions)} questions of the evaluation is among the prompts"
+        what = f"none of the {len(questions)} evaluation questions is trained on"
         return [Finding("ok", "overlap", what, figures=figures)]
     example = (same or near)[0]
-    other = alike[_normalised(example)] if not same else exact[prompt_text({"prompt": example.content})]
+    other = similar[_normalized(example)] if not same else exact[prompt_text({"prompt": example.content})]
     return [Finding(
-        "warning", "overlap", f"of the {len(questions)} questions of the evaluation {len(same)} are trained on as they "
-        f"stand, and {len(near)} but for case, space and punctuation; e.g. {example.id}, {example.text[:60]!r}, is "
-        f"{other.id}", "the accuracy shows what was learned by heart",
-        "write task.held_out = 0.1, or name other questions with evaluation.task", figures,
+        "warning", "overlap", f"of the {len(questions)} evaluation questions, {len(same)} are also trained on, and "
+        f"{len(near)} more differ only in case, whitespace and punctuation; e.g. {example.id}, {example.text[:60]!r}, "
+        f"is {other.id}", "the accuracy includes memorized answers",
+        "write task.held_out = 0.1, or choose other questions with evaluation.task", figures,
     )]  # fmt: skip
 
 
-def _normalised(prompt: Prompt) -> str:
-    """The question without what does not tell two questions apart; signs of mathematics do."""
+def _normalized(prompt: Prompt) -> str:
+    """The question without case, extra whitespace and punctuation; math signs stay, as they distinguish questions."""
     content = prompt.content
     parts = [content] if isinstance(content, str) else [
-        str(each["content"]) for each in content if each["role"] != "system"
+        str(message["content"]) for message in content if message["role"] != "system"
     ]  # fmt: skip
     text = unicodedata.normalize("NFKC", "\n".join(parts)).casefold()
     return " ".join(_ENDS.sub("", text).split())

@@ -1,12 +1,12 @@
-"""A reward is a function in TRL's signature, sync or async:
+"""Reward functions in TRL's signature, sync or async:
 
     reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
-It is called by keyword, once a group, with G entries in every list. `completions` are texts, or lists of messages
-where the prompts are messages. None means "does not apply to this completion"; {"step_rewards": […], "step_ends": […]}
-judges the steps of a completion, each by the token (counted from 0) on which it ends. `trainer_state`, `log_extra` and
-`log_metric` are passed to a function that names them or takes **kwargs. A class is made first, with its options;
-docs/rewards.md has the built-in rewards and the rest.
+A reward is called by keyword, once per group, with G entries in every list. `completions` are texts, or lists of
+messages if the prompts are messages. None means "does not apply to this completion". {"step_rewards": […],
+"step_ends": […]} scores the steps of a completion; a step's end is the index of its last token, counted from 0.
+`trainer_state`, `log_extra` and `log_metric` are passed to functions that name them or take **kwargs. A class is
+instantiated once, with its options. docs/rewards.md lists the built-in rewards and describes the interface in full.
 """
 
 from __future__ import annotations
@@ -31,24 +31,27 @@ REWARDS = {
 }
 
 
-PREFIXES = ("verl", "verifiers")  # of names whose functions go through gruppo.rewards.interop
+PREFIXES = ("verl", "verifiers")  # name prefixes that select an adapter in gruppo.rewards.interop
 
 
 RewardFunction = Callable[..., Any]
 
 
 def reward_path(name: str) -> str:
-    """Import path of a reward by built-in name or import path. Raises UsageError for an unknown name."""
+    """Return the import path of a reward, given its built-in name or an import path.
+
+    Raises UsageError if the name is unknown, or if an adapter's prefix has no import path after it.
+    """
     if name in REWARDS:
         return REWARDS[name]
     prefix, path = split_prefix(name)
     if prefix and ":" not in path:
         raise UsageError(
-            f'reward.functions = "{name}": "{prefix}:" needs an import path behind it; write '
+            f'reward.functions = "{name}": "{prefix}:" must be followed by an import path; write '
             f'"{prefix}:package.module:function" or "{prefix}:file.py:function"'
         )
     if name in RENAMED:
-        raise UsageError(f'reward.functions = "{name}": this reward is called "{RENAMED[name]}" now; write that')
+        raise UsageError(f'reward.functions = "{name}": this reward was renamed; write "{RENAMED[name]}"')
     if ":" not in name:
         raise UsageError(
             f'reward.functions = "{name}": unknown reward{nearest(name, REWARDS)}; or write "package.module:function" '
@@ -58,22 +61,22 @@ def reward_path(name: str) -> str:
 
 
 def split_prefix(name: str) -> tuple[str, str]:
-    """("verl", "file.py:f") of "verl:file.py:f"; ("", name) of a name without an adapter's prefix."""
+    """Split off an adapter's prefix: "verl:file.py:f" -> ("verl", "file.py:f"); without one, ("", name)."""
     prefix, _, path = name.partition(":")
     return (prefix, path) if prefix in PREFIXES else ("", name)
 
 
 def check_option_names(functions: Sequence[str | RewardFunction], options: Mapping[str, Any]) -> None:
-    """Raise UsageError for options of a function that is not among them, or that was given as an object."""
+    """Raise UsageError for options of a function that is not in `functions`, or was passed as an object."""
     names = [function for function in functions if isinstance(function, str)]
     for name, values in options.items():
         if name not in names:
             raise UsageError(
                 f"reward.options.{name} = {values}: no such function in reward.functions"
-                f"{nearest(name, names) if names else '; bind the arguments of a function by functools.partial'}"
+                f"{nearest(name, names) if names else '; bind the arguments of a function with functools.partial'}"
             )
 
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion that is text, or messages whose last one counts."""
+    """Text of a completion: the completion itself if it is text, else the content of its last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])

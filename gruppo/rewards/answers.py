@@ -14,22 +14,29 @@ from gruppo.rewards.grading.math_verify import same_mathematics
 
 
 def last_number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 where the last number of a completion equals the last number of its answer, else 0."""
-    return [float(same_number(text_of(each), right)) for each, right in zip(completions, answer, strict=True)]
+    """1 if the last number of a completion equals the last number of its answer, else 0.
+
+    Raises UsageError if an answer contains no number.
+    """
+    return [
+        float(same_number(text_of(completion), wanted)) for completion, wanted in zip(completions, answer, strict=True)
+    ]
 
 
 def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 where a completion equals its answer, white space at the ends apart, else 0."""
-    return [float(same_text(text_of(each), right)) for each, right in zip(completions, answer, strict=True)]
+    """1 if a completion equals its answer, ignoring leading and trailing white space, else 0."""
+    return [
+        float(same_text(text_of(completion), wanted)) for completion, wanted in zip(completions, answer, strict=True)
+    ]
 
 
 def choice(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-    """1 where a completion decides for the letters of its answer ("B", "AD"), by letter, else 0.
+    """1 if a completion chooses exactly the letters of its answer ("B", "AD"), else 0.
 
-    None where the answer is no letter. The words or the value of an option do not count, as they do for the grader:
-    what is rewarded is the letter.
+    None if the answer is not a letter. Only letters are rewarded: unlike in the grader of this name, the words or the
+    value of an option do not count.
     """
-    return [_chosen(text_of(each), right) for each, right in zip(completions, answer, strict=True)]
+    return [_chosen(text_of(completion), wanted) for completion, wanted in zip(completions, answer, strict=True)]
 
 
 def _chosen(text: str, reference: Any) -> float | None:
@@ -37,22 +44,23 @@ def _chosen(text: str, reference: Any) -> float | None:
         wanted = letters_of(reference, ())
     except UsageError:
         return None
-    made = choice_of(text, (), LETTERS)
-    return float(made is not None and made.letters == wanted and not made.undecided)
+    chosen = choice_of(text, (), LETTERS)
+    return float(chosen is not None and chosen.letters == wanted and not chosen.undecided)
 
 
 class MathVerify:
-    """1 where a completion's answer equals the reference symbolically (math-verify), else 0.
+    """1 if a completion's answer equals the reference symbolically (math-verify), else 0.
 
-    The reference is the column `answer`, or `solution` where there is no `answer`: a number, LaTeX with or without
-    dollars, a text with \\boxed{}, or a solution that ends with "#### 42". None where it cannot be read. A completion
-    whose comparison takes too long fails by itself.
+    The reference is the column `answer`, or `solution` if there is no `answer`: a number, LaTeX with or without dollar
+    signs, a text with \\boxed{}, or a solution that ends with "#### 42". The value is None if the reference cannot be
+    read. If a comparison takes too long, only its completion fails, with a TimeoutError. Raises UsageError if the row
+    has neither column.
     """
 
     any_of = ("answer", "solution")
 
     def __init__(self) -> None:
-        import math_verify  # noqa: F401  sympy takes its time, which is not the first call's
+        import math_verify  # noqa: F401  imports sympy, which is slow, before the first call
 
     def __call__(
         self,
@@ -64,7 +72,10 @@ class MathVerify:
         references = answer if answer is not None else solution
         if references is None:
             raise UsageError("the row has neither answer nor solution; add one of these columns")
-        return [_equal(text_of(each), right) for each, right in zip(completions, references, strict=True)]
+        return [
+            _equal(text_of(completion), reference)
+            for completion, reference in zip(completions, references, strict=True)
+        ]
 
 
 def _equal(text: str, reference: Any) -> float | TimeoutError | None:

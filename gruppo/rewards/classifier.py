@@ -1,7 +1,7 @@
-"""A Hugging Face sequence-classification model as a reward: a trained reward model, or any classifier of texts.
+"""A Hugging Face sequence-classification model as a reward: a trained reward model, or any text classifier.
 
-The only reward that imports torch, in the reward's own processes. Sequences are scored one by one: a value depends on
-nothing else, and a model needs no padding token.
+The only reward that imports torch, and only in the reward's own processes. Sequences are scored one at a time, so that
+a value does not depend on other sequences and the model needs no padding token.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from gruppo.rewards import text_of
 from gruppo.types import Message
 from gruppo.utils.paths import is_dir, is_file, user_path
 
-_UNLIMITED = 10**9  # tokenizers without a limit of their own say 10**30
+_UNLIMITED = 10**9  # tokenizers without a limit report 10**30
 
 
 class Classifier:
-    """The score that a model gives to each prompt with its completion.
+    """Score of every prompt with its completion by a sequence-classification model.
 
-    A model with one output: that number, as it is. With several: the probability of `label` (softmax; sigmoid where
-    the model's problem_type is multi_label_classification), by its name or its number. Messages go through the
-    tokenizer's chat template; without one, and for texts, the prompt is followed by the completion. What is too long
-    for the model is never cut: that completion fails.
+    A model with one output gives that number, unscaled. A model with several gives the probability of `label`, an
+    output's name or index, from 0 to 1: softmax, or sigmoid if the model's problem_type is multi_label_classification.
+    Messages are rendered with the tokenizer's chat template; without a template, their contents are joined by line
+    breaks. A text prompt is directly followed by the completion. A sequence that is too long for the model is never
+    truncated: its completion fails.
     """
 
     def __init__(self, model: str, label: str | int | None = None, device: str = "auto") -> None:
-        """`model`: a folder or a hub name; `device`: auto, cpu, cuda or mps. Raises UsageError where there is no such
-        model, where weights or label are missing, or the device is."""
+        """`model`: a folder or a hub name; `device`: auto, cpu, cuda or mps.
+
+        Raises UsageError if the model is not found, cannot be loaded or has missing weights, if `label` does not fit
+        its outputs, or if the device is not available.
+        """
         location = _locate(model)
         try:
             if problem := pickles_alone(Path(location)):
@@ -45,7 +49,7 @@ class Classifier:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                 location, output_loading_info=True, use_safetensors=True, trust_remote_code=False
             )
-        except Exception as error:  # a model is other people's files: anything can be wrong with them
+        except Exception as error:  # third-party files: anything can be wrong with them
             first = (str(error).strip().splitlines() or [""])[0]
             raise UsageError(
                 f"model = {model!r}: cannot be loaded ({type(error).__name__}: {first}); give a folder or a hub name "
@@ -53,8 +57,8 @@ class Classifier:
             ) from error
         if missing := sorted(map(str, {*loaded[1]["missing_keys"], *loaded[1]["mismatched_keys"]})):
             raise UsageError(
-                f"model = {model!r}: has no weights for {', '.join(missing[:3])}, which would be random; give a model "
-                "that was trained for sequence classification"
+                f"model = {model!r}: has no weights for {', '.join(missing[:3])}, which would be randomly initialized; "
+                "give a model that was trained for sequence classification"
             )
         self.device = choose_device(device)
         self.model = loaded[0].eval().to(self.device)
@@ -64,13 +68,15 @@ class Classifier:
         self.limit = min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | ValueError]:
-        return [self._score(*each) for each in zip(prompts, completions, strict=True)]
+        return [self._score(*pair) for pair in zip(prompts, completions, strict=True)]
 
     @torch.inference_mode()
     def _score(self, prompt: str | list[Message], completion: str | list[Message]) -> float | ValueError:
         token_ids = self._token_ids(prompt, completion)
         if not 0 < len(token_ids) <= self.limit:
-            return ValueError(f"prompt and completion are {len(token_ids)} tokens; the model reads 1 to {self.limit}")
+            return ValueError(
+                f"prompt and completion have {len(token_ids)} tokens; the model accepts 1 to {self.limit}"
+            )
         row = torch.tensor([token_ids], device=self.device)
         logits = self.model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0].float()
         if self.label is None:
@@ -84,16 +90,16 @@ class Classifier:
             text = prompt + text_of(completion)
         else:
             text = "\n".join(str(message["content"]) for message in _conversation(prompt, completion))
-        begun = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
-        return list(self.tokenizer(text, add_special_tokens=not begun)["input_ids"])
+        has_bos = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
+        return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
 
 def _conversation(prompt: list[Message], completion: str | list[Message]) -> list[Message]:
-    """Prompt and completion as messages; a completion that goes on with a begun answer becomes one message with it."""
+    """Prompt and completion as messages; if the prompt ends with the start of an answer, both are joined."""
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     if prompt[-1]["role"] == "assistant":
-        begun = prompt[-1]
-        joined = {**begun, "content": str(begun["content"]) + str(answer[0]["content"])}
+        start = prompt[-1]
+        joined = {**start, "content": str(start["content"]) + str(answer[0]["content"])}
         return [*prompt[:-1], joined, *answer[1:]]
     return [*prompt, *answer]
 
@@ -105,12 +111,14 @@ def _locate(model: str) -> str:
     if is_file(path / "config.json"):
         return str(path)
     if is_file(path) or is_dir(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UsageError(f"model = {model!r}: there is no such folder with a config.json; give one, or a hub name")
+        raise UsageError(
+            f"model = {model!r}: there is no such folder with a config.json; write its path, or a hub name"
+        )
     try:
-        nowhere = out_of_reach(model)
+        unreachable = out_of_reach(model)
     except HFValidationError:
-        raise UsageError(f"model = {model!r}: neither a folder nor a name of the Hugging Face hub") from None
-    if nowhere:
+        raise UsageError(f"model = {model!r}: neither a folder nor a valid name on the Hugging Face hub") from None
+    if unreachable:
         raise UsageError(
             f"model = {model!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, or "
             "give a folder"
@@ -119,11 +127,11 @@ def _locate(model: str) -> str:
 
 
 def _label_id(config: PreTrainedConfig, label: str | int | None) -> int | None:
-    """The output of that label; None for a model with one output, which has none."""
+    """Index of the output for `label`; None for a model with one output."""
     names = {int(number): str(name) for number, name in (config.id2label or {}).items()}
     if config.num_labels == 1:
         if label is not None:
-            raise UsageError(f"label = {label!r}: the model has a single output, its score; remove label")
+            raise UsageError(f"label = {label!r}: the model has a single output, the score; remove label")
         return None
     listed = ", ".join(f"{name} ({number})" for number, name in names.items())
     if label is None:
@@ -133,4 +141,4 @@ def _label_id(config: PreTrainedConfig, label: str | int | None) -> int | None:
     for number, name in names.items():
         if name == label:
             return number
-    raise UsageError(f"label = {label!r}: the model has none of that name{nearest(str(label), names.values())}")
+    raise UsageError(f"label = {label!r}: the model has no such label{nearest(str(label), names.values())}")

@@ -1,4 +1,4 @@
-"""The weighted sum of what several reward functions give a completion."""
+"""Weighted sum of the values that several reward functions return for a completion."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 
 from gruppo.types import Reward, Steps
 
-# What a function gave for one completion: a number, None, rewards of steps, or (text) the reason of its failure.
+# A function's result for one completion: a number, None, step rewards, or the reason of its failure (text).
 Value = float | str | Steps | None
 
 
 def combine(
     names: Sequence[str], weights: Sequence[float], values: Sequence[Value], extra: Mapping[str, Any]
 ) -> Reward:
-    """One completion's reward from what each function gave.
+    """Combine the values of all functions for one completion into its reward.
 
-    total = Σ weight · value over the functions that gave a number. A failure makes the completion abstain, and so does
-    None from all of them: total None, never a substitute number. Rewards of steps stand beside the total.
+    total = Σ weight · value over the functions that returned a number. The completion is excluded (total None, never a
+    substitute number) if a function failed, if all returned None, or if the sum overflows. Step rewards are stored next
+    to the total, which is 0 if there is no number.
     """
-    given = dict(zip(names, values, strict=True))
-    parts = {name: float(value) if isinstance(value, int | float) else None for name, value in given.items()}
-    steps = {name: value for name, value in given.items() if isinstance(value, Steps)}
-    failures = {name: value for name, value in given.items() if isinstance(value, str)}
+    by_name = dict(zip(names, values, strict=True))
+    parts = {name: float(value) if isinstance(value, int | float) else None for name, value in by_name.items()}
+    steps = {name: value for name, value in by_name.items() if isinstance(value, Steps)}
+    failures = {name: value for name, value in by_name.items() if isinstance(value, str)}
     if failures:
-        told = "; ".join(f"{name}: {why}" for name, why in failures.items())
-        return Reward(None, parts, told, extra, failures=failures)
-    weighed = [weight * value for weight, value in zip(weights, parts.values(), strict=True) if value is not None]
-    if not weighed and not steps:
+        reasons = "; ".join(f"{name}: {why}" for name, why in failures.items())
+        return Reward(None, parts, reasons, extra, failures=failures)
+    weighted = [weight * value for weight, value in zip(weights, parts.values(), strict=True) if value is not None]
+    if not weighted and not steps:
         return Reward(None, parts, None, extra)
-    total = sum(weighed, 0.0)
+    total = sum(weighted, 0.0)
     return (
         Reward(total, parts, None, extra, steps)
         if math.isfinite(total)
@@ -40,7 +41,10 @@ def combine(
 
 
 def with_part(reward: Reward, name: str, weight: float, value: float | str | None) -> Reward:
-    """A reward with one part more, as if a function had given it; text is the reason of a failure."""
+    """Return the reward with one more part, as if another function had returned `value`.
+
+    A text as `value` is the reason of a failure and excludes the completion.
+    """
     if isinstance(value, str):
         why = "; ".join(filter(None, (reward.failure, f"{name}: {value}")))
         parts, failures = {**reward.parts, name: None}, {**reward.failures, name: value}

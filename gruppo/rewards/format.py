@@ -1,4 +1,4 @@
-"""Rewards for the form of a completion, whatever it says."""
+"""Rewards for the format of a completion, regardless of its content."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from gruppo.rewards import text_of
 
 
 def think_format(completions: Sequence[Any], **_: Any) -> list[float]:
-    """1 where a completion begins with <think> and has exactly one <think> and one </think>, else 0.
+    """1 if a completion begins with <think> and has exactly one <think> and one </think>, else 0.
 
-    TRL's think_format_reward, but for one thing: there, more than one </think> gives 1.
+    Equals TRL's think_format_reward, except that TRL also gives 1 for more than one </think>.
     """
     texts = [text_of(completion) for completion in completions]
     return [
@@ -22,9 +22,10 @@ def think_format(completions: Sequence[Any], **_: Any) -> list[float]:
 
 
 class Regex:
-    """1 where the whole of a completion, white space at its ends apart, matches the pattern, else 0.
+    """1 if the whole completion, without leading and trailing white space, matches `pattern`, else 0.
 
-    The pattern is of Python's `re`; a dot also matches line breaks. Other flags stand in it: "(?i)yes|no".
+    `pattern`: a regular expression for Python's `re`; the dot also matches line breaks. Write other flags inline:
+    "(?i)yes|no". Raises UsageError if it is not a valid pattern.
     """
 
     def __init__(self, pattern: str) -> None:

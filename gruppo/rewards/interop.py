@@ -1,10 +1,10 @@
-"""Reward functions written for other trainers, as functions of our signature.
+"""Adapters for reward functions that were written for other trainers.
 
     verl          compute_score(data_source, solution_str, ground_truth, extra_info) -> float | dict with "score"
     verifiers     func(prompt, completion, answer, state, task, info) -> float
 
-Both score one completion a call, sync or async, and get only the arguments that they name. A call that raises makes
-its own completion abstain. In a recipe: "verl:file.py:compute_score", "verifiers:package.module:func".
+Both score one completion per call, sync or async, and receive only the arguments that they name. If a call raises,
+only its completion is excluded. In a recipe: "verl:file.py:compute_score", "verifiers:package.module:func".
 """
 
 from __future__ import annotations
@@ -24,23 +24,30 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Adapter:
-    """How the functions of another trainer are called. `arguments`: from a prompt, a completion and its row to what is
-    passed by name; `passed`: the names of those; `any_of`: for an argument, the columns of which rows need one."""
+    """Calling convention of another trainer's reward functions.
+
+    `arguments`: maps (prompt, completion, row) to keyword arguments. `passed`: names of the keyword arguments.
+    `any_of`: argument -> the columns of which rows need at least one.
+    """
 
     arguments: Callable[[Any, Any, Mapping[str, Any]], dict[str, Any]]
     passed: tuple[str, ...]
     any_of: Mapping[str, tuple[str, ...]]
 
     def adapt(self, function: Function) -> Adapted:
+        """Wrap `function` as a reward. Raises UsageError if it requires an argument that is not passed."""
         return Adapted(self, function)
 
 
 class Adapted:
-    """A function for one completion, as a reward of a group. Raises UsageError where it needs other arguments."""
+    """A per-completion function as a reward for a group.
+
+    Raises UsageError if the function requires an argument that the adapter does not pass.
+    """
 
     def __init__(self, adapter: Adapter, function: Function) -> None:
         self.adapter, self.function = adapter, function
-        original = getattr(function, "func", function)  # a partial has no name of its own
+        original = getattr(function, "func", function)  # a partial has no __name__
         self.__name__ = str(getattr(original, "__name__", type(original).__name__))
         parameters = inspect.signature(function).parameters.values()
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -51,7 +58,7 @@ class Adapted:
             if needed and parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in self.taken:
                 raise UsageError(
                     f'reward.functions: {self.__name__} needs "{parameter.name}", which this adapter does not pass '
-                    f"(passed by name: {', '.join(adapter.passed)}); write it as an option, or give it a default"
+                    f"(passed by keyword: {', '.join(adapter.passed)}); set it as an option, or give it a default"
                 )
         self.any_of = tuple(column for name, columns in adapter.any_of.items() if name in named for column in columns)
 
@@ -63,10 +70,10 @@ class Adapted:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[Any] | Coroutine[Any, Any, list[Any]]:
-        """A number a completion, None where the function gives None, the exception where its call raises one."""
+        """Return one value per completion: the score, None if the function returns None, or the exception it raises."""
         rows = [{name: values[number] for name, values in columns.items() if _is_column(values, len(completions))}
                 for number in range(len(completions))]  # fmt: skip
-        outcomes = [self._call(*each) for each in zip(prompts, completions, rows, strict=True)]
+        outcomes = [self._call(*sample) for sample in zip(prompts, completions, rows, strict=True)]
         if any(inspect.isawaitable(outcome) for outcome in outcomes):
             return self._wait(outcomes, log_extra, log_metric)
         return _scores(outcomes, log_extra, log_metric)
@@ -86,20 +93,22 @@ class Adapted:
 
 
 def verl(function: Function) -> Adapted:
-    """A reward of our signature from verl's `compute_score`.
+    """Wrap verl's `compute_score` as a reward.
 
-    `data_source` and `extra_info` come from the columns of those names ("" and {} where there are none),
-    `ground_truth` from the column ground_truth, else reward_model["ground_truth"], else answer. Of a returned dict,
-    "score" is the reward; its other numbers become metrics, and all of its other entries go to the rollout tables.
+    `data_source` and `extra_info` come from the columns with these names ("" and {} if missing). `ground_truth` comes
+    from the column ground_truth, else reward_model["ground_truth"], else answer. If the function returns a dict,
+    "score" is the reward, the other numbers are also logged as metrics, and all other entries go to the rollout tables.
+    Raises UsageError if the function requires any other argument.
     """
     return _VERL.adapt(function)
 
 
 def verifiers(function: Function) -> Adapted:
-    """A reward of our signature from a function of verifiers' classic rubrics.
+    """Wrap a function from verifiers' classic rubrics as a reward.
 
-    `answer`, `task` and `info` come from the columns of those names ("", "default" and {} where there are none);
-    `state` is a new dict with these, the prompt, the completion, its text in `responses`, and turn = 1.
+    `answer`, `task` and `info` come from the columns with these names ("", "default" and {} if missing). `state` is a
+    new dict with these, the prompt, the completion, its text in `responses`, and turn = 1. Raises UsageError if the
+    function requires any other argument.
     """
     return _VERIFIERS.adapt(function)
 
@@ -137,17 +146,17 @@ def _scores(
     log_extra: Callable[[str, Sequence[Any]], None] | None,
     log_metric: Callable[[str, float], None] | None,
 ) -> list[Any]:
-    """The scores alone; what else the functions told is logged."""
-    told = [outcome if isinstance(outcome, Mapping) else {} for outcome in outcomes]
-    for name in dict.fromkeys(name for entries in told for name in entries if name != "score"):
-        column = [entries.get(name) for entries in told]
+    """Return the scores; log the other entries of returned dicts."""
+    extras = [outcome if isinstance(outcome, Mapping) else {} for outcome in outcomes]
+    for name in dict.fromkeys(name for entries in extras for name in entries if name != "score"):
+        column = [entries.get(name) for entries in extras]
         if log_extra is not None:
             log_extra(str(name), column)
         for value in column:
             if log_metric is not None and isinstance(value, Real):
                 log_metric(str(name), float(value))
-    without = ValueError('returned a dict without "score"')
-    return [each.get("score", without) if isinstance(each, Mapping) else each for each in outcomes]
+    missing = ValueError('returned a dict without "score"')
+    return [outcome.get("score", missing) if isinstance(outcome, Mapping) else outcome for outcome in outcomes]
 
 
 _VERL = Adapter(

@@ -1,4 +1,4 @@
-"""Penalties for completions that are too long or that repeat themselves; none of them is ever above 0."""
+"""Penalties for overlong and for repetitive completions; every value is at most 0."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ from gruppo.rewards import text_of
 
 
 class Overlong:
-    """Soft overlong punishment (DAPO, arXiv 2503.14476, Eq. 13), over the tokens |y| of a completion.
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, Eq. 13) for a completion of |y| tokens, from -1 to 0.
 
-    0 where |y| <= L - B;  (L - B - |y|) / B where L - B < |y| <= L;  -1 above L.
-    L: `max_tokens`, by default that of the run's sampling; B: `buffer_tokens`, by default L // 4, at least 1 (the
-    paper's 4096 of 16384).
+    0 if |y| <= L - B;  (L - B - |y|) / B if L - B < |y| <= L;  -1 if |y| > L.
+    L is `max_tokens`, by default the run's sampling limit. B is `buffer_tokens`, by default L // 4 and at least 1 (the
+    paper uses 4096 of 16384). Raises UsageError if either is not a whole number from 1, if B > L, or, when called, if
+    the run does not provide L.
     """
 
     def __init__(self, max_tokens: int | None = None, buffer_tokens: int | None = None) -> None:
         for name, value in (("max_tokens", max_tokens), ("buffer_tokens", buffer_tokens)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise UsageError(f"{name} = {value!r}: must be a number of tokens; write 1 or more")
+                raise UsageError(f"{name} = {value!r}: must be a whole number of tokens; write 1 or more")
         if max_tokens is not None and buffer_tokens is not None and buffer_tokens > max_tokens:
             raise UsageError(
-                f"buffer_tokens = {buffer_tokens}: is more than max_tokens = {max_tokens}; write a part of it"
+                f"buffer_tokens = {buffer_tokens}: is more than max_tokens = {max_tokens}; write at most that many"
             )
         self.max_tokens, self.buffer_tokens = max_tokens, buffer_tokens
 
     def __call__(self, completion_ids: Sequence[Sequence[int]], trainer_state: Any = None, **_: Any) -> list[float]:
-        most = self.max_tokens or getattr(trainer_state, "max_tokens", None)
-        if most is None:
-            raise UsageError("the run tells no max_tokens; write reward.options.overlong.max_tokens")
-        buffer = self.buffer_tokens or max(1, most // 4)
-        return [_overlong(len(ids), most, buffer) for ids in completion_ids]
+        limit = self.max_tokens or getattr(trainer_state, "max_tokens", None)
+        if limit is None:
+            raise UsageError("the run provides no max_tokens; set reward.options.overlong.max_tokens")
+        buffer_tokens = self.buffer_tokens or max(1, limit // 4)
+        return [_overlong(len(ids), limit, buffer_tokens) for ids in completion_ids]
 
 
 class Repetition:
     """Repetition penalty ("Demystifying Long Chain-of-Thought Reasoning", arXiv 2502.03373, as in open-r1).
 
-    penalty · (1 - distinct n-grams / all n-grams), over the words of a completion in lower case; 0 for fewer than n.
-    `ngram`: n; `penalty`: at most 0, what a completion comes near to that is one n-gram over and over.
+    penalty · (1 - distinct n-grams / all n-grams) over the lower-cased words of a completion, from `penalty` to 0.
+    A completion of fewer than n words gets 0. `ngram`: n, in words. `penalty`: the value that a completion approaches
+    if it repeats a single n-gram; finite, at most 0. Raises UsageError if either is out of range.
     """
 
     def __init__(self, ngram: int = 3, penalty: float = -1.0) -> None:
         if not isinstance(ngram, int) or isinstance(ngram, bool) or ngram < 1:
-            raise UsageError(f"ngram = {ngram!r}: must be a number of words; write 1 or more")
+            raise UsageError(f"ngram = {ngram!r}: must be a whole number of words; write 1 or more")
         if not isinstance(penalty, int | float) or not float("-inf") < penalty <= 0:
-            raise UsageError(f"penalty = {penalty!r}: must be a number that is not above 0; write e.g. -1.0")
+            raise UsageError(f"penalty = {penalty!r}: must be a finite number of at most 0; write e.g. -1.0")
         self.ngram, self.penalty = ngram, penalty
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[float]:
@@ -57,7 +59,7 @@ class Repetition:
         return self.penalty * (1 - len(set(grams)) / len(grams)) if len(set(grams)) < len(grams) else 0.0
 
 
-def _overlong(length: int, most: int, buffer: int) -> float:
-    if length <= most - buffer:
+def _overlong(length: int, limit: int, buffer_tokens: int) -> float:
+    if length <= limit - buffer_tokens:
         return 0.0
-    return (most - buffer - length) / buffer if length <= most else -1.0
+    return (limit - buffer_tokens - length) / buffer_tokens if length <= limit else -1.0

@@ -1,4 +1,4 @@
-"""From the name or the pickle of a reward to something that can be called with a group, in the reward's process."""
+"""Load a reward by name or from a pickle and check that a group can call it; runs in the reward's process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_ext
 
 @dataclass(frozen=True)
 class Loaded:
-    """A reward that is ready. `options` are passed to each call; `digest` is a hash of its code."""
+    """A reward that is ready to call. `options`: keyword arguments of every call; `digest`: SHA-256 of its code."""
 
     function: RewardFunction
     options: Mapping[str, Any]
@@ -31,34 +31,36 @@ class Loaded:
 
 
 def load_reward(source: str | bytes, name: str, options: Mapping[str, Any], columns: Sequence[str]) -> Loaded:
-    """Make a reward of an import path, which may have an adapter's prefix, or of a pickled function.
+    """Load a reward from an import path, which may have an adapter's prefix, or from a pickled function.
 
-    A class is instantiated with its options, once; a function gets them with each call. Raises UsageError where the
-    code cannot be imported, does not take the options, or cannot be called with what a group offers.
+    `columns`: names of the rows' columns. A class is instantiated once, with its options; a function receives them in
+    every call. Raises UsageError if the code cannot be imported, does not accept the options, or cannot be called with
+    the arguments that a group offers.
     """
     if isinstance(source, bytes):
-        found, prefix = pickle.loads(source), ""
-        name = getattr(found, "__qualname__", type(found).__name__)
+        function, prefix = pickle.loads(source), ""
+        name = getattr(function, "__qualname__", type(function).__name__)
     else:
         prefix, path = split_prefix(source)
-        found = import_attribute(path, "reward.functions")
-    digest = _digest(source, found)
-    if isinstance(found, type):
-        found, options = _instance(found, name, options), {}
+        function = import_attribute(path, "reward.functions")
+    digest = _digest(source, function)
+    if isinstance(function, type):
+        function, options = _instance(function, name, options), {}
     if prefix:
         adapter = ADAPTERS[prefix]
-        check_options(found, name, options, adapter.passed)
-        found, options = adapter.adapt(partial(found, **options) if options else found), {}
+        check_options(function, name, options, adapter.passed)
+        function, options = adapter.adapt(partial(function, **options) if options else function), {}
     else:
-        check_options(found, name, options, {*OFFERED, *columns})
-    check_signature(found, name, [*columns, *options])
-    return Loaded(found, options, digest)
+        check_options(function, name, options, {*OFFERED, *columns})
+    check_signature(function, name, [*columns, *options])
+    return Loaded(function, options, digest)
 
 
 def check_options(function: Any, name: str, options: Mapping[str, Any], given: Iterable[str]) -> None:
-    """Raise UsageError unless each option is a named parameter that is not among those `given` by the run.
+    """Raise UsageError unless every option is a named parameter that the run does not pass itself (`given`).
 
-    **kwargs take the columns of rows, so they are no sign that a function knows an option.
+    **kwargs do not count as accepting an option, because they receive the columns of rows. A callable without a
+    signature is not checked.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -68,27 +70,28 @@ def check_options(function: Any, name: str, options: Mapping[str, Any], given: I
     known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given]
     for option, value in options.items():
         if option in given:
-            raise UsageError(
-                f"{_field(name)}.{option} = {value!r}: the run passes {option} itself; take another name for the option"
-            )
+            raise UsageError(f"{_field(name)}.{option} = {value!r}: the run passes {option} itself; rename the option")
         if option not in known:
             fix = nearest(option, known) if known else "; it has no options: remove it"
             raise UsageError(f"{_field(name)}.{option} = {value!r}: unknown option{fix}")
 
 
 def check_signature(function: RewardFunction, name: str, columns: Sequence[str]) -> None:
-    """Raise UsageError unless the function can be called by keyword with what a group offers."""
+    """Raise UsageError unless the function can be called by keyword with the arguments that a group offers.
+
+    A callable without a signature is not checked.
+    """
     offered = {*OFFERED, *columns}
-    any_of = getattr(function, "any_of", ())  # built-in rewards say by this which columns can hold their reference
+    any_of = getattr(function, "any_of", ())  # columns of which the reward needs at least one
     if any_of and not offered & set(any_of):
         raise UsageError(
-            f'reward.functions = "{name}": it needs the column {" or ".join(any_of)} in every row (offered: '
-            f"{', '.join(sorted(columns)) or 'none'}); add it, or rename one by task.columns"
+            f'reward.functions = "{name}": needs the column {" or ".join(any_of)} in every row (offered: '
+            f"{', '.join(sorted(columns)) or 'none'}); add it, or rename one with task.columns"
         )
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return  # a builtin without a signature: the first call will tell
+        return  # a built-in without a signature: a mismatch shows in the first call
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     for parameter in parameters:
         required = parameter.default is parameter.empty
@@ -100,19 +103,19 @@ def check_signature(function: RewardFunction, name: str, columns: Sequence[str])
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if required and named and parameter.name not in offered:
             raise UsageError(
-                f'reward.functions = "{name}": it needs "{parameter.name}", which no row offers (offered: '
+                f'reward.functions = "{name}": needs the argument "{parameter.name}", which is not available (offered: '
                 f"{', '.join(sorted(offered))}); write def reward(prompts, completions, **columns), add that column, "
-                f"or write {_field(name)}.{parameter.name}"
+                f"or set {_field(name)}.{parameter.name}"
             )
     if not takes_all and not {p.name for p in parameters} & {"completions", "completion_ids"}:
         raise UsageError(
-            f'reward.functions = "{name}": it takes no completions; write '
+            f'reward.functions = "{name}": takes no completions; write '
             "def reward(prompts, completions, **columns) -> list of numbers"
         )
 
 
 def _instance(kind: type, name: str, options: Mapping[str, Any]) -> RewardFunction:
-    """The class's object, made with the options."""
+    """Instantiate the class with the options and check that the instance can be called."""
     check_options(kind, name, options, ())
     try:
         parameters = inspect.signature(kind).parameters.values()
@@ -124,29 +127,29 @@ def _instance(kind: type, name: str, options: Mapping[str, Any]) -> RewardFuncti
             option = f"{_field(name)}.{parameter.name}"
             raise UsageError(f"{option}: missing; {kind.__name__} needs it: write {option} = …")
     try:
-        made: RewardFunction = kind(**options)
+        reward: RewardFunction = kind(**options)
     except UsageError as error:
         raise UsageError(f"{_field(name)}.{error}") from None
     except Exception as error:
         raise UsageError(
-            f"{_field(name)} = {dict(options)}: {kind.__name__} fails when it is made of them "
-            f"({type(error).__name__}: {error}); mend the class or its options"
+            f"{_field(name)} = {dict(options)}: {kind.__name__} fails when it is created with them "
+            f"({type(error).__name__}: {error}); fix the class or its options"
         ) from error
-    if not callable(made):
+    if not callable(reward):
         raise UsageError(
-            f'reward.functions = "{name}": objects of the class {kind.__name__} cannot be called; write '
+            f'reward.functions = "{name}": instances of the class {kind.__name__} cannot be called; write '
             "def __call__(self, prompts, completions, **columns)"
         )
-    return made
+    return reward
 
 
 def _field(name: str) -> str:
-    """Where a recipe has the options of that function."""
+    """The recipe field that holds the options of this function."""
     return f"reward.options.{name}" if re.fullmatch(r"[\w-]+", name) else f'reward.options."{name}"'
 
 
 def _digest(source: str | bytes, function: Any) -> str:
-    """SHA-256 of the file that defines the function, or of its pickle where it came as one."""
+    """SHA-256 of the file that defines the function; of a pickled function, of its bytecode, else of the pickle."""
     if isinstance(function, Adapted):
         function = function.function
     if isinstance(source, bytes):

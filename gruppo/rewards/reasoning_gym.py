@@ -1,4 +1,4 @@
-"""The reward "reasoning_gym": each data set's own score of its answers."""
+"""The reward "reasoning_gym": the score of an answer by its dataset's own rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from gruppo.data.reasoning_gym import import_datasets, score
 from gruppo.rewards import text_of
 
-import_datasets()  # takes seconds, which are not to be those of the first call
+import_datasets()  # takes seconds: here, so that the first call is not slow
 
 
 def reasoning_gym(
@@ -20,7 +20,10 @@ def reasoning_gym(
     parameters: Sequence[Mapping[str, Any]] | None = None,
     **_: Any,
 ) -> list[float | None]:
-    """From 0 to 1 by the rules of the row's data set; None for rows of other tasks. See `gruppo.data.reasoning_gym.score`."""
+    """Score by the rules of the row's dataset, from 0 to 1 (a few datasets go below 0); None for rows of other tasks.
+
+    See `gruppo.data.reasoning_gym.score`. All completions of a call share one row.
+    """
     if question is None or answer is None or metadata is None or dataset is None or parameters is None:
         return [None] * len(completions)
     entry = {
@@ -30,4 +33,4 @@ def reasoning_gym(
         "dataset": dataset[0],
         "parameters": parameters[0],
     }
-    return [score(text_of(each), entry) for each in completions]
+    return [score(text_of(completion), entry) for completion in completions]

@@ -1,4 +1,4 @@
-"""Steps of a completion: where they end, in characters and in tokens."""
+"""Steps of a completion: where they end, in characters and tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ Split = Callable[[str], Sequence[int]]
 
 
 def lines(text: str) -> list[int]:
-    """The end of each line that holds anything, without the white space behind it."""
+    """End of every non-blank line, as a character index, without trailing white space."""
     return [match.end() for match in re.finditer(r"[^\n]*\S", text)]
 
 
 @cache
 def find_split(name: str) -> Split:
-    """The rule of that name or import path. Raises UsageError where it cannot be imported, or fails on a trial."""
+    """Return the splitting rule with this name or import path.
+
+    Raises UsageError if it cannot be imported or fails on a sample text.
+    """
     split: Split = lines if name == "lines" else import_attribute(name, "reward_model.split")
     try:
         checked_ends(split, "First.\nThen 2.")
@@ -36,17 +39,21 @@ def find_split(name: str) -> Split:
 
 
 def checked_ends(split: Split, text: str) -> list[int]:
-    """What the rule gives for a text; a blank one has no steps. Raises RunError unless it is whole numbers that rise,
-    from 1 to the text's length."""
+    """Step ends of a text by the rule `split`, as character indices; [] for a blank text.
+
+    Raises RunError if the rule fails, or unless its ends are whole numbers that strictly increase, from 1 to the
+    length of the text.
+    """
     if not text.strip():
         return []
     try:
         ends = [index(end) for end in split(text)]
-    except Exception as error:  # the rule is the user's
+    except Exception as error:  # user code
         raise RunError(f"reward_model.split: fails ({type(error).__name__}: {error}) on {text[:60]!r}") from error
     if not all(0 < end <= len(text) for end in ends) or any(before >= after for before, after in pairwise(ends)):
         raise RunError(
-            f"reward_model.split: gives {ends[:20]} for a text of {len(text)} characters, not ends that rise within it"
+            f"reward_model.split: returns {ends[:20]} for a text of {len(text)} characters; ends must "
+            f"strictly increase, from 1 to {len(text)}"
         )
     return ends
 
@@ -54,18 +61,22 @@ def checked_ends(split: Split, text: str) -> list[int]:
 def step_tokens(
     completion: Completion, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]]:
-    """For each end of a step in the completion's text the token, counted from 0, that holds the step's last character,
-    with that end. Where one token holds the ends of several steps they are one; an end behind all tokens is none."""
+    """Map step ends in a completion's text to tokens.
+
+    Returns pairs (index of the token that holds the step's last character, end); tokens count from 0, ends are
+    character indices in ascending order. Steps that end in the same token are merged into one, which keeps the last
+    end. Ends beyond the last token are dropped.
+    """
     ids, text = list(completion.token_ids), completion.text
 
     def written(count: int) -> int:
-        """Characters of the text that the first `count` tokens hold whole."""
-        made = str(tokenizer.decode(ids[:count], skip_special_tokens=True))
-        while not text.startswith(made):
-            made = made[:-1]  # a character that is not whole yet
-        return len(made)
+        """Number of characters of the text that the first `count` tokens complete."""
+        decoded = str(tokenizer.decode(ids[:count], skip_special_tokens=True))
+        while not text.startswith(decoded):
+            decoded = decoded[:-1]  # an incomplete character
+        return len(decoded)
 
-    found: dict[int, int] = {}
+    end_of_token: dict[int, int] = {}
     low = 0
     for end in ends:
         high = len(ids)
@@ -73,5 +84,5 @@ def step_tokens(
             middle = (low + high) // 2
             low, high = (low, middle) if written(middle + 1) >= end else (middle + 1, high)
         if low < len(ids):
-            found[low] = end
-    return list(found.items())
+            end_of_token[low] = end
+    return list(end_of_token.items())

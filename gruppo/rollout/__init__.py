@@ -1,1 +1,1 @@
-"""Prompts become scored groups: sampling, multi-turn episodes, rewards."""
+"""Turns prompts into scored groups: sampling, multi-turn trajectories, rewards."""

@@ -1,8 +1,8 @@
-"""How what an environment says becomes token ids beside those that were sampled, which are never made again from text.
+"""Tokenization of an environment's observations. Sampled token ids are never reconstructed from text.
 
-An answer within a turn is tokenised alone, as it stands. One that follows a turn which the model has ended is a message
-of the conversation: the chat template writes a conversation of two marks, and what it puts around the second one is
-tokenised alone. What an environment says cannot become a special token.
+An observation within a turn is tokenized on its own, unchanged. An observation after a turn that the model has ended is
+a message of the conversation: the chat template renders a conversation with placeholders, and the text that it puts
+around the observations is tokenized on its own. The text of an observation never becomes a special token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _QUESTION, _ANSWER, _SAID = "[[THE QUESTION]]", "[[THE ANSWER]]", "[[SAID {}]]"
 
 
 def tool_texts(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, Any]]) -> ToolTexts | None:
-    """What prompts say of tools: through the chat template where it has a place for them, else as a system message."""
+    """The tools' description in prompts: through the chat template if it supports tools, else as a system message."""
     if not schemas:
         return None
     if _writes_tools(tokenizer, schemas):
@@ -42,14 +42,14 @@ def _writes_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str
     messages = [{"role": "user", "content": _QUESTION}]
     try:
         without = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        given = str(tokenizer.apply_chat_template(messages, tokenize=False, tools=list(schemas)))
-    except Exception:  # noqa: BLE001  a chat template is a program of the model's
+        with_tools = str(tokenizer.apply_chat_template(messages, tokenize=False, tools=list(schemas)))
+    except Exception:  # noqa: BLE001  a chat template is a program that comes with the model
         return False
-    return without != given
+    return without != with_tools
 
 
 class ChatRenderer:
-    """Turns of a model and an environment as token ids. `tools`: what prompts say of them, None without any."""
+    """Renders turns of a model and an environment as token ids. `tools`: description of the tools, None without any."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], tools: ToolTexts | None = None
@@ -58,86 +58,89 @@ class ChatRenderer:
         self._frames: dict[int, list[list[int]]] = {}
 
     def prompt(self, content: str | list[Message], observation: str) -> tuple[str | list[Message], tuple[int, ...]]:
-        """A prompt whose last message goes on with an observation, and its token ids."""
-        made: str | list[Message]
+        """Append an observation to the last message of a prompt. Returns the new prompt and its token ids."""
+        extended: str | list[Message]
         if isinstance(content, str):
-            made = content + observation
+            extended = content + observation
         else:
-            made = [*content[:-1], {**content[-1], "content": f"{content[-1]['content']}{observation}"}]
-        return made, tuple(prompt_tokens(made, self.tokenizer, self.tools))
+            extended = [*content[:-1], {**content[-1], "content": f"{content[-1]['content']}{observation}"}]
+        return extended, tuple(prompt_tokens(extended, self.tokenizer, self.tools))
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """What was sampled, as a person reads it."""
+        """Sampled tokens as text for a reader, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def heard(self, token_ids: Sequence[int]) -> str:
-        """What was sampled, as an environment reads it: tools may be called by special tokens."""
+        """Sampled tokens as text for the environment. With tools, special tokens are kept: a tool call may use them."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=self.tools is None))
 
     def within(self, observations: Sequence[str]) -> list[int]:
-        """Token ids of what is said within the model's turn, or to a model without conversations."""
+        """Token ids of observations within the model's turn, or in a prompt of plain text."""
         return [token for text in observations for token in self._plain(text)]
 
     def after(self, observations: Sequence[str]) -> list[int]:
-        """Token ids of messages that follow a turn which the model has ended, and of what asks it for the next one.
-        Raises UsageError where the chat template does not write them."""
+        """Token ids of observations as messages after a turn that the model has ended, with the next turn's generation
+        prompt. Raises UsageError if the chat template cannot render them."""
         count = len(observations)
         if count not in self._frames:
             pieces = self._frame(count)
             self._frames[count] = [self._ids(piece) for piece in pieces]
         first, *following = self._frames[count]
-        made = list(first)
+        ids = list(first)
         for text, piece in zip(observations, following, strict=True):
-            made += [*self._plain(text), *piece]
-        return made
+            ids += [*self._plain(text), *piece]
+        return ids
 
     def check(self) -> None:
-        """Raise UsageError where the chat template cannot go on with a conversation."""
+        """Raise UsageError if the chat template cannot continue a conversation."""
         self.after([""])
 
     def _frame(self, count: int) -> list[str]:
-        """What the template writes before, between and behind `count` messages that follow the end of an answer."""
+        """The text that the template writes before, between and after `count` messages that follow an ended turn."""
         tagged = "user", _RESPONSE, _RESPONSE_END
         roles = [("user", "", "")] if self.tools is None else [tagged]
         if self.tools is not None and self.tools.schemas:
             roles.insert(0, ("tool", "", ""))
         why = "it has none"
         for role, begins, ends in roles if self.tokenizer.chat_template else []:
-            said = [_SAID.format(place) for place in range(count)]
+            marks = [_SAID.format(place) for place in range(count)]
             if role == "tool":
-                messages = [{"role": role, "name": "tool", "content": mark} for mark in said]
-            else:  # one message, as templates want turns that alternate
-                messages = [{"role": role, "content": "\n".join(f"{begins}{mark}{ends}" for mark in said)}]
+                messages = [{"role": role, "name": "tool", "content": mark} for mark in marks]
+            else:  # one message, because templates expect alternating roles
+                messages = [{"role": role, "content": "\n".join(f"{begins}{mark}{ends}" for mark in marks)}]
             try:
-                return self._around(messages, said)
-            except Exception as error:  # noqa: BLE001  a chat template is a program of the model's
+                return self._split_around(messages, marks)
+            except Exception as error:  # noqa: BLE001  a chat template is a program that comes with the model
                 why = f"{type(error).__name__}: {error}"
         raise UsageError(
-            "[environment]: the model's chat template cannot go on with a conversation after an answer "
-            f"({' '.join(why.split())}); take a model whose template can, or prompts of plain text"
+            "[environment]: the model's chat template cannot continue a conversation after an answer "
+            f"({' '.join(why.split())}); use a model whose template can, or plain-text prompts"
         )
 
-    def _around(self, messages: Sequence[Message], said: Sequence[str]) -> list[str]:
-        begun = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    def _split_around(self, messages: Sequence[Message], observation_marks: Sequence[str]) -> list[str]:
+        """Render the messages and split the text after the answer at the observation marks."""
+        conversation = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
         tools: dict[str, Any] = {"tools": list(self.tools.schemas)} if self.tools and self.tools.schemas else {}
         text = str(
-            self.tokenizer.apply_chat_template([*begun, *messages], tokenize=False, add_generation_prompt=True, **tools)
+            self.tokenizer.apply_chat_template(
+                [*conversation, *messages], tokenize=False, add_generation_prompt=True, **tools
+            )
         )
-        marks = [_ANSWER, *said]
+        marks = [_ANSWER, *observation_marks]
         if [text.count(mark) for mark in marks] != [1] * len(marks):
-            raise ValueError("it leaves messages out, or writes them twice")
-        rest, pieces = self._behind_the_end(text.partition(_ANSWER)[2]), []
-        for mark in said:
+            raise ValueError("it omits messages or writes them twice")
+        rest, pieces = self._without_end_token(text.partition(_ANSWER)[2]), []
+        for mark in observation_marks:
             before, found, rest = rest.partition(mark)
             if not found:
-                raise ValueError("it writes messages in another order")
+                raise ValueError("it changes the order of the messages")
             pieces.append(before)
         return [*pieces, rest]
 
-    def _behind_the_end(self, text: str) -> str:
-        """The text without the end token of the turn before it, which the model has sampled."""
+    def _without_end_token(self, text: str) -> str:
+        """The text without the end token at its start, which the model has already sampled."""
         bare = text.lstrip()
-        ends = sorted((str(self.tokenizer.decode([each])) for each in self.eos_ids), key=len, reverse=True)
+        ends = sorted((str(self.tokenizer.decode([token])) for token in self.eos_ids), key=len, reverse=True)
         return next((bare.removeprefix(end) for end in ends if end and bare.startswith(end)), text)
 
     def _ids(self, text: str) -> list[int]:

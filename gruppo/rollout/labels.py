@@ -1,4 +1,4 @@
-"""Labelled completions, and their table."""
+"""Labelled completions and the table they are stored in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gruppo.config.sections import RewardModel
 from gruppo.errors import UsageError
@@ -16,14 +16,15 @@ from gruppo.runs.tables import LABELS
 from gruppo.types import Completion, Prompt, Steps
 from gruppo.utils.text import as_json
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class LabelledCompletion:
-    """A completion, whether it is right, and of each of its steps the last token (counted from 0), where it ends in the
-    text, and the share of the completions from there that are right."""
+    """A completion with labels for its outcome and its steps.
+
+    `right`: the completion is correct. For each step, `ends` is the index of its last token (counted from 0),
+    `text_ends` the character offset in the text at which the step ends, and `shares` the share of the continuations
+    sampled from there that are correct.
+    """
 
     prompt: Prompt
     completion: Completion
@@ -33,7 +34,7 @@ class LabelledCompletion:
     shares: tuple[float, ...] = ()
 
     def sample(self, settings: RewardModel) -> Sample:
-        """As a reward model of these settings learns from it."""
+        """The training sample for a reward model with these settings."""
         if settings.kind == "outcome":
             ends = last_token(self.completion)
             return Sample(self.prompt, self.completion, self.right, Steps((float(self.right),) * len(ends), ends))
@@ -43,51 +44,51 @@ class LabelledCompletion:
 
 
 def label_rows(labels: Iterable[LabelledCompletion]) -> list[dict[str, Any]]:
-    """A row a completion, in the columns of `gruppo.runs.tables.LABELS`."""
+    """One row per completion, in the columns of `gruppo.runs.tables.LABELS`."""
     rows = []
-    for each in labels:
-        text = each.completion.text
-        starts = (0, *each.text_ends)
+    for label in labels:
+        text = label.completion.text
+        starts = (0, *label.text_ends)
         rows.append(
             {
-                "prompt_id": each.prompt.id,
-                "prompt": as_json(each.prompt.content),
-                "columns": as_json(dict(each.prompt.columns)),
-                "prompt_token_ids": list(each.prompt.token_ids),
+                "prompt_id": label.prompt.id,
+                "prompt": as_json(label.prompt.content),
+                "columns": as_json(dict(label.prompt.columns)),
+                "prompt_token_ids": list(label.prompt.token_ids),
                 "text": text,
-                "token_ids": list(each.completion.token_ids),
-                "finish_reason": each.completion.finish_reason,
-                "right": each.right,
-                "step_texts": [text[start:end] for start, end in zip(starts, each.text_ends, strict=False)],
-                "step_ends": list(each.ends),
-                "step_text_ends": list(each.text_ends),
-                "soft": list(each.shares),
-                "hard": [share > 0 for share in each.shares],
+                "token_ids": list(label.completion.token_ids),
+                "finish_reason": label.completion.finish_reason,
+                "right": label.right,
+                "step_texts": [text[start:end] for start, end in zip(starts, label.text_ends, strict=False)],
+                "step_ends": list(label.ends),
+                "step_text_ends": list(label.text_ends),
+                "soft": list(label.shares),
+                "hard": [share > 0 for share in label.shares],
             }
         )
     return rows
 
 
 def read_labels(files: Iterable[Path]) -> list[LabelledCompletion]:
-    """The completions of tables that `label_rows` made, in order. Raises UsageError for another file."""
-    made = []
+    """Read tables written with `label_rows`, in order. Raises UsageError if a file is not such a table."""
+    labels = []
     for file in files:
         try:
             rows = read_table(file, LABELS).to_pylist()
         except (OSError, UsageError) as error:
             why = str(error).splitlines()[0]
-            raise UsageError(f"{file}: is no table of labels ({why}); give one that `gruppo label` wrote") from None
+            raise UsageError(f"{file}: is not a table of labels ({why}); give one that `gruppo label` wrote") from None
         with reading(file, "give one that `gruppo label` wrote"):
-            made += [_labelled(row) for row in rows]
-    return made
+            labels += [_read_label(row) for row in rows]
+    return labels
 
 
-def _labelled(row: Mapping[str, Any]) -> LabelledCompletion:
+def _read_label(row: Mapping[str, Any]) -> LabelledCompletion:
     ids, size = tuple(row["token_ids"]), len(row["token_ids"])
     completion = Completion(ids, (0.0,) * size, (True,) * size, row["finish_reason"], 0, row["text"])
     content, columns = json.loads(row["prompt"]), json.loads(row["columns"])
     prompt = Prompt(row["prompt_id"], content, tuple(row["prompt_token_ids"]), "", columns)
     ends, text_ends, shares = (tuple(row[name]) for name in ("step_ends", "step_text_ends", "soft"))
     if not len(ends) == len(text_ends) == len(shares) or not all(0 <= end < size for end in ends):
-        raise ValueError(f"the steps of {row['prompt_id']} do not fit its completion")
+        raise ValueError(f"the steps of {row['prompt_id']} do not match its completion")
     return LabelledCompletion(prompt, completion, bool(row["right"]), ends, text_ends, shares)

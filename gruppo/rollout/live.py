@@ -1,4 +1,4 @@
-"""Groups sampled from the policy and scored: the exploration of a step."""
+"""Groups sampled from the current policy and scored."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 class Audit(Protocol):
-    """A second grader on a share of the rewards; see `gruppo.training.reward_audit`."""
+    """Checks a share of the rewards with a second grader; see `gruppo.training.reward_audit`."""
 
-    def judge(
+    def score(
         self,
         groups: Sequence[Group],
         weights: Mapping[str, float],
@@ -42,17 +42,17 @@ class Audit(Protocol):
         metrics: Metrics,
         advance: Callable[[float], None],
     ) -> list[str]:
-        """Judge some of the groups; what failed, in words."""
+        """Score some of the groups again. Returns the reasons of failures."""
 
 
 @dataclass
 class LiveRollouts:
     """See `RolloutSource`.
 
-    `engine`: samples completions, of several turns by way of `multi_turn`. `pool`: the reward functions; `scorer`: the
-    reward model, if the recipe has one; `weights`: of everything that scores, by name. `folder`: the run folder, which keeps calls of
-    rewards that failed. `save`: saves the run before it
-    ends because rewards failed; nothing of the step is lost then, as a resume makes it again.
+    `engine`: samples completions; with an environment, through `multi_turn`. `pool`: the reward functions.
+    `scorer`: the reward model, if the recipe has one. `weights`: weights of all rewards, by name.
+    `folder`: the run folder, in which failed reward calls are saved.
+    `save`: saves the run before it stops because rewards failed. The step is not lost: a resumed run repeats it.
     """
 
     recipe: Recipe
@@ -71,15 +71,15 @@ class LiveRollouts:
     save: Callable[[], None]
 
     def collect(self, step: Step) -> list[Group]:
-        """See `RolloutSource`. Where the recipe asks for dynamic sampling, groups whose rewards do not differ are
-        dropped and other questions take their places, for a limited number of rounds."""
+        """See `RolloutSource`. With dynamic sampling, groups whose rewards do not differ are dropped and replaced by
+        groups of other prompts, for a limited number of rounds."""
         wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.dynamic_sampling_rounds
         groups = self._sample_and_score(step, step.cursor, wanted)
         for _ in range(rounds):
-            lacking = wanted - sum(map(rewards_differ, groups))
-            if not lacking or not any(any(group.trained) for group in groups):
-                break  # enough, or a reward that is broken, for which more completions would not help
-            groups += self._sample_and_score(step, step.cursor + len(groups), lacking)
+            missing = wanted - sum(map(rewards_differ, groups))
+            if not missing or not any(any(group.trained) for group in groups):
+                break  # enough groups, or a broken reward, for which more completions would not help
+            groups += self._sample_and_score(step, step.cursor + len(groups), missing)
         if rounds:
             self._drop_equal_rewards(step, groups)
         self._require_rewards(step, groups)
@@ -103,7 +103,7 @@ class LiveRollouts:
         return labeller.sample(prompts, self.recipe.sampling.group_size, key)
 
     def _sample_and_score(self, step: Step, cursor: int, count: int) -> list[Group]:
-        """Groups of the next `count` questions after the first `cursor` of the run."""
+        """Scored groups of the next `count` prompts after the first `cursor` prompts of the run."""
         prompts, size = self.prompts.draw(cursor, count), self.recipe.sampling.group_size
         streams = [[(self.recipe.run.seed, step.number, cursor + i, j) for j in range(size)] for i in range(count)]
         with step.timer("generate"), self.stop.interruptible():
@@ -112,8 +112,8 @@ class LiveRollouts:
             groups = self.score(step, cursor, prompts, completions)
         if self.recipe.method.credit != "step" and any(reward.steps for group in groups for reward in group.rewards):
             raise RunError(
-                f'method.credit = "{self.recipe.method.credit}": a reward scores steps, which this method would not '
-                'learn from; write method.name = "grpo-process", or use another reward'
+                f'method.credit = "{self.recipe.method.credit}": a reward scores steps, but this method does not use '
+                'step rewards; write method.name = "grpo-process", or use another reward'
             )
         mark_trained(groups, self.recipe.method.mask_truncated)
         return groups
@@ -121,8 +121,8 @@ class LiveRollouts:
     def sample(
         self, prompts: Sequence[Prompt], streams: Sequence[Sequence[tuple[int, ...]]]
     ) -> tuple[list[Prompt], list[list[Completion]]]:
-        """Completions of the prompts, one for each random stream. With an environment the prompts may end with what it
-        said first."""
+        """Sample one completion per random stream for every prompt. With an environment, the returned prompts may end
+        with its first observation."""
         if self.multi_turn is None:
             return list(prompts), sample_groups(self.engine, prompts, streams, self.params, self.recorder, self.stop)
         return self.multi_turn.play(self.engine, prompts, streams, self.params, self.recorder, self.stop)
@@ -130,30 +130,30 @@ class LiveRollouts:
     def score(
         self, step: Step, cursor: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
     ) -> list[Group]:
-        """Groups with the rewards of functions, environment and reward model; audited, where the recipe asks."""
+        """Score with reward functions, environment and reward model; audit the rewards if the recipe asks for it."""
         weight = self.multi_turn.weight if self.multi_turn else None
         state = self._trainer_state(step)
         try:
             groups = score_groups(
                 prompts, completions, self.pool, state, step.metrics, self.recorder, self.stop, weight
             )
-        except RunError:  # a process that was replaced cannot load the functions again
+        except RunError:  # a restarted worker process could not load the functions again
             self.save()
             raise
         if self.scorer is not None:
             self.scorer.score(groups)
         if self.audit is not None:
-            failed = self.audit.judge(groups, self.weights, step.number, step.metrics, lambda _: self.stop.check())
+            failed = self.audit.score(groups, self.weights, step.number, step.metrics, lambda _: self.stop.check())
             for failure in failed:
                 self.recorder.event("reward_failed", f"audit: {failure}", step.number)
         return groups
 
     def record_failures(self, step: Step, groups: Sequence[Group]) -> list[str]:
-        """Events for rewards that failed; see `gruppo.rollout.reward_failures.record_failures`."""
+        """Record failed rewards; see `gruppo.rollout.reward_failures.record_failures`."""
         return record_failures(self.recorder, self.folder, step.number, groups, self.pool, self._trainer_state(step))
 
     def _trainer_state(self, step: Step) -> dict[str, int]:
-        """What reward functions can know of the run."""
+        """State of the run that reward functions get as `trainer_state`."""
         steps, tokens = self.recipe.run.steps, self.recipe.sampling.max_tokens
         return {"global_step": step.number - 1, "max_steps": steps, "max_tokens": tokens}
 
@@ -163,27 +163,27 @@ class LiveRollouts:
             if not rewards_differ(group):
                 drop(
                     group,
-                    "dropped, as its rewards do not differ; other questions were drawn (method.dynamic_sampling_rounds)",
+                    "dropped: its rewards do not differ; other prompts were sampled (method.dynamic_sampling_rounds)",
                 )
-        if lacking := wanted - sum(map(rewards_differ, groups)):
+        if missing := wanted - sum(map(rewards_differ, groups)):
             unknown = sum(not any(reward.total is not None for reward in group.rewards) for group in groups)
-            message = f"refilling up to {rounds} times left {lacking} of {wanted} groups without rewards that differ"
-            detail = f"{len(groups)} were sampled, {unknown} of them abstained; the step goes on without them"
+            message = f"{missing} of {wanted} groups have equal rewards after up to {rounds} dynamic sampling rounds"
+            detail = f"{len(groups)} were sampled, {unknown} of them are excluded; the step continues without them"
             self.recorder.event("dynamic_sampling_exhausted", f"{message} ({detail})", step.number)
 
     def _require_rewards(self, step: Step, groups: Sequence[Group]) -> None:
-        """Stop, with everything saved, where rewards failed on more of a step's completions than the recipe allows."""
+        """Save the run and raise RunError if rewards failed on more of a step's completions than the recipe allows."""
         rewards = [reward for group in groups for reward in group.rewards]
         failed = Counter(failure for reward in rewards for failure in reward.failures.items())
         count, limit = sum(bool(reward.failures) for reward in rewards), self.recipe.reward.failure_limit
         if count <= limit * len(rewards):
             return
         self.save()
-        files = self.record_failures(step, groups)  # after the checkpoint, as the step will be made again
+        files = self.record_failures(step, groups)  # after the checkpoint, because the step will be repeated
         ((name, why), most), *_ = failed.most_common(1)
-        where = f"; see the call by: gruppo rerun-reward {self.folder / files[0]}" if files else ""
+        where = f"; rerun the call with: gruppo rerun-reward {self.folder / files[0]}" if files else ""
         raise RunError(
-            f"step {step.number}: {count} of {len(rewards)} completions abstain because a reward failed, more than "
-            f"reward.failure_limit = {limit:g} allows; {most} of them by {name}: {why}{where}. Nothing was trained on "
-            "this step and everything before it is saved: mend the reward, and go on with --resume"
+            f"step {step.number}: {count} of {len(rewards)} completions are excluded because a reward failed, more "
+            f"than reward.failure_limit = {limit:g} allows; {most} of them because of {name}: {why}{where}. This step "
+            "was not trained on, and everything before it is saved: fix the reward and continue with --resume"
         )

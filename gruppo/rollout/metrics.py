@@ -10,7 +10,8 @@ from gruppo.utils.metrics import Metrics
 
 
 def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = False) -> None:
-    """Metrics of what was sampled and how it was scored; lengths in tokens. `by_task`: also the reward of each task."""
+    """Add sampling and reward metrics of the groups; lengths are in tokens. `by_task`: also add the mean reward of each
+    task."""
     for group in groups:
         totals = [reward.total for reward in group.rewards if reward.total is not None]
         metrics.mean("reward/mean", sum(totals), len(totals))
@@ -19,9 +20,9 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = F
         if len(totals) > 1:
             metrics.mean("reward/std", statistics.stdev(totals))
         for name in sorted({name for reward in group.rewards for name in reward.parts}):
-            given = [part for reward in group.rewards if (part := reward.parts.get(name)) is not None]
-            if len(given) > 1:
-                metrics.mean(f"reward/{name}/std", statistics.stdev(given))
+            values = [part for reward in group.rewards if (part := reward.parts.get(name)) is not None]
+            if len(values) > 1:
+                metrics.mean(f"reward/{name}/std", statistics.stdev(values))
         metrics.mean("groups/nonzero_advantage", group.has_nonzero_advantage)
         metrics.mean(
             "groups/duplicate_completions",
@@ -50,10 +51,10 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = F
                 metrics.minimum("advantage/min", min(advantages))
 
 
-def _describe_episode(completion: Completion, told: Episode, metrics: Metrics) -> None:
-    metrics.mean("environment/turns", told.turns)
-    metrics.mean("environment/called", told.calls > 0)
-    metrics.mean("environment/calls", told.calls)
-    metrics.mean("environment/errors", told.errors, told.calls)
-    metrics.mean("environment/failed", told.failure is not None)
+def _describe_episode(completion: Completion, episode: Episode, metrics: Metrics) -> None:
+    metrics.mean("environment/turns", episode.turns)
+    metrics.mean("environment/called", episode.calls > 0)
+    metrics.mean("environment/calls", episode.calls)
+    metrics.mean("environment/errors", episode.errors, episode.calls)
+    metrics.mean("environment/failed", episode.failure is not None)
     metrics.mean("environment/tokens", completion.mask.count(False))

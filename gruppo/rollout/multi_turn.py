@@ -1,19 +1,19 @@
-"""Sampling over several turns: the model writes, an environment answers, the model goes on.
+"""Sampling over several turns: the model writes, an environment answers, the model continues.
 
-All completions of a step go on together (or as many as there may be environments at a time): each turn is one call of
-the engine over those that are not over. Sampled
-token ids stay as they were drawn; those of an answer are appended, with mask False and 0 for a log-probability. Tokens
-that ran on past the text that ended a turn were sampled, so they stay, and the answer follows them.
+All trajectories of a step advance together, or as many as there may be environments at a time. Each turn is one call of
+the engine for the trajectories that are not finished. Sampled token ids are kept unchanged. An observation's tokens are
+appended with mask False and log-probability 0. A token that runs past the stop text of a turn was sampled, so it is
+kept, and the observation follows it.
 
-The first turn of a completion has the random stream that it would have without an environment; later ones have its key
-and the number of the turn behind it.
+The first turn of a completion has the random stream that it would have without an environment. The streams of later
+turns extend its key by the number of the turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,80 +25,28 @@ from gruppo.data.tokenization import ToolTexts
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.rollout.chat_rendering import ChatRenderer, tool_texts
 from gruppo.rollout.environments.client import Answer, EnvironmentHandle, Environments, open_environments
-from gruppo.types import Completion, Episode, FinishReason, Prompt
+from gruppo.rollout.trajectory import Trajectory
+from gruppo.types import Completion, FinishReason, Prompt
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TURN, _SEED = 5, 6  # what keys of random streams of later turns, and of an environment's seed, go on with
-_STOPS_IN_VAIN = 16  # in a completion, after which its turns are no longer looked at until the model ends them
-
-
-@dataclass(eq=False)
-class Trajectory:
-    """A completion under way. `ids` begin with what its own prompt has beyond the one that its group shares; `since`:
-    where the turn began that the environment has not answered yet."""
-
-    stream: tuple[int, ...]
-    play: EnvironmentHandle
-    shared: tuple[int, ...] = ()
-    limit: int = 0
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    since: int = 0
-    texts: list[str] = field(default_factory=list)
-    draws: int = 0
-    turns: int = 0
-    calls: int = 0
-    errors: int = 0
-    in_vain: int = 0
-    version: int = 0
-    ended: bool = False  # the model ended its turn by an end token
-    finish: FinishReason | None = None
-    failure: str | None = None
-    lost: bool = False  # its environment is no longer there
-    reward: float | None = None
-
-    @property
-    def room(self) -> int:
-        return self.limit - len(self.ids)
-
-    def append(self, token_ids: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
-        """Put token ids behind the others: sampled ones with their log-probabilities, or an environment's."""
-        self.ids += token_ids
-        self.logprobs += [0.0] * len(token_ids) if logprobs is None else logprobs
-        self.mask += [logprobs is not None] * len(token_ids)
-
-    def fail(self, why: str, lost: bool = True) -> None:
-        """It is over, and its reward is not known."""
-        self.failure, self.finish, self.lost = why, "stop", lost
-
-    def completion(self) -> Completion:
-        """As it is now that it is over."""
-        assert self.finish is not None
-        told = Episode(self.turns, self.calls, self.errors, self.reward, self.failure)
-        return Completion(
-            token_ids=tuple(self.ids),
-            sampling_logprobs=tuple(self.logprobs),
-            mask=tuple(self.mask),
-            finish_reason=self.finish,
-            policy_version=self.version,
-            text="".join(self.texts),
-            episode=told,
-        )
+_SEED = 6  # extends the key of a random stream to that of an environment's seed
+_MAX_IGNORED_STOPS = 16  # per completion; after that, stop texts are ignored until the model ends its turn
 
 
 class MultiTurnSampler:
-    """What samples completions of several turns, in the place of `gruppo.rollout.sampling.sample_groups`. `weight`: of the
-    environment's reward; None where it gives none."""
+    """Samples completions of several turns, in place of `gruppo.rollout.sampling.sample_groups`.
+
+    `weight`: weight of the environment's reward, None if it gives none.
+    """
 
     def __init__(self, environments: Environments, dialogue: ChatRenderer, turns: int, weight: float = 1.0) -> None:
         self.environments, self.dialogue, self.turns = environments, dialogue, turns
         self.weight = weight if environments.gives_reward else None
-        self._numbers = 0
+        self._opened = 0
 
     def sample(
         self,
@@ -110,8 +58,8 @@ class MultiTurnSampler:
         stop: Stop,
         label: str = "Sampling",
     ) -> list[list[Completion]]:
-        """Completions of every prompt, one for each of its streams; see `play`, which also gives the prompts as they
-        were with what environments said first."""
+        """Sample one completion per random stream for every prompt. `play` also returns the prompts, which may end with
+        a first observation."""
         return self.play(engine, prompts, streams, options, progress, stop, label)[1]
 
     def play(
@@ -124,15 +72,15 @@ class MultiTurnSampler:
         stop: Stop,
         label: str = "Sampling",
     ) -> tuple[list[Prompt], list[list[Completion]]]:
-        """Prompts and their completions.
+        """Sample one completion per random stream for every prompt. Returns the prompts and their completions.
 
-        What an environment says first ends the prompt; where the completions of a group were told different things, the
-        prompt ends where these begin, and the rest begins each completion. `options.max_tokens` is the most tokens of a
-        completion with all that was said in it, beyond the prompt of the row: an answer that does not fit ends it with
-        "length". A completion whose environment fails ends there; its episode says why.
+        The first observation of an environment is appended to the prompt. If the first observations of a group differ,
+        the prompt ends where they begin, and the rest is at the start of each completion. `options.max_tokens` is the
+        most tokens of a completion beyond the prompt of the row, observations included. An observation that does not
+        fit ends the completion with "length". A completion whose environment fails ends there; its episode says why.
         """
         groups = [
-            [Trajectory(tuple(key), self._play(prompt, tuple(keys[0]))) for key in keys]
+            [Trajectory(tuple(key), self._new_handle(prompt, tuple(keys[0]))) for key in keys]
             for prompt, keys in zip(prompts, streams, strict=True)
         ]
         with progress.bar(label, sum(map(len, groups)) * options.max_tokens, "tokens") as show:
@@ -144,171 +92,180 @@ class MultiTurnSampler:
             def tick() -> None:
                 advance(0)
 
-            begun: list[Prompt] = []
+            started: list[Prompt] = []
             try:
                 for wave in _waves([len(group) for group in groups], self.environments.most):
-                    begun += self._begin(prompts[wave], groups[wave], options, tick)
-                    own = [course for group in groups[wave] for course in group]
-                    while going := [course for course in own if course.finish is None]:
-                        self._draw(engine, going, options, advance)
-                        self._answer([course for course in going if course.finish is None], tick)
-                    self._end(own, tick)
+                    started += self._reset_environments(prompts[wave], groups[wave], options, tick)
+                    trajectories = [trajectory for group in groups[wave] for trajectory in group]
+                    while active := [trajectory for trajectory in trajectories if trajectory.finish is None]:
+                        self._sample_turn(engine, active, options, advance)
+                        self._step_environments([one for one in active if one.finish is None], tick)
+                    self._collect_rewards(trajectories, tick)
             finally:
                 self.environments.drop()
-        return begun, [[course.completion() for course in group] for group in groups]
+        return started, [[trajectory.completion() for trajectory in group] for group in groups]
 
     def close(self) -> None:
         """End the processes of the environments."""
         self.environments.close()
 
-    def _play(self, prompt: Prompt, key: tuple[int, ...]) -> EnvironmentHandle:
-        """The environment of a completion, which has its group's seed."""
-        self._numbers += 1
+    def _new_handle(self, prompt: Prompt, key: tuple[int, ...]) -> EnvironmentHandle:
+        """A handle of a new environment. `key`: the first stream of its group, which determines the seed."""
+        self._opened += 1
         seed = int(np.random.SeedSequence((*key, _SEED)).generate_state(1)[0])
-        return EnvironmentHandle(self._numbers, {"prompt": prompt.content, **prompt.columns}, seed)
+        return EnvironmentHandle(self._opened, {"prompt": prompt.content, **prompt.columns}, seed)
 
-    def _begin(
+    def _reset_environments(
         self,
         prompts: Sequence[Prompt],
         groups: Sequence[Sequence[Trajectory]],
         options: SamplingParams,
         tick: Callable[[], None],
     ) -> list[Prompt]:
-        """Reset all environments; the prompts with what these said."""
-        answers = iter(self.environments.answer([course.play for group in groups for course in group], tick))
-        made = []
+        """Reset all environments. Returns the prompts with the first observations."""
+        answers = iter(
+            self.environments.answer([trajectory.environment for group in groups for trajectory in group], tick)
+        )
+        started = []
         for prompt, group in zip(prompts, groups, strict=True):
-            told = [(course, next(answers)) for course in group]
-            whole: dict[str, tuple[Prompt, tuple[int, ...]]] = {}
-            for course, answer in told:
+            answered = [(trajectory, next(answers)) for trajectory in group]
+            extended: dict[str, tuple[Prompt, tuple[int, ...]]] = {}  # by first observation
+            for trajectory, answer in answered:
                 if answer.failure:
-                    course.fail(answer.failure)
+                    trajectory.fail(answer.failure)
                     continue
-                said = "".join(answer.observations or ())
-                if said not in whole:
-                    content, ids = self.dialogue.prompt(prompt.content, said) if said else ("", prompt.token_ids)
-                    whole[said] = (replace(prompt, content=content, token_ids=ids) if said else prompt), ids
-                course.ids = list(whole[said][1])
-            shared = _common([ids for _, ids in whole.values()])
-            for course in group:
-                if course.finish is None and not shared:
-                    course.fail("the prompts of its group, with what is said first, have no beginning in common", False)
-                self._seat(course, prompt, shared, options.max_tokens)
-            one = next(iter(whole.values()))[0] if len(whole) == 1 else prompt
-            made.append(replace(one, token_ids=shared) if shared else prompt)
-        return made
+                first = "".join(answer.observations or ())
+                if first not in extended:
+                    content, ids = self.dialogue.prompt(prompt.content, first) if first else ("", prompt.token_ids)
+                    extended[first] = (replace(prompt, content=content, token_ids=ids) if first else prompt), ids
+                trajectory.ids = list(extended[first][1])
+            shared = _common_prefix([ids for _, ids in extended.values()])
+            for trajectory in group:
+                if trajectory.finish is None and not shared:
+                    trajectory.fail(
+                        "the prompts of its group, with their first observations, have no common prefix", False
+                    )
+                self._set_prompt(trajectory, prompt, shared, options.max_tokens)
+            whole = next(iter(extended.values()))[0] if len(extended) == 1 else prompt
+            started.append(replace(whole, token_ids=shared) if shared else prompt)
+        return started
 
-    def _seat(self, course: Trajectory, prompt: Prompt, shared: tuple[int, ...], max_tokens: int) -> None:
-        """Divide what a completion begins with into the group's prompt and its own beginning."""
-        own, course.ids = course.ids[len(shared) :], []
-        course.shared = shared
-        course.limit = min(max_tokens, len(prompt.token_ids) + max_tokens - len(shared))
-        if course.finish is not None:
+    def _set_prompt(self, trajectory: Trajectory, prompt: Prompt, shared: tuple[int, ...], max_tokens: int) -> None:
+        """Split the prompt of a trajectory into the part that its group shares and the rest."""
+        rest, trajectory.ids = trajectory.ids[len(shared) :], []
+        trajectory.prompt_ids = shared
+        trajectory.limit = min(max_tokens, len(prompt.token_ids) + max_tokens - len(shared))
+        if trajectory.finish is not None:
             return
-        course.append(own)
-        course.since = len(own)
-        if course.room < 1:
-            course.ids, course.logprobs, course.mask = [], [], []
-            course.fail(f"what it says first leaves no room for an answer (max_tokens = {max_tokens})", lost=False)
+        trajectory.append(rest)
+        trajectory.turn_start = len(rest)
+        if trajectory.room < 1:
+            trajectory.ids, trajectory.logprobs, trajectory.mask = [], [], []
+            why = f"its first observation leaves no room for an answer (max_tokens = {max_tokens})"
+            trajectory.fail(why, environment_lost=False)
 
-    def _asks(self, course: Trajectory) -> bool:
+    def _accepts_observations(self, trajectory: Trajectory) -> bool:
         """Whether the environment may still answer."""
-        return course.turns < self.turns and course.in_vain < _STOPS_IN_VAIN
+        return trajectory.turns < self.turns and trajectory.ignored_stops < _MAX_IGNORED_STOPS
 
-    def _draw(
-        self, engine: Engine, going: Sequence[Trajectory], options: SamplingParams, advance: Callable[[float], None]
+    def _sample_turn(
+        self, engine: Engine, active: Sequence[Trajectory], options: SamplingParams, advance: Callable[[float], None]
     ) -> None:
-        """A turn of each completion, or what is left of one. Those that stand at the same tokens share them."""
-        for asks in (True, False):
-            alike: dict[tuple[tuple[int, ...], bool], list[Trajectory]] = {}
-            for course in going:
-                if self._asks(course) == asks:
-                    alike.setdefault(((*course.shared, *course.ids), not course.draws), []).append(course)
-            if not alike:
+        """Sample a turn of each trajectory, or the rest of one. Trajectories with the same tokens so far share a
+        request."""
+        for accepting in (True, False):
+            by_prefix: dict[tuple[tuple[int, ...], bool], list[Trajectory]] = {}
+            for trajectory in active:
+                if self._accepts_observations(trajectory) == accepting:
+                    key = (*trajectory.prompt_ids, *trajectory.ids), not trajectory.samples
+                    by_prefix.setdefault(key, []).append(trajectory)
+            if not by_prefix:
                 continue
-            stop = (*options.stop, *(self.environments.stop if asks else ()))
-            most = max(course.room for own in alike.values() for course in own)
-            later = all(not first for _, first in alike)
-            own = replace(options, stop=stop, max_tokens=most, min_tokens=0 if later else options.min_tokens)
+            stop = (*options.stop, *(self.environments.stop if accepting else ()))
+            most = max(trajectory.room for batch in by_prefix.values() for trajectory in batch)
+            only_later_turns = all(not first for _, first in by_prefix)
+            min_tokens = 0 if only_later_turns else options.min_tokens
+            turn_options = replace(options, stop=stop, max_tokens=most, min_tokens=min_tokens)
             requests = [
-                Request(ids, [_key(course) for course in each], [course.room for course in each])
-                for (ids, _), each in alike.items()
+                Request(ids, [one.next_stream for one in batch], [one.room for one in batch])
+                for (ids, _), batch in by_prefix.items()
             ]
-            for each, drawn in zip(alike.values(), engine.generate(requests, own, advance), strict=True):
-                for course, completion in zip(each, drawn, strict=True):
-                    self._take(course, completion, options)
+            sampled = engine.generate(requests, turn_options, advance)
+            for batch, completions in zip(by_prefix.values(), sampled, strict=True):
+                for trajectory, completion in zip(batch, completions, strict=True):
+                    self._apply_sample(trajectory, completion, options)
 
-    def _take(self, course: Trajectory, completion: Completion, options: SamplingParams) -> None:
-        """Append what was drawn, and see whether the completion is over."""
-        course.append(completion.token_ids, completion.sampling_logprobs)
-        course.draws, course.version = course.draws + 1, completion.policy_version
-        course.ended = completion.token_ids[-1] in self.dialogue.eos_ids
-        drawn = completion.token_ids[:-1] if course.ended else completion.token_ids
-        beyond = self.dialogue.text(drawn)[len(completion.text) :]
+    def _apply_sample(self, trajectory: Trajectory, completion: Completion, options: SamplingParams) -> None:
+        """Append sampled tokens and check whether the trajectory is finished."""
+        trajectory.append(completion.token_ids, completion.sampling_logprobs)
+        trajectory.samples, trajectory.version = trajectory.samples + 1, completion.policy_version
+        trajectory.turn_ended = completion.token_ids[-1] in self.dialogue.eos_ids
+        sampled = completion.token_ids[:-1] if trajectory.turn_ended else completion.token_ids
+        beyond = self.dialogue.text(sampled)[len(completion.text) :]
         if completion.finish_reason == "length":
-            self._over(course, "length")
-        elif not course.ended and any(beyond.startswith(text) for text in options.stop):
-            self._over(course, "stop", len(beyond))
-        elif course.ended and not self._asks(course):
-            self._over(course, "stop")
+            self._finish(trajectory, "length")
+        elif not trajectory.turn_ended and any(beyond.startswith(text) for text in options.stop):
+            self._finish(trajectory, "stop", len(beyond))
+        elif trajectory.turn_ended and not self._accepts_observations(trajectory):
+            self._finish(trajectory, "stop")
 
-    def _turn(self, course: Trajectory) -> str:
-        """What the model has written since the environment answered."""
-        ids = course.ids[course.since :]
-        return self.dialogue.text(ids[:-1] if course.ended else ids)
+    def _turn_text(self, trajectory: Trajectory) -> str:
+        """The text that the model has written since the last observation."""
+        return self.dialogue.text(trajectory.turn_ids)
 
-    def _over(self, course: Trajectory, finish: FinishReason, beyond: int = 0) -> None:
-        """End a completion; of its text the last letters are not kept, where a text of the recipe's ended it."""
-        text = self._turn(course)
-        course.texts.append(text[: len(text) - beyond])
-        course.finish = finish
+    def _finish(self, trajectory: Trajectory, finish: FinishReason, beyond: int = 0) -> None:
+        """Finish a trajectory. `beyond`: characters to drop from its text if a stop text of the recipe ended it."""
+        text = self._turn_text(trajectory)
+        trajectory.texts.append(text[: len(text) - beyond])
+        trajectory.finish = finish
 
-    def _answer(self, asking: Sequence[Trajectory], tick: Callable[[], None]) -> None:
-        """Let the environments answer to the turns that were made."""
-        asking = [course for course in asking if self._asks(course)]
-        for course in asking:
-            ids = course.ids[course.since :]
-            course.play.texts.append(self.dialogue.heard(ids[:-1] if course.ended else ids))
-        answers = self.environments.answer([course.play for course in asking], tick)
-        for course, answer in zip(asking, answers, strict=True):
-            self._hear(course, answer)
+    def _step_environments(self, active: Sequence[Trajectory], tick: Callable[[], None]) -> None:
+        """Send the sampled turns to the environments and apply their answers."""
+        stepped = [trajectory for trajectory in active if self._accepts_observations(trajectory)]
+        for trajectory in stepped:
+            trajectory.environment.texts.append(self.dialogue.heard(trajectory.turn_ids))
+        answers = self.environments.answer([trajectory.environment for trajectory in stepped], tick)
+        for trajectory, answer in zip(stepped, answers, strict=True):
+            self._apply_observation(trajectory, answer)
 
-    def _hear(self, course: Trajectory, answer: Answer) -> None:
-        """Go on with an answer, or end."""
-        course.calls, course.errors = course.calls + answer.calls, course.errors + answer.errors
+    def _apply_observation(self, trajectory: Trajectory, answer: Answer) -> None:
+        """Append an observation, or finish the trajectory."""
+        trajectory.calls, trajectory.errors = trajectory.calls + answer.calls, trajectory.errors + answer.errors
         if answer.failure is not None:
-            course.texts.append(self._turn(course))
-            course.fail(answer.failure)
+            trajectory.texts.append(self._turn_text(trajectory))
+            trajectory.fail(answer.failure)
             return
-        if answer.done or (answer.observations is None and course.ended):
-            course.turns += answer.done
-            self._over(course, "stop")
+        if answer.done or (answer.observations is None and trajectory.turn_ended):
+            trajectory.turns += answer.done
+            self._finish(trajectory, "stop")
             return
         if answer.observations is None:
-            course.in_vain += 1
+            trajectory.ignored_stops += 1
             return
-        course.turns += 1
-        message = course.ended and not isinstance(course.play.row["prompt"], str)
-        say = self.dialogue.after if message else self.dialogue.within
-        ids = say(answer.observations)
-        if len(ids) >= course.room:
-            self._over(course, "length")
+        trajectory.turns += 1
+        as_message = trajectory.turn_ended and not isinstance(trajectory.environment.row["prompt"], str)
+        render = self.dialogue.after if as_message else self.dialogue.within
+        ids = render(answer.observations)
+        if len(ids) >= trajectory.room:
+            self._finish(trajectory, "length")
             return
-        said = "\n".join(answer.observations)
-        course.texts += [self._turn(course), f"\n{said}\n" if message else "".join(answer.observations)]
-        course.append(ids)
-        course.since, course.ended = len(course.ids), False
+        lines = "\n".join(answer.observations)
+        observed = f"\n{lines}\n" if as_message else "".join(answer.observations)
+        trajectory.texts += [self._turn_text(trajectory), observed]
+        trajectory.append(ids)
+        trajectory.turn_start, trajectory.turn_ended = len(trajectory.ids), False
 
-    def _end(self, courses: Sequence[Trajectory], tick: Callable[[], None]) -> None:
-        """Ask for the rewards, and let go of the environments."""
-        over = [course for course in courses if not course.lost]
-        for course, answer in zip(over, self.environments.end([course.play for course in over], tick), strict=True):
-            if course.failure is None:
-                course.reward, course.failure = answer.reward, answer.failure
+    def _collect_rewards(self, trajectories: Sequence[Trajectory], tick: Callable[[], None]) -> None:
+        """Get the rewards of finished trajectories and release their environments."""
+        remaining = [trajectory for trajectory in trajectories if not trajectory.environment_lost]
+        answers = self.environments.end([trajectory.environment for trajectory in remaining], tick)
+        for trajectory, answer in zip(remaining, answers, strict=True):
+            if trajectory.failure is None:
+                trajectory.reward, trajectory.failure = answer.reward, answer.failure
 
 
 def _waves(sizes: Sequence[int], most: int) -> Iterator[slice]:
-    """Stretches of groups with `most` completions together, or a single group where that alone has more."""
+    """Slices of consecutive groups with at most `most` completions in all; a group with more is a slice of its own."""
     start = 0
     for place in range(len(sizes) + 1):
         if place == len(sizes) or (place > start and sum(sizes[start : place + 1]) > most):
@@ -317,13 +274,8 @@ def _waves(sizes: Sequence[int], most: int) -> Iterator[slice]:
             start = place
 
 
-def _key(course: Trajectory) -> tuple[int, ...]:
-    """The random stream of a completion's next turn."""
-    return (*course.stream, _TURN, course.draws) if course.draws else course.stream
-
-
-def _common(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What all begin with."""
+def _common_prefix(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The longest prefix of all lists."""
     if not lists:
         return ()
     least = min(map(len, lists))
@@ -338,14 +290,14 @@ class OpenedEnvironments:
     settings: Settings
 
     def tools(self, tokenizer: PreTrainedTokenizerBase) -> ToolTexts | None:
-        """What prompts have to say of them, for `gruppo.data.tokenization.tokenize_part`."""
+        """The description of their tools in prompts, for `gruppo.data.tokenization.tokenize_part`."""
         return tool_texts(tokenizer, self.environments.schemas)
 
     def episodes(
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], prompts: Iterable[Prompt]
     ) -> MultiTurnSampler:
-        """What samples with them. Raises UsageError where the model's chat template cannot go on with a conversation,
-        and the prompts are some."""
+        """A sampler that uses the environments. Raises UsageError if prompts are conversations and the model's chat
+        template cannot continue one."""
         dialogue = ChatRenderer(tokenizer, eos_ids, self.tools(tokenizer))
         if any(not isinstance(prompt.content, str) for prompt in prompts):
             dialogue.check()
@@ -355,8 +307,11 @@ class OpenedEnvironments:
 def open_multi_turn(
     recipe: Recipe, log: Path | None, progress: Progress, stack: ExitStack, played: bool = True
 ) -> OpenedEnvironments | None:
-    """Start the environments of a recipe, which `stack` closes; None where it has none. `log`: a file for what a class
-    prints; `played`: False where nothing is sampled. Raises UsageError."""
+    """Start the environments of a recipe; None if it has none. `stack` closes them.
+
+    `log`: file for the output of the environment class; `played`: False if nothing will be sampled. Raises UsageError
+    if the environments cannot run here.
+    """
     settings = recipe.environment
     if settings is None:
         return None

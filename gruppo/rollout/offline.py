@@ -1,4 +1,4 @@
-"""Groups of the completions that rows bring: demonstrations and preferences."""
+"""Groups of completions from dataset rows: demonstrations and preferences."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class OfflineRollouts:
         return groups
 
     def record_failures(self, step: Step, groups: Sequence[Group]) -> list[str]:
-        """See `RolloutSource`. Nothing is called, so nothing fails."""
+        """See `RolloutSource`. No reward is called, so none can fail."""
         return []
 
     def label(
         self, prompts: Sequence[Prompt], step: int, key: tuple[int, ...]
     ) -> tuple[list[LabelledCompletion], Counter[str]]:
         """See `RolloutSource`."""
-        raise AssertionError("a method that learns from rows has no reward model")
+        raise AssertionError("a method that trains on dataset completions has no reward model")
 
 
 def offline_groups(prompts: Sequence[Prompt], completions: Mapping[str, OfflineCompletions]) -> list[Group]:
-    """Groups of the completions that rows bring, with their rewards."""
+    """Groups of the completions and rewards from dataset rows."""
     return [
         Group(
             prompt,

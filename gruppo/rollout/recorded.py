@@ -1,4 +1,4 @@
-"""Groups that an earlier run recorded, for steps that are made again."""
+"""Groups recorded by an earlier run, used to reproduce its steps."""
 
 from __future__ import annotations
 
@@ -31,30 +31,34 @@ class Recording:
     _first: tuple[int, int] = (-1, 0)
 
     def groups(self, step: int) -> list[list[Row]]:
-        """The rows of a step, by group. Raises UsageError where there are none."""
+        """The rows of a step, by group. Raises UsageError if the step has no table."""
         if self._read[0] != step:
             self._read = step, read_groups(self.table(step), old_parts(self.folder))
         return self._read[1]
 
-    def group(self, step: int, draw: int) -> list[Row]:
-        """The rows of the group whose prompt was the `draw`-th of the run."""
+    def group(self, step: int, cursor: int) -> list[Row]:
+        """The rows of the group whose prompt has index `cursor` (from 0) among the prompts sampled in the run.
+
+        The first call for a step must ask for its first group.
+        """
         if self._first[0] != step:
-            self._first = step, draw
-        groups, place = self.groups(step), draw - self._first[1]
+            self._first = step, cursor
+        groups, place = self.groups(step), cursor - self._first[1]
         if place >= len(groups):
-            raise UsageError(f"{self.table(step)}: holds {len(groups)} groups, and the step needs more")
+            raise UsageError(f"{self.table(step)}: contains {len(groups)} groups, but the step needs more")
         return groups[place]
 
     def table(self, step: int) -> Path:
-        """The file of a step's rollouts."""
+        """The rollout table of a step."""
         return self.folder / "rollouts" / f"step-{step:06d}.parquet"
 
     def labels(self, step: int) -> list[LabelledCompletion]:
-        """What a reward model learned from at the start of the iteration after `step` steps."""
+        """Labels that the reward model was trained on at the start of the iteration after `step` steps."""
         return read_labels([self.folder / "labels" / f"step-{step:06d}.parquet"])
 
     def micro_batch_tokens(self, step: int, iteration: bool, otherwise: int) -> int:
-        """The size that a step was made with, or the start of the iteration after it, where their line says so."""
+        """Recorded micro-batch size of a step, or of the start of the iteration after it (`iteration`); `otherwise` if
+        its metrics line has none."""
         for line in read_lines(self.folder / "metrics.jsonl"):
             if (line["step"], "iteration" in line) == (step, iteration) and "memory/micro_batch_tokens" in line:
                 return int(line["memory/micro_batch_tokens"])
@@ -63,10 +67,10 @@ class Recording:
 
 @dataclass
 class RecordedRollouts(LiveRollouts):
-    """See `RolloutSource`. Completions and rewards are those of a recording.
+    """See `RolloutSource`. Completions and rewards come from a recording.
 
-    `scored`: the step whose rewards are computed again as well; they are then in `rewards`, by group and completion,
-    and the step continues with the recorded ones.
+    `scored`: the step whose rewards are also computed again. They are stored in `rewards`, by group and completion; the
+    step continues with the recorded rewards.
     """
 
     recording: Recording
@@ -76,24 +80,24 @@ class RecordedRollouts(LiveRollouts):
     def sample(
         self, prompts: Sequence[Prompt], streams: Sequence[Sequence[tuple[int, ...]]]
     ) -> tuple[list[Prompt], list[list[Completion]]]:
-        """The recorded completions. A stream is (seed, step, draw, number in the group)."""
-        begun, completions = [], []
+        """The recorded completions. A stream is (seed, step, index of the prompt in the run, number in the group)."""
+        recorded, completions = [], []
         for prompt, keys in zip(prompts, streams, strict=True):
-            _, step, draw, _ = keys[0]
-            rows = self.recording.group(step, draw)
+            _, step, cursor, _ = keys[0]
+            rows = self.recording.group(step, cursor)
             content, ids = prompt.content, tuple(rows[0]["prompt_token_ids"])
-            if self.multi_turn is not None:  # the recorded prompt ends with what the environment said first
+            if self.multi_turn is not None:  # the recorded prompt ends with the environment's first observation
                 content = rows[0]["prompt"] if isinstance(content, str) else json.loads(rows[0]["prompt"])
                 same = rows[0]["prompt_id"] == prompt.id
             else:
                 same = ids == prompt.token_ids
             if not same or len(rows) != len(keys):
                 raise UsageError(
-                    f"{self.recording.table(step)}: holds other questions than the run's recipe draws in that step"
+                    f"{self.recording.table(step)}: contains other prompts than the run's recipe samples in that step"
                 )
-            begun.append(replace(prompt, content=content, token_ids=ids))
+            recorded.append(replace(prompt, content=content, token_ids=ids))
             completions.append([_completion(row) for row in rows])
-        return begun, completions
+        return recorded, completions
 
     def score(
         self, step: Step, cursor: int, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
@@ -102,8 +106,8 @@ class RecordedRollouts(LiveRollouts):
         if step.number == self.scored:
             self.rewards += [list(group.rewards) for group in super().score(step, cursor, prompts, completions)]
         return [
-            Group(prompt, own, [reward_of(row) for row in self.recording.group(step.number, cursor + place)])
-            for place, (prompt, own) in enumerate(zip(prompts, completions, strict=True))
+            Group(prompt, group, [reward_of(row) for row in self.recording.group(step.number, cursor + place)])
+            for place, (prompt, group) in enumerate(zip(prompts, completions, strict=True))
         ]
 
     def label(
@@ -113,22 +117,24 @@ class RecordedRollouts(LiveRollouts):
         return self.recording.labels(step), Counter()
 
     def _require_rewards(self, step: Step, groups: Sequence[Group]) -> None:
-        """Whether too many failed was decided when the step was made first."""
+        """Does nothing: the failure limit was checked when the step was recorded."""
 
 
 def read_groups(table: Path, renamed: Mapping[str, str] = MappingProxyType({})) -> list[list[Row]]:
-    """The rows of a table of rollouts, by group; `renamed`: parts of the reward that have other names by now. Raises
-    UsageError where the table is not there or cannot be read."""
+    """The rows of a rollout table, by group. `renamed`: new names of reward parts that have been renamed since. Raises
+    UsageError if the table is missing or cannot be read."""
     try:
         rows: list[Row] = pq.read_table(table).to_pylist()
     except FileNotFoundError:
-        raise UsageError(f"{table}: is not there; the step has not been made, or its rollouts were deleted") from None
+        raise UsageError(
+            f"{table}: there is no such file; the step has not run yet, or its rollouts were deleted"
+        ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{table}: cannot be read ({str(error).splitlines()[0]})") from None
     groups: list[list[Row]] = []
     for row in rows:
         for name in ("reward_parts", "steps") if renamed else ():
-            row[name] = json.dumps({renamed.get(part, part): held for part, held in json.loads(row[name]).items()})
+            row[name] = json.dumps({renamed.get(part, part): value for part, value in json.loads(row[name]).items()})
         if row["completion"] == 0:
             groups.append([])
         groups[-1].append(row)
@@ -137,10 +143,10 @@ def read_groups(table: Path, renamed: Mapping[str, str] = MappingProxyType({})) 
 
 def _completion(row: Row) -> Completion:
     logprobs = row["sampling_logprobs"] or [float("nan")] * len(row["token_ids"])
-    episode = row.get("episode")  # not in tables from before there were environments
+    episode = row.get("episode")  # missing in tables written before environments existed
     return Completion(
         token_ids=tuple(row["token_ids"]),
-        sampling_logprobs=tuple(0.0 if each is None else each for each in logprobs),
+        sampling_logprobs=tuple(0.0 if value is None else value for value in logprobs),
         mask=tuple(row["mask"]),
         finish_reason=row["finish_reason"],
         policy_version=row["policy_version"],
@@ -150,8 +156,8 @@ def _completion(row: Row) -> Completion:
 
 
 def reward_of(row: Row) -> Reward:
-    """The reward in a row of rollouts."""
+    """The reward recorded in a row of a rollout table."""
     steps = {
-        name: Steps(tuple(each["rewards"]), tuple(each["ends"])) for name, each in json.loads(row["steps"]).items()
+        name: Steps(tuple(value["rewards"]), tuple(value["ends"])) for name, value in json.loads(row["steps"]).items()
     }
     return Reward(row["reward"], json.loads(row["reward_parts"]), row["failure"], json.loads(row["extra"]), steps)

@@ -1,7 +1,7 @@
-"""Calls of rewards that failed, kept as files of the run folder that repeat them: failures/step-000012-0-name.json.
+"""Failed reward calls, saved in the run folder so that they can be rerun: failures/step-000012-NAME-HASH.json.
 
-A file holds what the function was called with. `gruppo rerun-reward FILE` calls it again in a process of its own; in a
-debugger: `my_reward(**json.load(open(FILE))["arguments"])`.
+A file contains the arguments of the call. `gruppo rerun-reward FILE` calls the function again in a separate process. In
+a debugger: `my_reward(**json.load(open(FILE))["arguments"])`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gruppo.runs.recorder import Recorder
 from gruppo.types import Completion, Group, Prompt, Reward
 
 FOLDER = "failures"
-MOST_FILES, MOST_BYTES = 50, 4 * 2**20  # of a run's folder, and of one file
+MOST_FILES, MOST_BYTES = 50, 4 * 2**20  # files per run; bytes of the arguments in one file
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A function's failure on a group: why, and how many of its completions abstain by it."""
+    """Failure of a reward function on a group: the reason, and the number of completions excluded because of it."""
 
     name: str
     why: str
@@ -37,7 +37,7 @@ class Failure:
 
 
 def failures_of(groups: Sequence[Group]) -> Iterator[Failure]:
-    """Each failure of each group, in order: those with one reason are one."""
+    """The failures of each group, in order. Failures with the same reason are counted together."""
     for group in groups:
         counts = Counter(failure for reward in group.rewards for failure in reward.failures.items())
         for (name, why), count in sorted(counts.items()):
@@ -47,30 +47,32 @@ def failures_of(groups: Sequence[Group]) -> Iterator[Failure]:
 def record_failures(
     recorder: Recorder, folder: Path, step: int, groups: Sequence[Group], pool: RewardPool, state: Mapping[str, Any]
 ) -> list[str]:
-    """An event for each failure of a reward on a group, with a file that keeps the call; the files' names.
+    """Record an event for each failure of a reward on a group and save the call. Returns the names of the files.
 
     `state`: the `trainer_state` that the functions were called with.
     """
     files = []
     for failure in failures_of(groups):
         file = None
-        if failure.name in pool.names:  # an environment's call cannot be repeated alone
+        if failure.name in pool.names:  # an environment's call cannot be rerun on its own
             file = keep_call(folder, step, failure, pool, state)
         files += [] if file is None else [file]
         details = {"reward": failure.name, "completions": failure.completions, "file": file}
         message = f"{failure.name}: {failure.why}"
         recorder.event("reward_failed", message, step, prompt_id=failure.group.prompt.id, **details)
-    for group in groups:  # of the reward model
-        for why, count in Counter(each.failure for each in group.rewards if not each.failures).items():
+    for group in groups:  # failures of the reward model
+        reasons = Counter(reward.failure for reward in group.rewards if not reward.failures)
+        for why, count in reasons.items():
             if why:
                 recorder.event("reward_failed", why, step, prompt_id=group.prompt.id, completions=count)
     return files
 
 
 def keep_call(folder: Path, step: int, failure: Failure, pool: RewardPool, state: Mapping[str, Any]) -> str | None:
-    """Write the call that failed into the run folder; the file's name in it, or None where there are enough.
+    """Save the failed call in the run folder. Returns the file's name relative to it, or None if the limit of files is
+    reached.
 
-    Of a group that is too large for a file the arguments are left out, and it says where else they are.
+    If the group's arguments are too large, they are left out and the file says where else they are stored.
     """
     place, group = pool.names.index(failure.name), failure.group
     digest = hashlib.sha256(f"{group.prompt.id}\n{failure.why}".encode()).hexdigest()[:8]
@@ -88,7 +90,7 @@ def keep_call(folder: Path, step: int, failure: Failure, pool: RewardPool, state
 
     content = {
         "reward": failure.name,
-        "function": pool.paths[place],  # None: it was given from Python
+        "function": pool.paths[place],  # None: passed from Python
         "options": pool.options[place],
         "columns": pool.columns,
         "environment": pool.environment,
@@ -110,20 +112,20 @@ def keep_call(folder: Path, step: int, failure: Failure, pool: RewardPool, state
 
 
 def read_call(file: str | Path) -> dict[str, Any]:
-    """The content of such a file. Raises UsageError for another one."""
-    wrong = f"{file}: holds no call of a reward; give a file of a run's {FOLDER}/"
+    """Read a saved reward call. Raises UsageError if the file is not one."""
+    wrong = f"{file}: is not a saved reward call; give a file from a run's {FOLDER}/"
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-        held = content["arguments"]
-        if held is None:
-            where = content.get("left_out", "they are no JSON")
+        arguments = content["arguments"]
+        if arguments is None:
+            where = content.get("left_out", "they cannot be written as JSON")
             raise UsageError(f"{file}: the call's arguments are not in it ({where})")
-        size = len(held["completions"])
+        size = len(arguments["completions"])
         lists = isinstance(content["columns"], list) and isinstance(content["options"], dict)
-        sizes = {len(held[name]) for name in ("prompts", "completion_ids", *content["columns"])}
+        sizes = {len(arguments[name]) for name in ("prompts", "completion_ids", *content["columns"])}
         numbers = isinstance(content["timeout"], int | float) and isinstance(content["trainer_state"], dict)
     except FileNotFoundError:
-        raise UsageError(f"{file}: there is no such file; give one of a run's {FOLDER}/") from None
+        raise UsageError(f"{file}: there is no such file; give one from a run's {FOLDER}/") from None
     except UsageError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -139,28 +141,31 @@ def rerun_reward(
     timeout: float | None = None,
     log: Path | None = None,
 ) -> list[Reward]:
-    """Call a reward again as it was called when it failed; what it gives to each completion.
+    """Repeat a failed reward call. Returns the reward of each completion.
 
-    The function is the one that the file names, whose code then runs, unless another is given (one that came from
-    Python has no name in it). `timeout` in seconds; `log`: a file for what it prints. Raises UsageError.
+    The function named in the file is imported and called, unless `function` is given; a function that was passed from
+    Python has no name in the file. `timeout`: in seconds, default the recorded one; `log`: file for the function's
+    output. Raises UsageError if the file is not a saved call or the function cannot be used.
     """
-    held = read_call(file)
-    chosen = function if function is not None else held["function"]
+    call = read_call(file)
+    chosen = function if function is not None else call["function"]
     if chosen is None:
         raise UsageError(
-            f"{file}: the reward {held['reward']!r} was given from Python; name it by --function file.py:name, or call "
-            "gruppo.rollout.reward_failures.rerun_reward(FILE, function)"
+            f"{file}: the reward {call['reward']!r} was passed from Python; name it with --function file.py:name, or "
+            "call gruppo.rollout.reward_failures.rerun_reward(FILE, function)"
         )
-    arguments, columns = held["arguments"], held["columns"]
-    texts = [each if isinstance(each, str) else str(each[-1]["content"]) for each in arguments["completions"]]
+    arguments, columns = call["arguments"], call["columns"]
+    texts = [
+        content if isinstance(content, str) else str(content[-1]["content"]) for content in arguments["completions"]
+    ]
     completions = [
         Completion(tuple(ids), (0.0,) * len(ids), (True,) * len(ids), "stop", 0, text)
         for ids, text in zip(arguments["completion_ids"], texts, strict=True)
     ]
-    own = {name: arguments[name][0] for name in columns}
-    prompt = Prompt(held["prompt_id"], arguments["prompts"][0], (), "", own)
-    options = {chosen: held["options"]} if isinstance(chosen, str) else {}
-    limit = timeout or held["timeout"]
-    with RewardPool([chosen], [], columns, limit, 1, log, options, environment=held["environment"]) as pool:
-        rewards, _ = pool.score([(prompt, completions)], held["trainer_state"])
+    row = {name: arguments[name][0] for name in columns}
+    prompt = Prompt(call["prompt_id"], arguments["prompts"][0], (), "", row)
+    options = {chosen: call["options"]} if isinstance(chosen, str) else {}
+    limit = timeout or call["timeout"]
+    with RewardPool([chosen], [], columns, limit, 1, log, options, environment=call["environment"]) as pool:
+        rewards, _ = pool.score([(prompt, completions)], call["trainer_state"])
     return rewards[0]

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion with its labels. `right`: by the rule; `labels`: from 0 to 1, each with the token at whose end the
-    model is read: of an outcome the last one, else the ends of steps."""
+    """A completion with its labels.
+
+    `right`: correct according to the reward function. `labels`: values from 0 to 1, each with the token after which the
+    model is read: the last token for an outcome label, the last token of a step for a step label.
+    """
 
     prompt: Prompt
     completion: Completion
@@ -34,45 +37,48 @@ class Sample:
 
 
 def last_token(completion: Completion) -> tuple[int, ...]:
-    """Where an outcome is read; nowhere in a completion without tokens."""
+    """Index of the token after which an outcome is read; empty for a completion without tokens."""
     return (len(completion.token_ids) - 1,) if completion.token_ids else ()
 
 
 def grouped_samples(samples: Sequence[Sample]) -> tuple[list[Group], dict[tuple[int, int], int]]:
-    """Samples as groups, each prompt once, and which sample each completion is."""
-    together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    """Group samples by prompt. The mapping gives the index of the sample for each (group, completion)."""
+    by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for place, sample in enumerate(samples):
-        together[sample.prompt.token_ids].append(place)
+        by_prompt[sample.prompt.token_ids].append(place)
     groups, places = [], {}
-    for index, own in enumerate(together.values()):
-        completions = [samples[place].completion for place in own]
-        groups.append(Group(samples[own[0]].prompt, completions, [], trained=[True] * len(own)))
-        places.update({(index, number): place for number, place in enumerate(own)})
+    for index, members in enumerate(by_prompt.values()):
+        completions = [samples[place].completion for place in members]
+        groups.append(Group(samples[members[0]].prompt, completions, [], trained=[True] * len(members)))
+        places.update({(index, number): place for number, place in enumerate(members)})
     return groups, places
 
 
 def probabilities(
     model: ScalarModel, samples: Sequence[Sample], budget: int, device: torch.device
 ) -> list[tuple[float, ...]]:
-    """The model's probability at each end of each sample; labels are not looked at."""
+    """The model's probability at each label position of each sample. Label values are ignored."""
     groups, places = grouped_samples(samples)
-    made: list[tuple[float, ...]] = [()] * len(samples)
+    results: list[tuple[float, ...]] = [()] * len(samples)
     for index, number, scores in read_states(model, groups, budget, device):
         place = places[index, number]
         at = torch.tensor([scores[end + 1] for end in samples[place].labels.ends], dtype=torch.float64)
-        made[place] = tuple(torch.sigmoid(at).tolist())
-    return made
+        results[place] = tuple(torch.sigmoid(at).tolist())
+    return results
 
 
-def with_scores(reward: Reward, kind: str, ends: Sequence[int], made: Sequence[float], weight: float) -> Reward:
-    """A completion's reward with the model's judgement: of an outcome added to the total with its weight, of steps
-    beside it. A completion that abstained does so still, unless nothing failed."""
-    if reward.failure or not made:
+def with_scores(reward: Reward, kind: str, ends: Sequence[int], scores: Sequence[float], weight: float) -> Reward:
+    """A completion's reward with the reward model's scores added.
+
+    An outcome score is added to the total with its weight; step scores are stored next to the total. A completion whose
+    reward failed stays excluded; one that no function scored takes part with the model's score.
+    """
+    if reward.failure or not scores:
         return reward
     if kind == "process":
-        steps = {**reward.steps, NAME: Steps(tuple(made), tuple(ends))}
+        steps = {**reward.steps, NAME: Steps(tuple(scores), tuple(ends))}
         return replace(reward, total=reward.total or 0.0, steps=steps)
-    return replace(reward, total=(reward.total or 0.0) + weight * made[0], parts={**reward.parts, NAME: made[0]})
+    return replace(reward, total=(reward.total or 0.0) + weight * scores[0], parts={**reward.parts, NAME: scores[0]})
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,9 @@ class RewardModelScorer:
     sizes: BatchSizes
 
     def score(self, groups: Sequence[Group]) -> None:
-        """Put the model's judgement into the rewards; a completion whose steps cannot be told abstains."""
+        """Add the model's scores to the rewards. A completion that cannot be split into steps is excluded."""
         places = [(group, number) for group in groups for number in range(len(group.completions))]
-        asked = []
+        samples = []
         for group, number in places:
             completion = group.completions[number]
             try:
@@ -96,15 +102,15 @@ class RewardModelScorer:
                 rewards, ends = list(group.rewards), ()
                 rewards[number] = replace(rewards[number], total=None, failure=str(error))
                 group.rewards = rewards
-            asked.append(Sample(group.prompt, completion, False, Steps((0.0,) * len(ends), ends)))
-        made = self.probabilities(asked, "judging by the reward model")
+            samples.append(Sample(group.prompt, completion, False, Steps((0.0,) * len(ends), ends)))
+        probabilities = self.probabilities(samples, "scoring with the reward model")
         scored = [
-            with_scores(group.rewards[number], self.settings.kind, sample.labels.ends, own, self.settings.weight)
-            for (group, number), sample, own in zip(places, asked, made, strict=True)
+            with_scores(group.rewards[number], self.settings.kind, sample.labels.ends, scores, self.settings.weight)
+            for (group, number), sample, scores in zip(places, samples, probabilities, strict=True)
         ]
-        following = iter(scored)
+        remaining = iter(scored)
         for group in groups:
-            group.rewards = [next(following) for _ in group.completions]
+            group.rewards = [next(remaining) for _ in group.completions]
 
     def _ends(self, completion: Completion) -> tuple[int, ...]:
         if self.settings.kind == "outcome":
@@ -113,17 +119,21 @@ class RewardModelScorer:
         return tuple(end for end, _ in step_tokens(completion, ends, self.tokenizer))
 
     def probabilities(self, samples: Sequence[Sample], during: str) -> list[tuple[float, ...]]:
-        """The model's probability at each end of each sample. Raises RunError where one is not finite."""
+        """The model's probability at each label position of each sample. Raises RunError if one is not finite."""
         model = self.model
 
         def attempt(tokens: int) -> list[tuple[float, ...]]:
             return probabilities(model, samples, tokens, model.policy.device)
 
-        made = self.sizes.fitting("micro_batch_tokens", during, attempt)
-        odd = [sample.prompt.id for sample, own in zip(samples, made, strict=True) if not all(map(math.isfinite, own))]
-        if odd:
+        results = self.sizes.run_with_retry("micro_batch_tokens", during, attempt)
+        invalid = [
+            sample.prompt.id
+            for sample, values in zip(samples, results, strict=True)
+            if not all(map(math.isfinite, values))
+        ]
+        if invalid:
             raise RunError(
-                f"the reward model's probability of a completion of {odd[0]} is not finite: its weights have diverged; "
-                "begin again with a lower reward_model.learning_rate"
+                f"the reward model's probability for a completion of {invalid[0]} is not finite: its weights have "
+                "diverged; start again with a lower reward_model.learning_rate"
             )
-        return made
+        return results

@@ -1,4 +1,4 @@
-"""Completions of a step: sampled, or those that rows bring."""
+"""Single-turn sampling of completions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def sample_groups(
     stop: Stop,
     label: str = "Sampling",
 ) -> list[list[Completion]]:
-    """Completions of every prompt, one for each of its streams, under a progress bar of tokens at the most."""
+    """Sample one completion per random stream for every prompt.
+
+    The progress bar counts tokens; its total is the largest possible number of them.
+    """
     requests = [Request(prompt.token_ids, keys) for prompt, keys in zip(prompts, streams, strict=True)]
     total = sum(len(keys) for keys in streams) * options.max_tokens
     with progress.bar(label, total, "tokens") as show:

@@ -24,9 +24,12 @@ def score_groups(
     stop: Stop,
     environment: float | None = None,
 ) -> list[Group]:
-    """Groups with their rewards; what reward functions log goes into `metrics`. `environment`: the weight of what
-    environments give, None where they give nothing."""
-    with progress.bar("Rewarding", len(prompts), "groups") as show:
+    """Score completions with the reward functions and return groups with their rewards.
+
+    Values that reward functions log are added to `metrics`. `environment`: weight of the environments' rewards, None if
+    they give none.
+    """
+    with progress.bar("Scoring", len(prompts), "groups") as show:
 
         def advance(groups: float) -> None:
             stop.check()
@@ -38,14 +41,14 @@ def score_groups(
         metrics.mean(f"reward/log/{name}", sum(values), len(values))
     groups = []
     for prompt, completions, scored in zip(prompts, sampled, rewards, strict=True):
-        whole = [_with_episode(*each, environment) for each in zip(scored, completions, strict=True)]
-        groups.append(Group(prompt, completions, whole))
+        combined = [_with_episode(*pair, environment) for pair in zip(scored, completions, strict=True)]
+        groups.append(Group(prompt, completions, combined))
     return groups
 
 
 def _with_episode(reward: Reward, completion: Completion, weight: float | None) -> Reward:
-    """A reward with what the completion's environment gave; one that failed makes the completion abstain."""
-    told = completion.episode
-    if told is None or (weight is None and told.failure is None):
+    """The reward with the environment's part added. A completion whose environment failed is excluded."""
+    episode = completion.episode
+    if episode is None or (weight is None and episode.failure is None):
         return reward
-    return with_part(reward, NAME, weight or 0.0, told.reward if told.failure is None else told.failure)
+    return with_part(reward, NAME, weight or 0.0, episode.reward if episode.failure is None else episode.failure)

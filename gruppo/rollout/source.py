@@ -1,4 +1,4 @@
-"""Where the groups of a step come from."""
+"""Sources of the groups of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gruppo.utils.timing import PhaseTimer
 
 @dataclass(frozen=True)
 class Step:
-    """A step being made. `number`: counted from 1; `cursor`: how many prompts were sampled before it in the run."""
+    """A step in progress. `number`: counted from 1; `cursor`: how many prompts the run sampled before this step."""
 
     number: int
     cursor: int
@@ -24,16 +24,17 @@ class Step:
 
 
 class RolloutSource(Protocol):
-    """Gives the scored groups of each step: live from the policy, offline from rows, or recorded by an earlier run."""
+    """Provides the scored groups of each step: sampled from the current policy, read from dataset rows, or recorded by
+    an earlier run."""
 
     def collect(self, step: Step) -> list[Group]:
-        """The groups of a step, with rewards; `trained` says which completions may take part in the objective."""
+        """The groups of a step, with rewards. `trained` marks the completions that may take part in the objective."""
 
     def record_failures(self, step: Step, groups: Sequence[Group]) -> list[str]:
-        """Record an event for each reward that failed; the names of the files that keep the calls."""
+        """Record an event for each failed reward. Returns the names of the files in which the calls were saved."""
 
     def label(
         self, prompts: Sequence[Prompt], step: int, key: tuple[int, ...]
     ) -> tuple[list[LabelledCompletion], Counter[str]]:
-        """Labelled completions that a reward model learns from at the start of an iteration, after `step` steps; and
-        what failed, in words, with how often. `key`: what the random streams of this call begin with."""
+        """Labelled completions for training the reward model at the start of an iteration, after `step` steps, and the
+        number of failures by reason. `key`: prefix of this call's random streams."""

@@ -1,7 +1,7 @@
-"""Labels by rule: which completions are right, and how often a completion comes out right from the end of each step.
+"""Rule-based labels: whether a completion is correct, and how often continuations of each of its steps are correct.
 
-The second as in Math-Shepherd (arXiv 2312.08935): from the end of a step, N completions are sampled by the engine; the
-soft label is the share of them that is right (its Eq. 4), the hard label whether any is (Eq. 3).
+Step labels follow Math-Shepherd (arXiv 2312.08935): the engine samples N continuations from the end of a step. The soft
+label is the share of them that are correct (its Eq. 4), the hard label whether any of them is (Eq. 3).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepLabeller:
-    """What labels are made with. A completion is right where the first of the pool's functions
-    gives it more than `success_threshold`."""
+    """Labels completions and their steps. A completion is correct if the first function of the pool gives it more than
+    `success_threshold`."""
 
     engine: Engine
     pool: RewardPool
@@ -45,71 +45,76 @@ class StepLabeller:
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, key: tuple[int, ...]
     ) -> tuple[list[LabelledCompletion], Counter[str]]:
-        """Completions of prompts, scored by the pool and labelled; see `label`."""
-        streams = [[(*key, 2, place, draw) for draw in range(group_size)] for place in range(len(prompts))]
+        """Sample completions of the prompts, score them with the pool and label them; see `label`."""
+        streams = [[(*key, 2, place, number) for number in range(group_size)] for place in range(len(prompts))]
         sampled = sample_groups(self.engine, prompts, streams, self.options, self.progress, self.stop)
         groups = score_groups(prompts, sampled, self.pool, {}, Metrics(), self.progress, self.stop)
         return self.label(groups, (*key, 3))
 
     def label(self, groups: Sequence[Group], key: tuple[int, ...]) -> tuple[list[LabelledCompletion], Counter[str]]:
-        """Every completion that the rule could judge, in order; and what failed, in words, with how often. `key`: what
-        the random streams of this call begin with; two calls with one key draw the same."""
+        """Label every completion that the reward function scored, in order. Also returns the number of failures by
+        reason.
+
+        `key`: prefix of this call's random streams; two calls with the same key sample the same continuations.
+        """
         failures = Counter(
-            _why(reward) for group in groups for reward in group.rewards if self._verdict(reward) is None
+            _failure_reason(reward) for group in groups for reward in group.rewards if self._is_correct(reward) is None
         )
-        judged = [
-            (index, number, group.prompt, completion, verdict)
+        scored = [
+            (index, number, group.prompt, completion, correct)
             for index, group in enumerate(groups)
             for number, (completion, reward) in enumerate(zip(group.completions, group.rewards, strict=True))
-            if (verdict := self._verdict(reward)) is not None
+            if (correct := self._is_correct(reward)) is not None
         ]
         if self.settings.kind == "outcome":
             return [
-                LabelledCompletion(prompt, completion, right) for _, _, prompt, completion, right in judged
+                LabelledCompletion(prompt, completion, correct) for _, _, prompt, completion, correct in scored
             ], failures
         split = find_split(self.settings.split)
-        made: list[LabelledCompletion] = []
+        labels: list[LabelledCompletion] = []
         places: list[tuple[int, int]] = []
         requests: list[Request] = []
-        for index, number, prompt, completion, right in judged:
+        for index, number, prompt, completion, correct in scored:
             try:
                 text_ends = checked_ends(split, completion.text)
             except RunError as error:
                 failures[str(error)] += 1
                 continue
-            labelled = self._with_steps(prompt, completion, right, text_ends)
-            for step, end in enumerate(labelled.ends):
+            label = self._split(prompt, completion, correct, text_ends)
+            for step, end in enumerate(label.ends):
                 room = self.options.max_tokens - (end + 1)
-                if room < 1 or not completion.text[labelled.text_ends[step] :].strip():
-                    continue  # nothing follows: the label is the completion's own
-                places.append((len(made), step))
+                if room < 1 or not completion.text[label.text_ends[step] :].strip():
+                    continue  # nothing can follow: the step keeps the label of the completion
+                places.append((len(labels), step))
                 ids = (*prompt.token_ids, *completion.token_ids[: end + 1])
                 count = self.settings.continuations
-                streams = [(*key, index, number, step, draw) for draw in range(count)]
+                streams = [(*key, index, number, step, sample) for sample in range(count)]
                 requests.append(Request(ids, streams, [room] * count))
-            made.append(labelled)
-        return self._settled(made, places, requests, failures), failures
+            labels.append(label)
+        return self._label_steps(labels, places, requests, failures), failures
 
-    def _verdict(self, reward: Reward) -> bool | None:
+    def _is_correct(self, reward: Reward) -> bool | None:
+        """None if the function failed or did not apply."""
         value = reward.parts.get(self.pool.names[0])
         return None if value is None else value > self.success_threshold
 
-    def _with_steps(
-        self, prompt: Prompt, completion: Completion, right: bool, text_ends: Sequence[int]
+    def _split(
+        self, prompt: Prompt, completion: Completion, correct: bool, text_ends: Sequence[int]
     ) -> LabelledCompletion:
-        """With its steps, each labelled as the whole completion for now."""
-        found = step_tokens(completion, text_ends, self.tokenizer)
-        ends, kept = tuple(end for end, _ in found), tuple(end for _, end in found)
-        return LabelledCompletion(prompt, completion, right, ends, kept, (float(right),) * len(found))
+        """The completion split into steps, each with the label of the whole completion for now."""
+        steps = step_tokens(completion, text_ends, self.tokenizer)
+        ends, kept = tuple(end for end, _ in steps), tuple(end for _, end in steps)
+        return LabelledCompletion(prompt, completion, correct, ends, kept, (float(correct),) * len(steps))
 
-    def _settled(
+    def _label_steps(
         self,
-        made: Sequence[LabelledCompletion],
+        labels: Sequence[LabelledCompletion],
         places: Sequence[tuple[int, int]],
         requests: Sequence[Request],
         failures: Counter[str],
     ) -> list[LabelledCompletion]:
-        """The same with the shares of what was sampled; a step none of whose completions could be judged is gone."""
+        """Sample and score the continuations and set the shares. A step none of whose continuations could be scored is
+        removed."""
         total = sum(limit for request in requests for limit in request.limits or ())
         with self.progress.bar("Continuing steps", total, "tokens") as show:
 
@@ -118,44 +123,44 @@ class StepLabeller:
                 show(tokens)
 
             sampled = self.engine.generate(requests, self.options, advance)
-        whole = []
-        for (place, step), group in zip(places, sampled, strict=True):
-            labelled = made[place]
-            before = labelled.completion.token_ids[: labelled.ends[step] + 1]
-            whole.append((labelled.prompt, [self._continued(before, each) for each in group]))
-        with self.progress.bar("Judging steps", len(whole), "steps") as show:
-            rewards, _ = self.pool.score(whole, {}, show)
+        groups = []
+        for (place, step), continuations in zip(places, sampled, strict=True):
+            label = labels[place]
+            prefix = label.completion.token_ids[: label.ends[step] + 1]
+            groups.append((label.prompt, [self._join(prefix, continuation) for continuation in continuations]))
+        with self.progress.bar("Scoring steps", len(groups), "steps") as show:
+            rewards, _ = self.pool.score(groups, {}, show)
         self.stop.check()
-        shares: list[list[float | None]] = [list(each.shares) for each in made]
-        for (place, step), own in zip(places, rewards, strict=True):
-            known = [verdict for each in own if (verdict := self._verdict(each)) is not None]
+        shares: list[list[float | None]] = [list(label.shares) for label in labels]
+        for (place, step), step_rewards in zip(places, rewards, strict=True):
+            known = [correct for reward in step_rewards if (correct := self._is_correct(reward)) is not None]
             shares[place][step] = sum(known) / len(known) if known else None
-            failures.update(_why(each) for each in own if self._verdict(each) is None)
-        settled = []
-        for labelled, found in zip(made, shares, strict=True):
-            kept = [place for place, share in enumerate(found) if share is not None]
-            settled.append(
+            failures.update(_failure_reason(reward) for reward in step_rewards if self._is_correct(reward) is None)
+        results = []
+        for label, label_shares in zip(labels, shares, strict=True):
+            kept = [place for place, share in enumerate(label_shares) if share is not None]
+            results.append(
                 replace(
-                    labelled,
-                    ends=tuple(labelled.ends[place] for place in kept),
-                    text_ends=tuple(labelled.text_ends[place] for place in kept),
-                    shares=tuple(share for share in found if share is not None),
+                    label,
+                    ends=tuple(label.ends[place] for place in kept),
+                    text_ends=tuple(label.text_ends[place] for place in kept),
+                    shares=tuple(share for share in label_shares if share is not None),
                 )
             )
-        return settled
+        return results
 
-    def _continued(self, before: tuple[int, ...], completion: Completion) -> Completion:
-        """A continuation as a completion of the question."""
-        ids = (*before, *completion.token_ids)
-        spoken = ids[:-1] if completion.finish_reason == "stop" else ids
+    def _join(self, prefix: tuple[int, ...], completion: Completion) -> Completion:
+        """The prefix and a continuation of it as one completion of the prompt."""
+        ids = (*prefix, *completion.token_ids)
+        without_end = ids[:-1] if completion.finish_reason == "stop" else ids
         return replace(
             completion,
             token_ids=ids,
             sampling_logprobs=(0.0,) * len(ids),
             mask=(True,) * len(ids),
-            text=str(self.tokenizer.decode(list(spoken), skip_special_tokens=True)),
+            text=str(self.tokenizer.decode(list(without_end), skip_special_tokens=True)),
         )
 
 
-def _why(reward: Reward) -> str:
-    return reward.failure or "the first of reward.functions gave no number"
+def _failure_reason(reward: Reward) -> str:
+    return reward.failure or "the first of reward.functions returned no number"

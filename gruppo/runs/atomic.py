@@ -1,4 +1,4 @@
-"""Writing files so that they are there whole or not at all, also when the disk is full."""
+"""Atomic writes: a file is complete or unchanged, even if the disk is full."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ASIDE = ".replaced-"
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or as it was before."""
+    """Write a file atomically: it is complete afterwards, or unchanged if the write fails."""
     temporary = path.with_name(path.name + ".writing")
     with writing(path, temporary):
         temporary.write_bytes(content)
@@ -24,13 +24,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Sync a finished file or folder and give it its name, replacing what had it.
+    """Sync a finished file or folder and rename it to `path`, replacing what is there.
 
-    A folder cannot replace a folder in one stroke: the old one is set aside, and `recover` brings it back where a kill
-    came in between.
+    A folder cannot replace a folder atomically. The old one is moved aside, and `recover` restores it after a kill in
+    between.
     """
-    for each in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
-        _sync(each)
+    for written in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+        _sync(written)
     aside = path.with_name(_ASIDE + path.name)
     if path.is_dir():
         path.rename(aside)
@@ -40,7 +40,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Undo what a kill left half done in a folder of folders: bring back what was set aside, drop what was begun."""
+    """Undo what a kill left half done in a folder of folders: restore old folders, delete unfinished ones."""
     for aside in parent.glob(_ASIDE + "*"):
         path = parent / aside.name.removeprefix(_ASIDE)
         if path.exists():
@@ -61,24 +61,26 @@ def _sync(path: Path) -> None:
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EDQUOT: "the disk quota is exhausted",
     errno.EFBIG: "the file would be larger than is allowed (ulimit -f, or the file system)",
 }
 
 
 class WriteError(RunError):
-    """A file of a run could not be written; what was there before is as it was."""
+    """A file of a run could not be written; its previous content is unchanged."""
 
 
 @contextmanager
 def writing(path: Path, *begun: Path) -> Iterator[None]:
-    """The block writes `path`, by way of the files or folders `begun`, which are gone again where it fails. Raises
-    WriteError in place of what the system, or a library that knows its errors by their text alone, raises."""
+    """Guard a block that writes `path` through the temporary files or folders `begun`; they are deleted if it fails.
+
+    Raises WriteError in place of an error of the operating system, also if a library reports it as text only.
+    """
     try:
         yield
     except Exception as error:
-        for each in begun:
-            remove(each)
+        for temporary in begun:
+            remove(temporary)
         why = _why(error)
         if why is None or isinstance(error, WriteError):
             raise
@@ -94,9 +96,9 @@ def remove(path: Path) -> None:
 
 
 def _why(error: Exception) -> str | None:
-    """What the system said, in words; None where the error is not the system's."""
-    told = re.search(r"\(os error (\d+)\)", str(error))  # of libraries written in Rust
-    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    """The reason that the operating system gave; None if the error is not from the operating system."""
+    match = re.search(r"\(os error (\d+)\)", str(error))  # from libraries written in Rust
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
     if number is None:
         return None
     return f"{_FULL[number]} ({os.strerror(number)})" if number in _FULL else os.strerror(number)

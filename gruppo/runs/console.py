@@ -1,4 +1,4 @@
-"""Progress on the console: bars with rates and time left on a terminal, plain lines elsewhere."""
+"""Progress on the console: bars with rates and remaining time on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from gruppo.utils.progress import Advance, NullProgress, visible
 from gruppo.utils.progress import Progress as ProgressProtocol
 
 QUIET_SECONDS = 10.0
-_BRIEF = {"Sampling", "Rewarding", "Updating", "Saving"}
+_BRIEF = {"Sampling", "Scoring", "Updating", "Saving"}
 
 
 class _Rate(ProgressColumn):
-    """Units a second."""
+    """Units per second."""
 
     def render(self, task: Task) -> Text:
         rate = task.finished_speed or task.speed
@@ -39,7 +39,7 @@ class _Rate(ProgressColumn):
 
 
 class ConsoleProgress:
-    """See `gruppo.utils.progress.Progress`. Bars go to standard error, results to standard output."""
+    """See `gruppo.utils.progress.Progress`. Bars and notes go to standard error, results to standard output."""
 
     def __init__(self) -> None:
         self.output = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -79,7 +79,7 @@ class ConsoleProgress:
 
     @contextmanager
     def _lines(self, label: str, total: float | None, unit: str) -> Iterator[Advance]:
-        """A line every ten seconds of a long phase, and one at its end."""
+        """One line every ten seconds of a long phase, and one at its end."""
         if label in _BRIEF:
             yield lambda _: None
             return
@@ -107,53 +107,57 @@ class ConsoleProgress:
         self.console.print(visible(text), markup=False)
 
     def result(self, text: str) -> None:
-        """Lines of plain text that were asked for, on standard output."""
+        """Print the requested output as plain text to standard output."""
         self.output.print(visible(text), markup=False)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """A line a step, or for an evaluation."""
+        """Print one line per step or evaluation."""
         self.result(_step_line(metrics))
         self.output.file.flush()
 
 
 def choose_progress(progress: bool | ProgressProtocol) -> ProgressProtocol:
-    """The argument `progress` of public functions: True shows progress on the console, False shows nothing."""
+    """The Progress for the argument `progress` of public functions: True for the console, False for none.
+
+    Raises UsageError if the argument is neither a bool nor an object with the methods of Progress.
+    """
     if isinstance(progress, bool):
         return ConsoleProgress() if progress else NullProgress()
     if not all(callable(getattr(progress, name, None)) for name in ("bar", "note", "step")):
-        raise UsageError(f"progress = {progress!r}: give True, False, or an object with bar, note and step")
+        raise UsageError(f"progress = {progress!r}: must be True, False, or an object with bar, note and step")
     return progress
 
 
 def _step_line(m: Mapping[str, Any]) -> str:
-    if exams := [
+    """The metrics of a step, an evaluation or the start of an iteration as one line."""
+    if eval_sets := [
         name.removesuffix("/accuracy") for name in m if name.startswith("eval/") and name.endswith("/accuracy")
     ]:
-        held = [
-            f"{exam.removeprefix('eval').strip('/') or 'held-out'} accuracy {m[exam + '/accuracy']:.1%} (95 % interval "
-            f"{m[exam + '/accuracy_low']:.1%} to {m[exam + '/accuracy_high']:.1%})"
-            for exam in exams
+        accuracies = [
+            f"{name.removeprefix('eval').strip('/') or 'held-out'} accuracy {m[name + '/accuracy']:.1%} (95% interval "
+            f"{m[name + '/accuracy_low']:.1%} to {m[name + '/accuracy_high']:.1%})"
+            for name in eval_sets
         ]
-        return f"step {m['step']:>4}  " + ", ".join(held)
+        return f"step {m['step']:>4}  " + ", ".join(accuracies)
     if "iteration" in m:
-        told = f"step {m['step']:>4}  iteration {m['iteration']} begins"
+        line = f"step {m['step']:>4}  iteration {m['iteration']} starts"
         if "reward_model/loss" not in m:
-            return told
+            return line
         auc = " -> ".join(_number(m.get(f"reward_model/{when}/auc"), ".3f") for when in ("before", "after"))
         return (
-            f"{told}; reward model: loss {_number(m['reward_model/loss'], '.3f')}, held-out AUC {auc}, "
+            f"{line}; reward model: loss {_number(m['reward_model/loss'], '.3f')}, held-out AUC {auc}, "
             f"{m['reward_model/new']:.0f} new samples and {m['reward_model/replayed']:.0f} replayed"
         )
     parts = [
         f"step {m['step']:>4}",
         f"reward {_number(m.get('reward/mean'), '.3f')}",
-        f"signal {_number(m.get('groups/nonzero_advantage'), '.0%')} of groups",
+        f"nonzero advantage {_number(m.get('groups/nonzero_advantage'), '.0%')}",
         f"length {_number(m.get('completion/length'), '.1f')}",
         f"entropy {_number(m.get('policy/entropy'), '.2f')}",
     ]
     if "policy/kl" in m:
         parts.append(f"KL {_number(m['policy/kl'], '.4f')}")
-    parts.append(f"gradient {_number(m.get('optimizer/gradient_norm'), '.2f')}")
+    parts.append(f"gradient norm {_number(m.get('optimizer/gradient_norm'), '.2f')}")
     parts.append(f"{m['time/step']:.1f} s ({_number(m.get('time/tokens_per_second'), '.0f')} tokens/s)")
     return "  ".join(parts)
 

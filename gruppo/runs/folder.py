@@ -1,4 +1,4 @@
-"""The run folder: what a run was asked, what it did, and what came out. Everything that shows a run reads it alone.
+"""The run folder: the recipe, the record and the results of a run. Everything that displays a run reads only this.
 
     recipe.toml  environment.json  metrics.jsonl  events.jsonl  rewards.log  summary.json
     failures/step-000012-….json (calls of rewards)  rewards.old.log
@@ -6,8 +6,8 @@
     checkpoints/step-000010/  reference/ (of a later iteration)  reward_model/ (trained in the run)
     base/ (config, generation config and tokenizer of the start model)  model/ (the result)
 
-Whole files are written under a temporary name, synced and renamed; metrics and events are appended to, a synced line
-at a time. What cannot be written, to a full disk first of all, is a WriteError, and leaves nothing half written.
+Whole files are written under a temporary name, synced and renamed. Metrics and events are appended one synced line at a
+time. If a write fails, for instance because the disk is full, WriteError is raised and nothing is left half written.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ APPENDED = ("metrics.jsonl", "events.jsonl")
 TABLES = ("rollouts", "evaluations", "labels")
 
 
-_LOGS = ("rewards.log", "rewards.old.log", "environment.log", "environment.old.log")  # of users' code
+_LOGS = ("rewards.log", "rewards.old.log", "environment.log", "environment.old.log")  # output of user-defined code
 
 
 _FILES = (
-    *APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "results.json", *_LOGS, "lock",
+    *APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "results.json", "status.json",
+    *_LOGS, "lock",
 )  # fmt: skip
 
 
@@ -60,14 +61,14 @@ _FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "re
 RUN, LABELS, REWARD_MODEL, EVALUATION = "run", "set of labels", "reward model", "evaluation"
 
 
-_FIRST = {"lock", *_LOGS, "recipe.toml.writing", "folder.json", "folder.json.writing"}  # there before the recipe
+_FIRST = {"lock", *_LOGS, "recipe.toml.writing", "folder.json", "folder.json.writing"}  # may exist before the recipe
 
 
-_held: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+_locked: weakref.WeakSet[RunFolder] = weakref.WeakSet()
 
 
 class RunFolder:
-    """A run folder that this process holds the lock of."""
+    """A run folder whose lock this process holds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,8 +83,8 @@ class RunFolder:
             message = self._refusal(error)
             self._lock.close()
             raise UsageError(message) from None
-        _held.add(self)
-        with contextlib.suppress(OSError):  # on a full disk: it is only told
+        _locked.add(self)
+        with contextlib.suppress(OSError):  # on a full disk; this line is only for messages
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._lock.flush()
@@ -91,9 +92,9 @@ class RunFolder:
     def _refusal(self, error: OSError) -> str:
         if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
             return (
-                f"--out {self.path}: its file system keeps no locks ({os.strerror(error.errno or 0)}), without which a "
-                "second run could write to the folder too; choose a folder on another file system, or have this one "
-                "mounted with locks"
+                f"--out {self.path}: its file system does not support locks ({os.strerror(error.errno or 0)}), without "
+                "which a second run could write to the folder too; choose a folder on another file system, or mount "
+                "this one with locks"
             )
         self._lock.seek(0)
         holder = self._lock.read(200).strip()
@@ -103,22 +104,24 @@ class RunFolder:
         )
 
     def close(self) -> None:
-        """Give up the lock (a process that dies does so too, whatever of its children lives on)."""
+        """Release the lock. A process that dies also releases it, even if its children live on."""
         self._lock.close()
 
     def start(self, recipe: Recipe, kind: str = RUN) -> None:
-        """Write the resolved recipe, and of what the folder is, unless it is a run's."""
+        """Write the resolved recipe, and the kind of the folder unless it is a run."""
         if kind != RUN:
             self.write_json("folder.json", {"kind": kind})
         write_whole(self.path / "recipe.toml", recipe.to_toml().encode())
 
     def start_same(self, recipe: Recipe, kind: str, identity: Mapping[str, Any]) -> None:
-        """The same, with what the folder is made of; that must be what it was, where it has begun. Raises
-        UsageError."""
+        """Like `start`, and record what the contents of the folder depend on.
+
+        Raises UsageError if the folder was started with a different `identity`.
+        """
         before = self.read_json("environment.json")
         if before is not None and before != identity:
-            odd = next(name for name in identity if before.get(name) != identity[name])
-            raise UsageError(f"--resume {self.path}: {odd} is not what it was when this began; choose another --out")
+            changed = next(name for name in identity if before.get(name) != identity[name])
+            raise UsageError(f"--resume {self.path}: {changed} has changed since the start; choose another --out")
         self.start(recipe, kind)
         self.write_json("environment.json", identity)
 
@@ -127,7 +130,7 @@ class RunFolder:
         self._append("metrics.jsonl", values)
 
     def event(self, kind: str, message: str, step: int, **details: Any) -> None:
-        """Append a line to events.jsonl: something that a person should know of."""
+        """Append a line to events.jsonl: something that the user should know."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._append("events.jsonl", {"time": now, "step": step, "kind": kind, "message": message, **details})
 
@@ -136,15 +139,15 @@ class RunFolder:
         path = self.path / folder / f"step-{step:06d}.parquet"
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".writing")
-        made = pa.Table.from_pylist(list(rows), schema)
+        content = pa.Table.from_pylist(list(rows), schema)
         with writing(path, temporary):
-            pq.write_table(made, temporary, compression="zstd", write_page_checksum=True)
+            pq.write_table(content, temporary, compression="zstd", write_page_checksum=True)
             publish(temporary, path)
         return path
 
     @contextmanager
     def building(self, name: str) -> Iterator[Path]:
-        """A folder to fill, which gets its name when the block ends well."""
+        """A folder to fill, which is renamed to `name` if the block succeeds."""
         folder = self.path / f".writing-{name}"
         with writing(self.path / name, folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -153,11 +156,11 @@ class RunFolder:
             publish(folder, self.path / name)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file whole."""
+        """Write a JSON file atomically."""
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a JSON file; None where there is none."""
+        """Read a JSON file; None if it does not exist."""
         path = self.path / name
         if not path.is_file():
             return None
@@ -169,19 +172,21 @@ class RunFolder:
         return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in APPENDED}
 
     def cut_back(self, lengths: Mapping[str, int], step: int) -> list[str]:
-        """Undo what was written after a checkpoint: append-only files to its lengths, tables of later steps gone. What
-        is left is looked through: what is damaged, in words (see `_mend`)."""
+        """Undo what was written after a checkpoint: truncate append-only files, and delete tables of later steps.
+
+        Returns descriptions of damage in the remaining lines (see `_blank_damaged_lines`).
+        """
         problems: list[str] = []
         for name in APPENDED:
             path, length = self.path / name, lengths.get(name, 0)
-            held = path.stat().st_size if path.exists() else 0
-            if held < length:
-                problems.append(f"{name}: its end is missing, {length - held} of {length} bytes")
-            if held:
+            size = path.stat().st_size if path.exists() else 0
+            if size < length:
+                problems.append(f"{name}: its end is missing, {length - size} of {length} bytes")
+            if size:
                 with path.open("r+b") as stream:
-                    stream.truncate(min(length, held))
+                    stream.truncate(min(length, size))
                     os.fsync(stream.fileno())
-                problems += self._mend(name)
+                problems += self._blank_damaged_lines(name)
         for folder in TABLES:
             for path in (self.path / folder).glob("step-*"):
                 if path.suffix == ".writing" or (step_of(path) or 0) > step:
@@ -191,13 +196,15 @@ class RunFolder:
                 path.unlink()
         return problems
 
-    def _mend(self, name: str) -> list[str]:
-        """Put blanks, which readers skip, in the place of lines that are damaged, so that no length changes; a copy of
-        the file is kept as NAME.damaged. What was wrong, in words."""
+    def _blank_damaged_lines(self, name: str) -> list[str]:
+        """Replace damaged lines with blanks, which readers skip, so that no length changes.
+
+        The original file is kept as NAME.damaged. Returns descriptions of the damage.
+        """
         lines = (self.path / name).read_bytes().split(b"\n")
         damaged = [place for place, line in enumerate(lines) if line.strip() and object_of(line) is None]
         if lines[-1].strip() and len(lines) - 1 not in damaged:
-            lines.append(b"")  # whole, but for its end
+            lines.append(b"")  # complete except for the newline
         elif not damaged:
             return []
         else:
@@ -205,11 +212,11 @@ class RunFolder:
             lines = [b" " * len(line) if place in damaged else line for place, line in enumerate(lines)]
             lines += [b""] if lines[-1] else []
         write_whole(self.path / name, b"\n".join(lines))
-        told = ", ".join(str(place + 1) for place in damaged[:5]) + (", …" if len(damaged) > 5 else "")
-        return [f"{name}: line {told} cannot be read and was taken out ({name}.damaged has it)"] if damaged else []
+        numbers = ", ".join(str(place + 1) for place in damaged[:5]) + (", …" if len(damaged) > 5 else "")
+        return [f"{name}: line {numbers} cannot be read and was removed ({name}.damaged has it)"] if damaged else []
 
     def table_problems(self, folder: str, steps: Iterable[int]) -> list[str]:
-        """Which tables of these steps are missing or cannot be opened, in words."""
+        """Descriptions of tables of these steps that are missing or cannot be opened."""
         found = []
         for step in steps:
             path = self.path / folder / f"step-{step:06d}.parquet"
@@ -229,7 +236,7 @@ class RunFolder:
         with writing(path), path.open("ab", buffering=0) as stream:
             before = os.fstat(stream.fileno()).st_size
             try:
-                while line:  # a disk that is nearly full takes a part
+                while line:  # a nearly full disk may accept only a part
                     line = line[stream.write(line) :]
                 os.fsync(stream.fileno())
             except OSError:
@@ -237,26 +244,26 @@ class RunFolder:
                 raise
 
 
-def _let_go() -> None:
-    """In a process that was forked: a lock is held as long as any copy of its descriptor is open."""
-    for run in _held:
+def _release_after_fork() -> None:
+    """Release the locks in a forked process: a lock is held as long as any copy of its descriptor is open."""
+    for run in _locked:
         run.close()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_release_after_fork)
 
 
 @contextmanager
-def telling_what_stands(folder: Path) -> Iterator[None]:
-    """A WriteError of the block says too what the run needs, and that its checkpoint is intact."""
+def explaining_write_errors(folder: Path) -> Iterator[None]:
+    """Add to a WriteError of the block how much space the run needs, and which checkpoint is intact."""
     try:
         yield
     except WriteError as error:
-        raise WriteError(f"{error}; {_standing(folder)}") from error
+        raise WriteError(f"{error}; {_space_and_checkpoint(folder)}") from error
 
 
-def _standing(folder: Path) -> str:
-    words = [f"{gigabytes(free_bytes(folder))} are free there"]
+def _space_and_checkpoint(folder: Path) -> str:
+    words = [f"{gigabytes(free_bytes(folder))} free"]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         needed = json.loads((folder / "environment.json").read_text())["disk_forecast"]["peak"] - held_bytes(folder)
         if needed > 0:
@@ -273,18 +280,21 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 
 def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, links_to: Path | None = None) -> None:
-    """Raise UsageError where a run with this recipe (or what else `kind` says) may not go into the folder; write
-    nothing. `links_to`: a folder, itself looked at before, that links may lead into."""
+    """Raise UsageError if a run with this recipe (or another `kind`) must not use the folder; write nothing.
+
+    `links_to`: a folder that links may lead into and that was checked before.
+    """
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; choose a folder")
     require_own(path, links_to)
     for name in (*_FILES, *_FOLDERS):
         if (path / name).exists() and (path / name).is_dir() != (name in _FOLDERS):
             raise UsageError(
-                f"--out {path}: {name} is not what a run makes of it; put it back, or choose another folder"
+                f"--out {path}: {name} must be a {'folder' if name in _FOLDERS else 'file'}; restore it, or choose "
+                "another folder"
             )
-    held = path / "recipe.toml"
-    if not held.is_file():
+    recipe_file = path / "recipe.toml"
+    if not recipe_file.is_file():
         others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []
         if others:
             raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
@@ -292,21 +302,19 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
     marked = path / "folder.json"
     found = _kind(marked) if marked.is_file() else RUN
     if found != kind:
-        raise UsageError(
-            f"--out {path}: the folder holds {_article(found)}, and not {_article(kind)}; choose another one"
-        )
+        raise UsageError(f"--out {path}: the folder holds {_article(found)}, not {_article(kind)}; choose another one")
     if not resume:
         raise UsageError(
             f"--out {path}: the folder holds {_article(kind)} already; continue it with --resume, or choose another "
             "with --out"
         )
-    with reading(held, "put the recipe of the run back, or choose another folder with --out"):
-        before = translate_recipe(tomllib.loads(held.read_text(encoding="utf-8")))
-    # Read as a recipe, so that fields that are younger than the run have their defaults.
+    with reading(recipe_file, "restore the recipe of the run, or choose another folder with --out"):
+        before = translate_recipe(tomllib.loads(recipe_file.read_text(encoding="utf-8")))
+    # Load it as a recipe, so that fields newer than the run get their defaults.
     changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
     if changes:
         raise UsageError(
-            f"--resume {path}: the recipe has changed since: {'; '.join(changes)}; put it back, or choose another "
+            f"--resume {path}: the recipe has changed since: {'; '.join(changes)}; restore it, or choose another "
             "folder with --out"
         )
 
@@ -337,6 +345,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 
 def _tables(old: Any, new: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """[[tables]] of two recipes in pairs, where they have as many; else none."""
+    """Pairs of [[tables]] of two recipes if both have the same number of tables, else an empty list."""
     both = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
-    return list(zip(old, new, strict=True)) if both and all(isinstance(each, dict) for each in (*old, *new)) else []
+    return list(zip(old, new, strict=True)) if both and all(isinstance(entry, dict) for entry in (*old, *new)) else []

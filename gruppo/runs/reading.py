@@ -1,5 +1,8 @@
-"""Run folders may come from strangers. Whatever of one is read is read here, or after `require_own` has looked at it:
-no link leads out of the folder, nothing in it is a device, and no file is larger, once read, than it may be."""
+"""Safe reads of run folders, which may come from an untrusted source.
+
+Everything in a run folder is read here, or after `require_own` has checked it: no link leads out of the folder, nothing
+in it is a device, and no file exceeds its size limit once it is read.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,17 @@ import pyarrow.parquet as pq
 from gruppo.config.renames import COLUMNS, renamed_parts, translate_event, translate_metrics
 from gruppo.errors import RunError, UsageError
 
-MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; of a table, in memory
+MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; for a table, in memory
 _ROWS = 256
 
 
 def require_own(folder: Path, links_to: Path | None = None) -> None:
-    """Raise UsageError where something in the folder is a link that leads out of it (unless into `links_to`), or
-    neither a file nor a folder: reading it, or going on with the run, would reach what the folder does not hold."""
-    roots = [each.resolve() for each in (folder, links_to) if each is not None]
+    """Raise UsageError if the folder contains a link that leads out of it, or anything but files and folders.
+
+    Reading such an entry, or continuing the run, would access something outside the folder. Links into `links_to` are
+    allowed.
+    """
+    roots = [root.resolve() for root in (folder, links_to) if root is not None]
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place) / name
@@ -35,41 +41,44 @@ def require_own(folder: Path, links_to: Path | None = None) -> None:
                 mode = path.lstat().st_mode
                 inside = not stat.S_ISLNK(mode) or (any(map(path.resolve().is_relative_to, roots)) and path.exists())
             except FileNotFoundError:
-                continue  # a run is going on in the folder
+                continue  # a run in the folder has just deleted it
             except (OSError, RuntimeError):  # a link to itself
                 inside = False
             if not inside:
-                raise UsageError(f"{path}: is a link that leads out of the folder; put in its place what it stands for")
+                raise UsageError(f"{path}: is a link that leads out of the folder; replace it with its target")
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
                 raise UsageError(f"{path}: is neither a file nor a folder; remove it")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises UsageError where it holds something else, and FileNotFoundError."""
+    """The object in a JSON file. Raises UsageError if it holds something else, and FileNotFoundError."""
     content = _json(_bytes(path, MOST_JSON), str(path))
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: is damaged (no object); put it back from a copy, or take another folder")
+        raise UsageError(f"{path}: is damaged (not an object); restore it from a copy, or use another folder")
     return content
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; none where there is no file. A last line that is still being written is left
-    out, and so are blank ones. Raises UsageError for a line that is none."""
+    """The objects of a JSON Lines file; an empty list if there is no file.
+
+    Blank lines and a last line that is still being written are skipped. Raises UsageError for a line that is not an
+    object.
+    """
     if not path.is_file():
         return []
-    made = []
+    objects = []
     translate = _translation(path)
     for number, line in enumerate(_bytes(path, MOST_LINES).split(b"\n")[:-1], start=1):
         if line.strip():
             content = object_of(line)
             if content is None:
-                raise UsageError(f"{path}: line {number} is damaged; `gruppo train … --resume` takes it out")
-            made.append(translate(content))
-    return made
+                raise UsageError(f"{path}: line {number} is damaged; `gruppo train … --resume` removes it")
+            objects.append(translate(content))
+    return objects
 
 
 def _translation(path: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What puts the lines of a file that an older version wrote into the names of now."""
+    """A function that converts a line written by an older version to the current names."""
     if path.name == "metrics.jsonl":
         parts = old_parts(path.parent)
         return lambda line: translate_metrics(line, parts)
@@ -77,7 +86,7 @@ def _translation(path: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def old_parts(folder: Path) -> dict[str, str]:
-    """See `gruppo.config.renames.renamed_parts`; nothing where the folder has no recipe that can be read."""
+    """See `gruppo.config.renames.renamed_parts`; empty if the folder has no readable recipe."""
     try:
         return renamed_parts(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -85,7 +94,7 @@ def old_parts(folder: Path) -> dict[str, str]:
 
 
 def object_of(line: bytes) -> dict[str, Any] | None:
-    """The JSON object that bytes hold; None where they hold none."""
+    """The JSON object in a line; None if it is not an object."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
@@ -94,20 +103,22 @@ def object_of(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl: each has a step, and numbers or None. Raises UsageError for others."""
+    """The lines of metrics.jsonl: each has a step, and numbers or None. Raises UsageError otherwise."""
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         others = [name for name, value in line.items() if value is not None and type(value) not in (int, float)]
         if type(line.get("step")) is not int or others:
-            odd = others[0] if others else "step"
-            raise UsageError(f"{path}, line {number}: {odd!r} is not a number; put the file back from a copy")
+            name = others[0] if others else "step"
+            raise UsageError(f"{path}, line {number}: {name!r} is not a number; restore the file from a copy")
     return lines
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """The rows of a Parquet file, with the columns of the schema where one is given. Raises UsageError for another file
-    or none, for one that does not agree with its checksums, and for one that is too large once it is unpacked, which
-    its size does not show."""
+    """The rows of a Parquet file, with the columns of the schema if one is given.
+
+    Raises UsageError if the file is missing, is not such a table, does not match its checksums, or is too large once it
+    is decompressed, which the size of the file does not show.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             batches, size = [], 0
@@ -119,24 +130,26 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
                 if size > MOST_TABLE:
                     raise UsageError(f"{path}: holds more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
                 batches.append(batch)
-            held = batches[0].schema if batches else file.schema_arrow
-            table = pa.Table.from_batches(batches, held).replace_schema_metadata(None)
+            stored = batches[0].schema if batches else file.schema_arrow
+            table = pa.Table.from_batches(batches, stored).replace_schema_metadata(None)
             table = table.rename_columns([new_names.get(name, name) for name in table.column_names])
-            if len(table) != file.metadata.num_rows:  # a page's header, which has no checksum, says that it is no page
+            if len(table) != file.metadata.num_rows:  # a damaged page header, which has no checksum, can hide a page
                 raise ValueError(f"{len(table)} of {file.metadata.num_rows} rows can be read")
         return table if schema is None else table.select(schema.names).cast(schema)
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, UsageError):
             raise
-        what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or no table of a run"
+        what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or not a table of a run"
         why = (str(error).splitlines() or [""])[0]
-        raise UsageError(f"{path}: {what} ({why}); put it back from a copy") from None
+        raise UsageError(f"{path}: {what} ({why}); restore it from a copy") from None
 
 
 @contextmanager
 def reading(what: Path, fix: str) -> Iterator[None]:
-    """Whatever fails in the block, which reads files that may be damaged or a stranger's, is a UsageError that names
-    `what` and says the `fix`; a disk that is full is not."""
+    """Turn errors of the block, which reads files that may be damaged or untrusted, into UsageErrors.
+
+    The message names `what` and the `fix`. The error of a full disk is not converted.
+    """
     try:
         yield
     except (UsageError, RunError):
@@ -144,9 +157,9 @@ def reading(what: Path, fix: str) -> Iterator[None]:
     except Exception as error:  # anything can be wrong with such a file
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        if "trust_remote_code" in str(error):  # of transformers, and no damage
+        if "trust_remote_code" in str(error):  # from transformers; nothing is damaged
             raise UsageError(
-                f"{what}: has Python files of its own, which run only where that is asked for: read them, and write "
+                f"{what}: has Python files of its own, which run only if you allow it: read them, and pass "
                 "trust_remote_code=True (on the command line --trust-remote-code)"
             ) from error
         why = (str(error).strip().splitlines() or [""])[0][:200]
@@ -163,12 +176,13 @@ def _bytes(path: Path, most: int) -> bytes:
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > most:
-            raise UsageError(f"{path}: has more than {most / 2**20:.0f} MiB; it is not read")
-        return stream.read(size)  # what a run appends meanwhile is left out; a limit would be reserved in memory
+            raise UsageError(f"{path}: is larger than {most / 2**20:.0f} MiB; it is not read")
+        # Skips what a run appends meanwhile. Reading up to `most` bytes would reserve that much memory.
+        return stream.read(size)
 
 
 def _json(content: bytes, where: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: is damaged ({error}); put it back from a copy, or take another folder") from None
+        raise UsageError(f"{where}: is damaged ({error}); restore it from a copy, or use another folder") from None

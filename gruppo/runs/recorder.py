@@ -1,4 +1,4 @@
-"""Where everything that a run reports goes: to its files, to the console, and to status.json."""
+"""Records everything that a run reports: in its files, on the console, and in status.json."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Sink(Protocol):
         """A line of metrics: of a step, an evaluation, or the start of an iteration."""
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Something a person should know of: `kind`, `message`, `step`, and details."""
+        """Something that the user should know: `kind`, `message`, `step`, and details."""
 
     def progress(self, phase: str, done: float, total: float | None, unit: str) -> None:
-        """How far a phase has come."""
+        """Progress of a phase."""
 
 
 class FileSink:
@@ -64,14 +64,14 @@ class StatusSink:
 class Recorder:
     """Records steps, events and progress in every sink, and shows them on the console. It is the `Progress` of a run.
 
-    `monitor`: sees each line of metrics; its warnings become events and notes.
+    `monitor`: sees every line of metrics; its warnings become events and notes.
     """
 
     def __init__(self, console: Progress, sinks: Sequence[Sink], monitor: WarningMonitor | None = None) -> None:
         self.console, self.sinks, self.monitor = console, list(sinks), monitor
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Record a line of metrics, and the warnings that it gives reason for."""
+        """Record a line of metrics, and the warnings that it triggers."""
         for sink in self.sinks:
             sink.step(metrics)
         self.console.step(metrics)
@@ -84,7 +84,7 @@ class Recorder:
             self.note(f"Step {warning.step}: warning ({title}){text}")
 
     def see_again(self, metrics: Mapping[str, Any]) -> None:
-        """Show the monitor a line that is recorded already; what it warns of was recorded then."""
+        """Show the monitor a line that is already recorded; its warnings are recorded too."""
         if self.monitor is not None:
             self.monitor.see(metrics)
 

@@ -1,4 +1,4 @@
-"""The page of text that ends a run, made from the run folder alone."""
+"""The text shown at the end of a run, made from the run folder alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_table, reading
 
-SHOWN = 3  # answers
-LONGEST_PROMPT = 400  # characters, of a prompt that a command repeats
+SHOWN = 3  # questions with their answers
+LONGEST_PROMPT = 400  # characters of a prompt that a suggested command repeats
 
 
 def describe_run(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
-    """What a run came to: accuracies, what they are made of, some answers before and after, what to do next. Raises
-    UsageError where the folder is damaged."""
-    with reading(folder, "the run itself is told by its summary.json"):
+    """The outcome of a run as text: accuracies and related shares, answers before and after, and next commands.
+
+    Raises UsageError if the folder is damaged.
+    """
+    with reading(folder, "the outcome of the run is in its summary.json"):
         return _described(folder, summary, metrics)
 
 
@@ -44,7 +46,7 @@ def _described(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mappi
 
 
 def _sample_command(folder: Path, step: int) -> str:
-    """How to sample from the model, with a prompt and the system text of this run."""
+    """The command that samples from the model, with a prompt and the system text of this run."""
     command = ["gruppo", "sample", str(folder)]
     try:
         rows = read_table(folder / f"rollouts/step-{step:06d}.parquet").to_pylist()
@@ -64,17 +66,17 @@ def _sample_command(folder: Path, step: int) -> str:
 
 
 def _messages(prompt: str) -> list[dict[str, Any]] | None:
-    """The messages of a stored prompt; None where it is text."""
+    """The messages of a stored prompt; None if it is text."""
     try:
         content = json.loads(prompt)
     except ValueError:
         return None
-    listed = isinstance(content, list) and content and all(isinstance(each, dict) for each in content)
+    listed = isinstance(content, list) and content and all(isinstance(message, dict) for message in content)
     return content if listed else None
 
 
 def _eval_command(folder: Path) -> list[str]:
-    """How to repeat the run's evaluation, if it had one."""
+    """The command that repeats the run's evaluation, if it had one."""
     recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
     return [f"  gruppo eval {shlex.quote(str(folder))}"] if "evaluation" in recipe else []
 
@@ -94,10 +96,10 @@ def _evaluations(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Map
     return lines
 
 
-def _benchmarks(held: Mapping[str, Any]) -> list[str]:
-    """Before and after of each of [[benchmarks]]."""
-    lines = [""] if held else []
-    for name, found in held.items():
+def _benchmarks(results: Mapping[str, Any]) -> list[str]:
+    """Accuracy before and after training on every benchmark."""
+    lines = [""] if results else []
+    for name, found in results.items():
         for when in ("before", "after"):
             if figures := found[when]:
                 low, high = figures["interval"]
@@ -122,5 +124,5 @@ def _answers(folder: Path, last: int) -> list[str]:
 
 def _quoted(row: Mapping[str, Any]) -> str:
     text = " ".join(row["answer"].split())
-    cut = " (cut)" if row["finish_reason"] == "length" else ""
+    cut = " (truncated)" if row["finish_reason"] == "length" else ""
     return f"{'right' if row['correct'] else 'wrong'}  {text[:100]}{cut}"

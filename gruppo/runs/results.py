@@ -1,4 +1,4 @@
-"""A run folder read back: figures and tables as data frames, the trained model."""
+"""Reads a run folder: metrics and tables as data frames, and the trained model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_WHOLE = "put it back as the run wrote it"
+_WHOLE = "restore it as the run wrote it"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to, or has come to so far. `metrics`: the lines of metrics.jsonl; `summary`: the content of
-    summary.json, with the state alone ("unfinished") where there is none yet."""
+    """The outcome of a run, finished or not.
+
+    `metrics`: the lines of metrics.jsonl. `summary`: the content of summary.json; only the state "unfinished" if there
+    is no such file yet.
+    """
 
     path: Path
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
 
     def __repr__(self) -> str:
-        """A few lines: where it is, how far it came, and its held-out accuracy."""
+        """A few lines: the path, the progress and the held-out accuracy."""
         summary = self.summary
         lines = [f"Result({str(self.path)!r}: {summary.get('state', 'unknown')}"]
         if "steps" in summary:
@@ -41,18 +44,21 @@ class Result:
 
     @classmethod
     def read(cls, path: str | Path) -> Result:
-        """The result in a run folder, finished or not. Raises UsageError where the folder holds no run."""
+        """The result in a run folder, finished or not. Raises UsageError if the folder holds no run."""
         folder = Path(path)
         if not (folder / "recipe.toml").is_file():
-            raise UsageError(f"{folder}: holds no run; give the folder of one, e.g. runs/quickstart")
+            raise UsageError(f"{folder}: holds no run; give a run folder, e.g. runs/quickstart")
         require_own(folder)
-        held = folder / "summary.json"
-        summary = read_object(held) if held.is_file() else {"state": "unfinished"}
+        file = folder / "summary.json"
+        summary = read_object(file) if file.is_file() else {"state": "unfinished"}
         return cls(folder, read_metrics(folder / "metrics.jsonl"), {"state": "unknown", **summary})
 
     def frame(self) -> pd.DataFrame:
-        """The metrics, a row a step and a column a metric; an evaluation stands in the row of the step it came after,
-        so that row 0 holds nothing else. NaN where a metric was not taken."""
+        """The metrics, with one row per step and one column per metric.
+
+        An evaluation is in the row of the step that it came after, so row 0 holds only an evaluation. NaN if a metric
+        was not recorded.
+        """
         import pandas as pd
 
         rows: dict[int, dict[str, Any]] = {}
@@ -62,16 +68,18 @@ class Result:
             return pd.DataFrame.from_dict(rows, orient="index").rename_axis("step").sort_index().astype(float)
 
     def rollouts(self, step: int | None = None) -> pd.DataFrame:
-        """Every completion of a step, or of all: a row each, with the columns of gruppo.runs.tables.ROLLOUTS."""
+        """Completions of one step or of all, one per row, with the columns of gruppo.runs.tables.ROLLOUTS."""
         return self._tables("rollouts", step)
 
     def evaluations(self, step: int | None = None) -> pd.DataFrame:
-        """Every answer to a held-out question, of one evaluation or of all, with the step it came after; the columns
-        are those of gruppo.runs.tables.EVALUATIONS. Their figures are in `frame`."""
+        """Answers to held-out questions, of one evaluation or of all, with the step that the evaluation came after.
+
+        The columns are those of gruppo.runs.tables.EVALUATIONS. The metrics of the evaluations are in `frame`.
+        """
         return self._tables("evaluations", step)
 
     def events(self) -> pd.DataFrame:
-        """What a person should know of: abstentions, resumes, warnings; a row each."""
+        """What the user should know: excluded completions, resumes, warnings; one row per event."""
         import pandas as pd
 
         with reading(self.path / "events.jsonl", _WHOLE):
@@ -100,7 +108,7 @@ class Result:
         if not paths or (step is not None and step not in paths):
             raise UsageError(f"{self.path}: has no {folder} of step {step}; {_known(paths)}")
         chosen: Iterable[int] = paths if step is None else [step]
-        frames = [read_table(paths[each]).to_pandas().assign(step=each) for each in chosen]
+        frames = [read_table(paths[number]).to_pandas().assign(step=number) for number in chosen]
         whole = pd.concat(frames, ignore_index=True)
         return whole[["step", *(name for name in whole.columns if name != "step")]]
 

@@ -1,4 +1,4 @@
-"""The tables of a run folder: a row a completion, or a held-out question, nothing left out."""
+"""The tables of a run folder: one row per completion, or per answer to a held-out question; nothing is left out."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from gruppo.utils.text import as_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEXT, _WHOLE, _REAL, _YES = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_TEXT, _INTEGER, _FLOAT, _BOOLEAN = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
 
 ROLLOUTS = pa.schema(
     {
-        "step": _WHOLE,
-        "group": _WHOLE,
-        "completion": _WHOLE,
+        "step": _INTEGER,
+        "group": _INTEGER,
+        "completion": _INTEGER,
         "prompt_id": _TEXT,
         "prompt": _TEXT,
         "columns": _TEXT,
         "text": _TEXT,
         "finish_reason": _TEXT,
-        "policy_version": _WHOLE,
-        "reward": _REAL,
+        "policy_version": _INTEGER,
+        "reward": _FLOAT,
         "reward_parts": _TEXT,
         "steps": _TEXT,
         "failure": _TEXT,
         "extra": _TEXT,
         "episode": _TEXT,
-        "trained": _YES,
+        "trained": _BOOLEAN,
         "skipped": _TEXT,
-        "prompt_token_ids": pa.list_(_WHOLE),
-        "token_ids": pa.list_(_WHOLE),
+        "prompt_token_ids": pa.list_(_INTEGER),
+        "token_ids": pa.list_(_INTEGER),
         "token_texts": pa.list_(_TEXT),
-        "mask": pa.list_(_YES),
-        "sampling_logprobs": pa.list_(_REAL),
-        "old_logprobs": pa.list_(_REAL),
-        "ref_logprobs": pa.list_(_REAL),
-        "advantages": pa.list_(_REAL),
-        "values": pa.list_(_REAL),
-        "returns": pa.list_(_REAL),
+        "mask": pa.list_(_BOOLEAN),
+        "sampling_logprobs": pa.list_(_FLOAT),
+        "old_logprobs": pa.list_(_FLOAT),
+        "ref_logprobs": pa.list_(_FLOAT),
+        "advantages": pa.list_(_FLOAT),
+        "values": pa.list_(_FLOAT),
+        "returns": pa.list_(_FLOAT),
     }
 )
 
@@ -56,21 +56,21 @@ EVALUATIONS = pa.schema(
     {
         "eval_set": _TEXT,
         "prompt_id": _TEXT,
-        "sample": _WHOLE,
+        "sample": _INTEGER,
         "question": _TEXT,
         "columns": _TEXT,
         "answer": _TEXT,
-        "correct": _YES,
+        "correct": _BOOLEAN,
         "extracted": _TEXT,
         "rule": _TEXT,
         "other_rules": _TEXT,
         "vote": _TEXT,
-        "score": _REAL,
+        "score": _FLOAT,
         "finish_reason": _TEXT,
         "episode": _TEXT,
-        "token_ids": pa.list_(_WHOLE),
-        "mask": pa.list_(_YES),
-        "logprobs": pa.list_(_REAL),
+        "token_ids": pa.list_(_INTEGER),
+        "mask": pa.list_(_BOOLEAN),
+        "logprobs": pa.list_(_FLOAT),
     }
 )
 
@@ -80,22 +80,22 @@ LABELS = pa.schema(
         "prompt_id": _TEXT,
         "prompt": _TEXT,
         "columns": _TEXT,
-        "prompt_token_ids": pa.list_(_WHOLE),
+        "prompt_token_ids": pa.list_(_INTEGER),
         "text": _TEXT,
-        "token_ids": pa.list_(_WHOLE),
+        "token_ids": pa.list_(_INTEGER),
         "finish_reason": _TEXT,
-        "right": _YES,
+        "right": _BOOLEAN,
         "step_texts": pa.list_(_TEXT),
-        "step_ends": pa.list_(_WHOLE),
-        "step_text_ends": pa.list_(_WHOLE),
-        "soft": pa.list_(_REAL),
-        "hard": pa.list_(_YES),
+        "step_ends": pa.list_(_INTEGER),
+        "step_text_ends": pa.list_(_INTEGER),
+        "soft": pa.list_(_FLOAT),
+        "hard": pa.list_(_BOOLEAN),
     }
 )
 
 
 def is_offline(completion: Completion) -> bool:
-    """True for a completion that a row brought."""
+    """Whether a completion came from a dataset row."""
     return any(map(math.isnan, completion.sampling_logprobs))
 
 
@@ -106,9 +106,11 @@ def _where_sampled(mask: Sequence[bool], values: Sequence[float] | None) -> list
 
 
 def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A row a completion: texts, token ids and their texts, log-probabilities, rewards, advantages, and whether the
-    completion was trained on or why not. Lists have one entry a token; log-probabilities that were not computed are
-    None, as are those of tokens that were not sampled."""
+    """One row per completion: texts, token ids and their texts, log-probabilities, rewards and advantages.
+
+    A row also says whether the completion was trained on, or why not. Lists have one entry per token.
+    Log-probabilities that were not computed, and those of tokens that were not sampled, are None.
+    """
     texts: dict[int, str] = {}
 
     def token_text(token: int) -> str:
@@ -138,7 +140,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "policy_version": completion.policy_version,
                     "reward": reward.total,
                     "reward_parts": as_json(dict(reward.parts)),
-                    "steps": as_json({name: each._asdict() for name, each in reward.steps.items()}),
+                    "steps": as_json({name: steps._asdict() for name, steps in reward.steps.items()}),
                     "failure": reward.failure,
                     "extra": as_json(dict(reward.extra)),
                     "episode": None if completion.episode is None else as_json(asdict(completion.episode)),

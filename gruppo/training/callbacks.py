@@ -1,7 +1,7 @@
-"""Code of the user's that is called during a run, in the same process: to watch it, and to end it early.
+"""User-defined code that is called during a run, in the same process. It can observe the run and end it early.
 
-Callbacks are called where nothing is half done, and get copies: what they do to them changes nothing. What one raises
-ends the run with a checkpoint and goes on to the caller of `gruppo.train` as it is.
+Callbacks are called when no work is half done. They get copies, so modifying their arguments has no effect. If a
+callback raises, the run ends with a checkpoint, and the exception reaches the caller of `gruppo.train` unchanged.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ STOP: Final = StopTraining.STOP
 
 
 class Callback:
-    """A base for callbacks, whose methods do nothing; any object with one of them will do.
+    """Base class for callbacks, whose methods do nothing. Any object with at least one of the methods works.
 
-    A method that returns `gruppo.STOP` ends the run at the step that it was called for: with the evaluation, if the
-    recipe has one, a checkpoint and the result. Steps done before a resume are not told again.
+    A method that returns `gruppo.STOP` ends the run at the step that it was called for. The run still evaluates (if the
+    recipe has an evaluation), saves a checkpoint and writes the result. Steps done before a resume are not reported
+    again.
     """
 
     def on_step(self, step: int, metrics: dict[str, Any], groups: Sequence[Group]) -> StopTraining | None:
-        """A step was made and written: its line of metrics.jsonl, its groups with completions and advantages."""
+        """A step is done and recorded: its line of metrics.jsonl, and its groups with completions and advantages."""
         return None
 
     def on_evaluation(self, step: int, figures: dict[str, Any], rows: list[dict[str, Any]]) -> StopTraining | None:
-        """Questions were answered after `step` steps: accuracy with interval, and a row an answer."""
+        """An evaluation after `step` steps is done: accuracy with interval, and one row per answer."""
         return None
 
     def on_checkpoint(self, step: int, path: Path) -> StopTraining | None:
-        """A checkpoint is complete in the folder `path`; it is deleted when later ones have come."""
+        """A checkpoint is complete in the folder `path`; it is deleted once later checkpoints replace it."""
         return None
 
 
@@ -50,28 +51,32 @@ MOMENTS: Mapping[str, int] = {"on_step": 3, "on_evaluation": 3, "on_checkpoint":
 
 
 class Callbacks:
-    """The callbacks of a run. `stopped`: one has asked for its end; `failed`: one has raised, and none is called any
-    more."""
+    """The callbacks of a run.
 
-    def __init__(self, given: Sequence[Callback | Callable[..., Any] | object] = ()) -> None:
-        """Raises UsageError for what has none of the methods, or one that does not take their arguments."""
+    `stopped`: a callback has asked to end the run. `failed`: a callback has raised, so none is called any more.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback | Callable[..., Any] | object] = ()) -> None:
+        """Raises UsageError for an object that has none of the methods, or a method with a different signature."""
         self.stopped = self.failed = False
         self._listeners: dict[str, list[tuple[str, Callable[..., Any]]]] = {moment: [] for moment in MOMENTS}
-        if not isinstance(given, list | tuple):
-            raise UsageError(f"callbacks: is a {type(given).__name__}; give a list of callbacks")
-        for each in given:
-            for moment, method in _methods(each):
-                self._listeners[moment].append((_checked(moment, method), method))
+        if not isinstance(callbacks, list | tuple):
+            raise UsageError(f"callbacks: is of type {type(callbacks).__name__}; pass a list of callbacks")
+        for callback in callbacks:
+            for moment, method in _methods(callback):
+                self._listeners[moment].append((_checked_name(moment, method), method))
 
-    def tell(self, moment: str, *arguments: Any) -> None:
-        """Call the method `moment` of each callback that has it, with copies. Raises what one raises, and UsageError
-        where one returns anything but STOP and None."""
+    def notify(self, moment: str, *arguments: Any) -> None:
+        """Call the method `moment` of every callback that has it, with copies of the arguments.
+
+        Raises any exception that a callback raises, and UsageError if one returns anything but STOP or None.
+        """
         for name, method in [] if self.failed else self._listeners[moment]:
             try:
                 answer = method(*copy.deepcopy(arguments))
                 if answer is not None and answer is not STOP:
                     raise UsageError(
-                        f"callbacks: {name} returns {answer!r}; return gruppo.STOP to end the run, or nothing"
+                        f"callbacks: {name} returns {answer!r}; return gruppo.STOP to end the run, or None"
                     )
             except Exception:
                 self.failed = True
@@ -80,33 +85,33 @@ class Callbacks:
 
 
 def _methods(callback: object) -> list[tuple[str, Callable[..., Any]]]:
-    """The methods of a callback that are not those of the base; a function is an on_step."""
+    """The methods of a callback that override the base class; a plain function counts as on_step."""
     if isinstance(callback, type):
-        raise UsageError(f"callbacks: {callback.__name__} is a class; give an instance, {callback.__name__}()")
-    found = [
+        raise UsageError(f"callbacks: {callback.__name__} is a class; pass an instance, {callback.__name__}()")
+    methods = [
         (moment, getattr(callback, moment))
         for moment in MOMENTS
         if callable(getattr(callback, moment, None))
         and getattr(type(callback), moment, None) is not getattr(Callback, moment)
     ]
-    if not found and callable(callback):
+    if not methods and callable(callback):
         return [("on_step", callback)]
-    if not found and not isinstance(callback, Callback):
+    if not methods and not isinstance(callback, Callback):
         raise UsageError(
-            f"callbacks: {callback!r} has none of {', '.join(MOMENTS)}; write one of them, or give a function "
+            f"callbacks: {callback!r} has none of {', '.join(MOMENTS)}; write one of them, or pass a function "
             "f(step, metrics, groups)"
         )
-    return found
+    return methods
 
 
-def _checked(moment: str, method: Callable[..., Any]) -> str:
-    """The method's name for errors, once it is known to take its arguments."""
+def _checked_name(moment: str, method: Callable[..., Any]) -> str:
+    """The method's name, for error messages. Raises UsageError unless the method takes the arguments."""
     name = getattr(method, "__qualname__", type(method).__name__)
     try:
         inspect.signature(method).bind(*range(MOMENTS[moment]))
     except TypeError as error:
         raise UsageError(
-            f"callbacks: {name} cannot be called with {moment}'s arguments ({error}); take those of "
+            f"callbacks: {name} cannot be called with {moment}'s arguments ({error}); use the signature of "
             f"gruppo.Callback.{moment}"
         ) from None
     return str(name)

@@ -1,9 +1,9 @@
-"""Checkpoints: everything that a run needs to go on as if nothing had happened.
+"""Checkpoints: everything that a run needs to continue as if it had never stopped.
 
-safetensors and JSON only. There is no random state to keep: every draw is a function of the seed, the step and the
-numbers in `State`. What is frozen is not in a checkpoint, nor is a reference that is the start model, whose hash is in
-environment.json; a later iteration's reference is, by a link to one file.
-A manifest holds the hash of every file; a checkpoint that does not agree with its manifest is passed over.
+safetensors and JSON only. There is no random state to save: every sample is a function of the seed, the step and the
+numbers in `State`. Frozen weights are not in a checkpoint. Neither is a reference that is the start model, whose hash
+is in environment.json. A later iteration's reference is included, as a link to one file.
+A manifest holds the hash of every file. A checkpoint that does not match its manifest is skipped.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from gruppo.utils.files import file_sha256, link_file
 
 @dataclass
 class State:
-    """Where a run stands. `step`: steps done; `cursor`: prompts drawn; `iteration`: iterations begun; `labels`: the
-    hash of each table of labels, by its file's name; `evaluated`: the evaluation that is due at this step has been
-    made; `evaluations`: their figures by step; `benchmarks`: those of other exams, by step and name; `lengths`: bytes
-    of the append-only files."""
+    """State of a run.
+
+    `step`: steps done. `cursor`: prompts sampled. `iteration`: outer iterations begun. `labels`: the hash of each table
+    of labels, by file name. `evaluated`: the evaluation due at this step is done. `evaluations`: its metrics by step.
+    `benchmarks`: metrics of the other evaluation sets, by step and name. `lengths`: bytes of the append-only files.
+    """
 
     step: int = 0
     cursor: int = 0
@@ -48,7 +50,7 @@ class State:
     lengths: dict[str, int] = field(default_factory=dict)
 
 
-# What is trained beside the policy, by name: the start of its files' names.
+# Critic and reward model, with their optimizers. The key is the prefix of their file names.
 Others = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
@@ -60,18 +62,20 @@ def save_checkpoint(
     others: Others = MappingProxyType({}),
     files: Sequence[Path] = (),
 ) -> Path:
-    """Write checkpoints/step-NNNNNN and drop old ones (see `drop_old`). `files` that nobody writes to any more belong
-    to it too."""
+    """Write checkpoints/step-NNNNNN and delete old checkpoints (see `drop_old`).
+
+    `files`: further files of the checkpoint, which are linked and must not be written to any more.
+    """
     state.lengths = run.lengths()
     folder = run.path / "checkpoints" / f"step-{state.step:06d}"
     building = folder.with_name(f".writing-{folder.name}")
     with writing(folder, building):
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        for name, (module, own) in {"": (model, optimizer), **others}.items():
+        for name, (module, module_optimizer) in {"": (model, optimizer), **others}.items():
             weights = {key: tensor.cpu().contiguous() for key, tensor in trained_weights(module).items()}
             save_file(weights, building / _file(name, "weights"))
-            save_file(_optimizer_tensors(module, own), building / _file(name, "optimizer"))
+            save_file(_optimizer_tensors(module, module_optimizer), building / _file(name, "optimizer"))
         for file in files:
             link_file(file, building / file.name)
         write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
@@ -83,8 +87,10 @@ def save_checkpoint(
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those after it, in words. Raises RunError where there
-    are some and none is whole: to begin again would throw away what the folder holds."""
+    """The newest intact checkpoint, and a description of the problem of each newer one.
+
+    Raises RunError if there are checkpoints but none is intact: starting again would discard the folder's contents.
+    """
     recover(run.path)
     recover(run.path / "checkpoints")
     problems: list[str] = []
@@ -95,26 +101,26 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
         problems.append(f"{folder.name}: {problem}")
     if problems:
         raise RunError(
-            f"{run.path}: no checkpoint is whole ({'; '.join(problems)}), so there is nothing to go on from; put the "
-            "files back from a copy, or begin again with another --out; metrics and tables are as they were"
+            f"{run.path}: no checkpoint is intact ({'; '.join(problems)}), so the run cannot continue; restore the "
+            "files from a copy, or start again with another --out; metrics and tables are unchanged"
         )
     return None, problems
 
 
 def load_state(folder: Path) -> State:
-    """The state in a checkpoint. Raises UsageError where it holds something else, whatever its hash says."""
+    """The state in a checkpoint. Raises UsageError if it is not valid, even if its hash matches."""
     path = folder / "state.json"
     try:
-        held = read_object(path)
-        state = TypeAdapter(State).validate_json(json.dumps(held), strict=True)
+        content = read_object(path)
+        state = TypeAdapter(State).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        raise UsageError(f"{path}: is damaged: no state of a run ({error.errors()[0]['msg']})") from None
-    with reading(path, "take the checkpoint before it"):
-        if more := held.keys() - asdict(state).keys():
-            raise ValueError(f"{min(more)!r} is no field")
+        raise UsageError(f"{path}: is damaged: not the state of a run ({error.errors()[0]['msg']})") from None
+    with reading(path, "use the previous checkpoint"):
+        if unknown := content.keys() - asdict(state).keys():
+            raise ValueError(f"{min(unknown)!r} is not a field")
         if min(state.step, state.cursor, state.iteration, *state.lengths.values()) < 0:
-            raise ValueError("a number is below 0")
-        benchmarks = [figures for held in state.benchmarks.values() for figures in held.values()]
+            raise ValueError("a count is negative")
+        benchmarks = [figures for by_name in state.benchmarks.values() for figures in by_name.values()]
         for figures in [*state.evaluations.values(), *benchmarks]:
             float(figures["accuracy"]), tuple(map(float, figures["interval"])), int(figures["questions"])
     return state
@@ -123,17 +129,17 @@ def load_state(folder: Path) -> State:
 def load_tensors(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: Others = MappingProxyType({})
 ) -> None:
-    """Put a checkpoint's weights and optimizer states into what they are of."""
-    for name, (module, own) in {"": (model, optimizer), **others}.items():
+    """Load a checkpoint's weights and optimizer states into the models and optimizers."""
+    for name, (module, module_optimizer) in {"": (model, optimizer), **others}.items():
         load_weights_file(folder / _file(name, "weights"), module)
         parameters = dict(module.named_parameters())
-        with reading(folder / _file(name, "optimizer"), "take the checkpoint before it"):
+        with reading(folder / _file(name, "optimizer"), "use the previous checkpoint"):
             for key, tensor in load_file(folder / _file(name, "optimizer")).items():
                 kind, _, owner = key.partition(":")
                 parameter = parameters[owner]
                 if kind != "step" and tensor.shape != parameter.shape:
                     raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
-                own.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+                module_optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
 
 
 def _file(name: str, what: str) -> str:
@@ -141,15 +147,15 @@ def _file(name: str, what: str) -> str:
 
 
 def load_weights_file(path: Path, model: nn.Module) -> None:
-    """Put the weights of a checkpoint's file into the model."""
-    with reading(path, "take another checkpoint"):
+    """Load a checkpoint's weights file into the model."""
+    with reading(path, "use another checkpoint"):
         put_weights(load_file(path), trained_weights(model))
 
 
-def put_weights(weights: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-    """Copy tensors by name into those that are held."""
-    assert weights.keys() == held.keys(), "the checkpoint is of another model"
-    for name, tensor in held.items():
+def put_weights(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Copy tensors by name into `targets`."""
+    assert weights.keys() == targets.keys(), "the checkpoint belongs to another model"
+    for name, tensor in targets.items():
         tensor.copy_(weights[name])
 
 
@@ -162,26 +168,32 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def problem_of(folder: Path) -> str | None:
-    """What keeps a checkpoint from being used, in words; None where it agrees with its manifest."""
+    """Why a checkpoint cannot be used; None if it matches its manifest."""
     try:
         manifest = read_object(folder / "manifest.json")
         for name, digest in manifest.items():
             if name != Path(name).name or name in {"", ".", ".."} or "\0" in name:
-                return f"its manifest names {name!r}, which is no file of it"
+                return f"its manifest names {name!r}, which is not one of its files"
             if file_sha256(folder / name) != digest:
-                return f"{name} does not agree with its hash"
+                return f"{name} does not match its hash"
         if unknown := sorted({path.name for path in folder.glob("*.safetensors")} - set(manifest)):
-            return f"cut manifest: {unknown[0]} is not in it"
+            return f"truncated manifest: {unknown[0]} is not in it"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, AttributeError) as error:
         return f"cannot be read ({error})"
-    return None if {"weights.safetensors", "optimizer.safetensors", "state.json"} <= set(manifest) else "cut manifest"
+    return (
+        None
+        if {"weights.safetensors", "optimizer.safetensors", "state.json"} <= set(manifest)
+        else "truncated manifest"
+    )
 
 
 def drop_old(run: RunFolder, state: State) -> None:
-    """Keep the checkpoints of the last two steps and of the best; those of later steps than the state's could not be
-    used, or the run would not be back at it."""
+    """Keep the checkpoints of the last two steps and of the best evaluated step, and delete the others.
+
+    Checkpoints of later steps than the state's are deleted too: they were unusable, or the run would not be back here.
+    """
     folders = checkpoint_folders(run.path)
     steps = [step for step in folders if step <= state.step]
     scored = [step for step in steps if str(step) in state.evaluations]

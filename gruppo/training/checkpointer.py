@@ -23,15 +23,17 @@ REFERENCE = "reference.safetensors"  # the weights of a reference that is not th
 
 @dataclass(frozen=True)
 class Restored:
-    """What a run continues from. `checkpoint`: its folder, None for the beginning; `problems`: what is wrong with newer
-    ones, in words."""
+    """What a run continues from.
+
+    `checkpoint`: its folder, None for the beginning. `problems`: descriptions of newer checkpoints that are unusable.
+    """
 
     checkpoint: Path | None
     problems: list[str]
 
 
 class Checkpointer:
-    """Saves checkpoints, and the final model at the last step. `enabled`: False where nothing is to be saved."""
+    """Saves checkpoints, and the final model at the last step. `enabled`: False if nothing is to be saved."""
 
     def __init__(self, context: RunContext, parts: RunComponents, enabled: bool = True) -> None:
         self.context, self.parts, self.enabled = context, parts, enabled
@@ -39,17 +41,17 @@ class Checkpointer:
 
     @property
     def reference_file(self) -> Path:
-        """The weights of a later iteration's reference."""
+        """File for the weights of a later iteration's reference."""
         return self.context.folder.path / "reference" / REFERENCE
 
     @property
-    def _place(self) -> tuple[int, bool, int]:
+    def _position(self) -> tuple[int, bool, int]:
         state = self.context.state
         return state.step, state.evaluated, state.iteration
 
     def save(self) -> None:
-        """Save a checkpoint (and the final model at the last step) unless the run is saved where it stands."""
-        if self._saved == self._place or not self.enabled:
+        """Save a checkpoint (and the final model at the last step) unless the current state is already saved."""
+        if self._saved == self._position or not self.enabled:
             return
         context, parts = self.context, self.parts
         if context.at_end:
@@ -61,26 +63,26 @@ class Checkpointer:
             path = save_checkpoint(
                 context.folder, parts.policy.model, parts.optimizer, context.state, self._others(), files
             )
-        self._saved = self._place
-        context.callbacks.tell("on_checkpoint", context.state.step, path)
+        self._saved = self._position
+        context.callbacks.notify("on_checkpoint", context.state.step, path)
 
     def forget(self) -> None:
-        """Save again at the next call, though the step is saved: it has become the last one, and has a final model."""
+        """Make the next `save` save this step again: it has become the last one and needs a final model."""
         self._saved = None
 
     def note_memory(self) -> None:
-        """Keep the peak of memory in the state."""
+        """Record peak memory in the state."""
         state = self.context.state
         state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory(self.parts.policy.device))
 
     def restore(self) -> Restored:
-        """Find the newest complete checkpoint and load its state; its tensors are loaded by `load_tensors`."""
+        """Find the newest intact checkpoint and load its state; `load_tensors` loads its tensors."""
         folder, problems = newest_checkpoint(self.context.folder)
         if folder is not None:
             loaded = load_state(folder)
             for field in fields(loaded):
                 setattr(self.context.state, field.name, getattr(loaded, field.name))
-            self._saved = self._place
+            self._saved = self._position
         return Restored(folder, problems)
 
     def load_tensors(self, checkpoint: Path) -> None:
@@ -95,7 +97,7 @@ class Checkpointer:
         drop_old(self.context.folder, self.context.state)
 
     def _scalar_models(self) -> dict[str, Trainable]:
-        """Critic and reward model, where there are such."""
+        """Critic and reward model, if present."""
         parts = {"critic": self.parts.critic, "reward_model": self.parts.reward_model}
         return {name: part for name, part in parts.items() if part is not None}
 

@@ -1,4 +1,4 @@
-"""What all parts of a run share."""
+"""The context that all parts of a run share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gruppo.utils.signals import Stop
 
 @dataclass(frozen=True)
 class RunContext:
-    """The recipe and folder of a run, its state, and whom it reports to. The state is changed in place."""
+    """The recipe, folder and state of a run, and what it reports to. The state is modified in place."""
 
     recipe: Recipe
     folder: RunFolder

@@ -1,9 +1,8 @@
-"""A checkpoint of a run as a Hugging Face folder that transformers alone loads, with a card that says how it was made.
+"""Exports a checkpoint as a Hugging Face folder that plain transformers can load, with a model card.
 
-All that is read is the run folder: neither the start model nor the network is needed, unless the run trained adapters,
-whose checkpoints are merged into the start model. The weights are the checkpoint's, config and tokenizer the run's
-base/; the generation config ends turns where the run did and draws as its evaluations did. No path of this machine goes
-into the card.
+Only the run folder is read: neither the start model nor the network is needed, unless the run trained adapters, which
+are merged into the start model. The weights come from the checkpoint, config and tokenizer from the run's base/. The
+generation config ends turns as the run did and samples as its evaluations did. The card contains no local paths.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Export:
-    """A written folder. `step`: of its checkpoint; `accuracy`: held-out, at that step, where it was evaluated."""
+    """An exported folder. `step`: of its checkpoint; `accuracy`: held-out, if that step was evaluated."""
 
     path: Path
     step: int
@@ -61,13 +60,13 @@ def export(
     trust_remote_code: bool = False,
     progress: bool | Progress = True,
 ) -> Export:
-    """Write a checkpoint of the run in the folder `run` as the new folder `to`.
+    """Write a checkpoint of the run in the folder `run` to the new folder `to`.
 
-    `checkpoint`: "last"; "best", the kept one of the highest held-out accuracy (the later of equals); or a step.
-    `dtype`: float32 as trained, or bfloat16. `max_shard_size`: bytes of a weights file at the most, like "5GB"; larger
-    models are written in several. A run that trained adapters gives the merged model, or with `adapter` the adapter
-    alone, in peft's format. `trust_remote_code`: run the Python files that the model came with, whatever the run's
-    recipe says. Raises UsageError: `to` holds files, no such run or checkpoint, one that is damaged.
+    `checkpoint`: "last"; "best", the kept one with the highest held-out accuracy (the later one if tied); or a step.
+    `dtype`: float32 as trained, or bfloat16. `max_shard_size`: maximum size of a weights file, e.g. "5GB"; larger
+    models are split into several files. A run that trained adapters is exported as the merged model, or with `adapter`
+    as the adapter alone, in peft format. `trust_remote_code`: run the Python files that the model came with, regardless
+    of the run's recipe. Raises UsageError if `to` holds files, or if the run or checkpoint is missing or damaged.
     """
     source, target, shown = Path(run), Path(to), choose_progress(progress)
     _check(source, target, dtype, max_shard_size)
@@ -103,13 +102,13 @@ def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
     if source.is_dir():
         require_own(source)
     if not (source / "recipe.toml").is_file():
-        raise UsageError(f"{source}: holds no run; give the folder of one, e.g. runs/quickstart")
+        raise UsageError(f"{source}: holds no run; give a run folder, e.g. runs/quickstart")
     if not _steps(source):
         raise UsageError(f"{source}: the run has no checkpoint yet; train until it has one")
     if not (source / "base").is_dir():
-        raise UsageError(f"{source}: has no base/ (config and tokenizer), which runs of gruppo 0.1.0 did not write")
+        raise UsageError(f"{source}: has no base/ (config and tokenizer); gruppo 0.1.0 did not write it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"--to {target}: is there already; give the name of a new folder")
+        raise UsageError(f"--to {target}: already exists; give the name of a new folder")
 
 
 def _steps(source: Path) -> dict[int, Path]:
@@ -118,22 +117,22 @@ def _steps(source: Path) -> dict[int, Path]:
 
 
 def _environment(source: Path) -> dict[str, Any]:
-    """What environment.json says of how the run was made. Raises UsageError where it does not."""
+    """The content of environment.json: how the run was made. Raises UsageError if that information is missing."""
     path = source / "environment.json"
     try:
-        found = read_object(path)
+        content = read_object(path)
         kinds = {"chosen": dict, "packages": dict, "python": str, "start_weights_sha256": str}
-        if all(isinstance(found[name], kind) for name, kind in kinds.items()) and {"dtype", "device"} <= set(
-            found["chosen"]
+        if all(isinstance(content[name], kind) for name, kind in kinds.items()) and {"dtype", "device"} <= set(
+            content["chosen"]
         ):
-            return found
+            return content
     except (FileNotFoundError, KeyError):
         pass
-    raise UsageError(f"{path}: does not say how the run was made; put it back from a copy")
+    raise UsageError(f"{path}: does not say how the run was made; restore it from a copy")
 
 
 def _state(source: Path, folder: Path) -> State:
-    """The state in a checkpoint that agrees with its hashes."""
+    """The state in a checkpoint whose hashes match. Raises UsageError if it is damaged."""
     from gruppo.training.checkpoint import load_state, problem_of
 
     if problem := problem_of(folder):
@@ -149,7 +148,7 @@ def _choose(source: Path, checkpoint: str | int) -> Path:
         evaluated = _state(source, steps[max(steps)]).evaluations
         if len([step for step in evaluated if int(step)]) < 2:
             raise UsageError(
-                "--checkpoint best: the run has not evaluated two steps that could be compared; take --checkpoint "
+                "--checkpoint best: the run has not evaluated two steps that could be compared; use --checkpoint "
                 "last, or train with evaluation.every"
             )
         kept = [step for step in steps if str(step) in evaluated]
@@ -159,17 +158,19 @@ def _choose(source: Path, checkpoint: str | int) -> Path:
     try:
         return steps[int(checkpoint)]
     except (KeyError, ValueError):
-        raise UsageError(f"--checkpoint {checkpoint}: there is none; write last, best, or {_others(source)}") from None
+        raise UsageError(
+            f"--checkpoint {checkpoint}: no such checkpoint; write last, best or a step; {_others(source)}"
+        ) from None
 
 
 def _others(source: Path, but: Path | None = None) -> str:
-    found = [str(step) for step, folder in _steps(source).items() if folder != but]
-    return f"the steps with a checkpoint are {', '.join(found)}" if found else "there is no other"
+    steps = [str(step) for step, folder in _steps(source).items() if folder != but]
+    return f"the steps with a checkpoint are {', '.join(steps)}" if steps else "there is no other checkpoint"
 
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill beside `target`, which gets its name when the block ends well and goes when it does not."""
+    """A folder to fill, next to `target`. It is renamed to `target` if the block succeeds, and deleted if it fails."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".writing-{target.name}-"))
@@ -178,7 +179,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     try:
         with writing(target):
             yield building
-        building.chmod(0o755)  # temporary folders, and safetensors' files, are for their owner's eyes only
+        building.chmod(0o755)  # temporary folders and safetensors files are created readable by their owner only
         for path in building.iterdir():
             path.chmod(0o644)
         publish(building, target.absolute())
@@ -189,8 +190,10 @@ def _new_folder(target: Path) -> Iterator[Path]:
 def _write_model(
     base: Path, weights: Path, building: Path, recipe: Recipe, options: tuple[str, str, bool], progress: Progress
 ) -> bool:
-    """Write weights, configs and tokenizer; whether there is a chat template. `options`: dtype, size of files, trust
-    in the Python files of the model."""
+    """Write weights, configs and tokenizer. Returns whether there is a chat template.
+
+    `options`: dtype, maximum size of a weights file, whether to trust the Python files of the model.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -226,8 +229,10 @@ def _merged(
     trust: bool,
     progress: Progress,
 ) -> Iterator[Path]:
-    """A file, inside the block, with the weights of the start model that the adapters of a checkpoint are merged into.
-    A model that was in memory stands in the run's base/."""
+    """A file with the start model's weights after merging a checkpoint's adapters. It exists inside the block only.
+
+    A start model that was passed from Python is in the run's base/.
+    """
     from gruppo.models.loading import find_model, load_model
     from gruppo.models.lora import add_adapters
     from gruppo.models.weights import save_weights, weights_sha256
@@ -239,8 +244,8 @@ def _merged(
     )
     if weights_sha256(policy.model) != environment["start_weights_sha256"]:
         raise UsageError(
-            f"model.name = {recipe.model.name!r}: its weights are not those that the run began with, and the "
-            "checkpoint holds adapters alone; put them back, or export the adapter with --adapter"
+            f"model.name = {recipe.model.name!r}: its weights are not those that the run started with, and the "
+            "checkpoint holds only adapters; restore them, or export the adapter with --adapter"
         )
     policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
     load_weights_file(adapter, policy.model)
@@ -251,8 +256,10 @@ def _merged(
 
 
 def _write_adapter(base: Path, weights: Path, building: Path, recipe: Recipe, dtype: str, trust: bool) -> bool:
-    """Write the adapter of a checkpoint in peft's format, which needs no weights of the start model; whether there is a
-    chat template."""
+    """Write a checkpoint's adapter in peft format, which needs no weights of the start model.
+
+    Returns whether there is a chat template.
+    """
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoTokenizer
@@ -261,13 +268,13 @@ def _write_adapter(base: Path, weights: Path, building: Path, recipe: Recipe, dt
 
     assert recipe.model.lora is not None
     config = lora_config(skeleton(AutoConfig.from_pretrained(base, trust_remote_code=trust), trust), recipe.model.lora)
-    held = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(weights).items()}
-    write_adapter(config, held, building, recipe.model.name)
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(weights).items()}
+    write_adapter(config, tensors, building, recipe.model.name)
     return bool(AutoTokenizer.from_pretrained(base, trust_remote_code=trust).chat_template)
 
 
 def _generation(ends: Sequence[int], tokenizer: Any, settings: Decoding) -> GenerationConfig:
-    """Ends turns at every id that ended them in the run; greedy unless the run's evaluations were not."""
+    """A config that ends turns at every id that ended them in the run; greedy unless the run's evaluations sampled."""
     from transformers import GenerationConfig
 
     options = settings.model_dump(include={"temperature", "top_k", "top_p", "min_p"})

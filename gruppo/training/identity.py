@@ -1,4 +1,4 @@
-"""That a resumed run continues on what it began with."""
+"""Checks that a resumed run continues with the data and weights that it started with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gruppo.runs.reading import reading
 
 
 def require_whole(environment: Mapping[str, Any], run: RunFolder) -> None:
-    """Raise UsageError unless what a resumed run needs of its environment is there, and of the right kind."""
-    with reading(run.path / "environment.json", "put it back as the run wrote it, or choose another --out"):
+    """Raise UsageError unless everything that a resumed run needs from its environment is present and valid."""
+    with reading(run.path / "environment.json", "restore it as the run wrote it, or choose another --out"):
         chosen = environment["chosen"]
         numbers = [chosen[name] for name in ("threads", "slots", "micro_batch_tokens")]
-        if not all(isinstance(each, int) and each > 0 for each in numbers):
+        if not all(isinstance(number, int) and number > 0 for number in numbers):
             raise ValueError(f"threads, slots and micro_batch_tokens are {numbers}")
         if chosen["dtype"] not in ("float32", "bfloat16", "float64") or chosen["device"] not in ("cpu", "cuda", "mps"):
             raise ValueError(f"dtype = {chosen['dtype']!r}, device = {chosen['device']!r}")
@@ -25,8 +25,11 @@ def require_whole(environment: Mapping[str, Any], run: RunFolder) -> None:
             raise ValueError(f"{min(missing)} is missing")
 
 
-def require_same_judge(run: RunFolder, weights: str) -> None:
-    """Note the reward model's weights when a run begins; raise UsageError where it went on with others."""
+def require_same_reward_model(run: RunFolder, weights: str) -> None:
+    """Record the hash of the reward model's weights when a run starts.
+
+    Raises UsageError if a resumed run uses other weights.
+    """
     known = run.read_json("environment.json") or {}
     if "reward_model_sha256" in known:
         require_same(known["reward_model_sha256"], weights, "weights of the reward model")
@@ -35,8 +38,9 @@ def require_same_judge(run: RunFolder, weights: str) -> None:
 
 
 def require_same(before: str, now: str, what: str) -> None:
-    """Raise UsageError where a resumed run would continue with something else."""
+    """Raise UsageError if a resumed run would continue with something else. `what`: for the message."""
     if before != now:
         raise UsageError(
-            f"--resume: the {what} are not those that this run began with; put them back, or start again with --out"
+            f"--resume: the {what} are not those that this run started with; restore them, or start again with "
+            "another --out"
         )

@@ -28,77 +28,81 @@ from gruppo.utils.progress import Progress
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run asks of its model: prompts to train on (with their completions, where rows bring them), how they are
-    answered, and the exams that it holds."""
+    """The inputs of a run: prompts to train on, evaluation sets and sampling parameters.
+
+    `offline`: the completions that dataset rows bring, by prompt id. `filtered`: rows left out as too long, by task.
+    """
 
     prompts: Mixture
-    given: Mapping[str, OfflineCompletions]
-    exams: list[EvalSet]
+    offline: Mapping[str, OfflineCompletions]
+    eval_sets: list[EvalSet]
     sampling: SamplingParams
     filtered: dict[str, int]
 
     @property
     def questions(self) -> list[Prompt]:
-        """Of all exams."""
-        return [prompt for exam in self.exams for prompt in exam.prompts]
+        """The prompts of all evaluation sets."""
+        return [prompt for eval_set in self.eval_sets for prompt in eval_set.prompts]
 
     @property
     def all_prompts(self) -> Iterator[Prompt]:
-        """Those to train on and those to evaluate on."""
+        """The prompts to train on, then those to evaluate on."""
         return chain(self.prompts, self.questions)
 
 
 def tokenize_data(
     recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: OpenedEnvironments | None = None
 ) -> RunInputs:
-    """The prompts and questions of a recipe. Raises UsageError where one does not fit the model, or the grader."""
+    """Tokenize the prompts and questions of a recipe. Raises UsageError if one does not fit the model or the grader."""
     limit = recipe.sampling.max_tokens
-    tokens = _Tokens(source, progress, opened.tools(source.tokenizer) if opened else None)
-    parts = [tokens.of(part, limit) for part in data.training]
-    given: dict[str, OfflineCompletions] = {}
+    tokenizer = _Tokenizer(source, progress, opened.tools(source.tokenizer) if opened else None)
+    parts = [tokenizer.tokenize(part, limit) for part in data.training]
+    offline: dict[str, OfflineCompletions] = {}
     if recipe.method.source == "dataset":
         parts = [
-            tokens.answered(part, prompts, limit, recipe.method.credit == "pair", given)
+            tokenizer.add_completions(part, prompts, limit, recipe.method.credit == "pair", offline)
             for part, prompts in zip(data.training, parts, strict=True)
         ]
     prompts = Mixture(parts, [task.weight for task in recipe.tasks], recipe.run.seed)
-    exams = [make_eval_set(each, recipe, tokens.of) for each in data.exams]
-    return RunInputs(prompts, given, exams, SamplingParams(recipe.sampling.temperature, limit), tokens.filtered)
+    eval_sets = [make_eval_set(eval_data, recipe, tokenizer.tokenize) for eval_data in data.eval_sets]
+    return RunInputs(
+        prompts, offline, eval_sets, SamplingParams(recipe.sampling.temperature, limit), tokenizer.filtered
+    )
 
 
 def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
-    """What the recipe asks for at the most, by its longest prompt and question."""
+    """Upper bounds of the work that the recipe asks for, from its longest prompt and question."""
     return Workload(
         prompt_tokens=max(len(prompt.token_ids) for prompt in inputs.prompts),
         max_tokens=inputs.sampling.max_tokens,
         prompts_per_step=recipe.sampling.prompts_per_step,
-        group_size=max(map(len, inputs.given.values())) if inputs.given else recipe.sampling.group_size,
+        group_size=max(map(len, inputs.offline.values())) if inputs.offline else recipe.sampling.group_size,
         reference=recipe.method.needs_reference,
         critic=recipe.method.needs_critic,
         reward_model=recipe.reward_model is not None,
-        exams=tuple(
+        eval_sets=tuple(
             EvalWorkload(
-                name=exam.name,
-                questions=len(exam.prompts),
-                samples=exam.samples,
-                question_tokens=max(len(prompt.token_ids) for prompt in exam.prompts),
-                answer_tokens=exam.options.max_tokens,
-                times=eval_set_count(recipe, exam.every),
+                name=eval_set.name,
+                questions=len(eval_set.prompts),
+                samples=eval_set.samples,
+                question_tokens=max(len(prompt.token_ids) for prompt in eval_set.prompts),
+                answer_tokens=eval_set.options.max_tokens,
+                times=eval_set_count(recipe, eval_set.every),
             )
-            for exam in inputs.exams
+            for eval_set in inputs.eval_sets
         ),
         turns=recipe.environment is not None,
     )
 
 
-class _Tokens:
-    """Turns the rows of tasks into prompts, and counts those that were left out."""
+class _Tokenizer:
+    """Turns the rows of tasks into prompts, and counts the rows that are left out."""
 
     def __init__(self, source: ModelSource, progress: Progress, tools: ToolTexts | None = None) -> None:
         self.source, self.progress, self.tools = source, progress, tools
         self.filtered: dict[str, int] = {}
 
-    def of(self, part: Dataset, max_tokens: int, most: int | None = None) -> list[Prompt]:
+    def tokenize(self, part: Dataset, max_tokens: int, most: int | None = None) -> list[Prompt]:
         """See `gruppo.data.tokenization.tokenize_part`."""
         source = self.source
         total = min(len(part.rows), most or len(part.rows))
@@ -109,35 +113,35 @@ class _Tokens:
         self._left_out(part, left_out, len(prompts))
         return prompts
 
-    def answered(
+    def add_completions(
         self,
         part: Dataset,
         prompts: Sequence[Prompt],
         max_tokens: int,
         pairs: bool,
-        given: dict[str, OfflineCompletions],
+        offline: dict[str, OfflineCompletions],
     ) -> list[Prompt]:
-        """Those of the prompts whose completions, which go into `given`, have at most `max_tokens` tokens; a longer one
-        is refused, unless the task says that it is left out."""
+        """The prompts whose completions have at most `max_tokens` tokens; the completions are added to `offline`.
+
+        Raises UsageError for a longer completion, unless the task filters overlong rows.
+        """
         kept = []
         with self.progress.bar(f"Tokenizing completions of {part.name}", len(prompts), "rows") as advance:
             for prompt in prompts:
-                made = offline_completions(prompt, self.source.tokenizer, pairs)
+                completions = offline_completions(prompt, self.source.tokenizer, pairs)
                 advance(1)
-                longest = max(len(completion.token_ids) for completion, _ in made)
+                longest = max(len(completion.token_ids) for completion, _ in completions)
                 if longest <= max_tokens:
-                    given[prompt.id] = made
+                    offline[prompt.id] = completions
                     kept.append(prompt)
                 elif not part.filter_overlong:
                     raise UsageError(
                         f"{prompt.id}: a completion has {longest} tokens, more than sampling.max_tokens = "
-                        f'{max_tokens}; raise that, or write {part.field}.overlong = "filter" to leave such rows out'
+                        f'{max_tokens}; raise it, or write {part.field}.overlong = "filter" to leave out such rows'
                     )
         self._left_out(part, len(prompts) - len(kept), len(kept))
         if not kept:
-            raise UsageError(
-                f"sampling.max_tokens = {max_tokens}: every completion of {part.name} is longer; write a larger one"
-            )
+            raise UsageError(f"sampling.max_tokens = {max_tokens}: every completion of {part.name} is longer; raise it")
         return kept
 
     def _left_out(self, part: Dataset, count: int, kept: int) -> None:

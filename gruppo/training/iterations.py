@@ -1,4 +1,4 @@
-"""The outer iterations of Algorithm 1: the reference becomes the policy, and the reward model learns."""
+"""The outer iterations of Algorithm 1: the reference becomes the policy, and the reward model is trained."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ from gruppo.utils.timing import PhaseTimer
 
 
 class Iterations:
-    """Begins an iteration where one is due: π_ref ← π_θ; then the reward model, if it is trained, learns from new
-    samples of the policy and from a share of what earlier iterations labelled."""
+    """Begins an outer iteration when one is due.
+
+    First π_ref ← π_θ. Then the reward model, if it is trained, learns from new samples of the policy and from a share
+    of the samples that earlier iterations labelled.
+    """
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class Iterations:
         self.context, self.policy, self.reward_model = context, policy, reward_model
         self.source, self.prompts, self.checkpointer = source, prompts, checkpointer
         self.guard, self.sizes = guard, sizes
-        self.learning = False  # the reward model is half trained: the run must not be saved
+        self.learning = False  # the reward model is only partly trained, so the run must not be saved
 
     def due(self) -> bool:
         """Whether an iteration begins before the next step."""
@@ -52,7 +55,7 @@ class Iterations:
         return not self.context.at_end and state.iteration <= state.step // (run.steps // run.iterations)
 
     def begin(self) -> None:
-        """Begin an iteration; with a checkpoint before and after, unless there is nothing to lose."""
+        """Begin an iteration, with a checkpoint before and after it unless there is nothing to lose."""
         state, timer, number = self.context.state, PhaseTimer(), self.context.state.iteration + 1
         if number == 1 and self.reward_model is None:
             state.iteration = number
@@ -67,7 +70,7 @@ class Iterations:
         figures: dict[str, float | None] = {}
         if self.reward_model is not None:
             self.learning = True
-            with timer("reward_model"), self.context.stop.interruptible():  # a round that was stopped is begun again
+            with timer("reward_model"), self.context.stop.interruptible():  # an interrupted round starts again
                 figures = self._train_reward_model(self.reward_model, number)
             self.learning = False
         state.iteration = number
@@ -80,30 +83,32 @@ class Iterations:
             self.checkpointer.forget()
 
     def _replace_reference(self) -> None:
-        """π_ref ← π_θ; its weights are kept beside the checkpoints."""
+        """π_ref ← π_θ. The new reference's weights are saved next to the checkpoints."""
         file, policy = self.checkpointer.reference_file, self.policy.policy
         with self.context.folder.building(file.parent.name) as folder:
             save_weights(policy.weights(), folder, file.name)
-        self.policy.reference = None  # freed before the new one is made
+        self.policy.reference = None  # free it before the new one is created
         self.policy.reference = policy.frozen_copy()
 
     def restore_reference(self, checkpoint: Path) -> None:
-        """Load the reference of a later iteration from the checkpoint that the run continues from. It passes through
-        the policy, whose own weights have to be loaded after this."""
-        own = self.checkpointer.reference_file
-        file = checkpoint / own.name
+        """Load the reference of a later iteration from the checkpoint that the run continues from.
+
+        The weights pass through the policy, so the policy's weights must be loaded after this.
+        """
+        target = self.checkpointer.reference_file
+        file = checkpoint / target.name
         if not file.is_file():
             return
-        own.parent.mkdir(exist_ok=True)
-        link_file(file, own)
+        target.parent.mkdir(exist_ok=True)
+        link_file(file, target)
         policy = self.policy.policy
-        with reading(file, "take the checkpoint before it"):
+        with reading(file, "use the previous checkpoint"):
             put_weights(load_file(file), named_weights(policy.model))
         policy.generation.advance()
         self.policy.reference = policy.frozen_copy()
 
     def _train_reward_model(self, trainer: RewardModelTrainer, number: int) -> dict[str, float | None]:
-        """Sample, label by rule, and train on that and on a share of what earlier iterations labelled."""
+        """Sample and label by rule, then train on the new labels and on a share of the earlier ones."""
         context, state, settings = self.context, self.context.state, trainer.settings
         prompts = self.prompts.draw(state.cursor, settings.prompts)
         labels, failures = self.source.label(prompts, state.step, (context.recipe.run.seed, 0, state.cursor))
@@ -115,7 +120,7 @@ class Iterations:
         earlier = [context.folder.path / "labels" / name for name in sorted(state.labels)]
         for file in earlier:
             if not file.is_file() or file_sha256(file) != state.labels[file.name]:
-                raise RunError(f"{file}: is not what this run wrote, and its reward model learns from it; put it back")
+                raise RunError(f"{file}: is not what this run wrote, but its reward model learns from it; restore it")
         history = [label.sample(settings) for label in read_labels(earlier)]
         table = context.folder.table("labels", state.step, label_rows(labels), LABELS)
         state.cursor += len(prompts)

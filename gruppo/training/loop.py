@@ -5,7 +5,7 @@
         for each of μ updates: one step of AdamW on the objective
 
 The paper trains the reward model at the end of an iteration. Here it learns at the start of the next one, and before
-the first, so that no reward model is trained that nothing uses.
+the first, so that every trained reward model is used.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from gruppo.training.run import TrainingRun
 
 def run_training(run: TrainingRun) -> None:
     """Train until the last step, or until a callback asks to stop."""
-    for number in run.remaining_steps():  # evaluates and saves, where nothing is half done
+    for number in run.remaining_steps():  # evaluates and saves between steps
         if run.iterations.due():
-            run.iterations.begin()  # π_ref ← π_θ; the reward model learns
+            run.iterations.begin()  # π_ref ← π_θ; train the reward model
         else:
             train_step(run, number)
 
@@ -31,11 +31,11 @@ def train_step(run: TrainingRun, number: int) -> None:
     groups = run.rollouts.collect(step)  # questions, G completions of each from π_old, rewards
     select(groups, run.method)  # which completions the method learns from
 
-    run.policy.score(groups, step)  # π_old and π_ref, where advantages depend on them
-    run.value_model.score(groups, step)  # V, where there is a value model
+    run.policy.score(groups, step)  # π_old and π_ref, if advantages depend on them
+    run.value_model.score(groups, step)  # V, if there is a value model
     assign_advantages(groups, run.method, step.metrics, run.reward_weights, run.recipe.critic)
 
-    batches = run.policy.pack(groups)  # micro-batches; every denominator is the whole step's
+    batches = run.policy.pack(groups)  # micro-batches; denominators cover the whole step
     updates = run.method.inner_updates if batches else 0  # nothing to learn: no update
     for update in range(updates):  # μ
         run.policy.update(batches, update, step)

@@ -1,8 +1,8 @@
-"""How much memory a run will need at its peak, and the sizes that keep it within the recipe's budget.
+"""Estimates a run's peak memory, and chooses the sizes that keep it within the recipe's budget.
 
-What a model keeps for backward is measured on the model itself, in a trial of a few dozen tokens; the rest is counted,
-a documented function for each part. Nothing here changes a result: micro-batches, slots and recomputation cannot be
-seen in one.
+The tensors that a model keeps for backward are measured on the model itself, in a trial of a few dozen tokens. The rest
+is counted, with one documented function per part. Nothing here changes a result: results do not depend on
+micro-batches, slots or recomputation.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from gruppo.models.policy import LanguageModel
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import free_memory, release_memory
 
-LATER = 95_000_000  # what libraries take when they are first used: kernels, the writer of tables; measured on Linux
-FRAGMENTS = 1.05  # resident over allocated bytes of what comes and goes in a step; see benchmarks/memory.py
+LATER = 95_000_000  # bytes that libraries allocate on first use: kernels, the table writer; measured on Linux
+FRAGMENTS = 1.05  # resident over allocated bytes of the temporaries of a step; see benchmarks/memory.py
 PHASES = ("sampling", "training", "evaluation")
 
-# (prompt, completions, tokens of each that are read): as many as `_terms` has and one, and telling all of them apart. A
-# single completion would be kept in other shapes than several are.
+# (prompt tokens, completions, tokens read per completion): one trial more than `_terms` has terms, chosen so that the
+# terms can be told apart. A single completion would be kept in other shapes than several.
 _TRIALS = ((8, 2, 4), (24, 2, 4), (8, 4, 4), (8, 2, 12), (8, 4, 12), (24, 4, 4), (12, 2, 16), (40, 2, 4))
 
-# A group as it is read: tokens of its prompt, and of each completion.
+# The groups of a micro-batch as the model reads them: tokens of the prompt, and of each completion.
 Layout = Sequence[tuple[int, Sequence[int]]]
 
 
 @dataclass(frozen=True)
 class EvalWorkload:
-    """What an exam asks for, at the most; lengths in tokens. `times`: how often a run holds it."""
+    """Upper bounds of one evaluation set; lengths in tokens. `times`: how often a run evaluates it."""
 
     name: str
     questions: int
@@ -50,14 +50,16 @@ class EvalWorkload:
 
     @property
     def answers(self) -> int:
-        """Answers each time."""
+        """Answers per evaluation."""
         return self.questions * self.samples
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run asks for, at the most; lengths in tokens. `turns`: completions are written in several, and each is a
-    prompt of its own then."""
+    """Upper bounds of a run's work; lengths in tokens.
+
+    `turns`: completions are sampled in several turns, so every completion has its own prompt in the engine.
+    """
 
     prompt_tokens: int
     max_tokens: int
@@ -66,40 +68,42 @@ class Workload:
     reference: bool = False
     critic: bool = False
     reward_model: bool = False
-    exams: tuple[EvalWorkload, ...] = ()
+    eval_sets: tuple[EvalWorkload, ...] = ()
     turns: bool = False
 
     @property
     def answers(self) -> int:
-        """Answers of the largest exam."""
-        return max((exam.answers for exam in self.exams), default=0)
+        """Answers of the largest evaluation set."""
+        return max((eval_set.answers for eval_set in self.eval_sets), default=0)
 
     @property
     def completions(self) -> int:
-        """Completions of a step."""
+        """Completions per step."""
         return self.prompts_per_step * self.group_size
 
-    def drawn(self, completions: int, prompts: int, prompt_tokens: int, max_tokens: int) -> tuple[int, int, int, int]:
-        """The same four numbers of what the engine is given at the most."""
+    def engine_bounds(
+        self, completions: int, prompts: int, prompt_tokens: int, max_tokens: int
+    ) -> tuple[int, int, int, int]:
+        """The same four numbers as upper bounds of what the engine receives."""
         if not self.turns:
             return completions, prompts, prompt_tokens, max_tokens
         return completions, completions, prompt_tokens + max_tokens, max_tokens
 
     def micro_batches(self, budget: int) -> list[list[tuple[int, list[int]]]]:
-        """The layouts that `pack` makes of a step whose prompts and completions all have the greatest length."""
-        own, tokens = self.max_tokens - 1, 0
-        made: list[list[tuple[int, list[int]]]] = []
+        """The layouts that `pack` makes of a step whose prompts and completions all have the maximum length."""
+        completion, tokens = self.max_tokens - 1, 0
+        layouts: list[list[tuple[int, list[int]]]] = []
         for number in range(self.completions):
-            continues = bool(made) and number % self.group_size > 0
-            needed = own if continues else own + self.prompt_tokens
-            if not made or tokens + needed > budget:
-                made.append([(self.prompt_tokens, [])])
-                tokens, needed = 0, own + self.prompt_tokens
+            continues = bool(layouts) and number % self.group_size > 0
+            needed = completion if continues else completion + self.prompt_tokens
+            if not layouts or tokens + needed > budget:
+                layouts.append([(self.prompt_tokens, [])])
+                tokens, needed = 0, completion + self.prompt_tokens
             elif not continues:
-                made[-1].append((self.prompt_tokens, []))
-            made[-1][-1][1].append(own)
+                layouts[-1].append((self.prompt_tokens, []))
+            layouts[-1][-1][1].append(completion)
             tokens += needed
-        return made
+        return layouts
 
     @property
     def smallest(self) -> int:
@@ -109,14 +113,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model takes, whatever is asked of it; in bytes.
+    """Memory of a model that does not depend on the workload, and memory per unit of work; in bytes.
 
-    `process`: Python, torch and all that is resident before the weights are. `gradients`: as many bytes as there are
-    of trainable weights. `critic`: the weights of a value or reward
-    model, its optimizer's state and copies. `prepared`: copies of
-    weights in the dtype of products, alive while something is computed. `kept`: what forward keeps for backward, a
-    coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers. `state_token`: one
-    hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of a number outside products.
+    `process`: Python, torch and everything that is resident before the weights are loaded. `gradients`: as many bytes
+    as the trainable weights have. `critic`: the weights of a value or reward model, its optimizer state and copies.
+    `prepared`: copies of weights in the compute dtype, alive during computation. `kept`: what forward keeps for
+    backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers.
+    `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of one number in
+    the accumulation dtype.
     """
 
     process: int
@@ -133,7 +137,7 @@ class Footprint:
     wide: int
 
     def activations(self, layout: Layout, recompute: bool) -> int:
-        """What forward keeps for backward; recomputing, each layer's input and all of one layer."""
+        """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
         kept = sum(rate * term for rate, term in zip(self.kept, _terms(layout), strict=True))
         if not recompute:
             return int(kept)
@@ -144,8 +148,8 @@ class Footprint:
 class Memory:
     """Bytes of each part at the peak of its phase; see `parts` for what is alive when.
 
-    `work` and `evaluation_work`: temporaries of computing prompts and drawing tokens; `logits`: of log-probabilities,
-    forward and backward. `gradients`: those that are there beside all activations.
+    `work` and `evaluation_work`: temporaries of prefill and sampling. `logits`: temporaries of log-probabilities,
+    forward and backward. `gradients`: gradients that exist in addition to all activations.
     """
 
     process: int
@@ -164,18 +168,18 @@ class Memory:
     logits: int
 
     def parts(self, phase: str) -> dict[str, int]:
-        """What is alive in a phase, by name."""
-        standing = ("process", "weights", "optimizer", "reference", "critic", "reward_model", "prepared")
-        own = {
+        """Bytes alive in a phase, by name."""
+        always = ("process", "weights", "optimizer", "reference", "critic", "reward_model", "prepared")
+        of_phase = {
             "sampling": {"cache": self.cache, "work": self.work},
             "evaluation": {"cache": self.evaluation_cache, "work": self.evaluation_work},
             "training": {"gradients": self.gradients, "activations": self.activations, "logits": self.logits},
         }[phase]
-        return {name: getattr(self, name) for name in standing} | own
+        return {name: getattr(self, name) for name in always} | of_phase
 
     @property
     def sampling(self) -> int:
-        """The peak while completions are drawn."""
+        """The peak during sampling."""
         return sum(self.parts("sampling").values())
 
     @property
@@ -185,22 +189,22 @@ class Memory:
 
     @property
     def evaluation(self) -> int:
-        """The peak while questions are answered; without an evaluation, what is there anyway."""
+        """The peak during evaluation; without evaluation sets, what is always alive."""
         return sum(self.parts("evaluation").values())
 
     @property
     def peak(self) -> int:
-        """The most that is alive at a time."""
+        """The largest peak of all phases."""
         return max(self.sampling, self.training, self.evaluation)
 
     def as_dict(self) -> dict[str, Any]:
-        """Peak, and the parts of each phase."""
+        """The peak, and the parts of each phase."""
         return {"peak": self.peak, **{phase: self.parts(phase) for phase in PHASES}}
 
 
 @dataclass(frozen=True)
 class ChosenSizes:
-    """Sizes under a budget, and the memory that they come to. `recompute`: compute activations again in backward."""
+    """Sizes within a budget, and the memory they need. `recompute`: recompute activations in backward."""
 
     micro_batch_tokens: int
     slots: int
@@ -210,21 +214,22 @@ class ChosenSizes:
 
 
 def process_bytes(device: torch.device) -> int:
-    """What this process holds by now and the forecast counts: resident bytes on a CPU; on an accelerator nothing, as
-    its memory is counted by what torch allocates there."""
+    """Bytes that this process already uses and that count towards the estimate.
+
+    On a CPU these are the resident bytes. On an accelerator it is 0, because only torch's allocations count there.
+    """
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
 
 
 def budget_bytes(memory: float | str, device: torch.device) -> int:
-    """The recipe's `run.memory` in bytes, for the whole process: call it before the weights are loaded."""
+    """The recipe's `run.memory` in bytes, for the whole process. Call it before the weights are loaded."""
     if isinstance(memory, str):
         return as_bytes(memory)
     return int(memory * (free_memory(device) + process_bytes(device)))
 
 
 def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -> Footprint:
-    """What the model takes, by trial and by count. `process`: see `process_bytes`, from before the weights were
-    there."""
+    """Measure and count the memory of a model. `process`: `process_bytes` from before the weights were loaded."""
     config, weight = policy.model.config.get_text_config(), policy.head.weight
     wide = torch.promote_types(policy.dtype, torch.float32).itemsize
     prepared, *kept = _measure_kept(policy, progress)
@@ -232,7 +237,7 @@ def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -
     return Footprint(
         process=process + (LATER if policy.device.type == "cpu" else 0),
         weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()]),
-        gradients=_bytes_of([each for each in policy.model.parameters() if each.requires_grad]),
+        gradients=_bytes_of([parameter for parameter in policy.model.parameters() if parameter.requires_grad]),
         reference=_reference_bytes(policy),
         critic=_critic_bytes(policy),
         prepared=int(prepared) + prepared_bytes(policy),
@@ -246,49 +251,54 @@ def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -
 
 
 def prepared_bytes(policy: LanguageModel) -> int:
-    """Copies of weights that are not seen in what autograd keeps: those of the fused body."""
-    held = {each.untyped_storage().data_ptr() for each in policy.model.parameters()}
+    """Bytes of copies of weights that autograd does not keep: those of the fused body."""
+    storages = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
     if policy.body is None or not policy.body.trains:
         return 0
-    made = [linear.weight for layer in policy.body.prepare(policy.dtype, pack=False) for linear in layer.products]
-    return _bytes_of([each for each in made if each.untyped_storage().data_ptr() not in held])
+    copies = [linear.weight for layer in policy.body.prepare(policy.dtype, pack=False) for linear in layer.products]
+    return _bytes_of([weight for weight in copies if weight.untyped_storage().data_ptr() not in storages])
 
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:
-    return sum({each.untyped_storage().data_ptr(): each.numel() * each.itemsize for each in tensors}.values())
+    return sum({tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.itemsize for tensor in tensors}.values())
 
 
 def _reference_bytes(policy: LanguageModel) -> int:
-    """See `LanguageModel.frozen_copy`: products in their dtype, everything else as in the policy."""
+    """Bytes of `LanguageModel.frozen_copy`: linear layers in the compute dtype, everything else as in the policy."""
     shared = {id(module.weight) for module in policy.model.modules() if isinstance(module, nn.Embedding)}
-    narrow = [
-        each
+    linear = [
+        parameter
         for module in policy.model.modules()
         if isinstance(module, nn.Linear) and id(module.weight) not in shared
-        for each in module.parameters()
+        for parameter in module.parameters()
     ]
-    saved = sum(each.numel() * (each.itemsize - policy.dtype.itemsize) for each in narrow)
+    saved = sum(parameter.numel() * (parameter.itemsize - policy.dtype.itemsize) for parameter in linear)
     return _bytes_of([*policy.model.parameters(), *policy.model.buffers()]) - saved
 
 
 def _critic_bytes(policy: LanguageModel) -> int:
-    """A value or reward model of the policy's size: all of it is trained, adapters or not. Its gradients come where
-    those of the policy were."""
+    """Bytes of a value or reward model of the policy's size. All of it is trained, with or without adapters.
+
+    Its gradients reuse the memory of the policy's gradients.
+    """
     wide = torch.promote_types(policy.dtype, torch.float32).itemsize
-    count = sum(each.numel() for each in policy.model.parameters())
+    count = sum(parameter.numel() for parameter in policy.model.parameters())
     return count * (3 * wide + policy.dtype.itemsize)
 
 
 def _terms(layout: Layout) -> list[int]:
-    """What the bytes kept can be proportional to: tokens of prompts, tokens of completions, completions, the copies of
-    a prompt that stand before them, their mask, their scores and those of prompts where attention is written out."""
-    made = [0] * 7
+    """The quantities that the bytes kept for backward can be proportional to.
+
+    These are prompt tokens, completion tokens, completions, the copies of the prompt that precede the completions,
+    their attention mask, and with eager attention their attention scores and those of the prompts.
+    """
+    totals = [0] * 7
     for prompt, completions in layout:
-        count, own = len(completions), max(completions, default=0)
-        row = own * (prompt + own)
+        count, length = len(completions), max(completions, default=0)
+        row = length * (prompt + length)
         terms = (prompt, sum(completions), count, count * prompt, row, count * row, prompt * prompt)
-        made = [before + term for before, term in zip(made, terms, strict=True)]
-    return made
+        totals = [total + term for total, term in zip(totals, terms, strict=True)]
+    return totals
 
 
 def _tokens(layout: Layout) -> int:
@@ -296,38 +306,38 @@ def _tokens(layout: Layout) -> int:
 
 
 def _measure_kept(policy: LanguageModel, progress: Progress) -> list[float]:
-    """Bytes that do not grow with the tokens (prepared weights), then those a unit of each of `_terms`."""
+    """Bytes that do not grow with the tokens (prepared weights), then bytes per unit of each of `_terms`."""
     rows, kept = [], []
     with policy.precision(), progress.bar("Measuring memory", len(_TRIALS), "trials") as advance:
-        for prompt, count, own in _TRIALS:
-            layout = [(prompt, [own] * count)]
+        for prompt, count, length in _TRIALS:
+            layout = [(prompt, [length] * count)]
             rows.append([1.0, *map(float, _terms(layout))])
             kept.append(float(saved_bytes(policy, layout)))
             advance(1)
     solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(kept, dtype=torch.float64))
-    return [max(0.0, each) for each in solved.tolist()]
+    return [max(0.0, value) for value in solved.tolist()]
 
 
 def saved_bytes(policy: LanguageModel, layout: Layout) -> int:
-    """Bytes of all that autograd keeps of a forward on this layout, parameters apart; call it in `precision()`."""
-    owned = [*policy.model.parameters(), *policy.model.buffers()]
-    held = {each.untyped_storage().data_ptr() for each in owned}
+    """Bytes that autograd keeps of a forward pass on this layout, except parameters. Call it in `precision()`."""
+    tensors = [*policy.model.parameters(), *policy.model.buffers()]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     seen: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
+        if storage.data_ptr() not in storages:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that held its own output would never be freed
+        return tensor.detach()  # a node that referenced its own output would never be freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = score(policy, trial_batch(policy, layout), 1.0)  # alive until all is counted
+        result = score(policy, trial_batch(policy, layout), 1.0)  # alive until everything is counted
     del result
     return sum(seen.values())
 
 
 def trial_batch(policy: LanguageModel, layout: Layout) -> Batch:
-    """A micro-batch of that layout, of arbitrary tokens."""
+    """A micro-batch with this layout and arbitrary tokens."""
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
@@ -336,17 +346,17 @@ def trial_batch(policy: LanguageModel, layout: Layout) -> Batch:
         end = len(ids) + prompt
         ids += range(1, prompt + 1)
         positions += range(prompt)
-        for number, own in enumerate(completions):
-            predictors += [end - 1, *range(len(ids), len(ids) + own)]
-            ids += range(prompt + number, prompt + number + own)
-            positions += range(prompt, prompt + own)
-            members.append((index, number, own + 1))
+        for number, length in enumerate(completions):
+            predictors += [end - 1, *range(len(ids), len(ids) + length)]
+            ids += range(prompt + number, prompt + number + length)
+            positions += range(prompt, prompt + length)
+            members.append((index, number, length + 1))
     vocabulary = int(policy.model.config.get_text_config().vocab_size)
     device, count = policy.device, len(predictors)
     return Batch(
-        token_ids=torch.tensor([each % vocabulary for each in ids], device=device),
+        token_ids=torch.tensor([token % vocabulary for token in ids], device=device),
         positions=torch.tensor(positions, device=device),
-        layout=[(prompt, [own for own in completions if own]) for prompt, completions in layout],
+        layout=[(prompt, [length for length in completions if length]) for prompt, completions in layout],
         predictors=torch.tensor(predictors, device=device),
         targets=torch.zeros(count, dtype=torch.long, device=device),
         advantages=torch.ones(count, device=device),
@@ -359,30 +369,32 @@ def trial_batch(policy: LanguageModel, layout: Layout) -> Batch:
 def forecast_memory(
     footprint: Footprint, workload: Workload, micro_batch_tokens: int, slots: int, recompute: bool = False
 ) -> Memory:
-    """The memory of a run with these sizes, if every prompt and every completion has the greatest length.
+    """Estimate the memory of a run with these sizes, if every prompt and completion has the maximum length.
 
-    Where a step is several micro-batches, they are taken to be full: shorter completions fill what longer ones leave.
+    If a step has several micro-batches, they are assumed to be full: shorter completions fill the gaps of longer ones.
     """
     layouts = workload.micro_batches(micro_batch_tokens)
-    layout = max(layouts, key=lambda each: footprint.activations(each, recompute))
+    layout = max(layouts, key=lambda candidate: footprint.activations(candidate, recompute))
     activations = footprint.activations(layout, recompute)
     if len(layouts) > 1:
         activations = int(activations * max(1.0, micro_batch_tokens / _tokens(layout)))
     logits = _logits(footprint, layout)
     gradients = footprint.gradients
-    if len(layouts) == 1:  # they come as activations go
+    if len(layouts) == 1:  # gradients are allocated while activations are freed
         gradients = max(0, gradients - activations - logits)
     step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
-    cache, work = _generation(footprint, slots, *workload.drawn(*step))
-    exams = [
+    cache, work = _generation(footprint, slots, *workload.engine_bounds(*step))
+    evaluations = [
         _generation(
             footprint,
             slots,
-            *workload.drawn(exam.answers, exam.questions, exam.question_tokens, exam.answer_tokens),
+            *workload.engine_bounds(
+                eval_set.answers, eval_set.questions, eval_set.question_tokens, eval_set.answer_tokens
+            ),
         )
-        for exam in workload.exams
+        for eval_set in workload.eval_sets
     ]
-    evaluation_cache, evaluation_work = max(exams, key=sum, default=(0, 0))
+    evaluation_cache, evaluation_work = max(evaluations, key=sum, default=(0, 0))
     return Memory(
         process=footprint.process,
         weights=footprint.weights,
@@ -406,9 +418,11 @@ def _resident(allocated: int) -> int:
 
 
 def _logits(footprint: Footprint, layout: Layout) -> int:
-    """The dearest moment of `token_logprobs`: a chunk's logits for a part of the vocabulary, three times; where a head
-    has no gradient to add to, that gradient too, which `Footprint.gradients` counts already."""
-    chunk = min(CHUNK_SIZE, sum(own + 1 for _, completions in layout for own in completions))
+    """The peak of `token_logprobs`: a chunk's logits for a part of the vocabulary, three times.
+
+    A head without a gradient also needs that gradient, which `Footprint.gradients` already counts.
+    """
+    chunk = min(CHUNK_SIZE, sum(length + 1 for _, completions in layout for length in completions))
     part = min(PART_SIZE, footprint.logits_token // footprint.wide)
     return 3 * chunk * part * footprint.wide
 
@@ -416,10 +430,10 @@ def _logits(footprint: Footprint, layout: Layout) -> int:
 def _generation(
     footprint: Footprint, slots: int, completions: int, prompts: int, prompt_tokens: int, max_tokens: int
 ) -> tuple[int, int]:
-    """The key-value stores, and the temporaries of the engine: of computing prompts, or of a decoding step.
+    """Bytes of the key-value caches, and of the engine's temporaries in prefill or in a decoding step.
 
-    Computing prompts holds their keys and values once more, and what a layer makes of each token; a decoding step the
-    logits of each row three times, and one layer's stores once more.
+    Prefill holds the prompts' keys and values a second time, and one layer's activations for each token. A decoding
+    step holds the logits of each row three times, and one layer's cache a second time.
     """
     rows, places = min(slots, completions), min(slots, prompts)
     cache = footprint.cache_token * (rows * max_tokens + places * prompt_tokens)
@@ -431,8 +445,11 @@ def _generation(
 
 
 def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> ChosenSizes:
-    """The largest sizes whose forecast is within the budget; activations are recomputed only where not even one
-    completion could be trained on otherwise. Raises UsageError where nothing fits."""
+    """The largest sizes whose estimated memory is within the budget.
+
+    Activations are recomputed only if otherwise not even one completion could be trained on. Raises UsageError if
+    nothing fits.
+    """
 
     def memory(tokens: int, slots: int, recompute: bool) -> Memory:
         return forecast_memory(footprint, workload, tokens, slots, recompute)
@@ -442,7 +459,7 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
 
     most = max(1, min(MAX_SLOTS, max(workload.completions, workload.answers)))
     slots = _largest(
-        1, most, lambda each: max(memory(1, each, True).sampling, memory(1, each, True).evaluation) <= budget
+        1, most, lambda count: max(memory(1, count, True).sampling, memory(1, count, True).evaluation) <= budget
     )
     highest = most_tokens(workload.prompt_tokens)
     least = min(workload.smallest, highest)
@@ -454,8 +471,11 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from `low` to `high` that fits, 0 where none does. All below one that fits do so too, but for
-    the highest: a step in one micro-batch has no gradients beside its activations."""
+    """The largest number from `low` to `high` that fits, 0 if none does.
+
+    Everything below a number that fits also fits, except below `high`: a step in one micro-batch has no gradients in
+    addition to its activations.
+    """
     if fits(high):
         return high
     if not fits(low):
@@ -467,12 +487,12 @@ def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 
 def _too_little(least: Memory, workload: Workload, budget: int) -> UsageError:
-    phase = max(PHASES, key=lambda each: getattr(least, each))
+    phase = max(PHASES, key=lambda name: getattr(least, name))
     part, size = max(least.parts(phase).items(), key=lambda item: item[1])
     return UsageError(
-        f"run.memory: allows {_gigabytes(budget)}, and {phase} needs at least {_gigabytes(least.peak)}, most of it for "
+        f"run.memory: allows {_gigabytes(budget)}, but {phase} needs at least {_gigabytes(least.peak)}, most of it for "
         f"{part} ({_gigabytes(size)}), with one completion of {workload.prompt_tokens} + {workload.max_tokens} tokens "
-        f'at a time; allow more (a larger share, or e.g. "{least.peak / 1e9 + 0.1:.1f} GB"), or write a smaller '
+        f'at a time; raise it (a larger share, or e.g. "{least.peak / 1e9 + 0.1:.1f} GB"), or use a smaller '
         "sampling.max_tokens, a smaller task.max_prompt_tokens, a smaller model, or method.kl_coef = 0"
     )
 

@@ -33,8 +33,8 @@ def model_card(
 ) -> ModelCard:
     """The card of an exported model: what it is, how to use it, method, data, results, and the recipe that trained it.
 
-    `chat`: the tokenizer has a chat template. `adapter`: a LoRA adapter and not a whole model. `start_model`: the
-    folder of the start model, whose own card names its license.
+    `chat`: the tokenizer has a chat template. `adapter`: the export is a LoRA adapter, not a whole model.
+    `start_model`: the folder of the start model, whose card names its license.
     """
     base, license_name = _origin(recipe.model.name, start_model)
     data = ModelCardData(
@@ -68,15 +68,15 @@ def model_card(
 
 
 def _origin(name: str, folder: Path | None) -> tuple[str | None, str | None]:
-    """The start model's name on the hub and its license, as far as they are known."""
+    """The start model's name on the hub and its license, if known."""
     if name in ORIGINS:
         return ORIGINS[name]
-    own = ModelCardData()
+    card = ModelCardData()
     if folder is not None and (folder / "README.md").is_file():
-        with suppress(Exception):  # somebody else's file: anything can be wrong with it
-            own = ModelCard.load(folder / "README.md").data
-    named = name if _on_hub(name) else getattr(own, "base_model", None)
-    return (named if isinstance(named, str) else None), getattr(own, "license", None)
+        with suppress(Exception):  # a third-party file: anything can be wrong with it
+            card = ModelCard.load(folder / "README.md").data
+    named = name if _on_hub(name) else getattr(card, "base_model", None)
+    return (named if isinstance(named, str) else None), getattr(card, "license", None)
 
 
 _USE = """```python
@@ -138,8 +138,8 @@ def _data(recipe: Recipe, environment: Mapping[str, Any]) -> str:
     }
     if recipe.evaluation:
         task = recipe.evaluation.task
-        held = f"`{_portable(task.name)}`" if task else "the held-out share of the task"
-        rows["held-out questions"] = f"{held}, graded by `{_portable(recipe.evaluation.grader)}`"
+        source = f"`{_portable(task.name)}`" if task else "the held-out share of the task"
+        rows["held-out questions"] = f"{source}, graded by `{_portable(recipe.evaluation.grader)}`"
     return _two_columns(rows)
 
 
@@ -159,7 +159,7 @@ def _results(recipe: Recipe, state: State) -> str:
 
 
 def _how(recipe: Recipe, environment: Mapping[str, Any]) -> str:
-    given = [
+    passed = [
         what
         for what, names in (
             ("the model", [recipe.model.name]),
@@ -168,8 +168,9 @@ def _how(recipe: Recipe, environment: Mapping[str, Any]) -> str:
         )
         if any(name.startswith("in-memory:") for name in names)
     ]
-    if given:
-        how = f'`gruppo.train("recipe.toml", …)` in Python, with {", ".join(given)} from memory (`in-memory:` below)'
+    if passed:
+        names = ", ".join(passed)
+        how = f'`gruppo.train("recipe.toml", …)` in Python, with {names} passed from Python (`in-memory:` below)'
     else:
         how = "`gruppo train recipe.toml`"
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
@@ -192,16 +193,16 @@ def _on_hub(name: str) -> bool:
 
 
 def _portable(value: Any) -> Any:
-    """A value of the recipe with absolute paths cut to their last part: folders are this machine's business."""
+    """A value of the recipe, with absolute paths shortened to their last component to hide local folders."""
     if isinstance(value, dict):
         prompts = {"system", "template"}
-        return {_portable(key): each if key in prompts else _portable(each) for key, each in value.items()}
+        return {_portable(key): entry if key in prompts else _portable(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_portable(each) for each in value]
+        return [_portable(entry) for entry in value]
     return re.sub(r"^((?:\w+:)?)[/~].*/", r"\1", value) if isinstance(value, str) else value
 
 
 def accuracy_of(state: State, step: int) -> float | None:
-    """Held-out accuracy after a step, where it was evaluated."""
+    """Held-out accuracy after a step, if it was evaluated."""
     accuracy: float | None = state.evaluations.get(str(step), {}).get("accuracy")
     return accuracy

@@ -1,6 +1,6 @@
-"""Micro-batches of an update whose loss or gradient is not finite, kept to be looked at and computed again.
+"""Keeps the micro-batches of an update whose loss or gradient is not finite, for inspection and recomputation.
 
-nonfinite-step-000012.json           what happened, and for each micro-batch its texts and what in it is not finite
+nonfinite-step-000012.json           the cause, and for each micro-batch its texts and its values that are not finite
 nonfinite-step-000012-0.safetensors  the tensors of the first micro-batch, and so on
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FiniteGuard:
-    """Stops a run before the optimizer where a value is not finite, and keeps the batches for inspection."""
+    """Stops a run before the optimizer step if a value is not finite, and keeps the batches for inspection."""
 
     context: RunContext
     tokenizer: PreTrainedTokenizerBase
@@ -41,8 +41,11 @@ class FiniteGuard:
         update: int = 0,
         field: str = "optimizer.learning_rate",
     ) -> None:
-        """Raise RunError where `value` is not finite. `what`: what it is, for the message; `update`: of the step,
-        counted from 0; `field`: which learning rate to lower."""
+        """Raise RunError if `value` is not finite.
+
+        `what`: name of the value, for the message. `update`: number of the update within the step, from 0. `field`:
+        the learning rate that the message suggests to lower.
+        """
         if math.isfinite(value):
             return
         folder, step = self.context.folder, self.context.state.step + 1
@@ -50,11 +53,11 @@ class FiniteGuard:
         where = f"step {step}" + (f", inner update {update + 1}" if several else "")
         facts = {"update": update + 1, "what": what, "value": str(value), "micro_batches": len(batches)}
         path = keep_batches(folder, step, facts, batches, self.tokenizer)
-        odd = sorted({name for batch in batches for name in not_finite(batch)})
-        inside = f"; not finite in it: {', '.join(odd)}" if odd else ""
-        message = f"the {what} of {where} is {value}; this update was not made, and its batch is in {path}{inside}"
+        names = sorted({name for batch in batches for name in not_finite(batch)})
+        inside = f"; not finite in it: {', '.join(names)}" if names else ""
+        message = f"the {what} of {where} is {value}; this update was not applied, and its batch is in {path}{inside}"
         self.context.recorder.event("nonfinite", message, step, file=path.name)
-        raise RunError(f"{message}; look at the batch, and begin again with a lower {field}")
+        raise RunError(f"{message}; inspect the batch, and start again with a lower {field}")
 
 
 def keep_batches(
@@ -64,16 +67,16 @@ def keep_batches(
     batches: Sequence[Batch],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Path:
-    """Write the micro-batches and what happened to the run folder; the JSON file, whose tensors lie beside it."""
+    """Write the micro-batches and `facts` to the run folder. Returns the JSON file; the tensors are next to it."""
     path = run.path / f"nonfinite-step-{step:06d}.json"
-    told = []
+    records = []
     for number, batch in enumerate(batches):
         file = path.with_name(f"{path.stem}-{number}.safetensors")
         save_file(
-            {name: each.cpu().contiguous() for name, each in _tensors(batch).items()}, file.with_suffix(".writing")
+            {name: tensor.cpu().contiguous() for name, tensor in _tensors(batch).items()}, file.with_suffix(".writing")
         )
         publish(file.with_suffix(".writing"), file)
-        told.append(
+        records.append(
             {
                 "file": file.name,
                 "layout": batch.layout,
@@ -82,40 +85,42 @@ def keep_batches(
                 "completions": _texts(batch, tokenizer),
             }
         )
-    run.write_json(path.name, {"step": step, **facts, "batches": told})
+    run.write_json(path.name, {"step": step, **facts, "batches": records})
     return path
 
 
 def load_batches(path: str | Path) -> list[Batch]:
-    """The micro-batches of a file that `keep_batches` wrote, as they were given to the loss."""
+    """The micro-batches in a file that `keep_batches` wrote, as the loss received them."""
     file = Path(path)
-    made = []
-    for each in json.loads(file.read_text(encoding="utf-8"))["batches"]:
-        tensors: dict[str, Any] = dict(load_file(file.with_name(Path(each["file"]).name)))
-        layout = [(int(prompt), [int(own) for own in completions]) for prompt, completions in each["layout"]]
-        made.append(Batch(**tensors, layout=layout, members=[(a, b, c) for a, b, c in each["members"]]))
-    return made
+    batches = []
+    for record in json.loads(file.read_text(encoding="utf-8"))["batches"]:
+        tensors: dict[str, Any] = dict(load_file(file.with_name(Path(record["file"]).name)))
+        layout = [(int(prompt), [int(length) for length in completions]) for prompt, completions in record["layout"]]
+        batches.append(Batch(**tensors, layout=layout, members=[(a, b, c) for a, b, c in record["members"]]))
+    return batches
 
 
 def not_finite(batch: Batch) -> dict[str, int]:
-    """By name of a tensor over the batch's completion tokens, how many of its trained numbers are not finite. A NaN of
-    the engine's is none: nobody drew what rows bring."""
+    """How many trained values are not finite, by name of the tensor over the batch's completion tokens.
+
+    `sampling_logprobs` that are all NaN do not count: they belong to completions from dataset rows.
+    """
     used = batch.weights != 0
     counts = {
-        name: int((~torch.isfinite(each))[used].sum())
-        for name, each in _tensors(batch).items()
-        if each.is_floating_point() and not (name == "sampling_logprobs" and bool(each.isnan().all()))
+        name: int((~torch.isfinite(tensor))[used].sum())
+        for name, tensor in _tensors(batch).items()
+        if tensor.is_floating_point() and not (name == "sampling_logprobs" and bool(tensor.isnan().all()))
     }
     return {name: count for name, count in counts.items() if count}
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    every = {name: getattr(batch, name) for name in batch.__slots__}
-    return {name: each for name, each in every.items() if isinstance(each, torch.Tensor)}
+    values = {name: getattr(batch, name) for name in batch.__slots__}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def _texts(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
-    """Prompt and completion of each member, special tokens included."""
+    """Prompt and completion of every member, including special tokens."""
     prompts: list[str] = []
     start = 0
     for length, completions in batch.layout:

@@ -1,4 +1,4 @@
-"""AdamW, its learning rate at a step, and one update: policy, value model and reward model alike."""
+"""AdamW, its learning rate at a step, and one update, for policy, value model and reward model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from gruppo.models.value_head import ScalarModel
 from gruppo.utils.progress import Advance
 from gruppo.utils.system import release_memory
 
-# Called with a value, what it is, and the micro-batches that it comes from; raises where the value is not finite.
+# Called with a value, its name, and the micro-batches that it comes from; raises if the value is not finite.
 RequireFinite = Callable[[float, str, Sequence[Batch]], None]
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """A value or reward model with its optimizer; None where it is used as it is."""
+    """A value or reward model with its optimizer, which is None if the model is not trained."""
 
     model: ScalarModel
     optimizer: torch.optim.Optimizer | None
 
 
 def make_optimizer(settings: Optimizer, model: nn.Module, computed_by: LanguageModel) -> torch.optim.Optimizer:
-    """AdamW over a model's trained float32 weights, with weight decay on matrices only. After each of its steps the
-    weights of `computed_by` count as changed."""
+    """AdamW over a model's trained float32 weights, with weight decay on matrices only.
+
+    Every optimizer step marks the weights of `computed_by` as changed.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [
@@ -48,8 +50,7 @@ def make_optimizer(settings: Optimizer, model: nn.Module, computed_by: LanguageM
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up, then constant, or linear or cosine decay to 0 at the
-    end of training."""
+    """The learning rate of a step (from 0): linear warm-up, then constant, or linear or cosine decay to 0."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
@@ -68,14 +69,14 @@ def update(
     require_finite: RequireFinite,
     advance: Advance,
 ) -> tuple[float, float]:
-    """One optimizer step on a loss that is a sum over micro-batches: the loss, and the gradient's norm before clipping.
+    """One optimizer step on a loss that is a sum over micro-batches.
 
-    `module` holds what is trained; `advance` is called once per micro-batch. Where a value is not finite,
-    `require_finite` raises before the optimizer has moved.
+    `module` holds the trained parameters; `advance` is called once per micro-batch. Returns the loss, and the norm of
+    the gradient before clipping. If a value is not finite, `require_finite` raises before the optimizer step.
 
-    An error leaves no gradient, and leaves weights and moments unchanged. The one exception is an error in the
-    optimizer's own step: where memory runs out in it, that is a RunError, as the update may be half done and must not
-    be tried again.
+    An error leaves no gradient behind, and weights and moments unchanged. The one exception is an error in the
+    optimizer step itself. If memory runs out there, RunError is raised, because the update may be half done and must
+    not be retried.
     """
     optimizer.zero_grad(set_to_none=True)
     try:
@@ -105,7 +106,7 @@ def _accumulate(
     require_finite: RequireFinite,
     advance: Advance,
 ) -> float:
-    """Add every micro-batch's gradient to those that are there; the sum of the losses."""
+    """Accumulate the gradients of all micro-batches. Returns the sum of the losses."""
     total = 0.0
     with computed_by.precision():
         for batch in batches:

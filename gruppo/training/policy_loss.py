@@ -30,26 +30,28 @@ _AGGREGATIONS = {
 
 
 def token_weights(settings: Method, max_tokens: int) -> TokenWeights:
-    """The aggregation of a method as the weights of tokens."""
+    """The token weights that implement a method's aggregation."""
     return partial(_AGGREGATIONS[settings.aggregation], max_tokens=max_tokens)
 
 
 @cache
 def find_surrogate(name: str) -> Surrogate:
-    """The policy term of that name or import path. Raises UsageError where it cannot be imported, or where a trial on
-    two tokens does not give two numbers."""
+    """The policy term with this name or import path.
+
+    Raises UsageError if it cannot be imported, or if a trial on two tokens does not return two numbers.
+    """
     surrogate: Surrogate = import_attribute(SURROGATES.get(name, name), "method.surrogate")
     trial = torch.zeros(2), torch.ones(2), torch.ones(2), 0.2, 0.2
     try:
         shape = surrogate(*trial).shape
-    except Exception as error:  # the function is the user's
+    except Exception as error:  # the function may be user-defined
         raise UsageError(
             f'method.surrogate = "{name}": fails on a trial ({type(error).__name__}: {error}); write '
-            "def surrogate(logprobs, ratio, advantages, clip_low, clip_high) -> a number a token"
+            "def surrogate(logprobs, ratio, advantages, clip_low, clip_high) -> one number per token"
         ) from error
     if shape != (2,):
         raise UsageError(
-            f'method.surrogate = "{name}": gives shape {tuple(shape)} for 2 tokens; write a number a token'
+            f'method.surrogate = "{name}": returns shape {tuple(shape)} for 2 tokens; return one number per token'
         )
     return surrogate
 
@@ -58,7 +60,7 @@ def find_surrogate(name: str) -> Surrogate:
 def score_batches(
     policy: LanguageModel, reference: LanguageModel, batches: Sequence[Batch], temperature: float, metrics: Metrics
 ) -> None:
-    """Fill in π_old and π_ref of batches before any advantage is known: for a KL in the reward."""
+    """Fill in π_old and π_ref of batches before advantages are computed: for a KL in the reward."""
     for batch in batches:
         with policy.precision():
             batch.old_logprobs = score(policy, batch, temperature)[0]
@@ -78,9 +80,9 @@ def batch_loss(
 ) -> Tensor:
     """The micro-batch's part of the step's loss. Call it inside `policy.precision()`.
 
-    `first`: this is the first update of a step, so the policy has not moved since it sampled. Where π_old is the
+    `first`: this is the first update of a step, so the policy has not changed since it sampled. If π_old is the
     trainer's (`method.old_logprobs`), the log-probabilities of this pass are π_old, and the batch keeps them for the
-    updates that follow. Those of the reference are computed once per batch.
+    following updates. Log-probabilities of the reference are computed once per batch.
     """
     if settings.kl_in_loss and batch.ref_logprobs is None:
         assert reference is not None
@@ -132,7 +134,7 @@ def batch_loss(
 
 
 def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
-    """Copy the per-token log-probabilities that were computed back to the groups, to be written down."""
+    """Copy the computed per-token log-probabilities from the batches back to the groups, to be recorded."""
     for batch in batches:
         start = 0
         for index, number, length in batch.members:
@@ -147,10 +149,10 @@ def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
 
 
 def put_logprobs(groups: Sequence[Group], batches: Sequence[Batch], dtype: torch.dtype) -> None:
-    """The other way: fill in batches with the log-probabilities that `keep_logprobs` copied to their groups."""
+    """Fill the batches with the log-probabilities that `keep_logprobs` copied to their groups."""
     for batch in batches:
         for name in ("old_logprobs", "ref_logprobs"):
             kept = [getattr(groups[index], name)[number] for index, number, _ in batch.members]
-            if all(each is not None for each in kept):
+            if all(logprobs is not None for logprobs in kept):
                 values = list(chain(*kept))
                 setattr(batch, name, torch.tensor(values, dtype=dtype, device=batch.targets.device))

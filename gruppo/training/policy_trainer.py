@@ -1,4 +1,4 @@
-"""What changes the policy: scoring its tokens, packing them into micro-batches, and the updates of a step."""
+"""Trains the policy: scores its tokens, packs them into micro-batches, and performs the updates of a step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from gruppo.utils.system import release_memory
 
 
 class StepBatches:
-    """The micro-batches of a step, which can be packed again into smaller ones where memory runs out. The weights of
-    tokens are fixed over the whole step.
+    """The micro-batches of a step, which can be repacked into smaller ones if memory runs out.
 
-    `old_from_engine`: π_old is what the engine sampled from, and not what the trainer's first update computes.
-    `updated`: the policy has moved since it was scored, so the log-probabilities in the batches cannot be computed
-    again and move with their tokens.
+    Token weights are fixed over the whole step. `old_from_engine`: π_old is the distribution that the engine sampled
+    from, not what the trainer's first update computes. `updated`: the policy has changed since it was scored, so the
+    log-probabilities in the batches cannot be recomputed and move with their tokens.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class StepBatches:
         return bool(self.batches)
 
     def at(self, tokens: int) -> list[Batch]:
-        """The micro-batches with at most `tokens` tokens."""
+        """The micro-batches, with at most `tokens` tokens each."""
         if tokens != self.tokens:
             if self.updated:
                 keep_logprobs(self.groups, self.batches)
@@ -70,8 +69,11 @@ class StepBatches:
 
 @dataclass(frozen=True)
 class Learner:
-    """One model's side of an update. `computed_by` runs the products; `module` holds what is trained; `prefix` and
-    `rate_field` are for messages."""
+    """One model's side of an update.
+
+    `computed_by` computes the forward pass; `module` holds the trained parameters; `prefix` and `rate_field` are for
+    messages.
+    """
 
     computed_by: LanguageModel
     module: torch.nn.Module
@@ -91,11 +93,13 @@ class Learner:
         number: int,
         metrics: Metrics,
     ) -> tuple[float, float]:
-        """The loss and the gradient's norm of update `number` (from 0) of a step. Where memory runs out the update is
-        tried again in smaller micro-batches, as if it had not been tried before."""
+        """Perform update `number` (from 0) of a step. Returns its loss and gradient norm.
 
-        def require(value: float, what: str, own: Sequence[Batch]) -> None:
-            self.guard.require(value, self.prefix + what, own, number, self.rate_field)
+        If memory runs out, the update is retried in smaller micro-batches, as if it had not been attempted before.
+        """
+
+        def require(value: float, what: str, checked: Sequence[Batch]) -> None:
+            self.guard.require(value, self.prefix + what, checked, number, self.rate_field)
 
         def attempt(tokens: int) -> tuple[float, float]:
             packed = batches.at(tokens)
@@ -112,11 +116,11 @@ class Learner:
                     advance,
                 )
 
-        return self.sizes.fitting("micro_batch_tokens", "updating", attempt)
+        return self.sizes.run_with_retry("micro_batch_tokens", "updating", attempt)
 
 
 class PolicyTrainer:
-    """Trains the policy. `reference`: π_ref, where the method needs one; it is replaced at each iteration."""
+    """Trains the policy. `reference`: π_ref, if the method needs one; it is replaced in every iteration."""
 
     def __init__(
         self,
@@ -130,8 +134,8 @@ class PolicyTrainer:
     ) -> None:
         self.policy, self.reference, self.optimizer = policy, reference, optimizer
         self.recipe, self.method, self.sizes, self.guard = recipe, recipe.method, sizes, guard
-        most = recipe.optimizer.max_grad_norm
-        self.learner = Learner(policy, policy.model, optimizer, most, sizes, guard, progress)
+        max_grad_norm = recipe.optimizer.max_grad_norm
+        self.learner = Learner(policy, policy.model, optimizer, max_grad_norm, sizes, guard, progress)
         self._weights = token_weights(self.method, recipe.sampling.max_tokens)
 
     @property
@@ -144,7 +148,7 @@ class PolicyTrainer:
         return learning_rate(self.recipe.optimizer, step.number - 1, self.recipe.run.steps)
 
     def score(self, groups: Sequence[Group], step: Step) -> None:
-        """Fill in π_old and π_ref of trained completions, where advantages depend on them: a KL in the reward, pairs."""
+        """Fill in π_old and π_ref of trained completions if advantages depend on them (KL in the reward, pairs)."""
         if not self.method.needs_scores:
             return
         policy, reference = self.policy, self.reference
@@ -158,23 +162,23 @@ class PolicyTrainer:
                     score_batches(policy, reference, batches, self.recipe.sampling.temperature, step.metrics)
                 return batches
 
-            batches = self.sizes.fitting("micro_batch_tokens", "scoring", attempt)
+            batches = self.sizes.run_with_retry("micro_batch_tokens", "scoring", attempt)
             for batch in batches:
-                if odd := not_finite(batch):
-                    self.guard.require(math.nan, next(iter(odd)), [batch])
+                if names := not_finite(batch):
+                    self.guard.require(math.nan, next(iter(names)), [batch])
             keep_logprobs(groups, batches)
 
     def pack(self, groups: Sequence[Group]) -> StepBatches:
-        """The step's micro-batches; none where nothing would move the policy."""
+        """The step's micro-batches; none if nothing would change the policy."""
         with_all = self.method.kl_in_loss or self.method.needs_critic
         from_engine = self.method.old_logprobs == "engine"
         tokens = self.sizes.micro_batch_tokens
         batches = StepBatches(groups, self._weights, self.policy, with_all, tokens, from_engine)
-        release_memory()  # what one phase has freed would lie in pieces that the next one cannot use
+        release_memory()  # blocks that one phase has freed would be too fragmented for the next
         return batches
 
     def update(self, batches: StepBatches, number: int, step: Step) -> None:
-        """Update `number` (from 0) of the step, on all of its completions; the loss is a sum over micro-batches."""
+        """Update `number` (from 0) of the step, on all its completions; the loss is a sum over micro-batches."""
         loss = partial(
             batch_loss,
             self.policy,

@@ -1,7 +1,7 @@
-"""`gruppo reproduce`: a step of a run made again from its stored rollouts, and compared with what was written down.
+"""`gruppo reproduce`: rerun a step of a run from its stored rollouts, and compare it with what was recorded.
 
-The loop itself makes the steps from the nearest checkpoint before, in a folder of its own that holds links to what the
-run has; the run folder is only read, so a run that is still going on can be replayed too. Nothing is sampled.
+The training loop itself reruns the steps after the nearest earlier checkpoint, in a temporary folder with links to the
+run's files. The run folder is only read, so a run that is still in progress can be reproduced too. Nothing is sampled.
 """
 
 from __future__ import annotations
@@ -33,17 +33,20 @@ if TYPE_CHECKING:
     from gruppo.rollout.recorded import Recording
     from gruppo.training.run import TrainingRun
 
-SHOWN = 10  # differences of completions on the page
-APART = ("time/", "memory/")  # metrics of the machine
-JUDGED_ANEW = ("reward/log/", "audit/")  # metrics of judging, which only the replayed step does again
+SHOWN = 10  # differences between completions that a section of the report lists
+MACHINE_METRICS = ("time/", "memory/")
+SCORING_METRICS = ("reward/log/", "audit/")  # only the reproduced step is scored again
 PER_TOKEN = ("advantages", "old_logprobs", "ref_logprobs", "values", "returns")
 EXACT = ("prompt_id", "prompt_token_ids", "token_ids", "mask", "trained")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What was stored and what is recomputed: of a metric, or of a completion (then with its group, number and
-    question; of per-token numbers the first that differs, and its token counted from 0)."""
+    """A stored value and its recomputed value, of a metric or of a completion.
+
+    `group`, `completion`, `prompt_id`: of the completion. Of per-token values, the first that differs is given, with
+    the index of its `token` (from 0).
+    """
 
     what: str
     stored: Any
@@ -56,9 +59,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A step that was made again. `begun`: the checkpoint's step that it began from, 0 for the start model. `metrics`,
-    `completions`, `rewards`: how many were compared (no rewards, where rows bring the completions). `earlier`: of
-    the steps made on the way, the first that differs, with its differences."""
+    """A step that was rerun.
+
+    `begun`: the step of the checkpoint that it started from, 0 for the start model. `metrics`, `completions`,
+    `rewards`: how many were compared (no rewards if dataset rows bring the completions). `earlier`: the first of the
+    intermediate steps that differs, with its differences.
+    """
 
     path: Path
     step: int
@@ -75,12 +81,15 @@ class Reproduction:
 
     @property
     def equal(self) -> bool:
-        """Nothing differs by more than the tolerance."""
+        """Whether nothing differs by more than the tolerance."""
         return not self.differences and self.earlier is None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        earlier = self.earlier and {"step": self.earlier[0], "differences": [asdict(each) for each in self.earlier[1]]}
+        earlier = self.earlier and {
+            "step": self.earlier[0],
+            "differences": [asdict(found) for found in self.earlier[1]],
+        }
         return {"equal": self.equal, **asdict(self), "path": str(self.path), "earlier": earlier}
 
 
@@ -95,57 +104,57 @@ def reproduce(
     tolerance: float = 0.0,
     progress: bool | Progress = True,
 ) -> Reproduction:
-    """Make a step of a run again from its stored rollouts, and compare rewards, advantages and metrics.
+    """Rerun a step of a run from its stored rollouts, and compare rewards, advantages and metrics.
 
-    It begins from the nearest earlier checkpoint and makes the updates of the steps in between from their stored
-    rollouts and rewards. Reward functions are called on the completions of the step itself; where they give something
-    else than they gave, that is a difference, and the rest is computed from the stored rewards. `reward`, `prompts`,
-    `model`: what the run was given in memory. `tolerance`: relative difference up to which numbers are equal. Raises
-    UsageError where the step cannot be made again.
+    The rerun starts from the nearest earlier checkpoint and repeats the updates of the steps in between from their
+    stored rollouts and rewards. Reward functions are called on the completions of the step itself. If they return
+    different rewards than before, that is a difference, and the rest is computed from the stored rewards. `reward`,
+    `prompts`, `model`: what was passed to the run from Python. `tolerance`: relative difference up to which numbers are
+    equal. Raises UsageError if the step cannot be reproduced.
     """
     folder, shown = Path(run), choose_progress(progress)
     if not (tolerance >= 0 and math.isfinite(tolerance)):
-        raise UsageError(f"tolerance = {tolerance}: is not a number from 0; write e.g. 1e-4")
+        raise UsageError(f"tolerance = {tolerance}: must be a finite number of at least 0; write e.g. 1e-4")
     recipe = _recipe(folder)
     line = _line(folder, step)
-    given = _given(recipe, reward, prompts, model)
-    data = read_data(recipe, given, prompts, shown)
+    functions = _reward_functions(recipe, reward, prompts, model)
+    data = read_data(recipe, functions, prompts, shown)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-replay-")))
-        passed = _link(folder, scratch, step)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-reproduce-")))
+        damaged = _link(folder, scratch, step)
         stop = stack.enter_context(stop_on_signals())
         from gruppo.rollout.recorded import RecordedRollouts, Recording, read_groups
         from gruppo.training.run import TrainingRun
         from gruppo.training.setup import prepare
 
         quiet = _Quiet(shown)
-        held = None if model is None else (model, tokenizer)
-        prepared = prepare(recipe, scratch, True, given, data, quiet, stack, held, folder)
+        in_memory = None if model is None else (model, tokenizer)
+        prepared = prepare(recipe, scratch, True, functions, data, quiet, stack, in_memory, folder)
         recording = Recording(folder)
         stored = recording.groups(step)
-        again = TrainingRun(
+        rerun = TrainingRun(
             prepared,
             quiet,
             stop,
             source=lambda live: RecordedRollouts(**vars(live), recording=recording, scored=step),
             saves=False,
         )
-        begun = _make_again(again, recording, step)
-        recomputed = again.rollouts.rewards if isinstance(again.rollouts, RecordedRollouts) else []
-        made = read_groups(scratch / "rollouts" / f"step-{step:06d}.parquet")
+        begun = _rerun(rerun, recording, step)
+        recomputed = rerun.rollouts.rewards if isinstance(rerun.rollouts, RecordedRollouts) else []
+        groups = read_groups(scratch / "rollouts" / f"step-{step:06d}.parquet")
         lines = _steps_of(read_lines(scratch / "metrics.jsonl"))
         compare = _Compare(tolerance)
         differences = [
             *compare.rewards(stored, recomputed),
-            *compare.rows(stored, made),
+            *compare.rows(stored, groups),
             *compare.metrics(line, lines[step]),
         ]
         before = _steps_of(read_lines(folder / "metrics.jsonl"))
         earlier = next(
             (
-                (each, found)
-                for each in range(begun + 1, step)
-                if (found := compare.metrics(before[each], lines[each], JUDGED_ANEW))
+                (number, found)
+                for number in range(begun + 1, step)
+                if (found := compare.metrics(before[number], lines[number], SCORING_METRICS))
             ),
             None,
         )
@@ -161,17 +170,17 @@ def reproduce(
             gradient_norm=lines[step].get("optimizer/gradient_norm"),
             differences=differences,
             earlier=earlier,
-            notes=[*prepared.changes, *passed, *_of_environment(recipe), *_notes(folder, step, begun)],
+            notes=[*prepared.changes, *damaged, *_environment_note(recipe), *_notes(folder, step, begun)],
         )
 
 
-def _make_again(run: TrainingRun, recording: Recording, last: int) -> int:
-    """Make the steps up to `last` again, from the newest checkpoint that the folder holds; the step of that."""
+def _rerun(run: TrainingRun, recording: Recording, last: int) -> int:
+    """Rerun the steps up to `last` from the newest checkpoint in the folder. Returns the step of that checkpoint."""
     from gruppo.training.loop import train_step
 
     run.restore()
     begun, sizes = run.state.step, run.parts.sizes
-    with run.recorder.bar("Making steps again", last - begun, "steps") as advance:
+    with run.recorder.bar("Reproducing steps", last - begun, "steps") as advance:
         while run.state.step < last:
             run.stop.check()
             due, step = run.iterations.due(), run.state.step
@@ -186,7 +195,7 @@ def _make_again(run: TrainingRun, recording: Recording, last: int) -> int:
 
 
 class _Quiet:
-    """Progress alone: what a run would say of its steps was said when they were made."""
+    """Shows progress bars only: notes and metrics were already shown when the run performed its steps."""
 
     def __init__(self, shown: Progress) -> None:
         self.shown = shown
@@ -203,35 +212,35 @@ class _Quiet:
 
 
 def _recipe(folder: Path) -> Recipe:
-    held = folder / "recipe.toml"
-    if not held.is_file() or not (folder / "environment.json").is_file():
-        raise UsageError(f"{folder}: holds no run; give the folder of one, e.g. runs/quickstart")
+    file = folder / "recipe.toml"
+    if not file.is_file() or not (folder / "environment.json").is_file():
+        raise UsageError(f"{folder}: holds no run; give a run folder, e.g. runs/quickstart")
     require_own(folder)
     if (folder / "folder.json").is_file():
-        raise UsageError(f"{folder}: holds no run, but labels or a reward model; there are no steps to replay")
-    return load_recipe(held)
+        raise UsageError(f"{folder}: holds labels or a reward model, not a run; there are no steps to reproduce")
+    return load_recipe(file)
 
 
 def _steps_of(lines: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """The lines of steps, by step."""
+    """The lines that belong to steps, by step."""
     return {int(line["step"]): line for line in lines if "completion/length" in line}
 
 
 def _line(folder: Path, step: int) -> Mapping[str, Any]:
     found = _steps_of(read_lines(folder / "metrics.jsonl"))
     if step not in found:
-        known = f"it has made steps {min(found)} to {max(found)}" if found else "it has made no step yet"
+        known = f"it has steps {min(found)} to {max(found)}" if found else "it has no steps yet"
         raise UsageError(f"--step {step}: {folder} has no such step; {known}")
     return found[step]
 
 
-def _given(
+def _reward_functions(
     recipe: Recipe,
     reward: RewardFunction | Sequence[str | RewardFunction] | None,
     prompts: Sequence[Row] | None,
     model: PreTrainedModel | None,
 ) -> Sequence[str | RewardFunction]:
-    """The reward functions. Raises UsageError where the run had something in memory that is not given again."""
+    """The reward functions. Raises UsageError if something that the run got from Python is not passed again."""
     named = [name for name in recipe.reward.functions if name.startswith("in-memory:")]
     for field_, name, missing, argument in (
         ("reward.functions", named[0] if named else "", reward is None, "reward"),
@@ -240,7 +249,8 @@ def _given(
     ):
         if name.startswith("in-memory:") and missing:
             raise UsageError(
-                f'{field_} = "{name}": was given in memory; call gruppo.reproduce(run, step, {argument}=…) with the same'
+                f'{field_} = "{name}": was passed from Python; call '
+                f"gruppo.reproduce(run, step, {argument}=…) with the same"
             )
     if reward is None:
         return recipe.reward.functions
@@ -248,11 +258,13 @@ def _given(
 
 
 def _link(folder: Path, scratch: Path, step: int) -> list[str]:
-    """Make the scratch folder what the run folder was before the step: small files as copies, others as links. Which
-    checkpoints are left out, as they are damaged, in words."""
+    """Make the scratch folder what the run folder was before the step: small files are copied, others are linked.
+
+    Returns a note for every damaged checkpoint that was left out.
+    """
     from gruppo.training.checkpoint import problem_of
 
-    passed = []
+    notes = []
     for name in ("recipe.toml", "environment.json", "metrics.jsonl", "events.jsonl"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, scratch / name)
@@ -265,17 +277,17 @@ def _link(folder: Path, scratch: Path, step: int) -> list[str]:
                 if problem is None:
                     (scratch / kind / path.name).symlink_to(path.resolve())
                 else:
-                    passed.append(f"a nearer checkpoint could not be used: {path.name}: {problem}")
-    return passed
+                    notes.append(f"a nearer checkpoint could not be used: {path.name}: {problem}")
+    return notes
 
 
-def _of_environment(recipe: Recipe) -> Iterator[str]:
+def _environment_note(recipe: Recipe) -> Iterator[str]:
     if recipe.environment is not None:
-        yield "what the environment said, and its rewards, are taken as they were recorded; it was not asked again"
+        yield "the environment's observations and rewards are the recorded ones; the environment was not called again"
 
 
 def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:
-    """What is to be known beside the comparison."""
+    """Notes on causes of differences."""
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     from gruppo.models.precision import choose_device
     from gruppo.utils.system import describe
@@ -287,14 +299,17 @@ def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:
             yield f"{name} was {was} and is {is_}: rounding can differ; --tolerance 1e-4 allows for it"
     if environment["platform"] != now["platform"]:
         yield f"the run was made on {environment['platform']}: rounding can differ; --tolerance 1e-4 allows for it"
-    halved = [each for each in environment.get("halvings", []) if begun < each["step"] <= step]
-    for each in halved:
-        yield f"memory ran out in step {each['step']} while {each['during']}: all of it is made with the smaller size"
+    halvings = [halving for halving in environment.get("halvings", []) if begun < halving["step"] <= step]
+    for halving in halvings:
+        yield (
+            f"out of memory during {halving['during']} in step {halving['step']}: the whole step is reproduced with "
+            "the smaller size"
+        )
 
 
-def _compared(stored: Mapping[str, Any], made: Mapping[str, Any], apart: Sequence[str] = ()) -> list[str]:
-    """Names of the metrics that can be compared: all that the run wrote down, but those of the machine."""
-    return [name for name in stored if name != "step" and not name.startswith((*APART, *apart))]
+def _compared(stored: Mapping[str, Any], recomputed: Mapping[str, Any], excluded: Sequence[str] = ()) -> list[str]:
+    """Names of the metrics to compare: all that the run recorded, except those that depend on the machine."""
+    return [name for name in stored if name != "step" and not name.startswith((*MACHINE_METRICS, *excluded))]
 
 
 @dataclass(frozen=True)
@@ -302,7 +317,7 @@ class _Compare:
     tolerance: float
 
     def same(self, before: Any, now: Any) -> bool:
-        """Equal; numbers by the tolerance."""
+        """Whether two values are equal, numbers within the tolerance."""
         if isinstance(before, float) and isinstance(now, float | int):
             return before == now or abs(before - now) <= self.tolerance * max(abs(before), abs(now))
         if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -312,31 +327,33 @@ class _Compare:
         return bool(before == now)
 
     def metrics(
-        self, stored: Mapping[str, Any], made: Mapping[str, Any], apart: Sequence[str] = ()
+        self, stored: Mapping[str, Any], recomputed: Mapping[str, Any], excluded: Sequence[str] = ()
     ) -> list[Difference]:
         """Metrics that differ."""
         return [
-            Difference(name, stored[name], made.get(name))
-            for name in _compared(stored, made, apart)
-            if not self.same(stored[name], made.get(name))
+            Difference(name, stored[name], recomputed.get(name))
+            for name in _compared(stored, recomputed, excluded)
+            if not self.same(stored[name], recomputed.get(name))
         ]
 
-    def rewards(self, stored: Sequence[Sequence[Row]], judgements: Sequence[Sequence[Reward]]) -> Iterator[Difference]:
-        """Rewards that the functions do not give again; none where nothing scored."""
+    def rewards(self, stored: Sequence[Sequence[Row]], recomputed: Sequence[Sequence[Reward]]) -> Iterator[Difference]:
+        """Rewards that differ when the functions are called again; none if nothing was scored."""
         from gruppo.rollout.recorded import reward_of
 
-        for group, (rows, rewards) in enumerate(zip(stored, judgements, strict=bool(judgements))):
+        for group, (rows, rewards) in enumerate(zip(stored, recomputed, strict=bool(recomputed))):
             for row, now in zip(rows, rewards, strict=True):
                 before, after = _comparable(reward_of(row)), _comparable(now)
                 if not self.same(before, after):
-                    told = [each if each["steps"] or each["parts"] else each["total"] for each in (before, after)]
-                    yield Difference("reward", told[0], told[1], group, row["completion"], row["prompt_id"])
+                    old, new = (
+                        reward if reward["steps"] or reward["parts"] else reward["total"] for reward in (before, after)
+                    )
+                    yield Difference("reward", old, new, group, row["completion"], row["prompt_id"])
 
-    def rows(self, stored: Sequence[Sequence[Row]], made: Sequence[Sequence[Row]]) -> Iterator[Difference]:
-        """Completions that are not trained on as they were."""
-        if len(stored) != len(made):
-            yield Difference("groups", len(stored), len(made))
-        for group, (rows, others) in enumerate(zip(stored, made, strict=False)):
+    def rows(self, stored: Sequence[Sequence[Row]], recomputed: Sequence[Sequence[Row]]) -> Iterator[Difference]:
+        """Completions whose token ids or per-token values differ."""
+        if len(stored) != len(recomputed):
+            yield Difference("groups", len(stored), len(recomputed))
+        for group, (rows, others) in enumerate(zip(stored, recomputed, strict=False)):
             for row, other in zip(rows, others, strict=True):
                 place = group, row["completion"], row["prompt_id"]
                 for name in EXACT:
@@ -354,25 +371,25 @@ class _Compare:
 
 
 def _comparable(reward: Reward) -> dict[str, Any]:
-    """What of a reward is a matter of the completion: that it failed, but not in which words."""
+    """The parts of a reward to compare: whether it failed, but not the text of the failure."""
     return {
         "total": reward.total,
         "parts": dict(reward.parts),
-        "steps": {name: [list(each.rewards), list(each.ends)] for name, each in reward.steps.items()},
+        "steps": {name: [list(steps.rewards), list(steps.ends)] for name, steps in reward.steps.items()},
         "failed": reward.failure is not None,
     }
 
 
-def describe_reproduction(made: Reproduction) -> str:
-    """What was found, as a page of text."""
-    source = f"checkpoints/step-{made.begun:06d}" if made.begun else "the start model"
-    span = f"step {made.step}" if made.begun == made.step - 1 else f"steps {made.begun + 1} to {made.step}"
-    lines = [f"Step {made.step} of {made.path}, made again from {source} and the stored rollouts of {span}"]
-    lines += [f"  Note: {note}" for note in made.notes]
-    if made.earlier is not None:
-        number, found = made.earlier
-        lines.append(f"  Step {number}, on the way, is the first that differs:")
-        lines += [f"    {_told(each)}" for each in found[:SHOWN]]
+def describe_reproduction(result: Reproduction) -> str:
+    """The comparison as text."""
+    source = f"checkpoints/step-{result.begun:06d}" if result.begun else "the start model"
+    span = f"step {result.step}" if result.begun == result.step - 1 else f"steps {result.begun + 1} to {result.step}"
+    lines = [f"Step {result.step} of {result.path}, reproduced from {source} and the stored rollouts of {span}"]
+    lines += [f"  Note: {note}" for note in result.notes]
+    if result.earlier is not None:
+        number, found = result.earlier
+        lines.append(f"  Step {number}, an intermediate step, is the first that differs:")
+        lines += [f"    {_difference(item)}" for item in found[:SHOWN]]
     kinds = {
         "rewards": ["reward"],
         "advantages": ["advantages", "trained"],
@@ -381,24 +398,24 @@ def describe_reproduction(made: Reproduction) -> str:
         "token ids": ["prompt_id", "prompt_token_ids", "token_ids", "mask"],
     }
     for title, names in kinds.items():
-        found = [each for each in made.differences if each.what in names]
-        count = len({(each.group, each.completion) for each in found})
-        whole = made.rewards if title == "rewards" else made.completions
+        found = [item for item in result.differences if item.what in names]
+        count = len({(item.group, item.completion) for item in found})
+        whole = result.rewards if title == "rewards" else result.completions
         if not found and (not whole or title in {"values", "token ids"}):
             continue
         lines.append(f"  {title:<18}{_counted(count, whole, 'completions')}")
-        lines += [f"    {_told(each)}" for each in found[:SHOWN]]
+        lines += [f"    {_difference(item)}" for item in found[:SHOWN]]
         if len(found) > SHOWN:
             lines.append(f"    and {len(found) - SHOWN} more; --json has all")
-    if any(each.what == "reward" for each in made.differences):
+    if any(item.what == "reward" for item in result.differences):
         lines.append("  The rest is computed from the stored rewards.")
-    metrics = [each for each in made.differences if each.completion is None]
-    lines.append(f"  {'metrics':<18}{_counted(len(metrics), made.metrics, 'metrics')}")
-    lines += [f"    {_told(each)}" for each in metrics]
-    if made.loss is not None:
-        lines.append(f"  loss {made.loss:.6g}, gradient norm {made.gradient_norm or 0.0:.6g}")
-    exact = "bit for bit" if not made.tolerance else f"within a relative difference of {made.tolerance:g}"
-    lines.append(f"Equal, {exact}." if made.equal else "Different.")
+    metrics = [item for item in result.differences if item.completion is None]
+    lines.append(f"  {'metrics':<18}{_counted(len(metrics), result.metrics, 'metrics')}")
+    lines += [f"    {_difference(item)}" for item in metrics]
+    if result.loss is not None:
+        lines.append(f"  loss {result.loss:.6g}, gradient norm {result.gradient_norm or 0.0:.6g}")
+    exact = "exactly" if not result.tolerance else f"within a relative difference of {result.tolerance:g}"
+    lines.append(f"Reproduced {exact}." if result.equal else "Not reproduced: there are differences.")
     return "\n".join(lines)
 
 
@@ -406,10 +423,12 @@ def _counted(different: int, whole: int, what: str) -> str:
     return f"{whole} of {whole} {what} equal" if not different else f"{different} of {whole} {what} differ"
 
 
-def _told(each: Difference) -> str:
-    where = "" if each.completion is None else f" of {each.prompt_id}, group {each.group}, completion {each.completion}"
-    token = "" if each.token is None else f", token {each.token}"
-    return f"{each.what}{where}{token}: stored {_short(each.stored)}, recomputed {_short(each.recomputed)}"
+def _difference(found: Difference) -> str:
+    where = (
+        "" if found.completion is None else f" of {found.prompt_id}, group {found.group}, completion {found.completion}"
+    )
+    token = "" if found.token is None else f", token {found.token}"
+    return f"{found.what}{where}{token}: stored {_short(found.stored)}, recomputed {_short(found.recomputed)}"
 
 
 def _short(value: Any) -> str:

@@ -29,7 +29,7 @@ from gruppo.utils.stats import auc, calibration_error
 def label_batches(
     model: ScalarModel, samples: Sequence[Sample], budget: int
 ) -> tuple[list[Batch], Callable[[Batch], Tensor]]:
-    """Micro-batches of the samples and the loss of one of them; over all it is the mean over the labels."""
+    """Micro-batches of the samples and the loss of one batch. The sum of the losses is the mean over all labels."""
     groups, places = grouped_samples(samples)
     batches = pack_states(groups, budget, model.policy.device)
     total = sum(len(sample.labels.ends) for sample in samples)
@@ -39,21 +39,23 @@ def label_batches(
         labels: list[float] = []
         start = 0
         for index, number, length in batch.members:
-            own = samples[places[index, number]].labels
-            rows += [start + end + 1 for end in own.ends]
-            labels += own.rewards
+            sample = samples[places[index, number]]
+            rows += [start + end + 1 for end in sample.labels.ends]
+            labels += sample.labels.rewards
             start += length
         numbers = model.numbers(batch)
-        wanted = torch.tensor(labels, dtype=numbers.dtype, device=numbers.device)
+        target = torch.tensor(labels, dtype=numbers.dtype, device=numbers.device)
         at = numbers[torch.tensor(rows, dtype=torch.long, device=numbers.device)]
-        return reward_model_loss(at, wanted, torch.full_like(wanted, 1 / max(1, total)))
+        return reward_model_loss(at, target, torch.full_like(target, 1 / max(1, total)))
 
     return batches, loss
 
 
 def minibatches(samples: Sequence[Sample], settings: RewardModel, turn: int) -> Iterator[list[Sample]]:
-    """What each update learns from, epoch after epoch: prompts in an order that the seed and `turn` decide, the
-    completions of one together, cut where `batch_size` are there."""
+    """The samples of every update, epoch after epoch, at most `batch_size` at a time.
+
+    The seed and `turn` determine the order of the prompts. The completions of a prompt stay together.
+    """
     together: dict[tuple[int, ...], list[Sample]] = defaultdict(list)
     for sample in samples:
         together[sample.prompt.token_ids].append(sample)
@@ -66,8 +68,10 @@ def minibatches(samples: Sequence[Sample], settings: RewardModel, turn: int) -> 
 
 
 def replayed(history: Sequence[Sample], new: int, settings: RewardModel, turn: int) -> list[Sample]:
-    """Samples of earlier rounds that make up the share `history` of a training set with `new` ones, drawn without
-    repetition from the last `replay_capacity` of them; fewer where there are not so many."""
+    """Samples of earlier rounds that make up the share `replay_fraction` of a training set with `new` new samples.
+
+    They are sampled without repetition from the last `replay_capacity` of `history`; fewer if there are not enough.
+    """
     kept = history[-settings.replay_capacity :] if settings.replay_capacity else []
     wanted = round(settings.replay_fraction * new / (1 - settings.replay_fraction))
     chosen = _random(settings.seed, turn, 2).permutation(len(kept))[:wanted]
@@ -79,29 +83,33 @@ def _random(*key: int) -> np.random.Generator:
 
 
 def divided(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """To train on, and held out. A question is on the same side in every round: by a hash of its tokens."""
+    """Samples to train on, and held-out samples.
 
-    def held(sample: Sample) -> bool:
+    A question is on the same side in every round, because a hash of its tokens decides.
+    """
+
+    def is_held_out(sample: Sample) -> bool:
         digest = hashlib.sha256(repr((seed, sample.prompt.token_ids)).encode()).digest()
         return int.from_bytes(digest[:8], "big") < share * 2**64
 
-    sides = [held(sample) for sample in samples]
+    sides = [is_held_out(sample) for sample in samples]
     return (
         [sample for sample, out in zip(samples, sides, strict=True) if not out],
         [sample for sample, out in zip(samples, sides, strict=True) if out],
     )
 
 
-def quality(samples: Sequence[Sample], made: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """Figures of a model's probabilities on samples with labels; all from 0 to 1, None where there is nothing to tell.
+def quality(samples: Sequence[Sample], probabilities: Sequence[Sequence[float]]) -> dict[str, float | None]:
+    """Metrics of a model's probabilities on labelled samples; except for counts from 0 to 1, and None if undefined.
 
-    accuracy (a probability above ½ against a label above ½), auc, calibration_error (10 bins), labels (how many),
-    positives (how many of them above ½). Over the questions with several completions: mean (how often a completion is
-    right), best_of_n (the one with the highest probability; of a process model, the highest least one of its steps),
-    majority_vote (the commonest answer, its last number or else its text), any_right; what is tied is shared.
+    accuracy (a probability above ½ against a label above ½), auc, calibration_error (10 bins), labels (their number),
+    positives (the number of labels above ½). Over the questions with several completions: mean (the share of correct
+    completions), best_of_n (the completion with the highest probability; for a process model, with the highest minimum
+    over its steps), majority_vote (the most common answer: its last number, or else its text), any_right. Ties are
+    averaged.
     """
-    flat = np.array([each for own in made for each in own])
-    labels = np.array([each for sample in samples for each in sample.labels.rewards])
+    flat = np.array([probability for row in probabilities for probability in row])
+    labels = np.array([label for sample in samples for label in sample.labels.rewards])
     positive = labels > 0.5
     figures: dict[str, float | None] = {"labels": float(len(labels)), "positives": float(positive.sum())}
     if len(flat):
@@ -111,19 +119,19 @@ def quality(samples: Sequence[Sample], made: Sequence[Sequence[float]]) -> dict[
     together: dict[str, list[int]] = defaultdict(list)
     for place, sample in enumerate(samples):
         together[sample.prompt.id].append(place)
-    questions = [own for own in together.values() if len(own) > 1]
+    questions = [indices for indices in together.values() if len(indices) > 1]
     if not questions:
         return figures
     shares: dict[str, list[float]] = defaultdict(list)
-    for own in questions:
-        right = np.array([samples[place].right for place in own], dtype=float)
-        scores = np.array([min(made[place], default=0.0) for place in own])
-        answers = [_answer(samples[place].completion.text) for place in own]
+    for indices in questions:
+        correct = np.array([samples[place].right for place in indices], dtype=float)
+        scores = np.array([min(probabilities[place], default=0.0) for place in indices])
+        answers = [_answer(samples[place].completion.text) for place in indices]
         votes = np.array([answers.count(answer) for answer in answers])
-        shares["mean"].append(float(right.mean()))
-        shares["best_of_n"].append(float(right[scores == scores.max()].mean()))
-        shares["majority_vote"].append(float(right[votes == votes.max()].mean()))
-        shares["any_right"].append(float(right.max()))
+        shares["mean"].append(float(correct.mean()))
+        shares["best_of_n"].append(float(correct[scores == scores.max()].mean()))
+        shares["majority_vote"].append(float(correct[votes == votes.max()].mean()))
+        shares["any_right"].append(float(correct.max()))
     return figures | {name: float(np.mean(values)) for name, values in shares.items()}
 
 
@@ -134,7 +142,7 @@ def _answer(text: str) -> object:
 
 @dataclass(frozen=True)
 class RewardModelTrainer:
-    """Trains the model of a scorer. `optimizer`: of its weights; `max_grad_norm`: gradients are clipped to this."""
+    """Trains a scorer's model. `optimizer`: of its weights. `max_grad_norm`: gradients are clipped to this norm."""
 
     scorer: RewardModelScorer
     optimizer: torch.optim.Optimizer
@@ -154,24 +162,26 @@ class RewardModelTrainer:
         progress: Progress,
         stop: Stop,
     ) -> dict[str, float | None]:
-        """Train on new samples and on what is replayed of earlier ones; `turn`: the iteration, from 1. Figures of the
-        training, and of the held-out part of the new samples, before and after."""
-        training, held = divided(new, self.settings.held_out, self.settings.seed)
+        """Train on new samples and on replayed earlier samples; `turn`: the iteration, from 1.
+
+        Returns metrics of the training, and of the held-out new samples before and after it.
+        """
+        training, held_out = divided(new, self.settings.held_out, self.settings.seed)
         earlier, _ = divided(history, self.settings.held_out, self.settings.seed)
-        again = replayed(earlier, len(training), self.settings, turn)
+        replay = replayed(earlier, len(training), self.settings, turn)
         if not any(sample.labels.ends for sample in training):
             raise RunError(
-                f"reward_model: of {len(new)} labelled completions none with a label is left to train on; see "
-                "events.jsonl for rules that failed, or write more reward_model.prompts or a smaller held_out"
+                f"reward_model: none of {len(new)} labelled completions has a label and is left to train on; see "
+                "events.jsonl for rules that failed, or raise reward_model.prompts or lower reward_model.held_out"
             )
-        before = self.quality(held, progress)
-        metrics = fit(self, [*training, *again], turn, require_finite, progress, stop)
-        after = self.quality(held, progress)
+        before = self.quality(held_out, progress)
+        metrics = fit(self, [*training, *replay], turn, require_finite, progress, stop)
+        after = self.quality(held_out, progress)
         return {
             "reward_model/new": float(len(training)),
-            "reward_model/replayed": float(len(again)),
-            "reward_model/held_out": float(len(held)),
-            "reward_model/right": sum(each.right for each in new) / len(new) if new else None,
+            "reward_model/replayed": float(len(replay)),
+            "reward_model/held_out": float(len(held_out)),
+            "reward_model/right": sum(sample.right for sample in new) / len(new) if new else None,
             **metrics.reduce(),
             **{f"reward_model/before/{name}": value for name, value in before.items()},
             **{f"reward_model/after/{name}": value for name, value in after.items()},
@@ -193,22 +203,24 @@ def fit(
     done: int = 0,
     after: Callable[[int, Metrics], None] = lambda number, metrics: None,
 ) -> Metrics:
-    """Train the scorer's model on the samples, in mini-batches; the metrics of all updates. `done`: how many updates
-    were made before; `after` is called with the number of each that is made and its metrics."""
+    """Train the scorer's model on the samples, in mini-batches. Returns the metrics of all updates.
+
+    `done`: number of updates that were done before. `after`: called after every update with its number and metrics.
+    """
     settings, whole = trainer.settings, Metrics()
     rows = list(minibatches([sample for sample in samples if sample.labels.ends], settings, turn))
     with progress.bar("Training the reward model", len(rows), "updates") as show:
         show(done)
         for number, row in enumerate(rows[done:], start=done + 1):
             stop.check()
-            total, norm = trainer.scorer.sizes.fitting(
+            total, norm = trainer.scorer.sizes.run_with_retry(
                 "micro_batch_tokens", "training the reward model", partial(_learn_from, trainer, row, require_finite)
             )
-            own = Metrics()
-            for each in (own, whole):
-                each.mean("reward_model/loss", total)
-                each.mean("reward_model/gradient_norm", norm)
-            after(number, own)
+            of_update = Metrics()
+            for metrics in (of_update, whole):
+                metrics.mean("reward_model/loss", total)
+                metrics.mean("reward_model/gradient_norm", norm)
+            after(number, of_update)
             show(1)
     return whole
 
@@ -216,7 +228,7 @@ def fit(
 def _learn_from(
     trainer: RewardModelTrainer, row: Sequence[Sample], require_finite: RequireFinite, tokens: int
 ) -> tuple[float, float]:
-    """One update on a mini-batch, in micro-batches of so many tokens; see `gruppo.training.optimizer.update`."""
+    """One update on a mini-batch, in micro-batches of `tokens` tokens; see `gruppo.training.optimizer.update`."""
     model = trainer.scorer.model
     batches, loss_of = label_batches(model, row, tokens)
     return update(

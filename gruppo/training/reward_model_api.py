@@ -1,5 +1,7 @@
-"""`gruppo label` and `gruppo reward-model`: labels for many completions, and a reward model trained on them, outside of
-a run. Both are folders that a kill leaves whole and that are continued by the same command with --resume."""
+"""`gruppo label` and `gruppo reward-model`: label completions, and train a reward model on the labels, outside a run.
+
+Both write folders that a kill leaves intact. The same command with --resume continues them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from gruppo.errors import RunError, UsageError
 from gruppo.evaluation.datasets import Data, read_data
 from gruppo.runs.atomic import WriteError
 from gruppo.runs.console import choose_progress
-from gruppo.runs.folder import LABELS, REWARD_MODEL, RunFolder, check_folder, telling_what_stands
+from gruppo.runs.folder import LABELS, REWARD_MODEL, RunFolder, check_folder, explaining_write_errors
 from gruppo.runs.reading import require_own
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Interrupted, stop_on_signals
@@ -38,7 +40,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Labels:
-    """What `label` made: its folder, and over all rows the counts and shares of what is right."""
+    """Labels that `label` wrote.
+
+    `right`: share of correct completions. `steps`: number of labelled steps. `soft`: mean soft label of the steps, None
+    without steps.
+    """
 
     path: Path
     completions: int
@@ -55,32 +61,32 @@ def label(
     overrides: Sequence[str] = (),
     progress: bool | Progress = True,
 ) -> Labels:
-    """Sample completions of the recipe's questions and label them by rule into `out`/labels, a Parquet file for each
-    sampling.prompts_per_step questions.
+    """Sample completions of the recipe's questions, label them by rule, and write them to `out`/labels.
 
-    [reward_model] says how: `prompts` questions, sampling.group_size completions each; kind "process" (the default
-    where the recipe has no such table) labels each step by `continuations` completions from its end. With `resume`
-    files that are there are kept. Raises UsageError, and gruppo.utils.signals.Interrupted on SIGINT or SIGTERM.
+    There is one Parquet file per sampling.prompts_per_step questions. [reward_model] configures the labels: `prompts`
+    questions, sampling.group_size completions per question. Kind "process" (the default if the recipe has no such
+    table) labels every step by `continuations` completions from its end. `resume` keeps existing files. Raises
+    UsageError, and gruppo.utils.signals.Interrupted on SIGINT or SIGTERM.
     """
     settings, shown, folder = load_recipe(recipe, overrides), choose_progress(progress), Path(out)
     if settings.environment is not None:
-        raise UsageError("[environment]: labels are of completions that are sampled without one; leave the table out")
-    wanted = settings.reward_model or RewardModel(kind="process")
+        raise UsageError("[environment]: labelled completions are sampled without an environment; remove the table")
+    reward_model = settings.reward_model or RewardModel(kind="process")
     if settings.method.source == "dataset" or not settings.reward.functions:
         raise UsageError(
-            'reward.functions: the first of them is the rule that labels; write e.g. functions = ["last_number"]'
+            'reward.functions: the first function is the labelling rule; write e.g. functions = ["last_number"]'
         )
-    if not wanted.prompts:
-        raise UsageError("reward_model.prompts = 0: nothing would be labelled; write how many questions")
+    if not reward_model.prompts:
+        raise UsageError("reward_model.prompts = 0: nothing would be labelled; write the number of questions")
     check_folder(folder, settings, resume, LABELS)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        stack.enter_context(stop.interruptible())  # tables are written whole, and a table that is there is kept
-        stack.enter_context(telling_what_stands(folder))
+        stack.enter_context(stop.interruptible())  # tables are written atomically, and existing tables are kept
+        stack.enter_context(explaining_write_errors(folder))
         data = read_data(settings, settings.reward.functions, None, shown)
         run = RunFolder(folder)
         stack.callback(run.close)
-        return _label(settings, wanted, data, run, stack, shown, stop)
+        return _label(settings, reward_model, data, run, stack, shown, stop)
 
 
 def _label(
@@ -111,11 +117,11 @@ def _label(
         "data_sha256": data_sha256(inputs.prompts, ()),
     }
     run.start_same(recipe, LABELS, identity)
-    size, group, most = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
-    longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + most
-    engine = build_engine(policy, choose_slots(policy, longest, most, size * group * settings.continuations))
-    right = recipe.method.success_threshold
-    labeller = StepLabeller(engine, pool, policy.tokenizer, inputs.sampling, settings, right, progress, stop)
+    size, group, max_tokens = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
+    longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + max_tokens
+    engine = build_engine(policy, choose_slots(policy, longest, max_tokens, size * group * settings.continuations))
+    threshold = recipe.method.success_threshold
+    labeller = StepLabeller(engine, pool, policy.tokenizer, inputs.sampling, settings, threshold, progress, stop)
     with progress.bar("Labelling", settings.prompts, "questions") as advance:
         for number, start in enumerate(range(0, settings.prompts, size), start=1):
             prompts = inputs.prompts.draw(start, min(size, settings.prompts - start))
@@ -128,19 +134,21 @@ def _label(
                 progress.note(f"{count} verdicts failed: {failure}; see events.jsonl")
             run.table("labels", number, label_rows(labels), LABEL_COLUMNS)
             advance(len(prompts))
-    return _counted(run.path, read_labels(sorted((run.path / "labels").glob("step-*.parquet"))))
+    return _summarize(run.path, read_labels(sorted((run.path / "labels").glob("step-*.parquet"))))
 
 
-def _counted(folder: Path, made: Sequence[LabelledCompletion]) -> Labels:
-    shares = [share for each in made for share in each.shares]
-    right = sum(each.right for each in made) / len(made) if made else 0.0
-    return Labels(folder, len(made), right, len(shares), sum(shares) / len(shares) if shares else None)
+def _summarize(folder: Path, labels: Sequence[LabelledCompletion]) -> Labels:
+    shares = [share for label in labels for share in label.shares]
+    correct = sum(label.right for label in labels) / len(labels) if labels else 0.0
+    return Labels(folder, len(labels), correct, len(shares), sum(shares) / len(shares) if shares else None)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What `train_reward_model` made: its folder, in which model/ is loaded by transformers, and the figures of its
-    held-out samples before and after (see `gruppo.training.reward_model.quality`)."""
+    """A reward model that `train_reward_model` trained; transformers can load `path`/model.
+
+    `before` and `after`: metrics of the held-out samples (see `gruppo.training.reward_model.quality`).
+    """
 
     path: Path
     updates: int
@@ -157,16 +165,17 @@ def train_reward_model(
     overrides: Sequence[str] = (),
     progress: bool | Progress = True,
 ) -> Trained:
-    """Train the recipe's [reward_model] on the labels of a folder of `label`'s (or of a run), into `out`.
+    """Train the recipe's [reward_model] on the labels in a folder of `label` (or of a run), and write it to `out`.
 
-    Weights come from reward_model.name, or model.name; a model with another tokenizer than the labels' reads the texts
-    anew. `out`/model is the model, `out`/metrics.jsonl has a line an update, `out`/summary.json the figures. A
-    checkpoint is made every run.checkpoint_every updates, and where SIGINT or SIGTERM ends it. Raises UsageError,
-    RunError where a loss is not finite, and gruppo.utils.signals.Interrupted.
+    Weights come from reward_model.name, or else model.name. If the model's tokenizer differs from the labels', the
+    texts are tokenized again. `out`/model is the model, `out`/metrics.jsonl has one line per update, and
+    `out`/summary.json has the metrics. A checkpoint is saved every run.checkpoint_every updates, and when SIGINT or
+    SIGTERM ends the training. Raises UsageError, RunError if a loss is not finite, and
+    gruppo.utils.signals.Interrupted.
     """
     settings, shown, folder = load_recipe(recipe, overrides), choose_progress(progress), Path(out)
-    wanted = settings.reward_model
-    if wanted is None:
+    reward_model = settings.reward_model
+    if reward_model is None:
         raise UsageError('[reward_model]: missing; write it with kind = "outcome" or "process"')
     if Path(labels).is_dir():
         require_own(Path(labels))
@@ -176,20 +185,20 @@ def train_reward_model(
     check_folder(folder, settings, resume, REWARD_MODEL)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        stack.enter_context(telling_what_stands(folder))
+        stack.enter_context(explaining_write_errors(folder))
         run = RunFolder(folder)
         stack.callback(run.close)
-        return _train(settings, wanted, files, run, shown, stop)
+        return _train(settings, reward_model, files, run, shown, stop)
 
 
 @dataclass
 class _Training:
-    """A reward model on its way outside of a run. `before`: figures of the held-out samples before training."""
+    """State of training a reward model outside a run. `before`: metrics of the held-out samples before training."""
 
     trainer: RewardModelTrainer
     state: State
     training: list[Sample]
-    held: list[Sample]
+    held_out: list[Sample]
     before: dict[str, Any]
 
 
@@ -212,32 +221,33 @@ def _begin_training(
     name = "reward_model.name" if settings.name else "model.name"
     source = find_named(settings.name or recipe.model.name, name, progress)
     check_kind(source.config, settings.kind)
-    training, held = _samples(source, settings, files)
-    prompts = [len(sample.prompt.token_ids) for sample in (*training, *held)]
-    made = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, progress)
-    optimizer = make_optimizer(recipe.optimizer, made.module, made.policy)
-    most = recipe.optimizer.max_grad_norm
-    longest = max(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in (*training, *held))
-    sizes = BatchSizes(most_tokens(max(prompts)), 1, longest, lambda made: run.event("memory", str(made), state.step))
-    trainer = RewardModelTrainer(RewardModelScorer(made, settings, source.tokenizer, sizes), optimizer, most)
+    training, held_out = _samples(source, settings, files)
+    prompts = [len(sample.prompt.token_ids) for sample in (*training, *held_out)]
+    model = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, progress)
+    optimizer = make_optimizer(recipe.optimizer, model.module, model.policy)
+    max_grad_norm = recipe.optimizer.max_grad_norm
+    longest = max(len(sample.prompt.token_ids) + len(sample.completion.token_ids) for sample in (*training, *held_out))
+    tokens = most_tokens(max(prompts))
+    sizes = BatchSizes(tokens, 1, longest, lambda reduced: run.event("memory", str(reduced), state.step))
+    trainer = RewardModelTrainer(RewardModelScorer(model, settings, source.tokenizer, sizes), optimizer, max_grad_norm)
 
-    identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(made.module)}
+    identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(model.module)}
     run.start_same(recipe, REWARD_MODEL, identity)
     checkpoint, problems = newest_checkpoint(run)
     state = load_state(checkpoint) if checkpoint else State()
     damages = run.cut_back(state.lengths, state.step)
-    for kind, told in (("checkpoint_unusable", problems), ("damaged", damages)):
-        for each in told:
-            run.event(kind, each, state.step)
-            progress.note(f"Note: {each}; going on after update {state.step}")
+    for kind, messages in (("checkpoint_unusable", problems), ("damaged", damages)):
+        for message in messages:
+            run.event(kind, message, state.step)
+            progress.note(f"Note: {message}; continuing after update {state.step}")
     if checkpoint is None:
-        before: dict[str, Any] = trainer.quality(held, progress)
+        before: dict[str, Any] = trainer.quality(held_out, progress)
         run.write_json("before.json", before)
     else:
-        load_tensors(checkpoint, made.module, optimizer)
-        made.policy.generation.advance()
+        load_tensors(checkpoint, model.module, optimizer)
+        model.policy.generation.advance()
         before = run.read_json("before.json") or {}
-    return _Training(trainer, state, training, held, before)
+    return _Training(trainer, state, training, held_out, before)
 
 
 def _train(
@@ -249,11 +259,11 @@ def _train(
         from gruppo.training.checkpoint import save_checkpoint
         from gruppo.training.reward_model import fit
     trainer, state = begun.trainer, begun.state
-    made, optimizer = trainer.scorer.model, trainer.optimizer
+    model, optimizer = trainer.scorer.model, trainer.optimizer
 
     def save() -> None:
         if state.step:
-            save_checkpoint(run, made.module, optimizer, state)
+            save_checkpoint(run, model.module, optimizer, state)
 
     require = _required(run, state, trainer.scorer.tokenizer)
 
@@ -265,21 +275,21 @@ def _train(
 
     try:
         fit(trainer, begun.training, 1, require, progress, stop, state.step, after)
-    except (Interrupted, RunError) as error:  # they come between two updates, but for a line that was not written
+    except (Interrupted, RunError) as error:  # raised between two updates, unless a line could not be written
         if not isinstance(error, WriteError):
             save()
         raise
     save()
     with stop.interruptible():
-        result = Trained(run.path, state.step, begun.before, trainer.quality(begun.held, progress))
+        result = Trained(run.path, state.step, begun.before, trainer.quality(begun.held_out, progress))
         with run.building("model") as folder:
-            save_reward_model(made, settings.kind, folder)
+            save_reward_model(model, settings.kind, folder)
         run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
     return result
 
 
 def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) -> RequireFinite:
-    """What stops before the optimizer where a number is not finite, and keeps the batch."""
+    """A check that stops before the optimizer step if a value is not finite, and keeps the batch."""
     from gruppo.training.nonfinite import keep_batches
 
     def require(value: float, what: str, batches: Sequence[Batch]) -> None:
@@ -287,71 +297,71 @@ def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) 
             facts = {"what": what, "value": str(value), "micro_batches": len(batches)}
             path = keep_batches(run, state.step + 1, facts, batches, tokenizer)
             raise RunError(
-                f"the {what} of update {state.step + 1} is {value}; this update was not made, and its batch is in "
-                f"{path}: begin again with a lower reward_model.learning_rate"
+                f"the {what} of update {state.step + 1} is {value}; this update was not applied, and its batch "
+                f"is in {path}: start again with a lower reward_model.learning_rate"
             )
 
     return require
 
 
 def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) -> tuple[list[Sample], list[Sample]]:
-    """What is labelled, in the model's tokens: to train on, and held out. Raises UsageError."""
+    """The labelled samples in the model's tokens: to train on, and held out. Raises UsageError if they do not fit."""
     from gruppo.rollout.labels import read_labels
     from gruppo.training.reward_model import divided
 
-    samples = [each.sample(settings) for each in _read_by(source.tokenizer, read_labels(files))]
+    samples = [label.sample(settings) for label in _in_tokens_of(source.tokenizer, read_labels(files))]
     for sample in samples:
         size = len(sample.prompt.token_ids) + len(sample.completion.token_ids)
         if not sample.prompt.token_ids or size > source.context:
             raise UsageError(
-                f"{sample.prompt.id}: prompt and completion are {size} tokens; the model reads a prompt of 1 or "
-                f"more, and {source.context} in all"
+                f"{sample.prompt.id}: prompt and completion have {size} tokens; the model needs a prompt of at "
+                f"least 1 token, and reads at most {source.context} in total"
             )
-    training, held = divided(samples, settings.held_out, settings.seed)
+    training, held_out = divided(samples, settings.held_out, settings.seed)
     if not any(sample.labels.ends for sample in training):
         what = "step" if settings.kind == "process" else "completion"
         raise UsageError(
-            f"reward_model.held_out = {settings.held_out}: of {len(samples)} completions in {files[0].parent} none "
-            f"with a label of its {what} is left to train on; label more, or hold out less"
+            f"reward_model.held_out = {settings.held_out}: none of {len(samples)} completions in "
+            f"{files[0].parent} has a {what} label and is left to train on; label more, or hold out less"
         )
-    return training, held
+    return training, held_out
 
 
-def _read_by(tokenizer: PreTrainedTokenizerBase, labels: Sequence[LabelledCompletion]) -> list[LabelledCompletion]:
-    """The same in this tokenizer's tokens: as they are, where it reads from them what is written."""
+def _in_tokens_of(tokenizer: PreTrainedTokenizerBase, labels: Sequence[LabelledCompletion]) -> list[LabelledCompletion]:
+    """The labels in this tokenizer's tokens; unchanged if it decodes their token ids to the same texts."""
 
-    def read(each: LabelledCompletion) -> str:
-        return str(tokenizer.decode(list(each.completion.token_ids), skip_special_tokens=True))
+    def decode(label: LabelledCompletion) -> str:
+        return str(tokenizer.decode(list(label.completion.token_ids), skip_special_tokens=True))
 
-    ids = [token for each in labels for token in (*each.prompt.token_ids, *each.completion.token_ids)]
-    if max(ids, default=0) < len(tokenizer) and all(read(each) == each.completion.text for each in labels):
+    ids = [token for label in labels for token in (*label.prompt.token_ids, *label.completion.token_ids)]
+    if max(ids, default=0) < len(tokenizer) and all(decode(label) == label.completion.text for label in labels):
         return list(labels)
-    return [_encoded(tokenizer, each) for each in labels]
+    return [_encoded(tokenizer, label) for label in labels]
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: LabelledCompletion) -> LabelledCompletion:
-    """A completion in other tokens; one that ended by itself ends with the end token."""
+    """A labelled completion in another tokenizer's tokens, with the end token if it finished (EOS)."""
     from gruppo.rewards.steps import step_tokens
 
     content = labelled.prompt.content
     if isinstance(content, str) or not tokenizer.chat_template:
-        text = content if isinstance(content, str) else "\n".join(str(each["content"]) for each in content) + "\n"
-        asked = list(tokenizer(text)["input_ids"])
+        text = content if isinstance(content, str) else "\n".join(str(message["content"]) for message in content) + "\n"
+        prompt_ids = list(tokenizer(text)["input_ids"])
     else:
-        asked = list(tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
+        prompt_ids = list(tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
     text = labelled.completion.text
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if labelled.completion.finish_reason == "stop" and tokenizer.eos_token_id is not None:
         ids.append(int(tokenizer.eos_token_id))
-    none = (0.0,) * len(ids)
-    completion = replace(labelled.completion, token_ids=tuple(ids), sampling_logprobs=none, mask=(True,) * len(ids))
+    zeros = (0.0,) * len(ids)
+    completion = replace(labelled.completion, token_ids=tuple(ids), sampling_logprobs=zeros, mask=(True,) * len(ids))
     shares = dict(zip(labelled.text_ends, labelled.shares, strict=True))
-    found = step_tokens(completion, labelled.text_ends, tokenizer)
+    ends = step_tokens(completion, labelled.text_ends, tokenizer)
     return replace(
         labelled,
-        prompt=replace(labelled.prompt, token_ids=tuple(asked)),
+        prompt=replace(labelled.prompt, token_ids=tuple(prompt_ids)),
         completion=completion,
-        ends=tuple(end for end, _ in found),
-        text_ends=tuple(end for _, end in found),
-        shares=tuple(shares[end] for _, end in found),
+        ends=tuple(end for end, _ in ends),
+        text_ends=tuple(end for _, end in ends),
+        shares=tuple(shares[end] for _, end in ends),
     )

@@ -1,4 +1,4 @@
-"""A training run: its parts put together, its life from restoring to the summary, and what surrounds each step."""
+"""A training run: assembles its parts, restores it, and does what is needed around every step and at the end."""
 
 from __future__ import annotations
 
@@ -44,16 +44,18 @@ from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import Interrupted, Stop
 from gruppo.utils.system import peak_memory, release_memory
 
-BFLOAT16_DRIFT, FLOAT32_DRIFT = 0.05, 1e-4  # nats per token by which engine and trainer may differ on average
+BFLOAT16_DRIFT, FLOAT32_DRIFT = 0.05, 1e-4  # average difference allowed between engine and trainer, in nats per token
 
-# Makes the source of a run's groups from the usual one.
+# Builds the source of a run's groups from the default source.
 MakeSource = Callable[[LiveRollouts], RolloutSource]
 
 
 class TrainingRun:
-    """State of a training run. `source`: makes the source of its rollouts from the
-    usual one; `saves`: False for a run that leaves
-    no checkpoints and no final model."""
+    """State of a training run.
+
+    `source`: builds the source of its rollouts from the default source. `saves`: False for a run that saves no
+    checkpoints and no final model.
+    """
 
     def __init__(
         self,
@@ -68,20 +70,21 @@ class TrainingRun:
         self.stop, self.callbacks, self.state = stop, callbacks or Callbacks(), State()
         self.reward_weights = _reward_weights(parts)
         self.status = StatusFile(parts.run.path, self.recipe.run.steps)
-        # Rounding decides by how much engine and trainer may differ; see docs/metrics.md.
+        # The dtype determines how much engine and trainer may differ by rounding; see docs/metrics.md.
         drift = BFLOAT16_DRIFT if parts.policy.dtype == torch.bfloat16 else FLOAT32_DRIFT
         sinks: list[Sink] = [FileSink(parts.run), StatusSink(self.status)]
         self.recorder = Recorder(console, sinks, WarningMonitor(self.reward_weights, drift))
         self.context = RunContext(self.recipe, parts.run, self.state, self.recorder, stop, self.callbacks)
         self.checkpointer = Checkpointer(self.context, parts, enabled=saves)
-        parts.sizes.told = self._size_reduced
+        parts.sizes.on_reduced = self._size_reduced
         self.audit = None
         if parts.audit is not None and self.recipe.audit is not None:
             self.audit = RewardAudit(parts.audit, self.recipe.audit, self.recipe.run.seed)
         scorer, reward_trainer = self._reward_model()
         self.rollouts = self._rollouts(scorer, source)
         guard = FiniteGuard(self.context, parts.policy.tokenizer)
-        reference, parts.reference = parts.reference, None  # the trainer alone holds it, and replaces it
+        # Only the trainer keeps the reference, because it replaces it.
+        reference, parts.reference = parts.reference, None
         self.policy = PolicyTrainer(
             parts.policy, reference, parts.optimizer, self.recipe, parts.sizes, guard, self.recorder
         )
@@ -91,7 +94,7 @@ class TrainingRun:
             parts.sizes,
         )  # fmt: skip
         self.evaluations = EvalSchedule(
-            parts.exams,
+            parts.eval_sets,
             parts.engine,
             sample_groups if parts.episodes is None else parts.episodes.sample,
             self.recipe.run.seed,
@@ -99,10 +102,10 @@ class TrainingRun:
             parts.run,
             self.recorder,
             stop,
-            lambda *arguments: self.callbacks.tell("on_evaluation", *arguments),
+            lambda *arguments: self.callbacks.notify("on_evaluation", *arguments),
         )
-        self._advance: Advance = lambda _: None  # the bar over all steps, while there is one
-        self._lengths: dict[str, int] = {}  # of the append-only files, where nothing was half done
+        self._advance: Advance = lambda _: None  # the progress bar over all steps, while it is shown
+        self._lengths: dict[str, int] = {}  # of the append-only files, when no work was half done
 
     def _reward_model(self) -> tuple[RewardModelScorer | None, RewardModelTrainer | None]:
         part, settings = self.parts.reward_model, self.recipe.reward_model
@@ -117,7 +120,7 @@ class TrainingRun:
         parts = self.parts
         if parts.pool is None:
             size = self.recipe.sampling.prompts_per_step
-            return OfflineRollouts(parts.prompts, parts.given, size, self.method.mask_truncated)
+            return OfflineRollouts(parts.prompts, parts.offline, size, self.method.mask_truncated)
         live = LiveRollouts(
             recipe=self.recipe,
             prompts=parts.prompts,
@@ -136,10 +139,10 @@ class TrainingRun:
         )
         return live if source is None else source(live)
 
-    # The life of a run.
+    # Start and end of a run.
 
     def execute(self, train: Callable[[TrainingRun], None]) -> dict[str, Any]:
-        """Restore, train, and write the summary, also after an interruption or a failure; the summary."""
+        """Restore, train, and write the summary, even after an interruption or a failure. Returns the summary."""
         with self.stop.interruptible():
             self.restore()
         outcome = "failed"
@@ -149,75 +152,77 @@ class TrainingRun:
                 train(self)
             outcome = "done" if self.state.step == self.recipe.run.steps else "stopped"
         except Interrupted:
-            if not self.iterations.learning:  # else the checkpoint from before is where to continue
+            if not self.iterations.learning:  # otherwise the run continues from the earlier checkpoint
                 self.folder.cut_back(self._lengths, self.state.step)
                 self.checkpointer.save()
             outcome = "interrupted"
         except Exception as error:
-            if self.callbacks.failed:  # which they do where nothing is half done
+            if self.callbacks.failed:  # callbacks are only called when no work is half done
                 self.checkpointer.save()
             elif out_of_memory(error):
-                message = f"memory ran out ({first_line(error)}); free some, and resume from the last checkpoint"
+                message = f"out of memory ({first_line(error)}); free some memory, and resume from the last checkpoint"
                 raise RunError(message) from error
             raise
         finally:
             self.checkpointer.note_memory()
-            summary = summarize(outcome, self.state, self.parts.exams, self.parts.policy)
-            with suppress(*[WriteError] if outcome == "failed" else []):  # the failure goes first
+            summary = summarize(outcome, self.state, self.parts.eval_sets, self.parts.policy)
+            with suppress(*[WriteError] if outcome == "failed" else []):  # the original failure takes precedence
                 self.folder.write_json("summary.json", summary)
             self.status.update(now=True, state=outcome, step=self.state.step)
         return summary
 
     def restore(self) -> None:
-        """Go back to the newest complete checkpoint, or to the beginning, and undo in the folder what came after it."""
+        """Go back to the newest intact checkpoint, or to the beginning, and undo later changes in the folder."""
         restored = self.checkpointer.restore()
         if restored.checkpoint is not None:
             self.iterations.restore_reference(restored.checkpoint)
             self.checkpointer.load_tensors(restored.checkpoint)
         begun = bool(self.folder.lengths()["metrics.jsonl"])
-        with reading(self.folder.path, "put the folder back as the run left it, or choose another --out"):
+        with reading(self.folder.path, "restore the folder as the run left it, or choose another --out"):
             damages = self.folder.cut_back(self.state.lengths, self.state.step)
             damages += self.folder.table_problems("rollouts", range(1, self.state.step + 1))
             damages += self.folder.table_problems("evaluations", map(int, self.state.evaluations))
-            for values in self.folder.metrics():  # for warnings that look back; what they said was said then
+            for values in self.folder.metrics():  # for warnings that look back; their messages are already recorded
                 self.recorder.see_again(values)
                 if self.audit is not None:
                     self.audit.alarm(values)
-        self.status.update(now=True, step=self.state.step, cut_back_to=self.folder.lengths())
+        self.status.update(now=True, step=self.state.step, truncated_to=self.folder.lengths())
         self.parts.engine.load_weights(self.policy.weights, self.state.step)
         self._record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
 
     def _record_restored(self, restored: Restored, damages: Sequence[str], resumed: bool) -> None:
-        """Events and notes of what was found, and of what differs from the run that began."""
+        """Record problems that were found, and differences from the run that was started."""
         step, recorder = self.state.step, self.recorder
         for problem in restored.problems:
             recorder.event("checkpoint_unusable", problem, step)
-            recorder.note(f"Note: checkpoint {problem}; the one of step {step} is used")
+            recorder.note(f"Note: checkpoint {problem}; using the one of step {step} instead")
         for damage in damages:
             recorder.event("damaged", damage, step)
-            recorder.note(f"Note: {damage}; what is trained does not depend on it")
+            recorder.note(f"Note: {damage}; training does not depend on it")
         if not restored.problems:
-            self.checkpointer.drop_old()  # what a kill left behind
+            self.checkpointer.drop_old()  # checkpoints that a kill left behind
         for change in self.parts.changes:
-            recorder.event("changed", f"{change}; from here on it is another run's", step)
+            recorder.event("changed", f"{change}; from here on, results differ from those of the original run", step)
             recorder.note(f"Note: {change}; see events.jsonl")
         if restored.checkpoint is None:
             for task, count in self.parts.filtered.items():
                 message = f"{count} prompts of {task} are too long and were left out"
                 recorder.event("filtered", message, 0, task=task, prompts=count)
         for halving in (self.folder.read_json("environment.json") or {}).get("halvings", []):
-            if halving["step"] > step:  # its own event is of the steps that are now made again
+            if halving["step"] > step:  # its own event belongs to steps that are now repeated
                 size, after, before = halving["size"], halving["after"], halving["step"]
-                message = f"{size} stays {after}, as memory ran out in step {before} before the run was resumed"
+                message = f"{size} stays at {after}: memory ran out in step {before} before the run was resumed"
                 recorder.event("memory", message, step, size=size, after=after)
         if resumed:
             recorder.event("resume", f"continued after step {step}", step)
 
-    # Around the steps.
+    # Steps.
 
     def remaining_steps(self) -> Iterator[int]:
-        """The number of the next step, again and again. Between two steps nothing is half done: here the run evaluates,
-        saves and ends."""
+        """Yield the number of the next step until the run ends.
+
+        Between two steps no work is half done, so here the run evaluates, saves and ends.
+        """
         while True:
             self._lengths = self.folder.lengths()
             self.evaluations.run_due(self.context.at_end)
@@ -226,23 +231,25 @@ class TrainingRun:
                 self.checkpointer.save()
             if at_end:
                 return
-            if self.callbacks.stopped:  # by the checkpoint just made: it is made again as the last one, with the model
+            if (
+                self.callbacks.stopped
+            ):  # by on_checkpoint just now: save again as the last checkpoint, with the final model
                 self.checkpointer.forget()
                 continue
             self.stop.check()
             yield self.state.step + 1
 
     def start_step(self, number: int) -> Step:
-        """A step with fresh metrics and times."""
+        """A step with empty metrics and timings."""
         return Step(number, self.state.cursor)
 
     def load_weights(self, step: Step) -> None:
-        """Give the engine the weights of the policy after a step."""
+        """Load the policy's weights into the engine after a step."""
         with step.timer("load_weights"):
             self.parts.engine.load_weights(self.policy.weights, step.number)
 
     def finish_step(self, step: Step, groups: list[Group], batches: StepBatches) -> None:
-        """Record the step: rollouts, metrics, warnings; then it is done, and callbacks see it."""
+        """Record the step (rollouts, metrics, warnings), mark it as done, and notify the callbacks."""
         release_memory()
         keep_logprobs(groups, batches.batches)
         self._describe(step, groups)
@@ -259,7 +266,7 @@ class TrainingRun:
             self.recorder.note(f"Step {step.number}: {alarm}")
         self.state.step, self.state.cursor = step.number, self.state.cursor + len(groups)
         self.state.evaluated = False
-        self.callbacks.tell("on_step", step.number, values, groups)
+        self.callbacks.notify("on_step", step.number, values, groups)
         self._advance(1)
 
     def _describe(self, step: Step, groups: Sequence[Group]) -> None:
@@ -280,26 +287,26 @@ class TrainingRun:
         return {"step": step.number, **metrics.reduce()}
 
     def _record_failures(self, step: Step, groups: Sequence[Group], updated: bool) -> None:
-        """Events for rewards that failed, and for a step that teaches nothing."""
+        """Record events for rewards that failed, and for a step without nonzero advantages."""
         self.rollouts.record_failures(step, groups)
         failed = sum(reward.failure is not None for group in groups for reward in group.rewards)
         if failed:
             self.recorder.note(
-                f"Step {step.number}: {failed} completions abstain because a reward failed; see events.jsonl"
+                f"Step {step.number}: {failed} completions are excluded because a reward failed; see events.jsonl"
             )
         if not any(group.has_nonzero_advantage for group in groups):
             reasons = sorted({group.skipped for group in groups if group.skipped})
             only = "only the KL term moves the policy" if updated else "the policy is not updated"
-            message = f"no group of this step carries a signal ({'; '.join(reasons)}), so {only}"
+            message = f"no group of this step has a nonzero advantage ({'; '.join(reasons)}), so {only}"
             self.recorder.event("no_nonzero_advantage", message, step.number)
             self.recorder.note(f"Step {step.number}: {message}")
 
     def _size_reduced(self, reduced: SizeReduced) -> None:
-        """Write a size that memory has made smaller into environment.json, so that a resume keeps it."""
-        step, held = self.state.step + 1, self.folder.read_json("environment.json") or {}
-        halvings = [*held.get("halvings", []), {"step": step, **asdict(reduced)}]
-        chosen = {**held.get("chosen", {}), reduced.size: reduced.after}
-        self.folder.write_json("environment.json", {**held, "chosen": chosen, "halvings": halvings})
+        """Write a size that was reduced to environment.json, so that a resumed run keeps it."""
+        step, environment = self.state.step + 1, self.folder.read_json("environment.json") or {}
+        halvings = [*environment.get("halvings", []), {"step": step, **asdict(reduced)}]
+        chosen = {**environment.get("chosen", {}), reduced.size: reduced.after}
+        self.folder.write_json("environment.json", {**environment, "chosen": chosen, "halvings": halvings})
         self.recorder.event("memory", str(reduced), step, **asdict(reduced))
         self.recorder.note(f"Step {step}: {reduced}")
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Builds the parts of a run from its recipe and its data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from gruppo.rollout.workers.limits import machine_memory
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.runs.folder import RunFolder, check_folder, checkpoint_folders
 from gruppo.training.disk_estimate import still_needed
-from gruppo.training.identity import require_same, require_same_judge, require_whole
+from gruppo.training.identity import require_same, require_same_reward_model, require_whole
 from gruppo.training.inputs import RunInputs, tokenize_data, workload
 from gruppo.training.optimizer import Trainable, make_optimizer
 from gruppo.training.policy_loss import find_surrogate
@@ -50,13 +50,13 @@ from gruppo.utils.system import describe
 
 @dataclass
 class RunComponents:
-    """A run that is ready to begin.
+    """The parts of a run that is ready to start.
 
-    `sampler`: what completions are drawn from, the policy's `engine` or one of the start model. `given`: by prompt id
-    the completions that rows bring; then there is no `pool`. `critic`: the value model, of PPO only. `reward_model`
-    has an optimizer where it is trained. `audit`: the second grader's pool. `episodes`: what samples where the
-    recipe has an environment. `changes`: what is no longer
-    as it was when the run began, in words; `filtered`: how many rows of each task were left out as too long.
+    `sampler`: the engine that samples completions: the policy's `engine`, or an engine of the start model. `offline`:
+    the completions that dataset rows bring, by prompt id; there is no `pool` then. `critic`: the value model (PPO
+    only). `reward_model`: has an optimizer if it is trained. `audit`: the second grader's pool. `episodes`: the sampler
+    of a recipe with an environment. `changes`: descriptions of what has changed since the run started. `filtered`: how
+    many rows of each task were left out as too long.
     """
 
     recipe: Recipe
@@ -67,8 +67,8 @@ class RunComponents:
     sampler: Engine
     pool: RewardPool | None
     prompts: Mixture
-    given: Mapping[str, OfflineCompletions]
-    exams: list[EvalSet]
+    offline: Mapping[str, OfflineCompletions]
+    eval_sets: list[EvalSet]
     optimizer: torch.optim.Optimizer
     critic: Trainable | None
     reward_model: Trainable | None
@@ -91,16 +91,18 @@ def prepare(
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None = None,
     links_to: Path | None = None,
 ) -> RunComponents:
-    """Build a run from its recipe and its data; `model`: one in memory with its tokenizer, in place of the recipe's;
-    `links_to`: see `check_folder`.
-    Processes and locks are left to `stack`. Raises UsageError before weights are loaded wherever it can."""
+    """Build a run from its recipe and its data.
+
+    `model`: a model in memory with its tokenizer, in place of the recipe's. `links_to`: see `check_folder`. `stack`
+    closes processes and locks. Raises UsageError, if possible before weights are loaded.
+    """
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     find_surrogate(recipe.method.surrogate)
     run = RunFolder(folder)
     stack.callback(run.close)
-    # Again, as another run may have come and gone before the lock was ours.
+    # Check again: another run may have used the folder before this one got the lock.
     check_folder(folder, recipe, resume, links_to=links_to)
-    pool, judge = None, recipe.reward_model
+    pool, reward_settings = None, recipe.reward_model
     opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played=links_to is None)
     if recipe.method.source != "dataset":
         log = folder / "rewards.log"
@@ -108,23 +110,26 @@ def prepare(
     audit = None
     if recipe.audit is not None:
         audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, folder / "rewards.log", progress))
-    given, own = model or (recipe.model.name, None)
-    source = find_model(given, progress, own, recipe.model.trust_remote_code)
+    start_model, tokenizer = model or (recipe.model.name, None)
+    source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
     check_adapters(source, recipe.model.lora)
-    if judge is not None and pool is not None and NAME in pool.names:
-        raise UsageError(f'reward.functions: one is called "{NAME}", as the part of [reward_model] is; rename it')
+    if reward_settings is not None and pool is not None and NAME in pool.names:
+        raise UsageError(
+            f'reward.functions: one is called "{NAME}", the name of the part that [reward_model] adds; rename it'
+        )
     critic_source = None
     if recipe.method.needs_critic:
         critic_source = find_like(recipe.critic.name, "critic.name", source, progress)
-    judge_source = None
-    if judge is not None:
-        find_split(judge.split)
-        judge_source = find_like(judge.name, "reward_model.name", source, progress)
-        check_kind(judge_source.config, judge.kind)
+    reward_source = None
+    if reward_settings is not None:
+        find_split(reward_settings.split)
+        reward_source = find_like(reward_settings.name, "reward_model.name", source, progress)
+        check_kind(reward_source.config, reward_settings.kind)
     inputs = tokenize_data(recipe, data, source, progress, opened)
     digests = [*(pool.digests if pool else []), *(opened.environments.digests if opened else [])]
     policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, progress)
-    policy = replace(policy, recompute=chosen.get("recompute", False))  # unsaid by runs from before there was a choice
+    # `recompute` is missing in runs from before the option existed.
+    policy = replace(policy, recompute=chosen.get("recompute", False))
     reference = policy.frozen_copy() if recipe.method.needs_reference else None
     least = workload(recipe, inputs).smallest
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], least)
@@ -138,12 +143,14 @@ def prepare(
         value_model = ScalarModel.on(replace(layers, recompute=policy.recompute))
         critic = Trainable(value_model, make_optimizer(recipe.optimizer, value_model.module, value_model.policy))
     reward_model = None
-    if judge is not None and judge_source is not None:
-        loaded = load_reward_model(judge_source, judge.kind, policy.device.type, chosen["dtype"], progress)
+    if reward_settings is not None and reward_source is not None:
+        loaded = load_reward_model(reward_source, reward_settings.kind, policy.device.type, chosen["dtype"], progress)
         scorer = replace(loaded, policy=replace(loaded.policy, recompute=policy.recompute))
-        require_same_judge(run, weights_sha256(scorer.module))
-        own_optimizer = make_optimizer(recipe.optimizer, scorer.module, scorer.policy) if judge.prompts else None
-        reward_model = Trainable(scorer, own_optimizer)
+        require_same_reward_model(run, weights_sha256(scorer.module))
+        scorer_optimizer = (
+            make_optimizer(recipe.optimizer, scorer.module, scorer.policy) if reward_settings.prompts else None
+        )
+        reward_model = Trainable(scorer, scorer_optimizer)
     return RunComponents(
         recipe=recipe,
         run=run,
@@ -153,8 +160,8 @@ def prepare(
         sampler=sampler,
         pool=pool,
         prompts=inputs.prompts,
-        given=inputs.given,
-        exams=inputs.exams,
+        offline=inputs.offline,
+        eval_sets=inputs.eval_sets,
         optimizer=make_optimizer(recipe.optimizer, policy.model, policy),
         critic=critic,
         reward_model=reward_model,
@@ -175,29 +182,33 @@ def make_pool(
     progress: Progress,
     opened: OpenedEnvironments | None = None,
 ) -> RewardPool:
-    """The reward processes of a recipe; none where its environment alone gives the reward. Raises UsageError where a
-    reward cannot be used on its data."""
-    own = recipe.reward
-    confined = _memory_each(own), own.environment, progress
-    workers = 0 if opened is not None and opened.environments.gives_reward and not rewards else own.workers
-    return RewardPool(rewards, own.weights, data.columns, own.timeout, workers, log, own.options, *confined)
+    """The reward processes of a recipe; none if its environment alone gives the reward.
+
+    Raises UsageError if a reward function cannot be used on the data.
+    """
+    settings = recipe.reward
+    limits = _memory_per_process(settings), settings.environment, progress
+    workers = 0 if opened is not None and opened.environments.gives_reward and not rewards else settings.workers
+    return RewardPool(
+        rewards, settings.weights, data.columns, settings.timeout, workers, log, settings.options, *limits
+    )
 
 
 def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, progress: Progress) -> RewardPool:
-    own, options = recipe.reward, {settings.function: settings.options} if settings.options else {}
-    confined = _memory_each(own), own.environment, progress
+    rewards, options = recipe.reward, {settings.function: settings.options} if settings.options else {}
+    limits = _memory_per_process(rewards), rewards.environment, progress
     try:
-        return RewardPool([settings.function], [], data.columns, own.timeout, 1, log, options, *confined)
+        return RewardPool([settings.function], [], data.columns, rewards.timeout, 1, log, options, *limits)
     except UsageError as error:
         text = str(error).replace("reward.functions", "audit.function").replace("reward.options", "audit.options")
         raise UsageError(text) from None
 
 
-def _memory_each(settings: RewardSettings) -> int:
-    """Bytes that one reward process may hold."""
-    wanted = settings.memory
-    whole = as_bytes(wanted) if isinstance(wanted, str) else int(wanted * machine_memory())
-    return whole // settings.workers
+def _memory_per_process(settings: RewardSettings) -> int:
+    """Maximum memory of one reward process, in bytes."""
+    memory = settings.memory
+    total = as_bytes(memory) if isinstance(memory, str) else int(memory * machine_memory())
+    return total // settings.workers
 
 
 def _load_policy(
@@ -208,12 +219,15 @@ def _load_policy(
     rewards: Sequence[str],
     progress: Progress,
 ) -> tuple[LanguageModel, dict[str, Any], list[str]]:
-    """Load the weights, and choose what depends on the machine, or keep what the run chose when it began."""
+    """Load the policy, and choose the settings that depend on the machine; a resumed run keeps its settings.
+
+    Returns the policy, the settings, and descriptions of what has changed since the run started.
+    """
     before = run.read_json("environment.json")
     if before is None and checkpoint_folders(run.path):
         raise UsageError(
-            f"{run.path}: environment.json, which says what the run chose when it began, is missing; put it back, or "
-            "begin again with another --out"
+            f"{run.path}: environment.json, which records what the run chose at its start, is missing; restore it, or "
+            "start again with another --out"
         )
     if before:
         require_whole(before, run)
@@ -228,23 +242,23 @@ def _load_policy(
     weights = weights_sha256(policy.model)
     if before:
         require_same(before["start_weights_sha256"], weights, "weights of the start model")
-    only_here = named_weights(policy.model) if recipe.model.lora and source.given and not before else None
+    unnamed_weights = named_weights(policy.model) if recipe.model.lora and source.given and not before else None
     policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
     if before:
         torch.set_num_threads(chosen["threads"])
-        if "disk_forecast" in before and (lacking := still_needed(run.path, before["disk_forecast"])):
-            progress.note(f"Note: {lacking}")
+        if "disk_forecast" in before and (warning := still_needed(run.path, before["disk_forecast"])):
+            progress.note(f"Note: {warning}")
         same = before["rewards_sha256"] == list(rewards)
-        changed = [] if same else ["the reward functions have changed since the run began"]
+        changed = [] if same else ["the reward functions have changed since the run started"]
         if chosen.get("kernels", NO_KERNELS) != kernels_sha256(policy.dtype):
             changed.append(
-                "the compiled kernels are not those that the run began with: it rounds otherwise from here on"
+                "the compiled kernels are not those that the run started with: rounding differs from here on"
             )
         return policy, chosen, changed
     sizes = free.choose(recipe, policy, inputs, progress)
-    disk = disk_of(recipe, policy, inputs, start_weights=only_here is not None)
-    if doubt := disk.require(run.path):
-        progress.note(f"Note: {doubt}")
+    disk = disk_of(recipe, policy, inputs, start_weights=unnamed_weights is not None)
+    if warning := disk.require(run.path):
+        progress.note(f"Note: {warning}")
     chosen = {
         "device": device.type,
         "dtype": dtype,
@@ -258,11 +272,11 @@ def _load_policy(
     run.start(recipe)
     with run.building("base") as folder:
         save_base(policy, folder)
-        if only_here is not None:  # checkpoints hold the adapters alone, and no name leads back to these weights
-            save_weights(only_here, folder)
+        if unnamed_weights is not None:  # checkpoints hold only the adapters, and no name identifies these weights
+            save_weights(unnamed_weights, folder)
     counts = {"prompts": len(inputs.prompts), "questions": len(inputs.questions)}
     identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
-    found = {**describe(device), "chosen": chosen, "memory_forecast": sizes.memory.as_dict()}
-    found["disk_forecast"] = disk.as_dict()
-    run.write_json("environment.json", {**found, **counts, **identity})
+    environment = {**describe(device), "chosen": chosen, "memory_forecast": sizes.memory.as_dict()}
+    environment["disk_forecast"] = disk.as_dict()
+    run.write_json("environment.json", {**environment, **counts, **identity})
     return policy, chosen, []

@@ -1,4 +1,4 @@
-"""Sizes that follow from the memory of the machine."""
+"""Sizes that depend on the memory of the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gruppo.utils.progress import Progress
 def load_and_choose(
     recipe: Recipe, source: ModelSource, inputs: RunInputs, device: torch.device, dtype: str, progress: Progress
 ) -> tuple[LanguageModel, ChosenSizes]:
-    """The policy, and the sizes under the recipe's budget."""
+    """Load the policy, and choose the sizes within the recipe's budget."""
     free = Free.now(recipe, device)
     policy = add_adapters(load_model(source, device.type, dtype, progress), recipe.model.lora, recipe.run.seed)
     return policy, free.choose(recipe, policy, inputs, progress)
@@ -33,21 +33,21 @@ def load_and_choose(
 
 @dataclass(frozen=True)
 class Free:
-    """The budget of a recipe and what the process holds, in bytes, from before the weights are there."""
+    """The memory budget of a recipe and the memory that the process uses, in bytes, before the weights are loaded."""
 
     budget: int
     process: int
 
     @classmethod
     def now(cls, recipe: Recipe, device: torch.device) -> Free:
-        """As the machine is."""
+        """The current state of the machine."""
         return cls(budget_bytes(recipe.run.memory, device), process_bytes(device))
 
     def choose(self, recipe: Recipe, policy: LanguageModel, inputs: RunInputs, progress: Progress) -> ChosenSizes:
-        """The sizes for a policy with its adapters."""
+        """Choose the sizes for a policy with its adapters."""
         return choose_sizes(measure_footprint(policy, self.process, progress), workload(recipe, inputs), self.budget)
 
 
 def disk_of(recipe: Recipe, policy: LanguageModel, inputs: RunInputs, start_weights: bool = False) -> Disk:
-    """The disk of a run of this policy, with its tables."""
+    """The estimated disk space of a run of this policy, including its tables."""
     return forecast_disk(recipe, policy, workload(recipe, inputs), start_weights)

@@ -12,7 +12,7 @@ from gruppo.training.checkpoint import State
 
 
 def summarize(outcome: str, state: State, sets: Sequence[EvalSet], policy: LanguageModel) -> dict[str, Any]:
-    """What a run has come to: its state, accuracies before and after, seconds, bytes, and a hash of the weights."""
+    """The outcome of a run: its state, accuracies before and after, seconds, bytes, and a hash of the weights."""
     before = state.evaluations.get("0", {})
     after = state.evaluations.get(str(state.step), {}) if state.step else {}
     return {
@@ -25,13 +25,13 @@ def summarize(outcome: str, state: State, sets: Sequence[EvalSet], policy: Langu
         "interval_after": after.get("interval"),
         "questions": before.get("questions"),
         "benchmarks": {
-            each.name: {
-                "domain": each.domain,
-                "before": state.benchmarks.get("0", {}).get(each.name),
-                "after": state.benchmarks.get(str(state.step), {}).get(each.name) if state.step else None,
+            eval_set.name: {
+                "domain": eval_set.domain,
+                "before": state.benchmarks.get("0", {}).get(eval_set.name),
+                "after": state.benchmarks.get(str(state.step), {}).get(eval_set.name) if state.step else None,
             }
-            for each in sets
-            if each.name
+            for eval_set in sets
+            if eval_set.name
         },
         "peak_memory_bytes": state.peak_memory_bytes,
         "weights_sha256": tensors_sha256(policy.weights()),

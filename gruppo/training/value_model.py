@@ -27,23 +27,27 @@ from gruppo.utils.progress import Progress
 
 
 def score_values(critic: ScalarModel, groups: Sequence[Group], budget: int, device: torch.device) -> None:
-    """Fill in `values` of every trained completion: of the state before each token, and of the one after the last: the
-    critic's where the completion was cut, 0 where it ended by itself."""
+    """Fill in `values` of every trained completion: for the state before each token, and for the state after the last.
+
+    The value after the last token is the critic's if the completion was truncated, and 0 if it finished (EOS).
+    """
     for group in groups:
         group.values = [None] * len(group.completions)
-    for index, number, own in read_states(critic, groups, budget, device):
-        cut = groups[index].completions[number].finish_reason == "length"
-        groups[index].values[number] = [*own[:-1], own[-1] if cut else 0.0]
+    for index, number, values in read_states(critic, groups, budget, device):
+        truncated = groups[index].completions[number].finish_reason == "length"
+        groups[index].values[number] = [*values[:-1], values[-1] if truncated else 0.0]
 
 
 def critic_loss(critic: ScalarModel, batch: Batch, settings: Critic, metrics: Metrics) -> Tensor:
-    """The micro-batch's part of the value model's loss, whose tokens weigh as in the policy's. Call it inside
-    `policy.precision()`."""
+    """The micro-batch's part of the value model's loss, with the policy's token weights.
+
+    Call it inside `policy.precision()`.
+    """
     assert batch.values is not None
     assert batch.returns is not None
     numbers = critic.numbers(batch)
     dtype = numbers.dtype
-    values, returns, weights = (each.to(dtype) for each in (batch.values, batch.returns, batch.weights))
+    values, returns, weights = (tensor.to(dtype) for tensor in (batch.values, batch.returns, batch.weights))
     loss = value_loss(numbers, values, returns, weights, settings.clip)
     used = weights != 0
     count = float(used.sum())
@@ -59,8 +63,10 @@ def critic_loss(critic: ScalarModel, batch: Batch, settings: Critic, metrics: Me
 
 
 class ValueModelTrainer:
-    """Trains the value model beside the policy, on the same batches; its learning rate follows the policy's schedule.
-    Without a value model (`critic` is None) it does nothing."""
+    """Trains the value model next to the policy, on the same batches.
+
+    Its learning rate follows the policy's schedule. Without a value model (`critic` is None) it does nothing.
+    """
 
     def __init__(
         self,
@@ -75,9 +81,9 @@ class ValueModelTrainer:
         self.policy_rate = recipe.optimizer.learning_rate
         self.learner = None
         if critic is not None and critic.optimizer is not None:
-            model, most = critic.model, recipe.optimizer.max_grad_norm
+            model, max_grad_norm = critic.model, recipe.optimizer.max_grad_norm
             self.learner = Learner(
-                model.policy, model.module, critic.optimizer, most, sizes, guard, progress, "value model's ",
+                model.policy, model.module, critic.optimizer, max_grad_norm, sizes, guard, progress, "value model's ",
                 "critic.learning_rate",
             )  # fmt: skip
 
@@ -88,10 +94,10 @@ class ValueModelTrainer:
         with step.timer("score"):
             device = self.critic.policy.device
             attempt = partial(score_values, self.critic, groups, device=device)
-            self.sizes.fitting("micro_batch_tokens", "scoring", attempt)
+            self.sizes.run_with_retry("micro_batch_tokens", "scoring", attempt)
 
     def update(self, batches: StepBatches, rate: float, number: int, step: Step) -> None:
-        """Update `number` (from 0) of the step; `rate`: the policy's learning rate in it."""
+        """Update `number` (from 0) of the step; `rate`: the policy's learning rate in that step."""
         if self.critic is None or self.learner is None:
             return
         share = rate / self.policy_rate if self.policy_rate else 1.0

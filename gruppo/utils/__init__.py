@@ -1,1 +1,1 @@
-"""Helpers that know nothing of reinforcement learning."""
+"""Helpers without any reinforcement learning."""

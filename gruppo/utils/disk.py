@@ -1,4 +1,4 @@
-"""Free and used bytes of a disk."""
+"""Free and used disk space."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from pathlib import Path
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that may be written to the file system of a path, or of the first folder above it that is there."""
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
+    """Bytes available on the file system of the path. If the path does not exist, that of its nearest existing
+    parent."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def held_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder, each once however many names it has."""
-    found = [path.lstat() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sum({each.st_ino: each.st_size for each in found}.values())
+    """Total bytes of all files in a folder. A file with several hard links counts once."""
+    files = [path.lstat() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sum({file.st_ino: file.st_size for file in files}.values())
 
 
 def gigabytes(size: float) -> str:
-    """A size in words."""
+    """A size in bytes as text, in GB or MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

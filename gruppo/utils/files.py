@@ -1,4 +1,4 @@
-"""Hashes and links of files."""
+"""Hard links and hashes of files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def link_file(file: Path, name: Path) -> None:
-    """Give a file another name, or a copy where the file system has no links."""
+    """Hard-link `file` as `name`, or copy it if the file system does not support links. Replaces an existing `name`."""
     name.unlink(missing_ok=True)
     try:
         os.link(file, name)
@@ -18,6 +18,6 @@ def link_file(file: Path, name: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file as a hexadecimal string."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, found out at once instead of after half a minute of retries."""
+"""A quick check whether the Hugging Face hub is reachable, which avoids half a minute of retries."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from huggingface_hub import constants, is_offline_mode
 
 
 def hub_reachable() -> bool:
-    """False where the hub's name leads nowhere. True where that cannot be told: behind a proxy, or in offline mode,
-    where huggingface_hub has an error of its own."""
+    """Whether the host name of the hub resolves.
+
+    True without a check behind a proxy, and in offline mode, for which huggingface_hub has its own error.
+    """
     if is_offline_mode() or getproxies():
         return True
     try:

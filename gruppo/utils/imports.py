@@ -1,4 +1,4 @@
-"""Names like "package.module:name" and "file.py:name", by which a user's own code is found."""
+"""Import of user code by names such as "package.module:name" and "file.py:name"."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from gruppo.utils.paths import user_path
 
 
 def import_attribute(name: str, field: str) -> Any:
-    """The object behind "package.module:name" or "path/to/file.py:name"; `field` names it in errors.
+    """The callable named "package.module:name" or "path/to/file.py:name".
 
-    The current folder can be imported from. Raises UsageError where the module, its import or the name fails.
+    `field` is the name of the setting in error messages. Modules in the current folder can be imported. Raises
+    UsageError if the name is not an import path, the import fails, or the attribute does not exist or is not callable.
     """
-    place, colon, attribute = name.rpartition(":")
-    if not colon or not place or not attribute:
+    location, colon, attribute = name.rpartition(":")
+    if not colon or not location or not attribute:
         raise UsageError(f'{field} = "{name}": not an import path; write "package.module:name" or "file.py:name"')
     try:
-        module = _load_file(Path(place)) if place.endswith(".py") else _import_module(place)
+        module = _load_file(Path(location)) if location.endswith(".py") else _import_module(location)
     except (Exception, SystemExit) as error:
         raise UsageError(
-            f'{field} = "{name}": {place} cannot be imported ({type(error).__name__}: {error}); mend it or its path'
+            f'{field} = "{name}": {location} cannot be imported ({type(error).__name__}: {error}); fix it or its path'
         ) from error
     try:
-        found: Any = module
+        value: Any = module
         for part in attribute.split("."):
-            found = getattr(found, part)
+            value = getattr(value, part)
     except AttributeError:
-        raise UsageError(f'{field} = "{name}": {place} has no {attribute}; write a name that it defines') from None
-    if not callable(found):
-        raise UsageError(f'{field} = "{name}": {attribute} is a {type(found).__name__}; it must be callable')
-    return found
+        raise UsageError(f'{field} = "{name}": {location} has no {attribute}; write a name that it defines') from None
+    if not callable(value):
+        raise UsageError(
+            f'{field} = "{name}": {attribute} is a {type(value).__name__} and not callable; name a function or class'
+        )
+    return value
 
 
 def _import_module(name: str) -> ModuleType:

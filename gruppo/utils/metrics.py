@@ -1,4 +1,4 @@
-"""Metrics of a step: sums with counts, and extremes, reduced once at its end."""
+"""Metrics of a step: means, maxima and minima, reduced once at the end of the step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 
 class Metrics:
-    """Named observations of a step: sums with counts, maxima or minima, reduced once at its end.
+    """Named observations of a step, reduced once at its end.
 
-    Adding in any order or grouping gives the same means, because only sums and counts are kept.
+    Means are kept as sums and counts, so the order and grouping of observations does not matter.
     """
 
     def __init__(self) -> None:
@@ -23,27 +23,27 @@ class Metrics:
         self._sums[name] = (old_total + total, old_count + count)
 
     def maximum(self, name: str, value: float) -> None:
-        """Keep the largest value seen."""
+        """Keep the largest value observed."""
         old = self._extremes.get(name, value)
         self._extremes[name] = max(old, value)
 
     def minimum(self, name: str, value: float) -> None:
-        """Keep the smallest value seen."""
+        """Keep the smallest value observed."""
         old = self._extremes.get(name, value)
         self._extremes[name] = min(old, value)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """What is observed in a block that ends with an error is as if it had not been."""
-        held = dict(self._sums), dict(self._extremes)
+        """Discard the observations of the block if it raises."""
+        before = dict(self._sums), dict(self._extremes)
         try:
             yield
         except BaseException:
-            self._sums, self._extremes = held
+            self._sums, self._extremes = before
             raise
 
     def reduce(self) -> dict[str, float | None]:
-        """Name -> value; a mean over no observations, and what is not finite, is None."""
+        """Name -> value, sorted by name. Means of no observations and non-finite values are None."""
         means = {name: (total / count if count else None) for name, (total, count) in self._sums.items()}
-        every = sorted({**means, **self._extremes}.items())
-        return {name: value if value is not None and math.isfinite(value) else None for name, value in every}
+        values = sorted({**means, **self._extremes}.items())
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in values}

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Retry with a smaller batch size when memory runs out."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import torch
 from gruppo.errors import RunError, first_line, out_of_memory
 from gruppo.utils.system import release_memory
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-NAMES = {"micro_batch_tokens": "micro-batch", "slots": "completions in flight"}
+_UNITS = {"micro_batch_tokens": "micro-batch tokens", "slots": "slots"}
 
 
 @dataclass(frozen=True)
 class SizeReduced:
-    """A size that became smaller: which one of `BatchSizes`, what was being done, and what the allocator said."""
+    """A reduction of a batch size after an out-of-memory error.
+
+    `size`: the field of BatchSizes. `during`: the phase in which memory ran out, e.g. "sampling". `why`: the message of
+    the allocator.
+    """
 
     size: str
     before: int
@@ -29,27 +33,31 @@ class SizeReduced:
     why: str
 
     def __str__(self) -> str:
-        unit = " tokens" if self.size == "micro_batch_tokens" else ""
         return (
-            f"memory ran out while {self.during} ({self.why}): done again from its beginning, and from here on the "
-            f"{NAMES[self.size]} is {self.after}{unit} instead of {self.before}; results differ by rounding"
+            f"out of memory during {self.during} ({self.why}): retried from its start with {self.after} "
+            f"{_UNITS[self.size]} (was {self.before}), kept for the rest of the run; results differ by rounding"
         )
 
 
 @dataclass
 class BatchSizes:
-    """`micro_batch_tokens`: of a micro-batch at the most; `slots`: completions in flight. `least`: tokens of the
-    longest prompt with its longest completion, below which a micro-batch cannot become smaller. `told`: called with
-    each change, once it is made."""
+    """Batch sizes that are reduced when memory runs out.
+
+    `micro_batch_tokens`: maximum tokens per micro-batch. `slots`: concurrent completions. `least`: lower limit of
+    micro_batch_tokens, the tokens of the longest prompt with its longest completion. `on_reduced`: called with every
+    reduction, after it has taken effect.
+    """
 
     micro_batch_tokens: int
     slots: int
     least: int = 1
-    told: Callable[[SizeReduced], None] = lambda _: None
+    on_reduced: Callable[[SizeReduced], None] = lambda _: None
 
-    def fitting(self, size: str, during: str, attempt: Callable[[int], Made]) -> Made:
-        """What `attempt` makes with the size of that name, which is halved for as long as memory runs out. An attempt
-        begins from the beginning each time. Raises RunError where the size is at its smallest."""
+    def run_with_retry(self, size: str, during: str, attempt: Callable[[int], Result]) -> Result:
+        """Call `attempt` with the size of that name, and halve the size until memory suffices.
+
+        Every attempt must start from the beginning. Raises RunError if memory runs out at the smallest size.
+        """
         while True:
             try:
                 return attempt(getattr(self, size))
@@ -57,21 +65,21 @@ class BatchSizes:
                 if not out_of_memory(error):
                     raise
                 why = first_line(error)
-            # Outside of the clause above, as the error holds the frames, and they the tensors, of the attempt.
+            # Outside the except clause, because the error references the frames and thus the tensors of the attempt.
             self.reduce(size, during, why)
 
     def reduce(self, size: str, during: str, why: str) -> None:
-        """Halve a size, free memory, and report it. Raises RunError where the size is at its smallest."""
+        """Halve a size, release memory and report the change. Raises RunError if the size is already at its minimum."""
         before, least = getattr(self, size), self.least if size == "micro_batch_tokens" else 1
         if before <= least:
             raise RunError(
-                f"memory ran out while {during} ({why}), and the {NAMES[size]} is at its smallest ({before}): the last "
-                "checkpoint is intact; begin again with a smaller sampling.max_tokens or model, or free some memory "
-                "and resume"
+                f"out of memory during {during} ({why}), with {_UNITS[size]} already at the minimum ({before}): the "
+                "last checkpoint is intact; start again with a smaller sampling.max_tokens or model, or free some "
+                "memory and resume"
             )
         gc.collect()
         release_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         setattr(self, size, max(least, before // 2))
-        self.told(SizeReduced(size, before, getattr(self, size), during, why))
+        self.on_reduced(SizeReduced(size, before, getattr(self, size), during, why))

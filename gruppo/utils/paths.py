@@ -1,4 +1,4 @@
-"""Paths as users write them: with "~", and with whatever else no file system can hold."""
+"""Paths given by users, which may contain "~" or be invalid for any file system."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def user_path(name: str | Path) -> Path:
-    """The path, "~" being the home of the user; as it stands where there is no such home."""
+    """The path with "~" expanded; unchanged if there is no such home folder."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
@@ -14,7 +14,7 @@ def user_path(name: str | Path) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; a name that cannot be one's (too long, a null, a lone surrogate) is none's."""
+    """Whether the file exists. False for impossible names (too long, with null characters or lone surrogates)."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -22,7 +22,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_dir(path: Path) -> bool:
-    """Whether there is such a folder; see `is_file`."""
+    """Whether the folder exists; see `is_file`."""
     try:
         return path.is_dir()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""How the library shows what it is doing: bars, notes and steps, for whoever wants to show them."""
+"""The interface through which the library reports progress: bars, notes and steps."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from typing import Any, Protocol
 
 Advance = Callable[[float], None]
 
-# What moves a terminal's cursor, recolours, rings, or turns the direction of writing; and halves of characters, which
-# cannot be written at all.
+# Characters that move a terminal's cursor, change colors, ring the bell or change the writing direction; and
+# surrogates, which cannot be encoded.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """The text with control characters but tabs and line breaks written out (\\x1b): a completion, a column or a name
-    writes nothing to the terminal but itself."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """The text with control characters, except tabs and line breaks, escaped (\\x1b).
+
+    Completions, columns and names thus cannot control the terminal.
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Progress(Protocol):
-    """Shows progress and notes to a person."""
+    """Receives progress, notes and metrics for display."""
 
     def bar(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Advance]:
-        """A bar named `label` over `total` units (None: not known); call what it yields with the units just done."""
+        """A bar named `label` over `total` units (None: unknown). It yields a function that advances it by an
+        amount."""
 
     def note(self, text: str) -> None:
-        """A line of plain text."""
+        """Show a line of plain text."""
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """The metrics of a finished step."""
+        """Show the metrics of a finished step."""
 
 
 class NullProgress:

@@ -1,6 +1,7 @@
-"""Modules under the names that they had up to revision 790d39a, for one more version.
+"""Aliases for module names up to revision 790d39a, kept for one more version.
 
-Importing one of them warns and gives what the new modules hold. Recipes may name them too.
+Importing an old name gives a FutureWarning and the contents of the new modules. Import paths in recipes may use old
+names too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# old module -> the new modules that hold its names
+# old module -> the new modules with its contents
 MODULES: dict[str, tuple[str, ...]] = {
     "gruppo.callbacks": ("gruppo.training.callbacks",),
     "gruppo.entry": ("gruppo.training.api",),
@@ -71,20 +72,22 @@ NAMES = {
     "pair_loss": "dpo_loss",
     "repeat": "rerun_reward",
     "replay": "reproduce",
+    "told": "format_results",
+    "told_difference": "format_difference",
 }
 
 
 def advice(name: str) -> str | None:
-    """What to write in place of an old module's name, or of an import path into one; None where the name is not old."""
+    """The replacement of an old module name or import path, as a message; None if the name is not an old one."""
     module, colon, attribute = name.partition(":")
     if module not in MODULES:
         return None
-    news = [f"{new}{colon}{NAMES.get(attribute, attribute)}" for new in MODULES[module]]
-    return f"{name} has moved to {' or '.join(news)}; write that, as the next version does not know the old name"
+    names = [f"{new}{colon}{NAMES.get(attribute, attribute)}" for new in MODULES[module]]
+    return f"{name} has moved to {' or '.join(names)}; write the new name, as the next version removes the old one"
 
 
 def install_aliases() -> None:
-    """Let the old names be imported."""
+    """Make the old names importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
@@ -102,14 +105,14 @@ class _Loader(Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        news = MODULES[module.__name__]
+        new_modules = MODULES[module.__name__]
 
         def find(name: str) -> Any:
-            for new in news:
-                found = importlib.import_module(new)
-                for each in (name, NAMES.get(name, name)):
-                    if hasattr(found, each):
-                        return getattr(found, each)
+            for new in new_modules:
+                target = importlib.import_module(new)
+                for candidate in (name, NAMES.get(name, name)):
+                    if hasattr(target, candidate):
+                        return getattr(target, candidate)
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = find  # type: ignore[method-assign]

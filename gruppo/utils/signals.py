@@ -1,4 +1,4 @@
-"""Ending a run at a safe point: the first SIGINT or SIGTERM asks for it, the second ends at once."""
+"""Stopping a run on signals: the first SIGINT or SIGTERM stops it at a safe point, the second immediately."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it, and a process that is killed would leave it so
+_SHOW_CURSOR = "\x1b[?25h"  # progress bars hide the cursor, and a killed process would leave it hidden
 
 
 class Interrupted(BaseException):
-    """Raised at a safe point after a stop was asked for. Like KeyboardInterrupt no `except Exception` catches it."""
+    """Raised at a safe point after a stop request. Like KeyboardInterrupt, `except Exception` does not catch it."""
 
 
 class Stop:
-    """A request to stop, looked at only where stopping loses nothing."""
+    """A request to stop, checked only where stopping loses nothing."""
 
     def __init__(self, kills: bool = False) -> None:
         """`kills`: see `stop_on_signals`."""
         self.requested, self.kills = False, kills
-        self.signal: int | None = None  # which one asked for it
+        self.signal: int | None = None  # the signal that requested it
         self._droppable = 0
 
     def request(self) -> None:
-        """Ask the run to stop at the next safe point, which is here and now inside of `interruptible`."""
+        """Request a stop at the next safe point. Inside `interruptible` that is now: raises Interrupted."""
         self.requested = True
         if self._droppable:
             raise Interrupted
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was asked for. Call it where nothing is half done."""
+        """Raise Interrupted if a stop was requested. Call this only where no work is half done."""
         if self.requested:
             raise Interrupted
 
     def raise_for_python(self, error: BaseException | None = None) -> None:
-        """In a process that is more than a run, raise what Python raises for the signal that stopped it:
-        KeyboardInterrupt, or SystemExit for SIGTERM. Everything is saved by then."""
+        """Raise Python's exception for the signal that stopped the run: KeyboardInterrupt, or SystemExit for SIGTERM.
+
+        Call this after everything is saved. With `kills`, when the process is only a run, it does nothing.
+        """
         if self.signal == signal.SIGINT and not self.kills:
             raise KeyboardInterrupt from error
         if self.signal == signal.SIGTERM and not self.kills:
@@ -48,8 +50,10 @@ class Stop:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """What the block does may be dropped at any moment, so that a stop need not wait: imports, loading, sampling,
-        whatever is begun again by a resume."""
+        """Let a stop request end the block at any moment.
+
+        For work that is not lost because a resumed run repeats it: imports, loading, sampling.
+        """
         self._droppable += 1
         try:
             self.check()
@@ -63,10 +67,13 @@ _active: list[Stop] = []
 
 @contextmanager
 def stop_on_signals(kills: bool = False) -> Iterator[Stop]:
-    """SIGINT and SIGTERM request a stop; a second one raises KeyboardInterrupt or, with `kills`, which is for a process
-    that is a run and nothing else, ends it like SIGKILL would, whatever it computes. Handlers are put back at the end,
-    where an `Interrupted` becomes KeyboardInterrupt (SystemExit for SIGTERM), unless `kills`. Inside another such block
-    it is that block's stop."""
+    """Turn SIGINT and SIGTERM into stop requests for the duration of the block.
+
+    A second signal raises KeyboardInterrupt. With `kills`, for a process that is only a run, it ends the process
+    immediately, as SIGKILL would. Afterwards the previous handlers are restored and, without `kills`, an `Interrupted`
+    becomes KeyboardInterrupt (SystemExit for SIGTERM). Nested blocks share the outer block's Stop. Outside the main
+    thread signals are not handled.
+    """
     if _active or threading.current_thread() is not threading.main_thread():
         yield _active[-1] if _active else Stop()
         return
@@ -77,9 +84,9 @@ def stop_on_signals(kills: bool = False) -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.signal = number
         if kills:
-            for each in _SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
-            _tell("stopping at the next safe point; once more stops at once")
+            for other in _SIGNALS:
+                signal.signal(other, signal.SIG_DFL)
+        _write("stopping at the next safe point; a second signal stops immediately")
         stop.request()
 
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
@@ -95,14 +102,14 @@ def stop_on_signals(kills: bool = False) -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def _tell(text: str) -> None:
-    """Written past all buffers and locks, which the interrupted code may hold."""
-    shown = _SHOW_CURSOR if sys.stderr.isatty() else ""
-    os.write(2, f"{shown}gruppo: {text}\n".encode())
+def _write(text: str) -> None:
+    """Write to standard error without buffers and locks, which the interrupted code may hold."""
+    prefix = _SHOW_CURSOR if sys.stderr.isatty() else ""
+    os.write(2, f"{prefix}gruppo: {text}\n".encode())
 
 
 def exit_on_signals() -> None:
-    """From now on SIGINT and SIGTERM end the process with 130 and 143, without a traceback, cleaning up on the way."""
+    """From now on, let SIGINT and SIGTERM exit the process with 130 and 143, with cleanup and without a traceback."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

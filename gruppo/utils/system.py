@@ -1,4 +1,4 @@
-"""What this machine has: memory, and the description that goes into a run's `environment.json`."""
+"""Memory of this machine, and the machine description in `environment.json` of a run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from typing import Any
 import psutil
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 _PACKAGES = ("gruppo", "torch", "transformers", "accelerate", "safetensors", "numpy", "pyarrow", "datasets")
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what large tensors free for the next ones, where it is glibc. It would give every block
-    of some megabytes back to the system, which hands out zeroed pages again, one by one: a sixth of a step's time."""
+    """Let glibc keep freed memory of large tensors for later allocations; with another C library, do nothing.
+
+    By default glibc returns every block of some megabytes to the system, which then zeroes and maps its pages again,
+    one by one. That takes a sixth of a step's time.
+    """
     if _glibc():
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
@@ -29,12 +32,12 @@ def keep_freed_memory() -> None:
 
 
 def cache_dir() -> Path:
-    """Where converted weights and compiled kernels are kept: GRUPPO_CACHE, or ~/.cache/gruppo."""
+    """Folder of converted weights and compiled kernels: GRUPPO_CACHE, or ~/.cache/gruppo."""
     return Path(os.environ.get("GRUPPO_CACHE") or Path.home() / ".cache" / "gruppo")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now on the device; on a CPU also within the control group's limit."""
+    """Bytes that can be allocated on the device now; on a CPU, limited by the control group (cgroup)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
@@ -47,8 +50,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def release_memory() -> None:
-    """Give back to the system what was freed and kept, between phases that need blocks of other sizes; where the C
-    library is not glibc nothing is done."""
+    """Return freed memory that glibc keeps to the system; with another C library, do nothing.
+
+    Called between phases that allocate blocks of different sizes.
+    """
     if _glibc():
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -58,7 +63,7 @@ def _glibc() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by torch on an accelerator, resident in this process on a CPU."""
+    """Peak memory so far in bytes: allocated by torch on cuda, else the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -66,7 +71,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Versions, git revision and machine, for a reader who wants to do the same again."""
+    """Versions, git revision and machine, for reproducing a run."""
     return {
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
@@ -87,7 +92,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Revision of the checkout that gruppo is run from, if it is one."""
+    """Git revision of the checkout that gruppo runs from; None if it is not a checkout."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"],

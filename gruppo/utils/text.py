@@ -1,4 +1,4 @@
-"""Values as JSON, and texts that any file can hold."""
+"""JSON and text of arbitrary Python values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 
 def as_json(value: Any) -> str:
-    """A value of a user's row as JSON; sets as sorted lists, what JSON cannot say as its text."""
+    """A value of a user's row as JSON. Sets become sorted lists; values that JSON cannot represent become their
+    text."""
     try:
         return json.dumps(value, default=writable_text)
     except (TypeError, ValueError, RecursionError):
@@ -15,13 +16,13 @@ def as_json(value: Any) -> str:
 
 
 def writable_text(value: Any) -> Any:
-    """What JSON can hold of a value that it does not know."""
+    """A replacement for a value that JSON does not support: a sorted list of texts for a set, else its text."""
     return sorted(map(as_text, value)) if isinstance(value, set) else as_text(value)
 
 
 def as_text(value: Any) -> str:
-    """`str(value)`, also of objects that cannot be printed."""
+    """`str(value)`, or a placeholder for objects whose `str` fails."""
     try:
         return str(value)
-    except Exception:  # noqa: BLE001  a user's object can refuse to be printed
+    except Exception:  # noqa: BLE001  __str__ of a user's object may raise anything
         return f"<{type(value).__name__} that cannot be printed>"

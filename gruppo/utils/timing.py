@@ -1,4 +1,4 @@
-"""Seconds by phase."""
+"""Seconds per phase."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import contextmanager
 
 
 class PhaseTimer:
-    """Adds up the seconds of named phases, such as "generate" and "update"."""
+    """Total seconds per named phase, such as "generate" and "update"."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the seconds of the block towards the phase. A block that raises counts nothing."""
+        """Add the seconds of the block to the phase. A block that raises is not counted."""
         start = time.monotonic()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
 
     @property
     def total(self) -> float:
-        """Seconds of all phases."""
+        """Total seconds of all phases."""
         return math.fsum(self.seconds.values())

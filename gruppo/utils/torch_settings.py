@@ -1,4 +1,4 @@
-"""Settings of torch that have to be made before its first tensor. This module does not import torch."""
+"""Settings of torch that must be made before the first tensor is created. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 
 def configure_torch() -> None:
-    """Set what torch and oneDNN read from the environment, unless it is set already."""
-    # torch asks for huge pages for large tensors: fewer page faults.
+    """Set the environment variables that torch and oneDNN read, unless they are already set."""
+    # Huge pages for large tensors: fewer page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # oneDNN keeps what it has compiled for 1,024 shapes, 0.6 MB each, and every micro-batch has shapes of its own.
+    # By default oneDNN caches kernels for 1,024 shapes, 0.6 MB each, and every micro-batch has different shapes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

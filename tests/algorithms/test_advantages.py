@@ -1,4 +1,4 @@
-"""Group-relative advantages against hand-worked numbers, and the degenerate groups."""
+"""Group-relative advantages against numbers worked out by hand, and degenerate groups."""
 
 import math
 
@@ -16,29 +16,29 @@ def column(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_two_of_four_right_by_hand() -> None:
+def test_two_of_four_correct_by_hand() -> None:
     """Rewards 1, 0, 0, 1: mean ½, sample std √(1/3)."""
     got = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64))
-    size = 0.5 / (math.sqrt(1 / 3) + EPSILON)
-    assert got.tolist() == pytest.approx([size, -size, -size, size], abs=1e-15)
+    unit = 0.5 / (math.sqrt(1 / 3) + EPSILON)
+    assert got.tolist() == pytest.approx([unit, -unit, -unit, unit], abs=1e-15)
 
 
 def test_uneven_rewards_by_hand() -> None:
     """Rewards 1, 2, 6: mean 3, sample variance (4 + 1 + 9) / 2 = 7."""
     got = group_advantages(torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64))
-    assert got.tolist() == pytest.approx([each / (math.sqrt(7) + 1e-6) for each in (-2, -1, 3)], abs=1e-15)
+    assert got.tolist() == pytest.approx([deviation / (math.sqrt(7) + 1e-6) for deviation in (-2, -1, 3)], abs=1e-15)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e30])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_equal_rewards_give_exactly_zero(value: float, size: int) -> None:
-    """NeMo#4161, AReaL#1673: the rounding residue of a mean must not be divided by ε."""
+    """NeMo#4161, AReaL#1673: the rounding error of a mean must not be divided by ε."""
     for dtype in (torch.float32, torch.float64):
         assert group_advantages(torch.full((size,), value, dtype=dtype)).tolist() == [0.0] * size
 
 
 def test_group_of_one_has_advantage_zero() -> None:
-    """verl trains a group of one on its raw reward."""
+    """Unlike in verl, which trains a group of one on its raw reward."""
     assert advantages([column(5.0)])[0].tolist() == [0.0]
 
 
@@ -62,7 +62,7 @@ GROUPS = [column(1.0, 2.0, 6.0), column(3.0, 3.0)]
         ("batch", "batch", [-2 / math.sqrt(3.5), -1 / math.sqrt(3.5), 3 / math.sqrt(3.5)], [0, 0]),
         ("batch", "none", [-2, -1, 3], [0, 0]),
         ("none", "none", [1, 2, 6], [3, 3]),
-        ("none", "batch", [each / math.sqrt(3.5) for each in (1, 2, 6)], [each / math.sqrt(3.5) for each in (3, 3)]),
+        ("none", "batch", [r / math.sqrt(3.5) for r in (1, 2, 6)], [r / math.sqrt(3.5) for r in (3, 3)]),
     ],
 )
 def test_baselines_and_scales_by_hand(baseline: str, scale: str, first: list[float], second: list[float]) -> None:
@@ -71,19 +71,19 @@ def test_baselines_and_scales_by_hand(baseline: str, scale: str, first: list[flo
     assert got[1].tolist() == second if not any(second) else got[1].tolist() == pytest.approx(second, abs=1e-5)
 
 
-def test_batch_baseline_tells_equal_groups_apart() -> None:
-    """A group of ones among zeros carries a signal under batch normalisation, and none under the group's."""
+def test_batch_baseline_distinguishes_groups_of_equal_rewards() -> None:
+    """A group of ones among zeros has nonzero advantages with batch normalization, but not with group normalization."""
     groups = [column(1.0, 1.0), column(0.0, 0.0)]
-    size = 0.5 / (math.sqrt(1 / 3) + EPSILON)
-    assert [each.tolist() for each in advantages(groups, "batch", "batch")] == [
-        pytest.approx([size] * 2), pytest.approx([-size] * 2)
+    unit = 0.5 / (math.sqrt(1 / 3) + EPSILON)
+    assert [group.tolist() for group in advantages(groups, "batch", "batch")] == [
+        pytest.approx([unit] * 2), pytest.approx([-unit] * 2)
     ]  # fmt: skip
-    assert [each.tolist() for each in advantages(groups)] == [[0.0, 0.0]] * 2
+    assert [group.tolist() for group in advantages(groups)] == [[0.0, 0.0]] * 2
 
 
-def test_batch_normalisation_takes_a_group_of_one() -> None:
+def test_batch_normalization_accepts_a_group_of_one() -> None:
     got = advantages([column(1.0), column(3.0)], "batch", "batch")
-    assert [float(each) for each in got] == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], abs=1e-5)
+    assert [float(advantage) for advantage in got] == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2)], abs=1e-5)
 
 
 def test_leave_one_out_refuses_a_group_of_one() -> None:
@@ -110,7 +110,7 @@ def test_reward_that_is_not_finite_is_refused(bad: float) -> None:
 
 
 def test_huge_rewards_keep_their_advantages() -> None:
-    """Squares of 1e300 overflow; the advantages of 0, 1, 2 and of 0, 1e300, 2e300 are the same but for ε."""
+    """Squares of 1e300 overflow; 0, 1, 2 and 0, 1e300, 2e300 have the same advantages except for ε."""
     huge = group_advantages(torch.tensor([0.0, 1e300, 2e300], dtype=torch.float64))
     assert huge.tolist() == pytest.approx([-1.0, 0.0, 1.0])
 
@@ -128,8 +128,8 @@ def test_process_advantages_by_hand() -> None:
     assert second.tolist() == pytest.approx([high, 0.0], abs=1e-15)
 
 
-def test_process_advantages_of_other_numbers_of_steps() -> None:
-    """Three steps, none, one: 3, 3, 0 and 0: mean 1.5, std √3."""
+def test_process_advantages_with_different_numbers_of_steps() -> None:
+    """Three steps, none and one, with rewards 3, 3, 0 and 0: mean 1.5, std √3."""
     steps = [(column(3.0, 3.0, 0.0), [0, 1, 2]), (column(), []), (column(0.0), [1])]
     ((first, none, last),) = process_advantages([steps], [[3, 2, 2]])
     unit = 1.5 / (math.sqrt(3) + EPSILON)
@@ -139,13 +139,13 @@ def test_process_advantages_of_other_numbers_of_steps() -> None:
 
 
 @pytest.mark.parametrize("rewards", [[0.3, 0.3], [0.1 + 0.2], []])
-def test_equal_step_rewards_are_no_signal(rewards: list[float]) -> None:
+def test_equal_step_rewards_give_exactly_zero(rewards: list[float]) -> None:
     ends = list(range(len(rewards)))
-    ((made,),) = process_advantages([[(column(*rewards), ends)]], [[4]])
-    assert made.tolist() == [0.0] * 4
+    ((advantage,),) = process_advantages([[(column(*rewards), ends)]], [[4]])
+    assert advantage.tolist() == [0.0] * 4
 
 
-def test_groups_of_steps_are_normalised_apart() -> None:
+def test_step_rewards_are_normalized_per_group() -> None:
     one, other = [(column(0.0, 1.0), [0, 1])], [(column(10.0, 30.0), [0, 1])]
     (first,), (second,) = process_advantages([one, other], [[2], [2]])
     assert first.tolist() == pytest.approx(second.tolist(), rel=1e-5)
@@ -162,17 +162,17 @@ def test_ends_that_do_not_fit_are_refused(ends: list[int]) -> None:
 def test_gae_equals_the_direct_sum(gamma: float, lam: float) -> None:
     torch.manual_seed(0)
     rewards, values = torch.randn(7, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    made = gae(rewards, values, gamma, lam)
+    result = gae(rewards, values, gamma, lam)
     for t in range(7):
         direct = 0.0
         for later in range(t, 7):
             delta = float(rewards[later] + gamma * values[later + 1] - values[later])
             direct += (gamma * lam) ** (later - t) * delta
-        assert float(made.advantages[t]) == pytest.approx(direct, abs=1e-12)
-        assert float(made.returns[t]) == pytest.approx(direct + float(values[t]), abs=1e-12)
+        assert float(result.advantages[t]) == pytest.approx(direct, abs=1e-12)
+        assert float(result.returns[t]) == pytest.approx(direct + float(values[t]), abs=1e-12)
 
 
-def test_gae_of_nothing_and_of_wrong_discounts() -> None:
+def test_gae_of_no_tokens_and_with_an_invalid_discount() -> None:
     assert gae(column(), column(0.0), 1.0, 0.95).advantages.tolist() == []
     with pytest.raises(ValueError, match=r"gamma = 1.1"):
         gae(column(1.0), column(0.0, 0.0), 1.1, 0.5)

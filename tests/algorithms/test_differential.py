@@ -1,7 +1,7 @@
-"""The same tensors through TRL's own loss and through verl's published formulas.
+"""The same tensors through TRL's loss and verl's published formulas.
 
-Where the definitions agree the numbers must; where they do not, the difference is shown here and explained in
-docs/paper_map.md. TRL's loss is TRL's code, called with a trainer that hands out given log-probabilities.
+If the definitions agree, the numbers must agree; if not, the difference is shown here and explained in
+docs/paper_map.md. TRL's loss is TRL's code, called with a trainer that returns fixed log-probabilities.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def by_trl(rows: dict[str, Tensor], advantage: Tensor, **settings: Any) -> tuple
 
 
 def ours(rows: dict[str, Tensor], advantage: Tensor, settings: Method) -> tuple[float, Tensor]:
-    """The same through ours."""
+    """Our loss and its gradient on the same log-probabilities."""
     logprobs = rows["logprobs"].clone().requires_grad_()
     mask = rows["mask"].bool()
     lengths = mask.sum(-1)
@@ -126,7 +126,7 @@ def by_groups(rows: dict[str, Tensor], settings: Method) -> Tensor:
         (Method(name="gspo"), {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}),
         (Method(name="gspo", clip_low=0.2, clip_high=0.3, kl_coef=0.04),
          {"importance_sampling_level": "sequence", "epsilon_high": 0.3, "beta": 0.04}),
-        # TRL's epsilon_high is the bound itself, ours what is added to 1.
+        # TRL's epsilon_high is the bound itself; our clip_high is added to 1.
         (Method(name="cispo", aggregation="token-mean", clip_high=0.5), {"loss_type": "cispo", "epsilon_high": 1.5}),
         (Method(tis_cap=1.1), {"beta": 0.04, "use_vllm": True}),
         (Method(tis_cap=1.1, aggregation="token-mean"), {"beta": 0.04, "use_vllm": True, "loss_type": "dapo"}),
@@ -142,8 +142,8 @@ def test_loss_and_gradient_equal_trl(rows: dict[str, Tensor], settings: Method, 
     assert float(gradient.abs().max()) > 0
 
 
-def test_dapo_of_the_paper_is_not_trls(rows: dict[str, Tensor]) -> None:
-    """The paper's mean is over the tokens of a group, TRL's and verl's over those of the batch: both have a name."""
+def test_dapo_of_the_paper_differs_from_trls(rows: dict[str, Tensor]) -> None:
+    """The paper averages over the tokens of a group, TRL and verl over those of the batch; we support both."""
     settings = Method(name="dapo")
     advantage = by_groups(rows, settings)
     theirs = by_trl(rows, advantage, loss_type="dapo", epsilon_high=0.28)[0]
@@ -152,23 +152,23 @@ def test_dapo_of_the_paper_is_not_trls(rows: dict[str, Tensor]) -> None:
 
 
 def trl_advantages(rewards: Tensor, scale: str) -> Tensor:
-    """TRL 1.16, _generate_and_score_completions: group mean; sample std of group or batch; 1e-4 added."""
+    """TRL 1.16, _generate_and_score_completions: group mean; sample std of group or batch, plus 1e-4."""
     grouped = rewards.view(PROMPTS, SIZE)
-    centred = rewards - grouped.mean(1).repeat_interleave(SIZE)
+    centered = rewards - grouped.mean(1).repeat_interleave(SIZE)
     if scale == "none":
-        return centred
+        return centered
     spread = grouped.std(1).repeat_interleave(SIZE) if scale == "group" else rewards.std().expand_as(rewards)
-    return centred / (spread + 1e-4)
+    return centered / (spread + 1e-4)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_equal_trls_but_for_its_epsilon(rows: dict[str, Tensor], scale: str) -> None:
+def test_advantages_equal_trls_except_for_its_epsilon(rows: dict[str, Tensor], scale: str) -> None:
     got = by_groups(rows, Method(scale=scale))  # type: ignore[arg-type]
     torch.testing.assert_close(got, trl_advantages(rows["rewards"], scale), rtol=1e-3, atol=0)
 
 
 def verl_agg_loss(losses: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """verl 0.9, agg_loss: the four modes as its documentation writes them."""
+    """verl 0.9, agg_loss: the four modes as documented."""
     if mode == "token-mean":
         return (losses * mask).sum() / mask.sum()
     by_row = (losses * mask).sum(-1)
@@ -186,7 +186,7 @@ def verl_agg_loss(losses: Tensor, mask: Tensor, mode: str) -> Tensor:
 )  # fmt: skip
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_loss_equals_verls(rows: dict[str, Tensor], aggregation: str, mode: str, level: str) -> None:
-    """Clipped policy loss without its dual clip (c = 3 binds where Â < 0 and ρ > 3; no ratio here comes near)."""
+    """Clipped policy loss without the dual clip (c = 3 binds if Â < 0 and ρ > 3; no ratio here is that large)."""
     settings = Method(aggregation=aggregation, ratio=level, kl_coef=0.0, clip_high=0.25)  # type: ignore[arg-type]
     advantage = by_groups(rows, settings)
     logprobs, mask = rows["logprobs"].clone().requires_grad_(), rows["mask"]
@@ -204,18 +204,18 @@ def test_loss_equals_verls(rows: dict[str, Tensor], aggregation: str, mode: str,
     assert loss == pytest.approx(float(expected.detach()), abs=1e-12)
     if level == "token" or aggregation == "sequence-mean":
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
-    else:  # with GSPO-token each token pulls at itself alone: the same sum over the completion, otherwise spread
+    else:  # GSPO-token gives each token its own gradient: the same sum over the completion, distributed differently
         torch.testing.assert_close(gradient.sum(-1), expected_gradient.sum(-1), rtol=0, atol=1e-12)
 
 
-def test_dual_clip_of_verl_is_left_out() -> None:
-    """ρ = 5, Â = -1: Eq. 3 gives 5, verl's default stops at 3."""
+def test_dual_clip_of_verl_is_not_used() -> None:
+    """ρ = 5, Â = -1: Eq. 3 gives 5, verl's default limits it to 3."""
     one = torch.ones(1, dtype=torch.float64)
     assert float(policy_loss(one * math.log(5), one * 0, -one, one, 0.2, 0.2).loss) == pytest.approx(5.0)
 
 
 def test_advantages_equal_verls(rows: dict[str, Tensor]) -> None:
-    """compute_grpo_outcome_advantage (ε 1e-6), Dr. GRPO, RLOO n/(n-1), REINFORCE++ whitened over tokens."""
+    """compute_grpo_outcome_advantage (ε 1e-6), Dr. GRPO, RLOO with n/(n-1), REINFORCE++ whitened over tokens."""
     grouped = rows["rewards"].view(PROMPTS, SIZE)
     grpo = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)
     torch.testing.assert_close(by_groups(rows, Method()), grpo.flatten())

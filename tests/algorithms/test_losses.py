@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand, and against the gradient coefficient of the paper."""
+"""Losses against numbers worked out by hand and the gradient coefficient of the paper."""
 
 import math
 
@@ -73,7 +73,7 @@ def test_loss_value_with_kl_by_hand() -> None:
     assert float(result.kl) == pytest.approx(1 - math.log(2), abs=1e-12)
 
 
-def test_masked_nan_is_selected_away_not_multiplied() -> None:
+def test_masked_nan_is_removed_by_selection_not_multiplication() -> None:
     """OpenRLHF#1240: NaN · 0 is NaN; a masked token must reach neither loss nor gradient."""
     logprobs = column(-1.0, math.nan).requires_grad_()
     result = policy_loss(
@@ -87,7 +87,7 @@ def test_masked_nan_is_selected_away_not_multiplied() -> None:
 
 
 def test_all_masked_is_zero_not_nan() -> None:
-    """unsloth-zoo#1286: 0/0 when everything is masked."""
+    """unsloth-zoo#1286: 0/0 if everything is masked."""
     logprobs = column(-1.0, -2.0).requires_grad_()
     result = policy_loss(logprobs, logprobs.detach(), column(1.0, 1.0), column(0.0, 0.0), 0.2, 0.2)
     result.loss.backward()
@@ -96,12 +96,12 @@ def test_all_masked_is_zero_not_nan() -> None:
     assert logprobs.grad.tolist() == [0, 0]
 
 
-def test_nothing_at_all_is_zero() -> None:
+def test_no_tokens_is_zero() -> None:
     empty = column()
     assert float(policy_loss(empty, empty, empty, empty, 0.2, 0.2).loss) == 0
 
 
-def test_clip_flags_count_only_where_the_clip_binds() -> None:
+def test_clip_flags_are_set_only_if_the_clip_binds() -> None:
     old = column(0.0, 0.0, 0.0, 0.0)
     logprobs = torch.log(column(1.5, 1.5, 0.5, 0.5))
     result = policy_loss(logprobs, old, column(1.0, -1.0, 1.0, -1.0), torch.ones(4, dtype=torch.float64), 0.2, 0.2)
@@ -110,12 +110,12 @@ def test_clip_flags_count_only_where_the_clip_binds() -> None:
 
 
 def test_weights_are_equation_3_by_hand() -> None:
-    """Two prompts; lengths 2, 4 and 5, -, 1: w = 1/P · 1/G · 1/|o|, the empty completion keeps its place in G."""
+    """Two prompts; lengths 2, 4 and 5, -, 1: w = 1/P · 1/G · 1/|o|; the empty completion counts in G."""
     weights = sequence_mean_weights([[2, 4], [5, 0, 1]])
     assert weights == [[1 / 8, 1 / 16], [1 / 30, 0.0, 1 / 6]]
 
 
-def test_prompt_without_trained_completions_leaves_the_denominator() -> None:
+def test_prompt_without_trained_completions_does_not_count_in_the_denominator() -> None:
     assert sequence_mean_weights([[2], []]) == [[0.5], []]
     assert sequence_mean_weights([[], []]) == [[], []]
 
@@ -134,7 +134,7 @@ def test_kl_without_reference_is_refused() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    """Returns 1; values 0.5, 2, 0.9 from 0.6, 1.1, 0, clip 0.2: ½ of max(.25, .25), max(1, .09), max(.01, .64)."""
+    """Returns 1; values 0.5, 2, 0.9, before 0.6, 1.1, 0, clip 0.2: ½ of max(.25, .25), max(1, .09), max(.01, .64)."""
     values = torch.tensor([0.5, 2.0, 0.9, float("nan")], dtype=torch.float64)
     old = torch.tensor([0.6, 1.1, 0.0, 0.0], dtype=torch.float64)
     returns, weights = torch.ones(4, dtype=torch.float64), torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=torch.float64)

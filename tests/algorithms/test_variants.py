@@ -1,6 +1,7 @@
-"""Every row of the table: the loss that its own paper writes, in plain loops, and the gradient coefficient.
+"""Every method: its paper's loss in plain loops, and the gradient coefficient.
 
-The loops know nothing of baselines, scales, surrogates and aggregations; the code knows nothing of the papers' names.
+The loops know nothing of baselines, advantage scaling, surrogates and aggregations; the code knows nothing of method
+names.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from tests.conftest import make_group, make_policy, random_groups
 from tests.training.test_invariance import distance, rows_logprobs
 
 TEMPERATURE, MAX_TOKENS, EPSILON = 0.8, 12, 1e-6
-Rows = list[list[torch.Tensor]]  # by group and completion, a number a token
+Rows = list[list[torch.Tensor]]  # by group and completion, one value per token
 Loss = Callable[[list[list[float]], Rows, Rows, Rows], torch.Tensor]
 
 
-def normalised(rewards: list[float]) -> list[float]:
+def normalized(rewards: list[float]) -> list[float]:
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
     return [(reward - mean) / (std + EPSILON) for reward in rewards]
 
 
 def sft(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """DeepSeekMath Eq. 6: the mean of log π over each completion, all of them right."""
+    """DeepSeekMath Eq. 6: the mean of log π over each completion; all completions are correct."""
     return online_rft([[1.0] * len(group) for group in rewards], new, old, ref)
 
 
 def online_rft(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """DeepSeekMath Eq. 11, and 8 for RFT: the same of the right ones alone, over all that were sampled."""
+    """DeepSeekMath Eq. 11, and 8 for RFT: as SFT on the correct completions, divided by the number sampled."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
         for i, reward in enumerate(group):
@@ -53,13 +54,13 @@ def online_rft(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> t
 
 
 def dpo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """DeepSeekMath Eq. 12: Δ averaged over the completion; a question's first right one with its first wrong one, and
-    so on."""
+    """DeepSeekMath Eq. 12: Δ is averaged over the completion. Pairs are the first correct and the first wrong
+    completion of a question, the second of both, and so on."""
     losses = []
     for q, group in enumerate(rewards):
         delta = [(new[q][i] - ref[q][i]).sum() / len(new[q][i]) for i in range(len(group))]
-        right, wrong = ([i for i, r in enumerate(group) if (r > 0.5) == side] for side in (True, False))
-        pairs = [-torch.log(torch.sigmoid(0.1 * (delta[i] - delta[j]))) for i, j in zip(right, wrong, strict=False)]
+        correct, wrong = ([i for i, r in enumerate(group) if (r > 0.5) == side] for side in (True, False))
+        pairs = [-torch.log(torch.sigmoid(0.1 * (delta[i] - delta[j]))) for i, j in zip(correct, wrong, strict=False)]
         losses += [sum(pairs) / len(pairs)] if pairs else []
     return sum(losses) / len(losses)  # type: ignore[return-value]
 
@@ -68,7 +69,7 @@ def grpo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.T
     """DeepSeekMath Eq. 3 and 4."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
-        for i, advantage in enumerate(normalised(group)):
+        for i, advantage in enumerate(normalized(group)):
             for t in range(len(new[q][i])):
                 ratio = torch.exp(new[q][i][t] - old[q][i][t])
                 gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
@@ -78,18 +79,18 @@ def grpo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.T
 
 
 def steps_of(reward: float, length: int) -> Steps:
-    """Two steps of a completion, or one where it has a single token; the last ends one token early where it can."""
+    """Two steps, or one if the completion has a single token; the last ends one token early if possible."""
     return Steps((reward, -reward / 2), (0, max(1, length - 2))) if length > 1 else Steps((reward,), (0,))
 
 
 def grpo_process(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """DeepSeekMath §4.1.3: all step rewards of a group normalised together, summed over those that end from t on."""
+    """DeepSeekMath §4.1.3: step rewards normalized per group; a token gets the sum over steps ending at t or later."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
         steps = [steps_of(reward, len(new[q][i])) for i, reward in enumerate(group)]
-        normal = iter(normalised([value for own in steps for value in own.rewards]))
-        for i, own in enumerate(steps):
-            ended = [(next(normal), end) for end in own.ends]
+        normal = iter(normalized([reward for labels in steps for reward in labels.rewards]))
+        for i, labels in enumerate(steps):
+            ended = [(next(normal), end) for end in labels.ends]
             for t in range(len(new[q][i])):
                 advantage = sum(value for value, end in ended if end >= t)
                 ratio = torch.exp(new[q][i][t] - old[q][i][t])
@@ -100,21 +101,23 @@ def grpo_process(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) ->
 
 
 def values_of(reward: float, length: int) -> list[float]:
-    """Values of a completion that ended by itself, one more than tokens."""
+    """Values of a finished completion (EOS), one more than tokens."""
     return [0.1 * place - 0.3 * reward for place in range(length)] + [0.0]
 
 
 def ppo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """DeepSeekMath Eq. 1 and 2: the reward on the last token, β log(π_old/π_ref) off each, GAE with λ = 0.95."""
+    """DeepSeekMath Eq. 1 and 2: the reward at the last token, -β log(π_old/π_ref) at every token; GAE, λ = 0.95."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
         for i, reward in enumerate(group):
             length = len(new[q][i])
             values = values_of(reward, length)
-            own = [-0.04 * float(old[q][i][t] - ref[q][i][t]) for t in range(length)]
-            own[-1] += reward
+            token_rewards = [-0.04 * float(old[q][i][t] - ref[q][i][t]) for t in range(length)]
+            token_rewards[-1] += reward
             for t in range(length):
-                advantage = sum(0.95 ** (s - t) * (own[s] + values[s + 1] - values[s]) for s in range(t, length))
+                advantage = sum(
+                    0.95 ** (s - t) * (token_rewards[s] + values[s + 1] - values[s]) for s in range(t, length)
+                )
                 ratio = torch.exp(new[q][i][t] - old[q][i][t])
                 gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
                 total += gain / (len(rewards) * len(group) * length)
@@ -122,7 +125,7 @@ def ppo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Te
 
 
 def dr_grpo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """2503.20783: no std, a constant in place of the length."""
+    """2503.20783: no division by the std, a constant in place of the length."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
         for i, reward in enumerate(group):
@@ -138,8 +141,8 @@ def dapo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.T
     """2503.14476 Eq. 8: the mean over all tokens of a group, clip-higher."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
-        tokens = sum(len(each) for each in new[q])
-        for i, advantage in enumerate(normalised(group)):
+        tokens = sum(len(row) for row in new[q])
+        for i, advantage in enumerate(normalized(group)):
             for t in range(len(new[q][i])):
                 ratio = torch.exp(new[q][i][t] - old[q][i][t])
                 total += torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage) / (len(rewards) * tokens)
@@ -147,10 +150,10 @@ def dapo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.T
 
 
 def gspo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """2507.18071 Eq. 5 and 7: the ratio of sequences, length-normalised."""
+    """2507.18071 Eq. 5 and 7: the length-normalized sequence ratio."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
-        for i, advantage in enumerate(normalised(group)):
+        for i, advantage in enumerate(normalized(group)):
             ratio = ((new[q][i].sum() - old[q][i].sum()).exp()) ** (1 / len(new[q][i]))
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - 3e-4, 1 + 4e-4) * advantage)
             total += gain / (len(rewards) * len(group))
@@ -158,11 +161,11 @@ def gspo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.T
 
 
 def cispo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """2506.13585 Eq. 4 and 5, without a lower bound; the upper one is 5."""
+    """2506.13585 Eq. 4 and 5, without a lower bound; the upper bound is 5."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
-        tokens = sum(len(each) for each in new[q])
-        for i, advantage in enumerate(normalised(group)):
+        tokens = sum(len(row) for row in new[q])
+        for i, advantage in enumerate(normalized(group)):
             for t in range(len(new[q][i])):
                 weight = min(5.0, math.exp(float(new[q][i][t].detach() - old[q][i][t])))
                 total += weight * advantage * new[q][i][t] / (len(rewards) * tokens)
@@ -170,18 +173,18 @@ def cispo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.
 
 
 def rloo(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """2402.14740: the others' mean as baseline, log π of the whole sequence, the KL in the reward."""
+    """2402.14740: the mean of the other completions as baseline, log π of the whole sequence, the KL in the reward."""
     total = torch.zeros((), dtype=torch.float64)
     for q, group in enumerate(rewards):
         full = [r - 0.05 * float((old[q][i] - ref[q][i]).sum()) for i, r in enumerate(group)]
         for i, reward in enumerate(full):
-            others = [each for j, each in enumerate(full) if j != i]
+            others = [r for j, r in enumerate(full) if j != i]
             total += (reward - statistics.mean(others)) * new[q][i].sum() / (len(rewards) * len(group))
     return -total
 
 
 def reinforce_pp(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) -> torch.Tensor:
-    """2501.03262: A_t = r - β Σ_{s ≥ t} KL_s, normalised over the batch; clipped; the mean over its tokens."""
+    """2501.03262: A_t = r - β Σ_{s ≥ t} KL_s, normalized over the batch; clipped; the mean over the batch's tokens."""
     tokens = []
     for q, group in enumerate(rewards):
         for i, reward in enumerate(group):
@@ -189,7 +192,7 @@ def reinforce_pp(rewards: list[list[float]], new: Rows, old: Rows, ref: Rows) ->
                 kl = sum(float(old[q][i][s] - ref[q][i][s]) for s in range(t, len(new[q][i])))
                 tokens.append((reward - 0.01 * kl, new[q][i][t], old[q][i][t]))
     total = torch.zeros((), dtype=torch.float64)
-    for advantage, (_, here, before) in zip(normalised([token[0] for token in tokens]), tokens, strict=True):
+    for advantage, (_, here, before) in zip(normalized([token[0] for token in tokens]), tokens, strict=True):
         ratio = torch.exp(here - before)
         total += torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) / len(tokens)
     return -total
@@ -202,13 +205,13 @@ PAPERS: dict[str, Loss] = {
 }  # fmt: skip
 
 
-def test_every_row_is_tested() -> None:
+def test_every_method_is_tested() -> None:
     assert set(PAPERS) == set(METHODS)
 
 
 @pytest.fixture(scope="module")
 def models() -> tuple[LanguageModel, LanguageModel, LanguageModel]:
-    """The policy, the policy as it was when it sampled, the reference."""
+    """The policy, the policy that sampled, and the reference."""
     policy, sampled = make_policy(torch.float64), make_policy(torch.float64)
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -228,7 +231,7 @@ def rows_of(model: LanguageModel, groups: list[Group]) -> Rows:
 def computed(
     settings: Method, models: tuple[LanguageModel, LanguageModel, LanguageModel], groups: list[Group], budget: int
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The way the loop computes it: scored by the policy that sampled, then an update of the one that has moved."""
+    """As in the training loop: scored by the policy that sampled, then an update of the current policy."""
     policy, sampled, reference = models
     weights = token_weights(settings, MAX_TOKENS)
     mark_trained(groups, settings.mask_truncated)
@@ -238,7 +241,7 @@ def computed(
         score_batches(sampled, reference, before, TEMPERATURE, Metrics())
         keep_logprobs(groups, before)
     for group in groups:
-        sizes = [len(each.token_ids) for each in group.completions]
+        sizes = [len(completion.token_ids) for completion in group.completions]
         totals = [float(reward.total or 0) for reward in group.rewards]
         group.values = [values_of(total, size) for total, size in zip(totals, sizes, strict=True)]
     assign_advantages(groups, settings, Metrics(), critic=Critic())
@@ -250,17 +253,19 @@ def computed(
         loss = batch_loss(policy, reference, batch, settings, TEMPERATURE, Metrics(), first=False)
         loss.backward()
         total += float(loss.detach())
-    return total, {name: each.grad.clone() for name, each in policy.model.named_parameters() if each.grad is not None}
+    return total, {
+        name: weight.grad.clone() for name, weight in policy.model.named_parameters() if weight.grad is not None
+    }
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["on policy", "after an inner update"])
 @pytest.mark.parametrize("budget", [10**9, 30], ids=["whole", "micro-batches"])
 @pytest.mark.parametrize("name", METHODS)
-def test_loss_and_gradient_are_those_of_its_paper(
+def test_loss_and_gradient_equal_the_paper(
     name: str, budget: int, moved: bool, models: tuple[LanguageModel, LanguageModel, LanguageModel]
 ) -> None:
     if moved and name == "dpo":
-        pytest.skip("one update a step: its coefficient is of the policy that is updated")
+        pytest.skip("one update per step: the coefficient comes from the policy being updated")
     policy, sampled, reference = models if moved else (models[0], models[0], models[2])
     groups = random_groups(groups=3, size=4)
     rewards = [[float(reward.total or 0) for reward in group.rewards] for group in groups]
@@ -269,25 +274,25 @@ def test_loss_and_gradient_are_those_of_its_paper(
             group.rewards = [Reward(1.0, {})] * len(group.rewards)
         if name == "grpo-process":
             pairs = list(zip(group.rewards, group.completions, strict=True))
-            steps = [steps_of(float(reward.total or 0), len(each.token_ids)) for reward, each in pairs]
-            group.rewards = [Reward(0.0, {}, steps={"judge": own}) for own in steps]
+            steps = [steps_of(float(reward.total or 0), len(completion.token_ids)) for reward, completion in pairs]
+            group.rewards = [Reward(0.0, {}, steps={"judge": labels}) for labels in steps]
     policy.model.zero_grad(set_to_none=True)
     with torch.no_grad():
         old, ref = rows_of(sampled, groups), rows_of(reference, groups)
     new = rows_of(policy, groups)
     if not moved:
-        old = [[each.detach() for each in group] for group in new]
+        old = [[row.detach() for row in group] for group in new]
     expected = PAPERS[name](rewards, new, old, ref)
     expected.backward()
-    gradient = {key: each.grad.clone() for key, each in policy.model.named_parameters() if each.grad is not None}
+    gradient = {key: weight.grad.clone() for key, weight in policy.model.named_parameters() if weight.grad is not None}
     loss, got = computed(Method(name=name), (policy, sampled, reference), groups, budget)
-    if name != "dpo":  # its loss is a metric; see test_methods.py
+    if name != "dpo":  # its loss is only a metric; see test_methods.py
         assert loss == pytest.approx(float(expected.detach()), abs=1e-9)
     assert distance(got, gradient) < 1e-9
 
 
-# One token of advantage 2 at ρ = 0.5, 1 and 6, weight 1, β = 0.1 with π_ref = 2 π_θ where there is a KL in the loss.
-# ∂J/∂logprob by hand: clipped, ρÂ up to the upper clip, then 0; clipped weight, the clipped ρ times Â; log π alone, Â.
+# One token of advantage 2 at ρ = 0.5, 1 and 6, weight 1; β = 0.1 with π_ref = 2 π_θ if the loss has a KL term.
+# ∂J/∂logprob by hand: ρÂ up to the upper clip, then 0 (clipped); the clipped ρ times Â (CISPO); Â (log π alone).
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -328,7 +333,7 @@ def test_gradient_coefficient_by_hand(name: str, expected: list[float]) -> None:
 
 
 def test_dapo_clips_higher_by_hand() -> None:
-    """ρ = 1.25 keeps its gradient under an upper clip of 0.28, and not under 0.2."""
+    """ρ = 1.25 keeps its gradient with clip_high = 0.28, but not with 0.2."""
     for high, expected in ((0.28, 1.25), (0.2, 0.0)):
         logprobs = torch.tensor([math.log(1.25)], dtype=torch.float64, requires_grad=True)
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -337,7 +342,7 @@ def test_dapo_clips_higher_by_hand() -> None:
 
 
 def test_sequence_ratio_by_hand() -> None:
-    """Log-ratios 0.1, 0.3 and (masked) 9; then -0.2: means 0.2 and -0.2. Each token carries 1/|o| of the gradient."""
+    """Log-ratios 0.1, 0.3 and (masked) 9; then -0.2: means 0.2 and -0.2. Each token gets 1/|o| of the gradient."""
     logprobs = torch.tensor([0.1, 0.3, 9.0, -0.2], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(4, dtype=torch.float64)
     advantages = torch.tensor([1.0, 1.0, 1.0, 3.0], dtype=torch.float64)
@@ -372,14 +377,14 @@ def test_aggregations_by_hand(weights: Callable, expected: list[list[float]]) ->
     assert weights([[], []], 10) == [[], []]
 
 
-def test_group_and_step_token_means_differ_where_groups_do() -> None:
-    """2 tokens and 8: the group's mean gives each prompt one half; the step's gives the longer one four fifths."""
+def test_group_and_step_token_means_differ_if_group_sizes_do() -> None:
+    """2 and 8 tokens: the group mean weights both prompts equally; the step mean gives the longer one four fifths."""
     assert aggregation.group_token_mean_weights([[2], [8]]) == [[1 / 4], [1 / 16]]
     assert aggregation.token_mean_weights([[2], [8]]) == [[1 / 10], [1 / 10]]
 
 
 def test_truncated_importance_weights_by_hand() -> None:
-    """π_old/π_sampling of e^½, e^-1 and e^2, at most 2: the policy term is weighted, the KL term is not."""
+    """π_old/π_sampling = e^½, e^-1 and e^2, capped at 2: the policy term is weighted, the KL term is not."""
     policy, reference = make_policy(torch.float64), make_policy(torch.float64, seed=1)
     group = make_group([1, 2], [[3, 4], [5]], [1.0, 0.0])
     settings = Method(tis_cap=2.0, kl_coef=0.3)
@@ -405,8 +410,8 @@ def test_truncated_importance_weights_by_hand() -> None:
     assert reduced["engine/importance_mean"] == pytest.approx(sum(factors) / 3)
 
 
-def test_kl_in_the_reward_leaves_tool_output_out() -> None:
-    """Neither the penalty nor the normalisation of REINFORCE++ sees tokens that were not sampled."""
+def test_kl_in_the_reward_excludes_tool_output() -> None:
+    """Neither the penalty nor the normalization of REINFORCE++ includes tokens that were not sampled."""
     settings = Method(name="reinforce-pp", kl_coef=0.5)
     group = make_group([1], [[2, 3, 4], [5]], [1.0, 0.0])
     object.__setattr__(group.completions[0], "mask", (True, False, True))
@@ -414,22 +419,22 @@ def test_kl_in_the_reward_leaves_tool_output_out() -> None:
     group.old_logprobs, group.ref_logprobs = [[-1.0, -9.0, -1.0], [-2.0]], [[-1.2, -1.0, -1.6], [-1.0]]
     assign_advantages([group], settings, Metrics())
     returns = [1 - 0.5 * (0.2 + 0.6), 1 - 0.5 * 0.6, 0 - 0.5 * -1.0]
-    first, last, other = normalised(returns)
+    first, last, other = normalized(returns)
     assert group.advantages[0] == pytest.approx([first, 0.0, last])
     assert group.advantages[1] == pytest.approx([other])
 
 
-def test_leave_one_out_with_one_left_after_abstentions_has_no_signal() -> None:
+def test_leave_one_out_with_one_completion_left_has_zero_advantage() -> None:
     groups = [make_group([1], [[2], [3]], [1.0, None]), make_group([1], [[2], [3]], [1.0, 0.0])]
     mark_trained(groups, False)
     assign_advantages(groups, Method(baseline="leave-one-out", scale="none", kl_coef=0.0), Metrics())
     assert groups[0].advantages == [[0.0], [0.0]]
-    assert groups[0].skipped == "all advantages are 0: one completion"
+    assert groups[0].skipped == "all advantages are 0: only one trained completion"
     assert groups[1].advantages == [[1.0], [-1.0]]
 
 
-def test_abstained_completion_leaves_mean_and_std() -> None:
-    """slime#1414, slime#2230: an uneven group is normalised by itself."""
+def test_excluded_completion_does_not_affect_mean_and_std() -> None:
+    """slime#1414, slime#2230: a group of uneven size is normalized over its remaining completions."""
     group = make_group([1], [[2], [3], [4], [5]], [1.0, None, 2.0, 6.0])
     alone = make_group([1], [[2], [4], [5]], [1.0, 2.0, 6.0])
     mark_trained([group, alone], False)
@@ -437,24 +442,24 @@ def test_abstained_completion_leaves_mean_and_std() -> None:
     assign_advantages([alone], Method(), Metrics())
     assert group.advantages[1] == [0.0]
     assert [group.advantages[0], *group.advantages[2:]] == alone.advantages
-    assert [row[0] for row in alone.advantages] == pytest.approx(normalised([1.0, 2.0, 6.0]))
+    assert [row[0] for row in alone.advantages] == pytest.approx(normalized([1.0, 2.0, 6.0]))
 
 
-def test_abstained_completions_leave_the_batch_statistics() -> None:
+def test_excluded_completions_do_not_affect_the_batch_statistics() -> None:
     whole = [make_group([1], [[2], [3]], [1.0, 3.0]), make_group([1], [[2], [3]], [0.0, None])]
     mark_trained(whole, False)
     assign_advantages(whole, Method(name="reinforce-pp", kl_coef=0.0), Metrics())
-    values = normalised([1.0, 3.0, 0.0])
+    values = normalized([1.0, 3.0, 0.0])
     assert [whole[0].advantages[0][0], whole[0].advantages[1][0], whole[1].advantages[0][0]] == pytest.approx(values)
 
 
-def test_what_a_recipe_writes_goes_before_the_row() -> None:
+def test_recipe_fields_override_the_method() -> None:
     method = load_recipe({"model": {"name": "m"}, "method": {"name": "dapo", "clip_high": 0.5}}).method
     assert (method.clip_high, method.aggregation, method.kl_coef) == (0.5, "group-token-mean", 0.0)
     assert load_recipe({"model": {"name": "m"}}, ["method.name=gspo"]).method.ratio == "sequence"
 
 
-def test_rows_resolve_to_what_they_say() -> None:
+def test_methods_resolve_to_their_settings() -> None:
     for name, row in METHODS.items():
         method = Method(name=name)
         assert {key: getattr(method, key) for key in row.settings} == dict(row.settings)
@@ -472,14 +477,14 @@ def test_rows_resolve_to_what_they_say() -> None:
         ({"method": {"name": "rloo"}, "sampling": {"group_size": 1}}, ["sampling.group_size = 1", "leave-one-out"]),
     ],
 )
-def test_combinations_without_meaning_are_refused(data: dict, words: list[str]) -> None:
+def test_meaningless_combinations_are_refused(data: dict, words: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe({"model": {"name": "m"}, **data})
     for word in words:
         assert word in str(caught.value)
 
 
-def test_surrogate_of_the_users_own() -> None:
+def test_user_defined_surrogate() -> None:
     surrogate = find_surrogate("tests/functions_of_users.py:soft_surrogate")
     assert surrogate(torch.zeros(1), torch.full((1,), 3.0), torch.ones(1), 0.2, 0.2).tolist() == pytest.approx([0.75])
     for name in ("tests/functions_of_users.py:surrogate_of_one_number", "tests/functions_of_users.py:nothing_here"):

@@ -38,7 +38,7 @@ def recipe_file(tiny_folder: str, tmp_path: Path) -> Path:
 
 def test_help_explains_every_option() -> None:
     for command, options in {
-        (): ["train", "check", "eval", "sample", "export", "repeat", "schema", "--version"],
+        (): ["train", "check", "eval", "sample", "export", "rerun-reward", "reproduce", "schema", "--version"],
         ("train",): ["--set", "--out", "--resume", "--show"],
         ("check",): ["--set", "--json", "--quick", "--seconds"],
         ("eval",): ["--recipe", "--task", "--questions", "--samples", "--max-tokens", "--grader", "--device", "--dtype",
@@ -185,7 +185,7 @@ def test_sample_as_json_with_truncation_and_stop_texts(tiny_folder: str) -> None
 def test_eval_repeats_the_evaluation_of_a_recipe(recipe_file: Path, tiny_folder: str) -> None:
     shown = gruppo("eval", tiny_folder, "--recipe", recipe_file)
     assert shown.returncode == 0, shown.stderr
-    assert ", 4 questions)" in shown.stdout
+    assert "  4 questions, in-domain\n" in shown.stdout
     drawn = gruppo("eval", tiny_folder, "--recipe", recipe_file, "--samples", 2, "--questions", 3, "--temperature", 1.0)
     assert "3 questions, 2 answers each" in drawn.stdout
 

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is written, and what each mistake is told."""
+"""Recipes: reading, writing, and the message for each mistake."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_name_comes_from_the_file(tmp_path: Path) -> None:
     assert load_recipe(path).run.name == "mine"
 
 
-def test_file_name_that_is_no_run_name_and_a_byte_order_mark(tmp_path: Path) -> None:
+def test_file_name_that_is_not_a_run_name_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "my recipe (2).toml"
     path.write_text('\ufeff[model]\nname = "m"\n', encoding="utf-8")
     assert load_recipe(path).run.name == "my-recipe-2"
 
 
 @pytest.mark.parametrize(
-    ("override", "read"),
+    ("override", "is_set"),
     [
         ("run.steps=7", lambda recipe: recipe.run.steps == 7),
         ("optimizer.learning_rate=1e-5", lambda recipe: recipe.optimizer.learning_rate == 1e-5),
@@ -49,11 +49,11 @@ def test_file_name_that_is_no_run_name_and_a_byte_order_mark(tmp_path: Path) -> 
         ("evaluation.questions=5", lambda recipe: recipe.evaluation.questions == 5),
     ],
 )
-def test_overrides(override: str, read) -> None:
-    assert read(load_recipe(MINIMAL, [override]))
+def test_overrides(override: str, is_set) -> None:
+    assert is_set(load_recipe(MINIMAL, [override]))
 
 
-def test_override_does_not_change_the_mapping_given() -> None:
+def test_override_does_not_change_the_mapping_passed() -> None:
     data = {"model": {"name": "m"}}
     load_recipe(data, ["model.name=other"])
     assert data == {"model": {"name": "m"}}
@@ -85,7 +85,7 @@ def test_override_does_not_change_the_mapping_given() -> None:
         ({"run": {"name": "../up"}}, ["run.name = '../up'"]),
     ],
 )
-def test_each_mistake_names_field_value_and_fix(data: dict, words: list[str]) -> None:
+def test_mistakes_name_field_value_and_fix(data: dict, words: list[str]) -> None:
     message = mistake({**MINIMAL, **data})
     assert len(message.splitlines()) == 1
     for word in words:
@@ -102,7 +102,7 @@ def test_missing_model() -> None:
     assert "model: missing" in mistake({})
 
 
-def test_every_mistake_has_its_line() -> None:
+def test_each_mistake_has_its_own_line() -> None:
     message = mistake({**MINIMAL, "run": {"steps": 0, "sed": 1}})
     assert len(message.splitlines()) == 2
 
@@ -135,13 +135,13 @@ def test_recipes_of_the_project_are_valid() -> None:
 
 
 def write(folder: Path, **files: str) -> Path:
-    """Recipe files by name, with a model unless they extend another; the path of the last."""
+    """Write recipe files by name, with a model unless they extend another; return the path of the last."""
     for name, text in files.items():
         (folder / f"{name}.toml").write_text(text if "extends" in text else f'{text}\n[model]\nname = "m"\n')
     return folder / f"{name}.toml"
 
 
-def test_extended_recipe_keeps_what_is_not_written_again(tmp_path: Path) -> None:
+def test_extending_recipe_inherits_fields_it_does_not_set(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         base='[run]\nname = "theirs"\nsteps = 7\nseed = 3\n[reward]\nfunctions = ["a", "b"]\n[task]\n'
@@ -157,7 +157,7 @@ def test_extended_recipe_keeps_what_is_not_written_again(tmp_path: Path) -> None
     assert load_recipe(tomllib.loads(recipe.to_toml())) == recipe
 
 
-def test_extending_goes_from_file_to_file_each_by_its_own_folder(tmp_path: Path) -> None:
+def test_extends_is_resolved_relative_to_each_file(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     write(tmp_path / "deep", lowest="[run]\nsteps = 5\nseed = 5", middle='extends = "lowest.toml"\n[run]\nsteps = 6')
     recipe = load_recipe(write(tmp_path, top='extends = "deep/middle.toml"\n[sampling]\ngroup_size = 2'))
@@ -166,7 +166,7 @@ def test_extending_goes_from_file_to_file_each_by_its_own_folder(tmp_path: Path)
     assert (other.run.name, other.run.steps) == ("x", 5)
 
 
-def test_mapping_extends_a_file_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapping_extends_a_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, base='[run]\nname = "base"\nsteps = 7')
     monkeypatch.chdir(tmp_path)
     data = {"extends": "base.toml", "run": {"seed": 1}}
@@ -182,13 +182,13 @@ def test_task_and_mixture_replace_each_other(tmp_path: Path) -> None:
     assert [task.weight for task in load_recipe(one).tasks] == [2.0]
     back = write(tmp_path, again='extends = "mixed.toml"\n[task]\nname = "x.jsonl"')
     assert [task.name for task in load_recipe(back).tasks] == ["x.jsonl"]
-    assert load_recipe(back).task.options == {}, "what a mixture has replaced is gone"
+    assert load_recipe(back).task.options == {}, "a task that a mixture replaced does not come back"
     both = write(tmp_path, both='extends = "base.toml"\n[task]\n[[mixture]]\n')
-    with pytest.raises(RecipeError, match="both say where questions come from"):
+    with pytest.raises(RecipeError, match="both define the source of prompts"):
         load_recipe(both)
 
 
-def test_method_of_the_extending_recipe_fills_what_neither_wrote(tmp_path: Path) -> None:
+def test_method_of_the_extending_recipe_fills_fields_that_neither_sets(tmp_path: Path) -> None:
     path = write(tmp_path, base="[method]\nclip_high = 0.3", mine='extends = "base.toml"\n[method]\nname = "dapo"')
     method = load_recipe(path).method
     assert (method.clip_high, method.dynamic_sampling_rounds, method.kl_coef) == (0.3, 9, 0.0)
@@ -207,7 +207,7 @@ def test_method_of_the_extending_recipe_fills_what_neither_wrote(tmp_path: Path)
         ('extends = "broken.toml"', ["broken.toml: not valid TOML"]),
     ],
 )
-def test_mistakes_in_extending_name_file_and_key(text: str, words: list[str], tmp_path: Path) -> None:
+def test_mistakes_in_extends_name_file_and_key(text: str, words: list[str], tmp_path: Path) -> None:
     write(tmp_path, base="", circle='extends = "mine.toml"', wrong="[run]\nsteps = 0", broken="[run")
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(tmp_path, mine=text))
@@ -216,7 +216,7 @@ def test_mistakes_in_extending_name_file_and_key(text: str, words: list[str], tm
         assert word in str(caught.value)
 
 
-def test_other_reward_functions_come_without_the_options_of_those_before(tmp_path: Path) -> None:
+def test_replacing_reward_functions_drops_the_options_of_the_old_ones(tmp_path: Path) -> None:
     base = tmp_path / "base.toml"
     base.write_text('[model]\nname = "m"\n[reward]\nfunctions = ["regex", "last_number"]\n'
                     '[reward.options.regex]\npattern = "x"\n')  # fmt: skip
@@ -225,7 +225,7 @@ def test_other_reward_functions_come_without_the_options_of_those_before(tmp_pat
         assert (recipe.reward.functions, recipe.reward.options) == (["last_number"], {})
 
 
-def test_overrides_of_names_with_dots_and_of_a_mixture() -> None:
+def test_overrides_of_names_with_dots_and_in_a_mixture() -> None:
     data = {**MINIMAL, "reward": {"functions": ["my.py:f"]}}
     recipe = load_recipe(data, ['reward.options."my.py:f".word="a=b"'])
     assert recipe.reward.options == {"my.py:f": {"word": "a=b"}}

@@ -1,4 +1,4 @@
-"""Tasks as tests read them."""
+"""Load tasks in tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gruppo.utils.progress import NullProgress
 
 
 class Notes(NullProgress):
-    """A progress that remembers what it was told to note."""
+    """A progress that keeps its notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -23,9 +23,9 @@ def training(name: object, progress: NullProgress | None = None, **fields: objec
 
 
 def both_sides(name: object, **fields: object) -> tuple[Dataset, Dataset]:
-    train, held = load_training(Task(name=str(name), **fields), "task", True, NullProgress())
-    assert held is not None
-    return train, held
+    train, held_out = load_training(Task(name=str(name), **fields), "task", True, NullProgress())
+    assert held_out is not None
+    return train, held_out
 
 
 def questions(name: object, **fields: object) -> Dataset:

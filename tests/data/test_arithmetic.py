@@ -20,7 +20,7 @@ def test_held_out_questions_cannot_occur_in_training() -> None:
     assert len({canonical(row) for row in train}) == 231 + 441 - 256
 
 
-def test_answers_are_right() -> None:
+def test_answers_are_correct() -> None:
     for row in load("train") + load("test"):
         question = row["prompt"][0]["content"].removeprefix("What is ").removesuffix("?")
         assert int(row["answer"]) == eval(question)
@@ -43,6 +43,6 @@ def test_impossible_options(options: dict) -> None:
         load("train", **options)
 
 
-def test_other_splits_are_refused_and_not_taken_for_training() -> None:
+def test_other_splits_are_refused_rather_than_read_as_train() -> None:
     with pytest.raises(UsageError, match="validation"):
         load("validation")

@@ -1,4 +1,4 @@
-"""Rows to prompts: what is refused, the chat template once, the exact token ids, the order of drawing."""
+"""Rows to prompts: invalid rows, a chat template applied once, exact token ids, sampling order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import make_tokenizer
 
 
 def write(path: Path, *lines: object) -> str:
-    path.write_text("".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in lines))
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return str(path)
 
 
@@ -41,7 +41,7 @@ def test_jsonl_rows_keep_their_columns(tmp_path: Path) -> None:
     [
         ([], ["no rows"]),
         (["{"], ["line 1", "not JSON"]),
-        (["[1]"], ["line 1", "one object a line"]),
+        (["[1]"], ["line 1", "one object per line"]),
         ([{"prompt": "x"}, {"question": "y"}], ["row 2", "no prompt", "question"]),
         ([{"prompt": ""}], ["row 1", "empty"]),
         ([{"prompt": 3}], ["row 1", "neither text nor a list"]),
@@ -75,7 +75,7 @@ def test_file_has_no_held_out_part(tmp_path: Path) -> None:
 
 
 def test_chat_template_is_applied_once() -> None:
-    """open-r1#462: the begin token twice."""
+    """open-r1#462: the BOS token appeared twice."""
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<"
     tokenizer.chat_template = "<" + "{% for m in messages %}{{ m['content'] }}{% endfor %}="
@@ -85,7 +85,7 @@ def test_chat_template_is_applied_once() -> None:
     assert prompt.content == [{"role": "user", "content": "a b"}]
 
 
-def test_answer_that_is_begun_is_gone_on_with() -> None:
+def test_started_assistant_message_is_continued() -> None:
     tokenizer = make_tokenizer()
     content = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tokenizer.chat_template = (
@@ -98,7 +98,7 @@ def test_answer_that_is_begun_is_gone_on_with() -> None:
 @pytest.mark.parametrize(
     "content", ["\ud800", [{"role": "user", "content": "\ud800"}], [{"role": "judge", "content": "a"}]]
 )
-def test_prompt_that_makes_no_tokens_is_told_with_its_row(content: object) -> None:
+def test_prompt_that_cannot_be_tokenized_is_reported_with_its_row(content: object) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('roles!') }}{% endif %}"
@@ -108,7 +108,7 @@ def test_prompt_that_makes_no_tokens_is_told_with_its_row(content: object) -> No
         tokenize_rows([{"prompt": "a"}, {"prompt": content}], tokenizer, 99, 5, "t")
 
 
-def test_text_is_taken_as_it_stands() -> None:
+def test_text_is_used_as_it_is() -> None:
     (prompt,) = tokenize_rows([{"prompt": "ab"}], make_tokenizer(), 99, 5, "t")
     assert make_tokenizer().convert_ids_to_tokens(list(prompt.token_ids)) == ["a", "b"]
 
@@ -120,15 +120,15 @@ def test_messages_need_a_chat_template() -> None:
         tokenize_rows([{"prompt": [{"role": "user", "content": "a"}]}], tokenizer, 99, 5, "t")
 
 
-def test_prompt_over_the_context_is_refused_not_cut() -> None:
-    """trl#3644: prompts cut in half."""
+def test_prompt_longer_than_the_context_is_refused_not_truncated() -> None:
+    """trl#3644: prompts were truncated."""
     rows = [{"prompt": "a" * 5}, {"prompt": "a" * 6}]
     assert len(tokenize_rows(rows[:1], make_tokenizer(), 10, 5, "t")) == 1
     with pytest.raises(UsageError, match=r"row 2.*6 tokens.*context of 10"):
         tokenize_rows(rows, make_tokenizer(), 10, 5, "t")
 
 
-def test_token_that_the_model_does_not_know_is_refused() -> None:
+def test_token_outside_the_models_vocabulary_is_refused() -> None:
     with pytest.raises(UsageError, match=r"row 1.*knows only 20"):
         tokenize_rows([{"prompt": "z"}], make_tokenizer(), 99, 5, "t", vocabulary=20)
 
@@ -139,10 +139,10 @@ def test_empty_data_is_refused() -> None:
 
 
 def prompts(count: int) -> list[Prompt]:
-    return [Prompt(str(place), "", (1,), "t", {}) for place in range(count)]
+    return [Prompt(str(number), "", (1,), "t", {}) for number in range(count)]
 
 
-def test_an_epoch_draws_every_prompt_once_in_an_order_of_its_own() -> None:
+def test_an_epoch_samples_every_prompt_once_in_its_own_order() -> None:
     drawn = [prompt.id for prompt in draw_prompts(prompts(10), 0, 0, 30)]
     assert set(Counter(drawn[:10]).values()) == {1}
     assert set(Counter(drawn[10:20]).values()) == {1}
@@ -150,12 +150,12 @@ def test_an_epoch_draws_every_prompt_once_in_an_order_of_its_own() -> None:
     assert [prompt.id for prompt in draw_prompts(prompts(10), 1, 0, 10)] != drawn[:10]
 
 
-def test_drawing_goes_on_where_it_stopped() -> None:
-    """verl#5725, NeMo#3599: a resume that repeats or skips data."""
+def test_sampling_continues_where_it_stopped() -> None:
+    """verl#5725, NeMo#3599: a resumed run repeated or skipped data."""
     whole = draw_prompts(prompts(7), 3, 0, 40)
-    assert [each for cursor in range(0, 40, 4) for each in draw_prompts(prompts(7), 3, cursor, 4)] == whole
+    assert [prompt for cursor in range(0, 40, 4) for prompt in draw_prompts(prompts(7), 3, cursor, 4)] == whole
 
 
 def test_rows_as_a_data_frame() -> None:
-    """Iterating over one would give the names of its columns."""
+    """Iterating over a data frame would yield its column names."""
     assert checked_rows(pandas.DataFrame([{"prompt": "a", "answer": 1}]), "rows") == [{"prompt": "a", "answer": 1}]

@@ -1,4 +1,4 @@
-"""Benchmarks: rows of all the shapes that public copies have, files of all the usual names, prompts, domains."""
+"""Benchmarks: row formats of public copies, the usual file names, prompts, domains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gruppo.rewards.grading.graders import GRADERS, find_grader
 from tests.data.load import both_sides, questions, training
 
 LETTERS = ["(A) 4", "(B) 5", "(C) 6"]
-# The name of a set, a row as one of its public copies has it, and what has to be read.
+# Benchmark, a row in the format of one of its public copies, and the values expected from it.
 SHAPES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gsm8k", {"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5.\n#### 5"},
      {"question": "2 + 3?", "answer": "5", "solution": "2 + 3 = <<2+3=5>>5.\n#### 5"}),
@@ -73,12 +73,12 @@ SHAPES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "row", "read"), SHAPES)
-def test_shapes_of_rows(name: str, row: dict[str, Any], read: dict[str, Any]) -> None:
-    made = BENCHMARKS[name].read(row)
-    assert {column: made.get(column) for column in read} == read
-    assert find_grader(default_grader(name))(f"The answer is $\\boxed{{{made['answer']}}}$.", made)
-    assert not find_grader(default_grader(name))("", made)
-    json.dumps(made)
+def test_row_formats(name: str, row: dict[str, Any], read: dict[str, Any]) -> None:
+    result = BENCHMARKS[name].read(row)
+    assert {column: result.get(column) for column in read} == read
+    assert find_grader(default_grader(name))(f"The answer is $\\boxed{{{result['answer']}}}$.", result)
+    assert not find_grader(default_grader(name))("", result)
+    json.dumps(result)
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,16 @@ def test_shapes_of_rows(name: str, row: dict[str, Any], read: dict[str, Any]) ->
     [
         ("gsm8k", {"questions": "2 + 3?", "answer": "5"}, ["no question", "questions, answer", "2 + 3?"]),
         ("gsm8k", {"question": "2 + 3?"}, ["no answer", "golden", "2 + 3?"]),
-        ("gsm8k", {"question": "2 + 3?", "answer": "five"}, ["'five' holds no number", "2 + 3?"]),
+        ("gsm8k", {"question": "2 + 3?", "answer": "five"}, ["'five' contains no number", "2 + 3?"]),
         ("math", {"problem": "2 + 3?", "solution": "5"}, ["no answer", "no solution with a box"]),
         ("aqua", {"question": "2 + 3?", "correct": "B"}, ["no options"]),
-        ("aqua", {"question": "2 + 3?", "options": ["A)4", "B)5"], "correct": "E"}, ["E is none of its 2 options"]),
-        ("aqua", {"question": "2 + 3?", "options": ["A)4", "B)5"], "correct": "six"}, ["'six'", "no letter"]),
+        ("aqua", {"question": "2 + 3?", "options": ["A)4", "B)5"], "correct": "E"}, ["E is not one of its 2 options"]),
+        ("aqua", {"question": "2 + 3?", "options": ["A)4", "B)5"], "correct": "six"}, ["'six'", "not a letter"]),
     ],
 )
-def test_a_row_that_cannot_be_read_is_shown(tmp_path: Path, name: str, row: dict[str, Any], words: list[str]) -> None:
+def test_a_row_that_cannot_be_read_is_shown_in_the_error(
+    tmp_path: Path, name: str, row: dict[str, Any], words: list[str]
+) -> None:
     good = {"question": "1 + 1?", "problem": "1 + 1?", "answer": "2", "correct": "A", "options": ["A)2", "B)3"]}
     write(tmp_path / "test.jsonl", [good, row])
     with pytest.raises(UsageError) as raised:
@@ -120,7 +122,7 @@ ROW = {"question": "2 + 3?", "answer": "#### 5"}
     ["gsm8k_test.jsonl", "gsm8k-test.json", "GSM8K/test.jsonl", "gsm8k/main/test-00000-of-00001.parquet", "gsm8k.jsonl",
      "main/test-00000-of-00001.parquet", "test.jsonl", "data/test.parquet", "deep/in/gsm8k/gsm8k.jsonl"],
 )  # fmt: skip
-def test_usual_names_of_files(tmp_path: Path, file: str) -> None:
+def test_usual_file_names(tmp_path: Path, file: str) -> None:
     write(tmp_path / file, [ROW])
     write(tmp_path / "other_test.jsonl", [{"question": "wrong", "answer": "0"}])
     assert [row["answer"] for row in questions("gsm8k", options={"data": str(tmp_path)}).rows] == ["5"]
@@ -130,12 +132,12 @@ def test_usual_names_of_files(tmp_path: Path, file: str) -> None:
 def test_train_and_test_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "gsm8k_train.jsonl", [ROW, ROW])
     write(tmp_path / "gsm8k_test.jsonl", [ROW])
-    train, held = both_sides("gsm8k", options={"data": str(tmp_path)})
-    assert (len(train.rows), len(held.rows)) == (2, 1)
+    train, held_out = both_sides("gsm8k", options={"data": str(tmp_path)})
+    assert (len(train.rows), len(held_out.rows)) == (2, 1)
     assert len(training("gsm8k", options={"data": str(tmp_path)})) == 2
 
 
-def test_shards_are_one_file_and_parts_are_named(tmp_path: Path) -> None:
+def test_shards_are_joined_and_parts_are_named(tmp_path: Path) -> None:
     for shard in (0, 1):
         write(tmp_path / "gsm8k" / f"test-0000{shard}-of-00002.parquet", [ROW])
     assert len(questions("gsm8k", options={"data": str(tmp_path)}).rows) == 2
@@ -149,8 +151,8 @@ def test_shards_are_one_file_and_parts_are_named(tmp_path: Path) -> None:
     assert [(row["part"], row["question"]) for row in rows] == [("algebra", "test?"), ("geometry", "test?")]
 
 
-def test_copies_as_their_makers_hand_them_out(tmp_path: Path) -> None:
-    """MMLU and MGSM without headers, a subject a file; repositories with configurations; a subject's own folder."""
+def test_original_releases(tmp_path: Path) -> None:
+    """MMLU and MGSM without headers, one file per subject; repositories with configurations; a subject's folder."""
     mmlu = tmp_path / "mmlu/data"
     for split, subject in (("test", "astronomy"), ("dev", "astronomy"), ("test", "law"), ("test", "machine_learning")):
         (mmlu / split).mkdir(parents=True, exist_ok=True)
@@ -183,12 +185,12 @@ def test_copies_as_their_makers_hand_them_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ([], ["no file of GSM8K", "gsm8k_test", "no such files"]),
+        ([], ["no file of GSM8K", "gsm8k_test", "no data files"]),
         (["svamp.jsonl"], ["no file of GSM8K", "found svamp.jsonl"]),
         (["a/gsm8k_test.jsonl", "b/gsm8k_test.jsonl"], ["several files", "a/gsm8k_test.jsonl, b/gsm8k_test.jsonl"]),
     ],
 )
-def test_none_or_several_files(tmp_path: Path, files: list[str], words: list[str]) -> None:
+def test_no_file_or_several_files_are_refused(tmp_path: Path, files: list[str], words: list[str]) -> None:
     for file in files:
         write(tmp_path / file, [ROW])
     with pytest.raises(UsageError) as raised:
@@ -217,59 +219,59 @@ def test_wrong_options(fields: dict[str, Any], words: list[str]) -> None:
         assert word in str(raised.value)
 
 
-def test_a_mistyped_name_is_told() -> None:
+def test_a_mistyped_name_is_reported() -> None:
     with pytest.raises(UsageError, match='did you mean "gsm8k"'):
         questions("gsm8K")
 
 
-def asked(folder: Path, name: str, row: dict[str, Any], **options: Any) -> Any:
+def prompt_of(folder: Path, name: str, row: dict[str, Any], **options: Any) -> Any:
     write(folder / "test.jsonl", [row])
     return questions(name, options={"data": str(folder), **options}).rows[0]["prompt"]
 
 
-def test_prompts_of_a_chat(tmp_path: Path) -> None:
-    (message,) = asked(tmp_path, "gsm8k", ROW)
+def test_chat_prompts(tmp_path: Path) -> None:
+    (message,) = prompt_of(tmp_path, "gsm8k", ROW)
     assert message["role"] == "user"
     assert message["content"].startswith("2 + 3?\n\nReason step by step")
     assert "\\boxed{}" in message["content"]
-    few = asked(tmp_path, "gsm8k", ROW, prompt="few-shot")
-    assert [each["role"] for each in few] == ["user", "assistant"] * 8 + ["user"]
+    few = prompt_of(tmp_path, "gsm8k", ROW, prompt="few-shot")
+    assert [turn["role"] for turn in few] == ["user", "assistant"] * 8 + ["user"]
     assert few[-1] == message
-    assert len(asked(tmp_path, "gsm8k", ROW, prompt="few-shot", shots=2)) == 5
-    (tool,) = asked(tmp_path, "gsm8k", ROW, prompt="tool")
+    assert len(prompt_of(tmp_path, "gsm8k", ROW, prompt="few-shot", shots=2)) == 5
+    (tool,) = prompt_of(tmp_path, "gsm8k", ROW, prompt="tool")
     assert "```python" in tool["content"]
     assert "```output" in tool["content"]
 
 
 def test_prompts_as_text(tmp_path: Path) -> None:
-    text = asked(tmp_path, "gsm8k", ROW, prompt="few-shot", shots=1, format="text")
+    text = prompt_of(tmp_path, "gsm8k", ROW, prompt="few-shot", shots=1, format="text")
     assert text.count("Question: ") == 2
     assert text.endswith("Question: 2 + 3?\nAnswer:")
-    chinese = asked(tmp_path, "cmath", {"question": "二加三？", "golden": "5"}, format="text")
+    chinese = prompt_of(tmp_path, "cmath", {"question": "二加三？", "golden": "5"}, format="text")
     assert chinese.endswith("问题：二加三？\n解答：")
 
 
 def test_prompts_show_options(tmp_path: Path) -> None:
     row = {"question": "2 + 3?", "options": ["A)4", "B)5"], "correct": "B"}
-    (message,) = asked(tmp_path, "aqua", row)
+    (message,) = prompt_of(tmp_path, "aqua", row)
     assert "2 + 3?\n(A) 4\n(B) 5\n\n" in message["content"]
     assert "letter" in message["content"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_examples_are_graded_right_by_their_own_grader(name: str) -> None:
-    """What the model is shown ends in the very form that is asked of it."""
+def test_few_shot_examples_are_correct_by_the_benchmarks_grader(name: str) -> None:
+    """Examples end in the format that the model is asked for."""
     benchmark = BENCHMARKS[name]
     assert benchmark.grader in GRADERS
     grade = find_grader(benchmark.grader)
-    for each in benchmark.examples:
-        columns = {"question": each.question, "answer": each.answer, "choices": list(each.choices)}
-        shown = f"{each.working} The answer is $\\boxed{{{each.answer}}}$."
+    for example in benchmark.examples:
+        columns = {"question": example.question, "answer": example.answer, "choices": list(example.choices)}
+        shown = f"{example.working} The answer is $\\boxed{{{example.answer}}}$."
         assert grade(shown, columns), shown
-        assert grade(each.working, columns) or benchmark.kind in ("formula", "blanks"), each.working
+        assert grade(example.working, columns) or benchmark.kind in ("formula", "blanks"), example.working
 
 
-def test_examples_of_word_problems_are_not_those_of_a_set() -> None:
+def test_word_problem_examples_are_distinct() -> None:
     assert isinstance(BENCHMARKS["gsm8k"].examples[0], Example)
     assert len({each.question for each in BENCHMARKS["gsm8k"].examples}) == 8
 
@@ -295,7 +297,7 @@ def test_domains(task: str, trained: list[str], place: str) -> None:
     assert domain(task, trained) == place
 
 
-def test_graders_by_default() -> None:
+def test_default_graders() -> None:
     assert default_grader("math") == "math_answer"
     assert default_grader("gaokao-mathqa") == "choice"
     assert default_grader("reasoning-gym/countdown") == "reasoning_gym"
@@ -303,7 +305,7 @@ def test_graders_by_default() -> None:
     assert {each.grader for each in BENCHMARKS.values()} <= set(GRADERS)
 
 
-def test_without_data_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_data_the_hub_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def read(name: str, split: str, options: Any, progress: Any) -> list[dict[str, Any]]:
@@ -315,7 +317,7 @@ def test_without_data_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert questions("gsm8k").rows[0]["answer"] == "5"
     assert questions("gsm-hard").rows[0]["answer"] == "5"
     with pytest.raises(UsageError, match="has no rows in cais/mmlu"):
-        questions("mmlu-stem")  # law is no STEM subject
+        questions("mmlu-stem")  # law is not a STEM subject
     assert calls == [
         ("openai/gsm8k", "test", {"name": "main"}),
         ("reasoning-machines/gsm-hard", "train", {}),
@@ -330,8 +332,8 @@ def test_a_folder_saved_by_datasets(tmp_path: Path) -> None:
     assert questions("gsm8k", options={"data": str(tmp_path / "saved")}).rows[0]["answer"] == "5"
 
 
-def test_rows_that_are_prompts_already_are_parted_from_what_asks() -> None:
-    """AGIEval's copies for lm-evaluation-harness: query, choices, and gold, the places of the right ones."""
+def test_rows_that_are_already_prompts_are_split_into_question_and_instruction() -> None:
+    """AGIEval's copies for lm-evaluation-harness: query, choices, and gold, the indices of the correct choices."""
     row = {
         "query": "问题：1+1=? 选项：(A)1 (B)2 (C)3 (D)4\n答案：从A到D, 我们应选择",
         "choices": ["(A)1", "(B)2", "(C)3", "(D)4"], "gold": [1],

@@ -1,4 +1,4 @@
-"""The same rows from every kind of file, and what is wrong with a file told in a line."""
+"""The same rows from every file type, and one-line errors for broken files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".CSV", ".PARQUET"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+def test_every_file_type_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path, suffix, ROWS)
     assert training(path) == ROWS
     assert questions(path).rows == ROWS
@@ -55,12 +55,12 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> 
         '\ufeff[{"prompt": "x"}]',
     ],
 )
-def test_shapes_of_json(tmp_path: Path, content: str) -> None:
+def test_json_layouts(tmp_path: Path, content: str) -> None:
     (tmp_path / "r.json").write_text(content, encoding="utf-8")
     assert training(tmp_path / "r.json") == [{"prompt": "x"}]
 
 
-def test_json_lines_under_the_name_of_json(tmp_path: Path) -> None:
+def test_json_lines_in_a_json_file(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
     assert [row["prompt"] for row in training(tmp_path / "r.json")] == ["x", "y"]
 
@@ -82,18 +82,18 @@ def test_an_object_with_messages_is_a_row(tmp_path: Path) -> None:
         ("r.json", "[1]", ["entry 1"]),
         ("r.json", "[]", ["no rows"]),
         ("r.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', ["several lists (a, b)"]),
-        ("r.json", '{"prompt": ["a", "b"], "answer": ["c", "d"]}', ["object of lists", "one a row"]),
+        ("r.json", '{"prompt": ["a", "b"], "answer": ["c", "d"]}', ["object of lists", "one per row"]),
         ("r.csv", "", ["no rows"]),
         ("r.csv", "prompt,answer\n", ["no rows"]),
         ("r.csv", "prompt,answer\na,b\na,b,c\n", ["line 3", "3 values for 2 columns"]),
         ("r.csv", 'prompt,answer\n"a,b\n', ["line 2", "unexpected end"]),
         ("r.csv", "prompt;answer\na;b\n", ['options.delimiter = ";"']),
-        ("r.csv", "prompt,prompt\na,b\n", ["name of its own"]),
+        ("r.csv", "prompt,prompt\na,b\n", ["a unique name"]),
         ("r.parquet", "nonsense", ["r.parquet", "Parquet"]),
         ("r.txt", "x", ["r.txt", ".jsonl", ".parquet"]),
     ],
 )
-def test_what_is_wrong_with_a_file_is_told(tmp_path: Path, name: str, content: str, words: list[str]) -> None:
+def test_broken_files_are_reported_in_one_line(tmp_path: Path, name: str, content: str, words: list[str]) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError) as caught:
         training(tmp_path / name)
@@ -109,7 +109,7 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
         training(tmp_path / "r.csv")
 
 
-def test_options_of_files(tmp_path: Path) -> None:
+def test_file_options(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("prompt;answer\na;b\n")
     assert training(tmp_path / "r.csv", options={"delimiter": ";"}) == [{"prompt": "a", "answer": "b"}]
     with pytest.raises(UsageError, match=r"task\.options\.delimeter.*delimiter"):
@@ -118,11 +118,11 @@ def test_options_of_files(tmp_path: Path) -> None:
         training(tmp_path / "r.csv", options={"delimiter": "ab"})
 
 
-def test_a_file_without_a_header_is_given_one(tmp_path: Path) -> None:
+def test_header_option_for_a_file_without_a_header(tmp_path: Path) -> None:
     (tmp_path / "r.tsv").write_text("a\tb\nc\td\n")
     rows = training(tmp_path / "r.tsv", options={"header": ["prompt", "answer"]})
     assert rows == [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]
-    for header, words in (("prompt", "must be a list"), (["prompt"], "2 values for 1"), (["p", "p"], "of its own")):
+    for header, words in (("prompt", "must be a list"), (["prompt"], "2 values for 1"), (["p", "p"], "unique name")):
         with pytest.raises(UsageError, match=words):
             training(tmp_path / "r.tsv", options={"header": header})
     with pytest.raises(UsageError, match=r"task\.options = .*no options"):
@@ -136,7 +136,7 @@ def test_a_file_has_no_splits(tmp_path: Path) -> None:
         training(path, split="test")
 
 
-def test_values_of_parquet_become_plain(tmp_path: Path) -> None:
+def test_parquet_values_become_plain(tmp_path: Path) -> None:
     rows = [
         {
             "prompt": [{"role": "user", "content": "x", "name": None}, {"role": "system", "content": "y", "name": "n"}],
@@ -160,6 +160,6 @@ def test_values_of_parquet_become_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.gz", "rows"])
-def test_an_unknown_kind_of_file_is_told(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"not known; write one of \.jsonl, \.json"):
+def test_an_unknown_file_type_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"unknown file type; write one of \.jsonl, \.json"):
         read_file(tmp_path / name, {}, Notes())

@@ -1,4 +1,4 @@
-"""Hugging Face data sets: saved folders, folders of files, and the hub by a stand-in for it."""
+"""Hugging Face datasets: saved folders, folders of files, and a stand-in for the hub."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def saved(tmp_path: Path) -> Path:
 def test_splits_of_a_saved_folder(saved: Path) -> None:
     assert training(saved) == TRAIN
     assert training(saved, split="test") == TEST
-    train, held = both_sides(saved)
-    assert (train.rows, held.rows) == (TRAIN, TEST)
-    assert held.name == f"{saved} (held out)"
+    train, held_out = both_sides(saved)
+    assert (train.rows, held_out.rows) == (TRAIN, TEST)
+    assert held_out.name == f"{saved} (held out)"
     assert questions(saved).rows == TEST
     assert questions(saved, split="train").rows == TRAIN
     with pytest.raises(UsageError, match=r'task\.split = "dev".*train, test'):
@@ -47,7 +47,7 @@ def test_a_folder_without_splits(tmp_path: Path) -> None:
         training(tmp_path / "one", options={"name": "main"})
 
 
-def test_missing_test_split_names_the_fixes(tmp_path: Path) -> None:
+def test_missing_test_split_error_names_the_fixes(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": SPLITS["train"]}).save_to_disk(tmp_path / "saved")
     with pytest.raises(UsageError, match=r"held_out = 0\.1.*evaluation\.task"):
         both_sides(tmp_path / "saved")
@@ -66,11 +66,11 @@ def test_a_folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         training(tmp_path / "empty")
 
 
-def test_a_data_set_of_the_hub_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, dict[str, Any]]] = []
+def test_a_hub_dataset_gets_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
 
     def load_dataset(path: str, **options: Any) -> datasets.DatasetDict:
-        asked.append((path, options))
+        calls.append((path, options))
         return SPLITS
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -78,24 +78,24 @@ def test_a_data_set_of_the_hub_gets_its_options(monkeypatch: pytest.MonkeyPatch)
     assert training("owner/name", options={"name": "main", "revision": "abc"}, columns={"solution": "answer"}) == [
         {"solution": row["answer"], "prompt": row["prompt"]} for row in TRAIN
     ]
-    assert asked == [("owner/name", {"split": None, "name": "main", "revision": "abc"})]
+    assert calls == [("owner/name", {"split": None, "name": "main", "revision": "abc"})]
     with pytest.raises(UsageError, match=r"task\.options\.streaming = True"):
         training("owner/name", options={"streaming": True})
 
 
-def test_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gruppo.data.hub.hub_reachable", lambda: False)
     with pytest.raises(UsageError, match=r'task\.name = "owner/no-such-name".*cannot be reached'):
         training("owner/no-such-name")
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "a/b/c", "~/none", "none/"])
-def test_a_path_that_leads_nowhere(name: str) -> None:
+def test_a_path_that_does_not_exist(name: str) -> None:
     with pytest.raises(UsageError, match="no such file or folder"):
         training(name)
 
 
-def test_columns_of_bytes_are_left_out_with_a_note(tmp_path: Path) -> None:
+def test_bytes_columns_are_left_out_with_a_note(tmp_path: Path) -> None:
     image = {"bytes": b"\x89PNG", "path": None}
     features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
     datasets.Dataset.from_dict({"prompt": ["x"], "image": [image]}, features=features).save_to_disk(tmp_path / "d")

@@ -1,4 +1,4 @@
-"""Several tasks in one run: shares by weight, drawing that goes on where it stopped, runs that can be killed."""
+"""Several tasks in one run: shares by weight, sampling that continues where it stopped, runs that survive a kill."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ids(prompts: list[Prompt]) -> list[str]:
     return [prompt.id for prompt in prompts]
 
 
-def test_tasks_are_drawn_by_their_weights() -> None:
+def test_tasks_are_sampled_by_their_weights() -> None:
     drawn = Counter(prompt.task for prompt in mixture().draw(0, 20_000))
     shares = np.array([drawn[str(task)] for task in range(3)]) / 20_000
     expected = np.array(WEIGHTS) / sum(WEIGHTS)
@@ -40,13 +40,13 @@ def test_tasks_are_drawn_by_their_weights() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 40])
-def test_drawing_does_not_depend_on_batches(batch: int) -> None:
+def test_sampling_does_not_depend_on_the_batch_size(batch: int) -> None:
     whole = ids(mixture(3).draw(0, 120))
-    assert [each for cursor in range(0, 120, batch) for each in ids(mixture(3).draw(cursor, batch))] == whole
+    assert [prompt_id for cursor in range(0, 120, batch) for prompt_id in ids(mixture(3).draw(cursor, batch))] == whole
     assert ids(mixture(4).draw(0, 120)) != whole
 
 
-def test_each_task_goes_epoch_after_epoch() -> None:
+def test_each_task_is_sampled_epoch_by_epoch() -> None:
     drawn = [prompt for prompt in mixture().draw(0, 400) if prompt.task == "0"]
     assert len(drawn) > 21
     for epoch in range(3):
@@ -54,13 +54,13 @@ def test_each_task_goes_epoch_after_epoch() -> None:
     assert ids(drawn[:7]) != ids(drawn[7:14])
 
 
-def test_a_single_task_is_drawn_as_without_a_mixture() -> None:
+def test_a_single_task_is_sampled_as_without_a_mixture() -> None:
     part = mixture().parts[1]
     assert Mixture([part], [2.0], 5).draw(11, 50) == draw_prompts(part, 5, 11, 50)
 
 
 def test_the_order_of_a_single_task_never_changes() -> None:
-    """Runs that were begun by an earlier version go on as they would have."""
+    """Runs started by an earlier version continue as they would have."""
     assert ids(draw_prompts(mixture().parts[0], 0, 0, 7)) == [f"0/{n}" for n in [1, 4, 5, 6, 3, 2, 0]]
 
 
@@ -89,10 +89,10 @@ def read(data: dict, folder: Path) -> Data:
     return preflight(load_recipe(data), folder, False, ["exact_match"], None, NullProgress())
 
 
-def test_ids_are_unique_though_a_file_stands_twice(files: list[str], tmp_path: Path) -> None:
+def test_ids_are_unique_if_a_file_is_listed_twice(files: list[str], tmp_path: Path) -> None:
     data = read(mixed("m", files), tmp_path / "run")
     assert [part.name for part in data.training] == [files[0], files[1], f"{files[0]}#2"]
-    assert [part.name for part in data.exams[0].parts] == [f"{name} (held out)" for name in files] + [
+    assert [part.name for part in data.eval_sets[0].parts] == [f"{name} (held out)" for name in files] + [
         f"{files[0]} (held out)#2"
     ]
     assert data.columns == ["answer"]
@@ -107,7 +107,7 @@ def test_ids_are_unique_though_a_file_stands_twice(files: list[str], tmp_path: P
         (2, {"split": "dev"}, ["mixture[2].split", "dev"]),
     ],
 )
-def test_mistakes_name_their_table(files: list[str], tmp_path: Path, place: int, change: dict, words: list) -> None:
+def test_mistakes_name_the_table(files: list[str], tmp_path: Path, place: int, change: dict, words: list) -> None:
     data = mixed("m", files)
     data["mixture"][place] = {**data["mixture"][place], **change}
     with pytest.raises(UsageError) as caught:
@@ -117,16 +117,16 @@ def test_mistakes_name_their_table(files: list[str], tmp_path: Path, place: int,
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("mixture", "words"),
     [
         ([{"name": "a"}, {"nam": "b"}], ["mixture[1].nam", 'did you mean "name"']),
         ([{"weight": 0.0}], ["mixture[0].weight = 0.0", "greater than 0"]),
         ({"name": "a"}, ["mixture", "[[mixture]]"]),
     ],
 )
-def test_mistakes_in_the_tables_themselves(given: object, words: list[str]) -> None:
+def test_mistakes_in_the_tables_themselves(mixture: object, words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        load_recipe({"model": {"name": "m"}, "mixture": given})
+        load_recipe({"model": {"name": "m"}, "mixture": mixture})
     for word in words:
         assert word in str(caught.value)
 
@@ -137,7 +137,7 @@ def test_rows_and_a_mixture_exclude_each_other(files: list[str], tiny_folder: st
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
+    """Stands for SIGKILL: none of our code catches it."""
 
 
 def test_killed_and_resumed_mixture_equals_the_uninterrupted_run(
@@ -164,11 +164,11 @@ def test_killed_and_resumed_mixture_equals_the_uninterrupted_run(
     assert {name for name in line if name.startswith("reward/task/")} <= {
         f"reward/task/{name}/mean" for name in (files[0], files[1], f"{files[0]}#2")
     }
-    asked = fingerprint(tmp_path / "run")["evaluations"]["step-000006.parquet"]
-    assert len({row["prompt_id"].rpartition("/")[0] for row in asked}) == 3, "the first questions hold all tasks"
+    questions = fingerprint(tmp_path / "run")["evaluations"]["step-000006.parquet"]
+    assert len({row["prompt_id"].rpartition("/")[0] for row in questions}) == 3, "the first questions cover all tasks"
 
 
-def test_overlong_prompts_are_left_out_with_a_count(tiny_folder: str, tmp_path: Path) -> None:
+def test_overlong_prompts_are_filtered_and_counted(tiny_folder: str, tmp_path: Path) -> None:
     rows = [*ROWS, {"prompt": "a" * 60, "answer": "a"}, {"prompt": "b" * 120, "answer": "b"}]
     task = {"overlong": "filter", "max_prompt_tokens": 50, "held_out": 0.3}
     progress = Notes()

@@ -1,4 +1,4 @@
-"""reasoning-gym: its data sets by name, its parameters, its scorers as a reward and as a grader."""
+"""reasoning-gym: datasets by name, their parameters, their scorers as reward and as grader."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ def test_rows_are_conversations_with_answers() -> None:
         assert len(row["metadata"]["animals"]) <= 2
         assert row["answer"] == str(row["metadata"]["total_legs"])
     assert rows != rows_of("leg_counting", min_animals=2, max_animals=2, seed=1)
-    told = training("reasoning-gym/leg_counting", options={"size": 1}, system="Count.", template="{question} Go.")
-    assert [message["role"] for message in told[0]["prompt"]] == ["system", "user"]
+    with_system = training(
+        "reasoning-gym/leg_counting", options={"size": 1}, system="Count.", template="{question} Go."
+    )
+    assert [message["role"] for message in with_system[0]["prompt"]] == ["system", "user"]
 
 
 def test_rows_do_not_depend_on_the_hash_seed_of_the_process() -> None:
-    """word_ladder and isomorphic_strings walk through sets of words."""
+    """word_ladder and isomorphic_strings iterate over sets of words."""
     code = (
         "from gruppo.data.reasoning_gym import generate\n"
         "print([[row['question'], row['answer']] for name in ('word_ladder', 'isomorphic_strings')"
@@ -50,28 +52,28 @@ def test_rows_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     assert len(outputs) == 1
 
 
-# Scorers that compare texts, compute from metadata, parse, look at the parameters, or have no one answer.
+# Scorers that compare texts, compute from metadata, parse, read the parameters, or accept several answers.
 SCORED = ("leg_counting", "word_ladder", "countdown", "maze", "sudoku", "basic_arithmetic", "needle_haystack", "codeio")
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_own_answers_score_fully_and_nonsense_does_not(name: str) -> None:
-    right = find_grader("reasoning_gym")
+def test_reference_answers_score_1_and_nonsense_does_not(name: str) -> None:
+    is_correct = find_grader("reasoning_gym")
     for row in rows_of(name):
         assert score(row["answer"], row) == 1.0
         assert score(f"I think <answer>7</answer>, no: <answer> {row['answer']} </answer>.", row) == 1.0
-        assert right(f"<answer>{row['answer']}</answer>", row)
-        assert not right("no idea", row)
+        assert is_correct(f"<answer>{row['answer']}</answer>", row)
+        assert not is_correct("no idea", row)
 
 
-def test_a_composite_takes_tables() -> None:
+def test_a_composite_accepts_tables() -> None:
     parts = [{"name": "leg_counting", "weight": 1.0, "config": {}}, {"name": "maze", "weight": 2.0, "config": {}}]
     rows = rows_of("composite", size=6, datasets=parts)
     assert {row["metadata"]["source_dataset"] for row in rows} == {"leg_counting", "maze"}
     assert all(score(row["answer"], row) == 1.0 for row in rows)
 
 
-def test_an_answer_that_the_scorer_cannot_read_scores_nothing() -> None:
+def test_an_answer_that_the_scorer_cannot_parse_scores_0() -> None:
     row = rows_of("prime_factorization")[0]
     dataset = make_dataset("prime_factorization", row["parameters"])
     with pytest.raises(ValueError, match="invalid literal"):
@@ -92,22 +94,24 @@ def test_an_answer_that_the_scorer_cannot_read_scores_nothing() -> None:
         ("composite", {"datasets": [{"nam": "maze"}]}, ["task.options.datasets", "name, weight, config"]),
     ],
 )
-def test_mistakes_are_told(name: str, options: dict, words: list[str]) -> None:
+def test_mistakes_are_reported(name: str, options: dict, words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         training(f"reasoning-gym/{name}", options=options)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym.composite", None)
     with pytest.raises(UsageError, match=r"pip install .gruppo\[tasks\]"):
         training("reasoning-gym/leg_counting")
 
 
 def test_held_out_share() -> None:
-    train_part, held = both_sides("reasoning-gym/leg_counting", options={"size": 40, "max_animals": 3}, held_out=0.3)
-    assert not {row["question"] for row in train_part.rows} & {row["question"] for row in held.rows}
+    train_part, held_out = both_sides(
+        "reasoning-gym/leg_counting", options={"size": 40, "max_animals": 3}, held_out=0.3
+    )
+    assert not {row["question"] for row in train_part.rows} & {row["question"] for row in held_out.rows}
     assert len(questions("reasoning-gym/leg_counting", options={"size": 3}).rows) == 3
     with pytest.raises(UsageError, match=r"task\.held_out = 0\.1"):
         both_sides("reasoning-gym/leg_counting", options={"size": 3})
@@ -148,12 +152,12 @@ def test_a_run_on_reasoning_gym(tiny_folder: str, tmp_path: Path) -> None:
     assert "reward/reasoning_gym/mean" in result.metrics[1]
 
 
-def test_the_reward_wants_rows_of_reasoning_gym(tiny_folder: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="rows of reasoning-gym only"):
+def test_the_reward_needs_reasoning_gym_rows(tiny_folder: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="scores only rows of reasoning-gym"):
         train(recipe(tiny_folder, reward__functions=["reasoning_gym"]), out=tmp_path / "run")
 
 
-def test_every_data_set_has_parameters_that_can_be_written() -> None:
+def test_every_dataset_has_parameters_that_a_recipe_can_contain() -> None:
     assert len(import_datasets()) > 100
     for name in sorted(set(import_datasets()) - {"composite"}):
         make_dataset(name, {"size": 1, "seed": 0})

@@ -1,4 +1,4 @@
-"""Columns, template, system; and the held-out share, whose rows depend on nothing but their own prompts."""
+"""Columns, template, system; and the held-out share, whose rows depend only on their prompts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def save(folder: Path, rows: list, name: str = "rows.jsonl") -> Path:
     return folder / name
 
 
-def test_columns_are_renamed_and_others_stay(tmp_path: Path) -> None:
+def test_columns_are_renamed_and_the_others_stay(tmp_path: Path) -> None:
     rows = training(save(tmp_path, QUESTIONS), columns={"prompt": "question", "answer": "solution"})
     assert rows[1] == {"prompt": "What is 1?", "answer": "1", "level": 1}
 
 
-def test_columns_may_change_places_and_hide_others(tmp_path: Path) -> None:
+def test_columns_may_be_swapped_and_hide_others(tmp_path: Path) -> None:
     path = save(tmp_path, [{"prompt": "a", "answer": "b", "text": "c"}])
     assert training(path, columns={"prompt": "answer", "answer": "prompt"}) == [
         {"prompt": "b", "answer": "a", "text": "c"}
@@ -39,17 +39,17 @@ def test_template_and_system(tmp_path: Path) -> None:
     assert plain[0]["prompt"] == "What is 0? (0) {x}"
     assert plain[0]["question"] == "What is 0?"
     user = {"role": "user", "content": "What is 0?"}
-    told = training(path, columns={"prompt": "question"}, system="Think.")
-    assert told[0]["prompt"] == [{"role": "system", "content": "Think."}, user]
+    with_system = training(path, columns={"prompt": "question"}, system="Think.")
+    assert with_system[0]["prompt"] == [{"role": "system", "content": "Think."}, user]
     assert training(path, columns={"prompt": "question"}, system="")[0]["prompt"] == [user]
 
 
 def test_system_of_a_conversation(tmp_path: Path) -> None:
-    user, own = {"role": "user", "content": "x"}, {"role": "system", "content": "Mine."}
-    path = save(tmp_path, [{"prompt": [user]}, {"prompt": [own, user]}])
-    given = {"role": "system", "content": "Think."}
-    assert [row["prompt"] for row in training(path, system="Think.")] == [[given, user], [own, user]]
-    assert [row["prompt"] for row in training(path, system="")] == [[user], [own, user]]
+    user, existing = {"role": "user", "content": "x"}, {"role": "system", "content": "Mine."}
+    path = save(tmp_path, [{"prompt": [user]}, {"prompt": [existing, user]}])
+    added = {"role": "system", "content": "Think."}
+    assert [row["prompt"] for row in training(path, system="Think.")] == [[added, user], [existing, user]]
+    assert [row["prompt"] for row in training(path, system="")] == [[user], [existing, user]]
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_mistakes_name_the_field_and_the_fix(tmp_path: Path, fields: dict, words
         assert word in str(caught.value)
 
 
-def test_mistakes_of_evaluation_name_its_table(tmp_path: Path) -> None:
+def test_mistakes_in_an_evaluation_task_name_its_table(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r'evaluation\.task\.columns = \{prompt = "question"\}'):
         questions(save(tmp_path, QUESTIONS))
 
 
 def test_a_template_needs_a_value_in_every_row(tmp_path: Path) -> None:
     path = save(tmp_path, [{"q": "a", "hint": "b"}, {"q": "c", "hint": None}])
-    with pytest.raises(UsageError, match=r"row 2 has nothing in \{hint\}"):
+    with pytest.raises(UsageError, match=r"row 2 has no value in \{hint\}"):
         training(path, template="{q} {hint}")
 
 
@@ -88,35 +88,35 @@ MANY = [{"prompt": f"Question {n}", "answer": n} for n in range(2000)]
 
 
 def test_held_out_share_divides_the_rows(tmp_path: Path) -> None:
-    train, held = both_sides(save(tmp_path, MANY), held_out=0.2)
-    assert 340 < len(held.rows) < 460, "within three standard deviations of 400"
-    assert sorted([*train.numbers, *held.numbers]) == list(range(2000))
-    assert [MANY[number] for number in held.numbers] == list(held.rows)
-    assert questions(tmp_path / "rows.jsonl", held_out=0.2).rows == held.rows
+    train, held_out = both_sides(save(tmp_path, MANY), held_out=0.2)
+    assert 340 < len(held_out.rows) < 460, "within three standard deviations of 400"
+    assert sorted([*train.numbers, *held_out.numbers]) == list(range(2000))
+    assert [MANY[number] for number in held_out.numbers] == list(held_out.rows)
+    assert questions(tmp_path / "rows.jsonl", held_out=0.2).rows == held_out.rows
 
 
-def test_held_out_rows_depend_on_their_own_prompts_alone(tmp_path: Path) -> None:
-    _, held = both_sides(save(tmp_path, MANY), held_out=0.2)
+def test_held_out_rows_depend_only_on_their_prompts(tmp_path: Path) -> None:
+    _, held_out = both_sides(save(tmp_path, MANY), held_out=0.2)
     shuffled = random.Random(0).sample(MANY, 500)
     _, fewer = both_sides(save(tmp_path, [{**row, "more": 1} for row in shuffled], "fewer.jsonl"), held_out=0.2)
-    wanted = {row["prompt"] for row in held.rows} & {row["prompt"] for row in shuffled}
+    wanted = {row["prompt"] for row in held_out.rows} & {row["prompt"] for row in shuffled}
     assert {row["prompt"] for row in fewer.rows} == wanted
     _, larger = both_sides(tmp_path / "rows.jsonl", held_out=0.3)
-    assert {row["prompt"] for row in held.rows} < {row["prompt"] for row in larger.rows}
+    assert {row["prompt"] for row in held_out.rows} < {row["prompt"] for row in larger.rows}
 
 
-def test_equal_prompts_stay_on_one_side_and_are_asked_once(tmp_path: Path) -> None:
-    train, held = both_sides(save(tmp_path, MANY[:50] * 3), held_out=0.4)
-    assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in held.rows}
-    assert len(train.rows) == 3 * (50 - len(held.rows))
-    assert len({row["prompt"] for row in held.rows}) == len(held.rows)
-    assert held.numbers == sorted(held.numbers)
+def test_equal_prompts_stay_on_one_side_and_are_evaluated_once(tmp_path: Path) -> None:
+    train, held_out = both_sides(save(tmp_path, MANY[:50] * 3), held_out=0.4)
+    assert not {row["prompt"] for row in train.rows} & {row["prompt"] for row in held_out.rows}
+    assert len(train.rows) == 3 * (50 - len(held_out.rows))
+    assert len({row["prompt"] for row in held_out.rows}) == len(held_out.rows)
+    assert held_out.numbers == sorted(held_out.numbers)
 
 
 def test_held_out_share_of_a_generated_task() -> None:
-    train, held = both_sides("arithmetic", held_out=0.25)
-    assert not {str(row["prompt"]) for row in train.rows} & {str(row["prompt"]) for row in held.rows}
-    assert 0.2 < len(held.rows) / (len(held.rows) + len(train.rows)) < 0.3
+    train, held_out = both_sides("arithmetic", held_out=0.25)
+    assert not {str(row["prompt"]) for row in train.rows} & {str(row["prompt"]) for row in held_out.rows}
+    assert 0.2 < len(held_out.rows) / (len(held_out.rows) + len(train.rows)) < 0.3
 
 
 def test_a_side_without_rows_is_refused(tmp_path: Path) -> None:
@@ -126,15 +126,15 @@ def test_a_side_without_rows_is_refused(tmp_path: Path) -> None:
         training(save(tmp_path, MANY[:2]), held_out=0.99)
 
 
-def test_own_test_part_of_a_function_and_of_arithmetic() -> None:
+def test_test_split_of_a_user_function_and_of_arithmetic() -> None:
     assert len(both_sides("arithmetic", options={"held_out": 9})[1].rows) == 9
     assert len(questions("arithmetic", options={"held_out": 9}).rows) == 9
     assert both_sides("tests/functions_of_users.py:task")[1].rows == [{"prompt": "a", "answer": "a"}]
 
 
-def test_evaluate_takes_a_table(tiny_folder: str, tmp_path: Path) -> None:
+def test_evaluate_accepts_a_table(tiny_folder: str, tmp_path: Path) -> None:
     task = {"name": str(save(tmp_path, QUESTIONS)), "template": "{level}", "columns": {"answer": "solution"}}
     outcome = evaluate(tiny_folder, task, max_tokens=2, grader="exact_match", questions=3)
-    assert [prompt.content for prompt in outcome.exam.prompts] == ["0", "1", "2"]
+    assert [prompt.content for prompt in outcome.eval_set.prompts] == ["0", "1", "2"]
     with pytest.raises(UsageError, match=r'task\.colums.*"columns"'):
         evaluate(tiny_folder, {"name": "rows.jsonl", "colums": {}})

@@ -1,4 +1,4 @@
-"""The contract that every engine passes. A new engine is one more entry of ENGINES."""
+"""The contract that every engine of `gruppo.engines.ENGINES` must pass."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from gruppo.algorithms.aggregation import sequence_mean_weights
+from gruppo.engines import ENGINES, build_engine
 from gruppo.engines.base import Engine, Request, SamplingParams
-from gruppo.engines.native.engine import NativeEngine
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.types import Group, Prompt
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import END, make_policy
 
-ENGINES: dict[str, Callable[[LanguageModel, int], Engine]] = {"native": NativeEngine}
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14, 15), (5, 6, 7)]
 
 MakeEngine = Callable[..., Engine]
@@ -32,20 +31,20 @@ def policy(request: pytest.FixtureRequest) -> LanguageModel:
 @pytest.fixture(params=ENGINES)
 def make_engine(request: pytest.FixtureRequest) -> MakeEngine:
     def make(policy: LanguageModel, slots: int = 64) -> Engine:
-        return ENGINES[request.param](policy, slots)
+        return build_engine(policy, slots, name=request.param)
 
     return make
 
 
 def requests(count: int = 4, seed: int = 0) -> list[Request]:
-    return [Request(prompt, [(seed, place, index) for index in range(count)]) for place, prompt in enumerate(PROMPTS)]
+    return [Request(prompt, [(seed, number, index) for index in range(count)]) for number, prompt in enumerate(PROMPTS)]
 
 
 def trainer_logprobs(
-    policy: LanguageModel, asked: list[Request], made: list[list], temperature: float
+    policy: LanguageModel, requests: list[Request], results: list[list], temperature: float
 ) -> list[torch.Tensor]:
     groups = []
-    for request, completions in zip(asked, made, strict=True):
+    for request, completions in zip(requests, results, strict=True):
         group = Group(Prompt("p", "", request.token_ids, "t", {}), completions, [])
         group.trained = [True] * len(completions)
         group.advantages = [[1.0] * len(completion.token_ids) for completion in completions]
@@ -57,8 +56,8 @@ def trainer_logprobs(
 
 
 def test_greedy_tokens_equal_transformers_generate(make_engine: MakeEngine, policy: LanguageModel) -> None:
-    made = make_engine(policy).generate(requests(1), SamplingParams(0.0, 20))
-    for prompt, (completion,) in zip(PROMPTS, made, strict=True):
+    groups = make_engine(policy).generate(requests(1), SamplingParams(0.0, 20))
+    for prompt, (completion,) in zip(PROMPTS, groups, strict=True):
         expected = policy.model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
         assert list(completion.token_ids) == expected[0, len(prompt) :].tolist()
 
@@ -67,10 +66,10 @@ def test_greedy_tokens_equal_transformers_generate(make_engine: MakeEngine, poli
 def test_sampling_logprobs_equal_the_trainers(
     make_engine: MakeEngine, policy: LanguageModel, temperature: float
 ) -> None:
-    """open-instruct#1678: they are of the distribution drawn from, temperature included."""
-    made = make_engine(policy).generate(requests(), SamplingParams(temperature, 16))
-    expected = trainer_logprobs(policy, requests(), made, temperature)
-    got = [completion.sampling_logprobs for group in made for completion in group]
+    """open-instruct#1678: they belong to the distribution sampled from, including the temperature."""
+    groups = make_engine(policy).generate(requests(), SamplingParams(temperature, 16))
+    expected = trainer_logprobs(policy, requests(), groups, temperature)
+    got = [completion.sampling_logprobs for group in groups for completion in group]
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(torch.tensor(one, dtype=torch.float32), other, rtol=0, atol=1e-4)
 
@@ -78,15 +77,17 @@ def test_sampling_logprobs_equal_the_trainers(
 def test_sampling_logprobs_in_bfloat16_stay_within_the_stated_bound(make_engine: MakeEngine) -> None:
     """docs/decisions.md states the bound: 0.05 nats on average for a model of this size."""
     policy = make_policy(torch.bfloat16, initializer_range=0.1)
-    made = make_engine(policy).generate(requests(8), SamplingParams(1.0, 16))
-    expected = torch.cat(trainer_logprobs(policy, requests(8), made, 1.0))
-    got = torch.tensor([each for group in made for completion in group for each in completion.sampling_logprobs])
+    groups = make_engine(policy).generate(requests(8), SamplingParams(1.0, 16))
+    expected = torch.cat(trainer_logprobs(policy, requests(8), groups, 1.0))
+    got = torch.tensor(
+        [logprob for group in groups for completion in group for logprob in completion.sampling_logprobs]
+    )
     difference = (got - expected).abs()
     assert float(difference.mean()) < 0.05
 
 
-def test_completions_do_not_depend_on_neighbours(make_engine: MakeEngine, policy: LanguageModel) -> None:
-    """Alone or in company, in many slots or in two, in any order: the same tokens."""
+def test_completions_do_not_depend_on_neighbors(make_engine: MakeEngine, policy: LanguageModel) -> None:
+    """Alone or together, in many slots or in two, in any order: the same tokens."""
     options = SamplingParams(1.0, 16)
     together = make_engine(policy).generate(requests(), options)
     few_slots = make_engine(policy, 2).generate(requests(), options)
@@ -100,40 +101,40 @@ def test_completions_do_not_depend_on_neighbours(make_engine: MakeEngine, policy
             assert alone.token_ids == expected
 
 
-def test_streams_differ_and_repeat(make_engine: MakeEngine, policy: LanguageModel) -> None:
-    """ms-swift#4383: the same seed everywhere would make equal completions; the same stream must."""
+def test_streams_differ_and_are_reproducible(make_engine: MakeEngine, policy: LanguageModel) -> None:
+    """ms-swift#4383: one seed for all streams would repeat completions. The same stream must repeat its completion."""
     options = SamplingParams(1.0, 16)
-    made = make_engine(policy).generate(requests(8), options)
+    groups = make_engine(policy).generate(requests(8), options)
     again = make_engine(policy).generate(requests(8), options)
     other = make_engine(policy).generate(requests(8, seed=1), options)
-    assert made == again
-    assert [c.token_ids for g in made for c in g] != [c.token_ids for g in other for c in g]
-    assert len({completion.token_ids for completion in made[0]}) > 1
-    assert [c.token_ids for c in made[0]] != [c.token_ids for c in made[3]], "equal prompts, streams of their own"
+    assert groups == again
+    assert [c.token_ids for g in groups for c in g] != [c.token_ids for g in other for c in g]
+    assert len({completion.token_ids for completion in groups[0]}) > 1
+    assert [c.token_ids for c in groups[0]] != [c.token_ids for c in groups[3]], "equal prompts have different streams"
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_distribution(make_engine: MakeEngine, temperature: float) -> None:
-    """Chi-square of 8,000 first tokens on a vocabulary of eight, at p = 0.001."""
+    """Chi-square test of 8,000 first tokens over a vocabulary of eight, at p = 0.001."""
     check_frequencies(make_engine, SamplingParams(temperature, 1), lambda plain: plain)
 
 
-def likeliest(plain: torch.Tensor, count: int) -> torch.Tensor:
-    """The distribution on its `count` likeliest tokens."""
+def most_likely(plain: torch.Tensor, count: int) -> torch.Tensor:
+    """The distribution restricted to its `count` most likely tokens."""
     kept = torch.zeros_like(plain)
-    for token in sorted(range(len(plain)), key=lambda each: -float(plain[each]))[:count]:
+    for token in sorted(range(len(plain)), key=lambda token: -float(plain[token]))[:count]:
         kept[token] = plain[token]
     return kept / kept.sum()
 
 
 def nucleus(plain: torch.Tensor, share: float) -> torch.Tensor:
-    """The distribution on the fewest likeliest tokens that have this share of it."""
+    """The distribution restricted to the fewest most likely tokens with at least this total probability."""
     count = next(n for n in range(1, 9) if float(plain.sort(descending=True).values[:n].sum()) >= share)
-    return likeliest(plain, count)
+    return most_likely(plain, count)
 
 
 def at_least(plain: torch.Tensor, share: float) -> torch.Tensor:
-    """The distribution on tokens with this share of the likeliest one's probability."""
+    """The distribution restricted to tokens with at least this share of the maximum probability."""
     kept = torch.tensor([p if p >= share * float(plain.max()) else 0.0 for p in plain.tolist()], dtype=plain.dtype)
     return kept / kept.sum()
 
@@ -141,14 +142,14 @@ def at_least(plain: torch.Tensor, share: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "by_hand"),
     [
-        (SamplingParams(1.0, 1, top_k=3), lambda plain: likeliest(plain, 3)),
-        (SamplingParams(1.5, 1, top_k=1), lambda plain: likeliest(plain, 1)),
+        (SamplingParams(1.0, 1, top_k=3), lambda plain: most_likely(plain, 3)),
+        (SamplingParams(1.5, 1, top_k=1), lambda plain: most_likely(plain, 1)),
         (SamplingParams(1.5, 1, top_p=0.7), lambda plain: nucleus(plain, 0.7)),
-        (SamplingParams(1.0, 1, top_p=1e-9), lambda plain: likeliest(plain, 1)),
+        (SamplingParams(1.0, 1, top_p=1e-9), lambda plain: most_likely(plain, 1)),
         (SamplingParams(2.0, 1, min_p=0.4), lambda plain: at_least(plain, 0.4)),
-        (SamplingParams(2.0, 1, top_k=6, top_p=0.8), lambda plain: nucleus(likeliest(plain, 6), 0.8)),
+        (SamplingParams(2.0, 1, top_k=6, top_p=0.8), lambda plain: nucleus(most_likely(plain, 6), 0.8)),
         (SamplingParams(2.0, 1, top_k=6, top_p=0.9, min_p=0.5),
-         lambda plain: at_least(nucleus(likeliest(plain, 6), 0.9), 0.5)),
+         lambda plain: at_least(nucleus(most_likely(plain, 6), 0.9), 0.5)),
     ],
     ids=["top-k", "top-1", "top-p", "tiny top-p", "min-p", "top-k then top-p", "all three"],
 )  # fmt: skip
@@ -159,7 +160,7 @@ def test_truncated_frequencies_follow_the_distribution_by_hand(
 
 
 def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEngine) -> None:
-    """The first token's distribution is that of the other seven; a completion ends from the minimum on."""
+    """The first token comes from the other seven; a completion can end once it has the minimum."""
 
     def without_end(plain: torch.Tensor) -> torch.Tensor:
         kept = plain.clone()
@@ -168,21 +169,21 @@ def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEn
 
     check_frequencies(make_engine, SamplingParams(1.5, 1, min_tokens=1), without_end)
     policy = make_policy()
-    made = make_engine(policy).generate(requests(60), SamplingParams(2.0, 12, min_tokens=4))
-    lengths = {len(c.token_ids) for group in made for c in group}
+    groups = make_engine(policy).generate(requests(60), SamplingParams(2.0, 12, min_tokens=4))
+    lengths = {len(c.token_ids) for group in groups for c in group}
     assert min(lengths) == 5, "four tokens, then the end token"
     assert max(lengths) == 12
 
 
 def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand) -> None:
-    """First tokens and their log-probabilities against the distribution that `by_hand` makes of the plain one."""
+    """Check first tokens and their log-probabilities against `by_hand` of the plain distribution."""
     policy = make_policy(vocab_size=8)
-    made = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(8000)])], options)
+    groups = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(8000)])], options)
     logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1].detach().double()
     distribution = by_hand(torch.softmax(logits / options.temperature, -1))
     expected = 8000 * distribution
-    drawn = torch.tensor([completion.token_ids[0] for completion in made[0]])
-    counted = torch.bincount(drawn, minlength=8).double()
+    sampled = torch.tensor([completion.token_ids[0] for completion in groups[0]])
+    counted = torch.bincount(sampled, minlength=8).double()
     assert counted[distribution == 0].sum() == 0
     likely = expected >= 5
     statistic = ((counted - expected).square() / expected)[likely].sum()
@@ -190,45 +191,45 @@ def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand:
     if rest > 0:
         statistic = statistic + (counted[~likely].sum() - rest).square() / rest
     assert float(statistic) < 24.32, "chi-square with 7 degrees of freedom, p = 0.001"
-    got = torch.tensor([completion.sampling_logprobs[0] for completion in made[0]], dtype=torch.float64)
-    torch.testing.assert_close(got, distribution[drawn].log(), rtol=0, atol=1e-4)
+    got = torch.tensor([completion.sampling_logprobs[0] for completion in groups[0]], dtype=torch.float64)
+    torch.testing.assert_close(got, distribution[sampled].log(), rtol=0, atol=1e-4)
 
 
-def test_stop_texts_end_a_completion_across_token_borders(make_engine: MakeEngine) -> None:
-    """Tokens are single characters here: a text of two lies on two of them. The tokens stay, the text does not."""
+def test_stop_texts_end_a_completion_across_token_boundaries(make_engine: MakeEngine) -> None:
+    """Tokens are single characters here, so a stop text of two spans two. The tokens are kept, the stop text is not."""
     policy = make_policy(vocab_size=44)
     plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24))
     texts = [completion.text for group in plain for completion in group]
     stop = next(text[2:4] for text in texts if len(text) > 6)
-    made = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, stop=(stop, "never there")))
-    found = 0
-    for before, after in zip((c for g in plain for c in g), (c for g in made for c in g), strict=True):
+    groups = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, stop=(stop, "never there")))
+    matches = 0
+    for before, after in zip((c for g in plain for c in g), (c for g in groups for c in g), strict=True):
         place = before.text.find(stop)
         if place < 0:
             assert after.token_ids == before.token_ids
             assert (after.text, after.finish_reason) == (before.text, before.finish_reason)
             continue
-        found += 1
+        matches += 1
         assert after.text == before.text[:place]
         assert after.finish_reason == "stop"
         assert after.token_ids == before.token_ids[: place + 2]
         assert after.sampling_logprobs == pytest.approx(before.sampling_logprobs[: place + 2], abs=1e-4)
-    assert found
+    assert matches
 
 
 def test_stop_text_before_the_minimum_does_not_end_a_completion(make_engine: MakeEngine) -> None:
     policy = make_policy(vocab_size=44)
     plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, min_tokens=10))
     stops = tuple({completion.text[0] for group in plain for completion in group})
-    made = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, min_tokens=10, stop=stops))
-    for before, after in zip((c for g in plain for c in g), (c for g in made for c in g), strict=True):
+    groups = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, min_tokens=10, stop=stops))
+    for before, after in zip((c for g in plain for c in g), (c for g in groups for c in g), strict=True):
         ends = [place for place, letter in enumerate(before.text) if place >= 9 and letter in stops]
         assert after.text == (before.text[: ends[0]] if ends else before.text)
         assert len(after.token_ids) >= 10
 
 
 def test_finish_reason_where_pad_is_eos(make_engine: MakeEngine, policy: LanguageModel) -> None:
-    """trl#7039: "stop" if and only if the end token came, "length" at the limit; nothing after an end."""
+    """trl#7039: "stop" if and only if the end token was sampled, "length" at the limit; no tokens after an end."""
     reasons = set()
     for completion in (c for g in make_engine(policy).generate(requests(40), SamplingParams(2.0, 20)) for c in g):
         reasons.add(completion.finish_reason)
@@ -245,22 +246,22 @@ def test_end_token_at_the_limit_is_a_stop(make_engine: MakeEngine) -> None:
     every_token_ends = LanguageModel(
         policy.model, policy.tokenizer, tuple(range(48)), policy.context, policy.device, policy.dtype
     )
-    made = make_engine(every_token_ends).generate(requests(2), SamplingParams(1.0, 1))
-    assert {completion.finish_reason for group in made for completion in group} == {"stop"}
+    groups = make_engine(every_token_ends).generate(requests(2), SamplingParams(1.0, 1))
+    assert {completion.finish_reason for group in groups for completion in group} == {"stop"}
 
 
 def test_several_end_tokens(make_engine: MakeEngine) -> None:
     policy = make_policy()
     several = LanguageModel(policy.model, policy.tokenizer, (0, 3, 17, 30), policy.context, policy.device, policy.dtype)
-    made = make_engine(several).generate(requests(30), SamplingParams(2.0, 12))
-    ends = {c.token_ids[-1] for g in made for c in g if c.finish_reason == "stop"}
+    groups = make_engine(several).generate(requests(30), SamplingParams(2.0, 12))
+    ends = {c.token_ids[-1] for g in groups for c in g if c.finish_reason == "stop"}
     assert len(ends) > 1
     assert ends <= {0, 3, 17, 30}
-    assert not {0, 3, 17, 30} & {token for g in made for c in g for token in c.token_ids[:-1]}
+    assert not {0, 3, 17, 30} & {token for g in groups for c in g for token in c.token_ids[:-1]}
 
 
-def test_weights_are_those_given_last(make_engine: MakeEngine) -> None:
-    """verl#7495: stale weights in the engine."""
+def test_weights_are_those_loaded_last(make_engine: MakeEngine) -> None:
+    """verl#7495: the engine kept stale weights."""
     policy = make_policy()
     engine = make_engine(policy)
     engine.load_weights(policy.weight_source(), 0)
@@ -274,7 +275,7 @@ def test_weights_are_those_given_last(make_engine: MakeEngine) -> None:
     assert {completion.policy_version for group in after for completion in group} == {3}
     assert [c.token_ids for g in before for c in g] != [c.token_ids for g in after for c in g]
     expected = torch.cat(trainer_logprobs(policy, requests(), after, 1.0))
-    got = torch.tensor([each for g in after for c in g for each in c.sampling_logprobs])
+    got = torch.tensor([logprob for g in after for c in g for logprob in c.sampling_logprobs])
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
@@ -285,27 +286,27 @@ def test_more_completions_than_slots_come_in_order(make_engine: MakeEngine, poli
         nonlocal counted
         counted += tokens
 
-    made = make_engine(policy, 3).generate(requests(9), SamplingParams(1.0, 10), advance)
-    assert [len(group) for group in made] == [9, 9, 9, 9]
-    assert counted == sum(len(c.token_ids) for g in made for c in g)
+    groups = make_engine(policy, 3).generate(requests(9), SamplingParams(1.0, 10), advance)
+    assert [len(group) for group in groups] == [9, 9, 9, 9]
+    assert counted == sum(len(c.token_ids) for g in groups for c in g)
     whole = make_engine(policy, 100).generate(requests(9), SamplingParams(1.0, 10))
-    assert [[c.token_ids for c in g] for g in made] == [[c.token_ids for c in g] for g in whole]
+    assert [[c.token_ids for c in g] for g in groups] == [[c.token_ids for c in g] for g in whole]
 
 
-def test_limits_cut_each_completion_and_change_nothing_else(make_engine: MakeEngine, policy: LanguageModel) -> None:
-    """Each is what it would be without its limit, up to there; a limit beyond the maximum is the maximum."""
+def test_limits_truncate_completions_and_change_nothing_else(make_engine: MakeEngine, policy: LanguageModel) -> None:
+    """Each completion is a prefix of the one without a limit; a limit above the maximum has no effect."""
     limits = [1, 5, 12, 99, 3, 1]
     plain = make_engine(policy, 5).generate(requests(6), SamplingParams(2.0, 12))
-    asked = [replace(request, limits=limits) for request in requests(6)]
-    made = make_engine(policy, 5).generate(asked, SamplingParams(2.0, 12))
-    cut = 0
-    for before, after in zip(plain, made, strict=True):
+    limited = [replace(request, limits=limits) for request in requests(6)]
+    groups = make_engine(policy, 5).generate(limited, SamplingParams(2.0, 12))
+    truncated = 0
+    for before, after in zip(plain, groups, strict=True):
         for whole, completion, limit in zip(before, after, limits, strict=True):
             assert completion.token_ids == whole.token_ids[:limit]
             ended = completion.token_ids[-1] == END
             assert completion.finish_reason == ("stop" if ended else "length")
-            cut += len(whole.token_ids) > limit
-    assert cut > 4
+            truncated += len(whole.token_ids) > limit
+    assert truncated > 4
 
 
 @pytest.mark.parametrize("limits", [[4], [4, 0], [4, 4, 4]])

@@ -1,4 +1,4 @@
-"""`gruppo eval` as a folder: several tasks, kills, comparisons, a reward model's scores, and exams of a run."""
+"""`gruppo eval` with a folder: several tasks, kills, comparisons, reward model scores, and evaluation during a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from gruppo.cli.evaluate import EvalArguments, _labels
+from gruppo.cli.eval_arguments import EvalArguments, _labels
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
-from gruppo.evaluation import eval_run as measuring
+from gruppo.evaluation import eval_run
 from gruppo.evaluation.compare import compare_all, read_evaluation
-from gruppo.evaluation.eval_run import measure
+from gruppo.evaluation.eval_run import run_evaluation
 from gruppo.evaluation.results import EvalResult
 from gruppo.models.loading import find_model
 from gruppo.models.reward_model import load_reward_model, save_reward_model
@@ -55,17 +55,17 @@ def asked(model: str, files: list[str], samples: int = 3, **fields: object) -> R
 
 
 def go(recipe: Recipe, out: Path | None = None, resume: bool = False) -> EvalResult:
-    return measure(recipe, out, resume, NullProgress(), Stop())
+    return run_evaluation(recipe, out, resume, NullProgress(), Stop())
 
 
 def test_several_tasks_into_a_folder(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
     made = go(asked(tiny_folder, files), tmp_path / "out")
     rows = pq.read_table(tmp_path / "out/samples.parquet").to_pylist()
     assert len(rows) == (5 + 7) * 3
-    for name, sheet in made.sheets.items():
+    for name, result in made.sets.items():
         own = [row for row in rows if row["eval_set"] == name]
-        assert sheet.figures["accuracy"] == pytest.approx(sum(row["correct"] for row in own) / len(own))
-        assert sheet.figures["curves"]["pass"]["3"]["value"] >= sheet.figures["accuracy"]
+        assert result.figures["accuracy"] == pytest.approx(sum(row["correct"] for row in own) / len(own))
+        assert result.figures["curves"]["pass"]["3"]["value"] >= result.figures["accuracy"]
     held = json.loads((tmp_path / "out/results.json").read_text())
     assert held["sets"]["letters"]["questions"] == 5
     assert read_evaluation(tmp_path / "out").as_dict() == made.as_dict()
@@ -73,13 +73,13 @@ def test_several_tasks_into_a_folder(tiny_folder: str, files: list[str], tmp_pat
     assert memory.as_dict() == made.as_dict(), "with or without a folder"
 
 
-def test_an_evaluation_that_is_killed_goes_on_to_the_same(
+def test_a_killed_evaluation_resumes_with_the_same_results(
     tiny_folder: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gruppo.evaluation.sets.CHUNK", 6)  # two questions at a time
     settings = asked(tiny_folder, files)
     whole = go(settings, tmp_path / "whole")
-    grade, calls = measuring.graded, []
+    grade, calls = eval_run.grade_answers, []
 
     def dies(*arguments: object) -> object:
         calls.append(1)
@@ -87,14 +87,14 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same(
             raise Killed
         return grade(*arguments)
 
-    monkeypatch.setattr(measuring, "graded", dies)
+    monkeypatch.setattr(eval_run, "grade_answers", dies)
     with pytest.raises(Killed):
         go(settings, tmp_path / "cut")
     assert len(list((tmp_path / "cut/evaluations").iterdir())) == 4
     assert not (tmp_path / "cut/results.json").exists()
     with pytest.raises(UsageError, match="--resume"):
         go(settings, tmp_path / "cut")
-    monkeypatch.setattr(measuring, "graded", grade)
+    monkeypatch.setattr(eval_run, "grade_answers", grade)
     resumed = go(settings, tmp_path / "cut", resume=True)
     assert resumed.as_dict() == whole.as_dict()
     assert pq.read_table(tmp_path / "cut/samples.parquet") == pq.read_table(tmp_path / "whole/samples.parquet")
@@ -118,7 +118,7 @@ def test_two_models_are_compared(tiny_folder: str, files: list[str], tmp_path: P
     first, second = go(asked(tiny_folder, files)), go(asked(str(tmp_path / "other"), files))
     found = compare_all(first, second)
     for name in ("letters", "digits"):
-        apart = second.sheets[name].figures["accuracy"] - first.sheets[name].figures["accuracy"]
+        apart = second.sets[name].figures["accuracy"] - first.sets[name].figures["accuracy"]
         assert found[name]["difference"] == pytest.approx(apart)
         assert found[name]["left_out"] == 0
     same = compare_all(first, first)
@@ -140,7 +140,7 @@ def test_other_questions_in_a_finished_folder_are_refused(tiny_folder: str, tmp_
         go(settings, tmp_path / "out", resume=True)
 
 
-def test_settings_that_differ_are_told(tiny_folder: str, files: list[str]) -> None:
+def test_settings_that_differ_are_listed(tiny_folder: str, files: list[str]) -> None:
     found = compare_all(go(asked(tiny_folder, files[:1])), go(asked(tiny_folder, files[:1], max_tokens=3)))
     assert found["letters"]["settings"] == ["max_tokens 6 and 3"]
 
@@ -158,28 +158,26 @@ def test_a_reward_model_scores_the_answers(tiny_folder: str, files: list[str], t
     made = go(judged, tmp_path / "out")
     rows = pq.read_table(tmp_path / "out/samples.parquet").to_pylist()
     assert {row["score"] for row in rows} == {0.5}, "a new head is at 0"
-    best = made.sheets["letters"].figures["curves"]["best"]
-    assert best["3"]["value"] == pytest.approx(made.sheets["letters"].figures["accuracy"]), "all tie, so any is taken"
-    assert "weighted_vote" in made.sheets["letters"].figures
+    best = made.sets["letters"].figures["curves"]["best"]
+    assert best["3"]["value"] == pytest.approx(made.sets["letters"].figures["accuracy"]), "all tie, so any is taken"
+    assert "weighted_vote" in made.sets["letters"].figures
 
 
-def test_disagreements_between_rules_are_events(tmp_path: Path) -> None:
-    """Answers whose last number and whose box differ are told, each with its answer and verdicts."""
+def test_ambiguous_answers_are_events(tmp_path: Path) -> None:
+    """Answers whose last number and box differ are reported, each with its text and verdicts."""
     path = tmp_path / "given.jsonl"
     texts = ["\\boxed{2} of 5", "\\boxed{2}", "we have 3"]
     path.write_text("".join(json.dumps({"id": i, "answer": "2", "completion": t}) + "\n" for i, t in enumerate(texts)))
     settings = load_recipe({"model": {"name": "x"}})
-    made = measuring.grade_file(settings, path, False, tmp_path / "out", False, NullProgress(), Stop())
+    made = eval_run.grade_file(settings, path, False, tmp_path / "out", False, NullProgress(), Stop())
     events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
     assert [event["prompt_id"] for event in events] == ["0"]
     assert events[0]["answer"] == texts[0]
     assert True in events[0]["other_rules"].values() or events[0]["correct"]
-    assert next(iter(made.sheets.values())).figures["ambiguous_share"] == pytest.approx(1 / 3)
+    assert next(iter(made.sets.values())).figures["ambiguous_share"] == pytest.approx(1 / 3)
 
 
-def test_a_run_holds_exams_of_other_tasks_on_their_own_settings(
-    tiny_folder: str, files: list[str], tmp_path: Path
-) -> None:
+def test_a_run_evaluates_benchmarks_with_their_own_settings(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
     tables = [
         {
             "task": files[0],
@@ -206,10 +204,10 @@ def test_a_run_holds_exams_of_other_tasks_on_their_own_settings(
     assert held["second"]["domain"] == "out-of-domain"
     assert result.summary["accuracy_before"] is None
     again = go(load_recipe({**data, "model": {"name": str(tmp_path / "run/model"), "dtype": "float32"}}))
-    assert again.sheets["letters"].figures["accuracy"] == held["letters"]["after"]["accuracy"]
+    assert again.sets["letters"].figures["accuracy"] == held["letters"]["after"]["accuracy"]
 
 
-def test_exams_do_not_change_what_is_trained(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
+def test_evaluation_sets_do_not_change_what_is_trained(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
     plain = small_run(tiny_folder, tmp_path / "plain", run__steps=2)
     data = {**recipe(tiny_folder, run__steps=2), "benchmarks": [{"task": files[0], "every": 1, "grader": LETTERS}]}
     asked_too = train(data, prompts=ROWS, out=tmp_path / "asked")
@@ -246,7 +244,7 @@ def test_the_command_line_from_a_model_to_a_picture(tiny_folder: str, files: lis
         (["m", "--answers", "x.jsonl"], ["--answers"]),
         (["m", "--curves", "x.txt"], ["--curves x.txt", ".svg"]),
         (["m", "--data", "x"], ["--data", "--task"]),
-        (["m", "--task", "rows.jsonl", "--data", "x"], ["--data x", "no benchmark"]),
+        (["m", "--task", "rows.jsonl", "--data", "x"], ["--data x", "not a benchmark"]),
         (["m", "--task", "arithmetic", "--samples", "2"], ["samples = 2", "temperature"]),
         (["m", "--reward-model", "nowhere"], ["--reward-model nowhere"]),
         (["--answers", "x.jsonl", "--compare", "m"], ["--answers"]),
@@ -266,7 +264,7 @@ def test_a_damaged_folder_is_refused(tiny_folder: str, files: list[str], tmp_pat
     samples.write_bytes(held[: len(held) // 2])
     with pytest.raises(UsageError, match=r"samples\.parquet"):
         read_evaluation(tmp_path / "out")
-    with pytest.raises(UsageError, match="holds no evaluation"):
+    with pytest.raises(UsageError, match="contains no finished evaluation"):
         read_evaluation(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation apart from training: greedy, drawn, several answers a question, and what is refused."""
+"""Evaluation outside training: greedy, sampled, several answers per question, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_several_answers_to_each_question(tiny_folder: str, questions: str) -> N
     assert len({row["answer"] for row in rows}) > 5, "answers to one question differ"
 
 
-def test_drawn_answers_repeat_for_a_seed_and_differ_between_seeds(tiny_folder: str, questions: str) -> None:
+def test_sampled_answers_repeat_for_a_seed_and_differ_between_seeds(tiny_folder: str, questions: str) -> None:
     def answers(seed: int) -> list[str]:
         outcome = evaluate(
             tiny_folder, questions, max_tokens=6, decoding={"temperature": 1.0, "top_p": 0.9}, seed=seed,
@@ -152,7 +152,7 @@ def test_an_exported_model_evaluates_the_same_by_transformers_alone(
     gruppo.export(tmp_path / "run", tmp_path / "exported")
     ours = evaluate(str(tmp_path / "exported"), questions, max_tokens=6, grader=LETTERS, dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
-    for prompt, (completion,), (verdict,) in zip(ours.exam.prompts, ours.answers, ours.verdicts, strict=True):
+    for prompt, (completion,), (verdict,) in zip(ours.eval_set.prompts, ours.answers, ours.verdicts, strict=True):
         ids = torch.tensor([prompt.token_ids])
         made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)
         assert tuple(made[0, len(prompt.token_ids) :].tolist()) == completion.token_ids

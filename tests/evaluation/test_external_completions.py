@@ -53,14 +53,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_rows(shape: str, tmp_path: Path) -> None:
-    measured = graded(tmp_path, SHAPES[shape])
-    (sheet,) = measured.sheets.values()
-    assert {each.text: list(each.right) for each in sheet.questions} == {
+    evaluation = graded(tmp_path, SHAPES[shape])
+    (result,) = evaluation.sets.values()
+    assert {each.text: list(each.correct) for each in result.questions} == {
         "What is 1 + 1?": [True],
         "What is 2 + 2?": [False],
     }
-    assert sheet.figures["accuracy"] == 0.5
-    assert "finished_share" not in sheet.figures, "nobody knows how these ended"
+    assert result.figures["accuracy"] == 0.5
+    assert "finished_share" not in result.figures, "how these ended is unknown"
 
 
 def test_several_completions_of_a_question_in_one_row_or_in_many(tmp_path: Path) -> None:
@@ -71,12 +71,12 @@ def test_several_completions_of_a_question_in_one_row_or_in_many(tmp_path: Path)
         {"index": 0, "completion": "2"}, {"index": 1, "completion": "4"}, {"index": 0, "completion": "3"},
         {"index": 1, "completion": "4"}, {"index": 0, "completion": "2"}, {"index": 1, "completion": "5"},
     ])  # fmt: skip
-    for measured in (together, apart):
-        (sheet,) = measured.sheets.values()
-        assert sheet.figures["samples"] == 3
-        assert sheet.figures["accuracy"] == pytest.approx(2 / 3)
-        assert sheet.figures["curves"]["maj"]["3"]["value"] == 1
-        assert sheet.figures["curves"]["pass"]["1"]["value"] == pytest.approx(2 / 3)
+    for evaluation in (together, apart):
+        (result,) = evaluation.sets.values()
+        assert result.figures["samples"] == 3
+        assert result.figures["accuracy"] == pytest.approx(2 / 3)
+        assert result.figures["curves"]["maj"]["3"]["value"] == 1
+        assert result.figures["curves"]["pass"]["1"]["value"] == pytest.approx(2 / 3)
 
 
 def test_rows_that_bring_their_own_reference(tmp_path: Path) -> None:
@@ -84,9 +84,9 @@ def test_rows_that_bring_their_own_reference(tmp_path: Path) -> None:
         {"question": "1 + 1", "reference": "2", "completion": "2"}, {"gold": 7, "response": "8"},
         {"problem": "half", "ground_truth": "\\frac12", "generation": "\\boxed{0.5}"},
     ]  # fmt: skip
-    (sheet,) = graded(tmp_path, rows, task=False, grader="math_answer").sheets.values()
-    assert [list(each.right) for each in sheet.questions] == [[True], [False], [True]]
-    assert [each.text for each in sheet.questions] == ["1 + 1", "row 2", "half"]
+    (result,) = graded(tmp_path, rows, task=False, grader="math_answer").sets.values()
+    assert [list(each.correct) for each in result.questions] == [[True], [False], [True]]
+    assert [each.text for each in result.questions] == ["1 + 1", "row 2", "half"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_rows_that_bring_their_own_reference(tmp_path: Path) -> None:
         ([{"index": 0, "text_of_mine": "2"}], True, ["row 1", "no completion", "text_of_mine"]),
         ([{"completion": "2"}], True, ["row 1", "prompt_id", '"completion": "2"']),
         ([{"index": 9, "completion": "2"}], True, ["row 1", "index", "9"]),
-        ([{"index": 0, "completion": []}], True, ["holds no text"]),
+        ([{"index": 0, "completion": []}], True, ["contains no text"]),
         ([{"index": 0, "question": "What is 2 + 3?", "completion": "2"}], True, ["row 1", "another question"]),
         ([{"prompt_id": [1], "completion": "2"}], True, ["row 1", "prompt_id"]),
         ([{"completion": "2"}], False, ["no reference", "--task"]),
@@ -116,23 +116,21 @@ def test_a_folder_can_be_read_and_graded_again(tmp_path: Path) -> None:
     assert again.as_dict()["sets"] == first.as_dict()["sets"]
     recipe = load_recipe({"model": {"name": "x"}, "evaluation": {"task": str(tmp_path / "task.jsonl")}})
     own = grade_file(recipe, tmp_path / "out" / "samples.parquet", True, None, False, NullProgress(), Stop())
-    assert [s.figures["accuracy"] for s in own.sheets.values()] == [
-        s.figures["accuracy"] for s in first.sheets.values()
-    ]
+    assert [s.figures["accuracy"] for s in own.sets.values()] == [s.figures["accuracy"] for s in first.sets.values()]
 
 
-def test_what_is_left_out_or_missing_is_told(tmp_path: Path) -> None:
+def test_unanswered_questions_and_nulls_are_counted(tmp_path: Path) -> None:
     """A question without an answer, and an answer that is null, which counts as wrong."""
-    (sheet,) = graded(tmp_path, [{"index": 0, "completions": ["2", None]}]).sheets.values()
-    assert sheet.figures["accuracy"] == 0.5
-    assert sheet.figures["unanswered"] == 1
+    (result,) = graded(tmp_path, [{"index": 0, "completions": ["2", None]}]).sets.values()
+    assert result.figures["accuracy"] == 0.5
+    assert result.figures["unanswered"] == 1
 
 
 def test_halves_of_characters_and_numbers_are_answers_too(tmp_path: Path) -> None:
     rows = [{"index": 0, "completion": "2 \ud83d"}, {"index": 1.0, "completion": 4}]
     made = graded(tmp_path, rows, out=tmp_path / "out")
-    (sheet,) = made.sheets.values()
-    assert [list(each.right) for each in sheet.questions] == [[True], [True]]
+    (result,) = made.sets.values()
+    assert [list(each.correct) for each in result.questions] == [[True], [True]]
 
 
 def test_an_edited_file_is_not_taken_for_the_one_that_was_graded(tmp_path: Path) -> None:
@@ -148,5 +146,5 @@ def test_ids_of_the_task_go_before_places(tmp_path: Path) -> None:
     path = tmp_path / "given.jsonl"
     path.write_text("".join(json.dumps({"id": n, "completion": t}) + "\n" for n, t in ((1, "2"), (2, "4"))))
     recipe = load_recipe({"model": {"name": "x"}, "evaluation": {"task": str(tmp_path / "own.jsonl")}})
-    (sheet,) = grade_file(recipe, path, True, None, False, NullProgress(), Stop()).sheets.values()
-    assert sheet.figures["accuracy"] == 1
+    (result,) = grade_file(recipe, path, True, None, False, NullProgress(), Stop()).sets.values()
+    assert result.figures["accuracy"] == 1

@@ -1,4 +1,4 @@
-"""Figures of several answers a question, comparisons, and their picture, on numbers worked out by hand."""
+"""Figures of several answers per question, comparisons and plots, on numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gruppo.errors import UsageError
-from gruppo.evaluation.formatting import told, told_difference
+from gruppo.evaluation.formatting import format_difference, format_results
 from gruppo.evaluation.metrics import Question, compare, figure_metrics, figures, sizes
 from gruppo.evaluation.plots import draw_curves
 
@@ -90,12 +90,12 @@ def test_a_comparison_of_several_answers_has_differences_of_curves() -> None:
     found = compare([question(0, "1000")], [question(0, "1100", "rrab")])
     assert found["curves"]["pass"]["1"]["value"] == pytest.approx(0.25)
     assert found["curves"]["maj"]["4"]["value"] == pytest.approx(1.0)
-    assert "maj@k" in "\n".join(told_difference("t", "A", "B", found))
+    assert "maj@k" in "\n".join(format_difference("t", "A", "B", found))
 
 
-def test_what_is_told_names_every_figure() -> None:
+def test_formatted_results_name_every_figure() -> None:
     found = figures([question(0, "1100", "rrab", [0.1, 0.2, 0.3, 0.4]), question(1, "0000")])
-    text = "\n".join(told("gsm8k", found))
+    text = "\n".join(format_results("gsm8k", found))
     assert "gsm8k: accuracy 25.0%" in text
     assert "2 questions, 4 answers each" in text
     assert "pass@k" in text
@@ -111,7 +111,7 @@ def test_the_picture_has_both_curves_of_both_models() -> None:
     labels = [line.get_label() for line in axes.get_lines()]
     assert labels == ["A: pass@k", "A: maj@k", "B: pass@k", "B: maj@k"]
     assert list(axes.get_lines()[2].get_ydata()) == [1, 1]
-    with pytest.raises(UsageError, match="2 to 1,000 answers"):
+    with pytest.raises(UsageError, match="2 to 1,000 answers per question"):
         draw_curves([("A", figures([question(0, "1")]))], "gsm8k", drawn.append)
 
 

@@ -1,4 +1,4 @@
-"""Completions of all kinds, through rewards, graders, answers, steps, stop texts and the tables of a run."""
+"""Fuzz rewards, graders, answer extraction, step splitting, stop strings and run tables with arbitrary completions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import RunError, UsageError
 from gruppo.evaluation.runner import Evaluation
 from gruppo.evaluation.sets import EvalSet
-from gruppo.evaluation.verdicts import mark
+from gruppo.evaluation.verdicts import grade_answer
 from gruppo.models.policy import LanguageModel
-from gruppo.rewards.answers import exact_match, number
+from gruppo.rewards.answers import exact_match
+from gruppo.rewards.answers import last_number as last_number_reward
 from gruppo.rewards.combine import combine
 from gruppo.rewards.format import Regex, think_format
 from gruppo.rewards.grading.graders import Named, find_grader
@@ -45,7 +46,7 @@ from tests.fuzzing import ANY_TEXT, JSON_VALUES, NUMBERS, TEXT, clear, examples
 TOKENIZER = make_tokenizer()
 IDS = st.lists(st.integers(0, 47), min_size=1, max_size=12)
 ANSWERS = TEXT | NUMBERS | JSON_VALUES
-MATHS = st.sampled_from([
+MATH_PARTS = st.sampled_from([
     "\\frac{1}{", "2", "+", "x", "^", "\\sqrt{", "}", "$", "\\boxed{", "=", "(", ")", "1e5", "####", " ",
     "<answer>", "</answer>", "%", "\\pi", ",", "_",
 ])  # fmt: skip
@@ -58,23 +59,23 @@ class Unprintable:
     __repr__ = __str__
 
 
-def completion_of(ids: list[int], text: str | None = None, cut: bool = False) -> Completion:
-    spoken = str(TOKENIZER.decode(ids)) if text is None else text
+def completion_of(ids: list[int], text: str | None = None, truncated: bool = False) -> Completion:
+    decoded = str(TOKENIZER.decode(ids)) if text is None else text
     size = len(ids)
-    return Completion(tuple(ids), (-1.0,) * size, (True,) * size, "length" if cut else "stop", 0, spoken)
+    return Completion(tuple(ids), (-1.0,) * size, (True,) * size, "length" if truncated else "stop", 0, decoded)
 
 
 @examples(200, text=ANY_TEXT, answer=ANSWERS)
-def test_answers_of_all_kinds(text: str, answer: Any) -> None:
+def test_answer_comparison_accepts_any_answer(text: str, answer: Any) -> None:
     assert last_number(text) is None or last_number(text) == last_number(text)
     assert same_text(text, answer) in (True, False)
     with clear():
         assert same_number(text, answer) in (True, False)
 
 
-@examples(25, parts=st.lists(MATHS, max_size=6), answer=st.lists(MATHS, max_size=4))
-def test_mathematics_of_all_kinds(parts: list[str], answer: list[str]) -> None:
-    with suppress(TimeoutError):  # an abstention
+@examples(25, parts=st.lists(MATH_PARTS, max_size=6), answer=st.lists(MATH_PARTS, max_size=4))
+def test_math_graders_accept_any_formula(parts: list[str], answer: list[str]) -> None:
+    with suppress(TimeoutError):  # reported as a failure
         assert same_mathematics("".join(parts), "".join(answer)) in (True, False, None)
     with clear():
         for grader in ("math_answer", "ocw"):
@@ -91,10 +92,10 @@ def test_mathematics_of_all_kinds(parts: list[str], answer: list[str]) -> None:
         max_size=3,
     ),
 )
-def test_graders_on_all_kinds(text: str, grader: str, columns: dict) -> None:
+def test_graders_accept_any_text_and_columns(text: str, grader: str, columns: dict) -> None:
     with clear():
-        given = mark(text, Prompt("t/0", "q", (1,), "t", columns), Named(grader, find_grader(grader)))
-        assert find_grader(grader)(text, columns) is given.correct
+        verdict = grade_answer(text, Prompt("t/0", "q", (1,), "t", columns), Named(grader, find_grader(grader)))
+        assert find_grader(grader)(text, columns) is verdict.correct
 
 
 @examples(
@@ -104,19 +105,21 @@ def test_graders_on_all_kinds(text: str, grader: str, columns: dict) -> None:
     chat=st.booleans(),
     answer=ANSWERS,
     ngram=st.integers(1, 4),
-    most=st.integers(1, 9),
+    max_tokens=st.integers(1, 9),
 )
-def test_rewards_on_all_kinds(texts: list, ids: list, chat: bool, answer: Any, ngram: int, most: int) -> None:
+def test_rewards_are_finite_for_any_text(
+    texts: list, ids: list, chat: bool, answer: Any, ngram: int, max_tokens: int
+) -> None:
     completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
-    held = ids[: len(texts)]
+    completion_ids = ids[: len(texts)]
     with clear():
-        for made in (
+        for rewards in (
             think_format(completions), Regex(r"\w*")(completions), Repetition(ngram)(completions),
-            Overlong(most)(held), exact_match(completions, [answer] * len(texts)),
-            number(completions, [answer] * len(texts)),
+            Overlong(max_tokens)(completion_ids), exact_match(completions, [answer] * len(texts)),
+            last_number_reward(completions, [answer] * len(texts)),
         ):  # fmt: skip
-            assert len(made) == len(texts)
-            assert all(math.isfinite(each) for each in made)
+            assert len(rewards) == len(texts)
+            assert all(math.isfinite(reward) for reward in rewards)
 
 
 @examples(
@@ -124,11 +127,11 @@ def test_rewards_on_all_kinds(texts: list, ids: list, chat: bool, answer: Any, n
     pattern=ANY_TEXT | JSON_VALUES,
     options=st.dictionaries(st.sampled_from(["ngram", "penalty", "max_tokens"]), JSON_VALUES, max_size=2),
 )
-def test_options_of_all_kinds(pattern: Any, options: dict) -> None:
-    for make in (lambda: Regex(pattern), lambda: Repetition(**{k: v for k, v in options.items() if k != "max_tokens"}),
+def test_reward_options_are_accepted_or_refused_clearly(pattern: Any, options: dict) -> None:
+    for build in (lambda: Regex(pattern), lambda: Repetition(**{k: v for k, v in options.items() if k != "max_tokens"}),
                  lambda: Overlong(options.get("max_tokens"), options.get("ngram"))):  # fmt: skip
         with clear():
-            make()
+            build()
 
 
 STEPS = st.fixed_dictionaries(
@@ -138,13 +141,13 @@ STEPS = st.fixed_dictionaries(
 RETURNED = (
     JSON_VALUES | st.lists(NUMBERS | st.none() | TEXT | STEPS | st.booleans(), max_size=4) | st.just(Unprintable())
 )
-GIVEN = RETURNED | st.lists(
+REWARD_RESULTS = RETURNED | st.lists(
     STEPS | st.just(Unprintable()) | st.just(ValueError("\ud800")) | NUMBERS, min_size=2, max_size=2
 )
 
 
-class Held:
-    """A reward that gives what it was told to, as a process would call it."""
+class LoadedReward:
+    """A reward as a reward process holds it; returns a fixed value and logs fixed metrics."""
 
     options: dict[str, Any] = {}  # noqa: RUF012
 
@@ -161,13 +164,13 @@ class Held:
 LOGGED = st.none() | st.tuples(st.tuples(ANY_TEXT, NUMBERS), st.tuples(ANY_TEXT, st.lists(JSON_VALUES, max_size=3)))
 
 
-@examples(200, value=GIVEN, logged=LOGGED, ids=st.lists(IDS, min_size=2, max_size=2))
-def test_whatever_a_reward_returns_is_a_number_steps_or_an_abstention(value: Any, logged: Any, ids: list) -> None:
-    completions = [completion_of(each) for each in ids]
-    arguments = {"completions": [each.text for each in completions]}
-    answer = json.loads(json.dumps(_score(Held(value, logged), arguments, {}, None)))  # type: ignore[arg-type]
+@examples(200, value=REWARD_RESULTS, logged=LOGGED, ids=st.lists(IDS, min_size=2, max_size=2))
+def test_any_result_of_a_reward_becomes_rewards_or_a_failure(value: Any, logged: Any, ids: list) -> None:
+    completions = [completion_of(token_ids) for token_ids in ids]
+    arguments = {"completions": [completion.text for completion in completions]}
+    answer = json.loads(json.dumps(_score(LoadedReward(value, logged), arguments, {}, None)))  # type: ignore[arg-type]
     outcome = _outcome(answer, completions)
-    rewards = [combine(["f"], [0.5], [each], {}) for each in outcome.values]
+    rewards = [combine(["f"], [0.5], [value], {}) for value in outcome.values]
     assert len(rewards) == 2
     group = Group(Prompt("t/0", "q", (1, 2), "t", {}), completions, rewards)
     mark_trained([group], mask_truncated=False)
@@ -176,7 +179,7 @@ def test_whatever_a_reward_returns_is_a_number_steps_or_an_abstention(value: Any
     settings, metrics = Method(name="grpo-process"), Metrics()
     select([group], settings)
     assign_advantages([group], settings, metrics)
-    assert all(math.isfinite(each) for row in group.advantages for each in row)
+    assert all(math.isfinite(advantage) for row in group.advantages for advantage in row)
     describe_groups([group], metrics)
     for name, numbers in outcome.metrics.items():
         metrics.mean(f"reward/log/{name}", sum(numbers), len(numbers))
@@ -190,28 +193,28 @@ def test_whatever_a_reward_returns_is_a_number_steps_or_an_abstention(value: Any
     rewards=st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=4),
     ends=st.lists(st.integers(0, 9), unique=True, min_size=4, max_size=4).map(sorted),
 )
-def test_step_rewards_of_all_sizes(rewards: list, ends: list) -> None:
+def test_advantages_of_huge_step_rewards_are_finite(rewards: list, ends: list) -> None:
     import torch
 
-    given_ = (torch.tensor(rewards, dtype=torch.float64), tuple(ends[: len(rewards)]))
-    made = process_advantages([[given_, given_]], [[10, 10]])[0]
-    assert all(bool(torch.isfinite(each).all()) for each in made)
+    steps = (torch.tensor(rewards, dtype=torch.float64), tuple(ends[: len(rewards)]))
+    advantages = process_advantages([[steps, steps]], [[10, 10]])[0]
+    assert all(bool(torch.isfinite(row).all()) for row in advantages)
 
 
 @examples(150, text=ANY_TEXT, ids=IDS)
 def test_steps_end_within_their_completion(text: str, ids: list[int]) -> None:
     ends = checked_ends(lines, text)
     assert ends == sorted(set(ends))
-    own = completion_of(ids)
-    found = step_tokens(own, checked_ends(lines, own.text), TOKENIZER)
-    assert all(0 <= token < len(ids) for token, _ in found)
-    assert [token for token, _ in found] == sorted({token for token, _ in found})
+    completion = completion_of(ids)
+    tokens = step_tokens(completion, checked_ends(lines, completion.text), TOKENIZER)
+    assert all(0 <= token < len(ids) for token, _ in tokens)
+    assert [token for token, _ in tokens] == sorted({token for token, _ in tokens})
 
 
-@examples(60, given_ends=JSON_VALUES | st.lists(st.integers(-2, 9) | NUMBERS, max_size=4), text=ANY_TEXT)
-def test_rules_that_give_any_ends(given_ends: Any, text: str) -> None:
+@examples(60, returned=JSON_VALUES | st.lists(st.integers(-2, 9) | NUMBERS, max_size=4), text=ANY_TEXT)
+def test_ends_from_any_splitter_are_checked(returned: Any, text: str) -> None:
     with clear():
-        ends = checked_ends(lambda _: given_ends, text)
+        ends = checked_ends(lambda _: returned, text)
         assert all(0 < end <= len(text) for end in ends)
 
 
@@ -219,17 +222,17 @@ def test_rules_that_give_any_ends(given_ends: Any, text: str) -> None:
     12,
     stops=st.lists(TEXT.filter(bool) | st.sampled_from(["a", "ab", "=", " "]), min_size=1, max_size=3),
     prompt=IDS,
-    least=st.integers(0, 3),
+    min_tokens=st.integers(0, 3),
     top_p=st.floats(0.01, 1),
     seed=st.integers(0, 99),
 )
-def test_stop_texts_of_all_kinds(
-    policy: LanguageModel, stops: list, prompt: list, least: int, top_p: float, seed: int
+def test_any_stop_string_is_respected(
+    policy: LanguageModel, stops: list, prompt: list, min_tokens: int, top_p: float, seed: int
 ) -> None:
-    options = SamplingParams(1.0, 6, top_p=top_p, min_tokens=least, stop=tuple(stops))
-    ((made,),) = NativeEngine(policy, 1).generate([Request(tuple(prompt), [(seed,)])], options)
-    assert least or not any(stop in made.text for stop in stops)
-    assert 1 <= len(made.token_ids) <= 6
+    options = SamplingParams(1.0, 6, top_p=top_p, min_tokens=min_tokens, stop=tuple(stops))
+    ((completion,),) = NativeEngine(policy, 1).generate([Request(tuple(prompt), [(seed,)])], options)
+    assert min_tokens or not any(stop in completion.text for stop in stops)
+    assert 1 <= len(completion.token_ids) <= 6
 
 
 @pytest.fixture(scope="module")
@@ -249,11 +252,11 @@ COLUMNS = st.dictionaries(ANY_TEXT, OBJECTS, max_size=3)
     name=TEXT,
     rewards=st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.none(), min_size=3, max_size=3),
 )
-def test_tables_hold_what_was_made(
+def test_tables_keep_completions_unchanged(
     run: RunFolder, ids: list, text: str, columns: dict, name: str, rewards: list
 ) -> None:
     prompt = Prompt(f"{name}/0", text, (1, 2), name, columns)
-    group = Group(prompt, [completion_of(each) for each in ids], [
+    group = Group(prompt, [completion_of(token_ids) for token_ids in ids], [
         Reward(reward, {name: reward}, extra={name: text}) for reward in rewards[: len(ids)]
     ])  # fmt: skip
     mark_trained([group], mask_truncated=False)
@@ -262,18 +265,18 @@ def test_tables_hold_what_was_made(
     assert [row["token_ids"] for row in read] == ids
     assert [row["reward"] for row in read] == rewards[: len(ids)]
     json.loads(read[0]["columns"])
-    exam = EvalSet(
+    eval_set = EvalSet(
         "", [prompt], {prompt.task: Named("exact_match", same_text)}, SamplingParams(0.0, 12), len(ids), 0, None
     )
     verdicts = [[Verdict(True, text, "exact_match", {"boxed": False}) for _ in ids]]
-    outcome = Evaluation(exam, [group.completions], verdicts)
+    outcome = Evaluation(eval_set, [group.completions], verdicts)
     run.table("evaluations", 1, outcome.rows(), EVALUATIONS)
     outcome.figures()
     run.event("kind", text, 1, **{"prompt_id": prompt.id})
 
 
 @examples(80, value=OBJECTS)
-def test_columns_of_all_kinds_are_json(value: Any) -> None:
+def test_any_columns_become_json(value: Any) -> None:
     as_json({"a": value}).encode()
     json.loads(as_json([value]))
 

@@ -1,5 +1,8 @@
-"""Run folders of all kinds: of a run, of labels and of a reward model, with flipped bytes, and with files cut, gone,
-exchanged and rewritten, also so that hashes agree. Whatever reads them works, or says what is damaged."""
+"""Fuzz damaged run folders: of a training run, of labels, and a reward model trained on damaged labels.
+
+Bytes are flipped; files are truncated, removed, swapped and rewritten, also with matching hashes. Every reader must
+work or report the damage.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,11 @@ def recipe_of(model: str, rows: str, **tables: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
-    """A run that samples nothing, so that it is quick to resume, and stands before its last steps."""
+    """A finished SFT run, which samples nothing for training and is therefore quick to resume."""
     folder = tmp_path_factory.mktemp("fuzzed")
     rows = rows_file(folder)
-    asked = {"task": rows, "questions": 2, "every": 2, "grader": "exact_match"}
-    recipe = recipe_of(tiny_folder, rows, method={"name": "sft"}, evaluation=asked)
+    evaluation = {"task": rows, "questions": 2, "every": 2, "grader": "exact_match"}
+    recipe = recipe_of(tiny_folder, rows, method={"name": "sft"}, evaluation=evaluation)
     train(recipe, out=folder / "run")
     return recipe, folder / "run"
 
@@ -70,7 +73,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("damaged")
 
 
-# (what to do, which file, where in it, with what)
+# (kind of damage, index of the file, position in it, new content)
 DAMAGE = st.lists(
     st.tuples(
         st.sampled_from(["flip", "cut", "drop", "swap", "bytes", "json", "json", "json", "line", "folder", "add"]),
@@ -84,7 +87,7 @@ DAMAGE = st.lists(
 
 
 def damaged(whole: Path, scratch: Path, damage: list[tuple[str, int, int, Any]], rehash: bool) -> Path:
-    """A copy of the folder, damaged; `rehash`: manifests agree with what is there, as a stranger could make them."""
+    """Return a damaged copy of the folder; `rehash`: rewrite manifests to match the damage, as an attacker could."""
     folder = scratch / "run"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
@@ -95,10 +98,10 @@ def damaged(whole: Path, scratch: Path, damage: list[tuple[str, int, int, Any]],
         inflict(kind, path, files, where, what)
     manifests = [path for path in folder.rglob("manifest.json") if path.is_file()]
     for manifest in manifests if rehash else ():
-        held = {
+        hashes = {
             path.name: file_sha256(path) for path in manifest.parent.iterdir() if path.is_file() and path != manifest
         }
-        manifest.write_text(json.dumps(held))
+        manifest.write_text(json.dumps(hashes))
     return folder
 
 
@@ -123,9 +126,9 @@ def inflict(kind: str, path: Path, files: list[Path], where: int, what: Any) -> 
         path.unlink()
         path.mkdir()
     elif kind == "add":
-        more = path.parent / ["step-x.parquet", "step-000009", "step-000001.parquet", "x.writing"][where % 4]
-        if not more.is_dir():
-            more.write_bytes(noise)
+        added = path.parent / ["step-x.parquet", "step-000009", "step-000001.parquet", "x.writing"][where % 4]
+        if not added.is_dir():
+            added.write_bytes(noise)
     elif kind == "json" and path.suffix in {".json", ".jsonl"}:
         lines = (
             content.decode(errors="replace").splitlines()
@@ -141,11 +144,11 @@ def inflict(kind: str, path: Path, files: list[Path], where: int, what: Any) -> 
 
 
 def changed(value: Any, where: int, new: Any) -> Any:
-    """The value with something in it replaced, or left out."""
+    """The value with one item replaced or removed."""
     if isinstance(value, dict) and value:
         key = sorted(value)[where % len(value)]
         if where % 5 == 0:
-            return {name: each for name, each in value.items() if name != key}
+            return {name: item for name, item in value.items() if name != key}
         return {**value, key: changed(value[key], where // 7, new)}
     if isinstance(value, list) and value:
         at = where % len(value)
@@ -153,8 +156,8 @@ def changed(value: Any, where: int, new: Any) -> Any:
     return new
 
 
-def look(folder: Path) -> None:
-    """Everything that a notebook can ask of a run."""
+def read_everything(folder: Path) -> None:
+    """Call every reader that `load_result` offers."""
     result = load_result(folder)
     uses: list[Callable[[], Any]] = [
         result.frame, result.rollouts, result.evaluations, result.events, result.load_model,
@@ -167,24 +170,24 @@ def look(folder: Path) -> None:
 
 
 @examples(40, damage=DAMAGE, rehash=st.booleans())
-def test_results_of_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool) -> None:
+def test_reading_results_of_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool) -> None:
     with clear():
-        look(damaged(run[1], scratch, damage, rehash))
+        read_everything(damaged(run[1], scratch, damage, rehash))
 
 
 @examples(15, damage=DAMAGE, rehash=st.booleans(), checkpoint=st.sampled_from(["last", "best", "2", "x"]))
-def test_exports_of_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool, checkpoint: str) -> None:
+def test_exporting_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool, checkpoint: str) -> None:
     folder = damaged(run[1], scratch, damage, rehash)
     shutil.rmtree(scratch / "exported", ignore_errors=True)
     with clear():
         export(folder, scratch / "exported", checkpoint=checkpoint)
 
 
-@examples(20, damage=DAMAGE, rehash=st.booleans(), ended=st.booleans())
-def test_resuming_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool, ended: bool) -> None:
+@examples(20, damage=DAMAGE, rehash=st.booleans(), finished=st.booleans())
+def test_resuming_damaged_runs(run: tuple, scratch: Path, damage: list, rehash: bool, finished: bool) -> None:
     recipe, whole = run
     folder = damaged(whole, scratch, damage, rehash)
-    if not ended:
+    if not finished:
         shutil.rmtree(folder / "checkpoints" / "step-000004", ignore_errors=True)
     with clear():
         train(recipe, out=folder, resume=True)
@@ -200,14 +203,14 @@ def test_evaluating_damaged_models(run: tuple, scratch: Path, damage: list) -> N
 
 
 @examples(30, damage=DAMAGE)
-def test_damaged_labels(labels: tuple, scratch: Path, damage: list) -> None:
+def test_reading_damaged_labels(labels: tuple, scratch: Path, damage: list) -> None:
     folder = damaged(labels[1], scratch, damage, rehash=False)
     with clear():
         read_labels(sorted((folder / "labels").glob("step-*.parquet")))
 
 
 @examples(4, damage=DAMAGE)
-def test_labelling_on_in_a_damaged_folder(labels: tuple, scratch: Path, damage: list) -> None:
+def test_resuming_labelling_in_a_damaged_folder(labels: tuple, scratch: Path, damage: list) -> None:
     recipe, whole = labels
     with clear():
         label(recipe, out=damaged(whole, scratch, damage, rehash=False), resume=True)
@@ -217,9 +220,9 @@ def test_labelling_on_in_a_damaged_folder(labels: tuple, scratch: Path, damage: 
 def test_training_on_damaged_labels(labels: tuple, scratch: Path, damage: list) -> None:
     recipe, whole = labels
     folder = damaged(whole, scratch, damage, rehash=False)
-    shutil.rmtree(scratch / "judge", ignore_errors=True)
+    shutil.rmtree(scratch / "reward_model", ignore_errors=True)
     with clear():
-        train_reward_model(load_recipe(recipe), folder, out=scratch / "judge")
+        train_reward_model(load_recipe(recipe), folder, out=scratch / "reward_model")
 
 
 @examples(6, damage=DAMAGE, rehash=st.booleans())

@@ -1,4 +1,4 @@
-"""Recipes of all kinds: a recipe that is read can be written and read again; any other is refused in words."""
+"""Fuzz recipes: a valid one survives writing and reading; any other is refused with a clear message."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ QUICKSTART = Path("recipes/quickstart.toml").read_text()
 
 
 def sections(kind: type[Section] = Recipe, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], type[Section]]]:
-    """Every table of a recipe, by its place."""
-    found = [(path, kind)]
+    """Every table of a recipe with its path."""
+    result = [(path, kind)]
     for name, field in kind.model_fields.items():
-        kinds = [field.annotation, *get_args(field.annotation)]
-        own = [each for each in kinds if isinstance(each, type) and issubclass(each, Section)]
-        found += [each for inner in own for each in sections(inner, (*path, name))]
-    return found
+        types = [field.annotation, *get_args(field.annotation)]
+        tables = [table for table in types if isinstance(table, type) and issubclass(table, Section)]
+        result += [entry for table in tables for entry in sections(table, (*path, name))]
+    return result
 
 
 FIELDS = [(*path, name) for path, kind in sections() for name in kind.model_fields]
 LIKELY = st.sampled_from([
     *METHODS, "group", "batch", "none", "indicator", "rows", "frozen", "live", "pair", "step", "value", "outcome",
-    "process", "last_number", "math_verify", "6 GB", "all-linear", "auto", "float32", "k1", "k2", "k3", "sequence", "token-mean",
-    ["last_number"], [1.0], ["last_number", "math_verify"], {"last_number": {}}, {"name": "arithmetic"}, [{"name": "arithmetic"}],
+    "process", "last_number", "math_verify", "6 GB", "all-linear", "auto", "float32", "k1", "k2", "k3", "sequence",
+    "token-mean", ["last_number"], [1.0], ["last_number", "math_verify"], {"last_number": {}}, {"name": "arithmetic"},
+    [{"name": "arithmetic"}],
 ])  # fmt: skip
 VALUES = LIKELY | NUMBERS | st.booleans() | TOML_VALUES
 KEYS = st.sampled_from(FIELDS) | st.tuples(st.sampled_from([path for path, _ in sections()]), TEXT).map(
@@ -63,13 +64,13 @@ def read_again(recipe: Recipe) -> None:
 
 
 @examples(300, changes=CHANGES)
-def test_fields_of_all_kinds(changes: list) -> None:
+def test_recipes_with_any_fields(changes: list) -> None:
     with clear():
         read_again(load_recipe(changed(changes)))
 
 
 @examples(60, data=st.dictionaries(ANY_TEXT | st.integers(), TOML_VALUES | st.none() | st.binary(), max_size=4))
-def test_mappings_of_all_kinds(data: dict) -> None:
+def test_any_mapping_as_a_recipe(data: dict) -> None:
     with clear():
         read_again(load_recipe(data))
 
@@ -78,7 +79,7 @@ def test_mappings_of_all_kinds(data: dict) -> None:
     ANY_TEXT | st.tuples(KEYS, ANY_TEXT | VALUES.map(repr)).map(lambda pair: ".".join(pair[0]) + "=" + pair[1]),
     max_size=3,
 ))  # fmt: skip
-def test_overrides_of_all_kinds(overrides: list[str]) -> None:
+def test_any_overrides(overrides: list[str]) -> None:
     with clear():
         read_again(load_recipe({"model": {"name": "m"}}, overrides))
 
@@ -100,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @examples(60, mutations=MUTATIONS)
-def test_files_of_all_kinds_on_the_command_line(folder: Path, mutations: list) -> None:
+def test_mutated_files_on_the_command_line(folder: Path, mutations: list) -> None:
     path = folder / "mutated.toml"
     path.write_text(mutated(QUICKSTART, mutations), encoding="utf-8")
     code, out, err = command("train", str(path), "--show")
@@ -110,18 +111,20 @@ def test_files_of_all_kinds_on_the_command_line(folder: Path, mutations: list) -
 
 
 @examples(40, changes=CHANGES, overrides=st.lists(TEXT, max_size=2))
-def test_tables_of_all_kinds_on_the_command_line(folder: Path, changes: list, overrides: list[str]) -> None:
+def test_recipes_with_any_fields_on_the_command_line(folder: Path, changes: list, overrides: list[str]) -> None:
     path = folder / "changed.toml"
     try:
         path.write_text(tomli_w.dumps(changed(changes)), encoding="utf-8")
     except (TypeError, ValueError, AttributeError):
-        return  # not TOML
-    code, _, err = command("train", str(path), "--show", *(part for each in overrides for part in ("--set", each)))
+        return  # cannot be written as TOML
+    code, _, err = command(
+        "train", str(path), "--show", *(part for override in overrides for part in ("--set", override))
+    )
     said_clearly(code, err)
 
 
 @examples(60, content=st.binary(max_size=60))
-def test_bytes_of_all_kinds(folder: Path, content: bytes) -> None:
+def test_any_bytes_as_a_recipe(folder: Path, content: bytes) -> None:
     path = folder / "bytes.toml"
     path.write_bytes(content)
     code, _, err = command("train", str(path), "--show")
@@ -129,13 +132,13 @@ def test_bytes_of_all_kinds(folder: Path, content: bytes) -> None:
 
 
 @examples(60, text=ANY_TEXT)
-def test_values_of_overrides(text: str) -> None:
+def test_any_value_of_an_override(text: str) -> None:
     with clear():
         toml_value(text)
 
 
 @examples(40, name=ANY_TEXT, extends=ANY_TEXT)
-def test_names_of_files(folder: Path, name: str, extends: str) -> None:
+def test_any_recipe_path(folder: Path, name: str, extends: str) -> None:
     with clear():
         load_recipe(name)
     with clear():
@@ -145,6 +148,6 @@ def test_names_of_files(folder: Path, name: str, extends: str) -> None:
 
 
 @examples(60, name=ANY_TEXT | st.tuples(ANY_TEXT, st.sampled_from([".gguf", "/x", "--a", "/"])).map("".join))
-def test_names_of_models(name: str) -> None:
+def test_any_model_name(name: str) -> None:
     with clear(), mock.patch("gruppo.models.loading.hub_reachable", return_value=False):
         find_model(name)

@@ -1,4 +1,4 @@
-"""Rows of all kinds, from files and lists: they become prompts, or the row is named."""
+"""Fuzz rows from files and lists: they become prompts, or the error names the row."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ REWARDS = st.sampled_from([["last_number"], ["exact_match"], ["reasoning_gym"], 
 TOKENIZER = make_tokenizer()
 
 
-def through(rows: Any, task: dict[str, Any], method: str, rewards: list[str]) -> None:
-    """Rows to tokens, as a run takes them."""
+def prepare(rows: Any, task: dict[str, Any], method: str, rewards: list[str]) -> None:
+    """Turn rows into tokenized prompts as a run does."""
     table = {"reward": {"functions": rewards}} if method == "grpo" else {}
     try:
         recipe = load_recipe({
@@ -56,7 +56,7 @@ def through(rows: Any, task: dict[str, Any], method: str, rewards: list[str]) ->
             "evaluation": {"grader": "exact_match"} if task.get("held_out") else None, **table,
         })  # fmt: skip
     except RecipeError:
-        return  # tests/fuzz/test_recipes.py has these
+        return  # invalid recipes are covered by tests/fuzz/test_recipes.py
     data = read_data(recipe, recipe.reward.functions, rows, NullProgress())
     for part in data.training:
         prompts, _ = tokenize_part(part, TOKENIZER, 128, 8, 48)
@@ -69,15 +69,15 @@ def through(rows: Any, task: dict[str, Any], method: str, rewards: list[str]) ->
 
 
 @examples(250, rows=ROWS | GOOD, task=TASKS, method=st.sampled_from(["grpo", "sft", "dpo"]), rewards=REWARDS)
-def test_lists_of_all_kinds(rows: list, task: dict, method: str, rewards: list[str]) -> None:
+def test_any_list_of_rows(rows: list, task: dict, method: str, rewards: list[str]) -> None:
     with clear():
-        through(rows, task, method, rewards)
+        prepare(rows, task, method, rewards)
 
 
 @examples(60, rows=JSON_VALUES | st.binary() | st.sets(st.integers()) | st.just(object()) | st.just({"prompt": ["a"]}))
-def test_what_is_no_list(rows: Any) -> None:
+def test_other_objects_in_place_of_a_list(rows: Any) -> None:
     with clear():
-        through(rows, {}, "grpo", ["last_number"])
+        prepare(rows, {}, "grpo", ["last_number"])
 
 
 @pytest.fixture(scope="module")
@@ -112,34 +112,34 @@ def written(rows: list, suffix: str) -> bytes:
     cut=st.none() | st.integers(0, 200),
     noise=st.binary(max_size=3),
 )
-def test_files_of_all_kinds(folder: Path, rows: list, suffix: str, task: dict, cut: int | None, noise: bytes) -> None:
+def test_damaged_text_files(folder: Path, rows: list, suffix: str, task: dict, cut: int | None, noise: bytes) -> None:
     path = folder / f"rows{suffix}"
     content = written(rows, suffix)
     path.write_bytes(content if cut is None else content[:cut] + noise + content[cut:])
     with clear():
-        through(None, {**task, "name": str(path)}, "grpo", ["last_number"])
+        prepare(None, {**task, "name": str(path)}, "grpo", ["last_number"])
 
 
 @examples(60, rows=ROWS | GOOD, cut=st.none() | st.integers(0, 400), noise=st.binary(max_size=3))
-def test_parquet_of_all_kinds(folder: Path, rows: list, cut: int | None, noise: bytes) -> None:
+def test_damaged_parquet_files(folder: Path, rows: list, cut: int | None, noise: bytes) -> None:
     path = folder / "rows.parquet"
     try:
         pq.write_table(pa.Table.from_pylist([row for row in rows if isinstance(row, dict)]), path)
     except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
-        return  # no table
+        return  # not representable as a table
     if cut is not None:
         content = path.read_bytes()
         path.write_bytes(content[:cut] + noise + content[cut:])
     with clear():
-        through(None, {"name": str(path)}, "grpo", ["last_number"])
+        prepare(None, {"name": str(path)}, "grpo", ["last_number"])
 
 
 @examples(80, content=st.binary(max_size=80), suffix=st.sampled_from([*FILES, ".parquet", ".txt", ""]))
-def test_bytes_of_all_kinds(folder: Path, content: bytes, suffix: str) -> None:
+def test_any_bytes_as_a_file(folder: Path, content: bytes, suffix: str) -> None:
     path = folder / f"bytes{suffix}"
     path.write_bytes(content)
     with clear():
-        through(None, {"name": str(path)}, "grpo", ["last_number"])
+        prepare(None, {"name": str(path)}, "grpo", ["last_number"])
 
 
 ENDINGS = st.sampled_from([":f", ".jsonl", "/x", ".py:f", ".parquet"])
@@ -151,19 +151,19 @@ ENDINGS = st.sampled_from([":f", ".jsonl", "/x", ".py:f", ".parquet"])
     split=st.none() | TEXT,
     options=st.dictionaries(TEXT, JSON_VALUES, max_size=2),
 )
-def test_names_of_all_kinds(folder: Path, name: str, split: str | None, options: dict) -> None:
+def test_any_task_name_split_and_options(folder: Path, name: str, split: str | None, options: dict) -> None:
     task = {"name": name, "options": options, **({} if split is None else {"split": split})}
     with clear(), chdir(folder):
-        through(None, task, "grpo", ["last_number"])
+        prepare(None, task, "grpo", ["last_number"])
 
 
 @examples(60, row=st.fixed_dictionaries({"prompt": CONTENT}), share=st.floats(0, 1))
-def test_the_held_out_side_of_all_kinds(row: dict, share: float) -> None:
+def test_held_out_split_accepts_any_row(row: dict, share: float) -> None:
     assert in_held_out(row, share) in (True, False)
 
 
 @examples(10, rows=ROWS | GOOD)
-def test_on_the_command_line(folder: Path, tiny_folder: str, rows: list) -> None:
+def test_any_rows_on_the_command_line(folder: Path, tiny_folder: str, rows: list) -> None:
     path = folder / "rows.jsonl"
     path.write_bytes(written(rows, ".jsonl"))
     code, _, err = command("eval", tiny_folder, "--task", str(path), "--max-tokens", "2", "--device", "cpu", "--dtype",

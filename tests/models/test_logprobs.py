@@ -17,7 +17,7 @@ def inputs(count: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
 def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int) -> None:
-    """trl#3029: the temperature belongs to the distribution. Chunks must not show."""
+    """trl#3029: the temperature is part of the distribution. Chunking must not change the result."""
     hidden, head, targets = inputs()
     got, entropy = token_logprobs(hidden, OutputHead(head), targets, temperature, chunk)
     full = torch.log_softmax(hidden @ head.T / temperature, dim=-1)
@@ -33,7 +33,7 @@ def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int) 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 2.0), (2.5, 1.5)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_biases_scales_and_soft_caps_of_the_head(scale: float, softcap: float | None, biased: bool) -> None:
+def test_head_with_bias_scale_and_soft_cap(scale: float, softcap: float | None, biased: bool) -> None:
     """GPT-J and Phi have a bias, Cohere and Granite a scale, Gemma a soft cap: values and all gradients."""
     hidden, weight, targets = inputs(7)
     bias = torch.linspace(-1, 1, 13, dtype=torch.float64).requires_grad_() if biased else None
@@ -44,11 +44,11 @@ def test_biases_scales_and_soft_caps_of_the_head(scale: float, softcap: float | 
     expected = full.gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(entropy, -(full.exp() * full).sum(-1), rtol=0, atol=1e-12)
-    held = [each for each in (hidden, weight, bias) if each is not None]
+    leaves = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     factors = torch.linspace(-1, 1, len(targets), dtype=torch.float64)
     pairs = zip(
-        torch.autograd.grad((got * factors).sum(), held),
-        torch.autograd.grad((expected * factors).sum(), held),
+        torch.autograd.grad((got * factors).sum(), leaves),
+        torch.autograd.grad((expected * factors).sum(), leaves),
         strict=True,
     )
     for one, other in pairs:
@@ -69,7 +69,7 @@ def test_no_tokens() -> None:
     assert not head.grad.any()
 
 
-def test_bfloat16_products_keep_float32_sums() -> None:
+def test_bfloat16_matmuls_accumulate_in_float32() -> None:
     hidden, head, targets = inputs()
     low = token_logprobs(hidden.float(), OutputHead(head.bfloat16()), targets, 1.0)[0]
     assert low.dtype == torch.float32
@@ -99,8 +99,8 @@ def test_k3_expected_value_is_the_kl() -> None:
     torch.testing.assert_close(value, (logprobs.exp() * (logprobs - ref)).sum(), rtol=0, atol=1e-14)
 
 
-def test_k3_expected_gradient_is_that_of_the_other_kl() -> None:
-    """Samples fixed, k3 pulls along KL(π_ref‖π_θ)."""
+def test_k3_expected_gradient_is_that_of_the_reverse_direction() -> None:
+    """With the samples fixed, the gradient of k3 is that of KL(π_ref‖π_θ)."""
     logits, ref = distributions()
     other = (ref.exp() * (ref - torch.log_softmax(logits, -1))).sum()
     (expected,) = torch.autograd.grad(other, logits)

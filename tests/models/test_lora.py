@@ -1,5 +1,5 @@
-"""Low-rank adapters: the start model until they are trained, one gradient and one distribution however they are
-computed, and saved in the forms that transformers and peft load."""
+"""Low-rank adapters: equal to the start model until trained, the same gradient and distribution however they are
+computed, and saved in the formats that transformers and peft load."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 def adapted(
     name: str, dtype: torch.dtype = torch.float32, settings: Lora = LORA, seed: int = 0, trained: bool = True
 ) -> LanguageModel:
-    """A tiny model with adapters, of which B is not 0 any more."""
+    """A tiny model with adapters; if `trained`, B is no longer 0."""
     policy = add_adapters(make_architecture(name, dtype), settings, seed)
     if trained:
         give_values(policy)
@@ -79,12 +79,12 @@ def give_values(policy: LanguageModel) -> None:
 
 def logits(policy: LanguageModel) -> torch.Tensor:
     with torch.no_grad(), policy.precision():
-        made: torch.Tensor = policy.model(input_ids=IDS).logits
-    return made
+        result: torch.Tensor = policy.model(input_ids=IDS).logits
+    return result
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_start_policy_is_the_model_and_trained_ones_are_not(name: str) -> None:
+def test_untrained_adapters_leave_the_model_unchanged_and_trained_ones_do_not(name: str) -> None:
     before = logits(make_architecture(name))
     policy = adapted(name, trained=False)
     assert torch.equal(logits(policy), before)
@@ -94,30 +94,30 @@ def test_start_policy_is_the_model_and_trained_ones_are_not(name: str) -> None:
         assert torch.equal(logits(policy), before)
 
 
-def test_every_linear_layer_but_the_head_carries_an_adapter() -> None:
+def test_every_linear_layer_except_the_head_has_an_adapter() -> None:
     model = adapted("llama-untied").model
     plain = make_architecture("llama-untied").model
-    linear = {name for name, each in plain.named_modules() if isinstance(each, nn.Linear)}
+    linear = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)}
     assert adapted_layers(model).keys() == linear - {"lm_head"}
     plain = make_architecture("gpt2").model
-    products = {name for name, each in plain.named_modules() if isinstance(each, Conv1D)}
+    conv1d = {name for name, module in plain.named_modules() if isinstance(module, Conv1D)}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft mends a config that does not say how weights lie, and complains
-        assert adapted_layers(adapted("gpt2").model).keys() == products
+        warnings.simplefilter("error")  # peft warns about, and fixes, a config that does not state the weight layout
+        assert adapted_layers(adapted("gpt2").model).keys() == conv1d
     some = adapted("llama", settings=Lora(targets=["q_proj", "1.mlp.up_proj"])).model
     assert sorted(adapted_layers(some)) == [
         "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"
     ]  # fmt: skip
 
 
-def test_experts_stay_as_they_are() -> None:
+def test_experts_get_no_adapters() -> None:
     for name in ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss"):
-        found = adapted_layers(adapted(name).model)
-        assert found
-        assert all(".self_attn." in each for each in found)
+        layers = adapted_layers(adapted(name).model)
+        assert layers
+        assert all(".self_attn." in layer for layer in layers)
 
 
-def test_values_come_from_the_seed_alone() -> None:
+def test_initial_values_depend_only_on_the_seed() -> None:
     torch.manual_seed(1)
     one = adapted("llama", trained=False)
     torch.manual_seed(2)
@@ -125,9 +125,9 @@ def test_values_come_from_the_seed_alone() -> None:
     policy = make_architecture("llama")
     torch.random.set_rng_state(before)
     two = add_adapters(policy, LORA, 0)
-    assert torch.equal(torch.random.get_rng_state(), before), "random numbers of others were used up"
+    assert torch.equal(torch.random.get_rng_state(), before), "the global random state was changed"
     other = adapted("llama", trained=False, seed=1)
-    first, second, third = (trained_weights(each.model) for each in (one, two, other))
+    first, second, third = (trained_weights(policy.model) for policy in (one, two, other))
     assert all(torch.equal(first[name], second[name]) for name in first)
     for name, tensor in first.items():
         if "lora_B" in name:
@@ -143,54 +143,56 @@ def test_values_come_from_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "phi", "gpt2"])
 def test_dtypes(name: str) -> None:
-    """Adapters are wide; frozen weights are narrow where only products use them, and wide where others do."""
-    for dtype, wide in (
+    """Adapters have the accumulation dtype; frozen weights used only in matmuls have the compute dtype."""
+    for dtype, accumulation in (
         (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)
     ):  # fmt: skip
         policy = adapted(name, dtype)
-        carriers = adapted_layers(policy.model)
-        assert {each.dtype for each in trained_weights(policy.model).values()} == {wide}
-        assert {layer.base_layer.weight.dtype for layer in carriers.values()} == {dtype}
+        layers = adapted_layers(policy.model)
+        assert {weight.dtype for weight in trained_weights(policy.model).values()} == {accumulation}
+        assert {layer.base_layer.weight.dtype for layer in layers.values()} == {dtype}
         rest = {
-            n: each for n, each in policy.model.named_parameters() if "base_layer" not in n and not each.requires_grad
+            n: weight
+            for n, weight in policy.model.named_parameters()
+            if "base_layer" not in n and not weight.requires_grad
         }
-        kept = {n for n, each in rest.items() if each.dtype == wide}
+        kept = {n for n, weight in rest.items() if weight.dtype == accumulation}
         assert kept == rest.keys() - ({"lm_head.weight"} if dtype == torch.bfloat16 and name == "phi" else set())
-        assert all(merged_weight(layer).dtype == wide for layer in carriers.values())
+        assert all(merged_weight(layer).dtype == accumulation for layer in layers.values())
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "gpt2", "mixtral"])
-def test_narrow_weights_give_the_numbers_of_wide_ones(name: str) -> None:
-    """Also of the output head, whose bias is added to wide logits."""
+def test_compute_dtype_weights_give_the_same_logprobs(name: str) -> None:
+    """Including the output head, whose bias is added to logits in the accumulation dtype."""
     groups = prepared(random_groups())
     (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=True)
     start = make_architecture(name, torch.bfloat16)
-    modules, adapters = replace(start, body=None), adapted(name, torch.bfloat16, trained=False)  # as adapters compute
-    for wide, narrow in ((start, start.frozen_copy()), (modules, adapters)):
-        with torch.no_grad(), wide.precision():
-            assert torch.equal(score(wide, batch, 1.0)[0], score(narrow, batch, 1.0)[0])
+    modules, adapters = replace(start, body=None), adapted(name, torch.bfloat16, trained=False)  # as with adapters
+    for full, reduced in ((start, start.frozen_copy()), (modules, adapters)):
+        with torch.no_grad(), full.precision():
+            assert torch.equal(score(full, batch, 1.0)[0], score(reduced, batch, 1.0)[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_merged_weight_is_the_sum_written_out(name: str) -> None:
+def test_merged_weight_equals_the_explicit_sum(name: str) -> None:
     policy = adapted(name, torch.bfloat16)
     for layer in adapted_layers(policy.model).values():
         down, up = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
         added = 5.0 / 3 * (up @ down)
         expected = layer.base_layer.weight.double() + (added.T if name == "gpt2" else added)
         with policy.precision(), without_adapters(policy.model):
-            made = merged_weight(layer)
-        torch.testing.assert_close(made.double(), expected, rtol=1e-6, atol=1e-6)
-        assert not made.requires_grad
+            merged = merged_weight(layer)
+        torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
+        assert not merged.requires_grad
 
 
 def merged_model(name: str, policy: LanguageModel) -> LanguageModel:
-    """A model that never knew adapters, with the merged weights."""
+    """A model without adapters, with the merged weights."""
     plain, weights = make_architecture(name, policy.dtype), merged_weights(policy.model)
-    held = named_weights(plain.model)
-    assert held.keys() == weights.keys()
-    for each, tensor in held.items():
-        tensor.copy_(weights[each])
+    parameters = named_weights(plain.model)
+    assert parameters.keys() == weights.keys()
+    for key, tensor in parameters.items():
+        tensor.copy_(weights[key])
     plain.generation.advance()
     return plain
 
@@ -202,24 +204,26 @@ PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14, 15)]
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_engine_samples_the_same_from_adapters_and_from_merged_weights(name: str, dtype: torch.dtype) -> None:
     policy = adapted(name, dtype)
-    asked = [Request(prompt, [(0, place, index) for index in range(4)]) for place, prompt in enumerate(PROMPTS)]
+    requests = [Request(prompt, [(0, place, index) for index in range(4)]) for place, prompt in enumerate(PROMPTS)]
     options = SamplingParams(1.0, 16)
-    one = NativeEngine(policy, 8).generate(asked, options)
-    two = NativeEngine(merged_model(name, policy), 8).generate(asked, options)
-    start = NativeEngine(make_architecture(name, dtype), 8).generate(asked, options)
-    tokens = [[[completion.token_ids for completion in group] for group in made] for made in (one, two, start)]
+    one = NativeEngine(policy, 8).generate(requests, options)
+    two = NativeEngine(merged_model(name, policy), 8).generate(requests, options)
+    start = NativeEngine(make_architecture(name, dtype), 8).generate(requests, options)
+    tokens = [[[completion.token_ids for completion in group] for group in groups] for groups in (one, two, start)]
     assert tokens[0] == tokens[1]
     assert tokens[0] != tokens[2]
     bound = 2e-5 if dtype == torch.float32 else 1e-12
     got, expected = (
-        torch.tensor([each for group in made for c in group for each in c.sampling_logprobs], dtype=torch.float64)
-        for made in (one, two)
+        torch.tensor(
+            [logprob for group in groups for c in group for logprob in c.sampling_logprobs], dtype=torch.float64
+        )
+        for groups in (one, two)
     )
     assert float((got - expected).abs().max()) < bound
 
 
 class _Merged(nn.Module):
-    """transformers' plain forward with W + alpha/rank · B·A written out, as a function of A and B."""
+    """transformers' plain forward with explicit W + alpha/rank · B·A, as a function of A and B."""
 
     def __init__(self, policy: LanguageModel, plain: nn.Module) -> None:
         super().__init__()
@@ -235,22 +239,22 @@ class _Merged(nn.Module):
         weights = {}
         for name, layer in self.factors.items():
             added = 5.0 / 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-            held = layer.base_layer
-            weights[f"{name}.weight"] = held.weight + (added.T if isinstance(held, Conv1D) else added)
+            base = layer.base_layer
+            weights[f"{name}.weight"] = base.weight + (added.T if isinstance(base, Conv1D) else added)
         return functional_call(self.plain[0], weights, args, options)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3", "phi3"])
-def test_gradient_of_the_adapters_is_that_of_equation_3_on_the_merged_model(name: str) -> None:
-    """Packed, with adapters on for the policy and off for the reference, against a plain forward of both models."""
+def test_adapter_gradient_is_that_of_equation_3_on_the_merged_model(name: str) -> None:
+    """Packed, adapters enabled for the policy and disabled for the reference, against plain forwards of both models."""
     policy, start = adapted(name, torch.float64), make_architecture(name, torch.float64)
     groups = prepared(random_groups())
     merged = LanguageModel(_Merged(policy, start.model), None, (), 0, policy.device, policy.dtype)  # type: ignore[arg-type]
     expected = naive(merged, start, groups)
-    made = packed(policy, policy.frozen_copy(), groups)
-    assert made[1].keys() == trained_weights(policy.model).keys()
-    assert all(each.any() for each in made[1].values())
-    assert_equal(made, expected, 1e-9)
+    result = packed(policy, policy.frozen_copy(), groups)
+    assert result[1].keys() == trained_weights(policy.model).keys()
+    assert all(gradient.any() for gradient in result[1].values())
+    assert_equal(result, expected, 1e-9)
     assert_equal(packed(policy, policy.frozen_copy(), groups, 20), expected, 1e-9)
 
 
@@ -262,7 +266,7 @@ def test_reference_is_the_start_model_without_a_copy() -> None:
     with torch.no_grad():
         before = score(policy, batch, 1.0)[0]
         assert torch.equal(score(reference, batch, 1.0)[0], score(start, batch, 1.0)[0])
-        assert torch.equal(score(policy, batch, 1.0)[0], before), "adapters are on again"
+        assert torch.equal(score(policy, batch, 1.0)[0], before), "adapters are enabled again"
     assert not torch.allclose(before, score(start, batch, 1.0)[0], atol=1e-2)
 
 
@@ -270,7 +274,7 @@ def gradient_after(policy: LanguageModel) -> Gradient:
     return packed(policy, make_policy(seed=3), prepared(random_groups()), settings=Method(kl_coef=0.0))[1]
 
 
-def test_adapters_are_on_again_after_an_exception() -> None:
+def test_adapters_are_enabled_again_after_an_exception() -> None:
     policy = adapted("llama")
     before, gradient = logits(policy), gradient_after(policy)
     with pytest.raises(IndexError), torch.no_grad():
@@ -287,10 +291,10 @@ def test_adapters_are_on_again_after_an_exception() -> None:
     assert all(torch.equal(gradient[name], after[name]) for name in gradient)
 
 
-def test_reference_between_forward_and_backward_leaves_the_gradient() -> None:
+def test_reference_pass_between_forward_and_backward_keeps_the_gradient() -> None:
     policy = adapted("llama")
     (batch,) = pack(prepared(random_groups()), sequence_mean_weights, 10**9, with_kl=True)
-    made = []
+    gradients = []
     for between in (False, True):
         policy.model.zero_grad(set_to_none=True)
         loss = batch_loss(policy, policy.frozen_copy(), copy.copy(batch), SETTINGS, TEMPERATURE, Metrics())
@@ -298,25 +302,27 @@ def test_reference_between_forward_and_backward_leaves_the_gradient() -> None:
             with torch.no_grad():
                 score(policy.frozen_copy(), batch, TEMPERATURE)
         loss.backward()
-        made.append({name: each.grad for name, each in policy.model.named_parameters() if each.grad is not None})
-    assert made[0].keys() == made[1].keys() == trained_weights(policy.model).keys()
-    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+        gradients.append(
+            {name: weight.grad for name, weight in policy.model.named_parameters() if weight.grad is not None}
+        )
+    assert gradients[0].keys() == gradients[1].keys() == trained_weights(policy.model).keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_optimizer_holds_and_moves_the_adapters_alone() -> None:
+def test_optimizer_updates_only_the_adapters() -> None:
     policy = adapted("llama")
     optimizer = make_optimizer(Optimizer(learning_rate=1e-2), policy.model, policy)
-    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    assert held == {id(each) for name, each in policy.model.named_parameters() if ".lora_" in name}
-    before = {name: each.clone() for name, each in policy.model.named_parameters()}
+    optimized = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    assert optimized == {id(weight) for name, weight in policy.model.named_parameters() if ".lora_" in name}
+    before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
     gradient_after(policy)
     optimizer.step()
-    moved = {name for name, each in policy.model.named_parameters() if not torch.equal(each, before[name])}
+    moved = {name for name, weight in policy.model.named_parameters() if not torch.equal(weight, before[name])}
     assert moved == trained_weights(policy.model).keys()
 
 
-def test_frozen_head_costs_no_gradient() -> None:
-    """Its gradient would be the largest tensor of an update, and thrown away."""
+def test_frozen_head_computes_no_gradient() -> None:
+    """The gradient would be the largest tensor of an update, only to be discarded."""
 
     class Shapes(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -349,7 +355,7 @@ def test_frozen_head_costs_no_gradient() -> None:
         ("deepseek-v3", ["up_proj"], ['"up_proj"', "kv_a_proj_with_mqa"]),
     ],
 )
-def test_wrong_targets_name_what_there_is(name: str, targets: list[str], words: list[str]) -> None:
+def test_wrong_targets_error_names_the_available_layers(name: str, targets: list[str], words: list[str]) -> None:
     policy = make_architecture(name)
     source = ModelSource("nowhere", policy.model.config, policy.tokenizer)
     for check in (
@@ -361,7 +367,7 @@ def test_wrong_targets_name_what_there_is(name: str, targets: list[str], words: 
         assert all(word in str(caught.value) for word in words)
 
 
-def test_wrong_targets_are_told_before_weights_are_loaded(
+def test_wrong_targets_are_refused_before_weights_are_loaded(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -373,26 +379,26 @@ def test_wrong_targets_are_told_before_weights_are_loaded(
 
 
 @pytest.mark.parametrize("targets", ["all", [], [""], ["q_proj", 3], 3])
-def test_wrong_targets_of_a_recipe(targets: Any) -> None:
+def test_wrong_targets_in_a_recipe(targets: Any) -> None:
     with pytest.raises(RecipeError, match=r"^recipe: model\.lora\.targets = .*q_proj"):
         load_recipe({"model": {"name": "m", "lora": {"targets": targets}}})
 
 
 def test_dropout_is_refused_with_the_reason() -> None:
-    with pytest.raises(RecipeError, match=r"model\.lora\.dropout = 0\.1: .* one distribution"):
+    with pytest.raises(RecipeError, match=r"model\.lora\.dropout = 0\.1: .* the same distribution"):
         load_recipe({"model": {"name": "m", "lora": {"dropout": 0.1}}})
 
 
 def test_recipe_without_the_table_trains_all_weights_and_its_fields_can_be_set(tiny_folder: str) -> None:
     assert load_recipe({"model": {"name": "m"}}).model.lora is None
-    made = load_recipe({"model": {"name": "m"}}, ["model.lora.rank=4", 'model.lora.targets=["q_proj"]']).model.lora
-    assert made == Lora(rank=4, targets=["q_proj"])
+    lora = load_recipe({"model": {"name": "m"}}, ["model.lora.rank=4", 'model.lora.targets=["q_proj"]']).model.lora
+    assert lora == Lora(rank=4, targets=["q_proj"])
     policy = load_model(find_model(tiny_folder), "cpu", "float32")
     assert add_adapters(policy, None, 0) is policy
     assert trained_weights(policy.model).keys() == named_weights(policy.model).keys()
 
 
-def test_missing_peft_is_told(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peft_is_reported(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"gruppo\[lora\]"):
         small_run(tiny_folder, tmp_path / "run", model__lora={})
@@ -405,9 +411,9 @@ def test_saved_adapter_and_saved_model_give_the_same_logits(name: str, tmp_path:
     expected = logits(policy)
     save_model(policy, tmp_path / "model")
     save_adapter(policy.model, tmp_path / "adapter", "someone/base")
-    held = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (held["base_model_name_or_path"], held["r"], held["lora_alpha"]) == ("someone/base", 3, 5.0)
-    assert held["inference_mode"] is True
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("someone/base", 3, 5.0)
+    assert config["inference_mode"] is True
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=0, atol=2e-5)
     loaded = peft.PeftModel.from_pretrained(make_architecture(name).model, str(tmp_path / "adapter"))
@@ -422,7 +428,7 @@ def finished(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-def test_run_saves_adapters_in_checkpoints_and_the_merged_model_beside_them(finished: Path, tiny_folder: str) -> None:
+def test_run_saves_adapters_in_checkpoints_and_a_merged_model(finished: Path, tiny_folder: str) -> None:
     last = finished / "checkpoints" / "step-000004"
     names = load_file(last / "weights.safetensors").keys()
     assert len(names) == 2 * 14
@@ -448,7 +454,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_merges_a_checkpoint_into_the_start_model(dtype: str, tiny_folder: str, tmp_path: Path) -> None:
-    """The last one gives model/, to the bit; also where the run's products were narrow."""
+    """The last checkpoint gives model/ exactly; also if the run computed in bfloat16."""
     changes = {"model__lora": {"rank": 2}, "model__dtype": dtype}
     small_run(tiny_folder, tmp_path / "run", **changes, run__steps=4)
     export(tmp_path / "run", tmp_path / "last")
@@ -463,35 +469,35 @@ def test_export_merges_a_checkpoint_into_the_start_model(dtype: str, tiny_folder
     export(tmp_path / "run", tmp_path / "half", dtype="bfloat16", max_shard_size="20KB")
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert half.dtype == torch.bfloat16
-    wide = load_file(tmp_path / "last" / "model.safetensors")
-    assert all(torch.equal(each, wide[name].bfloat16()) for name, each in named_weights(half).items())
+    full = load_file(tmp_path / "last" / "model.safetensors")
+    assert all(torch.equal(weight, full[name].bfloat16()) for name, weight in named_weights(half).items())
     text = (tmp_path / "last" / "README.md").read_text()
     assert "LoRA of rank 2, alpha 32, on all-linear" in text
 
 
-def test_export_of_the_adapter_alone(finished: Path, tiny_folder: str, tmp_path: Path) -> None:
-    made = export(finished, tmp_path / "adapter", adapter=True)
-    assert {path.name for path in made.path.iterdir()} == {
+def test_export_of_only_the_adapter(finished: Path, tiny_folder: str, tmp_path: Path) -> None:
+    exported = export(finished, tmp_path / "adapter", adapter=True)
+    assert {path.name for path in exported.path.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (made.path / name).read_bytes() == (finished / "adapter" / name).read_bytes()
-    text = (made.path / "README.md").read_text()
+        assert (exported.path / name).read_bytes() == (finished / "adapter" / name).read_bytes()
+    text = (exported.path / "README.md").read_text()
     assert 'library_name: "peft"' in text
     assert "PeftModel.from_pretrained" in text
     before = export(finished, tmp_path / "before", adapter=True, checkpoint=2).path
     state = load_file(finished / "checkpoints" / "step-000002" / "weights.safetensors")
-    held = load_file(before / "adapter_model.safetensors")
+    adapter = load_file(before / "adapter_model.safetensors")
     name = "model.layers.0.mlp.up_proj.lora_B"
-    assert torch.equal(held[f"base_model.model.{name}.weight"], state[f"{name}.default.weight"])
+    assert torch.equal(adapter[f"base_model.model.{name}.weight"], state[f"{name}.default.weight"])
     half = export(finished, tmp_path / "half", adapter=True, dtype="bfloat16").path
-    assert {each.dtype for each in load_file(half / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in load_file(half / "adapter_model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_export_command_imports_peft_when_it_needs_it(finished: Path, tmp_path: Path) -> None:
+def test_export_command_imports_peft_only_when_needed(finished: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, gruppo.training.loop, gruppo.training.export; from gruppo.cli.main import app; assert 'peft' not in sys.modules; "
-        "app(sys.argv[1:])"
+        "import sys, gruppo.training.loop, gruppo.training.export; from gruppo.cli.main import app; "
+        "assert 'peft' not in sys.modules; app(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "export", str(finished), "--to", str(tmp_path / "out"), "--adapter"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -516,27 +522,27 @@ def test_export_refuses_another_start_model(tiny_folder: str, tmp_path: Path) ->
     export(tmp_path / "run", tmp_path / "adapter", adapter=True)
 
 
-def test_model_in_memory_gets_adapters_on_a_copy_and_exports(tmp_path: Path) -> None:
+def test_in_memory_model_gets_adapters_on_a_copy_and_exports(tmp_path: Path) -> None:
     model = make_policy(initializer_range=0.02).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data = recipe("x", run__steps=4, model__lora={"rank": 2}, model__dtype="bfloat16")
-    given: dict[str, Any] = {"tokenizer": make_tokenizer(), "prompts": ROWS, "out": tmp_path / "run"}
-    result = train(data, model=model, **given)
+    arguments: dict[str, Any] = {"tokenizer": make_tokenizer(), "prompts": ROWS, "out": tmp_path / "run"}
+    result = train(data, model=model, **arguments)
     assert not adapted_layers(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(each.requires_grad for each in model.parameters())
-    held = load_file(tmp_path / "run" / "base" / "model.safetensors")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in held.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    base = load_file(tmp_path / "run" / "base" / "model.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.items())
     assert weights_sha256(result.load_model()) == result.summary["weights_sha256"]
     export(tmp_path / "run", tmp_path / "out")
     assert same_weights(tmp_path / "out", tmp_path / "run" / "model")
     export(tmp_path / "run", tmp_path / "two", checkpoint=2)
     assert not same_weights(tmp_path / "two", tmp_path / "out")
-    again = train(data, model=model, **given, resume=True)
+    again = train(data, model=model, **arguments, resume=True)
     assert again.summary["weights_sha256"] == result.summary["weights_sha256"]
 
 
-def test_adapted_model_is_a_language_model_of_the_same_fields() -> None:
+def test_adapted_model_is_a_language_model_with_the_same_fields() -> None:
     start = make_architecture("granite")
     policy = add_adapters(start, LORA, 0)
     assert isinstance(policy, AdaptedModel)

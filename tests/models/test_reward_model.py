@@ -1,4 +1,4 @@
-"""Reward models: what they read, what they learn, how they are measured, and that transformers loads them."""
+"""Reward models: inputs, training, quality figures, and loading by transformers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ CPU = torch.device("cpu")
 
 
 def scalar(kind: str, seed: int = 3, dtype: torch.dtype = torch.float64) -> ScalarModel:
-    made = ScalarModel.on(make_policy(dtype, seed=seed), bias=kind == "process")
+    model = ScalarModel.on(make_policy(dtype, seed=seed), bias=kind == "process")
     torch.manual_seed(seed)
-    for each in made.head.parameters():
-        torch.nn.init.normal_(each)
-    return made
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
 
 
 def completion(ids: list[int], text: str = "") -> Completion:
@@ -46,22 +46,22 @@ def completion(ids: list[int], text: str = "") -> Completion:
 
 
 def random_samples(kind: str, prompts: int = 4, size: int = 3, seed: int = 0) -> list[Sample]:
-    source, made = random.Random(seed), []
+    source, samples = random.Random(seed), []
     for number in range(prompts):
-        asked = Prompt(
+        prompt = Prompt(
             f"t/{number}", "q", tuple(source.randrange(1, 48) for _ in range(source.randrange(2, 7))), "t", {}
         )
         for _ in range(size):
             ids = [source.randrange(1, 48) for _ in range(source.randrange(2, 9))]
             ends = (len(ids) - 1,) if kind == "outcome" else tuple(sorted({0, len(ids) // 2, len(ids) - 1}))
             labels = tuple(source.choice([0.0, 0.5, 1.0]) for _ in ends)
-            made.append(Sample(asked, completion(ids), source.random() < 0.5, Steps(labels, ends)))
-    source.shuffle(made)
-    return made
+            samples.append(Sample(prompt, completion(ids), source.random() < 0.5, Steps(labels, ends)))
+    source.shuffle(samples)
+    return samples
 
 
 def plain_scores(model: ScalarModel, sample: Sample) -> torch.Tensor:
-    """At the ends of a sample, by transformers' forward of its sequence alone."""
+    """Scores at the ends of a sample, by transformers' forward on its sequence alone."""
     ids = torch.tensor([[*sample.prompt.token_ids, *sample.completion.token_ids]])
     hidden = model.policy.model.get_decoder()(input_ids=ids).last_hidden_state[0]
     places = [len(sample.prompt.token_ids) + end for end in sample.labels.ends]
@@ -70,12 +70,12 @@ def plain_scores(model: ScalarModel, sample: Sample) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["outcome", "process"])
 @pytest.mark.parametrize("budget", [10**9, 20])
-def test_all_ends_are_read_where_transformers_reads_them(kind: str, budget: int) -> None:
+def test_probabilities_are_read_at_the_ends_as_in_transformers(kind: str, budget: int) -> None:
     model, samples = scalar(kind), random_samples(kind)
-    made = probabilities(model, samples, budget, CPU)
-    for sample, own in zip(samples, made, strict=True):
+    results = probabilities(model, samples, budget, CPU)
+    for sample, probability in zip(samples, results, strict=True):
         with torch.no_grad():
-            assert own == pytest.approx(torch.sigmoid(plain_scores(model, sample)).tolist(), abs=1e-10)
+            assert probability == pytest.approx(torch.sigmoid(plain_scores(model, sample)).tolist(), abs=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["outcome", "process"])
@@ -84,11 +84,11 @@ def test_loss_and_gradient_are_those_of_binary_cross_entropy(kind: str, budget: 
     """-mean over labels of y log σ(s) + (1 - y) log(1 - σ(s)), hard and soft labels."""
     model, samples = scalar(kind), random_samples(kind)
     scores = torch.cat([plain_scores(model, sample) for sample in samples])
-    labels = torch.tensor([each for sample in samples for each in sample.labels.rewards], dtype=torch.float64)
-    made = torch.sigmoid(scores)
-    expected = -(labels * made.log() + (1 - labels) * (1 - made).log()).mean()
+    labels = torch.tensor([label for sample in samples for label in sample.labels.rewards], dtype=torch.float64)
+    positive = torch.sigmoid(scores)
+    expected = -(labels * positive.log() + (1 - labels) * (1 - positive).log()).mean()
     expected.backward()
-    wanted = {name: each.grad.clone() for name, each in model.module.named_parameters() if each.grad is not None}
+    gradients = {name: each.grad.clone() for name, each in model.module.named_parameters() if each.grad is not None}
     model.module.zero_grad(set_to_none=True)
     batches, loss_of = label_batches(model, samples, budget)
     assert (len(batches) == 1) == (budget > 20)
@@ -99,20 +99,20 @@ def test_loss_and_gradient_are_those_of_binary_cross_entropy(kind: str, budget: 
         total += float(loss.detach())
     assert total == pytest.approx(float(expected.detach()), abs=1e-10)
     for name, each in model.module.named_parameters():
-        torch.testing.assert_close(each.grad, wanted[name], atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(each.grad, gradients[name], atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["outcome", "process"])
-def test_what_is_saved_is_loaded_by_transformers_and_by_gruppo(kind: str, tmp_path: Path) -> None:
-    """In a padded batch, where completions end with the token that pads in the language model."""
+def test_saved_models_are_loaded_by_transformers_and_gruppo(kind: str, tmp_path: Path) -> None:
+    """In a padded batch, with completions that end with the language model's padding token."""
     model, samples = scalar(kind, dtype=torch.float32), random_samples(kind, prompts=3, size=2)
     samples = [
         Sample(each.prompt, completion([*each.completion.token_ids, 0]), each.right, each.labels) for each in samples
     ]
     if kind == "outcome":
         last = [Steps(each.labels.rewards, (len(each.completion.token_ids) - 1,)) for each in samples]
-        samples = [Sample(s.prompt, s.completion, s.right, own) for s, own in zip(samples, last, strict=True)]
-    model.policy.tokenizer.unk_token = "?"  # the only token set apart that ends no turn
+        samples = [Sample(s.prompt, s.completion, s.right, labels) for s, labels in zip(samples, last, strict=True)]
+    model.policy.tokenizer.unk_token = "?"  # the only special token that does not end a turn
     save_reward_model(model, kind, tmp_path / "model")
     auto = AutoModelForSequenceClassification if kind == "outcome" else AutoModelForTokenClassification
     loaded, report = auto.from_pretrained(tmp_path / "model", output_loading_info=True)
@@ -162,7 +162,7 @@ def test_a_classifier_of_several_labels_is_refused_and_one_in_parts_is_loaded(tm
     assert loaded.head.bias is None
 
 
-def test_an_update_without_a_label_is_not_made() -> None:
+def test_no_update_without_labels() -> None:
     model = scalar("process")
     before = [each.clone() for each in model.module.parameters()]
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=0.1)
@@ -171,12 +171,12 @@ def test_an_update_without_a_label_is_not_made() -> None:
     trainer = RewardModelTrainer(scorer, optimizer, 1.0)
     blank = [Sample(each.prompt, each.completion, True, Steps((), ())) for each in random_samples("process")]
     assert fit(trainer, blank, 1, lambda *_: None, NullProgress(), Stop()).reduce() == {}
-    assert all((own == each).all() for own, each in zip(before, model.module.parameters(), strict=True))
+    assert all((parameter == old).all() for old, parameter in zip(before, model.module.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["outcome", "process"])
-def test_learns_to_tell_right_from_wrong(kind: str) -> None:
-    """What is right holds token 5: a process model is to know from there on, and not before."""
+def test_learns_to_tell_correct_from_wrong(kind: str) -> None:
+    """Correct completions contain token 5; a process model can tell from that token on, not before."""
     source, samples = random.Random(1), []
     for number in range(240):
         ids = [source.randrange(6, 48) for _ in range(6)]
@@ -190,17 +190,17 @@ def test_learns_to_tell_right_from_wrong(kind: str) -> None:
                 Prompt(f"t/{number}", "q", (1, 2, number % 40 + 3), "t", {}), completion(ids), place is not None, labels
             )
         )
-    training, held = samples[:180], samples[180:]
+    training, held_out = samples[:180], samples[180:]
     settings = RewardModel(kind=kind, epochs=15, batch_size=12, learning_rate=5e-3)
     model = ScalarModel.on(make_policy(initializer_range=0.1), bias=kind == "process")
     optimizer = torch.optim.AdamW(model.module.parameters(), weight_decay=0.0)
     optimizer.register_step_post_hook(lambda *_: model.policy.generation.advance())
     scorer = RewardModelScorer(model, settings, model.policy.tokenizer, BatchSizes(10**9, 1))
     trainer = RewardModelTrainer(scorer, optimizer, 1.0)
-    before = quality(held, probabilities(model, held, 10**9, CPU))
-    assert before["auc"] == 0.5, "a new head tells nothing"
+    before = quality(held_out, probabilities(model, held_out, 10**9, CPU))
+    assert before["auc"] == 0.5, "a new head cannot tell them apart"
     metrics = fit(trainer, training, 1, lambda *_: None, NullProgress(), Stop()).reduce()
-    after = quality(held, probabilities(model, held, 10**9, CPU))
+    after = quality(held_out, probabilities(model, held_out, 10**9, CPU))
     assert metrics["reward_model/loss"] < np.log(2)
     assert after["accuracy"] > 0.9
     assert after["auc"] > 0.95
@@ -211,12 +211,12 @@ def test_learns_to_tell_right_from_wrong(kind: str) -> None:
 
 
 def sample(prompt: str, right: bool, text: str, labels: tuple[float, ...]) -> Sample:
-    own = completion(list(range(1, len(labels) + 1)), text)
-    return Sample(Prompt(prompt, "q", (1,), "t", {}), own, right, Steps(labels, tuple(range(len(labels)))))
+    sampled = completion(list(range(1, len(labels) + 1)), text)
+    return Sample(Prompt(prompt, "q", (1,), "t", {}), sampled, right, Steps(labels, tuple(range(len(labels)))))
 
 
-def test_figures_of_hand_worked_questions() -> None:
-    """Two questions of three completions: the model is best at the first, the vote at the second."""
+def test_figures_by_hand() -> None:
+    """Two questions with three completions each: the model picks the best at the first, the vote at the second."""
     samples = [
         sample("a", True, "It is 4.", (1.0,)),
         sample("a", False, "It is 5.", (0.0,)),
@@ -236,44 +236,44 @@ def test_figures_of_hand_worked_questions() -> None:
     assert figures["any_right"] == 1.0
 
 
-def test_a_process_models_best_is_that_of_the_highest_least_step_and_ties_are_shared() -> None:
+def test_a_process_model_picks_the_highest_minimum_over_steps_and_ties_are_averaged() -> None:
     samples = [sample("a", True, "1", (1.0, 1.0)), sample("a", False, "2", (1.0, 0.0)), sample("a", False, "3", (0.0,))]
     figures = quality(samples, [(0.5, 0.6), (0.9, 0.1), (0.5,)])
     assert figures["best_of_n"] == pytest.approx(1 / 2)  # 0.5 and 0.5 are the highest
-    assert figures["majority_vote"] == pytest.approx(1 / 3)  # three answers of one vote each
+    assert figures["majority_vote"] == pytest.approx(1 / 3)  # three answers with one vote each
 
 
-def test_figures_of_nothing_are_none() -> None:
+def test_figures_without_samples_are_none() -> None:
     assert quality([], []) == {"labels": 0.0, "positives": 0.0}
     one = quality([sample("a", True, "1", (1.0,))], [(0.7,)])
     assert one["auc"] is None
     assert "best_of_n" not in one
 
 
-def test_auc_and_calibration_of_hand_worked_numbers() -> None:
+def test_auc_and_calibration_by_hand() -> None:
     assert auc(np.array([0.1, 0.5, 0.5, 0.9]), np.array([False, True, False, True])) == pytest.approx((1.5 + 2) / 4)
     assert auc(np.array([0.1, 0.2]), np.array([True, True])) is None
     # bins 0.0-0.1: mean p 0.05, mean y 0.5; 0.9-1.0: mean p 1.0, mean y 1.0
-    made = calibration_error(np.array([0.04, 0.06, 1.0, 1.0]), np.array([0.0, 1.0, 1.0, 1.0]))
-    assert made == pytest.approx(0.5 * 0.45)
+    error = calibration_error(np.array([0.04, 0.06, 1.0, 1.0]), np.array([0.0, 1.0, 1.0, 1.0]))
+    assert error == pytest.approx(0.5 * 0.45)
     with pytest.raises(ValueError, match="empty"):
         calibration_error(np.array([]), np.array([]))
 
 
-# What is trained on.
+# Training data.
 
 
-def test_minibatches_hold_every_sample_once_an_epoch_and_prompts_together() -> None:
+def test_minibatches_contain_every_sample_once_per_epoch_and_keep_prompts_together() -> None:
     samples, settings = random_samples("outcome", prompts=7, size=3), RewardModel(epochs=2, batch_size=6)
-    made = list(minibatches(samples, settings, 1))
-    assert [len(each) for each in made] == [6, 6, 6, 3] * 2
-    for epoch in (made[:4], made[4:]):
+    batches = list(minibatches(samples, settings, 1))
+    assert [len(each) for each in batches] == [6, 6, 6, 3] * 2
+    for epoch in (batches[:4], batches[4:]):
         assert sorted(id(sample) for row in epoch for sample in row) == sorted(map(id, samples))
-    assert all(len({each.prompt.id for each in row}) == 2 for row in made[:3])
-    assert [id(each) for row in made[:4] for each in row] != [id(each) for row in made[4:] for each in row]
+    assert all(len({each.prompt.id for each in row}) == 2 for row in batches[:3])
+    assert [id(each) for row in batches[:4] for each in row] != [id(each) for row in batches[4:] for each in row]
     again = list(minibatches(samples, settings, 1))
-    assert made == again
-    assert made != list(minibatches(samples, settings, 2))
+    assert batches == again
+    assert batches != list(minibatches(samples, settings, 2))
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.1, 10), (0.5, 90), (0.0, 0)])
@@ -282,14 +282,14 @@ def test_history_is_its_share_of_the_training_set(share: float, count: int) -> N
     again = replayed(history, 90, RewardModel(replay_fraction=share), 2)
     assert len(again) == count
     assert count / (count + 90) == pytest.approx(share)
-    assert len({id(each) for each in again}) == count, "none twice"
+    assert len({id(each) for each in again}) == count, "no sample twice"
     assert again == replayed(history, 90, RewardModel(replay_fraction=share), 2)
     if count:
         assert again != replayed(history, 90, RewardModel(replay_fraction=share), 3)
         assert again != replayed(history, 90, RewardModel(replay_fraction=share, seed=1), 2)
 
 
-def test_history_is_of_the_latest_within_its_capacity() -> None:
+def test_history_is_the_latest_samples_up_to_its_capacity() -> None:
     history = random_samples("outcome", prompts=100, size=2)
     again = replayed(history, 90, RewardModel(replay_fraction=0.5, replay_capacity=20), 2)
     assert again == history[-20:]
@@ -298,23 +298,23 @@ def test_history_is_of_the_latest_within_its_capacity() -> None:
 
 def test_a_question_is_held_out_in_every_round_or_in_none() -> None:
     samples = random_samples("outcome", prompts=200, size=2)
-    training, held = divided(samples, 0.25, 0)
-    assert len(training) + len(held) == 400
-    assert 60 < len(held) < 140
-    assert not {each.prompt.id for each in training} & {each.prompt.id for each in held}
+    training, held_out = divided(samples, 0.25, 0)
+    assert len(training) + len(held_out) == 400
+    assert 60 < len(held_out) < 140
+    assert not {each.prompt.id for each in training} & {each.prompt.id for each in held_out}
     again, _ = divided(list(reversed(samples)), 0.25, 0)
     assert {each.prompt.id for each in again} == {each.prompt.id for each in training}
     assert divided(samples, 0.0, 0) == (samples, [])
 
 
-# Its part of a reward.
+# The model's part of a reward.
 
 
-def test_scores_join_the_reward() -> None:
+def test_scores_are_added_to_the_reward() -> None:
     rule = Reward(1.0, {"rule": 1.0})
-    made = with_scores(rule, "outcome", (3,), (0.25,), 2.0)
-    assert made.total == 1.5
-    assert made.parts == {"rule": 1.0, "reward_model": 0.25}
+    combined = with_scores(rule, "outcome", (3,), (0.25,), 2.0)
+    assert combined.total == 1.5
+    assert combined.parts == {"rule": 1.0, "reward_model": 0.25}
     steps = with_scores(rule, "process", (1, 3), (0.25, 0.5), 2.0)
     assert steps.total == 1.0
     assert steps.steps == {"reward_model": Steps((0.25, 0.5), (1, 3))}

@@ -1,8 +1,9 @@
-"""`gruppo check` says what a recipe will take, refuses what training would refuse, and writes nothing."""
+"""`gruppo check` estimates memory, time and disk, refuses what training would refuse, and writes nothing."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,18 +25,26 @@ def data(tiny_folder: str, tmp_path: Path) -> dict:
     return {**recipe(tiny_folder, **changes), "task": {"name": str(rows)}}
 
 
-def test_it_prints_memory_sizes_and_time_and_leaves_no_folder(recipe_file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_it_prints_memory_time_and_disk_and_leaves_no_folder(recipe_file: Path, tmp_path: Path) -> None:  # noqa: F811
     before = sorted(tmp_path.rglob("*"))
     shown = gruppo("check", recipe_file, "--set", "run.memory='3 GB'")
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
-    assert lines[0].split() == ["Memory,", "in", "GB", "sampling", "training", "evaluation"]
-    parts = "process weights optimizer reference prepared cache work gradients activations logits together"
-    for part in [*parts.split(), "generate", "score", "update", "a step", "an evaluation", "the whole run"]:
-        assert any(line.startswith(f"  {part}") for line in lines), part
-    assert 'of a budget of 3.00 (run.memory = "3 GB")' in shown.stdout
-    place = lines.index("Chosen: micro-batches of 1024 tokens, 16 completions in flight,")
-    assert lines[place + 1] == "activations kept; float32 on cpu"
+    assert max(map(len, lines)) <= 80
+    assert re.fullmatch(r'Memory, in GB: peak \d\.\d\d, budget 3\.00 \(run\.memory = "3 GB"\)', lines[0])
+    for phase, line in zip(["sampling", "training", "evaluation"], lines[1:4], strict=True):
+        assert re.fullmatch(
+            rf"  {phase} +\d\.\d\d  process \d\.\d\d, (?:[\w ]+ \d\.\d\d, ){{0,2}}others \d\.\d\d", line
+        ), line
+        total, *parts = [float(each) for each in re.findall(r"\d\.\d\d", line)]
+        assert total == pytest.approx(sum(parts), abs=0.021)
+    time = lines.index("Time, if all completions have 8 tokens and prompts 2; no rewards, no saving")
+    assert re.fullmatch(r"  per step +\S+ s  generate \S+, score \S+, update \S+", lines[time + 1])
+    assert re.fullmatch(r"  evaluation +\S+ s  \d+ times", lines[time + 2])
+    assert re.fullmatch(r"  in all +\S+ (?:s|min)  \d+ steps, evaluations included", lines[time + 3])
+    disk = lines.index("Disk, if all completions have 8 tokens")
+    assert re.fullmatch(r"  finished run +\S+ [GM]B  with \d checkpoints? of \S+ [GM]B", lines[disk + 1])
+    assert any(re.fullmatch(r"  free +\S+ GB  for runs/tiny", line) for line in lines[disk:])
     assert sorted(tmp_path.rglob("*")) == before
     assert not Path("runs/tiny").exists()
 
@@ -48,7 +57,7 @@ def test_json_holds_the_same(recipe_file: Path) -> None:  # noqa: F811
     assert found["memory_bytes"]["peak"] == max(phases.values()) <= found["budget_bytes"]
     seconds = found["step_seconds"]
     assert seconds["total"] == pytest.approx(seconds["generate"] + seconds["score"] + seconds["update"])
-    assert found["total_seconds"] == pytest.approx(5 * seconds["total"] + 2 * sum(found["exam_seconds"]))
+    assert found["total_seconds"] == pytest.approx(5 * seconds["total"] + 2 * sum(found["eval_set_seconds"]))
     assert found["workload"]["prompt_tokens"] == 2
 
 
@@ -58,7 +67,7 @@ def test_the_training_of_a_reward_model_counts(recipe_file: Path) -> None:  # no
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout)
     assert found["round_seconds"] > 0
-    parts = [4 * found["step_seconds"]["total"], 2 * sum(found["exam_seconds"]), 2 * found["round_seconds"]]
+    parts = [4 * found["step_seconds"]["total"], 2 * sum(found["eval_set_seconds"]), 2 * found["round_seconds"]]
     assert found["total_seconds"] == pytest.approx(sum(parts))
 
 
@@ -66,7 +75,7 @@ def test_seconds_of_a_round_by_hand(data: dict) -> None:
     data["sampling"] |= {"prompts_per_step": 4, "group_size": 4}
     data["reward_model"] = {"prompts": 8, "held_out": 0.25, "replay_fraction": 0.0, "batch_size": 8, "epochs": 2}
     # Two steps' worth of samples, of which 0.5 is measured twice and 1.5 trained on twice, in 3 updates each time.
-    seconds = round_seconds(load_recipe(data), drawing=10.0, forward=1.0, backward=2.0, optimizer=0.5)
+    seconds = round_seconds(load_recipe(data), generation=10.0, forward=1.0, backward=2.0, optimizer=0.5)
     assert seconds == pytest.approx(2 * 10 + 2 * 0.5 * 1 + 2 * (1.5 * 3 + 3 * 0.5))
     del data["reward_model"]
     assert round_seconds(load_recipe(data), 10.0, 1.0, 2.0, 0.5) == 0
@@ -92,7 +101,7 @@ def test_what_training_refuses_is_one_line_and_exit_code_2(recipe_file: Path, ch
     assert shown.stdout == ""
 
 
-def test_it_foretells_the_sizes_that_training_chooses(data: dict, tmp_path: Path) -> None:
+def test_it_predicts_the_sizes_that_training_chooses(data: dict, tmp_path: Path) -> None:
     data["run"]["memory"] = "2 GB"
     found = check_recipe(data).chosen
     del data["task"]
@@ -108,7 +117,8 @@ def test_a_reference_and_inner_updates_cost_time(data: dict) -> None:
     assert without.step_seconds["score"] == 0
     assert check_recipe(data).step_seconds["score"] > 0
     assert check_recipe(data, overrides=["method.kl_coef=0.0"]).chosen.memory.reference == 0
-    assert "optimizer" in describe_check(without)
+    assert "  per step" in describe_check(without)
+    assert "optimizer" in without.as_dict()["memory_bytes"]["training"]
 
 
 @pytest.mark.parametrize(("steps", "every", "count"), [(6, 0, 2), (6, 2, 4), (7, 3, 4), (4, 9, 2)])
@@ -128,16 +138,16 @@ def test_evaluations_are_counted_as_the_loop_makes_them(
 def test_what_is_sampled_is_the_start_model(data: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     from gruppo.models.loading import find_model, load_model
     from gruppo.models.weights import weights_sha256
-    from gruppo.preflight import smoke_test as trial
+    from gruppo.preflight import smoke_test
 
     start = weights_sha256(load_model(find_model(data["model"]["name"]), "cpu", "float32").model)
-    seen, sample = [], trial.try_out
+    seen, sample = [], smoke_test.run_smoke_test
 
     def looked(recipe, policy, *rest):
         seen.append((weights_sha256(policy.model), [each.grad for each in policy.model.parameters()]))
         return sample(recipe, policy, *rest)
 
-    monkeypatch.setattr(trial, "try_out", looked)
+    monkeypatch.setattr(smoke_test, "run_smoke_test", looked)
     check_recipe(data, overrides=["optimizer.learning_rate=0.1", "optimizer.weight_decay=0.1"])
     assert [(weights, set(gradients)) for weights, gradients in seen] == [(start, {None})]
 
@@ -161,18 +171,20 @@ def test_a_problem_is_exit_code_1_in_text_of_80_columns_and_in_json(recipe_file:
     shown = gruppo("check", recipe_file, *constant)
     assert shown.returncode == 1, shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= 80
-    assert shown.stdout.splitlines()[-1].startswith("Found: 2 problem, ")
-    assert "problem  signal: 0 of 18 groups of 4 carry one" in shown.stdout
+    assert shown.stdout.splitlines()[-1].startswith("Found: 2 problems, ")
+    assert "problem  nonzero advantage: in 0 of 18 groups of 4 (0%; 95% interval" in shown.stdout
     told = gruppo("check", recipe_file, *constant, "--json")
     assert told.returncode == 1, told.stderr
     found = json.loads(told.stdout)
     assert found["problems"] == 2
-    assert {each["subject"] for each in found["findings"] if each["severity"] == "problem"} == {"reward", "signal"}
+    assert {each["subject"] for each in found["findings"] if each["severity"] == "problem"} == {
+        "reward", "nonzero advantage",
+    }  # fmt: skip
     assert all(each["what"] and set(each) >= {"why", "change", "figures"} for each in found["findings"])
 
 
 def test_seconds_that_are_none(recipe_file: Path) -> None:  # noqa: F811
     shown = gruppo("check", recipe_file, "--seconds", 0)
     assert (shown.returncode, shown.stderr.strip()) == (
-        2, "gruppo: --seconds 0: must be more than 0; write e.g. 60, or take --quick",
+        2, "gruppo: --seconds 0: must be more than 0; write e.g. 60, or use --quick",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The comparison of gradients with finite differences agrees on every method, and notices a gradient that is wrong."""
+"""The gradient check agrees with finite differences for every method, and detects a wrong gradient."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ def test_a_gradient_that_is_wrong_is_noticed(
 
 
 def test_what_a_layer_leaves_out_is_noticed(policy: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gruppo.preflight import gradient_check as derivative
+    from gruppo.preflight import gradient_check
 
-    right = derivative._gradients
+    right = gradient_check._gradients
 
     def without_a_layer(*arguments: object):
         made = right(*arguments)  # type: ignore[arg-type]
         return {name: torch.zeros_like(each) if "layers.0.mlp" in name else each for name, each in made.items()}
 
-    monkeypatch.setattr(derivative, "_gradients", without_a_layer)
+    monkeypatch.setattr(gradient_check, "_gradients", without_a_layer)
     assert compared(policy).error > 0.05
 
 

@@ -1,5 +1,5 @@
-"""The trial of `gruppo check`: each fault that is planted in completions, rewards, signals, the engine or the gradient
-is found, and what is right is left alone."""
+"""The smoke test of `gruppo check`: it finds every fault planted in completions, rewards, advantages, the engine or the
+gradient, and reports nothing where there is none."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 
 from gruppo.config.loading import load_recipe
 from gruppo.models.ops.cpu.build import why_missing
-from gruppo.preflight import smoke_test as tried
+from gruppo.preflight import smoke_test
 from gruppo.preflight.check import check_recipe
 from gruppo.preflight.findings import Finding
 from gruppo.preflight.gradient_check import Derivative
 from gruppo.preflight.smoke_test import (
-    ENOUGH,
-    Trial,
-    judge_completions,
-    judge_difference,
-    judge_gradient,
-    judge_rewards,
-    judge_signal,
-    judge_trial,
+    ENOUGH_GROUPS,
+    SmokeTest,
     other_sizes,
+    report_advantages,
+    report_completions,
+    report_engine_difference,
+    report_gradient,
+    report_rewards,
+    report_smoke_test,
 )
 from gruppo.types import Group, Reward, Steps
 from gruppo.utils.signals import Interrupted, Stop
@@ -41,11 +41,11 @@ def recipe(**tables: Any):
     return load_recipe({**held, **tables})
 
 
-def trial_of(*rewards: list[float | None], sampling: float = 1.0, rewarding: float = 0.1) -> Trial:
+def smoke_test_of(*rewards: list[float | None], sampling: float = 1.0, rewarding: float = 0.1) -> SmokeTest:
     groups = [make_group([1, 2], [[3, 4]] * len(each), each) for each in rewards]
     for group in groups:
         group.rewards = [Reward(r.total, {"last_number": r.total}, r.failure) for r in group.rewards]
-    return Trial(groups, sampling_seconds=sampling, reward_seconds=rewarding, whole=True)
+    return SmokeTest(groups, sampling_seconds=sampling, reward_seconds=rewarding, complete=True)
 
 
 def graded(findings: list[Finding]) -> dict[str, str]:
@@ -58,8 +58,8 @@ def graded(findings: list[Finding]) -> dict[str, str]:
 )
 def test_completions_that_are_cut(cut: int, method: dict, severity: str) -> None:
     completions = [make_completion([1, 2], "length" if place < cut else "stop") for place in range(10)]
-    found = judge_completions(completions, recipe(method=method))
-    assert (found.severity, found.figures["cut"]) == (severity, cut)
+    found = report_completions(completions, recipe(method=method))
+    assert (found.severity, found.figures["truncated"]) == (severity, cut)
     assert ("emits an end token" in found.what) == (cut == 10)
 
 
@@ -70,60 +70,65 @@ def test_completions_that_are_cut(cut: int, method: dict, severity: str) -> None
         ([1.0, 1.0, 1.0], {}, {"reward": "problem"}),
         ([1.0, 1.0, 1.0], {"name": "rft"}, {"reward": "warning"}),
         ([0.0, 0.0, 0.0], {"name": "rft"}, {"reward": "problem"}),
-        ([None, 1.0, 0.0, 1.0, 0.0, 0.0], {}, {"abstentions": "warning", "reward": "ok"}),
-        ([None, 1.0, 0.0], {}, {"abstentions": "problem", "reward": "ok"}),
-        ([None, None], {}, {"abstentions": "problem"}),
+        ([None, 1.0, 0.0, 1.0, 0.0, 0.0], {}, {"excluded completions": "warning", "reward": "ok"}),
+        ([None, 1.0, 0.0], {}, {"excluded completions": "problem", "reward": "ok"}),
+        ([None, None], {}, {"excluded completions": "problem"}),
     ],
 )
 def test_rewards(rewards: list[float | None], method: dict, grades: dict) -> None:
-    assert graded(judge_rewards(recipe(method=method), trial_of(rewards), NAMES)) == {**grades, "reward's time": "ok"}
+    assert graded(report_rewards(recipe(method=method), smoke_test_of(rewards), NAMES)) == {
+        **grades,
+        "reward time": "ok",
+    }
 
 
 def test_a_constant_beside_a_reward_model_or_steps_is_no_problem() -> None:
     judged = recipe(reward_model={"kind": "outcome"})
-    assert graded(judge_rewards(judged, trial_of([0.0, 0.0]), NAMES))["reward"] == "ok"
-    stepwise = trial_of([0.0, 0.0])
+    assert graded(report_rewards(judged, smoke_test_of([0.0, 0.0]), NAMES))["reward"] == "ok"
+    stepwise = smoke_test_of([0.0, 0.0])
     stepwise.groups[0].rewards = [Reward(0.0, {}, steps={"last_number": Steps((each,), (0,))}) for each in (0.0, 1.0)]
-    (found, _) = judge_rewards(recipe(), stepwise, NAMES)
-    assert (found.severity, found.what) == ("ok", "number 0 to 1, mean 0.5 (steps)")
+    (found, _) = report_rewards(recipe(), stepwise, NAMES)
+    assert (found.severity, found.what) == ("ok", "last_number 0 to 1, mean 0.5 (steps)")
 
 
-@pytest.mark.parametrize(("count", "severity"), [(4, "warning"), (ENOUGH, "problem")])
-def test_a_trial_that_was_cut_short_tells_little_of_what_it_did_not_see(count: int, severity: str) -> None:
-    some = trial_of(*[[1.0] * 4] * count)
-    some.whole = False
-    assert judge_rewards(recipe(), some, NAMES)[0].severity == severity
-    assert judge_signal(recipe(), some, NAMES).severity == severity
-    assert wilson_interval(0, ENOUGH)[1] < 0.15
+@pytest.mark.parametrize(("count", "severity"), [(4, "warning"), (ENOUGH_GROUPS, "problem")])
+def test_a_smoke_test_that_timed_out_is_not_conclusive(count: int, severity: str) -> None:
+    some = smoke_test_of(*[[1.0] * 4] * count)
+    some.complete = False
+    assert report_rewards(recipe(), some, NAMES)[0].severity == severity
+    assert report_advantages(recipe(), some, NAMES).severity == severity
+    assert wilson_interval(0, ENOUGH_GROUPS)[1] < 0.15
 
 
 def test_a_reward_that_takes_longer_than_sampling() -> None:
-    slow = judge_rewards(recipe(), trial_of([0.0, 1.0], rewarding=1.5), NAMES)[-1]
+    slow = report_rewards(recipe(), smoke_test_of([0.0, 1.0], rewarding=1.5), NAMES)[-1]
     assert (slow.severity, slow.figures["seconds_each"]) == ("warning", 0.75)
-    assert slow.what == "750 ms a completion, 48.0 s a step; sampling takes 32.0 s"
+    assert slow.what == "750 ms per completion, 48.0 s per step; sampling takes 32.0 s per step"
 
 
-def test_the_share_of_groups_with_a_signal() -> None:
-    found = judge_signal(recipe(), trial_of([0.0, 1.0, 1.0, 1.0], [1.0] * 4, [0.0] * 4, [0.0, 0.0, 1.0, 1.0]), NAMES)
-    assert (found.severity, found.figures["with_signal"], found.figures["groups"]) == ("ok", 2, 4)
+def test_the_share_of_groups_with_a_nonzero_advantage() -> None:
+    found = report_advantages(
+        recipe(), smoke_test_of([0.0, 1.0, 1.0, 1.0], [1.0] * 4, [0.0] * 4, [0.0, 0.0, 1.0, 1.0]), NAMES
+    )
+    assert (found.severity, found.figures["nonzero_advantage"], found.figures["groups"]) == ("ok", 2, 4)
     assert found.figures["share_at"] == pytest.approx(
         {"2": (1 / 2 + 2 / 3) / 4, "8": (2 - 0.75**8 - 0.25**8 - 2 * 0.5**8) / 4,
          "16": (2 - 0.75**16 - 0.25**16 - 2 * 0.5**16) / 4}
     )  # fmt: skip
-    assert judge_signal(recipe(), trial_of(*[[1.0] * 4] * 9, [0.0, 1.0]), NAMES).severity == "warning"
-    assert judge_signal(recipe(), trial_of(*[[1.0] * 4] * 9), NAMES).severity == "problem"
+    assert report_advantages(recipe(), smoke_test_of(*[[1.0] * 4] * 9, [0.0, 1.0]), NAMES).severity == "warning"
+    assert report_advantages(recipe(), smoke_test_of(*[[1.0] * 4] * 9), NAMES).severity == "problem"
     judged = recipe(reward_model={"kind": "outcome"})
-    assert judge_signal(judged, trial_of(*[[1.0] * 4] * 9), NAMES).severity == "warning"
+    assert report_advantages(judged, smoke_test_of(*[[1.0] * 4] * 9), NAMES).severity == "warning"
 
 
 def test_other_group_sizes_follow_what_a_method_learns_from() -> None:
-    groups = trial_of([1.0, 0.0, 0.0, 0.0]).groups
+    groups = smoke_test_of([1.0, 0.0, 0.0, 0.0]).groups
     assert other_sizes(groups, recipe(method={"name": "rft"}).method, 4)[2] == pytest.approx(1 / 2)
     assert other_sizes(groups, recipe(method={"name": "rft"}).method, 4)[1] == pytest.approx(1 / 4)
     assert other_sizes(groups, recipe(method={"name": "dpo", "source": "policy"}).method, 4)[2] == pytest.approx(1 / 2)
     for name in ("reinforce-pp", "ppo", "grpo-process"):
         assert other_sizes(groups, recipe(method={"name": name}).method, 4) == {}
-    assert tried._differs(Counter(), 2, False) == 0
+    assert smoke_test._differs(Counter(), 2, False) == 0
 
 
 def test_the_chance_of_fewer_is_without_bias() -> None:
@@ -133,7 +138,7 @@ def test_the_chance_of_fewer_is_without_bias() -> None:
     expected = 0.0
     for draws in product([0.0, 1.0], repeat=4):
         chance = 0.3 ** sum(draws) * 0.7 ** (4 - sum(draws))
-        expected += chance * other_sizes(trial_of(list(draws)).groups, recipe().method, 4)[2]
+        expected += chance * other_sizes(smoke_test_of(list(draws)).groups, recipe().method, 4)[2]
     assert expected == pytest.approx(2 * 0.3 * 0.7)
 
 
@@ -142,7 +147,7 @@ def test_the_chance_of_fewer_is_without_bias() -> None:
     (float("nan"), "float32", "problem"),
 ])  # fmt: skip
 def test_engine_and_trainer(apart: float, dtype: str, severity: str) -> None:
-    assert judge_difference(torch.full((5,), apart), dtype).severity == severity
+    assert report_engine_difference(torch.full((5,), apart), dtype).severity == severity
 
 
 @pytest.mark.parametrize(("made", "own", "severity"), [
@@ -154,7 +159,7 @@ def test_engine_and_trainer(apart: float, dtype: str, severity: str) -> None:
     (Derivative([float("nan")], [1.0], "float32", "float64"), False, "problem"),
 ])  # fmt: skip
 def test_gradients(made: Derivative, own: bool, severity: str) -> None:
-    assert judge_gradient(made, own).severity == severity
+    assert report_gradient(made, own).severity == severity
 
 
 class _Pool:
@@ -162,20 +167,20 @@ class _Pool:
 
 
 def test_what_took_too_long_is_said() -> None:
-    (none,) = judge_trial(recipe(), Trial(late=True), {"r": 1.0}, 5)
+    (none,) = report_smoke_test(recipe(), SmokeTest(timed_out=True), {"r": 1.0}, 5)
     assert (none.severity, "in 5 s" in none.what) == ("warning", True)
-    hung = Trial(unscored=trial_of([None, None]).groups, sampling_seconds=1.0, late=True)
-    assert graded(judge_trial(recipe(), hung, {"r": 1.0}, 5)) == {"completions": "ok", "reward": "problem"}
+    hung = SmokeTest(unscored=smoke_test_of([None, None]).groups, sampling_seconds=1.0, timed_out=True)
+    assert graded(report_smoke_test(recipe(), hung, {"r": 1.0}, 5)) == {"completions": "ok", "reward": "problem"}
 
 
 def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(tried.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(smoke_test.time, "monotonic", lambda: now[0])
     stop = Stop()
-    until = tried._Deadline(stop, 5.0)
+    until = smoke_test._Deadline(stop, 5.0)
     until.check()
     now[0] = 5.5
-    with pytest.raises(tried._Late):
+    with pytest.raises(smoke_test._TimeUp):
         until.check()
     stop.request()
     with pytest.raises(Interrupted):
@@ -189,60 +194,60 @@ def whole(data: dict, *overrides: str, **options: Any) -> dict[str, Finding]:  #
 def test_a_whole_check_of_a_recipe_that_is_right(data: dict) -> None:  # noqa: F811
     found = whole(data)
     assert {name: each.severity for name, each in found.items()} == {
-        **dict.fromkeys(["recipe", "model", "end of turns", "padding", "prompts", "memory", "time", "reward"], "ok"),
-        **dict.fromkeys(["disk", "reward's time", "signal", "engine", "gradient"], "ok"),
+        **dict.fromkeys(["recipe", "model", "end tokens", "padding", "prompts", "memory", "time", "reward"], "ok"),
+        **dict.fromkeys(["disk", "reward time", "nonzero advantage", "engine", "gradient"], "ok"),
         "kernels": "ok" if why_missing(torch.float32) is None else "note",
         "chat template": "note",
         "overlap": "warning",
         "completions": "warning",
     }
-    assert found["signal"].figures["groups"] == 18
+    assert found["nonzero advantage"].figures["groups"] == 18
     assert found["overlap"].figures["exact"] == 4
 
 
 def test_rounds_grow_and_every_prompt_is_sampled_once(
     data: dict, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
-    rounds, score = [], tried.score_groups
+    rounds, score = [], smoke_test.score_groups
 
     def counted(prompts, *rest):
         rounds.append([prompt.id for prompt in prompts])
         return score(prompts, *rest)
 
-    monkeypatch.setattr(tried, "score_groups", counted)
+    monkeypatch.setattr(smoke_test, "score_groups", counted)
     whole(data)
     assert [len(each) for each in rounds] == [1, 2, 4, 4, 4, 3], "16 slots hold 4 groups of 4"
     assert len({each for names in rounds for each in names}) == 18
 
 
 def test_quick_samples_nothing(data: dict, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(tried, "try_out", lambda *_: pytest.fail("it sampled"))
+    monkeypatch.setattr(smoke_test, "run_smoke_test", lambda *_: pytest.fail("it sampled"))
     found = whole(data, quick=True)
     assert (found["completions"].severity, "--quick" in found["completions"].what) == ("note", True)
     assert found["gradient"].severity == "ok"
-    assert not {"reward", "signal", "engine"} & found.keys()
+    assert not {"reward", "nonzero advantage", "engine"} & found.keys()
 
 
 def test_an_engine_that_samples_from_another_distribution(
     data: dict, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
-    sample = tried.sample_groups
+    sample = smoke_test.sample_groups
 
     def warmer(engine, prompts, streams, options, *rest):
         import dataclasses
 
         return sample(engine, prompts, streams, dataclasses.replace(options, temperature=0.5), *rest)
 
-    monkeypatch.setattr(tried, "sample_groups", warmer)
+    monkeypatch.setattr(smoke_test, "sample_groups", warmer)
     assert whole(data)["engine"].severity == "problem"
 
 
 @pytest.mark.parametrize(
     ("function", "grades"),
     [
-        ("never", {"abstentions": "problem"}),
+        ("never", {"excluded completions": "problem"}),
         ("length", {"reward": "ok"}),
-        ("always_half", {"reward": "problem", "signal": "problem"}),
+        ("always_half", {"reward": "problem", "nonzero advantage": "problem"}),
     ],
 )
 def test_rewards_of_all_kinds(data: dict, function: str, grades: dict) -> None:  # noqa: F811
@@ -280,6 +285,6 @@ def test_overlong_rows_are_counted(data: dict, tmp_path: Path) -> None:  # noqa:
 
 
 def test_groups_are_left_as_they_were() -> None:
-    made = trial_of([0.0, 1.0])
-    judge_signal(recipe(), made, NAMES)
+    made = smoke_test_of([0.0, 1.0])
+    report_advantages(recipe(), made, NAMES)
     assert made.groups == [Group(made.groups[0].prompt, made.groups[0].completions, made.groups[0].rewards)]

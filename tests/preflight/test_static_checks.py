@@ -1,4 +1,4 @@
-"""`gruppo check` without sampling: each planted fault is found, and what is right is left alone."""
+"""The static checks of `gruppo check`: they find every planted fault, and report nothing where there is none."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 from gruppo.config.loading import load_recipe
 from gruppo.models.policy import LanguageModel
-from gruppo.preflight.findings import WIDTH, Finding, described
+from gruppo.preflight.findings import WIDTH, Finding, format_findings
 from gruppo.preflight.static_checks import (
-    inspect_given,
-    inspect_lengths,
-    inspect_model,
-    inspect_overlap,
-    inspect_recipe,
-    inspect_start,
-    inspect_template,
-    inspect_tokens,
+    check_bos,
+    check_chat_template,
+    check_dataset_completions,
+    check_end_tokens,
+    check_fields,
+    check_model,
+    check_overlap,
+    check_prompt_lengths,
 )
 from gruppo.types import Prompt
 from tests.conftest import END, make_completion, make_policy, make_tokenizer
@@ -61,34 +61,34 @@ def recipe(**tables: dict):
         ({}, "ok"),
     ],
 )
-def test_fields_that_come_to_nothing(tables: dict, severity: str) -> None:
-    grades = [each.severity for each in inspect_recipe(recipe(**{"evaluation": {}, **tables}))]
+def test_fields_that_train_nothing(tables: dict, severity: str) -> None:
+    grades = [each.severity for each in check_fields(recipe(**{"evaluation": {}, **tables}))]
     assert grades == ["ok", severity] if severity != "ok" else ["ok"]
 
 
 def test_weights_that_are_not_finite() -> None:
     broken = make_policy()
-    assert graded(inspect_model(broken, "float32")) == {"model": "ok"}
+    assert graded(check_model(broken, "float32")) == {"model": "ok"}
     with torch.no_grad():
         broken.model.get_input_embeddings().weight[3, 3] = torch.nan
-    (found,) = inspect_model(broken, "float32")
+    (found,) = check_model(broken, "float32")
     assert (found.severity, "embed_tokens" in found.what) == ("problem", True)
 
 
 def test_end_tokens(policy: LanguageModel) -> None:
-    assert graded(inspect_tokens(policy)) == {"end of turns": "ok", "padding": "ok"}
-    assert graded(inspect_tokens(replace(policy, eos_ids=())))["end of turns"] == "problem"
-    (found, *_) = inspect_tokens(replace(policy, eos_ids=(48, 49)))
+    assert graded(check_end_tokens(policy)) == {"end tokens": "ok", "padding": "ok"}
+    assert graded(check_end_tokens(replace(policy, eos_ids=())))["end tokens"] == "problem"
+    (found, *_) = check_end_tokens(replace(policy, eos_ids=(48, 49)))
     assert (found.severity, "cannot emit" in found.why) == ("problem", True)
-    (found, *_) = inspect_tokens(replace(policy, eos_ids=(0, 3)))
-    assert (found.severity, found.what.startswith("2 end tokens")) == ("ok", True)
+    (found, *_) = check_end_tokens(replace(policy, eos_ids=(0, 3)))
+    assert (found.severity, found.what.startswith("2 tokens, each of which ends a completion: ")) == ("ok", True)
 
 
 def test_a_tokenizer_that_knows_more_than_the_model(policy: LanguageModel) -> None:
     larger = make_tokenizer()
     larger.add_tokens([f"token{number}" for number in range(20)])
-    assert graded(inspect_tokens(replace(policy, tokenizer=larger)))["tokenizer"] == "warning"
-    assert "tokenizer" not in graded(inspect_tokens(policy))
+    assert graded(check_end_tokens(replace(policy, tokenizer=larger)))["tokenizer"] == "warning"
+    assert "tokenizer" not in graded(check_end_tokens(policy))
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_bos_stands_once(ids: tuple[int, ...], adds: bool, severity: str) -> Non
             return 48
 
     tokenizer = Tokenizer(bos_token_id=5, decode=lambda _: "<s>")
-    assert graded(inspect_start(tokenizer, prompts_of("a", ids=ids))) == {"start of prompts": severity}  # type: ignore[arg-type]
-    assert inspect_start(make_tokenizer(), prompts_of("a")) == []
+    assert graded(check_bos(tokenizer, prompts_of("a", ids=ids))) == {"start of prompts": severity}  # type: ignore[arg-type]
+    assert check_bos(make_tokenizer(), prompts_of("a")) == []
 
 
 def test_a_template_that_is_right() -> None:
-    made = inspect_template(with_template(CHATML), prompts_of(USER))
+    made = check_chat_template(with_template(CHATML), prompts_of(USER))
     assert graded(made) == {"generation prompt": "ok", "end of answers": "ok"}
 
 
@@ -128,56 +128,56 @@ def test_a_template_that_is_right() -> None:
     ],
 )  # fmt: skip
 def test_templates_that_are_wrong(template: str, subject: str, severity: str) -> None:
-    made = inspect_template(with_template(template, cls_token="<end>"), prompts_of(USER))
+    made = check_chat_template(with_template(template, cls_token="<end>"), prompts_of(USER))
     assert graded(made)[subject] == severity
 
 
-def test_a_conversation_that_has_answers_already_is_warned_of_when_they_are_written_anew() -> None:
+def test_a_template_that_changes_earlier_answers_is_a_warning_if_rows_have_answers() -> None:
     template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '-' }}")
     chat = [*USER, {"role": "assistant", "content": "b"}, *USER]
-    assert graded(inspect_template(with_template(template), prompts_of(chat)))["earlier turns"] == "warning"
+    assert graded(check_chat_template(with_template(template), prompts_of(chat)))["earlier turns"] == "warning"
 
 
 def test_plain_text_beside_a_chat_template(policy: LanguageModel) -> None:
-    assert graded(inspect_template(policy, prompts_of("a"))) == {"chat template": "note"}
-    assert graded(inspect_template(with_template(""), prompts_of("a"))) == {"chat template": "ok"}
-    assert graded(inspect_template(with_template(CHATML), prompts_of("a", USER)))["end of answers"] == "ok"
+    assert graded(check_chat_template(policy, prompts_of("a"))) == {"chat template": "note"}
+    assert graded(check_chat_template(with_template(""), prompts_of("a"))) == {"chat template": "ok"}
+    assert graded(check_chat_template(with_template(CHATML), prompts_of("a", USER)))["end of answers"] == "ok"
 
 
 def test_lengths() -> None:
     prompts = prompts_of("a", "b", ids=(1, 2, 3))
-    fine = inspect_lengths(prompts, 100, 28, {}, None)
+    fine = check_prompt_lengths(prompts, 100, 28, {}, None)
     assert (fine.severity, fine.figures["max"], fine.figures["too_long"]) == ("ok", 3, 0)
-    assert inspect_lengths(prompts, 100, 28, {"t": 2}, None).severity == "warning"
-    refused = inspect_lengths(prompts, 100, 28, {"t": 2}, "t, row 3: too long")
+    assert check_prompt_lengths(prompts, 100, 28, {"t": 2}, None).severity == "warning"
+    refused = check_prompt_lengths(prompts, 100, 28, {"t": 2}, "t, row 3: too long")
     assert (refused.severity, "2 of 4" in refused.what, "row 3" in refused.why) == ("problem", True, True)
-    (given,) = inspect_given({"t/0": [(make_completion([1, 2, END]), 1.0)]}, 8)
+    (given,) = check_dataset_completions({"t/0": [(make_completion([1, 2, END]), 1.0)]}, 8)
     assert (given.severity, given.figures["max"]) == ("ok", 3)
-    assert inspect_given({}, 8) == []
+    assert check_dataset_completions({}, 8) == []
 
 
 def test_overlap() -> None:
     asked = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 3 + 4?"}]
     prompts = prompts_of(asked, "What is 3 - 4", "what  is 3.5?")
-    assert inspect_overlap(prompts, []) == []
-    (none,) = inspect_overlap(prompts, prompts_of("What is 3 * 4?", "What is 35?", "What is -3 - 4?"))
+    assert check_overlap(prompts, []) == []
+    (none,) = check_overlap(prompts, prompts_of("What is 3 * 4?", "What is 35?", "What is -3 - 4?"))
     assert none.severity == "ok"
-    (found,) = inspect_overlap(prompts, prompts_of("What is 3 - 4", "WHAT is 3 + 4 ?", "What is 3.5", "other"))
+    (found,) = check_overlap(prompts, prompts_of("What is 3 - 4", "WHAT is 3 + 4 ?", "What is 3.5", "other"))
     assert found.severity == "warning"
     assert found.figures == {"questions": 4, "exact": 1, "normalised": 2}
     assert "'What is 3 - 4', is t/1" in found.what
 
 
-def test_findings_fit_a_terminal_and_tell_the_gravest_last() -> None:
+def test_findings_fit_a_terminal_and_end_with_the_most_severe() -> None:
     text = "a long story of words " * 12
     found = [
         Finding("problem", "reward", text + "\x1b[31m\n", text, text),
         Finding("ok", "model", "x" * 200),
         Finding("warning", "prompts", text),
     ]
-    lines = described(found).splitlines()
+    lines = format_findings(found).splitlines()
     assert all(len(line) <= WIDTH and line.isprintable() for line in lines)
     assert [line.split()[0] for line in lines if line[:1].strip()] == ["ok", "warning", "problem", "Found:"]
-    assert lines[-1] == "Found: 1 problem, 1 warning, 0 note, 1 ok"
+    assert lines[-1] == "Found: 1 problem, 1 warning, 0 notes, 1 ok"
     assert any(line.startswith("         why: a long") for line in lines)
     assert any(line.startswith("         do: a long") for line in lines)

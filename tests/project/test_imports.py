@@ -1,4 +1,4 @@
-"""The import rule: packages import downward only, modules never in a circle, and heavy libraries only where they belong."""
+"""Import rules: packages import downward only, no import cycles, and heavy libraries only where they are needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# A package imports from itself and from what stands before its arrow.
+# A package may import from itself and from packages left of the arrow before it.
 RULE = (
     "errors, types -> utils -> config -> runs, data, algorithms -> models -> engines, rewards -> rollout -> evaluation "
     "-> training -> preflight -> cli"
@@ -23,24 +23,24 @@ MODULES = {
 
 
 def imports(path: Path, deferred: bool = True) -> set[str]:
-    """Modules that a file imports; `deferred`: also inside functions and for type checking."""
+    """Modules that a file imports; `deferred`: including imports inside functions and for type checking."""
     tree = ast.parse(path.read_text())
     nodes = ast.walk(tree) if deferred else iter(tree.body)
-    found = set()
+    modules = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else node.module for name in names}
-    return found
+            modules |= {name if name in MODULES else node.module for name in names}
+    return modules
 
 
 def package(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def test_two_loose_modules() -> None:
+def test_only_two_modules_are_outside_packages() -> None:
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "types.py", "errors.py"}
     assert {package(module) for module in MODULES} - {""} == set(RANK)
 
@@ -56,14 +56,14 @@ def test_packages_import_downward_only() -> None:
     assert wrong == []
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {
         module: {name for name in imports(path, deferred=False) if name in MODULES} for module, path in MODULES.items()
     }
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_algorithms_import_tensors_and_settings_only() -> None:
+def test_algorithms_import_torch_and_gruppo_only() -> None:
     for path in (PACKAGE / "algorithms").glob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
         assert outside <= {"torch", "jaxtyping", "gruppo"}, path
@@ -84,10 +84,11 @@ def loaded_by(code: str) -> set[str]:
         "import gruppo.config.schema",
         "from gruppo import train, export, load_result, Callback",
         "import gruppo.runs, pkgutil, importlib\n"
-        "for each in pkgutil.iter_modules(gruppo.runs.__path__): importlib.import_module('gruppo.runs.' + each.name)",
+        "for module in pkgutil.iter_modules(gruppo.runs.__path__):\n"
+        "    importlib.import_module('gruppo.runs.' + module.name)",
     ],
 )
-def test_torch_is_not_loaded_before_it_computes(code: str) -> None:
+def test_torch_is_not_loaded_by_light_imports(code: str) -> None:
     assert not {"torch", "transformers"} & loaded_by(code)
 
 

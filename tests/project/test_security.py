@@ -1,4 +1,7 @@
-"""No pickles from files, no code of strangers, nothing listening, no secrets: by the code, and by trying."""
+"""No pickles from files, no untrusted code, no listening sockets, no leaked secrets.
+
+The source is scanned, and attacks are tried.
+"""
 
 from __future__ import annotations
 
@@ -28,24 +31,26 @@ CALLS = [
 ]
 
 
-def named(node: ast.Call) -> str:
+def called(node: ast.Call) -> str:
+    """The dotted name of the function that is called."""
     return ast.unparse(node.func)
 
 
-def given(node: ast.Call, name: str) -> str | None:
-    return next((ast.unparse(each.value) for each in node.keywords if each.arg == name), None)
+def argument(node: ast.Call, name: str) -> str | None:
+    """Source of a keyword argument; None if it is not passed."""
+    return next((ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == name), None)
 
 
 def test_nothing_reads_a_pickle_from_a_file() -> None:
-    """Those that are read come through pipes from our own processes: calls of rewards and environments, and
+    """Pickles are read only from pipes of gruppo's own processes: calls of rewards and environments, and
     reasoning-gym's rows."""
-    reading = {
+    readers = {
         f"{path}: {ast.unparse(node)}"
         for path, node in CALLS
-        if named(node).split(".")[-1] in {"load", "loads", "Unpickler", "read_pickle", "find_class"}
-        and named(node).split(".")[0] not in {"json", "tomllib", "worker"}
-    } - {"gruppo/data/loading.py: load(split, **options)"}  # a user's function
-    assert reading == {
+        if called(node).split(".")[-1] in {"load", "loads", "Unpickler", "read_pickle", "find_class"}
+        and called(node).split(".")[0] not in {"json", "tomllib", "worker"}
+    } - {"gruppo/data/loading.py: load(split, **options)"}  # a user-defined function
+    assert readers == {
         "gruppo/rollout/environments/worker_main.py: pickle.loads(content)",
         "gruppo/rollout/workers/reward_main.py: pickle.loads(content)",
         "gruppo/rewards/loading.py: pickle.loads(source)",
@@ -56,37 +61,39 @@ def test_nothing_reads_a_pickle_from_a_file() -> None:
 
 
 def test_forbidden_calls() -> None:
-    """Of what runs code, reads pickles, starts a shell, or listens."""
-    words = {"eval", "exec", "compile", "__import__", "system", "popen", "listen", "bind", "create_server",
+    """No calls that run code, read pickles, start a shell or listen on a socket."""
+    forbidden = {"eval", "exec", "compile", "__import__", "system", "popen", "listen", "bind", "create_server",
              "serve_forever", "start_server",
              "HTTPServer", "init_process_group", "load_state_dict_from_url", "read_pickle"}  # fmt: skip
-    own = {"re.compile", "model.eval", "loaded[0].eval"} | {
-        f"inspect.signature({each}).bind" for each in ("method", "load", "load_benchmark", "tool", "kind")
+    allowed = {"re.compile", "model.eval", "loaded[0].eval"} | {
+        f"inspect.signature({function}).bind" for function in ("method", "load", "load_benchmark", "tool", "kind")
     }
-    found = {
-        f"{path}: {named(node)}"
+    calls = {
+        f"{path}: {called(node)}"
         for path, node in CALLS
-        if named(node).split(".")[-1] in words and named(node) not in own
+        if called(node).split(".")[-1] in forbidden and called(node) not in allowed
     }
-    # What runs in the sandbox, and there alone.
-    assert found == {f"gruppo/rollout/sandbox/worker_main.py: {each}" for each in ("exec", "eval", "compile")}
-    assert not [f"{path}: {named(node)}" for path, node in CALLS if given(node, "shell") or given(node, "allow_pickle")]
+    # Only the worker inside the sandbox runs code.
+    assert calls == {f"gruppo/rollout/sandbox/worker_main.py: {name}" for name in ("exec", "eval", "compile")}
     assert not [
-        f"{path}: {named(node)}" for path, node in CALLS if named(node) in {"torch.load", "torch.save", "np.load"}
+        f"{path}: {called(node)}" for path, node in CALLS if argument(node, "shell") or argument(node, "allow_pickle")
+    ]
+    assert not [
+        f"{path}: {called(node)}" for path, node in CALLS if called(node) in {"torch.load", "torch.save", "np.load"}
     ]
 
 
 def test_models_are_loaded_from_safetensors_and_without_their_code() -> None:
-    loading = [(path, node) for path, node in CALLS if named(node).endswith((".from_pretrained", ".from_config"))]
-    loading = [each for each in loading if not named(each[1]).startswith("type(given)")]  # of a model in memory
+    loading = [(path, node) for path, node in CALLS if called(node).endswith((".from_pretrained", ".from_config"))]
+    loading = [(path, node) for path, node in loading if not called(node).startswith("type(given)")]  # in-memory model
     assert len(loading) >= 12
     trusted = {"False", "trust_remote_code", "trust"}
-    assert not [f"{path}: {named(n)}" for path, n in loading if given(n, "trust_remote_code") not in trusted]
+    assert not [f"{path}: {called(n)}" for path, n in loading if argument(n, "trust_remote_code") not in trusted]
     weights = [
-        (path, node) for path, node in loading if "output_loading_info" in ast.unparse(node) or "Model" in named(node)
+        (path, node) for path, node in loading if "output_loading_info" in ast.unparse(node) or "Model" in called(node)
     ]
-    assert not [f"{path}: {named(n)}" for path, n in weights
-                if named(n).endswith("pretrained") and given(n, "use_safetensors") != "True"]  # fmt: skip
+    assert not [f"{path}: {called(n)}" for path, n in weights
+                if called(n).endswith("pretrained") and argument(n, "use_safetensors") != "True"]  # fmt: skip
 
 
 class Bomb:
@@ -104,7 +111,7 @@ def pickled(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return folder
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled: Path) -> None:
+def test_pickled_weights_are_refused_and_the_message_says_how_to_convert_them(pickled: Path) -> None:
     with pytest.raises(UsageError, match="save_pretrained"):
         find_model(str(pickled))
     (pickled / "other.safetensors").write_bytes(b"")
@@ -116,15 +123,15 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(pickled: Path)
     assert not Path("exploded").exists()
 
 
-def test_adapter_in_a_models_folder_is_not_put_on_it(tiny_folder: str, tmp_path: Path) -> None:
+def test_an_adapter_in_a_model_folder_is_refused(tiny_folder: str, tmp_path: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "m")
     (tmp_path / "m/adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}')
-    with pytest.raises(UsageError, match="holds an adapter too"):
+    with pytest.raises(UsageError, match="also contains an adapter"):
         find_model(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("options", [{"data_files": "x.pkl"}, {"trust_remote_code": True}])
-def test_pickled_data_and_data_that_is_a_program_are_refused(
+def test_pickled_data_and_data_sets_with_code_are_refused(
     options: dict, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -149,7 +156,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def custom(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model that comes with code of its own."""
+    """A model folder that contains its own code."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "custom"
     shutil.copytree(tiny_folder, folder)
@@ -161,7 +168,7 @@ def custom(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return folder
 
 
-def test_code_of_a_model_runs_only_where_it_is_asked_for_by_name(custom: Path, tmp_path: Path) -> None:
+def test_code_of_a_model_runs_only_if_trust_remote_code_is_set(custom: Path, tmp_path: Path) -> None:
     settings = recipe(str(custom), run__steps=1)
     settings["reward"]["functions"] = [f"{Path(__file__).parent}/rewards/functions.py:likes_letters"]
     with pytest.raises(UsageError, match=r"write model\.trust_remote_code = true"):
@@ -170,26 +177,27 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for_by_name(custom: Path, t
     settings["model"]["trust_remote_code"] = True
     result = train(settings, prompts=ROWS, out=tmp_path / "run")
     assert Path("code_ran").exists()
-    assert (result.path / "model/own.py").is_file(), "the model is loadable with its code"
+    assert (result.path / "model/own.py").is_file(), "the saved model includes its code"
     Path("code_ran").unlink()
 
     with pytest.raises(UsageError, match="trust_remote_code=True"):
         result.load_model()
+    # The recipe in the run folder trusts the code, but the folder may come from anyone.
     with pytest.raises(UsageError, match="trust"):
-        gruppo.export(result.path, tmp_path / "out")  # though the run's own recipe trusts it: the run may be anybody's
+        gruppo.export(result.path, tmp_path / "out")
     assert not Path("code_ran").exists()
     assert isinstance(result.load_model(trust_remote_code=True), LlamaForCausalLM)
     gruppo.export(result.path, tmp_path / "out", trust_remote_code=True)
-    held = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     trained = dict(result.load_model(trust_remote_code=True).named_parameters())
-    assert all(torch.equal(each, trained[name]) for name, each in held.named_parameters())
+    assert all(torch.equal(weight, trained[name]) for name, weight in exported.named_parameters())
 
 
 @pytest.mark.parametrize(
     "name",
     ["../up", "/etc/x", "a/b", "a\\b", "a\0b", "a\n", ".hidden", "", "x" * 101, "nul", "COM1.txt", "a.", "~", "-x"],
 )
-def test_name_of_a_run_cannot_lead_out_of_runs(name: str) -> None:
+def test_the_name_of_a_run_cannot_escape_the_runs_folder(name: str) -> None:
     with pytest.raises(RecipeError, match=r"run\.name"):
         load_recipe({"run": {"name": name}, "model": {"name": "m"}})
 

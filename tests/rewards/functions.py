@@ -1,4 +1,4 @@
-"""Reward functions of all kinds, good and bad, for the contract of rewards."""
+"""Reward functions of all kinds, valid and invalid, for the tests of the reward contract."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import time
 
 
 def likes_letters(completions, **kwargs):
-    """The share of letters a to m in a completion."""
+    """Share of letters a to m in a completion."""
     return [sum("a" <= letter <= "m" for letter in text) / max(1, len(text)) for text in completions]
 
 
 def begins_with_a_letter(completions, **kwargs):
-    """Often equal for a whole group."""
+    """Often the same for a whole group."""
     return [float(text[:1] in "abcd") for text in completions]
 
 
 def steps(completions, completion_ids, **kwargs):
-    """A step a token but the last: 1 for a letter a to m, else 0; for one token alone it does not apply."""
+    """One step per token except the last: 1 for a letter a to m, else 0; None for a completion of one token."""
     return [
-        {"step_rewards": ["a" <= each <= "m" for each in text[: len(ids) - 1]], "step_ends": range(len(ids) - 1)}
+        {"step_rewards": ["a" <= letter <= "m" for letter in text[: len(ids) - 1]], "step_ends": range(len(ids) - 1)}
         if len(ids) > 1 and len(text) >= len(ids) - 1
         else None
         for text, ids in zip(completions, completion_ids, strict=True)
     ]
 
 
-def odd_steps(completions, **kwargs):
-    """What a user can get wrong about steps, by the completion's text."""
+def invalid_steps(completions, **kwargs):
+    """Invalid step rewards, selected by the completion's text."""
     return [
         {
             "names": {"rewards": [1]},
@@ -44,7 +44,7 @@ def odd_steps(completions, **kwargs):
 
 
 def length(completions, **kwargs):
-    return [float(len(each)) for each in completions]
+    return [float(len(text)) for text in completions]
 
 
 def named_arguments_only(completions, answer):
@@ -133,7 +133,7 @@ not_callable = 3
 
 
 def ends_in_a_vowel(completions, **kwargs):
-    """A rule for labels."""
+    """A rule for step labels."""
     return [float(text[-1:] in {"a", "e", "i", "o", "u"}) for text in completions]
 
 
@@ -141,8 +141,8 @@ def always_half(completions, **kwargs):
     return [0.5 for _ in completions]
 
 
-def odd_numbers(completions, **kwargs):
-    """All kinds of numbers, and of what is none, by the completion's text."""
+def number_types(completions, **kwargs):
+    """Numbers of all types and values that are not numbers, selected by the completion's text."""
     import decimal
     import fractions
 
@@ -176,7 +176,7 @@ def odd_numbers(completions, **kwargs):
 
 class _Unprintable:
     def __float__(self):
-        raise _OddError
+        raise _UnprintableError
 
     def __repr__(self):
         raise SystemExit(3)
@@ -184,6 +184,6 @@ class _Unprintable:
     __str__ = __repr__
 
 
-class _OddError(Exception):
+class _UnprintableError(Exception):
     def __str__(self):
         raise SystemExit(3)

@@ -1,4 +1,4 @@
-"""Reward functions in the shape of open-r1's, written from its documentation: one positional list of conversations,
+"""Reward functions in the style of open-r1, written from its documentation: one positional list of conversations,
 columns by name, **kwargs for the rest; factories that take the settings."""
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ BOXED = LatexExtractionConfig(
 )
 
 
-def _is_right(content, solution):
-    """None where the solution cannot be read."""
+def _is_correct(content, solution):
+    """None if the solution cannot be parsed."""
     gold = parse(solution, extraction_mode="first_match")
     if not gold:
         return None
@@ -27,8 +27,8 @@ def _is_right(content, solution):
 
 def accuracy_reward(completions: list[list[dict[str, str]]], solution: list[str], **kwargs) -> list[float | None]:
     contents = [completion[0]["content"] for completion in completions]
-    right = [_is_right(content, sol) for content, sol in zip(contents, solution)]
-    return [None if each is None else float(each) for each in right]
+    correct = [_is_correct(content, sol) for content, sol in zip(contents, solution)]
+    return [None if verdict is None else float(verdict) for verdict in correct]
 
 
 def format_reward(completions, **kwargs):
@@ -38,19 +38,19 @@ def format_reward(completions, **kwargs):
 
 
 def tag_count_reward(completions, **kwargs) -> list[float]:
-    """A quarter for each of the four tags that stands there exactly once."""
+    """A quarter for each of the four tags that occurs exactly once."""
     tags = ("<think>\n", "\n</think>\n", "\n<answer>\n", "\n</answer>")
     return [sum(0.25 for tag in tags if completion[0]["content"].count(tag) == 1) for completion in completions]
 
 
 def reasoning_steps_reward(completions, **kwargs):
-    """Three steps or more ("Step 1:", "1.", a bullet, "First,") are worth 1."""
+    """1 for three or more steps ("Step 1:", "1.", a bullet, "First,"), less for fewer."""
     pattern = r"(Step \d+:|^\d+\.|\n-|\n\*|First,|Second,|Next,|Finally,)"
     return [min(1.0, len(re.findall(pattern, completion[0]["content"])) / 3) for completion in completions]
 
 
 def len_reward(completions: list[list[dict[str, str]]], solution: list[str], **kwargs) -> list[float]:
-    """Kimi 1.5: 0.5 - (length - shortest) / (longest - shortest), for wrong answers at most 0."""
+    """Kimi 1.5: 0.5 - (length - shortest) / (longest - shortest), at most 0 for wrong answers."""
     contents = [completion[0]["content"] for completion in completions]
     lengths = [len(content) for content in contents]
     shortest, longest = min(lengths), max(lengths)
@@ -59,7 +59,7 @@ def len_reward(completions: list[list[dict[str, str]]], solution: list[str], **k
     rewards = []
     for content, sol, length in zip(contents, solution, lengths):
         value = 0.5 - (length - shortest) / (longest - shortest)
-        rewards.append(min(0.0, value) if _is_right(content, sol) is False else value)
+        rewards.append(min(0.0, value) if _is_correct(content, sol) is False else value)
     return rewards
 
 
@@ -71,7 +71,7 @@ def get_cosine_scaled_reward(
         for completion, sol in zip(completions, solution):
             content = completion[0]["content"]
             low, high = (min_value_correct, max_value_correct)
-            if not _is_right(content, sol):
+            if not _is_correct(content, sol):
                 low, high = (max_value_wrong, min_value_wrong)
             cosine = math.cos(len(content) / max_len * math.pi)
             rewards.append(float(low + 0.5 * (high - low) * (1.0 + cosine)))
@@ -99,20 +99,20 @@ def get_repetition_penalty_reward(ngram_size: int, max_penalty: float):
 
 
 async def binary_code_reward(completions, verification_info: list[dict] | None = None, num_parallel=2, **kwargs):
-    """1 where all tests pass; None where the language is unknown. The sandbox is Python's own evaluation here."""
-    gate = asyncio.Semaphore(num_parallel)
+    """1 if all tests pass; None if the language is unknown. `eval` stands in for the sandbox."""
+    semaphore = asyncio.Semaphore(num_parallel)
 
     async def passed(completion, info):
         if info["language"] != "python":
             return None
-        async with gate:
+        async with semaphore:
             await asyncio.sleep(0)
             code = re.findall(r"```python\n(.*?)```", completion[-1]["content"], re.DOTALL)
             cases = info["test_cases"]
-            share = sum(eval(code[-1], {"x": each["input"]}) == each["output"] for each in cases) / len(cases)
+            share = sum(eval(code[-1], {"x": case["input"]}) == case["output"] for case in cases) / len(cases)
             return 1.0 if share > 0.99 else 0.0
 
-    return await asyncio.gather(*(passed(*each) for each in zip(completions, verification_info)))
+    return await asyncio.gather(*(passed(*pair) for pair in zip(completions, verification_info)))
 
 
 cosine = get_cosine_scaled_reward(max_len=100)

@@ -1,4 +1,4 @@
-"""Functions in the signatures of verl and of verifiers' classic rubrics."""
+"""Functions with the signatures of verl and of verifiers' classic rubrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    """verl: the share of a weight that the data source decides."""
+    """verl: a weight that depends on the data source, or 0."""
     weight = {"openai/gsm8k": 1.0}.get(data_source, 0.5)
     return weight if solution_str.split()[-1:] == [str(ground_truth)] else 0.0
 
@@ -36,7 +36,7 @@ def needs_a_tokenizer(solution_str, tokenizer):
 
 
 def exact_answer(completion, answer):
-    """verifiers: one reward a rollout, by the arguments that it names."""
+    """verifiers: one reward per rollout, with arguments passed by name."""
     return 1.0 if completion[-1]["content"] == answer else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Built-in rewards by hand-worked numbers, and what they do with nothing."""
+"""Built-in rewards against numbers worked out by hand, including empty input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.rollout.workers.test_rewards import group, score, totals
 
 
 @pytest.mark.parametrize(
-    ("reference", "right", "wrong"),
+    ("reference", "correct", "wrong"),
     [
         ("\\frac{1}{2}", ["\\boxed{0.5}", "so it is 2/4", "$\\frac{3}{6}$"], ["\\boxed{2}", "", "none"]),
         (72, ["72", "That makes 72 clips."], ["71"]),
@@ -25,10 +25,10 @@ from tests.rollout.workers.test_rewards import group, score, totals
         ("1,234", ["It is 1,234."], ["1.234"]),
     ],
 )
-def test_math(reference: object, right: list[str], wrong: list[str]) -> None:
-    wanted = [1] * len(right) + [0] * len(wrong)
-    assert totals(score("math_verify", *right, *wrong, answer=reference)) == wanted
-    assert totals(score("math_verify", *right, *wrong, solution=reference)) == wanted
+def test_math(reference: object, correct: list[str], wrong: list[str]) -> None:
+    expected = [1] * len(correct) + [0] * len(wrong)
+    assert totals(score("math_verify", *correct, *wrong, answer=reference)) == expected
+    assert totals(score("math_verify", *correct, *wrong, solution=reference)) == expected
 
 
 def test_math_prefers_the_answer_to_the_solution() -> None:
@@ -36,25 +36,25 @@ def test_math_prefers_the_answer_to_the_solution() -> None:
 
 
 @pytest.mark.parametrize("reference", ["", "\\frac{", "####"])
-def test_math_does_not_apply_where_the_reference_is_no_mathematics(reference: str) -> None:
+def test_math_does_not_apply_if_the_reference_is_not_math(reference: str) -> None:
     (reward,) = score("math_verify", "4", answer=reference)
     assert reward.total is None
     assert reward.failure is None
 
 
-def test_math_that_takes_too_long_fails_alone() -> None:
-    bomb, right = score("math_verify", "\\boxed{9^{9^9}}", "42", answer="42")
+def test_math_that_takes_too_long_fails_only_that_completion() -> None:
+    bomb, correct = score("math_verify", "\\boxed{9^{9^9}}", "42", answer="42")
     assert bomb.total is None
     assert "could not compare the answer in 2 s" in str(bomb.failure)
-    assert right.total == 1
+    assert correct.total == 1
 
 
-def test_math_without_a_reference_is_told_at_once() -> None:
+def test_math_without_a_reference_is_refused_at_start() -> None:
     with pytest.raises(UsageError, match="answer or solution in every row"):
         RewardPool(["math_verify"], [], ["level"])
 
 
-def test_choice_wants_the_letters() -> None:
+def test_choice_needs_the_letters() -> None:
     assert totals(score("choice", "The answer is (B).", "\\boxed{A}", "5", "A or B", answer="B")) == [1, 0, 0, 0]
     assert totals(score("choice", "故选：AD", "A", answer="A D")) == [1, 0]
     (reward,) = score("choice", "B", answer="the second one")
@@ -70,14 +70,14 @@ def test_think_format() -> None:
     assert think_format(THOUGHTS) == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_think_format_is_trls_but_for_a_second_end() -> None:
+def test_think_format_equals_trls_except_for_a_second_end_tag() -> None:
     assert think_format(THOUGHTS) == think_format_reward([[{"content": text}] for text in THOUGHTS])
     twice = "<think>a</think>b</think>"
     assert think_format([twice]) == [0]
     assert think_format_reward([[{"content": twice}]]) == [1]
 
 
-def test_regex_matches_the_whole_text_over_line_breaks() -> None:
+def test_regex_matches_the_whole_text_across_line_breaks() -> None:
     reward = Regex(r"<answer>.+</answer>")
     assert reward(["<answer>4\n5</answer>", " <answer>4</answer>\n"]) == [1, 1]
     assert reward(["so <answer>4</answer>", "<answer></answer>", ""]) == [0, 0, 0]
@@ -89,18 +89,18 @@ def test_regex_matches_the_whole_text_over_line_breaks() -> None:
 @pytest.mark.parametrize(
     ("length", "value"), [(0, 0), (12288, 0), (12289, -1 / 4096), (14336, -0.5), (16384, -1), (16385, -1), (99999, -1)]
 )
-def test_overlong_of_the_paper(length: int, value: float) -> None:
+def test_overlong_as_in_the_paper(length: int, value: float) -> None:
     """DAPO: L = 16384 with a buffer of 4096, which is the default quarter."""
     assert Overlong(max_tokens=16384)([[1] * length]) == [value]
 
 
 def test_overlong_takes_the_runs_maximum() -> None:
-    """L = 8, buffer 2: the seventh token costs a half, the eighth one."""
+    """L = 8, buffer 2: seven tokens cost 0.5, eight cost 1."""
     state = SimpleNamespace(max_tokens=8)
     assert Overlong()([[1] * n for n in (0, 6, 7, 8, 9)], trainer_state=state) == [0, 0, -0.5, -1, -1]
     with RewardPool(["overlong"], [], [], workers=1) as pool:
         prompt, completions = group("ab", "abc")
-        rewards = pool.score([(prompt, completions)], {"max_tokens": 2})[0][0]  # two tokens each
+        rewards = pool.score([(prompt, completions)], {"max_tokens": 2})[0][0]  # two tokens per completion
         assert totals(rewards) == [-1, -1]
         assert "reward.options.overlong.max_tokens" in str(pool.score([(prompt, completions)], {})[0][0][0].failure)
 
@@ -124,7 +124,7 @@ def test_repetition() -> None:
     assert Repetition(penalty=0)(["a a a a"]) == [0]
 
 
-def test_repetition_equals_trls_where_words_are_tokens() -> None:
+def test_repetition_equals_trls_if_words_are_tokens() -> None:
     source = random.Random(0)
     for _ in range(50):
         ids = [source.randrange(4) for _ in range(source.randrange(0, 12))]

@@ -1,4 +1,4 @@
-"""Sequence-classification models as rewards: tiny ones with random weights, made here."""
+"""Sequence-classification models as rewards, tested with tiny models with random weights."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def bert(tmp_path: Path) -> str:
 
 
 def logits_of(folder: str, text: str) -> torch.Tensor:
-    """What transformers gives for the characters of a text."""
+    """Logits of transformers for a text, one token per character."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     ids = make_tokenizer()(text)["input_ids"]
     assert len(ids) == len(text)
@@ -80,18 +80,18 @@ def answers(*texts: str) -> list[list[dict[str, str]]]:
 
 def test_conversation_goes_through_the_template(llama: str) -> None:
     values = Classifier(llama)([QUESTION] * 3, answers("one", "twotwo", ""))
-    wanted = [float(logits_of(llama, f"<one or two><{text}>")[0]) for text in ("one", "twotwo", "")]
-    assert values == pytest.approx(wanted, abs=1e-6)
-    assert len({round(value, 4) for value in wanted}) == 3
+    expected = [float(logits_of(llama, f"<one or two><{text}>")[0]) for text in ("one", "twotwo", "")]
+    assert values == pytest.approx(expected, abs=1e-6)
+    assert len({round(value, 4) for value in expected}) == 3
 
 
-def test_answer_that_goes_on_with_a_begun_one_is_one_message(llama: str) -> None:
-    begun = [*QUESTION, {"role": "assistant", "content": "it is "}]
-    (value,) = Classifier(llama)([begun], answers("one"))
+def test_completion_of_a_started_assistant_message_is_one_message(llama: str) -> None:
+    started = [*QUESTION, {"role": "assistant", "content": "it is "}]
+    (value,) = Classifier(llama)([started], answers("one"))
     assert value == pytest.approx(float(logits_of(llama, "<one or two><it is one>")[0]), abs=1e-6)
 
 
-def test_texts_follow_one_another(llama: str) -> None:
+def test_plain_texts_are_concatenated(llama: str) -> None:
     (value,) = Classifier(llama)(["one or "], ["two"])
     assert value == pytest.approx(float(logits_of(llama, "one or two")[0]), abs=1e-6)
 
@@ -106,32 +106,32 @@ def test_conversation_without_a_template_is_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["good", 2])
-def test_label_gives_its_probability(bert: str, label: str | int) -> None:
+def test_reward_of_a_label_is_its_probability(bert: str, label: str | int) -> None:
     values = Classifier(bert, label=label)(["one "] * 2, ["two", "three"])
-    wanted = [float(logits_of(bert, f"one {text}").softmax(0)[2]) for text in ("two", "three")]
-    assert values == pytest.approx(wanted, abs=1e-6)
-    assert all(0 < value < 1 for value in wanted)
+    expected = [float(logits_of(bert, f"one {text}").softmax(0)[2]) for text in ("two", "three")]
+    assert values == pytest.approx(expected, abs=1e-6)
+    assert all(0 < value < 1 for value in expected)
 
 
-def test_labels_that_exclude_nothing_have_a_probability_each(tmp_path: Path) -> None:
+def test_multi_label_probabilities_are_independent(tmp_path: Path) -> None:
     kind = "multi_label_classification"
     folder = save_llama(tmp_path / "many", num_labels=2, problem_type=kind)
     (value,) = Classifier(folder, label="LABEL_1")(["one "], ["two"])
     assert value == pytest.approx(float(logits_of(folder, "one two").sigmoid()[1]), abs=1e-6)
 
 
-def test_too_long_is_a_failure_and_is_never_cut(llama: str) -> None:
+def test_too_long_a_text_fails_and_is_never_truncated(llama: str) -> None:
     """The model has 40 positions; an empty text has no tokens."""
     with RewardPool(["classifier"], [], [], timeout=60, workers=1, options={"classifier": {"model": llama}}) as pool:
         prompt, completions = group("a" * 39, "a" * 40)  # after a prompt of one letter
         fits, over = pool.score([(prompt, completions)], {})[0][0]
     assert fits.total == pytest.approx(float(logits_of(llama, "q" + "a" * 39)[0]), abs=1e-6)
     assert over.total is None
-    assert "41 tokens; the model reads 1 to 40" in str(over.failure)
+    assert "41 tokens; the model accepts 1 to 40" in str(over.failure)
     assert isinstance(Classifier(llama)([""], [""])[0], ValueError)
 
 
-def test_value_does_not_depend_on_the_others(llama: str) -> None:
+def test_value_does_not_depend_on_the_batch(llama: str) -> None:
     model = Classifier(llama)
     together = model([QUESTION] * 3, answers("a", "abcdef", "abc"))
     assert together == [model([QUESTION], answers(text))[0] for text in ("a", "abcdef", "abc")]
@@ -168,23 +168,23 @@ def test_wrong_options(llama: str, bert: str, options: dict[str, Any], words: li
     [({}, r"reward\.options\.classifier\.model: missing"),
      ({"model": "./none"}, r"reward\.options\.classifier\.model = './none': there is no such folder")],
 )  # fmt: skip
-def test_wrong_options_are_told_before_the_run(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused_before_the_run(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RewardPool(["classifier"], [], [], workers=1, options={"classifier": options})
 
 
 def test_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
-    """transformers would go on with a random one."""
+    """transformers would continue with a random head."""
     make_policy().model.save_pretrained(tmp_path / "language-model")
     make_tokenizer().save_pretrained(tmp_path / "language-model")
     with pytest.raises(UsageError, match=r"no weights for score\.weight"):
         Classifier(str(tmp_path / "language-model"))
 
 
-def test_broken_folder_and_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_folder_and_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="cannot be loaded"):
         Classifier(str(tmp_path))
     monkeypatch.setattr("gruppo.rewards.classifier.out_of_reach", lambda _: True)
     with pytest.raises(UsageError, match="hub cannot be reached"):
-        Classifier("somebody/reward-model")
+        Classifier("someone/reward-model")

@@ -1,4 +1,4 @@
-"""Reward functions of TRL and in the shape of open-r1's run as they are."""
+"""Reward functions of TRL and in the style of open-r1 run unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMED = "<think>\nFirst, add.\n</think>\n<answer>\n4\n</answer>"
 
 
 def scored(function: object, *texts: str, lengths: list[int] | None = None, **columns: object) -> list[Reward]:
-    """Scores of answers to a conversation; `lengths`: their numbers of tokens."""
+    """Rewards of completions of a conversation. `lengths`: their numbers of tokens."""
     prompt, completions = group(*texts, chat=True, **columns)
     for completion, length in zip(completions, lengths or []):
         object.__setattr__(completion, "token_ids", tuple(range(length)))
@@ -58,12 +58,12 @@ def test_trl_soft_overlong_punishment() -> None:
 
 
 def test_trl_repetition_penalty() -> None:
-    """Tokens 0, 1, 2, 3 have no pair twice; the completion of two tokens has one pair."""
+    """Tokens 0, 1, 2, 3 repeat no pair; the completion of two tokens has a single pair."""
     assert totals(scored(get_repetition_penalty_reward(2), "a", "b", lengths=[4, 2])) == [0, 0]
 
 
 def test_trl_cosine_scaled() -> None:
-    """At half of the longest the cosine is 0: right (0.5 + 1) / 2, wrong (-0.5 - 1) / 2."""
+    """At half the maximum length the cosine is 0: correct (0.5 + 1) / 2, wrong (-0.5 - 1) / 2."""
     function = get_cosine_scaled_reward(max_len=20)
     assert totals(scored(function, RIGHT, WRONG, lengths=[10, 10], solution=HALF)) == pytest.approx([0.75, -0.75])
 
@@ -78,7 +78,7 @@ def test_open_r1_format() -> None:
 
 
 def test_open_r1_tag_count() -> None:
-    """Without its last line, three of four; doubled, three tags stand there twice, and "\\n</think>\\n" too."""
+    """Without the last line, three of four tags; doubled, all four tags occur twice."""
     texts = FORMED, FORMED.removesuffix("\n</answer>"), FORMED * 2, ""
     assert totals(scored(f"{OPEN_R1}:tag_count_reward", *texts)) == [1, 0.75, 0, 0]
 
@@ -89,7 +89,7 @@ def test_open_r1_reasoning_steps() -> None:
 
 
 def test_open_r1_length() -> None:
-    """Lengths 14, 18 and 22: 0.5, 0 and -0.5; the short wrong answer gets 0 in place of 0.5."""
+    """Lengths 14, 18 and 22: 0.5, 0 and -0.5; the short wrong answer gets 0 instead of 0.5."""
     texts = RIGHT, RIGHT + "....", WRONG + "........", WRONG
     assert [len(text) for text in texts] == [14, 18, 22, 14]
     assert totals(scored(f"{OPEN_R1}:len_reward", *texts, solution=HALF)) == [0.5, 0, -0.5, 0]
@@ -97,7 +97,7 @@ def test_open_r1_length() -> None:
 
 
 def test_open_r1_cosine() -> None:
-    """max_len 100: at length 50 the cosine is 0; at 0 it is 1, and the shortest wrong answer costs most."""
+    """max_len 100: the cosine is 0 at length 50 and 1 at length 0; the shortest wrong answer costs most."""
     texts = RIGHT.rjust(50), WRONG.rjust(50), ""
     assert totals(scored(f"{OPEN_R1}:cosine", *texts, solution=HALF)) == pytest.approx([0.75, -0.75, -1])
 
@@ -117,8 +117,8 @@ def test_open_r1_code() -> None:
     assert totals(scored(f"{OPEN_R1}:binary_code_reward", *texts, verification_info=info)) == [None, None]
 
 
-def test_factory_made_in_the_users_script() -> None:
-    """A closure is carried into the reward's process."""
+def test_factory_called_in_the_users_script() -> None:
+    """A closure is sent to the reward process."""
     from tests.rewards.open_r1 import get_repetition_penalty_reward as factory
 
     assert totals(scored(factory(2, -0.5), "a a a", "a b c")) == [-0.25, 0]

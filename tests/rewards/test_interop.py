@@ -1,4 +1,4 @@
-"""verl's and verifiers' functions as rewards: by name in a recipe, and from Python."""
+"""Functions of verl and verifiers as rewards: by name in a recipe, and from Python."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_verl(function: Any) -> None:
     assert values(function, "is 4", "is 5", chat=True, ground_truth="4") == [0.5, 0]
 
 
-def test_verl_rows_keep_the_truth_in_reward_model() -> None:
+def test_verl_rows_have_the_ground_truth_in_reward_model() -> None:
     row = {"reward_model": {"style": "rule", "ground_truth": "4"}, "data_source": "openai/gsm8k", "answer": "5"}
     assert values(f"verl:{FILE}:compute_score", "4", "5", **row) == [1, 0]
     assert values(f"verl:{FILE}:compute_score", "4", "5", answer="5") == [0, 0.5]
@@ -46,7 +46,7 @@ def test_verl_rows_keep_the_truth_in_reward_model() -> None:
     assert "ground_truth" in str(rewards[0].failure)
 
 
-def test_verl_dict_gives_its_score_and_logs_the_rest() -> None:
+def test_verl_dict_score_is_the_reward_and_the_rest_is_logged() -> None:
     rewards, metrics = scored(
         f"verl:{FILE}:with_parts",
         "4",
@@ -67,11 +67,11 @@ def test_verl_async_calls_fail_one_by_one() -> None:
     assert "RuntimeError: no judge" in str(rewards[1].failure)
 
 
-def test_verl_function_with_a_loop_of_its_own() -> None:
+def test_verl_function_with_its_own_event_loop() -> None:
     assert values(f"verl:{FILE}:runs_its_own_loop", "abc", answer="x") == [3]
 
 
-def test_verl_dict_without_score_abstains() -> None:
+def test_verl_dict_without_score_is_a_failure() -> None:
     rewards, _ = scored(f"verl:{FILE}:without_score", "4")
     assert rewards[0].total is None
     assert 'without "score"' in str(rewards[0].failure)
@@ -87,7 +87,7 @@ def test_verifiers_without_columns() -> None:
 
 
 def test_verifiers_async_with_all_arguments() -> None:
-    """A prompt of one message and answers of one and three letters."""
+    """A prompt of one message and completions of one and three letters."""
     assert values(f"verifiers:{FILE}:asked", "a", "abc", chat=True) == [2, 4]
 
 
@@ -98,8 +98,8 @@ def test_verifiers_state_info_and_options() -> None:
     assert values(name, "a", chat=True) == [-1]
 
 
-def test_verifiers_failure_is_one_completions() -> None:
-    """Text prompts have text completions, of lengths 2, 0 and 4."""
+def test_verifiers_failure_excludes_one_completion() -> None:
+    """Text prompts have text completions, here of lengths 2, 0 and 4."""
     rewards, _ = scored(f"verifiers:{FILE}:fails_on_empty", "ab", "", "abcd")
     assert totals(rewards) == [0.5, None, 0.25]
     assert "ZeroDivisionError" in str(rewards[1].failure)
@@ -122,7 +122,7 @@ def test_class_behind_an_adapter() -> None:
         (f"verifiers:{FILE}:exact_answer", {"answer": "4"}, ["the run passes answer itself"]),
     ],
 )
-def test_unusable_function_is_told_at_once(name: str, options: dict[str, Any], words: list[str]) -> None:
+def test_unusable_function_is_refused_at_start(name: str, options: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         RewardPool([name], [], [], options={name: options})
     for word in words:
@@ -133,8 +133,8 @@ def test_every_prefix_has_an_adapter() -> None:
     assert set(PREFIXES) == set(ADAPTERS)
 
 
-def test_adapters_of_equal_names_and_their_code() -> None:
-    """The digest is of the user's function, so that a change of it is noticed at resume."""
+def test_adapters_with_equal_names_have_different_digests() -> None:
+    """The digest is that of the user's function, so that resuming notices a change."""
     with RewardPool(
         [verl(lambda solution_str: 1.0), verl(lambda solution_str: 2.0 * len(solution_str))], [], []
     ) as pool:

@@ -1,4 +1,4 @@
-"""Options of rewards: where they go, and what is refused before any work."""
+"""Reward options: how they reach the reward, and which are refused before any work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scaled(completions, level=1, factor=1.0, **columns):
     return [factor * level[0] if isinstance(level, list) else factor * level for _ in completions]
 
 class Counts:
-    """Counts its calls; made once."""
+    """Counts its calls; instantiated once."""
 
     def __init__(self, start, step=1):
         if step == 0:
@@ -61,11 +61,11 @@ def test_function_of_the_users_file(own: str) -> None:
     assert scores(f"{own}:scaled", {"factor": 3.0}, "a", level=2) == [6]
 
 
-def test_class_is_made_once_and_then_called(own: str) -> None:
+def test_class_is_instantiated_once_and_then_called(own: str) -> None:
     name = f"{own}:Counts"
     with RewardPool([name], [], [], workers=1, options={name: {"start": 10, "step": 2}}) as pool:
         rewards = pool.score([group("a"), group("b"), group("c")], {})[0]
-    assert [totals(each) for each in rewards] == [[12], [14], [16]]
+    assert [totals(scored) for scored in rewards] == [[12], [14], [16]]
 
 
 def test_object_or_class_or_partial_from_python() -> None:
@@ -99,7 +99,7 @@ def test_object_or_class_or_partial_from_python() -> None:
         ("overlong", {"max_tokens": 4, "buffer_tokens": 5}, ["buffer_tokens = 5", "max_tokens = 4"]),
         ("overlong", {"buffer_tokens": 2.5}, ["buffer_tokens = 2.5"]),
         ("repetition", {"ngram": 0}, ["reward.options.repetition.ngram = 0"]),
-        ("repetition", {"penalty": 0.5}, ["reward.options.repetition.penalty = 0.5", "not above 0"]),
+        ("repetition", {"penalty": 0.5}, ["reward.options.repetition.penalty = 0.5", "at most 0"]),
         ("OWN:scaled", {"facto": 2}, ['own.py:scaled".facto = 2', 'did you mean "factor"']),
         ("OWN:scaled", {"level": 2}, ['own.py:scaled".level = 2', "the run passes level itself"]),
         ("OWN:Counts", {}, ['own.py:Counts".start', "missing"]),
@@ -107,7 +107,7 @@ def test_object_or_class_or_partial_from_python() -> None:
         ("OWN:NoCall", {}, ["cannot be called"]),
     ],
 )
-def test_wrong_options_are_told_at_once(own: str, name: str, options: dict[str, Any], words: list[str]) -> None:
+def test_wrong_options_are_refused_at_start(own: str, name: str, options: dict[str, Any], words: list[str]) -> None:
     name = name.replace("OWN", own)
     with pytest.raises(UsageError) as caught:
         RewardPool([name], [], ["level"], options={name: options})
@@ -115,7 +115,7 @@ def test_wrong_options_are_told_at_once(own: str, name: str, options: dict[str, 
         assert word in str(caught.value)
 
 
-def test_options_of_a_function_that_is_not_there() -> None:
+def test_options_of_a_function_that_is_not_used() -> None:
     with pytest.raises(UsageError, match=r'reward\.options\.regx .* did you mean "regex"'):
         RewardPool(["regex"], [], [], options={"regx": {"pattern": "a"}})
     with pytest.raises(UsageError, match=r"functools\.partial"):
@@ -125,8 +125,8 @@ def test_options_of_a_function_that_is_not_there() -> None:
     load_recipe({"model": {"name": "m"}, "reward": {"options": {"regex": {"pattern": "a"}}}})
 
 
-def test_options_of_a_recipe_reach_the_reward(tiny_folder: str, tmp_path: Path, own: str) -> None:
-    """Eight tokens at the most, a buffer of eight: each token costs an eighth, so the reward tells the length."""
+def test_recipe_options_reach_the_reward(tiny_folder: str, tmp_path: Path, own: str) -> None:
+    """At most eight tokens and a buffer of eight: each token costs an eighth, so the reward shows the length."""
     result = small_run(
         tiny_folder,
         tmp_path / "run",
@@ -139,7 +139,7 @@ def test_options_of_a_recipe_reach_the_reward(tiny_folder: str, tmp_path: Path, 
     assert line["reward/scaled/mean"] == 3
 
 
-def test_other_options_are_another_recipe(tiny_folder: str, tmp_path: Path) -> None:
+def test_changed_options_are_a_changed_recipe(tiny_folder: str, tmp_path: Path) -> None:
     settings = {"reward__functions": ["repetition"], "run__steps": 1}
     small_run(tiny_folder, tmp_path / "run", reward__options={"repetition": {"ngram": 2}}, **settings)
     with pytest.raises(UsageError, match="options"):

@@ -1,4 +1,4 @@
-"""Failures of rewards in a run: events, files that repeat the calls, and the end of a run whose rewards are broken."""
+"""Reward failures in a run: events, saved calls for rerun-reward, and stopping a run whose rewards are broken."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ BROKEN = WELL.replace("def f(", "def good(") + (
 )
 
 
-def test_broken_reward_stops_the_run_which_goes_on_when_it_is_mended(tiny_folder: str, tmp_path: Path) -> None:
+def test_broken_reward_stops_the_run_and_it_resumes_after_a_fix(tiny_folder: str, tmp_path: Path) -> None:
     reward, out = tmp_path / "r.py", tmp_path / "run"
     settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=5, run__checkpoint_every=5)
     reward.write_text(BROKEN)
     with pytest.raises(RunError) as caught:
         train(settings, prompts=ROWS, out=out)
-    told = str(caught.value)
+    message = str(caught.value)
     for words in ("step 4: 16 of 16 completions", "reward.failure_limit = 0.2", "f: RuntimeError: ", "line 3 of",
                   "gruppo rerun-reward ", "--resume"):  # fmt: skip
-        assert words in told
-    events = [each for each in read_lines(out / "events.jsonl") if each["kind"] == "reward_failed"]
-    assert [(each["step"], each["reward"], each["completions"]) for each in events] == [(4, "f", 4)] * 4
-    assert len({each["prompt_id"] for each in events}) == 4
+        assert words in message
+    events = [event for event in read_lines(out / "events.jsonl") if event["kind"] == "reward_failed"]
+    assert [(event["step"], event["reward"], event["completions"]) for event in events] == [(4, "f", 4)] * 4
+    assert len({event["prompt_id"] for event in events}) == 4
     for event in events:
-        held = read_call(out / event["file"])
-        assert (held["prompt_id"], held["exact"], held["step"]) == (event["prompt_id"], True, 4)
+        call = read_call(out / event["file"])
+        assert (call["prompt_id"], call["exact"], call["step"]) == (event["prompt_id"], True, 4)
         with pytest.raises(RuntimeError, match="broken"):
-            called_as(BROKEN, held)
-    (again,) = {each.failure for each in rerun_reward(out / events[0]["file"])}
+            called_as(BROKEN, call)
+    (again,) = {result.failure for result in rerun_reward(out / events[0]["file"])}
     assert "broken" in str(again)
 
     reward.write_text(WELL)
@@ -54,51 +54,51 @@ def test_broken_reward_stops_the_run_which_goes_on_when_it_is_mended(tiny_folder
     train(settings, prompts=ROWS, out=tmp_path / "whole")
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
     events = read_lines(out / "events.jsonl")
-    assert events[-1]["message"] == "continued after step 3", "which was saved when the rewards failed"
-    kinds = [each["kind"] for each in events]
-    assert kinds == ["changed", "resume"], "the step was made again, and its failures with it"
+    assert events[-1]["message"] == "continued after step 3", "the step before the failure was saved"
+    kinds = [event["kind"] for event in events]
+    assert kinds == ["changed", "resume"], "the step ran again, which removed its failures"
     assert list((out / "failures").iterdir()) == []
 
 
-def called_as(code: str, held: dict) -> object:
-    """As the documentation has it for a debugger."""
+def called_as(code: str, call: dict) -> object:
+    """Call the function as the documentation describes for a debugger."""
     from types import SimpleNamespace
 
     space: dict = {}
     exec(code, space)
-    return space["f"](**held["arguments"], trainer_state=SimpleNamespace(**held["trainer_state"]))
+    return space["f"](**call["arguments"], trainer_state=SimpleNamespace(**call["trainer_state"]))
 
 
-def test_reward_that_cannot_be_loaded_again_stops_the_run_saved(tiny_folder: str, tmp_path: Path) -> None:
+def test_reward_that_cannot_be_loaded_again_stops_the_run_after_saving_it(tiny_folder: str, tmp_path: Path) -> None:
     reward, out = tmp_path / "r.py", tmp_path / "run"
     dies = "import os, pathlib\ndef f(completions, trainer_state, **_):\n    if trainer_state.global_step == 2:\n"
     dies += f"        pathlib.Path({str(reward)!r}).write_text('broken')\n        os._exit(1)\n"
     dies += "    return good(completions)\n"
     reward.write_text(WELL.replace("def f(", "def good(") + dies)
     settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=4, run__checkpoint_every=4)
-    with pytest.raises(RunError, match="mend them and resume"):
+    with pytest.raises(RunError, match="fix them and resume"):
         train(settings, prompts=ROWS, out=out)
     reward.write_text(WELL)
     train(settings, prompts=ROWS, out=out, resume=True)
     assert read_lines(out / "events.jsonl")[-1]["message"] == "continued after step 2"
 
 
-def test_few_failures_are_events_and_the_run_goes_on(tiny_folder: str, tmp_path: Path) -> None:
+def test_few_failures_are_events_and_the_run_continues(tiny_folder: str, tmp_path: Path) -> None:
     reward = tmp_path / "r.py"
     reward.write_text("def f(completions, **_): return [float('nan'), *map(float, map(len, completions[1:]))]\n")
     settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=2, reward__failure_limit=0.25)
     result = train(settings, prompts=ROWS, out=tmp_path / "run")
     assert result.metrics[-1]["reward/excluded"] == 0.25
-    events = [each for each in read_lines(result.path / "events.jsonl") if each["kind"] == "reward_failed"]
-    assert [(each["step"], each["completions"]) for each in events] == [(1, 1)] * 4 + [(2, 1)] * 4
-    assert {each["file"] for each in events} == {f"failures/{path.name}" for path in result.path.glob("failures/*")}
+    events = [event for event in read_lines(result.path / "events.jsonl") if event["kind"] == "reward_failed"]
+    assert [(event["step"], event["completions"]) for event in events] == [(1, 1)] * 4 + [(2, 1)] * 4
+    assert {event["file"] for event in events} == {f"failures/{path.name}" for path in result.path.glob("failures/*")}
     assert rerun_reward(result.path / events[0]["file"])[0].failure == "f: returned nan"
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with RewardPool(["tests/rewards/functions.py:length", lambda completions, **_: []], [], [], workers=1) as made:
-        yield made
+    with RewardPool(["tests/rewards/functions.py:length", lambda completions, **_: []], [], [], workers=1) as opened:
+        yield opened
 
 
 def failed(pool: RewardPool, prompt: str = "q", text: str = "a", name: str = "length", **columns: object) -> Group:
@@ -116,29 +116,29 @@ def test_files_are_bounded_in_number_and_size(pool: RewardPool, tmp_path: Path) 
     assert (tmp_path / str(large)).stat().st_size < 1000
     with pytest.raises(UsageError, match=r"not in it .* rollouts/step-000001\.parquet"):
         read_call(tmp_path / str(large))
-    made = [keep(failed(pool, f"../{number}\n\0")) for number in range(MOST_FILES + 5)]
-    assert made.count(None) == 6
+    names = [keep(failed(pool, f"../{number}\n\0")) for number in range(MOST_FILES + 5)]
+    assert names.count(None) == 6
     assert len(list((tmp_path / "failures").iterdir())) == MOST_FILES
 
 
-def test_file_says_what_is_not_exact_and_what_has_no_name(pool: RewardPool, tmp_path: Path) -> None:
-    group = failed(pool, odd=object())
+def test_file_marks_inexact_arguments_and_functions_without_a_name(pool: RewardPool, tmp_path: Path) -> None:
+    group = failed(pool, column=object())
     name = keep_call(tmp_path, 1, next(failures_of([group])), pool, {})
     assert json.loads((tmp_path / str(name)).read_text())["exact"] is False
-    given = keep_call(tmp_path, 2, next(failures_of([failed(pool, name="<lambda>")])), pool, {})
-    with pytest.raises(UsageError, match="was given from Python"):
-        rerun_reward(tmp_path / str(given))
-    assert "0 values for 1" in str(rerun_reward(tmp_path / str(given), lambda completions, **_: [])[0].failure)
+    in_memory = keep_call(tmp_path, 2, next(failures_of([failed(pool, name="<lambda>")])), pool, {})
+    with pytest.raises(UsageError, match="was passed from Python"):
+        rerun_reward(tmp_path / str(in_memory))
+    assert "0 values for 1" in str(rerun_reward(tmp_path / str(in_memory), lambda completions, **_: [])[0].failure)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"arguments": 3}', "[" * 10**5, "\ufffd", '{"arguments": {}}'])
 def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "f.json").write_text(content)
-    with pytest.raises(UsageError, match="holds no call of a reward"):
+    with pytest.raises(UsageError, match="is not a saved reward call"):
         read_call(tmp_path / "f.json")
 
 
-def test_command_repeats_a_call_and_writes_nothing_to_the_terminal_but_text(tmp_path: Path) -> None:
+def test_rerun_reward_command_prints_only_printable_text(tmp_path: Path) -> None:
     reward = tmp_path / "r.py"
     reward.write_text(
         "def f(completions, **_):\n    print('\\x1b[31mseen')\n    raise RuntimeError('\\x1b[2Jbroken')\n"

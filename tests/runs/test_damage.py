@@ -1,4 +1,4 @@
-"""Damaged files of a run folder: found, named, and never taken for what they should be."""
+"""Damaged files of a run folder are detected, reported, and never used as if intact."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cut(path: Path) -> None:
 
 
 def forget(name: str) -> Callable[[Path], None]:
-    """A manifest that is whole JSON, but for one of its files."""
+    """A manifest that is valid JSON but lacks one of its files."""
 
     def damage(path: Path) -> None:
         manifest = json.loads(path.read_text())
@@ -55,15 +55,15 @@ def forget(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("file", "damage", "said"),
     [
-        ("weights.safetensors", flip, "weights.safetensors does not agree with its hash"),
+        ("weights.safetensors", flip, "weights.safetensors does not match its hash"),
         ("optimizer.safetensors", Path.unlink, "optimizer.safetensors is missing"),
-        ("state.json", cut, "state.json does not agree with its hash"),
+        ("state.json", cut, "state.json does not match its hash"),
         ("manifest.json", cut, "cannot be read"),
         ("manifest.json", Path.unlink, "manifest.json is missing"),
-        ("manifest.json", forget("optimizer.safetensors"), "cut manifest"),
+        ("manifest.json", forget("optimizer.safetensors"), "truncated manifest"),
     ],
 )
-def test_the_checkpoint_before_is_used_and_what_was_wrong_is_named(
+def test_the_previous_checkpoint_is_used_and_the_damage_is_reported(
     file: str, damage: Callable[[Path], None], said: str, run: Path, finished: Path, tiny_folder: str
 ) -> None:
     damage(run / "checkpoints/step-000006" / file)
@@ -75,22 +75,22 @@ def test_the_checkpoint_before_is_used_and_what_was_wrong_is_named(
     assert said in events[0]["message"]
 
 
-def test_where_no_checkpoint_is_whole_the_run_is_refused_and_nothing_is_lost(run: Path, tiny_folder: str) -> None:
+def test_without_an_intact_checkpoint_resume_is_refused_and_nothing_is_lost(run: Path, tiny_folder: str) -> None:
     flip(run / "checkpoints/step-000006/weights.safetensors")
     (run / "checkpoints/step-000004/state.json").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     with pytest.raises(RunError) as error:
         small_run(tiny_folder, run, resume=True, **STEPS)
-    for words in ("no checkpoint is whole", "step-000006: weights", "step-000004: state.json is missing", "--out"):
+    for words in ("no checkpoint is intact", "step-000006: weights", "step-000004: state.json is missing", "--out"):
         assert words in str(error.value)
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     assert {path for path in before if before[path] != after.get(path)} == set()
 
 
-def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(
+def test_a_damaged_checkpoint_does_not_displace_an_intact_one(
     run: Path, tiny_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between the two: the checkpoints of steps 4 and 5 are the last two, and that of step 6 is gone."""
+    """Stopped in between: the checkpoints of steps 4 and 5 are the last two, and that of step 6 is deleted."""
     flip(run / "checkpoints/step-000006/weights.safetensors")
     original = TrainingRun.finish_step
 
@@ -103,8 +103,8 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
 
 
-def test_folders_beside_the_checkpoints_are_left_alone(run: Path, finished: Path, tiny_folder: str) -> None:
-    """Such as a copy that somebody has made of one."""
+def test_other_folders_next_to_checkpoints_are_ignored(run: Path, finished: Path, tiny_folder: str) -> None:
+    """For example a copy of a checkpoint that a user has made."""
     shutil.copytree(run / "checkpoints/step-000004", run / "checkpoints/step-000004.mine")
     shutil.copytree(run / "checkpoints/step-000004", run / "checkpoints/step-of-mine")
     flip(run / "checkpoints/step-000006/weights.safetensors")
@@ -114,7 +114,7 @@ def test_folders_beside_the_checkpoints_are_left_alone(run: Path, finished: Path
 
 
 @pytest.mark.parametrize("content", [b"\x00" * 40, b'{"step": 2, "reward', b"[1]", b"\xff\xfe", b"[" * 5000])
-def test_a_damaged_line_is_taken_out_with_an_event_and_the_others_stay(
+def test_a_damaged_line_is_removed_with_an_event_and_the_others_stay(
     content: bytes, run: Path, tiny_folder: str
 ) -> None:
     lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
@@ -131,22 +131,22 @@ def test_a_damaged_line_is_taken_out_with_an_event_and_the_others_stay(
     assert event["message"].startswith("metrics.jsonl: line 2 cannot be read")
 
 
-def test_missing_lines_and_tables_are_told(run: Path, tiny_folder: str) -> None:
+def test_missing_lines_and_tables_are_reported(run: Path, tiny_folder: str) -> None:
     cut(run / "metrics.jsonl")
     (run / "rollouts/step-000002.parquet").unlink()
     cut(run / "rollouts/step-000005.parquet")
     result = small_run(tiny_folder, run, resume=True, **STEPS)
     assert [line["step"] for line in result.metrics] == [1, 2, 3]
-    told = [each["message"] for each in read_lines(run / "events.jsonl") if each["kind"] == "damaged"]
-    assert told[0].startswith("metrics.jsonl: its end is missing")
-    assert told[1].startswith("metrics.jsonl: line 4 cannot be read")
-    assert told[2:] == ["rollouts/step-000002.parquet is missing", "rollouts/step-000005.parquet is damaged"]
+    messages = [event["message"] for event in read_lines(run / "events.jsonl") if event["kind"] == "damaged"]
+    assert messages[0].startswith("metrics.jsonl: its end is missing")
+    assert messages[1].startswith("metrics.jsonl: line 4 cannot be read")
+    assert messages[2:] == ["rollouts/step-000002.parquet is missing", "rollouts/step-000005.parquet is damaged"]
     with pytest.raises(UsageError, match=r"step-000005\.parquet: is damaged"):
         result.rollouts(5)
 
 
-def test_a_flipped_bit_in_a_table_is_seen_where_it_is_read(run: Path) -> None:
-    """Pages have checksums; what is not seen lies in headers and changes nothing."""
+def test_a_flipped_bit_in_a_table_is_detected_on_reading(run: Path) -> None:
+    """Pages have checksums; undetected flips are in headers and change nothing."""
     path = run / "rollouts/step-000001.parquet"
     whole, seen, right = path.read_bytes(), 0, read_table(path)
     places = range(4, len(whole) - int.from_bytes(whole[-8:-4], "little") - 8, 13)
@@ -160,7 +160,7 @@ def test_a_flipped_bit_in_a_table_is_seen_where_it_is_read(run: Path) -> None:
     assert seen > len(places) / 2
 
 
-def test_a_line_that_is_whole_but_for_its_end_is_kept(tmp_path: Path) -> None:
+def test_a_line_that_lacks_only_its_newline_is_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     (folder.path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
     assert folder.cut_back({"metrics.jsonl": 100}, 2) == ["metrics.jsonl: its end is missing, 77 of 100 bytes"]
@@ -173,10 +173,10 @@ def test_a_line_that_is_whole_but_for_its_end_is_kept(tmp_path: Path) -> None:
     [
         ("recipe.toml", cut, "recipe.toml: is damaged"),
         ("environment.json", cut, "environment.json: is damaged"),
-        ("environment.json", Path.unlink, "environment.json, which says what the run chose"),
+        ("environment.json", Path.unlink, "environment.json, which records what the run chose"),
     ],
 )
-def test_what_a_run_cannot_go_on_without_is_named(
+def test_missing_or_damaged_essential_files_are_reported(
     file: str, damage: Callable[[Path], None], said: str, run: Path, tiny_folder: str
 ) -> None:
     damage(run / file)
@@ -184,7 +184,7 @@ def test_what_a_run_cannot_go_on_without_is_named(
         small_run(tiny_folder, run, resume=True, **STEPS)
 
 
-def test_a_damaged_summary_is_written_anew(run: Path, finished: Path, tiny_folder: str) -> None:
+def test_a_damaged_summary_is_rewritten(run: Path, finished: Path, tiny_folder: str) -> None:
     cut(run / "summary.json")
     with pytest.raises(UsageError, match=r"summary\.json: is damaged"):
         load_result(run)
@@ -192,7 +192,7 @@ def test_a_damaged_summary_is_written_anew(run: Path, finished: Path, tiny_folde
     assert fingerprint(run) == fingerprint(finished)
 
 
-def test_what_a_kill_left_before_the_recipe_was_there_is_no_other_persons_folder(
+def test_files_left_by_a_kill_before_the_recipe_exists_do_not_block_the_folder(
     tiny_folder: str, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()

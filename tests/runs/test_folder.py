@@ -30,7 +30,7 @@ def run(tmp_path: Path):
     folder.close()
 
 
-def test_lines_are_cut_back_and_later_tables_go(run: RunFolder) -> None:
+def test_lines_are_truncated_and_later_tables_deleted(run: RunFolder) -> None:
     run.metric({"step": 1})
     run.table("rollouts", 1, [{"a": 1}], SCHEMA)
     lengths = run.lengths()
@@ -45,7 +45,7 @@ def test_lines_are_cut_back_and_later_tables_go(run: RunFolder) -> None:
     assert pq.read_table(run.path / "rollouts" / "step-000001.parquet").to_pylist() == [{"a": 1}]
 
 
-def test_metrics_hold_no_nan(run: RunFolder) -> None:
+def test_metrics_contain_no_nan(run: RunFolder) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         run.metric({"step": 1, "x": float("nan")})
 
@@ -57,7 +57,7 @@ def test_second_run_in_a_folder_is_refused(run: RunFolder) -> None:
     RunFolder(run.path).close()
 
 
-def test_whole_files_replace_whole_files(tmp_path: Path) -> None:
+def test_files_are_replaced_atomically(tmp_path: Path) -> None:
     write_whole(tmp_path / "x", b"one")
     write_whole(tmp_path / "x", b"two")
     assert (tmp_path / "x").read_bytes() == b"two"
@@ -92,7 +92,7 @@ def trained(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def test_checkpoint_brings_back_weights_optimizer_and_state(run: RunFolder) -> None:
+def test_checkpoint_restores_weights_optimizer_and_state(run: RunFolder) -> None:
     model, optimizer = trained(0)
     run.metric({"step": 1})
     folder = save_checkpoint(run, model, optimizer, State(step=3, cursor=12, evaluated=True))
@@ -119,8 +119,8 @@ def test_last_two_and_best_are_kept(run: RunFolder) -> None:
     assert kept == ["step-000002", "step-000004", "step-000005"]
 
 
-@pytest.mark.parametrize("damage", ["flipped bit", "missing file", "cut manifest", "empty manifest"])
-def test_damaged_checkpoint_is_passed_over(run: RunFolder, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["flipped bit", "missing file", "truncated manifest", "empty manifest"])
+def test_damaged_checkpoint_is_skipped(run: RunFolder, damage: str) -> None:
     model, optimizer = trained(0)
     good = save_checkpoint(run, model, optimizer, State(step=1))
     bad = save_checkpoint(run, model, optimizer, State(step=2))
@@ -130,7 +130,7 @@ def test_damaged_checkpoint_is_passed_over(run: RunFolder, damage: str) -> None:
         (bad / "weights.safetensors").write_bytes(content)
     elif damage == "missing file":
         (bad / "optimizer.safetensors").unlink()
-    elif damage == "cut manifest":
+    elif damage == "truncated manifest":
         text = (bad / "manifest.json").read_text()
         (bad / "manifest.json").write_text(text[: len(text) // 2])
     else:
@@ -146,7 +146,7 @@ def test_no_checkpoint_yet(run: RunFolder) -> None:
 
 
 def test_kill_while_a_checkpoint_is_replaced_loses_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The old folder is set aside before the new one gets its name: in between, the old one is still found."""
+    """The old folder is moved aside before the new one gets its name; in between, the old one is still found."""
     model, optimizer = trained(0)
     save_checkpoint(run, model, optimizer, State(step=2, cursor=1))
     rename = Path.replace

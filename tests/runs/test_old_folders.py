@@ -1,4 +1,4 @@
-"""A run folder that revision 790d39a made, before fields, values and metrics got the names of now, is read as before.
+"""A run folder of revision 790d39a, from before fields, values and metrics were renamed, can still be read.
 
 `revision_790d39a/` holds its model, rows and run: GRPO with a trained reward model, two iterations, four steps.
 """
@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_it_resumes_and_ends_with_the_same_weights(run: Path) -> None:
+def test_an_old_run_resumes_and_ends_with_the_same_weights(run: Path) -> None:
     wanted = load_file(run / "checkpoints/step-000004/weights.safetensors")
     judge = load_file(run / "checkpoints/step-000004/reward_model.weights.safetensors")
     before = {line["step"]: line for line in read_metrics(run / "metrics.jsonl") if "reward/mean" in line}
@@ -46,7 +46,7 @@ def test_it_resumes_and_ends_with_the_same_weights(run: Path) -> None:
     assert after[4]["reward/last_number/mean"] == before[4]["reward/last_number/mean"]
 
 
-def test_its_lines_and_tables_have_the_names_of_now(run: Path) -> None:
+def test_old_lines_and_tables_are_read_with_the_current_names(run: Path) -> None:
     lines = read_metrics(run / "metrics.jsonl")
     names = {name for line in lines for name in line}
     assert {"groups/nonzero_advantage", "reward/excluded", "reward/last_number/mean", "eval/finished_share"} <= names
@@ -59,7 +59,7 @@ def test_its_lines_and_tables_have_the_names_of_now(run: Path) -> None:
     assert frame["groups/nonzero_advantage"].notna().sum() == 4
 
 
-def test_it_exports(run: Path, tmp_path: Path) -> None:
+def test_an_old_run_is_exported(run: Path, tmp_path: Path) -> None:
     made = gruppo.export(run, tmp_path / "out", checkpoint="4")
     assert made.step == 4
     assert "tis_cap = 2.0" in (tmp_path / "out" / "README.md").read_text()
@@ -71,7 +71,7 @@ def test_a_step_is_reproduced(run: Path) -> None:
     assert made.rewards == 12
 
 
-def test_its_recipe_evaluates(run: Path) -> None:
+def test_an_old_recipe_can_be_evaluated(run: Path) -> None:
     recipe = gruppo.load_recipe(run / "recipe.toml")
     assert recipe.evaluation is not None
     assert recipe.evaluation.grader == "numeric_answer"
@@ -81,27 +81,27 @@ def test_its_recipe_evaluates(run: Path) -> None:
 @pytest.mark.parametrize(("place", "new"), FIELDS.items(), ids=[".".join(place) for place in FIELDS])
 def test_an_old_field_in_a_recipe_is_refused_with_the_new_one(place: tuple[str, str], new: str) -> None:
     table, field = place
-    with pytest.raises(UsageError, match=rf"{table}\.{field} = .*{table}\.{new} now"):
+    with pytest.raises(UsageError, match=rf"{table}\.{field} = .*renamed; write {table}\.{new}$"):
         gruppo.load_recipe({"model": {"name": "m"}, table: {field: 1}})
 
 
 @pytest.mark.parametrize("old", VALUES["method", "source"])
 def test_an_old_source_in_a_recipe_is_refused_with_the_new_one(old: str) -> None:
-    with pytest.raises(UsageError, match=f'"{VALUES["method", "source"][old]}" now'):
+    with pytest.raises(UsageError, match=f'renamed; write "{VALUES["method", "source"][old]}"'):
         gruppo.load_recipe({"model": {"name": "m"}, "method": {"source": old}})
 
 
 @pytest.mark.parametrize(("old", "new"), VALUES["reward", "functions"].items())
 def test_an_old_reward_in_a_recipe_is_refused_with_the_new_one(old: str, new: str, tmp_path: Path) -> None:
     recipe = {"model": {"name": str(OLD / "model")}, "task": {"name": str(OLD / "rows.jsonl")}}
-    with pytest.raises(UsageError, match=rf'reward\.functions = "{old}": .*"{new}" now'):
+    with pytest.raises(UsageError, match=rf'reward\.functions = "{old}": .*renamed; write "{new}"'):
         gruppo.train({**recipe, "reward": {"functions": [old]}}, out=tmp_path / "run")
-    with pytest.raises(UsageError, match='evaluation.grader = "number": .*"numeric_answer" now'):
-        evaluation = {"task": str(OLD / "questions.jsonl"), "grader": "number"}
+    evaluation = {"task": str(OLD / "questions.jsonl"), "grader": "number"}
+    with pytest.raises(UsageError, match=r'evaluation\.grader = "number": .*renamed; write "numeric_answer"'):
         gruppo.train({**recipe, "reward": {"functions": [new]}, "evaluation": evaluation}, out=tmp_path / "run")
 
 
-def test_a_recipe_with_the_names_of_now_is_left_as_it_is() -> None:
+def test_a_recipe_with_current_names_is_unchanged() -> None:
     recipe = gruppo.load_recipe(
         {"model": {"name": "m"}, "method": {"name": "rft"}, "reward": {"functions": ["choice"]}}
     )

@@ -1,4 +1,4 @@
-"""Run folders from strangers: damaged, malicious and huge ones are refused in a line, and nothing of them runs."""
+"""Untrusted run folders: damaged, malicious and huge ones give a one-line error, and none of their code runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import gruppo
-from gruppo.runs.console import ConsoleProgress
 from gruppo.errors import UsageError
 from gruppo.runs import reading as opening
+from gruppo.runs.console import ConsoleProgress
 from gruppo.runs.report import describe_run
 from gruppo.runs.results import load_result
 from gruppo.training.api import train
@@ -80,7 +80,7 @@ def test_links_out_of_a_folder_and_devices_are_refused(
     assert not (tmp_path / "outside").exists()
 
 
-def test_links_within_a_folder_are_well(folder: Path) -> None:
+def test_links_within_a_folder_are_allowed(folder: Path) -> None:
     (folder / "latest").symlink_to("rollouts")
     assert load_result(folder).summary["state"] == "done"
 
@@ -97,7 +97,7 @@ def test_links_within_a_folder_are_well(folder: Path) -> None:
         ("metrics.jsonl", '{"step": 1' + "0" * 5000 + "}\n"),
     ],
 )
-def test_malicious_json_is_an_error_in_a_line(file: str, content: str, folder: Path) -> None:
+def test_malicious_json_is_a_one_line_error(file: str, content: str, folder: Path) -> None:
     (folder / file).write_text(content)
     with pytest.raises(UsageError) as caught:
         load_result(folder)
@@ -107,11 +107,11 @@ def test_malicious_json_is_an_error_in_a_line(file: str, content: str, folder: P
 def test_huge_files_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (folder / "summary.json").open("ab") as file:
         file.truncate(opening.MOST_JSON + 10)  # no bytes on the disk
-    with pytest.raises(UsageError, match="more than 64 MiB"):
+    with pytest.raises(UsageError, match="larger than 64 MiB"):
         load_result(folder)
     with (folder / "recipe.toml").open("ab") as file:
         file.truncate(2**30)
-    with pytest.raises(UsageError, match="more than 16 MiB"):
+    with pytest.raises(UsageError, match="larger than 16 MiB"):
         gruppo.export(folder, folder.parent / "out")
     monkeypatch.setattr(opening, "MOST_TABLE", 10**6)
     bomb = pa.table({"text": pa.array(["x" * 100] * 10**6)})
@@ -122,24 +122,24 @@ def test_huge_files_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" * 100, b"\x80\x04\x95"])
-def test_damaged_tables_are_an_error_in_a_line(content: bytes, folder: Path) -> None:
+def test_damaged_tables_are_a_one_line_error(content: bytes, folder: Path) -> None:
     (folder / "rollouts/step-000001.parquet").write_bytes(content)
     (folder / "rollouts/step-evil.parquet").write_bytes(content)
-    with pytest.raises(UsageError, match="no table of a run"):
+    with pytest.raises(UsageError, match="not a table of a run"):
         load_result(folder).rollouts()
     assert len(load_result(folder).rollouts(2)) == 16
 
 
 @pytest.mark.parametrize("name", ["../../../../../etc/hostname", "/dev/zero", "..", "", "a\0b", "sub/file"])
-def test_manifest_cannot_name_what_is_outside(name: str, folder: Path) -> None:
+def test_manifest_cannot_name_files_outside_the_checkpoint(name: str, folder: Path) -> None:
     checkpoint = sorted(folder.glob("checkpoints/*"))[-1]
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps({name: "", **manifest}))
-    assert "which is no file of it" in str(problem_of(checkpoint))
+    assert "which is not one of its files" in str(problem_of(checkpoint))
 
 
 @pytest.mark.parametrize("content", ['{"step": "x"}', '{"labels": []}', "[]", '{"evaluations": {"1": 3}}'])
-def test_state_of_another_form_is_refused(content: str, folder: Path) -> None:
+def test_invalid_state_is_refused(content: str, folder: Path) -> None:
     from gruppo.utils.files import file_sha256
 
     for checkpoint in folder.glob("checkpoints/*"):
@@ -152,7 +152,7 @@ def test_state_of_another_form_is_refused(content: str, folder: Path) -> None:
 
 
 def test_code_that_a_run_names_does_not_run(folder: Path) -> None:
-    """Reading and exporting import nothing of it."""
+    """Reading and exporting import nothing from the run."""
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\ndef f(completions): pass\n")
     text = (folder / "recipe.toml").read_text()
     evil = f"{folder}/evil.py:f"
@@ -173,11 +173,11 @@ def test_code_that_a_run_names_does_not_run(folder: Path) -> None:
     [("\x1b[2J\x07", r"\x1b[2J\x07"), ("\x9b31m", r"\x9b31m"), ("a\tb\nc", "a\tb\nc"), ("\u202eabc", r"\u202eabc"),
      ("\ud800", r"\ud800"), ("\r", r"\r"), ("日本 é 🎉", "日本 é 🎉")],
 )  # fmt: skip
-def test_what_is_shown_is_visible(text: str, shown: str) -> None:
+def test_control_characters_are_shown_visibly(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_console_shows_markup_and_controls_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_does_not_interpret_markup_and_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     progress = ConsoleProgress()
     for text in ("[red]no[/]", "[/] [bold", "\x1b]0;title\x07", ":smile:"):
         progress.note(text)
@@ -189,7 +189,7 @@ def test_console_shows_markup_and_controls_as_they_are(capsys: pytest.CaptureFix
     assert shown.out.splitlines() == shown.err.splitlines() == lines
 
 
-def test_bars_show_markup_as_it_is() -> None:
+def test_bars_do_not_interpret_markup() -> None:
     from rich.console import Console
 
     progress = ConsoleProgress()

@@ -1,4 +1,4 @@
-"""A run folder read back in a notebook."""
+"""Reading a run folder, as in a notebook."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def finished(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Resu
     return small_run(tiny_folder, tmp_path_factory.mktemp("run") / "tiny", **changes)
 
 
-def test_frame_has_a_row_a_step_with_its_evaluation(finished: Result) -> None:
+def test_frame_has_one_row_per_step_with_its_evaluation(finished: Result) -> None:
     frame = finished.frame()
     assert list(frame.index) == [0, 1, 2, 3, 4, 5, 6]
     assert frame.index.name == "step"
@@ -45,7 +45,7 @@ def test_rollouts_of_one_step_and_of_all(finished: Result) -> None:
     assert one.loc[0, "token_ids"].dtype == "int64"
 
 
-def test_evaluations_hold_every_answer(finished: Result) -> None:
+def test_evaluations_contain_every_answer(finished: Result) -> None:
     every = finished.evaluations()
     assert len(every) == 4 * 3
     accuracy = every.groupby("step")["correct"].mean()
@@ -54,7 +54,7 @@ def test_evaluations_hold_every_answer(finished: Result) -> None:
 
 
 @pytest.mark.parametrize(("table", "steps"), [("rollouts", "1, 2, 3, 4, 5, 6"), ("evaluations", "0, 2, 4, 6")])
-def test_step_that_is_not_there_is_told_with_those_that_are(finished: Result, table: str, steps: str) -> None:
+def test_a_missing_step_is_reported_with_the_existing_ones(finished: Result, table: str, steps: str) -> None:
     with pytest.raises(UsageError, match=f"of step 7; it has those of {steps}"):
         getattr(finished, table)(7)
 
@@ -73,13 +73,13 @@ def test_events(finished: Result, tmp_path: Path, tiny_folder: str) -> None:
     assert again.events()["kind"].tolist() == ["resume"]
 
 
-def test_opened_again_it_is_the_same(finished: Result) -> None:
+def test_a_result_read_from_the_folder_is_the_same(finished: Result) -> None:
     for opened in (gruppo.load_result(finished.path), Result.read(str(finished.path))):
         assert opened == finished
     assert opened.load_model().num_parameters() > 0
 
 
-def test_run_that_is_going_on_can_be_read(finished: Result, tmp_path: Path) -> None:
+def test_a_run_in_progress_can_be_read(finished: Result, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text((finished.path / "recipe.toml").read_text())
     lines = (finished.path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])

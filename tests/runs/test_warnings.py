@@ -1,4 +1,4 @@
-"""Warnings: each on a series that shows it, none on healthy ones, and the same after a resume."""
+"""Warnings: every check has a series that triggers it, healthy series trigger none, and a resume changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORDED = Path("tests/runs/recorded")
 
 
 def healthy(step: int) -> dict[str, Any]:
-    """Noise without chance: a reward that rises, shorter and surer completions."""
+    """Metrics with deterministic noise: a rising reward, and shorter completions with lower entropy."""
     swing = (-1) ** step * 0.01
     return {
         "step": step, "groups/nonzero_advantage": 0.6 + swing, "reward/mean": 0.2 + 0.01 * step + swing,
@@ -38,7 +38,7 @@ def evaluation(step: int, accuracy: float) -> dict[str, Any]:
 
 
 def series(steps: int = 40, since: int = 20, until: int = 1000, **changes: Any) -> list[dict[str, Any]]:
-    """A healthy run; from one step to another some metrics are others: a number, or a function of the step."""
+    """A healthy run in which some metrics are replaced between two steps by a number or a function of the step."""
     lines = []
     for step in range(1, steps + 1):
         line = healthy(step)
@@ -58,71 +58,71 @@ def with_evaluations(lines: list[dict[str, Any]], accuracies: dict[int, float]) 
 
 
 def with_round(auc: float | None, positives: int, step: int = 20) -> list[dict[str, Any]]:
-    """A reward model trained after a step, with so many positives among 100 held-out labels."""
+    """A reward model trained after a step, with `positives` positives among 100 held-out labels."""
     figures = {"auc": auc, "labels": 100.0, "positives": float(positives)}
     line = {"step": step, "iteration": 2, **{f"reward_model/after/{name}": value for name, value in figures.items()}}
     return [*series()[:step], line, *series()[step:]]
 
 
-def told(lines: list[dict[str, Any]]) -> list[WarningEvent]:
+def warnings_from(lines: list[dict[str, Any]]) -> list[WarningEvent]:
     return warnings_of(lines, WEIGHTS, 1e-4)
 
 
 def begun(lines: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return [(notice.name, notice.step) for notice in told(lines) if not notice.passed]
+    return [(notice.name, notice.step) for notice in warnings_from(lines) if not notice.passed]
 
 
-# A series that shows each, and the step at which it is told.
+# For every warning, a series that triggers it, and the step at which it is reported.
 SHOWN = {
-    "no_nonzero_advantage": (series(groups__with_signal=0.0), 24),
+    "no_nonzero_advantage": (series(groups__nonzero_advantage=0.0), 24),
     "evaluation_falls": (with_evaluations(series(), {0: 0.3, 10: 0.5, 20: 0.52, 30: 0.35, 40: 0.3}), 30),
     "lengths": (series(completion__length=lambda step: 50.0 + 8 * (step - 19)), 29),
     "everything_truncated": (series(completion__truncated=0.98), 22),
     "entropy_collapses": (series(policy__entropy=0.02), 22),
     "engine_drifts": (series(engine__logprob_difference_mean=3e-4), 22),
-    "one_part_of_the_reward": (series(reward__number__mean=0.0, reward__number__std=0.0), 29),
+    "one_part_of_the_reward": (series(reward__last_number__mean=0.0, reward__last_number__std=0.0), 29),
     "kl_explodes": (series(policy__kl=lambda step: 0.02 * 1.5 ** (step - 19)), 24),
     "gradient_spikes": (series(until=21, optimizer__gradient_norm=7.0), 20),
     "reward_model_guesses": (with_round(0.66, 10), 20),  # a standard error is 0.097
 }
 
 
-def test_every_check_is_shown() -> None:
+def test_every_check_has_a_series() -> None:
     assert set(SHOWN) == set(CHECKS)
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_series_that_shows_it_is_warned_of_once_with_evidence(name: str) -> None:
+def test_a_problem_triggers_one_warning_with_evidence(name: str) -> None:
     lines, step = SHOWN[name]
-    assert begun(lines) == [(name, step)], told(lines)
-    (notice,) = (notice for notice in told(lines) if not notice.passed)
+    assert begun(lines) == [(name, step)], warnings_from(lines)
+    (notice,) = (notice for notice in warnings_from(lines) if not notice.passed)
     steps = notice.evidence["steps"]
     assert steps[1] == step
     assert str(steps[0]) in notice.message or str(steps[1]) in notice.message
     json.dumps(notice.evidence, allow_nan=False)
 
 
-def test_a_reward_model_that_cannot_be_measured_is_told_and_a_better_one_ends_the_warning() -> None:
+def test_an_unmeasurable_reward_model_triggers_a_warning_that_a_better_one_ends() -> None:
     lines = with_round(None, 0)
     lines[31:31] = [{**with_round(0.9, 10)[20], "step": 30}]
-    found = [(notice.name, notice.step, notice.passed) for notice in told(lines)]
+    found = [(notice.name, notice.step, notice.passed) for notice in warnings_from(lines)]
     assert found == [("reward_model_guesses", 20, False), ("reward_model_guesses", 30 + PATIENCE, True)]
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_its_page_explains_it(name: str) -> None:
+def test_the_documentation_explains_every_warning(name: str) -> None:
     lines, _ = SHOWN[name]
-    file, _, anchor = told(lines)[0].link.partition("#")
+    file, _, anchor = warnings_from(lines)[0].link.partition("#")
     assert re.search(rf"^## {anchor}$", Path(file).read_text(), re.MULTILINE)
 
 
-def test_healthy_series_are_silent() -> None:
-    assert told(series(100)) == []
-    assert told(with_evaluations(series(), {0: 0.3, 10: 0.5, 20: 0.45, 30: 0.5, 40: 0.52})) == []
+def test_healthy_series_trigger_no_warning() -> None:
+    assert warnings_from(series(100)) == []
+    assert warnings_from(with_evaluations(series(), {0: 0.3, 10: 0.5, 20: 0.45, 30: 0.5, 40: 0.52})) == []
 
 
 @pytest.mark.parametrize("path", sorted(RECORDED.glob("*.jsonl")), ids=lambda path: path.stem)
-def test_recorded_runs_of_the_quickstart_are_silent(path: Path) -> None:
+def test_recorded_quickstart_runs_trigger_no_warning(path: Path) -> None:
     """Its model and task, by several methods, in bfloat16."""
     lines = read_lines(path)
     assert len(lines) >= 12
@@ -132,7 +132,7 @@ def test_recorded_runs_of_the_quickstart_are_silent(path: Path) -> None:
 @pytest.mark.parametrize(
     "lines",
     [
-        series(until=24, groups__with_signal=0.0),
+        series(until=24, groups__nonzero_advantage=0.0),
         with_evaluations(series(), {0: 0.3, 10: 0.5, 20: 0.42, 30: 0.41, 40: 0.40}),
         with_evaluations(series(reward__mean=0.5), {0: 0.3, 20: 0.52, 30: 0.35, 40: 0.3}),
         series(completion__length=lambda step: 50.0 + step),
@@ -153,8 +153,8 @@ def test_recorded_runs_of_the_quickstart_are_silent(path: Path) -> None:
         "an AUC chance seldom gives", "one of more labels",
     ],
 )  # fmt: skip
-def test_what_is_less_is_silent(lines: list[dict[str, Any]]) -> None:
-    assert told(lines) == []
+def test_values_below_the_thresholds_trigger_no_warning(lines: list[dict[str, Any]]) -> None:
+    assert warnings_from(lines) == []
 
 
 def test_shorter_completions_without_a_better_reward() -> None:
@@ -163,7 +163,7 @@ def test_shorter_completions_without_a_better_reward() -> None:
 
 
 def test_a_part_that_falls_as_another_rises() -> None:
-    changes = {"reward__number__mean": lambda step: 0.3 - 0.01 * step, "reward__number__std": 0.01}
+    changes = {"reward__last_number__mean": lambda step: 0.3 - 0.01 * step, "reward__last_number__std": 0.01}
     ((name, _),) = begun(series(since=1, **changes))
     assert name == "one_part_of_the_reward"
 
@@ -175,29 +175,30 @@ def test_penalties_may_be_zero() -> None:
     assert warnings_of(lines, {**WEIGHTS, "overlong": 1.0}, 1e-4) == []
 
 
-def test_it_passes_after_some_steps_without_and_can_begin_again() -> None:
+def test_a_warning_passes_after_some_steps_and_can_begin_again() -> None:
     lines = series(40, 10, 20, completion__truncated=1.0)
     notices = [
-        (notice.step, notice.passed) for notice in told([*lines, *series(60, 1, completion__truncated=1.0)[40:]])
+        (notice.step, notice.passed)
+        for notice in warnings_from([*lines, *series(60, 1, completion__truncated=1.0)[40:]])
     ]
     assert notices == [(12, False), (19 + PATIENCE, True), (43, False)]
 
 
-def test_a_short_break_is_no_end() -> None:
+def test_a_short_break_does_not_end_a_warning() -> None:
     lines = series(40, 10, completion__truncated=lambda step: 0.5 if step % 8 == 0 else 1.0)
     assert begun(lines) == [("everything_truncated", 12)]
 
 
-def test_metrics_that_are_missing_are_no_reason() -> None:
+def test_missing_metrics_trigger_no_warning() -> None:
     lines: list[dict[str, Any]] = [{"step": step, "completion/length": 5.0} for step in range(1, 50)]
-    assert told(lines) == []
+    assert warnings_from(lines) == []
     empty = [{name: None if "/" in name and name != "completion/length" else v for name, v in healthy(s).items()}
              for s in range(1, 50)]  # fmt: skip
-    assert told(empty) == []
+    assert warnings_from(empty) == []
 
 
 @pytest.mark.parametrize("cut", [5, 21, 23, 30])
-def test_seeing_the_lines_again_gives_the_same_state(cut: int) -> None:
+def test_replaying_the_lines_gives_the_same_state(cut: int) -> None:
     for lines, _ in SHOWN.values():
         first, again = WarningMonitor(WEIGHTS, 1e-4), WarningMonitor(WEIGHTS, 1e-4)
         for line in lines[:cut]:
@@ -211,10 +212,10 @@ def warnings_in(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in event.items() if k != "time"} for event in events if event["kind"] == "warning"]
 
 
-def test_a_run_warns_once_and_a_killed_one_no_more(
+def test_a_run_warns_once_even_if_it_is_killed(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Completions of two tokens are all cut; killed after the warning and before a checkpoint, it is said again."""
+    """All completions of two tokens are truncated. A kill after the warning and before a checkpoint repeats it."""
     monkeypatch.setattr("gruppo.models.compatibility.eos_ids", lambda *_: ())
     changes = {"sampling__max_tokens": 2, "run__steps": 5}
     small_run(tiny_folder, tmp_path / "whole", **changes)

@@ -1,4 +1,4 @@
-"""Callbacks see a run and can end it, and change nothing of what it computes."""
+"""Callbacks observe a run and can end it, but do not change what it computes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 class Recorder:
-    """Notes what it is told; answers `answer` to the call `when`."""
+    """Records its calls; returns `answer` (or raises `error`) at the call `when`."""
 
     def __init__(self, when: tuple[str, int] | None = None, answer: Any = None, error: Exception | None = None) -> None:
         self.when, self.answer, self.error = when, answer, error
-        self.told: list[tuple[str, int]] = []
+        self.calls: list[tuple[str, int]] = []
         self.arguments: dict[tuple[str, int], tuple[Any, ...]] = {}
 
     def _note(self, moment: str, step: int, *rest: Any) -> Any:
-        self.told.append((moment, step))
+        self.calls.append((moment, step))
         self.arguments[moment, step] = rest
         if (moment, step) == self.when:
             if self.error is not None:
@@ -48,24 +48,26 @@ class Recorder:
         return self._note("evaluation", step, figures, rows)
 
     def on_checkpoint(self, step, path):
-        return self._note("checkpoint", step, path, sorted(each.name for each in path.iterdir()))
+        return self._note("checkpoint", step, path, sorted(file.name for file in path.iterdir()))
 
 
 def run(model: str, out: Path, *callbacks: Any, resume: bool = False, **changes: Any) -> Result:
     return train(recipe(model, **changes), prompts=ROWS, out=out, resume=resume, callbacks=list(callbacks))
 
 
-def test_told_in_order_with_what_is_in_the_folder(tiny_folder: str, evaluated: dict, tmp_path: Path) -> None:
+def test_callbacks_are_called_in_order_with_the_content_of_the_folder(
+    tiny_folder: str, evaluated: dict, tmp_path: Path
+) -> None:
     seen = Recorder()
     result = run(tiny_folder, tmp_path / "run", seen, run__steps=4, **evaluated)
-    assert seen.told == [
+    assert seen.calls == [
         ("evaluation", 0), ("step", 1), ("step", 2), ("checkpoint", 2), ("step", 3), ("evaluation", 3), ("step", 4),
         ("evaluation", 4), ("checkpoint", 4),
     ]  # fmt: skip
     metrics, groups = seen.arguments["step", 3]
     assert metrics in read_lines(result.path / "metrics.jsonl")
-    told = [list(completion.token_ids) for group in groups for completion in group.completions]
-    assert told == [list(ids) for ids in result.rollouts(3)["token_ids"]]
+    token_ids = [list(completion.token_ids) for group in groups for completion in group.completions]
+    assert token_ids == [list(ids) for ids in result.rollouts(3)["token_ids"]]
     figures, rows = seen.arguments["evaluation", 4]
     assert figures["accuracy"] == result.summary["accuracy_after"]
     assert [row["answer"] for row in rows] == list(result.evaluations(4)["answer"])
@@ -74,9 +76,7 @@ def test_told_in_order_with_what_is_in_the_folder(tiny_folder: str, evaluated: d
     assert "manifest.json" in files
 
 
-def test_what_a_callback_does_to_its_arguments_changes_nothing(
-    tiny_folder: str, evaluated: dict, tmp_path: Path
-) -> None:
+def test_modifying_callback_arguments_has_no_effect(tiny_folder: str, evaluated: dict, tmp_path: Path) -> None:
     class Vandal(gruppo.Callback):
         def on_step(self, step, metrics, groups):
             metrics.clear()
@@ -94,7 +94,7 @@ def test_what_a_callback_does_to_its_arguments_changes_nothing(
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
 
 
-def test_function_is_an_on_step_and_a_base_class_is_silent(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_function_is_called_as_on_step_and_the_base_class_does_nothing(tiny_folder: str, tmp_path: Path) -> None:
     steps = []
     run(
         tiny_folder, tmp_path / "run", lambda step, metrics, groups: steps.append(step), gruppo.Callback(), run__steps=2
@@ -112,7 +112,7 @@ def test_function_is_an_on_step_and_a_base_class_is_silent(tiny_folder: str, tmp
         (("checkpoint", 4), [2, 4]),
     ],
 )
-def test_stopped_is_evaluated_saved_and_resumed(
+def test_a_stopped_run_is_evaluated_saved_and_resumed(
     when: tuple[str, int], checkpoints: list[int], tiny_folder: str, evaluated: dict, tmp_path: Path
 ) -> None:
     seen = Recorder(when, gruppo.STOP)
@@ -121,12 +121,12 @@ def test_stopped_is_evaluated_saved_and_resumed(
     assert (result.summary["state"], result.summary["steps"]) == ("stopped", step)
     assert {int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").iterdir()} == set(checkpoints)
     assert step in result.evaluations()["step"].unique()
-    assert seen.told.count(("evaluation", step)) == 1
+    assert seen.calls.count(("evaluation", step)) == 1
     assert f"Stopped by a callback: {step} steps" in _described(result)
     assert result.load_model().num_parameters() > 0
     again = Recorder()
     run(tiny_folder, tmp_path / "run", again, resume=True, **evaluated)
-    assert [number for moment, number in again.told if moment == "step"] == list(range(step + 1, 7))
+    assert [number for moment, number in again.calls if moment == "step"] == list(range(step + 1, 7))
     small_run(tiny_folder, tmp_path / "whole", **evaluated)
     one, two = fingerprint(tmp_path / "run"), fingerprint(tmp_path / "whole")
     assert one["weights"] == two["weights"]
@@ -147,7 +147,7 @@ def test_stop_at_the_last_step_is_the_end(tiny_folder: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("when", [("step", 3), ("step", 6), ("evaluation", 6), ("checkpoint", 2), ("checkpoint", 6)])
-def test_what_a_callback_raises_reaches_the_caller_and_nothing_is_lost(
+def test_an_exception_in_a_callback_reaches_the_caller_and_nothing_is_lost(
     when: tuple[str, int], tiny_folder: str, evaluated: dict, tmp_path: Path
 ) -> None:
     error = KeyError("mine")
@@ -165,7 +165,7 @@ def test_what_a_callback_raises_reaches_the_caller_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize("when", [("step", 2), ("evaluation", 2)])
-def test_failure_at_the_very_end_leaves_a_result_to_resume_to(
+def test_a_run_that_failed_in_its_last_step_can_be_resumed_to_a_result(
     when: tuple[str, int], tiny_folder: str, evaluated: dict, tmp_path: Path
 ) -> None:
     changes = {"run__steps": 2, **(evaluated if when[0] == "evaluation" else {})}
@@ -174,7 +174,7 @@ def test_failure_at_the_very_end_leaves_a_result_to_resume_to(
     assert small_run(tiny_folder, tmp_path / "run", resume=True, **changes).load_model().num_parameters() > 0
 
 
-def test_true_does_not_stop_it_is_refused(tiny_folder: str, tmp_path: Path) -> None:
+def test_returning_true_is_refused(tiny_folder: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"Recorder\.on_step returns True; return gruppo\.STOP"):
         run(tiny_folder, tmp_path / "run", Recorder(("step", 1), answer=True))
     assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
@@ -186,19 +186,19 @@ class OnlyWrong:
 
 
 @pytest.mark.parametrize(
-    ("given", "word"),
+    ("callbacks", "word"),
     [
         ([object()], "has none of on_step"),
-        ([Recorder], "is a class; give an instance"),
+        ([Recorder], "is a class; pass an instance"),
         ([3], "has none of"),
-        (lambda step, metrics, groups: None, "give a list"),
+        (lambda step, metrics, groups: None, "pass a list"),
         ([OnlyWrong()], r"OnlyWrong\.on_step cannot be called"),
         ([lambda step: None], "cannot be called with on_step's arguments"),
     ],
 )
-def test_wrong_callbacks_are_told_before_any_work(given: Any, word: str, tmp_path: Path) -> None:
+def test_invalid_callbacks_are_reported_before_any_work(callbacks: Any, word: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=word):
-        Callbacks(given)
+        Callbacks(callbacks)
     with pytest.raises(UsageError, match=word):
-        train(recipe("no-such-model"), prompts=ROWS, out=tmp_path / "run", callbacks=given)
+        train(recipe("no-such-model"), prompts=ROWS, out=tmp_path / "run", callbacks=callbacks)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What a run needs of a disk is foretold, and a disk that is full costs nothing that was there."""
+"""The disk space of a run is estimated, and a full disk loses nothing that was already written."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ TABLES = ("rollouts", "evaluations", "labels")
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_disk_of_a_run_is_estimated(name: str, tiny_folder: str, tmp_path: Path) -> None:
-    """All but tables within a tenth, at the end of the run and at its largest, while a checkpoint is written. Tables are
-    estimated from above, as completions are shorter than the maximum, and at most one and a half times as large."""
+    """Everything but tables is within a tenth, at the end of the run and at the peak, while a checkpoint is written.
+
+    Tables are overestimated, because completions are shorter than the maximum, but by at most a factor of 1.5.
+    """
     out, most = tmp_path / "run", [0]
 
     def tables() -> int:
@@ -74,9 +76,9 @@ def test_the_disk_of_a_run_is_estimated(name: str, tiny_folder: str, tmp_path: P
 
 def test_checkpoint_and_model_are_estimated_separately(tiny_folder: str, tmp_path: Path) -> None:
     small_run(tiny_folder, tmp_path / "run")
-    foretold = json.loads((tmp_path / "run/environment.json").read_text())["disk_forecast"]
-    assert foretold["checkpoint"] == pytest.approx(held_bytes(tmp_path / "run/checkpoints/step-000006"), rel=0.1)
-    assert foretold["model"] == pytest.approx(held_bytes(tmp_path / "run/model"), rel=0.1)
+    estimate = json.loads((tmp_path / "run/environment.json").read_text())["disk_forecast"]
+    assert estimate["checkpoint"] == pytest.approx(held_bytes(tmp_path / "run/checkpoints/step-000006"), rel=0.1)
+    assert estimate["model"] == pytest.approx(held_bytes(tmp_path / "run/model"), rel=0.1)
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(
@@ -84,16 +86,14 @@ def test_too_little_disk_is_refused_before_anything_is_written(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.training.disk_estimate.free_bytes", lambda _: 700_000)
-        with pytest.raises(
-            UsageError, match=r"run: 0\.70 MB are free there, and the run needs .*: 2 checkpoints of 0\.\d+"
-        ):
+        with pytest.raises(UsageError, match=r"run: only 0\.70 MB free, but the run needs .*: 2 checkpoints of 0\.\d+"):
             small_run(tiny_folder, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "rewards.log"]
     assert small_run(tiny_folder, tmp_path / "run").summary["state"] == "done"
 
 
 class Notes:
-    """A progress that keeps what is noted."""
+    """A progress that keeps all notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -109,19 +109,19 @@ class Notes:
         pass
 
 
-def test_tables_that_may_not_fit_are_a_warning_and_so_is_a_resume(
+def test_tables_that_may_not_fit_give_a_warning_also_on_resume(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, shown = recipe(tiny_folder, sampling__group_size=60), Notes()
     monkeypatch.setattr("gruppo.training.disk_estimate.free_bytes", lambda _: 1_000_000)
     train(settings, prompts=ROWS, out=tmp_path / "run", progress=shown)
-    (note,) = (each for each in shown.notes if "are free there" in each)
-    assert "1.00 MB are free there, and the run may need" in note
+    (note,) = (text for text in shown.notes if " MB free, " in text)
+    assert "only 1.00 MB free, but the run may need" in note
     assert "tables of completions" in note
     monkeypatch.setattr("gruppo.training.disk_estimate.free_bytes", lambda _: 0)
     monkeypatch.setattr("gruppo.training.disk_estimate.held_bytes", lambda _: 0)
     train(settings, prompts=ROWS, out=tmp_path / "run", progress=shown, resume=True)
-    assert "0.00 MB are free there, and the run may need" in shown.notes[-1]
+    assert "only 0.00 MB free, but the run may need" in shown.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def test_tables_that_may_not_fit_are_a_warning_and_so_is_a_resume(
         ("gruppo.runs.folder.Path.rename", "system", errno.EFBIG),
     ],
 )
-def test_whatever_cannot_be_written_ends_the_run_with_all_it_had(
+def test_a_failed_write_ends_the_run_and_loses_nothing(
     writer: str, raises: str, code: int, tiny_folder: str, uninterrupted: dict, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """As libraries raise it, when half a file is there. It is gone afterwards, and the run goes on to the same end."""
+    """Libraries raise when half a file is written. It is removed, and the resumed run ends with the same result."""
 
     def full() -> None:
         for path in [*tmp_path.rglob(".writing-*/*"), *tmp_path.rglob("*.writing")]:
@@ -163,7 +163,7 @@ def uninterrupted(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) ->
     return fingerprint(out)
 
 
-def test_what_is_said_of_a_full_disk(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_for_a_full_disk(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -174,14 +174,14 @@ def test_what_is_said_of_a_full_disk(tiny_folder: str, tmp_path: Path, monkeypat
     assert said.startswith(
         f"{tmp_path}/run/rollouts/step-000004.parquet: cannot be written: the disk is full (No space"
     )
-    assert "GB are free there, the run needs about" in said
+    assert "GB free, the run needs about" in said
     assert said.endswith("MB more; the checkpoint of step 2 is intact")
     assert "\n" not in said
     assert json.loads((tmp_path / "run/summary.json").read_text())["state"] == "failed"
 
 
-def test_a_line_that_is_written_in_part_is_taken_back(tmp_path: Path) -> None:
-    """As on a disk that has place for a few bytes: the system takes them, and fails at the next."""
+def test_a_partly_written_line_is_removed(tmp_path: Path) -> None:
+    """The disk has space for a few bytes: the operating system accepts them, and fails at the next."""
     run = RunFolder(tmp_path / "run")
     run.metric({"step": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -195,7 +195,7 @@ def test_a_line_that_is_written_in_part_is_taken_back(tmp_path: Path) -> None:
     run.close()
 
 
-def test_errors_that_are_not_the_systems_stay_what_they_are(tmp_path: Path) -> None:
+def test_errors_not_from_the_operating_system_are_not_converted(tmp_path: Path) -> None:
     for error in (ValueError("no"), pa.ArrowInvalid("no column"), RuntimeError("os error")):
         with pytest.raises(type(error)), writing(tmp_path / "x"):
             raise error
@@ -204,15 +204,15 @@ def test_errors_that_are_not_the_systems_stay_what_they_are(tmp_path: Path) -> N
 
 
 def command(recipe_file: Path, out: Path, *changes: str) -> list[str]:  # noqa: F811
-    changed = [part for each in changes for part in ("--set", each)]
+    changed = [part for change in changes for part in ("--set", change)]
     return [sys.executable, "-m", "gruppo.cli.main", "train", str(recipe_file), *changed, "--out", str(out), "--resume"]
 
 
 def check_failure(done: subprocess.CompletedProcess, out: Path) -> str:
-    """Exit code 1, one line, no traceback, nothing half written, what is there whole; the line."""
+    """Check for exit code 1, a one-line error, no traceback, and intact files only. Returns the line."""
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    (line,) = [each for each in done.stderr.splitlines() if each.startswith("gruppo: ")]
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("gruppo: ")]
     assert "cannot be written" in line
     assert f"--out {out} --resume" in line
     assert list(out.rglob("*writing*")) == []
@@ -222,11 +222,11 @@ def check_failure(done: subprocess.CompletedProcess, out: Path) -> str:
     return line
 
 
-def test_a_small_file_system_fills_and_the_run_goes_on_when_there_is_room(
+def test_a_run_continues_after_a_full_file_system_has_space_again(
     recipe_file: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """The command line on a tmpfs that somebody else fills while the run is on its way."""
+    """The command line on a tmpfs that another process fills during the run."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
@@ -234,8 +234,8 @@ def test_a_small_file_system_fills_and_the_run_goes_on_when_there_is_room(
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
 
     def fill(room: int) -> None:
-        held = os.statvfs(disk)
-        (disk / "others").write_bytes(bytes(max(0, held.f_bavail * held.f_frsize - room)))
+        space = os.statvfs(disk)
+        (disk / "others").write_bytes(bytes(max(0, space.f_bavail * space.f_frsize - room)))
 
     changes = ["run.steps=30"]
     try:
@@ -261,11 +261,11 @@ def test_a_small_file_system_fills_and_the_run_goes_on_when_there_is_room(
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_limit_of_file_sizes_ends_the_command_line_in_one_line(
+def test_a_file_size_limit_ends_the_command_with_a_one_line_error(
     recipe_file: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """Without root too: no file may be larger than a checkpoint's weights, so that its optimizer's state fails."""
+    """Needs no root: no file may be larger than a checkpoint's weights, so writing the optimizer state fails."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit() -> None:

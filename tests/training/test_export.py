@@ -1,4 +1,4 @@
-"""An exported checkpoint is a model of transformers: the same weights, the same answers, and a card that says how."""
+"""An exported checkpoint is a transformers model with the same weights and answers, and a model card."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PROMPTS = [[1, 2], [5], [8, 9, 10, 3]]
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A run whose base has two ends of a turn, evaluated after each second step."""
+    """A run whose start model has two end-of-turn tokens, evaluated after every second step."""
     path = tmp_path_factory.mktemp("data") / "held out.jsonl"
     path.write_text("".join(json.dumps({"prompt": letter, "answer": letter}) + "\n" for letter in "abc"))
     model = tmp_path_factory.mktemp("models") / "two-ends"
@@ -59,36 +59,36 @@ import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 import torch
-made = []
+generated = []
 for prompt in json.loads(sys.argv[2]):
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
-    made.append(ids)
+    generated.append(ids)
 text = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False, add_generation_prompt=True)
-print(json.dumps({"ids": made, "text": text, "gruppo": "gruppo" in sys.modules}))
+print(json.dumps({"ids": generated, "text": text, "gruppo": "gruppo" in sys.modules}))
 """
 
 
 def answers(folder: Path) -> dict[str, Any]:
-    """What transformers alone makes of a folder, in a process of its own."""
+    """The answers of plain transformers to a folder, in a separate process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", ALONE, str(folder), json.dumps(PROMPTS)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert "UserWarning" not in done.stderr
-    made: dict[str, Any] = json.loads(done.stdout)
-    return made
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
-def test_transformers_alone_gives_the_greedy_answers_of_the_engine(finished: Result, exported: Path) -> None:
+def test_plain_transformers_gives_the_greedy_answers_of_the_engine(finished: Result, exported: Path) -> None:
     policy = load_model(find_model(str(finished.path / "model")), "cpu", "float32")
     requests = [Request(tuple(prompt), [(0,)]) for prompt in PROMPTS]
     groups = NativeEngine(policy, 4).generate(requests, SamplingParams(0.0, 12))
-    made = answers(exported)
-    assert made["ids"] == [list(group[0].token_ids) for group in groups]
-    assert made["text"] == "<ab>="
-    assert made["gruppo"] is False
+    result = answers(exported)
+    assert result["ids"] == [list(group[0].token_ids) for group in groups]
+    assert result["text"] == "<ab>="
+    assert result["gruppo"] is False
 
 
-def test_folder_is_whole(finished: Result, exported: Path) -> None:
+def test_folder_is_complete(finished: Result, exported: Path) -> None:
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja", "README.md"} <= {path.name for path in exported.iterdir()}  # fmt: skip
     assert list(exported.parent.iterdir()) == [exported], "no leavings"
@@ -96,9 +96,9 @@ def test_folder_is_whole(finished: Result, exported: Path) -> None:
     generation = GenerationConfig.from_pretrained(exported)
     assert generation.eos_token_id == [END, 7]
     assert not generation.do_sample, "the run's evaluations were greedy"
-    held, run = load_file(exported / "model.safetensors"), load_file(finished.path / "model" / "model.safetensors")
-    assert all(torch.equal(held[name], run[name]) for name in held)
-    assert held.keys() == run.keys(), "the tied head is written once"
+    weights, run = load_file(exported / "model.safetensors"), load_file(finished.path / "model" / "model.safetensors")
+    assert all(torch.equal(weights[name], run[name]) for name in weights)
+    assert weights.keys() == run.keys(), "the tied head is written once"
 
 
 def test_start_model_and_network_are_not_needed(
@@ -130,17 +130,17 @@ def test_bfloat16(finished: Result, exported: Path, tmp_path: Path) -> None:
 
 
 def test_large_models_are_written_in_several_files(finished: Result, exported: Path, tmp_path: Path) -> None:
-    made = export(finished.path, tmp_path / "parts", max_shard_size="20KB")
+    parts = export(finished.path, tmp_path / "parts", max_shard_size="20KB")
     shards = sorted((tmp_path / "parts").glob("model-*.safetensors"))
     assert len(shards) > 2
     assert all(path.stat().st_size < 25_000 for path in shards)
     assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
-    assert made.files == len(list((tmp_path / "parts").iterdir()))
+    assert parts.files == len(list((tmp_path / "parts").iterdir()))
     assert answers(tmp_path / "parts") == answers(exported)
 
 
 def with_accuracies(run: Path, to: Path, accuracies: dict[int, float]) -> Path:
-    """A copy of a run whose evaluations went so; hashes are put right."""
+    """A copy of a run with these accuracies; hashes are updated."""
     shutil.copytree(run, to)
     for folder in (to / "checkpoints").iterdir():
         state = json.loads((folder / "state.json").read_text())
@@ -164,9 +164,9 @@ def test_best_last_and_a_step(finished: Result, tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "last"))
     assert any(not torch.equal(one[name], two[name]) for name in one)
     assert export(run, tmp_path / "four", checkpoint="4").step == export(run, tmp_path / "4", checkpoint=4).step == 4
-    held = load_file(run / "checkpoints" / "step-000004" / "weights.safetensors")
+    weights = load_file(run / "checkpoints" / "step-000004" / "weights.safetensors")
     four = load_file(tmp_path / "four" / "model.safetensors")
-    assert all(torch.equal(held[name], four[name]) for name in held)
+    assert all(torch.equal(weights[name], four[name]) for name in weights)
 
 
 def test_card(finished: Result, exported: Path, tmp_path: Path) -> None:
@@ -234,32 +234,34 @@ def test_sampled_evaluations_make_a_sampling_generation_config(tiny_folder: str,
     assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.7, 0.9)
 
 
-def test_model_in_memory_is_trained_as_a_copy_and_exports(tmp_path: Path) -> None:
+def test_a_model_passed_from_python_is_trained_as_a_copy_and_exported(tmp_path: Path) -> None:
     model = make_policy(initializer_range=0.02).model.to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data = recipe("x", run__steps=2)
     del data["model"]["name"]
-    given = {"model": model, "tokenizer": make_tokenizer(), "prompts": ROWS, "out": tmp_path / "run"}
-    result = train(data, **given)
+    arguments = {"model": model, "tokenizer": make_tokenizer(), "prompts": ROWS, "out": tmp_path / "run"}
+    result = train(data, **arguments)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.dtype == torch.bfloat16
     assert 'name = "in-memory:LlamaForCausalLM"' in (tmp_path / "run" / "recipe.toml").read_text()
     trained = result.load_model()
     assert trained.dtype == torch.float32
     assert not torch.equal(trained.lm_head.weight, before["lm_head.weight"].float())
-    again = train(data, **given, resume=True)
+    again = train(data, **arguments, resume=True)
     assert again.summary["weights_sha256"] == result.summary["weights_sha256"]
     export(tmp_path / "run", tmp_path / "out")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight, trained.lm_head.weight)
     assert "with the model, the prompts" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(UsageError, match="not those that this run began with"):
-        train(data, **{**given, "model": make_policy(seed=1).model}, resume=True)
-    with pytest.raises(UsageError, match="was in memory; give it again"):
+        train(data, **{**arguments, "model": make_policy(seed=1).model}, resume=True)
+    with pytest.raises(UsageError, match="was passed from Python; pass it again"):
         train({**data, "model": {"name": "in-memory:LlamaForCausalLM", "device": "cpu", "dtype": "float32"}},
               prompts=ROWS, out=tmp_path / "run", resume=True)  # fmt: skip
 
 
-def test_a_model_in_memory_trains_like_the_same_model_from_its_folder(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_model_passed_from_python_trains_like_the_same_model_from_its_folder(
+    tiny_folder: str, tmp_path: Path
+) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
     model.requires_grad_(False)
     data = recipe(tiny_folder, run__steps=2)
@@ -268,7 +270,7 @@ def test_a_model_in_memory_trains_like_the_same_model_from_its_folder(tiny_folde
     assert one.summary["weights_sha256"] == two.summary["weights_sha256"]
 
 
-def test_evaluate_takes_a_model_in_memory(tiny_folder: str, tmp_path: Path) -> None:
+def test_evaluate_accepts_a_model_passed_from_python(tiny_folder: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
     options = {"grader": "exact_match", "max_tokens": 5, "dtype": "float32"}
@@ -278,19 +280,19 @@ def test_evaluate_takes_a_model_in_memory(tiny_folder: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("given", "word"),
+    ("factories", "word"),
     [
         ({"model": lambda: make_policy().model}, "tokenizer: missing"),
         ({"model": lambda: make_policy().model, "tokenizer": lambda: "gpt2"}, "tokenizer: a str"),
         ({"model": lambda: "gpt2", "tokenizer": make_tokenizer}, "write it as model.name"),
         ({"model": lambda: make_policy().model.model, "tokenizer": make_tokenizer}, "model: is a LlamaModel"),
-        ({"tokenizer": make_tokenizer}, "with a model in memory only"),
+        ({"tokenizer": make_tokenizer}, "needs a model passed from Python"),
     ],
 )
-def test_wrong_models_in_memory_are_refused(given: dict[str, Any], word: str, tmp_path: Path) -> None:
-    made = {name: make() for name, make in given.items()}
+def test_invalid_models_passed_from_python_are_refused(factories: dict[str, Any], word: str, tmp_path: Path) -> None:
+    arguments = {name: make() for name, make in factories.items()}
     with pytest.raises(UsageError, match=word):
-        train(recipe("x"), prompts=ROWS, out=tmp_path / "run", **made)
+        train(recipe("x"), prompts=ROWS, out=tmp_path / "run", **arguments)
     assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
@@ -316,13 +318,13 @@ def test_stopped_run_exports_its_last_checkpoint(tiny_folder: str, tmp_path: Pat
         return gruppo.STOP if step == 3 else None
 
     train(recipe(tiny_folder), prompts=ROWS, out=tmp_path / "run", callbacks=[end])
-    made = gruppo.export(tmp_path / "run", tmp_path / "out")
-    assert (made.step, made.accuracy) == (3, None)
-    held, run = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "run/model"))
-    assert all(torch.equal(held[name], run[name]) for name in run)
+    exported = gruppo.export(tmp_path / "run", tmp_path / "out")
+    assert (exported.step, exported.accuracy) == (3, None)
+    weights, run = (load_file(tmp_path / each / "model.safetensors") for each in ("out", "run/model"))
+    assert all(torch.equal(weights[name], run[name]) for name in run)
 
 
-def test_mistakes_are_told_with_the_fix_and_leave_nothing(finished: Result, tmp_path: Path) -> None:
+def test_mistakes_are_reported_with_a_fix_and_leave_no_files(finished: Result, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "nothing").mkdir()
@@ -331,7 +333,7 @@ def test_mistakes_are_told_with_the_fix_and_leave_nothing(finished: Result, tmp_
     shutil.copytree(finished.path, tmp_path / "old")
     shutil.rmtree(tmp_path / "old" / "base")
     for run, to, options, word in (
-        (finished.path, "full", {}, "is there already; give the name of a new folder"),
+        (finished.path, "full", {}, "already exists; give the name of a new folder"),
         (tmp_path / "nothing", "out", {}, "holds no run"),
         (tmp_path / "none", "out", {}, "holds no run"),
         (tmp_path / "bare", "out", {}, "no checkpoint yet"),
@@ -356,7 +358,7 @@ def test_damaged_checkpoint_is_named(finished: Result, tmp_path: Path) -> None:
     assert export(tmp_path / "run", tmp_path / "out", checkpoint=4).step == 4
 
 
-def test_empty_folder_is_taken_and_tensors_have_the_format_mark(finished: Result, tmp_path: Path) -> None:
+def test_an_empty_folder_is_accepted_and_tensors_have_the_format_metadata(finished: Result, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     export(finished.path, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as weights:

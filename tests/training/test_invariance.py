@@ -1,6 +1,6 @@
-"""The same step gives the same loss and the same gradient, however it is cut, packed, padded, shared or ordered.
+"""The same step gives the same loss and the same gradient, however it is split, packed, padded, shared or ordered.
 
-The other side is written out naively: transformers' own attention, one completion at a time or a padded batch, the
+The expected values are computed naively: transformers' attention, one completion at a time or a padded batch, the
 full logits, and Eq. 3 in plain loops.
 """
 
@@ -42,7 +42,7 @@ def packed(
     budget: int = 10**9,
     settings: Method = SETTINGS,
 ) -> tuple[float, Gradient]:
-    """Loss and gradient the way the loop computes them."""
+    """Loss and gradient as the loop computes them."""
     policy.model.zero_grad(set_to_none=True)
     total = 0.0
     batches = pack(groups, sequence_mean_weights, budget, with_kl=settings.kl_coef > 0)
@@ -54,7 +54,7 @@ def packed(
 
 
 def rows_logprobs(model: torch.nn.Module, rows: list[tuple[list[int], list[int]]], padding: str) -> list[torch.Tensor]:
-    """log π of each completion's tokens, from transformers' forward over full logits."""
+    """log π of every completion's tokens, from transformers' forward pass with full logits."""
     if padding == "none":
         outputs = [model(torch.tensor([prompt + completion])).logits[0] for prompt, completion in rows]
     else:
@@ -78,7 +78,7 @@ def rows_logprobs(model: torch.nn.Module, rows: list[tuple[list[int], list[int]]
 def naive(
     policy: LanguageModel, reference: LanguageModel, groups: list[Group], padding: str = "none"
 ) -> tuple[float, Gradient]:
-    """Eq. 3 and 4 as they stand, on policy."""
+    """Eq. 3 and 4 as written in the paper, on policy."""
     policy.model.zero_grad(set_to_none=True)
     prompts = [group for group in groups if any(group.trained)]
     total = torch.zeros((), dtype=policy.model.dtype)
@@ -114,7 +114,7 @@ def assert_equal(one: tuple[float, Gradient], other: tuple[float, Gradient], bou
     assert distance(one[1], other[1]) < bound
 
 
-# Where transformers takes a part in float32 whatever the model's dtype: a soft-capped softmax, Cohere's norm, routers.
+# Models of which transformers computes a part in float32 in any dtype: a soft-capped softmax, Cohere's norm, routers.
 FLOAT32_PARTS = {"gemma2", "cohere", "mixtral", "qwen3-moe", "deepseek-v3"}
 CASES = [("llama", torch.float32), *((name, torch.float64) for name in ARCHITECTURES)]
 
@@ -136,14 +136,14 @@ def test_packing_with_shared_prefix_equals_equation_3(setting: Setting, padding:
     """trl#2708, trl#6800, open-instruct#1642: mask, positions and leaks; trl#2995: this is GRPO, not a token mean."""
     policy, reference, bound = setting
     if padding != "none" and policy.model.config.model_type == "gemma2":
-        pytest.skip("transformers' own soft-capped softmax gives NaN in padded rows")
+        pytest.skip("transformers' soft-capped softmax gives NaN in padded rows")
     groups = prepared(random_groups(uneven=uneven))
     expected = naive(policy, reference, groups, padding)
     assert_equal(packed(policy, reference, groups), expected, bound)
 
 
-def test_micro_batches_do_not_show(setting: Setting) -> None:
-    """verl#5625, trl#3021, trl#6024, trl#6369: from one completion a micro-batch to the whole step in one."""
+def test_micro_batch_size_does_not_affect_the_result(setting: Setting) -> None:
+    """verl#5625, trl#3021, trl#6024, trl#6369: from one completion per micro-batch to the whole step in one."""
     policy, reference, bound = setting
     groups = prepared(random_groups())
     loss, gradient = packed(policy, reference, groups)
@@ -153,14 +153,14 @@ def test_micro_batches_do_not_show(setting: Setting) -> None:
         assert distance(cut_gradient, gradient) < bound
 
 
-def test_smallest_budget_makes_one_micro_batch_a_completion() -> None:
+def test_smallest_budget_gives_one_micro_batch_per_completion() -> None:
     groups = prepared(random_groups())
     batches = pack(groups, sequence_mean_weights, 1, with_kl=True)
     assert [len(batch.members) for batch in batches] == [1] * 12
 
 
-def test_sharing_the_prefix_does_not_show(setting: Setting) -> None:
-    """A prompt computed once for its group, or once for every completion: each in a group of its own, weights kept."""
+def test_sharing_the_prefix_does_not_affect_the_result(setting: Setting) -> None:
+    """A prompt computed once per group, or once per completion: one group per completion, with the same weights."""
     policy, reference, bound = setting
     groups = prepared(random_groups())
     loss, gradient = packed(policy, reference, groups)
@@ -182,7 +182,7 @@ def test_sharing_the_prefix_does_not_show(setting: Setting) -> None:
     assert distance(unshared_gradient, gradient) < bound
 
 
-def test_order_of_groups_and_completions_does_not_show(setting: Setting) -> None:
+def test_order_of_groups_and_completions_does_not_affect_the_result(setting: Setting) -> None:
     policy, reference, bound = setting
     groups = prepared(random_groups())
     loss, gradient = packed(policy, reference, groups, 40)
@@ -204,8 +204,8 @@ def test_same_prompt_twice_is_two_groups(setting: Setting) -> None:
     assert_equal(packed(policy, reference, groups), expected, bound)
 
 
-def test_abstained_completion_is_as_if_never_sampled(setting: Setting) -> None:
-    """trl#6369: it leaves numerator and denominator alike."""
+def test_an_excluded_completion_is_as_if_never_sampled(setting: Setting) -> None:
+    """trl#6369: it counts in neither numerator nor denominator."""
     policy, reference, bound = setting
     (group,) = random_groups(groups=1)
     prompt, ids = list(group.prompt.token_ids), [list(c.token_ids) for c in group.completions]
@@ -215,7 +215,7 @@ def test_abstained_completion_is_as_if_never_sampled(setting: Setting) -> None:
     assert_equal(packed(policy, reference, failed), expected, bound)
 
 
-def test_group_that_abstains_is_as_if_never_drawn(setting: Setting) -> None:
+def test_an_excluded_group_is_as_if_never_sampled(setting: Setting) -> None:
     policy, reference, bound = setting
     first, second = random_groups(groups=2)
     lost = make_group([1, 2], [[3], [4]], [None, None])
@@ -223,8 +223,8 @@ def test_group_that_abstains_is_as_if_never_drawn(setting: Setting) -> None:
     assert_equal(packed(policy, reference, prepared([first, lost, second])), expected, bound)
 
 
-def test_group_without_signal_counts_and_costs_nothing_without_kl(setting: Setting) -> None:
-    """It stays in the denominator of Eq. 3; leaving out its backward changes nothing."""
+def test_a_group_without_nonzero_advantage_counts_and_costs_nothing_without_kl(setting: Setting) -> None:
+    """It stays in the denominator of Eq. 3; omitting its backward pass changes nothing."""
     policy, reference, bound = setting
     settings = Method(kl_coef=0.0)
     flat = make_group([1, 2, 3], [[4, 5], [6]], [1.0, 1.0])
@@ -242,7 +242,7 @@ def test_group_without_signal_counts_and_costs_nothing_without_kl(setting: Setti
     assert distance(full_gradient, gradient) < bound
 
 
-def test_group_without_signal_keeps_its_kl(setting: Setting) -> None:
+def test_a_group_without_nonzero_advantage_keeps_its_kl(setting: Setting) -> None:
     """trl#7068: equal rewards must not lose the KL term."""
     policy, reference, bound = setting
     flat = prepared([make_group([1, 2, 3], [[4, 5], [6]], [1.0, 1.0])])
@@ -251,8 +251,8 @@ def test_group_without_signal_keeps_its_kl(setting: Setting) -> None:
     assert_equal(packed(policy, reference, flat), expected, bound)
 
 
-def test_tool_output_carries_no_loss(setting: Setting) -> None:
-    """trl#4975, trl#5144: masked tokens are read but not trained on, and leave |o_i|."""
+def test_tool_output_has_no_loss(setting: Setting) -> None:
+    """trl#4975, trl#5144: masked tokens are read but not trained on, and do not count in |o_i|."""
     policy, reference, _ = setting
     (group,) = random_groups(groups=1, size=2)
     ids = [5, 6, 7, 8]
@@ -267,14 +267,14 @@ def test_tool_output_carries_no_loss(setting: Setting) -> None:
 
 
 def test_one_token_completions(setting: Setting) -> None:
-    """Their token is predicted by the prompt alone: nothing of them is read."""
+    """Their token is predicted by the prompt alone, so the model reads none of their tokens."""
     policy, reference, bound = setting
     groups = prepared([make_group([1, 2, 3], [[4], [5], [6, 7]], [1.0, 0.0, 0.5])])
     expected = naive(policy, reference, groups)
     assert_equal(packed(policy, reference, groups), expected, bound)
 
 
-def test_empty_completion_counts_in_its_group_and_has_no_token(setting: Setting) -> None:
+def test_an_empty_completion_counts_in_its_group_and_has_no_tokens(setting: Setting) -> None:
     policy, reference, _ = setting
     groups = prepared([make_group([1, 2], [[], [4]], [1.0, 0.0])])
     (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=True)
@@ -283,7 +283,7 @@ def test_empty_completion_counts_in_its_group_and_has_no_token(setting: Setting)
     assert math.isfinite(float(batch_loss(policy, reference, batch, SETTINGS, TEMPERATURE, Metrics()).detach()))
 
 
-def test_everything_truncated_and_masked_makes_no_batch() -> None:
+def test_truncated_and_masked_completions_give_no_batch() -> None:
     group = make_group([1, 2], [[3, 4], [5, 6]], [1.0, 0.0])
     for completion in group.completions:
         object.__setattr__(completion, "finish_reason", "length")
@@ -304,14 +304,14 @@ def test_truncated_completion_is_trained_on_unless_masked() -> None:
     assert group.advantages[1][0] == -group.advantages[2][0] != 0
 
 
-def test_group_of_one_has_no_signal() -> None:
+def test_a_group_of_one_has_no_nonzero_advantage() -> None:
     group = make_group([1, 2], [[3, 4]], [7.0])
     prepared([group], mask_truncated=False)
     assert not group.has_nonzero_advantage
-    assert group.skipped == "all advantages are 0: one completion"
+    assert group.skipped == "all advantages are 0: only one trained completion"
 
 
-def test_inner_updates_use_the_first_pass_as_old() -> None:
+def test_inner_updates_use_the_first_forward_pass_as_old() -> None:
     """tt-blacksmith#731: with μ > 1 the ratio must leave 1 after the first update."""
     policy, reference = make_policy(), make_policy(seed=1)
     (batch,) = pack(prepared(random_groups()), sequence_mean_weights, 10**9, with_kl=True)
@@ -329,7 +329,7 @@ def test_inner_updates_use_the_first_pass_as_old() -> None:
 
 
 def test_dropout_is_off() -> None:
-    """trl#3000: a policy with dropout would be scored by another distribution than it samples from."""
+    """trl#3000: a policy with dropout would be scored with a different distribution than it samples from."""
     policy = make_policy()
     policy.model.train()
     assert not wrap_model(policy.model, policy.tokenizer).model.training
@@ -338,8 +338,8 @@ def test_dropout_is_off() -> None:
     assert not any(module.training for module in policy.frozen_copy().model.modules())
 
 
-def test_advantages_are_normalised_once() -> None:
-    """gem#113: the loss takes the group's advantages as they are."""
+def test_advantages_are_normalized_once() -> None:
+    """gem#113: the loss uses the group's advantages unchanged."""
     groups = prepared(random_groups())
     (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=True)
     expected = [value for group in groups for row in group.advantages for value in row]

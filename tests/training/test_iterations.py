@@ -1,4 +1,4 @@
-"""Iterations of Algorithm 1: the reference becomes the policy, and the reward model learns, with replay."""
+"""Outer iterations of Algorithm 1: the reference becomes the policy, and the reward model is trained, with replay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVERY_TWO = "tests/functions_of_users.py:every_two"
 
 
 def rounds(model: str, kind: str, **changes: Any) -> dict[str, Any]:
-    """Three iterations of two steps by a reward model alone: the rule only makes its labels."""
+    """Three iterations of two steps, rewarded by a reward model alone; the rule only labels."""
     settings = recipe(
         model, run__iterations=3, reward__functions=[VOWELS], reward__weights=[0.0], reward_model__kind=kind,
         reward_model__prompts=10, reward_model__epochs=2, reward_model__batch_size=8,
@@ -91,7 +91,7 @@ def test_the_reward_model_is_trained_on_new_samples_and_a_share_of_old_ones(fini
     assert len(set(drawn)) == 10
 
 
-def test_a_model_that_guesses_is_warned_of_at_its_round(finished: tuple[str, Path, Result]) -> None:
+def test_a_reward_model_no_better_than_chance_triggers_a_warning(finished: tuple[str, Path, Result]) -> None:
     _, out, result = finished
     events = [each for each in read_lines(out / "events.jsonl") if each.get("warning") == "reward_model_guesses"]
     seen = [each for each in warnings_of(result.metrics, {}, 1.0) if each.name == "reward_model_guesses"]
@@ -99,7 +99,7 @@ def test_a_model_that_guesses_is_warned_of_at_its_round(finished: tuple[str, Pat
     assert events[0]["step"] == 0, "the first round of a tiny model without knowledge"
 
 
-def test_its_judgement_is_the_reward(finished: tuple[str, Path, Result]) -> None:
+def test_the_score_of_the_reward_model_is_the_reward(finished: tuple[str, Path, Result]) -> None:
     kind, out, _ = finished
     rows = pq.read_table(out / "rollouts/step-000002.parquet").to_pylist()
     judged = [row for row in rows if '"reward_model"' in (row["steps"] if kind == "process" else row["reward_parts"])]
@@ -111,16 +111,16 @@ def test_its_judgement_is_the_reward(finished: tuple[str, Path, Result]) -> None
     assert any(any(row["advantages"]) for row in rows)
 
 
-def test_the_result_is_loaded_by_transformers(finished: tuple[str, Path, Result]) -> None:
+def test_transformers_loads_the_reward_model(finished: tuple[str, Path, Result]) -> None:
     kind, out, _ = finished
     auto = AutoModelForSequenceClassification if kind == "outcome" else AutoModelForTokenClassification
     _, report = auto.from_pretrained(out / "reward_model", output_loading_info=True)
     assert not report["missing_keys"]
     saved = load_file(out / "reward_model" / "model.safetensors")
     (checkpoint,) = (each for each in (out / "checkpoints").iterdir() if each.name == "step-000006")
-    held = load_file(checkpoint / "reward_model.weights.safetensors")
-    assert (saved["score.weight"] == held["score.weight"]).all()
-    assert (held["score.weight"] != 0).any()
+    weights = load_file(checkpoint / "reward_model.weights.safetensors")
+    assert (saved["score.weight"] == weights["score.weight"]).all()
+    assert (weights["score.weight"] != 0).any()
 
 
 MOMENTS = {
@@ -150,7 +150,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.parametrize(("count", "steps"), [(3, 0), (12, 2)])
-def test_an_interruption_while_it_learns_leaves_the_checkpoint_before(
+def test_an_interruption_during_reward_model_training_leaves_the_previous_checkpoint(
     count: int,
     steps: int,
     finished: tuple[str, Path, Result],
@@ -158,7 +158,7 @@ def test_an_interruption_while_it_learns_leaves_the_checkpoint_before(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before the first step there is none, and none may be made of a model that is half trained."""
+    """Before the first step there is no checkpoint, and a partly trained model must not be saved."""
     kind, whole, _ = finished
 
     def stops() -> None:
@@ -173,7 +173,7 @@ def test_an_interruption_while_it_learns_leaves_the_checkpoint_before(
 
 
 @pytest.mark.parametrize(("count", "steps"), [(1, 0), (2, 2), (3, 2)])
-def test_a_callback_that_stops_at_a_checkpoint_of_an_iteration_leaves_a_result(
+def test_a_callback_that_stops_the_run_at_an_iteration_checkpoint_leaves_a_result(
     count: int, steps: int, tiny_folder: str, tmp_path: Path
 ) -> None:
     """The checkpoint after the first training, the one before the second, and the one after it."""
@@ -188,19 +188,19 @@ def test_a_callback_that_stops_at_a_checkpoint_of_an_iteration_leaves_a_result(
     assert (result.summary["state"], result.summary["steps"]) == ("stopped", steps)
     assert (tmp_path / "run/model/model.safetensors").is_file()
     assert (tmp_path / "run/reward_model/model.safetensors").is_file()
-    tables = sorted(each.name for each in (tmp_path / "run/labels").iterdir())
+    tables = sorted(table.name for table in (tmp_path / "run/labels").iterdir())
     assert len(tables) == (2 if count == 3 else 1), "stopped before the second training, it is not begun"
 
 
-def test_rules_that_fail_while_labelling_are_told_and_end_the_run(tiny_folder: str, tmp_path: Path) -> None:
+def test_rules_that_fail_while_labelling_are_reported_and_end_the_run(tiny_folder: str, tmp_path: Path) -> None:
     settings = rounds(tiny_folder, "outcome", reward__functions=["tests/rewards/functions.py:never"])
-    with pytest.raises(RunError, match="none with a label is left to train on"):
+    with pytest.raises(RunError, match="has a label and is left to train on"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
     events = read_lines(tmp_path / "run/events.jsonl")
     assert [(each["kind"], each["completions"]) for each in events] == [("reward_failed", 40)]
 
 
-def test_labels_that_somebody_changed_are_not_learned_from(tiny_folder: str, tmp_path: Path) -> None:
+def test_labels_that_were_modified_are_refused(tiny_folder: str, tmp_path: Path) -> None:
     class Stops(Callback):
         def on_step(self, step: int, metrics: object, groups: object) -> object:
             return STOP
@@ -211,9 +211,7 @@ def test_labels_that_somebody_changed_are_not_learned_from(tiny_folder: str, tmp
         train(rounds(tiny_folder, "outcome"), prompts=ROWS, out=tmp_path / "run", resume=True)
 
 
-def test_a_judge_that_was_trained_anew_is_not_taken_for_the_one_that_the_run_began_with(
-    tiny_folder: str, tmp_path: Path
-) -> None:
+def test_a_resume_with_other_reward_model_weights_is_refused(tiny_folder: str, tmp_path: Path) -> None:
     model = ScalarModel.on(make_policy(initializer_range=0.02), bias=False)
     save_reward_model(model, "outcome", tmp_path / "judge")
     settings = rounds(tiny_folder, "outcome", reward_model__name=str(tmp_path / "judge"), reward_model__prompts=0)
@@ -224,7 +222,7 @@ def test_a_judge_that_was_trained_anew_is_not_taken_for_the_one_that_the_run_beg
         train(settings, prompts=ROWS, out=tmp_path / "run", resume=True)
 
 
-def test_a_trained_model_judges_without_learning(
+def test_a_trained_reward_model_scores_without_training(
     finished: tuple[str, Path, Result], tiny_folder: str, tmp_path: Path
 ) -> None:
     kind, out, _ = finished
@@ -242,9 +240,9 @@ def test_a_trained_model_judges_without_learning(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"run__iterations": 4}, r"run\.iterations = 4: run\.steps = 6 cannot be cut"),
+        ({"run__iterations": 4}, r"run\.iterations = 4: run\.steps = 6 cannot be split"),
         ({"method__name": "rft"}, r"run\.iterations = 3: method\.source"),
-        ({"model__lora": {"rank": 2}}, r"run\.iterations = 3: the reference of adapters"),
+        ({"model__lora": {"rank": 2}}, r"run\.iterations = 3: with adapters, the reference"),
         ({"method__name": "grpo-process"}, r'reward_model\.kind = "outcome": method\.credit = "step"'),
         ({"reward_model__kind": "process"}, r'reward_model\.kind = "process": method\.credit = "completion"'),
         ({"method__name": "grpo-process", "method__dynamic_sampling_rounds": 2}, r"dynamic_sampling_rounds = 2"),
@@ -263,7 +261,7 @@ def test_what_does_not_go_together_is_refused(changes: dict, message: str, tiny_
         ({"reward_model__name": "/nowhere"}, r"reward_model\.name = '/nowhere'"),
     ],
 )
-def test_what_is_not_there_is_told_before_weights_are_loaded(
+def test_a_missing_reward_model_is_reported_before_weights_are_loaded(
     changes: dict, message: str, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gruppo.training.setup.load_model", lambda *_: pytest.fail("weights were loaded"))

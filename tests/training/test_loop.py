@@ -1,4 +1,4 @@
-"""The whole loop on the tiny model: it learns, it writes everything down, and it says what it could not do."""
+"""The whole loop on the tiny model: it learns, records everything, and reports what it could not do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.small_runs import ROWS, recipe, small_run
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """Held-out questions are prompts here; the grader asks for the answer as the whole text."""
+    """The held-out questions are the prompts; the grader expects the answer as the whole text."""
     out = tmp_path_factory.mktemp("loop") / "run"
     (out.parent / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:5]))
     return small_run(
@@ -38,7 +38,7 @@ def finished(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Resu
 
 
 def test_reward_rises(tiny_folder: str, tmp_path: Path) -> None:
-    """From chance, 13 of 47 tokens, to most of them, in twenty steps of a few seconds."""
+    """From chance (13 of 47 tokens) to most of the tokens, in twenty steps that take a few seconds."""
     result = small_run(
         tiny_folder, tmp_path / "run", run__steps=20, run__checkpoint_every=20, optimizer__learning_rate=1e-2,
         sampling__prompts_per_step=8, sampling__group_size=8, method__kl_coef=0.0,
@@ -63,7 +63,7 @@ def test_summary(finished: Result) -> None:
     assert 0 <= low <= summary["accuracy_after"] <= high <= 1
 
 
-def test_model_is_loadable_by_transformers_and_is_what_was_trained(finished: Result) -> None:
+def test_transformers_loads_the_trained_model(finished: Result) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(finished.path / "model")
     assert weights_sha256(loaded) == finished.summary["weights_sha256"]
     assert weights_sha256(finished.load_model()) == finished.summary["weights_sha256"]
@@ -135,14 +135,14 @@ def test_rollouts_hold_everything(finished: Result) -> None:
 
 
 def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """trl#5224, verl#6719: token ids go from the engine to the loss; text is never tokenised again."""
+    """trl#5224, verl#6719: token ids go from the engine to the loss; text is never tokenized again."""
     sampled, trained = [], []
     generate, score = NativeEngine.generate, gruppo.training.policy_loss.score
 
     def keeps_sampled(*args):
-        made = generate(*args)
-        sampled.extend(list(completion.token_ids) for group in made for completion in group)
-        return made
+        groups = generate(*args)
+        sampled.extend(list(completion.token_ids) for group in groups for completion in group)
+        return groups
 
     def keeps_trained(policy, batch, temperature):
         start = 0
@@ -158,8 +158,8 @@ def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeyp
     assert all(ids in sampled for ids in trained)
 
 
-def test_an_epoch_asks_every_question_once(finished: Result) -> None:
-    """Four prompts a step of eighteen: no question comes again before step 5."""
+def test_every_question_is_sampled_once_per_epoch(finished: Result) -> None:
+    """Four of eighteen prompts per step: no question is repeated before step 5."""
     asked = []
     for step in range(1, 5):
         rows = pq.read_table(finished.path / f"rollouts/step-{step:06d}.parquet").to_pylist()
@@ -181,7 +181,7 @@ def test_run_folder_is_complete(finished: Result) -> None:
     assert checkpoints[-2:] == ["step-000004", "step-000006"]
 
 
-def test_step_without_signal_makes_no_update_and_says_so(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_step_without_nonzero_advantage_makes_no_update_and_reports_it(tiny_folder: str, tmp_path: Path) -> None:
     """trl#3452: "loss = 0, is it training?"."""
     same = lambda completions, **_: [1.0] * len(completions)  # noqa: E731
     result = train(
@@ -198,7 +198,7 @@ def test_step_without_signal_makes_no_update_and_says_so(tiny_folder: str, tmp_p
     assert all("same reward" in row["skipped"] for row in rows)
 
 
-def test_rewards_that_fail_are_events_and_no_signal(tiny_folder: str, tmp_path: Path) -> None:
+def test_failed_rewards_are_events_and_give_no_advantage(tiny_folder: str, tmp_path: Path) -> None:
     def breaks(completions, **kwargs):
         raise RuntimeError("no")
 
@@ -212,7 +212,7 @@ def test_rewards_that_fail_are_events_and_no_signal(tiny_folder: str, tmp_path: 
     assert "RuntimeError: no" in events[0]["message"]
 
 
-def test_metric_that_is_not_finite_is_null(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_nonfinite_metric_is_null(tiny_folder: str, tmp_path: Path) -> None:
     def logs(completions, log_metric, **kwargs):
         log_metric("odd", float("nan"))
         return [1e308 * (index % 2) for index in range(len(completions))]
@@ -223,13 +223,13 @@ def test_metric_that_is_not_finite_is_null(tiny_folder: str, tmp_path: Path) -> 
     assert result.metrics[0]["groups/nonzero_advantage"] == 1
 
 
-def test_group_of_one_runs_without_signal(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_group_of_one_runs_without_nonzero_advantage(tiny_folder: str, tmp_path: Path) -> None:
     result = small_run(tiny_folder, tmp_path / "r", run__steps=1, sampling__group_size=1, method__kl_coef=0.0)
     assert result.metrics[0]["groups/nonzero_advantage"] == 0
 
 
 def test_everything_truncated_and_masked(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No end token is ever drawn: nothing is trained on, nothing moves, not even by the KL term, and it is said."""
+    """No end token is ever sampled: nothing is trained on, not even the KL term has an effect, and this is reported."""
     monkeypatch.setattr("gruppo.models.compatibility.eos_ids", lambda *_: ())
     result = small_run(tiny_folder, tmp_path / "r", run__steps=1, method__mask_truncated=True, method__kl_coef=0.5)
     assert result.metrics[0]["completion/truncated"] == 1
@@ -248,7 +248,7 @@ def test_non_finite_loss_stops_before_the_optimizer(
         "gruppo.training.policy_loss.policy_loss",
         lambda *args: (result := original(*args))._replace(loss=result.loss * math.nan),
     )
-    with pytest.raises(RunError, match="this update was not made"):
+    with pytest.raises(RunError, match="this update was not applied"):
         small_run(tiny_folder, tmp_path / "r", run__steps=1)
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["state"] == "failed"
@@ -264,7 +264,7 @@ def test_diverged_policy_stops_with_the_reason(tiny_folder: str, tmp_path: Path)
 
 
 def test_python_interface(tiny_folder: str, tmp_path: Path) -> None:
-    """gruppo.train with a function and rows; several rewards with weights."""
+    """gruppo.train with a reward function, rows, and several weighted rewards."""
     result = gruppo.train(
         recipe(tiny_folder, run__steps=1, reward__functions=[], reward__weights=[1.0, 0.5]),
         reward=[likes_letters, "exact_match"],
@@ -279,8 +279,8 @@ def test_python_interface(tiny_folder: str, tmp_path: Path) -> None:
     assert "in-memory:likes_letters" in (tmp_path / "run" / "recipe.toml").read_text()
 
 
-def test_questions_may_be_longer_than_prompts_where_they_fit(tiny_folder: str, tmp_path: Path) -> None:
-    """Each is held against its own limit of tokens."""
+def test_questions_may_be_longer_than_prompts_if_they_fit(tiny_folder: str, tmp_path: Path) -> None:
+    """Prompts and questions have separate token limits."""
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "a" * 120, "answer": "a"}) + "\n")
     changes = {"evaluation__task": str(long), "evaluation__grader": "exact_match", "evaluation__max_tokens": 5}
@@ -290,7 +290,7 @@ def test_questions_may_be_longer_than_prompts_where_they_fit(tiny_folder: str, t
     )
 
 
-def test_weights_must_fit_the_rewards_given(tiny_folder: str, tmp_path: Path) -> None:
+def test_weights_must_match_the_reward_functions(tiny_folder: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="need as many weights"):
         train(recipe(tiny_folder, reward__weights=[5.0]), reward=[likes_letters, "exact_match"], prompts=ROWS,
               out=tmp_path / "r")  # fmt: skip
@@ -324,11 +324,11 @@ def test_bfloat16_run(tiny_folder: str, tmp_path: Path) -> None:
         ),
         ({"evaluation__task": "tests/functions_of_users.py:broken_task"}, "RuntimeError"),
         ({"evaluation__task": "tests/functions_of_users.py:no_rows"}, "not a list of rows"),
-        ({"reward__weights": [1.0], "reward__functions": ["last_number"]}, "answer = 'a' holds no number"),
+        ({"reward__weights": [1.0], "reward__functions": ["last_number"]}, "answer = 'a' contains no number"),
         ({"sampling__max_tokens": 1000}, "context of 128"),
     ],
 )
-def test_wrong_data_and_rewards_are_told_before_weights_are_loaded(
+def test_invalid_data_and_rewards_are_reported_before_weights_are_loaded(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, word: str
 ) -> None:
     monkeypatch.setattr("gruppo.training.setup.load_model", None)
@@ -338,13 +338,13 @@ def test_wrong_data_and_rewards_are_told_before_weights_are_loaded(
     assert set(small) <= {"lock", "rewards.log"}, "the folder is still free for another try"
 
 
-def test_groups_without_signal_are_dropped_and_refilled(tiny_folder: str, tmp_path: Path) -> None:
-    """DAPO: a step trains on as many groups with a signal as it asked for; the others are written down as dropped."""
+def test_groups_without_nonzero_advantage_are_dropped_and_replaced(tiny_folder: str, tmp_path: Path) -> None:
+    """DAPO: a step trains on as many groups with nonzero advantages as requested; others are recorded as dropped."""
     result = small_run(
-        tiny_folder, tmp_path / "run", method__dynamic_sampling_rounds=30, method__kl_coef=0.0, run__steps=3, run__seed=1,
-        reward__functions=["tests/rewards/functions.py:begins_with_a_letter"],
+        tiny_folder, tmp_path / "run", method__dynamic_sampling_rounds=30, method__kl_coef=0.0, run__steps=3,
+        run__seed=1, reward__functions=["tests/rewards/functions.py:begins_with_a_letter"],
     )  # fmt: skip
-    drawn = []
+    sampled = []
     for step in (1, 2, 3):
         rows = pq.read_table(result.path / f"rollouts/step-{step:06d}.parquet").to_pylist()
         groups = {row["group"]: row for row in rows}
@@ -353,15 +353,17 @@ def test_groups_without_signal_are_dropped_and_refilled(tiny_folder: str, tmp_pa
         for row in rows:
             assert row["trained"] == (row["group"] in kept)
             assert row["group"] in kept or "dropped" in row["skipped"]
-        drawn += [groups[number]["prompt"] for number in sorted(groups)]
-    assert len(drawn) > 12, "nothing was ever refilled"
+        sampled += [groups[number]["prompt"] for number in sorted(groups)]
+    assert len(sampled) > 12, "nothing was ever refilled"
     numbered = [Prompt(str(number), row["prompt"], (1,), "t", {}) for number, row in enumerate(ROWS)]
-    wanted = draw_prompts(numbered, 1, 0, len(drawn))
-    assert drawn == [prompt.content for prompt in wanted], "each draw of the order once, refills and next steps alike"
+    wanted = draw_prompts(numbered, 1, 0, len(sampled))
+    assert sampled == [prompt.content for prompt in wanted], (
+        "every prompt of the order once, in dynamic sampling and in later steps"
+    )
     assert read_lines(result.path / "events.jsonl") == []
 
 
-def test_refilling_is_bounded_and_says_when_it_gave_up(tiny_folder: str, tmp_path: Path) -> None:
+def test_dynamic_sampling_is_bounded_and_reports_when_it_gives_up(tiny_folder: str, tmp_path: Path) -> None:
     result = small_run(
         tiny_folder, tmp_path / "run", method__dynamic_sampling_rounds=2, method__kl_coef=0.0, run__steps=1,
         reward__functions=["tests/rewards/functions.py:waits"],
@@ -373,8 +375,8 @@ def test_refilling_is_bounded_and_says_when_it_gave_up(tiny_folder: str, tmp_pat
     assert "optimizer/gradient_norm" not in result.metrics[0], "no update"
 
 
-def test_step_trains_on_the_groups_that_refilling_found(tiny_folder: str, tmp_path: Path) -> None:
-    """The dropped ones leave every denominator: the update is the one of the kept groups alone."""
+def test_a_step_trains_on_the_groups_that_dynamic_sampling_kept(tiny_folder: str, tmp_path: Path) -> None:
+    """Dropped groups count in no denominator: the update equals that of the kept groups alone."""
     changes = {"method__name": "dapo", "run__steps": 1, "run__checkpoint_every": 1,
                "reward__functions": ["tests/rewards/functions.py:begins_with_a_letter"]}  # fmt: skip
     settings = recipe(tiny_folder, **changes)

@@ -1,4 +1,4 @@
-"""The memory forecast: what is kept is foretold, more never needs less, and nothing chosen is over the budget."""
+"""The memory estimate: kept bytes are predicted, more work never needs less, and chosen sizes fit the budget."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tests.conftest import make_group, make_policy
 
 CPU = torch.device("cpu")
 WORK = Workload(prompt_tokens=40, max_tokens=30, prompts_per_step=20, group_size=8)
-EXAM = EvalWorkload("", questions=64, samples=1, question_tokens=50, answer_tokens=20, times=2)
-ASKED = replace(WORK, exams=(EXAM,))
+EVAL_SET = EvalWorkload("", questions=64, samples=1, question_tokens=50, answer_tokens=20, times=2)
+ASKED = replace(WORK, eval_sets=(EVAL_SET,))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert budget_bytes(load_recipe({"model": {"name": "m"}, "run": {"memory": text}}).run.memory, CPU) == size
 
 
-def test_a_share_is_of_what_is_free_before_the_run_and_of_what_the_process_holds(
+def test_a_share_refers_to_free_memory_plus_memory_of_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 1000)
@@ -55,13 +55,13 @@ def test_a_share_is_of_what_is_free_before_the_run_and_of_what_the_process_holds
 
 
 @pytest.mark.parametrize("value", [0, 1.5, -1, True, "6", "GB", "6 gb", "0 GB", "-1 GB", [1]])
-def test_a_wrong_budget_names_field_value_and_fix(value: object) -> None:
+def test_an_invalid_budget_names_field_value_and_fix(value: object) -> None:
     with pytest.raises(RecipeError, match=r"^recipe: run\.memory = .*: must be a .*; write e\.g\. memory = 0\.6$"):
         load_recipe({"model": {"name": "m"}, "run": {"memory": value}})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_kept_is_foretold_to_the_byte_from_a_few_short_trials(dtype: torch.dtype) -> None:
+def test_kept_bytes_are_predicted_exactly_from_a_few_short_trials(dtype: torch.dtype) -> None:
     policy = make_policy(dtype)
     footprint = measure_footprint(policy, 0, NullProgress())
     for layout in ([(21, [13] * 5)], [(30, [12] * 5), (9, [3] * 2)], [(50, [7] * 3)]):
@@ -72,8 +72,8 @@ def test_what_is_kept_is_foretold_to_the_byte_from_a_few_short_trials(dtype: tor
         assert known == pytest.approx(exact, abs=2)
 
 
-def test_attention_that_is_written_out_is_foretold_too() -> None:
-    """Scores of tokens × tokens, beside which everything else soon is small."""
+def test_kept_bytes_of_eager_attention_are_predicted_too() -> None:
+    """Scores of tokens × tokens soon exceed everything else."""
     policy = _softcapped(replace(make_policy(), body=None))
     footprint = measure_footprint(policy, 0, NullProgress())
     layout = [(60, [20] * 6)]
@@ -89,8 +89,8 @@ def _softcapped(policy: LanguageModel) -> LanguageModel:
     return policy
 
 
-def test_kept_bytes_of_one_product_counted_by_hand() -> None:
-    """Of the MLP gate and up are kept, [T, 48] each in float32 a layer; the rest is made of them again."""
+def test_kept_bytes_of_one_matmul_counted_by_hand() -> None:
+    """Per MLP layer, gate and up are kept, [T, 48] in float32; everything else is recomputed from them."""
     layout = [(6, [5, 5])]
     wide, wider = (saved_bytes(make_policy(intermediate_size=size, num_hidden_layers=1), layout) for size in (48, 49))
     assert wider - wide == 2 * 16 * 4
@@ -106,7 +106,7 @@ def test_twice_the_layers_keep_twice_as_much(footprint: Footprint) -> None:
 
 
 def test_measuring_leaves_nothing_behind() -> None:
-    """A graph that holds its own outputs would never be freed; forty of these are 200 MB."""
+    """A graph that references its own outputs would never be freed; forty such graphs are 200 MB."""
     policy = make_policy(hidden_size=256, intermediate_size=512)
     layout = [(40, [20] * 3)]
     kept = saved_bytes(policy, layout)
@@ -135,11 +135,11 @@ def test_weights_gradients_and_reference_are_counted(footprint: Footprint) -> No
 @pytest.mark.parametrize("field", ["prompt_tokens", "max_tokens", "group_size", "prompts_per_step", "samples",
                                    "question_tokens", "answer_tokens"])  # fmt: skip
 def test_more_work_never_needs_less(footprint: Footprint, field: str) -> None:
-    """With micro-batches of one completion; larger ones hold the same tokens whatever the lengths are."""
+    """With micro-batches of one completion; larger ones hold the same number of tokens for any lengths."""
 
     def longer(factor: int) -> Workload:
-        if hasattr(EXAM, field):
-            return replace(WORK, exams=(replace(EXAM, **{field: getattr(EXAM, field) * factor}),))
+        if hasattr(EVAL_SET, field):
+            return replace(WORK, eval_sets=(replace(EVAL_SET, **{field: getattr(EVAL_SET, field) * factor}),))
         return replace(ASKED, **{field: getattr(ASKED, field) * factor})
 
     sizes = [forecast_memory(footprint, longer(factor), 1, 40) for factor in (1, 2, 3)]
@@ -148,7 +148,9 @@ def test_more_work_never_needs_less(footprint: Footprint, field: str) -> None:
     if field in {"prompt_tokens", "max_tokens"}:
         assert sizes[0].sampling < sizes[1].sampling
         assert sizes[0].training < sizes[1].training
-    asked = forecast_memory(footprint, replace(WORK, exams=(EXAM, replace(EXAM, answer_tokens=10**6))), 1, 40)
+    asked = forecast_memory(
+        footprint, replace(WORK, eval_sets=(EVAL_SET, replace(EVAL_SET, answer_tokens=10**6))), 1, 40
+    )
     assert asked.peak == asked.evaluation > max(asked.sampling, asked.training)
     if field.startswith(("question", "answer_")):
         assert sizes[0].evaluation < sizes[1].evaluation
@@ -166,7 +168,7 @@ def test_larger_sizes_and_a_reference_never_need_less(footprint: Footprint) -> N
     assert beside.peak - alone.peak == footprint.reference
 
 
-def test_a_step_in_one_micro_batch_has_no_gradients_beside_all_activations(footprint: Footprint) -> None:
+def test_a_step_in_one_micro_batch_has_no_gradients_in_addition_to_all_activations(footprint: Footprint) -> None:
     one = replace(WORK, prompts_per_step=1)
     assert forecast_memory(footprint, one, 1000, 8).gradients == 0
     assert forecast_memory(footprint, one, 200, 8).gradients >= footprint.gradients
@@ -183,7 +185,7 @@ def test_the_layouts_are_those_that_packing_makes(budget: int) -> None:
 
 
 def test_a_long_prompt_is_computed_once_for_many_completions(footprint: Footprint) -> None:
-    """In a micro-batch of 1,024 tokens a prompt as long would stand once for each completion."""
+    """In micro-batches of 1,024 tokens, a prompt of that length would be repeated for every completion."""
     long = Workload(prompt_tokens=1024, max_tokens=64, prompts_per_step=1, group_size=8)
     chosen = choose_sizes(footprint, long, 10**12)
     assert len(long.micro_batches(MAX_TOKENS)) == 8
@@ -192,7 +194,7 @@ def test_a_long_prompt_is_computed_once_for_many_completions(footprint: Footprin
     assert choose_sizes(footprint, long, least).micro_batch_tokens == long.smallest
 
 
-def test_what_is_chosen_is_the_most_that_the_budget_allows(footprint: Footprint) -> None:
+def test_the_chosen_sizes_are_the_largest_within_the_budget(footprint: Footprint) -> None:
     roomy = choose_sizes(footprint, ASKED, 10**12)
     assert (roomy.micro_batch_tokens, roomy.slots, roomy.recompute) == (MAX_TOKENS, 160, False)
     least = forecast_memory(footprint, ASKED, ASKED.smallest, 1)
@@ -206,7 +208,7 @@ def test_what_is_chosen_is_the_most_that_the_budget_allows(footprint: Footprint)
         assert chosen.slots == 160 or max(more.sampling, more.evaluation) > budget
 
 
-def test_activations_are_recomputed_only_where_one_completion_does_not_fit_otherwise(footprint: Footprint) -> None:
+def test_activations_are_recomputed_only_if_one_completion_does_not_fit_otherwise(footprint: Footprint) -> None:
     long = replace(WORK, prompt_tokens=400)
     least = forecast_memory(footprint, long, long.smallest, 1)
     assert least.training > max(least.sampling, 0)
@@ -216,7 +218,7 @@ def test_activations_are_recomputed_only_where_one_completion_does_not_fit_other
     assert tight.memory.peak < least.training
 
 
-def test_too_little_memory_says_how_much_is_needed_for_what_and_what_to_change(footprint: Footprint) -> None:
+def test_too_little_memory_reports_what_is_needed_and_what_to_change(footprint: Footprint) -> None:
     heavy = replace(footprint, gradients=3_000_000_000)
     with pytest.raises(UsageError) as error:
         choose_sizes(heavy, WORK, 2_000_000_000)

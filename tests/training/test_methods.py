@@ -1,4 +1,4 @@
-"""SFT, RFT, Online RFT and DPO: which completions they learn from, and where these come from."""
+"""SFT, RFT, Online RFT and DPO: which completions they train on, and where the completions come from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def selected(group: Group, settings: Method) -> list[bool]:
     return group.trained
 
 
-def test_rft_keeps_the_first_right_ones_without_duplicates() -> None:
+def test_rft_keeps_the_first_correct_completions_without_duplicates() -> None:
     settings = Method(name="rft", max_per_prompt=2)
     group = make_group([1, 2], [[3], [4], [3], [5], [6], [7]], [1.0, 1.0, 1.0, 0.0, 1.0, None])
     assert selected(group, settings) == [True, True, False, True, False, False]
@@ -42,7 +42,7 @@ def test_rft_keeps_the_first_right_ones_without_duplicates() -> None:
     assert [row[0] for row in group.advantages] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
-def test_right_is_what_the_recipe_says() -> None:
+def test_the_recipe_defines_which_completions_are_correct() -> None:
     group = make_group([1], [[2], [3], [4]], [0.3, 0.2, 0.1])
     settings = Method(name="online-rft", success_threshold=0.2)
     assert selected(group, settings) == [True, True, True]
@@ -50,15 +50,15 @@ def test_right_is_what_the_recipe_says() -> None:
     assert [row[0] for row in group.advantages] == [1.0, 0.0, 0.0]
 
 
-def test_nothing_right_is_no_signal() -> None:
+def test_a_group_without_correct_completions_has_no_nonzero_advantage() -> None:
     group, settings = make_group([1], [[2], [3]], [0.0, 0.0]), Method(name="rft")
     selected(group, settings)
     assign_advantages([group], settings, Metrics())
     assert not group.has_nonzero_advantage
-    assert group.skipped == "all advantages are 0: no completion is right"
+    assert group.skipped == "all advantages are 0: no completion is correct"
 
 
-def test_pairs_are_right_with_wrong_in_order() -> None:
+def test_pairs_match_correct_with_wrong_completions_in_order() -> None:
     settings = Method(name="dpo", max_per_prompt=2, aggregation="sequence-sum", dpo_beta=0.5)
     group = make_group([1], [[2, 3], [4], [5], [6], [7], [8]], [0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
     assert selected(group, settings) == [True, True, True, True, False, False]
@@ -81,7 +81,7 @@ def test_pairs_are_right_with_wrong_in_order() -> None:
 def test_a_group_without_a_pair_is_skipped_with_the_reason() -> None:
     group = make_group([1], [[2], [3]], [1.0, 1.0])
     assert selected(group, Method(name="dpo")) == [False, False]
-    assert group.skipped == "no pair: it has no right completion, or no wrong one"
+    assert group.skipped == "no pair: the group has no correct completion, or no wrong one"
 
 
 def test_pair_loss_has_the_gradient_of_its_coefficient() -> None:
@@ -113,7 +113,7 @@ def without_reward(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: table for name, table in settings.items() if name != "reward"}
 
 
-def test_sft_learns_its_rows_by_heart(tiny_folder: str, tmp_path: Path) -> None:
+def test_sft_memorizes_its_rows(tiny_folder: str, tmp_path: Path) -> None:
     settings = without_reward(settings_of(tiny_folder, "sft", run__steps=40, optimizer__learning_rate=0.02))
     result = train(settings, prompts=DEMONSTRATIONS, out=tmp_path / "run")
     losses = [line["loss/total"] for line in result.metrics]
@@ -123,7 +123,7 @@ def test_sft_learns_its_rows_by_heart(tiny_folder: str, tmp_path: Path) -> None:
     assert all(row["text"].endswith("z") for row in table)
 
 
-def test_sft_loss_is_the_mean_of_each_completion(tiny_folder: str, tmp_path: Path) -> None:
+def test_sft_loss_is_the_mean_over_every_completion(tiny_folder: str, tmp_path: Path) -> None:
     settings = without_reward(settings_of(tiny_folder, "sft", run__steps=1, sampling__temperature=TEMPERATURE))
     result = train(settings, prompts=DEMONSTRATIONS, out=tmp_path / "run")
     table = pq.read_table(tmp_path / "run/rollouts/step-000001.parquet").to_pylist()
@@ -135,8 +135,8 @@ def test_sft_loss_is_the_mean_of_each_completion(tiny_folder: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("method", ["rft", "dpo"])
-def test_frozen_completions_are_the_start_models(method: str, tiny_folder: str, tmp_path: Path) -> None:
-    """After six steps at a high learning rate they still have the probabilities that the start model gives them."""
+def test_frozen_completions_are_sampled_from_the_start_model(method: str, tiny_folder: str, tmp_path: Path) -> None:
+    """After six steps at a high learning rate, they still have the start model's probabilities."""
     settings = settings_of(
         tiny_folder, method, optimizer__learning_rate=0.02, method__right=0.2, sampling__temperature=TEMPERATURE
     )  # fmt: skip
@@ -151,7 +151,7 @@ def test_frozen_completions_are_the_start_models(method: str, tiny_folder: str, 
     assert any(line["loss/total"] for line in result.metrics), "nothing was learned from"
 
 
-def test_dpo_takes_rows_of_preferences(tiny_folder: str, tmp_path: Path) -> None:
+def test_dpo_trains_on_rows_with_preferences(tiny_folder: str, tmp_path: Path) -> None:
     settings = without_reward(
         settings_of(
             tiny_folder, "dpo", method__source="dataset", method__aggregation="sequence-sum", run__steps=30,
@@ -166,7 +166,7 @@ def test_dpo_takes_rows_of_preferences(tiny_folder: str, tmp_path: Path) -> None
 
 
 def test_step_rewards_are_learned_from(tiny_folder: str, tmp_path: Path) -> None:
-    """Their advantages are in the rollouts as §4.1.3 has them, and the steps' mean reward rises."""
+    """The advantages in the rollouts follow §4.1.3, and the mean step reward rises."""
     settings = settings_of(
         tiny_folder, "grpo-process", reward__functions=["tests/rewards/functions.py:steps"], run__steps=25,
         optimizer__learning_rate=0.02, method__kl_coef=0.0,
@@ -189,7 +189,7 @@ def test_step_rewards_are_learned_from(tiny_folder: str, tmp_path: Path) -> None
                 assert advantage == pytest.approx(expected, abs=1e-9)
 
 
-def test_outcome_and_steps_are_normalised_apart_and_weighed() -> None:
+def test_outcome_and_step_rewards_are_normalized_separately_and_weighted() -> None:
     group = make_group([1], [[2, 3], [4, 5]], [10.0, 30.0])
     steps = [Steps((0.0, 1.0), (0, 1)), Steps((0.5,), (1,))]
     group.rewards = [
@@ -203,20 +203,22 @@ def test_outcome_and_steps_are_normalised_apart_and_weighed() -> None:
     assert group.advantages[1] == pytest.approx([outcome, outcome], abs=1e-5)
 
 
-def test_steps_are_not_left_unused(tiny_folder: str, tmp_path: Path) -> None:
+def test_unused_step_rewards_are_refused(tiny_folder: str, tmp_path: Path) -> None:
     settings = settings_of(tiny_folder, "grpo", reward__functions=["tests/rewards/functions.py:steps"])
     with pytest.raises(RunError, match="grpo-process"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_rows_without_completions_are_told_with_the_shapes(method: str, tiny_folder: str, tmp_path: Path) -> None:
+def test_rows_without_completions_are_reported_with_the_expected_columns(
+    method: str, tiny_folder: str, tmp_path: Path
+) -> None:
     settings = without_reward(settings_of(tiny_folder, method, method__source="dataset"))
     with pytest.raises(UsageError, match=r"row 1: it has no completion .*chosen"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
 
 
-def test_preferences_are_no_demonstrations(tiny_folder: str, tmp_path: Path) -> None:
+def test_preferences_are_not_demonstrations(tiny_folder: str, tmp_path: Path) -> None:
     settings = without_reward(settings_of(tiny_folder, "sft"))
     with pytest.raises(UsageError, match=r"prompts/0: it has no completion"):
         train(settings, prompts=PREFERENCES, out=tmp_path / "run")

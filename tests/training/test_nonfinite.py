@@ -1,4 +1,4 @@
-"""Numbers that are not finite stop a run before the optimizer, and leave the batch to be looked at."""
+"""Nonfinite values stop a run before the optimizer step, and the batch is kept for inspection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PPO = {"method__name": "ppo"}
 
 
 def times(factor: float, calls: int):
-    """The policy's loss, multiplied from a call on."""
+    """The policy's loss, multiplied by `factor` from a certain call on."""
     original, count = gruppo.training.policy_loss.policy_loss, 0
 
     def scaled(*args):
@@ -46,16 +46,19 @@ def reference_fails(policy, batch, temperature, original=gruppo.training.policy_
     return (logprobs if torch.is_grad_enabled() else logprobs * -math.inf), entropy
 
 
-# What is patched, by what, for which recipe; and what the message says.
+# Name -> what is patched, the replacement, changes to the recipe, and the expected message.
 PLACES: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "loss": ("gruppo.training.policy_loss.policy_loss", times(math.nan, 1), {}, r"the loss of step 1 is nan"),
-    "gradient": ("gruppo.training.policy_loss.policy_loss", times(1e38, 1), {}, r"the gradient norm of step 1 is (inf|nan)"),
+    "gradient": (
+        "gruppo.training.policy_loss.policy_loss", times(1e38, 1), {}, r"the gradient norm of step 1 is (inf|nan)",
+    ),
     "second inner update": (
         "gruppo.training.policy_loss.policy_loss", times(math.nan, 2), {"method__inner_updates": 3},
         r"the loss of step 1, inner update 2 is nan",
     ),
     "reference": (
-        "gruppo.training.policy_loss.score", reference_fails, {}, r"the loss of step 1 is .*not finite in it: ref_logprobs",
+        "gruppo.training.policy_loss.score", reference_fails, {},
+        r"the loss of step 1 is .*not finite in it: ref_logprobs",
     ),
     "reference before the update": (
         "gruppo.training.policy_loss.score", reference_fails, PPO, r"the old_logprobs of step 1 is nan.*, ref_logprobs",
@@ -65,7 +68,8 @@ PLACES: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         r"the value model's loss of step 1 is inf.*lower critic\.learning_rate",
     ),
     "adapters": (
-        "gruppo.training.policy_loss.policy_loss", times(math.nan, 1), {"model__lora": {"rank": 2}}, r"the loss of step 1 is nan",
+        "gruppo.training.policy_loss.policy_loss", times(math.nan, 1), {"model__lora": {"rank": 2}},
+        r"the loss of step 1 is nan",
     ),
     "reward model": (
         "gruppo.training.reward_model.reward_model_loss", lambda *_: torch.tensor(math.nan, requires_grad=True),
@@ -75,7 +79,7 @@ PLACES: dict[str, tuple[str, Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_it_stops_before_the_optimizer_and_keeps_the_batch(
+def test_a_nonfinite_value_stops_the_run_before_the_optimizer_and_keeps_the_batch(
     place: str, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, patched, changes, message = PLACES[place]
@@ -88,25 +92,23 @@ def test_it_stops_before_the_optimizer_and_keeps_the_batch(
             small_run(tiny_folder, tmp_path / "run", run__steps=1, **changes)
     assert len(moved) == (place in {"second inner update", "value model"}), "only what came before"
     path = tmp_path / "run" / "nonfinite-step-000001.json"
-    told = json.loads(path.read_text())
-    assert math.isfinite(float(told["value"])) is False
+    record = json.loads(path.read_text())
+    assert math.isfinite(float(record["value"])) is False
     event = read_lines(tmp_path / "run" / "events.jsonl")[-1]
     assert (event["kind"], event["file"]) == ("nonfinite", path.name)
     assert str(path) in event["message"]
     batches = load_batches(path)
-    assert len(batches) == told["micro_batches"] == len(told["batches"])
-    texts = [each for batch in told["batches"] for each in batch["completions"]]
+    assert len(batches) == record["micro_batches"] == len(record["batches"])
+    texts = [completion for batch in record["batches"] for completion in batch["completions"]]
     assert len(texts) == sum(len(batch.members) for batch in batches) > 0
     assert all(len(each["prompt"]) == 2 for each in texts), "the questions are two letters"
     assert not list((tmp_path / "run").rglob("*.writing"))
 
 
-def test_a_batch_that_was_kept_can_be_computed_again(
-    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kept_batch_can_be_recomputed(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.training.policy_loss.policy_loss", times(math.nan, 1))
-        with pytest.raises(RunError, match="not made"):
+        with pytest.raises(RunError, match="not applied"):
             small_run(tiny_folder, tmp_path / "run", run__steps=1, method__kl_coef=0.0)
     (batch,) = load_batches(tmp_path / "run" / "nonfinite-step-000001.json")
     kept = load_file(tmp_path / "run" / "nonfinite-step-000001-0.safetensors")
@@ -121,17 +123,17 @@ def test_a_batch_that_was_kept_can_be_computed_again(
     assert {"token_ids", "targets", "advantages", "weights", "sampling_logprobs"} <= set(kept)
 
 
-def test_the_weights_are_those_from_before(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_are_unchanged(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.training.policy_loss.policy_loss", times(1e38, 1))
-        with pytest.raises(RunError, match="not made"):
+        with pytest.raises(RunError, match="not applied"):
             small_run(tiny_folder, tmp_path / "run", run__steps=1)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     start = load_model(find_model(tiny_folder, NullProgress()), "cpu", "float32").model
     assert summary["weights_sha256"] == weights_sha256(start)
 
 
-def test_completions_that_nobody_drew_are_no_reason() -> None:
+def test_completions_from_rows_do_not_count_as_nonfinite() -> None:
     batch = trial_batch(make_policy(), [(2, [1, 1])])
     batch.sampling_logprobs = torch.full_like(batch.sampling_logprobs, math.nan)
     assert not_finite(batch) == {}

@@ -1,4 +1,4 @@
-"""Memory that runs out: what failed is made again in smaller pieces, once, and nothing of the failed try is left."""
+"""Out of memory: the failed operation is retried with a smaller size, and the failed attempt leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fails(kind: type[BaseException] = RuntimeError) -> Callable[[], None]:
 
 
 def close(first: Result, second: Result) -> None:
-    """Metrics and weights of two runs, equal to rounding."""
+    """Check that metrics and weights of two runs are equal up to rounding."""
     for before, after in zip(first.metrics, second.metrics, strict=True):
         assert before.keys() == after.keys()
         for name, value in before.items():
@@ -52,9 +52,9 @@ def close(first: Result, second: Result) -> None:
     files = [sorted((each.path / "checkpoints").iterdir())[-1] for each in (first, second)]
     for name in ("weights.safetensors", "critic.weights.safetensors"):
         if (files[0] / name).is_file():
-            held, made = load_file(files[0] / name), load_file(files[1] / name)
-            for key, tensor in held.items():
-                torch.testing.assert_close(made[key], tensor, rtol=1e-3, atol=2e-5)
+            expected, actual = load_file(files[0] / name), load_file(files[1] / name)
+            for key, tensor in expected.items():
+                torch.testing.assert_close(actual[key], tensor, rtol=1e-3, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def whole(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     }
 
 
-# What fails at which call, with which error, and in which method's run; then which size becomes smaller. A step of GRPO
-# has two micro-batches here (one in the run that it is compared with), four once they are halved.
+# What fails at which call, with which error, and in which method's run; then which size is reduced. A GRPO step has two
+# micro-batches here (one in the run that it is compared with), and four after halving.
 PLACES = {
     "sampling": ("gruppo.engines.native.engine._Decoder.decode", 12, MemoryError, "grpo", "slots"),
     "forward": ("gruppo.training.policy_trainer.batch_loss", 2, RuntimeError, "grpo", "micro_batch_tokens"),
@@ -88,7 +88,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_failed_allocation_changes_nothing_but_sizes(
+def test_a_failed_allocation_changes_only_sizes(
     place: str, tiny_folder: str, whole: dict[str, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, count, kind, method, size = PLACES[place]
@@ -109,18 +109,18 @@ def test_a_failed_allocation_changes_nothing_but_sizes(
     (event,) = read_lines(tmp_path / "run" / "events.jsonl")
     assert (event["kind"], event["size"]) == ("memory", size)
     assert event["after"] == event["before"] // 2
-    assert "done again from its beginning" in event["message"]
+    assert "retried from its start" in event["message"]
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["chosen"][size] == event["after"]
     assert [each["step"] for each in environment["halvings"]] == [event["step"]]
     if size == "micro_batch_tokens":
         assert max(sizes) > 30
-        assert max(sizes[-2:]) <= 30, "what is made again is smaller"
+        assert max(sizes[-2:]) <= 30, "the retry is smaller"
         assert result.metrics[-1]["memory/micro_batch_tokens"] == event["after"]
 
 
-def test_the_gradient_is_that_of_the_update_that_did_not_fail() -> None:
-    """The third of three micro-batches fails: the second try begins from no gradient, so nothing counts twice."""
+def test_the_gradient_after_a_retry_equals_the_gradient_without_failure() -> None:
+    """The third of three micro-batches fails: the retry starts without gradients, so nothing counts twice."""
     ids = torch.arange(1, 13).view(3, 4)
     seen: dict[bool, dict[str, torch.Tensor]] = {}
     tries = []
@@ -146,7 +146,7 @@ def test_the_gradient_is_that_of_the_update_that_did_not_fail() -> None:
             )  # type: ignore[arg-type]
 
         tries.clear()
-        BatchSizes(64, 1).fitting("micro_batch_tokens", "updating", attempt)
+        BatchSizes(64, 1).run_with_retry("micro_batch_tokens", "updating", attempt)
         assert all(each.grad is None for each in policy.model.parameters())
     assert tries == [1, 5, 9, 1, 5, 9]
     for name, gradient in seen[False].items():
@@ -168,34 +168,36 @@ def test_an_error_of_another_kind_leaves_no_gradient(policy) -> None:
     assert all(each.grad is None for each in policy.model.parameters())
 
 
-def test_the_optimizers_own_step_is_not_made_twice(
-    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_optimizer_step_is_not_retried(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_call(monkeypatch, "torch.optim.AdamW.step", 2, fails())
     with pytest.raises(RunError, match=r"optimizer's step .* may be half done"):
         small_run(tiny_folder, tmp_path / "run", **CHANGES)
 
 
-def test_below_the_smallest_the_run_says_what_to_lower(
+def test_at_the_minimum_size_the_error_says_what_to_lower(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gruppo.training.policy_trainer.batch_loss", lambda *_, **__: fails()())
-    with pytest.raises(RunError, match=r"at its smallest \(9\).*smaller sampling\.max_tokens"):
+    with pytest.raises(
+        RunError, match=r"micro-batch tokens already at the minimum \(9\).*smaller sampling\.max_tokens"
+    ):
         small_run(tiny_folder, tmp_path / "run", **CHANGES)
     sizes = [each["after"] for each in read_lines(tmp_path / "run" / "events.jsonl") if each["kind"] == "memory"]
     assert sizes == [512, 256, 128, 64, 32, 16, 9], "two tokens of a prompt, and seven of eight are read"
 
 
-def test_elsewhere_it_ends_with_a_line(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_elsewhere_ends_with_a_one_line_error(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gruppo.training.run.rollout_rows", lambda *_: fails(MemoryError)())
-    with pytest.raises(RunError, match=r"memory ran out .* resume from the last checkpoint"):
+    with pytest.raises(RunError, match=r"out of memory .* resume from the last checkpoint"):
         small_run(tiny_folder, tmp_path / "run", **CHANGES)
 
 
-def test_a_halved_size_is_kept_over_a_kill_and_told_again(
+def test_a_halved_size_survives_a_kill_and_is_reported_again(
     tiny_folder: str, whole: dict[str, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the step whose event the resume cuts away: the size stays, and an event says so."""
+    """Killed in the step whose event the resume removes: the size is kept, and a new event reports it."""
     with monkeypatch.context() as patch:
         at_call(patch, "gruppo.training.policy_trainer.batch_loss", 4, fails())
         with killed(patch, "gruppo.training.run.TrainingRun._describe", 2):
@@ -219,22 +221,22 @@ def test_a_reward_model_learns_the_same(tiny_folder: str, tmp_path: Path, monkey
         second = small_run(tiny_folder, tmp_path / "run", **changes)
     close(first, second)
     events = read_lines(tmp_path / "run" / "events.jsonl")
-    told = [each["during"] for each in events if each["kind"] == "memory"]
-    assert told == ["training the reward model", "judging by the reward model"]
+    phases = [event["during"] for event in events if event["kind"] == "memory"]
+    assert phases == ["training the reward model", "scoring with the reward model"]
 
 
-def test_fewer_slots_sample_the_same(policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_slots_sample_the_same_completions(policy, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request((1, 2, 3), [(0, place, draw) for draw in range(4)]) for place in range(3)]
     options = SamplingParams(1.0, 6)
     wanted = NativeEngine(policy, 12).generate(requests, options)
-    told: list[str] = []
-    sizes = BatchSizes(1024, 12, told=lambda made: told.append(str(made)))
+    messages: list[str] = []
+    sizes = BatchSizes(1024, 12, on_reduced=lambda reduced: messages.append(str(reduced)))
     at_call(monkeypatch, "gruppo.engines.native.engine._Decoder.decode", 3, fails())
     made = ResizingEngine(NativeEngine(policy, 12), sizes).generate(requests, options)
     ids = [[[completion.token_ids for completion in group] for group in each] for each in (wanted, made)]
     assert ids[0] == ids[1]
     assert sizes.slots == 6
-    assert "completions in flight is 6 instead of 12" in told[0]
+    assert "retried from its start with 6 slots (was 12)" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -249,11 +251,11 @@ def test_fewer_slots_sample_the_same(policy, monkeypatch: pytest.MonkeyPatch) ->
         (ValueError("out of memory"), False),
     ],
 )
-def test_which_errors_are_of_memory(error: Exception, expected: bool) -> None:
+def test_which_errors_count_as_out_of_memory(error: Exception, expected: bool) -> None:
     assert out_of_memory(error) is expected
 
 
-def test_metrics_of_a_failed_block_are_gone() -> None:
+def test_metrics_of_a_failed_block_are_discarded() -> None:
     metrics = Metrics()
     metrics.mean("a", 1.0)
     metrics.maximum("b", 1.0)
@@ -272,8 +274,10 @@ def test_metrics_of_a_failed_block_are_gone() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the address space are kept by Linux")
 def test_the_budget_is_kept_under_a_limit_of_the_address_space(tmp_path: Path) -> None:
-    """Where all memory beyond the budget is refused, the micro-batch of the budget is trained on; the largest one
-    fails, or, with halving, comes to its end too."""
+    """If memory beyond the budget is refused, the micro-batch chosen for the budget works.
+
+    The largest micro-batch fails, or with halving also finishes.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "tests.limited", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -293,7 +297,7 @@ def test_the_budget_is_kept_under_a_limit_of_the_address_space(tmp_path: Path) -
 
 
 def counts() -> dict[str, int]:
-    """What a step could leave behind, counted: live tensors, open files, threads, child processes, tracked objects."""
+    """Counts of what a step could leave behind: live tensors, open files, threads, child processes, tracked objects."""
     gc.collect()
     process = psutil.Process()
     return {
@@ -306,9 +310,12 @@ def counts() -> dict[str, int]:
 
 
 def test_two_hundred_steps_leave_nothing_behind(tiny_folder: str, tmp_path: Path) -> None:
-    """With a reference, a value model, evaluations and checkpoints. The counts of tensors, files, threads and processes
-    are exact; lines of metrics are looked back at for 60 steps, so objects may grow until then, and by a few after.
-    Resident memory: 4 MB in 100 steps would be seen; without a leak it is half a megabyte."""
+    """With a reference, a value model, evaluations and checkpoints.
+
+    The counts of tensors, files, threads and processes are exact. The history of metrics covers 60 steps, so the number
+    of objects may grow until then, and by a few after. For resident memory, a growth of 4 MB in 100 steps would be
+    detected; without a leak it is half a megabyte.
+    """
     seen: dict[int, dict[str, int]] = {}
     resident: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""A run that was stopped at any kind of moment and continued equals the run that nobody stopped, bit for bit."""
+"""A run that is stopped at any moment and resumed equals an uninterrupted run exactly."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MOMENTS = {
     "before a metrics line": ("gruppo.runs.folder.RunFolder.metric", 6),
     "before base is named": ("gruppo.runs.atomic.publish", 2),
     "before a table is named": ("gruppo.runs.atomic.publish", 10),
-    "while evaluating": ("gruppo.evaluation.runner.graded", 2),
+    "while evaluating": ("gruppo.evaluation.runner.grade_answers", 2),
     "before a checkpoint": ("gruppo.training.checkpointer.save_checkpoint", 2),
     "before a checkpoint is named": ("gruppo.training.checkpoint.publish", 2),
     "before old checkpoints go": ("gruppo.training.checkpoint.drop_old", 2),
@@ -71,7 +71,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_every_method_resumes_bit_for_bit(
     method: str, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DAPO's refills move the cursor by what they drew; KL in the reward needs the reference of the beginning."""
+    """DAPO's dynamic sampling advances the cursor by its prompts; KL in the reward needs the initial reference."""
 
     changes = {"method__name": method, "reward__functions": [REFILLED], "sampling__temperature": 0.7}
     settings = {**recipe(tiny_folder, **changes)}
@@ -109,7 +109,7 @@ def uninterrupted_lora(tiny_folder: str, tmp_path_factory: pytest.TempPathFactor
 def test_adapters_resume_bit_for_bit(
     moment: str, tiny_folder: str, uninterrupted_lora: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The frozen weights come from the start model again, A and B from the checkpoint or, before one, from the seed."""
+    """Frozen weights come from the start model, A and B from the checkpoint or, without one, from the seed."""
 
     out, changes = tmp_path / "run", {"model__lora": {"rank": 2}, "method__inner_updates": 2}
     with killed(monkeypatch, *LORA_MOMENTS[moment]):
@@ -120,15 +120,15 @@ def test_adapters_resume_bit_for_bit(
 
 
 @pytest.mark.parametrize("moment", ["sampling", "between steps", "evaluating", "evaluating at the end", "updating"])
-def test_asked_to_stop_saves_and_continues(
+def test_a_stopped_run_is_saved_and_continued(
     moment: str, tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first signal, at a moment of each kind; an update that has begun is finished first."""
+    """The first signal arrives at different moments; an update in progress is finished first."""
     target, count = {
         "sampling": ("gruppo.engines.native.engine._Decoder.decode", 60),
         "between steps": ("gruppo.runs.folder.RunFolder.metric", 5),
-        "evaluating": ("gruppo.evaluation.runner.answer", 2),
-        "evaluating at the end": ("gruppo.evaluation.runner.answer", 4),
+        "evaluating": ("gruppo.evaluation.runner.sample_answers", 2),
+        "evaluating at the end": ("gruppo.evaluation.runner.sample_answers", 4),
         "updating": ("gruppo.training.policy_trainer.batch_loss", 5),
     }[moment]
     with monkeypatch.context() as patch:
@@ -157,17 +157,15 @@ def test_resume_of_a_finished_run_changes_nothing(
     assert fingerprint(tmp_path / "run") == before
 
 
-def test_resume_of_nothing_starts(tiny_folder: str, tmp_path: Path) -> None:
+def test_resume_without_a_run_starts_one(tiny_folder: str, tmp_path: Path) -> None:
     assert small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1).summary["state"] == "done"
 
 
-def test_resume_keeps_what_was_chosen_by_measuring(
-    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Other memory at the resume must not change the micro-batch, and so the rounding."""
-    held = process_bytes(torch.device("cpu"))
-    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: held)
-    monkeypatch.setattr("gruppo.training.sizing.process_bytes", lambda _: held)
+def test_resume_keeps_the_measured_sizes(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different free memory at the resume must not change the micro-batch, and thus the rounding."""
+    resident = process_bytes(torch.device("cpu"))
+    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: resident)
+    monkeypatch.setattr("gruppo.training.sizing.process_bytes", lambda _: resident)
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 10**10)
         patch.setattr("gruppo.models.packing.MAX_TOKENS", 30)
@@ -175,7 +173,7 @@ def test_resume_keeps_what_was_chosen_by_measuring(
         small_run(tiny_folder, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]
     assert before["micro_batch_tokens"] == 30
-    assert (before["recompute"], before["memory_budget_bytes"]) == (False, int(0.6 * (10**10 + held)))
+    assert (before["recompute"], before["memory_budget_bytes"]) == (False, int(0.6 * (10**10 + resident)))
     monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 0)
     seen = []
     original = policy_trainer.pack
@@ -187,10 +185,10 @@ def test_resume_keeps_what_was_chosen_by_measuring(
     assert set(seen) == {30}
 
 
-def test_a_run_from_before_there_was_a_budget_resumes(
+def test_a_run_from_before_the_memory_budget_resumes(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its recipe has no run.memory, and nothing says whether activations are recomputed."""
+    """Its recipe has no run.memory, and nothing records whether activations are recomputed."""
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "finish_step", _stop_after(2))
         small_run(tiny_folder, tmp_path / "run")
@@ -228,7 +226,7 @@ def test_changed_recipe_other_run_and_changed_weights_are_refused(tiny_folder: s
         small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1)
 
 
-def test_changed_questions_are_refused_and_changed_rewards_are_told(
+def test_changed_questions_are_refused_and_changed_rewards_are_reported(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text("def f(completions, **_):\n    return [float(len(c)) for c in completions]\n")
@@ -244,15 +242,15 @@ def test_changed_questions_are_refused_and_changed_rewards_are_told(
 
 
 @pytest.mark.parametrize("before", ["of another compiler", "none"])
-def test_other_kernels_than_the_run_began_with_are_told(tiny_folder: str, tmp_path: Path, before: str) -> None:
+def test_changed_kernels_are_reported(tiny_folder: str, tmp_path: Path, before: str) -> None:
     out = tmp_path / "run"
     small_run(tiny_folder, out)
     chosen = json.loads((out / "environment.json").read_text())
     now, chosen["chosen"]["kernels"] = chosen["chosen"]["kernels"], before
     (out / "environment.json").write_text(json.dumps(chosen))
     small_run(tiny_folder, out, resume=True)
-    told = [each["message"] for each in read_lines(out / "events.jsonl") if each["kind"] == "changed"]
-    assert ["kernels" in each for each in told] == [True] * (now != before)
+    messages = [event["message"] for event in read_lines(out / "events.jsonl") if event["kind"] == "changed"]
+    assert ["kernels" in message for message in messages] == [True] * (now != before)
 
 
 def test_damaged_last_checkpoint_falls_back_with_an_event(tiny_folder: str, tmp_path: Path) -> None:
@@ -266,15 +264,15 @@ def test_damaged_last_checkpoint_falls_back_with_an_event(tiny_folder: str, tmp_
 
 
 def test_sigkill_of_the_real_command(tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path) -> None:
-    """The command line in a process of its own, killed after its third step, resumed by the same command."""
+    """The command line in a separate process, killed after its third step and resumed with the same command."""
     import tomli_w
 
     data = recipe(tiny_folder, **EVALUATED, **questions)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     data["task"] = {"name": str(tmp_path / "rows.jsonl")}
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(data))
-    command = [sys.executable, "-m", "gruppo.cli.main", "train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run"),
-               "--resume"]  # fmt: skip
+    command = [sys.executable, "-m", "gruppo.cli.main", "train", str(tmp_path / "tiny.toml")]
+    command += ["--out", str(tmp_path / "run"), "--resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The second grader: what it judges, and when it raises an alarm."""
+"""The reward audit: what it scores, and when it raises an alarm."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def alarms(rewards: list[float], audits: list[float], window: int = 8) -> list[s
     return [made.alarm({"audit/reward": r, "audit/mean": a}) for r, a in zip(rewards, audits, strict=True)]
 
 
-def test_trend_is_the_slope_in_its_standard_errors() -> None:
+def test_trend_is_the_slope_in_standard_errors() -> None:
     values = [0.1, 0.3, 0.2, 0.5, 0.4, 0.8]
     times = np.arange(6)
     matrix = np.stack([times, np.ones(6)], 1)
@@ -60,7 +60,7 @@ def test_alarm_when_the_reward_rises_and_the_audit_does_not() -> None:
     assert alarms(rising, [-each for each in rising])[-1]
 
 
-def test_a_step_that_could_not_be_audited_says_nothing_again() -> None:
+def test_a_step_without_audit_does_not_repeat_the_alarm() -> None:
     made = RewardAudit(FakePool(), Audit(function="second", window=4), 0)  # type: ignore[arg-type]
     found = [made.alarm({"audit/reward": each, "audit/mean": 0.5}) for each in (0.1, 0.2, 0.3, 0.4)]
     assert found[-1]
@@ -68,7 +68,7 @@ def test_a_step_that_could_not_be_audited_says_nothing_again() -> None:
     assert made.alarm({"step": 5, "eval/accuracy": 0.5}) is None
 
 
-def test_rewards_of_steps_count_with_their_weight() -> None:
+def test_step_rewards_count_with_their_weight() -> None:
     class Pool(FakePool):
         def score(self, groups, state, advance):
             return [[Reward(1.0, {}) for _ in own] for _, own in groups], {}
@@ -76,7 +76,7 @@ def test_rewards_of_steps_count_with_their_weight() -> None:
     group = make_group([1], [[1, 2], [3, 4]], [0.5, 0.5])
     group.rewards = [replace(each, steps={"judge": Steps((0.2, 0.4), (0, 1))}) for each in group.rewards]
     made, metrics = RewardAudit(Pool(), Audit(function="second"), 0), Metrics()  # type: ignore[arg-type]
-    made.judge([group], {"judge": 2.0}, 1, metrics, lambda _: None)
+    made.score([group], {"judge": 2.0}, 1, metrics, lambda _: None)
     assert metrics.reduce()["audit/reward"] == pytest.approx(0.5 + 2 * 0.3)
 
 
@@ -94,7 +94,7 @@ def test_a_run_is_audited_and_raises_the_alarm(tiny_folder: str, tmp_path: Path)
     assert "always_half" in found[0]["message"]
 
 
-def test_an_audit_that_agrees_raises_none(tiny_folder: str, tmp_path: Path) -> None:
+def test_an_audit_that_agrees_raises_no_alarm(tiny_folder: str, tmp_path: Path) -> None:
     settings = recipe(
         tiny_folder,
         run__steps=12,
@@ -108,13 +108,13 @@ def test_an_audit_that_agrees_raises_none(tiny_folder: str, tmp_path: Path) -> N
     assert not [event for event in read_lines(tmp_path / "run/events.jsonl") if event["kind"] == "audit"]
 
 
-def test_a_grader_that_is_not_there_is_told_by_its_field(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_missing_grader_is_reported_with_its_field(tiny_folder: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"audit\.function"):
         train(recipe(tiny_folder, audit__function="nowhere"), prompts=ROWS, out=tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.toml").exists()
 
 
-def test_an_audit_without_a_function_is_told_what_to_write(tiny_folder: str) -> None:
+def test_an_audit_without_a_function_is_reported_with_a_fix(tiny_folder: str) -> None:
     with pytest.raises(
         UsageError, match=r'audit\.function: missing; write e\.g\. function = "math_verify" in \[audit\]'
     ):

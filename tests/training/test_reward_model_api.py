@@ -49,7 +49,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [row for path in sorted((out / "labels").glob("step-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def test_a_row_a_completion_with_its_steps(settings: dict[str, Any], labelled: Path) -> None:
+def test_one_row_per_completion_with_its_steps(settings: dict[str, Any], labelled: Path) -> None:
     rows = rows_of(labelled)
     assert len(rows) == 40
     assert len(list((labelled / "labels").iterdir())) == 3, "4 questions a file"
@@ -61,7 +61,7 @@ def test_a_row_a_completion_with_its_steps(settings: dict[str, Any], labelled: P
     assert any(0 < share < 1 for row in rows for share in row["soft"])
 
 
-def test_labelling_resumes_and_keeps_what_is_there(
+def test_labelling_resumes_and_keeps_existing_files(
     settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with killed(monkeypatch, "gruppo.rollout.step_labels.StepLabeller.label", 2):
@@ -99,10 +99,10 @@ def test_a_reward_model_is_trained_on_labels_and_resumes(
     assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_a_model_with_another_tokenizer_reads_the_texts_anew(
+def test_a_model_with_another_tokenizer_tokenizes_the_texts_again(
     settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its tokens are one, two and more letters; ends are where the texts end."""
+    """Its tokens have one, two or more letters; step ends match the ends of the texts."""
     from gruppo.training import reward_model_api as labelling
 
     seen: list[Any] = []
@@ -129,7 +129,7 @@ def test_a_model_with_another_tokenizer_reads_the_texts_anew(
 
 
 def tokenizer_of_pairs() -> Any:
-    """Pairs of letters are one token where both are alike."""
+    """A pair of equal letters is one token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -150,12 +150,14 @@ def tokenizer_of_pairs() -> Any:
         ({"reward_model": {"kind": "process", "split": "nowhere:split"}}, r"reward_model\.split"),
     ],
 )
-def test_what_cannot_be_labelled_is_told(changes: dict, message: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_unusable_recipes_for_labels_are_refused(
+    changes: dict, message: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=message):
         label({**settings, **changes}, out=tmp_path / "labels")
 
 
-def test_what_cannot_be_trained_on_is_told(settings: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
+def test_unusable_labels_are_refused(settings: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no labels"):
         train_reward_model(settings, tmp_path, out=tmp_path / "run")
     plain = {name: each for name, each in settings.items() if name != "reward_model"}
@@ -175,11 +177,11 @@ def test_both_commands(settings: dict[str, Any], tmp_path: Path) -> None:
     assert "calibration_error" in trained.output
 
 
-def test_folders_of_other_kinds_are_left_as_they_are(settings: dict[str, Any], labelled: Path) -> None:
+def test_folders_of_other_kinds_are_refused(settings: dict[str, Any], labelled: Path) -> None:
     before = rows_of(labelled)
-    with pytest.raises(UsageError, match="holds a set of labels, and not a reward model"):
+    with pytest.raises(UsageError, match="holds a set of labels, not a reward model"):
         train_reward_model(settings, labelled, out=labelled, resume=True)
-    with pytest.raises(UsageError, match="holds a set of labels, and not a run"):
+    with pytest.raises(UsageError, match="holds a set of labels, not a run"):
         train(settings, out=labelled, resume=True)
     assert rows_of(labelled) == before
 
@@ -187,14 +189,14 @@ def test_folders_of_other_kinds_are_left_as_they_are(settings: dict[str, Any], l
 def test_a_resume_with_other_labels_is_refused(settings: dict[str, Any], labelled: Path, tmp_path: Path) -> None:
     train_reward_model(settings, labelled, out=tmp_path / "model")
     label(settings, out=tmp_path / "labels", overrides=["run.seed=1"])
-    with pytest.raises(UsageError, match="labels_sha256 is not what it was"):
+    with pytest.raises(UsageError, match="labels_sha256 has changed since the start"):
         train_reward_model(settings, tmp_path / "labels", out=tmp_path / "model", resume=True)
 
 
 def test_an_interruption_saves_what_was_learned(
     settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five updates are done, and run.checkpoint_every is 100."""
+    """Five updates are done although run.checkpoint_every is 100."""
 
     def stops() -> None:
         raise Interrupted

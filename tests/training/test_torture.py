@@ -1,4 +1,4 @@
-"""A short `make torture`: ten kills over three methods. In a process of its own, which forks."""
+"""A short `make torture`: ten kills over three methods, in a separate process that forks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests import torture
 
 
-def test_runs_that_are_killed_come_out_as_those_that_nobody_kills() -> None:
+def test_killed_runs_end_like_uninterrupted_runs() -> None:
     command = [sys.executable, "-m", "tests.torture", "--kills", "10", "--cases", "; ".join(torture.QUICK), "--forked"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "10 passed, 0 failed", done.stdout + done.stderr
@@ -18,13 +18,13 @@ def test_runs_that_are_killed_come_out_as_those_that_nobody_kills() -> None:
 
 
 @pytest.mark.parametrize(
-    ("got", "told"),
+    ("got", "expected"),
     [
         ({"a": b"1", "b": 2}, []),
         ({"a": b"0", "b": 2}, ["a differs"]),
         ({"b": 2}, ["a is missing"]),
-        ({"a": b"1", "b": 2, "metrics.jsonl, line 9": {}}, ["metrics.jsonl, line 9 is there"]),
+        ({"a": b"1", "b": 2, "metrics.jsonl, line 9": {}}, ["metrics.jsonl, line 9 is unexpected"]),
     ],
 )
-def test_differences_are_told(got: dict, told: list) -> None:
-    assert torture.differences(got, {"a": b"1", "b": 2}) == told
+def test_differences_are_reported(got: dict, expected: list) -> None:
+    assert torture.differences(got, {"a": b"1", "b": 2}) == expected

@@ -1,4 +1,4 @@
-"""The value model of PPO: its numbers, its gradient, and that PPO learns and resumes with it."""
+"""The value model of PPO: its values and gradient, and PPO runs that train and resume with it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def critic64(seed: int = 3) -> ScalarModel:
 
 
 def plain_values(critic: ScalarModel, group: Group, number: int) -> Tensor:
-    """Of the states before each token and after the last, by transformers alone."""
+    """Values of the states before each token and after the last, computed by plain transformers."""
     prompt, own = group.prompt.token_ids, group.completions[number].token_ids
     decoder = critic.policy.model.get_decoder()
     hidden = decoder(input_ids=torch.tensor([[*prompt, *own]])).last_hidden_state[0]
@@ -49,13 +49,13 @@ def valued(groups: list[Group], critic: ScalarModel, budget: int) -> list[Group]
     return groups
 
 
-def test_begins_as_zero() -> None:
+def test_values_start_at_zero() -> None:
     groups = valued(random_groups(), ScalarModel.on(make_policy()), 10**9)
     assert all(not any(own or []) for group in groups for own in group.values)
 
 
 @pytest.mark.parametrize("budget", [10**9, 20])
-def test_values_are_the_modules_own(budget: int) -> None:
+def test_values_equal_the_output_of_the_module(budget: int) -> None:
     critic, groups = critic64(), random_groups()
     cut = make_completion(list(groups[1].completions[2].token_ids), "length")
     groups[1].completions = [*groups[1].completions[:2], cut, groups[1].completions[3]]
@@ -65,13 +65,13 @@ def test_values_are_the_modules_own(budget: int) -> None:
             with torch.no_grad():
                 expected = plain_values(critic, group, number).tolist()
             if group.completions[number] is not cut:
-                expected[-1] = 0.0  # it ended by itself
+                expected[-1] = 0.0  # the completion finished (EOS)
             assert own == pytest.approx(expected, abs=1e-10)
 
 
 @pytest.mark.parametrize("budget", [10**9, 20])
-def test_loss_and_gradient_are_the_written_out_ones(budget: int) -> None:
-    """½ E[1/|o| Σ max((V - R)², (clipped - R)²)] over transformers' own forward, with values that have moved."""
+def test_loss_and_gradient_equal_the_formula(budget: int) -> None:
+    """½ E[1/|o| Σ max((V - R)², (clipped - R)²)] over transformers' forward pass, with values that have changed."""
     critic, reference, settings = critic64(), make_policy(torch.float64, seed=1), Critic(gamma=0.9, gae_lambda=0.8)
     groups, method = random_groups(), Method(name="ppo", clip_low=0.2)
     policy = make_policy(torch.float64)
@@ -110,7 +110,7 @@ def test_loss_and_gradient_are_the_written_out_ones(budget: int) -> None:
     assert metrics.reduce()["value/clipped"] > 0
 
 
-def test_ppo_learns_and_its_values_too(tiny_folder: str, tmp_path: Path) -> None:
+def test_ppo_trains_policy_and_value_model(tiny_folder: str, tmp_path: Path) -> None:
     settings = recipe(
         tiny_folder, method__name="ppo", method__kl_coef=0.0, run__steps=40, optimizer__learning_rate=0.01,
         critic__learning_rate=0.01, critic__gamma=0.5, method__inner_updates=2,
@@ -118,13 +118,13 @@ def test_ppo_learns_and_its_values_too(tiny_folder: str, tmp_path: Path) -> None
     result = train(settings, prompts=ROWS, out=tmp_path / "run")
     rewards = [line["reward/mean"] for line in result.metrics]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5
-    late = result.metrics[-5:]  # values begin as 0 and come to be what returns are
+    late = result.metrics[-5:]  # values start at 0 and approach the returns
     value, returned = (sum(line[name] for line in late) / 5 for name in ("value/mean", "value/return_mean"))
     assert returned > 0.35
     assert abs(value - returned) < returned / 2
     table = pq.read_table(tmp_path / "run/rollouts/step-000001.parquet").to_pylist()
     row = table[0]
-    assert row["values"] == [0.0] * (len(row["token_ids"]) + 1)  # the head begins at 0
+    assert row["values"] == [0.0] * (len(row["token_ids"]) + 1)  # the head starts at 0
     assert row["returns"][-1] == pytest.approx(row["reward"])
     later = range(len(row["token_ids"]))[::-1]  # γλ for each token until the reward
     assert row["advantages"] == pytest.approx([(0.5 * 0.95) ** place * row["reward"] for place in later])
@@ -132,14 +132,14 @@ def test_ppo_learns_and_its_values_too(tiny_folder: str, tmp_path: Path) -> None
     assert {"critic.weights.safetensors", "critic.optimizer.safetensors"} <= files
 
 
-def test_a_critic_of_another_vocabulary_is_refused(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_critic_with_another_vocabulary_is_refused(tiny_folder: str, tmp_path: Path) -> None:
     save_model(make_policy(vocab_size=50), tmp_path / "other")
     settings = recipe(tiny_folder, method__name="ppo", critic__name=str(tmp_path / "other"))
-    with pytest.raises(UsageError, match="knows 50 tokens and the policy 48"):
+    with pytest.raises(UsageError, match="has 50 tokens, and the policy 48"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
 
 
-def test_a_critic_that_is_not_there_is_told_by_its_field(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_missing_critic_is_reported_with_its_field(tiny_folder: str, tmp_path: Path) -> None:
     settings = recipe(tiny_folder, method__name="ppo", critic__name="nowhere/model")
     with pytest.raises(UsageError, match=r"critic\.name = 'nowhere/model': there is no such folder"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
@@ -155,6 +155,6 @@ def test_a_critic_that_is_not_there_is_told_by_its_field(tiny_folder: str, tmp_p
         ({"critic": {"clip": -1.0}}, "critic.clip = -1.0"),
     ],
 )
-def test_settings_that_do_not_fit(changes: dict, message: str) -> None:
+def test_incompatible_settings(changes: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe({"model": {"name": "x"}, **changes})

@@ -1,5 +1,8 @@
-"""Signals, as a user sends them to the command line: the first ends a run soon and says how to go on, the second at
-once. And the lock of a run folder, which nothing keeps but a process that is alive."""
+"""Signals sent to the command line, and the lock of a run folder.
+
+The first signal stops a run soon and says how to continue; the second one stops it at once. Only a live process holds
+the lock.
+"""
 
 from __future__ import annotations
 
@@ -41,44 +44,43 @@ def written(tiny_folder: str, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def begin(*arguments: object) -> subprocess.Popen:
+def start_command(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "gruppo.cli.main", *map(str, arguments)], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env={**ENVIRONMENT, "SLOW": "1"},
     )  # fmt: skip
 
 
-def until(process: subprocess.Popen, found: Callable[[str], bool]) -> None:
+def wait_for_line(process: subprocess.Popen, matches: Callable[[str], bool]) -> None:
     assert process.stdout is not None
-    assert any(found(line) for line in process.stdout), "ended before it came there"
+    assert any(matches(line) for line in process.stdout), "the process ended before it printed the line"
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Code and output; all of these runs would go on for half a minute and more."""
+def exit_of(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code and output, within 25 seconds; without the signal, these runs would take half a minute or more."""
     start = time.monotonic()
-    said, _ = process.communicate(timeout=25)
+    output, _ = process.communicate(timeout=25)
     assert time.monotonic() - start < 25
-    assert "Traceback" not in said
-    return process.returncode, said
+    assert "Traceback" not in output
+    return process.returncode, output
 
 
-def test_the_first_signal_while_a_reward_takes_its_time_and_the_command_that_is_shown(
+def test_the_first_signal_during_a_slow_reward_and_the_command_to_continue(
     written: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "a run"
     file = written(reward__functions=[f"{USERS}:sleeps"], reward__timeout=60, reward__environment=["SLOW"])
-    process = begin("train", file, "--out", out, "--set", "run.steps=2")
-    until(process, lambda line: "a run" in line)
+    process = start_command("train", file, "--out", out, "--set", "run.steps=2")
+    wait_for_line(process, lambda line: "a run" in line)
     while not (out / "environment.json").is_file():
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    code, said = ended(process)
+    code, output = exit_of(process)
     assert code == 130
-    told = "gruppo: stopping at the next safe point; once more stops at once"
-    assert told in said
-    assert "Interrupted after step 0 of 2; everything is saved. Go on with:" in said
-    shown = shlex.split(said.splitlines()[-1])
+    assert "gruppo: stopping at the next safe point; a second signal stops immediately" in output
+    assert "Interrupted after step 0 of 2; everything is saved. Resume with:" in output
+    shown = shlex.split(output.splitlines()[-1])
     assert shown == ["gruppo", "train", str(file), "--set", "run.steps=2", "--out", str(out), "--resume"]
     again = subprocess.run([sys.executable, "-m", "gruppo.cli.main", *shown[1:]], capture_output=True, env=ENVIRONMENT)
     assert again.returncode == 0
@@ -86,43 +88,43 @@ def test_the_first_signal_while_a_reward_takes_its_time_and_the_command_that_is_
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
 
 
-def test_the_second_signal_ends_a_long_update_at_once(written: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_second_signal_stops_a_long_update_at_once(written: Callable[..., Path], tmp_path: Path) -> None:
     file = written(method__surrogate=f"{USERS}:slow_surrogate", sampling__max_tokens=16)
-    process = begin("train", file, "--out", tmp_path / "run")
-    until(process, lambda line: line == "updating\n")
+    process = start_command("train", file, "--out", tmp_path / "run")
+    wait_for_line(process, lambda line: line == "updating\n")
     process.send_signal(signal.SIGINT)
-    until(process, lambda line: "once more stops at once" in line)
+    wait_for_line(process, lambda line: "a second signal stops immediately" in line)
     process.send_signal(signal.SIGTERM)
-    assert ended(process) == (-signal.SIGTERM, ""), "a shell shows 143"
+    assert exit_of(process) == (-signal.SIGTERM, ""), "a shell reports 143"
 
 
 @pytest.mark.parametrize("moment", [0.5, 2.0])
-def test_while_it_loads(moment: float, written: Callable[..., Path], tmp_path: Path) -> None:
-    """torch is imported then, or the model read."""
-    process = begin(
+def test_a_signal_during_loading(moment: float, written: Callable[..., Path], tmp_path: Path) -> None:
+    """At these moments torch is imported or the model is loaded."""
+    process = start_command(
         "train", written(reward__functions=[f"{USERS}:sleeps"], reward__environment=["SLOW"]), "--out", tmp_path / "run"
     )
-    until(process, lambda line: line.startswith("gruppo 0."))
+    wait_for_line(process, lambda line: line.startswith("gruppo 0."))
     time.sleep(moment)
     process.send_signal(signal.SIGINT)
-    code, said = ended(process)
+    code, output = exit_of(process)
     assert code == 130
-    assert "--resume" in said.splitlines()[-1]
+    assert "--resume" in output.splitlines()[-1]
 
 
-def test_labelling_and_long_evaluations_end_soon_too(written: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_signal_stops_labelling_soon(written: Callable[..., Path], tmp_path: Path) -> None:
     slow = {"reward__functions": [f"{USERS}:sleeps"], "reward__timeout": 60, "reward__environment": ["SLOW"]}
     file = written(**slow, reward_model__prompts=4, reward_model__kind="outcome")
-    process = begin("label", file, "--out", tmp_path / "labels")
+    process = start_command("label", file, "--out", tmp_path / "labels")
     while not (tmp_path / "labels/environment.json").is_file():
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    code, said = ended(process)
+    code, output = exit_of(process)
     assert code == 130
-    assert said.splitlines()[-1] == f"  gruppo label {file} --out {tmp_path}/labels --resume"
+    assert output.splitlines()[-1] == f"  gruppo label {file} --out {tmp_path}/labels --resume"
 
 
-def test_anywhere_means_at_once_and_everywhere_else_at_the_next_check() -> None:
+def test_a_stop_is_immediate_if_interruptible_and_otherwise_at_the_next_check() -> None:
     with stop_on_signals() as stop, stop_on_signals() as inner:
         assert inner is stop
         os.kill(os.getpid(), signal.SIGTERM)
@@ -131,22 +133,24 @@ def test_anywhere_means_at_once_and_everywhere_else_at_the_next_check() -> None:
             stop.check()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(Interrupted), stop_on_signals():
+    with pytest.raises(Interrupted), stop_on_signals(kills=True):
+        _library_that_catches_exceptions()
+    with pytest.raises(KeyboardInterrupt), stop_on_signals():  # in Python the caller gets Python's own exception
         _library_that_catches_exceptions()
     later = Stop()
     later.request()
     with pytest.raises(Interrupted), later.interruptible():
-        pytest.fail("a stop that was asked for before is heeded where it may be")
+        pytest.fail("an earlier stop request takes effect when an interruptible block begins")
 
 
 def _library_that_catches_exceptions() -> None:
     with stop_on_signals() as stop, stop.interruptible(), contextlib.suppress(Exception):
         os.kill(os.getpid(), signal.SIGINT)
-    pytest.fail("went on")
+    pytest.fail("the code after the signal ran")
 
 
-def test_a_lock_is_given_up_by_a_process_that_dies_whatever_lives_on_of_it(tmp_path: Path) -> None:
-    """Killed, with a process that it had forked still there and holding all of its descriptors."""
+def test_the_lock_of_a_dead_process_is_free_although_its_child_lives(tmp_path: Path) -> None:
+    """The process is killed; a child that it forked is still alive with copies of all file descriptors."""
     code = f"""
 import os, time
 from pathlib import Path
@@ -172,10 +176,10 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_told(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(*_: object) -> None:
+def test_a_file_system_without_locks_is_reported(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(fcntl, "flock", refuses)
-    with pytest.raises(UsageError, match=r"its file system keeps no locks \(.*\).*choose a folder on another"):
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with pytest.raises(UsageError, match=r"its file system does not support locks \(.*\).*choose a folder on another"):
         RunFolder(tmp_path / "run")

@@ -1,1 +1,1 @@
-"""The engine that samples with the transformers module that is being trained, in the same process."""
+"""The native engine samples with the transformers module that is being trained, in the same process."""

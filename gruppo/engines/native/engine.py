@@ -1,7 +1,7 @@
-"""The engine that drives the same transformers module that is being trained, in the same process.
+"""The native engine: samples with the same transformers module that is being trained, in the same process.
 
 Each prompt is computed once, and its completions share its keys and values. A decoding step runs one token of every
-live slot; see `Scheduler` for how slots are filled.
+live slot. See `Scheduler` for how slots are filled.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MEMORY_SHARE = 0.2
 
 
 def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wanted: int) -> int:
-    """Concurrent completions: as many as are wanted, at most 256, and at most what a fifth of the free memory holds; at
-    least 1.
+    """Number of concurrent completions: `wanted`, at most 256, and at most what fits into a fifth of the free memory.
 
-    A slot holds the keys and values of one completion and, at worst, of a prompt of its own.
+    The result is at least 1. A slot needs the keys and values of one completion and, at worst, of one prompt that it
+    shares with no other slot.
     """
     budget = MEMORY_SHARE * free_memory(policy.device)
     return max(1, min(MAX_SLOTS, wanted, int(budget / (policy.cache_bytes * (prompt_tokens + max_tokens)))))
@@ -49,17 +49,19 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def load_weights(self, source: WeightSource, version: int) -> None:
-        """See `Engine`. Weights that live in the very module that this engine samples with are shared, not copied.
-        Raises ValueError where the names of others are not those of the engine's model."""
+        """See `Engine`. Weights of the module that this engine samples with are shared, not copied.
+
+        Raises ValueError if the names of the weights are not the names of the engine's model.
+        """
         if source.module is not self.policy.model:
-            own = named_weights(self.policy.model)
-            for name, tensor in source:
-                if name not in own:
-                    raise ValueError(f"weights of {name!r}: the engine's model has none of that name")
-                own.pop(name).copy_(tensor)
-            if own:
-                raise ValueError(f"weights of {min(own)!r}: missing")
+            targets = named_weights(self.policy.model)
             self.policy.generation.advance()
+            for name, tensor in source:
+                if name not in targets:
+                    raise ValueError(f"weights of {name!r}: the engine's model has no weight of that name")
+                targets.pop(name).copy_(tensor)
+            if targets:
+                raise ValueError(f"weights of {min(targets)!r}: missing")
         self.version = version
 
     def stream(
@@ -68,7 +70,7 @@ class NativeEngine(Engine):
         """See `Engine`."""
         groups = self._groups(requests, params, advance)
         while True:
-            with self.policy.precision():  # not while the caller works on what it got
+            with self.policy.precision():  # not while the caller works on the result
                 group = next(groups, None)
             if group is None:
                 return
@@ -77,7 +79,7 @@ class NativeEngine(Engine):
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
     ) -> list[list[Completion]]:
-        """See `Engine`. In one block of `precision`, so that autocast keeps its copies of the weights."""
+        """See `Engine`. Runs in one block of `precision`, so that autocast keeps its copies of the weights."""
         with self.policy.precision():
             finished = dict(self._groups(requests, params, advance))
         return [finished[index] for index in range(len(requests))]
@@ -92,9 +94,9 @@ class NativeEngine(Engine):
             if advance is not None:
                 advance(sampled)
             for index, group in decoder.scheduler.take_finished():
-                yield index, [self._completion(each) for each in group]
-        for index, group in decoder.scheduler.take_finished():  # requests of no completions
-            yield index, [self._completion(each) for each in group]
+                yield index, [self._completion(finished) for finished in group]
+        for index, group in decoder.scheduler.take_finished():  # requests without streams
+            yield index, [self._completion(finished) for finished in group]
 
     def _completion(self, finished: Finished) -> Completion:
         ended = finished.tokens[-1] in self.policy.eos_ids
@@ -113,11 +115,11 @@ class NativeEngine(Engine):
 def _check(requests: Sequence[Request]) -> None:
     for request in requests:
         if not request.token_ids:
-            raise ValueError("a prompt of a request has no tokens; give at least one")
-        if request.limits is not None and (len(request.limits) != len(request.streams) or min(request.limits) < 1):
+            raise ValueError("the prompt of a request has no tokens; give at least one")
+        if request.limits is not None and (len(request.limits) != len(request.streams) or min(request.limits, default=1) < 1):
             raise ValueError(
                 f"limits of a request = {list(request.limits)}: must be one for each of its {len(request.streams)} "
-                "streams, each at least 1"
+                "streams, and all at least 1"
             )
 
 
@@ -145,33 +147,35 @@ class _Decoder:
 
     @torch.no_grad()
     def step(self) -> int:
-        """Compute new prompts and first tokens, where slots are free, or else one token of every live slot; the number
-        of sampled tokens."""
+        """Prefill new prompts and sample first tokens if slots are free, else one token for every live slot.
+
+        Returns the number of sampled tokens.
+        """
         return self.admit() if self.scheduler.can_admit else self.decode()
 
     def admit(self) -> int:
-        """Fill free slots: first with completions whose prompt is computed already, then with new prompts."""
+        """Fill free slots, first with completions whose prompt is computed already, then with those of new prompts."""
         scheduler = self.scheduler
         if new := scheduler.next_prompts(PREFILL_TOKENS):
             self._compute_prompts(new)
         first = scheduler.live
-        states = scheduler.seat()
+        states = scheduler.fill_slots()
         return self._sample(torch.stack(states), np.arange(first, scheduler.live)) if states else 0
 
     def _compute_prompts(self, new: Sequence[tuple[int, Request, int]]) -> None:
         lengths = [len(request.token_ids) for _, request, _ in new]
-        plan = PromptAttention(self.cache, [place for _, _, place in new], lengths)
+        plan = PromptAttention(self.cache, [entry for _, _, entry in new], lengths)
         device = self.policy.device
         ids = torch.tensor([[token for _, request, _ in new for token in request.token_ids]], device=device)
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
         hidden = self.policy.hidden_states(ids, positions, plan)[0]
         ends = np.cumsum(lengths)
         last = hidden[torch.as_tensor(ends - 1, device=device)]
-        for (index, request, place), state in zip(new, last, strict=True):
-            self.scheduler.add(index, request, place, state)
+        for (index, request, entry), state in zip(new, last, strict=True):
+            self.scheduler.add(index, request, entry, state)
 
     def decode(self) -> int:
-        """One more token for every live slot."""
+        """Sample one more token for every live slot."""
         scheduler, device = self.scheduler, self.policy.device
         slots = np.arange(scheduler.live)
         last = scheduler.tokens[slots, scheduler.length[: scheduler.live] - 1]
@@ -181,7 +185,7 @@ class _Decoder:
         return self._sample(hidden[:, 0], slots)
 
     def _sample(self, hidden: Tensor, slots: np.ndarray) -> int:
-        """Sample the next token of some slots from their last hidden states, and retire the slots that are finished."""
+        """Sample the next token of `slots` from their last hidden states, and retire the slots that are finished."""
         scheduler = self.scheduler
         logits = self.head.part_logits(hidden, slice(None))
         position = scheduler.length[slots]
@@ -192,8 +196,8 @@ class _Decoder:
         tokens, logprobs = sample_tokens(logits, uniforms, self.params)
         if not torch.isfinite(logprobs).all():
             raise RunError(
-                "the model gives log-probabilities that are not finite: its weights have diverged or are damaged, or "
-                "the temperature is too small for them; begin again with a lower optimizer.learning_rate"
+                "the log-probabilities of the model are not finite: its weights have diverged or are damaged, or the "
+                "temperature is too low for them; start again with a lower optimizer.learning_rate"
             )
         sampled = tokens.cpu().numpy()
         scheduler.append(slots, sampled, logprobs.cpu().numpy())
@@ -205,18 +209,20 @@ class _Decoder:
         return len(slots)
 
     def _find_stops(self, slots: np.ndarray) -> dict[int, int]:
-        """Slots whose last token completed a stop text, and where in their text that begins. The text is that of all
-        tokens so far, as a token's own text can depend on those before it."""
-        found = {}
+        """The slots whose last token completed a stop text, and the position of the stop text in their text.
+
+        All tokens so far are decoded, because the text of a token can depend on the tokens before it.
+        """
+        positions = {}
         for slot in slots.tolist():
             length = int(self.scheduler.length[slot])
             if length < self.params.min_tokens:
                 continue
             tokens = self.scheduler.tokens[slot, :length].tolist()
             text, before = _text(self.policy, tokens), _text(self.policy, tokens[:-1])
-            pairs = enumerate(zip(before, text))  # the last token of a character changes what its first ones gave
+            pairs = enumerate(zip(before, text))  # the last token of a character changes the text of its first ones
             same = next((place for place, (old, new) in pairs if old != new), min(len(before), len(text)))
             starts = [text.find(stop, max(0, same - len(stop) + 1)) for stop in self.params.stop]
             if any(start >= 0 for start in starts):
-                found[slot] = min(start for start in starts if start >= 0)
-        return found
+                positions[slot] = min(start for start in starts if start >= 0)
+        return positions

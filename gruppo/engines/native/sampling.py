@@ -1,4 +1,4 @@
-"""Sampling a token from each row of logits, truncated as the options say."""
+"""Sampling of one token per row of logits, with temperature and truncation."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from gruppo.models.ops.sampling import sample
 def sample_tokens(
     logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], options: SamplingParams
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
-    """Draw a token a row from softmax(logits / temperature), truncated as the options say, by inverting its
-    distribution function at `uniforms`.
+    """Sample one token per row from the truncated softmax(logits / temperature) by inverting its distribution function.
 
-    One uniform number in [0, 1) a row, and one pass over the logits: sums of blocks choose the block, then the sums
-    within it the token. Returns the tokens and their log-probabilities (nats) under the distribution drawn from.
-    With temperature 0 the likeliest token and its log-probability at temperature 1. A token of probability 0 is
-    never drawn.
+    `uniforms` has one number in [0, 1) per row. The logits are read once: sums over blocks select the block, then sums
+    within the block select the token.
+
+    Returns the tokens and their log-probabilities (nats) under the distribution they were sampled from. With
+    temperature 0, returns the most likely token and its log-probability at temperature 1. A token of probability 0 is
+    never sampled.
     """
     plain = options.top_k <= 0 and options.top_p >= 1 and options.min_p <= 0
-    if options.temperature and plain and (drawn := sample(logits, options.temperature, uniforms)) is not None:
-        return drawn
+    if options.temperature and plain and (sampled := sample(logits, options.temperature, uniforms)) is not None:
+        return sampled
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not options.temperature:
-        likeliest = logits.max(dim=-1)
-        return likeliest.indices, likeliest.values - logits.logsumexp(dim=-1)
+        best = logits.max(dim=-1)
+        return best.indices, best.values - logits.logsumexp(dim=-1)
     weights = truncated_probabilities(logits, options)
     rows, size = len(weights), 256
     if over := weights.shape[-1] % size:
@@ -45,10 +46,10 @@ def sample_tokens(
 
 
 def truncated_probabilities(logits: Float[Tensor, "B V"], options: SamplingParams) -> Float[Tensor, "B V"]:
-    """softmax(logits / temperature) with the tokens that top-k, top-p and min-p leave out at 0, summing to 1.
+    """softmax(logits / temperature) with the tokens removed by top-k, top-p and min-p at 0; each row sums to 1.
 
-    top-p keeps the fewest likeliest tokens whose probabilities, among those that top-k left, sum to at least p; the
-    likeliest token always stays.
+    top-p keeps the fewest most likely tokens whose probabilities, after top-k, sum to at least top_p. The most likely
+    token is always kept.
     """
     if options.temperature != 1:
         logits = logits / options.temperature
@@ -57,9 +58,9 @@ def truncated_probabilities(logits: Float[Tensor, "B V"], options: SamplingParam
         logits = logits.masked_fill(logits < border, -torch.inf)
     if options.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        likelier = torch.softmax(ordered, dim=-1).double().cumsum(dim=-1).roll(1, dims=-1)
-        likelier[:, 0] = 0
-        beyond = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, likelier >= options.top_p)
+        before = torch.softmax(ordered, dim=-1).double().cumsum(dim=-1).roll(1, dims=-1)
+        before[:, 0] = 0
+        beyond = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= options.top_p)
         logits = logits.masked_fill(beyond, -torch.inf)
     if options.min_p > 0:
         border = logits.max(dim=-1, keepdim=True).values + math.log(options.min_p)
@@ -68,7 +69,7 @@ def truncated_probabilities(logits: Float[Tensor, "B V"], options: SamplingParam
 
 
 def _first_beyond(ends: Tensor, goal: Tensor) -> Tensor:
-    """Index of the first of the rising `ends` that is more than `goal`; at most the last one that rises."""
+    """Index of the first of the increasing `ends` that exceeds `goal`; at most the index of the last increase."""
     index = (ends <= goal[:, None]).sum(dim=-1)
     last = (ends < ends[:, -1:]).sum(dim=-1)
     return torch.minimum(index, last)

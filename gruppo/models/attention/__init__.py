@@ -1,1 +1,1 @@
-"""How the attention of a transformers model is computed on packed groups."""
+"""Attention of transformers models on packed groups."""

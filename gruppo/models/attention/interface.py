@@ -1,8 +1,8 @@
-"""gruppo's own attention, plugged into transformers' modules through their attention interface.
+"""gruppo's attention, plugged into transformers' modules through their attention interface.
 
-A *plan* says which tokens see which. While a plan is active the model's attention calls go to it; outside, the model
-is as transformers made it. The plan is one object for the whole process (autograd runs backward on threads of its
-own on some devices, so it cannot be a thread's).
+A *plan* defines which tokens see which. While a plan is active, the attention calls of the model go to it. Otherwise
+the model uses transformers' attention. There is one active plan per process, not per thread, because on some devices
+autograd runs backward on threads of its own.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ NAME = "gruppo"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What a layer's attention computes: softmax(cap · tanh(scale · q·k / cap)) · v over the keys that are seen.
+    """The attention of a layer: softmax(cap · tanh(scale · q·k / cap)) · v over the keys that a query sees.
 
-    `softcap`: the cap (Gemma 2), or None for scale · q·k alone. `window`: a query sees this many last positions, its
-    own included, or None for all. `sinks`: a logit a head that takes part in the softmax and has no value, or None.
+    `softcap`: the cap (Gemma 2), or None for scale · q·k. `window`: the number of last positions that a query sees,
+    including its own, or None for all. `sinks`: one logit per head that takes part in the softmax without a value, or
+    None.
     """
 
     index: int
@@ -38,7 +39,7 @@ class Layer:
 
 
 class AttentionPlan(Protocol):
-    """Computes attention for one layer."""
+    """Computes the attention of one layer at a time."""
 
     def attend(
         self,
@@ -47,18 +48,20 @@ class AttentionPlan(Protocol):
         key: Float[Tensor, "B kv_heads T D"],
         value: Float[Tensor, "B kv_heads T E"],
     ) -> Float[Tensor, "B T heads E"]:
-        """Attention output of every token."""
+        """Return the attention output of every token."""
 
 
 @runtime_checkable
 class ProjectedAttention(Protocol):
-    """A plan that can also take what a layer's product made of its rows, before it is cut into heads and turned."""
+    """A plan that can also take projected rows, before they are split into heads and rotary embeddings are applied."""
 
     def attend_projected(
         self, layer: Layer, projected: Float[Tensor, "N Q+2*K D"], queries: int, rope: Rope, norms: QKNorm
     ) -> Float[Tensor, "N Q*D"] | None:
-        """Attention output of each row, in the dtype of products; None where `attend` has to do it. See
-        `gruppo.models.ops.rope.apply_rope`."""
+        """Attention output of each row, in the compute dtype, or None if `attend` must be used.
+
+        See `gruppo.models.ops.rope.apply_rope` for the arguments.
+        """
 
 
 _active: AttentionPlan | None = None
@@ -76,20 +79,23 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    assert _active is not None, "the attention of gruppo is set but no plan is active"
+    assert _active is not None, "gruppo's attention is selected, but no plan is active"
     index = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = Layer(index, scale, softcap, _window(module, index, sliding_window), s_aux)
     if query.device.type != "cpu":
         return _active.attend(layer, query, key, value), None
-    # torch's attention on a CPU is quicker in float32 than in bfloat16, forward and backward.
+    # On a CPU, torch's attention is faster in float32 than in bfloat16, forward and backward.
     with torch.autocast("cpu", enabled=False):
-        wide = torch.promote_types(query.dtype, torch.float32)
-        return _active.attend(layer, query.to(wide), key.to(wide), value.to(wide)), None
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return _active.attend(layer, query.to(dtype), key.to(dtype), value.to(dtype)), None
 
 
 def _window(module: torch.nn.Module, index: int, given: int | None) -> int | None:
-    """The config says which layers slide, where it lists them: some modules pass a window that their mask ignores."""
+    """The window of a layer, from the config if it lists layer types, else `given`.
+
+    Some modules pass a window that their mask ignores.
+    """
     config: Any = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     if not types:
@@ -102,9 +108,9 @@ AttentionInterface.register(NAME, _attention)
 
 @contextmanager
 def attention_plan(configs: Sequence[PreTrainedConfig], plan: AttentionPlan) -> Iterator[None]:
-    """Let `plan` do the attention of the modules with these configs inside the block; plans do not nest."""
+    """Let `plan` compute the attention of the modules with these configs inside the block. Plans do not nest."""
     global _active
-    assert _active is None, "an attention plan is active already"
+    assert _active is None, "an attention plan is already active"
     _active = plan
     try:
         with attention_named(configs, NAME):
@@ -115,17 +121,17 @@ def attention_plan(configs: Sequence[PreTrainedConfig], plan: AttentionPlan) -> 
 
 @contextmanager
 def attention_named(configs: Sequence[PreTrainedConfig], name: str) -> Iterator[None]:
-    """Let the modules with these configs compute attention by that implementation inside the block."""
+    """Let the modules with these configs use the attention implementation `name` inside the block."""
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = name
     try:
         yield
     finally:
-        for config, held in zip(configs, before, strict=True):
-            config._attn_implementation = held
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
-    """cap · tanh(scores / cap); the scores themselves where there is no cap."""
+    """cap · tanh(scores / cap), or the scores themselves without a cap."""
     return scores if cap is None else cap * torch.tanh(scores / cap)

@@ -1,4 +1,4 @@
-"""Attention over packed groups in which completions share their prompt."""
+"""Attention over packed groups whose completions share a prompt."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gruppo.models.ops.attention import PackedLayout, attend_packed, attend_pack
 class SharedPrefixAttention:
     """Attention over a packed row of groups, each laid out as prompt, completion 1, …, completion n.
 
-    A prompt token sees its prompt up to itself; a completion token sees the whole prompt of its group and its own
-    completion up to itself, and nothing else. A group without completions is a plain causal sequence.
+    A prompt token sees its prompt up to itself. A completion token sees the prompt of its group and its own completion
+    up to itself. Nothing else is seen. A group without completions is a plain causal sequence.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """`groups`: for each, the length of its prompt (>= 1) and of its completions (>= 1), in tokens."""
+        """`groups`: for each group, the length of its prompt and of its completions, in tokens; all >= 1."""
         self.groups = [(prompt, tuple(completions)) for prompt, completions in groups]
         self._layout = PackedLayout(self.groups)
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
@@ -34,13 +34,13 @@ class SharedPrefixAttention:
             packed: Tensor = _Packed.apply(*rows, self._layout, layer.scale, layer.window)  # type: ignore[no-untyped-call]
             return packed[None]
         sizes = [size for prompt, completions in self.groups for size in (prompt, sum(completions))]
-        parts = zip(*(each.split(sizes) for each in rows), strict=True)
+        parts = zip(*(tensor.split(sizes) for tensor in rows), strict=True)
         output = []
-        for prompt, own, (_, completions) in zip(parts, parts, self.groups, strict=False):
+        for prompt, suffix, (_, completions) in zip(parts, parts, self.groups, strict=False):
             q, k, v = (tensor.transpose(0, 1)[None] for tensor in prompt)
             output.append(self._prompt(layer, q, k, v)[0].transpose(0, 1))
             if completions:
-                output.append(self._completions(layer, own, k, v, completions))
+                output.append(self._completions(layer, suffix, k, v, completions))
         return torch.cat(output)[None]
 
     def _prompt(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,11 +54,11 @@ class SharedPrefixAttention:
         return _attend(layer, q, k, v, mask).reshape(1, heads, length, v.shape[-1])
 
     def _completions(
-        self, layer: Layer, own: tuple[Tensor, ...], k: Tensor, v: Tensor, lengths: tuple[int, ...]
+        self, layer: Layer, suffix: tuple[Tensor, ...], k: Tensor, v: Tensor, lengths: tuple[int, ...]
     ) -> Tensor:
-        """Query heads that share a key head are laid one after another, so that keys are not repeated for them."""
+        """Attention of completions. Query heads that share a key head are stacked, so keys need not be repeated."""
         kv_heads, prompt, width = k.shape[1:]
-        query, key, value = (self._pad(each, lengths) for each in own)
+        query, key, value = (self._pad(tensor, lengths) for tensor in suffix)
         count, longest, shared = len(lengths), max(lengths), query.shape[2] // kv_heads
         q = query.reshape(count, longest, kv_heads, shared, width)
         q = q.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, shared * longest, width)
@@ -70,8 +70,10 @@ class SharedPrefixAttention:
         return self._unpad(out.reshape(count * longest, kv_heads * shared, v.shape[-1]), lengths)
 
     def _pad(self, tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Packed [Σ lengths, …] to [len(lengths), max, …]. Behind each end stands some other token: no token of the
-        completion sees it, and what it would see itself is thrown away."""
+        """Pad packed tokens [Σ lengths, …] to [len(lengths), max, …].
+
+        The padding consists of other tokens. No token of the completion sees them, and their outputs are discarded.
+        """
         if len(set(lengths)) > 1:
             tokens = _Pad.apply(tokens, *self._padding(lengths, tokens.device))  # type: ignore[no-untyped-call]
         return tokens.view(len(lengths), max(lengths), *tokens.shape[1:])
@@ -84,30 +86,33 @@ class SharedPrefixAttention:
         return packed
 
     def _padding(self, lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each padded place the token that stands there, and for each token its place."""
+        """For each padded position the token that is there, and for each token its padded position."""
         if lengths not in self._places:
-            own = torch.tensor(lengths)[:, None]
+            sizes = torch.tensor(lengths)[:, None]
             place = torch.arange(max(lengths))
-            token = (own.cumsum(0) - own + place).clamp(max=sum(lengths) - 1)
-            filled = (place < own).flatten().nonzero().flatten()
+            token = (sizes.cumsum(0) - sizes + place).clamp(max=sum(lengths) - 1)
+            filled = (place < sizes).flatten().nonzero().flatten()
             self._places[lengths] = token.flatten().to(device), filled.to(device)
         return self._places[lengths]
 
     def _mask(self, prompt: int, longest: int, shared: int, window: int | None, device: torch.device) -> Tensor:
-        """What a completion's tokens see of [prompt, completion], once for each of the `shared` query heads."""
-        place = prompt, longest, shared, window
-        if place not in self._masks:
+        """Mask of the positions of [prompt, completion] that completion tokens see, repeated `shared` times."""
+        mask_key = prompt, longest, shared, window
+        if mask_key not in self._masks:
             query = torch.arange(prompt, prompt + longest, device=device)[:, None]
             key = torch.arange(prompt + longest, device=device)
             sees = key <= query
             if window is not None:
                 sees &= query - key < window
-            self._masks[place] = sees.repeat(shared, 1)
-        return self._masks[place]
+            self._masks[mask_key] = sees.repeat(shared, 1)
+        return self._masks[mask_key]
 
 
 def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of queries laid out as [rows, kv_heads, shared · T, D], by torch's kernel where that knows the sum."""
+    """Attention of queries laid out as [rows, kv_heads, shared · T, D].
+
+    Uses torch's kernel for layers without a cap or sinks.
+    """
     if layer.softcap is None and layer.sinks is None:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale)
     scores = soft_capped((q * layer.scale) @ k.transpose(-1, -2), layer.softcap).masked_fill(~mask, -torch.inf)
@@ -128,19 +133,19 @@ class _Packed(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float, window: int | None
     ) -> Tensor:
         tensors = query.contiguous(), key.contiguous(), value.contiguous()
-        made, normaliser = attend_packed(*tensors, layout, scale, window)
-        ctx.save_for_backward(*tensors, made, normaliser)
+        output, normalizer = attend_packed(*tensors, layout, scale, window)
+        ctx.save_for_backward(*tensors, output, normalizer)
         ctx.rest = layout, scale, window
-        return made
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, made, normaliser = ctx.saved_tensors
-        return *attend_packed_backward(grad.contiguous(), tensors, (made, normaliser), *ctx.rest), None, None, None
+        *tensors, output, normalizer = ctx.saved_tensors
+        return *attend_packed_backward(grad.contiguous(), tensors, (output, normalizer), *ctx.rest), None, None, None
 
 
 class _Pad(torch.autograd.Function):
-    """Tokens to padded places. What stands behind an end has no gradient."""
+    """Pad tokens. Padding has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, token_of_place: Tensor, place_of_token: Tensor) -> Tensor:
@@ -153,7 +158,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """Padded places to tokens."""
+    """Remove padding."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, token_of_place: Tensor, place_of_token: Tensor) -> Tensor:
@@ -163,13 +168,13 @@ class _Unpad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        made = grad.new_zeros(ctx.places, *grad.shape[1:])
+        padded = grad.new_zeros(ctx.places, *grad.shape[1:])
         (place_of_token,) = ctx.saved_tensors
-        return made.index_copy_(0, place_of_token, grad), None, None
+        return padded.index_copy_(0, place_of_token, grad), None, None
 
 
 class CapturingAttention(SharedPrefixAttention):
-    """The same, keeping every layer's keys and values: for the prompts that completions will share."""
+    """Shared-prefix attention that records the layers, and their keys and values, e.g. of prompts."""
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
         super().__init__(groups)
@@ -177,8 +182,10 @@ class CapturingAttention(SharedPrefixAttention):
         self.layers: list[Layer] = []
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `AttentionPlan`; B = 1. Raises ValueError for a layer that attends twice: its keys would overwrite each
-        other's."""
+        """See `AttentionPlan`; B = 1.
+
+        Raises ValueError for a layer that attends more than once, because its keys would overwrite each other.
+        """
         if layer.index in self.captured:
             raise ValueError(f"layer {layer.index} computes attention more than once")
         self.captured[layer.index] = (key[0], value[0])

@@ -1,1 +1,1 @@
-"""Operations of the hand-written decoder."""
+"""Operations of the fused decoder, with C kernels for the CPU and torch equivalents."""

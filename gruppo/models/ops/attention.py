@@ -1,4 +1,4 @@
-"""Attention over packed groups and over the completions in flight."""
+"""Attention over packed groups, and of decoding steps over concurrent completions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gruppo.models.ops.rope import QKNorm, Rope
 
 
 class _Decoding(ctypes.Structure):
-    """`struct decoding` of kernels.c."""
+    """`struct decoding` in kernels.c."""
 
     _fields_ = layer_fields(
         whole="rows queries keys own_room prefix_room window",
@@ -26,7 +26,7 @@ class _Decoding(ctypes.Structure):
 
 
 class _Packing(ctypes.Structure):
-    """`struct packing` of kernels.c."""
+    """`struct packing` in kernels.c."""
 
     _fields_ = layer_fields(
         whole="groups queries keys window",
@@ -36,27 +36,30 @@ class _Packing(ctypes.Structure):
     )
 
 
-_EVERYTHING = 2**62  # a window that nothing is outside of
+_NO_WINDOW = 2**62  # a window larger than any sequence
 
 
 class PackedLayout:
-    """Where the sequences of a packed row lie: of each group its prompt, then its completions."""
+    """Positions of the sequences in a packed row: for each group its prompt, then its completions."""
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """`groups`: for each, the length of its prompt and of its completions, in tokens."""
+        """`groups`: for each group, the length of its prompt and the lengths of its completions, in tokens."""
         lengths = [[prompt, *completions] for prompt, completions in groups]
         self.groups = len(groups)
         with torch.device("cpu"):
-            self.length = torch.tensor([each for own in lengths for each in own], dtype=torch.int64)
+            self.length = torch.tensor([length for group in lengths for length in group], dtype=torch.int64)
             self.start = self.length.cumsum(0) - self.length
             self.first = torch.tensor([0, *map(len, lengths)], dtype=torch.int64).cumsum(0)
 
     def fits(self, *tensors: Float[Tensor, "N heads D"]) -> bool:
-        """Whether `attend_packed` can attend between them, and is quick: a thread takes a key head of a group."""
+        """Whether `attend_packed` supports these tensors and keeps all threads busy.
+
+        Each thread processes one key head of one group.
+        """
         width, keys = tensors[-1].shape[-1], tensors[-1].shape[1]
         return (
-            all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
-            and {each.shape[-1] for each in tensors} == {width}
+            all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+            and {tensor.shape[-1] for tensor in tensors} == {width}
             and width % 16 == 0
             and self.groups * keys >= torch.get_num_threads()
             and library(torch.float32) is not None
@@ -73,25 +76,29 @@ def attend_packed(
 ) -> tuple[Float[Tensor, "N Q D"], Float[Tensor, "N Q"]]:
     """Attention over a packed row of groups, and the log-sum-exp of each query's scores, scale · q·k.
 
-    A prompt's token sees the prompt up to itself, a completion's the whole prompt of its group and its own completion
-    up to itself; of that, where there is a window, the last so many. All contiguous, and such as the layout `fits`.
+    A prompt token sees its prompt up to itself. A completion token sees the prompt of its group and its own completion
+    up to itself. With a `window`, both see only the last `window` positions of these. All tensors are contiguous and
+    must pass `layout.fits`. Raises MemoryError if the kernel cannot allocate memory.
     """
-    made, normaliser = torch.empty_like(query), query.new_empty(query.shape[:2])
-    _attend_packed([query, key, value], layout, scale, window, [made, normaliser, None, None, None, None])
-    return made, normaliser
+    output, normalizer = torch.empty_like(query), query.new_empty(query.shape[:2])
+    _attend_packed([query, key, value], layout, scale, window, [output, normalizer, None, None, None, None])
+    return output, normalizer
 
 
 def attend_packed_backward(
     grad: Float[Tensor, "N Q D"],
     tensors: Sequence[Tensor],
-    made: tuple[Float[Tensor, "N Q D"], Float[Tensor, "N Q"]],
+    result: tuple[Float[Tensor, "N Q D"], Float[Tensor, "N Q"]],
     layout: PackedLayout,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, which are `tensors`; `made` is what `attend_packed` made of them."""
+    """The gradients of query, key and value (`tensors`).
+
+    `grad` is the gradient of the output, and `result` the result of `attend_packed`.
+    """
     query, key, value = torch.empty_like(tensors[0]), torch.zeros_like(tensors[1]), torch.zeros_like(tensors[2])
-    _attend_packed(tensors, layout, scale, window, [*made, grad, query, key, value])
+    _attend_packed(tensors, layout, scale, window, [*result, grad, query, key, value])
     return query, key, value
 
 
@@ -101,13 +108,13 @@ def _attend_packed(
     kernels = library(torch.float32)
     assert kernels is not None
     packing = _Packing(
-        layout.groups, tensors[0].shape[1], tensors[1].shape[1], _EVERYTHING if window is None else window,
-        *(each.data_ptr() for each in (layout.first, layout.start, layout.length, *tensors)), scale,
-        *(None if each is None else each.data_ptr() for each in rest),
+        layout.groups, tensors[0].shape[1], tensors[1].shape[1], _NO_WINDOW if window is None else window,
+        *(tensor.data_ptr() for tensor in (layout.first, layout.start, layout.length, *tensors)), scale,
+        *(None if tensor is None else tensor.data_ptr() for tensor in rest),
     )  # fmt: skip
     backward = ctypes.c_int(rest[2] is not None)
     if kernels.attend_packed(int64(tensors[0].shape[-1]), ctypes.byref(packing), backward, thread_count()):
-        raise MemoryError("the attention of a packed row")
+        raise MemoryError("not enough memory for the attention of a packed row")
 
 
 def attend_decoding(
@@ -117,29 +124,34 @@ def attend_decoding(
     norms: QKNorm,
     scale: float,
     window: int | None,
-    own: tuple[Float[Tensor, "S K T D"], Float[Tensor, "S K T D"]],
+    completions: tuple[Float[Tensor, "S K T D"], Float[Tensor, "S K T D"]],
     prefix: tuple[Float[Tensor, "P K R D"], Float[Tensor, "P K R D"]],
     rows: Sequence[Int[Tensor, " N"]],
 ) -> Float[Tensor, "N Q*D"] | None:
-    """Attention of a decoding step, narrow; None where no kernel can do it, and nothing has happened then.
+    """Attention of a decoding step, in the compute dtype; None, without side effects, if no kernel supports the input.
 
-    Each row's queries and key are turned (and normed) as by `apply_rope`, its key and value written to the stores of
-    its own tokens, row n to slot n; its queries then see the last `window` positions (all without one) of its prompt
-    and its own tokens. `rows` are four: an order of rows in which those of one prompt stand together; each row's place
-    among the prompts, the length of that prompt, and the position in its own store that it writes to.
+    As in `apply_rope`, queries and keys are normalized (if `norms` has weights) and rotary embeddings are applied. The
+    key and value of row n are then written to slot n of `completions`. The queries of the row see the last
+    `window` positions (all without a window) of its prompt and its own completion.
+
+    `completions` and `prefix` are the keys and values of the slots and of the prompts.
+
+    `rows` has four tensors: an order of the rows in which rows with the same prompt are adjacent; the index of each
+    row's prompt in `prefix`; the length of this prompt; and the position in `completions` that the row writes to.
+    Raises MemoryError if the kernel cannot allocate memory.
     """
     count, heads, width = projected.shape
-    wide = [*rope, *norms[:2], *own, *prefix]
-    kernels = kernels_for(projected.dtype, narrow=[projected], wide=wide, whole=rows)
-    if kernels is None or own[0].shape != own[1].shape or width % 16:
+    accumulated = [*rope, *norms[:2], *completions, *prefix]
+    kernels = kernels_for(projected.dtype, narrow=[projected], wide=accumulated, whole=rows)
+    if kernels is None or completions[0].shape != completions[1].shape or width % 16:
         return None
-    made = projected.new_empty(count, queries * width)
-    addresses = [None if each is None else each.data_ptr() for each in (projected, *rope, *norms[:2])]
+    output = projected.new_empty(count, queries * width)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in (projected, *rope, *norms[:2])]
     step = _Decoding(
-        count, queries, (heads - queries) // 2, own[0].shape[2], prefix[0].shape[2],
-        _EVERYTHING if window is None else window, *addresses, norms[2], scale,
-        *(each.data_ptr() for each in (*own, *prefix, *rows, made)),
+        count, queries, (heads - queries) // 2, completions[0].shape[2], prefix[0].shape[2],
+        _NO_WINDOW if window is None else window, *addresses, norms[2], scale,
+        *(tensor.data_ptr() for tensor in (*completions, *prefix, *rows, output)),
     )  # fmt: skip
     if kernels.attend(int64(width), ctypes.byref(step), thread_count()):
-        raise MemoryError("the attention of a decoding step")
-    return made
+        raise MemoryError("not enough memory for the attention of a decoding step")
+    return output

@@ -1,4 +1,4 @@
-"""Sampling a token from each row of logits."""
+"""Sampling of one token per row of logits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from gruppo.models.ops.cpu.bindings import int64, kernels_for, new_tensor, point
 def sample(
     logits: Float[Tensor, "N V"], temperature: float, uniforms: Float[Tensor, " N"]
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]] | None:
-    """A token a row of softmax(logits / temperature), by inverting its distribution function at a number of [0, 1), and
-    its log-probability (NaN where the logits are not finite); None where no kernel can do it."""
+    """Sample one token per row from softmax(logits / temperature), by inverting its distribution function.
+
+    `uniforms` has one float64 number in [0, 1) per row. Returns the tokens and their log-probabilities (nats; NaN if
+    the logits are not finite), or None if no kernel supports the input.
+    """
     kernels = kernels_for(logits.dtype, narrow=[logits])
     if kernels is None or uniforms.dtype != torch.float64:
         return None

@@ -1,1 +1,1 @@
-"""Reading the answer out of a completion, and comparing it with the reference."""
+"""Extract the answer from a completion and compare it with the reference."""

@@ -1,4 +1,4 @@
-"""Multiple choice: which letters a text decides for, be it by letter or by the text of an option."""
+"""Multiple choice: the letters that a text chooses, by letter or by the text of an option."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, sam
 
 
 class Choice(NamedTuple):
-    """Letters that a text decides for, in order; more than one where it names several. `undecided`: "A or B"."""
+    """Letters that a text chooses, sorted; several if it names several.
+
+    `rule`: how they were found; `text`: the passage; `undecided`: whether the text leaves the choice open ("A or B").
+    """
 
     letters: str
     rule: str
@@ -31,7 +34,7 @@ class Choice(NamedTuple):
     undecided: bool = False
 
 
-# One letter or several, with brackets: "(B)", "A, C", "A和C", "ABD"; the article "A" of "A train" is none.
+# One or several letters, with or without brackets: "(B)", "A, C", "A和C", "ABD"; not the article in "A train".
 _LETTER = r"(?:[(（\[]\s*[A-J]\s*[)）\]]|[A-J][)）\]]?)"
 
 
@@ -49,7 +52,7 @@ _ARTICLE = re.compile(
 )
 
 
-_FOUND = [
+_PHRASES = [
     re.compile(pattern)
     for pattern in (
         rf"(?i:\b(?:answers?|choices?|options?)(?: to [^.\n]{{1,60}}?)?,?\s+"
@@ -75,17 +78,17 @@ _ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:选项|项)?(?:[.,:
 
 
 def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
-    """The last decision of a text for one of `letters` (or several); None where it names none.
+    """The last choice of a text among `letters`, one or several; None if it chooses none.
 
-    It may be a letter ("the answer is (B)", a box, 故选B, a text or a last line that is a letter), or the words or the
-    value of an option in the place of an answer.
+    A choice is a letter ("the answer is (B)", a box, 故选B, a text or a last line that is a letter), or the words or
+    the value of an option where an answer is expected.
     """
     text = own_answer(text).translate(_FULL_WIDTH)
-    found = sorted(_named(text, options, letters), key=lambda each: each[0])
+    found = sorted(_named(text, options, letters), key=lambda item: item[0])
     if found:
         return found[-1][1]
-    if (judged := _by_verdict(text, letters)) is not None:
-        return judged
+    if (correct := _by_verdict(text, letters)) is not None:
+        return correct
     listed = _lists(text)
     for rule, part in (
         ("whole text", text),
@@ -105,31 +108,31 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
 _FULL_WIDTH = {0xFF21 + place: letter for place, letter in enumerate(LETTERS)}
 
 
-_SHORT = 150  # letters of a text or line that begins with its answer, at the most
+_SHORT = 150  # maximum characters of a text or line that begins with its answer
 
 
 def _lists(part: str) -> bool:
-    """Whether a text goes through several options: "(A) 4 (B) 5"."""
+    """Whether a text lists several options: "(A) 4 (B) 5"."""
     return len(set(re.findall(r"(?<![A-Za-z])[(（]?([A-J])[)）.:：](?=\s)", plain_text(part)))) > 1
 
 
 def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[int, Choice]]:
     for decision in decisions(text):
         part = decision.text if decision.rule in ("boxed", "tags") else sentence(decision.text)
-        made = _alone(part, decision.rule, letters, whole=decision.rule in ("boxed", "tags"))
-        made = made or _by_value(part, decision.rule, options)
-        if made is not None:
-            yield decision.start, made
+        chosen = _alone(part, decision.rule, letters, whole=decision.rule in ("boxed", "tags"))
+        chosen = chosen or _by_value(part, decision.rule, options)
+        if chosen is not None:
+            yield decision.start, chosen
     plain = _plain_in_place(text)
-    for pattern in _FOUND:
+    for pattern in _PHRASES:
         for found in pattern.finditer(plain):
-            made = _choice(found, "phrase", letters, plain)
-            if made is not None and not _denied(plain, found) and not _ASKED.match(plain, found.end()):
-                yield found.start("group"), made
+            chosen = _choice(found, "phrase", letters, plain)
+            if chosen is not None and not _denied(plain, found) and not _ASKED.match(plain, found.end()):
+                yield found.start("group"), chosen
 
 
 def _plain_in_place(text: str) -> str:
-    """The text without its marks of style, every letter where it was."""
+    """The text with style marks blanked out; every letter keeps its position."""
     blank = lambda found: " " * len(found[0])  # noqa: E731
     return capitals(MARKS.sub(blank, TEXT_STYLE.sub(blank, text)))
 
@@ -154,13 +157,13 @@ _ASKED = re.compile(r"[^.!?\n]{0,20}[?？]")
 
 
 def _denied(text: str, found: re.Match[str]) -> bool:
-    """Whether the words before or after letters say that they are not the answer: "not (B)", "(B) is wrong"."""
+    """Whether the words before or after the letters deny that they are the answer: "not (B)", "(B) is wrong"."""
     place = found.start("group")
     return bool(_DENIED.search(text[max(0, place - 60) : place]) or _REFUSED.match(text, found.end("group")))
 
 
 def _alone(part: str, rule: str, letters: str, whole: bool = False) -> Choice | None:
-    """The letters with which a text begins, and nothing else decides: "B", "(B) 42", "B. because …"."""
+    """The letters with which a text begins, if they stand alone: "B", "(B) 42", "B. because …"."""
     plain = plain_text(part).strip(" \n\t\"'“”‘’")
     found = _ALONE.match(plain) if not whole else re.match(rf"{_LEAD}{_GROUP}", plain)
     return _choice(found, rule, letters, plain) if found and not _REFUSED.match(plain, found.end("group")) else None
@@ -186,18 +189,18 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-_JUDGED = re.compile(
+_CALLED_CORRECT = re.compile(
     r"^[\s*>-]*[(（]?([A-J])[)）.:：][^\n]*?(?<!not )(?<!n't )\b(?:right|correct|true|True|Correct)\b[^\n]*$",
     re.MULTILINE,
 )
 
 
 def _by_verdict(text: str, letters: str) -> Choice | None:
-    """The only option that a list of verdicts calls right: "A) 4 is wrong", "B) 5 is right"."""
+    """The option that a list of verdicts calls correct, if there is only one: "A) 4 is wrong", "B) 5 is right"."""
     if not _lists(text):
         return None
-    right = [found[1] for found in _JUDGED.finditer(plain_text(text))]
-    return Choice(right[0], "verdicts", text[:200]) if len(right) == 1 and right[0] in letters else None
+    correct = [found[1] for found in _CALLED_CORRECT.finditer(plain_text(text))]
+    return Choice(correct[0], "verdicts", text[:200]) if len(correct) == 1 and correct[0] in letters else None
 
 
 _BRACKETED = re.compile(r"[(（]\s*(?P<group>[A-J])\s*[)）]")
@@ -211,19 +214,19 @@ _CONCLUDED = re.compile(
 
 
 def _by_mention(text: str, letters: str) -> Choice | None:
-    """The only letter in brackets of the last sentence, or with which it concludes: "so it must be (B)", "I say B"."""
+    """The only letter in brackets, or at the end, of the last sentence: "so it must be (B)", "I say B"."""
     last = plain_text(last_sentence(text))
     if text.rstrip(" *_$").endswith(("?", "？")):
         return None
     found = list(_BRACKETED.finditer(last)) or list(_CONCLUDED.finditer(last))
-    named = [each["group"] for each in found if not _denied(last, each)]
+    named = [match["group"] for match in found if not _denied(last, match)]
     if len(set(named)) != 1 or named[0] not in letters:
         return None
     return Choice(named[0], "mention", last.strip()[:200])
 
 
 def _by_value(part: str, rule: str, options: Sequence[str]) -> Choice | None:
-    """The one option whose words or number a text gives; an option that is in another one is not taken for it."""
+    """The one option that a text states in words or as a number; of options that contain each other, the longest."""
     said = bare_words(part)
     same = [place for place, option in enumerate(options) if said and said == bare_words(option)]
     if not same and len(said) < 400:
@@ -248,7 +251,7 @@ def _has(said: str, words: str) -> bool:
 
 
 def _same_number(part: str, option: str) -> bool:
-    """Whether text and option are each one number, with a unit at most, and the same one."""
+    """Whether text and option are the same single number, with or without a unit."""
     first, second = _numbers(part), _numbers(unlabelled(option))
     if len(first) != 1 or len(second) != 1 or re.search(r"\\sqrt|\\pi|π|√|\^", part + option):
         return False
@@ -263,7 +266,7 @@ def _numbers(text: str) -> list[Quantity]:
 
 
 def _same_formula(part: str, option: str) -> bool:
-    """Whether text and option are the same formula, where the option is one that numbers and words do not settle."""
+    """Whether text and option are the same formula; only for options that words and numbers cannot decide."""
     from gruppo.rewards.grading.formulas import same_formula
 
     if len(part) > 200 or not re.search(r"\\[a-zA-Z]|[=^√π]", option) or not re.search(r"[\d\\]", part):
@@ -275,9 +278,12 @@ def _same_formula(part: str, option: str) -> bool:
 
 
 def grade_choice(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
-    """Whether a text decides for the letters of the reference, all of them and no others."""
+    """Whether a text chooses exactly the letters of the reference.
+
+    Raises UsageError if `answer` is not a letter, an index or the text of an option.
+    """
     options = options_of(columns)
     wanted = letters_of(answer, options)
     letters = LETTERS[: max(len(options) or 5, LETTERS.index(wanted[-1]) + 1)]
-    made = choice_of(text, options, letters)
-    return made is not None and not made.undecided and made.letters == wanted
+    chosen = choice_of(text, options, letters)
+    return chosen is not None and not chosen.undecided and chosen.letters == wanted

@@ -1,7 +1,7 @@
-"""Where a text says what its answer is: boxes, tags, "the answer is", "####".
+"""Find where a text states its answer: boxes, tags, "the answer is", "####".
 
-A text that decides more than once means its last decision; what it goes on to ask itself (a base model after a few
-examples) is not its answer.
+If a text states several answers, the last one counts. Questions that the text goes on to ask itself (as base models do
+after few-shot examples) are not part of its answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Rule = Literal["tags", "boxed", "answer is", "label", "####"]
 
 
 class Decision(NamedTuple):
-    """A place at which a text names its answer. `text`: what stands there; `start`: where in the whole text."""
+    """A place where a text states its answer. `text`: the stated answer; `start`: its index in the whole text."""
 
     rule: Rule
     text: str
@@ -63,7 +63,7 @@ _LABEL = re.compile(
 )
 
 
-# A change of mind behind an answer: "No, it's 14.", "Wait, actually B.", "I first thought …, but it is B."
+# A change of mind after an answer: "No, it's 14.", "Wait, actually B.", "I first thought …, but it is B."
 _DOUBT = (
     r"(?:no|wait|actually|correction|hmm+|oops|sorry|scratch that|on second thought|"
     r"let me (?:re-?|double-?)?(?:check|compute|calculate|count)[^.\n]{0,60})"
@@ -86,7 +86,7 @@ _REVISED = re.compile(
 )
 
 
-_BEHIND = 300  # letters between an answer and the change of mind about it, at the most
+_BEHIND = 300  # maximum characters between an answer and a change of mind about it
 
 
 _HEADING = re.compile(r"^#+\s*(?i:(?:final )?answer|最终答案|答案)\s*$", re.MULTILINE)
@@ -109,14 +109,17 @@ _WRONG = re.compile(r"\b(?:wrong|incorrect|false)\s+$", re.IGNORECASE)
 _NUMBERED = re.compile(r"\d+[.)、]\s+\S")
 
 
-_LONGEST = 1000  # letters of a line that names an answer, at the most
+_LONGEST = 1000  # maximum characters of a line that states an answer
 
 
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]")
 
 
 def own_answer(text: str) -> str:
-    """A text without what it thought aloud in tags, and without the questions that it goes on to ask itself."""
+    """The answer part of a text: without reasoning before </think>, and without questions that follow its decision.
+
+    If nothing follows </think>, the reasoning is kept.
+    """
     answered = _THOUGHT.split(text)[-1]
     text = answered if answered.strip() else text
     for found in _NEXT_QUESTION.finditer(text):
@@ -126,14 +129,17 @@ def own_answer(text: str) -> str:
 
 
 def decisions(text: str) -> list[Decision]:
-    """All decisions of a text, in the order in which they stand there; a box after the words that lead to it."""
+    """All decisions of a text in order of position; at equal positions, tags and boxes come last.
+
+    Decisions by other rules inside a box are left out.
+    """
     inside = [(box.start, box.end) for box in boxes(text)]
-    found = [each for each in _decisions(text) if each.rule == "boxed" or not _is_within(each.start, inside)]
-    return sorted(found, key=lambda each: (each.start, each.rule in ("tags", "boxed")))
+    found = [item for item in _decisions(text) if item.rule == "boxed" or not _is_within(item.start, inside)]
+    return sorted(found, key=lambda item: (item.start, item.rule in ("tags", "boxed")))
 
 
 def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a place lies in one of the spans, which rise; those of boxes in boxes do not matter."""
+    """Whether `place` lies in one of the sorted spans. Spans of boxes inside boxes do not matter."""
     before = bisect_left(spans, (place, 0)) - 1
     return before >= 0 and place < spans[before][1]
 
@@ -159,16 +165,16 @@ def _decisions(text: str) -> Iterator[Decision]:
 
 
 def _revised(text: str) -> Iterator[Decision]:
-    """What a text changes its mind to, shortly after it named an answer."""
-    named = sorted(each.end() for pattern in (_SAYS, _LABEL) for each in pattern.finditer(text))
-    for revised in _REVISED.finditer(text) if named else ():
-        before = bisect_left(named, revised.end()) - 1
-        if before >= 0 and revised.end() - named[before] <= _BEHIND:
+    """Answers that a text changes its mind to within `_BEHIND` characters after it stated one."""
+    stated = sorted(match.end() for pattern in (_SAYS, _LABEL) for match in pattern.finditer(text))
+    for revised in _REVISED.finditer(text) if stated else ():
+        before = bisect_left(stated, revised.end()) - 1
+        if before >= 0 and revised.end() - stated[before] <= _BEHIND:
             yield from _following("answer is", text, revised.end())
 
 
 def _following(rule: Rule, text: str, start: int) -> Iterator[Decision]:
-    """What stands after "the answer is": the rest of its line, or the next line that is not blank."""
+    """The answer after words like "the answer is": the rest of the line, or the next non-blank line."""
     skipped = re.compile(r"[\s:：*]*").match(text, start)
     assert skipped
     start = skipped.end()
@@ -178,7 +184,7 @@ def _following(rule: Rule, text: str, start: int) -> Iterator[Decision]:
 
 
 def display(text: str, start: int) -> str:
-    """The displayed formula that begins at `start`, which may have several lines; "" where none does."""
+    """The displayed formula that begins at `start`, to the end of its last line; "" if none does."""
     for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\begin", "\\end")):
         if text.startswith(opening, start):
             end = text.find(closing, start + len(opening))
@@ -190,11 +196,11 @@ def display(text: str, start: int) -> str:
 
 
 def sentence(text: str) -> str:
-    """The text up to the end of its first sentence or line."""
+    """The first sentence or line of a text, without its end mark."""
     end = _SENTENCE_END.search(text)
     return text[: end.start()] if end else text
 
 
 def last_sentence(text: str) -> str:
-    """The last sentence or line that holds anything."""
-    return next((each for each in reversed(_SENTENCE_END.split(text)) if each.strip(" *_$")), "")
+    """The last sentence or line with any content; "" if there is none."""
+    return next((part for part in reversed(_SENTENCE_END.split(text)) if part.strip(" *_$")), "")

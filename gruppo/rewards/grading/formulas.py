@@ -1,7 +1,7 @@
-"""Mathematics for evaluation: formulas, sets, intervals, tuples, matrices, equations, words, several answers.
+"""Math answers for evaluation: formulas, sets, intervals, tuples, matrices, equations, words, several answers.
 
-math-verify compares; what it is too generous or too strict with is decided before it: order in tuples, brackets of
-another kind, bases of numerals, tiny numbers, words, units, answers in blanks of their own ("5;10").
+math-verify does the comparison. Cases in which it is too lenient or too strict are decided first: order in tuples,
+kinds of brackets, number bases, tiny numbers, words, units, several blanks ("5;10").
 """
 
 from __future__ import annotations
@@ -76,20 +76,20 @@ _DEGREES = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGL
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,40})\s*\}|(\d))(?!\d)")
 
 
-def _radians(found: re.Match[str]) -> str:
+def _radians(match: re.Match[str]) -> str:
     r"""\cos 60^\circ as \cos(\frac{60\pi}{180})."""
-    return rf"\{found[1]}(\frac{{{found[2] or found[3] or found[4]}\pi}}{{180}})"
+    return rf"\{match[1]}(\frac{{{match[2] or match[3] or match[4]}\pi}}{{180}})"
 
 
-def _repeating(found: re.Match[str]) -> str:
+def _repeating(match: re.Match[str]) -> str:
     r"""0.1\overline{6} as \frac{15}{90}."""
-    head, period = found[1] + found[2], found[3] or found[4]
-    under = (10 ** len(period) - 1) * 10 ** len(found[2])
+    head, period = match[1] + match[2], match[3] or match[4]
+    under = (10 ** len(period) - 1) * 10 ** len(match[2])
     return rf"\frac{{{int(head + period) - int(head or 0)}}}{{{under}}}"
 
 
 def normal(text: str) -> str:
-    """A formula without dollars, spacing commands and signs of other alphabets; degrees of an angle in radians."""
+    """A formula in normal form: no dollar signs, spacing commands or Unicode symbols; angles in radians."""
     for symbol, other in _SYMBOLS.items():
         text = text.replace(symbol, other)
     text = _DEGREES.sub(_radians, text.strip().strip("*_ "))
@@ -99,9 +99,12 @@ def normal(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
 
 
-def same_formula(found: str, wanted: str) -> bool:
-    """Whether two answers, each a formula, a list of them, or words, mean the same. Raises TimeoutError."""
-    first, second = normal(found), normal(wanted)
+def same_formula(answer: str, wanted: str) -> bool:
+    """Whether two answers mean the same; each is a formula, a list of formulas, or words.
+
+    Raises TimeoutError if math-verify takes longer than MATH_SECONDS, RuntimeError outside a process's main thread.
+    """
+    first, second = normal(answer), normal(wanted)
     if _squeezed(first) == _squeezed(second) and second:
         return True
     blanks = _split(second, ";")
@@ -112,44 +115,44 @@ def same_formula(found: str, wanted: str) -> bool:
     return _same_one(first, second)
 
 
-def _same_blanks(found: str, wanted: Sequence[str]) -> bool:
-    parts = _split(found, ";")
+def _same_blanks(answer: str, wanted: Sequence[str]) -> bool:
+    parts = _split(answer, ";")
     if len(parts) != len(wanted):
-        parts = [each for each in _split(_LISTED.sub(",", found) if "(" not in found else found, ",;") if each]
+        parts = [part for part in _split(_LISTED.sub(",", answer) if "(" not in answer else answer, ",;") if part]
     return len(parts) == len(wanted) and all(map(same_formula, parts, wanted))
 
 
-def _same_one(found: str, wanted: str) -> bool:
-    bases = _BASE.fullmatch(found), _BASE.fullmatch(wanted)
+def _same_one(answer: str, wanted: str) -> bool:
+    bases = _BASE.fullmatch(answer), _BASE.fullmatch(wanted)
     if bases[1]:
-        return (bases[0][1], bases[0][2]) == (bases[1][1], bases[1][2]) if bases[0] else found == bases[1][1]
-    plain = _bare(found), _bare(wanted)
+        return (bases[0][1], bases[0][2]) == (bases[1][1], bases[1][2]) if bases[0] else answer == bases[1][1]
+    plain = _bare(answer), _bare(wanted)
     numbers = _quantity(plain[0]), _quantity(plain[1])
     if numbers[0] and numbers[1] and len({*_named(plain[0]), *_named(plain[1])}) < 2:
         return _same_value(numbers[0], numbers[1])
-    return _same_by_shape(plain[0] if not is_words(found) else found, plain[1])
+    return _same_by_shape(plain[0] if not is_words(answer) else answer, plain[1])
 
 
-def _same_by_shape(found: str, wanted: str) -> bool:
-    """Compare after what math-verify does not heed: kinds of brackets, and the order in a tuple."""
-    if _is_matrix(found) != _is_matrix(wanted):
-        found, wanted = _flat(found), _flat(wanted)
-    found, wanted = _condition(found), _condition(wanted)
-    rays = [each for each in _split(_LISTED.sub(",", found), ",") if _INEQUALITY.search(each)]
+def _same_by_shape(answer: str, wanted: str) -> bool:
+    """Compare two formulas, deciding first what math-verify ignores: kinds of brackets and the order in a tuple."""
+    if _is_matrix(answer) != _is_matrix(wanted):
+        answer, wanted = _flat(answer), _flat(wanted)
+    answer, wanted = _condition(answer), _condition(wanted)
+    rays = [part for part in _split(_LISTED.sub(",", answer), ",") if _INEQUALITY.search(part)]
     united = wanted.split("\\cup")
     if len(rays) == len(united) > 1:
-        return all(any(same_formula(ray, each) for ray in rays) for each in united)
-    kinds = _brackets(found), _brackets(wanted)
+        return all(any(same_formula(ray, part) for ray in rays) for part in united)
+    kinds = _brackets(answer), _brackets(wanted)
     if {"set", "tuple"} == set(kinds) or (None not in kinds and kinds[0] != kinds[1]):
         return False
     if kinds[1] == "tuple" and kinds[0] is None:
-        parts = _split(_LISTED.sub(",", found), ",")
+        parts = _split(_LISTED.sub(",", answer), ",")
         if len(parts) == len(_split(wanted[1:-1], ",")) > 1:
-            found = f"({','.join(_in_order(parts))})"
+            answer = f"({','.join(_in_order(parts))})"
     if kinds == ("tuple", "tuple"):
-        pairs = _split(found[1:-1], ","), _split(wanted[1:-1], ",")
+        pairs = _split(answer[1:-1], ","), _split(wanted[1:-1], ",")
         return len(pairs[0]) == len(pairs[1]) and all(map(same_formula, *pairs))
-    return _verified(found, wanted)
+    return _verified(answer, wanted)
 
 
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|leq|geq|lt|gt)\b")
@@ -157,25 +160,25 @@ _BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\mid\b|\||:|\\colon\b)(.*)\\\}")
 
 
 def _condition(text: str) -> str:
-    r"""The condition of a set like \{x \mid x > 3\}; other formulas as they are."""
-    found = _BUILDER.fullmatch(text.strip())
-    return found[1].strip() if found else text
+    r"""The condition of a set such as \{x \mid x > 3\}; any other formula unchanged."""
+    match = _BUILDER.fullmatch(text.strip())
+    return match[1].strip() if match else text
 
 
 def _in_order(parts: Sequence[str]) -> Sequence[str]:
-    """The values of "y = 2", "x = 1" in the order of their names."""
-    pairs = [each.split("=") for each in parts]
+    """The values of equations such as "y = 2", "x = 1", sorted by name; other parts unchanged."""
+    pairs = [part.split("=") for part in parts]
     if all(len(pair) == 2 and len(pair[0].strip()) <= 3 for pair in pairs):
         return [pair[1] for pair in sorted(pairs, key=lambda pair: pair[0].strip())]
     return parts
 
 
-def _verified(found: str, wanted: str) -> bool:
+def _verified(answer: str, wanted: str) -> bool:
     from math_verify import verify
     from math_verify.errors import TimeoutException
 
     parsed = _parsed(wanted)
-    other = _parsed(found)
+    other = _parsed(answer)
     if not parsed or not other:
         return False
     try:
@@ -190,15 +193,15 @@ def _verified(found: str, wanted: str) -> bool:
         )
     except TimeoutException:
         raise TimeoutError(f"math-verify could not compare the answer in {MATH_SECONDS} s") from None
-    except Exception:  # noqa: BLE001  things that cannot be compared are not equal
+    except Exception:  # noqa: BLE001  expressions that cannot be compared are not equal
         return False
 
 
 @lru_cache(maxsize=2048)
 def _parsed(formula: str) -> tuple[Any, ...]:
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("math-verify compares in a process's main thread only; grade there")
-    return tuple(each for each in parse_formulas(f"${formula}$") if not isinstance(each, str))
+        raise RuntimeError("math-verify works in a process's main thread only; grade there")
+    return tuple(part for part in parse_formulas(f"${formula}$") if not isinstance(part, str))
 
 
 def _squeezed(text: str) -> str:
@@ -206,7 +209,7 @@ def _squeezed(text: str) -> str:
 
 
 def _split(text: str, marks: str) -> list[str]:
-    """Parts of a formula between marks that stand in no brackets."""
+    """Parts of a formula between separators (`marks`) that are not inside brackets."""
     parts, depth, begin = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
@@ -217,7 +220,7 @@ def _split(text: str, marks: str) -> list[str]:
 
 
 def _brackets(text: str) -> str | None:
-    r"""The kind of brackets around several things: "set" for \{1,2\}, "tuple" for (1,2), "closed" for [1,2], …"""
+    r"""The kind of brackets around several items: "set" for \{1,2\}, "tuple" for (1,2), "closed" for [1,2], …"""
     text = text.strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         return "set"
@@ -231,7 +234,7 @@ def _brackets(text: str) -> str | None:
 
 
 def _depth_breaks(text: str) -> bool:
-    """Whether the first bracket is closed before the end, as in "(1,2) \\cup (3,4)"."""
+    """Whether the first bracket closes before the end, as in "(1,2) \\cup (3,4)"."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter in "([") - (letter in ")]")
@@ -245,18 +248,18 @@ def _is_matrix(text: str) -> bool:
 
 
 def _flat(text: str) -> str:
-    """A matrix of one column or one row as a tuple."""
-    found = re.fullmatch(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", text.strip())
-    if not found:
+    """A matrix with one column or one row as a tuple; anything else unchanged."""
+    match = re.fullmatch(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", text.strip())
+    if not match:
         return text
-    rows = [each.strip() for each in re.split(r"\\\\", found[1]) if each.strip()]
+    rows = [row.strip() for row in re.split(r"\\\\", match[1]) if row.strip()]
     if len(rows) > 1 and any("&" in row for row in rows):
         return text
     return f"({','.join(rows if len(rows) > 1 else rows[0].split('&')).strip()})" if rows else text
 
 
 def _bare(text: str) -> str:
-    """A formula without the words before it and the unit after it."""
+    """A formula without leading words and without a trailing unit."""
     text = _WORDS_BEFORE.sub("", text)
     for pattern in (_UNIT_TEXT, _UNIT_WORD, _CHINESE_UNIT):
         shorter = pattern.sub("", text).strip()
@@ -273,18 +276,18 @@ def _named(text: str) -> list[str]:
 
 
 def _quantity(text: str) -> Quantity | None:
-    """The number that a formula is, sign, percent and equals sign with one letter before it included; else None."""
+    """The number that a whole formula consists of, with sign, percent and a leading "x ="; None for other formulas."""
     clean = cleaned(_NAMED.sub("", text)).strip()
     found = quantities(clean)
     return found[0] if len(found) == 1 and clean[: found[0].start] + clean[found[0].end :] == "" else None
 
 
-def _same_value(found: Quantity, wanted: Quantity) -> bool:
-    values = {found.value}, {wanted.value}
-    if found.percent != wanted.percent:
-        for quantity, those in zip((found, wanted), values, strict=True):
+def _same_value(answer: Quantity, wanted: Quantity) -> bool:
+    values = {answer.value}, {wanted.value}
+    if answer.percent != wanted.percent:
+        for quantity, readings in zip((answer, wanted), values, strict=True):
             if quantity.percent:
-                those.add(quantity.value / 100)
+                readings.add(quantity.value / 100)
     return any(_near(one, other) for one in values[0] for other in values[1])
 
 
@@ -294,15 +297,15 @@ def _near(first: Fraction, second: Fraction) -> bool:
     return abs(first - second) <= 2 * max(abs(first), abs(second)) / 10**6
 
 
-_MATHS = re.compile(r"[\d=+<>^_/|]|\\(?!text|mathrm|mbox|textbf|rm\b)[a-zA-Z]+")
+_MATH = re.compile(r"[\d=+<>^_/|]|\\(?!text|mathrm|mbox|textbf|rm\b)[a-zA-Z]+")
 
 
 def is_words(text: str) -> bool:
-    """Whether an answer is words: text of three letters and more, or of another alphabet, without mathematics."""
+    """Whether an answer is words: text of three or more letters, or of two or more Chinese characters, without math."""
     if "\\textcircled" in text:
         return True
     inner = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
-    if _MATHS.search(inner):
+    if _MATH.search(inner):
         return bool(re.fullmatch(rf"\s*{_WORD}\s*\{{[^{{}}]*[A-Za-z]{{3,}}[^{{}}]*\}}\s*", text))
     return bool(re.search(r"[A-Za-z]{3,}|[\u4e00-\u9fff]{2,}", inner)) or inner != text
 
@@ -314,9 +317,9 @@ def _words(text: str) -> str:
 
 
 def _word_list(text: str) -> list[str]:
-    """Words between commas, "and" and "or", in an order of their own."""
+    """Words between commas, semicolons, "and" and "or", sorted."""
     plain = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
-    return sorted(_words(each) for each in re.split(r",|;|\band\b|\bor\b", plain) if each.strip())
+    return sorted(_words(part) for part in re.split(r",|;|\band\b|\bor\b", plain) if part.strip())
 
 
 _REASON = re.compile(r",? (?:because|since|as|which|where|for all|when|so|by|after|for every)\b|[.!?](?=\s|$)|[。！？]")
@@ -328,7 +331,7 @@ _ITEM = re.compile(r"[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$"
 
 
 def _said(decision: Decision) -> str:
-    """The formula with which the rest of a line begins, or its words up to the reason that it gives."""
+    """The formula with which a decision's text begins, or its words up to a reason ("because …")."""
     text = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
     found = _INLINE.match(text)
     if not found:
@@ -346,8 +349,11 @@ def _said(decision: Decision) -> str:
 
 
 def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
-    """What a text answers and by which rule: its last decision; None where it has none. `words`: an answer in words
-    will do; else one without any sign of mathematics is passed over."""
+    """The last decision of a text as (answer, rule); None if it has none.
+
+    `words`: accept an answer in words. Otherwise a decision without any sign of math is skipped, unless it is in a box
+    or tags.
+    """
     text = own_answer(text)
     box = last_box(text)
     for decision in reversed(decisions(text)):
@@ -361,29 +367,32 @@ def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
     return None
 
 
-# What tells a formula from words: digits, commands, signs, a letter alone, letters with an operator between them.
+# Signs of a formula as opposed to words: digits, commands, symbols, a single letter, letters around an operator.
 _FORMULA = re.compile(r"\d|\\|\$|[=^∞π√]|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])")
 
 
 def _unwrapped(text: str) -> str:
-    r"""What stands in a box that stands in a formula; text as it is otherwise."""
+    """The content of the last box in a formula; a text without a box unchanged."""
     found = boxes(text)
     return found[-1].content if found else text
 
 
 def reference_formula(answer: object) -> str:
-    """The formula of a reference: what is in its last box, or after "####", else all of it."""
+    """The formula of a reference answer: the content of its last box, else the part after "####", else all of it."""
     text = str(answer).rpartition("####")[2].strip()
     box = last_box(text)
     return text if box is None else box[1]
 
 
 def grade_formula(text: str, answer: object) -> bool:
-    """Whether what a text answers means the same as the reference. One that takes too long to compare is wrong: it was
-    not shown to be right. Raises UsageError for a reference that cannot be read."""
+    """Whether the answer in a text means the same as the reference.
+
+    A comparison that takes too long counts as incorrect, because the answer was not shown to be correct. Raises
+    UsageError if the reference is empty, RuntimeError outside a process's main thread.
+    """
     wanted = reference_formula(answer)
     if not normal(wanted):
-        raise UsageError(f"answer = {answer!r}: cannot be read as mathematics; write LaTeX, or take another grader")
+        raise UsageError(f"answer = {answer!r}: cannot be read as math; write LaTeX, or use another grader")
     words = is_words(normal(wanted))
     try:
         answered = answered_formula(text, words)
@@ -395,7 +404,7 @@ def grade_formula(text: str, answer: object) -> bool:
 
 
 def _without_decision(text: str, wanted: str, words: bool) -> bool:
-    """Of a text that names no answer: all of it, its last formula, or for words the end of its last sentence."""
+    """Grade a text without a decision: by all of it, its last formula, or, for words, the end of its last sentence."""
     if not text.strip():
         return False
     if len(text) < 200 and same_formula(text, wanted):
@@ -410,7 +419,7 @@ def _without_decision(text: str, wanted: str, words: bool) -> bool:
 
 
 def _same_last(text: str, formulas: Sequence[re.Match[str]], wanted: str) -> bool:
-    """The last formula of a text, its right-hand side, or with the ones that "and" joins to it ("x = 1 and x = 2")."""
+    """Whether the last formula, its right-hand side, or all formulas joined to it ("x = 1 and x = 2") match."""
     joined = [formulas[-1]]
     for before in reversed(formulas[:-1]):
         if not _BETWEEN.fullmatch(text, before.end(), joined[0].start()):
@@ -418,24 +427,27 @@ def _same_last(text: str, formulas: Sequence[re.Match[str]], wanted: str) -> boo
         joined.insert(0, before)
     last = joined[-1][0]
     if len(joined) > 1:
-        if same_formula(", ".join(each[0] for each in joined), wanted):
+        if same_formula(", ".join(formula[0] for formula in joined), wanted):
             return True
-        names = [_named(normal(each[0])) for each in joined]
-        if names[0] and all(each == names[0] for each in names):
+        names = [_named(normal(formula[0])) for formula in joined]
+        if names[0] and all(name == names[0] for name in names):
             return False
     return same_formula(re.split(r"(?<![<>!\\])=", last)[-1], wanted) or same_formula(last, wanted)
 
 
 def grade_science(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
-    """By the rules of OCWCourses (Minerva): a number within 1e-5 of the reference (numbers below 1e-8 within 1 %),
-    whatever its unit; everything else as a formula or an equation."""
+    """Grade by the rules of OCWCourses (Minerva).
+
+    A number is correct within 1e-5 (relative, plus 1e-8) of the reference, or within 1 % if both are below 1e-8; units
+    are ignored. Any other answer is graded as a formula or an equation. Raises UsageError if the reference is empty.
+    """
     from gruppo.rewards.grading.numbers import answered_number
 
     wanted = _quantity(normal(reference_formula(answer)))
     if wanted is None:
         return grade_formula(text, answer)
     answered = answered_number(text, str(columns.get("problem", columns.get("question", ""))))
-    return answered is not None and all(_close(each.value, wanted.value) for each in answered.readings)
+    return answered is not None and all(_close(reading.value, wanted.value) for reading in answered.readings)
 
 
 def _close(first: Fraction, second: Fraction) -> bool:

@@ -1,4 +1,4 @@
-"""Graders: (text, columns of the row) -> right or wrong."""
+"""Graders: (text, columns of the row) -> whether the text is correct."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def _solution(columns: Mapping[str, Any]) -> Any:
 
 def _answer(columns: Mapping[str, Any]) -> Any:
     if "answer" not in columns:
-        raise UsageError(f"a question has no answer (columns: {', '.join(columns) or 'none'}); add a column answer")
+        raise UsageError(f"a question has no answer (columns: {', '.join(columns) or 'none'}); add the column answer")
     return columns["answer"]
 
 
 def _grade_gym(text: str, columns: Mapping[str, Any]) -> bool:
-    """Full score by the rules of the row's reasoning-gym data set; part of it is not right."""
+    """Whether the text gets the full score of the row's reasoning-gym dataset; partial credit is incorrect."""
     from gruppo.data.reasoning_gym import score
 
     return score(text, columns) >= 1.0
@@ -69,19 +69,21 @@ GRADERS: dict[str, Grader] = {
 
 
 class Named(NamedTuple):
-    """A grader by its name."""
+    """A grader with its name."""
 
     name: str
     grader: Grader
 
 
 def find_grader(name: str) -> Grader:
-    """The grader of that name or import path: (text, columns) -> right or wrong. Raises UsageError for an unknown
-    one."""
+    """Return the grader with this name or import path: (text, columns) -> whether the text is correct.
+
+    Raises UsageError if the name is unknown or the import fails.
+    """
     if name in GRADERS:
         return GRADERS[name]
     if name in RENAMED:
-        raise UsageError(f'evaluation.grader = "{name}": this grader is called "{RENAMED[name]}" now; write that')
+        raise UsageError(f'evaluation.grader = "{name}": this grader was renamed; write "{RENAMED[name]}"')
     if ":" not in name:
         raise UsageError(f'evaluation.grader = "{name}": unknown grader{nearest(name, GRADERS)}')
     grader: Grader = import_attribute(name, "evaluation.grader")

@@ -1,4 +1,4 @@
-"""The last number of a text, and texts that are equal."""
+"""The last number of a text, and equality of texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from gruppo.errors import UsageError
 
-# A sign counts unless it follows a number or a closing bracket, where it is an operator:
+# A sign belongs to the number unless it follows a number or a closing bracket, where it is an operator:
 # "5-3" ends with 3, and so does "5 - 3".
 _SIGN = r"(?:(?<![\d\w)\].])[-−+])?"
 
@@ -22,26 +22,30 @@ _NUMBER = re.compile(f"{_FRACTION}|{_DECIMAL}", re.ASCII)
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number of a text: sign, thousands commas, decimals and fractions like 3/4; None where there is none.
+    """The exact value of the last number of a text; None if there is none.
 
-    A division by zero ("1/0") is no number, nor is one of thousands of digits, which Python refuses to read.
+    Reads signs, thousands commas, decimals and fractions such as 3/4. Skips divisions by zero ("1/0") and numbers of
+    thousands of digits, which Python refuses to convert.
     """
-    for found in reversed(_NUMBER.findall(text)):
+    for number in reversed(_NUMBER.findall(text)):
         try:
-            return Fraction(found.replace(",", "").replace("−", "-"))
+            return Fraction(number.replace(",", "").replace("−", "-"))
         except (ZeroDivisionError, ValueError):
             continue
     return None
 
 
 def same_number(text: str, answer: object) -> bool:
-    """True if the last number of `text` equals that of `answer`. Raises UsageError where the answer has none."""
+    """Whether the last number of `text` equals the last number of `answer`.
+
+    Raises UsageError if `answer` contains no number.
+    """
     wanted = last_number(str(answer))
     if wanted is None:
-        raise UsageError(f"answer = {answer!r}: holds no number; write a number, or take the grader exact_match")
+        raise UsageError(f"answer = {answer!r}: contains no number; write a number, or use the grader exact_match")
     return last_number(text) == wanted
 
 
 def same_text(text: str, answer: object) -> bool:
-    """True if text and answer are equal, white space at the ends apart."""
+    """Whether `text` equals `answer` as text, ignoring leading and trailing white space."""
     return text.strip() == str(answer).strip()

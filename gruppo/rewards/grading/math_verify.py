@@ -1,4 +1,4 @@
-"""Symbolic comparison of answers, by math-verify."""
+"""Symbolic comparison of answers with math-verify."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d+)$")
 
 
-MATH_SECONDS = 2  # for reading, and for each comparison; math-verify counts in whole seconds
+MATH_SECONDS = 2  # limit for parsing and for every comparison; math-verify counts whole seconds
 
 
 def same_mathematics(text: str, answer: object) -> bool | None:
-    """Whether what `text` answers equals `answer` symbolically, by math-verify; None where `answer` cannot be read.
+    """Whether the answer in `text` equals `answer` symbolically, by math-verify; None if `answer` cannot be read.
 
-    `text`: of what stands in its last <answer> tags, or of all of it, the last \\boxed{}, else what follows "the answer
-    is", else the last formula or number counts; without any of them it equals nothing. `answer`: a number, LaTeX with
-    or without dollars, a text with \\boxed{}, or a solution in the form of GSM8K, where what follows "####" counts.
-    Raises TimeoutError where math-verify takes longer than MATH_SECONDS. It works by signals: only in a main thread.
+    `text`: if it has <answer> tags, only the content of the last pair counts. The answer is the last \\boxed{}, else
+    what follows "the answer is", else the last formula or number; a text with none of these equals nothing.
+    `answer`: a number, LaTeX with or without dollar signs, a text with \\boxed{}, or a GSM8K solution, of which the
+    part after "####" counts. Raises TimeoutError if parsing or a comparison takes longer than MATH_SECONDS.
+    math-verify measures time with signals, which work in a process's main thread only.
     """
     wanted = _reference(str(answer))
     if not wanted:
@@ -46,7 +47,7 @@ def _reference(answer: str) -> tuple[Any, ...]:
     if not _DELIMITED.search(answer):
         answer = f"${_EXPONENT.sub(_power_of_ten, answer)}$"
     parsed = parse_formulas(answer)
-    return tuple(parsed) if any(not isinstance(each, str) for each in parsed) else ()
+    return tuple(parsed) if any(not isinstance(expression, str) for expression in parsed) else ()
 
 
 def _power_of_ten(exponent: re.Match[str]) -> str:
@@ -58,7 +59,10 @@ def _written_out(number: re.Match[str]) -> str:
 
 
 def parse_formulas(text: str) -> Sequence[Any]:
-    """What math-verify reads in a text, boxes before all else: expressions, and at the end their text."""
+    """Expressions that math-verify finds in a text, boxes first, followed by their text; [] if there are none.
+
+    Raises TimeoutError after MATH_SECONDS.
+    """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     from math_verify.errors import TimeoutException
 
@@ -66,8 +70,8 @@ def parse_formulas(text: str) -> Sequence[Any]:
     try:
         return parse(text, kinds, parsing_timeout=MATH_SECONDS, raise_on_error=True)  # type: ignore[no-any-return]
     except TimeoutException:
-        raise TimeoutError(f"math-verify could not read it in {MATH_SECONDS} s: {text[-100:]!r}") from None
-    except Exception:  # noqa: BLE001  text that no parser understands is no answer
+        raise TimeoutError(f"math-verify could not parse the text in {MATH_SECONDS} s: {text[-100:]!r}") from None
+    except Exception:  # noqa: BLE001  text that cannot be parsed is not an answer
         return []
 
 
@@ -75,15 +79,15 @@ def _any_equal(wanted: Sequence[Any], found: Sequence[Any]) -> bool:
     from math_verify import verify
     from math_verify.errors import TimeoutException
 
-    late = False
+    timed_out = False
     for pair in product(wanted, found):
         try:
             if verify(*pair, timeout_seconds=MATH_SECONDS, raise_on_error=True):
                 return True
         except TimeoutException:
-            late = True
-        except Exception:  # noqa: BLE001  things that cannot be compared are not equal
+            timed_out = True
+        except Exception:  # noqa: BLE001  expressions that cannot be compared are not equal
             continue
-    if late:
+    if timed_out:
         raise TimeoutError(f"math-verify could not compare the answer in {MATH_SECONDS} s")
     return False

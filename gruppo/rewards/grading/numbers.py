@@ -1,6 +1,6 @@
 """Numbers as people and models write them, read for evaluation: units, currency, percent, fractions, powers of ten.
 
-What a reward compares is `answers.last_number`, which is simpler and stays as it is.
+The reward `answers.last_number` does not use these rules: it is deliberately simpler, and its rules are fixed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, sam
 
 @dataclass(frozen=True)
 class Answered:
-    """The number that a text answers: one, or several that it leaves open ("3 or 4"); by which rule it was found."""
+    """The number that a text gives as its answer.
+
+    `readings`: the number, or several if the text leaves them open ("3 or 4"). `text`: the passage. `rule`: the rule
+    that found it.
+    """
 
     readings: tuple[Quantity, ...]
     text: str
     rule: str
-    bound: bool = False  # "less than 13", which is no answer unless a bound was asked for
+    bound: bool = False  # "less than 13": not an answer unless a bound was asked for
 
 
 _ABOUT = re.compile(
@@ -48,7 +52,7 @@ _SPACED_ZEROS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})* 000(?![\d,])")
 
 
 def read_decision(decision: Decision) -> tuple[Quantity, ...]:
-    """The number that a decision names; several where it leaves it open; none where it names none."""
+    """The number that a decision states: several readings if it leaves the number open, empty if it states none."""
     clean = cleaned(decision.text)
     if decision.rule in ("tags", "boxed"):
         return _whole(clean)
@@ -62,29 +66,29 @@ def read_decision(decision: Decision) -> tuple[Quantity, ...]:
     if _UNKNOWN.search(clean):
         return _open(numbers[0])
     if between := _BETWEEN.match(clean):
-        return tuple(each for each in numbers if each.start >= between.end())[:2]
+        return tuple(number for number in numbers if number.start >= between.end())[:2]
     if decision.rule in ("label", "####") and not begins:
-        inside = [each.span() for each in _ASIDE.finditer(clean)]
-        outside = [each for each in numbers if not any(left <= each.start < right for left, right in inside)]
+        inside = [aside.span() for aside in _ASIDE.finditer(clean)]
+        outside = [number for number in numbers if not any(left <= number.start < right for left, right in inside)]
         return (outside[0],) if len(outside) == 1 and decision.rule == "label" and len(clean) < 80 else ()
     if not begins:
         return (_result(clean, numbers),)
     if worked := _WORKED_OUT.match(clean, begins.end()):
-        return (next(each for each in numbers if each.end >= worked.end()),)
+        return (next(number for number in numbers if number.end >= worked.end()),)
     chained = _chained(clean, begins.end(), numbers)
     if decision.rule == "label" and chained is numbers[0] and _operator(clean, chained.end):
         return ()
     if chained is numbers[0] and (_operator(clean, chained.end) or _RAISED.match(clean, chained.end)):
         value = _calculated(clean[begins.end() :])
-        worth = numbers[-1] if value is None else Quantity(value, None, False, 0, 0)
-        if _operator(clean, chained.end):  # a sum that is not worked out is no answer
-            return (chained, worth)
+        result = numbers[-1] if value is None else Quantity(value, None, False, 0, 0)
+        if _operator(clean, chained.end):  # an expression that is not evaluated is not an answer
+            return (chained, result)
         if value is not None:
-            return (worth,)
+            return (result,)
     return _alternatives(clean, chained, numbers)
 
 
-# What has a letter to be solved for, or an error: "13x", "x + 13", "13 ± 2".
+# Terms with an unknown or an error margin: "13x", "x + 13", "13 ± 2".
 _UNKNOWN = re.compile(
     r"^\s*(?:-?\s*[a-z]\s*[-+*/]\s*\d|[-+]?[\d.,]+(?:[xyz]\b|\s*[-+*/]\s*[xyz]\b)(?!\s*=)|[-+]?[\d.,]+\s*(?:±|\\pm\b))"
 )
@@ -112,7 +116,7 @@ _SPECIFIED = re.compile(r"[,，]\s*其中.*$")
 _RAISED = re.compile(r"\s*\^\s*\{?\d")
 
 
-# "1/3 of 54, which is 18": a sum and what it comes to.
+# An expression with its value: "1/3 of 54, which is 18".
 _WORKED_OUT = re.compile(
     r"[-+]?[\d.,/]+\s*(?:[-+*/×÷]|of|plus|minus|times|divided by|multiplied by)\s*[\d.][^=;()]{0,40}?"
     r"(?:,\s*|\s)(?:which (?:is|equals|gives|makes|comes to)|i\.e\.,?|that is,?|so|or|equals|is)\s+"
@@ -121,12 +125,12 @@ _WORKED_OUT = re.compile(
 
 
 def _open(number: Quantity) -> tuple[Quantity, ...]:
-    """Readings of which no number is all: an answer that is no number yet."""
+    """Readings that contradict each other: the answer is not a number yet."""
     return number, replace(number, value=number.value + 1)
 
 
 def _whole(clean: str) -> tuple[Quantity, ...]:
-    """The number of a box or of tags: what its last equation gives, a sum that it leaves undone, or its only one."""
+    """The number of a box or of tags: its last equation's result, the value of an expression, or its only number."""
     clean = _SPACED.sub(lambda found: found[0].replace(" ", ""), clean.strip())
     clean = re.split(r"=|\\approx|≈", clean)[-1] if re.search(r"(?:=|\\approx|≈)\s*\S", clean) else clean
     numbers = quantities(clean)
@@ -144,12 +148,12 @@ def _whole(clean: str) -> tuple[Quantity, ...]:
 
 
 def _chained(clean: str, start: int, numbers: Sequence[Quantity]) -> Quantity:
-    """Of "3 + 4 = 7 apples" the 7, of "7 apples in 3 days" the 7."""
+    """The result of an equation, else the first number: 7 in "3 + 4 = 7 apples" and in "7 apples in 3 days"."""
     part = re.split(r"[(（;]|, | since | because | as | which | for ", clean[start:])[0]
     equals = [found.end() for found in re.finditer(r"=|\\approx|≈", part)]
     if not equals:
         return numbers[0]
-    after = [each for each in numbers if each.start >= start + equals[-1]]
+    after = [number for number in numbers if number.start >= start + equals[-1]]
     if not after:
         return numbers[0]
     if _operator(clean, after[0].end) and _calculated(part[equals[-1] - start :]) == numbers[0].value:
@@ -164,7 +168,7 @@ def _operator(clean: str, end: int) -> bool:
 def _alternatives(clean: str, first: Quantity, numbers: Sequence[Quantity]) -> tuple[Quantity, ...]:
     found = [first]
     while (other := _OR.match(clean, found[-1].end)) is not None:
-        after = [each for each in numbers if each.start >= other.end() - 1]
+        after = [number for number in numbers if number.start >= other.end() - 1]
         if not after:
             break
         found.append(after[0])
@@ -172,13 +176,13 @@ def _alternatives(clean: str, first: Quantity, numbers: Sequence[Quantity]) -> t
 
 
 def _result(clean: str, numbers: Sequence[Quantity]) -> Quantity:
-    """Of a sentence that does not begin with its number: what its last equation gives, or its last number."""
-    after = [each for each in numbers if "=" in clean and each.start >= clean.rindex("=")]
+    """For a sentence that does not begin with its number: the result of its last equation, or its last number."""
+    after = [number for number in numbers if "=" in clean and number.start >= clean.rindex("=")]
     return after[0] if after else numbers[-1]
 
 
 def _calculated(clean: str) -> Fraction | None:
-    """The value of a sum like "3 * (4 + 5)", with powers up to the ninth; None for anything else."""
+    """The value of an expression such as "3 * (4 + 5)", with exponents up to 9; None for anything else."""
     written = re.sub(r"\\times|\\cdot|×", "*", re.sub(r"\\div|÷", "/", clean)).replace(",", "").strip(" .")
     written = re.sub(r"\^\s*(?:\{(\d)\}|(\d))(?!\d)", r"**\1\2", written)
     if len(written) > 60 or not re.fullmatch(r"[\d\s+\-*/().]+", written) or "//" in written:
@@ -205,26 +209,27 @@ def _evaluated(node: ast.AST) -> Fraction:
             return _evaluated(left) / _evaluated(right)
         case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)) if power < 10:
             return _evaluated(left) ** power
-    raise ValueError("not a sum")
+    raise ValueError("not an arithmetic expression")
 
 
 def answered_number(text: str, question: str = "") -> Answered | None:
-    """The number that a text answers; None where it names none.
+    """The number that a text gives as its answer; None if it contains no number.
 
-    The last decision counts that names a number ("the answer is 18", a box, "#### 18"), else the last number of the
-    text. A last number that only repeats the question gives way to the last computed one of the same sentence.
+    The last decision that states a number counts ("the answer is 18", a box, "#### 18"). Without one, the last number
+    of the text counts, unless the same sentence has an equation whose result it follows, or it only repeats `question`
+    and the sentence has exactly one number that does not.
     """
     text = own_answer(text)
     box = last_box(text)
     for decision in reversed(decisions(text)):
         shown = box[1] if box and decision.rule == "boxed" and decision.start >= box[0] else decision.text
-        if decision.rule == "label" and _goes_on(text, decision):
+        if decision.rule == "label" and _continues_to_calculate(text, decision):
             continue
         if readings := read_decision(decision._replace(text=shown)):
             return Answered(readings, decision.text[:200], decision.rule, bool(_BOUNDED.match(decision.text)))
     clean = _SPACED_ZEROS.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
     written = quantities(clean)
-    numbers = [each for each in written if not _DENIED.search(clean, max(0, each.start - 40), each.start)]
+    numbers = [number for number in written if not _DENIED.search(clean, max(0, number.start - 40), number.start)]
     if written and not numbers:
         return None
     if numbers:
@@ -234,7 +239,7 @@ def answered_number(text: str, question: str = "") -> Answered | None:
     return Answered((word,), last_sentence(clean)[:200], "last number") if word else None
 
 
-# What a number is said not to be, or only supposed to be: "the answer is not 18", "it's 18, not 20".
+# Words before a number that deny it or only suppose it: "the answer is not 18", "it's 18, not 20".
 _DENIED = re.compile(
     r"(?:\b(?:not|never|cannot be|(?:wrong|incorrect) answer is|answer (?:could|might|may) be)|n't(?: be)?|不是|不等于)"
     r"\s*(?:equal to |exactly |simply |just )?$",
@@ -242,31 +247,32 @@ _DENIED = re.compile(
 )
 
 
-def _goes_on(text: str, decision: Decision) -> bool:
-    """Whether "Answer:" only begins a text that calculates on."""
-    begun = sentence(decision.text)
-    return "=" in begun and "=" in text[decision.start + len(begun) :]
+def _continues_to_calculate(text: str, decision: Decision) -> bool:
+    """Whether the text continues to calculate after "Answer:"."""
+    line = sentence(decision.text)
+    return "=" in line and "=" in text[decision.start + len(line) :]
 
 
 def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantity:
-    """What a text without a decision ends with: the last result of an equation in the sentence of its last number,
-    else that number.
+    """The answer of a text without a decision: the result of the last equation in its last number's sentence, else that
+    number.
 
-    Words in brackets do not count ("12 fruits (9 apples and 3 pears)"). Where the number only repeats the question, the
-    only other one of the sentence that does not is meant ("so he makes 18 dollars from the 16 eggs").
+    Numbers in brackets with words do not count ("12 fruits (9 apples and 3 pears)"). If the last number only repeats
+    the question and the sentence has exactly one that does not, that one counts ("so he makes 18 dollars from the 16
+    eggs").
     """
     last = numbers[-1]
     begin = max(found.end() for found in _BEGIN.finditer(clean, 0, last.start))
-    inside = [each.span() for each in _ASIDE.finditer(clean, begin)]
-    within = [each for each in numbers if each.start >= begin]
-    outside = [each for each in within if not any(left <= each.start < right for left, right in inside)]
+    inside = [aside.span() for aside in _ASIDE.finditer(clean, begin)]
+    within = [number for number in numbers if number.start >= begin]
+    outside = [number for number in within if not any(left <= number.start < right for left, right in inside)]
     last = outside[-1] if outside else last
     equals = clean.rfind("=", begin, last.start)
-    result = next((each for each in within if each.start > equals >= 0), None)
+    result = next((number for number in within if number.start > equals >= 0), None)
     if result is not None and not _CONCLUSION.search(clean, result.end, last.start):
         return result
-    asked = {each.value for each in quantities(cleaned(question))}
-    new = {each.value: each for each in outside if each.value not in asked}
+    asked = {number.value for number in quantities(cleaned(question))}
+    new = {number.value: number for number in outside if number.value not in asked}
     return next(iter(new.values())) if last.value in asked and len(new) == 1 else last
 
 
@@ -280,7 +286,10 @@ _BEGIN = re.compile(r"^|[.!?]\s|[\n。！？]")
 
 
 def reference_numbers(answer: object) -> tuple[Quantity, ...]:
-    """The number of a reference answer, or several where semicolons part them. Raises UsageError for none."""
+    """The number of a reference answer, or several if semicolons separate them.
+
+    Raises UsageError if it contains no number.
+    """
     text = str(answer).rpartition("####")[2]
     if box := last_box(text):
         text = box[1]
@@ -293,12 +302,16 @@ def reference_numbers(answer: object) -> tuple[Quantity, ...]:
         elif word := spelled(clean, last=True):
             found.append(word)
     if not found:
-        raise UsageError(f"answer = {answer!r}: holds no number; write a number, or take the grader exact_match")
+        raise UsageError(f"answer = {answer!r}: contains no number; write a number, or use the grader exact_match")
     return tuple(found)
 
 
 def grade_number(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
-    """Whether the number that a text answers is that of the reference."""
+    """Whether the number that a text gives as its answer equals the reference.
+
+    With several reference numbers, the text must give all of them in the same order. Raises UsageError if `answer`
+    contains no number.
+    """
     wanted = reference_numbers(answer)
     answered = answered_number(text, str(columns.get("question", "")))
     if answered is None:
@@ -307,8 +320,8 @@ def grade_number(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
         if answered.bound and not _BOUND.search(f"{answer} {columns.get('question', '')}"):
             return False
         readings = answered.readings
-        same = [same_quantity(each, wanted[0]) for each in readings]
-        return any(same) if all(same_quantity(each, readings[0]) for each in readings) else all(same)
+        same = [same_quantity(reading, wanted[0]) for reading in readings]
+        return any(same) if all(same_quantity(reading, readings[0]) for reading in readings) else all(same)
     named = decisions(own_answer(text))
     clean = cleaned(named[-1].text if named else last_sentence(text))
     numbers = quantities(clean)

@@ -1,4 +1,4 @@
-"""Numbers in a text, with their scales and units: digits, Chinese numerals, English words."""
+"""Numbers in a text, with scales and units: digits, Chinese numerals, English words."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a text. `decimals`: digits after its point, None for a fraction; `start`, `end`: its place in the
-    cleaned text."""
+    """A number in a text.
+
+    `value`: exact, scale words included. `decimals`: digits after the decimal point, None for a fraction.
+    `percent`: whether a percent sign or word follows. `start`, `end`: its span in the cleaned text.
+    """
 
     value: Fraction
     decimals: int | None
@@ -83,7 +86,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
 
 
 def cleaned(text: str) -> str:
-    """A text in which numbers are written in one way: LaTeX, full-width digits, signs and powers of ten as in ASCII."""
+    """The text with numbers in one notation: LaTeX, full-width digits, signs and powers of ten become plain ASCII."""
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPT) + "}", text)
     text = re.sub("(?<=\\d)[½¼¾⅓⅔]", lambda found: " " + found[0], text)
     text = _SHARE.sub(_share, text)
@@ -93,18 +96,18 @@ def cleaned(text: str) -> str:
     return text
 
 
-def _share(found: re.Match[str]) -> str:
+def _share(match: re.Match[str]) -> str:
     """五分之三 as 3/5, 百分之四十 as 40%."""
-    under, over = found[1], chinese_number(found[2])
+    under, over = match[1], chinese_number(match[2])
     return f"{over}%" if under == "百" else f"{over}/{chinese_number(under)}"
 
 
-# What makes a number after it an exponent, or part of a unit: "m^2", "10^{3", "cm2".
+# Text before a number that makes it an exponent or part of a unit: "m^2", "10^{3", "cm2".
 _POWER = re.compile(r"\^\s*\{?\s*$|(?<![A-Za-z])(?:[cmkd]?m|ft|yd)$")
 
 
 def quantities(clean: str) -> list[Quantity]:
-    """All numbers of a cleaned text but exponents. Those that cannot be (1/0, thousands of digits) are none."""
+    """All numbers of a cleaned text in order, except exponents. Skips 1/0 and numbers of thousands of digits."""
     found = []
     for number in _NUMBER.finditer(clean):
         if _POWER.search(clean, max(0, number.start() - 8), number.start()):
@@ -134,7 +137,7 @@ def _value(number: re.Match[str]) -> tuple[Fraction, int | None]:
     return (-value if number["minus"] == "-" else value), decimals
 
 
-_DIGITS = {each: place for place, each in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
+_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 
 
 _UNITS = {"十": 10, "百": 100, "千": 1000}
@@ -158,7 +161,7 @@ _ONES = (
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
-_WORDS = {each: place for place, each in enumerate(_ONES)} | {each: 10 * n for n, each in enumerate(_TENS, start=2)}
+_WORDS = {word: value for value, word in enumerate(_ONES)} | {word: 10 * n for n, word in enumerate(_TENS, start=2)}
 
 
 _ENGLISH = re.compile(
@@ -167,7 +170,7 @@ _ENGLISH = re.compile(
 
 
 def chinese_number(text: str) -> int | None:
-    """十八 is 18, 一百零五 is 105, 三万 is 30000; None for what is no number."""
+    """Value of a Chinese numeral: 十八 is 18, 一百零五 is 105, 三万 is 30000; None if the text is not a numeral."""
     total = part = digit = 0
     for letter in text.removeprefix("负"):
         if letter in _DIGITS:
@@ -185,7 +188,7 @@ def chinese_number(text: str) -> int | None:
 
 
 def english_number(words: str) -> int:
-    """ "one hundred and five" is 105."""
+    """Value of a number in English words: "one hundred and five" is 105. Raises KeyError for any other word."""
     total = part = 0
     for word in re.split(r"[\s-]+", words.lower()):
         if word == "hundred":
@@ -198,9 +201,9 @@ def english_number(words: str) -> int:
 
 
 def spelled(clean: str, last: bool) -> Quantity | None:
-    """A number in words: the first of a text that begins with one, or the last."""
+    """A number in words: the one with which the text begins or, if `last`, the last one; None if there is none."""
     for pattern, read in ((_CHINESE, chinese_number), (_ENGLISH, english_number)):
-        found = list(pattern.finditer(clean)) if last else [each] if (each := pattern.match(clean.lstrip())) else []
+        found = list(pattern.finditer(clean)) if last else [first] if (first := pattern.match(clean.lstrip())) else []
         if found:
             value = read(found[-1][0])
             if value is not None:
@@ -208,12 +211,16 @@ def spelled(clean: str, last: bool) -> Quantity | None:
     return None
 
 
-def same_quantity(found: Quantity, wanted: Quantity) -> bool:
-    """Whether two numbers are the same: exactly, as a rounding to three or more decimals of one that does not end
-    (2/3 and 0.667), or a percentage beside the number or the share that it is (40% and 40 or 0.4)."""
-    if found.percent == wanted.percent:
-        return _close(found.value, found.decimals, wanted.value, wanted.decimals)
-    share, other = (found, wanted) if found.percent else (wanted, found)
+def same_quantity(answer: Quantity, wanted: Quantity) -> bool:
+    """Whether two numbers are the same.
+
+    They are if they are equal (whole numbers exactly, others within 1e-9, relative); if one is a rounding of the other,
+    which does not terminate, to three or more decimals (2/3 and 0.667), or to two within 1e-4 (relative); or if one is
+    a percentage and the other the same number or share (40% and 40 or 0.4).
+    """
+    if answer.percent == wanted.percent:
+        return _close(answer.value, answer.decimals, wanted.value, wanted.decimals)
+    share, other = (answer, wanted) if answer.percent else (wanted, answer)
     part = None if share.decimals is None else share.decimals + 2
     return _close(share.value / 100, part, other.value, other.decimals) or (
         abs(share.value) > 1 and _close(share.value, share.decimals, other.value, other.decimals)
@@ -234,7 +241,7 @@ def _close(first: Fraction, first_decimals: int | None, second: Fraction, second
 
 
 def _rounds(exact: Fraction, written: int | None, decimals: int | None, difference: Fraction) -> bool:
-    """Whether a number with so many decimals can be `exact`, which does not end, rounded or cut."""
+    """Whether a number with `decimals` decimals can be the non-terminating number `exact`, rounded or truncated."""
     if decimals is None or decimals < 2 or not _endless(exact, written) or (written or decimals + 1) <= decimals:
         return False
     unit = Fraction(1, 10**decimals)
@@ -242,7 +249,7 @@ def _rounds(exact: Fraction, written: int | None, decimals: int | None, differen
 
 
 def _endless(value: Fraction, decimals: int | None) -> bool:
-    """Whether a number has to be rounded when it is written: a fraction like 2/3, or one with five or more decimals."""
+    """Whether a number must be rounded when written: a fraction such as 2/3, or one with five or more decimals."""
     if decimals is not None:
         return decimals >= 5
     under = value.denominator

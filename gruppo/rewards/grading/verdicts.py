@@ -1,7 +1,7 @@
-"""Grades with their reasons: what was taken as the answer, by which rule, and what other rules would have said.
+"""Grades with reasons: the extracted answer, the rule that found it, and the verdicts of other rules.
 
-Evaluations differ in how they find an answer in a text, and that can move a figure by points. Where the verdicts of
-the rules differ, the text is worth a look.
+Evaluations differ in how they extract an answer from a text, which can move a score by percentage points. A text on
+which the rules disagree (ambiguous answer extraction) is worth reading.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from gruppo.rewards.grading.math_verify import same_mathematics
 from gruppo.rewards.grading.numbers import answered_number, read_decision, reference_numbers
 from gruppo.rewards.grading.quantities import cleaned, quantities, same_quantity
 
-LONGEST = 200  # letters of an extract that are kept
+LONGEST = 200  # characters of an extracted answer that are kept
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A grade. `extracted`: the answer that was found, None for none; `rule`: how; `others`: the verdict of each other
-    rule that found an answer, by its name."""
+    """Grade of a text.
+
+    `extracted`: the answer found in the text, or None. `rule`: the rule that found it. `others`: verdicts of
+    alternative rules that found an answer, by rule name.
+    """
 
     correct: bool
     extracted: str | None
@@ -37,14 +40,16 @@ class Verdict:
 
     @property
     def ambiguous(self) -> bool:
-        """Whether another rule grades the text otherwise."""
+        """Whether an alternative rule grades the text differently."""
         return any(verdict != self.correct for verdict in self.others.values())
 
 
 def verdicts(text: str, columns: Mapping[str, Any], grader: str) -> Verdict:
-    """The grade of a text by a grader of `GRADERS`, or one by its import path, with what other rules say.
+    """Grade a text and explain the grade.
 
-    `correct` is what the grader itself gives. Raises whatever the grader raises for an unusable row.
+    `grader`: a name in `GRADERS`, or an import path. `correct` is the grader's own result, and `extracted` is cut to
+    `LONGEST` characters. For a grader without an explanation, `extracted` is None, `rule` is the grader's name and
+    `others` is empty. Raises UsageError for an unknown grader, and any exception of the grader for an unusable row.
     """
     correct = bool(find_grader(grader)(text, columns))
     explain = _EXPLAINED.get(grader)
@@ -63,7 +68,7 @@ def _number(text: str, columns: Mapping[str, Any]) -> Explained:
     others = {}
     for name, decision in _by_rule(text):
         if readings := read_decision(decision):
-            others[name] = len(wanted) == 1 and all(same_quantity(each, wanted[0]) for each in readings)
+            others[name] = len(wanted) == 1 and all(same_quantity(reading, wanted[0]) for reading in readings)
     numbers = quantities(cleaned(text))
     if numbers:
         others["last number"] = same_quantity(numbers[-1], wanted[-1])
@@ -73,14 +78,14 @@ def _number(text: str, columns: Mapping[str, Any]) -> Explained:
 
 
 def _by_rule(text: str) -> Iterator[tuple[str, Decision]]:
-    """The last decision of each rule, as other evaluations take them: of the whole text, whatever comes later."""
+    """The last decision of every rule in the whole text, as other evaluations take it, even if others come later."""
     last = {decision.rule: decision for decision in decisions(text)}
     if box := last_box(text):
         last["boxed"] = Decision("boxed", box[1], box[0])
     yield from last.items()
 
 
-def _mathematics(text: str, columns: Mapping[str, Any]) -> Explained:
+def _math(text: str, columns: Mapping[str, Any]) -> Explained:
     answer = columns["answer"] if "answer" in columns else columns["solution"]
     wanted = reference_formula(answer)
     answered = answered_formula(text, is_words(normal(wanted)))
@@ -93,8 +98,8 @@ def _mathematics(text: str, columns: Mapping[str, Any]) -> Explained:
     return (answered[0] if answered else None), (answered[1] if answered else "whole text"), others
 
 
-def _same(found: str, wanted: str) -> bool:
-    return _in_time(lambda: same_formula(found, wanted))
+def _same(answer: str, wanted: str) -> bool:
+    return _in_time(lambda: same_formula(answer, wanted))
 
 
 def _in_time(compare: Callable[[], bool]) -> bool:
@@ -105,7 +110,7 @@ def _in_time(compare: Callable[[], bool]) -> bool:
 
 
 def _science(text: str, columns: Mapping[str, Any]) -> Explained:
-    extracted, rule, others = _mathematics(text, columns)
+    extracted, rule, others = _math(text, columns)
     wanted = quantities(cleaned(reference_formula(columns.get("answer", columns.get("solution")))))
     answered = answered_number(text)
     if answered is not None and len(wanted) == 1:
@@ -118,17 +123,17 @@ def _choice(text: str, columns: Mapping[str, Any]) -> Explained:
     options = options_of(columns)
     wanted = letters_of(columns["answer"], options)
     letters = LETTERS[: max(len(options) or 5, LETTERS.index(wanted[-1]) + 1)]
-    made = choice_of(text, options, letters)
+    chosen = choice_of(text, options, letters)
     others = {}
     for name, decision in _by_rule(text):
-        part = choice_of(decision.text, options, letters)
-        if part is not None:
-            others[name] = part.letters == wanted
-    if standing := re.findall(rf"(?<![A-Za-z])[{letters}](?![A-Za-z])", text):
-        others["last letter"] = standing[-1] == wanted
+        alternative = choice_of(decision.text, options, letters)
+        if alternative is not None:
+            others[name] = alternative.letters == wanted
+    if isolated := re.findall(rf"(?<![A-Za-z])[{letters}](?![A-Za-z])", text):
+        others["last letter"] = isolated[-1] == wanted
     if bracketed := re.findall(rf"\(([{letters}])\)", text):
         others["last bracketed letter"] = bracketed[-1] == wanted
-    return (made.letters if made else None), (made.rule if made else "none"), others
+    return (chosen.letters if chosen else None), (chosen.rule if chosen else "none"), others
 
 
 def _exact(text: str, columns: Mapping[str, Any]) -> Explained:
@@ -137,7 +142,7 @@ def _exact(text: str, columns: Mapping[str, Any]) -> Explained:
 
 _EXPLAINED: dict[str, Callable[[str, Mapping[str, Any]], Explained]] = {
     "numeric_answer": _number,
-    "math_answer": _mathematics,
+    "math_answer": _math,
     "ocw": _science,
     "choice": _choice,
     "exact_match": _exact,

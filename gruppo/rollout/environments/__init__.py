@@ -1,1 +1,1 @@
-"""Environments that a model talks to over several turns."""
+"""Environments that a model interacts with over several turns."""

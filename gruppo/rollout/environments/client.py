@@ -1,5 +1,5 @@
-"""The environments of a run, as the trainer holds them: Python in sandboxes, or a user's class in processes of its own,
-where it can hang or crash without touching the trainer."""
+"""The trainer's side of environments: Python blocks in sandboxes, or a user-defined class in worker processes, where it
+can hang or crash without affecting the trainer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from gruppo.rollout.workers.process import LOAD_TIMEOUT, TICK_SECONDS, Worker, w
 from gruppo.rollout.workers.rewards import pickled
 from gruppo.utils.progress import Progress
 
-NAME = "environment"  # of its part of the reward
-MOST_SANDBOXES = 64  # each holds an interpreter and what its blocks have made, until its completion is over
+NAME = "environment"  # of its part in the reward
+MOST_SANDBOXES = 64  # each keeps an interpreter with the objects of its blocks until its completion is finished
 Tick = Callable[[], None]
 
 
 @dataclass
 class EnvironmentHandle:
-    """A completion and its environment: what the model wrote in each turn so far."""
+    """The environment of one completion. `texts`: what the model wrote in each turn so far."""
 
     number: int
     row: Mapping[str, Any]
@@ -41,8 +41,8 @@ class EnvironmentHandle:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, a message each; None: it has nothing to say. `failure`: why there is none, in words. `reward` is there
-    at the end only."""
+    """Answer of an environment. `observations`: one per message, None if it has none. `reward`: set at the end only.
+    `failure`: why the environment could not answer."""
 
     observations: tuple[str, ...] | None = None
     done: bool = False
@@ -53,7 +53,7 @@ class Answer:
 
 
 class Environments(Protocol):
-    """What all completions of a step talk to. `most`: how many may be open at a time."""
+    """The environments of a step's completions. `most`: how many may be open at the same time."""
 
     most: int
     stop: tuple[str, ...]
@@ -62,21 +62,21 @@ class Environments(Protocol):
     digests: list[str]
 
     def answer(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
-        """Answers to the last text of each, or the first observation where there is none yet. `tick` is called at least
-        every half second and may raise."""
+        """Answer the last text of each completion, or reset its environment if there is none yet. `tick` is called at
+        least every half second and may raise."""
 
     def end(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
-        """The rewards of completions that are over; each is let go of."""
+        """Get the rewards of finished completions and release their environments."""
 
     def drop(self) -> None:
-        """Let go of whatever is held."""
+        """Release all environments that are still open."""
 
     def close(self) -> None:
         """End all processes."""
 
 
 class PythonEnvironments:
-    """Blocks of Python, each completion's in a sandbox of its own."""
+    """Runs Python blocks, with one sandbox per completion."""
 
     stop = PythonBlocks.stop
     gives_reward = False
@@ -86,40 +86,40 @@ class PythonEnvironments:
         self.schemas: list[dict[str, Any]] = []
         self.digests: list[str] = []
         self.pool, self.threads = pool, ThreadPoolExecutor(workers, "sandbox")
-        self.held: dict[int, PythonBlocks] = {}
+        self.open: dict[int, PythonBlocks] = {}  # by number of the completion
 
     def answer(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`."""
-        waiting = [self.threads.submit(self._step, play) for play in plays]
+        futures = [self.threads.submit(self._step, play) for play in plays]
         try:
-            while not all(each.done() for each in waiting):
-                wait_for(waiting, TICK_SECONDS)
+            while not all(future.done() for future in futures):
+                wait_for(futures, TICK_SECONDS)
                 tick()
         except BaseException:
-            for each in waiting:
-                each.cancel()
+            for future in futures:
+                future.cancel()
             raise
-        return [each.result() for each in waiting]
+        return [future.result() for future in futures]
 
     def _step(self, play: EnvironmentHandle) -> Answer:
         if not play.texts:
             return Answer()
-        held = self.held.setdefault(play.number, PythonBlocks(self.pool))
-        turn = held.step(play.texts[-1])
-        shown = None if turn.observation is None else (str(turn.observation),)
-        return Answer(shown, turn.done, turn.calls, turn.errors)
+        blocks = self.open.setdefault(play.number, PythonBlocks(self.pool))
+        turn = blocks.step(play.texts[-1])
+        observations = None if turn.observation is None else (str(turn.observation),)
+        return Answer(observations, turn.done, turn.calls, turn.errors)
 
     def end(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
-        """See `Environments`. Python gives no reward."""
+        """See `Environments`. Python blocks give no reward."""
         for play in plays:
-            if held := self.held.pop(play.number, None):
-                held.close()
+            if blocks := self.open.pop(play.number, None):
+                blocks.close()
         return [Answer() for _ in plays]
 
     def drop(self) -> None:
         """See `Environments`."""
-        while self.held:
-            self.held.popitem()[1].close()
+        while self.open:
+            self.open.popitem()[1].close()
 
     def close(self) -> None:
         """See `Environments`."""
@@ -131,26 +131,29 @@ class PythonEnvironments:
 class _Host(Worker):
     module = "gruppo.rollout.environments.worker_main"
     field, limit, log = "environment.name", "environment.seconds", "environment.log"
-    variables = MappingProxyType({"PYTHONHASHSEED": "0"})  # the order of sets is the same in every process
+    variables = MappingProxyType({"PYTHONHASHSEED": "0"})  # so that sets have the same order in every process
 
 
 class ProcessEnvironments:
-    """Objects of a user's class in processes of their own. A call that takes too long, or kills its process, fails
-    alone: the other objects of that process are made again, by what they were given so far."""
+    """Objects of a user-defined class in worker processes.
+
+    A call that takes too long or kills its process fails alone: the other objects of that process are rebuilt by
+    replaying the texts that they got so far.
+    """
 
     most = sys.maxsize
 
     def __init__(self, settings: Settings, passed: Sequence[str], log: Path | None, progress: Progress) -> None:
-        """`passed`: names of variables of the environment that the processes get; `log`: a file for what the class
-        prints. Raises UsageError."""
-        self.seconds, self.shown = settings.seconds, settings.output
+        """`passed`: names of environment variables that the processes get; `log`: file for the class's output. Raises
+        UsageError if the class cannot be loaded."""
+        self.seconds, self.max_characters = settings.seconds, settings.output
         self._memory, self._passed = as_bytes(settings.memory), list(passed)
         self._load = pickled(
             {"kind": "load", "name": settings.name, "options": dict(settings.options), "path": sys.path}
         )
         self._output = Output(log) if log is not None else None
         self._workers: list[_Host] = []
-        self._places: dict[int, _Host] = {}  # by number of the completion: the process that knows all of it
+        self._places: dict[int, _Host] = {}  # by number of the completion: the process that has its object
         try:
             self._workers = [self._new_worker() for _ in range(settings.workers)]
             with progress.bar("Loading the environment", settings.workers, "processes") as show:
@@ -158,11 +161,11 @@ class ProcessEnvironments:
         except BaseException:
             self.close()
             raise
-        told = self._workers[0].told
+        loaded = self._workers[0].told
         self.digests = digests[0]
-        self.schemas: list[dict[str, Any]] = told["schemas"]
-        self.stop = tuple(told["stop"])
-        self.gives_reward = bool(told["gives_reward"])
+        self.schemas: list[dict[str, Any]] = loaded["schemas"]
+        self.stop = tuple(loaded["stop"])
+        self.gives_reward = bool(loaded["gives_reward"])
 
     def answer(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`."""
@@ -170,14 +173,14 @@ class ProcessEnvironments:
 
     def end(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`."""
-        made = self._ask("end", plays, tick)
+        answers = self._ask("end", plays, tick)
         for play in plays:
             self._places.pop(play.number, None)
-        return made
+        return answers
 
     def drop(self) -> None:
-        """See `Environments`. What a process still holds is never asked for again; its memory goes with it."""
-        stale = {worker for number, worker in self._places.items()}
+        """See `Environments`. Processes with open objects are replaced, which frees the memory of the objects."""
+        stale = set(self._places.values())
         self._places = {}
         for worker in stale:
             worker.kill()
@@ -193,7 +196,7 @@ class ProcessEnvironments:
             self._output = None
 
     def _ask(self, kind: str, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
-        """One call a completion; a completion's calls go to one process, and processes work side by side."""
+        """Make one call per completion. A completion always uses the same process; processes work in parallel."""
         queues: list[deque[int]] = [deque() for _ in self._workers]
         for number, play in enumerate(plays):
             queues[play.number % len(queues)].append(number)
@@ -203,7 +206,7 @@ class ProcessEnvironments:
             while len(answers) < len(plays):
                 for place in range(len(queues)):
                     if place not in busy and queues[place]:
-                        busy[place] = self._give(place, queues[place], kind, plays)
+                        busy[place] = self._start_call(place, queues[place], kind, plays)
                 soonest = min(deadline for _, deadline in busy.values()) - time.monotonic()
                 wait([self._workers[place] for place in busy], min(max(0.0, soonest), TICK_SECONDS))
                 for place, (index, deadline) in list(busy.items()):
@@ -222,10 +225,11 @@ class ProcessEnvironments:
             raise
         return [answers[number] for number in range(len(plays))]
 
-    def _give(
+    def _start_call(
         self, place: int, queue: deque[int], kind: str, plays: Sequence[EnvironmentHandle]
     ) -> tuple[int | None, float]:
-        """Begin the next call of a process, or wait for one that is still loading; the call and its deadline."""
+        """Start the next call of a process. Returns the index of the call (None while the process is loading) and the
+        deadline."""
         worker = self._workers[place]
         if worker.process.poll() is not None:
             worker.kill()
@@ -234,11 +238,11 @@ class ProcessEnvironments:
             return None, time.monotonic() + LOAD_TIMEOUT
         index = queue.popleft()
         play = plays[index]
-        again = self._places.get(play.number) is not worker
+        rebuild = self._places.get(play.number) is not worker
         self._places[play.number] = worker
         message = {"kind": kind, "play": play.number, "row": play.row, "seed": play.seed, "texts": play.texts}
         worker.send(pickled(message))
-        return index, time.monotonic() + self.seconds * (1 + again * len(play.texts))
+        return index, time.monotonic() + self.seconds * (1 + rebuild * len(play.texts))
 
     def _collect(self, place: int, index: int | None, deadline: float) -> Answer | None:
         worker = self._workers[place]
@@ -252,55 +256,58 @@ class ProcessEnvironments:
         if content.get("digests") != self.digests:
             why = content.get("error") or content.get("failure") or "its code has changed since the run began"
             raise RunError(
-                f"a process of the environment was replaced and cannot load it again ({why}); mend it, and resume"
+                f"a process of the environment was replaced and cannot load it again ({why}); fix it and resume"
             )
         worker.loaded = True
         return Answer()
 
     def _read(self, content: Mapping[str, Any]) -> Answer:
-        """An answer as it came out of a process in which a user's code can have changed anything."""
+        """Validate an answer: in the process that sent it, user code can have changed anything."""
         if "failure" in content:
             return Answer(failure=str(content["failure"]))
         try:
             texts, reward = content.get("observations"), content.get("reward")
             if reward is not None and type(reward) not in (int, float):
-                raise ValueError("no number")
-            shown = None if texts is None else tuple(self._cut(str(text)) for text in texts)
+                raise ValueError("not a number")
+            observations = None if texts is None else tuple(self._cut(str(text)) for text in texts)
             counts = int(content.get("calls", 0)), int(content.get("errors", 0))
-            return Answer(shown, bool(content.get("done", False)), *counts, reward)
+            return Answer(observations, bool(content.get("done", False)), *counts, reward)
         except (TypeError, ValueError):
-            return Answer(failure="its process gave an answer of no use")
+            return Answer(failure="its process returned an invalid answer")
 
     def _cut(self, text: str) -> str:
-        over = len(text) - self.shown
-        return text if over <= 0 else f"{text[: self.shown]}… ({over} more characters)"
+        over = len(text) - self.max_characters
+        return text if over <= 0 else f"{text[: self.max_characters]}… ({over} more characters)"
 
     def _new_worker(self) -> _Host:
         return _Host(self._load, self._output, self._memory, self._passed)
 
     def _replace(self, worker: _Host) -> _Host:
-        self._workers[self._workers.index(worker)] = made = self._new_worker()
-        return made
+        self._workers[self._workers.index(worker)] = replacement = self._new_worker()
+        return replacement
 
 
-class _Closed:
-    """In the place of a pool where no block is run."""
+class _ClosedPool:
+    """Placeholder for a pool if no block will be run."""
 
     def session(self) -> Any:
         raise AssertionError("nothing is sampled")
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing."""
 
 
 def open_environments(
     settings: Settings, passed: Sequence[str], log: Path | None, progress: Progress, played: bool = True
 ) -> Environments:
-    """The environments of a recipe. `passed`, `log`: see `ProcessEnvironments`; `played`: False where no block will be run, so that
-    no sandbox is needed. Raises UsageError where they cannot run here."""
+    """The environments of a recipe.
+
+    `passed`, `log`: see `ProcessEnvironments`. `played`: False if no block will be run, so that no sandbox is needed.
+    Raises UsageError if they cannot run here.
+    """
     if settings.name != "python":
         return ProcessEnvironments(settings, passed, log, progress)
-    return PythonEnvironments(_python_pool(settings) if played else _Closed(), settings.workers)
+    return PythonEnvironments(_python_pool(settings) if played else _ClosedPool(), settings.workers)
 
 
 def _python_pool(settings: Settings) -> Pool:

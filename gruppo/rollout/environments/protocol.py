@@ -1,4 +1,14 @@
-"""TODO."""
+"""The protocol of environments. No torch: user-defined objects live in worker processes.
+
+An environment is an object with
+
+    reset(row, seed) -> str | None     text that is appended to the prompt; `row`: the prompt and the other columns
+    step(text) -> Turn                 answer to what the model has written since the last observation
+    get_reward() -> float | None       optional: reward of the finished completion
+    stop = ("\\n",)                     optional, on the class: texts that end a turn, in addition to the end token
+
+Objects written for TRL's `environment_factory` work too; see `gruppo.rollout.environments.trl_tools`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +19,12 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """An environment's answer. `observation`: what the model reads next; several texts are a message each; None lets a
-    model that has not ended its turn go on with it, and ends the completion of one that has. `done`: it is over, and
-    nobody reads the observation. `calls`, `errors`: how many tools were called, and how many of these calls failed."""
+    """An environment's answer to a turn.
+
+    `observation`: what the model reads next; each of several texts becomes a message. None ends the completion if the
+    model has ended its turn; otherwise the turn continues. `done`: the completion is finished, and the observation is
+    not used. `calls`, `errors`: number of tool calls, and how many of them failed.
+    """
 
     observation: str | Sequence[str] | None = None
     done: bool = False
@@ -20,10 +33,10 @@ class Turn:
 
 
 class Environment(Protocol):
-    """See the top of this file."""
+    """See the module docstring."""
 
     def reset(self, row: Mapping[str, Any], seed: int) -> str | None:
-        """Begin a completion. The completions of a group get one seed, so that they are given the same."""
+        """Start a completion. All completions of a group get the same seed, so that they face the same task."""
 
     def step(self, text: str) -> Turn:
-        """Answer to what the model wrote."""
+        """Answer what the model wrote."""

@@ -1,4 +1,4 @@
-"""Python that a model writes into its answer, run block by block: tool-integrated reasoning (ToRA, DeepSeekMath).
+"""Runs the Python blocks that a model writes in its answer: tool-integrated reasoning (ToRA, DeepSeekMath).
 
     ```python
     print(3 * 7)
@@ -25,34 +25,34 @@ _LANGUAGE = re.compile(r"\s*\{?\.?(?:python|py)[\d.]*\}?(?:\s|$)", re.IGNORECASE
 
 
 class Ran(Protocol):
-    """What running a block gave: text that is safe to show, and "ok" or what went wrong."""
+    """Result of a block. `output`: text that is safe to show; `status`: "ok" or the kind of failure."""
 
     output: str
     status: str
 
 
 class Session(Protocol):
-    """An interpreter of its own, confined; it forgets nothing between blocks unless it says so."""
+    """A confined interpreter for one completion. It keeps its state between blocks unless the output says otherwise."""
 
     def run(self, code: str) -> Any:
-        """Run a block; a `Ran`, within the limits of the session's pool."""
+        """Run a block within the limits of the session's pool and return a `Ran`."""
 
     def close(self) -> None:
-        """End it."""
+        """End the interpreter."""
 
 
 class Pool(Protocol):
-    """Where sessions come from; see gruppo.rollout.sandbox.pool."""
+    """Provides sessions; see `gruppo.rollout.sandbox.pool`."""
 
     def session(self) -> Any:
         """A new `Session`."""
 
     def close(self) -> None:
-        """End all of them."""
+        """End all sessions."""
 
 
 class PythonBlocks:
-    """The environment of one completion: see the top of this file."""
+    """The environment of one completion; see the module docstring."""
 
     stop: tuple[str, ...] = (f"\n{_FENCE}\n",)
 
@@ -61,11 +61,11 @@ class PythonBlocks:
         self.session: Session | None = None
 
     def reset(self, row: Mapping[str, Any], seed: int) -> str | None:
-        """Nothing to say."""
+        """Returns no observation."""
         return None
 
     def step(self, text: str) -> Turn:
-        """Run the block that the text ends with, if it ends with one."""
+        """Run the Python block at the end of the text, if there is one."""
         code = last_block(text)
         if code is None:
             return Turn()
@@ -77,17 +77,18 @@ class PythonBlocks:
         return Turn(shown, calls=1, errors=int(ran.status != "ok"))
 
     def close(self) -> None:
-        """End its interpreter."""
+        """End the interpreter of the completion."""
         if self.session is not None:
             self.session.close()
             self.session = None
 
 
 def last_block(text: str) -> str | None:
-    """The code of the block of Python whose closing fence ends the text, white space apart; None where none does.
+    """The code of the Python block whose closing fence ends the text (white space aside), or None if there is none.
 
-    A fence stands alone on its line, but for indentation, which is taken off the code too, and for what language it
-    opens: "python", "py", "python3.11", "{python}", with anything behind it. Python opens a block within another.
+    A fence is alone on its line except for indentation, which is also removed from the code, and the language:
+    "python", "py", "python3.11" or "{python}", followed by anything. A Python fence opens a new block even within
+    another block.
     """
     lines = text.rstrip().split("\n")
     opened: tuple[int, int, bool] | None = None
@@ -102,7 +103,7 @@ def last_block(text: str) -> str | None:
             start, indent, runs = opened
             if runs and place == len(lines) - 1:
                 return "\n".join(
-                    each[min(indent, len(each) - len(each.lstrip())) :] for each in lines[start + 1 : place]
+                    code[min(indent, len(code) - len(code.lstrip())) :] for code in lines[start + 1 : place]
                 )
             opened = None
     return None

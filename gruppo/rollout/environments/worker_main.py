@@ -1,9 +1,13 @@
-"""The process that holds objects of an environment's class: `python -m gruppo.rollout.environments.worker_main READ_FD WRITE_FD MEMORY_BYTES
-TRAINER_PID`, as a reward's process (gruppo.rollout.workers.reward_main).
+"""The worker process of a user-defined environment class.
 
-Every call brings the whole history of its completion, so that an object that was lost with another process is made
-again by giving the same row and the same texts to a new one. Python's own random numbers are seeded before each call by
-the completion's seed and turn: nothing depends on which process holds an object, or on what other objects do there.
+It is started like a reward process (gruppo.rollout.workers.reward_main):
+
+    python -m gruppo.rollout.environments.worker_main READ_FD WRITE_FD MEMORY_BYTES TRAINER_PID
+
+Every call carries the whole history of its completion. An object that was lost with another process is rebuilt by
+giving the same row and the same texts to a new one. Python's random number generators are seeded before each call from
+the completion's seed and turn, so that results depend neither on the process that has an object nor on other objects
+there.
 """
 
 from __future__ import annotations
@@ -33,36 +37,38 @@ _encode = json.JSONEncoder().encode
 
 
 @dataclass
-class _Held:
-    """An object, how many texts it has been given, and what it said when it was reset."""
+class _State:
+    """An environment object, how many texts it has received, and its first observation."""
 
-    made: Environment
-    given: int
+    environment: Environment
+    received: int
     first: str | None
 
 
 class Host:
-    """The class, and its objects by the number of their completion."""
+    """The environment class and its objects, by number of the completion."""
 
     def __init__(self) -> None:
         self.loaded: Loaded | None = None
-        self.held: dict[int, _Held] = {}
+        self.states: dict[int, _State] = {}
 
     def answer(self, content: bytes) -> dict[str, Any]:
-        """The answer to a message, as plain values. What a user's code raises is a "failure"."""
+        """Answer a message with plain values. An exception of user code becomes a "failure"."""
         try:
             message = pickle.loads(content)
-        except Exception as error:  # noqa: BLE001  a row's column can be an object that this process cannot make
-            return {"failure": f"a column of the row cannot be carried into the environment's process ({_told(error)})"}
+        except Exception as error:  # noqa: BLE001  a column of the row can be an object that this process cannot create
+            return {
+                "failure": f"a column of the row cannot be unpickled in the environment's process ({_describe(error)})"
+            }
         if message["kind"] == "load":
             return self._load(message)
         try:
             return self._turn(message) if message["kind"] == "turn" else self._end(message)
         except MemoryError as error:
-            return {"failure": f"{_told(error)} (see environment.memory)", "last": True}
-        except BaseException as error:  # noqa: BLE001  all of it ends this completion and no other
-            self.held.pop(message["play"], None)
-            return {"failure": _told(error)}
+            return {"failure": f"{_describe(error)} (see environment.memory)", "last": True}
+        except BaseException as error:  # noqa: BLE001  any exception ends this completion only
+            self.states.pop(message["play"], None)
+            return {"failure": _describe(error)}
 
     def _load(self, message: Mapping[str, Any]) -> dict[str, Any]:
         sys.path += [place for place in message["path"] if place not in sys.path]
@@ -70,23 +76,25 @@ class Host:
             self.loaded = load_environment(message["name"], message["options"])
         except UsageError as error:
             return {"error": str(error)}
-        except Exception as error:  # noqa: BLE001  whatever is odd about a user's class
-            return {"error": f'environment.name = "{message["name"]}": cannot be used ({_told(error)}); mend it'}
-        found = self.loaded
-        told = {"schemas": found.schemas, "stop": found.stop, "gives_reward": found.gives_reward}
+        except Exception as error:  # noqa: BLE001  a user-defined class can raise anything
+            return {"error": f'environment.name = "{message["name"]}": cannot be used ({_describe(error)}); fix it'}
+        loaded = self.loaded
+        description = {"schemas": loaded.schemas, "stop": loaded.stop, "gives_reward": loaded.gives_reward}
         try:
-            _encode(told)
+            _encode(description)
         except (TypeError, ValueError) as error:
-            return {"error": f'environment.name = "{message["name"]}": its tools have no JSON schema ({error})'}
-        return {"digests": [found.digest], **told}
+            return {
+                "error": f'environment.name = "{message["name"]}": its tool schemas cannot be written as JSON ({error})'
+            }
+        return {"digests": [loaded.digest], **description}
 
     def _turn(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """With no text: what reset says; else the answer to the last one."""
+        """Without texts: reset the environment. Otherwise: answer the last text."""
         number, texts = message["play"], message["texts"]
         if not texts:
-            return {"observations": _texts(self._begin(message).first)}
-        held = self._held(message, len(texts) - 1)
-        turn = _stepped(held, message["seed"], texts[-1])
+            return {"observations": _texts(self._reset(message).first)}
+        state = self._state(message, len(texts) - 1)
+        turn = _step(state, message["seed"], texts[-1])
         return {
             "observations": _texts(turn.observation),
             "done": bool(turn.done),
@@ -96,45 +104,45 @@ class Host:
         }
 
     def _end(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """The reward, where the class gives one; the object is let go."""
+        """Get the reward, if the class gives one, and release the object."""
         assert self.loaded is not None
         value = None
         if self.loaded.gives_reward:
-            held = self._held(message, len(message["texts"]))
-            _seed(message["seed"], held.given + 1)
-            value = _number(held.made.get_reward())  # type: ignore[attr-defined]
-        self.held.pop(message["play"], None)
+            state = self._state(message, len(message["texts"]))
+            _seed(message["seed"], state.received + 1)
+            value = _number(state.environment.get_reward())  # type: ignore[attr-defined]
+        self.states.pop(message["play"], None)
         return {"reward": value}
 
-    def _held(self, message: Mapping[str, Any], given: int) -> _Held:
-        """The completion's object after so many texts; made again where this process has not got it so."""
-        held = self.held.get(message["play"])
-        if held is None or held.given != given:
-            held = self._begin(message)
-            for text in message["texts"][:given]:
-                _stepped(held, message["seed"], text)
-        return held
+    def _state(self, message: Mapping[str, Any], received: int) -> _State:
+        """The completion's object after `received` texts, rebuilt if this process does not have it in that state."""
+        state = self.states.get(message["play"])
+        if state is None or state.received != received:
+            state = self._reset(message)
+            for text in message["texts"][:received]:
+                _step(state, message["seed"], text)
+        return state
 
-    def _begin(self, message: Mapping[str, Any]) -> _Held:
+    def _reset(self, message: Mapping[str, Any]) -> _State:
         assert self.loaded is not None
         _seed(message["seed"], 0)
-        made = self.loaded.make()
-        self.held[message["play"]] = held = _Held(made, 0, None)
-        held.first = made.reset(message["row"], message["seed"])
-        return held
+        environment = self.loaded.make()
+        self.states[message["play"]] = state = _State(environment, 0, None)
+        state.first = environment.reset(message["row"], message["seed"])
+        return state
 
 
-def _stepped(held: _Held, seed: int, text: str) -> Turn:
-    held.given += 1
-    _seed(seed, held.given)
-    turn = held.made.step(text)
+def _step(state: _State, seed: int, text: str) -> Turn:
+    state.received += 1
+    _seed(seed, state.received)
+    turn = state.environment.step(text)
     if not isinstance(turn, Turn):
         raise TypeError(f"step returned {type(turn).__name__}, not a Turn; write return Turn(observation, done)")
     return turn
 
 
 def _seed(seed: int, turn: int) -> None:
-    """Seed the generators that a user's code may draw from without asking."""
+    """Seed the global generators that user code may use."""
     random.seed(f"{seed}/{turn}")
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(random.Random(f"{seed}/{turn}/numpy").getrandbits(32))
@@ -144,9 +152,9 @@ def _texts(observation: Any) -> list[str] | None:
     if observation is None:
         return None
     texts = [observation] if isinstance(observation, str) else observation
-    if not isinstance(texts, Sequence) or any(not isinstance(each, str) for each in texts):
+    if not isinstance(texts, Sequence) or any(not isinstance(text, str) for text in texts):
         raise TypeError(f"an observation is {type(observation).__name__}, not text or None")
-    return [each.encode("utf-8", "replace").decode() for each in texts]
+    return [text.encode("utf-8", "replace").decode() for text in texts]
 
 
 def _number(value: Any) -> float | None:
@@ -160,39 +168,40 @@ def _number(value: Any) -> float | None:
     return number
 
 
-def _told(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not _ours(frame.filename)]
-    where = f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
+    users = [frame for frame in frames if not _is_gruppo(frame.filename)]
+    where = f" (line {users[-1].lineno} of {users[-1].filename})" if users else ""
     try:
         text = str(error)[:300]
-    except Exception:  # noqa: BLE001  an exception of a user's can refuse to be printed
-        text = "it cannot be printed"
+    except Exception:  # noqa: BLE001  a user-defined exception can fail to be printed
+        text = "its message cannot be printed"
     return f"{type(error).__name__}: {text}{where}"
 
 
-def _ours(filename: str) -> bool:
+def _is_gruppo(filename: str) -> bool:
     return filename == __file__ or "gruppo/rollout/environments/" in filename.replace("\\", "/")
 
 
 def serve(calls: Connection, answers: Connection) -> None:
-    """Answer messages until the trainer hangs up."""
-    host, own, place = Host(), os.getpid(), os.getcwd()
+    """Answer messages until the trainer closes the pipe."""
+    host, process, folder = Host(), os.getpid(), os.getcwd()
     for number in count(1):
         try:
             content = calls.recv_bytes()
         except EOFError:
             return
         answer = host.answer(content)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that comes later would end this process
-        if os.getpid() != own:
-            os._exit(0)  # a child that the class forked and that came back from it
+        signal.setitimer(signal.ITIMER_REAL, 0)  # a later alarm would end this process
+        if os.getpid() != process:
+            os._exit(0)  # a child that the class forked and that returned from the call
         with contextlib.suppress(OSError):
-            os.chdir(place)
-        made = _encode({**answer, "number": number}).encode()
-        if len(made) > MOST_BYTES:
-            made = _encode({"failure": f"an answer of {len(made)} bytes", "number": number}).encode()
-        answers.send_bytes(made)
+            os.chdir(folder)
+        encoded = _encode({**answer, "number": number}).encode()
+        if len(encoded) > MOST_BYTES:
+            failure = f"its answer has {len(encoded)} bytes, more than {MOST_BYTES}"
+            encoded = _encode({"failure": failure, "number": number}).encode()
+        answers.send_bytes(encoded)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a model can use while it completes a prompt: Python in a sandbox, and environments of several turns."""
+"""A sandbox for Python code that a model writes."""
 
 from gruppo.rollout.sandbox.bubblewrap import Limits
 from gruppo.rollout.sandbox.interpreter import Ran, Status

@@ -1,7 +1,7 @@
-"""An interpreter in a process, and one exchange with it: a block there, an answer back.
+"""An interpreter process, and one exchange with it: a block is sent, an answer is received.
 
-Every byte from it is hostile: what is read is bounded, and anything but the one answer that is due ends it. The clocks
-are those of this side: time that passes here, and processor time as the system counts it.
+Every byte from the process is treated as hostile: reads are bounded, and anything except the one expected answer ends
+the process. Both clocks are outside the process: wall time of the trainer, and processor time as the system counts it.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from gruppo.rollout.sandbox.seccomp import first_filter
 Status = Literal["ok", "error", "time", "memory", "killed"]
 
 START_SECONDS = 60.0
-MOST_WRITTEN = 16 * MIB  # what a block may write past what is kept, on the descriptors themselves
+MOST_WRITTEN = 16 * MIB  # bytes that a block may write to the descriptors beyond those that are kept
 MOST_FILES = 10_000
 LOOK_SECONDS = 0.2
 END_SECONDS = 5.0
-_CHUNK, _CHUNKS = 2**16, 16  # chunks that are read before the clocks are looked at again
+_CHUNK, _CHUNKS = 2**16, 16  # chunks that are read before the clocks are checked again
 _ANSWER_BYTES = worker.ANSWER.size + 2**16
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What came of a block.
+    """Result of a block.
 
-    `output` is safe to show and never longer than `Limits.output`: what was printed, the value of an expression that
-    ends the block, the traceback of an error, and why the block was stopped. `status` is "ok"; "error" for an
-    exception; "time" (wall or processor), "memory" or "killed" (its process ended, or did what none may) where the
-    interpreter is gone. `seconds` is wall time, without that of waiting for an interpreter.
+    `output` is safe to show and never longer than `Limits.output`: the printed text, the value of an expression that
+    ends the block, the traceback of an error, and why the block was stopped. `status` is "ok", or "error" for an
+    exception. If the interpreter is gone, it is "time" (wall or processor time), "memory" or "killed" (its process
+    ended or did something forbidden). `seconds`: wall time, without the wait for an interpreter.
     """
 
     output: str
@@ -55,8 +55,11 @@ class Ran:
 
 
 class Exchange:
-    """What is sent to an interpreter and what has come of it. `end` is None until it is "answered", "gone" (nobody can
-    answer any more), "forged" (what came is no answer) or "flooded" (too much was written)."""
+    """A call to an interpreter and its answer.
+
+    `end` is None until the exchange has ended: "answered", "gone" (the interpreter closed the pipe), "forged" (the data
+    received is not a valid answer) or "flooded" (too much output was written).
+    """
 
     def __init__(self, pipes: tuple[int, int, int], mark: bytes, message: bytes, most_output: int) -> None:
         self._calls, self._answers, self._output = pipes
@@ -68,7 +71,7 @@ class Exchange:
         self.outcome, self.report = worker.OK, ""
 
     def step(self, patience: float) -> None:
-        """Wait for something to happen, at most so many seconds, and take what has come."""
+        """Wait at most `patience` seconds for data, then read and write what is possible."""
         poll = select.poll()
         poll.register(self._answers, select.POLLIN)
         if self._output_open:
@@ -77,7 +80,7 @@ class Exchange:
             poll.register(self._calls, select.POLLOUT)
         poll.poll(patience * 1000)
         self._send()
-        self._receive()  # first, as what was printed before an answer is then there to be read
+        self._receive()  # first, because output printed before an answer can then be read
         while self._read_output() and self.end is not None:
             pass
         if self.kept.written > self._most_written:
@@ -89,7 +92,7 @@ class Exchange:
                 self._outgoing = self._outgoing[os.write(self._calls, self._outgoing[:_CHUNK]) :]
         except BlockingIOError:
             pass
-        except OSError:  # nobody reads: told by the answers
+        except OSError:  # the reader is gone: the answer pipe will show it
             self._outgoing = memoryview(b"")
 
     def _receive(self) -> None:
@@ -112,7 +115,7 @@ class Exchange:
             self.report = "\0".join(printable(part) for part in report.split(b"\0", 1))
 
     def _read_output(self) -> bool:
-        """Read some of what was printed; whether there may be more."""
+        """Read some of the output. Returns whether there may be more."""
         for _ in range(_CHUNKS):
             if self.kept.written > self._most_written or not self._output_open:
                 return False
@@ -126,38 +129,40 @@ class Exchange:
 
 
 class Process:
-    """An interpreter, confined by bubblewrap; without, it has the user's rights within limits of a process. It may be
-    closed by one thread while another waits for a block."""
+    """An interpreter process, confined by bubblewrap. Without it, the process has the user's rights and process limits.
+
+    One thread may close it while another waits for a block.
+    """
 
     def __init__(self, limits: Limits, bubblewrap: str | None, mark: str) -> None:
         self.limits, self._mark = limits, mark
         self._using = threading.Lock()
         self._ready = False
-        self._number: int | None = None  # of the interpreter, which is not bubblewrap's
+        self._number: int | None = None  # process id of the interpreter, which is not that of bubblewrap
         self._handle: int | None = None
         self._folder: str | None = None
-        pairs = _pipes(4)  # calls, answers, output, and what bubblewrap tells
+        pairs = _pipes(4)  # calls, answers, output, and information from bubblewrap
         ours = [pairs[0][1], *(read for read, _ in pairs[1:])]
         theirs = [pairs[0][0], *(write for _, write in pairs[1:])]
         self._calls: int | None
         self._calls, self._answers, self._output, self._info = ours
         try:
             self._folder = None if bubblewrap else tempfile.mkdtemp(prefix="gruppo-")
-            for each in ours:
-                os.set_blocking(each, False)
+            for descriptor in ours:
+                os.set_blocking(descriptor, False)
             self._process = self._confined(bubblewrap, *theirs) if bubblewrap else self._unconfined(*theirs)
         except BaseException:
             self._release()
             raise
         finally:
-            for each in theirs:
-                os.close(each)
+            for descriptor in theirs:
+                os.close(descriptor)
 
     def _confined(self, bubblewrap: str, calls: int, answers: int, output: int, info: int) -> subprocess.Popen[bytes]:
         filter_from, filter_to = os.pipe()
         try:
             try:
-                os.write(filter_to, first_filter())  # which a pipe takes whole
+                os.write(filter_to, first_filter())  # fits into the pipe as a whole
             finally:
                 os.close(filter_to)
             command = confined(bubblewrap, self.limits, self._mark, calls, answers, filter_from, info)
@@ -171,22 +176,23 @@ class Process:
         return _spawn(command, output, (calls, answers), home, environment | {"HOME": home})
 
     def await_ready(self) -> None:
-        """Wait until it can take a block. Raises RunError, with what was said, where it does not start."""
+        """Wait until the interpreter is ready for a block. Raises RunError, with its output, if it does not start."""
         with self._using:
             if self._ready:
                 return
             exchange = self._exchange(worker.READY, b"")
-            until = time.monotonic() + START_SECONDS
-            while exchange.end is None and time.monotonic() < until:
-                exchange.step(until - time.monotonic())
+            deadline = time.monotonic() + START_SECONDS
+            while exchange.end is None and time.monotonic() < deadline:
+                exchange.step(deadline - time.monotonic())
             if exchange.end != "answered":
-                told = printable(exchange.kept.data) if exchange.end else f"no answer in {START_SECONDS:.0f} s"
-                raise RunError(does_not_start(told))
+                output = printable(exchange.kept.data) if exchange.end else f"no answer in {START_SECONDS:.0f} s"
+                raise RunError(does_not_start(output))
             self._find()
             self._ready = True
 
     def run(self, code: bytes, head: str) -> Ran:
-        """Run a block; `head` begins its output. After another status than "ok" and "error" only `close` is of use."""
+        """Run a block. `head` is put before its output. After a status other than "ok" or "error", only `close` may be
+        called."""
         mark = secrets.token_bytes(16)
         with self._using:
             self._signal(signal.SIGCONT)
@@ -199,7 +205,7 @@ class Process:
                 over = self._over(left, processor_left)
                 if over is None:
                     exchange.step(min(left, processor_left, LOOK_SECONDS))
-            # An answer that the block's own code forged leaves it no time in which nobody looks.
+            # If the block forged the answer, its code must not go on running unobserved.
             self._signal(signal.SIGSTOP)
             status, note = over or self._ended(exchange)
             text = printable(exchange.kept.data)
@@ -208,11 +214,11 @@ class Process:
 
     @property
     def gone(self) -> bool:
-        """Whether it has ended by itself."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     def _over(self, left: float, processor_left: float) -> tuple[Status, str] | None:
-        """Status and note of a block that has used up what it may, by the seconds that are left."""
+        """Status and note of a block that has exceeded a limit; None if it has not. Arguments: seconds left."""
         if left <= 0:
             return "time", f"[stopped: a block may take {self.limits.seconds:g} s]"
         if processor_left <= 0:
@@ -227,7 +233,7 @@ class Process:
         return Exchange((self._calls, self._answers, self._output), mark, message, self.limits.output)
 
     def _ended(self, exchange: Exchange) -> tuple[Status, str]:
-        """Status and note of an exchange that has ended by itself."""
+        """Status and note of an exchange that has ended before a limit was exceeded."""
         if exchange.end == "answered":
             if exchange.outcome == worker.MEMORY:
                 return "memory", f"[stopped: an interpreter may hold {self.limits.memory / MIB:g} MiB of memory]"
@@ -242,7 +248,7 @@ class Process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         code = self._process.returncode
-        number = -code if code and code < 0 else (code or 0) - 128  # bubblewrap passes a signal on so
+        number = -code if code and code < 0 else (code or 0) - 128  # bubblewrap reports a signal in this form
         try:
             name = signal.Signals(number).name
         except ValueError:
@@ -252,7 +258,8 @@ class Process:
         return "killed", f"[the interpreter was killed: {name}]"
 
     def _find(self) -> None:
-        """Take hold of the interpreter from outside; and where memory runs out, the system is to end it first."""
+        """Get the interpreter's process id and a handle on it, and make it the first process that the system kills if
+        memory runs out."""
         if sys.platform != "linux":
             return
         with contextlib.suppress(OSError):
@@ -263,74 +270,75 @@ class Process:
             self._handle = os.pidfd_open(number)
             Path(f"/proc/{number}/oom_score_adj").write_text("1000")
 
-    def _signal(self, what: signal.Signals) -> None:
+    def _signal(self, number: signal.Signals) -> None:
         if self._handle is not None:
             with contextlib.suppress(OSError):  # it has ended
-                signal.pidfd_send_signal(self._handle, what)
+                signal.pidfd_send_signal(self._handle, number)
 
     def _processor(self) -> float:
-        """Seconds of processor time so far, 0 where they cannot be told."""
+        """Seconds of processor time so far, 0 if unknown."""
         if self._number is None:
             return 0.0
         try:
             return time.clock_gettime(~self._number << 3 | 2)  # clock_getcpuclockid(3)
-        except OSError:  # it is gone, which its answers tell
+        except OSError:  # it is gone: the answer pipe will show it
             return 0.0
 
     def _files(self) -> int:
-        """How many files there are in the sandbox, of which an empty one takes memory too; 0 where they cannot be
-        told."""
+        """Number of files in the sandbox (even an empty file takes memory), 0 if unknown."""
         if self._number is None or self._folder is not None:
             return 0
         try:
-            there = os.statvfs(f"/proc/{self._number}/root/tmp")
+            status = os.statvfs(f"/proc/{self._number}/root/tmp")
         except OSError:
             return 0
-        return there.f_files - there.f_ffree
+        return status.f_files - status.f_ffree
 
     def stop(self) -> None:
-        """Kill it, if it has begun. bubblewrap then ends by itself, and leaves nothing for others to clear away."""
+        """Kill the interpreter, if it has started. bubblewrap then ends too and leaves no zombie process behind."""
         if self._handle is not None:
             self._signal(signal.SIGKILL)
         elif self._ready:
             self._process.kill()
 
     def close(self) -> None:
-        """Stop it and whatever it has started, and close the pipes as soon as nobody waits at them."""
+        """Stop the interpreter and everything it has started. Close the pipes as soon as no thread waits on them."""
         self.stop()
         with self._using:
             if self._calls is None:
                 return
-            os.close(self._calls)  # at which one that is only just starting ends
+            os.close(self._calls)  # ends an interpreter that is still starting
             self._calls = None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)
             if self._process.returncode is None or self._folder:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system: only its own return ends it
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # stuck in a system call: it ends only when that returns
                 self._process.wait(END_SECONDS)
             self._release()
 
     def _release(self) -> None:
-        handle, self._handle = self._handle, None  # before its number can be another's
-        for each in (self._calls, self._answers, self._output, self._info, handle):
-            if each is not None:
-                os.close(each)
+        handle, self._handle = self._handle, None  # first: its number may be reused once it is closed
+        for descriptor in (self._calls, self._answers, self._output, self._info, handle):
+            if descriptor is not None:
+                os.close(descriptor)
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _pipes(number: int) -> list[tuple[int, int]]:
-    """So many pipes, or none."""
+    """Open `number` pipes. If one fails, none stays open."""
     with contextlib.ExitStack() as undo:
-        made = []
+        pipes = []
         for _ in range(number):
-            made.append(os.pipe())
-            for each in made[-1]:
-                undo.callback(os.close, each)
+            pipes.append(os.pipe())
+            for descriptor in pipes[-1]:
+                undo.callback(os.close, descriptor)
         undo.pop_all()
-    return made
+    return pipes
 
 
 def _spawn(
@@ -344,5 +352,5 @@ def _spawn(
         pass_fds=passed,
         cwd=folder,
         env=environment,
-        start_new_session=True,  # Ctrl-C is for the trainer to heed
+        start_new_session=True,  # Ctrl-C is handled by the trainer
     )

@@ -1,4 +1,4 @@
-"""Confined interpreters, started ahead of their use, and sessions of blocks in them."""
+"""A pool of confined interpreters that are started in advance, and sessions that run blocks in them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from gruppo.rollout.sandbox.interpreter import Process, Ran
 from gruppo.rollout.sandbox.output import composed
 
 MOST_CODE = 2**20  # bytes of a block
-TRIES = 3  # to take an interpreter that has started
+TRIES = 3  # to get an interpreter that has started
 DEFAULT = Limits()
 LOST = "[a fresh interpreter: what earlier blocks defined is lost]"
 
 
 class PythonPool:
-    """Interpreters for model-written code. Close it, or use it as a context."""
+    """Interpreters for model-written code. Close the pool, or use it as a context manager."""
 
     def __init__(
         self,
         limits: Limits = DEFAULT,
         ready: int = 4,
         *,
-        run_model_code_WITHOUT_A_SANDBOX: bool = False,  # noqa: N803  nobody is to overlook it
+        run_model_code_WITHOUT_A_SANDBOX: bool = False,  # noqa: N803  must not be overlooked
     ) -> None:
-        """`ready`: how many interpreters are kept started. Raises UsageError where there is no sandbox on this machine,
-        or it does not start; run_model_code_WITHOUT_A_SANDBOX runs the code all the same, with the rights of the
-        user."""
+        """`ready`: how many interpreters are kept started. run_model_code_WITHOUT_A_SANDBOX runs the code without a
+        sandbox, with the user's rights. Raises UsageError if this machine has no sandbox or it does not start."""
         if isinstance(ready, bool) or not isinstance(ready, int) or ready < 1:
-            raise UsageError(f"ready = {ready!r}: write how many interpreters are kept started, at least 1")
+            raise UsageError(f"ready = {ready!r}: must be the number of interpreters to keep started, at least 1")
         self.limits = limits
         self._bubblewrap = None if run_model_code_WITHOUT_A_SANDBOX else find_bubblewrap()
         self._ready = ready
@@ -45,13 +44,13 @@ class PythonPool:
         self._closed = False
         self._mark = secrets.token_hex(16)
         self._watcher, self._alive = watch_for_leftovers(self._mark)
-        # A sandbox ends with the thread that started it, so all are started by one that lives as long as the pool.
+        # A sandbox ends with the thread that started it, so one thread that lives as long as the pool starts them all.
         self._starter = threading.Thread(target=self._start, name="sandbox", daemon=True)
         self._starter.start()
         try:
-            tried = self._take()
+            first = self._take()
             with self._changed:
-                self._idle.appendleft(tried)
+                self._idle.appendleft(first)
         except RunError as error:
             self.close()
             raise UsageError(str(error)) from None
@@ -66,11 +65,11 @@ class PythonPool:
         self.close()
 
     def session(self) -> Session:
-        """A session with an interpreter of its own, which it takes when it runs its first block."""
+        """A session with its own interpreter, which it gets when it runs its first block."""
         return Session(self)
 
     def close(self) -> None:
-        """Kill all interpreters, those in use too."""
+        """Kill all interpreters, including those in use."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -94,19 +93,19 @@ class PythonPool:
                 if self._closed:
                     return
             try:
-                made: Process | Exception = Process(self.limits, self._bubblewrap, self._mark)
-            except Exception as error:  # noqa: BLE001  it is raised where an interpreter is asked for
-                made = error
+                started: Process | Exception = Process(self.limits, self._bubblewrap, self._mark)
+            except Exception as error:  # noqa: BLE001  raised when an interpreter is requested
+                started = error
             with self._changed:
-                if isinstance(made, Process):
-                    self._living.add(made)
-                self._idle.append(made)
+                if isinstance(started, Process):
+                    self._living.add(started)
+                self._idle.append(started)
                 self._changed.notify_all()
 
     def _take(self) -> Process:
-        """An interpreter that waits for its first block. Raises RunError where none starts, for which there can be
-        passing reasons too, such as memory."""
-        for tried in count(1):
+        """An interpreter that waits for its first block. Raises RunError if none starts, even after retries: the reason
+        may be temporary, such as a lack of memory."""
+        for attempt in count(1):
             process = self._next()
             try:
                 if isinstance(process, Exception):
@@ -114,13 +113,13 @@ class PythonPool:
                 process.await_ready()
             except RunError:
                 self._end(process)
-                if tried == TRIES:
+                if attempt == TRIES:
                     raise
                 continue
             except BaseException:
                 self._end(process)
                 raise
-            if not process.gone:  # ended by the system, say, while it was idle
+            if not process.gone:  # the system, for example, may have ended it while it was idle
                 break
             self._end(process)
         assert isinstance(process, Process)
@@ -148,8 +147,10 @@ class PythonPool:
 
 
 class Session:
-    """Blocks of one completion: what a block defines, later ones see. One thread at a time; close it, or use it as a
-    context."""
+    """Runs the blocks of one completion. Later blocks see what earlier ones define.
+
+    Use it from one thread at a time; close it, or use it as a context manager.
+    """
 
     def __init__(self, pool: PythonPool) -> None:
         self._pool = pool
@@ -164,9 +165,11 @@ class Session:
         self.close()
 
     def run(self, code: str) -> Ran:
-        """Run a block and wait for its end. After "time", "memory" or "killed" the next block finds a fresh
-        interpreter, and its output begins by saying so. Raises ValueError in a closed session or pool, RunError where
-        no interpreter starts."""
+        """Run a block and wait for its end.
+
+        After "time", "memory" or "killed", the next block gets a fresh interpreter, and its output starts with a note
+        about it. Raises ValueError if the session or the pool is closed, RunError if no interpreter starts.
+        """
         with self._alone:
             if self._closed:
                 raise ValueError("the session is closed")

@@ -1,8 +1,8 @@
-"""A process that outlives the trainer by a moment, to kill what is left of its sandboxes.
+"""A process that outlives the trainer briefly, to kill the remaining processes of its sandboxes.
 
-bubblewrap ends with the process that started it, but for an instant while it starts: killed then, it leaves a process
-that waits for ever. This program waits for the trainer to end, then kills all that carry the mark of its pool on their
-command lines. It has the standard library alone.
+bubblewrap ends with the process that started it, except for an instant during its start: if the trainer is killed then,
+a process is left that waits forever. This program waits for the trainer to end, then kills all processes with the mark
+of the pool on their command lines. It uses only the standard library.
 """
 
 from __future__ import annotations
@@ -13,35 +13,38 @@ import signal
 import sys
 import time
 
-AGAIN_SECONDS = 0.2  # what had not even begun at the first look
+AGAIN_SECONDS = 0.2  # until the next search, for processes that had not started yet
 
 
 def marked(mark: bytes) -> list[int]:
-    """The processes, but this one, that have the mark on their command lines."""
-    found = []
+    """Ids of the processes, except this one, that have the mark on their command lines."""
+    processes = []
     for name in os.listdir("/proc"):
         if not name.isdecimal() or int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as stream:
             if mark in stream.read():
-                found.append(int(name))
-    return found
+                processes.append(int(name))
+    return processes
 
 
 def end(mark: bytes) -> int:
-    """Kill them; how many there were."""
-    found = marked(mark)
-    for number in found:
+    """Kill the marked processes. Returns their number."""
+    processes = marked(mark)
+    for number in processes:
         with contextlib.suppress(OSError):
             os.kill(number, signal.SIGKILL)
-    return len(found)
+    return len(processes)
 
 
 def main() -> None:
-    """Arguments: the descriptor of a pipe from the trainer, and the mark. A byte in the pipe says that the pool is
-    closed in good order, and that one look is enough."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
+    """Wait for the trainer to end, then kill the marked processes.
+
+    Arguments: the descriptor of a pipe from the trainer, and the mark. A byte in the pipe means that the pool was
+    closed normally, so that a single search is enough.
+    """
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
     mark = sys.argv[2].encode()
     if os.read(int(sys.argv[1]), 1):
         end(mark)

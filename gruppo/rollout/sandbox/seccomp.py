@@ -1,7 +1,7 @@
-"""The filter of system calls as a program for the kernel (classic BPF), so that no library is needed for it.
+"""The system call filter as a program for the kernel (classic BPF), written without a library.
 
-What is refused fails with EPERM, which Python raises as PermissionError. Whatever is newer than this list fails with
-ENOSYS, for which the C library has other ways. A program for another architecture, or x32, is killed.
+A denied call fails with EPERM, which Python raises as PermissionError. A call newer than this list fails with ENOSYS,
+for which the C library has fallbacks. A process that makes calls of another architecture, or of x32, is killed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import platform
 import struct
 from dataclasses import dataclass
 
-# Name, number on x86_64, number on aarch64; "-" where an architecture has no such call. New processes, threads too:
+# Name, number on x86_64, number on aarch64; "-" if the architecture has no such call. New processes and threads:
 _PROCESSES = """
 fork 57 -   vfork 58 -   clone 56 220   execveat 322 281   unshare 272 97   setns 308 268
 """
-# Signals, and whatever else reaches into a process; each timer holds a place in the queue of all of the user's signals
+# Signals and other access to a process; each timer takes a place in the queue of all of the user's signals
 _OTHERS = """
 timer_create 222 107
 kill 62 129   tkill 200 130   tgkill 234 131   rt_sigqueueinfo 129 138   rt_tgsigqueueinfo 297 240
@@ -26,7 +26,7 @@ _NETWORK = """
 socket 41 198   socketpair 53 199   connect 42 203   bind 49 200   listen 50 201   accept 43 202   accept4 288 242
 sendto 44 206   sendmsg 46 211   sendmmsg 307 269   recvfrom 45 207   recvmsg 47 212   recvmmsg 299 243
 """
-# Mounts; writing out the disks of the whole machine, which delays others; locks on files that others see too
+# Mounts; syncing all disks of the machine, which delays other processes; locks on files that others can see
 _FILE_SYSTEMS = """
 flock 73 32
 mount 165 40   umount2 166 39   pivot_root 155 41   chroot 161 51   move_mount 429 429   open_tree 428 428
@@ -35,7 +35,7 @@ swapoff 168 225   quotactl 179 60   quotactl_fd 443 443   acct 163 89   name_to_
 open_by_handle_at 304 265   fanotify_init 300 262   fanotify_mark 301 263   inotify_init 253 -   inotify_init1 294 26
 lookup_dcookie 212 18   sync 162 81   syncfs 306 267
 """
-# Memory that the limit of the address space does not count, or that is pinned
+# Memory that does not count towards the address space limit, or that is pinned
 _MEMORY = """
 memfd_create 319 279   memfd_secret 447 447   shmget 29 194   shmat 30 196   shmctl 31 195   semget 64 190
 semop 65 193   semtimedop 220 192   semctl 66 191   msgget 68 186   msgsnd 69 189   msgrcv 70 188   msgctl 71 187
@@ -43,7 +43,7 @@ mq_open 240 180   splice 275 76   tee 276 77   vmsplice 278 75   mbind 237 235  
 set_mempolicy_home_node 450 450   migrate_pages 256 238   move_pages 279 239   mlock 149 228   mlock2 325 284
 mlockall 151 230
 """
-# Doors into the kernel that no calculation needs
+# Kernel interfaces that no calculation needs
 _KERNEL = """
 bpf 321 280   perf_event_open 298 241   userfaultfd 323 282   io_setup 206 0   io_submit 209 2
 io_uring_setup 425 425   io_uring_enter 426 426   io_uring_register 427 427   keyctl 250 219   add_key 248 217
@@ -58,16 +58,16 @@ DENIED = {
     for group in (_PROCESSES, _OTHERS, _NETWORK, _FILE_SYSTEMS, _MEMORY, _KERNEL)
     for name, x86_64, aarch64 in zip(*[iter(group.split())] * 3, strict=True)
 }
-NEWEST = 450  # the last number, on both architectures, that was looked at for this list
+NEWEST = 450  # the last call number, on both architectures, that was considered for this list
 
-_CLONE3 = 435  # its flags lie in memory, where no filter can look; the C library then takes clone
+_CLONE3 = 435  # its flags are in memory, which a filter cannot read; the C library falls back to clone
 _X32 = 0x40000000
 _LOAD, _EQUAL, _AT_LEAST, _ABOVE, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x06
-# Where struct seccomp_data has them; of the arguments the lower halves, which is all that prctl and fcntl look at
+# Offsets in struct seccomp_data; of the arguments, the lower halves, which is all that prctl and fcntl read
 _NUMBER, _ARCHITECTURE, _ARGUMENT, _SECOND = 0, 4, 16, 24
 _PR_SET_PDEATHSIG = 1
-# What fcntl may be asked for: copies of a descriptor, its flags, the size of its pipe. Left out are locks and leases,
-# by which one could talk with others, or stop them, through files that both see; watching folders; signals.
+# Allowed fcntl commands: copies of a descriptor, its flags, the size of its pipe. Not allowed: locks and leases, which
+# could signal to other processes, or block them, through files that both can see; watching folders; signals.
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC, _F_GETPIPE_SZ = 0, 1, 2, 3, 4, 1030, 1032
 FCNTL = (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC, _F_GETPIPE_SZ)
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -75,7 +75,7 @@ _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 @dataclass(frozen=True)
 class Machine:
-    """An architecture as the kernel knows it."""
+    """An architecture: its audit number and the numbers of its system calls."""
 
     audit: int
     column: int  # of DENIED
@@ -88,44 +88,44 @@ MACHINES = {"x86_64": Machine(0xC000003E, 0, 59, 157, 72), "aarch64": Machine(0x
 
 
 def first_filter(machine: str = "") -> bytes:
-    """For bubblewrap, which still has to start the interpreter: everything that is denied but execve.
+    """The filter for bubblewrap: denies all of DENIED, but not execve, as the interpreter still has to be started.
 
-    Raises KeyError where the machine is not one of MACHINES.
+    Raises KeyError if the machine is not one of MACHINES.
     """
-    made = MACHINES[machine or platform.machine()]
-    numbers = [int(row[made.column]) for row in DENIED.values() if row[made.column] != "-"]
-    refused = [each for number in numbers for each in _refused(number, errno.EPERM)]
+    target = MACHINES[machine or platform.machine()]
+    numbers = [int(row[target.column]) for row in DENIED.values() if row[target.column] != "-"]
+    refused = [step for number in numbers for step in _refused(number, errno.EPERM)]
     newer = [_step(_ABOVE, NEWEST, 0, 1), _step(_RETURN, _ERROR | errno.ENOSYS)]
-    return _program(made, [*_refused(_CLONE3, errno.ENOSYS), *newer, *refused, *_fcntl(made)])
+    return _program(target, [*_refused(_CLONE3, errno.ENOSYS), *newer, *refused, *_fcntl(target)])
 
 
 def last_filter(machine: str = "") -> bytes:
-    """For the interpreter, once it runs: no other program in its place, and it cannot unsay that it dies with
-    bubblewrap. Raises KeyError as `first_filter` does."""
-    made = MACHINES[machine or platform.machine()]
-    unsaid = [
-        _step(_EQUAL, made.prctl, 0, 4),
+    """The filter for the running interpreter: it cannot execute another program, and it cannot revoke that it dies with
+    bubblewrap. Raises KeyError like `first_filter`."""
+    target = MACHINES[machine or platform.machine()]
+    no_pdeathsig = [
+        _step(_EQUAL, target.prctl, 0, 4),
         _step(_LOAD, _ARGUMENT),
         *_refused(_PR_SET_PDEATHSIG, errno.EPERM),
         _step(_LOAD, _NUMBER),
     ]
-    return _program(made, [*_refused(made.execve, errno.EPERM), *unsaid])
+    return _program(target, [*_refused(target.execve, errno.EPERM), *no_pdeathsig])
 
 
 def _fcntl(machine: Machine) -> list[bytes]:
-    """Refuse fcntl but for FCNTL."""
+    """Deny all fcntl commands except FCNTL."""
     count = len(FCNTL)
     return [
         _step(_EQUAL, machine.fcntl, 0, count + 3),
         _step(_LOAD, _SECOND),
-        *(_step(_EQUAL, asked, count - place, 0) for place, asked in enumerate(FCNTL)),
+        *(_step(_EQUAL, command, count - place, 0) for place, command in enumerate(FCNTL)),
         _step(_RETURN, _ERROR | errno.EPERM),
         _step(_LOAD, _NUMBER),
     ]
 
 
 def _program(machine: Machine, refusals: list[bytes]) -> bytes:
-    begin = [
+    prologue = [
         _step(_LOAD, _ARCHITECTURE),
         _step(_EQUAL, machine.audit, 1, 0),
         _step(_RETURN, _KILL),
@@ -133,7 +133,7 @@ def _program(machine: Machine, refusals: list[bytes]) -> bytes:
         _step(_AT_LEAST, _X32, 0, 1),
         _step(_RETURN, _KILL),
     ]
-    return b"".join([*begin, *refusals, _step(_RETURN, _ALLOW)])
+    return b"".join([*prologue, *refusals, _step(_RETURN, _ALLOW)])
 
 
 def _refused(number: int, code: int) -> list[bytes]:

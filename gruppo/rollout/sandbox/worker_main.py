@@ -1,13 +1,13 @@
-"""The program inside the sandbox: runs blocks of code in one namespace, one after another.
+"""The program inside the sandbox: runs blocks of code one after another in the same namespace.
 
-It has the standard library alone and trusts nobody's code to leave it whole: what counts for others (time, memory of
-the trainer, length of the output) is limited from outside. Frames, both ways, begin with the 16 bytes that the pool
-drew for the block:
+It uses only the standard library and does not rely on blocks to leave it intact: everything that affects others (time,
+memory of the trainer, length of the output) is limited from outside. Frames in both directions begin with 16 random
+bytes that the pool generated for the block:
 
     calls:    16 bytes, length of the code (4 bytes), code
     answers:  16 bytes, outcome (1 byte), length of the report (2 bytes), report
 
-A report is the frames of an error, a null byte, and what the error says.
+A report consists of the traceback frames of an error, a null byte, and the message of the error.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from collections.abc import Mapping
 
 CALL, ANSWER = struct.Struct("=16sI"), struct.Struct("=16sBH")
 OK, ERROR, MEMORY = range(3)
-READY = bytes(16)  # what the first answer, to no call, begins with
-MOST_FRAMES, MOST_SAID, MOST_LINE = 4000, 8000, 240  # characters of a report's two parts, and of a line of frames
-FRAMES = 8  # of a traceback, the last ones
+READY = bytes(16)  # begins the first answer, which belongs to no call
+MOST_FRAMES, MOST_SAID, MOST_LINE = 4000, 8000, 240  # characters of a report's two parts, and of a line of the frames
+FRAMES = 8  # the last frames of a traceback that are shown
 CUT = "\n[output cut here]\n"
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 38, 22, 2
 _STACK = 8 * 2**20
-_SIGNALS = 16  # that wait, of the user's in all
+_SIGNALS = 16  # pending signals, counted over all of the user's processes
 _BLOCK = "<block "
-_read, _write, _look, _process = os.read, os.write, os.fstat, os.getpid  # of our own, as blocks may patch os
+_read, _write, _look, _process = os.read, os.write, os.fstat, os.getpid  # own references, because blocks may patch os
 
 
 class Output(io.RawIOBase):
-    """Standard output and error: so many bytes a block, and what is more is dropped here, at no cost to the pool."""
+    """Standard output and error, at most `most` bytes per block. The rest is dropped here, at no cost to the pool."""
 
     def __init__(self, most: int) -> None:
         self.most = self.left = most
@@ -51,7 +51,7 @@ class Output(io.RawIOBase):
         return True
 
     def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
-        with memoryview(data) as given, given.cast("B") as view:
+        with memoryview(data) as original, original.cast("B") as view:
             part = bytes(view[: self.left])
             self.left -= len(part)
             while part:
@@ -60,7 +60,7 @@ class Output(io.RawIOBase):
 
 
 class Interpreter:
-    """The namespace and what has to be put right again after a block."""
+    """The namespace of the blocks, and the state that must be restored after a block."""
 
     def __init__(self, most_output: int) -> None:
         self.module = types.ModuleType("__main__")
@@ -70,31 +70,31 @@ class Interpreter:
         self.blocks = 0
 
     def run(self, code: bytes) -> tuple[int, str]:
-        """The outcome of a block and the report of its error, "" where there is none."""
+        """Run a block. Returns its outcome and the report of its error, "" without one."""
         self.blocks += 1
         self.output.left = self.output.most
-        self.streams = [_stream(self.output) if each.closed else each for each in self.streams]
+        self.streams = [_stream(self.output) if stream.closed else stream for stream in self.streams]
         sys.stdout, sys.stderr = self.streams
         reserve = bytearray()
         try:
-            reserve = bytearray(2**20)  # to report with, where memory is at its end
+            reserve = bytearray(2**20)  # memory for the report, if the block has used up the rest
             outcome, report = self._execute(code), ""
         except MemoryError as error:
             del reserve
             outcome, report = MEMORY, _where(error)
         except SystemExit as error:
             outcome, report = _exited(error)
-        except BaseException as error:  # noqa: BLE001  all of it is the block's
+        except BaseException as error:  # noqa: BLE001  any exception belongs to the block
             outcome, report = ERROR, _report(error)
-        for each in self.streams:
+        for stream in self.streams:
             with contextlib.suppress(ValueError, OSError):  # closed by the block
-                each.flush()
+                stream.flush()
         for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             signal.setitimer(timer, 0)
         return outcome, report
 
     def _execute(self, code: bytes) -> int:
-        """Run a block; the value of an expression that ends it is shown."""
+        """Run a block. If it ends with an expression, print its value."""
         name, text = f"{_BLOCK}{self.blocks}>", code.decode("utf-8", "surrogatepass")
         linecache.cache[name] = len(text), None, [f"{line}\n" for line in text.splitlines()], name
         tree, last = ast.parse(text, name), None
@@ -115,14 +115,14 @@ def _stream(output: Output) -> io.TextIOWrapper:
 
 
 def _exited(error: SystemExit) -> tuple[int, str]:
-    """sys.exit ends the block, as its author meant, and not the session."""
+    """sys.exit ends the block, as intended, but not the session."""
     if error.code is None or (isinstance(error.code, int) and error.code == 0):
         return OK, ""
     return ERROR, _report(error)
 
 
 def _where(error: BaseException) -> str:
-    """An error and its line, in as little memory as can be."""
+    """An error and its line, in as little memory as possible."""
     frame, line = error.__traceback__, 0
     while frame is not None:
         if frame.tb_frame.f_code.co_filename.startswith(_BLOCK):
@@ -132,32 +132,32 @@ def _where(error: BaseException) -> str:
 
 
 def _report(error: BaseException) -> str:
-    """The traceback from the block's own first frame on, of bounded length."""
+    """The traceback, from the first frame of the block on, with bounded length."""
     frames = error.__traceback__
     while frames is not None and not frames.tb_frame.f_code.co_filename.startswith(_BLOCK):
         frames = frames.tb_next
     try:
         parts = traceback.format_exception_only(type(error), error)
-        above = next((place for place, part in enumerate(parts) if part[:1] != " "), 0)  # of no valid Python, its line
-        said = "".join(parts[above:])
+        above = next((place for place, part in enumerate(parts) if part[:1] != " "), 0)  # for a SyntaxError, its line
+        message = "".join(parts[above:])
         text = "".join(traceback.format_exception(type(error), error, frames, limit=-FRAMES))
-        if not text.endswith(said):  # a group of errors, which is told as a tree
-            said = text
-        text = text.removesuffix(said)
-    except BaseException:  # noqa: BLE001  a block's own exception can refuse to be printed in any way
+        if not text.endswith(message):  # an exception group, which is printed as a tree
+            message = text
+        text = text.removesuffix(message)
+    except BaseException:  # noqa: BLE001  printing an exception defined by a block can fail in any way
         return f"{type(error).__name__} that cannot be printed"
     lines = [line if len(line) <= MOST_LINE else f"{line[:MOST_LINE]}...\n" for line in text.splitlines(True)]
-    told = "".join(lines)[-MOST_FRAMES:]
-    return "\0".join((told.replace("\0", "\\x00"), _begun(said)))
+    shown = "".join(lines)[-MOST_FRAMES:]
+    return "\0".join((shown.replace("\0", "\\x00"), _shortened(message)))
 
 
-def _begun(said: str) -> str:
-    """As much of what an error says as a report has room for."""
-    return said if len(said) <= MOST_SAID else said[:MOST_SAID] + CUT
+def _shortened(message: str) -> str:
+    """As much of the message of an error as fits into a report."""
+    return message if len(message) <= MOST_SAID else message[:MOST_SAID] + CUT
 
 
 def confine(limits: Mapping[str, float], needed: bool) -> None:
-    """Lower the limits of this process for good. Where they are not `needed`, one that the system lacks is left out."""
+    """Permanently lower the limits of this process. Unless `needed`, a limit that the system lacks is skipped."""
     wanted = {
         "RLIMIT_AS": limits["memory"],
         "RLIMIT_FSIZE": limits["file_size"],
@@ -169,33 +169,33 @@ def confine(limits: Mapping[str, float], needed: bool) -> None:
     }
     for name, most in wanted.items():
         try:
-            what = getattr(resource, name)
-            _, hard = resource.getrlimit(what)
+            limit = getattr(resource, name)
+            _, hard = resource.getrlimit(limit)
             lowered = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
-            resource.setrlimit(what, (lowered, lowered))
+            resource.setrlimit(limit, (lowered, lowered))
         except (AttributeError, OSError, ValueError):
             if needed:
                 raise
 
 
 def filter_calls(program: bytes) -> None:
-    """Put a filter of system calls on this process for good. Raises OSError where the kernel refuses."""
+    """Permanently install a system call filter in this process. Raises OSError if the kernel refuses it."""
 
     class Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
 
     library, zero = ctypes.CDLL(None, use_errno=True), ctypes.c_ulong(0)
-    given = Program(len(program) // 8, program)
-    done = library.prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), zero, zero, zero) or library.prctl(
-        _PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(given), zero, zero
+    content = Program(len(program) // 8, program)
+    failed = library.prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), zero, zero, zero) or library.prctl(
+        _PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(content), zero, zero
     )
-    if done:
-        raise OSError(ctypes.get_errno(), "the kernel refuses the filter of system calls")
+    if failed:
+        raise OSError(ctypes.get_errno(), "the kernel refuses the system call filter")
 
 
 def allow_processor(seconds: float) -> None:
-    """Let the system end this process some time after the pool should have done so. The code of a block could undo
-    this; the pool's own clock it cannot reach."""
+    """Let the system end this process a little later than the pool should have. The code of a block could undo this
+    limit, but it cannot affect the pool's own clock."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -203,35 +203,36 @@ def allow_processor(seconds: float) -> None:
 
 
 def serve(calls: int, answers: int, interpreter: Interpreter, processor_seconds: float) -> None:
-    """Run blocks until the pool hangs up, or memory is at its end; 0 seconds leave processor time to the pool alone."""
-    own, output = _process(), _file(1)
+    """Run blocks until the pool closes the pipe or memory runs out. With `processor_seconds` 0, only the pool limits
+    processor time."""
+    process, output = _process(), _file(1)
     _send(answers, ANSWER.pack(READY, OK, 0))
-    while begin := _receive(calls, CALL.size):
-        mark, length = CALL.unpack(begin)
+    while header := _receive(calls, CALL.size):
+        mark, length = CALL.unpack(header)
         if processor_seconds:
             allow_processor(processor_seconds)
         outcome, text = interpreter.run(_receive(calls, length))
-        if _process() != own:
-            os._exit(0)  # a child that a block forked, without a sandbox, and that came back from it
-        if _file(1) != output:  # closed or another's by the block: nothing could be shown any more
+        if _process() != process:
+            os._exit(0)  # without a sandbox: a child that a block forked and that returned from the block
+        if _file(1) != output:  # the block closed or replaced it: no output could be shown any more
             return
         report = text.encode("utf-8", "backslashreplace")[:60000]
         _send(answers, ANSWER.pack(mark, outcome, len(report)) + report)
-        if outcome == MEMORY:  # what filled it may be held for ever
+        if outcome == MEMORY:  # the objects that filled it may never be freed
             return
 
 
 def _file(descriptor: int) -> tuple[int, int] | None:
-    """What a descriptor stands for; None where it is closed."""
+    """The file behind a descriptor, None if it is closed."""
     try:
-        found = _look(descriptor)
+        status = _look(descriptor)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _receive(descriptor: int, size: int) -> bytes:
-    """So many bytes, or b"" where the pool has hung up."""
+    """Read `size` bytes. Returns b"" if the pool has closed the pipe."""
     parts = []
     while size:
         part = _read(descriptor, min(size, 2**20))
@@ -248,7 +249,7 @@ def _send(descriptor: int, data: bytes) -> None:
 
 
 def main() -> None:
-    """Serve with the setup on the command line, a dict as Python writes it."""
+    """Run blocks, with the setup from the command line, a dict written with repr."""
     setup = ast.literal_eval(sys.argv[1])
     limits, calls, answers = setup["limits"], setup["calls"], setup["answers"]
     sys.argv, sys.path[:0] = [""], [""]
@@ -257,18 +258,18 @@ def main() -> None:
         del os.environ[name]
     if setup["parent"] and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != setup["parent"]:  # it died before this process could ask to die with it
+        if os.getppid() != setup["parent"]:  # the parent died before this process could ask to be killed with it
             return
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # of the module site, which is not loaded
-    for each in setup["close"]:  # what bubblewrap itself was given
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # normally set by the module site, which is not loaded
+    for descriptor in setup["close"]:  # those that bubblewrap itself used
         with contextlib.suppress(OSError):
-            os.close(each)
+            os.close(descriptor)
     interpreter = Interpreter(4 * limits["output"] + 4)
     confine(limits, needed=bool(setup["filter"]))
     if setup["filter"]:
         filter_calls(bytes.fromhex(setup["filter"]))
-    # To the first process of a namespace, which the sandbox has, the system sends no such signal.
+    # The first process of a namespace, as in the sandbox, does not get the signal of this limit.
     serve(calls, answers, interpreter, 0.0 if setup["filter"] else limits["processor_seconds"])
 
 

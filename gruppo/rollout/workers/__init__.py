@@ -1,1 +1,1 @@
-"""Processes that run users' reward functions."""
+"""Worker processes that run user-defined code: reward functions and environments."""

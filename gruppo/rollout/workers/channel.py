@@ -1,19 +1,22 @@
-"""The trainer's ends of the pipes to a reward process. Nothing that happens at the other ends can make it wait: a
-process may stop reading, hang in the middle of an answer, or write into the pipe what is no answer."""
+"""The trainer's ends of the pipes to a worker process.
+
+Nothing that the process does can make the trainer wait: it may stop reading, hang in the middle of an answer, or write
+something other than an answer.
+"""
 
 from __future__ import annotations
 
 import os
 import struct
 
-# An answer holds G numbers and what a function logged; more than this is a mistake.
+# An answer contains G numbers and the values that a function logged. More than this is a mistake.
 MOST_BYTES = 64 * 2**20
 _CHUNK = 2**16
 _LONG = 2**31
 
 
 class Channel:
-    """Whole messages, framed as multiprocessing.connection.Connection does, which the process has at its ends."""
+    """Sends and receives whole messages, framed as in multiprocessing.connection.Connection, which the process uses."""
 
     def __init__(self, read: int, write: int) -> None:
         for descriptor in (read, write):
@@ -23,18 +26,18 @@ class Channel:
 
     @property
     def waits_to_write(self) -> bool:
-        """Part of a message is still here, as the pipe is full."""
+        """Whether part of a message is waiting because the pipe is full."""
         return bool(self._outgoing)
 
     def send(self, message: bytes) -> None:
-        """Send as much of the message as the pipe takes; `flush` sends the rest."""
+        """Send as much of a message as the pipe takes; `flush` sends the rest."""
         size = len(message)
         self._outgoing += struct.pack("!i", size) if size < _LONG else struct.pack("!iQ", -1, size)
         self._outgoing += message
         self.flush()
 
     def flush(self) -> None:
-        """Send what waits, as far as the pipe takes it. That a process is gone is noticed when its answer is read."""
+        """Send waiting data as far as the pipe takes it. If the process is gone, this shows when its answer is read."""
         try:
             while self._outgoing:
                 with memoryview(self._outgoing) as whole, whole[: 16 * _CHUNK] as part:
@@ -46,8 +49,8 @@ class Channel:
             self._outgoing.clear()
 
     def receive(self) -> bytes | None:
-        """The next message, or None while it is not whole. Raises EOFError where the process is gone, and ValueError
-        for what is no message."""
+        """The next message, or None while it is incomplete. Raises EOFError if the process is gone, and ValueError for
+        invalid data."""
         while True:
             if len(self._incoming) >= 4:
                 (size,) = struct.unpack_from("!i", self._incoming)

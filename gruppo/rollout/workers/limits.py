@@ -1,7 +1,7 @@
-"""What a reward process may have: of the trainer's environment, of the machine's memory; and how it ends for good.
+"""Limits of worker processes: environment variables, memory, and how to end a process with all its descendants.
 
-This guards against mistakes, and keeps secrets from code that has no use for them. It is no sandbox: a reward is a
-program of the user's, and reads and writes the files that the user can.
+This protects against mistakes and keeps secrets from code that does not need them. It is not a sandbox: a reward is a
+program of the user, with access to the user's files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-# Names of variables that every reward process has: where programs, libraries and caches are, how the machine is to be
-# used. Nothing whose use is to hold a secret; a proxy's address is left out where it holds a password.
+# Names of variables that every worker process gets: locations of programs, libraries and caches, and how to use the
+# machine. Variables that are meant for secrets are not passed, nor a proxy's address if it contains a password.
 _PASSED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|TERM|TZ|LANG|LANGUAGE|LC_\w+|TMPDIR|TEMP|TMP|XDG_(CACHE|CONFIG|DATA)_HOME"
     r"|(DY)?LD_LIBRARY_PATH|PYTHON(PATH|HOME|HASHSEED|UTF8|IOENCODING|WARNINGS|NOUSERSITE|USERBASE|DONTWRITEBYTECODE)"
@@ -33,28 +33,31 @@ _PASSED = re.compile(
     re.IGNORECASE,
 )
 _PR_SET_PDEATHSIG = 1
-_MARK = "GRUPPO_REWARD_PROCESS"  # by which the descendants of a reward process are known
+_MARK = "GRUPPO_REWARD_PROCESS"  # identifies the descendants of a worker process
 
 
 def clean_environment(asked: Sequence[str], mark: str) -> dict[str, str]:
-    """The environment of a reward process: what `_PASSED` names, what the recipe asks for by name, and its mark."""
+    """Environment of a worker process: variables matched by `_PASSED`, those named in the recipe, and its mark."""
     return {name: value for name, value in os.environ.items() if name in asked or _passed(name, value)} | {_MARK: mark}
 
 
 def withheld(environment: Mapping[str, str], text: str) -> list[str]:
-    """Variables of this process that a text names and that the environment lacks."""
+    """Variables of this process that the text mentions and that are missing from `environment`."""
     words = set(re.findall(r"\w{4,}", text))
     return sorted(name for name in os.environ if name in words and name not in environment)
 
 
 def _passed(name: str, value: str) -> bool:
-    found = _PASSED.fullmatch(name)
-    return found is not None and not (found["address"] and "@" in value)
+    match = _PASSED.fullmatch(name)
+    return match is not None and not (match["address"] and "@" in value)
 
 
 def confine(memory_bytes: int) -> None:
-    """Limit this process and what it starts, each to so much private memory; if memory runs out all the same, the
-    system is to end it before the trainer. No core dumps: they would be as large as the process."""
+    """Limit the private memory of this process and of each process it starts; 0 for no limit.
+
+    If memory runs out anyway, the system will kill this process before the trainer. Core dumps are disabled: they would
+    be as large as the process.
+    """
     _lower(resource.RLIMIT_CORE, 0)
     if memory_bytes:
         _lower(resource.RLIMIT_DATA, memory_bytes)
@@ -63,25 +66,25 @@ def confine(memory_bytes: int) -> None:
             Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _lower(what: int, most: int) -> None:
-    _, hard = resource.getrlimit(what)
-    own = most if hard == resource.RLIM_INFINITY else min(most, hard)
+def _lower(limit: int, most: int) -> None:
+    _, hard = resource.getrlimit(limit)
+    lowered = most if hard == resource.RLIM_INFINITY else min(most, hard)
     with contextlib.suppress(OSError, ValueError):  # a system without this limit
-        resource.setrlimit(what, (own, own))
+        resource.setrlimit(limit, (lowered, lowered))
 
 
 def end_descendants(mark: str) -> None:
-    """Kill every process that carries the mark: what a reward started, also in a session of its own."""
-    for _ in range(5):  # one can start another while we look
-        found = [process for process in psutil.process_iter() if _carries(process, mark)]
-        if not found:
+    """Kill every process with the mark: everything that a worker process started, even in a new session."""
+    for _ in range(5):  # a process can start another during the search
+        marked = [process for process in psutil.process_iter() if _has_mark(process, mark)]
+        if not marked:
             return
-        for process in found:
+        for process in marked:
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
 
-def _carries(process: psutil.Process, mark: str) -> bool:
+def _has_mark(process: psutil.Process, mark: str) -> bool:
     try:
         return bool(process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE)
     except (psutil.Error, OSError):
@@ -89,7 +92,7 @@ def _carries(process: psutil.Process, mark: str) -> bool:
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this machine has, or that its control group allows."""
+    """Memory of this machine in bytes, or the limit of its control group if that is lower."""
     total = int(psutil.virtual_memory().total)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -99,13 +102,16 @@ def machine_memory() -> int:
 
 
 def serve_pipes(serve: Callable[[Connection, Connection], None]) -> None:
-    """What a process of the trainer's does: serve the pipe ends given on the command line, within its memory; die with
-    the trainer, whose number comes last, and ignore its Ctrl-C."""
+    """Main function of a worker process. Arguments on the command line: the two pipe ends to serve, the memory limit in
+    bytes, and the process id of the trainer.
+
+    The process dies with the trainer and ignores Ctrl-C.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     read, write, memory, trainer = (int(argument) for argument in sys.argv[1:5])
-    if os.getppid() != trainer:  # it died before this process could ask to die with it
+    if os.getppid() != trainer:  # the trainer died before this process could ask to be killed with it
         return
     confine(memory)
     serve(Connection(read, writable=False), Connection(write, readable=False))

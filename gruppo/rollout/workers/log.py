@@ -1,4 +1,4 @@
-"""What reward processes print: at the end of a file that cannot grow without bound."""
+"""Output of worker processes, appended to a log file of bounded size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ _CHUNK = 2**16
 
 
 class Output:
-    """A pipe for what processes print, which a thread empties into the file. What is printed last is kept: a file that
-    is full becomes `old_log`, in place of the one before. A full disk loses output and nothing else."""
+    """A pipe for the output of processes, which a thread copies into the log file.
+
+    The latest output is kept: a full file is renamed to `old_log` and replaces the previous one. A full disk loses
+    output and has no other effect.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,9 +32,9 @@ class Output:
         self._thread.start()
 
     def close(self) -> None:
-        """No process writes any more: the rest goes into the file."""
+        """Write the rest of the output to the file. No process may write any more."""
         os.close(self.descriptor)
-        self._thread.join(5.0)  # a process that got away from us can hold the pipe open
+        self._thread.join(5.0)  # a process that could not be killed can keep the pipe open
 
     def _empty(self) -> None:
         with os.fdopen(self._read, "rb", buffering=0) as pipe:
@@ -48,5 +51,5 @@ class Output:
 
 
 def old_log(path: Path) -> Path:
-    """Where the output is that was printed before what is in the log: rewards.old.log."""
+    """Path of the older output that is no longer in the log: rewards.old.log."""
     return path.with_suffix(f".old{path.suffix}")

@@ -1,4 +1,4 @@
-"""A worker process: started, asked, restarted and ended."""
+"""A worker process: starting it, calling it and ending it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ TICK_SECONDS = 0.5
 
 
 class Worker:
-    """A process that runs users' code, and the pipes to it. `module`: its program; the others are for errors."""
+    """A process that runs user-defined code, and the pipes to it.
+
+    `module`: the module it runs. `field`, `limit`, `log`: recipe fields and log file to name in error messages.
+    """
 
     module = "gruppo.rollout.workers.reward_main"
     field, limit, log = "reward.functions", "reward.timeout", "rewards.log"
-    variables: Mapping[str, str] = MappingProxyType({})  # of its environment, whatever the trainer's has
+    variables: Mapping[str, str] = MappingProxyType({})  # environment variables that override the trainer's
 
     def __init__(self, load: bytes, output: Output | None, memory: int, environment: Sequence[str]) -> None:
         self._mark = secrets.token_hex(16)
@@ -41,7 +44,7 @@ class Worker:
         answer_read, answer_write = os.pipe()
         self.channel = Channel(answer_read, call_write)
         printed = subprocess.DEVNULL if output is None else output.descriptor
-        arguments = [str(each) for each in (call_read, answer_write, memory, os.getpid())]
+        arguments = [str(number) for number in (call_read, answer_write, memory, os.getpid())]
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-X", "faulthandler", "-m", self.module, *arguments],
@@ -59,49 +62,49 @@ class Worker:
             os.close(call_read)
             os.close(answer_write)
         self.dead = self.loaded = False
-        self.told: dict[str, Any] = {}  # when it was loaded
+        self.told: dict[str, Any] = {}  # its answer to the load message
         self._sent = 0
         self.send(load)
 
     def send(self, message: bytes) -> None:
-        """Begin to send a message, of which there is one at a time."""
+        """Start to send a message. Only one message may be pending at a time."""
         self._sent += 1
         self.channel.send(message)
 
     def answer_by(self, deadline: float) -> dict[str, Any] | None:
-        """The answer that has arrived, a failure where the process is gone or the deadline is past, else None."""
+        """The answer if it has arrived, a failure if the process is gone or the deadline has passed, else None."""
         self.channel.flush()
         try:
             content = self.channel.receive()
         except EOFError:
             return self._died()
         except ValueError:
-            return self._nonsense()
+            return self._invalid_answer()
         if content is not None:
             return self._receive(content)
         if time.monotonic() < deadline:
             return None
         self.kill()
-        return {"failure": f"took longer than its time ({self.limit})"}
+        return {"failure": f"took longer than {self.limit} allows"}
 
     def _receive(self, content: bytes) -> dict[str, Any]:
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError):
-            return self._nonsense()
+            return self._invalid_answer()
         if not isinstance(answer, dict) or answer.pop("number", None) != self._sent:
-            return self._nonsense()
+            return self._invalid_answer()
         if answer.pop("last", False):
             self.kill()
         for key in ("failure", "error"):
             if key in answer:
-                answer[key] = self._hinted(writable_message(str(answer[key])))
+                answer[key] = self._with_hint(writable_message(str(answer[key])))
         return answer
 
-    def _hinted(self, text: str) -> str:
-        """The text, with what to do where it names a variable of the environment that the process does not have."""
+    def _with_hint(self, text: str) -> str:
+        """The text, with advice if it mentions an environment variable that the process did not get."""
         if names := withheld(self._environment, text):
-            return f'{text} ({names[0]} is not passed on to rewards; write reward.environment = ["{names[0]}"])'
+            return f'{text} ({names[0]} is not passed to worker processes; write reward.environment = ["{names[0]}"])'
         return text
 
     def _died(self) -> dict[str, Any]:
@@ -111,12 +114,12 @@ class Worker:
         self.kill()
         return {"failure": f"its process died ({_how(code)}); see {self.log}"}
 
-    def _nonsense(self) -> dict[str, Any]:
+    def _invalid_answer(self) -> dict[str, Any]:
         self.kill()
-        return {"failure": "its process wrote into the pipe to the trainer what is no answer, and was killed"}
+        return {"failure": "its process wrote something other than an answer to the trainer's pipe and was killed"}
 
     def load(self, show: Advance) -> list[str]:
-        """Wait until the functions are loaded; a hash of each one's code. Raises UsageError where they cannot be."""
+        """Wait until the functions are loaded. Returns a hash of each one's code. Raises UsageError if that fails."""
         deadline = time.monotonic() + LOAD_TIMEOUT
         while (answer := self.answer_by(deadline)) is None:
             wait([self], TICK_SECONDS)
@@ -128,26 +131,26 @@ class Worker:
             return digests
         if time.monotonic() >= deadline:
             raise UsageError(
-                f"{self.field}: loading them takes longer than {LOAD_TIMEOUT:.0f} s; do less at import, and "
-                "download a reward model before the run: hf download NAME"
+                f"{self.field}: loading takes longer than {LOAD_TIMEOUT:.0f} s; do less at import, and download "
+                "a reward model before the run: hf download NAME"
             )
-        raise UsageError(str(answer.get("error") or f"{self.field}: while importing them, {answer['failure']}"))
+        raise UsageError(str(answer.get("error") or f"{self.field}: failed while being imported: {answer['failure']}"))
 
     def kill(self) -> None:
-        """Kill the process and whatever it has started."""
+        """Kill the process and everything it has started."""
         if self.dead:
             return
         self.dead = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         end_descendants(self._mark)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system: nothing ends it but its own return
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a system call: it ends only when that returns
             self.process.wait(5)
         self.channel.close()
 
 
 def wait(workers: Iterable[Worker], seconds: float) -> None:
-    """Until one of the workers has something to read, or takes more of what is written to it; at most so long."""
+    """Wait at most `seconds` until one of the workers has data to read or can take more of a pending message."""
     poll = select.poll()
     for worker in workers:
         poll.register(worker.channel.read, select.POLLIN)
@@ -157,7 +160,7 @@ def wait(workers: Iterable[Worker], seconds: float) -> None:
 
 
 def _how(code: int | None) -> str:
-    """How a process ended, in words."""
+    """How a process ended, as text."""
     if code is None or code >= 0:
         return f"exit code {code}"
     try:
@@ -167,11 +170,11 @@ def _how(code: int | None) -> str:
 
 
 def reload_problem(answer: Mapping[str, Any]) -> str:
-    """Why a replaced reward process cannot go on with the functions that the run began with."""
+    """Why a replaced worker process cannot continue with the functions that the run started with."""
     why = answer.get("error") or answer.get("failure") or "its code has changed since the run began"
-    return f"a reward process was replaced, and its functions could not be loaded again ({why}); mend them and resume"
+    return f"a reward process was replaced, and its functions could not be loaded again ({why}); fix them and resume"
 
 
 def writable_message(text: str) -> str:
-    """Text that UTF-8 files can hold: lone surrogates replaced."""
+    """The text without lone surrogates, which cannot be written as UTF-8."""
     return text.encode("utf-8", "replace").decode()

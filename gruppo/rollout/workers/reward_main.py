@@ -1,11 +1,13 @@
-"""The process that runs reward functions: `python -m gruppo.rollout.workers.reward_main READ_FD WRITE_FD MEMORY_BYTES TRAINER_PID`.
+"""The worker process that runs reward functions:
 
-Calls arrive as pickles from the trainer; answers go back as JSON, so that nothing a reward does can make the trainer
-unpickle it. Functions run in the main thread, where signals (math-verify's SIGALRM) work. What a reward prints goes
-to the file that the trainer gave as this process's output.
+    python -m gruppo.rollout.workers.reward_main READ_FD WRITE_FD MEMORY_BYTES TRAINER_PID
 
-What a function leaves behind must not reach the next call: its answer has the number of its message, a child that it
-forked ends where it would answer too, its alarms are switched off, and the working directory is put back.
+Calls arrive from the trainer as pickles. Answers are sent back as JSON, so that no reward can make the trainer unpickle
+anything. Functions run in the main thread, where signals (math-verify's SIGALRM) work. The output of a reward goes to
+the file that the trainer passed as the output of this process.
+
+Side effects of a function must not affect the next call: each answer has the number of its message, a forked child ends
+before it could answer as well, alarms are switched off, and the working directory is restored.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from gruppo.rewards.loading import Loaded, load_reward
 from gruppo.rollout.workers.channel import MOST_BYTES
 from gruppo.rollout.workers.limits import serve_pipes
 
-_encode = json.JSONEncoder().encode  # of our own, as functions may patch json
+_encode = json.JSONEncoder().encode  # own reference, because functions may patch json
 
 
 def serve(calls: Connection, answers: Connection) -> None:
-    """Load the functions of the first message, then answer calls until the trainer hangs up."""
+    """Load the functions of the first message, then answer calls until the trainer closes the pipe."""
     rewards: list[Loaded] = []
-    own, place = os.getpid(), os.getcwd()
+    process, folder = os.getpid(), os.getcwd()
     with asyncio.Runner() as runner:
         for number in count(1):
             try:
@@ -46,11 +48,11 @@ def serve(calls: Connection, answers: Connection) -> None:
             except EOFError:
                 return
             answer = _answer(content, rewards, runner)
-            signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that comes later would end this process
-            if os.getpid() != own:
-                os._exit(0)  # a child that a function forked and that came back from it
+            signal.setitimer(signal.ITIMER_REAL, 0)  # a later alarm would end this process
+            if os.getpid() != process:
+                os._exit(0)  # a child that a function forked and that returned from the call
             with contextlib.suppress(OSError):
-                os.chdir(place)
+                os.chdir(folder)
             answers.send_bytes(_as_bytes({**answer, "number": number}))
 
 
@@ -58,15 +60,15 @@ def _as_bytes(answer: Mapping[str, Any]) -> bytes:
     content = _encode(answer).encode()
     if len(content) <= MOST_BYTES:
         return content
-    failure = f"logged {len(content)} bytes by log_metric and log_extra, more than {MOST_BYTES} in one call"
+    failure = f"logged {len(content)} bytes with log_metric and log_extra, more than {MOST_BYTES} in one call"
     return _encode({"failure": failure, "number": answer["number"]}).encode()
 
 
 def _answer(content: bytes, rewards: list[Loaded], runner: asyncio.Runner) -> dict[str, Any]:
     try:
         message = pickle.loads(content)
-    except Exception as error:  # noqa: BLE001  a row's column can be an object that this process cannot make
-        return {"failure": f"a column of the row cannot be carried into the reward's process ({_describe(error)})"}
+    except Exception as error:  # noqa: BLE001  a column of the row can be an object that this process cannot create
+        return {"failure": f"a column of the row cannot be unpickled in the reward's process ({_describe(error)})"}
     if message["kind"] == "load":
         sys.path += [place for place in message["path"] if place not in sys.path]
         return _load(message["rewards"], message["columns"], rewards)
@@ -74,7 +76,7 @@ def _answer(content: bytes, rewards: list[Loaded], runner: asyncio.Runner) -> di
 
 
 def _load(rewards: Sequence[tuple[Any, ...]], columns: Sequence[str], loaded: list[Loaded]) -> dict[str, Any]:
-    """Rewards as (import path or pickle, name, options); the answer is {"digests": a hash of each one's code} or
+    """Load rewards given as (import path or pickle, name, options). Returns {"digests": hash of each one's code} or
     {"error": why}."""
     for source, name, options in rewards:
         try:
@@ -83,18 +85,21 @@ def _load(rewards: Sequence[tuple[Any, ...]], columns: Sequence[str], loaded: li
             return {"error": str(error)}
         except Exception as error:  # noqa: BLE001  unpickling runs the user's code
             return {
-                "error": f"reward: cannot be carried into its process ({type(error).__name__}: {error}); "
-                "define it in a file and name it by import path"
+                "error": f"reward: cannot be unpickled in its process ({type(error).__name__}: {error}); "
+                "define it in a file and use its import path"
             }
-    return {"digests": [each.digest for each in loaded]}
+    return {"digests": [reward.digest for reward in loaded]}
 
 
 def _score(
     reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
 ) -> dict[str, Any]:
-    """{"values": […], "metrics": …, "extra": …} or {"failure": why} (with "last" where this process is of no more use);
-    a value is a number, None, {"bad": text}, or of steps {"rewards": …, "ends": …}."""
-    size = len(arguments["completions"])  # before the call, which can change its arguments
+    """Call a reward. Returns {"values": […], "metrics": …, "extra": …} or {"failure": why}, with "last" if this process
+    cannot be used any more.
+
+    A value is a number, None, {"bad": text}, or for step rewards {"rewards": …, "ends": …}.
+    """
+    size = len(arguments["completions"])  # measured before the call, which can change its arguments
     metrics: dict[str, list[float]] = {}
     extra: dict[str, Any] = {}
 
@@ -110,9 +115,9 @@ def _score(
         if inspect.isawaitable(result):
             result = runner.run(_awaited(result))
         values = _values(result, size)
-    except MemoryError as error:  # what filled the memory may be held for ever: another process goes on
+    except MemoryError as error:  # the memory may never be freed: another process continues
         return {"failure": f"{_describe(error)} (see reward.memory)", "last": True}
-    except BaseException as error:  # noqa: BLE001  all of it is an abstention
+    except BaseException as error:  # noqa: BLE001  any exception means that the reward failed
         return {"failure": _describe(error)}
     return {"values": values, "metrics": metrics, "extra": extra}
 
@@ -149,29 +154,29 @@ def _number(value: Any) -> float | dict[str, Any] | None:
         return None
     if isinstance(value, Mapping):
         return _steps(value)
-    if isinstance(value, str | bytes | bytearray | memoryview):  # of which float() would take some
+    if isinstance(value, str | bytes | bytearray | memoryview):  # float() would accept some of them
         return {"bad": f"returned {_shown(value[:40])}, not a number"}
-    if isinstance(value, Exception):  # how a function tells the failure of one completion
+    if isinstance(value, Exception):  # how a function reports a failure on one completion
         return {"bad": _describe(value)}
     try:
         number = float(value)
-    except Exception as error:  # noqa: BLE001  a user's object can raise anything here
-        return {"bad": f"returned a value that is no number ({_describe(error)})"}
+    except Exception as error:  # noqa: BLE001  a user-defined object can raise anything here
+        return {"bad": f"returned a value that is not a number ({_describe(error)})"}
     return number if abs(number) < float("inf") else {"bad": f"returned {number}"}
 
 
 def _steps(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Rewards of steps as {"rewards": …, "ends": …}; whether they fit the completion is for the trainer to see."""
+    """Step rewards as {"rewards": …, "ends": …}. The trainer checks whether they match the completion."""
     if set(value) != {"step_rewards", "step_ends"}:
         names = ", ".join(_plain(key) for key in islice(value, 4))
         return {"bad": f"returned a mapping of {names or 'nothing'}, not of step_rewards and step_ends"}
     try:
-        rewards = [float(each) for each in value["step_rewards"]]
-        ends = [operator.index(each) for each in value["step_ends"]]
-    except Exception as error:  # noqa: BLE001  a user's object can raise anything here
-        return {"bad": f"returned step_rewards or step_ends that are no lists of numbers ({_describe(error)})"}
-    if odd := [each for each in rewards if not abs(each) < float("inf")]:
-        return {"bad": f"returned a step reward of {odd[0]}"}
+        rewards = [float(reward) for reward in value["step_rewards"]]
+        ends = [operator.index(end) for end in value["step_ends"]]
+    except Exception as error:  # noqa: BLE001  a user-defined object can raise anything here
+        return {"bad": f"returned step_rewards or step_ends that are not lists of numbers ({_describe(error)})"}
+    if invalid := [reward for reward in rewards if not abs(reward) < float("inf")]:
+        return {"bad": f"returned a step reward of {invalid[0]}"}
     return {"rewards": rewards, "ends": ends}
 
 
@@ -182,14 +187,14 @@ def _shown(value: Any) -> str:
 def _plain(value: Any, form: Callable[[Any], str] = str) -> str:
     try:
         return form(value)
-    except BaseException:  # noqa: BLE001  a user's object can refuse to be printed in any way
+    except BaseException:  # noqa: BLE001  printing a user-defined object can fail in any way
         return f"<{type(value).__name__} that cannot be printed>"
 
 
 def _describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "gruppo/rollout/workers/reward_main" not in frame.filename.replace("\\", "/")]
-    where = f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
+    users = [frame for frame in frames if "gruppo/rollout/workers/reward_main" not in frame.filename.replace("\\", "/")]
+    where = f" (line {users[-1].lineno} of {users[-1].filename})" if users else ""
     return f"{type(error).__name__}: {_plain(error)[:300]}{where}"
 
 

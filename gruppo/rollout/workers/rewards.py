@@ -1,7 +1,7 @@
-"""Processes that run reward functions, so that a reward can hang, crash or lie without touching the trainer.
+"""Runs reward functions in worker processes, where they can hang, crash or misbehave without affecting the trainer.
 
-One call is one function on one group. A worker runs one call at a time; a call that outlives the timeout is killed
-with its process and everything that it started, and the worker is replaced. Time to load functions is not a call's.
+One call is one function on one group. A worker runs one call at a time. If a call exceeds the timeout, its process and
+everything it started are killed, and the worker is replaced. The time to load functions does not count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Job = tuple[int, int]  # group, function
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one call gave: G values and what the function logged."""
+    """Result of one call: G values, and the metrics and columns that the function logged."""
 
     values: list[Value]
     metrics: Mapping[str, Sequence[float]]
@@ -40,7 +40,7 @@ class Outcome:
 
 
 class RewardPool:
-    """Scores groups with reward functions in processes of their own. Close it, or use it as a context."""
+    """Scores groups with reward functions in worker processes. Close the pool, or use it as a context manager."""
 
     def __init__(
         self,
@@ -55,26 +55,33 @@ class RewardPool:
         environment: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
-        """`columns`: those that rows offer besides the prompt; `timeout` in seconds a call; `log`: file for what
-        rewards print; `options`: keyword arguments of functions, by the name in `functions`; `memory`: bytes that each
-        process may hold, 0 for no limit; `environment`: names of variables that are passed on, besides the usual ones
-        (gruppo.rollout.workers.limits). Raises UsageError where a function cannot be imported, made with its options, or
-        called."""
+        """Start the processes and load the functions in them.
+
+        `columns`: columns of the rows other than the prompt; `timeout`: in seconds, per call; `log`: file for the
+        output of rewards; `options`: keyword arguments of functions, by their name in `functions`; `memory`: limit of
+        each process in bytes, 0 for no limit; `environment`: names of environment variables to pass in addition to the
+        usual ones (gruppo.rollout.workers.limits). Raises UsageError if a function cannot be imported, cannot be
+        created with its options or does not accept the arguments.
+        """
         if not functions and workers:
-            raise UsageError('reward.functions = []: there is no reward; write e.g. functions = ["last_number"]')
+            raise UsageError(
+                'reward.functions = []: must name at least one reward; write e.g. functions = ["last_number"]'
+            )
         self.names = _unique([_name(function) for function in functions])
         self.weights = list(weights) or [1.0] * len(functions)
         if len(self.weights) != len(functions):
-            raise UsageError(f"reward.weights = {self.weights}: {len(functions)} functions need as many weights")
+            raise UsageError(f"reward.weights = {self.weights}: must have one weight per function ({len(functions)})")
         self.timeout, self.columns, self.environment = timeout, list(columns), list(environment)
         options = options or {}
         check_option_names(functions, options)
-        self.paths = [each if isinstance(each, str) else None for each in functions]
-        self.options = [dict(options.get(each, {})) if isinstance(each, str) else {} for each in functions]
+        self.paths = [f if isinstance(f, str) else None for f in functions]
+        self.options = [dict(options.get(f, {})) if isinstance(f, str) else {} for f in functions]
         load = {
             "kind": "load",
             "rewards": [
-                (reward_path(f), f, dict(options.get(f, {}))) if isinstance(f, str) else (_carried(f), _name(f), {})
+                (reward_path(f), f, dict(options.get(f, {})))
+                if isinstance(f, str)
+                else (_pickled_function(f), _name(f), {})
                 for f in functions
             ],
             "columns": list(columns),
@@ -114,11 +121,11 @@ class RewardPool:
         state: Mapping[str, Any],
         advance: Advance | None = None,
     ) -> tuple[list[list[Reward]], dict[str, list[float]]]:
-        """Rewards of every completion of every group, and what the functions logged as metrics.
+        """Score every completion of every group. Returns the rewards and the metrics that the functions logged.
 
-        `state` becomes `trainer_state`. A call that raises, hangs, dies or returns nonsense makes its completions
-        abstain, with the reason; a value that is not a finite number makes its own completion abstain. `advance` is
-        called at least every half second and may raise: then the processes that are busy are replaced.
+        `state` becomes `trainer_state`. If a call raises, hangs, dies or returns an invalid result, its completions are
+        excluded, with the reason; if a value is not a finite number, only its own completion is excluded. `advance` is
+        called at least every half second and may raise; busy processes are then replaced.
         """
         jobs = [(index, function) for index in range(len(groups)) for function in range(len(self.names))]
         arguments = [call_arguments(prompt, completions) for prompt, completions in groups]
@@ -156,12 +163,12 @@ class RewardPool:
         done: Callable[[_Job, Mapping[str, Any]], None],
         tick: Callable[[], None],
     ) -> None:
-        """Give jobs to idle workers until all are done. A worker without a job may be loading its functions."""
+        """Give jobs to idle workers until all are done. A busy worker without a job is loading its functions."""
         busy: dict[Worker, tuple[_Job | None, float]] = {}
         try:
             while jobs or any(job is not None for job, _ in busy.values()):
-                for worker in [each for each in self._workers if each not in busy]:
-                    if worker.process.poll() is not None:  # by what an earlier call left behind
+                for worker in [idle for idle in self._workers if idle not in busy]:
+                    if worker.process.poll() is not None:  # ended by something that an earlier call left behind
                         worker.kill()
                         worker = self._replace(worker)  # noqa: PLW2901
                     if not worker.loaded:
@@ -182,7 +189,7 @@ class RewardPool:
     def _collect(
         self, busy: dict[Worker, tuple[_Job | None, float]], done: Callable[[_Job, Mapping[str, Any]], None]
     ) -> None:
-        """Take the answers that have come, and give up on workers whose time is over."""
+        """Handle the answers that have arrived and the workers whose deadline has passed."""
         for worker, (job, deadline) in list(busy.items()):
             answer = worker.answer_by(deadline)
             if answer is None:
@@ -201,26 +208,26 @@ class RewardPool:
         return Worker(self._load, self._output, self._memory, self.environment)
 
     def _replace(self, worker: Worker) -> Worker:
-        self._workers[self._workers.index(worker)] = made = self._new_worker()
-        return made
+        self._workers[self._workers.index(worker)] = replacement = self._new_worker()
+        return replacement
 
 
 def pickled(message: Mapping[str, Any]) -> bytes:
-    """cloudpickle carries more but is slower."""
+    """Pickle a message; with cloudpickle, which supports more types but is slower, only if needed."""
     try:
         return pickle.dumps(message)
     except Exception:  # noqa: BLE001  a column can be any object
         return cloudpickle.dumps(message)  # type: ignore[no-any-return]
 
 
-def _carried(function: RewardFunction) -> bytes:
+def _pickled_function(function: RewardFunction) -> bytes:
     if not callable(function):
-        raise UsageError(f"reward = {function!r}: neither a function nor an import path; give one of them")
+        raise UsageError(f"reward = {function!r}: must be a function or an import path")
     try:
         return cloudpickle.dumps(function)  # type: ignore[no-any-return]
     except Exception as error:
         raise UsageError(
-            f"reward = {_name(function)}: cannot be carried into its own process ({type(error).__name__}: {error}); "
+            f"reward = {_name(function)}: cannot be pickled for its process ({type(error).__name__}: {error}); "
             'define it in a file and pass "file.py:name"'
         ) from error
 
@@ -228,7 +235,7 @@ def _carried(function: RewardFunction) -> bytes:
 def _name(function: str | RewardFunction) -> str:
     if isinstance(function, str):
         return function.rpartition(":")[2]
-    original = getattr(function, "func", function)  # a partial has no name of its own
+    original = getattr(function, "func", function)  # a partial itself has no name
     return str(getattr(original, "__name__", type(original).__name__))
 
 
@@ -236,12 +243,12 @@ def _unique(names: Sequence[str]) -> list[str]:
     unique: list[str] = []
     for name in names:
         numbered = (f"{name}_{number}" for number in count(1))
-        unique.append(name if name not in unique else next(each for each in numbered if each not in unique))
+        unique.append(name if name not in unique else next(free for free in numbered if free not in unique))
     return unique
 
 
 def call_arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, Any]:
-    """What a reward function is called with: every list has G entries."""
+    """Arguments of a reward function. Every list has G entries."""
     size = len(completions)
     conversation = not isinstance(prompt.content, str)
     return {
@@ -257,42 +264,42 @@ def _outcome(answer: Mapping[str, Any], completions: Sequence[Completion]) -> Ou
         try:
             values, metrics, extra = answer["values"], answer["metrics"], answer["extra"]
             _require_form(values, metrics, extra)
-            made = [_value(value, each) for value, each in zip(values, completions, strict=True)]
+            checked = [_value(value, completion) for value, completion in zip(values, completions, strict=True)]
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
-            answer = {"failure": "its process gave an answer of no use; does it change Python's own modules?"}
+            answer = {"failure": "its process returned an invalid answer; does it change Python's own modules?"}
         else:
-            return Outcome(made, metrics, extra)
+            return Outcome(checked, metrics, extra)
     return Outcome([answer["failure"]] * len(completions), {}, {})
 
 
 def _require_form(values: Any, metrics: Any, extra: Any) -> None:
-    """Raise ValueError unless an answer's parts are of the form that the worker gives them: a function runs in the
+    """Raise ValueError unless the parts of an answer have the form that the worker uses. The function runs in the
     process that answers, and can have changed anything in it."""
-    logged = [each for column in metrics.values() for each in column]
-    if not all(type(each) in (int, float) for each in logged):
-        raise ValueError("a metric that is no number")
+    logged = [value for column in metrics.values() for value in column]
+    if not all(type(value) in (int, float) for value in logged):
+        raise ValueError("a metric is not a number")
     if not all(isinstance(column, list) for column in (values, *extra.values())):
-        raise ValueError("no lists")
+        raise ValueError("not lists")
 
 
 def _value(value: Any, completion: Completion) -> Value:
-    """A value as it came out of the worker; ends of steps that do not fit the completion are a failure."""
+    """A value from a worker. Step ends that do not match the completion are a failure."""
     if value is None:
         return None
     if not isinstance(value, dict):
         if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError("no finite number")
+            raise ValueError("not a finite number")
         return float(value)
     if "bad" in value:
         return writable_message(str(value["bad"]))
     rewards, ends = (tuple(value[name]) for name in ("rewards", "ends"))
-    if not all(type(each) in (int, float) for each in rewards) or not all(type(each) is int for each in ends):
-        raise ValueError("no numbers")
+    if not all(type(reward) in (int, float) for reward in rewards) or not all(type(end) is int for end in ends):
+        raise ValueError("not numbers")
     steps, size = Steps(rewards, ends), len(completion.token_ids)
     rising = all(before < after for before, after in pairwise(steps.ends))
     if len(steps.ends) != len(steps.rewards) or not rising or not all(0 <= end < size for end in steps.ends):
         return (
             f"step_ends = {list(steps.ends)[:20]} for {len(steps.rewards)} step_rewards and {size} tokens: must be one "
-            "a reward, rising, and within the completion"
+            "per reward, strictly increasing, and within the completion"
         )
     return steps

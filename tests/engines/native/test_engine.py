@@ -1,4 +1,4 @@
-"""The parts of the native engine."""
+"""Parts of the native engine."""
 
 from dataclasses import replace
 
@@ -20,8 +20,8 @@ def test_inverse_distribution_function_by_hand() -> None:
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25], dtype=torch.float64))
 
 
-def test_blocks_do_not_show() -> None:
-    """A vocabulary of several blocks, not a multiple of their size: the token is where the plain sum says."""
+def test_sampling_in_blocks_equals_the_plain_sum() -> None:
+    """A vocabulary of several blocks, not a multiple of the block size: the same token as by a plain cumulative sum."""
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(500, 1000, generator=generator, dtype=torch.float64)
     uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
@@ -32,7 +32,7 @@ def test_blocks_do_not_show() -> None:
     torch.testing.assert_close(logprobs, plain.gather(-1, tokens[:, None]).squeeze(-1).log(), rtol=0, atol=1e-12)
 
 
-def test_token_of_probability_zero_is_never_drawn() -> None:
+def test_token_of_probability_zero_is_never_sampled() -> None:
     logits = torch.full((2, 700), -torch.inf)
     logits[:, 300] = 0.0
     tokens, logprobs = sample_tokens(
@@ -42,28 +42,28 @@ def test_token_of_probability_zero_is_never_drawn() -> None:
     assert logprobs.tolist() == [0.0, 0.0]
 
 
-def test_greedy_takes_the_likeliest_at_temperature_one() -> None:
+def test_greedy_takes_the_most_likely_token_and_reports_temperature_one() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     tokens, logprobs = sample_tokens(logits, torch.tensor([0.9]), SamplingParams(0.0, 1))
     assert tokens.tolist() == [1]
     torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1)[:, 1])
 
 
-def test_stop_text_of_characters_that_are_several_tokens() -> None:
-    """A byte-level tokenizer shows half a character as a mark of its own, which the next token takes back."""
+def test_stop_text_with_characters_of_several_tokens() -> None:
+    """A byte-level tokenizer decodes half a character as a replacement character, until the next token completes it."""
     marks = {b"\xe5": 1, b"\xae": 2, b"\x8c": 3, b"a": 4}
 
     class Bytes:
         def decode(self, ids: list[int], **_: object) -> str:
             letters = {number: letter for letter, number in marks.items()}
-            return b"".join(letters[each] for each in ids).decode("utf-8", "replace")
+            return b"".join(letters[token] for token in ids).decode("utf-8", "replace")
 
     policy = replace(make_policy(), tokenizer=Bytes())
     options = SamplingParams(1.0, 5, stop=("a\u5b8c",))
     decoder = _Decoder(policy, 1, [Request((1,), [(0,)])], options)
     decoder.scheduler.tokens[0] = [4, 4, 1, 2, 3]
-    found = {}
+    stops = {}
     for length in range(1, 6):
         decoder.scheduler.length[0] = length
-        found[length] = decoder._find_stops(np.arange(1))
-    assert found == {1: {}, 2: {}, 3: {}, 4: {}, 5: {0: 1}}
+        stops[length] = decoder._find_stops(np.arange(1))
+    assert stops == {1: {}, 2: {}, 3: {}, 4: {}, 5: {0: 1}}

@@ -1,4 +1,4 @@
-"""Each compiled kernel against the same written with torch in float64, and what happens where there are none."""
+"""Each compiled kernel against torch in float64, and the behaviour without compiled kernels."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param  # type: ignore[no-any-return]
 
 
-def near(made: Tensor, expected: Tensor) -> None:
-    """Within what the dtype of the result can hold; torch's operations round to it several times."""
-    size = 2e-6 if made.dtype != torch.bfloat16 else 2**-8 if build.library(made.dtype) else 2**-6
-    torch.testing.assert_close(made.double(), expected.double(), rtol=size, atol=size * float(expected.abs().mean()))
+def near(result: Tensor, expected: Tensor) -> None:
+    """Equal within the precision of the result's dtype; torch's operations round to it several times."""
+    tolerance = 2e-6 if result.dtype != torch.bfloat16 else 2**-8 if build.library(result.dtype) else 2**-6
+    torch.testing.assert_close(
+        result.double(), expected.double(), rtol=tolerance, atol=tolerance * float(expected.abs().mean())
+    )
 
 
 @needs_compiler
-def test_kernels_are_there(dtype: torch.dtype) -> None:
+def test_kernels_are_available(dtype: torch.dtype) -> None:
     assert build.library(dtype) is not None
     assert build.kernels_sha256(torch.bfloat16) != build.kernels_sha256(torch.float32) != build.NO_KERNELS
     assert build.library(torch.float64) is None
@@ -47,32 +49,32 @@ def test_kernels_are_there(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 33, 576])
-def test_norm_of_a_sum(dtype: torch.dtype, size: int) -> None:
+def test_add_norm(dtype: torch.dtype, size: int) -> None:
     hidden, delta, weight = torch.randn(7, size), torch.randn(7, size).to(dtype), torch.randn(size)
-    made, normed = add_norm(hidden, delta, weight, 1e-5, dtype)
-    near(made, hidden.double() + delta.double())
+    total, normed = add_norm(hidden, delta, weight, 1e-5, dtype)
+    near(total, hidden.double() + delta.double())
     assert normed is not None
-    near(normed, rms_norm(made.double(), (size,), weight.double(), 1e-5))
-    same, again = add_norm(made, None, weight, 1e-5, dtype)
-    assert same is made
+    near(normed, rms_norm(total.double(), (size,), weight.double(), 1e-5))
+    same, again = add_norm(total, None, weight, 1e-5, dtype)
+    assert same is total
     assert again is not None
     assert torch.equal(again, normed)
 
 
 @pytest.mark.parametrize("with_more", [True, False])
-def test_gradient_of_a_norm(dtype: torch.dtype, with_more: bool) -> None:
+def test_norm_gradient(dtype: torch.dtype, with_more: bool) -> None:
     rows, weight = torch.randn(50, 48), torch.randn(48)
     grad, more = torch.randn(50, 48).to(dtype), torch.randn(50, 48) if with_more else None
-    made, of_weight = norm_backward(grad, rows, weight, 1e-5, more)
+    of_rows, of_weight = norm_backward(grad, rows, weight, 1e-5, more)
     x, w = rows.double().requires_grad_(), weight.double().requires_grad_()
     rms_norm(x, (48,), w, 1e-5).backward(grad.double())
     assert x.grad is not None
     assert w.grad is not None
-    near(made, x.grad + (0 if more is None else more.double()))
+    near(of_rows, x.grad + (0 if more is None else more.double()))
     near(of_weight, w.grad)
 
 
-def test_gate_and_its_gradient(dtype: torch.dtype) -> None:
+def test_swiglu_and_its_gradient(dtype: torch.dtype) -> None:
     gated, grad = (3 * torch.randn(9, 66)).to(dtype), torch.randn(9, 33).to(dtype)
     x = gated.double().requires_grad_()
     expected = silu(x[:, :33]) * x[:, 33:]
@@ -82,28 +84,28 @@ def test_gate_and_its_gradient(dtype: torch.dtype) -> None:
     near(gate_backward(gated, grad), x.grad)
 
 
-def turned(head: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cos, sin = (each.double().unsqueeze(1) for each in rope)
+def rotated(head: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (part.double().unsqueeze(1) for part in rope)
     first, second = head.chunk(2, dim=-1)
     return head * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 @pytest.mark.parametrize("normed", [True, False])
-def test_heads_are_turned(dtype: torch.dtype, normed: bool) -> None:
+def test_rotary_embeddings_are_applied(dtype: torch.dtype, normed: bool) -> None:
     projected, rope = torch.randn(5, 4 + 2 * 2, 16).to(dtype), (torch.randn(5, 16), torch.randn(5, 16))
     weights = (torch.rand(16), torch.rand(16)) if normed else (None, None)
-    made = apply_rope(projected, 4, rope, (*weights, 1e-6), torch.float32)
+    results = apply_rope(projected, 4, rope, (*weights, 1e-6), torch.float32)
     x = projected.double().requires_grad_()
     query, key, value = x.split([4, 2, 2], dim=1)
     if weights[0] is not None and weights[1] is not None:
         query = rms_norm(query, (16,), weights[0].double(), 1e-6)
         key = rms_norm(key, (16,), weights[1].double(), 1e-6)
-    expected = turned(query, rope), turned(key, rope), value
-    for own, want in zip(made, expected, strict=True):
-        near(own, want.detach())
+    expected = rotated(query, rope), rotated(key, rope), value
+    for result, want in zip(results, expected, strict=True):
+        near(result, want.detach())
     if not normed:
-        grads = [torch.randn_like(each) for each in made]
-        torch.autograd.backward(expected, [each.double() for each in grads])
+        grads = [torch.randn_like(result) for result in results]
+        torch.autograd.backward(expected, [grad.double() for grad in grads])
         assert x.grad is not None
         near(apply_rope_backward(*grads, rope, dtype), x.grad)
 
@@ -113,48 +115,48 @@ def test_heads_are_turned(dtype: torch.dtype, normed: bool) -> None:
 @pytest.mark.parametrize("window", [None, 3, 9])
 @pytest.mark.parametrize("width", [16, 48, 64, 128])
 def test_attention_of_a_decoding_step(dtype: torch.dtype, width: int, window: int | None, normed: bool) -> None:
-    """Against a softmax over each row's own keys and its prompt's, one by one."""
+    """Against a softmax over the keys key_head each row and its prompt, row by row."""
     queries, keys, count = 6, 2, 5
-    place, lengths, position = torch.tensor([1, 0, 1, 2, 0]), torch.tensor([4, 7, 1]), torch.tensor([0, 3, 5, 1, 4])
-    own = torch.randn(count + 1, keys, 6, width), torch.randn(count + 1, keys, 6, width)
+    prompt_of, lengths, position = torch.tensor([1, 0, 1, 2, 0]), torch.tensor([4, 7, 1]), torch.tensor([0, 3, 5, 1, 4])
+    cache = torch.randn(count + 1, keys, 6, width), torch.randn(count + 1, keys, 6, width)
     prefix = torch.randn(3, keys, 8, width), torch.randn(3, keys, 8, width)
-    before = own[0].clone(), own[1].clone()
+    before = cache[0].clone(), cache[1].clone()
     projected = torch.randn(count, queries + 2 * keys, width).to(dtype)
     rope = torch.randn(count, width), torch.randn(count, width)
     weights = (torch.rand(width), torch.rand(width)) if normed else (None, None)
-    made = attend_decoding(
-        projected, queries, rope, (*weights, 1e-6), 0.3, window, own, prefix,
-        (place.argsort(stable=True), place, lengths[place], position),
+    result = attend_decoding(
+        projected, queries, rope, (*weights, 1e-6), 0.3, window, cache, prefix,
+        (prompt_of.argsort(stable=True), prompt_of, lengths[prompt_of], position),
     )  # fmt: skip
-    assert made is not None
+    assert result is not None
     query, key, value = apply_rope(projected.double(), queries, rope, (*weights, 1e-6), torch.float64)
     expected = torch.empty(count, queries, width, dtype=torch.float64)
     for row in range(count):
         written = int(position[row])
         before[0][row, :, written], before[1][row, :, written] = key[row].float(), value[row].float()
-        shared = slice(int(lengths[place[row]]))
-        all_keys = torch.cat([prefix[0][place[row], :, shared], before[0][row, :, : written + 1]], dim=1).double()
-        all_values = torch.cat([prefix[1][place[row], :, shared], before[1][row, :, : written + 1]], dim=1).double()
+        shared = slice(int(lengths[prompt_of[row]]))
+        all_keys = torch.cat([prefix[0][prompt_of[row], :, shared], before[0][row, :, : written + 1]], dim=1).double()
+        all_values = torch.cat([prefix[1][prompt_of[row], :, shared], before[1][row, :, : written + 1]], dim=1).double()
         seen = slice(-window if window else None, None)
         for head in range(queries):
-            of = head // (queries // keys)
-            scores = 0.3 * all_keys[of, seen] @ query[row, head]
-            expected[row, head] = torch.softmax(scores, dim=0) @ all_values[of, seen]
-    near(made, expected.view(count, -1))
-    for store, want in zip(own, before, strict=True):
+            key_head = head // (queries // keys)
+            scores = 0.3 * all_keys[key_head, seen] @ query[row, head]
+            expected[row, head] = torch.softmax(scores, dim=0) @ all_values[key_head, seen]
+    near(result, expected.view(count, -1))
+    for store, want in zip(cache, before, strict=True):
         torch.testing.assert_close(store, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_of_a_part_and_their_gradient(dtype: torch.dtype, temperature: float) -> None:
+def test_logprobs_of_a_vocabulary_chunk_and_their_gradient(dtype: torch.dtype, temperature: float) -> None:
     logits = (5 * torch.randn(6, 300)).to(dtype)
     if build.library(dtype) is not None:
         logits[0, :100] = -torch.inf
     targets = torch.tensor([120, 0, 99, 100, 399, 400])
     target = torch.full((6,), 7.0)
-    normaliser, mean = logprobs_of_part(logits, temperature, targets, 100, target)
+    normalizer, mean = logprobs_of_part(logits, temperature, targets, 100, target)
     z = logits.double() / temperature
-    near(normaliser, z.logsumexp(dim=-1))
+    near(normalizer, z.logsumexp(dim=-1))
     torch.testing.assert_close(mean.double(), (z.softmax(-1) * z).nansum(-1), rtol=1e-5, atol=1e-5)
     inside = [0, 3, 4]
     near(target[inside], z[inside, targets[inside] - 100])
@@ -163,58 +165,58 @@ def test_logprobs_of_a_part_and_their_gradient(dtype: torch.dtype, temperature: 
     onehot = torch.zeros_like(z)
     onehot[inside, targets[inside] - 100] = 1
     expected = scale.double()[:, None] * (onehot - (z - 6.0).exp())
-    made = logprobs_backward(logits.clone(), temperature, targets, 100, torch.full((6,), 6.0), scale)
-    assert made.dtype == dtype
-    near(made, expected)
+    gradient = logprobs_backward(logits.clone(), temperature, targets, 100, torch.full((6,), 6.0), scale)
+    assert gradient.dtype == dtype
+    near(gradient, expected)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
-def test_logits_that_are_not_finite_are_not_hidden(dtype: torch.dtype, bad: float) -> None:
+def test_non_finite_logits_are_not_hidden(dtype: torch.dtype, bad: float) -> None:
     logits = torch.zeros(3, 500).to(dtype)
     logits[1, 10:] = bad
-    normaliser, _ = logprobs_of_part(logits, 1.0, torch.zeros(3, dtype=torch.long), 0, torch.zeros(3))
-    assert normaliser.isfinite().tolist() == [True, False, True]
+    normalizer, _ = logprobs_of_part(logits, 1.0, torch.zeros(3, dtype=torch.long), 0, torch.zeros(3))
+    assert normalizer.isfinite().tolist() == [True, False, True]
     uniforms = torch.tensor([0.5, 0.5, 0.999], dtype=torch.float64)
     tokens, sampled = sample_tokens(logits, uniforms, SamplingParams(1.0, 1))
     assert sampled.isfinite().tolist() == [True, False, True]
-    assert tokens[[0, 2]].tolist() == [250, 499], "a row does not change how another is sampled"
+    assert tokens[[0, 2]].tolist() == [250, 499], "a row does not affect how other rows are sampled"
 
 
 @needs_compiler
-def test_defaults_of_torch_and_other_layouts_change_nothing(dtype: torch.dtype) -> None:
-    """Where what a kernel would read or write is not as it expects, torch computes."""
+def test_torch_defaults_and_other_layouts_change_nothing(dtype: torch.dtype) -> None:
+    """torch computes if a tensor does not have the layout or dtype that a kernel expects."""
     projected, rope = torch.randn(5, 6, 16).to(dtype), (torch.randn(5, 16), torch.randn(5, 16))
     logits, uniforms = torch.randn(5, 300).to(dtype), torch.rand(5, 2, dtype=torch.float64)
     hidden, delta, weight = torch.randn(5, 16), torch.randn(5, 16).to(dtype), torch.rand(16)
 
-    def made() -> list[Tensor]:
+    def results() -> list[Tensor]:
         normed = add_norm(hidden, delta, weight, 1e-5, dtype)[1]
         of_weight = norm_backward(delta, hidden, weight, 1e-5)[1]
-        drawn = sample(logits, 1.0, uniforms[:, 1])
+        sampled = sample(logits, 1.0, uniforms[:, 1])
         assert normed is not None
-        assert drawn is not None
-        return [normed, of_weight, *drawn, *apply_rope(projected, 2, rope, (None, None, 0.0), torch.float32)]
+        assert sampled is not None
+        return [normed, of_weight, *sampled, *apply_rope(projected, 2, rope, (None, None, 0.0), torch.float32)]
 
-    expected = made()
+    expected = results()
     torch.set_default_dtype(torch.float64)
     try:
-        assert all(map(torch.equal, made(), expected))
+        assert all(map(torch.equal, results(), expected))
     finally:
         torch.set_default_dtype(torch.float32)
     plain = sample(logits, 1.0, uniforms[:, 1].clone())
     assert plain is not None
     assert torch.equal(plain[0], expected[2])
-    odd = add_norm(hidden, delta.float() if dtype == torch.bfloat16 else delta.double(), weight, 1e-5, dtype)[1]
-    assert odd is not None
-    near(odd, expected[0])
-    narrow_rope = tuple(each.to(torch.bfloat16) for each in rope)
+    other_dtype = add_norm(hidden, delta.float() if dtype == torch.bfloat16 else delta.double(), weight, 1e-5, dtype)[1]
+    assert other_dtype is not None
+    near(other_dtype, expected[0])
+    bfloat16_rope = tuple(part.to(torch.bfloat16) for part in rope)
     stores = tuple(torch.zeros(5, 2, 4, 16) for _ in range(2)), tuple(torch.zeros(1, 2, 4, 16) for _ in range(2))
     rows = [torch.arange(5), *(torch.zeros(5, dtype=torch.long) for _ in range(3))]
-    assert attend_decoding(projected, 2, narrow_rope, (None, None, 0.0), 1.0, None, *stores, rows) is None
+    assert attend_decoding(projected, 2, bfloat16_rope, (None, None, 0.0), 1.0, None, *stores, rows) is None
 
 
 @needs_compiler
-def test_a_library_that_is_damaged_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_damaged_library_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "gcc -pipe")
     path = build._compiled(torch.float32)
@@ -240,7 +242,7 @@ def test_sampling_inverts_the_distribution_function(dtype: torch.dtype, size: in
     assert (low, high) == (0, size - 1)
 
 
-def test_rows_do_not_depend_on_their_neighbours(dtype: torch.dtype) -> None:
+def test_rows_do_not_depend_on_their_neighbors(dtype: torch.dtype) -> None:
     hidden, delta, weight = torch.randn(40, 64), torch.randn(40, 64).to(dtype), torch.randn(64)
     many = add_norm(hidden, delta, weight, 1e-5, dtype)[1]
     few = add_norm(hidden[7:9].clone(), delta[7:9].clone(), weight, 1e-5, dtype)[1]
@@ -250,7 +252,7 @@ def test_rows_do_not_depend_on_their_neighbours(dtype: torch.dtype) -> None:
 
 
 def test_without_kernels_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """All tests of this file once more where nothing is compiled."""
+    """Runs all tests of this file again without compiled kernels."""
     if os.environ.get("GRUPPO_KERNELS") == "0" or dtype != torch.float32:
         pytest.skip("once is enough")
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
@@ -260,15 +262,15 @@ def test_without_kernels_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("compiler", "said"),
+    ("compiler", "message"),
     [("/nonexistent/cc", "cannot be run"), ("/bin/false", "failed"), ("/bin/true", "cannot be written to")],
 )
-def test_a_compiler_that_fails_is_a_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, said: str
+def test_a_failing_compiler_is_reported_as_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str, message: str
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
-    with pytest.raises(build._Missing, match=said):
+    with pytest.raises(build._Missing, match=message):
         build._compiled(torch.float32)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -277,21 +279,23 @@ def test_a_compiler_that_fails_is_a_reason(
 @pytest.mark.parametrize("window", [None, 1, 5, 30])
 @pytest.mark.parametrize(("heads", "keys", "width"), [(6, 2, 16), (4, 4, 32), (9, 3, 64), (2, 2, 80)])
 def test_packed_attention_and_its_gradient(heads: int, keys: int, width: int, window: int | None) -> None:
-    """Against torch's attention of each sequence alone, behind its prompt, in float64."""
+    """Against torch's attention over each prompt and completion alone, in float64."""
     torch.manual_seed(0)
     groups = [(3, (5, 1, 20)), (33, (17, 16)), (1, ())]
     layout = PackedLayout(groups)
     rows = int(layout.length.sum())
     tensors = [torch.randn(rows, count, width) for count in (heads, keys, keys)]
     assert layout.fits(*tensors)
-    made, normaliser = attend_packed(tensors[0], tensors[1], tensors[2], layout, 0.2, window)
-    query, key, value = (each.double().requires_grad_() for each in tensors)
+    result, normalizer = attend_packed(tensors[0], tensors[1], tensors[2], layout, 0.2, window)
+    query, key, value = (tensor.double().requires_grad_() for tensor in tensors)
     expected, sums, start = [], [], 0
     for prompt, completions in groups:
-        own = start + prompt
+        completion_start = start + prompt
         for length in (0, *completions):
-            place = torch.cat([torch.arange(start, start + prompt), torch.arange(own, own + length)])
-            all_keys, all_values = (each[place].repeat_interleave(heads // keys, 1) for each in (key, value))
+            place = torch.cat(
+                [torch.arange(start, start + prompt), torch.arange(completion_start, completion_start + length)]
+            )
+            all_keys, all_values = (tensor[place].repeat_interleave(heads // keys, 1) for tensor in (key, value))
             scores = 0.2 * torch.einsum("qhd,khd->hqk", query[place], all_keys)
             distance = torch.arange(len(place))[:, None] - torch.arange(len(place))
             seen = (distance >= 0) & (distance < (window or 10**9))
@@ -299,13 +303,13 @@ def test_packed_attention_and_its_gradient(heads: int, keys: int, width: int, wi
             new = slice(prompt if length else 0, None)
             expected.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), all_values)[new])
             sums.append(scores.logsumexp(-1).T[new])
-            own += length
-        start = own
-    torch.testing.assert_close(made.double(), torch.cat(expected).detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(normaliser.double(), torch.cat(sums).detach(), rtol=1e-5, atol=1e-5)
-    grad = torch.randn_like(made)
+            completion_start += length
+        start = completion_start
+    torch.testing.assert_close(result.double(), torch.cat(expected).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normalizer.double(), torch.cat(sums).detach(), rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(result)
     torch.cat(expected).backward(grad.double())
-    gradients = attend_packed_backward(grad, tensors, (made, normaliser), layout, 0.2, window)
-    for own_grad, tensor in zip(gradients, (query, key, value), strict=True):
+    gradients = attend_packed_backward(grad, tensors, (result, normalizer), layout, 0.2, window)
+    for gradient, tensor in zip(gradients, (query, key, value), strict=True):
         assert tensor.grad is not None
-        torch.testing.assert_close(own_grad.double(), tensor.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient.double(), tensor.grad, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Where a text names its answer."""
+"""How the answer of a text is extracted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gruppo.rewards.grading.extraction import decisions, own_answer
     ],
 )
 def test_decisions(text: str, rules: list[str]) -> None:
-    assert [each.rule for each in decisions(text)] == rules
+    assert [decision.rule for decision in decisions(text)] == rules
 
 
 def test_boxes_have_balanced_braces() -> None:
@@ -41,22 +41,22 @@ def test_boxes_have_balanced_braces() -> None:
     ]
 
 
-def test_boxes_that_belong_together_are_one_list() -> None:
+def test_adjacent_boxes_are_one_list() -> None:
     assert last_box("$x = \\boxed{-2}$ and $x = \\boxed{1}$") == (5, "-2, 1")
-    found = last_box("\\boxed{3} is wrong. So \\boxed{4}")
-    assert found is not None
-    assert found[1] == "4"
+    box = last_box("\\boxed{3} is wrong. So \\boxed{4}")
+    assert box is not None
+    assert box[1] == "4"
     assert last_box("none") is None
 
 
-def test_own_answer_ends_where_the_next_question_begins() -> None:
+def test_own_answer_ends_where_the_next_question_starts() -> None:
     assert own_answer("\\boxed{5}\n\nQuestion: 2 + 2?\nAnswer: 4") == "\\boxed{5}\n"
     assert own_answer("答案是5\n\n问题：二") == "答案是5\n"
-    asked = "Let me restate.\nQuestion: 2 + 2?\nThe answer is 4."
-    assert own_answer(asked) == asked  # nothing was answered before it
+    restated = "Let me restate.\nQuestion: 2 + 2?\nThe answer is 4."
+    assert own_answer(restated) == restated  # no answer comes before the question
 
 
-def test_thoughts_are_no_answer() -> None:
+def test_thoughts_are_not_the_answer() -> None:
     assert own_answer("<think>\\boxed{3}</think>\\boxed{4}") == "\\boxed{4}"
     assert own_answer("<think>\\boxed{3}</think>") == "<think>\\boxed{3}</think>"
 
@@ -64,13 +64,13 @@ def test_thoughts_are_no_answer() -> None:
 @pytest.mark.parametrize(
     "part", ["\\boxed{", "the answer is ", "####", "$", "A, ", "1,234 ", "Answer: ", "(", "{", "9"]
 )
-def test_long_texts_take_no_time_to_speak_of(part: str) -> None:
-    """Every rule reads a text in a time that grows about as its length does."""
+def test_long_texts_are_read_quickly(part: str) -> None:
+    """The time of every rule grows about linearly with the length of the text."""
     from gruppo.rewards.grading.choices import choice_of
     from gruppo.rewards.grading.numbers import answered_number
 
     text = part * (12_000 // len(part))
-    begun = time.process_time()
+    start = time.process_time()
     answered_number(text)
     choice_of(text, ["1", "2"], "AB")
-    assert time.process_time() - begun < 10
+    assert time.process_time() - start < 10

@@ -1,7 +1,7 @@
-"""Graders against a list that was checked by hand: `graded.jsonl`, a row a text.
+"""Graders against `graded.jsonl`, a list of texts that was graded by hand, one row per text.
 
-`correct` is what a careful reader says. `known` marks what a grader is known to get wrong, with the reason; such a row
-must be wrong in the very way that it says, so that a grader that learns better is noticed.
+`correct` is the verdict of a careful reader. `known` marks a known mistake of a grader, with the reason; the grader
+must make exactly that mistake, so that an improvement is noticed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ROWS = [json.loads(line) for line in Path(__file__).with_name("graded.jsonl").re
 def grade(row: dict[str, Any]) -> str:
     """ "right", "false positive" or "false negative"."""
     columns = {name: row[name] for name in ("answer", "choices", "question") if name in row}
-    given = find_grader(row["grader"])(row["text"], columns)
-    if given == row["correct"]:
+    verdict = find_grader(row["grader"])(row["text"], columns)
+    if verdict == row["correct"]:
         return "right"
-    return "false positive" if given else "false negative"
+    return "false positive" if verdict else "false negative"
 
 
 def test_the_list_is_large_and_has_both_kinds() -> None:
@@ -41,9 +41,9 @@ def test_the_list_is_large_and_has_both_kinds() -> None:
 
 
 def test_false_positives_and_negatives(capsys: pytest.CaptureFixture[str]) -> None:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     outcomes = [(row, grade(row)) for row in ROWS]
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     table = Counter((row["grader"], outcome, "known" in row) for row, outcome in outcomes)
     with capsys.disabled():
         print(f"\n{'grader':10}{'texts':>7}{'false +':>9}{'false -':>9}{'known':>7}   ({seconds:.1f} s)")

@@ -1,4 +1,4 @@
-"""Grades with their reasons, and what other rules say."""
+"""Grades with their reasons and the verdicts of other rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gruppo.rewards.grading.graders import GRADERS
 from gruppo.rewards.grading.verdicts import LONGEST, verdicts
 
 
-def test_a_verdict_says_what_was_found_and_how() -> None:
+def test_a_verdict_has_the_extracted_answer_and_its_rule() -> None:
     verdict = verdicts("So 18. The answer is 20 dollars.", {"answer": "20"}, "numeric_answer")
     assert (verdict.correct, verdict.rule) == (True, "answer is")
     assert verdict.extracted == "20 dollars."
@@ -19,7 +19,7 @@ def test_a_verdict_says_what_was_found_and_how() -> None:
     assert not verdict.ambiguous
 
 
-def test_rules_that_differ_are_seen() -> None:
+def test_disagreeing_rules_are_ambiguous() -> None:
     verdict = verdicts("\\boxed{18}, for the 7 days of a week.", {"answer": "18"}, "numeric_answer")
     assert verdict.correct
     assert verdict.others == {"boxed": True, "last number": False, "last plain number": False}
@@ -29,7 +29,7 @@ def test_rules_that_differ_are_seen() -> None:
     assert changed.others["boxed"]
 
 
-def test_mathematics() -> None:
+def test_math() -> None:
     verdict = verdicts("$x = \\frac{1}{2}$", {"answer": "0.5"}, "math_answer")
     assert (verdict.correct, verdict.extracted, verdict.rule) == (True, None, "whole text")
     assert verdict.others["math-verify"]
@@ -37,7 +37,7 @@ def test_mathematics() -> None:
     assert boxed.others == {"boxed": True}
 
 
-def test_science_says_what_one_percent_would() -> None:
+def test_science_reports_the_verdict_at_one_percent() -> None:
     verdict = verdicts("$\\boxed{1.61}$ cm", {"answer": "1.6"}, "ocw")
     assert not verdict.correct
     assert verdict.others["within 1 %"]
@@ -54,8 +54,8 @@ def test_choices() -> None:
 
 def test_other_graders() -> None:
     assert verdicts(" four ", {"answer": "four"}, "exact_match").extracted == "four"
-    own = verdicts("x", {}, "tests.rewards.grading.test_verdicts:always")
-    assert (own.correct, own.extracted, own.others) == (True, None, {})
+    verdict = verdicts("x", {}, "tests.rewards.grading.test_verdicts:always")
+    assert (verdict.correct, verdict.extracted, verdict.others) == (True, None, {})
     with pytest.raises(UsageError, match="no answer"):
         verdicts("4", {}, "numeric_answer")
 
@@ -64,7 +64,7 @@ def always(text: str, columns: object) -> bool:
     return True
 
 
-def test_an_extract_is_short() -> None:
+def test_an_extracted_answer_is_short() -> None:
     verdict = verdicts("The answer is 5" + " and so on" * 100, {"answer": "5"}, "numeric_answer")
     assert verdict.extracted is not None
     assert len(verdict.extracted) <= LONGEST
@@ -82,13 +82,13 @@ def test_an_extract_is_short() -> None:
         ("ocw", ""),
     ],
 )
-def test_a_reference_that_cannot_be_read_is_told(grader: str, answer: object) -> None:
+def test_an_unreadable_reference_answer_is_reported(grader: str, answer: object) -> None:
     with pytest.raises(UsageError, match="answer = "):
         GRADERS[grader]("4", {"answer": answer})
 
 
-def test_mathematics_in_a_thread_is_told() -> None:
-    """math-verify works by signals, which a thread cannot have; nothing may be graded wrong in silence for it."""
+def test_math_in_a_thread_is_refused() -> None:
+    """math-verify relies on signals, which do not work in threads; that must not silently cause wrong grades."""
     caught: list[BaseException] = []
 
     def grade() -> None:

@@ -1,4 +1,4 @@
-"""Users' classes in processes of their own: what they may do, and what happens when they hang, die or lie."""
+"""User-defined classes in their own processes: state, randomness, and classes that hang, die or return bad values."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ def say(environments: ProcessEnvironments, played: list[EnvironmentHandle], *tex
 
 @pytest.fixture(scope="module")
 def letters() -> Iterator[ProcessEnvironments]:
-    made = hosted("Letters", options={"rounds": 2})
-    yield made
-    made.close()
+    environments = hosted("Letters", options={"rounds": 2})
+    yield environments
+    environments.close()
 
 
-def test_objects_of_ours_keep_their_state_apart(letters: ProcessEnvironments) -> None:
+def test_environments_keep_separate_state(letters: ProcessEnvironments) -> None:
     two = plays({}, {})
     assert (letters.stop, letters.schemas, letters.gives_reward) == (("?", "="), [], True)
     assert letters.answer(two, nothing) == [Answer(), Answer()]
     assert say(letters, two, "ab", "xy") == [Answer(("+",)), Answer(("+",))]
     assert say(letters, two, "z", "c") == [Answer(("--",), done=True)] * 2
-    assert [each.reward for each in letters.end(two, nothing)] == [2 / 3, 1 / 3]
+    assert [answer.reward for answer in letters.end(two, nothing)] == [2 / 3, 1 / 3]
 
 
-def test_a_lost_process_is_made_up_for(letters: ProcessEnvironments) -> None:
-    """Its objects are made again by what they were given; nothing of the answers changes."""
+def test_a_lost_process_is_replaced(letters: ProcessEnvironments) -> None:
+    """Its environments are rebuilt by repeating their turns; the answers do not change."""
     (play,) = plays({})
     letters.answer([play], nothing)
     say(letters, [play], "ab")
@@ -66,53 +66,55 @@ def test_a_lost_process_is_made_up_for(letters: ProcessEnvironments) -> None:
     assert say(letters, [play], "z") == [Answer(("--",), done=True)]
     letters._workers[0].kill()
     letters._replace(letters._workers[0])
-    assert [each.reward for each in letters.end([play], nothing)] == [2 / 3]
+    assert [answer.reward for answer in letters.end([play], nothing)] == [2 / 3]
 
 
-def test_python_s_own_random_numbers_depend_on_seed_and_turn_alone() -> None:
-    made = []
+def test_pythons_random_numbers_depend_only_on_seed_and_turn() -> None:
+    results = []
     for count in (1, 3):
         environments = hosted("Random")
         played = [*plays({}, seed=7), *(EnvironmentHandle(number, {}, 8) for number in range(1, count))]
         environments.answer(played, nothing)
         first = say(environments, played, *["x"] * count)[0]
-        environments._places.clear()  # as if another process had it
-        made.append((first, say(environments, played, *["y"] * count)[0], environments.end(played[:1], nothing)[0]))
+        environments._places.clear()  # as if in another process
+        results.append((first, say(environments, played, *["y"] * count)[0], environments.end(played[:1], nothing)[0]))
         environments.close()
-    assert made[0] == made[1]
-    assert made[0][2].reward is not None
+    assert results[0] == results[1]
+    assert results[0][2].reward is not None
 
 
 @pytest.mark.parametrize("limit", [1.0])
-def test_what_fails_fails_alone(limit: float) -> None:
-    whats = [
+def test_failures_affect_only_their_own_environment(limit: float) -> None:
+    behaviors = [
         "hang in reset", "die in reset", "raise in reset", "hang in step", "die in step", "raise in step", "no turn",
         "no text", "hang in get_reward", "die in get_reward", "raise in get_reward", "nan", "text", "none", "well",
     ]  # fmt: skip
     environments = hosted("Fails", seconds=limit)
-    played = plays(*({"what": what} for what in whats))
-    told: dict[str, str | None] = {}
+    played = plays(*({"what": behavior} for behavior in behaviors))
+    failures: dict[str, str | None] = {}
     alive, ends = played, []
     for ask in ("reset", "step", "end"):
         if ask == "step":
             answers = say(environments, alive, *["x"] * len(alive))
         else:
             answers = (environments.end if ask == "end" else environments.answer)(alive, nothing)
-        told |= {play.row["what"]: each.failure for play, each in zip(alive, answers, strict=True) if each.failure}
-        ends = [each.reward for each in answers if not each.failure]
-        alive = [play for play, each in zip(alive, answers, strict=True) if not each.failure]
+        failures |= {
+            play.row["what"]: answer.failure for play, answer in zip(alive, answers, strict=True) if answer.failure
+        }
+        ends = [answer.reward for answer in answers if not answer.failure]
+        alive = [play for play, answer in zip(alive, answers, strict=True) if not answer.failure]
     environments.close()
     assert [play.row["what"] for play in alive] == ["none", "well"]
     assert ends == [None, 1.0]
-    for what, why in told.items():
+    for what, why in failures.items():
         expected = {"hang": "environment.seconds", "die ": "process died", "rais": "is broken"}
         assert expected.get(what[:4], "") in str(why)
-    assert "not a Turn" in str(told["no turn"])
-    assert "not text" in str(told["no text"])
-    assert "get_reward returned nan" in str(told["nan"])
+    assert "not a Turn" in str(failures["no turn"])
+    assert "not text" in str(failures["no text"])
+    assert "get_reward returned nan" in str(failures["nan"])
 
 
-def test_long_observations_are_cut_with_a_note() -> None:
+def test_long_observations_are_truncated_with_a_note() -> None:
     environments = hosted("Greets", output=3)
     (play,) = plays({})
     environments._places.clear()
@@ -128,7 +130,7 @@ def test_classes_are_refused_before_any_work() -> None:
         hosted("worlds_that_are_not_there.py:X")
 
 
-def test_blocks_of_python_go_to_sandboxes() -> None:
+def test_python_blocks_run_in_sandboxes() -> None:
     pool = FakePool()
     environments = PythonEnvironments(pool, 2)
     played = plays({}, {}, {})
@@ -137,11 +139,11 @@ def test_blocks_of_python_go_to_sandboxes() -> None:
     answers = say(environments, played, block, "no code", block)  # type: ignore[arg-type]
     assert answers == [Answer(("```output\n1\n```\n",), calls=1), Answer(), Answer(("```output\n1\n```\n",), calls=1)]
     environments.end(played[:1], nothing)
-    assert sorted(each.closed for each in pool.sessions) == [False, True]
+    assert sorted(session.closed for session in pool.sessions) == [False, True]
     environments.close()
     assert pool.closed
-    assert all(each.closed for each in pool.sessions)
+    assert all(session.closed for session in pool.sessions)
 
 
-def test_nothing_is_needed_where_nothing_is_sampled() -> None:
+def test_no_sandbox_is_needed_if_nothing_is_sampled() -> None:
     open_environments(Environment(name="python"), [], None, NullProgress(), played=False).close()

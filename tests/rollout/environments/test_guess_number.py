@@ -1,4 +1,4 @@
-"""The guessing game, by hand."""
+"""The guessing game, worked by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_rows() -> None:
     assert "from 1 to 12." in rows[2]["prompt"][0]["content"]
 
 
-def begun(number: int) -> Guess:
+def started(number: int) -> Guess:
     game = Guess(3)
     game.reset({"most": 10}, 0)
     game.number = number
@@ -23,7 +23,7 @@ def begun(number: int) -> Guess:
 
 
 def test_a_game_that_is_won() -> None:
-    game = begun(7)
+    game = started(7)
     assert game.step("Is it 3? or 4") == Turn("Higher.")
     assert game.step("9") == Turn("Lower.")
     assert game.step("7!") == Turn("Right.", done=True)
@@ -31,7 +31,7 @@ def test_a_game_that_is_won() -> None:
 
 
 def test_a_game_that_is_lost() -> None:
-    game = begun(7)
+    game = started(7)
     assert game.step("none") == Turn("That is no number from 1 to 10.")
     assert game.get_reward() == 0.0
     assert game.step("11") == Turn("That is no number from 1 to 10.")
@@ -39,7 +39,7 @@ def test_a_game_that_is_lost() -> None:
     assert game.get_reward() == pytest.approx(0.5 * 0.8)
 
 
-def test_the_number_is_of_the_seed() -> None:
+def test_the_number_depends_on_the_seed() -> None:
     numbers = []
     for seed in (1, 1, 2, 3, 4):
         game = Guess()
@@ -49,6 +49,6 @@ def test_the_number_is_of_the_seed() -> None:
     assert len(set(numbers)) == 4
 
 
-def test_it_is_one_of_ours() -> None:
+def test_it_loads_as_a_gruppo_environment() -> None:
     loaded = load_environment("gruppo.rollout.environments.guess_number:Guess", {"guesses": 2})
     assert (loaded.gives_reward, loaded.schemas) == (True, [])

@@ -1,4 +1,4 @@
-"""Environments alone: TRL's classes as they are, calls of tools, blocks of Python. Worked by hand."""
+"""Environments alone, worked by hand: unchanged TRL classes, tool calls, Python blocks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def call(name: str, **arguments: object) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
-def begun() -> Tools:
+def counter_at_5() -> Tools:
     tools = Tools(Counter())
     assert tools.reset({"prompt": "x", "start": 5}, 0) == " It is 5 now."
     return tools
 
 
-def test_tools_of_a_class_of_trls() -> None:
+def test_tools_of_a_trl_class() -> None:
     loaded = load_environment(f"{WORLDS}:Counter", {})
-    assert [each["function"]["name"] for each in loaded.schemas] == ["add", "breaks", "look"]
+    assert [schema["function"]["name"] for schema in loaded.schemas] == ["add", "breaks", "look"]
     assert (loaded.gives_reward, loaded.stop) == (True, ())
 
 
@@ -54,14 +54,14 @@ def test_schemas_of_annotations() -> None:
     def tool(a: str | None, b: list[int], c: float = 1.0, *rest: int, d=None, **others: int) -> None:
         """Text."""
 
-    made = schema_of(tool)["function"]["parameters"]
-    assert made["properties"] == {
+    parameters = schema_of(tool)["function"]["parameters"]
+    assert parameters["properties"] == {
         "a": {"type": "string"}, "b": {"type": "array", "items": {"type": "integer"}}, "c": {"type": "number"}, "d": {},
     }  # fmt: skip
-    assert made["required"] == ["a", "b"]
+    assert parameters["required"] == ["a", "b"]
 
 
-def test_schema_is_that_of_transformers() -> None:
+def test_schema_equals_that_of_transformers() -> None:
     from transformers.utils import get_json_schema
 
     theirs = get_json_schema(Counter().add)
@@ -69,15 +69,15 @@ def test_schema_is_that_of_transformers() -> None:
     assert schema_of(Counter().add) == theirs
 
 
-def test_several_calls_in_one_turn_are_made_in_order() -> None:
-    tools = begun()
+def test_several_calls_in_one_turn_run_in_order() -> None:
+    tools = counter_at_5()
     turn = tools.step(f"First {call('add', amount=2)} then {call('add', amount=1, times=3)}{call('look')}")
     assert turn == Turn(["total 7", "total 10", '{"total": 10}'], calls=3)
     assert tools.get_reward() == 10.0
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (call("subtract", amount=1), "there is no tool 'subtract'; there are: add, breaks, look"),
         (call("_hidden"), "there is no tool '_hidden'"),
@@ -91,25 +91,27 @@ def test_several_calls_in_one_turn_are_made_in_order() -> None:
         ("<tool_call>", "the tool call is no JSON"),
     ],
 )
-def test_what_is_wrong_with_a_call_is_told_to_the_model(text: str, told: str) -> None:
-    turn = begun().step(text)
+def test_invalid_calls_are_reported_to_the_model(text: str, message: str) -> None:
+    turn = counter_at_5().step(text)
     assert (turn.calls, turn.errors, turn.done) == (1, 1, False)
     assert turn.observation is not None
-    assert turn.observation[0].startswith(f"Error: {told}")
+    assert turn.observation[0].startswith(f"Error: {message}")
 
 
-def test_a_call_that_is_not_closed_or_written_as_openai_does() -> None:
-    assert begun().step('<tool_call>{"name": "add", "arguments": "{\\"amount\\": 2}"}').observation == ["total 7"]
+def test_an_unclosed_call_and_the_openai_format() -> None:
+    assert counter_at_5().step('<tool_call>{"name": "add", "arguments": "{\\"amount\\": 2}"}').observation == [
+        "total 7"
+    ]
     nested = '{"function": {"name": "add", "arguments": {"amount": 1}}}'
-    assert begun().step(f"<tool_call>{nested}</tool_call>").observation == ["total 6"]
+    assert counter_at_5().step(f"<tool_call>{nested}</tool_call>").observation == ["total 6"]
 
 
-def test_a_turn_without_calls_is_the_last() -> None:
-    assert begun().step("I am done.") == Turn()
+def test_a_turn_without_calls_has_no_answer() -> None:
+    assert counter_at_5().step("I am done.") == Turn()
     assert tool_calls("none") == []
 
 
-def test_classes_that_cannot_be_used() -> None:
+def test_unusable_classes_are_refused() -> None:
     for name, options, message in (
         (f"{WORLDS}:Missing", {}, "environment.name"),
         (f"{WORLDS}:Counter", {"a": 1}, "environment.options"),
@@ -146,12 +148,12 @@ def test_classes_that_cannot_be_used() -> None:
         ("```pyramid\nx\n```\n", None),
     ],
 )
-def test_the_block_that_ends_a_text(text: str, code: str | None) -> None:
+def test_the_block_at_the_end_of_a_text(text: str, code: str | None) -> None:
     assert last_block(text) == code
 
 
 class FakePool:
-    """Sessions that evaluate sums of whole numbers and names, and keep a log; no code of anybody's is run."""
+    """A pool whose sessions record the code, print the number of the block, and run nothing."""
 
     def __init__(self) -> None:
         self.sessions: list[FakeSession] = []
@@ -189,17 +191,17 @@ def test_blocks_of_a_completion_share_a_session() -> None:
     pool = FakePool()
     blocks = PythonBlocks(pool)
     assert blocks.step("no code") == Turn()
-    assert pool.sessions == [], "none is taken before there is something to run"
+    assert pool.sessions == [], "no session is opened before there is code to run"
     assert blocks.step("```python\nx\n```\n") == Turn("```output\n1\n```\n", calls=1)
     assert blocks.step("```python\nerror\n```\n") == Turn("```output\nNameError\n```\n", calls=1, errors=1)
-    assert [each.ran for each in pool.sessions] == [["x", "error"]]
+    assert [session.ran for session in pool.sessions] == [["x", "error"]]
     blocks.close()
     assert pool.sessions[0].closed
 
 
-def test_what_an_object_keeps_belongs_to_one_event_loop() -> None:
-    made = load_environment(f"{WORLDS}:Locks", {}).make()
-    made.reset({}, 0)
+def test_all_calls_of_an_object_share_one_event_loop() -> None:
+    environment = load_environment(f"{WORLDS}:Locks", {}).make()
+    environment.reset({}, 0)
     call = '<tool_call>{"name": "hold", "arguments": {}}</tool_call>'
     for _ in range(2):
-        assert made.step(call) == Turn(["held"], calls=1)
+        assert environment.step(call) == Turn(["held"], calls=1)

@@ -1,4 +1,4 @@
-"""Environments of both kinds, good and bad, for tests. They run in processes of their own."""
+"""Environments of both kinds, valid and invalid, for tests. They run in their own processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gruppo.rollout.environments.protocol import Turn
 
 
 class Letters:
-    """Says "+" after each turn, and is over after `rounds` of them; rewards the letters a to m that it was given."""
+    """Answers "+" and "--" in turn, ends after `rounds` turns, and rewards the share of letters a to m it received."""
 
     stop = ("?", "=")
 
@@ -30,8 +30,8 @@ class Letters:
         return sum("a" <= letter <= "m" for letter in text) / max(1, len(text))
 
 
-class NullProgress(Letters):
-    """Never says a thing."""
+class Silent(Letters):
+    """Never answers."""
 
     def step(self, text):
         self.heard.append(text)
@@ -39,7 +39,7 @@ class NullProgress(Letters):
 
 
 class Greets:
-    """Ends the prompt with a letter of its seed, and repeats what it hears."""
+    """Appends a letter chosen by the seed to the prompt, and answers with the first letter of each turn."""
 
     def reset(self, row, seed):
         self.letter = "abcdefgh"[seed % 8]
@@ -50,7 +50,7 @@ class Greets:
 
 
 class Various(Greets):
-    """Says something else to every completion."""
+    """Gives every completion a different first observation."""
 
     count = 0
 
@@ -60,21 +60,21 @@ class Various(Greets):
 
 
 class Random:
-    """Draws from Python's own generator, as classes without a seed do."""
+    """Uses Python's global generator, like classes without a seed."""
 
     def reset(self, row, seed):
-        self.drawn = [random.random()]
+        self.numbers = [random.random()]
 
     def step(self, text):
-        self.drawn.append(random.random())
-        return Turn(str(self.drawn))
+        self.numbers.append(random.random())
+        return Turn(str(self.numbers))
 
     def get_reward(self):
-        return self.drawn[-1]
+        return self.numbers[-1]
 
 
 class Fails:
-    """What the row's column `what` says."""
+    """Fails in the way that the column `what` of the row names."""
 
     def reset(self, row, seed):
         self.what = row["what"]
@@ -102,7 +102,7 @@ class Fails:
 
 
 class Counter:
-    """One of TRL's: a counter with tools."""
+    """A TRL environment: a counter with tools."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -152,21 +152,21 @@ class NoReset:
 
 
 class OtherReset(Letters):
-    """Meant as one of ours, and nearly so."""
+    """Almost a gruppo environment, but with a wrong signature of reset."""
 
     def reset(self, row):
         return None
 
 
 class Awaits(Letters):
-    """Ours, but not at once."""
+    """A gruppo environment with an async step."""
 
     async def step(self, text):
         return Turn("+")
 
 
 class Locks:
-    """A class of TRL's that keeps what belongs to an event loop."""
+    """A TRL environment with state that is bound to an event loop."""
 
     async def reset(self, **row):
         self.lock = asyncio.Lock()

@@ -1,4 +1,4 @@
-"""Hostile programs in the sandbox: each one fails, and an innocent block runs as if nothing had been."""
+"""Hostile programs in the sandbox: each one fails, and a harmless block runs afterwards as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def started(limits: Limits) -> PythonPool:
 def pool() -> Iterator[PythonPool]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECRET_TOKEN", SECRET)
-        with started(LIMITS) as made:
-            yield made
+        with started(LIMITS) as opened:
+            yield opened
 
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[PythonPool]:
-    with started(Limits(seconds=1, processor_seconds=20, memory=120 * MIB, output=500)) as made:
-        yield made
+    with started(Limits(seconds=1, processor_seconds=20, memory=120 * MIB, output=500)) as opened:
+        yield opened
 
 
 def attack(pool: PythonPool, code: str) -> Ran:
-    """What comes of a block; afterwards, its session and a new one serve an innocent block."""
+    """Run a block and return its result; check that its session and another one still run a harmless block."""
     with pool.session() as session, pool.session() as other:
         ran = session.run(textwrap.dedent(code))
         again = session.run("40 + 2")
@@ -61,7 +61,7 @@ def attack(pool: PythonPool, code: str) -> Ran:
 
 
 def refused(pool: PythonPool, *attempts: str, preamble: str = "", errors: str = "OSError") -> None:
-    """Every attempt raises, in one block."""
+    """Check that every attempt raises, all in one block."""
     lines = ["import ctypes, os, sys", *textwrap.dedent(preamble).splitlines()]
     for attempt in attempts:
         lines += ["try:", f"    print('DONE', {attempt!r}, {attempt})", f"except {errors} as error:", "    print('no')"]
@@ -129,7 +129,7 @@ def test_memory_bomb(pool: PythonPool, code: str) -> None:
         assert "120 MiB" in ran.output
 
 
-def test_memory_that_the_address_space_does_not_count(pool: PythonPool) -> None:
+def test_memory_outside_the_address_space_limit(pool: PythonPool) -> None:
     refused(
         pool,
         "os.memfd_create('x')",
@@ -163,13 +163,13 @@ def test_endless_blocks_are_stopped(hasty: PythonPool) -> None:
             assert ran.seconds >= 1
 
 
-def test_what_was_printed_before_the_end_is_shown(hasty: PythonPool) -> None:
+def test_output_before_a_timeout_is_shown(hasty: PythonPool) -> None:
     ran = attack(hasty, "print('begun')\nprint('half', end='')\nwhile True: pass")
     assert ran.output.startswith("begun\n")
     assert ran.status == "time"
 
 
-def test_processor_time_is_counted_by_the_block() -> None:
+def test_processor_time_is_counted_per_block() -> None:
     loop = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
     with started(Limits(seconds=600, processor_seconds=0.5)) as pool, pool.session() as session:
         assert [session.run(loop).status for _ in range(3)] == ["ok"] * 3  # 0.9 s in all
@@ -177,7 +177,7 @@ def test_processor_time_is_counted_by_the_block() -> None:
         assert (ran.status, ran.output) == ("time", "[stopped: a block may take 0.5 s of processor time]\n")
 
 
-def test_endless_output_costs_the_pool_nothing(hasty: PythonPool) -> None:
+def test_endless_output_does_not_grow_the_pool(hasty: PythonPool) -> None:
     before = psutil.Process().memory_info().rss
     ran = attack(hasty, "while True:\n    print('x' * 1000)")
     assert ran.status == "time"
@@ -186,12 +186,12 @@ def test_endless_output_costs_the_pool_nothing(hasty: PythonPool) -> None:
     written = attack(hasty, "import os\nwhile True:\n    os.write(1, b'y' * 2**20)")
     assert written.status in ("killed", "time")
     assert written.output.startswith("yyy")
-    endless = attack(hasty, "import sys\nwhile True:\n    sys.stderr.write('z' * 1000)")  # never a line's end
+    endless = attack(hasty, "import sys\nwhile True:\n    sys.stderr.write('z' * 1000)")  # without a line break
     assert endless.status == "time"
     assert psutil.Process().memory_info().rss - before < 64 * MIB
 
 
-def test_much_output_that_ends_is_cut(pool: PythonPool) -> None:
+def test_long_output_is_truncated(pool: PythonPool) -> None:
     ran = attack(pool, "for i in range(30000):\n    print('ä' * 100)\nprint(1 / 0)")
     assert ran.status == "error"
     assert len(ran.output) == LIMITS.output
@@ -216,7 +216,7 @@ def test_very_many_files(pool: PythonPool) -> None:
     assert str(MOST_FILES) in ran.output
 
 
-def test_nothing_of_the_users_is_in_view(pool: PythonPool, tmp_path: Path) -> None:
+def test_nothing_of_the_user_is_visible(pool: PythonPool, tmp_path: Path) -> None:
     (tmp_path / "canary").write_text(SECRET)
     places = [str(tmp_path / "canary"), str(Path.home()), str(Path.cwd()), __file__, "/proc/1/environ",
               "/proc/self/environ", "/etc/passwd", "/etc/hostname", "/var", "/run", "/sys", "/dev/shm", "/dev/tty",
@@ -280,8 +280,8 @@ def test_nothing_outside_can_be_written(pool: PythonPool) -> None:
     assert stat.S_ISCHR(after.st_mode)
 
 
-def test_files_that_others_see_carry_no_locks_leases_or_watches(pool: PythonPool) -> None:
-    """By these one could stop a process of the host that opens the file, watch it, or talk with another session."""
+def test_shared_files_allow_no_locks_leases_or_watches(pool: PythonPool) -> None:
+    """With them a block could stop a host process that opens the file, watch it, or talk to another session."""
     refused(
         pool,
         "fcntl.fcntl(file, 1024, 0)",  # F_SETLEASE, F_RDLCK
@@ -298,7 +298,7 @@ def test_files_that_others_see_carry_no_locks_leases_or_watches(pool: PythonPool
     assert attack(pool, "import os\nos.get_blocking(os.dup(0)), os.get_inheritable(0)").status == "ok"
 
 
-def test_timers_take_no_place_in_the_users_queue_of_signals(pool: PythonPool) -> None:
+def test_timers_do_not_fill_the_users_signal_queue(pool: PythonPool) -> None:
     refused(pool, "call(number(222, 107), 0, 0, ctypes.byref(ctypes.c_int()))", preamble=CALL)
     assert attack(pool, "import resource\nresource.getrlimit(resource.RLIMIT_SIGPENDING)").output == "(16, 16)\n"
 
@@ -337,10 +337,10 @@ def test_sockets(pool: PythonPool) -> None:
 
 
 def test_signals_to_others(pool: PythonPool) -> None:
-    own = os.getpid()
+    trainer = os.getpid()
     refused(
         pool,
-        *(f"os.kill({number}, 9)" for number in (1, -1, 0, own, own + 1)),
+        *(f"os.kill({number}, 9)" for number in (1, -1, 0, trainer, trainer + 1)),
         "os.kill(os.getppid(), 15)",
         "os.killpg(1, 9)",
         "signal.pthread_kill(threading.main_thread().ident, 9)",
@@ -372,7 +372,7 @@ def test_tracing_and_reading_others(pool: PythonPool) -> None:
     )
 
 
-def test_call_of_another_architecture_ends_the_interpreter(pool: PythonPool) -> None:
+def test_call_from_another_architecture_ends_the_interpreter(pool: PythonPool) -> None:
     ran = attack(pool, "import ctypes\nctypes.CDLL(None).syscall(0x40000000 + 39)")  # getpid, as x32 calls it
     assert ran.status == "killed"
     assert "SIGSYS" in ran.output
@@ -394,10 +394,10 @@ def test_symlink_games(pool: PythonPool, tmp_path: Path) -> None:
         "os.rmdir('/tmp')",
         "os.symlink('/etc', '/tmp2')",
     )
-    assert [each.name for each in tmp_path.iterdir()] == ["canary"]
+    assert [path.name for path in tmp_path.iterdir()] == ["canary"]
 
 
-def test_file_systems_of_sessions_are_apart(pool: PythonPool) -> None:
+def test_sessions_have_separate_file_systems(pool: PythonPool) -> None:
     with pool.session() as one, pool.session() as other:
         one.run("open('/tmp/note', 'w').write('mine'); x = 1")
         assert one.run("open('/tmp/note').read(), x").output == "('mine', 1)\n"
@@ -405,7 +405,7 @@ def test_file_systems_of_sessions_are_apart(pool: PythonPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("code", "message"),
     [
         ("def f(): f()\nf()", "RecursionError"),
         ("import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()", ""),
@@ -415,10 +415,10 @@ def test_file_systems_of_sessions_are_apart(pool: PythonPool) -> None:
         ("x = []\nfor _ in range(10**5): x = [x]\nx", "RecursionError"),
     ],
 )
-def test_deep_recursion(pool: PythonPool, code: str, told: str) -> None:
+def test_deep_recursion(pool: PythonPool, code: str, message: str) -> None:
     ran = attack(pool, code)
     assert ran.status != "ok"
-    assert told in ran.output
+    assert message in ran.output
     assert len(ran.output) <= LIMITS.output
 
 
@@ -433,7 +433,7 @@ def test_terminal_escapes_and_null_bytes(pool: PythonPool) -> None:
 
 
 @pytest.mark.parametrize("code", ["x = '\x00'", "'\ud800'", "print('a'\x00)", "\x1b[0m", "x = (", "\xff\xfe"])
-def test_code_that_is_none(pool: PythonPool, code: str) -> None:
+def test_invalid_code(pool: PythonPool, code: str) -> None:
     ran = attack(pool, code)
     assert ran.status == "error"
     assert "Error" in ran.output
@@ -452,7 +452,7 @@ def test_block_that_ends_its_interpreter(pool: PythonPool) -> None:
 
 
 def test_block_that_forges_answers(pool: PythonPool) -> None:
-    """It can spoil its own session and nothing else."""
+    """It can damage only its own session."""
     everywhere = "import os\nfor i in range(3, 4096):\n    try: os.write(i, b'x' * 1000)\n    except OSError: pass"
     assert attack(pool, everywhere).status == "killed"
     exact = """
@@ -473,7 +473,7 @@ def test_block_that_forges_answers(pool: PythonPool) -> None:
         assert process is not None
         used = process._processor()
         threading.Event().wait(0.3)
-        assert process._processor() - used < 0.1  # what goes on behind a forged answer is stopped
+        assert process._processor() - used < 0.1  # code that runs on after a forged answer is stopped
         assert pool.session().run("1 + 1").output == "2\n"
 
 
@@ -490,7 +490,7 @@ sys.stdin.read()
 
 
 def test_killed_trainer_leaves_no_process(pool: PythonPool) -> None:
-    """Those that are only just being started neither."""
+    """Not even processes that are still starting."""
     for _ in range(2):
         trainer = subprocess.Popen(
             [sys.executable, "-c", LIVES_WITH_THE_TRAINER], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -1,4 +1,4 @@
-"""Sessions keep their state, die and begin anew; pools serve threads, close, and refuse where there is no sandbox."""
+"""Sessions keep state, die and restart; pools serve threads, close, and refuse to start without a sandbox."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ FAST = Limits(seconds=20, processor_seconds=20, memory=300 * 2**20)
 @pytest.fixture(scope="module")
 def pool() -> Iterator[PythonPool]:
     try:
-        made = PythonPool(FAST, ready=2)
+        opened = PythonPool(FAST, ready=2)
     except UsageError as error:
         pytest.skip(str(error))
-    with made:
-        yield made
+    with opened:
+        yield opened
 
 
 @pytest.fixture
 def session(pool: PythonPool) -> Iterator[Session]:
-    with pool.session() as made:
-        yield made
+    with pool.session() as opened:
+        yield opened
 
 
 def outputs(session: Session, *blocks: str) -> list[str]:
     return [session.run(block).output for block in blocks]
 
 
-def test_state_lives_from_block_to_block(session: Session) -> None:
+def test_state_is_kept_between_blocks(session: Session) -> None:
     blocks = ["import math\nx = 3\ndef f(y): return x + y", "f(4)", "_ * 2", "math.floor(x / 2)", "del x", "f(1)"]
     assert outputs(session, *blocks[:5]) == ["", "7\n", "14\n", "1\n", ""]
     assert "NameError: name 'x' is not defined" in session.run(blocks[5]).output
@@ -68,7 +68,7 @@ def test_state_lives_from_block_to_block(session: Session) -> None:
         ("import sys\nsys.argv", "['']\n"),
     ],
 )
-def test_what_a_block_shows(session: Session, block: str, output: str) -> None:
+def test_output_of_a_block(session: Session, block: str, output: str) -> None:
     assert (session.run(block).output, session.run("1").status) == (output, "ok")
 
 
@@ -78,7 +78,7 @@ def test_order_of_sets_is_the_same_in_every_interpreter(pool: PythonPool) -> Non
         assert one.run(block).output == other.run(block).output
 
 
-def test_packages_of_mathematics_are_there_if_they_are_here(session: Session) -> None:
+def test_math_packages_are_available_if_installed(session: Session) -> None:
     pytest.importorskip("sympy")
     assert outputs(session, "from sympy import *", "x = symbols('x'); integrate(x * exp(x), x)") == [
         "",
@@ -88,7 +88,7 @@ def test_packages_of_mathematics_are_there_if_they_are_here(session: Session) ->
     assert "No module named 'torch'" in session.run("import torch").output
 
 
-def test_traceback_is_short_and_of_the_block_alone(session: Session) -> None:
+def test_traceback_is_short_and_shows_only_the_block(session: Session) -> None:
     ran = session.run("def f(x):\n    return 1 / x\n\nf(0)")
     assert ran.status == "error"
     assert ran.output == (
@@ -116,19 +116,19 @@ def test_long_message_does_not_hide_the_error(session: Session, letter: str, tim
 
 
 def test_long_line_does_not_hide_the_error(session: Session) -> None:
-    for block, told in (
+    for block, message in (
         (f"1 / 0, '{'x' * 5000}'", "\nZeroDivisionError: division by zero\n"),
         (f"'{'x' * 5000}' = 1", "\nSyntaxError: cannot assign to literal"),
         ("raise ExceptionGroup('many', [ValueError('y' * 5000)])", "ExceptionGroup: many (1 sub-exception)\n"),
         ("try: 1 / 0\nexcept Exception as error: raise KeyError('z' * 5000) from error", "\nKeyError: 'zzz"),
     ):
         output = session.run(block).output
-        assert told in output
+        assert message in output
         assert '  File "<block ' in output
 
 
 @pytest.mark.parametrize(
-    ("block", "status", "told"),
+    ("block", "status", "message"),
     [
         ("import sys; sys.exit()", "ok", ""),
         ("exit(0)", "ok", ""),
@@ -147,14 +147,14 @@ def test_long_line_does_not_hide_the_error(session: Session) -> None:
         ("import os\nos.write = os.read = None", "ok", ""),
     ],
 )
-def test_odd_block_ends_and_the_session_lives(session: Session, block: str, status: str, told: str) -> None:
+def test_session_survives_an_unusual_block(session: Session, block: str, status: str, message: str) -> None:
     ran = session.run(block)
     assert ran.status == status
-    assert told in ran.output
+    assert message in ran.output
     assert session.run("x = 1").status == "ok"
 
 
-def test_dead_session_begins_anew_and_says_so(session: Session) -> None:
+def test_dead_session_restarts_and_says_so(session: Session) -> None:
     session.run("x = 1")
     assert session.run("import os; os._exit(0)").status == "killed"
     assert session.run("x").output.startswith(f"{LOST}\nTraceback")
@@ -162,12 +162,12 @@ def test_dead_session_begins_anew_and_says_so(session: Session) -> None:
 
 
 @pytest.mark.parametrize("how", ["os.close(1); os.close(2)", "os.dup2(0, 1)"])
-def test_session_that_could_print_nothing_any_more_begins_anew(session: Session, how: str) -> None:
+def test_session_that_can_no_longer_print_restarts(session: Session, how: str) -> None:
     assert session.run(f"import os; {how}").status == "killed"
     assert session.run("print('here')").output == f"{LOST}\nhere\n"
 
 
-def test_output_that_a_block_led_elsewhere_and_back(session: Session) -> None:
+def test_output_that_a_block_redirected_and_restored(session: Session) -> None:
     session.run("import os; kept = os.dup(1); os.dup2(0, 1); os.dup2(kept, 1); os.close(kept)")
     assert session.run("print('here')").output == "here\n"
 
@@ -180,7 +180,7 @@ def test_interpreter_that_ended_between_blocks(session: Session) -> None:
     assert session.run("1").output == f"{LOST}\n1\n"
 
 
-def test_interpreter_that_ended_while_idle_is_passed_over(pool: PythonPool) -> None:
+def test_interpreter_that_ended_while_idle_is_skipped(pool: PythonPool) -> None:
     for process in list(pool._idle)[:2]:
         assert isinstance(process, Process)
         process._process.kill()
@@ -208,13 +208,13 @@ def test_many_threads_at_once(pool: PythonPool) -> None:
 
 
 def test_too_many_open_files_of_the_trainer(pool: PythonPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told as that, and what was opened till then is closed."""
-    while len(pool._idle) < 2:  # the one that the tests before this one share starts no more then
+    """Reported as such, and everything opened before the error is closed."""
+    while len(pool._idle) < 2:  # then the shared pool no longer starts interpreters
         time.sleep(0.01)
-    before, pipe, made = psutil.Process().num_fds(), os.pipe, count()
+    before, pipe, calls = psutil.Process().num_fds(), os.pipe, count()
 
     def few() -> tuple[int, int]:
-        if next(made) % 4 == 3:
+        if next(calls) % 4 == 3:
             raise OSError(errno.EMFILE, "Too many open files")
         return pipe()
 
@@ -238,41 +238,41 @@ def test_too_many_open_files_of_the_trainer(pool: PythonPool, monkeypatch: pytes
     assert "namespaces" not in str(raised.value)
 
 
-def test_sandbox_outlives_the_thread_that_asked_for_it(pool: PythonPool) -> None:
-    made: list[Session] = []
+def test_sandbox_outlives_the_thread_that_started_it(pool: PythonPool) -> None:
+    sessions: list[Session] = []
 
     def begin() -> None:
-        made.append(pool.session())
-        made[0].run("x = 1")
+        sessions.append(pool.session())
+        sessions[0].run("x = 1")
 
     thread = threading.Thread(target=begin)
     thread.start()
     thread.join()
-    with made[0] as session:
+    with sessions[0] as session:
         assert session.run("x").output == "1\n"
 
 
 def descendants(pool: PythonPool) -> list[psutil.Process]:
-    found = []
+    processes = []
     for process in list(pool._living):
         outer = psutil.Process(process._process.pid)
-        found += [outer, *outer.children(recursive=True)]
-    return found
+        processes += [outer, *outer.children(recursive=True)]
+    return processes
 
 
-def test_closing_kills_what_runs(pool: PythonPool) -> None:
-    with PythonPool(FAST, ready=1) as own:
-        session, ended = own.session(), []
+def test_closing_kills_running_blocks(pool: PythonPool) -> None:
+    with PythonPool(FAST, ready=1) as inner:
+        session, ended = inner.session(), []
         session.run("1")
         thread = threading.Thread(target=lambda: ended.append(session.run("while True: pass").status))
         thread.start()
-        left = descendants(own)
+        left = descendants(inner)
         assert len(left) >= 3
     thread.join(20)
     assert ended == ["killed"]
     assert psutil.wait_procs(left, timeout=20)[1] == []
     with pytest.raises(ValueError, match="the pool is closed"):
-        own.session().run("1")
+        inner.session().run("1")
     session.close()
     with pytest.raises(ValueError, match="the session is closed"):
         session.run("1")
@@ -284,16 +284,16 @@ def test_closed_session_leaves_no_process(pool: PythonPool) -> None:
         assert session._process is not None
         outer = psutil.Process(session._process._process.pid)
         left = [outer, *outer.children(recursive=True)]
-    assert not [each for each in left if each.is_running()]  # nor one that only its parent's parent could clear away
+    assert not [process for process in left if process.is_running()]  # nor a zombie
 
 
 def test_pool_leaves_no_descriptor_open(pool: PythonPool) -> None:
-    while len(pool._idle) < 2:  # the one that the tests before this one share starts no more then
+    while len(pool._idle) < 2:  # then the shared pool no longer starts interpreters
         time.sleep(0.01)
     before = psutil.Process().num_fds()
-    with PythonPool(FAST, ready=1) as own:
+    with PythonPool(FAST, ready=1) as inner:
         for _ in range(3):
-            with own.session() as session:
+            with inner.session() as session:
                 session.run("1")
     assert psutil.Process().num_fds() == before
 
@@ -303,13 +303,13 @@ def program(folder: Path, text: str) -> None:
     (folder / "bwrap").chmod(0o755)
 
 
-def test_refused_where_bubblewrap_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_if_bubblewrap_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match=r"needs bubblewrap.*apt install bubblewrap.*dnf install bubblewrap"):
         PythonPool()
 
 
-def test_refused_where_bubblewrap_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_if_bubblewrap_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     program(
         tmp_path, '[ "$1" = --version ] && echo bubblewrap 0.8.0 && exit\necho "setting up uid map: no" >&2; exit 1'
@@ -345,7 +345,7 @@ def test_refused_on_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
         {"output": 0}, {"open_files": 3}, {"temporary": -1}, {"seconds": True}, {"seconds": "5"},
     ],
 )  # fmt: skip
-def test_limits_that_cannot_be(wrong: dict) -> None:
+def test_impossible_limits_are_refused(wrong: dict) -> None:
     with pytest.raises(UsageError, match=f"limits.{next(iter(wrong))} = "):
         Limits(**wrong)
 
@@ -356,7 +356,7 @@ def test_pool_without_ready_interpreters_is_refused(ready: object) -> None:
         PythonPool(ready=ready)  # type: ignore[arg-type]
 
 
-def test_without_a_sandbox_only_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_sandbox_only_with_the_explicit_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SECRET_TOKEN", "secret")
     limits = Limits(seconds=1, memory=300 * 2**20, output=500)

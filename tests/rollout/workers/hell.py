@@ -1,4 +1,4 @@
-"""Rewards that do to their process whatever a process can be done to. Each does it for the completion "x" alone."""
+"""Rewards that damage their process in every possible way; most do so only for the completion "x"."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import time
 
 
 def _catastrophe():
-    re.match(r"(a+)+$", "a" * 40 + "b")  # hours, in C, with the interpreter's lock
+    re.match(r"(a+)+$", "a" * 40 + "b")  # hours, in C, holding the GIL
 
 
 def holds_the_lock(completions, **_):
@@ -64,7 +64,7 @@ def closes_everything(completions, **_):
 
 
 def writes_everywhere(completions, **_):
-    for descriptor in range(20) if completions[0] == "x" else ():
+    for descriptor in range(1024) if completions[0] == "x" else ():
         with contextlib.suppress(OSError):
             os.write(descriptor, b"\x00\x00\x00\x10 half a message")
     return [1.0] * len(completions)
@@ -104,7 +104,7 @@ def never_ends(completions, **_):
     yield from (1.0 for _ in completions)
 
 
-# What harms no call: the answer is right, and so is the next one.
+# Harmless misbehavior: this answer is correct, and so is the next one.
 
 
 def generator(completions, **_):
@@ -128,7 +128,7 @@ def patches_json(completions, **_):
 
 
 def changes_the_process(completions, **_):
-    assert os.path.exists("pyproject.toml"), "the working directory is put back"
+    assert os.path.exists("pyproject.toml"), "the working directory is restored"
     os.chdir("/")
     os.environ.clear()
     locale.setlocale(locale.LC_ALL, "C")
@@ -139,8 +139,8 @@ def changes_the_process(completions, **_):
 
 def mutates(prompts, completions, answer, **_):
     values = [float(len(text)) for text in completions]
-    for each in (prompts, completions, answer):
-        each.clear()
+    for argument in (prompts, completions, answer):
+        argument.clear()
     return values
 
 
@@ -150,7 +150,7 @@ def leaves_a_thread(completions, **_):
 
 
 def leaves_processes(completions, log_extra, **_):
-    """One in a session of its own, whose parent ends at once."""
+    """Leave a process in its own session, whose parent exits at once."""
     code = "import os, time\nif not os.fork():\n    os.setsid(); print(os.getpid(), flush=True); os.close(1)\n"
     code += "    time.sleep(1000)\nos._exit(0)"
     printed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True).stdout
@@ -164,7 +164,7 @@ def dies_later(completions, **_):
 
 
 def hides_its_thread(completions, **_):
-    """The next call is never read, as a thread keeps the lock."""
+    """The next call is never read, because a thread holds the GIL."""
     threading.Timer(0.05, _catastrophe).start()
     return [1.0] * len(completions)
 

@@ -1,4 +1,4 @@
-"""Rewards from hell: whatever one does, its own completions abstain, the next call is right, nothing stays behind."""
+"""Hostile rewards: the failing call excludes its completions, the next call is correct, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HELL = "tests.rollout.workers.hell"
 def scored(
     name: str, *texts: str, timeout: float = 60.0, memory: int = 0, log: Path | None = None, **columns: object
 ) -> list[list[Reward]]:
-    """The rewards of groups of one, one after another in one process."""
+    """Rewards of groups of one completion, scored one after another in one process."""
     with RewardPool([f"{HELL}:{name}"], [], list(columns), timeout=timeout, workers=1, memory=memory, log=log) as pool:
         return [pool.score([group(text, **columns)], {})[0][0] for text in texts]
 
@@ -38,7 +38,7 @@ def scored(
         ("reads_null", "SIGSEGV"),
         ("fills_the_memory", "MemoryError"),
         ("closes_everything", "died"),
-        ("writes_everywhere", "what is no answer"),
+        ("writes_everywhere", "something other than an answer"),
         ("recursion", "RecursionError"),
         ("cancels", "CancelledError"),
         ("unprintable_error", "OddError: <OddError that cannot be printed>"),
@@ -46,7 +46,7 @@ def scored(
         ("never_ends", "returned more values"),
     ],
 )
-def test_bad_call_abstains_and_the_next_is_right(name: str, why: str) -> None:
+def test_bad_call_fails_and_the_next_is_correct(name: str, why: str) -> None:
     timeout, memory = 2.0 if why == "reward.timeout" else 60.0, 2**28 if why == "MemoryError" else 0
     (bad,), (good,) = scored(name, "x", "a", memory=memory, timeout=timeout)
     assert bad.total is None
@@ -58,25 +58,25 @@ def test_bad_call_abstains_and_the_next_is_right(name: str, why: str) -> None:
     "name",
     ["forks_and_both_return", "patches_json", "mutates", "leaves_a_thread", "generator"],
 )
-def test_odd_call_is_right_and_so_is_the_next(name: str) -> None:
-    made = scored(name, "abc", "a", answer="7")
-    assert [totals(each) for each in made] == ([[1], [1]] if name == "generator" else [[3], [1]])
+def test_unusual_call_is_correct_and_so_is_the_next(name: str) -> None:
+    results = scored(name, "abc", "a", answer="7")
+    assert [totals(rewards) for rewards in results] == ([[1], [1]] if name == "generator" else [[3], [1]])
 
 
-def test_alarm_that_a_call_leaves_ends_nothing() -> None:
+def test_alarm_left_by_a_call_does_not_end_the_process() -> None:
     with RewardPool([f"{HELL}:leaves_an_alarm"], [], [], workers=1) as pool:
         assert totals(pool.score([group("abc")], {})[0][0]) == [3]
-        time.sleep(1.3)  # of an alarm in one second
+        time.sleep(1.3)  # the alarm rings after one second
         assert pool._workers[0].process.poll() is None
 
 
-def test_process_that_is_changed_answers_as_before(tmp_path: Path) -> None:
+def test_changes_to_the_process_do_not_affect_answers(tmp_path: Path) -> None:
     log = tmp_path / "rewards.log"
-    assert [totals(each) for each in scored("changes_the_process", "abc", "a", log=log)] == [[3.5], [1.5]]
+    assert [totals(rewards) for rewards in scored("changes_the_process", "abc", "a", log=log)] == [[3.5], [1.5]]
     assert log.read_text() == "on standard output\nand on its descriptor\n" * 2
 
 
-def test_process_that_was_left_behind_is_ended() -> None:
+def test_process_left_behind_is_ended() -> None:
     ((reward,),) = scored("leaves_processes", "a")
     number = int(reward.extra["process"])
     deadline = time.monotonic() + 60
@@ -85,15 +85,15 @@ def test_process_that_was_left_behind_is_ended() -> None:
         time.sleep(0.01)
 
 
-def test_death_between_two_calls_is_not_the_next_ones_fault() -> None:
+def test_death_between_two_calls_does_not_fail_the_next() -> None:
     with RewardPool([f"{HELL}:dies_later"], [], [], workers=1) as pool:
         for _ in range(3):
             assert totals(pool.score([group("a")], {})[0][0]) == [1]
             assert pool._workers[0].process.wait(60) == 7
 
 
-def test_process_that_reads_no_more_is_given_up_on() -> None:
-    """More than a pipe holds is sent to it."""
+def test_process_that_stops_reading_is_replaced() -> None:
+    """It is sent more than a pipe can hold."""
     with RewardPool([f"{HELL}:hides_its_thread"], [], ["text"], timeout=2.0, workers=1) as pool:
         assert totals(pool.score([group("a", text="")], {})[0][0]) == [1]
         time.sleep(0.5)
@@ -112,35 +112,35 @@ def test_process_that_leaks_is_replaced() -> None:
     [("bool", 1), ("int", 2), ("numpy", 0.5), ("numpy int", 3), ("0-d array", 1.5), ("torch", 2.5), ("decimal", 0.25),
      ("fraction", 0.25)],
 )  # fmt: skip
-def test_numbers_of_all_kinds(text: str, value: float) -> None:
-    assert NUMBERS()[text] == (value, None)
+def test_numbers_of_all_types(text: str, value: float) -> None:
+    assert numbers()[text] == (value, None)
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [("text", "'1.0', not a number"), ("bytes", "b'1.0', not"), ("bytearray", "b'1.0', not"), ("numpy text", "1.0"),
      ("nan", "returned nan"), ("infinite", "returned -inf"), ("numpy nan", "returned nan"), ("huge", "OverflowError"),
-     ("complex", "no number"), ("list", "no number"), ("unprintable", "cannot be printed")],
+     ("complex", "that is not a number"), ("list", "that is not a number"), ("unprintable", "cannot be printed")],
 )  # fmt: skip
-def test_what_is_no_number(text: str, why: str) -> None:
-    total, failure = NUMBERS()[text]
+def test_values_that_are_not_numbers(text: str, why: str) -> None:
+    total, failure = numbers()[text]
     assert total is None
     assert why in str(failure)
 
 
-def NUMBERS(made: dict = {}) -> dict[str, tuple[float | None, str | None]]:  # noqa: B006, N802  one process for all
+def numbers(cache: dict = {}) -> dict[str, tuple[float | None, str | None]]:  # noqa: B006  one process for all
     texts = ["bool", "int", "numpy", "numpy int", "0-d array", "torch", "decimal", "fraction", "text", "bytes",
              "bytearray", "numpy text", "nan", "infinite", "numpy nan", "huge", "complex", "list", "unprintable",
              "none"]  # fmt: skip
-    if not made:
-        with RewardPool(["tests.rewards.functions:odd_numbers"], [], [], timeout=120, workers=1) as pool:
+    if not cache:
+        with RewardPool(["tests.rewards.functions:number_types"], [], [], timeout=120, workers=1) as pool:
             rewards = pool.score([group(*texts)], {})[0][0]
-        made.update({text: (each.total, each.failure) for text, each in zip(texts, rewards, strict=True)})
-    assert made["none"] == (None, None)
-    return made
+        cache.update({text: (reward.total, reward.failure) for text, reward in zip(texts, rewards, strict=True)})
+    assert cache["none"] == (None, None)
+    return cache
 
 
-def test_secrets_stay_here_unless_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_not_passed_unless_the_recipe_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "A_CERTAIN_KEY", "Anything"):
         monkeypatch.setenv(name, "hidden-away")
     monkeypatch.setenv("HTTPS_PROXY", "http://user:hidden-away@proxy:1")
@@ -156,14 +156,14 @@ def test_secrets_stay_here_unless_they_are_asked_for(monkeypatch: pytest.MonkeyP
         assert totals(pool.score([group("a")], {})[0][0]) == [11]
 
 
-def test_key_that_is_wanted_at_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_needed_at_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_CERTAIN_KEY", "hidden-away")
     (tmp_path / "r.py").write_text("import os\nos.environ['A_CERTAIN_KEY']\ndef f(completions): return []\n")
     with pytest.raises(UsageError, match=r'reward\.environment = \["A_CERTAIN_KEY"\]'):
         score(f"{tmp_path}/r.py:f", "a")
 
 
-def test_import_is_not_in_the_time_of_a_call_and_is_shown(tmp_path: Path) -> None:
+def test_import_does_not_count_as_call_time_and_shows_progress(tmp_path: Path) -> None:
     class Shows:
         def __init__(self) -> None:
             self.shown: list[tuple[str, float]] = []
@@ -181,14 +181,14 @@ def test_import_is_not_in_the_time_of_a_call_and_is_shown(tmp_path: Path) -> Non
     assert shows.shown[-1] == ("Loading reward functions", 1)
 
 
-def test_import_that_never_ends_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_that_never_ends_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gruppo.rollout.workers.process.LOAD_TIMEOUT", 0.5)
     (tmp_path / "never.py").write_text("import time\ntime.sleep(1000)\n")
-    with pytest.raises(UsageError, match="loading them takes longer"):
+    with pytest.raises(UsageError, match="loading takes longer"):
         score(f"{tmp_path}/never.py:f", "a")
 
 
-def test_log_is_bounded_and_keeps_what_came_last(tmp_path: Path) -> None:
+def test_log_is_bounded_and_keeps_the_latest_output(tmp_path: Path) -> None:
     output = Output(tmp_path / "rewards.log")
     for number in range(40):
         os.write(output.descriptor, f"{number}\n".encode() + b"x" * 2**20)
@@ -199,29 +199,29 @@ def test_log_is_bounded_and_keeps_what_came_last(tmp_path: Path) -> None:
     assert old_log(tmp_path / "rewards.log") == tmp_path / "rewards.old.log"
 
 
-def test_channel_never_waits_and_keeps_messages_whole() -> None:
-    (read, write), (own_read, own_write) = os.pipe(), os.pipe()
-    channel = Channel(own_read, write)
+def test_channel_never_blocks_and_keeps_messages_whole() -> None:
+    (read, write), (back_read, back_write) = os.pipe(), os.pipe()
+    channel = Channel(back_read, write)
     message = bytes(range(256)) * 2000
     channel.send(message)
     assert channel.waits_to_write
     assert channel.receive() is None
-    taken = b""
-    while len(taken) < len(message) + 4:
-        taken += os.read(read, 2**20)
+    sent = b""
+    while len(sent) < len(message) + 4:
+        sent += os.read(read, 2**20)
         channel.flush()
-    assert taken[4:] == message
-    os.write(own_write, taken[:100])
+    assert sent[4:] == message
+    os.write(back_write, sent[:100])
     assert channel.receive() is None
-    for start in range(100, len(taken), 2**15):
-        os.write(own_write, taken[start : start + 2**15])
-        found = channel.receive()
-    assert found == message
-    os.write(own_write, b"\xff\xff\xff\xff")
+    for start in range(100, len(sent), 2**15):
+        os.write(back_write, sent[start : start + 2**15])
+        received = channel.receive()
+    assert received == message
+    os.write(back_write, b"\xff\xff\xff\xff")
     with pytest.raises(ValueError, match="of -1 bytes"):
         channel.receive()
     os.close(read)
-    channel.send(b"nobody reads")
+    channel.send(b"no reader")
     assert not channel.waits_to_write
     channel.close()
-    os.close(own_write)
+    os.close(back_write)

@@ -1,4 +1,4 @@
-"""The contract of rewards: what is accepted, what abstains, and that nothing reaches the trainer's process."""
+"""The reward contract: accepted values, excluded completions, and isolation of the trainer's process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_import_path_builtin_file_function_and_object() -> None:
     assert totals(score(f"{HOME}:instance", "a")) == [3]
 
 
-def test_asynchronous() -> None:
+def test_async() -> None:
     assert totals(score(f"{HOME}:waits", "a", "b")) == [2, 2]
 
 
@@ -66,19 +66,19 @@ def test_conversations_arrive_as_messages() -> None:
     assert totals(score("last_number", "so 4", chat=True, answer=4)) == [1]
 
 
-def test_group_comes_in_one_call() -> None:
+def test_a_group_is_scored_in_one_call() -> None:
     assert totals(score(lambda completions, **_: [len(completions)] * len(completions), *"abc")) == [3, 3, 3]
 
 
-def test_weights_and_none_drop_out_of_the_sum() -> None:
-    """trl#5775: None does not apply to this row."""
+def test_sum_is_weighted_and_leaves_out_none() -> None:
+    """trl#5775: None means that the reward does not apply to the row."""
     with RewardPool([f"{HOME}:length", f"{HOME}:sometimes"], [0.5, 2.0], []) as pool:
         rewards = pool.score([group("skip", "ab")], {})[0][0]
     assert totals(rewards) == [2.0, 3.0]
     assert dict(rewards[0].parts) == {"length": 4.0, "sometimes": None}
 
 
-def test_none_from_every_function_is_an_abstention_without_failure() -> None:
+def test_none_from_every_function_excludes_without_a_failure() -> None:
     (reward,) = score(f"{HOME}:never", "a")
     assert reward.total is None
     assert reward.failure is None
@@ -106,8 +106,8 @@ def test_metrics_extra_and_state() -> None:
         ("none", "not a list"),
     ],
 )
-def test_failed_call_makes_its_group_abstain_and_no_other(word: str, reason: str) -> None:
-    """verl#5839, trl#6533: never a hang, never a substitute number, and the next group is scored."""
+def test_failed_call_excludes_its_group_and_no_other(word: str, reason: str) -> None:
+    """verl#5839, trl#6533: no hang, no substitute value, and the next group is scored."""
     with RewardPool([f"{HOME}:misbehaves"], [], [], timeout=2.0, workers=1) as pool:
         rewards = pool.score([group("a", "b"), group(word, "b"), group("c", "d")], {})[0]
     assert totals(rewards[0]) == totals(rewards[2]) == [1, 1]
@@ -118,7 +118,7 @@ def test_failed_call_makes_its_group_abstain_and_no_other(word: str, reason: str
 
 
 @pytest.mark.parametrize("word", ["words", "nan", "infinite", "huge"])
-def test_value_that_is_no_number_makes_its_own_completion_abstain(word: str) -> None:
+def test_value_that_is_not_a_number_excludes_only_its_completion(word: str) -> None:
     first, second = score(f"{HOME}:misbehaves", word, "b")
     assert first.total is None
     assert first.failure is not None
@@ -131,8 +131,8 @@ def test_output_of_rewards_goes_to_the_log(tmp_path) -> None:
     assert (tmp_path / "rewards.log").stat().st_size > 5_000_000
 
 
-def test_function_from_a_folder_on_the_callers_path(tmp_path, monkeypatch) -> None:
-    """A script's own folder is on sys.path; its modules must be found from the reward's process too."""
+def test_function_from_a_folder_on_sys_path(tmp_path, monkeypatch) -> None:
+    """A script's own folder is on sys.path; the reward process must find its modules too."""
     (tmp_path / "beside_the_script.py").write_text(
         "def reward(completions, **_):\n    return [5.0] * len(completions)\n"
     )
@@ -160,7 +160,7 @@ def test_rewards_run_in_other_processes() -> None:
         ("last_number", ["answer"]),
     ],
 )
-def test_unusable_function_is_told_at_once(function: str, words: list[str]) -> None:
+def test_unusable_function_is_refused_at_start(function: str, words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         RewardPool([function], [], [])
     for word in words:
@@ -172,8 +172,8 @@ def test_no_function_at_all() -> None:
         RewardPool([], [], [])
 
 
-def test_slow_import_of_a_replacement_costs_no_other_call(tmp_path) -> None:
-    """While a killed worker's successor imports, the others' answers count as of when they came."""
+def test_slow_import_of_a_replacement_does_not_time_out_other_calls(tmp_path) -> None:
+    """While the replacement of a killed worker imports, answers of other workers count from their arrival."""
     (tmp_path / "slow.py").write_text(
         "import time\ntime.sleep(3.5)\n"
         "def f(completions, **_):\n"
@@ -182,11 +182,11 @@ def test_slow_import_of_a_replacement_costs_no_other_call(tmp_path) -> None:
     )
     with RewardPool([f"{tmp_path}/slow.py:f"], [], [], timeout=3.0, workers=2) as pool:
         rewards = pool.score([group("hang"), *(group("a") for _ in range(6))], {})[0]
-    assert [totals(each) for each in rewards] == [[None], *[[1]] * 6]
+    assert [totals(scored) for scored in rewards] == [[None], *[[1]] * 6]
 
 
-def test_file_that_changes_in_mid_run_stops_it(tmp_path) -> None:
-    """A replaced process must not score with other code than the run began with."""
+def test_file_that_changes_during_a_run_stops_it(tmp_path) -> None:
+    """A replacement process must not score with different code than the run started with."""
     path = tmp_path / "changes.py"
     path.write_text("import os\ndef f(completions, **_):\n    os._exit(1)\n")
     with RewardPool([f"{path}:f"], [], [], workers=1) as pool:
@@ -198,16 +198,16 @@ def test_file_that_changes_in_mid_run_stops_it(tmp_path) -> None:
 @pytest.mark.parametrize(("action", "how"), [("os.kill(os.getpid(), 40)", "signal 40"),
                                              ("raise KeyboardInterrupt", "KeyboardInterrupt"),
                                              ("os.kill(os.getpid(), 11)", "SIGSEGV")])  # fmt: skip
-def test_cause_of_death_is_told(tmp_path, action: str, how: str) -> None:
+def test_cause_of_death_is_reported(tmp_path, action: str, how: str) -> None:
     (tmp_path / "dies.py").write_text(f"import os\ndef f(completions, **_):\n    {action}\n")
     (reward,) = score(f"{tmp_path}/dies.py:f", "a")
     assert reward.failure is not None
     assert how in reward.failure
 
 
-def test_asynchronous_rewards_share_one_loop() -> None:
-    """A client or a semaphore made in one call must work in the next."""
-    assert [totals(each) for each in _scored_twice(f"{HOME}:shares_a_semaphore")] == [[1, 1], [1, 1]]
+def test_async_rewards_share_one_event_loop() -> None:
+    """A client or semaphore created in one call must work in the next."""
+    assert [totals(scored) for scored in _scored_twice(f"{HOME}:shares_a_semaphore")] == [[1, 1], [1, 1]]
 
 
 def _scored_twice(function: str) -> list[list[Reward]]:
@@ -215,19 +215,21 @@ def _scored_twice(function: str) -> list[list[Reward]]:
         return [pool.score([group("a", "b")], {})[0][0] for _ in range(2)]
 
 
-def test_column_that_cannot_be_carried_is_an_abstention() -> None:
-    class Odd:
+def test_column_that_cannot_be_sent_is_a_failure() -> None:
+    class Unpicklable:
         def __reduce__(self):
             return (int, ("not a number",))
 
-    (reward,) = score(f"{HOME}:length", "a", odd=Odd())
+    (reward,) = score(f"{HOME}:length", "a", column=Unpicklable())
     assert reward.failure is not None
-    assert "cannot be carried" in reward.failure
-    assert totals(score(lambda completions, odd, **_: [odd[0](2)] * len(completions), "a", odd=lambda x: x + 1)) == [3]
+    assert "cannot be unpickled" in reward.failure
+    assert totals(
+        score(lambda completions, column, **_: [column[0](2)] * len(completions), "a", column=lambda x: x + 1)
+    ) == [3]
 
 
-def test_something_that_is_no_function_is_refused() -> None:
-    with pytest.raises(UsageError, match="neither a function"):
+def test_a_value_that_is_not_a_function_is_refused() -> None:
+    with pytest.raises(UsageError, match="must be a function or an import path"):
         RewardPool([3], [], [])  # type: ignore[list-item]
 
 
@@ -236,7 +238,7 @@ def test_equal_names_are_numbered() -> None:
         assert pool.names == ["length", "length_1", "length_2"]
 
 
-def test_asking_to_stop_ends_a_hanging_call_and_leaves_the_pool_usable() -> None:
+def test_a_stop_request_ends_a_hanging_call_and_leaves_the_pool_usable() -> None:
     class StopError(Exception):
         pass
 
@@ -249,14 +251,14 @@ def test_asking_to_stop_ends_a_hanging_call_and_leaves_the_pool_usable() -> None
         assert totals(pool.score([group("a", "b")], {})[0][0]) == [1, 1]
 
 
-def test_sum_that_overflows_abstains() -> None:
+def test_sum_that_overflows_is_excluded() -> None:
     assert combine(["a", "b"], [1.0, 1.0], [1e308, 1e308], {}).total is None
 
 
-def test_rewards_of_steps_stand_beside_the_total() -> None:
+def test_step_rewards_are_kept_separate_from_the_total() -> None:
     (first, second), _ = scored_steps("ab", "z")
     assert first.steps == {"steps": Steps((1.0,), (0,))}
-    assert first.total == 4.0  # of `length`, weighed by 2
+    assert first.total == 4.0  # of `length`, with weight 2
     assert first.parts == {"steps": None, "length": 2.0}
     assert second.steps == {"steps": Steps((0.0,), (0,))}
 
@@ -267,7 +269,7 @@ def scored_steps(*texts: str) -> tuple[list[Reward], dict]:
     return rewards[0], metrics
 
 
-def test_steps_alone_are_no_abstention() -> None:
+def test_completion_with_only_step_rewards_is_not_excluded() -> None:
     (reward,) = score(f"{HOME}:steps", "ab")
     assert reward.total == 0.0
     assert reward.failure is None
@@ -281,11 +283,11 @@ def test_steps_alone_are_no_abstention() -> None:
         ("back", "step_ends = [1, 0] for 2 step_rewards"),
         ("late", "step_ends = [99] for 1 step_rewards"),
         ("nan", "returned a step reward of nan"),
-        ("text", "no lists of numbers"),
-        ("half", "no lists of numbers"),
+        ("text", "not lists of numbers"),
+        ("half", "not lists of numbers"),
     ],
 )
-def test_odd_steps_abstain_with_the_reason(text: str, why: str) -> None:
-    (reward,) = score(f"{HOME}:odd_steps", text)
+def test_invalid_steps_are_a_failure_with_the_reason(text: str, why: str) -> None:
+    (reward,) = score(f"{HOME}:invalid_steps", text)
     assert reward.total is None
     assert why in str(reward.failure)

@@ -1,1 +1,1 @@
-"""The compiled C kernels of the CPU: building, loading and calling them."""
+"""The C kernels for the CPU: compiling, loading and calling them."""
