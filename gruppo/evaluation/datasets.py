@@ -114,7 +114,7 @@ def _read(recipe: Recipe, rows: Sequence[Row] | None, progress: Progress) -> Dat
 def read_eval_sets(recipe: Recipe, progress: Progress) -> list[EvalSetRows]:
     """Read the evaluation sets of a recipe.
 
-    Training rows are read only if the evaluation asks held-out rows. Raises UsageError.
+    Training rows are read only if the evaluation uses held-out rows. Raises UsageError.
     """
     if recipe.evaluation is not None and recipe.evaluation.task is None:
         return _read(recipe, None, progress).eval_sets

@@ -28,8 +28,8 @@ def format_difference(name: str, first: str, second: str, comparison: Mapping[st
         f"{name}: difference ({second} - {first}) {comparison['difference']:+.1%}",
         f"  95% interval {low:+.1%} to {high:+.1%}, paired, {comparison['questions']:,} questions",
         f"  smallest difference that this many questions can show: {comparison['smallest']:.1%}",
-        f"  more correct answers: {first} on {comparison['first_only']} questions, {second} on "
-        f"{comparison['second_only']}",
+        f"  questions with more correct answers from {first}: {comparison['first_only']}",
+        f"  questions with more correct answers from {second}: {comparison['second_only']}",
     ]
     if comparison.get("settings"):
         lines.append(f"  settings differ: {'; '.join(comparison['settings'])}")

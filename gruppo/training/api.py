@@ -70,7 +70,7 @@ def train(
         resume=resume,
         progress=choose_progress(progress),
     )
-    if result.summary["state"] == "interrupted":
+    if result.summary.get("state") == "interrupted":
         stop.raise_for_python()
     return result
 

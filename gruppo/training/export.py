@@ -159,7 +159,7 @@ def _choose(source: Path, checkpoint: str | int) -> Path:
         return steps[int(checkpoint)]
     except (KeyError, ValueError):
         raise UsageError(
-            f"--checkpoint {checkpoint}: no such checkpoint; write last, best or a step; {_others(source)}"
+            f"--checkpoint {checkpoint}: no such checkpoint; write last, best, or a step; {_others(source)}"
         ) from None
 
 

@@ -143,11 +143,11 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def test_an_epoch_samples_every_prompt_once_in_its_own_order() -> None:
-    drawn = [prompt.id for prompt in draw_prompts(prompts(10), 0, 0, 30)]
-    assert set(Counter(drawn[:10]).values()) == {1}
-    assert set(Counter(drawn[10:20]).values()) == {1}
-    assert drawn[:10] != drawn[10:20]
-    assert [prompt.id for prompt in draw_prompts(prompts(10), 1, 0, 10)] != drawn[:10]
+    sampled = [prompt.id for prompt in draw_prompts(prompts(10), 0, 0, 30)]
+    assert set(Counter(sampled[:10]).values()) == {1}
+    assert set(Counter(sampled[10:20]).values()) == {1}
+    assert sampled[:10] != sampled[10:20]
+    assert [prompt.id for prompt in draw_prompts(prompts(10), 1, 0, 10)] != sampled[:10]
 
 
 def test_sampling_continues_where_it_stopped() -> None:

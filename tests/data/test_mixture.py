@@ -33,8 +33,8 @@ def ids(prompts: list[Prompt]) -> list[str]:
 
 
 def test_tasks_are_sampled_by_their_weights() -> None:
-    drawn = Counter(prompt.task for prompt in mixture().draw(0, 20_000))
-    shares = np.array([drawn[str(task)] for task in range(3)]) / 20_000
+    sampled = Counter(prompt.task for prompt in mixture().draw(0, 20_000))
+    shares = np.array([sampled[str(task)] for task in range(3)]) / 20_000
     expected = np.array(WEIGHTS) / sum(WEIGHTS)
     assert np.all(np.abs(shares - expected) < 4 * np.sqrt(expected * (1 - expected) / 20_000))
 
@@ -47,11 +47,11 @@ def test_sampling_does_not_depend_on_the_batch_size(batch: int) -> None:
 
 
 def test_each_task_is_sampled_epoch_by_epoch() -> None:
-    drawn = [prompt for prompt in mixture().draw(0, 400) if prompt.task == "0"]
-    assert len(drawn) > 21
+    sampled = [prompt for prompt in mixture().draw(0, 400) if prompt.task == "0"]
+    assert len(sampled) > 21
     for epoch in range(3):
-        assert len(set(ids(drawn[7 * epoch : 7 * epoch + 7]))) == 7
-    assert ids(drawn[:7]) != ids(drawn[7:14])
+        assert len(set(ids(sampled[7 * epoch : 7 * epoch + 7]))) == 7
+    assert ids(sampled[:7]) != ids(sampled[7:14])
 
 
 def test_a_single_task_is_sampled_as_without_a_mixture() -> None:

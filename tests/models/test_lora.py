@@ -483,7 +483,7 @@ def test_export_of_only_the_adapter(finished: Path, tiny_folder: str, tmp_path: 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (exported.path / name).read_bytes() == (finished / "adapter" / name).read_bytes()
     text = (exported.path / "README.md").read_text()
-    assert 'library_name: "peft"' in text
+    assert "\nlibrary_name: peft\n" in text
     assert "PeftModel.from_pretrained" in text
     before = export(finished, tmp_path / "before", adapter=True, checkpoint=2).path
     state = load_file(finished / "checkpoints" / "step-000002" / "weights.safetensors")
@@ -517,7 +517,7 @@ def test_export_refuses_another_start_model(tiny_folder: str, tmp_path: Path) ->
     shutil.copytree(tiny_folder, tmp_path / "start")
     small_run(str(tmp_path / "start"), tmp_path / "run", run__steps=1, model__lora={})
     save_model(make_policy(seed=5), tmp_path / "start")
-    with pytest.raises(UsageError, match="not those that the run began with"):
+    with pytest.raises(UsageError, match="not those that the run started with"):
         export(tmp_path / "run", tmp_path / "out")
     export(tmp_path / "run", tmp_path / "adapter", adapter=True)
 

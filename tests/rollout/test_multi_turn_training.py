@@ -300,7 +300,7 @@ def test_a_step_is_reproduced_from_its_recorded_episodes(finished: Result, monke
     for step in (3, 4):
         result = reproduce(finished.path, step, prompts=ROWS)
         assert result.equal, describe_reproduction(result)
-        assert "not asked again" in describe_reproduction(result)
+        assert "the environment was not called again" in describe_reproduction(result)
 
 
 def test_reproduce_calls_reward_functions_again(tiny_folder: str, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_the_message_for_a_full_disk(tiny_folder: str, tmp_path: Path, monkeypat
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    at_call(monkeypatch, "gruppo.runs.folder.pq.write_table", 5, full)
+    at_call(monkeypatch, "gruppo.runs.folder.pq.write_table", 4, full)
     with pytest.raises(WriteError) as error:
         small_run(tiny_folder, tmp_path / "run")
     said = str(error.value)

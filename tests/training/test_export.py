@@ -252,7 +252,7 @@ def test_a_model_passed_from_python_is_trained_as_a_copy_and_exported(tmp_path: 
     export(tmp_path / "run", tmp_path / "out")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight, trained.lm_head.weight)
     assert "with the model, the prompts" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(UsageError, match="not those that this run began with"):
+    with pytest.raises(UsageError, match="not those that this run started with"):
         train(data, **{**arguments, "model": make_policy(seed=1).model}, resume=True)
     with pytest.raises(UsageError, match="was passed from Python; pass it again"):
         train({**data, "model": {"name": "in-memory:LlamaForCausalLM", "device": "cpu", "dtype": "float32"}},

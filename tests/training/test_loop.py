@@ -291,7 +291,7 @@ def test_questions_may_be_longer_than_prompts_if_they_fit(tiny_folder: str, tmp_
 
 
 def test_weights_must_match_the_reward_functions(tiny_folder: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="need as many weights"):
+    with pytest.raises(UsageError, match="must have one weight per function"):
         train(recipe(tiny_folder, reward__weights=[5.0]), reward=[likes_letters, "exact_match"], prompts=ROWS,
               out=tmp_path / "r")  # fmt: skip
 

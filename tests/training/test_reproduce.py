@@ -246,7 +246,9 @@ def test_deleted_rollouts_are_reported(copy: Path) -> None:
 
 
 def test_arguments_passed_from_python_must_be_passed_again(tiny_folder: str, tmp_path: Path, finished: Path) -> None:
-    with pytest.raises(UsageError, match=r"task.name = .* passed from Python; call gruppo.reproduce\(run, step, prompts="):
+    with pytest.raises(
+        UsageError, match=r"task.name = .* passed from Python; call gruppo.reproduce\(run, step, prompts="
+    ):
         reproduce(finished, 6)
 
     def constant(completions, **_):

@@ -222,7 +222,7 @@ def test_changed_recipe_other_run_and_changed_weights_are_refused(tiny_folder: s
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     environment["start_weights_sha256"] = "0" * 64
     (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(UsageError, match="not those that this run began with"):
+    with pytest.raises(UsageError, match="not those that this run started with"):
         small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1)
 
 
