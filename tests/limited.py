@@ -42,7 +42,7 @@ SETTINGS = {
 
 def outcome(model: str, out: Path, memory: str) -> dict[str, Any]:
     try:
-        train(recipe(model, run__memory=memory, **SETTINGS), prompts=ROWS, out=out)
+        train(recipe(model, run__memory=memory, **SETTINGS), prompts=ROWS, out=out, progress=False)
         error = None
     except RunError as raised:
         error = str(raised)

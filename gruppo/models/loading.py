@@ -259,6 +259,18 @@ class _Bar:
         return lambda *args, **options: None
 
 
+def _final_model(path: Path, name: str) -> Path:
+    """The final model of a run folder. Any other path is returned unchanged."""
+    if not is_dir(path) or not (path / "recipe.toml").is_file() or (path / "config.json").is_file():
+        return path
+    if not (path / "model" / "config.json").is_file():
+        raise UsageError(
+            f"model.name = {name!r}: this run has no final model yet; finish it with --resume, or export a "
+            f"checkpoint as a model: gruppo export {name} --to DIR"
+        )
+    return path / "model"
+
+
 def _locate(name: str, progress: Progress) -> str:
     path = user_path(name)
     if name in ALIASES:
@@ -274,13 +286,7 @@ def _locate(name: str, progress: Progress) -> str:
         if not is_file(path):
             raise UsageError(f"model.name = {name!r}: there is no such file; write the path of a .gguf file")
         return str(_convert(path, progress))
-    if is_dir(path) and (path / "recipe.toml").is_file() and not (path / "config.json").is_file():
-        if not (path / "model" / "config.json").is_file():
-            raise UsageError(
-                f"model.name = {name!r}: this run has no final model yet; finish it with --resume, or export a "
-                f"checkpoint as a model: gruppo export {name} --to DIR"
-            )
-        path = path / "model"
+    path = _final_model(path, name)
     if is_dir(path) and not (path / "config.json").is_file():
         raise UsageError(f"model.name = {name!r}: the folder has no config.json; write a folder saved by transformers")
     if is_dir(path):

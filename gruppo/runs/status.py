@@ -58,7 +58,7 @@ class StatusFile:
         self._written = float("-inf")
 
     def update(self, now: bool = False, **changes: Any) -> None:
-        """Change some fields. The file is written at most once per second; `now`: at once, and safe from a power cut."""
+        """Change some fields. The file is written at most once per second; `now`: at once, and synced to the disk."""
         self.status = replace(self.status, **changes)
         if not now and time.monotonic() - self._written < SECONDS:
             return

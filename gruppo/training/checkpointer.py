@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -91,6 +91,32 @@ class Checkpointer:
         self.parts.policy.generation.advance()
         for part in self._scalar_models().values():
             part.model.policy.generation.advance()
+
+    def record_restored(self, restored: Restored, damages: Sequence[str], resumed: bool) -> None:
+        """Record problems that were found, and differences from the run that was started."""
+        context, step, recorder = self.context, self.context.state.step, self.context.recorder
+        for problem in restored.problems:
+            recorder.event("checkpoint_unusable", problem, step)
+            recorder.note(f"Note: checkpoint {problem}; using the one of step {step} instead")
+        for damage in damages:
+            recorder.event("damaged", damage, step)
+            recorder.note(f"Note: {damage}; training does not depend on it")
+        if not restored.problems:
+            self.drop_old()  # checkpoints that a kill left behind
+        for change in self.parts.changes:
+            recorder.event("changed", f"{change}; from here on, results differ from those of the original run", step)
+            recorder.note(f"Note: {change}; see events.jsonl")
+        if restored.checkpoint is None:
+            for task, count in self.parts.filtered.items():
+                message = f"{count} prompts of {task} are too long and were left out"
+                recorder.event("filtered", message, 0, task=task, prompts=count)
+        for halving in (context.folder.read_json("environment.json") or {}).get("halvings", []):
+            if halving["step"] > step:  # its own event belongs to steps that are now repeated
+                size, after, before = halving["size"], halving["after"], halving["step"]
+                message = f"{size} stays at {after}: memory ran out in step {before} before the run was resumed"
+                recorder.event("memory", message, step, size=size, after=after)
+        if resumed:
+            recorder.event("resume", f"continued after step {step}", step)
 
     def drop_old(self) -> None:
         """Delete checkpoints that are no longer needed."""

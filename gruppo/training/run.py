@@ -27,7 +27,7 @@ from gruppo.runs.tables import ROLLOUTS, rollout_rows
 from gruppo.runs.warnings import WarningMonitor
 from gruppo.training.callbacks import Callbacks
 from gruppo.training.checkpoint import State
-from gruppo.training.checkpointer import Checkpointer, Restored
+from gruppo.training.checkpointer import Checkpointer
 from gruppo.training.context import RunContext
 from gruppo.training.iterations import Iterations
 from gruppo.training.nonfinite import FiniteGuard
@@ -188,33 +188,7 @@ class TrainingRun:
                     self.audit.alarm(values)
         self.status.update(now=True, step=self.state.step, truncated_to=self.folder.lengths())
         self.parts.engine.load_weights(self.policy.weights, self.state.step)
-        self._record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
-
-    def _record_restored(self, restored: Restored, damages: Sequence[str], resumed: bool) -> None:
-        """Record problems that were found, and differences from the run that was started."""
-        step, recorder = self.state.step, self.recorder
-        for problem in restored.problems:
-            recorder.event("checkpoint_unusable", problem, step)
-            recorder.note(f"Note: checkpoint {problem}; using the one of step {step} instead")
-        for damage in damages:
-            recorder.event("damaged", damage, step)
-            recorder.note(f"Note: {damage}; training does not depend on it")
-        if not restored.problems:
-            self.checkpointer.drop_old()  # checkpoints that a kill left behind
-        for change in self.parts.changes:
-            recorder.event("changed", f"{change}; from here on, results differ from those of the original run", step)
-            recorder.note(f"Note: {change}; see events.jsonl")
-        if restored.checkpoint is None:
-            for task, count in self.parts.filtered.items():
-                message = f"{count} prompts of {task} are too long and were left out"
-                recorder.event("filtered", message, 0, task=task, prompts=count)
-        for halving in (self.folder.read_json("environment.json") or {}).get("halvings", []):
-            if halving["step"] > step:  # its own event belongs to steps that are now repeated
-                size, after, before = halving["size"], halving["after"], halving["step"]
-                message = f"{size} stays at {after}: memory ran out in step {before} before the run was resumed"
-                recorder.event("memory", message, step, size=size, after=after)
-        if resumed:
-            recorder.event("resume", f"continued after step {step}", step)
+        self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
 
     # Steps.
 
@@ -231,9 +205,7 @@ class TrainingRun:
                 self.checkpointer.save()
             if at_end:
                 return
-            if (
-                self.callbacks.stopped
-            ):  # by on_checkpoint just now: save again as the last checkpoint, with the final model
+            if self.callbacks.stopped:  # by on_checkpoint just now: save again as the last one, with the final model
                 self.checkpointer.forget()
                 continue
             self.stop.check()

@@ -148,8 +148,8 @@ def test_folder_with_another_run(recipe_file: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted_saves_says_how_to_go_on_and_exits_with_130(recipe_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "gruppo.cli.main", "train", str(recipe_file), "--out", str(tmp_path / "run"), "--set",
-               "run.steps=500"]  # fmt: skip
+    command = [sys.executable, "-m", "gruppo.cli.main", "train", str(recipe_file), "--out", str(tmp_path / "run")]
+    command += ["--set", "run.steps=500"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stdout is not None
     for line in process.stdout:

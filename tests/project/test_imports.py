@@ -97,5 +97,5 @@ def test_reward_processes_need_no_torch() -> None:
     modules += ", gruppo.rewards.length, gruppo.rollout.environments.worker_main"
     modules += ", gruppo.rollout.environments.guess_number"
     assert not {"torch", "transformers", "sympy"} & loaded_by(modules)
-    used = 'from gruppo.rewards.grading.graders import same_mathematics; same_mathematics("1", "1")'
+    used = 'from gruppo.rewards.grading.math_verify import same_mathematics; same_mathematics("1", "1")'
     assert not {"torch", "transformers"} & loaded_by(used)

@@ -137,12 +137,12 @@ def test_rollouts_hold_everything(finished: Result) -> None:
 def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """trl#5224, verl#6719: token ids go from the engine to the loss; text is never tokenized again."""
     sampled, trained = [], []
-    generate, score = NativeEngine.generate, gruppo.training.policy_loss.score
+    stream, score = NativeEngine.stream, gruppo.training.policy_loss.score
 
     def keeps_sampled(*args):
-        groups = generate(*args)
-        sampled.extend(list(completion.token_ids) for group in groups for completion in group)
-        return groups
+        for index, group in stream(*args):
+            sampled.extend(list(completion.token_ids) for completion in group)
+            yield index, group
 
     def keeps_trained(policy, batch, temperature):
         start = 0
@@ -151,7 +151,7 @@ def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeyp
             start += length
         return score(policy, batch, temperature)
 
-    monkeypatch.setattr(NativeEngine, "generate", keeps_sampled)
+    monkeypatch.setattr(NativeEngine, "stream", keeps_sampled)
     monkeypatch.setattr("gruppo.training.policy_loss.score", keeps_trained)
     small_run(tiny_folder, tmp_path / "r", run__steps=1, method__kl_coef=0.0)
     assert trained

@@ -116,7 +116,9 @@ def _check(requests: Sequence[Request]) -> None:
     for request in requests:
         if not request.token_ids:
             raise ValueError("the prompt of a request has no tokens; give at least one")
-        if request.limits is not None and (len(request.limits) != len(request.streams) or min(request.limits, default=1) < 1):
+        if request.limits is not None and (
+            len(request.limits) != len(request.streams) or min(request.limits, default=1) < 1
+        ):
             raise ValueError(
                 f"limits of a request = {list(request.limits)}: must be one for each of its {len(request.streams)} "
                 "streams, and all at least 1"
