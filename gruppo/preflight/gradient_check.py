@@ -23,7 +23,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.models.lora import AdaptedModel
 from gruppo.models.packing import Batch, pack
 from gruppo.models.policy import LanguageModel
-from gruppo.training.memory_estimate import process_bytes
+from gruppo.training.memory_footprint import process_bytes
 from gruppo.training.policy_loss import batch_loss, token_weights
 from gruppo.types import Completion, Group, Reward, Steps
 from gruppo.utils.metrics import Metrics

@@ -18,10 +18,7 @@ from gruppo.evaluation.sets import EvalSet, make_eval_set
 from gruppo.models.loading import ModelSource
 from gruppo.rollout.multi_turn import OpenedEnvironments
 from gruppo.training.disk_estimate import eval_set_count
-from gruppo.training.memory_estimate import (
-    EvalWorkload,
-    Workload,
-)
+from gruppo.training.memory_estimate import EvalWorkload, Workload
 from gruppo.types import Prompt
 from gruppo.utils.progress import Progress
 

@@ -7,34 +7,25 @@ micro-batches, slots or recomputation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor, nn
 
 from gruppo.config.units import as_bytes
 from gruppo.engines.native.engine import MAX_SLOTS, PREFILL_TOKENS
 from gruppo.errors import UsageError
 from gruppo.models.logprobs import CHUNK_SIZE, PART_SIZE
-from gruppo.models.packing import Batch, most_tokens, score
-from gruppo.models.policy import LanguageModel
-from gruppo.utils.progress import Progress
-from gruppo.utils.system import free_memory, release_memory
+from gruppo.models.packing import most_tokens
+from gruppo.training.memory_footprint import Footprint, Layout, layout_tokens, process_bytes
+from gruppo.utils.system import free_memory
 
-LATER = 95_000_000  # bytes that libraries allocate on first use: kernels, the table writer; measured on Linux
 FRAGMENTS = 1.05  # resident over allocated bytes of the temporaries of a step; see benchmarks/memory.py
+
+
 PHASES = ("sampling", "training", "evaluation")
-
-# (prompt tokens, completions, tokens read per completion): one trial more than `_terms` has terms, chosen so that the
-# terms can be told apart. A single completion would be kept in other shapes than several.
-_TRIALS = ((8, 2, 4), (24, 2, 4), (8, 4, 4), (8, 2, 12), (8, 4, 12), (24, 4, 4), (12, 2, 16), (40, 2, 4))
-
-# The groups of a micro-batch as the model reads them: tokens of the prompt, and of each completion.
-Layout = Sequence[tuple[int, Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -112,39 +103,6 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Memory of a model that does not depend on the workload, and memory per unit of work; in bytes.
-
-    `process`: Python, torch and everything that is resident before the weights are loaded. `gradients`: as many bytes
-    as the trainable weights have. `critic`: the weights of a value or reward model, its optimizer state and copies.
-    `prepared`: copies of weights in the compute dtype, alive during computation. `kept`: what forward keeps for
-    backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers.
-    `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of one number in
-    the accumulation dtype.
-    """
-
-    process: int
-    weights: int
-    gradients: int
-    reference: int
-    critic: int
-    prepared: int
-    kept: tuple[float, ...]
-    layers: int
-    cache_token: int
-    state_token: int
-    logits_token: int
-    wide: int
-
-    def activations(self, layout: Layout, recompute: bool) -> int:
-        """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
-        kept = sum(rate * term for rate, term in zip(self.kept, _terms(layout), strict=True))
-        if not recompute:
-            return int(kept)
-        return int(kept / self.layers) + self.layers * self.state_token * _tokens(layout)
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes of each part at the peak of its phase; see `parts` for what is alive when.
 
@@ -213,157 +171,11 @@ class ChosenSizes:
     memory: Memory
 
 
-def process_bytes(device: torch.device) -> int:
-    """Bytes that this process already uses and that count towards the estimate.
-
-    On a CPU these are the resident bytes. On an accelerator it is 0, because only torch's allocations count there.
-    """
-    return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
-
-
 def budget_bytes(memory: float | str, device: torch.device) -> int:
     """The recipe's `run.memory` in bytes, for the whole process. Call it before the weights are loaded."""
     if isinstance(memory, str):
         return as_bytes(memory)
     return int(memory * (free_memory(device) + process_bytes(device)))
-
-
-def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -> Footprint:
-    """Measure and count the memory of a model. `process`: `process_bytes` from before the weights were loaded."""
-    config, weight = policy.model.config.get_text_config(), policy.head.weight
-    wide = torch.promote_types(policy.dtype, torch.float32).itemsize
-    prepared, *kept = _measure_kept(policy, progress)
-    release_memory()
-    return Footprint(
-        process=process + (LATER if policy.device.type == "cpu" else 0),
-        weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()]),
-        gradients=_bytes_of([parameter for parameter in policy.model.parameters() if parameter.requires_grad]),
-        reference=_reference_bytes(policy),
-        critic=_critic_bytes(policy),
-        prepared=int(prepared) + prepared_bytes(policy),
-        kept=tuple(kept),
-        layers=max(1, int(config.num_hidden_layers)),
-        cache_token=policy.cache_bytes,
-        state_token=wide * weight.shape[1],
-        logits_token=wide * weight.shape[0],
-        wide=wide,
-    )
-
-
-def prepared_bytes(policy: LanguageModel) -> int:
-    """Bytes of copies of weights that autograd does not keep: those of the fused body."""
-    storages = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
-    if policy.body is None or not policy.body.trains:
-        return 0
-    copies = [linear.weight for layer in policy.body.prepare(policy.dtype, pack=False) for linear in layer.products]
-    return _bytes_of([weight for weight in copies if weight.untyped_storage().data_ptr() not in storages])
-
-
-def _bytes_of(tensors: Sequence[Tensor]) -> int:
-    return sum({tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.itemsize for tensor in tensors}.values())
-
-
-def _reference_bytes(policy: LanguageModel) -> int:
-    """Bytes of `LanguageModel.frozen_copy`: linear layers in the compute dtype, everything else as in the policy."""
-    shared = {id(module.weight) for module in policy.model.modules() if isinstance(module, nn.Embedding)}
-    linear = [
-        parameter
-        for module in policy.model.modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in shared
-        for parameter in module.parameters()
-    ]
-    saved = sum(parameter.numel() * (parameter.itemsize - policy.dtype.itemsize) for parameter in linear)
-    return _bytes_of([*policy.model.parameters(), *policy.model.buffers()]) - saved
-
-
-def _critic_bytes(policy: LanguageModel) -> int:
-    """Bytes of a value or reward model of the policy's size. All of it is trained, with or without adapters.
-
-    Its gradients reuse the memory of the policy's gradients.
-    """
-    wide = torch.promote_types(policy.dtype, torch.float32).itemsize
-    count = sum(parameter.numel() for parameter in policy.model.parameters())
-    return count * (3 * wide + policy.dtype.itemsize)
-
-
-def _terms(layout: Layout) -> list[int]:
-    """The quantities that the bytes kept for backward can be proportional to.
-
-    These are prompt tokens, completion tokens, completions, the copies of the prompt that precede the completions,
-    their attention mask, and with eager attention their attention scores and those of the prompts.
-    """
-    totals = [0] * 7
-    for prompt, completions in layout:
-        count, length = len(completions), max(completions, default=0)
-        row = length * (prompt + length)
-        terms = (prompt, sum(completions), count, count * prompt, row, count * row, prompt * prompt)
-        totals = [total + term for total, term in zip(totals, terms, strict=True)]
-    return totals
-
-
-def _tokens(layout: Layout) -> int:
-    return sum(prompt + sum(completions) for prompt, completions in layout)
-
-
-def _measure_kept(policy: LanguageModel, progress: Progress) -> list[float]:
-    """Bytes that do not grow with the tokens (prepared weights), then bytes per unit of each of `_terms`."""
-    rows, kept = [], []
-    with policy.precision(), progress.bar("Measuring memory", len(_TRIALS), "trials") as advance:
-        for prompt, count, length in _TRIALS:
-            layout = [(prompt, [length] * count)]
-            rows.append([1.0, *map(float, _terms(layout))])
-            kept.append(float(saved_bytes(policy, layout)))
-            advance(1)
-    solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(kept, dtype=torch.float64))
-    return [max(0.0, value) for value in solved.tolist()]
-
-
-def saved_bytes(policy: LanguageModel, layout: Layout) -> int:
-    """Bytes that autograd keeps of a forward pass on this layout, except parameters. Call it in `precision()`."""
-    tensors = [*policy.model.parameters(), *policy.model.buffers()]
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    seen: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in storages:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that referenced its own output would never be freed
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = score(policy, trial_batch(policy, layout), 1.0)  # alive until everything is counted
-    del result
-    return sum(seen.values())
-
-
-def trial_batch(policy: LanguageModel, layout: Layout) -> Batch:
-    """A micro-batch with this layout and arbitrary tokens."""
-    ids: list[int] = []
-    positions: list[int] = []
-    predictors: list[int] = []
-    members = []
-    for index, (prompt, completions) in enumerate(layout):
-        end = len(ids) + prompt
-        ids += range(1, prompt + 1)
-        positions += range(prompt)
-        for number, length in enumerate(completions):
-            predictors += [end - 1, *range(len(ids), len(ids) + length)]
-            ids += range(prompt + number, prompt + number + length)
-            positions += range(prompt, prompt + length)
-            members.append((index, number, length + 1))
-    vocabulary = int(policy.model.config.get_text_config().vocab_size)
-    device, count = policy.device, len(predictors)
-    return Batch(
-        token_ids=torch.tensor([token % vocabulary for token in ids], device=device),
-        positions=torch.tensor(positions, device=device),
-        layout=[(prompt, [length for length in completions if length]) for prompt, completions in layout],
-        predictors=torch.tensor(predictors, device=device),
-        targets=torch.zeros(count, dtype=torch.long, device=device),
-        advantages=torch.ones(count, device=device),
-        weights=torch.ones(count, device=device),
-        sampling_logprobs=torch.zeros(count, device=device),
-        members=members,
-    )
 
 
 def forecast_memory(
@@ -377,7 +189,7 @@ def forecast_memory(
     layout = max(layouts, key=lambda candidate: footprint.activations(candidate, recompute))
     activations = footprint.activations(layout, recompute)
     if len(layouts) > 1:
-        activations = int(activations * max(1.0, micro_batch_tokens / _tokens(layout)))
+        activations = int(activations * max(1.0, micro_batch_tokens / layout_tokens(layout)))
     logits = _logits(footprint, layout)
     gradients = footprint.gradients
     if len(layouts) == 1:  # gradients are allocated while activations are freed

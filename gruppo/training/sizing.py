@@ -12,13 +12,8 @@ from gruppo.models.lora import add_adapters
 from gruppo.models.policy import LanguageModel
 from gruppo.training.disk_estimate import Disk, forecast_disk
 from gruppo.training.inputs import RunInputs, workload
-from gruppo.training.memory_estimate import (
-    ChosenSizes,
-    budget_bytes,
-    choose_sizes,
-    measure_footprint,
-    process_bytes,
-)
+from gruppo.training.memory_estimate import ChosenSizes, budget_bytes, choose_sizes
+from gruppo.training.memory_footprint import measure_footprint, process_bytes
 from gruppo.utils.progress import Progress
 
 

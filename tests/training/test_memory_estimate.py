@@ -12,19 +12,8 @@ from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.errors import UsageError
 from gruppo.models.packing import MAX_TOKENS, pack
 from gruppo.models.policy import LanguageModel
-from gruppo.training.memory_estimate import (
-    PHASES,
-    EvalWorkload,
-    Footprint,
-    Workload,
-    budget_bytes,
-    choose_sizes,
-    forecast_memory,
-    measure_footprint,
-    prepared_bytes,
-    process_bytes,
-    saved_bytes,
-)
+from gruppo.training.memory_estimate import PHASES, EvalWorkload, Workload, budget_bytes, choose_sizes, forecast_memory
+from gruppo.training.memory_footprint import Footprint, measure_footprint, prepared_bytes, process_bytes, saved_bytes
 from gruppo.utils.progress import NullProgress
 from tests.conftest import make_group, make_policy
 
@@ -50,7 +39,7 @@ def test_a_share_refers_to_free_memory_plus_memory_of_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 1000)
-    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: 200)
+    monkeypatch.setattr("gruppo.training.memory_footprint.process_bytes", lambda _: 200)
     assert budget_bytes(0.5, CPU) == 600
 
 

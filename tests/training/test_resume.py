@@ -17,7 +17,7 @@ from gruppo.errors import UsageError
 from gruppo.runs.reading import read_lines
 from gruppo.training import policy_trainer
 from gruppo.training.api import train
-from gruppo.training.memory_estimate import process_bytes
+from gruppo.training.memory_footprint import process_bytes
 from gruppo.training.run import TrainingRun
 from tests.small_runs import ROWS, at_call, fingerprint, killed, recipe, small_run
 
@@ -164,7 +164,7 @@ def test_resume_without_a_run_starts_one(tiny_folder: str, tmp_path: Path) -> No
 def test_resume_keeps_the_measured_sizes(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Different free memory at the resume must not change the micro-batch, and thus the rounding."""
     resident = process_bytes(torch.device("cpu"))
-    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: resident)
+    monkeypatch.setattr("gruppo.training.memory_footprint.process_bytes", lambda _: resident)
     monkeypatch.setattr("gruppo.training.sizing.process_bytes", lambda _: resident)
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 10**10)
