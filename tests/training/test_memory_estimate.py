@@ -39,7 +39,7 @@ def test_a_share_refers_to_free_memory_plus_memory_of_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 1000)
-    monkeypatch.setattr("gruppo.training.memory_footprint.process_bytes", lambda _: 200)
+    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: 200)
     assert budget_bytes(0.5, CPU) == 600
 
 

@@ -286,7 +286,7 @@ def test_the_budget_is_kept_under_a_limit_of_the_address_space(tmp_path: Path) -
     assert found["budget"]["error"] is None
     assert found["budget"]["halvings"] == []
     assert found["budget"]["chosen"] < 512, "the budget forces a smaller one"
-    assert "memory ran out" in found["largest"]["error"]
+    assert "out of memory" in found["largest"]["error"]
     assert found["largest"]["steps"] == 0
     assert found["halved"]["error"] is None
     halvings = found["halved"]["halvings"]

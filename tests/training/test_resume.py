@@ -15,6 +15,7 @@ import torch
 from gruppo.config.methods import METHODS
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_lines
+from gruppo.runs.results import load_result
 from gruppo.training import policy_trainer
 from gruppo.training.api import train
 from gruppo.training.memory_footprint import process_bytes
@@ -46,8 +47,8 @@ MOMENTS = {
     "between inner updates": ("gruppo.training.policy_trainer.PolicyTrainer.update", 8),
     "before a step is written": ("gruppo.training.run.TrainingRun._describe", 3),
     "before a metrics line": ("gruppo.runs.folder.RunFolder.metric", 6),
-    "before base is named": ("gruppo.runs.atomic.publish", 2),
-    "before a table is named": ("gruppo.runs.atomic.publish", 10),
+    "before base is named": ("gruppo.runs.folder.publish", 1),
+    "before a table is named": ("gruppo.runs.folder.publish", 5),
     "while evaluating": ("gruppo.evaluation.runner.grade_answers", 2),
     "before a checkpoint": ("gruppo.training.checkpointer.save_checkpoint", 2),
     "before a checkpoint is named": ("gruppo.training.checkpoint.publish", 2),
@@ -133,7 +134,9 @@ def test_a_stopped_run_is_saved_and_continued(
     }[moment]
     with monkeypatch.context() as patch:
         at_call(patch, target, count, lambda: os.kill(os.getpid(), signal.SIGINT))
-        result = small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(tiny_folder, tmp_path / "run", **EVALUATED, **questions)
+    result = load_result(tmp_path / "run")
     assert result.summary["state"] == "interrupted"
     assert result.summary["steps"] < 6 or moment == "evaluating at the end"
     small_run(tiny_folder, tmp_path / "run", resume=True, **EVALUATED, **questions)
@@ -164,7 +167,7 @@ def test_resume_without_a_run_starts_one(tiny_folder: str, tmp_path: Path) -> No
 def test_resume_keeps_the_measured_sizes(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Different free memory at the resume must not change the micro-batch, and thus the rounding."""
     resident = process_bytes(torch.device("cpu"))
-    monkeypatch.setattr("gruppo.training.memory_footprint.process_bytes", lambda _: resident)
+    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: resident)
     monkeypatch.setattr("gruppo.training.sizing.process_bytes", lambda _: resident)
     with monkeypatch.context() as patch:
         patch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 10**10)
@@ -193,7 +196,7 @@ def test_a_run_from_before_the_memory_budget_resumes(
         patch.setattr(TrainingRun, "finish_step", _stop_after(2))
         small_run(tiny_folder, tmp_path / "run")
     recipe, environment = tmp_path / "run" / "recipe.toml", tmp_path / "run" / "environment.json"
-    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if "memory" not in line))
+    recipe.write_text("".join(line for line in recipe.read_text().splitlines(True) if not line.startswith("memory = ")))
     content = json.loads(environment.read_text())
     del content["chosen"]["recompute"], content["chosen"]["memory_budget_bytes"], content["memory_forecast"]
     environment.write_text(json.dumps(content))
