@@ -58,7 +58,7 @@ class StatusFile:
         self._written = float("-inf")
 
     def update(self, now: bool = False, **changes: Any) -> None:
-        """Change some fields. The file is written at most once per second; `now`: at once, and synced to the disk."""
+        """Change some fields. The file is written at most once per second, or `now`."""
         self.status = replace(self.status, **changes)
         if not now and time.monotonic() - self._written < SECONDS:
             return
@@ -67,10 +67,7 @@ class StatusFile:
         temporary = self.path.with_name(f"{FILE}.writing")
         try:
             temporary.write_text(json.dumps(asdict(self.status), indent=1), encoding="utf-8")
-            if now:
-                publish(temporary, self.path)
-            else:
-                temporary.replace(self.path)
+            publish(temporary, self.path)
         except OSError:
             temporary.unlink(missing_ok=True)
 

@@ -44,7 +44,7 @@ def test_trend_is_the_slope_in_standard_errors() -> None:
     assert trend([1.0] * 5) == 0.0
     assert trend([0.0, 1.0, 2.0]) == math.inf
     assert trend([2.0, 1.0, 0.0]) == -math.inf
-    with pytest.raises(ValueError, match="no trend"):
+    with pytest.raises(ValueError, match="too few for a trend"):
         trend([1.0, 2.0])
 
 
