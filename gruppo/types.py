@@ -72,7 +72,7 @@ class Completion:
     """A completion, as token ids.
 
     `mask`: False for tokens that were not sampled (tool output). They carry no loss, and their sampling log-probability
-    is a placeholder (0). `finish_reason`: "stop" if the model finished (the end token is the last of `token_ids`),
+    is a placeholder (0). `finish_reason`: "stop" if the model finished (the EOS token is the last of `token_ids`),
     "length" if the completion was truncated at the maximum length. It comes from the engine, never from a search for
     padding ids. `episode`: set only with an environment.
     """

@@ -57,7 +57,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> LanguageModel:
-    """A two-layer Llama with grouped-query attention; the padding token is the end token."""
+    """A two-layer Llama with grouped-query attention; the padding token is the EOS token."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": 48,

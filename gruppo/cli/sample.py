@@ -44,7 +44,7 @@ def sample(
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per completion.")] = 256,
     min_tokens: Annotated[int, typer.Option(help="Minimum tokens per completion.")] = 0,
     stop_text: Annotated[
-        list[str] | None, typer.Option("--stop", help="End a completion before this text; may be repeated.")
+        list[str] | None, typer.Option("--stop", help="Stop string: the completion ends before it; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Use the prompt as is, without the chat template.")] = False,

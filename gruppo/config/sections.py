@@ -335,7 +335,7 @@ class Decoding(Section):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """Minimum answer length in tokens; the answer cannot end earlier."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    """The answer ends before the first occurrence of any of these texts, regardless of token boundaries."""
+    """Stop strings: the answer ends before the first occurrence of any of them, regardless of token boundaries."""
 
 
 class Evaluation(Section):

@@ -33,7 +33,7 @@ _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 _KINDS = (
-    f'"{_GYM}NAME", a file ({", ".join(_FILES)}), a folder saved by datasets, a dataset of the hub ("owner/name") or '
+    f'"{_GYM}NAME", a file ({", ".join(_FILES)}), a folder saved by datasets, a dataset on the hub ("owner/name") or '
     '"package.module:function"'
 )
 

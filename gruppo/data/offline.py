@@ -44,7 +44,7 @@ def _divided(messages: Any, where: str) -> tuple[list[Message], list[Message]]:
     """Split messages before the assistant's first message."""
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if "assistant" not in roles[1:] or roles[0] == "assistant":
-        raise UsageError(f"{where}: has no message of the assistant that follows another; write {_SHAPES}")
+        raise UsageError(f"{where}: has no assistant message that follows another message; write {_SHAPES}")
     first = roles.index("assistant")
     return list(messages[:first]), list(messages[first:])
 
@@ -104,7 +104,7 @@ def _tokens(
     if any(not isinstance(message, Mapping) or not {"role", "content"} <= set(message) for message in messages):
         raise UsageError("it has a message without role and content; write both")
     if messages[0]["role"] != "assistant":
-        raise UsageError("it does not begin with a message of the assistant; move earlier messages to prompt")
+        raise UsageError("it does not begin with an assistant message; move earlier messages to prompt")
     token_ids: list[int] = []
     mask: list[bool] = []
     for place, message in enumerate(messages):
@@ -126,7 +126,7 @@ def _tokens(
             mask[end] = False  # white space that a template adds after the end of a turn
     last = len(mask) - mask[::-1].index(True) if True in mask else 0
     if not last:
-        raise UsageError("it has no tokens of the assistant; write some text")
+        raise UsageError("it has no assistant tokens; write some text")
     return tuple(token_ids[:last]), tuple(mask[:last])
 
 

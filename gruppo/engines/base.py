@@ -37,7 +37,7 @@ class SamplingParams:
     A completion ends with an EOS token, before the first text of `stop` (its tokens are kept, its text is removed), or
     after `max_tokens` tokens. It never ends before `min_tokens` tokens; until then EOS tokens have probability 0.
 
-    Training samples from the full distribution. Its only stop texts are the points where an environment takes over.
+    Training samples from the full distribution. Its only stop strings are the points where an environment takes over.
     """
 
     temperature: float

@@ -50,9 +50,9 @@ def check_kind(config: PreTrainedConfig, kind: str) -> None:
         fits = wanted == {prefix + name for name in layers.state_dict()} and _linear(target, prefix)
     if not fits:
         raise UsageError(
-            f"reward_model.name: architecture {config.model_type!r} has no …{ending} class in transformers "
-            f"that is its layers and a linear head, the format of a model of kind {kind!r}; use another architecture "
-            "(Llama, Qwen, Mistral, …)"
+            f"reward_model.name: transformers has no …{ending} class for architecture {config.model_type!r} "
+            f"that consists of its layers and a linear head, the format of a model of kind {kind!r}; use another "
+            "architecture (Llama, Qwen, Mistral, …)"
         )
 
 

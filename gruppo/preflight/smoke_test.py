@@ -193,10 +193,10 @@ def report_completions(completions: Sequence[Completion], recipe: Recipe) -> Fin
     masked = recipe.method.mask_truncated
     if truncated == len(completions):
         return Finding(
-            "problem" if masked else "warning", "completions", f"{what}; none of them emits an end token",
+            "problem" if masked else "warning", "completions", f"{what}; none of them emits an EOS token",
             "with method.mask_truncated, no completion is left to train on" if masked
             else "unfinished answers are scored, and nothing teaches the model to finish",
-            "increase sampling.max_tokens, or check that the chat template ends answers with an end token", figures,
+            "increase sampling.max_tokens, or check that the chat template ends answers with an EOS token", figures,
         )  # fmt: skip
     if share >= MANY_TRUNCATED:
         return Finding(

@@ -77,19 +77,19 @@ def check_model(policy: LanguageModel, dtype: str) -> list[Finding]:
 
 
 def check_end_tokens(policy: LanguageModel) -> list[Finding]:
-    """End tokens, the padding token, and the vocabulary sizes of tokenizer and model."""
+    """EOS tokens, the padding token, and the vocabulary sizes of tokenizer and model."""
     tokenizer, ends = policy.tokenizer, list(policy.eos_ids)
     known = int(policy.model.config.get_text_config().vocab_size)
     found = []
     if not ends:
         found.append(Finding(
-            "problem", "end tokens", "neither the model's configs nor the tokenizer name an end token (eos_token_id)",
+            "problem", "end tokens", "neither the model's configs nor the tokenizer define an EOS token (eos_token_id)",
             "no completion finishes (EOS); all are truncated at max_tokens",
             "set eos_token_id in the model's generation_config.json",
         ))  # fmt: skip
     elif all(token >= known for token in ends):
         found.append(Finding(
-            "problem", "end tokens", f"the end tokens {ends} are outside the model's vocabulary of {known} tokens",
+            "problem", "end tokens", f"the EOS tokens {ends} are outside the model's vocabulary of {known} tokens",
             "the model cannot emit them, so no completion finishes (EOS)",
             "use the tokenizer that belongs to the model, or set eos_token_id in its generation_config.json",
         ))  # fmt: skip
@@ -99,7 +99,7 @@ def check_end_tokens(policy: LanguageModel) -> list[Finding]:
         found.append(Finding("ok", "end tokens", several + names, figures={"eos_ids": ends}))
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in ends:
         found.append(Finding(
-            "ok", "padding", f"the padding token is the end token {_shown(tokenizer, tokenizer.pad_token_id)}; "
+            "ok", "padding", f"the padding token is the EOS token {_shown(tokenizer, tokenizer.pad_token_id)}; "
             "harmless, because gruppo does not pad and masks by length",
         ))  # fmt: skip
     if len(tokenizer) > known:
@@ -143,7 +143,7 @@ def check_bos(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> 
 
 
 def check_chat_template(policy: LanguageModel, prompts: Sequence[Prompt]) -> list[Finding]:
-    """Whether the chat template opens an answer, ends it with an end token, and keeps earlier turns unchanged.
+    """Whether the chat template opens an answer, ends it with an EOS token, and keeps earlier turns unchanged.
 
     It is tried on the first conversation of the prompts, with a made-up answer.
     """
@@ -165,7 +165,7 @@ def check_chat_template(policy: LanguageModel, prompts: Sequence[Prompt]) -> lis
         return [*found, *_template_findings(policy, messages, any(_has_answer(chat) for chat in chats))]
     except Exception as error:  # noqa: BLE001  a chat template is a program that comes with the model
         what = f"it fails on a conversation with an answer ({type(error).__name__}: {error})"
-        why = "cannot check whether a turn ends with an end token"
+        why = "cannot check whether a turn ends with an EOS token"
         return [*found, Finding("note", "chat template", what[:300], why)]
 
 
@@ -216,7 +216,7 @@ def _generation_prompt(prompt: str, bare: str, before: str) -> Finding:
 
 
 def _answer_end(policy: LanguageModel, after: str) -> Finding:
-    """Whether the assistant's turn ends with an end token. `after`: what the template puts after an answer."""
+    """Whether the assistant's turn ends with an EOS token. `after`: what the template puts after an answer."""
     tokenizer = policy.tokenizer
     ids = list(tokenizer(after, add_special_tokens=False)["input_ids"]) if after else []
     if any(token in policy.eos_ids for token in ids):
@@ -226,10 +226,10 @@ def _answer_end(policy: LanguageModel, after: str) -> Finding:
     how = f"ends an answer with {after[:30]!r}, not with" if after.strip() else "ends an answer without"
     return Finding(
         "problem" if special else "warning", "end of answers",
-        f"the chat template {how} an end token (end tokens: {list(policy.eos_ids)})",
+        f"the chat template {how} an EOS token (EOS tokens: {list(policy.eos_ids)})",
         "a model trained on this template does not stop after its turn and is truncated at max_tokens",
         f"add {special[0]} to eos_token_id in the model's generation_config.json" if special
-        else "end the assistant's turn with the end token in the template, if the model was trained this way",
+        else "end the assistant's turn with the EOS token in the template, if the model was trained this way",
         {"ends_with": after, "eos_ids": list(policy.eos_ids)},
     )  # fmt: skip
 

@@ -138,7 +138,7 @@ class ChatRenderer:
         return [*pieces, rest]
 
     def _without_end_token(self, text: str) -> str:
-        """The text without the end token at its start, which the model has already sampled."""
+        """The text without the EOS token at its start, which the model has already sampled."""
         bare = text.lstrip()
         ends = sorted((str(self.tokenizer.decode([token])) for token in self.eos_ids), key=len, reverse=True)
         return next((bare.removeprefix(end) for end in ends if end and bare.startswith(end)), text)

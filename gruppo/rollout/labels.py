@@ -1,4 +1,4 @@
-"""Labelled completions and the table they are stored in."""
+"""Labeled completions and the table they are stored in."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 All trajectories of a step advance together, or as many as there may be environments at a time. Each turn is one call of
 the engine for the trajectories that are not finished. Sampled token ids are kept unchanged. An observation's tokens are
-appended with mask False and log-probability 0. A token that runs past the stop text of a turn was sampled, so it is
+appended with mask False and log-probability 0. A token that runs past the stop string of a turn was sampled, so it is
 kept, and the observation follows it.
 
 The first turn of a completion has the random stream that it would have without an environment. The streams of later
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SEED = 6  # extends the key of a random stream to that of an environment's seed
-_MAX_IGNORED_STOPS = 16  # per completion; after that, stop texts are ignored until the model ends its turn
+_MAX_IGNORED_STOPS = 16  # per completion; after that, stop strings are ignored until the model ends its turn
 
 
 class MultiTurnSampler:
@@ -214,7 +214,7 @@ class MultiTurnSampler:
         return self.dialogue.text(trajectory.turn_ids)
 
     def _finish(self, trajectory: Trajectory, finish: FinishReason, beyond: int = 0) -> None:
-        """Finish a trajectory. `beyond`: characters to drop from its text if a stop text of the recipe ended it."""
+        """Finish a trajectory. `beyond`: characters to drop from its text if a stop string of the recipe ended it."""
         text = self._turn_text(trajectory)
         trajectory.texts.append(text[: len(text) - beyond])
         trajectory.finish = finish

@@ -36,5 +36,5 @@ class RolloutSource(Protocol):
     def label(
         self, prompts: Sequence[Prompt], step: int, key: tuple[int, ...]
     ) -> tuple[list[LabelledCompletion], Counter[str]]:
-        """Labelled completions for training the reward model at the start of an iteration, after `step` steps, and the
+        """Labeled completions for training the reward model at the start of an iteration, after `step` steps, and the
         number of failures by reason. `key`: prefix of this call's random streams."""

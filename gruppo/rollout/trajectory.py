@@ -33,9 +33,9 @@ class Trajectory:
     turns: int = 0
     calls: int = 0
     errors: int = 0
-    ignored_stops: int = 0  # stop texts after which the environment had no observation
+    ignored_stops: int = 0  # stop strings after which the environment had no observation
     version: int = 0
-    turn_ended: bool = False  # the last token is an end token, with which the model ended its turn
+    turn_ended: bool = False  # the last token is an EOS token, with which the model ended its turn
     finish: FinishReason | None = None
     failure: str | None = None
     environment_lost: bool = False  # the environment no longer exists
@@ -48,7 +48,7 @@ class Trajectory:
 
     @property
     def turn_ids(self) -> list[int]:
-        """Tokens that the model has sampled since the last observation, without the end token."""
+        """Tokens that the model has sampled since the last observation, without the EOS token."""
         ids = self.ids[self.turn_start :]
         return ids[:-1] if self.turn_ended else ids
 

@@ -4,7 +4,7 @@
     failures/step-000012-….json (calls of rewards)  rewards.old.log
     rollouts/step-000012.parquet  evaluations/step-000012.parquet  labels/step-000012.parquet
     checkpoints/step-000010/  reference/ (of a later iteration)  reward_model/ (trained in the run)
-    base/ (config, generation config and tokenizer of the start model)  model/ (the result)
+    base/ (config, generation config and tokenizer of the initial model)  model/ (the result)
 
 Whole files are written under a temporary name, synced and renamed. Metrics and events are appended one synced line at a
 time. If a write fails, for instance because the disk is full, WriteError is raised and nothing is left half written.
@@ -297,15 +297,17 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
     if not recipe_file.is_file():
         others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []
         if others:
-            raise UsageError(f"--out {path}: the folder holds other files ({others[0]}, …); choose an empty one")
+            raise UsageError(f"--out {path}: the folder contains other files ({others[0]}, …); choose an empty one")
         return
     marked = path / "folder.json"
     found = _kind(marked) if marked.is_file() else RUN
     if found != kind:
-        raise UsageError(f"--out {path}: the folder holds {_article(found)}, not {_article(kind)}; choose another one")
+        raise UsageError(
+            f"--out {path}: the folder contains {_article(found)}, not {_article(kind)}; choose another one"
+        )
     if not resume:
         raise UsageError(
-            f"--out {path}: the folder holds {_article(kind)} already; continue it with --resume, or choose another "
+            f"--out {path}: the folder already contains {_article(kind)}; continue it with --resume, or choose another "
             "with --out"
         )
     with reading(recipe_file, "restore the recipe of the run, or choose another folder with --out"):

@@ -51,7 +51,7 @@ def require_own(folder: Path, links_to: Path | None = None) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UsageError if it holds something else, and FileNotFoundError."""
+    """The object in a JSON file. Raises UsageError if it contains something else, and FileNotFoundError."""
     content = _json(_bytes(path, MOST_JSON), str(path))
     if not isinstance(content, dict):
         raise UsageError(f"{path}: is damaged (not an object); restore it from a copy, or use another folder")
@@ -128,7 +128,7 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
             for batch in file.iter_batches(_ROWS, columns=wanted):
                 size += batch.nbytes
                 if size > MOST_TABLE:
-                    raise UsageError(f"{path}: holds more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
+                    raise UsageError(f"{path}: contains more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
                 batches.append(batch)
             stored = batches[0].schema if batches else file.schema_arrow
             table = pa.Table.from_batches(batches, stored).replace_schema_metadata(None)

@@ -44,10 +44,10 @@ class Result:
 
     @classmethod
     def read(cls, path: str | Path) -> Result:
-        """The result in a run folder, finished or not. Raises UsageError if the folder holds no run."""
+        """The result in a run folder, finished or not. Raises UsageError if the folder contains no run."""
         folder = Path(path)
         if not (folder / "recipe.toml").is_file():
-            raise UsageError(f"{folder}: holds no run; give a run folder, e.g. runs/quickstart")
+            raise UsageError(f"{folder}: contains no run; give a run folder, e.g. runs/quickstart")
         require_own(folder)
         file = folder / "summary.json"
         summary = read_object(file) if file.is_file() else {"state": "unfinished"}
@@ -56,8 +56,8 @@ class Result:
     def frame(self) -> pd.DataFrame:
         """The metrics, with one row per step and one column per metric.
 
-        An evaluation is in the row of the step that it came after, so row 0 holds only an evaluation. NaN if a metric
-        was not recorded.
+        An evaluation is in the row of the step that it came after, so row 0 contains only an evaluation. NaN if a
+        metric was not recorded.
         """
         import pandas as pd
 

@@ -288,7 +288,7 @@ def gradient_spikes(seen: History) -> Evidence | None:
     if not usual or now <= SPIKE * usual:
         return None
     return Evidence(
-        f"the gradient's norm is {now:.3g} in step {step}, {now / usual:.0f} times the median of the {len(known) - 1} "
+        f"the gradient norm is {now:.3g} in step {step}, {now / usual:.0f} times the median of the {len(known) - 1} "
         "updates before",
         {"steps": [step, step], "optimizer/gradient_norm": now, "median": usual},
     )
@@ -307,7 +307,9 @@ def reward_model_guesses(seen: History) -> Evidence | None:
     evidence = {"steps": [step, step], "auc": value, "labels": labels, "positives": positives}
     message = f"after step {step}, with {positives:.0f} of {labels:.0f} held-out labels positive,"
     if value is None:
-        return Evidence(f"{message} it is unknown whether the reward model tells correct from wrong", evidence)
+        return Evidence(
+            f"{message} it is unknown whether the reward model can distinguish correct from wrong", evidence
+        )
     error = ((labels + 1) / (12 * positives * (labels - positives))) ** 0.5
     if value > 0.5 + CHANCE * error:
         return None

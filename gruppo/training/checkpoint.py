@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to continue as if it had never stopped.
 
 safetensors and JSON only. There is no random state to save: every sample is a function of the seed, the step and the
-numbers in `State`. Frozen weights are not in a checkpoint. Neither is a reference that is the start model, whose hash
+numbers in `State`. Frozen weights are not in a checkpoint. Neither is a reference that is the initial model, whose hash
 is in environment.json. A later iteration's reference is included, as a link to one file.
 A manifest holds the hash of every file. A checkpoint that does not match its manifest is skipped.
 """

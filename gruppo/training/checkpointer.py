@@ -18,7 +18,7 @@ from gruppo.training.optimizer import Trainable
 from gruppo.training.setup import RunComponents
 from gruppo.utils.system import peak_memory
 
-REFERENCE = "reference.safetensors"  # the weights of a reference that is not the start model
+REFERENCE = "reference.safetensors"  # the weights of a reference that is not the initial model
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def still_needed(folder: Path, forecast: Mapping[str, Any]) -> str | None:
 def forecast_disk(recipe: Recipe, policy: LanguageModel, work: Workload, start_weights: bool = False) -> Disk:
     """Estimate the disk space that a run of the policy (with its adapters) needs.
 
-    `start_weights`: the start model's weights are kept too. Value and reward models are assumed to have the
+    `start_weights`: the initial model's weights are kept too. Value and reward models are assumed to have the
     policy's size. Groups that dynamic sampling adds to a step are not counted.
     """
     whole, trained = _weights(named_weights(policy.model)), trained_weights(policy.model)

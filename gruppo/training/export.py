@@ -1,7 +1,7 @@
 """Exports a checkpoint as a Hugging Face folder that plain transformers can load, with a model card.
 
-Only the run folder is read: neither the start model nor the network is needed, unless the run trained adapters, which
-are merged into the start model. The weights come from the checkpoint, config and tokenizer from the run's base/. The
+Only the run folder is read: neither the initial model nor the network is needed, unless the run trained adapters, which
+are merged into the initial model. The weights come from the checkpoint, config and tokenizer from the run's base/. The
 generation config ends turns as the run did and samples as its evaluations did. The card contains no local paths.
 """
 
@@ -66,7 +66,7 @@ def export(
     `dtype`: float32 as trained, or bfloat16. `max_shard_size`: maximum size of a weights file, e.g. "5GB"; larger
     models are split into several files. A run that trained adapters is exported as the merged model, or with `adapter`
     as the adapter alone, in peft format. `trust_remote_code`: run the Python files that the model came with, regardless
-    of the run's recipe. Raises UsageError if `to` holds files, or if the run or checkpoint is missing or damaged.
+    of the run's recipe. Raises UsageError if `to` contains files, or if the run or checkpoint is missing or damaged.
     """
     source, target, shown = Path(run), Path(to), choose_progress(progress)
     _check(source, target, dtype, max_shard_size)
@@ -102,7 +102,7 @@ def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
     if source.is_dir():
         require_own(source)
     if not (source / "recipe.toml").is_file():
-        raise UsageError(f"{source}: holds no run; give a run folder, e.g. runs/quickstart")
+        raise UsageError(f"{source}: contains no run; give a run folder, e.g. runs/quickstart")
     if not _steps(source):
         raise UsageError(f"{source}: the run has no checkpoint yet; train until it has one")
     if not (source / "base").is_dir():
@@ -229,9 +229,9 @@ def _merged(
     trust: bool,
     progress: Progress,
 ) -> Iterator[Path]:
-    """A file with the start model's weights after merging a checkpoint's adapters. It exists inside the block only.
+    """A file with the initial model's weights after merging a checkpoint's adapters. It exists inside the block only.
 
-    A start model that was passed from Python is in the run's base/.
+    An initial model that was passed from Python is in the run's base/.
     """
     from gruppo.models.loading import find_model, load_model
     from gruppo.models.lora import add_adapters
@@ -245,7 +245,7 @@ def _merged(
     if weights_sha256(policy.model) != environment["start_weights_sha256"]:
         raise UsageError(
             f"model.name = {recipe.model.name!r}: its weights are not those that the run started with, and the "
-            "checkpoint holds only adapters; restore them, or export the adapter with --adapter"
+            "checkpoint contains only adapters; restore them, or export the adapter with --adapter"
         )
     policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
     load_weights_file(adapter, policy.model)
@@ -256,7 +256,7 @@ def _merged(
 
 
 def _write_adapter(base: Path, weights: Path, building: Path, recipe: Recipe, dtype: str, trust: bool) -> bool:
-    """Write a checkpoint's adapter in peft format, which needs no weights of the start model.
+    """Write a checkpoint's adapter in peft format, which needs no weights of the initial model.
 
     Returns whether there is a chat template.
     """

@@ -30,7 +30,7 @@ class Iterations:
     """Begins an outer iteration when one is due.
 
     First π_ref ← π_θ. Then the reward model, if it is trained, learns from new samples of the policy and from a share
-    of the samples that earlier iterations labelled.
+    of the samples that earlier iterations labeled.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Algorithm 1 of DeepSeekMath (arXiv 2402.03300).
 
-    for each iteration: π_ref ← π_θ; train the reward model on new samples labelled by rule
+    for each iteration: π_ref ← π_θ; train the reward model on new samples labeled by rule
       for each step: π_old ← π_θ; sample G completions of each question from π_old; score them; compute advantages
         for each of μ updates: one step of AdamW on the objective
 

@@ -34,7 +34,7 @@ def model_card(
     """The card of an exported model: what it is, how to use it, method, data, results, and the recipe that trained it.
 
     `chat`: the tokenizer has a chat template. `adapter`: the export is a LoRA adapter, not a whole model.
-    `start_model`: the folder of the start model, whose card names its license.
+    `start_model`: the folder of the initial model, whose card names its license.
     """
     base, license_name = _origin(recipe.model.name, start_model)
     data = ModelCardData(
@@ -68,7 +68,7 @@ def model_card(
 
 
 def _origin(name: str, folder: Path | None) -> tuple[str | None, str | None]:
-    """The start model's name on the hub and its license, if known."""
+    """The initial model's name on the hub and its license, if known."""
     if name in ORIGINS:
         return ORIGINS[name]
     card = ModelCardData()

@@ -61,7 +61,7 @@ class Difference:
 class Reproduction:
     """A step that was rerun.
 
-    `begun`: the step of the checkpoint that it started from, 0 for the start model. `metrics`, `completions`,
+    `begun`: the step of the checkpoint that it started from, 0 for the initial model. `metrics`, `completions`,
     `rewards`: how many were compared (no rewards if dataset rows bring the completions). `earlier`: the first of the
     intermediate steps that differs, with its differences.
     """
@@ -214,10 +214,10 @@ class _Quiet:
 def _recipe(folder: Path) -> Recipe:
     file = folder / "recipe.toml"
     if not file.is_file() or not (folder / "environment.json").is_file():
-        raise UsageError(f"{folder}: holds no run; give a run folder, e.g. runs/quickstart")
+        raise UsageError(f"{folder}: contains no run; give a run folder, e.g. runs/quickstart")
     require_own(folder)
     if (folder / "folder.json").is_file():
-        raise UsageError(f"{folder}: holds labels or a reward model, not a run; there are no steps to reproduce")
+        raise UsageError(f"{folder}: contains labels or a reward model, not a run; there are no steps to reproduce")
     return load_recipe(file)
 
 
@@ -382,7 +382,7 @@ def _comparable(reward: Reward) -> dict[str, Any]:
 
 def describe_reproduction(result: Reproduction) -> str:
     """The comparison as text."""
-    source = f"checkpoints/step-{result.begun:06d}" if result.begun else "the start model"
+    source = f"checkpoints/step-{result.begun:06d}" if result.begun else "the initial model"
     span = f"step {result.step}" if result.begun == result.step - 1 else f"steps {result.begun + 1} to {result.step}"
     lines = [f"Step {result.step} of {result.path}, reproduced from {source} and the stored rollouts of {span}"]
     lines += [f"  Note: {note}" for note in result.notes]

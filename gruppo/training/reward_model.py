@@ -1,4 +1,4 @@
-"""Training a reward model on labelled completions, with replay, and measuring it."""
+"""Training a reward model on labeled completions, with replay, and measuring it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def divided(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sa
 
 
 def quality(samples: Sequence[Sample], probabilities: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    """Metrics of a model's probabilities on labelled samples; except for counts from 0 to 1, and None if undefined.
+    """Metrics of a model's probabilities on labeled samples; except for counts from 0 to 1, and None if undefined.
 
     accuracy (a probability above ½ against a label above ½), auc, calibration_error (10 bins), labels (their number),
     positives (the number of labels above ½). Over the questions with several completions: mean (the share of correct
@@ -171,7 +171,7 @@ class RewardModelTrainer:
         replay = replayed(earlier, len(training), self.settings, turn)
         if not any(sample.labels.ends for sample in training):
             raise RunError(
-                f"reward_model: none of {len(new)} labelled completions has a label and is left to train on; see "
+                f"reward_model: none of {len(new)} labeled completions has a label and is left to train on; see "
                 "events.jsonl for rules that failed, or raise reward_model.prompts or lower reward_model.held_out"
             )
         before = self.quality(held_out, progress)

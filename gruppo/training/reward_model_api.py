@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class Labels:
     """Labels that `label` wrote.
 
-    `right`: share of correct completions. `steps`: number of labelled steps. `soft`: mean soft label of the steps, None
+    `right`: share of correct completions. `steps`: number of labeled steps. `soft`: mean soft label of the steps, None
     without steps.
     """
 
@@ -70,14 +70,14 @@ def label(
     """
     settings, shown, folder = load_recipe(recipe, overrides), choose_progress(progress), Path(out)
     if settings.environment is not None:
-        raise UsageError("[environment]: labelled completions are sampled without an environment; remove the table")
+        raise UsageError("[environment]: labeled completions are sampled without an environment; remove the table")
     reward_model = settings.reward_model or RewardModel(kind="process")
     if settings.method.source == "dataset" or not settings.reward.functions:
         raise UsageError(
-            'reward.functions: the first function is the labelling rule; write e.g. functions = ["last_number"]'
+            'reward.functions: the first function is the labeling rule; write e.g. functions = ["last_number"]'
         )
     if not reward_model.prompts:
-        raise UsageError("reward_model.prompts = 0: nothing would be labelled; write the number of questions")
+        raise UsageError("reward_model.prompts = 0: nothing would be labeled; write the number of questions")
     check_folder(folder, settings, resume, LABELS)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
@@ -122,7 +122,7 @@ def _label(
     engine = build_engine(policy, choose_slots(policy, longest, max_tokens, size * group * settings.continuations))
     threshold = recipe.method.success_threshold
     labeller = StepLabeller(engine, pool, policy.tokenizer, inputs.sampling, settings, threshold, progress, stop)
-    with progress.bar("Labelling", settings.prompts, "questions") as advance:
+    with progress.bar("Labeling", settings.prompts, "questions") as advance:
         for number, start in enumerate(range(0, settings.prompts, size), start=1):
             prompts = inputs.prompts.draw(start, min(size, settings.prompts - start))
             if (run.path / "labels" / f"step-{number:06d}.parquet").is_file():
@@ -305,7 +305,7 @@ def _required(run: RunFolder, state: State, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) -> tuple[list[Sample], list[Sample]]:
-    """The labelled samples in the model's tokens: to train on, and held out. Raises UsageError if they do not fit."""
+    """The labeled samples in the model's tokens: to train on, and held out. Raises UsageError if they do not fit."""
     from gruppo.rollout.labels import read_labels
     from gruppo.training.reward_model import divided
 
@@ -340,7 +340,7 @@ def _in_tokens_of(tokenizer: PreTrainedTokenizerBase, labels: Sequence[LabelledC
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: LabelledCompletion) -> LabelledCompletion:
-    """A labelled completion in another tokenizer's tokens, with the end token if it finished (EOS)."""
+    """A labeled completion in another tokenizer's tokens, with the EOS token if it finished (EOS)."""
     from gruppo.rewards.steps import step_tokens
 
     content = labelled.prompt.content

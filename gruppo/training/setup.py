@@ -52,7 +52,7 @@ from gruppo.utils.system import describe
 class RunComponents:
     """The parts of a run that is ready to start.
 
-    `sampler`: the engine that samples completions: the policy's `engine`, or an engine of the start model. `offline`:
+    `sampler`: the engine that samples completions: the policy's `engine`, or an engine of the initial model. `offline`:
     the completions that dataset rows bring, by prompt id; there is no `pool` then. `critic`: the value model (PPO
     only). `reward_model`: has an optimizer if it is trained. `audit`: the second grader's pool. `episodes`: the sampler
     of a recipe with an environment. `changes`: descriptions of what has changed since the run started. `filtered`: how
@@ -241,7 +241,7 @@ def _load_policy(
     policy = load_model(source, device.type, dtype, progress)
     weights = weights_sha256(policy.model)
     if before:
-        require_same(before["start_weights_sha256"], weights, "weights of the start model")
+        require_same(before["start_weights_sha256"], weights, "weights of the initial model")
     unnamed_weights = named_weights(policy.model) if recipe.model.lora and source.given and not before else None
     policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
     if before:

@@ -165,7 +165,7 @@ def test_interrupted_saves_says_how_to_go_on_and_exits_with_130(recipe_file: Pat
 
 
 def test_sample_as_json_with_truncation_and_stop_texts(tiny_folder: str) -> None:
-    """Four answers with the log-probabilities of their tokens; none holds the stop text."""
+    """Four answers with the log-probabilities of their tokens; none contains the stop string."""
     flags = ["-p", "ab", "--plain", "-n", 4, "--max-tokens", 12, "--top-k", 20, "--top-p", 0.95, "--min-p", 0.001,
              "--min-tokens", 3, "--dtype", "float32", "--json"]  # fmt: skip
     plain = gruppo("sample", tiny_folder, *flags)

@@ -171,7 +171,7 @@ def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEn
     policy = make_policy()
     groups = make_engine(policy).generate(requests(60), SamplingParams(2.0, 12, min_tokens=4))
     lengths = {len(c.token_ids) for group in groups for c in group}
-    assert min(lengths) == 5, "four tokens, then the end token"
+    assert min(lengths) == 5, "four tokens, then the EOS token"
     assert max(lengths) == 12
 
 
@@ -196,7 +196,7 @@ def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand:
 
 
 def test_stop_texts_end_a_completion_across_token_boundaries(make_engine: MakeEngine) -> None:
-    """Tokens are single characters here, so a stop text of two spans two. The tokens are kept, the stop text is not."""
+    """Tokens are single characters here, so a stop string of two spans two. The tokens are kept, the stop string is not."""
     policy = make_policy(vocab_size=44)
     plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24))
     texts = [completion.text for group in plain for completion in group]
@@ -229,7 +229,7 @@ def test_stop_text_before_the_minimum_does_not_end_a_completion(make_engine: Mak
 
 
 def test_finish_reason_where_pad_is_eos(make_engine: MakeEngine, policy: LanguageModel) -> None:
-    """trl#7039: "stop" if and only if the end token was sampled, "length" at the limit; no tokens after an end."""
+    """trl#7039: "stop" if and only if the EOS token was sampled, "length" at the limit; no tokens after an end."""
     reasons = set()
     for completion in (c for g in make_engine(policy).generate(requests(40), SamplingParams(2.0, 20)) for c in g):
         reasons.add(completion.finish_reason)

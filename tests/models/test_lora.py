@@ -1,4 +1,4 @@
-"""Low-rank adapters: equal to the start model until trained, the same gradient and distribution however they are
+"""Low-rank adapters: equal to the initial model until trained, the same gradient and distribution however they are
 computed, and saved in the formats that transformers and peft load."""
 
 from __future__ import annotations

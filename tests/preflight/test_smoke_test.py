@@ -60,7 +60,7 @@ def test_completions_that_are_cut(cut: int, method: dict, severity: str) -> None
     completions = [make_completion([1, 2], "length" if place < cut else "stop") for place in range(10)]
     found = report_completions(completions, recipe(method=method))
     assert (found.severity, found.figures["truncated"]) == (severity, cut)
-    assert ("emits an end token" in found.what) == (cut == 10)
+    assert ("emits an EOS token" in found.what) == (cut == 10)
 
 
 @pytest.mark.parametrize(

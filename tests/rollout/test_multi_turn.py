@@ -152,7 +152,7 @@ def test_an_end_token_is_the_end_of_a_turn(tokenizer, worlds) -> None:
 
 
 def test_in_a_conversation_an_answer_is_a_message(tokenizer, worlds) -> None:
-    """The template writes <question> and = for the assistant; after the end token come ">", the answer and "="."""
+    """The template writes <question> and = for the assistant; after the EOS token come ">", the answer and "="."""
     engine = Scripted(tokenizer, ["a.", "b."])
     prompts = prompts_of(tokenizer, [{"role": "user", "content": "q"}])
     _, ((completion,),) = play(
@@ -199,7 +199,7 @@ def test_stop_texts_of_the_recipe_end_a_completion_as_without_an_environment(tok
     options = replace(OPTIONS, stop=("x",), min_tokens=1)
     _, ((completion,),) = play(episodes, engine, prompts_of(tokenizer, "q"), options=options)
     assert (completion.text, completion.finish_reason) == ("a?+b", "stop")
-    assert completion.token_ids[-1] == tokenizer("x")["input_ids"][0], "the tokens of the stop text are kept"
+    assert completion.token_ids[-1] == tokenizer("x")["input_ids"][0], "the tokens of the stop string are kept"
     assert [options.min_tokens for options in engine.options] == [1, 0]
 
 

@@ -28,7 +28,7 @@ from tests.conftest import END, make_policy
 
 VOWELS = "tests/rewards/functions.py:ends_in_a_vowel"
 EVERY_TWO = "tests/functions_of_users.py:every_two"
-VOCABULARY = 8  # the end token and the letters a to g; a and e are correct
+VOCABULARY = 8  # the EOS token and the letters a to g; a and e are correct
 CORRECT = {"a", "e"}
 
 

@@ -69,7 +69,7 @@ def test_folder_rules(run: RunFolder, tmp_path: Path) -> None:
     check_folder(run.path, RECIPE, resume=True)
     run.start(RECIPE)
     check_folder(run.path, RECIPE, resume=True)
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         check_folder(run.path, RECIPE, resume=False)
     changed = load_recipe(RECIPE, ["run.steps=7"])
     with pytest.raises(UsageError, match=r"run\.steps was 100 and is 7"):

@@ -91,5 +91,5 @@ def test_a_run_in_progress_can_be_read(finished: Result, tmp_path: Path) -> None
 
 
 def test_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no run"):
+    with pytest.raises(UsageError, match="contains no run"):
         gruppo.load_result(tmp_path)

@@ -39,7 +39,7 @@ PROMPTS = [[1, 2], [5], [8, 9, 10, 3]]
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """A run whose start model has two end-of-turn tokens, evaluated after every second step."""
+    """A run whose initial model has two end-of-turn tokens, evaluated after every second step."""
     path = tmp_path_factory.mktemp("data") / "held out.jsonl"
     path.write_text("".join(json.dumps({"prompt": letter, "answer": letter}) + "\n" for letter in "abc"))
     model = tmp_path_factory.mktemp("models") / "two-ends"
@@ -175,7 +175,7 @@ def test_card(finished: Result, exported: Path, tmp_path: Path) -> None:
     assert front["library_name"] == "transformers"
     assert front["pipeline_tag"] == "text-generation"
     assert {"grpo", "gruppo"} <= set(front["tags"])
-    assert "base_model" not in front, "the start model was a folder"
+    assert "base_model" not in front, "the initial model was a folder"
     low, high = finished.summary["interval_after"]
     for words in (
         f"{finished.summary['accuracy_before']:.1%}",
@@ -213,7 +213,7 @@ def test_card_of_hub_models_and_data_names_them(finished: Result, tmp_path: Path
     }
     state = load_state(sorted((finished.path / "checkpoints").iterdir())[-1])
     environment = json.loads((finished.path / "environment.json").read_text())
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# The start model\n")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# The initial model\n")
     text = str(model_card(gruppo.load_recipe(data), state, environment, "float32", False, start_model=tmp_path))
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "someone/model-1B"
@@ -334,8 +334,8 @@ def test_mistakes_are_reported_with_a_fix_and_leave_no_files(finished: Result, t
     shutil.rmtree(tmp_path / "old" / "base")
     for run, to, options, word in (
         (finished.path, "full", {}, "already exists; give the name of a new folder"),
-        (tmp_path / "nothing", "out", {}, "holds no run"),
-        (tmp_path / "none", "out", {}, "holds no run"),
+        (tmp_path / "nothing", "out", {}, "contains no run"),
+        (tmp_path / "none", "out", {}, "contains no run"),
         (tmp_path / "bare", "out", {}, "no checkpoint yet"),
         (tmp_path / "old", "out", {}, "has no base/"),
         (finished.path, "out", {"checkpoint": "5"}, "the steps with a checkpoint are"),

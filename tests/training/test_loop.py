@@ -229,7 +229,7 @@ def test_a_group_of_one_runs_without_nonzero_advantage(tiny_folder: str, tmp_pat
 
 
 def test_everything_truncated_and_masked(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No end token is ever sampled: nothing is trained on, not even the KL term has an effect, and this is reported."""
+    """No EOS token is ever sampled: nothing is trained on, not even the KL term has an effect, and this is reported."""
     monkeypatch.setattr("gruppo.models.compatibility.eos_ids", lambda *_: ())
     result = small_run(tiny_folder, tmp_path / "r", run__steps=1, method__mask_truncated=True, method__kl_coef=0.5)
     assert result.metrics[0]["completion/truncated"] == 1

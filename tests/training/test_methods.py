@@ -136,7 +136,7 @@ def test_sft_loss_is_the_mean_over_every_completion(tiny_folder: str, tmp_path: 
 
 @pytest.mark.parametrize("method", ["rft", "dpo"])
 def test_frozen_completions_are_sampled_from_the_start_model(method: str, tiny_folder: str, tmp_path: Path) -> None:
-    """After six steps at a high learning rate, they still have the start model's probabilities."""
+    """After six steps at a high learning rate, they still have the initial model's probabilities."""
     settings = settings_of(
         tiny_folder, method, optimizer__learning_rate=0.02, method__success_threshold=0.2,
         sampling__temperature=TEMPERATURE,

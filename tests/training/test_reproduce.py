@@ -74,7 +74,7 @@ def test_a_step_is_reproduced_exactly_from_the_nearest_checkpoint(
     assert (result.completions, result.rewards) == (16, 16)
     assert result.metrics > 20
     page = describe_reproduction(result)
-    assert (f"checkpoints/step-{begun:06d}" if begun else "the start model") in page
+    assert (f"checkpoints/step-{begun:06d}" if begun else "the initial model") in page
     assert page.endswith("Reproduced exactly.")
 
 
@@ -263,7 +263,7 @@ def test_arguments_passed_from_python_must_be_passed_again(tiny_folder: str, tmp
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no run"):
+    with pytest.raises(UsageError, match="contains no run"):
         reproduce(tmp_path, 1)
 
 

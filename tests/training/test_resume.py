@@ -110,7 +110,7 @@ def uninterrupted_lora(tiny_folder: str, tmp_path_factory: pytest.TempPathFactor
 def test_adapters_resume_bit_for_bit(
     moment: str, tiny_folder: str, uninterrupted_lora: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frozen weights come from the start model, A and B from the checkpoint or, without one, from the seed."""
+    """Frozen weights come from the initial model, A and B from the checkpoint or, without one, from the seed."""
 
     out, changes = tmp_path / "run", {"model__lora": {"rank": 2}, "method__inner_updates": 2}
     with killed(monkeypatch, *LORA_MOMENTS[moment]):
@@ -218,7 +218,7 @@ def _stop_after(steps: int):
 
 def test_changed_recipe_other_run_and_changed_weights_are_refused(tiny_folder: str, tmp_path: Path) -> None:
     small_run(tiny_folder, tmp_path / "run", run__steps=1)
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         small_run(tiny_folder, tmp_path / "run", run__steps=1)
     with pytest.raises(UsageError, match=r"run\.seed was 0 and is 1"):
         small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1, run__seed=1)

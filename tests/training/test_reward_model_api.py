@@ -179,9 +179,9 @@ def test_both_commands(settings: dict[str, Any], tmp_path: Path) -> None:
 
 def test_folders_of_other_kinds_are_refused(settings: dict[str, Any], labelled: Path) -> None:
     before = rows_of(labelled)
-    with pytest.raises(UsageError, match="holds a set of labels, not a reward model"):
+    with pytest.raises(UsageError, match="contains a set of labels, not a reward model"):
         train_reward_model(settings, labelled, out=labelled, resume=True)
-    with pytest.raises(UsageError, match="holds a set of labels, not a run"):
+    with pytest.raises(UsageError, match="contains a set of labels, not a run"):
         train(settings, out=labelled, resume=True)
     assert rows_of(labelled) == before
 

@@ -211,7 +211,7 @@ class _Decoder:
         return len(slots)
 
     def _find_stops(self, slots: np.ndarray) -> dict[int, int]:
-        """The slots whose last token completed a stop text, and the position of the stop text in their text.
+        """The slots whose last token completed a stop string, and the position of the stop string in their text.
 
         All tokens so far are decoded, because the text of a token can depend on the tokens before it.
         """

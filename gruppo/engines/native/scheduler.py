@@ -31,7 +31,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished completion. `text_end`: the position in its text of the stop text that ended it, if any."""
+    """A finished completion. `text_end`: the position in its text of the stop string that ended it, if any."""
 
     tokens: list[int]
     logprobs: list[float]

@@ -92,5 +92,7 @@ def _stop(instance: Any, name: str) -> tuple[str, ...]:
     stop = getattr(instance, "stop", ())
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, Sequence) or any(not isinstance(text, str) or not text for text in texts):
-        raise UsageError(f'environment.name = "{name}": stop = {stop!r} is not a list of texts; write stop = ("\\n",)')
+        raise UsageError(
+            f'environment.name = "{name}": stop = {stop!r} is not a list of strings; write stop = ("\\n",)'
+        )
     return tuple(texts)

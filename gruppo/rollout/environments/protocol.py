@@ -5,7 +5,7 @@ An environment is an object with
     reset(row, seed) -> str | None     text that is appended to the prompt; `row`: the prompt and the other columns
     step(text) -> Turn                 answer to what the model has written since the last observation
     get_reward() -> float | None       optional: reward of the finished completion
-    stop = ("\\n",)                     optional, on the class: texts that end a turn, in addition to the end token
+    stop = ("\\n",)                     optional, on the class: stop strings that end a turn, as does the EOS token
 
 Objects written for TRL's `environment_factory` work too; see `gruppo.rollout.environments.trl_tools`.
 """
