@@ -196,7 +196,7 @@ def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand:
 
 
 def test_stop_texts_end_a_completion_across_token_boundaries(make_engine: MakeEngine) -> None:
-    """Tokens are single characters here, so a stop string of two spans two. The tokens are kept, the stop string is not."""
+    """Tokens are single characters, so a stop string of two spans two. The tokens are kept, the stop string is not."""
     policy = make_policy(vocab_size=44)
     plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24))
     texts = [completion.text for group in plain for completion in group]
