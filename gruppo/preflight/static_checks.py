@@ -83,20 +83,20 @@ def check_end_tokens(policy: LanguageModel) -> list[Finding]:
     found = []
     if not ends:
         found.append(Finding(
-            "problem", "end tokens", "neither the model's configs nor the tokenizer define an EOS token (eos_token_id)",
+            "problem", "EOS tokens", "neither the model's configs nor the tokenizer define an EOS token (eos_token_id)",
             "no completion finishes (EOS); all are truncated at max_tokens",
             "set eos_token_id in the model's generation_config.json",
         ))  # fmt: skip
     elif all(token >= known for token in ends):
         found.append(Finding(
-            "problem", "end tokens", f"the EOS tokens {ends} are outside the model's vocabulary of {known} tokens",
+            "problem", "EOS tokens", f"the EOS tokens {ends} are outside the model's vocabulary of {known} tokens",
             "the model cannot emit them, so no completion finishes (EOS)",
             "use the tokenizer that belongs to the model, or set eos_token_id in its generation_config.json",
         ))  # fmt: skip
     else:
         names = ", ".join(f"{_shown(tokenizer, token)} ({token})" for token in ends)
         several = f"{len(ends)} tokens, each of which ends a completion: " if len(ends) > 1 else ""
-        found.append(Finding("ok", "end tokens", several + names, figures={"eos_ids": ends}))
+        found.append(Finding("ok", "EOS tokens", several + names, figures={"eos_ids": ends}))
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in ends:
         found.append(Finding(
             "ok", "padding", f"the padding token is the EOS token {_shown(tokenizer, tokenizer.pad_token_id)}; "

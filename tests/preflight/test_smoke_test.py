@@ -194,7 +194,7 @@ def whole(data: dict, *overrides: str, **options: Any) -> dict[str, Finding]:  #
 def test_a_whole_check_of_a_recipe_that_is_right(data: dict) -> None:  # noqa: F811
     found = whole(data)
     assert {name: each.severity for name, each in found.items()} == {
-        **dict.fromkeys(["recipe", "model", "end tokens", "padding", "prompts", "memory", "time", "reward"], "ok"),
+        **dict.fromkeys(["recipe", "model", "EOS tokens", "padding", "prompts", "memory", "time", "reward"], "ok"),
         **dict.fromkeys(["disk", "reward time", "nonzero advantage", "engine", "gradient"], "ok"),
         "kernels": "ok" if why_missing(torch.float32) is None else "note",
         "chat template": "note",

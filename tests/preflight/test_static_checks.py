@@ -76,8 +76,8 @@ def test_weights_that_are_not_finite() -> None:
 
 
 def test_end_tokens(policy: LanguageModel) -> None:
-    assert graded(check_end_tokens(policy)) == {"end tokens": "ok", "padding": "ok"}
-    assert graded(check_end_tokens(replace(policy, eos_ids=())))["end tokens"] == "problem"
+    assert graded(check_end_tokens(policy)) == {"EOS tokens": "ok", "padding": "ok"}
+    assert graded(check_end_tokens(replace(policy, eos_ids=())))["EOS tokens"] == "problem"
     (found, *_) = check_end_tokens(replace(policy, eos_ids=(48, 49)))
     assert (found.severity, "cannot emit" in found.why) == ("problem", True)
     (found, *_) = check_end_tokens(replace(policy, eos_ids=(0, 3)))
