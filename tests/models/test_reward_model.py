@@ -137,9 +137,9 @@ def test_saved_models_are_loaded_by_transformers_and_gruppo(kind: str, tmp_path:
 
 
 def test_an_architecture_without_such_a_classifier_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"reward_model\.name: architecture 'cohere'"):
+    with pytest.raises(UsageError, match=r"reward_model\.name: .* architecture 'cohere'"):
         check_kind(CohereConfig(), "process")
-    with pytest.raises(UsageError, match=r"reward_model\.name: architecture 'opt'"):
+    with pytest.raises(UsageError, match=r"reward_model\.name: .* architecture 'opt'"):
         check_kind(OPTConfig(), "outcome")
 
 
