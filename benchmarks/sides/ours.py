@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,16 @@ from protocol import Channel, Phases, fixed_rewards, gradient_norm, perturb, rea
 from gruppo.algorithms import credit, filtering
 from gruppo.config.loading import load_recipe
 from gruppo.config.method_section import Method
+from gruppo.engines import build_engine
 from gruppo.engines.base import Engine, Request, SamplingParams
-from gruppo.engines.native.engine import NativeEngine
 from gruppo.evaluation.datasets import preflight
 from gruppo.models.loading import find_model, load_model
 from gruppo.models.packing import MAX_TOKENS, pack
 from gruppo.models.policy import LanguageModel
-from gruppo.training import loop
+from gruppo.models.weights import WeightSource
 from gruppo.training import policy_loss as losses_of_batches
-from gruppo.training.callbacks import Callbacks
+from gruppo.training.loop import train_step
+from gruppo.training.run import TrainingRun
 from gruppo.training.setup import prepare
 from gruppo.types import Completion, Group, Prompt, Reward
 from gruppo.utils.metrics import Metrics
@@ -33,8 +34,8 @@ from gruppo.utils.progress import Advance, NullProgress
 from gruppo.utils.signals import Stop
 
 
-class FixedLengths:
-    """An engine whose completions have the lengths of the work file: an end token there and none before."""
+class FixedLengths(Engine):
+    """An engine whose completions have the lengths in the work file: an EOS token there, and none before."""
 
     def __init__(self, engine: Engine, work: dict[str, Any]) -> None:
         self.engine, self.end = engine, work["end_id"]
@@ -42,25 +43,26 @@ class FixedLengths:
         self.limits = {tuple(prompt): lengths for prompt, lengths in pairs}
         self.sampled: dict[tuple[int, ...], list[int]] = {}  # prompt -> lengths of its last completions
 
-    def generate(
-        self, requests: Sequence[Request], options: SamplingParams, advance: Advance | None = None
-    ) -> list[list[Completion]]:
+    @property
+    def slots(self) -> int:  # type: ignore[override]
+        """See `Engine`."""
+        return self.engine.slots
+
+    def stream(
+        self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
         """See `Engine`."""
         limited = [replace(request, limits=self.limits[request.token_ids]) for request in requests]
-        sampled = self.engine.generate(limited, replace(options, min_tokens=options.max_tokens), advance)
-        groups = [[self._with_end_token(completion) for completion in group] for group in sampled]
-        pairs = zip(requests, groups, strict=True)
-        self.sampled = {
-            request.token_ids: [len(completion.token_ids) for completion in group] for request, group in pairs
-        }
-        return groups
+        for index, group in self.engine.stream(limited, replace(params, min_tokens=params.max_tokens), advance):
+            self.sampled[requests[index].token_ids] = [len(completion.token_ids) for completion in group]
+            yield index, [self._with_end_token(completion) for completion in group]
 
     def _with_end_token(self, completion: Completion) -> Completion:
         return replace(completion, token_ids=(*completion.token_ids[:-1], self.end), finish_reason="stop")
 
-    def load_weights(self, policy: LanguageModel, version: int) -> None:
+    def load_weights(self, source: WeightSource, version: int) -> None:
         """See `Engine`."""
-        self.engine.load_weights(policy, version)
+        self.engine.load_weights(source, version)
 
 
 class Training:
@@ -93,7 +95,7 @@ class Training:
         parts.engine = parts.sampler = self.engine
         self.phases.watch_optimizer(parts.optimizer)
         self._watch_reference(parts.reference)
-        self.parts, self.run = parts, loop._Run(parts, NullProgress(), Stop(), Callbacks())
+        self.parts, self.run = parts, TrainingRun(parts, NullProgress(), Stop())
 
     def _watch_reference(self, reference: LanguageModel | None) -> None:
         score = losses_of_batches.score
@@ -109,7 +111,7 @@ class Training:
     def step(self) -> dict[str, Any]:
         """Run one step of the loop."""
         start = time.perf_counter()
-        self.run._step()
+        train_step(self.run, self.run.state.step + 1)
         seconds = time.perf_counter() - start
         values = self.parts.run.metrics()[-1]
         inside = sum(self.phases.seconds.values())
@@ -134,7 +136,7 @@ class Generation:
         self.work = work
         self.policy = load_model(find_model(work["model"]), dtype="bfloat16")
         slots = work["slots"] or sum(map(len, work["lengths"]))
-        self.engine = NativeEngine(self.policy, slots)
+        self.engine = build_engine(self.policy, slots)
         self.calls = 0
 
     def step(self, tokens: int | None = None) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def check(work: dict[str, Any]) -> dict[str, Any]:
     noisy = load_model(find_model(work["model"]), dtype="float64")
     perturb(noisy.model, work["seed"])
     method = Method(kl_coef=work["kl_coef"])
-    engine = FixedLengths(NativeEngine(policy, 64), work)
+    engine = FixedLengths(build_engine(policy, 64), work)
     requests = [
         Request(tuple(prompt), [(work["seed"], 0, place, index) for index in range(len(lengths))])
         for place, (prompt, lengths) in enumerate(zip(work["prompts"], work["lengths"], strict=True))

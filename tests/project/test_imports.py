@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -99,3 +100,13 @@ def test_reward_processes_need_no_torch() -> None:
     assert not {"torch", "transformers", "sympy"} & loaded_by(modules)
     used = 'from gruppo.rewards.grading.math_verify import same_mathematics; same_mathematics("1", "1")'
     assert not {"torch", "transformers"} & loaded_by(used)
+
+
+@pytest.mark.parametrize("path", sorted([*Path("benchmarks").rglob("*.py"), *Path("scripts").glob("*.py")]), ids=str)
+def test_benchmarks_and_scripts_import_names_that_exist(path: Path) -> None:
+    """They run rarely, so a renamed function would go unnoticed."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gruppo":
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name) or f"{node.module}.{alias.name}" in MODULES, alias.name
