@@ -29,7 +29,7 @@ class ToolTexts:
     schemas: Sequence[Mapping[str, Any]] = ()
     text: str = ""
 
-    def told(self, content: str | list[Message]) -> str | list[Message]:
+    def add_to(self, content: str | list[Message]) -> str | list[Message]:
         """Return a prompt with the text added. Raises UsageError if the prompt is not a conversation."""
         if isinstance(content, str):
             raise UsageError(
@@ -71,7 +71,7 @@ def tokenize_part(
             break
         where = f"{part.name}, row {number + 1}"
         if tools is not None:
-            row = {**row, "prompt": tools.told(row["prompt"])}  # noqa: PLW2901
+            row = {**row, "prompt": tools.add_to(row["prompt"])}  # noqa: PLW2901
         token_ids = _tokens(row, tokenizer, where, tools)
         advance(1)
         if len(token_ids) > limit and part.filter_overlong:

@@ -346,12 +346,12 @@ def test_tools_are_in_the_system_message_if_the_template_has_no_tools(tokenizer)
     tools = tool_texts(tokenizer, [schema_of(Counter().add)])
     assert tools is not None
     for content in ([], [{"role": "system", "content": "Be good."}]):
-        messages = tools.told([*content, {"role": "user", "content": "q"}])
+        messages = tools.add_to([*content, {"role": "user", "content": "q"}])
         assert [message["role"] for message in messages] == ["system", "user"]
         assert messages[0]["content"].startswith("Be good.\n\nYou can call" if content else "You can call")
         assert '"name": "add"' in messages[0]["content"]
     with pytest.raises(UsageError, match=r"task\.system"):
-        tools.told("text")
+        tools.add_to("text")
     pieces = ChatRenderer(tokenizer, [END], tools)._frame(2)
     assert pieces[1] == "\n</tool_response>\n<tool_response>\n"
 

@@ -161,7 +161,7 @@ class ProcessEnvironments:
         except BaseException:
             self.close()
             raise
-        loaded = self._workers[0].told
+        loaded = self._workers[0].load_answer
         self.digests = digests[0]
         self.schemas: list[dict[str, Any]] = loaded["schemas"]
         self.stop = tuple(loaded["stop"])

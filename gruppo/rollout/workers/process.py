@@ -62,7 +62,7 @@ class Worker:
             os.close(call_read)
             os.close(answer_write)
         self.dead = self.loaded = False
-        self.told: dict[str, Any] = {}  # its answer to the load message
+        self.load_answer: dict[str, Any] = {}  # its answer to the load message
         self._sent = 0
         self.send(load)
 
@@ -125,7 +125,7 @@ class Worker:
             wait([self], TICK_SECONDS)
             show(0)
         if "digests" in answer:
-            self.loaded, self.told = True, answer
+            self.loaded, self.load_answer = True, answer
             digests: list[str] = answer["digests"]
             show(1)
             return digests
