@@ -13,6 +13,7 @@ import typer
 
 from gruppo import __version__
 from gruppo.cli import evaluate, export, reward_model, sample, train
+from gruppo.config.renames import COMMANDS
 from gruppo.errors import RunError, UsageError
 from gruppo.utils.progress import visible
 
@@ -52,6 +53,9 @@ def main() -> None:
 
     exit_on_signals()
     try:
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        if command in COMMANDS:
+            raise UsageError(f"command {command}: was renamed; write gruppo {COMMANDS[command]}")
         app()
     except UsageError as error:
         _fail(str(error), 2)

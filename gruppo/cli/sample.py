@@ -113,7 +113,7 @@ def _content(prompt: str | None, system: str | None, messages: str | None, plain
 def _conversation(messages: str) -> list[dict[str, Any]]:
     """The messages of the option, a file or standard input. Raises UsageError if they are not a conversation."""
     text = sys.stdin.read() if messages == "-" else messages
-    if not text.lstrip().startswith("["):
+    if not text.lstrip().startswith(("[", "{")):
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:

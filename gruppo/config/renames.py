@@ -51,6 +51,7 @@ EVENTS = {
 WARNINGS = {"no_signal": "no_nonzero_advantage"}
 COLUMNS = {"exam": "eval_set"}  # columns of Parquet tables
 RESULTS = {"exams": "sets"}  # keys of results.json
+COMMANDS = {"repeat": "rerun-reward", "replay": "reproduce"}
 
 
 def new_field(table: str, field: str) -> str | None:

@@ -104,6 +104,21 @@ def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["repeat", "failure.json"], "command repeat: was renamed; write gruppo rerun-reward"),
+        (["replay", "run", "--step", "1"], "command replay: was renamed; write gruppo reproduce"),
+        (["sample", "model", "--messages", '{"role": "user", "content": "hi"}'], "must be a list of messages"),
+    ],
+)
+def test_mistakes_before_a_model_is_loaded(arguments: list[str], message: str) -> None:
+    done = gruppo(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--set", "run.stepz=3"], ["run.stepz", '"steps"']),
