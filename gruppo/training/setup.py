@@ -34,7 +34,6 @@ from gruppo.models.weights import named_weights, save_base, save_weights, weight
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
 from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
-from gruppo.rollout.workers.limits import machine_memory
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.runs.folder import RunFolder, check_folder, checkpoint_folders
 from gruppo.training.disk_estimate import still_needed
@@ -43,6 +42,7 @@ from gruppo.training.inputs import RunInputs, tokenize_data, workload
 from gruppo.training.optimizer import Trainable, make_optimizer
 from gruppo.training.policy_loss import find_surrogate
 from gruppo.training.sizing import Free, disk_of
+from gruppo.utils.cgroups import machine_memory
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import describe

@@ -1,8 +1,14 @@
-"""Paths given by users, which may contain "~" or be invalid for any file system."""
+"""The cache, and paths given by users, which may contain "~" or be invalid for any file system."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Folder of converted weights, compiled kernels and records of own folders: GRUPPO_CACHE, or ~/.cache/gruppo."""
+    return Path(os.environ.get("GRUPPO_CACHE") or Path.home() / ".cache" / "gruppo")
 
 
 def user_path(name: str | Path) -> Path:

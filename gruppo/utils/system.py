@@ -1,4 +1,4 @@
-"""Memory of this machine, and the machine description in `environment.json` of a run."""
+"""Memory and threads of this process, and the machine description in `environment.json` of a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from gruppo.utils.cgroups import available_memory, processors
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # constants of malloc.h
 _PACKAGES = ("gruppo", "torch", "transformers", "accelerate", "safetensors", "numpy", "pyarrow", "datasets")
@@ -31,22 +33,18 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def cache_dir() -> Path:
-    """Folder of converted weights and compiled kernels: GRUPPO_CACHE, or ~/.cache/gruppo."""
-    return Path(os.environ.get("GRUPPO_CACHE") or Path.home() / ".cache" / "gruppo")
+def limit_threads() -> None:
+    """Let torch use no more threads than there are processors for this process, unless OMP_NUM_THREADS is set.
+
+    torch does not know the quotas of control groups. With more threads than the quota allows, all of them wait.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and (allowed := processors()) < torch.get_num_threads():
+        torch.set_num_threads(allowed)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device now; on a CPU, limited by the control group (cgroup)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
+    """Bytes that can be allocated on the device now; on a CPU, see `gruppo.utils.cgroups.available_memory`."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
 
 
 def release_memory() -> None:

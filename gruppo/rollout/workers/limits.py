@@ -91,16 +91,6 @@ def _has_mark(process: psutil.Process, mark: str) -> bool:
         return False
 
 
-def machine_memory() -> int:
-    """Memory of this machine in bytes, or the limit of its control group if that is lower."""
-    total = int(psutil.virtual_memory().total)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return total if limit == "max" else min(total, int(limit))
-
-
 def serve_pipes(serve: Callable[[Connection, Connection], None]) -> None:
     """Main function of a worker process. Arguments on the command line: the two pipe ends to serve, the memory limit in
     bytes, and the process id of the trainer.

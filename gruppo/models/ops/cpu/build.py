@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from gruppo.utils.system import cache_dir
+from gruppo.utils.paths import cache_dir
 
 NO_KERNELS = "none"
 SOURCE = Path(__file__).with_name("kernels.c")
