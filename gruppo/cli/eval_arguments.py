@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gruppo.cli.options import require_consent
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Benchmark
@@ -20,6 +21,7 @@ from gruppo.evaluation.plots import draw_curves
 from gruppo.runs.atomic import publish, writing
 from gruppo.runs.folder import EVALUATION
 from gruppo.runs.reading import read_object
+from gruppo.runs.trust import foreign_code
 from gruppo.utils.signals import Interrupted, stop_on_signals
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class EvalArguments:
     """The options of `gruppo eval` that define the evaluation.
 
     `fields`: fields of [evaluation]; `model`: fields of [model] except its name; `options`: options of the tasks.
+    `trust`: run code that the recipe names, even if it lies in a run folder from somebody else.
     """
 
     recipe: Path | None = None
@@ -46,6 +49,19 @@ class EvalArguments:
     environment: str | None = None
     overrides: Sequence[str] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
+    trust: bool = False
+
+    def require_consent(self, recipe: Recipe) -> None:
+        """Raise UsageError for code of a run folder from somebody else without consent. `recipe`: see `recipe_of`."""
+        if self.recipe is None or not (self.recipe.resolve().parent / "environment.json").is_file():
+            return
+        unused = ["model", "reward", "audit", "method"]
+        if recipe.evaluation is None or recipe.evaluation.task is not None:  # otherwise it uses held-out training rows
+            unused += ["task", "mixture"]
+        code = foreign_code(self.recipe.resolve().parent, recipe)
+        require_consent(
+            self.recipe.parent, [item for item in code if not item.place.startswith(tuple(unused))], self.trust
+        )
 
     def recipe_of(self, model: str) -> Recipe:
         """The recipe that evaluates a model: one [[benchmarks]] table per task.
@@ -155,6 +171,8 @@ def evaluate_command(
     arguments.require_fitting(answers, all(done), out, resume)
     folders = [out / part if out is not None and len(names) > 1 else out for part in ("first", "second")]
     recipes = [None if finished else arguments.recipe_of(name) for name, finished in zip(names, done, strict=True)]
+    if evaluated := [recipe for recipe in recipes if recipe is not None]:
+        arguments.require_consent(evaluated[0])  # the code of the others is the same
     from gruppo.evaluation.compare import compare_all, read_evaluation
     from gruppo.evaluation.eval_run import grade_file, run_evaluation
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gruppo.cli.options import Device, Dtype, Trust, named_option
+from gruppo.cli.options import Device, Dtype, Trust, TrustCode, named_option
 from gruppo.errors import UsageError
 
 
@@ -67,6 +67,7 @@ def eval_(
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust: Trust = False,
+    trust_code: TrustCode = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write samples.parquet, results.json and events.jsonl to.")
     ] = None,
@@ -107,6 +108,7 @@ def eval_(
         environment=environment,
         overrides=set_ or [],
         model={"device": device, "dtype": dtype, "trust_remote_code": trust},
+        trust=trust_code,
     )
     from gruppo.runs.console import ConsoleProgress
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gruppo.cli.options import Trust
+from gruppo.cli.options import Trust, TrustCode, require_consent
 
 
 def export(
@@ -56,21 +56,25 @@ def rerun_reward_(
     timeout: Annotated[
         float | None, typer.Option(min=0.01, help="Time limit in seconds. Default: that of the run.")
     ] = None,
+    trust: TrustCode = False,
 ) -> None:
     """Rerun a failed reward call with the same arguments.
 
-    This runs the code that the file names. Prints the output of the reward function and one line per completion with
-    its reward. Exit code 1 if it fails again.
+    This runs the function that the file names, or --function. Prints the output of the reward function and one line per
+    completion with its reward. Exit code 1 if it fails again.
     """
     import tempfile
 
-    from gruppo.rollout.reward_failures import rerun_reward
+    from gruppo.rollout.reward_failures import read_call, rerun_reward
     from gruppo.runs.console import ConsoleProgress
+    from gruppo.runs.trust import code_of_call
 
+    if function is None:
+        require_consent(file, code_of_call(file, read_call(file)), trust)
     progress = ConsoleProgress()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "rewards.log"
-        rewards = rerun_reward(file, function, timeout, log)
+        rewards = rerun_reward(file, function, timeout, log, trust=True)
         if log.is_file():
             progress.note(log.read_text(encoding="utf-8", errors="replace").rstrip())
     for number, reward in enumerate(rewards):
@@ -88,18 +92,20 @@ def reproduce(
         float, typer.Option(help="Relative difference that counts as equal, e.g. 1e-4 on a different machine.")
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every difference.")] = False,
+    trust: TrustCode = False,
 ) -> None:
     """Reproduce a step from its stored rollouts.
 
-    Compares rewards, advantages, loss and gradient norm with the stored ones. Exit code 0 if all are equal, 1 if any
-    differs.
+    This runs the code that the run's recipe names. Compares rewards, advantages, loss and gradient norm with the stored
+    ones. Exit code 0 if all are equal, 1 if any differs.
     """
     from gruppo.runs.console import ConsoleProgress
-    from gruppo.training.reproduce import describe_reproduction
+    from gruppo.training.reproduce import code_to_run, describe_reproduction
     from gruppo.training.reproduce import reproduce as reproduce_step
 
+    require_consent(run, code_to_run(run), trust)
     progress = ConsoleProgress()
-    reproduction = reproduce_step(run, step, tolerance=tolerance, progress=progress)
+    reproduction = reproduce_step(run, step, tolerance=tolerance, trust=True, progress=progress)
     if as_json:
         import json
 

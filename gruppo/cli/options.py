@@ -7,11 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gruppo.errors import RunError, UsageError
+from gruppo.utils.progress import visible
+
+if TYPE_CHECKING:
+    from gruppo.config.recipe import Recipe
+    from gruppo.runs.trust import Code
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file; examples are in recipes/.")]
 Overrides = Annotated[
@@ -25,6 +30,38 @@ Dtype = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python files that come with the model; read them first.")
 ]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust", help="Run the code that a run folder or file from somebody else names; read it first."),
+]
+
+
+def load_chosen_recipe(file: Path, set_: Sequence[str] | None, trusted: bool) -> Recipe:
+    """Load the recipe that the command line names. One that lies in a run folder from somebody else needs consent."""
+    from gruppo.config.loading import load_recipe
+    from gruppo.runs.trust import foreign_code
+
+    recipe, folder = load_recipe(file, set_ or []), file.resolve().parent
+    if (folder / "environment.json").is_file() and (folder / "recipe.toml").is_file():
+        require_consent(file.parent, foreign_code(folder, recipe), trusted)
+    return recipe
+
+
+def require_consent(source: Path, code: Sequence[Code], trusted: bool) -> None:
+    """Return if the code that `source` names may run: it is `trusted`, or the user says so on the terminal.
+
+    Raises UsageError otherwise, with the command to write.
+    """
+    if not code or trusted:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        from gruppo.runs.trust import refusal
+
+        raise refusal(source, code, f"write: {shlex.join(['gruppo', *sys.argv[1:], '--trust'])}")
+    lines = [f"{source} names code, and does not come from you on this machine:", *(f"  {item}" for item in code)]
+    sys.stderr.writelines(f"{visible(line)}\n" for line in lines)
+    if not typer.confirm("It runs with your permissions. Have you read it, and should it run?", err=True):
+        raise UsageError(f"{source}: nothing was run")
 
 
 @contextmanager

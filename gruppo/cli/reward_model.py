@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gruppo.cli.options import Overrides, RecipeFile, resumable
+from gruppo.cli.options import Overrides, RecipeFile, TrustCode, load_chosen_recipe, resumable
 
 
 def label(
@@ -15,15 +15,14 @@ def label(
     out: Annotated[Path, typer.Option(help="Folder to write the labels to.")],
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the labeling in the folder.")] = False,
+    trust: TrustCode = False,
 ) -> None:
     """Sample completions and label them by rule.
 
     [reward_model] has the settings; with kind = "process" every step is labeled too (Math-Shepherd). The labels are
     Parquet files in OUT/labels, one row per completion.
     """
-    from gruppo.config.loading import load_recipe
-
-    settings = load_recipe(recipe, set_ or [])
+    settings = load_chosen_recipe(recipe, set_, trust)
     from gruppo.runs.console import ConsoleProgress
     from gruppo.training.reward_model_api import label as label_completions
 
@@ -40,14 +39,13 @@ def reward_model(
     out: Annotated[Path, typer.Option(help="Folder to write the reward model to.")],
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the training in the folder.")] = False,
+    trust: TrustCode = False,
 ) -> None:
     """Train the recipe's [reward_model] on labels.
 
     OUT/model can be loaded by transformers, or named in a recipe (reward_model.name).
     """
-    from gruppo.config.loading import load_recipe
-
-    settings = load_recipe(recipe, set_ or [])
+    settings = load_chosen_recipe(recipe, set_, trust)
     from gruppo.runs.console import ConsoleProgress
     from gruppo.training.reward_model_api import train_reward_model
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gruppo import __version__
-from gruppo.cli.options import Overrides, RecipeFile, resumable
+from gruppo.cli.options import Overrides, RecipeFile, TrustCode, load_chosen_recipe, resumable
 from gruppo.utils.progress import visible
 
 if TYPE_CHECKING:
@@ -26,14 +26,13 @@ def train(
     show: Annotated[
         bool, typer.Option("--show", help="Print the recipe with every default and its meaning, and exit.")
     ] = False,
+    trust: TrustCode = False,
 ) -> None:
     """Train a model with a recipe.
 
     Ctrl-C saves the run and stops; a second Ctrl-C stops immediately.
     """
-    from gruppo.config.loading import load_recipe
-
-    settings = load_recipe(recipe, set_ or [])
+    settings = load_chosen_recipe(recipe, set_, trust or show)
     if show:
         from gruppo.config.schema import annotated
 
@@ -74,16 +73,16 @@ def check(
     seconds: Annotated[
         float, typer.Option(help="Maximum seconds for sampling in the smoke test, and again for its rewards.")
     ] = 60.0,
+    trust: TrustCode = False,
 ) -> None:
     """Estimate memory, time and disk, and report problems.
 
     Shows memory by part, time per step and in total. Nothing is trained or written. Exit code 0 without problems, 1
     with problems, 2 if training would refuse the recipe.
     """
-    from gruppo.config.loading import load_recipe
     from gruppo.preflight.check import check_recipe, describe_check
 
-    settings = load_recipe(recipe, set_ or [])
+    settings = load_chosen_recipe(recipe, set_, trust)
     from gruppo.runs.console import ConsoleProgress
 
     progress = ConsoleProgress()

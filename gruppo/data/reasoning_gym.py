@@ -38,7 +38,8 @@ def generate(name: str, options: Mapping[str, Any]) -> Iterable[Row]:
     """
     parameters = {"size": SIZE, "seed": 0, **options}
     make_dataset(name, parameters)
-    command = [sys.executable, "-c", "from gruppo.data.reasoning_gym import write_entries; write_entries()"]
+    program = "from gruppo.data.reasoning_gym import write_entries; write_entries()"
+    command = [sys.executable, "-P", "-c", program]  # -P: no modules from the current folder
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True

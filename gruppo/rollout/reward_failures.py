@@ -19,7 +19,9 @@ from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rollout.workers.rewards import RewardPool, call_arguments
 from gruppo.runs.atomic import write_whole
+from gruppo.runs.reading import read_object
 from gruppo.runs.recorder import Recorder
+from gruppo.runs.trust import code_of_call, refusal
 from gruppo.types import Completion, Group, Prompt, Reward
 
 FOLDER = "failures"
@@ -115,13 +117,15 @@ def read_call(file: str | Path) -> dict[str, Any]:
     """Read a saved reward call. Raises UsageError if the file is not one."""
     wrong = f"{file}: is not a saved reward call; give a file from a run's {FOLDER}/"
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_object(Path(file)) if not Path(file).exists() or Path(file).is_file() else {}
         arguments = content["arguments"]
         if arguments is None:
             where = content.get("left_out", "they cannot be written as JSON")
             raise UsageError(f"{file}: the call's arguments are not in it ({where})")
         size = len(arguments["completions"])
         lists = isinstance(content["columns"], list) and isinstance(content["options"], dict)
+        lists &= all(isinstance(name, str) for name in content["environment"])
+        lists &= content["function"] is None or isinstance(content["function"], str)
         sizes = {len(arguments[name]) for name in ("prompts", "completion_ids", *content["columns"])}
         numbers = isinstance(content["timeout"], int | float) and isinstance(content["trainer_state"], dict)
     except FileNotFoundError:
@@ -140,14 +144,19 @@ def rerun_reward(
     function: str | RewardFunction | None = None,
     timeout: float | None = None,
     log: Path | None = None,
+    *,
+    trust: bool = False,
 ) -> list[Reward]:
     """Repeat a failed reward call. Returns the reward of each completion.
 
     The function named in the file is imported and called, unless `function` is given; a function that was passed from
     Python has no name in the file. `timeout`: in seconds, default the recorded one; `log`: file for the function's
-    output. Raises UsageError if the file is not a saved call or the function cannot be used.
+    output. `trust`: run the function named in the file even if the file comes from somebody else. Raises UsageError if
+    the file is not a saved call, if its function cannot be used, or if it is code from somebody else without `trust`.
     """
     call = read_call(file)
+    if function is None and not trust and (code := code_of_call(Path(file), call)):
+        raise refusal(Path(file), code, "pass trust=True")
     chosen = function if function is not None else call["function"]
     if chosen is None:
         raise UsageError(

@@ -37,6 +37,7 @@ from gruppo.config.renames import translate_recipe
 from gruppo.errors import UsageError
 from gruppo.runs.atomic import WriteError, publish, write_whole, writing
 from gruppo.runs.reading import object_of, read_metrics, read_object, reading, require_own, step_of
+from gruppo.runs.trust import remember
 from gruppo.utils.disk import free_bytes, gigabytes, held_bytes
 
 APPENDED = ("metrics.jsonl", "events.jsonl")
@@ -112,6 +113,7 @@ class RunFolder:
         if kind != RUN:
             self.write_json("folder.json", {"kind": kind})
         write_whole(self.path / "recipe.toml", recipe.to_toml().encode())
+        remember(self.path)
 
     def start_same(self, recipe: Recipe, kind: str, identity: Mapping[str, Any]) -> None:
         """Like `start`, and record what the contents of the folder depend on.

@@ -15,6 +15,7 @@ from gruppo.rewards import RewardFunction
 from gruppo.runs.console import choose_progress
 from gruppo.runs.folder import explaining_write_errors
 from gruppo.runs.results import Result
+from gruppo.runs.trust import remember
 from gruppo.training.callbacks import Callback, Callbacks
 from gruppo.types import Row
 from gruppo.utils.progress import Progress
@@ -109,6 +110,7 @@ def run_recipe(
 
             in_memory = None if model is None else (model, tokenizer)
             prepared = prepare(settings, folder, resume, functions, data, progress, stack, in_memory)
+        remember(folder)  # also a resumed folder: this user chose its recipe
         summary = TrainingRun(prepared, progress, stop, listeners).execute(run_training)
         return Result(prepared.run.path, prepared.run.metrics(), summary), stop
 

@@ -6,7 +6,6 @@ run's files. The run folder is only read, so a run that is still in progress can
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import tempfile
@@ -22,7 +21,8 @@ from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import read_data
 from gruppo.rewards import RewardFunction
 from gruppo.runs.console import choose_progress
-from gruppo.runs.reading import read_lines, require_own
+from gruppo.runs.reading import read_lines, read_object, require_own
+from gruppo.runs.trust import Code, foreign_code, refusal
 from gruppo.types import Reward, Row
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import stop_on_signals
@@ -102,6 +102,7 @@ def reproduce(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tolerance: float = 0.0,
+    trust: bool = False,
     progress: bool | Progress = True,
 ) -> Reproduction:
     """Rerun a step of a run from its stored rollouts, and compare rewards, advantages and metrics.
@@ -110,12 +111,17 @@ def reproduce(
     stored rollouts and rewards. Reward functions are called on the completions of the step itself. If they return
     different rewards than before, that is a difference, and the rest is computed from the stored rewards. `reward`,
     `prompts`, `model`: what was passed to the run from Python. `tolerance`: relative difference up to which numbers are
-    equal. Raises UsageError if the step cannot be reproduced.
+    equal. `trust`: run the code that the recipe in the folder names, even if the folder comes from somebody else.
+    Raises UsageError if the step cannot be reproduced, or if there is such code and no `trust`.
     """
     folder, shown = Path(run), choose_progress(progress)
     if not (tolerance >= 0 and math.isfinite(tolerance)):
         raise UsageError(f"tolerance = {tolerance}: must be a finite number of at least 0; write e.g. 1e-4")
     recipe = _recipe(folder)
+    given = {"reward": reward is not None, "task": prompts is not None, "model": model is not None}
+    code = [item for item in code_to_run(folder) if not given.get(item.place.partition(".")[0])]
+    if code and not trust:
+        raise refusal(folder, code, "pass trust=True")
     line = _line(folder, step)
     functions = _reward_functions(recipe, reward, prompts, model)
     data = read_data(recipe, functions, prompts, shown)
@@ -211,6 +217,13 @@ class _Quiet:
         """See `Progress`."""
 
 
+def code_to_run(folder: Path) -> list[Code]:
+    """The code that reproducing a step of the run would run, if the folder comes from somebody else."""
+    code = foreign_code(folder, _recipe(folder))
+    # Environments are not called again, so the model's code is not run.
+    return [item for item in code if item.place != "environment.run_model_code_WITHOUT_A_SANDBOX"]
+
+
 def _recipe(folder: Path) -> Recipe:
     file = folder / "recipe.toml"
     if not file.is_file() or not (folder / "environment.json").is_file():
@@ -288,7 +301,7 @@ def _environment_note(recipe: Recipe) -> Iterator[str]:
 
 def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:
     """Notes on causes of differences."""
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    environment = read_object(folder / "environment.json")
     from gruppo.models.precision import choose_device
     from gruppo.utils.system import describe
 

@@ -16,8 +16,9 @@ from gruppo.utils.paths import user_path
 def import_attribute(name: str, field: str) -> Any:
     """The callable named "package.module:name" or "path/to/file.py:name".
 
-    `field` is the name of the setting in error messages. Modules in the current folder can be imported. Raises
-    UsageError if the name is not an import path, the import fails, or the attribute does not exist or is not callable.
+    `field` is the name of the setting in error messages. Modules in the current folder can be imported, and come first;
+    gruppo's own names do not make the current folder importable. Raises UsageError if the name is not an import path,
+    the import fails, or the attribute does not exist or is not callable.
     """
     location, colon, attribute = name.rpartition(":")
     if not colon or not location or not attribute:
@@ -42,7 +43,7 @@ def import_attribute(name: str, field: str) -> Any:
 
 
 def _import_module(name: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path:
+    if not name.startswith("gruppo.") and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     return importlib.import_module(name)
 

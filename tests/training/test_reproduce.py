@@ -47,7 +47,7 @@ def reproduced(out: Path, step: int, monkeypatch: pytest.MonkeyPatch, **argument
     before = state_of(out)
     with monkeypatch.context() as patch:
         patch.setattr(NativeEngine, "generate", samples)
-        result = reproduce(out, step, **{"prompts": ROWS, **arguments})
+        result = reproduce(out, step, **{"prompts": ROWS, "trust": True, **arguments})
     assert state_of(out) == before
     assert json.loads(json.dumps(result.as_dict()))["equal"] == result.equal
     return result
@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_note(copy: Path, monkeypatch: py
 def test_deleted_rollouts_are_reported(copy: Path) -> None:
     (copy / "rollouts/step-000005.parquet").unlink()
     with pytest.raises(UsageError, match="rollouts were deleted"):
-        reproduce(copy, 6, prompts=ROWS)
+        reproduce(copy, 6, prompts=ROWS, trust=True)
 
 
 def test_arguments_passed_from_python_must_be_passed_again(tiny_folder: str, tmp_path: Path, finished: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,14 @@ from gruppo.rollout.workers.channel import Channel
 from gruppo.rollout.workers.limits import clean_environment, end_descendants, withheld
 from gruppo.rollout.workers.log import Output
 from gruppo.utils.progress import Advance
+
+# Runs a module of gruppo as a program. Unlike with -m, the current folder is no source of modules: a file json.py in it
+# would replace Python's. The folder that contains gruppo may be one that only the trainer has in its path.
+_START = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+
+
+_PACKAGES = str(Path(__file__).parents[3])
+
 
 LOAD_TIMEOUT = 300.0
 
@@ -47,7 +56,7 @@ class Worker:
         arguments = [str(number) for number in (call_read, answer_write, memory, os.getpid())]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", "-X", "faulthandler", "-m", self.module, *arguments],
+                [sys.executable, "-u", "-X", "faulthandler", "-P", "-c", _START, _PACKAGES, self.module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=printed,
