@@ -21,6 +21,7 @@ from gruppo.models.attention.shared_prefix import CapturingAttention, SharedPref
 from gruppo.models.fused_decoder import FusedBody
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import prepare_for_float64
+from gruppo.models.weights import damage_of
 
 # Layer types whose only state is their keys and values. Others (convolutions, recurrences) would leak from one sequence
 # of a packed row into the next.
@@ -78,6 +79,8 @@ def _tried(policy: LanguageModel) -> LanguageModel:
         raise UsageError(
             f"model: architecture {name} fails in transformers ({error_line(error)}); fix the model"
         ) from error
+    if not bool(torch.isfinite(expected).all()):
+        raise UsageError(f"model: {_why_not_finite(model, name)}")
     try:
         hidden = policy.hidden_states(ids, positions, plan)[0]
     except Exception as error:
@@ -114,6 +117,18 @@ def _tried(policy: LanguageModel) -> LanguageModel:
     raise UsageError(
         f"model: architecture {name} gives different numbers with gruppo's attention than with transformers' (its "
         "tokens see more than the tokens before them, or its output head is not linear); use another model"
+    )
+
+
+def _why_not_finite(model: PreTrainedModel, name: str) -> str:
+    """Why the logits that transformers computes are not finite."""
+    if damage := damage_of(model):
+        return f"its weights are damaged: {damage}; use an undamaged copy"
+    largest, weight = max(model.named_parameters(), key=lambda pair: float(pair[1].detach().abs().max()))
+    return (
+        f"architecture {name} gives logits that are not finite in transformers too, although all weights are finite. "
+        f"The largest weight is {float(weight.detach().abs().max()):.3g} in {largest}; if the original has no such "
+        "weight, the file is damaged: use an undamaged copy"
     )
 
 

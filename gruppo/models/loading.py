@@ -34,7 +34,7 @@ from gruppo.errors import UsageError, error_line
 from gruppo.models.compatibility import context_length, unsupported, wrap_model
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
-from gruppo.models.weights import save_model
+from gruppo.models.weights import damage_of, save_model
 from gruppo.utils.hub import hub_reachable
 from gruppo.utils.paths import cache_dir, is_dir, is_file, user_path
 from gruppo.utils.progress import NullProgress, Progress
@@ -175,7 +175,10 @@ def load_weights(location: str, dtype: torch.dtype, trust_remote_code: bool = Fa
         raise UsageError(
             f"model.name: the weights in {location} cannot be loaded ({error_line(error)}); use a complete model"
         ) from error
-    return _whole(loaded[0], loaded[1], f"in {location}")
+    return _whole(loaded[0], loaded[1], f"in {Path(location) / options.get('gguf_file', '')}")
+
+
+UNDAMAGED = "use an undamaged copy: compare the files with their source, or download them again"
 
 
 _FOREIGN = (
@@ -201,7 +204,8 @@ def _has_pickles(folder: Path) -> bool:
 
 
 def _whole(model: PreTrainedModel, report: dict[str, Any], where: str) -> PreTrainedModel:
-    """The model. Raises UsageError unless transformers reports that all of its tensors were loaded, and no others."""
+    """The model. Raises UsageError unless transformers reports that all of its tensors were loaded, and no others, and
+    they are not damaged."""
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(name) for name in report[kind] if "rotary_emb.inv_freq" not in str(name))
         if names:
@@ -209,6 +213,8 @@ def _whole(model: PreTrainedModel, report: dict[str, Any], where: str) -> PreTra
                 f"model.name: the weights {where} do not fit their config: {len(names)} tensors are "
                 f"{kind.removesuffix('_keys')} ({names[0]}, …); use a model whose config and weights belong together"
             )
+    if damage := damage_of(model):
+        raise UsageError(f"model: the weights {where} are damaged: {damage}; {UNDAMAGED}")
     return model
 
 

@@ -19,11 +19,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from gruppo.errors import UsageError
-from gruppo.models.loading import ModelSource, load_model
+from gruppo.models.loading import UNDAMAGED, ModelSource, load_model
 from gruppo.models.lora import skeleton
 from gruppo.models.policy import LanguageModel
 from gruppo.models.value_head import ScalarModel
-from gruppo.models.weights import save_base, save_weights
+from gruppo.models.weights import damage_of, save_base, save_weights
 from gruppo.runs.reading import read_object
 from gruppo.utils.progress import Progress
 
@@ -131,6 +131,8 @@ def _parts(source: ModelSource, kind: str) -> tuple[Any, list[Tensor]]:
         raise UsageError(
             f"reward_model.name = {source.location!r}: the weights {missing[0]} are missing; use a complete model"
         )
+    if damage := damage_of(classifier):
+        raise UsageError(f"reward_model.name = {source.location!r}: its weights are damaged: {damage}; {UNDAMAGED}")
     model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), trust_remote_code=False)
     prefix = f"{classifier.base_model_prefix}."
     named = dict(classifier.state_dict())

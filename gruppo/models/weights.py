@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,43 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = all(parameter.requires_grad for parameter in model.parameters())
     return named_weights(model) if whole else trained
+
+
+def damage_of(model: nn.Module) -> str | None:
+    """What shows that the weights of a model are damaged; None if nothing does.
+
+    Values that are NaN or infinite, or zeros in all matrices. An infinite number in a buffer may be intended.
+    """
+    parameters = dict(model.named_parameters())
+    buffers = {name: buffer for name, buffer in model.named_buffers() if _not_finite(buffer)[0]}
+    if problem := not_finite_in({**parameters, **buffers}):
+        return problem
+    matrices = [weight for weight in parameters.values() if weight.ndim > 1 and weight.numel()]
+    if matrices and not any(bool(weight.any()) for weight in matrices):
+        return f"all {len(matrices)} matrices contain only zeros"
+    return None
+
+
+def not_finite_in(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which tensors have values that are NaN or infinite; None if none has."""
+    found = {name: counts for name, tensor in tensors.items() if any(counts := _not_finite(tensor))}
+    if not found:
+        return None
+    first, (nans, infinities) = next(iter(found.items()))
+    kinds = [f"{count:,} {kind}" for count, kind in ((nans, "NaN"), (infinities, "infinite")) if count]
+    of_all = f"{' and '.join(kinds)} of {tensors[first].numel():,} values"
+    others = f", and {len(found) - 1} other tensors" if len(found) > 1 else ""
+    return f"{first} has {of_all}{others}"
+
+
+def _not_finite(tensor: Tensor) -> tuple[int, int]:
+    """How many values of a tensor are NaN, and how many are infinite."""
+    tensor = tensor.detach()
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0, 0
+    if all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):  # one pass, and no copy
+        return 0, 0
+    return int(tensor.isnan().sum()), int(tensor.isinf().sum())
 
 
 def weights_sha256(model: nn.Module) -> str:

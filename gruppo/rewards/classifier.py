@@ -15,8 +15,9 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from gruppo.errors import UsageError, nearest
-from gruppo.models.loading import out_of_reach, pickles_alone
+from gruppo.models.loading import UNDAMAGED, out_of_reach, pickles_alone
 from gruppo.models.precision import choose_device
+from gruppo.models.weights import damage_of
 from gruppo.rewards import text_of
 from gruppo.types import Message
 from gruppo.utils.paths import is_dir, is_file, user_path
@@ -60,6 +61,8 @@ class Classifier:
                 f"model = {model!r}: has no weights for {', '.join(missing[:3])}, which would be randomly initialized; "
                 "give a model that was trained for sequence classification"
             )
+        if damage := damage_of(loaded[0]):
+            raise UsageError(f"model = {model!r}: its weights are damaged: {damage}; {UNDAMAGED}")
         self.device = choose_device(device)
         self.model = loaded[0].eval().to(self.device)
         self.label = _label_id(config, label)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gruppo.errors import RunError, UsageError
-from gruppo.models.weights import trained_weights
+from gruppo.models.weights import not_finite_in, trained_weights
 from gruppo.runs.atomic import publish, recover, write_whole, writing
 from gruppo.runs.folder import RunFolder, checkpoint_folders
 from gruppo.runs.reading import read_object, reading
@@ -133,13 +133,16 @@ def load_tensors(
     for name, (module, module_optimizer) in {"": (model, optimizer), **others}.items():
         load_weights_file(folder / _file(name, "weights"), module)
         parameters = dict(module.named_parameters())
-        with reading(folder / _file(name, "optimizer"), "use the previous checkpoint"):
-            for key, tensor in load_file(folder / _file(name, "optimizer")).items():
+        with reading(folder / _file(name, "optimizer"), _ANOTHER):
+            for key, tensor in read_tensors(folder / _file(name, "optimizer")).items():
                 kind, _, owner = key.partition(":")
                 parameter = parameters[owner]
                 if kind != "step" and tensor.shape != parameter.shape:
                     raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
                 module_optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+
+
+_ANOTHER = "use another checkpoint; without the folder of this one, --resume continues from the one before"
 
 
 def _file(name: str, what: str) -> str:
@@ -148,8 +151,16 @@ def _file(name: str, what: str) -> str:
 
 def load_weights_file(path: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights file into the model."""
-    with reading(path, "use another checkpoint"):
-        put_weights(load_file(path), trained_weights(model))
+    with reading(path, _ANOTHER):
+        put_weights(read_tensors(path), trained_weights(model))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's file. Raises ValueError if a value is not finite: nothing can be learned then."""
+    tensors = load_file(path)
+    if problem := not_finite_in(tensors):
+        raise ValueError(problem)
+    return tensors
 
 
 def put_weights(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:

@@ -77,8 +77,12 @@ def export(
     state = _state(source, folder)
     environment = _environment(source)
     options = dtype, max_shard_size, trust_remote_code
+    from gruppo.training.checkpoint import read_tensors
+
     with reading(source, "export another checkpoint"), _new_folder(target) as building:
         weights = folder / "weights.safetensors"
+        with reading(weights, "export another checkpoint"):
+            read_tensors(weights)
         if adapter:
             chat = _write_adapter(source / "base", weights, building, recipe, dtype, trust_remote_code)
         elif recipe.model.lora is not None:

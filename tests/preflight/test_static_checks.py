@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gruppo.config.loading import load_recipe
+from gruppo.config.sections import Lora
+from gruppo.models.lora import add_adapters
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import WIDTH, Finding, format_findings
 from gruppo.preflight.static_checks import (
@@ -66,13 +68,15 @@ def test_fields_that_train_nothing(tables: dict, severity: str) -> None:
     assert grades == ["ok", severity] if severity != "ok" else ["ok"]
 
 
-def test_weights_that_are_not_finite() -> None:
+def test_a_matrix_of_zeros_is_pointed_out() -> None:
+    """The zeros that adapters start with are intended."""
     broken = make_policy()
     assert graded(check_model(broken, "float32")) == {"model": "ok"}
     with torch.no_grad():
-        broken.model.get_input_embeddings().weight[3, 3] = torch.nan
-    (found,) = check_model(broken, "float32")
-    assert (found.severity, "embed_tokens" in found.what) == ("problem", True)
+        broken.model.get_parameter("model.layers.1.mlp.up_proj.weight").zero_()
+    (_, found) = check_model(broken, "float32")
+    assert (found.severity, "up_proj" in found.what) == ("warning", True)
+    assert graded(check_model(add_adapters(make_policy(), Lora(), 0), "float32")) == {"model": "ok"}
 
 
 def test_end_tokens(policy: LanguageModel) -> None:
