@@ -30,6 +30,11 @@ def read_evaluation(folder: Path) -> EvalResult:
         or any(type(value) is not dict for value in figures.values())
     ):
         raise UsageError(f"{folder / RESULTS}: is damaged; evaluate again with another --out")
+    if not (folder / "samples.parquet").is_file() and any((folder / "evaluations").glob("step-*.parquet")):
+        raise UsageError(
+            f"{folder}: samples.parquet is missing; delete results.json and run the command again with --resume, which "
+            "writes both from the answers in evaluations/"
+        )
     table = read_table(folder / "samples.parquet", NEEDED_COLUMNS)
     set_names = {name or HELD_OUT: name for name in table["eval_set"].to_pylist()}
     if set(set_names) != set(figures):

@@ -10,13 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from gruppo.errors import UsageError
 from gruppo.rollout.labels import LabelledCompletion, read_labels
 from gruppo.rollout.live import LiveRollouts
 from gruppo.rollout.source import Step
-from gruppo.runs.reading import old_parts, read_lines
+from gruppo.runs.reading import old_parts, read_lines, read_table
 from gruppo.types import Completion, Episode, Group, Prompt, Reward, Steps
 
 Row = dict[str, Any]
@@ -123,14 +121,9 @@ class RecordedRollouts(LiveRollouts):
 def read_groups(table: Path, renamed: Mapping[str, str] = MappingProxyType({})) -> list[list[Row]]:
     """The rows of a rollout table, by group. `renamed`: new names of reward parts that have been renamed since. Raises
     UsageError if the table is missing or cannot be read."""
-    try:
-        rows: list[Row] = pq.read_table(table).to_pylist()
-    except FileNotFoundError:
-        raise UsageError(
-            f"{table}: there is no such file; the step has not run yet, or its rollouts were deleted"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{table}: cannot be read ({str(error).splitlines()[0]})") from None
+    if not table.is_file():
+        raise UsageError(f"{table}: there is no such file; the step has not run yet, or its rollouts were deleted")
+    rows: list[Row] = read_table(table).to_pylist()
     groups: list[list[Row]] = []
     for row in rows:
         for name in ("reward_parts", "steps") if renamed else ():

@@ -182,7 +182,9 @@ class RunFolder:
         for name in APPENDED:
             path, length = self.path / name, lengths.get(name, 0)
             size = path.stat().st_size if path.exists() else 0
-            if size < length:
+            if length and not path.exists():
+                problems.append(f"{name} is missing; its {length} bytes are lost, and it goes on at step {step + 1}")
+            elif size < length:
                 problems.append(f"{name}: its end is missing, {length - size} of {length} bytes")
             if size:
                 with path.open("r+b") as stream:
@@ -297,6 +299,10 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
             )
     recipe_file = path / "recipe.toml"
     if not recipe_file.is_file():
+        if (path / "environment.json").is_file() or checkpoint_folders(path):
+            raise UsageError(
+                f"--out {path}: recipe.toml is missing from this run; restore it from a copy, or choose another folder"
+            )
         others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []
         if others:
             raise UsageError(f"--out {path}: the folder contains other files ({others[0]}, …); choose an empty one")

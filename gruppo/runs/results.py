@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
+from gruppo.runs.missing import missing_parts
 from gruppo.runs.reading import read_lines, read_metrics, read_object, read_table, reading, require_own, step_of
 
 if TYPE_CHECKING:
@@ -44,14 +46,25 @@ class Result:
 
     @classmethod
     def read(cls, path: str | Path) -> Result:
-        """The result in a run folder, finished or not. Raises UsageError if the folder contains no run."""
+        """The result in a run folder, finished or not. Warns of missing parts. Raises UsageError if the folder contains
+        no run."""
         folder = Path(path)
         if not (folder / "recipe.toml").is_file():
             raise UsageError(f"{folder}: contains no run; give a run folder, e.g. runs/quickstart")
         require_own(folder)
         file = folder / "summary.json"
         summary = read_object(file) if file.is_file() else {"state": "unfinished"}
-        return cls(folder, read_metrics(folder / "metrics.jsonl"), {"state": "unknown", **summary})
+        result = cls(folder, read_metrics(folder / "metrics.jsonl"), {"state": "unknown", **summary})
+        for problem in result.missing:
+            warnings.warn(f"{folder}: {problem}", stacklevel=2)
+        return result
+
+    @property
+    def missing(self) -> list[str]:
+        """Descriptions of what was deleted from the folder or is missing from its files, and what is lost."""
+        if (self.path / "folder.json").is_file():  # labels or a reward model
+            return []
+        return missing_parts(self.path)
 
     def frame(self) -> pd.DataFrame:
         """The metrics, with one row per step and one column per metric.
@@ -61,6 +74,8 @@ class Result:
         """
         import pandas as pd
 
+        if not self.metrics and (problem := next((text for text in self.missing if text.startswith("metrics")), "")):
+            raise UsageError(f"{self.path}: {problem}; restore it from a copy; rollouts() and evaluations() still work")
         rows: dict[int, dict[str, Any]] = {}
         with reading(self.path / "metrics.jsonl", _WHOLE):
             for line in self.metrics:

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gruppo.errors import RunError
 from gruppo.models.lora import save_adapter
 from gruppo.models.reward_model import save_reward_model
 from gruppo.models.weights import save_model
+from gruppo.runs.missing import saved_step
 from gruppo.training.checkpoint import drop_old, load_state, load_tensors, newest_checkpoint, save_checkpoint
 from gruppo.training.context import RunContext
 from gruppo.training.optimizer import Trainable
@@ -82,8 +84,27 @@ class Checkpointer:
             loaded = load_state(folder)
             for field in fields(loaded):
                 setattr(self.context.state, field.name, getattr(loaded, field.name))
-            self._saved = self._position
+            if not self.context.at_end or (self.context.folder.path / "model").is_dir():
+                self._saved = self._position  # otherwise the final model is missing, and is saved again
         return Restored(folder, problems)
+
+    def require_recorded(self, restored: Restored) -> None:
+        """Raise RunError if there is no checkpoint although the run must have saved one: it would begin again at step
+        1, and delete what it recorded.
+
+        Add a problem if the newest checkpoint is older than the last one that must have been saved.
+        """
+        if not self.enabled:
+            return
+        path = self.context.folder.path
+        saved = saved_step(path, self.context.recipe.run.checkpoint_every)
+        if restored.checkpoint is None and saved:
+            raise RunError(
+                f"{path}: the checkpoint of step {saved} is missing, and all others; restore checkpoints/ from a copy, "
+                "or start again with another --out; metrics and tables are unchanged"
+            )
+        if restored.checkpoint is not None and saved > self.context.state.step and not restored.problems:
+            restored.problems.append(f"step-{saved:06d}: is missing")
 
     def load_tensors(self, checkpoint: Path) -> None:
         """Load a checkpoint's weights and optimizer states."""

@@ -110,7 +110,10 @@ def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
     if not _steps(source):
         raise UsageError(f"{source}: the run has no checkpoint yet; train until it has one")
     if not (source / "base").is_dir():
-        raise UsageError(f"{source}: has no base/ (config and tokenizer); gruppo 0.1.0 did not write it")
+        raise UsageError(
+            f"{source}: base/ (config and tokenizer) is missing; restore it from a copy, or use {source}/model, "
+            "the model after the last step"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"--to {target}: already exists; give the name of a new folder")
 

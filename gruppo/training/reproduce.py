@@ -21,6 +21,7 @@ from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import read_data
 from gruppo.rewards import RewardFunction
 from gruppo.runs.console import choose_progress
+from gruppo.runs.missing import steps_of, steps_text
 from gruppo.runs.reading import read_lines, read_object, require_own
 from gruppo.runs.trust import Code, foreign_code, refusal
 from gruppo.types import Reward, Row
@@ -148,18 +149,22 @@ def reproduce(
         begun = _rerun(rerun, recording, step)
         recomputed = rerun.rollouts.rewards if isinstance(rerun.rollouts, RecordedRollouts) else []
         groups = read_groups(scratch / "rollouts" / f"step-{step:06d}.parquet")
-        lines = _steps_of(read_lines(scratch / "metrics.jsonl"))
+        lines = steps_of(read_lines(scratch / "metrics.jsonl"))
         compare = _Compare(tolerance)
         differences = [
             *compare.rewards(stored, recomputed),
             *compare.rows(stored, groups),
             *compare.metrics(line, lines[step]),
         ]
-        before = _steps_of(read_lines(folder / "metrics.jsonl"))
+        before = steps_of(read_lines(folder / "metrics.jsonl"))
+        lost = set(range(begun + 1, step)) - set(before)
+        if lost:
+            damaged.append(f"metrics.jsonl has no metrics of {steps_text(lost)}, which were not compared")
         earlier = next(
             (
                 (number, found)
                 for number in range(begun + 1, step)
+                if number in before
                 if (found := compare.metrics(before[number], lines[number], SCORING_METRICS))
             ),
             None,
@@ -234,16 +239,15 @@ def _recipe(folder: Path) -> Recipe:
     return load_recipe(file)
 
 
-def _steps_of(lines: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """The lines that belong to steps, by step."""
-    return {int(line["step"]): line for line in lines if "completion/length" in line}
-
-
 def _line(folder: Path, step: int) -> Mapping[str, Any]:
-    found = _steps_of(read_lines(folder / "metrics.jsonl"))
+    if not (folder / "metrics.jsonl").is_file() and any((folder / "rollouts").glob("step-*.parquet")):
+        raise UsageError(
+            f"{folder}: metrics.jsonl is missing, so there is nothing to compare a step with; restore it from a copy"
+        )
+    found = steps_of(read_lines(folder / "metrics.jsonl"))
     if step not in found:
-        known = f"it has steps {min(found)} to {max(found)}" if found else "it has no steps yet"
-        raise UsageError(f"--step {step}: {folder} has no such step; {known}")
+        known = f"it has {steps_text(found)}" if found else "it has no steps yet"
+        raise UsageError(f"--step {step}: {folder} has no metrics of such a step; {known}")
     return found[step]
 
 

@@ -20,6 +20,7 @@ from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.source import RolloutSource, Step
 from gruppo.runs.atomic import WriteError
+from gruppo.runs.missing import metric_problems
 from gruppo.runs.reading import reading
 from gruppo.runs.recorder import FileSink, Recorder, Sink, StatusSink
 from gruppo.runs.status import StatusFile
@@ -174,6 +175,7 @@ class TrainingRun:
     def restore(self) -> None:
         """Go back to the newest intact checkpoint, or to the beginning, and undo later changes in the folder."""
         restored = self.checkpointer.restore()
+        self.checkpointer.require_recorded(restored)
         if restored.checkpoint is not None:
             self.iterations.restore_reference(restored.checkpoint)
             self.checkpointer.load_tensors(restored.checkpoint)
@@ -182,6 +184,7 @@ class TrainingRun:
             damages = self.folder.cut_back(self.state.lengths, self.state.step)
             damages += self.folder.table_problems("rollouts", range(1, self.state.step + 1))
             damages += self.folder.table_problems("evaluations", map(int, self.state.evaluations))
+            damages += self._missing(tuple(damages))
             for values in self.folder.metrics():  # for warnings that look back; their messages are already recorded
                 self.recorder.see_again(values)
                 if self.audit is not None:
@@ -189,6 +192,13 @@ class TrainingRun:
         self.status.update(now=True, step=self.state.step, truncated_to=self.folder.lengths())
         self.parts.engine.load_weights(self.policy.weights, self.state.step)
         self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
+
+    def _missing(self, known: Sequence[str]) -> Iterator[str]:
+        """Descriptions of further parts that are missing from the folder of a run. `known`: descriptions so far."""
+        if not any(problem.startswith("metrics.jsonl") for problem in known):
+            yield from metric_problems(self.folder.metrics(), self.state.step)
+        if self.state.step and not (self.folder.path / "base").is_dir():
+            yield "base/ (config and tokenizer) is missing, and gruppo export needs it"
 
     # Steps.
 

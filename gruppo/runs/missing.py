@@ -1,0 +1,103 @@
+"""What is missing from a run folder: files that were deleted, truncated or replaced after the run wrote them.
+
+Each description says what is lost. What a run has done is concluded from the files that are left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gruppo.errors import UsageError
+from gruppo.runs.reading import object_of, read_lines, read_object, step_of
+
+_STEP = "completion/length"  # a metric of every step, and only of steps
+
+
+def saved_step(folder: Path, every: int) -> int:
+    """The last step after which a run must have saved a checkpoint, by its metrics and its summary; 0 if none.
+
+    `every`: steps between checkpoints. Damaged lines and files show nothing.
+    """
+    steps, metrics = [0], folder / "metrics.jsonl"
+    if metrics.is_file():
+        with metrics.open("rb") as stream:
+            lines = (object_of(line) or {} for line in stream)
+            steps += [line["step"] for line in lines if _STEP in line and type(line.get("step")) is int]
+    begun = max(0, max(steps) - 1)  # this step was complete, and saved if due, before the last one began
+    return max(begun // every * every, _finished_step(folder))
+
+
+def _finished_step(folder: Path) -> int:
+    """The step at which a run ended by itself, by its summary; 0 if it did not."""
+    with suppress(OSError, UsageError):
+        summary = read_object(folder / "summary.json")
+        if summary.get("state") in ("done", "stopped") and type(summary.get("steps")) is int:
+            return int(summary["steps"])
+    return 0
+
+
+def steps_of(lines: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The lines of metrics.jsonl that belong to steps, by step."""
+    return {int(line["step"]): line for line in lines if _STEP in line}
+
+
+def metric_problems(lines: Sequence[Mapping[str, Any]], done: int) -> list[str]:
+    """Descriptions of lines that metrics.jsonl lacks, or has too many of, after `done` steps."""
+    counts = Counter(int(line["step"]) for line in lines if _STEP in line)
+    problems = []
+    if lost := set(range(1, done + 1)) - set(counts):
+        problems.append(f"metrics.jsonl has no metrics of {steps_text(lost)}; they are lost")
+    if foreign := {step for step, count in counts.items() if count > 1 or not 1 <= step <= done}:
+        problems.append(f"metrics.jsonl has lines of {steps_text(foreign)} that this run did not write")
+    return problems
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """Descriptions of what is missing from the folder of a run, finished or not.
+
+    A run may write to the folder meanwhile: files are looked up in the order in which it writes them, or later.
+    """
+    total = _finished_step(folder)
+    saved = set(_steps_in(folder / "checkpoints"))
+    done = max([total, *saved, max(_steps_in(folder / "rollouts"), default=1) - 1])
+    lines = read_lines(folder / "metrics.jsonl")
+    evaluated = {int(line["step"]) for line in lines if any(name.startswith("eval/") for name in line)}
+    every_step = set(range(1, done + 1)) | set(steps_of(lines))
+    problems = []
+    if done and not (folder / "metrics.jsonl").is_file():
+        problems.append(f"metrics.jsonl is missing; the metrics of {steps_text(range(1, done + 1))} are lost")
+    elif lost := set(range(1, done + 1)) - set(steps_of(lines)):
+        problems.append(f"metrics.jsonl has no metrics of {steps_text(lost)}; they are lost")
+    if lost := every_step - set(_steps_in(folder / "rollouts")):
+        problems.append(f"rollouts/ has no table of {steps_text(lost)}; those completions are lost")
+    if lost := evaluated - set(_steps_in(folder / "evaluations")):
+        problems.append(f"evaluations/ has no table of {steps_text(lost)}; those answers are lost")
+    if total and not saved:
+        problems.append("checkpoints/ is missing; the run cannot be resumed or exported")
+    if total and not (folder / "model").is_dir():
+        problems.append("model/ is missing; resume the run to write it again, or export a checkpoint")
+    if done and not (folder / "environment.json").is_file():
+        problems.append("environment.json is missing; the run cannot be resumed, exported or reproduced")
+    return problems
+
+
+def _steps_in(folder: Path) -> list[int]:
+    """The steps that a folder has checkpoints or tables of."""
+    return [step for path in folder.glob("step-*") if (step := step_of(path)) is not None]
+
+
+def steps_text(steps: Collection[int]) -> str:
+    """Steps as text: "step 3", "steps 1 to 3 and 7"."""
+    ranges: list[list[int]] = []
+    for step in sorted(steps):
+        if ranges and step == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [step]
+        else:
+            ranges.append([step])
+    shown = [" to ".join(map(str, ends)) for ends in ranges[:5]] + (["others"] if len(ranges) > 5 else [])
+    text = " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+    return f"step{'s' if len(steps) > 1 else ''} {text}"
