@@ -95,7 +95,14 @@ class EvalArguments:
         if evaluation is not None:
             recipe["evaluation"] = self._table(evaluation, None)
         recipe["benchmarks"] = [self._table(benchmark, None) for benchmark in recipe["benchmarks"]]
-        return load_recipe(recipe)
+        result = load_recipe(recipe)
+        sets = [*([result.evaluation] if result.evaluation else []), *result.benchmarks]
+        if self.data is not None and not any(table.task and table.task.name in BENCHMARKS for table in sets):
+            raise UsageError(
+                f"--data {self.data}: no evaluation set of {self.recipe} is a benchmark, so nothing would be read from "
+                "it; name the file as --task, or leave --data out"
+            )
+        return result
 
     def require_fitting(self, answers: Path | None, done: bool, out: Path | None, resume: bool) -> None:
         """Raise UsageError for options that would be ignored.

@@ -11,11 +11,12 @@ from gruppo.config.sections import Evaluation
 from gruppo.data.benchmark_table import default_grader, domain
 from gruppo.data.loading import Dataset, load_questions, load_training
 from gruppo.errors import UsageError
-from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_path
+from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_path, split_prefix
 from gruppo.rewards.grading.graders import Named, find_grader
 from gruppo.rewards.grading.last_number import last_number
 from gruppo.runs.folder import check_folder
 from gruppo.types import Row
+from gruppo.utils.paths import user_path
 from gruppo.utils.progress import Progress
 
 
@@ -56,9 +57,38 @@ def preflight(
     rows: Sequence[Row] | None,
     progress: Progress,
 ) -> Data:
-    """Check folder, reward names and data, and read the data. Raises UsageError."""
+    """Check folder, reward names, audit and data, and read the data. Raises UsageError."""
     check_folder(folder, recipe, resume)
+    if not (folder / "recipe.toml").is_file():  # a run that was started before this check existed can be resumed
+        require_independent_audit(recipe, rewards)
     return read_data(recipe, rewards, rows, progress)
+
+
+def require_independent_audit(recipe: Recipe, rewards: Sequence[str | RewardFunction]) -> None:
+    """Raise UsageError if the audit is a function that the run is trained on, with the same options.
+
+    An audit shows what a reward gets wrong only if it judges by other rules. A function of weight 0 is not trained on.
+    """
+    if recipe.audit is None:
+        return
+    weights = recipe.reward.weights or [1.0] * len(rewards)
+    audit = _path(recipe.audit.function), recipe.audit.options
+    for reward, weight in zip(rewards, weights, strict=False):
+        if not isinstance(reward, str) or not weight:
+            continue
+        if (_path(reward), recipe.reward.options.get(reward, {})) == audit:
+            raise UsageError(
+                f'audit.function = "{recipe.audit.function}": is in reward.functions too, so it audits itself; write '
+                "another function, e.g. a stricter grader, or leave [audit] out"
+            )
+
+
+def _path(reward: str) -> str:
+    """The import path of a reward, with the whole path of its file."""
+    path = REWARDS.get(reward, reward)
+    location, _, name = path.rpartition(":")
+    prefix, location = split_prefix(location)
+    return f"{prefix}:{user_path(location).resolve()}:{name}" if location.endswith(".py") else path
 
 
 def read_data(

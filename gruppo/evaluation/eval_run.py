@@ -22,7 +22,7 @@ from gruppo.data.tokenization import data_sha256
 from gruppo.errors import UsageError
 from gruppo.evaluation.compare import read_evaluation
 from gruppo.evaluation.datasets import read_eval_sets
-from gruppo.evaluation.external_completions import read_external_completions
+from gruppo.evaluation.external_completions import Answered, read_external_completions
 from gruppo.evaluation.metrics import ambiguous
 from gruppo.evaluation.results import HELD_OUT, NEEDED_COLUMNS, RESULTS, EvalResult, sets_of
 from gruppo.evaluation.runner import Candidate, answer_rows, grade_answers, open_eval_sets, sample_answers
@@ -93,17 +93,24 @@ def grade_file(
     _check_out(recipe, out, resume)
     eval_sets = read_eval_sets(recipe, progress) if has_task else []
     grader = recipe.evaluation.grader if recipe.evaluation else None
-    eval_set, answers, unanswered = read_external_completions(path, eval_sets, grader, progress)
-    check_graders(eval_set.graders, eval_set.prompts)
+    answered = read_external_completions(path, eval_sets, grader, progress)
+    for found in answered:
+        check_graders(found.eval_set.graders, found.eval_set.prompts)
+    jobs = [_file_job(found, has_task, stop) for found in answered]
+    with ExitStack() as stack:
+        return _run_jobs(recipe, jobs, {"answers_sha256": file_sha256(path)}, out, stack, progress)
+
+
+def _file_job(found: Answered, has_task: bool, stop: Stop) -> _EvalJob:
+    """The job of an evaluation set whose answers are in a file."""
+    eval_set = found.eval_set
 
     def make_rows(places: range) -> list[dict[str, Any]]:
-        part = [answers[place] for place in places]
+        part = [found.answers[place] for place in places]
         prompts = [eval_set.prompts[place] for place in places]
         return answer_rows(eval_set, prompts, part, grade_answers(eval_set, places, part, stop))
 
-    job = _EvalJob(eval_set, make_rows, {"unanswered": unanswered} if has_task else {})
-    with ExitStack() as stack:
-        return _run_jobs(recipe, [job], {"answers_sha256": file_sha256(path)}, out, stack, progress)
+    return _EvalJob(eval_set, make_rows, {"unanswered": found.unanswered} if has_task else {})
 
 
 def _check_out(recipe: Recipe, out: Path | None, resume: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gruppo.data.loading import data_file
 from gruppo.engines.base import SamplingParams
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import EvalSetRows
+from gruppo.evaluation.results import HELD_OUT
 from gruppo.evaluation.sets import EvalSet
 from gruppo.rewards.grading.graders import Named, find_grader
 from gruppo.types import Completion, Prompt, Row
@@ -33,14 +35,24 @@ QUESTIONS = ("question", "problem", "prompt", "query", "instruction", "input")
 NUMBERS = ("index", "idx", "doc_id", "id")
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An evaluation set with the questions that a file answers. `answers`: completions by question; `unanswered`: how
+    many questions of the set the file does not answer."""
+
+    eval_set: EvalSet
+    answers: list[list[Completion]]
+    unanswered: int
+
+
 def read_external_completions(
     path: Path, eval_sets: Sequence[EvalSetRows], grader: str | None, progress: Progress
-) -> tuple[EvalSet, list[list[Completion]], int]:
-    """The evaluation set that the file's rows answer, their completions, and the number of unanswered questions.
+) -> list[Answered]:
+    """The evaluation sets that the file's rows answer, in the order of `eval_sets`.
 
-    The questions come from `eval_sets`, or, if it is empty, from the rows; they are then graded by `grader`
-    ("numeric_answer" by default). Several rows may answer the same question. Raises UsageError for a row that cannot be
-    read; the message shows the row.
+    The questions come from `eval_sets`, or, if it is empty, from the rows; they are then one set, graded by `grader`
+    ("numeric_answer" by default). Several rows may answer the same question. A set without any answer is left out.
+    Raises UsageError for a row that cannot be read; the message shows the row.
     """
     try:
         rows = list(read_file(data_file(str(path)), {}, progress))
@@ -48,29 +60,39 @@ def read_external_completions(
         raise UsageError(f"--answers {path}: {error}") from None
     if not rows:
         raise UsageError(f"--answers {path}: has no rows; write one row per completion")
-    prompts: dict[str, Prompt] = {}
-    answers: dict[str, list[Completion]] = {}
+    prompts: dict[tuple[int, str], Prompt] = {}
+    answers: dict[tuple[int, str], list[Completion]] = {}
     index = _QuestionIndex(eval_sets)
     for number, row in enumerate(rows):
         where = f"--answers {path}, row {number + 1}"
         fields = _unwrapped(row)
         texts = _texts(fields, where)
-        prompt = index.find(fields, where) if eval_sets else _prompt_from_row(fields, number, path.stem, where)
-        before = prompts.setdefault(prompt.id, prompt)
+        if eval_sets:
+            place, prompt = index.find(fields, where)
+        else:
+            place, prompt = 0, _prompt_from_row(fields, number, path.stem, where)
+        before = prompts.setdefault((place, prompt.id), prompt)
         if (before.text, before.columns.get("answer")) != (prompt.text, prompt.columns.get("answer")):
             raise UsageError(f"{where}: has the id of another question, {prompt.id!r}; {_shown(row)}")
         finish_reason = fields.get("finish_reason")
         reason: Any = finish_reason if finish_reason in ("stop", "length") else ""
-        answers.setdefault(prompt.id, []).extend(Completion((), (), (), reason, 0, text) for text in texts)
+        answers.setdefault((place, prompt.id), []).extend(Completion((), (), (), reason, 0, text) for text in texts)
     if eval_sets:
-        name, domain = eval_sets[0].name, eval_sets[0].domain
-        graders = {part: named for eval_set in eval_sets for part, named in eval_set.graders.items()}
+        sets = [(rows_.name, rows_.domain, rows_.graders, index.counts[place]) for place, rows_ in enumerate(eval_sets)]
     else:
         grader_name = grader or "numeric_answer"
-        name, domain, graders = path.stem, None, {path.stem: Named(grader_name, find_grader(grader_name))}
-    samples = min(map(len, answers.values()))
-    eval_set = EvalSet(name, list(prompts.values()), graders, SamplingParams(0.0, 1), samples, 0, domain)
-    return eval_set, list(answers.values()), max(0, index.count - len(prompts))
+        sets = [(path.stem, None, {path.stem: Named(grader_name, find_grader(grader_name))}, 0)]
+    answered = []
+    for place, (name, domain, graders, count) in enumerate(sets):
+        found = {key: prompt for key, prompt in prompts.items() if key[0] == place}
+        if not found:
+            progress.note(f"{name or HELD_OUT}: {path} answers none of its {count:,} questions; it is left out")
+            continue
+        completions = [answers[key] for key in found]
+        samples = min(map(len, completions))
+        eval_set = EvalSet(name, list(found.values()), graders, SamplingParams(0.0, 1), samples, 0, domain)
+        answered.append(Answered(eval_set, completions, max(0, count - len(found))))
+    return answered
 
 
 def _unwrapped(row: Row) -> Row:
@@ -121,32 +143,31 @@ def _texts_in(value: Any) -> list[str]:
     return []
 
 
+_Question = tuple[int, Prompt]  # the place of its evaluation set, and the question
+
+
 class _QuestionIndex:
     """Finds the questions of evaluation sets by id, text or number."""
 
     def __init__(self, eval_sets: Sequence[EvalSetRows]) -> None:
-        self.by_id: dict[str, Prompt] = {}
-        self.by_dataset_id: dict[str, Prompt] = {}
-        self.by_text: dict[str, Prompt] = {}
-        self.in_order: list[Prompt] = []
-        for part in (part for eval_set in eval_sets for part in eval_set.parts):
+        self.by_id: dict[str, _Question] = {}
+        self.by_dataset_id: dict[str, _Question] = {}
+        self.by_text: dict[str, _Question] = {}
+        self.in_order: list[_Question] = []
+        self.counts = [sum(len(part.rows) for part in eval_set.parts) for eval_set in eval_sets]  # questions
+        for place, part in ((place, part) for place, eval_set in enumerate(eval_sets) for part in eval_set.parts):
             for number, row in zip(part.numbers, part.rows, strict=True):
                 columns = {key: value for key, value in row.items() if key != "prompt"}
-                prompt = Prompt(f"{part.name}/{number}", row["prompt"], (), part.name, columns)
-                self.in_order.append(prompt)
-                self.by_id[prompt.id] = prompt
+                question = place, Prompt(f"{part.name}/{number}", row["prompt"], (), part.name, columns)
+                self.in_order.append(question)
+                self.by_id.setdefault(question[1].id, question)
                 if isinstance(columns.get("id"), str | int):
-                    self.by_dataset_id.setdefault(str(columns["id"]), prompt)
-                for text in _question_texts(prompt):
-                    self.by_text.setdefault(text, prompt)
+                    self.by_dataset_id.setdefault(str(columns["id"]), question)
+                for text in _question_texts(question[1]):
+                    self.by_text.setdefault(text, question)
 
-    @property
-    def count(self) -> int:
-        """Number of questions."""
-        return len(self.in_order)
-
-    def find(self, row: Row, where: str) -> Prompt:
-        """The question that a row answers, by its id, its text, or its number.
+    def find(self, row: Row, where: str) -> _Question:
+        """The question that a row answers, by its id, its text, or its number, with the place of its evaluation set.
 
         If the row has a number and a text, they must agree. Raises UsageError if no question matches.
         """
@@ -156,21 +177,22 @@ class _QuestionIndex:
         for text in texts:
             if text in self.by_text:
                 return self.by_text[text]
-        prompt = self._by_number(row)
-        if prompt is None:
+        question = self._by_number(row)
+        if question is None:
             raise UsageError(
                 f"{where}: matches no question of the task; give its prompt_id, its text as question, or its number "
                 f"from 0 as index; {_shown(row)}"
             )
+        prompt = question[1]
         known_texts = _question_texts(prompt)
         if texts and not any(known in text or text in known for text in texts for known in known_texts):
             raise UsageError(
                 f"{where}: has the number of {prompt.id} and the text of another question; give the text as the task "
                 f"has it, or only the number, which counts from 0; {_shown(row)}"
             )
-        return prompt
+        return question
 
-    def _by_number(self, row: Row) -> Prompt | None:
+    def _by_number(self, row: Row) -> _Question | None:
         dataset_id = row.get("id")
         if self.by_dataset_id and isinstance(dataset_id, str | int):
             return self.by_dataset_id.get(str(dataset_id))
@@ -180,7 +202,7 @@ class _QuestionIndex:
                 number = int(number)
             if isinstance(number, str) and number.isascii() and number.isdecimal():
                 number = int(number)
-            if type(number) is int and 0 <= number < self.count:
+            if type(number) is int and 0 <= number < len(self.in_order):
                 return self.in_order[number]
         return None
 

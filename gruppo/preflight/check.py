@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
-from gruppo.evaluation.datasets import Data, read_data
+from gruppo.evaluation.datasets import Data, read_data, require_independent_audit
 from gruppo.preflight.findings import WIDTH, Finding, format_findings
 from gruppo.preflight.timing import SECONDS, round_seconds, time_generation, time_update
 from gruppo.utils.disk import free_bytes, gigabytes
@@ -111,6 +111,7 @@ def check_recipe(
     if not seconds > 0:
         raise UsageError(f"--seconds {seconds:g}: must be more than 0; write e.g. 60, or use --quick")
     settings, shown = load_recipe(recipe, overrides), progress or NullProgress()
+    require_independent_audit(settings, settings.reward.functions)
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 
 from gruppo.cli.eval_arguments import EvalArguments, _labels
 from gruppo.config.loading import load_recipe
@@ -313,3 +314,23 @@ def test_what_is_asked_goes_before_the_recipe(tmp_path: Path) -> None:
     assert {(each.decoding.temperature, each.decoding.top_p, each.max_tokens) for each in made.benchmarks} == {
         (0.5, 0.9, 9)
     }
+
+
+def test_data_for_a_recipe_without_a_benchmark_is_refused(tmp_path: Path) -> None:
+    """It would not be read."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
+    own = {"task": str(tmp_path / "rows.jsonl")}
+    for tables, refused in (
+        ({"evaluation": own}, True),
+        ({"benchmarks": [own]}, True),
+        ({"task": {"held_out": 0.5}, "evaluation": {}}, True),
+        ({"benchmarks": [own, {"task": "gsm8k"}]}, False),
+        ({"evaluation": {"task": "gsm8k"}}, False),
+    ):
+        (tmp_path / "recipe.toml").write_text(tomli_w.dumps({"model": {"name": "x"}, **tables}))
+        arguments = EvalArguments(recipe=tmp_path / "recipe.toml", data=tmp_path / "rows.jsonl")
+        if refused:
+            with pytest.raises(UsageError, match=r"--data .*no evaluation set of .*recipe\.toml is a benchmark"):
+                arguments.recipe_of("x")
+        else:
+            assert "rows.jsonl" in str(arguments.recipe_of("x"))

@@ -10,6 +10,7 @@ import pytest
 
 from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
+from gruppo.evaluation.compare import read_evaluation
 from gruppo.evaluation.eval_run import grade_file
 from gruppo.evaluation.results import EvalResult
 from gruppo.utils.progress import NullProgress
@@ -148,3 +149,25 @@ def test_ids_of_the_task_go_before_places(tmp_path: Path) -> None:
     recipe = load_recipe({"model": {"name": "x"}, "evaluation": {"task": str(tmp_path / "own.jsonl")}})
     (result,) = grade_file(recipe, path, True, None, False, NullProgress(), Stop()).sets.values()
     assert result.figures["accuracy"] == 1
+
+
+def test_completions_of_several_sets_are_reported_by_set(tmp_path: Path) -> None:
+    """With names, domains and counts of their own; questions of the same task in two sets do not mix."""
+    for name, rows in (("one", TASK), ("two", [{"prompt": "What is 3 + 3?", "answer": "6"}]), ("none", TASK[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"question": "What is 1 + 1?", "completion": "2"}, {"question": "What is 3 + 3?", "completion": "5"}]
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [{"task": str(tmp_path / f"{name}.jsonl")} for name in ("one", "two", "none")]
+    recipe = load_recipe({"model": {"name": "x"}, "benchmarks": tasks})
+    notes: list[str] = []
+
+    class Noting(NullProgress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    result = grade_file(recipe, path, True, tmp_path / "out", False, Noting(), Stop())
+    figures = {name: (found.figures["accuracy"], found.figures["unanswered"]) for name, found in result.sets.items()}
+    assert figures == {"one": (1.0, 1), "two": (0.0, 0)}
+    assert notes == [f"none: {path} answers none of its 1 questions; it is left out"]
+    assert read_evaluation(tmp_path / "out").sets.keys() == result.sets.keys()

@@ -12,6 +12,9 @@ def likes_letters(completions, **kwargs):
     return [sum("a" <= letter <= "m" for letter in text) / max(1, len(text)) for text in completions]
 
 
+letters_again = likes_letters  # the same judgment under another name
+
+
 def begins_with_a_letter(completions, **kwargs):
     """Often the same for a whole group."""
     return [float(text[:1] in "abcd") for text in completions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +13,21 @@ import pytest
 from gruppo.config.loading import load_recipe
 from gruppo.config.sections import Audit
 from gruppo.errors import UsageError
+from gruppo.evaluation.datasets import preflight
+from gruppo.preflight.check import check_recipe
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import train
 from gruppo.training.reward_audit import RewardAudit
 from gruppo.types import Reward, Steps
 from gruppo.utils.metrics import Metrics
+from gruppo.utils.progress import NullProgress
 from gruppo.utils.stats import trend
 from tests.conftest import make_group
 from tests.small_runs import ROWS, recipe
 
 HALF = "tests/rewards/functions.py:always_half"
 LETTERS = "tests/rewards/functions.py:likes_letters"
+AGAIN = "tests/rewards/functions.py:letters_again"
 
 
 class FakePool:
@@ -99,7 +104,7 @@ def test_an_audit_that_agrees_raises_no_alarm(tiny_folder: str, tmp_path: Path) 
         tiny_folder,
         run__steps=12,
         optimizer__learning_rate=1e-2,
-        audit__function=LETTERS,
+        audit__function=AGAIN,
         audit__window=6,
         audit__share=1.0,
     )
@@ -119,3 +124,39 @@ def test_an_audit_without_a_function_is_reported_with_a_fix(tiny_folder: str) ->
         UsageError, match=r'audit\.function: missing; write e\.g\. function = "math_verify" in \[audit\]'
     ):
         load_recipe(recipe(tiny_folder, audit__share=0.5))
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "audit", "refused"),
+    [
+        ([LETTERS], [], {"function": LETTERS}, True),
+        ([HALF, LETTERS], [1.0, 0.5], {"function": f"./{LETTERS}"}, True),
+        (["exact_match"], [], {"function": "exact_match"}, True),
+        (["exact_match"], [], {"function": "gruppo.rewards.answers:exact_match"}, True),
+        ([f"verl:{LETTERS}"], [], {"function": f"verl:./{LETTERS}"}, True),
+        (["regex"], [], {"function": "regex", "options": {"pattern": "a"}}, True),
+        (["regex"], [], {"function": "regex", "options": {"pattern": "b"}}, False),  # another judgment
+        ([HALF, LETTERS], [1.0, 0.0], {"function": LETTERS}, False),  # not trained on
+        ([HALF], [], {"function": LETTERS}, False),
+    ],
+)
+def test_an_audit_by_a_function_that_is_trained_on_is_refused(
+    functions: list[str], weights: list[float], audit: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    options = {"regex": {"pattern": "a"}} if functions == ["regex"] else {}
+    tables = {"functions": functions, "weights": weights, "options": options}
+    made = load_recipe({"model": {"name": "x"}, "reward": tables, "audit": audit})
+
+    def read() -> None:
+        preflight(made, tmp_path / "run", False, functions, ROWS, NullProgress())
+
+    if not refused:
+        return read()
+    with pytest.raises(UsageError, match=r"audit\.function = .*is in reward\.functions too"):
+        read()
+    with pytest.raises(UsageError, match=r"audit\.function = .*is in reward\.functions too"):
+        check_recipe(made)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text(made.to_toml())  # started before this was checked
+    preflight(made, tmp_path / "run", True, functions, ROWS, NullProgress())
+    return None
