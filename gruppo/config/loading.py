@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 import tomllib
 import warnings
@@ -14,9 +15,11 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from gruppo.config.foreign_names import fields_named, gruppo_name
+from gruppo.config.labels import options_name
 from gruppo.config.recipe import Recipe
 from gruppo.config.renames import new_field, new_value, translate_recipe
-from gruppo.config.sections import Section
+from gruppo.config.sections import Lora, Section
 from gruppo.errors import UsageError, nearest, one_line
 from gruppo.utils.paths import is_file, user_path
 from gruppo.utils.renamed_modules import advice
@@ -87,6 +90,21 @@ def _texts(place: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _texts(f"{place}.{name}".removeprefix("."), item)
 
 
+def _without_unused_fields(data: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a run folder without fields that have no effect, which earlier versions accepted."""
+    while True:
+        try:
+            Recipe.model_validate(data)
+        except ValidationError as error:
+            unused = [details["ctx"]["field"] for details in error.errors() if details["type"] == "unused_field"]
+            if not unused:
+                return data
+            table, field = unused[0]
+            data = {**data, table: {name: value for name, value in data[table].items() if name != field}}
+        else:
+            return data
+
+
 _MAX_BYTES = 16 * 2**20
 
 
@@ -105,7 +123,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
         path = Path(source)
         data = _read_file(path)
         if (path.parent / "environment.json").is_file():  # a run folder, possibly written by an older version
-            data = translate_recipe(data)
+            data = _without_unused_fields(translate_recipe(data))
         files, folder, seen = [(str(path), data)], path.parent, [path.resolve()]
         if isinstance(run := files[0][1].setdefault("run", {}), dict):
             run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run")
@@ -174,7 +192,8 @@ def _without_functions(reward: Mapping[str, Any], functions: Any) -> dict[str, A
     options = reward.get("options")
     if not isinstance(options, dict) or not isinstance(functions, list):
         return dict(reward)
-    return {**reward, "options": {name: values for name, values in options.items() if name in functions}}
+    names = {options_name(function) for function in functions if isinstance(function, str)}
+    return {**reward, "options": {name: values for name, values in options.items() if name in names}}
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,10 +273,9 @@ def _explain(details: ErrorDetails) -> str:
             return f"{field} = {details['input']!r}: {reason}"
         if renamed := new_field(location[0], location[-1]):
             return f"{field} = {_short(details['input'])}: this field was renamed; write {location[0]}.{renamed}"
-        section = _section(location[:-1])
-        what = "field" if len(location) > 1 else "table"
-        known = section.model_fields if section else []
-        return f"{field} = {_short(details['input'])}: unknown {what}{nearest(location[-1], known)}"
+        return _unknown(field, location, details["input"])
+    if kind == "unused_field":
+        return details["msg"]
     if kind == "missing":
         example = {"audit.function": "math_verify", "environment.name": "python"}.get(field, "smollm2-135m-instruct")
         return f'{field}: missing; write e.g. {location[-1]} = "{example}" in [{".".join(location[:-1])}]'
@@ -274,6 +292,45 @@ def _explain(details: ErrorDetails) -> str:
         return f'{field} = {_short(details["input"])}: this value was renamed; write "{renamed}"'
     text = details["msg"].removeprefix("Input ").replace("should", "must")
     return f"{field} = {_short(details['input'])}: {text}{_fix(location)}"
+
+
+def _unknown(field: str, location: Sequence[str], value: Any) -> str:
+    """An unknown field or table, with the field that the user probably means."""
+    section = _section(location[:-1])
+    known = list(section.model_fields) if section else []
+    what = "field" if len(location) > 1 else "table"
+    problem = f"{field} = {_short(value)}: unknown {what}"
+    if isinstance(value, Mapping) and (inner := _inner_names(location, value)):
+        return f"{problem}; {'; '.join(inner)}"
+    if meant := gruppo_name(location, known):
+        return f"{problem}; write {meant}"
+    if difflib.get_close_matches(location[-1], known, n=1, cutoff=0.8):
+        return f"{problem}{nearest(location[-1], known)}"
+    if elsewhere := fields_named(location[-1], _tables()):
+        return f"{problem}; write {' or '.join(elsewhere)}"
+    return f"{problem}{nearest(location[-1], known)}"
+
+
+def _tables() -> Iterator[tuple[str, list[str]]]:
+    """The tables of a recipe with the names of their fields."""
+    for name in sorted(Recipe.model_fields, key="critic reward_model".find):  # "optimizer.learning_rate" comes first
+        if name not in {"mixture", "benchmarks"} and (section := _section([name])):
+            yield name, list(section.model_fields)
+    yield "model.lora", list(Lora.model_fields)
+
+
+def _inner_names(location: Sequence[str], table: Mapping[str, Any]) -> list[str]:
+    """Answers for the fields of another trainer in an unknown table, at any depth; at most eight."""
+    answers: list[str] = []
+    for name, value in table.items():
+        path = [*location, str(name)]
+        if isinstance(value, Mapping):
+            answers += _inner_names(path, value)
+        elif meant := gruppo_name(path):
+            answers.append(f"for {name} write {meant}")
+        elif elsewhere := fields_named(str(name), _tables()):
+            answers.append(f"for {name} write {' or '.join(elsewhere)}")
+    return answers[:8]
 
 
 def _section(location: Sequence[str]) -> type[Section] | None:

@@ -149,6 +149,11 @@ class Method(Section):
                 f'dynamic_sampling_rounds = {self.dynamic_sampling_rounds}: source = "dataset" samples nothing; write '
                 "dynamic_sampling_rounds = 0"
             )
+        if self.source == "dataset" and self.credit != "pair" and self.baseline != "indicator":
+            raise ValueError(
+                f'baseline = "{self.baseline}": every completion of source = "dataset" is correct, so there is nothing '
+                'to compare; write method.name = "sft", or baseline = "indicator"'
+            )
         if self.baseline == "indicator" and self.scale != "none":
             raise ValueError(f'scale = "{self.scale}" with baseline = "indicator": write scale = "none"')
         if self.credit != "pair":

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import tomli_w
 from pydantic import model_validator
+from pydantic_core import PydanticCustomError
 
 from gruppo.config.method_section import Critic, Method
 from gruppo.config.sections import (
@@ -22,6 +23,7 @@ from gruppo.config.sections import (
     Section,
     Task,
 )
+from gruppo.config.unused import unused_fields
 
 
 class Recipe(Section):
@@ -57,10 +59,6 @@ class Recipe(Section):
         self._evaluations_agree()
         self._iterations_agree()
         self._environment_agrees()
-        if self.method.source == "dataset" and self.reward.functions:
-            raise ValueError(
-                f'reward.functions = {self.reward.functions}: method.source = "dataset" scores nothing; remove it'
-            )
         if self.method.credit == "pair" and self.method.source != "dataset" and self.sampling.group_size < 2:
             raise ValueError(
                 'sampling.group_size = 1: method.credit = "pair" needs a correct and an incorrect completion per '
@@ -71,6 +69,8 @@ class Recipe(Section):
                 'sampling.group_size = 1: method.baseline = "leave-one-out" needs other completions in the group; '
                 "write group_size = 2 or more"
             )
+        for table, field, message in unused_fields(self):
+            raise PydanticCustomError("unused_field", "{message}", {"message": message, "field": [table, field]})
         return self
 
     def _evaluations_agree(self) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from gruppo.config.labels import options_name, split_label
 from gruppo.config.units import as_bytes, share_or_size
 from gruppo.errors import nearest
 
@@ -145,11 +146,13 @@ class Reward(Section):
 
     functions: list[str] = []
     """Reward functions: built-in names (gruppo.rewards.REWARDS), "package.module:function" or "file.py:function". The
-    prefix "verl:" or "verifiers:" before the path selects the signature of that library."""
+    prefix "verl:" or "verifiers:" before the path selects the signature of that library. "label = function" gives a
+    function a name of its own, in metrics and in `options`, so that one function can be used several times."""
     weights: list[float] = []
     """One weight per function, in the same order. Default: 1 for every function."""
     options: dict[str, dict[str, Any]] = {}
-    """Keyword arguments per function, keyed by its name in `functions`: `options.regex.pattern = "\\\\d+"`."""
+    """Keyword arguments per function, keyed by its label, or else by its name in `functions`:
+    `options.regex.pattern = "\\\\d+"`."""
     timeout: Annotated[float, Field(gt=0)] = 10.0
     """Time limit in seconds of one call (one function, one group). After that the process is killed, and the
     completions of the group are excluded."""
@@ -175,11 +178,21 @@ class Reward(Section):
                 f"weights = {self.weights}: {len(self.weights)} numbers for {len(self.functions)} functions; "
                 "write one weight per function, or leave weights out"
             )
-        for name in self.options if self.functions else ():
-            if name not in self.functions:
+        labels = [label for label, _ in map(split_label, self.functions) if label]
+        if duplicates := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(
+                f'functions = {self.functions}: two have the label "{duplicates[0]}"; give one of them another label'
+            )
+        names = [options_name(function) for function in self.functions]
+        for name, options in self.options.items() if self.functions else ():
+            if name not in names:
                 raise ValueError(
-                    f"options.{name} = {self.options[name]}: reward.functions has no function of this name"
-                    f"{nearest(name, self.functions)}"
+                    f"options.{name} = {options}: reward.functions has no function of this name{nearest(name, names)}"
+                )
+            if names.count(name) > 1:
+                raise ValueError(
+                    f'options.{name} = {options}: reward.functions names "{name}" {names.count(name)} times; give each '
+                    f'of them a label, as in functions = ["first = {name}", "second = {name}"], and options by label'
                 )
         return self
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gruppo.config.labels import options_name, split_label
 from gruppo.config.renames import REWARDS as RENAMED
 from gruppo.errors import UsageError, nearest
 
@@ -38,10 +39,11 @@ RewardFunction = Callable[..., Any]
 
 
 def reward_path(name: str) -> str:
-    """Return the import path of a reward, given its built-in name or an import path.
+    """Return the import path of a reward, given its built-in name or an import path, with or without a label.
 
     Raises UsageError if the name is unknown, or if an adapter's prefix has no import path after it.
     """
+    _, name = split_label(name)
     if name in REWARDS:
         return REWARDS[name]
     prefix, path = split_prefix(name)
@@ -68,7 +70,7 @@ def split_prefix(name: str) -> tuple[str, str]:
 
 def check_option_names(functions: Sequence[str | RewardFunction], options: Mapping[str, Any]) -> None:
     """Raise UsageError for options of a function that is not in `functions`, or was passed as an object."""
-    names = [function for function in functions if isinstance(function, str)]
+    names = [options_name(function) for function in functions if isinstance(function, str)]
     for name, values in options.items():
         if name not in names:
             raise UsageError(

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gruppo.config.labels import options_name
 from gruppo.errors import UsageError, nearest
 from gruppo.rewards import RewardFunction, split_prefix
 from gruppo.rewards.interop import ADAPTERS, Adapted
@@ -145,6 +146,7 @@ def _instance(kind: type, name: str, options: Mapping[str, Any]) -> RewardFuncti
 
 def _field(name: str) -> str:
     """The recipe field that holds the options of this function."""
+    name = options_name(name)
     return f"reward.options.{name}" if re.fullmatch(r"[\w-]+", name) else f'reward.options."{name}"'
 
 

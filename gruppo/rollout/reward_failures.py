@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gruppo.config.labels import options_name
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rollout.workers.rewards import RewardPool, call_arguments
@@ -173,7 +174,7 @@ def rerun_reward(
     ]
     row = {name: arguments[name][0] for name in columns}
     prompt = Prompt(call["prompt_id"], arguments["prompts"][0], (), "", row)
-    options = {chosen: call["options"]} if isinstance(chosen, str) else {}
+    options = {options_name(chosen): call["options"]} if isinstance(chosen, str) else {}
     limit = timeout or call["timeout"]
     with RewardPool([chosen], [], columns, limit, 1, log, options, environment=call["environment"]) as pool:
         rewards, _ = pool.score([(prompt, completions)], call["trainer_state"])

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gruppo.config.labels import options_name
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
@@ -131,7 +132,8 @@ def _with_arguments(recipe: Recipe, rewards: Sequence[str | RewardFunction] | No
             reward if isinstance(reward, str) else f"in-memory:{getattr(reward, '__qualname__', type(reward).__name__)}"
             for reward in rewards
         ]
-        options = {name: value for name, value in recipe.reward.options.items() if name in names}
+        keys = set(map(options_name, names))
+        options = {name: value for name, value in recipe.reward.options.items() if name in keys}
         if not recipe.reward.functions:
             options = recipe.reward.options  # options that match no function are reported as a mistake
         changes["reward"] = recipe.reward.model_copy(update={"functions": names, "options": options})

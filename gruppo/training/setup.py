@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gruppo.config.labels import options_name
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Audit
 from gruppo.config.sections import Reward as RewardSettings
@@ -195,7 +196,7 @@ def make_pool(
 
 
 def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, progress: Progress) -> RewardPool:
-    rewards, options = recipe.reward, {settings.function: settings.options} if settings.options else {}
+    rewards, options = recipe.reward, {options_name(settings.function): settings.options} if settings.options else {}
     limits = _memory_per_process(rewards), rewards.environment, progress
     try:
         return RewardPool([settings.function], [], data.columns, rewards.timeout, 1, log, options, *limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.errors import UsageError
+from gruppo.rewards import reward_path
 from gruppo.rollout.workers.rewards import RewardPool
 from tests.rollout.workers.test_rewards import group, totals
 from tests.small_runs import small_run
@@ -144,3 +146,44 @@ def test_changed_options_are_a_changed_recipe(tiny_folder: str, tmp_path: Path) 
     small_run(tiny_folder, tmp_path / "run", reward__options={"repetition": {"ngram": 2}}, **settings)
     with pytest.raises(UsageError, match="options"):
         small_run(tiny_folder, tmp_path / "run", resume=True, reward__options={"repetition": {"ngram": 3}}, **settings)
+
+
+def test_labels_give_one_function_several_sets_of_options(tiny_folder: str, tmp_path: Path) -> None:
+    functions = ["letters = regex", "digits = regex", "both =  tests/rewards/functions.py:likes_letters"]
+    result = small_run(
+        tiny_folder,
+        tmp_path / "run",
+        run__steps=1,
+        reward__functions=functions,
+        reward__options={"letters": {"pattern": "[a-z]*"}, "digits": {"pattern": "[0-9]*"}},
+    )
+    (metrics,) = (line for line in result.metrics if "reward/mean" in line)
+    parts = {name: metrics[f"reward/{name}/mean"] for name in ("letters", "digits", "both")}
+    assert parts["letters"] != parts["digits"]
+    texts = list(result.rollouts()["text"])
+    for name, pattern in (("letters", "[a-z]*"), ("digits", "[0-9]*")):
+        matches = [re.fullmatch(pattern, text.strip()) is not None for text in texts]
+        assert parts[name] == pytest.approx(sum(matches) / len(texts))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ({"functions": ["regex", "regex"], "options": {"regex": {"pattern": "a"}}}, 'names "regex" 2 times; give each'),
+        ({"functions": ["a = regex", "a = choice"]}, 'two have the label "a"'),
+        ({"functions": ["a = regex"], "options": {"regex": {"pattern": "a"}}}, "options.regex.*no function of this"),
+        ({"functions": ["a = regexp"]}, None),
+    ],
+)
+def test_labels_are_checked(reward: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        with pytest.raises(UsageError, match='did you mean "regex"'):
+            reward_path(reward["functions"][0])
+        return
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({"model": {"name": "x"}, "reward": reward})
+
+
+def test_an_unknown_option_names_the_label(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="reward.options.short.patern = 'a': unknown option; did you mean"):
+        RewardPool(["short = regex"], [], [], options={"short": {"pattern": "b", "patern": "a"}})

@@ -19,6 +19,7 @@ from typing import Any
 
 import cloudpickle
 
+from gruppo.config.labels import options_name, split_label
 from gruppo.errors import RunError, UsageError
 from gruppo.rewards import RewardFunction, check_option_names, reward_path
 from gruppo.rewards.combine import Value, combine
@@ -75,14 +76,12 @@ class RewardPool:
         options = options or {}
         check_option_names(functions, options)
         self.paths = [f if isinstance(f, str) else None for f in functions]
-        self.options = [dict(options.get(f, {})) if isinstance(f, str) else {} for f in functions]
+        self.options = [dict(options.get(options_name(f), {})) if isinstance(f, str) else {} for f in functions]
         load = {
             "kind": "load",
             "rewards": [
-                (reward_path(f), f, dict(options.get(f, {})))
-                if isinstance(f, str)
-                else (_pickled_function(f), _name(f), {})
-                for f in functions
+                (reward_path(f), f, values) if isinstance(f, str) else (_pickled_function(f), _name(f), {})
+                for f, values in zip(functions, self.options, strict=True)
             ],
             "columns": list(columns),
             "path": sys.path,
@@ -234,7 +233,8 @@ def _pickled_function(function: RewardFunction) -> bytes:
 
 def _name(function: str | RewardFunction) -> str:
     if isinstance(function, str):
-        return function.rpartition(":")[2]
+        label, path = split_label(function)
+        return label or path.rpartition(":")[2]
     original = getattr(function, "func", function)  # a partial itself has no name
     return str(getattr(original, "__name__", type(original).__name__))
 
