@@ -15,8 +15,9 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
 from gruppo.errors import UsageError, nearest
-from gruppo.models.loading import UNDAMAGED, out_of_reach, pickles_alone
+from gruppo.models.loading import out_of_reach
 from gruppo.models.precision import choose_device
+from gruppo.models.pretrained import UNDAMAGED, pickles_alone
 from gruppo.models.weights import damage_of
 from gruppo.rewards import text_of
 from gruppo.types import Message

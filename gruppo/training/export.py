@@ -205,7 +205,7 @@ def _write_model(
     from transformers import AutoTokenizer
 
     from gruppo.models.compatibility import eos_ids
-    from gruppo.models.loading import load_weights, loading_progress
+    from gruppo.models.pretrained import load_weights, loading_progress
 
     dtype, max_shard_size, trust = options
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust)

@@ -185,5 +185,5 @@ def test_labels_are_checked(reward: dict[str, Any], message: str | None) -> None
 
 
 def test_an_unknown_option_names_the_label(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="reward.options.short.patern = 'a': unknown option; did you mean"):
+    with pytest.raises(UsageError, match=r"reward\.options\.short\.patern = 'a': unknown option; did you mean"):
         RewardPool(["short = regex"], [], [], options={"short": {"pattern": "b", "patern": "a"}})

@@ -180,9 +180,7 @@ def variations() -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 @pytest.mark.parametrize(("method", "changes", "table"), variations())
-def test_no_field_is_without_effect(
-    method: str, changes: dict[str, Any], table: str, model: str, outcome: Any
-) -> None:
+def test_no_field_is_without_effect(method: str, changes: dict[str, Any], table: str, model: str, outcome: Any) -> None:
     process = METHODS[method].settings.get("credit") == "step"
     reward_model = {"kind": "process" if process else "outcome"} if table == "reward_model" else {}
     settings = base(model, method, changes, reward_model)
@@ -201,4 +199,5 @@ def test_no_field_is_without_effect(
                 after = outcome(other)
             except UsageError:
                 continue
-            if after == before(): print("DEAD", method, changes, f"{table}.{field} = {value!r} changes nothing")
+            if after == before():
+                print("DEAD", method, changes, f"{table}.{field} = {value!r} changes nothing")
