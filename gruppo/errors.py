@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Whether this process is the command line, whose options have other names than the arguments of the Python functions.
+_command_line = False
+
+# Options of the command line in messages, and how Python spells them.
+_IN_PYTHON = (
+    (r"^--(out|to|step|data) (.+?): ", r"\1 = \2: "),
+    (r"^--resume (.+?): ", r"out = \1: "),
+    (r"^--set (.+?): ", r"overrides, \1: "),
+    (r"--set (\"[^\"]+\")", r"overrides = [\1]"),
+    (r"\b(another|with|on|and) --(out|to|step|data|task|function|checkpoint)\b", r"\1 \2="),
+    (r"\b(with|with the same command and) --resume\b", "with resume=True"),
+    (r" \(on the command line --[a-z-]+\)", ""),
+)
+
+
+def speak_command_line(on: bool = True) -> None:
+    """Name the command line's options in messages, in place of the arguments of the Python functions."""
+    global _command_line
+    _command_line = on
+
+
+def worded(message: object) -> str:
+    """The message as one line, in the words of the caller."""
+    text = one_line(message)
+    for pattern, replacement in () if _command_line else _IN_PYTHON:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def one_line(message: object) -> str:
     """The message as one printable line, safe to write to any file.
 
-    Line breaks, control characters and lone surrogates in quoted values are escaped as in Python.
+    Line breaks and tabs become spaces; other control characters and lone surrogates are escaped as in Python.
     """
-    text = str(message)
+    text = re.sub(r"\s*[\n\r\t\v\f]\s*", " ", str(message).strip())
     return text if text.isprintable() else "".join(_escaped(character) for character in text)
 
 
@@ -23,14 +52,14 @@ class UsageError(ValueError):
     """Invalid input from the user: a recipe, data, a reward, a model or a folder. Exit code 2."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(one_line(message))
+        super().__init__(worded(message))
 
 
 class RunError(RuntimeError):
     """A run that had started cannot continue. Everything it has saved is in its run folder. Exit code 1."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(one_line(message))
+        super().__init__(worded(message))
 
 
 # Parts of the messages with which libraries report a failed allocation. On accelerators these are RuntimeErrors too.

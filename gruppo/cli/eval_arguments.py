@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,14 +36,16 @@ _ALL = 2**31
 class EvalArguments:
     """The options of `gruppo eval` that define the evaluation.
 
-    `fields`: fields of [evaluation]; `model`: fields of [model] except its name; `options`: options of the tasks.
-    `trust`: run code that the recipe names, even if it lies in a run folder from somebody else.
+    `fields`: fields of [evaluation]; `model`: fields of [model] except its name; `options`: options of the tasks;
+    `prompts`: their fields columns, template and system. `trust`: run code that the recipe names, even if it lies in a
+    run folder from somebody else.
     """
 
     recipe: Path | None = None
     tasks: Sequence[str] = ()
     data: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     reward_model: str | None = None
@@ -89,7 +92,8 @@ class EvalArguments:
                 raise UsageError(f"--data {self.data}: {self.tasks[0]} is not a benchmark; give its file as --task")
             recipe["benchmarks"] = [self._table(evaluation or {}, self._task(name)) for name in self.tasks]
             return load_recipe(recipe)
-        for name, value in (("--option", min(self.options, default=None)), ("--data", None if has_sets else self.data)):
+        ignored = [("--option", min(self.options, default=None)), ("--data", None if has_sets else self.data)]
+        for name, value in [*ignored, *((f"--{field}", value) for field, value in self.prompts.items())]:
             if value is not None:
                 raise UsageError(f"{name} {value}: needs --task, which is missing; name the task too")
         if evaluation is not None:
@@ -145,7 +149,7 @@ class EvalArguments:
     def _task(self, name: str) -> dict[str, Any]:
         """The task table of a --task, with --data and the options of --option."""
         data = {"data": str(self.data)} if self.data is not None and name in BENCHMARKS else {}
-        return {"name": name, "options": {**data, **self.options}}
+        return {"name": name, "options": {**data, **self.options}, **self.prompts}
 
     def _reward_model_tables(self, name: str) -> dict[str, Any]:
         """The recipe tables that a reward model of this kind needs."""
@@ -180,6 +184,8 @@ def evaluate_command(
     recipes = [None if finished else arguments.recipe_of(name) for name, finished in zip(names, done, strict=True)]
     if evaluated := [recipe for recipe in recipes if recipe is not None]:
         arguments.require_consent(evaluated[0])  # the code of the others is the same
+    if len(names) > 1:
+        _require_models([recipe for recipe in recipes if recipe is not None], progress)
     from gruppo.evaluation.compare import compare_all, read_evaluation
     from gruppo.evaluation.eval_run import grade_file, run_evaluation
 
@@ -194,6 +200,8 @@ def evaluate_command(
                     results.append(grade_file(recipe, answers, has_task, folder, resume, progress, stop))
                 else:
                     results.append(run_evaluation(recipe, folder, resume, progress, stop))
+    except UsageError as error:
+        raise UsageError(_with_options(str(error)) if arguments.tasks else str(error)) from error
     except Interrupted:
         if out is not None:
             sys.stderr.write("Interrupted; the answers so far are kept. Resume with the same command and --resume\n")
@@ -202,6 +210,21 @@ def evaluate_command(
     _show(results, compared, as_json, progress)
     if curves is not None:
         _draw(results, curves)
+
+
+def _with_options(message: str) -> str:
+    """A message about fields of a task, in the words of the options that set them: --columns, --template, --system."""
+    table = r"(?:benchmarks\[\d+\]|evaluation)\.task\."
+    message = re.sub(table + r'columns = \{(\w+) = "([^"]+)"\}', r"--columns \1=\2", message)
+    return re.sub(table + r'(system|template) = ("[^"]*")', r"--\1 \2", message)
+
+
+def _require_models(recipes: Sequence[Recipe], progress: ConsoleProgress) -> None:
+    """Raise UsageError if one of the models does not exist, before the first one answers."""
+    from gruppo.models.loading import find_model
+
+    for recipe in recipes:
+        find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
 
 
 def _is_evaluation(name: str) -> bool:

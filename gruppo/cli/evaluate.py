@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,16 @@ def eval_(
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set an option of the tasks; may be repeated.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLUMN", help="A column of the tasks, e.g. prompt=question; may be repeated."),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help='Prompt template of the tasks, with column names in braces: "{question} Think."')
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help='System message; "" turns text prompts into conversations without one.')
     ] = None,
     questions: Annotated[int | None, typer.Option(help="Maximum questions per task. Default: all.")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers per question; more than 1 needs --temperature.")] = None,
@@ -102,6 +112,7 @@ def eval_(
         tasks=task or [],
         data=data,
         options=dict(named_option(text) for text in option or []),
+        prompts=_prompt_fields(columns or [], template, system),
         fields={name: value for name, value in fields.items() if value is not None},
         temperature=temperature,
         reward_model=reward_model,
@@ -113,3 +124,15 @@ def eval_(
     from gruppo.runs.console import ConsoleProgress
 
     evaluate_command(arguments, model, compare, answers, out, resume, curves, as_json, ConsoleProgress())
+
+
+def _prompt_fields(columns: list[str], template: str | None, system: str | None) -> dict[str, Any]:
+    """The fields of a task that --columns, --template and --system set."""
+    names: dict[str, str] = {}
+    for text in columns:
+        name, equals, column = text.partition("=")
+        if not (equals and name and column):
+            raise UsageError(f"--columns {text}: must have the form NAME=COLUMN; write e.g. --columns prompt=question")
+        names[name] = column
+    fields = {"columns": names or None, "template": template, "system": system}
+    return {name: value for name, value in fields.items() if value is not None}

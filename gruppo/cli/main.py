@@ -14,7 +14,7 @@ import typer
 from gruppo import __version__
 from gruppo.cli import evaluate, export, reward_model, sample, train
 from gruppo.config.renames import COMMANDS
-from gruppo.errors import RunError, UsageError
+from gruppo.errors import RunError, UsageError, speak_command_line
 from gruppo.utils.progress import visible
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ def main() -> None:
     from gruppo.utils.signals import Interrupted, exit_on_signals
 
     exit_on_signals()
+    speak_command_line()
     try:
         command = sys.argv[1] if len(sys.argv) > 1 else ""
         if command in COMMANDS:

@@ -20,7 +20,7 @@ from gruppo.config.labels import options_name
 from gruppo.config.recipe import Recipe
 from gruppo.config.renames import new_field, new_value, translate_recipe
 from gruppo.config.sections import Lora, Section
-from gruppo.errors import UsageError, nearest, one_line
+from gruppo.errors import UsageError, nearest, worded
 from gruppo.utils.paths import is_file, user_path
 from gruppo.utils.renamed_modules import advice
 
@@ -29,7 +29,7 @@ class RecipeError(UsageError):
     """An invalid recipe. The message has one line per mistake: file, field, value and fix."""
 
     def __init__(self, *mistakes: object) -> None:
-        ValueError.__init__(self, "\n".join(map(one_line, mistakes)))
+        ValueError.__init__(self, "\n".join(map(worded, mistakes)))
 
 
 # Fields that users of other trainers may expect, with the reason why gruppo does not have them.
@@ -278,6 +278,8 @@ def _explain(details: ErrorDetails) -> str:
         return details["msg"]
     if kind == "missing":
         example = {"audit.function": "math_verify", "environment.name": "python"}.get(field, "smollm2-135m-instruct")
+        if len(location) == 1:
+            return f'[{field}]: missing; write the table [{field}] with name = "{example}", for example'
         return f'{field}: missing; write e.g. {location[-1]} = "{example}" in [{".".join(location[:-1])}]'
     if kind == "value_error":
         message = str(details["ctx"]["error"])

@@ -121,6 +121,11 @@ def _listed(reward: str | RewardFunction | Sequence[str | RewardFunction] | None
         return None
     if isinstance(reward, str) or callable(reward):
         return [reward]
+    if not isinstance(reward, Sequence) or not all(isinstance(one, str) or callable(one) for one in reward):
+        raise UsageError(
+            f"reward = {reward!r}: must be a function f(prompts, completions, **columns) -> list of numbers, the name "
+            'of a reward such as "last_number", or a list of these'
+        )
     return list(reward)
 
 

@@ -129,5 +129,9 @@ class Iterations:
         def require(value: float, what: str, batches: Sequence[Batch]) -> None:
             self.guard.require(value, f"reward model's {what}", batches, 0, "reward_model.learning_rate")
 
+        def warn(message: str) -> None:
+            context.recorder.event("reward_model_labels", message, state.step)
+            context.recorder.note(f"Step {state.step}: warning: {message}")
+
         new = [label.sample(settings) for label in labels]
-        return trainer.learn(new, history, number, require, context.recorder, context.stop)
+        return trainer.learn(new, history, number, require, context.recorder, context.stop, warn)

@@ -140,6 +140,18 @@ def _answer(text: str) -> object:
     return text.strip() if number is None else number
 
 
+def alike(samples: Sequence[Sample]) -> str | None:
+    """A warning, in words, if all labels to train on have the same value; None if they differ."""
+    labels = [label for sample in samples for label in sample.labels.rewards]
+    if len(set(labels)) != 1:
+        return None
+    return (
+        f"all {len(labels)} labels that the reward model is trained on are {labels[0]:g}, so it can only learn to give "
+        "every completion the same score; use questions that the policy answers correctly sometimes, or label more of "
+        "them (reward_model.prompts)"
+    )
+
+
 @dataclass(frozen=True)
 class RewardModelTrainer:
     """Trains a scorer's model. `optimizer`: of its weights. `max_grad_norm`: gradients are clipped to this norm."""
@@ -161,9 +173,11 @@ class RewardModelTrainer:
         require_finite: RequireFinite,
         progress: Progress,
         stop: Stop,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> dict[str, float | None]:
         """Train on new samples and on replayed earlier samples; `turn`: the iteration, from 1.
 
+        `warn`: called with a warning if all labels are alike.
         Returns metrics of the training, and of the held-out new samples before and after it.
         """
         training, held_out = divided(new, self.settings.held_out, self.settings.seed)
@@ -174,6 +188,8 @@ class RewardModelTrainer:
                 f"reward_model: none of {len(new)} labeled completions has a label and is left to train on; see "
                 "events.jsonl for rules that failed, or raise reward_model.prompts or lower reward_model.held_out"
             )
+        if warning := alike([*training, *replay]):
+            warn(warning)
         before = self.quality(held_out, progress)
         metrics = fit(self, [*training, *replay], turn, require_finite, progress, stop)
         after = self.quality(held_out, progress)

@@ -257,7 +257,7 @@ def _train(
         begun = _begin_training(recipe, settings, files, run, progress)
         from gruppo.models.reward_model import save_reward_model
         from gruppo.training.checkpoint import save_checkpoint
-        from gruppo.training.reward_model import fit
+        from gruppo.training.reward_model import alike, fit
     trainer, state = begun.trainer, begun.state
     model, optimizer = trainer.scorer.model, trainer.optimizer
 
@@ -266,6 +266,9 @@ def _train(
             save_checkpoint(run, model.module, optimizer, state)
 
     require = _required(run, state, trainer.scorer.tokenizer)
+    if (warning := alike(begun.training)) and not state.step:
+        run.event("reward_model_labels", warning, state.step)
+        progress.note(f"Warning: {warning}")
 
     def after(number: int, metrics: Metrics) -> None:
         run.metric({"step": number, **metrics.reduce()})

@@ -106,6 +106,7 @@ class TrainingRun:
             lambda *arguments: self.callbacks.notify("on_evaluation", *arguments),
         )
         self._advance: Advance = lambda _: None  # the progress bar over all steps, while it is shown
+        self._without_advantage = 0  # steps in a row without a nonzero advantage
         self._lengths: dict[str, int] = {}  # of the append-only files, when no work was half done
 
     def _reward_model(self) -> tuple[RewardModelScorer | None, RewardModelTrainer | None]:
@@ -281,7 +282,12 @@ class TrainingRun:
             only = "only the KL term moves the policy" if updated else "the policy is not updated"
             message = f"no group of this step has a nonzero advantage ({'; '.join(reasons)}), so {only}"
             self.recorder.event("no_nonzero_advantage", message, step.number)
-            self.recorder.note(f"Step {step.number}: {message}")
+            self._without_advantage += 1
+            if self._without_advantage & (self._without_advantage - 1) == 0:  # the 1st, 2nd, 4th, 8th … in a row
+                steps = f" ({self._without_advantage} steps in a row)" if self._without_advantage > 1 else ""
+                self.recorder.note(f"Step {step.number}: {message}{steps}")
+        else:
+            self._without_advantage = 0
 
     def _size_reduced(self, reduced: SizeReduced) -> None:
         """Write a size that was reduced to environment.json, so that a resumed run keeps it."""
