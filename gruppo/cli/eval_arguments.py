@@ -93,7 +93,7 @@ class EvalArguments:
             recipe["benchmarks"] = [self._table(evaluation or {}, self._task(name)) for name in self.tasks]
             return load_recipe(recipe)
         ignored = [("--option", min(self.options, default=None)), ("--data", None if has_sets else self.data)]
-        for name, value in [*ignored, *((f"--{field}", value) for field, value in self.prompts.items())]:
+        for name, value in [*ignored, *((f"--{name}", value) for name, value in self.prompts.items())]:
             if value is not None:
                 raise UsageError(f"{name} {value}: needs --task, which is missing; name the task too")
         if evaluation is not None:
