@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gruppo.config.labels import options_name, split_label
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Evaluation
 from gruppo.data.benchmark_table import default_grader, domain
@@ -76,7 +77,7 @@ def require_independent_audit(recipe: Recipe, rewards: Sequence[str | RewardFunc
     for reward, weight in zip(rewards, weights, strict=False):
         if not isinstance(reward, str) or not weight:
             continue
-        if (_path(reward), recipe.reward.options.get(reward, {})) == audit:
+        if (_path(reward), recipe.reward.options.get(options_name(reward), {})) == audit:
             raise UsageError(
                 f'audit.function = "{recipe.audit.function}": is in reward.functions too, so it audits itself; write '
                 "another function, e.g. a stricter grader, or leave [audit] out"
@@ -85,6 +86,7 @@ def require_independent_audit(recipe: Recipe, rewards: Sequence[str | RewardFunc
 
 def _path(reward: str) -> str:
     """The import path of a reward, with the whole path of its file."""
+    _, reward = split_label(reward)
     path = REWARDS.get(reward, reward)
     location, _, name = path.rpartition(":")
     prefix, location = split_prefix(location)

@@ -32,7 +32,7 @@ def convert_gguf(file: Path, progress: Progress) -> Path:
     """Convert a GGUF file. Returns the folder. Raises UsageError if the file is incomplete."""
     name = f"{file.stem}-{file_sha256(file)[:16]}"
 
-    def load() -> _Loaded:
+    def read() -> _Loaded:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         model = load_weights(str(file.parent), torch.float32, gguf_file=file.name)
         # transformers considers a dequantized GGUF model quantized, and cannot save its quantization config.
@@ -40,7 +40,7 @@ def convert_gguf(file: Path, progress: Progress) -> Path:
             del model.config.quantization_config
         return model, tokenizer
 
-    return _converted(name, file, "use a complete .gguf file", f"Converting {file.name} to safetensors", load, progress)
+    return _converted(name, file, "use a complete .gguf file", f"Converting {file.name} to safetensors", read, progress)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -86,7 +86,7 @@ def merge_adapter(folder: Path, base: str, progress: Progress, trust_remote_code
     parts += [file_sha256(file) for file in _files(str(folder)) if has_tokenizer and "token" in file.name]
     name = f"{folder.name}-{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:16]}"
 
-    def load() -> _Loaded:
+    def read() -> _Loaded:
         tokenizer = AutoTokenizer.from_pretrained(
             folder if has_tokenizer else base, trust_remote_code=trust_remote_code
         )
@@ -95,7 +95,7 @@ def merge_adapter(folder: Path, base: str, progress: Progress, trust_remote_code
         return adapted.merge_and_unload(safe_merge=True), tokenizer
 
     what = f"Merging the adapter {folder.name} into {base}"
-    return _converted(name, folder, f"use an adapter of {base}", what, load, progress)
+    return _converted(name, folder, f"use an adapter of {base}", what, read, progress)
 
 
 def _files(location: str) -> list[Path]:
@@ -103,7 +103,7 @@ def _files(location: str) -> list[Path]:
     return sorted(file for file in Path(location).glob("*") if file.is_file())
 
 
-def _converted(name: str, source: Path, fix: str, what: str, load: Callable[[], _Loaded], progress: Progress) -> Path:
+def _converted(name: str, source: Path, fix: str, what: str, read: Callable[[], _Loaded], progress: Progress) -> Path:
     """The folder `name` in the cache, built from the loaded model on first use: it appears complete or not at all."""
     target = cache_dir() / "models" / name
     if (target / "config.json").is_file() and (target / "model.safetensors").is_file():
@@ -114,7 +114,7 @@ def _converted(name: str, source: Path, fix: str, what: str, load: Callable[[], 
     building = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
         with loading_progress(progress):
-            model, tokenizer = load()
+            model, tokenizer = read()
         save_model(wrap_model(model, tokenizer), building)
         try:
             building.rename(target)

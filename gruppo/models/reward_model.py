@@ -19,9 +19,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from gruppo.errors import UsageError
-from gruppo.models.loading import UNDAMAGED, ModelSource, load_model
+from gruppo.models.loading import ModelSource, load_model
 from gruppo.models.lora import skeleton
 from gruppo.models.policy import LanguageModel
+from gruppo.models.pretrained import UNDAMAGED
 from gruppo.models.value_head import ScalarModel
 from gruppo.models.weights import damage_of, save_base, save_weights
 from gruppo.runs.reading import read_object

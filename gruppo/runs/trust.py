@@ -18,6 +18,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from gruppo.config.labels import options_name, split_label
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Task
@@ -65,7 +66,8 @@ def _code_of(recipe: Recipe) -> Iterator[Code]:
         yield from _task(name, task)
     rewards = recipe.reward
     for reward in rewards.functions:
-        yield from _named("reward.functions", reward, rewards.options.get(reward, {}), rewards.environment)
+        options = rewards.options.get(options_name(reward), {})
+        yield from _named("reward.functions", split_label(reward)[1], options, rewards.environment)
     if recipe.reward_model is not None:
         yield from _named("reward_model.split", recipe.reward_model.split)
     if recipe.environment is not None:
@@ -73,7 +75,8 @@ def _code_of(recipe: Recipe) -> Iterator[Code]:
         if recipe.environment.run_model_code_WITHOUT_A_SANDBOX:
             yield Code("environment.run_model_code_WITHOUT_A_SANDBOX", "Python code that the model writes")
     if recipe.audit is not None:
-        yield from _named("audit.function", recipe.audit.function, recipe.audit.options, rewards.environment)
+        function = split_label(recipe.audit.function)[1]
+        yield from _named("audit.function", function, recipe.audit.options, rewards.environment)
     yield from _named("method.surrogate", recipe.method.surrogate)
     sections = [("evaluation", recipe.evaluation)] if recipe.evaluation else []
     sections += [(f"benchmarks[{place}]", benchmark) for place, benchmark in enumerate(recipe.benchmarks)]
@@ -127,7 +130,8 @@ def foreign_code(folder: Path, used: Recipe) -> list[Code]:
 def code_of_call(file: Path, call: Mapping[str, Any]) -> list[Code]:
     """The code that a saved reward call names; empty if the call is in a folder that this user wrote, whose recipe
     names the function too."""
-    named = list(_named("function", call["function"] or "", call["options"], call["environment"]))
+    function = split_label(call["function"] or "")[1]
+    named = list(_named("function", function, call["options"], call["environment"]))
     folder = file.resolve().parent.parent
     if named and is_own(folder) and call["function"] in load_recipe(folder / RECIPE).reward.functions:
         return []

@@ -11,8 +11,10 @@ import pytest
 
 from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.errors import UsageError
+from gruppo.evaluation.datasets import require_independent_audit
 from gruppo.rewards import reward_path
 from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.runs.trust import code_of
 from tests.rollout.workers.test_rewards import group, totals
 from tests.small_runs import small_run
 
@@ -187,3 +189,18 @@ def test_labels_are_checked(reward: dict[str, Any], message: str | None) -> None
 def test_an_unknown_option_names_the_label(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"reward\.options\.short\.patern = 'a': unknown option; did you mean"):
         RewardPool(["short = regex"], [], [], options={"short": {"pattern": "b", "patern": "a"}})
+
+
+def test_the_code_behind_a_label_is_named() -> None:
+    recipe = load_recipe(
+        {
+            "model": {"name": "x"},
+            "reward": {"functions": ["mine = evil.py:f"], "options": {"mine": {"level": 2}}},
+            "audit": {"function": "evil.py:f"},
+        }
+    )
+    code = code_of(recipe)[0]
+    assert (code.name, code.options) == ("evil.py:f", {"level": 2})
+    require_independent_audit(recipe, recipe.reward.functions)
+    with pytest.raises(UsageError, match="audits itself"):
+        require_independent_audit(recipe, ["mine = evil.py:f", "other = evil.py:f"])
