@@ -48,7 +48,7 @@ class Prompt:
     @property
     def text(self) -> str:
         """The prompt for a human reader: the text itself, or the content of the last message."""
-        return self.content if isinstance(self.content, str) else str(self.content[-1].get("content", ""))
+        return self.content if isinstance(self.content, str) else str(self.content[-1].get("content") or "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import typer
 
 from gruppo.cli.options import Device, Dtype, Trust
 from gruppo.errors import UsageError
+from gruppo.utils.paths import not_a_file
 from gruppo.utils.progress import visible
 
 if TYPE_CHECKING:
@@ -81,12 +82,15 @@ def sample(
     params = sampling_params(evaluation.decoding, max_tokens)
     choose_dtype(dtype, choose_device(device))
     progress = ConsoleProgress()
+    option = "--prompt" if messages is None else "--messages"
+    (row,) = checked_rows([{"prompt": content}], option)
     with stop_on_signals(kills=True) as stop, stop.interruptible():
         source = find_model(model, progress, trust_remote_code=trust)
+        content = row["prompt"]
         if isinstance(content, list) and len(content) == 1 and not source.tokenizer.chat_template:
             content = content[0]["content"]  # a base model has no chat template and reads the text alone
-        rows = checked_rows([{"prompt": content}], "--prompt")
-        prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, "--prompt", source.vocabulary)
+        rows = [{"prompt": content}]
+        prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, option, source.vocabulary)
         policy = load_model(source, device, dtype, progress)
         engine = build_engine(policy, choose_slots(policy, len(prompts[0].token_ids), max_tokens, count))
         streams = [[(seed, number) for number in range(count)]]
@@ -114,6 +118,8 @@ def _conversation(messages: str) -> list[dict[str, Any]]:
     """The messages of the option, a file or standard input. Raises UsageError if they are not a conversation."""
     text = sys.stdin.read() if messages == "-" else messages
     if not text.lstrip().startswith(("[", "{")):
+        if found := not_a_file(Path(text)):
+            raise UsageError(f"--messages {messages}: is {found}; give a JSON list or the path of a file")
         try:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -122,15 +128,11 @@ def _conversation(messages: str) -> list[dict[str, Any]]:
             ) from None
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f'--messages: not valid JSON ({error}); write e.g. [{{"role": "user", "content": "Hi"}}]'
         ) from None
-    valid = isinstance(content, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in content
-    )
-    if not valid or not content:
+    if not isinstance(content, list) or not content or not all(isinstance(message, dict) for message in content):
         raise UsageError(
             "--messages: must be a list of messages with role and content; "
             'write e.g. [{"role": "user", "content": "Hi"}]'

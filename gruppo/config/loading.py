@@ -21,7 +21,8 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.renames import new_field, new_value, translate_recipe
 from gruppo.config.sections import Lora, Section
 from gruppo.errors import UsageError, nearest, worded
-from gruppo.utils.paths import is_file, user_path
+from gruppo.utils.nesting import MAX_DEPTH, too_deep
+from gruppo.utils.paths import is_file, not_a_file, user_path
 from gruppo.utils.renamed_modules import advice
 
 
@@ -118,7 +119,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
     if isinstance(source, Mapping):
         if invalid := [key for key in source if not isinstance(key, str)]:
             raise RecipeError(f"recipe: {invalid[0]!r} is not the name of a table; use a string")
-        files, folder, seen = [("recipe", copy.deepcopy(dict(source)))], Path(), []
+        files, folder, seen = [("recipe", copy.deepcopy(_require_flat(dict(source), "recipe")))], Path(), []
     elif isinstance(source, str | Path):
         path = Path(source)
         data = _read_file(path)
@@ -154,12 +155,14 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    if (found := not_a_file(path)) and found != "a folder":
+        raise RecipeError(f"{path}: is {found}; write the recipe to a .toml file and give its path")
     try:
         with path.open("rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise RecipeError(f"{path}: is larger than {_MAX_BYTES / 2**20:.0f} MiB; give the path of a recipe")
-        return tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
+        return _require_flat(tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n")), str(path))
     except RecipeError:
         raise
     except (FileNotFoundError, IsADirectoryError):
@@ -168,6 +171,13 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not valid TOML: {error}; fix that line") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error}); give a readable UTF-8 .toml file") from None
+
+
+def _require_flat(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """The tables of a recipe. Raises RecipeError if they are nested more than MAX_DEPTH levels deep."""
+    if deep := next((name for name, value in data.items() if too_deep(value)), None):
+        raise RecipeError(f"{where}: {deep}: is nested more than {MAX_DEPTH} levels deep; write section.field = value")
+    return data
 
 
 def _overlaid(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -232,8 +242,10 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     form = f'--set {override}: must have the form section.field=value; write e.g. --set "run.steps=50"'
     key, equals, text = _split(override)
     try:
-        layer: Any = tomllib.loads(f"{key} = 0")
-    except ValueError:
+        layer: Any = _require_flat(tomllib.loads(f"{key} = 0"), f"--set {_short(override)}")
+    except RecipeError:
+        raise
+    except (ValueError, RecursionError):
         raise RecipeError(form) from None
     path: list[str] = []
     while isinstance(layer, dict) and len(layer) == 1:
@@ -251,7 +263,7 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     value: Any = toml_value(text)
     for part in reversed(path):
         value = {part: value}
-    return _overlaid([value, data])
+    return _overlaid([_require_flat(value, f"--set {_short(override)}"), data])
 
 
 def _split(override: str) -> tuple[str, str, str]:

@@ -131,14 +131,27 @@ class Task(Section):
     """Completion template with column names in braces, e.g. "The answer is {answer}."; for methods with
     source = "dataset"."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the rows held out from training, selected by a hash of the prompt. Evaluation uses these rows."""
+    """Fraction of the rows held out from training, selected by a hash of each row's question. Evaluation uses these
+    rows."""
+    held_out_by: Literal["question", "prompt"] = "question"
+    """What is hashed: "question" is the row's own prompt, or the columns in the template, so that template and system
+    message do not change which rows are held out; "prompt" is the finished prompt, as in versions without this
+    field."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     """Maximum prompt length in tokens. Default: the model's context length minus the completion length."""
     overlong: Literal["refuse", "filter"] = "refuse"
     """If prompts are longer than that: "refuse" rejects the recipe, "filter" leaves them out and reports how many.
     Prompts are never truncated."""
+    memory: str = "8 GB"
+    """Maximum memory of the task's rows, unpacked, such as "500 MB" or "32 GB". A larger source is refused."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Sampling weight of this task in a mixture, relative to the other tasks."""
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_a_size(cls, memory: str) -> str:
+        as_bytes(memory)
+        return memory
 
 
 class Reward(Section):

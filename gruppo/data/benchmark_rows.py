@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gruppo.data.arrow import plain
 from gruppo.data.boxes import last_box
-from gruppo.data.files import plain
 from gruppo.data.options import LETTERS, letters_of, options_of, split_options, without_letters
 from gruppo.errors import UsageError
 from gruppo.types import Row
+from gruppo.utils.text import text_of_content
 
 _QUESTION = ("question", "problem", "question_concat", "input", "query", "original_text", "squestion", "prompt", "text")
 _NUMBER = (
@@ -151,7 +152,7 @@ def _question(columns: Mapping[str, Any], row: Mapping[str, Any], names: Iterabl
     if isinstance(asked, list) and asked and isinstance(asked[0], Mapping):
         user = [message for message in asked if message.get("role") == "user" and message.get("content")]
         if user:
-            return _tidied(str(user[-1]["content"]))
+            return _tidied(text_of_content(user[-1]["content"]))
     raise _unreadable(row, f"it has no question (one of {', '.join(names)}, or messages)")
 
 

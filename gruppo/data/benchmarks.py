@@ -20,6 +20,7 @@ from gruppo.utils.progress import Progress
 def load_benchmark(
     name: str,
     split: str,
+    limit: int,
     progress: Progress,
     data: str | None = None,
     prompt: str = "zero-shot",
@@ -28,10 +29,10 @@ def load_benchmark(
 ) -> Iterator[Row]:
     """Yield the rows of a benchmark with their prompts.
 
-    `data`: a file, or a folder that contains a file with one of the usual names; None reads from the hub. `prompt`:
-    "zero-shot", "few-shot" (`shots` examples before the question) or "tool" (the model writes Python and gets its
-    output back). `format`: "chat" for messages, "text" for base models. Raises UsageError for impossible options,
-    missing data and rows that cannot be read.
+    `limit`: memory of a row or file in bytes, see `read_file`. `data`: a file, or a folder that contains a file with
+    one of the usual names; None reads from the hub. `prompt`: "zero-shot", "few-shot" (`shots` examples before the
+    question) or "tool" (the model writes Python and gets its output back). `format`: "chat" for messages, "text" for
+    base models. Raises UsageError for impossible options, missing data and rows that cannot be read.
     """
     benchmark = BENCHMARKS[name]
     if split not in benchmark.splits:
@@ -40,7 +41,7 @@ def load_benchmark(
         raise UsageError(f'split = "{split}": {benchmark.title} has {reason}; write {has}')
     ask = _asker(benchmark, prompt, shots, format)
     number = 0
-    for place, row in _source_rows(benchmark, split, data, progress):
+    for place, row in _source_rows(benchmark, split, data, limit, progress):
         try:
             read = benchmark.read(row)
         except UsageError as error:
@@ -51,14 +52,16 @@ def load_benchmark(
         raise UsageError(f"{benchmark.title} has no rows in {data or benchmark.hub}; give a file with rows")
 
 
-def _source_rows(benchmark: Benchmark, split: str, data: str | None, progress: Progress) -> Iterator[tuple[str, Row]]:
+def _source_rows(
+    benchmark: Benchmark, split: str, data: str | None, limit: int, progress: Progress
+) -> Iterator[tuple[str, Row]]:
     """Yield the rows as their source has them, each with its location for error messages."""
     if data is None:
         from gruppo.data.hub import read_dataset
 
         options = {**({"name": benchmark.config} if benchmark.config else {}), **benchmark.options}
         yield from _placed(
-            benchmark, benchmark.hub, read_dataset(benchmark.hub, benchmark.splits[split], options, progress)
+            benchmark, benchmark.hub, read_dataset(benchmark.hub, benchmark.splits[split], options, limit, progress)
         )
         return
     if not isinstance(data, str) or not data:
@@ -67,11 +70,11 @@ def _source_rows(benchmark: Benchmark, split: str, data: str | None, progress: P
     if is_dir(folder) and any(is_file(folder / name) for name in ("state.json", "dataset_dict.json")):
         from gruppo.data.hub import read_dataset
 
-        yield from _placed(benchmark, data, read_dataset(data, split, {}, progress))
+        yield from _placed(benchmark, data, read_dataset(data, split, {}, limit, progress))
         return
     for file, part in find_files(benchmark, folder, split):
         options = {"header": benchmark.header} if _lacks_header(benchmark, file) else {}
-        for place, row in _placed(benchmark, file.name, read_file(file, options, progress)):
+        for place, row in _placed(benchmark, file.name, read_file(file, options, limit, progress)):
             yield place, {**row, "part": part} if part else row
 
 

@@ -1,46 +1,49 @@
 """Rows of a file: JSON Lines, JSON, CSV, TSV and Parquet.
 
 Values have the type that the file gives them: text in CSV stays text ("007", "1e5"), and nothing is guessed. Values
-that JSON cannot represent (dates, decimals) become text. Binary columns (images, audio) are left out with a note.
+that JSON cannot represent (dates, decimals) become text. Rows are read one by one, so that no more than the limit of
+the task's memory is used.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from gruppo.data.arrow import read_parquet
+from gruppo.data.values import require_memory
 from gruppo.errors import UsageError
 from gruppo.types import Row
 from gruppo.utils.progress import Progress
 
-# Parquet rows that are in memory twice at a time.
-_BATCH = 4096
 
-
-def read_file(path: Path, options: Mapping[str, Any], progress: Progress) -> Iterable[Row]:
+def read_file(path: Path, options: Mapping[str, Any], limit: int, progress: Progress) -> Iterable[Row]:
     """The rows of a file, in the format that its suffix names.
 
-    `options`: delimiter and header for CSV and TSV; none for other formats. Raises UsageError if the suffix or an
-    option is unknown, or if the file cannot be read in this format; for Parquet during iteration.
+    `options`: delimiter and header for CSV and TSV; none for other formats. `limit`: in bytes, of the memory that one
+    row, or a file of text, may need; whoever keeps the rows adds them up. Raises UsageError if the suffix is unknown
+    and, during iteration, if an option is unknown or the file is too large or cannot be read in this format.
     """
     read = FILES.get(path.suffix.lower())
     if read is None:
         raise UsageError(f"{path.name}: unknown file type; write one of {', '.join(FILES)}")
-    return read(path, options, progress)
+    if path.is_file():
+        require_memory(path.stat().st_size, limit)
+    return read(path, options, limit, progress)
 
 
-def _jsonl(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row]:
+def _jsonl(path: Path, options: Mapping[str, Any], limit: int, progress: Progress) -> Iterator[Row]:
     _no_options(options, path)
-    return _lines(_text(path))
+    with _opened(path, newline="\n") as stream:
+        yield from _lines(stream)
 
 
-def _lines(text: str) -> list[Row]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+def _lines(lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -52,19 +55,19 @@ def _lines(text: str) -> list[Row]:
                 f"line {number} is {str(row)[:40]!r}; write one object per line, or rename a file "
                 "that is one list to .json"
             )
-        rows.append(row)
-    return rows
+        yield row
 
 
-def _json(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row]:
+def _json(path: Path, options: Mapping[str, Any], limit: int, progress: Progress) -> list[Row]:
     """Rows from a list of objects, an object that contains one list of objects, or JSON Lines with the wrong suffix."""
     _no_options(options, path)
-    text = _text(path)
+    with _opened(path) as stream:
+        text = stream.read()
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         try:
-            return _lines(text)
+            return list(_lines(text.split("\n")))
         except UsageError:
             raise UsageError(f"the file is not JSON ({error}); write a list of objects") from None
     if isinstance(content, dict):
@@ -92,7 +95,7 @@ def _only_list(content: dict[str, Any]) -> list[Any]:
     return next(iter(lists.values())) if lists else [content]
 
 
-def _csv(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row]:
+def _csv(path: Path, options: Mapping[str, Any], limit: int, progress: Progress) -> Iterator[Row]:
     """Rows of a file with a header; all values are text.
 
     `delimiter`: the separator of columns; default: a comma, in .tsv a tab. `header`: column names for a file without a
@@ -107,7 +110,6 @@ def _csv(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row
     if not isinstance(header, list | tuple) or not all(isinstance(name, str) for name in header):
         raise UsageError(f'options.header = {header!r}: must be a list of names; write e.g. ["question", "answer"]')
     header = _header(list(header), delimiter) if header else []
-    rows: list[Row] = []
     for line, values in _values(path, delimiter):
         if not header:
             header = _header(values, delimiter)
@@ -117,8 +119,7 @@ def _csv(path: Path, options: Mapping[str, Any], progress: Progress) -> list[Row
                 f"values that contain {delimiter!r} or line breaks, or set options.delimiter"
             )
         else:
-            rows.append(dict(zip(header, values, strict=True)))
-    return rows
+            yield dict(zip(header, values, strict=True))
 
 
 def first_values(path: Path) -> list[str]:
@@ -129,13 +130,14 @@ def first_values(path: Path) -> list[str]:
 def _values(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Line number and values of every line that is not blank."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        for values in reader:
-            if any(values):
-                yield reader.line_num, values
-    except csv.Error as error:
-        raise UsageError(f"line {reader.line_num}: {error}; double the quotes inside a quoted value") from None
+    with _opened(path) as stream:
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        try:
+            for values in reader:
+                if any(values):
+                    yield reader.line_num, values
+        except csv.Error as error:
+            raise UsageError(f"line {reader.line_num}: {error}; double the quotes inside a quoted value") from None
 
 
 def _header(names: list[str], delimiter: str) -> list[str]:
@@ -150,55 +152,17 @@ def _header(names: list[str], delimiter: str) -> list[str]:
     return names
 
 
-def _parquet(path: Path, options: Mapping[str, Any], progress: Progress) -> Iterable[Row]:
+def _parquet(path: Path, options: Mapping[str, Any], limit: int, progress: Progress) -> Iterator[Row]:
     _no_options(options, path)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    return read_parquet(path, limit, progress)
 
+
+@contextmanager
+def _opened(path: Path, newline: str = "") -> Iterator[TextIO]:
+    """The file, to be read as text in the block; its lines end as `newline` says (see `open`)."""
     try:
-        file = pq.ParquetFile(path)
-        names = carried_columns(file.schema_arrow, path.name, progress)
-        for batch in file.iter_batches(_BATCH, columns=names):
-            yield from (plain(row) for row in batch.to_pylist())
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"the file cannot be read ({error}); give a complete Parquet file") from None
-
-
-def carried_columns(schema: Any, name: str, progress: Progress) -> list[str]:
-    """Names of the columns of an Arrow schema that contain no bytes; a progress note lists the columns left out."""
-    dropped = [field.name for field in schema if _has_bytes(field.type)]
-    if dropped:
-        progress.note(f"{name}: left out binary columns, such as images or audio: {', '.join(dropped)}")
-    return [column for column in schema.names if column not in dropped]
-
-
-def _has_bytes(kind: Any) -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
-        return True
-    if isinstance(kind, pa.BaseExtensionType):
-        return _has_bytes(kind.storage_type)
-    return any(_has_bytes(kind.field(place).type) for place in range(kind.num_fields))
-
-
-def plain(value: Any) -> Any:
-    """A value in JSON types: arrays and tuples become lists, anything else that JSON cannot represent becomes text."""
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value)
-
-
-def _text(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            return stream.read()
+        with path.open(encoding="utf-8-sig", newline=newline) as stream:
+            yield stream
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the file cannot be read ({error}); give a readable UTF-8 file") from None
 
@@ -208,7 +172,7 @@ def _no_options(options: Mapping[str, Any], path: Path) -> None:
         raise UsageError(f"options = {dict(options)}: a {path.suffix} file has no options; remove them")
 
 
-FILES: dict[str, Callable[[Path, Mapping[str, Any], Progress], Iterable[Row]]] = {
+FILES: dict[str, Callable[[Path, Mapping[str, Any], int, Progress], Iterable[Row]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,

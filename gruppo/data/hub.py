@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gruppo.data.files import carried_columns, plain
+from gruppo.data.arrow import ROW_BYTES, carried_columns, converter
+from gruppo.data.values import require_memory
 from gruppo.errors import UsageError
 from gruppo.types import Row
 from gruppo.utils.hub import hub_reachable
@@ -28,12 +29,13 @@ _REFUSED = {
 }
 
 
-def read_dataset(name: str, split: str, options: Mapping[str, Any], progress: Progress) -> Iterable[Row]:
+def read_dataset(name: str, split: str, options: Mapping[str, Any], limit: int, progress: Progress) -> Iterable[Row]:
     """The rows of one split of a dataset. In a folder without splits, all rows are "train".
 
     `options`: those of `datasets.load_dataset` (name: the configuration; revision; data_files; …), except the ones in
     `_REFUSED`; none for a folder that `save_to_disk` wrote. Raises UsageError, when iterated, if an option is refused,
-    if the dataset cannot be loaded, if the split is unknown, or if the hub cannot be reached.
+    if the dataset cannot be loaded, if it has more rows than fit in `limit` bytes, if the split is unknown, or if the
+    hub cannot be reached.
     """
     for option, reason in _REFUSED.items():
         if option in options:
@@ -41,8 +43,15 @@ def read_dataset(name: str, split: str, options: Mapping[str, Any], progress: Pr
     with progress.bar(f"Opening {name}", None, ""), _quiet():
         dataset = _open(name, split, options)
     names = carried_columns(dataset.features.arrow_schema, name, progress)
-    for row in dataset.select_columns(names).with_format(None):
-        yield plain(row)
+    require_memory(len(dataset) * ROW_BYTES, limit)
+    yield from dataset_rows(dataset.select_columns(names))
+
+
+def dataset_rows(dataset: Dataset) -> Iterator[Row]:
+    """The rows of a dataset of the `datasets` library, in JSON types (see `gruppo.data.arrow`)."""
+    convert = {field.name: converter(field.type) for field in dataset.features.arrow_schema}
+    for row in dataset.with_format(None):
+        yield {name: convert[name](value) for name, value in row.items()}
 
 
 def _open(name: str, split: str, options: Mapping[str, Any]) -> Dataset:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gruppo.config.units import as_bytes
+from gruppo.data.arrow import plain, table_rows
 from gruppo.data.transform import in_held_out, prompt_text, transform
 from gruppo.errors import UsageError, nearest
 from gruppo.types import Row
 from gruppo.utils.imports import import_attribute
-from gruppo.utils.paths import is_dir, is_file, user_path
+from gruppo.utils.paths import is_dir, is_file, not_a_file, user_path
 from gruppo.utils.progress import Advance, Progress
 
 if TYPE_CHECKING:
@@ -64,14 +66,14 @@ def load_training(
 ) -> tuple[Dataset, Dataset | None]:
     """Training rows of a task and, if `with_held_out`, its held-out rows, else None.
 
-    With task.held_out, a hash of the prompt decides which rows are held out; without it, the held-out rows are the
+    With task.held_out, a hash of the question decides which rows are held out; without it, the held-out rows are the
     source's split "test". `given`: rows passed from Python, used in place of the task's source. `answered`: training
     rows include completions. Raises UsageError if the task is unknown, if options, columns or rows are wrong, or if
     held-out rows are requested and there are none.
     """
-    whole = _load(task, field, task.split or "train", progress, given, answered)
+    whole, keys = _load(task, field, task.split or "train", progress, given, answered)
     if task.held_out:
-        train, held_out = _divide(whole, task)
+        train, held_out = _divide(whole, keys, task)
         return train, held_out if with_held_out else None
     if not with_held_out:
         return whole, None
@@ -79,7 +81,7 @@ def load_training(
     if given is not None or not _has_test(task.name) or task.split not in (None, "train"):
         raise UsageError(f"evaluation: {whole.name} has no held-out rows; {fixes}")
     try:
-        held_out = _load(task, field, "test", progress)
+        held_out, _ = _load(task, field, "test", progress)
     except UsageError as error:
         raise UsageError(f"evaluation: {whole.name} has no held-out rows ({error}); {fixes}") from None
     return whole, replace(held_out, name=f"{whole.name} (held out)")
@@ -92,8 +94,8 @@ def load_questions(task: Task, field: str, progress: Progress) -> Dataset:
     "test". Raises UsageError if the task is unknown or if options, columns or rows are wrong.
     """
     if task.held_out:
-        return _divide(_load(task, field, task.split or "train", progress), task)[1]
-    return _load(task, field, task.split or ("test" if _has_test(task.name) else "train"), progress)
+        return _divide(*_load(task, field, task.split or "train", progress), task)[1]
+    return _load(task, field, task.split or ("test" if _has_test(task.name) else "train"), progress)[0]
 
 
 def _load(
@@ -103,12 +105,14 @@ def _load(
     progress: Progress,
     given: Iterable[Row] | None = None,
     answered: bool = False,
-) -> Dataset:
+) -> tuple[Dataset, list[str]]:
+    """The rows of a task, and the texts that decide which of them are held out."""
     name = task.name if given is None else "prompts"
     with progress.bar(f"Reading {name}", None, "rows") as advance:
         source = _source(task, field, split, progress) if given is None else _checked(given, name)
-        rows = transform(_counted(source, advance), task, field, name, answered)
-    return Dataset(name, rows, range(len(rows)), field, task.max_prompt_tokens, task.overlong == "filter")
+        transformed = transform(_counted(source, advance), task, field, name, answered)
+    rows, keys = [entry.row for entry in transformed], [entry.key for entry in transformed]
+    return Dataset(name, rows, range(len(rows)), field, task.max_prompt_tokens, task.overlong == "filter"), keys
 
 
 def _source(task: Task, field: str, split: str, progress: Progress) -> Iterator[Row]:
@@ -117,7 +121,7 @@ def _source(task: Task, field: str, split: str, progress: Progress) -> Iterator[
         yield from _checked(_open(task, field, split, progress), task.name)
     except UsageError as error:
         message = str(error)
-        if message.startswith(("options", "split")):
+        if message.startswith(("options", "split", "memory")):
             raise UsageError(f"{field}.{message}") from None
         raise UsageError(message if message.startswith(field) else f'{field}.name = "{task.name}": {message}') from None
     except (Exception, SystemExit) as error:
@@ -125,12 +129,12 @@ def _source(task: Task, field: str, split: str, progress: Progress) -> Iterator[
 
 
 def _open(task: Task, field: str, split: str, progress: Progress) -> Iterable[Row]:
-    name, options = task.name, task.options
+    name, options, limit = task.name, task.options, as_bytes(task.memory)
     if _is_file(name):
         _only_train(split, "a file")
         from gruppo.data.files import read_file
 
-        return read_file(data_file(name), options, progress)
+        return read_file(data_file(name), options, limit, progress)
     if name.startswith(_GYM):
         _only_train(split, "reasoning-gym")
         from gruppo.data.reasoning_gym import generate
@@ -141,12 +145,12 @@ def _open(task: Task, field: str, split: str, progress: Progress) -> Iterable[Ro
 
     if name in BENCHMARKS:
         try:
-            inspect.signature(load_benchmark).bind(name, split, progress, **options)
+            inspect.signature(load_benchmark).bind(name, split, limit, progress, **options)
         except TypeError as error:
             raise UsageError(
                 f"options = {dict(options)}: {error}; its options are: data, prompt, shots, format"
             ) from None
-        return load_benchmark(name, split, progress, **options)
+        return load_benchmark(name, split, limit, progress, **options)
     folder = user_path(name)
     if name in TASKS or (":" in name and not is_dir(folder)):
         load = import_attribute(TASKS.get(name, name), f"{field}.name")
@@ -158,7 +162,7 @@ def _open(task: Task, field: str, split: str, progress: Progress) -> Iterable[Ro
     if is_dir(folder) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         from gruppo.data.hub import read_dataset
 
-        return read_dataset(name, split, options, progress)
+        return read_dataset(name, split, options, limit, progress)
     if is_file(folder):
         raise UsageError(f"unknown file type; use a file that ends in {', '.join(_FILES)}")
     if "/" in name:
@@ -190,6 +194,8 @@ def _options(load: Any) -> str:
 def data_file(path: str) -> Path:
     """Resolve the path of a data file. Raises UsageError if there is no such file."""
     file = user_path(path)
+    if found := not_a_file(file):
+        raise UsageError(f"{path} is {found}; write the rows to a file and give its path")
     if not is_file(file):
         raise UsageError(f"there is no such file (looked in {Path.cwd()}); give the path of a file")
     return file
@@ -197,7 +203,13 @@ def data_file(path: str) -> Path:
 
 def _checked(rows: Any, source: str) -> Iterable[Row]:
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, which would iterate over column names
-        rows = rows.to_dict("records")
+        return ({name: plain(value) for name, value in row.items()} for row in rows.to_dict("records"))
+    if getattr(rows, "features", None) is not None and hasattr(rows, "with_format"):
+        from gruppo.data.hub import dataset_rows
+
+        return dataset_rows(rows)
+    if hasattr(rows, "to_pylist") and hasattr(rows, "schema"):
+        return table_rows(rows)
     if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__iter__"):
         raise UsageError(f'{source} gives {str(rows)[:40]!r}, not a list of rows; write [{{"prompt": "text"}}, …]')
     return rows  # type: ignore[no-any-return]
@@ -212,13 +224,13 @@ def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
     advance(number % _SHOWN)
 
 
-def _divide(whole: Dataset, task: Task) -> tuple[Dataset, Dataset]:
-    """Split rows into training and held-out rows by the hash of their prompts.
+def _divide(whole: Dataset, keys: Sequence[str], task: Task) -> tuple[Dataset, Dataset]:
+    """Split rows into training and held-out rows by the hash of their keys.
 
     A held-out question that occurs several times is kept once: repetitions would make confidence intervals too narrow.
     Raises UsageError if one side would be empty.
     """
-    is_held_out = [in_held_out(row, task.held_out) for row in whole.rows]
+    is_held_out = [in_held_out(key, task.held_out) for key in keys]
     if len(set(is_held_out)) < 2:
         raise UsageError(
             f"{whole.field}.held_out = {task.held_out}: of the {len(is_held_out)} rows of {whole.name} "
@@ -240,4 +252,4 @@ def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
     """
     from gruppo.config.sections import Task
 
-    return transform(_checked(rows, source), Task(), "task", source)
+    return [entry.row for entry in transform(_checked(rows, source), Task(), "task", source)]

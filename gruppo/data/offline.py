@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 OfflineCompletions = Sequence[tuple[Completion, float]]  # completions with rewards: 1, or 0 if rejected
 
+COMPLETIONS = ("completion", "chosen", "rejected")
+
 _SHAPES = '{"prompt": "…", "completion": "…"}, {"messages": […]} or {"prompt": "…", "chosen": "…", "rejected": "…"}'
 
 

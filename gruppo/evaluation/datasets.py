@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Evaluation
 from gruppo.data.benchmark_table import default_grader, domain
 from gruppo.data.loading import Dataset, load_questions, load_training
+from gruppo.data.references import alternatives, answer_text, reference_of
 from gruppo.errors import UsageError
 from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_path, split_prefix
-from gruppo.rewards.grading.graders import Named, find_grader
+from gruppo.rewards.grading.graders import COMPARISONS, Named, find_grader
 from gruppo.rewards.grading.last_number import last_number
 from gruppo.runs.folder import check_folder
 from gruppo.types import Row
@@ -43,6 +45,19 @@ class Data:
 
     training: list[Dataset]
     eval_sets: list[EvalSetRows]
+
+    @property
+    def partial_columns(self) -> dict[str, str]:
+        """Columns that some training rows have and others lack, with words that say how many and which."""
+        total = sum(len(part.rows) for part in self.training)
+        counts = Counter(name for part in self.training for row in part.rows for name in row)
+        found = {}
+        for name, count in counts.items():
+            if count < total:
+                places = ((part, place) for part in self.training for place in range(len(part.rows)))
+                part, place = next((part, place) for part, place in places if name not in part.rows[place])
+                found[name] = f"{count} of {total} rows have it, but not {part.name}, row {part.numbers[place] + 1}"
+        return found
 
     @property
     def columns(self) -> list[str]:
@@ -102,6 +117,9 @@ def read_data(
     names = [reward_path(reward) for reward in rewards if isinstance(reward, str)]
     check_option_names(rewards, recipe.reward.options)
     data = _read(recipe, rows, progress)
+    for name in names:
+        if name in _REFERENCES:
+            _require_references(data.training, _REFERENCES[name], f"reward.functions = {recipe.reward.functions}")
     if REWARDS["last_number"] in names:
         _require_numbers(data)
     if REWARDS["reasoning_gym"] in names and not any(
@@ -114,11 +132,45 @@ def read_data(
     return data
 
 
+# Columns that built-in rewards compare with.
+_REFERENCES = {
+    REWARDS["last_number"]: ("answer",),
+    REWARDS["exact_match"]: ("answer",),
+    REWARDS["choice"]: ("answer",),
+    REWARDS["math_verify"]: ("answer", "solution"),
+}
+
+
+def _require_references(parts: Sequence[Dataset], names: Sequence[str], what: str) -> None:
+    """Raise UsageError unless every row has a reference in one of the columns `names`, or no row has these columns.
+
+    `what`: the field that needs the references, with its value.
+    """
+    if not any(name in row for part in parts for row in part.rows for name in names):
+        return
+    for part in parts:
+        lacking = []
+        for number, row in zip(part.numbers, part.rows, strict=True):
+            try:
+                if not reference_of(row, names)[1]:
+                    lacking.append((number + 1, row))
+            except UsageError as error:
+                raise UsageError(f"{part.name}, row {number + 1}: {error}") from None
+        if lacking:
+            number, row = lacking[0]
+            shown = [f"{name} = {row[name]!r}" for name in names if name in row] or [f"no column {' or '.join(names)}"]
+            raise UsageError(
+                f"{what}: {len(lacking)} of {len(part.rows)} rows of {part.name} have no answer to compare with (the "
+                f"first: row {number}, {', '.join(shown)}); give each of them one, or leave these rows out"
+            )
+
+
 def _require_numbers(data: Data) -> None:
     """Raise UsageError if a training row has an answer that contains no number."""
     for part in data.training:
         for number, row in zip(part.numbers, part.rows, strict=True):
-            if "answer" in row and last_number(str(row["answer"])) is None:
+            wanted = alternatives(row.get("answer"))
+            if wanted and all(last_number(answer_text(one)) is None for one in wanted):
                 raise UsageError(
                     f"{part.name}, row {number + 1}: answer = {row['answer']!r} contains no number, which the reward "
                     '"last_number" compares with; write a number, or use "exact_match"'
@@ -139,6 +191,7 @@ def _read(recipe: Recipe, rows: Sequence[Row] | None, progress: Progress) -> Dat
         parts = _with_unique_names(held_out)
         names = [task.name if rows is None else "" for task in recipe.tasks]
         graders = {part.name: _grader(settings, name) for part, name in zip(parts, names, strict=True)}
+        _require_gradable(parts, graders, settings, "evaluation.")
         eval_sets = [EvalSetRows("", settings, parts, graders, "in-domain")]
     return Data(_with_unique_names(training), eval_sets + _sets_with_tasks(recipe, progress))
 
@@ -166,6 +219,7 @@ def _sets_with_tasks(recipe: Recipe, progress: Progress) -> list[EvalSetRows]:
         assert settings.task is not None
         part = load_questions(settings.task, field, progress)
         grader = _grader(settings, settings.task.name)
+        _require_gradable([part], {part.name: grader}, settings, field.removesuffix("task"))
         set_domain = None if trained is None else domain(settings.task.name, trained)
         eval_sets.append(EvalSetRows(name, settings, [part], {part.name: grader}, set_domain))
     return eval_sets
@@ -175,6 +229,15 @@ def _grader(settings: Evaluation, task: str) -> Named:
     """The grader for a task's answers. Raises UsageError if it is unknown."""
     name = settings.grader or default_grader(task)
     return Named(name, find_grader(name))
+
+
+def _require_gradable(parts: Sequence[Dataset], graders: Mapping[str, Named], settings: Evaluation, table: str) -> None:
+    """Raise UsageError if a built-in grader has no reference for one of the questions."""
+    for part in parts:
+        name = graders[part.name].name
+        if name in COMPARISONS:
+            asked = replace(part, rows=part.rows[: settings.questions], numbers=part.numbers[: settings.questions])
+            _require_references([asked], COMPARISONS[name].names, f'{table}grader = "{name}"')
 
 
 def _with_unique_names(parts: Sequence[Dataset]) -> list[Dataset]:

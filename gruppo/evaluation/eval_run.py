@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gruppo.config.recipe import Recipe
+from gruppo.config.units import as_bytes
 from gruppo.data.tokenization import data_sha256
 from gruppo.errors import UsageError
 from gruppo.evaluation.compare import read_evaluation
@@ -93,7 +94,7 @@ def grade_file(
     _check_out(recipe, out, resume)
     eval_sets = read_eval_sets(recipe, progress) if has_task else []
     grader = recipe.evaluation.grader if recipe.evaluation else None
-    answered = read_external_completions(path, eval_sets, grader, progress)
+    answered = read_external_completions(path, eval_sets, grader, as_bytes(recipe.task.memory), progress)
     for found in answered:
         check_graders(found.eval_set.graders, found.eval_set.prompts)
     jobs = [_file_job(found, has_task, stop) for found in answered]

@@ -17,6 +17,7 @@ from typing import Any
 
 from gruppo.data.files import read_file
 from gruppo.data.loading import data_file
+from gruppo.data.values import require_memory, row_bytes
 from gruppo.engines.base import SamplingParams
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import EvalSetRows
@@ -25,6 +26,7 @@ from gruppo.evaluation.sets import EvalSet
 from gruppo.rewards.grading.graders import Named, find_grader
 from gruppo.types import Completion, Prompt, Row
 from gruppo.utils.progress import Progress
+from gruppo.utils.text import text_of_content
 
 COMPLETIONS = (
     "completions", "completion", "responses", "response", "outputs", "output", "generations", "generation",
@@ -46,16 +48,22 @@ class Answered:
 
 
 def read_external_completions(
-    path: Path, eval_sets: Sequence[EvalSetRows], grader: str | None, progress: Progress
+    path: Path, eval_sets: Sequence[EvalSetRows], grader: str | None, limit: int, progress: Progress
 ) -> list[Answered]:
     """The evaluation sets that the file's rows answer, in the order of `eval_sets`.
 
     The questions come from `eval_sets`, or, if it is empty, from the rows; they are then one set, graded by `grader`
     ("numeric_answer" by default). Several rows may answer the same question. A set without any answer is left out.
-    Raises UsageError for a row that cannot be read; the message shows the row.
+    Raises UsageError for a row that cannot be read, where the message shows the row, and for rows that need more than
+    `limit` bytes.
     """
+    rows: list[Row] = []
+    memory = 0
     try:
-        rows = list(read_file(data_file(str(path)), {}, progress))
+        for number, row in enumerate(read_file(data_file(str(path)), {}, limit, progress), start=1):
+            memory += row_bytes(row, f"row {number}", limit, (*COMPLETIONS, "messages"))
+            require_memory(memory, limit, "task.memory")
+            rows.append(row)
     except UsageError as error:
         raise UsageError(f"--answers {path}: {error}") from None
     if not rows:
@@ -133,12 +141,14 @@ def _texts_in(value: Any) -> list[str]:
         return [value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [str(value)]
+    if isinstance(value, Mapping) and isinstance(value.get("content"), list):
+        return _texts_in(text_of_content(value["content"]))
     if isinstance(value, Mapping):
         inner = next((value[name] for name in ("text", "content", "message", *COMPLETIONS) if name in value), None)
         return _texts_in(inner)
     if isinstance(value, list | tuple):
         if value and all(isinstance(item, Mapping) and "role" in item for item in value):
-            return _texts_in(value[-1])
+            return _texts_in(value[-1]) or [""]  # null beside a tool call
         return [text for item in value for text in ([""] if item is None else _texts_in(item))]
     return []
 

@@ -17,6 +17,7 @@ from gruppo.data.transform import prompt_text
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
 from gruppo.types import Message, Prompt
+from gruppo.utils.text import text_of_content
 
 _ANSWER = "Kiwi seven."  # a made-up assistant message
 _THOUGHT = "<think>\nPlum.\n</think>\n\n" + _ANSWER
@@ -327,7 +328,7 @@ def _normalized(prompt: Prompt) -> str:
     """The question without case, extra whitespace and punctuation; math signs stay, as they distinguish questions."""
     content = prompt.content
     parts = [content] if isinstance(content, str) else [
-        str(message["content"]) for message in content if message["role"] != "system"
+        text_of_content(message["content"]) for message in content if message["role"] != "system"
     ]  # fmt: skip
     text = unicodedata.normalize("NFKC", "\n".join(parts)).casefold()
     return " ".join(_ENDS.sub("", text).split())

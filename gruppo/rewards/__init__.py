@@ -17,6 +17,7 @@ from typing import Any
 from gruppo.config.labels import options_name, split_label
 from gruppo.config.renames import REWARDS as RENAMED
 from gruppo.errors import UsageError, nearest
+from gruppo.utils.text import text_of_content
 
 REWARDS = {
     "last_number": "gruppo.rewards.answers:last_number",
@@ -81,4 +82,4 @@ def check_option_names(functions: Sequence[str | RewardFunction], options: Mappi
 
 def text_of(completion: str | list[dict[str, Any]]) -> str:
     """Text of a completion: the completion itself if it is text, else the content of its last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    return completion if isinstance(completion, str) else text_of_content(completion[-1].get("content"))

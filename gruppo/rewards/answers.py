@@ -1,11 +1,13 @@
-"""Rewards that compare completions with a reference answer."""
+"""Rewards that compare completions with a reference answer, or with several if the answer is a list."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from gruppo.data.options import LETTERS, letters_of
+from gruppo.data.references import alternatives, answer_text, for_each
 from gruppo.errors import UsageError
 from gruppo.rewards import text_of
 from gruppo.rewards.grading.choices import choice_of
@@ -13,20 +15,20 @@ from gruppo.rewards.grading.last_number import same_number, same_text
 from gruppo.rewards.grading.math_verify import same_mathematics
 
 
-def last_number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 if the last number of a completion equals the last number of its answer, else 0.
+def last_number(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+    """1 if the last number of a completion equals the last number of its answer, else 0; None without an answer.
 
     Raises UsageError if an answer contains no number.
     """
     return [
-        float(same_number(text_of(completion), wanted)) for completion, wanted in zip(completions, answer, strict=True)
+        _value(text_of(completion), wanted, same_number) for completion, wanted in zip(completions, answer, strict=True)
     ]
 
 
-def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 if a completion equals its answer, ignoring leading and trailing white space, else 0."""
+def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+    """1 if a completion equals its answer, ignoring white space at both ends, else 0; None without an answer."""
     return [
-        float(same_text(text_of(completion), wanted)) for completion, wanted in zip(completions, answer, strict=True)
+        _value(text_of(completion), wanted, same_text) for completion, wanted in zip(completions, answer, strict=True)
     ]
 
 
@@ -39,22 +41,32 @@ def choice(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[
     return [_chosen(text_of(completion), wanted) for completion, wanted in zip(completions, answer, strict=True)]
 
 
+def _value(text: str, reference: Any, same: Callable[[str, Any], bool]) -> float | None:
+    """1 if the text is the same as any alternative of the reference, else 0; None without a reference."""
+    wanted = alternatives(reference)
+    return float(any(for_each(partial(same, text), wanted))) if wanted else None
+
+
 def _chosen(text: str, reference: Any) -> float | None:
     try:
-        wanted = letters_of(reference, ())
+        return _value(text, reference, _same_choice)
     except UsageError:
         return None
+
+
+def _same_choice(text: str, reference: Any) -> bool:
+    wanted = letters_of(reference, ())
     chosen = choice_of(text, (), LETTERS)
-    return float(chosen is not None and chosen.letters == wanted and not chosen.undecided)
+    return chosen is not None and chosen.letters == wanted and not chosen.undecided
 
 
 class MathVerify:
     """1 if a completion's answer equals the reference symbolically (math-verify), else 0.
 
-    The reference is the column `answer`, or `solution` if there is no `answer`: a number, LaTeX with or without dollar
-    signs, a text with \\boxed{}, or a solution that ends with "#### 42". The value is None if the reference cannot be
-    read. If a comparison takes too long, only its completion fails, with a TimeoutError. Raises UsageError if the row
-    has neither column.
+    The reference is the column `answer`, or `solution` if the row has no `answer`: a number, LaTeX with or without
+    dollar signs, a text with \\boxed{}, or a solution that ends with "#### 42". The value is None if there is no
+    reference, or if it cannot be read. If a comparison takes too long, only its completion fails, with a TimeoutError.
+    Raises UsageError if the row has neither column.
     """
 
     any_of = ("answer", "solution")
@@ -69,18 +81,28 @@ class MathVerify:
         solution: Sequence[Any] | None = None,
         **_: Any,
     ) -> list[float | TimeoutError | None]:
-        references = answer if answer is not None else solution
-        if references is None:
+        if answer is None and solution is None:
             raise UsageError("the row has neither answer nor solution; add one of these columns")
+        missing = [None] * len(completions)
+        rows = zip(completions, answer or missing, solution or missing, strict=True)
         return [
-            _equal(text_of(completion), reference)
-            for completion, reference in zip(completions, references, strict=True)
+            _equal(text_of(completion), alternatives(first) or alternatives(second))
+            for completion, first, second in rows
         ]
 
 
-def _equal(text: str, reference: Any) -> float | TimeoutError | None:
+def _equal(text: str, references: Sequence[Any]) -> float | TimeoutError | None:
+    """1 if the text equals any of the references, else 0; the error if a comparison took too long and none is equal."""
+    outcomes = [_compared(text, reference) for reference in references]
+    if True in outcomes:
+        return 1.0
+    if failed := next((outcome for outcome in outcomes if isinstance(outcome, TimeoutError)), None):
+        return failed
+    return 0.0 if False in outcomes else None
+
+
+def _compared(text: str, reference: Any) -> bool | TimeoutError | None:
     try:
-        equal = same_mathematics(text, reference)
+        return same_mathematics(text, answer_text(reference))
     except TimeoutError as error:
         return error
-    return None if equal is None else float(equal)

@@ -22,6 +22,7 @@ from gruppo.models.weights import damage_of
 from gruppo.rewards import text_of
 from gruppo.types import Message
 from gruppo.utils.paths import is_dir, is_file, user_path
+from gruppo.utils.text import text_of_content
 
 _UNLIMITED = 10**9  # tokenizers without a limit report 10**30
 
@@ -93,7 +94,7 @@ class Classifier:
         if isinstance(prompt, str):
             text = prompt + text_of(completion)
         else:
-            text = "\n".join(str(message["content"]) for message in _conversation(prompt, completion))
+            text = "\n".join(text_of_content(message["content"]) for message in _conversation(prompt, completion))
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
         return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
@@ -103,7 +104,7 @@ def _conversation(prompt: list[Message], completion: str | list[Message]) -> lis
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     if prompt[-1]["role"] == "assistant":
         start = prompt[-1]
-        joined = {**start, "content": str(start["content"]) + str(answer[0]["content"])}
+        joined = {**start, "content": text_of_content(start["content"]) + text_of_content(answer[0]["content"])}
         return [*prompt[:-1], joined, *answer[1:]]
     return [*prompt, *answer]
 

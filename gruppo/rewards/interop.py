@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from gruppo.data.messages import parsed
 from gruppo.errors import UsageError
 from gruppo.rewards import text_of
 
@@ -96,7 +97,8 @@ def verl(function: Function) -> Adapted:
     """Wrap verl's `compute_score` as a reward.
 
     `data_source` and `extra_info` come from the columns with these names ("" and {} if missing). `ground_truth` comes
-    from the column ground_truth, else reward_model["ground_truth"], else answer. If the function returns a dict,
+    from the column ground_truth, else reward_model["ground_truth"], else answer. `extra_info` and `reward_model` may be
+    JSON text. If the function returns a dict,
     "score" is the reward, the other numbers are also logged as metrics, and all other entries go to the rollout tables.
     Raises UsageError if the function requires any other argument.
     """
@@ -106,7 +108,8 @@ def verl(function: Function) -> Adapted:
 def verifiers(function: Function) -> Adapted:
     """Wrap a function from verifiers' classic rubrics as a reward.
 
-    `answer`, `task` and `info` come from the columns with these names ("", "default" and {} if missing). `state` is a
+    `answer`, `task` and `info`, which may be JSON text, come from the columns with these names ("", "default" and {} if
+    missing). `state` is a
     new dict with these, the prompt, the completion, its text in `responses`, and turn = 1. Raises UsageError if the
     function requires any other argument.
     """
@@ -118,14 +121,14 @@ def _is_column(values: Any, size: int) -> bool:
 
 
 def _verl_arguments(_: Any, completion: Any, row: Mapping[str, Any]) -> dict[str, Any]:
-    model = row.get("reward_model")
+    model = _object(row.get("reward_model"))
     nested = model if isinstance(model, Mapping) else {}
     truths = [place[name] for place, name in ((row, "ground_truth"), (nested, "ground_truth"), (row, "answer"))
               if name in place]  # fmt: skip
     return {
         "data_source": row.get("data_source", ""),
         "solution_str": text_of(completion),
-        "extra_info": row.get("extra_info", {}),
+        "extra_info": _object(row.get("extra_info", {})),
         **({"ground_truth": truths[0]} if truths else {}),
     }
 
@@ -136,9 +139,15 @@ def _verifiers_arguments(prompt: Any, completion: Any, row: Mapping[str, Any]) -
         "completion": completion,
         "answer": row.get("answer", ""),
         "task": row.get("task", "default"),
-        "info": row.get("info", {}),
+        "info": _object(row.get("info", {})),
     }
     return {**shared, "state": {**shared, "responses": [text_of(completion)], "turn": 1}}
+
+
+def _object(value: Any) -> Any:
+    """The object that a JSON text holds; any other value unchanged."""
+    found = parsed(value, dict) if isinstance(value, str) else None
+    return value if found is None else found
 
 
 def _scores(

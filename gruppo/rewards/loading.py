@@ -31,10 +31,17 @@ class Loaded:
     digest: str
 
 
-def load_reward(source: str | bytes, name: str, options: Mapping[str, Any], columns: Sequence[str]) -> Loaded:
+def load_reward(
+    source: str | bytes,
+    name: str,
+    options: Mapping[str, Any],
+    columns: Sequence[str],
+    partial_columns: Mapping[str, str] | None = None,
+) -> Loaded:
     """Load a reward from an import path, which may have an adapter's prefix, or from a pickled function.
 
-    `columns`: names of the rows' columns. A class is instantiated once, with its options; a function receives them in
+    `columns`: names of the columns that all rows have. `partial_columns`: those that only some have, and how many, in
+    words. A class is instantiated once, with its options; a function receives them in
     every call. Raises UsageError if the code cannot be imported, does not accept the options, or cannot be called with
     the arguments that a group offers.
     """
@@ -53,7 +60,7 @@ def load_reward(source: str | bytes, name: str, options: Mapping[str, Any], colu
         function, options = adapter.adapt(partial(function, **options) if options else function), {}
     else:
         check_options(function, name, options, {*OFFERED, *columns})
-    check_signature(function, name, [*columns, *options])
+    check_signature(function, name, [*columns, *options], partial_columns or {})
     return Loaded(function, options, digest)
 
 
@@ -77,17 +84,20 @@ def check_options(function: Any, name: str, options: Mapping[str, Any], given: I
             raise UsageError(f"{_field(name)}.{option} = {value!r}: unknown option{fix}")
 
 
-def check_signature(function: RewardFunction, name: str, columns: Sequence[str]) -> None:
+def check_signature(
+    function: RewardFunction, name: str, columns: Sequence[str], partial_columns: Mapping[str, str]
+) -> None:
     """Raise UsageError unless the function can be called by keyword with the arguments that a group offers.
 
-    A callable without a signature is not checked.
+    `partial_columns`: see `load_reward`. A callable without a signature is not checked.
     """
     offered = {*OFFERED, *columns}
     any_of = getattr(function, "any_of", ())  # columns of which the reward needs at least one
     if any_of and not offered & set(any_of):
         raise UsageError(
             f'reward.functions = "{name}": needs the column {" or ".join(any_of)} in every row (offered: '
-            f"{', '.join(sorted(columns)) or 'none'}); add it, or rename one with task.columns"
+            f"{', '.join(sorted(columns)) or 'none'}){_partly(any_of, partial_columns)}; add it, or rename one with "
+            "task.columns"
         )
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -105,7 +115,8 @@ def check_signature(function: RewardFunction, name: str, columns: Sequence[str])
         if required and named and parameter.name not in offered:
             raise UsageError(
                 f'reward.functions = "{name}": needs the argument "{parameter.name}", which is not available (offered: '
-                f"{', '.join(sorted(offered))}); write def reward(prompts, completions, **columns), add that column, "
+                f"{', '.join(sorted(offered))}){_partly([parameter.name], partial_columns)}; write def reward(prompts, "
+                "completions, **columns), add that column to every row, give the argument a default, "
                 f"or set {_field(name)}.{parameter.name}"
             )
     if not takes_all and not {p.name for p in parameters} & {"completions", "completion_ids"}:
@@ -113,6 +124,10 @@ def check_signature(function: RewardFunction, name: str, columns: Sequence[str])
             f'reward.functions = "{name}": takes no completions; write '
             "def reward(prompts, completions, **columns) -> list of numbers"
         )
+
+
+def _partly(names: Iterable[str], partial_columns: Mapping[str, str]) -> str:
+    return "".join(f"; {name}: {partial_columns[name]}" for name in names if name in partial_columns)
 
 
 def _instance(kind: type, name: str, options: Mapping[str, Any]) -> RewardFunction:

@@ -24,6 +24,8 @@ from gruppo.runs.reading import read_object
 from gruppo.runs.recorder import Recorder
 from gruppo.runs.trust import code_of_call, refusal
 from gruppo.types import Completion, Group, Prompt, Reward
+from gruppo.utils.paths import not_a_file
+from gruppo.utils.text import text_of_content
 
 FOLDER = "failures"
 MOST_FILES, MOST_BYTES = 50, 4 * 2**20  # files per run; bytes of the arguments in one file
@@ -117,6 +119,8 @@ def keep_call(folder: Path, step: int, failure: Failure, pool: RewardPool, state
 def read_call(file: str | Path) -> dict[str, Any]:
     """Read a saved reward call. Raises UsageError if the file is not one."""
     wrong = f"{file}: is not a saved reward call; give a file from a run's {FOLDER}/"
+    if found := not_a_file(Path(file)):
+        raise UsageError(f"{file}: is {found}, not a saved reward call; give a file from a run's {FOLDER}/")
     try:
         content = read_object(Path(file)) if not Path(file).exists() or Path(file).is_file() else {}
         arguments = content["arguments"]
@@ -166,7 +170,8 @@ def rerun_reward(
         )
     arguments, columns = call["arguments"], call["columns"]
     texts = [
-        content if isinstance(content, str) else str(content[-1]["content"]) for content in arguments["completions"]
+        content if isinstance(content, str) else text_of_content(content[-1]["content"])
+        for content in arguments["completions"]
     ]
     completions = [
         Completion(tuple(ids), (0.0,) * len(ids), (True,) * len(ids), "stop", 0, text)

@@ -23,6 +23,7 @@ from gruppo.runs.folder import LABELS, REWARD_MODEL, RunFolder, check_folder, ex
 from gruppo.runs.reading import require_own
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Interrupted, stop_on_signals
+from gruppo.utils.text import text_of_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -348,7 +349,11 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: LabelledCompletion) -
 
     content = labelled.prompt.content
     if isinstance(content, str) or not tokenizer.chat_template:
-        text = content if isinstance(content, str) else "\n".join(str(message["content"]) for message in content) + "\n"
+        text = (
+            content
+            if isinstance(content, str)
+            else "\n".join(text_of_content(message["content"]) for message in content) + "\n"
+        )
         prompt_ids = list(tokenizer(text)["input_ids"])
     else:
         prompt_ids = list(tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))

@@ -191,7 +191,15 @@ def make_pool(
     limits = _memory_per_process(settings), settings.environment, progress
     workers = 0 if opened is not None and opened.environments.gives_reward and not rewards else settings.workers
     return RewardPool(
-        rewards, settings.weights, data.columns, settings.timeout, workers, log, settings.options, *limits
+        rewards,
+        settings.weights,
+        data.columns,
+        settings.timeout,
+        workers,
+        log,
+        settings.options,
+        *limits,
+        data.partial_columns,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -26,3 +27,19 @@ def as_text(value: Any) -> str:
         return str(value)
     except Exception:  # noqa: BLE001  __str__ of a user's object may raise anything
         return f"<{type(value).__name__} that cannot be printed>"
+
+
+def text_of_part(part: Any) -> str | None:
+    """The text of one part of a message's content: of text, or {"type": "text", "text": …}; None for other parts."""
+    if isinstance(part, Mapping) and part.get("type") in (None, "text", "input_text", "output_text"):
+        part = part.get("text")
+    return part if isinstance(part, str) else None
+
+
+def text_of_content(content: Any) -> str:
+    """The text of a message's content: "" for None, the text parts of a list joined, else the value as text."""
+    if content is None:
+        return ""
+    if isinstance(content, list | tuple):
+        return "".join(text for part in content if (text := text_of_part(part)) is not None)
+    return str(content)

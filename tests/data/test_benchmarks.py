@@ -308,7 +308,7 @@ def test_default_graders() -> None:
 def test_without_data_the_hub_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def read(name: str, split: str, options: Any, progress: Any) -> list[dict[str, Any]]:
+    def read(name: str, split: str, options: Any, limit: int, progress: Any) -> list[dict[str, Any]]:
         calls.append((name, split, dict(options)))
         return [{"question": "2 + 3?", "answer": "5", "input": "2 + 3?", "target": 5.0, "subject": "law",
                  "choices": ["4", "5"]}]  # fmt: skip

@@ -162,4 +162,4 @@ def test_parquet_values_become_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl.gz", "rows"])
 def test_an_unknown_file_type_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"unknown file type; write one of \.jsonl, \.json"):
-        read_file(tmp_path / name, {}, Notes())
+        read_file(tmp_path / name, {}, 2**30, Notes())

@@ -1,13 +1,19 @@
-"""Graders: (text, columns of the row) -> whether the text is correct."""
+"""Graders: (text, columns of the row) -> whether the text is correct.
+
+A reference that is a list means alternatives: the text is correct if it is correct by any of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from gruppo.config.renames import GRADERS as RENAMED
+from gruppo.data.references import answer_text, for_each, with_one_reference
 from gruppo.errors import UsageError, nearest
 from gruppo.rewards.grading.last_number import same_text
+from gruppo.types import Row
 from gruppo.utils.imports import import_attribute
 
 Grader = Callable[[str, Mapping[str, Any]], bool]
@@ -16,11 +22,11 @@ Grader = Callable[[str, Mapping[str, Any]], bool]
 def _grade_number(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.numbers import grade_number
 
-    return grade_number(text, _answer(columns), columns)
+    return grade_number(text, columns["answer"], columns)
 
 
 def _grade_exact(text: str, columns: Mapping[str, Any]) -> bool:
-    return same_text(text, _answer(columns))
+    return same_text(text, columns["answer"])
 
 
 def _grade_math(text: str, columns: Mapping[str, Any]) -> bool:
@@ -38,17 +44,32 @@ def _grade_science(text: str, columns: Mapping[str, Any]) -> bool:
 def _grade_choice(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.choices import grade_choice
 
-    return grade_choice(text, _answer(columns), columns)
+    return grade_choice(text, columns["answer"], columns)
 
 
 def _solution(columns: Mapping[str, Any]) -> Any:
-    return columns["solution"] if "answer" not in columns and "solution" in columns else _answer(columns)
+    return columns["answer"] if "answer" in columns else columns["solution"]
 
 
-def _answer(columns: Mapping[str, Any]) -> Any:
-    if "answer" not in columns:
-        raise UsageError(f"a question has no answer (columns: {', '.join(columns) or 'none'}); add the column answer")
-    return columns["answer"]
+def _index(answer: Any) -> Any:
+    """The number of an option as an integer: tables with gaps make floats of them."""
+    return int(answer) if isinstance(answer, float) and answer.is_integer() else answer
+
+
+class _Comparison(NamedTuple):
+    """A grader of one reference. `names`: its columns, the preferred one first. `convert`: applied to the reference."""
+
+    grade: Grader
+    names: tuple[str, ...]
+    convert: Callable[[Any], Any]
+
+    def __call__(self, text: str, columns: Mapping[str, Any]) -> bool:
+        """Whether the text is correct by any of the row's references."""
+        return any(for_each(partial(self.grade, text), self.rows(columns)))
+
+    def rows(self, columns: Mapping[str, Any]) -> list[Row]:
+        """The row once per alternative of its reference. Raises UsageError if it has none."""
+        return with_one_reference(columns, self.names, self.convert)
 
 
 def _grade_gym(text: str, columns: Mapping[str, Any]) -> bool:
@@ -58,14 +79,14 @@ def _grade_gym(text: str, columns: Mapping[str, Any]) -> bool:
     return score(text, columns) >= 1.0
 
 
-GRADERS: dict[str, Grader] = {
-    "numeric_answer": _grade_number,
-    "exact_match": _grade_exact,
-    "math_answer": _grade_math,
-    "ocw": _grade_science,
-    "choice": _grade_choice,
-    "reasoning_gym": _grade_gym,
+COMPARISONS = {
+    "numeric_answer": _Comparison(_grade_number, ("answer",), answer_text),
+    "exact_match": _Comparison(_grade_exact, ("answer",), lambda answer: answer),
+    "math_answer": _Comparison(_grade_math, ("answer", "solution"), answer_text),
+    "ocw": _Comparison(_grade_science, ("answer", "solution"), answer_text),
+    "choice": _Comparison(_grade_choice, ("answer",), _index),
 }
+GRADERS: Mapping[str, Grader] = COMPARISONS | {"reasoning_gym": _grade_gym}
 
 
 class Named(NamedTuple):

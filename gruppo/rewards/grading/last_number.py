@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from gruppo.data.references import answer_text, answer_texts
 from gruppo.errors import UsageError
 
 # A sign belongs to the number unless it follows a number or a closing bracket, where it is an operator:
@@ -40,12 +41,12 @@ def same_number(text: str, answer: object) -> bool:
 
     Raises UsageError if `answer` contains no number.
     """
-    wanted = last_number(str(answer))
+    wanted = last_number(answer_text(answer))
     if wanted is None:
         raise UsageError(f"answer = {answer!r}: contains no number; write a number, or use the grader exact_match")
     return last_number(text) == wanted
 
 
 def same_text(text: str, answer: object) -> bool:
-    """Whether `text` equals `answer` as text, ignoring leading and trailing white space."""
-    return text.strip() == str(answer).strip()
+    """Whether `text` equals a text of `answer` (see `answer_texts`), ignoring white space at both ends."""
+    return text.strip() in {form.strip() for form in answer_texts(answer)}

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gruppo.data.boxes import last_box
 from gruppo.data.options import LETTERS, letters_of, options_of
+from gruppo.data.references import for_each
 from gruppo.rewards.grading.choices import choice_of
 from gruppo.rewards.grading.extraction import Decision, decisions, own_answer
 from gruppo.rewards.grading.formulas import answered_formula, is_words, normal, reference_formula, same_formula
-from gruppo.rewards.grading.graders import find_grader
+from gruppo.rewards.grading.graders import COMPARISONS, find_grader
 from gruppo.rewards.grading.last_number import last_number
 from gruppo.rewards.grading.math_verify import same_mathematics
 from gruppo.rewards.grading.numbers import answered_number, read_decision, reference_numbers
@@ -48,15 +49,22 @@ def verdicts(text: str, columns: Mapping[str, Any], grader: str) -> Verdict:
     """Grade a text and explain the grade.
 
     `grader`: a name in `GRADERS`, or an import path. `correct` is the grader's own result, and `extracted` is cut to
-    `LONGEST` characters. For a grader without an explanation, `extracted` is None, `rule` is the grader's name and
-    `others` is empty. Raises UsageError for an unknown grader, and any exception of the grader for an unusable row.
+    `LONGEST` characters. With several references, a rule is right if it is right by any of them. For a grader without
+    an explanation, `extracted` is None, `rule` is the grader's name and `others` is empty. Raises UsageError for an
+    unknown grader, and any exception of the grader for an unusable row.
     """
-    correct = bool(find_grader(grader)(text, columns))
     explain = _EXPLAINED.get(grader)
     if explain is None:
-        return Verdict(correct, None, grader)
-    extracted, rule, others = explain(text, columns)
-    return Verdict(correct, extracted and extracted[:LONGEST], rule, others)
+        return Verdict(bool(find_grader(grader)(text, columns)), None, grader)
+
+    def verdict(row: Mapping[str, Any]) -> Verdict:
+        correct = find_grader(grader)(text, row)
+        extracted, rule, others = explain(text, row)
+        return Verdict(correct, extracted and extracted[:LONGEST], rule, others)
+
+    found = for_each(verdict, COMPARISONS[grader].rows(columns))
+    others = {name: any(each.others.get(name) for each in found) for each in found for name in each.others}
+    return replace(next((each for each in found if each.correct), found[0]), others=others)
 
 
 Explained = tuple[str | None, str, dict[str, bool]]

@@ -71,16 +71,18 @@ def _answer(content: bytes, rewards: list[Loaded], runner: asyncio.Runner) -> di
         return {"failure": f"a column of the row cannot be unpickled in the reward's process ({_describe(error)})"}
     if message["kind"] == "load":
         sys.path += [place for place in message["path"] if place not in sys.path]
-        return _load(message["rewards"], message["columns"], rewards)
+        return _load(message["rewards"], message["columns"], message["partial_columns"], rewards)
     return _score(rewards[message["function"]], message["arguments"], message["state"], runner)
 
 
-def _load(rewards: Sequence[tuple[Any, ...]], columns: Sequence[str], loaded: list[Loaded]) -> dict[str, Any]:
+def _load(
+    rewards: Sequence[tuple[Any, ...]], columns: Sequence[str], partial_columns: Mapping[str, str], loaded: list[Loaded]
+) -> dict[str, Any]:
     """Load rewards given as (import path or pickle, name, options). Returns {"digests": hash of each one's code} or
     {"error": why}."""
     for source, name, options in rewards:
         try:
-            loaded.append(load_reward(source, name, options, columns))
+            loaded.append(load_reward(source, name, options, columns, partial_columns))
         except UsageError as error:
             return {"error": str(error)}
         except Exception as error:  # noqa: BLE001  unpickling runs the user's code

@@ -55,14 +55,15 @@ class RewardPool:
         memory: int = 0,
         environment: Sequence[str] = (),
         progress: Progress | None = None,
+        partial_columns: Mapping[str, str] | None = None,
     ) -> None:
         """Start the processes and load the functions in them.
 
         `columns`: columns of the rows other than the prompt; `timeout`: in seconds, per call; `log`: file for the
         output of rewards; `options`: keyword arguments of functions, by their name in `functions`; `memory`: limit of
         each process in bytes, 0 for no limit; `environment`: names of environment variables to pass in addition to the
-        usual ones (gruppo.rollout.workers.limits). Raises UsageError if a function cannot be imported, cannot be
-        created with its options or does not accept the arguments.
+        usual ones (gruppo.rollout.workers.limits); `partial_columns`: see `load_reward`. Raises UsageError if a
+        function cannot be imported, cannot be created with its options or does not accept the arguments.
         """
         if not functions and workers:
             raise UsageError(
@@ -84,6 +85,7 @@ class RewardPool:
                 for f, values in zip(functions, self.options, strict=True)
             ],
             "columns": list(columns),
+            "partial_columns": dict(partial_columns or {}),
             "path": sys.path,
         }
         self._load, self._memory = pickled(load), memory

@@ -1,0 +1,158 @@
+"""Rows of Arrow data: Parquet files, datasets of the `datasets` library, tables passed from Python.
+
+Arrow gives every struct of a column the fields of all of them, filled with nulls: the arguments of one tool call get
+those of all other tools. A null field of a struct is therefore left out. Only columns, which are the same in all
+rows, and the `content` of messages keep their nulls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gruppo.data.values import require_memory
+from gruppo.errors import UsageError
+from gruppo.types import Row
+from gruppo.utils.progress import Progress
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BATCH = 4096  # rows that are decoded at a time
+_SLICE = 2**26  # bytes of text that become Python objects at a time
+ROW_BYTES, _VALUE = 184, 8  # least bytes of a row and of a value in Python
+
+Convert = Callable[[Any], Any]
+
+
+def read_parquet(path: Path, limit: int, progress: Progress) -> Iterator[Row]:
+    """The rows of a Parquet file, decoded batch by batch; columns with bytes are left out.
+
+    Text is kept as indices into a dictionary until its size is known. Raises UsageError if the file cannot be read, or
+    if a row, or all of the file, needs more than `limit` bytes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        names = carried_columns(file.schema_arrow, path.name, progress)
+        require_memory(_least_bytes(file.metadata, names), limit)
+        convert = {name: converter(file.schema_arrow.field(name).type) for name in names}
+        texts = [column.path for column in map(file.schema.column, range(len(file.schema))) if _is_text(column)]
+        for batch in pq.ParquetFile(path, read_dictionary=texts).iter_batches(_BATCH, columns=names):
+            step = max(1, min(len(batch), len(batch) * _SLICE // max(1, _text_bytes(batch.to_struct_array()))))
+            for start in range(0, len(batch), step):
+                part = batch.slice(start, step)
+                require_memory(_text_bytes(part.to_struct_array()), limit)
+                for row in part.to_pylist():
+                    yield {name: convert[name](value) for name, value in row.items()}
+    except (OSError, RecursionError, pa.ArrowException) as error:
+        raise UsageError(f"the file cannot be read ({error}); give a complete Parquet file") from None
+
+
+def table_rows(table: pa.Table) -> Iterator[Row]:
+    """The rows of an Arrow table, in JSON types."""
+    convert = {field.name: converter(field.type) for field in table.schema}
+    for batch in table.to_batches(_BATCH):
+        for row in batch.to_pylist():
+            yield {name: convert[name](value) for name, value in row.items()}
+
+
+def _least_bytes(metadata: Any, names: list[str]) -> int:
+    """The least memory of these columns' rows: of each value, and of the content as it is in the file, uncompressed."""
+    total = metadata.num_rows * ROW_BYTES
+    for place in range(metadata.num_row_groups):
+        group = metadata.row_group(place)
+        for column in map(group.column, range(group.num_columns)):
+            path = column.path_in_schema
+            if any(path == name or path.startswith(f"{name}.") for name in names):
+                total += max(column.num_values * _VALUE, column.total_uncompressed_size)
+    return int(total)
+
+
+def _is_text(column: Any) -> bool:
+    return bool(column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "JSON", "ENUM"))
+
+
+def _text_bytes(array: Any) -> int:
+    """Bytes of all texts in an array, each counted as often as it occurs."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        if not (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)):
+            return 0
+        lengths = pc.binary_length(array.dictionary).take(array.indices)
+        return int(pc.sum(lengths.cast(pa.int64())).as_py() or 0)
+    if pa.types.is_struct(kind):
+        return sum(map(_text_bytes, array.flatten()))
+    if pa.types.is_nested(kind):
+        return _text_bytes(array.flatten())
+    return int(array.nbytes)
+
+
+def carried_columns(schema: pa.Schema, name: str, progress: Progress) -> list[str]:
+    """Names of the columns of an Arrow schema that contain no bytes; a progress note lists the columns left out."""
+    dropped = [field.name for field in schema if _has_bytes(field.type)]
+    if dropped:
+        progress.note(f"{name}: left out binary columns, such as images or audio: {', '.join(dropped)}")
+    return [column for column in schema.names if column not in dropped]
+
+
+def _has_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        return True
+    if isinstance(kind, pa.BaseExtensionType):
+        return _has_bytes(kind.storage_type)
+    return any(_has_bytes(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def converter(kind: pa.DataType) -> Convert:
+    """The function that turns a Python value of this Arrow type into JSON types, without the null fields of structs.
+
+    A map becomes an object, with its nulls.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        fields = {field.name: converter(field.type) for field in kind}
+        kept = {"content"} if "role" in fields else set()
+        return lambda value: _struct(value, fields, kept) if isinstance(value, Mapping) else plain(value)
+    if pa.types.is_map(kind):
+        item = converter(kind.item_type)
+        return lambda value: _object(value, item) if isinstance(value, list) else plain(value)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        entry = converter(kind.value_type)
+        if entry is not plain:
+            return lambda value: [entry(item) for item in value] if isinstance(value, list) else plain(value)
+    return plain
+
+
+def _struct(value: Mapping[str, Any], fields: Mapping[str, Convert], kept: set[str]) -> dict[str, Any]:
+    return {
+        str(name): fields.get(name, plain)(item)
+        for name, item in value.items()
+        if item is not None or name in kept
+    }  # fmt: skip
+
+
+def _object(pairs: list[Any], convert: Convert) -> dict[str, Any]:
+    return {str(key): convert(item) for key, item in pairs}
+
+
+def plain(value: Any) -> Any:
+    """A value in JSON types: arrays and tuples become lists, anything else that JSON cannot represent becomes text."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value)
