@@ -79,3 +79,7 @@ def sleeps(completions, **kwargs):
     if os.environ.get("SLOW"):
         time.sleep(30)
     return [float(len(completion) % 2) for completion in completions]
+
+
+def by_level(completions: list, level: list, **columns: object) -> list[float]:
+    return [float(value) for value in level]

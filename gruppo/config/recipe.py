@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import tomli_w
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from gruppo.config.inheritance import with_inherited
 from gruppo.config.method_section import Critic, Method
 from gruppo.config.sections import (
     Audit,
@@ -46,6 +48,11 @@ class Recipe(Section):
     evaluation: Evaluation | None = None
     benchmarks: list[Benchmark] = []  # noqa: RUF012
     """Additional tasks, evaluated during training or by `gruppo eval --recipe`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluations_inherit(cls, data: Any) -> Any:
+        return with_inherited(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

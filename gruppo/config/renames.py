@@ -10,6 +10,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from gruppo.config.inheritance import inherits
+
 # (table, old field) -> new field
 FIELDS = {
     ("method", "right"): "success_threshold",
@@ -77,7 +79,26 @@ def translate_recipe(data: Mapping[str, Any]) -> dict[str, Any]:
     reward = recipe.get("reward")
     if isinstance(reward, dict) and isinstance(reward.get("options"), dict):
         reward["options"] = {REWARDS.get(name, name): options for name, options in reward["options"].items()}
-    return {table: _in_memory(content) for table, content in recipe.items()}
+    return {table: _in_memory(content) for table, content in _as_before(recipe).items()}
+
+
+def _as_before(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the rules of versions that had no fields for them: evaluation tasks inherited nothing, and rows
+    were held out by their finished prompts. It is changed only where that makes a difference.
+    """
+    for table in [recipe.get("evaluation"), *_tables(recipe.get("benchmarks"))]:
+        if isinstance(table, dict) and "inherit" not in table and inherits(recipe, table):
+            table["inherit"] = False
+    evaluation = recipe.get("evaluation")
+    asked = [table.get("task") for table in (evaluation, *_tables(recipe.get("benchmarks"))) if isinstance(table, dict)]
+    for task in [recipe.get("task"), *_tables(recipe.get("mixture")), *asked]:
+        if isinstance(task, dict) and task.get("held_out") and {"template", "system"} & task.keys():
+            task.setdefault("held_out_by", "prompt")
+    return recipe
+
+
+def _tables(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _translated(value: Any, values: Mapping[str, str]) -> Any:

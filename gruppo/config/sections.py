@@ -370,6 +370,11 @@ class Evaluation(Section):
     task: Task | None = None
     """Task that the questions come from: a table like [task], or only its name. Default: the held-out part of the
     training task."""
+    inherit: bool = True
+    """Give this task the `columns`, `template` and `system` of the training task, unless it sets them. A task with
+    prompts of its own (arithmetic, reasoning-gym, a benchmark) inherits only `system`, in [[benchmarks]] nothing,
+    unless training uses the same task. In a mixture, the table of the same name counts, else what all tables agree
+    on."""
     questions: Annotated[int, Field(ge=1)] = 256
     """Maximum number of questions, taken from the start of the held-out part."""
     every: Annotated[int, Field(ge=0)] = 0

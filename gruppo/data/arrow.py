@@ -60,6 +60,21 @@ def table_rows(table: pa.Table) -> Iterator[Row]:
             yield {name: convert[name](value) for name, value in row.items()}
 
 
+def frame_rows(frame: Any) -> Iterator[Row]:
+    """The rows of a data frame of pandas, in JSON types; its objects are structs of Arrow if it comes from a file."""
+    for row in frame.to_dict("records"):
+        yield {name: _without_nulls(plain(value)) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        kept = {"content"} if "role" in value else set()
+        return _struct(value, dict.fromkeys(value, _without_nulls), kept)
+    return value
+
+
 def _least_bytes(metadata: Any, names: list[str]) -> int:
     """The least memory of these columns' rows: of each value, and of the content as it is in the file, uncompressed."""
     total = metadata.num_rows * ROW_BYTES
@@ -89,6 +104,9 @@ def _text_bytes(array: Any) -> int:
         return int(pc.sum(lengths.cast(pa.int64())).as_py() or 0)
     if pa.types.is_struct(kind):
         return sum(map(_text_bytes, array.flatten()))
+    if pa.types.is_map(kind):
+        start, end = (array.offsets[place].as_py() for place in (0, len(array)))
+        return sum(_text_bytes(part.slice(start, end - start)) for part in (array.keys, array.items))
     if pa.types.is_nested(kind):
         return _text_bytes(array.flatten())
     return int(array.nbytes)

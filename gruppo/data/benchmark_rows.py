@@ -6,7 +6,7 @@ There is one reader per family: word problems, formulas, multiple choice. An err
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gruppo.data.arrow import plain
@@ -23,6 +23,7 @@ _NUMBER = (
 )  # fmt: skip
 _FORMULA = ("answer", "final_answer", "ground_truth", "expected_answer", "target", "gold", "label")
 _LETTER = ("correct", "label", "gold", "answerkey", "answer", "correct_option", "target", "answer_index", "solution")
+_ANSWERS = {*_NUMBER, *_FORMULA, *_LETTER} - {"solution"}
 _OPTIONS = ("options", "choices", "possible answers", "possible_answers")
 # Other columns that are kept, and our names for them.
 _KEPT = {
@@ -31,6 +32,20 @@ _KEPT = {
     "equation": "equation", "solution_type": "type", "year": "year", "part": "part", "solution": "solution",
     "rationale": "solution", "other": "source",
 }  # fmt: skip
+
+
+def read_row(read: Callable[[Mapping[str, Any]], Row], row: Mapping[str, Any]) -> Row:
+    """Read a row with one of the readers below. A list of several answers becomes a list of alternatives in `answer`.
+
+    Raises UsageError if the reader cannot read the row with one of the answers.
+    """
+    listed = (name for name, value in row.items() if isinstance(value, list | tuple) and len(value) > 1)
+    column = next((name for name in listed if str(name).strip().lower() in _ANSWERS), None)
+    if column is None:
+        return read(row)
+    rows = [read({**row, column: answer}) for answer in row[column]]
+    answers = list(dict.fromkeys(each["answer"] for each in rows))
+    return {**rows[0], "answer": answers if len(answers) > 1 else answers[0]}
 
 
 def read_number(row: Mapping[str, Any]) -> Row:
@@ -67,7 +82,7 @@ def read_formula(row: Mapping[str, Any]) -> Row:
         if box is None:
             raise _unreadable(row, f"it has no answer (one of {', '.join(_FORMULA)}) and no solution with a box")
         found = box[1]
-    answer = ", ".join(map(_text, found)) if isinstance(found, list | tuple) else _text(found)
+    answer = _text(found[0] if isinstance(found, list | tuple) and found else found)
     if "\\boxed" in answer and (box := last_box(answer)) is not None:
         answer = box[1]
     return {**_others(columns), "question": question, "answer": answer}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gruppo.data.benchmark_files import find_files
+from gruppo.data.benchmark_rows import read_row
 from gruppo.data.benchmark_table import BENCHMARKS, FORMATS, PROMPTS, Benchmark, Language
 from gruppo.data.few_shot import Example
 from gruppo.data.files import first_values, read_file
@@ -43,7 +44,7 @@ def load_benchmark(
     number = 0
     for place, row in _source_rows(benchmark, split, data, limit, progress):
         try:
-            read = benchmark.read(row)
+            read = read_row(benchmark.read, row)
         except UsageError as error:
             raise UsageError(f"{place} {error}") from None
         number += 1

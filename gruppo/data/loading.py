@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.config.units import as_bytes
-from gruppo.data.arrow import plain, table_rows
+from gruppo.data.arrow import frame_rows, table_rows
 from gruppo.data.transform import in_held_out, prompt_text, transform
 from gruppo.errors import UsageError, nearest
 from gruppo.types import Row
@@ -203,7 +203,7 @@ def data_file(path: str) -> Path:
 
 def _checked(rows: Any, source: str) -> Iterable[Row]:
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, which would iterate over column names
-        return ({name: plain(value) for name, value in row.items()} for row in rows.to_dict("records"))
+        return frame_rows(rows)
     if getattr(rows, "features", None) is not None and hasattr(rows, "with_format"):
         from gruppo.data.hub import dataset_rows
 

@@ -98,9 +98,8 @@ def verl(function: Function) -> Adapted:
 
     `data_source` and `extra_info` come from the columns with these names ("" and {} if missing). `ground_truth` comes
     from the column ground_truth, else reward_model["ground_truth"], else answer. `extra_info` and `reward_model` may be
-    JSON text. If the function returns a dict,
-    "score" is the reward, the other numbers are also logged as metrics, and all other entries go to the rollout tables.
-    Raises UsageError if the function requires any other argument.
+    JSON text. If the function returns a dict, "score" is the reward, the other numbers are also logged as metrics, and
+    all other entries go to the rollout tables. Raises UsageError if the function requires any other argument.
     """
     return _VERL.adapt(function)
 
@@ -109,9 +108,8 @@ def verifiers(function: Function) -> Adapted:
     """Wrap a function from verifiers' classic rubrics as a reward.
 
     `answer`, `task` and `info`, which may be JSON text, come from the columns with these names ("", "default" and {} if
-    missing). `state` is a
-    new dict with these, the prompt, the completion, its text in `responses`, and turn = 1. Raises UsageError if the
-    function requires any other argument.
+    missing). `state` is a new dict with these, the prompt, the completion, its text in `responses`, and turn = 1.
+    Raises UsageError if the function requires any other argument.
     """
     return _VERIFIERS.adapt(function)
 

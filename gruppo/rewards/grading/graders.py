@@ -6,6 +6,7 @@ A reference that is a list means alternatives: the text is correct if it is corr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,7 +57,8 @@ def _index(answer: Any) -> Any:
     return int(answer) if isinstance(answer, float) and answer.is_integer() else answer
 
 
-class _Comparison(NamedTuple):
+@dataclass(frozen=True)
+class _Comparison:
     """A grader of one reference. `names`: its columns, the preferred one first. `convert`: applied to the reference."""
 
     grade: Grader
@@ -86,7 +88,7 @@ COMPARISONS = {
     "ocw": _Comparison(_grade_science, ("answer", "solution"), answer_text),
     "choice": _Comparison(_grade_choice, ("answer",), _index),
 }
-GRADERS: Mapping[str, Grader] = COMPARISONS | {"reasoning_gym": _grade_gym}
+GRADERS: dict[str, Grader] = {**COMPARISONS, "reasoning_gym": _grade_gym}
 
 
 class Named(NamedTuple):

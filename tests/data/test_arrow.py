@@ -1,0 +1,124 @@
+"""Arrow data: fields that Arrow filled with nulls are left out, and what unpacks to too much is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gruppo.config.sections import Task
+from gruppo.data.loading import load_training
+from gruppo.errors import UsageError
+from gruppo.types import Row
+from gruppo.utils.progress import NullProgress
+from tests.data.load import training
+
+
+def row(name: str, arguments: dict[str, Any], **columns: Any) -> Row:
+    call = {"function": {"name": name, "arguments": arguments}}
+    calls = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "x"},
+        {"role": "user", "content": "and?", **columns.pop("user", {})},
+    ]
+    return {"prompt": calls, **columns}
+
+
+ROWS = [
+    row("weather", {"city": "Paris"}, info={"a": 1}, tools=[{"parameters": {"city": {"type": "string"}}}]),
+    row("add", {"x": 3, "y": {"z": [1]}}, info={"b": "c"}, tools=[{"parameters": {"x": {"type": "number"}}}]),
+    row("now", {"zone": "UTC"}, info={"c": {"d": True}}, tools=[], user={"name": "Ann"}),
+]
+
+
+def given(rows: Any, **fields: Any) -> list[Row]:
+    return list(load_training(Task(**fields), "task", False, NullProgress(), rows)[0].rows)
+
+
+def test_rows_of_different_tools_are_those_that_were_written(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    assert table.to_pylist() != ROWS, "Arrow fills the arguments of each tool with nulls"
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert training(tmp_path / "rows.parquet") == ROWS
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert training(tmp_path / "saved") == ROWS
+    assert given(datasets.Dataset.from_list(ROWS)) == ROWS
+    assert given(table) == ROWS
+    assert given(table.to_pandas()) == ROWS
+    assert [list(row["prompt"][1]["tool_calls"][0]["function"]["arguments"]) for row in given(table)] == [
+        ["city"], ["x", "y"], ["zone"],
+    ]  # fmt: skip
+
+
+def test_maps_become_objects_and_keep_their_nulls(tmp_path: Path) -> None:
+    kind = pa.map_(pa.string(), pa.string())
+    table = pa.table({"prompt": ["a"], "info": pa.array([[("x", "1"), ("y", None)]], kind)})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert training(tmp_path / "rows.parquet") == [{"prompt": "a", "info": {"x": "1", "y": None}}]
+
+
+def test_a_null_that_a_file_of_text_writes_stays(tmp_path: Path) -> None:
+    rows = [row("weather", {"city": None}), row("add", {"x": 1})]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows))
+    assert training(tmp_path / "rows.jsonl") == rows
+
+
+def test_columns_keep_their_nulls(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a", "b"], "level": [1, None]}), tmp_path / "rows.parquet")
+    assert training(tmp_path / "rows.parquet") == [{"prompt": "a", "level": 1}, {"prompt": "b", "level": None}]
+
+
+def repeated(text: str, count: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([text]))
+
+
+LARGE = "x" * 1_000_000
+BOMBS = {
+    "text": {"prompt": repeated(LARGE, 4000)},
+    "one row": {"prompt": ["a"], "l": pa.ListArray.from_arrays(pa.array([0, 4000], pa.int32()), repeated(LARGE, 4000))},
+    "nested": {
+        "prompt": ["a"] * 4000,
+        "m": pa.StructArray.from_arrays([repeated(LARGE, 4000)], ["content"]),
+    },
+    "numbers": {"prompt": ["a", "b"], "l": pa.array([[1] * 8_000_000, []], pa.list_(pa.int8()))},
+    "rows": {"prompt": repeated("a", 500_000)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(BOMBS[name]), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(
+        UsageError, match=r'task\.memory = "0\.05 GB": the rows, unpacked, need more than that; raise it'
+    ):
+        training(path, memory="50 MB")
+
+
+def test_the_limit_can_be_raised(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": repeated("x" * 1000, 2000)}), path)
+    with pytest.raises(UsageError, match=r"task\.memory"):
+        training(path, memory="1 MB")
+    assert len(training(path, memory="4 MB")) == 2000
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_text_files_count_too(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    rows = [{"prompt": "a", "l": [[]] * 1000}] * 100
+    path.write_text({
+        ".jsonl": "".join(json.dumps(entry) + "\n" for entry in rows),
+        ".json": json.dumps(rows),
+        ".csv": "prompt,b\n" + "a,b\n" * 20_000,
+    }[suffix])  # fmt: skip
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(UsageError, match=r"task\.memory"):
+        training(path, memory="1 MB")
