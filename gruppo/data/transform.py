@@ -76,7 +76,7 @@ def in_held_out(key: str, share: float) -> bool:
 
     The result does not depend on the order, the other rows or the seed, and is the same for equal keys.
     """
-    digest = hashlib.sha256(key.encode()).digest()
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 

@@ -213,7 +213,7 @@ def _tokenize(
 
 def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, refused: str | None) -> list[Finding]:
     """The findings that need no sampling."""
-    from gruppo.preflight import static_checks
+    from gruppo.preflight import row_checks, static_checks
 
     recipe, prompts = check.recipe, list(inputs.prompts)
     most = recipe.sampling.max_tokens
@@ -227,6 +227,8 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
         static_checks.check_prompt_lengths(prompts, limit, most, inputs.filtered, refused),
         *static_checks.check_dataset_completions(inputs.offline, most),
         *static_checks.check_overlap(prompts, inputs.questions),
+        *row_checks.check_answers(prompts, bool(inputs.offline)),
+        *row_checks.check_evaluation_format(recipe, prompts, inputs.eval_sets),
         _memory(check, policy),
         _time(check),
         _disk(check),

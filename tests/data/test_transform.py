@@ -113,6 +113,32 @@ def test_equal_prompts_stay_on_one_side_and_are_evaluated_once(tmp_path: Path) -
     assert held_out.numbers == sorted(held_out.numbers)
 
 
+def test_held_out_rows_do_not_depend_on_system_or_template(tmp_path: Path) -> None:
+    rows = [{"question": f"Question {n}", "hint": n % 7} for n in range(300)]
+    path = save(tmp_path, rows)
+
+    def held_out(**fields: object) -> list[int]:
+        return list(both_sides(path, held_out=0.2, **fields)[1].numbers)
+
+    columns = {"prompt": "question"}
+    wanted = held_out(columns=columns)
+    assert wanted == held_out(columns=columns, system="Think.") == held_out(columns=columns, system="")
+    assert wanted == held_out(template="{question} Think first.") == held_out(template="Q: {question}", system="x")
+    assert wanted == held_out(columns=columns, template="{prompt} ({hint})")
+    assert held_out(template="{question} {hint}") == held_out(template="{hint}: {question}", system="x")
+    assert held_out(columns=columns, system="Think.", held_out_by="prompt") != wanted
+    messages = save(tmp_path, [{"messages": [{"role": "user", "content": row["question"]}]} for row in rows], "m.jsonl")
+    sides = [both_sides(messages, held_out=0.2, **fields)[1].numbers for fields in ({}, {"system": "x"})]
+    assert sides[0] == sides[1]
+
+
+def test_held_out_rows_by_the_finished_prompt_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    _, held_out = both_sides(save(tmp_path, MANY[:200]), held_out=0.1, system="Think.", held_out_by="prompt")
+    assert held_out.numbers == [
+        20, 33, 44, 48, 52, 59, 77, 97, 113, 114, 115, 124, 131, 141, 143, 151, 167, 196, 197,
+    ]  # fmt: skip
+
+
 def test_held_out_share_of_a_generated_task() -> None:
     train, held_out = both_sides("arithmetic", held_out=0.25)
     assert not {str(row["prompt"]) for row in train.rows} & {str(row["prompt"]) for row in held_out.rows}
