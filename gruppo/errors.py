@@ -11,11 +11,11 @@ _command_line = False
 
 # Options of the command line in messages, and how Python spells them.
 _IN_PYTHON = (
-    (r"^--(out|to|step|data) (.+?): ", r"\1 = \2: "),
+    (r"^--(out|to|step) (.+?): ", r"\1 = \2: "),
     (r"^--resume (.+?): ", r"out = \1: "),
     (r"^--set (.+?): ", r"overrides, \1: "),
     (r"--set (\"[^\"]+\")", r"overrides = [\1]"),
-    (r"\b(another|with|on|and) --(out|to|step|data|task|function|checkpoint)\b", r"\1 \2="),
+    (r"\b(another|with|on|and) --(out|to|step|checkpoint)\b", r"\1 \2="),
     (r"\b(with|with the same command and) --resume\b", "with resume=True"),
     (r" \(on the command line --[a-z-]+\)", ""),
 )

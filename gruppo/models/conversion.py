@@ -91,7 +91,7 @@ def merge_adapter(folder: Path, base: str, progress: Progress, trust_remote_code
             folder if has_tokenizer else base, trust_remote_code=trust_remote_code
         )
         model: Any = load_weights(base, torch.float32, trust_remote_code)
-        adapted = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu", use_safetensors=True)
         return adapted.merge_and_unload(safe_merge=True), tokenizer
 
     what = f"Merging the adapter {folder.name} into {base}"

@@ -99,7 +99,7 @@ def test_truncated_sampling_is_refused_with_the_reason(name: str) -> None:
 
 
 def test_missing_model() -> None:
-    assert "model: missing" in mistake({})
+    assert "[model]: missing; write the table [model] with name = " in mistake({})
 
 
 def test_each_mistake_has_its_own_line() -> None:

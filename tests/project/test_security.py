@@ -91,7 +91,8 @@ def test_models_are_loaded_from_safetensors_and_without_their_code() -> None:
     loading = [(path, node) for path, node in loading if not called(node).startswith("type(given)")]  # in-memory model
     assert len(loading) >= 12
     trusted = {"False", "trust_remote_code", "trust"}
-    assert not [f"{path}: {called(n)}" for path, n in loading if argument(n, "trust_remote_code") not in trusted]
+    with_code = [(path, node) for path, node in loading if not called(node).startswith("peft.")]  # an adapter has none
+    assert not [f"{path}: {called(n)}" for path, n in with_code if argument(n, "trust_remote_code") not in trusted]
     weights = [
         (path, node) for path, node in loading if "output_loading_info" in ast.unparse(node) or "Model" in called(node)
     ]
