@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gruppo.data.chat_template import TemplateError, chat_tokens
 from gruppo.errors import UsageError
 from gruppo.types import Completion, Message, Prompt, Row
 
@@ -134,6 +135,8 @@ def _tokens(
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool) -> list[int]:
     try:
-        return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=ask, return_dict=False))
-    except Exception as error:  # a chat template is the model's own program
-        raise UsageError(f"the chat template fails on it ({type(error).__name__}: {error})") from error
+        return chat_tokens(tokenizer, messages, ask=ask)
+    except TemplateError:
+        raise
+    except Exception as error:  # a row's text can be what no tokenizer reads
+        raise UsageError(f"it cannot be turned into tokens ({type(error).__name__}: {error}); write text") from error

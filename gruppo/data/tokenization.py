@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gruppo.data.chat_template import TemplateError, chat_tokens
 from gruppo.data.loading import Dataset
 from gruppo.errors import UsageError
 from gruppo.types import Message, Prompt, Row
@@ -109,12 +110,13 @@ def tokenize_rows(
 def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: ToolTexts | None = None) -> list[int]:
     try:
         token_ids = prompt_tokens(row["prompt"], tokenizer, tools)
+    except TemplateError as error:
+        raise UsageError(f"{where}: {error}") from error
     except UsageError:
         raise
-    except Exception as error:  # a chat template is the model's own program
+    except Exception as error:  # a row's text can be what no tokenizer reads
         raise UsageError(
-            f"{where}: the prompt cannot be turned into tokens ({type(error).__name__}: {error}); "
-            "write it as this model's chat template expects"
+            f"{where}: the prompt cannot be turned into tokens ({type(error).__name__}: {error}); write text"
         ) from error
     if not token_ids:
         raise UsageError(f"{where}: prompt = {row['prompt']!r} has no tokens; write some text")
@@ -137,15 +139,7 @@ def prompt_tokens(
             )
         continues = content[-1]["role"] == "assistant"  # the model continues the start of its answer
         schemas: dict[str, Any] = {"tools": list(tools.schemas)} if tools is not None and tools.schemas else {}
-        return list(
-            tokenizer.apply_chat_template(
-                content,
-                add_generation_prompt=not continues,
-                continue_final_message=continues,
-                return_dict=False,
-                **schemas,
-            )
-        )
+        return chat_tokens(tokenizer, content, schemas, ask=not continues, continue_last=continues)
     has_bos = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
     return list(tokenizer(content, add_special_tokens=not has_bos)["input_ids"])
 

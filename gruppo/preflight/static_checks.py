@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gruppo.config.recipe import Recipe
+from gruppo.data.chat_template import render_chat
 from gruppo.data.offline import OfflineCompletions
 from gruppo.data.transform import prompt_text
 from gruppo.models.policy import LanguageModel
@@ -164,8 +165,8 @@ def check_chat_template(policy: LanguageModel, prompts: Sequence[Prompt]) -> lis
     messages = [message for message in chats[0] if message["role"] != "assistant"]
     try:
         return [*found, *_template_findings(policy, messages, any(_has_answer(chat) for chat in chats))]
-    except Exception as error:  # noqa: BLE001  a chat template is a program that comes with the model
-        what = f"it fails on a conversation with an answer ({type(error).__name__}: {error})"
+    except Exception as error:  # noqa: BLE001  what a template renders may be more than a tokenizer reads
+        what = f"it fails on a conversation with an answer ({error})"
         why = "cannot check whether a turn ends with an EOS token"
         return [*found, Finding("note", "chat template", what[:300], why)]
 
@@ -178,7 +179,7 @@ def _template_findings(policy: LanguageModel, messages: list[Message], has_answe
     tokenizer = policy.tokenizer
 
     def rendered(*more: Message, ask: bool = False) -> str:
-        return str(tokenizer.apply_chat_template([*messages, *more], add_generation_prompt=ask, tokenize=False))
+        return render_chat(tokenizer, [*messages, *more], ask=ask)
 
     answer: Message = {"role": "assistant", "content": _ANSWER}
     prompt, bare, whole = rendered(ask=True), rendered(), rendered(answer)

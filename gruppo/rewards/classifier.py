@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
+from gruppo.data.chat_template import chat_tokens
 from gruppo.errors import UsageError, nearest
 from gruppo.models.loading import out_of_reach
 from gruppo.models.precision import choose_device
@@ -90,7 +91,7 @@ class Classifier:
 
     def _token_ids(self, prompt: str | list[Message], completion: str | list[Message]) -> list[int]:
         if not isinstance(prompt, str) and self.tokenizer.chat_template:
-            return list(self.tokenizer.apply_chat_template(_conversation(prompt, completion), return_dict=False))
+            return chat_tokens(self.tokenizer, _conversation(prompt, completion))
         if isinstance(prompt, str):
             text = prompt + text_of(completion)
         else:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gruppo.data.chat_template import TemplateError, render_chat
 from gruppo.data.tokenization import ToolTexts, prompt_tokens
 from gruppo.errors import UsageError
 from gruppo.rollout.environments.trl_tools import CALL, CALL_END
@@ -41,9 +42,9 @@ def tool_texts(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, A
 def _writes_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, Any]]) -> bool:
     messages = [{"role": "user", "content": _QUESTION}]
     try:
-        without = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        with_tools = str(tokenizer.apply_chat_template(messages, tokenize=False, tools=list(schemas)))
-    except Exception:  # noqa: BLE001  a chat template is a program that comes with the model
+        without = render_chat(tokenizer, messages)
+        with_tools = render_chat(tokenizer, messages, {"tools": schemas})
+    except TemplateError:
         return False
     return without != with_tools
 
@@ -110,8 +111,8 @@ class ChatRenderer:
                 messages = [{"role": role, "content": "\n".join(f"{begins}{mark}{ends}" for mark in marks)}]
             try:
                 return self._split_around(messages, marks)
-            except Exception as error:  # noqa: BLE001  a chat template is a program that comes with the model
-                why = f"{type(error).__name__}: {error}"
+            except ValueError as error:
+                why = str(error)
         raise UsageError(
             "[environment]: the model's chat template cannot continue a conversation after an answer "
             f"({' '.join(why.split())}); use a model whose template can, or plain-text prompts"
@@ -121,11 +122,7 @@ class ChatRenderer:
         """Render the messages and split the text after the answer at the observation marks."""
         conversation = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
         tools: dict[str, Any] = {"tools": list(self.tools.schemas)} if self.tools and self.tools.schemas else {}
-        text = str(
-            self.tokenizer.apply_chat_template(
-                [*conversation, *messages], tokenize=False, add_generation_prompt=True, **tools
-            )
-        )
+        text = render_chat(self.tokenizer, [*conversation, *messages], tools, ask=True)
         marks = [_ANSWER, *observation_marks]
         if [text.count(mark) for mark in marks] != [1] * len(marks):
             raise ValueError("it omits messages or writes them twice")

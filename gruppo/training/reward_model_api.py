@@ -345,6 +345,7 @@ def _in_tokens_of(tokenizer: PreTrainedTokenizerBase, labels: Sequence[LabelledC
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: LabelledCompletion) -> LabelledCompletion:
     """A labeled completion in another tokenizer's tokens, with the EOS token if it finished (EOS)."""
+    from gruppo.data.chat_template import chat_tokens
     from gruppo.rewards.steps import step_tokens
 
     content = labelled.prompt.content
@@ -356,7 +357,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: LabelledCompletion) -
         )
         prompt_ids = list(tokenizer(text)["input_ids"])
     else:
-        prompt_ids = list(tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=False))
+        prompt_ids = chat_tokens(tokenizer, content, ask=True)
     text = labelled.completion.text
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if labelled.completion.finish_reason == "stop" and tokenizer.eos_token_id is not None:
