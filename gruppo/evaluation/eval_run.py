@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from gruppo.config.recipe import Recipe
 from gruppo.config.units import as_bytes
+from gruppo.data.chat_template import template_time
 from gruppo.data.tokenization import data_sha256
 from gruppo.errors import UsageError
 from gruppo.evaluation.compare import read_evaluation
@@ -35,7 +37,7 @@ from gruppo.models.reward_model import NAME, load_reward_model
 from gruppo.models.weights import weights_sha256
 from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.runs.atomic import publish, write_whole, writing
-from gruppo.runs.folder import EVALUATION, RunFolder, check_folder, explaining_write_errors
+from gruppo.runs.folder import EVALUATION, RunFolder, check_folder, explaining_write_errors, start_time
 from gruppo.runs.reading import read_table
 from gruppo.runs.tables import EVALUATIONS
 from gruppo.types import Completion, Group, Prompt, Reward
@@ -68,6 +70,8 @@ def run_evaluation(
         )
     _check_out(recipe, out, resume)
     with ExitStack() as stack:
+        started = start_time(out)
+        stack.enter_context(template_time(started))
         candidate = open_eval_sets(recipe, progress, stack, model, tokenizer)
         scorer = _Scorer(recipe, candidate, progress) if recipe.reward_model is not None else None
         prompts = [prompt for eval_set in candidate.eval_sets for prompt in eval_set.prompts]
@@ -80,7 +84,7 @@ def run_evaluation(
         if scorer is not None:
             identity["reward_model_sha256"] = weights_sha256(scorer.scorer.model.module)
         jobs = [_model_job(recipe, candidate, eval_set, scorer, progress, stop) for eval_set in candidate.eval_sets]
-        return _run_jobs(recipe, jobs, identity, out, stack, progress)
+        return _run_jobs(recipe, jobs, identity, out, stack, progress, started)
 
 
 def grade_file(
@@ -156,6 +160,7 @@ def _run_jobs(
     out: Path | None,
     stack: ExitStack,
     progress: Progress,
+    started: datetime | None = None,
 ) -> EvalResult:
     """Compute the missing parts, then the figures of all.
 
@@ -166,7 +171,7 @@ def _run_jobs(
         stack.enter_context(explaining_write_errors(out))
         run = RunFolder(out)
         stack.callback(run.close)
-        run.start_same(recipe, EVALUATION, identity)
+        run.start_same(recipe, EVALUATION, identity, started)
         if (out / RESULTS).is_file():
             return read_evaluation(out)
     tables, number = [], 0

@@ -58,6 +58,10 @@ _FILES = (
 _FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
 
 
+# In environment.json: the local time at which the contents of the folder were started.
+START_TIME = "start_time"
+
+
 # What a folder can hold.
 RUN, LABELS, REWARD_MODEL, EVALUATION = "run", "set of labels", "reward model", "evaluation"
 
@@ -115,12 +119,14 @@ class RunFolder:
         write_whole(self.path / "recipe.toml", recipe.to_toml().encode())
         remember(self.path)
 
-    def start_same(self, recipe: Recipe, kind: str, identity: Mapping[str, Any]) -> None:
+    def start_same(self, recipe: Recipe, kind: str, identity: Mapping[str, Any], time: datetime | None = None) -> None:
         """Like `start`, and record what the contents of the folder depend on.
 
-        Raises UsageError if the folder was started with a different `identity`.
+        `time`: see `start_time`. Raises UsageError if the folder was started with a different `identity`.
         """
         before = self.read_json("environment.json")
+        if time is not None and (before is None or START_TIME in before):
+            identity = {**identity, START_TIME: time.isoformat()}
         if before is not None and before != identity:
             changed = next(name for name in identity if before.get(name) != identity[name])
             raise UsageError(f"--resume {self.path}: {changed} has changed since the start; choose another --out")
@@ -275,6 +281,21 @@ def _space_and_checkpoint(folder: Path) -> str:
     steps = checkpoint_folders(folder)
     words.append(f"the checkpoint of step {max(steps)} is intact" if steps else "there is no checkpoint yet")
     return ", ".join(words[:-1]) + f"; {words[-1]}"
+
+
+def start_time(folder: Path | None) -> datetime:
+    """The local time at which a run, an evaluation or a set of labels was started; the current time if `folder` has
+    none of them, or was started by a version that did not record it.
+
+    Chat templates that print the date print this one, so a resume has the same prompts. Raises UsageError if the record
+    is damaged.
+    """
+    path = None if folder is None else folder / "environment.json"
+    if path is None or not path.is_file():
+        return datetime.now()
+    with reading(path, "start again with another --out"):
+        recorded = read_object(path).get(START_TIME)
+        return datetime.now() if recorded is None else datetime.fromisoformat(recorded)
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:

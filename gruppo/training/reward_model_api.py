@@ -19,7 +19,7 @@ from gruppo.errors import RunError, UsageError
 from gruppo.evaluation.datasets import Data, read_data
 from gruppo.runs.atomic import WriteError
 from gruppo.runs.console import choose_progress
-from gruppo.runs.folder import LABELS, REWARD_MODEL, RunFolder, check_folder, explaining_write_errors
+from gruppo.runs.folder import LABELS, REWARD_MODEL, RunFolder, check_folder, explaining_write_errors, start_time
 from gruppo.runs.reading import require_own
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Interrupted, stop_on_signals
@@ -93,6 +93,7 @@ def label(
 def _label(
     recipe: Recipe, settings: RewardModel, data: Data, run: RunFolder, stack: ExitStack, progress: Progress, stop: Stop
 ) -> Labels:
+    from gruppo.data.chat_template import template_time
     from gruppo.data.tokenization import data_sha256
     from gruppo.engines import build_engine
     from gruppo.engines.native.engine import choose_slots
@@ -110,6 +111,8 @@ def _label(
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", progress))
     source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
+    started = start_time(run.path)
+    stack.enter_context(template_time(started))
     inputs = tokenize_data(recipe, data, source, progress)
     policy = load_model(source, recipe.model.device, recipe.model.dtype, progress)
     identity = {
@@ -117,7 +120,7 @@ def _label(
         "rewards_sha256": pool.digests,
         "data_sha256": data_sha256(inputs.prompts, ()),
     }
-    run.start_same(recipe, LABELS, identity)
+    run.start_same(recipe, LABELS, identity, started)
     size, group, max_tokens = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
     longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + max_tokens
     engine = build_engine(policy, choose_slots(policy, longest, max_tokens, size * group * settings.continuations))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Audit
 from gruppo.config.sections import Reward as RewardSettings
 from gruppo.config.units import as_bytes
+from gruppo.data.chat_template import template_time
 from gruppo.data.mixture import Mixture
 from gruppo.data.offline import OfflineCompletions
 from gruppo.data.tokenization import data_sha256
@@ -36,7 +38,7 @@ from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
 from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
 from gruppo.rollout.workers.rewards import RewardPool
-from gruppo.runs.folder import RunFolder, check_folder, checkpoint_folders
+from gruppo.runs.folder import START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
 from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole
 from gruppo.training.inputs import RunInputs, tokenize_data, workload
@@ -103,6 +105,8 @@ def prepare(
     stack.callback(run.close)
     # Check again: another run may have used the folder before this one got the lock.
     check_folder(folder, recipe, resume, links_to=links_to)
+    started = start_time(folder)
+    stack.enter_context(template_time(started))
     pool, reward_settings = None, recipe.reward_model
     opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played=links_to is None)
     if recipe.method.source != "dataset":
@@ -128,7 +132,7 @@ def prepare(
         check_kind(reward_source.config, reward_settings.kind)
     inputs = tokenize_data(recipe, data, source, progress, opened)
     digests = [*(pool.digests if pool else []), *(opened.environments.digests if opened else [])]
-    policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, progress)
+    policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, started, progress)
     # `recompute` is missing in runs from before the option existed.
     policy = replace(policy, recompute=chosen.get("recompute", False))
     reference = policy.frozen_copy() if recipe.method.needs_reference else None
@@ -226,6 +230,7 @@ def _load_policy(
     source: ModelSource,
     inputs: RunInputs,
     rewards: Sequence[str],
+    started: datetime,
     progress: Progress,
 ) -> tuple[LanguageModel, dict[str, Any], list[str]]:
     """Load the policy, and choose the settings that depend on the machine; a resumed run keeps its settings.
@@ -287,5 +292,6 @@ def _load_policy(
     identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
     environment = {**describe(device), "chosen": chosen, "memory_forecast": sizes.memory.as_dict()}
     environment["disk_forecast"] = disk.as_dict()
+    environment[START_TIME] = started.isoformat()
     run.write_json("environment.json", {**environment, **counts, **identity})
     return policy, chosen, []
