@@ -36,7 +36,8 @@ class Prompt:
     """A prompt of the task, tokenized.
 
     `content`: the text or the messages of the row. `token_ids`: the tokens that engine and loss see. `columns`: all
-    other columns of the row, passed to rewards and graders by name.
+    other columns of the row, passed to rewards and graders by name. `template_options`: what the chat template gets
+    besides the messages.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     task: str
     columns: Mapping[str, Any]
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from gruppo.config.chat_options import check_json, check_kwargs, check_tools
 from gruppo.config.labels import options_name, split_label
 from gruppo.config.units import as_bytes, share_or_size
 from gruppo.errors import nearest
@@ -127,6 +128,12 @@ class Task(Section):
     braces."""
     system: str | None = None
     """Convert text prompts into conversations with this system message; "" converts them without a system message."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the model's chat template, e.g. `{enable_thinking = false}`. A row's column `chat_template_kwargs`
+    overrides them one by one. Default: none; for evaluation, those of the training tasks."""
+    tools: list[Any] | None = None
+    """JSON schemas of functions that the chat template describes in the prompt. A row's column `tools` replaces them.
+    Default: none; for evaluation.task, those of the training tasks."""
     completion: str | None = None
     """Completion template with column names in braces, e.g. "The answer is {answer}."; for methods with
     source = "dataset"."""
@@ -152,6 +159,14 @@ class Task(Section):
     def _memory_is_a_size(cls, memory: str) -> str:
         as_bytes(memory)
         return memory
+
+    @model_validator(mode="after")
+    def _template_options_are_valid(self) -> Self:
+        for name, value in (("chat_template_kwargs", self.chat_template_kwargs), ("tools", self.tools)):
+            check_json(value or [], name)
+        check_kwargs(self.chat_template_kwargs or {})
+        check_tools(self.tools or [])
+        return self
 
 
 class Reward(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gruppo.config.units import as_bytes
 from gruppo.data.arrow import frame_rows, table_rows
+from gruppo.data.chat_options import ChatOptions
 from gruppo.data.transform import in_held_out, prompt_text, transform
 from gruppo.errors import UsageError, nearest
 from gruppo.types import Row
@@ -45,7 +47,7 @@ class Dataset:
     """Rows of one task before tokenization.
 
     `name` and `numbers` (the rows' indices in the source, from 0) form the prompt ids. `field`: name of the task's
-    table in errors. `max_prompt_tokens` and `filter_overlong`: settings of the task.
+    table in errors. `max_prompt_tokens`, `filter_overlong` and `chat`: settings of the task.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Dataset:
     field: str = "task"
     max_prompt_tokens: int | None = None
     filter_overlong: bool = False
+    chat: ChatOptions = dataclasses.field(default_factory=ChatOptions)
 
 
 def load_training(
@@ -112,7 +115,15 @@ def _load(
         source = _source(task, field, split, progress) if given is None else _checked(given, name)
         transformed = transform(_counted(source, advance), task, field, name, answered)
     rows, keys = [entry.row for entry in transformed], [entry.key for entry in transformed]
-    return Dataset(name, rows, range(len(rows)), field, task.max_prompt_tokens, task.overlong == "filter"), keys
+    chat = ChatOptions.of(task)
+    if (chat.kwargs or chat.tools) and all(isinstance(row["prompt"], str) for row in rows):
+        raise UsageError(
+            f"{field}.{'chat_template_kwargs' if chat.kwargs else 'tools'}: the prompts of {name} are plain text, "
+            f'which no template renders; write {field}.system = "" to turn them into conversations, or remove it'
+        )
+    numbers = range(len(rows))
+    dataset = Dataset(name, rows, numbers, field, task.max_prompt_tokens, task.overlong == "filter", chat)
+    return dataset, keys
 
 
 def _source(task: Task, field: str, split: str, progress: Progress) -> Iterator[Row]:

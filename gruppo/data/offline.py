@@ -108,13 +108,14 @@ def _tokens(
         raise UsageError("it has a message without role and content; write both")
     if messages[0]["role"] != "assistant":
         raise UsageError("it does not begin with an assistant message; move earlier messages to prompt")
+    options = prompt.template_options
     token_ids: list[int] = []
     mask: list[bool] = []
     for place, message in enumerate(messages):
         before, whole = [*content, *messages[:place]], [*content, *messages[: place + 1]]
         by_assistant = message["role"] == "assistant"
-        start = _rendered(tokenizer, before, by_assistant) if by_assistant else [*prompt.token_ids, *token_ids]
-        rendered = _rendered(tokenizer, whole, False)
+        start = _rendered(tokenizer, before, by_assistant, options) if by_assistant else [*prompt.token_ids, *token_ids]
+        rendered = _rendered(tokenizer, whole, False, options)
         known = [*prompt.token_ids, *token_ids]
         if start[: len(known)] != known or rendered[: len(start)] != start:
             raise UsageError(
@@ -133,9 +134,11 @@ def _tokens(
     return tuple(token_ids[:last]), tuple(mask[:last])
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool) -> list[int]:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool, options: Mapping[str, Any]
+) -> list[int]:
     try:
-        return chat_tokens(tokenizer, messages, ask=ask)
+        return chat_tokens(tokenizer, messages, options, ask=ask)
     except TemplateError:
         raise
     except Exception as error:  # a row's text can be what no tokenizer reads

@@ -73,7 +73,8 @@ def tokenize_part(
         where = f"{part.name}, row {number + 1}"
         if tools is not None:
             row = {**row, "prompt": tools.add_to(row["prompt"])}  # noqa: PLW2901
-        token_ids = _tokens(row, tokenizer, where, tools)
+        options = part.chat.of_row(row, where, part.field)
+        token_ids = _tokens(row, tokenizer, where, tools, options)
         advance(1)
         if len(token_ids) > limit and part.filter_overlong:
             overlong += 1
@@ -86,7 +87,7 @@ def tokenize_part(
                 f"{vocabulary}; use the tokenizer that belongs to the model"
             )
         columns = {key: value for key, value in row.items() if key != "prompt"}
-        prompts.append(Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns))
+        prompts.append(Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns, options))
     if not prompts:
         raise UsageError(
             f'{part.field}.overlong = "filter": all {overlong} prompts of {part.name} are longer than {limit} tokens; '
@@ -107,9 +108,11 @@ def tokenize_rows(
     return tokenize_part(Dataset(task, rows, range(len(rows))), tokenizer, context, max_tokens, vocabulary)[0]
 
 
-def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: ToolTexts | None = None) -> list[int]:
+def _tokens(
+    row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: ToolTexts | None, options: Mapping[str, Any]
+) -> list[int]:
     try:
-        token_ids = prompt_tokens(row["prompt"], tokenizer, tools)
+        token_ids = prompt_tokens(row["prompt"], tokenizer, tools, options)
     except TemplateError as error:
         raise UsageError(f"{where}: {error}") from error
     except UsageError:
@@ -124,12 +127,16 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase, where: str, tools: Too
 
 
 def prompt_tokens(
-    content: str | list[Message], tokenizer: PreTrainedTokenizerBase, tools: ToolTexts | None = None
+    content: str | list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: ToolTexts | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt: messages are rendered with the chat template, text is tokenized unchanged.
 
-    A text gets the tokenizer's special tokens, unless it already starts with the BOS token. Raises UsageError for
-    messages if the tokenizer has no chat template.
+    A text gets the tokenizer's special tokens, unless it already starts with the BOS token. `options`: see
+    `Prompt.template_options`. Raises UsageError for messages if the tokenizer has no chat template, or if an
+    environment and the options both give tools.
     """
     if not isinstance(content, str):
         if not tokenizer.chat_template:
@@ -138,10 +145,23 @@ def prompt_tokens(
                 '(for a column of text: template = "{question}"), or use an instruction-tuned model'
             )
         continues = content[-1]["role"] == "assistant"  # the model continues the start of its answer
-        schemas: dict[str, Any] = {"tools": list(tools.schemas)} if tools is not None and tools.schemas else {}
-        return chat_tokens(tokenizer, content, schemas, ask=not continues, continue_last=continues)
+        return chat_tokens(
+            tokenizer, content, with_schemas(options or {}, tools), ask=not continues, continue_last=continues
+        )
     has_bos = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
     return list(tokenizer(content, add_special_tokens=not has_bos)["input_ids"])
+
+
+def with_schemas(options: Mapping[str, Any], tools: ToolTexts | None) -> dict[str, Any]:
+    """The options of a chat template with the tools of an environment. Raises UsageError if both give tools."""
+    if tools is None:
+        return dict(options)
+    if "tools" in options:
+        raise UsageError(
+            "the prompt describes tools (task.tools, or the column `tools`), but those that the model can call are the "
+            'environment\'s; remove task.tools, or rename the column: task.columns = {other = "tools"}'
+        )
+    return {**options, "tools": tools.schemas} if tools.schemas else dict(options)
 
 
 def _too_long(tokens: int, context: int, max_tokens: int, part: Dataset) -> str:
@@ -158,8 +178,10 @@ def _too_long(tokens: int, context: int, max_tokens: int, part: Dataset) -> str:
 
 
 def data_sha256(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> str:
-    """SHA-256 over ids, token ids and columns of all prompts and questions, in order; the hex digest."""
+    """SHA-256 over ids, token ids, columns and chat-template options of all prompts and questions, in order; the hex
+    digest."""
     digest = hashlib.sha256()
     for prompt in [*prompts, *questions]:
-        digest.update(as_json([prompt.id, prompt.token_ids, dict(prompt.columns)]).encode())
+        options = [dict(prompt.template_options)] if prompt.template_options else []
+        digest.update(as_json([prompt.id, prompt.token_ids, dict(prompt.columns), *options]).encode())
     return digest.hexdigest()

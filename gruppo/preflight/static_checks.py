@@ -3,6 +3,7 @@ training and evaluation."""
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import unicodedata
@@ -12,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gruppo.config.recipe import Recipe
-from gruppo.data.chat_template import render_chat
+from gruppo.data.chat_template import asks_for_time, render_chat, unread_options
 from gruppo.data.offline import OfflineCompletions
 from gruppo.data.transform import prompt_text
 from gruppo.models.policy import LanguageModel
@@ -149,7 +150,7 @@ def check_chat_template(policy: LanguageModel, prompts: Sequence[Prompt]) -> lis
 
     It is tried on the first conversation of the prompts, with a made-up answer.
     """
-    chats = [prompt.content for prompt in prompts if not isinstance(prompt.content, str)]
+    chats = [prompt for prompt in prompts if not isinstance(prompt.content, str)]
     plain = len(prompts) - len(chats)
     found = []
     if plain and policy.tokenizer.chat_template:
@@ -162,24 +163,76 @@ def check_chat_template(policy: LanguageModel, prompts: Sequence[Prompt]) -> lis
         found.append(Finding("ok", "chat template", "prompts are plain text; the tokenizer has no chat template"))
     if not chats:
         return found
-    messages = [message for message in chats[0] if message["role"] != "assistant"]
+    found += _option_findings(policy.tokenizer, chats)
+    messages = [message for message in _messages(chats[0]) if message["role"] != "assistant"]
+    has_answers = any(_has_answer(_messages(chat)) for chat in chats)
     try:
-        return [*found, *_template_findings(policy, messages, any(_has_answer(chat) for chat in chats))]
+        found += _time_findings(policy.tokenizer, chats[0])
+        return [*found, *_template_findings(policy, messages, chats[0].template_options, has_answers)]
     except Exception as error:  # noqa: BLE001  what a template renders may be more than a tokenizer reads
         what = f"it fails on a conversation with an answer ({error})"
         why = "cannot check whether a turn ends with an EOS token"
         return [*found, Finding("note", "chat template", what[:300], why)]
 
 
+def _messages(prompt: Prompt) -> list[Message]:
+    assert not isinstance(prompt.content, str)
+    return prompt.content
+
+
+def _option_findings(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Prompt]) -> list[Finding]:
+    """The chat-template options of the prompts, and those that the template never reads."""
+    names = sorted({name for prompt in chats for name in prompt.template_options})
+    if not names:
+        return []
+    values = {name: [p.template_options[name] for p in chats if name in p.template_options] for name in names}
+    shown = []
+    for name, given in values.items():
+        if name == "tools":
+            tools = dict.fromkeys(_tool_name(tool) for listed in given for tool in listed)
+            text = f"tools: {', '.join(tools)}"
+        else:
+            different = dict.fromkeys(json.dumps(value, default=str, ensure_ascii=False) for value in given)
+            text = f"{name} = {' or '.join(list(different)[:3])}{' or …' if len(different) > 3 else ''}"
+        shown.append(text if len(given) == len(chats) else f"{text} ({len(given)} of {len(chats)} prompts)")
+    found = [Finding("ok", "chat options", "; ".join(shown), figures={"options": names})]
+    if unread := unread_options(tokenizer, {name: given[0] for name, given in values.items()}):
+        found.append(Finding(
+            "warning", "chat options", f"the chat template never reads {', '.join(unread)}",
+            "prompts are the same as without", "correct the name, remove it, or use a model whose template reads it",
+            {"unread": unread},
+        ))  # fmt: skip
+    return found
+
+
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function")
+    inner = function if isinstance(function, Mapping) else tool
+    return str(inner.get("name") or tool.get("type"))
+
+
+def _time_findings(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[Finding]:
+    if not asks_for_time(tokenizer, _messages(prompt), prompt.template_options):
+        return []
+    return [Finding(
+        "note", "date", "the chat template prints the date or the time",
+        "a run keeps those of its start, but another run or a later evaluation gets others",
+        "to fix it, pass what the template prints, e.g. task.chat_template_kwargs = {date_string = \"26 Jul 2024\"}, "
+        "if the template has such a variable",
+    )]  # fmt: skip
+
+
 def _has_answer(messages: Sequence[Message]) -> bool:
     return any(message["role"] == "assistant" for message in messages[:-1])
 
 
-def _template_findings(policy: LanguageModel, messages: list[Message], has_answers: bool) -> list[Finding]:
+def _template_findings(
+    policy: LanguageModel, messages: list[Message], options: Mapping[str, Any], has_answers: bool
+) -> list[Finding]:
     tokenizer = policy.tokenizer
 
     def rendered(*more: Message, ask: bool = False) -> str:
-        return render_chat(tokenizer, [*messages, *more], ask=ask)
+        return render_chat(tokenizer, [*messages, *more], options, ask=ask)
 
     answer: Message = {"role": "assistant", "content": _ANSWER}
     prompt, bare, whole = rendered(ask=True), rendered(), rendered(answer)

@@ -8,14 +8,15 @@ around the observations is tokenized on its own. The text of an observation neve
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gruppo.data.chat_template import TemplateError, render_chat
-from gruppo.data.tokenization import ToolTexts, prompt_tokens
+from gruppo.data.tokenization import ToolTexts, prompt_tokens, with_schemas
 from gruppo.errors import UsageError
 from gruppo.rollout.environments.trl_tools import CALL, CALL_END
 from gruppo.types import Message
+from gruppo.utils.text import as_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,16 +57,21 @@ class ChatRenderer:
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], tools: ToolTexts | None = None
     ) -> None:
         self.tokenizer, self.eos_ids, self.tools = tokenizer, frozenset(eos_ids), tools
-        self._frames: dict[int, list[list[int]]] = {}
+        self._frames: dict[tuple[int, str], list[list[int]]] = {}  # by number of observations and options
 
-    def prompt(self, content: str | list[Message], observation: str) -> tuple[str | list[Message], tuple[int, ...]]:
-        """Append an observation to the last message of a prompt. Returns the new prompt and its token ids."""
+    def prompt(
+        self, content: str | list[Message], observation: str, options: Mapping[str, Any] | None = None
+    ) -> tuple[str | list[Message], tuple[int, ...]]:
+        """Append an observation to the last message of a prompt. Returns the new prompt and its token ids.
+
+        `options`: see `Prompt.template_options`.
+        """
         extended: str | list[Message]
         if isinstance(content, str):
             extended = content + observation
         else:
             extended = [*content[:-1], {**content[-1], "content": f"{content[-1]['content']}{observation}"}]
-        return extended, tuple(prompt_tokens(extended, self.tokenizer, self.tools))
+        return extended, tuple(prompt_tokens(extended, self.tokenizer, self.tools, options))
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Sampled tokens as text for a reader, without special tokens."""
@@ -79,24 +85,24 @@ class ChatRenderer:
         """Token ids of observations within the model's turn, or in a prompt of plain text."""
         return [token for text in observations for token in self._plain(text)]
 
-    def after(self, observations: Sequence[str]) -> list[int]:
+    def after(self, observations: Sequence[str], options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of observations as messages after a turn that the model has ended, with the next turn's generation
-        prompt. Raises UsageError if the chat template cannot render them."""
-        count = len(observations)
-        if count not in self._frames:
-            pieces = self._frame(count)
-            self._frames[count] = [self._ids(piece) for piece in pieces]
-        first, *following = self._frames[count]
+        prompt. `options`: see `Prompt.template_options`. Raises UsageError if the chat template cannot render them."""
+        key = len(observations), as_json(options or {})
+        if key not in self._frames:
+            pieces = self._frame(len(observations), options)
+            self._frames[key] = [self._ids(piece) for piece in pieces]
+        first, *following = self._frames[key]
         ids = list(first)
         for text, piece in zip(observations, following, strict=True):
             ids += [*self._plain(text), *piece]
         return ids
 
-    def check(self) -> None:
+    def check(self, options: Mapping[str, Any] | None = None) -> None:
         """Raise UsageError if the chat template cannot continue a conversation."""
-        self.after([""])
+        self.after([""], options)
 
-    def _frame(self, count: int) -> list[str]:
+    def _frame(self, count: int, options: Mapping[str, Any] | None = None) -> list[str]:
         """The text that the template writes before, between and after `count` messages that follow an ended turn."""
         tagged = "user", _RESPONSE, _RESPONSE_END
         roles = [("user", "", "")] if self.tools is None else [tagged]
@@ -110,7 +116,7 @@ class ChatRenderer:
             else:  # one message, because templates expect alternating roles
                 messages = [{"role": role, "content": "\n".join(f"{begins}{mark}{ends}" for mark in marks)}]
             try:
-                return self._split_around(messages, marks)
+                return self._split_around(messages, marks, options or {})
             except ValueError as error:
                 why = str(error)
         raise UsageError(
@@ -118,11 +124,13 @@ class ChatRenderer:
             f"({' '.join(why.split())}); use a model whose template can, or plain-text prompts"
         )
 
-    def _split_around(self, messages: Sequence[Message], observation_marks: Sequence[str]) -> list[str]:
+    def _split_around(
+        self, messages: Sequence[Message], observation_marks: Sequence[str], options: Mapping[str, Any]
+    ) -> list[str]:
         """Render the messages and split the text after the answer at the observation marks."""
         conversation = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-        tools: dict[str, Any] = {"tools": list(self.tools.schemas)} if self.tools and self.tools.schemas else {}
-        text = render_chat(self.tokenizer, [*conversation, *messages], tools, ask=True)
+        whole = with_schemas(options, self.tools)
+        text = render_chat(self.tokenizer, [*conversation, *messages], whole, ask=True)
         marks = [_ANSWER, *observation_marks]
         if [text.count(mark) for mark in marks] != [1] * len(marks):
             raise ValueError("it omits messages or writes them twice")

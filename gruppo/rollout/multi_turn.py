@@ -80,7 +80,14 @@ class MultiTurnSampler:
         fit ends the completion with "length". A completion whose environment fails ends there; its episode says why.
         """
         groups = [
-            [Trajectory(tuple(key), self._new_handle(prompt, tuple(keys[0]))) for key in keys]
+            [
+                Trajectory(
+                    tuple(key),
+                    self._new_handle(prompt, tuple(keys[0])),
+                    template_options=prompt.template_options,
+                )
+                for key in keys
+            ]
             for prompt, keys in zip(prompts, streams, strict=True)
         ]
         with progress.bar(label, sum(map(len, groups)) * options.max_tokens, "tokens") as show:
@@ -136,8 +143,10 @@ class MultiTurnSampler:
                     continue
                 first = "".join(answer.observations or ())
                 if first not in extended:
-                    content, ids = self.dialogue.prompt(prompt.content, first) if first else ("", prompt.token_ids)
-                    extended[first] = (replace(prompt, content=content, token_ids=ids) if first else prompt), ids
+                    extended[first] = prompt, prompt.token_ids
+                    if first:
+                        content, ids = self.dialogue.prompt(prompt.content, first, prompt.template_options)
+                        extended[first] = replace(prompt, content=content, token_ids=ids), ids
                 trajectory.ids = list(extended[first][1])
             shared = _common_prefix([ids for _, ids in extended.values()])
             for trajectory in group:
@@ -244,8 +253,10 @@ class MultiTurnSampler:
             return
         trajectory.turns += 1
         as_message = trajectory.turn_ended and not isinstance(trajectory.environment.row["prompt"], str)
-        render = self.dialogue.after if as_message else self.dialogue.within
-        ids = render(answer.observations)
+        if as_message:
+            ids = self.dialogue.after(answer.observations, trajectory.template_options)
+        else:
+            ids = self.dialogue.within(answer.observations)
         if len(ids) >= trajectory.room:
             self._finish(trajectory, "length")
             return
@@ -299,8 +310,8 @@ class OpenedEnvironments:
         """A sampler that uses the environments. Raises UsageError if prompts are conversations and the model's chat
         template cannot continue one."""
         dialogue = ChatRenderer(tokenizer, eos_ids, self.tools(tokenizer))
-        if any(not isinstance(prompt.content, str) for prompt in prompts):
-            dialogue.check()
+        if chat := next((prompt for prompt in prompts if not isinstance(prompt.content, str)), None):
+            dialogue.check(chat.template_options)
         return MultiTurnSampler(self.environments, dialogue, self.settings.turns, self.settings.weight)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gruppo.rollout.environments.client import EnvironmentHandle
 from gruppo.types import Completion, Episode, FinishReason
@@ -17,7 +18,8 @@ class Trajectory:
 
     `stream`: key of the random stream of its first turn. `prompt_ids`: the prompt that its group shares; if the prompts
     of a group differ, the rest of its own prompt is at the start of `ids`. `limit`: most tokens of `ids`.
-    `turn_start`: index in `ids` at which the turn begins that the environment has not answered yet.
+    `turn_start`: index in `ids` at which the turn begins that the environment has not answered yet. `template_options`:
+    those of its prompt.
     """
 
     stream: tuple[int, ...]
@@ -40,6 +42,7 @@ class Trajectory:
     failure: str | None = None
     environment_lost: bool = False  # the environment no longer exists
     reward: float | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def room(self) -> int:

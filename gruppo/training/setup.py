@@ -101,12 +101,7 @@ def prepare(
     """
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     find_surrogate(recipe.method.surrogate)
-    run = RunFolder(folder)
-    stack.callback(run.close)
-    # Check again: another run may have used the folder before this one got the lock.
-    check_folder(folder, recipe, resume, links_to=links_to)
-    started = start_time(folder)
-    stack.enter_context(template_time(started))
+    run, started = _open_folder(recipe, folder, resume, links_to, stack)
     pool, reward_settings = None, recipe.reward_model
     opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played=links_to is None)
     if recipe.method.source != "dataset":
@@ -177,6 +172,19 @@ def prepare(
         filtered=inputs.filtered,
         episodes=opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None,
     )
+
+
+def _open_folder(
+    recipe: Recipe, folder: Path, resume: bool, links_to: Path | None, stack: ExitStack
+) -> tuple[RunFolder, datetime]:
+    """The run folder, locked, and the time at which the run was started, which its chat templates print."""
+    run = RunFolder(folder)
+    stack.callback(run.close)
+    # Check again: another run may have used the folder before this one got the lock.
+    check_folder(folder, recipe, resume, links_to=links_to)
+    started = start_time(folder)
+    stack.enter_context(template_time(started))
+    return run, started
 
 
 def make_pool(

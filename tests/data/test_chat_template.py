@@ -68,13 +68,13 @@ class Extra:
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     USER,
     [{"role": "system", "content": " be good "}, {"role": "user", "content": "a\n\nb é漢😀 \x1f<|im_end|>"}],
-    [{"role": Role.USER, "content": "ab"}, {"role": "assistant", "content": "bb", "reasoning": "thought", "name": None}],
+    [{"role": Role.USER, "content": "ab"}, {"role": "assistant", "content": "bb", "reasoning": "t", "name": None}],
     [
         {"role": "user", "content": "b", "extra": Extra(3)},
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": {"é": (1, 2.5)}}}]},
         {"role": "tool", "content": "b" * 30_000},
     ],
-    [{"role": "user", "content": "", "extra": {1: [None, np.float32(0.5)], "x": datetime.max}}],
+    [{"role": "user", "content": "", "extra": {1: [None, np.float32(0.5)], "x": b""}}],
 ]  # fmt: skip
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -128,7 +128,7 @@ HOSTILE = {
     "{{ ([('x' * 1000000)] * 500) | join }}": "256 MiB",
     "{{ ([messages] * 99999999) | list }}": "256 MiB",
     "{% set ns = namespace(x='xx') %}{% for i in range(99999) %}{% set ns.x = ns.x + ns.x %}{% endfor %}": "256 MiB",
-    "{% set n = namespace(x=0) %}{% for i in range(9999) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}": "RecursionError",
+    "{% set n = namespace(x=0) %}{% for i in range(999) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}": "RecursionError",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "CPU time",
     "{% for i in range(99999) %}{% for j in range(99999) if j == -1 %}{% endfor %}{% endfor %}": "CPU time",
     "{{ 7 ** (10 ** 9) }}": "CPU time",

@@ -42,8 +42,8 @@ def argument(node: ast.Call, name: str) -> str | None:
 
 
 def test_nothing_reads_a_pickle_from_a_file() -> None:
-    """Pickles are read only from pipes of gruppo's own processes: calls of rewards and environments, and
-    reasoning-gym's rows."""
+    """Pickles are read only from pipes of gruppo's own processes: calls of rewards and environments, conversations to
+    render, and reasoning-gym's rows."""
     readers = {
         f"{path}: {ast.unparse(node)}"
         for path, node in CALLS
@@ -54,6 +54,7 @@ def test_nothing_reads_a_pickle_from_a_file() -> None:
         "gruppo/training/model_card.py: ModelCard.load(folder / 'README.md')",  # text
     }
     assert readers == {
+        "gruppo/data/chat_template_main.py: pickle.loads(requests.recv_bytes())",
         "gruppo/rollout/environments/worker_main.py: pickle.loads(content)",
         "gruppo/rollout/workers/reward_main.py: pickle.loads(content)",
         "gruppo/rewards/loading.py: pickle.loads(source)",
