@@ -219,6 +219,8 @@ def _explained(answer: Mapping[str, Any], limits: Mapping[str, int]) -> str:
         return f"the chat template fails on it ({message}{where}); write the row as the template expects"
     if kind == "unavailable":
         return f"the process that renders chat templates cannot run ({message}); reinstall gruppo and transformers"
+    if answer.get("killed"):
+        return f"the process that renders chat templates was killed twice ({message}); free some memory, and try again"
     excess = {
         "cpu": f"takes more than {limits['seconds']} s of CPU time",
         "memory": f"takes more than {limits['memory'] // 2**20} MiB of memory",
