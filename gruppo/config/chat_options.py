@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 # Arguments and names of the rendering itself, with what to write in their place.
@@ -34,8 +34,11 @@ _EXAMPLE = "chat_template_kwargs = {enable_thinking = false}"
 _TOOL = '[{type = "function", function = {name = "add", parameters = {type = "object"}}}]'
 
 
-def check_kwargs(kwargs: Mapping[str, Any], name: str = "chat_template_kwargs") -> None:
-    """Raise ValueError if a name cannot be a variable of a template."""
+def check_kwargs(kwargs: Any) -> None:
+    """Raise ValueError unless these are variables of a template by name."""
+    name = "chat_template_kwargs"
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"{name} = {kwargs!r:.60}: is not a table of variables; write e.g. {_EXAMPLE}")
     for key, value in kwargs.items():
         if key in _RESERVED:
             raise ValueError(
@@ -45,13 +48,13 @@ def check_kwargs(kwargs: Mapping[str, Any], name: str = "chat_template_kwargs") 
             raise ValueError(f"{name}.{key} = {value!r:.60}: is not the name of a variable; write e.g. {_EXAMPLE}")
 
 
-def check_tools(tools: Sequence[Any], name: str = "tools") -> None:
-    """Raise ValueError if one of the tools is not a table with a name or a type."""
+def check_tools(tools: Any) -> None:
+    """Raise ValueError unless this is a list of JSON schemas: of tables with a name or a type."""
+    if not isinstance(tools, list | tuple):
+        raise ValueError(f"tools = {tools!r:.60}: is not a list of JSON schemas; write e.g. {_TOOL}")
     for place, tool in enumerate(tools):
         if not isinstance(tool, Mapping) or not any(isinstance(tool.get(key), str) for key in ("type", "name")):
-            raise ValueError(
-                f"{name}[{place}] = {tool!r:.60}: is not the JSON schema of a function; write e.g. {_TOOL}"
-            )
+            raise ValueError(f"tools[{place}] = {tool!r:.60}: is not the JSON schema of a function; write e.g. {_TOOL}")
 
 
 def check_json(value: Any, name: str) -> None:

@@ -167,7 +167,7 @@ def _values(schema: Mapping[str, Any]) -> str:
     if "$ref" in schema:
         return "table"
     if schema["type"] == "array":
-        return "list of " + {"string": "texts", "number": "numbers"}[schema["items"]["type"]]
+        return "list of " + {"string": "texts", "number": "numbers", "object": "tables"}[schema["items"]["type"]]
     words = {"string": "text", "integer": "integer", "number": "number", "boolean": "true, false", "object": "table"}
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = " and ".join(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)

@@ -131,7 +131,7 @@ class Task(Section):
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the model's chat template, e.g. `{enable_thinking = false}`. A row's column `chat_template_kwargs`
     overrides them one by one. Default: none; for evaluation, those of the training tasks."""
-    tools: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     """JSON schemas of functions that the chat template describes in the prompt. A row's column `tools` replaces them.
     Default: none; for evaluation.task, those of the training tasks."""
     completion: str | None = None
@@ -160,13 +160,14 @@ class Task(Section):
         as_bytes(memory)
         return memory
 
-    @model_validator(mode="after")
-    def _template_options_are_valid(self) -> Self:
-        for name, value in (("chat_template_kwargs", self.chat_template_kwargs), ("tools", self.tools)):
-            check_json(value or [], name)
-        check_kwargs(self.chat_template_kwargs or {})
-        check_tools(self.tools or [])
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _template_options_are_valid(cls, data: Any) -> Any:
+        for name, check in (("chat_template_kwargs", check_kwargs), ("tools", check_tools)):
+            if isinstance(data, Mapping) and (value := data.get(name)) is not None:
+                check(value)
+                check_json(value, name)
+        return data
 
 
 class Reward(Section):

@@ -56,22 +56,19 @@ def _own_kwargs(given: Any) -> dict[str, Any]:
     content = _read(given, KWARGS)
     if content is None:
         return {}
-    if not isinstance(content, Mapping):
-        raise ValueError(f'{KWARGS} = {given!r:.60}: is not an object; write {{"enable_thinking": false}}')
-    kwargs = {name: value for name, value in content.items() if value is not None}  # null: not given in this row
-    check_kwargs(kwargs)
-    return kwargs
+    check_kwargs(content)
+    return {name: value for name, value in content.items() if value is not None}  # null: not given in this row
 
 
 def _own_tools(given: Any) -> list[dict[str, Any]] | None:
     content = _read(given, TOOLS)
     if content is None:
         return None
-    if not isinstance(content, list | tuple):
-        raise ValueError(f"{TOOLS} = {given!r:.60}: is not a list; write the JSON schemas of functions in a list")
-    tools = [_with_parameters(_read(tool, f"{TOOLS}[{place}]"), place) for place, tool in enumerate(content)]
+    tools = content
+    if isinstance(content, list | tuple):
+        tools = [_with_parameters(_read(tool, f"{TOOLS}[{place}]"), place) for place, tool in enumerate(content)]
     check_tools(tools)
-    return tools
+    return list(tools)
 
 
 def _with_parameters(tool: Any, place: int) -> Any:

@@ -84,10 +84,10 @@ def test_options_reach_the_template_as_in_transformers(row: Any, fields: Any, ex
         ({"chat_template_kwargs": {"add_generation_prompt": True}}, "gruppo asks for an answer"),
         ({"chat_template_kwargs": '{"tools": []}'}, "the column `tools` give"),
         ({"chat_template_kwargs": {"a-b": 1}}, "not the name of a variable"),
-        ({"chat_template_kwargs": [1]}, "is not an object"),
+        ({"chat_template_kwargs": [1]}, "is not a table of variables"),
         ({"chat_template_kwargs": "think"}, "neither JSON"),
         ({"tools": "hammer, saw"}, r"tools = 'hammer, saw': is neither JSON .*task\.columns = \{other = \"tools\"\}"),
-        ({"tools": {"name": "f"}}, "is not a list"),
+        ({"tools": {"name": "f"}}, "is not a list of JSON schemas"),
         ({"tools": ["hammer"]}, r"tools\[0\] = 'hammer': is neither JSON"),
         ({"tools": [{"function": {"name": "f"}}, 3]}, r"tools\[0\] = .*is not the JSON schema"),
         ({"tools": [BARE, 3]}, r"tools\[1\] = 3: is not the JSON schema"),
@@ -114,7 +114,8 @@ def test_columns_that_are_no_options_are_refused(row: dict[str, Any], message: s
         ({"chat_template_kwargs": {"a": {"b": [None]}}}, r"chat_template_kwargs.a.b\[0\] = None: has no value"),
         ({"tools": ["add"]}, r"tools\[0\] = 'add': is not the JSON schema"),
         ({"tools": [{}]}, r"tools\[0\] = {}"),
-        ({"chat_template_kwargs": True}, "chat_template_kwargs = True"),
+        ({"chat_template_kwargs": True}, "chat_template_kwargs = True: is not a table of variables; write e.g."),
+        ({"tools": ADD}, "is not a list of JSON schemas; write e.g."),
     ],
 )
 def test_options_of_a_recipe_are_checked(fields: dict[str, Any], message: str) -> None:
