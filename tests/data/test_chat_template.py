@@ -235,10 +235,13 @@ def test_the_process_does_not_load_torch() -> None:
 
 
 def test_the_process_ends_with_its_parent() -> None:
+    request = {
+        "template": "x", "special_tokens": {}, "messages": USER, "arguments": {}, "time": "2024-07-26",
+        "seconds": 9, "memory": 2**30, "characters": 9,
+    }  # fmt: skip
     program = (
-        "from tests.conftest import make_tokenizer\nfrom gruppo.data import chat_template\nimport time\n"
-        "chat_template.render_chat(make_tokenizer(), [{'role': 'user', 'content': 'a'}])\n"
-        "print(chat_template._RENDERER._process.pid, flush=True)\n"
+        "import time\nfrom gruppo.data.chat_template import _RENDERER\n"
+        f"assert _RENDERER.answer({request!r})['text'] == 'x'\nprint(_RENDERER._process.pid, flush=True)\n"
     )
     for end in ("time.sleep(600)", ""):
         with subprocess.Popen([sys.executable, "-c", program + end], stdout=subprocess.PIPE, text=True) as parent:
