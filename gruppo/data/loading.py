@@ -116,7 +116,8 @@ def _load(
         transformed = transform(_counted(source, advance), task, field, name, answered)
     rows, keys = [entry.row for entry in transformed], [entry.key for entry in transformed]
     chat = ChatOptions.of(task)
-    if (chat.kwargs or chat.tools) and all(isinstance(row["prompt"], str) for row in rows):
+    trains = field.startswith(("task", "mixture"))  # evaluation tasks can have inherited the options
+    if trains and (chat.kwargs or chat.tools) and all(isinstance(row["prompt"], str) for row in rows):
         raise UsageError(
             f"{field}.{'chat_template_kwargs' if chat.kwargs else 'tools'}: the prompts of {name} are plain text, "
             f'which no template renders; write {field}.system = "" to turn them into conversations, or remove it'

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from gruppo.config.labels import options_name, split_label
 from gruppo.config.recipe import Recipe
-from gruppo.config.sections import Evaluation, Task
+from gruppo.config.sections import Evaluation
 from gruppo.data.benchmark_table import default_grader, domain
-from gruppo.data.chat_options import KWARGS, TOOLS, ChatOptions
 from gruppo.data.loading import Dataset, load_questions, load_training
 from gruppo.data.references import alternatives, answer_text, reference_of
 from gruppo.errors import UsageError
@@ -218,32 +217,12 @@ def _sets_with_tasks(recipe: Recipe, progress: Progress) -> list[EvalSetRows]:
     eval_sets = []
     for name, field, settings in sources:
         assert settings.task is not None
-        part = _with_chat_options(load_questions(settings.task, field, progress), settings.task, field, name, recipe)
+        part = load_questions(settings.task, field, progress)
         grader = _grader(settings, settings.task.name)
         _require_gradable([part], {part.name: grader}, settings, field.removesuffix("task"))
         set_domain = None if trained is None else domain(settings.task.name, trained)
         eval_sets.append(EvalSetRows(name, settings, [part], {part.name: grader}, set_domain))
     return eval_sets
-
-
-def _with_chat_options(part: Dataset, task: Task, field: str, name: str, recipe: Recipe) -> Dataset:
-    """The questions with the chat-template options of the training tasks, where their own task sets none.
-
-    Variables hold for every evaluation set, because they choose how the model is prompted; tools are part of a task, so
-    [[benchmarks]], whose `name` is not empty, do not inherit them. Raises UsageError if the training tasks differ.
-    """
-    inherited = {}
-    for option in (KWARGS, TOOLS) if not name else (KWARGS,):
-        values = [getattr(trained, option) or None for trained in recipe.tasks]
-        if getattr(task, option) is not None or not any(values):
-            continue
-        if any(value != values[0] for value in values):
-            raise UsageError(
-                f"{field}.{option}: missing, and the training tasks have different ones; write those that the "
-                f"evaluation uses, or {'{}' if option == KWARGS else '[]'} for none"
-            )
-        inherited[option] = values[0]
-    return replace(part, chat=ChatOptions.of(task.model_copy(update=inherited))) if inherited else part
 
 
 def _grader(settings: Evaluation, task: str) -> Named:

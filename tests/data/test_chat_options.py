@@ -192,14 +192,13 @@ def test_evaluation_inherits_the_options(tmp_path: Path) -> None:
     for same in (settings, load_recipe(settings.as_mapping())):  # a run folder has the resolved recipe
         own, benchmark = evaluated(same)
         assert own == ChatOptions({"thinking": False}, [ADD])
-        assert benchmark == ChatOptions({"thinking": False}, [])
+        assert benchmark == ChatOptions({"thinking": False}, [ADD])  # of the same task
     held_out = recipe(tmp_path, task={"name": rows, **options, "held_out": 0.5}, evaluation={})
     assert evaluated(held_out)[0] == ChatOptions({"thinking": False}, [ADD])
     written = {"name": rows, "chat_template_kwargs": {}, "tools": []}
     assert evaluated(recipe(tmp_path, task={"name": rows, **options}, evaluation={"task": written}))[0] == ChatOptions()
     mixture = [{"name": rows, **options}, {"name": rows}]
-    with pytest.raises(UsageError, match=r"evaluation\.task\.chat_template_kwargs: missing, .*or {} for none"):
-        evaluated(recipe(tmp_path, mixture=mixture))
+    assert evaluated(recipe(tmp_path, mixture=mixture))[0] == ChatOptions()  # no common options
     agreed = recipe(tmp_path, mixture=[mixture[0], mixture[0]])
     assert evaluated(agreed)[0] == ChatOptions({"thinking": False}, [ADD])
 
