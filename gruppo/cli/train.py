@@ -48,9 +48,11 @@ def train(
     with resumable(["train", recipe], set_, folder):
         result, _ = run_recipe(settings, out=folder, resume=resume, progress=progress)
         if result.summary["state"] == "interrupted":
+            from gruppo.runs.status import read_status
             from gruppo.utils.signals import Interrupted
 
-            step, steps = result.summary["steps"], settings.run.steps
+            status = read_status(folder)
+            step, steps = result.summary["steps"], settings.run.steps if status is None else status.steps
             raise Interrupted(f"Interrupted after step {step} of {steps}; everything is saved. Resume with:")
     _show_result(progress, result)
 

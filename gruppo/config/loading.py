@@ -19,7 +19,7 @@ from gruppo.config.foreign_names import fields_named, gruppo_name
 from gruppo.config.labels import options_name
 from gruppo.config.recipe import Recipe
 from gruppo.config.renames import new_field, new_value, translate_recipe
-from gruppo.config.sections import Lora, Section
+from gruppo.config.sections import Lora, Optimizer, Run, Section
 from gruppo.errors import UsageError, nearest, worded
 from gruppo.utils.nesting import MAX_DEPTH, too_deep
 from gruppo.utils.paths import is_file, not_a_file, user_path
@@ -184,10 +184,15 @@ def _overlaid(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The layers merged into one recipe; earlier layers override later ones.
 
     A layer that sets reward.functions drops the options of functions that it removes. A task replaces a mixture, and
-    vice versa.
+    vice versa; run.steps and run.epochs replace each other, as do other fields of which only one may be set.
     """
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
+        for table, pairs in _ALTERNATIVES.items():
+            above, below = layer.get(table), merged.get(table)
+            if isinstance(above, dict) and isinstance(below, dict):
+                gone = {other for new, old in pairs for one, other in ((new, old), (old, new)) if one in above}
+                merged[table] = {name: value for name, value in below.items() if name not in gone}
         if "mixture" in layer or "task" in layer:
             merged.pop("task" if "mixture" in layer else "mixture", None)
         reward, before = layer.get("reward"), merged.get("reward")
@@ -195,6 +200,10 @@ def _overlaid(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
             merged["reward"] = _without_functions(before, reward["functions"])
         merged = _merged(merged, layer)
     return merged
+
+
+# Table -> pairs of fields of which only one may be set.
+_ALTERNATIVES = {name: [*section.REPLACES.items()] for name, section in (("run", Run), ("optimizer", Optimizer))}
 
 
 def _without_functions(reward: Mapping[str, Any], functions: Any) -> dict[str, Any]:

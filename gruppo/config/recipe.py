@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from gruppo.config.inheritance import with_inherited
 from gruppo.config.method_section import Critic, Method
+from gruppo.config.schedule import steps_of_epochs
 from gruppo.config.sections import (
     Audit,
     Benchmark,
@@ -56,7 +57,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.optimizer.warmup_steps > self.run.steps:
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        """Raise ValueError if fields of different tables disagree."""
+        if self.run.epochs is None and self.optimizer.warmup_steps > self.run.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps}: must be at most run.steps = "
                 f"{self.run.steps}; write fewer warm-up steps or more steps"
@@ -78,7 +84,6 @@ class Recipe(Section):
             )
         for table, field, message in unused_fields(self):
             raise PydanticCustomError("unused_field", "{message}", {"message": message, "field": [table, field]})
-        return self
 
     def _evaluations_agree(self) -> None:
         """Check the fields of [evaluation] and [[benchmarks]]. Raises ValueError if they disagree."""
@@ -109,7 +114,7 @@ class Recipe(Section):
     def _iterations_agree(self) -> None:
         """Check the fields of iterations, reward model and audit. Raises ValueError if they disagree."""
         iterations, model, method = self.run.iterations, self.reward_model, self.method
-        if self.run.steps % iterations:
+        if self.run.epochs is None and self.run.steps % iterations:
             raise ValueError(
                 f"run.iterations = {iterations}: run.steps = {self.run.steps} cannot be split into as many equal "
                 f"parts; write e.g. steps = {iterations * max(1, self.run.steps // iterations)}"
@@ -142,7 +147,22 @@ class Recipe(Section):
 
     def as_mapping(self) -> dict[str, Any]:
         """Tables and fields as plain values. Loading them again gives an equal recipe."""
-        return self.model_dump(exclude_none=True, exclude={"task" if self.mixture else "mixture"})
+        excluded: dict[str, Any] = {"task" if self.mixture else "mixture": True}
+        excluded |= {"run": self.run.replaced, "optimizer": self.optimizer.replaced}
+        return self.model_dump(exclude_none=True, exclude=excluded)
+
+    def with_steps(self, prompts: int) -> Self:
+        """The recipe with run.steps in place of run.epochs, for a run on `prompts` training prompts.
+
+        Raises ValueError if other fields do not fit this number of steps.
+        """
+        if self.run.epochs is None:
+            return self
+        steps = steps_of_epochs(self.run, prompts, self.sampling.prompts_per_step)
+        run = self.run.model_copy(update={"steps": steps, "epochs": None})
+        resolved = self.model_copy(update={"run": run})
+        resolved._check()
+        return resolved
 
     @property
     def tasks(self) -> list[Task]:

@@ -204,7 +204,7 @@ def _table(header: str, section: Section, repeated: bool = False) -> list[str]:
             inner.append(note + tomli_w.dumps(value))
         elif value is None and (type(section), name) in _INNER:
             inner.append(f"{note}# [{header}.{name}]\n")
-        elif value is None:
+        elif value is None or name in section.replaced:
             text += f"{note}# {name} = …\n"
         else:
             text += f"{note}{name} = {_toml(value)}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -35,9 +35,29 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    REPLACES: ClassVar[Mapping[str, str]] = {}
+    """Optional field -> the field whose place it takes if it is set."""
+
+    @property
+    def replaced(self) -> set[str]:
+        """The fields that have no effect, because the field that takes their place is set."""
+        return {old for new, old in self.REPLACES.items() if getattr(self, new) is not None}
+
+    @model_validator(mode="after")
+    def _only_one_is_set(self) -> Self:
+        for new, old in self.REPLACES.items():
+            if getattr(self, new) is not None and old in self.model_fields_set:
+                raise ValueError(
+                    f"{new} = {getattr(self, new)}: takes the place of {old} = {getattr(self, old)}; write only one of "
+                    "them"
+                )
+        return self
+
 
 class Run(Section):
     """Name, length, seed, checkpoints and memory limit of the run."""
+
+    REPLACES: ClassVar[Mapping[str, str]] = {"epochs": "steps"}
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
     """Name of the run. The run folder is runs/<name> unless --out is given. Default: the recipe's file name."""
@@ -46,6 +66,10 @@ class Run(Section):
     steps: Annotated[int, Field(ge=1)] = 100
     """Number of steps. Each step samples completions for a batch of prompts, scores them and updates the policy
     method.inner_updates times."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length in passes over the training prompts, in place of steps: epochs × prompts / sampling.prompts_per_step,
+    rounded up to whole steps and to a multiple of iterations. A pass over a [[mixture]] has as many prompts as all of
+    its tasks together, sampled by weight. Prompts that dynamic sampling adds to a step do not count."""
     iterations: Annotated[int, Field(ge=1)] = 1
     """I, the outer iterations of Algorithm 1: the steps are split into this many equal parts. At the start of every
     iteration a [reward_model] is trained on new samples; from the second iteration on, the reference is also reset to
@@ -338,10 +362,16 @@ class Sampling(Section):
     """Maximum completion length in tokens. Longer completions are truncated."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Logits are divided by this value; π_θ, π_old and π_ref are all computed at this temperature."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Stop strings: the completion ends with the first occurrence of any of them, regardless of token boundaries, as
+    with an EOS token. The loss covers every sampled token, also the part of the last one that follows the stop string.
+    With an environment, they end the whole completion. Evaluation uses them too, unless it sets decoding.stop."""
 
 
 class Optimizer(Section):
     """AdamW with float32 master weights."""
+
+    REPLACES: ClassVar[Mapping[str, str]] = {"warmup_ratio": "warmup_steps"}
 
     learning_rate: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate after warm-up."""
@@ -350,6 +380,8 @@ class Optimizer(Section):
     last."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up from 0. The learning rate of the first step is already above 0."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Warm-up as a fraction of run.steps, rounded up to whole steps, in place of warmup_steps."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay rate of AdamW's first moment (mean of gradients)."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -376,8 +408,9 @@ class Decoding(Section):
     """Sample only from tokens with at least this fraction of the most likely token's probability; 0 turns it off."""
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """Minimum answer length in tokens; the answer cannot end earlier."""
-    stop: list[Annotated[str, Field(min_length=1)]] = []
-    """Stop strings: the answer ends before the first occurrence of any of them, regardless of token boundaries."""
+    stop: list[Annotated[str, Field(min_length=1)]] | None = None
+    """Stop strings: the answer ends before the first occurrence of any of them, regardless of token boundaries.
+    Default: sampling.stop; the answer then ends as in training, with the stop string included."""
 
 
 class Evaluation(Section):

@@ -17,12 +17,14 @@ class Request:
 
     A stream is the key of the random numbers of one completion. `limits`: the maximum number of tokens of each
     completion, if it is smaller than `SamplingParams.max_tokens`. A completion that reaches its limit has the finish
-    reason "length".
+    reason "length". `written`: the number of tokens at the end of `token_ids` that the model wrote before. A stop
+    string may begin in them, and the text of a completion begins with theirs.
     """
 
     token_ids: tuple[int, ...]
     streams: Sequence[tuple[int, ...]]
     limits: Sequence[int] | None = None
+    written: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,11 @@ class SamplingParams:
     kept), `top_p` the fewest most likely tokens whose probabilities sum to at least top_p, and `min_p` the tokens whose
     probability is at least min_p times that of the most likely token.
 
-    A completion ends with an EOS token, before the first text of `stop` (its tokens are kept, its text is removed), or
-    after `max_tokens` tokens. It never ends before `min_tokens` tokens; until then EOS tokens have probability 0.
+    A completion ends with an EOS token, at the first text of `stop`, or after `max_tokens` tokens. It never ends before
+    `min_tokens` tokens; until then EOS tokens have probability 0. The tokens of a stop string are kept. Its text is
+    removed, or with `keep_stop` kept; what follows it in its last token is removed in both cases.
 
-    Training samples from the full distribution. Its only stop strings are the points where an environment takes over.
+    Training samples from the full distribution.
     """
 
     temperature: float
@@ -47,6 +50,7 @@ class SamplingParams:
     min_p: float = 0.0
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    keep_stop: bool = False
 
 
 class Engine(Protocol):
@@ -67,7 +71,8 @@ class Engine(Protocol):
         was sampled from, truncated or not; with temperature 0, under the full distribution at temperature 1. `advance`
         is called with the number of tokens sampled since its last call.
 
-        Raises ValueError for a prompt without tokens, and unless `limits` has one positive value per stream.
+        Raises ValueError for a prompt without tokens, unless `limits` has one positive value per stream, and if more
+        tokens are `written` than there are.
         """
 
     def generate(

@@ -53,13 +53,20 @@ class EvalSet:
         return (range(start, min(start + size, len(self.prompts))) for start in range(0, len(self.prompts), size))
 
 
-def sampling_params(decoding: Decoding, max_tokens: int) -> SamplingParams:
-    """The engine's options for a recipe's decoding. Raises UsageError if min_tokens is greater than max_tokens."""
+def sampling_params(decoding: Decoding, max_tokens: int, training_stop: Sequence[str] = ()) -> SamplingParams:
+    """The engine's options for a recipe's decoding.
+
+    `training_stop`: sampling.stop, which applies unless the decoding has stop strings of its own. Raises UsageError if
+    min_tokens is greater than max_tokens.
+    """
     if decoding.min_tokens > max_tokens:
         raise UsageError(
             f"evaluation.decoding.min_tokens = {decoding.min_tokens}: is more than max_tokens = {max_tokens}; lower it"
         )
-    return SamplingParams(max_tokens=max_tokens, **{**decoding.model_dump(), "stop": tuple(decoding.stop)})
+    inherits = decoding.stop is None
+    stop = tuple(training_stop if decoding.stop is None else decoding.stop)
+    fields = {**decoding.model_dump(), "stop": stop, "keep_stop": inherits and bool(stop)}
+    return SamplingParams(max_tokens=max_tokens, **fields)
 
 
 def make_eval_set(rows: EvalSetRows, recipe: Recipe, tokenize: Tokenize) -> EvalSet:
@@ -69,7 +76,7 @@ def make_eval_set(rows: EvalSetRows, recipe: Recipe, tokenize: Tokenize) -> Eval
     """
     settings = rows.settings
     limit = settings.max_tokens or recipe.sampling.max_tokens
-    options = sampling_params(settings.decoding, limit)
+    options = sampling_params(settings.decoding, limit, recipe.sampling.stop)
     prompts = interleaved([tokenize(part, limit, settings.questions) for part in rows.parts], settings.questions)
     eval_set = EvalSet(rows.name, prompts, rows.graders, options, settings.samples, settings.every, rows.domain)
     check_graders(eval_set.graders, prompts)

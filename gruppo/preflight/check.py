@@ -125,7 +125,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
     from gruppo.models.lora import check_adapters
     from gruppo.models.precision import choose_device, choose_dtype
     from gruppo.rollout.multi_turn import open_multi_turn
-    from gruppo.training.inputs import workload
+    from gruppo.training.inputs import with_steps, workload
     from gruppo.training.policy_loss import find_surrogate
     from gruppo.training.setup import make_pool
     from gruppo.training.sizing import disk_of, load_and_choose
@@ -142,6 +142,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
         source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
         check_adapters(source, recipe.model.lora)
         inputs, refused = _tokenize(recipe, data, source, progress, opened)
+        recipe = with_steps(recipe, inputs, progress)
         policy, chosen = load_and_choose(recipe, source, inputs, device, dtype, progress)
         episodes = opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None
         work = workload(recipe, inputs)

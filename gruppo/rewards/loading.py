@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import pickle
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from gruppo.config.labels import options_name
 from gruppo.errors import UsageError, nearest
 from gruppo.rewards import RewardFunction, split_prefix
-from gruppo.rewards.interop import ADAPTERS, Adapted
+from gruppo.rewards.identity import code_digest
+from gruppo.rewards.interop import ADAPTERS
 from gruppo.utils.imports import import_attribute
 
 OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -51,7 +49,7 @@ def load_reward(
     else:
         prefix, path = split_prefix(source)
         function = import_attribute(path, "reward.functions")
-    digest = _digest(source, function)
+    digest = code_digest(source, function)
     if isinstance(function, type):
         function, options = _instance(function, name, options), {}
     if prefix:
@@ -163,17 +161,3 @@ def _field(name: str) -> str:
     """The recipe field that holds the options of this function."""
     name = options_name(name)
     return f"reward.options.{name}" if re.fullmatch(r"[\w-]+", name) else f'reward.options."{name}"'
-
-
-def _digest(source: str | bytes, function: Any) -> str:
-    """SHA-256 of the file that defines the function; of a pickled function, of its bytecode, else of the pickle."""
-    if isinstance(function, Adapted):
-        function = function.function
-    if isinstance(source, bytes):
-        code = getattr(function, "__code__", None)
-        content = source if code is None else code.co_code + repr(code.co_names).encode()
-    else:
-        module = sys.modules.get(getattr(function, "__module__", None) or type(function).__module__)
-        file = getattr(module, "__file__", None)
-        content = Path(file).read_bytes() if file else source.encode()
-    return hashlib.sha256(content).hexdigest()

@@ -183,21 +183,22 @@ class MultiTurnSampler:
         """Sample a turn of each trajectory, or the rest of one. Trajectories with the same tokens so far share a
         request."""
         for accepting in (True, False):
-            by_prefix: dict[tuple[tuple[int, ...], bool], list[Trajectory]] = {}
+            by_prefix: dict[tuple[tuple[int, ...], bool, int], list[Trajectory]] = {}
             for trajectory in active:
                 if self._accepts_observations(trajectory) == accepting:
-                    key = (*trajectory.prompt_ids, *trajectory.ids), not trajectory.samples
+                    ids = (*trajectory.prompt_ids, *trajectory.ids)
+                    key = ids, not trajectory.samples, len(trajectory.turn_ids)
                     by_prefix.setdefault(key, []).append(trajectory)
             if not by_prefix:
                 continue
             stop = (*options.stop, *(self.environments.stop if accepting else ()))
             most = max(trajectory.room for batch in by_prefix.values() for trajectory in batch)
-            only_later_turns = all(not first for _, first in by_prefix)
+            only_later_turns = all(not first for _, first, _ in by_prefix)
             min_tokens = 0 if only_later_turns else options.min_tokens
             turn_options = replace(options, stop=stop, max_tokens=most, min_tokens=min_tokens)
             requests = [
-                Request(ids, [one.next_stream for one in batch], [one.room for one in batch])
-                for (ids, _), batch in by_prefix.items()
+                Request(ids, [one.next_stream for one in batch], [one.room for one in batch], written)
+                for (ids, _, written), batch in by_prefix.items()
             ]
             sampled = engine.generate(requests, turn_options, advance)
             for batch, completions in zip(by_prefix.values(), sampled, strict=True):
@@ -209,11 +210,11 @@ class MultiTurnSampler:
         trajectory.append(completion.token_ids, completion.sampling_logprobs)
         trajectory.samples, trajectory.version = trajectory.samples + 1, completion.policy_version
         trajectory.turn_ended = completion.token_ids[-1] in self.dialogue.eos_ids
-        sampled = completion.token_ids[:-1] if trajectory.turn_ended else completion.token_ids
-        beyond = self.dialogue.text(sampled)[len(completion.text) :]
+        beyond = self._turn_text(trajectory)[len(completion.text) :]
+        by_recipe = completion.text.endswith if options.keep_stop else beyond.startswith
         if completion.finish_reason == "length":
             self._finish(trajectory, "length")
-        elif not trajectory.turn_ended and any(beyond.startswith(text) for text in options.stop):
+        elif not trajectory.turn_ended and any(map(by_recipe, options.stop)):
             self._finish(trajectory, "stop", len(beyond))
         elif trajectory.turn_ended and not self._accepts_observations(trajectory):
             self._finish(trajectory, "stop")

@@ -89,7 +89,7 @@ class StepLabeller:
                 ids = (*prompt.token_ids, *completion.token_ids[: end + 1])
                 count = self.settings.continuations
                 streams = [(*key, index, number, step, sample) for sample in range(count)]
-                requests.append(Request(ids, streams, [room] * count))
+                requests.append(Request(ids, streams, [room] * count, written=end + 1))
             labels.append(label)
         return self._label_steps(labels, places, requests, failures), failures
 
@@ -150,16 +150,9 @@ class StepLabeller:
         return results
 
     def _join(self, prefix: tuple[int, ...], completion: Completion) -> Completion:
-        """The prefix and a continuation of it as one completion of the prompt."""
+        """The prefix and a continuation of it, whose text includes the prefix's, as one completion of the prompt."""
         ids = (*prefix, *completion.token_ids)
-        without_end = ids[:-1] if completion.finish_reason == "stop" else ids
-        return replace(
-            completion,
-            token_ids=ids,
-            sampling_logprobs=(0.0,) * len(ids),
-            mask=(True,) * len(ids),
-            text=str(self.tokenizer.decode(list(without_end), skip_special_tokens=True)),
-        )
+        return replace(completion, token_ids=ids, sampling_logprobs=(0.0,) * len(ids), mask=(True,) * len(ids))
 
 
 def _failure_reason(reward: Reward) -> str:

@@ -36,6 +36,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.renames import translate_recipe
 from gruppo.errors import UsageError
 from gruppo.runs.atomic import WriteError, publish, write_whole, writing
+from gruppo.runs.changes import Change, allowed_changes, differences
 from gruppo.runs.reading import object_of, read_metrics, read_object, reading, require_own, step_of
 from gruppo.runs.trust import remember
 from gruppo.utils.disk import free_bytes, gigabytes, held_bytes
@@ -60,6 +61,7 @@ _FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "re
 
 # In environment.json: the local time at which the contents of the folder were started.
 START_TIME = "start_time"
+PENDING = "recipe"  # in environment.json, while recipe.toml is being replaced
 
 
 # What a folder can hold.
@@ -304,10 +306,13 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(step), path) for step, path in found.items() if re.fullmatch(r"\d{6,}", step)))
 
 
-def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, links_to: Path | None = None) -> None:
+def check_folder(
+    path: Path, recipe: Recipe, resume: bool, kind: str = RUN, links_to: Path | None = None
+) -> list[Change]:
     """Raise UsageError if a run with this recipe (or another `kind`) must not use the folder; write nothing.
 
-    `links_to`: a folder that links may lead into and that was checked before.
+    Returns what has changed in the recipe since the run in the folder was started or last resumed (see
+    `gruppo.runs.changes`). `links_to`: a folder that links may lead into and that was checked before.
     """
     if path.exists() and not path.is_dir():
         raise UsageError(f"--out {path}: is a file; choose a folder")
@@ -327,7 +332,7 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
         others = [entry.name for entry in path.iterdir() if entry.name not in _FIRST] if path.is_dir() else []
         if others:
             raise UsageError(f"--out {path}: the folder contains other files ({others[0]}, …); choose an empty one")
-        return
+        return []
     marked = path / "folder.json"
     found = _kind(marked) if marked.is_file() else RUN
     if found != kind:
@@ -340,14 +345,23 @@ def check_folder(path: Path, recipe: Recipe, resume: bool, kind: str = RUN, link
             "with --out"
         )
     with reading(recipe_file, "restore the recipe of the run, or choose another folder with --out"):
-        before = translate_recipe(tomllib.loads(recipe_file.read_text(encoding="utf-8")))
-    # Load it as a recipe, so that fields newer than the run get their defaults.
-    changes = _differences(load_recipe(before).as_mapping(), recipe.as_mapping())
-    if changes:
+        content = translate_recipe(tomllib.loads(_pending_recipe(path) or recipe_file.read_text(encoding="utf-8")))
+    before = load_recipe(content)  # so that fields newer than the run get their defaults
+    if kind == RUN:
+        return allowed_changes(path, before, recipe, checkpoint_folders(path))
+    if changes := differences(before, recipe):
+        listed = "; ".join(change.message for change in changes)
         raise UsageError(
-            f"--resume {path}: the recipe has changed since: {'; '.join(changes)}; restore it, or choose another "
-            "folder with --out"
+            f"--resume {path}: the recipe has changed since: {listed}; restore it, or choose another folder with --out"
         )
+    return []
+
+
+def _pending_recipe(path: Path) -> str | None:
+    """The recipe that a resume had begun to store when it was killed, if there is one."""
+    file = path / "environment.json"
+    recipe = read_object(file).get(PENDING) if file.is_file() else None
+    return recipe if isinstance(recipe, str) else None
 
 
 def _article(kind: str) -> str:
@@ -359,23 +373,3 @@ def _kind(marked: Path) -> str:
     if not isinstance(kind, str):
         raise UsageError(f"{marked}: is damaged; start again with another --out")
     return kind
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    changes = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += _differences(old, new, f"{prefix}{key}.")
-        elif pairs := _tables(old, new):
-            for place, (one, other) in enumerate(pairs):
-                changes += _differences(one, other, f"{prefix}{key}[{place}].")
-        elif old != new:
-            changes.append(f"{prefix}{key} was {old!r} and is {new!r}")
-    return changes
-
-
-def _tables(old: Any, new: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Pairs of [[tables]] of two recipes if both have the same number of tables, else an empty list."""
-    both = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
-    return list(zip(old, new, strict=True)) if both and all(isinstance(entry, dict) for entry in (*old, *new)) else []

@@ -115,8 +115,11 @@ def _answers(folder: Path, last: int) -> list[str]:
     except UsageError as error:
         return [str(error)]
     lines = []
-    firsts = [pair for pair in zip(before, after, strict=True) if pair[0]["sample"] == 0 and not pair[0]["eval_set"]]
-    for old, new in firsts[:SHOWN]:
+    firsts, lasts = (
+        {row["prompt_id"]: row for row in rows if row["sample"] == 0 and not row["eval_set"]}
+        for rows in (before, after)
+    )
+    for old, new in [(row, lasts[name]) for name, row in firsts.items() if name in lasts][:SHOWN]:
         lines.append(old["question"].strip())
         lines += [f"  {name}: {_quoted(row)}" for name, row in (("before", old), ("after ", new))]
     return lines

@@ -36,6 +36,7 @@ class State:
     `step`: steps done. `cursor`: prompts sampled. `iteration`: outer iterations begun. `labels`: the hash of each table
     of labels, by file name. `evaluated`: the evaluation due at this step is done. `evaluations`: its metrics by step.
     `benchmarks`: metrics of the other evaluation sets, by step and name. `lengths`: bytes of the append-only files.
+    `evaluations_from`: the first step whose evaluation is comparable with later ones, after a change of [evaluation].
     """
 
     step: int = 0
@@ -48,6 +49,12 @@ class State:
     train_seconds: float = 0.0
     peak_memory_bytes: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
+    evaluations_from: int = 0
+
+    @property
+    def comparable(self) -> dict[str, dict[str, Any]]:
+        """The evaluations that can be compared with each other, by step."""
+        return {step: figures for step, figures in self.evaluations.items() if int(step) >= self.evaluations_from}
 
 
 # Critic and reward model, with their optimizers. The key is the prefix of their file names.
@@ -207,8 +214,9 @@ def drop_old(run: RunFolder, state: State) -> None:
     """
     folders = checkpoint_folders(run.path)
     steps = [step for step in folders if step <= state.step]
-    scored = [step for step in steps if str(step) in state.evaluations]
-    best = max(scored, key=lambda step: (state.evaluations[str(step)]["accuracy"], step), default=None)
+    evaluations = state.comparable
+    scored = [step for step in steps if str(step) in evaluations]
+    best = max(scored, key=lambda step: (evaluations[str(step)]["accuracy"], step), default=None)
     for step, folder in folders.items():
         if step not in {*steps[-2:], best}:
             shutil.rmtree(folder)

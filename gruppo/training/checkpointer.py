@@ -14,6 +14,8 @@ from gruppo.models.lora import save_adapter
 from gruppo.models.reward_model import save_reward_model
 from gruppo.models.weights import save_model
 from gruppo.runs.missing import saved_step
+from gruppo.training.changes import DIFFER, comparable_from
+from gruppo.training.changes import KIND as CHANGED
 from gruppo.training.checkpoint import drop_old, load_state, load_tensors, newest_checkpoint, save_checkpoint
 from gruppo.training.context import RunContext
 from gruppo.training.optimizer import Trainable
@@ -122,11 +124,16 @@ class Checkpointer:
         for damage in damages:
             recorder.event("damaged", damage, step)
             recorder.note(f"Note: {damage}; training does not depend on it")
-        if not restored.problems:
-            self.drop_old()  # checkpoints that a kill left behind
-        for change in self.parts.changes:
-            recorder.event("changed", f"{change}; from here on, results differ from those of the original run", step)
-            recorder.note(f"Note: {change}; see events.jsonl")
+        changes = self.parts.changes
+        for entry in changes.record(context.folder, context.recipe, step):
+            details = {name: value for name, value in entry.items() if name not in ("step", "message")}
+            recorder.event(CHANGED, entry["message"], entry["step"], **details)
+        for change in changes.lasting:
+            recorder.event(CHANGED, f"{change}; {DIFFER}", step)
+        for text in changes.texts:
+            recorder.note(f"Note: {text}; see events.jsonl")
+        compared = comparable_from(context.folder.read_json("environment.json"), context.state.evaluations)
+        context.state.evaluations_from = compared
         if restored.checkpoint is None:
             for task, count in self.parts.filtered.items():
                 message = f"{count} prompts of {task} are too long and were left out"
@@ -136,6 +143,8 @@ class Checkpointer:
                 size, after, before = halving["size"], halving["after"], halving["step"]
                 message = f"{size} stays at {after}: memory ran out in step {before} before the run was resumed"
                 recorder.event("memory", message, step, size=size, after=after)
+        if not restored.problems:
+            self.drop_old()  # checkpoints that a kill left behind
         if resumed:
             recorder.event("resume", f"continued after step {step}", step)
 

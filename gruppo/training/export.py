@@ -152,7 +152,7 @@ def _choose(source: Path, checkpoint: str | int) -> Path:
     if checkpoint == "last":
         return steps[max(steps)]
     if checkpoint == "best":
-        evaluated = _state(source, steps[max(steps)]).evaluations
+        evaluated = _state(source, steps[max(steps)]).comparable
         if len([step for step in evaluated if int(step)]) < 2:
             raise UsageError(
                 "--checkpoint best: the run has not evaluated two steps that could be compared; use --checkpoint "

@@ -62,9 +62,22 @@ def tokenize_data(
         ]
     prompts = Mixture(parts, [task.weight for task in recipe.tasks], recipe.run.seed)
     eval_sets = [make_eval_set(eval_data, recipe, tokenizer.tokenize) for eval_data in data.eval_sets]
-    return RunInputs(
-        prompts, offline, eval_sets, SamplingParams(recipe.sampling.temperature, limit), tokenizer.filtered
-    )
+    stop = tuple(recipe.sampling.stop)
+    sampling = SamplingParams(recipe.sampling.temperature, limit, stop=stop, keep_stop=bool(stop))
+    return RunInputs(prompts, offline, eval_sets, sampling, tokenizer.filtered)
+
+
+def with_steps(recipe: Recipe, inputs: RunInputs, progress: Progress) -> Recipe:
+    """The recipe with run.steps in place of run.epochs. Raises UsageError if other fields do not fit the steps."""
+    epochs, prompts, size = recipe.run.epochs, len(inputs.prompts), recipe.sampling.prompts_per_step
+    if epochs is None:
+        return recipe
+    try:
+        resolved = recipe.with_steps(prompts)
+    except ValueError as error:
+        raise UsageError(f"run.epochs = {epochs:g}, with {prompts} prompts: {error}") from None
+    progress.note(f"run.epochs = {epochs:g}: {resolved.run.steps} steps of {size} prompts ({prompts} in all)")
+    return resolved
 
 
 def workload(recipe: Recipe, inputs: RunInputs) -> Workload:

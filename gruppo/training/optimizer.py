@@ -1,8 +1,7 @@
-"""AdamW, its learning rate at a step, and one update, for policy, value model and reward model."""
+"""AdamW, and one update, for policy, value model and reward model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,15 +46,6 @@ def make_optimizer(settings: Optimizer, model: nn.Module, computed_by: LanguageM
     )
     optimizer.register_step_post_hook(lambda *_: computed_by.generation.advance())
     return optimizer
-
-
-def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
-    """The learning rate of a step (from 0): linear warm-up, then constant, or linear or cosine decay to 0."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return settings.learning_rate * factor[settings.schedule]
 
 
 def update(

@@ -10,12 +10,13 @@ from functools import partial
 import torch
 
 from gruppo.config.recipe import Recipe
+from gruppo.config.schedule import learning_rate
 from gruppo.models.packing import Batch, TokenWeights, pack
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 from gruppo.rollout.source import Step
 from gruppo.training.nonfinite import FiniteGuard, not_finite
-from gruppo.training.optimizer import learning_rate, update
+from gruppo.training.optimizer import update
 from gruppo.training.policy_loss import batch_loss, keep_logprobs, put_logprobs, score_batches, token_weights
 from gruppo.types import Group
 from gruppo.utils.metrics import Metrics

@@ -181,7 +181,7 @@ def reproduce(
             gradient_norm=lines[step].get("optimizer/gradient_norm"),
             differences=differences,
             earlier=earlier,
-            notes=[*prepared.changes, *damaged, *_environment_note(recipe), *_notes(folder, step, begun)],
+            notes=[*prepared.changes.texts, *damaged, *_environment_note(recipe), *_notes(folder, step, begun)],
         )
 
 
@@ -316,6 +316,9 @@ def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:
             yield f"{name} was {was} and is {is_}: rounding can differ; --tolerance 1e-4 allows for it"
     if environment["platform"] != now["platform"]:
         yield f"the run was made on {environment['platform']}: rounding can differ; --tolerance 1e-4 allows for it"
+    for change in environment.get("changes", []):
+        if change["step"] >= step and change["field"] in ("reward.functions", "environment.name"):
+            yield f"after step {change['step']}, {change['message']}"
     halvings = [halving for halving in environment.get("halvings", []) if begun < halving["step"] <= step]
     for halving in halvings:
         yield (

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.config.labels import options_name
 from gruppo.config.recipe import Recipe
+from gruppo.config.resume import MEMORY
 from gruppo.config.sections import Audit
 from gruppo.config.sections import Reward as RewardSettings
 from gruppo.config.units import as_bytes
@@ -39,9 +40,10 @@ from gruppo.rewards.steps import find_split
 from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.runs.folder import START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
+from gruppo.training.changes import Changes
 from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole
-from gruppo.training.inputs import RunInputs, tokenize_data, workload
+from gruppo.training.inputs import RunInputs, tokenize_data, with_steps, workload
 from gruppo.training.optimizer import Trainable, make_optimizer
 from gruppo.training.policy_loss import find_surrogate
 from gruppo.training.sizing import Free, disk_of
@@ -58,8 +60,8 @@ class RunComponents:
     `sampler`: the engine that samples completions: the policy's `engine`, or an engine of the initial model. `offline`:
     the completions that dataset rows bring, by prompt id; there is no `pool` then. `critic`: the value model (PPO
     only). `reward_model`: has an optimizer if it is trained. `audit`: the second grader's pool. `episodes`: the sampler
-    of a recipe with an environment. `changes`: descriptions of what has changed since the run started. `filtered`: how
-    many rows of each task were left out as too long.
+    of a recipe with an environment. `changes`: what has changed since the run was started or last resumed. `filtered`:
+    how many rows of each task were left out as too long.
     """
 
     recipe: Recipe
@@ -78,7 +80,7 @@ class RunComponents:
     audit: RewardPool | None
     sizes: BatchSizes
     sampling: SamplingParams
-    changes: list[str]
+    changes: Changes
     filtered: dict[str, int]
     episodes: MultiTurnSampler | None = None
 
@@ -126,10 +128,10 @@ def prepare(
         reward_source = find_like(reward_settings.name, "reward_model.name", source, progress)
         check_kind(reward_source.config, reward_settings.kind)
     inputs = tokenize_data(recipe, data, source, progress, opened)
-    digests = [*(pool.digests if pool else []), *(opened.environments.digests if opened else [])]
-    policy, chosen, changes = _load_policy(recipe, run, source, inputs, digests, started, progress)
-    # `recompute` is missing in runs from before the option existed.
-    policy = replace(policy, recompute=chosen.get("recompute", False))
+    recipe = with_steps(recipe, inputs, progress)
+    changes = Changes(check_folder(folder, recipe, resume, links_to=links_to))
+    code = _code(pool, rewards, opened, recipe)
+    policy, chosen = _load_policy(recipe, run, source, inputs, code, changes, started, progress)
     reference = policy.frozen_copy() if recipe.method.needs_reference else None
     least = workload(recipe, inputs).smallest
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], least)
@@ -232,18 +234,42 @@ def _memory_per_process(settings: RewardSettings) -> int:
     return total // settings.workers
 
 
+@dataclass(frozen=True)
+class _Code:
+    """Code that users bring: names and hashes of the `rewards`, then of the environment."""
+
+    names: list[str]
+    digests: list[str]
+    rewards: Sequence[str | RewardFunction]
+
+
+def _code(
+    pool: RewardPool | None,
+    rewards: Sequence[str | RewardFunction],
+    opened: OpenedEnvironments | None,
+    recipe: Recipe,
+) -> _Code:
+    digests, names = (pool.digests, pool.names) if pool and pool.digests else ([], [])
+    environments = opened.environments.digests if opened else []
+    called = recipe.environment.name if recipe.environment else ""
+    known = rewards if digests else ()
+    return _Code([*names, *[called] * len(environments)], [*digests, *environments], known)
+
+
 def _load_policy(
     recipe: Recipe,
     run: RunFolder,
     source: ModelSource,
     inputs: RunInputs,
-    rewards: Sequence[str],
+    code: _Code,
+    changes: Changes,
     started: datetime,
     progress: Progress,
-) -> tuple[LanguageModel, dict[str, Any], list[str]]:
+) -> tuple[LanguageModel, dict[str, Any]]:
     """Load the policy, and choose the settings that depend on the machine; a resumed run keeps its settings.
 
-    Returns the policy, the settings, and descriptions of what has changed since the run started.
+    Returns the policy and the settings. What has changed since the run was started or last resumed is added to
+    `changes`.
     """
     before = run.read_json("environment.json")
     if before is None and checkpoint_folders(run.path):
@@ -256,9 +282,9 @@ def _load_policy(
     chosen: dict[str, Any] = before["chosen"] if before else {}
     device = choose_device(chosen.get("device", recipe.model.device))
     dtype = chosen.get("dtype") or str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    data = data_sha256(inputs.prompts, inputs.questions)
+    data, prompts = data_sha256(inputs.prompts, inputs.questions), data_sha256(inputs.prompts, ())
     if before:
-        require_same(before["data_sha256"], data, "questions")
+        changes.check_data(before, data, prompts)
     free = Free.now(recipe, device)
     policy = load_model(source, device.type, dtype, progress)
     weights = weights_sha256(policy.model)
@@ -268,15 +294,21 @@ def _load_policy(
     policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
     if before:
         torch.set_num_threads(chosen["threads"])
-        if "disk_forecast" in before and (warning := still_needed(run.path, before["disk_forecast"])):
+        if changes.has(MEMORY):
+            chosen = changes.choose_sizes(before, free.choose(recipe, policy, inputs, progress))
+        if changes.resizes_folder:
+            has_weights = (run.path / "base" / "model.safetensors").is_file()
+            changes.environment["disk_forecast"] = disk_of(recipe, policy, inputs, has_weights).as_dict()
+        forecast = changes.environment.get("disk_forecast", before.get("disk_forecast"))
+        if forecast and (warning := still_needed(run.path, forecast)):
             progress.note(f"Note: {warning}")
-        same = before["rewards_sha256"] == list(rewards)
-        changed = [] if same else ["the reward functions have changed since the run started"]
+        changes.compare_code(before["rewards_sha256"], code.digests, code.names, code.rewards)
         if chosen.get("kernels", NO_KERNELS) != kernels_sha256(policy.dtype):
-            changed.append(
+            changes.lasting.append(
                 "the compiled kernels are not those that the run started with: rounding differs from here on"
             )
-        return policy, chosen, changed
+        # `recompute` is missing in runs from before the option existed.
+        return replace(policy, recompute=chosen.get("recompute", False)), chosen
     sizes = free.choose(recipe, policy, inputs, progress)
     disk = disk_of(recipe, policy, inputs, start_weights=unnamed_weights is not None)
     if warning := disk.require(run.path):
@@ -297,9 +329,10 @@ def _load_policy(
         if unnamed_weights is not None:  # checkpoints hold only the adapters, and no name identifies these weights
             save_weights(unnamed_weights, folder)
     counts = {"prompts": len(inputs.prompts), "questions": len(inputs.questions)}
-    identity = {"start_weights_sha256": weights, "data_sha256": data, "rewards_sha256": list(rewards)}
+    identity: dict[str, Any] = {"start_weights_sha256": weights, "data_sha256": data, "prompts_sha256": prompts}
+    identity["rewards_sha256"] = code.digests
     environment = {**describe(device), "chosen": chosen, "memory_forecast": sizes.memory.as_dict()}
     environment["disk_forecast"] = disk.as_dict()
     environment[START_TIME] = started.isoformat()
     run.write_json("environment.json", {**environment, **counts, **identity})
-    return policy, chosen, []
+    return replace(policy, recompute=sizes.recompute), chosen

@@ -13,7 +13,7 @@ from gruppo.training.checkpoint import State
 
 def summarize(outcome: str, state: State, sets: Sequence[EvalSet], policy: LanguageModel) -> dict[str, Any]:
     """The outcome of a run: its state, accuracies before and after, seconds, bytes, and a hash of the weights."""
-    before = state.evaluations.get("0", {})
+    before = state.comparable.get("0", {})
     after = state.evaluations.get(str(state.step), {}) if state.step else {}
     return {
         "state": outcome,
@@ -23,7 +23,7 @@ def summarize(outcome: str, state: State, sets: Sequence[EvalSet], policy: Langu
         "accuracy_after": after.get("accuracy"),
         "interval_before": before.get("interval"),
         "interval_after": after.get("interval"),
-        "questions": before.get("questions"),
+        "questions": before.get("questions", after.get("questions")),
         "benchmarks": {
             eval_set.name: {
                 "domain": eval_set.domain,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import gruppo
 import gruppo.training.policy_loss
+from gruppo.config.schedule import learning_rate
 from gruppo.config.sections import Optimizer
 from gruppo.data.mixture import draw_prompts
 from gruppo.engines.native.engine import NativeEngine
@@ -20,7 +21,6 @@ from gruppo.errors import RunError, UsageError
 from gruppo.models.weights import weights_sha256
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import Result, train
-from gruppo.training.optimizer import learning_rate
 from gruppo.types import Prompt
 from tests.rewards.functions import likes_letters
 from tests.small_runs import ROWS, recipe, small_run

@@ -101,7 +101,7 @@ class NativeEngine(Engine):
     def _completion(self, finished: Finished) -> Completion:
         ended = finished.tokens[-1] in self.policy.eos_ids
         reason: FinishReason = "stop" if ended or finished.text_end is not None else "length"
-        text = _text(self.policy, finished.tokens[:-1] if ended else finished.tokens)
+        text = _text(self.policy, [*finished.written, *(finished.tokens[:-1] if ended else finished.tokens)])
         return Completion(
             token_ids=tuple(finished.tokens),
             sampling_logprobs=tuple(finished.logprobs),
@@ -123,6 +123,8 @@ def _check(requests: Sequence[Request]) -> None:
                 f"limits of a request = {list(request.limits)}: must be one for each of its {len(request.streams)} "
                 "streams, and all at least 1"
             )
+        if not 0 <= request.written <= len(request.token_ids):
+            raise ValueError(f"written of a request = {request.written}: it has {len(request.token_ids)} tokens")
 
 
 def _text(policy: LanguageModel, tokens: list[int]) -> str:
@@ -211,20 +213,23 @@ class _Decoder:
         return len(slots)
 
     def _find_stops(self, slots: np.ndarray) -> dict[int, int]:
-        """The slots whose last token completed a stop string, and the position of the stop string in their text.
+        """The slots whose last token completed a stop string, and where that ends their text.
 
-        All tokens so far are decoded, because the text of a token can depend on the tokens before it.
+        All tokens so far are decoded, because the text of a token can depend on the tokens before it. Of several stop
+        strings, the one that is complete first counts, so that it does not matter how the text is split into tokens.
         """
-        positions = {}
+        ends = {}
         for slot in slots.tolist():
             length = int(self.scheduler.length[slot])
             if length < self.params.min_tokens:
                 continue
-            tokens = self.scheduler.tokens[slot, :length].tolist()
+            tokens = [*self.scheduler.written[slot], *self.scheduler.tokens[slot, :length].tolist()]
             text, before = _text(self.policy, tokens), _text(self.policy, tokens[:-1])
             pairs = enumerate(zip(before, text))  # the last token of a character changes the text of its first ones
             same = next((place for place, (old, new) in pairs if old != new), min(len(before), len(text)))
-            starts = [text.find(stop, max(0, same - len(stop) + 1)) for stop in self.params.stop]
-            if any(start >= 0 for start in starts):
-                positions[slot] = min(start for start in starts if start >= 0)
-        return positions
+            found = [(text.find(stop, max(0, same - len(stop) + 1)), len(stop)) for stop in self.params.stop]
+            complete = [(start + size, start) for start, size in found if start >= 0]
+            if complete:
+                end, start = min(complete)
+                ends[slot] = end if self.params.keep_stop else start
+        return ends
