@@ -1,6 +1,7 @@
 """`make torture`: compare runs that are killed at any instant and resumed with runs that are never killed.
 
-Every method first does one tiny run undisturbed. The same command is then killed with SIGKILL several times and finally
+Every method first does one tiny run undisturbed; the case "extended" reaches its length in several runs, of which each
+extends the one before. The same command is then killed with SIGKILL several times and finally
 allowed to finish. Its run folder must equal the undisturbed one exactly: weights, optimizer and state of every
 checkpoint, the result, every table, every metric except time/* and memory/*, every event except resumes. No file may be
 left half written, and no reward process alive.
@@ -83,8 +84,10 @@ CASES: dict[str, dict[str, Any]] = {
         "sampling__max_tokens": 16,
     },
     "grpo-process": {"method__name": "grpo-process", "reward__functions": ["tests/rewards/functions.py:steps"]},
+    "extended": {"optimizer__schedule": "constant", "method__inner_updates": 2},
 }  # fmt: skip
-QUICK = ("grpo", "iterative, process", "ppo")
+LENGTHS = {"extended": (2, 4)}  # steps of the runs that are extended to the length of the recipe
+QUICK = ("grpo", "iterative, process", "ppo", "extended")
 
 # Phase -> the function whose calls are counted; a kill comes just before or just after one of these calls.
 CALLS = {
@@ -133,8 +136,20 @@ class Case:
     expected: dict[str, Any] = field(default_factory=dict)
 
     def command(self, out: Path) -> list[str]:
-        """The command line that a user would type."""
-        return ["gruppo", "train", str(self.folder / "recipe.toml"), "--out", str(out), "--resume"]
+        """The command line that a user would type. A run that is extended goes on to its next length."""
+        command = ["gruppo", "train", str(self.folder / "recipe.toml"), "--out", str(out), "--resume"]
+        length = self.next_length(out)
+        return command if length is None else [*command, "--set", f"run.steps={length}"]
+
+    def next_length(self, out: Path) -> int | None:
+        """The first length that the run in the folder has not finished; None for that of the recipe."""
+        done = 0
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            summary = json.loads((out / "summary.json").read_text())
+            done = summary["steps"] if summary["state"] == "done" else 0
+        newest = max((int(path.name[5:]) for path in out.glob("checkpoints/step-??????")), default=0)
+        lengths = LENGTHS.get(self.name, ()) if out.name == "run" else ()
+        return next((length for length in lengths if length > done and length >= newest), None)
 
 
 class Hooks:
@@ -311,7 +326,7 @@ def outcome(out: Path) -> dict[str, Any]:
         contents[f"metrics.jsonl, line {number + 1}"] = {
             name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))
         }
-    events = [event for event in read_lines(out / "events.jsonl") if event["kind"] != "resume"]
+    events = [event for event in read_lines(out / "events.jsonl") if event["kind"] not in {"resume", "changed"}]
     contents["events.jsonl"] = [without(event, {"time"}) for event in events]
     return contents
 
@@ -395,6 +410,7 @@ def torture(case: Case, kills: int, source: random.Random, real: bool, report: R
     while done < kills:
         out, inflicted, problems, finished = case.folder / "run", list[Kill](), list[str](), False
         while not finished:
+            extends = case.next_length(out) is not None
             seed = source.randrange(2**32)
             mark = f"{os.getpid()}-{seed}"
             kill = (
@@ -413,7 +429,7 @@ def torture(case: Case, kills: int, source: random.Random, real: bool, report: R
                 inflicted.append(kill)
             elif code:
                 problems.append(f"exit code {code}: {tail(case)}")
-            finished = code != -signal.SIGKILL
+            finished = bool(problems) or (code != -signal.SIGKILL and not extends)
         problems += differences(outcome(out), case.expected) if not problems else []
         where = ", ".join(f"{kill.how} {kill.moment:.3g}{'+' * kill.after}" for kill in inflicted)
         print(f"{case.name}: killed at {where or 'no point'}: {'; '.join(problems[:8]) or 'equal'}", flush=True)

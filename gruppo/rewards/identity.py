@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import sys
 import types
@@ -71,7 +72,8 @@ def _inner(value: Any, module: str | None) -> Iterator[Any]:
         yield from (type(value), vars(value))
     else:
         try:
-            yield value.__reduce_ex__(4)
+            reduce = copyreg.dispatch_table.get(type(value))
+            yield reduce(value) if reduce else value.__reduce_ex__(4)
         except Exception:  # noqa: BLE001  any object, with any code of its own
             yield type(value).__qualname__
 

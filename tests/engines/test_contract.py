@@ -217,6 +217,44 @@ def test_stop_texts_end_a_completion_across_token_boundaries(make_engine: MakeEn
     assert matches
 
 
+def test_a_stop_string_can_stay_in_the_text(make_engine: MakeEngine) -> None:
+    """As in training. The tokens are those of a completion without it, up to the end of the stop string."""
+    policy = make_policy(vocab_size=44)
+    plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24))
+    texts = [completion.text for group in plain for completion in group]
+    stop = next(text[2:4] for text in texts if len(text) > 6)
+    groups = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, stop=(stop,), keep_stop=True))
+    matches = 0
+    for before, after in zip((c for g in plain for c in g), (c for g in groups for c in g), strict=True):
+        if stop in before.text:
+            matches += 1
+            place = before.text.find(stop) + 2
+            assert (after.text, after.token_ids) == (before.text[:place], before.token_ids[:place])
+            assert after.finish_reason == "stop"
+        else:
+            assert (after.text, after.finish_reason) == (before.text, before.finish_reason)
+    assert matches
+
+
+def test_a_stop_string_may_begin_in_text_that_was_written_before(make_engine: MakeEngine) -> None:
+    policy = make_policy(vocab_size=44)
+    options = SamplingParams(2.0, 24)
+    prompt = tuple(policy.tokenizer("ab")["input_ids"])
+    (plain,) = make_engine(policy).generate([Request(prompt, [(0, 0, index) for index in range(40)])], options)
+    first = next(completion.text[0] for completion in plain if completion.text)
+    for written, stop, text in ((0, first, first), (1, "b" + first, "b" + first), (2, "b" + first, "ab" + first)):
+        request = Request(prompt, [(0, 0, index) for index in range(40)], written=written)
+        (stopped,) = make_engine(policy).generate([request], replace(options, stop=(stop,), keep_stop=True))
+        for before, after in zip(plain, stopped, strict=True):
+            assert before.token_ids[: len(after.token_ids)] == after.token_ids
+            if before.text.startswith(first):
+                assert (after.text, len(after.token_ids), after.finish_reason) == (text, 1, "stop")
+            else:
+                assert after.text.startswith("ab"[2 - written :] + before.text[:1])
+    with pytest.raises(ValueError, match="written of a request = 3: it has 2 tokens"):
+        make_engine(policy).generate([replace(request, written=3)], options)
+
+
 def test_stop_text_before_the_minimum_does_not_end_a_completion(make_engine: MakeEngine) -> None:
     policy = make_policy(vocab_size=44)
     plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, min_tokens=10))

@@ -54,15 +54,17 @@ class Scripted:
             for piece in self.turns[turn].replace(".", "|.|").split("|")
             for token in ([0] if piece == "." else self.tokenizer(piece, add_special_tokens=False)["input_ids"])
         ]
-        text = self.tokenizer.decode([token for token in ids if token != self.eos])
-        ended = ids[-1] == self.eos
-        starts = [text.find(stop) for stop in options.stop if stop in text]
-        reason = "stop" if ended or starts else "length"
+        written = list(request.token_ids[len(request.token_ids) - request.written :])
+        text = self.tokenizer.decode([token for token in [*written, *ids] if token != self.eos])
+        ended, before = ids[-1] == self.eos, len(written)
+        starts = [(text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in options.stop]
+        ends = [start + len(stop) * options.keep_stop for start, stop in starts if start >= 0]
+        reason = "stop" if ended or ends else "length"
         kept = ids[:limit]
         if len(kept) < len(ids):
-            reason, starts = "length", []
+            reason, ends = "length", []
         return Completion(
-            tuple(kept), (-0.5 - turn,) * len(kept), (True,) * len(kept), reason, 3, text[: min(starts, default=None)]
+            tuple(kept), (-0.5 - turn,) * len(kept), (True,) * len(kept), reason, 3, text[: min(ends, default=None)]
         )
 
     def load_weights(self, policy, version):
@@ -201,6 +203,35 @@ def test_stop_texts_of_the_recipe_end_a_completion_as_without_an_environment(tok
     assert (completion.text, completion.finish_reason) == ("a?+b", "stop")
     assert completion.token_ids[-1] == tokenizer("x")["input_ids"][0], "the tokens of the stop string are kept"
     assert [options.min_tokens for options in engine.options] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("world", "turns", "text"),
+    [
+        ("Letters 9", ["a?", "bx"], "a?+bx"),  # the second turn ends with the stop string
+        ("Letters 9", ["ax"], "ax"),
+        ("Silent", ["a?", "b?", "x"], "a?b?x"),  # its stop string "?" ends no turn
+    ],
+)
+def test_stop_strings_of_training_end_the_whole_completion(
+    world: str, turns: list, text: str, tokenizer, worlds
+) -> None:
+    engine = Scripted(tokenizer, turns)
+    episodes = MultiTurnSampler(worlds[world], ChatRenderer(tokenizer, [END]), 4)
+    options = replace(OPTIONS, stop=("x",), keep_stop=True)
+    _, ((completion,),) = play(episodes, engine, prompts_of(tokenizer, "q"), options=options)
+    assert (completion.text, completion.finish_reason) == (text, "stop")
+    assert list(completion.token_ids) == tokenizer(text)["input_ids"]
+    assert completion.mask == tuple(letter != "+" for letter in text)
+
+
+def test_a_stop_string_may_begin_before_an_ignored_stop_of_the_environment(tokenizer, worlds) -> None:
+    """The text of a turn is one text, however many times the engine continued it."""
+    engine = Scripted(tokenizer, ["a?", "x"])
+    episodes = MultiTurnSampler(worlds["Silent"], ChatRenderer(tokenizer, [END]), 4)
+    options = replace(OPTIONS, stop=("?x",), keep_stop=True)
+    _, ((completion,),) = play(episodes, engine, prompts_of(tokenizer, "q"), options=options)
+    assert (completion.text, completion.finish_reason) == ("a?x", "stop")
 
 
 def test_a_first_observation_is_appended_to_the_prompt(tokenizer, worlds) -> None:

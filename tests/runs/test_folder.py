@@ -71,9 +71,10 @@ def test_folder_rules(run: RunFolder, tmp_path: Path) -> None:
     check_folder(run.path, RECIPE, resume=True)
     with pytest.raises(UsageError, match="already contains a run"):
         check_folder(run.path, RECIPE, resume=False)
-    changed = load_recipe(RECIPE, ["run.steps=7"])
-    with pytest.raises(UsageError, match=r"run\.steps was 100 and is 7"):
-        check_folder(run.path, changed, resume=True)
+    (change,) = check_folder(run.path, load_recipe(RECIPE, ["run.steps=7"]), resume=True)
+    assert change.message == "run.steps was 100 and is 7"
+    with pytest.raises(UsageError, match=r"run\.seed was 0 and is 7"):
+        check_folder(run.path, load_recipe(RECIPE, ["run.seed=7"]), resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match=r"thesis\.tex"):

@@ -153,6 +153,42 @@ def test_a_warm_up_that_depends_on_the_length(tiny_folder: str, tmp_path: Path) 
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 
+def test_a_run_of_epochs(tiny_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """18 prompts, 4 per step: an epoch has 5 steps. The recipe of the run has steps, so both can extend it."""
+
+    def run(out: str, **length: Any) -> None:
+        data = recipe(tiny_folder, optimizer__schedule="constant")
+        data["run"] = {"name": "tiny", "checkpoint_every": 2, **length}
+        train(data, prompts=ROWS, out=tmp_path / out, resume=True)
+
+    run("run", epochs=0.5)
+    assert "run.epochs = 0.5: 3 steps of 4 prompts (18 in all)" in capsys.readouterr().err
+    assert "steps = 3\n" in (tmp_path / "run" / "recipe.toml").read_text()
+    assert "epochs" not in (tmp_path / "run" / "recipe.toml").read_text()
+    run("run", epochs=0.5)
+    assert events(tmp_path / "run") == []
+    run("run", epochs=1)
+    run("whole", steps=5)
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
+    with pytest.raises(UsageError, match=r"run\.steps was 5 and is 3: 5 steps are done"):
+        run("run", epochs=0.5)
+    status = read_status(tmp_path / "run")
+    assert status is not None
+    assert status.steps == 5
+
+
+def test_epochs_that_do_not_fit_are_refused_before_the_model_is_loaded(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gruppo.training.setup.load_model", None)
+    data = recipe(tiny_folder, optimizer__warmup_steps=9)
+    data["run"] = {"epochs": 1}
+    with pytest.raises(
+        UsageError, match=r"run\.epochs = 1, with 18 prompts: optimizer\.warmup_steps = 9: must be at most"
+    ):
+        train(data, prompts=ROWS, out=tmp_path / "run", progress=False)
+
+
 def test_iterations_keep_their_length(tiny_folder: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     small_run(tiny_folder, tmp_path / "whole", **ITERATED, run__iterations=3)
@@ -268,12 +304,11 @@ def test_a_reward_is_fixed_after_a_failure(tiny_folder: str, tmp_path: Path) -> 
     """gruppo's own advice: fix the reward and continue with --resume."""
     file, out = tmp_path / "mine.py", tmp_path / "run"
     scores = "return [float(len(text)) for text in completions]\n"
-    file.write_text(
-        f"def f(completions, trainer_state, **_):\n    assert trainer_state['global_step'] < 2\n    {scores}"
-    )
+    file.write_text(f"def f(completions, trainer_state, **_):\n    assert trainer_state.global_step < 2\n    {scores}")
     changes = {**CONSTANT, "reward__functions": [f"{file}:f"]}
-    with pytest.raises(Exception, match="fix the reward and continue with --resume"):
+    with pytest.raises(Exception, match="fix the reward and continue with --resume") as error:
         small_run(tiny_folder, out, **changes)
+    assert "step 3" in str(error.value)
     file.write_text(f"def f(completions, **_):\n    {scores}")
     for _ in range(2):
         assert small_run(tiny_folder, out, resume=True, **changes).summary["state"] == "done"
