@@ -186,13 +186,16 @@ class TrainingRun:
             damages += self.folder.table_problems("rollouts", range(1, self.state.step + 1))
             damages += self.folder.table_problems("evaluations", map(int, self.state.evaluations))
             damages += self._missing(tuple(damages))
-            for values in self.folder.metrics():  # for warnings that look back; their messages are already recorded
-                self.recorder.see_again(values)
-                if self.audit is not None:
-                    self.audit.alarm(values)
+            lines = self.folder.metrics()
         self.status.update(now=True, step=self.state.step, truncated_to=self.folder.lengths())
         self.parts.engine.load_weights(self.policy.weights, self.state.step)
         self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
+        with reading(self.folder.path, "restore the folder as the run left it, or choose another --out"):
+            for values in lines:  # for warnings that look back; their messages are already recorded
+                if "eval/accuracy" not in values or values["step"] >= self.state.evaluations_from:
+                    self.recorder.see_again(values)
+                if self.audit is not None:
+                    self.audit.alarm(values)
 
     def _missing(self, known: Sequence[str]) -> Iterator[str]:
         """Descriptions of further parts that are missing from the folder of a run. `known`: descriptions so far."""

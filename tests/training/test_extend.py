@@ -15,6 +15,7 @@ from gruppo.errors import UsageError
 from gruppo.runs.reading import read_lines
 from gruppo.runs.status import read_status
 from gruppo.training.api import train
+from gruppo.training.reproduce import reproduce
 from tests.small_runs import ROWS, at_call, fingerprint, killed, recipe, small_run
 
 CONSTANT = {"optimizer__schedule": "constant"}
@@ -268,6 +269,17 @@ def test_other_prompts_are_refused_even_if_the_evaluation_changes(
         train(recipe(tiny_folder, run__steps=1, **questions), prompts=ROWS[1:], out=tmp_path / "run", resume=True)
 
 
+def test_old_folders_have_one_hash_of_prompts_and_questions(tiny_folder: str, questions: dict, tmp_path: Path) -> None:
+    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    file = tmp_path / "run" / "environment.json"
+    environment = json.loads(file.read_text())
+    del environment["prompts_sha256"]
+    file.write_text(json.dumps(environment))
+    with pytest.raises(UsageError, match="recorded no hash of its prompts alone, so its evaluation cannot change"):
+        small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1, **questions)
+    assert small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1).summary["state"] == "done"
+
+
 def test_memory_ends_the_promise_and_says_so(tiny_folder: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     small_run(tiny_folder, out, run__steps=2, **CONSTANT, run__memory="4 GB")
@@ -317,3 +329,5 @@ def test_a_reward_is_fixed_after_a_failure(tiny_folder: str, tmp_path: Path) -> 
     assert event["old"] != event["new"]
     assert event["message"].startswith("the code of f has changed; from here on, results differ")
     assert json.loads((out / "environment.json").read_text())["rewards_sha256"] == [event["new"]]
+    (note,) = [note for note in reproduce(out, 1, prompts=ROWS, progress=False).notes if "code" in note]
+    assert note.startswith("after step 2, the code of f has changed")
