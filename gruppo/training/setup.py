@@ -309,6 +309,7 @@ def _load_policy(
             )
         # `recompute` is missing in runs from before the option existed.
         return replace(policy, recompute=chosen.get("recompute", False)), chosen
+    changes.found.clear()  # a run that was killed while it started has done nothing
     sizes = free.choose(recipe, policy, inputs, progress)
     disk = disk_of(recipe, policy, inputs, start_weights=unnamed_weights is not None)
     if warning := disk.require(run.path):
