@@ -42,7 +42,8 @@ class Changes:
     @property
     def texts(self) -> list[str]:
         """All of them in words."""
-        return [*(change.message for change in self.found), *self.lasting]
+        changes = [change.effect if isinstance(change, CodeChange) else change.message for change in self.found]
+        return [*changes, *self.lasting]
 
     def has(self, rule: str) -> bool:
         """Whether a field with this rule has changed (see `gruppo.config.resume`)."""
@@ -81,7 +82,7 @@ class Changes:
             if was not in (is_, *by_old_rule[place : place + 1]):
                 name = names[place]
                 what = "reward.functions" if place < len(rewards) else "environment.name"
-                self.found.append(CodeChange(what, was or None, is_, f"the code of {name} has changed; {DIFFER}"))
+                self.found.append(CodeChange(what, was or None, is_, f"the code of {name} has changed"))
         if list(before) != list(now):
             self.environment["rewards_sha256"] = list(now)
 
@@ -140,7 +141,7 @@ class CodeChange(Change):
     @property
     def message(self) -> str:
         """The change in words."""
-        return self.effect
+        return f"{self.effect}; {DIFFER}"
 
 
 def comparable_from(environment: Mapping[str, Any] | None, evaluated: Mapping[str, Any]) -> int:

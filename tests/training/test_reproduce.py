@@ -168,7 +168,7 @@ def test_a_changed_reward_function_is_noted(tiny_folder: str, tmp_path: Path, mo
         "def f(completions, **_):\n    return [len(c) + ('a' in c) for c in completions]\n"
     )
     result = reproduced(tmp_path / "run", 2, monkeypatch)
-    assert "reward functions have changed" in result.notes[0]
+    assert "the code of f has changed" in result.notes[0]
     rows = pq.read_table(tmp_path / "run/rollouts/step-000002.parquet").to_pylist()
     assert len(result.differences) == sum("a" in row["text"] for row in rows) > 0
 
