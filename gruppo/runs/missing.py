@@ -12,23 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from gruppo.errors import UsageError
-from gruppo.runs.reading import object_of, read_lines, read_object, step_of
+from gruppo.runs.reading import read_lines, read_object, step_of
+from gruppo.runs.status import read_status
 
 _STEP = "completion/length"  # a metric of every step, and only of steps
 
 
-def saved_step(folder: Path, every: int) -> int:
-    """The last step after which a run must have saved a checkpoint, by its metrics and its summary; 0 if none.
-
-    `every`: steps between checkpoints. Damaged lines and files show nothing.
-    """
-    steps, metrics = [0], folder / "metrics.jsonl"
-    if metrics.is_file():
-        with metrics.open("rb") as stream:
-            lines = (object_of(line) or {} for line in stream)
-            steps += [line["step"] for line in lines if _STEP in line and type(line.get("step")) is int]
-    begun = max(0, max(steps) - 1)  # this step was complete, and saved if due, before the last one began
-    return max(begun // every * every, _finished_step(folder))
+def saved_step(folder: Path) -> int:
+    """The step of the last checkpoint that a run saved, by its status and its summary; 0 if neither names one."""
+    status = read_status(folder)
+    return max(status.checkpoint if status else 0, _finished_step(folder))
 
 
 def _finished_step(folder: Path) -> int:

@@ -31,7 +31,8 @@ class Status:
 
     `state`: "running", or how the run ended: "done", "stopped", "interrupted" or "failed". `phase`: "Sampling",
     "Updating", …; `done` of its `total` units are done, and `unit` names them. `heartbeat`: time of the last write, UTC
-    in ISO 8601. `truncated_to`: file name -> bytes that the last resume kept.
+    in ISO 8601. `checkpoint`: step of the last checkpoint that the run saved. `truncated_to`: file name -> bytes that
+    the last resume kept.
     """
 
     state: str = "running"
@@ -44,6 +45,7 @@ class Status:
     process_id: int = 0
     heartbeat: str = ""
     attempt: int = 1
+    checkpoint: int = 0
     truncated_to: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -53,8 +55,8 @@ class StatusFile:
     def __init__(self, folder: Path, steps: int | None = None) -> None:
         self.path = folder / FILE
         before = read_status(folder)
-        attempt = 1 if before is None else before.attempt + 1
-        self.status = Status(steps=steps, process_id=os.getpid(), attempt=attempt)
+        attempt, checkpoint = (1, 0) if before is None else (before.attempt + 1, before.checkpoint)
+        self.status = Status(steps=steps, process_id=os.getpid(), attempt=attempt, checkpoint=checkpoint)
         self._written = float("-inf")
 
     def update(self, now: bool = False, **changes: Any) -> None:
@@ -81,6 +83,7 @@ def read_status(folder: Path) -> Status | None:
         content = read_object(path)
         known = {name: content[name] for name in Status.__dataclass_fields__ if name in content}
         status = Status(**known)
-        return status if isinstance(status.attempt, int) and isinstance(status.step, int) else None
+        numbers = (status.attempt, status.step, status.checkpoint)
+        return status if all(isinstance(number, int) for number in numbers) else None
     except (OSError, ValueError, UsageError):
         return None

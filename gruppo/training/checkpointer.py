@@ -14,6 +14,7 @@ from gruppo.models.lora import save_adapter
 from gruppo.models.reward_model import save_reward_model
 from gruppo.models.weights import save_model
 from gruppo.runs.missing import saved_step
+from gruppo.runs.status import StatusFile
 from gruppo.training.changes import DIFFER, comparable_from
 from gruppo.training.changes import KIND as CHANGED
 from gruppo.training.checkpoint import drop_old, load_state, load_tensors, newest_checkpoint, save_checkpoint
@@ -37,10 +38,13 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves checkpoints, and the final model at the last step. `enabled`: False if nothing is to be saved."""
+    """Saves checkpoints, and the final model at the last step.
 
-    def __init__(self, context: RunContext, parts: RunComponents, enabled: bool = True) -> None:
-        self.context, self.parts, self.enabled = context, parts, enabled
+    `status`: records the last checkpoint. `enabled`: False if nothing is to be saved.
+    """
+
+    def __init__(self, context: RunContext, parts: RunComponents, status: StatusFile, enabled: bool = True) -> None:
+        self.context, self.parts, self.status, self.enabled = context, parts, status, enabled
         self._saved: tuple[int, bool, int] | None = None
 
     @property
@@ -68,6 +72,7 @@ class Checkpointer:
                 context.folder, parts.policy.model, parts.optimizer, context.state, self._others(), files
             )
         self._saved = self._position
+        self.status.update(now=True, checkpoint=context.state.step)
         context.callbacks.notify("on_checkpoint", context.state.step, path)
 
     def forget(self) -> None:
@@ -99,7 +104,7 @@ class Checkpointer:
         if not self.enabled:
             return
         path = self.context.folder.path
-        saved = saved_step(path, self.context.recipe.run.checkpoint_every)
+        saved = saved_step(path)
         if restored.checkpoint is None and saved:
             raise RunError(
                 f"{path}: the checkpoint of step {saved} is missing, and all others; restore checkpoints/ from a copy, "

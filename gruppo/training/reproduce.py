@@ -111,8 +111,9 @@ def reproduce(
     The rerun starts from the nearest earlier checkpoint and repeats the updates of the steps in between from their
     stored rollouts and rewards. Reward functions are called on the completions of the step itself. If they return
     different rewards than before, that is a difference, and the rest is computed from the stored rewards. `reward`,
-    `prompts`, `model`: what was passed to the run from Python. `tolerance`: relative difference up to which numbers are
-    equal. `trust`: run the code that the recipe in the folder names, even if the folder comes from somebody else.
+    `prompts`, `model`: what was passed to the run from Python. `tolerance`: difference up to which numbers are equal,
+    relative to the larger one; numbers below 1e-3, which can be rounding alone, are compared as if one were 1e-3.
+    `trust`: run the code that the recipe in the folder names, even if the folder comes from somebody else.
     Raises UsageError if the step cannot be reproduced, or if there is such code and no `trust`.
     """
     folder, shown = Path(run), choose_progress(progress)
@@ -332,6 +333,9 @@ def _compared(stored: Mapping[str, Any], recomputed: Mapping[str, Any], excluded
     return [name for name in stored if name != "step" and not name.startswith((*MACHINE_METRICS, *excluded))]
 
 
+SMALL = 1e-3  # differences of numbers that are smaller count relative to it
+
+
 @dataclass(frozen=True)
 class _Compare:
     tolerance: float
@@ -339,7 +343,7 @@ class _Compare:
     def same(self, before: Any, now: Any) -> bool:
         """Whether two values are equal, numbers within the tolerance."""
         if isinstance(before, float) and isinstance(now, float | int):
-            return before == now or abs(before - now) <= self.tolerance * max(abs(before), abs(now))
+            return before == now or abs(before - now) <= self.tolerance * max(abs(before), abs(now), SMALL)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             return before.keys() == now.keys() and all(self.same(before[key], now[key]) for key in before)
         if isinstance(before, list) and isinstance(now, list):

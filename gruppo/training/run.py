@@ -76,7 +76,7 @@ class TrainingRun:
         sinks: list[Sink] = [FileSink(parts.run), StatusSink(self.status)]
         self.recorder = Recorder(console, sinks, WarningMonitor(self.reward_weights, drift))
         self.context = RunContext(self.recipe, parts.run, self.state, self.recorder, stop, self.callbacks)
-        self.checkpointer = Checkpointer(self.context, parts, enabled=saves)
+        self.checkpointer = Checkpointer(self.context, parts, self.status, enabled=saves)
         parts.sizes.on_reduced = self._size_reduced
         self.audit = None
         if parts.audit is not None and self.recipe.audit is not None:
@@ -187,7 +187,8 @@ class TrainingRun:
             damages += self.folder.table_problems("evaluations", map(int, self.state.evaluations))
             damages += self._missing(tuple(damages))
             lines = self.folder.metrics()
-        self.status.update(now=True, step=self.state.step, truncated_to=self.folder.lengths())
+        saved = 0 if restored.checkpoint is None else self.state.step
+        self.status.update(now=True, step=self.state.step, checkpoint=saved, truncated_to=self.folder.lengths())
         self.parts.engine.load_weights(self.policy.weights, self.state.step)
         self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
         with reading(self.folder.path, "restore the folder as the run left it, or choose another --out"):

@@ -93,7 +93,7 @@ def test_a_killed_evaluation_resumes_with_the_same_results(
         go(settings, tmp_path / "cut")
     assert len(list((tmp_path / "cut/evaluations").iterdir())) == 4
     assert not (tmp_path / "cut/results.json").exists()
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match="resume=True"):
         go(settings, tmp_path / "cut")
     monkeypatch.setattr(eval_run, "grade_answers", grade)
     resumed = go(settings, tmp_path / "cut", resume=True)

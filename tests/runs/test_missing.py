@@ -19,6 +19,7 @@ from gruppo.runs.folder import RunFolder
 from gruppo.runs.missing import missing_parts, saved_step, steps_text
 from gruppo.runs.reading import read_lines
 from gruppo.runs.results import load_result
+from gruppo.runs.status import StatusFile
 from gruppo.training.export import export
 from gruppo.training.reproduce import reproduce
 from tests.small_runs import ROWS, fingerprint, killed, small_run
@@ -180,17 +181,26 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
 
 
 @pytest.mark.parametrize(
-    ("steps", "summary", "every", "saved"),
-    [(0, None, 2, 0), (2, None, 2, 0), (3, None, 2, 2), (6, None, 2, 4), (6, "done", 10, 6), (6, "interrupted", 10, 0)],
+    ("checkpoint", "summary", "saved"), [(0, None, 0), (4, None, 4), (4, "done", 6), (4, "interrupted", 4)]
 )
 def test_the_last_step_that_was_saved_for_certain(
-    steps: int, summary: str | None, every: int, saved: int, tmp_path: Path
+    checkpoint: int, summary: str | None, saved: int, tmp_path: Path
 ) -> None:
-    lines = [json.dumps({"step": step, "completion/length": 1.0}) for step in range(1, steps + 1)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(["{", *lines, '{"step": 99, "comp']))
+    assert saved_step(tmp_path) == 0
+    StatusFile(tmp_path).update(now=True, checkpoint=checkpoint)
     if summary:
-        (tmp_path / "summary.json").write_text(json.dumps({"state": summary, "steps": steps}))
-    assert saved_step(tmp_path, every) == saved
+        (tmp_path / "summary.json").write_text(json.dumps({"state": summary, "steps": 6}))
+    assert saved_step(tmp_path) == saved
+
+
+def test_checkpoint_every_can_be_lowered_before_the_first_checkpoint(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    for every, step in ((10, 4), (2, 1)):
+        with killed(monkeypatch, "gruppo.training.loop.train_step", step):
+            small_run(tiny_folder, run, resume=True, run__checkpoint_every=every)
+    small_run(tiny_folder, run, resume=True, run__checkpoint_every=2)
 
 
 def test_a_run_without_its_recipe(run: Path, tiny_folder: str) -> None:
@@ -213,7 +223,7 @@ def test_reproduce_says_what_is_missing(run: Path, finished: Path) -> None:
     result = again(3)
     assert result.equal  # type: ignore[attr-defined]
     assert "metrics.jsonl has no metrics of step 2, which were not compared" in result.notes  # type: ignore[attr-defined]
-    with pytest.raises(UsageError, match=r"--step 2: .* has no metrics of such a step; it has steps 1 and 3 to 6"):
+    with pytest.raises(UsageError, match=r"step = 2: .* has no metrics of such a step; it has steps 1 and 3 to 6"):
         again(2)
     (run / "rollouts/step-000003.parquet").write_bytes(b"PAR1")
     with pytest.raises(UsageError, match=r"step-000003\.parquet: is damaged"):

@@ -313,7 +313,7 @@ def test_what_cannot_change_is_refused(changes: dict, message: str, tiny_folder:
 
 
 def test_a_reward_is_fixed_after_a_failure(tiny_folder: str, tmp_path: Path) -> None:
-    """gruppo's own advice: fix the reward and continue with --resume."""
+    """gruppo's own advice: fix the reward and continue with resume=True."""
     file, out = tmp_path / "mine.py", tmp_path / "run"
     scores = "return [float(len(text)) for text in completions]\n"
     file.write_text(f"def f(completions, trainer_state, **_):\n    assert trainer_state.global_step < 2\n    {scores}")

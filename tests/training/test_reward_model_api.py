@@ -68,7 +68,7 @@ def test_labelling_resumes_and_keeps_existing_files(
         label(settings, out=tmp_path / "labels")
     first = tmp_path / "labels/labels/step-000001.parquet"
     written = first.stat().st_mtime_ns
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match="resume=True"):
         label(settings, out=tmp_path / "labels")
     label(settings, out=tmp_path / "labels", resume=True)
     assert first.stat().st_mtime_ns == written
