@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gruppo.data.chat_template import TemplateError, chat_tokens
+from gruppo.data.chat_template import TemplateError, render_chat
+from gruppo.data.reasoning_blocks import written_answer
 from gruppo.errors import UsageError
 from gruppo.types import Completion, Message, Prompt, Row
+from gruppo.utils.token_text import text_of, text_tokens, tokens_after, visible_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,21 +87,27 @@ def offline_completions(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, pair
             ids, mask = _tokens(prompt, prompt.columns[name], tokenizer)
         except UsageError as error:
             raise UsageError(f"{prompt.id}: {name}: {error}") from None
-        text = tokenizer.decode(list(ids), skip_special_tokens=True)
-        completions.append((Completion(ids, (float("nan"),) * len(ids), mask, "stop", 0, str(text)), reward))
+        ended = tokenizer.added_tokens_decoder.get(ids[-1])  # the token that ends a turn is not text
+        text = text_of(tokenizer, ids[:-1] if ended is not None and ended.special else ids, prompt.token_ids)
+        completions.append((Completion(ids, (float("nan"),) * len(ids), mask, "stop", 0, text), reward))
     return completions
 
 
 def _tokens(
     prompt: Prompt, answer: Any, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Token ids of an answer, and a mask of the tokens that the assistant wrote."""
+    """Token ids of an answer, and a mask of the tokens that the assistant wrote.
+
+    They are the tokens of prompt and answer as a whole, after those of the prompt. Where a token of the whole would
+    begin in the prompt, they are the tokens of the answer alone.
+    """
     content = prompt.content
     if isinstance(content, str):
         if not isinstance(answer, str) or not answer:
             raise UsageError(f"{answer!r:.60} is not non-empty text, which a plain-text prompt requires; write some")
-        ids = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-        ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = _continued(tokenizer, prompt.token_ids, text_tokens(tokenizer, content + answer), answer)
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
         return tuple(ids), (True,) * len(ids)
     messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     if not isinstance(messages, list | tuple) or not messages:
@@ -109,37 +117,81 @@ def _tokens(
     if messages[0]["role"] != "assistant":
         raise UsageError("it does not begin with an assistant message; move earlier messages to prompt")
     options = prompt.template_options
-    token_ids: list[int] = []
-    mask: list[bool] = []
+    known, token_ids, mask = (
+        _prompt_text(tokenizer, content, options),
+        list(prompt.token_ids),
+        [False] * len(prompt.token_ids),
+    )
+
+    def extend(text: str, by_assistant: bool) -> None:
+        nonlocal known
+        known += text
+        whole = list(tokenizer(known, add_special_tokens=False)["input_ids"])
+        added = _continued(tokenizer, token_ids, whole, text)
+        token_ids.extend(added)
+        mask.extend([by_assistant] * len(added))
+
+    if content[-1]["role"] == "assistant":  # the answer continues the last message of the prompt
+        begun = content[-1]
+        joined = {**begun, **messages[0], "content": f"{begun['content']}{messages[0]['content']}"}
+        content, messages = content[:-1], [joined, *messages[1:]]
     for place, message in enumerate(messages):
-        before, whole = [*content, *messages[:place]], [*content, *messages[: place + 1]]
-        by_assistant = message["role"] == "assistant"
-        start = _rendered(tokenizer, before, by_assistant, options) if by_assistant else [*prompt.token_ids, *token_ids]
-        rendered = _rendered(tokenizer, whole, False, options)
-        known = [*prompt.token_ids, *token_ids]
-        if start[: len(known)] != known or rendered[: len(start)] != start:
-            raise UsageError(
-                "the model's chat template changes earlier messages as a conversation continues; write one row per "
-                "answer, with the answer as its last message"
-            )
-        token_ids += rendered[len(known) :]
-        mask += [False] * (len(start) - len(known)) + [by_assistant] * (len(rendered) - len(start))
+        before, by_assistant = [*content, *messages[:place]], message["role"] == "assistant"
+        whole = _rendered(tokenizer, [*before, message], options)
+        if by_assistant and place:
+            start = _rendered(tokenizer, before, options, ask=True)
+            extend(_rest(tokenizer, known, start, before, options), False)
+        if by_assistant and (written := written_answer(known, whole, str(message["content"]))) is not None:
+            extend(written, True)
+        else:
+            extend(_rest(tokenizer, known, whole, before, options), by_assistant)
         end = len(mask)
-        while by_assistant and end and mask[end - 1] and not str(tokenizer.decode([token_ids[end - 1]])).strip():
+        while by_assistant and end and mask[end - 1] and not visible_text(tokenizer, token_ids[end - 1 : end]).strip():
             end -= 1
             mask[end] = False  # white space that a template adds after the end of a turn
-    last = len(mask) - mask[::-1].index(True) if True in mask else 0
-    if not last:
+    if True not in mask:
         raise UsageError("it has no assistant tokens; write some text")
-    return tuple(token_ids[:last]), tuple(mask[:last])
+    first, last = len(prompt.token_ids), len(mask) - mask[::-1].index(True)
+    return tuple(token_ids[first:last]), tuple(mask[first:last])
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, known: Sequence[int], whole: Sequence[int], text: str) -> list[int]:
+    """The tokens of `whole` after `known`, or if it does not begin with them, those of the `text` that follows them."""
+    if list(whole[: len(known)]) == list(known):
+        return list(whole[len(known) :])
+    return tokens_after(tokenizer, text, known)
+
+
+def _rest(
+    tokenizer: PreTrainedTokenizerBase, known: str, whole: str, before: Sequence[Message], options: Mapping[str, Any]
+) -> str:
+    """The text of `whole` after `known`. Raises UsageError if it begins differently."""
+    if whole.startswith(known):
+        return whole[len(known) :]
+    bare = _rendered(tokenizer, before, options).rstrip()
+    if known.startswith(bare) and whole.startswith(bare):
+        raise UsageError(
+            f"prompts end with {known[len(bare) :][-40:]!r}, but the model's chat template begins this answer with "
+            f"{whole[len(bare) :][:40]!r}; use a chat template whose generation prompt is the start of its answers"
+        )
+    raise UsageError(
+        "the model's chat template changes earlier messages as a conversation continues; write one row per "
+        "answer, with the answer as its last message"
+    )
+
+
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, content: Sequence[Message], options: Mapping[str, Any]) -> str:
+    """The text that `gruppo.data.tokenization.prompt_tokens` tokenizes."""
+    continues = content[-1]["role"] == "assistant"
+    return _rendered(tokenizer, content, options, ask=not continues, continue_last=continues)
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool, options: Mapping[str, Any]
-) -> list[int]:
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any], **how: bool
+) -> str:
     try:
-        return chat_tokens(tokenizer, messages, options, ask=ask)
+        return render_chat(tokenizer, messages, options, **how)
     except TemplateError:
         raise
-    except Exception as error:  # a row's text can be what no tokenizer reads
-        raise UsageError(f"it cannot be turned into tokens ({type(error).__name__}: {error}); write text") from error
+    except Exception as error:  # a row's text can be what no template renders
+        raise UsageError(f"it cannot be rendered ({type(error).__name__}: {error}); write text") from error

@@ -15,6 +15,7 @@ from gruppo.errors import UsageError
 from gruppo.types import Message, Prompt, Row
 from gruppo.utils.progress import Advance
 from gruppo.utils.text import as_json
+from gruppo.utils.token_text import text_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,9 +135,9 @@ def prompt_tokens(
 ) -> list[int]:
     """Token ids of a prompt: messages are rendered with the chat template, text is tokenized unchanged.
 
-    A text gets the tokenizer's special tokens, unless it already starts with the BOS token. `options`: see
-    `Prompt.template_options`. Raises UsageError for messages if the tokenizer has no chat template, or if an
-    environment and the options both give tools.
+    A text gets the special tokens that the tokenizer puts before a text, unless it already starts with the BOS token.
+    `options`: see `Prompt.template_options`. Raises UsageError for messages if the tokenizer has no chat template, or
+    if an environment and the options both give tools.
     """
     if not isinstance(content, str):
         if not tokenizer.chat_template:
@@ -148,8 +149,7 @@ def prompt_tokens(
         return chat_tokens(
             tokenizer, content, with_schemas(options or {}, tools), ask=not continues, continue_last=continues
         )
-    has_bos = bool(tokenizer.bos_token) and content.startswith(str(tokenizer.bos_token))
-    return list(tokenizer(content, add_special_tokens=not has_bos)["input_ids"])
+    return text_tokens(tokenizer, content)
 
 
 def with_schemas(options: Mapping[str, Any], tools: ToolTexts | None) -> dict[str, Any]:

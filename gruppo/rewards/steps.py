@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from operator import index
 from typing import TYPE_CHECKING
 
 from gruppo.errors import RunError, UsageError
 from gruppo.types import Completion
 from gruppo.utils.imports import import_attribute
+from gruppo.utils.token_text import TokenTexts, shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,30 +61,20 @@ def checked_ends(split: Split, text: str) -> list[int]:
 
 
 def step_tokens(
-    completion: Completion, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    completion: Completion, ends: Sequence[int], tokenizer: PreTrainedTokenizerBase, before: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Map step ends in a completion's text to tokens.
+    """Map step ends in a completion's text to tokens. `before`: the tokens of its prompt.
 
     Returns pairs (index of the token that holds the step's last character, end); tokens count from 0, ends are
     character indices in ascending order. Steps that end in the same token are merged into one, which keeps the last
     end. Ends beyond the last token are dropped.
     """
-    ids, text = list(completion.token_ids), completion.text
-
-    def written(count: int) -> int:
-        """Number of characters of the text that the first `count` tokens complete."""
-        decoded = str(tokenizer.decode(ids[:count], skip_special_tokens=True))
-        while not text.startswith(decoded):
-            decoded = decoded[:-1]  # an incomplete character
-        return len(decoded)
-
+    pieces = TokenTexts(tokenizer).of(completion.token_ids, before)
+    same = shared_length("".join(pieces), completion.text)
+    written = [min(end, same) for end in accumulate(map(len, pieces))]  # characters of the text after each token
     end_of_token: dict[int, int] = {}
-    low = 0
     for end in ends:
-        high = len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if written(middle + 1) >= end else (middle + 1, high)
-        if low < len(ids):
-            end_of_token[low] = end
+        token = bisect_left(written, end)
+        if token < len(written):
+            end_of_token[token] = end
     return list(end_of_token.items())

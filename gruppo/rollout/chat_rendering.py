@@ -1,8 +1,9 @@
 """Tokenization of an environment's observations. Sampled token ids are never reconstructed from text.
 
-An observation within a turn is tokenized on its own, unchanged. An observation after a turn that the model has ended is
-a message of the conversation: the chat template renders a conversation with placeholders, and the text that it puts
-around the observations is tokenized on its own. The text of an observation never becomes a special token.
+An observation within a turn is tokenized on its own, as a text that follows the tokens before it. An observation after a
+turn that the model has ended is a message of the conversation: the chat template renders a conversation with
+placeholders, and the text that it puts around the observations is tokenized piece by piece, in the same way. The text of
+an observation never becomes a special token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gruppo.errors import UsageError
 from gruppo.rollout.environments.trl_tools import CALL, CALL_END
 from gruppo.types import Message
 from gruppo.utils.text import as_json
+from gruppo.utils.token_text import text_of, tokens_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +59,7 @@ class ChatRenderer:
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], tools: ToolTexts | None = None
     ) -> None:
         self.tokenizer, self.eos_ids, self.tools = tokenizer, frozenset(eos_ids), tools
-        self._frames: dict[tuple[int, str], list[list[int]]] = {}  # by number of observations and options
+        self._frames: dict[tuple[int, str], list[str]] = {}  # by number of observations and options
 
     def prompt(
         self, content: str | list[Message], observation: str, options: Mapping[str, Any] | None = None
@@ -73,34 +75,36 @@ class ChatRenderer:
             extended = [*content[:-1], {**content[-1], "content": f"{content[-1]['content']}{observation}"}]
         return extended, tuple(prompt_tokens(extended, self.tokenizer, self.tools, options))
 
-    def text(self, token_ids: Sequence[int]) -> str:
-        """Sampled tokens as text for a reader, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str:
+        """The text that sampled tokens add to those before them."""
+        return text_of(self.tokenizer, token_ids, before)
 
-    def heard(self, token_ids: Sequence[int]) -> str:
-        """Sampled tokens as text for the environment. With tools, special tokens are kept: a tool call may use them."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=self.tools is None))
-
-    def within(self, observations: Sequence[str]) -> list[int]:
+    def within(self, observations: Sequence[str], before: Sequence[int]) -> list[int]:
         """Token ids of observations within the model's turn, or in a prompt of plain text."""
-        return [token for text in observations for token in self._plain(text)]
+        ids: list[int] = []
+        for text in observations:
+            self._append(ids, text, before, special=False)
+        return ids
 
-    def after(self, observations: Sequence[str], options: Mapping[str, Any] | None = None) -> list[int]:
+    def after(
+        self, observations: Sequence[str], before: Sequence[int], options: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of observations as messages after a turn that the model has ended, with the next turn's generation
         prompt. `options`: see `Prompt.template_options`. Raises UsageError if the chat template cannot render them."""
         key = len(observations), as_json(options or {})
         if key not in self._frames:
-            pieces = self._frame(len(observations), options)
-            self._frames[key] = [self._ids(piece) for piece in pieces]
+            self._frames[key] = self._frame(len(observations), options)
         first, *following = self._frames[key]
-        ids = list(first)
+        ids: list[int] = []
+        self._append(ids, first, before)
         for text, piece in zip(observations, following, strict=True):
-            ids += [*self._plain(text), *piece]
+            self._append(ids, text, before, special=False)
+            self._append(ids, piece, before)
         return ids
 
     def check(self, options: Mapping[str, Any] | None = None) -> None:
         """Raise UsageError if the chat template cannot continue a conversation."""
-        self.after([""], options)
+        self._frame(1, options)
 
     def _frame(self, count: int, options: Mapping[str, Any] | None = None) -> list[str]:
         """The text that the template writes before, between and after `count` messages that follow an ended turn."""
@@ -148,10 +152,6 @@ class ChatRenderer:
         ends = sorted((str(self.tokenizer.decode([token])) for token in self.eos_ids), key=len, reverse=True)
         return next((bare.removeprefix(end) for end in ends if end and bare.startswith(end)), text)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-    def _plain(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    def _append(self, ids: list[int], text: str, before: Sequence[int], special: bool = True) -> None:
+        """Append the tokens of a text. `before`: the tokens before `ids`."""
+        ids += tokens_after(self.tokenizer, text, [*before, *ids], special)

@@ -186,8 +186,7 @@ class MultiTurnSampler:
             by_prefix: dict[tuple[tuple[int, ...], bool, int], list[Trajectory]] = {}
             for trajectory in active:
                 if self._accepts_observations(trajectory) == accepting:
-                    ids = (*trajectory.prompt_ids, *trajectory.ids)
-                    key = ids, not trajectory.samples, len(trajectory.turn_ids)
+                    key = trajectory.known, not trajectory.samples, len(trajectory.turn_ids)
                     by_prefix.setdefault(key, []).append(trajectory)
             if not by_prefix:
                 continue
@@ -221,7 +220,7 @@ class MultiTurnSampler:
 
     def _turn_text(self, trajectory: Trajectory) -> str:
         """The text that the model has written since the last observation."""
-        return self.dialogue.text(trajectory.turn_ids)
+        return self.dialogue.text(trajectory.turn_ids, trajectory.before_turn)
 
     def _finish(self, trajectory: Trajectory, finish: FinishReason, beyond: int = 0) -> None:
         """Finish a trajectory. `beyond`: characters to drop from its text if a stop string of the recipe ended it."""
@@ -233,7 +232,7 @@ class MultiTurnSampler:
         """Send the sampled turns to the environments and apply their answers."""
         stepped = [trajectory for trajectory in active if self._accepts_observations(trajectory)]
         for trajectory in stepped:
-            trajectory.environment.texts.append(self.dialogue.heard(trajectory.turn_ids))
+            trajectory.environment.texts.append(self._turn_text(trajectory))
         answers = self.environments.answer([trajectory.environment for trajectory in stepped], tick)
         for trajectory, answer in zip(stepped, answers, strict=True):
             self._apply_observation(trajectory, answer)
@@ -255,9 +254,9 @@ class MultiTurnSampler:
         trajectory.turns += 1
         as_message = trajectory.turn_ended and not isinstance(trajectory.environment.row["prompt"], str)
         if as_message:
-            ids = self.dialogue.after(answer.observations, trajectory.template_options)
+            ids = self.dialogue.after(answer.observations, trajectory.known, trajectory.template_options)
         else:
-            ids = self.dialogue.within(answer.observations)
+            ids = self.dialogue.within(answer.observations, trajectory.known)
         if len(ids) >= trajectory.room:
             self._finish(trajectory, "length")
             return

@@ -97,7 +97,7 @@ class RewardModelScorer:
         for group, number in places:
             completion = group.completions[number]
             try:
-                ends = self._ends(completion)
+                ends = self._ends(group.prompt, completion)
             except RunError as error:
                 rewards, ends = list(group.rewards), ()
                 rewards[number] = replace(rewards[number], total=None, failure=str(error))
@@ -112,11 +112,11 @@ class RewardModelScorer:
         for group in groups:
             group.rewards = [next(remaining) for _ in group.completions]
 
-    def _ends(self, completion: Completion) -> tuple[int, ...]:
+    def _ends(self, prompt: Prompt, completion: Completion) -> tuple[int, ...]:
         if self.settings.kind == "outcome":
             return last_token(completion)
         ends = checked_ends(find_split(self.settings.split), completion.text)
-        return tuple(end for end, _ in step_tokens(completion, ends, self.tokenizer))
+        return tuple(end for end, _ in step_tokens(completion, ends, self.tokenizer, prompt.token_ids))
 
     def probabilities(self, samples: Sequence[Sample], during: str) -> list[tuple[float, ...]]:
         """The model's probability at each label position of each sample. Raises RunError if one is not finite."""

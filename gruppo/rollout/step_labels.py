@@ -102,7 +102,7 @@ class StepLabeller:
         self, prompt: Prompt, completion: Completion, correct: bool, text_ends: Sequence[int]
     ) -> LabelledCompletion:
         """The completion split into steps, each with the label of the whole completion for now."""
-        steps = step_tokens(completion, text_ends, self.tokenizer)
+        steps = step_tokens(completion, text_ends, self.tokenizer, prompt.token_ids)
         ends, kept = tuple(end for end, _ in steps), tuple(end for _, end in steps)
         return LabelledCompletion(prompt, completion, correct, ends, kept, (float(correct),) * len(steps))
 

@@ -50,6 +50,16 @@ class Trajectory:
         return self.limit - len(self.ids)
 
     @property
+    def known(self) -> tuple[int, ...]:
+        """Its prompt and all of its tokens so far."""
+        return (*self.prompt_ids, *self.ids)
+
+    @property
+    def before_turn(self) -> tuple[int, ...]:
+        """The tokens before `turn_ids`."""
+        return (*self.prompt_ids, *self.ids[: self.turn_start])
+
+    @property
     def turn_ids(self) -> list[int]:
         """Tokens that the model has sampled since the last observation, without the EOS token."""
         ids = self.ids[self.turn_start :]

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from gruppo.types import Completion, Group
 from gruppo.utils.text import as_json
+from gruppo.utils.token_text import TokenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,17 +109,11 @@ def _where_sampled(mask: Sequence[bool], values: Sequence[float] | None) -> list
 def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """One row per completion: texts, token ids and their texts, log-probabilities, rewards and advantages.
 
-    A row also says whether the completion was trained on, or why not. Lists have one entry per token.
+    A row also says whether the completion was trained on, or why not. Lists have one entry per token. Joined, the texts of
+    the tokens are what they add to the prompt, with all special tokens.
     Log-probabilities that were not computed, and those of tokens that were not sampled, are None.
     """
-    texts: dict[int, str] = {}
-
-    def token_text(token: int) -> str:
-        if token not in texts:
-            texts[token] = str(tokenizer.decode([token]))
-        return texts[token]
-
-    rows = []
+    rows, texts = [], TokenTexts(tokenizer, special=True)
     for index, group in enumerate(groups):
         shared = {
             "step": step,
@@ -146,7 +141,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "episode": None if completion.episode is None else as_json(asdict(completion.episode)),
                     "trained": group.trained[number],
                     "token_ids": list(completion.token_ids),
-                    "token_texts": [token_text(token) for token in completion.token_ids],
+                    "token_texts": texts.of(completion.token_ids, group.prompt.token_ids),
                     "mask": list(completion.mask),
                     "sampling_logprobs": None if is_offline(completion) else sampled(completion.sampling_logprobs),
                     "old_logprobs": sampled(group.old_logprobs[number]),

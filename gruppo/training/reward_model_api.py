@@ -24,6 +24,7 @@ from gruppo.runs.reading import require_own
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Interrupted, stop_on_signals
 from gruppo.utils.text import text_of_content
+from gruppo.utils.token_text import text_of, text_tokens, tokens_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -337,11 +338,14 @@ def _samples(source: ModelSource, settings: RewardModel, files: Sequence[Path]) 
 def _in_tokens_of(tokenizer: PreTrainedTokenizerBase, labels: Sequence[LabelledCompletion]) -> list[LabelledCompletion]:
     """The labels in this tokenizer's tokens; unchanged if it decodes their token ids to the same texts."""
 
-    def decode(label: LabelledCompletion) -> str:
-        return str(tokenizer.decode(list(label.completion.token_ids), skip_special_tokens=True))
+    def decodes(label: LabelledCompletion) -> bool:
+        completion = label.completion
+        text = text_of(tokenizer, completion.token_ids, label.prompt.token_ids)
+        ended = completion.finish_reason == "stop"  # with an EOS token or a stop string, which are not in its text
+        return text == completion.text or (ended and text.startswith(completion.text))
 
     ids = [token for label in labels for token in (*label.prompt.token_ids, *label.completion.token_ids)]
-    if max(ids, default=0) < len(tokenizer) and all(decode(label) == label.completion.text for label in labels):
+    if max(ids, default=0) < len(tokenizer) and all(map(decodes, labels)):
         return list(labels)
     return [_encoded(tokenizer, label) for label in labels]
 
@@ -358,17 +362,17 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, labelled: LabelledCompletion) -
             if isinstance(content, str)
             else "\n".join(text_of_content(message["content"]) for message in content) + "\n"
         )
-        prompt_ids = list(tokenizer(text)["input_ids"])
+        prompt_ids = text_tokens(tokenizer, text)
     else:
         prompt_ids = chat_tokens(tokenizer, content, ask=True)
     text = labelled.completion.text
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = tokens_after(tokenizer, text, prompt_ids)
     if labelled.completion.finish_reason == "stop" and tokenizer.eos_token_id is not None:
         ids.append(int(tokenizer.eos_token_id))
     zeros = (0.0,) * len(ids)
     completion = replace(labelled.completion, token_ids=tuple(ids), sampling_logprobs=zeros, mask=(True,) * len(ids))
     shares = dict(zip(labelled.text_ends, labelled.shares, strict=True))
-    ends = step_tokens(completion, labelled.text_ends, tokenizer)
+    ends = step_tokens(completion, labelled.text_ends, tokenizer, prompt_ids)
     return replace(
         labelled,
         prompt=replace(labelled.prompt, token_ids=tuple(prompt_ids)),

@@ -10,7 +10,9 @@ from gruppo.data.offline import offline_completions, with_prompt
 from gruppo.data.tokenization import tokenize_rows
 from gruppo.errors import UsageError
 from gruppo.types import Row
+from gruppo.utils.token_text import text_of, text_tokens, visible_text
 from tests.conftest import END, make_tokenizer
+from tests.odd_tokenizers import CHATML, byte_level, closing, ids_of, metaspace, prepending
 
 TURNS = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}={{ m['content'] }}<eos>- "
@@ -135,3 +137,147 @@ def test_a_template_that_rewrites_earlier_messages_is_refused() -> None:
 
 def test_the_end_token_is_a_single_token() -> None:
     assert tokenizer().eos_token_id == END
+
+
+ODD = {
+    "metaspace": metaspace,
+    "metaspace first": lambda: metaspace("first"),
+    "prepending": prepending,
+    "byte level with a space": lambda: byte_level(prefix_space=True),
+    "byte level": byte_level,
+    "closing": lambda: closing(metaspace()),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("2+2=", "4"),
+        ("2+2=", " 4"),
+        ("2+2= ", "4"),
+        ("Q: a\nA:", " b"),
+        ("a", "\n\nb"),
+        ("\u4e2d", "\u6587 a"),
+        ("a", "b"),
+    ],
+)
+def test_a_completion_of_text_adds_exactly_its_text(kind: str, prompt: str, answer: str) -> None:
+    odd = ODD[kind]()
+    (tokenized,) = tokenize_rows([{"prompt": prompt, "completion": answer}], odd, 100, 50, "t")
+    ((completion, _),) = offline_completions(tokenized, odd, False)
+    eos = odd.eos_token_id
+    assert completion.text == answer
+    assert text_of(odd, [*tokenized.token_ids, *completion.token_ids[:-1]]).removeprefix(" ") == prompt + answer
+    assert completion.token_ids[-1] == eos
+    assert list(tokenized.token_ids + completion.token_ids).count(eos) == 1
+    assert odd.bos_token_id not in completion.token_ids
+    whole = text_tokens(odd, prompt + answer)
+    if whole[: len(tokenized.token_ids)] == list(tokenized.token_ids):
+        assert [*tokenized.token_ids, *completion.token_ids[:-1]] == whole
+
+
+def test_an_answer_that_ends_with_eos_gets_no_second_one() -> None:
+    odd = byte_level()
+    (tokenized,) = tokenize_rows([{"prompt": "a", "completion": "b</s>"}], odd, 100, 50, "t")
+    ((completion, _),) = offline_completions(tokenized, odd, False)
+    assert list(completion.token_ids) == ids_of(odd, "b", "</s>")
+    assert completion.text == "b"
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_completion_of_messages_is_what_the_chat_template_gives(kind: str) -> None:
+    odd = ODD[kind]()
+    odd.chat_template = CHATML
+    row = {"prompt": [user("a b")], "completion": [assistant("4"), user("b"), assistant("<think>a</think>b")]}
+    (prompt,) = tokenize_rows([with_prompt(row, "row 1")], odd, 200, 50, "t")
+    ((completion, _),) = offline_completions(prompt, odd, False)
+    whole = odd.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=True, return_dict=False)
+    end = ids_of(odd, "<|im_end|>")[0]
+    assert [*prompt.token_ids, *completion.token_ids] == whole[: len(whole) - whole[::-1].index(end)]
+    assert completion.mask.count(True) < len(completion.mask)
+    assert "<think>" in completion.text
+    assert completion.text.count("<|im_end|>") == 2, "of the turns before the last"
+
+
+def test_an_answer_continues_the_beginning_that_its_prompt_has() -> None:
+    odd = byte_level(template=CHATML)
+    row = {"prompt": [user("a"), assistant("2+2=")], "completion": "4"}
+    (prompt,) = tokenize_rows([row], odd, 200, 50, "t")
+    ((completion, _),) = offline_completions(prompt, odd, False)
+    assert list(completion.token_ids) == ids_of(odd, "4", "<|im_end|>")
+
+
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+EMPTIED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+WITH_EMPTY_BLOCK = OPENED.replace(
+    "{{ m['content'] }}",
+    "{% if m['role'] == 'assistant' and '</think>' not in m['content'] %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}",
+)
+WITHOUT_REASONING = OPENED.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1].lstrip('\\n') }}")
+ALWAYS_OPENED = OPENED.replace(
+    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>\n{% endif %}{{ m['content'] }}"
+)
+
+
+def answered(template: str, answer: str, odd: Any = None) -> str:
+    """What follows the prompt, as text with all special tokens."""
+    odd = odd or byte_level()
+    odd.chat_template = template
+    (prompt,) = tokenize_rows([{"prompt": [user("a")], "completion": answer}], odd, 200, 100, "t")
+    ((completion, _),) = offline_completions(prompt, odd, False)
+    assert all(completion.mask)
+    assert visible_text(odd, prompt.token_ids).endswith(("<think>\n", "</think>\n\n"))
+    return visible_text(odd, [*prompt.token_ids, *completion.token_ids]).partition("assistant\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "follows"),
+    [
+        (WITH_EMPTY_BLOCK, "b", "<think>\n\n</think>\n\nb"),
+        (WITH_EMPTY_BLOCK, "<think>\na\n</think>\n\nb", "<think>\na\n</think>\n\nb"),
+        (OPENED, "<think>\na\n</think>\nb", "<think>\na\n</think>\nb"),
+        (OPENED, "<think>a</think>b", "<think>\na</think>b"),
+        (OPENED, "<think></think>b", "<think>\n</think>b"),
+        (OPENED, "<think>\n\n</think>\n\nb", "<think>\n\n</think>\n\nb"),
+        (OPENED, "a</think>b", "<think>\na</think>b"),
+        (WITHOUT_REASONING, "<think>\na\n</think>\n\nb", "<think>\na\n</think>\n\nb"),
+        (WITHOUT_REASONING, "<think>\n\n</think>\n\nb", "<think>\n\n</think>\n\nb"),
+        (WITHOUT_REASONING, "a</think>b", "<think>\na</think>b"),
+        (ALWAYS_OPENED, "a</think>b", "<think>\na</think>b"),
+        (ALWAYS_OPENED, "<think>\na</think>b", "<think>\na</think>b"),
+        (EMPTIED, "b", "<think>\n\n</think>\n\nb"),
+        (EMPTIED, "<think>\n\n</think>\n\nb", "<think>\n\n</think>\n\nb"),
+        (EMPTIED, "<think></think>b", "<think>\n\n</think>\n\nb"),
+    ],
+)
+def test_answers_after_a_prompt_that_has_opened_or_emptied_the_reasoning(
+    template: str, answer: str, follows: str
+) -> None:
+    assert answered(template, answer) == f"{follows}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "advice"),
+    [
+        (OPENED, "b", "has no reasoning; begin the answer with <think>reasoning</think>"),
+        (WITHOUT_REASONING, "b", "has no reasoning; begin the answer with <think>reasoning</think>"),
+        (EMPTIED, "<think>a</think>b", "has reasoning; remove it from the answer"),
+        (CHATML.replace("'role'] }}\n{{", "'role'] }}:{{"), "b", "begins this answer with"),
+    ],
+)
+def test_answers_that_do_not_fit_the_prompt_are_refused_with_advice_that_applies(
+    template: str, answer: str, advice: str
+) -> None:
+    with pytest.raises(UsageError, match=advice):
+        answered(template, answer)
+
+
+def test_tags_of_reasoning_that_are_no_special_tokens() -> None:
+    brackets = OPENED.replace("<think>", "[THINK]")
+    odd = byte_level()
+    odd.chat_template = brackets
+    (prompt,) = tokenize_rows([{"prompt": [user("a")], "completion": "[THINK]a[/THINK]b"}], odd, 200, 100, "t")
+    ((completion, _),) = offline_completions(prompt, odd, False)
+    assert completion.text == "a[/THINK]b"

@@ -337,7 +337,7 @@ def test_observations_contain_no_special_tokens(tokenizer) -> None:
     """Otherwise a tool's output could end turns or start new ones."""
     assert END in tokenizer("<eos>")["input_ids"]
     dialogue = ChatRenderer(tokenizer, [END])
-    for ids in (dialogue.within(["a<eos>b"]), dialogue.after(["a<eos>b"])):
+    for ids in (dialogue.within(["a<eos>b"], [1]), dialogue.after(["a<eos>b"], [1])):
         assert END not in ids
 
 
@@ -364,7 +364,7 @@ def test_tools_go_through_a_template_that_supports_them() -> None:
     expected = tokenizer("[tools add ]<user:q<eos>\n<assistant:", add_special_tokens=False)["input_ids"]
     assert list(prompt.token_ids) == expected
     dialogue = ChatRenderer(tokenizer, [END], tools)
-    assert dialogue.after(["a", "b"]) == [
+    assert dialogue.after(["a", "b"], [END]) == [
         token
         for text in ("\n<tool:", "a", "<eos>\n<tool:", "b", "<eos>\n<assistant:")
         for token in tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -412,15 +412,15 @@ def test_trl_tools_in_a_conversation(tokenizer, worlds) -> None:
     environments = worlds["Counter"]
     dialogue = ChatRenderer(tokenizer, [END], tool_texts(tokenizer, environments.schemas))
     text = '<tool_call>{"name": "add", "arguments": {"amount": 2}}</tool_call>'
-    dialogue.heard = lambda ids: text if ids == [1] else "done"  # type: ignore[method-assign, assignment]
+    dialogue.text = lambda ids, _: text if list(ids) == [1] else "done"  # type: ignore[method-assign, assignment]
     engine = Scripted(tokenizer, ["a.", "b."])
     episodes = MultiTurnSampler(environments, dialogue, 4)
     prompts = prompts_of(tokenizer, [{"role": "user", "content": "q"}], start=1)
     (started,), ((completion,),) = play(episodes, engine, prompts, options=replace(OPTIONS, max_tokens=90))
     assert started.content[-1]["content"] == "q It is 1 now."
     assert completion.episode == Episode(turns=1, calls=1, reward=3.0)
-    assert completion.text == "a\ntotal 3\nb"
-    assert completion.mask.count(False) == len(dialogue.after(["total 3"]))
+    assert completion.text == f"{text}\ntotal 3\ndone"
+    assert completion.mask.count(False) == len(dialogue.after(["total 3"], [END]))
 
 
 def test_an_environment_that_never_answers_changes_no_completion(policy: LanguageModel) -> None:

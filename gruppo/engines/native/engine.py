@@ -25,6 +25,7 @@ from gruppo.models.weights import WeightSource, named_weights
 from gruppo.types import Completion, FinishReason
 from gruppo.utils.progress import Advance
 from gruppo.utils.system import free_memory
+from gruppo.utils.token_text import text_of
 
 PREFILL_TOKENS = 4096
 MAX_SLOTS = 256
@@ -94,14 +95,14 @@ class NativeEngine(Engine):
             if advance is not None:
                 advance(sampled)
             for index, group in decoder.scheduler.take_finished():
-                yield index, [self._completion(finished) for finished in group]
+                yield index, [self._completion(finished, requests[index]) for finished in group]
         for index, group in decoder.scheduler.take_finished():  # requests without streams
-            yield index, [self._completion(finished) for finished in group]
+            yield index, [self._completion(finished, requests[index]) for finished in group]
 
-    def _completion(self, finished: Finished) -> Completion:
+    def _completion(self, finished: Finished, request: Request) -> Completion:
         ended = finished.tokens[-1] in self.policy.eos_ids
         reason: FinishReason = "stop" if ended or finished.text_end is not None else "length"
-        text = _text(self.policy, [*finished.written, *(finished.tokens[:-1] if ended else finished.tokens)])
+        text = _text(self.policy, [*finished.written, *finished.tokens], request)
         return Completion(
             token_ids=tuple(finished.tokens),
             sampling_logprobs=tuple(finished.logprobs),
@@ -127,15 +128,18 @@ def _check(requests: Sequence[Request]) -> None:
             raise ValueError(f"written of a request = {request.written}: it has {len(request.token_ids)} tokens")
 
 
-def _text(policy: LanguageModel, tokens: list[int]) -> str:
-    return str(policy.tokenizer.decode(tokens, skip_special_tokens=True))
+def _text(policy: LanguageModel, tokens: Sequence[int], request: Request) -> str:
+    """The text of the written and sampled tokens after their prompt, without the EOS token at their end."""
+    ended = tokens[-1:] and tokens[-1] in policy.eos_ids
+    before = request.token_ids[: len(request.token_ids) - request.written]
+    return text_of(policy.tokenizer, tokens[:-1] if ended else tokens, before)
 
 
 class _Decoder:
     """Computes prompts and decoding steps for the requests of one call."""
 
     def __init__(self, policy: LanguageModel, slots: int, requests: Sequence[Request], params: SamplingParams) -> None:
-        self.policy, self.params = policy, params
+        self.policy, self.params, self.requests = policy, params, requests
         slots = min(slots, sum(len(request.streams) for request in requests))
         longest = max((len(request.token_ids) for request in requests), default=1)
         accumulate = torch.promote_types(policy.dtype, torch.float32)
@@ -223,8 +227,9 @@ class _Decoder:
             length = int(self.scheduler.length[slot])
             if length < self.params.min_tokens:
                 continue
+            request = self.requests[self.scheduler.owner[slot][0]]
             tokens = [*self.scheduler.written[slot], *self.scheduler.tokens[slot, :length].tolist()]
-            text, before = _text(self.policy, tokens), _text(self.policy, tokens[:-1])
+            text, before = _text(self.policy, tokens, request), _text(self.policy, tokens[:-1], request)
             pairs = enumerate(zip(before, text))  # the last token of a character changes the text of its first ones
             same = next((place for place, (old, new) in pairs if old != new), min(len(before), len(text)))
             found = [(text.find(stop, max(0, same - len(stop) + 1)), len(stop)) for stop in self.params.stop]

@@ -10,6 +10,7 @@ from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import _Decoder
 from gruppo.engines.native.sampling import sample_tokens
 from tests.conftest import make_policy
+from tests.odd_tokenizers import byte_level
 
 
 def test_inverse_distribution_function_by_hand() -> None:
@@ -52,17 +53,11 @@ def test_greedy_takes_the_most_likely_token_and_reports_temperature_one() -> Non
 
 def test_stop_text_with_characters_of_several_tokens() -> None:
     """A byte-level tokenizer decodes half a character as a replacement character, until the next token completes it."""
-    marks = {b"\xe5": 1, b"\xae": 2, b"\x8c": 3, b"a": 4}
-
-    class Bytes:
-        def decode(self, ids: list[int], **_: object) -> str:
-            letters = {number: letter for letter, number in marks.items()}
-            return b"".join(letters[token] for token in ids).decode("utf-8", "replace")
-
-    policy = replace(make_policy(), tokenizer=Bytes())
+    tokenizer = byte_level()
+    policy = replace(make_policy(), tokenizer=tokenizer)
     options = SamplingParams(1.0, 5, stop=("a\u5b8c",))
     decoder = _Decoder(policy, 1, [Request((1,), [(0,)])], options)
-    decoder.scheduler.tokens[0] = [4, 4, 1, 2, 3]
+    decoder.scheduler.tokens[0] = tokenizer("\u0061a\u5b8c")["input_ids"]
     stops = {}
     for length in range(1, 6):
         decoder.scheduler.length[0] = length
