@@ -101,11 +101,10 @@ def _tokens(
     They are the tokens of prompt and answer as a whole, after those of the prompt. Where a token of the whole would
     begin in the prompt, they are the tokens of the answer alone.
     """
-    content = prompt.content
-    if isinstance(content, str):
+    if isinstance(prompt.content, str):
         if not isinstance(answer, str) or not answer:
             raise UsageError(f"{answer!r:.60} is not non-empty text, which a plain-text prompt requires; write some")
-        ids = _continued(tokenizer, prompt.token_ids, text_tokens(tokenizer, content + answer), answer)
+        ids = _continued(tokenizer, prompt.token_ids, text_tokens(tokenizer, prompt.content + answer), answer)
         if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
         return tuple(ids), (True,) * len(ids)
@@ -116,12 +115,15 @@ def _tokens(
         raise UsageError("it has a message without role and content; write both")
     if messages[0]["role"] != "assistant":
         raise UsageError("it does not begin with an assistant message; move earlier messages to prompt")
-    options = prompt.template_options
-    known, token_ids, mask = (
-        _prompt_text(tokenizer, content, options),
-        list(prompt.token_ids),
-        [False] * len(prompt.token_ids),
-    )
+    return _tokens_of_messages(prompt, messages, tokenizer)
+
+
+def _tokens_of_messages(
+    prompt: Prompt, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    content, options = list(prompt.content), prompt.template_options
+    known, token_ids = _prompt_text(tokenizer, content, options), list(prompt.token_ids)
+    mask = [False] * len(token_ids)
 
     def extend(text: str, by_assistant: bool) -> None:
         nonlocal known
@@ -151,7 +153,7 @@ def _tokens(
             mask[end] = False  # white space that a template adds after the end of a turn
     if True not in mask:
         raise UsageError("it has no assistant tokens; write some text")
-    first, last = len(prompt.token_ids), len(mask) - mask[::-1].index(True)
+    first, last = len(prompt_ids), len(mask) - mask[::-1].index(True)
     return tuple(token_ids[first:last]), tuple(mask[first:last])
 
 

@@ -1,9 +1,9 @@
 """Tokenization of an environment's observations. Sampled token ids are never reconstructed from text.
 
-An observation within a turn is tokenized on its own, as a text that follows the tokens before it. An observation after a
-turn that the model has ended is a message of the conversation: the chat template renders a conversation with
-placeholders, and the text that it puts around the observations is tokenized piece by piece, in the same way. The text of
-an observation never becomes a special token.
+An observation within a turn is tokenized on its own, as a text that follows the tokens before it. An observation after
+a turn that the model has ended is a message of the conversation: the chat template renders a conversation with
+placeholders, and the text that it puts around the observations is tokenized piece by piece, in the same way. The text
+of an observation never becomes a special token.
 """
 
 from __future__ import annotations

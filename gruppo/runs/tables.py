@@ -109,9 +109,9 @@ def _where_sampled(mask: Sequence[bool], values: Sequence[float] | None) -> list
 def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """One row per completion: texts, token ids and their texts, log-probabilities, rewards and advantages.
 
-    A row also says whether the completion was trained on, or why not. Lists have one entry per token. Joined, the texts of
-    the tokens are what they add to the prompt, with all special tokens.
-    Log-probabilities that were not computed, and those of tokens that were not sampled, are None.
+    A row also says whether the completion was trained on, or why not. Lists have one entry per token. Joined, the texts
+    of the tokens are what they add to the prompt, with all special tokens. Log-probabilities that were not computed,
+    and those of tokens that were not sampled, are None.
     """
     rows, texts = [], TokenTexts(tokenizer, special=True)
     for index, group in enumerate(groups):

@@ -24,8 +24,8 @@ def text_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], before
     """The text that tokens add to those `before` them.
 
     Special tokens are part of the text, except BOS and padding; see `silent_ids`. The caller leaves out the EOS token
-    that ends a completion. An incomplete character at the end is U+FFFD (once, or once per byte), and so is every id for
-    which the tokenizer has no text.
+    that ends a completion. An incomplete character at the end is U+FFFD (once, or once per byte), and so is every id
+    for which the tokenizer has no text.
     """
     return _text(tokenizer, token_ids, before, silent_ids(tokenizer))
 

@@ -55,7 +55,7 @@ def test_line_ends_exclude_trailing_whitespace(text: str, ends: list[int]) -> No
 def test_the_token_of_an_end_holds_the_last_character_of_the_step(pieces: list[str], tokens: list[int]) -> None:
     text = "".join(piece for piece in pieces if piece != "<eos>")
     sampled = completion([PIECES.index(piece) for piece in pieces], text)
-    assert [token for token, _ in step_tokens(sampled, lines(text), tokenizer_of_pieces())] == tokens
+    assert [token for token, _ in step_tokens(sampled, lines(text), tokenizer_of_pieces(), [])] == tokens
 
 
 def test_character_of_several_tokens_ends_with_its_last_token() -> None:
@@ -69,12 +69,12 @@ def test_character_of_several_tokens_ends_with_its_last_token() -> None:
     text = "é😀\nß"
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == 2 + 4 + 1 + 2
-    assert step_tokens(completion(ids, text), lines(text), tokenizer) == [(5, 2), (8, 4)]
+    assert step_tokens(completion(ids, text), lines(text), tokenizer, []) == [(5, 2), (8, 4)]
 
 
 def test_an_end_after_all_tokens_is_dropped() -> None:
     """A completion that was truncated within a character."""
-    assert step_tokens(completion([1], "one and more"), [12], tokenizer_of_pieces()) == []
+    assert step_tokens(completion([1], "one and more"), [12], tokenizer_of_pieces(), []) == []
 
 
 @pytest.mark.parametrize("name", ["words_backwards", "no_ends", "raises"])

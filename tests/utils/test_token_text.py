@@ -32,7 +32,8 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "closing byte level": lambda: closing(byte_level()),
 }
 TEXTS = [
-    "a b", " a b", "ab  ab", "2+2= 4", "\u4e2d\u6587 a", "a \U0001f600\U0001f600 b", "\n\na \n b", "  a", "<think>\na</think> b<tool_call>{",
+    "a b", " a b", "ab  ab", "2+2= 4", "\u4e2d\u6587 a", "a \U0001f600\U0001f600 b", "\n\na \n b",
+    "  a", "<think>\na</think> b<tool_call>{",
     "caf\u00e9 \U0001f1e9\U0001f1ea a\u200db",
 ]  # fmt: skip
 
