@@ -153,7 +153,7 @@ def _tokens_of_messages(
             mask[end] = False  # white space that a template adds after the end of a turn
     if True not in mask:
         raise UsageError("it has no assistant tokens; write some text")
-    first, last = len(prompt_ids), len(mask) - mask[::-1].index(True)
+    first, last = len(prompt.token_ids), len(mask) - mask[::-1].index(True)
     return tuple(token_ids[first:last]), tuple(mask[first:last])
 
 

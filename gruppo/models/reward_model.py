@@ -23,6 +23,7 @@ from gruppo.models.loading import ModelSource, load_model
 from gruppo.models.lora import skeleton
 from gruppo.models.policy import LanguageModel
 from gruppo.models.pretrained import UNDAMAGED
+from gruppo.models.tokenizer_files import save_tokenizer
 from gruppo.models.value_head import ScalarModel
 from gruppo.models.weights import damage_of, save_base, save_weights
 from gruppo.runs.reading import read_object
@@ -187,7 +188,7 @@ def save_reward_model(model: ScalarModel, kind: str, folder: Path) -> None:
     config.pad_token_id = _padding(policy)
     if config.pad_token_id is not None:
         tokenizer.pad_token_id = config.pad_token_id
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     config.save_pretrained(folder)
     save_weights({name: tensor.detach() for name, tensor in weights.items()}, folder)
 

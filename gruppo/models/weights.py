@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import custom_object_save
 
+from gruppo.models.tokenizer_files import save_tokenizer
+
 if TYPE_CHECKING:
     from gruppo.models.policy import LanguageModel
 
@@ -124,4 +126,4 @@ def save_base(policy: LanguageModel, folder: Path) -> None:
     config.save_pretrained(folder)
     if policy.model.generation_config is not None:
         policy.model.generation_config.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    save_tokenizer(policy.tokenizer, folder)

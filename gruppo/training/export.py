@@ -206,6 +206,7 @@ def _write_model(
 
     from gruppo.models.compatibility import eos_ids
     from gruppo.models.pretrained import load_weights, loading_progress
+    from gruppo.models.tokenizer_files import save_tokenizer
 
     dtype, max_shard_size, trust = options
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust)
@@ -222,7 +223,7 @@ def _write_model(
         settings = recipe.evaluation.decoding if recipe.evaluation else Decoding()
         model.generation_config = _generation(eos_ids(model, tokenizer), tokenizer, settings)
         model.save_pretrained(building, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(building)
+    save_tokenizer(tokenizer, building)
     return bool(tokenizer.chat_template)
 
 
