@@ -53,6 +53,12 @@ def written_answer(prompt: str, whole: str, content: str) -> str | None:
     )
 
 
+def opened_block(prompt: str) -> tuple[str, bool] | None:
+    """The tag that the end of a rendered prompt opens, and whether it closes it at once; None if it opens none."""
+    found = _BLOCK.search(prompt)
+    return (found["open"] or found["opens"], bool(found["close"] or found["closes"])) if found else None
+
+
 def _without_opening(text: str, opening: str, prompt: str) -> str:
     """The text without an opening tag that the prompt has already."""
     if not text.lstrip().startswith(opening):

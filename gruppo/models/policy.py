@@ -28,6 +28,7 @@ from gruppo.models.generation import Generation
 from gruppo.models.logprobs import OutputHead, token_logprobs
 from gruppo.models.precision import prepare_for_float64
 from gruppo.models.weights import WeightSource, named_weights
+from gruppo.utils.token_text import ids_without_text
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,17 @@ class LanguageModel:
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
+
+    @property
+    def head_size(self) -> int:
+        """Number of token ids that can be sampled."""
+        layer: Any = self.model.get_output_embeddings()
+        return len(layer.weight)
+
+    @cached_property
+    def ids_without_text(self) -> frozenset[int]:
+        """Token ids that can be sampled, and for which the tokenizer has no text."""
+        return ids_without_text(self.tokenizer, range(self.head_size))
 
     @property
     def scorer(self) -> TokenScorer:

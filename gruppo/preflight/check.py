@@ -214,7 +214,7 @@ def _tokenize(
 
 def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, refused: str | None) -> list[Finding]:
     """The findings that need no sampling."""
-    from gruppo.preflight import row_checks, static_checks
+    from gruppo.preflight import row_checks, static_checks, token_checks
 
     recipe, prompts = check.recipe, list(inputs.prompts)
     most = recipe.sampling.max_tokens
@@ -223,6 +223,7 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
         *static_checks.check_fields(recipe),
         *static_checks.check_model(policy, check.dtype),
         *static_checks.check_end_tokens(policy),
+        *token_checks.check_token_text(policy, prompts, inputs.offline),
         *static_checks.check_bos(policy.tokenizer, prompts),
         *static_checks.check_chat_template(policy, prompts),
         static_checks.check_prompt_lengths(prompts, limit, most, inputs.filtered, refused),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from gruppo.types import Completion, Episode, Group
 from gruppo.utils.metrics import Metrics
 
 
-def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = False) -> None:
-    """Add sampling and reward metrics of the groups; lengths are in tokens. `by_task`: also add the mean reward of each
-    task."""
+def describe_groups(
+    groups: Sequence[Group], metrics: Metrics, by_task: bool = False, without_text: Collection[int] = ()
+) -> None:
+    """Add sampling and reward metrics of the groups; lengths are in tokens.
+
+    `by_task`: also add the mean reward of each task. `without_text`: token ids for which the tokenizer has no text.
+    """
     for group in groups:
         totals = [reward.total for reward in group.rewards if reward.total is not None]
         metrics.mean("reward/mean", sum(totals), len(totals))
@@ -44,6 +48,9 @@ def describe_groups(groups: Sequence[Group], metrics: Metrics, by_task: bool = F
             metrics.minimum("completion/length_min", sum(completion.mask))
             metrics.mean("completion/truncated", completion.finish_reason == "length")
             metrics.mean("completion/trained", used)
+            if without_text:
+                count = sum(token in without_text for token in completion.token_ids)
+                metrics.mean("completion/without_text", count, len(completion.token_ids))
             if completion.episode is not None:
                 _describe_episode(completion, completion.episode, metrics)
             if used and advantages:

@@ -320,6 +320,19 @@ def reward_model_guesses(seen: History) -> Evidence | None:
     )
 
 
+def tokens_without_text(seen: History) -> Evidence | None:
+    """The last step sampled token ids for which the tokenizer has no text."""
+    values = seen.last("completion/without_text", 1)
+    if not values or not values[0]:
+        return None
+    steps = seen.span(1)
+    return Evidence(
+        f"the tokenizer has no text for {values[0]:.2%} of the tokens that were sampled in step {steps[0]}: in the "
+        "text of a completion, each of them is U+FFFD",
+        {"steps": steps, "completion/without_text": values},
+    )
+
+
 CHECKS: dict[str, Callable[[History], Evidence | None]] = {
     check.__name__: check
     for check in (
@@ -333,6 +346,7 @@ CHECKS: dict[str, Callable[[History], Evidence | None]] = {
         kl_explodes,
         gradient_spikes,
         reward_model_guesses,
+        tokens_without_text,
     )
 }
 

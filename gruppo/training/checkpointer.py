@@ -143,6 +143,10 @@ class Checkpointer:
             for task, count in self.parts.filtered.items():
                 message = f"{count} prompts of {task} are too long and were left out"
                 recorder.event("filtered", message, 0, task=task, prompts=count)
+            if count := len(self.parts.policy.ids_without_text):
+                size = self.parts.policy.head_size
+                message = f"the tokenizer has no text for {count} of the {size} token ids that the model can sample"
+                recorder.event("ids_without_text", message, 0, ids=count, of=size)
         for halving in (context.folder.read_json("environment.json") or {}).get("halvings", []):
             if halving["step"] > step:  # its own event belongs to steps that are now repeated
                 size, after, before = halving["size"], halving["after"], halving["step"]

@@ -258,7 +258,7 @@ class TrainingRun:
 
     def _describe(self, step: Step, groups: Sequence[Group]) -> None:
         metrics, parts = step.metrics, self.parts
-        describe_groups(groups, metrics, by_task=len(parts.prompts.parts) > 1)
+        describe_groups(groups, metrics, len(parts.prompts.parts) > 1, parts.policy.ids_without_text)
         metrics.mean("optimizer/learning_rate", self.policy.rate(step))
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
         metrics.maximum("memory/micro_batch_tokens", parts.sizes.micro_batch_tokens)
