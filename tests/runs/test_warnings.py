@@ -84,6 +84,7 @@ SHOWN = {
     "kl_explodes": (series(policy__kl=lambda step: 0.02 * 1.5 ** (step - 19)), 24),
     "gradient_spikes": (series(until=21, optimizer__gradient_norm=7.0), 20),
     "reward_model_guesses": (with_round(0.66, 10), 20),  # a standard error is 0.097
+    "tokens_without_text": (series(completion__without_text=0.3), 20),
 }
 
 
