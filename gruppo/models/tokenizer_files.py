@@ -69,9 +69,7 @@ def _found(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...]) -> dict[s
 def _original(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
     """The tokenizer as it is in its files; None if they cannot be loaded any more."""
     try:
-        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
-            tokenizer.name_or_path, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True, trust_remote_code=False)
     except Exception:  # noqa: BLE001  third-party files can fail in any way
         return None
 
