@@ -47,7 +47,8 @@ TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_gen
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<eos>": END} | {letter: token_id for token_id, letter in enumerate(LETTERS + "<>", start=1)}
+    """A token for each character, and a character for each of the 48 ids of the tiny model."""
+    vocabulary = {"<eos>": END} | {letter: token_id for token_id, letter in enumerate(LETTERS + "<>¡¢£¥", start=1)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
