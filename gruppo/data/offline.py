@@ -121,7 +121,8 @@ def _tokens(
 def _tokens_of_messages(
     prompt: Prompt, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    content, options = list(prompt.content), prompt.template_options
+    assert not isinstance(prompt.content, str)
+    content, options = prompt.content, prompt.template_options
     known, token_ids = _prompt_text(tokenizer, content, options), list(prompt.token_ids)
     mask = [False] * len(token_ids)
 
