@@ -14,6 +14,7 @@ from gruppo.config.methods import METHODS
 
 if TYPE_CHECKING:
     from gruppo.config.recipe import Recipe
+    from gruppo.config.sections import RewardModel
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ def _offline(recipe: Recipe) -> bool:
 
 def _no_ratio(recipe: Recipe) -> bool:
     return recipe.method.surrogate == "log-likelihood"
+
+
+def replays(settings: RewardModel) -> bool:
+    """Whether a round of the reward model is to learn from earlier samples, too."""
+    return settings.replay_fraction > 0
 
 
 _RULES = (
@@ -101,13 +107,13 @@ _RULES = (
     _Rule(
         "reward_model",
         "replay_fraction replay_capacity",
-        lambda recipe: recipe.run.iterations == 1,
+        lambda recipe: recipe.run.iterations == 1 and recipe.reward_model is not None and replays(recipe.reward_model),
         "run.iterations = 1 has no earlier samples to replay; remove it, or write iterations = 2 or more",
     ),
     _Rule(
         "reward_model",
         "replay_capacity",
-        lambda recipe: recipe.reward_model is not None and not recipe.reward_model.replay_fraction,
+        lambda recipe: recipe.reward_model is not None and not replays(recipe.reward_model),
         "replay_fraction = 0 replays nothing; remove it",
     ),
 )
