@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?[\w.]+))")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*+(?:\{|(-?[\w.]++))")
+LONGEST = 5000  # maximum characters of a box's content
 
 
 class Box(NamedTuple):
@@ -17,18 +18,22 @@ class Box(NamedTuple):
 
 
 def boxes(text: str) -> list[Box]:
-    r"""Every \boxed{…} or \fbox{…} (braces balanced) that is closed and not empty, and \boxed followed by a word."""
-    closing = _closing(text) if "\\" in text else {}
+    r"""Every \boxed{…} or \fbox{…} (braces balanced) that is closed and not empty, and \boxed followed by a word.
+
+    Boxes with more than `LONGEST` characters are left out.
+    """
+    closing = closing_braces(text) if "\\" in text else {}
     found = []
     for box in _BOX.finditer(text):
         if box[1] is not None:
             found.append(Box(box.start(), box.end(), box[1]))
-        elif (end := closing.get(box.end() - 1)) is not None and text[box.end() : end].strip():
-            found.append(Box(box.start(), end + 1, text[box.end() : end].strip()))
+        elif (end := closing.get(box.end() - 1)) is not None and end - box.end() <= LONGEST:
+            content = text[box.end() : end].strip()
+            found += [Box(box.start(), end + 1, content)] if content else []
     return found
 
 
-def _closing(text: str) -> dict[int, int]:
+def closing_braces(text: str) -> dict[int, int]:
     r"""Index of the closing brace for every opening brace, in one pass; \{ and \} do not count."""
     opened: list[int] = []
     pairs: dict[int, int] = {}
@@ -43,25 +48,55 @@ def _closing(text: str) -> dict[int, int]:
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
-_JOINED = re.compile(
-    r"[\s$.,;\\()]*(?:\\text\{ *(?:and|or) *\}|and|or|[,;，；、和或])[\s$\\()]*(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
+# What may stand between boxes of one list: a connecting word or mark, spacing, delimiters of formulas, a name ("x =").
+_WORD = r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|rm)\s*+\{[\s~]*+"
+_PART = re.compile(
+    rf"(?P<connects>{_WORD}(?:,[\s~]*+)?+(?:(?:and|or)\b|,)?+[\s~]*+\}}|(?:and|or)(?![A-Za-z])"
+    r"|\\(?:land|lor|wedge|vee|&)(?![A-Za-z])|[,;，；、&和或])"
+    r"|(?P<spacing>\\(?:q?quad|enspace|thinspace|space|hfill)(?![A-Za-z])|\\[hv]space\*?+\{[^{}]*+\}|\\[,;:! \\]|~)"
+    r"|(?P<display>\$\$|\\[\[\]])|(?P<inline>\$|\\[()]|[()])|(?P<line>[^\S\n]*+\n\s*+)|\s++|(?P<stop>\.)"
+    r"|(?P<name>\\?[A-Za-z]{1,9}(?:_\{?\w{1,9}\}?)?+(?:\(\w{1,9}\))?+\s*+=)|(?P<begins>\\(?:begin|end)\{[a-z]++\*?+\})"
 )
 
 
 def last_box(text: str) -> tuple[int, str] | None:
     """(start, content) of the last box; None if there is none.
 
-    Boxes that "and", "or" or a comma connect to it are included, separated by commas.
+    Boxes that "and", "or", a comma or only spacing connect to it are included, separated by commas. Boxes in formulas
+    of their own with nothing between them are one list, and so are boxes on one line; a box that spacing connects to
+    its copy counts once.
     """
     found = boxes(text)
     if not found:
         return None
-    start, _, joined = found[-1]
+    start, _, last = found[-1]
+    joined = [last]
     for before in reversed(found[:-1]):
-        if start - before.end > _JOIN or not _JOINED.fullmatch(text, before.end, start):
+        if before.end > start or start - before.end > _JOIN:
             break
-        start, joined = before.start, f"{before.content}, {joined}"
-    return start, joined
+        connection = _connection(text, before.end, start)
+        if connection is None:
+            break
+        start = before.start
+        if connection == "mark" or "".join(before.content.split()) != "".join(joined[-1].split()):
+            joined.append(before.content)
+    return start, ", ".join(reversed(joined))
 
 
-_JOIN = 40  # maximum characters between boxes that belong together
+_JOIN = 60  # maximum characters between boxes that belong together
+
+
+def _connection(text: str, start: int, end: int) -> str | None:
+    """How the text between two boxes connects them: "mark" (a word or a comma), "space"; None if it does not."""
+    kinds: list[str | None] = []
+    while start < end:
+        part = _PART.match(text, start, end)
+        if part is None:
+            return None
+        kinds.append(part.lastgroup)
+        start = part.end()
+    if "connects" in kinds:
+        return "mark"
+    if "stop" in kinds or ("line" in kinds and not {"spacing", "display"} & set(kinds)):
+        return None
+    return "space"

@@ -65,8 +65,8 @@ class MathVerify:
 
     The reference is the column `answer`, or `solution` if the row has no `answer`: a number, LaTeX with or without
     dollar signs, a text with \\boxed{}, or a solution that ends with "#### 42". The value is None if there is no
-    reference, or if it cannot be read. If a comparison takes too long, only its completion fails, with a TimeoutError.
-    Raises UsageError if the row has neither column.
+    reference, or if it cannot be read. Formulas above fixed limits of size equal nothing. Raises UsageError if the row
+    has neither column.
     """
 
     any_of = ("answer", "solution")
@@ -80,7 +80,7 @@ class MathVerify:
         answer: Sequence[Any] | None = None,
         solution: Sequence[Any] | None = None,
         **_: Any,
-    ) -> list[float | TimeoutError | None]:
+    ) -> list[float | None]:
         if answer is None and solution is None:
             raise UsageError("the row has neither answer nor solution; add one of these columns")
         missing = [None] * len(completions)
@@ -91,18 +91,7 @@ class MathVerify:
         ]
 
 
-def _equal(text: str, references: Sequence[Any]) -> float | TimeoutError | None:
-    """1 if the text equals any of the references, else 0; the error if a comparison took too long and none is equal."""
-    outcomes = [_compared(text, reference) for reference in references]
-    if True in outcomes:
-        return 1.0
-    if failed := next((outcome for outcome in outcomes if isinstance(outcome, TimeoutError)), None):
-        return failed
-    return 0.0 if False in outcomes else None
-
-
-def _compared(text: str, reference: Any) -> bool | TimeoutError | None:
-    try:
-        return same_mathematics(text, answer_text(reference))
-    except TimeoutError as error:
-        return error
+def _equal(text: str, references: Sequence[Any]) -> float | None:
+    """1 if the text equals any of the references, else 0; None if none of them can be read."""
+    outcomes = [same_mathematics(text, answer_text(reference)) for reference in references]
+    return 1.0 if True in outcomes else 0.0 if False in outcomes else None

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from gruppo.data.boxes import boxes
+from gruppo.data.boxes import LONGEST, Box, boxes
 
 Rule = Literal["tags", "boxed", "answer is", "label", "####"]
 
@@ -27,7 +27,7 @@ class Decision(NamedTuple):
 _THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 
 
 _NEXT_QUESTION = re.compile(
@@ -38,14 +38,14 @@ _NEXT_QUESTION = re.compile(
 _WRAPPED = r"[\s*_$~]*"
 
 
-_KIND = r"(?:(?:final|correct|right|best|numerical|ultimate)\s+)*"
+_KIND = r"(?:(?:final|correct|right|best|numerical|ultimate)\s{1,9}+){0,3}"
 
 
 _ASKED = r"(?:\s+(?:to|for|of|in)\s[^.\n:=$]{1,80}?)?"
 
 
 _SAYS = re.compile(
-    rf"\b{_KIND}(?:answers?|(?:correct|right|best) (?:choice|option|one))\b{_ASKED}(?:\*\*)?\s*,?\s+"
+    rf"\b{_KIND}(?:answers?|(?:correct|right|best) (?:choice|option|one))\b{_ASKED}(?:\*\*)?(?:\s*+,)?\s++"
     r"(?:is|are|was|equals|would be|should be|must be|comes out to be)\b(?:\s+(?:therefore|thus|then|simply|just))?"
     r"\s*[:：]?",
     re.IGNORECASE,
@@ -57,7 +57,7 @@ _SAYS_CHINESE = re.compile(r"(?:答案|最终结果)(?:应该|应当|应|就)?(?
 
 # "Answer:" counts at the start of a line or sentence; "to check our answer:" does not.
 _LABEL = re.compile(
-    rf"(?:^|[.!?] |(?<=\bthe )|(?<=\bThe ))[ \t*_#>(-]*(?i:(?:my |our |the )?{_KIND}answer)[ \t*_]*[:：=][*_]*"
+    rf"(?:^|[.!?] |(?<=\bthe )|(?<=\bThe ))[ \t*_#>(-]*+(?i:(?:my |our |the )?{_KIND}answer)[ \t*_]*+[:：=][*_]*+"
     r"|答案?[*_]*[:：][*_]*|【答案】[:：]?|[\"'](?i:(?:final_)?answer)[\"']\s*:\s*[\"']?",
     re.MULTILINE,
 )
@@ -80,7 +80,8 @@ _VALUE = r"(?=[*_\"'($\[]*(?:(?:option|choice) )?[($]?(?:[-+−]?\d|[A-J]\b|\\(?
 
 
 _REVISED = re.compile(
-    rf"(?<=[.!?,;:—–\n])\s*(?:(?:but|so|and) )?(?:\b{_DOUBT}\b[\s,.:;!—–-]*)+(?:[^\n]{{0,120}}?\b{_IT_IS})?{_VALUE}"
+    rf"(?<=[.!?,;:—–\n])\s{{0,9}}+(?:(?:but|so|and) )?(?:\b{_DOUBT}\b[\s,.:;!—–-]{{0,9}}+){{1,4}}"
+    rf"(?:[^\n]{{0,120}}?\b{_IT_IS})?{_VALUE}"
     rf"|\b(?:thought|believed|guessed|assumed)\b[^.\n]{{1,60}}?\bbut (?:actually |now )?{_IT_IS}{_VALUE}",
     re.IGNORECASE,
 )
@@ -115,6 +116,9 @@ _LONGEST = 1000  # maximum characters of a line that states an answer
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]")
 
 
+_SKIPPED = re.compile(r"[\s:：*]*+")
+
+
 def own_answer(text: str) -> str:
     """The answer part of a text: without reasoning before </think>, and without questions that follow its decision.
 
@@ -122,10 +126,28 @@ def own_answer(text: str) -> str:
     """
     answered = _THOUGHT.split(text)[-1]
     text = answered if answered.strip() else text
-    for found in _NEXT_QUESTION.finditer(text):
-        if any(True for _ in _decisions(text[: found.start()])):
-            return text[: found.start()]
-    return text
+    asked = [found.start() for found in _NEXT_QUESTION.finditer(text)]
+    if not asked:
+        return text
+    ends = (
+        decision.start + (len(decision.text) if decision.rule in ("tags", "boxed") else 1)
+        for decision in _decisions(text)
+    )
+    decided = min(ends, default=len(text))
+    return text[: next((place for place in asked if place >= decided), len(text))]
+
+
+def tags(text: str) -> list[Box]:
+    """Every <answer>…</answer> that is closed and not empty; `content` without white space around it."""
+    found, opened = [], None
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            opened = tag if opened is None else opened
+        elif opened is not None:
+            if content := text[opened.end() : tag.start()][:LONGEST].strip():
+                found.append(Box(opened.end(), tag.start(), content))
+            opened = None
+    return found
 
 
 def decisions(text: str) -> list[Decision]:
@@ -145,9 +167,8 @@ def _is_within(place: int, spans: Sequence[tuple[int, int]]) -> bool:
 
 
 def _decisions(text: str) -> Iterator[Decision]:
-    for tagged in _TAGGED.finditer(text):
-        if tagged[1].strip():
-            yield Decision("tags", tagged[1].strip(), tagged.start(1))
+    for tagged in tags(text):
+        yield Decision("tags", tagged.content, tagged.start)
     for box in boxes(text):
         yield Decision("boxed", box.content, box.start)
     for said in (*_SAYS.finditer(text), *_SAYS_CHINESE.finditer(text)):
@@ -175,7 +196,7 @@ def _revised(text: str) -> Iterator[Decision]:
 
 def _following(rule: Rule, text: str, start: int) -> Iterator[Decision]:
     """The answer after words like "the answer is": the rest of the line, or the next non-blank line."""
-    skipped = re.compile(r"[\s:：*]*").match(text, start)
+    skipped = _SKIPPED.match(text, start)
     assert skipped
     start = skipped.end()
     span = display(text, start) or text[start : start + _LONGEST].split("\n", 1)[0].strip()
@@ -187,11 +208,11 @@ def display(text: str, start: int) -> str:
     """The displayed formula that begins at `start`, to the end of its last line; "" if none does."""
     for opening, closing in (("$$", "$$"), ("\\[", "\\]"), ("\\begin", "\\end")):
         if text.startswith(opening, start):
-            end = text.find(closing, start + len(opening))
+            end = text.find(closing, start + len(opening), start + LONGEST)
             if end < 0:
                 return ""
-            line = text.find("\n", end)
-            return text[start : line if line >= 0 else len(text)].strip()
+            line = text.find("\n", end, end + _LONGEST)
+            return text[start : line if line >= 0 else end + _LONGEST].strip()
     return ""
 
 

@@ -7,17 +7,21 @@ kinds of brackets, number bases, tiny numbers, words, units, several blanks ("5;
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from gruppo.data.boxes import boxes, last_box
 from gruppo.errors import UsageError
-from gruppo.rewards.grading.extraction import Decision, decisions, last_sentence, own_answer
-from gruppo.rewards.grading.math_verify import MATH_SECONDS, parse_formulas, same_mathematics
+from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
+from gruppo.rewards.grading.latex import Formula, braced, formulas
+from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
+from gruppo.rewards.grading.rounding import rounds_to
+from gruppo.rewards.grading.stated import BETWEEN, said_formula
+from gruppo.rewards.grading.symbolic import matched, same_expression
+from gruppo.rewards.grading.units import is_unit, units_of
 
 _SYMBOLS = {
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "−": "-", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ",
@@ -61,9 +65,9 @@ _UNIT_TEXT = re.compile(
     rf"(?<=\S)\s*{_WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?(?:\s*/?\s*{_WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?)*\s*$"
 )
 _UNIT_WORD = re.compile(
-    r"(?<=[\d})%])\s*(?<![\\])(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
-    r"(?!(?:and|or|mod|if|for|where|with|i|e|x|y|n|a|b|c|k|t)\b)[A-Za-z]{1,14}(?:\s+[a-z]{2,14}){0,4}\.?"
-    r"(?:\s*/\s*[A-Za-z]{1,8}|\s+per\s+[a-z]+)?(?:\s*\^\s*\{?-?[1-4]\}?)?\s*$"
+    r"(?<=[\d})%])(?P<space>\s*)(?<![\\])(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
+    r"(?!(?:and|or|mod|if|for|where|with)\b)(?P<unit>[A-Za-z]{1,14})(?:\s+[a-z]{2,14}){0,4}\.?"
+    r"(?:\s*/\s*(?P<per>[A-Za-z]{1,8})|\s+per\s+[a-z]+)?(?:\s*\^\s*\{?-?[1-4]\}?)?\s*$"
 )
 _WORDS_BEFORE = re.compile(rf"^\s*{_WORD}\s*\{{[^{{}}]*\}}\s*:?\s*(?=[-\d\\(])")
 _CHINESE_UNIT = re.compile(r"(?<=[\d})%])\s*[\u4e00-\u9fff]{1,6}\s*$")
@@ -92,56 +96,66 @@ def normal(text: str) -> str:
     """A formula in normal form: no dollar signs, spacing commands or Unicode symbols; angles in radians."""
     for symbol, other in _SYMBOLS.items():
         text = text.replace(symbol, other)
-    text = _DEGREES.sub(_radians, text.strip().strip("*_ "))
+    text = _DEGREES.sub(_radians, braced(text.strip().strip("*_ ")))
     text = _REPEATING.sub(_repeating, text)
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
 
 
-def same_formula(answer: str, wanted: str) -> bool:
+def same_formula(answer: str, wanted: str, question: str = "") -> bool:
     """Whether two answers mean the same; each is a formula, a list of formulas, or words.
 
-    Raises TimeoutError if math-verify takes longer than MATH_SECONDS, RuntimeError outside a process's main thread.
+    A letter after a number is a unit where `wanted` or `question` uses it as one, else a variable. Answers of more than
+    `LONGEST` characters equal nothing.
     """
+    if len(answer) > LONGEST:
+        return False
+    return _same(answer, wanted, units_of(wanted, question))
+
+
+LONGEST = 2000
+
+
+def _same(answer: str, wanted: str, units: Collection[str]) -> bool:
     first, second = normal(answer), normal(wanted)
     if _squeezed(first) == _squeezed(second) and second:
         return True
     blanks = _split(second, ";")
     if len(blanks) > 1:
-        return _same_blanks(first, blanks)
+        return _same_blanks(first, blanks, units)
     if is_words(second):
         return _words(first) == _words(second) or _word_list(first) == _word_list(second)
-    return _same_one(first, second)
+    return _same_one(first, second, units)
 
 
-def _same_blanks(answer: str, wanted: Sequence[str]) -> bool:
+def _same_blanks(answer: str, wanted: Sequence[str], units: Collection[str]) -> bool:
     parts = _split(answer, ";")
     if len(parts) != len(wanted):
         parts = [part for part in _split(_LISTED.sub(",", answer) if "(" not in answer else answer, ",;") if part]
-    return len(parts) == len(wanted) and all(map(same_formula, parts, wanted))
+    return len(parts) == len(wanted) and all(_same(*pair, units) for pair in zip(parts, wanted, strict=True))
 
 
-def _same_one(answer: str, wanted: str) -> bool:
+def _same_one(answer: str, wanted: str, units: Collection[str]) -> bool:
     bases = _BASE.fullmatch(answer), _BASE.fullmatch(wanted)
     if bases[1]:
         return (bases[0][1], bases[0][2]) == (bases[1][1], bases[1][2]) if bases[0] else answer == bases[1][1]
-    plain = _bare(answer), _bare(wanted)
+    plain = _bare(answer, units), _bare(wanted, units)
     numbers = _quantity(plain[0]), _quantity(plain[1])
     if numbers[0] and numbers[1] and len({*_named(plain[0]), *_named(plain[1])}) < 2:
         return _same_value(numbers[0], numbers[1])
-    return _same_by_shape(plain[0] if not is_words(answer) else answer, plain[1])
+    return _same_by_shape(plain[0] if not is_words(answer) else answer, plain[1], units)
 
 
-def _same_by_shape(answer: str, wanted: str) -> bool:
-    """Compare two formulas, deciding first what math-verify ignores: kinds of brackets and the order in a tuple."""
+def _same_by_shape(answer: str, wanted: str, units: Collection[str]) -> bool:
+    """Compare two formulas part by part: lists, sets and tuples, their brackets and order; one formula by its value."""
     if _is_matrix(answer) != _is_matrix(wanted):
         answer, wanted = _flat(answer), _flat(wanted)
     answer, wanted = _condition(answer), _condition(wanted)
     rays = [part for part in _split(_LISTED.sub(",", answer), ",") if _INEQUALITY.search(part)]
     united = wanted.split("\\cup")
     if len(rays) == len(united) > 1:
-        return all(any(same_formula(ray, part) for ray in rays) for part in united)
+        return all(any(_same(ray, part, units) for ray in rays) for part in united)
     kinds = _brackets(answer), _brackets(wanted)
     if {"set", "tuple"} == set(kinds) or (None not in kinds and kinds[0] != kinds[1]):
         return False
@@ -151,8 +165,29 @@ def _same_by_shape(answer: str, wanted: str) -> bool:
             answer = f"({','.join(_in_order(parts))})"
     if kinds == ("tuple", "tuple"):
         pairs = _split(answer[1:-1], ","), _split(wanted[1:-1], ",")
-        return len(pairs[0]) == len(pairs[1]) and all(map(same_formula, *pairs))
+        return len(pairs[0]) == len(pairs[1]) and all(_same(*pair, units) for pair in zip(*pairs, strict=True))
+    items = _items(answer), _items(wanted)
+    if max(map(len, items)) > 1:
+        return matched(items[1], items[0], lambda one, other: _same(other, one, units))
     return _verified(answer, wanted)
+
+
+def _items(text: str) -> Sequence[str]:
+    r"""The items of a list or set, with both values of a \pm; one item for anything else."""
+    text = text.strip()
+    inner = text[2:-2] if _brackets(text) == "set" else text
+    parts = [part for part in _split(_LISTED.sub(",", inner), ",") if part]
+    return [value for part in parts for value in _both_signs(part)]
+
+
+def _both_signs(text: str) -> Sequence[str]:
+    r"""The two values of a formula with \pm or \mp, which have opposite signs; any other formula unchanged."""
+    if not _PLUS_MINUS.search(text):
+        return [text]
+    return [text.replace("\\pm", signs[0]).replace("\\mp", signs[1]) for signs in ("+-", "-+")]
+
+
+_PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 
 
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|leq|geq|lt|gt)\b")
@@ -174,34 +209,15 @@ def _in_order(parts: Sequence[str]) -> Sequence[str]:
 
 
 def _verified(answer: str, wanted: str) -> bool:
-    from math_verify import verify
-    from math_verify.errors import TimeoutException
-
-    parsed = _parsed(wanted)
-    other = _parsed(answer)
-    if not parsed or not other:
-        return False
-    try:
-        return bool(
-            verify(
-                list(parsed),
-                list(other),
-                timeout_seconds=MATH_SECONDS,
-                allow_set_relation_comp=True,
-                raise_on_error=True,
-            )
-        )
-    except TimeoutException:
-        raise TimeoutError(f"math-verify could not compare the answer in {MATH_SECONDS} s") from None
-    except Exception:  # noqa: BLE001  expressions that cannot be compared are not equal
-        return False
+    parsed, other = _parsed(wanted), _parsed(answer)
+    return bool(parsed and other) and same_expression(parsed[0], other[0])
 
 
 @lru_cache(maxsize=2048)
 def _parsed(formula: str) -> tuple[Any, ...]:
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("math-verify works in a process's main thread only; grade there")
-    return tuple(part for part in parse_formulas(f"${formula}$") if not isinstance(part, str))
+    if not is_readable(formula):
+        return ()
+    return tuple(part for part in parse_formulas(f"${formula}$", formula=True) if not isinstance(part, str))
 
 
 def _squeezed(text: str) -> str:
@@ -258,14 +274,19 @@ def _flat(text: str) -> str:
     return f"({','.join(rows if len(rows) > 1 else rows[0].split('&')).strip()})" if rows else text
 
 
-def _bare(text: str) -> str:
-    """A formula without leading words and without a trailing unit."""
+def _bare(text: str, units: Collection[str]) -> str:
+    """A formula without leading words and without a trailing unit (`units`: letters that are units)."""
     text = _WORDS_BEFORE.sub("", text)
     for pattern in (_UNIT_TEXT, _UNIT_WORD, _CHINESE_UNIT):
-        shorter = pattern.sub("", text).strip()
-        if shorter and re.search(r"\d|\\", shorter):
-            text = shorter
+        found = pattern.search(text)
+        if found and (pattern is not _UNIT_WORD or _is_unit(found, units)):
+            shorter = text[: found.start()].strip()
+            text = shorter if re.search(r"\d|\\", shorter) else text
     return text
+
+
+def _is_unit(found: re.Match[str], units: Collection[str]) -> bool:
+    return all(is_unit(word, units, bool(found["space"])) for word in (found["unit"], found["per"]) if word)
 
 
 _NAMED = re.compile(r"^([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*")
@@ -283,18 +304,12 @@ def _quantity(text: str) -> Quantity | None:
 
 
 def _same_value(answer: Quantity, wanted: Quantity) -> bool:
-    values = {answer.value}, {wanted.value}
-    if answer.percent != wanted.percent:
-        for quantity, readings in zip((answer, wanted), values, strict=True):
-            if quantity.percent:
-                readings.add(quantity.value / 100)
-    return any(_near(one, other) for one in values[0] for other in values[1])
-
-
-def _near(first: Fraction, second: Fraction) -> bool:
-    if first.denominator == second.denominator == 1:
-        return first == second
-    return abs(first - second) <= 2 * max(abs(first), abs(second)) / 10**6
+    pairs = [(answer.value, wanted.value)]
+    if answer.percent and not wanted.percent:
+        pairs.append((answer.value / 100, wanted.value))
+    if wanted.percent and not answer.percent:
+        pairs.append((answer.value, wanted.value / 100))
+    return any(one == other or rounds_to(one, answer.decimals, other, wanted.decimals) for one, other in pairs)
 
 
 _MATH = re.compile(r"[\d=+<>^_/|]|\\(?!text|mathrm|mbox|textbf|rm\b)[a-zA-Z]+")
@@ -322,32 +337,6 @@ def _word_list(text: str) -> list[str]:
     return sorted(_words(part) for part in re.split(r",|;|\band\b|\bor\b", plain) if part.strip())
 
 
-_REASON = re.compile(r",? (?:because|since|as|which|where|for all|when|so|by|after|for every)\b|[.!?](?=\s|$)|[。！？]")
-_INLINE = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_BETWEEN = re.compile(r"\s*(?:,?\s*and|,?\s*or|,|;|；|，|和|或)\s*")
-
-
-_ITEM = re.compile(r"[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$"
-
-
-def _said(decision: Decision) -> str:
-    """The formula with which a decision's text begins, or its words up to a reason ("because …")."""
-    text = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
-    found = _INLINE.match(text)
-    if not found:
-        text = re.sub(r"(?<=\d)\.(?=\s*$|\s+[A-Z])", " . ", text)
-        inline = list(_INLINE.finditer(text))
-        if inline and not re.match(r"[-+\d\\(\[{]", text):
-            return inline[-1][0]
-        return _REASON.split(text, maxsplit=1)[0].strip(" *")
-    parts, end = [found[0]], found.end()
-    while (between := _BETWEEN.match(text, end)) and (found := _INLINE.match(text, between.end())):
-        parts.append(("; " if between[0].strip() in (";", "；") else ", ") + found[0])
-        end = found.end()
-    after = re.match(r"\s*(\\?%|percent)", text[end:])
-    return "".join(parts) + ("\\%" if after else "")
-
-
 def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
     """The last decision of a text as (answer, rule); None if it has none.
 
@@ -356,11 +345,11 @@ def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
     """
     text = own_answer(text)
     box = last_box(text)
-    for decision in reversed(decisions(text)):
+    for decision in reversed(decisions(text)[-DECISIONS:]):
         if decision.rule == "boxed" and box and decision.start >= box[0]:
             return _unwrapped(box[1]), decision.rule
-        said = decision.text if decision.rule in ("tags", "boxed") else _said(decision)
-        if decision.rule == "label" and "=" in said and "=" in text[decision.start + len(said) :]:
+        said = decision.text if decision.rule in ("tags", "boxed") else said_formula(decision)
+        if decision.rule == "label" and "=" in said and text.find("=", decision.start + len(said)) >= 0:
             continue
         if said and (words or decision.rule in ("tags", "boxed") or _FORMULA.search(said)):
             return _unwrapped(said), decision.rule
@@ -384,58 +373,63 @@ def reference_formula(answer: object) -> str:
     return text if box is None else box[1]
 
 
-def grade_formula(text: str, answer: object) -> bool:
+def grade_formula(text: str, answer: object, question: str = "") -> bool:
     """Whether the answer in a text means the same as the reference.
 
-    A comparison that takes too long counts as incorrect, because the answer was not shown to be correct. Raises
-    UsageError if the reference is empty, RuntimeError outside a process's main thread.
+    `question` shows which letters are units. Raises UsageError if the reference is empty.
     """
     wanted = reference_formula(answer)
     if not normal(wanted):
         raise UsageError(f"answer = {answer!r}: cannot be read as math; write LaTeX, or use another grader")
     words = is_words(normal(wanted))
-    try:
-        answered = answered_formula(text, words)
-        if answered is not None:
-            return same_formula(answered[0], wanted)
-        return _without_decision(own_answer(text), wanted, words)
-    except TimeoutError:
-        return False
+    answered = answered_formula(text, words)
+    if answered is not None:
+        return same_formula(answered[0], wanted, question)
+    return _without_decision(own_answer(text), wanted, words, question)
 
 
-def _without_decision(text: str, wanted: str, words: bool) -> bool:
+def _without_decision(text: str, wanted: str, words: bool, question: str) -> bool:
     """Grade a text without a decision: by all of it, its last formula, or, for words, the end of its last sentence."""
     if not text.strip():
         return False
-    if len(text) < 200 and same_formula(text, wanted):
+    if len(text) < 200 and same_formula(text, wanted, question):
         return True
     last = last_sentence(text)
     if words:
         return f" {_words(last)}".endswith(f" {_words(normal(wanted))}")
-    formulas = list(_INLINE.finditer(text))
-    if formulas and not re.search(r"\d", text[formulas[-1].end() :]):
-        return _same_last(text, formulas, wanted)
+    found = formulas(text)
+    if found and not re.search(r"\d", text[found[-1].end :]):
+        return _same_last(text, found, wanted, question)
     return bool(same_mathematics(text, wanted))
 
 
-def _same_last(text: str, formulas: Sequence[re.Match[str]], wanted: str) -> bool:
-    """Whether the last formula, its right-hand side, or all formulas joined to it ("x = 1 and x = 2") match."""
-    joined = [formulas[-1]]
-    for before in reversed(formulas[:-1]):
-        if not _BETWEEN.fullmatch(text, before.end(), joined[0].start()):
+def _same_last(text: str, found: Sequence[Formula], wanted: str, question: str) -> bool:
+    """Whether the last formula, its right-hand side, or all formulas joined to it ("x = 1 and x = 2") match.
+
+    Formulas with only spacing between them may be the steps of a calculation, so that the last one may be the answer.
+    """
+    joined, marked = [found[-1]], False
+    for before in reversed(found[-JOINED:-1]):
+        between = BETWEEN.fullmatch(text, before.end, joined[-1].start)
+        if not between:
             break
-        joined.insert(0, before)
-    last = joined[-1][0]
+        joined.append(before)
+        marked = marked or bool(between["mark"])
+    last = joined[0].text
     if len(joined) > 1:
-        if same_formula(", ".join(formula[0] for formula in joined), wanted):
+        if same_formula(", ".join(one.text for one in reversed(joined)), wanted, question):
             return True
-        names = [_named(normal(formula[0])) for formula in joined]
-        if names[0] and all(name == names[0] for name in names):
+        names = [_named(normal(one.text)) for one in joined]
+        if marked and names[0] and all(name == names[0] for name in names):
             return False
-    return same_formula(re.split(r"(?<![<>!\\])=", last)[-1], wanted) or same_formula(last, wanted)
+    return any(same_formula(one, wanted, question) for one in (re.split(r"(?<![<>!\\])=", last)[-1], last))
 
 
-def grade_science(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
+DECISIONS = 50  # decisions that are tried, from the end
+JOINED = 30  # formulas that may form one list
+
+
+def grade_science(text: str, answer: object, question: str = "") -> bool:
     """Grade by the rules of OCWCourses (Minerva).
 
     A number is correct within 1e-5 (relative, plus 1e-8) of the reference, or within 1 % if both are below 1e-8; units
@@ -445,8 +439,8 @@ def grade_science(text: str, answer: object, columns: Mapping[str, Any]) -> bool
 
     wanted = _quantity(normal(reference_formula(answer)))
     if wanted is None:
-        return grade_formula(text, answer)
-    answered = answered_number(text, str(columns.get("problem", columns.get("question", ""))))
+        return grade_formula(text, answer, question)
+    answered = answered_number(text, question)
     return answered is not None and all(_close(reading.value, wanted.value) for reading in answered.readings)
 
 

@@ -23,7 +23,7 @@ Grader = Callable[[str, Mapping[str, Any]], bool]
 def _grade_number(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.numbers import grade_number
 
-    return grade_number(text, columns["answer"], columns)
+    return grade_number(text, columns["answer"], question_of(columns))
 
 
 def _grade_exact(text: str, columns: Mapping[str, Any]) -> bool:
@@ -33,19 +33,24 @@ def _grade_exact(text: str, columns: Mapping[str, Any]) -> bool:
 def _grade_math(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.formulas import grade_formula
 
-    return grade_formula(text, _solution(columns))
+    return grade_formula(text, _solution(columns), question_of(columns))
 
 
 def _grade_science(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.formulas import grade_science
 
-    return grade_science(text, _solution(columns), columns)
+    return grade_science(text, _solution(columns), question_of(columns))
 
 
 def _grade_choice(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.choices import grade_choice
 
     return grade_choice(text, columns["answer"], columns)
+
+
+def question_of(columns: Mapping[str, Any]) -> str:
+    """The text of a row's question, from the column `question` or `problem`; "" if it has neither."""
+    return str(columns.get("question", columns.get("problem", "")))
 
 
 def _solution(columns: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Symbolic comparison of answers with math-verify."""
+"""Answers read by math-verify, compared symbolically."""
 
 from __future__ import annotations
 
@@ -9,36 +9,49 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+from gruppo.data.boxes import last_box
+from gruppo.rewards.grading.extraction import tags
+from gruppo.rewards.grading.latex import braced, formulas
+from gruppo.rewards.grading.symbolic import same_expression
+
 _DELIMITED = re.compile(r"(?<!\\)(?:\$|\\[(\[])|\\boxed")
 
 
 _SCIENTIFIC = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][-+]?\d{1,2}(?![\w.])", re.ASCII)
 
 
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-
-
 _EXPONENT = re.compile(r"(?<=\d)[eE]([-+]?\d+)$")
 
 
-MATH_SECONDS = 2  # limit for parsing and for every comparison; math-verify counts whole seconds
+FORMULA = 500  # characters of a formula that is parsed
+NESTED = 20  # brackets in brackets in such a formula
+TOWER = 2  # exponents in an exponent
+PASSAGE = 4000  # characters of a text in which math-verify looks for an answer
+FORMULAS = 20  # formulas in that passage
 
 
 def same_mathematics(text: str, answer: object) -> bool | None:
-    """Whether the answer in `text` equals `answer` symbolically, by math-verify; None if `answer` cannot be read.
+    """Whether the answer in `text` equals `answer` symbolically; None if `answer` cannot be read.
 
     `text`: if it has <answer> tags, only the content of the last pair counts. The answer is the last \\boxed{}, else
-    what follows "the answer is", else the last formula or number; a text with none of these equals nothing.
-    `answer`: a number, LaTeX with or without dollar signs, a text with \\boxed{}, or a GSM8K solution, of which the
-    part after "####" counts. Raises TimeoutError if parsing or a comparison takes longer than MATH_SECONDS.
-    math-verify measures time with signals, which work in a process's main thread only.
+    what follows "the answer is", else the last formula or number, as math-verify finds it in the last `PASSAGE`
+    characters; a text with none of these equals nothing. `answer`: a number, LaTeX with or without dollar signs, a text
+    with \\boxed{}, or a GSM8K solution, of which the part after "####" counts. Formulas above the limits of
+    `is_readable` are not read.
     """
     wanted = _reference(str(answer))
     if not wanted:
         return None
-    if tagged := _TAGGED.findall(text):
-        text = tagged[-1].strip()
-    return _any_equal(wanted, parse_formulas(_SCIENTIFIC.sub(_written_out, text)))
+    if tagged := tags(text):
+        text = tagged[-1].content
+    found = parse_formulas(_SCIENTIFIC.sub(_written_out, _passage(text)))
+    return any(_same(one, other) for one, other in product(wanted, found))
+
+
+def _same(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, str) or isinstance(found, str):
+        return isinstance(wanted, str) and isinstance(found, str) and wanted.strip() == found.strip() != ""
+    return same_expression(wanted, found)
 
 
 @lru_cache(maxsize=1024)
@@ -46,7 +59,7 @@ def _reference(answer: str) -> tuple[Any, ...]:
     answer = answer.rpartition("####")[2].strip()
     if not _DELIMITED.search(answer):
         answer = f"${_EXPONENT.sub(_power_of_ten, answer)}$"
-    parsed = parse_formulas(answer)
+    parsed = parse_formulas(_passage(answer))
     return tuple(parsed) if any(not isinstance(expression, str) for expression in parsed) else ()
 
 
@@ -58,36 +71,73 @@ def _written_out(number: re.Match[str]) -> str:
     return f"{Decimal(number[0]):f}"
 
 
-def parse_formulas(text: str) -> Sequence[Any]:
+def _passage(text: str) -> str:
+    """The end of a text in which math-verify looks for the answer: its last boxes as one list, or its last formulas."""
+    if box := last_box(text):
+        content = braced(box[1]).replace("$", "")
+        return f"$\\boxed{{{content}}}$" if is_readable(content) else ""
+    spans = [(found.start, found.end) for found in formulas(text)]
+    begin = max(len(text) - PASSAGE, spans[-FORMULAS][0] if len(spans) > FORMULAS else 0)
+    parts = []
+    for start, end in spans:
+        if start >= begin and not is_readable(text[start:end]):
+            parts.append(text[begin:start])
+            begin = end
+    return braced("".join([*parts, text[begin:]]).replace("\\boxed", ""))
+
+
+def is_readable(formula: str) -> bool:
+    """Whether a formula is short and flat enough to be parsed, and asks for no large computation while it is parsed."""
+    if len(formula) > FORMULA or _COMPUTES.search(formula):
+        return False
+    if _COUNTS.search(formula) and _LARGE.search(formula):
+        return False
+    depth = 0
+    raised: list[int] = []  # depths of the exponents that are open
+    for mark in _STRUCTURE.finditer(formula):
+        if mark[0] in "([{":
+            depth += 1
+        elif mark[0] in ")]}":
+            depth -= 1
+            while raised and raised[-1] > depth:
+                raised.pop()
+        else:
+            depth += 1
+            raised.append(depth)
+        if depth > NESTED or len(raised) > TOWER:
+            return False
+    return True
+
+
+_STRUCTURE = re.compile(r"\^\s*+\{|[()\[\]{}]")
+_COUNTS = re.compile(r"\\[dt]?binom|\\choose|\\(?:gcd|lcm)|operatorname\{(?:gcd|lcm)\}")
+_LARGE = re.compile(r"\d{5}|\^|!")
+_COMPUTES = re.compile(
+    r"(?:\\|operatorname\*?\s*+\{\s*+)(?:eig|diagonal|rref|svd|nullspace|norm|simplify|factor\b|expand|apart|gram)"
+    r"|(?:\^\s*+\w++\s*+){3}|(?:\*\*\s*+\w++\s*+){3}",
+    re.IGNORECASE,
+)
+
+
+@lru_cache(maxsize=1)
+def _kinds() -> tuple[Any, ...]:
+    """What math-verify extracts: LaTeX, boxes first, then plain numbers and expressions."""
+    import logging
+
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+
+    logging.getLogger("math_verify.parser").setLevel(logging.ERROR)  # it warns that no time limit is set
+    return LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()
+
+
+def parse_formulas(text: str, formula: bool = False) -> Sequence[Any]:
     """Expressions that math-verify finds in a text, boxes first, followed by their text; [] if there are none.
 
-    Raises TimeoutError after MATH_SECONDS.
+    `formula`: read LaTeX only; a number in a formula that cannot be parsed is not its value.
     """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-    from math_verify.errors import TimeoutException
+    from math_verify import parse
 
-    kinds = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     try:
-        return parse(text, kinds, parsing_timeout=MATH_SECONDS, raise_on_error=True)  # type: ignore[no-any-return]
-    except TimeoutException:
-        raise TimeoutError(f"math-verify could not parse the text in {MATH_SECONDS} s: {text[-100:]!r}") from None
+        return parse(text, _kinds()[: 1 if formula else 2], parsing_timeout=None, raise_on_error=True)  # type: ignore[no-any-return]
     except Exception:  # noqa: BLE001  text that cannot be parsed is not an answer
         return []
-
-
-def _any_equal(wanted: Sequence[Any], found: Sequence[Any]) -> bool:
-    from math_verify import verify
-    from math_verify.errors import TimeoutException
-
-    timed_out = False
-    for pair in product(wanted, found):
-        try:
-            if verify(*pair, timeout_seconds=MATH_SECONDS, raise_on_error=True):
-                return True
-        except TimeoutException:
-            timed_out = True
-        except Exception:  # noqa: BLE001  expressions that cannot be compared are not equal
-            continue
-    if timed_out:
-        raise TimeoutError(f"math-verify could not compare the answer in {MATH_SECONDS} s")
-    return False

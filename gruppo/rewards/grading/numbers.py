@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 from gruppo.data.boxes import last_box
 from gruppo.errors import UsageError
@@ -306,18 +305,18 @@ def reference_numbers(answer: object) -> tuple[Quantity, ...]:
     return tuple(found)
 
 
-def grade_number(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
+def grade_number(text: str, answer: object, question: str = "") -> bool:
     """Whether the number that a text gives as its answer equals the reference.
 
     With several reference numbers, the text must give all of them in the same order. Raises UsageError if `answer`
     contains no number.
     """
     wanted = reference_numbers(answer)
-    answered = answered_number(text, str(columns.get("question", "")))
+    answered = answered_number(text, question)
     if answered is None:
         return False
     if len(wanted) == 1:
-        if answered.bound and not _BOUND.search(f"{answer} {columns.get('question', '')}"):
+        if answered.bound and not _BOUND.search(f"{answer} {question}"):
             return False
         readings = answered.readings
         same = [same_quantity(reading, wanted[0]) for reading in readings]

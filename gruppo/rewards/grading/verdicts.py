@@ -17,7 +17,7 @@ from gruppo.data.references import for_each
 from gruppo.rewards.grading.choices import choice_of
 from gruppo.rewards.grading.extraction import Decision, decisions, own_answer
 from gruppo.rewards.grading.formulas import answered_formula, is_words, normal, reference_formula, same_formula
-from gruppo.rewards.grading.graders import COMPARISONS, find_grader
+from gruppo.rewards.grading.graders import COMPARISONS, find_grader, question_of
 from gruppo.rewards.grading.last_number import last_number
 from gruppo.rewards.grading.math_verify import same_mathematics
 from gruppo.rewards.grading.numbers import answered_number, read_decision, reference_numbers
@@ -72,7 +72,7 @@ Explained = tuple[str | None, str, dict[str, bool]]
 
 def _number(text: str, columns: Mapping[str, Any]) -> Explained:
     wanted = reference_numbers(columns["answer"])
-    answered = answered_number(text, str(columns.get("question", "")))
+    answered = answered_number(text, question_of(columns))
     others = {}
     for name, decision in _by_rule(text):
         if readings := read_decision(decision):
@@ -97,24 +97,14 @@ def _math(text: str, columns: Mapping[str, Any]) -> Explained:
     answer = columns["answer"] if "answer" in columns else columns["solution"]
     wanted = reference_formula(answer)
     answered = answered_formula(text, is_words(normal(wanted)))
-    others = {name: _same(decision.text, wanted) for name, decision in _by_rule(text)}
+    question = question_of(columns)
+    others = {name: same_formula(decision.text, wanted, question) for name, decision in _by_rule(text)}
     if re.fullmatch(r"[-+−]?[\d.,/]+", wanted.strip(" $")) and (plain := last_number(text)) is not None:
         others["last plain number"] = plain == last_number(wanted)
     boxed = others.get("boxed")
     if boxed is None or answered is None or answered[1] != "boxed":
-        others["math-verify"] = _in_time(lambda: bool(same_mathematics(own_answer(text), answer)))
+        others["math-verify"] = bool(same_mathematics(own_answer(text), answer))
     return (answered[0] if answered else None), (answered[1] if answered else "whole text"), others
-
-
-def _same(answer: str, wanted: str) -> bool:
-    return _in_time(lambda: same_formula(answer, wanted))
-
-
-def _in_time(compare: Callable[[], bool]) -> bool:
-    try:
-        return compare()
-    except TimeoutError:
-        return False
 
 
 def _science(text: str, columns: Mapping[str, Any]) -> Explained:

@@ -87,17 +87,11 @@ def test_an_unreadable_reference_answer_is_reported(grader: str, answer: object)
         GRADERS[grader]("4", {"answer": answer})
 
 
-def test_math_in_a_thread_is_refused() -> None:
-    """math-verify relies on signals, which do not work in threads; that must not silently cause wrong grades."""
-    caught: list[BaseException] = []
-
-    def grade() -> None:
-        try:
-            GRADERS["math_answer"]("\\boxed{(x+1)^2 - 3}", {"answer": "x^2+2x-2"})
-        except RuntimeError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=grade)
+def test_math_in_a_thread() -> None:
+    graded: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: graded.append(GRADERS["math_answer"]("\\boxed{(x+1)^2 - 3}", {"answer": "x^2+2x-2"}))
+    )
     thread.start()
     thread.join()
-    assert "main thread" in str(caught[0])
+    assert graded == [True]

@@ -1,0 +1,107 @@
+"""LaTeX in a text: its formulas, and the arguments of commands. Every function takes one pass over the text."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gruppo.data.boxes import closing_braces
+
+
+class Formula(NamedTuple):
+    """A formula with its delimiters: its span in the text, and its text."""
+
+    start: int
+    end: int
+    text: str
+
+
+_DELIMITER = re.compile(r"\\[\s\S]|\$\$?")
+_CLOSING = {"\\(": "\\)", "\\[": "\\]"}
+
+
+def formulas(text: str) -> list[Formula]:
+    r"""Every formula between $…$, $$…$$, \(…\) or \[…\] that is closed and not empty."""
+    marks = [(found.start(), found[0]) for found in _DELIMITER.finditer(text)]
+    marks = [(place, mark) for place, mark in marks if mark in ("$", "$$", "\\(", "\\)", "\\[", "\\]")]
+    ends = {closing: [place for place, mark in marks if mark == closing] for closing in _CLOSING.values()}
+    dollars = [(place, mark) for place, mark in marks if mark[0] == "$"]
+    found: list[Formula] = []
+    end = 0
+    for place, mark in marks:
+        if place < end or mark in ends:
+            continue
+        begin = place + len(mark)
+        if mark in _CLOSING:
+            closings = ends[_CLOSING[mark]]
+            after = bisect_left(closings, begin + 1)
+            stop = closings[after] + 2 if after < len(closings) else 0
+        else:
+            after = bisect_left(dollars, (begin + 1, ""))
+            stop = dollars[after][0] + len(dollars[after][1]) if after < len(dollars) else 0
+        if stop:
+            found.append(Formula(place, stop, text[place:stop]))
+            end = stop
+    return found
+
+
+_COMMAND = re.compile(r"\\(?:([dtc]?frac|[dt]?binom)|sqrt)(?![A-Za-z])")
+_TOKEN = re.compile(r"\s*+(?:\\(?:[dtc]?frac|[dt]?binom|sqrt)(?![A-Za-z])|\\[A-Za-z]++|[A-Za-z0-9{])")
+_WITH_GROUP = re.compile(r"\\(?:text|math|over|under|hat|bar|vec)[a-z]*+")
+_INDEX = re.compile(r"\s*+\[[^\[\]{}]{0,20}\]")
+_DEEPEST = 20  # commands as arguments of commands
+
+
+def braced(text: str) -> str:
+    r"""The text with braces around the arguments of \frac and \binom, as TeX reads them, and around a command that is
+    the argument of \sqrt: \frac\pi4 becomes \frac{\pi}{4}.
+    """
+    if "\\" not in text:
+        return text
+    closing = closing_braces(text)
+    marks: list[tuple[int, str]] = []
+    for command in _COMMAND.finditer(text):
+        place = command.end()
+        for argument in _arguments(text, command, closing, 0):
+            bare = text[argument[0]]
+            if bare != "{" and (command[1] or bare == "\\"):
+                marks += [(argument[0], "{"), (argument[1], "}")]
+            place = argument[1]
+    if not marks:
+        return text
+    marks.sort(key=lambda mark: (mark[0], mark[1] == "{"))
+    parts, before = [], 0
+    for place, brace in marks:
+        parts += [text[before:place], brace]
+        before = place
+    return "".join([*parts, text[before:]])
+
+
+def _arguments(text: str, command: re.Match[str], closing: dict[int, int], depth: int) -> Sequence[tuple[int, int]]:
+    """Spans of the arguments of a command; [] if one is missing."""
+    spans: list[tuple[int, int]] = []
+    place = command.end()
+    if not command[1] and (index := _INDEX.match(text, place)):
+        place = index.end()
+    for _ in range(2 if command[1] else 1):
+        token = _TOKEN.match(text, place)
+        if token is None or depth > _DEEPEST:
+            return []
+        begin = token.end() - len(token[0].lstrip())
+        if text[begin] == "{":
+            if begin not in closing:
+                return []
+            place = closing[begin] + 1
+        elif inner := _COMMAND.fullmatch(text, begin, token.end()):
+            inside = _arguments(text, inner, closing, depth + 1)
+            if not inside:
+                return []
+            place = inside[-1][1]
+        else:
+            place = token.end()
+            if _WITH_GROUP.fullmatch(text, begin, place) and place in closing:
+                place = closing[place] + 1
+        spans.append((begin, place))
+    return spans
