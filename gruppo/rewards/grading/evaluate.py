@@ -193,13 +193,18 @@ def _whole_root(number: int, degree: int) -> int | None:
     return low if low**degree == number else None
 
 
+def whole_factorial(number: Fraction) -> Fraction:
+    """n! for a whole number. Raises ValueError for other numbers, `TooLargeError` above the limit."""
+    if number < 0 or number.denominator != 1:
+        raise ValueError
+    if number * max(1, int(number).bit_length() - 1) > BITS:
+        raise TooLargeError
+    return Fraction(factorial(int(number)))
+
+
 def _factorial(mp: Any, number: Value) -> Value:
     if _whole(number):
-        if number < 0:
-            raise ValueError
-        if number * max(1, int(number).bit_length() - 1) > BITS:
-            raise TooLargeError
-        return Fraction(factorial(int(number)))
+        return whole_factorial(number)
     if abs(number) > TERMS:
         raise TooLargeError
     return mp.gamma(real_number(mp, number) + 1)

@@ -21,7 +21,7 @@ from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
 from gruppo.rewards.grading.rounding import rounds_to
 from gruppo.rewards.grading.stated import BETWEEN, said_formula
 from gruppo.rewards.grading.symbolic import matched, same_expression
-from gruppo.rewards.grading.units import is_unit, units_of
+from gruppo.rewards.grading.units import units_of, without_unit
 
 _SYMBOLS = {
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "−": "-", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ",
@@ -61,16 +61,7 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"[\[(]\s*(\\begin\{pmatrix\}[^[]*?\\end\{pmatrix\})\s*[\])]", r"\1"),
     )
 ]  # fmt: skip
-_UNIT_TEXT = re.compile(
-    rf"(?<=\S)\s*{_WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?(?:\s*/?\s*{_WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?)*\s*$"
-)
-_UNIT_WORD = re.compile(
-    r"(?<=[\d})%])(?P<space>\s*)(?<![\\])(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
-    r"(?!(?:and|or|mod|if|for|where|with)\b)(?P<unit>[A-Za-z]{1,14})(?:\s+[a-z]{2,14}){0,4}\.?"
-    r"(?:\s*/\s*(?P<per>[A-Za-z]{1,8})|\s+per\s+[a-z]+)?(?:\s*\^\s*\{?-?[1-4]\}?)?\s*$"
-)
 _WORDS_BEFORE = re.compile(rf"^\s*{_WORD}\s*\{{[^{{}}]*\}}\s*:?\s*(?=[-\d\\(])")
-_CHINESE_UNIT = re.compile(r"(?<=[\d})%])\s*[\u4e00-\u9fff]{1,6}\s*$")
 _LISTED = re.compile(r"\s*(?:,|;|\band\b|\bor\b|和|或)\s*")
 _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
 
@@ -276,17 +267,7 @@ def _flat(text: str) -> str:
 
 def _bare(text: str, units: Collection[str]) -> str:
     """A formula without leading words and without a trailing unit (`units`: letters that are units)."""
-    text = _WORDS_BEFORE.sub("", text)
-    for pattern in (_UNIT_TEXT, _UNIT_WORD, _CHINESE_UNIT):
-        found = pattern.search(text)
-        if found and (pattern is not _UNIT_WORD or _is_unit(found, units)):
-            shorter = text[: found.start()].strip()
-            text = shorter if re.search(r"\d|\\", shorter) else text
-    return text
-
-
-def _is_unit(found: re.Match[str], units: Collection[str]) -> bool:
-    return all(is_unit(word, units, bool(found["space"])) for word in (found["unit"], found["per"]) if word)
+    return without_unit(_WORDS_BEFORE.sub("", text), units)
 
 
 _NAMED = re.compile(r"^([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*")
@@ -400,7 +381,7 @@ def _without_decision(text: str, wanted: str, words: bool, question: str) -> boo
     found = formulas(text)
     if found and not re.search(r"\d", text[found[-1].end :]):
         return _same_last(text, found, wanted, question)
-    return bool(same_mathematics(text, wanted))
+    return bool(same_mathematics(text, wanted, question))
 
 
 def _same_last(text: str, found: Sequence[Formula], wanted: str, question: str) -> bool:

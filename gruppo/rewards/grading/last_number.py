@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 
 from gruppo.data.references import answer_text, answer_texts
 from gruppo.errors import UsageError
@@ -13,13 +15,19 @@ from gruppo.errors import UsageError
 _SIGN = r"(?:(?<![\d\w)\].])[-−+])?"
 
 
-_FRACTION = rf"{_SIGN}(?<![\d./])\d+/\d+(?![\d/]|\.\d)"
+_FRACTION = rf"{_SIGN}(?<![\d./])\d++/\d++(?![\d/]|\.\d)"
 
 
-_DECIMAL = rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|{_SIGN}(?<![\d.])\.\d+"
+_DECIMAL = rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d++)(?:\.\d++)?|{_SIGN}(?<![\d.])\.\d++"
 
 
 _NUMBER = re.compile(f"{_FRACTION}|{_DECIMAL}", re.ASCII)
+
+
+_LIST = re.compile(
+    rf"[\s$({{\[]*+(?>{_NUMBER.pattern})(?:\s*+(?:,\s*+(?:and\s|or\s)?|;|\band\b|\bor\b)\s*+(?>{_NUMBER.pattern}))++[\s$)}}\].]*+",
+    re.ASCII,
+)
 
 
 def last_number(text: str) -> Fraction | None:
@@ -28,23 +36,29 @@ def last_number(text: str) -> Fraction | None:
     Reads signs, thousands commas, decimals and fractions such as 3/4. Skips divisions by zero ("1/0") and numbers of
     thousands of digits, which Python refuses to convert.
     """
+    return next(_last_numbers(text), None)
+
+
+def _last_numbers(text: str) -> Iterator[Fraction]:
+    """The numbers of a text, last one first."""
     for number in reversed(_NUMBER.findall(text)):
         try:
-            return Fraction(number.replace(",", "").replace("−", "-"))
+            yield Fraction(number.replace(",", "").replace("−", "-"))
         except (ZeroDivisionError, ValueError):
             continue
-    return None
 
 
 def same_number(text: str, answer: object) -> bool:
     """Whether the last number of `text` equals the last number of `answer`.
 
-    Raises UsageError if `answer` contains no number.
+    If `answer` is a list of numbers ("7, -2, and -5"), as many numbers at the end of `text` have to equal all of them,
+    in any order. Raises UsageError if `answer` contains no number.
     """
-    wanted = last_number(answer_text(answer))
-    if wanted is None:
+    reference = answer_text(answer)
+    wanted = list(_last_numbers(reference)) if _LIST.fullmatch(reference) else list(islice(_last_numbers(reference), 1))
+    if not wanted:
         raise UsageError(f"answer = {answer!r}: contains no number; write a number, or use the grader exact_match")
-    return last_number(text) == wanted
+    return sorted(islice(_last_numbers(text), len(wanted))) == sorted(wanted)
 
 
 def same_text(text: str, answer: object) -> bool:

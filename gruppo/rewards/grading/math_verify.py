@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from itertools import product
@@ -13,6 +13,7 @@ from gruppo.data.boxes import last_box
 from gruppo.rewards.grading.extraction import tags
 from gruppo.rewards.grading.latex import braced, formulas
 from gruppo.rewards.grading.symbolic import same_expression
+from gruppo.rewards.grading.units import units_of, without_unit
 
 _DELIMITED = re.compile(r"(?<!\\)(?:\$|\\[(\[])|\\boxed")
 
@@ -30,21 +31,22 @@ PASSAGE = 4000  # characters of a text in which math-verify looks for an answer
 FORMULAS = 20  # formulas in that passage
 
 
-def same_mathematics(text: str, answer: object) -> bool | None:
+def same_mathematics(text: str, answer: object, question: str = "") -> bool | None:
     """Whether the answer in `text` equals `answer` symbolically; None if `answer` cannot be read.
 
     `text`: if it has <answer> tags, only the content of the last pair counts. The answer is the last \\boxed{}, else
     what follows "the answer is", else the last formula or number, as math-verify finds it in the last `PASSAGE`
     characters; a text with none of these equals nothing. `answer`: a number, LaTeX with or without dollar signs, a text
     with \\boxed{}, or a GSM8K solution, of which the part after "####" counts. Formulas above the limits of
-    `is_readable` are not read.
+    `is_readable` are not read. `question` shows which letters are units.
     """
     wanted = _reference(str(answer))
     if not wanted:
         return None
+    units = units_of(str(answer), question)
     if tagged := tags(text):
         text = tagged[-1].content
-    found = parse_formulas(_SCIENTIFIC.sub(_written_out, _passage(text)))
+    found = parse_formulas(_SCIENTIFIC.sub(_written_out, _passage(text, units)))
     return any(_same(one, other) for one, other in product(wanted, found))
 
 
@@ -59,7 +61,7 @@ def _reference(answer: str) -> tuple[Any, ...]:
     answer = answer.rpartition("####")[2].strip()
     if not _DELIMITED.search(answer):
         answer = f"${_EXPONENT.sub(_power_of_ten, answer)}$"
-    parsed = parse_formulas(_passage(answer))
+    parsed = parse_formulas(_passage(answer, units_of(answer, "")))
     return tuple(parsed) if any(not isinstance(expression, str) for expression in parsed) else ()
 
 
@@ -71,19 +73,23 @@ def _written_out(number: re.Match[str]) -> str:
     return f"{Decimal(number[0]):f}"
 
 
-def _passage(text: str) -> str:
+def _passage(text: str, units: Collection[str]) -> str:
     """The end of a text in which math-verify looks for the answer: its last boxes as one list, or its last formulas."""
     if box := last_box(text):
-        content = braced(box[1]).replace("$", "")
+        content = without_unit(_DOLLAR.sub("", braced(box[1])), units)
         return f"$\\boxed{{{content}}}$" if is_readable(content) else ""
-    spans = [(found.start, found.end) for found in formulas(text)]
-    begin = max(len(text) - PASSAGE, spans[-FORMULAS][0] if len(spans) > FORMULAS else 0)
+    found = formulas(text)
+    begin = max(len(text) - PASSAGE, found[-FORMULAS].start if len(found) > FORMULAS else 0)
     parts = []
-    for start, end in spans:
-        if start >= begin and not is_readable(text[start:end]):
-            parts.append(text[begin:start])
-            begin = end
-    return braced("".join([*parts, text[begin:]]).replace("\\boxed", ""))
+    for formula in found:
+        if formula.start >= begin:
+            parts.append(text[begin : formula.start])
+            if is_readable(formula.text):
+                size = 2 if formula.text.startswith(("$$", "\\")) else 1
+                inner = without_unit(braced(formula.text[size:-size]), units)
+                parts.append(formula.text[:size] + inner + formula.text[-size:])
+            begin = formula.end
+    return "".join([*parts, text[begin:]]).replace("\\boxed", "")
 
 
 def is_readable(formula: str) -> bool:
@@ -109,6 +115,7 @@ def is_readable(formula: str) -> bool:
     return True
 
 
+_DOLLAR = re.compile(r"\\?\$")
 _STRUCTURE = re.compile(r"\^\s*+\{|[()\[\]{}]")
 _COUNTS = re.compile(r"\\[dt]?binom|\\choose|\\(?:gcd|lcm)|operatorname\{(?:gcd|lcm)\}")
 _LARGE = re.compile(r"\d{5}|\^|!")
@@ -121,13 +128,15 @@ _COMPUTES = re.compile(
 
 @lru_cache(maxsize=1)
 def _kinds() -> tuple[Any, ...]:
-    """What math-verify extracts: LaTeX, boxes first, then plain numbers and expressions."""
+    """What math-verify extracts: LaTeX, boxes first, without dropping units, then plain numbers and expressions."""
     import logging
 
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig
 
+    steps = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="all")
     logging.getLogger("math_verify.parser").setLevel(logging.ERROR)  # it warns that no time limit is set
-    return LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()
+    return LatexExtractionConfig(boxed_match_priority=0, normalization_config=steps), ExprExtractionConfig()
 
 
 def parse_formulas(text: str, formula: bool = False) -> Sequence[Any]:

@@ -5,16 +5,18 @@ The reward `answers.last_number` does not use these rules: it is deliberately si
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 from gruppo.data.boxes import last_box
 from gruppo.errors import UsageError
+from gruppo.rewards.grading.arithmetic import calculated
 from gruppo.rewards.grading.extraction import Decision, decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
+from gruppo.rewards.grading.symbolic import matched
+from gruppo.rewards.grading.units import EVERYDAY, is_unit, units_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Answered:
 
 
 _ABOUT = re.compile(
-    r"[\s:：]*(?:(?:either|approximately|about|around|exactly|only|just|equal to|roughly|a total of|USD|Rs\.?|is|are|"
-    r"大约|约|共|一共|总共|[A-Za-z](?:_\{?\w+\}?)?\s*[=:])\s*)*[\s(\[{]*(?=[-+]?[\d.])"
+    r"[\s:：]*+(?:(?:either|approximately|about|around|exactly|only|just|equal to|roughly|a total of|USD|Rs\.?|is|are|"
+    r"大约|约|共|一共|总共|[A-Za-z](?:_\{?\w+\}?)?\s*[=:])\s*+)*+[\s(\[{]*+(?=[-+]?[\d.])"
 )
 
 
@@ -44,17 +46,20 @@ _OR = re.compile(
 )
 
 
-_SPACED = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d,])")
+_SPACED = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3}){1,9})(?![\d,])")
 
 
-_SPACED_ZEROS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})* 000(?![\d,])")
+_SPACED_ZEROS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3}){0,9} 000(?![\d,])")
 
 
-def read_decision(decision: Decision) -> tuple[Quantity, ...]:
-    """The number that a decision states: several readings if it leaves the number open, empty if it states none."""
+def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tuple[Quantity, ...]:
+    """The number that a decision states: several readings if it leaves the number open, empty if it states none.
+
+    `units`: letters that are units after a number; any other letter there is a variable.
+    """
     clean = cleaned(decision.text)
     if decision.rule in ("tags", "boxed"):
-        return _whole(clean)
+        return _whole(clean, units)
     clean = _SPECIFIED.sub("", sentence(clean))
     clean = _SPACED.sub(lambda found: found[0].replace(" ", ""), clean, count=1) if _ABOUT.match(clean) else clean
     numbers = quantities(clean)
@@ -62,14 +67,17 @@ def read_decision(decision: Decision) -> tuple[Quantity, ...]:
     if not numbers:
         word = spelled(clean, last=False)
         return (word,) if word else ()
-    if _UNKNOWN.search(clean):
+    if _UNKNOWN.search(clean) or (begins and _has_variable(clean, numbers[0], units)):
         return _open(numbers[0])
     if between := _BETWEEN.match(clean):
         return tuple(number for number in numbers if number.start >= between.end())[:2]
     if decision.rule in ("label", "####") and not begins:
-        inside = [aside.span() for aside in _ASIDE.finditer(clean)]
-        outside = [number for number in numbers if not any(left <= number.start < right for left, right in inside)]
-        return (outside[0],) if len(outside) == 1 and decision.rule == "label" and len(clean) < 80 else ()
+        outside = _outside(clean, numbers)
+        if len(outside) == 1 and decision.rule == "label" and len(clean) < 80:
+            return _closed(clean, outside[0], units)
+        said = [verb.end() for verb in _VERB.finditer(clean)] if decision.rule == "label" else []
+        stated = [number for number in outside if said and number.start >= said[-1]]
+        return _closed(clean, stated[0], units) if stated and _ABOUT.match(clean, said[-1]) else ()
     if not begins:
         return (_result(clean, numbers),)
     if worked := _WORKED_OUT.match(clean, begins.end()):
@@ -78,7 +86,7 @@ def read_decision(decision: Decision) -> tuple[Quantity, ...]:
     if decision.rule == "label" and chained is numbers[0] and _operator(clean, chained.end):
         return ()
     if chained is numbers[0] and (_operator(clean, chained.end) or _RAISED.match(clean, chained.end)):
-        value = _calculated(clean[begins.end() :])
+        value = calculated(clean[begins.end() :])
         result = numbers[-1] if value is None else Quantity(value, None, False, 0, 0)
         if _operator(clean, chained.end):  # an expression that is not evaluated is not an answer
             return (chained, result)
@@ -128,7 +136,28 @@ def _open(number: Quantity) -> tuple[Quantity, ...]:
     return number, replace(number, value=number.value + 1)
 
 
-def _whole(clean: str) -> tuple[Quantity, ...]:
+def _closed(clean: str, number: Quantity, units: Collection[str]) -> tuple[Quantity, ...]:
+    return _open(number) if _has_variable(clean, number, units) else (number,)
+
+
+# A letter right after a number, or with an exponent: a variable if it is no unit.
+_LETTER = re.compile(r"(?P<space>\s?)(?P<letters>[A-Za-z]{1,3})(?![A-Za-z'’])(?P<raised>\s*+\^)?")
+_PRODUCT = re.compile("[abcnpqruvwxyz]{2,3}")
+
+
+def _has_variable(clean: str, number: Quantity, units: Collection[str]) -> bool:
+    found = _LETTER.match(clean, number.end)
+    if not found or (found["letters"] in units and units is not EVERYDAY) or (found["space"] and not found["raised"]):
+        return False
+    letters = found["letters"]
+    if units is EVERYDAY and found["raised"] and letters != "m":
+        return True
+    if letters in units:
+        return False
+    return len(letters) == 1 or (bool(_PRODUCT.fullmatch(letters)) and not is_unit(letters, units, False))
+
+
+def _whole(clean: str, units: Collection[str]) -> tuple[Quantity, ...]:
     """The number of a box or of tags: its last equation's result, the value of an expression, or its only number."""
     clean = _SPACED.sub(lambda found: found[0].replace(" ", ""), clean.strip())
     clean = re.split(r"=|\\approx|≈", clean)[-1] if re.search(r"(?:=|\\approx|≈)\s*\S", clean) else clean
@@ -136,8 +165,10 @@ def _whole(clean: str) -> tuple[Quantity, ...]:
     if not numbers:
         word = spelled(clean, last=False)
         return (word,) if word else ()
-    if len(numbers) > 1 or re.search(r"[-+*/×÷^]|\\(?:times|cdot|div)", clean):
-        value = _calculated(clean)
+    if _has_variable(clean, numbers[0], units) and len(numbers) == 1:
+        return _open(numbers[0])
+    if len(numbers) > 1 or re.search(r"[-+*/×÷^!√]|\\(?:times|cdot|div|sqrt|[dtc]?frac)", clean):
+        value = calculated(clean)
         if value is not None:
             return (Quantity(value, None, False, 0, len(clean)),)
     begins = _ABOUT.match(clean)
@@ -155,7 +186,7 @@ def _chained(clean: str, start: int, numbers: Sequence[Quantity]) -> Quantity:
     after = [number for number in numbers if number.start >= start + equals[-1]]
     if not after:
         return numbers[0]
-    if _operator(clean, after[0].end) and _calculated(part[equals[-1] - start :]) == numbers[0].value:
+    if _operator(clean, after[0].end) and calculated(part[equals[-1] - start :]) == numbers[0].value:
         return numbers[0]  # "18 = 2 * 9"
     return after[0]
 
@@ -180,38 +211,7 @@ def _result(clean: str, numbers: Sequence[Quantity]) -> Quantity:
     return after[0] if after else numbers[-1]
 
 
-def _calculated(clean: str) -> Fraction | None:
-    """The value of an expression such as "3 * (4 + 5)", with exponents up to 9; None for anything else."""
-    written = re.sub(r"\\times|\\cdot|×", "*", re.sub(r"\\div|÷", "/", clean)).replace(",", "").strip(" .")
-    written = re.sub(r"\^\s*(?:\{(\d)\}|(\d))(?!\d)", r"**\1\2", written)
-    if len(written) > 60 or not re.fullmatch(r"[\d\s+\-*/().]+", written) or "//" in written:
-        return None
-    try:
-        return _evaluated(ast.parse(written.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
-        return None
-
-
-def _evaluated(node: ast.AST) -> Fraction:
-    match node:
-        case ast.Constant(value=int() | float() as value):
-            return Fraction(str(value))
-        case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return -_evaluated(inner)
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _evaluated(left) + _evaluated(right)
-        case ast.BinOp(left=left, op=ast.Sub(), right=right):
-            return _evaluated(left) - _evaluated(right)
-        case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            return _evaluated(left) * _evaluated(right)
-        case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _evaluated(left) / _evaluated(right)
-        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)) if power < 10:
-            return _evaluated(left) ** power
-    raise ValueError("not an arithmetic expression")
-
-
-def answered_number(text: str, question: str = "") -> Answered | None:
+def answered_number(text: str, question: str = "", reference: str = "") -> Answered | None:
     """The number that a text gives as its answer; None if it contains no number.
 
     The last decision that states a number counts ("the answer is 18", a box, "#### 18"). Without one, the last number
@@ -219,12 +219,13 @@ def answered_number(text: str, question: str = "") -> Answered | None:
     and the sentence has exactly one number that does not.
     """
     text = own_answer(text)
+    units = units_of(reference, question) if question else EVERYDAY
     box = last_box(text)
-    for decision in reversed(decisions(text)):
+    for decision in reversed(decisions(text)[-DECISIONS:]):
         shown = box[1] if box and decision.rule == "boxed" and decision.start >= box[0] else decision.text
         if decision.rule == "label" and _continues_to_calculate(text, decision):
             continue
-        if readings := read_decision(decision._replace(text=shown)):
+        if readings := read_decision(decision._replace(text=shown), units):
             return Answered(readings, decision.text[:200], decision.rule, bool(_BOUNDED.match(decision.text)))
     clean = _SPACED_ZEROS.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
     written = quantities(clean)
@@ -249,7 +250,7 @@ _DENIED = re.compile(
 def _continues_to_calculate(text: str, decision: Decision) -> bool:
     """Whether the text continues to calculate after "Answer:"."""
     line = sentence(decision.text)
-    return "=" in line and "=" in text[decision.start + len(line) :]
+    return "=" in line and text.find("=", decision.start + len(line)) >= 0
 
 
 def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantity:
@@ -262,9 +263,8 @@ def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantit
     """
     last = numbers[-1]
     begin = max(found.end() for found in _BEGIN.finditer(clean, 0, last.start))
-    inside = [aside.span() for aside in _ASIDE.finditer(clean, begin)]
     within = [number for number in numbers if number.start >= begin]
-    outside = [number for number in within if not any(left <= number.start < right for left, right in inside)]
+    outside = _outside(clean, within, begin)
     last = outside[-1] if outside else last
     equals = clean.rfind("=", begin, last.start)
     result = next((number for number in within if number.start > equals >= 0), None)
@@ -275,7 +275,20 @@ def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantit
     return next(iter(new.values())) if last.value in asked and len(new) == 1 else last
 
 
-_ASIDE = re.compile(r"\([^()]*(?:[A-Za-z]{2}|[\u4e00-\u9fff])[^()]*\)")
+_ASIDE = re.compile(r"\([^()]*+\)")
+_IN_WORDS = re.compile(r"[A-Za-z]{2}|[\u4e00-\u9fff]")
+_VERB = re.compile(r"(?<=\s)(?:is|are|was|were|equals?)\b:?")
+DECISIONS = 50  # decisions that are tried, from the end
+
+
+def _outside(clean: str, numbers: Sequence[Quantity], begin: int = 0) -> list[Quantity]:
+    """Numbers that are not in brackets with words."""
+    asides = [aside.span() for aside in _ASIDE.finditer(clean, begin) if _IN_WORDS.search(aside[0])]
+    starts = [start for start, _ in asides]
+    places = [bisect_right(starts, number.start) - 1 for number in numbers]
+    return [
+        number for number, place in zip(numbers, places, strict=True) if place < 0 or number.start >= asides[place][1]
+    ]
 
 
 _CONCLUSION = re.compile(r"\b(?:so|thus|therefore|hence|means|total|leaving|leaves|altogether)\b|所以|因此|一共")
@@ -284,8 +297,12 @@ _CONCLUSION = re.compile(r"\b(?:so|thus|therefore|hence|means|total|leaving|leav
 _BEGIN = re.compile(r"^|[.!?]\s|[\n。！？]")
 
 
+# A list as the reference: numbers between commas or "and", maybe in brackets or formulas, with units.
+_LIST_MARK = re.compile(r"\s*+(?:,\s*+(?:and|or)\b|,|;|\band\b|\bor\b|和|或|、)\s*+")
+
+
 def reference_numbers(answer: object) -> tuple[Quantity, ...]:
-    """The number of a reference answer, or several if semicolons separate them.
+    """The number of a reference answer, or all numbers of a list.
 
     Raises UsageError if it contains no number.
     """
@@ -296,7 +313,11 @@ def reference_numbers(answer: object) -> tuple[Quantity, ...]:
     for part in text.split(";"):
         clean = cleaned(part)
         numbers = quantities(clean)
-        if numbers:
+        if len(numbers) > 1 and (listed := _listed(clean)):
+            found += listed
+        elif numbers and (value := calculated(clean)) is not None and value != numbers[0].value:
+            found.append(Quantity(value, None if value.denominator > 1 else 0, False, 0, len(clean)))
+        elif numbers:
             found.append(numbers[0] if _ABOUT.match(clean) else numbers[-1])
         elif word := spelled(clean, last=True):
             found.append(word)
@@ -305,14 +326,22 @@ def reference_numbers(answer: object) -> tuple[Quantity, ...]:
     return tuple(found)
 
 
+def _listed(clean: str) -> list[Quantity]:
+    """The numbers of a list, if every part of the text is one number with at most a name and a unit; else []."""
+    parts = [part for part in _LIST_MARK.split(clean.strip(" {}()[]")) if part and part.strip()]
+    found = [quantities(part) for part in parts]
+    single = all(len(numbers) == 1 and _ABOUT.match(part) for numbers, part in zip(found, parts, strict=True))
+    return [numbers[0] for numbers in found] if single and len(parts) > 1 else []
+
+
 def grade_number(text: str, answer: object, question: str = "") -> bool:
     """Whether the number that a text gives as its answer equals the reference.
 
-    With several reference numbers, the text must give all of them in the same order. Raises UsageError if `answer`
-    contains no number.
+    With several reference numbers, the text must give all of them: in the same order if semicolons separate them, in
+    any order if commas or "and" do. Raises UsageError if `answer` contains no number.
     """
     wanted = reference_numbers(answer)
-    answered = answered_number(text, question)
+    answered = answered_number(text, question, str(answer))
     if answered is None:
         return False
     if len(wanted) == 1:
@@ -321,7 +350,11 @@ def grade_number(text: str, answer: object, question: str = "") -> bool:
         readings = answered.readings
         same = [same_quantity(reading, wanted[0]) for reading in readings]
         return any(same) if all(same_quantity(reading, readings[0]) for reading in readings) else all(same)
-    named = decisions(own_answer(text))
-    clean = cleaned(named[-1].text if named else last_sentence(text))
-    numbers = quantities(clean)
-    return len(numbers) == len(wanted) and all(map(same_quantity, numbers, wanted))
+    own = own_answer(text)
+    box, named = last_box(own), decisions(own)
+    stated = box[1] if box and named and named[-1].start >= box[0] else named[-1].text if named else last_sentence(own)
+    clean = cleaned(stated if box else sentence(stated))
+    numbers = _listed(clean) or quantities(clean)
+    if ";" in str(answer):
+        return len(numbers) == len(wanted) and all(map(same_quantity, numbers, wanted))
+    return matched(wanted, numbers, lambda one, other: same_quantity(other, one))

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from gruppo.rewards.grading.latex import braced
+from gruppo.rewards.grading.rounding import decimals as places
+from gruppo.rewards.grading.rounding import terminates
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -33,15 +37,15 @@ _SCALES = {
 }  # fmt: skip
 
 
-_PLAIN = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!,?\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
+_PLAIN = r"(?:\d{1,3}(?:,\d{2,3}){0,30},\d{3}(?!,?\d)|\d++)(?:\.\d++)?|(?<![\d.])\.\d++"
 
 
 _SIGN = r"(?:(?<![\d\w)\].])[-+])?"
 
 
 _NUMBER = re.compile(
-    rf"(?P<sign>{_SIGN})(?:(?P<whole>\d+)(?:\s+(?:and\s+)?|又))?(?<![\d./])(?P<over>\d+)\s?/\s?(?P<under>\d+)(?![\d/]|\.\d)"
-    rf"|(?P<minus>{_SIGN})(?P<plain>{_PLAIN})(?:[eE](?P<power>[-+]?\d{{1,3}})(?![\w.]*\w))?",
+    rf"(?P<sign>{_SIGN})(?:(?P<whole>\d++)(?:\s++(?:and\s++)?|又))?(?<![\d./])(?P<over>\d++)\s?/\s?(?P<under>\d+)(?![\d/]|\.\d)"
+    rf"|(?P<minus>{_SIGN})(?P<plain>{_PLAIN})(?:[eE](?P<power>[-+]?\d{{1,3}})(?!\.*+\w))?",
     re.ASCII,
 )
 
@@ -63,7 +67,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"(?<=\d)['’_](?=\d{3}(?!\d))", ""),
         (r"\bRs\.?\s*(?=\d)", ""),
         (r"(?<![\d.])(\d+) dollars? and (\d{2}) cents?\b", r"\1.\2 dollars"),
-        (r"(\d+)元(\d)角", r"\1.\2元"),
+        (r"(?<!\d)(\d++)元(\d)角", r"\1.\2元"),
         (r"(?<![\d.:/])(\d+)(?::| : )(?!00\b)(\d+)(?![\d.:/]\d|\d|:)", r"\1/\2"),
         (r"\\%|％", "%"),
         (r"百分之\s*(\d+(?:\.\d+)?)", r"\1%"),
@@ -87,6 +91,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
 
 def cleaned(text: str) -> str:
     """The text with numbers in one notation: LaTeX, full-width digits, signs and powers of ten become plain ASCII."""
+    text = braced(text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPT) + "}", text)
     text = re.sub("(?<=\\d)[½¼¾⅓⅔]", lambda found: " " + found[0], text)
     text = _SHARE.sub(_share, text)
@@ -165,7 +170,8 @@ _WORDS = {word: value for value, word in enumerate(_ONES)} | {word: 10 * n for n
 
 
 _ENGLISH = re.compile(
-    r"\b(?:{0})(?:(?:[\s-]+(?:and\s+)?)(?:{0}|hundred|thousand|million))*\b".format("|".join(_WORDS)), re.IGNORECASE
+    r"\b(?:{0})(?:(?:[\s-]+(?:and\s+)?)(?:{0}|hundred|thousand|million)){{0,24}}\b".format("|".join(_WORDS)),
+    re.IGNORECASE,
 )
 
 
@@ -214,9 +220,10 @@ def spelled(clean: str, last: bool) -> Quantity | None:
 def same_quantity(answer: Quantity, wanted: Quantity) -> bool:
     """Whether two numbers are the same.
 
-    They are if they are equal (whole numbers exactly, others within 1e-9, relative); if one is a rounding of the other,
-    which does not terminate, to three or more decimals (2/3 and 0.667), or to two within 1e-4 (relative); or if one is
-    a percentage and the other the same number or share (40% and 40 or 0.4).
+    They are if they are equal; if both are decimals within 1e-9 (relative); if one is a rounding of the other, which
+    does not terminate, to three or more decimals (2/3 and 0.667), or to two within 1e-4 (relative); or if one is a
+    percentage and the other the same number or share (40% and 40 or 0.4). Zeros at the end of a decimal do not make it
+    a rounding of a fraction (1.000 is not 4001/4000).
     """
     if answer.percent == wanted.percent:
         return _close(answer.value, answer.decimals, wanted.value, wanted.decimals)
@@ -230,21 +237,21 @@ def same_quantity(answer: Quantity, wanted: Quantity) -> bool:
 def _close(first: Fraction, first_decimals: int | None, second: Fraction, second_decimals: int | None) -> bool:
     if first == second:
         return True
-    if first.denominator == second.denominator == 1:
-        return False
     difference = abs(first - second)
-    if difference <= max(abs(first), abs(second)) / 10**9:
+    if first_decimals and second_decimals and difference <= max(abs(first), abs(second)) / 10**9:
         return True
-    return _rounds(first, first_decimals, second_decimals, difference) or _rounds(
-        second, second_decimals, first_decimals, difference
+    return _rounds(first, first_decimals, second, second_decimals) or _rounds(
+        second, second_decimals, first, first_decimals
     )
 
 
-def _rounds(exact: Fraction, written: int | None, decimals: int | None, difference: Fraction) -> bool:
-    """Whether a number with `decimals` decimals can be the non-terminating number `exact`, rounded or truncated."""
+def _rounds(exact: Fraction, written: int | None, rounded: Fraction, decimals: int | None) -> bool:
+    """Whether `rounded`, with `decimals` decimals, can be the non-terminating number `exact`, rounded or truncated."""
+    if decimals and written is None:
+        decimals = min(decimals, places(rounded))
     if decimals is None or decimals < 2 or not _endless(exact, written) or (written or decimals + 1) <= decimals:
         return False
-    unit = Fraction(1, 10**decimals)
+    unit, difference = Fraction(1, 10**decimals), abs(exact - rounded)
     return (decimals >= 3 and difference < unit) or (difference <= unit / 2 and difference <= abs(exact) / 10**4)
 
 
@@ -252,8 +259,4 @@ def _endless(value: Fraction, decimals: int | None) -> bool:
     """Whether a number must be rounded when written: a fraction such as 2/3, or one with five or more decimals."""
     if decimals is not None:
         return decimals >= 5
-    under = value.denominator
-    for prime in (2, 5):
-        while under % prime == 0:
-            under //= prime
-    return under > 1
+    return not terminates(value)

@@ -12,14 +12,15 @@ from typing import Any
 NOISE = Fraction(1, 10**12)  # relative error of floating-point arithmetic
 SIGNIFICANT = 6  # digits of a decimal answer for a fraction that does not terminate, or for a longer decimal
 LONGEST = 10_000  # bits of a number whose digits are counted
-REFERENCE = 3  # digits of a decimal reference to which an exact answer may be rounded
+REFERENCE = 3  # decimals, and digits, of a decimal reference to which an exact answer may be rounded
 
 
 def rounds_to(answer: Any, answer_decimals: int | None, wanted: Any, wanted_decimals: int | None) -> bool:
     """Whether an answer is right by rounding. The values are `Fraction`, or real numbers of mpmath if irrational;
     `…_decimals` is the number of decimals for a decimal, and None or 0 for any other number.
 
-    - A decimal reference of three or more digits accepts a longer or exact answer that rounds to it.
+    - A decimal reference with three or more decimals, or four or more digits, accepts a longer or exact answer that
+      rounds to it.
     - A fraction that does not terminate, and a longer decimal, accept a decimal of six or more digits that is rounded
       or cut off at its last digit.
     - A decimal reference accepts the noise of floating-point arithmetic.
@@ -31,11 +32,13 @@ def rounds_to(answer: Any, answer_decimals: int | None, wanted: Any, wanted_deci
         if difference <= abs(wanted) * NOISE:
             return True
         if not answer_decimals or answer_decimals > wanted_decimals:
-            return significant(wanted) >= REFERENCE and 2 * difference <= Fraction(1, 10**wanted_decimals)
+            digits = significant(wanted) if wanted_decimals >= REFERENCE else significant(wanted) - 1
+            return digits >= REFERENCE and 2 * difference <= Fraction(1, 10**wanted_decimals)
     if not answer_decimals or irrational or significant(answer) < SIGNIFICANT:
         return False
     longer = answer_decimals < wanted_decimals if wanted_decimals else not terminates(wanted)
-    return longer and difference < Fraction(1, 10 ** decimals(answer))
+    cut = abs(answer) <= abs(wanted) and answer * wanted > 0
+    return longer and (1 if cut else 2) * difference < Fraction(1, 10 ** decimals(answer))
 
 
 def _rational(number: Any) -> Fraction:

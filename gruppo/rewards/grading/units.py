@@ -22,11 +22,23 @@ _KNOWN = re.compile(
     r"[kM]Wh?|Wh|kcal|[kM]?eV|mol|deg|rad|dB|[pc]ts|USD|EUR|GBP|CNY|RMB|Rs|[KMGT]B|sq|cu|pcs|"
     r"men|day|cup|box|bag|egg|pen|hat|car|way|row|dog|cat|pie|ton|bus|ice)"
 )
+EVERYDAY = frozenset("bBcCdFgGhJkKlLmMNpsStTVW")  # units of everyday texts, where no question shows its units
 _NEVER = frozenset("aeinxyz")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|rm|operatorname)\s*+\{([^{}]*+)\}")
+_UPRIGHT = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname|rm)"
+_UNIT_TEXT = re.compile(
+    rf"(?<=\S)\s*{_UPRIGHT}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?(?:\s*/?\s*{_UPRIGHT}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?)*\s*$"
+)
+_UNIT_WORD = re.compile(
+    r"(?<=[\d})%])(?P<space>\s*)(?<![\\])(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
+    r"(?!(?:and|or|mod|if|for|where|with)\b)(?P<unit>[A-Za-z]{1,14})(?:\s+[a-z]{2,14}){0,4}\.?"
+    r"(?:\s*/\s*(?P<per>[A-Za-z]{1,8})|\s+per\s+[a-z]+)?(?:\s*\^\s*\{?-?[1-4]\}?)?\s*$"
+)
+_CHINESE_UNIT = re.compile(r"(?<=[\d})%])\s*[\u4e00-\u9fff]{1,6}\s*$")
 _FORMULA = re.compile(r"(?<!\\)\$[^$]*+\$|\\\((?:[^\\]|\\(?!\)))*+\\\)")
-_AFTER_NUMBER = re.compile(r"(?<=\d)(?:\s|-|\\[,;: ]|~)?([A-Za-z]{1,4})(?![A-Za-z])")
+# "5 m" in prose, not the term of a sum: "2h + 2h".
+_AFTER_NUMBER = re.compile(r"(?<![-+*/=^(])\s\d[\d,.]{0,20}(?:\s|-)?([A-Za-z]{1,4})(?![A-Za-z]|\s?[-+*/=^)])")
 _WORD = re.compile("[A-Za-z]++")
 
 
@@ -38,7 +50,7 @@ def units_of(reference: str, question: str) -> Collection[str]:
     """
     found = {word for upright in _TEXT.finditer(f"{reference} {question}") for word in _WORD.findall(upright[1])}
     prose = _FORMULA.sub(" ", question)
-    found.update(after[1] for after in _AFTER_NUMBER.finditer(prose))
+    found.update(after[1] for after in _AFTER_NUMBER.finditer(f" {prose}"))
     found.update(unit for unit, names in _NAMES.items() if re.search(rf"\b(?:{names})(?:e?s)?\b", prose, re.IGNORECASE))
     return found - _NEVER
 
@@ -52,3 +64,17 @@ def is_unit(word: str, used: Collection[str], apart: bool) -> bool:
     if _KNOWN.fullmatch(word):
         return True
     return (len(word) > 3 or (len(word) == 3 and apart)) and re.search("[aeiouy]", word.lower()) is not None
+
+
+def without_unit(formula: str, used: Collection[str]) -> str:
+    """A formula without the unit at its end, if a number or a command remains."""
+    for pattern in (_UNIT_TEXT, _UNIT_WORD, _CHINESE_UNIT):
+        found = pattern.search(formula)
+        if found and (pattern is not _UNIT_WORD or _all_units(found, used)):
+            shorter = formula[: found.start()].strip()
+            formula = shorter if re.search(r"\d|\\", shorter) else formula
+    return formula
+
+
+def _all_units(found: re.Match[str], used: Collection[str]) -> bool:
+    return all(is_unit(word, used, bool(found["space"])) for word in (found["unit"], found["per"]) if word)

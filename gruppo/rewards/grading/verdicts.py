@@ -22,6 +22,7 @@ from gruppo.rewards.grading.last_number import last_number
 from gruppo.rewards.grading.math_verify import same_mathematics
 from gruppo.rewards.grading.numbers import answered_number, read_decision, reference_numbers
 from gruppo.rewards.grading.quantities import cleaned, quantities, same_quantity
+from gruppo.rewards.grading.units import EVERYDAY, units_of
 
 LONGEST = 200  # characters of an extracted answer that are kept
 
@@ -72,10 +73,12 @@ Explained = tuple[str | None, str, dict[str, bool]]
 
 def _number(text: str, columns: Mapping[str, Any]) -> Explained:
     wanted = reference_numbers(columns["answer"])
-    answered = answered_number(text, question_of(columns))
+    question = question_of(columns)
+    answered = answered_number(text, question, str(columns["answer"]))
+    units = units_of(str(columns["answer"]), question) if question else EVERYDAY
     others = {}
     for name, decision in _by_rule(text):
-        if readings := read_decision(decision):
+        if readings := read_decision(decision, units):
             others[name] = len(wanted) == 1 and all(same_quantity(reading, wanted[0]) for reading in readings)
     numbers = quantities(cleaned(text))
     if numbers:
@@ -103,7 +106,7 @@ def _math(text: str, columns: Mapping[str, Any]) -> Explained:
         others["last plain number"] = plain == last_number(wanted)
     boxed = others.get("boxed")
     if boxed is None or answered is None or answered[1] != "boxed":
-        others["math-verify"] = bool(same_mathematics(own_answer(text), answer))
+        others["math-verify"] = bool(same_mathematics(own_answer(text), answer, question))
     return (answered[0] if answered else None), (answered[1] if answered else "whole text"), others
 
 
