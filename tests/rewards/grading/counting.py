@@ -1,0 +1,140 @@
+"""Count the steps that a backtracking matcher takes, to test how the work of a pattern grows with its text.
+
+A step is one attempt to match one node of the pattern at one place. The matcher follows `re` for the constructs that
+the readers use.
+"""
+
+from __future__ import annotations
+
+import re
+import re._constants as c  # type: ignore[import-not-found]
+import re._parser as parser  # type: ignore[import-not-found]
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Next = Callable[[int], int | None]
+
+
+class TooManySteps(Exception):
+    """The limit of steps is passed."""
+
+
+class Counter:
+    """Steps of a pattern on a text: `Counter(pattern, text, limit).search_all()`."""
+
+    def __init__(self, pattern: re.Pattern[str], text: str, limit: int) -> None:
+        self.tree = parser.parse(pattern.pattern, pattern.flags)
+        self.flags, self.text, self.limit, self.steps = pattern.flags, text, limit, 0
+
+    def search_all(self) -> int:
+        place = 0
+        while place <= len(self.text):
+            end = self._sequence(list(self.tree), 0, place, self.flags, lambda at: at)
+            place = place + 1 if end is None or end == place else end
+        return self.steps
+
+    def _sequence(self, nodes: Sequence[Any], index: int, place: int, flags: int, after: Next) -> int | None:
+        if index == len(nodes):
+            return after(place)
+        self.steps += 1
+        if self.steps > self.limit:
+            raise TooManySteps
+        operation, value = nodes[index]
+        rest: Next = lambda at: self._sequence(nodes, index + 1, at, flags, after)  # noqa: E731
+        if operation in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN):
+            return rest(place + 1) if self._one(operation, value, place, flags) else None
+        if operation is c.AT:
+            return rest(place) if self._at(value, place) else None
+        if operation is c.BRANCH:
+            for branch in value[1]:
+                if (end := self._sequence(list(branch), 0, place, flags, rest)) is not None:
+                    return end
+            return None
+        if operation is c.SUBPATTERN:
+            _, on, off, inner = value
+            return self._sequence(list(inner), 0, place, (flags | on) & ~off, rest)
+        if operation in (c.ASSERT, c.ASSERT_NOT):
+            direction, inner = value
+            start = place if direction > 0 else place - inner.getwidth()[0]
+            found = start >= 0 and self._sequence(list(inner), 0, start, flags, lambda at: at) is not None
+            return rest(place) if found == (operation is c.ASSERT) else None
+        if operation is c.ATOMIC_GROUP:
+            end = self._sequence(list(value), 0, place, flags, lambda at: at)
+            return None if end is None else rest(end)
+        return self._repeat(operation, value, place, flags, rest)
+
+    def _repeat(self, operation: Any, value: Any, place: int, flags: int, rest: Next) -> int | None:
+        low, high, inner = value
+        nodes = list(inner)
+        ends, at = [place], place
+        simple = len(nodes) == 1 and nodes[0][0] in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN)
+        if operation is c.POSSESSIVE_REPEAT or (simple and operation is c.MAX_REPEAT):
+            while high is c.MAXREPEAT or len(ends) <= high:
+                self.steps += 1
+                end = self._sequence(nodes, 0, at, flags, lambda end: end)
+                if end is None or end == at:
+                    break
+                ends.append(at := end)
+            if len(ends) <= low:
+                return None
+            for end in reversed(ends[low:]) if operation is c.MAX_REPEAT else ends[-1:]:
+                self.steps += 1
+                if self.steps > self.limit:
+                    raise TooManySteps
+                if (found := rest(end)) is not None:
+                    return found
+            return None
+
+        def again(count: int, at: int) -> int | None:
+            more = high is c.MAXREPEAT or count < high
+            step: Next = lambda end: None if end == at else again(count + 1, end)  # noqa: E731
+            if operation is c.MIN_REPEAT:
+                end = rest(at) if count >= low else None
+                return end if end is not None or not more else self._sequence(nodes, 0, at, flags, step)
+            end = self._sequence(nodes, 0, at, flags, step) if more else None
+            return rest(at) if end is None and count >= low else end
+
+        return again(0, place)
+
+    def _one(self, operation: Any, value: Any, place: int, flags: int) -> bool:
+        if place >= len(self.text):
+            return False
+        letter = self.text[place]
+        if operation is c.ANY:
+            return letter != "\n" or bool(flags & re.DOTALL)
+        if operation is c.IN:
+            negated = value[0][0] is c.NEGATE
+            return any(self._member(kind, item, letter, flags) for kind, item in value[negated:]) != negated
+        same = self._same(value, letter, flags)
+        return same == (operation is c.LITERAL)
+
+    def _same(self, code: int, letter: str, flags: int) -> bool:
+        return chr(code) == letter or (bool(flags & re.IGNORECASE) and chr(code).lower() == letter.lower())
+
+    def _member(self, kind: Any, item: Any, letter: str, flags: int) -> bool:
+        if kind is c.LITERAL:
+            return self._same(item, letter, flags)
+        if kind is c.RANGE:
+            letters = {letter, letter.lower(), letter.upper()} if flags & re.IGNORECASE else {letter}
+            return any(item[0] <= ord(one) <= item[1] for one in letters if len(one) == 1)
+        return bool(_CATEGORIES[item](letter))
+
+    def _at(self, value: Any, place: int) -> bool:
+        text = self.text
+        if value in (c.AT_BEGINNING, c.AT_BEGINNING_STRING, c.AT_BEGINNING_LINE):
+            multiline = self.flags & re.MULTILINE and value is not c.AT_BEGINNING_STRING
+            return place == 0 or bool(multiline and text[place - 1] == "\n")
+        if value in (c.AT_END, c.AT_END_LINE, c.AT_END_STRING):
+            return place == len(text) or (text[place] == "\n" and bool(self.flags & re.MULTILINE or place == len(text) - 1))
+        sides = [0 <= side < len(text) and (text[side].isalnum() or text[side] == "_") for side in (place - 1, place)]
+        return (sides[0] != sides[1]) == (value is c.AT_BOUNDARY)
+
+
+_CATEGORIES: dict[Any, Callable[[str], bool]] = {
+    c.CATEGORY_DIGIT: str.isdecimal,
+    c.CATEGORY_NOT_DIGIT: lambda letter: not letter.isdecimal(),
+    c.CATEGORY_SPACE: str.isspace,
+    c.CATEGORY_NOT_SPACE: lambda letter: not letter.isspace(),
+    c.CATEGORY_WORD: lambda letter: letter.isalnum() or letter == "_",
+    c.CATEGORY_NOT_WORD: lambda letter: not (letter.isalnum() or letter == "_"),
+}
