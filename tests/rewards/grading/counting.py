@@ -15,7 +15,7 @@ from typing import Any
 Next = Callable[[int], int | None]
 
 
-class TooManySteps(Exception):
+class TooManyStepsError(Exception):
     """The limit of steps is passed."""
 
 
@@ -38,7 +38,7 @@ class Counter:
             return after(place)
         self.steps += 1
         if self.steps > self.limit:
-            raise TooManySteps
+            raise TooManyStepsError
         operation, value = nodes[index]
         rest: Next = lambda at: self._sequence(nodes, index + 1, at, flags, after)  # noqa: E731
         if operation in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN):
@@ -80,7 +80,7 @@ class Counter:
             for end in reversed(ends[low:]) if operation is c.MAX_REPEAT else ends[-1:]:
                 self.steps += 1
                 if self.steps > self.limit:
-                    raise TooManySteps
+                    raise TooManyStepsError
                 if (found := rest(end)) is not None:
                     return found
             return None
@@ -125,7 +125,9 @@ class Counter:
             multiline = self.flags & re.MULTILINE and value is not c.AT_BEGINNING_STRING
             return place == 0 or bool(multiline and text[place - 1] == "\n")
         if value in (c.AT_END, c.AT_END_LINE, c.AT_END_STRING):
-            return place == len(text) or (text[place] == "\n" and bool(self.flags & re.MULTILINE or place == len(text) - 1))
+            return place == len(text) or (
+                text[place] == "\n" and bool(self.flags & re.MULTILINE or place == len(text) - 1)
+            )
         sides = [0 <= side < len(text) and (text[side].isalnum() or text[side] == "_") for side in (place - 1, place)]
         return (sides[0] != sides[1]) == (value is c.AT_BOUNDARY)
 
