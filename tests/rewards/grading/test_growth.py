@@ -23,7 +23,7 @@ PARTS = (
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
            "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
-ANCHORED = {"_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED"}
+ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED"}
 
 
 def patterns() -> Iterator[tuple[str, re.Pattern[str]]]:
