@@ -42,11 +42,9 @@ def test_math_does_not_apply_if_the_reference_is_not_math(reference: str) -> Non
     assert reward.failure is None
 
 
-def test_math_that_takes_too_long_fails_only_that_completion() -> None:
-    bomb, correct = score("math_verify", "\\boxed{9^{9^9}}", "42", answer="42")
-    assert bomb.total is None
-    assert "could not compare the answer in 2 s" in str(bomb.failure)
-    assert correct.total == 1
+def test_a_large_formula_is_not_the_answer() -> None:
+    large, correct = score("math_verify", "\\boxed{9^{9^9}}", "42", answer="42")
+    assert (large.total, correct.total) == (0.0, 1.0)
 
 
 def test_math_without_a_reference_is_refused_at_start() -> None:

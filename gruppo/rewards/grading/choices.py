@@ -208,7 +208,7 @@ _BRACKETED = re.compile(r"[(（]\s*(?P<group>[A-J])\s*[)）]")
 
 _CONCLUDED = re.compile(
     r"(?:\b(?:so|thus|hence|therefore|then|is|are|be|guess|say|option|choice|leaves|leaving|with|means|for|to|pick|but|definitely|probably|both|answer)\b"
-    r"|^|['’]s\b|[∴→⇒:：,(（-])[\s,:(（\"'“-]*(?:(?:option|choice) )?(?P<group>[B-HJ])(?=\W*$)",
+    r"|^|['’]s\b|[∴→⇒:：,(（-])[\s,:(（\"'“-]{0,20}+(?:(?:option|choice) )?(?P<group>[B-HJ])(?=\W*$)",
     re.IGNORECASE,
 )
 
