@@ -21,6 +21,14 @@ _IN_PYTHON = (
 )
 
 
+# Characters that Python calls printable although nothing is drawn: Unicode's Default_Ignorable_Code_Point (fillers,
+# variation selectors, joiners), and letters and symbols whose glyph is blank.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff"
+    "\u2800\U00013441\U00013442\U00016fe4\U0001d159]"
+)
+
+
 def speak_command_line(on: bool = True) -> None:
     """Name the command line's options in messages, in place of the arguments of the Python functions."""
     global _command_line
@@ -35,17 +43,32 @@ def worded(message: object) -> str:
     return text
 
 
+def is_visible(text: str) -> bool:
+    """Whether a reader sees every character of a text. Of the spaces, only the ASCII space counts as seen."""
+    return text.isprintable() and not _BLANK.search(text)
+
+
+def escaped(text: str, keep: str = "") -> str:
+    r"""The text with every invisible character escaped as in Python (\x1b, \u3164), except those in `keep`.
+
+    Invisible are control and format characters, line breaks and tabs, spaces other than the ASCII space, surrogates,
+    unassigned characters, and characters whose glyph is blank.
+    """
+    if is_visible(text.translate(dict.fromkeys(map(ord, keep)))):
+        return text
+    return "".join(
+        character if character in keep or is_visible(character) else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def one_line(message: object) -> str:
     """The message as one printable line, safe to write to any file.
 
-    Line breaks and tabs become spaces; other control characters and lone surrogates are escaped as in Python.
+    Line breaks and tabs become spaces; other control characters, lone surrogates and other invisible characters are
+    escaped as in Python.
     """
-    text = re.sub(r"\s*[\n\r\t\v\f]\s*", " ", str(message).strip())
-    return text if text.isprintable() else "".join(_escaped(character) for character in text)
-
-
-def _escaped(character: str) -> str:
-    return character if character.isprintable() else repr(character)[1:-1]
+    return escaped(re.sub(r"\s*[\n\r\t\v\f]\s*", " ", str(message).strip()))
 
 
 class UsageError(ValueError):

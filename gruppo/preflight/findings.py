@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from gruppo.errors import is_visible
+
 Severity = Literal["ok", "note", "warning", "problem"]
 
 WIDTH = 80  # columns of a terminal
@@ -43,8 +45,8 @@ class Finding:
 
 
 def _wrapped(text: str, head: str, indent: int) -> list[str]:
-    """`text` wrapped after `head`, without the control characters that a template or a reward may contain."""
-    shown = "".join(character if character.isprintable() else " " for character in text)
+    """`text` wrapped after `head`, without the invisible characters that a template or a reward may contain."""
+    shown = "".join(character if is_visible(character) else " " for character in text)
     return textwrap.wrap(shown, WIDTH, initial_indent=head, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 

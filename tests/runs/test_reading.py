@@ -171,6 +171,7 @@ def test_code_that_a_run_names_does_not_run(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [("\x1b[2J\x07", r"\x1b[2J\x07"), ("\x9b31m", r"\x9b31m"), ("a\tb\nc", "a\tb\nc"), ("\u202eabc", r"\u202eabc"),
+     ("\u061cabc", r"\u061cabc"),
      ("\ud800", r"\ud800"), ("\r", r"\r"), ("日本 é 🎉", "日本 é 🎉")],
 )  # fmt: skip
 def test_control_characters_are_shown_visibly(text: str, shown: str) -> None:

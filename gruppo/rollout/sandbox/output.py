@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gruppo.errors import escaped
 from gruppo.rollout.sandbox.worker_main import CUT
 
 
@@ -20,12 +21,9 @@ class Kept:
 
 
 def printable(data: bytes | bytearray) -> str:
-    r"""The data as valid text. Invalid UTF-8 becomes U+FFFD; control characters, which a terminal would interpret, are
-    escaped as in Python (\x1b, \x00, \u202e)."""
-    text = data.decode("utf-8", "replace").replace("\r\n", "\n")
-    if text.replace("\n", "").replace("\t", "").isprintable():
-        return text
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+    r"""The data as valid text. Invalid UTF-8 becomes U+FFFD; control characters, which a terminal would interpret, and
+    other invisible characters are escaped as in Python (\x1b, \x00, \u202e, \u3164)."""
+    return escaped(data.decode("utf-8", "replace").replace("\r\n", "\n"), keep="\n\t")
 
 
 def shortened(report: str, most: int) -> str:

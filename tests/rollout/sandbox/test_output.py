@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+import regex
+
+from gruppo.errors import escaped, is_visible, one_line
+from gruppo.preflight.findings import Finding
 from gruppo.rollout.sandbox.output import CUT, Kept, composed, printable, shortened
 
 
@@ -18,6 +24,34 @@ def test_no_unprintable_character_or_byte_gets_through() -> None:
         text = printable(data).replace("\n", "").replace("\t", "")
         assert text.isprintable()
         assert text.encode()
+
+
+# Letters, marks and symbols with a blank glyph, which no Unicode property names.
+BLANK = "\u2800\U00013441\U00013442\U00016fe4\U0001d159"
+
+
+def test_every_invisible_character_of_unicode_is_escaped() -> None:
+    """Control, format, private, unassigned, surrogate; spaces and separators; default ignorable; blank glyphs."""
+    everything = [chr(code) for code in range(0x110000)]
+    ignorable = set(regex.findall(r"\p{Default_Ignorable_Code_Point}", "".join(everything)))
+    assert len(ignorable) > 4000
+    hidden = {
+        character
+        for character in everything
+        if unicodedata.category(character)[0] in "CZ" or character in ignorable or character in BLANK
+    } - {" "}
+    assert {character for character in everything if not is_visible(character)} == hidden
+    for character in sorted(hidden):
+        assert escaped(f"a{character}b") == f"a{character.encode('unicode_escape').decode()}b"
+        assert escaped(f"a{character}b", keep=character) == f"a{character}b"
+
+
+def test_invisible_characters_are_shown_everywhere() -> None:
+    for character in "\u3164\u2800\ufe0f\u034f\U000e0101\u115f\u17b4":
+        code = character.encode("unicode_escape").decode()
+        assert printable(f"a{character}\n\t".encode()) == f"a{code}\n\t"
+        assert one_line(f"answer = '{character}'") == f"answer = '{code}'"
+        assert character not in "".join(Finding("note", "reward", f"a{character}b").lines())
 
 
 def test_no_more_is_kept_than_is_shown() -> None:
