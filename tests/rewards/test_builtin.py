@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from types import SimpleNamespace
 
 import pytest
+import regex
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
 from gruppo.errors import UsageError
@@ -120,6 +122,47 @@ def test_repetition() -> None:
     assert Repetition()(["", "a", "a a", "a b c d", "a a a"]) == [0, 0, 0, 0, 0]
     assert Repetition(ngram=1)(["a a a a"]) == [-0.75]
     assert Repetition(penalty=0)(["a a a a"]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("once", "name"),
+    [("我们先算出总数再除以三", "Han"), ("これはテストです", "Hiragana"), ("カタカナ", "Katakana"),
+     ("สวัสดีครับ", "Thai"), ("ສະບາຍດີ", "Lao"), ("សួស្តី", "Khmer"), ("မင်္ဂလာပါ", "Myanmar"), ("བཀྲ་ཤིས", "Tibetan"),
+     ("ꦲꦏ꧀ꦱꦫ", "Javanese"), ("𠀀𠀁𠀂", "Han")],
+)  # fmt: skip
+def test_repetition_in_scripts_without_spaces_counts_characters(once: str, name: str) -> None:
+    assert Repetition()([once]) == [0]
+    assert -1 < Repetition()([once * 20])[0] < -0.9
+    grams = len({(once * 20)[start : start + 3] for start in range(20 * len(once) - 2)})
+    assert Repetition()([once * 20]) == pytest.approx([-(1 - grams / (20 * len(once) - 2))])
+    assert Repetition()([f"{once} one two one two one two"])[0] < 0
+
+
+def test_repetition_counts_the_characters_of_exactly_the_scripts_without_spaces() -> None:
+    """Every letter of these scripts is a unit; no letter of any other script is."""
+    scripts = "Han Hiragana Katakana Bopomofo Yi Thai Lao Khmer Myanmar Tibetan Tai_Le New_Tai_Lue Tai_Tham Tai_Viet "
+    scripts += "Javanese Balinese Cham Ahom"
+    letters = "".join(c for c in map(chr, range(0x110000)) if c.isalpha())
+    unspaced, used = (
+        set(regex.findall("[" + "".join(rf"\p{{{kind}={script}}}" for script in scripts.split()) + "]", letters))
+        for kind in ("Script", "Script_Extensions")  # the second one adds letters that other scripts use too
+    )
+    assert len(unspaced) > 90_000
+    assert all(Repetition(ngram=1)([letter * 2])[0] == -0.5 for letter in unspaced)
+    assert all(Repetition(ngram=1)([letter * 2])[0] == 0 for letter in set(letters) - used)
+
+
+def test_repetition_of_spaced_texts_is_unchanged() -> None:
+    for text in (
+        "Это это это просто",
+        "안녕 안녕 안녕 하세요",
+        "na-na-na na-na-na",
+        "שלום שלום שלום",
+        "🙂🙂🙂 🙂🙂🙂",
+        "x\u00a0x x",
+    ):
+        words = text.lower().split()
+        assert Repetition(ngram=1)([text]) == pytest.approx([-(1 - len(set(words)) / len(words))])
 
 
 def test_repetition_equals_trls_if_words_are_tokens() -> None:
