@@ -37,7 +37,8 @@ class Prompt:
 
     `content`: the text or the messages of the row. `token_ids`: the tokens that engine and loss see. `columns`: all
     other columns of the row, passed to rewards and graders by name. `template_options`: what the chat template gets
-    besides the messages.
+    besides the messages. `ending`: the text of the last few tokens, special tokens included, which shows what a chat
+    template puts before the answer; "" if unknown.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Prompt:
     task: str
     columns: Mapping[str, Any]
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    ending: str = ""
 
     @property
     def text(self) -> str:

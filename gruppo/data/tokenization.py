@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_ENDING = 16  # tokens of `Prompt.ending`: enough for a tag in a vocabulary of characters
+
+
 @dataclass(frozen=True)
 class ToolTexts:
     """Description of the tools in prompts.
@@ -88,7 +91,10 @@ def tokenize_part(
                 f"{vocabulary}; use the tokenizer that belongs to the model"
             )
         columns = {key: value for key, value in row.items() if key != "prompt"}
-        prompts.append(Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns, options))
+        ending = str(tokenizer.decode(token_ids[-_ENDING:], skip_special_tokens=False))
+        prompts.append(
+            Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns, options, ending)
+        )
     if not prompts:
         raise UsageError(
             f'{part.field}.overlong = "filter": all {overlong} prompts of {part.name} are longer than {limit} tokens; '

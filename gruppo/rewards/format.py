@@ -9,16 +9,43 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.rewards import text_of
 
+_OPENED = re.compile(r"<think>\s*\Z")
 
-def think_format(completions: Sequence[Any], **_: Any) -> list[float]:
-    """1 if a completion begins with <think> and has exactly one <think> and one </think>, else 0.
 
-    Equals TRL's think_format_reward, except that TRL also gives 1 for more than one </think>.
+def think_format(
+    completions: Sequence[Any],
+    prompts: Sequence[Any] | None = None,
+    prompt_endings: Sequence[str] | None = None,
+    **_: Any,
+) -> list[float]:
+    """1 if an answer begins with <think> and has exactly one <think> and one </think>, else 0.
+
+    The answer is the completion, preceded by what the prompt has already written of it: a <think> at the end of the
+    prompt (of its text, or as the chat template renders it), or an assistant message that the completion continues, if
+    it has an open <think>. Equals TRL's think_format_reward, except that TRL reads only the completion and also gives
+    1 for more than one </think>.
     """
-    texts = [text_of(completion) for completion in completions]
+    begun = [
+        _begun(prompt, ending)
+        for prompt, ending in zip(
+            prompts or [""] * len(completions), prompt_endings or [""] * len(completions), strict=True
+        )
+    ]
+    texts = [before + text_of(completion) for before, completion in zip(begun, completions, strict=True)]
     return [
         float(text.startswith("<think>") and text.count("<think>") == 1 == text.count("</think>")) for text in texts
     ]
+
+
+def _begun(prompt: Any, ending: str) -> str:
+    """The beginning of the answer that a prompt contains, from its open <think>; "" if it has none."""
+    if not isinstance(prompt, str):
+        continued = str(prompt[-1].get("content", "")) if prompt and prompt[-1].get("role") == "assistant" else ""
+        if "<think>" in continued and "</think>" not in continued.rpartition("<think>")[2]:
+            return continued.lstrip()
+    elif _OPENED.search(prompt):
+        return "<think>"
+    return "<think>" if _OPENED.search(ending) else ""
 
 
 class Regex:

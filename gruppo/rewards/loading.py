@@ -17,7 +17,7 @@ from gruppo.rewards.identity import code_digest
 from gruppo.rewards.interop import ADAPTERS
 from gruppo.utils.imports import import_attribute
 
-OFFERED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+OFFERED = ("prompts", "prompt_endings", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ def rerun_reward(
         for ids, text in zip(arguments["completion_ids"], texts, strict=True)
     ]
     row = {name: arguments[name][0] for name in columns}
-    prompt = Prompt(call["prompt_id"], arguments["prompts"][0], (), "", row)
+    ending = arguments.get("prompt_endings", [""])[0]  # files of earlier versions have none
+    prompt = Prompt(call["prompt_id"], arguments["prompts"][0], (), "", row, ending=ending)
     options = {options_name(chosen): call["options"]} if isinstance(chosen, str) else {}
     limit = timeout or call["timeout"]
     with RewardPool([chosen], [], columns, limit, 1, log, options, environment=call["environment"]) as pool:

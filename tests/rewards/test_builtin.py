@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
-import unicodedata
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import regex
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
+from gruppo.data.tokenization import tokenize_rows
 from gruppo.errors import UsageError
 from gruppo.rewards.format import Regex, think_format
 from gruppo.rewards.length import Overlong, Repetition
 from gruppo.rollout.workers.rewards import RewardPool
+from tests.conftest import make_tokenizer
 from tests.rollout.workers.test_rewards import group, score, totals
 
 
@@ -68,6 +70,53 @@ THOUGHTS = ["<think>a</think>b", "<think>\na\n</think>\n", "<think></think>", "<
 
 def test_think_format() -> None:
     assert think_format(THOUGHTS) == [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ending"),
+    [("Why?\n<think>", ""), ("Why?<think>\n", ""),
+     ([{"role": "user", "content": "Why?"}], "<|assistant|>\n<think>\n\n"),
+     ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>\nWell, "}], "Well, "),
+     ("Why?", "?<think>")],
+)  # fmt: skip
+def test_think_format_where_the_prompt_opens_the_tag(prompt: object, ending: str) -> None:
+    answers = [
+        "a</think>b",
+        "\n</think>\n",
+        "</think>",
+        "a",
+        "",
+        "<think>a</think>b",
+        "a</think>b</think>",
+        "a<think>b",
+    ]
+    expected = [1, 1, 1, 0, 0, 0, 0, 0]
+    assert think_format(answers, prompts=[prompt] * 8, prompt_endings=[ending] * 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ending"),
+    [("Write <think>thoughts</think> first.", "first."), ("Open with <think> please", "please"), ("", ""),
+     ("Why?<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"), ([{"role": "user", "content": "after <think>"}], "a:"),
+     ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Sure. "}], "Sure. "),
+     ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>a</think>"}], "</think>")],
+)  # fmt: skip
+def test_think_format_where_the_prompt_does_not_open_the_tag(prompt: object, ending: str) -> None:
+    size = len(THOUGHTS)
+    assert think_format(THOUGHTS, prompts=[prompt] * size, prompt_endings=[ending] * size) == think_format(THOUGHTS)
+
+
+def test_think_format_sees_what_the_chat_template_writes() -> None:
+    """A template that opens the tag, as reasoning models have: the row does not show it, the prompt's ending does."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<think>{% endif %}"
+    row = {"prompt": [{"role": "user", "content": "a b"}]}
+    (prompt,) = tokenize_rows([row], tokenizer, 99, 5, "t")
+    assert prompt.ending.endswith("<think>")
+    _, completions = group("a</think>b", "<think>a</think>b")
+    with RewardPool(["think_format"], [], [], workers=1) as pool:
+        assert totals(pool.score([(prompt, completions)], {})[0][0]) == [1, 0]
+        assert totals(pool.score([(replace(prompt, ending=""), completions)], {})[0][0]) == [0, 1]
 
 
 def test_think_format_equals_trls_except_for_a_second_end_tag() -> None:

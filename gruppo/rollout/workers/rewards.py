@@ -256,6 +256,7 @@ def call_arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[st
     return {
         **{name: [value] * size for name, value in prompt.columns.items()},
         "prompts": [prompt.content] * size,
+        "prompt_endings": [prompt.ending] * size,
         "completions": [[{"role": "assistant", "content": c.text}] if conversation else c.text for c in completions],
         "completion_ids": [list(completion.token_ids) for completion in completions],
     }
