@@ -137,7 +137,7 @@ class Task(Section):
 
     name: Annotated[str, Field(min_length=1)] = "arithmetic"
     """"arithmetic"; a benchmark by name ("gsm8k", "math", …); "reasoning-gym/NAME"; a file (.jsonl, .json, .csv, .tsv,
-    .parquet); a folder saved by the datasets library; a dataset on the Hugging Face hub ("owner/name"); or
+    .parquet, .xml); a folder saved by the datasets library; a dataset on the Hugging Face hub ("owner/name"); or
     "package.module:function"."""
     options: dict[str, Any] = {}
     """Options of the task, passed as keyword arguments. Arithmetic: maximum, held_out, negative. reasoning-gym: size,

@@ -55,7 +55,7 @@ def find_files(benchmark: Benchmark, data: Path, split: str) -> list[tuple[Path,
     names = [str(file.relative_to(data)) for files in found.values() for file in files]
     raise UsageError(
         f'options.data = "{data}": no file of {benchmark.title} there; looked for {_looked_for(benchmark, split)} '
-        f"(.jsonl, .json, .csv, .tsv or .parquet) and found {shortened_list(names) or 'no data files'}; "
+        f"(.jsonl, .json, .csv, .tsv, .parquet or .xml) and found {shortened_list(names) or 'no data files'}; "
         "write the path of the file"
     )
 

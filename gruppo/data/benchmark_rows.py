@@ -19,7 +19,7 @@ from gruppo.utils.text import text_of_content
 _QUESTION = ("question", "problem", "question_concat", "input", "query", "original_text", "squestion", "prompt", "text")
 _NUMBER = (
     "answer_number", "final_ans", "numerical_answer", "result", "target", "golden", "answer", "final_answer",
-    "ground_truth", "expected_answer", "label", "lsolutions", "result_float",
+    "ground_truth", "expected_answer", "label", "lsolutions", "result_float", "output",
 )  # fmt: skip
 _FORMULA = ("answer", "final_answer", "ground_truth", "expected_answer", "target", "gold", "label")
 _LETTER = ("correct", "label", "gold", "answerkey", "answer", "correct_option", "target", "answer_index", "solution")
@@ -29,8 +29,8 @@ _OPTIONS = ("options", "choices", "possible answers", "possible_answers")
 _KEPT = {
     "id": "id", "idx": "id", "unique_id": "id", "level": "level", "type": "type", "subject": "topic", "topic": "topic",
     "category": "category", "grade": "grade", "reasoning_step": "reasoning_step", "num_digits": "num_digits",
-    "equation": "equation", "solution_type": "type", "year": "year", "part": "part", "solution": "solution",
-    "rationale": "solution", "other": "source",
+    "equation": "equation", "solution_type": "type", "solution-type": "type", "year": "year", "part": "part",
+    "solution": "solution", "rationale": "solution", "other": "source",
 }  # fmt: skip
 
 
@@ -53,6 +53,17 @@ def read_number(row: Mapping[str, Any]) -> Row:
 
     Returns a row with `question` and `answer`. Raises UsageError if the question or a number in the answer is missing.
     """
+    read = read_number_or_words(row)
+    if not any(letter.isdigit() for letter in read["answer"]):
+        raise _unreadable(row, f"its answer {read['answer']!r} contains no number")
+    return read
+
+
+def read_number_or_words(row: Mapping[str, Any]) -> Row:
+    """Read a word problem as `read_number` does; its answer may also be in words, such as "Mrs. Hilt".
+
+    Raises UsageError if the question or the answer is missing.
+    """
     columns = _lowered(row)
     body, asked = columns.get("body"), columns.get("question")
     question = f"{_text(body)} {_text(asked)}" if body and asked else _question(columns, row)
@@ -64,8 +75,6 @@ def read_number(row: Mapping[str, Any]) -> Row:
         kept["solution"], text = text, text.rpartition("####")[2]
     elif (box := last_box(text)) is not None:
         kept["solution"], text = text, box[1]
-    if not any(letter.isdigit() for letter in text):
-        raise _unreadable(row, f"its answer {text!r} contains no number")
     return {**kept, "question": question, "answer": text.strip()}
 
 

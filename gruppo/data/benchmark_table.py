@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gruppo.data.benchmark_rows import read_choice, read_formula, read_number
+from gruppo.data.benchmark_rows import read_choice, read_formula, read_number, read_number_or_words
 from gruppo.data.few_shot import Example, examples_of
 from gruppo.types import Row
 
@@ -154,7 +154,7 @@ ALL_BENCHMARKS = (
         "svamp", "SVAMP", "ChilleD/SVAMP", read_number, "numeric_answer", "word_problems", aliases=("svamp",)
     ),
     Benchmark(
-        "asdiv", "ASDiv", "EleutherAI/asdiv", read_number, "numeric_answer", "word_problems",
+        "asdiv", "ASDiv", "EleutherAI/asdiv", read_number_or_words, "word_problem", "word_problems",
         splits={"test": "validation"}, aliases=("asdiv",),
     ),
     Benchmark(

@@ -1,4 +1,4 @@
-"""Rows of a file: JSON Lines, JSON, CSV, TSV and Parquet.
+"""Rows of a file: JSON Lines, JSON, CSV, TSV, Parquet and XML.
 
 Values have the type that the file gives them: text in CSV stays text ("007", "1e5"), and nothing is guessed. Values
 that JSON cannot represent (dates, decimals) become text. Rows are read one by one, so that no more than the limit of
@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from gruppo.data.arrow import read_parquet
 from gruppo.data.values import require_memory
+from gruppo.data.xml_rows import read_xml
 from gruppo.errors import UsageError
 from gruppo.types import Row
 from gruppo.utils.progress import Progress
@@ -157,6 +158,11 @@ def _parquet(path: Path, options: Mapping[str, Any], limit: int, progress: Progr
     return read_parquet(path, limit, progress)
 
 
+def _xml(path: Path, options: Mapping[str, Any], limit: int, progress: Progress) -> Iterator[Row]:
+    _no_options(options, path)
+    return read_xml(path)
+
+
 @contextmanager
 def _opened(path: Path, newline: str = "") -> Iterator[TextIO]:
     """The file, to be read as text in the block; its lines end as `newline` says (see `open`)."""
@@ -178,4 +184,5 @@ FILES: dict[str, Callable[[Path, Mapping[str, Any], int, Progress], Iterable[Row
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".xml": _xml,
 }

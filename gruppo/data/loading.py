@@ -33,7 +33,7 @@ _GYM = "reasoning-gym/"
 _SHOWN = 64
 
 
-_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xml")
 
 
 _KINDS = (

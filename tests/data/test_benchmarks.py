@@ -59,6 +59,10 @@ SHAPES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("asdiv", {"body": "He has 2 apples.", "question": "With 3 more?", "solution_type": "Addition",
                "answer": "5 (apples)", "formula": "2+3=5"},
      {"question": "He has 2 apples. With 3 more?", "answer": "5 (apples)", "type": "Addition"}),
+    ("asdiv", {"ID": "n-1", "Grade": "1", "Source": "http://x", "Body": "Ann has 2 pens, Bob has 3.", "Question":
+               "Who has more?", "Solution-Type": "Comparison", "Answer": "Bob", "Formula": "3>2"},
+     {"question": "Ann has 2 pens, Bob has 3. Who has more?", "answer": "Bob", "type": "Comparison", "grade": "1"}),
+    ("asdiv", {"id": "test-1", "input": "2 + 3?", "output": ["5"]}, {"question": "2 + 3?", "answer": "5"}),
     ("mawps", {"input": "2 + 3?", "target": 5.0}, {"question": "2 + 3?", "answer": "5"}),
     ("mawps", {"id": "mawps__1", "question": "2 + 3?", "chain": "…", "result": "5", "result_float": 5.0,
                "equation": "x=2+3"}, {"answer": "5", "equation": "x=2+3"}),
@@ -180,6 +184,32 @@ def test_original_releases(tmp_path: Path) -> None:
         write(tmp_path / file[:8] / file, [{"problem": "2 + 3?", "answer": "5"}])
         assert len(questions("aime", options={"data": str(tmp_path / file[:8])}).rows) == 1
         (tmp_path / file[:8] / file).unlink()
+
+
+def test_asdiv_as_its_authors_publish_it(tmp_path: Path) -> None:
+    """Rows in the file's layout, with numbers, words, fractions and several numbers as answers."""
+    problems = [
+        ("9 (apples)", "Addition"),
+        ("Mrs. Hilt", "Comparison"),
+        ("1/3", "Ratio"),
+        ("They are equal", "Comparison"),
+    ]
+    body = "".join(
+        f'<Problem ID="n-{number}" Grade="1" Source="http://x">\n<Body>Mrs. Hilt &amp; Jacob {number}.</Body>\n'
+        f'<Question>Which? </Question><Solution-Type UnitTrans="Money">{kind}</Solution-Type>\n'
+        f"<Answer>{answer}</Answer><Formula>7+2=9 &gt; 3</Formula></Problem>\n"
+        for number, (answer, kind) in enumerate(problems)
+    )
+    head = '<?xml version="1.0" encoding="UTF-8" ?>\n<Machine-Reading-Corpus-File>\n<ProblemSet>\n'
+    (tmp_path / "ASDiv.xml").write_text(f"{head}{body}</ProblemSet>\n</Machine-Reading-Corpus-File>\n")
+    rows = questions("asdiv", options={"data": str(tmp_path)}).rows
+    assert [(row["answer"], row["type"]) for row in rows] == problems
+    assert rows[1]["question"] == "Mrs. Hilt & Jacob 1. Which?"
+    grade = find_grader(default_grader("asdiv"))
+    for row in rows:
+        assert grade(f"So the answer is {row['answer']}.", row)
+        assert not grade("So the answer is 8.", row)
+        assert not grade("Jacob.", row)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import decimal
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,9 +24,24 @@ ROWS = [
 ]
 
 
+# Unpacks to ten gigabytes in a parser that expands entities.
+BOMB = (
+    '<!DOCTYPE r [<!ENTITY e0 "aaaaaaaaaa">'
+    + "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 10))
+    + "]><r><p><prompt>&e9;</prompt></p></r>"
+)
+
+
 def save(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
     path = folder / f"rows{suffix}"
-    if suffix.lower() == ".parquet":
+    if suffix == ".xml":
+        root = ElementTree.Element("rows")
+        for row in rows:
+            element = ElementTree.SubElement(root, "row", {"prompt": row["prompt"]})
+            for name, value in list(row.items())[1:]:
+                ElementTree.SubElement(element, name).text = value
+        ElementTree.ElementTree(root).write(path, encoding="utf-8")
+    elif suffix.lower() == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
@@ -39,7 +55,7 @@ def save(folder: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".CSV", ".PARQUET"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".CSV", ".PARQUET", ".xml"])
 def test_every_file_type_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path, suffix, ROWS)
     assert training(path) == ROWS
@@ -90,6 +106,25 @@ def test_an_object_with_messages_is_a_row(tmp_path: Path) -> None:
         ("r.csv", "prompt;answer\na;b\n", ['options.delimiter = ";"']),
         ("r.csv", "prompt,prompt\na,b\n", ["a unique name"]),
         ("r.parquet", "nonsense", ["r.parquet", "Parquet"]),
+        ("r.xml", "nonsense", ["r.xml", "not XML"]),
+        ("r.xml", "", ["not XML"]),
+        ("r.xml", "<r><p><prompt>a</prompt></p>", ["not XML", "complete"]),
+        (
+            "r.xml",
+            "<r><p><prompt>a</prompt><prompt>b</prompt></p></r>",
+            ["line 1", "<p>", "same name (prompt, prompt)"],
+        ),
+        ("r.xml", "<r><p>a<prompt>b</prompt></p></r>", ["<p>", "text between its columns ('a')"]),
+        ("r.xml", "<r><p><prompt>&x;</prompt></p></r>", ["undefined entity"]),
+        ("r.xml", "<prompt>a</prompt>", ["no rows"]),
+        ("r.xml", "<a>" * 100_000, ["more than 32 elements inside each other"]),
+        ("r.xml", BOMB, ["document type declaration", "remove it"]),
+        ("r.xml", '<!DOCTYPE r SYSTEM "file:///etc/passwd"><r><p><prompt>a</prompt></p></r>', ["document type"]),
+        (
+            "r.xml",
+            '<!DOCTYPE r [<!ENTITY x SYSTEM "file:///etc/passwd">]><r><p><prompt>&x;</prompt></p></r>',
+            ["remove"],
+        ),
         ("r.txt", "x", ["r.txt", ".jsonl", ".parquet"]),
     ],
 )

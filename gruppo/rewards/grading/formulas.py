@@ -14,6 +14,7 @@ from typing import Any
 
 from gruppo.data.boxes import boxes, last_box
 from gruppo.errors import UsageError
+from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.latex import Formula, braced, formulas
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
@@ -85,6 +86,7 @@ def _repeating(match: re.Match[str]) -> str:
 
 def normal(text: str) -> str:
     """A formula in normal form: no dollar signs, spacing commands or Unicode symbols; angles in radians."""
+    text = ascii_digits(text)
     for symbol, other in _SYMBOLS.items():
         text = text.replace(symbol, other)
     text = _DEGREES.sub(_radians, braced(text.strip().strip("*_ ")))

@@ -26,6 +26,12 @@ def _grade_number(text: str, columns: Mapping[str, Any]) -> bool:
     return grade_number(text, columns["answer"], question_of(columns))
 
 
+def _grade_word_problem(text: str, columns: Mapping[str, Any]) -> bool:
+    from gruppo.rewards.grading.words import grade_word_problem
+
+    return grade_word_problem(text, columns["answer"], question_of(columns))
+
+
 def _grade_exact(text: str, columns: Mapping[str, Any]) -> bool:
     return same_text(text, columns["answer"])
 
@@ -88,6 +94,7 @@ def _grade_gym(text: str, columns: Mapping[str, Any]) -> bool:
 
 COMPARISONS = {
     "numeric_answer": _Comparison(_grade_number, ("answer",), answer_text),
+    "word_problem": _Comparison(_grade_word_problem, ("answer",), answer_text),
     "exact_match": _Comparison(_grade_exact, ("answer",), lambda answer: answer),
     "math_answer": _Comparison(_grade_math, ("answer", "solution"), answer_text),
     "ocw": _Comparison(_grade_science, ("answer", "solution"), answer_text),

@@ -9,6 +9,7 @@ from itertools import islice
 
 from gruppo.data.references import answer_text, answer_texts
 from gruppo.errors import UsageError
+from gruppo.rewards.grading.digits import ascii_digits
 
 # A sign belongs to the number unless it follows a number or a closing bracket, where it is an operator:
 # "5-3" ends with 3, and so does "5 - 3".
@@ -33,15 +34,15 @@ _LIST = re.compile(
 def last_number(text: str) -> Fraction | None:
     """The exact value of the last number of a text; None if there is none.
 
-    Reads signs, thousands commas, decimals and fractions such as 3/4. Skips divisions by zero ("1/0") and numbers of
-    thousands of digits, which Python refuses to convert.
+    Reads digits of any script, signs, thousands commas, decimals and fractions such as 3/4. Skips divisions by zero
+    ("1/0") and numbers of thousands of digits, which Python refuses to convert.
     """
     return next(_last_numbers(text), None)
 
 
 def _last_numbers(text: str) -> Iterator[Fraction]:
     """The numbers of a text, last one first."""
-    for number in reversed(_NUMBER.findall(text)):
+    for number in reversed(_NUMBER.findall(ascii_digits(text))):
         try:
             yield Fraction(number.replace(",", "").replace("−", "-"))
         except (ZeroDivisionError, ValueError):
@@ -54,7 +55,7 @@ def same_number(text: str, answer: object) -> bool:
     If `answer` is a list of numbers ("7, -2, and -5"), as many numbers at the end of `text` have to equal all of them,
     in any order. Raises UsageError if `answer` contains no number.
     """
-    reference = answer_text(answer)
+    reference = ascii_digits(answer_text(answer))
     wanted = list(_last_numbers(reference)) if _LIST.fullmatch(reference) else list(islice(_last_numbers(reference), 1))
     if not wanted:
         raise UsageError(f"answer = {answer!r}: contains no number; write a number, or use the grader exact_match")

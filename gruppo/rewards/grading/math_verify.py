@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from gruppo.data.boxes import last_box
+from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import tags
 from gruppo.rewards.grading.latex import braced, formulas
 from gruppo.rewards.grading.symbolic import same_expression
@@ -40,10 +41,11 @@ def same_mathematics(text: str, answer: object, question: str = "") -> bool | No
     with \\boxed{}, or a GSM8K solution, of which the part after "####" counts. Formulas above the limits of
     `is_readable` are not read. `question` shows which letters are units.
     """
-    wanted = _reference(str(answer))
+    wanted = _reference(ascii_digits(str(answer)))
     if not wanted:
         return None
     units = units_of(str(answer), question)
+    text = ascii_digits(text)
     if tagged := tags(text):
         text = tagged[-1].content
     found = parse_formulas(_SCIENTIFIC.sub(_written_out, _passage(text, units)))

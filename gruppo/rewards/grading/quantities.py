@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.latex import braced
 from gruppo.rewards.grading.rounding import decimals as places
 from gruppo.rewards.grading.rounding import terminates
@@ -91,7 +92,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
 
 def cleaned(text: str) -> str:
     """The text with numbers in one notation: LaTeX, full-width digits, signs and powers of ten become plain ASCII."""
-    text = braced(text)
+    text = braced(ascii_digits(text))
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPT) + "}", text)
     text = re.sub("(?<=\\d)[½¼¾⅓⅔]", lambda found: " " + found[0], text)
     text = _SHARE.sub(_share, text)

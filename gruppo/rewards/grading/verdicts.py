@@ -23,6 +23,7 @@ from gruppo.rewards.grading.math_verify import same_mathematics
 from gruppo.rewards.grading.numbers import answered_number, read_decision, reference_numbers
 from gruppo.rewards.grading.quantities import cleaned, quantities, same_quantity
 from gruppo.rewards.grading.units import EVERYDAY, units_of
+from gruppo.rewards.grading.words import is_numeric, stated
 
 LONGEST = 200  # characters of an extracted answer that are kept
 
@@ -88,6 +89,13 @@ def _number(text: str, columns: Mapping[str, Any]) -> Explained:
     return (answered.text if answered else None), (answered.rule if answered else "none"), others
 
 
+def _word_problem(text: str, columns: Mapping[str, Any]) -> Explained:
+    if is_numeric(columns["answer"]):
+        return _number(text, columns)
+    passage, whole = stated(text)
+    return passage or None, "boxed" if whole else "sentence", {}
+
+
 def _by_rule(text: str) -> Iterator[tuple[str, Decision]]:
     """The last decision of every rule in the whole text, as other evaluations take it, even if others come later."""
     last = {decision.rule: decision for decision in decisions(text)}
@@ -143,6 +151,7 @@ def _exact(text: str, columns: Mapping[str, Any]) -> Explained:
 
 _EXPLAINED: dict[str, Callable[[str, Mapping[str, Any]], Explained]] = {
     "numeric_answer": _number,
+    "word_problem": _word_problem,
     "math_answer": _math,
     "ocw": _science,
     "choice": _choice,

@@ -1,11 +1,13 @@
 """Reading numbers and formulas, against texts that were graded by hand."""
 
 import random
+import unicodedata
 from fractions import Fraction
 
 import pytest
 
 from gruppo.errors import UsageError
+from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.graders import find_grader
 from gruppo.rewards.grading.last_number import last_number, same_number
 from gruppo.rewards.grading.math_verify import same_mathematics
@@ -39,13 +41,18 @@ from gruppo.rewards.grading.math_verify import same_mathematics
         ("2024/01/02", 2),
         ("-7/2 of it", Fraction(-7, 2)),
         ("1.5/2", 2),
+        ("١٢", 12),
+        ("العدد −٣٫٥", Fraction(-7, 2)),
+        ("۱۲٬۳۴۵", 12345),
+        ("३/४", Fraction(3, 4)),
+        ("４２", 42),
     ],
 )
 def test_last_number(text: str, number: Fraction) -> None:
     assert last_number(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "none", "1/0", "-", ".", "١٢"])
+@pytest.mark.parametrize("text", ["", "none", "1/0", "-", ".", "Ⅻ", "²"])
 def test_no_number(text: str) -> None:
     assert last_number(text) is None
 
@@ -137,3 +144,21 @@ def test_graders() -> None:
 )  # fmt: skip
 def test_math_in_answer_tags_and_with_exponents(text: str, answer: str) -> None:
     assert same_mathematics(text, answer) is True
+
+
+def test_digits_of_every_script_are_read() -> None:
+    """By every grader and reward, in the answer as in the reference."""
+    decimals = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) == "Nd"]
+    assert len(decimals) > 600
+    assert "".join(map(ascii_digits, decimals)) == "".join(str(unicodedata.decimal(digit)) for digit in decimals)
+    zeros = [digit for digit in decimals if unicodedata.decimal(digit) == 0]
+    for zero in zeros:
+        text = "".join(chr(ord(zero) + digit) for digit in (4, 0, 7))
+        assert last_number(text) == 407
+        for grader in ("numeric_answer", "math_answer", "ocw", "word_problem"):
+            assert find_grader(grader)(f"\\boxed{{{text}}}", {"answer": "407"}), (grader, text)
+            assert not find_grader(grader)(f"\\boxed{{{text}}}", {"answer": "408"}), (grader, text)
+    for zero in zeros[:5]:
+        text = "".join(chr(ord(zero) + digit) for digit in (4, 0, 7))
+        assert same_mathematics(f"\\boxed{{{text}}}", "407")
+        assert same_mathematics("\\boxed{407}", text)
