@@ -14,10 +14,13 @@ from typing import Any
 
 from gruppo.data.boxes import boxes, last_box
 from gruppo.errors import UsageError
+from gruppo.rewards.grading.complex_numbers import with_one_unit, written_out
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
+from gruppo.rewards.grading.labels import unlabelled_pair
 from gruppo.rewards.grading.latex import Formula, braced, formulas
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
+from gruppo.rewards.grading.matrices import MATRIX, MATRIX_END, expanded_determinants, flat, from_lists, is_matrix
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
 from gruppo.rewards.grading.rounding import rounds_to
 from gruppo.rewards.grading.stated import BETWEEN, said_formula
@@ -57,8 +60,8 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\bnp\.", ""),
         (r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,3})(?![\w.])", r"\1\\times 10^{\2}"),
         (r"(\d)\.(?=/|$|[\s,;)])", r"\1"),
-        (r"\\begin\{bmatrix\}|\\begin\{array\}\s*\{[^{}]*\}|\\begin\{vmatrix\}", r"\\begin{pmatrix}"),
-        (r"\\end\{(?:bmatrix|array|vmatrix)\}", r"\\end{pmatrix}"),
+        (MATRIX, r"\\begin{pmatrix}"),
+        (MATRIX_END, r"\\end{pmatrix}"),
         (r"[\[(]\s*(\\begin\{pmatrix\}[^[]*?\\end\{pmatrix\})\s*[\])]", r"\1"),
     )
 ]  # fmt: skip
@@ -89,10 +92,11 @@ def normal(text: str) -> str:
     text = ascii_digits(text)
     for symbol, other in _SYMBOLS.items():
         text = text.replace(symbol, other)
-    text = _DEGREES.sub(_radians, braced(text.strip().strip("*_ ")))
+    text = _DEGREES.sub(_radians, written_out(braced(text.strip().strip("*_ "))))
     text = _REPEATING.sub(_repeating, text)
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
+    text = expanded_determinants(text)
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
 
 
@@ -142,8 +146,14 @@ def _same_one(answer: str, wanted: str, units: Collection[str]) -> bool:
 
 def _same_by_shape(answer: str, wanted: str, units: Collection[str]) -> bool:
     """Compare two formulas part by part: lists, sets and tuples, their brackets and order; one formula by its value."""
-    if _is_matrix(answer) != _is_matrix(wanted):
-        answer, wanted = _flat(answer), _flat(wanted)
+    if is_matrix(answer) != is_matrix(wanted):
+        answer, wanted = from_lists(answer), from_lists(wanted)
+    if is_matrix(answer) != is_matrix(wanted):
+        answer, wanted = flat(answer), flat(wanted)
+    pair = unlabelled_pair(answer, wanted)
+    if pair is None:
+        return False
+    answer, wanted = pair
     answer, wanted = _condition(answer), _condition(wanted)
     rays = [part for part in _split(_LISTED.sub(",", answer), ",") if _INEQUALITY.search(part)]
     united = wanted.split("\\cup")
@@ -203,7 +213,7 @@ def _in_order(parts: Sequence[str]) -> Sequence[str]:
 
 def _verified(answer: str, wanted: str) -> bool:
     parsed, other = _parsed(wanted), _parsed(answer)
-    return bool(parsed and other) and same_expression(parsed[0], other[0])
+    return bool(parsed and other) and same_expression(*with_one_unit(parsed[0], other[0]))
 
 
 @lru_cache(maxsize=2048)
@@ -250,21 +260,6 @@ def _depth_breaks(text: str) -> bool:
         if depth == 0 and place < len(text) - 1:
             return True
     return False
-
-
-def _is_matrix(text: str) -> bool:
-    return "\\begin{pmatrix}" in text
-
-
-def _flat(text: str) -> str:
-    """A matrix with one column or one row as a tuple; anything else unchanged."""
-    match = re.fullmatch(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", text.strip())
-    if not match:
-        return text
-    rows = [row.strip() for row in re.split(r"\\\\", match[1]) if row.strip()]
-    if len(rows) > 1 and any("&" in row for row in rows):
-        return text
-    return f"({','.join(rows if len(rows) > 1 else rows[0].split('&')).strip()})" if rows else text
 
 
 def _bare(text: str, units: Collection[str]) -> str:

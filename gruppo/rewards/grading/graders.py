@@ -23,13 +23,22 @@ Grader = Callable[[str, Mapping[str, Any]], bool]
 def _grade_number(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.numbers import grade_number
 
-    return grade_number(text, columns["answer"], question_of(columns))
+    by_time = _grade_time(text, columns)
+    return grade_number(text, columns["answer"], question_of(columns)) if by_time is None else by_time
 
 
 def _grade_word_problem(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.words import grade_word_problem
 
-    return grade_word_problem(text, columns["answer"], question_of(columns))
+    by_time = _grade_time(text, columns)
+    return grade_word_problem(text, columns["answer"], question_of(columns)) if by_time is None else by_time
+
+
+def _grade_time(text: str, columns: Mapping[str, Any]) -> bool | None:
+    """The grade if the reference is a time of day, else None."""
+    from gruppo.rewards.grading.times import grade_time
+
+    return grade_time(text, _solution(columns), question_of(columns))
 
 
 def _grade_exact(text: str, columns: Mapping[str, Any]) -> bool:
@@ -39,13 +48,15 @@ def _grade_exact(text: str, columns: Mapping[str, Any]) -> bool:
 def _grade_math(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.formulas import grade_formula
 
-    return grade_formula(text, _solution(columns), question_of(columns))
+    by_time = _grade_time(text, columns)
+    return grade_formula(text, _solution(columns), question_of(columns)) if by_time is None else by_time
 
 
 def _grade_science(text: str, columns: Mapping[str, Any]) -> bool:
     from gruppo.rewards.grading.formulas import grade_science
 
-    return grade_science(text, _solution(columns), question_of(columns))
+    by_time = _grade_time(text, columns)
+    return grade_science(text, _solution(columns), question_of(columns)) if by_time is None else by_time
 
 
 def _grade_choice(text: str, columns: Mapping[str, Any]) -> bool:

@@ -89,11 +89,12 @@ def stated(text: str) -> tuple[str, bool]:
 
 def names(question: str) -> list[str]:
     """Names in a question: capitalized words, or runs of them, that do not only begin a sentence."""
-    found = {
-        _words(name[0])
-        for name in _NAME.finditer(_without_titles(question))
-        if not _STARTS.fullmatch(name[0].split(maxsplit=1)[0])
-    }
+    found = set()
+    for run in _NAME.findall(_without_titles(question)):
+        words = run.split()
+        while words and _STARTS.fullmatch(words[0]):
+            del words[0]
+        found.add(_words(" ".join(words)))
     return sorted(name for name in found if name)
 
 

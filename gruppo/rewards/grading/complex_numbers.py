@@ -1,0 +1,36 @@
+"""Complex numbers: i as the imaginary unit, polar forms."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_CIS = re.compile(
+    r"(?:\\(?:operatorname|text|mathrm|mathop)\s*\{\s*cis\s*\}|\\cis\b|(?<![A-Za-z\\])cis(?![A-Za-z]))\s*"
+    r"(?:\(([^()]{1,80})\)|\{([^{}]{1,80})\}|(\d{1,20}(?:\.\d{1,20})?\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})"
+    r"|\\d?frac\s*\{[^{}]{1,40}\}\s*\{[^{}]{1,40}\}|\\?\w{1,20}))"
+)
+
+
+def written_out(text: str) -> str:
+    r"""A formula with \operatorname{cis} x as \cos(x)+i\sin(x), and with the letter i in any style as i."""
+    return _CIS.sub(_cosine_and_sine, text)
+
+
+def _cosine_and_sine(found: re.Match[str]) -> str:
+    angle = found[1] or found[2] or found[3]
+    return rf"(\cos({angle})+i\sin({angle}))"
+
+
+def with_one_unit(first: Any, second: Any) -> tuple[Any, Any]:
+    """Two parsed formulas, with j as i where one of them has only i and the other only j, as engineers write it.
+
+    Vectors with both letters, and formulas with j alone, are unchanged.
+    """
+    import sympy
+
+    units = [{"i", "j"} & {str(symbol) for symbol in getattr(part, "free_symbols", ())} for part in (first, second)]
+    if {frozenset(found) for found in units} != {frozenset("i"), frozenset("j")}:
+        return first, second
+    meant = {sympy.Symbol("j"): sympy.Symbol("i")}
+    return first.xreplace(meant), second.xreplace(meant)
