@@ -20,6 +20,7 @@ from gruppo.data.options import (
 )
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
+from gruppo.rewards.grading.weighing import weighed
 
 
 class Choice(NamedTuple):
@@ -74,7 +75,7 @@ _PHRASES = [
 ]
 
 
-_ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:选项|项)?(?:[.,:：。、!;；]|$))")
+_ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:选项|项)?(?:[.,:：。!;；]|、(?!\s*[A-J])|$))")
 
 
 def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
@@ -97,6 +98,8 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
     ):
         if len(part) < _SHORT and not _lists(part) and (alone := _alone(part, rule, letters)) is not None:
             return alone
+    if (settled := weighed(text, letters)) is not None:
+        return Choice(settled.letters, "weighed", settled.text)
     last = last_sentence(text)
     return (
         _by_mention(text, letters)
@@ -139,7 +142,9 @@ def _plain_in_place(text: str) -> str:
 
 _DENIED = re.compile(
     r"(?:\b(?:not|cannot|neither|nor|wrong|incorrect|false|rul(?:e|es|ed|ing) out|eliminat(?:e|es|ed|ing)|"
-    r"exclud(?:e|es|ed|ing)|discard|reject)\b|n['’]t\b|不是|不选|不能选|不能是|排除)"
+    r"exclud(?:e|es|ed|ing)|discard|reject|"
+    r"doubt(?: (?:that )?it(?:['’]s| is))?|(?:everything|anything|all|any) (?:but|except))\b|"
+    r"n['’]t\b|不是|不选|不能选|不能是|排除)"
     r"(?:[ \t(\"'“]+(?:be|is|are|was|the|an?|correct|right|option|choice|answer|statement|necessarily)\b)*"
     r"[ \t(（\"'“:]*$",
     re.IGNORECASE,
