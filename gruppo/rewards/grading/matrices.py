@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import combinations, permutations
+from math import prod
 
-LARGEST = 4  # rows of a determinant that is expanded; math-verify computes larger ones if they contain only numbers
+LARGEST = 5  # rows of a determinant that is expanded
+
+
+_LARGEST_SYMBOLIC = 3  # rows of a determinant with letters that is expanded
 
 
 # Environments that differ only in the brackets around a matrix. A matrix between bars is a determinant, and so is
@@ -29,7 +35,7 @@ _DET = re.compile(r"\\(?:det|operatorname\{det\}|mathrm\{det\}|text\{det\})\s*\Z
 
 
 def expanded_determinants(text: str) -> str:
-    r"""A formula with determinants (vmatrix, |pmatrix|, \det pmatrix) as sums of products of their entries.
+    r"""A formula with determinants (vmatrix, |pmatrix|, \det pmatrix) as numbers or sums of products of their entries.
 
     Matrices in the formula have to be pmatrix.
     """
@@ -57,18 +63,59 @@ def _rows(content: str) -> list[list[str]]:
 
 
 def _square(rows: Sequence[Sequence[str]]) -> bool:
-    return 0 < len(rows) <= LARGEST and all(len(row) == len(rows) and all(row) for row in rows)
+    if not all(len(row) == len(rows) and all(row) for row in rows):
+        return False
+    numeric = all(_number(cell) is not None for row in rows for cell in row)
+    return 0 < len(rows) <= (LARGEST if numeric else _LARGEST_SYMBOLIC)
 
 
 def _expanded(rows: Sequence[Sequence[str]]) -> str:
-    """A determinant expanded along its first row: (a)(d) - (b)(c)."""
-    if len(rows) == 1:
-        return f"({rows[0][0]})"
+    """A determinant as a number, or as the sum of products of its entries: (ad-bc)."""
+    numbers = [[_number(cell) for cell in row] for row in rows]
+    if all(number is not None for row in numbers for number in row):
+        value = Fraction(0)
+        for order, sign in _orders(len(rows)):
+            value += sign * prod(numbers[row][column] or 0 for row, column in enumerate(order))
+        shown = (
+            f"\\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
+            if value.denominator > 1
+            else abs(value.numerator)
+        )
+        return f"({'-' if value < 0 else ''}{shown})"
     terms = []
-    for column, cell in enumerate(rows[0]):
-        smaller = _expanded([[*row[:column], *row[column + 1 :]] for row in rows[1:]])
-        terms.append(f"{'-' if column % 2 else '+'}({cell})\\cdot{smaller}")
-    return f"({''.join(terms).removeprefix('+')})"
+    for order, sign in _orders(len(rows)):
+        factors = [rows[row][column] for row, column in enumerate(order)]
+        if "0" not in factors:
+            product = "\\cdot ".join(factor if _SIMPLE.fullmatch(factor) else f"({factor})" for factor in factors)
+            terms.append(("-" if sign < 0 else "+") + product)
+    return f"({''.join(terms).removeprefix('+')})" if terms else "(0)"
+
+
+_SIMPLE = re.compile(r"\d{1,20}|\\?[A-Za-z]{1,20}")
+
+
+_FRACTION = re.compile(
+    r"(-?)\\frac\s*\{\s*(-?\d{1,40})\s*\}\s*\{\s*(\d{1,40})\s*\}|(-?)\s*(\d{1,40}(?:\.\d{1,40}|/\d{1,40})?)"
+)
+
+
+def _number(cell: str) -> Fraction | None:
+    """The value of an entry that is a number; None for any other."""
+    found = _FRACTION.fullmatch(cell)
+    if not found:
+        return None
+    try:
+        value = Fraction(int(found[2]), int(found[3])) if found[2] else Fraction(found[5])
+    except ZeroDivisionError:
+        return None
+    return -value if found[1] or found[4] else value
+
+
+def _orders(size: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Every permutation of the columns, with its sign."""
+    for order in permutations(range(size)):
+        swapped = sum(first > second for first, second in combinations(order, 2))
+        yield order, -1 if swapped % 2 else 1
 
 
 def is_matrix(text: str) -> bool:
