@@ -27,10 +27,10 @@ def with_one_unit(first: Any, second: Any) -> tuple[Any, Any]:
 
     Vectors with both letters, and formulas with j alone, are unchanged.
     """
-    import sympy
-
-    units = [{"i", "j"} & {str(symbol) for symbol in getattr(part, "free_symbols", ())} for part in (first, second)]
-    if {frozenset(found) for found in units} != {frozenset("i"), frozenset("j")}:
-        return first, second
-    meant = {sympy.Symbol("j"): sympy.Symbol("i")}
-    return first.xreplace(meant), second.xreplace(meant)
+    named = [{str(symbol): symbol for symbol in getattr(part, "free_symbols", ())} for part in (first, second)]
+    units = [{"i", "j"} & set(names) for names in named]
+    if units == [{"i"}, {"j"}]:
+        return first, second.xreplace({named[1]["j"]: named[0]["i"]})
+    if units == [{"j"}, {"i"}]:
+        return first.xreplace({named[0]["j"]: named[1]["i"]}), second
+    return first, second
