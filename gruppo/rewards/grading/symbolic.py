@@ -51,9 +51,9 @@ def _kind(item: Any) -> str:
     from sympy.core.relational import Relational
 
     name = type(item).__name__
-    if isinstance(item, MatrixBase):
+    if isinstance(item, MatrixBase) or name in ("MatAdd", "MatMul"):
         return "matrix"
-    if isinstance(item, MatrixExpr) or name in ("MatAdd", "MatMul", "MatPow"):
+    if isinstance(item, MatrixExpr):
         return "other"
     if isinstance(item, Relational) or (
         name in ("And", "Or") and item.args and set(map(_kind, item.args)) == _RELATION
@@ -376,9 +376,29 @@ def _same_tuple(wanted: Any, answer: Any) -> bool:
 
 
 def _same_matrix(wanted: Any, answer: Any) -> bool:
-    if _kind(wanted) != _kind(answer) or wanted.shape != answer.shape or len(wanted) > ITEMS:
+    """Matrices of the same shape with the same entries; multiples of a matrix and sums are written as one matrix."""
+    if _kind(wanted) != _kind(answer) or wanted.shape != answer.shape:
         return False
-    return all(map(_same, wanted.flat(), answer.flat()))
+    ours, theirs = _entries(wanted), _entries(answer)
+    return ours is not None and theirs is not None and all(map(_same, ours, theirs))
+
+
+def _entries(item: Any) -> Sequence[Any] | None:
+    """The entries of a matrix, row by row; None for products of matrices, and for more than `ITEMS` entries."""
+    from sympy import Add, MatrixBase, Mul
+
+    if isinstance(item, MatrixBase):
+        return list(item.flat()) if len(item) <= ITEMS else None
+    factors = [part for part in item.args if _kind(part) == "expression"]
+    matrices = [_entries(part) for part in item.args if _kind(part) == "matrix"]
+    known = [entries for entries in matrices if entries is not None]
+    if len(known) < len(matrices) or len(factors) + len(matrices) < len(item.args):
+        return None
+    if item.is_MatMul and len(known) == 1:
+        return [Mul(*factors, entry, evaluate=False) for entry in known[0]]
+    if item.is_MatAdd and not factors:
+        return [Add(*parts, evaluate=False) for parts in zip(*known, strict=True)]
+    return None
 
 
 _BY_KIND: Mapping[str, Callable[[Any, Any], bool]] = {
