@@ -122,7 +122,7 @@ def test_math_grader() -> None:
     assert find_grader("math_answer")("\\boxed{0.5}", {"answer": "\\frac12"})
     assert find_grader("math_answer")("\\boxed{0.5}", {"solution": "so \\boxed{\\frac12}"})
     with pytest.raises(UsageError, match="cannot be read as math;"):
-        find_grader("math_answer")("4", {"answer": ""})
+        find_grader("math_answer")("4", {"answer": "$$"})
     with pytest.raises(UsageError, match="no answer"):
         find_grader("math_answer")("4", {})
 
