@@ -20,7 +20,7 @@ from gruppo.errors import RunError
 from gruppo.rollout.environments.python_tool import Pool, PythonBlocks
 from gruppo.rollout.sandbox import Limits, PythonPool
 from gruppo.rollout.workers.log import Output
-from gruppo.rollout.workers.process import LOAD_TIMEOUT, TICK_SECONDS, Worker, wait
+from gruppo.rollout.workers.process import LOAD_TIMEOUT, TICK_SECONDS, Worker, kill, wait
 from gruppo.rollout.workers.rewards import pickled
 from gruppo.utils.progress import Progress
 
@@ -188,8 +188,7 @@ class ProcessEnvironments:
 
     def close(self) -> None:
         """See `Environments`."""
-        for worker in self._workers:
-            worker.kill()
+        kill(self._workers)
         self._workers = []
         if self._output is not None:
             self._output.close()
@@ -231,7 +230,7 @@ class ProcessEnvironments:
         """Start the next call of a process. Returns the index of the call (None while the process is loading) and the
         deadline."""
         worker = self._workers[place]
-        if worker.process.poll() is not None:
+        if worker.process.gone:
             worker.kill()
             worker = self._replace(worker)
         if not worker.loaded:

@@ -2,7 +2,7 @@
 
 It is started like a reward process (gruppo.rollout.workers.reward_main):
 
-    python -m gruppo.rollout.environments.worker_main READ_FD WRITE_FD MEMORY_BYTES TRAINER_PID
+    python -m gruppo.rollout.environments.worker_main READ_FD WRITE_FD MEMORY_BYTES
 
 Every call carries the whole history of its completion. An object that was lost with another process is rebuilt by
 giving the same row and the same texts to a new one. Python's random number generators are seeded before each call from

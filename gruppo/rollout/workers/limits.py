@@ -1,4 +1,4 @@
-"""Limits of worker processes: environment variables, memory, and how to end a process with all its descendants.
+"""Limits of worker processes: environment variables and memory.
 
 This protects against mistakes and keeps secrets from code that does not need them. It is not a sandbox: a reward is a
 program of the user, with access to the user's files.
@@ -7,7 +7,6 @@ program of the user, with access to the user's files.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import resource
@@ -32,13 +31,11 @@ _PASSED = re.compile(
     r"|(?P<address>(HTTPS?|FTP|ALL|NO)_PROXY)",
     re.IGNORECASE,
 )
-_PR_SET_PDEATHSIG = 1
-_MARK = "GRUPPO_REWARD_PROCESS"  # identifies the descendants of a worker process
 
 
-def clean_environment(asked: Sequence[str], mark: str) -> dict[str, str]:
-    """Environment of a worker process: variables matched by `_PASSED`, those named in the recipe, and its mark."""
-    return {name: value for name, value in os.environ.items() if name in asked or _passed(name, value)} | {_MARK: mark}
+def clean_environment(asked: Sequence[str]) -> dict[str, str]:
+    """Environment of a worker process: variables matched by `_PASSED`, and those named in the recipe."""
+    return {name: value for name, value in os.environ.items() if name in asked or _passed(name, value)}
 
 
 def withheld(environment: Mapping[str, str], text: str) -> list[str]:
@@ -73,35 +70,11 @@ def _lower(limit: int, most: int) -> None:
         resource.setrlimit(limit, (lowered, lowered))
 
 
-def end_descendants(mark: str) -> None:
-    """Kill every process with the mark: everything that a worker process started, even in a new session."""
-    for _ in range(5):  # a process can start another during the search
-        marked = [process for process in psutil.process_iter() if _has_mark(process, mark)]
-        if not marked:
-            return
-        for process in marked:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-
-
-def _has_mark(process: psutil.Process, mark: str) -> bool:
-    try:
-        return bool(process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE)
-    except (psutil.Error, OSError):
-        return False
-
-
 def serve_pipes(serve: Callable[[Connection, Connection], None]) -> None:
-    """Main function of a worker process. Arguments on the command line: the two pipe ends to serve, the memory limit in
-    bytes, and the process id of the trainer.
-
-    The process dies with the trainer and ignores Ctrl-C.
+    """Main function of a worker process, which ignores Ctrl-C. Arguments on the command line: the two pipe ends to
+    serve, and the memory limit in bytes.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    read, write, memory, trainer = (int(argument) for argument in sys.argv[1:5])
-    if os.getppid() != trainer:  # the trainer died before this process could ask to be killed with it
-        return
+    read, write, memory = (int(argument) for argument in sys.argv[1:4])
     confine(memory)
     serve(Connection(read, writable=False), Connection(write, readable=False))

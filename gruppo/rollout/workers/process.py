@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import select
 import signal
 import subprocess
@@ -18,8 +16,9 @@ from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rollout.workers.channel import Channel
-from gruppo.rollout.workers.limits import clean_environment, end_descendants, withheld
+from gruppo.rollout.workers.limits import clean_environment, withheld
 from gruppo.rollout.workers.log import Output
+from gruppo.rollout.workers.supervised import Supervised
 from gruppo.utils.progress import Advance
 
 # Runs a module of gruppo as a program. Unlike with -m, the current folder is no source of modules: a file json.py in it
@@ -46,23 +45,20 @@ class Worker:
     field, limit, log = "reward.functions", "reward.timeout", "rewards.log"
     variables: Mapping[str, str] = MappingProxyType({})  # environment variables that override the trainer's
 
-    def __init__(self, load: bytes, output: Output | None, memory: int, environment: Sequence[str]) -> None:
-        self._mark = secrets.token_hex(16)
-        self._environment = {**clean_environment(environment, self._mark), **self.variables}
+    def __init__(
+        self, load: bytes, output: Output | None, memory: int, environment: Sequence[str], delay: float = 0.0
+    ) -> None:
+        """Start the process after `delay` seconds and send it the load message."""
+        self._environment = {**clean_environment(environment), **self.variables}
         call_read, call_write = os.pipe()
         answer_read, answer_write = os.pipe()
         self.channel = Channel(answer_read, call_write)
         printed = subprocess.DEVNULL if output is None else output.descriptor
-        arguments = [str(number) for number in (call_read, answer_write, memory, os.getpid())]
+        arguments = [str(number) for number in (call_read, answer_write, memory)]
+        python = [sys.executable, "-u", "-X", "faulthandler", "-P", "-c", _START, _PACKAGES]
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-u", "-X", "faulthandler", "-P", "-c", _START, _PACKAGES, self.module, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=printed,
-                stderr=printed,
-                pass_fds=(call_read, answer_write),
-                start_new_session=True,
-                env=self._environment,
+            self.process = Supervised(
+                [*python, self.module, *arguments], (call_read, answer_write), printed, self._environment, delay=delay
             )
         except BaseException:
             self.channel.close()
@@ -117,9 +113,7 @@ class Worker:
         return text
 
     def _died(self) -> dict[str, Any]:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1)
-        code = self.process.returncode
+        code = self.process.exit_code()
         self.kill()
         return {"failure": f"its process died ({_how(code)}); see {self.log}"}
 
@@ -150,11 +144,7 @@ class Worker:
         if self.dead:
             return
         self.dead = True
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        end_descendants(self._mark)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a system call: it ends only when that returns
-            self.process.wait(5)
+        self.process.end()
         self.channel.close()
 
 
@@ -166,6 +156,14 @@ def wait(workers: Iterable[Worker], seconds: float) -> None:
         if worker.channel.waits_to_write:
             poll.register(worker.channel.write, select.POLLOUT)
     poll.poll(seconds * 1000)
+
+
+def kill(workers: Sequence[Worker]) -> None:
+    """Kill the workers, all at the same time."""
+    for worker in workers:
+        worker.process.ask_to_end()
+    for worker in workers:
+        worker.kill()
 
 
 def _how(code: int | None) -> str:

@@ -1,6 +1,6 @@
 """The worker process that runs reward functions:
 
-    python -m gruppo.rollout.workers.reward_main READ_FD WRITE_FD MEMORY_BYTES TRAINER_PID
+    python -m gruppo.rollout.workers.reward_main READ_FD WRITE_FD MEMORY_BYTES
 
 Calls arrive from the trainer as pickles. Answers are sent back as JSON, so that no reward can make the trainer unpickle
 anything. Functions run in the main thread, where signals (math-verify's SIGALRM) work. The output of a reward goes to

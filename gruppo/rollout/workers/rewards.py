@@ -24,7 +24,15 @@ from gruppo.errors import RunError, UsageError
 from gruppo.rewards import RewardFunction, check_option_names, reward_path
 from gruppo.rewards.combine import Value, combine
 from gruppo.rollout.workers.log import Output
-from gruppo.rollout.workers.process import LOAD_TIMEOUT, TICK_SECONDS, Worker, reload_problem, wait, writable_message
+from gruppo.rollout.workers.process import (
+    LOAD_TIMEOUT,
+    TICK_SECONDS,
+    Worker,
+    kill,
+    reload_problem,
+    wait,
+    writable_message,
+)
 from gruppo.types import Completion, Prompt, Reward, Steps
 from gruppo.utils.progress import Advance, NullProgress, Progress
 
@@ -109,8 +117,7 @@ class RewardPool:
 
     def close(self) -> None:
         """Kill the processes."""
-        for worker in self._workers:
-            worker.kill()
+        kill(self._workers)
         self._workers = []
         if self._output is not None:
             self._output.close()
@@ -169,7 +176,7 @@ class RewardPool:
         try:
             while jobs or any(job is not None for job, _ in busy.values()):
                 for worker in [idle for idle in self._workers if idle not in busy]:
-                    if worker.process.poll() is not None:  # ended by something that an earlier call left behind
+                    if worker.process.gone:  # ended by something that an earlier call left behind
                         worker.kill()
                         worker = self._replace(worker)  # noqa: PLW2901
                     if not worker.loaded:

@@ -61,8 +61,8 @@ def test_a_lost_process_is_replaced(letters: ProcessEnvironments) -> None:
     (play,) = plays({})
     letters.answer([play], nothing)
     say(letters, [play], "ab")
-    letters._workers[0].process.kill()
-    letters._workers[0].process.wait()
+    letters._workers[0].process.process.kill()
+    letters._workers[0].process.process.wait()
     assert say(letters, [play], "z") == [Answer(("--",), done=True)]
     letters._workers[0].kill()
     letters._replace(letters._workers[0])

@@ -67,7 +67,7 @@ def test_alarm_left_by_a_call_does_not_end_the_process() -> None:
     with RewardPool([f"{HELL}:leaves_an_alarm"], [], [], workers=1) as pool:
         assert totals(pool.score([group("abc")], {})[0][0]) == [3]
         time.sleep(1.3)  # the alarm rings after one second
-        assert pool._workers[0].process.poll() is None
+        assert not pool._workers[0].process.gone
 
 
 def test_changes_to_the_process_do_not_affect_answers(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_death_between_two_calls_does_not_fail_the_next() -> None:
     with RewardPool([f"{HELL}:dies_later"], [], [], workers=1) as pool:
         for _ in range(3):
             assert totals(pool.score([group("a")], {})[0][0]) == [1]
-            assert pool._workers[0].process.wait(60) == 7
+            assert pool._workers[0].process.process.wait(60) == 7
 
 
 def test_process_that_stops_reading_is_replaced() -> None:
