@@ -165,7 +165,7 @@ def unconfined(limits: Limits, mark: str, calls: int, answers: int) -> tuple[lis
     """The command line and environment of an interpreter WITHOUT A SANDBOX. Only process limits apply to it."""
     folders = dict.fromkeys(str(folder.parent) for folder in _folders())
     setup = _setup(limits, mark, calls, answers, [*folders])
-    setup |= {"filter": "", "close": [], "parent": os.getpid()}
+    setup |= {"filter": "", "close": []}
     return [sys.executable, *_OPTIONS, str(WORKER), repr(setup)], {**_ENVIRONMENT, **_START, **_libraries()}
 
 
@@ -206,7 +206,6 @@ def _setup(limits: Limits, mark: str, calls: int, answers: int, path: Sequence[s
         "answers": answers,
         "path": [*path],
         "environment": [*_ENVIRONMENT],
-        "parent": 0,
     }
 
 

@@ -27,6 +27,7 @@ from gruppo.rollout.sandbox import worker_main as worker
 from gruppo.rollout.sandbox.bubblewrap import MIB, Limits, confined, does_not_start, unconfined
 from gruppo.rollout.sandbox.output import Kept, composed, printable
 from gruppo.rollout.sandbox.seccomp import first_filter
+from gruppo.rollout.workers.supervised import Supervised
 
 Status = Literal["ok", "error", "time", "memory", "killed"]
 
@@ -150,7 +151,8 @@ class Process:
             self._folder = None if bubblewrap else tempfile.mkdtemp(prefix="gruppo-")
             for descriptor in ours:
                 os.set_blocking(descriptor, False)
-            self._process = self._confined(bubblewrap, *theirs) if bubblewrap else self._unconfined(*theirs)
+            self._supervised = None if bubblewrap else self._unconfined(*theirs)
+            self._process = self._supervised.process if self._supervised else self._confined(str(bubblewrap), *theirs)
         except BaseException:
             self._release()
             raise
@@ -170,10 +172,10 @@ class Process:
         finally:
             os.close(filter_from)
 
-    def _unconfined(self, calls: int, answers: int, output: int, _: int) -> subprocess.Popen[bytes]:
+    def _unconfined(self, calls: int, answers: int, output: int, _: int) -> Supervised:
         command, environment = unconfined(self.limits, self._mark, calls, answers)
         home = str(self._folder)
-        return _spawn(command, output, (calls, answers), home, environment | {"HOME": home})
+        return Supervised(command, (calls, answers), output, environment | {"HOME": home}, home)
 
     def await_ready(self) -> None:
         """Wait until the interpreter is ready for a block. Raises RunError, with its output, if it does not start."""
@@ -263,8 +265,9 @@ class Process:
         if sys.platform != "linux":
             return
         with contextlib.suppress(OSError):
-            number = self._process.pid
-            if self._folder is None:
+            if self._supervised is not None:
+                number = self._supervised.number(START_SECONDS)
+            else:
                 number = int(json.loads(os.read(self._info, _CHUNK))["child-pid"])
             self._number = number
             self._handle = os.pidfd_open(number)
@@ -295,8 +298,11 @@ class Process:
         return status.f_files - status.f_ffree
 
     def stop(self) -> None:
-        """Kill the interpreter, if it has started. bubblewrap then ends too and leaves no zombie process behind."""
-        if self._handle is not None:
+        """Kill the interpreter, if it has started, and without a sandbox everything that it has started. bubblewrap
+        then ends too and leaves no zombie process behind."""
+        if self._supervised is not None:
+            self._supervised.ask_to_end()
+        elif self._handle is not None:
             self._signal(signal.SIGKILL)
         elif self._ready:
             self._process.kill()
@@ -309,9 +315,11 @@ class Process:
                 return
             os.close(self._calls)  # ends an interpreter that is still starting
             self._calls = None
+            if self._supervised is not None:
+                self._supervised.end()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_SECONDS)
-            if self._process.returncode is None or self._folder:
+            if self._process.returncode is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._process.pid, signal.SIGKILL)
             with contextlib.suppress(

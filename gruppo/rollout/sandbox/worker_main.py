@@ -34,7 +34,7 @@ READY = bytes(16)  # begins the first answer, which belongs to no call
 MOST_FRAMES, MOST_SAID, MOST_LINE = 4000, 8000, 240  # characters of a report's two parts, and of a line of the frames
 FRAMES = 8  # the last frames of a traceback that are shown
 CUT = "\n[output cut here]\n"
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 38, 22, 2
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _STACK = 8 * 2**20
 _SIGNALS = 16  # pending signals, counted over all of the user's processes
 _BLOCK = "<block "
@@ -256,10 +256,6 @@ def main() -> None:
     sys.path += setup["path"]
     for name in set(os.environ) - {"HOME", "LANG", "PATH"} - set(setup["environment"]):
         del os.environ[name]
-    if setup["parent"] and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != setup["parent"]:  # the parent died before this process could ask to be killed with it
-            return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # normally set by the module site, which is not loaded
     for descriptor in setup["close"]:  # those that bubblewrap itself used
