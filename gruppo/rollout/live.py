@@ -106,10 +106,14 @@ class LiveRollouts:
         """Scored groups of the next `count` prompts after the first `cursor` prompts of the run."""
         prompts, size = self.prompts.draw(cursor, count), self.recipe.sampling.group_size
         streams = [[(self.recipe.run.seed, step.number, cursor + i, j) for j in range(size)] for i in range(count)]
-        with step.timer("generate"), self.stop.interruptible():
-            prompts, completions = self.sample(prompts, streams)
-        with step.timer("reward"), self.stop.interruptible():
-            groups = self.score(step, cursor, prompts, completions)
+        try:
+            with step.timer("generate"), self.stop.interruptible():
+                prompts, completions = self.sample(prompts, streams)
+            with step.timer("reward"), self.stop.interruptible():
+                groups = self.score(step, cursor, prompts, completions)
+        except RunError:  # a replaced worker process cannot load the user's code again
+            self.save()
+            raise
         if self.recipe.method.credit != "step" and any(reward.steps for group in groups for reward in group.rewards):
             raise RunError(
                 f'method.credit = "{self.recipe.method.credit}": a reward scores steps, but this method does not use '
@@ -133,13 +137,7 @@ class LiveRollouts:
         """Score with reward functions, environment and reward model; audit the rewards if the recipe asks for it."""
         weight = self.multi_turn.weight if self.multi_turn else None
         state = self._trainer_state(step)
-        try:
-            groups = score_groups(
-                prompts, completions, self.pool, state, step.metrics, self.recorder, self.stop, weight
-            )
-        except RunError:  # a restarted worker process could not load the functions again
-            self.save()
-            raise
+        groups = score_groups(prompts, completions, self.pool, state, step.metrics, self.recorder, self.stop, weight)
         if self.scorer is not None:
             self.scorer.score(groups)
         if self.audit is not None:

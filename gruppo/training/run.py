@@ -78,6 +78,9 @@ class TrainingRun:
         self.context = RunContext(self.recipe, parts.run, self.state, self.recorder, stop, self.callbacks)
         self.checkpointer = Checkpointer(self.context, parts, self.status, enabled=saves)
         parts.sizes.on_reduced = self._size_reduced
+        for pool in (parts.pool, parts.audit, parts.episodes.environments if parts.episodes else None):
+            if pool is not None:
+                pool.notify_of_failed_loads(self._load_failed)
         self.audit = None
         if parts.audit is not None and self.recipe.audit is not None:
             self.audit = RewardAudit(parts.audit, self.recipe.audit, self.recipe.run.seed)
@@ -301,6 +304,12 @@ class TrainingRun:
         self.folder.write_json("environment.json", {**environment, "chosen": chosen, "halvings": halvings})
         self.recorder.event("memory", str(reduced), step, **asdict(reduced))
         self.recorder.note(f"Step {step}: {reduced}")
+
+    def _load_failed(self, message: str) -> None:
+        """Record that a worker process could not load the user's code and is started again."""
+        step = self.state.step + 1
+        self.recorder.event("load_failed", message, step)
+        self.recorder.note(f"Step {step}: {message}")
 
 
 def _reward_weights(parts: RunComponents) -> dict[str, float]:

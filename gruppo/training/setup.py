@@ -221,7 +221,9 @@ def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, progress
     rewards, options = recipe.reward, {options_name(settings.function): settings.options} if settings.options else {}
     limits = _memory_per_process(rewards), rewards.environment, progress
     try:
-        return RewardPool([settings.function], [], data.columns, rewards.timeout, 1, log, options, *limits)
+        return RewardPool(
+            [settings.function], [], data.columns, rewards.timeout, 1, log, options, *limits, field="audit.function"
+        )
     except UsageError as error:
         text = str(error).replace("reward.functions", "audit.function").replace("reward.options", "audit.options")
         raise UsageError(text) from None

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 from gruppo.config.sections import Environment as Settings
 from gruppo.config.units import as_bytes
-from gruppo.errors import RunError
 from gruppo.rollout.environments.python_tool import Pool, PythonBlocks
 from gruppo.rollout.sandbox import Limits, PythonPool
 from gruppo.rollout.workers.log import Output
-from gruppo.rollout.workers.process import LOAD_TIMEOUT, TICK_SECONDS, Worker, kill, wait
+from gruppo.rollout.workers.process import TICK_SECONDS, Worker, wait
 from gruppo.rollout.workers.rewards import pickled
+from gruppo.rollout.workers.worker_set import WorkerSet
 from gruppo.utils.progress import Progress
 
 NAME = "environment"  # of its part in the reward
@@ -73,6 +73,9 @@ class Environments(Protocol):
 
     def close(self) -> None:
         """End all processes."""
+
+    def notify_of_failed_loads(self, notify: Callable[[str], None]) -> None:
+        """Have `notify` called with a description whenever a process fails to load and is restarted."""
 
 
 class PythonEnvironments:
@@ -127,10 +130,15 @@ class PythonEnvironments:
         self.drop()
         self.pool.close()
 
+    def notify_of_failed_loads(self, notify: Callable[[str], None]) -> None:
+        """See `Environments`. A sandbox loads nothing of the user's."""
+
 
 class _Host(Worker):
     module = "gruppo.rollout.environments.worker_main"
     field, limit, log = "environment.name", "environment.seconds", "environment.log"
+    doing = "loading the class"
+    advice = "do less when its module is imported"
     variables = MappingProxyType({"PYTHONHASHSEED": "0"})  # so that sets have the same order in every process
 
 
@@ -147,22 +155,21 @@ class ProcessEnvironments:
         """`passed`: names of environment variables that the processes get; `log`: file for the class's output. Raises
         UsageError if the class cannot be loaded."""
         self.seconds, self.max_characters = settings.seconds, settings.output
-        self._memory, self._passed = as_bytes(settings.memory), list(passed)
-        self._load = pickled(
-            {"kind": "load", "name": settings.name, "options": dict(settings.options), "path": sys.path}
-        )
+        load = {"kind": "load", "name": settings.name, "options": dict(settings.options), "path": sys.path}
+        message, memory = pickled(load), as_bytes(settings.memory)
         self._output = Output(log) if log is not None else None
-        self._workers: list[_Host] = []
         self._places: dict[int, _Host] = {}  # by number of the completion: the process that has its object
+
+        def start(delay: float) -> _Host:
+            return _Host(message, self._output, memory, passed, delay)
+
         try:
-            self._workers = [self._new_worker() for _ in range(settings.workers)]
-            with progress.bar("Loading the environment", settings.workers, "processes") as show:
-                digests = [worker.load(show) for worker in self._workers]
+            self._workers = WorkerSet(start, settings.workers, "Loading the environment", progress)
         except BaseException:
-            self.close()
+            self._close_output()
             raise
-        loaded = self._workers[0].load_answer
-        self.digests = digests[0]
+        loaded = self._workers.members[0].load_answer
+        self.digests = self._workers.digests
         self.schemas: list[dict[str, Any]] = loaded["schemas"]
         self.stop = tuple(loaded["stop"])
         self.gives_reward = bool(loaded["gives_reward"])
@@ -182,21 +189,26 @@ class ProcessEnvironments:
         """See `Environments`. Processes with open objects are replaced, which frees the memory of the objects."""
         stale = set(self._places.values())
         self._places = {}
-        for worker in stale:
-            worker.kill()
-            self._replace(worker)
+        for worker in stale & set(self._workers):
+            self._workers.replace(worker)
 
     def close(self) -> None:
         """See `Environments`."""
-        kill(self._workers)
-        self._workers = []
+        self._workers.close()
+        self._close_output()
+
+    def _close_output(self) -> None:
         if self._output is not None:
             self._output.close()
             self._output = None
 
+    def notify_of_failed_loads(self, notify: Callable[[str], None]) -> None:
+        """See `Environments`."""
+        self._workers.notify = notify
+
     def _ask(self, kind: str, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """Make one call per completion. A completion always uses the same process; processes work in parallel."""
-        queues: list[deque[int]] = [deque() for _ in self._workers]
+        queues: list[deque[int]] = [deque() for _ in self._workers.members]
         for number, play in enumerate(plays):
             queues[play.number % len(queues)].append(number)
         answers: dict[int, Answer] = {}
@@ -207,7 +219,7 @@ class ProcessEnvironments:
                     if place not in busy and queues[place]:
                         busy[place] = self._start_call(place, queues[place], kind, plays)
                 soonest = min(deadline for _, deadline in busy.values()) - time.monotonic()
-                wait([self._workers[place] for place in busy], min(max(0.0, soonest), TICK_SECONDS))
+                wait([self._workers.members[place] for place in busy], min(max(0.0, soonest), TICK_SECONDS))
                 for place, (index, deadline) in list(busy.items()):
                     answer = self._collect(place, index, deadline)
                     if answer is not None:
@@ -219,8 +231,7 @@ class ProcessEnvironments:
                 tick()
         except BaseException:
             for place in busy:
-                self._workers[place].kill()
-                self._replace(self._workers[place])
+                self._workers.replace(self._workers.members[place])
             raise
         return [answers[number] for number in range(len(plays))]
 
@@ -229,12 +240,9 @@ class ProcessEnvironments:
     ) -> tuple[int | None, float]:
         """Start the next call of a process. Returns the index of the call (None while the process is loading) and the
         deadline."""
-        worker = self._workers[place]
-        if worker.process.gone:
-            worker.kill()
-            worker = self._replace(worker)
+        worker = self._workers.alive(self._workers.members[place])
         if not worker.loaded:
-            return None, time.monotonic() + LOAD_TIMEOUT
+            return None, worker.load_by
         index = queue.popleft()
         play = plays[index]
         rebuild = self._places.get(play.number) is not worker
@@ -244,21 +252,16 @@ class ProcessEnvironments:
         return index, time.monotonic() + self.seconds * (1 + rebuild * len(play.texts))
 
     def _collect(self, place: int, index: int | None, deadline: float) -> Answer | None:
-        worker = self._workers[place]
+        worker = self._workers.members[place]
         content = worker.answer_by(deadline)
         if content is None:
             return None
+        if index is None:
+            self._workers.loaded(worker, content)
+            return Answer()
         if worker.dead:
-            self._replace(worker)
-        if index is not None:
-            return self._read(content)
-        if content.get("digests") != self.digests:
-            why = content.get("error") or content.get("failure") or "its code has changed since the run began"
-            raise RunError(
-                f"a process of the environment was replaced and cannot load it again ({why}); fix it and resume"
-            )
-        worker.loaded = True
-        return Answer()
+            self._workers.replace(worker)
+        return self._read(content)
 
     def _read(self, content: Mapping[str, Any]) -> Answer:
         """Validate an answer: in the process that sent it, user code can have changed anything."""
@@ -277,13 +280,6 @@ class ProcessEnvironments:
     def _cut(self, text: str) -> str:
         over = len(text) - self.max_characters
         return text if over <= 0 else f"{text[: self.max_characters]}… ({over} more characters)"
-
-    def _new_worker(self) -> _Host:
-        return _Host(self._load, self._output, self._memory, self._passed)
-
-    def _replace(self, worker: _Host) -> _Host:
-        self._workers[self._workers.index(worker)] = replacement = self._new_worker()
-        return replacement
 
 
 class _ClosedPool:

@@ -35,6 +35,10 @@ swapoff 168 225   quotactl 179 60   quotactl_fd 443 443   acct 163 89   name_to_
 open_by_handle_at 304 265   fanotify_init 300 262   fanotify_mark 301 263   inotify_init 253 -   inotify_init1 294 26
 lookup_dcookie 212 18   sync 162 81   syncfs 306 267
 """
+# What is in the system's cache of files that other sessions use as well, and a say in it
+_CACHE = """
+mincore 27 232   preadv2 327 286   pwritev2 328 287   fadvise64 221 223   readahead 187 213
+"""
 # Memory that does not count towards the address space limit, or that is pinned
 _MEMORY = """
 memfd_create 319 279   memfd_secret 447 447   shmget 29 194   shmat 30 196   shmctl 31 195   semget 64 190
@@ -43,8 +47,9 @@ mq_open 240 180   splice 275 76   tee 276 77   vmsplice 278 75   mbind 237 235  
 set_mempolicy_home_node 450 450   migrate_pages 256 238   move_pages 279 239   mlock 149 228   mlock2 325 284
 mlockall 151 230
 """
-# Kernel interfaces that no calculation needs
+# Kernel interfaces that no calculation needs; futex_waitv waits on memory that is shared with others, as below
 _KERNEL = """
+futex_waitv 449 449
 bpf 321 280   perf_event_open 298 241   userfaultfd 323 282   io_setup 206 0   io_submit 209 2
 io_uring_setup 425 425   io_uring_enter 426 426   io_uring_register 427 427   keyctl 250 219   add_key 248 217
 request_key 249 218   init_module 175 105   finit_module 313 273   delete_module 176 106   kexec_load 246 104
@@ -55,17 +60,17 @@ sysfs 139 -   _sysctl 156 -   create_module 174 -   get_kernel_syms 177 -   quer
 """
 DENIED = {
     name: (x86_64, aarch64)
-    for group in (_PROCESSES, _OTHERS, _NETWORK, _FILE_SYSTEMS, _MEMORY, _KERNEL)
+    for group in (_PROCESSES, _OTHERS, _NETWORK, _FILE_SYSTEMS, _CACHE, _MEMORY, _KERNEL)
     for name, x86_64, aarch64 in zip(*[iter(group.split())] * 3, strict=True)
 }
 NEWEST = 450  # the last call number, on both architectures, that was considered for this list
 
 _CLONE3 = 435  # its flags are in memory, which a filter cannot read; the C library falls back to clone
 _X32 = 0x40000000
-_LOAD, _EQUAL, _AT_LEAST, _ABOVE, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x06
-# Offsets in struct seccomp_data; of the arguments, the lower halves, which is all that prctl and fcntl read
+_LOAD, _EQUAL, _AT_LEAST, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x45, 0x06
+# Offsets in struct seccomp_data; of the arguments, the lower halves, which is all that prctl, fcntl and futex read
 _NUMBER, _ARCHITECTURE, _ARGUMENT, _SECOND = 0, 4, 16, 24
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _FUTEX_PRIVATE_FLAG = 1, 128
 # Allowed fcntl commands: copies of a descriptor, its flags, the size of its pipe. Not allowed: locks and leases, which
 # could signal to other processes, or block them, through files that both can see; watching folders; signals.
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC, _F_GETPIPE_SZ = 0, 1, 2, 3, 4, 1030, 1032
@@ -82,9 +87,10 @@ class Machine:
     execve: int
     prctl: int
     fcntl: int
+    futex: int
 
 
-MACHINES = {"x86_64": Machine(0xC000003E, 0, 59, 157, 72), "aarch64": Machine(0xC00000B7, 1, 221, 167, 25)}
+MACHINES = {"x86_64": Machine(0xC000003E, 0, 59, 157, 72, 202), "aarch64": Machine(0xC00000B7, 1, 221, 167, 25, 98)}
 
 
 def first_filter(machine: str = "") -> bytes:
@@ -96,7 +102,7 @@ def first_filter(machine: str = "") -> bytes:
     numbers = [int(row[target.column]) for row in DENIED.values() if row[target.column] != "-"]
     refused = [step for number in numbers for step in _refused(number, errno.EPERM)]
     newer = [_step(_ABOVE, NEWEST, 0, 1), _step(_RETURN, _ERROR | errno.ENOSYS)]
-    return _program(target, [*_refused(_CLONE3, errno.ENOSYS), *newer, *refused, *_fcntl(target)])
+    return _program(target, [*_refused(_CLONE3, errno.ENOSYS), *newer, *refused, *_fcntl(target), *_futex(target)])
 
 
 def last_filter(machine: str = "") -> bytes:
@@ -119,6 +125,18 @@ def _fcntl(machine: Machine) -> list[bytes]:
         _step(_EQUAL, machine.fcntl, 0, count + 3),
         _step(_LOAD, _SECOND),
         *(_step(_EQUAL, command, count - place, 0) for place, command in enumerate(FCNTL)),
+        _step(_RETURN, _ERROR | errno.EPERM),
+        _step(_LOAD, _NUMBER),
+    ]
+
+
+def _futex(machine: Machine) -> list[bytes]:
+    """Deny futex calls on shared memory: a page of a library is the same memory in all sessions, which could otherwise
+    wake each other. Locks within a process use the private operations."""
+    return [
+        _step(_EQUAL, machine.futex, 0, 4),
+        _step(_LOAD, _SECOND),
+        _step(_ANY_BIT, _FUTEX_PRIVATE_FLAG, 1, 0),
         _step(_RETURN, _ERROR | errno.EPERM),
         _step(_LOAD, _NUMBER),
     ]

@@ -14,35 +14,31 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gruppo.errors import UsageError
 from gruppo.rollout.workers.channel import Channel
 from gruppo.rollout.workers.limits import clean_environment, withheld
 from gruppo.rollout.workers.log import Output
 from gruppo.rollout.workers.supervised import Supervised
-from gruppo.utils.progress import Advance
 
 # Runs a module of gruppo as a program. Unlike with -m, the current folder is no source of modules: a file json.py in it
 # would replace Python's. The folder that contains gruppo may be one that only the trainer has in its path.
 _START = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
-
-
 _PACKAGES = str(Path(__file__).parents[3])
 
-
-LOAD_TIMEOUT = 300.0
-
-
+LOAD_TIMEOUT = 300.0  # seconds
 TICK_SECONDS = 0.5
 
 
 class Worker:
     """A process that runs user-defined code, and the pipes to it.
 
-    `module`: the module it runs. `field`, `limit`, `log`: recipe fields and log file to name in error messages.
+    `module`: the module it runs. `field`, `limit`, `log`, `doing`, `advice`: recipe fields, log file, what loading is
+    called, and what may make it faster, for error messages.
     """
 
     module = "gruppo.rollout.workers.reward_main"
     field, limit, log = "reward.functions", "reward.timeout", "rewards.log"
+    doing = "loading the functions"
+    advice = "do less at import, and download a reward model before the run: hf download NAME"
     variables: Mapping[str, str] = MappingProxyType({})  # environment variables that override the trainer's
 
     def __init__(
@@ -66,8 +62,10 @@ class Worker:
         finally:
             os.close(call_read)
             os.close(answer_write)
-        self.dead = self.loaded = False
-        self.load_answer: dict[str, Any] = {}  # its answer to the load message
+        self.dead = self.loaded = self.timed_out = False
+        self.load_answer: Mapping[str, Any] = {}  # its answer to the load message
+        self.load_by = time.monotonic() + delay + LOAD_TIMEOUT
+        self.tries = 1  # to load the code, this one included
         self._sent = 0
         self.send(load)
 
@@ -90,7 +88,9 @@ class Worker:
         if time.monotonic() < deadline:
             return None
         self.kill()
-        return {"failure": f"took longer than {self.limit} allows"}
+        self.timed_out = True
+        why = f"took longer than {self.limit} allows" if self.loaded else f"it takes longer than {LOAD_TIMEOUT:.0f} s"
+        return {"failure": why}
 
     def _receive(self, content: bytes) -> dict[str, Any]:
         try:
@@ -121,23 +121,9 @@ class Worker:
         self.kill()
         return {"failure": "its process wrote something other than an answer to the trainer's pipe and was killed"}
 
-    def load(self, show: Advance) -> list[str]:
-        """Wait until the functions are loaded. Returns a hash of each one's code. Raises UsageError if that fails."""
-        deadline = time.monotonic() + LOAD_TIMEOUT
-        while (answer := self.answer_by(deadline)) is None:
-            wait([self], TICK_SECONDS)
-            show(0)
-        if "digests" in answer:
-            self.loaded, self.load_answer = True, answer
-            digests: list[str] = answer["digests"]
-            show(1)
-            return digests
-        if time.monotonic() >= deadline:
-            raise UsageError(
-                f"{self.field}: loading takes longer than {LOAD_TIMEOUT:.0f} s; do less at import, and download "
-                "a reward model before the run: hf download NAME"
-            )
-        raise UsageError(str(answer.get("error") or f"{self.field}: failed while being imported: {answer['failure']}"))
+    def accept(self, answer: Mapping[str, Any]) -> None:
+        """Take the answer to the load message: the process is ready for calls."""
+        self.loaded, self.load_answer = True, answer
 
     def kill(self) -> None:
         """Kill the process and everything it has started."""
@@ -174,12 +160,6 @@ def _how(code: int | None) -> str:
         return f"signal {signal.Signals(-code).name}"
     except ValueError:
         return f"signal {-code}"
-
-
-def reload_problem(answer: Mapping[str, Any]) -> str:
-    """Why a replaced worker process cannot continue with the functions that the run started with."""
-    why = answer.get("error") or answer.get("failure") or "its code has changed since the run began"
-    return f"a reward process was replaced, and its functions could not be loaded again ({why}); fix them and resume"
 
 
 def writable_message(text: str) -> str:

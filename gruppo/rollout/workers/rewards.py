@@ -20,19 +20,12 @@ from typing import Any
 import cloudpickle
 
 from gruppo.config.labels import options_name, split_label
-from gruppo.errors import RunError, UsageError
+from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction, check_option_names, reward_path
 from gruppo.rewards.combine import Value, combine
 from gruppo.rollout.workers.log import Output
-from gruppo.rollout.workers.process import (
-    LOAD_TIMEOUT,
-    TICK_SECONDS,
-    Worker,
-    kill,
-    reload_problem,
-    wait,
-    writable_message,
-)
+from gruppo.rollout.workers.process import TICK_SECONDS, Worker, wait, writable_message
+from gruppo.rollout.workers.worker_set import WorkerSet
 from gruppo.types import Completion, Prompt, Reward, Steps
 from gruppo.utils.progress import Advance, NullProgress, Progress
 
@@ -64,14 +57,16 @@ class RewardPool:
         environment: Sequence[str] = (),
         progress: Progress | None = None,
         partial_columns: Mapping[str, str] | None = None,
+        field: str = "reward.functions",
     ) -> None:
         """Start the processes and load the functions in them.
 
         `columns`: columns of the rows other than the prompt; `timeout`: in seconds, per call; `log`: file for the
         output of rewards; `options`: keyword arguments of functions, by their name in `functions`; `memory`: limit of
         each process in bytes, 0 for no limit; `environment`: names of environment variables to pass in addition to the
-        usual ones (gruppo.rollout.workers.limits); `partial_columns`: see `load_reward`. Raises UsageError if a
-        function cannot be imported, cannot be created with its options or does not accept the arguments.
+        usual ones (gruppo.rollout.workers.limits); `partial_columns`: see `load_reward`; `field`: the recipe field that
+        names the functions. Raises UsageError if a function cannot be imported, cannot be created with its options or
+        does not accept the arguments.
         """
         if not functions and workers:
             raise UsageError(
@@ -96,18 +91,21 @@ class RewardPool:
             "partial_columns": dict(partial_columns or {}),
             "path": sys.path,
         }
-        self._load, self._memory = pickled(load), memory
-        self._workers: list[Worker] = []
+        message = pickled(load)
         self._output = Output(log) if log is not None else None
+
+        def start(delay: float) -> Worker:
+            worker = Worker(message, self._output, memory, self.environment, delay)
+            worker.field = field
+            return worker
+
         try:
-            for _ in range(workers):
-                self._workers.append(self._new_worker())
-            with (progress or NullProgress()).bar("Loading reward functions", workers, "processes") as show:
-                loaded = [worker.load(show) for worker in self._workers]
-            self.digests = loaded[0] if loaded else []
+            label = "Loading reward functions"
+            self._workers = WorkerSet(start, workers, label, progress or NullProgress())
         except BaseException:
-            self.close()
+            self._close_output()
             raise
+        self.digests = self._workers.digests
 
     def __enter__(self) -> RewardPool:
         return self
@@ -117,11 +115,17 @@ class RewardPool:
 
     def close(self) -> None:
         """Kill the processes."""
-        kill(self._workers)
-        self._workers = []
+        self._workers.close()
+        self._close_output()
+
+    def _close_output(self) -> None:
         if self._output is not None:
             self._output.close()
             self._output = None
+
+    def notify_of_failed_loads(self, notify: Callable[[str], None]) -> None:
+        """Have `notify` called with a description whenever a process fails to load the functions and is restarted."""
+        self._workers.notify = notify
 
     def score(
         self,
@@ -175,12 +179,10 @@ class RewardPool:
         busy: dict[Worker, tuple[_Job | None, float]] = {}
         try:
             while jobs or any(job is not None for job, _ in busy.values()):
-                for worker in [idle for idle in self._workers if idle not in busy]:
-                    if worker.process.gone:  # ended by something that an earlier call left behind
-                        worker.kill()
-                        worker = self._replace(worker)  # noqa: PLW2901
+                for idle in [worker for worker in self._workers if worker not in busy]:
+                    worker = self._workers.alive(idle)
                     if not worker.loaded:
-                        busy[worker] = None, time.monotonic() + LOAD_TIMEOUT
+                        busy[worker] = None, worker.load_by
                     elif jobs:
                         busy[worker] = jobs[0], time.monotonic() + self.timeout
                         worker.send(call(jobs.popleft()))
@@ -190,8 +192,7 @@ class RewardPool:
                 tick()
         except BaseException:
             for worker in busy:
-                worker.kill()
-                self._replace(worker)
+                self._workers.replace(worker)
             raise
 
     def _collect(
@@ -203,21 +204,12 @@ class RewardPool:
             if answer is None:
                 continue
             del busy[worker]
+            if job is None:
+                self._workers.loaded(worker, answer)
+                continue
             if worker.dead:
-                self._replace(worker)
-            if job is not None:
-                done(job, answer)
-            elif answer.get("digests") == self.digests:
-                worker.loaded = True
-            else:
-                raise RunError(reload_problem(answer))
-
-    def _new_worker(self) -> Worker:
-        return Worker(self._load, self._output, self._memory, self.environment)
-
-    def _replace(self, worker: Worker) -> Worker:
-        self._workers[self._workers.index(worker)] = replacement = self._new_worker()
-        return replacement
+                self._workers.replace(worker)
+            done(job, answer)
 
 
 def pickled(message: Mapping[str, Any]) -> bytes:

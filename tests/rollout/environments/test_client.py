@@ -61,11 +61,11 @@ def test_a_lost_process_is_replaced(letters: ProcessEnvironments) -> None:
     (play,) = plays({})
     letters.answer([play], nothing)
     say(letters, [play], "ab")
-    letters._workers[0].process.process.kill()
-    letters._workers[0].process.process.wait()
+    letters._workers.members[0].process.process.kill()
+    letters._workers.members[0].process.process.wait()
     assert say(letters, [play], "z") == [Answer(("--",), done=True)]
-    letters._workers[0].kill()
-    letters._replace(letters._workers[0])
+
+    letters._workers.replace(letters._workers.members[0])
     assert [answer.reward for answer in letters.end([play], nothing)] == [2 / 3]
 
 

@@ -298,6 +298,56 @@ def test_shared_files_allow_no_locks_leases_or_watches(pool: PythonPool) -> None
     assert attack(pool, "import os\nos.get_blocking(os.dup(0)), os.get_inheritable(0)").status == "ok"
 
 
+FUTEX = f"""
+import ctypes, mmap, os
+{CALL}
+library = open(os.__file__, "rb")  # a file that all sessions see
+page = mmap.mmap(library.fileno(), 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+address = int.from_bytes(ctypes.string_at(id(page) + 16, 8), "little")
+value = int.from_bytes(page[:4], "little")
+class Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+def futex(operation, *rest):
+    return call(number(202, 98), ctypes.c_void_p(address), operation, *rest)
+"""
+
+
+def test_sessions_cannot_signal_through_memory_that_they_share(pool: PythonPool) -> None:
+    """A page of a file is the same futex for every process that maps it."""
+    attempts = [
+        "futex(0, ctypes.c_uint(value), ctypes.byref(Timespec(0, 1)))",  # FUTEX_WAIT
+        "futex(1, 1)",  # FUTEX_WAKE
+        "futex(9 | 256, ctypes.c_uint(value), ctypes.byref(Timespec(0, 1)), 0, -1)",  # FUTEX_WAIT_BITSET, realtime
+        "futex(10, 1, 0, 0, -1)",  # FUTEX_WAKE_BITSET
+        "futex(3, 1, 1, ctypes.c_void_p(address))",  # FUTEX_REQUEUE
+        "call(449, 0, 0, 0, 0, 0)",  # futex_waitv
+        "call(454, ctypes.c_void_p(address), 1, 1, 2)",  # futex_wake
+    ]
+    refused(pool, *attempts, preamble=FUTEX)
+    private = "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire(timeout=0.01), futex(1 | 128, 1)"
+    assert attack(pool, f"{FUTEX}\n{private}").output == "(False, 0)\n"
+
+
+def test_sessions_share_no_other_kernel_objects(pool: PythonPool) -> None:
+    refused(
+        pool,
+        "call(number(64, 190), 77, 1, 0o1666)",  # semget
+        "call(number(68, 186), 77, 0o1666)",  # msgget
+        "call(number(29, 194), 77, 4096, 0o1666)",  # shmget
+        "call(number(240, 180), b'/x', 0o102, 0o600, 0)",  # mq_open
+        "call(number(248, 217), b'user', b'x', b'y', 1, -4)",  # add_key
+        "call(number(249, 218), b'user', b'x', 0, -4)",  # request_key
+        "socket.socket(socket.AF_UNIX).bind(b'\\0gruppo')",
+        "call(number(254, 27), 0, b'/', 1)",  # inotify_add_watch without inotify_init, which is refused
+        "call(number(294, 26), 0)",  # inotify_init1
+        "call(number(300, 262), 0, 0)",  # fanotify_init
+        "call(number(27, 232), ctypes.c_void_p(address), 4096, ctypes.byref(ctypes.c_ubyte()))",  # mincore
+        "call(number(221, 223), library.fileno(), 0, 0, 4)",  # fadvise64, POSIX_FADV_DONTNEED
+        "os.preadv(library.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)",  # is it in the cache?
+        preamble=f"import socket\n{FUTEX}",
+    )
+
+
 def test_timers_do_not_fill_the_users_signal_queue(pool: PythonPool) -> None:
     refused(pool, "call(number(222, 107), 0, 0, ctypes.byref(ctypes.c_int()))", preamble=CALL)
     assert attack(pool, "import resource\nresource.getrlimit(resource.RLIMIT_SIGPENDING)").output == "(16, 16)\n"

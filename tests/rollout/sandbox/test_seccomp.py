@@ -26,14 +26,15 @@ def decide(program: bytes, architecture: int, number: int, argument: int = 0, se
         elif code == 0x06:
             return int(value)
         else:
-            true = {0x15: register == value, 0x25: register > value, 0x35: register >= value}[code]
-            at += if_true if true else if_false
+            true = {0x15: register == value, 0x25: register > value, 0x35: register >= value}
+            true |= {0x45: register & value != 0}
+            at += if_true if true[code] else if_false
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_call_is_decided(machine: str) -> None:
     calls = MACHINES[machine]
-    denied = {int(row[calls.column]) for row in DENIED.values() if row[calls.column] != "-"}
+    denied = {int(row[calls.column]) for row in DENIED.values() if row[calls.column] != "-"} | {calls.futex}
     program = first_filter(machine)
     for number in range(NEWEST + 1):
         expected = NO_CALL if number == 435 else PERMISSION if number in denied else ALLOW
@@ -68,6 +69,17 @@ def test_fcntl_allows_only_harmless_commands(machine: str) -> None:
     assert decide(first_filter(machine), calls.audit, calls.prctl, 0, 1024) == ALLOW
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_futex_operations_are_private(machine: str) -> None:
+    """Every operation, with and without FUTEX_CLOCK_REALTIME (256) and the private flag (128)."""
+    calls = MACHINES[machine]
+    for operation in range(1024):
+        decision = decide(first_filter(machine), calls.audit, calls.futex, 0, operation)
+        assert decision == (ALLOW if operation & 128 else PERMISSION), operation
+    assert decide(first_filter(machine), calls.audit, 449, 0, 128) == PERMISSION  # futex_waitv
+    assert {decide(first_filter(machine), calls.audit, new, 128, 128) for new in (454, 455, 456)} == {NO_CALL}
+
+
 def test_allowed_fcntl_commands_equal_the_systems_constants() -> None:
     names = ("DUPFD", "GETFD", "SETFD", "GETFL", "SETFL", "DUPFD_CLOEXEC", "GETPIPE_SZ")
     if not hasattr(fcntl, "F_GETPIPE_SZ"):
@@ -95,6 +107,8 @@ def test_numbers_equal_the_systems_headers(header: str, column: int) -> None:
         pytest.skip(f"there is no {header}")
     in_header = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", Path(header).read_text()))
     known = {name: row[column] for name, row in DENIED.items() if row[column] != "-" and name in in_header}
-    known |= {name: str(getattr(list(MACHINES.values())[column], name)) for name in ("execve", "prctl", "fcntl")}
+    known |= {
+        name: str(getattr(list(MACHINES.values())[column], name)) for name in ("execve", "prctl", "fcntl", "futex")
+    }
     assert len(known) > 80
     assert known == {name: in_header[name] for name in known}

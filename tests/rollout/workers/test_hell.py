@@ -67,7 +67,7 @@ def test_alarm_left_by_a_call_does_not_end_the_process() -> None:
     with RewardPool([f"{HELL}:leaves_an_alarm"], [], [], workers=1) as pool:
         assert totals(pool.score([group("abc")], {})[0][0]) == [3]
         time.sleep(1.3)  # the alarm rings after one second
-        assert not pool._workers[0].process.gone
+        assert not pool._workers.members[0].process.gone
 
 
 def test_changes_to_the_process_do_not_affect_answers(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_death_between_two_calls_does_not_fail_the_next() -> None:
     with RewardPool([f"{HELL}:dies_later"], [], [], workers=1) as pool:
         for _ in range(3):
             assert totals(pool.score([group("a")], {})[0][0]) == [1]
-            assert pool._workers[0].process.process.wait(60) == 7
+            assert pool._workers.members[0].process.process.wait(60) == 7
 
 
 def test_process_that_stops_reading_is_replaced() -> None:
@@ -184,7 +184,7 @@ def test_import_does_not_count_as_call_time_and_shows_progress(tmp_path: Path) -
 def test_import_that_never_ends_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gruppo.rollout.workers.process.LOAD_TIMEOUT", 0.5)
     (tmp_path / "never.py").write_text("import time\ntime.sleep(1000)\n")
-    with pytest.raises(UsageError, match="loading takes longer"):
+    with pytest.raises(UsageError, match="loading the functions failed: it takes longer than"):
         score(f"{tmp_path}/never.py:f", "a")
 
 
