@@ -80,7 +80,7 @@ class TrainingRun:
         parts.sizes.on_reduced = self._size_reduced
         for pool in (parts.pool, parts.audit, parts.episodes.environments if parts.episodes else None):
             if pool is not None:
-                pool.notify_of_failed_loads(self._load_failed)
+                pool.notify_of_restarts(self._restarted)
         self.audit = None
         if parts.audit is not None and self.recipe.audit is not None:
             self.audit = RewardAudit(parts.audit, self.recipe.audit, self.recipe.run.seed)
@@ -305,10 +305,10 @@ class TrainingRun:
         self.recorder.event("memory", str(reduced), step, **asdict(reduced))
         self.recorder.note(f"Step {step}: {reduced}")
 
-    def _load_failed(self, message: str) -> None:
-        """Record that a worker process could not load the user's code and is started again."""
+    def _restarted(self, message: str) -> None:
+        """Record why a worker process is started again."""
         step = self.state.step + 1
-        self.recorder.event("load_failed", message, step)
+        self.recorder.event("worker_restarted", message, step)
         self.recorder.note(f"Step {step}: {message}")
 
 

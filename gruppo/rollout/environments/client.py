@@ -74,7 +74,7 @@ class Environments(Protocol):
     def close(self) -> None:
         """End all processes."""
 
-    def notify_of_failed_loads(self, notify: Callable[[str], None]) -> None:
+    def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
         """Have `notify` called with a description whenever a process fails to load and is restarted."""
 
 
@@ -130,7 +130,7 @@ class PythonEnvironments:
         self.drop()
         self.pool.close()
 
-    def notify_of_failed_loads(self, notify: Callable[[str], None]) -> None:
+    def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
         """See `Environments`. A sandbox loads nothing of the user's."""
 
 
@@ -202,7 +202,7 @@ class ProcessEnvironments:
             self._output.close()
             self._output = None
 
-    def notify_of_failed_loads(self, notify: Callable[[str], None]) -> None:
+    def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
         """See `Environments`."""
         self._workers.notify = notify
 

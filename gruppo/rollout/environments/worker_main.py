@@ -12,13 +12,10 @@ there.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import pickle
-import random
-import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -32,6 +29,7 @@ from gruppo.rollout.environments.loading import Loaded, load_environment
 from gruppo.rollout.environments.protocol import Environment, Turn
 from gruppo.rollout.workers.channel import MOST_BYTES
 from gruppo.rollout.workers.limits import serve_pipes
+from gruppo.rollout.workers.process_state import ProcessState, seed
 
 _encode = json.JSONEncoder().encode
 
@@ -51,6 +49,7 @@ class Host:
     def __init__(self) -> None:
         self.loaded: Loaded | None = None
         self.states: dict[int, _State] = {}
+        self.process: ProcessState | None = None
 
     def answer(self, content: bytes) -> dict[str, Any]:
         """Answer a message with plain values. An exception of user code becomes a "failure"."""
@@ -61,14 +60,19 @@ class Host:
                 "failure": f"a column of the row cannot be unpickled in the environment's process ({_describe(error)})"
             }
         if message["kind"] == "load":
-            return self._load(message)
+            answer = self._load(message)
+            self.process = ProcessState()
+            return answer
+        assert self.process is not None
         try:
-            return self._turn(message) if message["kind"] == "turn" else self._end(message)
+            return self.process.context().run(self._turn if message["kind"] == "turn" else self._end, message)
         except MemoryError as error:
             return {"failure": f"{_describe(error)} (see environment.memory)", "last": True}
         except BaseException as error:  # noqa: BLE001  any exception ends this completion only
             self.states.pop(message["play"], None)
             return {"failure": _describe(error)}
+        finally:
+            self.process.restore()
 
     def _load(self, message: Mapping[str, Any]) -> dict[str, Any]:
         sys.path += [place for place in message["path"] if place not in sys.path]
@@ -109,7 +113,7 @@ class Host:
         value = None
         if self.loaded.gives_reward:
             state = self._state(message, len(message["texts"]))
-            _seed(message["seed"], state.received + 1)
+            seed(f"{message['seed']}/{state.received + 1}")
             value = _number(state.environment.get_reward())  # type: ignore[attr-defined]
         self.states.pop(message["play"], None)
         return {"reward": value}
@@ -125,27 +129,20 @@ class Host:
 
     def _reset(self, message: Mapping[str, Any]) -> _State:
         assert self.loaded is not None
-        _seed(message["seed"], 0)
+        seed(f"{message['seed']}/0")
         environment = self.loaded.make()
         self.states[message["play"]] = state = _State(environment, 0, None)
         state.first = environment.reset(message["row"], message["seed"])
         return state
 
 
-def _step(state: _State, seed: int, text: str) -> Turn:
+def _step(state: _State, seed_of_play: int, text: str) -> Turn:
     state.received += 1
-    _seed(seed, state.received)
+    seed(f"{seed_of_play}/{state.received}")
     turn = state.environment.step(text)
     if not isinstance(turn, Turn):
         raise TypeError(f"step returned {type(turn).__name__}, not a Turn; write return Turn(observation, done)")
     return turn
-
-
-def _seed(seed: int, turn: int) -> None:
-    """Seed the global generators that user code may use."""
-    random.seed(f"{seed}/{turn}")
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(random.Random(f"{seed}/{turn}/numpy").getrandbits(32))
 
 
 def _texts(observation: Any) -> list[str] | None:
@@ -185,18 +182,15 @@ def _is_gruppo(filename: str) -> bool:
 
 def serve(calls: Connection, answers: Connection) -> None:
     """Answer messages until the trainer closes the pipe."""
-    host, process, folder = Host(), os.getpid(), os.getcwd()
+    host, process = Host(), os.getpid()
     for number in count(1):
         try:
             content = calls.recv_bytes()
         except EOFError:
             return
         answer = host.answer(content)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # a later alarm would end this process
         if os.getpid() != process:
             os._exit(0)  # a child that the class forked and that returned from the call
-        with contextlib.suppress(OSError):
-            os.chdir(folder)
         encoded = _encode({**answer, "number": number}).encode()
         if len(encoded) > MOST_BYTES:
             failure = f"its answer has {len(encoded)} bytes, more than {MOST_BYTES}"

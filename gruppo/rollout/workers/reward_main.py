@@ -6,20 +6,22 @@ Calls arrive from the trainer as pickles. Answers are sent back as JSON, so that
 anything. Functions run in the main thread, where signals (math-verify's SIGALRM) work. The output of a reward goes to
 the file that the trainer passed as the output of this process.
 
-Side effects of a function must not affect the next call: each answer has the number of its message, a forked child ends
-before it could answer as well, alarms are switched off, and the working directory is restored.
+Side effects of a function must not affect other calls. Each answer has the number of its message, and a forked child
+ends before it could answer as well. Each call begins with random generators that are seeded by the call, and what it
+changes in the process is restored after it (gruppo.rollout.workers.process_state). Before a call of another function
+than the last one, the process looks for what it could not restore (gruppo.rollout.workers.module_watch). If it finds
+something, it answers {"stale": what} instead, and another process has to run the call.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
 import inspect
 import json
 import operator
 import os
 import pickle
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -33,27 +35,62 @@ from gruppo.rewards import RewardFunction
 from gruppo.rewards.loading import Loaded, load_reward
 from gruppo.rollout.workers.channel import MOST_BYTES
 from gruppo.rollout.workers.limits import serve_pipes
+from gruppo.rollout.workers.module_watch import ModuleWatch
+from gruppo.rollout.workers.process_state import ProcessState, seed
 
 _encode = json.JSONEncoder().encode  # own reference, because functions may patch json
 
 
 def serve(calls: Connection, answers: Connection) -> None:
     """Load the functions of the first message, then answer calls until the trainer closes the pipe."""
-    rewards: list[Loaded] = []
-    process, folder = os.getpid(), os.getcwd()
+    process = os.getpid()
     with asyncio.Runner() as runner:
+        host = _Host(runner)
         for number in count(1):
             try:
                 content = calls.recv_bytes()
             except EOFError:
                 return
-            answer = _answer(content, rewards, runner)
-            signal.setitimer(signal.ITIMER_REAL, 0)  # a later alarm would end this process
+            answer = host.answer(content)
             if os.getpid() != process:
                 os._exit(0)  # a child that a function forked and that returned from the call
-            with contextlib.suppress(OSError):
-                os.chdir(folder)
             answers.send_bytes(_as_bytes({**answer, "number": number}))
+
+
+class _Host:
+    """The functions, and the state of the process after they were loaded."""
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self.runner, self.rewards = runner, list[Loaded]()
+        self.state: ProcessState | None = None
+        self.watch: ModuleWatch | None = None
+        self.last: int | None = None  # the function that was called last
+
+    def answer(self, content: bytes) -> dict[str, Any]:
+        """Answer a message."""
+        try:
+            message = pickle.loads(content)
+        except Exception as error:  # noqa: BLE001  a column of the row can be an object that this process cannot create
+            return {"failure": f"a column of the row cannot be unpickled in the reward's process ({_describe(error)})"}
+        if message["kind"] == "load":
+            sys.path += [place for place in message["path"] if place not in sys.path]
+            answer = _load(message["rewards"], message["columns"], message["partial_columns"], self.rewards)
+            self.state = ProcessState()
+            self.watch = ModuleWatch() if len(self.rewards) > 1 else None
+            return answer
+        assert self.state is not None
+        function = message["function"]
+        other = self.watch is not None and self.last not in (None, function)
+        if other and self.watch and (stale := self.state.damage or self.watch.changed()):
+            return {"stale": stale, "of": self.last, "last": True}
+        self.last = function
+        seed(message["seed"])
+        try:
+            context = self.state.context()
+            reward = self.rewards[function]
+            return context.run(_score, reward, message["arguments"], message["state"], self.runner, context)
+        finally:
+            self.state.restore()
 
 
 def _as_bytes(answer: Mapping[str, Any]) -> bytes:
@@ -62,17 +99,6 @@ def _as_bytes(answer: Mapping[str, Any]) -> bytes:
         return content
     failure = f"logged {len(content)} bytes with log_metric and log_extra, more than {MOST_BYTES} in one call"
     return _encode({"failure": failure, "number": answer["number"]}).encode()
-
-
-def _answer(content: bytes, rewards: list[Loaded], runner: asyncio.Runner) -> dict[str, Any]:
-    try:
-        message = pickle.loads(content)
-    except Exception as error:  # noqa: BLE001  a column of the row can be an object that this process cannot create
-        return {"failure": f"a column of the row cannot be unpickled in the reward's process ({_describe(error)})"}
-    if message["kind"] == "load":
-        sys.path += [place for place in message["path"] if place not in sys.path]
-        return _load(message["rewards"], message["columns"], message["partial_columns"], rewards)
-    return _score(rewards[message["function"]], message["arguments"], message["state"], runner)
 
 
 def _load(
@@ -94,7 +120,11 @@ def _load(
 
 
 def _score(
-    reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
+    reward: Loaded,
+    arguments: Mapping[str, Any],
+    state: Mapping[str, Any],
+    runner: asyncio.Runner,
+    context: contextvars.Context,
 ) -> dict[str, Any]:
     """Call a reward. Returns {"values": […], "metrics": …, "extra": …} or {"failure": why}, with "last" if this process
     cannot be used any more.
@@ -115,7 +145,7 @@ def _score(
     try:
         result = reward.function(**_accepted(reward.function, {**arguments, **run, **reward.options}))
         if inspect.isawaitable(result):
-            result = runner.run(_awaited(result))
+            result = runner.run(_awaited(result), context=context)
         values = _values(result, size)
     except MemoryError as error:  # the memory may never be freed: another process continues
         return {"failure": f"{_describe(error)} (see reward.memory)", "last": True}

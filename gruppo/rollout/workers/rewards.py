@@ -105,7 +105,8 @@ class RewardPool:
         except BaseException:
             self._close_output()
             raise
-        self.digests = self._workers.digests
+        self.digests, self.notify = self._workers.digests, self._workers.notify
+        self._reported: set[tuple[str, str]] = set()  # functions, and what they have changed in their processes
 
     def __enter__(self) -> RewardPool:
         return self
@@ -123,9 +124,10 @@ class RewardPool:
             self._output.close()
             self._output = None
 
-    def notify_of_failed_loads(self, notify: Callable[[str], None]) -> None:
-        """Have `notify` called with a description whenever a process fails to load the functions and is restarted."""
-        self._workers.notify = notify
+    def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
+        """Have `notify` called with the reason when processes are restarted because they failed to load the functions,
+        or because of what a function has changed in them."""
+        self.notify = self._workers.notify = notify
 
     def score(
         self,
@@ -139,14 +141,16 @@ class RewardPool:
         excluded, with the reason; if a value is not a finite number, only its own completion is excluded. `advance` is
         called at least every half second and may raise; busy processes are then replaced.
         """
-        jobs = [(index, function) for index in range(len(groups)) for function in range(len(self.names))]
+        jobs = [(index, function) for function in range(len(self.names)) for index in range(len(groups))]
         arguments = [call_arguments(prompt, completions) for prompt, completions in groups]
         outcomes: dict[_Job, Outcome] = {}
         show = advance or (lambda _: None)
 
         def call(job: _Job) -> bytes:
-            message = {"kind": "call", "function": job[1], "arguments": arguments[job[0]], "state": dict(state)}
-            return pickled(message)
+            index, function = job
+            seed = f"{state.get('global_step')}/{groups[index][0].id}/{self.names[function]}"
+            message = {"kind": "call", "function": function, "arguments": arguments[index], "state": dict(state)}
+            return pickled({**message, "seed": seed})
 
         def done(job: _Job, answer: Mapping[str, Any]) -> None:
             outcomes[job] = _outcome(answer, groups[job[0]][1])
@@ -154,7 +158,7 @@ class RewardPool:
 
         self._run(deque(jobs), call, done, lambda: show(0))
         metrics: dict[str, list[float]] = {}
-        for outcome in (outcomes[job] for job in jobs):
+        for outcome in (outcomes[job] for job in sorted(jobs)):
             for name, values in outcome.metrics.items():
                 metrics.setdefault(name, []).extend(values)
         rewards = [
@@ -188,7 +192,7 @@ class RewardPool:
                         worker.send(call(jobs.popleft()))
                 patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
                 wait(busy, min(patience, TICK_SECONDS))
-                self._collect(busy, done)
+                self._collect(busy, jobs, done)
                 tick()
         except BaseException:
             for worker in busy:
@@ -196,7 +200,10 @@ class RewardPool:
             raise
 
     def _collect(
-        self, busy: dict[Worker, tuple[_Job | None, float]], done: Callable[[_Job, Mapping[str, Any]], None]
+        self,
+        busy: dict[Worker, tuple[_Job | None, float]],
+        jobs: deque[_Job],
+        done: Callable[[_Job, Mapping[str, Any]], None],
     ) -> None:
         """Handle the answers that have arrived and the workers whose deadline has passed."""
         for worker, (job, deadline) in list(busy.items()):
@@ -209,7 +216,23 @@ class RewardPool:
                 continue
             if worker.dead:
                 self._workers.replace(worker)
-            done(job, answer)
+            if "stale" in answer:  # the call was not run: another process has to
+                jobs.appendleft(job)
+                self._stale(answer)
+            else:
+                done(job, answer)
+
+    def _stale(self, answer: Mapping[str, Any]) -> None:
+        """Report, once, that a function leaves something behind for which its process has to be replaced."""
+        number = answer.get("of")
+        name = self.names[number] if type(number) is int and 0 <= number < len(self.names) else "a function"
+        found = writable_message(str(answer["stale"]))[:200]
+        if (name, found) not in self._reported:
+            self._reported.add((name, found))
+            self.notify(
+                f"{name} leaves something changed in its process ({found}), so the process is replaced before another "
+                "function is called; undo the change in the function, or make it when the file is imported"
+            )
 
 
 def pickled(message: Mapping[str, Any]) -> bytes:

@@ -173,6 +173,9 @@ def test_import_does_not_count_as_call_time_and_shows_progress(tmp_path: Path) -
 
             return contextlib.nullcontext(lambda amount: self.shown.append((label, amount)))
 
+        def note(self, text):
+            raise AssertionError(text)
+
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(1.2)\ndef f(completions, **_): return [1.0]\n")
     shows = Shows()
     with RewardPool([f"{tmp_path}/slow.py:f"], [], [], timeout=1.0, workers=1, progress=shows) as pool:  # type: ignore[arg-type]

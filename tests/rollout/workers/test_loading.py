@@ -81,7 +81,7 @@ def test_error_at_the_start_is_not_repeated(tmp_path: Path) -> None:
 def test_replacement_that_fails_to_load_is_started_again(tmp_path: Path, action: str) -> None:
     notes: list[str] = []
     with pool(planned(tmp_path, "", action, action)) as opened:
-        opened.notify_of_failed_loads(notes.append)
+        opened.notify_of_restarts(notes.append)
         rewards, _ = opened.score([group("x"), group("a"), group("b")], {})
     assert [totals(rows) for rows in rewards] == [[None], [1], [1]]
     assert "SIGKILL" in str(rewards[0][0].failure)
@@ -93,7 +93,7 @@ def test_replacement_that_fails_to_load_is_started_again(tmp_path: Path, action:
 def test_replacement_that_never_loads_stops_the_run(tmp_path: Path) -> None:
     notes: list[str] = []
     with pool(planned(tmp_path, "", *[KILLED] * 4, "")) as opened:
-        opened.notify_of_failed_loads(notes.append)
+        opened.notify_of_restarts(notes.append)
         with pytest.raises(
             RunError, match=r"replaced, but loading the functions failed in 4 tries .*SIGKILL.*--resume"
         ):
@@ -104,7 +104,7 @@ def test_replacement_that_never_loads_stops_the_run(tmp_path: Path) -> None:
 def test_load_that_hangs_is_started_again(tmp_path: Path) -> None:
     notes: list[str] = []
     with pool(planned(tmp_path, "", "time.sleep(1000)")) as opened:
-        opened.notify_of_failed_loads(notes.append)
+        opened.notify_of_restarts(notes.append)
         hangs = opened._workers.replace(opened._workers.members[0])
         while (tmp_path / "plan").read_text():
             time.sleep(0.01)
@@ -124,7 +124,7 @@ def test_environment_is_loaded_again(tmp_path: Path) -> None:
     settings = Environment(name=f"{planned(tmp_path, KILLED, '', EXIT, '')}:World", workers=1)
     environments = ProcessEnvironments(settings, [], None, NullProgress())
     notes: list[str] = []
-    environments.notify_of_failed_loads(notes.append)
+    environments.notify_of_restarts(notes.append)
     plays = [EnvironmentHandle(number, {}, 1) for number in range(2)]
     try:
         assert environments.answer(plays, lambda: None) == [Answer(("hello",))] * 2
@@ -160,7 +160,7 @@ def test_run_records_failed_loads_and_saves_before_it_stops(tiny_folder: str, tm
     settings = recipe(tiny_folder, run__steps=4, **changes)
     with pytest.raises(RunError, match="failed in 4 tries"):
         train(settings, prompts=ROWS, out=tmp_path / "run")
-    events = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["kind"] == "load_failed"]
+    events = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["kind"] == "worker_restarted"]
     assert [event["step"] for event in events] == [3] * len(PAUSES)
     reward.write_text("def f(completions, **_): return [1.0] * len(completions)\n")
     train(settings, prompts=ROWS, out=tmp_path / "run", resume=True)
