@@ -80,15 +80,14 @@ class _Host:
             return answer
         assert self.state is not None
         function = message["function"]
-        other = self.watch is not None and self.last not in (None, function)
-        if other and self.watch and (stale := self.state.damage or self.watch.changed()):
+        turns = self.last not in (None, function)
+        if turns and self.watch and (stale := self.state.damage or self.watch.changed()):
             return {"stale": stale, "of": self.last, "last": True}
         self.last = function
         seed(message["seed"])
         try:
-            context = self.state.context()
-            reward = self.rewards[function]
-            return context.run(_score, reward, message["arguments"], message["state"], self.runner, context)
+            run = self.state.context().run
+            return run(_score, self.rewards[function], message["arguments"], message["state"], self.runner)
         finally:
             self.state.restore()
 
@@ -120,11 +119,7 @@ def _load(
 
 
 def _score(
-    reward: Loaded,
-    arguments: Mapping[str, Any],
-    state: Mapping[str, Any],
-    runner: asyncio.Runner,
-    context: contextvars.Context,
+    reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
 ) -> dict[str, Any]:
     """Call a reward. Returns {"values": […], "metrics": …, "extra": …} or {"failure": why}, with "last" if this process
     cannot be used any more.
@@ -145,7 +140,7 @@ def _score(
     try:
         result = reward.function(**_accepted(reward.function, {**arguments, **run, **reward.options}))
         if inspect.isawaitable(result):
-            result = runner.run(_awaited(result), context=context)
+            result = runner.run(_awaited(result), context=contextvars.copy_context())
         values = _values(result, size)
     except MemoryError as error:  # the memory may never be freed: another process continues
         return {"failure": f"{_describe(error)} (see reward.memory)", "last": True}
