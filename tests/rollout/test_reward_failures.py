@@ -69,14 +69,17 @@ def called_as(code: str, call: dict) -> object:
     return space["f"](**call["arguments"], trainer_state=SimpleNamespace(**call["trainer_state"]))
 
 
-def test_reward_that_cannot_be_loaded_again_stops_the_run_after_saving_it(tiny_folder: str, tmp_path: Path) -> None:
+def test_reward_that_cannot_be_loaded_again_stops_the_run_after_saving_it(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gruppo.rollout.workers.worker_set.PAUSES", (0.0, 0.0))
     reward, out = tmp_path / "r.py", tmp_path / "run"
     dies = "import os, pathlib\ndef f(completions, trainer_state, **_):\n    if trainer_state.global_step == 2:\n"
     dies += f"        pathlib.Path({str(reward)!r}).write_text('broken')\n        os._exit(1)\n"
     dies += "    return good(completions)\n"
     reward.write_text(WELL.replace("def f(", "def good(") + dies)
     settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=4, run__checkpoint_every=4)
-    with pytest.raises(RunError, match="fix them and resume"):
+    with pytest.raises(RunError, match=r"in 3 tries .*fix it and continue with --resume"):
         train(settings, prompts=ROWS, out=out)
     reward.write_text(WELL)
     train(settings, prompts=ROWS, out=out, resume=True)
