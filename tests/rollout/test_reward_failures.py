@@ -79,7 +79,7 @@ def test_reward_that_cannot_be_loaded_again_stops_the_run_after_saving_it(
     dies += "    return good(completions)\n"
     reward.write_text(WELL.replace("def f(", "def good(") + dies)
     settings = recipe(tiny_folder, reward__functions=[f"{reward}:f"], run__steps=4, run__checkpoint_every=4)
-    with pytest.raises(RunError, match=r"in 3 tries .*fix it and continue with --resume"):
+    with pytest.raises(RunError, match=r"in 3 tries .*fix it and continue with resume=True"):
         train(settings, prompts=ROWS, out=out)
     reward.write_text(WELL)
     train(settings, prompts=ROWS, out=out, resume=True)

@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import psutil
-
 # Names of variables that every worker process gets: locations of programs, libraries and caches, and how to use the
 # machine. Variables that are meant for secrets are not passed, nor a proxy's address if it contains a password.
 _PASSED = re.compile(

@@ -95,7 +95,7 @@ def test_replacement_that_never_loads_stops_the_run(tmp_path: Path) -> None:
     with pool(planned(tmp_path, "", *[KILLED] * 4, "")) as opened:
         opened.notify_of_restarts(notes.append)
         with pytest.raises(
-            RunError, match=r"replaced, but loading the functions failed in 4 tries .*SIGKILL.*--resume"
+            RunError, match=r"replaced, but loading the functions failed in 4 tries .*SIGKILL.*resume=True"
         ):
             opened.score([group("x"), group("a")], {})
     assert len(notes) == 3
