@@ -10,6 +10,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from gruppo.errors import speak_command_line
 from gruppo.models.compatibility import wrap_model
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import save_model
@@ -39,6 +40,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     count = sum(value for report in reports for name, value in report.user_properties if name == "examples")
     if count:
         terminalreporter.write_line(f"{count:,} examples tried")
+
+
+@pytest.fixture(autouse=True)
+def words_of_python() -> None:
+    """Messages name arguments of Python functions, even if the test before ran the command line in this process."""
+    speak_command_line(False)
 
 
 END = 0

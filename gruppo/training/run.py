@@ -78,12 +78,8 @@ class TrainingRun:
         self.context = RunContext(self.recipe, parts.run, self.state, self.recorder, stop, self.callbacks)
         self.checkpointer = Checkpointer(self.context, parts, self.status, enabled=saves)
         parts.sizes.on_reduced = self._size_reduced
-        for pool in (parts.pool, parts.audit, parts.episodes.environments if parts.episodes else None):
-            if pool is not None:
-                pool.notify_of_restarts(self._restarted)
-        self.audit = None
-        if parts.audit is not None and self.recipe.audit is not None:
-            self.audit = RewardAudit(parts.audit, self.recipe.audit, self.recipe.run.seed)
+        _record_restarts(parts, self.recorder, self.state)
+        self.audit = _reward_audit(parts)
         scorer, reward_trainer = self._reward_model()
         self.rollouts = self._rollouts(scorer, source)
         guard = FiniteGuard(self.context, parts.policy.tokenizer)
@@ -305,12 +301,6 @@ class TrainingRun:
         self.recorder.event("memory", str(reduced), step, **asdict(reduced))
         self.recorder.note(f"Step {step}: {reduced}")
 
-    def _restarted(self, message: str) -> None:
-        """Record why a worker process is started again."""
-        step = self.state.step + 1
-        self.recorder.event("worker_restarted", message, step)
-        self.recorder.note(f"Step {step}: {message}")
-
 
 def _reward_weights(parts: RunComponents) -> dict[str, float]:
     """The weights of everything that scores completions, by name."""
@@ -319,3 +309,21 @@ def _reward_weights(parts: RunComponents) -> dict[str, float]:
         weights[ENVIRONMENT] = parts.episodes.weight
     settings = parts.recipe.reward_model
     return weights | ({REWARD_MODEL: settings.weight} if parts.reward_model is not None and settings else {})
+
+
+def _reward_audit(parts: RunComponents) -> RewardAudit | None:
+    settings = parts.recipe.audit
+    return RewardAudit(parts.audit, settings, parts.recipe.run.seed) if parts.audit is not None and settings else None
+
+
+def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> None:
+    """From now on, record why a worker process is started again."""
+
+    def restarted(message: str) -> None:
+        step = state.step + 1
+        recorder.event("worker_restarted", message, step)
+        recorder.note(f"Step {step}: {message}")
+
+    for pool in (parts.pool, parts.audit, parts.episodes.environments if parts.episodes else None):
+        if pool is not None:
+            pool.notify_of_restarts(restarted)

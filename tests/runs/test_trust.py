@@ -34,7 +34,10 @@ NAMED: dict[str, tuple[dict[str, Any], str]] = {
     "gruppo's own functions, which can write files": (
         {"task": {"name": "gruppo.training.export:export"}}, "gruppo.training.export:export",
     ),
-    "split": ({"reward_model": {"split": "evil:f"}}, "reward_model.split"),
+    "split": (
+        {"method": {"name": "grpo-process"}, "reward_model": {"kind": "process", "split": "evil:f"}},
+        "reward_model.split",
+    ),
     "audit": ({"audit": {"function": "evil:f"}}, "audit.function"),
     "surrogate": ({"method": {"surrogate": "evil:f"}}, "method.surrogate"),
     "grader": ({"evaluation": {"grader": "evil:f"}}, "evaluation.grader"),
