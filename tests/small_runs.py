@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from gruppo.config.loading import without_unused_fields
 from gruppo.runs.results import Result
 from gruppo.training.api import train
 
@@ -30,7 +31,7 @@ def recipe(model: str, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         section, _, field = key.partition("__")
         data.setdefault(section, {})[field] = value
-    return data
+    return without_unused_fields(data)
 
 
 def small_run(model: str, out: Path, resume: bool = False, **changes: Any) -> Result:

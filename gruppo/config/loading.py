@@ -91,7 +91,7 @@ def _texts(place: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _texts(f"{place}.{name}".removeprefix("."), item)
 
 
-def _without_unused_fields(data: dict[str, Any]) -> dict[str, Any]:
+def without_unused_fields(data: dict[str, Any]) -> dict[str, Any]:
     """The recipe of a run folder without fields that have no effect, which earlier versions accepted."""
     while True:
         try:
@@ -124,7 +124,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
         path = Path(source)
         data = _read_file(path)
         if (path.parent / "environment.json").is_file():  # a run folder, possibly written by an older version
-            data = _without_unused_fields(translate_recipe(data))
+            data = without_unused_fields(translate_recipe(data))
         files, folder, seen = [(str(path), data)], path.parent, [path.resolve()]
         if isinstance(run := files[0][1].setdefault("run", {}), dict):
             run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run")

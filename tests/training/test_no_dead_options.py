@@ -40,7 +40,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "mask_truncated": "not",
         "dynamic_sampling_rounds": 2,
     },
-    "sampling": {"prompts_per_step": 3, "group_size": 3, "max_tokens": 2, "temperature": 0.8},
+    "sampling": {"prompts_per_step": 3, "group_size": 3, "max_tokens": 2, "temperature": 0.8, "stop": ["a", "e", "i"]},
     "optimizer": {
         "learning_rate": 1e-3,
         "warmup_steps": 2,
@@ -92,10 +92,12 @@ def _choices(annotation: Any) -> list[Any]:
 
 def _others(table: str, name: str, now: Any) -> list[Any]:
     written = OTHER[table].get(name)
-    values = _choices(SECTIONS[table].model_fields[name].annotation) if written is None else written
-    if values == "not":
+    if written == "not":
         return [not now]
-    return [value for value in (values if isinstance(values, list) else [values]) if value != now]
+    if written is None:
+        written = _choices(SECTIONS[table].model_fields[name].annotation)
+    several = isinstance(written, list) and name != "stop"
+    return [value for value in (written if several else [written]) if value != now]
 
 
 class InProcessPool(RewardPool):
