@@ -193,7 +193,7 @@ def whole(data: dict, *overrides: str, **options: Any) -> dict[str, Finding]:  #
 
 def test_a_whole_check_of_a_recipe_that_is_right(data: dict) -> None:  # noqa: F811
     found = whole(data)
-    assert {name: each.severity for name, each in found.items()} == {
+    assert {name: each.severity for name, each in found.items() if not name.startswith("row ")} == {
         **dict.fromkeys(["recipe", "model", "EOS tokens", "padding", "prompts", "memory", "time", "reward"], "ok"),
         **dict.fromkeys(["disk", "reward time", "nonzero advantage", "engine", "gradient"], "ok"),
         "kernels": "ok" if why_missing(torch.float32) is None else "note",
@@ -266,7 +266,7 @@ def test_rows_sample_nothing(tiny_folder: str, tmp_path: Path, name: str) -> Non
             "model": {"name": tiny_folder, "device": "cpu", "dtype": "float32"},
             "task": {"name": str(tmp_path / "rows.jsonl")},
             "method": {"name": name, "source": "dataset"},
-            "sampling": {"max_tokens": 8, "prompts_per_step": 2, "group_size": 2},
+            "sampling": {"max_tokens": 8, "prompts_per_step": 2},
         }
     )
     assert 'method.source = "dataset"' in found["completions"].what

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.config.loading import RecipeError, load_recipe, without_unused_fields
 from gruppo.errors import RunError, UsageError
 from gruppo.models.reward_model import save_reward_model
 from gruppo.models.value_head import ScalarModel
@@ -41,7 +41,7 @@ def rounds(model: str, kind: str, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         section, _, field = key.partition("__")
         settings[section][field] = value
-    return settings
+    return without_unused_fields(settings)
 
 
 def labels_of(out: Path) -> dict[str, Any]:
@@ -266,4 +266,4 @@ def test_a_missing_reward_model_is_reported_before_weights_are_loaded(
 ) -> None:
     monkeypatch.setattr("gruppo.training.setup.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match=message):
-        train(rounds(tiny_folder, "outcome", **changes), prompts=ROWS, out=tmp_path / "run")
+        train(rounds(tiny_folder, "process", **changes), prompts=ROWS, out=tmp_path / "run")

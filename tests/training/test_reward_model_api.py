@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from gruppo import label, train, train_reward_model
 from gruppo.cli.main import app
+from gruppo.config.loading import without_unused_fields
 from gruppo.errors import UsageError
 from gruppo.models.weights import save_model
 from gruppo.runs.reading import read_lines
@@ -82,6 +83,7 @@ def test_a_reward_model_is_trained_on_labels_and_resumes(
     own = {**settings, "reward_model": {**settings["reward_model"], "kind": kind}}
     if kind == "outcome":
         own["method"] = {"name": "grpo"}
+    own = without_unused_fields(own)
     whole = train_reward_model(own, labelled, out=tmp_path / "whole")
     lines = read_lines(tmp_path / "whole/metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, whole.updates + 1))
