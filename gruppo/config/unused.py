@@ -89,7 +89,10 @@ _RULES = (
         'only baseline = "indicator", credit = "pair", max_per_prompt and a trained [reward_model] use it; remove it',
     ),
     _Rule(
-        "sampling", "group_size stop", _offline, 'method.source = "dataset" reads completions and samples none; remove it'
+        "sampling",
+        "group_size stop",
+        _offline,
+        'method.source = "dataset" reads completions and samples none; remove it',
     ),
     _Rule("reward", "*", _offline, 'method.source = "dataset" scores nothing; remove it'),
     _Rule(

@@ -71,6 +71,14 @@ PIECES = {1: "a", 2: "ab", 3: "bc", 4: "abcd", 5: "c", 6: "\u00e9"}
 class Pieces:
     """Tokens of several characters. Like some tokenizers, it strips the first space."""
 
+    chat_template = bos_token = bos_token_id = pad_token = pad_token_id = None
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [next(token for token, piece in PIECES.items() if piece == text)]}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [PIECES[token] for token in ids]
+
     def decode(self, ids: list[int], **_: object) -> str:
         return "".join(PIECES[token] for token in ids).removeprefix(" ")
 
