@@ -44,6 +44,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "optimizer": {
         "learning_rate": 1e-3,
         "warmup_steps": 2,
+        "warmup_ratio": 0.9,
         "beta1": 0.5,
         "beta2": 0.5,
         "epsilon": 1e-3,
@@ -109,7 +110,8 @@ class InProcessPool(RewardPool):
     steps = False
 
     def __init__(self, functions: Any, weights: Any, *_: Any, **__: Any) -> None:
-        self.names, self.weights, self.digests, self._workers, self._output = ["letters"], [1.0], [], [], None
+        super().__init__(functions, weights, [], workers=0)
+        self.names, self.weights = ["letters"], [1.0]
 
     def score(self, groups: Any, state: Any, advance: Any = None) -> Any:
         def reward(prompt: Prompt, completion: Completion) -> Any:
@@ -164,7 +166,7 @@ def base(model: str, method: str, changes: Mapping[str, Any], reward_model: Mapp
         del settings["reward"], settings["sampling"]["group_size"]
     if reward_model:
         settings["reward_model"] = {"prompts": 4, "batch_size": 8, "learning_rate": 1e-3, **reward_model}
-        settings["run"]["iterations"] = 2
+        settings["run"]["iterations"] = 2 if METHODS[method].settings.get("source", "policy") == "policy" else 1
     return settings
 
 
