@@ -51,9 +51,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "weight_decay": 0.5,
         "max_grad_norm": 1e-3,
     },
-    "critic": {"name": "the same model", "learning_rate": 1e-2, "clip": 0.001, "gamma": 0.5, "gae_lambda": 0.5},
+    "critic": {"learning_rate": 1e-2, "clip": 0.001, "gamma": 0.5, "gae_lambda": 0.5},
     "reward_model": {
-        "name": "the same model",
         "weight": 3.0,
         "prompts": 5,
         "held_out": 0.6,
@@ -195,7 +194,8 @@ def test_no_field_is_without_effect(method: str, changes: dict[str, Any], table:
     resolved = load_recipe(settings)
     before = cache(lambda: outcome(settings))
     for field in SECTIONS[table].model_fields:
-        if (table, field) == ("method", "name"):
+        one_update = (table, field) == ("method", "surrogate") and resolved.method.inner_updates == 1
+        if field == "name" or one_update:  # at ratio 1, all surrogates have the same gradient
             continue
         for value in _others(table, field, getattr(getattr(resolved, table), field)):
             other = changed(settings, table, field, value, model)
