@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from gruppo.config.chat_options import check_json, check_kwargs, check_tools
 from gruppo.config.labels import options_name, split_label
-from gruppo.config.units import as_bytes, share_or_size
+from gruppo.config.units import Size, share_or_size
 from gruppo.errors import nearest
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -173,16 +173,10 @@ class Task(Section):
     overlong: Literal["refuse", "filter"] = "refuse"
     """If prompts are longer than that: "refuse" rejects the recipe, "filter" leaves them out and reports how many.
     Prompts are never truncated."""
-    memory: str = "8 GB"
+    memory: Size = "8 GB"
     """Maximum memory of the task's rows, unpacked, such as "500 MB" or "32 GB". A larger source is refused."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Sampling weight of this task in a mixture, relative to the other tasks."""
-
-    @field_validator("memory")
-    @classmethod
-    def _memory_is_a_size(cls, memory: str) -> str:
-        as_bytes(memory)
-        return memory
 
     @model_validator(mode="before")
     @classmethod
@@ -305,7 +299,7 @@ class Environment(Section):
     seconds: Annotated[float, Field(gt=0)] = 5.0
     """Time limit of one answer in seconds: one Python block (wall-clock and processor time) or one call of the
     class."""
-    memory: str = "512 MiB"
+    memory: Size = "512 MiB"
     """Memory limit of one sandbox, or of one process that runs instances of the class: "512 MiB", "1 GB"."""
     output: Annotated[int, Field(ge=1)] = 2000
     """Maximum length in characters of an answer shown to the model. Longer answers are truncated with a note."""
@@ -315,12 +309,6 @@ class Environment(Section):
     """Weight of get_reward() in the total reward, next to reward.weights, if the class defines it."""
     run_model_code_WITHOUT_A_SANDBOX: bool = False  # noqa: N815  ugly on purpose: it is dangerous
     """Run the model's code as you, with all your permissions. Use it only on a machine where nothing can be lost."""
-
-    @field_validator("memory")
-    @classmethod
-    def _is_a_size(cls, memory: str) -> str:
-        as_bytes(memory)
-        return memory
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

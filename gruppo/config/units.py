@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 _UNITS = {
@@ -25,6 +26,14 @@ def as_bytes(text: str) -> int:
     if size < 1:
         raise PydanticCustomError("memory", "must be a number followed by B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
     return size
+
+
+def _checked_size(text: str) -> str:
+    as_bytes(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_checked_size)]  # a size that `as_bytes` accepts
 
 
 def share_or_size(value: Any) -> Any:

@@ -104,6 +104,11 @@ def asks_for_time(
     return bool(_rendered(tokenizer, messages, options or {}, {"add_generation_prompt": True})["dated"])
 
 
+def end_renderer() -> None:
+    """End the process that renders templates. The next template starts another one."""
+    _RENDERER.end()
+
+
 def unread_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> list[str]:
     """Names of options that appear nowhere in the template, so that they change nothing."""
     if _renders_itself(tokenizer) or not tokenizer.chat_template:
@@ -317,8 +322,13 @@ class _Renderer:
         name = names.get(code or 0, f"exit code {code}")
         return {"kind": "died", "message": name, "killed": code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)}
 
+    def end(self) -> None:
+        """End the process, once it has answered what it was asked."""
+        with self._lock:
+            self.close()
+
     def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it does."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()

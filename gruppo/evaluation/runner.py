@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Task
+from gruppo.data.chat_template import end_renderer
 from gruppo.data.loading import Dataset
 from gruppo.data.tokenization import tokenize_part
 from gruppo.engines import build_engine
@@ -236,10 +237,11 @@ def open_eval_sets(
 ) -> Candidate:
     """Read a recipe's evaluation sets and load its model, or use the model passed from Python.
 
-    `stack` closes the processes of an environment. Raises UsageError for problems with the evaluation sets, before
-    weights are loaded.
+    `stack` ends the processes of an environment and of chat templates. Raises UsageError for problems with the
+    evaluation sets, before weights are loaded.
     """
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    stack.callback(end_renderer)
     all_rows = read_eval_sets(recipe, progress)
     source = find_model(
         recipe.model.name if model is None else model, progress, tokenizer, recipe.model.trust_remote_code

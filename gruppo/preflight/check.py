@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
+from gruppo.data.chat_template import end_renderer
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data, read_data, require_independent_audit
 from gruppo.preflight.findings import WIDTH, Finding, format_findings
@@ -116,6 +117,7 @@ def check_recipe(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(stop.interruptible())
+        stack.callback(end_renderer)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         return _check(settings, data, shown, stop, folder, 0.0 if quick else seconds)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import RewardModel
+from gruppo.data.chat_template import end_renderer
 from gruppo.errors import RunError, UsageError
 from gruppo.evaluation.datasets import Data, read_data
 from gruppo.runs.atomic import WriteError
@@ -88,6 +89,7 @@ def label(
         data = read_data(settings, settings.reward.functions, None, shown)
         run = RunFolder(folder)
         stack.callback(run.close)
+        stack.callback(end_renderer)
         return _label(settings, reward_model, data, run, stack, shown, stop)
 
 
@@ -193,6 +195,7 @@ def train_reward_model(
         stack.enter_context(explaining_write_errors(folder))
         run = RunFolder(folder)
         stack.callback(run.close)
+        stack.callback(end_renderer)
         return _train(settings, reward_model, files, run, shown, stop)
 
 

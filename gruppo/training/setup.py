@@ -18,7 +18,7 @@ from gruppo.config.resume import MEMORY
 from gruppo.config.sections import Audit
 from gruppo.config.sections import Reward as RewardSettings
 from gruppo.config.units import as_bytes
-from gruppo.data.chat_template import template_time
+from gruppo.data.chat_template import end_renderer, template_time
 from gruppo.data.mixture import Mixture
 from gruppo.data.offline import OfflineCompletions
 from gruppo.data.tokenization import data_sha256
@@ -185,6 +185,7 @@ def _open_folder(
     # Check again: another run may have used the folder before this one got the lock.
     check_folder(folder, recipe, resume, links_to=links_to)
     started = start_time(folder)
+    stack.callback(end_renderer)
     stack.enter_context(template_time(started))
     return run, started
 

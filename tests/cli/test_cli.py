@@ -157,9 +157,9 @@ def test_folder_with_another_run(recipe_file: Path, tmp_path: Path) -> None:
     again = gruppo("train", recipe_file, "--out", tmp_path / "run", "--set", "run.steps=1")
     assert again.returncode == 2
     assert "--resume" in again.stderr
-    changed = gruppo("train", recipe_file, "--out", tmp_path / "run", "--set", "run.steps=2", "--resume")
+    changed = gruppo("train", recipe_file, "--out", tmp_path / "run", "--set", "run.seed=2", "--resume")
     assert changed.returncode == 2
-    assert "run.steps was 1 and is 2" in changed.stderr
+    assert "run.seed was 0 and is 2" in changed.stderr
 
 
 def test_interrupted_saves_says_how_to_go_on_and_exits_with_130(recipe_file: Path, tmp_path: Path) -> None:

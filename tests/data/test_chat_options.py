@@ -156,8 +156,8 @@ def test_completions_are_rendered_with_the_options() -> None:
 def test_later_turns_are_rendered_with_the_options() -> None:
     renderer = ChatRenderer(tokenizer(), [END])
     ids = make_tokenizer()("<b<eos>=no", add_special_tokens=False)["input_ids"]
-    assert renderer.after(["b"], {"thinking": False}) == list(ids)
-    assert renderer.after(["b"]) == list(ids)[:-2]
+    assert renderer.after(["b"], [], {"thinking": False}) == list(ids)
+    assert renderer.after(["b"], []) == list(ids)[:-2]
     _, extended = renderer.prompt(CHAT, "b", {"thinking": False})
     assert list(extended) == list(make_tokenizer()("<abb<eos>=no", add_special_tokens=False)["input_ids"])
 

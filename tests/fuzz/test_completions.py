@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gruppo.algorithms.advantages import process_advantages
 from gruppo.algorithms.credit import assign_advantages
 from gruppo.algorithms.filtering import mark_trained, select
+from gruppo.data.references import alternatives
 from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import RunError, UsageError
@@ -115,11 +116,14 @@ def test_rewards_are_finite_for_any_text(
     with clear():
         for rewards in (
             think_format(completions), Regex(r"\w*")(completions), Repetition(ngram)(completions),
-            Overlong(max_tokens)(completion_ids), exact_match(completions, [answer] * len(texts)),
-            last_number_reward(completions, [answer] * len(texts)),
+            Overlong(max_tokens)(completion_ids),
         ):  # fmt: skip
             assert len(rewards) == len(texts)
             assert all(math.isfinite(reward) for reward in rewards)
+        for judge in (exact_match, last_number_reward):
+            values = judge(completions, [answer] * len(texts))
+            assert len(values) == len(texts)
+            assert all(value in ((0, 1) if alternatives(answer) else (None,)) for value in values)
 
 
 @examples(
@@ -206,7 +210,7 @@ def test_steps_end_within_their_completion(text: str, ids: list[int]) -> None:
     ends = checked_ends(lines, text)
     assert ends == sorted(set(ends))
     completion = completion_of(ids)
-    tokens = step_tokens(completion, checked_ends(lines, completion.text), TOKENIZER)
+    tokens = step_tokens(completion, checked_ends(lines, completion.text), TOKENIZER, [])
     assert all(0 <= token < len(ids) for token, _ in tokens)
     assert [token for token, _ in tokens] == sorted({token for token, _ in tokens})
 

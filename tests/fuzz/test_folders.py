@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from gruppo.config.loading import load_recipe
+from gruppo.config.loading import load_recipe, without_unused_fields
 from gruppo.evaluation.runner import evaluate
 from gruppo.rollout.labels import read_labels
 from gruppo.runs.report import describe_run
@@ -36,13 +36,14 @@ def rows_file(folder: Path) -> str:
 
 
 def recipe_of(model: str, rows: str, **tables: Any) -> dict[str, Any]:
-    return {
+    recipe = {
         "run": {"name": "tiny", "steps": 4, "checkpoint_every": 2},
         "model": {"name": model, "device": "cpu", "dtype": "float32"},
         "task": {"name": rows},
         "sampling": {"prompts_per_step": 2, "group_size": 2, "max_tokens": 4},
         **tables,
     }
+    return without_unused_fields(recipe)
 
 
 @pytest.fixture(scope="module")

@@ -318,7 +318,7 @@ def test_a_reward_is_fixed_after_a_failure(tiny_folder: str, tmp_path: Path) -> 
     scores = "return [float(len(text)) for text in completions]\n"
     file.write_text(f"def f(completions, trainer_state, **_):\n    assert trainer_state.global_step < 2\n    {scores}")
     changes = {**CONSTANT, "reward__functions": [f"{file}:f"]}
-    with pytest.raises(Exception, match="fix the reward and continue with --resume") as error:
+    with pytest.raises(Exception, match="fix the reward and continue with resume=True") as error:
         small_run(tiny_folder, out, **changes)
     assert "step 3" in str(error.value)
     file.write_text(f"def f(completions, **_):\n    {scores}")

@@ -18,7 +18,7 @@ from gruppo.rewards.grading.complex_numbers import with_one_unit, written_out
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.labels import unlabelled_pair
-from gruppo.rewards.grading.latex import Formula, braced, formulas
+from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
 from gruppo.rewards.grading.matrices import MATRIX, MATRIX_END, expanded_determinants, flat, from_lists, is_matrix
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
@@ -35,7 +35,6 @@ _SYMBOLS = {
     "°": "^{\\circ}",
     "、": ",", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 } | {chr(0x2460 + place): f"\\textcircled{{{place + 1}}}" for place in range(9)}  # fmt: skip
-_WORD = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname|rm)"
 _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), other)
     for pattern, other in (
@@ -44,12 +43,12 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\varnothing\b", r"\\emptyset"),
         (r"\\langle\b", "("),
         (r"\\rangle\b", ")"),
-        (rf"{_WORD}\s*\{{\s*(?:all )?real numbers?\s*\}}", r"\\mathbb{R}"),
+        (rf"{WORD}\s*\{{\s*(?:all )?real numbers?\s*\}}", r"\\mathbb{R}"),
         (r"\\[dtc]frac", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|\\[,;: ]|,\\!|~)(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
-        (rf"{_WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
-        (rf"{_WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
+        (rf"{WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
+        (rf"{WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b", ""),
         (r"\\\$|\$|€|£|¥|￥|\\[()]|\\\[|\\\]|\*\*(?!\d)", ""),
         (r"\*\*", "^"),
@@ -65,7 +64,7 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"[\[(]\s*(\\begin\{pmatrix\}[^[]*?\\end\{pmatrix\})\s*[\])]", r"\1"),
     )
 ]  # fmt: skip
-_WORDS_BEFORE = re.compile(rf"^\s*{_WORD}\s*\{{[^{{}}]*\}}\s*:?\s*(?=[-\d\\(])")
+_WORDS_BEFORE = re.compile(rf"^\s*{WORD}\s*\{{[^{{}}]*\}}\s*:?\s*(?=[-\d\\(])")
 _LISTED = re.compile(r"\s*(?:,|;|\band\b|\bor\b|和|或)\s*")
 _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
 
@@ -297,21 +296,21 @@ def is_words(text: str) -> bool:
     """Whether an answer is words: text of three or more letters, or of two or more Chinese characters, without math."""
     if "\\textcircled" in text:
         return True
-    inner = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    inner = re.sub(rf"{WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
     if _MATH.search(inner):
-        return bool(re.fullmatch(rf"\s*{_WORD}\s*\{{[^{{}}]*[A-Za-z]{{3,}}[^{{}}]*\}}\s*", text))
+        return bool(re.fullmatch(rf"\s*{WORD}\s*\{{[^{{}}]*[A-Za-z]{{3,}}[^{{}}]*\}}\s*", text))
     return bool(re.search(r"[A-Za-z]{3,}|[\u4e00-\u9fff]{2,}", inner)) or inner != text
 
 
 def _words(text: str) -> str:
-    text = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    text = re.sub(rf"{WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
     text = re.sub(r"[\s\"'“”‘’.,;:!?()（）\[\]{}。-]+", " ", text).strip().casefold()
     return re.sub(r"(?<=[a-z]{3})s\b", "", re.sub(r"^(?:the|an?) ", "", text))
 
 
 def _word_list(text: str) -> list[str]:
     """Words between commas, semicolons, "and" and "or", sorted."""
-    plain = re.sub(rf"{_WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    plain = re.sub(rf"{WORD}\s*\{{([^{{}}]*)\}}", r"\1", text)
     return sorted(_words(part) for part in re.split(r",|;|\band\b|\bor\b", plain) if part.strip())
 
 

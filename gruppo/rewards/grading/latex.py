@@ -18,6 +18,9 @@ class Formula(NamedTuple):
     text: str
 
 
+# A command that sets its argument upright, mostly words.
+WORD = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname|rm)"
+
 _DELIMITER = re.compile(r"\\[\s\S]|\$\$?")
 _CLOSING = {"\\(": "\\)", "\\[": "\\]"}
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from gruppo.rewards.grading.latex import WORD
+
 # What a letter, or an abbreviation that may be a product, stands for. A question with one of its names uses it.
 _NAMES = {
     "m": "met(?:er|re)", "s": "second", "h": "hour", "g": "gram", "l": "lit(?:er|re)", "L": "lit(?:er|re)", "d": "day",
@@ -26,9 +28,8 @@ EVERYDAY = frozenset("bBcCdFgGhJkKlLmMNpsStTVW")  # units of everyday texts, whe
 _NEVER = frozenset("aeinxyz")
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|rm|operatorname)\s*+\{([^{}]*+)\}")
-_UPRIGHT = r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mathit|mbox|operatorname|rm)"
 _UNIT_TEXT = re.compile(
-    rf"(?<=\S)\s*{_UPRIGHT}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?(?:\s*/?\s*{_UPRIGHT}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?)*\s*$"
+    rf"(?<=\S)\s*{WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?(?:\s*/?\s*{WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?)*\s*$"
 )
 _UNIT_WORD = re.compile(
     r"(?<=[\d})%])(?P<space>\s*)(?<![\\])(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
