@@ -337,7 +337,7 @@ def test_mistakes_are_reported_with_a_fix_and_leave_no_files(finished: Result, t
         (tmp_path / "nothing", "out", {}, "contains no run"),
         (tmp_path / "none", "out", {}, "contains no run"),
         (tmp_path / "bare", "out", {}, "no checkpoint yet"),
-        (tmp_path / "old", "out", {}, "has no base/"),
+        (tmp_path / "old", "out", {}, r"base/ \(config and tokenizer\) is missing"),
         (finished.path, "out", {"checkpoint": "5"}, "the steps with a checkpoint are"),
         (finished.path, "out", {"checkpoint": "newest"}, "write last, best, or"),
         (finished.path, "out", {"dtype": "float16"}, "write float32 or bfloat16"),

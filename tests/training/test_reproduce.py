@@ -144,11 +144,11 @@ def change_rows(out: Path, step: int, change: Callable[[dict[str, Any]], None]) 
     pq.write_table(pa.Table.from_pylist(rows, ROLLOUTS), path)
 
 
-def test_a_random_reward_is_reported_and_stored_rewards_are_used(
+def test_a_reward_without_a_seed_is_reported_and_stored_rewards_are_used(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text(
-        "import random\ndef f(completions, **_):\n    return [random.random() for _ in completions]\n"
+        "import random\ndef f(completions, **_):\n    return [random.SystemRandom().random() for _ in completions]\n"
     )
     small_run(tiny_folder, tmp_path / "run", reward__functions=[f"{tmp_path}/mine.py:f"], run__steps=2)
     result = reproduced(tmp_path / "run", 2, monkeypatch)

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from gruppo.data.boxes import boxes, last_box
+from gruppo.data.boxes import boxes, closing_braces, last_box
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.complex_numbers import with_one_unit, written_out
 from gruppo.rewards.grading.digits import ascii_digits
@@ -41,6 +41,8 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\(?:displaystyle|limits|nolimits|big|Big|bigg|bigl|bigr|Bigl|Bigr)\b|\\!\s*|\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\varnothing\b", r"\\emptyset"),
+        (r"\\(?:backslash|smallsetminus)\b|(?<=\\mathbb\{[CNQRZ]\})\s*-\s*(?=\\\{)", r"\\setminus "),
+        (r"(?<=[)\]])\s*U\s*(?=[(\[])|\\bigcup\b", r"\\cup "),
         (r"\\langle\b", "("),
         (r"\\rangle\b", ")"),
         (rf"{WORD}\s*\{{\s*(?:all )?real numbers?\s*\}}", r"\\mathbb{R}"),
@@ -95,8 +97,8 @@ def normal(text: str) -> str:
     text = _REPEATING.sub(_repeating, text)
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
-    text = expanded_determinants(text)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
+    text = re.sub(r"\s+", " ", expanded_determinants(text)).strip().rstrip(".,;:").strip()
+    return text[1:-1].strip() if closing_braces(text).get(0) == len(text) - 1 else text
 
 
 def same_formula(answer: str, wanted: str, question: str = "") -> bool:
@@ -158,6 +160,8 @@ def _same_by_shape(answer: str, wanted: str, units: Collection[str]) -> bool:
     united = wanted.split("\\cup")
     if len(rays) == len(united) > 1:
         return all(any(_same(ray, part, units) for ray in rays) for part in united)
+    if _JOINED.search(answer) or _JOINED.search(wanted):
+        return _verified(answer, wanted)
     kinds = _brackets(answer), _brackets(wanted)
     if {"set", "tuple"} == set(kinds) or (None not in kinds and kinds[0] != kinds[1]):
         return False
@@ -192,6 +196,7 @@ def _both_signs(text: str) -> Sequence[str]:
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 
 
+_JOINED = re.compile(r"\\(?:cup|cap|setminus)(?![A-Za-z])")  # sets
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|leq|geq|lt|gt)\b")
 _BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\mid\b|\||:|\\colon\b)(.*)\\\}")
 
