@@ -321,7 +321,7 @@ def _unknown(field: str, location: Sequence[str], value: Any) -> str:
     """An unknown field or table, with the field that the user probably means."""
     section = _section(location[:-1])
     known = list(section.model_fields) if section else []
-    what = "field" if len(location) > 1 else "table"
+    what = "field" if len(location) > 1 or not isinstance(value, Mapping | list) else "table"
     problem = f"{field} = {_short(value)}: unknown {what}"
     if isinstance(value, Mapping) and (inner := _inner_names(location, value)):
         return f"{problem}; {'; '.join(inner)}"
