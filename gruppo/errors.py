@@ -13,6 +13,7 @@ _command_line = False
 _IN_PYTHON = (
     (r"^--(out|to|step) (.+?): ", r"\1 = \2: "),
     (r"^--resume (.+?): ", r"out = \1: "),
+    (r"^--resume: ", "resume=True: "),
     (r"^--set (.+?): ", r"overrides, \1: "),
     (r"--set (\"[^\"]+\")", r"overrides = [\1]"),
     (r"\b(another|with|on|and) --(out|to|step|checkpoint)\b", r"\1 \2="),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.data.loading import checked_rows
 from gruppo.data.transform import transform
-from gruppo.errors import RunError, UsageError, one_line
+from gruppo.errors import RunError, UsageError, one_line, speak_command_line
 from gruppo.models.loading import find_model
 from gruppo.rollout.labels import read_labels
 from gruppo.runs.folder import RunFolder
@@ -38,6 +38,18 @@ def test_error_messages_are_one_encodable_line() -> None:
     assert str(UsageError("a\nb")) == "a b"
     assert str(RunError("a\r\ud800")) == "a \\ud800"
     assert str(RecipeError("one", "two\nlines")) == "one\ntwo lines"
+
+
+@pytest.mark.parametrize(("on_the_command_line", "in_python"), [
+    ("--resume runs/a: the recipe has changed", "out = runs/a: the recipe has changed"),
+    ("--resume: the questions are not those", "resume=True: the questions are not those"),
+    ("--out runs/a: exists; choose another --out", "out = runs/a: exists; choose another out="),
+    ("fix it and continue with --resume", "fix it and continue with resume=True"),
+])  # fmt: skip
+def test_errors_speak_the_language_of_the_caller(on_the_command_line: str, in_python: str) -> None:
+    assert str(UsageError(on_the_command_line)) == in_python
+    speak_command_line()
+    assert str(UsageError(on_the_command_line)) == on_the_command_line
 
 
 @pytest.mark.parametrize("data", [
