@@ -86,7 +86,8 @@ def test_code_is_shown_with_its_file_and_what_it_gets(tmp_path: Path, monkeypatc
     assert "evil" not in sys.modules
 
 
-def test_only_the_folder_that_this_user_wrote_is_own(tmp_path: Path) -> None:
+def test_only_the_folder_that_this_user_wrote_is_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.toml").write_text('[model]\nname = "x"\n[reward]\nfunctions = ["a.py:f"]\n')
