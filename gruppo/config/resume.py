@@ -10,7 +10,7 @@ FREE, LENGTH, MEMORY, FIXED = "free", "length", "memory", "fixed"
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     FREE: {
         "run": ("name", "checkpoint_every"),
-        "model": ("trust_remote_code",),
+        "model": ("name", "trust_remote_code"),  # the weights behind the name are compared
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),
         "environment": ("seconds", "memory", "workers"),
         "audit": ("function", "options", "share", "window"),
@@ -22,7 +22,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
     MEMORY: {"run": ("memory",)},
     FIXED: {
         "run": ("seed",),
-        "model": ("name", "device", "dtype", "lora"),
+        "model": ("device", "dtype", "lora"),
         **dict.fromkeys(
             ("task", "mixture"),
             (

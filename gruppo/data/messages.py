@@ -55,7 +55,7 @@ def text_or_messages(value: Any, where: str, column: str) -> str | list[Message]
 
 
 def _message(message: Any, where: str) -> Message:
-    """A message without the keys that have no value."""
+    """A message without the keys that have no value, and without an empty list of tool calls."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         hint = (
             "; rename from and value to role and content" if isinstance(message, Mapping) and "from" in message else ""
@@ -70,6 +70,8 @@ def _message(message: Any, where: str) -> Message:
     kept = {key: value for key, value in message.items() if value is not None}
     if "tool_calls" in kept:
         kept["tool_calls"] = _tool_calls(kept["tool_calls"], f"{where}.tool_calls")
+        if not kept["tool_calls"]:  # templates ask only whether the key is there
+            del kept["tool_calls"]
     content = message.get("content")
     if content is not None:
         return {**kept, "content": _content(content, f"{where}.content")}

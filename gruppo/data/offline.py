@@ -141,6 +141,8 @@ def _tokens_of_messages(
     for place, message in enumerate(messages):
         before, by_assistant = [*content, *messages[:place]], message["role"] == "assistant"
         whole = _rendered(tokenizer, [*before, message], options)
+        if by_assistant:
+            _require_rendered(tokenizer, whole, before, message, options)
         if by_assistant and place:
             start = _rendered(tokenizer, before, options, ask=True)
             extend(_rest(tokenizer, known, start, before, options), False)
@@ -156,6 +158,40 @@ def _tokens_of_messages(
         raise UsageError("it has no assistant tokens; write some text")
     first, last = len(prompt.token_ids), len(mask) - mask[::-1].index(True)
     return tuple(token_ids[first:last]), tuple(mask[first:last])
+
+
+def _require_rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    whole: str,
+    before: Sequence[Message],
+    message: Message,
+    options: Mapping[str, Any],
+) -> None:
+    """Raise UsageError if the template leaves out a part of an answer: `whole` is the same without it."""
+    for key, fix in _PARTS.items():
+        value = message.get(key)
+        if not value or (isinstance(value, str) and (not value.strip() or value.strip() in whole)):
+            continue
+        rest = {name: other for name, other in message.items() if name != key}
+        try:
+            left_out = _rendered(tokenizer, [*before, {**rest, "content": rest.get("content") or ""}], options) == whole
+        except UsageError:  # the template needs it
+            continue
+        if left_out:
+            raise UsageError(
+                f"the model's chat template leaves out the {key} of this answer, so it would not be trained on; "
+                f"{fix}, or use a chat template that shows it"
+            )
+
+
+# What an answer consists of, and what to do if a template leaves it out.
+_PARTS = {
+    "tool_calls": "write the calls into the content, in the form that the model is to write",
+    "reasoning_content": "write the reasoning into the content, e.g. <think>…</think> before the answer",
+    "reasoning": "write the reasoning into the content, e.g. <think>…</think> before the answer",
+    "thinking": "write the reasoning into the content, e.g. <think>…</think> before the answer",
+    "content": "write the answer as this template expects it",
+}
 
 
 def _continued(tokenizer: PreTrainedTokenizerBase, known: Sequence[int], whole: Sequence[int], text: str) -> list[int]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gruppo.errors import UsageError, error_line
@@ -90,12 +92,54 @@ def merge_adapter(folder: Path, base: str, progress: Progress, trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(
             folder if has_tokenizer else base, trust_remote_code=trust_remote_code
         )
-        model: Any = load_weights(base, torch.float32, trust_remote_code)
-        adapted = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu", use_safetensors=True)
-        return adapted.merge_and_unload(safe_merge=True), tokenizer
+        for untie in (False, True):  # the output head and the embedding, if they are one tensor
+            model = load_weights(base, torch.float32, trust_remote_code)
+            if rows := _rows_of_embedding(folder / _WEIGHTS):
+                model.resize_token_embeddings(rows)
+            if untie:
+                _untie(model)
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu", use_safetensors=True)
+            if not hasattr(adapted, "merge_and_unload"):
+                kind = adapted.active_peft_config.peft_type.value
+                raise UsageError(
+                    f"model.name = {str(folder)!r}: is an adapter of the type {kind}, "
+                    "which cannot be merged into the weights of a model; use one that can, such as LoRA"
+                )
+            wanted = _trial(adapted)
+            merged = adapted.merge_and_unload(safe_merge=True)
+            if torch.allclose(_trial(merged), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+                return merged, tokenizer
+        raise UsageError(
+            f"model.name = {str(folder)!r}: the merged model computes something else than the adapter on its base; "
+            "use an adapter of other layers"
+        )
 
     what = f"Merging the adapter {folder.name} into {base}"
     return _converted(name, folder, f"use an adapter of {base}", what, read, progress)
+
+
+def _rows_of_embedding(weights: Path) -> int:
+    """The size of the vocabulary in an adapter that brings a whole embedding or output head; 0 if it brings none."""
+    with safe_open(weights, "pt") as tensors:
+        whole = [name for name in tensors.keys() if name.endswith(_WHOLE)]  # noqa: SIM118  it is no mapping
+        return int(tensors.get_slice(whole[0]).get_shape()[0]) if whole else 0
+
+
+_WHOLE = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
+
+
+def _untie(model: Any) -> None:
+    """Give the output head a weight of its own."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def _trial(model: Any) -> Tensor:
+    """Logits of a few tokens."""
+    size = model.get_input_embeddings().weight.shape[0]
+    return torch.as_tensor(model.eval()(input_ids=torch.arange(1, 9)[None] % size).logits)
 
 
 def _files(location: str) -> list[Path]:

@@ -232,6 +232,7 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
         *static_checks.check_dataset_completions(inputs.offline, most),
         *static_checks.check_overlap(prompts, inputs.questions),
         *row_checks.check_answers(prompts, bool(inputs.offline)),
+        *row_checks.check_tool_values(prompts),
         *row_checks.check_evaluation_format(recipe, prompts, inputs.eval_sets),
         _memory(check, policy),
         _time(check),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gruppo.config.recipe import Recipe
@@ -53,6 +54,36 @@ def check_answers(prompts: Sequence[Prompt], trains_on_rows: bool) -> list[Findi
     return found
 
 
+def check_tool_values(prompts: Sequence[Prompt]) -> list[Finding]:
+    """Whether tool calls or tools have keys without a value, which appear when rows with different tools are listed."""
+    nulls = [(prompt, path) for prompt in prompts if (path := next(_nulls(prompt), None))]
+    if not nulls:
+        return []
+    return [Finding(
+        "warning", "tools", f"{len(nulls)} of {len(prompts)} prompts have a tool call or a tool with a key whose value "
+        f"is null, e.g. {nulls[0][0].id}: {nulls[0][1]}", "the chat template shows null to the model; pyarrow and "
+        "datasets add such keys, those of other rows, when they turn a table into a list (to_list, to_pylist)",
+        "pass the Dataset or the Parquet file itself, or remove these keys, unless null is meant",
+        {"prompts": len(prompts), "null": len(nulls)},
+    )]  # fmt: skip
+
+
+def _nulls(prompt: Prompt) -> Iterator[str]:
+    """Where tool calls and tools of a prompt have None as a value."""
+    for place, message in enumerate([] if isinstance(prompt.content, str) else prompt.content):
+        yield from _nulls_in(message.get("tool_calls") or [], f"prompt[{place}].tool_calls")
+    yield from _nulls_in(prompt.template_options.get("tools") or [], "tools")
+
+
+def _nulls_in(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from [f"{path}.{key}"] if item is None else _nulls_in(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _nulls_in(item, f"{path}[{place}]")
+
+
 def _references(prompt: Prompt) -> list[str]:
     values = [prompt.columns[name] for name in _REFERENCES if name in prompt.columns]
     found = [value for value in values if isinstance(value, str | int | float | list | tuple)]
@@ -78,7 +109,8 @@ def check_evaluation_format(recipe: Recipe, prompts: Sequence[Prompt], eval_sets
                 "warning", f"format of {name}", f"{len(others)} of {len(eval_set.prompts)} prompts are "
                 f"{_format(others[0])}, but those of training are {' or '.join(sorted(trained)[:2])}",
                 "the model is evaluated on another format than it is trained on",
-                "write the same system and template in its task, or leave them out to inherit them",
+                "write the same system, template and chat_template_kwargs in its task, or leave them out to inherit "
+                "them",
                 {"prompts": len(eval_set.prompts), "different": len(others)},
             ))  # fmt: skip
         elif (task := tasks.get(eval_set.name)) and not any(_same_prompts(task, other) for other in recipe.tasks):
@@ -94,9 +126,12 @@ def _format(prompt: Prompt) -> str:
     content = prompt.content
     if isinstance(content, str):
         return "plain text"
-    if content[0]["role"] != "system":
-        return "messages without a system message"
-    return f"messages with the system message {content[0]['content'][:60]!r}"
+    form = "messages without a system message"
+    if content[0]["role"] == "system":
+        form = f"messages with the system message {content[0]['content'][:60]!r}"
+    options = {name: value for name, value in sorted(prompt.template_options.items()) if name != "tools"}
+    texts = [f"{name} = {json.dumps(value, default=str, ensure_ascii=False)}" for name, value in options.items()]
+    return ", ".join([form, *texts, *(["tools"] if prompt.template_options.get("tools") else [])])
 
 
 def _same_prompts(task: Task, other: Task) -> bool:

@@ -254,7 +254,7 @@ def _generation_prompt(prompt: str, bare: str, before: str) -> Finding:
 
     `prompt`: rendered with a generation prompt; `bare`: without; `before`: what precedes an answer.
     """
-    if prompt == bare and before != bare:
+    if prompt == bare and before.rstrip() != bare.rstrip():
         header = before.removeprefix(bare)[-40:]
         return Finding(
             "problem", "generation prompt", "the chat template renders the same with and without a generation prompt, "

@@ -13,6 +13,7 @@ from gruppo.config.resume import FIXED, LENGTH, REASONS, rule_of
 from gruppo.config.schedule import learning_rate, warmup_steps
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_object
+from gruppo.utils.paths import user_path
 
 INCOMPARABLE = ("evaluation.every",)  # changes of [evaluation] after which accuracies can still be compared
 
@@ -138,12 +139,25 @@ def _length_problem(before: Recipe, now: Recipe, done: int, begun: int) -> str |
 
 
 def _effective(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, with the stop strings that evaluations take from [sampling]."""
+    """The recipe as plain values, where recipes that mean the same are equal: with the stop strings that evaluations
+    take from [sampling], with all weights of rewards, and with files of functions as absolute paths."""
     values = recipe.as_mapping()
+    reward = values["reward"]
+    reward["functions"] = [_located(name) for name in reward["functions"]]
+    reward["weights"] = reward["weights"] or [1.0] * len(reward["functions"])
+    for table, field in (("environment", "name"), ("method", "surrogate"), ("reward_model", "split")):
+        if values.get(table):
+            values[table][field] = _located(values[table][field])
     for settings in [values.get("evaluation"), *values.get("benchmarks", [])]:
         if settings is not None:
             settings["decoding"].setdefault("stop", values["sampling"]["stop"])
     return values
+
+
+def _located(name: str) -> str:
+    """An import path of a file with the file's absolute path; any other name unchanged."""
+    file, colon, function = name.rpartition(":")
+    return f"{user_path(file).absolute()}:{function}" if colon and file.endswith(".py") else name
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:

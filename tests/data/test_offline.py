@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from gruppo.data.messages import text_or_messages
 from gruppo.data.offline import offline_completions, with_prompt
 from gruppo.data.tokenization import tokenize_rows
 from gruppo.errors import UsageError
@@ -281,3 +282,37 @@ def test_tags_of_reasoning_that_are_no_special_tokens() -> None:
     (prompt,) = tokenize_rows([{"prompt": [user("a")], "completion": "[THINK]a[/THINK]b"}], odd, 200, 100, "t")
     ((completion, _),) = offline_completions(prompt, odd, False)
     assert completion.text == "a[/THINK]b"
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}={{ m['content'] or '' }}"
+    "{% if m['tool_calls'] is defined %}+{{ m['tool_calls'] | length }}{% endif %}<eos>"
+    "{% else %}<{{ m['content'] }}>{% endif %}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+)
+
+
+def test_an_empty_list_of_tool_calls_is_none() -> None:
+    row = {
+        "messages": [user("a"), {**assistant("b"), "tool_calls": []}, user("c"), {**assistant("d"), "tool_calls": None}]
+    }
+    plain = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
+    checked = [{"messages": text_or_messages(one["messages"], "row 1", "messages")} for one in (row, plain)]
+    assert completions_of(checked[0], template=CALLS) == completions_of(checked[1], template=CALLS)
+    with_call = {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
+    assert completions_of(with_call, template=CALLS)[0][0] == "+1<eos>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "template", "lost"),
+    [
+        ({"content": None, "tool_calls": [CALL]}, TURNS, "tool_calls"),
+        ({"content": "b", "tool_calls": [CALL]}, TURNS, "tool_calls"),
+        ({"content": "b", "reasoning_content": "ccc"}, TURNS, "reasoning_content"),
+        ({"content": "bbb"}, TURNS.replace("{{ m['content'] }}<eos>", "{{ m['text'] }}<eos>"), "content"),
+    ],
+)
+def test_what_a_template_leaves_out_of_an_answer_is_refused(answer: dict, template: str, lost: str) -> None:
+    row = {"messages": [user("a"), {"role": "assistant", **answer}]}
+    with pytest.raises(UsageError, match=f"leaves out the {lost} of this answer, so it would not be trained on"):
+        completions_of(row, template=template)

@@ -73,6 +73,47 @@ def test_new_adapters_are_trained_on_top_of_the_merged_one(adapter: Path, tmp_pa
     torch.testing.assert_close(logits(trained), logits(start.model), rtol=1e-4, atol=1e-4)
 
 
+def saved(tiny_folder: str, out: Path, settings: peft.PeftConfig, rows: int = 0) -> torch.Tensor:
+    """Save an adapter with random values. Returns its logits."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    assert model.config.tie_word_embeddings
+    if rows:
+        model.resize_token_embeddings(rows)
+    adapted = peft.get_peft_model(model, settings)
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    adapted.save_pretrained(str(out))
+    return logits(adapted.eval())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_tied_weights_unties_them(target: str, tiny_folder: str, tmp_path: Path) -> None:
+    """Merged into the tensor that both share, it would change both."""
+    settings = peft.LoraConfig(r=3, target_modules=[target], init_lora_weights=False, task_type="CAUSAL_LM")
+    wanted = saved(tiny_folder, tmp_path / "adapter", settings)
+    policy = load_model(find_model(str(tmp_path / "adapter")), "cpu", "float32")
+    assert not policy.model.config.tie_word_embeddings
+    torch.testing.assert_close(logits(policy.model), wanted, rtol=1e-4, atol=1e-4)
+    result = small_run(str(tmp_path / "adapter"), tmp_path / "run", run__steps=1, optimizer__learning_rate=0)
+    trained = AutoModelForCausalLM.from_pretrained(result.path / "model", dtype=torch.float32)
+    torch.testing.assert_close(logits(trained), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_with_a_larger_vocabulary(tiny_folder: str, tmp_path: Path) -> None:
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    wanted = saved(tiny_folder, tmp_path / "adapter", settings, rows=51)
+    policy = load_model(find_model(str(tmp_path / "adapter")), "cpu", "float32")
+    torch.testing.assert_close(logits(policy.model), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_trained_prompts_are_no_adapter_of_weights(tiny_folder: str, tmp_path: Path) -> None:
+    saved(tiny_folder, tmp_path / "adapter", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UsageError, match="of the type PROMPT_TUNING, which cannot be merged into the weights"):
+        find_model(str(tmp_path / "adapter"))
+
+
 def test_a_changed_adapter_is_merged_again(adapter: Path) -> None:
     first = weights_sha256(load_model(find_model(str(adapter)), "cpu", "float32").model)
     file = adapter / "adapter_model.safetensors"

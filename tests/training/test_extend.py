@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 
 from gruppo.errors import UsageError
+from gruppo.models.weights import save_model
 from gruppo.runs.reading import read_lines
 from gruppo.runs.status import read_status
 from gruppo.training.api import train
 from gruppo.training.reproduce import reproduce
+from tests.conftest import make_policy
 from tests.small_runs import ROWS, at_call, fingerprint, killed, recipe, small_run
 
 CONSTANT = {"optimizer__schedule": "constant"}
@@ -224,6 +227,27 @@ FREE: dict[str, dict[str, Any]] = {
 }
 
 
+def test_a_model_that_was_moved(tiny_folder: str, tmp_path: Path) -> None:
+    """Its weights are compared, whatever it is called."""
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_folder, moved)
+    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    small_run(str(moved), tmp_path / "run", resume=True, run__steps=1)
+    (event,) = events(tmp_path / "run")
+    assert (event["field"], event["new"]) == ("model.name", str(moved))
+    save_model(make_policy(seed=1), tmp_path / "other")
+    with pytest.raises(UsageError, match="the weights of the initial model are not those"):
+        small_run(str(tmp_path / "other"), tmp_path / "run", resume=True, run__steps=1)
+
+
+def test_another_spelling_is_no_change(tiny_folder: str, tmp_path: Path) -> None:
+    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    spelled = {"reward__functions": [str(Path("tests/rewards/functions.py:likes_letters").absolute())],
+               "reward__weights": [1.0]}  # fmt: skip
+    small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1, **spelled)
+    assert events(tmp_path / "run") == []
+
+
 @pytest.mark.parametrize("name", FREE)
 def test_fields_that_do_not_change_what_is_computed(name: str, tiny_folder: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
@@ -302,7 +326,7 @@ def test_memory_ends_the_promise_and_says_so(tiny_folder: str, tmp_path: Path) -
         ({"sampling__group_size": 2}, r"sampling\.group_size was 4 and is 2, but the completions so far"),
         ({"method__kl_coef": 0.1, "optimizer__beta1": 0.8}, r"method\.kl_coef was .*optimizer\.beta1 .*; restore them"),
         ({"sampling__stop": ["x"]}, r"sampling\.stop was \[\] and is \['x'\]"),
-        ({"reward__weights": [2.0]}, r"reward\.weights was \[\] and is \[2\.0\], but the steps"),
+        ({"reward__weights": [2.0]}, r"reward\.weights was \[1\.0\] and is \[2\.0\], but the steps"),
     ],
 )  # fmt: skip
 def test_what_cannot_change_is_refused(changes: dict, message: str, tiny_folder: str, tmp_path: Path) -> None:
