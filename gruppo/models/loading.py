@@ -29,6 +29,7 @@ from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
 from gruppo.models.pretrained import FOREIGN, load_weights, loading_progress, pickles_alone, require_whole_model
 from gruppo.utils.hub import hub_reachable
+from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.paths import is_dir, is_file, user_path
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.system import keep_freed_memory, limit_threads
@@ -180,7 +181,7 @@ def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
         if problem := pickles_alone(path):
             raise UsageError(f"model.name = {name!r}: {problem}")
         return str(path)
-    if name.startswith("in-memory:"):
+    if name.startswith(IN_MEMORY):
         raise UsageError(f"model.name = {name!r}: was passed from Python; pass it again: gruppo.train(…, model=…)")
     if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; write a folder saved by transformers")

@@ -24,6 +24,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Task
 from gruppo.errors import UsageError
 from gruppo.utils.files import file_sha256
+from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.paths import cache_dir, is_file, user_path
 
 RECIPE = "recipe.toml"
@@ -96,7 +97,7 @@ def _named(
     place: str, name: str, options: Mapping[str, Any] | None = None, variables: Sequence[str] = ()
 ) -> Iterator[Code]:
     """The code behind a name, if it is an import path. A function that was passed from Python is not in the folder."""
-    if ":" in name and not name.startswith("in-memory:"):
+    if ":" in name and not name.startswith(IN_MEMORY):
         yield Code(place, name, options or {}, tuple(variables))
 
 

@@ -19,6 +19,7 @@ from gruppo.runs.results import Result
 from gruppo.runs.trust import remember
 from gruppo.training.callbacks import Callback, Callbacks
 from gruppo.types import Row
+from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop, stop_on_signals
 
@@ -96,7 +97,7 @@ def run_recipe(
         raise UsageError("tokenizer: needs a model passed from Python; pass model=… too, or leave tokenizer out")
     if isinstance(model, str):
         raise UsageError(f'model = "{model}": is a name, not a model; write it as model.name in the recipe')
-    model_override = [] if model is None else [f"model.name=in-memory:{type(model).__name__}"]
+    model_override = [] if model is None else [f"model.name={IN_MEMORY}{type(model).__name__}"]
     settings = _with_arguments(load_recipe(recipe, [*overrides, *model_override]), rewards, prompts is not None)
     folder = Path(out) if out is not None else Path("runs") / settings.run.name
     functions = settings.reward.functions if rewards is None else rewards
@@ -134,7 +135,9 @@ def _with_arguments(recipe: Recipe, rewards: Sequence[str | RewardFunction] | No
     changes: dict[str, Any] = {}
     if rewards is not None:
         names = [
-            reward if isinstance(reward, str) else f"in-memory:{getattr(reward, '__qualname__', type(reward).__name__)}"
+            reward
+            if isinstance(reward, str)
+            else f"{IN_MEMORY}{getattr(reward, '__qualname__', type(reward).__name__)}"
             for reward in rewards
         ]
         keys = set(map(options_name, names))
@@ -147,5 +150,5 @@ def _with_arguments(recipe: Recipe, rewards: Sequence[str | RewardFunction] | No
             raise UsageError(
                 "prompts: rows are passed from Python, but the recipe has a [[mixture]]; use only one of them"
             )
-        changes["task"] = recipe.task.model_copy(update={"name": "in-memory:prompts", "options": {}, "split": None})
+        changes["task"] = recipe.task.model_copy(update={"name": f"{IN_MEMORY}prompts", "options": {}, "split": None})
     return recipe.model_copy(update=changes)

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from gruppo.config.methods import METHODS
 from gruppo.config.recipe import Recipe
+from gruppo.utils.imports import IN_MEMORY
 
 if TYPE_CHECKING:
     from gruppo.training.checkpoint import State
@@ -166,7 +167,7 @@ def _how(recipe: Recipe, environment: Mapping[str, Any]) -> str:
             ("the prompts", [task.name for task in recipe.tasks]),
             ("the reward functions", recipe.reward.functions),
         )
-        if any(name.startswith("in-memory:") for name in names)
+        if any(name.startswith(IN_MEMORY) for name in names)
     ]
     if passed:
         names = ", ".join(passed)

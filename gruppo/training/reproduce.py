@@ -25,6 +25,7 @@ from gruppo.runs.missing import steps_of, steps_text
 from gruppo.runs.reading import read_lines, read_object, require_own
 from gruppo.runs.trust import Code, foreign_code, refusal
 from gruppo.types import Reward, Row
+from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import stop_on_signals
 
@@ -259,13 +260,13 @@ def _reward_functions(
     model: PreTrainedModel | None,
 ) -> Sequence[str | RewardFunction]:
     """The reward functions. Raises UsageError if something that the run got from Python is not passed again."""
-    named = [name for name in recipe.reward.functions if name.startswith("in-memory:")]
+    named = [name for name in recipe.reward.functions if name.startswith(IN_MEMORY)]
     for field_, name, missing, argument in (
         ("reward.functions", named[0] if named else "", reward is None, "reward"),
         ("task.name", recipe.task.name, prompts is None, "prompts"),
         ("model.name", recipe.model.name, model is None, "model"),
     ):
-        if name.startswith("in-memory:") and missing:
+        if name.startswith(IN_MEMORY) and missing:
             raise UsageError(
                 f'{field_} = "{name}": was passed from Python; call '
                 f"gruppo.reproduce(run, step, {argument}=…) with the same"

@@ -12,6 +12,8 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.utils.paths import user_path
 
+IN_MEMORY = "in-memory:"  # begins the names of objects that were passed from Python
+
 
 def import_attribute(name: str, field: str) -> Any:
     """The callable named "package.module:name" or "path/to/file.py:name".
@@ -20,6 +22,8 @@ def import_attribute(name: str, field: str) -> Any:
     gruppo's own names do not make the current folder importable. Raises UsageError if the name is not an import path,
     the import fails, or the attribute does not exist or is not callable.
     """
+    if name.startswith(IN_MEMORY):
+        raise UsageError(f'{field} = "{name}": was passed from Python, so its name cannot be imported; pass it again')
     location, colon, attribute = name.rpartition(":")
     if not colon or not location or not attribute:
         raise UsageError(f'{field} = "{name}": not an import path; write "package.module:name" or "file.py:name"')

@@ -31,7 +31,7 @@ def awaited(result: Any) -> Any:
 @cache
 def _loop() -> asyncio.Runner:
     """One event loop per process: an object's locks and clients belong to the loop in which they were created."""
-    return asyncio.Runner()
+    return asyncio.Runner(loop_factory=asyncio.new_event_loop)  # not the current loop of other code
 
 
 def accepted_arguments(function: Callable[..., Any], row: Mapping[str, Any]) -> dict[str, Any]:

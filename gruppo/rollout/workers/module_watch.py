@@ -4,7 +4,8 @@ Watched are modules of the standard library, of gruppo and of installed packages
 globals is their own business. Modules may fill caches and import more of themselves, so only these count as patches:
 
 - another value, or none, for a name that stood for something callable, a module, or, in the standard library, a public
-  number or text. In an installed package, another value from the same package does not count;
+  number or text. In an installed package, another value from the same package does not count, nor does one from any
+  package for a private name of the standard library, which libraries replace when they are imported;
 - a method or property of a class of the standard library or of gruppo that is replaced, added or removed;
 - a new name in place of a built-in;
 - another module, or none, in sys.modules.
@@ -27,7 +28,7 @@ from typing import Any
 
 _STANDARD, _PACKAGES = sysconfig.get_path("stdlib"), ("site-packages", "dist-packages")
 _HEAP, _IMMUTABLE = 1 << 9, 1 << 8  # flags of classes
-_LEFT_OUT = ("__main__", "builtins", "sys")  # built-ins and parts of sys are restored after every call
+_LEFT_OUT = ("__main__", "builtins")  # built-ins are restored after every call
 _BUILT_INS = frozenset(vars(builtins))
 _MISSING = object()
 
@@ -62,9 +63,11 @@ class _Names:
 
     def _counts(self, name: str, old: Any, new: Any) -> bool:
         if old is _MISSING:
-            return _is_method(new) if self.of_class else name in _BUILT_INS
-        if self.root and _root(getattr(new, "__module__", None)) == self.root:
-            return False
+            return _is_method(new) if self.of_class else name in _BUILT_INS and not isinstance(new, ModuleType)
+        if self.root or name.startswith("_"):  # packages fill their own modules, and patch private names of others
+            home = _home(new)
+            if home and home == (self.root or home):
+                return False
         constant = not self.root and not name.startswith("_") and type(old) in (int, float, complex, str, bytes)
         return constant or _is_method(old) or isinstance(old, ModuleType)
 
@@ -117,11 +120,21 @@ class ModuleWatch:
     def _thread(self) -> str:
         if thread_count() <= self._count:
             return ""
-        frames = sys._current_frames()
-        for thread in threading.enumerate():
-            if thread not in self._threads and not _serves(thread, frames.get(thread.ident or 0)):
-                return f"a running thread ({thread.name})"
+        known = {thread.ident: thread for thread in threading.enumerate()}  # without those that _thread has started
+        for number, frame in sys._current_frames().items():
+            thread = known.get(number)
+            if thread not in self._threads and not _serves(thread, frame):
+                return f"a running thread ({thread.name if thread else number})"
         return ""
+
+
+def _home(value: Any) -> str | None:
+    """The installed package that a value comes from; None for the user's code and the standard library's.
+
+    For a function, its global names count, because functools.wraps copies the name of a module.
+    """
+    name = getattr(value, "__globals__", {}).get("__name__") or str(getattr(value, "__module__", None))
+    return _package(name, sys.modules.get(name)) or None
 
 
 def _package(name: str, module: Any) -> str | None:
@@ -157,7 +170,7 @@ def _root(name: Any) -> str:
     return name.partition(".")[0] if isinstance(name, str) else ""
 
 
-def _serves(thread: threading.Thread, frame: FrameType | None) -> bool:
+def _serves(thread: threading.Thread | None, frame: FrameType | None) -> bool:
     """Whether a thread belongs to a library and runs none of the user's code: it waits for work in a pool, for example.
 
     A timer waits in the library too, but will run the user's code.

@@ -5,6 +5,7 @@ The state that counts is that after the code was loaded: what it changes at impo
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import contextlib
 import contextvars
@@ -20,12 +21,14 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from _signal import getsignal  # type: ignore[import-not-found]  # without signal's conversion to enums, which takes most of the time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 _SIGNALS = tuple(sorted(set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}))
@@ -71,10 +74,13 @@ class ProcessState:
 
     def restore(self) -> None:
         """Restore the state after a call."""
-        for timer in _TIMERS:  # a later alarm would end this process
-            _setitimer(timer, 0)
-        _cancel_dump()
-        self._environment.restore()
+        try:
+            for timer in _TIMERS:  # a later alarm would end this process
+                _setitimer(timer, 0)
+            _cancel_dump()
+            self._environment.restore()
+        except Exception:  # noqa: BLE001  the call can have broken anything
+            self.damage = self.damage or "environment variables"
         for setting in self._settings:
             try:
                 if setting.read() != setting.value:
@@ -110,11 +116,21 @@ def _settings(output: dict[int, int]) -> list[tuple[str, Callable[[], Any], Call
         ("the signal mask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), _write_mask),
         ("sys", lambda: [sys.__dict__.get(name) for name in _OF_SYS], _write_sys),
         *((f"sys.{name}", one.copy, _list_writer(one)) for name, one in lists.items()),
+        *((f"sys.{name}", *_importers(name)) for name in ("meta_path", "path_hooks")),
         (
             "standard output",
             lambda: [*map(_file, output)],
             lambda _: [os.dup2(copy, number) for number, copy in output.items()],
         ),
+        (
+            "blocking output",
+            lambda: [*map(os.get_blocking, output)],
+            lambda modes: [*map(os.set_blocking, output, modes)],
+        ),
+        ("the event loop", _event_loop, _write_event_loop),
+        ("the wakeup descriptor", _wakeup_descriptor, signal.set_wakeup_fd),
+        ("the folder of temporary files", lambda: tempfile.tempdir, lambda one: setattr(tempfile, "tempdir", one)),
+        ("the precision of mpmath", lambda: _mpmath().prec, lambda one: setattr(_mpmath(), "prec", one)),
         ("a trace function", lambda: (sys.gettrace(), sys.getprofile()), _write_tracing),
         ("a thread trace function", _thread_tracing, _write_thread_tracing),
         ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
@@ -167,6 +183,46 @@ class _Environment:
                 os.unsetenv(name)
         self.mapping.update(self.saved)
         self._state = self._read()
+
+
+def _importers(name: str) -> tuple[Callable[[], list[Any]], Callable[[list[Any]], None]]:
+    """Reader and writer of the importers that were in this list of sys. Those that libraries add stay."""
+    saved = list(getattr(sys, name))
+
+    def present() -> list[Any]:
+        return [one for one in saved if one in getattr(sys, name)]
+
+    def write(content: list[Any]) -> None:
+        current = getattr(sys, name)
+        current[:] = content + [one for one in current if one not in content]
+
+    return present, write
+
+
+def _event_loop() -> tuple[Any, Any, bool]:
+    """The policy of event loops, the current event loop, and whether one was set."""
+    policy = asyncio.events._event_loop_policy  # type: ignore[attr-defined]
+    local = getattr(policy, "_local", None)
+    return policy, getattr(local, "_loop", None), getattr(local, "_set_called", False)
+
+
+def _write_event_loop(state: tuple[Any, Any, bool]) -> None:
+    policy, loop, was_set = state
+    asyncio.events._event_loop_policy = policy  # type: ignore[attr-defined]
+    if (local := getattr(policy, "_local", None)) is not None:
+        local._loop, local._set_called = loop, was_set
+
+
+def _wakeup_descriptor() -> int:
+    number = signal.set_wakeup_fd(-1)
+    if number != -1:
+        signal.set_wakeup_fd(number)
+    return number
+
+
+def _mpmath() -> Any:
+    """The settings of mpmath; its defaults if it is not loaded."""
+    return getattr(sys.modules.get("mpmath"), "mp", None) or SimpleNamespace(prec=53)
 
 
 def _umask() -> int:

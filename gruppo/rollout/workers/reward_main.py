@@ -38,30 +38,43 @@ from gruppo.rollout.workers.limits import serve_pipes
 from gruppo.rollout.workers.module_watch import ModuleWatch
 from gruppo.rollout.workers.process_state import ProcessState, seed
 
-_encode = json.JSONEncoder().encode  # own reference, because functions may patch json
+# Own references, because functions may patch modules.
+_encode, _getpid, _exit = json.JSONEncoder().encode, os.getpid, os._exit
 
 
 def serve(calls: Connection, answers: Connection) -> None:
     """Load the functions of the first message, then answer calls until the trainer closes the pipe."""
-    process = os.getpid()
-    with asyncio.Runner() as runner:
-        host = _Host(runner)
-        for number in count(1):
-            try:
-                content = calls.recv_bytes()
-            except EOFError:
-                return
-            answer = host.answer(content)
-            if os.getpid() != process:
-                os._exit(0)  # a child that a function forked and that returned from the call
-            answers.send_bytes(_as_bytes({**answer, "number": number}))
+    process, host = _getpid(), _Host()
+    for number in count(1):
+        try:
+            content = calls.recv_bytes()
+        except EOFError:
+            return
+        answer = host.answer(content)
+        if _getpid() != process:
+            _exit(0)  # a child that a function forked and that returned from the call
+        answers.send_bytes(_as_bytes({**answer, "number": number}))
+
+
+class _EventLoop:
+    """The event loop of asynchronous functions: one for the process, since clients and locks belong to their loop. It
+    is not the current event loop of other functions; a new one follows if a function closes it."""
+
+    def __init__(self) -> None:
+        self._runner: asyncio.Runner | None = None
+
+    def run(self, result: Any) -> Any:
+        """The value of an awaitable."""
+        if self._runner is None or self._runner.get_loop().is_closed():
+            self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        return self._runner.run(_awaited(result), context=contextvars.copy_context())
 
 
 class _Host:
     """The functions, and the state of the process after they were loaded."""
 
-    def __init__(self, runner: asyncio.Runner) -> None:
-        self.runner, self.rewards = runner, list[Loaded]()
+    def __init__(self) -> None:
+        self.loop, self.rewards = _EventLoop(), list[Loaded]()
         self.state: ProcessState | None = None
         self.watch: ModuleWatch | None = None
         self.last: int | None = None  # the function that was called last
@@ -87,7 +100,7 @@ class _Host:
         seed(message["seed"])
         try:
             run = self.state.context().run
-            return run(_score, self.rewards[function], message["arguments"], message["state"], self.runner)
+            return run(_score, self.rewards[function], message["arguments"], message["state"], self.loop)
         finally:
             self.state.restore()
 
@@ -118,9 +131,7 @@ def _load(
     return {"digests": [reward.digest for reward in loaded]}
 
 
-def _score(
-    reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any], runner: asyncio.Runner
-) -> dict[str, Any]:
+def _score(reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any], loop: _EventLoop) -> dict[str, Any]:
     """Call a reward. Returns {"values": […], "metrics": …, "extra": …} or {"failure": why}, with "last" if this process
     cannot be used any more.
 
@@ -140,7 +151,7 @@ def _score(
     try:
         result = reward.function(**_accepted(reward.function, {**arguments, **run, **reward.options}))
         if inspect.isawaitable(result):
-            result = runner.run(_awaited(result), context=contextvars.copy_context())
+            result = loop.run(result)
         values = _values(result, size)
     except MemoryError as error:  # the memory may never be freed: another process continues
         return {"failure": f"{_describe(error)} (see reward.memory)", "last": True}

@@ -20,6 +20,10 @@ import threading, time, warnings
 
 kept = []  # what this file keeps between calls
 
+def asyncio_runs():
+    import asyncio
+    return asyncio.get_event_loop().run_until_complete(asyncio.sleep(0, "slept"))
+
 def changes(completions, code, log_extra, **_):
     exec(code[0], globals())
     log_extra("first", [os.getpid()] * len(completions))
@@ -88,6 +92,18 @@ RESTORED = {
     "random": ("random.seed(3)", "random.random()"),
     "numpy's random": ("import numpy; numpy.random.seed(3)", "__import__('numpy').random.random()"),
     "fault handler": ("import faulthandler; faulthandler.disable()", "__import__('faulthandler').is_enabled()"),
+    "closed event loop": ("import asyncio; asyncio.get_event_loop().close()", "asyncio_runs()"),
+    "no event loop": ("import asyncio; asyncio.run(asyncio.sleep(0))", "asyncio_runs()"),
+    "own event loop": ("import asyncio; asyncio.set_event_loop(asyncio.new_event_loop())", "asyncio_runs()"),
+    "event loop policy": (
+        "import asyncio\nclass Mine(asyncio.DefaultEventLoopPolicy): pass\nasyncio.set_event_loop_policy(Mine())",
+        "type(__import__('asyncio').get_event_loop_policy()).__name__",
+    ),
+    "importers": ("sys.meta_path.clear(); sys.path_hooks.clear()", "len(sys.meta_path) > 2, len(sys.path_hooks)"),
+    "wakeup descriptor": ("signal.set_wakeup_fd(os.pipe2(os.O_NONBLOCK)[1])", "signal.set_wakeup_fd(-1)"),
+    "temporary files": ("__import__('tempfile').tempdir = '/planted'", "__import__('tempfile').gettempdir()"),
+    "mpmath": ("import mpmath; mpmath.mp.dps = 3", "str(__import__('mpmath').mp.pi)"),
+    "blocking output": ("os.set_blocking(1, False)", "os.get_blocking(1)"),
     "dump": ("import faulthandler; faulthandler.dump_traceback_later(0.5, exit=True)", "time.sleep(1)"),
 }  # fmt: skip
 REPLACED = {
@@ -109,6 +125,12 @@ REPLACED = {
         "__import__('colorsys').rgb_to_hsv(1, 1, 1)",
     ),
     "package": ("import sympy; sympy.sqrt = lambda x: 3", "__import__('sympy').sqrt(4)"),
+    "wrapped function": (
+        "import sympy, functools\n@functools.wraps(sympy.sqrt)\ndef w(*a): return 42\nsympy.sqrt = w",
+        "__import__('sympy').sqrt(4)",
+    ),
+    "sys": ("sys.getsizeof = len", "sys.getsizeof is len"),
+    "number of sys": ("sys.maxsize = 3", "sys.maxsize"),
     "gruppo": (
         "import gruppo.rewards.answers as a; a.exact_match = None",
         "__import__('gruppo.rewards.answers', fromlist=['x']).exact_match.__name__",
@@ -117,11 +139,16 @@ REPLACED = {
     "thread": ("threading.Thread(target=time.sleep, args=(1000,)).start()", "threading.active_count()"),
     "daemon": ("threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()", "threading.active_count()"),
     "timer": ("threading.Timer(1000, print).start()", "threading.active_count()"),
+    "raw thread": (
+        "__import__('_thread').start_new_thread(lambda: time.sleep(1000), ()); time.sleep(0.2)", "len(sys._current_frames())",
+    ),
     "hard limit": ("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); os.setuid(65534)", "os.getuid()"),
 }  # fmt: skip
 KEPT = {
     "own module": "kept.append(1)",
     "new module": "import colorsys",
+    "encoding": "open(__file__, encoding='ascii').read(1)",
+    "library that patches others": "import typing_extensions, pydantic",
     "cache": "import re; re.compile('a' * 9)",
     "own thread pool": (
         "import concurrent.futures as f\nif not kept: kept.append(f.ThreadPoolExecutor(2))\n"
@@ -198,6 +225,51 @@ def test_state_of_ones_own_is_kept(file: str, case: str) -> None:
             processes |= {reward.extra["first"], reward.extra["second"]}
     assert len(processes) == 1
     assert reward.extra["kept"] == ("3" if case == "own module" else "1" if "if not kept" in KEPT[case] else "0")
+
+
+GUARD = """
+import os, subprocess
+def guarded(completions, **_):
+    os.environ["PLANTED"] = "1"
+    os.putenv = os.unsetenv = os.getpid = os.kill = subprocess.Popen = None
+    return [1.0] * len(completions)
+def other(completions, **_):
+    return [float("PLANTED" in os.environ) for _ in completions]
+"""
+
+
+def test_functions_that_are_taken_away(tmp_path: Path) -> None:
+    """As in HumanEval's reliability_guard. The call counts, and another process runs the next function."""
+    (tmp_path / "guard.py").write_text(GUARD)
+    with RewardPool([f"{tmp_path}/guard.py:{name}" for name in ("guarded", "other")], [], [], workers=1) as pool:
+        for _ in range(2):
+            (reward,) = pool.score([group("a")], {})[0][0]
+            assert reward.failure is None, reward.failure
+            assert dict(reward.parts) == {"guarded": 1.0, "other": 0.0}
+
+
+LOOPS = """
+import asyncio
+def closes(completions, **_):
+    loop = asyncio.get_event_loop()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    return [1.0] * len(completions)
+async def waits(completions, **_):
+    await asyncio.sleep(0)
+    kept.append(asyncio.get_running_loop())
+    return [float(all(one is kept[0] for one in kept))] * len(completions)
+kept = []
+"""
+
+
+def test_asynchronous_functions_keep_their_event_loop(tmp_path: Path) -> None:
+    (tmp_path / "loops.py").write_text(LOOPS)
+    with RewardPool([f"{tmp_path}/loops.py:{name}" for name in ("closes", "waits")], [], [], workers=1) as pool:
+        for _ in range(3):
+            (reward,) = pool.score([group("a")], {})[0][0]
+            assert reward.failure is None, reward.failure
+            assert dict(reward.parts) == {"closes": 1.0, "waits": 1.0}
 
 
 def test_reason_is_reported_once(file: str) -> None:
