@@ -42,13 +42,16 @@ def read_dataset(name: str, split: str, options: Mapping[str, Any], limit: int, 
             raise UsageError(f"options.{option} = {options[option]!r}: {reason}")
     with progress.bar(f"Opening {name}", None, ""), _quiet():
         dataset = _open(name, split, options)
-    names = carried_columns(dataset.features.arrow_schema, name, progress)
     require_memory(len(dataset) * ROW_BYTES, limit)
-    yield from dataset_rows(dataset.select_columns(names))
+    yield from dataset_rows(dataset, name, progress)
 
 
-def dataset_rows(dataset: Dataset) -> Iterator[Row]:
-    """The rows of a dataset of the `datasets` library, in JSON types (see `gruppo.data.arrow`)."""
+def dataset_rows(dataset: Dataset, source: str, progress: Progress) -> Iterator[Row]:
+    """The rows of a dataset of the `datasets` library, in JSON types (see `gruppo.data.arrow`), without bytes.
+
+    `source`: name of the dataset in messages.
+    """
+    dataset = dataset.select_columns(carried_columns(dataset.features.arrow_schema, source, progress))
     convert = {field.name: converter(field.type) for field in dataset.features.arrow_schema}
     for row in dataset.with_format(None):
         yield {name: convert[name](value) for name, value in row.items()}
