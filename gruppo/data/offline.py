@@ -77,7 +77,7 @@ def _require_weights(completion: Any, where: str, start: int = 0) -> None:
         if (weight := message.get("weight")) not in (None, 1):
             raise UsageError(
                 f"{where}[{place}].weight = {weight!r}: must be 1, as every assistant message of a completion is "
-                "trained on; move it to prompt with all before it, or remove it with all after it"
+                "trained on; move it and all before it to prompt, remove it and all after it, or leave the row out"
             )
 
 

@@ -128,7 +128,7 @@ def test_earlier_messages_with_the_weight_0_are_not_trained_on() -> None:
     ],
 )
 def test_a_weight_of_an_answer_other_than_1_is_refused(row: Row, message: str) -> None:
-    with pytest.raises(UsageError, match=f"row 1: {message}: must be 1.*move it to prompt"):
+    with pytest.raises(UsageError, match=f"row 1: {message}: must be 1.*move it and all before it to prompt"):
         with_prompt(row, "row 1")
 
 
