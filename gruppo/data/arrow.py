@@ -7,11 +7,11 @@ rows, and the `content` of messages keep their nulls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gruppo.data.values import require_memory
+from gruppo.data.values import is_missing, require_memory
 from gruppo.errors import UsageError
 from gruppo.types import Row
 from gruppo.utils.progress import Progress
@@ -52,18 +52,24 @@ def read_parquet(path: Path, limit: int, progress: Progress) -> Iterator[Row]:
         raise UsageError(f"the file cannot be read ({error}); give a complete Parquet file") from None
 
 
-def table_rows(table: pa.Table) -> Iterator[Row]:
-    """The rows of an Arrow table, in JSON types."""
+def table_rows(table: pa.Table, source: str, progress: Progress) -> Iterator[Row]:
+    """The rows of an Arrow table, in JSON types; columns with bytes are left out. `source`: its name in messages."""
+    table = table.select(carried_columns(table.schema, source, progress))
     convert = {field.name: converter(field.type) for field in table.schema}
     for batch in table.to_batches(_BATCH):
         for row in batch.to_pylist():
             yield {name: convert[name](value) for name, value in row.items()}
 
 
-def frame_rows(frame: Any) -> Iterator[Row]:
-    """The rows of a data frame of pandas, in JSON types; its objects are structs of Arrow if it comes from a file."""
+def frame_rows(frame: Any, source: str) -> Iterator[Row]:
+    """The rows of a data frame of pandas, in JSON types, and bytes; a missing value (NaN, NA, NaT) becomes None.
+
+    The frame's objects are structs of Arrow if it comes from a file. `source`: its name in errors.
+    """
+    require_unique(list(frame.columns), source)
     for row in frame.to_dict("records"):
-        yield {name: _without_nulls(plain(value)) for name, value in row.items()}
+        values = {name: plain(value) for name, value in row.items()}
+        yield {name: None if is_missing(value) else _without_nulls(value) for name, value in values.items()}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -113,11 +119,35 @@ def _text_bytes(array: Any) -> int:
 
 
 def carried_columns(schema: pa.Schema, name: str, progress: Progress) -> list[str]:
-    """Names of the columns of an Arrow schema that contain no bytes; a progress note lists the columns left out."""
+    """Names of the columns of an Arrow schema that contain no bytes; a progress note lists the columns left out.
+
+    Raises UsageError if two columns, or two fields of a struct, have the same name.
+    """
+    _require_unique_fields(list(schema), name)
     dropped = [field.name for field in schema if _has_bytes(field.type)]
-    if dropped:
-        progress.note(f"{name}: left out binary columns, such as images or audio: {', '.join(dropped)}")
+    note_left_out(dropped, name, progress)
     return [column for column in schema.names if column not in dropped]
+
+
+def note_left_out(columns: Sequence[str], name: str, progress: Progress) -> None:
+    """A progress note on the columns with bytes of a source that are left out, if there are any."""
+    if columns:
+        progress.note(f"{name}: left out binary columns, such as images or audio: {', '.join(columns)}")
+
+
+def _require_unique_fields(fields: Sequence[Any], name: str) -> None:
+    require_unique([field.name for field in fields], name)
+    for field in fields:
+        _require_unique_fields([field.type.field(place) for place in range(field.type.num_fields)], name)
+
+
+def require_unique(names: Sequence[Any], source: str) -> None:
+    """Raise UsageError if two columns have the same name. `source`: what has the columns, for the error."""
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise UsageError(
+            f'{source}: {names.count(repeated)} columns are named "{repeated}"; give every column a unique name'
+        )
 
 
 def _has_bytes(kind: Any) -> bool:
@@ -164,13 +194,18 @@ def _object(pairs: list[Any], convert: Convert) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value in JSON types: arrays and tuples become lists, anything else that JSON cannot represent becomes text."""
-    if value is None or isinstance(value, str | bool | int | float):
+    """A value in JSON types: arrays and tuples become lists, anything else that JSON cannot represent becomes text.
+
+    The NA and NaT of pandas become None. Bytes stay, so that whoever reads the rows can leave them out or refuse them.
+    """
+    if value is None or isinstance(value, str | bool | int | float | bytes | bytearray | memoryview):
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
+        if str(getattr(value, "dtype", "")).endswith("[ns]"):  # dates, which tolist would turn into integers
+            value = value.astype(value.dtype.str.replace("ns", "us"))
         return plain(value.tolist())
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    return str(value)
+    return None if is_missing(value) else str(value)

@@ -43,12 +43,29 @@ def _jsonl(path: Path, options: Mapping[str, Any], limit: int, progress: Progres
         yield from _lines(stream)
 
 
+class _RepeatedKeyError(UsageError):
+    """A JSON object has a key twice, of which a parser would keep one value."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedKeyError(
+            f'an object has the key "{repeated}" {names.count(repeated)} times; give every key once'
+        )
+    return found
+
+
 def _lines(lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
+        except _RepeatedKeyError as error:
+            raise _RepeatedKeyError(f"line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise UsageError(f"line {number} is not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict):
@@ -65,10 +82,14 @@ def _json(path: Path, options: Mapping[str, Any], limit: int, progress: Progress
     with _opened(path) as stream:
         text = stream.read()
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
+    except _RepeatedKeyError:
+        raise
     except (ValueError, RecursionError) as error:
         try:
             return list(_lines(text.split("\n")))
+        except _RepeatedKeyError:
+            raise
         except UsageError:
             raise UsageError(f"the file is not JSON ({error}); write a list of objects") from None
     if isinstance(content, dict):

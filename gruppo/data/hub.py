@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.data.arrow import ROW_BYTES, carried_columns, converter
+from gruppo.data.folder import Splits, read_folder, split_files
 from gruppo.data.values import require_memory
 from gruppo.errors import UsageError
 from gruppo.types import Row
@@ -33,28 +34,35 @@ def read_dataset(name: str, split: str, options: Mapping[str, Any], limit: int, 
     """The rows of one split of a dataset. In a folder without splits, all rows are "train".
 
     `options`: those of `datasets.load_dataset` (name: the configuration; revision; data_files; …), except the ones in
-    `_REFUSED`; none for a folder that `save_to_disk` wrote. Raises UsageError, when iterated, if an option is refused,
-    if the dataset cannot be loaded, if it has more rows than fit in `limit` bytes, if the split is unknown, or if the
-    hub cannot be reached.
+    `_REFUSED`; those of `read_file` for a folder of such files; none for a folder that `save_to_disk` wrote. Raises
+    UsageError, when iterated, if an option is refused, if the dataset cannot be loaded, if it has more rows than fit in
+    `limit` bytes, if the split is unknown, or if the hub cannot be reached.
     """
     for option, reason in _REFUSED.items():
         if option in options:
             raise UsageError(f"options.{option} = {options[option]!r}: {reason}")
     with progress.bar(f"Opening {name}", None, ""), _quiet():
         dataset = _open(name, split, options)
-    names = carried_columns(dataset.features.arrow_schema, name, progress)
+    if isinstance(dataset, Mapping):
+        yield from read_folder(user_path(name), dataset, split, options, limit, progress)
+        return
     require_memory(len(dataset) * ROW_BYTES, limit)
-    yield from dataset_rows(dataset.select_columns(names))
+    yield from dataset_rows(dataset, name, progress)
 
 
-def dataset_rows(dataset: Dataset) -> Iterator[Row]:
-    """The rows of a dataset of the `datasets` library, in JSON types (see `gruppo.data.arrow`)."""
+def dataset_rows(dataset: Dataset, source: str, progress: Progress) -> Iterator[Row]:
+    """The rows of a dataset of the `datasets` library, in JSON types (see `gruppo.data.arrow`), without bytes.
+
+    `source`: name of the dataset in messages.
+    """
+    dataset = dataset.select_columns(carried_columns(dataset.features.arrow_schema, source, progress))
     convert = {field.name: converter(field.type) for field in dataset.features.arrow_schema}
     for row in dataset.with_format(None):
         yield {name: convert[name](value) for name, value in row.items()}
 
 
-def _open(name: str, split: str, options: Mapping[str, Any]) -> Dataset:
+def _open(name: str, split: str, options: Mapping[str, Any]) -> Dataset | Splits:
+    """The dataset, or the files of each split of a folder whose files gruppo reads itself."""
     import datasets
 
     folder = user_path(name)
@@ -68,6 +76,8 @@ def _open(name: str, split: str, options: Mapping[str, Any]) -> Dataset:
         _require_few(folder)
     place = str(folder) if folder.is_dir() else name
     try:
+        if folder.is_dir() and not saved and (files := split_files(folder, options)):
+            return files
         found: Dataset | DatasetDict = (
             datasets.load_from_disk(place)
             if saved

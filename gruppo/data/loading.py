@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.config.units import as_bytes
-from gruppo.data.arrow import frame_rows, table_rows
+from gruppo.data.arrow import frame_rows, note_left_out, table_rows
 from gruppo.data.chat_options import ChatOptions
 from gruppo.data.transform import in_held_out, prompt_text, transform
+from gruppo.data.values import has_bytes
 from gruppo.errors import UsageError, nearest
 from gruppo.types import Row
 from gruppo.utils.imports import import_attribute
 from gruppo.utils.paths import is_dir, is_file, not_a_file, user_path
-from gruppo.utils.progress import Advance, Progress
+from gruppo.utils.progress import Advance, NullProgress, Progress
 
 if TYPE_CHECKING:
     from gruppo.config.sections import Task
@@ -112,9 +113,10 @@ def _load(
     """The rows of a task, and the texts that decide which of them are held out."""
     name = task.name if given is None else "prompts"
     with progress.bar(f"Reading {name}", None, "rows") as advance:
-        source = _source(task, field, split, progress) if given is None else _checked(given, name)
+        source = _source(task, field, split, progress) if given is None else _checked(given, name, progress)
         transformed = transform(_counted(source, advance), task, field, name, answered)
-    rows, keys = [entry.row for entry in transformed], [entry.key for entry in transformed]
+    rows = _without_bytes([entry.row for entry in transformed], name, progress)
+    keys = [entry.key for entry in transformed]
     chat = ChatOptions.of(task)
     trains = field.startswith(("task", "mixture"))  # evaluation tasks can have inherited the options
     if trains and (chat.kwargs or chat.tools) and all(isinstance(row["prompt"], str) for row in rows):
@@ -130,7 +132,7 @@ def _load(
 def _source(task: Task, field: str, split: str, progress: Progress) -> Iterator[Row]:
     """The unchanged rows of the source; any failure becomes a UsageError that names the task's field."""
     try:
-        yield from _checked(_open(task, field, split, progress), task.name)
+        yield from _checked(_open(task, field, split, progress), task.name, progress)
     except UsageError as error:
         message = str(error)
         if message.startswith(("options", "split", "memory")):
@@ -213,18 +215,30 @@ def data_file(path: str) -> Path:
     return file
 
 
-def _checked(rows: Any, source: str) -> Iterable[Row]:
+def _checked(rows: Any, source: str, progress: Progress) -> Iterable[Row]:
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, which would iterate over column names
-        return frame_rows(rows)
+        return frame_rows(rows, source)
     if getattr(rows, "features", None) is not None and hasattr(rows, "with_format"):
         from gruppo.data.hub import dataset_rows
 
-        return dataset_rows(rows)
+        return dataset_rows(rows, source, progress)
     if hasattr(rows, "to_pylist") and hasattr(rows, "schema"):
-        return table_rows(rows)
+        return table_rows(rows, source, progress)
+    if isinstance(rows, Mapping) and rows and all(hasattr(part, "features") for part in rows.values()):
+        raise UsageError(
+            f"{source} gives the splits {', '.join(map(str, rows))}, not a list of rows; give one split: "
+            f'dataset["{next(iter(rows))}"]'
+        )
     if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__iter__"):
         raise UsageError(f'{source} gives {str(rows)[:40]!r}, not a list of rows; write [{{"prompt": "text"}}, …]')
     return rows  # type: ignore[no-any-return]
+
+
+def _without_bytes(rows: list[Row], source: str, progress: Progress) -> list[Row]:
+    """The rows without the columns that have bytes in any row; a progress note lists them."""
+    dropped = list(dict.fromkeys(name for row in rows for name, value in row.items() if has_bytes(value)))
+    note_left_out(dropped, source, progress)
+    return [{name: row[name] for name in row if name not in dropped} for row in rows] if dropped else rows
 
 
 def _counted(rows: Iterable[Row], advance: Advance) -> Iterator[Row]:
@@ -264,4 +278,4 @@ def checked_rows(rows: Iterable[Row], source: str) -> list[Row]:
     """
     from gruppo.config.sections import Task
 
-    return [entry.row for entry in transform(_checked(rows, source), Task(), "task", source)]
+    return [entry.row for entry in transform(_checked(rows, source, NullProgress()), Task(), "task", source)]

@@ -3,12 +3,14 @@
     {"prompt": …, "completion": …}      {"messages": [… the last by the assistant]}
     {"prompt": …, "chosen": …, "rejected": …}, or chosen and rejected as whole conversations with the same beginning
 
-Prompts and completions are texts or messages. The loss covers exactly the tokens that the assistant wrote, up to the
-token that ends its turn.
+Prompts and completions are texts or messages. A completion may be a whole conversation that begins with the messages of
+the prompt, or with its text as a user message. The loss covers exactly the tokens that the assistant wrote, up to the
+token that ends its turn; assistant messages with the weight 0 that precede all others belong to the prompt.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,8 @@ _SHAPES = '{"prompt": "…", "completion": "…"}, {"messages": […]} or {"prom
 def with_prompt(row: Row, where: str) -> Row:
     """Return the row with `prompt` and either `completion` or `chosen` and `rejected`.
 
-    `where`: name of the row in errors. Raises UsageError if the row has no completion or is in none of the formats
-    above.
+    `where`: name of the row in errors. Raises UsageError if the row has no completion, is in none of the formats above,
+    or if an assistant message of a completion has a weight other than 1.
     """
     if "prompt" not in row and isinstance(row.get("messages"), list | tuple):
         prompt, answer = _divided(row["messages"], f"{where}: messages")
@@ -40,18 +42,59 @@ def with_prompt(row: Row, where: str) -> Row:
         row["completion"] = answer
     elif "prompt" not in row and {"chosen", "rejected"} <= row.keys():
         row = {**row, **_common(row["chosen"], row["rejected"], where)}
+    elif isinstance(row.get("prompt"), str | list | tuple):
+        row = {**row, **_without_prompt(row)}
     if "completion" not in row and not {"chosen", "rejected"} <= row.keys():
         raise UsageError(f"{where}: it has no completion (columns: {', '.join(row) or 'none'}); write {_SHAPES}")
+    for name in COMPLETIONS:
+        _require_weights(row.get(name), f"{where}: {name}")
     return row
 
 
 def _divided(messages: Any, where: str) -> tuple[list[Message], list[Message]]:
-    """Split messages before the assistant's first message."""
+    """Split messages before the assistant's first answer to another message whose weight is not 0."""
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if "assistant" not in roles[1:] or roles[0] == "assistant":
         raise UsageError(f"{where}: has no assistant message that follows another message; write {_SHAPES}")
-    first = roles.index("assistant")
+    trained = (
+        place
+        for place, (before, role) in enumerate(itertools.pairwise(roles), start=1)
+        if role == "assistant" != before and messages[place].get("weight") != 0
+    )
+    first = next(trained, roles.index("assistant"))
+    _require_weights(messages[first:], where, first)
     return list(messages[:first]), list(messages[first:])
+
+
+def _require_weights(completion: Any, where: str, start: int = 0) -> None:
+    """Raise UsageError for an assistant message with a weight other than 1, since all of them are trained on.
+
+    `start`: the index that the first message has in the row.
+    """
+    for place, message in enumerate(completion if isinstance(completion, list | tuple) else (), start):
+        if not isinstance(message, Mapping) or message.get("role") != "assistant":
+            continue
+        if (weight := message.get("weight")) not in (None, 1):
+            raise UsageError(
+                f"{where}[{place}].weight = {weight!r}: must be 1, as every assistant message of a completion is "
+                "trained on; move it and all before it to prompt, remove it and all after it, or leave the row out"
+            )
+
+
+def _without_prompt(row: Row) -> Row:
+    """The completions that are conversations which begin with the prompt, without that beginning, and the prompt.
+
+    {} if there are none. Text as a prompt is that of a user message.
+    """
+    prompt = row["prompt"]
+    begins = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answers = {
+        name: list(row[name][len(begins) :])
+        for name in COMPLETIONS
+        if isinstance(row.get(name), list | tuple) and len(row[name]) > len(begins) > 0
+        if list(row[name][: len(begins)]) == list(begins)
+    }
+    return {"prompt": begins, **answers} if answers else {}
 
 
 def _common(chosen: Any, rejected: Any, where: str) -> Row:

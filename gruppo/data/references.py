@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
 
+from gruppo.data.values import is_missing
 from gruppo.errors import UsageError
 from gruppo.types import Row
 
@@ -23,9 +24,9 @@ def alternatives(reference: Any) -> list[Any]:
     if not isinstance(reference, list | tuple):
         if isinstance(reference, Mapping | set):
             raise UsageError(f"answer = {reference!r:.200}: is neither text nor a number; write one")
-        return [] if _is_missing(reference) else [reference]
+        return [] if _is_none(reference) else [reference]
     for member in reference:
-        if _is_missing(member) or isinstance(member, Mapping | list | tuple | set):
+        if _is_none(member) or isinstance(member, Mapping | list | tuple | set):
             raise UsageError(
                 f"answer = {reference!r:.200}: a list means alternatives, and {member!r:.60} is neither text nor a "
                 "number; write one"
@@ -33,12 +34,8 @@ def alternatives(reference: Any) -> list[Any]:
     return list(reference)
 
 
-def _is_missing(value: Any) -> bool:
-    if isinstance(value, str):
-        return not value.strip()
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # of pandas
-        return True
-    return isinstance(value, float | Decimal) and value != value  # noqa: PLR0124  NaN
+def _is_none(value: Any) -> bool:
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
 def answer_text(value: Any) -> str:

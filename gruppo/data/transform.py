@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gruppo.config.units import as_bytes
+from gruppo.data.arrow import plain
 from gruppo.data.messages import EXAMPLES, split_answer, text_or_messages
 from gruppo.data.offline import COMPLETIONS, with_prompt
-from gruppo.data.values import require_memory, row_bytes
+from gruppo.data.values import has_bytes, is_missing, require_memory, row_bytes
 from gruppo.errors import UsageError, nearest
 from gruppo.types import Row
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Columns that may contain the question if a dataset has no `prompt`, most likely first.
 _LIKELY = ("question", "problem", "query", "instruction", "input", "text")
+
+# Columns that gruppo itself reads, so that they cannot hold bytes.
+_READ = ("prompt", "answer", "solution", "tools", "chat_template_kwargs")
 
 
 class Transformed(NamedTuple):
@@ -57,6 +61,7 @@ def transform(rows: Iterable[Row], task: Task, field: str, source: str, answered
             changed = {**changed, "prompt": _filled(parts, changed, f"{field}.template", where)}
         if answered and completion is not None:
             changed = {**changed, "completion": _filled(completion, changed, f"{field}.completion", where)}
+        _refuse_bytes(changed, (*_READ, *COMPLETIONS) if answered else _READ, where)
         changed = _with_completion(changed, where) if answered else _with_question(changed, where)
         if changed.get("prompt") is None:
             raise UsageError(f"{where}: {_no_prompt(changed, field)}")
@@ -93,8 +98,16 @@ def _key_of_columns(parts: _Parts, row: Row) -> str:
     """The key of a prompt from a template: the row's own prompt, if the template contains it, else its columns."""
     names = sorted({column for _, column in parts if column is not None})
     if "prompt" in names or len(names) == 1:
-        return _key(row["prompt" if "prompt" in names else names[0]])
-    return _key([row[name] for name in names])
+        return _key(plain(row["prompt" if "prompt" in names else names[0]]))
+    return _key([plain(row[name]) for name in names])
+
+
+def _refuse_bytes(row: Row, columns: Iterable[str], where: str) -> None:
+    for column in columns:
+        if has_bytes(row.get(column)):
+            raise UsageError(
+                f"{where}: {column} = {row[column]!r:.60} has bytes; write text, which value.decode() gives"
+            )
 
 
 def _with_completion(row: Row, where: str) -> Row:
@@ -153,6 +166,7 @@ def _parse(template: str, field: str) -> _Parts:
 
 
 def _filled(parts: _Parts, row: Row, field: str, where: str) -> str:
+    """The text of a template with the values of a row: objects and lists as JSON, any other value as plain text."""
     pieces = []
     for text, column in parts:
         pieces.append(text)
@@ -162,10 +176,14 @@ def _filled(parts: _Parts, row: Row, field: str, where: str) -> str:
             raise UsageError(
                 f"{field}: {where} has no column {{{column}}}{nearest(column, row)}; its columns: {', '.join(row)}"
             )
-        value = row[column]
-        if value is None:
+        value = plain(row[column])
+        if is_missing(value):
             raise UsageError(f"{field}: {where} has no value in {{{column}}}; give it one, or leave the row out")
-        pieces.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+        if has_bytes(value):
+            raise UsageError(
+                f"{field}: {where} has bytes in {{{column}}}, {value!r:.60}; write text, which value.decode() gives"
+            )
+        pieces.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return "".join(pieces)
 
 

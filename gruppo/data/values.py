@@ -1,9 +1,11 @@
-"""Limits on the values of rows: text that can be encoded, nesting, and memory."""
+"""The values of rows: which are missing, which are bytes, and limits on text, nesting and memory."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping
+from decimal import Decimal
+from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.types import Row
@@ -11,6 +13,22 @@ from gruppo.utils.nesting import MAX_DEPTH
 
 _SIZED = (str, int, float, bool, bytes, list, tuple, dict)
 _OBJECT = 64  # bytes counted for a value of any other type
+
+
+def is_missing(value: Any) -> bool:
+    """Whether there is no value: None, NaN, or the NA or NaT of pandas."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, float | Decimal) and value != value  # noqa: PLR0124  NaN
+
+
+def has_bytes(value: Any) -> bool:
+    """Whether a value is bytes, or an object or list that contains some."""
+    if isinstance(value, Mapping):
+        return any(map(has_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(has_bytes, value))
+    return isinstance(value, bytes | bytearray | memoryview)
 
 
 def row_bytes(row: Row, where: str, limit: int, replaceable: Collection[str] = ()) -> int:

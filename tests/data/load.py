@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gruppo.config.sections import Task
 from gruppo.data.loading import Dataset, load_questions, load_training
 from gruppo.types import Row
@@ -20,6 +22,11 @@ class Notes(NullProgress):
 
 def training(name: object, progress: NullProgress | None = None, **fields: object) -> list[Row]:
     return list(load_training(Task(name=str(name), **fields), "task", False, progress or NullProgress())[0].rows)
+
+
+def given(rows: Any, progress: NullProgress | None = None, **fields: object) -> list[Row]:
+    """Training rows that were passed from Python."""
+    return list(load_training(Task(**fields), "task", False, progress or NullProgress(), rows)[0].rows)
 
 
 def both_sides(name: object, **fields: object) -> tuple[Dataset, Dataset]:

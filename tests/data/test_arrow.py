@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gruppo.config.sections import Task
-from gruppo.data.loading import load_training
 from gruppo.errors import UsageError
 from gruppo.types import Row
-from gruppo.utils.progress import NullProgress
-from tests.data.load import training
+from tests.data.load import Notes, given, training
 
 
 def row(name: str, arguments: dict[str, Any], **columns: Any) -> Row:
@@ -35,10 +33,6 @@ ROWS = [
     row("add", {"x": 3, "y": {"z": [1]}}, info={"b": "c"}, tools=[{"parameters": {"x": {"type": "number"}}}]),
     row("now", {"zone": "UTC"}, info={"c": {"d": True}}, tools=[], user={"name": "Ann"}),
 ]
-
-
-def given(rows: Any, **fields: Any) -> list[Row]:
-    return list(load_training(Task(**fields), "task", False, NullProgress(), rows)[0].rows)
 
 
 def test_rows_of_different_tools_are_those_that_were_written(tmp_path: Path) -> None:
@@ -72,6 +66,61 @@ def test_a_null_that_a_file_of_text_writes_stays(tmp_path: Path) -> None:
 def test_columns_keep_their_nulls(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a", "b"], "level": [1, None]}), tmp_path / "rows.parquet")
     assert training(tmp_path / "rows.parquet") == [{"prompt": "a", "level": 1}, {"prompt": "b", "level": None}]
+
+
+def test_missing_values_of_a_frame_are_none() -> None:
+    frame = pd.DataFrame({
+        "prompt": ["a", "b"],
+        "answer": pd.array([1, pd.NA], "Int64"),
+        "level": [1.5, float("nan")],
+        "day": [pd.Timestamp("2020-01-02"), pd.NaT],
+    })  # fmt: skip
+    assert given(frame) == [
+        {"prompt": "a", "answer": 1, "level": 1.5, "day": "2020-01-02 00:00:00"},
+        {"prompt": "b", "answer": None, "level": None, "day": None},
+    ]
+
+
+BYTES = [{"prompt": "a", "image": b"x", "n": 1}, {"prompt": "b", "image": b"y", "n": 2}]
+
+
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list, pa.Table.from_pylist, pd.DataFrame])
+def test_columns_with_bytes_from_python_are_left_out_with_a_note(kind: Any) -> None:
+    progress = Notes()
+    assert given(kind(BYTES), progress) == [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    assert progress.notes == ["prompts: left out binary columns, such as images or audio: image"]
+
+
+def test_a_column_is_left_out_of_all_rows_if_one_has_bytes_inside() -> None:
+    rows = [{"prompt": "a", "images": []}, {"prompt": "b", "images": [{"bytes": b"x"}]}, {"prompt": "c"}]
+    progress = Notes()
+    assert given(rows, progress) == [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    assert len(progress.notes) == 1
+
+
+@pytest.mark.parametrize("column", ["prompt", "answer", "solution", "tools"])
+@pytest.mark.parametrize("kind", [list, pd.DataFrame])
+def test_bytes_in_a_column_that_gruppo_reads_are_refused(column: str, kind: Any) -> None:
+    rows = [{"prompt": "a", column: "[]"}, {"prompt": "b", column: b"7"}]
+    with pytest.raises(UsageError, match=rf"prompts, row 2: {column} = b'7' has bytes; .*decode"):
+        given(kind(rows))
+    with pytest.raises(UsageError, match=r"prompts, row 1: answer = \[b'7'\] has bytes"):
+        given([{"prompt": "a", "raw": [b"7"]}], columns={"answer": "raw"})
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.table([["a"], ["b"]], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    frame = pd.DataFrame([["a", "b"]], columns=["prompt", "prompt"])
+    message = '2 columns are named "prompt"; give every column a unique name'
+    for source in (table, frame):
+        with pytest.raises(UsageError, match=f"^prompts: {message}"):
+            given(source)
+    with pytest.raises(UsageError, match=rf"rows\.parquet: {message}"):
+        training(tmp_path / "rows.parquet")
+    struct = pa.StructArray.from_arrays([pa.array(["x"]), pa.array(["y"])], ["role", "role"])
+    with pytest.raises(UsageError, match='2 columns are named "role"'):
+        given(pa.table([["a"], struct], names=["prompt", "info"]))
 
 
 def repeated(text: str, count: int) -> pa.Array:

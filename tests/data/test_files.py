@@ -105,6 +105,13 @@ def test_an_object_with_messages_is_a_row(tmp_path: Path) -> None:
         ("r.csv", 'prompt,answer\n"a,b\n', ["line 2", "unexpected end"]),
         ("r.csv", "prompt;answer\na;b\n", ['options.delimiter = ";"']),
         ("r.csv", "prompt,prompt\na,b\n", ["a unique name"]),
+        (
+            "r.jsonl",
+            '{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}',
+            ["line 2", '"prompt" 2 times', "every key once"],
+        ),
+        ("r.json", '[{"prompt": "a", "prompt": "b"}]', ['"prompt" 2 times', "every key once"]),
+        ("r.json", '{"prompt": "a"}\n{"prompt": "a", "prompt": "b"}', ["line 2", '"prompt" 2 times']),
         ("r.parquet", "nonsense", ["r.parquet", "Parquet"]),
         ("r.xml", "nonsense", ["r.xml", "not XML"]),
         ("r.xml", "", ["not XML"]),

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from gruppo.errors import UsageError
-from tests.data.load import Notes, both_sides, questions, training
+from tests.data.load import Notes, both_sides, given, questions, training
 
 TRAIN = [{"prompt": [{"role": "user", "content": f"q{n}"}], "answer": str(n)} for n in range(5)]
 TEST = [{"prompt": [{"role": "user", "content": f"t{n}"}], "answer": str(n)} for n in range(3)]
@@ -32,6 +32,12 @@ def test_splits_of_a_saved_folder(saved: Path) -> None:
     assert questions(saved, split="train").rows == TRAIN
     with pytest.raises(UsageError, match=r'task\.split = "dev".*train, test'):
         training(saved, split="dev")
+
+
+def test_splits_from_python_are_named() -> None:
+    with pytest.raises(UsageError, match=r'prompts gives the splits train, test,.*give one split: dataset\["train"\]'):
+        given(SPLITS)
+    assert given(SPLITS["train"]) == TRAIN
 
 
 def test_a_folder_without_splits(tmp_path: Path) -> None:

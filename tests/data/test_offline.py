@@ -88,6 +88,51 @@ def test_only_shared_messages_before_the_first_answer_are_the_prompt() -> None:
     assert split_row["chosen"][0] == assistant("b")
 
 
+@pytest.mark.parametrize("prompt", ["a", [user("a")], [{"role": "system", "content": "x"}, user("a")]])
+def test_conversations_that_begin_with_the_prompt(prompt: Any) -> None:
+    begin = [user(prompt)] if isinstance(prompt, str) else prompt
+    pair = {"prompt": prompt, "chosen": [*begin, assistant("b")], "rejected": [*begin, assistant("c")]}
+    assert with_prompt(pair, "row 1") == {"prompt": begin, "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    shown = {"prompt": prompt, "completion": [*begin, assistant("b")]}
+    assert with_prompt(shown, "row 1") == {"prompt": begin, "completion": [assistant("b")]}
+
+
+def test_conversations_that_begin_with_another_prompt_are_refused() -> None:
+    for prompt in ("b", [user("b")], [user("a"), user("b")]):
+        row = {"prompt": prompt, "completion": [user("a"), assistant("b")]}
+        assert with_prompt(row, "row 1") == row
+    with pytest.raises(UsageError, match="does not begin with an assistant message"):
+        completions_of({"prompt": [user("b")], "completion": [user("a"), assistant("b")]})
+
+
+def weighted(text: str, weight: object) -> dict[str, Any]:
+    return {**assistant(text), "weight": weight}
+
+
+def test_earlier_messages_with_the_weight_0_are_not_trained_on() -> None:
+    row = {"messages": [user("a"), weighted("b", 0), user("c"), weighted("d", 1)]}
+    assert with_prompt(row, "row 1") == {"prompt": row["messages"][:3], "completion": row["messages"][3:]}
+    assert [(text, mask) for text, mask, _ in completions_of(row, template=TURNS.replace("- ", ""))] == [
+        ("d<eos>", [True] * 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [user("a"), weighted("b", 0)]}, r"messages\[1\]\.weight = 0"),
+        ({"messages": [user("a"), assistant("b"), user("c"), weighted("d", 0)]}, r"messages\[3\]\.weight = 0"),
+        ({"messages": [user("a"), weighted("b", 0), assistant("c")]}, r"messages\[1\]\.weight = 0"),
+        ({"messages": [user("a"), weighted("b", 0.5)]}, r"messages\[1\]\.weight = 0\.5"),
+        ({"prompt": [user("a")], "completion": [weighted("b", "1")]}, r"completion\[0\]\.weight = '1'"),
+        ({"prompt": "a", "chosen": [assistant("b")], "rejected": [weighted("c", 0)]}, r"rejected\[0\]\.weight = 0"),
+    ],
+)
+def test_a_weight_of_an_answer_other_than_1_is_refused(row: Row, message: str) -> None:
+    with pytest.raises(UsageError, match=f"row 1: {message}: must be 1.*move it and all before it to prompt"):
+        with_prompt(row, "row 1")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from gruppo.config.sections import Task
+from gruppo.data.loading import load_training
 from gruppo.errors import UsageError
 from gruppo.evaluation.runner import evaluate
-from tests.data.load import both_sides, questions, training
+from gruppo.utils.progress import NullProgress
+from tests.data.load import both_sides, given, questions, training
 
 QUESTIONS = [{"question": f"What is {n}?", "solution": str(n), "level": n % 3} for n in range(4)]
 
@@ -82,6 +90,67 @@ def test_a_template_needs_a_value_in_every_row(tmp_path: Path) -> None:
     path = save(tmp_path, [{"q": "a", "hint": "b"}, {"q": "c", "hint": None}])
     with pytest.raises(UsageError, match=r"row 2 has no value in \{hint\}"):
         training(path, template="{q} {hint}")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"),
+        (0.5, "0.5"),
+        (True, "true"),
+        ("a", "a"),
+        ("", ""),
+        (np.int64(3), "3"),
+        (np.float32(0.5), "0.5"),
+        (np.bool_(True), "true"),
+        (np.str_("a"), "a"),
+        (Decimal("1.50"), "1.50"),
+        (datetime.date(2020, 1, 2), "2020-01-02"),
+        (np.datetime64("2020-01-02"), "2020-01-02"),
+        (np.datetime64("2020-01-02", "ns"), "2020-01-02 00:00:00"),
+        (pd.Timestamp("2020-01-02"), "2020-01-02 00:00:00"),
+        ([1, "a", None], '[1, "a", null]'),
+        ({"a": np.int64(3)}, '{"a": 3}'),
+        (np.array([1, 2]), "[1, 2]"),
+        ((Decimal("1.5"),), '["1.5"]'),
+    ],
+)  # fmt: skip
+def test_a_template_shows_plain_text_and_lists_as_json(value: Any, text: str) -> None:
+    (row,) = given([{"q": value}], template="{q} + 1")
+    assert row["prompt"] == f"{text} + 1"
+    task = Task(template="{q}?", completion="It is {q}.")
+    train, _ = load_training(task, "task", False, NullProgress(), [{"q": value}], True)
+    assert train.rows[0]["completion"] == f"It is {text}."
+
+
+@pytest.mark.parametrize(
+    "value", [None, float("nan"), np.float32("nan"), np.datetime64("NaT"), Decimal("nan"), pd.NA, pd.NaT]
+)
+def test_a_template_refuses_missing_values(value: Any) -> None:
+    rows = [{"q": "a", "hint": "b"}, {"q": "c", "hint": value}]
+    for source in (rows, pd.DataFrame(rows)):
+        with pytest.raises(UsageError, match=r"row 2 has no value in \{hint\}"):
+            given(source, template="{q} {hint}")
+
+
+def test_nan_in_a_file_is_a_missing_value(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"row 1 has no value in \{hint\}"):
+        training(save(tmp_path, [{"hint": float("nan")}]), template="{hint}")
+
+
+@pytest.mark.parametrize("value", [b"abc", bytearray(b"abc"), np.bytes_(b"abc"), ["a", b"abc"], {"x": b"abc"}])
+def test_a_template_refuses_bytes_by_name(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"task\.template: prompts, row 1 has bytes in \{q\}, .*abc.*decode"):
+        given([{"q": value}], template="{q}")
+
+
+def test_equal_values_are_on_one_side_whatever_their_type() -> None:
+    task = Task(template="{q}", held_out=0.3)
+    plain, numpy = (
+        load_training(task, "task", False, NullProgress(), [{"q": kind(number)} for number in range(50)])[0]
+        for kind in (int, np.int64)
+    )
+    assert plain.numbers == numpy.numbers
 
 
 MANY = [{"prompt": f"Question {n}", "answer": n} for n in range(2000)]
