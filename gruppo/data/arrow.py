@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BATCH = 4096  # rows that are decoded at a time
-_SLICE = 2**26  # bytes of text that become Python objects at a time
+_SLICE = 2**26  # bytes of Python objects that are decoded at a time
 ROW_BYTES, _VALUE = 184, 8  # least bytes of a row and of a value in Python
+_DECODED = 120  # bytes of a value in Python at the peak: object, references, copies
 
 Convert = Callable[[Any], Any]
 
@@ -42,10 +43,10 @@ def read_parquet(path: Path, limit: int, progress: Progress) -> Iterator[Row]:
         convert = {name: converter(file.schema_arrow.field(name).type) for name in names}
         texts = [column.path for column in map(file.schema.column, range(len(file.schema))) if _is_text(column)]
         for batch in pq.ParquetFile(path, read_dictionary=texts).iter_batches(_BATCH, columns=names):
-            step = max(1, min(len(batch), len(batch) * _SLICE // max(1, _text_bytes(batch.to_struct_array()))))
+            step = max(1, min(len(batch), len(batch) * _SLICE // max(1, _decoded_bytes(batch.to_struct_array()))))
             for start in range(0, len(batch), step):
                 part = batch.slice(start, step)
-                require_memory(_text_bytes(part.to_struct_array()), limit)
+                require_memory(_decoded_bytes(part.to_struct_array()), limit)
                 for row in part.to_pylist():
                     yield {name: convert[name](value) for name, value in row.items()}
     except (OSError, RecursionError, pa.ArrowException) as error:
@@ -97,25 +98,26 @@ def _is_text(column: Any) -> bool:
     return bool(column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "JSON", "ENUM"))
 
 
-def _text_bytes(array: Any) -> int:
-    """Bytes of all texts in an array, each counted as often as it occurs."""
+def _decoded_bytes(array: Any) -> int:
+    """About the peak memory of an array's values in Python: their texts, each counted as often as it occurs, and the
+    objects and copies while rows are checked."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = array.type
     if pa.types.is_dictionary(kind):
         if not (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)):
-            return 0
+            return len(array) * _DECODED
         lengths = pc.binary_length(array.dictionary).take(array.indices)
-        return int(pc.sum(lengths.cast(pa.int64())).as_py() or 0)
+        return int(pc.sum(lengths.cast(pa.int64())).as_py() or 0) + len(array) * _DECODED
     if pa.types.is_struct(kind):
-        return sum(map(_text_bytes, array.flatten()))
+        return sum(map(_decoded_bytes, array.flatten()))
     if pa.types.is_map(kind):
         start, end = (array.offsets[place].as_py() for place in (0, len(array)))
-        return sum(_text_bytes(part.slice(start, end - start)) for part in (array.keys, array.items))
+        return sum(_decoded_bytes(part.slice(start, end - start)) for part in (array.keys, array.items))
     if pa.types.is_nested(kind):
-        return _text_bytes(array.flatten())
-    return int(array.nbytes)
+        return _decoded_bytes(array.flatten())
+    return int(array.nbytes) + len(array) * _DECODED
 
 
 def carried_columns(schema: pa.Schema, name: str, progress: Progress) -> list[str]:

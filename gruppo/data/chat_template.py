@@ -174,7 +174,20 @@ def _rendered(
     answer = _RENDERER.answer({**request, **limits})
     if "text" not in answer:
         raise TemplateError(_explained(answer, limits))
+    if not _is_text(answer["text"]) and _is_text(
+        json.dumps([request["messages"], request["arguments"]], ensure_ascii=False)
+    ):
+        raise TemplateError(f"the chat template writes half of a surrogate pair, which is not text; {_ANOTHER}")
     return answer
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text has a UTF-8 form: it contains no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,10 @@ def _lines(lines: Iterable[str]) -> Iterator[Row]:
         except _RepeatedKeyError as error:
             raise _RepeatedKeyError(f"line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
+            if _is_long_number(error):
+                raise UsageError(
+                    f"line {number} has a number of more than {_digits()} digits; write it as text"
+                ) from None
             raise UsageError(f"line {number} is not JSON ({error}); write one object per line") from None
         if not isinstance(row, dict):
             raise UsageError(
@@ -74,6 +79,15 @@ def _lines(lines: Iterable[str]) -> Iterator[Row]:
                 "that is one list to .json"
             )
         yield row
+
+
+def _is_long_number(error: Exception) -> bool:
+    """Whether the text is JSON, with a number that Python does not read because that would take long."""
+    return type(error) is ValueError
+
+
+def _digits() -> int:
+    return sys.get_int_max_str_digits()
 
 
 def _json(path: Path, options: Mapping[str, Any], limit: int, progress: Progress) -> list[Row]:
@@ -86,6 +100,8 @@ def _json(path: Path, options: Mapping[str, Any], limit: int, progress: Progress
     except _RepeatedKeyError:
         raise
     except (ValueError, RecursionError) as error:
+        if _is_long_number(error):
+            raise UsageError(f"the file has a number of more than {_digits()} digits; write it as text") from None
         try:
             return list(_lines(text.split("\n")))
         except _RepeatedKeyError:

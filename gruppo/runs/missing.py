@@ -65,6 +65,9 @@ def missing_parts(folder: Path) -> list[str]:
         problems.append(f"metrics.jsonl is missing; the metrics of {steps_text(range(1, done + 1))} are lost")
     elif lost := set(range(1, done + 1)) - set(steps_of(lines)):
         problems.append(f"metrics.jsonl has no metrics of {steps_text(lost)}; they are lost")
+    counts = Counter(int(line["step"]) for line in lines if _STEP in line)
+    if twice := [step for step, count in counts.items() if count > 1]:
+        problems.append(f"metrics.jsonl has several lines of {steps_text(twice)}; this run did not write them")
     if lost := every_step - set(_steps_in(folder / "rollouts")):
         problems.append(f"rollouts/ has no table of {steps_text(lost)}; those completions are lost")
     if lost := evaluated - set(_steps_in(folder / "evaluations")):
@@ -73,9 +76,54 @@ def missing_parts(folder: Path) -> list[str]:
         problems.append("checkpoints/ is missing; the run cannot be resumed or exported")
     if total and not (folder / "model").is_dir():
         problems.append("model/ is missing; resume the run to write it again, or export a checkpoint")
-    if done and not (folder / "environment.json").is_file():
-        problems.append("environment.json is missing; the run cannot be resumed, exported or reproduced")
+    if done and (problem := environment_problem(folder)):
+        problems.append(f"{problem}; the run cannot be resumed, exported or reproduced")
+    if saved and (problem := base_problem(folder)):
+        problems.append(f"{problem}; the run cannot be exported")
+    if saved and _written_events(folder / "checkpoints") and not (folder / "events.jsonl").is_file():
+        problems.append("events.jsonl is missing; its events are lost")
     return problems
+
+
+def environment_problem(folder: Path) -> str | None:
+    """What is missing from environment.json, which records what the run chose at its start; None if nothing is."""
+    if not (folder / "environment.json").is_file():
+        return "environment.json is missing"
+    with suppress(OSError, UsageError):
+        if "chosen" in read_object(folder / "environment.json"):
+            return None
+    return "environment.json is not as the run wrote it"
+
+
+def base_problem(folder: Path) -> str | None:
+    """What is missing from base/, the configuration and the tokenizer of the model; None if nothing is."""
+    base = folder / "base"
+    if not base.is_dir():
+        return "base/ (config and tokenizer) is missing"
+    try:
+        if "model_type" not in read_object(base / "config.json"):
+            return "base/config.json names no model type"
+    except FileNotFoundError:
+        return "base/config.json is missing"
+    except (OSError, UsageError):
+        return "base/config.json is damaged"
+    names = [path.name for path in base.iterdir()]
+    if not any(name.startswith(_TOKENIZERS) or name.endswith(_VOCABULARIES) for name in names):
+        return "base/ has no vocabulary of the tokenizer (tokenizer.json)"
+    return None
+
+
+# Files with the vocabulary of a tokenizer, by the beginning and the end of their names.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab", "tekken", "spiece", "sentencepiece")
+_VOCABULARIES = (".model", ".tiktoken", ".vocab", ".bpe", ".spm", ".py")
+
+
+def _written_events(checkpoints: Path) -> int:
+    """The size of events.jsonl when the newest readable checkpoint was saved."""
+    for path in sorted(checkpoints.glob("step-*"), reverse=True):
+        with suppress(OSError, UsageError, AttributeError, TypeError, ValueError):
+            return int(read_object(path / "state.json")["lengths"].get("events.jsonl", 0))
+    return 0
 
 
 def _steps_in(folder: Path) -> list[int]:

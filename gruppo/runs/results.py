@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
-from gruppo.runs.missing import missing_parts
+from gruppo.runs.missing import missing_parts, steps_text
 from gruppo.runs.reading import read_lines, read_metrics, read_object, read_table, reading, require_own, step_of
 
 if TYPE_CHECKING:
@@ -123,7 +123,12 @@ class Result:
         if not paths or (step is not None and step not in paths):
             raise UsageError(f"{self.path}: has no {folder} of step {step}; {_known(paths)}")
         chosen: Iterable[int] = paths if step is None else [step]
-        frames = [read_table(paths[number]).to_pandas().assign(step=number) for number in chosen]
+        frames = []
+        for number in chosen:
+            frame = read_table(paths[number]).to_pandas()
+            if "step" in frame and (others := set(frame["step"]) - {number}):
+                warnings.warn(f"{paths[number]}: has the rows of {steps_text(others)}; it was replaced", stacklevel=3)
+            frames.append(frame.assign(step=number))
         whole = pd.concat(frames, ignore_index=True)
         return whole[["step", *(name for name in whole.columns if name != "step")]]
 

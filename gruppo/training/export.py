@@ -23,6 +23,7 @@ from gruppo.errors import UsageError
 from gruppo.runs.atomic import publish, writing
 from gruppo.runs.console import choose_progress
 from gruppo.runs.folder import checkpoint_folders
+from gruppo.runs.missing import base_problem
 from gruppo.runs.reading import read_object, reading, require_own
 from gruppo.training.model_card import accuracy_of, model_card
 from gruppo.utils.paths import is_dir, user_path
@@ -109,10 +110,9 @@ def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
         raise UsageError(f"{source}: contains no run; give a run folder, e.g. runs/quickstart")
     if not _steps(source):
         raise UsageError(f"{source}: the run has no checkpoint yet; train until it has one")
-    if not (source / "base").is_dir():
+    if problem := base_problem(source):
         raise UsageError(
-            f"{source}: base/ (config and tokenizer) is missing; restore it from a copy, or use {source}/model, "
-            "the model after the last step"
+            f"{source}: {problem}; restore it from a copy, or use {source}/model, the model after the last step"
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"--to {target}: already exists; give the name of a new folder")

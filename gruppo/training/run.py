@@ -20,7 +20,7 @@ from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.source import RolloutSource, Step
 from gruppo.runs.atomic import WriteError
-from gruppo.runs.missing import metric_problems
+from gruppo.runs.missing import base_problem, metric_problems
 from gruppo.runs.reading import reading
 from gruppo.runs.recorder import FileSink, Recorder, Sink, StatusSink
 from gruppo.runs.status import StatusFile
@@ -201,8 +201,8 @@ class TrainingRun:
         """Descriptions of further parts that are missing from the folder of a run. `known`: descriptions so far."""
         if not any(problem.startswith("metrics.jsonl") for problem in known):
             yield from metric_problems(self.folder.metrics(), self.state.step)
-        if self.state.step and not (self.folder.path / "base").is_dir():
-            yield "base/ (config and tokenizer) is missing, and gruppo export needs it"
+        if self.state.step and (problem := base_problem(self.folder.path)):
+            yield f"{problem}, and gruppo export needs it"
 
     # Steps.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,9 @@ BOMBS = {
     },
     "numbers": {"prompt": ["a", "b"], "l": pa.array([[1] * 8_000_000, []], pa.list_(pa.int8()))},
     "rows": {"prompt": repeated("a", 500_000)},
+    "nulls": {
+        "prompt": ["a"], "l": pa.ListArray.from_arrays(pa.array([0, 2_000_000], pa.int32()), pa.nulls(2_000_000)),
+    },
 }  # fmt: skip
 
 
@@ -145,10 +149,15 @@ def test_a_small_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, name: 
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table(BOMBS[name]), path, compression="zstd", store_schema=False)
     assert path.stat().st_size < 20_000
-    with pytest.raises(
-        UsageError, match=r'task\.memory = "0\.05 GB": the rows, unpacked, need more than that; raise it'
-    ):
-        training(path, memory="50 MB")
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            UsageError, match=r'task\.memory = "0\.05 GB": the rows, unpacked, need more than that; raise it'
+        ):
+            training(path, memory="50 MB")
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_limit_can_be_raised(tmp_path: Path) -> None:

@@ -118,6 +118,12 @@ def test_a_lone_surrogate_is_rendered() -> None:
     assert render_chat(make_tokenizer(), [{"role": "user", "content": "\udc80"}]) == "<\udc80>"
 
 
+def test_half_of_a_surrogate_pair_in_a_template() -> None:
+    tokenizer = with_template("{{ '\\ud800' }}{{ messages[0].content }}")
+    with pytest.raises(TemplateError, match="the chat template writes half of a surrogate pair, which is not text"):
+        render_chat(tokenizer, USER)
+
+
 HOSTILE = {
     "{{ 'x' * 9999999999 }}": "256 MiB",
     "{{ messages[0].content * 9999999999 }}": "256 MiB",

@@ -205,3 +205,11 @@ def test_parquet_values_become_plain(tmp_path: Path) -> None:
 def test_an_unknown_file_type_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"unknown file type; write one of \.jsonl, \.json"):
         read_file(tmp_path / name, {}, 2**30, Notes())
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_number_that_python_does_not_read(tmp_path: Path, name: str) -> None:
+    row = '{"prompt": "a", "answer": ' + "7" * 5000 + "}"
+    (tmp_path / name).write_text(row if name.endswith("l") else f"[{row}]")
+    with pytest.raises(UsageError, match="has a number of more than 4300 digits; write it as text"):
+        list(read_file(tmp_path / name, {}, 2**30, Notes()))

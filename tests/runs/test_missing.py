@@ -73,6 +73,23 @@ READ = {
     "environment": (
         delete("environment.json"), ["environment.json is missing; the run cannot be resumed, exported or reproduced"],
     ),
+    "doubled metrics": (
+        lambda run: (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() * 2),
+        ["metrics.jsonl has several lines of steps 1 to 6; this run did not write them"],
+    ),
+    "another environment": (
+        lambda run: (run / "environment.json").write_text('{"a": 1}'),
+        ["environment.json is not as the run wrote it; the run cannot be resumed, exported or reproduced"],
+    ),
+    "base": (delete("base"), ["base/ (config and tokenizer) is missing; the run cannot be exported"]),
+    "config": (
+        lambda run: (run / "base/config.json").write_text("{}"),
+        ["base/config.json names no model type; the run cannot be exported"],
+    ),
+    "tokenizer": (
+        delete("base/tokenizer.json"),
+        ["base/ has no vocabulary of the tokenizer (tokenizer.json); the run cannot be exported"],
+    ),
     "files that can be made again": (delete("status.json", "lock", "summary.json"), []),
 }  # fmt: skip
 
@@ -87,6 +104,12 @@ def test_readers_are_warned(name: str, run: Path) -> None:
         result = load_result(run)
     assert [str(warning.message) for warning in caught] == [f"{run}: {problem}" for problem in problems]
     assert result.missing == problems
+
+
+def test_a_table_of_another_step_is_noticed(run: Path) -> None:
+    shutil.copy(run / "rollouts/step-000002.parquet", run / "rollouts/step-000001.parquet")
+    with pytest.warns(UserWarning, match=r"step-000001\.parquet: has the rows of step 2; it was replaced"):
+        assert set(load_result(run).rollouts().step) == set(range(1, 7))
 
 
 def test_a_frame_without_metrics_is_refused_and_the_rest_works(run: Path) -> None:
@@ -207,6 +230,16 @@ def test_a_run_without_its_recipe(run: Path, tiny_folder: str) -> None:
     (run / "recipe.toml").unlink()
     with pytest.raises(UsageError, match=r"recipe\.toml is missing from this run; restore it"):
         small_run(tiny_folder, run, resume=True, **STEPS)
+
+
+def test_lost_events_are_mentioned(run: Path, tiny_folder: str) -> None:
+    small_run(tiny_folder, run, resume=True, **{**STEPS, "reward__timeout": 50.0, "run__checkpoint_every": 1})
+    assert (run / "events.jsonl").stat().st_size
+    (run / "events.jsonl").unlink()
+    state = json.loads((run / "checkpoints/step-000006/state.json").read_text())
+    state["lengths"]["events.jsonl"] = 40
+    (run / "checkpoints/step-000006/state.json").write_text(json.dumps(state))
+    assert missing_parts(run) == ["events.jsonl is missing; its events are lost"]
 
 
 def test_export_without_base(run: Path) -> None:

@@ -19,6 +19,7 @@ from gruppo.errors import UsageError
 from gruppo.rollout.reward_failures import rerun_reward
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.runs.trust import code_of, foreign_code, is_own, remember
+from gruppo.training.api import train
 from gruppo.training.reproduce import reproduce
 from gruppo.utils.imports import import_attribute
 from tests.small_runs import ROWS, recipe, small_run
@@ -253,6 +254,30 @@ def test_what_is_passed_from_python_replaces_the_folders_code(tiny_folder: str, 
     with pytest.raises(UsageError, match="likes_letters"):
         reproduce(theirs, 1, prompts=ROWS)
     assert reproduce(theirs, 1, prompts=ROWS, reward=likes).completions == 16
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "labelled"),
+    [
+        ("reward", "functions", True), ("reward", "functions", False), ("method", "surrogate", False),
+        ("evaluation", "grader", False), ("environment", "name", False), ("task", "name", False),
+    ],
+)  # fmt: skip
+def test_a_name_of_an_object_in_memory_imports_nothing(
+    table: str, field: str, labelled: bool, tiny_folder: str, tmp_path: Path
+) -> None:
+    """A path can begin with the prefix of such names, and still lead to a file."""
+    code = tmp_path / "evil.py"
+    code.write_text("import pathlib\npathlib.Path(__file__ + '.ran').touch()\ndef f(*_, **__): return [0.0]\n")
+    name = f"in-memory:/../{'../' * 30}{code}:f".replace("//", "/")
+    name = f"a = {name}" if labelled else name
+    data = recipe(tiny_folder, run__steps=1)
+    data.setdefault(table, {})[field] = [name] if field == "functions" else name
+    if table == "evaluation":
+        data["evaluation"] |= {"task": "arithmetic"}
+    with pytest.raises(UsageError, match="in-memory:"):
+        train(data, prompts=None if table == "task" else ROWS, out=tmp_path / "run", progress=False)
+    assert not Path(f"{code}.ran").exists()
 
 
 def test_options_in_place_of_the_folders_code_need_no_consent(foreign: Path, original: Path, called: Call) -> None:

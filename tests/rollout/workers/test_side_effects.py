@@ -140,7 +140,8 @@ REPLACED = {
     "daemon": ("threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()", "threading.active_count()"),
     "timer": ("threading.Timer(1000, print).start()", "threading.active_count()"),
     "raw thread": (
-        "__import__('_thread').start_new_thread(lambda: time.sleep(1000), ()); time.sleep(0.2)", "len(sys._current_frames())",
+        "__import__('_thread').start_new_thread(lambda: time.sleep(1000), ()); time.sleep(0.2)",
+        "len(sys._current_frames())",
     ),
     "hard limit": ("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); os.setuid(65534)", "os.getuid()"),
 }  # fmt: skip
