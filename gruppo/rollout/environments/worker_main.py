@@ -12,26 +12,19 @@ there.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import pickle
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
-from multiprocessing.connection import Connection
 from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rollout.environments.loading import Loaded, load_environment
 from gruppo.rollout.environments.protocol import Environment, Turn
-from gruppo.rollout.workers.channel import MOST_BYTES
-from gruppo.rollout.workers.limits import serve_pipes
 from gruppo.rollout.workers.process_state import ProcessState, seed
-
-_encode = json.JSONEncoder().encode
+from gruppo.rollout.workers.serving import encode, serve_pipes
 
 
 @dataclass
@@ -85,7 +78,7 @@ class Host:
         loaded = self.loaded
         description = {"schemas": loaded.schemas, "stop": loaded.stop, "gives_reward": loaded.gives_reward}
         try:
-            _encode(description)
+            encode(description)
         except (TypeError, ValueError) as error:
             return {
                 "error": f'environment.name = "{message["name"]}": its tool schemas cannot be written as JSON ({error})'
@@ -180,23 +173,5 @@ def _is_gruppo(filename: str) -> bool:
     return filename == __file__ or "gruppo/rollout/environments/" in filename.replace("\\", "/")
 
 
-def serve(calls: Connection, answers: Connection) -> None:
-    """Answer messages until the trainer closes the pipe."""
-    host, process = Host(), os.getpid()
-    for number in count(1):
-        try:
-            content = calls.recv_bytes()
-        except EOFError:
-            return
-        answer = host.answer(content)
-        if os.getpid() != process:
-            os._exit(0)  # a child that the class forked and that returned from the call
-        encoded = _encode({**answer, "number": number}).encode()
-        if len(encoded) > MOST_BYTES:
-            failure = f"its answer has {len(encoded)} bytes, more than {MOST_BYTES}"
-            encoded = _encode({"failure": failure, "number": number}).encode()
-        answers.send_bytes(encoded)
-
-
 if __name__ == "__main__":
-    serve_pipes(serve)
+    serve_pipes(Host().answer, "its answer has {size} bytes, more than {most}")

@@ -10,10 +10,8 @@ import contextlib
 import os
 import re
 import resource
-import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Names of variables that every worker process gets: locations of programs, libraries and caches, and how to use the
@@ -66,13 +64,3 @@ def _lower(limit: int, most: int) -> None:
     lowered = most if hard == resource.RLIM_INFINITY else min(most, hard)
     with contextlib.suppress(OSError, ValueError):  # a system without this limit
         resource.setrlimit(limit, (lowered, lowered))
-
-
-def serve_pipes(serve: Callable[[Connection, Connection], None]) -> None:
-    """Main function of a worker process, which ignores Ctrl-C. Arguments on the command line: the two pipe ends to
-    serve, and the memory limit in bytes.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    read, write, memory = (int(argument) for argument in sys.argv[1:4])
-    confine(memory)
-    serve(Connection(read, writable=False), Connection(write, readable=False))

@@ -18,42 +18,21 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import json
 import operator
-import os
 import pickle
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count, islice
-from multiprocessing.connection import Connection
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.loading import Loaded, load_reward
-from gruppo.rollout.workers.channel import MOST_BYTES
-from gruppo.rollout.workers.limits import serve_pipes
 from gruppo.rollout.workers.module_watch import ModuleWatch
 from gruppo.rollout.workers.process_state import ProcessState, seed
-
-# Own references, because functions may patch modules.
-_encode, _getpid, _exit = json.JSONEncoder().encode, os.getpid, os._exit
-
-
-def serve(calls: Connection, answers: Connection) -> None:
-    """Load the functions of the first message, then answer calls until the trainer closes the pipe."""
-    process, host = _getpid(), _Host()
-    for number in count(1):
-        try:
-            content = calls.recv_bytes()
-        except EOFError:
-            return
-        answer = host.answer(content)
-        if _getpid() != process:
-            _exit(0)  # a child that a function forked and that returned from the call
-        answers.send_bytes(_as_bytes({**answer, "number": number}))
+from gruppo.rollout.workers.serving import serve_pipes
 
 
 class _EventLoop:
@@ -103,14 +82,6 @@ class _Host:
             return run(_score, self.rewards[function], message["arguments"], message["state"], self.loop)
         finally:
             self.state.restore()
-
-
-def _as_bytes(answer: Mapping[str, Any]) -> bytes:
-    content = _encode(answer).encode()
-    if len(content) <= MOST_BYTES:
-        return content
-    failure = f"logged {len(content)} bytes with log_metric and log_extra, more than {MOST_BYTES} in one call"
-    return _encode({"failure": failure, "number": answer["number"]}).encode()
 
 
 def _load(
@@ -237,4 +208,4 @@ def _describe(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    serve_pipes(serve)
+    serve_pipes(_Host().answer, "logged {size} bytes with log_metric and log_extra, more than {most} in one call")
