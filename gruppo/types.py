@@ -120,7 +120,7 @@ class Group:
     """A prompt with its G completions and rewards, and the inputs of the loss that the method adds.
 
     `trained[i]`: whether completion i takes part in the objective (its reward is known and it is not masked).
-    `advantages[i]`: Â of completion i, one value per token.
+    `advantages[i]`: Â of completion i, one value per token. `entropy[i]`: of the policy before the step, in nats.
     `values[i]`: predictions of the value model for the state before each token of completion i, and for the state after
     the last one. `returns[i]`: targets of these values, one per token. Both are set only with a value model.
     `skipped`: why the group has no gradient, in words, or None.
@@ -133,6 +133,7 @@ class Group:
     advantages: list[list[float]] = field(default_factory=list)
     old_logprobs: list[list[float] | None] = field(default_factory=list)
     ref_logprobs: list[list[float] | None] = field(default_factory=list)
+    entropy: list[list[float] | None] = field(default_factory=list)
     values: list[list[float] | None] = field(default_factory=list)
     returns: list[list[float] | None] = field(default_factory=list)
     skipped: str | None = None

@@ -22,6 +22,7 @@ def mark_trained(groups: Sequence[Group], mask_truncated: bool) -> None:
         group.advantages = [[0.0] * len(completion.token_ids) for completion in group.completions]
         group.old_logprobs = [None] * len(group.completions)
         group.ref_logprobs = [None] * len(group.completions)
+        group.entropy = [None] * len(group.completions)
         if not any(group.trained):
             group.skipped = "no completion is trained on: each was excluded (its reward failed) or truncated"
 

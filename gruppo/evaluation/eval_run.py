@@ -39,7 +39,7 @@ from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.runs.atomic import publish, write_whole, writing
 from gruppo.runs.folder import EVALUATION, RunFolder, check_folder, explaining_write_errors, start_time
 from gruppo.runs.reading import read_table
-from gruppo.runs.tables import EVALUATIONS
+from gruppo.runs.tables import EVALUATIONS, versioned
 from gruppo.types import Completion, Group, Prompt, Reward
 from gruppo.utils.files import file_sha256
 from gruppo.utils.oom_retry import BatchSizes
@@ -247,7 +247,9 @@ def _write_results(run: RunFolder, result: EvalResult) -> None:
     path, temporary = run.path / "samples.parquet", run.path / "samples.writing"
     events = []
     with writing(path, temporary):
-        with pq.ParquetWriter(temporary, EVALUATIONS, compression="zstd", write_page_checksum=True) as writer:
+        with pq.ParquetWriter(
+            temporary, versioned(EVALUATIONS), compression="zstd", write_page_checksum=True
+        ) as writer:
             for part in sorted((run.path / "evaluations").glob("step-*.parquet")):
                 table = read_table(part, EVALUATIONS)
                 writer.write_table(table)

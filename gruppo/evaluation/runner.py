@@ -36,6 +36,7 @@ from gruppo.types import Completion, Prompt
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 from gruppo.utils.text import as_json
+from gruppo.utils.token_text import TokenTexts
 
 Sampler = Callable[..., list[list[Completion]]]  # same signature as `sample_groups`
 
@@ -78,7 +79,11 @@ def answer_rows(
     verdicts: Sequence[Sequence[Verdict]],
     scores: Sequence[Sequence[float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per answer to some questions of a set, with the columns of `gruppo.runs.tables.EVALUATIONS`."""
+    """One row per answer to some questions of a set, with the columns of `gruppo.runs.tables.EVALUATIONS`.
+
+    The texts of tokens are None if the answers come from a file.
+    """
+    texts = None if eval_set.tokenizer is None else TokenTexts(eval_set.tokenizer, special=True)
     return [
         {
             "eval_set": eval_set.name,
@@ -95,7 +100,10 @@ def answer_rows(
             "score": None if scores is None else scores[place][number],
             "finish_reason": completion.finish_reason or None,
             "episode": None if completion.episode is None else as_json(asdict(completion.episode)),
+            "prompt_token_ids": list(prompt.token_ids) if texts else None,
+            "prompt_token_texts": texts.of(prompt.token_ids) if texts else None,
             "token_ids": list(completion.token_ids),
+            "token_texts": texts.of(completion.token_ids, prompt.token_ids) if texts else None,
             "mask": list(completion.mask),
             "logprobs": list(completion.sampling_logprobs),
         }
@@ -254,7 +262,7 @@ def open_eval_sets(
             context, known = source.context, source.vocabulary
             return tokenize_part(part, source.tokenizer, context, room, known, most, advance, tools)[0]
 
-    eval_sets = [make_eval_set(rows, recipe, tokenize) for rows in all_rows]
+    eval_sets = [make_eval_set(rows, recipe, tokenize, source.tokenizer) for rows in all_rows]
     policy = load_model(source, recipe.model.device, recipe.model.dtype, progress)
     prompts = [prompt for eval_set in eval_sets for prompt in eval_set.prompts]
     sample: Sampler = sample_groups

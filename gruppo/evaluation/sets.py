@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Decoding
@@ -15,6 +16,9 @@ from gruppo.evaluation.datasets import EvalSetRows
 from gruppo.evaluation.verdicts import grade_answer
 from gruppo.rewards.grading.graders import GRADERS, Named
 from gruppo.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Arguments: a part, the tokens of context to reserve for the answer, and the maximum number of prompts.
 Tokenize = Callable[[Dataset, int, int], list[Prompt]]
@@ -29,7 +33,7 @@ class EvalSet:
 
     `name`: of the task, or "" for the held-out questions of a run. `graders`: by the task of a prompt. `every`: steps
     between evaluations during a run, or 0 to evaluate only before the first and after the last step. `domain`:
-    see `EvalSetRows`.
+    see `EvalSetRows`. `tokenizer`: the model's; None if the answers come from a file, without tokens.
     """
 
     name: str
@@ -39,6 +43,7 @@ class EvalSet:
     samples: int
     every: int
     domain: str | None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def due(self, step: int, at_end: bool) -> bool:
         """Whether this set is evaluated at `step`."""
@@ -69,7 +74,7 @@ def sampling_params(decoding: Decoding, max_tokens: int, training_stop: Sequence
     return SamplingParams(max_tokens=max_tokens, **fields)
 
 
-def make_eval_set(rows: EvalSetRows, recipe: Recipe, tokenize: Tokenize) -> EvalSet:
+def make_eval_set(rows: EvalSetRows, recipe: Recipe, tokenize: Tokenize, tokenizer: PreTrainedTokenizerBase) -> EvalSet:
     """Build an evaluation set from rows, and try its graders.
 
     Raises UsageError if a question does not fit the model or the grader.
@@ -78,7 +83,8 @@ def make_eval_set(rows: EvalSetRows, recipe: Recipe, tokenize: Tokenize) -> Eval
     limit = settings.max_tokens or recipe.sampling.max_tokens
     options = sampling_params(settings.decoding, limit, recipe.sampling.stop)
     prompts = interleaved([tokenize(part, limit, settings.questions) for part in rows.parts], settings.questions)
-    eval_set = EvalSet(rows.name, prompts, rows.graders, options, settings.samples, settings.every, rows.domain)
+    every, samples = settings.every, settings.samples
+    eval_set = EvalSet(rows.name, prompts, rows.graders, options, samples, every, rows.domain, tokenizer)
     check_graders(eval_set.graders, prompts)
     return eval_set
 

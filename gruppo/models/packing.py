@@ -38,7 +38,8 @@ class Batch:
     The last token of a completion is predicted but never read, so it is not in T. `layout` has the lengths of each
     prompt and its completions in T. `predictors[n]` is the position in T whose hidden state predicts `targets[n]`.
     `members` lists the completions in N, in order, as (group index, completion index, number of tokens). The method
-    fills in `old_logprobs` and `ref_logprobs`. `values` and `returns` are set with a value model only.
+    fills in `old_logprobs`, `ref_logprobs` and the policy's `entropy` before the step. `values` and `returns` are set
+    with a value model only.
     """
 
     token_ids: Int[Tensor, " T"]
@@ -52,6 +53,7 @@ class Batch:
     members: list[tuple[int, int, int]] = field(default_factory=list)
     old_logprobs: Float[Tensor, " N"] | None = None
     ref_logprobs: Float[Tensor, " N"] | None = None
+    entropy: Float[Tensor, " N"] | None = None
     values: Float[Tensor, " N"] | None = None
     returns: Float[Tensor, " N"] | None = None
 

@@ -38,6 +38,7 @@ from gruppo.errors import UsageError
 from gruppo.runs.atomic import WriteError, publish, write_whole, writing
 from gruppo.runs.changes import Change, allowed_changes, differences
 from gruppo.runs.reading import object_of, read_metrics, read_object, reading, require_own, step_of
+from gruppo.runs.tables import versioned
 from gruppo.runs.trust import remember
 from gruppo.utils.disk import free_bytes, gigabytes, held_bytes
 
@@ -149,7 +150,7 @@ class RunFolder:
         path = self.path / folder / f"step-{step:06d}.parquet"
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".writing")
-        content = pa.Table.from_pylist(list(rows), schema)
+        content = pa.Table.from_pylist(list(rows), versioned(schema))
         with writing(path, temporary):
             pq.write_table(content, temporary, compression="zstd", write_page_checksum=True)
             publish(temporary, path)

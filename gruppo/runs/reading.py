@@ -22,9 +22,11 @@ import pyarrow.parquet as pq
 
 from gruppo.config.renames import COLUMNS, renamed_parts, translate_event, translate_metrics
 from gruppo.errors import RunError, UsageError
+from gruppo.runs.tables import ADDED
 
 MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; for a table, in memory
 _ROWS = 256
+_LATER = frozenset().union(*ADDED.values())
 
 
 def require_own(folder: Path, links_to: Path | None = None) -> None:
@@ -114,7 +116,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """The rows of a Parquet file, with the columns of the schema if one is given.
+    """The rows of a Parquet file, with the columns of the schema if one is given. Columns that were not recorded yet
+    when the file was written are null.
 
     Raises UsageError if the file is missing, is not such a table, does not match its checksums, or is too large once it
     is decompressed, which the size of the file does not show.
@@ -133,6 +136,9 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
             stored = batches[0].schema if batches else file.schema_arrow
             table = pa.Table.from_batches(batches, stored).replace_schema_metadata(None)
             table = table.rename_columns([new_names.get(name, name) for name in table.column_names])
+            for field in () if schema is None else schema:
+                if field.name in _LATER and field.name not in table.column_names:
+                    table = table.append_column(field, pa.nulls(len(table), field.type))
             if len(table) != file.metadata.num_rows:  # a damaged page header, which has no checksum, can hide a page
                 raise ValueError(f"{len(table)} of {file.metadata.num_rows} rows can be read")
         return table if schema is None else table.select(schema.names).cast(schema)

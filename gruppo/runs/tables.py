@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _TEXT, _INTEGER, _FLOAT, _BOOLEAN = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
+# The version of these schemas, in the metadata of every file as "gruppo_schema". Files without one are version 1.
+SCHEMA_VERSION = 2
+ADDED = {2: frozenset({"entropy", "prompt_token_ids", "prompt_token_texts", "token_texts"})}  # columns, by version
+
 
 ROLLOUTS = pa.schema(
     {
@@ -40,12 +44,14 @@ ROLLOUTS = pa.schema(
         "trained": _BOOLEAN,
         "skipped": _TEXT,
         "prompt_token_ids": pa.list_(_INTEGER),
+        "prompt_token_texts": pa.list_(_TEXT),
         "token_ids": pa.list_(_INTEGER),
         "token_texts": pa.list_(_TEXT),
         "mask": pa.list_(_BOOLEAN),
         "sampling_logprobs": pa.list_(_FLOAT),
         "old_logprobs": pa.list_(_FLOAT),
         "ref_logprobs": pa.list_(_FLOAT),
+        "entropy": pa.list_(_FLOAT),
         "advantages": pa.list_(_FLOAT),
         "values": pa.list_(_FLOAT),
         "returns": pa.list_(_FLOAT),
@@ -69,7 +75,10 @@ EVALUATIONS = pa.schema(
         "score": _FLOAT,
         "finish_reason": _TEXT,
         "episode": _TEXT,
+        "prompt_token_ids": pa.list_(_INTEGER),
+        "prompt_token_texts": pa.list_(_TEXT),
         "token_ids": pa.list_(_INTEGER),
+        "token_texts": pa.list_(_TEXT),
         "mask": pa.list_(_BOOLEAN),
         "logprobs": pa.list_(_FLOAT),
     }
@@ -95,6 +104,11 @@ LABELS = pa.schema(
 )
 
 
+def versioned(schema: pa.Schema) -> pa.Schema:
+    """The schema with its version, for a file that is written."""
+    return schema.with_metadata({"gruppo_schema": str(SCHEMA_VERSION)})
+
+
 def is_offline(completion: Completion) -> bool:
     """Whether a completion came from a dataset row."""
     return any(map(math.isnan, completion.sampling_logprobs))
@@ -110,8 +124,8 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
     """One row per completion: texts, token ids and their texts, log-probabilities, rewards and advantages.
 
     A row also says whether the completion was trained on, or why not. Lists have one entry per token. Joined, the texts
-    of the tokens are what they add to the prompt, with all special tokens. Log-probabilities that were not computed,
-    and those of tokens that were not sampled, are None.
+    of the tokens are what they add to the prompt, with all special tokens. Log-probabilities and entropies that were
+    not computed, and those of tokens that were not sampled, are None.
     """
     rows, texts = [], TokenTexts(tokenizer, special=True)
     for index, group in enumerate(groups):
@@ -121,6 +135,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
             "prompt_id": group.prompt.id,
             "prompt": group.prompt.content if isinstance(group.prompt.content, str) else as_json(group.prompt.content),
             "prompt_token_ids": list(group.prompt.token_ids),
+            "prompt_token_texts": texts.of(group.prompt.token_ids),
             "columns": as_json(dict(group.prompt.columns)),
             "skipped": group.skipped,
         }
@@ -146,6 +161,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "sampling_logprobs": None if is_offline(completion) else sampled(completion.sampling_logprobs),
                     "old_logprobs": sampled(group.old_logprobs[number]),
                     "ref_logprobs": sampled(group.ref_logprobs[number]),
+                    "entropy": sampled(group.entropy[number]),
                     "advantages": group.advantages[number],
                     "values": group.values[number] if group.values else None,
                     "returns": group.returns[number] if group.returns else None,

@@ -25,7 +25,7 @@ from gruppo.utils.disk import free_bytes, gigabytes, held_bytes
 HEADER = 110  # bytes that a safetensors file spends on naming one tensor
 LINE = 2_500  # bytes per step in metrics.jsonl and events.jsonl
 # Bytes of a table compressed by Parquet: per file, per row, per token (its id and texts), and per real number.
-FILE, ROW, TOKEN, REAL = 9_000, 60, 5.0, 5.0
+FILE, ROW, TOKEN, REAL = 10_500, 60, 5.0, 5.0
 TABLES = ("rollouts", "evaluations", "labels")
 
 
@@ -185,7 +185,8 @@ def _base_bytes(policy: LanguageModel) -> int:
 def _tables(recipe: Recipe, work: Workload, rounds: int) -> dict[str, int]:
     """Bytes of the tables by folder, if every completion has the maximum number of tokens."""
     by_token = recipe.method.credit in {"token", "value", "step"}
-    lists = 2 + work.reference + by_token + 2 * work.critic  # of log-probabilities, advantages, values, returns
+    # Lists of log-probabilities, entropies, advantages, values, returns.
+    lists = 3 + work.reference + by_token + 2 * work.critic
     tables = {
         "rollouts": recipe.run.steps * _table(work.completions, work.max_tokens, lists),
         "evaluations": sum(each.times * _table(each.answers, each.answer_tokens, 1) for each in work.eval_sets),

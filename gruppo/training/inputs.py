@@ -61,7 +61,7 @@ def tokenize_data(
             for part, prompts in zip(data.training, parts, strict=True)
         ]
     prompts = Mixture(parts, [task.weight for task in recipe.tasks], recipe.run.seed)
-    eval_sets = [make_eval_set(eval_data, recipe, tokenizer.tokenize) for eval_data in data.eval_sets]
+    eval_sets = [make_eval_set(rows, recipe, tokenizer.tokenize, source.tokenizer) for rows in data.eval_sets]
     stop = tuple(recipe.sampling.stop)
     sampling = SamplingParams(recipe.sampling.temperature, limit, stop=stop, keep_stop=bool(stop))
     return RunInputs(prompts, offline, eval_sets, sampling, tokenizer.filtered)

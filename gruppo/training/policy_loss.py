@@ -63,7 +63,7 @@ def score_batches(
     """Fill in π_old and π_ref of batches before advantages are computed: for a KL in the reward."""
     for batch in batches:
         with policy.precision():
-            batch.old_logprobs = score(policy, batch, temperature)[0]
+            batch.old_logprobs, batch.entropy = score(policy, batch, temperature)
             batch.ref_logprobs = score(reference, batch, temperature)[0]
         used = batch.weights != 0
         metrics.mean("policy/kl", float((batch.old_logprobs - batch.ref_logprobs)[used].sum()), float(used.sum()))
@@ -89,6 +89,8 @@ def batch_loss(
         with torch.no_grad():
             batch.ref_logprobs = score(reference, batch, temperature)[0]
     logprobs, entropy = score(policy, batch, temperature)
+    if first:
+        batch.entropy = entropy
     dtype = logprobs.dtype
     if first and settings.old_logprobs == "trainer":
         batch.old_logprobs = logprobs.detach()
@@ -134,7 +136,8 @@ def batch_loss(
 
 
 def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
-    """Copy the computed per-token log-probabilities from the batches back to the groups, to be recorded."""
+    """Copy the computed per-token log-probabilities and entropies from the batches back to the groups, to be
+    recorded."""
     for batch in batches:
         start = 0
         for index, number, length in batch.members:
@@ -142,6 +145,7 @@ def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
             for kept, computed in (
                 (groups[index].old_logprobs, batch.old_logprobs),
                 (groups[index].ref_logprobs, batch.ref_logprobs),
+                (groups[index].entropy, batch.entropy),
             ):
                 if computed is not None:
                     kept[number] = computed[stretch].tolist()

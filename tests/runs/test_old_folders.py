@@ -55,6 +55,7 @@ def test_old_lines_and_tables_are_read_with_the_current_names(run: Path) -> None
     table = read_table(run / "evaluations/step-000004.parquet", EVALUATIONS)
     assert "eval_set" in table.column_names
     assert "exam" not in table.column_names
+    assert table["token_texts"].null_count == len(table), "not recorded"
     frame = gruppo.load_result(run).frame()
     assert frame["groups/nonzero_advantage"].notna().sum() == 4
 

@@ -6,11 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import gruppo
 from gruppo.errors import UsageError
 from gruppo.runs.results import Result
+from gruppo.runs.tables import SCHEMA_VERSION
 from tests.small_runs import small_run
 
 
@@ -51,6 +53,12 @@ def test_evaluations_contain_every_answer(finished: Result) -> None:
     accuracy = every.groupby("step")["correct"].mean()
     assert accuracy.to_dict() == finished.frame()["eval/accuracy"].dropna().to_dict()
     assert finished.evaluations(6)["answer"].tolist() == every[every["step"] == 6]["answer"].tolist()
+
+
+def test_tables_name_the_version_of_their_schema(finished: Result) -> None:
+    for table in ("rollouts", "evaluations"):
+        schema = pq.read_schema(finished.path / table / "step-000002.parquet")
+        assert schema.metadata[b"gruppo_schema"] == str(SCHEMA_VERSION).encode()
 
 
 @pytest.mark.parametrize(("table", "steps"), [("rollouts", "1, 2, 3, 4, 5, 6"), ("evaluations", "0, 2, 4, 6")])

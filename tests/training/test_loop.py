@@ -110,6 +110,10 @@ def test_evaluations_before_during_and_after(finished: Result) -> None:
     for step in (0, 3, 6):
         rows = pq.read_table(finished.path / f"evaluations/step-{step:06d}.parquet").to_pylist()
         assert [row["question"] for row in rows] == [row["prompt"] for row in ROWS[:4]]
+        assert ["".join(row["prompt_token_texts"]) for row in rows] == [row["prompt"] for row in ROWS[:4]]
+        for row in rows:
+            assert len(row["token_texts"]) == len(row["token_ids"])
+            assert "".join(row["token_texts"]).removesuffix("<eos>") == row["answer"]
 
 
 def test_rollouts_hold_everything(finished: Result) -> None:
@@ -124,14 +128,20 @@ def test_rollouts_hold_everything(finished: Result) -> None:
                 "sampling_logprobs",
                 "old_logprobs",
                 "ref_logprobs",
+                "entropy",
                 "advantages",
             )
             assert len({len(row[name]) for name in lists}) == 1
+            assert len(row["prompt_token_texts"]) == len(row["prompt_token_ids"])
+            assert "".join(row["prompt_token_texts"]) == row["prompt"]
             assert row["policy_version"] == step - 1
             expected = sum("a" <= letter <= "m" for letter in row["text"]) / max(1, len(row["text"]))
             assert row["reward"] == pytest.approx(expected)
         line = next(line for line in finished.metrics if line["step"] == step and "reward/mean" in line)
         assert line["reward/mean"] == pytest.approx(sum(row["reward"] for row in rows) / 16)
+        entropies = [entropy for row in rows for entropy in row["entropy"]]
+        assert line["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies))
+        assert 0 < min(entropies) <= max(entropies) <= math.log(48) + 1e-6
 
 
 def test_trained_ids_are_those_sampled(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
