@@ -115,6 +115,20 @@ def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
     [
         (["repeat", "failure.json"], "command repeat: was renamed; write gruppo rerun-reward"),
         (["replay", "run", "--step", "1"], "command replay: was renamed; write gruppo reproduce"),
+        (
+            ["train", "r.toml", "--num_generations", "8"],
+            "--num_generations: no such option; write --set sampling.group_size=8",
+        ),
+        (["train", "r.toml", "--beta=0.1"], "write --set method.kl_coef=0.1, the weight of the KL term"),
+        (["train", "--model_name_or_path", "a b"], "write --set 'model.name=a b'"),
+        (["train", "r.toml", "--output_dir", "x"], "--output_dir: no such option; write --out"),
+        (["train", "r.toml", "--steps", "3"], "write --set run.steps=3"),
+        (["check", "r.toml", "--bf16"], "write --set model.dtype=bfloat16"),
+        (["train", "r.toml", "--use_vllm"], "--use_vllm: no such option; remove it: gruppo has its own engine"),
+        (["eval", "m", "--num_samples", "4"], "write --samples 4"),
+        (["eval", "m", "--max_new_tokens=4"], "write --max-tokens 4"),
+        (["sample", "m", "--max_new_tokens", "4"], "write --max-tokens 4"),
+        (["train", "recipes/quickstart.toml", "--set", "num_generations=8"], "write --set sampling.group_size=8"),
         (["sample", "model", "--messages", '{"role": "user", "content": "hi"}'], "must be a list of messages"),
     ],
 )

@@ -330,7 +330,7 @@ def test_data_for_a_recipe_without_a_benchmark_is_refused(tmp_path: Path) -> Non
         (tmp_path / "recipe.toml").write_text(tomli_w.dumps({"model": {"name": "x"}, **tables}))
         arguments = EvalArguments(recipe=tmp_path / "recipe.toml", data=tmp_path / "rows.jsonl")
         if refused:
-            with pytest.raises(UsageError, match=r"--data .*no evaluation set of .*recipe\.toml is a benchmark"):
+            with pytest.raises(UsageError, match=r"data = .*no evaluation set of .*recipe\.toml is a benchmark"):
                 arguments.recipe_of("x")
         else:
             assert "rows.jsonl" in str(arguments.recipe_of("x"))
