@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 
 # Whether this process is the command line, whose options have other names than the arguments of the Python functions.
 _command_line = False
 
-# Options of the command line in messages, and how Python spells them.
-_IN_PYTHON = (
-    (r"^--(out|to|step) (.+?): ", r"\1 = \2: "),
-    (r"^--resume (.+?): ", r"out = \1: "),
-    (r"^--resume: ", "resume=True: "),
-    (r"^--set (.+?): ", r"overrides, \1: "),
-    (r"--set (\"[^\"]+\")", r"overrides = [\1]"),
-    (r"\b(another|with|on|and) --(out|to|step|checkpoint)\b", r"\1 \2="),
-    (r"\b(with|with the same command and) --resume\b", "with resume=True"),
-    (r" \(on the command line --[a-z-]+\)", ""),
-)
+# Options without a value, which Python spells name=True.
+_FLAGS = {"adapter", "quick", "resume", "trust", "trust-remote-code"}
+_SET = re.compile(r"--set ('[^']*'|[^\s,;]+)")
+_OPTION = re.compile(r"(?<![^\s(])--([a-z][a-z-]*[a-z])(?:=([^\s;,)]+))?(?![\w=/-])")
 
 
 # Characters that Python calls printable although nothing is drawn: Unicode's Default_Ignorable_Code_Point (fillers,
@@ -37,11 +31,43 @@ def speak_command_line(on: bool = True) -> None:
 
 
 def worded(message: object) -> str:
-    """The message as one line, in the words of the caller."""
+    """The message as one line, in the words of the caller.
+
+    A message names options as on the command line: "--out FOLDER: …" at its start, "--out", "--resume" or
+    "--checkpoint=last" later. In Python these are arguments: "out = FOLDER: …", "out=", "resume=True" and
+    'checkpoint="last"'. Commands between backticks stay as they are.
+    """
     text = one_line(message)
-    for pattern, replacement in () if _command_line else _IN_PYTHON:
-        text = re.sub(pattern, replacement, text)
-    return text
+    return text if _command_line else _in_python(text)
+
+
+def _in_python(text: str) -> str:
+    """A message with the arguments of the Python functions in place of the command line's options."""
+    text = re.sub(r" \(on the command line --[a-z-]+\)", "", text)
+    if start := re.match(r"--set (.+?): ", text):
+        text = f"overrides = {_quoted([start[1]])}: {text[start.end() :]}"
+    elif start := re.match(r"--([a-z-]+) (.+?): ", text):
+        name = "out" if start[1] == "resume" else start[1].replace("-", "_")
+        text = f"{name} = {start[2]}: {text[start.end() :]}"
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(
+        part if part.startswith("`") else _OPTION.sub(_argument, _SET.sub(_override, part)) for part in parts
+    )
+
+
+def _override(option: re.Match[str]) -> str:
+    return f"overrides = {_quoted([option[1].strip(chr(39))])}"
+
+
+def _argument(option: re.Match[str]) -> str:
+    name, value = option[1].replace("-", "_"), option[2]
+    if option[1] in _FLAGS:
+        return f"{name}=True"
+    return f"{name}=" if value is None else f"{name}={value if value[0].isdigit() else _quoted(value)}"
+
+
+def _quoted(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def is_visible(text: str) -> bool:
@@ -112,7 +138,7 @@ def first_line(error: BaseException) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean "x"?' for the known word closest to `word`, or '; known: …' if none is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(known)}"
 
 

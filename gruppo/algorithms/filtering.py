@@ -24,7 +24,19 @@ def mark_trained(groups: Sequence[Group], mask_truncated: bool) -> None:
         group.ref_logprobs = [None] * len(group.completions)
         group.entropy = [None] * len(group.completions)
         if not any(group.trained):
-            group.skipped = "no completion is trained on: each was excluded (its reward failed) or truncated"
+            group.skipped = f"no completion is trained on: {_why_none(group)}"
+
+
+def _why_none(group: Group) -> str:
+    """Why no completion of the group is trained on."""
+    reasons = {
+        "their rewards failed": any(reward.failure is not None for reward in group.rewards),
+        "no reward applies to them (all are None)": any(
+            reward.total is None and reward.failure is None for reward in group.rewards
+        ),
+        "they were truncated": any(reward.total is not None for reward in group.rewards),
+    }
+    return ", or ".join(reason for reason, applies in reasons.items() if applies)
 
 
 def rewards_differ(group: Group) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.cli.options import require_consent
-from gruppo.config.loading import load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Benchmark
 from gruppo.data.benchmark_table import BENCHMARKS
+from gruppo.data.transform import INHERITED
 from gruppo.errors import UsageError
 from gruppo.evaluation.formatting import format_difference, format_results
 from gruppo.evaluation.plots import draw_curves
@@ -135,6 +137,16 @@ class EvalArguments:
         if ignored:
             raise UsageError(f"{ignored[0]}: cannot change an evaluation that is already finished; leave it out")
 
+    def in_options(self, error: UsageError) -> UsageError:
+        """The error in the words of the options. Fields that only a recipe file sets keep their names."""
+        options = set(_OPTIONS)
+        if self.recipe is not None:
+            options = {f"--{name.replace('_', '-')}" for name in self.fields}
+            options |= {"--temperature"} if self.temperature is not None else set()
+            options |= {"--task", "--data", "--option", "--columns", "--template", "--system"} if self.tasks else set()
+        lines = [re.sub(r"^recipe: ", "", line) for line in str(error).splitlines()]
+        return RecipeError(*(_with_options(line, sorted(options, reverse=True)) for line in lines))
+
     def _table(self, base: Mapping[str, Any], task: dict[str, Any] | None) -> dict[str, Any]:
         """An evaluation table with the options of the command line, which take precedence over `base`."""
         table = {**base, **self.fields}
@@ -181,7 +193,10 @@ def evaluate_command(
     done = [answers is None and _is_evaluation(name) for name in names]
     arguments.require_fitting(answers, all(done), out, resume)
     folders = [out / part if out is not None and len(names) > 1 else out for part in ("first", "second")]
-    recipes = [None if finished else arguments.recipe_of(name) for name, finished in zip(names, done, strict=True)]
+    try:
+        recipes = [None if finished else arguments.recipe_of(name) for name, finished in zip(names, done, strict=True)]
+    except UsageError as error:
+        raise arguments.in_options(error) from error
     if evaluated := [recipe for recipe in recipes if recipe is not None]:
         arguments.require_consent(evaluated[0])  # the code of the others is the same
     if len(names) > 1:
@@ -201,7 +216,7 @@ def evaluate_command(
                 else:
                     results.append(run_evaluation(recipe, folder, resume, progress, stop))
     except UsageError as error:
-        raise UsageError(_with_options(str(error)) if arguments.tasks else str(error)) from error
+        raise arguments.in_options(error) from error
     except Interrupted:
         if out is not None:
             sys.stderr.write("Interrupted; the answers so far are kept. Resume with the same command and --resume\n")
@@ -212,11 +227,52 @@ def evaluate_command(
         _draw(results, curves)
 
 
-def _with_options(message: str) -> str:
-    """A message about fields of a task, in the words of the options that set them: --columns, --template, --system."""
-    table = r"(?:benchmarks\[\d+\]|evaluation)\.task\."
-    message = re.sub(table + r'columns = \{(\w+) = "([^"]+)"\}', r"--columns \1=\2", message)
-    return re.sub(table + r'(system|template) = ("[^"]*")', r"--\1 \2", message)
+# A table of an evaluation, the value of a field, and the fields that options set.
+_TABLE = r"(?<![\w./-])(?:benchmarks\[\d+\]|evaluation)\."
+_VALUE = r""" = (?:"([^"]*)"|'([^']*)'|([^\s:;,{]+))"""
+_OPTIONS = {
+    "--questions": _TABLE + "questions",
+    "--samples": _TABLE + "samples",
+    "--max-tokens": _TABLE + "max_tokens",
+    "--grader": _TABLE + "grader",
+    "--temperature": _TABLE + r"decoding\.temperature",
+    "--data": _TABLE + r"task\.options\.data",
+    "--task": _TABLE + r"task\.name",
+    "--template": _TABLE + r"task\.template",
+    "--system": _TABLE + r"task\.system",
+    "--columns": _TABLE + r"task\.columns",
+    "--option": _TABLE + r"task\.options(?: = \{[^}]*\})?(?!\.)",
+    "--device": r"(?<![\w./-])model\.device",
+    "--dtype": r"(?<![\w./-])model\.dtype",
+    "--environment": r"(?<![\w./-])environment\.name",
+    "--reward-model": r"(?<![\w./-])reward_model\.name",
+}
+
+
+def _with_options(message: str, options: Collection[str]) -> str:
+    """A message about fields of a recipe, in the words of the options that set them, as far as these are in `options`.
+
+    A model is named by the argument.
+    """
+    message = re.sub(r"(?<![\w./-])model\.name" + _VALUE, lambda found: f"model {_written(found)}", message)
+    if "--temperature" in options:
+        message = re.sub(r"a temperature in \[[\w\[\]]+\.decoding\]", "--temperature", message)
+    if "--columns" in options:
+        message = re.sub(_TABLE + r'task\.columns = \{(\w+) = "([^"]+)"\}', r"--columns \1=\2", message)
+        message = message.replace(INHERITED, "")
+    if "--option" in options:
+        named = _TABLE + r"task\.options\.(?!data\b)(\w+)" + _VALUE
+        message = re.sub(named, lambda found: f"--option {found[1]}={_written(found)}", message)
+    for option in options:
+        field = option.removeprefix("--").replace("-", "_")
+        message = re.sub(_OPTIONS[option] + r"(?![\w.])", option, message)
+        message = re.sub(rf"\b(write e\.g\.|write|or) {field}(?= = )", rf"\1 {option}", message)
+    return re.sub(rf"(--[a-z-]+){_VALUE}", lambda found: f"{found[1]} {_written(found)}", message)
+
+
+def _written(found: re.Match[str]) -> str:
+    """The value of a field as on a command line."""
+    return shlex.quote(next(value for value in found.groups()[-3:] if value is not None))
 
 
 def _require_models(recipes: Sequence[Recipe], progress: ConsoleProgress) -> None:

@@ -7,12 +7,14 @@ the process (130 or 143 in a shell).
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from gruppo import __version__
 from gruppo.cli import evaluate, export, reward_model, sample, train
+from gruppo.cli.options import Command
 from gruppo.config.renames import COMMANDS
 from gruppo.errors import RunError, UsageError, speak_command_line
 from gruppo.utils.progress import visible
@@ -34,17 +36,21 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
         raise typer.Exit
 
 
-app.command()(train.train)
-app.command()(train.check)
-app.command("eval")(evaluate.eval_)
-app.command()(sample.sample)
-app.command()(export.export)
-app.command()(reward_model.label)
-app.command("reward-model")(reward_model.reward_model)
-app.command("rerun-reward")(export.rerun_reward_)
-app.command()(export.reproduce)
-app.command()(train.methods)
-app.command()(train.schema)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "check": train.check,
+    "eval": evaluate.eval_,
+    "sample": sample.sample,
+    "export": export.export,
+    "label": reward_model.label,
+    "reward-model": reward_model.reward_model,
+    "rerun-reward": export.rerun_reward_,
+    "reproduce": export.reproduce,
+    "methods": train.methods,
+    "schema": train.schema,
+}
+for name, function in _COMMANDS.items():
+    app.command(name, cls=Command)(function)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gruppo.errors import RunError, UsageError
 from gruppo.utils.progress import visible
@@ -34,6 +36,37 @@ TrustCode = Annotated[
     bool,
     typer.Option("--trust", help="Run the code that a run folder or file from somebody else names; read it first."),
 ]
+
+
+class Command(TyperCommand):
+    """A command that answers the name of a recipe's field, or of another trainer's option, with its own option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As in the base class. Raises UsageError for an unknown option whose meaning is known."""
+        given = list(args)  # the base class removes what it has read
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":  # of click or, in later versions, of typer
+                self._answer(str(getattr(error, "option_name", "")), given)
+            raise
+
+    def _answer(self, option: str, given: Sequence[str]) -> None:
+        from gruppo.config.loading import as_override
+
+        place = next((place for place, text in enumerate(given) if text.partition("=")[0] == option), len(given))
+        _, equals, value = given[place].partition("=") if place < len(given) else ("", "", "")
+        if not equals and not "".join(given[place + 1 : place + 2]).startswith("--"):
+            value = "".join(given[place + 1 : place + 2])
+        options = {name for parameter in self.params for name in parameter.opts}
+        table = ["evaluation"] if self.name == "eval" else []
+        answer = as_override([*table, option.lstrip("-")], value)
+        field = re.match(r"write --set '?[\w.]*\.(\w+)=", answer or "")
+        own = f"--{field[1].replace('_', '-')}" if field else ""
+        if own in options:
+            answer = f"write {own} {shlex.quote(value)}".rstrip()
+        if answer and (own in options or "--set" in options):
+            raise UsageError(f"{option}: no such option; {answer}")
 
 
 def load_chosen_recipe(file: Path, set_: Sequence[str] | None, trusted: bool) -> Recipe:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import re
+import shlex
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +17,11 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from gruppo.config.foreign_names import fields_named, gruppo_name
+from gruppo.config.foreign_names import NOTHING, fields_named, gruppo_name
 from gruppo.config.labels import options_name
 from gruppo.config.recipe import Recipe
 from gruppo.config.renames import new_field, new_value, translate_recipe
-from gruppo.config.sections import Lora, Optimizer, Run, Section
+from gruppo.config.sections import Decoding, Lora, Optimizer, Run, Section
 from gruppo.errors import UsageError, nearest, worded
 from gruppo.utils.nesting import MAX_DEPTH, too_deep
 from gruppo.utils.paths import is_file, not_a_file, user_path
@@ -60,7 +62,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     """
     files = _read(source)
     where, data = files[0][0], _overlaid([data for _, data in files])
-    for override in overrides:
+    for override in override_list(overrides):
         data = _override(data, override)
     try:
         recipe = Recipe.model_validate(data)
@@ -246,22 +248,35 @@ def toml_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
+def override_list(overrides: Sequence[str]) -> list[str]:
+    """The overrides as a list. Raises RecipeError unless they are one of texts."""
+    if isinstance(overrides, str):
+        raise RecipeError(f"overrides = {overrides!r}: must be a list; write overrides = {json.dumps([overrides])}")
+    wrong = [one for one in overrides if not isinstance(one, str)] if isinstance(overrides, Sequence) else [overrides]
+    if wrong:
+        raise RecipeError(f'overrides: {wrong[0]!r} is not a text; write a list such as overrides = ["run.steps=50"]')
+    return list(overrides)
+
+
 def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     """The recipe with one field changed. The key follows TOML, so that a name with dots can be quoted."""
-    form = f'--set {override}: must have the form section.field=value; write e.g. --set "run.steps=50"'
+    form = f"--set {override}: must have the form section.field=value; "
+    example = "write e.g. --set run.steps=50"
     key, equals, text = _split(override)
     try:
         layer: Any = _require_flat(tomllib.loads(f"{key} = 0"), f"--set {_short(override)}")
     except RecipeError:
         raise
     except (ValueError, RecursionError):
-        raise RecipeError(form) from None
+        raise RecipeError(form + example) from None
     path: list[str] = []
     while isinstance(layer, dict) and len(layer) == 1:
         ((name, layer),) = layer.items()
         path.append(name)
+    if equals and len(path) == 1 and layer == 0 and (meant := as_override(path, text)):
+        raise RecipeError(form + meant)
     if not equals or len(path) < 2 or layer != 0:
-        raise RecipeError(form)
+        raise RecipeError(form + example)
     if path[0] in {"mixture", "benchmarks"}:
         raise RecipeError(f"--set {override}: the tables of a list cannot be set by name; write them in the recipe")
     table: Any = data
@@ -273,6 +288,23 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     for part in reversed(path):
         value = {part: value}
     return _overlaid([_require_flat(value, f"--set {_short(override)}"), data])
+
+
+def as_override(location: Sequence[str], text: str) -> str | None:
+    """What to write for a field that was given without its table, or by its name in another trainer.
+
+    `location`: its name, possibly after that of a table; `text`: its value, "" if there is none. None if the name is
+    unknown.
+    """
+    location = [name.replace("-", "_") for name in location]
+    found = fields_named(location, _tables())
+    meant = gruppo_name(location, toml_value(text)) or (found[0] if found else None)
+    if meant is None:
+        return None
+    field = re.match(r"([a-z_]+(?:\.[a-z_]+)+)(?: = \"(\w+)\")?(?=$|[,;:] | \()", meant)
+    if field is None:
+        return _advice(meant, "it")
+    return f"write --set {shlex.quote(f'{field[1]}={field[2] or text}')}{meant[field.end() :]}"
 
 
 def _split(override: str) -> tuple[str, str, str]:
@@ -297,6 +329,8 @@ def _explain(details: ErrorDetails) -> str:
         return _unknown(field, location, details["input"])
     if kind == "unused_field":
         return details["msg"]
+    if location == ["optimizer", "warmup_steps"] and isinstance(details["input"], float):
+        return f"{field} = {details['input']}: is a fraction; write warmup_ratio = {details['input']}"
     if kind == "missing":
         example = {"audit.function": "math_verify", "environment.name": "python"}.get(field, "smollm2-135m-instruct")
         if len(location) == 1:
@@ -325,13 +359,30 @@ def _unknown(field: str, location: Sequence[str], value: Any) -> str:
     problem = f"{field} = {_short(value)}: unknown {what}"
     if isinstance(value, Mapping) and (inner := _inner_names(location, value)):
         return f"{problem}; {'; '.join(inner)}"
-    if meant := gruppo_name(location, known):
-        return f"{problem}; write {meant}"
+    if table := _holding(location):
+        return f"{problem}; write {field.rpartition('.')[0]}.{table}.{location[-1]}"
+    if meant := gruppo_name(location, value):
+        return f"{problem}; {_advice(meant, 'it')}"
     if difflib.get_close_matches(location[-1], known, n=1, cutoff=0.8):
         return f"{problem}{nearest(location[-1], known)}"
-    if elsewhere := fields_named(location[-1], _tables()):
+    if elsewhere := fields_named(location, _tables()):
         return f"{problem}; write {' or '.join(elsewhere)}"
     return f"{problem}{nearest(location[-1], known)}"
+
+
+def _advice(meant: str, name: str) -> str:
+    """What to do with a field of another trainer called `name`, given the answer of `gruppo_name`."""
+    return f"remove {name}: {meant.removeprefix(NOTHING)}" if meant.startswith(NOTHING) else f"write {meant}"
+
+
+def _holding(location: Sequence[str]) -> str | None:
+    """The table that has a field of this name, among those inside the table where it was found; e.g. "decoding"."""
+    section = _section(location[:-1]) if len(location) > 1 else None
+    for name in section.model_fields if section else ():
+        inner = _section([*location[:-1], name])
+        if inner is not None and location[-1] in inner.model_fields:
+            return name
+    return None
 
 
 def _tables() -> Iterator[tuple[str, list[str]]]:
@@ -340,6 +391,7 @@ def _tables() -> Iterator[tuple[str, list[str]]]:
         if name not in {"mixture", "benchmarks"} and (section := _section([name])):
             yield name, list(section.model_fields)
     yield "model.lora", list(Lora.model_fields)
+    yield "evaluation.decoding", list(Decoding.model_fields)
 
 
 def _inner_names(location: Sequence[str], table: Mapping[str, Any]) -> list[str]:
@@ -349,9 +401,9 @@ def _inner_names(location: Sequence[str], table: Mapping[str, Any]) -> list[str]
         path = [*location, str(name)]
         if isinstance(value, Mapping):
             answers += _inner_names(path, value)
-        elif meant := gruppo_name(path):
-            answers.append(f"for {name} write {meant}")
-        elif elsewhere := fields_named(str(name), _tables()):
+        elif meant := gruppo_name(path, value):
+            answers.append(_advice(meant, name) if meant.startswith(NOTHING) else f"for {name} write {meant}")
+        elif elsewhere := fields_named(path, _tables()):
             answers.append(f"for {name} write {' or '.join(elsewhere)}")
     return answers[:8]
 

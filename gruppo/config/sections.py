@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from gruppo.config.chat_options import check_json, check_kwargs, check_tools
-from gruppo.config.labels import options_name, split_label
+from gruppo.config.labels import label_mistake, options_name, split_label
 from gruppo.config.units import Size, share_or_size
 from gruppo.errors import nearest
 
@@ -225,6 +225,8 @@ class Reward(Section):
                 f"weights = {self.weights}: {len(self.weights)} numbers for {len(self.functions)} functions; "
                 "write one weight per function, or leave weights out"
             )
+        if mistakes := [mistake for mistake in map(label_mistake, self.functions) if mistake]:
+            raise ValueError(f"functions = {self.functions}: {mistakes[0]}")
         labels = [label for label, _ in map(split_label, self.functions) if label]
         if duplicates := [label for label in labels if labels.count(label) > 1]:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -56,6 +56,20 @@ def reference_of(columns: Mapping[str, Any], names: Sequence[str]) -> tuple[str,
         if found := alternatives(columns.get(name)):
             return name, found
     return names[0], []
+
+
+# Names that columns of references often have, in lower case.
+_LIKELY = (
+    *("answer", "answers", "final_answer", "correct_answer", "expected_answer", "reference_answer"),
+    *("solution", "solutions", "label", "labels", "target", "targets", "reference", "references"),
+    *("ground_truth", "gold", "golden", "expected", "output"),
+)
+
+
+def likely_column(columns: Iterable[str]) -> str | None:
+    """The column that probably has the references, judged by its name; None if none does."""
+    named = {name.lower(): name for name in columns}
+    return next((named[name] for name in _LIKELY if name in named), None)
 
 
 def with_one_reference(columns: Mapping[str, Any], names: Sequence[str], convert: Callable[[Any], Any]) -> list[Row]:

@@ -136,7 +136,7 @@ def _with_question(row: Row, where: str) -> Row:
 _Parts = Sequence[tuple[str, str | None]]
 
 
-_INHERITED = "; columns that this table does not set are those of [task]: write columns = {} for none"
+INHERITED = "; columns that this table does not set are those of [task]: write columns = {} for none"
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], field: str, where: str) -> Row:
@@ -144,7 +144,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], field: str, whe
         if theirs not in row:
             raise UsageError(
                 f'{field}.columns = {{{ours} = "{theirs}"}}: {where} has no column "{theirs}"{nearest(theirs, row)}; '
-                f"its columns: {', '.join(row)}{_INHERITED if field.endswith('.task') else ''}"
+                f"its columns: {', '.join(row)}{INHERITED if field.endswith('.task') else ''}"
             )
     others = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
     return {**{ours: row[theirs] for ours, theirs in columns.items()}, **others}

@@ -12,7 +12,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Evaluation
 from gruppo.data.benchmark_table import default_grader, domain
 from gruppo.data.loading import Dataset, load_questions, load_training
-from gruppo.data.references import alternatives, answer_text, reference_of
+from gruppo.data.references import alternatives, answer_text, likely_column, reference_of
 from gruppo.errors import UsageError
 from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_path, split_prefix
 from gruppo.rewards.grading.graders import COMPARISONS, Named, find_grader
@@ -117,9 +117,13 @@ def read_data(
     names = [reward_path(reward) for reward in rewards if isinstance(reward, str)]
     check_option_names(rewards, recipe.reward.options)
     data = _read(recipe, rows, progress)
-    for name in names:
-        if name in _REFERENCES:
-            _require_references(data.training, _REFERENCES[name], f"reward.functions = {recipe.reward.functions}")
+    for reward in rewards:
+        wanted = _REFERENCES.get(reward_path(reward), ()) if isinstance(reward, str) else ()
+        given = recipe.reward.options.get(options_name(reward), {}) if isinstance(reward, str) else {}
+        if wanted and not set(wanted) & given.keys():
+            _require_references(
+                data.training, wanted, f"reward.functions = {recipe.reward.functions}", fields_of(recipe)
+            )
     if REWARDS["last_number"] in names:
         _require_numbers(data)
     if REWARDS["reasoning_gym"] in names and not any(
@@ -141,14 +145,14 @@ _REFERENCES = {
 }
 
 
-def _require_references(parts: Sequence[Dataset], names: Sequence[str], what: str) -> None:
-    """Raise UsageError unless every row has a reference in one of the columns `names`, or no row has these columns.
+def _require_references(parts: Sequence[Dataset], names: Sequence[str], what: str, fields: Sequence[str]) -> None:
+    """Raise UsageError unless every row has a reference in one of the columns `names`.
 
-    `what`: the field that needs the references, with its value.
+    `what`: the field that needs the references, with its value. `fields`: the task table of each part.
     """
-    if not any(name in row for part in parts for row in part.rows for name in names):
-        return
-    for part in parts:
+    for part, field in zip(parts, fields, strict=True):
+        if part.rows and not any(name in row for row in part.rows for name in names):
+            raise UsageError(f"{what}: {_no_column(part, names, field)}")
         lacking = []
         for number, row in zip(part.numbers, part.rows, strict=True):
             try:
@@ -163,6 +167,17 @@ def _require_references(parts: Sequence[Dataset], names: Sequence[str], what: st
                 f"{what}: {len(lacking)} of {len(part.rows)} rows of {part.name} have no answer to compare with (the "
                 f"first: row {number}, {', '.join(shown)}); give each of them one, or leave these rows out"
             )
+
+
+def _no_column(part: Dataset, names: Sequence[str], field: str) -> str:
+    """Words for a part without a column of references, with the column that probably has them."""
+    columns = dict.fromkeys(name for row in part.rows for name in row if name != "prompt")
+    likely = likely_column(columns)
+    fix = f'{field}.columns = {{{names[0]} = "{likely or "…"}"}}'
+    return (
+        f"{part.name} has no column {' or '.join(names)} with the answers to compare with (columns: "
+        f"{', '.join(['prompt', *columns])}); " + (f"write {fix}" if likely else f"add it, or name one: {fix}")
+    )
 
 
 def _require_numbers(data: Data) -> None:
@@ -180,7 +195,7 @@ def _require_numbers(data: Data) -> None:
 def _read(recipe: Recipe, rows: Sequence[Row] | None, progress: Progress) -> Data:
     settings = recipe.evaluation
     uses_held_out = settings is not None and settings.task is None
-    fields = [f"mixture[{place}]" for place in range(len(recipe.mixture))] or ["task"]
+    fields = fields_of(recipe)
     training, held_out = [], []
     for task, field in zip(recipe.tasks, fields, strict=True):
         train, rest = load_training(task, field, uses_held_out, progress, rows, recipe.method.source == "dataset")
@@ -191,9 +206,14 @@ def _read(recipe: Recipe, rows: Sequence[Row] | None, progress: Progress) -> Dat
         parts = _with_unique_names(held_out)
         names = [task.name if rows is None else "" for task in recipe.tasks]
         graders = {part.name: _grader(settings, name) for part, name in zip(parts, names, strict=True)}
-        _require_gradable(parts, graders, settings, "evaluation.")
+        _require_gradable(parts, graders, settings, "evaluation.", fields)
         eval_sets = [EvalSetRows("", settings, parts, graders, "in-domain")]
     return Data(_with_unique_names(training), eval_sets + _sets_with_tasks(recipe, progress))
+
+
+def fields_of(recipe: Recipe) -> list[str]:
+    """The recipe's tables that the prompts come from, in the order of `recipe.tasks`."""
+    return [f"mixture[{place}]" for place in range(len(recipe.mixture))] or ["task"]
 
 
 def read_eval_sets(recipe: Recipe, progress: Progress) -> list[EvalSetRows]:
@@ -219,7 +239,7 @@ def _sets_with_tasks(recipe: Recipe, progress: Progress) -> list[EvalSetRows]:
         assert settings.task is not None
         part = load_questions(settings.task, field, progress)
         grader = _grader(settings, settings.task.name)
-        _require_gradable([part], {part.name: grader}, settings, field.removesuffix("task"))
+        _require_gradable([part], {part.name: grader}, settings, field.removesuffix("task"), [field])
         set_domain = None if trained is None else domain(settings.task.name, trained)
         eval_sets.append(EvalSetRows(name, settings, [part], {part.name: grader}, set_domain))
     return eval_sets
@@ -231,13 +251,15 @@ def _grader(settings: Evaluation, task: str) -> Named:
     return Named(name, find_grader(name))
 
 
-def _require_gradable(parts: Sequence[Dataset], graders: Mapping[str, Named], settings: Evaluation, table: str) -> None:
-    """Raise UsageError if a built-in grader has no reference for one of the questions."""
-    for part in parts:
+def _require_gradable(
+    parts: Sequence[Dataset], graders: Mapping[str, Named], settings: Evaluation, table: str, fields: Sequence[str]
+) -> None:
+    """Raise UsageError if a built-in grader has no reference for one of the questions. `fields`: the parts' tasks."""
+    for part, field in zip(parts, fields, strict=True):
         name = graders[part.name].name
         if name in COMPARISONS:
             asked = replace(part, rows=part.rows[: settings.questions], numbers=part.numbers[: settings.questions])
-            _require_references([asked], COMPARISONS[name].names, f'{table}grader = "{name}"')
+            _require_references([asked], COMPARISONS[name].names, f'{table}grader = "{name}"', [field])
 
 
 def _with_unique_names(parts: Sequence[Dataset]) -> list[Dataset]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -11,12 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gruppo.config.loading import load_recipe
+from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Task
 from gruppo.data.chat_template import end_renderer
 from gruppo.data.loading import Dataset
 from gruppo.data.tokenization import tokenize_part
+from gruppo.data.transform import INHERITED
 from gruppo.engines import build_engine
 from gruppo.engines.base import Engine
 from gruppo.engines.native.engine import choose_slots
@@ -181,7 +183,7 @@ def evaluate(
     [task], or a Task. `options`: options of a task given by name. `questions`: maximum number of questions, from the
     start. `samples`: answers per question. `decoding`: fields of [evaluation.decoding], such as temperature and top_p.
     `grader`: the task's own by default. `tokenizer`: for a model passed from Python. Raises UsageError for an invalid
-    argument, naming it as in a recipe.
+    argument.
     """
     if isinstance(task, Task):
         task = task.model_dump(exclude_none=True)
@@ -195,16 +197,33 @@ def evaluate(
         "grader": grader,
     }
     name = str(model) if isinstance(model, str | Path) else "in-memory"
-    recipe = load_recipe(
-        {
-            "run": {"seed": seed},
-            "model": {"name": name, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
-            "evaluation": settings,
-        }
-    )
-    return evaluate_recipe(
-        recipe, None if isinstance(model, str | Path) else model, tokenizer, progress=progress, stop=stop
-    )
+    tables = {
+        "run": {"seed": seed},
+        "model": {"name": name, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
+        "evaluation": settings,
+    }
+    in_memory = None if isinstance(model, str | Path) else model
+    try:
+        return evaluate_recipe(load_recipe(tables), in_memory, tokenizer, progress=progress, stop=stop)
+    except UsageError as error:
+        given = task if isinstance(task, str) else None
+        raise RecipeError(*(_with_arguments(line, given) for line in str(error).splitlines())) from error
+
+
+def _with_arguments(message: str, task: str | None) -> str:
+    """A message about fields of a recipe, in the words of the arguments of `evaluate`. `task`: given by its name."""
+    message = message.removeprefix("recipe: ").replace(INHERITED, "")
+    message = re.sub(r"a temperature in \[evaluation\.decoding\]", 'decoding={"temperature": 1.0}', message)
+    message = re.sub(r'(columns = )\{(\w+) = ("[^"]*")\}', r'\1{"\2": \3}', message)
+    start = r"(?<![\w./-])"  # not within a path
+    if task is not None:
+        field = rf"write {start}evaluation\.task\.(\w+) = (\{{[^{{}}]*\}}|\"[^\"]*\")"
+        message = re.sub(field, lambda found: f'write task = {{"name": "{task}", "{found[1]}": {found[2]}}}', message)
+    message = re.sub(rf"{start}evaluation\.task\.name\b", "task", message)
+    message = re.sub(rf"{start}evaluation\.task\.options\.(\w+)", r'options["\1"]', message)
+    message = re.sub(rf"{start}evaluation\.(task|decoding)\.(\w+)", r'\1["\2"]', message)
+    message = re.sub(rf"{start}model\.name\b", "model", message)
+    return re.sub(rf"{start}(?:evaluation|model|run)\.([a-z_]+)(?= =|[:;,]|$)", r"\1", message)
 
 
 def evaluate_recipe(

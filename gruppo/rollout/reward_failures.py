@@ -165,7 +165,7 @@ def rerun_reward(
     chosen = function if function is not None else call["function"]
     if chosen is None:
         raise UsageError(
-            f"{file}: the reward {call['reward']!r} was passed from Python; name it with --function file.py:name, or "
+            f"{file}: the reward {call['reward']!r} was passed from Python; name it with --function=file.py:name, or "
             "call gruppo.rollout.reward_failures.rerun_reward(FILE, function)"
         )
     arguments, columns = call["arguments"], call["columns"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gruppo.config.labels import options_name
-from gruppo.config.loading import load_recipe
+from gruppo.config.loading import load_recipe, override_list
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import preflight
@@ -98,7 +98,9 @@ def run_recipe(
     if isinstance(model, str):
         raise UsageError(f'model = "{model}": is a name, not a model; write it as model.name in the recipe')
     model_override = [] if model is None else [f"model.name={IN_MEMORY}{type(model).__name__}"]
-    settings = _with_arguments(load_recipe(recipe, [*overrides, *model_override]), rewards, prompts is not None)
+    settings = _with_arguments(
+        load_recipe(recipe, [*override_list(overrides), *model_override]), rewards, prompts is not None
+    )
     folder = Path(out) if out is not None else Path("runs") / settings.run.name
     functions = settings.reward.functions if rewards is None else rewards
     with ExitStack() as stack:

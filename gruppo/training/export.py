@@ -155,8 +155,8 @@ def _choose(source: Path, checkpoint: str | int) -> Path:
         evaluated = _state(source, steps[max(steps)]).comparable
         if len([step for step in evaluated if int(step)]) < 2:
             raise UsageError(
-                "--checkpoint best: the run has not evaluated two steps that could be compared; use --checkpoint "
-                "last, or train with evaluation.every"
+                "--checkpoint best: the run has not evaluated two steps that could be compared; use "
+                "--checkpoint=last, or train with evaluation.every"
             )
         kept = [step for step in steps if str(step) in evaluated]
         if not kept:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
-from gruppo.errors import UsageError
+from gruppo.errors import UsageError, worded
 from gruppo.evaluation.datasets import read_data
 from gruppo.rewards import RewardFunction
 from gruppo.runs.console import choose_progress
@@ -183,7 +183,12 @@ def reproduce(
             gradient_norm=lines[step].get("optimizer/gradient_norm"),
             differences=differences,
             earlier=earlier,
-            notes=[*prepared.changes.texts, *damaged, *_environment_note(recipe), *_notes(folder, step, begun)],
+            notes=[
+                *map(
+                    worded,
+                    [*prepared.changes.texts, *damaged, *_environment_note(recipe), *_notes(folder, step, begun)],
+                )
+            ],
         )
 
 
@@ -315,9 +320,9 @@ def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:
     for name in ("torch", "transformers"):
         was, is_ = environment["packages"].get(name), now["packages"].get(name)
         if was != is_:
-            yield f"{name} was {was} and is {is_}: rounding can differ; --tolerance 1e-4 allows for it"
+            yield f"{name} was {was} and is {is_}: rounding can differ; --tolerance=1e-4 allows for it"
     if environment["platform"] != now["platform"]:
-        yield f"the run was made on {environment['platform']}: rounding can differ; --tolerance 1e-4 allows for it"
+        yield f"the run was made on {environment['platform']}: rounding can differ; --tolerance=1e-4 allows for it"
     for change in environment.get("changes", []):
         if change["step"] >= step and change["field"] in ("reward.functions", "environment.name"):
             yield f"after step {change['step']}, {change['message']}"

@@ -115,6 +115,20 @@ def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
     [
         (["repeat", "failure.json"], "command repeat: was renamed; write gruppo rerun-reward"),
         (["replay", "run", "--step", "1"], "command replay: was renamed; write gruppo reproduce"),
+        (
+            ["train", "r.toml", "--num_generations", "8"],
+            "--num_generations: no such option; write --set sampling.group_size=8",
+        ),
+        (["train", "r.toml", "--beta=0.1"], "write --set method.kl_coef=0.1, the weight of the KL term"),
+        (["train", "--model_name_or_path", "a b"], "write --set 'model.name=a b'"),
+        (["train", "r.toml", "--output_dir", "x"], "--output_dir: no such option; write --out"),
+        (["train", "r.toml", "--steps", "3"], "write --set run.steps=3"),
+        (["check", "r.toml", "--bf16"], "write --set model.dtype=bfloat16"),
+        (["train", "r.toml", "--use_vllm"], "--use_vllm: no such option; remove it: gruppo has its own engine"),
+        (["eval", "m", "--num_samples", "4"], "write --samples 4"),
+        (["eval", "m", "--max_new_tokens=4"], "write --max-tokens 4"),
+        (["sample", "m", "--max_new_tokens", "4"], "write --max-tokens 4"),
+        (["train", "recipes/quickstart.toml", "--set", "num_generations=8"], "write --set sampling.group_size=8"),
         (["sample", "model", "--messages", '{"role": "user", "content": "hi"}'], "must be a list of messages"),
     ],
 )
@@ -149,6 +163,54 @@ def test_each_mistake_is_one_line_and_exit_code_2(
     assert "Traceback" not in failed.stderr
     for word in words:
         assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "words"),
+    [
+        (["--task", "nope.jsonl"], "--task nope.jsonl: there is no such file", ""),
+        (["--task", "ROWS", "--grader", "nope"], "--grader nope: unknown grader", ""),
+        (["--task", "ROWS", "--grader", "exact_match"], "--grader exact_match: ", "write --columns answer=answers"),
+        (["--task", "ROWS"], "--grader numeric_answer: ", "write --columns answer=answers"),
+        (["--task", "ROWS", "--columns", "prompt=x"], "--columns prompt=x: ", 'no column "x"'),
+        (["--task", "ROWS", "--template", "{x}"], "--template: ", "no column {x}"),
+        (["--task", "ROWS", "--template", "a b"], "--template 'a b': ", "contains no column"),
+        (["--task", "ROWS", "--questions", "0"], "--questions 0: ", "write e.g. --questions 256"),
+        (["--samples", "4"], "--samples 4: ", "write --temperature, or --samples 1"),
+        (["--max-tokens", "0"], "--max-tokens 0: ", ""),
+        (["--temperature", "-1"], "--temperature -1.0: ", ""),
+        (["--option", "maximum=x"], "--option maximum: needs --task", ""),
+        (["--task", "arithmetic", "--option", "maximum=x"], "--option maximum=x: ", ""),
+        (["--task", "ROWS", "--option", "a=1"], "--option: ", "has no options"),
+        (["--task", "gsm8k", "--data", "nope"], "--data nope: ", ""),
+        (["--device", "tpu"], "--device tpu: ", "write e.g. --device auto"),
+        (["--dtype", "int8"], "--dtype int8: ", ""),
+        (["--environment", "nope"], "--environment nope: ", ""),
+        (["--recipe", "RECIPE"], "RECIPE: evaluation.questions = 0: ", "write e.g. questions = 256"),
+        (["--task", "arithmetic"], "model no-such-model: there is no such folder", ""),
+    ],
+)
+def test_mistakes_of_eval_name_its_options(tmp_path: Path, arguments: list[str], start: str, words: str) -> None:
+    files = {"ROWS": tmp_path / "rows.jsonl", "RECIPE": tmp_path / "r.toml"}
+    files["ROWS"].write_text('{"prompt": "1 + 1", "answers": "2"}\n')
+    files["RECIPE"].write_text('[model]\nname = "m"\n[evaluation]\nquestions = 0\n')
+    done = gruppo("eval", "no-such-model", *(files.get(text, text) for text in arguments))
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("gruppo: ")]
+    assert line.startswith(f"gruppo: {start.replace('RECIPE', str(files['RECIPE']))}")
+    assert words in line
+    assert "benchmarks[" not in line
+
+
+def test_fields_that_a_recipe_sets_keep_their_names_in_eval(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('[model]\nname = "m"\n[evaluation]\ntask = "arithmetic"\ngrader = "nope"\n')
+    for options, start in (
+        ([], 'evaluation.grader = "nope": '),
+        (["--samples", "3"], "--samples 3: "),
+        (["--grader", "none"], "--grader none: "),
+    ):
+        done = gruppo("eval", "no-such-model", "--recipe", tmp_path / "r.toml", *options)
+        assert done.stderr.splitlines()[-1].startswith(f"gruppo: {start}")
 
 
 def test_bad_usage_is_exit_code_2() -> None:
@@ -219,7 +281,7 @@ def test_eval_repeats_the_evaluation_of_a_recipe(recipe_file: Path, tiny_folder:
         (["sample", "m", "--top-k", -1], "evaluation.decoding.top_k = -1"),
         (["sample", "m", "--min-tokens", 300], "min_tokens = 300"),
         (["sample", "m", "--stop", ""], "evaluation.decoding.stop"),
-        (["eval", "m", "--samples", 4], "evaluation.samples = 4"),
+        (["eval", "m", "--samples", 4], "--samples 4"),
         (["eval", "m", "--option", "maximum=3"], "--task"),
         (["eval", "m", "--set", "evaluation.decoding.top_p=2"], "evaluation.decoding.top_p = 2"),
     ],

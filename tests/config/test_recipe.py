@@ -112,6 +112,36 @@ def test_malformed_override(override: str) -> None:
     assert "section.field=value" in mistake(MINIMAL, override)
 
 
+@pytest.mark.parametrize(
+    ("override", "written"),
+    [
+        ("num_generations=8", "sampling.group_size=8"),
+        ("beta=0.1", "method.kl_coef=0.1"),
+        ("steps=3", "run.steps=3"),
+        ("fp16=true", "model.dtype=bfloat16"),
+    ],
+)
+def test_override_without_a_table_is_answered_with_the_field(override: str, written: str) -> None:
+    message = mistake(MINIMAL, override)
+    assert message.startswith(f'overrides = ["{override}"]: must have the form section.field=value; ')
+    assert f'write overrides = ["{written}"]' in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fix"),
+    [("run.steps=3", 'overrides = ["run.steps=3"]'), ({"run.steps": 3}, "write a list"), ([3], "write a list")],
+)
+def test_overrides_that_are_no_list_of_texts(overrides, fix: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(MINIMAL, overrides)
+    assert fix in str(caught.value)
+
+
+def test_a_close_name_is_suggested_only_if_it_is_close() -> None:
+    assert "did you mean" not in mistake({**MINIMAL, "method": {"dtla": 1}})
+    assert 'did you mean "dpo_beta"' in mistake({**MINIMAL, "method": {"dpobeta": 1}})
+
+
 def test_unreadable_files_name_the_file(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text("[model\n")

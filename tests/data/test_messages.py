@@ -208,6 +208,33 @@ def test_rows_without_a_reference_are_counted(reward: str, missing: Any) -> None
         read_data(recipe([reward]), [reward], rows, NullProgress())
 
 
+@pytest.mark.parametrize("reward", ["exact_match", "last_number", "math_verify", "choice"])
+@pytest.mark.parametrize("column", ["Answer", "answers", "solutions", "label", "Ground_Truth", "target"])
+def test_a_column_that_probably_has_the_references_is_named(reward: str, column: str) -> None:
+    rows = [{"prompt": "a", "level": 1, column: "1"}]
+    with pytest.raises(UsageError) as caught:
+        read_data(recipe([reward]), [reward], rows, NullProgress())
+    assert f"(columns: prompt, level, {column})" in str(caught.value)
+    assert str(caught.value).endswith(f'; write task.columns = {{answer = "{column}"}}')
+
+
+def test_without_a_likely_column_the_advice_is_general_and_an_option_can_give_the_references() -> None:
+    rows = [{"prompt": "a", "level": 1}]
+    with pytest.raises(UsageError, match=r'add it, or name one: task\.columns = \{answer = "…"\}'):
+        read_data(recipe(["exact_match"]), ["exact_match"], rows, NullProgress())
+    options = {"functions": ["exact_match"], "options": {"exact_match": {"answer": ["1"]}}}
+    given = load_recipe({"model": {"name": "m"}, "reward": options})
+    assert read_data(given, ["exact_match"], rows, NullProgress()).columns == ["level"]
+
+
+def test_the_table_of_a_mixture_that_lacks_references_is_named(tmp_path: Path) -> None:
+    for name, column in (("a", "answer"), ("b", "label")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "q", column: "1"}) + "\n")
+    mixed = recipe(["exact_match"], mixture=[{"name": str(tmp_path / f"{name}.jsonl")} for name in "ab"])
+    with pytest.raises(UsageError, match=r'write mixture\[1\]\.columns = \{answer = "label"\}'):
+        read_data(mixed, ["exact_match"], None, NullProgress())
+
+
 def test_questions_without_a_reference_are_counted(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": null}\n')
     table = {"task": str(tmp_path / "q.jsonl"), "grader": "exact_match"}

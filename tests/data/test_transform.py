@@ -231,5 +231,5 @@ def test_evaluate_accepts_a_table(tiny_folder: str, tmp_path: Path) -> None:
     task = {"name": str(save(tmp_path, QUESTIONS)), "template": "{level}", "columns": {"answer": "solution"}}
     outcome = evaluate(tiny_folder, task, max_tokens=2, grader="exact_match", questions=3)
     assert [prompt.content for prompt in outcome.eval_set.prompts] == ["0", "1", "2"]
-    with pytest.raises(UsageError, match=r'task\.colums.*"columns"'):
+    with pytest.raises(UsageError, match=r'task\["colums"\].*"columns"'):
         evaluate(tiny_folder, {"name": "rows.jsonl", "colums": {}})

@@ -239,14 +239,14 @@ def test_the_command_line_from_a_model_to_a_picture(tiny_folder: str, files: lis
     [
         ([], ["--answers"]),
         (["m", "--resume"], ["--resume", "--out"]),
-        (["m", "--task", "arithmetic", "--samples", "1001", "--temperature", "1"], ["samples = 1001"]),
+        (["m", "--task", "arithmetic", "--samples", "1001", "--temperature", "1"], ["--samples 1001"]),
         (["--answers", "x.jsonl", "--samples", "4"], ["--samples", "--answers"]),
         (["--answers", "x.jsonl", "--task", "gsm8k", "--task", "math"], ["--task math"]),
         (["m", "--answers", "x.jsonl"], ["--answers"]),
         (["m", "--curves", "x.txt"], ["--curves x.txt", ".svg"]),
         (["m", "--data", "x"], ["--data", "--task"]),
         (["m", "--task", "rows.jsonl", "--data", "x"], ["--data x", "not a benchmark"]),
-        (["m", "--task", "arithmetic", "--samples", "2"], ["samples = 2", "temperature"]),
+        (["m", "--task", "arithmetic", "--samples", "2"], ["--samples 2", "--temperature"]),
         (["m", "--reward-model", "nowhere"], ["--reward-model nowhere"]),
         (["--answers", "x.jsonl", "--compare", "m"], ["--answers"]),
     ],
@@ -330,7 +330,7 @@ def test_data_for_a_recipe_without_a_benchmark_is_refused(tmp_path: Path) -> Non
         (tmp_path / "recipe.toml").write_text(tomli_w.dumps({"model": {"name": "x"}, **tables}))
         arguments = EvalArguments(recipe=tmp_path / "recipe.toml", data=tmp_path / "rows.jsonl")
         if refused:
-            with pytest.raises(UsageError, match=r"--data .*no evaluation set of .*recipe\.toml is a benchmark"):
+            with pytest.raises(UsageError, match=r"data = .*no evaluation set of .*recipe\.toml is a benchmark"):
                 arguments.recipe_of("x")
         else:
             assert "rows.jsonl" in str(arguments.recipe_of("x"))

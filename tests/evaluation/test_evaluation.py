@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +73,13 @@ def test_options_of_decoding_reach_the_engine(tiny_folder: str, questions: str) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"decoding": {"top_p": 0.0}}, ["evaluation.decoding.top_p = 0.0"]),
+        ({"decoding": {"top_p": 0.0}}, ['decoding["top_p"] = 0.0']),
         ({"decoding": {"topp": 0.5}}, ["topp", "top_p"]),
-        ({"decoding": {"stop": [""]}}, ["evaluation.decoding.stop"]),
-        ({"decoding": {"min_tokens": 9}}, ["min_tokens = 9", "max_tokens = 6"]),
-        ({"samples": 3}, ["evaluation.samples = 3", "temperature"]),
-        ({"samples": 0}, ["evaluation.samples = 0"]),
-        ({"questions": 0}, ["evaluation.questions = 0"]),
+        ({"decoding": {"stop": [""]}}, ['decoding["stop"]']),
+        ({"decoding": {"min_tokens": 9}}, ['decoding["min_tokens"] = 9', "max_tokens = 6"]),
+        ({"samples": 3}, ["samples = 3", 'decoding={"temperature": 1.0}']),
+        ({"samples": 0}, ["samples = 0"]),
+        ({"questions": 0}, ["questions = 0"]),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(
@@ -87,6 +88,30 @@ def test_wrong_arguments_are_refused_by_name(
     with pytest.raises(UsageError) as caught:
         evaluate(tiny_folder, questions, **{"max_tokens": 6, **arguments})
     assert all(word in str(caught.value) for word in words)
+    assert not re.search(r"evaluation\.|recipe|\[evaluation", str(caught.value))
+
+
+def test_tasks_are_refused_in_the_words_of_the_argument(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1", "answers": "2"}\n')
+    named = {"name": str(rows)}
+    for task, words in (
+        ("none.jsonl", 'task = "none.jsonl": there is no such file'),
+        (named, 'write task["columns"] = {"prompt": "question"}'),
+        (str(rows), f'write task = {{"name": "{rows}", "columns": {{"prompt": "question"}}}}'),
+        ({**named, "columns": {"prompt": "x"}}, 'task["columns"] = {"prompt": "x"}: '),
+        ({**named, "template": "{x}"}, 'task["template"]: '),
+        ({**named, "columns": {"prompt": "question"}}, 'write task["columns"] = {"answer": "answers"}'),
+        ({**named, "options": {"a": 1}}, "task[\"options\"] = {'a': 1}: "),
+    ):
+        with pytest.raises(UsageError) as caught:
+            evaluate("no-such-model", task)
+        assert words in str(caught.value)
+        assert "[task]" not in str(caught.value)
+    with pytest.raises(UsageError, match=r'^options\["maximum"\] = '):
+        evaluate("no-such-model", options={"maximum": "x"})
+    with pytest.raises(UsageError, match=r"^model = 'no-such-model': "):
+        evaluate("no-such-model")
 
 
 def test_a_run_repeats_by_its_recipe(tiny_folder: str, questions: str, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_rows_that_bring_their_own_reference(tmp_path: Path) -> None:
         ([{"index": 0, "completion": []}], True, ["contains no text"]),
         ([{"index": 0, "question": "What is 2 + 3?", "completion": "2"}], True, ["row 1", "another question"]),
         ([{"prompt_id": [1], "completion": "2"}], True, ["row 1", "prompt_id"]),
-        ([{"completion": "2"}], False, ["no reference", "--task"]),
+        ([{"completion": "2"}], False, ["no reference", "name the task"]),
         ([{"id": 3, "answer": each, "completion": "2"} for each in "24"], False, ["row 2", "'3'"]),
         ([], True, ["no rows"]),
     ],

@@ -45,6 +45,19 @@ def test_error_messages_are_one_encodable_line() -> None:
     ("--resume: the questions are not those", "resume=True: the questions are not those"),
     ("--out runs/a: exists; choose another --out", "out = runs/a: exists; choose another out="),
     ("fix it and continue with --resume", "fix it and continue with resume=True"),
+    ("--dtype float16: cannot be exported", "dtype = float16: cannot be exported"),
+    ("--max-shard-size huge: not a size", "max_shard_size = huge: not a size"),
+    ("--checkpoint best: no step; use --checkpoint=last", 'checkpoint = best: no step; use checkpoint="last"'),
+    ("--adapter: no adapter; leave it out", "adapter=True: no adapter; leave it out"),
+    ("rounding can differ; --tolerance=1e-4 allows for it", "rounding can differ; tolerance=1e-4 allows for it"),
+    ("--set steps=3: no table; write --set run.steps=3",
+     'overrides = ["steps=3"]: no table; write overrides = ["run.steps=3"]'),
+    ("write --set 'task.name=a b.jsonl', or remove it", 'write overrides = ["task.name=a b.jsonl"], or remove it'),
+    ("in X: run `pip install --no-deps x`, or `gruppo export x --to y`",
+     "in X: run `pip install --no-deps x`, or `gruppo export x --to y`"),
+    ("trust_remote_code=True (on the command line --trust-remote-code)",
+     "trust_remote_code=True"),
+    ("the column a--b and x --- y", "the column a--b and x --- y"),
 ])  # fmt: skip
 def test_errors_speak_the_language_of_the_caller(on_the_command_line: str, in_python: str) -> None:
     assert str(UsageError(on_the_command_line)) == in_python

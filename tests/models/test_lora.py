@@ -508,7 +508,7 @@ def test_export_command_imports_peft_only_when_needed(finished: Path, tmp_path: 
 def test_adapter_of_a_run_without_one_is_refused(tiny_folder: str, tmp_path: Path) -> None:
     small_run(tiny_folder, tmp_path / "run", run__steps=1)
     assert not (tmp_path / "run" / "adapter").exists()
-    with pytest.raises(UsageError, match=r"--adapter: .* trained all weights"):
+    with pytest.raises(UsageError, match=r"adapter=True: .* trained all weights"):
         export(tmp_path / "run", tmp_path / "out", adapter=True)
     assert not (tmp_path / "out").exists()
 

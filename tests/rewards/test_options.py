@@ -174,6 +174,12 @@ def test_labels_give_one_function_several_sets_of_options(tiny_folder: str, tmp_
         ({"functions": ["regex", "regex"], "options": {"regex": {"pattern": "a"}}}, 'names "regex" 2 times; give each'),
         ({"functions": ["a = regex", "a = choice"]}, 'two have the label "a"'),
         ({"functions": ["a = regex"], "options": {"regex": {"pattern": "a"}}}, "options.regex.*no function of this"),
+        ({"functions": ["a=regex"]}, r'"a=regex": a label is made of .*; write "a = regex"'),
+        ({"functions": ["a= regex"], "options": {"a": {"pattern": "a"}}}, 'write "a = regex"'),
+        ({"functions": ["my-label = regex"]}, 'write "my_label = regex"'),
+        ({"functions": ["2 = regex"]}, 'write "_2 = regex"'),
+        ({"functions": ["= regex"]}, 'write "label = regex"'),
+        ({"functions": ["a=own.py:f"]}, 'write "a = own.py:f"'),
         ({"functions": ["a = regexp"]}, None),
     ],
 )
@@ -184,6 +190,21 @@ def test_labels_are_checked(reward: dict[str, Any], message: str | None) -> None
         return
     with pytest.raises(RecipeError, match=message):
         load_recipe({"model": {"name": "x"}, "reward": reward})
+
+
+def test_labels_from_python_are_checked_and_paths_may_contain_an_equals_sign(tmp_path: Path) -> None:
+    for name in ("a=regex", "my-label = regex"):
+        with pytest.raises(UsageError, match="a label is made of letters"):
+            reward_path(name)
+    (tmp_path / "a=b.py").write_text("")
+    for path in (f"{tmp_path}/a=b.py:f", "runs/lr=1/own.py:f", "verl:a=b.py:f"):
+        assert reward_path(path) == path
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.py").write_text("")
+    assert reward_path("a=b.py:f") == "a=b.py:f"
 
 
 def test_an_unknown_option_names_the_label(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,21 @@ def test_rft_keeps_the_first_correct_completions_without_duplicates() -> None:
     assert selected(group, settings) == [True, True, False, True, False, False]
     assign_advantages([group], settings, Metrics())
     assert [row[0] for row in group.advantages] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_group_that_is_not_trained_on_says_what_happened_to_its_completions() -> None:
+    def reason(*rewards: Reward, truncated: bool = False) -> str:
+        group = make_group([1], [[2]] * len(rewards), [0.0] * len(rewards))
+        cut = [replace(one, finish_reason="length" if truncated else "eos") for one in group.completions]
+        group = replace(group, rewards=list(rewards), completions=cut)
+        mark_trained([group], mask_truncated=True)
+        return str(group.skipped).removeprefix("no completion is trained on: ")
+
+    none, failed, known = Reward(None, {"f": None}), Reward(None, {}, "f: broken"), Reward(1.0, {"f": 1.0})
+    assert reason(none, none) == "no reward applies to them (all are None)"
+    assert reason(failed) == "their rewards failed"
+    assert reason(known, truncated=True) == "they were truncated"
+    assert reason(none, failed) == "their rewards failed, or no reward applies to them (all are None)"
 
 
 def test_the_recipe_defines_which_completions_are_correct() -> None:

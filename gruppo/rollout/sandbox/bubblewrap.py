@@ -40,7 +40,7 @@ _ALLOW = (
     "if user namespaces are disabled, allow them: "
     "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu 24.04 and later), "
     "sysctl -w kernel.unprivileged_userns_clone=1 (older Debian), sysctl -w user.max_user_namespaces=15000 (Red Hat); "
-    "start a Docker or Podman container with --security-opt seccomp=unconfined --security-opt apparmor=unconfined"
+    "start a Docker or Podman container with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined`"
 )
 # The sandbox refuses threads, so libraries must not try to start any.
 _ENVIRONMENT = {
