@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from gruppo.data.options import plain_text
+from gruppo.data.options import Lettered, plain_text
 
 SENTENCES = 3  # last sentences that are read
 
@@ -16,18 +16,18 @@ LONGEST = 250  # characters of a sentence that is read
 _SENTENCE = re.compile(r"[^.!?。！？\n]+[.!?。！？]*")
 
 
-_ONE = r"(?:[(（]\s*[A-J]\s*[)）]|[A-HJ])"
+_ONE = r"(?:[(（]\s*+[A-J]\s*+[)）]|(?!I)[A-J])"
 
 
-_MENTION = re.compile(
-    rf"(?<![A-Za-z'’]){_ONE}(?:\s*(?:,\s*(?:and|or|nor)\b|[,，、/&和与或及]|\b(?:and|or|nor)\b)\s*{_ONE}(?![A-Za-z'’\d]))*"
+_MENTION = Lettered(
+    rf"(?<![A-Za-z'’]){_ONE}(?:\s*+(?:,\s*+(?:and|or|nor)\b|[,，、/&和与或及]|\b(?:and|or|nor)\b)\s*+{_ONE}(?![A-Za-z'’\d]))*"
     r"(?![A-Za-z'’\d]|-[A-Za-z])"
 )
 
 
 # "A train", but not "A is", "A because".
 _ARTICLE = re.compile(
-    r"\s+(?!(?:because|since|as|is|isn|are|was|looks?|seems?|can|cannot|does|would|could|it|for|without|rather|instead|"
+    r"\s++(?!(?:because|since|as|is|isn|are|was|looks?|seems?|can|cannot|does|would|could|it|for|without|rather|instead|"
     r"over|which|with|and|or|by|not|but|definitely|works?|fits?)\b)[a-z]"
 )
 
@@ -44,16 +44,16 @@ _NO_BEFORE = re.compile(
 
 
 _NO_AFTER = re.compile(
-    r"[\s]*(?:选项|项)?\s*(?:都|均|也|并|肯定|一定|显然)?(?:不|错|排除)"
-    r"|\s+(?:(?:is|are|was|would be|must be|seems?|looks?)\s+)?(?:both\s+|all\s+|clearly\s+|definitely\s+|also\s+)*"
+    r"\s*+(?:选项|项)?\s*+(?:都|均|也|并|肯定|一定|显然)?(?:不|错|排除)"
+    r"|\s++(?:(?:is|are|was|would be|must be|seems?|looks?)\s++)?(?:(?:both|all|clearly|definitely|also)\s++)*"
     r"(?:not|wrong|incorrect|false|impossible|out|tempting)\b"
-    r"|\s+(?:is|are|was|does|do|did|can|could|would|wo|ca)n?['’]t\b|\s+(?:does|do|can|could|would)\s*not\b|\s+cannot\b",
+    r"|\s++(?:is|are|was|does|do|did|can|could|would|wo|ca)n?['’]t\b|\s++(?:does|do|can|could|would)\s*+not\b|\s++cannot\b",
     re.IGNORECASE,
 )
 
 
 # A denial between two letters that belongs to the second one: "C, not D", 选C不选D.
-_OF_THE_NEXT = re.compile(r"[\s,，]*(?:and|but|而|rather|instead)?\s*(?:not|不是|不选|than|of)\s*$", re.IGNORECASE)
+_OF_THE_NEXT = re.compile(r"[\s,，]*+(?:and|but|而|rather|instead)?\s*+(?:not|不是|不选|than|of)\s*+$", re.IGNORECASE)
 
 
 _OPEN_BEFORE = re.compile(
@@ -70,15 +70,15 @@ _YES_BEFORE = re.compile(
 
 
 _YES_AFTER = re.compile(
-    r",?\s*(?:for sure|it is|definitely|certainly|without (?:a )?doubt|no doubt|is (?:right|correct|the)|"
+    r",?\s*+(?:for sure|it is|definitely|certainly|without (?:a )?doubt|no doubt|is (?:right|correct|the)|"
     r"fits\b|works\b)"
-    r"|\s*(?:选项|项)?\s*(?:才|就|肯定|一定|显然)?(?:是正确|是对|正确|对|符合)|\s*(?:吧|无疑|莫属)",
+    r"|\s*+(?:选项|项)?\s*+(?:才|就|肯定|一定|显然)?(?:是正确|是对|正确|对|符合)|\s*+(?:吧|无疑|莫属)",
     re.IGNORECASE,
 )
 
 
 # Several letters that are right together.
-_ALL_AFTER = re.compile(r"\s+are (?:both|all)\b(?! (?:not|wrong|incorrect|false))|\s*(?:选项)?都(?:对|是|正确|符合)")
+_ALL_AFTER = re.compile(r"\s++are (?:both|all)\b(?! (?:not|wrong|incorrect|false))|\s*+(?:选项)?都(?:对|是|正确|符合)")
 
 
 # The beginning of a sentence or clause, where a letter is an option and not the name of something ("vitamin C").
@@ -104,14 +104,13 @@ def weighed(text: str, letters: str) -> Weighed | None:
 
     An option counts if words affirm it ("definitely", "it is", 是), or if others are denied beside it.
     """
-    read = [
-        found[0].strip() for found in _SENTENCE.finditer(plain_text(text[-SENTENCES * LONGEST :])) if found[0].strip()
-    ]
+    plain = plain_text(text[-SENTENCES * LONGEST :], letters)
+    read = [found[0].strip() for found in _SENTENCE.finditer(plain) if found[0].strip()]
     denied: set[str] = set()
     for sentence in reversed(read[-SENTENCES:]):
         if len(sentence) > LONGEST or sentence.endswith(("?", "？")) or _ONE_OF_BOTH.search(sentence):
             return None
-        sides = _sides(sentence)
+        sides = _sides(sentence, letters)
         denied |= sides.denied
         chosen = sides.chosen - denied
         settled = chosen and chosen in (
@@ -137,16 +136,18 @@ class _Sides(NamedTuple):
     denied: set[str]
 
 
-def _sides(sentence: str) -> _Sides:
+def _sides(sentence: str, letters: str) -> _Sides:
     sides = _Sides(set(), set(), set(), set(), set(), set())
     found = [
-        match for match in _MENTION.finditer(sentence) if match[0] != "A" or not _ARTICLE.match(sentence, match.end())
+        match
+        for match in _MENTION.of(letters).finditer(sentence)
+        if match[0] != "A" or not _ARTICLE.match(sentence, match.end())
     ]
     ends = [0, *(match.end() for match in found)]
     starts = [*(match.start() for match in found[1:]), len(sentence)]
     for match, end, start in zip(found, ends, starts, strict=False):
         before, after = sentence[end : match.start()], sentence[match.end() : start]
-        named = set(re.findall("[A-J]", match[0]))
+        named = set(re.findall("[A-Z]", match[0]))
         of_next = start < len(sentence) and _OF_THE_NEXT.fullmatch(after)
         begins = _BEGINS.search(before) or _YES_BEFORE.search(before)
         if _NO_BEFORE.search(before) or (not of_next and _NO_AFTER.match(after)):
