@@ -18,9 +18,10 @@ from gruppo.data.options import (
     plain_text,
     unlabelled,
 )
+from gruppo.rewards.grading import languages
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
-from gruppo.rewards.grading.weighing import weighed
+from gruppo.rewards.grading.weighing import CALLED_WRONG, NO_BEFORE, OTHERS, weighed
 
 
 class Choice(NamedTuple):
@@ -39,7 +40,10 @@ class Choice(NamedTuple):
 _LETTER = r"(?:[(（\[]\s*+[A-J]\s*+[)）\]]|[A-J][)）\]]?)"
 
 
-_AND = r"(?:\s*+(?:,\s*+and\b|,|、|，|&|/|\band\b|和|与|及|以及|\bor\b|或者?)\s*+|\s++|)"
+_OR = rf"(?:\bor\b|或者?|{languages.OR})"
+
+
+_AND = rf"(?:\s*+(?:,\s*+and\b|,|、|，|&|/|\band\b|和|与|及|以及|{languages.AND}|{_OR})\s*+|\s++|)"
 
 
 _GROUP = rf"(?<![A-Za-z])(?P<group>{_LETTER}(?:{_AND}{_LETTER}){{0,9}})(?:(?<=[)）\]])|(?![A-Za-z'’\d]|-[A-Za-z]))"
@@ -68,7 +72,11 @@ _PHRASES = [
         rf"(?:to be\s++)?(?:the\s++|therefore\s++|thus\s++)?(?:only\s++)?"
         rf"(?:(?:correct|right|best|true|answer|solution)\b(?!\s++(?:that|if|when|for|to))|one (?:that works|we want))",
         rf"(?i:\bonly\s++(?:(?:option|choice|answer)\s++)?){_GROUP}\s++(?:works?|fits?|satisf(?:y|ies)|matche?s?|holds?)\b",
-        rf"(?i:\b(?:so|thus|hence|therefore)),?\s++(?i:(?:option|choice)\s++)?{_GROUP}(?=[^\S\n]*+(?:[.!\n]|$))",
+        rf"(?i:\b(?:so|thus|hence|therefore)),?\s++(?i:(?:option|choice)\s++)?{_GROUP}"
+        rf"(?:\s++(?:holds?|works?|fits?|applies|follows))?(?=[^\S\n]*+(?:[.!\n]|$))",
+        rf"(?i:\b(?:it|this|that) (?:has to|must|can only) be\s++){_LEAD}{_GROUP}"
+        rf"(?=\s*+(?:[.,;:!]|$)|\s++(?:because|since|as|for|given)\b)",
+        rf"(?i:\b(?:supports?|points? to|favou?rs?|indicates?)\s++){_LEAD}{_GROUP}(?=\s*+(?:[.,;:!]|$))",
         rf"(?:答案|正确选项|正确的选项|正确的是|符合题意的是|应选|故选|可选|选择|本题选|因此选|所以选|选)"
         rf"(?:应该|应当|应|就)?(?:选择|选|是|为|：|:)?\s*+{_LEAD}{_GROUP}",
         rf"{_GROUP}\s*+(?:选项|项)?(?:是正确的|正确|是对的|是正确答案|是答案)(?!的?是)",
@@ -76,7 +84,37 @@ _PHRASES = [
 ]
 
 
+class _Foreign(NamedTuple):
+    phrase: Lettered
+    denials: re.Pattern[str]
+    doubts: re.Pattern[str]
+
+
+def _foreign(language: languages.Language) -> list[_Foreign]:
+    """The phrases of a language as patterns."""
+    denials, doubts = re.compile(language.denials, re.IGNORECASE), re.compile(language.doubts, re.IGNORECASE)
+    letters = rf"{_LETTER}(?:{_AND}{_LETTER}){{0,9}}"
+    found = []
+    for phrase in language.phrases:
+        named = re.sub("(?<!^)(?:OTHER|IT)", lambda name: languages.OPTION + name[0], phrase)
+        spaced = named.replace(" ?", r"\s*+").replace(" ", r"\s++").replace("$", r"(?=[^\S\n]*+(?:[.!\n]|$))")
+        pattern = spaced.replace("OTHER", f"(?-i:{letters})").replace("IT", rf"[\"“„«‘「]{{0,2}}(?-i:{_GROUP})")
+        found.append(_Foreign(Lettered(f"(?i:{pattern})"), denials, doubts))
+    return found
+
+
+_FOREIGN = [phrase for language in languages.LANGUAGES.values() for phrase in _foreign(language)]
+
+
+_DENIED_ABROAD = re.compile(
+    rf"(?!N[ei]\b)(?i:{'|'.join(language.denials for language in languages.LANGUAGES.values())})"
+)
+
+
 _ALONE = Lettered(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*+(?:选项|项)?(?:[.,:：。!;；]|、(?!\s*+[A-J])|$))")
+
+
+_ONLY = Lettered(rf"(?i:(?:option|choice|answer|letter)s?)\s++{_GROUP}[\s.。!]*+$")
 
 
 _FIRST = Lettered(rf"{_LEAD}{_GROUP}")
@@ -140,6 +178,37 @@ def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[in
             chosen = _choice(found, "phrase", letters, plain)
             if chosen is not None and not _denied(plain, found) and not _ASKED.match(plain, found.end()):
                 yield found.start("group"), chosen
+    for foreign in _FOREIGN:
+        for found in foreign.phrase.of(letters).finditer(plain):
+            chosen = _choice(found, "phrase", letters, plain)
+            if chosen is not None and not _left_open(plain, found, foreign):
+                yield found.start("group"), chosen
+
+
+def _left_open(text: str, found: re.Match[str], foreign: _Foreign) -> bool:
+    """Whether the words around a phrase of another language deny it, ask for it, or make it depend on something."""
+    before, after = _before(text, found.start()), _after(text, found.end())
+    return bool(
+        foreign.doubts.search(_SENTENCE.split(before)[-1] + after)
+        or foreign.denials.search(_CLAUSE.split(before)[-1])
+        or foreign.denials.search(after)
+        or _ASKED.match(text, found.end())
+    )
+
+
+_SENTENCE = re.compile(r"[.!?\n。！？।؟]")
+
+
+_CLAUSE = re.compile(r"[.!?\n。！？।؟,;:，、；：،؛—–]")
+
+
+def _before(text: str, place: int) -> str:
+    return text[max(0, place - _SHORT) : place]
+
+
+def _after(text: str, place: int) -> str:
+    """The rest of the clause after `place`."""
+    return _CLAUSE.split(text[place : place + _SHORT], maxsplit=1)[0]
 
 
 def _plain_in_place(text: str, letters: str) -> str:
@@ -159,9 +228,19 @@ _DENIED = re.compile(
 )
 
 
+# Before words that choose: "I'd never (choose D)", "most students (pick D)", "if (the answer is D)".
+_NOT_CHOSEN = re.compile(
+    r"(?:\b(?:not|never|hardly|cannot|fail(?:s|ed)? to|"
+    rf"{OTHERS}|(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|unless)(?: (?:that|the|my|our|this|correct|right))*)"
+    r"|n['’]t)(?: (?:ever|really|simply|just|actually|be|have to|want to|going to|to))*\s*$",
+    re.IGNORECASE,
+)
+
+
 _REFUSED = re.compile(
     r"[)）\]]?\s*+(?:选项|项)?\s*+(?:(?:(?:is|are|was|would be|must be|seems|looks)\b\s*+)?"
     r"(?:(?:definitely|clearly|also|certainly)\s++)?(?:not|wrong|incorrect|false|impossible|out)\b"
+    rf"|(?:is|are|was|seems?|looks?)\s++{CALLED_WRONG}\b"
     r"|(?:is|are|was|does|do|did|can|could|would|wo|ca)n['’]t\b|(?:does|do|can|could|would)\s*not\b|不|错)"
 )
 
@@ -171,15 +250,21 @@ _ASKED = re.compile(r"[^.!?\n]{0,20}[?？]")
 
 def _denied(text: str, found: re.Match[str]) -> bool:
     """Whether the words before or after the letters deny that they are the answer: "not (B)", "(B) is wrong"."""
-    place = found.start("group")
-    return bool(_DENIED.search(text[max(0, place - 60) : place]) or _REFUSED.match(text, found.end("group")))
+    start, end = found.span("group")
+    return bool(
+        _DENIED.search(text[max(0, start - 60) : start])
+        or _NOT_CHOSEN.search(text[max(0, found.start() - 60) : found.start()])
+        or _REFUSED.match(text, end)
+        or _DENIED_ABROAD.search(_CLAUSE.split(text[max(0, start - 30) : start])[-1])
+        or _DENIED_ABROAD.search(_CLAUSE.split(text[end : end + 30], maxsplit=1)[0])
+    )
 
 
 def _alone(part: str, rule: str, letters: str, whole: bool = False) -> Choice | None:
     """The letters with which a text begins, if they stand alone: "B", "(B) 42", "B. because …"."""
     plain = plain_text(part, letters).strip(" \n\t\"'“”‘’")
-    found = (_FIRST if whole else _ALONE).of(letters).match(plain)
-    return _choice(found, rule, letters, plain) if found and not _REFUSED.match(plain, found.end("group")) else None
+    found = (_FIRST if whole else _ALONE).of(letters).match(plain) or _ONLY.of(letters).match(plain)
+    return _choice(found, rule, letters, plain) if found and not _denied(plain, found) else None
 
 
 _CAPITAL = re.compile("[A-Z]")
@@ -196,7 +281,7 @@ def _choice(found: re.Match[str], rule: str, letters: str, text: str) -> Choice 
 
 
 def _open(group: str) -> bool:
-    return len(set(_CAPITAL.findall(group))) > 1 and bool(re.search(r"\bor\b|或", group))
+    return len(set(_CAPITAL.findall(group))) > 1 and bool(re.search(_OR, group))
 
 
 def _last_line(text: str) -> str:
@@ -219,6 +304,9 @@ def _by_verdict(text: str, letters: str) -> Choice | None:
     return Choice(correct[0], "verdicts", text[:200]) if len(correct) == 1 and correct[0] in letters else None
 
 
+_POINTED = Lettered(r"(?:[=-]>|[∴→⇒])\s*+(?:(?:option|choice) )?(?P<group>[A-J])(?=\W*+$)")
+
+
 _BRACKETED = Lettered(r"[(（]\s*+(?P<group>[A-J])\s*+[)）]")
 
 
@@ -234,8 +322,13 @@ def _by_mention(text: str, letters: str) -> Choice | None:
     last = plain_text(last_sentence(text), letters)
     if text.rstrip(" *_$").endswith(("?", "？")):
         return None
-    found = list(_BRACKETED.of(letters).finditer(last)) or list(_CONCLUDED.of(letters).finditer(last))
-    named = [match["group"] for match in found if not _denied(last, match)]
+    patterns = (pattern.of(letters) for pattern in (_BRACKETED, _POINTED, _CONCLUDED))
+    found = next((matches for pattern in patterns if (matches := list(pattern.finditer(last)))), [])
+    named = [
+        match["group"]
+        for match in found
+        if not _denied(last, match) and not NO_BEFORE.search(last[max(0, match.start() - 60) : match.start("group")])
+    ]
     if len(set(named)) != 1 or named[0] not in letters:
         return None
     return Choice(named[0], "mention", last.strip()[:200])
@@ -263,7 +356,13 @@ def _by_value(part: str, rule: str, options: Sequence[str]) -> Choice | None:
 
 
 def _has(said: str, words: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", said) is not None
+    """Whether a text has these words at a place that does not deny them: "Berlin, not Paris" has Berlin."""
+    return any(
+        not _REFUSED.match(said, found.end())
+        and not NO_BEFORE.search(said[max(0, found.start() - 60) : found.start()])
+        and not _DENIED_ABROAD.search(_CLAUSE.split(said[max(0, found.start() - 30) : found.start()])[-1])
+        for found in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", said)
+    )
 
 
 def _same_number(part: str, option: str) -> bool:

@@ -32,11 +32,27 @@ _ARTICLE = re.compile(
 )
 
 
-_NO_BEFORE = re.compile(
+# After "D is": "the most common wrong answer", "just a distractor".
+CALLED_WRONG = (
+    r"(?:(?:definitely|clearly|also|certainly|probably|just|only|simply|merely|really)\s++)?(?:an?|the|one of the)\s++"
+    r"(?:(?!(?:and|but|so|while|not|answer|choice|option)\b)[a-z]+\s++){0,4}?"
+    r"(?:wrong|incorrect|false|distractors?|traps?|red herring|decoy|misconception|mistake)"
+)
+
+
+# What others choose, or might choose: "most students pick".
+OTHERS = (
+    r"(?:people|students|others|everyone|everybody|someone|no ?one|nobody|few|some|many|most|"
+    r"(?:you|one) (?:might|may|could))(?: \w+){0,2}"
+)
+
+
+NO_BEFORE = re.compile(
     r"(?:\b(?:not|cannot|can't|isn't|never|neither|nor|without|wrong|incorrect|false|rul(?:e|es|ed|ing) out|"
     r"eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|discard(?:s|ed|ing)?|reject(?:s|ed|ing)?|doubt|"
     r"except|at first|initially|thought|instead of|rather than|than|over|"
     r"(?:everything|anything|all|any|every option) but)\b|n['’]t\b"
+    rf"|\b{OTHERS} (?:say|think|pick|choose|select|answer|guess|believe|go|go for)s?\b"
     r"|不是|不选|不会|不可能|不能|不应|不该|排除|而非|除了|并非)"
     r"(?:(?!\b(?:but|so|leaves?|leaving|thus|hence)\b|而是|就是|只能|所以|因此)[^,，;；:：]){0,30}$",
     re.IGNORECASE,
@@ -47,6 +63,7 @@ _NO_AFTER = re.compile(
     r"\s*+(?:选项|项)?\s*+(?:都|均|也|并|肯定|一定|显然)?(?:不|错|排除)"
     r"|\s++(?:(?:is|are|was|would be|must be|seems?|looks?)\s++)?(?:(?:both|all|clearly|definitely|also)\s++)*"
     r"(?:not|wrong|incorrect|false|impossible|out|tempting)\b"
+    rf"|\s++(?:is|are|was|seems?|looks?)\s++{CALLED_WRONG}\b"
     r"|\s++(?:is|are|was|does|do|did|can|could|would|wo|ca)n?['’]t\b|\s++(?:does|do|can|could|would)\s*+not\b|\s++cannot\b",
     re.IGNORECASE,
 )
@@ -61,16 +78,19 @@ _OPEN_BEFORE = re.compile(
 )
 
 
+_IF_BEFORE = re.compile(r"\b(?:if|unless|whether|suppos(?:e|ing)|assum(?:e|ing))\b[^,，;；:：]{0,30}$", re.IGNORECASE)
+
+
 _YES_BEFORE = re.compile(
     r"(?:\b(?:definitely|surely|clearly|certainly|obviously|probably|for sure|without a doubt|no doubt|is|be|it['’]s|"
     r"i think|i believe|i guess|i['’]d say|i say|say|go with|choose|pick|leaves?|leaving|so|thus|hence|therefore|then|"
-    r"but|actually)|是|选了?|认为|一定|肯定|显然|只有|应为)[\s,:：]*$",
+    r"but(?: rather)?|actually)|是|选了?|认为|一定|肯定|显然|只有|应为)[\s,:：]*$",
     re.IGNORECASE,
 )
 
 
 _YES_AFTER = re.compile(
-    r",?\s*+(?:for sure|it is|definitely|certainly|without (?:a )?doubt|no doubt|is (?:right|correct|the)|"
+    r",?\s*+(?:for sure|it is|definitely|certainly|without (?:a )?doubt|no doubt|is (?:right|correct|the|it\b)|"
     r"fits\b|works\b)"
     r"|\s*+(?:选项|项)?\s*+(?:才|就|肯定|一定|显然)?(?:是正确|是对|正确|对|符合)|\s*+(?:吧|无疑|莫属)",
     re.IGNORECASE,
@@ -150,9 +170,11 @@ def _sides(sentence: str, letters: str) -> _Sides:
         named = set(re.findall("[A-Z]", match[0]))
         of_next = start < len(sentence) and _OF_THE_NEXT.fullmatch(after)
         begins = _BEGINS.search(before) or _YES_BEFORE.search(before)
-        if _NO_BEFORE.search(before) or (not of_next and _NO_AFTER.match(after)):
+        if NO_BEFORE.search(before) or (not of_next and _NO_AFTER.match(after)):
             sides.denied.update(named)
-        elif len(named) > 1 and (_OPEN_BEFORE.search(before) or after.startswith("之间")):
+        elif _IF_BEFORE.search(before) or (
+            len(named) > 1 and (_OPEN_BEFORE.search(before) or after.startswith("之间"))
+        ):
             sides.open.update(named)
         else:
             sides.chosen.update(named)
