@@ -106,11 +106,6 @@ def _foreign(language: languages.Language) -> list[_Foreign]:
 _FOREIGN = [phrase for language in languages.LANGUAGES.values() for phrase in _foreign(language)]
 
 
-_DENIED_ABROAD = re.compile(
-    rf"(?!N[ei]\b)(?i:{'|'.join(language.denials for language in languages.LANGUAGES.values())})"
-)
-
-
 _ALONE = Lettered(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*+(?:选项|项)?(?:[.,:：。!;；]|、(?!\s*+[A-J])|$))")
 
 
@@ -193,13 +188,17 @@ def _left_open(text: str, found: re.Match[str], foreign: _Foreign) -> bool:
         or foreign.denials.search(_CLAUSE.split(before)[-1])
         or foreign.denials.search(after)
         or _ASKED.match(text, found.end())
+        or _RETRACTED.match(text, found.end())
     )
+
+
+_RETRACTED = re.compile(rf"\s*+[.,;–—-]\s*+(?i:{languages.NO})\s*+,")
 
 
 _SENTENCE = re.compile(r"[.!?\n。！？।؟]")
 
 
-_CLAUSE = re.compile(r"[.!?\n。！？।؟,;:，、；：،؛—–]")
+_CLAUSE = re.compile(r"[.!?\n。！？।؟,;，、；،؛—–]")
 
 
 def _before(text: str, place: int) -> str:
@@ -255,8 +254,8 @@ def _denied(text: str, found: re.Match[str]) -> bool:
         _DENIED.search(text[max(0, start - 60) : start])
         or _NOT_CHOSEN.search(text[max(0, found.start() - 60) : found.start()])
         or _REFUSED.match(text, end)
-        or _DENIED_ABROAD.search(_CLAUSE.split(text[max(0, start - 30) : start])[-1])
-        or _DENIED_ABROAD.search(_CLAUSE.split(text[end : end + 30], maxsplit=1)[0])
+        or languages.DENIED.search(_CLAUSE.split(text[max(0, start - 30) : start])[-1])
+        or languages.DENIED.search(_CLAUSE.split(text[end : end + 30], maxsplit=1)[0])
     )
 
 
@@ -277,7 +276,11 @@ def _choice(found: re.Match[str], rule: str, letters: str, text: str) -> Choice 
         return None
     if not named or set(named) - set(letters):
         return None
-    return Choice("".join(sorted(set(named))), rule, group.strip(), _open(group))
+    undecided = _open(group) or bool(_OR_ELSE.of(letters).match(text, found.end("group")))
+    return Choice("".join(sorted(set(named))), rule, group.strip(), undecided)
+
+
+_OR_ELSE = Lettered(rf"\s*+,?\s*+{_OR}\s*+(?:\w{{1,20}}\s++){{0,2}}{_LETTER}(?![A-Za-z'’])")
 
 
 def _open(group: str) -> bool:
@@ -360,7 +363,7 @@ def _has(said: str, words: str) -> bool:
     return any(
         not _REFUSED.match(said, found.end())
         and not NO_BEFORE.search(said[max(0, found.start() - 60) : found.start()])
-        and not _DENIED_ABROAD.search(_CLAUSE.split(said[max(0, found.start() - 30) : found.start()])[-1])
+        and not languages.DENIED.search(_CLAUSE.split(said[max(0, found.start() - 30) : found.start()])[-1])
         for found in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", said)
     )
 

@@ -6,6 +6,7 @@ phrase with OTHER is a contrast ("not A but B"). Phrases are regular expressions
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -29,20 +30,26 @@ OPTION = (
 AND = r"\b(?:und|et|y|e|en|och|oraz|и|ve|và|dan)\b|と|和|과|와|และ|و|और"
 
 
-OR = r"\b(?:oder|ou|o|u|of|eller|lub|albo|или|либо|veya|hoặc|hay|atau)\b|ya da|または|もしくは|또는|이나|หรือ|أو|या"
+NO = r"\b(?:non|nein|no|não|nee|nej|нет|hayır)\b|いや|아니|ไม่|không|bukan|لا|नहीं"
+
+
+OR = (
+    r"\b(?:oder|ou|o|u|of|eller|lub|albo|или|либо|veya|hoặc|hay|atau)\b|ya da|または|もしくは|(?<=[A-Z])か|또는|이나|"
+    r"หรือ|أو|या"
+)
 
 
 LANGUAGES = {
     "French": Language(
         (
             r"\br[ée]ponse(?: (?:correcte|exacte|juste|finale))? (?:est|serait|doit être)(?: donc)? IT",
-            r"\bc['’]est(?: donc)? (?:bien )?(?:la )?r[ée]ponse IT",
+            r"\b(?:c['’]est|il s['’]agit)(?: donc)?(?: bien)? (?:de )?(?:la )?r[ée]ponse IT",
             r"IT (?:est|sont)(?: donc)? (?:(?:la|les) (?:bonnes? |seules? )?réponses?|correcte?s?|exacte?s?|justes?)\b",
             r"\bn['’]est pas OTHER,? (?:mais|c['’]est) IT",
             r"\bnon(?: pas)? OTHER,? mais IT",
             r"\bdonc,? (?:c['’]est )?IT$",
         ),
-        r"\bn['’]|\b(?:ne|pas|jamais|ni|aucune?|fausses?|incorrecte?s?|inexacte?s?)\b",
+        r"\bn['’]|\b(?:ne|pas|jamais|ni|aucune?|fausses?|mauvaise?s?|incorrecte?s?|inexacte?s?)\b",
         r"\b(?:si|peut-être|sinon)\b",
     ),
     "German": Language(
@@ -141,13 +148,17 @@ LANGUAGES = {
         r"\b(?:eğer|belki)\b",
     ),
     "Japanese": Language(
-        (r"(?:正解|答え|解答|正答|回答)(?:は|が)、?IT", r"IT(?:が|は)(?:正解|正しい|答え)", r"OTHERでは?なく、?IT"),
+        (
+            r"(?<!不)(?:正解|答え|解答|正答|回答)(?:は|が)、? ?IT",
+            r"IT(?:が|は)(?:正解|正しい|答え)",
+            r"OTHERでは?なく、?IT",
+        ),
         r"では?な|じゃな|ません|ない|誤|間違|不正|違",
         r"もし|なら|かもしれ|でしょうか",
     ),
     "Korean": Language(
         (
-            r"(?:정답|답|답안)(?:은|이)? IT",
+            r"(?<!오)(?:정답|답|답안)(?:은|이)? IT",
             r"IT(?:이|가|은|는)? (?:정답|맞|옳)",
             r"OTHER(?:이|가)? 아니라,? IT",
         ),
@@ -167,6 +178,7 @@ LANGUAGES = {
         (
             r"(?:đáp án|câu trả lời|phương án)(?: đúng)?(?: cuối cùng)? là:? IT",
             r"IT là (?:đáp án|câu trả lời|phương án)",
+            r"\bchọn IT",
             r"không phải(?: là)? OTHER,? mà là IT",
         ),
         r"\b(?:không|sai|chẳng|chưa)\b",
@@ -196,3 +208,7 @@ LANGUAGES = {
         r"यदि|अगर|शायद|क्या",
     ),
 }  # fmt: skip
+
+
+# A denial in any of these languages. "Ne" and "Ni" are elements too.
+DENIED = re.compile(rf"(?!N[ei]\b)(?i:{'|'.join(language.denials for language in LANGUAGES.values())})")

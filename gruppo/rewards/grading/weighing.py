@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from gruppo.data.options import Lettered, plain_text
+from gruppo.rewards.grading.languages import DENIED
 
 SENTENCES = 3  # last sentences that are read
 
@@ -128,7 +129,9 @@ def weighed(text: str, letters: str) -> Weighed | None:
     read = [found[0].strip() for found in _SENTENCE.finditer(plain) if found[0].strip()]
     denied: set[str] = set()
     for sentence in reversed(read[-SENTENCES:]):
-        if len(sentence) > LONGEST or sentence.endswith(("?", "？")) or _ONE_OF_BOTH.search(sentence):
+        if len(sentence) > LONGEST or sentence.endswith(("?", "？")):
+            return None
+        if _ONE_OF_BOTH.search(sentence) or DENIED.search(sentence):
             return None
         sides = _sides(sentence, letters)
         denied |= sides.denied
