@@ -231,7 +231,8 @@ _DENIED = re.compile(
 _NOT_CHOSEN = re.compile(
     r"(?:\b(?:not|never|hardly|cannot|fail(?:s|ed)? to|"
     rf"{OTHERS}|(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|unless)(?: (?:that|the|my|our|this|correct|right))*)"
-    r"|n['’]t)(?: (?:ever|really|simply|just|actually|be|have to|want to|going to|to))*\s*$",
+    r"|n['’]t)(?: (?:go|choose|pick|select|say|answer))?"
+    r"(?: (?:ever|really|simply|just|actually|be|have to|want to|going to|to))*\s*$",
     re.IGNORECASE,
 )
 
@@ -327,11 +328,7 @@ def _by_mention(text: str, letters: str) -> Choice | None:
         return None
     patterns = (pattern.of(letters) for pattern in (_BRACKETED, _POINTED, _CONCLUDED))
     found = next((matches for pattern in patterns if (matches := list(pattern.finditer(last)))), [])
-    named = [
-        match["group"]
-        for match in found
-        if not _denied(last, match) and not NO_BEFORE.search(last[max(0, match.start() - 60) : match.start("group")])
-    ]
+    named = [match["group"] for match in found if not _denied(last, match)]
     if len(set(named)) != 1 or named[0] not in letters:
         return None
     return Choice(named[0], "mention", last.strip()[:200])
@@ -358,13 +355,30 @@ def _by_value(part: str, rule: str, options: Sequence[str]) -> Choice | None:
     return Choice(LETTERS[same[0]], rule, part.strip()[:200]) if len(same) == 1 else None
 
 
+# "I do not think it is", "it is not the case that it is"; after other words before "is", a "not" describes something:
+# "the city that is not in France is".
+_NOT_THOUGHT = re.compile(
+    r"(?:\b(?:not|never|hardly|cannot)|n['’]t)(?: \w+)? (?:think|believe|say|mean|agree|claim|the case|true that)\b"
+    r"[^,;:]{0,30}$"
+    r"|\bdoubt[^,;:]{0,30}$"
+)
+_COPULA = re.compile(r"\b(?:is|are|was|were)\b")
+
+
 def _has(said: str, words: str) -> bool:
     """Whether a text has these words at a place that does not deny them: "Berlin, not Paris" has Berlin."""
+    places = re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", said)
     return any(
-        not _REFUSED.match(said, found.end())
-        and not NO_BEFORE.search(said[max(0, found.start() - 60) : found.start()])
-        and not languages.DENIED.search(_CLAUSE.split(said[max(0, found.start() - 30) : found.start()])[-1])
-        for found in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", said)
+        not _REFUSED.match(said, place.end()) and not _denies(said[max(0, place.start() - 60) : place.start()])
+        for place in places
+    )
+
+
+def _denies(before: str) -> bool:
+    return bool(
+        NO_BEFORE.search(_COPULA.split(before)[-1])
+        or _NOT_THOUGHT.search(before)
+        or languages.DENIED.search(_CLAUSE.split(before[-30:])[-1])
     )
 
 

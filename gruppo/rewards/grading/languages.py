@@ -49,7 +49,8 @@ LANGUAGES = {
             r"\bnon(?: pas)? OTHER,? mais IT",
             r"\bdonc,? (?:c['’]est )?IT$",
         ),
-        r"\bn['’]|\b(?:ne|pas|jamais|ni|aucune?|fausses?|mauvaise?s?|incorrecte?s?|inexacte?s?)\b",
+        r"\bn['’]|\b(?:ne|pas|jamais|ni|aucune?|fausses?|mauvaise?s?|incorrectes?|inexactes?)\b"
+        r"|\best (?:faux|incorrect|inexact)\b",
         r"\b(?:si|peut-être|sinon)\b",
     ),
     "German": Language(

@@ -37,13 +37,12 @@ CHOOSING = (
 )  # fmt: skip
 # Patterns that see a bounded part of a text only: a decision, a sentence, the characters around a number.
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
-           "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED", "_NO_BEFORE", "_OPEN_BEFORE",
-           "_YES_BEFORE", "_BEGINS",
-           "NO_BEFORE", "_IF_BEFORE", "_NOT_CHOSEN", "DENIED"}  # fmt: skip
+           "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED", "NO_BEFORE", "_OPEN_BEFORE",
+           "_YES_BEFORE", "_BEGINS", "_IF_BEFORE", "_NOT_CHOSEN", "_NOT_THOUGHT"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
 ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "LABELLED", "_ARTICLE", "_ALONE",
-            "_FIRST", "_ONLY", "_OR_ELSE", "_RETRACTED",
-            "_REFUSED", "_NO_AFTER", "_OF_THE_NEXT", "_YES_AFTER", "_ALL_AFTER"}  # fmt: skip
+            "_FIRST", "_ONLY", "_OR_ELSE", "_RETRACTED", "_REFUSED", "_NO_AFTER",
+            "_OF_THE_NEXT", "_YES_AFTER", "_ALL_AFTER"}  # fmt: skip
 
 
 NUMBERS = (boxes, extraction, last_number, latex, math_verify, numbers, quantities)
