@@ -116,10 +116,8 @@ def read_choice(row: Mapping[str, Any]) -> Row:
         )
     found = _answer(columns, _LETTER, row)
     found = found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
-    if isinstance(found, str) and found.strip().isdigit() and found.strip() not in choices:
-        found = int(found)
     try:
-        answer = letters_of(_text(found) if isinstance(found, float) else found, choices)
+        answer = letters_of(found, choices)
     except UsageError as error:
         raise _unreadable(row, str(error)) from None
     if LETTERS.index(answer[-1]) >= len(choices):

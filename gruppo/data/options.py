@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from gruppo.data.references import answer_text
 from gruppo.errors import UsageError
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+USUAL = 10  # with at most this many options, only letters up to J name one
 
 
 TEXT_STYLE = re.compile(
-    r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|mbox|boldsymbol|bf|rm|operatorname)\b\s*|\\[()\[\]!,; ]"
+    r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|mbox|boldsymbol|bf|rm|operatorname)\b\s*+|\\[()\[\]!,; ]"
     r"|</?(?:b|strong|i|em|u|p|span|code)>"
 )
 
@@ -20,87 +25,161 @@ TEXT_STYLE = re.compile(
 MARKS = re.compile(r"[*_`$~{}]|\\(?:left|right)\b")
 
 
-LABELLED = re.compile(r"\s*[(（]?\s*([A-J])\s*[)）.、:：]\s*")
+class Lettered:
+    """A pattern with the letters of options. `pattern` writes them as "A-J" and "a-j"."""
+
+    def __init__(self, pattern: str, flags: int = 0) -> None:
+        self.usual = re.compile(pattern, flags)
+        self.all = re.compile(pattern.replace("A-J", "A-Z").replace("a-j", "a-z"), flags)
+
+    def of(self, letters: Sequence[Any]) -> re.Pattern[str]:
+        """The pattern for as many letters or options: up to J, or up to Z if there are more than ten."""
+        return self.usual if len(letters) <= USUAL else self.all
 
 
-_SMALL = re.compile(
-    r"(?<!\w)[(（]([a-j])[)）]|(?<=[Aa]nswer is )([a-j])(?=\W*$|[).])|(?<=[Aa]nswer: )([a-j])(?=\W*$|[).])"
-    r"|(?<=[Oo]ption )([a-j])(?=\W*$|[).])|(?<=[Cc]hoice )([a-j])(?=\W*$|[).])"
-    r"|^\s*([a-j])[).]?\s*$|^([a-j])\)", re.MULTILINE
+LABELLED = Lettered(r"\s*+[(（]?\s*+([A-J])\s*+[)）.、:：]\s*+")
+
+
+_SMALL = Lettered(
+    r"(?<!\w)[(（]([a-j])[)）]"
+    r"|(?:(?<=[Aa]nswer is )|(?<=[Aa]nswer: )|(?<=[Oo]ption )|(?<=[Cc]hoice ))([a-j])(?=[^\w\n]*+$|[).])"
+    r"|^[^\S\n]*+([a-j])[).]?[^\S\n]*+$|^([a-j])\)", re.MULTILINE
 )  # fmt: skip
 
 
-def capitals(text: str) -> str:
+_LISTED = re.compile(r"(?:^|(?<=\s)|(?<=[.;,)$}]))[(（]?([A-Z])\s*+[)）.、:：]\s*+")
+
+
+def capitals(text: str, letters: Sequence[Any]) -> str:
     """Capitalize lower-case letters that can only name options: "(b)", "the answer is c."."""
-    return _SMALL.sub(lambda found: found[0].upper() if found.lastindex else found[0], text)
+    return _SMALL.of(letters).sub(lambda found: found[0].upper(), text)
 
 
-def plain_text(text: str) -> str:
+def plain_text(text: str, letters: Sequence[Any]) -> str:
     """A text without LaTeX styles and Markdown marks, and with option letters capitalized."""
-    return capitals(MARKS.sub(" ", TEXT_STYLE.sub(" ", text)))
+    return capitals(_unstyled(text), letters)
+
+
+def _unstyled(text: str) -> str:
+    return MARKS.sub(" ", TEXT_STYLE.sub(" ", text))
 
 
 def bare_words(text: str) -> str:
     """The words of an option for comparison: case-folded, without its letter, styles and closing punctuation."""
     text = re.sub(r"\\[dt]frac", r"\\frac", unlabelled(text))
-    return re.sub(r"\s+", " ", plain_text(text)).strip(" .。,;:，；").casefold().removeprefix("the ")
+    return re.sub(r"\s+", " ", _unstyled(text)).strip(" .。,;:，；").casefold().removeprefix("the ")
 
 
 def unlabelled(option: str) -> str:
     """An option without its letter: "(A) 4" becomes "4"."""
-    found = LABELLED.match(option)
+    found = LABELLED.usual.match(option)
     return option[found.end() :] if found else option
 
 
 def split_options(text: str) -> list[str]:
     """Split a text such as "A) 4 B) 5 C) 6" into options without letters; [] if the text has no such letters."""
-    options: list[str] = []
-    place = 0
-    for letter in LETTERS:
-        found = re.compile(rf"(?:^|(?<=\s)|(?<=[.;,)$}}]))[(（]?{letter}\s*[)）.、:：]\s*").search(text, place)
-        if found is None:
-            break
-        if options or letter != "A":
-            options[-1] = text[place : found.start()].strip()
-        options.append("")
-        place = found.end()
-    if options:
-        options[-1] = text[place:].strip()
-    return options
+    labels: list[re.Match[str]] = []
+    for found in _LISTED.finditer(text):
+        if found[1] == LETTERS[len(labels) : len(labels) + 1]:
+            labels.append(found)
+    ends = [*(label.start() for label in labels[1:]), len(text)]
+    return [text[label.end() : end].strip() for label, end in zip(labels, ends, strict=False)]
 
 
 def letters_of(answer: object, options: Sequence[str]) -> str:
-    """The letters of a reference answer, sorted: of "B", "(B)", "A B D", an index (0 is A), or the text of an option.
+    """The letters of a reference answer, sorted: of "B", "(B)", "A B D", the text of an option, or an index (0 is A).
 
-    Raises UsageError if `answer` is none of these.
+    An index may be a text ("1") if there are options. A text that is a JSON list ('["B", "C"]') names all its letters.
+    Letters beyond J are read if there are more than ten options. Raises UsageError if `answer` is none of these, and
+    for more than 26 options.
     """
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < (len(options) or len(LETTERS)):
-        return LETTERS[answer]
-    text = str(answer).strip()
-    named = re.sub(r"[\s,、，()（）.;]|\band\b", "", text)
-    if re.fullmatch("[A-J]+", named) or re.fullmatch("[a-j]", named):
-        return "".join(sorted(set(named.upper())))
-    same = [place for place, option in enumerate(options) if bare_words(option) == bare_words(text)]
-    if len(same) == 1:
-        return LETTERS[same[0]]
-    raise UsageError(
-        f"answer = {answer!r}: is not a letter of an option; write one, such as B, or several, such as ABD"
+    if len(options) > len(LETTERS):
+        raise UsageError(
+            f"choices = {len(options)} options: there are letters for {len(LETTERS)}; write at most so many"
+        )
+    text = answer_text(answer).strip()
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    found = (
+        (is_number and _of_index(text, options))
+        or _named(text, options, "[{}]", re.IGNORECASE)
+        or _of_words(text, options)
+        or _named(text, options, "[{}]+")
+        or (options and _of_index(text, options))
+        or "".join(letters_of(member, options) for member in _members(text))
     )
+    if not found:
+        raise UsageError(
+            f"answer = {answer!r:.200}: is not a letter of an option; write one, such as B, or several, such as ABD"
+        )
+    return "".join(sorted(set(found)))
+
+
+class Asked(NamedTuple):
+    """What a row asks: its options without letters ([] if unknown), the letters among which a text chooses (at least
+    A to E), and those that are right, sorted."""
+
+    options: list[str]
+    letters: str
+    wanted: str
+
+
+def asked(columns: Mapping[str, Any]) -> Asked:
+    """Read the columns `choices` or `options`, if there are any, and `answer`.
+
+    Options may have labels of their own, as in ARC: {"text": […], "label": ["1", "2", …]}. Raises UsageError as
+    `letters_of` does.
+    """
+    options, answer, given = options_of(columns), columns["answer"], _given(columns)
+    labels = [str(label) for label in given.get("label", ())] if isinstance(given, Mapping) else []
+    if len(labels) == len(options) and isinstance(answer, str) and answer in labels:
+        answer = labels.index(answer)
+    wanted = letters_of(answer, options)
+    return Asked(options, LETTERS[: max(len(options) or 5, LETTERS.index(wanted[-1]) + 1)], wanted)
+
+
+def _named(text: str, options: Sequence[str], pattern: str, flags: int = 0) -> str:
+    letters = re.sub(r"[\s,、，()（）.;]|\band\b", "", text)
+    pattern = pattern.format("A-J" if len(options) <= USUAL else "A-Z")
+    return letters.upper() if re.fullmatch(pattern, letters, flags) else ""
+
+
+def _of_words(text: str, options: Sequence[str]) -> str:
+    same = [place for place, option in enumerate(options) if bare_words(option) == bare_words(text)]
+    return LETTERS[same[0]] if len(same) == 1 else ""
+
+
+def _of_index(text: str, options: Sequence[str]) -> str:
+    found = re.fullmatch("[0-9]{1,2}", text)
+    return LETTERS[int(text)] if found and int(text) < (len(options) or USUAL) else ""
+
+
+def _members(text: str) -> list[Any]:
+    """The members of a JSON list of texts and numbers that is written inside a text; [] for any other text."""
+    try:
+        members = json.loads(text) if text.startswith("[") else []
+    except (ValueError, RecursionError):
+        return []
+    return members if all(isinstance(member, str | int | float) for member in members) else []
 
 
 def options_of(columns: Mapping[str, Any]) -> list[str]:
     """The options of a row without letters, from its column `choices` or `options`; [] if it has neither."""
-    given = columns.get("choices", columns.get("options"))
+    given = _given(columns)
     if isinstance(given, Mapping):
         given = given.get("text", list(given.values()))
     if isinstance(given, str):
-        return split_options(given)
+        return [str(option) for option in _members(given)] or split_options(given)
     return without_letters([str(option) for option in given]) if isinstance(given, list | tuple) else []
+
+
+def _given(columns: Mapping[str, Any]) -> Any:
+    return columns["choices"] if columns.get("choices") is not None else columns.get("options")
 
 
 def without_letters(options: Sequence[str]) -> list[str]:
     """Options without letters if all have one, in order: "A)4", "B)5"; otherwise unchanged ("C. elegans")."""
-    found = [LABELLED.match(option) for option in options]
+    pattern = LABELLED.of(options)
+    found = [pattern.match(option) for option in options]
     if all(match and match[1] == letter for match, letter in zip(found, LETTERS, strict=False)):
-        return [unlabelled(option).strip() for option in options]
+        return [option[match.end() :].strip() for option, match in zip(options, found, strict=True) if match]
     return list(options)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from gruppo.data.options import LETTERS, letters_of
 from gruppo.data.references import alternatives, answer_text, for_each
 from gruppo.errors import UsageError
 from gruppo.rewards import text_of
-from gruppo.rewards.grading.choices import choice_of
+from gruppo.rewards.grading.choices import grade_choice
 from gruppo.rewards.grading.last_number import same_number, same_text
 from gruppo.rewards.grading.math_verify import same_mathematics
 
@@ -32,13 +31,17 @@ def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> 
     ]
 
 
-def choice(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
-    """1 if a completion chooses exactly the letters of its answer ("B", "AD"), else 0.
+def choice(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float | None]:
+    """1 if a completion chooses exactly the options of its answer ("B", "AD"), else 0: the grader of the same name.
 
-    None if the answer is not a letter. Only letters are rewarded: unlike in the grader of this name, the words or the
-    value of an option do not count.
+    Options are read from the column `choices` or `options`; without either, only letters count. None if the answer is
+    not a letter, and neither the index nor the text of an option.
     """
-    return [_chosen(text_of(completion), wanted) for completion, wanted in zip(completions, answer, strict=True)]
+    given = [name for name in ("choices", "options") if columns.get(name) is not None]
+    return [
+        _chosen(text_of(completion), wanted, {name: columns[name][place] for name in given})
+        for place, (completion, wanted) in enumerate(zip(completions, answer, strict=True))
+    ]
 
 
 def _value(text: str, reference: Any, same: Callable[[str, Any], bool]) -> float | None:
@@ -47,17 +50,11 @@ def _value(text: str, reference: Any, same: Callable[[str, Any], bool]) -> float
     return float(any(for_each(partial(same, text), wanted))) if wanted else None
 
 
-def _chosen(text: str, reference: Any) -> float | None:
+def _chosen(text: str, reference: Any, columns: Mapping[str, Any]) -> float | None:
     try:
-        return _value(text, reference, _same_choice)
+        return _value(text, reference, lambda text, wanted: grade_choice(text, wanted, columns))
     except UsageError:
         return None
-
-
-def _same_choice(text: str, reference: Any) -> bool:
-    wanted = letters_of(reference, ())
-    chosen = choice_of(text, (), LETTERS)
-    return chosen is not None and chosen.letters == wanted and not chosen.undecided
 
 
 class MathVerify:

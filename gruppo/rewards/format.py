@@ -8,6 +8,7 @@ from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rewards import text_of
+from gruppo.utils.text import text_of_content
 
 _OPENED = re.compile(r"<think>\s*\Z")
 
@@ -40,7 +41,8 @@ def think_format(
 def _begun(prompt: Any, ending: str) -> str:
     """The beginning of the answer that a prompt contains, from its open <think>; "" if it has none."""
     if not isinstance(prompt, str):
-        continued = str(prompt[-1].get("content", "")) if prompt and prompt[-1].get("role") == "assistant" else ""
+        message = prompt[-1] if prompt else {}
+        continued = text_of_content(message.get("content")) if message.get("role") == "assistant" else ""
         if "<think>" in continued and "</think>" not in continued.rpartition("<think>")[2]:
             return continued.lstrip()
     elif _OPENED.search(prompt):

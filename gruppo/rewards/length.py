@@ -38,11 +38,12 @@ class Overlong:
 
 
 # Scripts that put no spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, Tai Le and New Tai Lue, Tai Tham,
-# Balinese, Han with its radicals, kana, Bopomofo, Yi, Javanese, Cham, Tai Viet and Ahom.
+# Balinese, Han with its radicals, kana, Bopomofo, Yi, Javanese, Cham, Tai Viet and Ahom; and the marks, digits and
+# full-width letters of East Asian texts.
 _UNSPACED = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f\u2e80-\u2fdf\u3005-\u3007"
-    "\u3021-\u3029\u3031-\u3035\u3038-\u303c\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf"
-    "\ua980-\ua9ff\uaa00-\uaadf\uf900-\ufaff\uff66-\uff9f"
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f\u2e80-\u2fdf"
+    "\u3001-\u303f\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf"
+    "\ua980-\ua9ff\uaa00-\uaadf\uf900-\ufaff\ufe10-\ufe19\ufe30-\ufe6b\uff01-\uff9f\uffe0-\uffe6"
     "\U00011700-\U0001174f\U00016fe2-\U00016fe3\U0001aff0-\U0001b16f\U00020000-\U0003ffff"
 )
 
@@ -54,8 +55,9 @@ class Repetition:
     """Repetition penalty ("Demystifying Long Chain-of-Thought Reasoning", arXiv 2502.03373, as in open-r1).
 
     penalty · (1 - distinct n-grams / all n-grams) over the lower-cased words of a completion, from `penalty` to 0. In
-    scripts without spaces between words (Chinese, Japanese, Thai), every character counts as a word. A completion of
-    fewer than n words gets 0. `ngram`: n, in words. `penalty`: the value that a completion approaches
+    scripts without spaces between words (Chinese, Japanese, Thai), every character counts as a word, and so does every
+    East Asian mark and full-width character. A completion of fewer than n words gets 0, also if it is a long run of
+    other characters without spaces. `ngram`: n, in words. `penalty`: the value that a completion approaches
     if it repeats a single n-gram; finite, at most 0. Raises UsageError if either is out of range.
     """
 

@@ -77,6 +77,8 @@ def test_think_format() -> None:
     [("Why?\n<think>", ""), ("Why?<think>\n", ""),
      ([{"role": "user", "content": "Why?"}], "<|assistant|>\n<think>\n\n"),
      ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>\nWell, "}], "Well, "),
+     ([{"role": "assistant", "content": [{"type": "text", "text": "<think>"}, {"type": "text", "text": "Hm"}]}], ""),
+     ([{"role": "assistant", "content": ["<think>Well, "]}], "Well, "),
      ("Why?", "?<think>")],
 )  # fmt: skip
 def test_think_format_where_the_prompt_opens_the_tag(prompt: object, ending: str) -> None:
@@ -99,7 +101,9 @@ def test_think_format_where_the_prompt_opens_the_tag(prompt: object, ending: str
     [("Write <think>thoughts</think> first.", "first."), ("Open with <think> please", "please"), ("", ""),
      ("Why?<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"), ([{"role": "user", "content": "after <think>"}], "a:"),
      ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Sure. "}], "Sure. "),
-     ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>a</think>"}], "</think>")],
+     ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>a</think>"}], "</think>"),
+     ([{"role": "assistant", "content": [{"type": "text", "text": "Sure. "}, {"type": "image"}]}], "Sure. "),
+     ([{"role": "assistant", "content": None}], "")],
 )  # fmt: skip
 def test_think_format_where_the_prompt_does_not_open_the_tag(prompt: object, ending: str) -> None:
     size = len(THOUGHTS)
@@ -188,7 +192,7 @@ def test_repetition_in_scripts_without_spaces_counts_characters(once: str, name:
 
 
 def test_repetition_counts_the_characters_of_exactly_the_scripts_without_spaces() -> None:
-    """Every letter of these scripts is a unit; no letter of any other script is."""
+    """Every letter of these scripts is a unit, and no letter of any other script, except in full width."""
     scripts = "Han Hiragana Katakana Bopomofo Yi Thai Lao Khmer Myanmar Tibetan Tai_Le New_Tai_Lue Tai_Tham Tai_Viet "
     scripts += "Javanese Balinese Cham Ahom"
     letters = "".join(c for c in map(chr, range(0x110000)) if c.isalpha())
@@ -196,9 +200,16 @@ def test_repetition_counts_the_characters_of_exactly_the_scripts_without_spaces(
         set(regex.findall("[" + "".join(rf"\p{{{kind}={script}}}" for script in scripts.split()) + "]", letters))
         for kind in ("Script", "Script_Extensions")  # the second one adds letters that other scripts use too
     )
+    full_width = set(map(chr, range(0xFF01, 0xFF5F)))
     assert len(unspaced) > 90_000
     assert all(Repetition(ngram=1)([letter * 2])[0] == -0.5 for letter in unspaced)
-    assert all(Repetition(ngram=1)([letter * 2])[0] == 0 for letter in set(letters) - used)
+    assert all(Repetition(ngram=1)([letter * 2])[0] == 0 for letter in set(letters) - used - full_width)
+
+
+@pytest.mark.parametrize("part", ["。", "，", "、", "！", "１２", "ＡＢ", "「」", "￥", "〜", "﹏", "︰", "・"])
+def test_repetition_counts_east_asian_marks_and_full_width_forms(part: str) -> None:
+    assert -1 < Repetition()([part * 100])[0] < -0.9
+    assert Repetition(ngram=1)([f"字{part[0]}字{part[0]}"]) == pytest.approx([-0.5])
 
 
 def test_repetition_of_spaced_texts_is_unchanged() -> None:
@@ -209,6 +220,8 @@ def test_repetition_of_spaced_texts_is_unchanged() -> None:
         "שלום שלום שלום",
         "🙂🙂🙂 🙂🙂🙂",
         "x\u00a0x x",
+        "字\u3000字\u3000字",
+        "!!! !!! ...",
     ):
         words = text.lower().split()
         assert Repetition(ngram=1)([text]) == pytest.approx([-(1 - len(set(words)) / len(words))])

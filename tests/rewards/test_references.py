@@ -50,6 +50,28 @@ def test_grader_and_reward_of_one_name_agree_on_alternatives(name: str) -> None:
         assert REWARDS[name]([text], answer=[["A", "C"]]) == [float(wanted)]
 
 
+@pytest.mark.parametrize(
+    ("answer", "choices", "text", "right"),
+    [
+        ("1", ["4", "5", "6"], "B", True), ("1", ["4", "5", "6"], "A", False), ("2.0", ["4", "5", "6"], "C", None),
+        ('["B","C"]', ["4", "5", "6"], "The answers are B and C.", True), ('["B","C"]', ["4", "5", "6"], "C", False),
+        ("K", list("abcdefghijkl"), "The answer is (K).", True), ("K", list("abcdefghijkl"), "K. k", True),
+        ("A", list("abcdefghijkl"), "The answer is A. No, the answer is K.", False), ("K", ["4", "5"], "K", None),
+        ("Berlin", ["Paris", "Berlin"], "B", True), ("B", ["Paris", "Berlin"], "The answer is Berlin.", True),
+        ("B", None, "The answer is F.", False), ("B", None, "Berlin", False), (1.0, None, "B", True),
+        ("L", list("abcdefghijkl"), "It can't be K, so it must be L.", True),
+        ("L", list("abcdefghijkl"), "Not L but K.", False), ("K", list("abcdefghijkl"), "(k)", True),
+    ],
+)  # fmt: skip
+def test_the_grader_and_the_reward_read_choices_alike(answer: Any, choices: Any, text: str, right: bool | None) -> None:
+    assert choice([text], answer=[answer], choices=[choices]) == [right if right is None else float(right)]
+    if right is None:
+        with pytest.raises(UsageError, match="is not a letter of an option"):
+            GRADERS["choice"](text, {"answer": answer, "choices": choices})
+    else:
+        assert GRADERS["choice"](text, {"answer": answer, "choices": choices}) is right
+
+
 def test_a_list_inside_a_text_is_one_answer() -> None:
     assert exact_match(['["a", "b"]', "a"], answer=['["a", "b"]'] * 2) == [1, 0]
 

@@ -11,16 +11,17 @@ from gruppo.data.options import (
     LETTERS,
     MARKS,
     TEXT_STYLE,
+    Lettered,
+    asked,
     bare_words,
     capitals,
-    letters_of,
-    options_of,
     plain_text,
     unlabelled,
 )
+from gruppo.rewards.grading import languages
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
-from gruppo.rewards.grading.weighing import weighed
+from gruppo.rewards.grading.weighing import CALLED_WRONG, NO_BEFORE, OTHERS, weighed
 
 
 class Choice(NamedTuple):
@@ -36,46 +37,82 @@ class Choice(NamedTuple):
 
 
 # One or several letters, with or without brackets: "(B)", "A, C", "A和C", "ABD"; not the article in "A train".
-_LETTER = r"(?:[(（\[]\s*[A-J]\s*[)）\]]|[A-J][)）\]]?)"
+_LETTER = r"(?:[(（\[]\s*+[A-J]\s*+[)）\]]|[A-J][)）\]]?)"
 
 
-_AND = r"(?:\s*(?:,\s*and\b|,|、|，|&|/|\band\b|和|与|及|以及|\bor\b|或者?)\s*|\s+|)"
+_OR = rf"(?:\bor\b|或者?|{languages.OR})"
+
+
+_AND = rf"(?:\s*+(?:,\s*+and\b|,|、|，|&|/|\band\b|和|与|及|以及|{languages.AND}|{_OR})\s*+|\s++|)"
 
 
 _GROUP = rf"(?<![A-Za-z])(?P<group>{_LETTER}(?:{_AND}{_LETTER}){{0,9}})(?:(?<=[)）\]])|(?![A-Za-z'’\d]|-[A-Za-z]))"
 
 
-_LEAD = r"[\s\"“”'‘’:：]*(?:(?:option|choice|letter|answer|statement|选项|选择|选)s?[\s:：]*)?[\"“'‘]*"
+_LEAD = r"[\s\"“”'‘’:：]*+(?:(?:option|choice|letter|answer|statement|选项|选择|选)s?[\s:：]*+)?[\"“'‘]*+"
 
 
 _ARTICLE = re.compile(
-    r"\s+(?!because|since|as|is|are|was|which|with|and|or|for|by|due|given|that|but|not|the|would|here|in\b)[a-z]"
+    r"\s++(?!because|since|as|is|are|was|which|with|and|or|for|by|due|given|that|but|not|the|would|here|in\b)[a-z]"
+    r"|\s++[A-Z][a-z]"
 )
 
 
 _PHRASES = [
-    re.compile(pattern)
+    Lettered(pattern)
     for pattern in (
-        rf"(?i:\b(?:answers?|choices?|options?)(?: to [^.\n]{{1,60}}?)?,?\s+"
+        rf"(?i:\b(?:answers?|choices?|options?)(?: to [^.\n]{{1,60}}?)?,?\s++"
         rf"(?:is|are|was|would be|should be|must be|has to be)"
-        rf"(?: therefore| thus| then| clearly| simply)?[\s:：]*(?:given by |the )?){_LEAD}{_GROUP}",
-        rf"(?i:\b(?:answers?|ans\.?|choice|option)\s*[:：=]\s*){_LEAD}{_GROUP}",
-        rf"(?i:\b(?:choose|select|pick|chose|selected|picked|go with|going with|matches|corresponds to|match)\s+)"
-        rf"(?i:(?:the )?(?:correct |right )?(?:option|choice|answer|letter)s?\s*)?{_LEAD}{_GROUP}",
-        rf"(?i:\b(?:is|be|gives|means)\s+(?:the\s+)?(?:correct\s+)?(?:option|choice)\s*[:：]?){_LEAD}{_GROUP}",
-        rf"(?:(?i:option|choice|statement)s?\s+)?{_GROUP}\s+(?:is|are|seems|looks|appears|must be)\s+"
-        rf"(?:to be\s+)?(?:the\s+|therefore\s+|thus\s+)?(?:only\s+)?"
-        rf"(?:(?:correct|right|best|true|answer|solution)\b(?!\s+(?:that|if|when|for|to))|one (?:that works|we want))",
-        rf"(?i:\bonly\s+(?:(?:option|choice|answer)\s+)?){_GROUP}\s+(?:works?|fits?|satisf(?:y|ies)|matche?s?|holds?)\b",
-        rf"(?i:\b(?:so|thus|hence|therefore)),?\s+(?i:(?:option|choice)\s+)?{_GROUP}(?=\s*(?:[.!\n]|$))",
+        rf"(?: therefore| thus| then| clearly| simply)?[\s:：]*+(?:given by |the )?){_LEAD}{_GROUP}",
+        rf"(?i:\b(?:answers?|ans\.?|choice|option)\s*+[:：=]\s*+){_LEAD}{_GROUP}",
+        rf"(?i:\b(?:choose|select|pick|chose|selected|picked|go with|going with|matches|corresponds to|match)\s++)"
+        rf"(?i:(?:the )?(?:correct |right )?(?:option|choice|answer|letter)s?\s*+)?{_LEAD}{_GROUP}",
+        rf"(?i:\b(?:is|be|gives|means)\s++(?:the\s++)?(?:correct\s++)?(?:option|choice)\s*+[:：]?){_LEAD}{_GROUP}",
+        rf"(?:(?i:option|choice|statement)s?\s++)?{_GROUP}\s++(?:is|are|seems|looks|appears|must be)\s++"
+        rf"(?:to be\s++)?(?:the\s++|therefore\s++|thus\s++)?(?:only\s++)?"
+        rf"(?:(?:correct|right|best|true|answer|solution)\b(?!\s++(?:that|if|when|for|to))|one (?:that works|we want))",
+        rf"(?i:\bonly\s++(?:(?:option|choice|answer)\s++)?){_GROUP}\s++(?:works?|fits?|satisf(?:y|ies)|matche?s?|holds?)\b",
+        rf"(?i:\b(?:so|thus|hence|therefore)),?\s++(?i:(?:option|choice)\s++)?{_GROUP}"
+        rf"(?:\s++(?:holds?|works?|fits?|applies|follows))?(?=[^\S\n]*+(?:[.!\n]|$))",
+        rf"(?i:\b(?:it|this|that) (?:has to|must|can only) be\s++){_LEAD}{_GROUP}"
+        rf"(?=\s*+(?:[.,;:!]|$)|\s++(?:because|since|as|for|given)\b)",
+        rf"(?i:\b(?:supports?|points? to|favou?rs?|indicates?)\s++){_LEAD}{_GROUP}(?=\s*+(?:[.,;:!]|$))",
         rf"(?:答案|正确选项|正确的选项|正确的是|符合题意的是|应选|故选|可选|选择|本题选|因此选|所以选|选)"
-        rf"(?:应该|应当|应|就)?(?:选择|选|是|为|：|:)?\s*{_LEAD}{_GROUP}",
-        rf"{_GROUP}\s*(?:选项|项)?(?:是正确的|正确|是对的|是正确答案|是答案)(?!的?是)",
+        rf"(?:应该|应当|应|就)?(?:选择|选|是|为|：|:)?\s*+{_LEAD}{_GROUP}",
+        rf"{_GROUP}\s*+(?:选项|项)?(?:是正确的|正确|是对的|是正确答案|是答案)(?!的?是)",
     )
 ]
 
 
-_ALONE = re.compile(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*(?:选项|项)?(?:[.,:：。!;；]|、(?!\s*[A-J])|$))")
+class _Foreign(NamedTuple):
+    phrase: Lettered
+    denials: re.Pattern[str]
+    doubts: re.Pattern[str]
+
+
+def _foreign(language: languages.Language) -> list[_Foreign]:
+    """The phrases of a language as patterns."""
+    denials, doubts = re.compile(language.denials, re.IGNORECASE), re.compile(language.doubts, re.IGNORECASE)
+    letters = rf"{_LETTER}(?:{_AND}{_LETTER}){{0,9}}"
+    found = []
+    for phrase in language.phrases:
+        named = re.sub("(?<!^)(?:OTHER|IT)", lambda name: languages.OPTION + name[0], phrase)
+        spaced = named.replace(" ?", r"\s*+").replace(" ", r"\s++").replace("$", r"(?=[^\S\n]*+(?:[.!\n]|$))")
+        pattern = spaced.replace("OTHER", f"(?-i:{letters})").replace("IT", rf"[\"“„«‘「]{{0,2}}(?-i:{_GROUP})")
+        found.append(_Foreign(Lettered(f"(?i:{pattern})"), denials, doubts))
+    return found
+
+
+_FOREIGN = [phrase for language in languages.LANGUAGES.values() for phrase in _foreign(language)]
+
+
+_ALONE = Lettered(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*+(?:选项|项)?(?:[.,:：。!;；]|、(?!\s*+[A-J])|$))")
+
+
+_ONLY = Lettered(rf"(?i:(?:option|choice|answer|letter)s?)\s++{_GROUP}[\s.。!]*+$")
+
+
+_FIRST = Lettered(rf"{_LEAD}{_GROUP}")
 
 
 def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
@@ -90,13 +127,13 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
         return found[-1][1]
     if (correct := _by_verdict(text, letters)) is not None:
         return correct
-    listed = _lists(text)
+    listed = _lists(text, letters)
     for rule, part in (
         ("whole text", text),
-        ("last line", "" if listed and LABELLED.match(_last_line(text)) else _last_line(text)),
+        ("last line", "" if listed and LABELLED.of(letters).match(_last_line(text)) else _last_line(text)),
         ("first line", text.strip().split("\n")[0]),
     ):
-        if len(part) < _SHORT and not _lists(part) and (alone := _alone(part, rule, letters)) is not None:
+        if len(part) < _SHORT and not _lists(part, letters) and (alone := _alone(part, rule, letters)) is not None:
             return alone
     if (settled := weighed(text, letters)) is not None:
         return Choice(settled.letters, "weighed", settled.text)
@@ -114,30 +151,69 @@ _FULL_WIDTH = {0xFF21 + place: letter for place, letter in enumerate(LETTERS)}
 _SHORT = 150  # maximum characters of a text or line that begins with its answer
 
 
-def _lists(part: str) -> bool:
+_LABEL = Lettered(r"(?<![A-Za-z])[(（]?([A-J])[)）.:：](?=\s)")
+
+
+def _lists(part: str, letters: str) -> bool:
     """Whether a text lists several options: "(A) 4 (B) 5"."""
-    return len(set(re.findall(r"(?<![A-Za-z])[(（]?([A-J])[)）.:：](?=\s)", plain_text(part)))) > 1
+    return len(set(_LABEL.of(letters).findall(plain_text(part, letters)))) > 1
 
 
 def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[int, Choice]]:
-    for decision in decisions(text):
+    for decision in reversed(decisions(text)):
         part = decision.text if decision.rule in ("boxed", "tags") else sentence(decision.text)
         chosen = _alone(part, decision.rule, letters, whole=decision.rule in ("boxed", "tags"))
         chosen = chosen or _by_value(part, decision.rule, options)
         if chosen is not None:
             yield decision.start, chosen
-    plain = _plain_in_place(text)
+            break
+    plain = _plain_in_place(text, letters)
     for pattern in _PHRASES:
-        for found in pattern.finditer(plain):
+        for found in pattern.of(letters).finditer(plain):
             chosen = _choice(found, "phrase", letters, plain)
             if chosen is not None and not _denied(plain, found) and not _ASKED.match(plain, found.end()):
                 yield found.start("group"), chosen
+    for foreign in _FOREIGN:
+        for found in foreign.phrase.of(letters).finditer(plain):
+            chosen = _choice(found, "phrase", letters, plain)
+            if chosen is not None and not _left_open(plain, found, foreign):
+                yield found.start("group"), chosen
 
 
-def _plain_in_place(text: str) -> str:
+def _left_open(text: str, found: re.Match[str], foreign: _Foreign) -> bool:
+    """Whether the words around a phrase of another language deny it, ask for it, or make it depend on something."""
+    before, after = _before(text, found.start()), _after(text, found.end())
+    return bool(
+        foreign.doubts.search(_SENTENCE.split(before)[-1] + after)
+        or foreign.denials.search(_CLAUSE.split(before)[-1])
+        or foreign.denials.search(after)
+        or _ASKED.match(text, found.end())
+        or _RETRACTED.match(text, found.end())
+    )
+
+
+_RETRACTED = re.compile(rf"\s*+[.,;–—-]\s*+(?i:{languages.NO})\s*+,")
+
+
+_SENTENCE = re.compile(r"[.!?\n。！？।؟]")
+
+
+_CLAUSE = re.compile(r"[.!?\n。！？।؟,;，、；،؛—–]")
+
+
+def _before(text: str, place: int) -> str:
+    return text[max(0, place - _SHORT) : place]
+
+
+def _after(text: str, place: int) -> str:
+    """The rest of the clause after `place`."""
+    return _CLAUSE.split(text[place : place + _SHORT], maxsplit=1)[0]
+
+
+def _plain_in_place(text: str, letters: str) -> str:
     """The text with style marks blanked out; every letter keeps its position."""
     blank = lambda found: " " * len(found[0])  # noqa: E731
-    return capitals(MARKS.sub(blank, TEXT_STYLE.sub(blank, text)))
+    return capitals(MARKS.sub(blank, TEXT_STYLE.sub(blank, text)), letters)
 
 
 _DENIED = re.compile(
@@ -151,9 +227,20 @@ _DENIED = re.compile(
 )
 
 
+# Before words that choose: "I'd never (choose D)", "most students (pick D)", "if (the answer is D)".
+_NOT_CHOSEN = re.compile(
+    r"(?:\b(?:not|never|hardly|cannot|fail(?:s|ed)? to|"
+    rf"{OTHERS}|(?:if|whether|suppos(?:e|ing)|assum(?:e|ing)|unless)(?: (?:that|the|my|our|this|correct|right))*)"
+    r"|n['’]t)(?: (?:go|choose|pick|select|say|answer))?"
+    r"(?: (?:ever|really|simply|just|actually|be|have to|want to|going to|to))*\s*$",
+    re.IGNORECASE,
+)
+
+
 _REFUSED = re.compile(
-    r"[)）\]]?\s*(?:选项|项)?\s*(?:(?:is|are|was|would be|must be|seems|looks)?\s*"
-    r"(?:(?:definitely|clearly|also|certainly)\s+)?(?:not|wrong|incorrect|false|impossible|out)\b"
+    r"[)）\]]?\s*+(?:选项|项)?\s*+(?:(?:(?:is|are|was|would be|must be|seems|looks)\b\s*+)?"
+    r"(?:(?:definitely|clearly|also|certainly)\s++)?(?:not|wrong|incorrect|false|impossible|out)\b"
+    rf"|(?:is|are|was|seems?|looks?)\s++{CALLED_WRONG}\b"
     r"|(?:is|are|was|does|do|did|can|could|would|wo|ca)n['’]t\b|(?:does|do|can|could|would)\s*not\b|不|错)"
 )
 
@@ -163,30 +250,42 @@ _ASKED = re.compile(r"[^.!?\n]{0,20}[?？]")
 
 def _denied(text: str, found: re.Match[str]) -> bool:
     """Whether the words before or after the letters deny that they are the answer: "not (B)", "(B) is wrong"."""
-    place = found.start("group")
-    return bool(_DENIED.search(text[max(0, place - 60) : place]) or _REFUSED.match(text, found.end("group")))
+    start, end = found.span("group")
+    return bool(
+        _DENIED.search(text[max(0, start - 60) : start])
+        or _NOT_CHOSEN.search(text[max(0, found.start() - 60) : found.start()])
+        or _REFUSED.match(text, end)
+        or languages.DENIED.search(_CLAUSE.split(text[max(0, start - 30) : start])[-1])
+        or languages.DENIED.search(_CLAUSE.split(text[end : end + 30], maxsplit=1)[0])
+    )
 
 
 def _alone(part: str, rule: str, letters: str, whole: bool = False) -> Choice | None:
     """The letters with which a text begins, if they stand alone: "B", "(B) 42", "B. because …"."""
-    plain = plain_text(part).strip(" \n\t\"'“”‘’")
-    found = _ALONE.match(plain) if not whole else re.match(rf"{_LEAD}{_GROUP}", plain)
-    return _choice(found, rule, letters, plain) if found and not _REFUSED.match(plain, found.end("group")) else None
+    plain = plain_text(part, letters).strip(" \n\t\"'“”‘’")
+    found = (_FIRST if whole else _ALONE).of(letters).match(plain) or _ONLY.of(letters).match(plain)
+    return _choice(found, rule, letters, plain) if found and not _denied(plain, found) else None
+
+
+_CAPITAL = re.compile("[A-Z]")
 
 
 def _choice(found: re.Match[str], rule: str, letters: str, text: str) -> Choice | None:
     group = found["group"]
-    named = "".join(re.findall("[A-J]", group))
-    bare = re.fullmatch(r"\s*[AI]\s*", group)
-    if bare and (_ARTICLE.match(text, found.end("group")) or re.match(r"\s+[A-Z][a-z]", text[found.end("group") :])):
+    named = "".join(_CAPITAL.findall(group))
+    if group.strip() in ("A", "I") and _ARTICLE.match(text, found.end("group")):
         return None
     if not named or set(named) - set(letters):
         return None
-    return Choice("".join(sorted(set(named))), rule, group.strip(), _open(group))
+    undecided = _open(group) or bool(_OR_ELSE.of(letters).match(text, found.end("group")))
+    return Choice("".join(sorted(set(named))), rule, group.strip(), undecided)
+
+
+_OR_ELSE = Lettered(rf"\s*+,?\s*+{_OR}\s*+(?:\w{{1,20}}\s++){{0,2}}{_LETTER}(?![A-Za-z'’])")
 
 
 def _open(group: str) -> bool:
-    return len(set(re.findall("[A-J]", group))) > 1 and bool(re.search(r"\bor\b|或", group))
+    return len(set(_CAPITAL.findall(group))) > 1 and bool(re.search(_OR, group))
 
 
 def _last_line(text: str) -> str:
@@ -194,36 +293,41 @@ def _last_line(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-_CALLED_CORRECT = re.compile(
-    r"^[\s*>-]*[(（]?([A-J])[)）.:：][^\n]*?(?<!not )(?<!n't )\b(?:right|correct|true|True|Correct)\b[^\n]*$",
+_CALLED_CORRECT = Lettered(
+    r"^(?:[^\S\n]|[*>-])*+[(（]?([A-J])[)）.:：]"
+    r"[^\n]*?(?<!not )(?<!n't )\b(?:right|correct|true|True|Correct)\b[^\n]*$",
     re.MULTILINE,
 )
 
 
 def _by_verdict(text: str, letters: str) -> Choice | None:
     """The option that a list of verdicts calls correct, if there is only one: "A) 4 is wrong", "B) 5 is right"."""
-    if not _lists(text):
+    if not _lists(text, letters):
         return None
-    correct = [found[1] for found in _CALLED_CORRECT.finditer(plain_text(text))]
+    correct = [found[1] for found in _CALLED_CORRECT.of(letters).finditer(plain_text(text, letters))]
     return Choice(correct[0], "verdicts", text[:200]) if len(correct) == 1 and correct[0] in letters else None
 
 
-_BRACKETED = re.compile(r"[(（]\s*(?P<group>[A-J])\s*[)）]")
+_POINTED = Lettered(r"(?:[=-]>|[∴→⇒])\s*+(?:(?:option|choice) )?(?P<group>[A-J])(?=\W*+$)")
 
 
-_CONCLUDED = re.compile(
+_BRACKETED = Lettered(r"[(（]\s*+(?P<group>[A-J])\s*+[)）]")
+
+
+_CONCLUDED = Lettered(
     r"(?:\b(?:so|thus|hence|therefore|then|is|are|be|guess|say|option|choice|leaves|leaving|with|means|for|to|pick|but|definitely|probably|both|answer)\b"
-    r"|^|['’]s\b|[∴→⇒:：,(（-])[\s,:(（\"'“-]{0,20}+(?:(?:option|choice) )?(?P<group>[B-HJ])(?=\W*$)",
+    r"|^|['’]s\b|[∴→⇒:：,(（-])[\s,:(（\"'“-]{0,20}+(?:(?:option|choice) )?(?P<group>(?![AI])[A-J])(?=\W*$)",
     re.IGNORECASE,
 )
 
 
 def _by_mention(text: str, letters: str) -> Choice | None:
     """The only letter in brackets, or at the end, of the last sentence: "so it must be (B)", "I say B"."""
-    last = plain_text(last_sentence(text))
+    last = plain_text(last_sentence(text), letters)
     if text.rstrip(" *_$").endswith(("?", "？")):
         return None
-    found = list(_BRACKETED.finditer(last)) or list(_CONCLUDED.finditer(last))
+    patterns = (pattern.of(letters) for pattern in (_BRACKETED, _POINTED, _CONCLUDED))
+    found = next((matches for pattern in patterns if (matches := list(pattern.finditer(last)))), [])
     named = [match["group"] for match in found if not _denied(last, match)]
     if len(set(named)) != 1 or named[0] not in letters:
         return None
@@ -251,8 +355,31 @@ def _by_value(part: str, rule: str, options: Sequence[str]) -> Choice | None:
     return Choice(LETTERS[same[0]], rule, part.strip()[:200]) if len(same) == 1 else None
 
 
+# "I do not think it is", "it is not the case that it is"; after other words before "is", a "not" describes something:
+# "the city that is not in France is".
+_NOT_THOUGHT = re.compile(
+    r"(?:\b(?:not|never|hardly|cannot)|n['’]t)(?: \w+)? (?:think|believe|say|mean|agree|claim|the case|true that)\b"
+    r"[^,;:]{0,30}$"
+    r"|\bdoubt[^,;:]{0,30}$"
+)
+_COPULA = re.compile(r"\b(?:is|are|was|were)\b")
+
+
 def _has(said: str, words: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", said) is not None
+    """Whether a text has these words at a place that does not deny them: "Berlin, not Paris" has Berlin."""
+    places = re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", said)
+    return any(
+        not _REFUSED.match(said, place.end()) and not _denies(said[max(0, place.start() - 60) : place.start()])
+        for place in places
+    )
+
+
+def _denies(before: str) -> bool:
+    return bool(
+        NO_BEFORE.search(_COPULA.split(before)[-1])
+        or _NOT_THOUGHT.search(before)
+        or languages.DENIED.search(_CLAUSE.split(before[-30:])[-1])
+    )
 
 
 def _same_number(part: str, option: str) -> bool:
@@ -284,8 +411,6 @@ def grade_choice(text: str, answer: object, columns: Mapping[str, Any]) -> bool:
 
     Raises UsageError if `answer` is not a letter, an index or the text of an option.
     """
-    options = options_of(columns)
-    wanted = letters_of(answer, options)
-    letters = LETTERS[: max(len(options) or 5, LETTERS.index(wanted[-1]) + 1)]
+    options, letters, wanted = asked({**columns, "answer": answer})
     chosen = choice_of(text, options, letters)
     return chosen is not None and not chosen.undecided and chosen.letters == wanted

@@ -74,11 +74,6 @@ def _solution(columns: Mapping[str, Any]) -> Any:
     return columns["answer"] if "answer" in columns else columns["solution"]
 
 
-def _index(answer: Any) -> Any:
-    """The number of an option as an integer: tables with gaps make floats of them."""
-    return int(answer) if isinstance(answer, float) and answer.is_integer() else answer
-
-
 @dataclass(frozen=True)
 class _Comparison:
     """A grader of one reference. `names`: its columns, the preferred one first. `convert`: applied to the reference."""
@@ -109,7 +104,7 @@ COMPARISONS = {
     "exact_match": _Comparison(_grade_exact, ("answer",), lambda answer: answer),
     "math_answer": _Comparison(_grade_math, ("answer", "solution"), answer_text),
     "ocw": _Comparison(_grade_science, ("answer", "solution"), answer_text),
-    "choice": _Comparison(_grade_choice, ("answer",), _index),
+    "choice": _Comparison(_grade_choice, ("answer",), lambda answer: answer),
 }
 GRADERS: dict[str, Grader] = {**COMPARISONS, "reasoning_gym": _grade_gym}
 

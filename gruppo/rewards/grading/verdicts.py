@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gruppo.data.boxes import last_box
-from gruppo.data.options import LETTERS, letters_of, options_of
+from gruppo.data.options import asked
 from gruppo.data.references import for_each
 from gruppo.rewards.grading.choices import choice_of
 from gruppo.rewards.grading.extraction import Decision, decisions, own_answer
@@ -129,9 +129,7 @@ def _science(text: str, columns: Mapping[str, Any]) -> Explained:
 
 
 def _choice(text: str, columns: Mapping[str, Any]) -> Explained:
-    options = options_of(columns)
-    wanted = letters_of(columns["answer"], options)
-    letters = LETTERS[: max(len(options) or 5, LETTERS.index(wanted[-1]) + 1)]
+    options, letters, wanted = asked(columns)
     chosen = choice_of(text, options, letters)
     others = {}
     for name, decision in _by_rule(text):

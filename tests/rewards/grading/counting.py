@@ -26,6 +26,11 @@ class Counter:
         self.tree = parser.parse(pattern.pattern, pattern.flags)
         self.flags, self.text, self.limit, self.steps = pattern.flags, text, limit, 0
 
+    def match(self) -> int:
+        """The steps of one attempt at the beginning of the text."""
+        self._sequence(list(self.tree), 0, 0, self.flags, lambda at: at)
+        return self.steps
+
     def search_all(self) -> int:
         place = 0
         while place <= len(self.text):

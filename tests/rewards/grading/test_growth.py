@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from gruppo.data import boxes
-from gruppo.rewards.grading import extraction, last_number, latex, math_verify, numbers, quantities
+from gruppo.data import boxes, options
+from gruppo.rewards.grading import (
+    choices,
+    extraction,
+    last_number,
+    latex,
+    math_verify,
+    numbers,
+    quantities,
+    weighing,
+)
 from tests.rewards.grading.counting import Counter, TooManyStepsError
 
 PARTS = (
@@ -19,20 +29,34 @@ PARTS = (
     "\\boxed{", "\\boxed{1} ", "\\frac1", "\\text{", "<answer>", "a", "final ", "answer ", "answer is \\[",
     "one ", "1元",
 )  # fmt: skip
+# Parts of texts that choose options.
+CHOOSING = (
+    " ", "\n", "\t", "\u00a0", "*", "$", "A", "A ", "(", "(A) ", "A. ", "A)\n", "b\n", "answer is ", "answer is A",
+    "option ",
+    "选", "so ", "right ", "> ", "B, ", "is the ", "not ", "不是A", "\"", "A) is correct ", "\\text",
+)  # fmt: skip
 # Patterns that see a bounded part of a text only: a decision, a sentence, the characters around a number.
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
-           "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED"}  # fmt: skip
+           "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED", "NO_BEFORE", "_OPEN_BEFORE",
+           "_YES_BEFORE", "_BEGINS", "_IF_BEFORE", "_NOT_CHOSEN", "_NOT_THOUGHT"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
-ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED"}
+ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "LABELLED", "_ARTICLE", "_ALONE",
+            "_FIRST", "_ONLY", "_OR_ELSE", "_RETRACTED", "_REFUSED", "_NO_AFTER",
+            "_OF_THE_NEXT", "_YES_AFTER", "_ALL_AFTER"}  # fmt: skip
 
 
-def patterns() -> Iterator[tuple[str, re.Pattern[str]]]:
-    for module in (boxes, extraction, last_number, latex, math_verify, numbers, quantities):
+NUMBERS = (boxes, extraction, last_number, latex, math_verify, numbers, quantities)
+CHOICES = (options, choices, weighing)
+
+
+def patterns(modules: Sequence[ModuleType]) -> Iterator[tuple[str, re.Pattern[str]]]:
+    for module in modules:
         for name, value in vars(module).items():
             found = value if isinstance(value, list) else [value]
             for place, item in enumerate(found):
                 pattern = item[0] if isinstance(item, tuple) and item else item
-                if isinstance(pattern, re.Pattern) and name not in BOUNDED | ANCHORED:
+                pattern = pattern.all if isinstance(pattern, options.Lettered) else pattern
+                if isinstance(pattern, re.Pattern) and name not in (*BOUNDED, "_FOREIGN"):
                     yield f"{module.__name__.rpartition('.')[2]}.{name}[{place}]", pattern
 
 
@@ -54,18 +78,48 @@ def deep(work: Any) -> Any:
 SHORT, LONG = 60, 240
 
 
-def grows(pattern: re.Pattern[str], part: str) -> bool:
-    """Whether a text four times as long takes more than nine times the steps (quadratic work: sixteen times)."""
+def grows(pattern: re.Pattern[str], part: str, start: str = "", anchored: bool = False) -> bool:
+    """Whether a text four times as long takes more than nine times the steps (quadratic work: sixteen times).
+
+    The text is `part`, repeated after `start`. `anchored`: the pattern is tried at the beginning only.
+    """
+    count = Counter.match if anchored else Counter.search_all
     try:
-        steps = Counter(pattern, (part * SHORT)[:SHORT], 20_000).search_all()
-        Counter(pattern, (part * LONG)[:LONG], 9 * steps + 1000).search_all()
+        steps = count(Counter(pattern, (start + part * SHORT)[:SHORT], 50_000))
+        count(Counter(pattern, (start + part * LONG)[:LONG], 9 * steps + 1000))
     except TooManyStepsError:
         return True
     return False
 
 
+def grown(modules: Sequence[ModuleType], parts: Sequence[str], starts: Sequence[str] = ("",)) -> list[tuple[str, ...]]:
+    tried = [(name, pattern, start, part) for name, pattern in patterns(modules) for start in starts for part in parts]
+    return [
+        (name, start, part)
+        for name, pattern, start, part in tried
+        if grows(pattern, part, start, name.partition(".")[2].partition("[")[0] in ANCHORED)
+    ]
+
+
 def test_patterns_take_linear_steps() -> None:
-    assert deep(lambda: [(name, part) for name, pattern in patterns() for part in PARTS if grows(pattern, part)]) == []
+    assert deep(lambda: grown(NUMBERS, PARTS)) == []
+
+
+def test_patterns_of_choices_take_linear_steps() -> None:
+    assert deep(lambda: grown(CHOICES, CHOOSING)) == []
+    assert deep(lambda: grown(CHOICES, (" ", "\n", "*"), ("A", "The answer is", "so A is not"))) == []
+
+
+def test_phrases_of_other_languages_take_linear_steps() -> None:
+    found = deep(
+        lambda: [
+            (foreign.phrase.all.pattern, part)
+            for foreign in choices._FOREIGN
+            for part in (" ", "A ")
+            if grows(foreign.phrase.all, part)
+        ]
+    )
+    assert found == []
 
 
 def calls(read: Callable[[str], object], text: str) -> int:
@@ -95,3 +149,15 @@ def test_readers_make_a_linear_number_of_calls(read: Callable[[str], object], pa
     counts = [calls(read, (part * size)[:size]) for size in (1_000, 10_000, 100_000)]
     assert counts[1] <= 15 * counts[0] + 500
     assert counts[2] <= 15 * counts[1] + 500
+
+
+def chosen(text: str) -> object:
+    return choices.grade_choice(text, "B", {"choices": ["4", "resonance", "6 cm", "x^2"]})
+
+
+@pytest.mark.parametrize("read", [chosen, options.split_options, options.bare_words, options.unlabelled])
+@pytest.mark.parametrize("part", ["\n", " ", "B\n", "A. is right\n", "(A) ", "the answer is B. ", "\\boxed{B} ", "B, "])
+def test_readers_of_choices_make_a_linear_number_of_calls(read: Callable[[str], object], part: str) -> None:
+    read(part * 10)  # compiles and caches
+    counts = [calls(read, (part * size)[:size]) for size in (1_000, 10_000)]
+    assert counts[1] <= 15 * counts[0] + 500
