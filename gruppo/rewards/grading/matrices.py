@@ -22,6 +22,9 @@ MATRIX = r"\\begin\{(?:[bBp]?(?:small)?matrix)\*?\}(?:\[[lcr]\])?|\\begin\{array
 MATRIX_END = r"\\end\{(?:[bBp]?(?:small)?matrix\*?|array)\}"
 
 
+_MATRIX, _MATRIX_END = re.compile(MATRIX), re.compile(MATRIX_END)
+
+
 _DETERMINANT = re.compile(r"\\begin\{v(?:small)?matrix\*?\}(?:\[[lcr]\])?")
 
 
@@ -54,6 +57,16 @@ def expanded_determinants(text: str) -> str:
             parts.append(text[place:after])
             place = after
     return "".join([*parts, text[place:]])
+
+
+_MARKED = re.compile(r"\\begin\{v|\\(?:det|operatorname|mathrm|text)(?![A-Za-z])|\|")
+
+
+def without_determinants(text: str) -> str:
+    """A formula with the values of its determinants, whatever environment its matrices are in."""
+    if ("matrix" not in text and "array" not in text) or not _MARKED.search(text):
+        return text
+    return expanded_determinants(_MATRIX_END.sub(lambda _: _END, _MATRIX.sub(lambda _: _BEGIN, text)))
 
 
 def _rows(content: str) -> list[list[str]]:
