@@ -25,7 +25,7 @@ from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
 from gruppo.rewards.grading.rounding import rounds_to
 from gruppo.rewards.grading.stated import BETWEEN, said_formula
 from gruppo.rewards.grading.symbolic import matched, same_expression
-from gruppo.rewards.grading.units import units_of, without_unit
+from gruppo.rewards.grading.units import BOUND, contradicts, is_limited, units_of, without_bound, without_unit
 
 _SYMBOLS = {
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "−": "-", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ",
@@ -35,6 +35,10 @@ _SYMBOLS = {
     "°": "^{\\circ}",
     "、": ",", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 } | {chr(0x2460 + place): f"\\textcircled{{{place + 1}}}" for place in range(9)}  # fmt: skip
+_SCALES = {
+    "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}",
+    "dozen": "12",
+}  # fmt: skip
 _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), other)
     for pattern, other in (
@@ -68,6 +72,7 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
 ]  # fmt: skip
 _WORDS_BEFORE = re.compile(rf"^\s*{WORD}\s*\{{[^{{}}]*\}}\s*:?\s*(?=[-\d\\(])")
 _LISTED = re.compile(r"\s*(?:,|;|\band\b|\bor\b|和|或)\s*")
+_SCALED = re.compile(rf"(?<=[\d}}])\s*+(?P<begin>{WORD}\s*+\{{\s*+)?(?P<scale>{'|'.join(_SCALES)})\b\s*+(?P<end>\}})?")
 _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
 
 
@@ -88,13 +93,19 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{int(head + period) - int(head or 0)}}}{{{under}}}"
 
 
+def _scaled(match: re.Match[str]) -> str:
+    r"""3\text{ million dollars} as 3\times 10^{6}\text{dollars}."""
+    rest = "" if match["begin"] and match["end"] else (match["begin"] or match["end"] or "")
+    return rf"\times {_SCALES[match['scale']]} {rest}"
+
+
 def normal(text: str) -> str:
     """A formula in normal form: no dollar signs, spacing commands or Unicode symbols; angles in radians."""
     text = ascii_digits(text)
     for symbol, other in _SYMBOLS.items():
         text = text.replace(symbol, other)
     text = _DEGREES.sub(_radians, written_out(braced(text.strip().strip("*_ "))))
-    text = _REPEATING.sub(_repeating, text)
+    text = _SCALED.sub(_scaled, _REPEATING.sub(_repeating, text))
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
     text = re.sub(r"\s+", " ", expanded_determinants(text)).strip().rstrip(".,;:").strip()
@@ -107,8 +118,10 @@ def same_formula(answer: str, wanted: str, question: str = "") -> bool:
     A letter after a number is a unit where `wanted` or `question` uses it as one, else a variable. Answers of more than
     `LONGEST` characters equal nothing.
     """
-    if len(answer) > LONGEST:
+    if len(answer) > LONGEST or contradicts(answer, wanted, question):
         return False
+    if BOUND.search(f"{wanted} {question}"):
+        answer, wanted = without_bound(answer), without_bound(wanted)
     return _same(answer, wanted, units_of(wanted, question))
 
 
@@ -268,7 +281,8 @@ def _depth_breaks(text: str) -> bool:
 
 def _bare(text: str, units: Collection[str]) -> str:
     """A formula without leading words and without a trailing unit (`units`: letters that are units)."""
-    return without_unit(_WORDS_BEFORE.sub("", text), units)
+    words = _WORDS_BEFORE.match(text)
+    return without_unit(text if words is None or is_limited(words[0]) else text[words.end() :], units)
 
 
 _NAMED = re.compile(r"^([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*")

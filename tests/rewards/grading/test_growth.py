@@ -22,6 +22,7 @@ from gruppo.rewards.grading import (
     numbers,
     parsing_work,
     quantities,
+    units,
 )
 from gruppo.rewards.grading.graders import find_grader
 from tests.rewards.grading.counting import Counter, TooManyStepsError
@@ -35,11 +36,22 @@ PARTS = (
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
            "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED", "_LISTS"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
-ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "_FRACTION"}
+ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "_FRACTION", "_UPRIGHT_LETTER"}
 
 
 def patterns() -> Iterator[tuple[str, re.Pattern[str]]]:
-    for module in (boxes, extraction, last_number, latex, math_verify, matrices, numbers, parsing_work, quantities):
+    for module in (
+        boxes,
+        extraction,
+        last_number,
+        latex,
+        math_verify,
+        matrices,
+        numbers,
+        parsing_work,
+        quantities,
+        units,
+    ):
         for name, value in vars(module).items():
             found = value if isinstance(value, list) else [value]
             for place, item in enumerate(found):
