@@ -39,6 +39,20 @@ BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORK
 ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "_FRACTION", "_UPRIGHT_LETTER"}
 
 
+MODULES = (
+    boxes,
+    extraction,
+    last_number,
+    latex,
+    math_verify,
+    matrices,
+    numbers,
+    parsing_work,
+    quantities,
+    units,
+)
+
+
 def patterns() -> Iterator[tuple[str, re.Pattern[str]]]:
     for module in (
         boxes,
