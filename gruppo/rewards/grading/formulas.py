@@ -15,10 +15,11 @@ from typing import Any
 from gruppo.data.boxes import boxes, closing_braces, last_box
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.complex_numbers import with_one_unit, written_out
+from gruppo.rewards.grading.conditions import condition, same_condition, with_marks, without_domain, without_marks
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.labels import unlabelled_pair
-from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas
+from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, split
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
 from gruppo.rewards.grading.matrices import MATRIX, MATRIX_END, expanded_determinants, flat, from_lists, is_matrix
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
@@ -106,6 +107,7 @@ def normal(text: str) -> str:
         text = text.replace(symbol, other)
     text = _DEGREES.sub(_radians, written_out(braced(text.strip().strip("*_ "))))
     text = _SCALED.sub(_scaled, _REPEATING.sub(_repeating, text))
+    text = with_marks(text)
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
     text = re.sub(r"\s+", " ", expanded_determinants(text)).strip().rstrip(".,;:").strip()
@@ -132,7 +134,7 @@ def _same(answer: str, wanted: str, units: Collection[str]) -> bool:
     first, second = normal(answer), normal(wanted)
     if _squeezed(first) == _squeezed(second) and second:
         return True
-    blanks = _split(second, ";")
+    blanks = split(second, ";")
     if len(blanks) > 1:
         return _same_blanks(first, blanks, units)
     if is_words(second):
@@ -141,9 +143,9 @@ def _same(answer: str, wanted: str, units: Collection[str]) -> bool:
 
 
 def _same_blanks(answer: str, wanted: Sequence[str], units: Collection[str]) -> bool:
-    parts = _split(answer, ";")
+    parts = split(answer, ";")
     if len(parts) != len(wanted):
-        parts = [part for part in _split(_LISTED.sub(",", answer) if "(" not in answer else answer, ",;") if part]
+        parts = [part for part in split(_LISTED.sub(",", answer) if "(" not in answer else answer, ",;") if part]
     return len(parts) == len(wanted) and all(_same(*pair, units) for pair in zip(parts, wanted, strict=True))
 
 
@@ -164,26 +166,26 @@ def _same_by_shape(answer: str, wanted: str, units: Collection[str]) -> bool:
         answer, wanted = from_lists(answer), from_lists(wanted)
     if is_matrix(answer) != is_matrix(wanted):
         answer, wanted = flat(answer), flat(wanted)
-    pair = unlabelled_pair(answer, wanted)
+    pair = unlabelled_pair(without_domain(answer), without_domain(wanted))
     if pair is None:
         return False
     answer, wanted = pair
-    answer, wanted = _condition(answer), _condition(wanted)
-    rays = [part for part in _split(_LISTED.sub(",", answer), ",") if _INEQUALITY.search(part)]
-    united = wanted.split("\\cup")
-    if len(rays) == len(united) > 1:
-        return all(any(_same(ray, part, units) for ray in rays) for part in united)
+    answer, wanted = condition(answer), condition(wanted)
+    by_range = same_condition(answer, wanted, _parsed)
+    if by_range is not None:
+        return by_range
+    answer, wanted = without_marks(answer), without_marks(wanted)
     if _JOINED.search(answer) or _JOINED.search(wanted):
         return _verified(answer, wanted)
     kinds = _brackets(answer), _brackets(wanted)
     if {"set", "tuple"} == set(kinds) or (None not in kinds and kinds[0] != kinds[1]):
         return False
     if kinds[1] == "tuple" and kinds[0] is None:
-        parts = _split(_LISTED.sub(",", answer), ",")
-        if len(parts) == len(_split(wanted[1:-1], ",")) > 1:
+        parts = split(_LISTED.sub(",", answer), ",")
+        if len(parts) == len(split(wanted[1:-1], ",")) > 1:
             answer = f"({','.join(_in_order(parts))})"
     if kinds == ("tuple", "tuple"):
-        pairs = _split(answer[1:-1], ","), _split(wanted[1:-1], ",")
+        pairs = split(answer[1:-1], ","), split(wanted[1:-1], ",")
         return len(pairs[0]) == len(pairs[1]) and all(_same(*pair, units) for pair in zip(*pairs, strict=True))
     items = _items(answer), _items(wanted)
     if max(map(len, items)) > 1:
@@ -195,7 +197,7 @@ def _items(text: str) -> Sequence[str]:
     r"""The items of a list or set, with both values of a \pm; one item for anything else."""
     text = text.strip()
     inner = text[2:-2] if _brackets(text) == "set" else text
-    parts = [part for part in _split(_LISTED.sub(",", inner), ",") if part]
+    parts = [part for part in split(_LISTED.sub(",", inner), ",") if part]
     return [value for part in parts for value in _both_signs(part)]
 
 
@@ -210,14 +212,6 @@ _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 
 
 _JOINED = re.compile(r"\\(?:cup|cap|setminus)(?![A-Za-z])")  # sets
-_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|leq|geq|lt|gt)\b")
-_BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\mid\b|\||:|\\colon\b)(.*)\\\}")
-
-
-def _condition(text: str) -> str:
-    r"""The condition of a set such as \{x \mid x > 3\}; any other formula unchanged."""
-    match = _BUILDER.fullmatch(text.strip())
-    return match[1].strip() if match else text
 
 
 def _in_order(parts: Sequence[str]) -> Sequence[str]:
@@ -244,25 +238,14 @@ def _squeezed(text: str) -> str:
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
 
 
-def _split(text: str, marks: str) -> list[str]:
-    """Parts of a formula between separators (`marks`) that are not inside brackets."""
-    parts, depth, begin = [], 0, 0
-    for place, letter in enumerate(text):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter in marks and depth <= 0:
-            parts.append(text[begin:place].strip())
-            begin = place + 1
-    return [*parts, text[begin:].strip()]
-
-
 def _brackets(text: str) -> str | None:
     r"""The kind of brackets around several items: "set" for \{1,2\}, "tuple" for (1,2), "closed" for [1,2], …"""
     text = text.strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         return "set"
-    if text[:1] not in tuple("([") or text[-1:] not in tuple(")]") or len(_split(text[1:-1], ",")) < 2:
+    if text[:1] not in tuple("([") or text[-1:] not in tuple(")]") or len(split(text[1:-1], ",")) < 2:
         return None
-    if any(part.count("(") != part.count(")") for part in _split(text[1:-1], ",")):
+    if any(part.count("(") != part.count(")") for part in split(text[1:-1], ",")):
         return None
     if _depth_breaks(text):
         return None

@@ -108,3 +108,14 @@ def _arguments(text: str, command: re.Match[str], closing: dict[int, int], depth
                 place = closing[place] + 1
         spans.append((begin, place))
     return spans
+
+
+def split(text: str, marks: str) -> list[str]:
+    """Parts of a formula between separators (`marks`) that are not inside brackets."""
+    parts, depth, begin = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter in marks and depth <= 0:
+            parts.append(text[begin:place].strip())
+            begin = place + 1
+    return [*parts, text[begin:].strip()]

@@ -308,14 +308,15 @@ def _value_at(item: Any, name: str, point: Mapping[str, Fraction], place: Any) -
 def linear_root(function: Callable[[Any], Value]) -> Value | None:
     """The zero of a linear function; None if the function is constant or not linear."""
     mp = context(DIGITS)
-    at = [function(Fraction(place)) for place in (3, 5, 9)]
-    if all(isinstance(number, Fraction) for number in at):
+    *at, before = [function(Fraction(place)) for place in (3, 5, 9, -7)]
+    if all(isinstance(number, Fraction) for number in (*at, before)):
         slope = (at[1] - at[0]) / 2
-        straight = at[2] - at[0] == 6 * slope
+        straight = at[2] - at[0] == 6 * slope and at[0] - before == 10 * slope
     else:
-        at = [real_number(mp, number) for number in at]
+        *at, before = [real_number(mp, number) for number in (*at, before)]
         slope = (at[1] - at[0]) / 2
-        straight = abs(at[2] - at[0] - 6 * slope) <= mp.mpf(10) ** -40 * (1 + abs(at[2]))
+        bends = abs(at[2] - at[0] - 6 * slope), abs(at[0] - before - 10 * slope)
+        straight = max(bends) <= mp.mpf(10) ** -40 * (1 + abs(at[2]))
         if abs(slope) < mp.mpf(10) ** -40:
             slope = 0
     return None if not straight or slope == 0 else 3 - at[0] / slope
@@ -324,17 +325,21 @@ def linear_root(function: Callable[[Any], Value]) -> Value | None:
 def _same_ranges(wanted: Any, answer: Any) -> bool:
     if _kind(wanted) == _kind(answer) == "relation" and _names(wanted) != _names(answer):
         return False
-    return _ranges(wanted).same(_ranges(answer))
+    return unknown_and_ranges(wanted)[1].same(unknown_and_ranges(answer)[1])
 
 
-def _ranges(item: Any) -> Ranges:
-    """The real numbers of a set, or those that satisfy a relation in one unknown."""
+def unknown_and_ranges(item: Any) -> tuple[str | None, Ranges]:
+    """The unknown of a relation, with the numbers that satisfy it; for a set, None and its numbers.
+
+    Raises `NoValueError` for anything else, and for relations that are not linear in exactly one unknown.
+    """
     if _kind(item) == "set":
-        return ranges_of_set(item)
+        return None, ranges_of_set(item)
     names = _names(item)
-    if len(names) != 1:
+    if _kind(item) != "relation" or len(names) != 1:
         raise NoValueError
-    return range_of_relation(item, names.pop(), linear_root)
+    name = names.pop()
+    return name, range_of_relation(item, name, linear_root)
 
 
 def _same_set(wanted: Any, answer: Any) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from gruppo.data import boxes
 from gruppo.rewards.answers import MathVerify
 from gruppo.rewards.grading import (
+    conditions,
     extraction,
     last_number,
     latex,
@@ -36,11 +37,23 @@ PARTS = (
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
            "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED", "_LISTS"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
-ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "_FRACTION", "_UPRIGHT_LETTER"}
+ANCHORED = {
+    "_AFTER",
+    "_NEGATED",
+    "_NUMBERED",
+    "_TOKEN",
+    "_INDEX",
+    "_RAISED",
+    "_FRACTION",
+    "_UPRIGHT_LETTER",
+    "_BUILDER",
+    "_MEMBER",
+}
 
 
 MODULES = (
     boxes,
+    conditions,
     extraction,
     last_number,
     latex,
