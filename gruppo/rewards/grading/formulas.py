@@ -19,7 +19,7 @@ from gruppo.rewards.grading.conditions import condition, same_condition, with_ma
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.labels import unlabelled_pair
-from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, split
+from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, ratio_as_tuple, split
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
 from gruppo.rewards.grading.matrices import MATRIX, MATRIX_END, expanded_determinants, flat, from_lists, is_matrix
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
@@ -46,6 +46,7 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\(?:displaystyle|limits|nolimits|big|Big|bigg|bigl|bigr|Bigl|Bigr)\b|\\!\s*|\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\varnothing\b", r"\\emptyset"),
+        (rf"(?<=[\d}}])\s*(?:{WORD}\s*\{{\s*to\s*\}}|(?<=\s)to(?=\s))\s*(?=[\d\\])|\\colon(?![A-Za-z])", ":"),
         (r"\\(?:backslash|smallsetminus)\b|(?<=\\mathbb\{[CNQRZ]\})\s*-\s*(?=\\\{)", r"\\setminus "),
         (r"(?<=[)\]])\s*U\s*(?=[(\[])|\\bigcup\b", r"\\cup "),
         (r"\\langle\b", "("),
@@ -111,7 +112,8 @@ def normal(text: str) -> str:
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
     text = re.sub(r"\s+", " ", expanded_determinants(text)).strip().rstrip(".,;:").strip()
-    return text[1:-1].strip() if closing_braces(text).get(0) == len(text) - 1 else text
+    text = text[1:-1].strip() if closing_braces(text).get(0) == len(text) - 1 else text
+    return ratio_as_tuple(text)
 
 
 def same_formula(answer: str, wanted: str, question: str = "") -> bool:
@@ -275,9 +277,12 @@ def _named(text: str) -> list[str]:
     return [found[1] for found in _NAMED.finditer(text)]
 
 
+_PRODUCT = re.compile(r"(?<=\})(?=\d)")  # \frac{1}{2}3 is no fraction with 23
+
+
 def _quantity(text: str) -> Quantity | None:
     """The number that a whole formula consists of, with sign, percent and a leading "x ="; None for other formulas."""
-    clean = cleaned(_NAMED.sub("", text)).strip()
+    clean = cleaned(_PRODUCT.sub(r"\\cdot ", _NAMED.sub("", text))).strip()
     found = quantities(clean)
     return found[0] if len(found) == 1 and clean[: found[0].start] + clean[found[0].end :] == "" else None
 
