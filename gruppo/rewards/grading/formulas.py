@@ -19,7 +19,7 @@ from gruppo.rewards.grading.conditions import condition, same_condition, with_ma
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.labels import unlabelled_pair
-from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, ratio_as_tuple, split
+from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, ratio_as_tuple, split, with_products
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
 from gruppo.rewards.grading.matrices import MATRIX, MATRIX_END, expanded_determinants, flat, from_lists, is_matrix
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
@@ -57,6 +57,8 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
         (rf"{WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
         (rf"{WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
+        (rf"(?<=\d)\s*\^\s*(\{{\s*)?{WORD}\s*\{{\s*(?:st|nd|rd|th)\s*\}}(?(1)\s*\}})", ""),
+        (r"(?<=\d)\s*\^\s*\{\s*(?:st|nd|rd|th)\s*\}", ""),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b", ""),
         (r"\\\$|\$|€|£|¥|￥|\\[()]|\\\[|\\\]|\*\*(?!\d)", ""),
         (r"\*\*", "^"),
@@ -108,7 +110,7 @@ def normal(text: str) -> str:
         text = text.replace(symbol, other)
     text = _DEGREES.sub(_radians, written_out(braced(text.strip().strip("*_ "))))
     text = _SCALED.sub(_scaled, _REPEATING.sub(_repeating, text))
-    text = with_marks(text)
+    text = with_products(with_marks(text))
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
     text = re.sub(r"\s+", " ", expanded_determinants(text)).strip().rstrip(".,;:").strip()

@@ -169,3 +169,13 @@ def ratio_as_tuple(text: str) -> str:
 
 _NAMES = re.compile(r"\s*+(?:\\?[A-Za-z]{1,10}(?:_\{?\w{1,9}\}?)?\s*+:?\s*+)*+")
 _PART = re.compile(r"[^=<>,;:]*\w[^=<>,;:]*")
+
+
+_FACTOR = re.compile(
+    r"((?<![\w.^])\d++(?:\.\d++)?|\([^(),]{1,60}\))\s*+(?=(?:\\left\s?)?\([^(),]{1,60}\)|\\[dt]?binom(?![A-Za-z]))"
+)
+
+
+def with_products(text: str) -> str:
+    r"""A formula with \cdot between a number and a bracket or \binom: math-verify reads 3(4) as the mixed number 3 + 4."""
+    return _FACTOR.sub(r"\1\\cdot ", text)

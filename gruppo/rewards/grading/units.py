@@ -32,13 +32,18 @@ _UNIT_TEXT = re.compile(
     rf"(?<=\S)\s*{WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?(?:\s*/?\s*{WORD}\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?-?\d\}}?)?)*\s*$"
 )
 _UNIT_WORD = re.compile(
-    r"(?<=[\d})%])(?P<space>\s*)(?<![\\])(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
+    r"(?:(?<=[\d})%])|(?<=\\pi)(?=\s))(?P<space>\s*)(?<![\\])(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
     r"(?!(?:and|or|mod|if|for|where|with)\b)(?P<unit>[A-Za-z]{1,14})(?:\s+[a-z]{2,14}){0,4}\.?"
     r"(?:\s*/\s*(?P<per>[A-Za-z]{1,8})|\s+per\s+[a-z]+)?(?:\s*\^\s*\{?-?[1-4]\}?)?\s*$"
 )
 _CHINESE_UNIT = re.compile(r"(?<=[\d})%])\s*[\u4e00-\u9fff]{1,6}\s*$")
 # "5 m" in prose, not the term of a sum: "2h + 2h".
 _AFTER_NUMBER = re.compile(r"(?<![-+*/=^(])\s\d[\d,.]{0,20}(?:\s|-)?([A-Za-z]{1,4})(?![A-Za-z]|\s?[-+*/=^)])")
+# "in m/s", "how many g of salt".
+_NAMED_IN = re.compile(
+    r"\b(?:[Ii]n ([A-Za-z]{1,3}/[A-Za-z]{1,3}|(?:square|cubic) [A-Za-z]{1,3})(?![A-Za-z])"
+    r"|[Hh]ow many ([A-Za-z]{1,3})(?= (?:of|are|is|do|does|did|will|can)\b))"
+)
 _WORD = re.compile("[A-Za-z]++")
 
 
@@ -51,7 +56,9 @@ def units_of(reference: str, question: str) -> Collection[str]:
     found = {word for upright in _TEXT.finditer(f"{reference} {question}") for word in _WORD.findall(upright[1])}
     prose = _prose(question)
     found.update(after[1] for after in _AFTER_NUMBER.finditer(f" {prose}"))
-    found.update(unit for unit, names in _NAMES.items() if re.search(rf"\b(?:{names})(?:e?s)?\b", prose, re.IGNORECASE))
+    found.update(word for asked in _NAMED_IN.finditer(prose) for word in _WORD.findall(asked[1] or asked[2]))
+    named = " ".join([prose, *(upright[1] for upright in _TEXT.finditer(reference))])
+    found.update(unit for unit, names in _NAMES.items() if re.search(rf"\b(?:{names})(?:e?s)?\b", named, re.IGNORECASE))
     return found - _NEVER
 
 
@@ -75,12 +82,38 @@ def is_unit(word: str, used: Collection[str], apart: bool) -> bool:
 
 def without_unit(formula: str, used: Collection[str]) -> str:
     """A formula without the unit at its end, if a number or a command remains."""
+    whole = formula
+    slashed = formula = _with_slash(formula)
     for pattern in (_UNIT_TEXT, _UNIT_WORD, _CHINESE_UNIT):
         found = pattern.search(formula)
         if found and _is_unit_at_end(pattern, found, used):
             shorter = formula[: found.start()].strip()
             formula = shorter if re.search(r"\d|\\", shorter) else formula
-    return formula
+    return whole if formula == slashed else formula
+
+
+_UPRIGHT = rf"{WORD}\s*\{{\s*([A-Za-z]{{1,6}})\s*\}}"
+_RAISED = r"\s*(?:\^\s*\{?([23])\}?)?\s*"
+_FRACTION_OF_UNITS = re.compile(
+    rf"\\frac\s*\{{\s*(?:{_UPRIGHT}|([A-Za-z]{{1,3}})){_RAISED}\}}\s*\{{\s*(?:{_UPRIGHT}|([A-Za-z]{{1,3}})){_RAISED}\}}\s*$"
+)
+_INVERSE = re.compile(
+    rf"(?P<style>{WORD}\s*\{{\s*)?(?<![A-Za-z\\])(?P<unit>[A-Za-z]{{1,3}})(?:\s+|\s*\\cdot\s*)(?P<per>[A-Za-z]{{1,3}})"
+    r"\s*(?P<end>\})?\s*\^\s*\{\s*-\s*(?P<power>[123])\s*\}\s*$"
+)
+
+
+def _with_slash(formula: str) -> str:
+    r"""A formula whose unit is a fraction, or has a negative exponent, with this unit as "m/s"."""
+    if found := _FRACTION_OF_UNITS.search(formula):
+        upright, italic, raised, per, below, power = found.groups()
+        unit = f"{upright or italic}{(raised and '^' + raised) or ''}/{per or below}{(power and '^' + power) or ''}"
+    elif found := _INVERSE.search(formula):
+        upright, power = found["style"], {"1": ""}.get(found["power"], f"^{found['power']}")
+        unit = f"{found['unit']}/{found['per']}{power}"
+    else:
+        return formula
+    return formula[: found.start()] + (f"\\text{{ {unit}}}" if upright else unit)
 
 
 def _is_unit_at_end(pattern: re.Pattern[str], found: re.Match[str], used: Collection[str]) -> bool:
@@ -152,6 +185,7 @@ def contradicts(answer: str, wanted: str, question: str) -> bool:
 
 
 def _plain(text: str) -> str:
+    text = _with_slash(text.strip(" $.,*"))
     text = re.sub(r"(?<!\\)\$|\\[,;:! ]|~", " ", _STYLED.sub(r" \1 ", text))
     return re.sub(r"\s+", " ", text).strip()
 
