@@ -49,6 +49,12 @@ def condition(text: str) -> str:
     return match[1].strip() if match else text
 
 
+def members(text: str) -> str:
+    r"""The finite set of a formula such as x \in \{1, 2\}; any other formula unchanged."""
+    match = _MEMBER.fullmatch(text)
+    return match[2].strip() if match and match[2].lstrip().startswith("\\{") else text
+
+
 def same_condition(answer: str, wanted: str, parse: Callable[[str], Sequence[Any]]) -> bool | None:
     """Whether two conditions hold for the same numbers; None if neither has a relation, or one cannot be read.
 

@@ -15,13 +15,30 @@ from typing import Any
 from gruppo.data.boxes import boxes, closing_braces, last_box
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.complex_numbers import with_one_unit, written_out
-from gruppo.rewards.grading.conditions import condition, same_condition, with_marks, without_domain, without_marks
+from gruppo.rewards.grading.conditions import (
+    condition,
+    members,
+    same_condition,
+    with_marks,
+    without_domain,
+    without_marks,
+)
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.labels import unlabelled_pair
 from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, ratio_as_tuple, split, with_products
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
-from gruppo.rewards.grading.matrices import MATRIX, MATRIX_END, expanded_determinants, flat, from_lists, is_matrix
+from gruppo.rewards.grading.matrices import (
+    MATRIX,
+    MATRIX_END,
+    expanded_determinants,
+    flat,
+    from_lists,
+    is_matrix,
+    plain_rows,
+    vector,
+    with_inverses,
+)
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
 from gruppo.rewards.grading.rounding import rounds_to
 from gruppo.rewards.grading.stated import BETWEEN, said_formula
@@ -85,6 +102,10 @@ _DEGREES = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGL
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,40})\s*\}|(\d))(?!\d)")
 
 
+_DOTS = re.compile(r"\\(?:dots[cbmio]?|cdots)(?![A-Za-z])|(?<=,)\s*(?:\.{3}|…)|(?:\.{3}|…)(?=\s*,)")
+_OMITTED = re.compile(r"(?:,|^)\s*\\ldots|\\ldots\s*,")  # items of a list that are left out
+
+
 def _radians(match: re.Match[str]) -> str:
     r"""\cos 60^\circ as \cos(\frac{60\pi}{180})."""
     return rf"\{match[1]}(\frac{{{match[2] or match[3] or match[4]}\pi}}{{180}})"
@@ -108,12 +129,13 @@ def normal(text: str) -> str:
     text = ascii_digits(text)
     for symbol, other in _SYMBOLS.items():
         text = text.replace(symbol, other)
-    text = _DEGREES.sub(_radians, written_out(braced(text.strip().strip("*_ "))))
+    text = _DOTS.sub(r"\\ldots ", vector(plain_rows(braced(text.strip().strip("*_ ")))))
+    text = _DEGREES.sub(_radians, written_out(text))
     text = _SCALED.sub(_scaled, _REPEATING.sub(_repeating, text))
     text = with_products(with_marks(text))
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
-    text = re.sub(r"\s+", " ", expanded_determinants(text)).strip().rstrip(".,;:").strip()
+    text = re.sub(r"\s+", " ", expanded_determinants(with_inverses(text))).strip().rstrip(".,;:").strip()
     text = text[1:-1].strip() if closing_braces(text).get(0) == len(text) - 1 else text
     return ratio_as_tuple(text)
 
@@ -165,20 +187,26 @@ def _same_one(answer: str, wanted: str, units: Collection[str]) -> bool:
 
 
 def _same_by_shape(answer: str, wanted: str, units: Collection[str]) -> bool:
-    """Compare two formulas part by part: lists, sets and tuples, their brackets and order; one formula by its value."""
+    """Compare two formulas in the same notation: matrices, functions without labels, conditions on a number."""
     if is_matrix(answer) != is_matrix(wanted):
         answer, wanted = from_lists(answer), from_lists(wanted)
     if is_matrix(answer) != is_matrix(wanted):
         answer, wanted = flat(answer), flat(wanted)
+    if bool(_OMITTED.search(answer)) != bool(_OMITTED.search(wanted)):
+        return False
     pair = unlabelled_pair(without_domain(answer), without_domain(wanted))
     if pair is None:
         return False
     answer, wanted = pair
-    answer, wanted = condition(answer), condition(wanted)
+    answer, wanted = members(condition(answer)), members(condition(wanted))
     by_range = same_condition(answer, wanted, _parsed)
     if by_range is not None:
         return by_range
-    answer, wanted = without_marks(answer), without_marks(wanted)
+    return _same_parts(without_marks(answer), without_marks(wanted), units)
+
+
+def _same_parts(answer: str, wanted: str, units: Collection[str]) -> bool:
+    """Compare two formulas part by part: lists, sets and tuples, their brackets and order; one formula by its value."""
     if _JOINED.search(answer) or _JOINED.search(wanted):
         return _verified(answer, wanted)
     kinds = _brackets(answer), _brackets(wanted)
@@ -188,13 +216,28 @@ def _same_by_shape(answer: str, wanted: str, units: Collection[str]) -> bool:
         parts = split(_LISTED.sub(",", answer), ",")
         if len(parts) == len(split(wanted[1:-1], ",")) > 1:
             answer = f"({','.join(_in_order(parts))})"
-    if kinds == ("tuple", "tuple"):
+    if kinds[0] == "tuple" and kinds[1] is None:
+        parts = split(_LISTED.sub(",", wanted), ",")
+        values = _in_order(parts)
+        wanted = f"({','.join(values)})" if len(parts) > 1 and values != parts else wanted
+    if _brackets(answer) == _brackets(wanted) == "tuple":
         pairs = split(answer[1:-1], ","), split(wanted[1:-1], ",")
         return len(pairs[0]) == len(pairs[1]) and all(_same(*pair, units) for pair in zip(*pairs, strict=True))
-    items = _items(answer), _items(wanted)
+    items = _distinct(answer, units), _distinct(wanted, units)
     if max(map(len, items)) > 1:
         return matched(items[1], items[0], lambda one, other: _same(other, one, units))
     return _verified(answer, wanted)
+
+
+def _distinct(text: str, units: Collection[str]) -> Sequence[str]:
+    """The items of a list, or those of a set without repetition."""
+    items = _items(text)
+    if _brackets(text) != "set":
+        return items
+    items = list({_squeezed(item): item for item in items}.values())
+    if len(items) > REPEATED:
+        return items
+    return [item for place, item in enumerate(items) if not any(_same(item, one, units) for one in items[:place])]
 
 
 def _items(text: str) -> Sequence[str]:
@@ -412,6 +455,7 @@ def _same_last(text: str, found: Sequence[Formula], wanted: str, question: str) 
 
 
 DECISIONS = 50  # decisions that are tried, from the end
+REPEATED = 20  # items of a set that are compared with each other
 JOINED = 30  # formulas that may form one list
 
 

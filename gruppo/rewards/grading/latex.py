@@ -177,5 +177,5 @@ _FACTOR = re.compile(
 
 
 def with_products(text: str) -> str:
-    r"""A formula with \cdot between a number and a bracket or \binom: math-verify reads 3(4) as the mixed number 3 + 4."""
+    r"""A formula with \cdot between a number and a bracket or \binom: math-verify reads 3(4) as 3 + 4."""
     return _FACTOR.sub(r"\1\\cdot ", text)

@@ -13,7 +13,7 @@ from gruppo.data.boxes import last_box
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import tags
 from gruppo.rewards.grading.latex import braced, formulas, ratio_as_tuple, with_products
-from gruppo.rewards.grading.matrices import without_determinants
+from gruppo.rewards.grading.matrices import plain_rows, without_determinants
 from gruppo.rewards.grading.parsing_work import is_light
 from gruppo.rewards.grading.symbolic import same_expression
 from gruppo.rewards.grading.units import units_of, without_unit
@@ -98,7 +98,7 @@ def _passage(text: str, units: Collection[str]) -> str:
 
 def _prepared(formula: str, units: Collection[str]) -> str:
     """A formula without its unit, with the values of its determinants, and with ratios of several parts as tuples."""
-    return ratio_as_tuple(without_unit(without_determinants(with_products(braced(formula))), units))
+    return ratio_as_tuple(without_unit(without_determinants(with_products(braced(plain_rows(formula)))), units))
 
 
 def _light(text: str) -> str:
