@@ -28,7 +28,7 @@ _COMPUTES = re.compile(
     r"\\det(?![a-z])|\{v(?:small)?matrix|\|\s*+(?:\^\s*+(?:\{[^{}]*+\}|\S)\s*+)?_"
     r"|(?:\\|operatorname\*?[\s{\\,;:!]*+)(?:eig|diag|rref|rank|svd|nullspace|norm|simplify|factor\b|expand|apart|gram|eye"
     r"|zeros|ones|cols|rows|[hv]stack|orth)"
-    r"|(?:\^\s*+\w++\s*+){3}|(?:\*\*\s*+\w++\s*+){3}|\\Gamma\b[^\d]{0,20}\d{5}",
+    r"|(?:\^\s*+\w++\s*+){3}|(?:\*\*\s*+\w++\s*+){3}|\\Gamma\b[^\d=]{0,20}\d{5}",
     re.IGNORECASE,
 )
 _TURNS = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")

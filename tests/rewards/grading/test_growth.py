@@ -48,6 +48,7 @@ ANCHORED = {
     "_UPRIGHT_LETTER",
     "_BUILDER",
     "_MEMBER",
+    "_UNIT_VECTOR",
 }
 
 
