@@ -49,13 +49,17 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 # What may stand between boxes of one list: a connecting word or mark, spacing, delimiters of formulas, a name ("x =").
-_WORD = r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mbox|rm)\s*+\{[\s~]*+"
+_WORD = r"\\(?:text[a-z]{0,6}+|mathrm|mathbf|mbox|rm)\s*+\{[\s~]*+"
+_CONNECTING = (
+    r"(?:and(?: also)?+|or(?: else)?+|as well as|along with|together with|also|und|sowie|oder|et|ou)(?![A-Za-z])"
+)
 _PART = re.compile(
-    rf"(?P<connects>{_WORD}(?:,[\s~]*+)?+(?:(?:and|or)\b|,)?+[\s~]*+\}}|(?:and|or)(?![A-Za-z])"
+    rf"(?P<connects>{_WORD}(?:,[\s~]*+)?+(?:{_CONNECTING}|,)?+[\s~]*+\}}|{_CONNECTING}|y(?=\s*+[$\\])"
     r"|\\(?:land|lor|wedge|vee|&)(?![A-Za-z])|[,;，；、&和或])"
     r"|(?P<spacing>\\(?:q?quad|enspace|thinspace|space|hfill)(?![A-Za-z])|\\[hv]space\*?+\{[^{}]*+\}|\\[,;:! \\]|~)"
+    r"|(?P<item>[^\S\n]*+\n\s*+(?:[-*•]|\d{1,2}[.)])[^\S\n]++)"
     r"|(?P<display>\$\$|\\[\[\]])|(?P<inline>\$|\\[()]|[()])|(?P<line>[^\S\n]*+\n\s*+)|\s++|(?P<stop>\.)"
-    r"|(?P<name>\\?[A-Za-z]{1,9}(?:_\{?\w{1,9}\}?)?+(?:\(\w{1,9}\))?+\s*+=)|(?P<begins>\\(?:begin|end)\{[a-z]++\*?+\})"
+    r"|(?P<name>\\?[A-Za-z]{1,9}(?:_\{?\w{1,9}\}?)?+(?:\(\w{1,9}\))?+\s*+&?+\s*+=)|(?P<begins>\\(?:begin|end)\{[a-z]++\*?+\})"
 )
 
 
@@ -63,8 +67,8 @@ def last_box(text: str) -> tuple[int, str] | None:
     """(start, content) of the last box; None if there is none.
 
     Boxes that "and", "or", a comma or only spacing connect to it are included, separated by commas. Boxes in formulas
-    of their own with nothing between them are one list, and so are boxes on one line; a box that spacing connects to
-    its copy counts once.
+    of their own with nothing between them are one list, and so are boxes on one line, in the rows of a formula, and
+    in the items of a list; a box that spacing connects to its copy counts once.
     """
     found = boxes(text)
     if not found:
@@ -97,6 +101,6 @@ def _connection(text: str, start: int, end: int) -> str | None:
         start = part.end()
     if "connects" in kinds:
         return "mark"
-    if "stop" in kinds or ("line" in kinds and not {"spacing", "display"} & set(kinds)):
+    if "stop" in kinds or ("line" in kinds and not {"spacing", "display", "item"} & set(kinds)):
         return None
     return "space"

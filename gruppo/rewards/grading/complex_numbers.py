@@ -13,8 +13,12 @@ _CIS = re.compile(
 
 
 def written_out(text: str) -> str:
-    r"""A formula with \operatorname{cis} x as \cos(x)+i\sin(x), and with the letter i in any style as i."""
-    return _CIS.sub(_cosine_and_sine, text)
+    r"""A formula with \operatorname{cis} x as \cos(x)+i\sin(x), and \overline{1+2i} as 1+2(-i)."""
+    return _CONJUGATE.sub(lambda found: f"({found[1].replace('i', '(-i)')})", _CIS.sub(_cosine_and_sine, text))
+
+
+# The conjugate of a number; the bar over a letter is a name.
+_CONJUGATE = re.compile(r"\\(?:overline|bar)\s*\{((?=[^{}i]{0,80}[\d+-])[\d\s+*/.()-]{0,80}i[\d\s+*/.()i-]{0,80})\}")
 
 
 def _cosine_and_sine(found: re.Match[str]) -> str:

@@ -164,6 +164,13 @@ def power(mp: Any, base: Value, exponent: Value) -> Value:
             root = _root(base, exponent.denominator) if base >= 0 else None
             if root is not None:
                 return power(mp, root, Fraction(exponent.numerator))
+    if (
+        isinstance(base, mp.mpf)
+        and base < 0
+        and isinstance(exponent, Fraction)
+        and exponent.denominator in range(3, 64, 2)
+    ):
+        return (-1) ** exponent.numerator * power(mp, -base, exponent)
     base, exponent = real_number(mp, base), real_number(mp, exponent)
     if base == 0:
         if not exponent.real > 0:

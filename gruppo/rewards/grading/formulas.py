@@ -15,17 +15,35 @@ from typing import Any
 from gruppo.data.boxes import boxes, closing_braces, last_box
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.complex_numbers import with_one_unit, written_out
+from gruppo.rewards.grading.conditions import (
+    condition,
+    members,
+    same_condition,
+    with_marks,
+    without_domain,
+    without_marks,
+)
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.labels import unlabelled_pair
-from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas
+from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, ratio_as_tuple, split, with_products
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
-from gruppo.rewards.grading.matrices import MATRIX, MATRIX_END, expanded_determinants, flat, from_lists, is_matrix
+from gruppo.rewards.grading.matrices import (
+    MATRIX,
+    MATRIX_END,
+    expanded_determinants,
+    flat,
+    from_lists,
+    is_matrix,
+    plain_rows,
+    vector,
+    with_inverses,
+)
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities
 from gruppo.rewards.grading.rounding import rounds_to
 from gruppo.rewards.grading.stated import BETWEEN, said_formula
 from gruppo.rewards.grading.symbolic import matched, same_expression
-from gruppo.rewards.grading.units import units_of, without_unit
+from gruppo.rewards.grading.units import BOUND, contradicts, is_limited, units_of, without_bound, without_unit
 
 _SYMBOLS = {
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "−": "-", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ",
@@ -35,12 +53,17 @@ _SYMBOLS = {
     "°": "^{\\circ}",
     "、": ",", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
 } | {chr(0x2460 + place): f"\\textcircled{{{place + 1}}}" for place in range(9)}  # fmt: skip
+_SCALES = {
+    "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}", "trillion": "10^{12}",
+    "dozen": "12",
+}  # fmt: skip
 _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), other)
     for pattern, other in (
         (r"\\(?:displaystyle|limits|nolimits|big|Big|bigg|bigl|bigr|Bigl|Bigr)\b|\\!\s*|\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right)(?![a-z])", ""),
         (r"\\varnothing\b", r"\\emptyset"),
+        (rf"(?<=[\d}}])\s*(?:{WORD}\s*\{{\s*to\s*\}}|(?<=\s)to(?=\s))\s*(?=[\d\\])|\\colon(?![A-Za-z])", ":"),
         (r"\\(?:backslash|smallsetminus)\b|(?<=\\mathbb\{[CNQRZ]\})\s*-\s*(?=\\\{)", r"\\setminus "),
         (r"(?<=[)\]])\s*U\s*(?=[(\[])|\\bigcup\b", r"\\cup "),
         (r"\\langle\b", "("),
@@ -51,6 +74,8 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
         (rf"{WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
         (rf"{WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
+        (rf"(?<=\d)\s*\^\s*(\{{\s*)?{WORD}\s*\{{\s*(?:st|nd|rd|th)\s*\}}(?(1)\s*\}})", ""),
+        (r"(?<=\d)\s*\^\s*\{\s*(?:st|nd|rd|th)\s*\}", ""),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b", ""),
         (r"\\\$|\$|€|£|¥|￥|\\[()]|\\\[|\\\]|\*\*(?!\d)", ""),
         (r"\*\*", "^"),
@@ -68,12 +93,17 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
 ]  # fmt: skip
 _WORDS_BEFORE = re.compile(rf"^\s*{WORD}\s*\{{[^{{}}]*\}}\s*:?\s*(?=[-\d\\(])")
 _LISTED = re.compile(r"\s*(?:,|;|\band\b|\bor\b|和|或)\s*")
+_SCALED = re.compile(rf"(?<=[\d}}])\s*+(?P<begin>{WORD}\s*+\{{\s*+)?(?P<scale>{'|'.join(_SCALES)})\b\s*+(?P<end>\}})?")
 _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
 
 
 _ANGLE = r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*"
 _DEGREES = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,40})\s*\}|(\d))(?!\d)")
+
+
+_DOTS = re.compile(r"\\(?:dots[cbmio]?|cdots)(?![A-Za-z])|(?<=,)\s*(?:\.{3}|…)|(?:\.{3}|…)(?=\s*,)")
+_OMITTED = re.compile(r"(?:,|^)\s*\\ldots|\\ldots\s*,")  # items of a list that are left out
 
 
 def _radians(match: re.Match[str]) -> str:
@@ -88,17 +118,26 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{int(head + period) - int(head or 0)}}}{{{under}}}"
 
 
+def _scaled(match: re.Match[str]) -> str:
+    r"""3\text{ million dollars} as 3\times 10^{6}\text{dollars}."""
+    rest = "" if match["begin"] and match["end"] else (match["begin"] or match["end"] or "")
+    return rf"\times {_SCALES[match['scale']]} {rest}"
+
+
 def normal(text: str) -> str:
     """A formula in normal form: no dollar signs, spacing commands or Unicode symbols; angles in radians."""
     text = ascii_digits(text)
     for symbol, other in _SYMBOLS.items():
         text = text.replace(symbol, other)
-    text = _DEGREES.sub(_radians, written_out(braced(text.strip().strip("*_ "))))
-    text = _REPEATING.sub(_repeating, text)
+    text = _DOTS.sub(r"\\ldots ", vector(plain_rows(braced(text.strip().strip("*_ ")))))
+    text = _DEGREES.sub(_radians, written_out(text))
+    text = _SCALED.sub(_scaled, _REPEATING.sub(_repeating, text))
+    text = with_products(with_marks(text))
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
-    text = re.sub(r"\s+", " ", expanded_determinants(text)).strip().rstrip(".,;:").strip()
-    return text[1:-1].strip() if closing_braces(text).get(0) == len(text) - 1 else text
+    text = re.sub(r"\s+", " ", expanded_determinants(with_inverses(text))).strip().rstrip(".,;:").strip()
+    text = text[1:-1].strip() if closing_braces(text).get(0) == len(text) - 1 else text
+    return ratio_as_tuple(text)
 
 
 def same_formula(answer: str, wanted: str, question: str = "") -> bool:
@@ -107,8 +146,10 @@ def same_formula(answer: str, wanted: str, question: str = "") -> bool:
     A letter after a number is a unit where `wanted` or `question` uses it as one, else a variable. Answers of more than
     `LONGEST` characters equal nothing.
     """
-    if len(answer) > LONGEST:
+    if len(answer) > LONGEST or contradicts(answer, wanted, question):
         return False
+    if BOUND.search(f"{wanted} {question}"):
+        answer, wanted = without_bound(answer), without_bound(wanted)
     return _same(answer, wanted, units_of(wanted, question))
 
 
@@ -119,7 +160,7 @@ def _same(answer: str, wanted: str, units: Collection[str]) -> bool:
     first, second = normal(answer), normal(wanted)
     if _squeezed(first) == _squeezed(second) and second:
         return True
-    blanks = _split(second, ";")
+    blanks = split(second, ";")
     if len(blanks) > 1:
         return _same_blanks(first, blanks, units)
     if is_words(second):
@@ -128,9 +169,9 @@ def _same(answer: str, wanted: str, units: Collection[str]) -> bool:
 
 
 def _same_blanks(answer: str, wanted: Sequence[str], units: Collection[str]) -> bool:
-    parts = _split(answer, ";")
+    parts = split(answer, ";")
     if len(parts) != len(wanted):
-        parts = [part for part in _split(_LISTED.sub(",", answer) if "(" not in answer else answer, ",;") if part]
+        parts = [part for part in split(_LISTED.sub(",", answer) if "(" not in answer else answer, ",;") if part]
     return len(parts) == len(wanted) and all(_same(*pair, units) for pair in zip(parts, wanted, strict=True))
 
 
@@ -146,43 +187,64 @@ def _same_one(answer: str, wanted: str, units: Collection[str]) -> bool:
 
 
 def _same_by_shape(answer: str, wanted: str, units: Collection[str]) -> bool:
-    """Compare two formulas part by part: lists, sets and tuples, their brackets and order; one formula by its value."""
+    """Compare two formulas in the same notation: matrices, functions without labels, conditions on a number."""
     if is_matrix(answer) != is_matrix(wanted):
         answer, wanted = from_lists(answer), from_lists(wanted)
     if is_matrix(answer) != is_matrix(wanted):
         answer, wanted = flat(answer), flat(wanted)
-    pair = unlabelled_pair(answer, wanted)
+    if bool(_OMITTED.search(answer)) != bool(_OMITTED.search(wanted)):
+        return False
+    pair = unlabelled_pair(without_domain(answer), without_domain(wanted))
     if pair is None:
         return False
     answer, wanted = pair
-    answer, wanted = _condition(answer), _condition(wanted)
-    rays = [part for part in _split(_LISTED.sub(",", answer), ",") if _INEQUALITY.search(part)]
-    united = wanted.split("\\cup")
-    if len(rays) == len(united) > 1:
-        return all(any(_same(ray, part, units) for ray in rays) for part in united)
+    answer, wanted = members(condition(answer)), members(condition(wanted))
+    by_range = same_condition(answer, wanted, _parsed)
+    if by_range is not None:
+        return by_range
+    return _same_parts(without_marks(answer), without_marks(wanted), units)
+
+
+def _same_parts(answer: str, wanted: str, units: Collection[str]) -> bool:
+    """Compare two formulas part by part: lists, sets and tuples, their brackets and order; one formula by its value."""
     if _JOINED.search(answer) or _JOINED.search(wanted):
         return _verified(answer, wanted)
     kinds = _brackets(answer), _brackets(wanted)
     if {"set", "tuple"} == set(kinds) or (None not in kinds and kinds[0] != kinds[1]):
         return False
     if kinds[1] == "tuple" and kinds[0] is None:
-        parts = _split(_LISTED.sub(",", answer), ",")
-        if len(parts) == len(_split(wanted[1:-1], ",")) > 1:
+        parts = split(_LISTED.sub(",", answer), ",")
+        if len(parts) == len(split(wanted[1:-1], ",")) > 1:
             answer = f"({','.join(_in_order(parts))})"
-    if kinds == ("tuple", "tuple"):
-        pairs = _split(answer[1:-1], ","), _split(wanted[1:-1], ",")
+    if kinds[0] == "tuple" and kinds[1] is None:
+        parts = split(_LISTED.sub(",", wanted), ",")
+        values = _in_order(parts)
+        wanted = f"({','.join(values)})" if len(parts) > 1 and values != parts else wanted
+    if _brackets(answer) == _brackets(wanted) == "tuple":
+        pairs = split(answer[1:-1], ","), split(wanted[1:-1], ",")
         return len(pairs[0]) == len(pairs[1]) and all(_same(*pair, units) for pair in zip(*pairs, strict=True))
-    items = _items(answer), _items(wanted)
+    items = _distinct(answer, units), _distinct(wanted, units)
     if max(map(len, items)) > 1:
         return matched(items[1], items[0], lambda one, other: _same(other, one, units))
     return _verified(answer, wanted)
+
+
+def _distinct(text: str, units: Collection[str]) -> Sequence[str]:
+    """The items of a list, or those of a set without repetition."""
+    items = _items(text)
+    if _brackets(text) != "set":
+        return items
+    items = list({_squeezed(item): item for item in items}.values())
+    if len(items) > REPEATED:
+        return items
+    return [item for place, item in enumerate(items) if not any(_same(item, one, units) for one in items[:place])]
 
 
 def _items(text: str) -> Sequence[str]:
     r"""The items of a list or set, with both values of a \pm; one item for anything else."""
     text = text.strip()
     inner = text[2:-2] if _brackets(text) == "set" else text
-    parts = [part for part in _split(_LISTED.sub(",", inner), ",") if part]
+    parts = [part for part in split(_LISTED.sub(",", inner), ",") if part]
     return [value for part in parts for value in _both_signs(part)]
 
 
@@ -197,14 +259,6 @@ _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 
 
 _JOINED = re.compile(r"\\(?:cup|cap|setminus)(?![A-Za-z])")  # sets
-_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|leq|geq|lt|gt)\b")
-_BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\mid\b|\||:|\\colon\b)(.*)\\\}")
-
-
-def _condition(text: str) -> str:
-    r"""The condition of a set such as \{x \mid x > 3\}; any other formula unchanged."""
-    match = _BUILDER.fullmatch(text.strip())
-    return match[1].strip() if match else text
 
 
 def _in_order(parts: Sequence[str]) -> Sequence[str]:
@@ -231,25 +285,14 @@ def _squeezed(text: str) -> str:
     return re.sub(r"\{(\w)\}", r"\1", re.sub(r"\s+", "", text))
 
 
-def _split(text: str, marks: str) -> list[str]:
-    """Parts of a formula between separators (`marks`) that are not inside brackets."""
-    parts, depth, begin = [], 0, 0
-    for place, letter in enumerate(text):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter in marks and depth <= 0:
-            parts.append(text[begin:place].strip())
-            begin = place + 1
-    return [*parts, text[begin:].strip()]
-
-
 def _brackets(text: str) -> str | None:
     r"""The kind of brackets around several items: "set" for \{1,2\}, "tuple" for (1,2), "closed" for [1,2], …"""
     text = text.strip()
     if text.startswith("\\{") and text.endswith("\\}"):
         return "set"
-    if text[:1] not in tuple("([") or text[-1:] not in tuple(")]") or len(_split(text[1:-1], ",")) < 2:
+    if text[:1] not in tuple("([") or text[-1:] not in tuple(")]") or len(split(text[1:-1], ",")) < 2:
         return None
-    if any(part.count("(") != part.count(")") for part in _split(text[1:-1], ",")):
+    if any(part.count("(") != part.count(")") for part in split(text[1:-1], ",")):
         return None
     if _depth_breaks(text):
         return None
@@ -268,7 +311,8 @@ def _depth_breaks(text: str) -> bool:
 
 def _bare(text: str, units: Collection[str]) -> str:
     """A formula without leading words and without a trailing unit (`units`: letters that are units)."""
-    return without_unit(_WORDS_BEFORE.sub("", text), units)
+    words = _WORDS_BEFORE.match(text)
+    return without_unit(text if words is None or is_limited(words[0]) else text[words.end() :], units)
 
 
 _NAMED = re.compile(r"^([A-Za-z](?:_\{?\w+\}?)?)\s*=\s*")
@@ -278,9 +322,12 @@ def _named(text: str) -> list[str]:
     return [found[1] for found in _NAMED.finditer(text)]
 
 
+_PRODUCT = re.compile(r"(?<=\})(?=\d)")  # \frac{1}{2}3 is no fraction with 23
+
+
 def _quantity(text: str) -> Quantity | None:
     """The number that a whole formula consists of, with sign, percent and a leading "x ="; None for other formulas."""
-    clean = cleaned(_NAMED.sub("", text)).strip()
+    clean = cleaned(_PRODUCT.sub(r"\\cdot ", _NAMED.sub("", text))).strip()
     found = quantities(clean)
     return found[0] if len(found) == 1 and clean[: found[0].start] + clean[found[0].end :] == "" else None
 
@@ -408,6 +455,7 @@ def _same_last(text: str, found: Sequence[Formula], wanted: str, question: str) 
 
 
 DECISIONS = 50  # decisions that are tried, from the end
+REPEATED = 20  # items of a set that are compared with each other
 JOINED = 30  # formulas that may form one list
 
 

@@ -50,7 +50,9 @@ def formulas(text: str) -> list[Formula]:
     return found
 
 
-_COMMAND = re.compile(r"\\(?:([dtc]?frac|[dt]?binom)|sqrt)(?![A-Za-z])")
+_COMMAND = re.compile(
+    r"\\(?:([dtc]?frac|[dt]?binom)|sqrt)(?![A-Za-z])|\^(?=\s?\\(?:[dtc]?frac|[dt]?binom|sqrt)(?![A-Za-z]))"
+)
 _TOKEN = re.compile(r"\s*+(?:\\(?:[dtc]?frac|[dt]?binom|sqrt)(?![A-Za-z])|\\[A-Za-z]++|[A-Za-z0-9{])")
 _WITH_GROUP = re.compile(r"\\(?:text|math|over|under|hat|bar|vec)[a-z]*+")
 _INDEX = re.compile(r"\s*+\[[^\[\]{}]{0,20}\]")
@@ -59,10 +61,11 @@ _DEEPEST = 20  # commands as arguments of commands
 
 def braced(text: str) -> str:
     r"""The text with braces around the arguments of \frac and \binom, as TeX reads them, and around a command that is
-    the argument of \sqrt: \frac\pi4 becomes \frac{\pi}{4}.
+    the argument of \sqrt or an exponent: \frac\pi4 becomes \frac{\pi}{4}. {n \choose k} becomes {\binom{n}{k}}.
     """
     if "\\" not in text:
         return text
+    text = _with_binomials(text)
     closing = closing_braces(text)
     marks: list[tuple[int, str]] = []
     for command in _COMMAND.finditer(text):
@@ -80,6 +83,32 @@ def braced(text: str) -> str:
         parts += [text[before:place], brace]
         before = place
     return "".join([*parts, text[before:]])
+
+
+_CHOOSE = re.compile(r"\\choose(?![A-Za-z])")
+_CHOICES = 20  # binomial coefficients that are rewritten
+
+
+def _with_binomials(text: str) -> str:
+    """A text with \\binom for \\choose, which divides the braces around it, or a whole text without a list."""
+    places = [found.span() for found in _CHOOSE.finditer(text)]
+    if not 0 < len(places) <= _CHOICES:
+        return text
+    pairs = closing_braces(text)
+    edits: dict[int, tuple[int, str]] = {}  # place: characters that are replaced, and what replaces them
+    for start, end in places:
+        begin = max((opened for opened, closed in pairs.items() if opened < start < closed), default=-1)
+        if begin in edits or (begin < 0 and re.search("[,;=$]", text)):
+            return text
+        stop = pairs[begin] if begin >= 0 else len(text)
+        factor = begin < 0 or text[:begin].rstrip()[-1:] in tuple("0123456789+-(")  # 3{n \\choose k}
+        opening, closing = ("\\binom{", "}") if factor else ("{\\binom{", "}}")
+        edits |= {begin: (1, opening), start: (end - start, "}{"), stop: (1, closing)}
+    parts, place = [], -1
+    for at, (size, other) in sorted(edits.items()):
+        parts += [text[max(place, 0) : max(at, 0)], other]
+        place = at + size
+    return "".join([*parts, text[place:]])
 
 
 def _arguments(text: str, command: re.Match[str], closing: dict[int, int], depth: int) -> Sequence[tuple[int, int]]:
@@ -108,3 +137,45 @@ def _arguments(text: str, command: re.Match[str], closing: dict[int, int], depth
                 place = closing[place] + 1
         spans.append((begin, place))
     return spans
+
+
+def split(text: str, marks: str) -> list[str]:
+    """Parts of a formula between separators (`marks`) that are not inside brackets."""
+    parts, depth, begin = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter in marks and depth <= 0:
+            parts.append(text[begin:place].strip())
+            begin = place + 1
+    return [*parts, text[begin:].strip()]
+
+
+def ratio_as_tuple(text: str) -> str:
+    r"""A ratio of three to ten parts, maybe after "a:b:c =", as a tuple that equal ratios share.
+
+    1:2:3 and 2:4:6 are both (ratio, 1, 2, 3), with fractions: math-verify reads 1:2:3 as 1/2/3. Anything else is
+    unchanged.
+    """
+    if text.count(":") < 2:
+        return text
+    name, _, right = text.rpartition("=")
+    parts = split(right if _NAMES.fullmatch(name) else text, ":")
+    if not 3 <= len(parts) <= 10 or not all(map(_PART.fullmatch, parts)):
+        return text
+    zeros = next((place for place, part in enumerate(parts) if part.strip("0.")), len(parts) - 1)
+    shares = [f"\\frac{{{part}}}{{{parts[zeros]}}}" for part in parts[zeros + 1 :]]
+    return f"(\\text{{ratio}},{','.join(['0'] * zeros + ['1', *shares])})"
+
+
+_NAMES = re.compile(r"\s*+(?:\\?[A-Za-z]{1,10}(?:_\{?\w{1,9}\}?)?\s*+:?\s*+)*+")
+_PART = re.compile(r"[^=<>,;:]*\w[^=<>,;:]*")
+
+
+_FACTOR = re.compile(
+    r"((?<![\w.^])\d++(?:\.\d++)?|\([^(),]{1,60}\))\s*+(?=(?:\\left\s?)?\([^(),]{1,60}\)|\\[dt]?binom(?![A-Za-z]))"
+)
+
+
+def with_products(text: str) -> str:
+    r"""A formula with \cdot between a number and a bracket or \binom: math-verify reads 3(4) as 3 + 4."""
+    return _FACTOR.sub(r"\1\\cdot ", text)

@@ -12,7 +12,9 @@ from typing import Any
 from gruppo.data.boxes import last_box
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import tags
-from gruppo.rewards.grading.latex import braced, formulas
+from gruppo.rewards.grading.latex import braced, formulas, ratio_as_tuple, with_products
+from gruppo.rewards.grading.matrices import plain_rows, without_determinants
+from gruppo.rewards.grading.parsing_work import is_light
 from gruppo.rewards.grading.symbolic import same_expression
 from gruppo.rewards.grading.units import units_of, without_unit
 
@@ -78,27 +80,35 @@ def _written_out(number: re.Match[str]) -> str:
 def _passage(text: str, units: Collection[str]) -> str:
     """The end of a text in which math-verify looks for the answer: its last boxes as one list, or its last formulas."""
     if box := last_box(text):
-        content = without_unit(_DOLLAR.sub("", braced(box[1])), units)
+        content = _prepared(_DOLLAR.sub("", box[1]), units)
         return f"$\\boxed{{{content}}}$" if is_readable(content) else ""
     found = formulas(text)
     begin = max(len(text) - PASSAGE, found[-FORMULAS].start if len(found) > FORMULAS else 0)
     parts = []
     for formula in found:
         if formula.start >= begin:
-            parts.append(text[begin : formula.start])
-            if is_readable(formula.text):
-                size = 2 if formula.text.startswith(("$$", "\\")) else 1
-                inner = without_unit(braced(formula.text[size:-size]), units)
+            parts.append(_light(text[begin : formula.start]))
+            size = 2 if formula.text.startswith(("$$", "\\")) else 1
+            inner = _prepared(formula.text[size:-size], units)
+            if is_readable(inner):
                 parts.append(formula.text[:size] + inner + formula.text[-size:])
             begin = formula.end
-    return "".join([*parts, text[begin:]]).replace("\\boxed", "")
+    return "".join([*parts, _light(text[begin:])]).replace("\\boxed", "")
+
+
+def _prepared(formula: str, units: Collection[str]) -> str:
+    """A formula without its unit, with the values of its determinants, and with ratios of several parts as tuples."""
+    return ratio_as_tuple(without_unit(without_determinants(with_products(braced(plain_rows(formula)))), units))
+
+
+def _light(text: str) -> str:
+    """Text outside formulas; a space if it asks for a large computation, since math-verify may find a formula in it."""
+    return text if is_light(text) else " "
 
 
 def is_readable(formula: str) -> bool:
     """Whether a formula is short and flat enough to be parsed, and asks for no large computation while it is parsed."""
-    if len(formula) > FORMULA or _COMPUTES.search(formula):
-        return False
-    if _COUNTS.search(formula) and _LARGE.search(formula):
+    if len(formula) > FORMULA or not is_light(formula):
         return False
     depth = 0
     raised: list[int] = []  # depths of the exponents that are open
@@ -119,13 +129,6 @@ def is_readable(formula: str) -> bool:
 
 _DOLLAR = re.compile(r"\\?\$")
 _STRUCTURE = re.compile(r"\^\s*+\{|[()\[\]{}]")
-_COUNTS = re.compile(r"\\[dt]?binom|\\choose|\\(?:gcd|lcm)|operatorname\{(?:gcd|lcm)\}")
-_LARGE = re.compile(r"\d{5}|\^|!")
-_COMPUTES = re.compile(
-    r"(?:\\|operatorname\*?\s*+\{\s*+)(?:eig|diagonal|rref|svd|nullspace|norm|simplify|factor\b|expand|apart|gram)"
-    r"|(?:\^\s*+\w++\s*+){3}|(?:\*\*\s*+\w++\s*+){3}",
-    re.IGNORECASE,
-)
 
 
 @lru_cache(maxsize=1)
@@ -148,6 +151,8 @@ def parse_formulas(text: str, formula: bool = False) -> Sequence[Any]:
     """
     from math_verify import parse
 
+    if not is_light(text):
+        return []
     try:
         return parse(text, _kinds()[: 1 if formula else 2], parsing_timeout=None, raise_on_error=True)  # type: ignore[no-any-return]
     except Exception:  # noqa: BLE001  text that cannot be parsed is not an answer

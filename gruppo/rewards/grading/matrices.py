@@ -22,6 +22,9 @@ MATRIX = r"\\begin\{(?:[bBp]?(?:small)?matrix)\*?\}(?:\[[lcr]\])?|\\begin\{array
 MATRIX_END = r"\\end\{(?:[bBp]?(?:small)?matrix\*?|array)\}"
 
 
+_MATRIX, _MATRIX_END = re.compile(MATRIX), re.compile(MATRIX_END)
+
+
 _DETERMINANT = re.compile(r"\\begin\{v(?:small)?matrix\*?\}(?:\[[lcr]\])?")
 
 
@@ -56,6 +59,16 @@ def expanded_determinants(text: str) -> str:
     return "".join([*parts, text[place:]])
 
 
+_MARKED = re.compile(r"\\begin\{v|\\(?:det|operatorname|mathrm|text)(?![A-Za-z])|\|")
+
+
+def without_determinants(text: str) -> str:
+    """A formula with the values of its determinants, whatever environment its matrices are in."""
+    if ("matrix" not in text and "array" not in text) or not _MARKED.search(text):
+        return text
+    return expanded_determinants(_MATRIX_END.sub(lambda _: _END, _MATRIX.sub(lambda _: _BEGIN, text)))
+
+
 def _rows(content: str) -> list[list[str]]:
     return [
         [cell.strip() for cell in row.split("&")] for row in content.replace("\\hline", "").split("\\\\") if row.strip()
@@ -76,12 +89,7 @@ def _expanded(rows: Sequence[Sequence[str]]) -> str:
         value = Fraction(0)
         for order, sign in _orders(len(rows)):
             value += sign * prod(numbers[row][column] or 0 for row, column in enumerate(order))
-        shown = (
-            f"\\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
-            if value.denominator > 1
-            else abs(value.numerator)
-        )
-        return f"({'-' if value < 0 else ''}{shown})"
+        return f"({_written(value)})"
     terms = []
     for order, sign in _orders(len(rows)):
         factors = [rows[row][column] for row, column in enumerate(order)]
@@ -132,6 +140,83 @@ def flat(text: str) -> str:
     if not rows or (len(rows) > 1 and any(len(row) > 1 for row in rows)):
         return text
     return f"({','.join(cell for row in rows for cell in row)})"
+
+
+_RULES = re.compile(r"(\\\\)\s*\[\s*-?[\d.]{1,9}\s*(?:pt|em|ex|mm|cm|in)\s*\]|\\hline(?![A-Za-z])|\\cline\s*\{[^{}]*\}")
+_SYSTEM = re.compile(
+    r"\\begin\{cases\}((?:[^\\&]|\\(?!begin|end)|&(?=\s*[=<>]))*+)\\end\{cases\}"
+    r"|(?:\\left\s?)?\\\{\s?\\begin\{(?:array\}\{[lcr]|aligned|matrix)\}"
+    r"((?:[^\\&]|\\(?!begin|end)|&(?=\s*[=<>]))*+)\\end\{(?:array|aligned|matrix)\}(?:\s?\\right\s?\.)?"
+)
+
+
+def plain_rows(text: str) -> str:
+    """A formula without lines and extra space between rows, and with systems of relations as lists."""
+    return _SYSTEM.sub(_listed, _RULES.sub(r"\1", text))
+
+
+def _listed(found: re.Match[str]) -> str:
+    rows = (found[1] or found[2]).replace("&", "").split("\\\\")
+    return ", ".join(row.strip(" \n,.;") for row in rows if row.strip(" \n,.;"))
+
+
+_INVERSE = re.compile(
+    r"\\begin\{pmatrix\}((?:[^\\]|\\(?!begin|end))*+)\\end\{pmatrix\}\s*\^\s*(?:\{\s*-\s*1\s*\}|-1(?!\d))"
+)
+
+
+def with_inverses(text: str) -> str:
+    """A formula with the inverse of every matrix of numbers with at most `LARGEST` rows that has one."""
+    return _INVERSE.sub(_inverse, text)
+
+
+def _inverse(found: re.Match[str]) -> str:
+    cells = _rows(found[1])
+    numbers = [[_number(cell) for cell in row] for row in cells]
+    size = len(cells)
+    if not 0 < size <= LARGEST or any(len(row) != size or None in row for row in numbers):
+        return found[0]
+    rows = [
+        [number or Fraction(0) for number in row] + [Fraction(place == other) for other in range(size)]
+        for place, row in enumerate(numbers)
+    ]
+    for column in range(size):
+        pivot = next((place for place in range(column, size) if rows[place][column]), None)
+        if pivot is None:
+            return found[0]
+        rows[column], rows[pivot] = rows[pivot], rows[column]
+        rows[column] = [number / rows[column][column] for number in rows[column]]
+        for place in range(size):
+            if place != column:
+                factor = rows[place][column]
+                rows[place] = [one - factor * other for one, other in zip(rows[place], rows[column], strict=True)]
+    return _BEGIN + "\\\\".join("&".join(map(_written, row[size:])) for row in rows) + _END
+
+
+def _written(number: Fraction) -> str:
+    sign = "-" if number < 0 else ""
+    size = abs(number)
+    return sign + (f"\\frac{{{size.numerator}}}{{{size.denominator}}}" if size.denominator > 1 else f"{size.numerator}")
+
+
+_UNIT_VECTOR = re.compile(
+    r"\s*+([+-]?)\s*+((?:[^+\-{}()]|\{(?:[^{}]|\{[^{}]*+\})*+\}|\([^()]*+\))*?)"
+    r"\\(?:mathbf|boldsymbol|textbf|bm|hat|vec)\s*\{\s*(?:\\mathbf\s*\{\s*([ijk])\s*\}|\\?([ijk])(?:math)?)\s*\}"
+)
+
+
+def vector(text: str) -> str:
+    r"""A sum of multiples of unit vectors such as 2\mathbf{i}+3\mathbf{j} as a tuple; anything else unchanged."""
+    parts: dict[str, str] = {}
+    place = 0
+    while found := _UNIT_VECTOR.match(text, place):
+        name = found[3] or found[4]
+        if name in parts or (place and not found[1]):
+            return text
+        parts[name], place = f"{found[1].strip('+')}{found[2].strip() or '1'}", found.end()
+    if len(parts) < 2 or text[place:].strip(" .$"):
+        return text
+    return "(" + ",".join(parts.get(name, "0") for name in ("ijk" if "k" in parts else "ij")) + ")"
 
 
 _LISTS = re.compile(r"[\[(]\s*([\[(][^\[\]()]*[\])](?:\s*,\s*[\[(][^\[\]()]*[\])])*)\s*[\])]")

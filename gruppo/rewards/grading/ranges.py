@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 from gruppo.rewards.grading.evaluate import DIGITS, NoValueError, TooLargeError, Value, context, real_number, value
@@ -130,7 +131,9 @@ def ranges_of_set(item: Any) -> Ranges:
 
 
 def range_of_relation(item: Any, name: str, root_of: Callable[[Callable[[Any], Value]], Value | None]) -> Ranges:
-    """The numbers that satisfy relations which are linear in their only unknown. Raises `NoValueError` for others."""
+    """The numbers that satisfy relations which are linear in their only unknown, or which compare the absolute value of
+    such a term with a number. Raises `NoValueError` for others.
+    """
     kind = type(item).__name__
     if kind in ("And", "Or"):
         parts = [range_of_relation(part, name, root_of) for part in item.args]
@@ -138,6 +141,9 @@ def range_of_relation(item: Any, name: str, root_of: Callable[[Callable[[Any], V
         for other in parts[1:]:
             found = found.common(other) if kind == "And" else found.joined(other)
         return found
+
+    if sides := _absolute(item):
+        return _range_of_absolute(item, *sides, partial(range_of_relation, name=name, root_of=root_of))
 
     def difference(at: Value) -> Value:
         return _minus(value(item.lhs, {name: at}), value(item.rhs, {name: at}))
@@ -159,6 +165,30 @@ def range_of_relation(item: Any, name: str, root_of: Callable[[Callable[[Any], V
     if greater:
         return Ranges([(below if closed else above, _HIGHEST)])
     return Ranges([(_LOWEST, above if closed else below)])
+
+
+def _absolute(item: Any) -> tuple[Any, Any] | None:
+    """The term whose absolute value is one side of a relation, and the other side if it is a number; else None."""
+    for side, other in ((item.lhs, item.rhs), (item.rhs, item.lhs)):
+        if type(side).__name__ == "Abs" and not other.free_symbols:
+            return side.args[0], other
+    return None
+
+
+def _range_of_absolute(item: Any, term: Any, size: Any, range_of: Callable[[Any], Ranges]) -> Ranges:
+    from sympy import Eq, Ge, Gt, Le, Lt, Mul
+
+    kind, least = type(item).__name__, Mul(-1, size, evaluate=False)
+    if kind in ("Equality", "Unequality"):
+        both = (
+            [range_of(Eq(term, end, evaluate=False)) for end in (size, least)] if value(size) >= 0 else [Ranges([])] * 2
+        )
+        ends = both[0].joined(both[1])
+        return ends if kind == "Equality" else ends.outside()
+    above, below = (Ge, Le) if kind in ("GreaterThan", "LessThan") else (Gt, Lt)
+    if kind.endswith("GreaterThan") == (type(item.lhs).__name__ == "Abs"):
+        return range_of(above(term, size, evaluate=False)).joined(range_of(below(term, least, evaluate=False)))
+    return range_of(below(term, size, evaluate=False)).common(range_of(above(term, least, evaluate=False)))
 
 
 def _minus(first: Value, second: Value) -> Value:

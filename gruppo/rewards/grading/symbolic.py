@@ -1,8 +1,8 @@
 """Equality of two parsed answers: numbers, expressions, equations, inequalities, sets, tuples, matrices.
 
-Expressions are equal if their values are equal: exactly for rational numbers, else in 40 digits, for expressions with
-symbols at several fixed points. The work is bounded by the size of the expressions (`evaluate`); what is larger is
-equal only if it is written the same way. No clock takes part in a verdict.
+Expressions are equal if their values are equal: exactly for rational numbers, else in 360 digits, and in 40 digits at
+several fixed points for expressions with symbols. The work is bounded by the size of the expressions (`evaluate`); what
+is larger is equal only if it is written the same way. No clock takes part in a verdict.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from gruppo.rewards.grading.evaluate import DIGITS, NoValueError, TooLargeError,
 from gruppo.rewards.grading.ranges import Ranges, range_of_relation, ranges_of_set
 from gruppo.rewards.grading.rounding import decimals, rounds_to
 
+SURE = 400  # digits in which numbers are computed that are equal in fewer, so that sqrt(10^40 + 1) is not 10^20
 ITEMS = 200  # items of a set, tuple or matrix
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 _SIGNS = ("++++", "++++", "-+-+", "+--+", "++++", "--++", "+-+-", "----")
@@ -199,12 +200,14 @@ def _equal_at(wanted: Any, answer: Any, point: Mapping[str, Fraction], real: boo
     if rounded and rounds_to(values[1], _decimals(answer), values[0], _decimals(wanted)):
         return True
     same = equal_values(*values)
-    if same is not None:
+    exact = all(isinstance(number, Fraction) for number in values)
+    if same is False or exact or (same and point):
         return same
-    first, second = (value(item, point, 2 * DIGITS) for item in (wanted, answer))
-    mp = context(2 * DIGITS)
-    difference = abs(real_number(mp, first) - real_number(mp, second))
-    return bool(difference < mp.mpf(10) ** (-DIGITS - 20))
+    digits = 2 * DIGITS if point else SURE
+    first, second = (value(item, point, digits) for item in (wanted, answer))
+    mp = context(digits)
+    one, other = real_number(mp, first), real_number(mp, second)
+    return bool(abs(one - other) < max(abs(one), abs(other), 1) * mp.mpf(10) ** (40 - digits))
 
 
 def _decimals(item: Any) -> int | None:
@@ -308,14 +311,15 @@ def _value_at(item: Any, name: str, point: Mapping[str, Fraction], place: Any) -
 def linear_root(function: Callable[[Any], Value]) -> Value | None:
     """The zero of a linear function; None if the function is constant or not linear."""
     mp = context(DIGITS)
-    at = [function(Fraction(place)) for place in (3, 5, 9)]
-    if all(isinstance(number, Fraction) for number in at):
+    *at, before = [function(Fraction(place)) for place in (3, 5, 9, -7)]
+    if all(isinstance(number, Fraction) for number in (*at, before)):
         slope = (at[1] - at[0]) / 2
-        straight = at[2] - at[0] == 6 * slope
+        straight = at[2] - at[0] == 6 * slope and at[0] - before == 10 * slope
     else:
-        at = [real_number(mp, number) for number in at]
+        *at, before = [real_number(mp, number) for number in (*at, before)]
         slope = (at[1] - at[0]) / 2
-        straight = abs(at[2] - at[0] - 6 * slope) <= mp.mpf(10) ** -40 * (1 + abs(at[2]))
+        bends = abs(at[2] - at[0] - 6 * slope), abs(at[0] - before - 10 * slope)
+        straight = max(bends) <= mp.mpf(10) ** -40 * (1 + abs(at[2]))
         if abs(slope) < mp.mpf(10) ** -40:
             slope = 0
     return None if not straight or slope == 0 else 3 - at[0] / slope
@@ -324,17 +328,21 @@ def linear_root(function: Callable[[Any], Value]) -> Value | None:
 def _same_ranges(wanted: Any, answer: Any) -> bool:
     if _kind(wanted) == _kind(answer) == "relation" and _names(wanted) != _names(answer):
         return False
-    return _ranges(wanted).same(_ranges(answer))
+    return unknown_and_ranges(wanted)[1].same(unknown_and_ranges(answer)[1])
 
 
-def _ranges(item: Any) -> Ranges:
-    """The real numbers of a set, or those that satisfy a relation in one unknown."""
+def unknown_and_ranges(item: Any) -> tuple[str | None, Ranges]:
+    """The unknown of a relation, with the numbers that satisfy it; for a set, None and its numbers.
+
+    Raises `NoValueError` for anything else, and for relations that are not linear in exactly one unknown.
+    """
     if _kind(item) == "set":
-        return ranges_of_set(item)
+        return None, ranges_of_set(item)
     names = _names(item)
-    if len(names) != 1:
+    if _kind(item) != "relation" or len(names) != 1:
         raise NoValueError
-    return range_of_relation(item, names.pop(), linear_root)
+    name = names.pop()
+    return name, range_of_relation(item, name, linear_root)
 
 
 def _same_set(wanted: Any, answer: Any) -> bool:

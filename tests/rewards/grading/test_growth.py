@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import threading
@@ -12,16 +13,22 @@ from typing import Any
 import pytest
 
 from gruppo.data import boxes, options
+from gruppo.rewards.answers import MathVerify
 from gruppo.rewards.grading import (
     choices,
+    conditions,
     extraction,
     last_number,
     latex,
     math_verify,
+    matrices,
     numbers,
+    parsing_work,
     quantities,
+    units,
     weighing,
 )
+from gruppo.rewards.grading.graders import find_grader
 from tests.rewards.grading.counting import Counter, TooManyStepsError
 
 PARTS = (
@@ -37,15 +44,17 @@ CHOOSING = (
 )  # fmt: skip
 # Patterns that see a bounded part of a text only: a decision, a sentence, the characters around a number.
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
-           "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED", "NO_BEFORE", "_OPEN_BEFORE",
-           "_YES_BEFORE", "_BEGINS", "_IF_BEFORE", "_NOT_CHOSEN", "_NOT_THOUGHT"}  # fmt: skip
+           "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_LISTS", "_REVISED", "NO_BEFORE",
+           "_OPEN_BEFORE", "_YES_BEFORE", "_BEGINS", "_IF_BEFORE", "_NOT_CHOSEN", "_NOT_THOUGHT"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
 ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "LABELLED", "_ARTICLE", "_ALONE",
-            "_FIRST", "_ONLY", "_OR_ELSE", "_RETRACTED", "_REFUSED", "_NO_AFTER",
-            "_OF_THE_NEXT", "_YES_AFTER", "_ALL_AFTER"}  # fmt: skip
+            "_FIRST", "_ONLY", "_OR_ELSE", "_RETRACTED", "_REFUSED", "_NO_AFTER", "_OF_THE_NEXT", "_YES_AFTER",
+            "_ALL_AFTER", "_FRACTION", "_UPRIGHT_LETTER", "_BUILDER", "_MEMBER", "_UNIT_VECTOR"}  # fmt: skip
 
 
-NUMBERS = (boxes, extraction, last_number, latex, math_verify, numbers, quantities)
+NUMBERS = (
+    boxes, conditions, extraction, last_number, latex, math_verify, matrices, numbers, parsing_work, quantities, units,
+)  # fmt: skip
 CHOICES = (options, choices, weighing)
 
 
@@ -140,9 +149,10 @@ def calls(read: Callable[[str], object], text: str) -> int:
 
 
 @pytest.mark.parametrize("read", [last_number.last_number, boxes.last_box, latex.formulas, latex.braced,
-                                  extraction.own_answer, extraction.decisions, numbers.answered_number])  # fmt: skip
+                                  extraction.own_answer, extraction.decisions, numbers.answered_number,
+                                  parsing_work.is_light])  # fmt: skip
 @pytest.mark.parametrize(
-    "part", ["9", " ", "{", "\\boxed{1} ", "\\boxed{", "$1$ ", "1,234,", "answer is 1, ", "(1 aa) "]
+    "part", ["9", " ", "{", "\\boxed{1} ", "\\boxed{", "$1$ ", "1,234,", "answer is 1, ", "(1 aa) ", "2^", "3!", "^{"]
 )
 def test_readers_make_a_linear_number_of_calls(read: Callable[[str], object], part: str) -> None:
     read(part * 10)  # compiles and caches
@@ -161,3 +171,53 @@ def test_readers_of_choices_make_a_linear_number_of_calls(read: Callable[[str], 
     read(part * 10)  # compiles and caches
     counts = [calls(read, (part * size)[:size]) for size in (1_000, 10_000)]
     assert counts[1] <= 15 * counts[0] + 500
+
+
+def matrix(size: int, environment: str = "pmatrix") -> str:
+    rows = ("&".join(f"x_{{{row}{column}}}" for column in range(size)) for row in range(size))
+    return rf"\begin{{{environment}}}" + r"\\".join(rows) + rf"\end{{{environment}}}"
+
+
+HEAVY = (
+    matrix(6, "vmatrix"), matrix(4, "vmatrix"), rf"\det{matrix(6)}", rf"\det({matrix(4, 'bmatrix')})",
+    rf"\operatorname{{rank}}({matrix(4)})", rf"e^{{{matrix(3)}}}", rf"e^{matrix(3)}", rf"x^{{2+({matrix(3)})}}",
+    r"\operatorname{ones}(3000,3000)", r"\operatorname{eye}(20000)", r"\Gamma(99999999)", r"\sqrt[9^{9^9}]{2}",
+    r"9^x|_{x=99999999}", r"\left.9^x\right|_{x=99999999}", r"\binom{\sqrt{2}}{900}", r"{e \choose 900}",
+    r"\binom{99999}{50000}", r"\gcd(\sqrt{2}+\sqrt{3},\sqrt{5})", r"\gcd(2^{10000}-1,2^{5000}-1)",
+    r"(\sin(99^{99999}),2)", r"(0,((9^{999})^{999})^{999})", r"[0,((9!)!)!]", r"(0,9^{99999\cdot99999})",
+    r"(0,(1+1)^{9999999999})",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("formula", HEAVY)
+def test_large_computations_never_reach_the_parser(formula: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    parse = importlib.import_module("math_verify").parse
+
+    def light(text: str, *options: Any, **named: Any) -> Any:
+        if formula in text or "\\det" in text or "vmatrix" in text:
+            read.append(text)
+            return []
+        return parse(text, *options, **named)
+
+    monkeypatch.setattr("math_verify.parse", light)
+    texts = (f"\\boxed{{{formula}}}", f"It is ${formula}$.", f"\\[{formula}\\]", f"5$ is $ {formula}$",
+             f"see [ {formula} ] here", formula)  # fmt: skip
+    for text in texts:
+        for name in ("math_answer", "ocw"):
+            assert not find_grader(name)(text, {"answer": "34"})
+            assert not find_grader(name)(text, {"answer": "x^2+1"})
+        assert MathVerify()([text], answer=["34"]) == [0.0]
+    assert read == []
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        r"2^{99999}", r"((3!)!)!", r"(-1)^{1000000007}", r"10^{-34}", r"e^{-x^2/2}", r"\binom{2n}{n}", r"\binom{52}{5}",
+        r"\binom{\frac{n}{2}}{k+1}", r"\gcd(12,18)", r"|x|^2", r"x^{10}+x^9+x^8+x^7+x^6+1", r"(1+x)^{10000}-1",
+        r"\sin^{100} x", matrix(5), r"\frac{6!}{3!}", r"|a_1|+|a_2|", r"\Gamma(n+1)",
+    ],
+)  # fmt: skip
+def test_small_computations_are_read(formula: str) -> None:
+    assert math_verify.is_readable(formula)
