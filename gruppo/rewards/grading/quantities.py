@@ -19,7 +19,8 @@ class Quantity:
     """A number in a text.
 
     `value`: exact, scale words included. `decimals`: digits after the decimal point, None for a fraction.
-    `percent`: whether a percent sign or word follows. `start`, `end`: its span in the cleaned text.
+    `percent`: whether a percent sign or word follows. `start`, `end`: its span in the cleaned text. `bound`: whether it
+    only limits a number ("x > 5"), or its sign is open ("±5").
     """
 
     value: Fraction
@@ -27,6 +28,7 @@ class Quantity:
     percent: bool
     start: int
     end: int
+    bound: bool = False
 
 
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -57,6 +59,9 @@ _AFTER = re.compile(
 )
 
 
+_UNIT_WORD = r"[A-Za-z]{1,12}(?:\s?\^\s?(?:\d|\{\d\}))?"
+
+
 _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), text)
     for pattern, text in (
@@ -76,6 +81,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"(?<=\d)[*]{2}(?=\d)", "^"),
         (r"\*\*|__|\\[()\[\]$]|[$€£¥₹￥]|\\(?:pounds|euro)\b", ""),
         (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|textit|rm|bf)\s*\{([^{}]*)\}", r" \1 "),
+        (rf"\\[dtc]?frac\s*\{{\s*({_UNIT_WORD})\s*\}}\s*\{{\s*({_UNIT_WORD})\s*\}}", r"\1/\2"),
         (r"(?<=\d)\s*\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"),
         (r"\\[dtc]?frac\s*\{\s*(-?)\s*([\d.]+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1\2/\3"),
         (r"(?<=\d)\s*\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2"),

@@ -6,10 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gruppo.data.options import MARKS, TEXT_STYLE
+from gruppo.data.references import listed_in
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer, sentence
 
 LONGEST = 1000  # characters of a passage that is read
+
+
+_AND = re.compile(r"\s*+(?:,\s*+(?:and\b)?|\band\b|;)\s*+|\\(?:text|mathrm)\s*+\{\s*+and\s*+\}")
 
 
 _TITLE = re.compile(r"\b(Mrs?|Ms|Miss|Dr|Prof)\b\.?\s+")
@@ -45,8 +49,8 @@ def grade_word_problem(text: str, answer: object, question: str = "") -> bool:
     """Whether a text gives the reference answer: a number as `grade_number` reads it, else words.
 
     Words match regardless of case, articles, titles and punctuation. A sentence names the reference if it names it
-    first among the names of the question, apart from what it only compares with ("more than Jacob"). Raises UsageError
-    if `answer` is empty.
+    first among the names of the question, apart from what it only compares with ("more than Jacob"). Of a list written
+    inside a text, the text must give all items. Raises UsageError if `answer` is empty.
     """
     if is_numeric(answer):
         from gruppo.rewards.grading.numbers import grade_number
@@ -59,6 +63,8 @@ def grade_word_problem(text: str, answer: object, question: str = "") -> bool:
     said = _words(passage)
     if not said:
         return False
+    if items := listed_in(str(answer)):
+        return sorted(map(_words, items)) == sorted(map(_words, listed_in(passage) or _AND.split(passage)))
     if said == wanted or (whole and _names(said, wanted)):
         return True
     if _SAME.search(wanted):

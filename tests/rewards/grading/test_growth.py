@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gruppo.data import boxes
-from gruppo.rewards.grading import extraction, last_number, latex, math_verify, numbers, quantities
+from gruppo.rewards.grading import extraction, last_number, latex, math_verify, numbers, quantities, terms
 from tests.rewards.grading.counting import Counter, TooManyStepsError
 
 PARTS = (
@@ -23,11 +23,12 @@ PARTS = (
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
            "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
-ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED"}
+ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "_BEFORE", "_NUMBER_BEFORE", "_ARTICLE",
+            "_FACTOR", "_PER"}  # fmt: skip
 
 
 def patterns() -> Iterator[tuple[str, re.Pattern[str]]]:
-    for module in (boxes, extraction, last_number, latex, math_verify, numbers, quantities):
+    for module in (boxes, extraction, last_number, latex, math_verify, numbers, quantities, terms):
         for name, value in vars(module).items():
             found = value if isinstance(value, list) else [value]
             for place, item in enumerate(found):
