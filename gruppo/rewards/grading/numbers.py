@@ -17,6 +17,7 @@ from gruppo.errors import UsageError
 from gruppo.rewards.grading.arithmetic import calculated
 from gruppo.rewards.grading.extraction import Decision, decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
+from gruppo.rewards.grading.stated import GIVEN
 from gruppo.rewards.grading.symbolic import matched
 from gruppo.rewards.grading.terms import has_variable, settled
 from gruppo.rewards.grading.units import EVERYDAY, units_of
@@ -75,12 +76,7 @@ def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tupl
     if between := _BETWEEN.match(clean):
         return tuple(number for number in numbers if number.start >= between.end())[:2]
     if decision.rule in ("label", "####") and not begins:
-        outside = _outside(clean, numbers)
-        if len(outside) == 1 and decision.rule == "label" and len(clean) < 80:
-            return _settled(clean, outside[0], units)
-        said = [verb.end() for verb in _VERB.finditer(clean)] if decision.rule == "label" else []
-        stated = [number for number in outside if said and number.start >= said[-1]]
-        return _settled(clean, stated[0], units) if stated and _ABOUT.match(clean, said[-1]) else ()
+        return _in_line(clean, numbers, units) if decision.rule == "label" else ()
     if not begins:
         return _settled(clean, _result(clean, numbers), units)
     if worked := _WORKED_OUT.match(clean, begins.end()):
@@ -97,6 +93,19 @@ def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tupl
             return (result,)
     settled_ones = [_settled(clean, number, units) for number in _alternatives(clean, chained, numbers)]
     return tuple(reading for readings in settled_ones for reading in readings)
+
+
+def _in_line(clean: str, numbers: Sequence[Quantity], units: Collection[str]) -> tuple[Quantity, ...]:
+    """The number of a line after a label that begins with words: after its last verb, or the only one not given."""
+    outside = _outside(clean, numbers)
+    if len(outside) == 1 and len(clean) < 80:
+        return _settled(clean, outside[0], units)
+    verb = max((verb.end() for verb in _VERB.finditer(clean)), default=None)
+    stated = [number for number in outside if verb is not None and number.start >= verb]
+    if stated and _ABOUT.match(clean, verb or 0):
+        return _settled(clean, stated[0], units)
+    new = [one for one in outside if not GIVEN.search(clean, max(0, one.start - 20), one.start)]
+    return _settled(clean, new[0], units) if len(new) == 1 else ()
 
 
 # Terms with an unknown or an error margin: "13x", "x + 13", "13 ± 2".
