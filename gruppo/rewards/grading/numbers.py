@@ -342,6 +342,13 @@ def reference_numbers(answer: object) -> tuple[Quantity, ...]:
     return tuple(found)
 
 
+# The result of a division with remainder: "5 r 3".
+_REMAINDER = re.compile(
+    r"(?<![\d.,])(\d{1,9})\s*+(?:,\s*+)?(?:(?:with|and)\s++(?:(?:a|the)\s++)?)?"
+    r"(?:[rR]\.?|[Rr]emainder|REMAINDER|[Rr]em\.?|余|\.{3,6}|…{1,2})\s*+(?:(?:of|is|=)\s*+)?(\d{1,9})(?![\d.]*\d)"
+)
+
+
 def _reference_text(answer: object) -> str:
     text = str(answer).rpartition("####")[2]
     box = last_box(text)
@@ -380,6 +387,9 @@ def grade_number(text: str, answer: object, question: str = "") -> bool:
     same way. Raises UsageError if `answer` contains no number.
     """
     wanted, reference = reference_numbers(answer), _reference_text(answer)
+    if divided := _REMAINDER.fullmatch(reference):
+        found = [match.groups() for match in _REMAINDER.finditer(cleaned(_stated(own_answer(text))))]
+        return bool(found) and found[-1] == divided.groups()
     units = units_of(str(answer), question) if question else EVERYDAY
     no_number = _is_no_number(reference, units)
     if (no_number or listed_in(reference)) and _as_written(_stated(own_answer(text))) == _as_written(reference):
