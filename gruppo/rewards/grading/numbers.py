@@ -52,7 +52,8 @@ _OR = re.compile(
 _SPACED = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3}){1,9})(?![\d,])")
 
 
-_SPACED_ZEROS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3}){0,9} 000(?![\d,])")
+# Groups of three digits that are one number wherever they stand: "70 000", "1 234 567".
+_SPACED_WIDE = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?: \d{3}){0,9} 000|(?: \d{3}){2,9})(?![\d,])")
 
 
 def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tuple[Quantity, ...]:
@@ -239,7 +240,7 @@ def answered_number(text: str, question: str = "", reference: str = "") -> Answe
             continue
         if readings := read_decision(decision._replace(text=shown), units):
             return Answered(_without_bounds(readings, bounds), decision.text[:200], decision.rule)
-    clean = _SPACED_ZEROS.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
+    clean = _SPACED_WIDE.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
     written = quantities(clean)
     numbers = [number for number in written if not _DENIED.search(clean, max(0, number.start - 40), number.start)]
     if written and not numbers:

@@ -50,6 +50,7 @@ _AFTER = re.compile(
 _ARTICLE = re.compile(r"\s+[aAI](?:\s|$)")
 _FACTOR = re.compile(r"\s*+\((?=[^()]*[A-Za-z])(?=[^()]*[-+*/^])[^()=]*\)")
 _CONTINUED = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.{3}\s*+$|…\s*+$")
+_POINT_AFTER, _POINT_BEFORE = re.compile(r"\.\d"), re.compile(r"\d\.$")  # "3.5.2" is no number
 _LETTERS = re.compile("[A-Za-z]")
 _TIMES = re.compile(r"(?<=[\d.)])\s?[xX]\s?(?=[\d(.])")
 _EXPRESSION = re.compile(r"[\d)}!]\s*+(?:[-+*/×÷·]|\\(?:times|cdot|div)(?![A-Za-z]))\s*+[-+]?[\d.(\\]")
@@ -66,6 +67,8 @@ def settled(clean: str, number: Quantity, units: Collection[str], worked_out: bo
     units after a number.
     """
     if has_variable(clean, number, units) or (worked_out and _CONTINUED.search(clean)):
+        return None
+    if _POINT_AFTER.match(clean, number.end) or _POINT_BEFORE.search(clean, max(0, number.start - 2), number.start):
         return None
     begin = max(0, number.start - WINDOW)
     text = clean[begin : number.end + WINDOW]
