@@ -19,7 +19,7 @@ from gruppo.rewards.grading.extraction import Decision, decisions, last_sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
 from gruppo.rewards.grading.stated import GIVEN
 from gruppo.rewards.grading.symbolic import matched
-from gruppo.rewards.grading.terms import has_variable, settled
+from gruppo.rewards.grading.terms import CONTINUED, has_variable, settled
 from gruppo.rewards.grading.units import EVERYDAY, units_of
 
 
@@ -374,7 +374,7 @@ def _as_written(text: str) -> str:
 
 def _listed(clean: str) -> list[Quantity]:
     """The numbers of a list, if every part of the text is one number with at most a name and a unit; else []."""
-    parts = [part for part in _LIST_MARK.split(clean.strip(" {}()[]")) if part and part.strip()]
+    parts = [part for part in _LIST_MARK.split(clean.strip(" {}()[]\\")) if part and part.strip()]
     found = [quantities(part) for part in parts]
     single = all(len(numbers) == 1 and _ABOUT.match(part) for numbers, part in zip(found, parts, strict=True))
     return [numbers[0] for numbers in found] if single and len(parts) > 1 else []
@@ -418,9 +418,10 @@ def _stated(text: str) -> str:
 
 def _answered_list(text: str, count: int, units: Collection[str]) -> Sequence[Quantity]:
     """The numbers, `count` if possible, that a text states as a list; [] if one of its formulas is not a number."""
-    clean = cleaned(_stated(text))
+    clean = re.sub(r"\\[{}]", " ", cleaned(_stated(text)))
     numbers, listed = quantities(clean), _listed(clean)
     if len(listed) == count != len(numbers):
         return listed  # "2,300" as two numbers
-    found = [settled(clean, number, units, worked_out=True) for number in numbers]
-    return [number for number in found if number is not None and not number.bound] if None not in found else []
+    found = [settled(clean, number, units) for number in numbers]
+    plain = [number for number in found if number is not None and not number.bound]
+    return plain if len(plain) == len(found) and not CONTINUED.search(clean) else []

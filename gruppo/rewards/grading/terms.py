@@ -28,7 +28,7 @@ _MARK = re.compile(
     r"|[MLR]_\{?\s?(?:\\odot|\\oplus|sun)(?![A-Za-z])\s?\}?|\\(?:Omega|ohm|AA|mu)(?![A-Za-z])"
 )
 _RUN = re.compile(
-    r"(?:\d++(?:[.,]\d++)*+|\.\d++|\\[A-Za-z]++|\\[{}]"
+    r"(?:\d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+|\.\d++|\\[A-Za-z]++|\\[{}]"
     r"|(?<![A-Za-z])(?:pi|sqrt|log|ln|lg|sin|cos|tan|exp|mod)(?![A-Za-z])|(?<![A-Za-z])[A-Za-z](?![A-Za-z'’])"
     r"|(?<=[+*^])[abcnpqruvwxyz]{2,3}(?![A-Za-z])|(?<=[-+*] )[bcnpqrvwxyz]{2,3}(?![A-Za-z])"
     r"|[-+*/^_!<>=≤≥⩽⩾≠±∓≈×÷·√∛∞%α-ωΑ-Ω(){}\[\]~\"'` \t])++"
@@ -44,12 +44,12 @@ _NUMBER_BEFORE = re.compile(r"[^\\^_]*\d\s+[({\[*_~\"'`]*+")
 _UNIT = r"[A-Za-z](?:\s?\^\s?\{?\s?-?\d\s?\}?)?"
 _AFTER = re.compile(
     rf"(?P<unit>\s*+(?:[/·*]\s?)?{_UNIT}(?:\s*+[/·*]?\s*+{_UNIT}){{0,4}})?[\s)}}\]*_~\"'`!]*+"
-    r"(?:[-+*/(]?[\s(]*+|(?<=\s)[\d(\"'`].*)",
+    r"(?:[-+*/(]?[\s(]*+|(?<=\s)(?:[-+](?=\d)|[\d(\"'`]).*)",
     re.DOTALL,
 )
 _ARTICLE = re.compile(r"\s+[aAI](?:\s|$)")
 _FACTOR = re.compile(r"\s*+\((?=[^()]*[A-Za-z])(?=[^()]*[-+*/^])[^()=]*\)")
-_CONTINUED = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.{3}\s*+$|…\s*+$")
+CONTINUED = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.{3}\s*+$|…\s*+$")
 _POINT_AFTER, _POINT_BEFORE = re.compile(r"\.\d"), re.compile(r"\d\.$")  # "3.5.2" is no number
 _LETTERS = re.compile("[A-Za-z]")
 _TIMES = re.compile(r"(?<=[\d.)])\s?[xX]\s?(?=[\d(.])")
@@ -66,7 +66,7 @@ def settled(clean: str, number: Quantity, units: Collection[str], worked_out: bo
     `bound` is set for one side of an inequality and for a number with an undecided sign. `units`: letters that are
     units after a number.
     """
-    if has_variable(clean, number, units) or (worked_out and _CONTINUED.search(clean)):
+    if has_variable(clean, number, units) or (worked_out and CONTINUED.search(clean)):
         return None
     if _POINT_AFTER.match(clean, number.end) or _POINT_BEFORE.search(clean, max(0, number.start - 2), number.start):
         return None
