@@ -29,7 +29,7 @@ _MARK = re.compile(
 )
 _RUN = re.compile(
     r"(?:\d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+|\.\d++|\\[A-Za-z]++|\\[{}]"
-    r"|(?<![A-Za-z])(?:pi|sqrt|log|ln|lg|sin|cos|tan|exp|mod)(?![A-Za-z])|(?<![A-Za-z])[A-Za-z](?![A-Za-z'’])"
+    r"|(?<![A-Za-z])(?:pi|sqrt|log|ln|lg|sin|cos|tan|exp|mod)(?![A-Za-z])|(?<![A-Za-z'’])[A-Za-z](?![A-Za-z'’])"
     r"|(?<=[+*^])[abcnpqruvwxyz]{2,3}(?![A-Za-z])|(?<=[-+*] )[bcnpqrvwxyz]{2,3}(?![A-Za-z])"
     r"|[-+*/^_!<>=≤≥⩽⩾≠±∓≈×÷·√∛∞%α-ωΑ-Ω(){}\[\]~\"'` \t])++"
 )
@@ -56,7 +56,8 @@ _TIMES = re.compile(r"(?<=[\d.)])\s?[xX]\s?(?=[\d(.])")
 _EXPRESSION = re.compile(r"[\d)}!]\s*+(?:[-+*/×÷·]|\\(?:times|cdot|div)(?![A-Za-z]))\s*+[-+]?[\d.(\\]")
 # Indices, exponents and arguments of a name: "a_1", "x^2", "f(2)".
 _DETAIL = re.compile(r"[_^]\s?(?:\{[^{}]*+\}|\\?\w)|(?<=[A-Za-z])\([^()]*+\)")
-_COMMAND = re.compile(r"\\[A-Za-z]++")
+_WORD = re.compile(r"\\[A-Za-z]++|(?<![A-Za-z])[A-Za-z]\s++(?=[\d.])")  # a command, "x 10", "a 5"
+_NOUN = re.compile(r"\s*+(?!and\b|for\b|when\b|with\b)[A-Za-z]{3,}")
 
 
 def settled(clean: str, number: Quantity, units: Collection[str], worked_out: bool = False) -> Quantity | None:
@@ -84,7 +85,8 @@ def settled(clean: str, number: Quantity, units: Collection[str], worked_out: bo
         elif relation.start() >= end:
             right, bound = relation.start(), bound or relation["bound"] is not None
             break
-    if not bound and left > run.start() and _is_unsolved(text[run.start() : left], units):
+    named = not worked_out and _NOUN.match(clean, number.end)  # "the wins are 2x = 20 games"
+    if not bound and not named and left > run.start() and _is_unsolved(text[run.start() : left], units):
         return None
     number = replace(number, bound=bound)
     plain = _is_plain(text[left:start], text[end:right], units)
@@ -144,7 +146,7 @@ def _is_unsolved(text: str, units: Collection[str]) -> bool:
 
     A name ("x =", "f(2) ="), and arithmetic, may stand before a result.
     """
-    sides = [_COMMAND.sub(" ", _DETAIL.sub("", _TIMES.sub("*", side))) for side in _RELATION.split(text)[::2]]
+    sides = [_WORD.sub(" ", _DETAIL.sub("", _TIMES.sub("*", side))) for side in _RELATION.split(text)[::2]]
     return not any(_is_name(side, units, place > 0) for place, side in enumerate(sides[:-1]))
 
 
