@@ -63,6 +63,8 @@ def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tupl
     any other letter there is a variable.
     """
     clean = cleaned(decision.text)
+    if _MATRIX.match(decision.text):
+        return _open(Quantity(Fraction(0), 0, False, 0, 0))
     if decision.rule in ("tags", "boxed"):
         return _whole(clean, units)
     clean = _SPECIFIED.sub("", sentence(clean))
@@ -87,12 +89,15 @@ def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tupl
         return ()
     if chained is numbers[0] and (_operator(clean, chained.end) or _RAISED.match(clean, chained.end)):
         value = calculated(clean[begins.end() :])
-        result = numbers[-1] if value is None else Quantity(value, None, False, 0, 0)
-        if _operator(clean, chained.end):  # an expression that is not evaluated is not an answer
-            return (chained, result)
-        if value is not None:
-            return (result,)
-    settled_ones = [_settled(clean, number, units) for number in _alternatives(clean, chained, numbers)]
+        if value is None:
+            return _settled(clean, chained, units)
+        result = Quantity(value, None, False, 0, 0)
+        return (chained, result) if _operator(clean, chained.end) else (result,)  # "8 + 19" is not an answer yet
+    listed = _is_list(clean)
+    if listed and len(_listed(clean)) != len(numbers):
+        return _open(chained)
+    chosen = numbers if listed else _alternatives(clean, chained, numbers)
+    settled_ones = [_settled(clean, number, units) for number in chosen]
     return tuple(reading for readings in settled_ones for reading in readings)
 
 
@@ -107,6 +112,11 @@ def _in_line(clean: str, numbers: Sequence[Quantity], units: Collection[str]) ->
         return _settled(clean, stated[0], units)
     new = [one for one in outside if not GIVEN.search(clean, max(0, one.start - 20), one.start)]
     return _settled(clean, new[0], units) if len(new) == 1 else ()
+
+
+_MATRIX = re.compile(
+    r"[\s$]*+(?:\\[(\[]|\\left)?\s*+[(\[|]?\s*+\\begin\{(?:[a-zA-Z]?(?:small)?matrix\*?|array|cases)\}"
+)
 
 
 # Terms with an unknown or an error margin: "13x", "x + 13", "13 ± 2".
@@ -146,8 +156,31 @@ def _open(number: Quantity) -> tuple[Quantity, ...]:
 
 def _settled(clean: str, number: Quantity, units: Collection[str], worked_out: bool = False) -> tuple[Quantity, ...]:
     """The reading of a number in its formula, open if the formula is not one number."""
-    found = settled(clean, number, units, worked_out)
+    found = None if _is_coordinate(clean, number) else settled(clean, number, units, worked_out)
     return _open(number) if found is None else (replace(found, bound=True),) if _limited(clean, number) else (found,)
+
+
+def _is_list(clean: str) -> bool:
+    """Whether a text is a list of formulas, without words: "0, \\pi, 2\\pi"."""
+    parts = _LIST_MARK.split(_THOUSANDS.sub("", clean.strip(" .")))
+    return sum(bool(part.strip()) for part in parts) > 1 and not _NOUN.search(clean)
+
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|\\[,;:! ]")  # commas and spacing that separate no items
+
+
+def _is_coordinate(clean: str, number: Quantity) -> bool:
+    """Whether a number is a part of a point or an interval: "(1, 2)", "[0,\\infty)"."""
+    begin = max(0, number.start - 60)
+    for pair in _PAIR.finditer(clean, begin, number.end + 60):
+        if pair.start() < number.start < pair.end():
+            others = clean[pair.start() : number.start] + clean[number.end : pair.end()]
+            return "," in others and not _NOUN.search(others)
+    return False
+
+
+_PAIR = re.compile(r"[(\[][^()\[\]\n]*+[)\]]")
+_NOUN = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}|[\u4e00-\u9fff]")
 
 
 def _limited(clean: str, number: Quantity) -> bool:
@@ -173,6 +206,8 @@ def _whole(clean: str, units: Collection[str]) -> tuple[Quantity, ...]:
     about = _ABOUT.match(clean, begin)
     if len(numbers) > 1 and len(_listed(clean)) == len(numbers):
         chosen = tuple(numbers)
+    elif _is_list(clean):
+        return _open(numbers[0])
     elif about and len(numbers) > 1 and calculated(clean[begin:]) is None:
         chosen = _alternatives(clean, numbers[0], numbers)
     else:

@@ -57,7 +57,7 @@ _EXPRESSION = re.compile(r"[\d)}!]\s*+(?:[-+*/×÷·]|\\(?:times|cdot|div)(?![A-
 # Indices, exponents and arguments of a name: "a_1", "x^2", "f(2)".
 _DETAIL = re.compile(r"[_^]\s?(?:\{[^{}]*+\}|\\?\w)|(?<=[A-Za-z])\([^()]*+\)")
 _WORD = re.compile(r"\\[A-Za-z]++|(?<![A-Za-z])[A-Za-z]\s++(?=[\d.])")  # a command, "x 10", "a 5"
-_NOUN = re.compile(r"\s*+(?!and\b|for\b|when\b|with\b)[A-Za-z]{3,}")
+_UNIT_NOUN = re.compile(r"\s*+(?!and\b|for\b|when\b|with\b)[A-Za-z]{3,}")
 
 
 def settled(clean: str, number: Quantity, units: Collection[str], worked_out: bool = False) -> Quantity | None:
@@ -85,7 +85,7 @@ def settled(clean: str, number: Quantity, units: Collection[str], worked_out: bo
         elif relation.start() >= end:
             right, bound = relation.start(), bound or relation["bound"] is not None
             break
-    named = not worked_out and _NOUN.match(clean, number.end)  # "the wins are 2x = 20 games"
+    named = not worked_out and _UNIT_NOUN.match(clean, number.end)  # "the wins are 2x = 20 games"
     if not bound and not named and left > run.start() and _is_unsolved(text[run.start() : left], units):
         return None
     number = replace(number, bound=bound)

@@ -24,7 +24,7 @@ BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORK
            "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
 ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "_BEFORE", "_NUMBER_BEFORE", "_ARTICLE",
-            "_FACTOR", "_PER"}  # fmt: skip
+            "_FACTOR", "_PER", "_MATRIX", "_UNIT_NOUN"}  # fmt: skip
 
 
 def patterns() -> Iterator[tuple[str, re.Pattern[str]]]:
