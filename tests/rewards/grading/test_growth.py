@@ -20,7 +20,7 @@ PARTS = (
     "one ", "1元",
 )  # fmt: skip
 # Patterns that see a bounded part of a text only: a decision, a sentence, the characters around a number.
-BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
+BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
            "_POWER", "_SUPPOSED", "_WRONG", "_PART", "_LIST", "_LIST_MARK", "_REVISED"}  # fmt: skip
 # Patterns that are tried at one place of a text, not searched for.
 ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "_BEFORE", "_NUMBER_BEFORE", "_ARTICLE",
