@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -48,6 +49,21 @@ def answer_text(value: Any) -> str:
 def answer_texts(value: Any) -> set[str]:
     """All texts of a reference: 5.0 is "5.0" and "5", true is "True" and "true"."""
     return {str(value), answer_text(value)} | ({str(value).lower()} if isinstance(value, bool) else set())
+
+
+def listed_in(text: str) -> list[str]:
+    """The items of a list of two or more that is written inside a text: '["4", "5"]' or "[4, 5]"; [] for other texts.
+
+    Such a list is one answer: only all of its items together are right.
+    """
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return []
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        items = [item.strip().strip("\"'") for item in text[1:-1].split(",")]
+    return [answer_text(item) for item in items] if len(items) > 1 else []
 
 
 def reference_of(columns: Mapping[str, Any], names: Sequence[str]) -> tuple[str, list[Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gruppo.data.benchmark_rows import read_choice, read_formula, read_number, read_row
+from gruppo.data.references import listed_in
 from gruppo.errors import UsageError
 from gruppo.rewards.answers import MathVerify, choice, exact_match, last_number
 from gruppo.rewards.grading.graders import GRADERS
@@ -118,6 +119,36 @@ def test_numbers_and_truth_values_as_texts(answer: Any, right: list[str], wrong:
 def test_a_small_float_is_not_its_exponent() -> None:
     assert last_number(["7", "0.0000001"], answer=[1e-7, 1e-7]) == [0, 1]
     assert GRADERS["choice"]("C", {"answer": 2.0, "choices": ["1", "2", "3"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ('["4","5"]', ["4", "5"]), (" [1, 2.50] ", ["1", "2.5"]), ("['a', 'b']", ["a", "b"]),
+        ('["1,234", "5"]', ["1,234", "5"]), ("[" * 5000 + "1,2" + "]" * 5000, None), ('["4"]', []), ("[4]", []),
+        ("4, 5", []), ("(4, 5)", []), ("[4, 5", []),
+    ],
+)  # fmt: skip
+def test_a_list_inside_a_text_has_items(text: str, items: list[str] | None) -> None:
+    assert listed_in(text) == items if items is not None else listed_in(text)
+
+
+@pytest.mark.parametrize("answer", ['["4","5"]', "[4, 5]", "['4', '5']", '["4 apples", "5 pears"]'])
+def test_a_list_inside_a_text_needs_all_of_its_items(answer: str) -> None:
+    assert last_number(["5", "4", "4 and 5", "[5, 4]", answer], answer=[answer] * 5) == [0, 0, 1, 1, 1]
+    assert exact_match(["5", "4", answer], answer=[answer] * 3) == [0, 0, 1]
+    for name in ("numeric_answer", "word_problem", "math_answer", "ocw", "exact_match"):
+        assert not GRADERS[name]("5", {"answer": answer})
+        assert not GRADERS[name]("4", {"answer": answer})
+        assert GRADERS[name](answer, {"answer": answer})
+
+
+def test_a_list_inside_a_text_with_other_items_than_numbers_is_matched_as_written() -> None:
+    answer = '["4", "apples"]'
+    assert last_number(["4", answer], answer=[answer] * 2) == [0, 1]
+    assert not GRADERS["numeric_answer"]("4", {"answer": answer})
+    with pytest.raises(UsageError, match="contains no number"):
+        last_number(["4"], answer=['["Ann", "Bob"]'])
 
 
 def test_lists_of_benchmarks_are_alternatives() -> None:

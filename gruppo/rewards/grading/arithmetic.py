@@ -18,12 +18,17 @@ _WRITTEN: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\div(?![A-Za-z])|÷", "/"),
         (r"\*\*", "^"),
         (r"\\[dtc]?frac\s*+(?=\{)", "F"),
+        (r"\\[dt]?binom\s*+(?=\{)", "B"),
+        (r"\{\s*+(\d++)\s*+\\choose\s*+(\d++)\s*+\}", r"B{\1}{\2}"),
+        (r"\\sqrt\s*+\[\s*+(\d{1,2})\s*+\]\s*+(?=\{)", r"N{\1}"),
         (r"\\sqrt\s*+(?=\{)|√(?=[({])", "R"),
         (r"\\sqrt\s*+(\d)|√(\d++)", r"R{\1\2}"),
         (r"(?<=\d),(?=\d{3}(?!\d))", ""),
+        (r"(?<=!)\s*+(?=\d)", "*"),
+        (r"(?<![\d.])(\d++(?:\.\d++)?)e([-+]?\d{1,3})(?!\d)", r"(\1*10^{\2})"),
     )
 ]
-_TOKEN = re.compile(r"\d++(?:\.\d*+)?|\.\d++|[-+*/^!(){}FR]")
+_TOKEN = re.compile(r"\d++(?:\.\d*+)?|\.\d++|[-+*/^!(){}BFNR]")
 
 
 class _NoArithmeticError(Exception):
@@ -32,7 +37,7 @@ class _NoArithmeticError(Exception):
 
 def calculated(text: str) -> Fraction | None:
     """The exact value of an arithmetic expression of at most `LONGEST` characters, with digits, + - * / ^ !, brackets,
-    fractions and even roots; None for anything else, a division by zero, and values that are too large.
+    fractions, binomials and even roots; None for anything else, a division by zero, and values that are too large.
     """
     if len(text) > LONGEST:
         return None
@@ -79,7 +84,7 @@ class _Reader:
 
     def _product(self) -> Fraction:
         value = self._signed()
-        while self._next() in ("*", "/", "(", "F", "R"):
+        while self._next() in ("*", "/", "(", "B", "F", "N", "R"):
             mark = self._next()
             if mark in ("*", "/"):
                 self._take()
@@ -112,17 +117,21 @@ class _Reader:
         token = self._take()
         if token in ("(", "{"):
             return self._bracketed(")" if token == "(" else "}")
-        if token == "F":
-            self._take("{")
-            over = self._bracketed("}")
-            self._take("{")
-            return over / self._bracketed("}")
+        if token in "BFN":
+            first, second = self._group(), self._group()
+            if token == "B":
+                return _binomial(first, second)
+            return first / second if token == "F" else _exact(second, 1 / first)
         if token == "R":
             closing = ")" if self._take() == "(" else "}"
             return _exact(self._bracketed(closing), Fraction(1, 2))
         if not token[0].isdigit() and token[0] != ".":
             raise _NoArithmeticError
         return Fraction(token)
+
+    def _group(self) -> Fraction:
+        self._take("{")
+        return self._bracketed("}")
 
     def _bracketed(self, closing: str) -> Fraction:
         self._enter()
@@ -142,3 +151,9 @@ def _exact(base: Fraction, exponent: Fraction) -> Fraction:
     if not isinstance(value, Fraction):
         raise _NoArithmeticError
     return value
+
+
+def _binomial(total: Fraction, chosen: Fraction) -> Fraction:
+    if not 0 <= chosen <= total:
+        raise _NoArithmeticError
+    return whole_factorial(total) / whole_factorial(chosen) / whole_factorial(total - chosen)

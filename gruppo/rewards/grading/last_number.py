@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import islice
 
-from gruppo.data.references import answer_text, answer_texts
+from gruppo.data.references import answer_text, answer_texts, listed_in
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.digits import ascii_digits
 
@@ -53,12 +53,21 @@ def same_number(text: str, answer: object) -> bool:
     """Whether the last number of `text` equals the last number of `answer`.
 
     If `answer` is a list of numbers ("7, -2, and -5"), as many numbers at the end of `text` have to equal all of them,
-    in any order. Raises UsageError if `answer` contains no number.
+    in any order. So for a list written inside a text ('["4", "5"]'); if one of its items has no number, `text` has to
+    be written the same way. Raises UsageError if `answer` contains no number.
     """
     reference = ascii_digits(answer_text(answer))
+    if items := listed_in(reference):
+        members = [list(islice(_last_numbers(item), 1)) for item in items]
+        if any(members):
+            return _same_numbers(text, [number for (number,) in members]) if all(members) else same_text(text, answer)
     wanted = list(_last_numbers(reference)) if _LIST.fullmatch(reference) else list(islice(_last_numbers(reference), 1))
     if not wanted:
         raise UsageError(f"answer = {answer!r}: contains no number; write a number, or use the grader exact_match")
+    return _same_numbers(text, wanted)
+
+
+def _same_numbers(text: str, wanted: list[Fraction]) -> bool:
     return sorted(islice(_last_numbers(text), len(wanted))) == sorted(wanted)
 
 

@@ -9,14 +9,18 @@ import re
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from gruppo.data.boxes import last_box
+from gruppo.data.references import listed_in
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.arithmetic import calculated
 from gruppo.rewards.grading.extraction import Decision, decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
+from gruppo.rewards.grading.stated import GIVEN
 from gruppo.rewards.grading.symbolic import matched
-from gruppo.rewards.grading.units import EVERYDAY, is_unit, units_of
+from gruppo.rewards.grading.terms import CONTINUED, has_variable, settled
+from gruppo.rewards.grading.units import EVERYDAY, units_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,6 @@ class Answered:
     readings: tuple[Quantity, ...]
     text: str
     rule: str
-    bound: bool = False  # "less than 13": not an answer unless a bound was asked for
 
 
 _ABOUT = re.compile(
@@ -49,15 +52,19 @@ _OR = re.compile(
 _SPACED = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3}){1,9})(?![\d,])")
 
 
-_SPACED_ZEROS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3}){0,9} 000(?![\d,])")
+# Groups of three digits that are one number wherever they stand: "70 000", "1 234 567".
+_SPACED_WIDE = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?: \d{3}){0,9} 000|(?: \d{3}){2,9})(?![\d,])")
 
 
 def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tuple[Quantity, ...]:
     """The number that a decision states: several readings if it leaves the number open, empty if it states none.
 
-    `units`: letters that are units after a number; any other letter there is a variable.
+    A formula that is not one number ("13x", "5\\sqrt3") leaves it open. `units`: letters that are units after a number;
+    any other letter there is a variable.
     """
     clean = cleaned(decision.text)
+    if _MATRIX.match(decision.text):
+        return _open(Quantity(Fraction(0), 0, False, 0, 0))
     if decision.rule in ("tags", "boxed"):
         return _whole(clean, units)
     clean = _SPECIFIED.sub("", sentence(clean))
@@ -67,19 +74,14 @@ def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tupl
     if not numbers:
         word = spelled(clean, last=False)
         return (word,) if word else ()
-    if _UNKNOWN.search(clean) or (begins and _has_variable(clean, numbers[0], units)):
+    if _UNKNOWN.search(clean) or (begins and has_variable(clean, numbers[0], units)):
         return _open(numbers[0])
     if between := _BETWEEN.match(clean):
         return tuple(number for number in numbers if number.start >= between.end())[:2]
     if decision.rule in ("label", "####") and not begins:
-        outside = _outside(clean, numbers)
-        if len(outside) == 1 and decision.rule == "label" and len(clean) < 80:
-            return _closed(clean, outside[0], units)
-        said = [verb.end() for verb in _VERB.finditer(clean)] if decision.rule == "label" else []
-        stated = [number for number in outside if said and number.start >= said[-1]]
-        return _closed(clean, stated[0], units) if stated and _ABOUT.match(clean, said[-1]) else ()
+        return _in_line(clean, numbers, units) if decision.rule == "label" else ()
     if not begins:
-        return (_result(clean, numbers),)
+        return _settled(clean, _result(clean, numbers), units)
     if worked := _WORKED_OUT.match(clean, begins.end()):
         return (next(number for number in numbers if number.end >= worked.end()),)
     chained = _chained(clean, begins.end(), numbers)
@@ -87,12 +89,34 @@ def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tupl
         return ()
     if chained is numbers[0] and (_operator(clean, chained.end) or _RAISED.match(clean, chained.end)):
         value = calculated(clean[begins.end() :])
-        result = numbers[-1] if value is None else Quantity(value, None, False, 0, 0)
-        if _operator(clean, chained.end):  # an expression that is not evaluated is not an answer
-            return (chained, result)
-        if value is not None:
-            return (result,)
-    return _alternatives(clean, chained, numbers)
+        if value is None:
+            return _settled(clean, chained, units)
+        result = Quantity(value, None, False, 0, 0)
+        return (chained, result) if _operator(clean, chained.end) else (result,)  # "8 + 19" is not an answer yet
+    listed = _is_list(clean)
+    if listed and len(_listed(clean)) != len(numbers):
+        return _open(chained)
+    chosen = numbers if listed else _alternatives(clean, chained, numbers)
+    settled_ones = [_settled(clean, number, units) for number in chosen]
+    return tuple(reading for readings in settled_ones for reading in readings)
+
+
+def _in_line(clean: str, numbers: Sequence[Quantity], units: Collection[str]) -> tuple[Quantity, ...]:
+    """The number of a line after a label that begins with words: after its last verb, or the only one not given."""
+    outside = _outside(clean, numbers)
+    if len(outside) == 1 and len(clean) < 80:
+        return _settled(clean, outside[0], units)
+    verb = max((verb.end() for verb in _VERB.finditer(clean)), default=None)
+    stated = [number for number in outside if verb is not None and number.start >= verb]
+    if stated and _ABOUT.match(clean, verb or 0):
+        return _settled(clean, stated[0], units)
+    new = [one for one in outside if not GIVEN.search(clean, max(0, one.start - 20), one.start)]
+    return _settled(clean, new[0], units) if len(new) == 1 else ()
+
+
+_MATRIX = re.compile(
+    r"[\s$]*+(?:\\[(\[]|\\left)?\s*+[(\[|]?\s*+\\begin\{(?:[a-zA-Z]?(?:small)?matrix\*?|array|cases)\}"
+)
 
 
 # Terms with an unknown or an error margin: "13x", "x + 13", "13 ± 2".
@@ -106,14 +130,8 @@ _BETWEEN = re.compile(r"\s*(?:somewhere )?between (?=[^a-z]*\d[^a-z]*\band\b)")
 
 _BOUND = re.compile(
     r"\b(?:(?:less|more|fewer|greater|larger|smaller|higher|lower) than|at (?:least|most)|no (?:more|less|fewer) than|"
-    r"up to|minimum|maximum|least|most|above|below|over|under)\b|至少|至多|最多|最少|大于|小于|超过|不到"
-)
-
-
-_BOUNDED = re.compile(
-    r"[\s:*]*(?:is |strictly |clearly )?"
-    r"(?:(?:less|more|fewer|greater|larger|smaller|higher|lower) than|at (?:least|most)|"
-    r"no (?:more|less|fewer) than)\b(?!\s+or equal)"
+    r"up to|minimum|maximum|least|most|above|below|over|under)\b|至少|至多|最多|最少|大于|小于|超过|不到|[<>≤≥≠±]|"
+    r"\\(?:leq?(?:slant)?|geq?(?:slant)?|lt|gt|neq?|pm|mp)(?![A-Za-z])"
 )
 
 
@@ -136,45 +154,74 @@ def _open(number: Quantity) -> tuple[Quantity, ...]:
     return number, replace(number, value=number.value + 1)
 
 
-def _closed(clean: str, number: Quantity, units: Collection[str]) -> tuple[Quantity, ...]:
-    return _open(number) if _has_variable(clean, number, units) else (number,)
+def _settled(clean: str, number: Quantity, units: Collection[str], worked_out: bool = False) -> tuple[Quantity, ...]:
+    """The reading of a number in its formula, open if the formula is not one number."""
+    found = None if _is_coordinate(clean, number) else settled(clean, number, units, worked_out)
+    return _open(number) if found is None else (replace(found, bound=True),) if _limited(clean, number) else (found,)
 
 
-# A letter right after a number, or with an exponent: a variable if it is no unit.
-_LETTER = re.compile(r"(?P<space>\s?)(?P<letters>[A-Za-z]{1,3})(?![A-Za-z'’])(?P<raised>\s*+\^)?")
-_PRODUCT = re.compile("[abcnpqruvwxyz]{2,3}")
+def _is_list(clean: str) -> bool:
+    """Whether a text is a list of formulas, without words: "0, \\pi, 2\\pi"."""
+    parts = _LIST_MARK.split(_THOUSANDS.sub("", clean.strip(" .")))
+    return sum(bool(part.strip()) for part in parts) > 1 and not _NOUN.search(clean)
 
 
-def _has_variable(clean: str, number: Quantity, units: Collection[str]) -> bool:
-    found = _LETTER.match(clean, number.end)
-    if not found or (found["letters"] in units and units is not EVERYDAY) or (found["space"] and not found["raised"]):
-        return False
-    letters = found["letters"]
-    if units is EVERYDAY and found["raised"] and letters != "m":
-        return True
-    if letters in units:
-        return False
-    return len(letters) == 1 or (bool(_PRODUCT.fullmatch(letters)) and not is_unit(letters, units, False))
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|\\[,;:! ]")  # commas and spacing that separate no items
+
+
+def _is_coordinate(clean: str, number: Quantity) -> bool:
+    """Whether a number is a part of a point or an interval: "(1, 2)", "[0,\\infty)"."""
+    begin = max(0, number.start - 60)
+    for pair in _PAIR.finditer(clean, begin, number.end + 60):
+        if pair.start() < number.start < pair.end():
+            others = clean[pair.start() : number.start] + clean[number.end : pair.end()]
+            return "," in others and not _NOUN.search(others)
+    return False
+
+
+_PAIR = re.compile(r"[(\[][^()\[\]\n]*+[)\]]")
+_NOUN = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}|[\u4e00-\u9fff]")
+
+
+def _limited(clean: str, number: Quantity) -> bool:
+    """Whether words before a number make it a bound: "at least 13"."""
+    return bool(_LIMIT.search(clean, max(0, number.start - 40), number.start))
+
+
+_LIMIT = re.compile(
+    r"(?:\b(?:less|more|fewer|greater|larger|smaller|higher|lower) than|\bat (?:least|most)|"
+    r"\bno (?:more|less|fewer) than|至少|至多|最多|最少|大于|小于|超过|不到)\s*(?:about |only |just )?[\s({*]*$"
+)
 
 
 def _whole(clean: str, units: Collection[str]) -> tuple[Quantity, ...]:
     """The number of a box or of tags: its last equation's result, the value of an expression, or its only number."""
     clean = _SPACED.sub(lambda found: found[0].replace(" ", ""), clean.strip())
-    clean = re.split(r"=|\\approx|≈", clean)[-1] if re.search(r"(?:=|\\approx|≈)\s*\S", clean) else clean
     numbers = quantities(clean)
     if not numbers:
         word = spelled(clean, last=False)
-        return (word,) if word else ()
-    if _has_variable(clean, numbers[0], units) and len(numbers) == 1:
+        return (word,) if word else _open(Quantity(Fraction(0), 0, False, 0, 0)) if _SYMBOLIC.search(clean) else ()
+    begin = max((found.end() for found in _EQUALS.finditer(clean)), default=0)
+    numbers = [number for number in numbers if number.start >= begin] or numbers
+    about = _ABOUT.match(clean, begin)
+    if len(numbers) > 1 and len(_listed(clean)) == len(numbers):
+        chosen = tuple(numbers)
+    elif _is_list(clean):
         return _open(numbers[0])
-    if len(numbers) > 1 or re.search(r"[-+*/×÷^!√]|\\(?:times|cdot|div|sqrt|[dtc]?frac)", clean):
-        value = calculated(clean)
-        if value is not None:
-            return (Quantity(value, None, False, 0, len(clean)),)
-    begins = _ABOUT.match(clean)
-    if begins and len(numbers) > 1:
-        return _alternatives(clean, numbers[0], numbers)
-    return (numbers[0],) if begins else (numbers[-1],)
+    elif about and len(numbers) > 1 and calculated(clean[begin:]) is None:
+        chosen = _alternatives(clean, numbers[0], numbers)
+    else:
+        chosen = (numbers[0] if about else numbers[-1],)
+    return tuple(reading for number in chosen for reading in _settled(clean, number, units, worked_out=True))
+
+
+_EQUALS = re.compile(r"(?:=|\\approx|≈)(?=\s*+\S)")
+
+
+# A formula without digits, as opposed to words: "\\pi", "x", "a + b".
+_SYMBOLIC = re.compile(
+    r"\\(?:pi|sqrt|log|ln|infty|frac|pm)(?![A-Za-z])|[√π∞]|^\W*[b-z]\W*$|(?<![A-Za-z])[a-z]\s?[-+*/^=]\s?[a-z](?![A-Za-z])"
+)
 
 
 def _chained(clean: str, start: int, numbers: Sequence[Quantity]) -> Quantity:
@@ -220,23 +267,30 @@ def answered_number(text: str, question: str = "", reference: str = "") -> Answe
     """
     text = own_answer(text)
     units = units_of(reference, question) if question else EVERYDAY
+    bounds = bool(_BOUND.search(f"{reference} {question}"))
     box = last_box(text)
     for decision in reversed(decisions(text)[-DECISIONS:]):
         shown = box[1] if box and decision.rule == "boxed" and decision.start >= box[0] else decision.text
         if decision.rule == "label" and _continues_to_calculate(text, decision):
             continue
         if readings := read_decision(decision._replace(text=shown), units):
-            return Answered(readings, decision.text[:200], decision.rule, bool(_BOUNDED.match(decision.text)))
-    clean = _SPACED_ZEROS.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
+            return Answered(_without_bounds(readings, bounds), decision.text[:200], decision.rule)
+    clean = _SPACED_WIDE.sub(lambda found: found[0].replace(" ", ""), cleaned(text))
     written = quantities(clean)
     numbers = [number for number in written if not _DENIED.search(clean, max(0, number.start - 40), number.start)]
     if written and not numbers:
         return None
     if numbers:
         chosen = _computed(clean, numbers, question)
-        return Answered((chosen,), clean[chosen.start : chosen.end], "last number")
+        readings = _without_bounds(_settled(clean, chosen, units), bounds)
+        return Answered(readings, clean[chosen.start : chosen.end], "last number")
     word = spelled(last_sentence(clean), last=True)
     return Answered((word,), last_sentence(clean)[:200], "last number") if word else None
+
+
+def _without_bounds(readings: tuple[Quantity, ...], bounds: bool) -> tuple[Quantity, ...]:
+    """The readings; open if one is a bound and `bounds` are not asked for."""
+    return _open(readings[0]) if not bounds and any(reading.bound for reading in readings) else readings
 
 
 # Words before a number that deny it or only suppose it: "the answer is not 18", "it's 18, not 20".
@@ -306,11 +360,9 @@ def reference_numbers(answer: object) -> tuple[Quantity, ...]:
 
     Raises UsageError if it contains no number.
     """
-    text = str(answer).rpartition("####")[2]
-    if box := last_box(text):
-        text = box[1]
+    text = _reference_text(answer)
     found = []
-    for part in text.split(";"):
+    for part in listed_in(text) or text.split(";"):
         clean = cleaned(part)
         numbers = quantities(clean)
         if len(numbers) > 1 and (listed := _listed(clean)):
@@ -326,9 +378,38 @@ def reference_numbers(answer: object) -> tuple[Quantity, ...]:
     return tuple(found)
 
 
+# The result of a division with remainder: "5 r 3".
+_REMAINDER = re.compile(
+    r"(?<![\d.,])(\d{1,9})\s*+(?:,\s*+)?(?:(?:with|and)\s++(?:(?:a|the)\s++)?)?"
+    r"(?:[rR]\.?|[Rr]emainder|REMAINDER|[Rr]em\.?|余|\.{3,6}|…{1,2})\s*+(?:(?:of|is|=)\s*+)?(\d{1,9})(?![\d.]*\d)"
+)
+
+
+def _reference_text(answer: object) -> str:
+    text = str(answer).rpartition("####")[2]
+    box = last_box(text)
+    return (box[1] if box else text).strip()
+
+
+def _is_no_number(reference: str, units: Collection[str]) -> bool:
+    """Whether a reference is a formula that is not one number ("16\\pi"), or a list of other things than numbers."""
+    if items := listed_in(reference):
+        return any(len(quantities(cleaned(item))) != 1 or _is_no_number(item, units) for item in items)
+    clean = cleaned(reference)
+    numbers = quantities(clean)
+    if not numbers or _listed(clean) or ";" in reference:
+        return False
+    return settled(clean, numbers[0] if _ABOUT.match(clean) else numbers[-1], units, worked_out=True) is None
+
+
+def _as_written(text: str) -> str:
+    """A text for comparison letter by letter: without white space, quotes and styles."""
+    return re.sub(r"[\s\"'`*]+", "", cleaned(text)).rstrip(".").casefold()
+
+
 def _listed(clean: str) -> list[Quantity]:
     """The numbers of a list, if every part of the text is one number with at most a name and a unit; else []."""
-    parts = [part for part in _LIST_MARK.split(clean.strip(" {}()[]")) if part and part.strip()]
+    parts = [part for part in _LIST_MARK.split(clean.strip(" {}()[]\\")) if part and part.strip()]
     found = [quantities(part) for part in parts]
     single = all(len(numbers) == 1 and _ABOUT.match(part) for numbers, part in zip(found, parts, strict=True))
     return [numbers[0] for numbers in found] if single and len(parts) > 1 else []
@@ -338,23 +419,44 @@ def grade_number(text: str, answer: object, question: str = "") -> bool:
     """Whether the number that a text gives as its answer equals the reference.
 
     With several reference numbers, the text must give all of them: in the same order if semicolons separate them, in
-    any order if commas or "and" do. Raises UsageError if `answer` contains no number.
+    any order if commas or "and" do. A reference that is no number ("16\\pi") and no list of numbers must be written the
+    same way. Raises UsageError if `answer` contains no number.
     """
-    wanted = reference_numbers(answer)
-    answered = answered_number(text, question, str(answer))
-    if answered is None:
+    wanted, reference = reference_numbers(answer), _reference_text(answer)
+    if divided := _REMAINDER.fullmatch(reference):
+        found = [match.groups() for match in _REMAINDER.finditer(cleaned(_stated(own_answer(text))))]
+        return bool(found) and found[-1] == divided.groups()
+    units = units_of(str(answer), question) if question else EVERYDAY
+    no_number = _is_no_number(reference, units)
+    if (no_number or listed_in(reference)) and _as_written(_stated(own_answer(text))) == _as_written(reference):
+        return True
+    if no_number:
         return False
     if len(wanted) == 1:
-        if answered.bound and not _BOUND.search(f"{answer} {question}"):
-            return False
-        readings = answered.readings
+        answered = answered_number(text, question, str(answer))
+        readings = answered.readings if answered else ()
         same = [same_quantity(reading, wanted[0]) for reading in readings]
         return any(same) if all(same_quantity(reading, readings[0]) for reading in readings) else all(same)
-    own = own_answer(text)
-    box, named = last_box(own), decisions(own)
-    stated = box[1] if box and named and named[-1].start >= box[0] else named[-1].text if named else last_sentence(own)
-    clean = cleaned(stated if box else sentence(stated))
-    numbers = _listed(clean) or quantities(clean)
+    numbers = _answered_list(own_answer(text), len(wanted), units)
     if ";" in str(answer):
         return len(numbers) == len(wanted) and all(map(same_quantity, numbers, wanted))
     return matched(wanted, numbers, lambda one, other: same_quantity(other, one))
+
+
+def _stated(text: str) -> str:
+    """The last box, else the last decision, else the last sentence."""
+    box, named = last_box(text), decisions(text)
+    if box and named and named[-1].start >= box[0]:
+        return box[1]
+    return sentence(named[-1].text) if named else last_sentence(text)
+
+
+def _answered_list(text: str, count: int, units: Collection[str]) -> Sequence[Quantity]:
+    """The numbers, `count` if possible, that a text states as a list; [] if one of its formulas is not a number."""
+    clean = re.sub(r"\\[{}]", " ", cleaned(_stated(text)))
+    numbers, listed = quantities(clean), _listed(clean)
+    if len(listed) == count != len(numbers):
+        return listed  # "2,300" as two numbers
+    found = [settled(clean, number, units) for number in numbers]
+    plain = [number for number in found if number is not None and not number.bound]
+    return plain if len(plain) == len(found) and not CONTINUED.search(clean) else []

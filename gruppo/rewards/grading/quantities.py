@@ -19,7 +19,8 @@ class Quantity:
     """A number in a text.
 
     `value`: exact, scale words included. `decimals`: digits after the decimal point, None for a fraction.
-    `percent`: whether a percent sign or word follows. `start`, `end`: its span in the cleaned text.
+    `percent`: whether a percent sign or word follows. `start`, `end`: its span in the cleaned text. `bound`: whether it
+    only limits a number ("x > 5"), or its sign is open ("±5").
     """
 
     value: Fraction
@@ -27,6 +28,7 @@ class Quantity:
     percent: bool
     start: int
     end: int
+    bound: bool = False
 
 
 _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -34,7 +36,7 @@ _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 _SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-    "k": 1000, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+    "k": 1000, "m": 10**6, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 
 
@@ -53,8 +55,11 @@ _NUMBER = re.compile(
 
 _AFTER = re.compile(
     r"\s*(?:(?P<percent>%|percent\b|per cent\b|percentage points?\b)|"
-    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千(?![米克瓦])|万|亿|(?<=\d)[kK]\b))"
+    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千(?![米克瓦])|万|亿|(?<=\d)[kKM]\b))"
 )
+
+
+_UNIT_WORD = r"[A-Za-z]{1,12}(?:\s?\^\s?(?:\d|\{\d\}))?"
 
 
 _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
@@ -76,6 +81,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"(?<=\d)[*]{2}(?=\d)", "^"),
         (r"\*\*|__|\\[()\[\]$]|[$€£¥₹￥]|\\(?:pounds|euro)\b", ""),
         (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|textit|rm|bf)\s*\{([^{}]*)\}", r" \1 "),
+        (rf"\\[dtc]?frac\s*\{{\s*({_UNIT_WORD})\s*\}}\s*\{{\s*({_UNIT_WORD})\s*\}}", r"\1/\2"),
         (r"(?<=\d)\s*\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"),
         (r"\\[dtc]?frac\s*\{\s*(-?)\s*([\d.]+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1\2/\3"),
         (r"(?<=\d)\s*\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2"),
@@ -94,6 +100,8 @@ def cleaned(text: str) -> str:
     """The text with numbers in one notation: LaTeX, full-width digits, signs and powers of ten become plain ASCII."""
     text = braced(ascii_digits(text))
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPT) + "}", text)
+    text = re.sub("[₀-₉]+", lambda found: "_{" + unicodedata.normalize("NFKC", found[0]) + "}", text)
+    text = re.sub("[①-⒛⓪-⓾]{2,}", " ", text)  # a list of labels
     text = re.sub("(?<=\\d)[½¼¾⅓⅔]", lambda found: " " + found[0], text)
     text = _SHARE.sub(_share, text)
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("−", "-").replace("﹣", "-")
@@ -171,7 +179,9 @@ _WORDS = {word: value for value, word in enumerate(_ONES)} | {word: 10 * n for n
 
 
 _ENGLISH = re.compile(
-    r"\b(?:{0})(?:(?:[\s-]+(?:and\s+)?)(?:{0}|hundred|thousand|million)){{0,24}}\b".format("|".join(_WORDS)),
+    r"(?:\bnegative\s|(?:(?<!\w\s)|(?<=\b(?:is|be)\s))\bminus\s)?\b(?:{0})(?:(?:[\s-]+(?:and\s+)?)(?:{0}|hundred|thousand|million)){{0,24}}\b".format(
+        "|".join(_WORDS)
+    ),
     re.IGNORECASE,
 )
 
@@ -195,16 +205,20 @@ def chinese_number(text: str) -> int | None:
 
 
 def english_number(words: str) -> int:
-    """Value of a number in English words: "one hundred and five" is 105. Raises KeyError for any other word."""
+    """Value of a number in English words: "one hundred and five" is 105, "negative five" is -5. Raises KeyError for any
+    other word.
+    """
     total = part = 0
-    for word in re.split(r"[\s-]+", words.lower()):
+    first, *others = re.split(r"[\s-]+", words.lower())
+    negative = first in ("negative", "minus")
+    for word in others if negative else (first, *others):
         if word == "hundred":
             part = (part or 1) * 100
         elif word in ("thousand", "million"):
             total, part = total + (part or 1) * _SCALES[word], 0
         elif word != "and":
             part += _WORDS[word]
-    return total + part
+    return -(total + part) if negative else total + part
 
 
 def spelled(clean: str, last: bool) -> Quantity | None:

@@ -20,34 +20,60 @@ _ITEM = re.compile(r"[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$"
 
 # The verb after which a sentence gives its value: "the largest n is 34".
 _COPULA = re.compile(
-    r"(?<=[\s$)])(?:is|are|was|were|be|equals?|becomes|gives|has|have)"
+    r"(?<=[\s$)])(?:(?:must|should|has to|have to|will|would|can only) (?=be |equal ))?+"
+    r"(?:is|are|was|were|be|equals?|becomes|gives|has|have)"
     r"(?: (?:equal to|exactly|just|only|therefore|thus|then))*+"
     r"(?=[\s:])\s*+:?\s*+"
 )
+# The words before a number that only names what was given ("of the 20 points"), and what follows an answer.
+GIVEN = re.compile(r"\b(?:the|these|those|all|both|his|her|their|its|our|my|your)(?: other)?\s+\$?$", re.IGNORECASE)
+_WITHIN = re.compile(
+    r"\s(?:of|for|in|from|on|to|by|with|among|at|between) (?:the|these|those|all|each|every|his|her|their|its|our)\b"
+)
+_NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d++(?:[.,/]\d++)*+)")
 _ABOUT_IT = re.compile(r"\s+(?:is|are|was) (?:the|a|an|our|my|your)\b")
 
 
 def said_formula(decision: Decision) -> str:
-    """The formula that a decision's text states: the one with which it begins, else the one after its last verb.
+    """The formula that a decision's text states: the one with which it begins, unless its value follows ("$x$ is 5");
+    else the one after its last verb, or the only number that is not given ("17 of the 20 points").
 
     Words are cut at a reason ("because …").
     """
     text = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
     found = formulas(text)
     if found and found[0].start == 0:
-        return _connected(text, found)
+        verb = _COPULA.match(text, found[0].end + 1)
+        return (_value(text[verb.end() :]) if verb else "") or _connected(text, found)
     text = re.sub(r"(?<=\d)\.(?=\s*$|\s+[A-Z])", " . ", text)
     found = formulas(text)
     if re.match(r"[-+\d\\(\[{]", text):
         return _ABOUT_IT.split(_REASON.split(text, maxsplit=1)[0], maxsplit=1)[0].strip(" *")
     verbs = [verb for verb in _COPULA.finditer(text) if not any(one.start < verb.start() < one.end for one in found)]
     for verb in reversed(verbs):
-        after = text[verb.end() :]
-        if after.startswith(("$", "\\(", "\\[")) and (inner := formulas(after)) and inner[0].start == 0:
-            return _connected(after, inner)
-        if re.match(r"[-+]?[\d.√∞π]|\\(?!text)", after):
-            return _REASON.split(after, maxsplit=1)[0].strip(" *")
-    return found[-1].text if found else _REASON.split(text, maxsplit=1)[0].strip(" *")
+        if value := _value(text[verb.end() :]):
+            return value
+    if found:
+        return _new(text, found)[-1].text
+    numbers = _new(text, [Formula(one.start(), one.end(), one[0]) for one in _NUMBER.finditer(text)])
+    return _until_reason(text[numbers[0].start :] if len(numbers) == 1 else text)
+
+
+def _new(text: str, found: Sequence[Formula]) -> Sequence[Formula]:
+    """The formulas that are not given, or all if there are only given ones."""
+    return [one for one in found if not GIVEN.search(text, max(0, one.start - 20), one.start)] or found
+
+
+def _value(text: str) -> str:
+    """The formula or number with which a text begins; "" if it begins with words."""
+    if text.startswith(("$", "\\(", "\\[")) and (inner := formulas(text)) and inner[0].start == 0:
+        return _connected(text, inner)
+    return _until_reason(text) if re.match(r"[-+]?[\d.√∞π]|\\(?!text)", text) else ""
+
+
+def _until_reason(text: str) -> str:
+    text = _REASON.split(text, maxsplit=1)[0]
+    return (_WITHIN.split(text, maxsplit=1)[0] if _NUMBER.match(text) else text).strip(" *")
 
 
 def _connected(text: str, found: Sequence[Formula]) -> str:

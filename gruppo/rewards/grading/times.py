@@ -1,4 +1,4 @@
-"""Times of day: "4:30 p.m.", 16:30, "half past four in the afternoon", 下午4点半."""
+"""Times of day: "4:30 p.m.", 16:30, "half past four in the afternoon", "16.30 Uhr", 下午4点半."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _CHINESE_HALVES = {
 
 _TIME = re.compile(
     rf"(?<![\d.:/a-z])(?:(?P<past>half|quarter|a quarter)\s(?P<side>past|to)\s(?P<hour_past>{_HOUR})\b(?:\so'?clock)?"
-    rf"|(?P<hour>\d{{1,2}})\s?[:h]\s?(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?(?![\d:/]|\.\d)"
+    rf"|(?P<hour>\d{{1,2}})\s?[:h]\s?(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?(?![\d:/]|\.\d)(?:\suhr\b)?"
     rf"|(?P<hour_point>\d{{1,2}})\.(?P<minute_point>[0-5]\d)(?=\s?[ap]m\b)"
-    rf"|(?P<hour_clock>{_HOUR})\s?o'?clock"
+    rf"|(?P<hour_clock>{_HOUR})\s?(?:o'?clock|uhr\b)"
     rf"|(?P<hour_alone>\d{{1,2}})"
     r"(?=\s?[ap]m\b|\s?(?:noon|midnight)\b|\sin the (?:morning|afternoon|evening)\b|\sat night\b))"
     rf"{_HALVES}?"
@@ -79,6 +79,7 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"[’‘]", "'"),
         (r"\s+", " "),
         (rf"({'|'.join(_CHINESE_HALVES)}) ?(\d{{1,2}}):([0-5]\d)(?!\d)", r"\1\2点\3分"),
+        (r"(?<![\d:.])(\d{1,2})\.([0-5]\d) ?uhr\b|(?<![\d:.])(\d{1,2}) ?uhr ([0-5]\d)(?!\d)", r"\1\3:\2\4 uhr"),
         (r"(?<=[\d\w]) ?\b([ap])\.? ?m\b\.?", r" \1m"),
         (r"(?<=\d)([ap])\.? ?m\b\.?", r" \1m"),
     )
@@ -183,8 +184,8 @@ def reference_times(answer: object, question: str = "") -> list[Time]:
 
 
 def _named(clean: str, found: Sequence[Time]) -> bool:
-    """Whether words say that all of these are times: "o'clock", "half past", 点."""
-    return all(re.search(r"clock|past|quarter|[点时]", clean[time.start : time.end]) for time in found)
+    """Whether words say that all of these are times: "o'clock", "half past", "Uhr", 点."""
+    return all(re.search(r"clock|past|quarter|uhr|[点时]", clean[time.start : time.end]) for time in found)
 
 
 def _outside(clean: str, found: Sequence[Time]) -> list[str]:

@@ -6,16 +6,27 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gruppo.data.options import MARKS, TEXT_STYLE
+from gruppo.data.references import listed_in
 from gruppo.errors import UsageError
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer, sentence
 
 LONGEST = 1000  # characters of a passage that is read
 
 
+_AND = re.compile(r"\s*+(?:,\s*+(?:and\b)?|\band\b|;)\s*+|\\(?:text|mathrm)\s*+\{\s*+and\s*+\}")
+
+
 _TITLE = re.compile(r"\b(Mrs?|Ms|Miss|Dr|Prof)\b\.?\s+")
 
 
 _SAME = re.compile(r"\b(?:equal(?:ly)?|same|ti(?:e|ed)|neither|identical|no difference|as (?:much|many) as)\b")
+
+
+# Other ways of saying "the same": "they both have 5", "no one has more".
+_ALIKE = re.compile(
+    r"\b(?:both|each)(?: [a-z]+){1,3}? \d[\d.,]*+(?!.*\b(?:together|total|altogether|combined|respectively|and \d))"
+    r"|\b(?:no one|nobody|none)(?: \w+){1,3}? (?:more|less|fewer|\w{2,12}er)\b(?!.*\bthan\b)"
+)
 
 
 _DENIED = re.compile(r"\b(?:not|never|cannot)\b|n['’]t\b")
@@ -45,8 +56,8 @@ def grade_word_problem(text: str, answer: object, question: str = "") -> bool:
     """Whether a text gives the reference answer: a number as `grade_number` reads it, else words.
 
     Words match regardless of case, articles, titles and punctuation. A sentence names the reference if it names it
-    first among the names of the question, apart from what it only compares with ("more than Jacob"). Raises UsageError
-    if `answer` is empty.
+    first among the names of the question, apart from what it only compares with ("more than Jacob"). Of a list written
+    inside a text, the text must give all items. Raises UsageError if `answer` is empty.
     """
     if is_numeric(answer):
         from gruppo.rewards.grading.numbers import grade_number
@@ -59,23 +70,63 @@ def grade_word_problem(text: str, answer: object, question: str = "") -> bool:
     said = _words(passage)
     if not said:
         return False
+    if items := listed_in(str(answer)):
+        return sorted(map(_words, items)) == sorted(map(_words, listed_in(passage) or _AND.split(passage)))
     if said == wanted or (whole and _names(said, wanted)):
         return True
     if _SAME.search(wanted):
-        return bool(_SAME.search(said)) and not _DENIED.search(said)
+        return bool(_SAME.search(said) or _ALIKE.search(said)) and not _DENIED.search(said)
     if _SAME.search(said) and not re.search(r"\bnot (?:equal|the same|tied)\b", said):
         return False
     if wanted in ("yes", "no"):
-        return said.split(maxsplit=1)[0].strip(",;") == wanted
+        return _yes_or_no(said, _words(question)) == wanted
     first = wanted.split(maxsplit=1)[0]
     others = [
         name
         for name in names(question)
         if not _overlap(name, wanted) and f"{name} {first}" not in _words(question)  # "Mr. Hoover's History class"
     ]
+    said = _concluded(said, [*_forms(wanted), *others])
     subject = _OTHER.sub(lambda found: " " * len(found[0]), said)
     place = min((_place(subject, form) for form in _forms(wanted)), default=len(subject))
     return place < len(subject) and all(_place(subject, name) > place for name in others) and not _denied(said, place)
+
+
+_CONCLUSION = re.compile(
+    r".*\b(?:so|therefore|thus|hence|which means(?: that)?|this means(?: that)?)\b,?\s*(?!that\b|far\b)"
+)
+_CONDITION = re.compile(
+    r"(?:starting|beginning|counting|from|after|before|if|when|since|because|given|as|with)\b[^,]*+,\s*"
+)
+
+
+def _concluded(said: str, known: Sequence[str]) -> str:
+    """The part of a sentence that concludes: after its last "so", and without a condition before it, if that part has a
+    known name.
+    """
+    for pattern in (_CONCLUSION, _CONDITION):
+        found = pattern.match(said)
+        if found and any(_place(said[found.end() :], name) < len(said) - found.end() for name in known):
+            said = said[found.end() :]
+    return said
+
+
+_VERB_DENIED = re.compile(
+    r"\b(?:(?:is|are|was|were|do|does|did|can|could|will|would|has|have|had) not|cannot|\w+n't)\b"
+)
+_UNSURE = re.compile(r"\b(?:clear|sure|known?|say|tell|determined?|certain|information|possible to)\b")
+_EMPTY = frozenset(["so", "therefore", "thus", "hence", "indeed", "it", "he", "she", "they", "that", "this", "there"])
+
+
+def _yes_or_no(said: str, question: str) -> str:
+    """The answer "yes" or "no" that a sentence gives with its first word, or by repeating or denying the question."""
+    first = said.split(maxsplit=1)[0].strip(",;")
+    if first in ("yes", "no") or _UNSURE.search(said):
+        return first
+    if len(_VERB_DENIED.findall(said)) == 1:
+        return "no"
+    words = set(re.findall(r"\w+", said)) - _EMPTY
+    return "yes" if words and words <= set(re.findall(r"\w+", question)) and not _DENIED.search(said) else ""
 
 
 def stated(text: str) -> tuple[str, bool]:

@@ -25,6 +25,7 @@ from gruppo.rewards.grading import (
     numbers,
     parsing_work,
     quantities,
+    terms,
     units,
     weighing,
 )
@@ -49,11 +50,13 @@ BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORK
 # Patterns that are tried at one place of a text, not searched for.
 ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "LABELLED", "_ARTICLE", "_ALONE",
             "_FIRST", "_ONLY", "_OR_ELSE", "_RETRACTED", "_REFUSED", "_NO_AFTER", "_OF_THE_NEXT", "_YES_AFTER",
-            "_ALL_AFTER", "_FRACTION", "_UPRIGHT_LETTER", "_BUILDER", "_MEMBER", "_UNIT_VECTOR"}  # fmt: skip
+            "_ALL_AFTER", "_FRACTION", "_UPRIGHT_LETTER", "_BUILDER", "_MEMBER", "_UNIT_VECTOR", "_BEFORE",
+            "_NUMBER_BEFORE", "_FACTOR", "_PER", "_MATRIX", "_UNIT_NOUN"}  # fmt: skip
 
 
 NUMBERS = (
-    boxes, conditions, extraction, last_number, latex, math_verify, matrices, numbers, parsing_work, quantities, units,
+    boxes, conditions, extraction, last_number, latex, math_verify, matrices, numbers, parsing_work, quantities,
+    terms, units,
 )  # fmt: skip
 CHOICES = (options, choices, weighing)
 
