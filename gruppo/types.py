@@ -104,7 +104,8 @@ class Reward:
     `total`: the weighted sum of `parts`, or None if the completion is excluded. `parts`: rewards by function name; None
     if the function returned None ("does not apply"). `steps`: step rewards by function name; with step rewards only,
     `total` is 0. `failure`: why there is no usable reward, in words. `failures`: reasons by the name of the functions
-    that failed. A failure is never converted to a number.
+    that failed. A failure is never converted to a number. `printed`: what each function printed while it scored the
+    group of the completion.
     """
 
     total: float | None
@@ -113,6 +114,7 @@ class Reward:
     extra: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[str, Steps] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
+    printed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

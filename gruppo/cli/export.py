@@ -48,40 +48,49 @@ def export(
 
 
 def rerun_reward_(
-    file: Annotated[Path, typer.Argument(help="A file in the failures/ folder of a run.")],
+    source: Annotated[Path, typer.Argument(help="A file in the failures/ folder of a run, or a run folder.")],
+    step: Annotated[int | None, typer.Option(help="With a run folder: the step of the call, from 1.")] = None,
+    group: Annotated[int | None, typer.Option(help="With a run folder: the number of the group, from 0.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="With a run folder: the name of the reward, if there are several.")
+    ] = None,
     function: Annotated[
         str | None,
-        typer.Option(help="Call this function, named as in reward.functions, in place of the one in the file."),
+        typer.Option(help="Call this function, named as in reward.functions, in place of the recorded one."),
     ] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.01, help="Time limit in seconds. Default: that of the run.")
     ] = None,
     trust: TrustCode = False,
 ) -> None:
-    """Rerun a failed reward call with the same arguments.
+    """Rerun a reward call with the same arguments: a saved one that failed, or any call that a run has recorded.
 
-    This runs the function that the file names, or --function. Prints the output of the reward function and one line per
-    completion with its reward. Exit code 1 if it fails again.
+    This runs the function that the file or the run names, or --function. Prints the output of the reward function and
+    one line per completion with its reward. Exit code 1 if it fails.
     """
     import tempfile
 
-    from gruppo.rollout.reward_failures import read_call, rerun_reward
+    from gruppo.rollout.reward_failures import find_call, rerun_reward, run_of
     from gruppo.runs.console import ConsoleProgress
     from gruppo.runs.trust import code_of_call
 
+    call = find_call(source, step, group, reward)
     if function is None:
-        require_consent(file, code_of_call(file, read_call(file)), trust)
+        require_consent(source, code_of_call(run_of(source), call), trust)
     progress = ConsoleProgress()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "rewards.log"
-        rewards = rerun_reward(file, function, timeout, log, trust=True)
+        rewards = rerun_reward(source, function, timeout, log, step=step, group=group, reward=reward, trust=True)
         if log.is_file():
             progress.note(log.read_text(encoding="utf-8", errors="replace").rstrip())
-    for number, reward in enumerate(rewards):
-        outcome = reward.failure or ("None" if reward.total is None else f"{reward.total:g}")
-        steps = "".join(f", steps {list(scores.rewards)}" for scores in reward.steps.values())
-        progress.result(f"completion {number}: {outcome}{steps}")
-    if any(reward.failure for reward in rewards):
+    recorded = call.get("recorded", [])
+    for number, one in enumerate(rewards):
+        outcome = one.failure or ("None" if one.total is None else f"{one.total:g}")
+        steps = "".join(f", steps {list(scores.rewards)}" for scores in one.steps.values())
+        before = recorded[number] if number < len(recorded) else one.total
+        was = "" if before == one.total else f" (recorded: {before})"
+        progress.result(f"completion {number}: {outcome}{steps}{was}")
+    if any(one.failure for one in rewards):
         raise typer.Exit(1)
 
 

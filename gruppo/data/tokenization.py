@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_ENDING = 16  # tokens of `Prompt.ending`: enough for a tag in a vocabulary of characters
+ENDING = 16  # tokens of `Prompt.ending`: enough for a tag in a vocabulary of characters
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def tokenize_part(
                 f"{vocabulary}; use the tokenizer that belongs to the model"
             )
         columns = {key: value for key, value in row.items() if key != "prompt"}
-        ending = str(tokenizer.decode(token_ids[-_ENDING:], skip_special_tokens=False))
+        ending = str(tokenizer.decode(token_ids[-ENDING:], skip_special_tokens=False))
         prompts.append(
             Prompt(f"{part.name}/{number}", row["prompt"], tuple(token_ids), part.name, columns, options, ending)
         )

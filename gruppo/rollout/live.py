@@ -21,7 +21,7 @@ from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.scoring import score_groups
 from gruppo.rollout.source import Step
 from gruppo.rollout.step_labels import StepLabeller
-from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.rollout.workers.rewards import RewardPool, trainer_state
 from gruppo.runs.recorder import Recorder
 from gruppo.types import Completion, Group, Prompt
 from gruppo.utils.metrics import Metrics
@@ -136,7 +136,7 @@ class LiveRollouts:
     ) -> list[Group]:
         """Score with reward functions, environment and reward model; audit the rewards if the recipe asks for it."""
         weight = self.multi_turn.weight if self.multi_turn else None
-        state = self._trainer_state(step)
+        state = trainer_state(self.recipe, step.number)
         groups = score_groups(prompts, completions, self.pool, state, step.metrics, self.recorder, self.stop, weight)
         if self.scorer is not None:
             self.scorer.score(groups)
@@ -148,12 +148,8 @@ class LiveRollouts:
 
     def record_failures(self, step: Step, groups: Sequence[Group]) -> list[str]:
         """Record failed rewards; see `gruppo.rollout.reward_failures.record_failures`."""
-        return record_failures(self.recorder, self.folder, step.number, groups, self.pool, self._trainer_state(step))
-
-    def _trainer_state(self, step: Step) -> dict[str, int]:
-        """State of the run that reward functions get as `trainer_state`."""
-        steps, tokens = self.recipe.run.steps, self.recipe.sampling.max_tokens
-        return {"global_step": step.number - 1, "max_steps": steps, "max_tokens": tokens}
+        state = trainer_state(self.recipe, step.number)
+        return record_failures(self.recorder, self.folder, step.number, groups, self.pool, state)
 
     def _drop_equal_rewards(self, step: Step, groups: Sequence[Group]) -> None:
         wanted, rounds = self.recipe.sampling.prompts_per_step, self.recipe.method.dynamic_sampling_rounds

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rollout.labels import LabelledCompletion, read_labels
 from gruppo.rollout.live import LiveRollouts
+from gruppo.rollout.recorded_rows import Row, completion_of, read_groups, reward_of
 from gruppo.rollout.source import Step
-from gruppo.runs.reading import old_parts, read_lines, read_table
-from gruppo.types import Completion, Episode, Group, Prompt, Reward, Steps
-
-Row = dict[str, Any]
+from gruppo.runs.reading import old_parts, read_lines
+from gruppo.types import Completion, Group, Prompt, Reward
 
 
 @dataclass
@@ -94,7 +91,7 @@ class RecordedRollouts(LiveRollouts):
                     f"{self.recording.table(step)}: contains other prompts than the run's recipe samples in that step"
                 )
             recorded.append(replace(prompt, content=content, token_ids=ids))
-            completions.append([_completion(row) for row in rows])
+            completions.append([completion_of(row) for row in rows])
         return recorded, completions
 
     def score(
@@ -116,41 +113,3 @@ class RecordedRollouts(LiveRollouts):
 
     def _require_rewards(self, step: Step, groups: Sequence[Group]) -> None:
         """Does nothing: the failure limit was checked when the step was recorded."""
-
-
-def read_groups(table: Path, renamed: Mapping[str, str] = MappingProxyType({})) -> list[list[Row]]:
-    """The rows of a rollout table, by group. `renamed`: new names of reward parts that have been renamed since. Raises
-    UsageError if the table is missing or cannot be read."""
-    if not table.is_file():
-        raise UsageError(f"{table}: there is no such file; the step has not run yet, or its rollouts were deleted")
-    rows: list[Row] = read_table(table).to_pylist()
-    groups: list[list[Row]] = []
-    for row in rows:
-        for name in ("reward_parts", "steps") if renamed else ():
-            row[name] = json.dumps({renamed.get(part, part): value for part, value in json.loads(row[name]).items()})
-        if row["completion"] == 0:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
-
-
-def _completion(row: Row) -> Completion:
-    logprobs = row["sampling_logprobs"] or [float("nan")] * len(row["token_ids"])
-    episode = row.get("episode")  # missing in tables written before environments existed
-    return Completion(
-        token_ids=tuple(row["token_ids"]),
-        sampling_logprobs=tuple(0.0 if value is None else value for value in logprobs),
-        mask=tuple(row["mask"]),
-        finish_reason=row["finish_reason"],
-        policy_version=row["policy_version"],
-        text=row["text"],
-        episode=None if episode is None else Episode(**json.loads(episode)),
-    )
-
-
-def reward_of(row: Row) -> Reward:
-    """The reward recorded in a row of a rollout table."""
-    steps = {
-        name: Steps(tuple(value["rewards"]), tuple(value["ends"])) for name, value in json.loads(row["steps"]).items()
-    }
-    return Reward(row["reward"], json.loads(row["reward_parts"]), row["failure"], json.loads(row["extra"]), steps)

@@ -1,7 +1,7 @@
-"""Failed reward calls, saved in the run folder so that they can be rerun: failures/step-000012-NAME-HASH.json.
+"""Reward calls that can be rerun. Failed calls are saved in the run folder: failures/step-000012-NAME-HASH.json.
 
 A file contains the arguments of the call. `gruppo rerun-reward FILE` calls the function again in a separate process. In
-a debugger: `my_reward(**json.load(open(FILE))["arguments"])`.
+a debugger: `my_reward(**json.load(open(FILE))["arguments"])`. Every other call is rebuilt from the recorded rollouts.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gruppo.config.labels import options_name
+from gruppo.config.labels import options_name, split_label
+from gruppo.config.loading import load_recipe
+from gruppo.data.messages import text_or_messages
+from gruppo.data.tokenization import ENDING
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
-from gruppo.rollout.workers.rewards import RewardPool, call_arguments
+from gruppo.rollout.recorded_rows import completion_of, read_groups
+from gruppo.rollout.workers.rewards import RewardPool, call_arguments, reward_names, trainer_state
 from gruppo.runs.atomic import write_whole
-from gruppo.runs.reading import read_object
+from gruppo.runs.reading import read_object, reading, require_own
 from gruppo.runs.recorder import Recorder
 from gruppo.runs.trust import code_of_call, refusal
 from gruppo.types import Completion, Group, Prompt, Reward
+from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.paths import not_a_file
 from gruppo.utils.text import text_of_content
 
@@ -116,6 +121,11 @@ def keep_call(folder: Path, step: int, failure: Failure, pool: RewardPool, state
     return f"{FOLDER}/{path.name}"
 
 
+def run_of(source: Path) -> Path:
+    """The run folder that a source of calls belongs to."""
+    return source if source.is_dir() else source.resolve().parent.parent
+
+
 def read_call(file: str | Path) -> dict[str, Any]:
     """Read a saved reward call. Raises UsageError if the file is not one."""
     wrong = f"{file}: is not a saved reward call; give a file from a run's {FOLDER}/"
@@ -144,29 +154,91 @@ def read_call(file: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
+def recorded_call(folder: Path, step: int | None, group: int | None, reward: str | None) -> dict[str, Any]:
+    """The call of a reward on a group of a step, as `read_call` returns it, with the `recorded` values of the reward.
+
+    `group`: its number in the step, from 0. `reward`: the name of the function, which may be left out if there is only
+    one. Raises UsageError if the folder is not that of a run, or has no such call.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise UsageError(
+            f"{folder}: is not a saved reward call, nor the folder of a run; give a run folder, or a file from a "
+            f"run's {FOLDER}/"
+        )
+    require_own(folder)
+    if step is None or group is None:
+        raise UsageError(f"{folder}: is a run folder; name the call too, e.g. --step 3 --group 0")
+    recipe = load_recipe(folder / "recipe.toml")
+    names = reward_names(recipe.reward.functions)
+    if reward is None and len(names) == 1:
+        reward = names[0]
+    if reward not in names:
+        known = f"write one of {', '.join(names)}" if names else "the run has no reward functions"
+        raise UsageError(f"--reward {reward}: is not a reward of the run; {known}")
+    groups = read_groups(folder / f"rollouts/step-{step:06d}.parquet")
+    if not 0 <= group < len(groups):
+        raise UsageError(f"--group {group}: step {step} has the groups 0 to {len(groups) - 1}")
+    with reading(folder / f"rollouts/step-{step:06d}.parquet", "restore it from a copy"):
+        rows = groups[group]
+        function = recipe.reward.functions[names.index(reward)]
+        columns, content = json.loads(rows[0]["columns"]), rows[0]["prompt"]
+        ending = "".join((rows[0].get("prompt_token_texts") or [])[-ENDING:])
+        prompt = Prompt(rows[0]["prompt_id"], text_or_messages(content, "", "prompt"), (), "", columns, ending=ending)
+        completions = [completion_of(row) for row in rows]
+        return {
+            "reward": reward,
+            "function": None if split_label(function)[1].startswith(IN_MEMORY) else function,
+            "options": dict(recipe.reward.options.get(options_name(function), {})),
+            "columns": list(columns),
+            "environment": list(recipe.reward.environment),
+            "timeout": recipe.reward.timeout,
+            "prompt_id": prompt.id,
+            "trainer_state": trainer_state(recipe, step),
+            "arguments": call_arguments(prompt, completions),
+            "recorded": [json.loads(row["reward_parts"]).get(reward) for row in rows],
+        }
+
+
+def find_call(
+    source: Path, step: int | None = None, group: int | None = None, reward: str | None = None
+) -> dict[str, Any]:
+    """The call in a file from failures/, or one that the rollouts of a run folder record."""
+    if source.is_dir():
+        return recorded_call(source, step, group, reward)
+    if step is not None or group is not None or reward is not None:
+        raise UsageError(f"{source}: is a file with one call; leave --step, --group and --reward out")
+    return read_call(source)
+
+
 def rerun_reward(
-    file: str | Path,
+    source: str | Path,
     function: str | RewardFunction | None = None,
     timeout: float | None = None,
     log: Path | None = None,
     *,
+    step: int | None = None,
+    group: int | None = None,
+    reward: str | None = None,
     trust: bool = False,
 ) -> list[Reward]:
-    """Repeat a failed reward call. Returns the reward of each completion.
+    """Repeat a reward call. Returns the reward of each completion.
 
-    The function named in the file is imported and called, unless `function` is given; a function that was passed from
-    Python has no name in the file. `timeout`: in seconds, default the recorded one; `log`: file for the function's
-    output. `trust`: run the function named in the file even if the file comes from somebody else. Raises UsageError if
-    the file is not a saved call, if its function cannot be used, or if it is code from somebody else without `trust`.
+    `source`: a file from failures/, or a run folder with the `step`, the `group` (its number in the step, from 0) and
+    the name of the `reward`, unless there is only one. The function that the source names is imported and called,
+    unless `function` is given; a function that was passed from Python has no name there. `timeout`: in seconds, default
+    the recorded one; `log`: file for the function's output. `trust`: run the function that the source names even if it
+    comes from somebody else. Raises UsageError if there is no such call, if its function cannot be used, or if it is
+    code from somebody else without `trust`.
     """
-    call = read_call(file)
-    if function is None and not trust and (code := code_of_call(Path(file), call)):
-        raise refusal(Path(file), code, "pass trust=True")
+    file = Path(source)
+    call = find_call(file, step, group, reward)
+    if function is None and not trust and (code := code_of_call(run_of(file), call)):
+        raise refusal(file, code, "pass trust=True")
     chosen = function if function is not None else call["function"]
     if chosen is None:
         raise UsageError(
             f"{file}: the reward {call['reward']!r} was passed from Python; name it with --function=file.py:name, or "
-            "call gruppo.rollout.reward_failures.rerun_reward(FILE, function)"
+            "call gruppo.rollout.reward_failures.rerun_reward(source, function)"
         )
     arguments, columns = call["arguments"], call["columns"]
     texts = [

@@ -21,7 +21,9 @@ _TEXT, _INTEGER, _FLOAT, _BOOLEAN = pa.string(), pa.int64(), pa.float64(), pa.bo
 
 # The version of these schemas, in the metadata of every file as "gruppo_schema". Files without one are version 1.
 SCHEMA_VERSION = 2
-ADDED = {2: frozenset({"entropy", "prompt_token_ids", "prompt_token_texts", "token_texts"})}  # columns, by version
+ADDED = {
+    2: frozenset({"entropy", "prompt_token_ids", "prompt_token_texts", "token_texts", "printed"})
+}  # columns, by version
 
 
 ROLLOUTS = pa.schema(
@@ -40,6 +42,7 @@ ROLLOUTS = pa.schema(
         "steps": _TEXT,
         "failure": _TEXT,
         "extra": _TEXT,
+        "printed": _TEXT,
         "episode": _TEXT,
         "trained": _BOOLEAN,
         "skipped": _TEXT,
@@ -153,6 +156,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "steps": as_json({name: steps._asdict() for name, steps in reward.steps.items()}),
                     "failure": reward.failure,
                     "extra": as_json(dict(reward.extra)),
+                    "printed": as_json(dict(reward.printed)) if reward.printed else None,
                     "episode": None if completion.episode is None else as_json(asdict(completion.episode)),
                     "trained": group.trained[number],
                     "token_ids": list(completion.token_ids),

@@ -128,12 +128,11 @@ def foreign_code(folder: Path, used: Recipe) -> list[Code]:
     return [code for code in code_of(used) if code.name in names]
 
 
-def code_of_call(file: Path, call: Mapping[str, Any]) -> list[Code]:
-    """The code that a saved reward call names; empty if the call is in a folder that this user wrote, whose recipe
-    names the function too."""
+def code_of_call(folder: Path, call: Mapping[str, Any]) -> list[Code]:
+    """The code that a reward call in a run folder names; empty if this user wrote the folder, and its recipe names the
+    function too."""
     function = split_label(call["function"] or "")[1]
     named = list(_named("function", function, call["options"], call["environment"]))
-    folder = file.resolve().parent.parent
     if named and is_own(folder) and call["function"] in load_recipe(folder / RECIPE).reward.functions:
         return []
     return named

@@ -132,7 +132,8 @@ def reproduce(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-reproduce-")))
         damaged = _link(folder, scratch, step)
         stop = stack.enter_context(stop_on_signals())
-        from gruppo.rollout.recorded import RecordedRollouts, Recording, read_groups
+        from gruppo.rollout.recorded import RecordedRollouts, Recording
+        from gruppo.rollout.recorded_rows import read_groups
         from gruppo.training.run import TrainingRun
         from gruppo.training.setup import prepare
 
@@ -368,7 +369,7 @@ class _Compare:
 
     def rewards(self, stored: Sequence[Sequence[Row]], recomputed: Sequence[Sequence[Reward]]) -> Iterator[Difference]:
         """Rewards that differ when the functions are called again; none if nothing was scored."""
-        from gruppo.rollout.recorded import reward_of
+        from gruppo.rollout.recorded_rows import reward_of
 
         for group, (rows, rewards) in enumerate(zip(stored, recomputed, strict=bool(recomputed))):
             for row, now in zip(rows, rewards, strict=True):

@@ -11,13 +11,21 @@ from pathlib import Path
 import pytest
 
 from gruppo.errors import RunError, UsageError
-from gruppo.rollout.reward_failures import MOST_BYTES, MOST_FILES, failures_of, keep_call, read_call, rerun_reward
+from gruppo.rollout.reward_failures import (
+    MOST_BYTES,
+    MOST_FILES,
+    failures_of,
+    find_call,
+    keep_call,
+    read_call,
+    rerun_reward,
+)
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import train
 from gruppo.types import Group, Prompt, Reward
 from tests.conftest import make_completion
-from tests.small_runs import ROWS, fingerprint, recipe
+from tests.small_runs import ROWS, fingerprint, recipe, small_run
 
 WELL = "def f(completions, **_): return [sum('a' <= letter <= 'm' for letter in text) for text in completions]\n"
 BROKEN = WELL.replace("def f(", "def good(") + (
@@ -159,3 +167,48 @@ def test_rerun_reward_command_prints_only_printable_text(tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "failures")
     gone = subprocess.run(command, capture_output=True, text=True)
     assert (gone.returncode, gone.stderr.count("\n")) == (2, 1)
+
+
+CALLS = """
+import random
+def noisy(completions, prompts, answer, trainer_state, prompt_endings, **_):
+    print(prompts[0], answer[0], trainer_state.global_step, prompt_endings[0])
+    return [len(text) + random.random() for text in completions]
+def plain(completions, **_):
+    return [float("a" in text) for text in completions]
+"""
+
+
+def test_every_recorded_call_can_be_rerun(tiny_folder: str, tmp_path: Path) -> None:
+    """By run, step, group and reward: with the same arguments, the same random numbers and the same output."""
+    (tmp_path / "calls.py").write_text(CALLS)
+    functions = [f"{tmp_path}/calls.py:noisy", f"{tmp_path}/calls.py:plain"]
+    result = small_run(tiny_folder, tmp_path / "run", run__steps=2, reward__functions=functions)
+    for step in (1, 2):
+        rows = result.rollouts(step)
+        for group in range(4):
+            members = rows[rows.group == group]
+            for name in ("noisy", "plain"):
+                log = tmp_path / f"{step}-{group}-{name}.log"
+                again = rerun_reward(result.path, log=log, step=step, group=group, reward=name)
+                assert [reward.total for reward in again] == [json.loads(parts)[name] for parts in members.reward_parts]
+                assert log.read_text() == json.loads(members.printed.iloc[0]).get(name, "")
+    (call,) = {tuple(find_call(result.path, 2, 1, "plain")["recorded"])}
+    assert len(call) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "is a run folder; name the call too"),
+        ({"step": 1, "group": 0, "reward": "other"}, "reward = other: is not a reward of the run; write one of likes"),
+        ({"step": 1, "group": 4}, "group = 4: step 1 has the groups 0 to 3"),
+        ({"step": 9, "group": 0}, "there is no such file"),
+    ],
+)
+def test_calls_that_were_not_recorded(arguments: dict, message: str, tiny_folder: str, tmp_path: Path) -> None:
+    result = small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    with pytest.raises(UsageError, match=message):
+        rerun_reward(result.path, **arguments)
+    with pytest.raises(UsageError, match="nor the folder of a run"):
+        rerun_reward(tmp_path)

@@ -31,6 +31,7 @@ from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.loading import Loaded, load_reward
 from gruppo.rollout.workers.module_watch import ModuleWatch
+from gruppo.rollout.workers.printed import Printed
 from gruppo.rollout.workers.process_state import ProcessState, seed
 from gruppo.rollout.workers.serving import serve_pipes
 
@@ -53,7 +54,7 @@ class _Host:
     """The functions, and the state of the process after they were loaded."""
 
     def __init__(self) -> None:
-        self.loop, self.rewards = _EventLoop(), list[Loaded]()
+        self.loop, self.printed, self.rewards = _EventLoop(), Printed(), list[Loaded]()
         self.state: ProcessState | None = None
         self.watch: ModuleWatch | None = None
         self.last: int | None = None  # the function that was called last
@@ -77,11 +78,13 @@ class _Host:
             return {"stale": stale, "of": self.last, "last": True}
         self.last = function
         seed(message["seed"])
+        self.printed.take()
         try:
             run = self.state.context().run
-            return run(_score, self.rewards[function], message["arguments"], message["state"], self.loop)
+            answer = run(_score, self.rewards[function], message["arguments"], message["state"], self.loop)
         finally:
             self.state.restore()
+        return {**answer, "printed": self.printed.take()}
 
 
 def _load(

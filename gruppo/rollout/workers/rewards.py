@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from typing import Any
 import cloudpickle
 
 from gruppo.config.labels import options_name, split_label
+from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction, check_option_names, reward_path
 from gruppo.rewards.combine import Value, combine
 from gruppo.rollout.workers.log import Output
+from gruppo.rollout.workers.printed import MOST
 from gruppo.rollout.workers.process import TICK_SECONDS, Worker, wait, writable_message
 from gruppo.rollout.workers.worker_set import WorkerSet
 from gruppo.types import Completion, Prompt, Reward, Steps
@@ -34,11 +36,12 @@ _Job = tuple[int, int]  # group, function
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of one call: G values, and the metrics and columns that the function logged."""
+    """Result of one call: G values, the metrics and columns that the function logged, and what it printed."""
 
     values: list[Value]
     metrics: Mapping[str, Sequence[float]]
     extra: Mapping[str, Sequence[Any]]
+    printed: str = ""
 
 
 class RewardPool:
@@ -72,7 +75,7 @@ class RewardPool:
             raise UsageError(
                 'reward.functions = []: must name at least one reward; write e.g. functions = ["last_number"]'
             )
-        self.names = _unique([_name(function) for function in functions])
+        self.names = reward_names(functions)
         self.weights = list(weights) or [1.0] * len(functions)
         if len(self.weights) != len(functions):
             raise UsageError(f"reward.weights = {self.weights}: must have one weight per function ({len(functions)})")
@@ -170,7 +173,9 @@ class RewardPool:
     def _reward(self, outcomes: Sequence[Outcome], number: int) -> Reward:
         values = [outcome.values[number] for outcome in outcomes]
         extra = {key: column[number] for o in outcomes for key, column in o.extra.items() if number < len(column)}
-        return combine(self.names, self.weights, values, extra)
+        reward = combine(self.names, self.weights, values, extra)
+        printed = {name: o.printed for name, o in zip(self.names, outcomes, strict=True) if o.printed}
+        return replace(reward, printed=printed) if printed else reward
 
     def _run(
         self,
@@ -263,6 +268,16 @@ def _name(function: str | RewardFunction) -> str:
     return str(getattr(original, "__name__", type(original).__name__))
 
 
+def reward_names(functions: Sequence[str | RewardFunction]) -> list[str]:
+    """The names of reward functions in metrics and tables: the label or the name of each, numbered if it repeats."""
+    return _unique([_name(function) for function in functions])
+
+
+def trainer_state(recipe: Recipe, step: int) -> dict[str, int]:
+    """State of the run that reward functions get as `trainer_state` in a step, counted from 1."""
+    return {"global_step": step - 1, "max_steps": recipe.run.steps, "max_tokens": recipe.sampling.max_tokens}
+
+
 def _unique(names: Sequence[str]) -> list[str]:
     unique: list[str] = []
     for name in names:
@@ -293,8 +308,14 @@ def _outcome(answer: Mapping[str, Any], completions: Sequence[Completion]) -> Ou
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
             answer = {"failure": "its process returned an invalid answer; does it change Python's own modules?"}
         else:
-            return Outcome(checked, metrics, extra)
-    return Outcome([answer["failure"]] * len(completions), {}, {})
+            return Outcome(checked, metrics, extra, _printed(answer))
+    return Outcome([answer["failure"]] * len(completions), {}, {}, _printed(answer))
+
+
+def _printed(answer: Mapping[str, Any]) -> str:
+    """What a call printed, as text that can be stored; the function can have changed anything in its process."""
+    text = answer.get("printed")
+    return text[: 2 * MOST].encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
 def _require_form(values: Any, metrics: Any, extra: Any) -> None:

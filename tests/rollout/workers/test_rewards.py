@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -291,3 +292,38 @@ def test_invalid_steps_are_a_failure_with_the_reason(text: str, why: str) -> Non
     (reward,) = score(f"{HOME}:invalid_steps", text)
     assert reward.total is None
     assert why in str(reward.failure)
+
+
+PRINTS = """
+import sys
+def talks(completions, prompts, **_):
+    print("scores", prompts[0])
+    print("careful", file=sys.stderr)
+    return [1.0] * len(completions)
+def floods(completions, **_):
+    print("x" * 20_000)
+    return [0.0] * len(completions)
+def silent(completions, **_):
+    return [0.0] * len(completions)
+def fails(completions, **_):
+    print("about to fail")
+    raise ValueError("no")
+"""
+
+
+def test_what_a_call_prints_is_kept_and_logged(tmp_path: Path) -> None:
+    (tmp_path / "prints.py").write_text(PRINTS)
+    names = ("talks", "floods", "silent", "fails")
+    log = tmp_path / "rewards.log"
+    with RewardPool([f"{tmp_path}/prints.py:{name}" for name in names], [], [], workers=1, log=log) as pool:
+        for _ in range(2):
+            (first, second), _ = pool.score([group("a", "b"), group("c")], {})
+            printed = first[0].printed
+            assert printed.keys() == {"talks", "floods", "fails"}
+            assert printed["talks"] == "scores q\ncareful\n"
+            assert printed["floods"].startswith("x" * 16_384)
+            assert printed["floods"].endswith("\n[3617 more characters in rewards.log]")
+            assert printed["fails"] == "about to fail\n"
+            assert first[1].printed == printed
+            assert second[0].printed["talks"] == printed["talks"]
+    assert log.read_text(errors="replace").count("scores q") == 4
