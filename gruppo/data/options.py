@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from gruppo.data.references import answer_text
@@ -26,11 +27,21 @@ MARKS = re.compile(r"[*_`$~{}]|\\(?:left|right)\b")
 
 
 class Lettered:
-    """A pattern with the letters of options. `pattern` writes them as "A-J" and "a-j"."""
+    """A pattern with the letters of options. `pattern` writes them as "A-J" and "a-j". It is compiled when it is used,
+    because the patterns of all languages together take half a second."""
 
     def __init__(self, pattern: str, flags: int = 0) -> None:
-        self.usual = re.compile(pattern, flags)
-        self.all = re.compile(pattern.replace("A-J", "A-Z").replace("a-j", "a-z"), flags)
+        self.pattern, self.flags = pattern, flags
+
+    @cached_property
+    def usual(self) -> re.Pattern[str]:
+        """The pattern for letters up to J."""
+        return re.compile(self.pattern, self.flags)
+
+    @cached_property
+    def all(self) -> re.Pattern[str]:
+        """The pattern for letters up to Z."""
+        return re.compile(self.pattern.replace("A-J", "A-Z").replace("a-j", "a-z"), self.flags)
 
     def of(self, letters: Sequence[Any]) -> re.Pattern[str]:
         """The pattern for as many letters or options: up to J, or up to Z if there are more than ten."""

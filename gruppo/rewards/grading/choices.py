@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from gruppo.data.options import (
@@ -103,7 +104,10 @@ def _foreign(language: languages.Language) -> list[_Foreign]:
     return found
 
 
-_FOREIGN = [phrase for language in languages.LANGUAGES.values() for phrase in _foreign(language)]
+@cache
+def foreign_phrases() -> Sequence[_Foreign]:
+    """The phrases of all languages but English and Chinese."""
+    return [phrase for language in languages.LANGUAGES.values() for phrase in _foreign(language)]
 
 
 _ALONE = Lettered(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*+(?:选项|项)?(?:[.,:：。!;；]|、(?!\s*+[A-J])|$))")
@@ -173,7 +177,7 @@ def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[in
             chosen = _choice(found, "phrase", letters, plain)
             if chosen is not None and not _denied(plain, found) and not _ASKED.match(plain, found.end()):
                 yield found.start("group"), chosen
-    for foreign in _FOREIGN:
+    for foreign in foreign_phrases():
         for found in foreign.phrase.of(letters).finditer(plain):
             chosen = _choice(found, "phrase", letters, plain)
             if chosen is not None and not _left_open(plain, found, foreign):

@@ -68,7 +68,7 @@ def patterns(modules: Sequence[ModuleType]) -> Iterator[tuple[str, re.Pattern[st
             for place, item in enumerate(found):
                 pattern = item[0] if isinstance(item, tuple) and item else item
                 pattern = pattern.all if isinstance(pattern, options.Lettered) else pattern
-                if isinstance(pattern, re.Pattern) and name not in (*BOUNDED, "_FOREIGN"):
+                if isinstance(pattern, re.Pattern) and name not in BOUNDED:
                     yield f"{module.__name__.rpartition('.')[2]}.{name}[{place}]", pattern
 
 
@@ -126,7 +126,7 @@ def test_phrases_of_other_languages_take_linear_steps() -> None:
     found = deep(
         lambda: [
             (foreign.phrase.all.pattern, part)
-            for foreign in choices._FOREIGN
+            for foreign in choices.foreign_phrases()
             for part in (" ", "A ")
             if grows(foreign.phrase.all, part)
         ]
