@@ -1,4 +1,4 @@
-"""`gruppo export`, `reproduce` and `rerun-reward`: commands for run folders."""
+"""`gruppo show`, `export`, `reproduce` and `rerun-reward`: commands for run folders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import Annotated
 import typer
 
 from gruppo.cli.options import Trust, TrustCode, require_consent
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart, of a run that goes on or ended.")],
+) -> None:
+    """Show a run on one screen: its state, its curves, its last warnings and what to do next."""
+    from gruppo.runs.console import ConsoleProgress
+    from gruppo.runs.screen import show as described
+
+    ConsoleProgress().result(described(run))
 
 
 def export(

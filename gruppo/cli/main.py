@@ -41,6 +41,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "check": train.check,
     "eval": evaluate.eval_,
     "sample": sample.sample,
+    "show": export.show,
     "export": export.export,
     "label": reward_model.label,
     "reward-model": reward_model.reward_model,
