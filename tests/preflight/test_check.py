@@ -152,11 +152,17 @@ def test_what_is_sampled_is_the_start_model(data: dict, monkeypatch: pytest.Monk
     assert [(weights, set(gradients)) for weights, gradients in seen] == [(start, {None})]
 
 
-def test_check_leaves_no_process_behind(data: dict) -> None:
+def test_check_leaves_no_process_behind(data: dict, tmp_path: Path) -> None:
+    """Neither those of rewards nor the one that renders chat templates, with or without an error."""
     import psutil
 
+    rows = tmp_path / "chats.jsonl"
+    chats = [{"prompt": [{"role": "user", "content": letter}], "answer": "a"} for letter in "abcd"]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chats))
+    chat = {**data, "task": {"name": str(rows)}, "evaluation": {**data["evaluation"], "task": str(rows)}}
+    check_recipe(chat, quick=True)
     with pytest.raises(UsageError, match="max_tokens"):
-        check_recipe(data, overrides=["sampling.max_tokens=1000"])
+        check_recipe(chat, overrides=["sampling.max_tokens=1000"])
     assert not [each for each in psutil.Process().children(recursive=True) if "gruppo" in " ".join(each.cmdline())]
 
 
