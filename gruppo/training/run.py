@@ -214,6 +214,7 @@ class TrainingRun:
         while True:
             self._lengths = self.folder.lengths()
             self.evaluations.run_due(self.context.at_end)
+            self._lengths = self.folder.lengths()  # with the evaluation, which is not repeated
             at_end = self.context.at_end
             if at_end or (self.state.step and self.state.step % self.recipe.run.checkpoint_every == 0):
                 self.checkpointer.save()

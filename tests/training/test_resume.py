@@ -145,6 +145,24 @@ def test_a_stopped_run_is_saved_and_continued(
     assert any(event["kind"] == "resume" for event in read_lines(tmp_path / "run" / "events.jsonl"))
 
 
+@pytest.mark.parametrize("checkpoint_every", [1, 6])
+def test_an_interruption_after_an_evaluation_keeps_it(
+    checkpoint_every: int, tiny_folder: str, questions: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal arrives in the step after it, whether or not the evaluated step has a checkpoint."""
+    changes = {**EVALUATED, **questions, "run__checkpoint_every": checkpoint_every}
+    small_run(tiny_folder, tmp_path / "whole", **changes)
+    for out, step in (("first", 1), ("third", 3)):  # after the evaluations before step 1 and after step 2
+        with monkeypatch.context() as patch:
+            at_call(patch, "gruppo.rollout.live.score_groups", step, lambda: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                small_run(tiny_folder, tmp_path / out, **changes)
+        assert load_result(tmp_path / out).summary["steps"] == step - 1
+        small_run(tiny_folder, tmp_path / out, resume=True, **changes)
+        assert fingerprint(tmp_path / out) == fingerprint(tmp_path / "whole")
+        assert "damaged" not in {event["kind"] for event in read_lines(tmp_path / out / "events.jsonl")}
+
+
 def test_resume_of_a_finished_run_changes_nothing(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
