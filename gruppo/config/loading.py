@@ -348,7 +348,7 @@ def _explain(details: ErrorDetails) -> str:
     if renamed := new_value(location[0], location[-1], details["input"]):
         return f'{field} = {_short(details["input"])}: this value was renamed; write "{renamed}"'
     text = details["msg"].removeprefix("Input ").replace("should", "must")
-    return f"{field} = {_short(details['input'])}: {text}{_fix(location)}"
+    return f"{field} = {_short(details['input'])}: {text}{_fix(location, details['input'])}"
 
 
 def _unknown(field: str, location: Sequence[str], value: Any) -> str:
@@ -425,7 +425,7 @@ def _section(location: Sequence[str]) -> type[Section] | None:
     return section
 
 
-def _fix(location: Sequence[str]) -> str:
+def _fix(location: Sequence[str], value: object) -> str:
     """The fix for a value of the wrong type or range: an example, or the meaning of a field without a default."""
     depths = [depth for depth in range(len(location), 1, -1) if _section(location[: depth - 1])]
     if not depths:
@@ -435,9 +435,14 @@ def _fix(location: Sequence[str]) -> str:
     if section is None or name not in section.model_fields:
         return "; use a string as the name of a field"
     field = section.model_fields[name]
-    if field.is_required() or not field.default:
+    kind, example = str(field.annotation), field.default
+    if kind.startswith(("list", "typing.Annotated[list")) and isinstance(value, str | int | float):
+        return f"; write e.g. {name} = {json.dumps([value], ensure_ascii=False)}"
+    if field.annotation is bool:
+        example = str(value).lower() in ("true", "yes", "on", "1")
+    if field.is_required() or example in (None, [], {}, ""):
         return f"; {field.description}"
-    return f"; write e.g. {tomli_w.dumps({name: field.default}).strip()}"
+    return f"; write e.g. {tomli_w.dumps({name: example}).strip()}"
 
 
 def _short(value: object) -> str:

@@ -185,6 +185,8 @@ def _header(names: list[str], delimiter: str) -> list[str]:
             f"the header {names[0][:60]!r} is a single column with the delimiter {delimiter!r}; "
             f"write options.delimiter = {json.dumps(other)}"
         )
+    if names.count("") == 1:  # such as the index that pandas writes; pandas reads it under this name
+        names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
     if not all(names) or len(set(names)) < len(names):
         raise UsageError(f"the header is {names}; give every column a unique name")
     return names

@@ -170,11 +170,13 @@ def recorded_call(folder: Path, step: int | None, group: int | None, reward: str
         raise UsageError(f"{folder}: is a run folder; name the call too, e.g. --step 3 --group 0")
     recipe = load_recipe(folder / "recipe.toml")
     names = reward_names(recipe.reward.functions)
-    if reward is None and len(names) == 1:
-        reward = names[0]
+    if not names:
+        raise UsageError(f"{folder}: the run has no reward functions, so it has no calls to repeat")
+    if reward is None and len(names) > 1:
+        raise UsageError(f"{folder}: the run has several rewards; name one, e.g. --reward={names[0]}")
+    reward = names[0] if reward is None else reward
     if reward not in names:
-        known = f"write one of {', '.join(names)}" if names else "the run has no reward functions"
-        raise UsageError(f"--reward {reward}: is not a reward of the run; {known}")
+        raise UsageError(f"--reward {reward}: is not a reward of the run; write one of {', '.join(names)}")
     groups = read_groups(folder / f"rollouts/step-{step:06d}.parquet")
     if not 0 <= group < len(groups):
         raise UsageError(f"--group {group}: step {step} has the groups 0 to {len(groups) - 1}")

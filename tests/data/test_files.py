@@ -213,3 +213,9 @@ def test_a_number_that_python_does_not_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(row if name.endswith("l") else f"[{row}]")
     with pytest.raises(UsageError, match="has a number of more than 4300 digits; write it as text"):
         list(read_file(tmp_path / name, {}, 2**30, Notes()))
+
+
+def test_the_index_that_pandas_writes(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(",prompt,answer\n0,a,1\n")
+    rows = list(read_file(tmp_path / "rows.csv", {}, 2**30, Notes()))
+    assert rows == [{"Unnamed: 0": "0", "prompt": "a", "answer": "1"}]
