@@ -263,11 +263,15 @@ def _with_options(message: str, options: Collection[str]) -> str:
     if "--option" in options:
         named = _TABLE + r"task\.options\.(?!data\b)(\w+)" + _VALUE
         message = re.sub(named, lambda found: f"--option {found[1]}={_written(found)}", message)
+    message = re.sub(r"lower max_tokens, or write \S+\.overlong = \"filter\" to leave such rows out", _SHORTER, message)
     for option in options:
         field = option.removeprefix("--").replace("-", "_")
         message = re.sub(_OPTIONS[option] + r"(?![\w.])", option, message)
         message = re.sub(rf"\b(write e\.g\.|write|or) {field}(?= = )", rf"\1 {option}", message)
     return re.sub(rf"(--[a-z-]+){_VALUE}", lambda found: f"{found[1]} {_written(found)}", message)
+
+
+_SHORTER = "or lower --max-tokens"
 
 
 def _written(found: re.Match[str]) -> str:

@@ -177,9 +177,12 @@ def _too_long(tokens: int, context: int, max_tokens: int, part: Dataset) -> str:
             f"the prompt has {tokens} tokens, more than {part.field}.max_prompt_tokens = {part.max_prompt_tokens}; "
             f"raise that, or {advice}"
         )
+    fix = "shorten the prompt, or lower --max-tokens"
+    if not part.name.startswith("--"):  # the prompt of `gruppo sample` is no row of a task
+        fix = f"shorten the prompt, lower max_tokens, or {advice}"
     return (
         f"the prompt has {tokens} tokens; with {max_tokens} more to sample that is over the model's context of "
-        f"{context}; shorten the prompt, lower max_tokens, or {advice}"
+        f"{context}; {fix}"
     )
 
 

@@ -38,14 +38,14 @@ def _described(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mappi
         "and advantages), evaluations/ (every answer), events.jsonl, summary.json.",
         "",
         "Next:",
-        f"  {_sample_command(folder, summary['steps'])}",
+        f"  {sample_command(folder, summary['steps'])}",
         *_eval_command(folder),
         f"  gruppo export {shlex.quote(str(folder))} --to my-model     # a folder for the Hugging Face hub",
     ]
     return "\n".join(lines)
 
 
-def _sample_command(folder: Path, step: int) -> str:
+def sample_command(folder: Path, step: int) -> str:
     """The command that samples from the model, with a prompt and the system text of this run."""
     command = ["gruppo", "sample", str(folder)]
     try:

@@ -15,6 +15,7 @@ from typing import Any
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.runs.reading import read_lines, reading
+from gruppo.runs.report import sample_command
 from gruppo.runs.results import Result
 from gruppo.runs.status import Status, read_status
 
@@ -113,7 +114,7 @@ def show(folder: str | Path, now: float | None = None) -> str:
             "",
             *_curves(steps),
             *_warnings(read_lines(result.path / "events.jsonl")),
-            *_next(result.path, recipe, state),
+            *_next(result.path, recipe, state, int(steps[-1]["step"]) if steps else 0),
         ]
     return "\n".join(lines)
 
@@ -177,13 +178,13 @@ def _warnings(events: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _next(folder: Path, recipe: Recipe, state: State) -> list[str]:
+def _next(folder: Path, recipe: Recipe, state: State, step: int) -> list[str]:
     quoted = shlex.quote(str(folder))
     if state.name == "running":
         return []
     lines = ["", "Next:"]
     if state.name in ("done", "stopped"):
-        lines += [f"  gruppo sample {quoted}"]
+        lines += [f"  {sample_command(folder, step)}"]
         lines += [f"  gruppo eval {quoted}"] if recipe.evaluation is not None else []
         return [*lines, f"  gruppo export {quoted} --to my-model"]
     return [*lines, f"  gruppo train {shlex.quote(str(folder / 'recipe.toml'))} --out {quoted} --resume"]
