@@ -170,6 +170,7 @@ def test_program_gets_default_signals_and_a_session_of_its_own(mark: str) -> Non
     code = """
         import os, signal
         ignored = int(dict(line.split(":\\t") for line in open("/proc/self/status"))["SigIgn"], 16)
+        ignored &= ~(3 << 31)  # 32 and 33 belong to the C library; make starts programs that ignore them
         assert ignored == 1 << 12 | 1 << 24, ignored  # those that Python itself ignores
         assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
         assert os.getsid(0) == os.getpid()
