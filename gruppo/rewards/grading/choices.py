@@ -37,14 +37,18 @@ class Choice(NamedTuple):
     undecided: bool = False
 
 
-# One or several letters, with or without brackets: "(B)", "A, C", "A和C", "ABD"; not the article in "A train".
-_LETTER = r"(?:[(（\[]\s*+[A-J]\s*+[)）\]]|[A-J][)）\]]?)"
-
-
 _OR = rf"(?:\bor\b|或者?|{languages.OR})"
 
 
 _AND = rf"(?:\s*+(?:,\s*+and\b|,|、|，|&|/|\band\b|和|与|及|以及|{languages.AND}|{_OR})\s*+|\s++|)"
+
+
+# One or several letters, with or without brackets: "(B)", "A, C", "A和C", "ABD", "(AD)"; not the article in "A train",
+# nor the pair in "(A, B) = (1, 2)".
+_LETTER = (
+    rf"(?:[(（\[]\s*+[A-J](?:\s*+[)）\]]|(?:{_AND}[A-J]){{1,9}}\s*+[)）\]](?!\s*+=))"
+    r"|[A-J][)）\]]?)"
+)
 
 
 _GROUP = rf"(?<![A-Za-z])(?P<group>{_LETTER}(?:{_AND}{_LETTER}){{0,9}})(?:(?<=[)）\]])|(?![A-Za-z'’\d]|-[A-Za-z]))"
