@@ -22,7 +22,7 @@ from gruppo.data.options import (
 from gruppo.rewards.grading import languages
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
-from gruppo.rewards.grading.weighing import CALLED_WRONG, NO_BEFORE, OTHERS, weighed
+from gruppo.rewards.grading.weighing import CALLED_WRONG, NO_BEFORE, OTHERS, supposed, weighed
 
 
 class Choice(NamedTuple):
@@ -146,12 +146,15 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
             return alone
     if (settled := weighed(text, letters)) is not None:
         return Choice(settled.letters, "weighed", settled.text)
-    last = last_sentence(full)
-    return (
-        _by_mention(text, letters)
-        or _by_value(last, "last sentence", options)
-        or _by_value(last.rpartition("=")[2], "last equation", options)
-    )
+    last = last_sentence(text)
+    if last.strip(" *_$") == _LEFT_OUT:  # of "So it's C. A bird"
+        last = last_sentence(full)
+    if (mentioned := _by_mention(text, letters)) is not None:
+        return mentioned
+    before, would, after = last.partition("would")
+    if supposed(before + would, after):
+        return None
+    return _by_value(last, "last sentence", options) or _by_value(last.rpartition("=")[2], "last equation", options)
 
 
 _LEFT_OUT = "…"  # stands for the text of an option after its letter
@@ -182,7 +185,7 @@ def _own_texts(options: tuple[str, ...], letters: str) -> re.Pattern[str] | None
     """
     found = []
     for letter, option in zip(letters, options, strict=False):
-        words = _plain_in_place(unlabelled(option), letters).strip(" .。,;:，；").split()
+        words = _plain_in_place(option, letters).strip(" .。,;:，；").split()
         if words:
             short = len(words) == 1 or _LETTERS_ONLY.of(letters).fullmatch(" ".join(words))
             said = r"\s++".join(map(re.escape, words))
@@ -198,7 +201,7 @@ _MARK_OR_SPACE = rf"(?:{_MARK}|[,，–—-]?\s++)"
 
 _TEXT_ENDS = (
     r"(?=[^\S\n]*+(?:[.,;:!?。，；：！？)）\]}\"”’\n]|$)"
-    r"|\s++(?:because|since|as|for|is|are|and|or|but|not)\b)"
+    r"|\s++(?:because|since|as|for|is|are|was|were|does|do|can|could|would|and|or|but|not)\b)"
 )
 
 
@@ -222,6 +225,8 @@ def _lists(part: str, letters: str) -> bool:
 def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[int, Choice]]:
     for decision in reversed(decisions(text)):
         part = decision.text if decision.rule in ("boxed", "tags") else sentence(decision.text)
+        if supposed(_before(text, decision.start), part):
+            continue
         chosen = _alone(part, decision.rule, letters, whole=decision.rule in ("boxed", "tags"))
         chosen = chosen or _by_value(part, decision.rule, options)
         if chosen is not None:
@@ -231,7 +236,12 @@ def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[in
     for pattern in _PHRASES:
         for found in pattern.of(letters).finditer(plain):
             chosen = _choice(found, "phrase", letters, plain)
-            if chosen is not None and not _denied(plain, found) and not _ASKED.match(plain, found.end()):
+            if (
+                chosen is not None
+                and not _denied(plain, found)
+                and not _ASKED.match(plain, found.end())
+                and not _supposed(plain, found)
+            ):
                 yield found.start("group"), chosen
     for foreign in foreign_phrases():
         for found in foreign.phrase.of(letters).finditer(plain):
@@ -320,6 +330,11 @@ def _denied(text: str, found: re.Match[str]) -> bool:
     )
 
 
+def _supposed(text: str, found: re.Match[str]) -> bool:
+    start = found.start("group")
+    return supposed(_before(text, start), text[start : start + _SHORT])
+
+
 def _alone(part: str, rule: str, letters: str, whole: bool = False) -> Choice | None:
     """The letters with which a text begins, if they stand alone: "B", "(B) 42", "B. because …"."""
     plain = plain_text(part, letters).strip(" \n\t\"'“”‘’")
@@ -388,7 +403,7 @@ def _by_mention(text: str, letters: str) -> Choice | None:
         return None
     patterns = (pattern.of(letters) for pattern in (_BRACKETED, _POINTED, _CONCLUDED))
     found = next((matches for pattern in patterns if (matches := list(pattern.finditer(last)))), [])
-    named = [match["group"] for match in found if not _denied(last, match)]
+    named = [match["group"] for match in found if not _denied(last, match) and not _supposed(last, match)]
     if len(set(named)) != 1 or named[0] not in letters:
         return None
     return Choice(named[0], "mention", last.strip()[:200])

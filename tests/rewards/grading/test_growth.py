@@ -41,7 +41,7 @@ PARTS = (
 CHOOSING = (
     " ", "\n", "\t", "\u00a0", "*", "$", "A", "A ", "(", "(A) ", "A. ", "A)\n", "b\n", "answer is ", "answer is A",
     "option ",
-    "选", "so ", "right ", "> ", "B, ", "is the ", "not ", "不是A", "\"", "A) is correct ", "\\text",
+    "选", "so ", "right ", "would ", "if ", "…", "> ", "B, ", "is the ", "not ", "不是A", "\"", "A) is correct ", "\\text",
 )  # fmt: skip
 # Patterns that see a bounded part of a text only: a decision, a sentence, the characters around a number.
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
@@ -51,7 +51,8 @@ BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORK
 ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "LABELLED", "_ARTICLE", "_ALONE",
             "_FIRST", "_ONLY", "_OR_ELSE", "_RETRACTED", "_REFUSED", "_NO_AFTER", "_OF_THE_NEXT", "_YES_AFTER",
             "_ALL_AFTER", "_FRACTION", "_UPRIGHT_LETTER", "_BUILDER", "_MEMBER", "_UNIT_VECTOR", "_BEFORE",
-            "_NUMBER_BEFORE", "_FACTOR", "_PER", "_MATRIX", "_UNIT_NOUN", "_LETTERS_ONLY"}  # fmt: skip
+            "_NUMBER_BEFORE", "_FACTOR", "_PER", "_MATRIX", "_UNIT_NOUN", "_LETTERS_ONLY", "_IF_AFTER",
+            "_WOULD_AFTER"}  # fmt: skip
 
 
 NUMBERS = (
