@@ -189,14 +189,14 @@ def _own_texts(options: tuple[str, ...], letters: str) -> re.Pattern[str] | None
         if words:
             short = len(words) == 1 or _LETTERS_ONLY.of(letters).fullmatch(" ".join(words))
             said = r"\s++".join(map(re.escape, words))
-            found.append(rf"{letter}\s*+{_MARK if short else _MARK_OR_SPACE}(?P<{letter}>(?i:{said}))")
+            found.append(rf"{letter}{_MARK if short else _MARK_OR_SPACE}(?P<{letter}>(?i:{said}))")
     return re.compile(rf"(?<![A-Za-z])(?:{'|'.join(found)}){_TEXT_ENDS}") if found else None
 
 
-_MARK = r"[)）\].:：、]\s*+"
+_MARK = r"\s*+[)）\].:：、]\s*+"
 
 
-_MARK_OR_SPACE = rf"(?:{_MARK}|[,，–—-]?\s++)"
+_MARK_OR_SPACE = rf"(?:{_MARK}|\s*+[,，–—-]\s++|\s++)"
 
 
 _TEXT_ENDS = (

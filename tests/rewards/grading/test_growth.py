@@ -40,8 +40,8 @@ PARTS = (
 # Parts of texts that choose options.
 CHOOSING = (
     " ", "\n", "\t", "\u00a0", "*", "$", "A", "A ", "(", "(A) ", "A. ", "A)\n", "b\n", "answer is ", "answer is A",
-    "option ",
-    "选", "so ", "right ", "would ", "if ", "…", "> ", "B, ", "is the ", "not ", "不是A", "\"", "A) is correct ", "\\text",
+    "option ", "would ", "if ", "…",
+    "选", "so ", "right ", "> ", "B, ", "is the ", "not ", "不是A", "\"", "A) is correct ", "\\text",
 )  # fmt: skip
 # Patterns that see a bounded part of a text only: a decision, a sentence, the characters around a number.
 BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORKED_OUT", "_SPECIFIED", "_DENIED",
