@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from gruppo.data.options import (
@@ -22,7 +22,7 @@ from gruppo.data.options import (
 from gruppo.rewards.grading import languages
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
-from gruppo.rewards.grading.weighing import CALLED_WRONG, NO_BEFORE, OTHERS, weighed
+from gruppo.rewards.grading.weighing import CALLED_WRONG, NO_BEFORE, OTHERS, supposed, weighed
 
 
 class Choice(NamedTuple):
@@ -37,14 +37,18 @@ class Choice(NamedTuple):
     undecided: bool = False
 
 
-# One or several letters, with or without brackets: "(B)", "A, C", "A和C", "ABD"; not the article in "A train".
-_LETTER = r"(?:[(（\[]\s*+[A-J]\s*+[)）\]]|[A-J][)）\]]?)"
-
-
 _OR = rf"(?:\bor\b|或者?|{languages.OR})"
 
 
-_AND = rf"(?:\s*+(?:,\s*+and\b|,|、|，|&|/|\band\b|和|与|及|以及|{languages.AND}|{_OR})\s*+|\s++|)"
+_AND = rf"(?:[\s…]*+(?:,\s*+and\b|,|、|，|&|/|\band\b|和|与|及|以及|{languages.AND}|{_OR})\s*+|\s++|)"
+
+
+# One or several letters, with or without brackets: "(B)", "A, C", "A和C", "ABD", "(AD)"; not the article in "A train",
+# nor the pair in "(A, B) = (1, 2)".
+_LETTER = (
+    rf"(?:[(（\[]\s*+[A-J](?:\s*+[)）\]]|(?:{_AND}[A-J]){{1,9}}\s*+[)）\]](?!\s*+=))"
+    r"|[A-J][)）\]]?)"
+)
 
 
 _GROUP = rf"(?<![A-Za-z])(?P<group>{_LETTER}(?:{_AND}{_LETTER}){{0,9}})(?:(?<=[)）\]])|(?![A-Za-z'’\d]|-[A-Za-z]))"
@@ -110,7 +114,7 @@ def foreign_phrases() -> Sequence[_Foreign]:
     return [phrase for language in languages.LANGUAGES.values() for phrase in _foreign(language)]
 
 
-_ALONE = Lettered(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*+(?:选项|项)?(?:[.,:：。!;；]|、(?!\s*+[A-J])|$))")
+_ALONE = Lettered(rf"{_LEAD}{_GROUP}(?:(?<=[)）\]])|\s*+(?:选项|项)?(?:[.,:：。!;；…]|、(?!\s*+[A-J])|$))")
 
 
 _ONLY = Lettered(rf"(?i:(?:option|choice|answer|letter)s?)\s++{_GROUP}[\s.。!]*+$")
@@ -125,7 +129,8 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
     A choice is a letter ("the answer is (B)", a box, 故选B, a text or a last line that is a letter), or the words or
     the value of an option where an answer is expected.
     """
-    text = own_answer(text).translate(_FULL_WIDTH)
+    full = own_answer(text).translate(_FULL_WIDTH)
+    text = _without_own_texts(full, tuple(options), letters)
     found = sorted(_named(text, options, letters), key=lambda item: item[0])
     if found:
         return found[-1][1]
@@ -142,11 +147,65 @@ def choice_of(text: str, options: Sequence[str], letters: str) -> Choice | None:
     if (settled := weighed(text, letters)) is not None:
         return Choice(settled.letters, "weighed", settled.text)
     last = last_sentence(text)
-    return (
-        _by_mention(text, letters)
-        or _by_value(last, "last sentence", options)
-        or _by_value(last.rpartition("=")[2], "last equation", options)
-    )
+    if last.strip(" *_$") == _LEFT_OUT:  # of "So it's C. A bird"
+        last = last_sentence(full)
+    if (mentioned := _by_mention(text, letters)) is not None:
+        return mentioned
+    before, would, after = last.partition("would")
+    if supposed(before + would, after):
+        return None
+    return _by_value(last, "last sentence", options) or _by_value(last.rpartition("=")[2], "last equation", options)
+
+
+_LEFT_OUT = "…"  # stands for the text of an option after its letter
+
+
+def _without_own_texts(text: str, options: tuple[str, ...], letters: str) -> str:
+    """A text whose options are their letters: "(C) A bird" becomes "(C) …" if that is the text of option C.
+
+    So letters, full stops and denials in the text of an option are not read as those of the text. Braces stay.
+    """
+    pattern = _own_texts(options, letters)
+    parts, end = [], 0
+    for found in pattern.finditer(_plain_in_place(text, letters)) if pattern else ():
+        start = found.start(found.lastgroup or 0)
+        parts += [text[end:start], _NOT_BRACES.sub(_LEFT_OUT, text[start : found.end()])]
+        end = found.end()
+    return "".join([*parts, text[end:]])
+
+
+_NOT_BRACES = re.compile("[^{}]+")
+
+
+@lru_cache(maxsize=256)
+def _own_texts(options: tuple[str, ...], letters: str) -> re.Pattern[str] | None:
+    """Letters followed by the text of their option, which is the group of the letter; None without options.
+
+    Only a bracket, a full stop or a colon separates a letter from a text of letters ("D) A and B") or of one word.
+    """
+    found = []
+    for letter, option in zip(letters, options, strict=False):
+        words = _plain_in_place(option, letters).strip(" .。,;:，；").split()
+        if words:
+            short = len(words) == 1 or _LETTERS_ONLY.of(letters).fullmatch(" ".join(words))
+            said = r"\s++".join(map(re.escape, words))
+            found.append(rf"{letter}{_MARK if short else _MARK_OR_SPACE}(?P<{letter}>(?i:{said}))")
+    return re.compile(rf"(?<![A-Za-z])(?:{'|'.join(found)}){_TEXT_ENDS}") if found else None
+
+
+_MARK = r"\s*+[)）\].:：、]\s*+"
+
+
+_MARK_OR_SPACE = rf"(?:{_MARK}|\s*+[,，–—-]\s++|\s++)"
+
+
+_TEXT_ENDS = (
+    r"(?=[^\S\n]*+(?:[.,;:!?。，；：！？)）\]}\"”’\n]|$)"
+    r"|\s++(?:because|since|as|for|is|are|was|were|does|do|can|could|would|and|or|but|not)\b)"
+)
+
+
+_LETTERS_ONLY = Lettered(rf"{_LETTER}(?:{_AND}{_LETTER})*+")
 
 
 _FULL_WIDTH = {0xFF21 + place: letter for place, letter in enumerate(LETTERS)}
@@ -166,6 +225,8 @@ def _lists(part: str, letters: str) -> bool:
 def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[int, Choice]]:
     for decision in reversed(decisions(text)):
         part = decision.text if decision.rule in ("boxed", "tags") else sentence(decision.text)
+        if supposed(_before(text, decision.start), part):
+            continue
         chosen = _alone(part, decision.rule, letters, whole=decision.rule in ("boxed", "tags"))
         chosen = chosen or _by_value(part, decision.rule, options)
         if chosen is not None:
@@ -175,7 +236,12 @@ def _named(text: str, options: Sequence[str], letters: str) -> Iterator[tuple[in
     for pattern in _PHRASES:
         for found in pattern.of(letters).finditer(plain):
             chosen = _choice(found, "phrase", letters, plain)
-            if chosen is not None and not _denied(plain, found) and not _ASKED.match(plain, found.end()):
+            if (
+                chosen is not None
+                and not _denied(plain, found)
+                and not _ASKED.match(plain, found.end())
+                and not _supposed(plain, found)
+            ):
                 yield found.start("group"), chosen
     for foreign in foreign_phrases():
         for found in foreign.phrase.of(letters).finditer(plain):
@@ -242,7 +308,7 @@ _NOT_CHOSEN = re.compile(
 
 
 _REFUSED = re.compile(
-    r"[)）\]]?\s*+(?:选项|项)?\s*+(?:(?:(?:is|are|was|would be|must be|seems|looks)\b\s*+)?"
+    r"[)）\]]?(?:[.:：]\s*+…)?[\s…]*+(?:选项|项)?\s*+(?:(?:(?:is|are|was|would be|must be|seems|looks)\b\s*+)?"
     r"(?:(?:definitely|clearly|also|certainly)\s++)?(?:not|wrong|incorrect|false|impossible|out)\b"
     rf"|(?:is|are|was|seems?|looks?)\s++{CALLED_WRONG}\b"
     r"|(?:is|are|was|does|do|did|can|could|would|wo|ca)n['’]t\b|(?:does|do|can|could|would)\s*not\b|不|错)"
@@ -262,6 +328,11 @@ def _denied(text: str, found: re.Match[str]) -> bool:
         or languages.DENIED.search(_CLAUSE.split(text[max(0, start - 30) : start])[-1])
         or languages.DENIED.search(_CLAUSE.split(text[end : end + 30], maxsplit=1)[0])
     )
+
+
+def _supposed(text: str, found: re.Match[str]) -> bool:
+    start = found.start("group")
+    return supposed(_before(text, start), text[start : start + _SHORT])
 
 
 def _alone(part: str, rule: str, letters: str, whole: bool = False) -> Choice | None:
@@ -285,7 +356,7 @@ def _choice(found: re.Match[str], rule: str, letters: str, text: str) -> Choice 
     return Choice("".join(sorted(set(named))), rule, group.strip(), undecided)
 
 
-_OR_ELSE = Lettered(rf"\s*+,?\s*+{_OR}\s*+(?:\w{{1,20}}\s++){{0,2}}{_LETTER}(?![A-Za-z'’])")
+_OR_ELSE = Lettered(rf"[\s…]*+,?\s*+{_OR}\s*+(?:\w{{1,20}}\s++){{0,2}}{_LETTER}(?![A-Za-z'’])")
 
 
 def _open(group: str) -> bool:
@@ -332,7 +403,7 @@ def _by_mention(text: str, letters: str) -> Choice | None:
         return None
     patterns = (pattern.of(letters) for pattern in (_BRACKETED, _POINTED, _CONCLUDED))
     found = next((matches for pattern in patterns if (matches := list(pattern.finditer(last)))), [])
-    named = [match["group"] for match in found if not _denied(last, match)]
+    named = [match["group"] for match in found if not _denied(last, match) and not _supposed(last, match)]
     if len(set(named)) != 1 or named[0] not in letters:
         return None
     return Choice(named[0], "mention", last.strip()[:200])

@@ -82,6 +82,36 @@ _OPEN_BEFORE = re.compile(
 _IF_BEFORE = re.compile(r"\b(?:if|unless|whether|suppos(?:e|ing)|assum(?:e|ing))\b[^,，;；:：]{0,30}$", re.IGNORECASE)
 
 
+_WOULD = re.compile(r"(?:\bwould|['’]d)\b[^,;:]{0,40}$")
+
+
+_WOULD_AFTER = re.compile(r"[(（]?[A-Z][)）]?[\s…]*+would\b")
+
+
+# "If I had to guess" supposes nothing.
+_IF = r"\bif\b(?!,? (?:I|we|you)(?:['’]d)? (?:had|have|were) (?:to|forced)\b)"
+
+
+_IF_AFTER = re.compile(rf"(?:(?!\b(?:because|since|so)\b)[^.!?;\n。]){{0,80}}?(?:{_IF}|\bunless\b)")
+
+
+_IF_IT_WERE = re.compile(rf"(?i:{_IF})[^.;]{{0,80}}\b(?:were|weren['’]t|had|asked)\b")
+
+
+_ENDS = re.compile(r"[.!?\n。！？]")
+
+
+def supposed(before: str, said: str) -> bool:
+    """Whether a choice depends on something untrue: "it would be C if x were 2", "if x were 2, it would be C".
+
+    `before` and `said`: the characters before the letter, and those from it on; at most one or two sentences.
+    """
+    clause = _ENDS.split(before)[-1]
+    if not _WOULD.search(clause) and not _WOULD_AFTER.match(said):
+        return False
+    return bool(_IF_AFTER.match(said) or _IF_IT_WERE.search(clause))
+
+
 _YES_BEFORE = re.compile(
     r"(?:\b(?:definitely|surely|clearly|certainly|obviously|probably|for sure|without a doubt|no doubt|is|be|it['’]s|"
     r"i think|i believe|i guess|i['’]d say|i say|say|go with|choose|pick|leaves?|leaving|so|thus|hence|therefore|then|"
@@ -175,8 +205,10 @@ def _sides(sentence: str, letters: str) -> _Sides:
         begins = _BEGINS.search(before) or _YES_BEFORE.search(before)
         if NO_BEFORE.search(before) or (not of_next and _NO_AFTER.match(after)):
             sides.denied.update(named)
-        elif _IF_BEFORE.search(before) or (
-            len(named) > 1 and (_OPEN_BEFORE.search(before) or after.startswith("之间"))
+        elif (
+            _IF_BEFORE.search(before)
+            or supposed(sentence[: match.start()], sentence[match.start() :])
+            or (len(named) > 1 and (_OPEN_BEFORE.search(before) or after.startswith("之间")))
         ):
             sides.open.update(named)
         else:

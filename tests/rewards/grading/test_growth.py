@@ -40,7 +40,7 @@ PARTS = (
 # Parts of texts that choose options.
 CHOOSING = (
     " ", "\n", "\t", "\u00a0", "*", "$", "A", "A ", "(", "(A) ", "A. ", "A)\n", "b\n", "answer is ", "answer is A",
-    "option ",
+    "option ", "would ", "if ", "…",
     "选", "so ", "right ", "> ", "B, ", "is the ", "not ", "不是A", "\"", "A) is correct ", "\\text",
 )  # fmt: skip
 # Patterns that see a bounded part of a text only: a decision, a sentence, the characters around a number.
@@ -51,7 +51,8 @@ BOUNDED = {"_ABOUT", "_OR", "_UNKNOWN", "_BETWEEN", "_BOUND", "_BOUNDED", "_WORK
 ANCHORED = {"_AFTER", "_NEGATED", "_NUMBERED", "_TOKEN", "_INDEX", "_RAISED", "LABELLED", "_ARTICLE", "_ALONE",
             "_FIRST", "_ONLY", "_OR_ELSE", "_RETRACTED", "_REFUSED", "_NO_AFTER", "_OF_THE_NEXT", "_YES_AFTER",
             "_ALL_AFTER", "_FRACTION", "_UPRIGHT_LETTER", "_BUILDER", "_MEMBER", "_UNIT_VECTOR", "_BEFORE",
-            "_NUMBER_BEFORE", "_FACTOR", "_PER", "_MATRIX", "_UNIT_NOUN"}  # fmt: skip
+            "_NUMBER_BEFORE", "_FACTOR", "_PER", "_MATRIX", "_UNIT_NOUN", "_LETTERS_ONLY", "_IF_AFTER",
+            "_WOULD_AFTER"}  # fmt: skip
 
 
 NUMBERS = (
@@ -120,6 +121,12 @@ def test_patterns_take_linear_steps() -> None:
 def test_patterns_of_choices_take_linear_steps() -> None:
     assert deep(lambda: grown(CHOICES, CHOOSING)) == []
     assert deep(lambda: grown(CHOICES, (" ", "\n", "*"), ("A", "The answer is", "so A is not"))) == []
+
+
+def test_texts_of_options_take_linear_steps() -> None:
+    pattern = choices._own_texts(("A z-test", "A", "A A b c", "answer is A and B"), "ABCDE")
+    assert pattern is not None
+    assert deep(lambda: [part for part in (*CHOOSING, "A) A A b ") if grows(pattern, part)]) == []
 
 
 def test_phrases_of_other_languages_take_linear_steps() -> None:
