@@ -59,6 +59,9 @@ _AFTER = re.compile(
 )
 
 
+_UPRIGHT = r"([^{}]*+(?:(?<=\^)\{\s?-?\d\s?\}[^{}]*+)*+)"  # upright text, maybe with exponents: "cm^{2}"
+
+
 _UNIT_WORD = r"[A-Za-z]{1,12}(?:\s?\^\s?(?:\d|\{\d\}))?"
 
 
@@ -79,8 +82,10 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"百分之\s*(\d+(?:\.\d+)?)", r"\1%"),
         (r"(?<!\d)(\d+)\s*分之\s*(\d+)", r"\2/\1"),
         (r"(?<=\d)[*]{2}(?=\d)", "^"),
+        (r"(?<=\d)\.(?=\s?/\s?\d)", ""),
         (r"\*\*|__|\\[()\[\]$]|[$€£¥₹￥]|\\(?:pounds|euro)\b", ""),
-        (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|textit|rm|bf)\s*\{([^{}]*)\}", r" \1 "),
+        (r"~(?=\s*+[A-Za-z\\{}])", " "),
+        (rf"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|textit|rm|bf)\s*\{{{_UPRIGHT}\}}", r" \1 "),
         (rf"\\[dtc]?frac\s*\{{\s*({_UNIT_WORD})\s*\}}\s*\{{\s*({_UNIT_WORD})\s*\}}", r"\1/\2"),
         (r"(?<=\d)\s*\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"),
         (r"\\[dtc]?frac\s*\{\s*(-?)\s*([\d.]+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1\2/\3"),
