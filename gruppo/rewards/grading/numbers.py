@@ -17,7 +17,7 @@ from gruppo.errors import UsageError
 from gruppo.rewards.grading.arithmetic import calculated
 from gruppo.rewards.grading.extraction import Decision, decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
-from gruppo.rewards.grading.stated import GIVEN
+from gruppo.rewards.grading.stated import GIVEN, SO
 from gruppo.rewards.grading.symbolic import matched
 from gruppo.rewards.grading.terms import CONTINUED, has_variable, settled
 from gruppo.rewards.grading.units import EVERYDAY, units_of
@@ -125,10 +125,9 @@ def _conclusion(clean: str, numbers: Sequence[Quantity]) -> tuple[int, int]:
     reason = _REASON.search(clean, numbers[0].end)
     end = reason.start() if reason else len(clean)
     last = next((number.start for number in reversed(numbers) if number.start < end), 0)
-    return max((so.end() for so in _SO.finditer(clean, 0, last)), default=0), end
+    return max((so.end() for so in SO.finditer(clean, 0, last)), default=0), end
 
 
-_SO = re.compile(r"\b(?:so|thus|therefore|hence)\b(?! (?:far|on|that|many|much)\b)|所以|因此")
 _REASON = re.compile(r"\b(?:because|since)\b|因为")
 
 
