@@ -202,7 +202,7 @@ def _is_coordinate(clean: str, number: Quantity) -> bool:
 
 
 _PAIR = re.compile(r"[(\[][^()\[\]\n]*+[)\]]")
-_NOUN = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}|[\u4e00-\u9fff]")
+_NOUN = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}|[ie]\.[eg]\b|[\u4e00-\u9fff]")
 
 
 def _limited(clean: str, number: Quantity) -> bool:
@@ -364,7 +364,7 @@ def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantit
 
 
 _ASIDE = re.compile(r"\([^()]*+\)")
-_IN_WORDS = re.compile(r"[A-Za-z]{2}|[\u4e00-\u9fff]")
+_IN_WORDS = re.compile(r"[A-Za-z]{2}|[ie]\.[eg]\b|[\u4e00-\u9fff]")
 _VERB = re.compile(r"(?<=\s)(?:is|are|was|were|equals?)\b:?")
 DECISIONS = 50  # decisions that are tried, from the end
 
@@ -384,7 +384,7 @@ _CONCLUSION = re.compile(
 )
 
 
-_BEGIN = re.compile(r"^|[.!?]\s|[\n。！？]")
+_BEGIN = re.compile(r"^|(?<!\b[ie]\.[eg])[.!?]\s|[\n。！？]")
 
 
 # A list as the reference: numbers between commas or "and", maybe in brackets or formulas, with units.

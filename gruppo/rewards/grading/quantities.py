@@ -55,7 +55,7 @@ _NUMBER = re.compile(
 
 _AFTER = re.compile(
     r"\s*(?:(?P<percent>%|percent\b|per cent\b|percentage points?\b)|"
-    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千(?![米克瓦])|万|亿|(?<=\d)[kKM]\b))"
+    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千(?![米克瓦卡焦帕赫伏])|万|亿|(?<=\d)[kKM]\b))"
 )
 
 
@@ -165,7 +165,9 @@ _UNITS = {"十": 10, "百": 100, "千": 1000}
 _NUMERALS = "[零〇一二两三四五六七八九十百千万亿]{1,24}"
 
 
-_CHINESE = re.compile(f"负?{_NUMERALS}")
+_CHINESE = re.compile(
+    f"负?{_NUMERALS}(?<![十百千万亿]千)(?<![十百千零][一二三四五六七八九]千)"
+)  # not the 千 of 六十千米
 
 
 _SHARE = re.compile(f"({_NUMERALS})分之({_NUMERALS})")

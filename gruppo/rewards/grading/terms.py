@@ -16,9 +16,9 @@ from gruppo.rewards.grading.units import EVERYDAY, is_unit
 
 WINDOW = 200  # characters on each side of a number that can belong to its formula
 
-# Marks that belong to no formula: those of a calculator, tags, arrows, ordinals, degrees.
+# Marks that belong to no formula: those of a calculator, tags, arrows, "i.e.", ordinals, degrees.
 _BREAK = re.compile(
-    r"<<[^<>\n]*+>>|</?[A-Za-z][A-Za-z0-9]*+>|(?<=\n)[ \t]*+>|[-=]{1,2}>"
+    r"<<[^<>\n]*+>>|</?[A-Za-z][A-Za-z0-9]*+>|(?<=\n)[ \t]*+>|[-=]{1,2}>|(?<![A-Za-z])[ie]\.[eg]\."
     r"|\\(?:[lL]?ong)?(?:[rR]ightarrow|[lL]eftrightarrow)(?![A-Za-z])"
     r"|\\(?:to|implies|iff|therefore|because|checkmark|blacksquare|square|qed|qquad|quad|space)(?![A-Za-z])"
 )
