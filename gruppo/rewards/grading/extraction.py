@@ -113,7 +113,7 @@ _NUMBERED = re.compile(r"\d+[.)、]\s+\S")
 _LONGEST = 1000  # maximum characters of a line that states an answer
 
 
-_SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？\n]")
+_SENTENCE_END = re.compile(r"(?<!\b[ie]\.[eg])[.!?](?=[\s*]|$)|[。！？\n]")
 
 
 _SKIPPED = re.compile(r"[\s:：*]*+")

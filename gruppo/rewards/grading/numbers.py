@@ -17,7 +17,7 @@ from gruppo.errors import UsageError
 from gruppo.rewards.grading.arithmetic import calculated
 from gruppo.rewards.grading.extraction import Decision, decisions, last_sentence, own_answer, sentence
 from gruppo.rewards.grading.quantities import Quantity, cleaned, quantities, same_quantity, spelled
-from gruppo.rewards.grading.stated import GIVEN
+from gruppo.rewards.grading.stated import GIVEN, SO
 from gruppo.rewards.grading.symbolic import matched
 from gruppo.rewards.grading.terms import CONTINUED, has_variable, settled
 from gruppo.rewards.grading.units import EVERYDAY, units_of
@@ -81,7 +81,7 @@ def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tupl
     if decision.rule in ("label", "####") and not begins:
         return _in_line(clean, numbers, units) if decision.rule == "label" else ()
     if not begins:
-        return _settled(clean, _result(clean, numbers), units)
+        return _in_line(clean, numbers, units) or _settled(clean, numbers[-1], units)
     if worked := _WORKED_OUT.match(clean, begins.end()):
         return (next(number for number in numbers if number.end >= worked.end()),)
     chained = _chained(clean, begins.end(), numbers)
@@ -102,16 +102,33 @@ def read_decision(decision: Decision, units: Collection[str] = EVERYDAY) -> tupl
 
 
 def _in_line(clean: str, numbers: Sequence[Quantity], units: Collection[str]) -> tuple[Quantity, ...]:
-    """The number of a line after a label that begins with words: after its last verb, or the only one not given."""
+    """The number of a line after a label that begins with words: the result of its last equation, the number after its
+    last verb, or the only one not given.
+    """
+    begin, end = _conclusion(clean, numbers)
+    numbers = [number for number in numbers if begin <= number.start < end]
     outside = _outside(clean, numbers)
+    if result := _equated(clean, numbers, begin):
+        return _settled(clean, result, units)
     if len(outside) == 1 and len(clean) < 80:
         return _settled(clean, outside[0], units)
-    verb = max((verb.end() for verb in _VERB.finditer(clean)), default=None)
+    verb = max((verb.end() for verb in _VERB.finditer(clean, begin, end)), default=None)
     stated = [number for number in outside if verb is not None and number.start >= verb]
     if stated and _ABOUT.match(clean, verb or 0):
         return _settled(clean, stated[0], units)
     new = [one for one in outside if not GIVEN.search(clean, max(0, one.start - 20), one.start)]
     return _settled(clean, new[0], units) if len(new) == 1 else ()
+
+
+def _conclusion(clean: str, numbers: Sequence[Quantity]) -> tuple[int, int]:
+    """The span of a sentence that concludes: after its last "so" and before "because", if numbers are there."""
+    reason = _REASON.search(clean, numbers[0].end)
+    end = reason.start() if reason else len(clean)
+    last = next((number.start for number in reversed(numbers) if number.start < end), 0)
+    return max((so.end() for so in SO.finditer(clean, 0, last)), default=0), end
+
+
+_REASON = re.compile(r"\b(?:because|since)\b|因为")
 
 
 _MATRIX = re.compile(
@@ -156,8 +173,13 @@ def _open(number: Quantity) -> tuple[Quantity, ...]:
 
 def _settled(clean: str, number: Quantity, units: Collection[str], worked_out: bool = False) -> tuple[Quantity, ...]:
     """The reading of a number in its formula, open if the formula is not one number."""
-    found = None if _is_coordinate(clean, number) else settled(clean, number, units, worked_out)
+    parted = _is_coordinate(clean, number) or _ONE_OF_TWO.search(clean, max(0, number.start - 60), number.start)
+    found = None if parted else settled(clean, number, units, worked_out)
     return _open(number) if found is None else (replace(found, bound=True),) if _limited(clean, number) else (found,)
+
+
+# Another value of the same letter before a number: "x = 5 or x = 3".
+_ONE_OF_TWO = re.compile(r"([A-Za-z])\s?=\s?[-+]?[\d.,/]+,?\s(?:or|and)\s\1\s?=\s?$")
 
 
 def _is_list(clean: str) -> bool:
@@ -180,7 +202,7 @@ def _is_coordinate(clean: str, number: Quantity) -> bool:
 
 
 _PAIR = re.compile(r"[(\[][^()\[\]\n]*+[)\]]")
-_NOUN = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}|[\u4e00-\u9fff]")
+_NOUN = re.compile(r"(?<![A-Za-z\\])(?!and\b|or\b)[A-Za-z]{2,}|[ie]\.[eg]\b|[\u4e00-\u9fff]")
 
 
 def _limited(clean: str, number: Quantity) -> bool:
@@ -252,10 +274,24 @@ def _alternatives(clean: str, first: Quantity, numbers: Sequence[Quantity]) -> t
     return tuple(found)
 
 
-def _result(clean: str, numbers: Sequence[Quantity]) -> Quantity:
-    """For a sentence that does not begin with its number: the result of its last equation, or its last number."""
-    after = [number for number in numbers if "=" in clean and number.start >= clean.rindex("=")]
-    return after[0] if after else numbers[-1]
+def _equated(clean: str, numbers: Sequence[Quantity], begin: int = 0) -> Quantity | None:
+    """The result of the last equation of a sentence that begins at `begin`: 7 in "he has 3 + 4 = 7 in 2 bags" and in
+    "7 = 3 + 4"; None without an equation, or if a conclusion with another number follows it ("so", "in total").
+
+    In brackets with words, an equation counts only if its result stands outside too.
+    """
+    outside = _outside(clean, numbers, begin)
+    last = numbers[-1].start if numbers else begin
+    ends = [found.end() for found in _EQUALS.finditer(clean, begin, last + 1)]
+    after = [number for number in numbers if ends and number.start >= ends[-1]]
+    if not after or _CONCLUSION.search(clean, after[0].end, max(one.start for one in (after[0], *outside))):
+        return None
+    if after[0] not in outside and after[0].value not in {number.value for number in outside}:
+        return None
+    before = [number for number in numbers if number.end <= ends[-1]]
+    if before and _operator(clean, after[0].end) and calculated(clean[ends[-1] : after[-1].end]) == before[-1].value:
+        return before[-1]
+    return after[0]
 
 
 def answered_number(text: str, question: str = "", reference: str = "") -> Answered | None:
@@ -320,9 +356,7 @@ def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantit
     within = [number for number in numbers if number.start >= begin]
     outside = _outside(clean, within, begin)
     last = outside[-1] if outside else last
-    equals = clean.rfind("=", begin, last.start)
-    result = next((number for number in within if number.start > equals >= 0), None)
-    if result is not None and not _CONCLUSION.search(clean, result.end, last.start):
+    if result := _equated(clean, within, begin):
         return result
     asked = {number.value for number in quantities(cleaned(question))}
     new = {number.value: number for number in outside if number.value not in asked}
@@ -330,7 +364,7 @@ def _computed(clean: str, numbers: Sequence[Quantity], question: str) -> Quantit
 
 
 _ASIDE = re.compile(r"\([^()]*+\)")
-_IN_WORDS = re.compile(r"[A-Za-z]{2}|[\u4e00-\u9fff]")
+_IN_WORDS = re.compile(r"[A-Za-z]{2}|[ie]\.[eg]\b|[\u4e00-\u9fff]")
 _VERB = re.compile(r"(?<=\s)(?:is|are|was|were|equals?)\b:?")
 DECISIONS = 50  # decisions that are tried, from the end
 
@@ -345,10 +379,12 @@ def _outside(clean: str, numbers: Sequence[Quantity], begin: int = 0) -> list[Qu
     ]
 
 
-_CONCLUSION = re.compile(r"\b(?:so|thus|therefore|hence|means|total|leaving|leaves|altogether)\b|所以|因此|一共")
+_CONCLUSION = re.compile(
+    r"\b(?:so|thus|therefore|hence|means|total|leaving|leaves|altogether)\b|所以|因此|一共|\b(?:is|equals)[\s:]*+$"
+)
 
 
-_BEGIN = re.compile(r"^|[.!?]\s|[\n。！？]")
+_BEGIN = re.compile(r"^|(?<!\b[ie]\.[eg])[.!?]\s|[\n。！？]")
 
 
 # A list as the reference: numbers between commas or "and", maybe in brackets or formulas, with units.

@@ -55,8 +55,11 @@ _NUMBER = re.compile(
 
 _AFTER = re.compile(
     r"\s*(?:(?P<percent>%|percent\b|per cent\b|percentage points?\b)|"
-    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千(?![米克瓦])|万|亿|(?<=\d)[kKM]\b))"
+    r"(?P<scale>dozen\b|hundred\b|thousand\b|million\b|billion\b|trillion\b|百万|千万|百|千(?![米克瓦卡焦帕赫伏])|万|亿|(?<=\d)[kKM]\b))"
 )
+
+
+_UPRIGHT = r"([^{}]*+(?:(?<=\^)\{\s?-?\d\s?\}[^{}]*+)*+)"  # upright text, maybe with exponents: "cm^{2}"
 
 
 _UNIT_WORD = r"[A-Za-z]{1,12}(?:\s?\^\s?(?:\d|\{\d\}))?"
@@ -79,8 +82,10 @@ _CLEANED: Sequence[tuple[re.Pattern[str], str]] = [
         (r"百分之\s*(\d+(?:\.\d+)?)", r"\1%"),
         (r"(?<!\d)(\d+)\s*分之\s*(\d+)", r"\2/\1"),
         (r"(?<=\d)[*]{2}(?=\d)", "^"),
+        (r"(?<=\d)\.(?=\s?/\s?\d)", ""),
         (r"\*\*|__|\\[()\[\]$]|[$€£¥₹￥]|\\(?:pounds|euro)\b", ""),
-        (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|textit|rm|bf)\s*\{([^{}]*)\}", r" \1 "),
+        (r"~(?=\s*+[A-Za-z\\{}])", " "),
+        (rf"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|textit|rm|bf)\s*\{{{_UPRIGHT}\}}", r" \1 "),
         (rf"\\[dtc]?frac\s*\{{\s*({_UNIT_WORD})\s*\}}\s*\{{\s*({_UNIT_WORD})\s*\}}", r"\1/\2"),
         (r"(?<=\d)\s*\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2"),
         (r"\\[dtc]?frac\s*\{\s*(-?)\s*([\d.]+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1\2/\3"),
@@ -160,7 +165,9 @@ _UNITS = {"十": 10, "百": 100, "千": 1000}
 _NUMERALS = "[零〇一二两三四五六七八九十百千万亿]{1,24}"
 
 
-_CHINESE = re.compile(f"负?{_NUMERALS}")
+_CHINESE = re.compile(
+    f"负?{_NUMERALS}(?<![十百千万亿]千)(?<![十百千零][一二三四五六七八九]千)"
+)  # not the 千 of 六十千米
 
 
 _SHARE = re.compile(f"({_NUMERALS})分之({_NUMERALS})")

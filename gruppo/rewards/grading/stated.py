@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 
 from gruppo.rewards.grading.extraction import Decision
 from gruppo.rewards.grading.latex import Formula, formulas
@@ -31,25 +32,46 @@ _WITHIN = re.compile(
     r"\s(?:of|for|in|from|on|to|by|with|among|at|between) (?:the|these|those|all|each|every|his|her|their|its|our)\b"
 )
 _NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d++(?:[.,/]\d++)*+)")
+# The word before a conclusion: "The angle is $60^\circ$, so $\cos 60^\circ = \frac12$".
+SO = re.compile(
+    r"\b(?:(?:so|thus|therefore|hence)\b(?! (?:far|on|that|many|much)\b)|which (?:implies|gives|yields)\b)[,:\s]*+"
+    r"|(?:所以|因此)[，,:：\s]*+",
+    re.IGNORECASE,
+)
+_PLAIN = re.compile(r"[-+\d(\[{]|\\(?!end\b)")  # how a formula without dollar signs begins
+_END = re.compile(r"[.!?](?=\s|$)|[。！？]")
+_RELATION = re.compile(r"[=<>≤≥≈]|\\(?:leq?|geq?|lt|gt|approx|equiv|in)(?![A-Za-z])")
+_OR = re.compile(r",?\s++or\b")
+# A value that is no name: words, a number.
+_IS_VALUE = re.compile(
+    r"(?:\$|\\[(\[]|\s)*+(?:\\(?:text|mathrm|mbox)\s*+\{[^{}]*+\}|[-+]?\d[\d.,]*+)(?:\$|\\[)\]]|\s)*+"
+)
+# The result of an equation in words: "he has 80/8 = 10 packs"; not that of an unknown ("5x = 10").
+_EQUALS = re.compile(r"(?<=[\w)!%])\s*+(?:=|≈)\s*+(?=[-+$]?[\d\\])")
+_UNKNOWN = re.compile(r"(?:\d\s?\*?\s?|[-+*/^]\s?)[a-z](?![a-z])|(?<![a-zA-Z])[a-z]\s?[-+*/^]")
 _ABOUT_IT = re.compile(r"\s+(?:is|are|was) (?:the|a|an|our|my|your)\b")
 
 
 def said_formula(decision: Decision) -> str:
     """The formula that a decision's text states: the one with which it begins, unless its value follows ("$x$ is 5");
-    else the one after its last verb, or the only number that is not given ("17 of the 20 points").
+    else the one after its last verb or equals sign, or the only number that is not given ("17 of the 20 points").
 
-    Words are cut at a reason ("because …").
+    What follows the last "so" counts, unless the text begins with a value. Words are cut at a reason ("because …").
     """
-    text = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
+    whole = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
+    text = _concluded(whole)
     found = formulas(text)
-    if found and found[0].start == 0:
+    if found and found[0].start == 0 and (text == whole or _OR.match(text, found[0].end)):
         verb = _COPULA.match(text, found[0].end + 1)
+        if verb and _IS_VALUE.fullmatch(found[0].text) and not text.startswith(("$", "\\"), verb.end()):
+            verb = None  # "$12$ is 3 more than $9$"
         return (_value(text[verb.end() :]) if verb else "") or _connected(text, found)
     text = re.sub(r"(?<=\d)\.(?=\s*$|\s+[A-Z])", " . ", text)
     found = formulas(text)
-    if re.match(r"[-+\d\\(\[{]", text):
+    if text == whole and _PLAIN.match(text):
         return _ABOUT_IT.split(_REASON.split(text, maxsplit=1)[0], maxsplit=1)[0].strip(" *")
-    verbs = [verb for verb in _COPULA.finditer(text) if not any(one.start < verb.start() < one.end for one in found)]
+    equals = [one for one in _EQUALS.finditer(text) if not _UNKNOWN.search(text, max(0, one.start() - 40), one.start())]
+    verbs = sorted(_outside([*_COPULA.finditer(text), *equals], found), key=lambda verb: verb.end())
     for verb in reversed(verbs):
         if value := _value(text[verb.end() :]):
             return value
@@ -57,6 +79,29 @@ def said_formula(decision: Decision) -> str:
         return _new(text, found)[-1].text
     numbers = _new(text, [Formula(one.start(), one.end(), one[0]) for one in _NUMBER.finditer(text)])
     return _until_reason(text[numbers[0].start :] if len(numbers) == 1 else text)
+
+
+def _concluded(text: str) -> str:
+    """A text from its last "so" on, if it begins with no value and if a formula or a number follows.
+
+    After an equation with which it begins, only the first sentence counts.
+    """
+    found = formulas(text)
+    begins = bool(found) and found[0].start == 0
+    if (begins and not _RELATION.search(found[0].text)) or (not begins and _PLAIN.match(text)):
+        return text
+    end = _END.search(text, found[0].end) if begins else None
+    for so in reversed(_outside(SO.finditer(text, 0, end.start() if end else len(text)), found)):
+        if formulas(text[so.end() :]) or _NUMBER.search(text, so.end()):
+            return text[so.end() :]
+    return text
+
+
+def _outside(matches: Iterable[re.Match[str]], found: Sequence[Formula]) -> list[re.Match[str]]:
+    """The matches that begin in no formula."""
+    starts = [one.start for one in found]
+    places = [(one, bisect_right(starts, one.start()) - 1) for one in matches]
+    return [one for one, place in places if place < 0 or one.start() >= found[place].end]
 
 
 def _new(text: str, found: Sequence[Formula]) -> Sequence[Formula]:

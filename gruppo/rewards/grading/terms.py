@@ -16,9 +16,9 @@ from gruppo.rewards.grading.units import EVERYDAY, is_unit
 
 WINDOW = 200  # characters on each side of a number that can belong to its formula
 
-# Marks that belong to no formula: those of a calculator, tags, arrows, ordinals, degrees.
+# Marks that belong to no formula: those of a calculator, tags, arrows, "i.e.", ordinals, degrees.
 _BREAK = re.compile(
-    r"<<[^<>\n]*+>>|</?[A-Za-z][A-Za-z0-9]*+>|(?<=\n)[ \t]*+>|[-=]{1,2}>"
+    r"<<[^<>\n]*+>>|</?[A-Za-z][A-Za-z0-9]*+>|(?<=\n)[ \t]*+>|[-=]{1,2}>|(?<![A-Za-z])[ie]\.[eg]\."
     r"|\\(?:[lL]?ong)?(?:[rR]ightarrow|[lL]eftrightarrow)(?![A-Za-z])"
     r"|\\(?:to|implies|iff|therefore|because|checkmark|blacksquare|square|qed|qquad|quad|space)(?![A-Za-z])"
 )
@@ -42,11 +42,14 @@ _BEFORE = re.compile(r"(?:.*(?:[)\]]|(?<![A-Za-z\\])[A-Za-z])\s)?[\s({\[*_~\"'`]
 _NUMBER_BEFORE = re.compile(r"[^\\^_]*\d\s+[({\[*_~\"'`]*+")
 # What may stand after it: a unit, an aside in brackets, another number, a sign without a second term.
 _UNIT = r"[A-Za-z](?:\s?\^\s?\{?\s?-?\d\s?\}?)?"
+_UNITS = rf"{_UNIT}(?:\s*+[/·*]?\s*+{_UNIT}){{0,4}}"
 _AFTER = re.compile(
-    rf"(?P<unit>\s*+(?:[/·*]\s?)?{_UNIT}(?:\s*+[/·*]?\s*+{_UNIT}){{0,4}})?[\s)}}\]*_~\"'`!]*+"
-    r"(?:[-+*/(]?[\s(]*+|(?<=\s)(?:[-+](?=\d)|[\d(\"'`]).*)",
+    rf"(?P<unit>\s*+(?:[/·*]\s?)?{_UNITS})?[\s)}}\]*_~\"'`!]*+"
+    r"(?:[-+*/·(]?[\s(]*+|(?<=\s)(?:[-+](?=\d)|[\d(\"'`]).*)",
     re.DOTALL,
 )
+_SUM = re.compile(r"[\d)}]\s*+[-+]")
+_UNITS_AT_END = re.compile(rf"(?<=[\d)}}])\s++(?P<unit>{_UNITS})[\s.]*+$")
 _ARTICLE = re.compile(r"\s+[aAI](?:\s|$)")
 _FACTOR = re.compile(r"\s*+\((?=[^()]*[A-Za-z])(?=[^()]*[-+*/^])[^()=]*\)")
 CONTINUED = re.compile(r"\\[lc]?dots(?![A-Za-z])|\.{3}\s*+$|…\s*+$")
@@ -92,7 +95,7 @@ def settled(clean: str, number: Quantity, units: Collection[str], worked_out: bo
     plain = _is_plain(text[left:start], text[end:right], units)
     if not worked_out and (plain or _EXPRESSION.search(text[left:right])):
         return number if plain else None
-    value = calculated(_TIMES.sub("*", text[left:right]))
+    value = calculated(_TIMES.sub("*", _without_units(text[left:right], units)))
     if value is None or value == number.value:
         return number if plain or value is not None else None
     return replace(number, value=value, decimals=None, percent=False)
@@ -139,6 +142,14 @@ def _is_plain(before: str, after: str, units: Collection[str]) -> bool:
     letters = _LETTERS.findall(found["unit"] or "")
     apart = (found["unit"] or "x")[0].isspace() and len(letters) == 1
     return all(letter in used for letter in letters) or (apart and letters[0] not in "xyzn")
+
+
+def _without_units(formula: str, units: Collection[str]) -> str:
+    r"""A formula without the units at its end: "2\sqrt{4} m/s". In a sum, a letter is a variable: "2 + 3 m"."""
+    found = None if _SUM.search(formula) else _UNITS_AT_END.search(formula)
+    if found and all(letter in units for letter in _LETTERS.findall(found["unit"])):
+        return formula[: found.start()]
+    return formula
 
 
 def _is_unsolved(text: str, units: Collection[str]) -> bool:
