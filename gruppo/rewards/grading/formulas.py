@@ -72,6 +72,7 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\[dtc]frac", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|\\[,;: ]|,\\!|~)(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
+        (r"(?:^|(?<=[-+*/^=<>(\[{,]))(\s?)–\s?(?=[\d.\\A-Za-z(])", r"\1-"),
         (rf"{WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
         (rf"{WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
         (rf"(?<=\d)\s*\^\s*(\{{\s*)?{WORD}\s*\{{\s*(?:st|nd|rd|th)\s*\}}(?(1)\s*\}})", ""),
@@ -386,7 +387,7 @@ def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
 
 
 # Signs of a formula as opposed to words: digits, commands, symbols, a single letter, letters around an operator.
-_FORMULA = re.compile(r"\d|\\|\$|[=^∞π√]|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])")
+_FORMULA = re.compile(r"\d|\\|\$|[=^<>≤≥≠±²³∞π√]|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])")
 
 
 def _unwrapped(text: str) -> str:

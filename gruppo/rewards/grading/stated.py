@@ -30,7 +30,14 @@ GIVEN = re.compile(r"\b(?:the|these|those|all|both|his|her|their|its|our|my|your
 _WITHIN = re.compile(
     r"\s(?:of|for|in|from|on|to|by|with|among|at|between) (?:the|these|those|all|each|every|his|her|their|its|our)\b"
 )
-_NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d++(?:[.,/]\d++)*+)")
+_NUMBER = re.compile(r"(?<![\w.,/])[-+−–]?(?:\d++(?:[.,/]\d++)*+)")
+# Signs before a number that make it a part of a formula: "√3", "n^2", "x ≥ 3", "x − 3".
+_PART = re.compile(r"(?:[+*/^√±<>≤≥≠×·]|(?<![A-Za-z])[A-Za-z]\s?[-−–])\s?$")
+# The beginning of a formula without dollar signs: a sign, a digit, a bracket, a variable before an operator, a name.
+_BEGINS = re.compile(
+    r"[-+−–±√∞π|\d\\(\[{]|[<>≤≥≈=]\s?[-+−–±\d√π]|[A-Za-zα-ω](?:\s?[-+−*/^=<>≤≥≠≈∈²³·×_]|['′]?\()"
+    r"|[A-Za-z]{2}\s?[+*/^²³]|(?:sqrt|ln|log|exp|arc(?:sin|cos|tan)|sin|cos|tan|pi)(?![A-Za-z])"
+)
 _ABOUT_IT = re.compile(r"\s+(?:is|are|was) (?:the|a|an|our|my|your)\b")
 
 
@@ -47,7 +54,7 @@ def said_formula(decision: Decision) -> str:
         return (_value(text[verb.end() :]) if verb else "") or _connected(text, found)
     text = re.sub(r"(?<=\d)\.(?=\s*$|\s+[A-Z])", " . ", text)
     found = formulas(text)
-    if re.match(r"[-+\d\\(\[{]", text):
+    if _BEGINS.match(text):
         return _ABOUT_IT.split(_REASON.split(text, maxsplit=1)[0], maxsplit=1)[0].strip(" *")
     verbs = [verb for verb in _COPULA.finditer(text) if not any(one.start < verb.start() < one.end for one in found)]
     for verb in reversed(verbs):
@@ -56,7 +63,8 @@ def said_formula(decision: Decision) -> str:
     if found:
         return _new(text, found)[-1].text
     numbers = _new(text, [Formula(one.start(), one.end(), one[0]) for one in _NUMBER.finditer(text)])
-    return _until_reason(text[numbers[0].start :] if len(numbers) == 1 else text)
+    only = numbers[0].start if len(numbers) == 1 else 0
+    return _until_reason(text if _PART.search(text, max(0, only - 4), only) else text[only:])
 
 
 def _new(text: str, found: Sequence[Formula]) -> Sequence[Formula]:
@@ -68,7 +76,7 @@ def _value(text: str) -> str:
     """The formula or number with which a text begins; "" if it begins with words."""
     if text.startswith(("$", "\\(", "\\[")) and (inner := formulas(text)) and inner[0].start == 0:
         return _connected(text, inner)
-    return _until_reason(text) if re.match(r"[-+]?[\d.√∞π]|\\(?!text)", text) else ""
+    return _until_reason(text) if re.match(r"[-+−–±]?\s?[\d.√∞π]|\\(?!text)", text) else ""
 
 
 def _until_reason(text: str) -> str:
