@@ -48,7 +48,7 @@ from gruppo.rewards.grading.units import BOUND, contradicts, is_limited, units_o
 _SYMBOLS = {
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "−": "-", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ",
     "÷": "\\div ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ",
-    "∈": "\\in ",
+    "∈": "\\in ", "≈": "\\approx ", "`": "",
     "±": "\\pm ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "²": "^{2}", "³": "^{3}",
     "°": "^{\\circ}",
     "、": ",", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
@@ -136,9 +136,33 @@ def normal(text: str) -> str:
     text = with_products(with_marks(text))
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
-    text = re.sub(r"\s+", " ", expanded_determinants(with_inverses(text))).strip().rstrip(".,;:").strip()
+    text = _without_bold(re.sub(r"\s+", " ", expanded_determinants(with_inverses(text))).strip().rstrip(".,;:").strip())
     text = text[1:-1].strip() if closing_braces(text).get(0) == len(text) - 1 else text
-    return ratio_as_tuple(text)
+    return ratio_as_tuple(_OPENING.sub("", _with_upright_unit(text)))
+
+
+_OPENING = re.compile(r"^(?:\\(?:approx|simeq)(?![A-Za-z])|=)\s*+(?=\S)")  # of a right-hand side
+_BOLD = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb)\s*(?=\{)")
+_NUMBER_IN_WORDS = re.compile(
+    rf"{WORD}\s*\{{\s*(?P<number>-?(?:(?:\d+ )?\d+\s?/\s?\d+|[\d,]*\d(?:\.\d+)?))(?P<unit>\s[A-Za-z][A-Za-z .]*)?\}}"
+)
+
+
+def _without_bold(text: str) -> str:
+    r"""A formula without the \mathbf around all of it; vectors and other bold letters stay bold."""
+    bold = _BOLD.match(text)
+    if bold is None or closing_braces(text).get(bold.end()) != len(text) - 1:
+        return text
+    inner = text[bold.end() + 1 : -1].strip()
+    return inner if re.search(r"[\d\\]", inner) else text
+
+
+def _with_upright_unit(text: str) -> str:
+    r"""\text{12 inches} as 12\text{ inches}."""
+    found = _NUMBER_IN_WORDS.fullmatch(text)
+    if found is None or (found["unit"] and (is_limited(found["unit"]) or _LISTED.search(found["unit"]))):
+        return text
+    return found["number"] + (f"\\text{{{found['unit']}}}" if found["unit"] else "")
 
 
 def same_formula(answer: str, wanted: str, question: str = "") -> bool:

@@ -47,7 +47,7 @@ def said_formula(decision: Decision) -> str:
 
     Words are cut at a reason ("because …").
     """
-    text = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
+    text = _ITEM.sub("", decision.text.strip().lstrip(":：* `"))
     found = formulas(text)
     if found and found[0].start == 0:
         verb = _COPULA.match(text, found[0].end + 1)
