@@ -249,9 +249,17 @@ def _same_parts(answer: str, wanted: str, units: Collection[str]) -> bool:
         pairs = split(answer[1:-1], ","), split(wanted[1:-1], ",")
         return len(pairs[0]) == len(pairs[1]) and all(_same(*pair, units) for pair in zip(*pairs, strict=True))
     items = _distinct(answer, units), _distinct(wanted, units)
+    if len(items[0]) > len(items[1]) == 1 and _brackets(answer) is None:
+        return _is_repeated(items[0], wanted, units)
     if max(map(len, items)) > 1:
         return matched(items[1], items[0], lambda one, other: _same(other, one, units))
     return _verified(answer, wanted)
+
+
+def _is_repeated(items: Sequence[str], wanted: str, units: Collection[str]) -> bool:
+    r"""Whether the items of an answer are different forms of one value: "\frac12, or 0.5", but not "1, 1"."""
+    forms = {_squeezed(item) for item in items}
+    return len(forms) == len(items) <= REPEATED and all(_same(item, wanted, units) for item in items)
 
 
 def _distinct(text: str, units: Collection[str]) -> Sequence[str]:
@@ -480,7 +488,7 @@ def _same_last(text: str, found: Sequence[Formula], wanted: str, question: str) 
 
 
 DECISIONS = 50  # decisions that are tried, from the end
-REPEATED = 20  # items of a set that are compared with each other
+REPEATED = 20  # items of a set or list that are compared with each other
 JOINED = 30  # formulas that may form one list
 
 
