@@ -26,7 +26,16 @@ from gruppo.rewards.grading.conditions import (
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.labels import unlabelled_pair
-from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, ratio_as_tuple, split, with_products
+from gruppo.rewards.grading.latex import (
+    WORD,
+    Formula,
+    braced,
+    formulas,
+    ratio_as_tuple,
+    split,
+    with_products,
+    without_end_mark,
+)
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
 from gruppo.rewards.grading.matrices import (
     MATRIX,
@@ -447,7 +456,7 @@ def grade_formula(text: str, answer: object, question: str = "") -> bool:
     answered = answered_formula(text, words)
     if answered is not None:
         return same_formula(answered[0], wanted, question)
-    return _without_decision(own_answer(text), wanted, words, question)
+    return _without_decision(without_end_mark(own_answer(text)), wanted, words, question)
 
 
 def _without_decision(text: str, wanted: str, words: bool, question: str) -> bool:

@@ -15,7 +15,7 @@ BETWEEN = re.compile(
 )
 
 
-_ITEM = re.compile(r"[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$"
+_ITEM = re.compile(r"(?<![A-Za-z0-9'′)\]}])[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$", not "$f(1)$"
 
 
 # The verb after which a sentence gives its value: "the largest n is 34".
