@@ -18,7 +18,13 @@ from gruppo.rollout.workers.rewards import RewardPool
 from tests.conftest import make_tokenizer
 from tests.rollout.workers.test_rewards import group, score, totals
 
-UNITS = ("\\text{ cm}^{2}", "\\text{ cm}²", "\\,\\mathrm{m/s^{2}}", "\\,\\mathrm{km\\,h^{-1}}", "\\text{ J}\\cdot\\text{s}")
+UNITS = (
+    "\\text{ cm}^{2}",
+    "\\text{ cm}²",
+    "\\,\\mathrm{m/s^{2}}",
+    "\\mathrm{km\\,h^{-1}}",
+    "\\text{ J}\\cdot\\text{s}",
+)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (rf"{WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
         (rf"(?<=\d)\s*\^\s*(\{{\s*)?{WORD}\s*\{{\s*(?:st|nd|rd|th)\s*\}}(?(1)\s*\}})", ""),
         (r"(?<=\d)\s*\^\s*\{\s*(?:st|nd|rd|th)\s*\}", ""),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b", ""),
+        (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b)(?:\s?[CF](?![A-Za-z_]))?", ""),
         (r"\\\$|\$|€|£|¥|￥|\\[()]|\\\[|\\\]|\*\*(?!\d)", ""),
         (r"\*\*", "^"),
         (r"√\s*\(([^()]*)\)|\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1\2}"),
@@ -108,7 +108,7 @@ _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
 
 
 _ANGLE = r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*"
-_DEGREES = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
+_DEGREES = re.compile(rf"(?<![A-Za-z\\])\\?(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,40})\s*\}|(\d))(?!\d)")
 
 
@@ -428,7 +428,9 @@ def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
 
 
 # Signs of a formula as opposed to words: digits, commands, symbols, a single letter, letters around an operator.
-_FORMULA = re.compile(r"\d|\\|\$|[=^<>≤≥≠±²³∞π√]|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])")
+_FORMULA = re.compile(
+    r"\d|\\|\$|[=^<>≤≥≠±²³∞π√∅]|\b(?:sin|cos|tan|ln|log|exp)\b|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])"
+)
 
 
 def _unwrapped(text: str) -> str:

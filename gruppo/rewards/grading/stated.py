@@ -31,8 +31,8 @@ _WITHIN = re.compile(
     r"\s(?:of|for|in|from|on|to|by|with|among|at|between) (?:the|these|those|all|each|every|his|her|their|its|our)\b"
 )
 _NUMBER = re.compile(r"(?<![\w.,/])[-+−–]?(?:\d++(?:[.,/]\d++)*+)")
-# Signs before a number that make it a part of a formula: "√3", "n^2", "x ≥ 3", "x − 3".
-_PART = re.compile(r"(?:[+*/^√±<>≤≥≠×·]|(?<![A-Za-z])[A-Za-z]\s?[-−–])\s?$")
+# What makes the number behind it another: signs of a formula ("√3", "n^2", "x ≥ 3", "x − 3") and "not".
+_PART = re.compile(r"(?:\bnot|[+*/^√±<>≤≥≠×·]|(?<![A-Za-z])[A-Za-z]\s?[-−–])\s?$")
 # The beginning of a formula without dollar signs: a sign, a digit, a bracket, a variable before an operator, a name.
 _BEGINS = re.compile(
     r"[-+−–±√∞π|\d\\(\[{]|[<>≤≥≈=]\s?[-+−–±\d√π]|[A-Za-zα-ω](?:\s?[-+−*/^=<>≤≥≠≈∈²³·×_]|['′]?\()"
