@@ -108,7 +108,7 @@ _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
 
 
 _ANGLE = r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*"
-_DEGREES = re.compile(rf"(?<![A-Za-z\\])\\?(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
+_DEGREES = re.compile(rf"(?:\\|(?<![A-Za-z\\]))(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,40})\s*\}|(\d))(?!\d)")
 
 
