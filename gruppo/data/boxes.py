@@ -68,11 +68,14 @@ def last_box(text: str) -> tuple[int, str] | None:
 
     Boxes that "and", "or", a comma or only spacing connect to it are included, separated by commas. Boxes in formulas
     of their own with nothing between them are one list, and so are boxes on one line, in the rows of a formula, and
-    in the items of a list; a box that spacing connects to its copy counts once.
+    in the items of a list; a box that spacing connects to its copy counts once. A box after "not" or "rather than" does
+    not count if there is another before it.
     """
     found = boxes(text)
     if not found:
         return None
+    while len(found) > 1 and _DENIED.search(text, max(0, found[-1].start - _NEAR), found[-1].start):
+        found.pop()
     start, _, last = found[-1]
     joined = [last]
     for before in reversed(found[:-1]):
@@ -87,6 +90,8 @@ def last_box(text: str) -> tuple[int, str] | None:
     return start, ", ".join(reversed(joined))
 
 
+_DENIED = re.compile(r"\b(?:not|rather than|instead of)\s?(?:\$\$?|\\[(\[])?\s?$")
+_NEAR = 20  # characters before a box that may deny it
 _JOIN = 60  # maximum characters between boxes that belong together
 
 

@@ -18,6 +18,14 @@ from gruppo.rollout.workers.rewards import RewardPool
 from tests.conftest import make_tokenizer
 from tests.rollout.workers.test_rewards import group, score, totals
 
+UNITS = (
+    "\\text{ cm}^{2}",
+    "\\text{ cm}²",
+    "\\,\\mathrm{m/s^{2}}",
+    "\\mathrm{km\\,h^{-1}}",
+    "\\text{ J}\\cdot\\text{s}",
+)
+
 
 @pytest.mark.parametrize(
     ("reference", "correct", "wrong"),
@@ -27,6 +35,9 @@ from tests.rollout.workers.test_rewards import group, score, totals
         ("He has 5 and 6.\n5 + 6 = 11\n#### 11", ["11", "#### 11"], ["5"]),
         ("Therefore \\boxed{x^2+2x+1}.", ["\\boxed{(x+1)^2}"], ["\\boxed{(x-1)^2}"]),
         ("1,234", ["It is 1,234."], ["1.234"]),
+        (9, ["So $n=9$. $\\square$", "\\boxed{9}, not $\\boxed{8}$", "\\boxed{\\approx 9}"], ["So $n=8$. $\\square$"]),
+        (3, [f"\\boxed{{3{unit}}}" for unit in UNITS], [f"\\boxed{{4{unit}}}" for unit in UNITS]),
+        (3, [], ["\\boxed{3\\mathrm{x^{2}}}", "\\boxed{3\\text{ and }4\\text{ cm}^{2}}"]),
     ],
 )
 def test_math(reference: object, correct: list[str], wrong: list[str]) -> None:

@@ -26,7 +26,16 @@ from gruppo.rewards.grading.conditions import (
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import decisions, last_sentence, own_answer
 from gruppo.rewards.grading.labels import unlabelled_pair
-from gruppo.rewards.grading.latex import WORD, Formula, braced, formulas, ratio_as_tuple, split, with_products
+from gruppo.rewards.grading.latex import (
+    WORD,
+    Formula,
+    braced,
+    formulas,
+    ratio_as_tuple,
+    split,
+    with_products,
+    without_end_mark,
+)
 from gruppo.rewards.grading.math_verify import is_readable, parse_formulas, same_mathematics
 from gruppo.rewards.grading.matrices import (
     MATRIX,
@@ -48,7 +57,7 @@ from gruppo.rewards.grading.units import BOUND, contradicts, is_limited, units_o
 _SYMBOLS = {
     "，": ",", "；": ";", "（": "(", "）": ")", "：": ":", "−": "-", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ",
     "÷": "\\div ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "∪": "\\cup ", "∩": "\\cap ",
-    "∈": "\\in ",
+    "∈": "\\in ", "≈": "\\approx ", "`": "",
     "±": "\\pm ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "²": "^{2}", "³": "^{3}",
     "°": "^{\\circ}",
     "、": ",", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
@@ -72,11 +81,12 @@ _CHANGES: Sequence[tuple[re.Pattern[str], str]] = [
         (r"\\[dtc]frac", r"\\frac"),
         (r"(?<=\d)(?:\{,\}|\\[,;: ]|,\\!|~)(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad\b", " "),
+        (r"(?:^|(?<=[-+*/^=<>(\[{,]))(\s?)–\s?(?=[\d.\\A-Za-z(])", r"\1-"),
         (rf"{WORD}\s*\{{\s*([ied])\s*\}}", r"\1"),
         (rf"{WORD}\s*\{{\s*(?:and|or)\s*\}}", ","),
         (rf"(?<=\d)\s*\^\s*(\{{\s*)?{WORD}\s*\{{\s*(?:st|nd|rd|th)\s*\}}(?(1)\s*\}})", ""),
         (r"(?<=\d)\s*\^\s*\{\s*(?:st|nd|rd|th)\s*\}", ""),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b", ""),
+        (r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degrees?\b)(?:\s?[CF](?![A-Za-z_]))?", ""),
         (r"\\\$|\$|€|£|¥|￥|\\[()]|\\\[|\\\]|\*\*(?!\d)", ""),
         (r"\*\*", "^"),
         (r"√\s*\(([^()]*)\)|\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1\2}"),
@@ -98,7 +108,7 @@ _BASE = re.compile(r"(-?[0-9A-Fa-f.]+)\s*_\s*\{?\s*(\d+|\\text\{\w+\})\s*\}?")
 
 
 _ANGLE = r"\s*(\d{1,40}(?:\.\d{1,40})?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*"
-_DEGREES = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
+_DEGREES = re.compile(rf"(?:\\|(?<![A-Za-z\\]))(sin|cos|tan|cot|sec|csc)\s*(?:\({_ANGLE}\)|\{{{_ANGLE}\}}|{_ANGLE})")
 _REPEATING = re.compile(r"(?<![\d.])(\d{0,40})\.(\d{0,40})\\(?:overline|bar|dot)\s*(?:\{\s*(\d{1,40})\s*\}|(\d))(?!\d)")
 
 
@@ -135,9 +145,33 @@ def normal(text: str) -> str:
     text = with_products(with_marks(text))
     for pattern, other in _CHANGES:
         text = pattern.sub(other, text)
-    text = re.sub(r"\s+", " ", expanded_determinants(with_inverses(text))).strip().rstrip(".,;:").strip()
+    text = _without_bold(re.sub(r"\s+", " ", expanded_determinants(with_inverses(text))).strip().rstrip(".,;:").strip())
     text = text[1:-1].strip() if closing_braces(text).get(0) == len(text) - 1 else text
-    return ratio_as_tuple(text)
+    return ratio_as_tuple(_OPENING.sub("", _with_upright_unit(text)))
+
+
+_OPENING = re.compile(r"^(?:\\(?:approx|simeq)(?![A-Za-z])|=)\s*+(?=\S)")  # of a right-hand side
+_BOLD = re.compile(r"\\(?:mathbf|boldsymbol|bm|pmb)\s*(?=\{)")
+_NUMBER_IN_WORDS = re.compile(
+    rf"{WORD}\s*\{{\s*(?P<number>-?(?:(?:\d+ )?\d+\s?/\s?\d+|[\d,]*\d(?:\.\d+)?))(?P<unit>\s[A-Za-z][A-Za-z .]*)?\}}"
+)
+
+
+def _without_bold(text: str) -> str:
+    r"""A formula without the \mathbf around all of it; vectors and other bold letters stay bold."""
+    bold = _BOLD.match(text)
+    if bold is None or closing_braces(text).get(bold.end()) != len(text) - 1:
+        return text
+    inner = text[bold.end() + 1 : -1].strip()
+    return inner if re.search(r"[\d\\]", inner) else text
+
+
+def _with_upright_unit(text: str) -> str:
+    r"""\text{12 inches} as 12\text{ inches}."""
+    found = _NUMBER_IN_WORDS.fullmatch(text)
+    if found is None or (found["unit"] and (is_limited(found["unit"]) or _LISTED.search(found["unit"]))):
+        return text
+    return found["number"] + (f"\\text{{{found['unit']}}}" if found["unit"] else "")
 
 
 def same_formula(answer: str, wanted: str, question: str = "") -> bool:
@@ -224,9 +258,17 @@ def _same_parts(answer: str, wanted: str, units: Collection[str]) -> bool:
         pairs = split(answer[1:-1], ","), split(wanted[1:-1], ",")
         return len(pairs[0]) == len(pairs[1]) and all(_same(*pair, units) for pair in zip(*pairs, strict=True))
     items = _distinct(answer, units), _distinct(wanted, units)
+    if len(items[0]) > len(items[1]) == 1 and _brackets(answer) is None:
+        return _is_repeated(items[0], wanted, units)
     if max(map(len, items)) > 1:
         return matched(items[1], items[0], lambda one, other: _same(other, one, units))
     return _verified(answer, wanted)
+
+
+def _is_repeated(items: Sequence[str], wanted: str, units: Collection[str]) -> bool:
+    r"""Whether the items of an answer are different forms of one value: "\frac12, or 0.5", but not "1, 1"."""
+    forms = {_squeezed(item) for item in items}
+    return len(forms) == len(items) <= REPEATED and all(_same(item, wanted, units) for item in items)
 
 
 def _distinct(text: str, units: Collection[str]) -> Sequence[str]:
@@ -386,7 +428,9 @@ def answered_formula(text: str, words: bool = False) -> tuple[str, str] | None:
 
 
 # Signs of a formula as opposed to words: digits, commands, symbols, a single letter, letters around an operator.
-_FORMULA = re.compile(r"\d|\\|\$|[=^∞π√]|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])")
+_FORMULA = re.compile(
+    r"\d|\\|\$|[=^<>≤≥≠±²³∞π√∅]|\b(?:sin|cos|tan|ln|log|exp)\b|^\W*\w\W*$|(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*[A-Za-z](?![A-Za-z])"
+)
 
 
 def _unwrapped(text: str) -> str:
@@ -414,7 +458,7 @@ def grade_formula(text: str, answer: object, question: str = "") -> bool:
     answered = answered_formula(text, words)
     if answered is not None:
         return same_formula(answered[0], wanted, question)
-    return _without_decision(own_answer(text), wanted, words, question)
+    return _without_decision(without_end_mark(own_answer(text)), wanted, words, question)
 
 
 def _without_decision(text: str, wanted: str, words: bool, question: str) -> bool:
@@ -455,7 +499,7 @@ def _same_last(text: str, found: Sequence[Formula], wanted: str, question: str) 
 
 
 DECISIONS = 50  # decisions that are tried, from the end
-REPEATED = 20  # items of a set that are compared with each other
+REPEATED = 20  # items of a set or list that are compared with each other
 JOINED = 30  # formulas that may form one list
 
 

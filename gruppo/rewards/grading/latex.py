@@ -139,6 +139,20 @@ def _arguments(text: str, command: re.Match[str], closing: dict[int, int], depth
     return spans
 
 
+_END_MARK = re.compile(
+    r"(?:(?:\$|\\\()\s*+(?:\\(?:hfill|q?quad)\s*+)?\\(?:(?:black)?square|Box|qed(?:symbol)?)\s*+(?:\$|\\\))"
+    r"|\\qed(?:symbol)?|[□■∎]|\bQ\.?E\.?D)\.?$"
+)
+_LONGEST_MARK = 40
+
+
+def without_end_mark(text: str) -> str:
+    r"""A text without the mark of the end of a proof ("$\blacksquare$"); unchanged if nothing else is in it."""
+    text = text.rstrip()
+    found = _END_MARK.search(text, max(0, len(text) - _LONGEST_MARK))
+    return (text[: found.start()].rstrip() or text) if found else text
+
+
 def split(text: str, marks: str) -> list[str]:
     """Parts of a formula between separators (`marks`) that are not inside brackets."""
     parts, depth, begin = [], 0, 0

@@ -12,7 +12,7 @@ from typing import Any
 from gruppo.data.boxes import last_box
 from gruppo.rewards.grading.digits import ascii_digits
 from gruppo.rewards.grading.extraction import tags
-from gruppo.rewards.grading.latex import braced, formulas, ratio_as_tuple, with_products
+from gruppo.rewards.grading.latex import braced, formulas, ratio_as_tuple, with_products, without_end_mark
 from gruppo.rewards.grading.matrices import plain_rows, without_determinants
 from gruppo.rewards.grading.parsing_work import is_light
 from gruppo.rewards.grading.symbolic import same_expression
@@ -50,6 +50,7 @@ def same_mathematics(text: str, answer: object, question: str = "") -> bool | No
     text = ascii_digits(text)
     if tagged := tags(text):
         text = tagged[-1].content
+    text = without_end_mark(text)
     found = parse_formulas(_SCIENTIFIC.sub(_written_out, _passage(text, units)))
     return any(_same(one, other) for one, other in product(wanted, found))
 

@@ -16,7 +16,7 @@ BETWEEN = re.compile(
 )
 
 
-_ITEM = re.compile(r"[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$"
+_ITEM = re.compile(r"(?<![A-Za-z0-9'′)\]}])[（(]\s*\d\s*[)）]\s*(?=\$|\\\()")  # "(1) $5$; (2) $10$", not "$f(1)$"
 
 
 # The verb after which a sentence gives its value: "the largest n is 34".
@@ -31,14 +31,20 @@ GIVEN = re.compile(r"\b(?:the|these|those|all|both|his|her|their|its|our|my|your
 _WITHIN = re.compile(
     r"\s(?:of|for|in|from|on|to|by|with|among|at|between) (?:the|these|those|all|each|every|his|her|their|its|our)\b"
 )
-_NUMBER = re.compile(r"(?<![\w.,/])[-+]?(?:\d++(?:[.,/]\d++)*+)")
+_NUMBER = re.compile(r"(?<![\w.,/])[-+−–]?(?:\d++(?:[.,/]\d++)*+)")
+# What makes the number behind it another: signs of a formula ("√3", "n^2", "x ≥ 3", "x − 3") and "not".
+_PART = re.compile(r"(?:\bnot|[+*/^√±<>≤≥≠×·]|(?<![A-Za-z])[A-Za-z]\s?[-−–])\s?$")
+# The beginning of a formula without dollar signs: a sign, a digit, a bracket, a variable before an operator, a name.
+_BEGINS = re.compile(
+    r"[-+−–±√∞π|\d(\[{]|\\(?!end\b)|[<>≤≥≈=]\s?[-+−–±\d√π]|[A-Za-zα-ω](?:\s?[-+−*/^=<>≤≥≠≈∈²³·×_]|['′]?\()"
+    r"|[A-Za-z]{2}\s?[+*/^²³]|(?:sqrt|ln|log|exp|arc(?:sin|cos|tan)|sin|cos|tan|pi)(?![A-Za-z])"
+)
 # The word before a conclusion: "The angle is $60^\circ$, so $\cos 60^\circ = \frac12$".
 SO = re.compile(
     r"\b(?:(?:so|thus|therefore|hence)\b(?! (?:far|on|that|many|much)\b)|which (?:implies|gives|yields)\b)[,:\s]*+"
     r"|(?:所以|因此)[，,:：\s]*+",
     re.IGNORECASE,
 )
-_PLAIN = re.compile(r"[-+\d(\[{]|\\(?!end\b)")  # how a formula without dollar signs begins
 _END = re.compile(r"[.!?](?=\s|$)|[。！？]")
 _RELATION = re.compile(r"[=<>≤≥≈]|\\(?:leq?|geq?|lt|gt|approx|equiv|in)(?![A-Za-z])")
 _OR = re.compile(r",?\s++or\b")
@@ -58,17 +64,17 @@ def said_formula(decision: Decision) -> str:
 
     What follows the last "so" counts, unless the text begins with a value. Words are cut at a reason ("because …").
     """
-    whole = _ITEM.sub("", decision.text.strip().lstrip(":：* "))
+    whole = _ITEM.sub("", decision.text.strip().lstrip(":：* `"))
     text = _concluded(whole)
-    found = formulas(text)
-    if found and found[0].start == 0 and (text == whole or _OR.match(text, found[0].end)):
+    is_whole, found = text == whole, formulas(text)
+    if found and found[0].start == 0 and (is_whole or _OR.match(text, found[0].end)):
         verb = _COPULA.match(text, found[0].end + 1)
         if verb and _IS_VALUE.fullmatch(found[0].text) and not text.startswith(("$", "\\"), verb.end()):
             verb = None  # "$12$ is 3 more than $9$"
         return (_value(text[verb.end() :]) if verb else "") or _connected(text, found)
     text = re.sub(r"(?<=\d)\.(?=\s*$|\s+[A-Z])", " . ", text)
     found = formulas(text)
-    if text == whole and _PLAIN.match(text):
+    if is_whole and _BEGINS.match(text):
         return _ABOUT_IT.split(_REASON.split(text, maxsplit=1)[0], maxsplit=1)[0].strip(" *")
     equals = [one for one in _EQUALS.finditer(text) if not _UNKNOWN.search(text, max(0, one.start() - 40), one.start())]
     verbs = sorted(_outside([*_COPULA.finditer(text), *equals], found), key=lambda verb: verb.end())
@@ -78,7 +84,8 @@ def said_formula(decision: Decision) -> str:
     if found:
         return _new(text, found)[-1].text
     numbers = _new(text, [Formula(one.start(), one.end(), one[0]) for one in _NUMBER.finditer(text)])
-    return _until_reason(text[numbers[0].start :] if len(numbers) == 1 else text)
+    only = numbers[0].start if len(numbers) == 1 else 0
+    return _until_reason(text if _PART.search(text, max(0, only - 4), only) else text[only:])
 
 
 def _concluded(text: str) -> str:
@@ -88,7 +95,7 @@ def _concluded(text: str) -> str:
     """
     found = formulas(text)
     begins = bool(found) and found[0].start == 0
-    if (begins and not _RELATION.search(found[0].text)) or (not begins and _PLAIN.match(text)):
+    if (begins and not _RELATION.search(found[0].text)) or (not begins and _BEGINS.match(text)):
         return text
     end = _END.search(text, found[0].end) if begins else None
     for so in reversed(_outside(SO.finditer(text, 0, end.start() if end else len(text)), found)):
@@ -113,7 +120,7 @@ def _value(text: str) -> str:
     """The formula or number with which a text begins; "" if it begins with words."""
     if text.startswith(("$", "\\(", "\\[")) and (inner := formulas(text)) and inner[0].start == 0:
         return _connected(text, inner)
-    return _until_reason(text) if re.match(r"[-+]?[\d.√∞π]|\\(?!text)", text) else ""
+    return _until_reason(text) if re.match(r"[-+−–±]?\s?[\d.√∞π]|\\(?!text)", text) else ""
 
 
 def _until_reason(text: str) -> str:

@@ -7,7 +7,8 @@ question uses it as one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 from gruppo.rewards.grading.latex import WORD, formulas
 
@@ -45,13 +46,15 @@ _NAMED_IN = re.compile(
     r"|[Hh]ow many ([A-Za-z]{1,3})(?= (?:of|are|is|do|does|did|will|can)\b))"
 )
 _WORD = re.compile("[A-Za-z]++")
+_VARIABLE = re.compile(r"(?<![A-Za-z'’])[b-zB-HJ-Z](?![A-Za-z'’])")
 
 
 def units_of(reference: str, question: str) -> Collection[str]:
     """Letters and short abbreviations that the reference or the question uses as units.
 
     They stand in upright letters ("5\\text{ m}"), after a number in the prose of the question ("5 m"), or the question
-    names them ("metres").
+    names them ("metres"). "/" is among them if the question has no variables: abbreviations on both sides of a slash
+    are units then.
     """
     found = {word for upright in _TEXT.finditer(f"{reference} {question}") for word in _WORD.findall(upright[1])}
     prose = _prose(question)
@@ -59,7 +62,7 @@ def units_of(reference: str, question: str) -> Collection[str]:
     found.update(word for asked in _NAMED_IN.finditer(prose) for word in _WORD.findall(asked[1] or asked[2]))
     named = " ".join([prose, *(upright[1] for upright in _TEXT.finditer(reference))])
     found.update(unit for unit, names in _NAMES.items() if re.search(rf"\b(?:{names})(?:e?s)?\b", named, re.IGNORECASE))
-    return found - _NEVER
+    return (found - _NEVER) | (set() if _VARIABLE.search(question) else {"/"})
 
 
 def _prose(text: str) -> str:
@@ -87,7 +90,7 @@ def without_unit(formula: str, used: Collection[str]) -> str:
     for pattern in (_UNIT_TEXT, _UNIT_WORD, _CHINESE_UNIT):
         found = pattern.search(formula)
         if found and _is_unit_at_end(pattern, found, used):
-            shorter = formula[: found.start()].strip()
+            shorter = formula[: found.start()].strip().removesuffix("\\")
             formula = shorter if re.search(r"\d|\\", shorter) else formula
     return whole if formula == slashed else formula
 
@@ -103,8 +106,42 @@ _INVERSE = re.compile(
 )
 
 
+_GROUP = (
+    rf"{WORD}\s*+\{{(?:\^\s*+\{{\s*+-?\s*+\d\s*+\}}|[^{{}}\\$]|\\[,;:! ]|\\cdot(?![A-Za-z]))*+\}}"
+    r"(?:\s*+\^\s*+(?:\{\s*+-?\s*+\d\s*+\}|\d)|[²³])?+"
+)
+_GROUPS = re.compile(rf"{_GROUP}(?:(?:\s|~|\\[,;:! ]|\\cdot(?![A-Za-z])|[·⋅*/])*+{_GROUP})*+\s*+")
+_IN_GROUPS: Sequence[tuple[re.Pattern[str], str]] = [
+    (re.compile(pattern), other)
+    for pattern, other in (
+        (r"\^\s*+\{\s*+(-?)\s*+(\d)\s*+\}", r"^\1\2"),
+        ("²", "^2"),
+        ("³", "^3"),
+        (r"\\cdot(?![A-Za-z])|\\[,;:! ]|[~·⋅*\s]++", " "),
+        (rf"{WORD}\s*+\{{|\}}", ""),
+        (" {2,}", " "),
+    )
+]
+
+
+def _in_one_group(formula: str) -> str:
+    r"""A formula with the abbreviations of its unit in one upright group without braces: "\text{ m s^-1}"."""
+    found = next((one for one in _GROUPS.finditer(formula) if one.end() == len(formula)), None)
+    if found is None:
+        return formula
+    inner = found[0]
+    for pattern, other in _IN_GROUPS:
+        inner = pattern.sub(other, inner)
+    words = _WORD.findall(inner)
+    if not words or not all(word in _NAMES or _KNOWN.fullmatch(word) for word in words):
+        return formula
+    one_letter = len(words) == 1 and len(words[0]) == 1 and words != ["m"]
+    return formula if one_letter else f"{formula[: found.start()]}\\text{{ {inner.strip()}}}"
+
+
 def _with_slash(formula: str) -> str:
     r"""A formula whose unit is a fraction, or has a negative exponent, with this unit as "m/s"."""
+    formula = _in_one_group(formula)
     if found := _FRACTION_OF_UNITS.search(formula):
         upright, italic, raised, per, below, power = found.groups()
         unit = f"{upright or italic}{(raised and '^' + raised) or ''}/{per or below}{(power and '^' + power) or ''}"
@@ -113,13 +150,20 @@ def _with_slash(formula: str) -> str:
         unit = f"{found['unit']}/{found['per']}{power}"
     else:
         return formula
-    return formula[: found.start()] + (f"\\text{{ {unit}}}" if upright else unit)
+    return formula[: found.start()].rstrip() + (f"\\text{{ {unit}}}" if upright else unit)
 
 
 def _is_unit_at_end(pattern: re.Pattern[str], found: re.Match[str], used: Collection[str]) -> bool:
     if pattern is _UNIT_WORD:
-        return all(is_unit(word, used, bool(found["space"])) for word in (found["unit"], found["per"]) if word)
+        words = [word for word in (found["unit"], found["per"]) if word]
+        apart = bool(found["space"])
+        quotient = apart and "/" in used and _QUOTIENT.fullmatch("/".join(words))
+        return bool(quotient) or all(is_unit(word, used, apart) for word in words)
     return pattern is not _UNIT_TEXT or not (is_limited(found[0]) or _is_variable(found[0], used))
+
+
+# Quotients of abbreviations that are units in italics too: "12 m/s", but not "12 h/t".
+_QUOTIENT = re.compile(rf"(?:[mgJNWVC]|{_KNOWN.pattern})/(?:[shmLlK]|{_KNOWN.pattern})")
 
 
 def without_bound(text: str) -> str:
@@ -132,7 +176,7 @@ BOUND = re.compile(
     r"(?:more|less|fewer|greater|larger|smaller|higher|lower) than)\b",
     re.IGNORECASE,
 )
-_LIMITED = re.compile(r"\b(?:over|under|above|below|not)\b|[\s{](?<!per )\d", re.IGNORECASE)
+_LIMITED = re.compile(r"\b(?:over|under|above|below|not)\b|[\s{](?<!per )(?<!\^\{)(?<!\^ \{)(?<!\^ )\d", re.IGNORECASE)
 
 
 def is_limited(words: str) -> bool:
@@ -179,6 +223,9 @@ _ASKED = re.compile(
 def contradicts(answer: str, wanted: str, question: str) -> bool:
     """Whether an answer has another unit than the reference or, if that has none, than the question asks for."""
     ours, theirs = _unit(answer), _unit(wanted) or _asked(question)
+    factors = _factors(answer), _factors(wanted)
+    if factors[0] and factors[1] and factors[0] != factors[1]:
+        return True
     if ours is None or theirs is None or "," in answer:
         return False
     return not (ours.startswith(theirs) or theirs.startswith(ours)) if "°" in ours + theirs else ours != theirs
@@ -207,6 +254,24 @@ def _unit(text: str) -> str | None:
 _LONGEST = 200
 # The end of a number or formula, not of an exponent: what follows may be a unit.
 _NUMBER_END = re.compile(r"(?<!\^)(?<!\^\{)(?<=[\d})]) ?(?=[A-Za-z])|\\pi ")
+
+
+_PRODUCT = re.compile(
+    r"(?:(?<=[\d})])|(?<=\\pi )) ?[A-Za-z]{1,4}(?:\^-?\d)?(?:(?: ?/ ?| )[A-Za-z]{1,4}(?:\^-?\d)?){1,5}$"
+)
+_FACTOR_OF_UNIT = re.compile(r"(/?) ?([A-Za-z]{1,4})(?:\^(-?\d))?")
+
+
+def _factors(text: str) -> Mapping[str, int]:
+    """The exponents of the abbreviations in the unit of a quantity, if it has at least two: m/s is m^1 s^-1."""
+    plain = re.sub(r" ?\^ ?(?:\{ ?(-?\d) ?\}|(-?\d))", r"^\1\2", _plain(text[-_LONGEST:]).rstrip(" .,*"))
+    found, factors = _PRODUCT.search(plain), Counter[str]()
+    for slash, unit, power in _FACTOR_OF_UNIT.findall(found[0]) if found else ():
+        if unit not in _NAMES and not _KNOWN.fullmatch(unit):
+            return {}
+        name = next((name for name, names in _UNITS if names.fullmatch(unit)), unit)
+        factors[name] += int(power or 1) * (-1 if slash else 1)
+    return factors
 
 
 def _asked(question: str) -> str | None:
