@@ -16,10 +16,11 @@ from gruppo.data.options import asked
 from gruppo.data.references import for_each
 from gruppo.rewards.grading.choices import choice_of
 from gruppo.rewards.grading.extraction import Decision, decisions, own_answer
-from gruppo.rewards.grading.formulas import answered_formula, is_words, normal, reference_formula, same_formula
+from gruppo.rewards.grading.formulas import answered_formula, is_words, reference_formula, same_formula
 from gruppo.rewards.grading.graders import COMPARISONS, find_grader, question_of
 from gruppo.rewards.grading.last_number import last_number
 from gruppo.rewards.grading.math_verify import same_mathematics
+from gruppo.rewards.grading.normal_form import normal
 from gruppo.rewards.grading.numbers import answered_number, read_decision, reference_numbers
 from gruppo.rewards.grading.quantities import cleaned, quantities, same_quantity
 from gruppo.rewards.grading.units import EVERYDAY, units_of

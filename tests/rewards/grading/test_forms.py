@@ -6,10 +6,11 @@ import pytest
 
 from gruppo.rewards.grading.choices import choice_of
 from gruppo.rewards.grading.complex_numbers import written_out
-from gruppo.rewards.grading.formulas import normal, same_formula
+from gruppo.rewards.grading.formulas import same_formula
 from gruppo.rewards.grading.graders import GRADERS
 from gruppo.rewards.grading.labels import function_of, unlabelled_pair
 from gruppo.rewards.grading.matrices import expanded_determinants, flat, from_lists
+from gruppo.rewards.grading.normal_form import normal
 from gruppo.rewards.grading.times import grade_time, plain, reference_times, times
 from gruppo.rewards.grading.weighing import weighed
 
