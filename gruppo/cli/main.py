@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from gruppo import __version__
-from gruppo.cli import evaluate, export, reward_model, sample, train
+from gruppo.cli import evaluate, export, reward_model, sample, train, ui
 from gruppo.cli.options import Command
 from gruppo.config.renames import COMMANDS
 from gruppo.errors import RunError, UsageError, speak_command_line
@@ -42,6 +42,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.eval_,
     "sample": sample.sample,
     "show": export.show,
+    "ui": ui.ui,
     "export": export.export,
     "label": reward_model.label,
     "reward-model": reward_model.reward_model,

@@ -18,6 +18,7 @@ from gruppo.runs.reading import read_lines, reading
 from gruppo.runs.report import sample_command
 from gruppo.runs.results import Result
 from gruppo.runs.status import Status, read_status
+from gruppo.utils.timing import duration_text
 
 SILENT_SECONDS = 60.0  # without a heartbeat, after which a run counts as dead
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -61,7 +62,7 @@ def state_of(status: Status | None, summary: Mapping[str, Any], now: float | Non
         return State(status.state, f"{status.state} after {where}")
     silent = _age(status.heartbeat, time.time() if now is None else now)
     if silent > SILENT_SECONDS:
-        return State("silent", f"no sign of life since {status.heartbeat} ({_duration(silent)} ago), at {where}")
+        return State("silent", f"no sign of life since {status.heartbeat} ({duration_text(silent)} ago), at {where}")
     total = f" of {status.total:,.0f}" if status.total else ""
     doing = f"{status.phase} {status.done:,.0f}{total} {status.unit}".strip() if status.unit else status.phase
     of = f" of {status.steps}" if status.steps else ""
@@ -123,21 +124,7 @@ def _time_left(state: State, status: Status | None, steps: Sequence[Mapping[str,
     times = [line["time/step"] for line in steps[-RECENT:] if isinstance(line.get("time/step"), int | float)]
     if state.name != "running" or status is None or not status.steps or not times:
         return ""
-    return f"; about {_duration(math.fsum(times) / len(times) * (status.steps - status.step))} left"
-
-
-def _duration(seconds: float) -> str:
-    """A duration in words of two units at most: "45 s", "12 min", "3 h 20 min", "4 d 2 h"."""
-    if not math.isfinite(seconds):
-        return "an unknown time"
-    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 90:
-        return f"{minutes:.0f} min"
-    if hours < 36:
-        return f"{int(hours)} h {int(minutes) % 60} min"
-    return f"{int(days)} d {int(hours) % 24} h"
+    return f"; about {duration_text(math.fsum(times) / len(times) * (status.steps - status.step))} left"
 
 
 def _accuracies(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -179,12 +166,19 @@ def _warnings(events: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _next(folder: Path, recipe: Recipe, state: State, step: int) -> list[str]:
-    quoted = shlex.quote(str(folder))
     if state.name == "running":
         return []
-    lines = ["", "Next:"]
-    if state.name in ("done", "stopped"):
-        lines += [f"  {sample_command(folder, step)}"]
-        lines += [f"  gruppo eval {quoted}"] if recipe.evaluation is not None else []
-        return [*lines, f"  gruppo export {quoted} --to my-model"]
-    return [*lines, f"  gruppo train {shlex.quote(str(folder / 'recipe.toml'))} --out {quoted} --resume"]
+    return ["", "Next:", *(f"  {command}" for _, command in next_commands(folder, recipe, state, step))]
+
+
+def next_commands(folder: Path, recipe: Recipe, state: State, step: int) -> list[tuple[str, str]]:
+    """What can be done with a run, and the command that does it. `step`: the last step with rollouts; 0 if there is
+    none. A run that has not ended by itself can be resumed."""
+    quoted = shlex.quote(str(folder))
+    if state.name not in ("done", "stopped"):
+        return [("Resume", f"gruppo train {shlex.quote(str(folder / 'recipe.toml'))} --out {quoted} --resume")]
+    return [
+        ("Sample from the model", sample_command(folder, step)),
+        *([("Evaluate it", f"gruppo eval {quoted}")] if recipe.evaluation is not None else []),
+        ("Export it", f"gruppo export {quoted} --to my-model"),
+    ]

@@ -1,4 +1,4 @@
-"""Seconds per phase."""
+"""Seconds per phase, and durations in words."""
 
 from __future__ import annotations
 
@@ -25,3 +25,17 @@ class PhaseTimer:
     def total(self) -> float:
         """Total seconds of all phases."""
         return math.fsum(self.seconds.values())
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in words of two units at most: "45 s", "12 min", "3 h 20 min", "4 d 2 h"."""
+    if not math.isfinite(seconds):
+        return "an unknown time"
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes:.0f} min"
+    if hours < 36:
+        return f"{int(hours)} h {int(minutes) % 60} min"
+    return f"{int(days)} d {int(hours) % 24} h"

@@ -1,0 +1,118 @@
+"""What the pages say of a run's recipe, machine, files and commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gruppo.config.loading import load_recipe
+from gruppo.config.recipe import Recipe
+from gruppo.errors import RunError, UsageError
+from gruppo.runs.changes import differences
+from gruppo.runs.reading import read_object, reading
+from gruppo.runs.screen import next_commands
+from gruppo.ui.catalog import Card, recipe_data, regular
+
+LISTED = (
+    "recipe.toml", "metrics.jsonl", "events.jsonl", "summary.json", "environment.json", "results.json", "rewards.log",
+)  # fmt: skip
+_TABLES = ("rollouts", "evaluations")
+_MOST_FILES = 400
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The recipe of a run. Raises UsageError if it is damaged."""
+    with reading(run / "recipe.toml", "restore it as the run wrote it"):
+        return load_recipe(run / "recipe.toml")
+
+
+def changed_fields(run: Path) -> list[tuple[str, Any, Any]]:
+    """(field, value, default) of every field that differs from the default of the run's method.
+
+    What a recipe has to name itself (model, tasks, reward functions) is not compared. Raises UsageError if the recipe
+    is damaged.
+    """
+    recipe, data = read_recipe(run), recipe_data(run)
+    kept: dict[str, Any] = {
+        "method": {"name": recipe.method.name},
+        "model": {"name": recipe.model.name},
+        **{name: data[name] for name in ("task", "mixture", "benchmarks", "environment", "audit") if name in data},
+        **({"reward": {"functions": data["reward"]["functions"]}} if "functions" in data.get("reward", {}) else {}),
+    }
+    optional: dict[str, Any] = {name: {} for name in ("evaluation", "lora", "critic", "reward_model") if name in data}
+    for extra in (optional, {}):
+        try:
+            default = Recipe.model_validate({**extra, **kept})
+        except ValueError:
+            continue
+        return [
+            (change.field, change.new, change.old)
+            for change in differences(default, recipe)
+            if change.field != "run.name"
+        ]
+    return []
+
+
+def machine(run: Path) -> list[tuple[str, str]]:
+    """What environment.json says of the machine and the versions; empty if it is missing or damaged."""
+    if not regular(run / "environment.json"):
+        return []
+    try:
+        content = read_object(run / "environment.json")
+    except (UsageError, OSError):
+        return []
+    packages = content.get("packages")
+    rows: list[tuple[str, Any]] = [
+        ("platform", content.get("platform")),
+        ("processor", content.get("processor")),
+        ("cores", content.get("cores")),
+        ("memory", _gigabytes(content.get("memory_bytes"))),
+        ("accelerator", content.get("accelerator")),
+        ("python", content.get("python")),
+        ("git revision", content.get("git_revision")),
+        *([(name, version) for name, version in packages.items()] if isinstance(packages, dict) else []),
+    ]
+    chosen = content.get("chosen")
+    if isinstance(chosen, dict):
+        rows += [(name.replace("_", " "), value) for name, value in chosen.items()]
+    return [(str(name), str(value)) for name, value in rows if value is not None]
+
+
+def _gigabytes(count: Any) -> str | None:
+    return f"{count / 1e9:.1f} GB" if isinstance(count, int | float) and count > 0 else None
+
+
+def files(run: Path) -> dict[str, Path]:
+    """The files that can be downloaded, by the name in their address. Links are left out."""
+    found = {name: run / name for name in LISTED if regular(run / name)}
+    for folder in _TABLES:
+        if (run / folder).is_symlink():
+            continue
+        tables = sorted((run / folder).glob("step-*.parquet"))[-_MOST_FILES:]
+        found |= {f"{folder}/{path.name}": path for path in tables if regular(path)}
+    return found
+
+
+def commands(card: Card, last_step: int) -> list[tuple[str, str]]:
+    """Commands that go on from the run: what they do, and the command. Empty while it is running."""
+    quoted = shlex.quote(str(card.path))
+    general = [("On one screen", f"gruppo show {quoted}"), ("As one file", f"gruppo report {quoted} -o report.html")]
+    try:
+        recipe = read_recipe(card.path)
+        found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step)
+    except (UsageError, RunError):
+        return general
+    if last_step:
+        found = [*found, ("Compute a step again", f"gruppo reproduce {quoted} --step {last_step}")]
+    return [*found, *general]
+
+
+def last_values(live: Any) -> Mapping[str, float | None]:
+    """The figures at the top of a run's page."""
+    names = {
+        "nonzero": "groups/nonzero_advantage", "length": "completion/length", "truncated": "completion/truncated",
+        "speed": "time/tokens_per_second", "step": "time/step",
+    }  # fmt: skip
+    return {short: live.last(name) for short, name in names.items()}

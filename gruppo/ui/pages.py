@@ -1,0 +1,43 @@
+"""The templates, and what they can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from gruppo.ui import text
+from gruppo.ui.links import Links
+from gruppo.utils.timing import duration_text
+
+
+class Templates:
+    """The templates of the dashboard, with the links of a server or of a report. Everything is escaped."""
+
+    def __init__(self, links: Links) -> None:
+        self.links = links
+        self.environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self.environment.globals["links"] = links
+        self.environment.filters.update(
+            shown=text.shown,
+            shown_lines=text.shown_lines,
+            number=text.number,
+            numbers=text.numbers,
+            percent=text.percent,
+            bytes=text.size,
+            height=text.height,
+            duration=duration_text,
+            json=lambda value: Markup(text.json_block(value)),
+        )
+
+    def render(self, name: str, **values: Any) -> str:
+        """A template as text."""
+        return self.environment.get_template(name).render(**values)
