@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,32 +122,46 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     Raises UsageError if the file is missing, is not such a table, does not match its checksums, or is too large once it
     is decompressed, which the size of the file does not show.
     """
+    return pa.concat_tables(read_batches(path, schema))
+
+
+def read_batches(path: Path, schema: pa.Schema | None = None) -> Iterator[pa.Table]:
+    """The rows of a Parquet file in order, at most 256 at a time; one table without rows if there are none.
+
+    The columns, and the errors, which the last rows may raise too: see `read_table`.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            batches, size = [], 0
+            rows, size = 0, 0
             new_names = {old: new for old, new in COLUMNS.items() if old in file.schema_arrow.names}
             old_names = {new: old for old, new in new_names.items()}
             wanted = None if schema is None else [old_names.get(name, name) for name in schema.names]
             for batch in file.iter_batches(_ROWS, columns=wanted):
-                size += batch.nbytes
+                rows, size = rows + len(batch), size + batch.nbytes
                 if size > MOST_TABLE:
                     raise UsageError(f"{path}: contains more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
-                batches.append(batch)
-            stored = batches[0].schema if batches else file.schema_arrow
-            table = pa.Table.from_batches(batches, stored).replace_schema_metadata(None)
-            table = table.rename_columns([new_names.get(name, name) for name in table.column_names])
-            for field in () if schema is None else schema:
-                if field.name in _LATER and field.name not in table.column_names:
-                    table = table.append_column(field, pa.nulls(len(table), field.type))
-            if len(table) != file.metadata.num_rows:  # a damaged page header, which has no checksum, can hide a page
-                raise ValueError(f"{len(table)} of {file.metadata.num_rows} rows can be read")
-        return table if schema is None else table.select(schema.names).cast(schema)
+                yield _with_columns(pa.Table.from_batches([batch]), new_names, schema)
+            if rows != file.metadata.num_rows:  # a damaged page header, which has no checksum, can hide a page
+                raise ValueError(f"{rows} of {file.metadata.num_rows} rows can be read")
+            if not rows:
+                yield _with_columns(file.schema_arrow.empty_table(), new_names, schema)
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, UsageError):
             raise
         what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or not a table of a run"
         why = (str(error).splitlines() or [""])[0]
         raise UsageError(f"{path}: {what} ({why}); restore it from a copy") from None
+
+
+def _with_columns(table: pa.Table, new_names: Mapping[str, str], schema: pa.Schema | None) -> pa.Table:
+    table = table.replace_schema_metadata(None)
+    table = table.rename_columns([new_names.get(name, name) for name in table.column_names])
+    if schema is None:
+        return table
+    for field in schema:
+        if field.name in _LATER and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names).cast(schema)
 
 
 @contextmanager
