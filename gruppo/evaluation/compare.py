@@ -8,8 +8,8 @@ from typing import Any
 
 from gruppo.config.renames import RESULTS as RENAMED
 from gruppo.errors import UsageError
-from gruppo.evaluation.metrics import compare
 from gruppo.evaluation.results import HELD_OUT, NEEDED_COLUMNS, RESULTS, EvalResult, sets_of
+from gruppo.runs.eval_metrics import compare
 from gruppo.runs.reading import read_object, read_table, require_own
 
 
@@ -54,7 +54,7 @@ def _extra_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
 def compare_all(first: EvalResult, second: EvalResult) -> dict[str, dict[str, Any]]:
     """Differences (second - first) for each evaluation set that both have, by set name.
 
-    See `gruppo.evaluation.metrics.compare`. Raises UsageError if they have no set in common.
+    See `gruppo.runs.eval_metrics.compare`. Raises UsageError if they have no set in common.
     """
     shared = [name for name in first.sets if name in second.sets]
     if not shared:

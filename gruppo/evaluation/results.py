@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from gruppo import __version__
-from gruppo.evaluation.metrics import Question, figures_of, questions_of
+from gruppo.evaluation.metrics import figures_of
+from gruppo.runs.eval_metrics import Question, questions_of
 from gruppo.runs.tables import EVALUATIONS
 
 NEEDED_COLUMNS = pa.schema(

@@ -9,9 +9,9 @@ from itertools import chain
 from typing import Any, Protocol
 
 from gruppo.engines.base import Engine
-from gruppo.evaluation.metrics import figure_metrics
 from gruppo.evaluation.runner import Evaluation, Sampler, run_eval_set
 from gruppo.evaluation.sets import EvalSet
+from gruppo.runs.eval_metrics import figure_metrics
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.recorder import Recorder
 from gruppo.runs.tables import EVALUATIONS

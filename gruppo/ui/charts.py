@@ -45,8 +45,8 @@ CHARTS = (
           {"policy/entropy": "entropy"}),
     Chart("length", "Completion length", "Sampled tokens per completion: mean, shortest and longest of a step.",
           {"completion/length": "mean"}, ("completion/length_min", "completion/length_max")),
-    Chart("truncated", "Truncated and excluded", "Shares of completions: truncated at max_tokens, excluded because a reward "
-          "failed, and equal to another one of their group.",
+    Chart("truncated", "Truncated and excluded", "Shares of completions: truncated at max_tokens, excluded because a "
+          "reward failed, and equal to another one of their group.",
           {"completion/truncated": "truncated", "reward/excluded": "excluded",
            "groups/duplicate_completions": "duplicates"}, unit="share"),
     Chart("nonzero", "Groups with nonzero advantage", "Only these groups teach something: their rewards differ.",
@@ -131,16 +131,16 @@ def payload(
     names, taken = live.names(), set()
     charts = []
     for chart in CHARTS:
-        found = _matching(chart.names, names)
+        found = matching(chart.names, names)
         taken |= {name for name, _ in found} | set(chart.band or ())
         if chart.id == "reward" and len(found) == 2 and _equal(live, *(name for name, _ in found)):
             found = found[:1]  # one reward function of weight 1
         if found:
-            charts.append({**_head(chart), "curves": _curves(live, chart, found, position, (first, last), points)})
+            charts.append({**head(chart), "curves": _curves(live, chart, found, position, (first, last), points)})
     for name in sorted(set(names) - taken):
         chart = Chart(name, name, "", {}, open=False)
         curves = _curves(live, chart, [(name, name.rpartition("/")[2])], position, (first, last), points)
-        charts.append({**_head(chart), "curves": curves, "other": True})
+        charts.append({**head(chart), "curves": curves, "other": True})
     return {
         "revision": revision,
         "generation": live.generation,
@@ -152,7 +152,8 @@ def payload(
     }
 
 
-def _head(chart: Chart) -> dict[str, Any]:
+def head(chart: Chart) -> dict[str, Any]:
+    """What a page says of a chart, without its curves."""
     return {
         "id": chart.id, "title": chart.title, "help": chart.help, "unit": chart.unit, "kind": chart.kind,
         "open": chart.open,
@@ -164,7 +165,7 @@ def _equal(live: LiveRun, first: str, second: str) -> bool:
     return np.array_equal(steps, others) and np.array_equal(values, other_values, equal_nan=True)
 
 
-def _matching(patterns: Mapping[str, str], names: Sequence[str]) -> list[tuple[str, str]]:
+def matching(patterns: Mapping[str, str], names: Sequence[str]) -> list[tuple[str, str]]:
     """The metrics that match, each with its label, in the order of the patterns."""
     found: dict[str, str] = {}
     for pattern, label in patterns.items():

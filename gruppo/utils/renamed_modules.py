@@ -20,7 +20,10 @@ MODULES: dict[str, tuple[str, ...]] = {
     "gruppo.callbacks": ("gruppo.training.callbacks",),
     "gruppo.entry": ("gruppo.training.api",),
     "gruppo.exporting": ("gruppo.training.export",),
-    "gruppo.figures": ("gruppo.evaluation.metrics", "gruppo.evaluation.formatting", "gruppo.evaluation.plots"),
+    "gruppo.figures": (
+        "gruppo.runs.eval_metrics", "gruppo.evaluation.metrics", "gruppo.evaluation.formatting",
+        "gruppo.evaluation.plots",
+    ),
     "gruppo.interruption": ("gruppo.utils.signals",),
     "gruppo.labelling": ("gruppo.training.reward_model_api",),
     "gruppo.maths": ("gruppo.algorithms",),

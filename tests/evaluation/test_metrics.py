@@ -10,8 +10,8 @@ import pytest
 
 from gruppo.errors import UsageError
 from gruppo.evaluation.formatting import format_difference, format_results
-from gruppo.evaluation.metrics import Question, compare, figure_metrics, figures, sizes
 from gruppo.evaluation.plots import draw_curves
+from gruppo.runs.eval_metrics import Question, compare, figure_metrics, figures, sizes
 
 
 def question(number: int, right: str, votes: str | None = None, scores: list[float] | None = None) -> Question:

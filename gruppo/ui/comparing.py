@@ -1,0 +1,145 @@
+"""Several runs in one: overlaid curves, seeds of one recipe as a band, and what their recipes differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gruppo.config.recipe import Recipe
+from gruppo.errors import UsageError
+from gruppo.runs.changes import differences
+from gruppo.ui.catalog import Card
+from gruppo.ui.charts import AXES, CHARTS, POINTS, Axis, Chart, head, matching
+from gruppo.ui.details import read_recipe
+from gruppo.ui.live import LiveRun, thin
+
+MOST = 12  # runs that are compared at once
+_SEED = frozenset({"run.seed", "run.name"})  # fields in which seeds of one recipe differ
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run that is compared. `recipe`: None if it is damaged."""
+
+    card: Card
+    live: LiveRun
+    recipe: Recipe | None
+
+
+def opened(cards: Sequence[tuple[Card, LiveRun]]) -> list[Compared]:
+    """The runs with their recipes."""
+    found = []
+    for card, live in cards:
+        try:
+            recipe: Recipe | None = read_recipe(card.path)
+        except UsageError:
+            recipe = None
+        found.append(Compared(card, live, recipe))
+    return found
+
+
+def labels(runs: Sequence[Compared]) -> list[str]:
+    """A name for each run that no other one has: its name, or else its folder."""
+    names = [run.card.name for run in runs]
+    return [run.card.name if names.count(run.card.name) == 1 else run.card.folder for run in runs]
+
+
+def seeds(runs: Sequence[Compared]) -> list[list[int]]:
+    """The runs as groups, by number: runs whose recipes differ in nothing but run.seed and run.name are together."""
+    groups: list[list[int]] = []
+    for number, run in enumerate(runs):
+        for group in groups:
+            first = runs[group[0]].recipe
+            if run.recipe is not None and first is not None and not _differences(first, run.recipe):
+                group.append(number)
+                break
+        else:
+            groups.append([number])
+    return groups
+
+
+def _differences(first: Recipe, second: Recipe) -> list[str]:
+    return [change.field for change in differences(first, second) if change.field not in _SEED]
+
+
+def recipe_table(runs: Sequence[Compared]) -> list[tuple[str, list[Any]]]:
+    """(field, its value in each run) for every field that is not the same in all runs. "recipe" if one is damaged."""
+    first = next((run.recipe for run in runs if run.recipe is not None), None)
+    if first is None:
+        return []
+    rows: dict[str, list[Any]] = {}
+    for number, run in enumerate(runs):
+        if run.recipe is None:
+            rows.setdefault("recipe", [""] * len(runs))[number] = "damaged"
+            continue
+        for change in differences(first, run.recipe):
+            rows.setdefault(change.field, [change.old] * len(runs))[number] = change.new
+    return sorted(rows.items())
+
+
+def payload(runs: Sequence[Compared], axis: str = "step", band: bool = True, points: int = POINTS) -> Mapping[str, Any]:
+    """The charts of several runs, in the form of `gruppo.ui.charts.payload`: one metric per chart, one curve per run.
+
+    `band`: seeds of one recipe are one curve, their mean, with a band from the smallest to the largest.
+    """
+    revisions = [run.live.poll() for run in runs]
+    positions = [Axis(run.live, axis) for run in runs]
+    groups = seeds(runs) if band else [[number] for number in range(len(runs))]
+    names = sorted({name for run in runs for name in run.live.names()})
+    charts, taken = [], set()
+    for chart in CHARTS:
+        found = matching(chart.names, names)
+        taken |= {name for name, _ in found} | set(chart.band or ())
+        for number, (name, label) in enumerate(found):
+            title = chart.title if number == 0 else f"{chart.title}: {label}"
+            one = Chart(name, title, chart.help, {}, unit=chart.unit, open=chart.open and number == 0)
+            charts.append({**head(one), "curves": _curves(runs, groups, name, positions, points)})
+    for name in sorted(set(names) - taken):
+        one = Chart(name, name, "", {}, open=False)
+        charts.append({**head(one), "curves": _curves(runs, groups, name, positions, points)})
+    return {
+        "revision": " ".join(revisions), "axis": positions[0].name if positions else "step", "axes": AXES,
+        "points": points, "charts": charts, "events": [],
+    }  # fmt: skip
+
+
+def _curves(
+    runs: Sequence[Compared], groups: Sequence[Sequence[int]], name: str, positions: Sequence[Axis], points: int
+) -> list[dict[str, Any]]:
+    words, curves = labels(runs), []
+    for color, group in enumerate(groups):
+        arrays = [(runs[n].live.arrays((name,))[name], positions[n]) for n in group if name in runs[n].live.names()]
+        if not arrays:
+            continue
+        label = words[group[0]] if len(group) == 1 else f"{words[group[0]]} ({len(arrays)} seeds)"
+        shared = {"name": name, "label": label, "run": str(color), "color": color, "dash": color}
+        if len(arrays) == 1:
+            (steps, values), position = arrays[0]
+            curves.append({**shared, **thin(position(steps), values, points)})
+        else:
+            curves.append({**shared, **_mean(arrays, points)})
+    return curves
+
+
+def _mean(arrays: Sequence[tuple[tuple[np.ndarray, np.ndarray], Axis]], points: int) -> dict[str, Any]:
+    """The mean over seeds at every step that all of them have, with the smallest and the largest as a band.
+
+    The position of a step is the mean of its positions in the runs.
+    """
+    common = sorted(set.intersection(*(set(steps.tolist()) for (steps, _), _ in arrays)))
+    chosen = np.array(common, dtype=np.int64)
+    values, places = [], []
+    for (steps, found), position in arrays:
+        last = dict(zip(steps.tolist(), found.tolist(), strict=True))
+        values.append([last[step] for step in common])
+        places.append(np.asarray(position(chosen), dtype=np.float64))
+    if not common:
+        return thin(chosen, np.zeros(0), points)
+    table, where = np.array(values), np.mean(places, axis=0)
+    whole = where.astype(np.int64) if np.array_equal(where, chosen) else where
+    mean = thin(whole, table.mean(axis=0), points)
+    mean["band"] = [thin(whole, table.min(axis=0), points), thin(whole, table.max(axis=0), points)]
+    return mean
