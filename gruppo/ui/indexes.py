@@ -1,0 +1,116 @@
+"""The indexes of the runs that are looked at: opened on demand, brought up to date in the background, closed again."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gruppo.errors import RunError
+from gruppo.ui.index import Index
+
+MOST_OPEN = 3  # indexes in memory, each with at most 128 MB
+WAIT_SECONDS = 0.3  # for an update, before a page is shown without it
+FRESH_SECONDS = 1.0  # an index is not brought up to date more often
+
+
+def default_cache() -> Path:
+    """Where indexes are kept: XDG_CACHE_HOME/gruppo/ui, by default in ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "gruppo" / "ui"
+
+
+class NotReadyError(Exception):
+    """The index of a run is being built for the first time. `done` of `total` tables are in it; total 0: not known."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"{done} of {total} tables")
+        self.done, self.total = done, total
+
+
+@dataclass
+class _Entry:
+    index: Index
+    update: Future[None] | None = None
+    ready: bool = False
+    updated: float = 0.0
+    done: tuple[int, int] = (0, 0)
+    problem: RunError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Indexes:
+    """The indexes of several runs. Safe for several threads. `cache`: see `Index`."""
+
+    def __init__(self, cache: Path, most: int = MOST_OPEN) -> None:
+        self.cache, self.most = cache, most
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Path, _Entry] = OrderedDict()
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="index")
+
+    def of(self, run: Path, wait: float = WAIT_SECONDS) -> Index:
+        """The index of a run, up to date unless that takes longer than `wait` seconds.
+
+        Raises NotReadyError as long as it is built for the first time, and RunError if it cannot be written anywhere.
+        """
+        entry = self._entry(run)
+        with entry.lock:
+            if entry.update is None and (not entry.ready or time.monotonic() - entry.updated > FRESH_SECONDS):
+                entry.update = self._threads.submit(self._update, entry)
+            update = entry.update
+        if update is not None:
+            try:
+                update.result(timeout=wait)
+            except NotYet:
+                pass
+        if entry.problem is not None:
+            raise entry.problem
+        if not entry.ready:
+            raise NotReadyError(*entry.done)
+        return entry.index
+
+    def progress(self, run: Path) -> tuple[bool, int, int]:
+        """Whether the index of a run is ready; if not, how many of its tables are done, and of how many."""
+        try:
+            self.of(run, wait=0)
+        except NotReadyError as error:
+            return False, error.done, error.total
+        return True, 0, 0
+
+    def close(self) -> None:
+        """Close all indexes."""
+        with self._lock:
+            entries, self._entries = list(self._entries.values()), OrderedDict()
+        for entry in entries:
+            entry.index.close()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _entry(self, run: Path) -> _Entry:
+        closed = []
+        with self._lock:
+            entry = self._entries.pop(run, None) or _Entry(Index(run, self.cache))
+            self._entries[run] = entry
+            while len(self._entries) > self.most:
+                closed.append(self._entries.popitem(last=False)[1])
+        for other in closed:
+            self._threads.submit(other.index.close)
+        return entry
+
+    @staticmethod
+    def _update(entry: _Entry) -> None:
+        def progress(done: int, total: int) -> None:
+            entry.done = (done, total)
+
+        try:
+            entry.index.update(progress)
+            entry.ready, entry.problem = True, None
+        except RunError as error:
+            entry.problem = error
+        finally:
+            with entry.lock:
+                entry.updated, entry.update = time.monotonic(), None
