@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gruppo.errors import RunError, UsageError
 from gruppo.runs.tables import ADDED
 
 MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; for a table, in memory
-_ROWS = 256
+_ROWS, _FEW = 256, 16  # that are read at a time
 _LATER = frozenset().union(*ADDED.values())
 
 
@@ -122,32 +122,72 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
     Raises UsageError if the file is missing, is not such a table, does not match its checksums, or is too large once it
     is decompressed, which the size of the file does not show.
     """
+    with _opened(path) as file:
+        batches = list(_batches(path, file, schema, _ROWS))
+        table = _current(batches, file, schema)
+        if len(table) != file.metadata.num_rows:  # a damaged page header, which has no checksum, can hide a page
+            raise ValueError(f"{len(table)} of {file.metadata.num_rows} rows can be read")
+        return table
+
+
+def matching_rows(path: Path, schema: pa.Schema, where: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """The rows of a Parquet file whose columns have the values of `where`, in order, a few at a time.
+
+    Only these columns are read of the whole file, so the memory does not depend on the number of its rows. Raises
+    UsageError like `read_table`.
+    """
+    with _opened(path) as file:
+        keys = pa.schema([schema.field(name) for name in where])
+        table = _current(list(_batches(path, file, keys, _ROWS)), file, keys)
+        chosen = [all(row[name] == value for name, value in where.items()) for row in table.to_pylist()]
+        last = max((place for place, is_chosen in enumerate(chosen) if is_chosen), default=-1)
+        start = 0
+        for batch in _batches(path, file, schema, _FEW) if last >= 0 else ():
+            wanted = chosen[start : start + len(batch)]
+            start += len(batch)
+            if any(wanted):
+                yield _current([batch], file, schema).filter(pa.array(wanted))
+            if start > last:
+                return
+        if last >= 0:
+            raise ValueError(f"{start} of {file.metadata.num_rows} rows can be read")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """An open table. What is wrong with it, found in the block, is raised as UsageError."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            batches, size = [], 0
-            new_names = {old: new for old, new in COLUMNS.items() if old in file.schema_arrow.names}
-            old_names = {new: old for old, new in new_names.items()}
-            wanted = None if schema is None else [old_names.get(name, name) for name in schema.names]
-            for batch in file.iter_batches(_ROWS, columns=wanted):
-                size += batch.nbytes
-                if size > MOST_TABLE:
-                    raise UsageError(f"{path}: contains more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
-                batches.append(batch)
-            stored = batches[0].schema if batches else file.schema_arrow
-            table = pa.Table.from_batches(batches, stored).replace_schema_metadata(None)
-            table = table.rename_columns([new_names.get(name, name) for name in table.column_names])
-            for field in () if schema is None else schema:
-                if field.name in _LATER and field.name not in table.column_names:
-                    table = table.append_column(field, pa.nulls(len(table), field.type))
-            if len(table) != file.metadata.num_rows:  # a damaged page header, which has no checksum, can hide a page
-                raise ValueError(f"{len(table)} of {file.metadata.num_rows} rows can be read")
-        return table if schema is None else table.select(schema.names).cast(schema)
+            yield file
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, UsageError):
             raise
         what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged, or not a table of a run"
         why = (str(error).splitlines() or [""])[0]
         raise UsageError(f"{path}: {what} ({why}); restore it from a copy") from None
+
+
+def _batches(path: Path, file: pq.ParquetFile, schema: pa.Schema | None, rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows of an open table, with the columns of the schema that it has, until they are too large."""
+    old_names = {new: old for old, new in COLUMNS.items() if old in file.schema_arrow.names}
+    wanted = None if schema is None else [old_names.get(name, name) for name in schema.names]
+    size = 0
+    for batch in file.iter_batches(rows, columns=wanted):
+        size += batch.nbytes
+        if size > MOST_TABLE:
+            raise UsageError(f"{path}: contains more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
+        yield batch
+
+
+def _current(batches: list[pa.RecordBatch], file: pq.ParquetFile, schema: pa.Schema | None) -> pa.Table:
+    """Rows with the current names of their columns, and null for columns that were recorded only later."""
+    table = pa.Table.from_batches(batches, batches[0].schema if batches else file.schema_arrow)
+    table = table.replace_schema_metadata(None)
+    table = table.rename_columns([COLUMNS.get(name, name) for name in table.column_names])
+    for field in () if schema is None else schema:
+        if field.name in _LATER and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table if schema is None else table.select(schema.names).cast(schema)
 
 
 @contextmanager

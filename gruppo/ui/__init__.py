@@ -1,0 +1,1 @@
+"""The dashboard: pages over run folders. It reads them through `gruppo.runs` alone."""
