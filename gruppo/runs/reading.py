@@ -25,7 +25,7 @@ from gruppo.errors import RunError, UsageError
 from gruppo.runs.tables import ADDED
 
 MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; for a table, in memory
-_ROWS = 256
+_ROWS, _FEW = 256, 16  # that are read at a time
 _LATER = frozenset().union(*ADDED.values())
 
 
@@ -130,21 +130,46 @@ def read_batches(path: Path, schema: pa.Schema | None = None) -> Iterator[pa.Tab
 
     The columns, and the errors, which the last rows may raise too: see `read_table`.
     """
+    with _opened(path) as file:
+        rows = 0
+        for batch in _batches(path, file, schema, _ROWS):
+            rows += len(batch)
+            yield _current([batch], file, schema)
+        if rows != file.metadata.num_rows:  # a damaged page header, which has no checksum, can hide a page
+            raise ValueError(f"{rows} of {file.metadata.num_rows} rows can be read")
+        if not rows:
+            yield _current([], file, schema)
+
+
+def matching_rows(path: Path, schema: pa.Schema, where: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """The rows of a Parquet file whose columns have the values of `where`, in order, a few at a time.
+
+    Only these columns are read of the whole file, so the memory does not depend on the number of its rows. Raises
+    UsageError like `read_table`.
+    """
+    with _opened(path) as file:
+        keys = pa.schema([schema.field(name) for name in where])
+        table = _current(list(_batches(path, file, keys, _ROWS)), file, keys)
+        chosen = [all(row[name] == value for name, value in where.items()) for row in table.to_pylist()]
+        last = max((place for place, is_chosen in enumerate(chosen) if is_chosen), default=-1)
+        start = 0
+        for batch in _batches(path, file, schema, _FEW) if last >= 0 else ():
+            wanted = chosen[start : start + len(batch)]
+            start += len(batch)
+            if any(wanted):
+                yield _current([batch], file, schema).filter(pa.array(wanted))
+            if start > last:
+                return
+        if last >= 0:
+            raise ValueError(f"{start} of {file.metadata.num_rows} rows can be read")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """An open table. What is wrong with it, found in the block, is raised as UsageError."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            rows, size = 0, 0
-            new_names = {old: new for old, new in COLUMNS.items() if old in file.schema_arrow.names}
-            old_names = {new: old for old, new in new_names.items()}
-            wanted = None if schema is None else [old_names.get(name, name) for name in schema.names]
-            for batch in file.iter_batches(_ROWS, columns=wanted):
-                rows, size = rows + len(batch), size + batch.nbytes
-                if size > MOST_TABLE:
-                    raise UsageError(f"{path}: contains more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
-                yield _with_columns(pa.Table.from_batches([batch]), new_names, schema)
-            if rows != file.metadata.num_rows:  # a damaged page header, which has no checksum, can hide a page
-                raise ValueError(f"{rows} of {file.metadata.num_rows} rows can be read")
-            if not rows:
-                yield _with_columns(file.schema_arrow.empty_table(), new_names, schema)
+            yield file
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         if isinstance(error, UsageError):
             raise
@@ -153,15 +178,27 @@ def read_batches(path: Path, schema: pa.Schema | None = None) -> Iterator[pa.Tab
         raise UsageError(f"{path}: {what} ({why}); restore it from a copy") from None
 
 
-def _with_columns(table: pa.Table, new_names: Mapping[str, str], schema: pa.Schema | None) -> pa.Table:
+def _batches(path: Path, file: pq.ParquetFile, schema: pa.Schema | None, rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows of an open table, with the columns of the schema that it has, until they are too large."""
+    old_names = {new: old for old, new in COLUMNS.items() if old in file.schema_arrow.names}
+    wanted = None if schema is None else [old_names.get(name, name) for name in schema.names]
+    size = 0
+    for batch in file.iter_batches(rows, columns=wanted):
+        size += batch.nbytes
+        if size > MOST_TABLE:
+            raise UsageError(f"{path}: contains more than {MOST_TABLE / 2**30:.0f} GiB of rows; it is not read")
+        yield batch
+
+
+def _current(batches: list[pa.RecordBatch], file: pq.ParquetFile, schema: pa.Schema | None) -> pa.Table:
+    """Rows with the current names of their columns, and null for columns that were recorded only later."""
+    table = pa.Table.from_batches(batches, batches[0].schema if batches else file.schema_arrow)
     table = table.replace_schema_metadata(None)
-    table = table.rename_columns([new_names.get(name, name) for name in table.column_names])
-    if schema is None:
-        return table
-    for field in schema:
+    table = table.rename_columns([COLUMNS.get(name, name) for name in table.column_names])
+    for field in () if schema is None else schema:
         if field.name in _LATER and field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
-    return table.select(schema.names).cast(schema)
+    return table if schema is None else table.select(schema.names).cast(schema)
 
 
 @contextmanager
