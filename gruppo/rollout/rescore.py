@@ -175,7 +175,9 @@ class _Rescoring:
         failures = [reward.failure for group in rewards for reward in group]
         if first and all(failures):
             name = " + ".join(pool.names)
-            raise UsageError(f"--reward {name}: fails on every completion of step {step}: {failures[0]}; fix it")
+            raise UsageError(
+                f"--reward {name}: fails on every completion of step {step}: {failures[0]}; fix the reward"
+            )
         weights = dict(zip(pool.names, pool.weights, strict=True))
         rows = [
             {
@@ -237,9 +239,14 @@ def _chosen(folder: Path, steps: int | Container[int] | None, limit: int | None)
     if not found:
         raise UsageError(f"{folder}: has no rollouts; give the folder of a run that has finished a step")
     wanted = (steps,) if isinstance(steps, int) else steps
+    shown = f"{wanted.start}-{wanted.stop - 1}" if isinstance(wanted, range) else str(steps)
+    if wanted is not None and (isinstance(wanted, str) or not isinstance(wanted, Container)):
+        raise UsageError(f"--steps {shown}: must be a number or a collection of numbers such as range(1, 11)")
     tables = [path for step, path in found.items() if wanted is None or step in wanted]
     if not tables:
-        raise UsageError(f"--steps: {folder} has no rollouts of these steps; it has those of {steps_text(found)}")
+        raise UsageError(
+            f"--steps {shown}: {folder} has no rollouts of such a step; it has those of {steps_text(found)}"
+        )
     if limit is None:
         return [(path, None) for path in tables]
     if limit < 1:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _PLACE = ("step", "group", "completion")
-_TEXTS = pa.schema([ROLLOUTS.field(name) for name in ("group", "completion", "prompt_id", "text")])
+_TEXTS = pa.schema([ROLLOUTS.field(name) for name in ("group", "completion", "prompt_id", "prompt", "columns", "text")])
 _MOST_COMPLETIONS = 10_000  # of a group; every pair is compared
 
 
@@ -105,16 +105,18 @@ class Rescores:
         return frame
 
     def disagreements(self, most: int = 100) -> pd.DataFrame:
-        """The completions whose rewards differ, by the size of the difference, with their texts; at most `most`.
+        """The completions whose rewards differ, the largest difference first; at most `most`.
 
-        `difference` is the new reward minus the recorded one. The texts are read from the run; they are None if its
-        tables have changed or are gone.
+        `difference` is the new reward minus the recorded one. `prompt`, `columns` and `text` are read from the tables
+        of the run; they are None if these have changed or are gone.
         """
         frame = self.frame().assign(difference=self._rescored - self._recorded)
         frame = frame[self._known & ~are_equal(self._recorded, self._rescored)]
         order = np.lexsort((*(frame[name] for name in reversed(_PLACE)), -frame["difference"].abs()))
         frame = frame.iloc[order[:most]].reset_index(drop=True)
-        return frame.assign(text=self._texts(frame))
+        texts = self._texts(frame)
+        columns = {name: [row.get(name) for row in texts] for name in ("prompt", "columns", "text")}
+        return frame.assign(**columns).astype(dict.fromkeys(columns, object))
 
     def changed_groups(self) -> pd.DataFrame:
         """The groups in which the order of the completions changes, or that gain or lose nonzero advantages.
@@ -213,9 +215,9 @@ class Rescores:
         empty = empty.assign(recorded_nonzero=False, rescored_nonzero=False)
         return pd.concat(frames, ignore_index=True) if frames else empty
 
-    def _texts(self, rows: pd.DataFrame) -> list[str | None]:
-        """The texts of rows, from the tables of the run."""
-        texts: dict[tuple[Any, ...], str] = {}
+    def _texts(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
+        """The rows of the run's tables with the texts of these rows; an empty one where there is none."""
+        texts: dict[tuple[Any, ...], dict[str, Any]] = {}
         for step, members in rows.groupby("step"):
             try:
                 table = read_table(self.path / "rollouts" / f"step-{step:06d}.parquet", _TEXTS)
@@ -223,11 +225,11 @@ class Rescores:
                 continue
             wanted = set(_keys(members, ("group", "completion", "prompt_id")))
             texts |= {
-                (step, *key): row["text"]
+                (step, *key): row
                 for row in table.to_pylist()
                 if (key := (row["group"], row["completion"], row["prompt_id"])) in wanted
             }
-        return [texts.get(key) for key in _keys(rows, (*_PLACE, "prompt_id"))]
+        return [texts.get(key, {}) for key in _keys(rows, (*_PLACE, "prompt_id"))]
 
 
 def _keys(rows: pd.DataFrame, names: Iterable[str]) -> list[tuple[Any, ...]]:

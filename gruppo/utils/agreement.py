@@ -46,13 +46,18 @@ def agreement(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.
     return Agreement(
         count=len(one),
         equal=float(are_equal(one, other).mean()),
-        means=(float((one / len(one)).sum()), float((other / len(other)).sum())),  # sums of huge values overflow
-        difference=float((np.abs(one / len(one) - other / len(one))).sum()),
+        means=(_mean(one), _mean(other)),
+        difference=_mean(np.abs(one - other)),
         pearson=_correlation(one, other),
         spearman=_correlation(_ranks(one), _ranks(other)),
         table=None if table is None else table.tolist(),
         kappa=None if table is None else _kappa(table),
     )
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean, also of values whose sum overflows."""
+    return float(_scaled(values).mean() * (np.abs(values).max() or 1.0))
 
 
 def are_equal(first: np.ndarray, second: np.ndarray) -> np.ndarray:
