@@ -13,8 +13,8 @@ from gruppo.cli.options import Overrides
 from gruppo.errors import UsageError, one_line
 
 if TYPE_CHECKING:
+    from gruppo.runs.agreement import Agreement
     from gruppo.runs.rescores import Rescores
-    from gruppo.utils.agreement import Agreement
 
 _SHOWN = 10  # disagreements and groups
 _WIDTH = 160  # characters of a text, about two lines

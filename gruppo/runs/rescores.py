@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gruppo.errors import UsageError
+from gruppo.runs.agreement import Agreement, agreement, are_equal, ranking_changes
 from gruppo.runs.atomic import write_whole
-from gruppo.runs.reading import read_table, reading
+from gruppo.runs.reading import read_table, reading, require_own
 from gruppo.runs.tables import RESCORES, ROLLOUTS, versioned
-from gruppo.utils.agreement import Agreement, agreement, are_equal, ranking_changes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,14 +48,15 @@ class Rescores:
     def read(cls, file: str | Path, run: str | Path) -> Rescores:
         """Read what `gruppo rescore --out` wrote, about the run in the folder `run`. Raises UsageError if the file is
         not such a table."""
-        path = Path(file)
+        path, folder = Path(file), Path(run)
+        require_own(folder)
         table = read_table(path, RESCORES)
         with reading(path, "write it again with `gruppo rescore`"):
             if any(table[name].null_count for name in (*_PLACE, "prompt_id")):
                 raise ValueError("a row without its place")
             for parts in set(table["reward_parts"].to_pylist()):
                 dict(json.loads(parts))
-        return cls(Path(run), table)
+        return cls(folder, table)
 
     def __repr__(self) -> str:
         """A few lines: the run, the rewards and how well they agree."""
@@ -122,7 +123,7 @@ class Rescores:
         """The groups in which the order of the completions changes, or that gain or lose nonzero advantages.
 
         The first have the largest share of pairs that change. The columns `pairs`, `changed`, `ordered`, `swapped` and
-        `signs` are those of gruppo.utils.agreement.RankingChanges; `recorded_nonzero` and `rescored_nonzero` say
+        `signs` are those of gruppo.runs.agreement.RankingChanges; `recorded_nonzero` and `rescored_nonzero` say
         whether a method whose baseline is the mean of the group has nonzero advantages with that reward.
         """
         groups = self._groups
