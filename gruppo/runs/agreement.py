@@ -47,7 +47,7 @@ def agreement(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.
         count=len(one),
         equal=float(are_equal(one, other).mean()),
         means=(_mean(one), _mean(other)),
-        difference=_mean(np.abs(one - other)),
+        difference=_mean_difference(one, other),
         pearson=_correlation(one, other),
         spearman=_correlation(_ranks(one), _ranks(other)),
         table=None if table is None else table.tolist(),
@@ -58,6 +58,12 @@ def agreement(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.
 def _mean(values: np.ndarray) -> float:
     """The mean, also of values whose sum overflows."""
     return float(_scaled(values).mean() * (np.abs(values).max() or 1.0))
+
+
+def _mean_difference(first: np.ndarray, second: np.ndarray) -> float:
+    """The mean absolute difference; the largest float if it overflows."""
+    unit = float(max(np.abs(first).max(), np.abs(second).max())) or 1.0
+    return min(float(np.abs(first / unit - second / unit).mean()) * unit, float(np.finfo(float).max))
 
 
 def are_equal(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -111,7 +111,8 @@ class Rescores:
         `difference` is the new reward minus the recorded one. `prompt`, `columns` and `text` are read from the tables
         of the run; they are None if these have changed or are gone.
         """
-        frame = self.frame().assign(difference=self._rescored - self._recorded)
+        with np.errstate(over="ignore"):
+            frame = self.frame().assign(difference=self._rescored - self._recorded)
         frame = frame[self._known & ~are_equal(self._recorded, self._rescored)]
         order = np.lexsort((*(frame[name] for name in reversed(_PLACE)), -frame["difference"].abs()))
         frame = frame.iloc[order[:most]].reset_index(drop=True)
