@@ -6,6 +6,7 @@ Train and evaluate:
     load_result            open a run folder
     export                 write a checkpoint as a model folder
     reproduce              recompute a step of a run from its stored rollouts, and compare
+    rescore                score the completions of a run with another reward, and compare
     load_recipe            read and validate a recipe
 Reward models:
     label                  label completions, and their steps, by a rule
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from gruppo.evaluation.runner import evaluate as evaluate
     from gruppo.rollout.environments.protocol import Environment as Environment
     from gruppo.rollout.environments.protocol import Turn as Turn
+    from gruppo.rollout.rescore import rescore as rescore
     from gruppo.runs.results import Result as Result
     from gruppo.runs.results import load_result as load_result
     from gruppo.training.api import train as train
@@ -59,12 +61,13 @@ _HOMES = {
     "load_recipe": "config.loading",
     "load_result": "runs.results",
     "reproduce": "training.reproduce",
+    "rescore": "rollout.rescore",
     "train": "training.api",
     "train_reward_model": "training.reward_model_api",
 }
 
 __all__ = [  # noqa: RUF022  in the order of the text above
-    "train", "evaluate", "load_result", "export", "reproduce", "load_recipe", "label", "train_reward_model",
+    "train", "evaluate", "load_result", "export", "reproduce", "rescore", "load_recipe", "label", "train_reward_model",
     "Callback", "STOP", "Environment", "Turn", "Recipe", "Result", "RunError", "UsageError",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from gruppo import __version__
-from gruppo.cli import evaluate, export, reward_model, sample, train, ui
+from gruppo.cli import evaluate, export, rescore, reward_model, sample, train, ui
 from gruppo.cli.options import Command
 from gruppo.config.renames import COMMANDS
 from gruppo.errors import RunError, UsageError, speak_command_line
@@ -47,6 +47,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "label": reward_model.label,
     "reward-model": reward_model.reward_model,
     "rerun-reward": export.rerun_reward_,
+    "rescore": rescore.rescore,
     "reproduce": export.reproduce,
     "methods": train.methods,
     "schema": train.schema,

@@ -17,6 +17,7 @@ from typing import Any
 from gruppo.config.labels import label_mistake, options_name, split_label
 from gruppo.config.renames import REWARDS as RENAMED
 from gruppo.errors import UsageError, nearest
+from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.text import text_of_content
 
 REWARDS = {
@@ -69,6 +70,27 @@ def split_prefix(name: str) -> tuple[str, str]:
     """Split off an adapter's prefix: "verl:file.py:f" -> ("verl", "file.py:f"); without one, ("", name)."""
     prefix, _, path = name.partition(":")
     return (prefix, path) if prefix in PREFIXES else ("", name)
+
+
+def listed_rewards(
+    reward: str | RewardFunction | Sequence[str | RewardFunction] | None,
+) -> list[str | RewardFunction] | None:
+    """The argument `reward` of public functions as a list; None stays None. Raises UsageError if it is no reward."""
+    if reward is None:
+        return None
+    if isinstance(reward, str) or callable(reward):
+        return [reward]
+    if not isinstance(reward, Sequence) or not all(isinstance(one, str) or callable(one) for one in reward):
+        raise UsageError(
+            f"reward = {reward!r}: must be a function f(prompts, completions, **columns) -> list of numbers, the name "
+            'of a reward such as "last_number", or a list of these'
+        )
+    return list(reward)
+
+
+def recipe_name(reward: str | RewardFunction) -> str:
+    """The entry of a reward in reward.functions; one that was passed from Python gets a name that is not imported."""
+    return reward if isinstance(reward, str) else f"{IN_MEMORY}{getattr(reward, '__qualname__', type(reward).__name__)}"
 
 
 def check_option_names(functions: Sequence[str | RewardFunction], options: Mapping[str, Any]) -> None:

@@ -40,6 +40,15 @@ def combine(
     )
 
 
+def overall(reward: Reward, weights: Mapping[str, float], otherwise: float = 1.0) -> float | None:
+    """The reward as one number: its total plus, for every function that scores steps, the mean of the step rewards
+    times the function's weight (`otherwise` if `weights` lacks it). None if the completion is excluded."""
+    if reward.total is None:
+        return None
+    means = {name: sum(steps.rewards) / len(steps.rewards) for name, steps in reward.steps.items() if steps.rewards}
+    return reward.total + sum(weights.get(name, otherwise) * mean for name, mean in means.items())
+
+
 def with_part(reward: Reward, name: str, weight: float, value: float | str | None) -> Reward:
     """Return the reward with one more part, as if another function had returned `value`.
 

@@ -8,19 +8,37 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pyarrow as pa
+
+from gruppo.data.messages import text_or_messages
+from gruppo.data.tokenization import ENDING
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_table
-from gruppo.types import Completion, Episode, Reward, Steps
+from gruppo.runs.tables import ROLLOUTS
+from gruppo.types import Completion, Episode, Prompt, Reward, Steps
 
 Row = dict[str, Any]
 
+# The columns that a reward call and its recorded values need.
+CALLS = pa.schema(
+    [
+        ROLLOUTS.field(name)
+        for name in (
+            "group", "completion", "prompt_id", "prompt", "prompt_token_texts", "columns", "text", "finish_reason",
+            "policy_version", "token_ids", "mask", "reward", "reward_parts", "steps", "failure", "extra",
+        )
+    ]
+)  # fmt: skip
 
-def read_groups(table: Path, renamed: Mapping[str, str] = MappingProxyType({})) -> list[list[Row]]:
-    """The rows of a rollout table, by group. `renamed`: new names of reward parts that have been renamed since. Raises
-    UsageError if the table is missing or cannot be read."""
+
+def read_groups(
+    table: Path, renamed: Mapping[str, str] = MappingProxyType({}), columns: pa.Schema | None = None
+) -> list[list[Row]]:
+    """The rows of a rollout table, by group. `renamed`: new names of reward parts that have been renamed since;
+    `columns`: the columns to read, all by default. Raises UsageError if the table is missing or cannot be read."""
     if not table.is_file():
         raise UsageError(f"{table}: there is no such file; the step has not run yet, or its rollouts were deleted")
-    rows: list[Row] = read_table(table).to_pylist()
+    rows: list[Row] = read_table(table, columns).to_pylist()
     groups: list[list[Row]] = []
     for row in rows:
         for name in ("reward_parts", "steps") if renamed else ():
@@ -31,9 +49,16 @@ def read_groups(table: Path, renamed: Mapping[str, str] = MappingProxyType({})) 
     return groups
 
 
+def prompt_of(row: Row) -> Prompt:
+    """The prompt recorded in a row of a rollout table, as reward functions get it, without token ids."""
+    content, ending = row["prompt"], "".join((row.get("prompt_token_texts") or [])[-ENDING:])
+    columns = json.loads(row["columns"])
+    return Prompt(row["prompt_id"], text_or_messages(content, "", "prompt"), (), "", columns, ending=ending)
+
+
 def completion_of(row: Row) -> Completion:
-    """The completion recorded in a row of a rollout table."""
-    logprobs = row["sampling_logprobs"] or [float("nan")] * len(row["token_ids"])
+    """The completion recorded in a row of a rollout table. Log-probabilities that were not read are NaN."""
+    logprobs = row.get("sampling_logprobs") or [float("nan")] * len(row["token_ids"])
     episode = row.get("episode")  # missing in tables written before environments existed
     return Completion(
         token_ids=tuple(row["token_ids"]),

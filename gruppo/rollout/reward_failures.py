@@ -17,11 +17,9 @@ from typing import Any
 
 from gruppo.config.labels import options_name, split_label
 from gruppo.config.loading import load_recipe
-from gruppo.data.messages import text_or_messages
-from gruppo.data.tokenization import ENDING
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
-from gruppo.rollout.recorded_rows import completion_of, read_groups
+from gruppo.rollout.recorded_rows import completion_of, prompt_of, read_groups
 from gruppo.rollout.workers.rewards import RewardPool, call_arguments, reward_names, trainer_state
 from gruppo.runs.atomic import write_whole
 from gruppo.runs.reading import read_object, reading, require_own
@@ -183,15 +181,13 @@ def recorded_call(folder: Path, step: int | None, group: int | None, reward: str
     with reading(folder / f"rollouts/step-{step:06d}.parquet", "restore it from a copy"):
         rows = groups[group]
         function = recipe.reward.functions[names.index(reward)]
-        columns, content = json.loads(rows[0]["columns"]), rows[0]["prompt"]
-        ending = "".join((rows[0].get("prompt_token_texts") or [])[-ENDING:])
-        prompt = Prompt(rows[0]["prompt_id"], text_or_messages(content, "", "prompt"), (), "", columns, ending=ending)
+        prompt = prompt_of(rows[0])
         completions = [completion_of(row) for row in rows]
         return {
             "reward": reward,
             "function": None if split_label(function)[1].startswith(IN_MEMORY) else function,
             "options": dict(recipe.reward.options.get(options_name(function), {})),
-            "columns": list(columns),
+            "columns": list(prompt.columns),
             "environment": list(recipe.reward.environment),
             "timeout": recipe.reward.timeout,
             "prompt_id": prompt.id,

@@ -107,6 +107,24 @@ LABELS = pa.schema(
 )
 
 
+# One row per completion that was scored with another reward (`gruppo rescore`). `recorded`: its value in the run, the
+# total reward or, if `against` names one, that part. `rescored`: the new total, of which `reward_parts` has the parts.
+# Both are null if the completion is excluded; `failure` is the reason why it has no new reward.
+RESCORES = pa.schema(
+    {
+        "step": _INTEGER,
+        "group": _INTEGER,
+        "completion": _INTEGER,
+        "prompt_id": _TEXT,
+        "against": _TEXT,
+        "recorded": _FLOAT,
+        "rescored": _FLOAT,
+        "reward_parts": _TEXT,
+        "failure": _TEXT,
+    }
+)
+
+
 def versioned(schema: pa.Schema) -> pa.Schema:
     """The schema with its version, for a file that is written."""
     return schema.with_metadata({"gruppo_schema": str(SCHEMA_VERSION)})

@@ -12,7 +12,7 @@ from gruppo.config.loading import load_recipe, override_list
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import preflight
-from gruppo.rewards import RewardFunction
+from gruppo.rewards import RewardFunction, listed_rewards, recipe_name
 from gruppo.runs.console import choose_progress
 from gruppo.runs.folder import explaining_write_errors
 from gruppo.runs.results import Result
@@ -92,7 +92,7 @@ def run_recipe(
     resume: bool = False,
 ) -> tuple[Result, Stop]:
     """Like `train`, but a run ended by a signal returns the state "interrupted". The `Stop` says which signal."""
-    listeners, rewards = Callbacks(callbacks), _listed(reward)
+    listeners, rewards = Callbacks(callbacks), listed_rewards(reward)
     if tokenizer is not None and model is None:
         raise UsageError("tokenizer: needs a model passed from Python; pass model=… too, or leave tokenizer out")
     if isinstance(model, str):
@@ -119,29 +119,11 @@ def run_recipe(
         return Result(prepared.run.path, prepared.run.metrics(), summary), stop
 
 
-def _listed(reward: str | RewardFunction | Sequence[str | RewardFunction] | None) -> list[str | RewardFunction] | None:
-    if reward is None:
-        return None
-    if isinstance(reward, str) or callable(reward):
-        return [reward]
-    if not isinstance(reward, Sequence) or not all(isinstance(one, str) or callable(one) for one in reward):
-        raise UsageError(
-            f"reward = {reward!r}: must be a function f(prompts, completions, **columns) -> list of numbers, the name "
-            'of a reward such as "last_number", or a list of these'
-        )
-    return list(reward)
-
-
 def _with_arguments(recipe: Recipe, rewards: Sequence[str | RewardFunction] | None, rows: bool) -> Recipe:
     """The recipe to store in the run folder. It names the rewards and prompts that were passed from Python."""
     changes: dict[str, Any] = {}
     if rewards is not None:
-        names = [
-            reward
-            if isinstance(reward, str)
-            else f"{IN_MEMORY}{getattr(reward, '__qualname__', type(reward).__name__)}"
-            for reward in rewards
-        ]
+        names = [*map(recipe_name, rewards)]
         keys = set(map(options_name, names))
         options = {name: value for name, value in recipe.reward.options.items() if name in keys}
         if not recipe.reward.functions:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gruppo.config.sections import Audit
+from gruppo.rewards.combine import overall
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.types import Group
 from gruppo.utils.metrics import Metrics
@@ -49,9 +50,9 @@ class RewardAudit:
         verdicts, _ = self.pool.score([(group.prompt, group.completions) for group in chosen], {}, advance)
         for group, group_verdicts in zip(chosen, verdicts, strict=True):
             for reward, verdict in zip(group.rewards, group_verdicts, strict=True):
-                if reward.total is not None and verdict.total is not None:
-                    of_steps = (weights[name] * _mean(steps.rewards) for name, steps in reward.steps.items())
-                    metrics.mean("audit/reward", reward.total + sum(of_steps))
+                value = overall(reward, weights)
+                if value is not None and verdict.total is not None:
+                    metrics.mean("audit/reward", value)
                     metrics.mean("audit/mean", verdict.total)
                 metrics.mean("audit/excluded", verdict.total is None)
         return sorted({verdict.failure for row in verdicts for verdict in row if verdict.failure})
@@ -73,10 +74,6 @@ class RewardAudit:
             f"{_start(rewards[::-1]):.3f} but the audit ({self.pool.names[0]}) went from {_start(audits):.3f} to "
             f"{_start(audits[::-1]):.3f}: the policy may be learning what the reward gets wrong; read some rollouts"
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def _start(values: Sequence[float]) -> float:

@@ -16,8 +16,6 @@ from gruppo.config.labels import options_name
 from gruppo.config.recipe import Recipe
 from gruppo.config.resume import MEMORY
 from gruppo.config.sections import Audit
-from gruppo.config.sections import Reward as RewardSettings
-from gruppo.config.units import as_bytes
 from gruppo.data.chat_template import end_renderer, template_time
 from gruppo.data.mixture import Mixture
 from gruppo.data.offline import OfflineCompletions
@@ -38,7 +36,7 @@ from gruppo.models.weights import named_weights, save_base, save_weights, weight
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
 from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
-from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.rollout.workers.rewards import RewardPool, memory_per_process
 from gruppo.runs.folder import START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
 from gruppo.training.changes import Changes
 from gruppo.training.disk_estimate import still_needed
@@ -47,7 +45,6 @@ from gruppo.training.inputs import RunInputs, tokenize_data, with_steps, workloa
 from gruppo.training.optimizer import Trainable, make_optimizer
 from gruppo.training.policy_loss import find_surrogate
 from gruppo.training.sizing import Free, disk_of
-from gruppo.utils.cgroups import machine_memory
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import describe
@@ -203,7 +200,7 @@ def make_pool(
     Raises UsageError if a reward function cannot be used on the data.
     """
     settings = recipe.reward
-    limits = _memory_per_process(settings), settings.environment, progress
+    limits = memory_per_process(settings), settings.environment, progress
     workers = 0 if opened is not None and opened.environments.gives_reward and not rewards else settings.workers
     return RewardPool(
         rewards,
@@ -220,7 +217,7 @@ def make_pool(
 
 def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, progress: Progress) -> RewardPool:
     rewards, options = recipe.reward, {options_name(settings.function): settings.options} if settings.options else {}
-    limits = _memory_per_process(rewards), rewards.environment, progress
+    limits = memory_per_process(rewards), rewards.environment, progress
     try:
         return RewardPool(
             [settings.function], [], data.columns, rewards.timeout, 1, log, options, *limits, field="audit.function"
@@ -228,13 +225,6 @@ def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, progress
     except UsageError as error:
         text = str(error).replace("reward.functions", "audit.function").replace("reward.options", "audit.options")
         raise UsageError(text) from None
-
-
-def _memory_per_process(settings: RewardSettings) -> int:
-    """Maximum memory of one reward process, in bytes."""
-    memory = settings.memory
-    total = as_bytes(memory) if isinstance(memory, str) else int(memory * machine_memory())
-    return total // settings.workers
 
 
 @dataclass(frozen=True)

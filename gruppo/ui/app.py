@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -15,16 +16,20 @@ from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from gruppo.errors import UsageError
+from gruppo.errors import RunError, UsageError
 from gruppo.runs.missing import missing_parts
 from gruppo.ui import details
 from gruppo.ui.advice import advice_for
 from gruppo.ui.catalog import Card, Catalog
 from gruppo.ui.charts import payload
+from gruppo.ui.compare_routes import add_comparison
+from gruppo.ui.dashboard import Dashboard
+from gruppo.ui.indexes import Indexes, NotReadyError, default_cache
 from gruppo.ui.links import Links
 from gruppo.ui.pages import Templates
 from gruppo.ui.runs import OpenRuns
 from gruppo.ui.security import Guard
+from gruppo.ui.table_routes import add_tables
 
 POLL_SECONDS, LIST_SECONDS = 1.0, 2.0  # how often a page that follows a run looks for changes
 ALIVE_SECONDS = 15.0  # a stream says something at least this often, so that a run without sign of life is noticed
@@ -62,40 +67,30 @@ _SORTS: dict[str, Callable[[Card], Any]] = {
 }
 
 
-def create_app(root: Path, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
+def create_app(root: Path, token: str | None = None, host: str = "127.0.0.1", cache: Path | None = None) -> FastAPI:
     """The dashboard over the runs in and below `root`.
 
-    `token`: see `Guard`; None for none. `host`: the address that it is served at.
+    `token`: see `Guard`; None for none. `host`: the address that it is served at. `cache`: where indexes are kept, by
+    default `default_cache()`.
     """
-    app = FastAPI(title="gruppo", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     catalog = Catalog(root)
-    state = Dashboard(root, catalog, OpenRuns(catalog), Templates(Links()))
+    state = Dashboard(root, catalog, OpenRuns(), Templates(Links()), Indexes(cache or default_cache()))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.indexes.close()
+
+    app = FastAPI(
+        title="gruppo", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", lifespan=lifespan
+    )  # fmt: skip
     app.add_middleware(Guard, host=host, token=token)
     _add_pages(app, state)
     _add_data(app, state)
+    add_tables(app, state)
+    add_comparison(app, state)
     _add_errors(app, state)
     return app
-
-
-@dataclass(frozen=True)
-class Dashboard:
-    """What the pages are made from."""
-
-    root: Path
-    catalog: Catalog
-    runs: OpenRuns
-    templates: Templates
-
-    def card(self, key: str) -> Card:
-        """A run. Raises HTTPException if there is no such run."""
-        path = self.catalog.path(key)
-        if path is None:
-            raise HTTPException(404, "There is no such run in this folder. It may have been deleted or moved.")
-        return self.catalog.card(key, path)
-
-    def page(self, name: str, **values: Any) -> HTMLResponse:
-        """A rendered template."""
-        return HTMLResponse(self.templates.render(name, **values))
 
 
 def _add_pages(app: FastAPI, state: Dashboard) -> None:
@@ -209,8 +204,16 @@ def _add_errors(app: FastAPI, state: Dashboard) -> None:
     def http(request: Request, error: StarletteHTTPException) -> HTMLResponse | JSONResponse:
         return answer(request, error.status_code, str(error.detail))
 
+    @app.exception_handler(NotReadyError)
+    def indexing(request: Request, error: NotReadyError) -> HTMLResponse | JSONResponse:
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"detail": "The tables of this run are still being read."}, 503)
+        card = state.card(request.path_params["key"])
+        return state.page("indexing.html", tab="", card=card, done=error.done, total=error.total)
+
     @app.exception_handler(UsageError)
-    def damaged(request: Request, error: UsageError) -> HTMLResponse | JSONResponse:
+    @app.exception_handler(RunError)
+    def damaged(request: Request, error: UsageError | RunError) -> HTMLResponse | JSONResponse:
         return answer(request, 404, str(error))
 
 

@@ -11,10 +11,12 @@ import numpy as np
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.runs.changes import differences
+from gruppo.runs.eval_metrics import Question
 from gruppo.ui.catalog import Card
 from gruppo.ui.charts import AXES, CHARTS, POINTS, Axis, Chart, head, matching
 from gruppo.ui.details import read_recipe
 from gruppo.ui.live import LiveRun, thin
+from gruppo.ui.queries import KINDS_OF_CHANGE
 
 MOST = 12  # runs that are compared at once
 _SEED = frozenset({"run.seed", "run.name"})  # fields in which seeds of one recipe differ
@@ -143,3 +145,38 @@ def _mean(arrays: Sequence[tuple[tuple[np.ndarray, np.ndarray], Axis]], points: 
     mean = thin(whole, table.mean(axis=0), points)
     mean["band"] = [thin(whole, table.min(axis=0), points), thin(whole, table.max(axis=0), points)]
     return mean
+
+
+def question_changes(
+    first: Sequence[Question], second: Sequence[Question]
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """How two evaluations differ, in the form of `Index.changes`: the second against the first, by prompt id.
+
+    The rows that differ come first.
+    """
+    others = {question.id: question for question in second}
+    counts, rows = dict.fromkeys(KINDS_OF_CHANGE, 0), []
+    for one in first:
+        other = others.pop(one.id, None)
+        before, after = (None if question is None else _share(question) for question in (one, other))
+        rows.append({"prompt_id": one.id, "question": None, "before": before, "after": after,
+                     "kind": _kind(before, after)})  # fmt: skip
+    for question in others.values():
+        rows.append({"prompt_id": question.id, "question": None, "before": None, "after": _share(question),
+                     "kind": _kind(None, 0.0)})  # fmt: skip
+    for row in rows:
+        counts[row["kind"]] += 1
+    rows.sort(key=lambda row: KINDS_OF_CHANGE.index(row["kind"]))
+    return counts, rows
+
+
+def _share(question: Question) -> float:
+    return sum(question.correct) / len(question.correct)
+
+
+def _kind(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "not in both"
+    if before > 0.5:
+        return "still right" if after > 0.5 else "broken"
+    return "fixed" if after > 0.5 else "still wrong"

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,10 +65,8 @@ class Indexes:
                 entry.update = self._threads.submit(self._update, entry)
             update = entry.update
         if update is not None:
-            try:
+            with suppress(NotYet):
                 update.result(timeout=wait)
-            except NotYet:
-                pass
         if entry.problem is not None:
             raise entry.problem
         if not entry.ready:

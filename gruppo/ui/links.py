@@ -21,6 +21,10 @@ class Links:
         """Several runs side by side."""
         return _address("/compare", {"run": list(keys), **query})
 
+    def compare_data(self, *keys: str, **query: Any) -> str | None:
+        """The curves of several runs."""
+        return _address("/api/compare", {"run": list(keys), **query})
+
     def run(self, key: str, page: str = "", **query: Any) -> str | None:
         """A run, or one of its pages: "steps", "questions", "evaluations", "recipe"."""
         return _address(f"/r/{quote(key, safe='')}" + (f"/{page}" if page else ""), query)

@@ -35,6 +35,9 @@ class Templates:
             bytes=text.size,
             height=text.height,
             duration=duration_text,
+            points=text.points,
+            low=text.lowest,
+            high=text.highest,
             json=lambda value: Markup(text.json_block(value)),
         )
 

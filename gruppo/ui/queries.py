@@ -334,7 +334,7 @@ class Queries:
         }  # fmt: skip
         with self._asking() as ask:
             found = ask(f"SELECT kind, count(*) AS n FROM ({_CHANGES}) GROUP BY kind", values)
-            counts = {name: 0 for name in KINDS_OF_CHANGE} | {row["kind"]: row["n"] for row in found}
+            counts = dict.fromkeys(KINDS_OF_CHANGE, 0) | {row["kind"]: row["n"] for row in found}
             rows = ask(
                 f"""
                 SELECT * EXCLUDE position FROM ({_CHANGES}) WHERE $kind = '' OR kind = $kind

@@ -6,17 +6,16 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from gruppo.ui.catalog import Catalog
 from gruppo.ui.live import LiveRun
 
 MOST_OPEN = 24  # runs that are kept in memory
 
 
 class OpenRuns:
-    """The `LiveRun`s of a catalog; the ones that were asked for longest ago are closed. Safe for several threads."""
+    """The `LiveRun`s of run folders; the ones that were asked for longest ago are closed. Safe for several threads."""
 
-    def __init__(self, catalog: Catalog, most: int = MOST_OPEN) -> None:
-        self.catalog, self.most = catalog, most
+    def __init__(self, most: int = MOST_OPEN) -> None:
+        self.most = most
         self._lock = threading.Lock()
         self._live: OrderedDict[Path, LiveRun] = OrderedDict()
 

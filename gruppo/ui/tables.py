@@ -9,11 +9,13 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.runs.eval_metrics import Question, compare, figures
 from gruppo.runs.reading import read_object
+from gruppo.ui.answers import first_answers
 from gruppo.ui.catalog import Card
 from gruppo.ui.index import Index
 from gruppo.ui.queries import KINDS_OF_CHANGE, Filters, Page
 
 LIMIT = 50  # rows of a page
+TEXTS = 20  # evaluations whose answers are shown on the page of a question
 HELD_OUT = "held out"  # the words for the set without a name
 
 
@@ -64,13 +66,17 @@ def questions_values(index: Index, search: str, view: View) -> dict[str, Any]:
     return {"rows": page.rows, "view": view.of(page), "search": search}
 
 
-def question_values(index: Index, prompt_id: str) -> dict[str, Any]:
-    """A prompt through the run."""
+def question_values(index: Index, card: Card, prompt_id: str) -> dict[str, Any]:
+    """A prompt through the run, with the texts of its evaluation answers, of the last `TEXTS` evaluations."""
     question = index.question(prompt_id)
     if question is None:
         raise UsageError(f"prompt {prompt_id[:200]!r}: this run has not used it; choose one from the list of questions")
-    moments = [{**draw, "kind": "step"} for draw in question.draws]
-    moments += [{**row, "kind": "evaluation"} for row in question.evaluations]
+    moments: list[dict[str, Any]] = [{**draw, "kind": "step", "text": None} for draw in question.draws]
+    for number, row in enumerate(reversed(question.evaluations)):
+        answer = None
+        if number < TEXTS:
+            answer = first_answers(card.path, row["step"], row["eval_set"], [prompt_id]).get(prompt_id)
+        moments.append({**row, "kind": "evaluation", "text": answer and answer["answer"]})
     moments.sort(key=lambda row: (row["step"], row["kind"] == "evaluation"))
     return {"question": question, "moments": moments}
 
@@ -80,7 +86,7 @@ def evaluations_values(index: Index, card: Card) -> dict[str, Any]:
     domains = set_domains(card)
     rows = []
     for row in index.evaluations():
-        found = figures(_questions(index, row["step"], row["eval_set"]))
+        found = figures(questions(index, row["step"], row["eval_set"]))
         low, high = found["interval"]
         rows.append({**row, "low": low, "high": high, "curves": found.get("curves", {}), "samples": found["samples"]})
     names = list(dict.fromkeys(row["eval_set"] for row in rows))
@@ -103,7 +109,7 @@ def answers_chart(found: Mapping[str, Any]) -> dict[str, Any] | None:
         for place, (name, points) in enumerate(row["curves"].items()):
             ks = [int(k) for k in points]
             interval = [[point["interval"][end] for point in points.values()] for end in (0, 1)]
-            label = f"{ {'pass': 'pass@k', 'maj': 'maj@k', 'best': 'best of k'}[name]}, step {row['step']}"
+            label = f"{ {'pass': 'pass@k', 'maj': 'maj@k', 'best': 'best of k'}[name] }, step {row['step']}"
             curves.append(
                 {"name": name, "label": label, "run": str(number), "color": place, "dash": 1 - number if rows[1:] else 0,
                  "x": ks, "y": [point["value"] for point in points.values()], "size": 1,
@@ -124,7 +130,8 @@ def set_domains(card: Card) -> dict[str, str]:
     return {name: str(values.get("domain", "")) for name, values in found if isinstance(values, dict)}
 
 
-def _questions(index: Index, step: int, eval_set: str) -> list[Question]:
+def questions(index: Index, step: int, eval_set: str) -> list[Question]:
+    """The verdicts of one evaluation."""
     found = []
     for row in index.verdicts(step, eval_set):
         scores = None if None in row["scores"] else row["scores"]
@@ -145,7 +152,7 @@ def evaluation_values(
     return {
         "steps": steps, "step": step, "before": before, "eval_set": eval_set, "title": eval_set or HELD_OUT,
         "counts": counts, "kinds": KINDS_OF_CHANGE, "kind": kind, "rows": page.rows, "view": view.of(page),
-        "test": paired(_questions(index, before, eval_set), _questions(index, step, eval_set)),
+        "test": paired(questions(index, before, eval_set), questions(index, step, eval_set)),
         "figures": {row["step"]: row for row in evaluations},
     }  # fmt: skip
 

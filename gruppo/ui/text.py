@@ -78,3 +78,18 @@ def json_block(value: Any) -> str:
     """JSON that can stand in a page: no character in it ends a script block. NaN and infinities must not be in it."""
     text = json.dumps(value, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def lowest(values: Sequence[float | None]) -> float:
+    """The smallest known value; 0 if there is none."""
+    return min((value for value in values if value is not None and math.isfinite(value)), default=0.0)
+
+
+def highest(values: Sequence[float | None]) -> float:
+    """The largest known value; 0 if there is none."""
+    return max((value for value in values if value is not None and math.isfinite(value)), default=0.0)

@@ -45,13 +45,15 @@ def recipe_file(tiny_folder: str, tmp_path: Path) -> Path:
 
 def test_help_explains_every_option() -> None:
     for name, options in {
-        (): ["train", "check", "eval", "sample", "export", "rerun-reward", "reproduce", "schema", "--version"],
+        (): ["train", "check", "eval", "sample", "export", "rerun-reward", "rescore", "reproduce", "schema",
+             "--version"],
         ("train",): ["--set", "--out", "--resume", "--show"],
         ("check",): ["--set", "--json", "--quick", "--seconds"],
         ("eval",): ["--recipe", "--task", "--questions", "--samples", "--max-tokens", "--grader", "--device", "--dtype",
                     "--option", "--set", "--out"],
         ("sample",): ["--prompt", "--count", "--temperature", "--top-k", "--top-p", "--min-p", "--max-tokens",
                       "--min-tokens", "--stop", "--seed", "--plain", "--json"],
+        ("rescore",): ["--reward", "--set", "--against", "--steps", "--limit", "--out", "--json"],
         ("export",): ["--to", "--checkpoint", "--dtype", "--max-shard-size"],
         ("schema",): ["--markdown"],
     }.items():  # fmt: skip

@@ -12,7 +12,7 @@ import gruppo
 
 PUBLIC = {
     "Callback", "Environment", "Recipe", "RunError", "STOP", "Turn", "UsageError", "evaluate", "export", "label",
-    "load_recipe", "load_result", "reproduce", "Result", "train", "train_reward_model",
+    "load_recipe", "load_result", "reproduce", "rescore", "Result", "train", "train_reward_model",
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_every_public_name_has_a_docstring() -> None:
 
 def test_help_lists_the_functions() -> None:
     text = pydoc.plain(pydoc.render_doc(gruppo))
-    for name in ("train", "evaluate", "load_result", "export", "reproduce", "label", "train_reward_model"):
+    for name in ("train", "evaluate", "load_result", "export", "reproduce", "rescore", "label", "train_reward_model"):
         assert name in text
     assert "train(" in text  # the signature, not only the overview
 

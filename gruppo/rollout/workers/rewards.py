@@ -21,6 +21,8 @@ import cloudpickle
 
 from gruppo.config.labels import options_name, split_label
 from gruppo.config.recipe import Recipe
+from gruppo.config.sections import Reward as RewardSettings
+from gruppo.config.units import as_bytes
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction, check_option_names, reward_path
 from gruppo.rewards.combine import Value, combine
@@ -29,6 +31,7 @@ from gruppo.rollout.workers.printed import MOST
 from gruppo.rollout.workers.process import TICK_SECONDS, Worker, wait, writable_message
 from gruppo.rollout.workers.worker_set import WorkerSet
 from gruppo.types import Completion, Prompt, Reward, Steps
+from gruppo.utils.cgroups import machine_memory
 from gruppo.utils.progress import Advance, NullProgress, Progress
 
 _Job = tuple[int, int]  # group, function
@@ -276,6 +279,13 @@ def reward_names(functions: Sequence[str | RewardFunction]) -> list[str]:
 def trainer_state(recipe: Recipe, step: int) -> dict[str, int]:
     """State of the run that reward functions get as `trainer_state` in a step, counted from 1."""
     return {"global_step": step - 1, "max_steps": recipe.run.steps, "max_tokens": recipe.sampling.max_tokens}
+
+
+def memory_per_process(settings: RewardSettings) -> int:
+    """Maximum memory of one reward process, in bytes."""
+    memory = settings.memory
+    total = as_bytes(memory) if isinstance(memory, str) else int(memory * machine_memory())
+    return total // settings.workers
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,94 @@
+"""The address of the page that compares runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, HTTPException, Query
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from gruppo.ui import comparing, tables
+from gruppo.ui.answers import side_by_side
+from gruppo.ui.dashboard import Dashboard
+from gruppo.ui.links import Links
+
+SHOWN = 10  # questions that are answered differently
+Keys = Annotated[list[str], Query(alias="run", max_length=100)]
+
+
+def add_comparison(app: FastAPI, state: Dashboard) -> None:
+    """Add the address to the server."""
+    links = state.templates.links
+
+    def chosen(keys: list[str]) -> list[comparing.Compared]:
+        cards = [state.card(key) for key in dict.fromkeys(keys)][: comparing.MOST]
+        if not cards:
+            raise HTTPException(404, "Choose runs to compare on the page of all runs.")
+        return comparing.opened([(card, state.runs.live(card.path)) for card in cards])
+
+    @app.get("/compare", response_class=HTMLResponse)
+    def compare(
+        keys: Keys = [],  # noqa: B006
+        band: Literal["0", "1"] = "1",
+        set_: Annotated[str, Query(alias="set", max_length=200)] = "",
+    ) -> HTMLResponse:
+        runs = chosen(keys)
+        found = [run.card.key for run in runs]
+        charts = comparing.payload(runs, band=band == "1")
+        return state.page(
+            "compare.html", runs=runs, names=comparing.labels(runs), charts=charts, charts_stream="/live",
+            charts_source=links.compare_data(*found, band=band), band=band == "1",
+            other_band=links.compare(*found, band="0" if band == "1" else "1"),
+            without=[links.compare(*(key for key in found if key != other), band=band) for other in found],
+            seeds=seeds_text(runs), differences=comparing.recipe_table(runs), **answers_values(state, runs, set_),
+        )  # fmt: skip
+
+    @app.get("/api/compare")
+    def data(
+        keys: Keys = [],  # noqa: B006
+        band: Literal["0", "1"] = "1",
+        axis: Literal["step", "tokens", "time"] = "step",
+    ) -> JSONResponse:
+        return JSONResponse(comparing.payload(chosen(keys), axis, band == "1"))
+
+
+def seeds_text(runs: list[comparing.Compared]) -> str:
+    """Which runs are seeds of one recipe; "" if none are."""
+    names = comparing.labels(runs)
+    parts = [", ".join(names[number] for number in group) for group in comparing.seeds(runs) if len(group) > 1]
+    return f"Seeds of one recipe: {'; '.join(parts)}" if parts else ""
+
+
+def answers_values(state: Dashboard, runs: list[comparing.Compared], eval_set: str) -> dict[str, Any]:
+    """The last evaluations of the first two runs, question by question, with the paired test."""
+    empty: dict[str, Any] = {"pair": None, "rows": [], "sets": []}
+    if len(runs) < 2:
+        return empty
+    first, second = (state.index_if_ready(run.card, lambda index: index) for run in runs[:2])
+    if first is None or second is None:
+        return empty
+    lasts = [{row["eval_set"]: row["step"] for row in index.evaluations()} for index in (first, second)]
+    sets = [name for name in lasts[0] if name in lasts[1]]
+    if not sets:
+        return empty
+    name = eval_set if eval_set in sets else sets[0]
+    steps = [last[name] for last in lasts]
+    verdicts = [tables.questions(index, step, name) for index, step in zip((first, second), steps, strict=True)]
+    counts, rows = comparing.question_changes(*verdicts)
+    titles = comparing.labels(runs)
+    links: Links = state.templates.links
+    sides = [
+        {"run": run.card.path, "step": step, "title": f"{title}, after step {step}", "share": share,
+         "href": lambda prompt, key=run.card.key, step=step: links.answers(key, step, name, prompt)}
+        for run, step, title, share in zip(runs[:2], steps, titles, ("before", "after"), strict=False)
+    ]  # fmt: skip
+    return {
+        "pair": {
+            "titles": titles[:2],
+            "test": tables.paired(*verdicts),
+            "counts": counts,
+            "set": name or tables.HELD_OUT,
+        },
+        "rows": side_by_side(rows[:SHOWN], sides, name),
+        "sets": sets,
+    }
