@@ -155,7 +155,8 @@ def question_changes(
     The rows that differ come first.
     """
     others = {question.id: question for question in second}
-    counts, rows = dict.fromkeys(KINDS_OF_CHANGE, 0), []
+    counts = dict.fromkeys(KINDS_OF_CHANGE, 0)
+    rows: list[dict[str, Any]] = []
     for one in first:
         other = others.pop(one.id, None)
         before, after = (None if question is None else _share(question) for question in (one, other))

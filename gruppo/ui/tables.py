@@ -111,8 +111,8 @@ def answers_chart(found: Mapping[str, Any]) -> dict[str, Any] | None:
             interval = [[point["interval"][end] for point in points.values()] for end in (0, 1)]
             label = f"{ {'pass': 'pass@k', 'maj': 'maj@k', 'best': 'best of k'}[name] }, step {row['step']}"
             curves.append(
-                {"name": name, "label": label, "run": str(number), "color": place, "dash": 1 - number if rows[1:] else 0,
-                 "x": ks, "y": [point["value"] for point in points.values()], "size": 1,
+                {"name": name, "label": label, "run": str(number), "color": place,
+                 "dash": 1 - number if rows[1:] else 0, "x": ks, "y": [point["value"] for point in points.values()], "size": 1,
                  "band": [{"x": ks, "y": end, "size": 1} for end in interval]}
             )  # fmt: skip
     return {"id": f"answers {found['name']}", "title": f"{found['title']}: accuracy by number of answers",
@@ -147,7 +147,7 @@ def evaluation_values(
     steps = [row["step"] for row in evaluations]
     if step not in steps:
         raise UsageError(f"step {step}: there is no evaluation of {eval_set or HELD_OUT} after it; choose another")
-    before = before if before in steps else steps[0]
+    before = before if before is not None and before in steps else int(steps[0])
     counts, page = index.changes(before, step, eval_set, kind, view.offset, view.limit)
     return {
         "steps": steps, "step": step, "before": before, "eval_set": eval_set, "title": eval_set or HELD_OUT,
