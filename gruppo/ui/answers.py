@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pyarrow.compute as pc
 
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_batches
-from gruppo.runs.tables import EVALUATIONS
+from gruppo.runs.tables import EVALUATIONS, ROLLOUTS
 
 _COLUMNS = ("eval_set", "prompt_id", "sample", "question", "columns", "answer", "correct", "extracted", "rule")
 _SCHEMA = pa.schema([EVALUATIONS.field(name) for name in _COLUMNS])
+_COMPLETIONS = pa.schema([ROLLOUTS.field(name) for name in ("group", "text", "reward")])
 LONGEST = 20_000  # characters of an answer
 REFERENCES = ("answer", "solution", "target", "reference", "label", "ground_truth")  # columns that hold it, by habit
 
@@ -38,6 +40,20 @@ def first_answers(run: Path, step: int, eval_set: str, prompts: Collection[str])
     except UsageError:
         return found
     return found
+
+
+def best_text(run: Path, step: int, group: int) -> str | None:
+    """The text of the completion of a group with the highest reward; None if the table is missing or damaged."""
+    best: tuple[float, str] | None = None
+    try:
+        for table in read_batches(run / "rollouts" / f"step-{step:06d}.parquet", _COMPLETIONS):
+            for row in table.filter(pc.equal(table["group"], group)).to_pylist():
+                value = row["reward"] if row["reward"] is not None and row["reward"] == row["reward"] else -math.inf
+                if best is None or value > best[0]:
+                    best = (value, row["text"] or "")
+    except UsageError:
+        return None
+    return best and best[1][:LONGEST]
 
 
 def reference(row: Mapping[str, Any] | None) -> str | None:

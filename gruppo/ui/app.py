@@ -160,17 +160,19 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
 
         def seen() -> dict[str, Any]:
             now = state.catalog.card(key, card.path)
-            return {"revision": state.runs.live(card.path).revision, "step": now.step, "state": now.state.name,
-                    "words": now.state.words}  # fmt: skip
+            return {
+                "revision": state.runs.live(card.path).revision,
+                "state": now.state.name,
+                "words": now.state.words,
+            }
 
         return _stream(request, seen, POLL_SECONDS)
 
     @app.get("/live")
     async def list_live(request: Request) -> StreamingResponse:
-        def seen() -> list[list[Any]]:
-            return [
-                [card.key, card.state.name, card.step, card.accuracy, card.warning] for card in state.catalog.cards()
-            ]
+        def seen() -> dict[str, Any]:
+            cards = state.catalog.cards()
+            return {"revision": [[card.key, card.state.name, card.step, card.accuracy, card.warning] for card in cards]}
 
         return _stream(request, seen, LIST_SECONDS)
 

@@ -17,7 +17,7 @@ from gruppo.ui.index import Index
 
 MOST_OPEN = 3  # indexes in memory, each with at most 128 MB
 WAIT_SECONDS = 0.3  # for an update, before a page is shown without it
-FRESH_SECONDS = 1.0  # an index is not brought up to date more often
+FRESH_SECONDS = 0.25  # an index is not brought up to date more often
 
 
 def default_cache() -> Path:

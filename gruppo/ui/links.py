@@ -38,9 +38,9 @@ class Links:
         address = self.run(key, f"steps/{step}/groups/{group}")
         return address if completion is None or address is None else f"{address}#c{completion}"
 
-    def question(self, key: str, prompt_id: str) -> str | None:
+    def question(self, key: str, prompt_id: str, **query: Any) -> str | None:
         """A prompt through time."""
-        return self.run(key, "question", prompt=prompt_id)
+        return self.run(key, "question", prompt=prompt_id, **query)
 
     def evaluation(self, key: str, step: int, **query: Any) -> str | None:
         """The answers of one evaluation."""

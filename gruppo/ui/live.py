@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,16 @@ class LiveRun:
         with self._lock:
             series = self.series.get(name)
             value = series.values[-1] if series and series.values else math.nan
+        return None if math.isnan(value) else value
+
+    def at(self, name: str, step: int) -> float | None:
+        """The value of a metric at a step; None if it was not recorded."""
+        with self._lock:
+            series = self.series.get(name)
+            place = bisect_left(series.steps, step) if series else 0
+            if series is None or place == len(series.steps) or series.steps[place] != step:
+                return None
+            value = series.values[place]
         return None if math.isnan(value) else value
 
     def arrays(self, names: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -37,10 +37,11 @@ def _add_steps(app: FastAPI, state: Dashboard) -> None:
     links = state.templates.links
 
     @app.get("/r/{key}/steps", response_class=HTMLResponse)
-    def steps(key: str, sort: str = "step", order: Order = "desc", offset: Offset = 0) -> HTMLResponse:
+    def steps(key: str, sort: str = "step", order: Order = "desc", offset: Offset = 0, part: str = "") -> HTMLResponse:
         card = state.card(key)
         view = tables.View(sort, order == "desc", offset, lambda **query: links.run(key, "steps", **query), {})
-        return state.page("steps.html", tab="steps", card=card, **tables.steps_values(state.index(card), view))
+        name = "_steps_table.html" if part == "table" else "steps.html"
+        return state.page(name, tab="steps", card=card, **tables.steps_values(state.index(card), view))
 
     @app.get("/r/{key}/steps/{step}", response_class=HTMLResponse)
     def groups(
@@ -96,9 +97,12 @@ def _add_questions(app: FastAPI, state: Dashboard) -> None:
         return state.page("questions.html", tab="questions", card=card, **found)
 
     @app.get("/r/{key}/question", response_class=HTMLResponse)
-    def question(key: str, prompt: Text) -> HTMLResponse:
+    def question(key: str, prompt: Text, order: Order = "asc", offset: Offset = 0) -> HTMLResponse:
         card = state.card(key)
-        found = tables.question_values(state.index(card), card, prompt)
+        view = tables.View(
+            "", order == "desc", offset, lambda **query: links.question(key, prompt, **query), {}, tables.MOMENTS
+        )
+        found = tables.question_values(state.index(card), card, prompt, view)
         return state.page("question.html", tab="questions", card=card, **found)
 
 
@@ -106,13 +110,13 @@ def _add_evaluations(app: FastAPI, state: Dashboard) -> None:
     links = state.templates.links
 
     @app.get("/r/{key}/evaluations", response_class=HTMLResponse)
-    def evaluations(key: str) -> HTMLResponse:
+    def evaluations(key: str, part: str = "") -> HTMLResponse:
         card = state.card(key)
-        found = tables.evaluations_values(state.index(card), card)
+        found = tables.evaluations_values(state.index(card), card, state.runs.live(card.path))
         charts = {"axis": "samples", "axes": {"samples": "answers per question (k)"}, "points": 800, "events": [],
                   "charts": found.pop("answer_curves")}  # fmt: skip
         return state.page(
-            "evaluations.html", tab="evaluations", card=card, charts=charts if charts["charts"] else None,
+            "_evaluations_table.html" if part == "table" else "evaluations.html", tab="evaluations", card=card, charts=charts if charts["charts"] else None,
             charts_source=None, charts_stream=None, **found,
         )  # fmt: skip
 

@@ -9,13 +9,15 @@ from typing import Any
 from gruppo.errors import UsageError
 from gruppo.runs.eval_metrics import Question, compare, figures
 from gruppo.runs.reading import read_object
-from gruppo.ui.answers import first_answers
+from gruppo.ui.answers import best_text, first_answers
 from gruppo.ui.catalog import Card
 from gruppo.ui.index import Index
+from gruppo.ui.live import LiveRun
 from gruppo.ui.queries import KINDS_OF_CHANGE, Filters, Page
 
 LIMIT = 50  # rows of a page
-TEXTS = 20  # evaluations whose answers are shown on the page of a question
+MOMENTS = 20  # rows on the page of a question, which reads a table for each
+WORDS = {"pass": "pass@k", "maj": "maj@k", "best": "best of k"}
 HELD_OUT = "held out"  # the words for the set without a name
 
 
@@ -66,55 +68,64 @@ def questions_values(index: Index, search: str, view: View) -> dict[str, Any]:
     return {"rows": page.rows, "view": view.of(page), "search": search}
 
 
-def question_values(index: Index, card: Card, prompt_id: str) -> dict[str, Any]:
-    """A prompt through the run, with the texts of its evaluation answers, of the last `TEXTS` evaluations."""
+def question_values(index: Index, card: Card, prompt_id: str, view: View) -> dict[str, Any]:
+    """A prompt through the run: the best completion of every step that sampled it, and the first answer of every
+    evaluation that asked it."""
     question = index.question(prompt_id)
     if question is None:
         raise UsageError(f"prompt {prompt_id[:200]!r}: this run has not used it; choose one from the list of questions")
-    moments: list[dict[str, Any]] = [{**draw, "kind": "step", "text": None} for draw in question.draws]
-    for number, row in enumerate(reversed(question.evaluations)):
-        answer = None
-        if number < TEXTS:
+    moments = [{**draw, "kind": "step"} for draw in question.draws]
+    moments += [{**row, "kind": "evaluation"} for row in question.evaluations]
+    moments.sort(key=lambda row: (row["step"], row["kind"] == "evaluation"), reverse=view.descending)
+    chosen = moments[view.offset : view.offset + view.limit]
+    for row in chosen:
+        if row["kind"] == "step":
+            row["text"] = best_text(card.path, row["step"], row["group"])
+        else:
             answer = first_answers(card.path, row["step"], row["eval_set"], [prompt_id]).get(prompt_id)
-        moments.append({**row, "kind": "evaluation", "text": answer and answer["answer"]})
-    moments.sort(key=lambda row: (row["step"], row["kind"] == "evaluation"))
-    return {"question": question, "moments": moments}
+            row["text"] = answer and answer["answer"]
+    return {"question": question, "moments": chosen, "view": replace(view, total=len(moments))}
 
 
-def evaluations_values(index: Index, card: Card) -> dict[str, Any]:
-    """All evaluations, with accuracy and its interval, by set and step, and curves over the number of answers."""
+def evaluations_values(index: Index, card: Card, live: LiveRun) -> dict[str, Any]:
+    """All evaluations, by set and step, with accuracy and the interval that the run recorded. If questions have several
+    answers, also curves over their number, for the first and the last evaluation of a set."""
     domains = set_domains(card)
-    rows = []
-    for row in index.evaluations():
-        found = figures(questions(index, row["step"], row["eval_set"]))
-        low, high = found["interval"]
-        rows.append({**row, "low": low, "high": high, "curves": found.get("curves", {}), "samples": found["samples"]})
+    rows = [{**row, **_interval(live, row)} for row in index.evaluations()]
     names = list(dict.fromkeys(row["eval_set"] for row in rows))
     sets = [
         {"name": name, "title": name or HELD_OUT, "domain": domains.get(name, ""),
          "rows": [row for row in rows if row["eval_set"] == name]}
         for name in names
     ]  # fmt: skip
-    return {"sets": sets, "answer_curves": [chart for found in sets if (chart := answers_chart(found)) is not None]}
+    return {"sets": sets, "answer_curves": [chart for found in sets if (chart := answers_chart(index, found))]}
 
 
-def answers_chart(found: Mapping[str, Any]) -> dict[str, Any] | None:
+def _interval(live: LiveRun, row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The recorded interval of an evaluation's accuracy; None where it was not recorded."""
+    prefix = f"eval/{row['eval_set']}/accuracy" if row["eval_set"] else "eval/accuracy"
+    return {end: live.at(f"{prefix}_{end}", row["step"]) for end in ("low", "high")}
+
+
+def answers_chart(index: Index, found: Mapping[str, Any]) -> dict[str, Any] | None:
     """pass@k, maj@k and best-of-k of a set, at its first and last evaluation, in the form of a chart; None if every
     question has one answer."""
-    rows = [row for row in found["rows"] if row["curves"]]
-    if not rows:
-        return None
+    rows = [row for row in found["rows"] if row["answers"] > row["questions"]]
     curves = []
-    for number, row in enumerate(rows[:1] if len(rows) == 1 else (rows[0], rows[-1])):
-        for place, (name, points) in enumerate(row["curves"].items()):
+    for number, row in enumerate(rows[:1] if len(rows) == 1 else rows[:1] + rows[-1:]):
+        by_name = figures(questions(index, row["step"], row["eval_set"])).get("curves", {})
+        for place, (name, points) in enumerate(by_name.items()):
             ks = [int(k) for k in points]
             interval = [[point["interval"][end] for point in points.values()] for end in (0, 1)]
-            label = f"{ {'pass': 'pass@k', 'maj': 'maj@k', 'best': 'best of k'}[name] }, step {row['step']}"
+            label = f"{WORDS[name]}, step {row['step']}"
             curves.append(
                 {"name": name, "label": label, "run": str(number), "color": place,
-                 "dash": 1 - number if rows[1:] else 0, "x": ks, "y": [point["value"] for point in points.values()], "size": 1,
+                 "dash": 1 - number if rows[1:] else 0, "size": 1, "x": ks,
+                 "y": [point["value"] for point in points.values()],
                  "band": [{"x": ks, "y": end, "size": 1} for end in interval]}
             )  # fmt: skip
+    if not curves:
+        return None
     return {"id": f"answers {found['name']}", "title": f"{found['title']}: accuracy by number of answers",
             "help": "With 95% intervals over questions.", "unit": "share", "kind": "lines", "open": True,
             "curves": curves}  # fmt: skip

@@ -100,7 +100,14 @@
         .catch(function () { /* the server was stopped; the stream opens again by itself */ })
         .finally(function () { busy = false; if (again) { again = false; load(); } });
     };
-    if (element.dataset.stream) gruppo.follow(element.dataset.stream, load);
+    let last = null;
+    if (element.dataset.stream) gruppo.follow(element.dataset.stream, function (now) {
+      const state = JSON.stringify([now.revision, now.state]);
+      if (state !== last) load();
+      last = state;
+      const words = element.querySelector("[data-words]");
+      if (words && now.words) words.textContent = now.words;
+    });
   }
 
   document.addEventListener("DOMContentLoaded", function () {

@@ -206,7 +206,7 @@
         .then(take).catch(function () { /* the server was stopped */ })
         .finally(function () { busy = false; if (again) { again = false; load(); } });
     }
-    if (grid.dataset.stream) gruppo.follow(grid.dataset.stream, function (now) { if (now.revision !== payload.revision) load(); });
+    if (grid.dataset.stream) gruppo.follow(grid.dataset.stream, function (now) { if (typeof now.revision !== "string" || now.revision !== payload.revision) load(); });
     const on = function (name, kind, action) { const found = control(name); if (found) found.addEventListener(kind, function () { action(found); }); };
     on("smoothing", "input", function (found) { settings.smoothing = Number(found.value); gruppo.remember("gruppo.smoothing", found.value); refresh(); });
     on("logarithmic", "change", function (found) { settings.logarithmic = found.checked; refresh(); });
