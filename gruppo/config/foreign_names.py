@@ -15,8 +15,8 @@ _STEP = (
     "run.memory"
 )
 _MINI_BATCH = (
-    "method.inner_updates: each of these updates uses all completions of the step, sampling.prompts_per_step × "
-    "sampling.group_size"
+    "method.minibatches, the number of parts of a step's completions (sampling.prompts_per_step × sampling.group_size) "
+    "that have an update each"
 )
 _LENGTH = "task.max_prompt_tokens for the prompt and sampling.max_tokens for the completion"
 _CLIP = "method.clip_low and method.clip_high"
@@ -55,7 +55,7 @@ NAMES = {
     "generation_batch_size": _STEP,
     "per_device_train_batch_size": _STEP,
     "gradient_accumulation_steps": _STEP,
-    "steps_per_generation": _STEP,
+    "steps_per_generation": "method.minibatches, if it is more than gradient_accumulation_steps",
     "ppo_mini_batch_size": _MINI_BATCH,
     "mini_batch_size": _MINI_BATCH,
     "num_mini_batches": _MINI_BATCH,

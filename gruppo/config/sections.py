@@ -65,7 +65,7 @@ class Run(Section):
     """Random seed; determines the order of the prompts and every sampled token."""
     steps: Annotated[int, Field(ge=1)] = 100
     """Number of steps. Each step samples completions for a batch of prompts, scores them and updates the policy
-    method.inner_updates times."""
+    method.inner_updates × method.minibatches times."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length in passes over the training prompts, in place of steps: epochs × prompts / sampling.prompts_per_step,
     rounded up to whole steps and to a multiple of iterations. A pass over a [[mixture]] has as many prompts as all of

@@ -164,6 +164,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
             + int(recipe.method.needs_critic)
             + int(recipe.reward_model is not None)
             + recipe.method.inner_updates * chosen.recompute
+            + (1 - 1 / recipe.method.minibatches) * (recipe.method.old_logprobs == "trainer")
         )
         generation = (
             prompt_token * work.prompts_per_step * work.prompt_tokens + decoding_step * rounds * work.max_tokens
@@ -179,7 +180,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
                 "score": forward * passes * tokens,
                 "update": (1 + recipe.method.needs_critic)  # the value model gets as many updates
                 * recipe.method.inner_updates
-                * ((forward + backward) * tokens + optimizer),
+                * ((forward + backward) * tokens + recipe.method.minibatches * optimizer),
             },
             eval_set_seconds=[
                 prompt_token * eval_set.questions * eval_set.question_tokens

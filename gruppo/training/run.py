@@ -235,12 +235,13 @@ class TrainingRun:
         with step.timer("load_weights"):
             self.parts.engine.load_weights(self.policy.weights, step.number)
 
-    def finish_step(self, step: Step, groups: list[Group], batches: StepBatches) -> None:
+    def finish_step(self, step: Step, groups: list[Group], minibatches: Sequence[StepBatches]) -> None:
         """Record the step (rollouts, metrics, warnings), mark it as done, and notify the callbacks."""
         release_memory()
-        keep_logprobs(groups, batches.batches)
+        for minibatch in minibatches:
+            keep_logprobs(groups, minibatch.batches)
         self._describe(step, groups)
-        self._record_failures(step, groups, bool(batches))
+        self._record_failures(step, groups, bool(minibatches))
         with step.timer("write"):
             rows = rollout_rows(step.number, groups, self.parts.policy.tokenizer)
             self.folder.table("rollouts", step.number, rows, ROLLOUTS)

@@ -97,7 +97,7 @@ def test_tables_of_other_trainers(place: str, written: str) -> None:
 def test_answers_that_depend_on_the_value_or_need_words() -> None:
     assert answer("optimizer.warmup", 0.1) == "write optimizer.warmup_ratio"
     assert answer("optimizer.warmup", 10) == "write optimizer.warmup_steps"
-    assert "method.inner_updates" in answer("ppo_mini_batch_size")
+    assert "method.minibatches" in answer("ppo_mini_batch_size")
     assert answer("top_p").startswith("write evaluation.decoding.top_p")
     for name in ("max_length", "cutoff_len", "max_seq_length"):
         assert "task.max_prompt_tokens" in answer(name)
