@@ -93,8 +93,8 @@ _QUESTION_SORTS = {name: f'"{name}"' for name in (
 
 # One row per evaluated question of each evaluation.
 _ASKED = """
-    SELECT step, eval_set, prompt_id, count(*) AS answers, count_if(correct)::BIGINT AS "right",
-        count_if(correct) / count(*) AS share, min(position) AS position, any_value(question) AS question
+    SELECT step, eval_set, prompt_id, count(*) AS answers, count(*) FILTER (correct) AS "right",
+        count(*) FILTER (correct) / count(*) AS share, min(position) AS position, any_value(question) AS question
     FROM answers WHERE {where} GROUP BY step, eval_set, prompt_id
 """
 
@@ -289,8 +289,8 @@ class Queries:
         with self._asking() as ask:
             return ask(f"""
                 WITH asked AS ({_ASKED.format(where="true")}), answered AS (
-                    SELECT step, eval_set, count_if(finish_reason = 'stop') / count(*) AS finished,
-                        count_if(vote IS NULL) / count(*) AS without_vote, avg(length) AS length
+                    SELECT step, eval_set, count(*) FILTER (finish_reason = 'stop') / count(*) AS finished,
+                        count(*) FILTER (vote IS NULL) / count(*) AS without_vote, avg(length) AS length
                     FROM answers GROUP BY step, eval_set
                 )
                 SELECT step, eval_set, count(*) AS questions, sum(answers)::BIGINT AS answers,
