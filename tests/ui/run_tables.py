@@ -123,9 +123,9 @@ def raw_completions(run: Path) -> pd.DataFrame:
     return frame.sort_values(["step", "group", "completion"], ignore_index=True)
 
 
-def raw_groups(run: Path) -> pd.DataFrame:
-    """All groups of a run, one row each, in order."""
-    grouped = raw_completions(run).groupby(["step", "group"], as_index=False)
+def raw_groups(completions: pd.DataFrame) -> pd.DataFrame:
+    """The groups of `raw_completions`, one row each, in order."""
+    grouped = completions.groupby(["step", "group"], as_index=False)
     return grouped.agg(
         prompt_id=("prompt_id", "first"), prompt=("prompt", "first"), mean=("reward", "mean"), std=("reward", "std"),
         best=("reward", "max"), shortest=("length", "min"), longest=("length", "max"), completions=("length", "size"),
