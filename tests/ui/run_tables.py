@@ -110,8 +110,9 @@ def random_evaluation(source: np.random.Generator, questions: int = 6) -> pa.Tab
 
 
 def raw_completions(run: Path) -> pd.DataFrame:
-    """All completions of a run, with what the index derives of each."""
-    tables = [pq.read_table(path).to_pandas() for path in sorted((run / "rollouts").glob("*.parquet"))]
+    """All completions of a run, with what the index derives of each. Files of a few bytes are left out."""
+    paths = sorted((run / "rollouts").glob("*.parquet"))
+    tables = [pq.read_table(path).to_pandas() for path in paths if path.stat().st_size > 100]
     frame = pd.concat(tables, ignore_index=True)
     frame["reward"] = frame["reward"].astype(float).where(np.isfinite(frame["reward"].astype(float)))
     frame["length"] = frame["mask"].map(sum)
