@@ -47,7 +47,9 @@ DAMAGED: dict[str, bytes | pa.Table] = {
     "text": b"PAR1, or so it says",
     "half a file": bytes_of(GOOD)[: len(bytes_of(GOOD)) // 2],
     "no footer": bytes_of(GOOD)[:-20],
-    "a flipped bit": flipped(bytes_of(GOOD, compression="none", use_dictionary=False, write_page_checksum=True)),
+    "a flipped bit": flipped(
+        bytes_of(GOOD, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True)
+    ),
     "another table": pa.table({"name": ["a"], "value": [1.0]}),
     "a missing column": GOOD.drop_columns(["advantages"]),
     "texts as rewards": with_column("reward", ["a", "b"]),
@@ -330,23 +332,24 @@ def test_a_damaged_cache_is_begun_again(run: Path, tmp_path: Path, content: byte
     assert index.counts()["completions"] == 2
 
 
-def test_a_cache_that_is_damaged_behind_its_first_blocks(run: Path, tmp_path: Path) -> None:
-    """It can be opened. The first answer or update that fails gives it up; the next update begins a private one."""
+@pytest.mark.parametrize("quarter", [1, 2, 3])
+def test_a_cache_that_is_damaged_behind_its_first_blocks(run: Path, tmp_path: Path, quarter: int) -> None:
+    """It can be opened. What fails gives it up, and the tables are read again."""
     source = np.random.default_rng(0)
     for step in range(2, 40):
         write(run, "rollouts", step, random_rollouts(source, step, groups=60))
     Index(run, tmp_path / "cache").update()
     (path,) = (tmp_path / "cache").glob("*.duckdb")
     whole = path.read_bytes()
-    half = len(whole) // 2
-    path.write_bytes(whole[:half] + bytes(len(whole) - half))
+    size = len(whole) // 4
+    place = size * quarter
+    path.write_bytes(whole[:place] + bytes(size) + whole[place + size :])
     index = Index(run, tmp_path / "cache")
     for _ in range(2):
         with suppress(UsageError):
             index.update()
             index.best(limit=200)
     index.update()
-    assert index.private
     assert index.counts()["steps"] == 39
     assert len(index.best(limit=200)) == 200
 
