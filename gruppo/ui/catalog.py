@@ -173,6 +173,21 @@ def regular(path: Path) -> bool:
     return _mark(path) is not None
 
 
+def table_path(run: Path, folder: str, step: int) -> Path:
+    """Where the table of a step in rollouts/ or evaluations/ is, also if there is none.
+
+    Raises UsageError if something else is there: a link, which may lead out of the run, a folder, or a pipe, which
+    would never end.
+    """
+    path = run / folder / f"step-{step:06d}.parquet"
+    for entry in (path.parent, path):
+        if entry.is_symlink():
+            raise UsageError(f"{entry}: is a link, which is not followed; replace it with its target")
+    if path.exists() and not regular(path):
+        raise UsageError(f"{path}: is not a file; restore it from a copy")
+    return path
+
+
 def recipe_data(run: Path) -> dict[str, Any]:
     """The tables of recipe.toml with today's names. Raises ValueError or OSError if it cannot be read."""
     path = run / "recipe.toml"
