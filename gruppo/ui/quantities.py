@@ -73,7 +73,7 @@ def rounded(numbers: Numbers) -> list[float | str | None]:
 class Quantity:
     """A number of each token.
 
-    `scale`: how it is coloured: "diverging" around 0, "ratio" around 1 by its logarithm, "low" (from 0 downward, dark
+    `scale`: how it is colored: "diverging" around 0, "ratio" around 1 by its logarithm, "low" (from 0 downward, dark
     is low) or "high" (from 0 upward). `exact`: whether the scale ends at the largest value; otherwise at the 99th
     percentile of the absolute value, so that one token does not decide. `needs`: when it is recorded.
     """
@@ -197,7 +197,7 @@ class Ranges:
 
     def described(self) -> list[dict[str, Any]]:
         """For a page: name, meaning, number of completions that have it, mean, lowest, highest, and `limit`, at which
-        the colours end: an absolute value, for a ratio of its logarithm; 1 if all are 0."""
+        the colors end: an absolute value, for a ratio of its logarithm; 1 if all are 0."""
         return [self._described(one) for one in self.quantities]
 
     def _described(self, quantity: Quantity) -> dict[str, Any]:

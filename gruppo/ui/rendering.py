@@ -143,9 +143,24 @@ def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", options, renderer_cls=_Renderer).enable(["table", "strikethrough"])
     parser.disable(["html_block", "html_inline", "reference"])  # a reference would vanish from the text
     parser.inline.ruler.before("escape", "math", _inline_formula)
+    parser.inline.ruler.before("escape", "call", _inline_call)
     parser.block.ruler.at("table", _table, {"alt": ["paragraph", "reference"]})
     parser.block.ruler.before("fence", "math", _block_formula, {"alt": ["paragraph", "blockquote", "list"]})
     return parser
+
+
+def _inline_call(state: StateInline, silent: bool) -> bool:
+    """A call of a tool, which is code: Markdown would take signs out of its arguments."""
+    if not state.src.startswith("<tool_call>", state.pos):
+        return False
+    end = state.src.find("</tool_call>", state.pos, state.posMax)
+    if end < 0:
+        return False
+    end += len("</tool_call>")
+    if not silent:
+        state.push("code_inline", "code", 0).content = state.src[state.pos : end]
+    state.pos = end
+    return True
 
 
 def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:

@@ -153,6 +153,13 @@ def test_markdown(text: str, html: str) -> None:
     assert str(markdown(text)) == html
 
 
+def test_a_call_of_a_tool_keeps_its_signs() -> None:
+    call = '<tool_call>{"code": "2*3*4 < $x$"}</tool_call>'
+    found = inspected(f"I compute **it**. {call} *so*\n<tool_call>*cut* off")
+    assert call in found.text
+    assert [tag for tag, _ in found.found] == ["p", "strong", "code", "em", "br", "em"]
+
+
 def test_a_table_has_no_header_cells_of_the_page() -> None:
     html = str(markdown("| a | b |\n|:-:|---|\n| 1 | 2 |"))
     assert '<td class="md-head" style="text-align:center">a</td>' in html
@@ -264,6 +271,7 @@ SLOW = {
     "unclosed blocks": "$$\na\n" * 4_000,
     "blocks": "\\[\n" * 6_000,
     "strikes": "~~a" * 6_000,
+    "calls": "<tool_call>" * 1_800,
     "html": "<a " * 6_000,
     "comments": "<!--" * 5_000,
     "autolinks": "<" * 20_000,
