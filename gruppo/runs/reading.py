@@ -91,7 +91,7 @@ def old_parts(folder: Path) -> dict[str, str]:
     """See `gruppo.config.renames.renamed_parts`; empty if the folder has no readable recipe."""
     try:
         return renamed_parts(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

@@ -49,6 +49,13 @@ class Status:
     truncated_to: Mapping[str, int] = field(default_factory=dict)
 
 
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("state", "phase", "unit", "heartbeat"), str),
+    **dict.fromkeys(("step", "process_id", "attempt", "checkpoint"), int),
+    **{"done": int | float, "total": int | float | None, "steps": int | None, "truncated_to": dict},
+}
+
+
 class StatusFile:
     """Writes status.json for readers of the run folder. A full disk does not stop the run here."""
 
@@ -75,15 +82,13 @@ class StatusFile:
 
 
 def read_status(folder: Path) -> Status | None:
-    """The status of a run. None if the file is missing or cannot be read."""
+    """The status of a run. None if the file is missing, or cannot be read as one."""
     path = folder / FILE
     if not path.is_file():
         return None
     try:
         content = read_object(path)
         known = {name: content[name] for name in Status.__dataclass_fields__ if name in content}
-        status = Status(**known)
-        numbers = (status.attempt, status.step, status.checkpoint)
-        return status if all(isinstance(number, int) for number in numbers) else None
+        return Status(**known) if all(isinstance(value, _TYPES[name]) for name, value in known.items()) else None
     except (OSError, ValueError, UsageError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gruppo.config.renames import translate_event, translate_metrics, translate_recipe
 from gruppo.errors import UsageError
@@ -26,6 +27,7 @@ MOST_RUNS, MOST_FOLDERS = 5_000, 50_000
 TAIL = 2**18  # bytes at the end of metrics.jsonl that are searched for the last values
 HEAD = 2**16  # bytes at its beginning, for the first evaluation
 RECENT = 10  # steps whose time forecasts the rest
+LONGEST_STEP = 1e8  # seconds; a longer one was not measured
 SCAN_SECONDS = 2.0  # between two looks for new runs
 MOST_RECIPE = 2**20  # bytes
 _WATCHED = ("recipe.toml", "summary.json", "metrics.jsonl", "events.jsonl")  # and status.json, every second
@@ -173,6 +175,30 @@ def regular(path: Path) -> bool:
     return _mark(path) is not None
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A file, open for reading in binary. Raises OSError if it is missing, or if it is a link, a device or a pipe."""
+    stream = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return stream
+
+
+def table_path(run: Path, folder: str, step: int) -> Path:
+    """Where the table of a step in rollouts/ or evaluations/ is, also if there is none.
+
+    Raises UsageError if something else is there: a link, which may lead out of the run, a folder, or a pipe, which
+    would never end.
+    """
+    path = run / folder / f"step-{step:06d}.parquet"
+    for entry in (path.parent, path):
+        if entry.is_symlink():
+            raise UsageError(f"{entry}: is a link, which is not followed; replace it with its target")
+    if path.exists() and not regular(path):
+        raise UsageError(f"{path}: is not a file; restore it from a copy")
+    return path
+
+
 def recipe_data(run: Path) -> dict[str, Any]:
     """The tables of recipe.toml with today's names. Raises ValueError or OSError if it cannot be read."""
     path = run / "recipe.toml"
@@ -255,7 +281,8 @@ def _value(value: Any) -> float | None:
 
 
 def _pace(steps: list[dict[str, Any]]) -> float | None:
-    times = [time for line in steps[-RECENT:] if (time := _value(line.get("time/step"))) is not None]
+    known = (_value(line.get("time/step")) for line in steps[-RECENT:])
+    times = [time for time in known if time is not None and 0 <= time <= LONGEST_STEP]
     return math.fsum(times) / len(times) if times else None
 
 
@@ -288,9 +315,7 @@ def _lines(path: Path, run: Path) -> list[dict[str, Any]]:
 
 def _head(run: Path) -> list[dict[str, Any]]:
     try:
-        if not regular(run / "metrics.jsonl"):
-            return []
-        with (run / "metrics.jsonl").open("rb") as stream:
+        with open_regular(run / "metrics.jsonl") as stream:
             lines = stream.read(HEAD).split(b"\n")[:-1]
     except OSError:
         return []
@@ -299,9 +324,7 @@ def _head(run: Path) -> list[dict[str, Any]]:
 
 def _tail(path: Path) -> list[dict[str, Any]]:
     try:
-        if not regular(path):
-            return []
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             start = max(0, os.fstat(stream.fileno()).st_size - TAIL)
             stream.seek(start)
             lines = stream.read(TAIL).split(b"\n")[:-1]

@@ -15,6 +15,7 @@ import numpy as np
 
 from gruppo.config.renames import translate_event, translate_metrics
 from gruppo.runs.reading import object_of, old_parts
+from gruppo.ui.catalog import open_regular
 
 CHUNK = 8 * 2**20  # bytes that are read at once
 LONGEST_LINE = 4 * 2**20  # bytes; a longer line is skipped
@@ -40,10 +41,11 @@ class Tail:
     def read(self) -> tuple[bool, list[dict[str, Any]]]:
         """Whether everything that was read before is void, and the objects of the lines that are new.
 
-        A line that is no object is counted in `damaged` and skipped. A missing file has no lines.
+        A line that is no object is counted in `damaged` and skipped. A missing file has no lines, nor has a link or a
+        pipe.
         """
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 found = os.fstat(stream.fileno())
                 if (found.st_size, found.st_mtime_ns) == self.seen and found.st_ino == self.inode:
                     return False, []
@@ -204,7 +206,7 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": step if type(step) is int and abs(step) < 2**53 else None,
         "time": str(event.get("time", ""))[:40],
-        "kind": str(event.get("kind", "event"))[:80],
+        "kind": str(event.get("kind") or "event")[:80],
         "message": str(event.get("message", ""))[:2_000],
         "warning": str(event.get("warning") or "")[:80],
         "passed": event.get("state") == "passed",

@@ -23,8 +23,9 @@ import pyarrow as pa
 from gruppo.errors import UsageError, is_visible
 from gruppo.runs.reading import matching_rows
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS
+from gruppo.ui.catalog import table_path
 from gruppo.ui.quantities import ANSWER, COMPLETION, Numbers, Ranges, as_numbers, rounded
-from gruppo.ui.rendering import markdown
+from gruppo.ui.rendering import MOST_CHARACTERS, markdown
 from gruppo.utils.nesting import too_deep
 from gruppo.utils.text import as_json, text_of_content
 
@@ -45,7 +46,7 @@ def group_data(
     in total are returned; `page` says which. Ranges and statistics are over the whole group. `named`: how the run is
     called in commands, by default its path. Raises UsageError if the step has no such group, or its table is damaged.
     """
-    path = run / "rollouts" / f"step-{step:06d}.parquet"
+    path = table_path(run, "rollouts", step)
     page = _Page(offset, limit)
     ranges = Ranges(COMPLETION)
     for row in _rows(path, ROLLOUTS, {"group": group}):
@@ -77,7 +78,7 @@ def answers_data(
     `eval_set`: the name of a benchmark, "" for the task's own held-out questions. Raises UsageError if the evaluation
     has no such question, or its table is damaged.
     """
-    path = run / "evaluations" / f"step-{step:06d}.parquet"
+    path = table_path(run, "evaluations", step)
     page, ranges = _Page(offset, limit), Ranges(ANSWER)
     for row in _rows(path, EVALUATIONS, {"eval_set": eval_set, "prompt_id": prompt_id}):
         numbers = {quantity.key: quantity.of(row) for quantity in ANSWER}
@@ -126,7 +127,7 @@ class _Page:
         """The fields of the data that both kinds of pages share."""
         left = MOST_RENDERED
         for one in self._shown:
-            left -= len(one["text"])
+            left -= min(len(one["text"]), MOST_CHARACTERS)
             one["rendered"] = str(markdown(one["text"])) if left >= 0 else None
         return {
             "quantities": ranges.described(),
