@@ -173,6 +173,15 @@ def regular(path: Path) -> bool:
     return _mark(path) is not None
 
 
+def foreign_entries(run: Path) -> list[str]:
+    """The names in a run folder that are neither files nor folders: links, which can lead out of it, and pipes."""
+    try:
+        with os.scandir(run) as entries:
+            return sorted(entry.name for entry in entries if not _is_file(entry) and not _is_folder(entry))
+    except OSError:
+        return []
+
+
 def recipe_data(run: Path) -> dict[str, Any]:
     """The tables of recipe.toml with today's names. Raises ValueError or OSError if it cannot be read."""
     path = run / "recipe.toml"
@@ -224,7 +233,9 @@ def _card(key: str, path: Path, root: Path) -> Card:
 
 def _with_status(card: Card, status: Status, now: float | None) -> Card:
     state, step, steps = state_of(status, {}, now), _number(status.step), _number(status.steps)
-    left = card.pace * max(0, steps - step) if state.name == "running" and steps and card.pace is not None else None
+    left = None
+    if state.name == "running" and steps and card.pace is not None:
+        left = _value(card.pace * max(0, steps - step))
     return replace(card, state=state, step=step, steps=steps or card.steps, left=left)
 
 

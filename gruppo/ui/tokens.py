@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from gruppo.errors import UsageError, is_visible
-from gruppo.runs.reading import matching_rows
+from gruppo.runs.reading import matching_rows, own_table
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS
 from gruppo.ui.quantities import ANSWER, COMPLETION, Numbers, Ranges, as_numbers, rounded
 from gruppo.ui.rendering import markdown
@@ -45,7 +45,7 @@ def group_data(
     in total are returned; `page` says which. Ranges and statistics are over the whole group. `named`: how the run is
     called in commands, by default its path. Raises UsageError if the step has no such group, or its table is damaged.
     """
-    path = run / "rollouts" / f"step-{step:06d}.parquet"
+    path = own_table(run, "rollouts", step)
     page = _Page(offset, limit)
     ranges = Ranges(COMPLETION)
     for row in _rows(path, ROLLOUTS, {"group": group}):
@@ -77,7 +77,7 @@ def answers_data(
     `eval_set`: the name of a benchmark, "" for the task's own held-out questions. Raises UsageError if the evaluation
     has no such question, or its table is damaged.
     """
-    path = run / "evaluations" / f"step-{step:06d}.parquet"
+    path = own_table(run, "evaluations", step)
     page, ranges = _Page(offset, limit), Ranges(ANSWER)
     for row in _rows(path, EVALUATIONS, {"eval_set": eval_set, "prompt_id": prompt_id}):
         numbers = {quantity.key: quantity.of(row) for quantity in ANSWER}

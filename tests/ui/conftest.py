@@ -44,7 +44,7 @@ def real_runs(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Run
         small_run(
             tiny_folder, root / f"seed-{seed}", run__seed=seed, run__name=f"tiny-{seed}", run__steps=4,
             evaluation__task=str(questions), evaluation__grader="exact_match", evaluation__every=2,
-            evaluation__samples=2, evaluation__temperature=1.0, sampling__prompts_per_step=2,
+            evaluation__samples=2, evaluation__decoding={"temperature": 1.0}, sampling__prompts_per_step=2,
         )  # fmt: skip
     return Runs(root, {f"seed-{seed}": root / f"seed-{seed}" for seed in (0, 1)})
 
@@ -59,7 +59,7 @@ def runs(real_runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     paths["hostile"], paths["twin"] = write_run(root / NAMES[0]), write_run(root / "twin", harmless(), "words")
     for number, name in enumerate(NAMES[1:], start=1):
         paths[f"name-{number}"] = write_run(root / "deep" / name, harmless(8), "words")
-    paths["bytes"] = write_run(Path(os.fsdecode(os.fsencode(root) + b"/pwned\xff")), harmless(8), "words")
+    paths["bytes"] = write_run(root / "bytes", harmless(8), "words").rename(os.fsdecode(os.fsencode(root) + b"/pwned\xff"))
     paths |= write_damaged(root / "damaged")
     paths |= write_linked(root / "linked", root.parent / "outside")
     return Runs(root, paths)
