@@ -233,7 +233,7 @@ def step_of(path: Path) -> int | None:
 def open_file(path: Path, links: bool = True) -> BinaryIO:
     """Open a file for reading. Raises OSError for a pipe or a device, and unless `links` for a link."""
     flags = os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)  # opening a pipe would wait for its other end
-    stream = path.open("rb", opener=lambda name, mode: os.open(name, mode | flags))
+    stream = open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags))
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise OSError(errno.EINVAL, "is not a regular file", str(path))

@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from gruppo.errors import RunError, UsageError
 from gruppo.runs.missing import missing_parts
+from gruppo.runs.reading import reading
 from gruppo.ui import details
 from gruppo.ui.advice import advice_for
 from gruppo.ui.catalog import Card, Catalog, foreign_entries
@@ -241,10 +242,13 @@ def _head(state: Dashboard, card: Card) -> dict[str, Any]:
 
 def _problems(card: Card, damaged: int) -> list[str]:
     try:
-        problems = [f"{name}: is a link, or neither a file nor a folder; it is not read" for name in foreign_entries(card.path)]
+        problems = [
+            f"{name}: is a link, or neither a file nor a folder; it is not read" for name in foreign_entries(card.path)
+        ]
         if card.state.name != "running" and not problems:
-            problems = missing_parts(card.path)
-    except (UsageError, OSError, ValueError) as error:
+            with reading(card.path, "restore it from a copy"):
+                problems = missing_parts(card.path)
+    except UsageError as error:
         problems = [str(error)]
     if damaged:
         problems.append(f"{damaged} lines of metrics.jsonl and events.jsonl are damaged and left out.")

@@ -267,7 +267,7 @@ def _value(value: Any) -> float | None:
 
 def _pace(steps: list[dict[str, Any]]) -> float | None:
     times = [time for line in steps[-RECENT:] if (time := _value(line.get("time/step"))) is not None]
-    return math.fsum(times) / len(times) if times else None
+    return _value(sum(times) / len(times)) if times else None
 
 
 def _summary(path: Path) -> dict[str, Any]:

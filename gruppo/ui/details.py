@@ -84,7 +84,7 @@ def machine(run: Path) -> list[tuple[str, str]]:
 
 
 def _gigabytes(count: Any) -> str | None:
-    return f"{count / 1e9:.1f} GB" if isinstance(count, int | float) and count > 0 else None
+    return f"{count / 1e9:.1f} GB" if type(count) in (int, float) and 0 < count < 2**63 else None
 
 
 def files(run: Path) -> dict[str, Path]:

@@ -27,7 +27,7 @@ ATTACKS = (
     "[link](javascript:window.pwned=1) ![image](http://evil.example/pwned.png) <http://evil.example/pwned>",
     "[1]: http://evil.example/pwned\n\n![image][1]\n\n<details open ontoggle=window.pwned=1>",
     "$\\href{javascript:window.pwned=1}{x}$ \\(\\unicode{<script>window.pwned=1</script>}\\) $$\\style{x:url(//pwned)}{x}$$",
-    "<math><mtext></table></mglyph><style><!--</style><img title=\"--&gt;&lt;img src=1 onerror=window.pwned=1&gt;\">",
+    '<math><mtext></table></mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.pwned=1&gt;">',
     "<base href=//evil.example/><link rel=stylesheet href=//evil.example/pwned.css><meta http-equiv=refresh content=0;//pwned>",
     "<form action=//evil.example/pwned><button>go</button></form><a href=//evil.example/pwned>here</a>",
     "{{7*7}}{% include 'pwned' %}{# pwned #}${7*7}<%= 7*7 %>{0.__class__}%(pwned)s%n",
@@ -39,7 +39,7 @@ ATTACKS = (
     "'; DROP TABLE groups; -- pwned\" OR 1=1 $(touch pwned) `touch pwned`",
     "&lt;script&gt;pwned&lt;/script&gt;&#60;script&#62;&quot;",
     "<tool_call>pwned</tool_call><|im_end|>[INST]<think>pwned",
-    "pwned " + "x" * 3_000 + " " + "界🙂" * 500,
+    "pwned " + "x" * 700 + " " + "界🙂" * 100,
 )
 SURROGATE = "\ud83d lone \udc00 pwned"  # only JSON can hold it
 NAMES = (  # of run folders
@@ -73,8 +73,14 @@ def write_run(folder: Path, texts: Sequence[str] = ATTACKS, lone: str = SURROGAT
     (folder / "recipe.toml").write_text(tomli_w.dumps(data), encoding="utf-8")
     (folder / "environment.json").write_text(
         json.dumps(
-            {"platform": first, "processor": lone, "cores": texts[2], "packages": dict.fromkeys(texts, lone),
-             "git_revision": texts[5], "chosen": {texts[6]: texts[7], lone: lone}}
+            {
+                "platform": first,
+                "processor": lone,
+                "cores": texts[2],
+                "packages": dict.fromkeys(texts, lone),
+                "git_revision": texts[5],
+                "chosen": {texts[6]: texts[7], lone: lone},
+            }
         )  # fmt: skip
     )
     metrics = [
@@ -163,7 +169,9 @@ def write_damaged(root: Path) -> dict[str, Path]:
     missing = run("missing-files")
     for name in FILES:
         (missing / name).unlink()
-    (run("odd-recipe") / "recipe.toml").write_text('run = 1\nmethod = []\ntask = [1]\nmixture = [1, {name = 3}]\nreward = "x"\n')
+    (run("odd-recipe") / "recipe.toml").write_text(
+        'run = 1\nmethod = []\ntask = [1]\nmixture = [1, {name = 3}]\nreward = "x"\n'
+    )
     (run("dates-in-recipe") / "recipe.toml").write_text("[run]\nname = 1979-05-27\nsteps = inf\n[model]\nname = nan\n")
     odd: tuple[Any, ...] = ([], {}, 1, None, True, "x", 1e308, float("nan"), 10**400)
     (run("odd-events") / "events.jsonl").write_text(
@@ -184,7 +192,11 @@ def write_damaged(root: Path) -> dict[str, Path]:
             (folder / "summary.json").write_text(json.dumps(values))
             (folder / "environment.json").write_text(json.dumps(values))
     half = run("half-written")
-    for path in (half / "metrics.jsonl", half / "rollouts/step-000002.parquet", half / "evaluations/step-000002.parquet"):
+    for path in (
+        half / "metrics.jsonl",
+        half / "rollouts/step-000002.parquet",
+        half / "evaluations/step-000002.parquet",
+    ):
         os.truncate(path, path.stat().st_size * 2 // 3)
     write_table(run("no-rows") / "rollouts/step-000002.parquet", ROLLOUTS, [])
     write_table(made["no-rows"] / "evaluations/step-000002.parquet", EVALUATIONS, [])
@@ -211,7 +223,10 @@ NUMBERS = (
 
 def _not_utf8(run: Path) -> None:
     """Make every text of both tables bytes that are no UTF-8, which a Parquet file can hold."""
-    for path, schema in ((run / "rollouts/step-000002.parquet", ROLLOUTS), (run / "evaluations/step-000002.parquet", EVALUATIONS)):
+    for path, schema in (
+        (run / "rollouts/step-000002.parquet", ROLLOUTS),
+        (run / "evaluations/step-000002.parquet", EVALUATIONS),
+    ):
         table = pq.read_table(path)
         for place, field in enumerate(schema):
             if pa.types.is_string(field.type) and field.name not in ("eval_set",):

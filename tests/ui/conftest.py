@@ -59,7 +59,9 @@ def runs(real_runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     paths["hostile"], paths["twin"] = write_run(root / NAMES[0]), write_run(root / "twin", harmless(), "words")
     for number, name in enumerate(NAMES[1:], start=1):
         paths[f"name-{number}"] = write_run(root / "deep" / name, harmless(8), "words")
-    paths["bytes"] = write_run(root / "bytes", harmless(8), "words").rename(os.fsdecode(os.fsencode(root) + b"/pwned\xff"))
+    paths["bytes"] = write_run(root / "bytes", harmless(8), "words").rename(
+        os.fsdecode(os.fsencode(root) + b"/pwned\xff")
+    )
     paths |= write_damaged(root / "damaged")
     paths |= write_linked(root / "linked", root.parent / "outside")
     return Runs(root, paths)
@@ -111,5 +113,5 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
 def visitor(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visitor]:
     """Visits pages of the dashboard over `runs`."""
     app = create_app(runs.root, cache=tmp_path_factory.mktemp("cache"))
-    with TestClient(app, base_url=f"http://{HOST}", follow_redirects=False) as client:
+    with TestClient(app, base_url=f"http://{HOST}", follow_redirects=False, raise_server_exceptions=False) as client:
         yield Visitor(client)

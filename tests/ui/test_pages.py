@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 
@@ -20,7 +20,9 @@ def problems(page: Page) -> list[str]:
     found = [f"comment {other[:40]!r}" for other in page.others]
     for element in page.all():
         where = f"<{element.tag} {element.attributes}>"[:200]
-        found += [f"{where}: {name}" for name in element.attributes if name.startswith("on") or name in ("srcdoc", "ping")]
+        found += [
+            f"{where}: {name}" for name in element.attributes if name.startswith("on") or name in ("srcdoc", "ping")
+        ]
         if element.doubled:
             found.append(f"{where}: an attribute twice")
         if element.tag == "script" and element.attributes.get("src", "") not in SCRIPTS:
@@ -28,7 +30,11 @@ def problems(page: Page) -> list[str]:
                 found.append(f"{where}: a script")
         for name in ("href", "src", "action", "formaction", "data-src", "data-live", "data-stream"):
             parts = urlsplit(element.attributes.get(name, ""))
-            if parts.scheme or parts.netloc or element.attributes.get(name, "/").lstrip("\t\n /\\#?") == "" != parts.path.strip("/"):
+            if (
+                parts.scheme
+                or parts.netloc
+                or element.attributes.get(name, "/").lstrip("\t\n /\\#?") == "" != parts.path.strip("/")
+            ):
                 found.append(f"{where}: leads away")
         if element.tag in {"iframe", "object", "embed", "base", "style", "img", "svg", "math", "video", "audio"}:
             found.append(f"{where}: such an element")
@@ -49,7 +55,11 @@ def defects(page: Page) -> list[str]:
         words = element.text if element.tag == "button" else ""
         words += element.attributes.get("aria-label", "")
         words += "".join(around.text for around in element.within() if around.tag == "label")
-        if element.attributes.get("type") != "hidden" and not words.strip() and element.attributes.get("id") not in labelled:
+        if (
+            element.attributes.get("type") != "hidden"
+            and not words.strip()
+            and element.attributes.get("id") not in labelled
+        ):
             found.append(f"<{element.tag} {element.attributes}> has no label")
     ids = [element.attributes["id"] for element in page.all() if "id" in element.attributes]
     if len(ids) > len(set(ids)):
@@ -105,19 +115,12 @@ def test_hostile_texts_change_nothing_in_a_page(runs: Runs, visitor: Visitor) ->
                                      "/r/{hostile}/question?prompt=no{attack}", "/r/{hostile}/evaluations/2?set={attack}&kind={attack}",
                                      "/r/{hostile}/evaluations/2/answers?prompt=no{attack}"])  # fmt: skip
 def test_hostile_addresses(address: str, runs: Runs, visitor: Visitor) -> None:
-    for attack in ATTACKS[:-1]:
+    for attack in ATTACKS[:-1] if "{attack}" in address else ("",):
         values = {"attack": attack, "hostile": runs.key("hostile"), "twin": runs.key("twin")}
-        answer = visitor.get(str(visitor.client.base_url.copy_with(raw_path=path_of(address, values))))
+        answer = visitor.get(address.format(**{name: quote(value, safe="") for name, value in values.items()}))
         assert answer.status_code in (200, 404, 422), (address, answer.status_code)
         assert not problems(Page(answer.text)), address
         assert not defects(Page(answer.text)), address
-
-
-def path_of(address: str, values: dict[str, str]) -> bytes:
-    """An address with quoted values."""
-    from urllib.parse import quote
-
-    return address.format(**{name: quote(value, safe="") for name, value in values.items()}).encode()
 
 
 def test_every_page_of_every_other_run(runs: Runs, visitor: Visitor) -> None:

@@ -111,11 +111,15 @@ class Visitor:
         return Page(answer.text)
 
 
-def addresses(key: str, steps: tuple[int, ...], groups: int, sets: list[str], prompts: list[str], last: int) -> list[str]:
+def addresses(
+    key: str, steps: tuple[int, ...], groups: int, sets: list[str], prompts: list[str], last: int
+) -> list[str]:
     """Addresses of every kind of page and data of a run."""
     base, api = f"/r/{key}", f"/api/r/{key}"
     found = [base, f"{base}?part=head", f"{base}?part=events", f"{base}/recipe"]
-    found += [f"{base}/{name}" for name in ("steps", "steps?part=table", "questions", "evaluations", "evaluations?part=table")]
+    found += [
+        f"{base}/{name}" for name in ("steps", "steps?part=table", "questions", "evaluations", "evaluations?part=table")
+    ]
     found += [f"{api}/index", *(f"{api}/series?axis={axis}" for axis in ("step", "tokens", "time"))]
     for step in steps:
         found.append(f"{base}/steps/{step}")
