@@ -233,11 +233,13 @@ def step_of(path: Path) -> int | None:
 def open_file(path: Path, links: bool = True) -> BinaryIO:
     """Open a file for reading. Raises OSError for a pipe or a device, and unless `links` for a link."""
     flags = os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)  # opening a pipe would wait for its other end
-    stream = open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags))
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    return stream
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code), str(path))
+    return os.fdopen(number, "rb")
 
 
 def own_table(run: Path, kind: str, step: int) -> Path:

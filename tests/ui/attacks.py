@@ -26,9 +26,9 @@ ATTACKS = (
     "javascript:window.pwned=1",
     "[link](javascript:window.pwned=1) ![image](http://evil.example/pwned.png) <http://evil.example/pwned>",
     "[1]: http://evil.example/pwned\n\n![image][1]\n\n<details open ontoggle=window.pwned=1>",
-    "$\\href{javascript:window.pwned=1}{x}$ \\(\\unicode{<script>window.pwned=1</script>}\\) $$\\style{x:url(//pwned)}{x}$$",
+    "$\\href{javascript:window.pwned=1}{x}$ \\(\\unicode{<script>window.pwned=1</script>}\\) $$\\style{url(//pwned)}{x}$$",
     '<math><mtext></table></mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.pwned=1&gt;">',
-    "<base href=//evil.example/><link rel=stylesheet href=//evil.example/pwned.css><meta http-equiv=refresh content=0;//pwned>",
+    "<base href=//evil.example/><link rel=stylesheet href=//evil.example/pwned><meta http-equiv=refresh content=0;//x>",
     "<form action=//evil.example/pwned><button>go</button></form><a href=//evil.example/pwned>here</a>",
     "{{7*7}}{% include 'pwned' %}{# pwned #}${7*7}<%= 7*7 %>{0.__class__}%(pwned)s%n",
     "<!-- pwned --!><![CDATA[ pwned ]]><?pwned ?>",
@@ -62,13 +62,13 @@ def lines_of(objects: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in objects)
 
 
-def write_run(folder: Path, texts: Sequence[str] = ATTACKS, lone: str = SURROGATE, **changes: Any) -> Path:
+def write_run(folder: Path, texts: Sequence[str] = ATTACKS, lone: str = SURROGATE) -> Path:
     """A finished run of two steps with these texts wherever a run has text. `lone`: a text for JSON alone."""
     folder.mkdir(parents=True)
     first, name = texts[0], texts[3]
     data = recipe(
-        first, run__steps=2, task__name=texts[1], reward__functions=[f"tests/rewards/functions.py:{text}" for text in texts],
-        evaluation__task=texts[4], evaluation__grader="exact_match", **changes,
+        first, run__steps=2, task__name=texts[1], evaluation__task=texts[4], evaluation__grader="exact_match",
+        reward__functions=[f"tests/rewards/functions.py:{text}" for text in texts],
     )  # fmt: skip
     (folder / "recipe.toml").write_text(tomli_w.dumps(data), encoding="utf-8")
     (folder / "environment.json").write_text(
@@ -81,7 +81,7 @@ def write_run(folder: Path, texts: Sequence[str] = ATTACKS, lone: str = SURROGAT
                 "git_revision": texts[5],
                 "chosen": {texts[6]: texts[7], lone: lone},
             }
-        )  # fmt: skip
+        )
     )
     metrics = [
         {"step": step, "completion/length": 4.0, "reward/mean": 0.5, "time/step": 1.0, "eval/accuracy": 0.5,
@@ -136,8 +136,8 @@ def evaluation(texts: Sequence[str], lone: str, right: bool) -> list[dict[str, A
     """Rows of an evaluation of sets with these names: all texts as questions of the first, one of every other set."""
     asked = [(texts[0], text) for text in texts] + [(text, text) for text in texts[1:]]
     return [
-        {"eval_set": name, "prompt_id": text, "sample": sample, "question": text, "columns": json.dumps({"answer": text}),
-         "answer": text, "correct": right, "extracted": text, "rule": text, "other_rules": json.dumps({lone: text}),
+        {"eval_set": name, "prompt_id": text, "sample": sample, "question": text,
+         "columns": json.dumps({"answer": text}), "answer": text, "correct": right, "extracted": text, "rule": text, "other_rules": json.dumps({lone: text}),
          "vote": text, "finish_reason": text, "episode": json.dumps({text: lone}), **tokens(text, "logprobs")}
         for name, text in asked
         for sample in (0, 1)
@@ -180,7 +180,7 @@ def write_damaged(root: Path) -> dict[str, Path]:
     )
     (run("odd-metrics") / "metrics.jsonl").write_text(
         lines_of([{"step": one, "completion/length": 1.0} for one in odd])
-        + lines_of([{"step": n, **{name: one for name in NUMBERS}} for n, one in enumerate(odd)])
+        + lines_of([{"step": n, **dict.fromkeys(NUMBERS, one)} for n, one in enumerate(odd)])
         + lines_of([{"step": n, **dict.fromkeys(NUMBERS, 1e308)} for n in range(10, 13)])
     )
     for number, value in enumerate(odd):

@@ -12,6 +12,14 @@ from tests.ui.conftest import Runs
 from tests.ui.visits import Page, Visitor, addresses
 
 SCRIPTS = {f"/static/{name}.js" for name in ("app", "charts", "indexing", "runs", "text", "tokens", "plotly.min")}
+ADDRESSES = (
+    "/", "/?sort=name&order=asc", "/?q={attack}&state={attack}", "/compare?run={hostile}&run={twin}", "/r/{attack}",
+    "/compare?run={hostile}&set={attack}", "/static/{attack}", "/r/{hostile}/files/{attack}",
+    "/r/{hostile}/steps?sort={attack}", "/r/{hostile}/steps/1?text={attack}&low={attack}",
+    "/r/{hostile}/steps/{attack}", "/r/{hostile}/questions?text={attack}", "/r/{hostile}/question?prompt=no{attack}",
+    "/r/{hostile}/evaluations/2?set={attack}&kind={attack}",
+    "/r/{hostile}/evaluations/2/answers?prompt=no{attack}",
+)  # fmt: skip
 CONTROLS = {"input", "select", "textarea", "button", "progress", "meter"}
 
 
@@ -25,9 +33,9 @@ def problems(page: Page) -> list[str]:
         ]
         if element.doubled:
             found.append(f"{where}: an attribute twice")
-        if element.tag == "script" and element.attributes.get("src", "") not in SCRIPTS:
-            if element.attributes.get("type") != "application/json" or "src" in element.attributes:
-                found.append(f"{where}: a script")
+        is_data = element.attributes.get("type") == "application/json" and "src" not in element.attributes
+        if element.tag == "script" and not is_data and element.attributes.get("src", "") not in SCRIPTS:
+            found.append(f"{where}: a script")
         for name in ("href", "src", "action", "formaction", "data-src", "data-live", "data-stream"):
             parts = urlsplit(element.attributes.get(name, ""))
             if (
@@ -109,11 +117,7 @@ def test_hostile_texts_change_nothing_in_a_page(runs: Runs, visitor: Visitor) ->
     assert shown > 100
 
 
-@pytest.mark.parametrize("address", ["/", "/?sort=name&order=asc", "/?q={attack}&state={attack}", "/compare?run={hostile}&run={twin}",
-                                     "/r/{attack}", "/static/{attack}", "/r/{hostile}/files/{attack}", "/r/{hostile}/steps?sort={attack}",
-                                     "/r/{hostile}/steps/1?text={attack}&low={attack}", "/r/{hostile}/questions?text={attack}",
-                                     "/r/{hostile}/question?prompt=no{attack}", "/r/{hostile}/evaluations/2?set={attack}&kind={attack}",
-                                     "/r/{hostile}/evaluations/2/answers?prompt=no{attack}"])  # fmt: skip
+@pytest.mark.parametrize("address", ADDRESSES)
 def test_hostile_addresses(address: str, runs: Runs, visitor: Visitor) -> None:
     for attack in ATTACKS[:-1] if "{attack}" in address else ("",):
         values = {"attack": attack, "hostile": runs.key("hostile"), "twin": runs.key("twin")}
