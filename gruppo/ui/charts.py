@@ -92,10 +92,11 @@ class Axis:
             return
         arrays = live.arrays((STEP, "time/step", "time/generate", "time/tokens_per_second", "time/evaluate"))
         self.steps = arrays[STEP][0] if STEP in arrays else np.zeros(0, np.int64)
-        if self.name == "tokens":
-            cost = self._of(arrays, "time/generate") * self._of(arrays, "time/tokens_per_second")
-        else:
-            cost = (self._of(arrays, "time/step") + self._of(arrays, "time/evaluate")) / 3600
+        with np.errstate(over="ignore"):
+            if self.name == "tokens":
+                cost = self._of(arrays, "time/generate") * self._of(arrays, "time/tokens_per_second")
+            else:
+                cost = (self._of(arrays, "time/step") + self._of(arrays, "time/evaluate")) / 3600
         self.order = np.argsort(self.steps, kind="stable")
         self.total = np.cumsum(np.where(np.abs(cost) < _MOST_COST, cost, 0.0)[self.order])
 

@@ -26,7 +26,7 @@ ATTACKS = (
     "javascript:window.pwned=1",
     "[link](javascript:window.pwned=1) ![image](http://evil.example/pwned.png) <http://evil.example/pwned>",
     "[1]: http://evil.example/pwned\n\n![image][1]\n\n<details open ontoggle=window.pwned=1>",
-    "$\\href{javascript:window.pwned=1}{x}$ \\(\\unicode{<script>window.pwned=1</script>}\\) $$\\style{url(//pwned)}{x}$$",
+    "$\\href{javascript:window.pwned=1}{x}$ \\(\\unicode{<script>window.pwned=1</script>}\\) $$\\style{url(//x)}{x}$$",
     '<math><mtext></table></mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.pwned=1&gt;">',
     "<base href=//evil.example/><link rel=stylesheet href=//evil.example/pwned><meta http-equiv=refresh content=0;//x>",
     "<form action=//evil.example/pwned><button>go</button></form><a href=//evil.example/pwned>here</a>",
@@ -136,9 +136,9 @@ def evaluation(texts: Sequence[str], lone: str, right: bool) -> list[dict[str, A
     """Rows of an evaluation of sets with these names: all texts as questions of the first, one of every other set."""
     asked = [(texts[0], text) for text in texts] + [(text, text) for text in texts[1:]]
     return [
-        {"eval_set": name, "prompt_id": text, "sample": sample, "question": text,
-         "columns": json.dumps({"answer": text}), "answer": text, "correct": right, "extracted": text, "rule": text, "other_rules": json.dumps({lone: text}),
-         "vote": text, "finish_reason": text, "episode": json.dumps({text: lone}), **tokens(text, "logprobs")}
+        {"eval_set": name, "prompt_id": text, "sample": sample, "question": text, "answer": text, "correct": right,
+         "columns": json.dumps({"answer": text}), "extracted": text, "rule": text, "vote": text, "finish_reason": text,
+         "other_rules": json.dumps({lone: text}), "episode": json.dumps({text: lone}), **tokens(text, "logprobs")}
         for name, text in asked
         for sample in (0, 1)
     ]  # fmt: skip
