@@ -122,8 +122,8 @@ def process_advantages(
     A group has one pair per completion: the rewards of its K steps, and the token indices (from 0, strictly increasing)
     at which the steps end. `lengths` has the number of tokens of each completion. Returns one advantage per token.
 
-    All step rewards of a group are normalized together, with ε = `epsilon`. If they are all equal, or there is only one, every Â is 0.
-    Tokens after the end of the last step get 0, and so do all tokens of a completion without steps.
+    All step rewards of a group are normalized together, with ε = `epsilon`. If they are all equal, or there is only
+    one, every Â is 0. Tokens after the end of the last step get 0, and so do all tokens of a completion without steps.
 
     Raises ValueError if the ends of a completion are not one per reward, not strictly increasing, or outside of the
     completion.

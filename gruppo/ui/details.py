@@ -24,8 +24,11 @@ _MOST_FILES = 400
 
 def read_recipe(run: Path) -> Recipe:
     """The recipe of a run. Raises UsageError if it is damaged."""
-    with reading(run / "recipe.toml", "restore it as the run wrote it"):
-        return load_recipe(run / "recipe.toml")
+    path, fix = run / "recipe.toml", "restore it as the run wrote it"
+    with reading(path, fix):
+        if "extends" in recipe_data(run):
+            raise UsageError(f"{path}: extends another file, which a run never writes; {fix}")
+        return load_recipe(path)
 
 
 def changed_fields(run: Path) -> list[tuple[str, Any, Any]]:
@@ -81,7 +84,7 @@ def machine(run: Path) -> list[tuple[str, str]]:
 
 
 def _gigabytes(count: Any) -> str | None:
-    return f"{count / 1e9:.1f} GB" if isinstance(count, int | float) and count > 0 else None
+    return f"{count / 1e9:.1f} GB" if type(count) in (int, float) and 0 < count < 2**63 else None
 
 
 def files(run: Path) -> dict[str, Path]:

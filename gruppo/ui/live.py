@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from gruppo.config.renames import translate_event, translate_metrics
-from gruppo.runs.reading import object_of, old_parts
-from gruppo.ui.catalog import open_regular
+from gruppo.runs.reading import object_of, old_parts, open_file
 
 CHUNK = 8 * 2**20  # bytes that are read at once
 LONGEST_LINE = 4 * 2**20  # bytes; a longer line is skipped
@@ -45,7 +44,7 @@ class Tail:
         pipe.
         """
         try:
-            with open_regular(self.path) as stream:
+            with open_file(self.path, links=False) as stream:
                 found = os.fstat(stream.fileno())
                 if (found.st_size, found.st_mtime_ns) == self.seen and found.st_ino == self.inode:
                     return False, []

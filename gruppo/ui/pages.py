@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from starlette.responses import JSONResponse
 
 from gruppo.ui import text
 from gruppo.ui.links import Links
@@ -42,5 +44,14 @@ class Templates:
         )
 
     def render(self, name: str, **values: Any) -> str:
-        """A template as text."""
-        return self.environment.get_template(name).render(**values)
+        """A template as text. Halves of characters, which JSON and names of files can contain, become "?"."""
+        content = self.environment.get_template(name).render(**values)
+        return content.encode("utf-8", "replace").decode()
+
+
+class Data(JSONResponse):
+    """JSON in ASCII: texts of runs can contain halves of characters, which UTF-8 cannot. NaN must not be in it."""
+
+    def render(self, content: Any) -> bytes:
+        """The body of the answer."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")

@@ -11,7 +11,7 @@ from gruppo.runs.eval_metrics import Question as Verdicts
 from gruppo.runs.eval_metrics import compare, figures
 from gruppo.runs.reading import read_object
 from gruppo.ui.answers import best_text, first_answers
-from gruppo.ui.catalog import Card
+from gruppo.ui.catalog import Card, regular
 from gruppo.ui.index import Index
 from gruppo.ui.live import LiveRun
 from gruppo.ui.queries import KINDS_OF_CHANGE, Filters, Page, Question
@@ -143,8 +143,9 @@ def answers_chart(index: Index, found: Mapping[str, Any]) -> dict[str, Any] | No
 
 def set_domains(card: Card) -> dict[str, str]:
     """The domain of each benchmark, "in-domain" or "out-of-domain", by its name; known once the run has ended."""
+    path = card.path / "summary.json"
     try:
-        benchmarks = read_object(card.path / "summary.json").get("benchmarks")
+        benchmarks = read_object(path).get("benchmarks") if regular(path) else None
     except (UsageError, OSError):
         return {}
     found = benchmarks.items() if isinstance(benchmarks, dict) else ()
