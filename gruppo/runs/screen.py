@@ -171,14 +171,18 @@ def _next(folder: Path, recipe: Recipe, state: State, step: int) -> list[str]:
     return ["", "Next:", *(f"  {command}" for _, command in next_commands(folder, recipe, state, step))]
 
 
-def next_commands(folder: Path, recipe: Recipe, state: State, step: int) -> list[tuple[str, str]]:
+def next_commands(
+    folder: Path, recipe: Recipe, state: State, step: int, named: str | None = None
+) -> list[tuple[str, str]]:
     """What can be done with a run, and the command that does it. `step`: the last step with rollouts; 0 if there is
-    none. A run that has not ended by itself can be resumed."""
-    quoted = shlex.quote(str(folder))
+    none. A run that has not ended by itself can be resumed. `named`: how commands call the folder, by default by its
+    path."""
+    place = named or str(folder)
+    quoted = shlex.quote(place)
     if state.name not in ("done", "stopped"):
-        return [("Resume", f"gruppo train {shlex.quote(str(folder / 'recipe.toml'))} --out {quoted} --resume")]
+        return [("Resume", f"gruppo train {shlex.quote(f'{place}/recipe.toml')} --out {quoted} --resume")]
     return [
-        ("Sample from the model", sample_command(folder, step)),
+        ("Sample from the model", sample_command(folder, step, named)),
         *([("Evaluate it", f"gruppo eval {quoted}")] if recipe.evaluation is not None else []),
         ("Export it", f"gruppo export {quoted} --to my-model"),
     ]

@@ -242,8 +242,8 @@ def events_values(state: Dashboard, card: Card) -> dict[str, Any]:
     return {"card": card, "events": kept, "hidden_events": len(events) - len(kept)}
 
 
-def recipe_values(card: Card) -> dict[str, Any]:
-    """What the page of the recipe shows."""
+def recipe_values(card: Card, named: str | None = None) -> dict[str, Any]:
+    """What the page of the recipe shows. `named`: how commands call the run, by default by its path."""
     problem, changed = card.problem, None
     try:
         changed = details.changed_fields(card.path)
@@ -259,7 +259,7 @@ def recipe_values(card: Card) -> dict[str, Any]:
         "recipe_text": text,
         "machine": details.machine(card.path),
         "files": [(name, path.stat().st_size) for name, path in details.files(card.path).items()],
-        "commands": details.commands(card, card.step),
+        "commands": details.commands(card, card.step, named),
     }
 
 

@@ -25,7 +25,9 @@ class Private:
             known.setdefault(str(path.resolve()), short)
         self._known = {path: short for path, short in known.items() if path != os.sep}
         longest = sorted(self._known, key=lambda path: (-len(path), path))
-        self._folders = re.compile(rf"(?<![\w.~/-])({'|'.join(map(re.escape, longest))})(?![\w.-])") if longest else None
+        self._folders = (
+            re.compile(rf"(?<![\w.~/-])({'|'.join(map(re.escape, longest))})(?![\w.-])") if longest else None
+        )
 
     def folders(self, text: str) -> str:
         """The text with short names in place of the runs' folders, the home folder, the current folder and the one for

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from gruppo.errors import UsageError
@@ -69,7 +70,7 @@ class RunPages:
         self, state: Dashboard, index: Index, card: Card, private: Private, limits: Limits, names: Links
     ) -> None:
         self.state, self.index, self.private, self.limits, self.names = state, index, private, limits, names
-        self.path, self.card = card.path, replace(every_text(card, private.paths), key=card.key)
+        self.path, self.card = card.path, every_text(card, private.paths)
         self.tokens: dict[str, Encoded] = {}
         self.steps: list[_Step] = []
         self.pairs: list[_Pair] = []
@@ -111,8 +112,7 @@ class RunPages:
         data["run"] = self.card.folder
         data = every_text(data, self.private.folders)
         for one in data["completions"]:
-            for name in ("printed", "failure"):
-                one[name] = every_text(one.get(name), self.private.paths)
+            one |= {name: every_text(one[name], self.private.paths) for name in ("printed", "failure") if name in one}
         text = json_block(data)
         if len(text) > self._left:
             return False
@@ -196,7 +196,7 @@ class RunPages:
         )  # fmt: skip
 
     def _recipe(self) -> dict[str, Any]:
-        return dict(every_text(recipe_values(replace(self.card, path=self.path), self.card.folder), self.private.paths))
+        return dict(every_text(recipe_values(self.card, self.card.folder), self.private.paths))
 
     def _step_pages(self) -> Iterator[ReportPage]:
         view = tables.View("step", True, 0, _no_address, {}, limit=LISTED)
@@ -231,36 +231,25 @@ class RunPages:
                 )  # fmt: skip
 
     def _question_pages(self) -> Iterator[ReportPage]:
-        page = self.index.questions(limit=MOST)
-        rows = {row["prompt_id"]: row for row in page.rows}
-        for prompt in self.questions:
-            if prompt not in rows:
-                rows |= {row["prompt_id"]: row for row in self.index.questions(search=prompt, limit=MOST).rows}
-        listed = [rows[prompt] for prompt in self.questions if prompt in rows]
+        listed, total = self.index.questions_of(self.questions), self.index.questions(limit=1).total
         view = tables.View("", True, 0, _no_address, {}, limit=len(listed) or 1, total=len(listed))
         yield self._page(
             self.names.run(self.card.key, "questions"), "questions.html", "questions",
-            _part(len(listed), page.total, "questions", "are shown"), rows=listed, view=view, search="",
+            _part(len(listed), total, "questions", "are shown"), rows=listed, view=view, search="",
         )  # fmt: skip
         for row in listed:
             view = tables.View("", False, 0, _no_address, {}, tables.MOMENTS)
             with suppress(UsageError):  # the run has deleted its tables meanwhile
-                found = tables.question_values(self.index, self.card_on_disk, row["prompt_id"], view)
-                total = found["view"].total
-                note = f"The first {tables.MOMENTS} of {total:,} times are shown." if total > tables.MOMENTS else ""
+                found = tables.question_values(self.index, self.card, row["prompt_id"], view)
+                note = _part(len(found["moments"]), found["view"].total, "times", "are shown, the first ones")
                 found["view"] = replace(found["view"], total=len(found["moments"]))
                 yield self._page(
                     self.names.question(self.card.key, row["prompt_id"]), "question.html", "questions", note, **found
                 )
 
-    @property
-    def card_on_disk(self) -> Card:
-        """The card with the path of the run."""
-        return replace(self.card, path=self.path)
-
     def _evaluation_pages(self) -> Iterator[ReportPage]:
         links, key = self.names, self.card.key
-        found = tables.evaluations_values(self.index, self.card_on_disk, self.state.runs.live(self.path))
+        found = tables.evaluations_values(self.index, self.card, self.state.runs.live(self.path))
         curves = found.pop("answer_curves")
         charts = {"axis": "samples", "axes": {"samples": "answers per question (k)"}, "points": 800, "events": [],
                   "charts": curves}  # fmt: skip
@@ -268,11 +257,15 @@ class RunPages:
             links.run(key, "evaluations"), "evaluations.html", "evaluations", charts=charts if curves else None,
             charts_source=None, charts_stream=None, **found,
         )  # fmt: skip
-        shown = self.state.templates.links
+
+        def address_of(step: int, name: str, prompt: str) -> str | None:
+            found = links.answers(key, step, name, prompt)
+            return found if found in self.tokens else None
+
         for pair in self.pairs:
             sides = [
                 {"run": self.path, "step": step, "title": f"after step {step}", "share": share,
-                 "href": lambda prompt, step=step, name=pair.eval_set: shown.answers(key, step, name, prompt)}
+                 "href": partial(address_of, step, pair.eval_set)}
                 for step, share in ((pair.before, "before"), (pair.step, "after"))
             ]  # fmt: skip
             rows = side_by_side(pair.found["rows"], sides, pair.eval_set)
