@@ -4,39 +4,52 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 # An absolute path of at least two parts. Not the end of an address (https://…), of a relative path, or of a fraction.
 _PATH = re.compile(r"(?<![\w.~/:>-])/(?:[^\s/:\"'`,;()<>\[\]{}|=]+/)+([^\s/:\"'`,;()<>\[\]{}|=]*)")
 
+_MOST_RECIPE, _MOST_PATHS = 200_000, 200  # characters of a recipe, and paths in it
+
 
 class Private:
-    """Shortens paths. `runs`: run folder -> its name in the report."""
+    """Shortens paths. `runs`: run folder -> its name in the report.
+
+    The paths that the recipes of the runs name are known too, because ids of prompts begin with them.
+    """
 
     def __init__(self, runs: Mapping[Path, str]) -> None:
-        known = {str(Path(path).absolute()): name for path, name in runs.items()}
-        known |= {str(path.resolve()): name for path, name in runs.items()}
-        for path, short in ((Path.cwd(), "."), (Path.home(), "~"), (Path(tempfile.gettempdir()), "tmp")):
-            known.setdefault(str(path), short)
-            known.setdefault(str(path.resolve()), short)
-        self._known = {path: short for path, short in known.items() if path != os.sep}
+        self._known = dict(_in_recipes(runs))
+        self._known |= {str(path): name for path, name in runs.items() if len(path.parts) > 1}
+        for home in {str(Path.home()), str(Path.home().resolve())} - {os.sep}:
+            self._known.setdefault(home, "~")
         longest = sorted(self._known, key=lambda path: (-len(path), path))
-        self._folders = (
-            re.compile(rf"(?<![\w.~/-])({'|'.join(map(re.escape, longest))})(?![\w.-])") if longest else None
-        )
+        self._folders = re.compile(rf"(?<![\w.~/-])({'|'.join(map(re.escape, longest))})(?![\w.-])") if longest else None
 
     def folders(self, text: str) -> str:
-        """The text with short names in place of the runs' folders, the home folder, the current folder and the one for
-        temporary files."""
+        """The text with short names in place of the runs' folders, the paths of their recipes, and the home folder."""
         return self._folders.sub(lambda match: self._known[match[1]], text) if self._folders else text
 
     def paths(self, text: str) -> str:
         """The same, and of every other absolute path only the last part, after "…/"."""
-        return _PATH.sub(lambda match: f"…/{match[1] or match[0].split('/')[-2]}", self.folders(text))
+        return _PATH.sub(_last_part, self.folders(text))
+
+
+def _last_part(match: re.Match[str]) -> str:
+    return f"…/{match[1] or match[0].rstrip('/').rpartition('/')[2]}"
+
+
+def _in_recipes(runs: Iterable[Path]) -> Iterator[tuple[str, str]]:
+    for run in runs:
+        with suppress(OSError):
+            text = (run / "recipe.toml").read_text(encoding="utf-8", errors="replace")[:_MOST_RECIPE]
+            for match in islice(_PATH.finditer(text), _MOST_PATHS):
+                yield match[0].rstrip("/"), _last_part(match)
 
 
 def every_text(value: Any, change: Callable[[str], str]) -> Any:
