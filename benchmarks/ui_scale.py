@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,13 +25,13 @@ import pyarrow.parquet as pq
 
 from gruppo.config.loading import load_recipe
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS, versioned
-from gruppo.utils.stats import wilson_interval
+from gruppo.utils.stats import bootstrap_interval
 
 TEMPLATES = 40  # distinct steps
 SIZE = 10  # completions per group
 PROMPTS = 8_000
 SHORTEST, LONGEST = 100, 500  # tokens
-QUESTIONS, EVERY = 200, 100  # held-out questions, and steps between evaluations
+QUESTIONS, SAMPLES, EVERY = 200, 4, 100  # held-out questions, answers to each, steps between evaluations
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 EQUAL = "all advantages are 0: every trained completion has the same reward"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -60,10 +61,10 @@ def _floats(source: np.random.Generator, size: int, scale: float) -> np.ndarray:
 
 
 class Maker:
-    """Makes the tables of a run. `completions`: per step, a multiple of `SIZE`."""
+    """Makes the tables of a run. `completions`: per step, a multiple of `SIZE`. A step is the same in every call."""
 
     def __init__(self, steps: int, completions: int, seed: int = 0) -> None:
-        self.steps, self.completions = steps, completions
+        self.steps, self.completions, self.seed = steps, completions, seed
         self.source = np.random.default_rng(seed)
         words = self.source.choice(LETTERS, (4_000, 7))
         self.words = [" " + "".join(word[: 2 + number % 6]) for number, word in enumerate(words)]
@@ -71,7 +72,7 @@ class Maker:
         self.prompts = [self._prompt(number) for number in range(PROMPTS)]
         self.difficulty = self.source.normal(0, 1.5, PROMPTS)
         self.templates = [self._template(completions) for _ in range(min(TEMPLATES, steps))]
-        self.answers = [self._template(QUESTIONS) for _ in range(4)]
+        self.answers = [self._template(QUESTIONS * SAMPLES) for _ in range(4)]
 
     def _prompt(self, number: int) -> dict[str, Any]:
         left, right = (int(value) for value in self.source.integers(10, 10_000, 2))
@@ -114,6 +115,7 @@ class Maker:
 
     def rollouts(self, step: int) -> tuple[pa.Table, dict[str, float]]:
         """The table of a step, and its metrics."""
+        self.source = np.random.default_rng([self.seed, step, 0])
         template, count, rows = self.templates[step % len(self.templates)], self.completions // SIZE, self.completions
         chosen = self.source.integers(0, PROMPTS, count)
         skill = 3.0 * step / self.steps - 2.0
@@ -159,34 +161,38 @@ class Maker:
 
     def evaluation(self, step: int) -> tuple[pa.Table, dict[str, float]]:
         """The table of an evaluation after a step, and its metrics."""
-        template = self.answers[step // EVERY % len(self.answers)]
+        self.source = np.random.default_rng([self.seed, step, 1])
+        template, rows = self.answers[step // EVERY % len(self.answers)], QUESTIONS * SAMPLES
+        asked = np.arange(QUESTIONS).repeat(SAMPLES)
         skill = 3.0 * step / self.steps - 2.0
-        right = self.source.random(QUESTIONS) < 1 / (1 + np.exp(self.difficulty[:QUESTIONS] - skill))
-        said = np.where(right, 7, self.source.integers(8, 99, QUESTIONS))
+        right = self.source.random(rows) < 1 / (1 + np.exp(self.difficulty[asked] - skill))
+        said = np.where(right, 7, self.source.integers(8, 15, rows))
+        prompts = [self.prompts[number] for number in asked]
         columns = {name: template[name] for name in ("finish_reason", "token_ids", "token_texts", "mask")} | {
-            "eval_set": pa.array([""] * QUESTIONS),
-            "prompt_id": pa.array([f"arithmetic (held out)/{number}" for number in range(QUESTIONS)]),
-            "sample": pa.array(np.zeros(QUESTIONS, np.int64)),
-            "question": pa.array([json.loads(prompt["prompt"])[0]["content"] for prompt in self.prompts[:QUESTIONS]]),
-            "columns": pa.array([prompt["columns"] for prompt in self.prompts[:QUESTIONS]]),
+            "eval_set": pa.array([""] * rows),
+            "prompt_id": pa.array([f"arithmetic (held out)/{number}" for number in asked]),
+            "sample": pa.array(np.tile(np.arange(SAMPLES), QUESTIONS)),
+            "question": pa.array([json.loads(prompt["prompt"])[0]["content"] for prompt in prompts]),
             "answer": template["text"],
             "correct": pa.array(right),
             "extracted": pa.array([str(number) for number in said]),
-            "rule": pa.array(["last number"] * QUESTIONS),
+            "rule": pa.array(["last number"] * rows),
             "other_rules": pa.array([json.dumps({"last number": bool(value)}) for value in right]),
             "vote": pa.array(["right" if r else f"= {number}" for r, number in zip(right, said, strict=True)]),
-            "score": pa.nulls(QUESTIONS, pa.float64()),
-            "episode": pa.nulls(QUESTIONS, pa.string()),
-            "prompt_token_ids": pa.array([prompt["prompt_token_ids"] for prompt in self.prompts[:QUESTIONS]]),
-            "prompt_token_texts": pa.array([prompt["prompt_token_texts"] for prompt in self.prompts[:QUESTIONS]]),
+            "score": pa.nulls(rows, pa.float64()),
+            "episode": pa.nulls(rows, pa.string()),
             "logprobs": template["sampling_logprobs"],
         }
-        low, high = wilson_interval(int(right.sum()), QUESTIONS)
+        for name in ("columns", "prompt_token_ids", "prompt_token_texts"):
+            columns[name] = pa.array([prompt[name] for prompt in prompts])
+        low, high = bootstrap_interval(right.reshape(QUESTIONS, SAMPLES).mean(1))
         figures = {"eval/accuracy": float(right.mean()), "eval/accuracy_low": low, "eval/accuracy_high": high}
         return pa.table({name: columns[name] for name in EVALUATIONS.names}, versioned(EVALUATIONS)), figures
 
 
 def _write(table: pa.Table, path: Path) -> None:
+    if path.exists():
+        return
     temporary = path.with_suffix(".writing")
     pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     temporary.replace(path)
@@ -200,7 +206,7 @@ def _recipe(steps: int, completions: int) -> str:
         "reward": {"functions": ["last_number", "format"], "weights": [1.0, 0.2]},
         "method": {"name": "grpo", "kl_coef": 0.02},
         "sampling": {"prompts_per_step": completions // SIZE, "group_size": SIZE, "max_tokens": LONGEST},
-        "evaluation": {"questions": QUESTIONS, "every": EVERY},
+        "evaluation": {"questions": QUESTIONS, "samples": SAMPLES, "every": EVERY, "decoding": {"temperature": 1.0}},
     }).to_toml()  # fmt: skip
 
 
@@ -229,7 +235,7 @@ def _write_rest(folder: Path, steps: int, accuracies: list[dict[str, float]]) ->
 
 
 def make(folder: Path, steps: int, completions: int) -> dict[str, Any]:
-    """Write the run; returns the seconds it took and the bytes on disk."""
+    """Write the run; returns the seconds it took and the bytes on disk. Tables that are there are kept."""
     started = time.perf_counter()
     for name in ("rollouts", "evaluations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -240,6 +246,8 @@ def make(folder: Path, steps: int, completions: int) -> dict[str, Any]:
             if step:
                 table, figures = maker.rollouts(step)
                 _write(table, folder / f"rollouts/step-{step:06d}.parquet")
+                if step % 500 == 0:
+                    print(f"{step} of {steps} steps, {time.perf_counter() - started:.0f} s", file=sys.stderr)
                 others = dict(zip(METRICS, np.abs(maker.source.normal(1, 0.1, len(METRICS))).tolist(), strict=True))
                 metrics.write(json.dumps({"step": step, **others, **figures}) + "\n")
             if step % EVERY == 0 or step == steps:

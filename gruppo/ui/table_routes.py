@@ -116,8 +116,8 @@ def _add_evaluations(app: FastAPI, state: Dashboard) -> None:
         charts = {"axis": "samples", "axes": {"samples": "answers per question (k)"}, "points": 800, "events": [],
                   "charts": found.pop("answer_curves")}  # fmt: skip
         return state.page(
-            "_evaluations_table.html" if part == "table" else "evaluations.html", tab="evaluations", card=card, charts=charts if charts["charts"] else None,
-            charts_source=None, charts_stream=None, **found,
+            "_evaluations_table.html" if part == "table" else "evaluations.html", tab="evaluations", card=card,
+            charts=charts if charts["charts"] else None, charts_source=None, charts_stream=None, **found,
         )  # fmt: skip
 
     @app.get("/r/{key}/evaluations/{step}", response_class=HTMLResponse)
