@@ -29,7 +29,7 @@ WARNINGS = 4  # of the most recent events
 _QUIET = frozenset({"resume", "changed"})  # events that need no attention
 
 # Metrics that are shown if the run has them: name, its words, and the format of a value.
-_ROWS = (
+ROWS = (
     ("reward/mean", "reward", ".3f"),
     ("groups/nonzero_advantage", "nonzero advantage", ".0%"),
     ("completion/length", "length in tokens", ".1f"),
@@ -82,10 +82,7 @@ def sparkline(values: Sequence[float | None], width: int = WIDTH) -> str:
 
     A space stands for values that are missing or not finite; equal values are all in the middle.
     """
-    size = max(1, math.ceil(len(values) / width))
-    parts = [[v for v in values[start : start + size] if v is not None and math.isfinite(v)]
-             for start in range(0, len(values), size)]  # fmt: skip
-    means = [math.fsum(part) / len(part) if part else None for part in parts]
+    means = downsampled(values, width)
     known = [mean for mean in means if mean is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
     if low == high:
@@ -94,6 +91,14 @@ def sparkline(values: Sequence[float | None], width: int = WIDTH) -> str:
     return "".join(
         " " if mean is None else LEVELS[min(7, int((mean / 2 - low / 2) / span * len(LEVELS)))] for mean in means
     )
+
+
+def downsampled(values: Sequence[float | None], most: int) -> list[float | None]:
+    """At most `most` means of consecutive values; None where all are missing or not finite."""
+    size = max(1, math.ceil(len(values) / most))
+    parts = [[v for v in values[start : start + size] if v is not None and math.isfinite(v)]
+             for start in range(0, len(values), size)]  # fmt: skip
+    return [math.fsum(part) / len(part) if part else None for part in parts]
 
 
 def show(folder: str | Path, now: float | None = None) -> str:
@@ -144,7 +149,7 @@ def _curves(steps: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["No step is done yet."]
     title = f"steps {steps[0]['step']} to {steps[-1]['step']}" if len(steps) > 1 else f"step {steps[0]['step']}"
     lines = [f"{'':<18} {'first':>9} {'last':>9}  {title}"]
-    for name, words, form in _ROWS:
+    for name, words, form in ROWS:
         values = [line.get(name) for line in steps]
         if all(value is None for value in values):
             continue

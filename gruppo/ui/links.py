@@ -98,8 +98,8 @@ class ReportLinks(Links):
         return self.run(key, f"questions/{_digest(prompt_id)}", **query)
 
     def evaluation(self, key: str, step: int, **query: Any) -> str | None:
-        """See `Links.evaluation`. Another set, another evaluation before it than the first one, and one kind of questions
-        are pages of their own."""
+        """See `Links.evaluation`. Another set, another evaluation before it than the first one, and one kind of
+        questions are pages of their own."""
         name, before, kind = query.get("set") or "", query.get("before"), query.get("kind") or ""
         rest = (name, kind, None if before == self.firsts.get((key, name)) else before)
         return self.run(key, f"evaluations/{step}" + (f"/{_digest(repr(rest))}" if any(rest) else ""))

@@ -29,7 +29,9 @@ class Private:
         for home in {str(Path.home()), str(Path.home().resolve())} - {os.sep}:
             self._known.setdefault(home, "~")
         longest = sorted(self._known, key=lambda path: (-len(path), path))
-        self._folders = re.compile(rf"(?<![\w.~/-])({'|'.join(map(re.escape, longest))})(?![\w.-])") if longest else None
+        self._folders = (
+            re.compile(rf"(?<![\w.~/-])({'|'.join(map(re.escape, longest))})(?![\w.-])") if longest else None
+        )
 
     def folders(self, text: str) -> str:
         """The text with short names in place of the runs' folders, the paths of their recipes, and the home folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -311,7 +312,7 @@ def _every(page: Callable[..., Page]) -> list[Row]:
 
 def _best(values: Sequence[float | None]) -> list[int]:
     """The place of the largest value, as a list; empty if none is known."""
-    known = [(value, -place) for place, value in enumerate(values) if value is not None and value == value]
+    known = [(value, -place) for place, value in enumerate(values) if value is not None and math.isfinite(value)]
     return [-max(known)[1]] if known else []
 
 

@@ -48,8 +48,8 @@ def spread(count: int, most: int, kept: Sequence[int] = ()) -> list[int]:
 
 
 def by_weight(places: Sequence[int], first: Sequence[int]) -> list[int]:
-    """The places in the order in which they are wanted if not all fit: those in `first`, then the others, each as far as
-    possible from those before it."""
+    """The places in the order in which they are wanted if not all fit: those in `first`, then the others, each as far
+    as possible from those before it."""
     wanted = [place for place in dict.fromkeys(first) if place in places]
     rest = [place for place in places if place not in wanted]
     while rest:

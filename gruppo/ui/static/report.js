@@ -46,8 +46,7 @@
       followed = name.startsWith("/");
       if (followed) return;
       event.preventDefault(); // a place on this page
-      const place = document.getElementById(name);
-      if (place) { place.scrollIntoView(); place.focus({ preventScroll: true }); }
+      gruppo.text.reach(name);
     });
     window.addEventListener("hashchange", show);
     if ("scrollRestoration" in window.history) window.history.scrollRestoration = "manual";
