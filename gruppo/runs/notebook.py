@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from gruppo.runs.screen import ROWS, downsampled
+from gruppo.runs.screen import ACCURACY, ROWS, downsampled, state_of
+from gruppo.runs.status import read_status
 from gruppo.utils.progress import visible
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ WIDTH, HEIGHT = 160, 26  # of a curve, in pixels
 POINTS = 80  # of a curve
 _CELL = "padding:2px 12px 2px 0;text-align:right"
 _FAINT = "opacity:0.7"
-_ACCURACY = ("eval/accuracy", "held-out accuracy", ".1%")
 
 
 def result_html(result: Result) -> str:
@@ -25,11 +25,8 @@ def result_html(result: Result) -> str:
 
     Colors are those of the notebook. Values that are not numbers, and metrics that were not recorded, are left out.
     """
-    summary = result.summary
-    state = str(summary.get("state", "unknown"))
-    if isinstance(steps := summary.get("steps"), int):
-        state += f", {steps} step{'' if steps == 1 else 's'}"
-    rows = [row for name, words, form in (_ACCURACY, *ROWS) if (row := _row(result.metrics, name, words, form))]
+    state = state_of(read_status(result.path), result.summary).words
+    rows = [row for name, words, form in (ACCURACY, *ROWS) if (row := _row(result.metrics, name, words, form))]
     head = "".join(f'<th style="{_CELL};{_FAINT}">{words}</th>' for words in ("", "first", "last", ""))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
     return (
@@ -54,14 +51,11 @@ def curve(values: Sequence[float | None], words: str) -> str:
         else:
             share = (mean / 2 - low / 2) / span if span else 0.5
             parts[-1].append(f"{3 + place * step:.1f},{HEIGHT - 3 - share * (HEIGHT - 6):.1f}")
-    lines = "".join(
-        f'<polyline points="{" ".join(part if len(part) > 1 else part * 2)}"/>' for part in parts if part
-    )  # fmt: skip
-    return (
-        f'<svg role="img" aria-label="{escape(words)}" width="{WIDTH}" height="{HEIGHT}" '
-        f'viewBox="0 0 {WIDTH} {HEIGHT}" fill="none" stroke="currentColor" stroke-width="1.6" stroke-linecap="round" stroke-linejoin="round">'
-        f"{lines}</svg>"
-    )
+    drawn = (" ".join(part if len(part) > 1 else part * 2) for part in parts if part)
+    lines = "".join(f'<polyline points="{points}"/>' for points in drawn)
+    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    line = 'fill="none" stroke="currentColor" stroke-width="1.6" stroke-linecap="round" stroke-linejoin="round"'
+    return f'<svg role="img" aria-label="{escape(words)}" {size} {line}>{lines}</svg>'
 
 
 def _row(metrics: Sequence[dict[str, Any]], name: str, words: str, form: str) -> str:

@@ -122,7 +122,7 @@ class Result:
 
         return TokenView.of(self.path, step, group)
 
-    def report(self, path: str | Path = "report.html", *, force: bool = False, **limits: float) -> Path:
+    def report(self, out: str | Path = "report.html", *, force: bool = False, **limits: float) -> Path:
         """Write the run as one file that opens in a browser without a network. Returns its path.
 
         `force`: replace a file that is not a report. `limits`: `steps`, `groups`, `questions` and `megabytes`, see
@@ -132,7 +132,7 @@ class Result:
             from gruppo.ui.report import write_report
             from gruppo.ui.sampling import Limits
 
-        return write_report([self.path], Path(path), Limits(**limits), force=force).path  # type: ignore[arg-type]
+        return write_report([self.path], Path(out), Limits(**limits), force=force).path  # type: ignore[arg-type]
 
     def load_model(self, *, trust_remote_code: bool = False) -> PreTrainedModel:
         """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too.

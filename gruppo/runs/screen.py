@@ -28,6 +28,7 @@ RECENT = 10  # steps whose time forecasts the rest
 WARNINGS = 4  # of the most recent events
 _QUIET = frozenset({"resume", "changed"})  # events that need no attention
 
+ACCURACY = ("eval/accuracy", "held-out accuracy", ".1%")
 # Metrics that are shown if the run has them: name, its words, and the format of a value.
 ROWS = (
     ("reward/mean", "reward", ".3f"),
@@ -118,7 +119,7 @@ def show(folder: str | Path, now: float | None = None) -> str:
             state.words + _time_left(state, status, steps),
             *_accuracies(result.metrics),
             "",
-            *_curves(steps),
+            *_curves(steps, [line for line in result.metrics if ACCURACY[0] in line]),
             *_warnings(read_lines(result.path / "events.jsonl")),
             *_next(result.path, recipe, state, int(steps[-1]["step"]) if steps else 0),
         ]
@@ -133,24 +134,23 @@ def _time_left(state: State, status: Status | None, steps: Sequence[Mapping[str,
 
 
 def _accuracies(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Held-out accuracy before training and at the last evaluation, with the interval and the curve."""
+    """Held-out accuracy at the first and the last evaluation, with the interval of the last one."""
     found = [line for line in metrics if isinstance(line.get("eval/accuracy"), int | float)]
     if not found:
         return []
     first, last = found[0], found[-1]
     before = "" if len(found) == 1 else f"{first['eval/accuracy']:.1%} -> "
     interval = f"95% interval {last['eval/accuracy_low']:.1%} to {last['eval/accuracy_high']:.1%}"
-    curve = sparkline([line["eval/accuracy"] for line in found])
-    return [f"held-out accuracy {before}{last['eval/accuracy']:.1%} after step {last['step']} ({interval})  {curve}"]
+    return [f"held-out accuracy {before}{last['eval/accuracy']:.1%} after step {last['step']} ({interval})"]
 
 
-def _curves(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+def _curves(steps: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str, Any]]) -> list[str]:
     if not steps:
         return ["No step is done yet."]
     title = f"steps {steps[0]['step']} to {steps[-1]['step']}" if len(steps) > 1 else f"step {steps[0]['step']}"
     lines = [f"{'':<18} {'first':>9} {'last':>9}  {title}"]
-    for name, words, form in ROWS:
-        values = [line.get(name) for line in steps]
+    for name, words, form in (ACCURACY, *ROWS):
+        values = [line.get(name) for line in (evaluated if name == ACCURACY[0] else steps)]
         if all(value is None for value in values):
             continue
         ends = ("-" if value is None else format(value, form) for value in (values[0], values[-1]))
