@@ -24,22 +24,27 @@ class Private:
     """
 
     def __init__(self, runs: Mapping[Path, str]) -> None:
-        self._known = dict(_in_recipes(runs))
-        self._known |= {str(path): name for path, name in runs.items() if len(path.parts) > 1}
-        for home in {str(Path.home()), str(Path.home().resolve())} - {os.sep}:
-            self._known.setdefault(home, "~")
-        longest = sorted(self._known, key=lambda path: (-len(path), path))
-        self._folders = (
-            re.compile(rf"(?<![\w.~/-])({'|'.join(map(re.escape, longest))})(?![\w.-])") if longest else None
-        )
+        known = dict(_in_recipes(runs)) | {str(path): name for path, name in runs.items() if len(path.parts) > 1}
+        homes = {str(Path.home()), str(Path.home().resolve())} - {os.sep}
+        self._named, self._home = _replacing(known), _replacing(dict.fromkeys(homes, "~"))
 
     def folders(self, text: str) -> str:
         """The text with short names in place of the runs' folders, the paths of their recipes, and the home folder."""
-        return self._folders.sub(lambda match: self._known[match[1]], text) if self._folders else text
+        return self._home(self._named(text))
 
     def paths(self, text: str) -> str:
-        """The same, and of every other absolute path only the last part, after "…/"."""
-        return _PATH.sub(_last_part, self.folders(text))
+        """The text with the names of runs in place of their folders, and of every other absolute path only the last
+        part, after "…/"."""
+        return _PATH.sub(_last_part, self._named(text))
+
+
+def _replacing(names: Mapping[str, str]) -> Callable[[str], str]:
+    """A function that puts names in place of paths, also at the beginning of longer paths."""
+    if not names:
+        return str
+    longest = sorted(names, key=lambda path: (-len(path), path))
+    pattern = re.compile(rf"(?<![\w.~/-])({'|'.join(map(re.escape, longest))})(?![\w.-])")
+    return lambda text: pattern.sub(lambda match: names[match[1]], text)
 
 
 def _last_part(match: re.Match[str]) -> str:

@@ -111,10 +111,9 @@ class RunPages:
             self.unread.append(self.private.paths(str(error)))
             return False
         data["run"] = self.card.folder
-        data = every_text(data, self.private.folders)
         for one in data["completions"]:
             one |= {name: every_text(one[name], self.private.paths) for name in ("printed", "failure") if name in one}
-        text = json_block(data)
+        text = json_block(every_text(data, self.private.folders))
         if len(text) > self._left:
             return False
         self._left -= len(text)
