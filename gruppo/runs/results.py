@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
@@ -16,8 +18,6 @@ from gruppo.utils.imports import needing_ui
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
-
-    from gruppo.ui.notebook import TokenView
 
 _WHOLE = "restore it as the run wrote it"
 
@@ -111,16 +111,14 @@ class Result:
             found = pd.DataFrame(read_lines(self.path / "events.jsonl"))
         return found if len(found) else pd.DataFrame(columns=["time", "step", "kind", "message"])
 
-    def view(self, step: int, group: int = 0) -> TokenView:
-        """A group of completions token by token, in a notebook; text elsewhere. `step` counts from 1, `group` from 0.
+    def view(self, step: int, group: int = 0) -> Any:
+        """A group of completions token by token (a gruppo.ui.notebook.TokenView): in a notebook a view, elsewhere text.
+        `step` counts from 1, `group` from 0.
 
         At most 16 completions are shown; `gruppo ui` shows all. Needs the extra `ui`. Raises UsageError if the step has
         no such group.
         """
-        with needing_ui("the token view"):
-            from gruppo.ui.notebook import TokenView
-
-        return TokenView.of(self.path, step, group)
+        return _dashboard("notebook", "the token view").TokenView.of(self.path, step, group)
 
     def report(self, out: str | Path = "report.html", *, force: bool = False, **limits: float) -> Path:
         """Write the run as one file that opens in a browser without a network. Returns its path.
@@ -128,11 +126,8 @@ class Result:
         `force`: replace a file that is not a report. `limits`: `steps`, `groups`, `questions` and `megabytes`, see
         gruppo.ui.sampling.Limits. Needs the extra `ui`. Raises UsageError if the file cannot be written there.
         """
-        with needing_ui("a report"):
-            from gruppo.ui.report import write_report
-            from gruppo.ui.sampling import Limits
-
-        return write_report([self.path], Path(out), Limits(**limits), force=force).path  # type: ignore[arg-type]
+        module = _dashboard("report", "a report")
+        return Path(module.write_report([self.path], Path(out), module.Limits(**limits), force=force).path)
 
     def load_model(self, *, trust_remote_code: bool = False) -> PreTrainedModel:
         """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too.
@@ -169,6 +164,12 @@ class Result:
 def load_result(path: str | Path) -> Result:
     """The result in a run folder, finished or not; the same as `Result.read`."""
     return Result.read(path)
+
+
+def _dashboard(module: str, what: str) -> ModuleType:
+    """A module of gruppo.ui, for `what`. It builds on this package, so it is imported by name, when it is used."""
+    with needing_ui(what):
+        return import_module(f"gruppo.ui.{module}")
 
 
 def _known(steps: Iterable[int]) -> str:
