@@ -113,14 +113,14 @@ def _add_pages(app: FastAPI, state: Dashboard) -> None:
     def run(key: str, part: str = "") -> HTMLResponse:
         card = state.card(key)
         if part == "head":
-            return state.page("_run_head.html", **_head(state, card))
+            return state.page("_run_head.html", **head_values(state, card))
         if part == "events":
-            return state.page("_events.html", **_events(state, card))
+            return state.page("_events.html", **events_values(state, card))
         live = state.runs.live(card.path)
         return state.page(
             "run.html", tab="", charts=payload(live), charts_source=state.templates.links.data(key, "series"),
             charts_stream=state.templates.links.data(key, "live"), commands=details.commands(card, card.step),
-            **{**_head(state, card), **_events(state, card)},
+            **{**head_values(state, card), **events_values(state, card)},
         )  # fmt: skip
 
     @app.get("/r/{key}/recipe", response_class=HTMLResponse)
@@ -235,7 +235,8 @@ def _add_errors(app: FastAPI, state: Dashboard) -> None:
         return answer(request, 404, str(error))
 
 
-def _head(state: Dashboard, card: Card) -> dict[str, Any]:
+def head_values(state: Dashboard, card: Card) -> dict[str, Any]:
+    """What the top of a run's page shows."""
     live = state.runs.live(card.path)
     return {"card": card, "last": details.last_values(live), "problems": _problems(card, live.damaged)}
 
@@ -255,14 +256,15 @@ def _problems(card: Card, damaged: int) -> list[str]:
     return [*([card.problem] if card.problem else []), *problems]
 
 
-def _events(state: Dashboard, card: Card) -> dict[str, Any]:
+def events_values(state: Dashboard, card: Card) -> dict[str, Any]:
+    """What a run's page shows of its events."""
     events = state.runs.live(card.path).events
     kept = [{**event, "advice": advice_for(event)} for event in reversed(events[-EVENTS:])]
     return {"card": card, "events": kept, "hidden_events": len(events) - len(kept)}
 
 
-def recipe_values(card: Card) -> dict[str, Any]:
-    """What the page of the recipe shows."""
+def recipe_values(card: Card, named: str | None = None) -> dict[str, Any]:
+    """What the page of the recipe shows. `named`: how commands call the run, by default by its path."""
     problem, changed = card.problem, None
     try:
         changed = details.changed_fields(card.path)
@@ -278,7 +280,7 @@ def recipe_values(card: Card) -> dict[str, Any]:
         "recipe_text": text,
         "machine": details.machine(card.path),
         "files": [(name, path.stat().st_size) for name, path in details.files(card.path).items()],
-        "commands": details.commands(card, card.step),
+        "commands": details.commands(card, card.step, named),
     }
 
 

@@ -98,13 +98,16 @@ def files(run: Path) -> dict[str, Path]:
     return found
 
 
-def commands(card: Card, last_step: int) -> list[tuple[str, str]]:
-    """Commands that go on from the run: what they do, and the command. Empty while it is running."""
-    quoted = shlex.quote(str(card.path))
+def commands(card: Card, last_step: int, named: str | None = None) -> list[tuple[str, str]]:
+    """Commands that go on from the run: what they do, and the command. While it is running, only those that show it.
+
+    `named`: how they call the run, by default by its path.
+    """
+    quoted = shlex.quote(named or str(card.path))
     general = [("On one screen", f"gruppo show {quoted}"), ("As one file", f"gruppo report {quoted} -o report.html")]
     try:
         recipe = read_recipe(card.path)
-        found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step)
+        found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step, named)
     except (UsageError, RunError):
         return general
     if last_step:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,30 @@ from gruppo.ui.links import Links
 from gruppo.utils.timing import duration_text
 
 
-class Templates:
-    """The templates of the dashboard, with the links of a server or of a report. Everything is escaped."""
+@dataclass(frozen=True)
+class Encoded:
+    """A value that is JSON already (see `gruppo.ui.text.json_block`), and the field `page` of the value."""
 
-    def __init__(self, links: Links) -> None:
+    text: str
+    page: Mapping[str, Any]
+
+
+_FOLDER = Path(__file__).parent / "templates"
+
+
+class Templates:
+    """The templates of the dashboard, with the links of a server or of a report. Everything is escaped.
+
+    `first`: a folder of templates that come before those of the same name. `finalize`: called with every value before
+    it is escaped.
+    """
+
+    def __init__(self, links: Links, first: str = ".", finalize: Callable[[Any], Any] | None = None) -> None:
         self.links = links
         self.environment = Environment(
-            loader=FileSystemLoader(Path(__file__).parent / "templates"),
+            loader=FileSystemLoader([_FOLDER / first, _FOLDER]),
             autoescape=True,
+            finalize=finalize,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -40,7 +58,7 @@ class Templates:
             points=text.points,
             low=text.lowest,
             high=text.highest,
-            json=lambda value: Markup(text.json_block(value)),
+            json=lambda value: Markup(value.text if isinstance(value, Encoded) else text.json_block(value)),
         )
 
     def render(self, name: str, **values: Any) -> str:
