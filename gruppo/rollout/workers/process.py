@@ -24,6 +24,12 @@ from gruppo.rollout.workers.supervised import Supervised
 _START = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
 _PACKAGES = str(Path(__file__).parents[3])
 
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of gruppo as a program, in this Python and with unbuffered output."""
+    return [sys.executable, "-u", "-X", "faulthandler", "-P", "-c", _START, _PACKAGES, module, *arguments]
+
+
 LOAD_TIMEOUT = 300.0  # seconds
 TICK_SECONDS = 0.5
 
@@ -50,11 +56,10 @@ class Worker:
         answer_read, answer_write = os.pipe()
         self.channel = Channel(answer_read, call_write)
         printed = subprocess.DEVNULL if output is None else output.descriptor
-        arguments = [str(number) for number in (call_read, answer_write, memory)]
-        python = [sys.executable, "-u", "-X", "faulthandler", "-P", "-c", _START, _PACKAGES]
+        command = python_command(self.module, *(str(number) for number in (call_read, answer_write, memory)))
         try:
             self.process = Supervised(
-                [*python, self.module, *arguments], (call_read, answer_write), printed, self._environment, delay=delay
+                command, (call_read, answer_write), printed, self._environment, delay=delay
             )
         except BaseException:
             self.channel.close()
