@@ -273,7 +273,7 @@ NAMES = {
 _WITHOUT = {
     "every step is recorded in the run folder": "logging_* log_* disable_tqdm debug num_completions_to_print "
     "include_num_input_tokens_seen include_for_metrics skip_memory_metrics plot_loss",
-    "a tracker takes its settings from its own environment variables, such as WANDB_PROJECT (docs/trackers.md)": "wandb_* "
+    "a tracker has its own environment variables, such as WANDB_PROJECT (docs/trackers.md)": "wandb_* "
     "trackio_* swanlab_* project project_name",
     "nothing is uploaded; `gruppo export` writes a folder for the Hugging Face hub": "push_to_hub hub_*",
     "gruppo has its own engine": "vllm_* use_vllm sglang_* fast_inference rollout.mode enforce_eager "

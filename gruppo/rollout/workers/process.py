@@ -58,9 +58,7 @@ class Worker:
         printed = subprocess.DEVNULL if output is None else output.descriptor
         command = python_command(self.module, *(str(number) for number in (call_read, answer_write, memory)))
         try:
-            self.process = Supervised(
-                command, (call_read, answer_write), printed, self._environment, delay=delay
-            )
+            self.process = Supervised(command, (call_read, answer_write), printed, self._environment, delay=delay)
         except BaseException:
             self.channel.close()
             raise
@@ -120,7 +118,7 @@ class Worker:
     def _died(self) -> dict[str, Any]:
         code = self.process.exit_code()
         self.kill()
-        return {"failure": f"its process died ({_how(code)}); see {self.log}"}
+        return {"failure": f"its process died ({how_it_ended(code)}); see {self.log}"}
 
     def _invalid_answer(self) -> dict[str, Any]:
         self.kill()
@@ -157,7 +155,7 @@ def kill(workers: Sequence[Worker]) -> None:
         worker.kill()
 
 
-def _how(code: int | None) -> str:
+def how_it_ended(code: int | None) -> str:
     """How a process ended, as text."""
     if code is None or code >= 0:
         return f"exit code {code}"
