@@ -29,7 +29,7 @@ SURROGATES = {
 
 
 # Trackers that a run can log to: the names that accelerate gives them.
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "dvclive", "swanlab"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "swanlab"]
 
 
 class Section(BaseModel):

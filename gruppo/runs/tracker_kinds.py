@@ -64,11 +64,26 @@ def _trackio(folder: Path, sent: Sent, _: int | None) -> Arguments:
     return [PROJECT], {"name": f"{sent.name}-{sent.run_id[:8]}", "resume": "allow"}
 
 
+def _comet_ml(folder: Path, sent: Sent, _: int | None) -> Arguments:
+    import comet_ml
+
+    settings = comet_ml.ExperimentConfig(name=sent.name)
+    options = {"experiment_key": sent.run_id, "mode": "get_or_create", "experiment_config": settings}
+    return [os.environ.get("COMET_PROJECT_NAME") or PROJECT], options
+
+
+def _swanlab(folder: Path, sent: Sent, _: int | None) -> Arguments:
+    options = {"id": sent.run_id, "name": sent.name, "resume": "allow", "log_dir": str(folder / "swanlab")}
+    return [os.environ.get("SWANLAB_PROJ_NAME") or PROJECT], options
+
+
 _ARGUMENTS: dict[str, Callable[[Path, Sent, int | None], Arguments]] = {
     TENSORBOARD: _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,
     "trackio": _trackio,
+    "comet_ml": _comet_ml,
+    "swanlab": _swanlab,
 }
 
 
@@ -118,10 +133,17 @@ def _send_trackio(tracker: Any, rows: Rows, step: int) -> None:
     tracker.log({"completions": trackio.Table(columns=list(COLUMNS), data=[list(row) for row in rows])}, step=step)
 
 
+def _send_swanlab(tracker: Any, rows: Rows, step: int) -> None:
+    import swanlab
+
+    tracker.log({"completions": swanlab.Text(as_markdown(rows))}, step=step)
+
+
 _SEND: dict[str, Callable[[Any, Rows, int], None]] = {
     "wandb": _send_wandb,
     "mlflow": _send_mlflow,
     "trackio": _send_trackio,
+    "swanlab": _send_swanlab,
 }
 
 
