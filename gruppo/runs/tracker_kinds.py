@@ -23,10 +23,11 @@ CONFIG_IS_FINAL = ("mlflow",)  # trackers that refuse another value for a parame
 Rows = Sequence[Sequence[Any]]
 
 
-def open_tracker(name: str, folder: Path, sent: Sent, purge: int | None) -> Any:
+def open_tracker(name: str, folder: Path, sent: Sent, purge: int) -> Any:
     """A started tracker, which continues the run `sent.run_id`.
 
-    `folder`: for the tracker's own files. `purge`: TensorBoard drops what it has from this step on; None for nothing.
+    `folder`: for the tracker's own files. `purge`: TensorBoard drops what it has from this step on. It takes
+    the first such mark in a folder for the start of the run, so the first session leaves one too.
     Raises anything that the tracker raises.
     """
     from accelerate import PartialState
@@ -45,26 +46,26 @@ def open_tracker(name: str, folder: Path, sent: Sent, purge: int | None) -> Any:
 Arguments = tuple[list[str], dict[str, Any]]
 
 
-def _tensorboard(folder: Path, sent: Sent, purge: int | None) -> Arguments:
+def _tensorboard(folder: Path, sent: Sent, purge: int) -> Arguments:
     return [TENSORBOARD, str(folder)], {"purge_step": purge}
 
 
-def _wandb(folder: Path, sent: Sent, _: int | None) -> Arguments:
+def _wandb(folder: Path, sent: Sent, _: int) -> Arguments:
     place = {} if os.environ.get("WANDB_DIR") else {"dir": str(folder)}
     options = {"id": sent.run_id, "name": sent.name, "resume": "allow", **place}
     return [os.environ.get("WANDB_PROJECT") or PROJECT], options
 
 
-def _mlflow(folder: Path, sent: Sent, _: int | None) -> Arguments:
+def _mlflow(folder: Path, sent: Sent, _: int) -> Arguments:
     return [PROJECT], {"run_id": sent.run_id if sent.steps or sent.config else None, "run_name": sent.name}
 
 
-def _trackio(folder: Path, sent: Sent, _: int | None) -> Arguments:
+def _trackio(folder: Path, sent: Sent, _: int) -> Arguments:
     # A run is identified by its name.
     return [PROJECT], {"name": f"{sent.name}-{sent.run_id[:8]}", "resume": "allow"}
 
 
-def _comet_ml(folder: Path, sent: Sent, _: int | None) -> Arguments:
+def _comet_ml(folder: Path, sent: Sent, _: int) -> Arguments:
     import comet_ml
 
     settings = comet_ml.ExperimentConfig(name=sent.name)
@@ -72,12 +73,12 @@ def _comet_ml(folder: Path, sent: Sent, _: int | None) -> Arguments:
     return [os.environ.get("COMET_PROJECT_NAME") or PROJECT], options
 
 
-def _swanlab(folder: Path, sent: Sent, _: int | None) -> Arguments:
+def _swanlab(folder: Path, sent: Sent, _: int) -> Arguments:
     options = {"id": sent.run_id, "name": sent.name, "resume": "allow", "log_dir": str(folder / "swanlab")}
     return [os.environ.get("SWANLAB_PROJ_NAME") or PROJECT], options
 
 
-_ARGUMENTS: dict[str, Callable[[Path, Sent, int | None], Arguments]] = {
+_ARGUMENTS: dict[str, Callable[[Path, Sent, int], Arguments]] = {
     TENSORBOARD: _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,
@@ -133,6 +134,10 @@ def _send_trackio(tracker: Any, rows: Rows, step: int) -> None:
     tracker.log({"completions": trackio.Table(columns=list(COLUMNS), data=[list(row) for row in rows])}, step=step)
 
 
+def _send_comet_ml(tracker: Any, rows: Rows, step: int) -> None:
+    tracker.tracker.log_text(as_markdown(rows), step=step)
+
+
 def _send_swanlab(tracker: Any, rows: Rows, step: int) -> None:
     import swanlab
 
@@ -143,6 +148,7 @@ _SEND: dict[str, Callable[[Any, Rows, int], None]] = {
     "wandb": _send_wandb,
     "mlflow": _send_mlflow,
     "trackio": _send_trackio,
+    "comet_ml": _send_comet_ml,
     "swanlab": _send_swanlab,
 }
 

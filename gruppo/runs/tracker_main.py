@@ -53,9 +53,8 @@ class Follower:
         run, before = recipe["run"], read_sent(self._file)
         self._every, self._last = run["checkpoint_every"], run["steps"]
         self.sent = before or Sent(run["name"])
-        purge = None
-        if before is not None and name == TENSORBOARD:
-            purge = max(0, min(step + 1, before.last_step))  # also the step that a kill may have cut off
+        purge = max(0, min(step + 1, self.sent.last_step))  # also the step that a kill may have cut off
+        if name == TENSORBOARD:
             self.sent.forget_after(purge - 1)
         self.tracker = open_tracker(name, folder / FOLDER, self.sent, purge)
         self._send_config(dict(flat(recipe)))
