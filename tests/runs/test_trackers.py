@@ -1,4 +1,4 @@
-"""What a tracker gets from a run folder, and that nothing is logged twice; with made-up folders and a made-up tracker."""
+"""What a tracker gets from a run folder, and that it gets nothing twice; with made-up folders and a made-up tracker."""
 
 from __future__ import annotations
 
