@@ -26,7 +26,7 @@ Rows = Sequence[Sequence[Any]]
 def open_tracker(name: str, folder: Path, sent: Sent, purge: int) -> Any:
     """A started tracker, which continues the run `sent.run_id`.
 
-    `folder`: for the tracker's own files. `purge`: TensorBoard drops what it has from this step on. It takes
+    `folder`: for TensorBoard's files; other trackers keep theirs where they always do. `purge`: TensorBoard drops what it has from this step on. It takes
     the first such mark in a folder for the start of the run, so the first session leaves one too.
     Raises anything that the tracker raises.
     """
@@ -51,8 +51,8 @@ def _tensorboard(folder: Path, sent: Sent, purge: int) -> Arguments:
 
 
 def _wandb(folder: Path, sent: Sent, _: int) -> Arguments:
-    place = {} if os.environ.get("WANDB_DIR") else {"dir": str(folder)}
-    options = {"id": sent.run_id, "name": sent.name, "resume": "allow", **place}
+    # Its files stay out of the run folder: among them are links to its logs, and a run folder has no links out of it.
+    options = {"id": sent.run_id, "name": sent.name, "resume": "allow"}
     return [os.environ.get("WANDB_PROJECT") or PROJECT], options
 
 
@@ -74,7 +74,7 @@ def _comet_ml(folder: Path, sent: Sent, _: int) -> Arguments:
 
 
 def _swanlab(folder: Path, sent: Sent, _: int) -> Arguments:
-    options = {"id": sent.run_id, "name": sent.name, "resume": "allow", "log_dir": str(folder / "swanlab")}
+    options = {"id": sent.run_id, "name": sent.name, "resume": "allow"}
     return [os.environ.get("SWANLAB_PROJ_NAME") or PROJECT], options
 
 

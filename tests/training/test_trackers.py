@@ -169,6 +169,7 @@ def tracked(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes: dict[str, Any] = {"run__steps": 6, "run__trackers": ["tensorboard", "wandb"], **evaluation}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_DIR", str(out.parent))
         patch.setenv("WORLD_SIZE", "8")  # of a launcher, for whose other processes accelerate would wait
         with killed(patch, "gruppo.training.run.TrainingRun.start_step", 4):
             small_run(tiny_folder, out, **changes)
@@ -222,7 +223,7 @@ def test_wandb_offline_has_every_point_once(tracked: Path) -> None:
     pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     points: Counter[tuple[str, int]] = Counter()
     values, configs, runs, tables = {}, {}, set(), []
-    for path in (tracked / "trackers/wandb").glob("offline-run-*/*.wandb"):
+    for path in (tracked.parent / "wandb").glob("offline-run-*/*.wandb"):
         for content in wandb_records(path):
             record = pb.Record.FromString(content)
             configs |= {item.key: json.loads(item.value_json) for item in record.config.update}
@@ -241,12 +242,12 @@ def test_wandb_offline_has_every_point_once(tracked: Path) -> None:
         at: one for at, one in expected.items() if not at[0].startswith(measured)
     }
     assert set(points.values()) == {1}
-    assert len(list((tracked / "trackers/wandb").glob("offline-run-*"))) == 2
+    assert len(list((tracked.parent / "wandb").glob("offline-run-*"))) == 2
     assert len(runs) == 1, "the same run at W&B"
     assert next(iter(runs))[1:] == ("gruppo", "tiny")
     assert configs["sampling.group_size"] == 4
     assert tables == [1, 2, 4, 6]
-    table = json.loads(next((tracked / "trackers/wandb").rglob("completions_6_*.table.json")).read_text())
+    table = json.loads(next((tracked.parent / "wandb").rglob("completions_6_*.table.json")).read_text())
     assert table["columns"] == ["step", "prompt", "text", "reward", "finish_reason"]
     assert len(table["data"]) == 8
 
