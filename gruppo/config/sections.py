@@ -59,7 +59,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    """Name, length, seed, checkpoints and memory limit of the run."""
+    """Name, length, seed, checkpoints, memory limit and trackers of the run."""
 
     REPLACES: ClassVar[Mapping[str, str]] = {"epochs": "steps"}
 

@@ -26,9 +26,9 @@ Rows = Sequence[Sequence[Any]]
 def open_tracker(name: str, folder: Path, sent: Sent, purge: int) -> Any:
     """A started tracker, which continues the run `sent.run_id`.
 
-    `folder`: for TensorBoard's files; other trackers keep theirs where they always do. `purge`: TensorBoard drops what it has from this step on. It takes
-    the first such mark in a folder for the start of the run, so the first session leaves one too.
-    Raises anything that the tracker raises.
+    `folder`: for TensorBoard's files; other trackers keep theirs where they always do. `purge`: TensorBoard drops what
+    it has from this step on. It takes the first such mark in a folder for the start of the run, so the first session
+    leaves one too. Raises anything that the tracker raises.
     """
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
