@@ -25,6 +25,7 @@ _KL_IN_REWARD = 'method.kl_estimator = "k1", which subtracts the KL from the rew
 _REFERENCE = "run.iterations: the reference is reset at the start of each iteration"
 _OUT = "--out"
 _RESUME = "--resume"
+_TRACKERS = 'run.trackers, a list such as ["tensorboard", "wandb"]'
 
 NAMES = {
     # Length of the run, steps and batches
@@ -44,6 +45,13 @@ NAMES = {
     "default_local_dir": _OUT,
     "save_path": _OUT,
     "ckpt_path": _OUT,
+    "report_to": _TRACKERS,
+    "log_with": _TRACKERS,
+    "logger": _TRACKERS,
+    "logger_type": _TRACKERS,
+    "use_wandb": 'run.trackers = ["wandb"]',
+    "use_swanlab": 'run.trackers = ["swanlab"]',
+    "use_tensorboard": 'run.trackers = ["tensorboard"]',
     "resume_from_checkpoint": _RESUME,
     "resume_mode": _RESUME,
     "load_checkpoint": _RESUME,
@@ -263,9 +271,10 @@ NAMES = {
 
 # Reasons why gruppo has no such field, with the names; "*" stands for any text.
 _WITHOUT = {
-    "every step is recorded in the run folder": "logging_* log_* report_to disable_tqdm debug logger logger_type "
-    "num_completions_to_print project project_name include_num_input_tokens_seen include_for_metrics "
-    "skip_memory_metrics trackio_* wandb_* use_wandb use_tensorboard swanlab_* use_swanlab plot_loss",
+    "every step is recorded in the run folder": "logging_* log_* disable_tqdm debug num_completions_to_print "
+    "include_num_input_tokens_seen include_for_metrics skip_memory_metrics plot_loss",
+    "a tracker has its own environment variables, such as WANDB_PROJECT (docs/trackers.md)": "wandb_* "
+    "trackio_* swanlab_* project project_name",
     "nothing is uploaded; `gruppo export` writes a folder for the Hugging Face hub": "push_to_hub hub_*",
     "gruppo has its own engine": "vllm_* use_vllm sglang_* fast_inference rollout.mode enforce_eager "
     "enable_chunked_prefill enable_prefix_caching free_cache_engine cache_implementation use_cache "

@@ -129,8 +129,9 @@ def answers_chart(index: Index, found: Mapping[str, Any]) -> dict[str, Any] | No
         for place, (name, points) in enumerate(by_name.items()):
             ks = [int(k) for k in points]
             interval = [[point["interval"][end] for point in points.values()] for end in (0, 1)]
-            curve = {"name": name, "label": f"{WORDS[name]}, step {row['step']}", "run": str(number), "color": place,
-                     "dash": number, "size": 1, "x": ks, "y": [point["value"] for point in points.values()]}  # fmt: skip
+            label, values = f"{WORDS[name]}, step {row['step']}", [point["value"] for point in points.values()]
+            curve = {"name": name, "label": label, "run": str(number), "color": place, "dash": number, "size": 1,
+                     "x": ks, "y": values}  # fmt: skip
             if number == 0:
                 curve["band"] = [{"x": ks, "y": end, "size": 1} for end in interval]
             curves.append(curve)

@@ -219,7 +219,8 @@ OUTSIDE = (
     "/etc/passwd", "%2fetc%2fpasswd", "//etc/passwd", "rollouts/../../secret", "rollouts%2f..%2f..%2fsecret", "secret",
     "recipe.toml/", "recipe.toml%00", "%00", "recipe.toml%00.txt", "./recipe.toml", "checkpoints/state.json", ".", "",
     "rollouts", "rollouts/", "rollouts/step-000001.parquet/../../recipe.toml", "....//secret", "%252e%252e%252fsecret",
-    "status.json", "%c0%ae%c0%ae/secret", "file:///etc/passwd", "~/secret", "RECIPE.TOML", "rollouts//step-000001.parquet",
+    "status.json", "%c0%ae%c0%ae/secret", "file:///etc/passwd", "~/secret", "RECIPE.TOML",
+    "rollouts//step-000001.parquet",
 )  # fmt: skip
 
 
