@@ -56,21 +56,26 @@ class Trackers:
     def finish(self) -> None:
         """Let the trackers log what is left, and end those that take too long."""
         self.check()
+        if not self._alive:
+            return
         for process in self._alive.values():
             process.let_end()
-        deadline = time.monotonic() + FINISH_SECONDS
         try:
-            for name, process in self._alive.items():
-                code = process.wait(max(0.0, deadline - time.monotonic()))
-                lines = process.close()
-                if code is None:
-                    self._record(name, f"was ended, as it took longer than {FINISH_SECONDS:.0f} s after the run", lines)
-                elif code:
-                    self._record(name, f"has ended ({how_it_ended(code)})", lines)
+            with self._context.recorder.bar("Waiting for trackers", None, ""):
+                self._wait(time.monotonic() + FINISH_SECONDS)
         finally:
             for process in self._alive.values():
                 process.close()
             self._alive = {}
+
+    def _wait(self, deadline: float) -> None:
+        for name, process in self._alive.items():
+            code = process.wait(max(0.0, deadline - time.monotonic()))
+            lines = process.close()
+            if code is None:
+                self._record(name, f"was ended, as it took longer than {FINISH_SECONDS:.0f} s after the run", lines)
+            elif code:
+                self._record(name, f"has ended ({how_it_ended(code)})", lines)
 
     def _record(self, name: str, why: str, lines: list[str]) -> None:
         """`why`: in words; `lines`: the last ones of its log."""

@@ -318,7 +318,7 @@ def test_a_file_that_is_cut_back_is_read_again(tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def few_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard reads the files in the order of their names: second, process, and a number in the process, as text."""
+    """TensorBoard reads files in the order of their names: second, process, and a number in the process, as text."""
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
