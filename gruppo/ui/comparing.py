@@ -159,7 +159,8 @@ def _mean(arrays: Sequence[tuple[tuple[np.ndarray, np.ndarray], Axis]], points: 
         return thin(chosen, np.zeros(0), points)
     table, where = np.array(values), np.mean(places, axis=0)
     whole = where.astype(np.int64) if np.array_equal(where, chosen) else where
-    mean = thin(whole, table.mean(axis=0), points)
+    with np.errstate(over="ignore"):
+        mean = thin(whole, table.mean(axis=0), points)
     mean["band"] = [thin(whole, table.min(axis=0), points), thin(whole, table.max(axis=0), points)]
     return mean
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
-from gruppo.errors import RunError, UsageError
+from gruppo.errors import RunError, UsageError, is_visible
 from gruppo.runs.changes import differences
 from gruppo.runs.reading import read_object, reading
 from gruppo.runs.screen import next_commands
@@ -34,7 +34,9 @@ def changed_fields(run: Path) -> list[tuple[str, Any, Any]]:
     What a recipe has to name itself (model, tasks, reward functions) is not compared. Raises UsageError if the recipe
     is damaged.
     """
-    recipe, data = read_recipe(run), recipe_data(run)
+    recipe = read_recipe(run)
+    with reading(run / "recipe.toml", "restore it as the run wrote it"):
+        data = recipe_data(run)
     kept: dict[str, Any] = {
         "method": {"name": recipe.method.name},
         "model": {"name": recipe.model.name},
@@ -96,7 +98,14 @@ def files(run: Path) -> dict[str, Path]:
 
 
 def commands(card: Card, last_step: int) -> list[tuple[str, str]]:
-    """Commands that go on from the run: what they do, and the command. Empty while it is running."""
+    """Commands that go on from the run: what they do, and the command; while it is running, those that only read.
+
+    A command with characters that a reader does not see is left out: nobody should paste it into a shell.
+    """
+    return [(words, command) for words, command in _commands(card, last_step) if is_visible(command)]
+
+
+def _commands(card: Card, last_step: int) -> list[tuple[str, str]]:
     quoted = shlex.quote(str(card.path))
     general = [("On one screen", f"gruppo show {quoted}"), ("As one file", f"gruppo report {quoted} -o report.html")]
     try:
