@@ -13,7 +13,7 @@ from gruppo.errors import RunError, UsageError, is_visible
 from gruppo.runs.changes import differences
 from gruppo.runs.reading import read_object, reading
 from gruppo.runs.screen import next_commands
-from gruppo.ui.catalog import Card, recipe_data, regular
+from gruppo.ui.catalog import Card, recipe_data, regular, table_path
 
 LISTED = (
     "recipe.toml", "metrics.jsonl", "events.jsonl", "summary.json", "environment.json", "results.json", "rewards.log",
@@ -110,6 +110,7 @@ def _commands(card: Card, last_step: int) -> list[tuple[str, str]]:
     general = [("On one screen", f"gruppo show {quoted}"), ("As one file", f"gruppo report {quoted} -o report.html")]
     try:
         recipe = read_recipe(card.path)
+        table_path(card.path, "rollouts", last_step)
         found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step)
     except (UsageError, RunError):
         return general

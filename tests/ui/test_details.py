@@ -164,3 +164,17 @@ def test_no_command_with_a_name_that_hides_characters(tmp_path: Path, name: str)
     run = make_run(tmp_path / name)
     write_rollouts(run, rollout_row())
     assert details.commands(card(run), 1) == []
+
+
+@pytest.mark.parametrize("prompt", [None, "", "[" * 100_000, "[1]", '[{"role": 5}]', "x" * 10_000])
+def test_prompts_of_strangers_in_a_command(tmp_path: Path, prompt: str | None) -> None:
+    run = make_run(tmp_path)
+    write_rollouts(run, rollout_row(prompt=prompt), step=4)
+    assert told(run, "done")["Sample from the model"][:3] == ["gruppo", "sample", str(run)]
+
+
+def test_a_table_that_is_a_pipe_is_not_read_for_a_command(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "rollouts").mkdir()
+    os.mkfifo(run / "rollouts/step-000004.parquet")
+    assert set(told(run, "done")) == {"On one screen", "As one file"}
