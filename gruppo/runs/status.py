@@ -23,6 +23,7 @@ from gruppo.runs.reading import read_object
 
 FILE = "status.json"
 SECONDS = 1.0  # the file is written at most this often
+_MOST = 2**53  # of every number
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,6 @@ class Status:
     attempt: int = 1
     checkpoint: int = 0
     truncated_to: Mapping[str, int] = field(default_factory=dict)
-
-
-_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("state", "phase", "unit", "heartbeat"), str),
-    **dict.fromkeys(("step", "process_id", "attempt", "checkpoint"), int),
-    **{"done": int | float, "total": int | float | None, "steps": int | None, "truncated_to": dict},
-}
 
 
 class StatusFile:
@@ -89,6 +83,19 @@ def read_status(folder: Path) -> Status | None:
     try:
         content = read_object(path)
         known = {name: content[name] for name in Status.__dataclass_fields__ if name in content}
-        return Status(**known) if all(isinstance(value, _TYPES[name]) for name, value in known.items()) else None
+        status = Status(**known)
+        return status if _is_valid(status) else None
     except (OSError, ValueError, UsageError):
         return None
+
+
+def _is_valid(status: Status) -> bool:
+    """Whether the fields have the types that a run writes; a damaged or foreign file can contain anything."""
+    whole = (status.step, 0 if status.steps is None else status.steps, status.attempt, status.checkpoint)
+    amounts = (status.done, 0 if status.total is None else status.total)
+    return (
+        all(isinstance(text, str) for text in (status.state, status.phase, status.unit, status.heartbeat))
+        and all(type(number) is int and abs(number) < _MOST for number in whole)
+        and all(type(number) in (int, float) and abs(number) < _MOST for number in amounts)
+        and isinstance(status.truncated_to, Mapping)
+    )

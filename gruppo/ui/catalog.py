@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -14,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gruppo.config.renames import translate_event, translate_metrics, translate_recipe
 from gruppo.errors import UsageError
-from gruppo.runs.reading import object_of, old_parts, read_object
+from gruppo.runs.reading import object_of, old_parts, open_file, read_object
 from gruppo.runs.screen import State, state_of
 from gruppo.runs.status import Status, read_status
 
@@ -175,28 +174,13 @@ def regular(path: Path) -> bool:
     return _mark(path) is not None
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A file, open for reading in binary. Raises OSError if it is missing, or if it is a link, a device or a pipe."""
-    stream = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return stream
-
-
-def table_path(run: Path, folder: str, step: int) -> Path:
-    """Where the table of a step in rollouts/ or evaluations/ is, also if there is none.
-
-    Raises UsageError if something else is there: a link, which may lead out of the run, a folder, or a pipe, which
-    would never end.
-    """
-    path = run / folder / f"step-{step:06d}.parquet"
-    for entry in (path.parent, path):
-        if entry.is_symlink():
-            raise UsageError(f"{entry}: is a link, which is not followed; replace it with its target")
-    if path.exists() and not regular(path):
-        raise UsageError(f"{path}: is not a file; restore it from a copy")
-    return path
+def foreign_entries(run: Path) -> list[str]:
+    """The names in a run folder that are neither files nor folders: links, which can lead out of it, and pipes."""
+    try:
+        with os.scandir(run) as entries:
+            return sorted(entry.name for entry in entries if not _is_file(entry) and not _is_folder(entry))
+    except OSError:
+        return []
 
 
 def recipe_data(run: Path) -> dict[str, Any]:
@@ -250,7 +234,9 @@ def _card(key: str, path: Path, root: Path) -> Card:
 
 def _with_status(card: Card, status: Status, now: float | None) -> Card:
     state, step, steps = state_of(status, {}, now), _number(status.step), _number(status.steps)
-    left = card.pace * max(0, steps - step) if state.name == "running" and steps and card.pace is not None else None
+    left = None
+    if state.name == "running" and steps and card.pace is not None:
+        left = _value(card.pace * max(0, steps - step))
     return replace(card, state=state, step=step, steps=steps or card.steps, left=left)
 
 
@@ -315,7 +301,7 @@ def _lines(path: Path, run: Path) -> list[dict[str, Any]]:
 
 def _head(run: Path) -> list[dict[str, Any]]:
     try:
-        with open_regular(run / "metrics.jsonl") as stream:
+        with open_file(run / "metrics.jsonl", links=False) as stream:
             lines = stream.read(HEAD).split(b"\n")[:-1]
     except OSError:
         return []
@@ -324,7 +310,7 @@ def _head(run: Path) -> list[dict[str, Any]]:
 
 def _tail(path: Path) -> list[dict[str, Any]]:
     try:
-        with open_regular(path) as stream:
+        with open_file(path, links=False) as stream:
             start = max(0, os.fstat(stream.fileno()).st_size - TAIL)
             stream.seek(start)
             lines = stream.read(TAIL).split(b"\n")[:-1]

@@ -11,7 +11,7 @@ from gruppo.runs.eval_metrics import Question as Verdicts
 from gruppo.runs.eval_metrics import compare, figures
 from gruppo.runs.reading import read_object
 from gruppo.ui.answers import best_text, first_answers
-from gruppo.ui.catalog import Card
+from gruppo.ui.catalog import Card, regular
 from gruppo.ui.index import Index
 from gruppo.ui.live import LiveRun
 from gruppo.ui.queries import KINDS_OF_CHANGE, Filters, Page, Question
@@ -129,8 +129,9 @@ def answers_chart(index: Index, found: Mapping[str, Any]) -> dict[str, Any] | No
         for place, (name, points) in enumerate(by_name.items()):
             ks = [int(k) for k in points]
             interval = [[point["interval"][end] for point in points.values()] for end in (0, 1)]
-            curve = {"name": name, "label": f"{WORDS[name]}, step {row['step']}", "run": str(number), "color": place,
-                     "dash": number, "size": 1, "x": ks, "y": [point["value"] for point in points.values()]}  # fmt: skip
+            label, values = f"{WORDS[name]}, step {row['step']}", [point["value"] for point in points.values()]
+            curve = {"name": name, "label": label, "run": str(number), "color": place, "dash": number, "size": 1,
+                     "x": ks, "y": values}  # fmt: skip
             if number == 0:
                 curve["band"] = [{"x": ks, "y": end, "size": 1} for end in interval]
             curves.append(curve)
@@ -143,8 +144,9 @@ def answers_chart(index: Index, found: Mapping[str, Any]) -> dict[str, Any] | No
 
 def set_domains(card: Card) -> dict[str, str]:
     """The domain of each benchmark, "in-domain" or "out-of-domain", by its name; known once the run has ended."""
+    path = card.path / "summary.json"
     try:
-        benchmarks = read_object(card.path / "summary.json").get("benchmarks")
+        benchmarks = read_object(path).get("benchmarks") if regular(path) else None
     except (UsageError, OSError):
         return {}
     found = benchmarks.items() if isinstance(benchmarks, dict) else ()

@@ -183,7 +183,10 @@ def test_only_the_last_marks_are_drawn(tmp_path: Path) -> None:
 
 def test_patterns_match_whole_names_in_their_order() -> None:
     assert matching({"b": "B", r"a/(\w+)": "{} of a"}, ["a/x", "b", "bb", "a/"]) == [("b", "B"), ("a/x", "x of a")]
-    assert matching({r"a/(.+)": "{}"}, ["a/{}", "a/{0.__class__}"]) == [("a/{}", "{}"), ("a/{0.__class__}", "{0.__class__}")]
+    assert matching({r"a/(.+)": "{}"}, ["a/{}", "a/{0.__class__}"]) == [
+        ("a/{}", "{}"),
+        ("a/{0.__class__}", "{0.__class__}"),
+    ]
 
 
 def test_a_run_without_metrics_has_no_charts(tmp_path: Path) -> None:

@@ -113,9 +113,7 @@ def test_a_seed_without_a_value_leaves_a_gap(tmp_path: Path) -> None:
 
 
 def test_seeds_without_a_common_step_have_no_curve(tmp_path: Path) -> None:
-    found = runs(
-        tmp_path, {"seed": 0, "metrics": values("a", 1.0)}, {"seed": 1, "metrics": values("a", 3.0, first=7)}
-    )
+    found = runs(tmp_path, {"seed": 0, "metrics": values("a", 1.0)}, {"seed": 1, "metrics": values("a", 3.0, first=7)})
     (curve,) = curves(payload(found), "a")
     assert (curve["x"], curve["y"]) == ([], [])
 

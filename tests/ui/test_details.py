@@ -26,7 +26,10 @@ def card(path: Path, state: str = "done") -> Card:
 
 
 def test_fields_that_differ_from_the_defaults_of_the_method(tmp_path: Path) -> None:
-    changed = RECIPE + "[method]\nname = 'dapo'\nkl_coef = 0.5\n[sampling]\ngroup_size = 3\n[optimizer]\nmax_grad_norm = 1.0\n"
+    changed = (
+        RECIPE
+        + "[method]\nname = 'dapo'\nkl_coef = 0.5\n[sampling]\ngroup_size = 3\n[optimizer]\nmax_grad_norm = 1.0\n"
+    )
     found = {field: (value, default) for field, value, default in details.changed_fields(make_run(tmp_path, changed))}
     assert found["method.kl_coef"] == (0.5, 0.0)  # DAPO's default
     assert found["sampling.group_size"][0] == 3
@@ -68,7 +71,8 @@ def test_the_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "environment", [{}, {"packages": 5, "chosen": [], "memory_bytes": "x"}, {"memory_bytes": True}, {"memory_bytes": -1}]
+    "environment",
+    [{}, {"packages": 5, "chosen": [], "memory_bytes": "x"}, {"memory_bytes": True}, {"memory_bytes": -1}],
 )
 def test_machines_of_strangers(tmp_path: Path, environment: dict[str, Any]) -> None:
     for name, value in details.machine(make_run(tmp_path, environment=environment)):

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gruppo.runs.tail import Tail
 from gruppo.ui import live
-from gruppo.ui.live import LiveRun, Tail, thin
+from gruppo.ui.live import LiveRun, thin
 from gruppo.ui.runs import OpenRuns
 from tests.ui.made import make_run
 
