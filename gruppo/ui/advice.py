@@ -42,7 +42,7 @@ ADVICE = {
     "nonfinite": "Inspect the batch, which is in the run folder, and start again with a lower learning rate.",
     "worker_restarted": "Once is harmless. If it happens again, see rewards.log: a reward function or an environment "
     "should load in a new process, and change nothing outside of itself.",
-    "checkpoint_unusable": "Check the disk. The run has continued from an older checkpoint, and repeats the steps since.",
+    "checkpoint_unusable": "Check the disk. The run has continued from an older checkpoint, and repeats steps.",
     "damaged": "Restore the file from a copy if you need it; training does not depend on it.",
     "tracker": "Nothing for the run, which goes on without it; check its installation, login and network.",
 }

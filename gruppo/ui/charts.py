@@ -87,7 +87,7 @@ CHARTS = (
 
 
 class Axis:
-    """What the horizontal axis of the curves counts: steps, sampled tokens, or hours. Names that are none count steps."""
+    """What the horizontal axis of the curves counts: steps, sampled tokens, or hours; steps for any other name."""
 
     def __init__(self, live: LiveRun, name: str) -> None:
         self.name = name if name in AXES else "step"

@@ -43,7 +43,8 @@ def add_comparison(app: FastAPI, state: Dashboard) -> None:
             charts_source=links.compare_data(*found, band=band), band=band == "1",
             other_band=links.compare(*found, band="0" if band == "1" else "1"),
             without=[links.compare(*(key for key in found if key != other), band=band) for other in found],
-            seeds=seeds_text(runs), differences=comparing.recipe_table(runs), **answers_values(state, runs, set_, (first, second)),
+            seeds=seeds_text(runs), differences=comparing.recipe_table(runs),
+            **answers_values(state, runs, set_, (first, second)),
         )  # fmt: skip
 
     @app.get("/api/compare")

@@ -11,9 +11,9 @@ from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import RunError, UsageError, is_visible
 from gruppo.runs.changes import differences
-from gruppo.runs.reading import read_object, reading
+from gruppo.runs.reading import own_table, read_object, reading
 from gruppo.runs.screen import next_commands
-from gruppo.ui.catalog import Card, recipe_data, regular, table_path
+from gruppo.ui.catalog import Card, recipe_data, regular
 
 LISTED = (
     "recipe.toml", "metrics.jsonl", "events.jsonl", "summary.json", "environment.json", "results.json", "rewards.log",
@@ -114,7 +114,7 @@ def _commands(card: Card, last_step: int, named: str | None) -> list[tuple[str, 
     general = [("On one screen", f"gruppo show {quoted}"), ("As one file", f"gruppo report {quoted} -o report.html")]
     try:
         recipe = read_recipe(card.path)
-        table_path(card.path, "rollouts", last_step)
+        own_table(card.path, "rollouts", last_step)
         found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step, named)
     except (UsageError, RunError):
         return general

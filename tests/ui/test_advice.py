@@ -13,7 +13,7 @@ from gruppo.ui.advice import ADVICE, NOTHING_TO_DO, advice_for
 
 
 def written_kinds() -> set[str]:
-    """The kinds of events that the code writes: first arguments of `….event(…)`, and "kind" in the event of a grader."""
+    """The kinds of events that the code writes: the constant first arguments of `….event(…)`."""
     kinds = {KIND}
     for path in Path("gruppo").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

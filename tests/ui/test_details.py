@@ -177,8 +177,15 @@ def test_prompts_of_strangers_in_a_command(tmp_path: Path, prompt: str | None) -
     assert told(run, "done")["Sample from the model"][:3] == ["gruppo", "sample", str(run)]
 
 
-def test_a_table_that_is_a_pipe_is_not_read_for_a_command(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+@pytest.mark.parametrize("kind", ["a pipe", "a link"])
+def test_only_tables_of_the_run_are_read_for_a_command(tmp_path: Path, kind: str) -> None:
+    outside = write_rollouts(tmp_path / "other", rollout_row(prompt="secret"), step=4)
+    run = make_run(tmp_path / "run")
     (run / "rollouts").mkdir()
-    os.mkfifo(run / "rollouts/step-000004.parquet")
-    assert set(told(run, "done")) == {"On one screen", "As one file"}
+    if kind == "a pipe":
+        os.mkfifo(run / "rollouts" / outside.name)
+    else:
+        (run / "rollouts" / outside.name).symlink_to(outside)
+    found = told(run, "done")
+    assert found["On one screen"] == ["gruppo", "show", str(run)]
+    assert not any("secret" in words for words in found.values())
