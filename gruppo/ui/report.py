@@ -30,7 +30,7 @@ from gruppo.ui.inline import assets
 from gruppo.ui.links import ReportLinks
 from gruppo.ui.pages import Templates
 from gruppo.ui.private import Private, every_text
-from gruppo.ui.report_pages import ANSWERS, ReportPage, RunPages
+from gruppo.ui.report_pages import ANSWERS, SETS, ReportPage, RunPages
 from gruppo.ui.runs import OpenRuns
 from gruppo.ui.sampling import Limits
 from gruppo.ui.tokens import PAGE_COMPLETIONS, PAGE_TOKENS
@@ -184,7 +184,7 @@ def _comparison(state: Dashboard, reports: Sequence[RunPages], private: Private)
 
 
 def _about(summaries: Sequence[tuple[str, str]], limits: Limits) -> ReportPage:
-    values = {"runs": summaries, "limits": limits, "version": __version__, "answers": ANSWERS,
+    values = {"runs": summaries, "limits": limits, "version": __version__, "answers": ANSWERS, "sets": SETS,
               "completions": PAGE_COMPLETIONS, "tokens": PAGE_TOKENS}  # fmt: skip
     return ReportPage(ABOUT, "report/about.html", values)
 
