@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from gruppo.ui.sampling import Limits, by_weight, spread
 from gruppo.ui.text import json_block
 from gruppo.ui.tokens import answers_data, group_data
 
+POINTS = 400  # of a curve
 LISTED = 500  # rows of the table of steps
 ANSWERS = 20  # rows of a page of an evaluation
 SETS = 40  # of questions, whose evaluations have pages
@@ -192,7 +194,7 @@ class RunPages:
     def _overview(self) -> ReportPage:
         live = self.state.runs.live(self.path)
         shown = {**head_values(self.state, self.card), **events_values(self.state, self.card)}
-        charts = {**payload(live), "others": {axis: payload(live, axis) for axis in AXES if axis != "step"}}
+        charts = charts_of_axes(lambda axis: payload(live, axis, points=POINTS))
         values = every_text({"charts": charts, "commands": self._recipe()["commands"], **shown}, self.private.paths)
         return self._page(
             self.names.run(self.card.key), "run.html", "", self.summary(), **{**values, "card": self.card},
@@ -296,6 +298,14 @@ class RunPages:
             parts.append(_part(groups, self.totals["groups"], "groups", "can be read token by token"))
         parts += self.unread[:5]
         return " ".join(part for part in parts if part)
+
+
+def charts_of_axes(payload: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
+    """The charts by step, which hold those of the other axes as `others`. Numbers have 6 significant digits."""
+    first, *others = AXES
+    charts = {**payload(first), "others": {axis: payload(axis) for axis in others}}
+    shortened: dict[str, Any] = json.loads(json.dumps(charts), parse_float=lambda text: float(f"{float(text):.6g}"))
+    return shortened
 
 
 def _no_address(*_: Any, **changed: Any) -> None:

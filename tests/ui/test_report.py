@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gruppo.errors import UsageError
+from gruppo.runs.results import load_result
 from gruppo.ui.private import Private, every_text
 from gruppo.ui.report import SCRIPTS, write_report
 from gruppo.ui.sampling import Limits, by_weight, spread
@@ -125,13 +126,14 @@ def test_the_policy_allows_the_scripts_of_the_package_only(report: Document) -> 
     assert policy.keys() == {"default-src", "script-src", "style-src", "img-src", "base-uri", "form-action"}
 
 
-def test_the_curves_of_every_axis_are_in_the_file(report: Document) -> None:
+def test_the_curves_of_every_axis_are_in_the_file(run: Path, report: Document) -> None:
     (charts,) = (block for block in report.blocks if "charts" in block)
     assert charts["axis"] == "step"
     assert charts["others"].keys() == {"tokens", "time"}
     rewards = [chart["curves"][0] for one in (charts, charts["others"]["tokens"]) for chart in one["charts"][:1]]
     assert rewards[0]["x"] == [1, 2, 3, 4, 5]
-    assert rewards[0]["y"] == rewards[1]["y"]
+    values = [line["reward/mean"] for line in load_result(run).metrics if "reward/mean" in line]
+    assert rewards[0]["y"] == rewards[1]["y"] == [float(f"{value:.6g}") for value in values]
     assert rewards[1]["x"] != rewards[0]["x"]
 
 
