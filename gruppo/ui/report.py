@@ -83,8 +83,8 @@ def _run_folder(folder: Path) -> Path:
 
 
 def _check_out(out: Path, folders: Sequence[Path], force: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"--out {out}: is a folder; name a file, e.g. {out / 'report.html'}")
+    if out.exists() and not out.is_file():
+        raise UsageError(f"--out {out}: is a folder or a device; name a file, e.g. report.html")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}; make it first")
     if any(out.resolve().is_relative_to(folder) for folder in folders):
@@ -103,11 +103,11 @@ def _is_report(path: Path) -> bool:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """A name for each folder: its last part, or as many as tell it apart from the others."""
-    for count in range(1, max(len(folder.parts) for folder in folders)):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    names, parts = [folder.name for folder in folders], 1
+    while len(set(names)) < len(names):
+        parts += 1
+        names = ["/".join(folder.parts[-parts:]).lstrip("/") for folder in folders]
+    return names
 
 
 def _content(folders: Sequence[Path], limits: Limits, cache: Path, progress: Progress) -> tuple[bytes, list[str]]:
@@ -180,8 +180,8 @@ def _comparison(state: Dashboard, reports: Sequence[RunPages], private: Private)
 
 
 def _about(summaries: Sequence[tuple[str, str]], limits: Limits) -> ReportPage:
-    values = {"runs": summaries, "limits": limits, "version": __version__, "answers": ANSWERS, "sets": SETS, "points": POINTS,
-              "completions": PAGE_COMPLETIONS, "tokens": PAGE_TOKENS}  # fmt: skip
+    values = {"runs": summaries, "limits": limits, "version": __version__, "answers": ANSWERS, "sets": SETS,
+              "points": POINTS, "completions": PAGE_COMPLETIONS, "tokens": PAGE_TOKENS}  # fmt: skip
     return ReportPage(ABOUT, "report/about.html", values)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -256,6 +257,7 @@ def test_damaged_and_unfinished_runs(copy: Path, tmp_path: Path) -> None:
 def files(tmp_path: Path) -> Path:
     (tmp_path / "notes.html").write_text("<p>mine</p>")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     return tmp_path
 
 
@@ -264,7 +266,8 @@ def files(tmp_path: Path) -> Path:
     [
         (["nowhere"], "nowhere: is not a folder; give a run folder"),
         (["{files}/empty"], "contains no run; give a run folder"),
-        (["{run}", "-o", "{files}"], "is a folder; name a file"),
+        (["{run}", "-o", "{files}"], "is a folder or a device; name a file"),
+        (["{run}", "-o", "{files}/pipe", "--force"], "is a folder or a device; name a file"),
         (["{run}", "-o", "{files}/no/report.html"], "there is no folder"),
         (["{run}", "-o", "{run}/report.html"], "inside of a run folder"),
         (
