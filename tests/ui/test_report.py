@@ -23,7 +23,7 @@ from gruppo.ui.sampling import Limits, by_weight, spread
 from tests.fuzzing import command
 from tests.small_runs import small_run
 
-ATTACK = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>{{7*7}}\u2028\u202e\x00"
+ATTACK = "</script ><script>alert(1)</script><!--<img src=x onerror=alert(2)>{{7*7}}\u2028\u202e\x00"
 
 
 class Document(HTMLParser):
