@@ -252,6 +252,13 @@ class Queries:
         order = _order(_QUESTION_SORTS, sort, descending, "prompt_id")
         return self._page(f"{_QUESTIONS} SELECT *", source, order, offset, limit, values)
 
+    def questions_of(self, prompts: Sequence[str]) -> list[Row]:
+        """The rows of `questions` for these prompt ids, in their order; unknown ones are left out."""
+        with self._asking() as ask:
+            query = f"{_QUESTIONS} SELECT * FROM questions WHERE prompt_id IN (SELECT unnest($prompts))"
+            rows = {row["prompt_id"]: row for row in ask(query, {"prompts": list(prompts)})}
+        return [rows[prompt] for prompt in prompts if prompt in rows]
+
     def question(self, prompt_id: str) -> Question | None:
         """What is known of one prompt; see `Question`."""
         with self._asking() as ask:
