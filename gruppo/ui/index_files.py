@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from gruppo.runs.reading import step_of
+from gruppo.runs.reading import step_of_name
 
 MOST_STEP = 2**40
 _SETTLED = 2 * 10**9  # nanoseconds; a folder that changed less than this ago may change again without a newer time
@@ -113,7 +113,7 @@ def name_of(step: int) -> str:
 
 def _step(name: str) -> int | None:
     """The step of a table's file name; None for any other name, also for other spellings of a step."""
-    step = step_of(Path(name)) if name.endswith(".parquet") else None
+    step = step_of_name(name) if name.endswith(".parquet") else None
     return step if step is not None and step < MOST_STEP and name == name_of(step) else None
 
 
