@@ -58,8 +58,7 @@ def missing_parts(folder: Path, metrics: Iterable[Mapping[str, Any]] | None = No
     """
     total = _finished_step(folder)
     saved = set(_steps_in(folder / "checkpoints"))
-    with_table = set(_steps_in(folder / "rollouts"))
-    done = max([total, *saved, max(with_table, default=1) - 1])
+    done = max([total, *saved, max(_steps_in(folder / "rollouts"), default=1) - 1])
     lines = read_lines(folder / "metrics.jsonl") if metrics is None else list(metrics)
     evaluated = {int(line["step"]) for line in lines if any(name.startswith("eval/") for name in line)}
     every_step = set(range(1, done + 1)) | set(steps_of(lines))
@@ -71,7 +70,7 @@ def missing_parts(folder: Path, metrics: Iterable[Mapping[str, Any]] | None = No
     counts = Counter(int(line["step"]) for line in lines if _STEP in line)
     if twice := [step for step, count in counts.items() if count > 1]:
         problems.append(f"metrics.jsonl has several lines of {steps_text(twice)}; this run did not write them")
-    if lost := every_step - with_table:
+    if lost := every_step - set(_steps_in(folder / "rollouts")):
         problems.append(f"rollouts/ has no table of {steps_text(lost)}; those completions are lost")
     if lost := evaluated - set(_steps_in(folder / "evaluations")):
         problems.append(f"evaluations/ has no table of {steps_text(lost)}; those answers are lost")

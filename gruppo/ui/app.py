@@ -252,7 +252,9 @@ def _problems(card: Card, live: LiveRun) -> list[str]:
         ]
         if card.state.name != "running" and not problems:
             with reading(card.path, "restore it from a copy"):
-                problems = missing_parts(card.path, live.lines_with(STEP, "eval/"))
+                problems = missing_parts(
+                    card.path, live.lines_with(lambda name: name == STEP or name.startswith("eval/"))
+                )
     except UsageError as error:
         problems = [str(error)]
     if live.damaged:

@@ -121,9 +121,9 @@ class LiveRun:
             value = series.values[place]
         return None if math.isnan(value) else value
 
-    def lines_with(self, *starts: str) -> Iterator[dict[str, Any]]:
-        """The step of every value, with the name of its metric, of the metrics whose names begin with one of these."""
-        for name, (steps, _) in self.arrays(name for name in self.names() if name.startswith(starts)).items():
+    def lines_with(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+        """The step of every value of some metrics, with the name of the metric: a line per value, without the value."""
+        for name, (steps, _) in self.arrays(filter(is_wanted, self.names())).items():
             yield from ({"step": step, name: None} for step in steps.tolist())
 
     def arrays(self, names: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
