@@ -44,6 +44,7 @@ class TableFolder:
         self._seen: int | None = None  # time of modification of the folder as it was last looked at
         self._listed: int | None = None
         self._looked = False
+        self._steps: dict[str, int] = {}  # by the name of a table
 
     def forget(self) -> None:
         """Look at every file again."""
@@ -68,18 +69,17 @@ class TableFolder:
         self._seen, self._looked = self._listed, True
 
     def _compare(self, known: Mapping[int, Signature]) -> Changes:
-        names = {name_of(step): step for step in known}
         found: set[int] = set()
         asked: dict[int, os.DirEntry[str]] = {}
         with os.scandir(self.path) as entries:
             for entry in entries:
-                step = names.get(entry.name)
+                step = self._steps.get(entry.name)
                 if step is None:
                     step = _step(entry.name)
                     if step is None:
                         continue
-                    asked[step] = entry
-                elif not self._looked or entry.inode() != known[step].inode:
+                    self._steps[entry.name] = step
+                if not self._looked or step not in known or entry.inode() != known[step].inode:
                     asked[step] = entry
                 found.add(step)
         gone = sorted(known.keys() - found)
