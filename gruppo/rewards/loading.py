@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from gruppo.config.labels import options_name
 from gruppo.errors import UsageError, nearest
-from gruppo.rewards import RewardFunction, split_prefix
+from gruppo.rewards import RewardFunction, RewardRun, split_prefix
 from gruppo.rewards.identity import code_digest
 from gruppo.rewards.interop import ADAPTERS
 from gruppo.utils.imports import import_attribute
@@ -35,12 +36,13 @@ def load_reward(
     options: Mapping[str, Any],
     columns: Sequence[str],
     partial_columns: Mapping[str, str] | None = None,
+    run: RewardRun | None = None,
 ) -> Loaded:
     """Load a reward from an import path, which may have an adapter's prefix, or from a pickled function.
 
     `columns`: names of the columns that all rows have. `partial_columns`: those that only some have, and how many, in
-    words. A class is instantiated once, with its options; a function receives them in
-    every call. Raises UsageError if the code cannot be imported, does not accept the options, or cannot be called with
+    words. `run`: passed to an object's method `use_run`, if it has one. A class is instantiated once, with its options;
+    a function receives them in every call. Raises UsageError if the code cannot be imported, does not accept the options, or cannot be called with
     the arguments that a group offers.
     """
     if isinstance(source, bytes):
@@ -52,6 +54,9 @@ def load_reward(
     digest = code_digest(source, function)
     if isinstance(function, type):
         function, options = _instance(function, name, options), {}
+        if run is not None and hasattr(function, "use_run"):
+            with _naming_field(name):
+                function.use_run(run)
     if prefix:
         adapter = ADAPTERS[prefix]
         check_options(function, name, options, adapter.passed)
@@ -141,9 +146,10 @@ def _instance(kind: type, name: str, options: Mapping[str, Any]) -> RewardFuncti
             option = f"{_field(name)}.{parameter.name}"
             raise UsageError(f"{option}: missing; {kind.__name__} needs it: write {option} = …")
     try:
-        reward: RewardFunction = kind(**options)
-    except UsageError as error:
-        raise UsageError(f"{_field(name)}.{error}") from None
+        with _naming_field(name):
+            reward: RewardFunction = kind(**options)
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(
             f"{_field(name)} = {dict(options)}: {kind.__name__} fails when it is created with them "
@@ -155,6 +161,15 @@ def _instance(kind: type, name: str, options: Mapping[str, Any]) -> RewardFuncti
             "def __call__(self, prompts, completions, **columns)"
         )
     return reward
+
+
+@contextmanager
+def _naming_field(name: str) -> Iterator[None]:
+    """Put the recipe field before the option that a UsageError of the block begins with."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{_field(name)}.{error}") from None
 
 
 def _field(name: str) -> str:

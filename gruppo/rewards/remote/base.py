@@ -11,6 +11,7 @@ from gruppo.rewards import RewardRun
 from gruppo.rewards.remote.cache import AnswerCache
 from gruppo.rewards.remote.http import Requests, checked_server
 
+_COUNTS = ("calls", "retries", "prompt_tokens", "completion_tokens")
 _MARGIN = 0.05  # share of reward.timeout that is left for everything but requests
 
 
@@ -30,8 +31,13 @@ class Spent:
         if answer["step"] != step:
             self.cached += 1
             return
-        for name in ("calls", "retries", "prompt_tokens", "completion_tokens"):
+        for name in _COUNTS:
             setattr(self, name, getattr(self, name) + answer[name])
+
+
+def _counts(answer: dict[str, Any]) -> bool:
+    """Whether an answer from the cache says what it took."""
+    return "step" in answer and all(type(answer.get(name)) is int for name in _COUNTS)
 
 
 class RemoteReward:
@@ -53,7 +59,7 @@ class RemoteReward:
                 f"allows for a whole group; write e.g. reward.timeout = {4 * self.server.timeout:g}"
             )
         self.name, self.seconds = run.name, run.timeout * (1 - _MARGIN)
-        self.cache = AnswerCache(run.cache if self.keeps else None)
+        self.cache = AnswerCache(run.cache if self.keeps else None, _counts)
 
     def requests(self) -> Requests:
         """The requests of one call."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,9 +30,10 @@ def request_hash(request: Mapping[str, Any]) -> str:
 class AnswerCache:
     """Answers by the hash of their request. Without a path, nothing is kept."""
 
-    def __init__(self, path: Path | None) -> None:
-        """`path`: the file, created by the first answer."""
-        self._path = path
+    def __init__(self, path: Path | None, is_valid: Callable[[dict[str, Any]], bool]) -> None:
+        """`path`: the file, created by the first answer. `is_valid`: whether an answer has the form that is expected;
+        others count as damaged."""
+        self._path, self._is_valid = path, is_valid
         self._database: sqlite3.Connection | None = None
         self._file = 0  # inode of the open file
 
@@ -41,7 +41,7 @@ class AnswerCache:
         """The answer to a request, or None if there is none, or only a damaged one."""
         if self._path is None or not self._path.is_file():
             return None
-        return self._do(lambda database: _read(database, key))
+        return self._do(lambda database: self._read(database, key))
 
     def put(self, key: str, answer: dict[str, Any]) -> dict[str, Any]:
         """Keep an answer, unless one is kept already. Returns the one that is kept.
@@ -52,7 +52,7 @@ class AnswerCache:
         def write(database: sqlite3.Connection) -> dict[str, Any]:
             with database:
                 database.execute("BEGIN IMMEDIATE")
-                if (kept := _read(database, key)) is not None:
+                if (kept := self._read(database, key)) is not None:
                     return kept
                 text = _as_json(answer).decode()
                 row = key, text, hashlib.sha256(text.encode()).hexdigest()
@@ -72,6 +72,14 @@ class AnswerCache:
                 self._give_up(self._path, error, damaged)
             except OSError as error:
                 self._give_up(self._path, error, damaged=False)
+        return None
+
+    def _read(self, database: sqlite3.Connection, key: str) -> dict[str, Any] | None:
+        row = database.execute("SELECT answer, sha256 FROM answers WHERE key = ?", (key,)).fetchone()
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            if row is not None and hashlib.sha256(row[0].encode()).hexdigest() == row[1]:
+                answer = json.loads(row[0])
+                return answer if isinstance(answer, dict) and self._is_valid(answer) else None
         return None
 
     def _open(self, path: Path) -> sqlite3.Connection:
@@ -105,17 +113,6 @@ class AnswerCache:
         if self._database is not None:
             self._database.close()
         self._database, self._file = None, 0
-
-
-def _read(database: sqlite3.Connection, key: str) -> dict[str, Any] | None:
-    row = database.execute("SELECT answer, sha256 FROM answers WHERE key = ?", (key,)).fetchone()
-    if row is None:
-        return None
-    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-        if hashlib.sha256(row[0].encode()).hexdigest() == row[1]:
-            answer = json.loads(row[0])
-            return answer if isinstance(answer, dict) else None
-    return None
 
 
 def _as_json(value: Any) -> bytes:

@@ -95,7 +95,9 @@ def checked_server(url: str, key: str, timeout: float, tries: int, concurrency: 
             "it in reward.environment"
         )
     if key and not re.fullmatch(r"[!-~]+", os.environ[key]):
-        raise UsageError(f'key = "{key}": its value has spaces, line breaks or other characters that no header can carry')
+        raise UsageError(
+            f'key = "{key}": its value has spaces, line breaks or other characters that no header can carry'
+        )
     if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < float("inf"):
         raise UsageError(f"timeout = {timeout!r}: must be a number of seconds above 0; write e.g. 30")
     for name, value in (("tries", tries), ("concurrency", concurrency)):

@@ -34,7 +34,7 @@ ${reference}The response:
 $response
 
 Reply with one JSON object and nothing else, with a number from $minimum to $maximum as the score:
-{"reason": "one or two sentences", "score": 0}"""
+{"reason": "one or two sentences", "score": NUMBER}"""
 PAIRWISE = """Compare two responses to a question. Their order and their length mean nothing.
 
 Criteria: $rubric
@@ -49,7 +49,7 @@ Response B:
 $response_b
 
 Reply with one JSON object and nothing else; the winner is "A", "B" or "tie":
-{"reason": "one or two sentences", "winner": "tie"}"""
+{"reason": "one or two sentences", "winner": WINNER}"""
 AGAIN = "I cannot read this answer: {why}. Reply with the JSON object alone, as described above."
 
 _MARK = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
