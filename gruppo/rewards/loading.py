@@ -42,7 +42,8 @@ def load_reward(
 
     `columns`: names of the columns that all rows have. `partial_columns`: those that only some have, and how many, in
     words. `run`: passed to an object's method `use_run`, if it has one. A class is instantiated once, with its options;
-    a function receives them in every call. Raises UsageError if the code cannot be imported, does not accept the options, or cannot be called with
+    a function receives them in every call. Raises UsageError if the code cannot be imported, does not accept the
+    options, cannot work within the limits of the run, or cannot be called with
     the arguments that a group offers.
     """
     if isinstance(source, bytes):

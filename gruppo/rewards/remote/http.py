@@ -144,13 +144,11 @@ class Requests:
                     why, wait = str(error), error.wait
                 except ValueError as error:
                     why, wait = str(error), None
-                if number == self._server.tries:
-                    break
-                if wait is None:
+                if wait is not None:
+                    self._not_before = max(self._not_before, _now() + wait)
+                elif number < self._server.tries:
                     pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1))
                     await self._pause(pause * self._random.uniform(0.5, 1.0), why)
-                else:
-                    self._not_before = max(self._not_before, _now() + wait)
         raise self._error(f"{why}, in {self._server.tries} tries")
 
     async def _pause(self, seconds: float, why: str) -> None:

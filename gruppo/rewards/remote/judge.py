@@ -87,9 +87,9 @@ class LLMJudge(RemoteReward):
         for name, value in (("rubric", rubric), ("reference", reference)):
             if not isinstance(value, str):
                 raise UsageError(f"{name} = {value!r}: must be text")
-        for name, value in (("minimum", minimum), ("maximum", maximum)):
-            if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
-                raise UsageError(f"{name} = {value!r}: must be a finite number")
+        for name, bound in (("minimum", minimum), ("maximum", maximum)):
+            if not isinstance(bound, int | float) or isinstance(bound, bool) or not abs(bound) < float("inf"):
+                raise UsageError(f"{name} = {bound!r}: must be a finite number")
         if minimum >= maximum:
             raise UsageError(f"minimum = {minimum:g}: must be less than maximum = {maximum:g}")
         if not isinstance(opponents, int) or isinstance(opponents, bool) or opponents < 0:
@@ -159,7 +159,7 @@ class LLMJudge(RemoteReward):
         span = self.opponents or size
         pairs = {frozenset((i, (i + step) % size)) for i in range(size) for step in range(1, span + 1)}
         ordered = [(i, j) for pair in sorted(map(sorted, pairs)) if len(pair) == 2 for i, j in (pair, pair[::-1])]
-        asked = {(texts[i], texts[j]) for i, j in ordered if texts[i] != texts[j]}
+        asked: set[tuple[str, ...]] = {(texts[i], texts[j]) for i, j in ordered if texts[i] != texts[j]}
         found = await _each(asked, verdict)
         wins: list[list[float]] = [[] for _ in texts]
         failures: list[list[str]] = [[] for _ in texts]
@@ -201,13 +201,13 @@ class LLMJudge(RemoteReward):
 
     async def _ask(self, requests: Requests, body: Mapping[str, Any], step: int | None) -> dict[str, Any]:
         """The judge's answer, with what it took and why it cannot be read ("" if it can). Raises RequestError."""
-        total = {"step": step, "calls": 0, "retries": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        total = {"calls": 0, "retries": 0, "prompt_tokens": 0, "completion_tokens": 0}
         messages = list(body["messages"])
         for _ in range(2):
             (text, used), tries = await requests.post({**body, "messages": messages}, _content)
             text = self.server.hidden(text)
             taken = {"calls": 1, "retries": tries - 1, **used}
-            total = {name: value if name == "step" else value + taken[name] for name, value in total.items()}
+            total = {name: value + taken[name] for name, value in total.items()}
             why = ""
             try:
                 self._read(text)
@@ -216,7 +216,7 @@ class LLMJudge(RemoteReward):
                 why = f"the judge's answer cannot be read: {error}"
                 again = {"role": "user", "content": AGAIN.format(why=error)}
                 messages = [*messages, {"role": "assistant", "content": text}, again]
-        return {**total, "text": text, "why": why}
+        return {**total, "step": step, "text": text, "why": why}
 
     def _read(self, text: str) -> float:
         return read_winner(text) if self.pairwise else read_score(text, *self.range)

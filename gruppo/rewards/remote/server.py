@@ -110,9 +110,12 @@ class Remote(RemoteReward):
         values: list[float | Exception] = []
         entries: list[Mapping[str, Any]] = []
         for answer in answers:
-            failed = isinstance(answer, RequestError)
-            values += [answer] * sizes if failed else answer["values"]
-            entries += [{}] * sizes if failed else answer["entries"]
+            if isinstance(answer, RequestError):
+                values += [answer] * sizes
+                entries += [{}] * sizes
+            else:
+                values += answer["values"]
+                entries += answer["entries"]
         log_entries(entries, log_extra, log_metric)
         self.log(spent, sum(isinstance(value, RequestError) for value in values), log_metric)
         return values

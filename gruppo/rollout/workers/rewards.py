@@ -72,8 +72,8 @@ class RewardPool:
         output of rewards; `options`: keyword arguments of functions, by their name in `functions`; `memory`: limit of
         each process in bytes, 0 for no limit; `environment`: names of environment variables to pass in addition to the
         usual ones (gruppo.rollout.workers.limits); `partial_columns`: see `load_reward`; `field`: the recipe field that
-        names the functions; `cache`: file in which rewards may keep answers of servers. Raises UsageError if a function cannot be imported, cannot be created with its options or
-        does not accept the arguments.
+        names the functions; `cache`: file in which rewards may keep answers of servers. Raises UsageError if a function
+        cannot be imported, cannot be created with its options or does not accept the arguments.
         """
         if not functions and workers:
             raise UsageError(
