@@ -43,7 +43,7 @@ class Classifier:
         Raises UsageError if the model is not found, cannot be loaded or has missing weights, if `label` does not fit
         its outputs, or if the device is not available.
         """
-        location = locate(model)
+        location = _locate(model)
         try:
             if problem := pickles_alone(Path(location)):
                 raise ValueError(problem)
@@ -99,8 +99,7 @@ class Classifier:
         return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
 
-def locate(model: str) -> str:
-    """The folder or hub name of a model, checked. Raises UsageError that begins with "model"."""
+def _locate(model: str) -> str:
     if not isinstance(model, str) or not model:
         raise UsageError(f"model = {model!r}: must be text; write a folder or a hub name")
     path = user_path(model)

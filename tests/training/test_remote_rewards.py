@@ -7,16 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from gruppo.config.loading import load_recipe
 from gruppo.errors import RunError, UsageError
 from gruppo.preflight.check import check_recipe
-from gruppo.runs.trust import _SENDING, code_of, code_of_call
 from gruppo.rewards import REWARDS
+from gruppo.runs.trust import _SENDING, code_of, code_of_call
 from gruppo.training.reproduce import reproduce
-from tests.rewards.remote.stand_in import Reply, StandIn, by_length, chat, in_turn, stand_in
-from tests.small_runs import ROWS, fingerprint, killed, recipe, small_run
+from tests.rewards.remote.stand_in import Reply, StandIn, by_length, chat, in_turn, quoted, stand_in
+from tests.small_runs import ROWS, killed, recipe, small_run
 
 JUDGE = {"model": "m", "maximum": 1000, "timeout": 5.0}
 
@@ -37,50 +38,59 @@ def settings(one: StandIn, **options: Any) -> dict[str, Any]:
     }
 
 
-def test_a_killed_run_resumes_with_the_same_numbers(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A judge that never says the same twice. The killed run repeats its steps with the kept answers; the run that is
-    not killed starts with a copy of them."""
-    scores = itertools.count()
+def records(run: Path) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+    """Metrics and rollouts of the first two steps, without times."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
+    tables = [pq.read_table(run / f"rollouts/step-{step:06d}.parquet").to_pylist() for step in (1, 2)]
+    return [line for line in metrics if line["step"] in (1, 2) and "reward/mean" in line], tables
+
+
+def test_a_killed_run_resumes_with_the_same_numbers(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge never says the same twice. The run is killed in step 3 without a checkpoint; its repeated steps have
+    the kept answers, and so does a reproduced step."""
+    scores, run = itertools.count(), tmp_path / "run"
     with stand_in(lambda _: chat(json.dumps({"score": next(scores)}))) as one:
         changes = settings(one)
         with killed(monkeypatch, "gruppo.training.run.describe_groups", 3):
-            small_run(tiny_model, tmp_path / "run", **changes)
-        asked = len(one.requests)
-        kept = (tmp_path / "run/reward_cache.sqlite").read_bytes()
-        small_run(tiny_model, tmp_path / "run", resume=True, **changes)
+            small_run(tiny_folder, run, **changes)
+        before, asked = records(run), len(one.requests)
+        small_run(tiny_folder, run, resume=True, **changes)
         assert len(one.requests) == asked
-        resumed = fingerprint(tmp_path / "run")
-        whole = tmp_path / "whole"
-        monkeypatch.setattr("gruppo.training.setup.REWARD_CACHE", "../kept.sqlite")
-        (tmp_path / "kept.sqlite").write_bytes(kept)
-        small_run(tiny_model, whole, **changes)
+        assert records(run) == before
+        assert not reproduce(run, 2, prompts=ROWS, progress=False).differences
         assert len(one.requests) == asked
-        assert fingerprint(whole) == resumed
-        monkeypatch.undo()
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        assert not reproduce(tmp_path / "run", 2, progress=False).differences
-        assert len(one.requests) == asked
-    assert resumed["metrics"][0]["reward/log/llm_judge/calls"] > 0
+    metrics, tables = before
+    assert [line["reward/excluded"] for line in metrics] == [0, 0]
+    assert sum(line["reward/log/llm_judge/calls"] for line in metrics) >= 6
+    assert "completion 0: " in tables[0][0]["printed"]
 
 
-def test_a_judge_that_fails_stops_the_run(tiny_model: str, tmp_path: Path) -> None:
-    with stand_in(in_turn(Reply({"error": "no credit"}, status=402))) as one:
-        with pytest.raises(RunError, match="no credit"):
-            small_run(tiny_model, tmp_path / "run", **settings(one))
+def test_a_judge_that_fails_stops_the_run(tiny_folder: str, tmp_path: Path) -> None:
+    broke = Reply({"error": "no credit"}, status=402)
+    with stand_in(in_turn(broke)) as one, pytest.raises(RunError, match="no credit"):
+        small_run(tiny_folder, tmp_path / "run", **settings(one))
     (event, *_) = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert event["kind"] == "reward_failed"
     assert "status 402" in event["message"]
 
 
+def by_letters(body: dict[str, Any]) -> Reply:
+    """Another score for almost every completion."""
+    return chat(f"[[{sum(map(ord, quoted(body, 'response'))) % 1000}]]")
+
+
 @pytest.mark.parametrize(
     ("answer", "severity", "text"),
-    [(by_length, "ok", "llm_judge 0."), (in_turn(Reply({}, status=401)), "problem", "status 401")],
+    [(by_letters, "ok", "llm_judge 0."), (in_turn(Reply({}, status=401)), "problem", "status 401")],
 )
-def test_check_asks_the_judge(tiny_model: str, tmp_path: Path, answer: Any, severity: str, text: str) -> None:
+def test_check_asks_the_judge(tiny_folder: str, tmp_path: Path, answer: Any, severity: str, text: str) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with stand_in(answer) as one:
-        tried = recipe(tiny_model, **settings(one), task__name=str(rows))
+        tried = recipe(tiny_folder, **settings(one), task__name=str(rows))
         found = check_recipe(tried, seconds=20).findings
     assert one.requests
     assert any(finding.severity == severity and text in finding.what for finding in found), found
@@ -98,11 +108,11 @@ def test_rewards_that_send_data_need_consent(tmp_path: Path) -> None:
     assert "http://stranger.invalid" in str(code_of_call(tmp_path, call)[0])
 
 
-def test_a_stranger_s_run_with_a_judge_is_not_reproduced(tiny_model: str, tmp_path: Path) -> None:
+def test_a_stranger_s_run_with_a_judge_is_not_reproduced(tiny_folder: str, tmp_path: Path) -> None:
     with stand_in(by_length) as one:
-        small_run(tiny_model, tmp_path / "run", **settings(one, maximum=10_000))
+        small_run(tiny_folder, tmp_path / "run", **settings(one, maximum=10_000))
         (tmp_path / "run").rename(tmp_path / "moved")
         asked = len(one.requests)
-        with pytest.raises(UsageError, match='reward.functions = "llm_judge"'):
-            reproduce(tmp_path / "moved", 2, progress=False)
+        with pytest.raises(UsageError, match=r'reward\.functions = "llm_judge"'):
+            reproduce(tmp_path / "moved", 2, prompts=ROWS, progress=False)
         assert len(one.requests) == asked

@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from gruppo.data.chat_template import render_chat
-from gruppo.errors import UsageError, nearest
+from gruppo.errors import UsageError, error_line, nearest
 from gruppo.rewards import conversation, plain_text, text_of
 from gruppo.rewards.interop import log_entries, verl_arguments
 from gruppo.rewards.remote.base import RemoteReward, Spent
 from gruppo.rewards.remote.cache import request_hash
 from gruppo.rewards.remote.http import RequestError, Requests
+from gruppo.utils.paths import user_path
 from gruppo.utils.text import as_text
 
 FORMATS = ("openrlhf", "verl", "vllm", "sglang")
@@ -76,15 +77,7 @@ class Remote(RemoteReward):
             raise UsageError(f"minimum = {minimum}: must be less than maximum = {maximum}")
         super().__init__(url, key, timeout, tries, concurrency, cache)
         self.format, self.label, self.model = format, label, model
-        self.tokenizer: Any = None
-        if tokenizer:
-            from transformers import AutoTokenizer
-
-            from gruppo.rewards.classifier import locate
-
-            self.tokenizer = AutoTokenizer.from_pretrained(locate(tokenizer), trust_remote_code=False)
-            if not self.tokenizer.chat_template:
-                raise UsageError(f"tokenizer = {tokenizer!r}: has no chat template; remove it")
+        self.tokenizer = _tokenizer(tokenizer) if tokenizer else None
 
     async def __call__(
         self,
@@ -198,6 +191,21 @@ class Remote(RemoteReward):
         if not self.minimum <= value <= self.maximum:
             raise ValueError(f"an answer with {value:g}, which is not from {self.minimum:g} to {self.maximum:g}")
         return float(value)
+
+
+def _tokenizer(name: str) -> Any:
+    """The tokenizer with this folder or hub name. Raises UsageError if it cannot be loaded, or has no template."""
+    from transformers import AutoTokenizer
+
+    try:
+        found: Any = AutoTokenizer.from_pretrained(str(user_path(name)), trust_remote_code=False)
+    except Exception as error:  # third-party files: anything can be wrong with them
+        raise UsageError(
+            f"tokenizer = {name!r}: cannot be loaded ({error_line(error)}); give a folder or a hub name"
+        ) from error
+    if not found.chat_template:
+        raise UsageError(f"tokenizer = {name!r}: has no chat template; remove it")
+    return found
 
 
 def _plain(value: Any) -> Any:
