@@ -122,7 +122,7 @@ def check_option_names(functions: Sequence[str | RewardFunction], options: Mappi
             )
 
 
-def text_of(completion: str | list[dict[str, Any]]) -> str:
+def text_of(completion: str | Sequence[Message]) -> str:
     """Text of a completion: the completion itself if it is text, else the content of its last message."""
     return completion if isinstance(completion, str) else text_of_content(completion[-1].get("content"))
 
@@ -140,3 +140,8 @@ def conversation(prompt: Sequence[Message], completion: str | Sequence[Message])
 def plain_text(messages: Sequence[Message]) -> str:
     """The contents of messages, joined by line breaks: a conversation for a model without a chat template."""
     return "\n".join(text_of_content(message["content"]) for message in messages)
+
+
+def whole_text(prompt: str | Sequence[Message], completion: str | Sequence[Message]) -> str:
+    """Prompt and completion as one text: joined, or for a conversation the contents of its messages by line breaks."""
+    return prompt + text_of(completion) if isinstance(prompt, str) else plain_text(conversation(prompt, completion))

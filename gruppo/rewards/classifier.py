@@ -20,7 +20,7 @@ from gruppo.models.loading import out_of_reach
 from gruppo.models.precision import choose_device
 from gruppo.models.pretrained import UNDAMAGED, pickles_alone
 from gruppo.models.weights import damage_of
-from gruppo.rewards import conversation, plain_text, text_of
+from gruppo.rewards import conversation, whole_text
 from gruppo.types import Message
 from gruppo.utils.paths import is_dir, is_file, user_path
 
@@ -91,10 +91,7 @@ class Classifier:
     def _token_ids(self, prompt: str | list[Message], completion: str | list[Message]) -> list[int]:
         if not isinstance(prompt, str) and self.tokenizer.chat_template:
             return chat_tokens(self.tokenizer, conversation(prompt, completion))
-        if isinstance(prompt, str):
-            text = prompt + text_of(completion)
-        else:
-            text = plain_text(conversation(prompt, completion))
+        text = whole_text(prompt, completion)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
         return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 

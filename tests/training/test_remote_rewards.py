@@ -93,7 +93,9 @@ def test_check_asks_the_judge(tiny_folder: str, tmp_path: Path, answer: Any, sev
         tried = recipe(tiny_folder, **settings(one), task__name=str(rows))
         found = check_recipe(tried, seconds=20).findings
     assert one.requests
-    assert any(finding.severity == severity and text in finding.what for finding in found), found
+    assert any(finding.severity == severity and text in finding.what for finding in found), [
+        finding for finding in found if 'reward' in finding.subject or finding.severity != 'ok'
+    ]
 
 
 def test_rewards_that_send_data_need_consent(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_bad_options_are_refused_before_the_run(options: dict[str, Any], message
 
 
 def test_the_timeout_of_a_recipe_reaches_the_judge() -> None:
-    with pytest.raises(UsageError, match="reward.timeout = 2 allows"):
+    with pytest.raises(UsageError, match=r"reward\.timeout = 2 allows"):
         RewardPool(["llm_judge"], [], [], 2.0, 1, options={"llm_judge": {"url": "http://127.0.0.1:1", "model": "m"}})
 
 

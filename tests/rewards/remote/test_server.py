@@ -103,7 +103,7 @@ def test_openrlhf_renders_the_prompt_with_its_generation_prompt(tmp_path: Path) 
         values(one, "openrlhf", "one", prompt=started, tokenizer=str(tmp_path))
         values(one, "openrlhf", "one", prompt=ASKED)
     assert [body["query"] for body in one.requests] == [
-        ["<one or two><one"],
+        ["<one or two>=one"],
         ["<one or two><it is one"],
         ["one or two\none"],
     ]
