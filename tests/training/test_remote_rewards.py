@@ -78,13 +78,14 @@ def test_a_judge_that_fails_stops_the_run(tiny_folder: str, tmp_path: Path) -> N
 
 
 def by_letters(body: dict[str, Any]) -> Reply:
-    """Another score for almost every completion."""
-    return chat(f"[[{sum(map(ord, quoted(body, 'response'))) % 1000}]]")
+    """A score for almost every completion; 0 if it has a letter a."""
+    text = quoted(body, "response")
+    return chat(f"[[{0 if 'a' in text else sum(map(ord, text)) % 1000}]]")
 
 
 @pytest.mark.parametrize(
     ("answer", "severity", "text"),
-    [(by_letters, "ok", "llm_judge 0."), (in_turn(Reply({}, status=401)), "problem", "status 401")],
+    [(by_letters, "ok", "llm_judge 0 to 0."), (in_turn(Reply({}, status=401)), "problem", "status 401")],
 )
 def test_check_asks_the_judge(tiny_folder: str, tmp_path: Path, answer: Any, severity: str, text: str) -> None:
     rows = tmp_path / "rows.jsonl"
@@ -93,9 +94,7 @@ def test_check_asks_the_judge(tiny_folder: str, tmp_path: Path, answer: Any, sev
         tried = recipe(tiny_folder, **settings(one), task__name=str(rows))
         found = check_recipe(tried, seconds=20).findings
     assert one.requests
-    assert any(finding.severity == severity and text in finding.what for finding in found), [
-        finding for finding in found if 'reward' in finding.subject or finding.severity != 'ok'
-    ]
+    assert any(finding.severity == severity and text in finding.what for finding in found), found
 
 
 def test_rewards_that_send_data_need_consent(tmp_path: Path) -> None:
