@@ -20,6 +20,8 @@ from gruppo.utils.imports import import_attribute
 
 OFFERED = ("prompts", "prompt_endings", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
+_SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)  # in names of options whose values are not shown
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -85,7 +87,8 @@ def check_options(function: Any, name: str, options: Mapping[str, Any], given: I
             raise UsageError(f"{_field(name)}.{option} = {value!r}: the run passes {option} itself; rename the option")
         if option not in known:
             fix = nearest(option, known) if known else "; it has no options: remove it"
-            raise UsageError(f"{_field(name)}.{option} = {value!r}: unknown option{fix}")
+            shown = "…" if _SECRET.search(option) else repr(value)
+            raise UsageError(f"{_field(name)}.{option} = {shown}: unknown option{fix}")
 
 
 def check_signature(

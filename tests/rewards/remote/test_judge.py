@@ -292,6 +292,7 @@ def test_the_key_is_passed_by_name_and_stays_secret(tmp_path: Path, monkeypatch:
         ({"reference": "right"}, "needs the column right in every row"),
         ({"timeout": 10.0}, "timeout = 10: one request may take as long as reward.timeout = 10 allows"),
         ({"cache": "yes"}, "reward.options.llm_judge.cache = 'yes': must be true or false"),
+        ({"api_key": "sk-1234"}, "reward.options.llm_judge.api_key = …: unknown option"),
         ({"judge": "m"}, "reward.options.llm_judge.judge = 'm': unknown option"),
     ],
 )
