@@ -25,11 +25,12 @@ from gruppo.runs.reading import reading
 from gruppo.ui import details
 from gruppo.ui.advice import advice_for
 from gruppo.ui.catalog import Card, Catalog, foreign_entries
-from gruppo.ui.charts import payload
+from gruppo.ui.charts import STEP, payload
 from gruppo.ui.compare_routes import add_comparison
 from gruppo.ui.dashboard import Dashboard
 from gruppo.ui.indexes import Indexes, NotReadyError, default_cache
 from gruppo.ui.links import Links
+from gruppo.ui.live import LiveRun
 from gruppo.ui.pages import Data, Templates
 from gruppo.ui.runs import OpenRuns
 from gruppo.ui.security import HEADERS, Guard
@@ -155,8 +156,11 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
         first: int | None = Query(None, ge=-(2**53), le=2**53),
         last: int | None = Query(None, ge=-(2**53), le=2**53),
         points: int = Query(800, ge=10, le=20_000),
+        since: int | None = Query(None, ge=-(2**53), le=2**53),
+        generation: int = -1,
     ) -> Data:
-        return Data(payload(state.runs.live(state.card(key).path), axis, first, last, points))
+        live = state.runs.live(state.card(key).path)
+        return Data(payload(live, axis, first, last, points, since if generation == live.generation else None))
 
     @app.get("/api/r/{key}/live")
     async def live(key: str, request: Request) -> StreamingResponse:
@@ -238,21 +242,23 @@ def _add_errors(app: FastAPI, state: Dashboard) -> None:
 def head_values(state: Dashboard, card: Card) -> dict[str, Any]:
     """What the top of a run's page shows."""
     live = state.runs.live(card.path)
-    return {"card": card, "last": details.last_values(live), "problems": _problems(card, live.damaged)}
+    return {"card": card, "last": details.last_values(live), "problems": _problems(card, live)}
 
 
-def _problems(card: Card, damaged: int) -> list[str]:
+def _problems(card: Card, live: LiveRun) -> list[str]:
     try:
         problems = [
             f"{name}: is a link, or neither a file nor a folder; it is not read" for name in foreign_entries(card.path)
         ]
         if card.state.name != "running" and not problems:
             with reading(card.path, "restore it from a copy"):
-                problems = missing_parts(card.path)
+                problems = missing_parts(
+                    card.path, live.lines_with(lambda name: name == STEP or name.startswith("eval/"))
+                )
     except UsageError as error:
         problems = [str(error)]
-    if damaged:
-        problems.append(f"{damaged} lines of metrics.jsonl and events.jsonl are damaged and left out.")
+    if live.damaged:
+        problems.append(f"{live.damaged} lines of metrics.jsonl and events.jsonl are damaged and left out.")
     return [*([card.problem] if card.problem else []), *problems]
 
 

@@ -121,16 +121,24 @@ def _products(
 
 
 def payload(
-    live: LiveRun, axis: str = "step", first: int | None = None, last: int | None = None, points: int = POINTS
+    live: LiveRun,
+    axis: str = "step",
+    first: int | None = None,
+    last: int | None = None,
+    points: int = POINTS,
+    since: int | None = None,
 ) -> dict[str, Any]:
     """The charts of a run, for the page. `first` and `last`: the range of steps; None: all.
 
+    `since`: the field "step" of a payload that the page has, of the same generation and points: points that are the
+    same in it are left out, see `gruppo.ui.live.thin`.
+
     {"revision", "axis", "axes", "points", "charts": [{"id", "title", "help", "unit", "kind", "open", "curves"}],
-    "events"}. A curve has "name", "label", and what `gruppo.ui.live.thin` returns, with "band" (the same for its lower
-    and upper end) if there is one. Metrics that no chart names are in a chart of their own, at the end.
+    "events", "step"}. A curve has "name", "label", and what `gruppo.ui.live.thin` returns, with "band" (the same for
+    its lower and upper end) if there is one. Metrics that no chart names are in a chart of their own, at the end.
     """
-    revision = live.poll()
-    position = Axis(live, axis)
+    revision, generation, step = live.poll(), live.generation, live.step
+    position, limits = Axis(live, axis), (first, last, since)
     names, taken = live.names(), set()
     charts = []
     for chart in CHARTS:
@@ -139,14 +147,15 @@ def payload(
         if chart.id == "reward" and len(found) == 2 and _equal(live, *(name for name, _ in found)):
             found = found[:1]  # one reward function of weight 1
         if found:
-            charts.append({**head(chart), "curves": _curves(live, chart, found, position, (first, last), points)})
+            charts.append({**head(chart), "curves": _curves(live, chart, found, position, limits, points)})
     for name in sorted(set(names) - taken):
         chart = Chart(name, name, "", {}, open=False)
-        curves = _curves(live, chart, [(name, name.rpartition("/")[2])], position, (first, last), points)
+        curves = _curves(live, chart, [(name, name.rpartition("/")[2])], position, limits, points)
         charts.append({**head(chart), "curves": curves, "other": True})
     return {
         "revision": revision,
-        "generation": live.generation,
+        "generation": generation,
+        "step": step,
         "axis": position.name,
         "axes": AXES,
         "points": points,
@@ -189,7 +198,7 @@ def _curves(
     chart: Chart,
     found: Iterable[tuple[str, str]],
     position: Axis,
-    limits: tuple[int | None, int | None],
+    limits: tuple[int | None, int | None, int | None],
     points: int,
 ) -> list[dict[str, Any]]:
     found = list(found)
@@ -205,14 +214,18 @@ def _curves(
 
 
 def _thin(
-    arrays: tuple[np.ndarray, np.ndarray], position: Axis, limits: tuple[int | None, int | None], points: int
+    arrays: tuple[np.ndarray, np.ndarray],
+    position: Axis,
+    limits: tuple[int | None, int | None, int | None],
+    points: int,
 ) -> dict[str, Any]:
     steps, values = arrays
-    low, high = limits
+    low, high, since = limits
     if low is not None or high is not None:
         inside = (steps >= (low if low is not None else -np.inf)) & (steps <= (high if high is not None else np.inf))
         steps, values = steps[inside], values[inside]
-    return thin(position(steps), values, points)
+    known = 0 if since is None or (np.diff(steps) < 0).any() else int(np.searchsorted(steps, since))
+    return thin(position(steps), values, points, known)
 
 
 def marks(events: Sequence[Mapping[str, Any]], position: Axis) -> list[dict[str, Any]]:
