@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from gruppo.errors import RunError, UsageError
-from gruppo.runs.missing import missing_parts
+from gruppo.runs.missing import STEP, missing_parts
 from gruppo.runs.reading import reading
 from gruppo.ui import details
 from gruppo.ui.advice import advice_for

@@ -204,7 +204,7 @@ def test_a_group_token_by_token(runs: Runs, address: str, open_page: Open) -> No
     page.keyboard.press("Escape")
     expect(panel).to_contain_text("Point at a token")
 
-    page.get_by_label("Colour").select_option("sampling_logprob")
+    page.get_by_label("Color").select_option("sampling_logprob")
     tokens.first.hover()
     expect(panel.locator("tr.chosen")).to_contain_text("log-probability, engine")
     page.get_by_role("button", name="Rendered").click()
