@@ -101,7 +101,8 @@
       hoverlabel: { bgcolor: resolved("--surface"), bordercolor: line, font: { color: resolved("--text"), size: 12 }, align: "left" },
       showlegend: curves > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
       xaxis: { title: { text: axes[axis], font: { size: 11 } }, gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, hoverformat: ".4~g" },
-      yaxis: { type: settings.logarithmic ? "log" : "linear", tickformat: FORMATS[chart.unit], gridcolor: line, zerolinecolor: line, automargin: true, rangemode: chart.kind === "stack" || small(chart) ? "tozero" : "normal" },
+      yaxis: { type: settings.logarithmic ? "log" : "linear", tickformat: FORMATS[chart.unit], gridcolor: line, zerolinecolor: line, automargin: true, rangemode: chart.kind === "stack" || small(chart) ? "tozero" : "normal",
+        autorangeoptions: chart.unit === "share" && !settings.logarithmic ? { clipmin: -0.05, clipmax: 1.05 } : {} },
       yaxis2: { overlaying: "y", range: [-0.02, 1], visible: false, fixedrange: true },
     };
   }
@@ -173,7 +174,8 @@
       figure.className = "chart card";
       figure.dataset.chart = chart.id;
       plot.className = "plot";
-      plot.setAttribute("role", "img");
+      plot.setAttribute("role", "group"); // plotly's buttons are in it
+      plot.setAttribute("aria-label", described(chart));
       [["title", chart.title], ["num latest", ""], ["muted small", chart.help]].forEach(function (part) {
         const span = document.createElement("span");
         span.className = part[0];
