@@ -20,12 +20,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from gruppo.errors import RunError, UsageError
-from gruppo.runs.missing import missing_parts
+from gruppo.runs.missing import STEP, missing_parts
 from gruppo.runs.reading import reading
 from gruppo.ui import details
 from gruppo.ui.advice import advice_for
 from gruppo.ui.catalog import Card, Catalog, foreign_entries
-from gruppo.ui.charts import STEP, payload
+from gruppo.ui.charts import payload
 from gruppo.ui.compare_routes import add_comparison
 from gruppo.ui.dashboard import Dashboard
 from gruppo.ui.indexes import Indexes, NotReadyError, default_cache

@@ -20,6 +20,7 @@ from gruppo.runs.tail import Tail
 MOST_EVENTS = 20_000  # the last ones are kept
 MOST_NAMES = 2_000  # of metrics
 DIGITS = 7  # of the values of points that stand for several values
+_EXACT = 22  # the largest power of ten that is exact in double precision
 
 
 @dataclass
@@ -189,11 +190,17 @@ def thin(steps: np.ndarray, values: np.ndarray, points: int, known: int = 0) -> 
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """The values with `DIGITS` significant digits: half the text of a page, and half the time to write it."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.abs(values))))
-        found = np.round(values * scale) / scale
-    return np.where(np.isfinite(found), found, values)
+    """The values with `DIGITS` significant digits: half the text of a page, and half the time to write it.
+
+    Values that are 0, not finite, or so large or small that they have no exact power of ten stay as they are.
+    """
+    with np.errstate(divide="ignore"):
+        places = DIGITS - 1 - np.floor(np.log10(np.abs(values)))
+    is_usual = np.abs(places) <= _EXACT
+    scale = 10.0 ** np.where(is_usual, np.abs(places), 0.0)
+    usual = np.where(is_usual, values, 0.0)
+    found = np.where(places >= 0, np.round(usual * scale) / scale, np.round(usual / scale) * scale)
+    return np.where(is_usual, found, values)
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
