@@ -142,7 +142,7 @@ def _add_pages(app: FastAPI, state: Dashboard) -> None:
 
     @app.get("/r/{key}/files/{name:path}", response_class=FileResponse)
     def file(key: str, name: str) -> FileResponse:
-        found = details.files(state.card(key).path).get(name)
+        found = details.file(state.card(key).path, name)
         if found is None:
             raise HTTPException(404, f"{name[:200]} is not a file of this run that can be downloaded.")
         return FileResponse(found, media_type="application/octet-stream", filename=name.replace("/", "-"))
