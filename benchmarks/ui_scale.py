@@ -1,12 +1,18 @@
-"""A run of any size for the dashboard, and how long its index takes.
+"""A run of any size for the dashboard, and what the dashboard takes to show it.
 
-    python benchmarks/ui_scale.py make /tmp/scale --steps 10000 --completions 100
-    python benchmarks/ui_scale.py index /tmp/scale
+    python benchmarks/ui_scale.py make runs/scale --steps 10000 --completions 100
+    python benchmarks/ui_scale.py measure runs/scale
+    python benchmarks/ui_scale.py live runs/scale --minutes 10
+    python benchmarks/ui_scale.py list
 
 `make` writes a run folder that `Result.read` and `gruppo show` accept, with every column of `gruppo.runs.tables`. The
 token ids, texts, log-probabilities, entropies, values and returns of `TEMPLATES` steps are made once and used again
 under other step numbers. Prompts, rewards, advantages and what depends on them are new in every step. Checkpoints and
-the model are empty folders. `index` measures a copy of the index in a new cache, and prints JSON.
+the model are empty folders. If it is interrupted, it goes on at the next call.
+
+The other commands start `gruppo ui` as a process of its own over a copy that shares the tables of the run, and write
+benchmarks/ui_scale.json. `measure` opens every kind of page at least 100 times, with random steps, groups, questions,
+orders and filters. `live` appends steps as a run does while two pages follow it. `list` opens the list of 200 runs.
 """
 
 from __future__ import annotations
@@ -14,14 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ui_measure
 
 from gruppo.config.loading import load_recipe
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS, versioned
@@ -159,6 +169,11 @@ class Maker:
         }
         return pa.table({name: columns[name] for name in ROLLOUTS.names}, versioned(ROLLOUTS)), figures
 
+    def line(self, step: int, figures: Mapping[str, float]) -> str:
+        """The line of metrics.jsonl of a step, after its table."""
+        others = dict(zip(METRICS, np.abs(self.source.normal(1, 0.1, len(METRICS))).tolist(), strict=True))
+        return json.dumps({"step": step, **others, **figures}) + "\n"
+
     def evaluation(self, step: int) -> tuple[pa.Table, dict[str, float]]:
         """The table of an evaluation after a step, and its metrics."""
         self.source = np.random.default_rng([self.seed, step, 1])
@@ -248,8 +263,7 @@ def make(folder: Path, steps: int, completions: int) -> dict[str, Any]:
                 _write(table, folder / f"rollouts/step-{step:06d}.parquet")
                 if step % 500 == 0:
                     print(f"{step} of {steps} steps, {time.perf_counter() - started:.0f} s", file=sys.stderr)
-                others = dict(zip(METRICS, np.abs(maker.source.normal(1, 0.1, len(METRICS))).tolist(), strict=True))
-                metrics.write(json.dumps({"step": step, **others, **figures}) + "\n")
+                metrics.write(maker.line(step, figures))
             if step % EVERY == 0 or step == steps:
                 table, figures = maker.evaluation(step)
                 _write(table, folder / f"evaluations/step-{step:06d}.parquet")
@@ -266,6 +280,33 @@ def make(folder: Path, steps: int, completions: int) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - started, 1), "gigabytes": round(size / 1e9, 2)}
 
 
+def append(maker: Maker, run: Path, step: int) -> None:
+    """Write the table and the metrics of one more step, as a run does."""
+    table, figures = maker.rollouts(step)
+    _write(table, run / f"rollouts/step-{step:06d}.parquet")
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(maker.line(step, figures))
+
+
+def make_many(root: Path, runs: int) -> None:
+    """Write `runs` runs of 300 steps in folders of ten, without tables, in different states."""
+    maker = Maker(300, SIZE)
+    lines = {step: maker.line(step, maker.rollouts(step)[1]) for step in range(1, 301)}
+    evaluated = {step: json.dumps({"step": step, **maker.evaluation(step)[1]}) + "\n" for step in (0, 100, 200, 300)}
+    for number in range(runs):
+        run = root / f"group-{number // 10}" / f"run-{number}"
+        run.mkdir(parents=True)
+        steps = 300 - number % 3 * 100
+        (run / "recipe.toml").write_text(_recipe(300, SIZE).replace('"scale"', f'"run {number}"'), encoding="utf-8")
+        shown = [lines.get(step, "") + evaluated.get(step, "") for step in range(steps + 1)]
+        (run / "metrics.jsonl").write_text("".join(shown))
+        (run / "events.jsonl").write_text("")
+        _write_rest(run, steps, [maker.evaluation(0)[1], maker.evaluation(300)[1]])
+        if steps < 300:
+            (run / "summary.json").unlink()
+            ui_measure.beat(run, steps, 300)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -273,8 +314,28 @@ def main() -> None:
     making.add_argument("folder", type=Path)
     making.add_argument("--steps", type=int, default=10_000)
     making.add_argument("--completions", type=int, default=100, help=f"per step, a multiple of {SIZE}")
+    measuring = commands.add_parser("measure", help="seconds per page, and memory")
+    measuring.add_argument("folder", type=Path)
+    measuring.add_argument("--openings", type=int, default=ui_measure.OPENINGS, help="of every kind of page")
+    following = commands.add_parser("live", help="processor time while two pages follow the run")
+    following.add_argument("folder", type=Path)
+    following.add_argument("--minutes", type=float, default=10)
+    following.add_argument("--pause", type=float, default=8, help="seconds between two steps")
+    listing = commands.add_parser("list", help="the list of many runs")
+    listing.add_argument("--runs", type=int, default=200)
     arguments = parser.parse_args()
-    print(json.dumps(make(arguments.folder, arguments.steps, arguments.completions), indent=1))
+    if arguments.command == "make":
+        print(json.dumps(make(arguments.folder, arguments.steps, arguments.completions), indent=1))
+    elif arguments.command == "measure":
+        ui_measure.record("measure", ui_measure.measure(arguments.folder, arguments.openings))
+    elif arguments.command == "live":
+        maker = Maker(10_000, 100)
+        found = ui_measure.live(arguments.folder, arguments.minutes, arguments.pause, partial(append, maker))
+        ui_measure.record("live", found)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            make_many(Path(folder), arguments.runs)
+            ui_measure.record("list", ui_measure.list_runs(Path(folder)))
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ def _metric(name: str, parts: Mapping[str, str]) -> str:
 
 def translate_event(event: Mapping[str, Any]) -> dict[str, Any]:
     """A line of events with the current names."""
-    translated = dict(event)
-    translated["kind"] = EVENTS.get(translated.get("kind", ""), translated.get("kind"))
-    if translated["kind"] == "warning":
-        translated["warning"] = WARNINGS.get(translated.get("warning", ""), translated.get("warning"))
+    kind, warning = event.get("kind"), event.get("warning")
+    translated = {**event, "kind": EVENTS.get(kind, kind) if isinstance(kind, str) else kind}
+    if kind == "warning" and isinstance(warning, str):
+        translated["warning"] = WARNINGS.get(warning, warning)
     return {COLUMNS.get(name, name): value for name, value in translated.items()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
+from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,95 +14,30 @@ from typing import Any
 import numpy as np
 
 from gruppo.config.renames import translate_event, translate_metrics
-from gruppo.runs.reading import object_of, old_parts
+from gruppo.runs.reading import old_parts
+from gruppo.runs.tail import Tail
 
-CHUNK = 8 * 2**20  # bytes that are read at once
-LONGEST_LINE = 4 * 2**20  # bytes; a longer line is skipped
 MOST_EVENTS = 20_000  # the last ones are kept
 MOST_NAMES = 2_000  # of metrics
-MARK = 256  # bytes before the end of what was read, which tell whether the file was cut back and written anew
-
-
-@dataclass
-class Tail:
-    """The complete lines of a growing file, from where the last call ended.
-
-    A file that was replaced, or cut back and written anew, is read from its beginning.
-    """
-
-    path: Path
-    offset: int = 0
-    inode: int = 0
-    mark: bytes = b""
-    seen: tuple[int, int] = (0, 0)  # size and time of change
-    damaged: int = 0
-
-    def read(self) -> tuple[bool, list[dict[str, Any]]]:
-        """Whether everything that was read before is void, and the objects of the lines that are new.
-
-        A line that is no object is counted in `damaged` and skipped. A missing file has no lines.
-        """
-        try:
-            with self.path.open("rb") as stream:
-                found = os.fstat(stream.fileno())
-                if (found.st_size, found.st_mtime_ns) == self.seen and found.st_ino == self.inode:
-                    return False, []
-                void = self._void(stream, found)
-                if void:
-                    self.offset, self.damaged, self.mark = 0, 0, b""
-                self.inode, self.seen = found.st_ino, (found.st_size, found.st_mtime_ns)
-                return void, self._lines(stream)
-        except OSError:
-            void = self.offset > 0
-            self.offset, self.inode, self.mark, self.seen, self.damaged = 0, 0, b"", (0, 0), 0
-            return void, []
-
-    def _void(self, stream: Any, found: os.stat_result) -> bool:
-        if self.offset == 0:
-            return False
-        if found.st_ino != self.inode or found.st_size < self.offset:
-            return True
-        stream.seek(self.offset - len(self.mark))
-        return bool(stream.read(len(self.mark)) != self.mark)
-
-    def _lines(self, stream: Any) -> list[dict[str, Any]]:
-        objects, rest = [], b""
-        stream.seek(self.offset)
-        while chunk := stream.read(CHUNK):
-            whole, newline, rest_after = (rest + chunk).rpartition(b"\n")
-            rest = rest_after
-            if newline:
-                self.offset += len(whole) + 1
-                self.mark = (whole + newline)[-MARK:]
-                for line in whole.split(b"\n"):
-                    content = object_of(line) if len(line) <= LONGEST_LINE else None
-                    if content is not None:
-                        objects.append(content)
-                    elif line.strip():
-                        self.damaged += 1
-            if len(rest) > LONGEST_LINE:  # not the line of a run; skip to its end
-                self.offset += len(rest)
-                self.mark, rest = rest[-MARK:], b""
-        return objects
 
 
 @dataclass
 class Series:
     """One metric: its values, and the steps that they belong to. NaN: not recorded, or not finite."""
 
-    steps: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values."""
-        return np.array(self.steps, dtype=np.int64), np.array(self.values, dtype=np.float64)
+        return np.array(self.steps), np.array(self.values)
 
 
 class LiveRun:
     """The metrics and events of a run folder; `poll` brings them up to date. Safe to use from several threads.
 
     `revision` changes whenever there is something new. `generation` grows when what was read before is void, because
-    the run was resumed from an earlier step or the folder was replaced.
+    the run was resumed from an earlier step or the folder was replaced. `step`: of the last line; None before it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,6 +45,7 @@ class LiveRun:
         self._lock = threading.RLock()
         self._metrics, self._events = Tail(path / "metrics.jsonl"), Tail(path / "events.jsonl")
         self.generation = self.lines = 0
+        self.step: int | None = None
         self.series: dict[str, Series] = {}
         self.events: list[dict[str, Any]] = []
         self._translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -130,7 +66,7 @@ class LiveRun:
             void, lines = self._metrics.read()
             if void:
                 self.generation += 1
-                self.series, self.lines, self._translate = {}, 0, None
+                self.series, self.lines, self.step, self._translate = {}, 0, None, None
             self._add(lines)
             void, events = self._events.read()
             if void:
@@ -151,6 +87,7 @@ class LiveRun:
                 self._metrics.damaged += 1
                 continue
             self.lines += 1
+            self.step = step
             for name, value in values.items():
                 if name == "step" or (value is not None and type(value) not in (int, float)):
                     continue
@@ -184,6 +121,11 @@ class LiveRun:
             value = series.values[place]
         return None if math.isnan(value) else value
 
+    def lines_with(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+        """The step of every value of some metrics, with the name of the metric: a line per value, without the value."""
+        for name, (steps, _) in self.arrays(filter(is_wanted, self.names())).items():
+            yield from ({"step": step, name: None} for step in steps.tolist())
+
     def arrays(self, names: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Steps and values of those metrics that the run has."""
         with self._lock:
@@ -204,34 +146,40 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": step if type(step) is int and abs(step) < 2**53 else None,
         "time": str(event.get("time", ""))[:40],
-        "kind": str(event.get("kind", "event"))[:80],
+        "kind": str(event.get("kind") or "event")[:80],
         "message": str(event.get("message", ""))[:2_000],
         "warning": str(event.get("warning") or "")[:80],
         "passed": event.get("state") == "passed",
     }
 
 
-def thin(steps: np.ndarray, values: np.ndarray, points: int) -> dict[str, Any]:
+def thin(steps: np.ndarray, values: np.ndarray, points: int, known: int = 0) -> dict[str, Any]:
     """A curve of at most `points` points: beyond that, each is the mean of consecutive values.
 
     Returns {"x": steps, "y": means, "size": values per point}, as lists; None for a value that is not recorded. The
     step of a point is the last one of its values. With size > 1 also "low" and "high", the extremes of the values.
+
+    `known`: points that consist of the first `known` values alone are left out, and "start" is their number.
     """
     size = max(1, math.ceil(len(values) / points)) if points > 0 else 1
+    start = known // size
+    left_out = {"start": start} if start else {}
+    steps, values = steps[start * size :], values[start * size :]
     if size == 1:
-        return {"x": steps.tolist(), "y": _plain(values), "size": 1}
+        return {"x": steps.tolist(), "y": _plain(values), "size": 1, **left_out}
     count = math.ceil(len(values) / size)
     padded = np.full(count * size, np.nan)
     padded[: len(values)] = values
     rows = padded.reshape(count, size)
-    known = ~np.isnan(rows)
-    number = known.sum(axis=1)
+    known_values = ~np.isnan(rows)
+    number = known_values.sum(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
-        means = np.where(number > 0, np.where(known, rows, 0.0).sum(axis=1) / np.maximum(number, 1), np.nan)
-    low = np.where(number > 0, np.where(known, rows, np.inf).min(axis=1), np.nan)
-    high = np.where(number > 0, np.where(known, rows, -np.inf).max(axis=1), np.nan)
+        sums = np.where(known_values, rows, 0.0).sum(axis=1)
+        means = np.where(number > 0, sums / np.maximum(number, 1), np.nan)
+    low = np.where(number > 0, np.where(known_values, rows, np.inf).min(axis=1), np.nan)
+    high = np.where(number > 0, np.where(known_values, rows, -np.inf).max(axis=1), np.nan)
     ends = steps[np.minimum(np.arange(1, count + 1) * size, len(steps)) - 1]
-    return {"x": ends.tolist(), "y": _plain(means), "low": _plain(low), "high": _plain(high), "size": size}
+    return {"x": ends.tolist(), "y": _plain(means), "low": _plain(low), "high": _plain(high), "size": size, **left_out}
 
 
 def _plain(values: np.ndarray) -> list[float | None]:

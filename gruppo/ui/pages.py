@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from starlette.responses import JSONResponse
 
 from gruppo.ui import text
 from gruppo.ui.links import Links
@@ -60,5 +62,14 @@ class Templates:
         )
 
     def render(self, name: str, **values: Any) -> str:
-        """A template as text."""
-        return self.environment.get_template(name).render(**values)
+        """A template as text. Halves of characters, which JSON and names of files can contain, become "?"."""
+        content = self.environment.get_template(name).render(**values)
+        return content.encode("utf-8", "replace").decode()
+
+
+class Data(JSONResponse):
+    """JSON in ASCII: texts of runs can contain halves of characters, which UTF-8 cannot. NaN must not be in it."""
+
+    def render(self, content: Any) -> bytes:
+        """The body of the answer."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")

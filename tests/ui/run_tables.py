@@ -110,8 +110,9 @@ def random_evaluation(source: np.random.Generator, questions: int = 6) -> pa.Tab
 
 
 def raw_completions(run: Path) -> pd.DataFrame:
-    """All completions of a run, with what the index derives of each."""
-    tables = [pq.read_table(path).to_pandas() for path in sorted((run / "rollouts").glob("*.parquet"))]
+    """All completions of a run, with what the index derives of each. Files of a few bytes are left out."""
+    paths = sorted((run / "rollouts").glob("*.parquet"))
+    tables = [pq.read_table(path).to_pandas() for path in paths if path.stat().st_size > 100]
     frame = pd.concat(tables, ignore_index=True)
     frame["reward"] = frame["reward"].astype(float).where(np.isfinite(frame["reward"].astype(float)))
     frame["length"] = frame["mask"].map(sum)
@@ -123,9 +124,9 @@ def raw_completions(run: Path) -> pd.DataFrame:
     return frame.sort_values(["step", "group", "completion"], ignore_index=True)
 
 
-def raw_groups(run: Path) -> pd.DataFrame:
-    """All groups of a run, one row each, in order."""
-    grouped = raw_completions(run).groupby(["step", "group"], as_index=False)
+def raw_groups(completions: pd.DataFrame) -> pd.DataFrame:
+    """The groups of `raw_completions`, one row each, in order."""
+    grouped = completions.groupby(["step", "group"], as_index=False)
     return grouped.agg(
         prompt_id=("prompt_id", "first"), prompt=("prompt", "first"), mean=("reward", "mean"), std=("reward", "std"),
         best=("reward", "max"), shortest=("length", "min"), longest=("length", "max"), completions=("length", "size"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,20 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
+class Raw(NamedTuple):
+    """The contents of a run in pandas."""
+
+    completions: pd.DataFrame
+    groups: pd.DataFrame
+    answers: pd.DataFrame
+
+
+@pytest.fixture(scope="module")
+def raw(run: Path) -> Raw:
+    completions = raw_completions(run)
+    return Raw(completions, raw_groups(completions), raw_answers(run))
+
+
 @pytest.fixture(scope="module")
 def index(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
     index = Index(run, tmp_path_factory.mktemp("cache"))
@@ -53,15 +67,15 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
             assert row[name] == (pytest.approx(value) if is_near else value), (name, wanted)
 
 
-def test_counts(run: Path, index: Index) -> None:
+def test_counts(raw: Raw, index: Index) -> None:
     assert index.counts() == {
-        "steps": 12, "groups": len(raw_groups(run)), "completions": len(raw_completions(run)), "last": 12,
+        "steps": 12, "groups": len(raw.groups), "completions": len(raw.completions), "last": 12,
         "evaluations": 3, "damaged": 0,
     }  # fmt: skip
 
 
-def test_steps(run: Path, index: Index) -> None:
-    completions, groups = raw_completions(run), raw_groups(run)
+def test_steps(raw: Raw, index: Index) -> None:
+    completions, groups = raw.completions, raw.groups
     expected = completions.groupby("step").agg(
         completions=("reward", "size"), mean=("reward", "mean"), length=("length", "mean"),
         truncated=("truncated", "sum"), excluded=("excluded", "sum"), right=("right", "sum"),
@@ -74,16 +88,16 @@ def test_steps(run: Path, index: Index) -> None:
     assert index.step(13) is None
 
 
-def test_groups(run: Path, index: Index) -> None:
-    expected = raw_groups(run)
+def test_groups(raw: Raw, index: Index) -> None:
+    expected = raw.groups
     assert_same(index.groups().rows, records(expected))
     for step in STEPS:
         assert_same(index.groups(step).rows, records(expected[expected["step"] == step]))
     assert index.groups(99).rows == []
 
 
-def test_rewards_of_a_group_are_in_the_order_of_its_completions(run: Path, index: Index) -> None:
-    for (step, group), rows in raw_completions(run).groupby(["step", "group"]):
+def test_rewards_of_a_group_are_in_the_order_of_its_completions(raw: Raw, index: Index) -> None:
+    for (step, group), rows in raw.completions.groupby(["step", "group"]):
         found = index.group(int(step), int(group))
         assert found is not None
         assert found["rewards"] == [plain(value) for value in rows["reward"]]
@@ -112,9 +126,9 @@ def test_neighbors_of_a_group(index: Index) -> None:
     ["step", "group", "prompt", "mean", "std", "best", "shortest", "longest", "truncated", "excluded", "trained",
      "right", "nonzero"],
 )  # fmt: skip
-def test_sorted_groups(run: Path, index: Index, sort: str, descending: bool) -> None:
+def test_sorted_groups(raw: Raw, index: Index, sort: str, descending: bool) -> None:
     """Equal values are in the order of steps, missing ones at the end."""
-    expected = raw_groups(run)
+    expected = raw.groups
     if sort in ("step", "group"):
         expected = expected[::-1] if descending else expected
     else:
@@ -148,8 +162,8 @@ def test_sorted_steps(index: Index, sort: str) -> None:
     ],
     ids=str,
 )
-def test_filtered_groups(run: Path, index: Index, filters: Filters, condition: str) -> None:
-    expected = raw_groups(run).query(condition, engine="python")
+def test_filtered_groups(raw: Raw, index: Index, filters: Filters, condition: str) -> None:
+    expected = raw.groups.query(condition, engine="python")
     assert_same(index.groups(filters=filters).rows, records(expected))
     in_step = expected[expected["step"] == 3]
     assert_same(index.groups(3, filters=filters).rows, records(in_step))
@@ -166,8 +180,8 @@ def test_pages(index: Index) -> None:
     assert index.questions("question 3", limit=1).total == 1
 
 
-def test_best_completions(run: Path, index: Index) -> None:
-    expected = raw_completions(run).dropna(subset="reward")
+def test_best_completions(raw: Raw, index: Index) -> None:
+    expected = raw.completions.dropna(subset="reward")
     order = {"reward": False, "step": False, "group": True, "completion": True}
     expected = expected.sort_values(list(order), ascending=list(order.values()))
     names = ["step", "group", "completion", "reward", "length", "prompt_id", "prompt"]
@@ -176,8 +190,8 @@ def test_best_completions(run: Path, index: Index) -> None:
     assert_same(index.best(4, 6, limit=200), records(inside[names]))
 
 
-def raw_questions(run: Path) -> pd.DataFrame:
-    groups, answers = raw_groups(run), raw_answers(run)
+def raw_questions(raw: Raw) -> pd.DataFrame:
+    groups, answers = raw.groups, raw.answers
     known = groups.dropna(subset="mean")
     drawn = groups.groupby("prompt_id").agg(draws=("mean", "size"), best=("best", "max"), prompt=("prompt", "first"))
     drawn["first"] = known.groupby("prompt_id")["mean"].first()
@@ -189,8 +203,8 @@ def raw_questions(run: Path) -> pd.DataFrame:
     return drawn.reset_index().sort_values("prompt_id")
 
 
-def test_questions(run: Path, index: Index) -> None:
-    expected = raw_questions(run)
+def test_questions(raw: Raw, index: Index) -> None:
+    expected = raw_questions(raw)
     assert_same(index.questions().rows, records(expected))
     for sort in ("draws", "change", "best", "first", "last"):
         ordered = expected.sort_values(sort, ascending=False, kind="stable", na_position="last")
@@ -198,8 +212,8 @@ def test_questions(run: Path, index: Index) -> None:
     assert_same(index.questions("question 4").rows, records(expected[expected["prompt_id"] == "task/4"]))
 
 
-def test_question_through_time(run: Path, index: Index) -> None:
-    groups, answers = raw_groups(run), raw_answers(run)
+def test_question_through_time(raw: Raw, index: Index) -> None:
+    groups, answers = raw.groups, raw.answers
     for prompt in sorted(set(groups["prompt_id"])):
         found = index.question(prompt)
         drawn = groups[groups["prompt_id"] == prompt]
@@ -232,10 +246,10 @@ def test_draws_of_a_prompt_are_thinned_out_evenly(index: Index, monkeypatch: pyt
     assert found.draws == [every.draws[place] for place in places]
 
 
-def test_evaluations(run: Path, index: Index) -> None:
-    answers = raw_answers(run)
-    answers["finished"] = answers["finish_reason"] == "stop"
-    answers["without_vote"] = answers["vote"].isna()
+def test_evaluations(raw: Raw, index: Index) -> None:
+    answers = raw.answers.assign(
+        finished=raw.answers["finish_reason"] == "stop", without_vote=raw.answers["vote"].isna()
+    )
     by_set = answers.groupby(["step", "eval_set"])
     expected = by_set.agg(
         questions=("prompt_id", "nunique"), answers=("correct", "size"), right=("correct", "sum"),
@@ -246,8 +260,8 @@ def test_evaluations(run: Path, index: Index) -> None:
     assert_same(index.evaluations(), records(expected.reset_index()))
 
 
-def test_verdicts_and_answers(run: Path, index: Index) -> None:
-    answers = raw_answers(run)
+def test_verdicts_and_answers(raw: Raw, index: Index) -> None:
+    answers = raw.answers
     for (step, eval_set), rows in answers.groupby(["step", "eval_set"]):
         found = index.verdicts(int(step), str(eval_set))
         by_prompt = {str(name): part for name, part in rows.groupby("prompt_id", sort=False)}
@@ -262,8 +276,8 @@ def test_verdicts_and_answers(run: Path, index: Index) -> None:
     assert index.verdicts(3) == []
 
 
-def test_changes_between_evaluations(run: Path, index: Index) -> None:
-    shares = raw_answers(run).groupby(["step", "eval_set", "prompt_id"])["correct"].mean()
+def test_changes_between_evaluations(raw: Raw, index: Index) -> None:
+    shares = raw.answers.groupby(["step", "eval_set", "prompt_id"])["correct"].mean()
     before, after = shares[0, ""], shares[10, ""]
     expected: dict[str, str] = {}
     for prompt in sorted({*before.index, *after.index}):

@@ -230,7 +230,7 @@ def test_several_runs_are_compared(run: Path, copy: Path, tmp_path: Path) -> Non
     assert document.pages[0] == "/compare"
     assert sum(page.count("/") == 2 for page in document.pages) == 2, "a run that is named twice is in it once"
     assert "Comparing 2 runs" in document.text
-    assert "Question by question: " in document.text
+    assert "Question by question The last evaluations of " in document.text
     inside = {link[1:] for link in document.links if link.startswith("#")} - {"main"}
     assert inside <= set(document.pages)
     twins = [Path(shutil.copytree(copy, tmp_path / place / "run")) for place in ("a", "b")]
