@@ -40,6 +40,15 @@ POLL_SECONDS, LIST_SECONDS = 1.0, 2.0  # how often a page that follows a run loo
 ALIVE_SECONDS = 15.0  # a stream says something at least this often, so that a run without sign of life is noticed
 EVENTS = 200  # on a run's page
 STATES = ("running", "done", "stopped", "interrupted", "failed", "silent", "unfinished")
+_PROBLEM = {
+    "text/html": {"schema": {"type": "string"}},
+    "application/json": {"schema": {"type": "object", "required": ["detail"], "properties": {"detail": {}}}},
+}
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    404: {"description": "There is no such run, step, group, question or file, or it is damaged.", "content": _PROBLEM},
+    422: {"description": "A parameter is not valid.", "content": _PROBLEM},
+    503: {"description": "The tables of the run are still being read.", "content": _PROBLEM},
+}
 _STATIC = Path(__file__).parent / "static"
 _KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -87,7 +96,8 @@ def create_app(root: Path, token: str | None = None, host: str = "127.0.0.1", ca
         state.indexes.close()
 
     app = FastAPI(
-        title="gruppo", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", lifespan=lifespan
+        title="gruppo", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", lifespan=lifespan,
+        responses=_PROBLEMS,
     )  # fmt: skip
     app.add_middleware(Guard, host=host, token=token)
     _add_pages(app, state)

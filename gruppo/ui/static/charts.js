@@ -174,7 +174,8 @@
       figure.className = "chart card";
       figure.dataset.chart = chart.id;
       plot.className = "plot";
-      plot.setAttribute("role", "img");
+      plot.setAttribute("role", "group"); // plotly's buttons are in it
+      plot.setAttribute("aria-label", described(chart));
       [["title", chart.title], ["num latest", ""], ["muted small", chart.help]].forEach(function (part) {
         const span = document.createElement("span");
         span.className = part[0];
