@@ -33,7 +33,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: 
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]
 TIMEOUT = 30_000  # milliseconds that a condition may take on a busy machine
-REWARD = "document.querySelector('[data-chart=reward] .plot')"
+REWARD = """document.querySelector('[data-chart=reward] .plot, [data-chart="reward/mean"] .plot')"""
 POINTS = f"{REWARD}?.data?.findLast(curve => curve.name && curve.name !== 'events')?.x.length"
 NAMES = f"{REWARD}?.data?.filter(curve => curve.name).map(curve => curve.name)"
 ZOOM = f"{REWARD}.layout.xaxis.range.map(Number)"
