@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -56,19 +56,19 @@ class Entry:
 
 @dataclass
 class Draft:
-    """The recipe so far. Fields are named `table.field`; lists of tables are in `tables`.
+    """The recipe so far, from the settings of a trainer. Fields are named `table.field`.
 
     `missing`, `ignored` and `to_fill` are lines for the reader. `remarks` stand at the top of the recipe.
     """
 
     trainer: str
+    settings: Settings
     fields: dict[str, Entry] = field(default_factory=dict)
     mixture: list[dict[str, Any]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     to_fill: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    mapped: int = 0
 
     def put(self, name: str, value: Any, source: Setting | str, given: bool = True) -> None:
         """Set a field. The comment names the source; a default of the trainer is left out if it is gruppo's too.
@@ -88,8 +88,6 @@ class Draft:
             comment = setting.name
         if given or value != self._default(name):
             self.fields[name] = Entry(value, comment, given)
-        if given:
-            self.mapped += 1
 
     def ask(self, name: str, value: Any, what: str) -> None:
         """Set a field to a placeholder, or to a guess, that the user has to look at."""
@@ -119,9 +117,9 @@ class Draft:
         info = _field(name)
         return row.get(last, None if info is None else info.get_default(call_default_factory=True))
 
-    def by_table(self, settings: Settings) -> None:
+    def by_table(self) -> None:
         """Set every field whose name the table of foreign names gives, and sort the other names."""
-        for setting in settings.rest():
+        for setting in self.settings.rest():
             self._by_table(setting)
 
     def _by_table(self, setting: Setting) -> None:
@@ -206,6 +204,4 @@ def _annotation(name: str) -> Any:
     """The type of a field with its bounds, for values that may be written as text."""
     info = _field(name)
     assert info is not None, name
-    from typing import Annotated
-
     return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation

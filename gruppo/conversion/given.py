@@ -57,6 +57,10 @@ class Settings:
             self._defaults.pop(name, None)
         return found[0] if found else Setting(names[0], None, False)
 
+    def default(self, name: str, value: Any) -> None:
+        """Give a name a default."""
+        self._defaults[name] = value
+
     def number(self, *names: str) -> float | None:
         """As `take`, as a number; None if the value is not one."""
         return as_number(self.take(*names).value)
