@@ -298,7 +298,7 @@ NAMES = {
 
 # Reason why a name needs no field -> the names, which change nothing that a model learns; "*" stands for any text.
 IGNORED = {
-    "every step is recorded in the run folder": "logging_* log_* report_to disable_tqdm debug logger logger_type "
+    "every step is recorded in the run folder": "logging_* log_level* log_on_each_node log_completions* log_unique_prompts report_to disable_tqdm debug logger logger_type "
     "logger.* tensorboard_dir num_completions_to_print project project_name include_num_input_tokens_seen "
     "include_for_metrics skip_memory_metrics trackio_* wandb_* use_wandb use_tensorboard swanlab_* use_swanlab plot_loss "
     "*profiler* *prometheus* trace.* disable_log_stats log_val_generations rollout_data_dir validation_data_dir "

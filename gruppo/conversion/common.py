@@ -25,7 +25,7 @@ def run_name(draft: Draft, *candidates: Setting) -> None:
             if name and "run.name" not in draft.fields:
                 draft.put("run.name", name, setting)
             elif name:
-                draft.skip(setting, "write gruppo train --out for another run folder")
+                draft.skip(setting, "`gruppo train --out` names another run folder")
 
 
 def put_kl(draft: Draft, coefficient: Setting, estimator: str) -> None:

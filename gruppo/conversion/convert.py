@@ -10,6 +10,7 @@ from typing import Any
 
 import tomli_w
 
+from gruppo.config.loading import recipe_tables
 from gruppo.config.recipe import Recipe
 from gruppo.conversion import openrlhf, trl, verl
 from gruppo.conversion.draft import FILL_IN, Draft
@@ -17,6 +18,7 @@ from gruppo.conversion.given import Source
 from gruppo.conversion.reading import read
 from gruppo.errors import one_line
 
+_READ_AS = {"TRL": "TRL 1.16", "verl": "verl 0.9", "OpenRLHF": "OpenRLHF 0.11"}
 _CONVERSIONS = {"TRL": trl.convert, "verl": verl.convert, "OpenRLHF": openrlhf.convert}
 
 
@@ -56,8 +58,7 @@ def convert(arguments: Sequence[str], source: str | None = None, processes: int 
     """
     found = read(arguments, source, processes)
     draft = _CONVERSIONS[found.trainer](found)
-    for name, why in found.unknown.items():
-        draft.to_fill.append(f"{name}: {why}")
+    draft.lacks(found.unknown)
     for note in found.notes:
         draft.remark(note)
     draft.by_table()
@@ -71,7 +72,8 @@ def _text(source: Source, draft: Draft) -> str:
     """The recipe as TOML, with a comment behind each field and the rest of the arguments at the end."""
     blocks = [_header(source, draft)]
     tables: dict[str, list[str]] = {}
-    for name, entry in draft.fields.items():
+    order = [f"{table}.{field}" for table, fields in recipe_tables() for field in fields]
+    for name, entry in sorted(draft.fields.items(), key=lambda item: order.index(item[0])):
         table, _, field = name.rpartition(".")
         line = f"{_key(field)} = {toml_value(entry.value)}"
         tables.setdefault(table, []).append(f"{line}{' ' * max(2, 40 - len(line))}# {one_line(entry.comment)}")
@@ -86,7 +88,7 @@ def _text(source: Source, draft: Draft) -> str:
 
 
 def _header(source: Source, draft: Draft) -> str:
-    lines = [f"Converted by `gruppo convert` from {source.origin} ({draft.trainer}, {source.method})."]
+    lines = [f"Converted by `gruppo convert` from {source.origin}, read as {_READ_AS[draft.trainer]} ({source.method})."]
     if draft.to_fill:
         lines.append(f"Fill in before training (marked {FILL_IN} below, where there is a line for it):")
         lines += [f"- {line}" for line in draft.to_fill]

@@ -78,11 +78,12 @@ class Draft:
         setting = source if isinstance(source, Setting) else None
         given = setting.given if setting else given
         try:
-            value = TypeAdapter(_annotation(name)).validate_python(value)
+            checked = TypeAdapter(_annotation(name)).validate_python(value)
         except ValidationError:
             if given:
                 self.lack(source, f"does not fit {name}; write that field")
             return
+        value = value if isinstance(checked, Section) else checked
         comment = str(source) if given else f"{self.trainer}'s default: {source}"
         if setting and given and written(setting.value) == written(value):
             comment = setting.name
@@ -142,13 +143,20 @@ class Draft:
         elif is_ignored(answer):
             self.skip(setting, answer.removeprefix(NOTHING))
         elif is_off(setting.value) or _is_neutral(setting):
-            self.skip(setting, "turned off, as in gruppo")
+            self.skip(setting, "this value changes nothing")
         elif answer.startswith(NOTHING):
             self.lack(setting, answer.removeprefix(NOTHING))
-        elif answer.startswith("--"):
-            self.skip(setting, f"write gruppo train {answer}")
+        elif answer.startswith("--") or answer == "run.memory":
+            self.skip(setting, f"see {answer if answer == 'run.memory' else f'`gruppo train {answer}`'}")
         else:
             self.lack(setting, f"write {answer}")
+
+    def lacks(self, unknown: Mapping[str, str]) -> None:
+        """Note the names whose values are not in the file, unless gruppo has no use for them."""
+        for name, why in unknown.items():
+            answer = gruppo_name(name.split(".")) or ""
+            if not is_ignored(answer) and not answer.startswith("--"):
+                self.to_fill.append(f"{name}: {why}")
 
     def settle(self) -> None:
         """Leave out the fields that the recipe refuses, with the reason, until it can be loaded."""

@@ -55,6 +55,7 @@ def convert(source: Source) -> Draft:
     settings = Settings(source.values, DEFAULTS)
     draft = Draft("OpenRLHF", settings)
     _method(draft, settings)
+    _correction(draft, settings)
     _kl(draft, settings)
     _batch(draft, settings)
     _model(draft, settings)
@@ -113,6 +114,25 @@ def _method(draft: Draft, settings: Settings) -> None:
         limits = settings.take("algo.dynamic_filtering_range", "dynamic_filtering_reward_range")
         if limits.given:
             draft.lack(limits, "dropped groups are those whose rewards are all equal")
+
+
+def _correction(draft: Draft, settings: Settings) -> None:
+    """Weights for the difference between vLLM and the trainer."""
+    old, level = settings.take("enable_vllm_is_correction"), settings.take("algo.advantage.is_correction_level")
+    mode, gate = settings.take("algo.advantage.is_correction_mode"), settings.take("algo.advantage.is_correction_gating")
+    kind, masks = settings.take("vllm_is_correction_type"), settings.take("use_icepop")
+    bounds = settings.take("algo.advantage.is_correction_threshold", "vllm_is_truncated_threshold")
+    is_on = next((one for one in (old, level) if one.given and not is_off(one.value)), None)
+    clips = mode.value == "clip" if is_on is level else is_off(masks.value) and kind.value in (None, "tis")
+    if is_on is None:
+        for setting in (mode, gate, bounds, kind, masks):
+            if setting.given:
+                draft.skip(setting, "the correction is off")
+    elif clips and level.value in (None, "token") and gate.value in (None, "ratio"):
+        limits = as_list(bounds.value)
+        draft.put("method.tis_cap", as_number(limits[-1]) if limits else 5.0, bounds if limits else is_on)
+    else:
+        draft.lack(is_on, "method.tis_cap truncates the weights of tokens, and nothing rejects completions or tokens")
 
 
 def _kl(draft: Draft, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -82,7 +83,7 @@ def _text(path: Path, limit: int) -> str:
         raise UsageError(f"{path}: cannot be read ({error}); give a readable file") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not UTF-8 text; give a YAML file or a shell script") from None
-    if "\0" in text:
+    if "\0" in text or "\x01" in text:
         raise UsageError(f"{path}: is not text; give a YAML file or a shell script")
     return text.replace("\r\n", "\n")
 
@@ -118,6 +119,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         if node is not None:
             _require_small(node, where)
         data = None if node is None else loader.construct_document(node)
+        json.dumps(data, ensure_ascii=False, default=str).encode()  # refuses halves of surrogate pairs
     except UsageError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:

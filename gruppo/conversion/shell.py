@@ -10,11 +10,13 @@ import ast
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gruppo.errors import UsageError
 
-_GAP = "\0"  # where an unquoted expansion is split into words
+_GAP, _MARK = "\0", "\x01"  # where an unquoted expansion is split into words; around the number of a reason
+_MARKS, _MARKED = re.compile(f"{_MARK}(\\d+){_MARK}"), re.compile(f"{_MARK}\\d+{_MARK}")
+_OUTSIDE = "what other programs print"
 
 _WORD = re.compile(
     r"""(?: '[^']*' | "(?:[^"\\]|\\.)*" | \\. | \$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\) | `[^`]*`
@@ -27,7 +29,8 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _PART = re.compile(
-    r"""(?P<single>'[^']*') | (?P<double>"(?:[^"\\]|\\.)*") | (?P<escape>\\.) | (?P<plain>[^'"\\]+)""",
+    r"""(?P<single>'[^']*') | (?P<double>"(?:[^"\\]|\\.)*") | (?P<escape>\\.)
+    | (?P<plain>(?:\$\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\} | \$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\) | `[^`]*` | [^'"\\])+)""",
     re.VERBOSE | re.DOTALL,
 )
 _EXPANSION = re.compile(
@@ -49,24 +52,24 @@ _OPERATORS = {
 _BRANCHES = {"if": 1, "case": 1, "for": 1, "while": 1, "until": 1, "fi": -1, "esac": -1, "done": -1}
 
 
-@dataclass
 class Variables:
-    """Variables of a script: their words, and those that the script sets only under a condition.
+    """Variables of a script, each with its words.
 
-    `missing` collects what an expansion needed and the script does not say.
+    What the script does not say is marked in the words themselves, by the number of the reason between two marks, so
+    that it stays with the text into every word that it becomes part of.
     """
 
-    words: dict[str, list[str]] = field(default_factory=lambda: {"HOME": ["~"], "PWD": ["."]})
-    uncertain: set[str] = field(default_factory=set)
-    missing: set[str] = field(default_factory=set)
-    budget: int = 1_000_000  # characters that expansions may still produce
+    def __init__(self) -> None:
+        self.words: dict[str, list[str]] = {"HOME": ["~"], "PWD": ["."]}
+        self._reasons: list[str] = []
+        self._budget = 1_000_000  # characters that expansions may still produce
 
     def expand(self, word: str) -> list[str]:
         """A word of a script as words, after the rules of the shell for quotes and plain variables."""
         text, has_text = "", False
         for part in _PART.finditer(word):
             if part["single"]:
-                text, has_text = text + part["single"][1:-1].replace(_GAP, ""), True
+                text, has_text = text + part["single"][1:-1], True
             elif part["double"]:
                 inner = re.sub(r"\\\n", "", part["double"][1:-1])
                 inner = re.sub(r'\\([\\"`])', r"\1", self._expand(inner, quoted=True))
@@ -78,46 +81,52 @@ class Variables:
         words = text.split(_GAP)
         return [one for one in words if one] or ([""] if has_text else [])
 
+    def mark(self, reason: str) -> str:
+        """A mark for what the script does not say."""
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        return f"{_MARK}{self._reasons.index(reason)}{_MARK}"
+
+    def reasons(self, word: str) -> frozenset[str]:
+        """What the script does not say about a word."""
+        return frozenset(self._reasons[int(number)] for number in _MARKS.findall(word))
+
     def _expand(self, text: str, quoted: bool) -> str:
         def replace(match: re.Match[str]) -> str:
             if match["sum"] is not None:
                 return self._sum(match["sum"], match[0])
             if match["command"]:
                 return self._unknown(match["command"])
-            name = match["name"] or match["short"]
-            value = self._value(name, match["rest"] or "", match[0])
-            self.budget -= sum(map(len, value))
-            if self.budget < 0:
+            value = self._value(match["name"] or match["short"], match["rest"] or "", match[0])
+            self._budget -= sum(map(len, value))
+            if self._budget < 0:
                 raise UsageError("the script's variables expand to more than a million characters; write them out")
             return _GAP.join(value) if not quoted or "@" in match[0] else " ".join(value)
 
         expanded = _EXPANSION.sub(replace, text)
-        if "${" in expanded:
-            self._unknown(expanded)
+        if _MARK not in expanded and ("${" in expanded or "$(" in expanded):
+            expanded += self.mark(_OUTSIDE)
         return expanded if quoted else re.sub(r"[ \t\n]+", _GAP, expanded)
 
     def _value(self, name: str, rest: str, whole: str) -> list[str]:
         if name in {"@", "*"}:
             return []
         found = self.words.get(name)
+        is_set = bool(found) and found != [""]
         if default := re.fullmatch(r":?[-=](.*)", rest, re.DOTALL):
-            return found if found and found != [""] else self.expand(default[1])
+            return found if found and is_set else self.expand(default[1])
         if rest.startswith(":+"):
-            return self.expand(rest[2:]) if found and found != [""] else []
-        if found is None or rest:
-            return [self._unknown(whole)]
-        if name in self.uncertain:
-            self.missing.add(f"{name}, which the script sets under a condition")
-        return found
+            return self.expand(rest[2:]) if is_set else []
+        return [self._unknown(whole)] if found is None or rest else found
 
     def _unknown(self, what: str) -> str:
-        self.missing.add(what)
-        return what
+        return what + self.mark(what if re.fullmatch(r"\$\{?\w+\}?", what) else _OUTSIDE)
 
     def _sum(self, text: str, whole: str) -> str:
         names = re.sub(r"\$?\{?\b([A-Za-z_]\w*)\b\}?", lambda m: " ".join(self.words.get(m[1], [m[1]])), text)
+        marks = "".join(_MARKED.findall(names))
         try:
-            return str(_whole_number(ast.parse(names.strip()[:200], mode="eval").body))
+            return str(_whole_number(ast.parse(_MARKED.sub("", names).strip()[:200], mode="eval").body)) + marks
         except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
             return self._unknown(whole)
 
@@ -149,8 +158,8 @@ def commands(script: str, where: str) -> list[Command]:
     variables, found, depth = Variables(), [], 0
     for statement in _statements(_HEREDOC.sub(_as_assignment, script), where):
         words = list(statement)
-        while words and (words[0] in _KEYWORDS or words[0] in _DECLARING or words[0] in _BRANCHES):
-            depth = max(0, depth + _BRANCHES.get(words.pop(0), 0))
+        while words and isinstance(words[0], str) and (words[0] in _KEYWORDS or words[0] in _DECLARING or words[0] in _BRANCHES):
+            depth = max(0, depth + _BRANCHES.get(str(words.pop(0)), 0))
         names = [word for word in words if isinstance(word, str)]
         if words and all(isinstance(word, tuple) or _ASSIGNMENT.fullmatch(word) for word in words):
             _assign(words, variables, depth > 0)
@@ -211,10 +220,8 @@ def _assign(words: list[_Item], variables: Variables, conditional: bool) -> None
         before = variables.words.get(name, [])
         if sign:
             value = before + value if isinstance(word, tuple) else ["".join([*before, *value])]
-        variables.words[name] = value
-        variables.uncertain.discard(name)
-        if conditional:
-            variables.uncertain.add(name)
+        mark = variables.mark(f"{name}, which the script sets under a condition") if conditional else ""
+        variables.words[name] = [one + mark for one in value]
 
 
 def _command(names: list[str], variables: Variables) -> Command:
@@ -224,8 +231,7 @@ def _command(names: list[str], variables: Variables) -> Command:
     for name in names:
         if name == ">":
             break
-        variables.missing = set()
         expanded = variables.expand(name)
-        words += expanded
-        missing += [frozenset(variables.missing)] * len(expanded)
+        words += [_MARKED.sub("", word) for word in expanded]
+        missing += [variables.reasons(word) for word in expanded]
     return Command(tuple(words), tuple(missing))

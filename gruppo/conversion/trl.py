@@ -124,7 +124,7 @@ def _batch(draft: Draft, settings: Settings, source: Source, group: int) -> int:
         line += f" = {prompts} prompts × {group} completions"
     draft.remark(f"{line}." if prompts * group == update else f"{line}, rounded to whole groups.")
     if source.processes is None:
-        draft.remark("The arguments do not say how many processes train; for several, run gruppo convert --processes N.")
+        draft.remark("The arguments do not say how many processes train; for several, run `gruppo convert --processes N`.")
     draft.put("sampling.prompts_per_step", prompts, "the batch above")
     return updates
 
@@ -278,7 +278,7 @@ def _reward_model(draft: Draft, settings: Settings, source: Source) -> None:
     """TRL's RewardTrainer learns from pairs, gruppo's reward models from labels."""
     draft.lack(
         "pairs (chosen, rejected)",
-        "gruppo trains reward models on labels: gruppo label RECIPE --out DIR, then gruppo reward-model RECIPE DIR",
+        "gruppo trains reward models on labels: `gruppo label RECIPE --out DIR`, then `gruppo reward-model RECIPE DIR`",
     )
     name, rate = settings.take("model_name_or_path"), settings.take("learning_rate")
     draft.put("model.name", name.value, name)
