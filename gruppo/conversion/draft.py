@@ -44,6 +44,15 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 # Fields that need more than a value: which code to call, or which rows to read.
 _BY_HAND = ("run.memory", "reward.", "reward_model.", "environment.", "evaluation.", "mixture", "method.tis_cap")
 
+# Tables of other trainers about another model than the policy -> gruppo's table for it.
+_PARTS = {
+    "critic.": "critic.",
+    "reward.": "reward",
+    "reward_model.": "reward",
+    "actor_rollout_ref.ref.": "reference",
+    "ref.": "reference",
+}
+
 
 @dataclass
 class Entry:
@@ -129,7 +138,11 @@ class Draft:
         if answer is None:
             named = fields_named(location, recipe_tables())
             answer = named[0] if named else None
-        if answer is not None and _field(answer) is not None and not answer.startswith(_BY_HAND):
+        part = next((table for start, table in _PARTS.items() if setting.name.startswith(start)), "")
+        if answer is not None and part and _field(answer) is not None and not answer.startswith(part):
+            if setting.given and not is_off(setting.value):
+                self.lack(setting, f"{answer} is that of the policy")
+        elif answer is not None and _field(answer) is not None and not answer.startswith(_BY_HAND):
             if setting.value is None:
                 return
             if answer in self.fields:

@@ -44,6 +44,7 @@ class Settings:
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self._values = dict(values)
         self._defaults = dict(defaults)
+        self.used: list[str] = []
 
     def take(self, *names: str) -> Setting:
         """The value of the first of these names that was given, else the default of the first that has one.
@@ -52,6 +53,7 @@ class Settings:
         """
         found = [Setting(name, self._values[name], True) for name in names if name in self._values]
         found += [Setting(name, self._defaults[name], False) for name in names if name in self._defaults]
+        self.used += [name for name in names if name in self._values]
         for name in names:
             self._values.pop(name, None)
             self._defaults.pop(name, None)
