@@ -31,7 +31,7 @@ def convert(
     source: Annotated[
         str | None,
         typer.Option(
-            "--from",
+            "--source",
             metavar="TRAINER",
             help="trl-grpo, trl-rloo, trl-dpo, trl-sft, trl-reward, verl or openrlhf. Default: found out.",
         ),

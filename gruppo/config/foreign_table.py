@@ -298,9 +298,10 @@ NAMES = {
 
 # Reason why a name needs no field -> the names, which change nothing that a model learns; "*" stands for any text.
 IGNORED = {
-    "every step is recorded in the run folder": "logging_* log_level* log_on_each_node log_completions* log_unique_prompts report_to disable_tqdm debug logger logger_type "
-    "logger.* tensorboard_dir num_completions_to_print project project_name include_num_input_tokens_seen "
-    "include_for_metrics skip_memory_metrics trackio_* wandb_* use_wandb use_tensorboard swanlab_* use_swanlab plot_loss "
+    "every step is recorded in the run folder": "logging_* log_level* log_on_each_node log_completions* "
+    "log_unique_prompts report_to disable_tqdm debug logger logger_type logger.* tensorboard_dir "
+    "num_completions_to_print project project_name include_num_input_tokens_seen include_for_metrics "
+    "skip_memory_metrics trackio_* wandb_* use_wandb use_tensorboard swanlab_* use_swanlab plot_loss "
     "*profiler* *prometheus* trace.* disable_log_stats log_val_generations rollout_data_dir validation_data_dir "
     "calculate_entropy calculate_sum_pi_squared moe_load_balance_metrics_interval *wandb.*",
     "nothing is uploaded; `gruppo export` writes a folder for the Hugging Face hub": "push_to_hub hub_* "
@@ -359,15 +360,15 @@ IGNORED = {
 
 # Reason why gruppo has no such field -> the names, which do change what a model learns.
 MISSING = {
-    "chat template and special tokens are those of the model": "eos_token pad_token chat_template_path custom_chat_template "
-    "chat_template",
+    "chat template and special tokens are those of the model": "eos_token pad_token chat_template_path "
+    "custom_chat_template chat_template",
     "prompts are never truncated, only refused or left out (task.overlong)": "truncation_mode truncation_side",
     "the loss covers the completion, not the prompt": "completion_only_loss assistant_only_loss train_on_prompt "
     "train_on_inputs train_on_responses_only mask_history",
     "run.steps limits the training, and evaluation.questions the evaluation": "max_samples max_train_samples "
     "max_eval_samples train_max_samples val_max_samples",
-    "the optimizer is AdamW": "optim optim_args optim_target_modules optimizer_type optim_type optim.optimizer galore_* "
-    "use_galore apollo_* use_apollo badam_* use_badam neftune_noise_alpha loraplus_* muon.*",
+    "the optimizer is AdamW": "optim optim_args optim_target_modules optimizer_type optim_type optim.optimizer "
+    "galore_* use_galore apollo_* use_apollo badam_* use_badam neftune_noise_alpha loraplus_* muon.*",
     "schedules are constant, linear or cosine, without options": "lr_scheduler_kwargs lr_scheduler_args min_lr_ratio "
     "min_lr num_cycles zero_indexed_step",
     "there is no dropout, so that sampling and training use the same distribution": "*dropout disable_dropout "
@@ -402,15 +403,15 @@ MISSING = {
     "the reference is the initial policy": "ref_model_mixup_alpha ref_model ref_model_adapters ref_adapter_name",
     "the loss has no term for the router of experts": "router_aux_loss_coef aux_loss_coef moe_aux_loss_coef",
     'aggregation = "constant" divides by sampling.max_tokens': "loss_scale_factor",
-    "sampling and training take turns, with the current weights": "async_enable async_queue_size partial_rollout_enable "
-    "trainer.use_v1 trainer.v1.*",
+    "sampling and training take turns, with the current weights": "async_enable async_queue_size "
+    "partial_rollout_enable trainer.use_v1 trainer.v1.*",
     "policy and value model are trained from the first step on": "critic_warmup critic.enable freezing_steps",
     "there is no moving average of the weights": "enable_ema ema_beta",
     "there is no distillation": "distillation.*",
     "the model predicts one token at a time": "mtp.* rollout.mtp",
     "conversations of several turns are a table [environment]": "multi_turn.* agent.* tool_config_path "
     "function_tool_path",
-    "rows of your own are a function, task.name = \"file.py:function\"": "custom_cls.*",
+    'rows of your own are a function, task.name = "file.py:function"': "custom_cls.*",
     "dropped groups are those whose rewards are all equal": "filter_groups.* dynamic_filtering_range "
     "dynamic_filtering_reward_range",
     "a step samples sampling.prompts_per_step prompts": "gen_batch_size",

@@ -87,7 +87,7 @@ def loss_kl(draft: Draft, coefficient: Setting, estimator: Setting) -> None:
     if kind == "k1":
         draft.lack(
             estimator,
-            'as a term of the loss, k1 has an expected gradient of 0, so no KL was written; for a KL, write kl_coef and '
+            "as a term of the loss, k1 has an expected gradient of 0, so no KL was written; for one, write kl_coef and "
             'kl_estimator = "k3"',
         )
         draft.put("method.kl_coef", 0.0, "the KL has no gradient")

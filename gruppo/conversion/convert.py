@@ -88,7 +88,9 @@ def _text(source: Source, draft: Draft) -> str:
 
 
 def _header(source: Source, draft: Draft) -> str:
-    lines = [f"Converted by `gruppo convert` from {source.origin}, read as {_READ_AS[draft.trainer]} ({source.method})."]
+    lines = [
+        f"Converted by `gruppo convert` from {source.origin}, read as {_READ_AS[draft.trainer]} ({source.method})."
+    ]
     if draft.to_fill:
         lines.append(f"Fill in before training (marked {FILL_IN} below, where there is a line for it):")
         lines += [f"- {line}" for line in draft.to_fill]
@@ -100,9 +102,9 @@ def _comments(title: str, lines: Sequence[str]) -> str:
 
 
 def _wrapped(line: str) -> str:
-    return textwrap.fill(
-        one_line(line), 118, initial_indent="# ", subsequent_indent="#   ", break_long_words=False, break_on_hyphens=False
-    )  # fmt: skip
+    wrapper = textwrap.TextWrapper(118, initial_indent="# ", subsequent_indent="#   ", break_long_words=False)
+    wrapper.break_on_hyphens = False
+    return wrapper.fill(one_line(line))
 
 
 def _visible(line: str) -> str:

@@ -138,31 +138,35 @@ class Draft:
         if answer is None:
             named = fields_named(location, recipe_tables())
             answer = named[0] if named else None
-        part = next((table for start, table in _PARTS.items() if setting.name.startswith(start)), "")
-        if answer is not None and part and _field(answer) is not None and not answer.startswith(part):
-            if setting.given and not is_off(setting.value):
-                self.lack(setting, f"{answer} is that of the policy")
-        elif answer is not None and _field(answer) is not None and not answer.startswith(_BY_HAND):
-            if setting.value is None:
-                return
-            if answer in self.fields:
-                self.skip(setting, f"{answer} is set by {self.fields[answer].comment}")
-            else:
-                self.put(answer, setting.value, setting)
-        elif not setting.given:
-            return
-        elif answer is None:
+        if answer is None:
             self.lack(setting, "gruppo does not know this name; nothing was written for it")
-        elif is_ignored(answer):
-            self.skip(setting, answer.removeprefix(NOTHING))
+        elif _field(answer) is not None and not answer.startswith(_BY_HAND):
+            self._take_over(answer, setting)
+        elif setting.given:
+            self._explain(answer, setting)
+
+    def _take_over(self, name: str, setting: Setting) -> None:
+        """Set a field to a value, unless it is set already, or the value is that of another model than the policy."""
+        table = next((table for start, table in _PARTS.items() if setting.name.startswith(start)), "")
+        if not name.startswith(table):
+            if setting.given and not is_off(setting.value):
+                self.lack(setting, f"{name} is that of the policy")
+        elif name in self.fields:
+            self.skip(setting, f"{name} is set by {self.fields[name].comment}")
+        elif setting.value is not None:
+            self.put(name, setting.value, setting)
+
+    def _explain(self, answer: str, setting: Setting) -> None:
+        """Say what the table of foreign names says of a value for which there is no field."""
+        reason = answer.removeprefix(NOTHING)
+        if is_ignored(answer):
+            self.skip(setting, reason)
         elif is_off(setting.value) or _is_neutral(setting):
             self.skip(setting, "this value changes nothing")
-        elif answer.startswith(NOTHING):
-            self.lack(setting, answer.removeprefix(NOTHING))
-        elif answer.startswith("--") or answer == "run.memory":
-            self.skip(setting, f"see {answer if answer == 'run.memory' else f'`gruppo train {answer}`'}")
+        elif answer == reason and answer.startswith(("--", "run.memory")):
+            self.skip(setting, f"see `gruppo train {answer}`" if answer.startswith("--") else f"see {answer}")
         else:
-            self.lack(setting, f"write {answer}")
+            self.lack(setting, reason if answer != reason else f"write {answer}")
 
     def lacks(self, unknown: Mapping[str, str]) -> None:
         """Note the names whose values are not in the file, unless gruppo has no use for them."""

@@ -95,6 +95,11 @@ def _method(draft: Draft, settings: Settings) -> None:
         for setting in list(settings.rest()):
             if setting.name.startswith(("critic.", "critic_", "value_clip")):
                 draft.skip(settings.take(setting.name), "there is no value model")
+    _loss(draft, settings)
+
+
+def _loss(draft: Draft, settings: Settings) -> None:
+    """The policy term, its bounds, and dynamic sampling."""
     loss = settings.take("actor.policy_loss_type", "policy_loss_type")
     mean = settings.take("actor.loss_agg_mode")
     draft.put("method.surrogate", "clipped", loss)
@@ -119,7 +124,10 @@ def _method(draft: Draft, settings: Settings) -> None:
 def _correction(draft: Draft, settings: Settings) -> None:
     """Weights for the difference between vLLM and the trainer."""
     old, level = settings.take("enable_vllm_is_correction"), settings.take("algo.advantage.is_correction_level")
-    mode, gate = settings.take("algo.advantage.is_correction_mode"), settings.take("algo.advantage.is_correction_gating")
+    mode, gate = (
+        settings.take("algo.advantage.is_correction_mode"),
+        settings.take("algo.advantage.is_correction_gating"),
+    )
     kind, masks = settings.take("vllm_is_correction_type"), settings.take("use_icepop")
     bounds = settings.take("algo.advantage.is_correction_threshold", "vllm_is_truncated_threshold")
     is_on = next((one for one in (old, level) if one.given and not is_off(one.value)), None)
@@ -159,7 +167,10 @@ def _batch(draft: Draft, settings: Settings) -> None:
     rollout, group = settings.take("rollout.batch_size", "rollout_batch_size"), settings.take(
         "rollout.n_samples_per_prompt", "n_samples_per_prompt"
     )  # fmt: skip
-    train, epochs = settings.take("train.batch_size", "train_batch_size"), settings.take("train.max_epochs", "max_epochs")
+    train, epochs = (
+        settings.take("train.batch_size", "train_batch_size"),
+        settings.take("train.max_epochs", "max_epochs"),
+    )
     prompts, count = int(as_number(rollout.value) or 1024), int(as_number(group.value) or 1)
     update = int(as_number(train.value) or 128)
     parts = max(1, prompts * count // max(1, update))
@@ -181,7 +192,9 @@ def _batch(draft: Draft, settings: Settings) -> None:
     draft.put("run.epochs", as_number(passes.value), passes)
     every = settings.take("ckpt.save_steps", "save_steps")
     if interval := max(0, int(as_number(every.value) or 0)):
-        draft.put("run.checkpoint_every", interval * parts, every if parts == 1 else f"{every}, of {parts} updates each")
+        draft.put(
+            "run.checkpoint_every", interval * parts, every if parts == 1 else f"{every}, of {parts} updates each"
+        )
     elif every.given:
         draft.skip(every, "gruppo saves every run.checkpoint_every steps, and at the end")
 
@@ -212,7 +225,10 @@ def _model(draft: Draft, settings: Settings) -> None:
 
 
 def _data(draft: Draft, settings: Settings) -> None:
-    data, shares = settings.take("data.prompt_dataset", "prompt_data"), settings.take("data.prompt_probs", "prompt_data_probs")
+    data, shares = (
+        settings.take("data.prompt_dataset", "prompt_data"),
+        settings.take("data.prompt_probs", "prompt_data_probs"),
+    )
     names = [str(one).rpartition("@")[2] for one in as_list(data.value)]
     weights = [as_number(one) for one in as_list(shares.value)]
     if len(names) > 1:
@@ -261,7 +277,10 @@ def _lengths(draft: Draft, settings: Settings) -> None:
 
 def _rewards(draft: Draft, settings: Settings) -> None:
     model = settings.take("reward.model_name_or_path", "reward_pretrain")
-    remote, agent = settings.take("reward.remote_url", "remote_rm_url"), settings.take("train.agent_func_path", "agent_func_path")
+    remote, agent = (
+        settings.take("reward.remote_url", "remote_rm_url"),
+        settings.take("train.agent_func_path", "agent_func_path"),
+    )
     functions: list[str] = []
     options: dict[str, Any] = {}
     weights: list[float] = []
@@ -282,13 +301,15 @@ def _rewards(draft: Draft, settings: Settings) -> None:
         weights.append(as_number(factor.value) or 1.0)
         options["overlong"] = {"buffer_tokens": int(tokens)}
     if placeholder:
-        what = "OpenRLHF's reward_func(queries, prompts, labels) becomes reward(prompts, completions, answer, **columns)"
+        what = (
+            "OpenRLHF's reward_func(queries, prompts, labels) becomes reward(prompts, completions, answer, **columns)"
+        )
         where = next((one for one in (remote, agent) if not is_off(one.value)), None)
         draft.ask("reward.functions", functions, what if where is None else f"{where}; {what}")
     else:
         draft.put("reward.functions", functions, model)
     if not is_off(agent.value):
-        draft.lack(agent, "an agent of several turns is a class; write [environment] with name = \"file.py:Class\"")
+        draft.lack(agent, 'an agent of several turns is a class; write [environment] with name = "file.py:Class"')
     if set(weights) != {1.0}:
         draft.put("reward.weights", weights, factor)
     if options:
@@ -310,7 +331,9 @@ def _evaluation(draft: Draft, settings: Settings) -> None:
     draft.put("evaluation.every", max(0, int(as_number(every.value) or 0)), every)
     draft.put("evaluation.samples", int(as_number(samples.value) or 4), samples)
     draft.put("evaluation.decoding.temperature", as_number(heat.value), heat)
-    draft.ask("evaluation.grader", "math_answer", "OpenRLHF measures the reward, gruppo the answers; see docs/evaluation.md")
+    draft.ask(
+        "evaluation.grader", "math_answer", "OpenRLHF measures the reward, gruppo the answers; see docs/evaluation.md"
+    )
 
 
 def _optimizer(draft: Draft, settings: Settings) -> None:

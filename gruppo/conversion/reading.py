@@ -20,7 +20,7 @@ from gruppo.utils.paths import is_file, not_a_file
 
 _MAX_SCRIPT, _MAX_YAML, _MAX_VALUES = 64 * 2**10, 256 * 2**10, 5_000
 
-# The methods of each trainer, as `gruppo convert --from` names them.
+# The methods of each trainer, as `gruppo convert --source` names them.
 SOURCES = ("trl-grpo", "trl-rloo", "trl-dpo", "trl-sft", "trl-reward", "verl", "openrlhf")
 
 _PROGRAMS = {
@@ -33,8 +33,6 @@ _REFUSED = {
     r"openrlhf\.cli\.\w+": "gruppo convert reads the arguments of openrlhf.cli.train_ppo_ray only",
     r"verl\.trainer\.\w+": "gruppo convert reads the arguments of verl.trainer.main_ppo only",
 }
-_PROCESSES = ("num_processes", "nproc_per_node", "nproc-per-node", "num_gpus")
-_NODES = ("num_machines", "nnodes", "num_nodes")
 
 
 @cache
@@ -51,7 +49,7 @@ def read(arguments: Sequence[str], source: str | None, processes: int | None) ->
     cannot be read, or are of no known trainer.
     """
     if source is not None and source not in SOURCES:
-        raise UsageError(f"--from {source}: unknown; write one of {', '.join(SOURCES)}")
+        raise UsageError(f"--source {source}: unknown; write one of {', '.join(SOURCES)}")
     if not arguments:
         raise UsageError("gruppo convert: give a YAML file, a shell script or a command line")
     path = Path(arguments[0])
@@ -83,7 +81,7 @@ def _text(path: Path, limit: int) -> str:
         raise UsageError(f"{path}: cannot be read ({error}); give a readable file") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not UTF-8 text; give a YAML file or a shell script") from None
-    if "\0" in text or "\x01" in text:
+    if re.search(r"[\x00-\x02]", text):
         raise UsageError(f"{path}: is not text; give a YAML file or a shell script")
     return text.replace("\r\n", "\n")
 
@@ -99,9 +97,9 @@ def _read_file(path: Path, overrides: list[str], source: str | None) -> Source:
     if not trainings:
         raise UsageError(
             f"{path}: starts no training that gruppo knows (trl, verl.trainer.main_ppo, openrlhf.cli.train_ppo_ray); "
-            f"give its arguments, with --from {'|'.join(SOURCES)}"
+            f"give its arguments, with --source={'|'.join(SOURCES)}"
         )
-    # With --from, the command with the most options is the training.
+    # With a source, the command with the most options is the training.
     chosen = trainings[0] if source is None else max(trainings, key=lambda command: len(command.words))
     more = Command((*chosen.words, *overrides), (*chosen.missing, *[frozenset[str]()] * len(overrides)))
     found = _of_command(more, str(path), source, path.parent)
@@ -189,7 +187,7 @@ def _trl_method(values: Mapping[str, Any], where: str) -> str:
         return "trl-grpo"
     if hint:
         return f"trl-{hint[1]}"
-    raise UsageError(f"{where}: could be of several methods; write --from {'|'.join(f'trl-{one}' for one in best)}")
+    raise UsageError(f"{where}: could be of several methods; write --source={'|'.join(f'trl-{one}' for one in best)}")
 
 
 def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,10 +252,12 @@ def _of_command(command: Command, where: str, source: str | None, folder: Path) 
     if source is None and program is None:
         if why := _refused(command.words):
             raise UsageError(f"{where}: {why}")
-        source = "verl" if _looks_like_hydra(command.words) else "openrlhf" if _looks_like_openrlhf(command.words) else None
+        source = (
+            "verl" if _looks_like_hydra(command.words) else "openrlhf" if _looks_like_openrlhf(command.words) else None
+        )
         if source is None:
             raise UsageError(
-                f"{where}: names no training program that gruppo knows; write --from {'|'.join(SOURCES)} before it"
+                f"{where}: names no training program that gruppo knows; write --source={'|'.join(SOURCES)} before it"
             )
     index, found = (-1, str(source)) if program is None else program
     launcher, rest = command.words[: index + 1], command.words[index + 1 :]
@@ -280,7 +280,9 @@ def _of_command(command: Command, where: str, source: str | None, folder: Path) 
 
 def _looks_like_hydra(words: Sequence[str]) -> bool:
     known = {name.partition(".")[0] for name in names()["verl"]}
-    return any(re.match(r"[+~]*(\w+)\.[\w.]+=", word) and word.lstrip("+~").partition(".")[0] in known for word in words)
+    return any(
+        re.match(r"[+~]*(\w+)\.[\w.]+=", word) and word.lstrip("+~").partition(".")[0] in known for word in words
+    )
 
 
 def _looks_like_openrlhf(words: Sequence[str]) -> bool:
@@ -291,10 +293,15 @@ def _looks_like_openrlhf(words: Sequence[str]) -> bool:
 def _processes(words: Sequence[str]) -> int | None:
     """How many processes a launcher such as accelerate or torchrun starts; None if it does not say."""
     given, _ = _options(words, [frozenset[str]()] * len(words))
-    count = next((int(n) for name in _PROCESSES if (n := as_number(given.get(name.replace("-", "_"))))), None)
-    nodes = next((int(n) for name in _NODES if (n := as_number(given.get(name)))), 1)
-    is_total = "num_processes" in given
-    return None if count is None else count if is_total else count * nodes
+
+    def count(*candidates: str) -> int | None:
+        first = (value[0] if isinstance(value := given.get(name), list) else value for name in candidates)
+        return next((int(number) for one in first if (number := as_number(one))), None)
+
+    if (total := count("num_processes")) is not None:
+        return total
+    per_node = count("nproc_per_node", "num_gpus")
+    return None if per_node is None else per_node * (count("nnodes", "num_nodes") or 1)
 
 
 def plain(text: str) -> Any:

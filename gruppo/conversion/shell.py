@@ -14,29 +14,26 @@ from dataclasses import dataclass
 
 from gruppo.errors import UsageError
 
-_GAP, _MARK = "\0", "\x01"  # where an unquoted expansion is split into words; around the number of a reason
+# Where an unquoted expansion is split into words; around the number of a reason; a space that splits nothing.
+_GAP, _MARK, _SPACE = "\0", "\x01", "\x02"
 _MARKS, _MARKED = re.compile(f"{_MARK}(\\d+){_MARK}"), re.compile(f"{_MARK}\\d+{_MARK}")
 _OUTSIDE = "what other programs print"
 
-_WORD = re.compile(
-    r"""(?: '[^']*' | "(?:[^"\\]|\\.)*" | \\. | \$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\) | `[^`]*`
-    | \$\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\} | [^\s'"\\;&|()<>`\#] | (?<=[^\s;&|(])\# )+""",
-    re.VERBOSE | re.DOTALL,
-)
+_BRACED = r"\$\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
+_COMMAND = r"\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|`[^`]*`"
+_QUOTED = r"""(?P<ansi>\$'(?:[^'\\]|\\.)*')|(?P<single>'[^']*')|(?P<double>"(?:[^"\\]|\\.)*")|(?P<escape>\\.)"""
+_WORD = rf"""(?:{re.sub("P<[a-z]+>", ":", _QUOTED)}|{_COMMAND}|{_BRACED}|[^\s'"\\;&|()<>`#]|(?<=[^\s;&|(])\#)+"""
 _TOKEN = re.compile(
-    rf"""(?P<blank>(?:[^\S\n]|\\\n)+) | (?P<comment>\#[^\n]*) | (?P<redirect>\d*(?:<<<|<<-?|>>|[<>])&?\d*)
-    | (?P<operator>\n|;;|&&|\|\||[;&|()]) | (?P<word>{_WORD.pattern})""",
-    re.VERBOSE | re.DOTALL,
+    rf"(?P<blank>(?:[^\S\n]|\\\n)+)|(?P<comment>#[^\n]*)|(?P<redirect>\d*(?:<<<|<<-?|>>|[<>])&?\d*)"
+    rf"|(?P<operator>\n|;;|&&|\|\||[;&|()])|(?P<word>{_WORD})",
+    re.DOTALL,
 )
-_PART = re.compile(
-    r"""(?P<single>'[^']*') | (?P<double>"(?:[^"\\]|\\.)*") | (?P<escape>\\.)
-    | (?P<plain>(?:\$\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\} | \$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\) | `[^`]*` | [^'"\\])+)""",
-    re.VERBOSE | re.DOTALL,
-)
+_PART = re.compile(rf"""{_QUOTED}|(?P<plain>(?:{_BRACED}|{_COMMAND}|[^'"\\])+)""", re.DOTALL)
 _EXPANSION = re.compile(
-    r"""\$\(\((?P<sum>[^()`]*(?:\([^()`]*\)[^()`]*)*)\)\) | (?P<command>\$\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|`[^`]*`)
-    | \$\{(?P<name>\w+|@)(?:\[[@*]\])?(?P<rest>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\} | \$(?P<short>[A-Za-z_]\w*|[0-9@*\#?$!-])""",
-    re.VERBOSE | re.DOTALL,
+    rf"\$\(\((?P<sum>[^()`]*(?:\([^()`]*\)[^()`]*)*)\)\)|(?P<command>{_COMMAND})"
+    r"|\$\{(?P<name>\w+|@)(?:\[[@*]\])?(?P<rest>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
+    r"|\$(?P<short>[A-Za-z_]\w*|[0-9@*#?$!-])",
+    re.DOTALL,
 )
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _HEREDOC = re.compile(r"read\s+-r\s+-d\s+''\s+(\w+)\s*<<-?\s*['\"]?(\w+)['\"]?\n(.*?)\n[ \t]*\2\b", re.DOTALL)
@@ -68,7 +65,9 @@ class Variables:
         """A word of a script as words, after the rules of the shell for quotes and plain variables."""
         text, has_text = "", False
         for part in _PART.finditer(word):
-            if part["single"]:
+            if part["ansi"]:
+                text, has_text = text + re.sub(r"\\(.)", _escape, part["ansi"][2:-1]), True
+            elif part["single"]:
                 text, has_text = text + part["single"][1:-1], True
             elif part["double"]:
                 inner = re.sub(r"\\\n", "", part["double"][1:-1])
@@ -120,7 +119,7 @@ class Variables:
         return [self._unknown(whole)] if found is None or rest else found
 
     def _unknown(self, what: str) -> str:
-        return what + self.mark(what if re.fullmatch(r"\$\{?\w+\}?", what) else _OUTSIDE)
+        return re.sub(r"\s", _SPACE, what) + self.mark(what if re.fullmatch(r"\$\{?\w+\}?", what) else _OUTSIDE)
 
     def _sum(self, text: str, whole: str) -> str:
         names = re.sub(r"\$?\{?\b([A-Za-z_]\w*)\b\}?", lambda m: " ".join(self.words.get(m[1], [m[1]])), text)
@@ -129,6 +128,10 @@ class Variables:
             return str(_whole_number(ast.parse(_MARKED.sub("", names).strip()[:200], mode="eval").body)) + marks
         except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
             return self._unknown(whole)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return {"n": "\n", "t": "\t"}.get(match[1], match[1])
 
 
 def _whole_number(node: ast.expr) -> int:
@@ -158,7 +161,11 @@ def commands(script: str, where: str) -> list[Command]:
     variables, found, depth = Variables(), [], 0
     for statement in _statements(_HEREDOC.sub(_as_assignment, script), where):
         words = list(statement)
-        while words and isinstance(words[0], str) and (words[0] in _KEYWORDS or words[0] in _DECLARING or words[0] in _BRANCHES):
+        while (
+            words
+            and isinstance(words[0], str)
+            and (words[0] in _KEYWORDS or words[0] in _DECLARING or words[0] in _BRANCHES)
+        ):
             depth = max(0, depth + _BRANCHES.get(str(words.pop(0)), 0))
         names = [word for word in words if isinstance(word, str)]
         if words and all(isinstance(word, tuple) or _ASSIGNMENT.fullmatch(word) for word in words):
@@ -169,7 +176,7 @@ def commands(script: str, where: str) -> list[Command]:
 
 
 def _as_assignment(heredoc: re.Match[str]) -> str:
-    body = heredoc[3].replace("\\", "\\\\").replace('"', '\\"')
+    body = heredoc[3].replace('"', '\\"')
     return f'{heredoc[1]}="{body}"'
 
 
@@ -232,6 +239,6 @@ def _command(names: list[str], variables: Variables) -> Command:
         if name == ">":
             break
         expanded = variables.expand(name)
-        words += [_MARKED.sub("", word) for word in expanded]
+        words += [_MARKED.sub("", word).replace(_SPACE, " ") for word in expanded]
         missing += [variables.reasons(word) for word in expanded]
     return Command(tuple(words), tuple(missing))

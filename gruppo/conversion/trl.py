@@ -124,7 +124,9 @@ def _batch(draft: Draft, settings: Settings, source: Source, group: int) -> int:
         line += f" = {prompts} prompts × {group} completions"
     draft.remark(f"{line}." if prompts * group == update else f"{line}, rounded to whole groups.")
     if source.processes is None:
-        draft.remark("The arguments do not say how many processes train; for several, run `gruppo convert --processes N`.")
+        draft.remark(
+            "The arguments do not say how many processes train; for several, run `gruppo convert --processes N`."
+        )
     draft.put("sampling.prompts_per_step", prompts, "the batch above")
     return updates
 
@@ -243,7 +245,9 @@ def _rewards(draft: Draft, settings: Settings) -> None:
             "written for TRL run unchanged",
         )  # fmt: skip
     elif unknown:
-        draft.ask("reward.functions", functions, f"the file of {', '.join(unknown)}; written for TRL, it runs unchanged")
+        draft.ask(
+            "reward.functions", functions, f"the file of {', '.join(unknown)}; written for TRL, it runs unchanged"
+        )
     else:
         draft.put("reward.functions", functions, names if names.given else model)
     if options:
@@ -306,7 +310,9 @@ def _data(draft: Draft, settings: Settings, method: str) -> None:
             draft.mixture.append({**columns, **({"options": options} if options else {})})
     name = settings.take("dataset_name")
     if draft.mixture:
-        draft.remark("[[mixture]] samples the datasets by weight; TRL joins their rows. Write weight in proportion to rows.")
+        draft.remark(
+            "[[mixture]] samples the datasets by weight; TRL joins their rows. Write weight in proportion to rows."
+        )
     elif name.value:
         draft.put("task.name", name.value, name)
     else:
@@ -336,7 +342,9 @@ def _evaluation(draft: Draft, settings: Settings, method: str, name: Setting) ->
         draft.put("evaluation.task", {"name": name.value, "split": split.value or "test"}, when)
         interval = as_number(every.value) or 0
         draft.put("evaluation.every", int(interval) if interval >= 1 else 0, every)
-        draft.ask("evaluation.grader", "math_answer", "TRL measures the reward, gruppo the answers; see docs/evaluation.md")
+        draft.ask(
+            "evaluation.grader", "math_answer", "TRL measures the reward, gruppo the answers; see docs/evaluation.md"
+        )
 
 
 def _without_effect(draft: Draft, settings: Settings) -> None:

@@ -114,6 +114,11 @@ def _method(draft: Draft, settings: Settings) -> None:
             "verl's default clip_ratio_c = 3.0",
             "a ratio above 3 of a completion with a negative advantage is not clipped",
         )
+    _filtering(draft, settings)
+
+
+def _filtering(draft: Draft, settings: Settings) -> None:
+    """Dynamic sampling."""
     rounds = settings.take("algorithm.filter_groups.max_num_gen_batches")
     if settings.flag("algorithm.filter_groups.enable"):
         limit = int(as_number(rounds.value) or 0)
@@ -135,7 +140,12 @@ def _clips(draft: Draft, settings: Settings) -> None:
 def _batch(draft: Draft, settings: Settings) -> None:
     batch, mini = settings.take("data.train_batch_size"), settings.take(f"{_ACTOR}ppo_mini_batch_size")
     group, epochs = settings.take(f"{_ROLLOUT}n"), settings.take(f"{_ACTOR}ppo_epochs")
-    for name in (f"{_ACTOR}rollout_n", "critic.rollout_n", "actor_rollout_ref.ref.rollout_n", "critic.ppo_mini_batch_size"):
+    for name in (
+        f"{_ACTOR}rollout_n",
+        "critic.rollout_n",
+        "actor_rollout_ref.ref.rollout_n",
+        "critic.ppo_mini_batch_size",
+    ):
         settings.take(name)
     sampled, count = int(as_number(batch.value) or 1024), int(as_number(group.value) or 1)
     update = min(int(as_number(mini.value) or sampled), sampled)
@@ -160,7 +170,9 @@ def _batch(draft: Draft, settings: Settings) -> None:
         draft.put("run.epochs", as_number(passes.value), passes)
     every = settings.take("trainer.save_freq")
     if interval := max(0, int(as_number(every.value) or 0)):
-        draft.put("run.checkpoint_every", interval * parts, every if parts == 1 else f"{every}, of {parts} updates each")
+        draft.put(
+            "run.checkpoint_every", interval * parts, every if parts == 1 else f"{every}, of {parts} updates each"
+        )
     elif every.given:
         draft.skip(every, "gruppo saves every run.checkpoint_every steps, and at the end")
 
@@ -208,7 +220,9 @@ def _data(draft: Draft, settings: Settings) -> None:
     names = [str(one) for one in as_list(files.value)]
     if len(names) > 1:
         draft.mixture += [{"name": name} for name in names]
-        draft.remark("[[mixture]] samples the files by weight; verl joins their rows. Write weight in proportion to rows.")
+        draft.remark(
+            "[[mixture]] samples the files by weight; verl joins their rows. Write weight in proportion to rows."
+        )
     elif names:
         draft.put("task.name", names[0], files)
     else:
@@ -256,7 +270,9 @@ def _rewards(draft: Draft, settings: Settings) -> None:
     by_hand = not functions
     if by_hand:
         functions, weights = ["verl:verl.utils.reward_score:default_compute_score"], [1.0]
-    buffers = [one for one in settings.rest() if re.search(r"overlong_buffer(_cfg)?\.(enable|len|penalty_factor)$", one.name)]
+    buffers = [
+        one for one in settings.rest() if re.search(r"overlong_buffer(_cfg)?\.(enable|len|penalty_factor)$", one.name)
+    ]
     buffer = {one.name.rpartition(".")[2]: settings.take(one.name).value for one in buffers}
     if not is_off(buffer.get("enable")):
         functions.append("overlong")
@@ -295,8 +311,8 @@ def _evaluation(draft: Draft, settings: Settings) -> None:
     if files.given:
         draft.lack(
             f"data.val_files = {written(files.value)}",
-            "verl scores these rows with the reward, gruppo grades answers: write [evaluation] with task = the file, and "
-            "a grader that finds the answer (the column answer; verl's files keep it in reward_model.ground_truth)",
+            "verl scores these rows with the reward, gruppo grades answers: write [evaluation] with task = the file, "
+            "and a grader that finds the answer (the column answer; verl's files keep it in reward_model.ground_truth)",
         )
     interval = as_number(every.value) or 0
     if interval > 0:

@@ -320,7 +320,11 @@ def test_trl_sft_on_several_datasets(tmp_path: Path) -> None:
 def test_trl_reward(tmp_path: Path) -> None:
     conversion, recipe = converted(tmp_path, "reward.yaml", TRL["reward.yaml"])
     assert recipe.reward_model is not None
-    assert (recipe.reward_model.learning_rate, recipe.reward_model.epochs, recipe.reward_model.batch_size) == (1e-4, 2, 8)
+    assert (recipe.reward_model.learning_rate, recipe.reward_model.epochs, recipe.reward_model.batch_size) == (
+        1e-4,
+        2,
+        8,
+    )
     assert "labels" in conversion.draft.missing[0]
 
 
@@ -363,7 +367,11 @@ def test_verl_dapo(tmp_path: Path) -> None:
 
 def test_verl_yaml_with_references_and_overrides(tmp_path: Path) -> None:
     _, recipe = converted(tmp_path, "rloo.yaml", VERL["rloo.yaml"], "actor_rollout_ref.rollout.n=6", "+trainer.x=1")
-    assert (recipe.method.baseline, recipe.method.scale, recipe.method.surrogate) == ("leave-one-out", "none", "clipped")
+    assert (recipe.method.baseline, recipe.method.scale, recipe.method.surrogate) == (
+        "leave-one-out",
+        "none",
+        "clipped",
+    )
     assert (recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens) == (32, 6, 256)
     assert recipe.model.lora is not None
     assert (recipe.model.lora.rank, recipe.model.lora.alpha) == (8, 16.0)
@@ -382,7 +390,11 @@ def test_openrlhf_with_names_of_today(tmp_path: Path) -> None:
         ("example/a", 0.7, ""), ("example/b", 0.3, "")]  # fmt: skip
     assert recipe.mixture[0].columns == {"prompt": "question"}
     assert recipe.reward.options == {"classifier": {"model": "example/rm-8b"}}
-    assert (recipe.optimizer.schedule, recipe.optimizer.beta2, recipe.optimizer.warmup_ratio) == ("constant", 0.95, 0.03)
+    assert (recipe.optimizer.schedule, recipe.optimizer.beta2, recipe.optimizer.warmup_ratio) == (
+        "constant",
+        0.95,
+        0.03,
+    )
 
 
 def test_openrlhf_with_names_of_before(tmp_path: Path) -> None:
@@ -472,7 +484,9 @@ def test_every_name_is_answered() -> None:
     fields = list(recipe_tables())
     for trainer, listed in names().items():
         assert len(listed) >= 3
-        silent = [name for name in listed if not (gruppo_name(name.split(".")) or fields_named(name.split("."), fields))]
+        silent = [
+            name for name in listed if not (gruppo_name(name.split(".")) or fields_named(name.split("."), fields))
+        ]
         assert silent == [], trainer
 
 
@@ -541,7 +555,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("", "must be a list of names"),
         ("colour: red\n", "no name of TRL or verl"),
         ("learning_rate: 1\n---\nlearning_rate: 2\n", "cannot be read as plain YAML"),
-        ("learning_rate: 1e-5\n", "write --from"),
+        ("learning_rate: 1e-5\n", "source="),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"model_name_or_path: a\x00b\n", "not text"),
     ],
@@ -589,9 +603,11 @@ def test_nothing_of_a_script_is_run(tmp_path: Path) -> None:
     assert "data.train_batch_size" in told
 
 
-@pytest.mark.parametrize("value", ['"\\n[run]\\nsteps = 1"', "'''", '"# x"', '"\\x1b[31m"', '"\\u202e"', "'a\"b'"])
+@pytest.mark.parametrize("value", ['"\\n[run]\\nsteps = 1"', "'it''s'", '"# x"', '"\\x1b[31m"', '"\\u202e"', "'a\"b'"])
 def test_values_cannot_leave_their_place(tmp_path: Path, value: str) -> None:
-    text = f"model_name_or_path: example/m\nnum_generations: 8\nrun_name: {value}\nfoo: {value}\ndataset_name: {value}\n"
+    text = (
+        f"model_name_or_path: example/m\nnum_generations: 8\nrun_name: {value}\nfoo: {value}\ndataset_name: {value}\n"
+    )
     conversion, recipe = converted(tmp_path, "grpo.yaml", text)
     assert recipe.run.steps == 100
     assert recipe.task.name == yaml.safe_load(value)
