@@ -241,6 +241,7 @@ NAMES = {
     "val_files": "evaluation.task",
     "eval_dataset": "evaluation.task",
     "dataset_config": "task.options.name",
+    "dataset_mixture": "the table [task], or one table [[mixture]] for each of them",
     "prompt_split": "task.split",
     "dataset_train_split": "task.split",
     "dataset_test_split": "evaluation.task.split",
@@ -323,7 +324,7 @@ IGNORED = {
     "use_gradient_checkpointing activation_* enable_activation_offload entropy_from_logits_* entropy_checkpointing",
     "a run uses one device, model.device": "ddp_* fsdp fsdp_* *fsdp.* *fsdp_config.* *megatron.* deepspeed deepspeed_* "
     "local_rank accelerator_config parallelism_config *parallel_size n_gpus_per_node nnodes *_num_nodes "
-    "*_num_gpus_per_node num_nodes num_gpus_per_node colocate_* zero_stage zpg ds.* adam_offload param_offload "
+    "*_num_gpus_per_node num_nodes num_gpus_per_node colocate_* zero_stage zpg ds.* adam_offload param_offload grad_offload "
     "optimizer_offload *.offload device_map average_tokens_across_devices eval_use_gather_object use_cpu_offload "
     "ring_attn_size ring_head_stride balance_batch strategy nccl_timeout hybrid_engine use_shm ray_* transfer_queue.* "
     "enable_resource_pool grad_accum_dtype overlap_comm trainer.device num_processes",
@@ -332,7 +333,7 @@ IGNORED = {
     "cast_lm_head_to_fp32 jit_mode_eval enable_jit_checkpoint use_unsloth* tf32 full_determinism "
     "full_determinism_enable optimizer_impl override_optimizer_config",
     "sequences are packed without padding": "packing packing_* packing_samples eval_packing neat_packing padding_free "
-    "pad_to_multiple_of pad_to_length pad_to_length_bucket padding_side use_remove_padding group_by_length "
+    "pad_to_multiple_of pad_to_length pad_to_length_bucket padding_side use_remove_padding use_rmpad group_by_length "
     "length_column_name",
     "gruppo reads and tokenizes the rows itself": "dataloader_* dataset_num_proc dataset_kwargs dataset_streaming "
     "streaming preprocessing_num_workers overwrite_cache remove_unused_columns label_names train_sampling_strategy "
@@ -380,7 +381,7 @@ MISSING = {
     "weights are trained in float32, not quantized": "load_in_4bit load_in_8bit bnb_* use_bnb_nested_quant "
     "quantization_bit quantization_method bf16_full_eval fp16_full_eval full_finetuning *qat.* rollout.qat",
     "model.name loads the files as they are; name a local folder for another revision": "model_revision "
-    "model_init_kwargs cache_dir override_config external_lib",
+    "model_init_kwargs cache_dir override_config override_config.* external_lib",
     "training samples from the full distribution": "repetition_penalty frequency_penalty presence_penalty "
     "length_penalty num_beams bad_words guided_decoding* ignore_eos",
     "the loss has no entropy term": "entropy_* use_entropy* use_adaptive_entropy top_entropy_quantile ent_coef",

@@ -43,8 +43,11 @@ def put_clips(draft: Draft, low: Setting, high: Setting) -> None:
     draft.put("method.clip_high", below if above is None else above, low if above is None else high)
 
 
-def put_schedule(draft: Draft, settings: Settings, kind: Setting, steps: str, ratio: str) -> None:
-    """The schedule of the learning rate and its warm-up, of which `steps` and `ratio` are the names."""
+def put_schedule(draft: Draft, settings: Settings, kind: Setting, steps: str, ratio: str, factor: float = 1.0) -> None:
+    """The schedule of the learning rate and its warm-up, of which `steps` and `ratio` are the names.
+
+    `factor`: gruppo's steps per step of the other trainer's schedule.
+    """
     word = str(kind.value)
     schedule = _SCHEDULES.get(word, "cosine" if "cosine" in word else "linear")
     draft.put("optimizer.schedule", schedule, kind)
@@ -56,7 +59,8 @@ def put_schedule(draft: Draft, settings: Settings, kind: Setting, steps: str, ra
     if 0 < count < 1:
         draft.put("optimizer.warmup_ratio", count, warmup)
     elif count >= 1:
-        draft.put("optimizer.warmup_steps", int(count), warmup)
+        source = warmup if factor == 1 else f"{warmup}, each of {factor:g} steps here"
+        draft.put("optimizer.warmup_steps", max(1, round(count * factor)), source)
     elif fraction:
         draft.put("optimizer.warmup_ratio", fraction, share)
 

@@ -64,6 +64,7 @@ def convert(arguments: Sequence[str], source: str | None = None, processes: int 
     draft.by_table()
     if "model.name" not in draft.fields:
         draft.ask("model.name", "smollm2-135m-instruct", "the model: a hub name or a folder")
+    draft.spread()
     draft.settle()
     return Conversion(_text(found, draft), found, draft)
 
@@ -78,8 +79,6 @@ def _text(source: Source, draft: Draft) -> str:
         line = f"{_key(field)} = {toml_value(entry.value)}"
         tables.setdefault(table, []).append(f"{line}{' ' * max(2, 40 - len(line))}# {one_line(entry.comment)}")
     for table in sorted(tables, key=_position):
-        if table == "task" and draft.mixture:
-            continue
         blocks.append("\n".join([f"[{table}]", *tables[table]]))
     for row in draft.mixture:
         blocks.append("\n".join(["[[mixture]]", *(f"{_key(key)} = {toml_value(value)}" for key, value in row.items())]))

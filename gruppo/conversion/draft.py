@@ -201,6 +201,13 @@ class Draft:
             data["mixture"] = [dict(table) for table in self.mixture]
         return data
 
+    def spread(self) -> None:
+        """With a mixture, move the fields of [task] into each of its tables."""
+        for name in [name for name in self.fields if self.mixture and name.startswith("task.")]:
+            value = self.fields.pop(name).value
+            for table in self.mixture:
+                table.setdefault(name.removeprefix("task."), value)
+
 
 def _is_neutral(setting: Setting) -> bool:
     known = _NEUTRAL.get(setting.name.rpartition(".")[2], ())

@@ -255,11 +255,7 @@ def _data(draft: Draft, settings: Settings) -> None:
     if split.given and split.value != "train":
         fields["split"] = split.value, split
     for field, (value, source) in fields.items():
-        if draft.mixture:
-            for table in draft.mixture:
-                table[field] = value
-        else:
-            draft.put(f"task.{field}", value, source)
+        draft.put(f"task.{field}", value, source)
 
 
 def _lengths(draft: Draft, settings: Settings) -> None:

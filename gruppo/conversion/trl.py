@@ -65,7 +65,8 @@ def convert(source: Source) -> Draft:
         draft.put("method.name", source.method, f"TRL's {source.method.upper()}Trainer")
         _offline(draft, settings, source)
     _data(draft, settings, source.method)
-    put_schedule(draft, settings, settings.take("lr_scheduler_type"), "warmup_steps", "warmup_ratio")
+    factor = 1 / draft.value("method.inner_updates")
+    put_schedule(draft, settings, settings.take("lr_scheduler_type"), "warmup_steps", "warmup_ratio", factor)
     run_name(draft, settings.take("run_name"), settings.take("output_dir"))
     _without_effect(draft, settings)
     return draft
@@ -273,7 +274,6 @@ def _offline(draft: Draft, settings: Settings, source: Source) -> None:
     beta, loss = settings.take("beta"), settings.take("loss_type")
     draft.put("method.dpo_beta", as_number(beta.value), beta)
     draft.put("method.aggregation", "sequence-sum", "log-ratios are summed over a completion")
-    draft.put("method.deduplicate", False, "every pair of the dataset counts", given=False)
     if as_list(loss.value) != ["sigmoid"]:
         draft.lack(loss, "the loss of DPO is logistic (sigmoid)")
 
@@ -301,13 +301,9 @@ def _reward_model(draft: Draft, settings: Settings, source: Source) -> None:
 
 
 def _data(draft: Draft, settings: Settings, method: str) -> None:
-    listed = settings.take("datasets")
-    for row in as_list(listed.value):
-        if isinstance(row, dict) and (name := row.get("path") or row.get("name")):
-            columns = {"name": str(name)}
-            columns |= {"split": str(row["split"])} if row.get("split") else {}
-            options = {"name": str(row["name"])} if row.get("path") and row.get("name") else {}
-            draft.mixture.append({**columns, **({"options": options} if options else {})})
+    listed, mixed = settings.take("datasets"), settings.take("dataset_mixture")
+    rows = mixed.value.get("datasets") if isinstance(mixed.value, dict) else listed.value
+    draft.mixture += [_dataset(row) for row in as_list(rows) if isinstance(row, dict)]
     name = settings.take("dataset_name")
     if draft.mixture:
         draft.remark(
@@ -327,6 +323,20 @@ def _data(draft: Draft, settings: Settings, method: str) -> None:
     if column.given and column.value not in (None, "prompt", "text"):
         draft.put("task.columns", {"prompt": str(column.value)}, column)
     _evaluation(draft, settings, method, name)
+
+
+def _dataset(row: dict[str, Any]) -> dict[str, Any]:
+    """A table of the mixture for one entry of TRL's `datasets`, or of the alignment handbook's."""
+    path = row.get("path") or row.get("id") or row.get("name")
+    config = row.get("config") or (row.get("name") if row.get("path") else None)
+    table: dict[str, Any] = {"name": str(path)}
+    if config and config != "default":
+        table["options"] = {"name": str(config)}
+    if row.get("split") not in (None, "train"):
+        table["split"] = str(row["split"])
+    if (weight := as_number(row.get("weight"))) not in (None, 1.0):
+        table["weight"] = weight
+    return table
 
 
 def _evaluation(draft: Draft, settings: Settings, method: str, name: Setting) -> None:

@@ -64,14 +64,15 @@ def convert(source: Source) -> Draft:
     settings = Settings(source.values, DEFAULTS)
     draft = Draft("verl", settings)
     _method(draft, settings)
-    _batch(draft, settings)
+    parts = _batch(draft, settings)
     _kl(draft, settings)
     _model(draft, settings)
     _data(draft, settings)
     _rewards(draft, settings)
     _sampling(draft, settings)
     kind = settings.take(f"{_ACTOR}optim.lr_scheduler_type", f"{_ACTOR}optim.warmup_style")
-    put_schedule(draft, settings, kind, f"{_ACTOR}optim.lr_warmup_steps", f"{_ACTOR}optim.lr_warmup_steps_ratio")
+    warmup = f"{_ACTOR}optim.lr_warmup_steps"
+    put_schedule(draft, settings, kind, warmup, f"{warmup}_ratio", factor=parts)
     run_name(draft, settings.take("trainer.experiment_name"), settings.take("trainer.default_local_dir"))
     _evaluation(draft, settings)
     return draft
@@ -137,7 +138,8 @@ def _clips(draft: Draft, settings: Settings) -> None:
         draft.skip(both, "verl reads clip_ratio_low and clip_ratio_high, which are 0.2 unless they are set")
 
 
-def _batch(draft: Draft, settings: Settings) -> None:
+def _batch(draft: Draft, settings: Settings) -> int:
+    """Put the prompts of a step, which is one update. Returns the updates of one of verl's steps."""
     batch, mini = settings.take("data.train_batch_size"), settings.take(f"{_ACTOR}ppo_mini_batch_size")
     group, epochs = settings.take(f"{_ROLLOUT}n"), settings.take(f"{_ACTOR}ppo_epochs")
     for name in (
@@ -175,6 +177,7 @@ def _batch(draft: Draft, settings: Settings) -> None:
         )
     elif every.given:
         draft.skip(every, "gruppo saves every run.checkpoint_every steps, and at the end")
+    return parts
 
 
 def _kl(draft: Draft, settings: Settings) -> None:
@@ -229,29 +232,20 @@ def _data(draft: Draft, settings: Settings) -> None:
         draft.ask("task.name", "train.parquet", "the file of the training prompts, data.train_files")
     key = settings.take("data.prompt_key")
     if key.value not in (None, "prompt"):
-        _of_task(draft, "columns", {"prompt": str(key.value)}, key)
+        draft.put("task.columns", {"prompt": str(key.value)}, key)
     limit = settings.take("data.max_prompt_length", f"{_ROLLOUT}prompt_length")
-    _of_task(draft, "max_prompt_tokens", int(as_number(limit.value) or 512), limit)
+    draft.put("task.max_prompt_tokens", int(as_number(limit.value) or 512), limit)
     filtered, cut = settings.take("data.filter_overlong_prompts"), settings.take("data.truncation")
     if not is_off(filtered.value):
-        _of_task(draft, "overlong", "filter", filtered)
+        draft.put("task.overlong", "filter", filtered)
     elif cut.value in {"left", "right", "middle"}:
         draft.lack(cut, "prompts are never truncated; longer ones are left out")
-        _of_task(draft, "overlong", "filter", cut)
+        draft.put("task.overlong", "filter", cut)
     options = settings.take("data.apply_chat_template_kwargs")
     nested = {one.name.rpartition(".")[2]: settings.take(one.name).value for one in list(settings.rest())
               if one.name.startswith("data.apply_chat_template_kwargs.")}  # fmt: skip
     if nested or options.value:
-        _of_task(draft, "chat_template_kwargs", nested or options.value, "data.apply_chat_template_kwargs")
-
-
-def _of_task(draft: Draft, field: str, value: Any, source: Setting | str) -> None:
-    """Put a field of [task], or of every table of the mixture."""
-    if draft.mixture:
-        for table in draft.mixture:
-            table[field] = value
-    else:
-        draft.put(f"task.{field}", value, source)
+        draft.put("task.chat_template_kwargs", nested or options.value, "data.apply_chat_template_kwargs")
 
 
 def _rewards(draft: Draft, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import runpy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,31 @@ def test_what_has_no_equivalent_is_said(tmp_path: Path, line: str, why: str) -> 
     text = f"model_name_or_path: example/m\nnum_generations: 8\nuse_peft: {line.startswith('lora')}\n{line}\n"
     conversion, _ = converted(tmp_path, "grpo.yaml", text)
     assert any(why in told for told in conversion.draft.missing), conversion.draft.missing
+
+
+def test_the_page_has_the_tables_and_examples_of_today() -> None:
+    page = runpy.run_path("scripts/coming_from.py")["page"]()
+    assert page == Path("docs/coming_from.md").read_text(encoding="utf-8"), "run `make coming-from`"
+    assert page.count("```toml\n# Converted by") == 3
+    for name in ("per_device_train_batch_size", "actor_rollout_ref.rollout.n", "rollout.n_samples_per_prompt"):
+        assert f"| `{name}` |" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "steps"),
+    [
+        ("grpo.yaml", "model_name_or_path: example/m\nnum_iterations: 4\nwarmup_steps: 20\n", 5),
+        (
+            "run.sh",
+            "python -m verl.trainer.main_ppo actor_rollout_ref.model.path=example/m data.train_batch_size=512 "
+            "actor_rollout_ref.actor.optim.lr_warmup_steps=10",
+            20,
+        ),
+    ],
+)
+def test_warmup_is_counted_in_steps_of_the_recipe(tmp_path: Path, name: str, text: str, steps: int) -> None:
+    _, recipe = converted(tmp_path, name, text)
+    assert recipe.optimizer.warmup_steps == steps
 
 
 def test_every_name_is_answered() -> None:
