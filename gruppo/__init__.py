@@ -14,6 +14,9 @@ Reward models:
 For your own code:
     Callback, STOP         watch a run, and stop it
     Environment, Turn      environments of several turns
+The recipe in Python, in place of TOML or a mapping:
+    Recipe                 the recipe; its tables are the classes Run, Model, Lora, Task, Reward, RewardModel, Audit,
+                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark and EnvironmentTable
 
 Names are imported when they are first used, so that `import gruppo` is quick.
 """
@@ -29,7 +32,22 @@ from gruppo.utils.torch_settings import configure_torch
 
 if TYPE_CHECKING:
     from gruppo.config.loading import load_recipe as load_recipe
+    from gruppo.config.method_section import Critic as Critic
+    from gruppo.config.method_section import Method as Method
     from gruppo.config.recipe import Recipe as Recipe
+    from gruppo.config.sections import Audit as Audit
+    from gruppo.config.sections import Benchmark as Benchmark
+    from gruppo.config.sections import Decoding as Decoding
+    from gruppo.config.sections import Environment as EnvironmentTable
+    from gruppo.config.sections import Evaluation as Evaluation
+    from gruppo.config.sections import Lora as Lora
+    from gruppo.config.sections import Model as Model
+    from gruppo.config.sections import Optimizer as Optimizer
+    from gruppo.config.sections import Reward as Reward
+    from gruppo.config.sections import RewardModel as RewardModel
+    from gruppo.config.sections import Run as Run
+    from gruppo.config.sections import Sampling as Sampling
+    from gruppo.config.sections import Task as Task
     from gruppo.errors import RunError as RunError
     from gruppo.errors import UsageError as UsageError
     from gruppo.evaluation.runner import evaluate as evaluate
@@ -46,7 +64,13 @@ if TYPE_CHECKING:
     from gruppo.training.reward_model_api import label as label
     from gruppo.training.reward_model_api import train_reward_model as train_reward_model
 
+_TABLES = ["Run", "Model", "Lora", "Task", "Reward", "RewardModel", "Audit", "Sampling", "Optimizer", "Evaluation",
+           "Decoding", "Benchmark"]  # fmt: skip
 _HOMES = {
+    **dict.fromkeys(_TABLES, "config.sections"),
+    "Critic": "config.method_section",
+    "EnvironmentTable": "config.sections",
+    "Method": "config.method_section",
     "STOP": "training.callbacks",
     "Callback": "training.callbacks",
     "Environment": "rollout.environments.protocol",
@@ -68,7 +92,9 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022  in the order of the text above
     "train", "evaluate", "load_result", "export", "reproduce", "rescore", "load_recipe", "label", "train_reward_model",
-    "Callback", "STOP", "Environment", "Turn", "Recipe", "Result", "RunError", "UsageError",
+    "Callback", "STOP", "Environment", "Turn", "Recipe", "Run", "Model", "Lora", "Task", "Reward", "RewardModel",
+    "Audit", "Method", "Critic", "Sampling", "Optimizer", "Evaluation", "Decoding", "Benchmark", "EnvironmentTable",
+    "Result", "RunError", "UsageError",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -78,7 +104,8 @@ install_aliases()
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"gruppo.{_HOMES[name]}"), name)
+        # Two things are called environment: the class that a user writes, and the table of the recipe.
+        return getattr(import_module(f"gruppo.{_HOMES[name]}"), name.removesuffix("Table"))
     if name == "replay":
         warn("gruppo.replay is now gruppo.reproduce; write that", FutureWarning, stacklevel=2)
         return import_module("gruppo.training.reproduce").reproduce

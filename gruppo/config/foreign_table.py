@@ -324,8 +324,8 @@ IGNORED = {
     "use_gradient_checkpointing activation_* enable_activation_offload entropy_from_logits_* entropy_checkpointing",
     "a run uses one device, model.device": "ddp_* fsdp fsdp_* *fsdp.* *fsdp_config.* *megatron.* deepspeed deepspeed_* "
     "local_rank accelerator_config parallelism_config *parallel_size n_gpus_per_node nnodes *_num_nodes "
-    "*_num_gpus_per_node num_nodes num_gpus_per_node colocate_* zero_stage zpg ds.* adam_offload param_offload grad_offload "
-    "optimizer_offload *.offload device_map average_tokens_across_devices eval_use_gather_object use_cpu_offload "
+    "*_num_gpus_per_node num_nodes num_gpus_per_node colocate_* zero_stage zpg ds.* adam_offload param_offload "
+    "grad_offload optimizer_offload *.offload device_map average_tokens_across_devices eval_use_gather_object use_cpu_offload "
     "ring_attn_size ring_head_stride balance_batch strategy nccl_timeout hybrid_engine use_shm ray_* transfer_queue.* "
     "enable_resource_pool grad_accum_dtype overlap_comm trainer.device num_processes",
     "gruppo chooses its own kernels": "attn_implementation flash_attn use_flash_attention* use_liger* liger_* "
