@@ -12,7 +12,7 @@ Reward models:
     label                  label completions, and their steps, by a rule
     train_reward_model     train a reward model on labels
 For your own code:
-    Callback, STOP         watch a run, and stop it
+    Callback, STOP         watch a run, and stop it (what a callback returns is a StopTraining)
     Environment, Turn      environments of several turns
 The recipe in Python, in place of TOML or a mapping:
     Recipe                 the recipe; its tables are the classes Run, Model, Lora, Task, Reward, RewardModel, Audit,
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from gruppo.training.api import train as train
     from gruppo.training.callbacks import STOP as STOP
     from gruppo.training.callbacks import Callback as Callback
+    from gruppo.training.callbacks import StopTraining as StopTraining
     from gruppo.training.export import export as export
     from gruppo.training.reproduce import reproduce as reproduce
     from gruppo.training.reward_model_api import label as label
@@ -73,6 +74,7 @@ _HOMES = {
     "Method": "config.method_section",
     "STOP": "training.callbacks",
     "Callback": "training.callbacks",
+    "StopTraining": "training.callbacks",
     "Environment": "rollout.environments.protocol",
     "Recipe": "config.recipe",
     "Result": "runs.results",
@@ -92,7 +94,7 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022  in the order of the text above
     "train", "evaluate", "load_result", "export", "reproduce", "rescore", "load_recipe", "label", "train_reward_model",
-    "Callback", "STOP", "Environment", "Turn", "Recipe", "Run", "Model", "Lora", "Task", "Reward", "RewardModel",
+    "Callback", "STOP", "StopTraining", "Environment", "Turn", "Recipe", "Run", "Model", "Lora", "Task", "Reward", "RewardModel",
     "Audit", "Method", "Critic", "Sampling", "Optimizer", "Evaluation", "Decoding", "Benchmark", "EnvironmentTable",
     "Result", "RunError", "UsageError",
 ]  # fmt: skip
