@@ -11,8 +11,8 @@ STEP = (
     "run.memory"
 )
 _MINI_BATCH = (
-    "method.inner_updates: each of these updates uses all completions of the step, sampling.prompts_per_step × "
-    "sampling.group_size"
+    "method.minibatches, the number of parts of a step's completions (sampling.prompts_per_step × sampling.group_size) "
+    "that have an update each"
 )
 _LENGTH = "task.max_prompt_tokens for the prompt and sampling.max_tokens for the completion"
 CLIP = "method.clip_low and method.clip_high"
@@ -22,6 +22,7 @@ _REFERENCE = "run.iterations: the reference is reset at the start of each iterat
 _SCORER = 'reward.functions = ["classifier"], with options.classifier.model'
 _OUT = "--out"
 _RESUME = "--resume"
+_TRACKERS = 'run.trackers, a list such as ["tensorboard", "wandb"]'
 
 NAMES = {
     # Length of the run, steps and batches
@@ -42,6 +43,15 @@ NAMES = {
     "default_local_dir": _OUT,
     "save_path": _OUT,
     "ckpt_path": _OUT,
+    "report_to": _TRACKERS,
+    "log_with": _TRACKERS,
+    "logger": _TRACKERS,
+    "logger_type": _TRACKERS,
+    "use_wandb": 'run.trackers = ["wandb"]',
+    "use_swanlab": 'run.trackers = ["swanlab"]',
+    "use_tensorboard": 'run.trackers = ["tensorboard"]',
+    "tensorboard_dir": 'run.trackers = ["tensorboard"]',
+    "wandb.key": 'run.trackers = ["wandb"]',
     "resume_from_checkpoint": _RESUME,
     "resume_mode": _RESUME,
     "load_checkpoint": _RESUME,
@@ -55,7 +65,7 @@ NAMES = {
     "generation_batch_size": STEP,
     "per_device_train_batch_size": STEP,
     "gradient_accumulation_steps": STEP,
-    "steps_per_generation": STEP,
+    "steps_per_generation": "method.minibatches, if it is more than gradient_accumulation_steps",
     "ppo_mini_batch_size": _MINI_BATCH,
     "mini_batch_size": _MINI_BATCH,
     "train.batch_size": _MINI_BATCH,
@@ -300,11 +310,12 @@ NAMES = {
 # Reason why a name needs no field -> the names, which change nothing that a model learns; "*" stands for any text.
 IGNORED = {
     "every step is recorded in the run folder": "logging_* log_level* log_on_each_node log_completions* "
-    "log_unique_prompts report_to disable_tqdm debug logger logger_type logger.* tensorboard_dir "
-    "num_completions_to_print project project_name include_num_input_tokens_seen include_for_metrics "
-    "skip_memory_metrics trackio_* wandb_* use_wandb use_tensorboard swanlab_* use_swanlab plot_loss "
-    "*profiler* *prometheus* trace.* disable_log_stats log_val_generations rollout_data_dir validation_data_dir "
-    "calculate_entropy calculate_sum_pi_squared moe_load_balance_metrics_interval *wandb.*",
+    "log_unique_prompts disable_tqdm debug logger.logging_steps num_completions_to_print include_num_input_tokens_seen "
+    "include_for_metrics skip_memory_metrics plot_loss *profiler* *prometheus* trace.* disable_log_stats "
+    "log_val_generations rollout_data_dir validation_data_dir calculate_entropy calculate_sum_pi_squared "
+    "moe_load_balance_metrics_interval",
+    "a tracker has its own environment variables, such as WANDB_PROJECT (docs/trackers.md)": "wandb_* *wandb.* "
+    "trackio_* swanlab_* project project_name",
     "nothing is uploaded; `gruppo export` writes a folder for the Hugging Face hub": "push_to_hub hub_* "
     "default_hdfs_dir",
     "gruppo has its own engine": "vllm_* use_vllm sglang_* fast_inference rollout.mode enforce_eager "
