@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
+from typing import get_args
 
+from gruppo.config.sections import Tracker
 from gruppo.conversion.draft import Draft
-from gruppo.conversion.given import Setting, Settings, as_number, is_off
+from gruppo.conversion.given import Setting, Settings, as_list, as_number, is_off
 
 _SCHEDULES = {
     "constant": "constant",
@@ -28,6 +30,18 @@ def run_name(draft: Draft, *candidates: Setting) -> None:
                 draft.skip(setting, "`gruppo train --out` names another run folder")
 
 
+def put_trackers(draft: Draft, *settings: Setting) -> None:
+    """The trackers among these values, each of which is a name or a list of names."""
+    given = [setting for setting in settings if setting.given and not is_off(setting.value)]
+    names = [str(name).lower() for setting in given for name in as_list(setting.value)]
+    known = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]
+    if known:
+        draft.put("run.trackers", known, given[0])
+    for name in names:
+        if name not in {*known, "console", "none", "all"}:
+            draft.lack(name, f"is no tracker of gruppo; it has {', '.join(get_args(Tracker))}")
+
+
 def put_kl(draft: Draft, coefficient: Setting, estimator: str) -> None:
     """The weight of the KL term, and its estimator where there is a term."""
     weight = as_number(coefficient.value) or 0.0
@@ -46,7 +60,7 @@ def put_clips(draft: Draft, low: Setting, high: Setting) -> None:
 def put_schedule(draft: Draft, settings: Settings, kind: Setting, steps: str, ratio: str, factor: float = 1.0) -> None:
     """The schedule of the learning rate and its warm-up, of which `steps` and `ratio` are the names.
 
-    `factor`: gruppo's steps per step of the other trainer's schedule.
+    `factor`: gruppo's steps per step of the other trainer's schedule, at most 1.
     """
     word = str(kind.value)
     schedule = _SCHEDULES.get(word, "cosine" if "cosine" in word else "linear")
@@ -59,7 +73,7 @@ def put_schedule(draft: Draft, settings: Settings, kind: Setting, steps: str, ra
     if 0 < count < 1:
         draft.put("optimizer.warmup_ratio", count, warmup)
     elif count >= 1:
-        source = warmup if factor == 1 else f"{warmup}, each of {factor:g} steps here"
+        source = warmup if factor == 1 else f"{warmup}, of which a step here has {1 / factor:g}"
         draft.put("optimizer.warmup_steps", max(1, round(count * factor)), source)
     elif fraction:
         draft.put("optimizer.warmup_ratio", fraction, share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gruppo.conversion.common import aggregation, loss_kl, put_kl, put_schedule, run_name
+from gruppo.conversion.common import aggregation, loss_kl, put_kl, put_schedule, put_trackers, run_name
 from gruppo.conversion.draft import Draft
 from gruppo.conversion.given import Setting, Settings, Source, as_list, as_number, is_off
 
@@ -64,6 +64,11 @@ def convert(source: Source) -> Draft:
     _rewards(draft, settings)
     _evaluation(draft, settings)
     _optimizer(draft, settings)
+    board = settings.take("logger.tensorboard_dir", "use_tensorboard")
+    names = [Setting(one.name, kind, one.given) for one, kind in (
+        (settings.take("logger.wandb.key", "use_wandb"), "wandb"), (board, "tensorboard"),
+        (settings.take("use_swanlab"), "swanlab")) if one.given and not is_off(one.value)]  # fmt: skip
+    put_trackers(draft, *names)
     run_name(
         draft,
         settings.take("logger.wandb.run_name", "wandb_run_name"),
@@ -85,6 +90,8 @@ def _method(draft: Draft, settings: Settings) -> None:
         draft.put("method.scale", "none", plain)
     else:
         draft.put("method.scale", scale, f"advantages of {name}", given=False)
+    if draft.value("method.scale") == "group":
+        draft.put("method.advantage_epsilon", 1e-9, "the ε beside the standard deviation", given=False)
     if method == "ppo":
         for key, value in _CRITIC.items():
             settings.default(key, value)
@@ -172,29 +179,22 @@ def _batch(draft: Draft, settings: Settings) -> None:
         settings.take("train.max_epochs", "max_epochs"),
     )
     prompts, count = int(as_number(rollout.value) or 1024), int(as_number(group.value) or 1)
-    update = int(as_number(train.value) or 128)
-    parts = max(1, prompts * count // max(1, update))
-    per_step = max(1, update // count) if parts > 1 else prompts
+    update = max(1, int(as_number(train.value) or 128))
+    parts = max(1, prompts * count // update)
     draft.put("sampling.group_size", count, group)
-    draft.put("sampling.prompts_per_step", per_step, "the batch above")
+    draft.put("sampling.prompts_per_step", prompts, rollout)
     draft.put("method.inner_updates", int(as_number(epochs.value) or 1), epochs)
-    draft.remark(
-        f"Batch: rollout batch {prompts} prompts × {count} completions, train batch {update} completions = {parts} "
-        f"update{'s' if parts > 1 else ''}; each step here is one update, of {per_step} prompts × {count} completions."
-    )
     if parts > 1:
-        draft.lack(
-            f"{parts} updates, each on a part of the completions that were sampled together",
-            "a step samples for one update, so its completions come from newer weights; the size of an update is the "
-            "same",
-        )
+        draft.put("method.minibatches", parts, f"{train}, of {prompts * count} completions", given=train.given)
+    draft.remark(
+        f"Batch: rollout batch {prompts} prompts × {count} completions, in {parts} update{'s' if parts > 1 else ''} of "
+        f"train batch {update} completions."
+    )
     passes = settings.take("train.num_episodes", "num_episodes")
     draft.put("run.epochs", as_number(passes.value), passes)
     every = settings.take("ckpt.save_steps", "save_steps")
     if interval := max(0, int(as_number(every.value) or 0)):
-        draft.put(
-            "run.checkpoint_every", interval * parts, every if parts == 1 else f"{every}, of {parts} updates each"
-        )
+        draft.put("run.checkpoint_every", interval, every)
     elif every.given:
         draft.skip(every, "gruppo saves every run.checkpoint_every steps, and at the end")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gruppo.conversion.common import put_clips, put_kl, put_schedule, run_name
+from gruppo.conversion.common import put_clips, put_kl, put_schedule, put_trackers, run_name
 from gruppo.conversion.draft import Draft
 from gruppo.conversion.given import Setting, Settings, Source, as_list, as_number, is_off, written
 
@@ -65,9 +65,10 @@ def convert(source: Source) -> Draft:
         draft.put("method.name", source.method, f"TRL's {source.method.upper()}Trainer")
         _offline(draft, settings, source)
     _data(draft, settings, source.method)
-    factor = 1 / draft.value("method.inner_updates")
+    factor = 1 / (draft.value("method.inner_updates") * draft.value("method.minibatches"))
     put_schedule(draft, settings, settings.take("lr_scheduler_type"), "warmup_steps", "warmup_ratio", factor)
     run_name(draft, settings.take("run_name"), settings.take("output_dir"))
+    put_trackers(draft, settings.take("report_to"))
     _without_effect(draft, settings)
     return draft
 
@@ -108,28 +109,37 @@ def _model(draft: Draft, settings: Settings) -> None:
         draft.lack(what, "there is no dropout, so that sampling and training use the same distribution")
 
 
-def _batch(draft: Draft, settings: Settings, source: Source, group: int) -> int:
-    """Put prompts_per_step: the completions of an update over the group size. Returns the updates per generation."""
+def _batch(draft: Draft, settings: Settings, source: Source, group: int, split: bool = True) -> int:
+    """Put the prompts of a step: the completions that are sampled together over the group size.
+
+    Returns the updates on parts of these completions. Without `split`, a step samples for one update only.
+    """
     device, accumulation = settings.take("per_device_train_batch_size"), settings.take("gradient_accumulation_steps")
     steps, total = settings.take("steps_per_generation"), settings.take("generation_batch_size")
     processes = source.processes or 1
     update = int(as_number(device.value) or 8) * int(as_number(accumulation.value) or 1) * processes
     sampled = as_number(total.value) or (as_number(steps.value) or 0) * update / (as_number(accumulation.value) or 1)
-    updates = max(1, round(sampled / update)) if sampled else 1
-    prompts = max(1, update // group)
+    parts = max(1, round(sampled / update)) if sampled else 1
+    kept = parts if split else 1
+    prompts = max(1, update * kept // group)
     line = (
         f"Batch: {written(device.value)} per device × {written(accumulation.value)} accumulation steps × {processes} "
         f"process{'es' if processes > 1 else ''} = {update} completions per update"
     )
-    if group > 1:
-        line += f" = {prompts} prompts × {group} completions"
-    draft.remark(f"{line}." if prompts * group == update else f"{line}, rounded to whole groups.")
+    line += f", {kept} updates per step" if kept > 1 else ""
+    line += f" = {prompts} prompts × {group} completions" if group > 1 else ""
+    draft.remark(f"{line}." if prompts * group == update * kept else f"{line}, rounded to whole groups.")
     if source.processes is None:
         draft.remark(
             "The arguments do not say how many processes train; for several, run `gruppo convert --processes N`."
         )
     draft.put("sampling.prompts_per_step", prompts, "the batch above")
-    return updates
+    what = next((one for one in (total, steps) if one.given), None)
+    if kept > 1 and what:
+        draft.put("method.minibatches", kept, what)
+    elif parts > 1 and what:
+        draft.lack(what, "several updates need a ratio; a step samples for one update, of the same size")
+    return kept
 
 
 def _online(draft: Draft, settings: Settings, source: Source) -> None:
@@ -137,13 +147,7 @@ def _online(draft: Draft, settings: Settings, source: Source) -> None:
     group = settings.take("num_generations")
     count = int(as_number(group.value) or 8)
     draft.put("sampling.group_size", count, group)
-    updates = _batch(draft, settings, source, count)
-    if updates > 1:
-        draft.lack(
-            f"steps_per_generation: {updates} updates, each on a part of the completions that were sampled together",
-            "a step samples for one update, so its completions come from newer weights; the size of an update is the "
-            "same",
-        )
+    parts = _batch(draft, settings, source, count, split=source.method == "grpo")
     inner = settings.take("num_iterations")
     repeats = int(as_number(inner.value) or 1)
     if source.method == "rloo" and repeats > 1:
@@ -151,7 +155,7 @@ def _online(draft: Draft, settings: Settings, source: Source) -> None:
         repeats = 1
     else:
         draft.put("method.inner_updates", repeats, inner)
-    _length(draft, settings, repeats)
+    _length(draft, settings, repeats * parts)
     if source.method == "grpo":
         _grpo(draft, settings)
     else:
@@ -161,6 +165,8 @@ def _online(draft: Draft, settings: Settings, source: Source) -> None:
             draft.skip(settings.take("epsilon", "epsilon_high"), "with one update per step, no ratio is ever clipped")
         settings.take("epsilon")
         put_kl(draft, settings.take("beta"), "k1")
+    if draft.value("method.scale") != "none":
+        draft.put("method.advantage_epsilon", 1e-4, "the ε beside the standard deviation", given=False)
     _rewards(draft, settings)
     _engine(draft, settings)
 
@@ -185,8 +191,6 @@ def _grpo(draft: Draft, settings: Settings) -> None:
     word = {"True": "group", "true": "group", "False": "none", "false": "none"}.get(str(scale.value), scale.value)
     draft.put("method.scale", word, scale)
     put_kl(draft, settings.take("beta"), "k3")
-    if draft.value("method.scale") == "group":
-        draft.remark("TRL adds 1e-4 to the standard deviation of a group, gruppo 1e-6.")
 
 
 def _engine(draft: Draft, settings: Settings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gruppo.conversion.common import aggregation, loss_kl, put_kl, put_schedule, run_name
+from gruppo.conversion.common import aggregation, loss_kl, put_kl, put_schedule, put_trackers, run_name
 from gruppo.conversion.draft import Draft
 from gruppo.conversion.given import Setting, Settings, Source, as_list, as_number, is_off, written
 
@@ -64,7 +64,7 @@ def convert(source: Source) -> Draft:
     settings = Settings(source.values, DEFAULTS)
     draft = Draft("verl", settings)
     _method(draft, settings)
-    parts = _batch(draft, settings)
+    _batch(draft, settings)
     _kl(draft, settings)
     _model(draft, settings)
     _data(draft, settings)
@@ -72,7 +72,8 @@ def convert(source: Source) -> Draft:
     _sampling(draft, settings)
     kind = settings.take(f"{_ACTOR}optim.lr_scheduler_type", f"{_ACTOR}optim.warmup_style")
     warmup = f"{_ACTOR}optim.lr_warmup_steps"
-    put_schedule(draft, settings, kind, warmup, f"{warmup}_ratio", factor=parts)
+    put_schedule(draft, settings, kind, warmup, f"{warmup}_ratio")
+    put_trackers(draft, settings.take("trainer.logger"))
     run_name(draft, settings.take("trainer.experiment_name"), settings.take("trainer.default_local_dir"))
     _evaluation(draft, settings)
     return draft
@@ -138,46 +139,32 @@ def _clips(draft: Draft, settings: Settings) -> None:
         draft.skip(both, "verl reads clip_ratio_low and clip_ratio_high, which are 0.2 unless they are set")
 
 
-def _batch(draft: Draft, settings: Settings) -> int:
-    """Put the prompts of a step, which is one update. Returns the updates of one of verl's steps."""
+def _batch(draft: Draft, settings: Settings) -> None:
     batch, mini = settings.take("data.train_batch_size"), settings.take(f"{_ACTOR}ppo_mini_batch_size")
     group, epochs = settings.take(f"{_ROLLOUT}n"), settings.take(f"{_ACTOR}ppo_epochs")
-    for name in (
-        f"{_ACTOR}rollout_n",
-        "critic.rollout_n",
-        "actor_rollout_ref.ref.rollout_n",
-        "critic.ppo_mini_batch_size",
-    ):
-        settings.take(name)
-    sampled, count = int(as_number(batch.value) or 1024), int(as_number(group.value) or 1)
-    update = min(int(as_number(mini.value) or sampled), sampled)
-    parts = max(1, sampled // max(1, update))
+    settings.take(f"{_ACTOR}rollout_n", "critic.rollout_n", "actor_rollout_ref.ref.rollout_n")
+    settings.take("critic.ppo_mini_batch_size")
+    prompts, count = int(as_number(batch.value) or 1024), int(as_number(group.value) or 1)
+    part = max(1, min(int(as_number(mini.value) or prompts), prompts))
     draft.put("sampling.group_size", count, group)
-    draft.put("sampling.prompts_per_step", update, mini if update < sampled else batch)
+    draft.put("sampling.prompts_per_step", prompts, batch)
     draft.put("method.inner_updates", int(as_number(epochs.value) or 1), epochs)
+    if prompts > part:
+        draft.put("method.minibatches", prompts // part, f"{mini}, of train_batch_size {prompts}", given=mini.given)
     draft.remark(
-        f"Batch: train_batch_size {sampled} prompts in updates of ppo_mini_batch_size {update} = {parts} updates; "
-        f"each step here is one update, of {update} prompts × {count} completions."
+        f"Batch: train_batch_size {prompts} prompts × rollout.n {count} completions, in {prompts // part} "
+        f"update{'s' if prompts > part else ''} of ppo_mini_batch_size {part} prompts."
     )
-    if parts > 1:
-        draft.lack(
-            f"{parts} updates, each on a part of the completions that were sampled together",
-            "a step samples for one update, so its completions come from newer weights; the size of an update is the "
-            "same",
-        )
     steps, passes = settings.take("trainer.total_training_steps"), settings.take("trainer.total_epochs")
     if total := as_number(steps.value):
-        draft.put("run.steps", int(total) * parts, steps if parts == 1 else f"{steps}, of {parts} updates each")
+        draft.put("run.steps", int(total), steps)
     else:
         draft.put("run.epochs", as_number(passes.value), passes)
     every = settings.take("trainer.save_freq")
     if interval := max(0, int(as_number(every.value) or 0)):
-        draft.put(
-            "run.checkpoint_every", interval * parts, every if parts == 1 else f"{every}, of {parts} updates each"
-        )
+        draft.put("run.checkpoint_every", interval, every)
     elif every.given:
         draft.skip(every, "gruppo saves every run.checkpoint_every steps, and at the end")
-    return parts
 
 
 def _kl(draft: Draft, settings: Settings) -> None:

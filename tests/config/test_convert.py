@@ -256,7 +256,7 @@ def test_trl_grpo(tmp_path: Path) -> None:
     assert (recipe.sampling.prompts_per_step, recipe.sampling.group_size) == (8, 8)
     assert "4 per device × 8 accumulation steps × 2 processes = 64 completions" in conversion.recipe
     assert recipe.run.steps == 200  # 400 updates, two on each step's completions
-    assert recipe.run.name == "Qwen-GRPO"
+    assert (recipe.run.name, recipe.run.trackers) == ("Qwen-GRPO", ["wandb"])
     method = recipe.method
     assert (method.aggregation, method.scale, method.kl_coef, method.inner_updates) == ("constant", "none", 0.01, 2)
     assert (method.clip_low, method.clip_high) == (0.2, 0.28)
@@ -274,6 +274,7 @@ def test_trl_writes_its_own_defaults_out(tmp_path: Path) -> None:
     text = "model_name_or_path: example/m\ndataset_name: example/d\nreward_funcs: accuracy_reward\n"
     conversion, recipe = converted(tmp_path, "grpo.yaml", text)
     assert (recipe.method.aggregation, recipe.method.kl_coef) == ("token-mean", 0.0)
+    assert recipe.method.advantage_epsilon == 1e-4
     assert (recipe.sampling.prompts_per_step, recipe.sampling.max_tokens) == (1, 512)
     assert (recipe.run.epochs, recipe.run.seed, recipe.optimizer.schedule) == (3.0, 42, "linear")
     assert "# TRL's default: loss_type = dapo" in conversion.recipe
@@ -285,8 +286,9 @@ def test_trl_writes_its_own_defaults_out(tmp_path: Path) -> None:
 def test_trl_cispo_and_several_updates_per_generation(tmp_path: Path) -> None:
     conversion, recipe = converted(tmp_path, "cispo.yaml", TRL["cispo.yaml"])
     assert (recipe.method.surrogate, recipe.method.clip_low, recipe.method.clip_high) == ("clipped-weight", 1.0, 4.0)
-    assert recipe.sampling.prompts_per_step == 1  # 16 completions per update; 64 are sampled together
-    assert any(line.startswith("steps_per_generation: 4 updates") for line in conversion.draft.missing)
+    # 16 completions per update; 64 are sampled together
+    assert (recipe.sampling.prompts_per_step, recipe.method.minibatches) == (4, 4)
+    assert "16 completions per update, 4 updates per step = 4 prompts × 16 completions" in conversion.draft.remarks[0]
 
 
 def test_trl_rloo(tmp_path: Path) -> None:
@@ -333,8 +335,9 @@ def test_verl_grpo_script(tmp_path: Path) -> None:
     conversion, recipe = converted(tmp_path, "run_grpo.sh", VERL["run_grpo.sh"])
     assert recipe.model.name == "example/qwen-3b"
     assert [task.name for task in recipe.mixture] == ["~/data/gsm8k/train.parquet", "~/data/math/train.parquet"]
-    assert (recipe.sampling.prompts_per_step, recipe.sampling.group_size) == (64, 5)
-    assert "train_batch_size 256 prompts in updates of ppo_mini_batch_size 64 = 4 updates" in conversion.recipe
+    assert (recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.method.minibatches) == (256, 5, 4)
+    assert "256 prompts × rollout.n 5 completions, in 4 updates of ppo_mini_batch_size 64 prompts" in conversion.recipe
+    assert recipe.run.trackers == ["wandb"]
     assert (recipe.method.kl_coef, recipe.method.kl_estimator) == (0.001, "k3")
     assert recipe.method.aggregation == "token-mean"
     assert recipe.optimizer.weight_decay == 0.01
@@ -384,9 +387,9 @@ def test_openrlhf_with_names_of_today(tmp_path: Path) -> None:
     method = recipe.method
     assert (method.baseline, method.scale, method.kl_estimator, method.kl_coef) == ("group", "batch", "k2", 1e-4)
     assert (method.clip_low, method.clip_high) == (0.2, 0.27)
-    # 64 prompts × 8 = 512 completions, in updates of 256: two of 32 prompts
-    assert (recipe.sampling.prompts_per_step, recipe.sampling.group_size) == (32, 8)
-    assert "= 2 updates" in conversion.recipe
+    # 64 prompts × 8 = 512 completions, in updates of 256
+    assert (recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.method.minibatches) == (64, 8, 2)
+    assert "in 2 updates" in conversion.recipe
     assert [(task.name, task.weight, task.system) for task in recipe.mixture] == [
         ("example/a", 0.7, ""), ("example/b", 0.3, "")]  # fmt: skip
     assert recipe.mixture[0].columns == {"prompt": "question"}
@@ -497,7 +500,7 @@ def test_the_page_has_the_tables_and_examples_of_today() -> None:
             "run.sh",
             "python -m verl.trainer.main_ppo actor_rollout_ref.model.path=example/m data.train_batch_size=512 "
             "actor_rollout_ref.actor.optim.lr_warmup_steps=10",
-            20,
+            10,
         ),
     ],
 )

@@ -124,7 +124,7 @@ def test_names_without_a_counterpart_are_answered_with_the_reason(place: str) ->
 
 
 def test_some_reasons_say_that_nothing_is_lost() -> None:
-    assert is_ignored(gruppo_name(["report_to"]) or "")
+    assert is_ignored(gruppo_name(["logging_steps"]) or "")
     assert not is_ignored(gruppo_name(["lora_dropout"]) or "")
     assert not is_ignored(gruppo_name(["beta"]) or "")
     assert not IGNORED.keys() & MISSING.keys()

@@ -17,8 +17,8 @@ TABLES = {
     "Optimizer", "Reward", "RewardModel", "Run", "Sampling", "Task",
 }  # fmt: skip
 PUBLIC = TABLES | {
-    "Callback", "Environment", "Recipe", "RunError", "STOP", "StopTraining", "Turn", "UsageError", "evaluate", "export", "label",
-    "load_recipe", "load_result", "reproduce", "rescore", "Result", "train", "train_reward_model",
+    "Callback", "Environment", "Recipe", "RunError", "STOP", "StopTraining", "Turn", "UsageError", "evaluate", "export",
+    "label", "load_recipe", "load_result", "reproduce", "rescore", "Result", "train", "train_reward_model",
 }  # fmt: skip
 
 

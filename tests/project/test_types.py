@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = '''
+SCRIPT = """
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ steps: int = recipe.run.steps
 loaded: Recipe = gruppo.load_recipe({"model": {"name": "m"}}, ["run.steps=5"])
 result: gruppo.Result = gruppo.train(recipe, reward=short, callbacks=[Watch()], prompts=[{"prompt": "Hi"}])
 reveal_type(recipe.optimizer.schedule)
-'''
+"""
 # Libraries whose types a user's script does not need; skipping them saves most of the time.
 CONFIG = """
 [mypy]
