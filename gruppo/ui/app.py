@@ -39,7 +39,6 @@ from gruppo.ui.table_routes import add_tables
 POLL_SECONDS, LIST_SECONDS = 1.0, 2.0  # how often a page that follows a run looks for changes
 ALIVE_SECONDS = 15.0  # a stream says something at least this often, so that a run without sign of life is noticed
 EVENTS = 200  # on a run's page
-_STEP = "completion/length"  # a metric of every step, and only of steps
 STATES = ("running", "done", "stopped", "interrupted", "failed", "silent", "unfinished")
 _PROBLEM = {
     "text/html": {"schema": {"type": "string"}},
@@ -264,7 +263,7 @@ def _problems(card: Card, live: LiveRun) -> list[str]:
         if card.state.name != "running" and not problems:
             with reading(card.path, "restore it from a copy"):
                 problems = missing_parts(
-                    card.path, live.lines_with(lambda name: name == _STEP or name.startswith("eval/"))
+                    card.path, live.lines_with(lambda name: name == STEP or name.startswith("eval/"))
                 )
     except UsageError as error:
         problems = [str(error)]
