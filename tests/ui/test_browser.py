@@ -107,7 +107,7 @@ def ready(page: Page, address: str) -> None:
     page.wait_for_function(
         """() => !document.querySelector("[data-indexing]")
             && [...document.querySelectorAll(".charts-section")].every(section => section.querySelector(".plot"))
-            && [...document.querySelectorAll("[data-view=tokens]")].every(view => view.querySelector("[data-t]"))"""
+            && [...document.querySelectorAll("[data-view=tokens]")].every(view => view.querySelector("[data-t], .rendered"))"""
     )
 
 
@@ -204,7 +204,7 @@ def test_a_group_token_by_token(runs: Runs, address: str, open_page: Open) -> No
     page.keyboard.press("Escape")
     expect(panel).to_contain_text("Point at a token")
 
-    page.get_by_label("Color").select_option("sampling_logprob")
+    page.locator(".controls").get_by_label("Color").select_option("sampling_logprob")
     tokens.first.hover()
     expect(panel.locator("tr.chosen")).to_contain_text("log-probability, engine")
     page.get_by_role("button", name="Rendered").click()
