@@ -577,7 +577,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("learning_rate: &a [*a]\n", "more than 5000 values|cannot be read"),
         ("learning_rate: !!python/object/apply:os.system ['true']\n", "cannot be read as plain YAML"),
         ("model_name_or_path: !env HOME\n", "cannot be read as plain YAML"),
-        ("[" * 5000, "cannot be read|nested more than"),
+        ("[" * 1500, "cannot be read|nested more than"),
         ("a: " + "[" * 100 + "]" * 100, "nested more than"),
         ("learning_rate: " + "9" * 300_000, "larger than"),
         ("learning_rate: " + "9" * 5000, "cannot be read as plain YAML"),
@@ -618,14 +618,15 @@ def test_hostile_scripts(tmp_path: Path, script: str, message: str) -> None:
         convert([str(path)])
 
 
-PIECES = ['"', "'", "$(", "${", "}", ")", "\\", "\n", "#", "`", "$((", "))", "*", "&a ", "!!", "[", "]", "{", ": ", "-1",
-          "1e999", ".nan", "null", "\u202e", "\x7f", "=", "@", "<<EOF", "if", "fi", "=(", "2001-01-01"]  # fmt: skip
+PIECES = ['"', "'", "$(", "${", "}", ")", "\\", "\n", "#", "`", "$((", "))", "*", "&a ", "!!", "[", "]", "{", ": ",
+          "-1", "1e999", ".nan", "null", "\u202e", "\x7f", "=", "@", "<<EOF", "if", "fi", "=(", "2001-01-01"]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_damaged_files_are_converted_or_refused_in_words(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
-    for name, text in {**TRL, **VERL, **OPENRLHF}.items():
+    for name, original in {**TRL, **VERL, **OPENRLHF}.items():
+        text = original
         for _ in range(chance.randint(1, 6)):
             start, kind = chance.randrange(len(text)), chance.random()
             length = 0 if kind < 0.4 else chance.randint(1, 30)
