@@ -95,7 +95,8 @@ class Draft:
                 self.lack(source, f"does not fit {name}; write that field")
             return
         value = value if isinstance(checked, Section) else checked
-        comment = str(source) if given else f"{self.trainer}'s default: {source}"
+        origin = "'s default" if setting else ""
+        comment = str(source) if given else f"{self.trainer}{origin}: {source}"
         if setting and given and written(setting.value) == written(value):
             comment = setting.name
         if given or value != self._default(name):
