@@ -7,7 +7,7 @@
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
-#   make schema architecture coming-from       generated files: recipes/schema.json, docs/recipe.md, docs/architecture.md,
+#   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
 #                                              docs/coming_from.md
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
@@ -31,7 +31,7 @@ CODE := gruppo tests benchmarks scripts
 .PHONY: quickstart ui test check unit bubblewrap torture fuzz test-transformers bench format schema architecture coming-from lock licences clean
 
 quickstart: $(VENV)/.ready
-	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
+	$(BIN)/gruppo train quickstart --out $(OUT) --resume
 
 ui: $(VENV)/.ready-ui
 	$(BIN)/gruppo ui $(UI)
@@ -96,7 +96,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format $(CODE)
 
 schema: $(VENV)/.ready
-	$(BIN)/gruppo schema > recipes/schema.json
+	$(BIN)/gruppo schema > gruppo/recipes/schema.json
 	$(BIN)/gruppo schema --markdown > docs/recipe.md
 
 architecture: $(VENV)/.ready

@@ -72,7 +72,10 @@ def main(runs: list[Path]) -> None:
     """Take all screenshots."""
     OUT.mkdir(exist_ok=True)
     with served(runs) as base, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"],
+        )
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         run = f"{base}/r/{run_key(runs[0].name)}"
         ready(page, f"{run}/steps")

@@ -20,10 +20,9 @@ from gruppo.models.loading import out_of_reach
 from gruppo.models.precision import choose_device
 from gruppo.models.pretrained import UNDAMAGED, pickles_alone
 from gruppo.models.weights import damage_of
-from gruppo.rewards import text_of
+from gruppo.rewards import conversation, whole_text
 from gruppo.types import Message
 from gruppo.utils.paths import is_dir, is_file, user_path
-from gruppo.utils.text import text_of_content
 
 _UNLIMITED = 10**9  # tokenizers without a limit report 10**30
 
@@ -91,23 +90,10 @@ class Classifier:
 
     def _token_ids(self, prompt: str | list[Message], completion: str | list[Message]) -> list[int]:
         if not isinstance(prompt, str) and self.tokenizer.chat_template:
-            return chat_tokens(self.tokenizer, _conversation(prompt, completion))
-        if isinstance(prompt, str):
-            text = prompt + text_of(completion)
-        else:
-            text = "\n".join(text_of_content(message["content"]) for message in _conversation(prompt, completion))
+            return chat_tokens(self.tokenizer, conversation(prompt, completion))
+        text = whole_text(prompt, completion)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
         return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
-
-
-def _conversation(prompt: list[Message], completion: str | list[Message]) -> list[Message]:
-    """Prompt and completion as messages; if the prompt ends with the start of an answer, both are joined."""
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-    if prompt[-1]["role"] == "assistant":
-        start = prompt[-1]
-        joined = {**start, "content": text_of_content(start["content"]) + text_of_content(answer[0]["content"])}
-        return [*prompt[:-1], joined, *answer[1:]]
-    return [*prompt, *answer]
 
 
 def _locate(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
-from gruppo.errors import RunError, UsageError
+from gruppo.errors import RunError, UsageError, is_visible
 from gruppo.runs.changes import differences
-from gruppo.runs.reading import read_object, reading
+from gruppo.runs.reading import own_table, read_object, reading, step_of_name
 from gruppo.runs.screen import next_commands
 from gruppo.ui.catalog import Card, recipe_data, regular
 
@@ -37,7 +38,9 @@ def changed_fields(run: Path) -> list[tuple[str, Any, Any]]:
     What a recipe has to name itself (model, tasks, reward functions) is not compared. Raises UsageError if the recipe
     is damaged.
     """
-    recipe, data = read_recipe(run), recipe_data(run)
+    recipe = read_recipe(run)
+    with reading(run / "recipe.toml", "restore it as the run wrote it"):
+        data = recipe_data(run)
     kept: dict[str, Any] = {
         "method": {"name": recipe.method.name},
         "model": {"name": recipe.model.name},
@@ -88,25 +91,44 @@ def _gigabytes(count: Any) -> str | None:
 
 
 def files(run: Path) -> dict[str, Path]:
-    """The files that can be downloaded, by the name in their address. Links are left out."""
-    found = {name: run / name for name in LISTED if regular(run / name)}
+    """The files that can be downloaded, by the name in their address: of the tables, the last ones. Links are left
+    out."""
+    names = list(LISTED)
     for folder in _TABLES:
-        if (run / folder).is_symlink():
-            continue
-        tables = sorted((run / folder).glob("step-*.parquet"))[-_MOST_FILES:]
-        found |= {f"{folder}/{path.name}": path for path in tables if regular(path)}
-    return found
+        if (run / folder).is_dir():
+            tables = sorted(name for name in os.listdir(run / folder) if _is_table(name))
+            names += [f"{folder}/{name}" for name in tables[-_MOST_FILES:]]
+    return {name: path for name in names if (path := file(run, name)) is not None}
+
+
+def file(run: Path, name: str) -> Path | None:
+    """A file that can be downloaded: one of those of a run's folder, or any of its tables. None for any other name, and
+    for links."""
+    folder, _, table = name.partition("/")
+    if folder in _TABLES and _is_table(table):
+        return run / name if not (run / folder).is_symlink() and regular(run / name) else None
+    return run / name if name in LISTED and regular(run / name) else None
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith(".parquet") and step_of_name(name) is not None
 
 
 def commands(card: Card, last_step: int, named: str | None = None) -> list[tuple[str, str]]:
     """Commands that go on from the run: what they do, and the command. While it is running, only those that show it.
 
-    `named`: how they call the run, by default by its path.
+    `named`: how they call the run, by default by its path. A command with characters that a reader does not see is left
+    out: nobody should paste it into a shell.
     """
+    return [(words, command) for words, command in _commands(card, last_step, named) if is_visible(command)]
+
+
+def _commands(card: Card, last_step: int, named: str | None) -> list[tuple[str, str]]:
     quoted = shlex.quote(named or str(card.path))
     general = [("On one screen", f"gruppo show {quoted}"), ("As one file", f"gruppo report {quoted} -o report.html")]
     try:
         recipe = read_recipe(card.path)
+        own_table(card.path, "rollouts", last_step)
         found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step, named)
     except (UsageError, RunError):
         return general

@@ -143,9 +143,10 @@
   function notes(one) {
     const found = [];
     const parts = Object.entries(one.parts || {});
+    const stepwise = new Set((one.steps || []).map((step) => step.name));
     if (parts.length > 1 || parts.some(([, value]) => value !== one.reward)) {
       found.push(h("dl", { class: "parts", "aria-label": "Reward parts, unweighted" }, parts.map(([name, value]) =>
-        h("div", {}, h("dt", {}, plain(name)), h("dd", { class: "num" }, value === null ? "does not apply" : exact(value))))));
+        h("div", {}, h("dt", {}, plain(name)), h("dd", { class: "num" }, value !== null ? exact(value) : stepwise.has(name) ? "by step" : "does not apply")))));
     }
     if (one.failure) found.push(h("p", { class: "note warn" }, "Excluded: ", plain(one.failure)));
     if (one.token_ids.length < one.tokens) {
@@ -429,12 +430,12 @@
     words(token, quantities) { // what a screen reader says of a token
       const { one } = token.closest(".body").completion;
       const place = Number(token.dataset.t);
-      const text = one.token_texts ? `${quoted(one.token_texts[place])}, ` : "";
+      const text = one.token_texts ? ` ${quoted(one.token_texts[place])},` : "";
       const numbers = quantities.map(({ key, label, unit }) => {
         const value = one.values[key] ? one.values[key][place] : null;
         return ` ${label}: ${value === null ? "not recorded" : `${exact(value)} ${unit}`.trim()}.`;
       });
-      return `${text}token ${place + 1} of ${one.token_ids.length}, id ${one.token_ids[place]}.${one.mask[place] ? "" : " Not sampled."}${numbers.join("")}`;
+      return `Token ${place + 1} of ${one.token_ids.length},${text} id ${one.token_ids[place]}.${one.mask[place] ? "" : " Not sampled."}${numbers.join("")}`;
     }
 
     describe(token) {
