@@ -139,6 +139,7 @@ NAMES = {
     "loss_type": 'method.name, or method.aggregation ("sequence-mean" is TRL\'s "grpo", "token-mean" its "dapo", '
     '"constant" its "dr_grpo")',
     "loss_agg_mode": "method.aggregation",
+    "use_token_level_loss": 'method.aggregation = "token-mean"',
     "loss_mode": "method.name",
     "policy_loss_type": "method.name",
     "adv_estimator": "method.name",
@@ -338,7 +339,7 @@ IGNORED = {
     "*_num_gpus_per_node num_nodes num_gpus_per_node colocate_* zero_stage zpg ds.* adam_offload param_offload "
     "grad_offload optimizer_offload *.offload device_map average_tokens_across_devices eval_use_gather_object "
     "use_cpu_offload ring_attn_size ring_head_stride balance_batch strategy nccl_timeout hybrid_engine use_shm ray_* "
-    "transfer_queue.* enable_resource_pool grad_accum_dtype overlap_comm trainer.device num_processes",
+    "transfer_queue.* *enable_sleep enable_resource_pool grad_accum_dtype overlap_comm trainer.device num_processes",
     "gruppo chooses its own kernels": "attn_implementation flash_attn use_flash_attention* use_liger* liger_* "
     "torch_compile* use_torch_compile use_fused_kernels fused_kernel_options.* tiled_mlp.* use_prefix_grouper "
     "cast_lm_head_to_fp32 jit_mode_eval enable_jit_checkpoint use_unsloth* tf32 full_determinism "

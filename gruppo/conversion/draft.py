@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
 
+import tomli_w
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -88,12 +89,14 @@ class Draft:
         given = setting.given if setting else given
         try:
             checked = TypeAdapter(_annotation(name)).validate_python(value)
-        except ValidationError:
+            tomli_w.dumps({"value": value})
+        except (ValidationError, TypeError):  # of the wrong type, or with a null in it
             if given:
                 self.lack(source, f"does not fit {name}; write that field")
             return
         value = value if isinstance(checked, Section) else checked
-        comment = str(source) if given else f"{self.trainer}'s default: {source}"
+        origin = "'s default" if setting else ""
+        comment = str(source) if given else f"{self.trainer}{origin}: {source}"
         if setting and given and written(setting.value) == written(value):
             comment = setting.name
         if given or value != self._default(name):

@@ -111,8 +111,8 @@ def _read_file(path: Path, overrides: list[str], source: str | None) -> Source:
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """A YAML document as nested mappings of plain values. Raises UsageError for anything else, however large."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is not None:
             _require_small(node, where)
@@ -123,8 +123,6 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(f"{where}: cannot be read as plain YAML ({reason}); write plain values") from None
-    finally:
-        loader.dispose()
     if not isinstance(data, dict):
         raise UsageError(f"{where}: must be a list of names with values, such as learning_rate: 1e-6")
     return {str(name): value for name, value in data.items()}

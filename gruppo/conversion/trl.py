@@ -233,17 +233,19 @@ def _rewards(draft: Draft, settings: Settings) -> None:
     if model.value:
         functions.append("classifier")
         options["classifier"] = {"model": model.value}
-    for name in as_list(names.value):
+    for name in map(str, as_list(names.value)):
         if name == "get_soft_overlong_punishment":
             functions.append("overlong")
             options["overlong"] = {"max_tokens": 1280, "buffer_tokens": 256}
         elif name in _REWARDS:
             functions.append(_REWARDS[name])
-        elif "." in str(name):
-            functions.append(":".join(str(name).rsplit(".", 1)))
+        elif "." in name:
+            functions.append(":".join(name.rsplit(".", 1)))
         else:
             functions.append(f"my_rewards.py:{name}")
-            unknown.append(str(name))
+            unknown.append(name)
+    if any(name.startswith("trl.rewards:") for name in functions):
+        draft.remark('The functions of trl.rewards need TRL; gruppo\'s own are "math_verify" and "think_format".')
     if not functions:
         draft.ask(
             "reward.functions", ["my_rewards.py:reward"], "the functions of reward_funcs, as file.py:function; those "
@@ -326,6 +328,12 @@ def _data(draft: Draft, settings: Settings, method: str) -> None:
     column = settings.take("dataset_prompt_column", "dataset_text_field")
     if column.given and column.value not in (None, "prompt", "text"):
         draft.put("task.columns", {"prompt": str(column.value)}, column)
+    limit = settings.take("max_prompt_length")
+    if (tokens := as_number(limit.value)) is not None and method not in {"dpo", "sft", "reward"}:
+        draft.put("task.max_prompt_tokens", int(tokens), limit)
+        draft.put("task.overlong", "filter", "older TRL truncates longer prompts, gruppo leaves them out")
+    elif limit.given:
+        draft.skip(limit, "sampling.max_tokens and task.max_prompt_tokens bound both")
     _evaluation(draft, settings, method, name)
 
 

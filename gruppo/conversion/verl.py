@@ -225,7 +225,7 @@ def _data(draft: Draft, settings: Settings) -> None:
     filtered, cut = settings.take("data.filter_overlong_prompts"), settings.take("data.truncation")
     if not is_off(filtered.value):
         draft.put("task.overlong", "filter", filtered)
-    elif cut.value in {"left", "right", "middle"}:
+    elif str(cut.value) in {"left", "right", "middle"}:
         draft.lack(cut, "prompts are never truncated; longer ones are left out")
         draft.put("task.overlong", "filter", cut)
     options = settings.take("data.apply_chat_template_kwargs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import runpy
 import tomllib
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from gruppo.config.foreign_names import fields_named, gruppo_name
-from gruppo.config.loading import load_recipe, recipe_tables
+from gruppo.config.loading import load_recipe, recipe_mistakes, recipe_tables
 from gruppo.config.recipe import Recipe
 from gruppo.conversion import openrlhf, trl, verl
 from gruppo.conversion.convert import Conversion, convert
@@ -451,6 +452,7 @@ def test_a_command_may_name_a_configuration_file(tmp_path: Path) -> None:
         ("mask_truncated_completions: true", "method.mask_truncated", True),
         ("temperature: '0.7'", "sampling.temperature", 0.7),
         ("weight_decay: 0.1", "optimizer.weight_decay", 0.1),
+        ("max_prompt_length: 512", "task.overlong", "filter"),
         ("adam_beta2: 0.99", "optimizer.beta2", 0.99),
     ],
 )
@@ -575,7 +577,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("learning_rate: &a [*a]\n", "more than 5000 values|cannot be read"),
         ("learning_rate: !!python/object/apply:os.system ['true']\n", "cannot be read as plain YAML"),
         ("model_name_or_path: !env HOME\n", "cannot be read as plain YAML"),
-        ("[" * 5000, "cannot be read|nested more than"),
+        ("[" * 1500, "cannot be read|nested more than"),
         ("a: " + "[" * 100 + "]" * 100, "nested more than"),
         ("learning_rate: " + "9" * 300_000, "larger than"),
         ("learning_rate: " + "9" * 5000, "cannot be read as plain YAML"),
@@ -614,6 +616,29 @@ def test_hostile_scripts(tmp_path: Path, script: str, message: str) -> None:
     path.write_text(script)
     with pytest.raises(UsageError, match=message):
         convert([str(path)])
+
+
+PIECES = ['"', "'", "$(", "${", "}", ")", "\\", "\n", "#", "`", "$((", "))", "*", "&a ", "!!", "[", "]", "{", ": ",
+          "-1", "1e999", ".nan", "null", "\u202e", "\x7f", "=", "<<EOF", "if", "fi", "=(", "2001-01-01"]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_files_are_converted_or_refused_in_words(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    for name, original in {**TRL, **VERL, **OPENRLHF}.items():
+        text = original
+        for _ in range(chance.randint(1, 6)):
+            start, kind = chance.randrange(len(text)), chance.random()
+            length = 0 if kind < 0.4 else chance.randint(1, 30)
+            text = text[:start] + (chance.choice(PIECES) if kind < 0.8 else "") + text[start + length :]
+        path = tmp_path / name
+        path.write_text(text)
+        try:
+            conversion = convert([str(path)])
+        except UsageError:
+            continue
+        data = tomllib.loads(conversion.recipe)
+        assert not recipe_mistakes(data) or conversion.draft.to_fill
 
 
 def test_nothing_of_a_script_is_run(tmp_path: Path) -> None:
