@@ -165,7 +165,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
 def _base(where: str, folder: Path, name: Any) -> Path:
     """The file of the recipe that the recipe `where` in `folder` extends."""
     if not isinstance(name, str) or not name:
-        raise RecipeError(f'{where}: extends = {name!r}: must be a recipe; write e.g. "other.toml"')
+        raise RecipeError(f'{where}: extends = {name!r}: must be the path of a recipe; write e.g. "other.toml"')
     path = folder / user_path(name)
     if not is_file(path) and name in packaged_recipes():
         return packaged_recipes()[name]
