@@ -1,7 +1,7 @@
 """A small sentiment classifier as the reward: stories that end well. No language model judges.
 
-    hf download distilbert/distilbert-base-uncased-finetuned-sst-2-english
-    python examples/classifier_reward.py [run.steps=20 …]
+hf download distilbert/distilbert-base-uncased-finetuned-sst-2-english
+python examples/classifier_reward.py [run.steps=20 …]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Reasoning between <think> and </think>, a right answer, and no more words than it takes.
 
-    python examples/format_and_length.py [run.steps=20 …]
+python examples/format_and_length.py [run.steps=20 …]
 """
 
 import sys

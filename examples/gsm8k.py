@@ -1,7 +1,7 @@
 """GRPO on GSM8K with a rule: an answer is right if it equals the reference, symbolically.
 
-    python examples/gsm8k.py                                       (data from the hub)
-    python examples/gsm8k.py --data DIR run.steps=20               (a folder with gsm8k_train.jsonl and gsm8k_test.jsonl)
+python examples/gsm8k.py                                       (data from the hub)
+python examples/gsm8k.py --data DIR run.steps=20               (a folder with gsm8k_train.jsonl and gsm8k_test.jsonl)
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """DPO on rows of preferences: a prompt, a chosen and a rejected answer. Nothing is sampled or scored.
 
-    python examples/preference_rows.py [run.steps=20 …]
-    gruppo train RECIPE --set task.name=rows.jsonl       (the same with a file; task.columns renames its columns)
+python examples/preference_rows.py [run.steps=20 …]
+gruppo train RECIPE --set task.name=rows.jsonl       (the same with a file; task.columns renames its columns)
 """
 
 import sys
@@ -23,7 +23,7 @@ if __name__ == "__main__":
         "run": {"name": "preferences", "steps": 10},
         "model": {"name": "smollm2-135m-instruct"},
         "method": {"name": "dpo", "source": "dataset", "dpo_beta": 0.1, "aggregation": "sequence-sum"},
-        "sampling": {"prompts_per_step": 8, "group_size": 2, "max_tokens": 64},
+        "sampling": {"prompts_per_step": 8, "max_tokens": 64},
         "optimizer": {"learning_rate": 5e-6},
     }
     result = gruppo.train(recipe, prompts=rows, overrides=sys.argv[1:])

@@ -1,6 +1,6 @@
 """A reward model: label completions with a rule, train on the labels, and then train a policy on the model alone.
 
-    python examples/reward_model.py [run.steps=20 …]
+python examples/reward_model.py [run.steps=20 …]
 """
 
 import sys
@@ -24,5 +24,9 @@ if __name__ == "__main__":
     gruppo.label(recipe, out="runs/labels", overrides=changes)
     judge = gruppo.train_reward_model(recipe, "runs/labels", out="runs/judge", overrides=changes)
     print(f"AUC on held-out labels: {judge.before['auc']} -> {judge.after['auc']}")
-    ready = ["reward.weights=[0.0]", f"reward_model.name={judge.path}/model", "reward_model.prompts=0"]
-    print(gruppo.train(recipe, overrides=[*changes, *ready]))  # the rule has weight 0: it is only measured
+    frozen = {"kind": "outcome", "name": f"{judge.path}/model", "prompts": 0}
+    recipe |= {
+        "reward": {"functions": ["last_number"], "weights": [0.0]},
+        "reward_model": frozen,
+    }  # the rule only watches
+    print(gruppo.train(recipe, overrides=[change for change in changes if not change.startswith("reward_model.")]))

@@ -1,6 +1,6 @@
 """Tool use: the model calls a method of a class, reads the result, and is paid for a right answer.
 
-    python examples/tool_use.py [run.steps=20 …]
+python examples/tool_use.py [run.steps=20 …]
 """
 
 import random
