@@ -26,7 +26,7 @@ BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
-CODE := gruppo tests benchmarks scripts
+CODE := gruppo tests benchmarks scripts examples
 
 .PHONY: quickstart ui test check unit bubblewrap torture fuzz test-transformers bench format schema architecture coming-from lock licences clean
 

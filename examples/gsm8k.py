@@ -12,7 +12,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", help="folder with local copies; without it, the hub")
     parser.add_argument("overrides", nargs="*", help="changes to the recipe, such as run.steps=20")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     task = {"name": "gsm8k", "options": {"data": arguments.data} if arguments.data else {}}
     recipe = {
         "run": {"name": "gsm8k", "steps": 200, "checkpoint_every": 50},

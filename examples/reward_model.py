@@ -25,8 +25,6 @@ if __name__ == "__main__":
     judge = gruppo.train_reward_model(recipe, "runs/labels", out="runs/judge", overrides=changes)
     print(f"AUC on held-out labels: {judge.before['auc']} -> {judge.after['auc']}")
     frozen = {"kind": "outcome", "name": f"{judge.path}/model", "prompts": 0}
-    recipe |= {
-        "reward": {"functions": ["last_number"], "weights": [0.0]},
-        "reward_model": frozen,
-    }  # the rule only watches
-    print(gruppo.train(recipe, overrides=[change for change in changes if not change.startswith("reward_model.")]))
+    rule = {"functions": ["last_number"], "weights": [0.0]}  # only measured
+    overrides = [change for change in changes if not change.startswith("reward_model.")]
+    print(gruppo.train(recipe | {"reward": rule, "reward_model": frozen}, overrides=overrides))

@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from gruppo.models.weights import save_model
 from gruppo.runs.results import Result, load_result
-from tests.conftest import make_policy, make_tokenizer
+from tests.conftest import make_tokenizer
+from tests.examples.tiny import save_tiny
 
 SCRIPTS = Path("examples").resolve()
 SMALL = [
-    "run.steps=1", "run.checkpoint_every=1", "model.device=cpu", "sampling.prompts_per_step=2", "sampling.max_tokens=16",
+    "run.steps=1", "run.checkpoint_every=1", "model.device=cpu", "sampling.prompts_per_step=2",
+    "sampling.max_tokens=16",
 ]  # fmt: skip
 SAMPLED = ["sampling.group_size=2", "reward.workers=1"]
 QUESTIONS = ["evaluation.questions=2", "evaluation.every=1"]
@@ -26,10 +27,7 @@ QUESTIONS = ["evaluation.questions=2", "evaluation.every=1"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny model with room for the prompts of the scripts."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(make_policy(initializer_range=0.02, max_position_embeddings=2048), folder)
-    return str(folder)
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def run(
