@@ -35,16 +35,19 @@ def blocks(language: str) -> list[Block]:
     return found
 
 
-def commands() -> list[tuple[str, str]]:
-    """(place, command) for every `gruppo …` on a line of a block without language or of a shell, on an indented line, or
-    between backticks."""
+def commands() -> list[tuple[str, str, bool]]:
+    """(page, command, whether it is complete) for every `gruppo …` in the pages.
+
+    Complete ones stand on a line of a block without language or of a shell, or on an indented line; those between
+    backticks may leave out arguments.
+    """
     found = []
     for page in PAGES:
         prose = page.read_text()
         for match in _FENCED.finditer(prose):
             if match[2] in ("", "sh"):
-                found += [(str(page), line.strip()) for line in match[3].splitlines() if line.startswith("gruppo ")]
+                found += [(str(page), line, True) for line in match[3].splitlines() if line.startswith("gruppo ")]
         prose = _FENCED.sub("", prose)
-        found += [(str(page), line.strip()) for line in prose.splitlines() if line.startswith("    gruppo ")]
-        found += [(str(page), " ".join(match[1].split())) for match in _INLINE.finditer(prose)]
-    return found
+        found += [(str(page), line.strip(), True) for line in prose.splitlines() if line.startswith("    gruppo ")]
+        found += [(str(page), " ".join(match[1].split()), False) for match in _INLINE.finditer(prose)]
+    return list(dict.fromkeys(found))
