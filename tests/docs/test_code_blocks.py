@@ -27,7 +27,7 @@ SMALLER = {
 }
 BEFORE = {"docs/rewards.md:291": 'gruppo.rescore("runs/watched", short_and_polite).write("rescored.parquet")\n'}
 PYTHON = blocks("python")
-COMMANDS = commands()
+COMMANDS = [pytest.param(text, complete, id=f"{page}-{text[:40]}") for page, text, complete in commands()]
 ROOT = get_command(app)
 
 
@@ -76,10 +76,8 @@ def test_recipes_load(block: Block) -> None:
     load_recipe(recipe)
 
 
-@pytest.mark.parametrize(
-    ("page", "command", "complete"), COMMANDS, ids=[f"{page}-{text[:40]}" for page, text, _ in COMMANDS]
-)
-def test_commands_parse(page: str, command: str, complete: bool) -> None:
+@pytest.mark.parametrize(("command", "complete"), COMMANDS)
+def test_commands_parse(command: str, complete: bool) -> None:
     """As the command line parses them. `[…]` and `…` are notation, N is a number, and `>` is the shell's."""
     words = shlex.split(re.sub(r"(?<=\s)\[|\](?=\s|$)|…", "", command), comments=True)
     words = ["3" if word == "N" else word for word in words]
@@ -105,3 +103,10 @@ def test_notebook_runs_and_has_no_outputs(tiny: str, monkeypatch: pytest.MonkeyP
         exec(compile(text, f"cell {number}", "exec"), names)
     assert names["right_and_short"]([[{"content": "7"}]], ["7"]) == [0.99]
     assert (tmp_path / "runs/notebook/model/README.md").is_file()
+
+
+def test_every_warning_has_its_place_in_the_page_of_symptoms() -> None:
+    warnings = re.findall(r"^## ([a-z-]+)$", Path("docs/warnings.md").read_text(), re.MULTILINE)
+    page = Path("docs/it_does_not_learn.md").read_text()
+    assert len(warnings) > 10
+    assert {name for name in warnings if f"(warnings.md#{name})" not in page} == set()
