@@ -83,6 +83,16 @@ test-notebook: .venv-notebook/.ready
 		> "$$(.venv-notebook/bin/python -c 'import site; print(site.getsitepackages()[0])')/gruppo.pth"
 	touch $@
 
+# Strict: a link to a page or heading that does not exist is an error.
+docs: .venv-docs/.ready
+	.venv-docs/bin/python scripts/site.py
+	.venv-docs/bin/zensical build --strict --clean
+
+.venv-docs/.ready: requirements-docs.lock
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/$(INSTALL) --require-hashes --no-deps -r requirements-docs.lock
+	touch $@
+
 # TRL and vLLM have their own environments. Linux, about an hour on two idle cores.
 bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
 	$(BIN)/python benchmarks/bench.py $(BENCH)

@@ -2,7 +2,8 @@
 
 The README becomes the first page. A file of the repository that a page links to becomes a page too: Markdown as it is,
 source as a block of code, images as files. api.md lists the public API, whose text mkdocstrings takes from the
-docstrings. Links that lead nowhere are left as they are: the strict build reports them.
+docstrings. Links to pages or headings that do not exist are left as they are: the strict build reports them. It does
+not look at images, so those are checked here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,8 @@ def page_of(path: Path) -> tuple[str, set[Path]]:
     def relinked(match: re.Match[str]) -> str:
         target = Path(path.parent, match[1])
         if "://" in match[1] or not target.is_file():
+            if target.suffix in IMAGES:
+                sys.exit(f"{path}: {match[1]}: there is no such image; add it, or remove the link")
             return match[1]
         target = target.resolve().relative_to(Path.cwd())
         found.add(target)
@@ -55,7 +59,7 @@ def public_names() -> Iterator[tuple[str, str]]:
 def api_page() -> str:
     """The page of the public API, with a directive of mkdocstrings for every name."""
     names = sorted(public_names(), key=lambda pair: (pair[0][0].isupper(), pair[0].lower()))
-    parts = [f"## gruppo.{name}\n\n::: {path}\n    options:\n      show_root_heading: false" for name, path in names]
+    parts = [f"::: {path}\n    options:\n      heading: gruppo.{name}" for name, path in names]
     return "# Python API\n\nEverything that `import gruppo` offers.\n\n" + "\n\n".join(parts) + "\n"
 
 
