@@ -107,8 +107,8 @@ def ready(page: Page, address: str) -> None:
     page.wait_for_function(
         """() => !document.querySelector("[data-indexing]")
             && [...document.querySelectorAll(".charts-section")].every(section => section.querySelector(".plot"))
-            && [...document.querySelectorAll("[data-view=tokens]")]
-                .every(view => view.querySelector("[data-t], .rendered"))"""
+            && [...document.querySelectorAll("[data-view=tokens]")].every(
+                view => view.querySelector("[data-t], .rendered"))"""
     )
 
 
