@@ -4,6 +4,7 @@
 #   make quickstart                            train a real model for a few minutes
 #   make ui                                    the dashboard over the runs in runs/ (UI="FOLDER --port 8001" for others)
 #   make test                                  style, types, tests
+#   make test-wheel                            build a wheel, and use it in an empty environment
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
@@ -28,7 +29,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-transformers bench format schema architecture coming-from lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers bench format schema architecture coming-from lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -50,6 +51,10 @@ unit: $(VENV)/.ready-dev bubblewrap
 export PATH := $(CURDIR)/$(VENV)/bubblewrap/usr/bin:$(PATH)
 bubblewrap: $(VENV)/.ready-dev
 	@sh scripts/bubblewrap.sh $(VENV)
+
+# Linux or macOS, with the package index; a few minutes.
+test-wheel: $(VENV)/.ready
+	sh scripts/test_wheel.sh $(VENV) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)
