@@ -1,0 +1,1 @@
+"""`from gruppo.trl import GRPOTrainer, GRPOConfig`."""
