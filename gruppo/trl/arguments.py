@@ -1,7 +1,7 @@
 """What becomes of every argument of TRL's trainers: it is mapped to a recipe, ignored without harm, or refused.
 
-An argument is in exactly one of the three lists, whichever trainers have it. The words about it are those of the table of
-foreign names (`gruppo.config.foreign_names`), except where a script needs others than a recipe.
+An argument is in exactly one of the three lists, whichever trainers have it. The words about it are those of the table
+of foreign names (`gruppo.config.foreign_names`), except where a script needs others than a recipe.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ MAPPED: Mapping[str, str] = {
     "importance_sampling_level": "method.ratio",
     "reward_weights": "reward.weights",
     "scale_rewards": "method.scale, with method.advantage_epsilon = 1e-4",
-    "loss_type": 'method.aggregation and method.surrogate: grpo, dapo, dr_grpo, bnpo, cispo, luspo; "sigmoid" and "nll"',
+    "loss_type": 'method.aggregation and method.surrogate: grpo, dapo, dr_grpo, bnpo, cispo, luspo',
     "mask_truncated_completions": "method.mask_truncated",
     "max_tool_calling_iterations": "environment.turns",
     "completion_only_loss": "the loss covers the completion, not the prompt",
@@ -83,8 +83,7 @@ MAPPED: Mapping[str, str] = {
 }  # fmt: skip
 
 # They change no result of a run on one device, or only what is kept and shown.
-IGNORED = frozenset(
-    """
+_IGNORED = """
     average_tokens_across_devices bf16_full_eval fp16_full_eval tf32 activation_checkpointing
     activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
     torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps
@@ -110,27 +109,23 @@ IGNORED = frozenset(
     metric_for_best_model greater_is_better truncation_mode logging_dir overwrite_output_dir group_by_length
     use_mps_device save_safetensors include_tokens_per_second use_liger_loss vllm_device vllm_dtype vllm_max_model_len
     vllm_enable_prefix_caching wandb_log_unique_prompts
-    """.split()
-)
+"""
+IGNORED = frozenset(_IGNORED.split())
 
 # They would change what is trained, and gruppo has nothing like them: a value other than the neutral one is refused.
-REFUSED = frozenset(
-    """
+_REFUSED = """
     lr_scheduler_kwargs optim_args optim_target_modules label_smoothing_factor neftune_noise_alpha auto_find_batch_size
     eval_delay load_best_model_at_end train_sampling_strategy router_aux_loss_coef shuffle_dataset top_p top_k min_p
     repetition_penalty vllm_structured_outputs_regex vllm_guided_decoding_regex delta multi_objective_aggregation
     sync_ref_model top_entropy_quantile entropy_coef use_adaptive_entropy off_policy_mask_threshold
     log_completions_hub_repo normalize_advantages reward_clip_range loss_weights ld_alpha f_divergence_type
     label_smoothing use_weighting chat_template_path dataset_text_field eos_token packing
-    """.split()
-)
+"""
+REFUSED = frozenset(_REFUSED.split())
 
 # Values besides the default that change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "top_p": (None,), "top_k": (None, -1), "min_p": (0.0,), "repetition_penalty": (None,), "router_aux_loss_coef": (0.0,),
-    "delta": (0,), "lr_scheduler_kwargs": ({},), "shuffle_dataset": (True, None), "neftune_noise_alpha": (0,),
-    "loss_weights": ([1.0],),
-}  # fmt: skip
+    "top_p": (None,), "top_k": (None, -1), "min_p": (0.0,), "repetition_penalty": (None,),
 
 _FULL = "training samples from the full distribution, so that π_old is the distribution that was sampled from"
 _REASONS: Mapping[str, str] = {
@@ -143,7 +138,7 @@ _REASONS: Mapping[str, str] = {
     "sync_ref_model": "the reference is the initial policy",
     "load_best_model_at_end": "the last model is the result; the best checkpoint is kept",
     "log_completions_hub_repo": "nothing is uploaded during training; every completion is in the run folder",
-    "dataset_text_field": "rows of plain text have no completion to train on; give rows of prompt and completion, or messages",
+    "dataset_text_field": "rows of plain text have no completion to train on; give prompt and completion, or messages",
     "packing": "rows are never cut and joined; sequences are computed without padding anyway",
     "normalize_advantages": "advantages are not normalized a second time",
 }  # fmt: skip
@@ -163,7 +158,9 @@ def words_of(name: str) -> str:
 
 def default_of(entry: Field[Any]) -> Any:
     """The default of an argument."""
-    return entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[misc]
+    if entry.default_factory is not MISSING:
+        return entry.default_factory()
+    return entry.default
 
 
 def written(args: TrainingArguments) -> Iterator[tuple[str, Any]]:

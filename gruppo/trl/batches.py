@@ -1,6 +1,6 @@
-"""TRL's batch arithmetic as gruppo's: completions per device, accumulation and epochs as prompts × group size and steps.
+"""TRL's batch arithmetic: completions per device, accumulation and epochs as prompts × group size and steps.
 
-TRL counts optimizer steps. gruppo counts steps of sampling, each with one or more optimizer updates. `Batches` converts.
+TRL counts optimizer steps. gruppo counts steps of sampling, each with one or more optimizer steps.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ OnlineConfig = GRPOConfig | RLOOConfig
 class Batches:
     """What one step of gruppo is.
 
-    `prompts` × `group` completions are sampled in a step; its updates are `iterations` × `minibatches` optimizer steps of
-    TRL. `sentence`: how the numbers come about.
+    `prompts` × `group` completions are sampled in a step, which has `iterations` × `minibatches` optimizer steps.
+    `sentence`: how the numbers come about.
     """
 
     prompts: int
@@ -113,7 +113,7 @@ def _steps_per_generation(args: OnlineConfig) -> tuple[int, str]:
         )
     if args.generation_batch_size % device:
         raise UsageError(
-            f"generation_batch_size = {args.generation_batch_size}: must be a multiple of per_device_train_batch_size = "
-            f"{device}"
+            f"generation_batch_size = {args.generation_batch_size}: must be a multiple of "
+            f"per_device_train_batch_size = {device}"
         )
     return args.generation_batch_size // device, f"generation_batch_size {args.generation_batch_size}"

@@ -137,7 +137,7 @@ class TrainingArguments(Earlier):
     dataloader_prefetch_factor: int | None = None
     dataloader_multiprocessing_context: str | None = None
     dataloader_in_order: bool = True
-    remove_unused_columns: bool = True
+    remove_unused_columns: bool | None = True
     label_names: list[str] | None = None
     train_sampling_strategy: str = "random"
     length_column_name: str = "length"
@@ -232,6 +232,7 @@ class TrainingArguments(Earlier):
     def to_json_string(self) -> str:
         """The arguments as JSON, without tokens."""
         return json.dumps(self.to_dict(), indent=2, default=str)
+
 
 @dataclass
 class _Online(TrainingArguments):

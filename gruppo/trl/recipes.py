@@ -102,7 +102,7 @@ def recipe_of(
         sampling |= {"group_size": batches.group, **_sampling(args)}
         recipe["reward"] = {"weights": list(args.reward_weights or [])}
         if chat and args.chat_template_kwargs:
-            task["chat_template_kwargs"] = dict(args.chat_template_kwargs)
+            task["chat_template_kwargs"] = args.chat_template_kwargs
     elif isinstance(args, DPOConfig):
         method = _dpo(args)
     else:
@@ -151,7 +151,7 @@ def _optimizer(args: TrainingArguments, updates: int, batches: Batches) -> dict[
     schedule = _SCHEDULES.get(args.lr_scheduler_type)
     if schedule is None:
         raise UsageError(f'lr_scheduler_type = "{args.lr_scheduler_type}": unknown{nearest("", _SCHEDULES)}')
-    if "adamw" not in args.optim or "8bit" in args.optim and args.optim_args:
+    if "adamw" not in args.optim:
         raise UsageError(f'optim = "{args.optim}": the optimizer is AdamW; write optim="adamw_torch"')
     warmup = 0 if args.lr_scheduler_type == "constant" else args.get_warmup_steps(updates)
     total = updates // batches.updates
@@ -189,7 +189,14 @@ def _sampling(args: GRPOConfig | RLOOConfig) -> dict[str, Any]:
     return sampling
 
 
-_FULL = [("do_sample", True), ("top_p", 1.0), ("top_k", 0), ("top_k", None), ("repetition_penalty", 1.0), ("num_beams", 1)]
+_FULL = [
+    ("do_sample", True),
+    ("top_p", 1.0),
+    ("top_k", 0),
+    ("top_k", None),
+    ("repetition_penalty", 1.0),
+    ("num_beams", 1),
+]
 
 
 def _grpo(args: GRPOConfig, batches: Batches) -> dict[str, Any]:
@@ -211,7 +218,7 @@ def _grpo(args: GRPOConfig, batches: Batches) -> dict[str, Any]:
     if loss.surrogate == "clipped-weight":
         if high < 1:
             raise UsageError(
-                f'epsilon_high = {high}: with loss_type = "cispo" it is the largest ratio itself; write epsilon_high=5.0'
+                f'epsilon_high = {high}: with loss_type = "cispo" it is the largest ratio; write epsilon_high=5.0'
             )
         method |= {"surrogate": loss.surrogate, "clip_low": 1.0, "clip_high": high - 1}
     else:
@@ -240,7 +247,7 @@ def _shared(args: GRPOConfig | RLOOConfig, batches: Batches) -> dict[str, Any]:
 
 
 def _rloo(args: RLOOConfig, batches: Batches) -> dict[str, Any]:
-    """[method] of RLOOConfig. Its clipped ratio of whole completions is 1 in the first update, and gruppo has no other."""
+    """[method] of RLOOConfig, whose clipped ratio of whole completions is 1 in the first update."""
     if batches.updates > 1:
         raise UsageError(
             f"num_iterations = {batches.iterations}: gruppo's RLOO makes one update per step, for which no ratio is "
