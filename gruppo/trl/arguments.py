@@ -126,6 +126,9 @@ REFUSED = frozenset(_REFUSED.split())
 # Values besides the default that change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_p": (None,), "top_k": (None, -1), "min_p": (0.0,), "repetition_penalty": (None,),
+    "router_aux_loss_coef": (0.0,), "delta": (0,), "lr_scheduler_kwargs": ({},), "shuffle_dataset": (True, None),
+    "neftune_noise_alpha": (0,), "loss_weights": ([1.0],),
+}  # fmt: skip
 
 _FULL = "training samples from the full distribution, so that π_old is the distribution that was sampled from"
 _REASONS: Mapping[str, str] = {
