@@ -70,8 +70,7 @@ class Classifier:
         self.model = loaded[0].eval().to(self.device)
         self.label = _label_id(config, label)
         self.sigmoid = config.problem_type == "multi_label_classification"
-        sizes = (getattr(config.get_text_config(), "max_position_embeddings", None), self.tokenizer.model_max_length)
-        self.limit = min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
+        self.limit = longest_sequence(config, self.tokenizer)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | ValueError]:
         return [self._score(*pair) for pair in zip(prompts, completions, strict=True)]
@@ -108,6 +107,12 @@ def _conversation(prompt: list[Message], completion: str | list[Message]) -> lis
         joined = {**start, "content": text_of_content(start["content"]) + text_of_content(answer[0]["content"])}
         return [*prompt[:-1], joined, *answer[1:]]
     return [*prompt, *answer]
+
+
+def longest_sequence(config: PreTrainedConfig, tokenizer: Any) -> int:
+    """Most tokens of a sequence that a model and its tokenizer accept."""
+    sizes = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+    return min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
 
 
 def _locate(model: str) -> str:

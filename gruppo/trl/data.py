@@ -47,8 +47,11 @@ def is_conversation(row: Mapping[str, Any]) -> bool:
     return not isinstance(row.get("prompt", row.get("messages", row.get("chosen"))), str)
 
 
-def lora_of(config: Any) -> dict[str, Any]:
-    """The table [model.lora] of a peft config. Raises UsageError for other adapters than plain LoRA."""
+def lora_of(config: Any, model_type: str) -> dict[str, Any]:
+    """The table [model.lora] of a peft config, for a model of this type.
+
+    Raises UsageError for other adapters than plain LoRA.
+    """
     kind = str(getattr(getattr(config, "peft_type", None), "value", type(config).__name__))
     if kind != "LORA":
         raise UsageError(f"peft_config: is of the type {kind}; gruppo trains LoRA adapters: write LoraConfig(r=16)")
@@ -67,14 +70,16 @@ def lora_of(config: Any) -> dict[str, Any]:
         raise UsageError(
             f'peft_config: target_modules = "{targets}": write "all-linear" or a list of layer names, as in ["q_proj"]'
         )
-    table = {"rank": config.r, "alpha": float(config.lora_alpha)}
-    chosen = sorted(targets) if targets and targets != "all-linear" else default_targets(targets)
-    return {**table, "targets": chosen}
+    if targets is None:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-
-def default_targets(targets: str | None) -> str | list[str]:
-    """The layers of a config that names none, which peft takes from the architecture: queries and values."""
-    return "all-linear" if targets == "all-linear" else ["q_proj", "v_proj"]
+        if model_type not in DEFAULTS:
+            raise UsageError(
+                f'peft_config: target_modules = None: peft has no default for "{model_type}"; write "all-linear"'
+            )
+        targets = DEFAULTS[model_type]
+    listed = targets if isinstance(targets, str) else sorted(targets)
+    return {"rank": config.r, "alpha": float(config.lora_alpha), "targets": listed}
 
 
 def plain_model(model: Any, peft_config: Any) -> tuple[Any, Any]:
@@ -89,7 +94,7 @@ def plain_model(model: Any, peft_config: Any) -> tuple[Any, Any]:
         raise UsageError("peft_config: the model already has adapters; give the model without them, or no peft_config")
     if any("lora_B" in name and bool(part.any()) for name, part in model.named_parameters()):
         raise UsageError(
-            "model: has adapters that have been trained; merge them with model.merge_and_unload() and give a peft_config"
+            "model: has trained adapters; merge them with model.merge_and_unload(), and give a peft_config"
         )
     config = next(iter(model.peft_config.values()))
     return model.unload(), config

@@ -56,7 +56,7 @@ class LocalEnvironments:
             box = self._make(name)
             if box.target is not None and not callable(getattr(box.target, "reset", None)):
                 raise UsageError(
-                    f"environment_factory: {type(box.target).__name__} has no method reset; write def reset(self, **row)"
+                    f"environment_factory: {type(box.target).__name__} has no reset; write def reset(self, **row)"
                 )
             schemas |= {tool: schema_of(method, tool) for tool, method in box.tools.items()}
             self.gives_reward |= callable(getattr(box.target, "get_reward", None))

@@ -59,7 +59,7 @@ class LocalRewards:
         functions: Sequence[RewardFunction],
         weights: Sequence[float],
         columns: Sequence[str],
-        state: Callable[[], Any],
+        state: Callable[[Mapping[str, Any]], Any],
         environments: Callable[[], Sequence[Any]] | None = None,
     ) -> None:
         """Raises UsageError if a function cannot be called with these columns, or if there is not one weight each."""
@@ -106,7 +106,7 @@ class LocalRewards:
         arguments = _joined([call_arguments(prompt, group) for prompt, group in groups])
         outcomes, metrics = [], dict[str, list[float]]()
         for function in self.functions:
-            outcome = self._call(function, arguments, completions)
+            outcome = self._call(function, arguments, completions, state)
             outcomes.append(outcome)
             for name, values in outcome.metrics.items():
                 metrics.setdefault(name, []).extend(values)
@@ -129,7 +129,11 @@ class LocalRewards:
         return [[next(rewards) for _ in group] for _, group in groups], metrics
 
     def _call(
-        self, function: RewardFunction, arguments: Mapping[str, Any], completions: Sequence[Completion]
+        self,
+        function: RewardFunction,
+        arguments: Mapping[str, Any],
+        completions: Sequence[Completion],
+        state: Mapping[str, Any],
     ) -> Outcome:
         metrics: dict[str, list[float]] = {}
         extra: dict[str, list[str]] = {}
@@ -140,7 +144,7 @@ class LocalRewards:
         def log_extra(column: str, values: Sequence[Any]) -> None:
             extra[str(column)] = [str(value) for value in values]
 
-        offered = {**arguments, "trainer_state": self._state(), "log_extra": log_extra, "log_metric": log_metric}
+        offered = {**arguments, "trainer_state": self._state(state), "log_extra": log_extra, "log_metric": log_metric}
         if self._environments is not None:
             offered["environments"] = list(self._environments())
         try:
