@@ -24,7 +24,7 @@ class ModelReward(Classifier):
             name = str(model.config._name_or_path)
             if model.config.num_labels != 1:
                 raise UsageError(
-                    f"reward_funcs: the model {name} has {model.config.num_labels} outputs; give one with a single score"
+                    f"reward_funcs: {name} has {model.config.num_labels} outputs; give a model with a single score"
                 )
             self.model, self.device, self.label, self.sigmoid = model.eval(), model.device, None, False
             self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)

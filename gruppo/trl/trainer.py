@@ -274,8 +274,8 @@ class Trainer:
             return bool(resume)
         if Path(self.args.output_dir or "").resolve() not in [Path(resume).resolve(), *Path(resume).resolve().parents]:
             raise UsageError(
-                f"resume_from_checkpoint = {resume!r}: is not in output_dir = {self.args.output_dir!r}; a run continues "
-                "where it was: write resume_from_checkpoint=True, and output_dir as in that run"
+                f"resume_from_checkpoint = {resume!r}: is not in output_dir = {self.args.output_dir!r}; a run "
+                "continues where it was: write resume_from_checkpoint=True, and output_dir as in that run"
             )
         return True
 

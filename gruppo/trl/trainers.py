@@ -130,8 +130,8 @@ class _OnlineTrainer(Trainer):
     ) -> dict[str, Any]:
         """Sample num_generations_eval completions of every row and score them with the reward functions.
 
-        `eval_dataset`: rows in place of the trainer's, or several by name, whose metrics are called eval_NAME_…. Returns
-        the metrics under TRL's names, adds them to `state.log_history`, and calls on_evaluate. There is no eval_loss.
+        `eval_dataset`: rows in place of the trainer's, or several by name, whose metrics are called eval_NAME_….
+        Returns the metrics under TRL's names, adds them to `state.log_history`, and calls on_evaluate. There is no eval_loss.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -223,7 +223,7 @@ class SFTTrainer(Trainer):
             )
         if not self.args.assistant_only_loss:
             raise UsageError(
-                "assistant_only_loss = False: the loss of rows of messages covers what the assistant wrote, and not the "
+                "assistant_only_loss = False: the loss of rows of messages covers what the assistant wrote, not the "
                 "rest; write assistant_only_loss=True"
             )
         return rows
