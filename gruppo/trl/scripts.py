@@ -106,9 +106,9 @@ class TrlParser(HfArgumentParser):
     ) -> tuple[Any, ...]:
         """One instance of each dataclass, from the command line or `args`, and from the file that it names.
 
-        With `return_remaining_strings`, what was not understood follows as a list; with `separate_remaining_strings`, as
-        one list of the file and one of the command line. Raises UsageError for a file that is no YAML mapping, and with
-        `fail_with_unknown_args` for unknown names in it.
+        With `return_remaining_strings`, what was not understood follows as a list; with `separate_remaining_strings`,
+        as one list of the file and one of the command line. Raises UsageError for a file that is no YAML mapping, and
+        with `fail_with_unknown_args` for unknown names in it.
         """
         given = list(sys.argv[1:] if args is None else args)
         unknown: list[str] = []

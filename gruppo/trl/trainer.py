@@ -43,6 +43,7 @@ from gruppo.trl.recipes import Length, init_kwargs, length_of, recipe_of
 from gruppo.trl.sampling import Sampler
 from gruppo.trl.upload import upload
 from gruppo.types import Row
+from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Progress
 
 FOLDER = "gruppo"  # the run folder in output_dir; further runs are gruppo-2, gruppo-3, …
@@ -171,7 +172,7 @@ class Trainer:
         """The recipe and the rows of the training."""
         rows = self.train_rows()
         length = length_of(self.args, self.batches, len(rows) if sized(self.train_dataset) else None)
-        name = self._name if self._in_memory is None else "in-memory:model"
+        name = self._name if self._in_memory is None else f"{IN_MEMORY}{self._name}"
         mapping = recipe_of(self.args, length, name, self._lora, is_conversation(rows[0]))
         recipe = load_recipe(self.completed(mapping))
         return Plan(recipe, self.batches, length, rows)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerState
 
+from gruppo.config.sections import Environment
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rollout.environments.client import NAME
@@ -24,6 +24,7 @@ from gruppo.trl.reward_models import ModelReward
 from gruppo.trl.sampling import Sampler
 from gruppo.trl.trainer import Trainer
 from gruppo.types import Row
+from gruppo.utils.imports import IN_MEMORY
 
 MOST_TURNS = 1000  # where TRL sets no limit
 
@@ -97,9 +98,13 @@ class _OnlineTrainer(Trainer):
         """See `Trainer`. A reward function may take as long as it likes, and runs in this process."""
         recipe["reward"]["failure_limit"] = 0.0
         if self.environments is not None:
-            turns = getattr(self.args, "max_tool_calling_iterations", None) or MOST_TURNS
-            recipe["environment"] = {"name": "in-memory:environment_factory", "turns": turns}
+            recipe["environment"] = self._environment()
         return recipe
+
+    def _environment(self) -> dict[str, Any]:
+        """The table [environment]."""
+        turns = getattr(self.args, "max_tool_calling_iterations", None) or MOST_TURNS
+        return {"name": f"{IN_MEMORY}environment_factory", "turns": turns}
 
     def pool(self, columns: Sequence[str]) -> LocalRewards:
         """What calls the reward functions, for rows with these columns."""
@@ -131,7 +136,8 @@ class _OnlineTrainer(Trainer):
         """Sample num_generations_eval completions of every row and score them with the reward functions.
 
         `eval_dataset`: rows in place of the trainer's, or several by name, whose metrics are called eval_NAME_….
-        Returns the metrics under TRL's names, adds them to `state.log_history`, and calls on_evaluate. There is no eval_loss.
+        Returns the metrics under TRL's names, adds them to `state.log_history`, and calls on_evaluate. There is no
+        eval_loss.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -151,7 +157,7 @@ class _OnlineTrainer(Trainer):
         recipe = None if self._sampler else self._plan().recipe
         opened = None
         if self.environments is not None:
-            opened = OpenedEnvironments(self.environments, SimpleNamespace(turns=MOST_TURNS, weight=1.0))  # type: ignore[arg-type]
+            opened = OpenedEnvironments(self.environments, Environment(**self._environment()))
         if self._sampler is None:
             assert recipe is not None
             in_memory = None if self._in_memory is None else (self._in_memory, self.processing_class)
