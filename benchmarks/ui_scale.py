@@ -1,36 +1,47 @@
-"""A run of any size for the dashboard, and how long its index takes.
+"""A run of any size for the dashboard, and what the dashboard takes to show it.
 
-    python benchmarks/ui_scale.py make /tmp/scale --steps 10000 --completions 100
-    python benchmarks/ui_scale.py index /tmp/scale
+    python benchmarks/ui_scale.py make runs/scale --steps 10000 --completions 100
+    python benchmarks/ui_scale.py measure runs/scale
+    python benchmarks/ui_scale.py live runs/scale --minutes 10
+    python benchmarks/ui_scale.py list
 
 `make` writes a run folder that `Result.read` and `gruppo show` accept, with every column of `gruppo.runs.tables`. The
 token ids, texts, log-probabilities, entropies, values and returns of `TEMPLATES` steps are made once and used again
 under other step numbers. Prompts, rewards, advantages and what depends on them are new in every step. Checkpoints and
-the model are empty folders. `index` measures a copy of the index in a new cache, and prints JSON.
+the model are empty folders. If it is interrupted, it goes on at the next call.
+
+The other commands start `gruppo ui` as a process of its own over a copy that shares the tables of the run, and write
+benchmarks/ui_scale.json. `measure` opens every kind of page at least 100 times, with random steps, groups, questions,
+orders and filters. `live` appends steps as a run does while two pages follow it. `list` opens the list of 200 runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ui_measure
 
 from gruppo.config.loading import load_recipe
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS, versioned
-from gruppo.utils.stats import wilson_interval
+from gruppo.utils.stats import bootstrap_interval
 
 TEMPLATES = 40  # distinct steps
 SIZE = 10  # completions per group
 PROMPTS = 8_000
 SHORTEST, LONGEST = 100, 500  # tokens
-QUESTIONS, EVERY = 200, 100  # held-out questions, and steps between evaluations
+QUESTIONS, SAMPLES, EVERY = 200, 4, 100  # held-out questions, answers to each, steps between evaluations
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 EQUAL = "all advantages are 0: every trained completion has the same reward"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -60,10 +71,10 @@ def _floats(source: np.random.Generator, size: int, scale: float) -> np.ndarray:
 
 
 class Maker:
-    """Makes the tables of a run. `completions`: per step, a multiple of `SIZE`."""
+    """Makes the tables of a run. `completions`: per step, a multiple of `SIZE`. A step is the same in every call."""
 
     def __init__(self, steps: int, completions: int, seed: int = 0) -> None:
-        self.steps, self.completions = steps, completions
+        self.steps, self.completions, self.seed = steps, completions, seed
         self.source = np.random.default_rng(seed)
         words = self.source.choice(LETTERS, (4_000, 7))
         self.words = [" " + "".join(word[: 2 + number % 6]) for number, word in enumerate(words)]
@@ -71,7 +82,7 @@ class Maker:
         self.prompts = [self._prompt(number) for number in range(PROMPTS)]
         self.difficulty = self.source.normal(0, 1.5, PROMPTS)
         self.templates = [self._template(completions) for _ in range(min(TEMPLATES, steps))]
-        self.answers = [self._template(QUESTIONS) for _ in range(4)]
+        self.answers = [self._template(QUESTIONS * SAMPLES) for _ in range(4)]
 
     def _prompt(self, number: int) -> dict[str, Any]:
         left, right = (int(value) for value in self.source.integers(10, 10_000, 2))
@@ -114,6 +125,7 @@ class Maker:
 
     def rollouts(self, step: int) -> tuple[pa.Table, dict[str, float]]:
         """The table of a step, and its metrics."""
+        self.source = np.random.default_rng([self.seed, step, 0])
         template, count, rows = self.templates[step % len(self.templates)], self.completions // SIZE, self.completions
         chosen = self.source.integers(0, PROMPTS, count)
         skill = 3.0 * step / self.steps - 2.0
@@ -157,36 +169,45 @@ class Maker:
         }
         return pa.table({name: columns[name] for name in ROLLOUTS.names}, versioned(ROLLOUTS)), figures
 
+    def line(self, step: int, figures: Mapping[str, float]) -> str:
+        """The line of metrics.jsonl of a step, after its table."""
+        others = dict(zip(METRICS, np.abs(self.source.normal(1, 0.1, len(METRICS))).tolist(), strict=True))
+        return json.dumps({"step": step, **others, **figures}) + "\n"
+
     def evaluation(self, step: int) -> tuple[pa.Table, dict[str, float]]:
         """The table of an evaluation after a step, and its metrics."""
-        template = self.answers[step // EVERY % len(self.answers)]
+        self.source = np.random.default_rng([self.seed, step, 1])
+        template, rows = self.answers[step // EVERY % len(self.answers)], QUESTIONS * SAMPLES
+        asked = np.arange(QUESTIONS).repeat(SAMPLES)
         skill = 3.0 * step / self.steps - 2.0
-        right = self.source.random(QUESTIONS) < 1 / (1 + np.exp(self.difficulty[:QUESTIONS] - skill))
-        said = np.where(right, 7, self.source.integers(8, 99, QUESTIONS))
+        right = self.source.random(rows) < 1 / (1 + np.exp(self.difficulty[asked] - skill))
+        said = np.where(right, 7, self.source.integers(8, 15, rows))
+        prompts = [self.prompts[number] for number in asked]
         columns = {name: template[name] for name in ("finish_reason", "token_ids", "token_texts", "mask")} | {
-            "eval_set": pa.array([""] * QUESTIONS),
-            "prompt_id": pa.array([f"arithmetic (held out)/{number}" for number in range(QUESTIONS)]),
-            "sample": pa.array(np.zeros(QUESTIONS, np.int64)),
-            "question": pa.array([json.loads(prompt["prompt"])[0]["content"] for prompt in self.prompts[:QUESTIONS]]),
-            "columns": pa.array([prompt["columns"] for prompt in self.prompts[:QUESTIONS]]),
+            "eval_set": pa.array([""] * rows),
+            "prompt_id": pa.array([f"arithmetic (held out)/{number}" for number in asked]),
+            "sample": pa.array(np.tile(np.arange(SAMPLES), QUESTIONS)),
+            "question": pa.array([json.loads(prompt["prompt"])[0]["content"] for prompt in prompts]),
             "answer": template["text"],
             "correct": pa.array(right),
             "extracted": pa.array([str(number) for number in said]),
-            "rule": pa.array(["last number"] * QUESTIONS),
+            "rule": pa.array(["last number"] * rows),
             "other_rules": pa.array([json.dumps({"last number": bool(value)}) for value in right]),
             "vote": pa.array(["right" if r else f"= {number}" for r, number in zip(right, said, strict=True)]),
-            "score": pa.nulls(QUESTIONS, pa.float64()),
-            "episode": pa.nulls(QUESTIONS, pa.string()),
-            "prompt_token_ids": pa.array([prompt["prompt_token_ids"] for prompt in self.prompts[:QUESTIONS]]),
-            "prompt_token_texts": pa.array([prompt["prompt_token_texts"] for prompt in self.prompts[:QUESTIONS]]),
+            "score": pa.nulls(rows, pa.float64()),
+            "episode": pa.nulls(rows, pa.string()),
             "logprobs": template["sampling_logprobs"],
         }
-        low, high = wilson_interval(int(right.sum()), QUESTIONS)
+        for name in ("columns", "prompt_token_ids", "prompt_token_texts"):
+            columns[name] = pa.array([prompt[name] for prompt in prompts])
+        low, high = bootstrap_interval(right.reshape(QUESTIONS, SAMPLES).mean(1))
         figures = {"eval/accuracy": float(right.mean()), "eval/accuracy_low": low, "eval/accuracy_high": high}
         return pa.table({name: columns[name] for name in EVALUATIONS.names}, versioned(EVALUATIONS)), figures
 
 
 def _write(table: pa.Table, path: Path) -> None:
+    if path.exists():
+        return
     temporary = path.with_suffix(".writing")
     pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     temporary.replace(path)
@@ -200,7 +221,7 @@ def _recipe(steps: int, completions: int) -> str:
         "reward": {"functions": ["last_number", "format"], "weights": [1.0, 0.2]},
         "method": {"name": "grpo", "kl_coef": 0.02},
         "sampling": {"prompts_per_step": completions // SIZE, "group_size": SIZE, "max_tokens": LONGEST},
-        "evaluation": {"questions": QUESTIONS, "every": EVERY},
+        "evaluation": {"questions": QUESTIONS, "samples": SAMPLES, "every": EVERY, "decoding": {"temperature": 1.0}},
     }).to_toml()  # fmt: skip
 
 
@@ -229,7 +250,7 @@ def _write_rest(folder: Path, steps: int, accuracies: list[dict[str, float]]) ->
 
 
 def make(folder: Path, steps: int, completions: int) -> dict[str, Any]:
-    """Write the run; returns the seconds it took and the bytes on disk."""
+    """Write the run; returns the seconds it took and the bytes on disk. Tables that are there are kept."""
     started = time.perf_counter()
     for name in ("rollouts", "evaluations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -240,8 +261,9 @@ def make(folder: Path, steps: int, completions: int) -> dict[str, Any]:
             if step:
                 table, figures = maker.rollouts(step)
                 _write(table, folder / f"rollouts/step-{step:06d}.parquet")
-                others = dict(zip(METRICS, np.abs(maker.source.normal(1, 0.1, len(METRICS))).tolist(), strict=True))
-                metrics.write(json.dumps({"step": step, **others, **figures}) + "\n")
+                if step % 500 == 0:
+                    print(f"{step} of {steps} steps, {time.perf_counter() - started:.0f} s", file=sys.stderr)
+                metrics.write(maker.line(step, figures))
             if step % EVERY == 0 or step == steps:
                 table, figures = maker.evaluation(step)
                 _write(table, folder / f"evaluations/step-{step:06d}.parquet")
@@ -258,6 +280,33 @@ def make(folder: Path, steps: int, completions: int) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - started, 1), "gigabytes": round(size / 1e9, 2)}
 
 
+def append(maker: Maker, run: Path, step: int) -> None:
+    """Write the table and the metrics of one more step, as a run does."""
+    table, figures = maker.rollouts(step)
+    _write(table, run / f"rollouts/step-{step:06d}.parquet")
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(maker.line(step, figures))
+
+
+def make_many(root: Path, runs: int) -> None:
+    """Write `runs` runs of 300 steps in folders of ten, without tables, in different states."""
+    maker = Maker(300, SIZE)
+    lines = {step: maker.line(step, maker.rollouts(step)[1]) for step in range(1, 301)}
+    evaluated = {step: json.dumps({"step": step, **maker.evaluation(step)[1]}) + "\n" for step in (0, 100, 200, 300)}
+    for number in range(runs):
+        run = root / f"group-{number // 10}" / f"run-{number}"
+        run.mkdir(parents=True)
+        steps = 300 - number % 3 * 100
+        (run / "recipe.toml").write_text(_recipe(300, SIZE).replace('"scale"', f'"run {number}"'), encoding="utf-8")
+        shown = [lines.get(step, "") + evaluated.get(step, "") for step in range(steps + 1)]
+        (run / "metrics.jsonl").write_text("".join(shown))
+        (run / "events.jsonl").write_text("")
+        _write_rest(run, steps, [maker.evaluation(0)[1], maker.evaluation(300)[1]])
+        if steps < 300:
+            (run / "summary.json").unlink()
+            ui_measure.beat(run, steps, 300)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -265,8 +314,28 @@ def main() -> None:
     making.add_argument("folder", type=Path)
     making.add_argument("--steps", type=int, default=10_000)
     making.add_argument("--completions", type=int, default=100, help=f"per step, a multiple of {SIZE}")
+    measuring = commands.add_parser("measure", help="seconds per page, and memory")
+    measuring.add_argument("folder", type=Path)
+    measuring.add_argument("--openings", type=int, default=ui_measure.OPENINGS, help="of every kind of page")
+    following = commands.add_parser("live", help="processor time while two pages follow the run")
+    following.add_argument("folder", type=Path)
+    following.add_argument("--minutes", type=float, default=10)
+    following.add_argument("--pause", type=float, default=8, help="seconds between two steps")
+    listing = commands.add_parser("list", help="the list of many runs")
+    listing.add_argument("--runs", type=int, default=200)
     arguments = parser.parse_args()
-    print(json.dumps(make(arguments.folder, arguments.steps, arguments.completions), indent=1))
+    if arguments.command == "make":
+        print(json.dumps(make(arguments.folder, arguments.steps, arguments.completions), indent=1))
+    elif arguments.command == "measure":
+        ui_measure.record("measure", ui_measure.measure(arguments.folder, arguments.openings))
+    elif arguments.command == "live":
+        maker = Maker(10_000, 100)
+        found = ui_measure.live(arguments.folder, arguments.minutes, arguments.pause, partial(append, maker))
+        ui_measure.record("live", found)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            make_many(Path(folder), arguments.runs)
+            ui_measure.record("list", ui_measure.list_runs(Path(folder)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ HEADER = """# Licences of installed packages
 
 gruppo is licensed under Apache-2.0. It contains no code of these packages and does not ship them: pip installs them in
 the versions of `constraints.txt`. The dependencies of gruppo are in `requirements.lock`, those that the dashboard adds
-in `requirements-ui.lock`; the additional packages for tests, checks and benchmarks are in `requirements-dev.lock`. The Makefile chooses the torch build; CUDA builds include
-NVIDIA's libraries under NVIDIA's terms.
+in `requirements-ui.lock`; the additional packages for tests, checks and benchmarks are in `requirements-dev.lock`. The
+Makefile chooses the torch build; CUDA builds include NVIDIA's libraries under NVIDIA's terms.
 
 | package | version | licence |
 | --- | --- | --- |

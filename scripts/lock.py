@@ -1,11 +1,11 @@
-"""Write requirements.lock, requirements-ui.lock and requirements-dev.lock: the versions of constraints.txt with the hashes of their files.
+"""Write the lock files: the versions of constraints.txt with the hashes of their files.
 
     make lock        (after a change of constraints.txt or pyproject.toml)
 
-The first file contains the dependencies of gruppo and its plots, the second those that the dashboard adds, the third all
-other packages. torch is in none, because the Makefile chooses its build. The versions are those of constraints.txt; nothing is resolved. uv asks the
-package index for the hashes of all files of a version, so the locks work on every platform and Python version. The
-address of the index is not written.
+requirements.lock contains the dependencies of gruppo and its plots, requirements-ui.lock those that the dashboard adds,
+requirements-dev.lock all other packages. torch is in none, because the Makefile chooses its build. The versions are
+those of constraints.txt; nothing is resolved. uv asks the package index for the hashes of all files of a version, so
+the locks work on every platform and Python version. The address of the index is not written.
 """
 
 from __future__ import annotations

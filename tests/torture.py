@@ -63,7 +63,7 @@ ITERATED = {
 
 # Changes to the recipe of tests/small_runs.py; None removes a field.
 CASES: dict[str, dict[str, Any]] = {
-    "grpo": {"method__inner_updates": 2, "audit__function": VOWELS, "audit__window": 4},
+    "grpo": {"method__inner_updates": 2, "method__minibatches": 2, "audit__function": VOWELS, "audit__window": 4},
     "lora": {"model__lora": {"rank": 2}, "method__inner_updates": 2},
     "iterative, outcome": {**ITERATED, "reward_model__kind": "outcome"},
     "iterative, process": {

@@ -1,7 +1,7 @@
 """Advantages from rewards, by outcome, by step, and by generalized advantage estimation (GAE).
 
-Standard deviations are sample standard deviations (n - 1 in the denominator), with ε = 1e-6 added. Equal rewards give
-advantages of exactly 0.
+Standard deviations are sample standard deviations (n - 1 in the denominator), with ε added (by default 1e-6). Equal
+rewards give advantages of exactly 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ EPSILON = 1e-6
 
 
 def advantages(
-    groups: Sequence[Float[Tensor, " _"]], baseline: str = "group", scale: str = "group"
+    groups: Sequence[Float[Tensor, " _"]],
+    baseline: str = "group",
+    scale: str = "group",
+    epsilon: float = EPSILON,
 ) -> list[Float[Tensor, " _"]]:
     """Â_i = (r_i - b) / (s + ε) for the rewards r of each group (DeepSeekMath §4.1.2, outcome supervision; variants).
 
@@ -29,7 +32,7 @@ def advantages(
     group (RLOO); "batch", the mean over all groups; "none", 0.
 
     `scale` selects s: the standard deviation of the rewards of the "group" or of all groups ("batch", as in
-    REINFORCE++, and with baseline "group" in Lite PPO, arXiv 2508.08221); "none" sets s + ε to 1.
+    REINFORCE++, and with baseline "group" in Lite PPO, arXiv 2508.08221); "none" sets s + ε to 1. `epsilon`: ε.
 
     If the rewards that b or s is computed over are all equal, as in a group of one, the result is exactly 0, without
     rounding residue. With baseline "none", an s of 0 is ignored and the rewards stay unscaled.
@@ -44,10 +47,10 @@ def advantages(
     if not torch.isfinite(every).all():
         raise ValueError(f"rewards = {every.tolist()}: a reward must be finite; exclude that completion")
     unit = every.abs().max().clamp(min=1.0) if len(every) else every.new_ones(())  # squares of huge rewards overflow
-    return [_advantages(rewards / unit, every / unit, unit, baseline, scale) for rewards in groups]
+    return [_advantages(rewards / unit, every / unit, unit, baseline, scale, epsilon) for rewards in groups]
 
 
-def _advantages(rewards: Tensor, every: Tensor, unit: Tensor, baseline: str, scale: str) -> Tensor:
+def _advantages(rewards: Tensor, every: Tensor, unit: Tensor, baseline: str, scale: str, epsilon: float) -> Tensor:
     """Advantages of one group. `rewards` and `every`, the rewards of all groups, are divided by `unit`."""
     compared = {"group": rewards, "leave-one-out": rewards, "batch": every}
     if baseline == "none":
@@ -71,7 +74,7 @@ def _advantages(rewards: Tensor, every: Tensor, unit: Tensor, baseline: str, sca
         return centered * unit
     if _equal(spread_over):
         return torch.zeros_like(rewards) if scale == "group" else centered * unit
-    return centered / (spread_over.std(correction=1) + EPSILON / unit)
+    return centered / (spread_over.std(correction=1) + epsilon / unit)
 
 
 def indicators(rewards: Float[Tensor, " G"], threshold: float) -> Float[Tensor, " G"]:
@@ -110,15 +113,17 @@ def gae(rewards: Float[Tensor, " T"], values: Float[Tensor, " T+1"], gamma: floa
 
 
 def process_advantages(
-    groups: Sequence[Sequence[tuple[Float[Tensor, " _"], Sequence[int]]]], lengths: Sequence[Sequence[int]]
+    groups: Sequence[Sequence[tuple[Float[Tensor, " _"], Sequence[int]]]],
+    lengths: Sequence[Sequence[int]],
+    epsilon: float = EPSILON,
 ) -> list[list[Float[Tensor, " _"]]]:
     """Process supervision, DeepSeekMath §4.1.3: Â_{i,t} = Σ of the normalized rewards of steps that end at or after t.
 
     A group has one pair per completion: the rewards of its K steps, and the token indices (from 0, strictly increasing)
     at which the steps end. `lengths` has the number of tokens of each completion. Returns one advantage per token.
 
-    All step rewards of a group are normalized together. If they are all equal, or there is only one, every Â is 0.
-    Tokens after the end of the last step get 0, and so do all tokens of a completion without steps.
+    All step rewards of a group are normalized together, with ε = `epsilon`. If they are all equal, or there is only
+    one, every Â is 0. Tokens after the end of the last step get 0, and so do all tokens of a completion without steps.
 
     Raises ValueError if the ends of a completion are not one per reward, not strictly increasing, or outside of the
     completion.
@@ -132,7 +137,7 @@ def process_advantages(
                     f"step_ends = {list(ends)} for {len(rewards)} step rewards and {size} tokens: must be one per "
                     "reward, strictly increasing, and within the completion"
                 )
-        (normalized,) = advantages([torch.cat([rewards for rewards, _ in group])])
+        (normalized,) = advantages([torch.cat([rewards for rewards, _ in group])], epsilon=epsilon)
         totals = []
         parts = normalized.split([len(rewards) for rewards, _ in group])
         for (_, ends), part, size in zip(group, parts, sizes, strict=True):

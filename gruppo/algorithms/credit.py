@@ -46,7 +46,7 @@ def assign_advantages(
         group.advantages[index] = row
     if settings.credit == "step":
         for group in groups:
-            _add_step_advantages(group, step_weights)
+            _add_step_advantages(group, step_weights, settings.advantage_epsilon)
     for group in groups:
         if any(group.trained) and not group.has_nonzero_advantage:
             group.skipped = f"all advantages are 0: {_why_all_zero(group, settings)}"
@@ -70,7 +70,7 @@ def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[li
     if settings.baseline == "indicator":
         results = iter([indicators(row, settings.success_threshold) for row in compared])
     else:
-        results = iter(advantages(compared, settings.baseline, settings.scale))
+        results = iter(advantages(compared, settings.baseline, settings.scale, settings.advantage_epsilon))
     values = [next(results) if len(row) >= smallest else torch.zeros_like(row) for row in rewards]
     masks = [
         completion.mask
@@ -84,7 +84,7 @@ def _completion_advantages(groups: Sequence[Group], settings: Method) -> list[li
     ]
 
 
-def _add_step_advantages(group: Group, weights: Mapping[str, float] | None) -> None:
+def _add_step_advantages(group: Group, weights: Mapping[str, float] | None, epsilon: float) -> None:
     """Process supervision (DeepSeekMath §4.1.3): add step advantages to the advantages of the outcome rewards.
 
     The step rewards of each reward function are normalized over the group separately from the outcome rewards and from
@@ -96,7 +96,7 @@ def _add_step_advantages(group: Group, weights: Mapping[str, float] | None) -> N
         steps = [group.rewards[index].steps.get(name, Steps((), ())) for index in used]
         scored = [(torch.tensor(step.rewards, dtype=torch.float64), step.ends) for step in steps]
         weight = (weights or {}).get(name, 1.0)
-        for index, added in zip(used, process_advantages([scored], [lengths])[0], strict=True):
+        for index, added in zip(used, process_advantages([scored], [lengths], epsilon)[0], strict=True):
             outcome, mask = group.advantages[index], group.completions[index].mask
             group.advantages[index] = [
                 before + weight * more if sampled else 0.0
@@ -147,7 +147,7 @@ def _token_advantages(trained: Sequence[tuple[Group, int]], settings: Method) ->
         returns_to_go(total_reward(group, index), _penalties(group, index, settings)) for group, index in trained
     ]
     sampled = [row[mask] for row, mask in zip(returns, masks, strict=True)]
-    scaled = advantages([torch.cat(sampled)], settings.baseline, settings.scale)[0] if sampled else torch.zeros(0)
+    scaled = _normalized(sampled, settings) if sampled else torch.zeros(0)
     rows = []
     for mask, part in zip(masks, scaled.split([len(row) for row in sampled]), strict=True):
         rows.append(torch.zeros(len(mask), dtype=part.dtype).masked_scatter(mask, part).tolist())
@@ -180,12 +180,17 @@ def _value_advantages(
         estimates.append(estimate.advantages)
     if not estimates:
         return []
-    scaled = advantages([torch.cat(estimates)], settings.baseline, settings.scale)[0]
+    scaled = _normalized(estimates, settings)
     parts = scaled.split([len(row) for row in estimates])
     return [
         torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask, part).tolist()
         for mask, part in zip(masks, parts, strict=True)
     ]
+
+
+def _normalized(rows: Sequence[Tensor], settings: Method) -> Tensor:
+    """Advantages over the values of all rows together."""
+    return advantages([torch.cat(list(rows))], settings.baseline, settings.scale, settings.advantage_epsilon)[0]
 
 
 def total_reward(group: Group, index: int) -> float:

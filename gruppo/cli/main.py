@@ -43,6 +43,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample.sample,
     "show": export.show,
     "ui": ui.ui,
+    "report": ui.report,
     "export": export.export,
     "label": reward_model.label,
     "reward-model": reward_model.reward_model,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gruppo.errors import UsageError
+from gruppo.utils.imports import needing_ui
 
 
 def ui(
@@ -25,7 +24,8 @@ def ui(
     open_: Annotated[bool, typer.Option("--open", help="Also open the page in a browser.")] = False,
 ) -> None:
     """Show runs in a browser: curves, groups, every token, evaluations, live while they run."""
-    serve = _server()
+    with needing_ui("the dashboard"):
+        from gruppo.ui.server import serve
 
     def tell(link: str, warning: str) -> None:
         if warning:
@@ -38,11 +38,32 @@ def ui(
     serve(chosen, host, port, tell)
 
 
-def _server() -> Callable[[Path, str, int | None, Callable[[str, str], None]], None]:
-    try:
-        from gruppo.ui.server import serve
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "gruppo":
-            raise
-        raise UsageError(f'{error.name}: is not installed; the dashboard needs: pip install "gruppo[ui]"') from None
-    return serve
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, e.g. runs/quickstart; several are also compared.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("report.html"),
+    steps: Annotated[
+        int, typer.Option(help="Steps of each run that have a page: first, last, best, others evenly spaced.")
+    ] = 12,
+    groups: Annotated[int, typer.Option(help="Groups of each of these steps that are shown token by token.")] = 8,
+    questions: Annotated[int, typer.Option(help="Questions of each run that are shown through time.")] = 40,
+    megabytes: Annotated[
+        float, typer.Option(help="Megabytes of tokens in the file; what does not fit is left out.")
+    ] = 20,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is not a report.")] = False,
+) -> None:
+    """Write runs as one file that opens in a browser without a network: the pages of `gruppo ui`.
+
+    Large runs are sampled down. The page "About this file" says what was left out, and by which rule.
+    """
+    from gruppo.runs.console import ConsoleProgress
+
+    with needing_ui("a report"):
+        from gruppo.ui.report import write_report
+        from gruppo.ui.sampling import Limits
+
+    progress = ConsoleProgress()
+    limits = Limits(steps, groups, questions, megabytes)
+    written = write_report(runs, out, limits, force=force, progress=progress)
+    progress.result(f"{written.path}: {written.size / 1e6:.1f} MB, opens in a browser without a network")
+    for text in filter(None, written.left_out):
+        progress.note(text)

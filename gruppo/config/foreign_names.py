@@ -15,8 +15,8 @@ _STEP = (
     "run.memory"
 )
 _MINI_BATCH = (
-    "method.inner_updates: each of these updates uses all completions of the step, sampling.prompts_per_step × "
-    "sampling.group_size"
+    "method.minibatches, the number of parts of a step's completions (sampling.prompts_per_step × sampling.group_size) "
+    "that have an update each"
 )
 _LENGTH = "task.max_prompt_tokens for the prompt and sampling.max_tokens for the completion"
 _CLIP = "method.clip_low and method.clip_high"
@@ -25,6 +25,7 @@ _KL_IN_REWARD = 'method.kl_estimator = "k1", which subtracts the KL from the rew
 _REFERENCE = "run.iterations: the reference is reset at the start of each iteration"
 _OUT = "--out"
 _RESUME = "--resume"
+_TRACKERS = 'run.trackers, a list such as ["tensorboard", "wandb"]'
 
 NAMES = {
     # Length of the run, steps and batches
@@ -44,6 +45,13 @@ NAMES = {
     "default_local_dir": _OUT,
     "save_path": _OUT,
     "ckpt_path": _OUT,
+    "report_to": _TRACKERS,
+    "log_with": _TRACKERS,
+    "logger": _TRACKERS,
+    "logger_type": _TRACKERS,
+    "use_wandb": 'run.trackers = ["wandb"]',
+    "use_swanlab": 'run.trackers = ["swanlab"]',
+    "use_tensorboard": 'run.trackers = ["tensorboard"]',
     "resume_from_checkpoint": _RESUME,
     "resume_mode": _RESUME,
     "load_checkpoint": _RESUME,
@@ -55,7 +63,7 @@ NAMES = {
     "generation_batch_size": _STEP,
     "per_device_train_batch_size": _STEP,
     "gradient_accumulation_steps": _STEP,
-    "steps_per_generation": _STEP,
+    "steps_per_generation": "method.minibatches, if it is more than gradient_accumulation_steps",
     "ppo_mini_batch_size": _MINI_BATCH,
     "mini_batch_size": _MINI_BATCH,
     "num_mini_batches": _MINI_BATCH,
@@ -263,9 +271,10 @@ NAMES = {
 
 # Reasons why gruppo has no such field, with the names; "*" stands for any text.
 _WITHOUT = {
-    "every step is recorded in the run folder": "logging_* log_* report_to disable_tqdm debug logger logger_type "
-    "num_completions_to_print project project_name include_num_input_tokens_seen include_for_metrics "
-    "skip_memory_metrics trackio_* wandb_* use_wandb use_tensorboard swanlab_* use_swanlab plot_loss",
+    "every step is recorded in the run folder": "logging_* log_* disable_tqdm debug num_completions_to_print "
+    "include_num_input_tokens_seen include_for_metrics skip_memory_metrics plot_loss",
+    "a tracker has its own environment variables, such as WANDB_PROJECT (docs/trackers.md)": "wandb_* "
+    "trackio_* swanlab_* project project_name",
     "nothing is uploaded; `gruppo export` writes a folder for the Hugging Face hub": "push_to_hub hub_*",
     "gruppo has its own engine": "vllm_* use_vllm sglang_* fast_inference rollout.mode enforce_eager "
     "enable_chunked_prefill enable_prefix_caching free_cache_engine cache_implementation use_cache "

@@ -29,6 +29,8 @@ class Method(Section):
     scale: Literal["group", "batch", "none"] = "group"
     """Advantage scaling (std normalization): divide by the standard deviation of the "group", by that of the whole step
     ("batch"), or not at all ("none")."""
+    advantage_epsilon: Annotated[float, Field(ge=0)] = 1e-6
+    """ε: added to the standard deviation that advantages are divided by."""
     credit: Literal["completion", "token", "step", "pair", "value"] = "completion"
     """Advantage granularity. "completion": one advantage per completion, from its reward. "token": one per token, from
     the reward still to come, with the KL penalty of each token subtracted at that token (REINFORCE++). "step": step
@@ -77,6 +79,11 @@ class Method(Section):
     0 turns it off."""
     inner_updates: Annotated[int, Field(ge=1)] = 1
     """μ of Algorithm 1: optimizer updates on the completions of each step. TRL calls it num_iterations."""
+    minibatches: Annotated[int, Field(ge=1)] = 1
+    """Number of parts that the completions of a step are split into. Each of the inner_updates goes through the parts
+    in order, with one optimizer update for each part and averages over that part alone. Advantages and π_old are those
+    of the whole step, before its first update. Groups stay whole unless there are fewer groups than parts. TRL has
+    steps_per_generation / gradient_accumulation_steps parts; verl's ppo_mini_batch_size is the size of a part."""
     mask_truncated: bool = False
     """Treat completions that were truncated at sampling.max_tokens as if they had not been sampled."""
     dynamic_sampling_rounds: Annotated[int, Field(ge=0)] = 0
@@ -109,6 +116,12 @@ class Method(Section):
             raise ValueError(
                 f'inner_updates = {self.inner_updates}: surrogate = "log-likelihood" has no ratio to correct for '
                 'a policy that has changed since sampling; write inner_updates = 1, or surrogate = "clipped"'
+            )
+        if self.minibatches > 1 and self.surrogate == "log-likelihood" and self.source == "policy":
+            raise ValueError(
+                f'minibatches = {self.minibatches}: surrogate = "log-likelihood" has no ratio to correct for a policy '
+                "that has changed since sampling; write minibatches = 1 and a smaller sampling.prompts_per_step, or "
+                'surrogate = "clipped"'
             )
         if self.credit == "step" and (self.baseline, self.scale) != ("group", "group"):
             raise ValueError(
@@ -158,6 +171,11 @@ class Method(Section):
             raise ValueError(f'scale = "{self.scale}" with baseline = "indicator": write scale = "none"')
         if self.credit != "pair":
             return
+        if self.minibatches > 1:
+            raise ValueError(
+                f'minibatches = {self.minibatches} with credit = "pair": the coefficients of all pairs come from '
+                "the policy before the step; write minibatches = 1 and a smaller sampling.prompts_per_step"
+            )
         required = {
             "baseline": "none",
             "scale": "none",

@@ -82,6 +82,12 @@ class Recipe(Section):
                 'sampling.group_size = 1: method.baseline = "leave-one-out" needs other completions in the group; '
                 "write group_size = 2 or more"
             )
+        most = self.sampling.prompts_per_step * (1 if self.method.source == "dataset" else self.sampling.group_size)
+        if self.method.minibatches > most:
+            raise ValueError(
+                f"method.minibatches = {self.method.minibatches}: a step has only {most} completions "
+                "(sampling.prompts_per_step × sampling.group_size) to split; write fewer minibatches"
+            )
         for table, field, message in unused_fields(self):
             raise PydanticCustomError("unused_field", "{message}", {"message": message, "field": [table, field]})
 

@@ -142,7 +142,7 @@ def _metric(name: str, parts: Mapping[str, str]) -> str:
 def translate_event(event: Mapping[str, Any]) -> dict[str, Any]:
     """A line of events with the current names."""
     translated = dict(event)
-    translated["kind"] = EVENTS.get(translated.get("kind", ""), translated.get("kind"))
+    translated["kind"] = _translated(translated.get("kind"), EVENTS)
     if translated["kind"] == "warning":
-        translated["warning"] = WARNINGS.get(translated.get("warning", ""), translated.get("warning"))
+        translated["warning"] = _translated(translated.get("warning"), WARNINGS)
     return {COLUMNS.get(name, name): value for name, value in translated.items()}

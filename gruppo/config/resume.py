@@ -9,7 +9,7 @@ FREE, LENGTH, MEMORY, FIXED = "free", "length", "memory", "fixed"
 # Rule -> table -> fields. The rule of a field that is a table holds for everything in it.
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     FREE: {
-        "run": ("name", "checkpoint_every"),
+        "run": ("name", "checkpoint_every", "trackers"),
         "model": ("name", "trust_remote_code"),  # the weights behind the name are compared
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),
         "environment": ("seconds", "memory", "workers"),
@@ -39,7 +39,8 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "method": (
             "name", "source", "baseline", "scale", "credit", "success_threshold", "deduplicate", "max_per_prompt",
             "dpo_beta", "ratio", "surrogate", "aggregation", "clip_low", "clip_high", "kl_coef", "kl_estimator",
-            "old_logprobs", "tis_cap", "inner_updates", "mask_truncated", "dynamic_sampling_rounds",
+            "old_logprobs", "tis_cap", "inner_updates", "minibatches", "mask_truncated", "dynamic_sampling_rounds",
+            "advantage_epsilon",
         ),
         "critic": ("name", "learning_rate", "clip", "gamma", "gae_lambda"),
         "sampling": ("prompts_per_step", "group_size", "max_tokens", "temperature", "stop"),

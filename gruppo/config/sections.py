@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -26,6 +26,10 @@ SURROGATES = {
     "clipped-weight": "gruppo.algorithms.losses:clipped_weight",
     "log-likelihood": "gruppo.algorithms.losses:log_likelihood",
 }
+
+
+# Trackers that a run can log to: the names that accelerate gives them.
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "swanlab"]
 
 
 class Section(BaseModel):
@@ -55,7 +59,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    """Name, length, seed, checkpoints and memory limit of the run."""
+    """Name, length, seed, checkpoints, memory limit and trackers of the run."""
 
     REPLACES: ClassVar[Mapping[str, str]] = {"epochs": "steps"}
 
@@ -65,7 +69,7 @@ class Run(Section):
     """Random seed; determines the order of the prompts and every sampled token."""
     steps: Annotated[int, Field(ge=1)] = 100
     """Number of steps. Each step samples completions for a batch of prompts, scores them and updates the policy
-    method.inner_updates times."""
+    method.inner_updates × method.minibatches times."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length in passes over the training prompts, in place of steps: epochs × prompts / sampling.prompts_per_step,
     rounded up to whole steps and to a multiple of iterations. A pass over a [[mixture]] has as many prompts as all of
@@ -80,8 +84,24 @@ class Run(Section):
     """Peak memory of the process: a fraction of the memory that is free when the run starts, or a size such as "6 GB"
     or "5.5 GiB". The micro-batch and the slots (concurrent completions) are derived from it once, at the start; they
     affect results by rounding only."""
+    trackers: list[Tracker] = []
+    """Trackers that get the metrics, the recipe and a sample of the completions, such as ["tensorboard", "wandb"]. Each
+    runs in a process of its own: one that fails or hangs is an event, and the run goes on. Default: none. See
+    docs/trackers.md."""
 
     _checked_memory = field_validator("memory", mode="before")(share_or_size)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trackers_are_known(cls, data: Any) -> Any:
+        names = data.get("trackers", []) if isinstance(data, Mapping) else []
+        known = get_args(Tracker)
+        for name in names if isinstance(names, list) else []:
+            if isinstance(name, str) and name not in known:
+                raise ValueError(f'trackers = {names}: "{name}" is no tracker{nearest(name, known)}')
+            if names.count(name) > 1:
+                raise ValueError(f'trackers = {names}: "{name}" is listed twice; write it once')
+        return data
 
     @field_validator("name")
     @classmethod

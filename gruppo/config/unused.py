@@ -78,6 +78,12 @@ _RULES = (
     ),
     _Rule(
         "method",
+        "advantage_epsilon",
+        lambda recipe: recipe.method.scale == "none",
+        'scale = "none" divides by no standard deviation; remove it',
+    ),
+    _Rule(
+        "method",
         "success_threshold deduplicate max_per_prompt mask_truncated",
         _offline,
         'source = "dataset" trains on every completion of the dataset; remove it',

@@ -18,6 +18,7 @@ from gruppo.rewards import REWARDS, RewardFunction, check_option_names, reward_p
 from gruppo.rewards.grading.graders import COMPARISONS, Named, find_grader
 from gruppo.rewards.grading.last_number import last_number
 from gruppo.runs.folder import check_folder
+from gruppo.runs.trackers import require_installed
 from gruppo.types import Row
 from gruppo.utils.paths import user_path
 from gruppo.utils.progress import Progress
@@ -73,8 +74,9 @@ def preflight(
     rows: Sequence[Row] | None,
     progress: Progress,
 ) -> Data:
-    """Check folder, reward names, audit and data, and read the data. Raises UsageError."""
+    """Check folder, trackers, reward names, audit and data, and read the data. Raises UsageError."""
     check_folder(folder, recipe, resume)
+    require_installed(recipe.run.trackers)
     if not (folder / "recipe.toml").is_file():  # a run that was started before this check existed can be resumed
         require_independent_audit(recipe, rewards)
     return read_data(recipe, rewards, rows, progress)

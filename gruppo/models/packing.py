@@ -29,6 +29,7 @@ def most_tokens(prompt_tokens: int) -> int:
 
 
 TokenWeights = Callable[[list[list[int]]], list[list[float]]]
+Part = list[list[int]]  # the numbers of some completions of each group
 
 
 @dataclass(slots=True)
@@ -64,20 +65,43 @@ class Batch:
         return torch.arange(len(lengths), device=self.targets.device).repeat_interleave(lengths)
 
 
+def split(groups: Sequence[Group], parts: int) -> list[Part]:
+    """Split the completions of a step into parts, in order: whole groups, or completions if there are fewer groups than
+    parts.
+
+    The parts differ by at most one group, or completion; some are empty if there are fewer completions than parts.
+    """
+    places = [(index, number) for index, group in enumerate(groups) for number in range(len(group.completions))]
+    whole = len(groups) >= parts
+    total = len(groups) if whole else len(places)
+    result: list[Part] = [[[] for _ in groups] for _ in range(parts)]
+    for place, (index, number) in enumerate(places):
+        result[(index if whole else place) * parts // total][index].append(number)
+    return result
+
+
 def pack(
-    groups: Sequence[Group], token_weights: TokenWeights, budget: int, with_kl: bool, device: torch.device | str = "cpu"
+    groups: Sequence[Group],
+    token_weights: TokenWeights,
+    budget: int,
+    with_kl: bool,
+    device: torch.device | str = "cpu",
+    part: Part | None = None,
 ) -> list[Batch]:
     """Pack groups into micro-batches of at most `budget` read tokens, or one completion if it alone is longer.
+
+    `part`: the completions to pack, as if no others had been sampled; by default all.
 
     Completions that are not trained on are left out, as if they had not been sampled. Without a KL term in the loss
     (`with_kl` False), completions whose advantages are all 0 are also left out, because their gradient is 0; they still
     count in the weights.
     """
-    lengths = [[sum(c.mask) for c, used in zip(g.completions, g.trained, strict=True) if used] for g in groups]
+    numbers = [list(range(len(group.completions))) for group in groups] if part is None else part
+    used = [[number for number in row if group.trained[number]] for group, row in zip(groups, numbers, strict=True)]
+    lengths = [[sum(group.completions[number].mask) for number in row] for group, row in zip(groups, used, strict=True)]
     packer = _Packer(budget, device)
     for index, (group, weights) in enumerate(zip(groups, token_weights(lengths), strict=True)):
-        used = [number for number, trained in enumerate(group.trained) if trained]
-        for number, weight in zip(used, weights, strict=True):
+        for number, weight in zip(used[index], weights, strict=True):
             if group.completions[number].token_ids and (with_kl or any(group.advantages[number])):
                 packer.add(index, number, group, weight)
     return packer.batches()

@@ -23,6 +23,7 @@ from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data, read_data, require_independent_audit
 from gruppo.preflight.findings import WIDTH, Finding, format_findings
 from gruppo.preflight.timing import SECONDS, round_seconds, time_generation, time_update
+from gruppo.runs.trackers import require_installed
 from gruppo.utils.disk import free_bytes, gigabytes
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
@@ -112,6 +113,7 @@ def check_recipe(
     if not seconds > 0:
         raise UsageError(f"--seconds {seconds:g}: must be more than 0; write e.g. 60, or use --quick")
     settings, shown = load_recipe(recipe, overrides), progress or NullProgress()
+    require_installed(settings.run.trackers)
     require_independent_audit(settings, settings.reward.functions)
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
@@ -164,6 +166,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
             + int(recipe.method.needs_critic)
             + int(recipe.reward_model is not None)
             + recipe.method.inner_updates * chosen.recompute
+            + (1 - 1 / recipe.method.minibatches) * (recipe.method.old_logprobs == "trainer")
         )
         generation = (
             prompt_token * work.prompts_per_step * work.prompt_tokens + decoding_step * rounds * work.max_tokens
@@ -179,7 +182,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
                 "score": forward * passes * tokens,
                 "update": (1 + recipe.method.needs_critic)  # the value model gets as many updates
                 * recipe.method.inner_updates
-                * ((forward + backward) * tokens + optimizer),
+                * ((forward + backward) * tokens + recipe.method.minibatches * optimizer),
             },
             eval_set_seconds=[
                 prompt_token * eval_set.questions * eval_set.question_tokens

@@ -189,9 +189,7 @@ def _gradients(
 @torch.no_grad()
 def _loss(policy: LanguageModel, batches: Sequence[Batch], method: Method, temperature: float) -> float:
     with policy.precision():
-        return math.fsum(
-            float(batch_loss(policy, None, batch, method, temperature, Metrics(), first=False)) for batch in batches
-        )
+        return math.fsum(float(batch_loss(policy, None, batch, method, temperature, Metrics())) for batch in batches)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
     rollouts/step-000012.parquet  evaluations/step-000012.parquet  labels/step-000012.parquet
     checkpoints/step-000010/  reference/ (of a later iteration)  reward_model/ (trained in the run)
     base/ (config, generation config and tokenizer of the initial model)  model/ (the result)
+    trackers/ (what each tracker has got, its log; TensorBoard's files)
 
 Whole files are written under a temporary name, synced and renamed. Metrics and events are appended one synced line at a
 time. If a write fails, for instance because the disk is full, WriteError is raised and nothing is left half written.
@@ -57,7 +58,7 @@ _FILES = (
 )  # fmt: skip
 
 
-_FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model")
+_FOLDERS = (*TABLES, "checkpoints", "base", "model", "adapter", "reference", "reward_model", "trackers")
 
 
 # In environment.json: the local time at which the contents of the folder were started.

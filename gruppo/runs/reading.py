@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -91,7 +91,7 @@ def old_parts(folder: Path) -> dict[str, str]:
     """See `gruppo.config.renames.renamed_parts`; empty if the folder has no readable recipe."""
     try:
         return renamed_parts(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -168,6 +168,7 @@ def matching_rows(path: Path, schema: pa.Schema, where: Mapping[str, Any]) -> It
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """An open table. What is wrong with it, found in the block, is raised as UsageError."""
     try:
+        open_file(path).close()
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
@@ -229,8 +230,31 @@ def step_of(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def open_file(path: Path, links: bool = True) -> BinaryIO:
+    """Open a file for reading. Raises OSError for a pipe or a device, and unless `links` for a link."""
+    flags = os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)  # opening a pipe would wait for its other end
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code), str(path))
+    return os.fdopen(number, "rb")
+
+
+def own_table(run: Path, kind: str, step: int) -> Path:
+    """The path of a table of a run, e.g. rollouts/step-000012.parquet.
+
+    Raises UsageError if it, or its folder, is a link, which can lead out of the run's folder.
+    """
+    path = run / kind / f"step-{step:06d}.parquet"
+    if os.path.islink(path) or os.path.islink(path.parent):
+        raise UsageError(f"{path}: is a link; replace it with its target")
+    return path
+
+
 def _bytes(path: Path, most: int) -> bytes:
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > most:
             raise UsageError(f"{path}: is larger than {most / 2**20:.0f} MiB; it is not read")

@@ -13,7 +13,7 @@ from gruppo.utils.progress import Advance, Progress
 
 
 class Sink(Protocol):
-    """Receives what a run reports. A tracker is one more sink."""
+    """Receives what a run reports."""
 
     def step(self, values: Mapping[str, Any]) -> None:
         """A line of metrics: of a step, an evaluation, or the start of an iteration."""

@@ -45,9 +45,10 @@ def _described(folder: Path, summary: Mapping[str, Any], metrics: Sequence[Mappi
     return "\n".join(lines)
 
 
-def sample_command(folder: Path, step: int) -> str:
-    """The command that samples from the model, with a prompt and the system text of this run."""
-    command = ["gruppo", "sample", str(folder)]
+def sample_command(folder: Path, step: int, named: str | None = None) -> str:
+    """The command that samples from the model, with a prompt and the system text of this run. `named`: how it calls the
+    folder, by default by its path."""
+    command = ["gruppo", "sample", named or str(folder)]
     try:
         rows = read_table(folder / f"rollouts/step-{step:06d}.parquet").to_pylist()
     except UsageError:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
 from gruppo.runs.missing import missing_parts, steps_text
 from gruppo.runs.reading import read_lines, read_metrics, read_object, read_table, reading, require_own, step_of
+from gruppo.utils.imports import needing_ui
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel
-
 
 _WHOLE = "restore it as the run wrote it"
 
@@ -41,8 +43,16 @@ class Result:
         before, after = summary.get("accuracy_before"), summary.get("accuracy_after")
         if isinstance(before, float):
             lines.append(f"  held-out accuracy {before:.1%}" + (f" -> {after:.1%}" if isinstance(after, float) else ""))
-        lines.append("  .frame(), .rollouts(step), .evaluations(step), .events(), .load_model()")
+        lines.append(
+            "  .frame(), .rollouts(step), .evaluations(step), .events(), .view(step), .report(), .load_model()"
+        )
         return "\n".join(lines) + ")"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: a small table with a curve for each metric."""
+        from gruppo.runs.notebook import result_html
+
+        return result_html(self)
 
     @classmethod
     def read(cls, path: str | Path) -> Result:
@@ -101,6 +111,24 @@ class Result:
             found = pd.DataFrame(read_lines(self.path / "events.jsonl"))
         return found if len(found) else pd.DataFrame(columns=["time", "step", "kind", "message"])
 
+    def view(self, step: int, group: int = 0) -> Any:
+        """A group of completions token by token (a gruppo.ui.notebook.TokenView): in a notebook a view, elsewhere text.
+        `step` counts from 1, `group` from 0.
+
+        At most 16 completions are shown; `gruppo ui` shows all. Needs the extra `ui`. Raises UsageError if the step has
+        no such group.
+        """
+        return _dashboard("notebook", "the token view").TokenView.of(self.path, step, group)
+
+    def report(self, out: str | Path = "report.html", *, force: bool = False, **limits: float) -> Path:
+        """Write the run as one file that opens in a browser without a network. Returns its path.
+
+        `force`: replace a file that is not a report. `limits`: `steps`, `groups`, `questions` and `megabytes`, see
+        gruppo.ui.sampling.Limits. Needs the extra `ui`. Raises UsageError if the file cannot be written there.
+        """
+        module = _dashboard("report", "a report")
+        return Path(module.write_report([self.path], Path(out), module.Limits(**limits), force=force).path)
+
     def load_model(self, *, trust_remote_code: bool = False) -> PreTrainedModel:
         """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too.
         `trust_remote_code`: run the Python files that the model came with."""
@@ -136,6 +164,12 @@ class Result:
 def load_result(path: str | Path) -> Result:
     """The result in a run folder, finished or not; the same as `Result.read`."""
     return Result.read(path)
+
+
+def _dashboard(module: str, what: str) -> ModuleType:
+    """A module of gruppo.ui, for `what`. It builds on this package, so it is imported by name, when it is used."""
+    with needing_ui(what):
+        return import_module(f"gruppo.ui.{module}")
 
 
 def _known(steps: Iterable[int]) -> str:

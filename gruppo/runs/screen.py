@@ -28,8 +28,9 @@ RECENT = 10  # steps whose time forecasts the rest
 WARNINGS = 4  # of the most recent events
 _QUIET = frozenset({"resume", "changed"})  # events that need no attention
 
+ACCURACY = ("eval/accuracy", "held-out accuracy", ".1%")
 # Metrics that are shown if the run has them: name, its words, and the format of a value.
-_ROWS = (
+ROWS = (
     ("reward/mean", "reward", ".3f"),
     ("groups/nonzero_advantage", "nonzero advantage", ".0%"),
     ("completion/length", "length in tokens", ".1f"),
@@ -82,10 +83,7 @@ def sparkline(values: Sequence[float | None], width: int = WIDTH) -> str:
 
     A space stands for values that are missing or not finite; equal values are all in the middle.
     """
-    size = max(1, math.ceil(len(values) / width))
-    parts = [[v for v in values[start : start + size] if v is not None and math.isfinite(v)]
-             for start in range(0, len(values), size)]  # fmt: skip
-    means = [math.fsum(part) / len(part) if part else None for part in parts]
+    means = downsampled(values, width)
     known = [mean for mean in means if mean is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
     if low == high:
@@ -94,6 +92,14 @@ def sparkline(values: Sequence[float | None], width: int = WIDTH) -> str:
     return "".join(
         " " if mean is None else LEVELS[min(7, int((mean / 2 - low / 2) / span * len(LEVELS)))] for mean in means
     )
+
+
+def downsampled(values: Sequence[float | None], most: int) -> list[float | None]:
+    """At most `most` means of consecutive values; None where all are missing or not finite."""
+    size = max(1, math.ceil(len(values) / most))
+    parts = [[v for v in values[start : start + size] if v is not None and math.isfinite(v)]
+             for start in range(0, len(values), size)]  # fmt: skip
+    return [math.fsum(part) / len(part) if part else None for part in parts]
 
 
 def show(folder: str | Path, now: float | None = None) -> str:
@@ -113,7 +119,7 @@ def show(folder: str | Path, now: float | None = None) -> str:
             state.words + _time_left(state, status, steps),
             *_accuracies(result.metrics),
             "",
-            *_curves(steps),
+            *_curves(steps, [line for line in result.metrics if ACCURACY[0] in line]),
             *_warnings(read_lines(result.path / "events.jsonl")),
             *_next(result.path, recipe, state, int(steps[-1]["step"]) if steps else 0),
         ]
@@ -128,24 +134,23 @@ def _time_left(state: State, status: Status | None, steps: Sequence[Mapping[str,
 
 
 def _accuracies(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Held-out accuracy before training and at the last evaluation, with the interval and the curve."""
+    """Held-out accuracy at the first and the last evaluation, with the interval of the last one."""
     found = [line for line in metrics if isinstance(line.get("eval/accuracy"), int | float)]
     if not found:
         return []
     first, last = found[0], found[-1]
     before = "" if len(found) == 1 else f"{first['eval/accuracy']:.1%} -> "
     interval = f"95% interval {last['eval/accuracy_low']:.1%} to {last['eval/accuracy_high']:.1%}"
-    curve = sparkline([line["eval/accuracy"] for line in found])
-    return [f"held-out accuracy {before}{last['eval/accuracy']:.1%} after step {last['step']} ({interval})  {curve}"]
+    return [f"held-out accuracy {before}{last['eval/accuracy']:.1%} after step {last['step']} ({interval})"]
 
 
-def _curves(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+def _curves(steps: Sequence[Mapping[str, Any]], evaluated: Sequence[Mapping[str, Any]]) -> list[str]:
     if not steps:
         return ["No step is done yet."]
     title = f"steps {steps[0]['step']} to {steps[-1]['step']}" if len(steps) > 1 else f"step {steps[0]['step']}"
     lines = [f"{'':<18} {'first':>9} {'last':>9}  {title}"]
-    for name, words, form in _ROWS:
-        values = [line.get(name) for line in steps]
+    for name, words, form in (ACCURACY, *ROWS):
+        values = [line.get(name) for line in (evaluated if name == ACCURACY[0] else steps)]
         if all(value is None for value in values):
             continue
         ends = ("-" if value is None else format(value, form) for value in (values[0], values[-1]))
@@ -171,14 +176,18 @@ def _next(folder: Path, recipe: Recipe, state: State, step: int) -> list[str]:
     return ["", "Next:", *(f"  {command}" for _, command in next_commands(folder, recipe, state, step))]
 
 
-def next_commands(folder: Path, recipe: Recipe, state: State, step: int) -> list[tuple[str, str]]:
+def next_commands(
+    folder: Path, recipe: Recipe, state: State, step: int, named: str | None = None
+) -> list[tuple[str, str]]:
     """What can be done with a run, and the command that does it. `step`: the last step with rollouts; 0 if there is
-    none. A run that has not ended by itself can be resumed."""
-    quoted = shlex.quote(str(folder))
+    none. A run that has not ended by itself can be resumed. `named`: how commands call the folder, by default by its
+    path."""
+    place = named or str(folder)
+    quoted = shlex.quote(place)
     if state.name not in ("done", "stopped"):
-        return [("Resume", f"gruppo train {shlex.quote(str(folder / 'recipe.toml'))} --out {quoted} --resume")]
+        return [("Resume", f"gruppo train {shlex.quote(f'{place}/recipe.toml')} --out {quoted} --resume")]
     return [
-        ("Sample from the model", sample_command(folder, step)),
+        ("Sample from the model", sample_command(folder, step, named)),
         *([("Evaluate it", f"gruppo eval {quoted}")] if recipe.evaluation is not None else []),
         ("Export it", f"gruppo export {quoted} --to my-model"),
     ]

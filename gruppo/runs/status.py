@@ -23,6 +23,7 @@ from gruppo.runs.reading import read_object
 
 FILE = "status.json"
 SECONDS = 1.0  # the file is written at most this often
+_MOST = 2**53  # of every number
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class StatusFile:
 
 
 def read_status(folder: Path) -> Status | None:
-    """The status of a run. None if the file is missing or cannot be read."""
+    """The status of a run. None if the file is missing, or cannot be read as one."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -83,7 +84,18 @@ def read_status(folder: Path) -> Status | None:
         content = read_object(path)
         known = {name: content[name] for name in Status.__dataclass_fields__ if name in content}
         status = Status(**known)
-        numbers = (status.attempt, status.step, status.checkpoint)
-        return status if all(isinstance(number, int) for number in numbers) else None
+        return status if _is_valid(status) else None
     except (OSError, ValueError, UsageError):
         return None
+
+
+def _is_valid(status: Status) -> bool:
+    """Whether the fields have the types that a run writes; a damaged or foreign file can contain anything."""
+    whole = (status.step, 0 if status.steps is None else status.steps, status.attempt, status.checkpoint)
+    amounts = (status.done, 0 if status.total is None else status.total)
+    return (
+        all(isinstance(text, str) for text in (status.state, status.phase, status.unit, status.heartbeat))
+        and all(type(number) is int and abs(number) < _MOST for number in whole)
+        and all(type(number) in (int, float) and abs(number) < _MOST for number in amounts)
+        and isinstance(status.truncated_to, Mapping)
+    )

@@ -2,13 +2,15 @@
 
     for each iteration: π_ref ← π_θ; train the reward model on new samples labeled by rule
       for each step: π_old ← π_θ; sample G completions of each question from π_old; score them; compute advantages
-        for each of μ updates: one step of AdamW on the objective
+        for each of μ rounds: for each minibatch: one step of AdamW on the objective
 
 The paper trains the reward model at the end of an iteration. Here it learns at the start of the next one, and before
 the first, so that every trained reward model is used.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 from gruppo.algorithms.credit import assign_advantages
 from gruppo.algorithms.filtering import select
@@ -25,7 +27,7 @@ def run_training(run: TrainingRun) -> None:
 
 
 def train_step(run: TrainingRun, number: int) -> None:
-    """One exploration stage and its μ updates; `number` is counted from 1."""
+    """One exploration stage and its updates, μ on each minibatch; `number` is counted from 1."""
     step = run.start_step(number)
 
     groups = run.rollouts.collect(step)  # questions, G completions of each from π_old, rewards
@@ -35,11 +37,11 @@ def train_step(run: TrainingRun, number: int) -> None:
     run.value_model.score(groups, step)  # V, if there is a value model
     assign_advantages(groups, run.method, step.metrics, run.reward_weights, run.recipe.critic)
 
-    batches = run.policy.pack(groups)  # micro-batches; denominators cover the whole step
-    updates = run.method.inner_updates if batches else 0  # nothing to learn: no update
-    for update in range(updates):  # μ
-        run.policy.update(batches, update, step)
-        run.value_model.update(batches, run.policy.rate(step), update, step)
+    minibatches = run.policy.pack(groups, step)  # denominators cover a minibatch, by default the step
+    updates = product(range(run.method.inner_updates), minibatches)  # μ; none if there is nothing to learn
+    for update, (_, minibatch) in enumerate(updates):
+        run.policy.update(minibatch, update, step)
+        run.value_model.update(minibatch, run.policy.rate(step), update, step)
 
     run.load_weights(step)  # the engine samples from the new policy
-    run.finish_step(step, groups, batches)  # rollouts, metrics, warnings, callbacks
+    run.finish_step(step, groups, minibatches)  # rollouts, metrics, warnings, callbacks

@@ -119,7 +119,7 @@ def _method(recipe: Recipe) -> str:
         "step": f"{sampling.prompts_per_step} questions × {sampling.group_size} completions of at most "
         f"{sampling.max_tokens} tokens at temperature {sampling.temperature:g}",
         "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g} ({optimizer.schedule}), "
-        f"{recipe.method.inner_updates} updates per step",
+        f"{recipe.method.inner_updates * recipe.method.minibatches} updates per step",
         "parameters": ", ".join(
             f"{name} = {_portable(value)}" for name, value in recipe.method.model_dump().items() if name != "name"
         ),

@@ -49,7 +49,8 @@ class FiniteGuard:
         if math.isfinite(value):
             return
         folder, step = self.context.folder, self.context.state.step + 1
-        several = self.context.recipe.method.inner_updates > 1
+        method = self.context.recipe.method
+        several = method.inner_updates * method.minibatches > 1
         where = f"step {step}" + (f", inner update {update + 1}" if several else "")
         facts = {"update": update + 1, "what": what, "value": str(value), "micro_batches": len(batches)}
         path = keep_batches(folder, step, facts, batches, self.tokenizer)

@@ -57,6 +57,17 @@ def find_surrogate(name: str) -> Surrogate:
 
 
 @torch.no_grad()
+def score_old(
+    policy: LanguageModel, batches: Sequence[Batch], settings: Method, temperature: float, metrics: Metrics
+) -> None:
+    """Fill in π_old and the entropy of batches whose first update comes after the policy has changed."""
+    for batch in batches:
+        with policy.precision():
+            batch.old_logprobs, batch.entropy = score(policy, batch, temperature)
+        _describe_sampling(batch, settings, metrics)
+
+
+@torch.no_grad()
 def score_batches(
     policy: LanguageModel, reference: LanguageModel, batches: Sequence[Batch], temperature: float, metrics: Metrics
 ) -> None:
@@ -76,28 +87,25 @@ def batch_loss(
     settings: Method,
     temperature: float,
     metrics: Metrics,
-    first: bool = True,
 ) -> Tensor:
-    """The micro-batch's part of the step's loss. Call it inside `policy.precision()`.
+    """The micro-batch's part of the loss of an update. Call it inside `policy.precision()`.
 
-    `first`: this is the first update of a step, so the policy has not changed since it sampled. If π_old is the
-    trainer's (`method.old_logprobs`), the log-probabilities of this pass are π_old, and the batch keeps them for the
-    following updates. Log-probabilities of the reference are computed once per batch.
+    If the batch has no π_old yet, the policy has not changed since it sampled: the log-probabilities of this pass are
+    π_old, and the batch keeps them for the following updates. It also keeps the entropy of its first pass.
+    Log-probabilities of the reference are computed once per batch.
     """
     if settings.kl_in_loss and batch.ref_logprobs is None:
         assert reference is not None
         with torch.no_grad():
             batch.ref_logprobs = score(reference, batch, temperature)[0]
     logprobs, entropy = score(policy, batch, temperature)
-    if first:
-        batch.entropy = entropy
     dtype = logprobs.dtype
-    if first and settings.old_logprobs == "trainer":
+    if batch.old_logprobs is None:
         batch.old_logprobs = logprobs.detach()
-    assert batch.old_logprobs is not None, "π_old comes from the engine, or from the first update"
-    importance = None
-    if settings.tis_cap:
-        importance = (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=settings.tis_cap).to(dtype)
+    if batch.entropy is None:
+        batch.entropy = entropy
+        _describe_sampling(batch, settings, metrics)
+    importance = _importance(batch, settings).to(dtype) if settings.tis_cap else None
     result = policy_loss(
         logprobs,
         batch.old_logprobs.to(dtype),
@@ -123,16 +131,32 @@ def batch_loss(
     metrics.mean("policy/clipped_high", float(result.clipped_high[used].sum()), tokens)
     if settings.kl_in_loss:
         metrics.mean("policy/kl", float(result.kl[used].sum()), tokens)
-    if first:
-        metrics.mean("policy/entropy", float(entropy[used].sum()), tokens)
-    if first and settings.source == "policy":
+    return result.loss
+
+
+def _describe_sampling(batch: Batch, settings: Method, metrics: Metrics) -> None:
+    """Metrics of the policy as it sampled: its entropy, and how far the engine's log-probabilities are from π_old."""
+    used = batch.weights != 0
+    tokens = float(used.sum())
+    if not tokens:
+        return
+    assert batch.entropy is not None
+    assert batch.old_logprobs is not None
+    metrics.mean("policy/entropy", float(batch.entropy[used].sum()), tokens)
+    if settings.source == "policy":
         drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[used]
         metrics.mean("engine/logprob_difference_mean", float(drift.sum()), tokens)
         metrics.maximum("engine/logprob_difference_max", float(drift.max()))
-        if importance is not None:
-            metrics.mean("engine/importance_mean", float(importance[used].sum()), tokens)
-            metrics.mean("engine/importance_capped", float((importance[used] == settings.tis_cap).sum()), tokens)
-    return result.loss
+        if settings.tis_cap:
+            importance = _importance(batch, settings)[used]
+            metrics.mean("engine/importance_mean", float(importance.sum()), tokens)
+            metrics.mean("engine/importance_capped", float((importance == settings.tis_cap).sum()), tokens)
+
+
+def _importance(batch: Batch, settings: Method) -> Tensor:
+    """min(π_old / π_sampling, tis_cap) of every token."""
+    assert batch.old_logprobs is not None
+    return (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=settings.tis_cap)
 
 
 def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
@@ -153,9 +177,9 @@ def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
 
 
 def put_logprobs(groups: Sequence[Group], batches: Sequence[Batch], dtype: torch.dtype) -> None:
-    """Fill the batches with the log-probabilities that `keep_logprobs` copied to their groups."""
+    """Fill the batches with the log-probabilities and entropies that `keep_logprobs` copied to their groups."""
     for batch in batches:
-        for name in ("old_logprobs", "ref_logprobs"):
+        for name in ("old_logprobs", "ref_logprobs", "entropy"):
             kept = [getattr(groups[index], name)[number] for index, number, _ in batch.members]
             if all(logprobs is not None for logprobs in kept):
                 values = list(chain(*kept))

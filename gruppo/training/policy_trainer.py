@@ -11,13 +11,20 @@ import torch
 
 from gruppo.config.recipe import Recipe
 from gruppo.config.schedule import learning_rate
-from gruppo.models.packing import Batch, TokenWeights, pack
+from gruppo.models.packing import Batch, Part, TokenWeights, pack, split
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 from gruppo.rollout.source import Step
 from gruppo.training.nonfinite import FiniteGuard, not_finite
 from gruppo.training.optimizer import update
-from gruppo.training.policy_loss import batch_loss, keep_logprobs, put_logprobs, score_batches, token_weights
+from gruppo.training.policy_loss import (
+    batch_loss,
+    keep_logprobs,
+    put_logprobs,
+    score_batches,
+    score_old,
+    token_weights,
+)
 from gruppo.types import Group
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.oom_retry import BatchSizes
@@ -26,11 +33,12 @@ from gruppo.utils.system import release_memory
 
 
 class StepBatches:
-    """The micro-batches of a step, which can be repacked into smaller ones if memory runs out.
+    """The micro-batches of an update, which can be repacked into smaller ones if memory runs out.
 
-    Token weights are fixed over the whole step. `old_from_engine`: π_old is the distribution that the engine sampled
-    from, not what the trainer's first update computes. `updated`: the policy has changed since it was scored, so the
-    log-probabilities in the batches cannot be recomputed and move with their tokens.
+    Token weights are fixed over the `part` of the step's completions that the update learns from. `old_from_engine`:
+    π_old is the distribution that the engine sampled from, not what the trainer's first update computes. `updated`: the
+    policy has changed since it was scored, so the log-probabilities in the batches cannot be recomputed and move with
+    their tokens.
     """
 
     def __init__(
@@ -41,8 +49,9 @@ class StepBatches:
         with_kl: bool,
         tokens: int,
         old_from_engine: bool = False,
+        part: Part | None = None,
     ) -> None:
-        self.groups, self.weights, self.policy, self.with_kl = groups, weights, policy, with_kl
+        self.groups, self.weights, self.policy, self.with_kl, self.part = groups, weights, policy, with_kl, part
         self.tokens, self.old_from_engine, self.updated = tokens, old_from_engine, False
         self.batches = self._pack()
 
@@ -61,7 +70,7 @@ class StepBatches:
         return self.batches
 
     def _pack(self) -> list[Batch]:
-        batches = pack(self.groups, self.weights, self.tokens, with_kl=self.with_kl, device=self.policy.device)
+        batches = pack(self.groups, self.weights, self.tokens, self.with_kl, self.policy.device, self.part)
         if self.old_from_engine:
             for batch in batches:
                 batch.old_logprobs = batch.sampling_logprobs
@@ -94,7 +103,7 @@ class Learner:
         number: int,
         metrics: Metrics,
     ) -> tuple[float, float]:
-        """Perform update `number` (from 0) of a step. Returns its loss and gradient norm.
+        """Perform update `number` (from 0) of a step, on one of its parts. Returns its loss and gradient norm.
 
         If memory runs out, the update is retried in smaller micro-batches, as if it had not been attempted before.
         """
@@ -164,22 +173,45 @@ class PolicyTrainer:
                 return batches
 
             batches = self.sizes.run_with_retry("micro_batch_tokens", "scoring", attempt)
-            for batch in batches:
-                if names := not_finite(batch):
-                    self.guard.require(math.nan, next(iter(names)), [batch])
+            self._require_finite(batches)
             keep_logprobs(groups, batches)
 
-    def pack(self, groups: Sequence[Group]) -> StepBatches:
-        """The step's micro-batches; none if nothing would change the policy."""
+    def pack(self, groups: Sequence[Group], step: Step) -> list[StepBatches]:
+        """The step's minibatches, in micro-batches; without those in which nothing would change the policy."""
         with_all = self.method.kl_in_loss or self.method.needs_critic
         from_engine = self.method.old_logprobs == "engine"
         tokens = self.sizes.micro_batch_tokens
-        batches = StepBatches(groups, self._weights, self.policy, with_all, tokens, from_engine)
+        packed = [
+            StepBatches(groups, self._weights, self.policy, with_all, tokens, from_engine, part)
+            for part in split(groups, self.method.minibatches)
+        ]
+        minibatches = [batches for batches in packed if batches]
+        if not from_engine:
+            for later in minibatches[1:]:  # the policy will have changed when their turn comes
+                self._score_old(later, step)
         release_memory()  # blocks that one phase has freed would be too fragmented for the next
-        return batches
+        return minibatches
+
+    def _score_old(self, minibatch: StepBatches, step: Step) -> None:
+        """Fill in π_old and entropies of a minibatch."""
+
+        def attempt(tokens: int) -> Sequence[Batch]:
+            batches = minibatch.at(tokens)
+            with step.metrics.all_or_nothing():
+                score_old(self.policy, batches, self.method, self.recipe.sampling.temperature, step.metrics)
+            return batches
+
+        with step.timer("score"):
+            self._require_finite(self.sizes.run_with_retry("micro_batch_tokens", "scoring", attempt))
+        minibatch.updated = True
+
+    def _require_finite(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            if names := not_finite(batch):
+                self.guard.require(math.nan, next(iter(names)), [batch])
 
     def update(self, batches: StepBatches, number: int, step: Step) -> None:
-        """Update `number` (from 0) of the step, on all its completions; the loss is a sum over micro-batches."""
+        """Update `number` (from 0) of the step, on one of its minibatches; the loss is a sum over micro-batches."""
         loss = partial(
             batch_loss,
             self.policy,
@@ -187,7 +219,6 @@ class PolicyTrainer:
             settings=self.method,
             temperature=self.recipe.sampling.temperature,
             metrics=step.metrics,
-            first=number == 0,
         )
         with step.timer("update"):
             total, norm = self.learner.update(batches, loss, self.rate(step), number, step.metrics)

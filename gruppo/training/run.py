@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -38,6 +38,7 @@ from gruppo.training.reward_audit import RewardAudit
 from gruppo.training.reward_model import RewardModelTrainer
 from gruppo.training.setup import RunComponents
 from gruppo.training.summary import summarize
+from gruppo.training.trackers import Ended, Trackers
 from gruppo.training.value_model import ValueModelTrainer
 from gruppo.types import Group
 from gruppo.utils.oom_retry import SizeReduced
@@ -104,6 +105,7 @@ class TrainingRun:
             stop,
             lambda *arguments: self.callbacks.notify("on_evaluation", *arguments),
         )
+        self.trackers = Trackers(parts.run.path, (), 0)  # until the run is restored
         self._advance: Advance = lambda _: None  # the progress bar over all steps, while it is shown
         self._without_advantage = 0  # steps in a row without a nonzero advantage
         self._lengths: dict[str, int] = {}  # of the append-only files, when no work was half done
@@ -146,6 +148,7 @@ class TrainingRun:
         """Restore, train, and write the summary, even after an interruption or a failure. Returns the summary."""
         with self.stop.interruptible():
             self.restore()
+        self.trackers = Trackers(self.folder.path, self.recipe.run.trackers, self.state.step)
         outcome = "failed"
         try:
             with self.recorder.bar("Training", self.recipe.run.steps, "steps") as self._advance:
@@ -170,6 +173,8 @@ class TrainingRun:
             with suppress(*[WriteError] if outcome == "failed" else []):  # the original failure takes precedence
                 self.folder.write_json("summary.json", summary)
             self.status.update(now=True, state=outcome, step=self.state.step)
+            with suppress(*[WriteError] if outcome == "failed" else []):
+                self._record_trackers(self.trackers.finish())
         return summary
 
     def restore(self) -> None:
@@ -235,12 +240,13 @@ class TrainingRun:
         with step.timer("load_weights"):
             self.parts.engine.load_weights(self.policy.weights, step.number)
 
-    def finish_step(self, step: Step, groups: list[Group], batches: StepBatches) -> None:
+    def finish_step(self, step: Step, groups: list[Group], minibatches: Sequence[StepBatches]) -> None:
         """Record the step (rollouts, metrics, warnings), mark it as done, and notify the callbacks."""
         release_memory()
-        keep_logprobs(groups, batches.batches)
+        for minibatch in minibatches:
+            keep_logprobs(groups, minibatch.batches)
         self._describe(step, groups)
-        self._record_failures(step, groups, bool(batches))
+        self._record_failures(step, groups, bool(minibatches))
         with step.timer("write"):
             rows = rollout_rows(step.number, groups, self.parts.policy.tokenizer)
             self.folder.table("rollouts", step.number, rows, ROLLOUTS)
@@ -253,8 +259,15 @@ class TrainingRun:
             self.recorder.note(f"Step {step.number}: {alarm}")
         self.state.step, self.state.cursor = step.number, self.state.cursor + len(groups)
         self.state.evaluated = False
+        self._record_trackers(self.trackers.ended())
         self.callbacks.notify("on_step", step.number, values, groups)
         self._advance(1)
+
+    def _record_trackers(self, ended: Iterable[Ended]) -> None:
+        """Record an event for every tracker that did not end with the run."""
+        for tracker in ended:
+            self.recorder.event("tracker", tracker.message, self.state.step, tracker=tracker.name, output=tracker.lines)
+            self.recorder.note(f"Step {self.state.step}: tracker {tracker.message}")
 
     def _describe(self, step: Step, groups: Sequence[Group]) -> None:
         metrics, parts = step.metrics, self.parts

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gruppo.errors import UsageError
-from gruppo.runs.reading import read_batches
+from gruppo.runs.reading import own_table, read_batches
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS
 
 _COLUMNS = ("eval_set", "prompt_id", "sample", "question", "columns", "answer", "correct", "extracted", "rule")
@@ -30,7 +30,7 @@ def first_answers(run: Path, step: int, eval_set: str, prompts: Collection[str])
     wanted = pa.array(list(prompts), pa.string())
     found: dict[str, dict[str, Any]] = {}
     try:
-        for table in read_batches(run / "evaluations" / f"step-{step:06d}.parquet", _SCHEMA):
+        for table in read_batches(own_table(run, "evaluations", step), _SCHEMA):
             chosen = table.filter(pc.and_(pc.equal(table["eval_set"], eval_set), pc.is_in(table["prompt_id"], wanted)))
             for row in chosen.to_pylist():
                 if row["prompt_id"] not in found:
@@ -46,7 +46,7 @@ def best_text(run: Path, step: int, group: int) -> str | None:
     """The text of the completion of a group with the highest reward; None if the table is missing or damaged."""
     best: tuple[float, str] | None = None
     try:
-        for table in read_batches(run / "rollouts" / f"step-{step:06d}.parquet", _COMPLETIONS):
+        for table in read_batches(own_table(run, "rollouts", step), _COMPLETIONS):
             for row in table.filter(pc.equal(table["group"], group)).to_pylist():
                 value = row["reward"] if row["reward"] is not None and row["reward"] == row["reward"] else -math.inf
                 if best is None or value > best[0]:

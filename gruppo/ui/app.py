@@ -13,22 +13,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.exception_handlers import request_validation_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import Response
 
 from gruppo.errors import RunError, UsageError
 from gruppo.runs.missing import missing_parts
+from gruppo.runs.reading import reading
 from gruppo.ui import details
 from gruppo.ui.advice import advice_for
-from gruppo.ui.catalog import Card, Catalog
+from gruppo.ui.catalog import Card, Catalog, foreign_entries
 from gruppo.ui.charts import payload
 from gruppo.ui.compare_routes import add_comparison
 from gruppo.ui.dashboard import Dashboard
 from gruppo.ui.indexes import Indexes, NotReadyError, default_cache
 from gruppo.ui.links import Links
-from gruppo.ui.pages import Templates
+from gruppo.ui.pages import Data, Templates
 from gruppo.ui.runs import OpenRuns
-from gruppo.ui.security import Guard
+from gruppo.ui.security import HEADERS, Guard
 from gruppo.ui.table_routes import add_tables
 
 POLL_SECONDS, LIST_SECONDS = 1.0, 2.0  # how often a page that follows a run looks for changes
@@ -109,14 +113,14 @@ def _add_pages(app: FastAPI, state: Dashboard) -> None:
     def run(key: str, part: str = "") -> HTMLResponse:
         card = state.card(key)
         if part == "head":
-            return state.page("_run_head.html", **_head(state, card))
+            return state.page("_run_head.html", **head_values(state, card))
         if part == "events":
-            return state.page("_events.html", **_events(state, card))
+            return state.page("_events.html", **events_values(state, card))
         live = state.runs.live(card.path)
         return state.page(
             "run.html", tab="", charts=payload(live), charts_source=state.templates.links.data(key, "series"),
             charts_stream=state.templates.links.data(key, "live"), commands=details.commands(card, card.step),
-            **{**_head(state, card), **_events(state, card)},
+            **{**head_values(state, card), **events_values(state, card)},
         )  # fmt: skip
 
     @app.get("/r/{key}/recipe", response_class=HTMLResponse)
@@ -141,8 +145,8 @@ def _add_pages(app: FastAPI, state: Dashboard) -> None:
 
 def _add_data(app: FastAPI, state: Dashboard) -> None:
     @app.get("/api/runs")
-    def runs() -> JSONResponse:
-        return JSONResponse([card.values() for card in state.catalog.cards()])
+    def runs() -> Data:
+        return Data([card.values() for card in state.catalog.cards()])
 
     @app.get("/api/r/{key}/series")
     def series(
@@ -151,8 +155,8 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
         first: int | None = Query(None, ge=-(2**53), le=2**53),
         last: int | None = Query(None, ge=-(2**53), le=2**53),
         points: int = Query(800, ge=10, le=20_000),
-    ) -> JSONResponse:
-        return JSONResponse(payload(state.runs.live(state.card(key).path), axis, first, last, points))
+    ) -> Data:
+        return Data(payload(state.runs.live(state.card(key).path), axis, first, last, points))
 
     @app.get("/api/r/{key}/live")
     async def live(key: str, request: Request) -> StreamingResponse:
@@ -196,52 +200,71 @@ def _stream(request: Request, seen: Callable[[], Any], seconds: float) -> Stream
 
 
 def _add_errors(app: FastAPI, state: Dashboard) -> None:
-    def answer(request: Request, code: int, message: str) -> HTMLResponse | JSONResponse:
+    def answer(request: Request, code: int, message: str) -> HTMLResponse | Data:
         if request.url.path.startswith("/api/"):
-            return JSONResponse({"detail": message}, code)
+            return Data({"detail": message}, code)
         title = {404: "Not found", 422: "Not a valid address"}.get(code, "This page cannot be shown")
         return HTMLResponse(state.templates.render("message.html", title=title, message=message), code)
 
     @app.exception_handler(StarletteHTTPException)
-    def http(request: Request, error: StarletteHTTPException) -> HTMLResponse | JSONResponse:
+    def http(request: Request, error: StarletteHTTPException) -> HTMLResponse | Data:
         return answer(request, error.status_code, str(error.detail))
 
-    @app.exception_handler(NotReadyError)
-    def indexing(request: Request, error: NotReadyError) -> HTMLResponse | JSONResponse:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         if request.url.path.startswith("/api/"):
-            return JSONResponse({"detail": "The tables of this run are still being read."}, 503)
+            return await request_validation_exception_handler(request, error)
+        return answer(request, 422, "; ".join(f"{found['loc'][-1]}: {found['msg']}" for found in error.errors()))
+
+    @app.exception_handler(Exception)  # outside of Guard, which sets these headers otherwise
+    def failed(request: Request, error: Exception) -> Response:
+        response = answer(request, 500, "An error of gruppo, which is printed where the dashboard was started.")
+        response.headers.update(HEADERS)
+        return response
+
+    @app.exception_handler(NotReadyError)
+    def indexing(request: Request, error: NotReadyError) -> HTMLResponse | Data:
+        if request.url.path.startswith("/api/"):
+            return Data({"detail": "The tables of this run are still being read."}, 503)
         card = state.card(request.path_params["key"])
         return state.page("indexing.html", tab="", card=card, done=error.done, total=error.total)
 
     @app.exception_handler(UsageError)
     @app.exception_handler(RunError)
-    def damaged(request: Request, error: UsageError | RunError) -> HTMLResponse | JSONResponse:
+    def damaged(request: Request, error: UsageError | RunError) -> HTMLResponse | Data:
         return answer(request, 404, str(error))
 
 
-def _head(state: Dashboard, card: Card) -> dict[str, Any]:
+def head_values(state: Dashboard, card: Card) -> dict[str, Any]:
+    """What the top of a run's page shows."""
     live = state.runs.live(card.path)
     return {"card": card, "last": details.last_values(live), "problems": _problems(card, live.damaged)}
 
 
 def _problems(card: Card, damaged: int) -> list[str]:
     try:
-        problems = missing_parts(card.path) if card.state.name != "running" else []
-    except (UsageError, OSError, ValueError) as error:
+        problems = [
+            f"{name}: is a link, or neither a file nor a folder; it is not read" for name in foreign_entries(card.path)
+        ]
+        if card.state.name != "running" and not problems:
+            with reading(card.path, "restore it from a copy"):
+                problems = missing_parts(card.path)
+    except UsageError as error:
         problems = [str(error)]
     if damaged:
         problems.append(f"{damaged} lines of metrics.jsonl and events.jsonl are damaged and left out.")
     return [*([card.problem] if card.problem else []), *problems]
 
 
-def _events(state: Dashboard, card: Card) -> dict[str, Any]:
+def events_values(state: Dashboard, card: Card) -> dict[str, Any]:
+    """What a run's page shows of its events."""
     events = state.runs.live(card.path).events
     kept = [{**event, "advice": advice_for(event)} for event in reversed(events[-EVENTS:])]
     return {"card": card, "events": kept, "hidden_events": len(events) - len(kept)}
 
 
-def recipe_values(card: Card) -> dict[str, Any]:
-    """What the page of the recipe shows."""
+def recipe_values(card: Card, named: str | None = None) -> dict[str, Any]:
+    """What the page of the recipe shows. `named`: how commands call the run, by default by its path."""
     problem, changed = card.problem, None
     try:
         changed = details.changed_fields(card.path)
@@ -257,7 +280,7 @@ def recipe_values(card: Card) -> dict[str, Any]:
         "recipe_text": text,
         "machine": details.machine(card.path),
         "files": [(name, path.stat().st_size) for name, path in details.files(card.path).items()],
-        "commands": details.commands(card, card.step),
+        "commands": details.commands(card, card.step, named),
     }
 
 

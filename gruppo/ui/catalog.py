@@ -17,7 +17,7 @@ from typing import Any
 
 from gruppo.config.renames import translate_event, translate_metrics, translate_recipe
 from gruppo.errors import UsageError
-from gruppo.runs.reading import object_of, old_parts, read_object
+from gruppo.runs.reading import object_of, old_parts, open_file, read_object
 from gruppo.runs.screen import State, state_of
 from gruppo.runs.status import Status, read_status
 
@@ -26,6 +26,7 @@ MOST_RUNS, MOST_FOLDERS = 5_000, 50_000
 TAIL = 2**18  # bytes at the end of metrics.jsonl that are searched for the last values
 HEAD = 2**16  # bytes at its beginning, for the first evaluation
 RECENT = 10  # steps whose time forecasts the rest
+LONGEST_STEP = 1e8  # seconds; a longer one was not measured
 SCAN_SECONDS = 2.0  # between two looks for new runs
 MOST_RECIPE = 2**20  # bytes
 _WATCHED = ("recipe.toml", "summary.json", "metrics.jsonl", "events.jsonl")  # and status.json, every second
@@ -173,6 +174,15 @@ def regular(path: Path) -> bool:
     return _mark(path) is not None
 
 
+def foreign_entries(run: Path) -> list[str]:
+    """The names in a run folder that are neither files nor folders: links, which can lead out of it, and pipes."""
+    try:
+        with os.scandir(run) as entries:
+            return sorted(entry.name for entry in entries if not _is_file(entry) and not _is_folder(entry))
+    except OSError:
+        return []
+
+
 def recipe_data(run: Path) -> dict[str, Any]:
     """The tables of recipe.toml with today's names. Raises ValueError or OSError if it cannot be read."""
     path = run / "recipe.toml"
@@ -224,7 +234,9 @@ def _card(key: str, path: Path, root: Path) -> Card:
 
 def _with_status(card: Card, status: Status, now: float | None) -> Card:
     state, step, steps = state_of(status, {}, now), _number(status.step), _number(status.steps)
-    left = card.pace * max(0, steps - step) if state.name == "running" and steps and card.pace is not None else None
+    left = None
+    if state.name == "running" and steps and card.pace is not None:
+        left = _value(card.pace * max(0, steps - step))
     return replace(card, state=state, step=step, steps=steps or card.steps, left=left)
 
 
@@ -255,7 +267,8 @@ def _value(value: Any) -> float | None:
 
 
 def _pace(steps: list[dict[str, Any]]) -> float | None:
-    times = [time for line in steps[-RECENT:] if (time := _value(line.get("time/step"))) is not None]
+    known = (_value(line.get("time/step")) for line in steps[-RECENT:])
+    times = [time for time in known if time is not None and 0 <= time <= LONGEST_STEP]
     return math.fsum(times) / len(times) if times else None
 
 
@@ -288,9 +301,7 @@ def _lines(path: Path, run: Path) -> list[dict[str, Any]]:
 
 def _head(run: Path) -> list[dict[str, Any]]:
     try:
-        if not regular(run / "metrics.jsonl"):
-            return []
-        with (run / "metrics.jsonl").open("rb") as stream:
+        with open_file(run / "metrics.jsonl", links=False) as stream:
             lines = stream.read(HEAD).split(b"\n")[:-1]
     except OSError:
         return []
@@ -299,9 +310,7 @@ def _head(run: Path) -> list[dict[str, Any]]:
 
 def _tail(path: Path) -> list[dict[str, Any]]:
     try:
-        if not regular(path):
-            return []
-        with path.open("rb") as stream:
+        with open_file(path, links=False) as stream:
             start = max(0, os.fstat(stream.fileno()).st_size - TAIL)
             stream.seek(start)
             lines = stream.read(TAIL).split(b"\n")[:-1]

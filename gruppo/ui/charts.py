@@ -14,6 +14,7 @@ from gruppo.ui.live import LiveRun, thin
 POINTS = 800  # of a curve
 AXES = {"step": "step", "tokens": "sampled tokens", "time": "hours of training and evaluation"}
 STEP = "completion/length"  # a metric of every step, and only of steps
+_MOST_COST = 1e15  # tokens or hours of a step; beyond it a file is damaged
 _MARKS = 400  # events on the curves, the last ones
 _NAME = r"[^/]+(?:/[^/]+)*?"  # of a reward, a task or a set
 
@@ -91,12 +92,13 @@ class Axis:
             return
         arrays = live.arrays((STEP, "time/step", "time/generate", "time/tokens_per_second", "time/evaluate"))
         self.steps = arrays[STEP][0] if STEP in arrays else np.zeros(0, np.int64)
-        if self.name == "tokens":
-            cost = self._of(arrays, "time/generate") * self._of(arrays, "time/tokens_per_second")
-        else:
-            cost = (self._of(arrays, "time/step") + self._of(arrays, "time/evaluate")) / 3600
+        with np.errstate(over="ignore"):
+            if self.name == "tokens":
+                cost = self._of(arrays, "time/generate") * self._of(arrays, "time/tokens_per_second")
+            else:
+                cost = (self._of(arrays, "time/step") + self._of(arrays, "time/evaluate")) / 3600
         self.order = np.argsort(self.steps, kind="stable")
-        self.total = np.cumsum(np.nan_to_num(cost)[self.order])
+        self.total = np.cumsum(np.where(np.abs(cost) < _MOST_COST, cost, 0.0)[self.order])
 
     def _of(self, arrays: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str) -> np.ndarray:
         """The values of a metric at the steps; 0 where it was not recorded."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Query
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 
 from gruppo.ui import comparing, tables
 from gruppo.ui.answers import side_by_side
 from gruppo.ui.dashboard import Dashboard
 from gruppo.ui.links import Links
+from gruppo.ui.pages import Data
 
 SHOWN = 10  # questions that are answered differently
 Keys = Annotated[list[str], Query(alias="run", max_length=100)]
@@ -48,8 +49,8 @@ def add_comparison(app: FastAPI, state: Dashboard) -> None:
         keys: Keys = [],  # noqa: B006
         band: Literal["0", "1"] = "1",
         axis: Literal["step", "tokens", "time"] = "step",
-    ) -> JSONResponse:
-        return JSONResponse(comparing.payload(chosen(keys), axis, band == "1"))
+    ) -> Data:
+        return Data(comparing.payload(chosen(keys), axis, band == "1"))
 
 
 def seeds_text(runs: list[comparing.Compared]) -> str:

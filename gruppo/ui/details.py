@@ -24,8 +24,11 @@ _MOST_FILES = 400
 
 def read_recipe(run: Path) -> Recipe:
     """The recipe of a run. Raises UsageError if it is damaged."""
-    with reading(run / "recipe.toml", "restore it as the run wrote it"):
-        return load_recipe(run / "recipe.toml")
+    path, fix = run / "recipe.toml", "restore it as the run wrote it"
+    with reading(path, fix):
+        if "extends" in recipe_data(run):
+            raise UsageError(f"{path}: extends another file, which a run never writes; {fix}")
+        return load_recipe(path)
 
 
 def changed_fields(run: Path) -> list[tuple[str, Any, Any]]:
@@ -81,7 +84,7 @@ def machine(run: Path) -> list[tuple[str, str]]:
 
 
 def _gigabytes(count: Any) -> str | None:
-    return f"{count / 1e9:.1f} GB" if isinstance(count, int | float) and count > 0 else None
+    return f"{count / 1e9:.1f} GB" if type(count) in (int, float) and 0 < count < 2**63 else None
 
 
 def files(run: Path) -> dict[str, Path]:
@@ -95,13 +98,16 @@ def files(run: Path) -> dict[str, Path]:
     return found
 
 
-def commands(card: Card, last_step: int) -> list[tuple[str, str]]:
-    """Commands that go on from the run: what they do, and the command. Empty while it is running."""
-    quoted = shlex.quote(str(card.path))
+def commands(card: Card, last_step: int, named: str | None = None) -> list[tuple[str, str]]:
+    """Commands that go on from the run: what they do, and the command. While it is running, only those that show it.
+
+    `named`: how they call the run, by default by its path.
+    """
+    quoted = shlex.quote(named or str(card.path))
     general = [("On one screen", f"gruppo show {quoted}"), ("As one file", f"gruppo report {quoted} -o report.html")]
     try:
         recipe = read_recipe(card.path)
-        found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step)
+        found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step, named)
     except (UsageError, RunError):
         return general
     if last_step:

@@ -50,7 +50,13 @@ class Index(Queries):
         self._updating, self._using = threading.Lock(), threading.Lock()
         self._folders = {kind: TableFolder(self.run, kind) for kind in KINDS}
         self._closed = self._lost = False
-        self._open(open_store(cache, self.run))
+        store = open_store(cache, self.run)
+        try:
+            self._open(store)
+        except duckdb.Error:  # damaged, which only reading it shows
+            self._finalizer.detach()
+            store.discard()
+            self._open(open_store(cache, self.run))
 
     @property
     def private(self) -> bool:
@@ -230,7 +236,7 @@ class Index(Queries):
             cursor.execute("BEGIN TRANSACTION")
             yield ask
         except duckdb.Error as error:
-            self._lost |= isinstance(error, _DAMAGE)
+            self._lost |= isinstance(error, _DAMAGE) or type(error) is duckdb.Error  # a wrong checksum
             raise UsageError(f"{self.run}: its index gives no answer ({first_line(error)}); try again") from error
         finally:
             with suppress(duckdb.Error):

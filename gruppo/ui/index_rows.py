@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,8 @@ Tables = Mapping[str, pa.Table]
 def shortened(prompt: str) -> str:
     """The first `PROMPT` characters of a prompt: of its text, or of its last message if it is a list of messages."""
     if prompt.startswith("[{") and len(prompt) <= _LONGEST_PROMPT:
-        try:
+        with suppress(ValueError, RecursionError, AttributeError):  # a text that begins like messages
             prompt = text_of_content(json.loads(prompt)[-1].get("content"))
-        except (ValueError, RecursionError, AttributeError):
-            pass  # a text that begins like messages
     return prompt[:PROMPT].encode("utf-8", "replace").decode()
 
 

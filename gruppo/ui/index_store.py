@@ -115,7 +115,7 @@ def _cached(cache: Path, run: Path) -> Store:
 
 
 def _connect(path: Path | None) -> duckdb.DuckDBPyConnection:
-    settings: dict[str, str | bool | int] = {
+    settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": MEMORY,
         "threads": 2,
         "enable_external_access": False,

@@ -34,9 +34,16 @@ class Numbers:
         return finite
 
     def mean(self, mask: Sequence[bool]) -> float | None:
-        """Mean over the sampled tokens that have a finite number; None if there are none."""
+        """Mean over the sampled tokens that have a finite number; None if there are none, or their sum overflows."""
         finite = self.finite(mask)
-        return float(f"{finite.mean():.{_DIGITS}g}") if len(finite) else None
+        with np.errstate(over="ignore"):
+            return _short(float(finite.mean())) if len(finite) else None
+
+
+def _short(value: float) -> float | None:
+    """The value with 7 significant digits; None if it is not finite, which JSON has no number for."""
+    short = float(f"{value:.{_DIGITS}g}")
+    return short if math.isfinite(short) else None
 
 
 def as_numbers(value: pa.ListScalar) -> Numbers | None:
@@ -66,7 +73,7 @@ def rounded(numbers: Numbers) -> list[float | str | None]:
 class Quantity:
     """A number of each token.
 
-    `scale`: how it is coloured: "diverging" around 0, "ratio" around 1 by its logarithm, "low" (from 0 downward, dark
+    `scale`: how it is colored: "diverging" around 0, "ratio" around 1 by its logarithm, "low" (from 0 downward, dark
     is low) or "high" (from 0 upward). `exact`: whether the scale ends at the largest value; otherwise at the 99th
     percentile of the absolute value, so that one token does not decide. `needs`: when it is recorded.
     """
@@ -182,14 +189,15 @@ class Ranges:
             if len(finite):
                 total = self._totals[key]
                 total[0] += len(finite)
-                total[1] += float(finite.sum())
+                with np.errstate(over="ignore"):
+                    total[1] += float(finite.sum())
                 total[2], total[3] = min(total[2], float(finite.min())), max(total[3], float(finite.max()))
                 places = np.linspace(0, len(finite) - 1, min(len(finite), _SAMPLE)).astype(int)
                 self._sampled[key].append(finite[places])
 
     def described(self) -> list[dict[str, Any]]:
         """For a page: name, meaning, number of completions that have it, mean, lowest, highest, and `limit`, at which
-        the colours end: an absolute value, for a ratio of its logarithm; 1 if all are 0."""
+        the colors end: an absolute value, for a ratio of its logarithm; 1 if all are 0."""
         return [self._described(one) for one in self.quantities]
 
     def _described(self, quantity: Quantity) -> dict[str, Any]:
@@ -202,7 +210,7 @@ class Ranges:
             sizes = sizes[np.isfinite(sizes)]
             largest = max(abs(low), abs(high)) if quantity.exact else float(sizes.max(initial=0.0))
             size = largest if quantity.exact or not len(sizes) else float(np.quantile(sizes, 0.99)) or largest
-        short = [float(f"{one:.{_DIGITS}g}") for one in (total / count, low, high)] if count else [None] * 3
+        short = [_short(one) for one in (total / count, low, high)] if count else [None] * 3
         return {
             "key": quantity.key,
             "label": quantity.label,
@@ -215,5 +223,5 @@ class Ranges:
             "mean": short[0],
             "low": short[1],
             "high": short[2],
-            "limit": float(f"{size:.3g}") or 1.0,
+            "limit": float(f"{min(size, 1e308):.3g}") or 1.0,
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 from gruppo.errors import UsageError, nearest
@@ -92,8 +93,8 @@ _QUESTION_SORTS = {name: f'"{name}"' for name in (
 
 # One row per evaluated question of each evaluation.
 _ASKED = """
-    SELECT step, eval_set, prompt_id, count(*) AS answers, count_if(correct)::BIGINT AS "right",
-        count_if(correct) / count(*) AS share, min(position) AS position, any_value(question) AS question
+    SELECT step, eval_set, prompt_id, count(*) AS answers, count(*) FILTER (correct) AS "right",
+        count(*) FILTER (correct) / count(*) AS share, min(position) AS position, any_value(question) AS question
     FROM answers WHERE {where} GROUP BY step, eval_set, prompt_id
 """
 
@@ -251,6 +252,13 @@ class Queries:
         order = _order(_QUESTION_SORTS, sort, descending, "prompt_id")
         return self._page(f"{_QUESTIONS} SELECT *", source, order, offset, limit, values)
 
+    def questions_of(self, prompts: Sequence[str]) -> list[Row]:
+        """The rows of `questions` for these prompt ids, in their order; unknown ones are left out."""
+        with self._asking() as ask:
+            query = f"{_QUESTIONS} SELECT * FROM questions WHERE prompt_id IN (SELECT unnest($prompts))"
+            rows = {row["prompt_id"]: row for row in ask(query, {"prompts": list(prompts)})}
+        return [rows[prompt] for prompt in prompts if prompt in rows]
+
     def question(self, prompt_id: str) -> Question | None:
         """What is known of one prompt; see `Question`."""
         with self._asking() as ask:
@@ -288,8 +296,8 @@ class Queries:
         with self._asking() as ask:
             return ask(f"""
                 WITH asked AS ({_ASKED.format(where="true")}), answered AS (
-                    SELECT step, eval_set, count_if(finish_reason = 'stop') / count(*) AS finished,
-                        count_if(vote IS NULL) / count(*) AS without_vote, avg(length) AS length
+                    SELECT step, eval_set, count(*) FILTER (finish_reason = 'stop') / count(*) AS finished,
+                        count(*) FILTER (vote IS NULL) / count(*) AS without_vote, avg(length) AS length
                     FROM answers GROUP BY step, eval_set
                 )
                 SELECT step, eval_set, count(*) AS questions, sum(answers)::BIGINT AS answers,
@@ -299,8 +307,10 @@ class Queries:
             """)
 
     def verdicts(self, step: int, eval_set: str = "") -> list[Row]:
-        """The questions of one evaluation in order, at most `MOST_QUESTIONS`, each with its answers in order: `correct`,
-        `votes` and `scores`, for pass@k, maj@k and best-of-k."""
+        """The questions of one evaluation in order, at most `MOST_QUESTIONS`, for pass@k, maj@k and best-of-k.
+
+        `correct`, `votes` and `scores` of a question are lists over its answers in order.
+        """
         with self._asking() as ask:
             return ask(
                 f"""
@@ -388,7 +398,7 @@ def _turns(evaluations: Sequence[Row]) -> tuple[dict[str, int], dict[str, list[t
     for row in evaluations:
         if row["right"]:
             first.setdefault(row["eval_set"], row["step"])
-    for one, other in zip(evaluations, evaluations[1:], strict=False):
+    for one, other in pairwise(evaluations):
         if one["eval_set"] == other["eval_set"] and other["share"] < one["share"]:
             regressions.setdefault(one["eval_set"], []).append((one["step"], other["step"]))
     return first, regressions

@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element
 from latex2mathml.converter import convert_to_element
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
-from markdown_it.rules_block import StateBlock
+from markdown_it.rules_block import StateBlock, table
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markupsafe import Markup, escape
@@ -26,6 +26,7 @@ MOST_FORMULAS = 300  # of a text
 LONGEST_FORMULA = 2_000  # characters
 _DEEPEST, _MOST_ELEMENTS = 40, 3_000  # of the MathML of a formula
 _NESTING = 20  # of Markdown
+_MOST_CELLS = 5_000  # of a table, if every line below its head is a row
 
 # Bidirectional controls, which reorder what stands around them; control characters except tab and line feed; line
 # separators; surrogates; tags and interlinear marks, which are not drawn.
@@ -88,7 +89,7 @@ def markdown(text: str) -> Markup:
     except Exception:  # noqa: BLE001  an error of the parser must not hide the completion
         html = f'<pre class="md-plain">{escape(visible(shown))}</pre>'
     if len(text) > len(shown):
-        html += f'<p class="md-note">{len(text) - len(shown):,} more characters: see the raw view.</p>'
+        html += f'<p class="md-note">{len(text) - len(shown):,} more characters are not rendered: see the tokens.</p>'
     return Markup(html)
 
 
@@ -142,8 +143,30 @@ def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", options, renderer_cls=_Renderer).enable(["table", "strikethrough"])
     parser.disable(["html_block", "html_inline", "reference"])  # a reference would vanish from the text
     parser.inline.ruler.before("escape", "math", _inline_formula)
+    parser.inline.ruler.before("escape", "call", _inline_call)
+    parser.block.ruler.at("table", _table, {"alt": ["paragraph", "reference"]})
     parser.block.ruler.before("fence", "math", _block_formula, {"alt": ["paragraph", "blockquote", "list"]})
     return parser
+
+
+def _inline_call(state: StateInline, silent: bool) -> bool:
+    """A call of a tool, which is code: Markdown would take signs out of its arguments."""
+    if not state.src.startswith("<tool_call>", state.pos):
+        return False
+    end = state.src.find("</tool_call>", state.pos, state.posMax)
+    if end < 0:
+        return False
+    end += len("</tool_call>")
+    if not silent:
+        state.push("code_inline", "code", 0).content = state.src[state.pos : end]
+    state.pos = end
+    return True
+
+
+def _table(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """A table, unless it could have too many cells: the parser adds those that its rows lack."""
+    columns = state.getLines(start, min(start + 1, end), 0, False).count("|") + 1
+    return columns * (end - start) <= _MOST_CELLS and table(state, start, end, silent)
 
 
 _PAIRS = (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False))

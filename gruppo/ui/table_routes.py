@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 
 from gruppo.ui import tables
 from gruppo.ui.answers import side_by_side
 from gruppo.ui.catalog import Card
 from gruppo.ui.dashboard import Dashboard
+from gruppo.ui.pages import Data
 from gruppo.ui.queries import Filters
 from gruppo.ui.tokens import answers_data, group_data
 
@@ -28,9 +29,9 @@ def add_tables(app: FastAPI, state: Dashboard) -> None:
     _add_evaluations(app, state)
 
     @app.get("/api/r/{key}/index")
-    def index(key: str) -> JSONResponse:
+    def index(key: str) -> Data:
         ready, done, total = state.indexes.progress(state.card(key).path)
-        return JSONResponse({"ready": ready, "done": done, "total": total})
+        return Data({"ready": ready, "done": done, "total": total})
 
 
 def _add_steps(app: FastAPI, state: Dashboard) -> None:
@@ -65,8 +66,8 @@ def _add_steps(app: FastAPI, state: Dashboard) -> None:
         return state.page("group.html", tab="steps", card=card, **group_values(state, card, step, group, offset))
 
     @app.get("/api/r/{key}/steps/{step}/groups/{group}")
-    def group_json(key: str, step: int, group: int, offset: Offset = 0) -> JSONResponse:
-        return JSONResponse(group_data(state.card(key).path, step, group, offset))
+    def group_json(key: str, step: int, group: int, offset: Offset = 0) -> Data:
+        return Data(group_data(state.card(key).path, step, group, offset))
 
 
 def group_values(state: Dashboard, card: Card, step: int, group: int, offset: int = 0) -> dict[str, Any]:
@@ -116,8 +117,8 @@ def _add_evaluations(app: FastAPI, state: Dashboard) -> None:
         charts = {"axis": "samples", "axes": {"samples": "answers per question (k)"}, "points": 800, "events": [],
                   "charts": found.pop("answer_curves")}  # fmt: skip
         return state.page(
-            "_evaluations_table.html" if part == "table" else "evaluations.html", tab="evaluations", card=card, charts=charts if charts["charts"] else None,
-            charts_source=None, charts_stream=None, **found,
+            "_evaluations_table.html" if part == "table" else "evaluations.html", tab="evaluations", card=card,
+            charts=charts if charts["charts"] else None, charts_source=None, charts_stream=None, **found,
         )  # fmt: skip
 
     @app.get("/r/{key}/evaluations/{step}", response_class=HTMLResponse)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gruppo.errors import UsageError
-from gruppo.runs.eval_metrics import Question, compare, figures
+from gruppo.runs.eval_metrics import Question as Verdicts
+from gruppo.runs.eval_metrics import compare, figures
 from gruppo.runs.reading import read_object
 from gruppo.ui.answers import best_text, first_answers
-from gruppo.ui.catalog import Card
+from gruppo.ui.catalog import Card, regular
 from gruppo.ui.index import Index
 from gruppo.ui.live import LiveRun
-from gruppo.ui.queries import KINDS_OF_CHANGE, Filters, Page
+from gruppo.ui.queries import KINDS_OF_CHANGE, Filters, Page, Question
 
 LIMIT = 50  # rows of a page
 MOMENTS = 20  # rows on the page of a question, which reads a table for each
@@ -84,7 +85,18 @@ def question_values(index: Index, card: Card, prompt_id: str, view: View) -> dic
         else:
             answer = first_answers(card.path, row["step"], row["eval_set"], [prompt_id]).get(prompt_id)
             row["text"] = answer and answer["answer"]
+        row["turn"] = _turn(question, row)
     return {"question": question, "moments": chosen, "view": replace(view, total=len(moments))}
+
+
+def _turn(question: Question, row: Mapping[str, Any]) -> str:
+    """Whether a row of the page of a question is its first right answer, or a regression; "" if it is neither."""
+    if row["kind"] == "step":
+        first = question.first_right
+        return "first right" if first and (first["step"], first["group"]) == (row["step"], row["group"]) else ""
+    if any(after == row["step"] for _, after in question.regressions.get(row["eval_set"], ())):
+        return "regression"
+    return "first right" if question.first_right_evaluations.get(row["eval_set"]) == row["step"] else ""
 
 
 def evaluations_values(index: Index, card: Card, live: LiveRun) -> dict[str, Any]:
@@ -108,45 +120,45 @@ def _interval(live: LiveRun, row: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def answers_chart(index: Index, found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """pass@k, maj@k and best-of-k of a set, at its first and last evaluation, in the form of a chart; None if every
+    """pass@k, maj@k and best-of-k of a set, at its last and its first evaluation, in the form of a chart; None if every
     question has one answer."""
     rows = [row for row in found["rows"] if row["answers"] > row["questions"]]
     curves = []
-    for number, row in enumerate(rows[:1] if len(rows) == 1 else rows[:1] + rows[-1:]):
+    for number, row in enumerate(rows[:-2:-1] + rows[: len(rows) - 1][:1]):
         by_name = figures(questions(index, row["step"], row["eval_set"])).get("curves", {})
         for place, (name, points) in enumerate(by_name.items()):
             ks = [int(k) for k in points]
             interval = [[point["interval"][end] for point in points.values()] for end in (0, 1)]
-            label = f"{WORDS[name]}, step {row['step']}"
-            curves.append(
-                {"name": name, "label": label, "run": str(number), "color": place,
-                 "dash": 1 - number if rows[1:] else 0, "size": 1, "x": ks,
-                 "y": [point["value"] for point in points.values()],
-                 "band": [{"x": ks, "y": end, "size": 1} for end in interval]}
-            )  # fmt: skip
+            label, values = f"{WORDS[name]}, step {row['step']}", [point["value"] for point in points.values()]
+            curve = {"name": name, "label": label, "run": str(number), "color": place, "dash": number, "size": 1,
+                     "x": ks, "y": values}  # fmt: skip
+            if number == 0:
+                curve["band"] = [{"x": ks, "y": end, "size": 1} for end in interval]
+            curves.append(curve)
     if not curves:
         return None
+    words = "Solid: the last evaluation, with 95% intervals over questions. Dashed: the first one."
     return {"id": f"answers {found['name']}", "title": f"{found['title']}: accuracy by number of answers",
-            "help": "With 95% intervals over questions.", "unit": "share", "kind": "lines", "open": True,
-            "curves": curves}  # fmt: skip
+            "help": words, "unit": "share", "kind": "lines", "open": True, "curves": curves}  # fmt: skip
 
 
 def set_domains(card: Card) -> dict[str, str]:
     """The domain of each benchmark, "in-domain" or "out-of-domain", by its name; known once the run has ended."""
+    path = card.path / "summary.json"
     try:
-        benchmarks = read_object(card.path / "summary.json").get("benchmarks")
+        benchmarks = read_object(path).get("benchmarks") if regular(path) else None
     except (UsageError, OSError):
         return {}
     found = benchmarks.items() if isinstance(benchmarks, dict) else ()
     return {name: str(values.get("domain", "")) for name, values in found if isinstance(values, dict)}
 
 
-def questions(index: Index, step: int, eval_set: str) -> list[Question]:
+def questions(index: Index, step: int, eval_set: str) -> list[Verdicts]:
     """The verdicts of one evaluation."""
     found = []
     for row in index.verdicts(step, eval_set):
         scores = None if None in row["scores"] else row["scores"]
-        found.append(Question(row["prompt_id"], "", row["correct"], row["votes"], scores))
+        found.append(Verdicts(row["prompt_id"], "", row["correct"], row["votes"], scores))
     return found
 
 
@@ -168,7 +180,7 @@ def evaluation_values(
     }  # fmt: skip
 
 
-def paired(first: Sequence[Question], second: Sequence[Question]) -> Mapping[str, Any] | None:
+def paired(first: Sequence[Verdicts], second: Sequence[Verdicts]) -> Mapping[str, Any] | None:
     """The difference (second - first) paired by question, see `gruppo.runs.eval_metrics.compare`; None if they share no
     question."""
     try:

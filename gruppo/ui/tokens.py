@@ -21,10 +21,10 @@ from typing import Any
 import pyarrow as pa
 
 from gruppo.errors import UsageError, is_visible
-from gruppo.runs.reading import matching_rows
+from gruppo.runs.reading import matching_rows, own_table, reading
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS
 from gruppo.ui.quantities import ANSWER, COMPLETION, Numbers, Ranges, as_numbers, rounded
-from gruppo.ui.rendering import markdown
+from gruppo.ui.rendering import MOST_CHARACTERS, markdown
 from gruppo.utils.nesting import too_deep
 from gruppo.utils.text import as_json, text_of_content
 
@@ -45,7 +45,7 @@ def group_data(
     in total are returned; `page` says which. Ranges and statistics are over the whole group. `named`: how the run is
     called in commands, by default its path. Raises UsageError if the step has no such group, or its table is damaged.
     """
-    path = run / "rollouts" / f"step-{step:06d}.parquet"
+    path = own_table(run, "rollouts", step)
     page = _Page(offset, limit)
     ranges = Ranges(COMPLETION)
     for row in _rows(path, ROLLOUTS, {"group": group}):
@@ -77,7 +77,7 @@ def answers_data(
     `eval_set`: the name of a benchmark, "" for the task's own held-out questions. Raises UsageError if the evaluation
     has no such question, or its table is damaged.
     """
-    path = run / "evaluations" / f"step-{step:06d}.parquet"
+    path = own_table(run, "evaluations", step)
     page, ranges = _Page(offset, limit), Ranges(ANSWER)
     for row in _rows(path, EVALUATIONS, {"eval_set": eval_set, "prompt_id": prompt_id}):
         numbers = {quantity.key: quantity.of(row) for quantity in ANSWER}
@@ -126,7 +126,7 @@ class _Page:
         """The fields of the data that both kinds of pages share."""
         left = MOST_RENDERED
         for one in self._shown:
-            left -= len(one["text"])
+            left -= min(len(one["text"]), MOST_CHARACTERS)
             one["rendered"] = str(markdown(one["text"])) if left >= 0 else None
         return {
             "quantities": ranges.described(),
@@ -140,18 +140,19 @@ def _rows(path: Path, schema: pa.Schema, where: Mapping[str, Any]) -> Iterator[d
     """The matching rows of a table. Lists of numbers are `Numbers`; other lists, and missing values, are Python's."""
     for table in matching_rows(path, schema, where):
         for place in range(len(table)):
-            row: dict[str, Any] = {}
-            for name in schema.names:
-                value = table[name][place]
-                if pa.types.is_list(value.type) and pa.types.is_floating(value.type.value_type):
-                    row[name] = as_numbers(value)
-                else:
-                    row[name] = value.as_py()
+            with reading(path, "restore it from a copy"):  # texts may be no UTF-8
+                row = {name: _cell(table[name][place]) for name in schema.names}
             row["token_ids"] = row["token_ids"] or []
             count = len(row["token_ids"])
             row["mask"] = row["mask"] if _fits(row["mask"], count) else [True] * count
             row["token_texts"] = row["token_texts"] if _fits(row["token_texts"], count) else None
             yield row
+
+
+def _cell(value: pa.Scalar) -> Any:
+    if pa.types.is_list(value.type) and pa.types.is_floating(value.type.value_type):
+        return as_numbers(value)
+    return value.as_py()
 
 
 def _fits(values: Sequence[Any] | None, count: int) -> bool:

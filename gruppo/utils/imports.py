@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +46,18 @@ def import_attribute(name: str, field: str) -> Any:
             f'{field} = "{name}": {attribute} is a {type(value).__name__} and not callable; name a function or class'
         )
     return value
+
+
+@contextmanager
+def needing_ui(what: str) -> Iterator[None]:
+    """Guard a block that imports from gruppo.ui. Raises UsageError with the command that installs the extra `ui`, if a
+    package of it is missing. `what`: what needs it, e.g. "the dashboard"."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "gruppo":
+            raise
+        raise UsageError(f'{error.name}: is not installed; {what} needs: pip install "gruppo[ui]"') from None
 
 
 def _import_module(name: str) -> ModuleType:

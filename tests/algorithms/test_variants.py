@@ -250,7 +250,7 @@ def computed(
     for batch in pack(groups, weights, budget, with_kl=settings.kl_in_loss):
         with torch.no_grad():
             batch_loss(sampled, reference, batch, settings, TEMPERATURE, Metrics())
-        loss = batch_loss(policy, reference, batch, settings, TEMPERATURE, Metrics(), first=False)
+        loss = batch_loss(policy, reference, batch, settings, TEMPERATURE, Metrics())
         loss.backward()
         total += float(loss.detach())
     return total, {
@@ -395,7 +395,7 @@ def test_truncated_importance_weights_by_hand() -> None:
         batch_loss(policy, reference, batch, settings, TEMPERATURE, Metrics())
     assert batch.old_logprobs is not None
     batch.sampling_logprobs = batch.old_logprobs - torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    batch.old_logprobs, ref = None, batch.ref_logprobs
+    batch.old_logprobs, batch.entropy, ref = None, None, batch.ref_logprobs
     metrics = Metrics()
     loss = float(batch_loss(policy, reference, batch, settings, TEMPERATURE, metrics).detach())
     kl = torch.expm1(ref - batch.old_logprobs) - (ref - batch.old_logprobs)

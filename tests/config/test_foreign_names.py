@@ -97,7 +97,7 @@ def test_tables_of_other_trainers(place: str, written: str) -> None:
 def test_answers_that_depend_on_the_value_or_need_words() -> None:
     assert answer("optimizer.warmup", 0.1) == "write optimizer.warmup_ratio"
     assert answer("optimizer.warmup", 10) == "write optimizer.warmup_steps"
-    assert "method.inner_updates" in answer("ppo_mini_batch_size")
+    assert "method.minibatches" in answer("ppo_mini_batch_size")
     assert answer("top_p").startswith("write evaluation.decoding.top_p")
     for name in ("max_length", "cutoff_len", "max_seq_length"):
         assert "task.max_prompt_tokens" in answer(name)
@@ -188,6 +188,9 @@ def _fields_of(table: str) -> set[str]:
         ("eval_steps", "evaluation.every"),
         ("dataset_test_split", "evaluation.task.split"),
         ("lora_r", "model.lora.rank"),
+        ("report_to", "run.trackers"),
+        ("log_with", "run.trackers"),
+        ("trackio_space_id", NOTHING),
         ("save_strategy", NOTHING),
         ("torch_compile", NOTHING),
         ("per_device_eval_batch_size", NOTHING),
@@ -197,6 +200,12 @@ def _fields_of(table: str) -> set[str]:
 )
 def test_options_of_trl(name: str, meant: str) -> None:
     assert (gruppo_name([name]) or "").startswith(meant)
+
+
+def test_trackers_of_other_trainers() -> None:
+    assert 'write run.trackers = ["wandb"]' in answer("use_wandb")  # OpenRLHF
+    assert "write run.trackers" in answer("trainer.logger")  # verl
+    assert "WANDB_PROJECT" in answer("trainer.project_name")
 
 
 # Options that set what is trained, from verl's ppo_trainer.yaml, OpenRLHF's train_ppo_ray, Unsloth and LLaMA-Factory.

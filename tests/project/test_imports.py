@@ -14,8 +14,9 @@ import pytest
 # A package may import from itself and from packages left of the arrow before it.
 RULE = (
     "errors, types -> utils -> config -> runs, data, algorithms -> models -> engines, rewards -> rollout -> evaluation "
-    "-> training -> preflight -> cli"
+    "-> training -> preflight -> ui -> cli"
 )
+DASHBOARD = {"errors", "utils", "config", "runs", "ui"}  # the dashboard may import nothing else
 RANK = {name: rank for rank, names in enumerate(RULE.split(" -> ")) for name in names.split(", ")}
 PACKAGE = Path("gruppo")
 MODULES = {
@@ -57,6 +58,12 @@ def test_packages_import_downward_only() -> None:
     assert wrong == []
 
 
+def test_the_dashboard_imports_what_reads_run_folders_only() -> None:
+    found = {package(name) for module, path in MODULES.items() if package(module) == "ui" for name in imports(path)
+             if name.split(".")[0] == "gruppo"}  # fmt: skip
+    assert found - {""} == DASHBOARD  # "": gruppo itself, for its version
+
+
 def test_there_are_no_import_cycles() -> None:
     graph = {
         module: {name for name in imports(path, deferred=False) if name in MODULES} for module, path in MODULES.items()
@@ -87,6 +94,7 @@ def loaded_by(code: str) -> set[str]:
         "import gruppo.runs, pkgutil, importlib\n"
         "for module in pkgutil.iter_modules(gruppo.runs.__path__):\n"
         "    importlib.import_module('gruppo.runs.' + module.name)",
+        "import gruppo.ui.app, gruppo.ui.server",
     ],
 )
 def test_torch_is_not_loaded_by_light_imports(code: str) -> None:
@@ -110,3 +118,9 @@ def test_benchmarks_and_scripts_import_names_that_exist(path: Path) -> None:
             module = importlib.import_module(str(node.module))
             for alias in node.names:
                 assert hasattr(module, alias.name) or f"{node.module}.{alias.name}" in MODULES, alias.name
+
+
+def test_a_result_alone_reaches_the_dashboard() -> None:
+    """Its methods `view` and `report` import it by name, when they are called."""
+    named = {path.name for path in (PACKAGE / "runs").rglob("*.py") if "gruppo.ui" in path.read_text(encoding="utf-8")}
+    assert named == {"results.py"}

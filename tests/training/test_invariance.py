@@ -322,7 +322,7 @@ def test_inner_updates_use_the_first_forward_pass_as_old() -> None:
         for parameter in policy.model.parameters():
             parameter.sub_(0.05 * parameter.grad)
     policy.generation.advance()
-    batch_loss(policy, reference, batch, SETTINGS, TEMPERATURE, second, first=False)
+    batch_loss(policy, reference, batch, SETTINGS, TEMPERATURE, second)
     assert batch.old_logprobs is old
     assert first.reduce()["policy/ratio_max"] == 1.0
     assert second.reduce()["policy/ratio_max"] > 1.001

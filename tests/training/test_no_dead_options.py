@@ -37,6 +37,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "kl_coef": 0.3,
         "tis_cap": 0.5,
         "inner_updates": 3,
+        "minibatches": 2,
+        "advantage_epsilon": 0.5,
         "mask_truncated": "not",
         "dynamic_sampling_rounds": 1,
     },

@@ -24,6 +24,12 @@ from gruppo.rollout.workers.supervised import Supervised
 _START = "import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
 _PACKAGES = str(Path(__file__).parents[3])
 
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of gruppo as a program, in this Python and with unbuffered output."""
+    return [sys.executable, "-u", "-X", "faulthandler", "-P", "-c", _START, _PACKAGES, module, *arguments]
+
+
 LOAD_TIMEOUT = 300.0  # seconds
 TICK_SECONDS = 0.5
 
@@ -50,12 +56,9 @@ class Worker:
         answer_read, answer_write = os.pipe()
         self.channel = Channel(answer_read, call_write)
         printed = subprocess.DEVNULL if output is None else output.descriptor
-        arguments = [str(number) for number in (call_read, answer_write, memory)]
-        python = [sys.executable, "-u", "-X", "faulthandler", "-P", "-c", _START, _PACKAGES]
+        command = python_command(self.module, *(str(number) for number in (call_read, answer_write, memory)))
         try:
-            self.process = Supervised(
-                [*python, self.module, *arguments], (call_read, answer_write), printed, self._environment, delay=delay
-            )
+            self.process = Supervised(command, (call_read, answer_write), printed, self._environment, delay=delay)
         except BaseException:
             self.channel.close()
             raise
@@ -115,7 +118,7 @@ class Worker:
     def _died(self) -> dict[str, Any]:
         code = self.process.exit_code()
         self.kill()
-        return {"failure": f"its process died ({_how(code)}); see {self.log}"}
+        return {"failure": f"its process died ({how_it_ended(code)}); see {self.log}"}
 
     def _invalid_answer(self) -> dict[str, Any]:
         self.kill()
@@ -152,7 +155,7 @@ def kill(workers: Sequence[Worker]) -> None:
         worker.kill()
 
 
-def _how(code: int | None) -> str:
+def how_it_ended(code: int | None) -> str:
     """How a process ended, as text."""
     if code is None or code >= 0:
         return f"exit code {code}"

@@ -122,7 +122,8 @@
 
   function mount(section) {
     const grid = section.querySelector(".charts"), script = section.querySelector("script.data");
-    let payload = gruppo.data(script);
+    const first = gruppo.data(script);
+    let payload = first;
     const shown = new Map();
     const settings = { smoothing: 0, logarithmic: false, marks: true, events: payload.events || [] };
     const control = function (name) { return section.querySelector('[data-control="' + name + '"]'); };
@@ -196,12 +197,15 @@
     take(payload);
 
     let busy = false, again = false;
+    function axis() { return control("axis") ? control("axis").value : "step"; }
     function load() {
-      if (!grid.dataset.src) return;
+      if (!grid.dataset.src) { // a report holds the curves of every axis
+        take(axis() === first.axis ? first : first.others[axis()]);
+        return;
+      }
       if (busy) { again = true; return; }
       busy = true;
-      const axis = control("axis") ? control("axis").value : "step";
-      fetch(grid.dataset.src + (grid.dataset.src.includes("?") ? "&" : "?") + "axis=" + encodeURIComponent(axis), { credentials: "same-origin" })
+      fetch(grid.dataset.src + (grid.dataset.src.includes("?") ? "&" : "?") + "axis=" + encodeURIComponent(axis()), { credentials: "same-origin" })
         .then(function (answer) { return answer.ok ? answer.json() : Promise.reject(answer.status); })
         .then(take).catch(function () { /* the server was stopped */ })
         .finally(function () { busy = false; if (again) { again = false; load(); } });

@@ -84,6 +84,12 @@
     return button;
   }
 
+  // A place on this page, to which a link leads whose address must stay.
+  function reach(id) {
+    const place = document.getElementById(id);
+    if (place) { place.scrollIntoView(); place.focus({ preventScroll: true }); }
+  }
+
   window.gruppo = window.gruppo || {};
-  window.gruppo.text = { h, short, exact, plural, textNodes, plain, quoted, rendered, copyButton };
+  window.gruppo.text = { h, short, exact, plural, textNodes, plain, quoted, rendered, copyButton, reach };
 })();

@@ -1,4 +1,4 @@
-// The token view: completions with every token coloured by a quantity. Data: see gruppo/ui/tokens.py.
+// The token view: completions with every token colored by a quantity. Data: see gruppo/ui/tokens.py.
 // The page loads text.js before.
 (function () {
   "use strict";
@@ -7,9 +7,9 @@
   const STORE = "gruppo.tokens";
   const { h, short, exact, plural, textNodes, plain, quoted, rendered, copyButton } = window.gruppo.text;
 
-  // ---------------------------------------------------------------- numbers and colours
+  // ---------------------------------------------------------------- numbers and colors
 
-  function colour(quantity, value) {
+  function color(quantity, value) {
     if (value === null || value === undefined) return "none";
     if (typeof value !== "number") return "odd";
     const size = quantity.scale === "ratio" ? Math.log(value) : quantity.scale === "low" ? -value : value;
@@ -27,13 +27,17 @@
       : ["n5", "n4", "n3", "n2", "n1", "p0", "p1", "p2", "p3", "p4", "p5"];
     const end = scale === "ratio" ? [short(Math.exp(-limit)), "1", short(Math.exp(limit))]
       : scale === "low" ? ["0", "", short(-limit)] : scale === "high" ? ["0", "", short(limit)] : [short(-limit), "0", short(limit)];
-    const beyond = quantity.low !== null && (scale === "low" ? -quantity.low : scale === "ratio" ? 0 : quantity.high) > limit * 1.01;
-    const last = end[2] + (beyond ? (scale === "low" ? " or lower" : " or more") : "");
+    const size = (value) => (value === null ? 0 : scale === "ratio" ? Math.log(value) : scale === "low" ? -value : value);
+    const beyond = (value) => value > limit * 1.01;
+    const first = end[0] + (!one && beyond(-size(quantity.low)) ? " or less" : "");
+    const highest = size(scale === "low" ? quantity.low : quantity.high);
+    const last = end[2] + (beyond(highest) ? (scale === "low" ? " or less" : " or more") : "");
     return h("div", { class: "legend" },
-      h("span", { class: "num" }, end[0]),
+      h("span", { class: "num" }, first),
       h("span", { class: "swatches", "aria-hidden": "true" }, names.map((name) => h("span", { class: "swatch t " + name }))),
       h("span", { class: "num" }, last + (quantity.unit ? " " + quantity.unit : "")),
-      h("span", { class: "muted" }, `mean ${short(quantity.mean)}, from ${short(quantity.low)} to ${short(quantity.high)} in the group`));
+      h("span", { class: "muted" }, quantity.low === null ? "no finite number in the group"
+        : `${quantity.mean === null ? "" : `mean ${short(quantity.mean)}, `}from ${short(quantity.low)} to ${short(quantity.high)} in the group; hatched: not sampled`));
   }
 
   // ---------------------------------------------------------------- store
@@ -110,10 +114,10 @@
     const commands = Object.fromEntries(data.commands.map((one) => [one.reward, one.command]));
     return h("section", { class: "card rewards", "aria-label": "Rewards" }, h("h2", {}, "Rewards"), [...names].map((name) => h("div", { class: "call" },
       h("h3", {}, plain(name)),
-      commands[name] && h("div", { class: "command" }, h("code", {}, commands[name]),
-        copyButton("Copy", `Copy the command that repeats the call of ${name}`, () => commands[name])),
       printed[name] ? scrolled("pre", "printed", `What ${name} printed`, printed[name], textNodes(printed[name]))
-        : h("p", { class: "muted" }, "Nothing printed, or not recorded."))));
+        : h("p", { class: "muted" }, "It printed nothing, or that was not recorded."),
+      commands[name] && folded("Command that repeats this call", h("div", { class: "command" }, h("code", {}, commands[name]),
+        copyButton("Copy", `Copy the command that repeats the call of ${name}`, () => commands[name]))))));
   }
 
   function badges(one) {
@@ -131,13 +135,18 @@
     }
     found.push(h("span", { class: "badge" }, plural(one.tokens, "token")));
     if (one.finish_reason === "length") found.push(h("span", { class: "badge warn" }, "truncated"));
-    else if (one.finish_reason) found.push(h("span", { class: "badge" }, plain(one.finish_reason)));
+    else if (one.finish_reason) found.push(h("span", { class: "badge" }, one.finish_reason === "stop" ? "finished" : plain(one.finish_reason)));
     if (one.trained === false) found.push(h("span", { class: "badge warn" }, "not trained on"));
     return found;
   }
 
   function notes(one) {
     const found = [];
+    const parts = Object.entries(one.parts || {});
+    if (parts.length > 1 || parts.some(([, value]) => value !== one.reward)) {
+      found.push(h("dl", { class: "parts", "aria-label": "Reward parts, unweighted" }, parts.map(([name, value]) =>
+        h("div", {}, h("dt", {}, plain(name)), h("dd", { class: "num" }, value === null ? "does not apply" : exact(value))))));
+    }
     if (one.failure) found.push(h("p", { class: "note warn" }, "Excluded: ", plain(one.failure)));
     if (one.token_ids.length < one.tokens) {
       found.push(h("p", { class: "note warn" }, `The first ${one.token_ids.length.toLocaleString("en")} of ${plural(one.tokens, "token")} are shown.`));
@@ -148,11 +157,6 @@
 
   function more(one) {
     const found = [];
-    const parts = Object.entries(one.parts || {});
-    if (parts.length) {
-      found.push(h("table", { class: "table parts" }, h("caption", {}, "Reward parts, unweighted"), h("tbody", {}, parts.map(([name, value]) =>
-        h("tr", {}, h("th", { scope: "row" }, plain(name)), h("td", { class: "num" }, value === null ? "does not apply" : exact(value)))))));
-    }
     const graded = { ...one.verdict };
     delete graded.correct;
     for (const [name, value] of Object.entries(graded)) if (value === null || (typeof value === "object" && !Object.keys(value).length)) delete graded[name];
@@ -160,7 +164,7 @@
       if (object && Object.keys(object).length) found.push(h("h4", {}, words), facts(object));
     }
     if (one.policy_version !== undefined && one.policy_version !== null) found.push(h("p", { class: "muted" }, `Sampled by the policy after step ${one.policy_version}.`));
-    return found.length ? folded("Reward parts and records", found) : null;
+    return found.length ? folded("Details", found) : null;
   }
 
   // ---------------------------------------------------------------- tokens
@@ -243,7 +247,7 @@
       const { quantity } = this.view;
       const values = quantity && this.one.values[quantity.key];
       this.tokens.forEach((token, place) => {
-        token.className = token.kind + " " + (values && this.one.mask[place] ? colour(quantity, values[place]) : "none");
+        token.className = token.kind + " " + (values && this.one.mask[place] ? color(quantity, values[place]) : "none");
       });
     }
 
@@ -297,7 +301,7 @@
 
     head() {
       const { data } = this;
-      const { offset, shown, total, previous, next } = data.page;
+      const { shown, total } = data.page;
       const rewards = data.outline.map((one) => one.reward).filter((one) => typeof one === "number");
       const top = Math.max(0, ...rewards);
       const low = Math.min(0, ...rewards);
@@ -311,12 +315,11 @@
       })) : null;
       const words = [plural(total, data.kind === "group" ? "completion" : "answer")];
       if (data.rewards && data.rewards.mean !== null) words.push(`mean reward ${short(data.rewards.mean)}`);
-      if (shown < total) words.push(`${offset + 1} to ${offset + shown} on this page`);
+      if (shown < total) words.push(`#${data.completions[0].number} to #${data.completions[shown - 1].number} on this page`);
       return h("div", { class: "head" },
         data.skipped ? h("p", { class: "note warn" }, "No gradient from this group: ", plain(data.skipped)) : null,
         h("div", { class: "pair" }, promptCard(data.prompt), rewardCard(data)),
-        h("div", { class: "overview" }, h("span", {}, words.join(" · ")), strip,
-          previous || next ? h("nav", { "aria-label": "Pages of completions" }, previous && h("a", { class: "button", href: previous }, "Previous"), next && h("a", { class: "button", href: next }, "Next")) : null));
+        h("div", { class: "overview" }, h("span", {}, words.join(" · ")), strip));
     }
 
     toolbar() {
@@ -330,7 +333,7 @@
       white.addEventListener("change", () => this.change({ white: white.checked }, () => this.build()));
       const json = { ...data, completions: data.completions.map(({ rendered, ...one }) => one) };
       return h("div", { class: "toolbar controls", role: "group", "aria-label": "How to show the completions" },
-        choice("Colour", this.quantity ? this.quantity.key : "", options, (key) => {
+        choice("Color", this.quantity ? this.quantity.key : "", options, (key) => {
           this.quantity = data.quantities.find((one) => one.key === key);
           this.change({ quantity: key }, () => this.paint());
         }),
@@ -399,7 +402,7 @@
         if (!found) return;
         this.focused = found;
         this.describe(found);
-        this.live.textContent = this.words(found);
+        this.live.textContent = this.words(found, this.quantity ? [this.quantity] : []);
       });
       this.list.addEventListener("keydown", (event) => {
         const found = token(event);
@@ -409,6 +412,7 @@
           this.describe(null);
         }
         if (!found || event.altKey || event.ctrlKey || event.metaKey) return;
+        if (event.key === "Enter") this.live.textContent = this.words(found, this.data.quantities);
         if (!["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) return;
         event.preventDefault();
         const { completion } = found.closest(".body");
@@ -422,20 +426,22 @@
       token.focus({ preventScroll: false });
     }
 
-    words(token) {
+    words(token, quantities) { // what a screen reader says of a token
       const { one } = token.closest(".body").completion;
       const place = Number(token.dataset.t);
-      const values = this.quantity && one.values[this.quantity.key];
-      const value = values ? values[place] : null;
-      const number = this.quantity ? `${this.quantity.label} ${value === null ? "not recorded" : `${exact(value)} ${this.quantity.unit}`}` : "";
-      return `Token ${place + 1} of ${one.token_ids.length}, id ${one.token_ids[place]}. ${one.mask[place] ? "" : "Not sampled. "}${number}`;
+      const text = one.token_texts ? `${quoted(one.token_texts[place])}, ` : "";
+      const numbers = quantities.map(({ key, label, unit }) => {
+        const value = one.values[key] ? one.values[key][place] : null;
+        return ` ${label}: ${value === null ? "not recorded" : `${exact(value)} ${unit}`.trim()}.`;
+      });
+      return `${text}token ${place + 1} of ${one.token_ids.length}, id ${one.token_ids[place]}.${one.mask[place] ? "" : " Not sampled."}${numbers.join("")}`;
     }
 
     describe(token) {
       if (this.current) this.current.classList.remove("current");
       this.current = token;
       if (!token || !token.isConnected) {
-        this.panel.replaceChildren(h("p", { class: "muted" }, "Point at a token, tap it, or move with the arrow keys, to see its numbers."));
+        this.panel.replaceChildren(h("p", { class: "muted" }, "Point at a token or tap it to see its numbers. With the keyboard: Tab to a completion, then the arrow keys; Enter reads all numbers aloud."));
         return;
       }
       token.classList.add("current");
@@ -446,7 +452,7 @@
       const missing = values.filter(([, value]) => value === null).map(([quantity]) => quantity.label);
       const rows = values.filter(([, value]) => value !== null).map(([quantity, value]) =>
         h("tr", { class: quantity === this.quantity ? "chosen" : "", title: quantity.meaning }, h("th", { scope: "row" }, quantity.label),
-          h("td", { class: "num" }, h("span", { class: "swatch t " + (one.mask[place] ? colour(quantity, value) : "none") }), exact(value), quantity.unit && h("span", { class: "unit" }, quantity.unit))));
+          h("td", { class: "num" }, h("span", { class: "swatch t " + (one.mask[place] ? color(quantity, value) : "none") }), exact(value), quantity.unit && h("span", { class: "unit" }, quantity.unit))));
       const chance = one.values.sampling_logprob && one.values.sampling_logprob[place];
       if (typeof chance === "number") {
         rows.push(h("tr", {}, h("th", { scope: "row" }, "probability, engine"), h("td", { class: "num" }, exact(Number(Math.exp(chance).toPrecision(4))))));

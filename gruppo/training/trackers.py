@@ -1,0 +1,139 @@
+"""The trackers of a run: their processes, which the run starts, looks at after every step, and ends.
+
+A tracker gets nothing from the run: it follows the run folder (`gruppo.runs.tracker_main`). So whatever it does, raise,
+hang or die, the run computes the same and waits for nothing until its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gruppo.errors import UsageError
+from gruppo.rollout.workers.log import Output
+from gruppo.rollout.workers.process import how_it_ended, python_command
+from gruppo.rollout.workers.supervised import Supervised
+from gruppo.runs.trackers import FOLDER
+
+FINISH_SECONDS = 30.0  # for all trackers of a run that has ended, to log and upload the rest
+_LAST_BYTES, _LAST_LINES = 4096, 8  # of a tracker's log, in the event that it has ended
+
+# Variables of launchers, with which accelerate would look for other processes of the run.
+_LAUNCHER = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(ACCELERATE|PMI|OMPI|MV2|TORCHELASTIC)_.*"
+)
+
+
+class Ended(NamedTuple):
+    """A tracker that has ended before the run did, or did not end after it. `why`: in words; `lines`: the last ones of
+    its log."""
+
+    name: str
+    why: str
+    lines: list[str]
+
+    @property
+    def message(self) -> str:
+        """One line for people."""
+        last = f": {self.lines[-1][:300]}" if self.lines else ""
+        return f"{self.name} {self.why}{last}; see {FOLDER}/{self.name}.log"
+
+
+class Trackers:
+    """The processes of a run's trackers. `names`: of the trackers; `step`: the run continues from it."""
+
+    def __init__(self, folder: Path, names: Sequence[str], step: int) -> None:
+        """Start the processes. One that cannot be started has ended."""
+        self._alive: dict[str, _Process] = {}
+        self._failed: list[Ended] = []
+        for name in names:
+            try:
+                (folder / FOLDER).mkdir(exist_ok=True)
+                self._alive[name] = _Process(folder, name, step)
+            except (OSError, UsageError) as error:
+                self._failed.append(Ended(name, f"could not be started ({error})", []))
+
+    def ended(self) -> Iterator[Ended]:
+        """Trackers that have ended by themselves since the last call."""
+        failed, self._failed = self._failed, []
+        yield from failed
+        for name, process in list(self._alive.items()):
+            if process.supervised.gone:
+                del self._alive[name]
+                yield Ended(name, f"has ended ({how_it_ended(process.supervised.exit_code())})", process.close())
+
+    def finish(self) -> Iterator[Ended]:
+        """Let the trackers log what is left, and end those that take too long. Yields like `ended`."""
+        yield from self.ended()
+        for process in self._alive.values():
+            process.let_end()
+        deadline = time.monotonic() + FINISH_SECONDS
+        try:
+            for name, process in self._alive.items():
+                finished = process.wait(max(0.0, deadline - time.monotonic()))
+                code, lines = process.supervised.process.returncode, process.close()
+                if not finished:
+                    yield Ended(name, f"was ended, as it took longer than {FINISH_SECONDS:.0f} s after the run", lines)
+                elif code:
+                    yield Ended(name, f"has ended ({how_it_ended(code)})", lines)
+        finally:
+            for process in self._alive.values():
+                process.close()
+            self._alive = {}
+
+
+class _Process:
+    """The process of one tracker, its log, and the pipe that tells it that the run has ended."""
+
+    def __init__(self, folder: Path, name: str, step: int) -> None:
+        self._output = Output(folder / FOLDER / f"{name}.log")
+        read, self._write = os.pipe()
+        command = python_command("gruppo.runs.tracker_main", name, str(folder.absolute()), str(step), str(read))
+        kept = {name: value for name, value in os.environ.items() if not _LAUNCHER.fullmatch(name)}
+        environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._closed = False
+        try:
+            self.supervised = Supervised(command, (read,), self._output.descriptor, environment)
+        except BaseException:
+            os.close(self._write)
+            self._output.close()
+            raise
+        finally:
+            os.close(read)
+
+    def let_end(self) -> None:
+        """Tell the process that the run has ended."""
+        with contextlib.suppress(OSError):  # it is dead
+            os.write(self._write, b"\n")
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the process ends within some seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.supervised.process.wait(seconds)
+        return self.supervised.gone
+
+    def close(self) -> list[str]:
+        """End the process and everything that it has started. Returns the last lines of its log."""
+        if self._closed:
+            return []
+        self._closed = True
+        self.supervised.end()
+        os.close(self._write)
+        self._output.close()
+        return _last_lines(self._output.path)
+
+
+def _last_lines(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _LAST_BYTES))
+            text = stream.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-_LAST_LINES:]
