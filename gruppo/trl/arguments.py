@@ -45,6 +45,7 @@ MAPPED: Mapping[str, str] = {
     "logging_first_step": "state.log_history; the run folder records every step",
     "disable_tqdm": "whether progress is shown",
     "run_name": "run.name",
+    "report_to": "run.trackers",
     "eval_strategy": "when evaluate() runs during training",
     "evaluation_strategy": "eval_strategy",
     "eval_steps": "when evaluate() runs during training",
@@ -87,7 +88,7 @@ _IGNORED = """
     average_tokens_across_devices bf16_full_eval fp16_full_eval tf32 activation_checkpointing
     activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
     torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps
-    log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica report_to project
+    log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica project
     trackio_space_id trackio_bucket_id trackio_static_space_id per_device_eval_batch_size prediction_loss_only
     eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
     save_only_model save_on_each_node save_total_limit enable_jit_checkpoint hub_strategy hub_always_push

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from gruppo.config.sections import Tracker
 from gruppo.errors import UsageError, nearest
 from gruppo.trl.batches import Batches, batches_of
 from gruppo.trl.configs import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig, TrainingArguments
@@ -87,6 +88,7 @@ def recipe_of(
             "steps": length.steps,
             "checkpoint_every": length.every(batches, args.save_strategy, args.save_steps, "save_strategy")
             or length.steps,
+            "trackers": _trackers(args),
         },
         "model": {"name": model, **_precision(args)},
         "optimizer": _optimizer(args, length.steps * batches.updates, batches),
@@ -112,6 +114,12 @@ def recipe_of(
         sampling["max_tokens"] = longest
         task["overlong"] = "filter"
     return {**recipe, "task": task, "method": method, "sampling": sampling}
+
+
+def _trackers(args: TrainingArguments) -> list[str]:
+    """The trackers of `report_to` that gruppo has."""
+    named = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    return [name for name in get_args(Tracker) if name in named]
 
 
 def _run_name(args: TrainingArguments) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,12 +55,11 @@ class Compared:
         self.weights = trainer.model.state_dict()
         answers = iter(self.rollouts.itertuples())
 
-        def recorded(prompts: list[str], _: Any) -> dict[str, Any]:
-            rows = [next(answers) for _ in prompts]
-            assert [trainer.tokenizer.decode(row.prompt_token_ids) for row in rows] == prompts
-            ids = [list(map(int, row.token_ids)) for row in rows]
-            prompt_ids = [list(map(int, row.prompt_token_ids)) for row in rows]
-            return {"prompt_ids": prompt_ids, "completion_ids": ids, "logprobs": None}
+        def recorded(prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
+            rows = [next(answers) for _ in prompt_ids]
+            assert [list(row.prompt_token_ids) for row in rows] == prompt_ids
+            sampled = [list(map(int, row.token_ids)) for row in rows]
+            return (sampled, None) if method == "GRPO" else sampled
 
         group = options["num_generations"]
         prompts = [trainer.tokenizer.decode(ids) for ids in self.rollouts.prompt_token_ids[::group]]
@@ -71,8 +69,8 @@ class Compared:
             args=getattr(trl, f"{method}Config")(str(out / "theirs"), shuffle_dataset=False, **options),
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
             processing_class=AutoTokenizer.from_pretrained(model),
-            rollout_func=recorded,
         )
+        theirs._generate_single_turn = recorded
         theirs.train()
         self.theirs = theirs
         self.log = [line for line in theirs.state.log_history if "loss" in line]
