@@ -31,7 +31,10 @@ _MISSING: Mapping[str, str] = {
     "on_predict": "on_evaluate",
     "on_push_begin": "on_train_end",
 }
-_UNSERVED = ("should_save", "should_epoch_stop")
+_UNSERVED = {
+    "should_save": "checkpoints are saved every save_steps",
+    "should_epoch_stop": "write control.should_training_stop",
+}
 
 
 class Owner(Protocol):
@@ -47,6 +50,9 @@ class Owner(Protocol):
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate, log, and call on_evaluate."""
+
+    def note(self, text: str) -> None:
+        """Show a line."""
 
 
 def check_callback(callback: Any) -> TrainerCallback:
@@ -70,6 +76,7 @@ class Moments(Callback):
         self.owner, self.callbacks = owner, list(callbacks)
         self.control = TrainerControl()
         self.names: Sequence[str] = ()
+        self._said: set[str] = set()
         self._recent: list[dict[str, float]] = []
         self._losses: list[float] = []
         self.batches: Batches | None = None
@@ -108,13 +115,16 @@ class Moments(Callback):
                 **more,
             )
             self.control = self.control if answer is None else answer
-            for name in _UNSERVED:
+            for name, instead in _UNSERVED.items():
                 if getattr(self.control, name, False):
-                    raise UsageError(
-                        f"callbacks: {type(callback).__name__} sets control.{name}: a run saves every "
-                        "run.checkpoint_every steps and has no end of an epoch; write save_steps, or "
-                        "control.should_training_stop"
-                    )
+                    setattr(self.control, name, False)
+                    self._say(f"{type(callback).__name__} sets control.{name}, which has no effect: {instead}")
+
+    def _say(self, text: str) -> None:
+        """Show a note, once."""
+        if text not in self._said:
+            self._said.add(text)
+            self.owner.note(text)
 
     def begin(self) -> None:
         """The run begins."""

@@ -11,7 +11,15 @@ from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rollout.environments.client import Answer, EnvironmentHandle, Tick
-from gruppo.rollout.environments.trl_tools import Tools, awaited, schema_of, tools_of
+from gruppo.rollout.environments.trl_tools import (
+    CALL,
+    Tools,
+    awaited,
+    parsed_call,
+    schema_of,
+    tool_calls,
+    tools_of,
+)
 from gruppo.rollout.workers.reward_main import describe_error
 
 Factory = Callable[[], Any]
@@ -49,6 +57,7 @@ class LocalEnvironments:
         self._factories = dict(factory) if isinstance(factory, Mapping) else {None: factory}
         self._functions = list(functions)
         self._boxes: dict[int, _ToolBox] = {}
+        self._observed: dict[int, list[tuple[str, tuple[str, ...]]]] = {}  # what the model wrote, and the answers
         self.gives_reward = False
         self.digests: list[str] = []
         schemas: dict[str, dict[str, Any]] = {}
@@ -78,7 +87,7 @@ class LocalEnvironments:
     def answer(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`. The first call for new completions forgets the objects of earlier ones."""
         if plays and not any(play.texts for play in plays):
-            self._boxes = {}
+            self._boxes, self._observed = {}, {}
         return [self._answered(self._turn, play, tick) for play in plays]
 
     def end(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
@@ -105,7 +114,26 @@ class LocalEnvironments:
         turn = self._boxes[play.number].step(play.texts[-1])
         observation = turn.observation
         texts = (observation,) if isinstance(observation, str) else observation
+        if texts is not None:
+            self._observed.setdefault(play.number, []).append((play.texts[-1], tuple(texts)))
         return Answer(None if texts is None else tuple(texts), turn.done, turn.calls, turn.errors)
+
+    def messages(self, place: int, text: str) -> list[dict[str, Any]]:
+        """The completion at `place` of the last ones, whose whole text is `text`, as TRL's messages.
+
+        An answer that calls tools has `tool_calls`, and each result is a message of the role "tool".
+        """
+        number = sorted(self._boxes)[place]
+        messages: list[dict[str, Any]] = []
+        rest = text
+        for written, observations in self._observed.get(number, []):
+            calls = [_call(body) for body in tool_calls(written)]
+            message = {"role": "assistant", "content": written.partition(CALL)[0]}
+            messages.append({**message, "tool_calls": [{"type": "function", "function": call} for call in calls]})
+            for call, observation in zip(calls, observations, strict=False):
+                messages.append({"role": "tool", "name": call["name"], "content": observation})
+            rest = rest.partition(observations[-1])[2] if observations else rest
+        return [*messages, {"role": "assistant", "content": rest.lstrip("\n")}] if rest or not messages else messages
 
     def _reward(self, play: EnvironmentHandle) -> Answer:
         target = self._boxes[play.number].target
@@ -122,3 +150,12 @@ class LocalEnvironments:
 
     def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
         """Does nothing: there is no process that could be started again."""
+
+
+def _call(body: str) -> dict[str, Any]:
+    """A tool call as TRL shows it to reward functions; one that cannot be read has the name "" and its text."""
+    try:
+        name, arguments = parsed_call(body)
+    except Exception:  # noqa: BLE001  the model wrote no JSON
+        return {"name": "", "arguments": {"text": body}}
+    return {"name": name, "arguments": arguments}

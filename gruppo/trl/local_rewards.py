@@ -20,6 +20,7 @@ from gruppo.rewards.identity import old_digest
 from gruppo.rewards.loading import check_signature
 from gruppo.rollout.workers.reward_main import accepted, describe_error, values_of
 from gruppo.rollout.workers.rewards import Outcome, call_arguments, outcome_of, reward_names
+from gruppo.trl.local_environments import LocalEnvironments
 from gruppo.types import Completion, Prompt, Reward
 from gruppo.utils.progress import Advance
 
@@ -51,8 +52,8 @@ class BackgroundLoop:
 
 
 class LocalRewards:
-    """See `gruppo.rollout.workers.rewards.Rewards`. `state` and `environments` give the arguments `trainer_state` and,
-    with an environment, `environments` of the functions."""
+    """See `gruppo.rollout.workers.rewards.Rewards`. `state` gives the argument `trainer_state` of the functions;
+    with `environments`, they get its objects as `environments`, and completions with tool calls as messages."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class LocalRewards:
         weights: Sequence[float],
         columns: Sequence[str],
         state: Callable[[Mapping[str, Any]], Any],
-        environments: Callable[[], Sequence[Any]] | None = None,
+        environments: LocalEnvironments | None = None,
     ) -> None:
         """Raises UsageError if a function cannot be called with these columns, or if there is not one weight each."""
         self.functions, self._state, self._environments = list(functions), state, environments
@@ -104,6 +105,9 @@ class LocalRewards:
         """
         completions = [completion for _, group in groups for completion in group]
         arguments = _joined([call_arguments(prompt, group) for prompt, group in groups])
+        if self._environments is not None and any(isinstance(prompt.content, list) for prompt, _ in groups):
+            texts = [completion.text for completion in completions]
+            arguments["completions"] = [self._environments.messages(*one) for one in enumerate(texts)]
         outcomes, metrics = [], dict[str, list[float]]()
         for function in self.functions:
             outcome = self._call(function, arguments, completions, state)
@@ -146,7 +150,7 @@ class LocalRewards:
 
         offered = {**arguments, "trainer_state": self._state(state), "log_extra": log_extra, "log_metric": log_metric}
         if self._environments is not None:
-            offered["environments"] = list(self._environments())
+            offered["environments"] = self._environments.objects
         try:
             result = self._loop.result(function(**accepted(function, offered)))
             answer = {"values": values_of(result, len(completions)), "metrics": metrics, "extra": extra}

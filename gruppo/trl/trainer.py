@@ -292,6 +292,10 @@ class Trainer:
     def _numbered(number: int) -> str:
         return FOLDER if number == 1 else f"{FOLDER}-{number}"
 
+    def note(self, text: str) -> None:
+        """Show a line, unless args.disable_tqdm."""
+        self._progress.note(text)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, Any]:

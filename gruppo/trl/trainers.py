@@ -108,17 +108,8 @@ class _OnlineTrainer(Trainer):
 
     def pool(self, columns: Sequence[str]) -> LocalRewards:
         """What calls the reward functions, for rows with these columns."""
-        objects = self.environments
-
-        def environments() -> Sequence[Any]:
-            return objects.objects if objects is not None else ()
-
         return LocalRewards(
-            self.reward_funcs,
-            self.args.reward_weights or [],
-            columns,
-            self._trainer_state,
-            environments if objects is not None else None,
+            self.reward_funcs, self.args.reward_weights or [], columns, self._trainer_state, self.environments
         )
 
     def _trainer_state(self, state: Mapping[str, Any]) -> TrainerState:
