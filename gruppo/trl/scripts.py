@@ -55,7 +55,6 @@ class ModelConfig:
     use_bnb_nested_quant: bool = False
     bnb_4bit_quant_storage: str | None = None
     torch_dtype: str | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass
