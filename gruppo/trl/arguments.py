@@ -63,7 +63,7 @@ MAPPED: Mapping[str, str] = {
     "trust_remote_code": "model.trust_remote_code",
     "max_prompt_length": 'task.max_prompt_tokens, with task.overlong = "filter"',
     "max_completion_length": "sampling.max_tokens",
-    "max_length": 'sampling.max_tokens, with task.overlong = "filter"',
+    "max_length": 'sampling.max_tokens, at most half of the context, with task.overlong = "filter"',
     "max_seq_length": "max_length",
     "temperature": "sampling.temperature",
     "generation_kwargs": "sampling.stop, from stop and stop_strings",

@@ -114,7 +114,7 @@ class LocalEnvironments:
         turn = self._boxes[play.number].step(play.texts[-1])
         observation = turn.observation
         texts = (observation,) if isinstance(observation, str) else observation
-        if texts is not None:
+        if texts:
             self._observed.setdefault(play.number, []).append((play.texts[-1], tuple(texts)))
         return Answer(None if texts is None else tuple(texts), turn.done, turn.calls, turn.errors)
 
@@ -132,7 +132,7 @@ class LocalEnvironments:
             messages.append({**message, "tool_calls": [{"type": "function", "function": call} for call in calls]})
             for call, observation in zip(calls, observations, strict=False):
                 messages.append({"role": "tool", "name": call["name"], "content": observation})
-            rest = rest.partition(observations[-1])[2] if observations else rest
+            rest = rest.partition(written)[2].partition(observations[-1])[2]
         return [*messages, {"role": "assistant", "content": rest.lstrip("\n")}] if rest or not messages else messages
 
     def _reward(self, play: EnvironmentHandle) -> Answer:

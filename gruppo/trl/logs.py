@@ -21,6 +21,7 @@ SAME: Mapping[str, str] = {
     "sampling/sampling_logp_difference/mean": "engine/logprob_difference_mean",
     "sampling/sampling_logp_difference/max": "engine/logprob_difference_max",
     "step_time": "time/step",
+    "rewards/accuracies": "dpo/accuracy",
 }
 
 _LOGGED = "reward/log/"  # begins the names of what reward functions log
@@ -32,6 +33,8 @@ def of_step(values: Mapping[str, Any], groups: Sequence[Group], names: Sequence[
     A step without an update has loss and gradient norm 0.
     """
     logs = {name: values[ours] for name, ours in SAME.items() if values.get(ours) is not None}
+    if "dpo/loss" in values:  # what gruppo differentiates for pairs has another value
+        logs["loss"] = values["dpo/loss"]
     logs = {"loss": 0.0, "grad_norm": 0.0, **logs, **of_groups(groups, names)}
     if {"clip_ratio/low_mean", "clip_ratio/high_mean"} <= logs.keys():
         logs["clip_ratio/region_mean"] = logs["clip_ratio/low_mean"] + logs["clip_ratio/high_mean"]

@@ -73,11 +73,12 @@ def length_of(args: TrainingArguments, batches: Batches, rows: int | None) -> Le
 
 
 def recipe_of(
-    args: TrainingArguments, length: Length, model: str, lora: Mapping[str, Any] | None, chat: bool
+    args: TrainingArguments, length: Length, model: str, lora: Mapping[str, Any] | None, chat: bool, context: int
 ) -> dict[str, Any]:
     """The recipe of a training, without its rewards and environment.
 
-    `model`: name or folder of the model; `lora`: the table [model.lora]; `chat`: whether prompts are conversations.
+    `model`: name or folder of the model; `lora`: the table [model.lora]; `chat`: whether prompts are conversations;
+    `context`: most tokens of a sequence of the model.
     Raises UsageError for a value that gruppo has nothing for.
     """
     batches = batches_of(args)
@@ -110,8 +111,8 @@ def recipe_of(
     else:
         assert isinstance(args, SFTConfig)
         method = _sft(args)
-    if isinstance(args, DPOConfig | SFTConfig) and (longest := args.max_seq_length or args.max_length):
-        sampling["max_tokens"] = longest
+    if isinstance(args, DPOConfig | SFTConfig):  # a row may have max_length tokens, and gruppo leaves out longer ones
+        sampling["max_tokens"] = min(args.max_seq_length or args.max_length or context, max(1, context // 2))
         task["overlong"] = "filter"
     return {**recipe, "task": task, "method": method, "sampling": sampling}
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
+from gruppo.models.compatibility import context_length
 from gruppo.models.loading import find_model
 from gruppo.rewards import RewardFunction
 from gruppo.runs.console import choose_progress
@@ -172,8 +173,9 @@ class Trainer:
         """The recipe and the rows of the training."""
         rows = self.train_rows()
         length = length_of(self.args, self.batches, len(rows) if sized(self.train_dataset) else None)
+        context = context_length(self._config)
         name = self._name if self._in_memory is None else f"{IN_MEMORY}{self._name}"
-        mapping = recipe_of(self.args, length, name, self._lora, is_conversation(rows[0]))
+        mapping = recipe_of(self.args, length, name, self._lora, is_conversation(rows[0]), context)
         recipe = load_recipe(self.completed(mapping))
         return Plan(recipe, self.batches, length, rows)
 

@@ -140,7 +140,19 @@ class _OnlineTrainer(Trainer):
             metrics |= self._evaluated(rows_of(rows, "eval_dataset"), prefix)
         self.moments.log(dict(metrics))
         self.moments.call("on_evaluate", metrics=metrics)
+        self._note_best(metrics)
         return {**metrics, "epoch": self.state.epoch}
+
+    def _note_best(self, metrics: Mapping[str, Any]) -> None:
+        """Keep the best value of metric_for_best_model in `state`, for callbacks."""
+        name = self.args.metric_for_best_model
+        value = metrics.get(name or "", metrics.get(f"eval_{name}"))
+        if name is None or value is None:
+            return
+        larger = not name.endswith("loss") if self.args.greater_is_better is None else self.args.greater_is_better
+        best = self.state.best_metric
+        if best is None or (value > best if larger else value < best):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
 
     def _evaluated(self, rows: Sequence[Row], prefix: str) -> dict[str, Any]:
         """The metrics of one set of rows."""

@@ -15,7 +15,7 @@ from gruppo.trl.recipes import length_of, recipe_of
 
 
 def field(args: TrainingArguments, name: str, chat: bool = False) -> Any:
-    mapping = recipe_of(args, length_of(args, batches_of(args), 100), "model", None, chat)
+    mapping = recipe_of(args, length_of(args, batches_of(args), 100), "model", None, chat, 4096)
     value: Any = load_recipe(mapping)
     for part in name.split("."):
         value = getattr(value, part)
