@@ -7,7 +7,7 @@
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
-#   make schema architecture                   generated files: recipes/schema.json, docs/recipe.md, docs/architecture.md
+#   make schema architecture                   generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
@@ -30,7 +30,7 @@ CODE := gruppo tests benchmarks scripts
 .PHONY: quickstart ui test check unit bubblewrap torture fuzz test-transformers bench format schema architecture lock licences clean
 
 quickstart: $(VENV)/.ready
-	$(BIN)/gruppo train recipes/quickstart.toml --out $(OUT) --resume
+	$(BIN)/gruppo train quickstart --out $(OUT) --resume
 
 ui: $(VENV)/.ready-ui
 	$(BIN)/gruppo ui $(UI)
@@ -95,7 +95,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format $(CODE)
 
 schema: $(VENV)/.ready
-	$(BIN)/gruppo schema > recipes/schema.json
+	$(BIN)/gruppo schema > gruppo/recipes/schema.json
 	$(BIN)/gruppo schema --markdown > docs/recipe.md
 
 architecture: $(VENV)/.ready

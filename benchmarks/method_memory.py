@@ -46,7 +46,7 @@ def measure(recipe: str, changes: dict[str, Any]) -> dict[str, Any]:
             SHAPE | ({"sampling.prompts_per_step": 64, "sampling.group_size": 1} if recipe == "sft" else {}) | changes
         )
         options = [part for name, value in fields.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-        command = [sys.executable, "-m", "gruppo.cli.main", "train", str(ROOT / f"recipes/{recipe}.toml"), *options]
+        command = [sys.executable, "-m", "gruppo.cli.main", "train", recipe, *options]
         subprocess.run([*command, "--out", f"{folder}/run"], check=True, stdout=sys.stderr)
         environment = json.loads(Path(f"{folder}/run/environment.json").read_text())
         summary = json.loads(Path(f"{folder}/run/summary.json").read_text())

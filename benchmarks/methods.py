@@ -56,7 +56,7 @@ def train(method: str, seed: int, args: argparse.Namespace) -> None:
     out = place(method, seed, args)
     settings = [f"run.seed={seed}", f"run.steps={args.steps}", "evaluation.every=0"]
     budget = [] if method == "sft" else [Budget(args.tokens, out)]
-    gruppo.train(ROOT / f"recipes/{method}.toml", callbacks=budget, overrides=settings, out=out, resume=True)
+    gruppo.train(method, callbacks=budget, overrides=settings, out=out, resume=True)
 
 
 def finished(method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:

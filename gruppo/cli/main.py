@@ -50,6 +50,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "rerun-reward": export.rerun_reward_,
     "rescore": rescore.rescore,
     "reproduce": export.reproduce,
+    "recipes": train.recipes,
     "methods": train.methods,
     "schema": train.schema,
 }

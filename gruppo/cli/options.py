@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gruppo.config.recipe import Recipe
     from gruppo.runs.trust import Code
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file; examples are in recipes/.")]
+RecipeFile = Annotated[Path, typer.Argument(help="A TOML file, or a name that `gruppo recipes` lists.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Set a field of the recipe; may be repeated."),
@@ -72,9 +72,10 @@ class Command(TyperCommand):
 def load_chosen_recipe(file: Path, set_: Sequence[str] | None, trusted: bool) -> Recipe:
     """Load the recipe that the command line names. One that lies in a run folder from somebody else needs consent."""
     from gruppo.config.loading import load_recipe
+    from gruppo.config.packaged import recipe_path
     from gruppo.runs.trust import foreign_code
 
-    recipe, folder = load_recipe(file, set_ or []), file.resolve().parent
+    recipe, folder = load_recipe(file, set_ or []), recipe_path(file).resolve().parent
     if (folder / "environment.json").is_file() and (folder / "recipe.toml").is_file():
         require_consent(file.parent, foreign_code(folder, recipe), trusted)
     return recipe

@@ -1,4 +1,4 @@
-"""`gruppo train`, `check`, `methods` and `schema`: commands for recipes."""
+"""`gruppo train`, `check`, `recipes`, `methods` and `schema`: commands for recipes."""
 
 from __future__ import annotations
 
@@ -97,6 +97,33 @@ def check(
         progress.result(describe_check(result))
     if result.problems:
         raise typer.Exit(1)
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe: gruppo recipes NAME > my.toml")] = None,
+) -> None:
+    """List the recipes that come with gruppo, or print one.
+
+    `gruppo train NAME` runs a recipe of this list.
+    """
+    import shutil
+    import textwrap
+    from itertools import zip_longest
+
+    from gruppo.config.packaged import as_copy, described, packaged_recipes
+    from gruppo.errors import UsageError, nearest
+
+    known = packaged_recipes()
+    if name is None:
+        width = max(map(len, known)) + 2
+        for each, path in known.items():
+            lines = textwrap.wrap(described(path), max(40, shutil.get_terminal_size().columns - width))
+            for label, line in zip_longest([each], lines, fillvalue=""):
+                typer.echo(f"{label:<{width}}{line}")
+    elif name in known:
+        typer.echo(as_copy(known[name]), nl=False)
+    else:
+        raise UsageError(f"recipe {name}: does not come with gruppo{nearest(name, known)}; gruppo recipes lists them")
 
 
 def methods() -> None:

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from gruppo.config.foreign_names import NOTHING, fields_named, gruppo_name
 from gruppo.config.labels import options_name
+from gruppo.config.packaged import packaged_recipes, recipe_path
 from gruppo.config.recipe import Recipe
 from gruppo.config.renames import new_field, new_value, translate_recipe
 from gruppo.config.sections import Decoding, Lora, Optimizer, Run, Section
@@ -123,7 +124,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
             raise RecipeError(f"recipe: {invalid[0]!r} is not the name of a table; use a string")
         files, folder, seen = [("recipe", copy.deepcopy(_require_flat(dict(source), "recipe")))], Path(), []
     elif isinstance(source, str | Path):
-        path = Path(source)
+        path = recipe_path(source)
         data = _read_file(path)
         if (path.parent / "environment.json").is_file():  # a run folder, possibly written by an older version
             data = without_unused_fields(translate_recipe(data))
@@ -135,15 +136,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
     while "extends" in files[-1][1]:
         where, data = files[-1]
         base_name = data.pop("extends")
-        if not isinstance(base_name, str) or not base_name:
-            raise RecipeError(
-                f'{where}: extends = {base_name!r}: must be the path of a recipe; write e.g. "other.toml"'
-            )
-        path = folder / user_path(base_name)
-        if not is_file(path):
-            raise RecipeError(
-                f'{where}: extends = "{base_name}": there is no file {path}; give a path relative to {where}'
-            )
+        path = _base(where, folder, base_name)
         if path.resolve() in seen:
             raise RecipeError(
                 f'{where}: extends = "{base_name}": leads back to {path}; extend a recipe that does not extend this one'
@@ -154,6 +147,21 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
         files.append((str(path), base))
         folder, seen = path.parent, [*seen, path.resolve()]
     return files
+
+
+def _base(where: str, folder: Path, name: Any) -> Path:
+    """The file of the recipe that the recipe `where` in `folder` extends."""
+    if not isinstance(name, str) or not name:
+        raise RecipeError(f'{where}: extends = {name!r}: must be a recipe; write e.g. "other.toml"')
+    path = folder / user_path(name)
+    if not is_file(path) and name in packaged_recipes():
+        return packaged_recipes()[name]
+    if not is_file(path):
+        raise RecipeError(
+            f'{where}: extends = "{name}": there is no file {path}; give a path relative to {where}, or a name that '
+            "`gruppo recipes` lists"
+        )
+    return path
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -168,7 +176,10 @@ def _read_file(path: Path) -> dict[str, Any]:
     except RecipeError:
         raise
     except (FileNotFoundError, IsADirectoryError):
-        raise RecipeError(f"{path}: there is no such recipe file; give the path of a .toml file") from None
+        raise RecipeError(
+            f"{path}: there is no such recipe file; give the path of a .toml file, or a name that `gruppo "
+            "recipes` lists"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}; fix that line") from None
     except (OSError, ValueError, RecursionError) as error:

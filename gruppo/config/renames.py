@@ -141,8 +141,8 @@ def _metric(name: str, parts: Mapping[str, str]) -> str:
 
 def translate_event(event: Mapping[str, Any]) -> dict[str, Any]:
     """A line of events with the current names."""
-    translated = dict(event)
-    translated["kind"] = _translated(translated.get("kind"), EVENTS)
-    if translated["kind"] == "warning":
-        translated["warning"] = _translated(translated.get("warning"), WARNINGS)
+    kind, warning = event.get("kind"), event.get("warning")
+    translated = {**event, "kind": EVENTS.get(kind, kind) if isinstance(kind, str) else kind}
+    if kind == "warning" and isinstance(warning, str):
+        translated["warning"] = WARNINGS.get(warning, warning)
     return {COLUMNS.get(name, name): value for name, value in translated.items()}

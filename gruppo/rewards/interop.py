@@ -118,7 +118,8 @@ def _is_column(values: Any, size: int) -> bool:
     return isinstance(values, Sequence) and not isinstance(values, str | bytes) and len(values) == size
 
 
-def _verl_arguments(_: Any, completion: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+def verl_arguments(_: Any, completion: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of verl's `compute_score` for a completion; without `ground_truth` if the row has none."""
     model = _object(row.get("reward_model"))
     nested = model if isinstance(model, Mapping) else {}
     truths = [place[name] for place, name in ((row, "ground_truth"), (nested, "ground_truth"), (row, "answer"))
@@ -148,6 +149,21 @@ def _object(value: Any) -> Any:
     return value if found is None else found
 
 
+def log_entries(
+    entries: Sequence[Mapping[Any, Any]],
+    log_extra: Callable[[str, Sequence[Any]], None] | None,
+    log_metric: Callable[[str, float], None] | None,
+) -> None:
+    """Log what came with the scores of a group: every entry as a column, numbers as metrics too."""
+    for name in dict.fromkeys(name for one in entries for name in one):
+        column = [one.get(name) for one in entries]
+        if log_extra is not None:
+            log_extra(str(name), column)
+        for value in column:
+            if log_metric is not None and isinstance(value, Real):
+                log_metric(str(name), float(value))
+
+
 def _scores(
     outcomes: Sequence[Any],
     log_extra: Callable[[str, Sequence[Any]], None] | None,
@@ -155,19 +171,17 @@ def _scores(
 ) -> list[Any]:
     """Return the scores; log the other entries of returned dicts."""
     extras = [outcome if isinstance(outcome, Mapping) else {} for outcome in outcomes]
-    for name in dict.fromkeys(name for entries in extras for name in entries if name != "score"):
-        column = [entries.get(name) for entries in extras]
-        if log_extra is not None:
-            log_extra(str(name), column)
-        for value in column:
-            if log_metric is not None and isinstance(value, Real):
-                log_metric(str(name), float(value))
+    log_entries(
+        [{name: value for name, value in entries.items() if name != "score"} for entries in extras],
+        log_extra,
+        log_metric,
+    )
     missing = ValueError('returned a dict without "score"')
     return [outcome.get("score", missing) if isinstance(outcome, Mapping) else outcome for outcome in outcomes]
 
 
 _VERL = Adapter(
-    _verl_arguments,
+    verl_arguments,
     ("data_source", "solution_str", "ground_truth", "extra_info"),
     {"ground_truth": ("ground_truth", "reward_model", "answer")},
 )

@@ -5,19 +5,22 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from gruppo.config.labels import options_name
 from gruppo.errors import UsageError, nearest
-from gruppo.rewards import RewardFunction, split_prefix
+from gruppo.rewards import RewardFunction, RewardRun, split_prefix
 from gruppo.rewards.identity import code_digest
 from gruppo.rewards.interop import ADAPTERS
 from gruppo.utils.imports import import_attribute
 
 OFFERED = ("prompts", "prompt_endings", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+_SECRET = re.compile(r"key|token|secret|password", re.IGNORECASE)  # in names of options whose values are not shown
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ def load_reward(
     options: Mapping[str, Any],
     columns: Sequence[str],
     partial_columns: Mapping[str, str] | None = None,
+    run: RewardRun | None = None,
 ) -> Loaded:
     """Load a reward from an import path, which may have an adapter's prefix, or from a pickled function.
 
     `columns`: names of the columns that all rows have. `partial_columns`: those that only some have, and how many, in
-    words. A class is instantiated once, with its options; a function receives them in
-    every call. Raises UsageError if the code cannot be imported, does not accept the options, or cannot be called with
+    words. `run`: passed to an object's method `use_run`, if it has one. A class is instantiated once, with its options;
+    a function receives them in every call. Raises UsageError if the code cannot be imported, does not accept the
+    options, cannot work within the limits of the run, or cannot be called with
     the arguments that a group offers.
     """
     if isinstance(source, bytes):
@@ -52,6 +57,9 @@ def load_reward(
     digest = code_digest(source, function)
     if isinstance(function, type):
         function, options = _instance(function, name, options), {}
+        if run is not None and hasattr(function, "use_run"):
+            with _naming_field(name):
+                function.use_run(run)
     if prefix:
         adapter = ADAPTERS[prefix]
         check_options(function, name, options, adapter.passed)
@@ -79,7 +87,8 @@ def check_options(function: Any, name: str, options: Mapping[str, Any], given: I
             raise UsageError(f"{_field(name)}.{option} = {value!r}: the run passes {option} itself; rename the option")
         if option not in known:
             fix = nearest(option, known) if known else "; it has no options: remove it"
-            raise UsageError(f"{_field(name)}.{option} = {value!r}: unknown option{fix}")
+            shown = "…" if _SECRET.search(option) else repr(value)
+            raise UsageError(f"{_field(name)}.{option} = {shown}: unknown option{fix}")
 
 
 def check_signature(
@@ -141,9 +150,10 @@ def _instance(kind: type, name: str, options: Mapping[str, Any]) -> RewardFuncti
             option = f"{_field(name)}.{parameter.name}"
             raise UsageError(f"{option}: missing; {kind.__name__} needs it: write {option} = …")
     try:
-        reward: RewardFunction = kind(**options)
-    except UsageError as error:
-        raise UsageError(f"{_field(name)}.{error}") from None
+        with _naming_field(name):
+            reward: RewardFunction = kind(**options)
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(
             f"{_field(name)} = {dict(options)}: {kind.__name__} fails when it is created with them "
@@ -155,6 +165,15 @@ def _instance(kind: type, name: str, options: Mapping[str, Any]) -> RewardFuncti
             "def __call__(self, prompts, completions, **columns)"
         )
     return reward
+
+
+@contextmanager
+def _naming_field(name: str) -> Iterator[None]:
+    """Put the recipe field before the option that a UsageError of the block begins with."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{_field(name)}.{error}") from None
 
 
 def _field(name: str) -> str:

@@ -1,7 +1,7 @@
 """The run folder: the recipe, the record and the results of a run. Everything that displays a run reads only this.
 
     recipe.toml  environment.json  metrics.jsonl  events.jsonl  rewards.log  summary.json
-    failures/step-000012-….json (calls of rewards)  rewards.old.log
+    failures/step-000012-….json (calls of rewards)  rewards.old.log  reward_cache.sqlite (answers of reward servers)
     rollouts/step-000012.parquet  evaluations/step-000012.parquet  labels/step-000012.parquet
     checkpoints/step-000010/  reference/ (of a later iteration)  reward_model/ (trained in the run)
     base/ (config, generation config and tokenizer of the initial model)  model/ (the result)
@@ -52,9 +52,12 @@ TABLES = ("rollouts", "evaluations", "labels")
 _LOGS = ("rewards.log", "rewards.old.log", "environment.log", "environment.old.log")  # output of user-defined code
 
 
+REWARD_CACHE = "reward_cache.sqlite"  # answers of judges and reward servers
+
+
 _FILES = (
     *APPENDED, "recipe.toml", "folder.json", "environment.json", "summary.json", "results.json", "status.json",
-    *_LOGS, "lock",
+    *_LOGS, REWARD_CACHE, "lock",
 )  # fmt: skip
 
 

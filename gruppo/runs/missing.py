@@ -5,6 +5,7 @@ Each description says what is lost. What a run has done is concluded from the fi
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gruppo.errors import UsageError
-from gruppo.runs.reading import read_lines, read_object, step_of
+from gruppo.runs.reading import read_lines, read_object, step_of_name
 from gruppo.runs.status import read_status
 
 _STEP = "completion/length"  # a metric of every step, and only of steps
@@ -49,15 +50,16 @@ def metric_problems(lines: Sequence[Mapping[str, Any]], done: int) -> list[str]:
     return problems
 
 
-def missing_parts(folder: Path) -> list[str]:
+def missing_parts(folder: Path, metrics: Iterable[Mapping[str, Any]] | None = None) -> list[str]:
     """Descriptions of what is missing from the folder of a run, finished or not.
 
-    A run may write to the folder meanwhile: files are looked up in the order in which it writes them, or later.
+    `metrics`: the lines of metrics.jsonl, if they have been read; only their steps and the names of metrics count. A
+    run may write to the folder meanwhile: files are looked up in the order in which it writes them, or later.
     """
     total = _finished_step(folder)
     saved = set(_steps_in(folder / "checkpoints"))
     done = max([total, *saved, max(_steps_in(folder / "rollouts"), default=1) - 1])
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = read_lines(folder / "metrics.jsonl") if metrics is None else list(metrics)
     evaluated = {int(line["step"]) for line in lines if any(name.startswith("eval/") for name in line)}
     every_step = set(range(1, done + 1)) | set(steps_of(lines))
     problems = []
@@ -128,7 +130,8 @@ def _written_events(checkpoints: Path) -> int:
 
 def _steps_in(folder: Path) -> list[int]:
     """The steps that a folder has checkpoints or tables of."""
-    return [step for path in folder.glob("step-*") if (step := step_of(path)) is not None]
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [step for name in names if (step := step_of_name(name)) is not None]
 
 
 def steps_text(steps: Collection[int]) -> str:

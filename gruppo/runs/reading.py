@@ -226,7 +226,12 @@ def reading(what: Path, fix: str) -> Iterator[None]:
 
 def step_of(path: Path) -> int | None:
     """12 for step-000012 and step-000012.parquet; None for another name."""
-    found = re.fullmatch(r"step-(\d{6,18})(\.parquet)?", path.name, re.ASCII)
+    return step_of_name(path.name)
+
+
+def step_of_name(name: str) -> int | None:
+    """The same for the name alone."""
+    found = re.fullmatch(r"step-(\d{6,18})(\.parquet)?", name, re.ASCII)
     return int(found[1]) if found else None
 
 

@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from gruppo.errors import UsageError
 from gruppo.runs.reading import read_table, reading
+from gruppo.runs.tables import ROLLOUTS
 
 SHOWN = 3  # questions with their answers
 LONGEST_PROMPT = 400  # characters of a prompt that a suggested command repeats
@@ -50,10 +53,10 @@ def sample_command(folder: Path, step: int, named: str | None = None) -> str:
     folder, by default by its path."""
     command = ["gruppo", "sample", named or str(folder)]
     try:
-        rows = read_table(folder / f"rollouts/step-{step:06d}.parquet").to_pylist()
+        table = read_table(folder / f"rollouts/step-{step:06d}.parquet", pa.schema([ROLLOUTS.field("prompt")]))
     except UsageError:
         return shlex.join(command)
-    prompt = min((row["prompt"] for row in rows), key=len)
+    prompt = min((prompt for prompt in table["prompt"].to_pylist() if prompt is not None), key=len, default="")
     messages = _messages(prompt)
     if messages is None:
         options = ["--plain", "--prompt", prompt]
@@ -63,14 +66,14 @@ def sample_command(folder: Path, step: int, named: str | None = None) -> str:
         options = ["--system", str(messages[0].get("content")), "--prompt", str(messages[1].get("content"))]
     else:
         options = ["--messages", prompt]
-    return shlex.join([*command, *(options if len(prompt) <= LONGEST_PROMPT else [])])
+    return shlex.join([*command, *(options if 0 < len(prompt) <= LONGEST_PROMPT else [])])
 
 
 def _messages(prompt: str) -> list[dict[str, Any]] | None:
     """The messages of a stored prompt; None if it is text."""
     try:
         content = json.loads(prompt)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     listed = isinstance(content, list) and content and all(isinstance(message, dict) for message in content)
     return content if listed else None

@@ -31,6 +31,7 @@ RECIPE = "recipe.toml"
 
 _FILES, _GYM = (".jsonl", ".json", ".csv", ".tsv", ".parquet"), "reasoning-gym/"  # tasks that are data
 _PREFIXES = ("verl:", "verifiers:")
+_SENDING = ("llm_judge", "remote")  # built-in rewards that send rows, and an environment variable, to an address
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Code:
 
 
 def code_of(recipe: Recipe) -> list[Code]:
-    """All code that a recipe names, in the order of its tables. Built-in names are not code of the recipe."""
+    """All code that a recipe names, in the order of its tables. Built-in names are not code of the recipe, except those
+    of rewards that send data to an address that the recipe names."""
     return list(_code_of(recipe))
 
 
@@ -96,8 +98,9 @@ def _task(place: str, task: Task) -> Iterator[Code]:
 def _named(
     place: str, name: str, options: Mapping[str, Any] | None = None, variables: Sequence[str] = ()
 ) -> Iterator[Code]:
-    """The code behind a name, if it is an import path. A function that was passed from Python is not in the folder."""
-    if ":" in name and not name.startswith(IN_MEMORY):
+    """The code behind a name, if it is an import path, or a built-in reward that sends what it gets to an address. A
+    function that was passed from Python is not in the folder."""
+    if name in _SENDING or (":" in name and not name.startswith(IN_MEMORY)):
         yield Code(place, name, options or {}, tuple(variables))
 
 

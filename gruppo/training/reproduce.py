@@ -21,6 +21,7 @@ from gruppo.errors import UsageError, worded
 from gruppo.evaluation.datasets import read_data
 from gruppo.rewards import RewardFunction
 from gruppo.runs.console import choose_progress
+from gruppo.runs.folder import REWARD_CACHE
 from gruppo.runs.missing import steps_of, steps_text
 from gruppo.runs.reading import read_lines, read_object, require_own
 from gruppo.runs.trust import Code, foreign_code, refusal
@@ -290,7 +291,7 @@ def _link(folder: Path, scratch: Path, step: int) -> list[str]:
     from gruppo.training.checkpoint import problem_of
 
     notes = []
-    for name in ("recipe.toml", "environment.json", "metrics.jsonl", "events.jsonl"):
+    for name in ("recipe.toml", "environment.json", "metrics.jsonl", "events.jsonl", REWARD_CACHE):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, scratch / name)
     for kind in ("checkpoints", "labels"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -38,7 +38,7 @@ from gruppo.training.reward_audit import RewardAudit
 from gruppo.training.reward_model import RewardModelTrainer
 from gruppo.training.setup import RunComponents
 from gruppo.training.summary import summarize
-from gruppo.training.trackers import Ended, Trackers
+from gruppo.training.trackers import Trackers
 from gruppo.training.value_model import ValueModelTrainer
 from gruppo.types import Group
 from gruppo.utils.oom_retry import SizeReduced
@@ -77,9 +77,10 @@ class TrainingRun:
         sinks: list[Sink] = [FileSink(parts.run), StatusSink(self.status)]
         self.recorder = Recorder(console, sinks, WarningMonitor(self.reward_weights, drift))
         self.context = RunContext(self.recipe, parts.run, self.state, self.recorder, stop, self.callbacks)
+        self.trackers = Trackers(self.context)
         self.checkpointer = Checkpointer(self.context, parts, self.status, enabled=saves)
-        parts.sizes.on_reduced = self._size_reduced
         _record_restarts(parts, self.recorder, self.state)
+        _record_reductions(parts, self.recorder, self.state)
         self.audit = _reward_audit(parts)
         scorer, reward_trainer = self._reward_model()
         self.rollouts = self._rollouts(scorer, source)
@@ -105,7 +106,6 @@ class TrainingRun:
             stop,
             lambda *arguments: self.callbacks.notify("on_evaluation", *arguments),
         )
-        self.trackers = Trackers(parts.run.path, (), 0)  # until the run is restored
         self._advance: Advance = lambda _: None  # the progress bar over all steps, while it is shown
         self._without_advantage = 0  # steps in a row without a nonzero advantage
         self._lengths: dict[str, int] = {}  # of the append-only files, when no work was half done
@@ -148,7 +148,7 @@ class TrainingRun:
         """Restore, train, and write the summary, even after an interruption or a failure. Returns the summary."""
         with self.stop.interruptible():
             self.restore()
-        self.trackers = Trackers(self.folder.path, self.recipe.run.trackers, self.state.step)
+        self.trackers.start()
         outcome = "failed"
         try:
             with self.recorder.bar("Training", self.recipe.run.steps, "steps") as self._advance:
@@ -174,7 +174,7 @@ class TrainingRun:
                 self.folder.write_json("summary.json", summary)
             self.status.update(now=True, state=outcome, step=self.state.step)
             with suppress(*[WriteError] if outcome == "failed" else []):
-                self._record_trackers(self.trackers.finish())
+                self.trackers.finish()
         return summary
 
     def restore(self) -> None:
@@ -259,15 +259,9 @@ class TrainingRun:
             self.recorder.note(f"Step {step.number}: {alarm}")
         self.state.step, self.state.cursor = step.number, self.state.cursor + len(groups)
         self.state.evaluated = False
-        self._record_trackers(self.trackers.ended())
+        self.trackers.check()
         self.callbacks.notify("on_step", step.number, values, groups)
         self._advance(1)
-
-    def _record_trackers(self, ended: Iterable[Ended]) -> None:
-        """Record an event for every tracker that did not end with the run."""
-        for tracker in ended:
-            self.recorder.event("tracker", tracker.message, self.state.step, tracker=tracker.name, output=tracker.lines)
-            self.recorder.note(f"Step {self.state.step}: tracker {tracker.message}")
 
     def _describe(self, step: Step, groups: Sequence[Group]) -> None:
         metrics, parts = step.metrics, self.parts
@@ -306,15 +300,6 @@ class TrainingRun:
         else:
             self._without_advantage = 0
 
-    def _size_reduced(self, reduced: SizeReduced) -> None:
-        """Write a size that was reduced to environment.json, so that a resumed run keeps it."""
-        step, environment = self.state.step + 1, self.folder.read_json("environment.json") or {}
-        halvings = [*environment.get("halvings", []), {"step": step, **asdict(reduced)}]
-        chosen = {**environment.get("chosen", {}), reduced.size: reduced.after}
-        self.folder.write_json("environment.json", {**environment, "chosen": chosen, "halvings": halvings})
-        self.recorder.event("memory", str(reduced), step, **asdict(reduced))
-        self.recorder.note(f"Step {step}: {reduced}")
-
 
 def _reward_weights(parts: RunComponents) -> dict[str, float]:
     """The weights of everything that scores completions, by name."""
@@ -341,3 +326,17 @@ def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> 
     for pool in (parts.pool, parts.audit, parts.episodes.environments if parts.episodes else None):
         if pool is not None:
             pool.notify_of_restarts(restarted)
+
+
+def _record_reductions(parts: RunComponents, recorder: Recorder, state: State) -> None:
+    """From now on, write a size that is reduced to environment.json, so that a resumed run keeps it."""
+
+    def reduced(what: SizeReduced) -> None:
+        step, environment = state.step + 1, parts.run.read_json("environment.json") or {}
+        halvings = [*environment.get("halvings", []), {"step": step, **asdict(what)}]
+        chosen = {**environment.get("chosen", {}), what.size: what.after}
+        parts.run.write_json("environment.json", {**environment, "chosen": chosen, "halvings": halvings})
+        recorder.event("memory", str(what), step, **asdict(what))
+        recorder.note(f"Step {step}: {what}")
+
+    parts.sizes.on_reduced = reduced

@@ -37,8 +37,13 @@ from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
 from gruppo.rollout.environments.client import Environments
 from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
+<<<<<<< HEAD
 from gruppo.rollout.workers.rewards import RewardPool, Rewards, memory_per_process
 from gruppo.runs.folder import START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
+=======
+from gruppo.rollout.workers.rewards import RewardPool, memory_per_process
+from gruppo.runs.folder import REWARD_CACHE, START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
+>>>>>>> main
 from gruppo.training.changes import Changes
 from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole
@@ -254,6 +259,7 @@ def make_pool(
         settings.options,
         *limits,
         data.partial_columns,
+        cache=log.with_name(REWARD_CACHE),
     )
 
 
@@ -262,7 +268,16 @@ def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, progress
     limits = memory_per_process(rewards), rewards.environment, progress
     try:
         return RewardPool(
-            [settings.function], [], data.columns, rewards.timeout, 1, log, options, *limits, field="audit.function"
+            [settings.function],
+            [],
+            data.columns,
+            rewards.timeout,
+            1,
+            log,
+            options,
+            *limits,
+            field="audit.function",
+            cache=log.with_name(REWARD_CACHE),
         )
     except UsageError as error:
         text = str(error).replace("reward.functions", "audit.function").replace("reward.options", "audit.options")

@@ -11,15 +11,14 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from gruppo.errors import UsageError
 from gruppo.rollout.workers.log import Output
 from gruppo.rollout.workers.process import how_it_ended, python_command
 from gruppo.rollout.workers.supervised import Supervised
 from gruppo.runs.trackers import FOLDER
+from gruppo.training.context import RunContext
 
 FINISH_SECONDS = 30.0  # for all trackers of a run that has ended, to log and upload the rest
 _LAST_BYTES, _LAST_LINES = 4096, 8  # of a tracker's log, in the event that it has ended
@@ -30,62 +29,61 @@ _LAUNCHER = re.compile(
 )
 
 
-class Ended(NamedTuple):
-    """A tracker that has ended before the run did, or did not end after it. `why`: in words; `lines`: the last ones of
-    its log."""
-
-    name: str
-    why: str
-    lines: list[str]
-
-    @property
-    def message(self) -> str:
-        """One line for people."""
-        last = f": {self.lines[-1][:300]}" if self.lines else ""
-        return f"{self.name} {self.why}{last}; see {FOLDER}/{self.name}.log"
-
-
 class Trackers:
-    """The processes of a run's trackers. `names`: of the trackers; `step`: the run continues from it."""
+    """The trackers of a run, which records the event `tracker` for each that does not end with it."""
 
-    def __init__(self, folder: Path, names: Sequence[str], step: int) -> None:
-        """Start the processes. One that cannot be started has ended."""
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
         self._alive: dict[str, _Process] = {}
-        self._failed: list[Ended] = []
-        for name in names:
+
+    def start(self) -> None:
+        """Start the processes, once the run is restored and its files are cut back."""
+        folder, step = self._context.folder.path, self._context.state.step
+        for name in self._context.recipe.run.trackers:
             try:
                 (folder / FOLDER).mkdir(exist_ok=True)
                 self._alive[name] = _Process(folder, name, step)
             except (OSError, UsageError) as error:
-                self._failed.append(Ended(name, f"could not be started ({error})", []))
+                self._record(name, f"could not be started ({error})", [])
 
-    def ended(self) -> Iterator[Ended]:
-        """Trackers that have ended by themselves since the last call."""
-        failed, self._failed = self._failed, []
-        yield from failed
+    def check(self) -> None:
+        """Record the trackers that have ended by themselves since the last call."""
         for name, process in list(self._alive.items()):
             if process.supervised.gone:
                 del self._alive[name]
-                yield Ended(name, f"has ended ({how_it_ended(process.supervised.exit_code())})", process.close())
+                self._record(name, f"has ended ({how_it_ended(process.supervised.exit_code())})", process.close())
 
-    def finish(self) -> Iterator[Ended]:
-        """Let the trackers log what is left, and end those that take too long. Yields like `ended`."""
-        yield from self.ended()
+    def finish(self) -> None:
+        """Let the trackers log what is left, and end those that take too long."""
+        self.check()
+        if not self._alive:
+            return
         for process in self._alive.values():
             process.let_end()
-        deadline = time.monotonic() + FINISH_SECONDS
         try:
-            for name, process in self._alive.items():
-                finished = process.wait(max(0.0, deadline - time.monotonic()))
-                code, lines = process.supervised.process.returncode, process.close()
-                if not finished:
-                    yield Ended(name, f"was ended, as it took longer than {FINISH_SECONDS:.0f} s after the run", lines)
-                elif code:
-                    yield Ended(name, f"has ended ({how_it_ended(code)})", lines)
+            with self._context.recorder.bar("Waiting for trackers", None, ""):
+                self._wait(time.monotonic() + FINISH_SECONDS)
         finally:
             for process in self._alive.values():
                 process.close()
             self._alive = {}
+
+    def _wait(self, deadline: float) -> None:
+        for name, process in self._alive.items():
+            code = process.wait(max(0.0, deadline - time.monotonic()))
+            lines = process.close()
+            if code is None:
+                self._record(name, f"was ended, as it took longer than {FINISH_SECONDS:.0f} s after the run", lines)
+            elif code:
+                self._record(name, f"has ended ({how_it_ended(code)})", lines)
+
+    def _record(self, name: str, why: str, lines: list[str]) -> None:
+        """`why`: in words; `lines`: the last ones of its log."""
+        recorder, step = self._context.recorder, self._context.state.step
+        last = f": {lines[-1][:300]}" if lines else ""
+        message = f"{name} {why}{last}; see {FOLDER}/{name}.log"
+        recorder.event("tracker", message, step, tracker=name, output=lines)
+        recorder.note(f"Step {step}: tracker {message}")
 
 
 class _Process:
@@ -112,11 +110,11 @@ class _Process:
         with contextlib.suppress(OSError):  # it is dead
             os.write(self._write, b"\n")
 
-    def wait(self, seconds: float) -> bool:
-        """Whether the process ends within some seconds."""
+    def wait(self, seconds: float) -> int | None:
+        """The exit code, or minus the signal that ended the process; None if it does not end within some seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.supervised.process.wait(seconds)
-        return self.supervised.gone
+        return self.supervised.process.returncode
 
     def close(self) -> list[str]:
         """End the process and everything that it has started. Returns the last lines of its log."""

@@ -28,7 +28,25 @@ ADVICE = {
     "longer (reward_model.epochs).",
     "tokens_without_text": "Use the tokenizer that belongs to the model.",
     "reward_failed": "gruppo rerun-reward repeats the failed call; its file is in failures/.",
+    "reward_model_labels": "Use easier or harder prompts, or more samples per prompt: a reward model learns nothing "
+    "from labels that are all alike.",
+    "audit": "Read completions with a high reward that the audit scores low: the reward pays for something that the "
+    "task does not ask for.",
+    "dynamic_sampling_exhausted": "Use prompts that the policy solves sometimes, or raise "
+    "method.dynamic_sampling_rounds or sampling.group_size.",
+    "ambiguous_answer": "Read these answers in the evaluation; another evaluation.grader, or a prompt that asks for a "
+    "form of the answer, decides them.",
+    "filtered": "Raise task.max_prompt_tokens, or shorten these prompts.",
+    "ids_without_text": "Use the tokenizer that belongs to the model.",
+    "memory": "Nothing: smaller micro-batches change no result, but take longer.",
+    "nonfinite": "Inspect the batch, which is in the run folder, and start again with a lower learning rate.",
+    "worker_restarted": "Once is harmless. If it happens again, see rewards.log: a reward function or an environment "
+    "should load in a new process, and change nothing outside of itself.",
+    "checkpoint_unusable": "Check the disk. The run has continued from an older checkpoint, and repeats steps.",
+    "damaged": "Restore the file from a copy if you need it; training does not depend on it.",
+    "tracker": "Nothing for the run, which goes on without it; check its installation, login and network.",
 }
+NOTHING_TO_DO = frozenset({"resume", "changed", "warning"})  # kinds of events; a warning has advice by its own name
 
 
 def advice_for(event: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from gruppo.ui.compare_routes import add_comparison
 from gruppo.ui.dashboard import Dashboard
 from gruppo.ui.indexes import Indexes, NotReadyError, default_cache
 from gruppo.ui.links import Links
+from gruppo.ui.live import LiveRun
 from gruppo.ui.pages import Data, Templates
 from gruppo.ui.runs import OpenRuns
 from gruppo.ui.security import HEADERS, Guard
@@ -38,7 +39,17 @@ from gruppo.ui.table_routes import add_tables
 POLL_SECONDS, LIST_SECONDS = 1.0, 2.0  # how often a page that follows a run looks for changes
 ALIVE_SECONDS = 15.0  # a stream says something at least this often, so that a run without sign of life is noticed
 EVENTS = 200  # on a run's page
+_STEP = "completion/length"  # a metric of every step, and only of steps
 STATES = ("running", "done", "stopped", "interrupted", "failed", "silent", "unfinished")
+_PROBLEM = {
+    "text/html": {"schema": {"type": "string"}},
+    "application/json": {"schema": {"type": "object", "required": ["detail"], "properties": {"detail": {}}}},
+}
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    404: {"description": "There is no such run, step, group, question or file, or it is damaged.", "content": _PROBLEM},
+    422: {"description": "A parameter is not valid.", "content": _PROBLEM},
+    503: {"description": "The tables of the run are still being read.", "content": _PROBLEM},
+}
 _STATIC = Path(__file__).parent / "static"
 _KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -86,7 +97,8 @@ def create_app(root: Path, token: str | None = None, host: str = "127.0.0.1", ca
         state.indexes.close()
 
     app = FastAPI(
-        title="gruppo", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", lifespan=lifespan
+        title="gruppo", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", lifespan=lifespan,
+        responses=_PROBLEMS,
     )  # fmt: skip
     app.add_middleware(Guard, host=host, token=token)
     _add_pages(app, state)
@@ -155,8 +167,11 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
         first: int | None = Query(None, ge=-(2**53), le=2**53),
         last: int | None = Query(None, ge=-(2**53), le=2**53),
         points: int = Query(800, ge=10, le=20_000),
+        since: int | None = Query(None, ge=-(2**53), le=2**53),
+        generation: int = -1,
     ) -> Data:
-        return Data(payload(state.runs.live(state.card(key).path), axis, first, last, points))
+        live = state.runs.live(state.card(key).path)
+        return Data(payload(live, axis, first, last, points, since if generation == live.generation else None))
 
     @app.get("/api/r/{key}/live")
     async def live(key: str, request: Request) -> StreamingResponse:
@@ -238,21 +253,23 @@ def _add_errors(app: FastAPI, state: Dashboard) -> None:
 def head_values(state: Dashboard, card: Card) -> dict[str, Any]:
     """What the top of a run's page shows."""
     live = state.runs.live(card.path)
-    return {"card": card, "last": details.last_values(live), "problems": _problems(card, live.damaged)}
+    return {"card": card, "last": details.last_values(live), "problems": _problems(card, live)}
 
 
-def _problems(card: Card, damaged: int) -> list[str]:
+def _problems(card: Card, live: LiveRun) -> list[str]:
     try:
         problems = [
             f"{name}: is a link, or neither a file nor a folder; it is not read" for name in foreign_entries(card.path)
         ]
         if card.state.name != "running" and not problems:
             with reading(card.path, "restore it from a copy"):
-                problems = missing_parts(card.path)
+                problems = missing_parts(
+                    card.path, live.lines_with(lambda name: name == _STEP or name.startswith("eval/"))
+                )
     except UsageError as error:
         problems = [str(error)]
-    if damaged:
-        problems.append(f"{damaged} lines of metrics.jsonl and events.jsonl are damaged and left out.")
+    if live.damaged:
+        problems.append(f"{live.damaged} lines of metrics.jsonl and events.jsonl are damaged and left out.")
     return [*([card.problem] if card.problem else []), *problems]
 
 

@@ -294,9 +294,17 @@ def _started(path: Path) -> str:
 
 
 def _lines(path: Path, run: Path) -> list[dict[str, Any]]:
-    """The last complete lines of metrics.jsonl, with today's names."""
-    parts = old_parts(run)
-    return [translate_metrics(line, parts) for line in _tail(path)]
+    """The last complete lines of metrics.jsonl with today's names: back to the last evaluation, at least `RECENT`
+    steps."""
+    parts, found, steps, is_evaluated = old_parts(run), list[dict[str, Any]](), 0, False
+    for content in map(object_of, reversed(_tail(path))):
+        if content is not None:
+            found.append(translate_metrics(content, parts))
+            steps += "completion/length" in found[-1]
+            is_evaluated |= "eval/accuracy" in found[-1]
+        if steps >= RECENT and is_evaluated:
+            break
+    return found[::-1]
 
 
 def _head(run: Path) -> list[dict[str, Any]]:
@@ -308,7 +316,8 @@ def _head(run: Path) -> list[dict[str, Any]]:
     return [content for line in lines if (content := object_of(line)) is not None]
 
 
-def _tail(path: Path) -> list[dict[str, Any]]:
+def _tail(path: Path) -> list[bytes]:
+    """The last complete lines of a file, up to `TAIL` bytes."""
     try:
         with open_file(path, links=False) as stream:
             start = max(0, os.fstat(stream.fileno()).st_size - TAIL)
@@ -316,13 +325,14 @@ def _tail(path: Path) -> list[dict[str, Any]]:
             lines = stream.read(TAIL).split(b"\n")[:-1]
     except OSError:
         return []
-    return [content for line in lines[1 if start else 0 :] if (content := object_of(line)) is not None]
+    return lines[1 if start else 0 :]
 
 
 def _warning(run: Path) -> str:
     """The last warning that has not passed."""
     open_warnings: dict[str, str] = {}
-    for event in map(translate_event, _tail(run / "events.jsonl")):
+    for line in _tail(run / "events.jsonl"):
+        event = translate_event(object_of(line) or {})
         if event.get("kind") == "warning":
             name = str(event.get("warning"))
             open_warnings.pop(name, None)

@@ -13,8 +13,9 @@ from gruppo.ui.live import LiveRun, thin
 
 POINTS = 800  # of a curve
 AXES = {"step": "step", "tokens": "sampled tokens", "time": "hours of training and evaluation"}
-STEP = "completion/length"  # a metric of every step, and only of steps
-_MOST_COST = 1e15  # tokens or hours of a step; beyond it a file is damaged
+_TOKENS = ("time/generate", "time/tokens_per_second")  # their product is the number of sampled tokens of a step
+_SECONDS = ("time/step", "time/evaluate", "time/reward_model")  # on the lines of steps, evaluations and iterations
+_MOST = 1e15  # tokens or hours of a step; more was not measured
 _MARKS = 400  # events on the curves, the last ones
 _NAME = r"[^/]+(?:/[^/]+)*?"  # of a reward, a task or a set
 
@@ -22,14 +23,16 @@ _NAME = r"[^/]+(?:/[^/]+)*?"  # of a reward, a task or a set
 @dataclass(frozen=True)
 class Chart:
     """Metrics that are drawn together. `names`: patterns of metrics, and the label of each ("{}": what the pattern's
-    group matched). `band`: patterns of the lower and upper ends of an interval around the first metric. `kind`:
-    "lines" or "stack". `unit`: "share" (drawn as percent), "bytes", "seconds" or "" (a plain number)."""
+    group matched). `band`: what the names of the lower and upper ends of an interval have instead of `around` at the
+    end of the metric's. `kind`: "lines" or "stack". `unit`: "share" (drawn as percent), "bytes", "seconds" or "" (a
+    plain number)."""
 
     id: str
     title: str
     help: str
     names: Mapping[str, str]
-    band: tuple[str, str] | None = None
+    band: tuple[str, ...] = ()
+    around: str = ""
     kind: str = "lines"
     unit: str = ""
     open: bool = True
@@ -40,12 +43,12 @@ CHARTS = (
           {"reward/mean": "reward", rf"reward/(?!log/)({_NAME})/mean": "{}"}),
     Chart("accuracy", "Held-out accuracy", "Accuracy on held-out questions with its 95% interval.",
           {"eval/accuracy": "held out", rf"eval/({_NAME})/accuracy": "{}"},
-          ("eval/accuracy_low", "eval/accuracy_high"), unit="share"),
+          ("_low", "_high"), unit="share"),
     Chart("kl", "KL to the reference", "Per token, in nats.", {"policy/kl": "KL"}),
     Chart("entropy", "Entropy", "Of the policy per sampled token, in nats. Near 0 the policy has collapsed.",
           {"policy/entropy": "entropy"}),
     Chart("length", "Completion length", "Sampled tokens per completion: mean, shortest and longest of a step.",
-          {"completion/length": "mean"}, ("completion/length_min", "completion/length_max")),
+          {"completion/length": "mean"}, ("_min", "_max")),
     Chart("truncated", "Truncated and excluded", "Shares of completions: truncated at max_tokens, excluded because a "
           "reward failed, and equal to another one of their group.",
           {"completion/truncated": "truncated", "reward/excluded": "excluded",
@@ -74,7 +77,7 @@ CHARTS = (
     Chart("advantage", "Range of advantages", "Smallest and largest of a step.",
           {"advantage/max": "largest", "advantage/min": "smallest"}, open=False),
     Chart("ratio", "Ratio to the old policy", "π_θ/π_old: mean, smallest and largest.",
-          {"policy/ratio_mean": "mean"}, ("policy/ratio_min", "policy/ratio_max"), open=False),
+          {"policy/ratio_mean": "mean"}, ("_min", "_max"), "_mean", open=False),
     Chart("passk", "pass@k and maj@k", "On held-out questions with several answers.",
           {r"eval/((?:pass|maj)@\d+)": "{}"}, unit="share", open=False),
     Chart("shares", "Held-out answers", "Shares of answers: finished, with an extracted answer, ambiguous.",
@@ -84,68 +87,75 @@ CHARTS = (
 
 
 class Axis:
-    """What the horizontal axis of the curves counts: steps, sampled tokens, or hours."""
+    """What the horizontal axis of the curves counts: steps, sampled tokens, or hours; steps for any other name."""
 
     def __init__(self, live: LiveRun, name: str) -> None:
         self.name = name if name in AXES else "step"
         if self.name == "step":
             return
-        arrays = live.arrays((STEP, "time/step", "time/generate", "time/tokens_per_second", "time/evaluate"))
-        self.steps = arrays[STEP][0] if STEP in arrays else np.zeros(0, np.int64)
-        with np.errstate(over="ignore"):
-            if self.name == "tokens":
-                cost = self._of(arrays, "time/generate") * self._of(arrays, "time/tokens_per_second")
-            else:
-                cost = (self._of(arrays, "time/step") + self._of(arrays, "time/evaluate")) / 3600
-        self.order = np.argsort(self.steps, kind="stable")
-        self.total = np.cumsum(np.where(np.abs(cost) < _MOST_COST, cost, 0.0)[self.order])
-
-    def _of(self, arrays: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str) -> np.ndarray:
-        """The values of a metric at the steps; 0 where it was not recorded."""
-        found = np.zeros(len(self.steps))
-        if name in arrays:
-            steps, values = arrays[name]
-            known = dict(zip(steps.tolist(), values.tolist(), strict=True))
-            found = np.array([known.get(step, 0.0) for step in self.steps.tolist()])
-        return found
+        arrays = live.arrays(_TOKENS if self.name == "tokens" else _SECONDS)
+        if self.name == "tokens":
+            costs = [_products(*arrays.values())] if len(arrays) == len(_TOKENS) else []
+        else:
+            costs = [(steps, seconds / 3600) for steps, seconds in arrays.values()]
+        steps = np.concatenate([np.zeros(0, np.int64), *(steps for steps, _ in costs)])
+        cost = np.concatenate([np.zeros(0), *(values for _, values in costs)])
+        order = np.argsort(steps, kind="stable")
+        self.steps, self.total = steps[order], np.cumsum(np.where((cost >= 0) & (cost < _MOST), cost, 0.0)[order])
 
     def __call__(self, steps: np.ndarray) -> np.ndarray:
         """The positions of steps on the axis. A step that was not recorded is where the one before it is."""
         if self.name == "step":
             return steps
-        if not len(self.steps):
-            return np.zeros(len(steps))
-        places = np.searchsorted(self.steps[self.order], steps, side="right")
-        return np.where(places > 0, self.total[np.maximum(places, 1) - 1], 0.0)
+        places = np.searchsorted(self.steps, steps, side="right")
+        return np.concatenate([[0.0], self.total])[places]
+
+
+def _products(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The product of two metrics, at the steps of the first; NaN where the second was not recorded."""
+    known = dict(zip(second[0].tolist(), second[1].tolist(), strict=True))
+    with np.errstate(over="ignore"):
+        return first[0], first[1] * np.array([known.get(step, np.nan) for step in first[0].tolist()])
 
 
 def payload(
-    live: LiveRun, axis: str = "step", first: int | None = None, last: int | None = None, points: int = POINTS
+    live: LiveRun,
+    axis: str = "step",
+    first: int | None = None,
+    last: int | None = None,
+    points: int = POINTS,
+    since: int | None = None,
 ) -> dict[str, Any]:
     """The charts of a run, for the page. `first` and `last`: the range of steps; None: all.
 
+    `since`: the field "step" of a payload that the page has, of the same generation and points: points that are the
+    same in it are left out, see `gruppo.ui.live.thin`.
+
     {"revision", "axis", "axes", "points", "charts": [{"id", "title", "help", "unit", "kind", "open", "curves"}],
-    "events"}. A curve has "name", "label", and what `gruppo.ui.live.thin` returns, with "band" (the same for its lower
-    and upper end) if there is one. Metrics that no chart names are in a chart of their own, at the end.
+    "events", "step"}. A curve has "name", "label", and what `gruppo.ui.live.thin` returns, with "band" (the same for
+    its lower and upper end) if there is one. Metrics that no chart names are in a chart of their own, at the end.
     """
-    revision = live.poll()
-    position = Axis(live, axis)
+    revision, generation, step = live.poll(), live.generation, live.step
+    position, limits = Axis(live, axis), (first, last, since)
     names, taken = live.names(), set()
     charts = []
     for chart in CHARTS:
         found = matching(chart.names, names)
-        taken |= {name for name, _ in found} | set(chart.band or ())
+        taken |= {name for name, _ in found} | {end for name, _ in found for end in band_of(chart, name)}
         if chart.id == "reward" and len(found) == 2 and _equal(live, *(name for name, _ in found)):
             found = found[:1]  # one reward function of weight 1
         if found:
-            charts.append({**head(chart), "curves": _curves(live, chart, found, position, (first, last), points)})
+            charts.append({**head(chart), "curves": _curves(live, chart, found, position, limits, points)})
     for name in sorted(set(names) - taken):
         chart = Chart(name, name, "", {}, open=False)
-        curves = _curves(live, chart, [(name, name.rpartition("/")[2])], position, (first, last), points)
+        curves = _curves(live, chart, [(name, name.rpartition("/")[2])], position, limits, points)
         charts.append({**head(chart), "curves": curves, "other": True})
     return {
         "revision": revision,
-        "generation": live.generation,
+        "generation": generation,
+        "step": step,
         "axis": position.name,
         "axes": AXES,
         "points": points,
@@ -178,34 +188,44 @@ def matching(patterns: Mapping[str, str], names: Sequence[str]) -> list[tuple[st
     return list(found.items())
 
 
+def band_of(chart: Chart, name: str) -> list[str]:
+    """The metrics that are the lower and the upper end of an interval around a metric; empty if the chart has none."""
+    return [name.removesuffix(chart.around) + end for end in chart.band] if name.endswith(chart.around) else []
+
+
 def _curves(
     live: LiveRun,
     chart: Chart,
     found: Iterable[tuple[str, str]],
     position: Axis,
-    limits: tuple[int | None, int | None],
+    limits: tuple[int | None, int | None, int | None],
     points: int,
 ) -> list[dict[str, Any]]:
     found = list(found)
-    arrays = live.arrays([name for name, _ in found] + list(chart.band or ()))
+    arrays = live.arrays({metric for name, _ in found for metric in (name, *band_of(chart, name))})
     curves = []
-    for number, (name, label) in enumerate(found):
+    for name, label in found:
         curve = {"name": name, "label": label, **_thin(arrays[name], position, limits, points)}
-        if number == 0 and chart.band and all(end in arrays for end in chart.band):
-            curve["band"] = [_thin(arrays[end], position, limits, points) for end in chart.band]
+        ends = band_of(chart, name)
+        if ends and all(end in arrays for end in ends):
+            curve["band"] = [_thin(arrays[end], position, limits, points) for end in ends]
         curves.append(curve)
     return curves
 
 
 def _thin(
-    arrays: tuple[np.ndarray, np.ndarray], position: Axis, limits: tuple[int | None, int | None], points: int
+    arrays: tuple[np.ndarray, np.ndarray],
+    position: Axis,
+    limits: tuple[int | None, int | None, int | None],
+    points: int,
 ) -> dict[str, Any]:
     steps, values = arrays
-    low, high = limits
+    low, high, since = limits
     if low is not None or high is not None:
         inside = (steps >= (low if low is not None else -np.inf)) & (steps <= (high if high is not None else np.inf))
         steps, values = steps[inside], values[inside]
-    return thin(position(steps), values, points)
+    known = 0 if since is None or (np.diff(steps) < 0).any() else int(np.searchsorted(steps, since))
+    return thin(position(steps), values, points, known)
 
 
 def marks(events: Sequence[Mapping[str, Any]], position: Axis) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ def add_comparison(app: FastAPI, state: Dashboard) -> None:
         keys: Keys = [],  # noqa: B006
         band: Literal["0", "1"] = "1",
         set_: Annotated[str, Query(alias="set", max_length=200)] = "",
+        first: Annotated[str, Query(max_length=100)] = "",
+        second: Annotated[str, Query(max_length=100)] = "",
     ) -> HTMLResponse:
         runs = chosen(keys)
         found = [run.card.key for run in runs]
@@ -41,7 +43,8 @@ def add_comparison(app: FastAPI, state: Dashboard) -> None:
             charts_source=links.compare_data(*found, band=band), band=band == "1",
             other_band=links.compare(*found, band="0" if band == "1" else "1"),
             without=[links.compare(*(key for key in found if key != other), band=band) for other in found],
-            seeds=seeds_text(runs), differences=comparing.recipe_table(runs), **answers_values(state, runs, set_),
+            seeds=seeds_text(runs), differences=comparing.recipe_table(runs),
+            **answers_values(state, runs, set_, (first, second)),
         )  # fmt: skip
 
     @app.get("/api/compare")
@@ -60,36 +63,39 @@ def seeds_text(runs: list[comparing.Compared]) -> str:
     return f"Seeds of one recipe: {'; '.join(parts)}" if parts else ""
 
 
-def answers_values(state: Dashboard, runs: list[comparing.Compared], eval_set: str) -> dict[str, Any]:
-    """The last evaluations of the first two runs, question by question, with the paired test."""
-    empty: dict[str, Any] = {"pair": None, "rows": [], "sets": []}
-    if len(runs) < 2:
-        return empty
-    first, second = (state.index_if_ready(run.card, lambda index: index) for run in runs[:2])
+def answers_values(
+    state: Dashboard, runs: list[comparing.Compared], eval_set: str, keys: tuple[str, str] = ("", "")
+) -> dict[str, Any]:
+    """The last evaluations of two of the runs, question by question, with the paired test.
+
+    `keys`: the two runs; see `comparing.pair`. `unread`: the key of the first run whose tables are still being read.
+    """
+    values: dict[str, Any] = {"pair": None, "rows": [], "unread": None, "chosen": None}
+    two = comparing.pair(runs, keys)
+    if two is None:
+        return values
+    values["chosen"] = [runs[number].card.key for number in two]
+    chosen = [runs[number] for number in two]
+    indexes = [state.index_if_ready(run.card, lambda index: index) for run in chosen]
+    first, second = indexes
     if first is None or second is None:
-        return empty
+        return {**values, "unread": chosen[indexes.index(None)].card.key}
     lasts = [{row["eval_set"]: row["step"] for row in index.evaluations()} for index in (first, second)]
     sets = [name for name in lasts[0] if name in lasts[1]]
     if not sets:
-        return empty
+        return values
     name = eval_set if eval_set in sets else sets[0]
     steps = [last[name] for last in lasts]
     verdicts = [tables.questions(index, step, name) for index, step in zip((first, second), steps, strict=True)]
     counts, rows = comparing.question_changes(*verdicts)
-    titles = comparing.labels(runs)
+    labels = comparing.labels(runs)
+    titles = [labels[number] for number in two]
     links: Links = state.templates.links
     sides = [
         {"run": run.card.path, "step": step, "title": f"{title}, after step {step}", "share": share,
          "href": lambda prompt, key=run.card.key, step=step: links.answers(key, step, name, prompt)}
-        for run, step, title, share in zip(runs[:2], steps, titles, ("before", "after"), strict=False)
+        for run, step, title, share in zip(chosen, steps, titles, ("before", "after"), strict=True)
     ]  # fmt: skip
-    return {
-        "pair": {
-            "titles": titles[:2],
-            "test": tables.paired(*verdicts),
-            "counts": counts,
-            "set": name or tables.HELD_OUT,
-        },
-        "rows": side_by_side(rows[:SHOWN], sides, name),
-        "sets": sets,
-    }
+    pair = {"titles": titles, "test": tables.paired(*verdicts), "counts": counts, "set": name, "sets": sets,
+            "shown": min(len(rows), SHOWN), "total": len(rows)}  # fmt: skip
+    return {**values, "pair": pair, "rows": side_by_side(rows[:SHOWN], sides, name)}

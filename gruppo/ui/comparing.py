@@ -13,7 +13,7 @@ from gruppo.errors import UsageError
 from gruppo.runs.changes import differences
 from gruppo.runs.eval_metrics import Question
 from gruppo.ui.catalog import Card
-from gruppo.ui.charts import AXES, CHARTS, POINTS, Axis, Chart, head, matching
+from gruppo.ui.charts import AXES, CHARTS, POINTS, Axis, Chart, band_of, head, matching
 from gruppo.ui.details import read_recipe
 from gruppo.ui.live import LiveRun, thin
 from gruppo.ui.queries import KINDS_OF_CHANGE
@@ -63,6 +63,23 @@ def seeds(runs: Sequence[Compared]) -> list[list[int]]:
     return groups
 
 
+def pair(runs: Sequence[Compared], keys: Sequence[str] = ()) -> tuple[int, int] | None:
+    """Two runs to compare question by question, by number; None if there are fewer than two.
+
+    `keys`: the keys of the first and the second one. Where they name none, or one run twice: the first run, and the
+    first one that is not a seed of the same recipe.
+    """
+    if len(runs) < 2:
+        return None
+    named = [next((number for number, run in enumerate(runs) if run.card.key == key), None) for key in (*keys, "", "")]
+    first, second = named[0] or 0, named[1]
+    if second is None or second == first:
+        same = next(group for group in seeds(runs) if first in group)
+        others = [number for number in range(len(runs)) if number != first]
+        second = next((number for number in others if number not in same), others[0])
+    return first, second
+
+
 def _differences(first: Recipe, second: Recipe) -> list[str]:
     return [change.field for change in differences(first, second) if change.field not in _SEED]
 
@@ -94,7 +111,7 @@ def payload(runs: Sequence[Compared], axis: str = "step", band: bool = True, poi
     charts, taken = [], set()
     for chart in CHARTS:
         found = matching(chart.names, names)
-        taken |= {name for name, _ in found} | set(chart.band or ())
+        taken |= {name for name, _ in found} | {end for name, _ in found for end in band_of(chart, name)}
         for number, (name, label) in enumerate(found):
             title = chart.title if number == 0 else f"{chart.title}: {label}"
             one = Chart(name, title, chart.help, {}, unit=chart.unit, open=chart.open and number == 0)
@@ -142,7 +159,8 @@ def _mean(arrays: Sequence[tuple[tuple[np.ndarray, np.ndarray], Axis]], points: 
         return thin(chosen, np.zeros(0), points)
     table, where = np.array(values), np.mean(places, axis=0)
     whole = where.astype(np.int64) if np.array_equal(where, chosen) else where
-    mean = thin(whole, table.mean(axis=0), points)
+    with np.errstate(over="ignore"):
+        mean = thin(whole, table.mean(axis=0), points)
     mean["band"] = [thin(whole, table.min(axis=0), points), thin(whole, table.max(axis=0), points)]
     return mean
 

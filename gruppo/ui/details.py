@@ -9,9 +9,9 @@ from typing import Any
 
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
-from gruppo.errors import RunError, UsageError
+from gruppo.errors import RunError, UsageError, is_visible
 from gruppo.runs.changes import differences
-from gruppo.runs.reading import read_object, reading
+from gruppo.runs.reading import own_table, read_object, reading
 from gruppo.runs.screen import next_commands
 from gruppo.ui.catalog import Card, recipe_data, regular
 
@@ -37,7 +37,9 @@ def changed_fields(run: Path) -> list[tuple[str, Any, Any]]:
     What a recipe has to name itself (model, tasks, reward functions) is not compared. Raises UsageError if the recipe
     is damaged.
     """
-    recipe, data = read_recipe(run), recipe_data(run)
+    recipe = read_recipe(run)
+    with reading(run / "recipe.toml", "restore it as the run wrote it"):
+        data = recipe_data(run)
     kept: dict[str, Any] = {
         "method": {"name": recipe.method.name},
         "model": {"name": recipe.model.name},
@@ -101,12 +103,18 @@ def files(run: Path) -> dict[str, Path]:
 def commands(card: Card, last_step: int, named: str | None = None) -> list[tuple[str, str]]:
     """Commands that go on from the run: what they do, and the command. While it is running, only those that show it.
 
-    `named`: how they call the run, by default by its path.
+    `named`: how they call the run, by default by its path. A command with characters that a reader does not see is left
+    out: nobody should paste it into a shell.
     """
+    return [(words, command) for words, command in _commands(card, last_step, named) if is_visible(command)]
+
+
+def _commands(card: Card, last_step: int, named: str | None) -> list[tuple[str, str]]:
     quoted = shlex.quote(named or str(card.path))
     general = [("On one screen", f"gruppo show {quoted}"), ("As one file", f"gruppo report {quoted} -o report.html")]
     try:
         recipe = read_recipe(card.path)
+        own_table(card.path, "rollouts", last_step)
         found = [] if card.state.name == "running" else next_commands(card.path, recipe, card.state, last_step, named)
     except (UsageError, RunError):
         return general

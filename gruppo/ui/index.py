@@ -173,6 +173,7 @@ class Index(Queries):
                 size += len(part)
             if size >= _ROWS or len(files) >= 500 or done == len(pending):
                 self._commit(rows, files)
+                self._store.checkpoint()
                 rows, files, size = {}, [], 0
                 yield done
 

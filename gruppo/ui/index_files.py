@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from gruppo.runs.reading import step_of
+from gruppo.runs.reading import step_of_name
 
 MOST_STEP = 2**40
 _SETTLED = 2 * 10**9  # nanoseconds; a folder that changed less than this ago may change again without a newer time
@@ -44,6 +44,7 @@ class TableFolder:
         self._seen: int | None = None  # time of modification of the folder as it was last looked at
         self._listed: int | None = None
         self._looked = False
+        self._steps: dict[str, int] = {}  # by the name of a table
 
     def forget(self) -> None:
         """Look at every file again."""
@@ -68,18 +69,17 @@ class TableFolder:
         self._seen, self._looked = self._listed, True
 
     def _compare(self, known: Mapping[int, Signature]) -> Changes:
-        names = {name_of(step): step for step in known}
         found: set[int] = set()
         asked: dict[int, os.DirEntry[str]] = {}
         with os.scandir(self.path) as entries:
             for entry in entries:
-                step = names.get(entry.name)
+                step = self._steps.get(entry.name)
                 if step is None:
                     step = _step(entry.name)
                     if step is None:
                         continue
-                    asked[step] = entry
-                elif not self._looked or entry.inode() != known[step].inode:
+                    self._steps[entry.name] = step
+                if not self._looked or step not in known or entry.inode() != known[step].inode:
                     asked[step] = entry
                 found.add(step)
         gone = sorted(known.keys() - found)
@@ -113,7 +113,7 @@ def name_of(step: int) -> str:
 
 def _step(name: str) -> int | None:
     """The step of a table's file name; None for any other name, also for other spellings of a step."""
-    step = step_of(Path(name)) if name.endswith(".parquet") else None
+    step = step_of_name(name) if name.endswith(".parquet") else None
     return step if step is not None and step < MOST_STEP and name == name_of(step) else None
 
 

@@ -18,6 +18,7 @@ import duckdb
 
 VERSION = 1  # of the tables below and of what `gruppo.ui.index_rows` puts into them
 MEMORY = "128MB"
+LOG = 8 * 2**20  # bytes of the log of changes, beyond which they are moved into the file
 _SCHEMA = """
 CREATE TABLE about (version INTEGER, run VARCHAR, recipe VARCHAR);
 CREATE TABLE files (
@@ -52,6 +53,13 @@ class Store:
         self.path, self._lock, self._folder = path, lock, folder
         self.private = lock is None
         self.connection = _connect(path)
+
+    def checkpoint(self) -> None:
+        """Move what was added into the file, if it is much; until then it is in memory, and twice on the disk."""
+        log = None if self.path is None else self.path.with_name(self.path.name + ".wal")
+        if log is not None and log.exists() and log.stat().st_size > LOG:
+            with suppress(duckdb.TransactionException):  # a page is being answered; the next call does it
+                self.connection.execute("CHECKPOINT")
 
     def close(self) -> None:
         """Close the file and release it; delete it if it is private."""

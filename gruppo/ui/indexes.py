@@ -90,15 +90,12 @@ class Indexes:
         self._threads.shutdown(cancel_futures=True)
 
     def _entry(self, run: Path) -> _Entry:
-        closed = []
         with self._lock:
             entry = self._entries.pop(run, None) or _Entry(Index(run, self.cache))
             self._entries[run] = entry
-            while len(self._entries) > self.most:
-                closed.append(self._entries.popitem(last=False)[1])
-        for other in closed:
-            self._threads.submit(other.index.close)
-        return entry
+            while len(self._entries) > self.most:  # closed before the run can be opened again, which needs its lock
+                self._entries.popitem(last=False)[1].index.close()
+            return entry
 
     @staticmethod
     def _update(entry: _Entry) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,19 @@ MOST_NAMES = 2_000  # of metrics
 class Series:
     """One metric: its values, and the steps that they belong to. NaN: not recorded, or not finite."""
 
-    steps: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values."""
-        return np.array(self.steps, dtype=np.int64), np.array(self.values, dtype=np.float64)
+        return np.array(self.steps), np.array(self.values)
 
 
 class LiveRun:
     """The metrics and events of a run folder; `poll` brings them up to date. Safe to use from several threads.
 
     `revision` changes whenever there is something new. `generation` grows when what was read before is void, because
-    the run was resumed from an earlier step or the folder was replaced.
+    the run was resumed from an earlier step or the folder was replaced. `step`: of the last line; None before it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +45,7 @@ class LiveRun:
         self._lock = threading.RLock()
         self._metrics, self._events = Tail(path / "metrics.jsonl"), Tail(path / "events.jsonl")
         self.generation = self.lines = 0
+        self.step: int | None = None
         self.series: dict[str, Series] = {}
         self.events: list[dict[str, Any]] = []
         self._translate: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -64,7 +66,7 @@ class LiveRun:
             void, lines = self._metrics.read()
             if void:
                 self.generation += 1
-                self.series, self.lines, self._translate = {}, 0, None
+                self.series, self.lines, self.step, self._translate = {}, 0, None, None
             self._add(lines)
             void, events = self._events.read()
             if void:
@@ -85,6 +87,7 @@ class LiveRun:
                 self._metrics.damaged += 1
                 continue
             self.lines += 1
+            self.step = step
             for name, value in values.items():
                 if name == "step" or (value is not None and type(value) not in (int, float)):
                     continue
@@ -118,6 +121,11 @@ class LiveRun:
             value = series.values[place]
         return None if math.isnan(value) else value
 
+    def lines_with(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+        """The step of every value of some metrics, with the name of the metric: a line per value, without the value."""
+        for name, (steps, _) in self.arrays(filter(is_wanted, self.names())).items():
+            yield from ({"step": step, name: None} for step in steps.tolist())
+
     def arrays(self, names: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Steps and values of those metrics that the run has."""
         with self._lock:
@@ -145,27 +153,33 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def thin(steps: np.ndarray, values: np.ndarray, points: int) -> dict[str, Any]:
+def thin(steps: np.ndarray, values: np.ndarray, points: int, known: int = 0) -> dict[str, Any]:
     """A curve of at most `points` points: beyond that, each is the mean of consecutive values.
 
     Returns {"x": steps, "y": means, "size": values per point}, as lists; None for a value that is not recorded. The
     step of a point is the last one of its values. With size > 1 also "low" and "high", the extremes of the values.
+
+    `known`: points that consist of the first `known` values alone are left out, and "start" is their number.
     """
     size = max(1, math.ceil(len(values) / points)) if points > 0 else 1
+    start = known // size
+    left_out = {"start": start} if start else {}
+    steps, values = steps[start * size :], values[start * size :]
     if size == 1:
-        return {"x": steps.tolist(), "y": _plain(values), "size": 1}
+        return {"x": steps.tolist(), "y": _plain(values), "size": 1, **left_out}
     count = math.ceil(len(values) / size)
     padded = np.full(count * size, np.nan)
     padded[: len(values)] = values
     rows = padded.reshape(count, size)
-    known = ~np.isnan(rows)
-    number = known.sum(axis=1)
+    known_values = ~np.isnan(rows)
+    number = known_values.sum(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
-        means = np.where(number > 0, np.where(known, rows, 0.0).sum(axis=1) / np.maximum(number, 1), np.nan)
-    low = np.where(number > 0, np.where(known, rows, np.inf).min(axis=1), np.nan)
-    high = np.where(number > 0, np.where(known, rows, -np.inf).max(axis=1), np.nan)
+        sums = np.where(known_values, rows, 0.0).sum(axis=1)
+        means = np.where(number > 0, sums / np.maximum(number, 1), np.nan)
+    low = np.where(number > 0, np.where(known_values, rows, np.inf).min(axis=1), np.nan)
+    high = np.where(number > 0, np.where(known_values, rows, -np.inf).max(axis=1), np.nan)
     ends = steps[np.minimum(np.arange(1, count + 1) * size, len(steps)) - 1]
-    return {"x": ends.tolist(), "y": _plain(means), "low": _plain(low), "high": _plain(high), "size": size}
+    return {"x": ends.tolist(), "y": _plain(means), "low": _plain(low), "high": _plain(high), "size": size, **left_out}
 
 
 def _plain(values: np.ndarray) -> list[float | None]:

@@ -21,7 +21,6 @@ from gruppo.runs.screen import state_of
 from gruppo.runs.status import read_status
 from gruppo.ui import comparing
 from gruppo.ui.catalog import Card, Catalog, run_key
-from gruppo.ui.charts import AXES
 from gruppo.ui.compare_routes import answers_values, seeds_text
 from gruppo.ui.dashboard import Dashboard
 from gruppo.ui.index import Index
@@ -30,7 +29,7 @@ from gruppo.ui.inline import assets
 from gruppo.ui.links import ReportLinks
 from gruppo.ui.pages import Templates
 from gruppo.ui.private import Private, every_text
-from gruppo.ui.report_pages import ANSWERS, ReportPage, RunPages
+from gruppo.ui.report_pages import ANSWERS, POINTS, SETS, ReportPage, RunPages, charts_of_axes
 from gruppo.ui.runs import OpenRuns
 from gruppo.ui.sampling import Limits
 from gruppo.ui.tokens import PAGE_COMPLETIONS, PAGE_TOKENS
@@ -84,8 +83,8 @@ def _run_folder(folder: Path) -> Path:
 
 
 def _check_out(out: Path, folders: Sequence[Path], force: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"--out {out}: is a folder; name a file, e.g. {out / 'report.html'}")
+    if out.exists() and not out.is_file():
+        raise UsageError(f"--out {out}: is a folder or a device; name a file, e.g. report.html")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}; make it first")
     if any(out.resolve().is_relative_to(folder) for folder in folders):
@@ -104,11 +103,11 @@ def _is_report(path: Path) -> bool:
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """A name for each folder: its last part, or as many as tell it apart from the others."""
-    for count in range(1, max(len(folder.parts) for folder in folders)):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    names, parts = [folder.name for folder in folders], 1
+    while len(set(names)) < len(names):
+        parts += 1
+        names = ["/".join(folder.parts[-parts:]).lstrip("/") for folder in folders]
+    return names
 
 
 def _content(folders: Sequence[Path], limits: Limits, cache: Path, progress: Progress) -> tuple[bytes, list[str]]:
@@ -171,10 +170,7 @@ def _card(folder: Path, name: str, key: str) -> Card:
 def _comparison(state: Dashboard, reports: Sequence[RunPages], private: Private) -> ReportPage:
     """The page of all runs side by side."""
     runs = comparing.opened([(one.card, state.runs.live(one.path)) for one in reports])
-    charts = {
-        **comparing.payload(runs),
-        "others": {axis: comparing.payload(runs, axis) for axis in AXES if axis != "step"},
-    }
+    charts = charts_of_axes(lambda axis: comparing.payload(runs, axis, points=POINTS))
     values: dict[str, Any] = {
         "runs": runs, "names": comparing.labels(runs), "charts": charts, "charts_stream": None, "charts_source": None,
         "band": True, "other_band": None, "without": [], "seeds": seeds_text(runs),
@@ -184,8 +180,8 @@ def _comparison(state: Dashboard, reports: Sequence[RunPages], private: Private)
 
 
 def _about(summaries: Sequence[tuple[str, str]], limits: Limits) -> ReportPage:
-    values = {"runs": summaries, "limits": limits, "version": __version__, "answers": ANSWERS,
-              "completions": PAGE_COMPLETIONS, "tokens": PAGE_TOKENS}  # fmt: skip
+    values = {"runs": summaries, "limits": limits, "version": __version__, "answers": ANSWERS, "sets": SETS,
+              "points": POINTS, "completions": PAGE_COMPLETIONS, "tokens": PAGE_TOKENS}  # fmt: skip
     return ReportPage(ABOUT, "report/about.html", values)
 
 

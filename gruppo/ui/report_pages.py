@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,8 +25,10 @@ from gruppo.ui.sampling import Limits, by_weight, spread
 from gruppo.ui.text import json_block
 from gruppo.ui.tokens import answers_data, group_data
 
+POINTS = 400  # of a curve
 LISTED = 500  # rows of the table of steps
 ANSWERS = 20  # rows of a page of an evaluation
+SETS = 40  # of questions, whose evaluations have pages
 
 _GROUPS_SHARE = 2 / 3  # of the megabytes; the rest is for answers of evaluations
 
@@ -62,7 +64,7 @@ class _Pair:
 
 
 class RunPages:
-    """The pages of a run. `named`: how the run is called in commands. `names`: the addresses of all pages.
+    """The pages of a run. Commands call it by `card.folder`. `names`: an address for every page, in the file or not.
 
     `collect` reads what takes space, up to `limits`, and says which pages there are; `pages` then gives them.
     """
@@ -99,8 +101,9 @@ class RunPages:
         for step in self.steps:
             step.shown.sort(key=lambda row: row["group"])
         self._left += megabytes * 1e6 * (1 - _GROUPS_SHARE)
-        for step, eval_set, prompt in self._wanted_answers():
-            self._read(self.names.answers(self.card.key, step, eval_set, prompt), answers_data, step, eval_set, prompt)
+        for number, eval_set, prompt in self._wanted_answers():
+            address = self.names.answers(self.card.key, number, eval_set, prompt)
+            self._read(address, answers_data, number, eval_set, prompt)
             advance(1)
 
     def _read(self, address: str | None, read: Callable[..., dict[str, Any]], *place: Any, **named: Any) -> bool:
@@ -140,7 +143,7 @@ class RunPages:
 
     def _choose_evaluations(self) -> None:
         """Evaluations beside the first one of their set; the last one also by what happened to its questions."""
-        for name in dict.fromkeys(row["eval_set"] for row in self.evaluations):
+        for name in self._sets()[:SETS]:
             rows = [row for row in self.evaluations if row["eval_set"] == name]
             for place in spread(len(rows), self.limits.steps, _best([row["accuracy"] for row in rows])):
                 self._add_pair(name, rows[0]["step"], rows[place]["step"])
@@ -149,6 +152,9 @@ class RunPages:
                 for kind in (kind for kind, count in counts.items() if count):
                     self._add_pair(name, rows[0]["step"], rows[-1]["step"], kind)
 
+    def _sets(self) -> list[str]:
+        return list(dict.fromkeys(row["eval_set"] for row in self.evaluations))
+
     def _add_pair(self, name: str, before: int, step: int, kind: str = "") -> None:
         view = tables.View("", False, 0, _no_address, {}, limit=ANSWERS)
         found = tables.evaluation_values(self.index, step, before, name, kind, view)
@@ -156,7 +162,7 @@ class RunPages:
 
     def _wanted_answers(self) -> Iterator[tuple[int, str, str]]:
         """The answers that the first and the last evaluation of a set show, as (step, set, prompt)."""
-        wanted = {}
+        wanted: dict[tuple[int, str, str], None] = {}
         for pair in self.pairs:
             if pair.step == pair.found["steps"][-1]:
                 for row in pair.found["rows"]:
@@ -164,18 +170,18 @@ class RunPages:
         yield from wanted
 
     def _choose_questions(self) -> None:
-        """Those of the shown evaluations and groups first, then those that were sampled most often."""
+        """Half of them of the shown evaluations, then those of the wanted groups, then those sampled most often."""
         shown = [row["prompt_id"] for pair in self.pairs for row in pair.found["rows"]]
-        sampled = [row["prompt_id"] for step in self.steps for row in step.groups]
+        sampled = [row["prompt_id"] for _, row in self._wanted_groups()]
         often = [row["prompt_id"] for row in self.index.questions(sort="draws", descending=True, limit=MOST).rows]
         half = -(-self.limits.questions // 2)
-        chosen = dict.fromkeys([*shown[:half], *dict.fromkeys(sampled), *often, *shown])
+        chosen = dict.fromkeys([*list(dict.fromkeys(shown))[:half], *sampled, *often, *shown])
         self.questions = list(chosen)[: self.limits.questions]
 
     # ------------------------------------------------------------------ the pages
 
     def pages(self) -> Iterator[ReportPage]:
-        """The pages, without those that a damaged table takes away."""
+        """The pages. Values of the index are those from before `collect`, also if the run goes on."""
         yield self._overview()
         yield self._page(self.names.run(self.card.key, "recipe"), "recipe.html", "recipe", **self._recipe())
         yield from self._step_pages()
@@ -188,7 +194,7 @@ class RunPages:
     def _overview(self) -> ReportPage:
         live = self.state.runs.live(self.path)
         shown = {**head_values(self.state, self.card), **events_values(self.state, self.card)}
-        charts = {**payload(live), "others": {axis: payload(live, axis) for axis in AXES if axis != "step"}}
+        charts = charts_of_axes(lambda axis: payload(live, axis, points=POINTS))
         values = every_text({"charts": charts, "commands": self._recipe()["commands"], **shown}, self.private.paths)
         return self._page(
             self.names.run(self.card.key), "run.html", "", self.summary(), **{**values, "card": self.card},
@@ -239,13 +245,11 @@ class RunPages:
         )  # fmt: skip
         for row in listed:
             view = tables.View("", False, 0, _no_address, {}, tables.MOMENTS)
-            with suppress(UsageError):  # the run has deleted its tables meanwhile
-                found = tables.question_values(self.index, self.card, row["prompt_id"], view)
-                note = _part(len(found["moments"]), found["view"].total, "times", "are shown, the first ones")
-                found["view"] = replace(found["view"], total=len(found["moments"]))
-                yield self._page(
-                    self.names.question(self.card.key, row["prompt_id"]), "question.html", "questions", note, **found
-                )
+            found = tables.question_values(self.index, self.card, row["prompt_id"], view)
+            note = _part(len(found["moments"]), found["view"].total, "times", "are shown, the first ones")
+            found["view"] = replace(found["view"], total=len(found["moments"]))
+            address = self.names.question(self.card.key, row["prompt_id"])
+            yield self._page(address, "question.html", "questions", note, **found)
 
     def _evaluation_pages(self) -> Iterator[ReportPage]:
         links, key = self.names, self.card.key
@@ -254,8 +258,9 @@ class RunPages:
         charts = {"axis": "samples", "axes": {"samples": "answers per question (k)"}, "points": 800, "events": [],
                   "charts": curves}  # fmt: skip
         yield self._page(
-            links.run(key, "evaluations"), "evaluations.html", "evaluations", charts=charts if curves else None,
-            charts_source=None, charts_stream=None, **found,
+            links.run(key, "evaluations"), "evaluations.html", "evaluations",
+            _part(SETS, len(self._sets()), "sets", "have pages of their questions"),
+            charts=charts if curves else None, charts_source=None, charts_stream=None, **found,
         )  # fmt: skip
 
         def address_of(step: int, name: str, prompt: str) -> str | None:
@@ -293,6 +298,14 @@ class RunPages:
             parts.append(_part(groups, self.totals["groups"], "groups", "can be read token by token"))
         parts += self.unread[:5]
         return " ".join(part for part in parts if part)
+
+
+def charts_of_axes(payload: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
+    """The charts by step, which hold those of the other axes as `others`. Numbers have 6 significant digits."""
+    first, *others = AXES
+    charts = {**payload(first), "others": {axis: payload(axis) for axis in others}}
+    shortened: dict[str, Any] = json.loads(json.dumps(charts), parse_float=lambda text: float(f"{float(text):.6g}"))
+    return shortened
 
 
 def _no_address(*_: Any, **changed: Any) -> None:

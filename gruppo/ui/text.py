@@ -68,10 +68,13 @@ def size(count: float) -> str:
 
 
 def height(value: float | None, low: float, high: float) -> float:
-    """How high a bar of a strip is, in percent: 12 for the lowest value, 100 for the highest, 56 if all are equal."""
+    """How high a bar of a strip is, in percent: 12 for the lowest value, 100 for the highest. If all are equal, 100
+    for positive values and 12 for others."""
     if value is None or not math.isfinite(value) or not math.isfinite(high - low):
         return 100.0
-    return 56.0 if high <= low else 12 + 88 * (value - low) / (high - low)
+    if high <= low:
+        return 100.0 if value > 0 else 12.0
+    return 12 + 88 * (value - low) / (high - low)
 
 
 def json_block(value: Any) -> str:

@@ -40,10 +40,16 @@ def bootstrap_interval(values: np.ndarray, share: float = 0.95, draws: int = 2_0
     """
     if not len(values):
         raise ValueError("values are empty; an interval needs at least one")
-    random = np.random.default_rng(0)
-    counts = random.multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
-    low, high = np.quantile(counts @ values / len(values), [(1 - share) / 2, (1 + share) / 2])
+    means = _resamples(len(values), draws) @ values / len(values)
+    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=1)  # the metrics of one evaluation have as many values
+def _resamples(size: int, draws: int) -> np.ndarray:
+    """How often each of `size` values is in each of `draws` resamples."""
+    counts = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=draws)
+    return counts.astype(np.min_scalar_type(counts.max()))
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float | None:

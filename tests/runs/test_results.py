@@ -207,7 +207,7 @@ def test_a_result_writes_a_report(finished: Result, tmp_path: Path, monkeypatch:
     assert finished.report(tmp_path / "report.html", steps=1) == tmp_path / "report.html"
     assert "1 of 6 steps have a page." in (tmp_path / "report.html").read_text(encoding="utf-8")
     (tmp_path / "mine.html").write_text("")
-    with pytest.raises(UsageError, match=r"^out = .*mine.html: exists and is no report.*replace it with force=True"):
+    with pytest.raises(UsageError, match=r"^out = .*mine\.html: exists and is no report.*replace it with force=True"):
         finished.report(tmp_path / "mine.html")
 
 

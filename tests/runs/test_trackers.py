@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+from tensorboard.summary.writer import event_file_writer
 
 from gruppo.config.loading import load_recipe
 from gruppo.config.sections import Tracker
@@ -313,6 +314,12 @@ def test_a_file_that_is_cut_back_is_read_again(tmp_path: Path) -> None:
 
 
 # TensorBoard, with its own reader.
+
+
+@pytest.fixture(autouse=True)
+def few_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files in the order of their names: second, process, and a number in the process, as text."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def scalars(folder: Folder) -> dict[str, list[tuple[int, float]]]:

@@ -22,6 +22,8 @@ from gruppo.preflight.check import check_recipe
 from gruppo.training.api import train
 from tests.small_runs import ROWS, fingerprint, killed, recipe, small_run
 
+FINISH = "gruppo.training.trackers.FINISH_SECONDS"
+
 # Packages that misbehave in the place of real ones.
 TRACKIO = """
 def init(**options):
@@ -52,6 +54,12 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10**6)"])
 while True:
     time.sleep(1)
 """
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is, no tracker is ended because of it."""
+    monkeypatch.setattr(FINISH, 3600.0)
 
 
 @pytest.fixture
@@ -122,7 +130,7 @@ def test_trackers_that_raise_or_die_are_events_and_change_nothing(
 def test_a_tracker_that_hangs_is_ended_after_the_run_with_all_its_processes(
     tiny_folder: str, tmp_path: Path, untracked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gruppo.training.trackers.FINISH_SECONDS", 0.0)
+    monkeypatch.setattr(FINISH, 0.0)
     out = tmp_path / "run"
 
     def until_it_hangs(step: int, metrics: Mapping[str, Any], groups: Any) -> None:
@@ -168,6 +176,7 @@ def tracked(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluation = {"evaluation__every": 2, "evaluation__grader": "exact_match", "task__held_out": 0.2}
     changes: dict[str, Any] = {"run__steps": 6, "run__trackers": ["tensorboard", "wandb"], **evaluation}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FINISH, 3600.0)
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DIR", str(out.parent))
         patch.setenv("WORLD_SIZE", "8")  # of a launcher, for whose other processes accelerate would wait

@@ -46,7 +46,7 @@ NAMES = (  # of run folders
     "<img src=x onerror=window.pwned=1>",
     "'\"><script>window.pwned=1<",
     "-o pwned; touch pwned $(touch pwned) `pwned`",
-    "..pwned%2e%2e%2f..\\..",
+    "pwned..%2e%2e%2f..\\..",
     "right\u202epwned\nline\x1b[31m",
     "{{7*7}}pwned",
 )

@@ -207,7 +207,8 @@ def test_a_recipe_that_is_no_text_or_too_large_is_a_problem(tmp_path: Path, monk
     [
         {"heartbeat": 5}, {"heartbeat": None}, {"total": "x"}, {"done": []}, {"done": None, "total": 5},
         {"steps": "ten"}, {"step": -1}, {"step": 2**70}, {"steps": 2**70}, {"state": []}, {"state": 7},
-        {"phase": {}, "unit": 3}, {"done": math.nan, "total": math.inf}, {"unit": None}, {"attempt": "1"}, {"step": True}, {"steps": 10.5},
+        {"phase": {}, "unit": 3}, {"done": math.nan, "total": math.inf}, {"unit": None}, {"attempt": "1"},
+        {"step": True}, {"steps": 10.5},
         {"heartbeat": "9999-12-31T23:59:59-23:59"}, {"heartbeat": "0001-01-01T00:00:00+23:59"},
     ],
 )  # fmt: skip

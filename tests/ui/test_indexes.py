@@ -125,13 +125,14 @@ def test_an_index_that_had_to_close_is_opened_again_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while updates of other runs keep all threads busy."""
-    indexes = Indexes(tmp_path / "cache", most=2)
-    runs = [make_run(tmp_path / f"run-{number}") for number in range(3)]
+    indexes = Indexes(tmp_path / "cache", most=3)
+    runs = [make_run(tmp_path / f"run-{number}") for number in range(4)]
     first = indexes.of(runs[0], wait=LONG)
     gate = Gate(monkeypatch)
     for run in runs[1:]:
         with pytest.raises(NotReadyError):
             indexes.of(run, wait=0)
+    assert gate.reached.wait(LONG)
     with pytest.raises(UsageError, match="is closed"):
         first.counts()
     gate.opened.set()

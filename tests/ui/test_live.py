@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gruppo.runs import tail as tail_module
 from gruppo.runs.tail import Tail
 from gruppo.ui import live
 from gruppo.ui.live import LiveRun, thin
@@ -109,7 +110,7 @@ def test_damaged_lines_are_counted_and_skipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 2**20])
 def test_lines_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(live, "CHUNK", chunk)
+    monkeypatch.setattr(tail_module, "CHUNK", chunk)
     tail = Tail(tmp_path / "file")
     append(tail.path, *({"n": number, "text": "é" * number} for number in range(20)))
     assert values(tail.read()) == (False, list(range(20)))
@@ -119,8 +120,8 @@ def test_lines_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ch
 def test_a_line_without_end_is_skipped_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(live, "CHUNK", chunk)
-    monkeypatch.setattr(live, "LONGEST_LINE", 100)
+    monkeypatch.setattr(tail_module, "CHUNK", chunk)
+    monkeypatch.setattr(tail_module, "LONGEST_LINE", 100)
     tail = Tail(tmp_path / "file")
     append(tail.path, {"n": 1}, {"n": "x" * 500}, {"n": 2})
     assert values(tail.read()) == (False, [1, 2])

@@ -5,7 +5,7 @@ A task and an environment in one file, as users write them:
     task.name = "gruppo.rollout.environments.guess_number:load"
     environment.name = "gruppo.rollout.environments.guess_number:Guess"
 
-See recipes/guess.toml.
+See the recipe `guess`.
 """
 
 from __future__ import annotations

@@ -92,11 +92,11 @@ class _Host:
 def _load(
     rewards: Sequence[tuple[Any, ...]], columns: Sequence[str], partial_columns: Mapping[str, str], loaded: list[Loaded]
 ) -> dict[str, Any]:
-    """Load rewards given as (import path or pickle, name, options). Returns {"digests": hash of each one's code} or
-    {"error": why}."""
-    for source, name, options in rewards:
+    """Load rewards given as (import path or pickle, name, options, run). Returns {"digests": hash of each one's code}
+    or {"error": why}."""
+    for source, name, options, run in rewards:
         try:
-            loaded.append(load_reward(source, name, options, columns, partial_columns))
+            loaded.append(load_reward(source, name, options, columns, partial_columns, run))
         except UsageError as error:
             return {"error": str(error)}
         except Exception as error:  # noqa: BLE001  unpickling runs the user's code

@@ -24,7 +24,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Reward as RewardSettings
 from gruppo.config.units import as_bytes
 from gruppo.errors import UsageError
-from gruppo.rewards import RewardFunction, check_option_names, reward_path
+from gruppo.rewards import RewardFunction, RewardRun, check_option_names, reward_path
 from gruppo.rewards.combine import Value, combine
 from gruppo.rollout.workers.log import Output
 from gruppo.rollout.workers.printed import MOST
@@ -95,6 +95,7 @@ class RewardPool:
         progress: Progress | None = None,
         partial_columns: Mapping[str, str] | None = None,
         field: str = "reward.functions",
+        cache: Path | None = None,
     ) -> None:
         """Start the processes and load the functions in them.
 
@@ -102,8 +103,8 @@ class RewardPool:
         output of rewards; `options`: keyword arguments of functions, by their name in `functions`; `memory`: limit of
         each process in bytes, 0 for no limit; `environment`: names of environment variables to pass in addition to the
         usual ones (gruppo.rollout.workers.limits); `partial_columns`: see `load_reward`; `field`: the recipe field that
-        names the functions. Raises UsageError if a function cannot be imported, cannot be created with its options or
-        does not accept the arguments.
+        names the functions; `cache`: file in which rewards may keep answers of servers. Raises UsageError if a function
+        cannot be imported, cannot be created with its options or does not accept the arguments.
         """
         if not functions and workers:
             raise UsageError(
@@ -121,8 +122,11 @@ class RewardPool:
         load = {
             "kind": "load",
             "rewards": [
-                (reward_path(f), f, values) if isinstance(f, str) else (_pickled_function(f), _name(f), {})
-                for f, values in zip(functions, self.options, strict=True)
+                (
+                    *((reward_path(f), f, values) if isinstance(f, str) else (_pickled_function(f), _name(f), {})),
+                    RewardRun(name, timeout, None if cache is None else cache.absolute()),
+                )
+                for f, values, name in zip(functions, self.options, self.names, strict=True)
             ],
             "columns": list(columns),
             "partial_columns": dict(partial_columns or {}),

@@ -101,7 +101,8 @@
       hoverlabel: { bgcolor: resolved("--surface"), bordercolor: line, font: { color: resolved("--text"), size: 12 }, align: "left" },
       showlegend: curves > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
       xaxis: { title: { text: axes[axis], font: { size: 11 } }, gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, hoverformat: ".4~g" },
-      yaxis: { type: settings.logarithmic ? "log" : "linear", tickformat: FORMATS[chart.unit], gridcolor: line, zerolinecolor: line, automargin: true, rangemode: chart.kind === "stack" || small(chart) ? "tozero" : "normal" },
+      yaxis: { type: settings.logarithmic ? "log" : "linear", tickformat: FORMATS[chart.unit], gridcolor: line, zerolinecolor: line, automargin: true, rangemode: chart.kind === "stack" || small(chart) ? "tozero" : "normal",
+        autorangeoptions: chart.unit === "share" && !settings.logarithmic ? { clipmin: -0.05, clipmax: 1.05 } : {} },
       yaxis2: { overlaying: "y", range: [-0.02, 1], visible: false, fixedrange: true },
     };
   }
@@ -173,7 +174,8 @@
       figure.className = "chart card";
       figure.dataset.chart = chart.id;
       plot.className = "plot";
-      plot.setAttribute("role", "img");
+      plot.setAttribute("role", "group"); // plotly's buttons are in it
+      plot.setAttribute("aria-label", described(chart));
       [["title", chart.title], ["num latest", ""], ["muted small", chart.help]].forEach(function (part) {
         const span = document.createElement("span");
         span.className = part[0];
@@ -196,6 +198,23 @@
     }
     take(payload);
 
+    // Points that the page has already are left out of a curve that begins at `start`.
+    function joined(old, fresh) {
+      if (!fresh.start) return fresh;
+      if (!old || old.name !== fresh.name || old.size !== fresh.size || old.x.length < fresh.start) throw new Error("unknown points");
+      const whole = Object.assign({}, fresh, { start: 0 });
+      ["x", "y", "low", "high"].forEach(function (part) { if (fresh[part]) whole[part] = old[part].slice(0, fresh.start).concat(fresh[part]); });
+      if (fresh.band) whole.band = fresh.band.map(function (end, number) { return joined(old.band && old.band[number], end); });
+      return whole;
+    }
+    function complete(fresh) {
+      fresh.charts.forEach(function (chart) {
+        const old = shown.get(chart.id);
+        chart.curves = chart.curves.map(function (curve, number) { return joined(old && old.chart.curves[number], curve); });
+      });
+      return fresh;
+    }
+
     let busy = false, again = false;
     function axis() { return control("axis") ? control("axis").value : "step"; }
     function load() {
@@ -205,8 +224,12 @@
       }
       if (busy) { again = true; return; }
       busy = true;
-      fetch(grid.dataset.src + (grid.dataset.src.includes("?") ? "&" : "?") + "axis=" + encodeURIComponent(axis()), { credentials: "same-origin" })
-        .then(function (answer) { return answer.ok ? answer.json() : Promise.reject(answer.status); })
+      const known = payload.axis === axis() && typeof payload.step === "number" ? "&since=" + payload.step + "&generation=" + payload.generation : "";
+      const get = function (more) {
+        return fetch(grid.dataset.src + (grid.dataset.src.includes("?") ? "&" : "?") + "axis=" + encodeURIComponent(axis()) + more, { credentials: "same-origin" })
+          .then(function (answer) { return answer.ok ? answer.json() : Promise.reject(answer.status); }).then(complete);
+      };
+      get(known).catch(function (error) { return known && error instanceof Error ? get("") : Promise.reject(error); })
         .then(take).catch(function () { /* the server was stopped */ })
         .finally(function () { busy = false; if (again) { again = false; load(); } });
     }

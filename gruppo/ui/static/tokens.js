@@ -143,9 +143,10 @@
   function notes(one) {
     const found = [];
     const parts = Object.entries(one.parts || {});
+    const stepwise = new Set((one.steps || []).map((step) => step.name));
     if (parts.length > 1 || parts.some(([, value]) => value !== one.reward)) {
       found.push(h("dl", { class: "parts", "aria-label": "Reward parts, unweighted" }, parts.map(([name, value]) =>
-        h("div", {}, h("dt", {}, plain(name)), h("dd", { class: "num" }, value === null ? "does not apply" : exact(value))))));
+        h("div", {}, h("dt", {}, plain(name)), h("dd", { class: "num" }, value !== null ? exact(value) : stepwise.has(name) ? "by step" : "does not apply")))));
     }
     if (one.failure) found.push(h("p", { class: "note warn" }, "Excluded: ", plain(one.failure)));
     if (one.token_ids.length < one.tokens) {

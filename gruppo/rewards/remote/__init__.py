@@ -1,0 +1,1 @@
+"""Rewards that live elsewhere: a language model as a judge, and reward servers, both over HTTP."""
