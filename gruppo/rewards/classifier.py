@@ -95,25 +95,12 @@ class Classifier:
         return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
 
-<<<<<<< HEAD
-def _conversation(prompt: list[Message], completion: str | list[Message]) -> list[Message]:
-    """Prompt and completion as messages; if the prompt ends with the start of an answer, both are joined."""
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-    if prompt[-1]["role"] == "assistant":
-        start = prompt[-1]
-        joined = {**start, "content": text_of_content(start["content"]) + text_of_content(answer[0]["content"])}
-        return [*prompt[:-1], joined, *answer[1:]]
-    return [*prompt, *answer]
-
-
 def longest_sequence(config: PreTrainedConfig, tokenizer: Any) -> int:
     """Most tokens of a sequence that a model and its tokenizer accept."""
     sizes = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
     return min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
 
 
-=======
->>>>>>> main
 def _locate(model: str) -> str:
     if not isinstance(model, str) or not model:
         raise UsageError(f"model = {model!r}: must be text; write a folder or a hub name")

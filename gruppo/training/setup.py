@@ -37,13 +37,8 @@ from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
 from gruppo.rollout.environments.client import Environments
 from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
-<<<<<<< HEAD
 from gruppo.rollout.workers.rewards import RewardPool, Rewards, memory_per_process
-from gruppo.runs.folder import START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
-=======
-from gruppo.rollout.workers.rewards import RewardPool, memory_per_process
 from gruppo.runs.folder import REWARD_CACHE, START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
->>>>>>> main
 from gruppo.training.changes import Changes
 from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole

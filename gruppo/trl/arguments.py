@@ -128,7 +128,7 @@ REFUSED = frozenset(_REFUSED.split())
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_p": (None,), "top_k": (None, -1), "min_p": (0.0,), "repetition_penalty": (None,),
     "router_aux_loss_coef": (0.0,), "delta": (0,), "lr_scheduler_kwargs": ({},), "shuffle_dataset": (True, None),
-    "neftune_noise_alpha": (0,), "loss_weights": ([1.0],),
+    "neftune_noise_alpha": (0,), "loss_weights": ([1.0],), "include_num_input_tokens_seen": (False,),
 }  # fmt: skip
 
 _FULL = "training samples from the full distribution, so that π_old is the distribution that was sampled from"
@@ -168,10 +168,10 @@ def default_of(entry: Field[Any]) -> Any:
 
 
 def written(args: TrainingArguments) -> Iterator[tuple[str, Any]]:
-    """Names and values of the arguments that differ from TRL's defaults."""
+    """Names and values of the arguments that change something of what TRL does by default."""
     for entry in fields(args):
         value = getattr(args, entry.name)
-        if value != default_of(entry):
+        if value != default_of(entry) and value not in _NEUTRAL.get(entry.name, ()):
             yield entry.name, value
 
 
@@ -180,11 +180,7 @@ def check(args: TrainingArguments) -> list[str]:
 
     Raises UsageError, with one sentence for each, if arguments are refused.
     """
-    refused = [
-        f"{name} = {value!r}: {words_of(name)}; remove it"
-        for name, value in written(args)
-        if name in REFUSED and value not in _NEUTRAL.get(name, ())
-    ]
+    refused = [f"{name} = {value!r}: {words_of(name)}; remove it" for name, value in written(args) if name in REFUSED]
     if refused:
         raise UsageError(f"{type(args).__name__}: {'. '.join(refused)}")
     return [name for name, _ in written(args) if name in IGNORED]
