@@ -100,7 +100,7 @@ def plain_model(model: Any, peft_config: Any) -> tuple[Any, Any]:
     return model.unload(), config
 
 
-def tokenizer_for(model: str, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+def tokenizer_for(model: str, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool) -> bool:
     """Whether a tokenizer differs from the one that comes with the model of this name.
 
     It does if it was made for another model, or if its chat template was changed.
@@ -111,7 +111,7 @@ def tokenizer_for(model: str, tokenizer: PreTrainedTokenizerBase | None) -> bool
 
     if str(tokenizer.name_or_path) != model:
         return True
-    own: Any = AutoTokenizer.from_pretrained(model)
+    own: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     return bool(own.chat_template != tokenizer.chat_template or len(own) != len(tokenizer))
 
 
@@ -130,7 +130,9 @@ def load_in_memory(model: str, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"model = {model!r}: cannot be loaded ({error}); give a model on the hub or its folder"

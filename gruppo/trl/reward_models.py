@@ -27,6 +27,6 @@ class ModelReward(Classifier):
                     f"reward_funcs: {name} has {model.config.num_labels} outputs; give a model with a single score"
                 )
             self.model, self.device, self.label, self.sigmoid = model.eval(), model.device, None, False
-            self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
+            self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.limit = longest_sequence(model.config, self.tokenizer)
         self.__name__ = Path(name).name

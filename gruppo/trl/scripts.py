@@ -123,9 +123,7 @@ class TrlParser(HfArgumentParser):
             *found, rest = parsed
             return (*found, unknown, rest) if separate_remaining_strings else (*found, [*unknown, *rest])
         if unknown and fail_with_unknown_args:
-            raise UsageError(
-                f"--config: unknown arguments {' '.join(unknown)}; remove them, or add them to a dataclass"
-            )
+            raise UsageError(f"config: unknown arguments {' '.join(unknown)}; remove them, or add them to a dataclass")
         return parsed
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
@@ -152,12 +150,12 @@ def _read_config(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: cannot be read ({error}); give a YAML file") from error
+        raise UsageError(f"config = {path}: cannot be read ({error}); give a YAML file") from error
     if not isinstance(values, dict):
-        raise UsageError(f"--config {path}: is no mapping; write lines like learning_rate: 1.0e-6")
+        raise UsageError(f"config = {path}: is no mapping; write lines like learning_rate: 1.0e-6")
     variables = values.pop("env", {})
     if not isinstance(variables, dict):
-        raise UsageError(f"--config {path}: env = {variables!r}: must be a mapping of names to values")
+        raise UsageError(f"config = {path}: env = {variables!r}: must be a mapping of names to values")
     os.environ.update({str(name): str(value) for name, value in variables.items()})
     return values
 

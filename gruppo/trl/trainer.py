@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +39,7 @@ from gruppo.trl.data import (
     text_tokenizer,
     tokenizer_for,
 )
+from gruppo.trl.familiar import Familiar
 from gruppo.trl.recipes import Length, init_kwargs, length_of, recipe_of
 from gruppo.trl.sampling import Sampler
 from gruppo.trl.upload import upload
@@ -68,7 +68,7 @@ class Plan:
     rows: Sequence[Row]
 
 
-class Trainer:
+class Trainer(Familiar):
     """A trainer with TRL's interface that runs a recipe of gruppo.
 
     `args`: what becomes of each is in `gruppo.trl.arguments`. `state`: transformers' TrainerState, with `log_history`
@@ -149,7 +149,7 @@ class Trainer:
         given, tokenizer = self._given, self.processing_class
         trust = bool(self.args.trust_remote_code or init_kwargs(self.args).get("trust_remote_code"))
         if isinstance(given, str):
-            if tokenizer_for(given, tokenizer):
+            if tokenizer_for(given, tokenizer, trust):
                 given = load_in_memory(given, trust)
                 self._config = given.config
                 return str(self._given), given
@@ -294,10 +294,6 @@ class Trainer:
     def _numbered(number: int) -> str:
         return FOLDER if number == 1 else f"{FOLDER}-{number}"
 
-    def note(self, text: str) -> None:
-        """Show a line, unless args.disable_tqdm."""
-        self._progress.note(text)
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, Any]:
@@ -355,59 +351,3 @@ class Trainer:
         with tempfile.TemporaryDirectory() as folder:
             self.save_model(folder)
             return upload(Path(folder), self.args, commit_message or "End of training", options)
-
-    @property
-    def hub_model_id(self) -> str:
-        """The repository of `push_to_hub`."""
-        return self.args.hub_model_id or Path(self.args.output_dir or "model").name
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Does nothing: `save_model` writes a card."""
-
-    def save_state(self) -> None:
-        """Write `state` to output_dir/trainer_state.json."""
-        Path(self.args.output_dir or ".").mkdir(parents=True, exist_ok=True)
-        self.state.save_to_json(str(Path(self.args.output_dir or ".") / "trainer_state.json"))
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add a line to `state.log_history`, and call on_log."""
-        self.moments.log(logs)
-
-    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
-        """Show metrics."""
-        self._progress.note(f"{split}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
-
-    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
-        """Write metrics to output_dir/SPLIT_results.json; with `combined` also to all_results.json."""
-        folder = Path(self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{split}_results.json").write_text(json.dumps(dict(metrics), indent=4, default=str))
-        if combined:
-            path = folder / "all_results.json"
-            before = json.loads(path.read_text()) if path.is_file() else {}
-            path.write_text(json.dumps({**before, **metrics}, indent=4, default=str))
-
-    def add_callback(self, callback: Any) -> None:
-        """Add a callback, an instance or a class."""
-        self.moments.callbacks.append(check_callback(callback))
-
-    def pop_callback(self, callback: Any) -> Any:
-        """Remove and return a callback, given or by class; None if there is none."""
-        for one in self.moments.callbacks:
-            if one is callback or type(one) is callback:
-                self.moments.callbacks.remove(one)
-                return one
-        return None
-
-    def remove_callback(self, callback: Any) -> None:
-        """Remove a callback, given or by class."""
-        self.pop_callback(callback)
-
-    def is_world_process_zero(self) -> bool:
-        """True: there is one process."""
-        return True
-
-    is_local_process_zero = is_world_process_zero
-
-    def end(self) -> None:
-        """Does nothing: a run ends with `train`."""

@@ -79,7 +79,7 @@ def test_unknown_names(tmp_path: Path) -> None:
 def test_files_that_are_no_configuration_are_refused(tmp_path: Path, content: str) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(content)
-    with pytest.raises(UsageError, match=r"--config|config ="):
+    with pytest.raises(UsageError, match="config = "):
         TrlParser(ScriptArguments).parse_args_and_config(["--config", str(config)])
 
 
