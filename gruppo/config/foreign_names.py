@@ -117,6 +117,7 @@ NAMES = {
     "use_kl_in_reward": _KL_IN_REWARD,
     "kl_loss_type": "method.kl_estimator",
     "kl_penalty": "method.kl_estimator",
+    "use_bias_correction_kl": "method.kl_importance",
     "epsilon": _CLIP,
     "eps": _CLIP,
     "clip": _CLIP,
@@ -328,7 +329,7 @@ _WITHOUT = {
     "length_penalty num_beams bad_words guided_decoding* ignore_eos",
     "the loss has no entropy term": "entropy_* use_entropy* use_adaptive_entropy top_entropy_quantile ent_coef",
     "the policy term has two bounds, method.clip_low and method.clip_high": "delta dual_clip clip_ratio_c "
-    "use_bias_correction_kl off_policy_mask_threshold sapo_* vespo_* vllm_importance_sampling_mode "
+    "off_policy_mask_threshold sapo_* vespo_* vllm_importance_sampling_mode "
     "vllm_importance_sampling_clip_min",
     "method.kl_coef is constant": "kl_target kl_horizon target_kl horizon ppo_target adap_kl_ctrl",
     "rewards are used as they are; write a reward function that changes them": "reward_clip_range normalize_reward "

@@ -40,14 +40,13 @@ from gruppo.trl.data import (
     tokenizer_for,
 )
 from gruppo.trl.familiar import Familiar
+from gruppo.trl.folders import resumes, run_folder
 from gruppo.trl.recipes import Length, init_kwargs, length_of, recipe_of
 from gruppo.trl.sampling import Sampler
 from gruppo.trl.upload import upload
 from gruppo.types import Row
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Progress
-
-FOLDER = "gruppo"  # the run folder in output_dir; further runs are gruppo-2, gruppo-3, …
 
 
 class TrainOutput(NamedTuple):
@@ -205,8 +204,8 @@ class Trainer(Familiar):
         not there begins. Raises UsageError for arguments or rows that cannot be used.
         """
         plan = self._plan()
-        resume = self._resumes(resume_from_checkpoint)
-        folder = self._folder(resume)
+        resume = resumes(self.args, resume_from_checkpoint)
+        folder = run_folder(self.args, resume)
         self._announce(plan, folder)
         self.state.log_history = []
         if resume and (folder / "trainer_state.json").is_file():
@@ -267,32 +266,6 @@ class Trainer(Familiar):
             ignored.append("lora_dropout")
         if ignored:
             note(f"Ignored, without effect here: {', '.join(ignored)}")
-
-    def _resumes(self, resume: str | bool | None) -> bool:
-        """Whether to continue a run. Raises UsageError for a checkpoint that is not in output_dir."""
-        resume = self.args.resume_from_checkpoint if resume is None else resume
-        if isinstance(resume, str) and resume.lower() in ("true", "false", ""):
-            return resume.lower() == "true"
-        if not isinstance(resume, str):
-            return bool(resume)
-        if Path(self.args.output_dir or "").resolve() not in [Path(resume).resolve(), *Path(resume).resolve().parents]:
-            raise UsageError(
-                f"resume_from_checkpoint = {resume!r}: is not in output_dir = {self.args.output_dir!r}; a run "
-                "continues where it was: write resume_from_checkpoint=True, and output_dir as in that run"
-            )
-        return True
-
-    def _folder(self, resume: bool) -> Path:
-        """The run folder: the last one that exists if a run continues, else the first that does not."""
-        parent = Path(self.args.output_dir or ".")
-        number = 1
-        while (parent / self._numbered(number)).exists():
-            number += 1
-        return parent / self._numbered(number - 1 if resume and number > 1 else number)
-
-    @staticmethod
-    def _numbered(number: int) -> str:
-        return FOLDER if number == 1 else f"{FOLDER}-{number}"
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

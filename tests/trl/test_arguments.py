@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +76,9 @@ def test_tokens_are_not_printed() -> None:
     config = GRPOConfig("out", hub_token="secret")
     assert "secret" not in config.to_json_string()
     assert config.to_dict()["output_dir"] == "out"
+
+
+def test_the_page_has_the_lists_of_the_code() -> None:
+    page = Path("docs/coming_from_trl.md").read_text(encoding="utf-8")
+    assert runpy.run_path("scripts/coming_from_trl.py")["page"]() == page, "run `make coming-from-trl`"
+    assert all(f"| `{name}` |" in page for name in NAMES)
