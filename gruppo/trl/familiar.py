@@ -20,7 +20,13 @@ class Familiar:
     args: TrainingArguments
     state: TrainerState
     moments: Moments
+    processing_class: Any
     _progress: Progress
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.processing_class
 
     def note(self, text: str) -> None:
         """Show a line, unless args.disable_tqdm."""

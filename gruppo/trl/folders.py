@@ -23,8 +23,8 @@ def resumes(args: TrainingArguments, resume: str | bool | None) -> bool:
     checkpoint = Path(resume).resolve()
     if Path(args.output_dir or "").resolve() not in [checkpoint, *checkpoint.parents]:
         raise UsageError(
-            f"resume_from_checkpoint = {resume!r}: is not in output_dir = {args.output_dir!r}; a run continues where it "
-            "was: write resume_from_checkpoint=True, and output_dir as in that run"
+            f"resume_from_checkpoint = {resume!r}: is not in output_dir = {args.output_dir!r}; a run continues where "
+            "it was: write resume_from_checkpoint=True, and output_dir as in that run"
         )
     return True
 

@@ -46,7 +46,7 @@ from gruppo.trl.sampling import Sampler
 from gruppo.trl.upload import upload
 from gruppo.types import Row
 from gruppo.utils.imports import IN_MEMORY
-from gruppo.utils.progress import Progress
+from gruppo.utils.progress import NullProgress, Progress
 
 
 class TrainOutput(NamedTuple):
@@ -152,7 +152,7 @@ class Trainer(Familiar):
                 given = load_in_memory(given, trust)
                 self._config = given.config
                 return str(self._given), given
-            source = find_model(given, self._silent, None, trust)
+            source = find_model(given, NullProgress(), None, trust)
             self._config = source.config
             self.processing_class = tokenizer or source.tokenizer
             return given, None
@@ -160,13 +160,9 @@ class Trainer(Familiar):
             name = getattr(getattr(given, "config", None), "_name_or_path", "")
             if not name:
                 raise UsageError("processing_class: missing; give the tokenizer of the model")
-            self.processing_class = find_model(name, self._silent, None, trust).tokenizer
+            self.processing_class = find_model(name, NullProgress(), None, trust).tokenizer
         self._config = given.config
         return type(given).__name__, given
-
-    @property
-    def _silent(self) -> Progress:
-        return choose_progress(False)
 
     def _plan(self) -> Plan:
         """The recipe and the rows of the training."""
@@ -293,11 +289,6 @@ class Trainer(Familiar):
         if isinstance(self._given, str):
             self._given = self._in_memory or load_in_memory(self._given, self.args.trust_remote_code)
         return self._given
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer."""
-        return self.processing_class
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         """Write the trained model with its tokenizer and card; with LoRA the adapter, as in TRL. Before training, the
