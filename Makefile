@@ -7,8 +7,8 @@
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
-#   make schema architecture                   generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md
-#   make coming-from-trl                       the lists of TRL's arguments in docs/coming_from_trl.md
+#   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
+#                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
@@ -28,7 +28,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts
 
-.PHONY: coming-from-trl quickstart ui test check unit bubblewrap torture fuzz test-transformers bench format schema architecture lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-transformers bench format schema architecture coming-from coming-from-trl lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -104,6 +104,9 @@ architecture: $(VENV)/.ready
 
 coming-from-trl: $(VENV)/.ready
 	$(BIN)/python scripts/coming_from_trl.py
+
+coming-from: $(VENV)/.ready
+	$(BIN)/python scripts/coming_from.py
 
 # After a change of constraints.txt. Needs the network: the hashes come from the package index.
 lock: $(VENV)/.ready-dev

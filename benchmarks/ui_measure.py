@@ -49,6 +49,13 @@ class Server:
         """The beginning of an answer, on a connection of this thread."""
         if not hasattr(self.local, "connection"):
             self.local.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        try:
+            return self._answer(address)
+        except ConnectionError:  # the server has closed a connection that was not used for a while
+            self.local.connection.close()
+            return self._answer(address)
+
+    def _answer(self, address: str) -> http.client.HTTPResponse:
         self.local.connection.request("GET", address, headers={"cookie": f"gruppo_{self.port}={TOKEN}"})
         return self.local.connection.getresponse()
 
@@ -247,14 +254,18 @@ class Watcher(threading.Thread):
         self.events = 0
         self.seconds: list[float] = []
         self.seen: dict[int, float] = {}  # step -> when it was first on the page
+        self.known: dict[str, str] = {}  # what the page adds to an address
 
     def run(self) -> None:
         while line := self.stream.readline():
             if line.startswith(b"data:"):
                 self.events += 1
                 for part in self.parts:
-                    seconds, content = self.server.get(part)
+                    seconds, content = self.server.get(part + self.known.get(part, ""))
                     self.seconds.append(seconds)
+                    if part.startswith("/api/"):  # the curves; next time only the new points
+                        now = json.loads(content)
+                        self.known[part] = f"&since={now['step']}&generation={now['generation']}"
                     for step in map(int, re.findall(rb"/steps/(\d+)\"", content)):
                         self.seen.setdefault(step, time.monotonic())
 
@@ -290,6 +301,7 @@ def live(run: Path, minutes: float, pause: float, write_step: Callable[[Path, in
                 time.sleep(1)
             passed, taken = time.monotonic() - started, server.processor_seconds() - before
             time.sleep(3)
+            assert all(watcher.is_alive() for watcher in watchers)
             return {
                 "minutes": round(passed / 60, 1), "seconds_between_steps": pause, "steps_written": len(written),
                 "processor_seconds": round(taken, 2), "share_of_a_core": round(taken / passed, 4),

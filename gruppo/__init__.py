@@ -12,8 +12,11 @@ Reward models:
     label                  label completions, and their steps, by a rule
     train_reward_model     train a reward model on labels
 For your own code:
-    Callback, STOP         watch a run, and stop it
+    Callback, STOP         watch a run, and stop it (what a callback returns is a StopTraining)
     Environment, Turn      environments of several turns
+The recipe in Python, in place of TOML or a mapping:
+    Recipe                 the recipe; its tables are the classes Run, Model, Lora, Task, Reward, RewardModel, Audit,
+                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark and EnvironmentTable
 
 Names are imported when they are first used, so that `import gruppo` is quick.
 """
@@ -29,7 +32,22 @@ from gruppo.utils.torch_settings import configure_torch
 
 if TYPE_CHECKING:
     from gruppo.config.loading import load_recipe as load_recipe
+    from gruppo.config.method_section import Critic as Critic
+    from gruppo.config.method_section import Method as Method
     from gruppo.config.recipe import Recipe as Recipe
+    from gruppo.config.sections import Audit as Audit
+    from gruppo.config.sections import Benchmark as Benchmark
+    from gruppo.config.sections import Decoding as Decoding
+    from gruppo.config.sections import Environment as EnvironmentTable
+    from gruppo.config.sections import Evaluation as Evaluation
+    from gruppo.config.sections import Lora as Lora
+    from gruppo.config.sections import Model as Model
+    from gruppo.config.sections import Optimizer as Optimizer
+    from gruppo.config.sections import Reward as Reward
+    from gruppo.config.sections import RewardModel as RewardModel
+    from gruppo.config.sections import Run as Run
+    from gruppo.config.sections import Sampling as Sampling
+    from gruppo.config.sections import Task as Task
     from gruppo.errors import RunError as RunError
     from gruppo.errors import UsageError as UsageError
     from gruppo.evaluation.runner import evaluate as evaluate
@@ -41,14 +59,22 @@ if TYPE_CHECKING:
     from gruppo.training.api import train as train
     from gruppo.training.callbacks import STOP as STOP
     from gruppo.training.callbacks import Callback as Callback
+    from gruppo.training.callbacks import StopTraining as StopTraining
     from gruppo.training.export import export as export
     from gruppo.training.reproduce import reproduce as reproduce
     from gruppo.training.reward_model_api import label as label
     from gruppo.training.reward_model_api import train_reward_model as train_reward_model
 
+_TABLES = ["Run", "Model", "Lora", "Task", "Reward", "RewardModel", "Audit", "Sampling", "Optimizer", "Evaluation",
+           "Decoding", "Benchmark"]  # fmt: skip
 _HOMES = {
+    **dict.fromkeys(_TABLES, "config.sections"),
+    "Critic": "config.method_section",
+    "EnvironmentTable": "config.sections",
+    "Method": "config.method_section",
     "STOP": "training.callbacks",
     "Callback": "training.callbacks",
+    "StopTraining": "training.callbacks",
     "Environment": "rollout.environments.protocol",
     "Recipe": "config.recipe",
     "Result": "runs.results",
@@ -68,7 +94,10 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022  in the order of the text above
     "train", "evaluate", "load_result", "export", "reproduce", "rescore", "load_recipe", "label", "train_reward_model",
-    "Callback", "STOP", "Environment", "Turn", "Recipe", "Result", "RunError", "UsageError",
+    "Callback", "STOP", "StopTraining", "Environment", "Turn", "Recipe", "Run", "Model", "Lora", "Task", "Reward",
+    "RewardModel", "Audit", "Method", "Critic", "Sampling", "Optimizer", "Evaluation", "Decoding", "Benchmark",
+    "EnvironmentTable",
+    "Result", "RunError", "UsageError",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -78,7 +107,8 @@ install_aliases()
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"gruppo.{_HOMES[name]}"), name)
+        # Two things are called environment: the class that a user writes, and the table of the recipe.
+        return getattr(import_module(f"gruppo.{_HOMES[name]}"), name.removesuffix("Table"))
     if name == "replay":
         warn("gruppo.replay is now gruppo.reproduce; write that", FutureWarning, stacklevel=2)
         return import_module("gruppo.training.reproduce").reproduce

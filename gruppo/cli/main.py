@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from gruppo import __version__
-from gruppo.cli import evaluate, export, rescore, reward_model, sample, train, ui
+from gruppo.cli import convert, evaluate, export, rescore, reward_model, sample, train, ui
 from gruppo.cli.options import Command
 from gruppo.config.renames import COMMANDS
 from gruppo.errors import RunError, UsageError, speak_command_line
@@ -38,6 +38,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
+    "convert": convert.convert,
     "check": train.check,
     "eval": evaluate.eval_,
     "sample": sample.sample,
@@ -55,7 +56,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "schema": train.schema,
 }
 for name, function in _COMMANDS.items():
-    app.command(name, cls=Command)(function)
+    app.command(name, cls=convert.Arguments if name == "convert" else Command)(function)
 
 
 def main() -> None:

@@ -94,6 +94,19 @@ def _texts(place: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _texts(f"{place}.{name}".removeprefix("."), item)
 
 
+def recipe_mistakes(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with a recipe, given as tables: field and message of each mistake.
+
+    The field is "" if the message concerns several of them.
+    """
+    try:
+        Recipe.model_validate(data)
+    except ValidationError as error:
+        places = [details.get("ctx", {}).get("field") or details["loc"] for details in error.errors()]
+        return [(".".join(map(str, place)), _explain(details)) for place, details in zip(places, error.errors())]
+    return []
+
+
 def without_unused_fields(data: dict[str, Any]) -> dict[str, Any]:
     """The recipe of a run folder without fields that have no effect, which earlier versions accepted."""
     while True:
@@ -152,7 +165,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe) -> _Files:
 def _base(where: str, folder: Path, name: Any) -> Path:
     """The file of the recipe that the recipe `where` in `folder` extends."""
     if not isinstance(name, str) or not name:
-        raise RecipeError(f'{where}: extends = {name!r}: must be a recipe; write e.g. "other.toml"')
+        raise RecipeError(f'{where}: extends = {name!r}: must be the path of a recipe; write e.g. "other.toml"')
     path = folder / user_path(name)
     if not is_file(path) and name in packaged_recipes():
         return packaged_recipes()[name]
@@ -308,7 +321,7 @@ def as_override(location: Sequence[str], text: str) -> str | None:
     unknown.
     """
     location = [name.replace("-", "_") for name in location]
-    found = fields_named(location, _tables())
+    found = fields_named(location, recipe_tables())
     meant = gruppo_name(location, toml_value(text)) or (found[0] if found else None)
     if meant is None:
         return None
@@ -376,7 +389,7 @@ def _unknown(field: str, location: Sequence[str], value: Any) -> str:
         return f"{problem}; {_advice(meant, 'it')}"
     if difflib.get_close_matches(location[-1], known, n=1, cutoff=0.8):
         return f"{problem}{nearest(location[-1], known)}"
-    if elsewhere := fields_named(location, _tables()):
+    if elsewhere := fields_named(location, recipe_tables()):
         return f"{problem}; write {' or '.join(elsewhere)}"
     return f"{problem}{nearest(location[-1], known)}"
 
@@ -396,7 +409,7 @@ def _holding(location: Sequence[str]) -> str | None:
     return None
 
 
-def _tables() -> Iterator[tuple[str, list[str]]]:
+def recipe_tables() -> Iterator[tuple[str, list[str]]]:
     """The tables of a recipe with the names of their fields."""
     for name in sorted(Recipe.model_fields, key="critic reward_model".find):  # "optimizer.learning_rate" comes first
         if name not in {"mixture", "benchmarks"} and (section := _section([name])):
@@ -414,7 +427,7 @@ def _inner_names(location: Sequence[str], table: Mapping[str, Any]) -> list[str]
             answers += _inner_names(path, value)
         elif meant := gruppo_name(path, value):
             answers.append(_advice(meant, name) if meant.startswith(NOTHING) else f"for {name} write {meant}")
-        elif elsewhere := fields_named(path, _tables()):
+        elif elsewhere := fields_named(path, recipe_tables()):
             answers.append(f"for {name} write {' or '.join(elsewhere)}")
     return answers[:8]
 

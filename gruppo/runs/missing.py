@@ -16,7 +16,7 @@ from gruppo.errors import UsageError
 from gruppo.runs.reading import read_lines, read_object, step_of_name
 from gruppo.runs.status import read_status
 
-_STEP = "completion/length"  # a metric of every step, and only of steps
+STEP = "completion/length"  # a metric of every step, and only of steps
 
 
 def saved_step(folder: Path) -> int:
@@ -36,12 +36,12 @@ def _finished_step(folder: Path) -> int:
 
 def steps_of(lines: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
     """The lines of metrics.jsonl that belong to steps, by step."""
-    return {int(line["step"]): line for line in lines if _STEP in line}
+    return {int(line["step"]): line for line in lines if STEP in line}
 
 
 def metric_problems(lines: Sequence[Mapping[str, Any]], done: int) -> list[str]:
     """Descriptions of lines that metrics.jsonl lacks, or has too many of, after `done` steps."""
-    counts = Counter(int(line["step"]) for line in lines if _STEP in line)
+    counts = Counter(int(line["step"]) for line in lines if STEP in line)
     problems = []
     if lost := set(range(1, done + 1)) - set(counts):
         problems.append(f"metrics.jsonl has no metrics of {steps_text(lost)}; they are lost")
@@ -67,7 +67,7 @@ def missing_parts(folder: Path, metrics: Iterable[Mapping[str, Any]] | None = No
         problems.append(f"metrics.jsonl is missing; the metrics of {steps_text(range(1, done + 1))} are lost")
     elif lost := set(range(1, done + 1)) - set(steps_of(lines)):
         problems.append(f"metrics.jsonl has no metrics of {steps_text(lost)}; they are lost")
-    counts = Counter(int(line["step"]) for line in lines if _STEP in line)
+    counts = Counter(int(line["step"]) for line in lines if STEP in line)
     if twice := [step for step, count in counts.items() if count > 1]:
         problems.append(f"metrics.jsonl has several lines of {steps_text(twice)}; this run did not write them")
     if lost := every_step - set(_steps_in(folder / "rollouts")):

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from gruppo.errors import RunError, UsageError
-from gruppo.runs.missing import missing_parts
+from gruppo.runs.missing import STEP, missing_parts
 from gruppo.runs.reading import reading
 from gruppo.ui import details
 from gruppo.ui.advice import advice_for
@@ -36,10 +36,9 @@ from gruppo.ui.runs import OpenRuns
 from gruppo.ui.security import HEADERS, Guard
 from gruppo.ui.table_routes import add_tables
 
-POLL_SECONDS, LIST_SECONDS = 1.0, 2.0  # how often a page that follows a run looks for changes
+POLL_SECONDS = 2.0  # how often a page that follows a run looks for changes
 ALIVE_SECONDS = 15.0  # a stream says something at least this often, so that a run without sign of life is noticed
 EVENTS = 200  # on a run's page
-_STEP = "completion/length"  # a metric of every step, and only of steps
 STATES = ("running", "done", "stopped", "interrupted", "failed", "silent", "unfinished")
 _PROBLEM = {
     "text/html": {"schema": {"type": "string"}},
@@ -100,6 +99,7 @@ def create_app(root: Path, token: str | None = None, host: str = "127.0.0.1", ca
         title="gruppo", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", lifespan=lifespan,
         responses=_PROBLEMS,
     )  # fmt: skip
+    app.state.is_stopping = lambda: False  # a server that stops waits for streams, which ask this
     app.add_middleware(Guard, host=host, token=token)
     _add_pages(app, state)
     _add_data(app, state)
@@ -142,7 +142,7 @@ def _add_pages(app: FastAPI, state: Dashboard) -> None:
 
     @app.get("/r/{key}/files/{name:path}", response_class=FileResponse)
     def file(key: str, name: str) -> FileResponse:
-        found = details.files(state.card(key).path).get(name)
+        found = details.file(state.card(key).path, name)
         if found is None:
             raise HTTPException(404, f"{name[:200]} is not a file of this run that can be downloaded.")
         return FileResponse(found, media_type="application/octet-stream", filename=name.replace("/", "-"))
@@ -185,7 +185,7 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
                 "words": now.state.words,
             }
 
-        return _stream(request, seen, POLL_SECONDS)
+        return _stream(request, seen)
 
     @app.get("/live")
     async def list_live(request: Request) -> StreamingResponse:
@@ -193,15 +193,15 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
             cards = state.catalog.cards()
             return {"revision": [[card.key, card.state.name, card.step, card.accuracy, card.warning] for card in cards]}
 
-        return _stream(request, seen, LIST_SECONDS)
+        return _stream(request, seen)
 
 
-def _stream(request: Request, seen: Callable[[], Any], seconds: float) -> StreamingResponse:
+def _stream(request: Request, seen: Callable[[], Any]) -> StreamingResponse:
     """Server-sent events: what `seen` returns, whenever it changes."""
 
     async def events() -> AsyncIterator[str]:
         last, said = None, 0.0
-        while not await request.is_disconnected():
+        while not (request.app.state.is_stopping() or await request.is_disconnected()):
             text = json.dumps(await asyncio.to_thread(seen), separators=(",", ":"))
             if text != last:
                 last, said = text, time.monotonic()
@@ -209,7 +209,7 @@ def _stream(request: Request, seen: Callable[[], Any], seconds: float) -> Stream
             elif time.monotonic() - said > ALIVE_SECONDS:
                 said = time.monotonic()
                 yield ": still here\n\n"
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(POLL_SECONDS)
 
     return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -264,7 +264,7 @@ def _problems(card: Card, live: LiveRun) -> list[str]:
         if card.state.name != "running" and not problems:
             with reading(card.path, "restore it from a copy"):
                 problems = missing_parts(
-                    card.path, live.lines_with(lambda name: name == _STEP or name.startswith("eval/"))
+                    card.path, live.lines_with(lambda name: name == STEP or name.startswith("eval/"))
                 )
     except UsageError as error:
         problems = [str(error)]

@@ -17,6 +17,7 @@ from typing import Any
 
 from gruppo.config.renames import translate_event, translate_metrics, translate_recipe
 from gruppo.errors import UsageError
+from gruppo.runs.missing import STEP
 from gruppo.runs.reading import object_of, old_parts, open_file, read_object
 from gruppo.runs.screen import State, state_of
 from gruppo.runs.status import Status, read_status
@@ -203,7 +204,7 @@ def _card(key: str, path: Path, root: Path) -> Card:
         data, problem = {}, f"recipe.toml: {str(error).splitlines()[0][:200] if str(error) else 'is damaged'}"
     summary = _summary(path)
     lines = _lines(path / "metrics.jsonl", path)
-    steps = [line for line in lines if "completion/length" in line]
+    steps = [line for line in lines if STEP in line]
     evaluated = [line for line in lines if isinstance(line.get("eval/accuracy"), float | int)]
     last = evaluated[-1] if evaluated else {}
     first = next((line for line in _head(path) if isinstance(line.get("eval/accuracy"), float | int)), {})
@@ -300,7 +301,7 @@ def _lines(path: Path, run: Path) -> list[dict[str, Any]]:
     for content in map(object_of, reversed(_tail(path))):
         if content is not None:
             found.append(translate_metrics(content, parts))
-            steps += "completion/length" in found[-1]
+            steps += STEP in found[-1]
             is_evaluated |= "eval/accuracy" in found[-1]
         if steps >= RECENT and is_evaluated:
             break

@@ -60,7 +60,7 @@ def seeds_text(runs: list[comparing.Compared]) -> str:
     """Which runs are seeds of one recipe; "" if none are."""
     names = comparing.labels(runs)
     parts = [", ".join(names[number] for number in group) for group in comparing.seeds(runs) if len(group) > 1]
-    return f"Seeds of one recipe: {'; '.join(parts)}" if parts else ""
+    return f"Seeds of one recipe: {'; '.join(parts)}." if parts else ""
 
 
 def answers_values(

@@ -102,8 +102,10 @@ def recipe_table(runs: Sequence[Compared]) -> list[tuple[str, list[Any]]]:
 def payload(runs: Sequence[Compared], axis: str = "step", band: bool = True, points: int = POINTS) -> Mapping[str, Any]:
     """The charts of several runs, in the form of `gruppo.ui.charts.payload`: one metric per chart, one curve per run.
 
-    `band`: seeds of one recipe are one curve, their mean, with a band from the smallest to the largest.
+    `band`: seeds of one recipe are one curve, their mean, with a band from the smallest to the largest. A curve has at
+    most `points` points; with more than two runs fewer, so that the charts have as many as with two.
     """
+    points = min(points, 2 * points // max(1, len(runs)))
     revisions = [run.live.poll() for run in runs]
     positions = [Axis(run.live, axis) for run in runs]
     groups = seeds(runs) if band else [[number] for number in range(len(runs))]
@@ -148,21 +150,26 @@ def _mean(arrays: Sequence[tuple[tuple[np.ndarray, np.ndarray], Axis]], points: 
 
     The position of a step is the mean of its positions in the runs.
     """
-    common = sorted(set.intersection(*(set(steps.tolist()) for (steps, _), _ in arrays)))
-    chosen = np.array(common, dtype=np.int64)
-    values, places = [], []
-    for (steps, found), position in arrays:
-        last = dict(zip(steps.tolist(), found.tolist(), strict=True))
-        values.append([last[step] for step in common])
-        places.append(np.asarray(position(chosen), dtype=np.float64))
-    if not common:
-        return thin(chosen, np.zeros(0), points)
+    lasts = [_last_of_each(steps, found) for (steps, found), _ in arrays]
+    common = lasts[0][0]
+    for steps, _ in lasts[1:]:
+        common = np.intersect1d(common, steps, assume_unique=True)
+    if not len(common):
+        return thin(common, np.zeros(0), points)
+    values = [found[np.searchsorted(steps, common)] for steps, found in lasts]
+    places = [np.asarray(position(common), dtype=np.float64) for _, position in arrays]
     table, where = np.array(values), np.mean(places, axis=0)
-    whole = where.astype(np.int64) if np.array_equal(where, chosen) else where
+    whole = where.astype(np.int64) if np.array_equal(where, common) else where
     with np.errstate(over="ignore"):
         mean = thin(whole, table.mean(axis=0), points)
     mean["band"] = [thin(whole, table.min(axis=0), points), thin(whole, table.max(axis=0), points)]
     return mean
+
+
+def _last_of_each(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The steps in order, each once, and the last value of each."""
+    found, places = np.unique(steps[::-1], return_index=True)
+    return found, values[::-1][places]
 
 
 def question_changes(

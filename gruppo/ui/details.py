@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import RunError, UsageError, is_visible
 from gruppo.runs.changes import differences
-from gruppo.runs.reading import own_table, read_object, reading
+from gruppo.runs.reading import own_table, read_object, reading, step_of_name
 from gruppo.runs.screen import next_commands
 from gruppo.ui.catalog import Card, recipe_data, regular
 
@@ -90,14 +91,27 @@ def _gigabytes(count: Any) -> str | None:
 
 
 def files(run: Path) -> dict[str, Path]:
-    """The files that can be downloaded, by the name in their address. Links are left out."""
-    found = {name: run / name for name in LISTED if regular(run / name)}
+    """The files that can be downloaded, by the name in their address: of the tables, the last ones. Links are left
+    out."""
+    names = list(LISTED)
     for folder in _TABLES:
-        if (run / folder).is_symlink():
-            continue
-        tables = sorted((run / folder).glob("step-*.parquet"))[-_MOST_FILES:]
-        found |= {f"{folder}/{path.name}": path for path in tables if regular(path)}
-    return found
+        if (run / folder).is_dir():
+            tables = sorted(name for name in os.listdir(run / folder) if _is_table(name))
+            names += [f"{folder}/{name}" for name in tables[-_MOST_FILES:]]
+    return {name: path for name in names if (path := file(run, name)) is not None}
+
+
+def file(run: Path, name: str) -> Path | None:
+    """A file that can be downloaded: one of those of a run's folder, or any of its tables. None for any other name, and
+    for links."""
+    folder, _, table = name.partition("/")
+    if folder in _TABLES and _is_table(table):
+        return run / name if not (run / folder).is_symlink() and regular(run / name) else None
+    return run / name if name in LISTED and regular(run / name) else None
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith(".parquet") and step_of_name(name) is not None
 
 
 def commands(card: Card, last_step: int, named: str | None = None) -> list[tuple[str, str]]:

@@ -19,6 +19,8 @@ from gruppo.runs.tail import Tail
 
 MOST_EVENTS = 20_000  # the last ones are kept
 MOST_NAMES = 2_000  # of metrics
+DIGITS = 7  # of the values of points that stand for several values
+_EXACT = 22  # the largest power of ten that is exact in double precision
 
 
 @dataclass
@@ -159,6 +161,8 @@ def thin(steps: np.ndarray, values: np.ndarray, points: int, known: int = 0) -> 
     Returns {"x": steps, "y": means, "size": values per point}, as lists; None for a value that is not recorded. The
     step of a point is the last one of its values. With size > 1 also "low" and "high", the extremes of the values.
 
+    Values of such points have `DIGITS` significant digits.
+
     `known`: points that consist of the first `known` values alone are left out, and "start" is their number.
     """
     size = max(1, math.ceil(len(values) / points)) if points > 0 else 1
@@ -179,7 +183,24 @@ def thin(steps: np.ndarray, values: np.ndarray, points: int, known: int = 0) -> 
     low = np.where(number > 0, np.where(known_values, rows, np.inf).min(axis=1), np.nan)
     high = np.where(number > 0, np.where(known_values, rows, -np.inf).max(axis=1), np.nan)
     ends = steps[np.minimum(np.arange(1, count + 1) * size, len(steps)) - 1]
-    return {"x": ends.tolist(), "y": _plain(means), "low": _plain(low), "high": _plain(high), "size": size, **left_out}
+    return {
+        "x": ends.tolist(), "y": _plain(rounded(means)), "low": _plain(rounded(low)), "high": _plain(rounded(high)),
+        "size": size, **left_out,
+    }  # fmt: skip
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """The values with `DIGITS` significant digits: half the text of a page, and half the time to write it.
+
+    Values that are 0, not finite, or so large or small that they have no exact power of ten stay as they are.
+    """
+    with np.errstate(divide="ignore"):
+        places = DIGITS - 1 - np.floor(np.log10(np.abs(values)))
+    is_usual = np.abs(places) <= _EXACT
+    scale = 10.0 ** np.where(is_usual, np.abs(places), 0.0)
+    usual = np.where(is_usual, values, 0.0)
+    found = np.where(places >= 0, np.round(usual * scale) / scale, np.round(usual / scale) * scale)
+    return np.where(is_usual, found, values)
 
 
 def _plain(values: np.ndarray) -> list[float | None]:

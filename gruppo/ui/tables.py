@@ -19,7 +19,7 @@ from gruppo.ui.queries import KINDS_OF_CHANGE, Filters, Page, Question
 LIMIT = 50  # rows of a page
 MOMENTS = 20  # rows on the page of a question, which reads a table for each
 WORDS = {"pass": "pass@k", "maj": "maj@k", "best": "best of k"}
-HELD_OUT = "held out"  # the words for the set without a name
+HELD_OUT = "Held-out questions"  # the words for the set without a name
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gruppo.config import foreign_names
-from gruppo.config.foreign_names import NAMES, NOTHING, gruppo_name
+from gruppo.config.foreign_names import NOTHING, gruppo_name, is_ignored
+from gruppo.config.foreign_table import IGNORED, MISSING, NAMES
 from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Section
@@ -122,6 +123,13 @@ def test_names_without_a_counterpart_are_answered_with_the_reason(place: str) ->
     assert re.match("remove it: .{20}", answer(place))
 
 
+def test_some_reasons_say_that_nothing_is_lost() -> None:
+    assert is_ignored(gruppo_name(["logging_steps"]) or "")
+    assert not is_ignored(gruppo_name(["lora_dropout"]) or "")
+    assert not is_ignored(gruppo_name(["beta"]) or "")
+    assert not IGNORED.keys() & MISSING.keys()
+
+
 def test_tables_of_a_list_are_named_with_their_place() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe({"model": {"name": "m"}, "mixture": [{"dataset_name": "x"}],
@@ -148,7 +156,7 @@ def _exists(field: str) -> bool:
 def test_every_answer_names_fields_that_exist() -> None:
     tables = "|".join(Recipe.model_fields)
     answers = [*NAMES.values(), *(there for table in foreign_names._IN_TABLE.values() for there in table.values())]
-    named = {field for text in [*answers, *foreign_names._WITHOUT] for field in
+    named = {field for text in [*answers, *IGNORED, *MISSING] for field in
              re.findall(rf"\b(?:{tables})(?:\.[a-z_0-9]+)+", text)}  # fmt: skip
     assert len(named) > 40
     assert {field for field in named if not _exists(field)} == set()
@@ -163,7 +171,7 @@ def test_every_option_of_trl_is_answered() -> None:
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     assert len(names) > 200
     unanswered = sorted(name for name in names if name not in own and gruppo_name([name]) is None)
-    assert unanswered == ["ignore_bias_buffers"], "of ScriptArguments: for debugging"
+    assert unanswered == []
     lora = {"r", "lora_alpha", "target_modules", "lora_dropout", "modules_to_save", "use_rslora", "use_dora", "bias"}
     assert lora <= {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert [name for name in lora if gruppo_name([name]) is None] == []

@@ -9,10 +9,16 @@ import sys
 import pytest
 
 import gruppo
+from gruppo.config.recipe import Recipe
+from gruppo.config.sections import Evaluation, Section
 
-PUBLIC = {
-    "Callback", "Environment", "Recipe", "RunError", "STOP", "Turn", "UsageError", "evaluate", "export", "label",
-    "load_recipe", "load_result", "reproduce", "rescore", "Result", "train", "train_reward_model",
+TABLES = {
+    "Audit", "Benchmark", "Critic", "Decoding", "EnvironmentTable", "Evaluation", "Lora", "Method", "Model",
+    "Optimizer", "Reward", "RewardModel", "Run", "Sampling", "Task",
+}  # fmt: skip
+PUBLIC = TABLES | {
+    "Callback", "Environment", "Recipe", "RunError", "STOP", "StopTraining", "Turn", "UsageError", "evaluate", "export",
+    "label", "load_recipe", "load_result", "reproduce", "rescore", "Result", "train", "train_reward_model",
 }  # fmt: skip
 
 
@@ -28,6 +34,19 @@ def test_dir_is_the_public_api_in_a_fresh_interpreter() -> None:
 def test_every_public_name_has_a_docstring() -> None:
     for name in PUBLIC - {"STOP"}:
         assert getattr(gruppo, name).__doc__, name
+
+
+def test_the_tables_of_a_recipe_are_the_exported_classes() -> None:
+    """Every table of the recipe can be written with a class that `gruppo` exports."""
+    exported = {getattr(gruppo, name) for name in TABLES}
+    assert exported == set(Section.__subclasses__()) - {Recipe} | set(Evaluation.__subclasses__())
+    recipe = Recipe(
+        model=gruppo.Model(name="m", lora=gruppo.Lora(rank=4)),
+        run=gruppo.Run(steps=3),
+        environment=gruppo.EnvironmentTable(name="python"),
+        evaluation=gruppo.Evaluation(task=gruppo.Task(name="gsm8k"), decoding=gruppo.Decoding(top_k=5)),
+    )
+    assert gruppo.load_recipe(recipe) == recipe
 
 
 def test_help_lists_the_functions() -> None:

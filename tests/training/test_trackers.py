@@ -7,7 +7,7 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,15 @@ def processes(word: str) -> list[psutil.Process]:
     return found
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for as long as it takes, but not forever."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.1)
+    pytest.fail("it has not happened in ten minutes")
+
+
 @pytest.mark.usefixtures("packages")
 def test_trackers_that_raise_or_die_are_events_and_change_nothing(
     tiny_folder: str, tmp_path: Path, untracked: dict[str, Any]
@@ -107,8 +116,8 @@ def test_trackers_that_raise_or_die_are_events_and_change_nothing(
     out, names = tmp_path / "run", ["trackio", "swanlab", "mlflow"]
 
     def after_the_first_step(step: int, metrics: Mapping[str, Any], groups: Any) -> None:
-        while step == 1 and processes("tracker_main trackio"):
-            time.sleep(0.05)
+        if step == 1:
+            wait_until(lambda: not processes("tracker_main trackio"))
 
     settings = recipe(tiny_folder, run__steps=6, run__trackers=names)
     train(settings, prompts=ROWS, out=out, callbacks=[after_the_first_step], progress=False)
@@ -134,8 +143,8 @@ def test_a_tracker_that_hangs_is_ended_after_the_run_with_all_its_processes(
     out = tmp_path / "run"
 
     def until_it_hangs(step: int, metrics: Mapping[str, Any], groups: Any) -> None:
-        while step == 6 and not processes("time.sleep(10**6)"):
-            time.sleep(0.05)
+        if step == 6:
+            wait_until(lambda: bool(processes("time.sleep(10**6)")))
 
     settings = recipe(tiny_folder, run__steps=6, run__trackers=["comet_ml"])
     result = train(settings, prompts=ROWS, out=out, callbacks=[until_it_hangs], progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import uvicorn
 
 from gruppo.ui.app import create_app
+from gruppo.ui.report import write_report
 from gruppo.ui.server import bound_socket
 from tests.ui.attacks import ATTACKS
 from tests.ui.conftest import Runs
@@ -33,7 +35,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: 
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]
 TIMEOUT = 30_000  # milliseconds that a condition may take on a busy machine
-REWARD = "document.querySelector('[data-chart=reward] .plot')"
+REWARD = """document.querySelector('[data-chart=reward] .plot, [data-chart="reward/mean"] .plot')"""
 POINTS = f"{REWARD}?.data?.findLast(curve => curve.name && curve.name !== 'events')?.x.length"
 NAMES = f"{REWARD}?.data?.filter(curve => curve.name).map(curve => curve.name)"
 ZOOM = f"{REWARD}.layout.xaxis.range.map(Number)"
@@ -107,7 +109,8 @@ def ready(page: Page, address: str) -> None:
     page.wait_for_function(
         """() => !document.querySelector("[data-indexing]")
             && [...document.querySelectorAll(".charts-section")].every(section => section.querySelector(".plot"))
-            && [...document.querySelectorAll("[data-view=tokens]")].every(view => view.querySelector("[data-t]"))"""
+            && [...document.querySelectorAll("[data-view=tokens]")].every(
+                view => view.querySelector("[data-t], .rendered"))"""
     )
 
 
@@ -204,7 +207,7 @@ def test_a_group_token_by_token(runs: Runs, address: str, open_page: Open) -> No
     page.keyboard.press("Escape")
     expect(panel).to_contain_text("Point at a token")
 
-    page.get_by_label("Colour").select_option("sampling_logprob")
+    page.locator(".controls").get_by_label("Color").select_option("sampling_logprob")
     tokens.first.hover()
     expect(panel.locator("tr.chosen")).to_contain_text("log-probability, engine")
     page.get_by_role("button", name="Rendered").click()
@@ -237,14 +240,32 @@ def test_two_runs_are_compared(address: str, open_page: Open) -> None:
     page.get_by_role("button", name="Compare 2 runs").click()
     expect(page.get_by_role("heading", name="Comparing 2 runs")).to_be_visible()
     page.wait_for_function(f"() => {NAMES}?.length === 1")
-    assert page.evaluate(NAMES) == ["tiny-0 (2 seeds)"]
+    assert page.evaluate(NAMES)[0].endswith(" (2 seeds)")
     page.get_by_role("link", name="Show every seed as a curve of its own").click()
     page.wait_for_function(f"() => {NAMES}?.length === 2")
-    assert page.evaluate(NAMES) == ["tiny-0", "tiny-1"]
+    assert sorted(page.evaluate(NAMES)) == ["tiny-0", "tiny-1"]
     page.get_by_label("Axis").select_option("tokens")
     page.wait_for_function(f"() => {REWARD}.layout.xaxis.title.text === 'sampled tokens'")
     page.get_by_role("link", name="Remove").first.click()
     expect(page.get_by_role("heading", name="Comparing 1 runs")).to_be_visible()
+
+
+def test_a_report_opens_without_a_network(runs: Runs, tmp_path: Path, open_page: Open) -> None:
+    """From a file: a group token by token, with its numbers, curves, and the comparison."""
+    write_report([runs.paths["seed-0"], runs.paths["seed-1"]], tmp_path / "report.html")
+    file = tmp_path / "report.html"
+    group = re.search(r"#/r/[^/\"]*seed-0[^/\"]*/steps/2/groups/1(?=\")", file.read_text(encoding="utf-8"))
+    assert group
+    table = pq.read_table(runs.paths["seed-0"] / "rollouts/step-000002.parquet").to_pylist()
+    row = next(row for row in table if row["group"] == 1 and row["advantages"] and row["advantages"][0])
+    page = open_page(f"{file.as_uri()}{group[0]}", offline=True)
+    page.locator(f"#c{row['completion']} [data-t]").first.hover()
+    panel = page.get_by_role("complementary", name="Numbers of a token")
+    advantage = panel.get_by_role("row", name="advantage").get_by_role("cell")
+    assert float(str(advantage.text_content()).replace("−", "-")) == pytest.approx(row["advantages"][0], rel=1e-6)
+    for route in ("#/compare", group[0].partition("/steps/")[0]):
+        page.goto(f"{file.as_uri()}{route}")
+        page.wait_for_function("document.querySelector('.charts-section .plot')")
 
 
 def every_page(runs: Runs, name: str = "seed-0", sets: tuple[str, ...] = ("",), prompt: str = "") -> list[str]:

@@ -107,6 +107,19 @@ def test_files_to_download(tmp_path: Path) -> None:
     assert all(path == run / name for name, path in found.items())
 
 
+def test_every_table_can_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page lists the last ones, but a link to an older one works too."""
+    monkeypatch.setattr(details, "_MOST_FILES", 1)
+    (tmp_path / "rollouts").mkdir()
+    for name in ("step-000001.parquet", "step-000002.parquet", "step-1.parquet", "notes.parquet", "step-000003"):
+        (tmp_path / "rollouts" / name).write_text("")
+    assert list(details.files(tmp_path)) == ["rollouts/step-000002.parquet"]
+    assert details.file(tmp_path, "rollouts/step-000001.parquet") == tmp_path / "rollouts/step-000001.parquet"
+    others = ("step-1.parquet", "notes.parquet", "step-000003", "", "step-000004.parquet", "../step-000001.parquet")
+    for name in (*(f"rollouts/{other}" for other in others), "rollouts", "", "status.json"):
+        assert details.file(tmp_path, name) is None
+
+
 def test_files_cannot_leave_the_folder(tmp_path: Path) -> None:
     outside = make_run(tmp_path / "outside", summary={}, environment={})
     write_rollouts(outside, rollout_row())

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -198,6 +199,10 @@ def test_hostile_texts_stay_texts(copy: Path, tmp_path: Path) -> None:
     change(copy, 5, "evaluations", answer=ATTACK, question=ATTACK, prompt_id=ATTACK)
     document = written([copy], tmp_path / "report.html")
     assert len(document.scripts) == len(SCRIPTS)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    blocks = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)
+    assert len(blocks) == len(document.blocks)
+    assert not [block for block in blocks if "<" in block], "nothing that a browser could take for the end of the block"
     assert "img" not in document.tags
     assert not {name for name in document.attributes if name.startswith("on") or not name.replace("-", "").isalpha()}
     group = next(block for block in document.blocks if block.get("step") == 2)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
 from gruppo.runs.missing import missing_parts
 from gruppo.ui.charts import payload
-from gruppo.ui.live import LiveRun
+from gruppo.ui.live import LiveRun, rounded
 
 
 def write_lines(run: Path, steps: range, every: int = 5) -> None:
@@ -107,3 +111,22 @@ def test_missing_parts_by_metrics_that_are_read_already(tmp_path: Path) -> None:
     found = missing_parts(tmp_path, lines)
     assert found == missing_parts(tmp_path)
     assert any("several lines of step 8" in problem for problem in found)
+
+
+def test_rounded_values() -> None:
+    values = [0.0, 1 / 3, -200 / 3, 3_456_789_012.5, 1.7e308, 5e-324, math.nan, -math.inf, 9.99999999, 1e-16, 123456.78]
+    expected = [0.0, 0.3333333, -66.66667, 3_456_789_000.0, 1.7e308, 5e-324, math.nan, -math.inf, 10.0, 1e-16, 123456.8]
+    assert [repr(value) for value in rounded(np.array(values)).tolist()] == [repr(value) for value in expected]
+
+
+def test_a_page_of_another_generation_gets_everything(tmp_path: Path, connect: Callable[..., TestClient]) -> None:
+    """The run was resumed, or the server started again: what the page has may not be what the run has."""
+    write_lines(tmp_path, range(1, 9))
+    (tmp_path / "recipe.toml").write_text("")
+    client = connect(tmp_path)
+    address = f"/api/r/{client.get('/api/runs').json()[0]['key']}/series"
+    known = client.get(address).json()
+    for generation, starts in ((known["generation"], {7}), (known["generation"] + 1, {None}), ("", {None})):
+        query = {"since": known["step"], "generation": generation} if generation != "" else {"since": known["step"]}
+        found = curves_of(client.get(address, params=query).json())
+        assert {curve.get("start") for name, curve in found.items() if "reward" in name} == starts

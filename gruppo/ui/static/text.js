@@ -20,7 +20,7 @@
   }
 
   const short = (value) => (typeof value === "number" ? String(Number(value.toPrecision(3))).replace("-", "−") : String(value));
-  const exact = (value) => String(value).replace(/^-/, "−");
+  const exact = (value) => String(typeof value === "number" ? Number(value.toPrecision(7)) : value).replace(/^-/, "−");
   const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
   function codePoint(character) {

@@ -430,12 +430,12 @@
     words(token, quantities) { // what a screen reader says of a token
       const { one } = token.closest(".body").completion;
       const place = Number(token.dataset.t);
-      const text = one.token_texts ? `${quoted(one.token_texts[place])}, ` : "";
+      const text = one.token_texts ? ` ${quoted(one.token_texts[place])},` : "";
       const numbers = quantities.map(({ key, label, unit }) => {
         const value = one.values[key] ? one.values[key][place] : null;
         return ` ${label}: ${value === null ? "not recorded" : `${exact(value)} ${unit}`.trim()}.`;
       });
-      return `${text}token ${place + 1} of ${one.token_ids.length}, id ${one.token_ids[place]}.${one.mask[place] ? "" : " Not sampled."}${numbers.join("")}`;
+      return `Token ${place + 1} of ${one.token_ids.length},${text} id ${one.token_ids[place]}.${one.mask[place] ? "" : " Not sampled."}${numbers.join("")}`;
     }
 
     describe(token) {

@@ -1,0 +1,1 @@
+"""`gruppo convert`: a recipe from the arguments of another trainer (TRL, verl, OpenRLHF)."""
