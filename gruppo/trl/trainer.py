@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,12 +197,16 @@ class Trainer(Familiar):
         """Train. Returns the number of optimizer steps, the mean loss, and the metrics of the whole training.
 
         `resume_from_checkpoint`: True, or a folder in output_dir, continues the last run in output_dir; a run that is
-        not there begins. Raises UsageError for arguments or rows that cannot be used.
+        not there begins. Raises UsageError for arguments or rows that cannot be used, and when called again after it
+        has returned.
         """
+        if self.result is not None:
+            raise UsageError("train(): has run; make a new trainer, with model=trainer.model to train it further")
         plan = self._plan()
         resume = resumes(self.args, resume_from_checkpoint)
         folder = run_folder(self.args, resume)
-        self._announce(plan, folder)
+        for line in _announcement(plan, folder, self.ignored, self.peft_config):
+            self.note(line)
         self.state.log_history = []
         if resume and (folder / "trainer_state.json").is_file():
             self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -251,17 +255,6 @@ class Trainer(Familiar):
         if self.args.push_to_hub:
             self.push_to_hub()
         return TrainOutput(self.state.global_step, self.moments.mean_loss, metrics)
-
-    def _announce(self, plan: Plan, folder: Path) -> None:
-        """Say how the batches come about, and which arguments are ignored."""
-        note, updates = self._progress.note, plan.batches.updates
-        counted = f" of {updates} updates ({plan.length.steps * updates} of TRL's steps)" if updates > 1 else ""
-        note(f"{plan.batches.sentence}; {plan.length.steps} steps{counted}; run folder: {folder}")
-        ignored = list(self.ignored)
-        if self.peft_config is not None and getattr(self.peft_config, "lora_dropout", 0.0) > 0:
-            ignored.append("lora_dropout")
-        if ignored:
-            note(f"Ignored, without effect here: {', '.join(ignored)}")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -315,3 +308,13 @@ class Trainer(Familiar):
         with tempfile.TemporaryDirectory() as folder:
             self.save_model(folder)
             return upload(Path(folder), self.args, commit_message or "End of training", options)
+
+
+def _announcement(plan: Plan, folder: Path, ignored: Sequence[str], peft_config: Any) -> Iterator[str]:
+    """Lines that say how the batches come about, and which arguments are ignored."""
+    updates = plan.batches.updates
+    counted = f" of {updates} updates ({plan.length.steps * updates} of TRL's steps)" if updates > 1 else ""
+    yield f"{plan.batches.sentence}; {plan.length.steps} steps{counted}; run folder: {folder}"
+    dropout = ["lora_dropout"] if getattr(peft_config, "lora_dropout", 0.0) > 0 else []
+    if names := [*ignored, *dropout]:
+        yield f"Ignored, without effect here: {', '.join(names)}"

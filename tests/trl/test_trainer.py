@@ -179,6 +179,11 @@ def test_callbacks_are_called_in_the_order_of_transformers(run: Run) -> None:
     assert "log 2" in run.called
 
 
+def test_a_trainer_trains_once(run: Run) -> None:
+    with pytest.raises(UsageError, match="make a new trainer"):
+        run.trainer.train()
+
+
 def test_saved_model_is_the_trained_one(run: Run, tmp_path: Path) -> None:
     run.trainer.save_model(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
