@@ -9,7 +9,7 @@
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
 #   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
-#                                              docs/coming_from.md
+#                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
@@ -29,7 +29,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers bench format schema architecture coming-from lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers bench format schema architecture coming-from coming-from-trl lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -106,6 +106,9 @@ schema: $(VENV)/.ready
 
 architecture: $(VENV)/.ready
 	$(BIN)/python scripts/architecture.py
+
+coming-from-trl: $(VENV)/.ready
+	$(BIN)/python scripts/coming_from_trl.py
 
 coming-from: $(VENV)/.ready
 	$(BIN)/python scripts/coming_from.py
