@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from gruppo.errors import RunError, UsageError
 from gruppo.runs.console import choose_progress
 from gruppo.training.export import Export, plan_export
-from gruppo.utils.hub import LOG_IN, hub_problem, hub_reachable, unreachable
+from gruppo.utils.hub import LOG_IN, hidden_bars, hub_problem, hub_reachable, unreachable
 from gruppo.utils.progress import Progress
 
 # Files that an earlier push can have left and that would be taken for a part of the new model.
@@ -62,7 +59,7 @@ def push_to_hub(
         is_private = _open_repository(repository, private, revision)
         exported = plan.write(shown)
         message = f"{plan.recipe.run.name}: step {exported.step}, {plan.dtype}"
-        with shown.bar(f"Uploading to {repository}", None, ""), _quiet():
+        with shown.bar(f"Uploading to {repository}", None, ""), hidden_bars():
             try:
                 commit = HfApi().upload_folder(
                     repo_id=repository,
@@ -110,15 +107,3 @@ def _words(error: Exception, what: str, kind: type[UsageError | RunError], then:
     """The error in words if it comes from the hub, otherwise itself."""
     problem = hub_problem(error)
     return error if problem is None else kind(f"{what}: {problem}{then}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Disable huggingface_hub's progress bars: progress is shown by our reporter."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()

@@ -1,8 +1,11 @@
-"""The Hugging Face hub: a quick check whether it is reachable, and its errors in words."""
+"""The Hugging Face hub: a quick check whether it is reachable, its errors in words, and its bars hidden."""
 
 from __future__ import annotations
 
+import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -17,6 +20,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from gruppo.utils.paths import user_path
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -28,6 +34,12 @@ _BY_STATUS = {
     413: "a file is too large for it; write smaller ones with --max-shard-size",
     429: "it has had too many requests from this account or address; wait a few minutes and try again",
 }
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of "owner/name@revision"; any other name, such as a path, without a revision."""
+    found = re.fullmatch(r"(\w[\w.-]*(?:/\w[\w.-]*)?)@([\w][\w./-]*)", name)
+    return (found[1], found[2]) if found and not user_path(name).exists() else (name, None)
 
 
 def hub_reachable() -> bool:
@@ -78,3 +90,15 @@ def _problem(error: BaseException) -> str | None:
 def unreachable() -> str:
     """The words for a hub that does not answer."""
     return f"the Hugging Face hub ({constants.ENDPOINT}) cannot be reached; go online, or use a local folder"
+
+
+@contextmanager
+def hidden_bars() -> Iterator[None]:
+    """Hide huggingface_hub's progress bars in the block: progress is shown by our reporter."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
