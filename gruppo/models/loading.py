@@ -179,6 +179,11 @@ def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
         return str(path)
     if name.startswith(IN_MEMORY):
         raise UsageError(f"model.name = {name!r}: was passed from Python; pass it again: gruppo.train(…, model=…)")
+    return _on_hub(name, path, progress, trust_remote_code)
+
+
+def _on_hub(name: str, path: Path, progress: Progress, trust_remote_code: bool) -> str:
+    """The name of a model on the hub, or the folder of its revision. `path`: the name as a path, which is no folder."""
     if split_revision(name)[1] is not None:
         return _locate(_downloaded(name, progress, trust_remote_code), progress, trust_remote_code)
     if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
