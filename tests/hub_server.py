@@ -44,7 +44,7 @@ class Repository:
         return self.commits[self.branches.get(revision, revision)]
 
 
-class Refused(Exception):
+class RefusalError(Exception):
     """An answer that is no success: status, and the hub's error code if it has one."""
 
     def __init__(self, status: int, code: str = "") -> None:
@@ -52,10 +52,14 @@ class Refused(Exception):
 
 
 class Hub:
-    """The state of the stand-in. `fail`: a path pattern -> the status with which requests to it are refused."""
+    """The state of the stand-in.
+
+    `address`: while it is served. `fail`: a path pattern -> the status with which requests to it are refused.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
+        self.address = ""
         self.fail: dict[str, int] = {}
         self.requests: list[tuple[str, str]] = []
 
@@ -70,19 +74,19 @@ class Hub:
         """The repository, if the token may read it."""
         found = self.repositories.get((kind, name))
         if found is None or (found.private and not token):
-            raise Refused(404 if token else 401, "RepoNotFound")
+            raise RefusalError(404 if token else 401, "RepoNotFound")
         if found.gated:
-            raise Refused(403, "GatedRepo")
+            raise RefusalError(403, "GatedRepo")
         return found
 
     def answer(self, method: str, path: str, token: str, body: bytes) -> Any:
-        """The answer to a request: JSON, or (commit, bytes) for a file. Raises Refused."""
+        """The answer to a request: JSON, or (commit, bytes) for a file. Raises RefusalError."""
         self.requests.append((method, path))
         for pattern, status in self.fail.items():
             if re.search(pattern, path):
-                raise Refused(status)
+                raise RefusalError(status)
         if token not in ("", WRITER, READER):
-            raise Refused(401)
+            raise RefusalError(401)
         if path == "/api/repos/create":
             return self._create(json.loads(body), token)
         if path == "/api/validate-yaml":
@@ -93,30 +97,30 @@ class Hub:
             repository = self.repository("datasets" if found[1] else "models", found[2], token)
             sha = self._sha(repository, unquote(found[3]))
             if found[4] not in repository.commits[sha]:
-                raise Refused(404, "EntryNotFound")
+                raise RefusalError(404, "EntryNotFound")
             return sha, repository.commits[sha][found[4]]
-        raise Refused(404)
+        raise RefusalError(404)
 
     def _create(self, given: dict[str, Any], token: str) -> Any:
         if token != WRITER or given["organization"] != "me":
-            raise Refused(403 if token else 401)
+            raise RefusalError(403 if token else 401)
         name = f"{given['organization']}/{given['name']}"
         if ("models", name) in self.repositories:
-            raise Refused(409)
+            raise RefusalError(409)
         self.add(name, {".gitattributes": b""}, private=given.get("visibility") == "private")
-        return {"url": f"http://hub/{name}"}
+        return {"url": f"{self.address}/{name}"}
 
     def _api(self, kind: str, name: str, rest: str, method: str, token: str, body: bytes) -> Any:
         repository = self.repository(kind, name, token)
         action, _, revision = rest.partition("/")
         writes = action in ("preupload", "commit", "branch") or rest == "auth-check/write"
         if writes and (token != WRITER or not name.startswith("me/")):
-            raise Refused(403)
+            raise RefusalError(403)
         if action == "auth-check":
             return {}
         if action == "branch":
             if unquote(revision) in repository.branches:
-                raise Refused(409)
+                raise RefusalError(409)
             repository.branches[unquote(revision)] = repository.branches["main"]
             return {}
         if action == "preupload":
@@ -146,12 +150,12 @@ class Hub:
                 del files[line["value"]["path"]]
         message = next(line["value"]["summary"] for line in lines if line["key"] == "header")
         sha = repository.commit(branch, files, message)
-        return {"commitUrl": f"http://hub/{name}/commit/{sha}", "commitOid": sha}
+        return {"commitUrl": f"{self.address}/{name}/commit/{sha}", "commitOid": sha}
 
     def _sha(self, repository: Repository, revision: str) -> str:
         sha = repository.branches.get(revision, revision)
         if sha not in repository.commits:
-            raise Refused(404, "RevisionNotFound")
+            raise RefusalError(404, "RevisionNotFound")
         return sha
 
 
@@ -173,8 +177,8 @@ def serving(hub: Hub) -> Iterator[str]:
                     headers = {"X-Repo-Commit": answer[0], "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
                 else:
                     headers = {"Content-Type": "application/json"}
-            except Refused as refused:
-                status, data = refused.status, json.dumps({"error": f"status {refused.status}"}).encode()
+            except RefusalError as refused:
+                status, data = refused.status, json.dumps({"error": "refused", "url": f"{hub.address}/me/x"}).encode()
                 headers = {"X-Error-Code": refused.code} if refused.code else {}
                 if refused.status == 401 and not refused.code:
                     headers["X-Error-Message"] = "Invalid credentials in Authorization header"
@@ -185,16 +189,17 @@ def serving(hub: Hub) -> Iterator[str]:
             if self.command != "HEAD":
                 self.wfile.write(data)
 
-        do_HEAD = do_POST = do_GET
-
         def log_message(self, *_: object) -> None:
             """Nothing: the requests are in `Hub.requests`."""
 
+    for method in ("HEAD", "POST"):
+        setattr(Handler, f"do_{method}", Handler.do_GET)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield hub.address
     finally:
         server.shutdown()
         server.server_close()
