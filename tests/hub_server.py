@@ -128,9 +128,9 @@ class Hub:
             return {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
         if action == "commit":
             return self._commit(repository, name, unquote(revision), body)
-        sha = self._sha(
-            repository, unquote(revision).split("/")[0] if action == "tree" else unquote(revision) or "main"
-        )
+        if action == "tree":
+            revision = revision.partition("/")[0]  # a folder may follow
+        sha = self._sha(repository, unquote(revision) or "main")
         files = repository.commits[sha]
         if action == "tree":
             return [

@@ -137,9 +137,7 @@ def test_what_cannot_be_verified_is_refused_before_anything_is_written(
 
 def test_graders_of_a_foreign_run_need_consent(run: Result, tmp_path: Path) -> None:
     shutil.copytree(run.path, tmp_path / "foreign")
-    with pytest.raises(
-        UsageError, match=r"evaluation\.grader = .*says_something.*pass trust=True .on the command line"
-    ):
+    with pytest.raises(UsageError, match=r"evaluation\.grader = .*says_something.*pass trust=True$"):
         export(tmp_path / "foreign", tmp_path / "out", verify=True, progress=False)
     assert export(tmp_path / "foreign", tmp_path / "out", verify=True, trust=True, progress=False).verification
     assert export(tmp_path / "foreign", tmp_path / "alone", progress=False).verification is None
