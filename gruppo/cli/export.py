@@ -54,6 +54,10 @@ def export(
     from gruppo.runs.console import ConsoleProgress
     from gruppo.training.export import export as write_folder
 
+    if verify:
+        from gruppo.training.verify import code_to_run
+
+        require_consent(run, code_to_run(run), trust_code)
     progress = ConsoleProgress()
     options: dict[str, Any] = {
         "checkpoint": checkpoint,
@@ -61,7 +65,7 @@ def export(
         "max_shard_size": max_shard_size,
         "adapter": adapter,
         "verify": verify,
-        "trust": trust_code,
+        "trust": True,  # asked above
         "trust_remote_code": trust,
         "progress": progress,
     }

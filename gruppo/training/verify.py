@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import RunError, UsageError
 from gruppo.evaluation.results import NEEDED_COLUMNS
 from gruppo.evaluation.runner import evaluate_recipe
 from gruppo.runs.eval_metrics import accuracies, compare, questions_of
 from gruppo.runs.reading import read_table
-from gruppo.runs.trust import evaluation_code, refusal
+from gruppo.runs.trust import Code, evaluation_code, refusal
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Progress
 
@@ -85,6 +86,18 @@ class Recorded:
         return verification
 
 
+def code_to_run(run: Path, recipe: Recipe | None = None) -> list[Code]:
+    """The code of somebody else's run folder that its own evaluation would run; nothing if it contains no run.
+
+    `recipe`: the one in the folder, if it was read already.
+    """
+    if recipe is None:
+        if not (run / "recipe.toml").is_file():
+            return []
+        recipe = load_recipe(run / "recipe.toml")
+    return evaluation_code(run, recipe.model_copy(update={"benchmarks": []}))
+
+
 def read_recorded(run: Path, recipe: Recipe, step: int, trust: bool) -> Recorded:
     """The recorded answers of a run's own evaluation after `step`.
 
@@ -100,9 +113,8 @@ def read_recorded(run: Path, recipe: Recipe, step: int, trust: bool) -> Recorded
                 f'--verify: the questions of {run} ("{task.name}") were passed from Python, so they cannot be asked '
                 "again; leave --verify out, or evaluate the folder with gruppo.evaluate"
             )
-    recipe = recipe.model_copy(update={"benchmarks": []})
-    if (code := evaluation_code(run, recipe)) and not trust:
-        raise refusal(run, code, "pass trust=True (on the command line --trust)")
+    if (code := code_to_run(run, recipe)) and not trust:
+        raise refusal(run, code, "pass trust=True")
     path = run / "evaluations" / f"step-{step:06d}.parquet"
     table = read_table(path, NEEDED_COLUMNS).to_pylist() if path.is_file() else []
     rows = [row for row in table if row["eval_set"] == ""]

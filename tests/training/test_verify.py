@@ -139,6 +139,10 @@ def test_graders_of_a_foreign_run_need_consent(run: Result, tmp_path: Path) -> N
     shutil.copytree(run.path, tmp_path / "foreign")
     with pytest.raises(UsageError, match=r"evaluation\.grader = .*says_something.*pass trust=True$"):
         export(tmp_path / "foreign", tmp_path / "out", verify=True, progress=False)
+    code, _, err = command("export", str(tmp_path / "foreign"), "--to", str(tmp_path / "out"), "--verify")
+    assert code == 2
+    assert "If you trust it, write: gruppo export" in err
+    assert "--verify --trust" in err
     assert export(tmp_path / "foreign", tmp_path / "out", verify=True, trust=True, progress=False).verification
     assert export(tmp_path / "foreign", tmp_path / "alone", progress=False).verification is None
 
