@@ -40,7 +40,8 @@ class Card:
     """What a list says of a run. `key`: names the run in addresses. `left`: seconds; None if not known.
 
     `pace`: seconds per step. `accuracy`, `low`, `high`: of the last evaluation on held-out questions; `before`: of the
-    first. `problem`: why a part of the line is missing.
+    first. `problem`: why a part of the line is missing. `most_tokens`: sampling.max_tokens; 0 if it is the
+    default or not known.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Card:
     warning: str
     started: str
     problem: str
+    most_tokens: int = 0
 
     @property
     def share(self) -> float:
@@ -244,6 +246,7 @@ def _card(key: str, path: Path, root: Path) -> Card:
         warning=_warning(path),
         started=_started(path),
         problem=problem,
+        most_tokens=_number(_table(data, "sampling").get("max_tokens")),
     )
 
 
