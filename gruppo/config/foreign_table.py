@@ -123,6 +123,7 @@ NAMES = {
     "kl.estimator": "method.kl_estimator",
     "kl_loss_type": "method.kl_estimator",
     "kl_penalty": "method.kl_estimator",
+    "use_bias_correction_kl": "method.kl_importance",
     "epsilon": CLIP,
     "eps": CLIP,
     "clip": CLIP,
@@ -398,7 +399,7 @@ MISSING = {
     "length_penalty num_beams bad_words guided_decoding* ignore_eos",
     "the loss has no entropy term": "entropy_* use_entropy* use_adaptive_entropy top_entropy_quantile ent_coef",
     "the policy term has two bounds, method.clip_low and method.clip_high": "delta dual_clip clip_ratio_c "
-    "use_bias_correction_kl unbiased_gradient off_policy_mask_threshold sapo_* vespo_* vllm_importance_sampling_mode "
+    "unbiased_gradient off_policy_mask_threshold sapo_* vespo_* vllm_importance_sampling_mode "
     "vllm_importance_sampling_clip_min policy_loss.* tau_pos tau_neg",
     "method.tis_cap truncates weights, and nothing rejects completions": "rollout_correction.* is_correction_* "
     "enable_rollout_routing_replay vllm_is_correction_type use_icepop",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from gruppo.ui.runs import OpenRuns
 from gruppo.ui.security import HEADERS, Guard
 from gruppo.ui.table_routes import add_tables
 
-POLL_SECONDS, LIST_SECONDS = 1.0, 2.0  # how often a page that follows a run looks for changes
+POLL_SECONDS = 2.0  # how often a page that follows a run looks for changes
 ALIVE_SECONDS = 15.0  # a stream says something at least this often, so that a run without sign of life is noticed
 EVENTS = 200  # on a run's page
 STATES = ("running", "done", "stopped", "interrupted", "failed", "silent", "unfinished")
@@ -99,6 +100,7 @@ def create_app(root: Path, token: str | None = None, host: str = "127.0.0.1", ca
         title="gruppo", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json", lifespan=lifespan,
         responses=_PROBLEMS,
     )  # fmt: skip
+    app.state.is_stopping = lambda: False  # a server that stops waits for streams, which ask this
     app.add_middleware(Guard, host=host, token=token)
     _add_pages(app, state)
     _add_data(app, state)
@@ -116,8 +118,8 @@ def _add_pages(app: FastAPI, state: Dashboard) -> None:
         cards = state.catalog.cards()
         query = Sorting(q, state_, sort if sort in _SORTS else "", order != "asc", state.templates.links.runs)
         chosen = _sorted([card for card in cards if _matches(card, query)], query)
-        values = {"cards": chosen, "total": len(cards), "query": query, "states": STATES, "root": str(state.root),
-                  "counts": _counts(cards, chosen)}  # fmt: skip
+        values = {"cards": chosen, "names": own_names(cards), "total": len(cards), "query": query, "states": STATES,
+                  "root": str(state.root), "counts": _counts(cards, chosen)}  # fmt: skip
         return state.page("_runs_table.html" if part == "table" else "runs.html", **values)
 
     @app.get("/r/{key}", response_class=HTMLResponse)
@@ -184,7 +186,7 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
                 "words": now.state.words,
             }
 
-        return _stream(request, seen, POLL_SECONDS)
+        return _stream(request, seen)
 
     @app.get("/live")
     async def list_live(request: Request) -> StreamingResponse:
@@ -192,15 +194,15 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
             cards = state.catalog.cards()
             return {"revision": [[card.key, card.state.name, card.step, card.accuracy, card.warning] for card in cards]}
 
-        return _stream(request, seen, LIST_SECONDS)
+        return _stream(request, seen)
 
 
-def _stream(request: Request, seen: Callable[[], Any], seconds: float) -> StreamingResponse:
+def _stream(request: Request, seen: Callable[[], Any]) -> StreamingResponse:
     """Server-sent events: what `seen` returns, whenever it changes."""
 
     async def events() -> AsyncIterator[str]:
         last, said = None, 0.0
-        while not await request.is_disconnected():
+        while not (request.app.state.is_stopping() or await request.is_disconnected()):
             text = json.dumps(await asyncio.to_thread(seen), separators=(",", ":"))
             if text != last:
                 last, said = text, time.monotonic()
@@ -208,7 +210,7 @@ def _stream(request: Request, seen: Callable[[], Any], seconds: float) -> Stream
             elif time.monotonic() - said > ALIVE_SECONDS:
                 said = time.monotonic()
                 yield ": still here\n\n"
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(POLL_SECONDS)
 
     return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -320,6 +322,13 @@ def _sorted(cards: Iterable[Card], query: Sorting) -> list[Card]:
     key = _SORTS[query.sort]
     known = sorted((card for card in cards if key(card) is not None), key=key, reverse=query.descending)
     return known + [card for card in cards if key(card) is None]
+
+
+def own_names(cards: Iterable[Card]) -> dict[str, str]:
+    """The name to show for each run, by key: its folder if another run has the same name, else ""."""
+    cards = list(cards)
+    counts = Counter(card.name for card in cards)
+    return {card.key: card.folder if counts[card.name] > 1 else "" for card in cards}
 
 
 def _counts(cards: list[Card], chosen: list[Card]) -> str:

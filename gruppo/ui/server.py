@@ -12,7 +12,7 @@ from pathlib import Path
 import uvicorn
 
 from gruppo.errors import UsageError
-from gruppo.ui.app import create_app
+from gruppo.ui.app import POLL_SECONDS, create_app
 from gruppo.ui.security import is_loopback
 
 PORT, TRIED = 8642, 20  # the first port, and how many are tried if none was named
@@ -59,9 +59,11 @@ def serve(folder: Path, host: str, port: int | None, tell: Callable[[str, str], 
         warning = "" if is_loopback(host) else (
             "Other machines can reach this address, and the link travels unencrypted. Whoever has it can read all runs."
         )  # fmt: skip
-        config = uvicorn.Config(
-            create_app(folder.resolve(), token, host), log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=1, ws="none",
-        )  # fmt: skip
+        app = create_app(folder.resolve(), token, host)
+        server = uvicorn.Server(uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False,
+            timeout_graceful_shutdown=int(2 * POLL_SECONDS), ws="none",
+        ))  # fmt: skip
+        app.state.is_stopping = lambda: server.should_exit
         tell(link, warning)
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])

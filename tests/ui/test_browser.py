@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import uvicorn
 
 from gruppo.ui.app import create_app
+from gruppo.ui.report import write_report
 from gruppo.ui.server import bound_socket
 from tests.ui.attacks import ATTACKS
 from tests.ui.conftest import Runs
@@ -107,8 +109,8 @@ def ready(page: Page, address: str) -> None:
     page.wait_for_function(
         """() => !document.querySelector("[data-indexing]")
             && [...document.querySelectorAll(".charts-section")].every(section => section.querySelector(".plot"))
-            && [...document.querySelectorAll("[data-view=tokens]")]
-                .every(view => view.querySelector("[data-t], .rendered"))"""
+            && [...document.querySelectorAll("[data-view=tokens]")].every(
+                view => view.querySelector("[data-t], .rendered"))"""
     )
 
 
@@ -246,6 +248,24 @@ def test_two_runs_are_compared(address: str, open_page: Open) -> None:
     page.wait_for_function(f"() => {REWARD}.layout.xaxis.title.text === 'sampled tokens'")
     page.get_by_role("link", name="Remove").first.click()
     expect(page.get_by_role("heading", name="Comparing 1 runs")).to_be_visible()
+
+
+def test_a_report_opens_without_a_network(runs: Runs, tmp_path: Path, open_page: Open) -> None:
+    """From a file: a group token by token, with its numbers, curves, and the comparison."""
+    write_report([runs.paths["seed-0"], runs.paths["seed-1"]], tmp_path / "report.html")
+    file = tmp_path / "report.html"
+    group = re.search(r"#/r/[^/\"]*seed-0[^/\"]*/steps/2/groups/1(?=\")", file.read_text(encoding="utf-8"))
+    assert group
+    table = pq.read_table(runs.paths["seed-0"] / "rollouts/step-000002.parquet").to_pylist()
+    row = next(row for row in table if row["group"] == 1 and row["advantages"] and row["advantages"][0])
+    page = open_page(f"{file.as_uri()}{group[0]}", offline=True)
+    page.locator(f"#c{row['completion']} [data-t]").first.hover()
+    panel = page.get_by_role("complementary", name="Numbers of a token")
+    advantage = panel.get_by_role("row", name="advantage").get_by_role("cell")
+    assert float(str(advantage.text_content()).replace("−", "-")) == pytest.approx(row["advantages"][0], rel=1e-6)
+    for route in ("#/compare", group[0].partition("/steps/")[0]):
+        page.goto(f"{file.as_uri()}{route}")
+        page.wait_for_function("document.querySelector('.charts-section .plot')")
 
 
 def every_page(runs: Runs, name: str = "seed-0", sets: tuple[str, ...] = ("",), prompt: str = "") -> list[str]:

@@ -1,0 +1,112 @@
+"""What the README and the documentation show is what gruppo accepts: Python runs, recipes load, commands parse."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+
+from gruppo.cli.main import app
+from gruppo.config.loading import load_recipe
+from tests.docs.blocks import Block, blocks, commands
+from tests.examples.tiny import save_tiny
+
+SMALLER = {
+    '"steps": 20': '"steps": 3, "checkpoint_every": 3',
+    '"max_tokens": 32': '"max_tokens": 8, "prompts_per_step": 2, "group_size": 2',
+    "runs/NAME": "runs/watched",
+    "range(20, 41)": "range(2, 4)",
+}
+BEFORE = {"docs/rewards.md:291": 'gruppo.rescore("runs/watched", short_and_polite).write("rescored.parquet")\n'}
+PYTHON = blocks("python")
+COMMANDS = [pytest.param(text, complete, id=f"{page}-{text[:40]}") for page, text, complete in commands()]
+ROOT = get_command(app)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The names that the blocks define, from the first page to the last, and `folder`, in which they run."""
+    return {"__name__": "block", "folder": tmp_path_factory.mktemp("blocks")}
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_runs(block: Block, names: dict[str, Any], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expression whose comment is a Python literal has that value."""
+    monkeypatch.chdir(names["folder"])
+    text = BEFORE.get(str(block), "") + block.text.replace("smollm2-135m-instruct", tiny)
+    for long, short in SMALLER.items():
+        text = text.replace(long, short)
+    lines = text.splitlines()
+    for statement in ast.parse(text).body:
+        place = f"{block} + {statement.lineno}"
+        if not isinstance(statement, ast.Expr):
+            exec(compile(ast.Module([statement], []), place, "exec"), names)
+            continue
+        value = eval(compile(ast.Expression(statement.value), place, "eval"), names)
+        shown = literal(lines[statement.end_lineno - 1][statement.end_col_offset :].strip().removeprefix("#"))
+        assert shown is None or value == shown[0], place
+
+
+def literal(text: str) -> tuple[Any] | None:
+    """The value that a comment shows, in a tuple; None for words."""
+    try:
+        return (ast.literal_eval(text.strip()),)
+    except (SyntaxError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=str)
+def test_recipes_load(block: Block) -> None:
+    """A block without a model is a part of a recipe."""
+    recipe = tomllib.loads(block.text)
+    recipe.setdefault("model", {}).setdefault("name", "smollm2-135m-instruct")
+    load_recipe(recipe)
+
+
+@pytest.mark.parametrize(("command", "complete"), COMMANDS)
+def test_commands_parse(command: str, complete: bool) -> None:
+    """As the command line parses them. `[…]` and `…` are notation, N is a number, and `>` is the shell's."""
+    words = shlex.split(re.sub(r"(?<=\s)\[|\](?=\s|$)|…", "", command), comments=True)
+    words = ["3" if word == "N" else word for word in words]
+    words = words[1 : words.index(">") if ">" in words else None]
+    try:
+        context = ROOT.make_context("gruppo", list(words))
+        name, subcommand, rest = ROOT.resolve_command(context, words)
+        subcommand.make_context(name, rest, parent=context)
+    except typer.Exit:
+        pass  # --help
+    except typer.BadParameter as error:  # a missing one is a kind of it
+        if complete or type(error).__name__ != "MissingParameter":
+            raise
+
+
+def test_notebook_runs_and_has_no_outputs(tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cells = [cell for cell in json.loads(Path("examples/first_run.ipynb").read_text())["cells"] if "outputs" in cell]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for number, cell in enumerate(cells):
+        text = "".join(cell["source"]).replace("smollm2-135m-instruct", tiny).replace("tokens=24", "tokens=8")
+        exec(compile(text, f"cell {number}", "exec"), names)
+    assert names["right_and_short"]([[{"content": "7"}]], ["7"]) == [0.99]
+    assert (tmp_path / "runs/notebook/model/README.md").is_file()
+
+
+def test_every_warning_has_its_place_in_the_page_of_symptoms() -> None:
+    warnings = re.findall(r"^## ([a-z-]+)$", Path("docs/warnings.md").read_text(), re.MULTILINE)
+    page = Path("docs/it_does_not_learn.md").read_text()
+    assert len(warnings) > 10
+    assert {name for name in warnings if f"(warnings.md#{name})" not in page} == set()
