@@ -202,6 +202,7 @@ def test_an_upload_that_fails_keeps_the_folder(hub: Hub, finished: Result, tmp_p
         ("me/none@main", "", "there is no such repository, or it is private; correct the name, or log in"),
         ("me/gated@main", "", "its owner must grant access first; ask for it on the repository's page"),
         ("me/gated", "", "its owner must grant access first"),
+        ("me/other@main", "", r"the folder has no config\.json"),
         ("me/secret@main", "no token", "there is no such repository, or it is private"),
         ("me/tiny@main", "no network", r"the Hugging Face hub \(http://127\.0\.0\.1:9\) cannot be reached"),
         ("me/tiny@main", "offline", "HF_HUB_OFFLINE is set"),
@@ -211,6 +212,7 @@ def test_models_that_cannot_be_read_are_explained(
     name: str, case: str, words: str, hub: Hub, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hub.add("me/gated", {"config.json": b"{}"}, gated=True)
+    hub.add("me/other", {"README.md": b"data"})
     hub.add("me/secret", {"config.json": b"{}"}, private=True)
     spoiled(hub, case, monkeypatch, address, str(tmp_path / "hub cache"))
     with pytest.raises(UsageError, match=words) as caught:
