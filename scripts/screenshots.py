@@ -35,7 +35,7 @@ def served(runs: list[Path]) -> Iterator[str]:
     """The address of a dashboard that shows the runs."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for run in runs:
-            ignored = shutil.ignore_patterns("checkpoints", "model", "base")
+            ignored = shutil.ignore_patterns("*.safetensors")
             shutil.copytree(run, Path(folder) / "runs" / run.name, ignore=ignored)
         stack.enter_context(chdir(folder))  # pages show where the runs are
         with bound_socket("127.0.0.1", None) as listening:

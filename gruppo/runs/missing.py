@@ -77,7 +77,9 @@ def missing_parts(folder: Path, metrics: Iterable[Mapping[str, Any]] | None = No
     if total and not saved:
         problems.append("checkpoints/ is missing; the run cannot be resumed or exported")
     if total and not (folder / "model").is_dir():
-        problems.append("model/ is missing; resume the run to write it again, or export a checkpoint")
+        problems.append(
+            "model/ is missing" + ("; resume the run to write it again, or export a checkpoint" if saved else "")
+        )
     if done and (problem := environment_problem(folder)):
         problems.append(f"{problem}; the run cannot be resumed, exported or reproduced")
     if saved and (problem := base_problem(folder)):

@@ -15,9 +15,20 @@ from gruppo.errors import UsageError
 from gruppo.runs.reading import own_table, read_batches
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS
 
-_COLUMNS = ("eval_set", "prompt_id", "sample", "question", "columns", "answer", "correct", "extracted", "rule")
+_COLUMNS = (
+    "eval_set",
+    "prompt_id",
+    "sample",
+    "question",
+    "columns",
+    "answer",
+    "correct",
+    "extracted",
+    "rule",
+    "finish_reason",
+)
 _SCHEMA = pa.schema([EVALUATIONS.field(name) for name in _COLUMNS])
-_COMPLETIONS = pa.schema([ROLLOUTS.field(name) for name in ("group", "text", "reward")])
+_COMPLETIONS = pa.schema([ROLLOUTS.field(name) for name in ("group", "text", "reward", "columns")])
 LONGEST = 20_000  # characters of an answer
 REFERENCES = ("answer", "solution", "target", "reference", "label", "ground_truth")  # columns that hold it, by habit
 
@@ -42,18 +53,18 @@ def first_answers(run: Path, step: int, eval_set: str, prompts: Collection[str])
     return found
 
 
-def best_text(run: Path, step: int, group: int) -> str | None:
-    """The text of the completion of a group with the highest reward; None if the table is missing or damaged."""
-    best: tuple[float, str] | None = None
+def best_completion(run: Path, step: int, group: int) -> dict[str, Any] | None:
+    """The row of the completion of a group with the highest reward; None if the table is missing or damaged."""
+    best: tuple[float, dict[str, Any]] | None = None
     try:
         for table in read_batches(own_table(run, "rollouts", step), _COMPLETIONS):
             for row in table.filter(pc.equal(table["group"], group)).to_pylist():
                 value = row["reward"] if row["reward"] is not None and row["reward"] == row["reward"] else -math.inf
                 if best is None or value > best[0]:
-                    best = (value, row["text"] or "")
+                    best = (value, {**row, "text": (row["text"] or "")[:LONGEST]})
     except UsageError:
         return None
-    return best and best[1][:LONGEST]
+    return best and best[1]
 
 
 def reference(row: Mapping[str, Any] | None) -> str | None:

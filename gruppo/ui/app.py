@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -117,8 +118,8 @@ def _add_pages(app: FastAPI, state: Dashboard) -> None:
         cards = state.catalog.cards()
         query = Sorting(q, state_, sort if sort in _SORTS else "", order != "asc", state.templates.links.runs)
         chosen = _sorted([card for card in cards if _matches(card, query)], query)
-        values = {"cards": chosen, "total": len(cards), "query": query, "states": STATES, "root": str(state.root),
-                  "counts": _counts(cards, chosen)}  # fmt: skip
+        values = {"cards": chosen, "names": own_names(cards), "total": len(cards), "query": query, "states": STATES,
+                  "root": str(state.root), "counts": _counts(cards, chosen)}  # fmt: skip
         return state.page("_runs_table.html" if part == "table" else "runs.html", **values)
 
     @app.get("/r/{key}", response_class=HTMLResponse)
@@ -321,6 +322,13 @@ def _sorted(cards: Iterable[Card], query: Sorting) -> list[Card]:
     key = _SORTS[query.sort]
     known = sorted((card for card in cards if key(card) is not None), key=key, reverse=query.descending)
     return known + [card for card in cards if key(card) is None]
+
+
+def own_names(cards: Iterable[Card]) -> dict[str, str]:
+    """The name to show for each run, by key: its folder if another run has the same name, else ""."""
+    cards = list(cards)
+    counts = Counter(card.name for card in cards)
+    return {card.key: card.folder if counts[card.name] > 1 else "" for card in cards}
 
 
 def _counts(cards: list[Card], chosen: list[Card]) -> str:

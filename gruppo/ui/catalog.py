@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ RECENT = 10  # steps whose time forecasts the rest
 LONGEST_STEP = 1e8  # seconds; a longer one was not measured
 SCAN_SECONDS = 2.0  # between two looks for new runs
 MOST_RECIPE = 2**20  # bytes
+MOST_KEPT = 256  # recipes in memory
 _WATCHED = ("recipe.toml", "summary.json", "metrics.jsonl", "events.jsonl")  # and status.json, every second
 
 
@@ -38,7 +40,8 @@ class Card:
     """What a list says of a run. `key`: names the run in addresses. `left`: seconds; None if not known.
 
     `pace`: seconds per step. `accuracy`, `low`, `high`: of the last evaluation on held-out questions; `before`: of the
-    first. `problem`: why a part of the line is missing.
+    first. `problem`: why a part of the line is missing. `most_tokens`: sampling.max_tokens; 0 if it is the
+    default or not known.
     """
 
     key: str
@@ -61,6 +64,7 @@ class Card:
     warning: str
     started: str
     problem: str
+    most_tokens: int = 0
 
     @property
     def share(self) -> float:
@@ -196,10 +200,22 @@ def recipe_data(run: Path) -> dict[str, Any]:
         raise ValueError(str(error)) from None
 
 
+@lru_cache(maxsize=MOST_KEPT)
+def _recipe_data(run: Path, mark: tuple[int, int] | None) -> dict[str, Any]:
+    """`recipe_data` of a recipe.toml that is as it was at `mark`."""
+    return recipe_data(run)
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _old_parts(run: Path, mark: tuple[int, int] | None) -> dict[str, str]:
+    """`old_parts` of a recipe.toml that is as it was at `mark`."""
+    return old_parts(run)
+
+
 def _card(key: str, path: Path, root: Path) -> Card:
     problem = ""
     try:
-        data = recipe_data(path)
+        data = _recipe_data(path, _mark(path / "recipe.toml"))
     except (ValueError, OSError) as error:
         data, problem = {}, f"recipe.toml: {str(error).splitlines()[0][:200] if str(error) else 'is damaged'}"
     summary = _summary(path)
@@ -230,6 +246,7 @@ def _card(key: str, path: Path, root: Path) -> Card:
         warning=_warning(path),
         started=_started(path),
         problem=problem,
+        most_tokens=_number(_table(data, "sampling").get("max_tokens")),
     )
 
 
@@ -297,7 +314,7 @@ def _started(path: Path) -> str:
 def _lines(path: Path, run: Path) -> list[dict[str, Any]]:
     """The last complete lines of metrics.jsonl with today's names: back to the last evaluation, at least `RECENT`
     steps."""
-    parts, found, steps, is_evaluated = old_parts(run), list[dict[str, Any]](), 0, False
+    parts, found, steps, is_evaluated = _old_parts(run, _mark(run / "recipe.toml")), list[dict[str, Any]](), 0, False
     for content in map(object_of, reversed(_tail(path))):
         if content is not None:
             found.append(translate_metrics(content, parts))

@@ -30,18 +30,20 @@ def add_comparison(app: FastAPI, state: Dashboard) -> None:
     @app.get("/compare", response_class=HTMLResponse)
     def compare(
         keys: Keys = [],  # noqa: B006
-        band: Literal["0", "1"] = "1",
+        band: Literal["", "0", "1"] = "",
         set_: Annotated[str, Query(alias="set", max_length=200)] = "",
         first: Annotated[str, Query(max_length=100)] = "",
         second: Annotated[str, Query(max_length=100)] = "",
     ) -> HTMLResponse:
         runs = chosen(keys)
         found = [run.card.key for run in runs]
-        charts = comparing.payload(runs, band=band == "1")
+        banded = band == "1" if band else any(len(group) > 2 for group in comparing.seeds(runs))
+        band = "1" if banded else "0"
+        charts = comparing.payload(runs, band=banded)
         return state.page(
             "compare.html", runs=runs, names=comparing.labels(runs), charts=charts, charts_stream="/live",
-            charts_source=links.compare_data(*found, band=band), band=band == "1",
-            other_band=links.compare(*found, band="0" if band == "1" else "1"),
+            charts_source=links.compare_data(*found, band=band), band=banded,
+            other_band=links.compare(*found, band="0" if banded else "1"),
             without=[links.compare(*(key for key in found if key != other), band=band) for other in found],
             seeds=seeds_text(runs), differences=comparing.recipe_table(runs),
             **answers_values(state, runs, set_, (first, second)),

@@ -19,6 +19,7 @@ from gruppo.ui.live import LiveRun, thin
 from gruppo.ui.queries import KINDS_OF_CHANGE
 
 MOST = 12  # runs that are compared at once
+_BAND = "The mean of the seeds; the band goes from the lowest to the highest seed."
 _SEED = frozenset({"run.seed", "run.name"})  # fields in which seeds of one recipe differ
 
 
@@ -116,7 +117,8 @@ def payload(runs: Sequence[Compared], axis: str = "step", band: bool = True, poi
         taken |= {name for name, _ in found} | {end for name, _ in found for end in band_of(chart, name)}
         for number, (name, label) in enumerate(found):
             title = chart.title if number == 0 else f"{chart.title}: {label}"
-            one = Chart(name, title, chart.help, {}, unit=chart.unit, open=chart.open and number == 0)
+            words = _BAND if any(len(group) > 1 for group in groups) else "" if chart.band else chart.help
+            one = Chart(name, title, words, {}, unit=chart.unit, open=chart.open and number == 0)
             charts.append({**head(one), "curves": _curves(runs, groups, name, positions, points)})
     for name in sorted(set(names) - taken):
         one = Chart(name, name, "", {}, open=False)

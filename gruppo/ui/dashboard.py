@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse
 from gruppo.errors import RunError, UsageError
 from gruppo.ui.catalog import Card, Catalog
 from gruppo.ui.index import Index
-from gruppo.ui.indexes import Indexes, NotReadyError
+from gruppo.ui.indexes import FOLLOW_SECONDS, Indexes, NotReadyError
 from gruppo.ui.pages import Templates
 from gruppo.ui.runs import OpenRuns
 
@@ -37,9 +37,13 @@ class Dashboard:
             raise HTTPException(404, "There is no such run in this folder. It may have been deleted or moved.")
         return self.catalog.card(key, path)
 
-    def index(self, card: Card) -> Index:
-        """The index of a run. Raises NotReadyError while it is being built."""
-        return self.indexes.of(card.path)
+    def index(self, card: Card, part: str = "") -> Index:
+        """The index of a run. Raises NotReadyError while it is being built.
+
+        `part`: of a page, if only that is asked for; then the index has all tables that are there now, because the page
+        asks again only when there are more.
+        """
+        return self.indexes.of(card.path, FOLLOW_SECONDS, 0.0) if part else self.indexes.of(card.path)
 
     def index_if_ready(self, card: Card, ask: Callable[[Index], T]) -> T | None:
         """The answer of the index; None while it is being built, or if it gives none."""

@@ -8,7 +8,6 @@ import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from gruppo.ui.index import Index
 MOST_OPEN = 3  # indexes in memory, each with at most 128 MB
 WAIT_SECONDS = 0.3  # for an update, before a page is shown without it
 FRESH_SECONDS = 0.25  # an index is not brought up to date more often
+FOLLOW_SECONDS = 10.0  # that a part of a page which follows the run waits for all tables that are there
 
 
 def default_cache() -> Path:
@@ -39,7 +39,7 @@ class _Entry:
     index: Index
     update: Future[None] | None = None
     ready: bool = False
-    updated: float = 0.0
+    began: float = 0.0  # when the last update did
     done: tuple[int, int] = (0, 0)
     problem: RunError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -54,19 +54,22 @@ class Indexes:
         self._entries: OrderedDict[Path, _Entry] = OrderedDict()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="index")
 
-    def of(self, run: Path, wait: float = WAIT_SECONDS) -> Index:
-        """The index of a run, up to date unless that takes longer than `wait` seconds.
+    def of(self, run: Path, wait: float = WAIT_SECONDS, fresh: float = FRESH_SECONDS) -> Index:
+        """The index of a run as it was at most `fresh` seconds ago, unless that takes longer than `wait` seconds.
 
         Raises NotReadyError as long as it is built for the first time, and RunError if it cannot be written anywhere.
         """
-        entry = self._entry(run)
-        with entry.lock:
-            if entry.update is None and (not entry.ready or time.monotonic() - entry.updated > FRESH_SECONDS):
-                entry.update = self._threads.submit(self._update, entry)
-            update = entry.update
-        if update is not None:
-            with suppress(NotYet):
-                update.result(timeout=wait)
+        entry, now = self._entry(run), time.monotonic()
+        for _ in range(2):  # an update that was going on may have missed the newest table
+            update = self._needed(entry, now - fresh)
+            if update is None:
+                break
+            try:
+                update.result(timeout=max(0.0, now + wait - time.monotonic()))
+            except NotYet:
+                break
+            if entry.problem is not None:
+                break
         if entry.problem is not None:
             raise entry.problem
         if not entry.ready:
@@ -97,11 +100,19 @@ class Indexes:
                 self._entries.popitem(last=False)[1].index.close()
             return entry
 
+    def _needed(self, entry: _Entry, oldest: float) -> Future[None] | None:
+        """An update that is going on or has to be begun; None if the last one began after `oldest`."""
+        with entry.lock:
+            if entry.update is None and (not entry.ready or entry.began < oldest):
+                entry.update = self._threads.submit(self._update, entry)
+            return entry.update
+
     @staticmethod
     def _update(entry: _Entry) -> None:
         def progress(done: int, total: int) -> None:
             entry.done = (done, total)
 
+        entry.began = time.monotonic()
         try:
             entry.index.update(progress)
             entry.ready, entry.problem = True, None
@@ -109,4 +120,4 @@ class Indexes:
             entry.problem = error
         finally:
             with entry.lock:
-                entry.updated, entry.update = time.monotonic(), None
+                entry.update = None

@@ -141,7 +141,7 @@ COMPLETION = (
         "which is 1 before the first update", "", "ratio", _UPDATE, _pair("old_logprobs", "sampling_logprobs", np.exp),
     ),
     Quantity(
-        "difference", "trainer - engine", "log π_old - log π_sampling", "nats", "diverging", _UPDATE,
+        "difference", "difference, trainer − engine", "log π_old - log π_sampling", "nats", "diverging", _UPDATE,
         _pair("old_logprobs", "sampling_logprobs", np.positive),
     ),
     Quantity(

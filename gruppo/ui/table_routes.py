@@ -42,7 +42,7 @@ def _add_steps(app: FastAPI, state: Dashboard) -> None:
         card = state.card(key)
         view = tables.View(sort, order == "desc", offset, lambda **query: links.run(key, "steps", **query), {})
         name = "_steps_table.html" if part == "table" else "steps.html"
-        return state.page(name, tab="steps", card=card, **tables.steps_values(state.index(card), view))
+        return state.page(name, tab="steps", card=card, **tables.steps_values(state.index(card, part), view))
 
     @app.get("/r/{key}/steps/{step}", response_class=HTMLResponse)
     def groups(
@@ -113,7 +113,7 @@ def _add_evaluations(app: FastAPI, state: Dashboard) -> None:
     @app.get("/r/{key}/evaluations", response_class=HTMLResponse)
     def evaluations(key: str, part: str = "") -> HTMLResponse:
         card = state.card(key)
-        found = tables.evaluations_values(state.index(card), card, state.runs.live(card.path))
+        found = tables.evaluations_values(state.index(card, part), card, state.runs.live(card.path))
         charts = {"axis": "samples", "axes": {"samples": "answers per question (k)"}, "points": 800, "events": [],
                   "charts": found.pop("answer_curves")}  # fmt: skip
         return state.page(

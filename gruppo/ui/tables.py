@@ -10,7 +10,7 @@ from gruppo.errors import UsageError
 from gruppo.runs.eval_metrics import Question as Verdicts
 from gruppo.runs.eval_metrics import compare, figures
 from gruppo.runs.reading import read_object
-from gruppo.ui.answers import best_text, first_answers
+from gruppo.ui.answers import best_completion, first_answers, reference
 from gruppo.ui.catalog import Card, regular
 from gruppo.ui.index import Index
 from gruppo.ui.live import LiveRun
@@ -79,21 +79,28 @@ def question_values(index: Index, card: Card, prompt_id: str, view: View) -> dic
     moments += [{**row, "kind": "evaluation"} for row in question.evaluations]
     moments.sort(key=lambda row: (row["step"], row["kind"] == "evaluation"), reverse=view.descending)
     chosen = moments[view.offset : view.offset + view.limit]
+    known: dict[str, Any] | None = None
     for row in chosen:
         if row["kind"] == "step":
-            row["text"] = best_text(card.path, row["step"], row["group"])
+            answer = best_completion(card.path, row["step"], row["group"])
+            row["text"] = answer and answer["text"]
         else:
             answer = first_answers(card.path, row["step"], row["eval_set"], [prompt_id]).get(prompt_id)
             row["text"] = answer and answer["answer"]
         row["turn"] = _turn(question, row)
-    return {"question": question, "moments": chosen, "view": replace(view, total=len(moments))}
+        known = known or answer
+    return {"question": question, "moments": chosen, "view": replace(view, total=len(moments)),
+            "reference": reference(known)}  # fmt: skip
 
 
 def _turn(question: Question, row: Mapping[str, Any]) -> str:
-    """Whether a row of the page of a question is its first right answer, or a regression; "" if it is neither."""
+    """Whether a row of the page of a question is its first right answer after wrong ones, or a regression; "" if it is
+    neither."""
     if row["kind"] == "step":
-        first = question.first_right
-        return "first right" if first and (first["step"], first["group"]) == (row["step"], row["group"]) else ""
+        first, draw = question.first_right, question.draws[0]
+        here = (row["step"], row["group"])
+        is_first = first is not None and (first["step"], first["group"]) == here != (draw["step"], draw["group"])
+        return "first right" if is_first else ""
     if any(after == row["step"] for _, after in question.regressions.get(row["eval_set"], ())):
         return "regression"
     return "first right" if question.first_right_evaluations.get(row["eval_set"]) == row["step"] else ""

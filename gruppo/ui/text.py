@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 # Characters that would be invisible, or change the direction or place of the text around them.
@@ -37,12 +38,12 @@ def _visible(text: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; a dash for a value that was not recorded."""
+    """Four significant digits, halves away from 0, as the scripts of the pages write them; a dash if not recorded."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         digits = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
-        text = f"{value:,.{min(digits, 4)}f}"
+        text = f"{Decimal(value).quantize(Decimal(1).scaleb(-min(digits, 4)), ROUND_HALF_UP):,}"
         return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
     return f"{value:.3g}".replace("-", "−")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from gruppo.errors import RunError, UsageError
-from gruppo.ui import indexes as module
 from gruppo.ui.index import Index
 from gruppo.ui.indexes import Indexes, NotReadyError, default_cache
 from tests.ui.run_tables import rollouts, write
@@ -26,8 +24,7 @@ def make_run(folder: Path, steps: int = 3) -> Path:
 
 
 @pytest.fixture
-def indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Indexes]:
-    monkeypatch.setattr(module, "FRESH_SECONDS", -1.0)  # every question looks for changes
+def indexes(tmp_path: Path) -> Iterator[Indexes]:
     indexes = Indexes(tmp_path / "cache")
     yield indexes
     indexes.close()
@@ -74,7 +71,7 @@ def test_changes_are_followed(indexes: Indexes, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     index = indexes.of(run, wait=LONG)
     write(run, "rollouts", 4, rollouts([{"group": 0}], 4))
-    assert indexes.of(run, wait=LONG) is index
+    assert indexes.of(run, wait=LONG, fresh=0.0) is index
     assert index.counts()["steps"] == 4
 
 
@@ -85,24 +82,34 @@ def test_a_ready_index_answers_while_it_is_updated(
     indexes.of(run, wait=LONG)
     gate = Gate(monkeypatch)
     write(run, "rollouts", 4, rollouts([{"group": 0}], 4))
-    assert indexes.of(run, wait=0).counts()["steps"] == 3
+    assert indexes.of(run, wait=0, fresh=0.0).counts()["steps"] == 3
     assert gate.reached.wait(LONG)
-    assert indexes.of(run, wait=0).counts()["steps"] == 3
+    assert indexes.of(run, wait=0, fresh=0.0).counts()["steps"] == 3
     gate.opened.set()
-    assert indexes.of(run, wait=LONG).counts()["steps"] == 4
+    assert indexes.of(run, wait=LONG, fresh=0.0).counts()["steps"] == 4
 
 
-def test_updates_are_not_too_frequent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FRESH_SECONDS", LONG)
-    indexes = Indexes(tmp_path / "cache")
+def test_updates_are_not_too_frequent(indexes: Indexes, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     indexes.of(run, wait=LONG)
     write(run, "rollouts", 4, rollouts([{"group": 0}], 4))
-    assert indexes.of(run, wait=LONG).counts()["steps"] == 3
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * LONG)
-    assert indexes.of(run, wait=LONG).counts()["steps"] == 4
-    indexes.close()
+    assert indexes.of(run, wait=LONG, fresh=1e6).counts()["steps"] == 3
+    assert indexes.of(run, wait=LONG, fresh=0.0).counts()["steps"] == 4
+
+
+def test_an_update_that_had_begun_may_have_missed_the_newest_table(
+    indexes: Indexes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that follows a run asks once for each step, so it waits for an update that begins after its question."""
+    run = make_run(tmp_path / "run")
+    indexes.of(run, wait=LONG)
+    gate = Gate(monkeypatch)
+    write(run, "rollouts", 4, rollouts([{"group": 0}], 4))
+    indexes.of(run, wait=0, fresh=0.0)
+    assert gate.reached.wait(LONG)
+    write(run, "rollouts", 5, rollouts([{"group": 0}], 5))
+    threading.Timer(0.05, gate.opened.set).start()
+    assert indexes.of(run, wait=LONG, fresh=0.0).counts()["steps"] == 5
 
 
 def test_a_bounded_number_is_open(tmp_path: Path) -> None:

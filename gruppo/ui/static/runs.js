@@ -7,7 +7,7 @@
     const update = function () {
       const count = form.querySelectorAll("input:checked").length;
       button.disabled = count < 2;
-      button.textContent = count < 2 ? "Choose runs to compare" : "Compare " + count + " runs";
+      button.textContent = count < 2 ? "Tick runs to compare" : "Compare " + count + " runs";
     };
     form.addEventListener("change", update);
     form.addEventListener("gruppo:replaced", update);

@@ -37,7 +37,7 @@
       h("span", { class: "swatches", "aria-hidden": "true" }, names.map((name) => h("span", { class: "swatch t " + name }))),
       h("span", { class: "num" }, last + (quantity.unit ? " " + quantity.unit : "")),
       h("span", { class: "muted" }, quantity.low === null ? "no finite number in the group"
-        : `${quantity.mean === null ? "" : `mean ${short(quantity.mean)}, `}from ${short(quantity.low)} to ${short(quantity.high)} in the group; hatched: not sampled`));
+        : `${quantity.mean === null ? "" : `mean over the tokens of the group ${short(quantity.mean)}, `}from ${short(quantity.low)} to ${short(quantity.high)}; hatched: not sampled`));
   }
 
   // ---------------------------------------------------------------- store
@@ -340,7 +340,7 @@
         }),
         choice("Order", state.sort, sorts, (sort) => this.change({ sort }, () => this.sort())),
         switches("View", state.shown, [["tokens", "Tokens"], ["rendered", "Rendered"]], (shown) => this.change({ shown }, () => this.build())),
-        h("span", { class: "columns" }, switches("Columns", state.columns, [1, 2, 3, 4].map((one) => [one, String(one), plural(one, "column")]), (columns) => this.change({ columns }, () => this.layout()))),
+        h("span", { class: "columns control" }, h("span", { "aria-hidden": "true" }, "Columns"), switches("Columns", state.columns, [1, 2, 3, 4].map((one) => [one, String(one), plural(one, "column")]), (columns) => this.change({ columns }, () => this.layout()))),
         h("label", { class: "control" }, white, h("span", {}, "White space")),
         copyButton("Copy as JSON", "Copy this page as JSON", () => JSON.stringify(json, null, 1)),
         this.legend);
@@ -465,7 +465,7 @@
         !one.mask[place] && h("p", { class: "note" }, "Not sampled by the policy, so not trained on."),
         steps.map((step) => h("p", { class: "note" }, `End of step ${step.number} of `, plain(step.name), `: ${exact(step.reward)}`)),
         rows.length ? h("table", { class: "numbers" }, h("tbody", {}, rows)) : null,
-        missing.length ? h("p", { class: "muted" }, `Not recorded: ${missing.join(", ")}.`) : null);
+        missing.length ? h("p", { class: "muted" }, `Not recorded: ${missing.join("; ")}.`) : null);
       this.panel.replaceChildren(...parts.childNodes);
     }
   }
