@@ -83,6 +83,7 @@ def policy_loss(
     surrogate: Surrogate = clipped,
     sequences: Int[Tensor, " N"] | None = None,
     importance: Float[Tensor, " N"] | None = None,
+    kl_importance: bool = False,
 ) -> PolicyLoss:
     """Negated GRPO objective (DeepSeekMath Eq. 3, with the KL of Eq. 4), summed over the N tokens of a micro-batch.
 
@@ -92,7 +93,8 @@ def policy_loss(
 
     `sequences`: the completion index of each token. If given, ρ is the ratio of the completion: exp of the mean
     log-ratio over its tokens (GSPO Eq. 7). A completion must not be split over micro-batches. `importance`: the factor
-    c_t, 1 if not given. `kl_coef`: β.
+    c_t, 1 if not given. `kl_coef`: β. `kl_importance`: KL_t is multiplied by ρ_t, with its gradient (DeepSeek-V3.2,
+    arXiv 2512.02556: k3 then has the gradient of the KL), and `kl` is the product.
 
     A token of weight 0 is left out by selection, so its values, even NaN, affect neither the loss nor the gradient.
     At ρ = 1, ∂J/∂logprobs is w (Â + β(π_ref/π_θ - 1)), DeepSeekMath Eq. 21.
@@ -118,6 +120,7 @@ def policy_loss(
     kl = torch.zeros_like(ratio)
     if kl_coef and ref_logprobs is not None:
         kl = kl_estimate(logprobs, torch.where(used, ref_logprobs, 0.0), kl_estimator)
+        kl = kl * ratio if kl_importance else kl
         objective = objective - kl_coef * kl
     detached = ratio.detach()
     return PolicyLoss(

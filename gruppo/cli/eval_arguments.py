@@ -24,7 +24,7 @@ from gruppo.evaluation.plots import draw_curves
 from gruppo.runs.atomic import publish, writing
 from gruppo.runs.folder import EVALUATION
 from gruppo.runs.reading import read_object
-from gruppo.runs.trust import foreign_code
+from gruppo.runs.trust import evaluation_code
 from gruppo.utils.signals import Interrupted, stop_on_signals
 
 if TYPE_CHECKING:
@@ -60,13 +60,8 @@ class EvalArguments:
         """Raise UsageError for code of a run folder from somebody else without consent. `recipe`: see `recipe_of`."""
         if self.recipe is None or not (self.recipe.resolve().parent / "environment.json").is_file():
             return
-        unused = ["model", "reward", "audit", "method"]
-        if recipe.evaluation is None or recipe.evaluation.task is not None:  # otherwise it uses held-out training rows
-            unused += ["task", "mixture"]
-        code = foreign_code(self.recipe.resolve().parent, recipe)
-        require_consent(
-            self.recipe.parent, [item for item in code if not item.place.startswith(tuple(unused))], self.trust
-        )
+        folder = self.recipe.resolve().parent
+        require_consent(self.recipe.parent, evaluation_code(folder, recipe), self.trust)
 
     def recipe_of(self, model: str) -> Recipe:
         """The recipe that evaluates a model: one [[benchmarks]] table per task.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gruppo.cli.options import Trust, TrustCode, require_consent
+from gruppo.errors import UsageError
 
 
 def show(
@@ -22,39 +23,72 @@ def show(
 
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder, e.g. runs/quickstart.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write; must be empty or not exist yet.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Folder to write; must be empty or not exist yet. Optional with --push.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="last, best (highest held-out accuracy), or a step number.")] = "last",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file, e.g. 500MB.")] = "5GB",
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write only the adapter of a run with [model.lora], in peft's format.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Evaluate what was written, and fail if it answers unlike the run.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this repository of the Hugging Face hub.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: create the repository as a private one.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="With --push: the branch to upload to.")] = None,
+    trust_code: TrustCode = False,
     trust: Trust = False,
 ) -> None:
-    """Export a checkpoint as a Hugging Face model folder.
+    """Export a checkpoint as a Hugging Face model folder, and upload it with --push.
 
     The folder has weights, tokenizer, generation config and model card. Adapters of a run with [model.lora] are merged
-    into the model.
+    into the model. --verify runs the run's own evaluation on the folder; exit code 1 if the difference leaves its
+    paired 95% interval.
     """
     from gruppo.runs.console import ConsoleProgress
     from gruppo.training.export import export as write_folder
 
+    if verify:
+        from gruppo.training.verify import code_to_run
+
+        require_consent(run, code_to_run(run), trust_code)
     progress = ConsoleProgress()
-    exported = write_folder(
-        run,
-        to,
-        checkpoint=checkpoint,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        adapter=adapter,
-        trust_remote_code=trust,
-        progress=progress,
-    )
+    options: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "adapter": adapter,
+        "verify": verify,
+        "trust": True,  # asked above
+        "trust_remote_code": trust,
+        "progress": progress,
+    }
+    if push is not None:
+        from gruppo.training.hub_push import push_to_hub
+
+        pushed = push_to_hub(run, push, private=private, revision=revision, to=to, **options)
+        exported, place = pushed.exported, f"{pushed.url} ({'private' if pushed.private else 'public'})"
+    else:
+        if given := "--private" if private else "--revision" if revision is not None else "":
+            raise UsageError(
+                f"{given}: describes an upload; name the repository with --push OWNER/NAME, or leave it out"
+            )
+        if to is None:
+            raise UsageError("--to: missing; name the folder to write, or a repository with --push OWNER/NAME")
+        exported = write_folder(run, to, **options)
+        place = str(exported.path)
     accuracy = "" if exported.accuracy is None else f", held-out accuracy {exported.accuracy:.1%}"
     progress.result(
-        f"step {exported.step}{accuracy}: {exported.files} files, {exported.bytes / 1e6:,.0f} MB of {dtype} in "
-        f"{exported.path}",
+        f"step {exported.step}{accuracy}: {exported.files} files, {exported.bytes / 1e6:,.0f} MB of {dtype} in {place}"
     )
+    if exported.verification is not None:
+        progress.result(f"verified: {exported.verification}")
 
 
 def rerun_reward_(

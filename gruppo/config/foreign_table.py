@@ -123,6 +123,7 @@ NAMES = {
     "kl.estimator": "method.kl_estimator",
     "kl_loss_type": "method.kl_estimator",
     "kl_penalty": "method.kl_estimator",
+    "use_bias_correction_kl": "method.kl_importance",
     "epsilon": CLIP,
     "eps": CLIP,
     "clip": CLIP,
@@ -317,7 +318,7 @@ IGNORED = {
     "moe_load_balance_metrics_interval",
     "a tracker has its own environment variables, such as WANDB_PROJECT (docs/trackers.md)": "wandb_* *wandb.* "
     "trackio_* swanlab_* project project_name",
-    "nothing is uploaded; `gruppo export` writes a folder for the Hugging Face hub": "push_to_hub hub_* "
+    "training uploads nothing; `gruppo export RUN --push OWNER/NAME` does, afterwards": "push_to_hub hub_* "
     "default_hdfs_dir",
     "gruppo has its own engine": "vllm_* use_vllm sglang_* fast_inference rollout.mode enforce_eager "
     "enable_chunked_prefill enable_prefix_caching free_cache_engine cache_implementation use_cache "
@@ -392,13 +393,13 @@ MISSING = {
     "lora.merge lora.dtype lora_a_init_method lora_b_init_method a2a_experimental lora_adapter_path adapter_path",
     "weights are trained in float32, not quantized": "load_in_4bit load_in_8bit bnb_* use_bnb_nested_quant "
     "quantization_bit quantization_method bf16_full_eval fp16_full_eval full_finetuning *qat.* rollout.qat",
-    "model.name loads the files as they are; name a local folder for another revision": "model_revision "
+    'model.name loads the files as they are; for another revision, write "owner/name@revision"': "model_revision "
     "model_init_kwargs cache_dir override_config override_config.* external_lib",
     "training samples from the full distribution": "repetition_penalty frequency_penalty presence_penalty "
     "length_penalty num_beams bad_words guided_decoding* ignore_eos",
     "the loss has no entropy term": "entropy_* use_entropy* use_adaptive_entropy top_entropy_quantile ent_coef",
     "the policy term has two bounds, method.clip_low and method.clip_high": "delta dual_clip clip_ratio_c "
-    "use_bias_correction_kl unbiased_gradient off_policy_mask_threshold sapo_* vespo_* vllm_importance_sampling_mode "
+    "unbiased_gradient off_policy_mask_threshold sapo_* vespo_* vllm_importance_sampling_mode "
     "vllm_importance_sampling_clip_min policy_loss.* tau_pos tau_neg",
     "method.tis_cap truncates weights, and nothing rejects completions": "rollout_correction.* is_correction_* "
     "enable_rollout_routing_replay vllm_is_correction_type use_icepop",

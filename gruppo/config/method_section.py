@@ -70,6 +70,9 @@ class Method(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL to the reference: "k3" (DeepSeekMath Eq. 4) and "k2" (½ log²) are terms of the loss. "k1"
     (log π_old/π_ref) has zero expected gradient in the loss, so it is subtracted from the reward."""
+    kl_importance: bool = False
+    """Multiply the KL of each token in the loss by the probability ratio, whose gradient then counts too: the gradient
+    of k3 becomes that of the KL itself (DeepSeek-V3.2, arXiv 2512.02556). TRL calls it use_bias_correction_kl."""
     old_logprobs: Literal["trainer", "engine"] = "trainer"
     """Source of π_old: "trainer" computes it in the first update of each step; "engine" uses the log-probabilities that
     the engine recorded while sampling (sampling_logprobs) as they are."""

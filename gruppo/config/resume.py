@@ -39,8 +39,8 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "method": (
             "name", "source", "baseline", "scale", "credit", "success_threshold", "deduplicate", "max_per_prompt",
             "dpo_beta", "ratio", "surrogate", "aggregation", "clip_low", "clip_high", "kl_coef", "kl_estimator",
-            "old_logprobs", "tis_cap", "inner_updates", "minibatches", "mask_truncated", "dynamic_sampling_rounds",
-            "advantage_epsilon",
+            "kl_importance", "old_logprobs", "tis_cap", "inner_updates", "minibatches", "mask_truncated",
+            "dynamic_sampling_rounds", "advantage_epsilon",
         ),
         "critic": ("name", "learning_rate", "clip", "gamma", "gae_lambda"),
         "sampling": ("prompts_per_step", "group_size", "max_tokens", "temperature", "stop"),

@@ -139,7 +139,8 @@ class Model(Section):
     """Initial weights of the policy, device and compute dtype."""
 
     name: Annotated[str, Field(min_length=1)]
-    """Hugging Face hub name, local folder, GGUF file or alias ("smollm2-135m-instruct")."""
+    """Hugging Face hub name, with a branch, tag or commit if wanted ("owner/name@revision"), local folder, GGUF file or
+    alias ("smollm2-135m-instruct")."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to compute on; "auto" picks the first one available of cuda, mps and cpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

@@ -66,7 +66,7 @@ _RULES = (
     ),
     _Rule(
         "method",
-        "kl_estimator",
+        "kl_estimator kl_importance",
         lambda recipe: not recipe.method.kl_coef,
         "method.kl_coef = 0 leaves no KL term; remove it, or set method.kl_coef",
     ),

@@ -29,6 +29,7 @@ _ONLINE = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "grpo": {
         **_TRAINING, **_ONLINE, "loss_type": "dapo", "scale_rewards": "group", "importance_sampling_level": "token",
+        "use_bias_correction_kl": True,
     },
     "rloo": {**_TRAINING, **_ONLINE, "num_generations": 2, "beta": 0.05, "normalize_advantages": False},
     "dpo": {**_TRAINING, "beta": 0.1, "loss_type": ["sigmoid"], "max_length": 1024},
@@ -191,6 +192,9 @@ def _grpo(draft: Draft, settings: Settings) -> None:
     word = {"True": "group", "true": "group", "False": "none", "false": "none"}.get(str(scale.value), scale.value)
     draft.put("method.scale", word, scale)
     put_kl(draft, settings.take("beta"), "k3")
+    corrected = settings.take("use_bias_correction_kl")
+    if draft.value("method.kl_coef") and not is_off(corrected.value):
+        draft.put("method.kl_importance", True, corrected)
 
 
 def _engine(draft: Draft, settings: Settings) -> None:

@@ -13,7 +13,7 @@ from gruppo.data.folder import Splits, read_folder, split_files
 from gruppo.data.values import require_memory
 from gruppo.errors import UsageError
 from gruppo.types import Row
-from gruppo.utils.hub import hub_reachable
+from gruppo.utils.hub import hub_problem, hub_reachable
 from gruppo.utils.paths import user_path
 from gruppo.utils.progress import Progress
 
@@ -84,6 +84,8 @@ def _open(name: str, split: str, options: Mapping[str, Any]) -> Dataset | Splits
             else datasets.load_dataset(place, split=split if sliced else None, **options)
         )
     except Exception as error:  # third-party files: anything can be wrong with them
+        if not folder.is_dir() and (problem := hub_problem(error)):
+            raise UsageError(problem) from error
         lines = str(error).strip().splitlines() or [""]
         raise UsageError(
             f"it cannot be loaded ({type(error).__name__}: {lines[0]}); fix the name or the options"

@@ -179,6 +179,11 @@ def _open(task: Task, field: str, split: str, progress: Progress) -> Iterable[Ro
         return read_dataset(name, split, options, limit, progress)
     if is_file(folder):
         raise UsageError(f"unknown file type; use a file that ends in {', '.join(_FILES)}")
+    from gruppo.utils.hub import split_revision
+
+    repository, revision = split_revision(name)
+    if revision is not None:
+        raise UsageError(f'write {field}.name = "{repository}" and {field}.options = {{revision = "{revision}"}}')
     if "/" in name:
         raise UsageError(f"there is no such file or folder (looked in {Path.cwd()}); give its path")
     raise UsageError(f"unknown task{nearest(name, (*TASKS, *BENCHMARKS))}; or write {_KINDS}")

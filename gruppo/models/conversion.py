@@ -22,7 +22,7 @@ from gruppo.models.compatibility import wrap_model
 from gruppo.models.pretrained import load_weights, loading_progress
 from gruppo.models.weights import save_model
 from gruppo.utils.files import file_sha256
-from gruppo.utils.paths import cache_dir, is_file
+from gruppo.utils.paths import cache_dir, is_dir, is_file, user_path
 from gruppo.utils.progress import Progress
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,6 +56,7 @@ def adapter_base(folder: Path) -> str:
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         base, task = config.get("base_model_name_or_path"), config.get("task_type")
+        revision = config.get("revision")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{where}: {_CONFIG} cannot be read ({error}); save the adapter again with peft") from None
     if not isinstance(base, str) or not base:
@@ -67,7 +68,7 @@ def adapter_base(folder: Path) -> str:
             f"{where}: has no {_WEIGHTS}; adapters in pickles (.bin) are never read, because reading one can run any "
             "code: save the adapter again with peft"
         )
-    return base
+    return f"{base}@{revision}" if revision and not is_dir(user_path(base)) else base
 
 
 def merge_adapter(folder: Path, base: str, progress: Progress, trust_remote_code: bool) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
@@ -27,11 +27,14 @@ from gruppo.models.packaged import PACKAGED, packaged_model
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
 from gruppo.models.pretrained import FOREIGN, load_weights, loading_progress, pickles_alone, require_whole_model
-from gruppo.utils.hub import hub_reachable
+from gruppo.utils.hub import hidden_bars, hub_problem, hub_reachable, split_revision
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.paths import is_dir, is_file, user_path
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.system import keep_freed_memory, limit_threads
+
+# The files of a model on the hub that are downloaded with a revision: no pickles, and no other formats of the weights.
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def find_model(
 ) -> ModelSource:
     """Find a model by alias, GGUF file, local folder or hub name. Reads its config and tokenizer, not its weights.
 
+    A hub name can be followed by a revision: "owner/name@branch", or a tag or commit.
+
     A model passed from Python needs its `tokenizer`; it is copied, never changed. A GGUF file is converted to
     safetensors in the cache on first use. Python files that come with a model run only with `trust_remote_code`, and
     pickles are never read. Raises UsageError if there is no such model, or if gruppo cannot run its architecture.
@@ -87,6 +92,8 @@ def find_model(
     except Exception as error:  # third-party files can fail in any way
         if "trust_remote_code" in str(error):
             raise UsageError(f"model.name = {name!r}: {FOREIGN}") from None
+        if not is_dir(Path(location)) and (problem := hub_problem(error)):
+            raise UsageError(f"model.name = {name!r}: {problem}") from error
         raise UsageError(
             f"model.name = {name!r}: cannot be loaded ({error_line(error)}); write a hub name, a local folder, a "
             f".gguf file or one of: {', '.join(PACKAGED)}"
@@ -172,6 +179,17 @@ def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
         return str(path)
     if name.startswith(IN_MEMORY):
         raise UsageError(f"model.name = {name!r}: was passed from Python; pass it again: gruppo.train(…, model=…)")
+    return _on_hub(name, path, progress, trust_remote_code)
+
+
+def _on_hub(name: str, path: Path, progress: Progress, trust_remote_code: bool) -> str:
+    """The name of a model on the hub, or the folder of its revision. `path`: the name as a path, which is no folder."""
+    if split_revision(name)[1] is not None:
+        folder = _downloaded(name, progress, trust_remote_code)
+        try:
+            return _locate(folder, progress, trust_remote_code)
+        except UsageError as error:
+            raise UsageError(str(error).replace(folder, name)) from None
     if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; write a folder saved by transformers")
     try:
@@ -186,6 +204,17 @@ def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
             f"write a folder or .gguf file, or one of: {', '.join(PACKAGED)}"
         )
     return name
+
+
+def _downloaded(name: str, progress: Progress, trust_remote_code: bool) -> str:
+    """The folder in the hub's cache with a revision of a model: a branch, tag or commit. Downloads what is missing."""
+    repository, revision = split_revision(name)
+    patterns = [*_FILES, "*.py"] if trust_remote_code else _FILES
+    try:
+        with progress.bar(f"Opening {name}", None, ""), hidden_bars():
+            return snapshot_download(repository, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # of the hub, the network or the disk
+        raise UsageError(f"model.name = {name!r}: {hub_problem(error) or error_line(error)}") from error
 
 
 def _merged_adapter(folder: Path, progress: Progress, trust_remote_code: bool) -> Path:

@@ -30,6 +30,7 @@ from gruppo.models.fused_decoder import FusedBody
 from gruppo.models.loading import ModelSource
 from gruppo.models.policy import LanguageModel, narrow_products
 from gruppo.models.weights import WeightSource, named_weights, trained_weights
+from gruppo.utils.hub import split_revision
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -239,7 +240,8 @@ def write_adapter(config: LoraConfig, weights: Mapping[str, Tensor], folder: Pat
     """Write adapter_config.json and adapter_model.safetensors. `weights` have the names they have in a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     written = copy.copy(config)
-    written.base_model_name_or_path, written.inference_mode = base, True
+    written.base_model_name_or_path, written.revision = split_revision(base)
+    written.inference_mode = True
     written.save_pretrained(str(folder))
     tensors = {f"base_model.model.{name}".replace(f".{_NAME}.", "."): tensor for name, tensor in weights.items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

@@ -69,8 +69,7 @@ class Classifier:
         self.model = loaded[0].eval().to(self.device)
         self.label = _label_id(config, label)
         self.sigmoid = config.problem_type == "multi_label_classification"
-        sizes = (getattr(config.get_text_config(), "max_position_embeddings", None), self.tokenizer.model_max_length)
-        self.limit = min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
+        self.limit = longest_sequence(config, self.tokenizer)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | ValueError]:
         return [self._score(*pair) for pair in zip(prompts, completions, strict=True)]
@@ -94,6 +93,12 @@ class Classifier:
         text = whole_text(prompt, completion)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(str(self.tokenizer.bos_token))
         return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
+
+
+def longest_sequence(config: PreTrainedConfig, tokenizer: Any) -> int:
+    """Most tokens of a sequence that a model and its tokenizer accept."""
+    sizes = (getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length)
+    return min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
 
 
 def _locate(model: str) -> str:

@@ -21,7 +21,7 @@ from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.scoring import score_groups
 from gruppo.rollout.source import Step
 from gruppo.rollout.step_labels import StepLabeller
-from gruppo.rollout.workers.rewards import RewardPool, trainer_state
+from gruppo.rollout.workers.rewards import Rewards, trainer_state
 from gruppo.runs.recorder import Recorder
 from gruppo.types import Completion, Group, Prompt
 from gruppo.utils.metrics import Metrics
@@ -59,7 +59,7 @@ class LiveRollouts:
     prompts: Mixture
     engine: Engine
     multi_turn: MultiTurnSampler | None
-    pool: RewardPool
+    pool: Rewards
     scorer: RewardModelScorer | None
     audit: Audit | None
     tokenizer: PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rollout.recorded_rows import completion_of, prompt_of, read_groups
-from gruppo.rollout.workers.rewards import RewardPool, call_arguments, reward_names, trainer_state
+from gruppo.rollout.workers.rewards import RewardPool, Rewards, call_arguments, reward_names, trainer_state
 from gruppo.runs.atomic import write_whole
 from gruppo.runs.reading import read_object, reading, require_own
 from gruppo.runs.recorder import Recorder
@@ -53,7 +53,7 @@ def failures_of(groups: Sequence[Group]) -> Iterator[Failure]:
 
 
 def record_failures(
-    recorder: Recorder, folder: Path, step: int, groups: Sequence[Group], pool: RewardPool, state: Mapping[str, Any]
+    recorder: Recorder, folder: Path, step: int, groups: Sequence[Group], pool: Rewards, state: Mapping[str, Any]
 ) -> list[str]:
     """Record an event for each failure of a reward on a group and save the call. Returns the names of the files.
 
@@ -76,7 +76,7 @@ def record_failures(
     return files
 
 
-def keep_call(folder: Path, step: int, failure: Failure, pool: RewardPool, state: Mapping[str, Any]) -> str | None:
+def keep_call(folder: Path, step: int, failure: Failure, pool: Rewards, state: Mapping[str, Any]) -> str | None:
     """Save the failed call in the run folder. Returns the file's name relative to it, or None if the limit of files is
     reached.
 

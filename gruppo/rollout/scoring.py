@@ -7,7 +7,7 @@ from typing import Any
 
 from gruppo.rewards.combine import with_part
 from gruppo.rollout.environments.client import NAME
-from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.rollout.workers.rewards import Rewards
 from gruppo.types import Completion, Group, Prompt, Reward
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Progress
@@ -17,7 +17,7 @@ from gruppo.utils.signals import Stop
 def score_groups(
     prompts: Sequence[Prompt],
     sampled: Sequence[Sequence[Completion]],
-    pool: RewardPool,
+    pool: Rewards,
     state: Mapping[str, Any],
     metrics: Metrics,
     progress: Progress,

@@ -18,7 +18,7 @@ from gruppo.rewards.steps import checked_ends, find_split, step_tokens
 from gruppo.rollout.labels import LabelledCompletion
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.scoring import score_groups
-from gruppo.rollout.workers.rewards import RewardPool
+from gruppo.rollout.workers.rewards import Rewards
 from gruppo.types import Completion, Group, Prompt, Reward
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Progress
@@ -34,7 +34,7 @@ class StepLabeller:
     `success_threshold`."""
 
     engine: Engine
-    pool: RewardPool
+    pool: Rewards
     tokenizer: PreTrainedTokenizerBase
     options: SamplingParams
     settings: RewardModel

@@ -44,7 +44,8 @@ class Result:
         if isinstance(before, float):
             lines.append(f"  held-out accuracy {before:.1%}" + (f" -> {after:.1%}" if isinstance(after, float) else ""))
         lines.append(
-            "  .frame(), .rollouts(step), .evaluations(step), .events(), .view(step), .report(), .load_model()"
+            "  .frame(), .rollouts(step), .evaluations(step), .events(), .view(step), .report(), .load_model(), "
+            ".push_to_hub(name)"
         )
         return "\n".join(lines) + ")"
 
@@ -128,6 +129,16 @@ class Result:
         """
         module = _dashboard("report", "a report")
         return Path(module.write_report([self.path], Path(out), module.Limits(**limits), force=force).path)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Export a checkpoint and upload it with its model card to a repository of the Hugging Face hub, "OWNER/NAME".
+
+        Returns the URL of the commit. `options`: `private`, `revision` (a branch), `to` (a folder to keep), and those
+        of `gruppo.export`; see gruppo.training.hub_push. Raises UsageError before the export is written if the
+        repository is out of reach, and RunError if the upload or, with `verify`, the verification fails.
+        """
+        module = import_module("gruppo.training.hub_push")  # it builds on this package, so it is imported by name
+        return str(module.push_to_hub(self.path, repository, **options).url)
 
     def load_model(self, *, trust_remote_code: bool = False) -> PreTrainedModel:
         """The trained model as transformers loads it from the run folder's model/, where its tokenizer is too.

@@ -131,6 +131,14 @@ def foreign_code(folder: Path, used: Recipe) -> list[Code]:
     return [code for code in code_of(used) if code.name in names]
 
 
+def evaluation_code(folder: Path, used: Recipe) -> list[Code]:
+    """The part of `foreign_code` that runs when the evaluation sets of `used` are run."""
+    unused = ["model", "reward", "audit", "method"]
+    if used.evaluation is None or used.evaluation.task is not None:  # otherwise it uses held-out training rows
+        unused += ["task", "mixture"]
+    return [item for item in foreign_code(folder, used) if not item.place.startswith(tuple(unused))]
+
+
 def code_of_call(folder: Path, call: Mapping[str, Any]) -> list[Code]:
     """The code that a reward call in a run folder names; empty if this user wrote the folder, and its recipe names the
     function too."""

@@ -26,6 +26,8 @@ from gruppo.utils.signals import Stop, stop_on_signals
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gruppo.training.setup import Local
+
 
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
@@ -90,8 +92,12 @@ def run_recipe(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     resume: bool = False,
+    local: Local | None = None,
 ) -> tuple[Result, Stop]:
-    """Like `train`, but a run ended by a signal returns the state "interrupted". The `Stop` says which signal."""
+    """Like `train`, but a run ended by a signal returns the state "interrupted". The `Stop` says which signal.
+
+    `local`: objects that the run uses in this process; `reward` then only names the functions.
+    """
     listeners, rewards = Callbacks(callbacks), listed_rewards(reward)
     if tokenizer is not None and model is None:
         raise UsageError("tokenizer: needs a model passed from Python; pass model=… too, or leave tokenizer out")
@@ -113,7 +119,7 @@ def run_recipe(
             from gruppo.training.setup import prepare
 
             in_memory = None if model is None else (model, tokenizer)
-            prepared = prepare(settings, folder, resume, functions, data, progress, stack, in_memory)
+            prepared = prepare(settings, folder, resume, functions, data, progress, stack, in_memory, local=local)
         remember(folder)  # also a resumed folder: this user chose its recipe
         summary = TrainingRun(prepared, progress, stop, listeners).execute(run_training)
         return Result(prepared.run.path, prepared.run.metrics(), summary), stop

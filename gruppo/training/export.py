@@ -35,19 +35,24 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from gruppo.training.checkpoint import State
+    from gruppo.training.verify import Recorded, Verification
 
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Export:
-    """An exported folder. `step`: of its checkpoint; `accuracy`: held-out, if that step was evaluated."""
+    """An exported folder.
+
+    `step`: of its checkpoint; `accuracy`: held-out, if that step was evaluated; `verification`: if it was asked for.
+    """
 
     path: Path
     step: int
     accuracy: float | None
     files: int
     bytes: int
+    verification: Verification | None = None
 
 
 def export(
@@ -58,6 +63,8 @@ def export(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     adapter: bool = False,
+    verify: bool = False,
+    trust: bool = False,
     trust_remote_code: bool = False,
     progress: bool | Progress = True,
 ) -> Export:
@@ -66,37 +73,99 @@ def export(
     `checkpoint`: "last"; "best", the kept one with the highest held-out accuracy (the later one if tied); or a step.
     `dtype`: float32 as trained, or bfloat16. `max_shard_size`: maximum size of a weights file, e.g. "5GB"; larger
     models are split into several files. A run that trained adapters is exported as the merged model, or with `adapter`
-    as the adapter alone, in peft format. `trust_remote_code`: run the Python files that the model came with, regardless
-    of the run's recipe. Raises UsageError if `to` contains files, or if the run or checkpoint is missing or damaged.
+    as the adapter alone, in peft format. `verify`: evaluate the folder on the run's own evaluation set, and raise
+    RunError if it answers differently from the run (see `gruppo.training.verify`); the folder is kept. `trust`: run
+    the code that the evaluation of a run folder from somebody else names. `trust_remote_code`: run the Python files
+    that the model came with, regardless of the run's recipe. Raises UsageError if `to` contains files, or if the run
+    or checkpoint is missing or damaged.
     """
-    source, target, shown = Path(run), Path(to), choose_progress(progress)
+    plan = plan_export(run, to, checkpoint, dtype, max_shard_size, adapter, verify, trust, trust_remote_code)
+    return plan.write(choose_progress(progress))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export that was checked and can be written.
+
+    `folder`: of the checkpoint. `environment`: the content of environment.json. `recorded`: the
+    evaluation to verify against, if any.
+    """
+
+    source: Path
+    target: Path
+    recipe: Recipe
+    folder: Path
+    state: State
+    environment: Mapping[str, Any]
+    dtype: str
+    max_shard_size: str
+    adapter: bool
+    trust_remote_code: bool
+    recorded: Recorded | None
+
+    def write(self, progress: Progress) -> Export:
+        """Write the folder, and verify it if that was planned. Raises UsageError and RunError, see `export`."""
+        size, files = self._write(progress)
+        verified = None
+        if self.recorded is not None:
+            dtype = self.environment["chosen"]["dtype"]
+            verified = self.recorded.verify(self.target, dtype, self.trust_remote_code, progress)
+        accuracy = accuracy_of(self.state, self.state.step)
+        return Export(self.target, self.state.step, accuracy, files, size, verified)
+
+    def _write(self, progress: Progress) -> tuple[int, int]:
+        """Write the folder. Returns its size in bytes and the number of its files."""
+        from gruppo.training.checkpoint import read_tensors
+
+        recipe, dtype, trust, base = self.recipe, self.dtype, self.trust_remote_code, self.source / "base"
+        options = dtype, self.max_shard_size, trust
+        with reading(self.source, "export another checkpoint"), _new_folder(self.target) as building:
+            weights = self.folder / "weights.safetensors"
+            with reading(weights, "export another checkpoint"):
+                read_tensors(weights)
+            if self.adapter:
+                chat = _write_adapter(base, weights, building, recipe, dtype, trust)
+            elif recipe.model.lora is not None:
+                with _merged(base, weights, building, recipe, self.environment, trust, progress) as merged:
+                    chat = _write_model(base, merged, building, recipe, options, progress)
+            else:
+                chat = _write_model(base, weights, building, recipe, options, progress)
+            start = user_path(recipe.model.name)
+            card = model_card(
+                recipe, self.state, self.environment, dtype, chat, self.adapter, start if is_dir(start) else None
+            )
+            (building / "README.md").write_text(str(card), encoding="utf-8")
+            written = list(building.iterdir())
+            return sum(path.stat().st_size for path in written), len(written)
+
+
+def plan_export(
+    run: str | Path,
+    to: str | Path,
+    checkpoint: str | int = "last",
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    adapter: bool = False,
+    verify: bool = False,
+    trust: bool = False,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Check what an export needs, without loading the model. The arguments and errors are those of `export`."""
+    source, target = Path(run), Path(to)
     _check(source, target, dtype, max_shard_size)
     recipe = load_recipe(source / "recipe.toml")
     if adapter and recipe.model.lora is None:
         raise UsageError(f"--adapter: {source} trained all weights of its model, so there is no adapter; leave it out")
     folder = _choose(source, checkpoint)
-    state = _state(source, folder)
-    environment = _environment(source)
-    options = dtype, max_shard_size, trust_remote_code
-    from gruppo.training.checkpoint import read_tensors
+    state, environment = _state(source, folder), _environment(source)
+    recorded = None
+    if verify:
+        from gruppo.training.verify import read_recorded
 
-    with reading(source, "export another checkpoint"), _new_folder(target) as building:
-        weights = folder / "weights.safetensors"
-        with reading(weights, "export another checkpoint"):
-            read_tensors(weights)
-        if adapter:
-            chat = _write_adapter(source / "base", weights, building, recipe, dtype, trust_remote_code)
-        elif recipe.model.lora is not None:
-            with _merged(source / "base", weights, building, recipe, environment, trust_remote_code, shown) as merged:
-                chat = _write_model(source / "base", merged, building, recipe, options, shown)
-        else:
-            chat = _write_model(source / "base", weights, building, recipe, options, shown)
-        start = user_path(recipe.model.name)
-        card = model_card(recipe, state, environment, dtype, chat, adapter, start if is_dir(start) else None)
-        (building / "README.md").write_text(str(card), encoding="utf-8")
-        written = list(building.iterdir())
-        size = sum(path.stat().st_size for path in written)
-    return Export(target, state.step, accuracy_of(state, state.step), len(written), size)
+        recorded = read_recorded(source, recipe, state.step, trust)
+    return Plan(
+        source, target, recipe, folder, state, environment, dtype, max_shard_size, adapter, trust_remote_code, recorded
+    )
 
 
 def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from gruppo.config.methods import METHODS
 from gruppo.config.recipe import Recipe
+from gruppo.utils.hub import split_revision
 from gruppo.utils.imports import IN_MEMORY
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _origin(name: str, folder: Path | None) -> tuple[str | None, str | None]:
     """The initial model's name on the hub and its license, if known."""
     if name in ORIGINS:
         return ORIGINS[name]
+    name, _ = split_revision(name)
     card = ModelCardData()
     if folder is not None and (folder / "README.md").is_file():
         with suppress(Exception):  # a third-party file: anything can be wrong with it

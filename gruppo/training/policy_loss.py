@@ -119,6 +119,7 @@ def batch_loss(
         find_surrogate(settings.surrogate),
         batch.sequences if settings.ratio == "sequence" else None,
         importance,
+        settings.kl_importance,
     )
     used = batch.weights != 0
     tokens = float(used.sum())

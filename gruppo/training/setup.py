@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -35,8 +35,9 @@ from gruppo.models.value_head import ScalarModel
 from gruppo.models.weights import named_weights, save_base, save_weights, weights_sha256
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
+from gruppo.rollout.environments.client import Environments
 from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
-from gruppo.rollout.workers.rewards import RewardPool, memory_per_process
+from gruppo.rollout.workers.rewards import RewardPool, Rewards, memory_per_process
 from gruppo.runs.folder import REWARD_CACHE, START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
 from gruppo.training.changes import Changes
 from gruppo.training.disk_estimate import still_needed
@@ -48,6 +49,19 @@ from gruppo.training.sizing import Free, disk_of
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import describe
+
+
+@dataclass(frozen=True)
+class Local:
+    """Objects of the caller that a run uses in this process, in place of worker processes.
+
+    `rewards`: makes what scores completions, from the names of the columns that every row has. `environments`: those of
+    the recipe's [environment]. `ready`: is called with the run's parts before its first step.
+    """
+
+    rewards: Callable[[Sequence[str]], Rewards]
+    environments: Environments | None
+    ready: Callable[[RunComponents], None]
 
 
 @dataclass
@@ -67,7 +81,7 @@ class RunComponents:
     reference: LanguageModel | None
     engine: Engine
     sampler: Engine
-    pool: RewardPool | None
+    pool: Rewards | None
     prompts: Mixture
     offline: Mapping[str, OfflineCompletions]
     eval_sets: list[EvalSet]
@@ -92,23 +106,19 @@ def prepare(
     stack: ExitStack,
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None = None,
     links_to: Path | None = None,
+    local: Local | None = None,
 ) -> RunComponents:
     """Build a run from its recipe and its data.
 
-    `model`: a model in memory with its tokenizer, in place of the recipe's. `links_to`: see `check_folder`. `stack`
-    closes processes and locks. Raises UsageError, if possible before weights are loaded.
+    `model`: a model in memory with its tokenizer, in place of the recipe's. `links_to`: see `check_folder`. `local`:
+    objects of the caller that replace worker processes. `stack` closes processes and locks. Raises UsageError, if
+    possible before weights are loaded.
     """
     choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
     find_surrogate(recipe.method.surrogate)
     run, started = _open_folder(recipe, folder, resume, links_to, stack)
-    pool, reward_settings = None, recipe.reward_model
-    opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played=links_to is None)
-    if recipe.method.source != "dataset":
-        log = folder / "rewards.log"
-        pool = stack.enter_context(make_pool(recipe, rewards, data, log, progress, opened))
-    audit = None
-    if recipe.audit is not None:
-        audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, folder / "rewards.log", progress))
+    reward_settings = recipe.reward_model
+    opened, pool, audit = _open_rewards(recipe, rewards, data, folder, progress, stack, links_to is None, local)
     start_model, tokenizer = model or (recipe.model.name, None)
     source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
     check_adapters(source, recipe.model.lora)
@@ -150,7 +160,7 @@ def prepare(
             make_optimizer(recipe.optimizer, scorer.module, scorer.policy) if reward_settings.prompts else None
         )
         reward_model = Trainable(scorer, scorer_optimizer)
-    return RunComponents(
+    parts = RunComponents(
         recipe=recipe,
         run=run,
         policy=policy,
@@ -171,6 +181,38 @@ def prepare(
         filtered=inputs.filtered,
         episodes=opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None,
     )
+    if local is not None:
+        local.ready(parts)
+    return parts
+
+
+def _open_rewards(
+    recipe: Recipe,
+    rewards: Sequence[str | RewardFunction],
+    data: Data,
+    folder: Path,
+    progress: Progress,
+    stack: ExitStack,
+    played: bool,
+    local: Local | None,
+) -> tuple[OpenedEnvironments | None, Rewards | None, RewardPool | None]:
+    """What answers and scores completions: environments, reward functions and audit, None for what a recipe lacks.
+
+    `played`: False if nothing will be sampled. `local`: see `prepare`.
+    """
+    if local is not None and local.environments is not None and recipe.environment is not None:
+        opened: OpenedEnvironments | None = OpenedEnvironments(local.environments, recipe.environment)
+    else:
+        opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played)
+    pool: Rewards | None = None
+    log = folder / "rewards.log"
+    if recipe.method.source != "dataset":
+        pool = local.rewards(data.columns) if local else make_pool(recipe, rewards, data, log, progress, opened)
+        stack.callback(pool.close)
+    audit = None
+    if recipe.audit is not None:
+        audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, log, progress))
+    return opened, pool, audit
 
 
 def _open_folder(
@@ -247,7 +289,7 @@ class _Code:
 
 
 def _code(
-    pool: RewardPool | None,
+    pool: Rewards | None,
     rewards: Sequence[str | RewardFunction],
     opened: OpenedEnvironments | None,
     recipe: Recipe,

@@ -172,7 +172,8 @@ def _add_data(app: FastAPI, state: Dashboard) -> None:
         generation: int = -1,
     ) -> Data:
         live = state.runs.live(state.card(key).path)
-        return Data(payload(live, axis, first, last, points, since if generation == live.generation else None))
+        known = since if generation == live.generation and first is None and last is None else None
+        return Data(payload(live, axis, first, last, points, known))
 
     @app.get("/api/r/{key}/live")
     async def live(key: str, request: Request) -> StreamingResponse:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gruppo.ui.live import LiveRun, thin
+from gruppo.ui.live import LiveRun, means, thin
 
 POINTS = 800  # of a curve
 AXES = {"step": "step", "tokens": "sampled tokens", "time": "hours of training and evaluation"}
@@ -18,6 +18,9 @@ _SECONDS = ("time/step", "time/evaluate", "time/reward_model")  # on the lines o
 _MOST = 1e15  # tokens or hours of a step; more was not measured
 _MARKS = 400  # events on the curves, the last ones
 _NAME = r"[^/]+(?:/[^/]+)*?"  # of a reward, a task or a set
+
+
+Limits = tuple[int | None, int | None, int | None]  # first, last and since, see `payload`
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,9 @@ def payload(
 ) -> dict[str, Any]:
     """The charts of a run, for the page. `first` and `last`: the range of steps; None: all.
 
-    `since`: the field "step" of a payload that the page has, of the same generation and points: points that are the
-    same in it are left out, see `gruppo.ui.live.thin`.
+    `since`: the field "step" of a payload that the page has, of the same generation, axis and points, and of all steps.
+    Then points that are in it are left out of every curve, and "start" is their number; if the "size" of a curve is
+    another one in it, the page has to ask for everything.
 
     {"revision", "axis", "axes", "points", "charts": [{"id", "title", "help", "unit", "kind", "open", "curves"}],
     "events", "step"}. A curve has "name", "label", and what `gruppo.ui.live.thin` returns, with "band" (the same for
@@ -198,34 +202,29 @@ def _curves(
     chart: Chart,
     found: Iterable[tuple[str, str]],
     position: Axis,
-    limits: tuple[int | None, int | None, int | None],
+    limits: Limits,
     points: int,
 ) -> list[dict[str, Any]]:
-    found = list(found)
-    arrays = live.arrays({metric for name, _ in found for metric in (name, *band_of(chart, name))})
-    curves = []
+    names, curves = set(live.names()), []
     for name, label in found:
-        curve = {"name": name, "label": label, **_thin(arrays[name], position, limits, points)}
+        curve = {"name": name, "label": label, **_points(live, name, position, limits, points)}
         ends = band_of(chart, name)
-        if ends and all(end in arrays for end in ends):
-            curve["band"] = [_thin(arrays[end], position, limits, points) for end in ends]
+        if ends and names.issuperset(ends):
+            curve["band"] = [_points(live, end, position, limits, points) for end in ends]
         curves.append(curve)
     return curves
 
 
-def _thin(
-    arrays: tuple[np.ndarray, np.ndarray],
-    position: Axis,
-    limits: tuple[int | None, int | None, int | None],
-    points: int,
-) -> dict[str, Any]:
-    steps, values = arrays
+def _points(live: LiveRun, name: str, position: Axis, limits: Limits, points: int) -> dict[str, Any]:
     low, high, since = limits
+    if since is not None:
+        start, size, (steps, values) = live.rest(name, points, since)
+        return {**means(position(steps), values, size), "start": start}
+    steps, values = live.arrays((name,))[name]
     if low is not None or high is not None:
         inside = (steps >= (low if low is not None else -np.inf)) & (steps <= (high if high is not None else np.inf))
         steps, values = steps[inside], values[inside]
-    known = 0 if since is None or (np.diff(steps) < 0).any() else int(np.searchsorted(steps, since))
-    return thin(position(steps), values, points, known)
+    return thin(position(steps), values, points)
 
 
 def marks(events: Sequence[Mapping[str, Any]], position: Axis) -> list[dict[str, Any]]:

@@ -4,6 +4,9 @@ Looking is cheap for the folder of a long run: while its time of modification st
 names are listed, and files are asked for size and time only if they are unknown, if their inode is another, or from the
 newest backwards up to the first unchanged one: a resume deletes all tables after its checkpoint and writes them anew in
 order, perhaps with the same inodes. Every file is asked on the first look, and whenever one is gone.
+
+While a run adds tables one after the other, not even the names are listed, for at most `QUICK_LOOKS` looks in a row:
+the newest table is as it was, so only those that follow it can be new.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import NamedTuple
 from gruppo.runs.reading import step_of_name
 
 MOST_STEP = 2**40
+QUICK_LOOKS = 16
 _SETTLED = 2 * 10**9  # nanoseconds; a folder that changed less than this ago may change again without a newer time
 
 
@@ -45,6 +49,7 @@ class TableFolder:
         self._listed: int | None = None
         self._looked = False
         self._steps: dict[str, int] = {}  # by the name of a table
+        self._quick = 0  # looks without a list of the names
 
     def forget(self) -> None:
         """Look at every file again."""
@@ -59,6 +64,11 @@ class TableFolder:
             if not self.path.resolve().is_relative_to(self.run.resolve()):
                 return Changes({}, sorted(known))
             self._listed = modified if time.time_ns() - modified > _SETTLED else None
+            following = self._following(known)
+            self._quick = self._quick + 1 if following else 0
+            if following:
+                self._listed = None
+                return Changes(following, [])
             return self._compare(known)
         except (OSError, RuntimeError):  # no such folder, or a link to itself
             self._listed = None
@@ -67,6 +77,16 @@ class TableFolder:
     def looked(self) -> None:
         """The last changes have been followed."""
         self._seen, self._looked = self._listed, True
+
+    def _following(self, known: Mapping[int, Signature]) -> dict[int, Signature]:
+        """The new tables after the newest one; empty if all names have to be listed."""
+        step = max(known, default=-1)
+        found: dict[int, Signature] = {}
+        if self._looked and self._quick < QUICK_LOOKS and step >= 0 and self._signature_of(step) == known[step]:
+            while (signature := self._signature_of(step + 1)) is not None:
+                step += 1
+                found[step] = signature
+        return found
 
     def _compare(self, known: Mapping[int, Signature]) -> Changes:
         found: set[int] = set()

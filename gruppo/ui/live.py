@@ -25,14 +25,24 @@ _EXACT = 22  # the largest power of ten that is exact in double precision
 
 @dataclass
 class Series:
-    """One metric: its values, and the steps that they belong to. NaN: not recorded, or not finite."""
+    """One metric: its values, and the steps that they belong to. NaN: not recorded, or not finite.
+
+    `in_order`: whether no step is smaller than the one before it.
+    """
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
+    in_order: bool = True
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values."""
-        return np.array(self.steps), np.array(self.values)
+    def add(self, step: int, value: float) -> None:
+        """Add a value."""
+        self.in_order = self.in_order and (not self.steps or self.steps[-1] <= step)
+        self.steps.append(step)
+        self.values.append(value)
+
+    def arrays(self, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values, without the first `start`."""
+        return np.array(self.steps[start:]), np.array(self.values[start:])
 
 
 class LiveRun:
@@ -98,8 +108,7 @@ class LiveRun:
                     if len(self.series) >= MOST_NAMES:
                         continue
                     series = self.series[name] = Series()
-                series.steps.append(step)
-                series.values.append(_finite(value))
+                series.add(step, _finite(value))
 
     def names(self) -> list[str]:
         """The recorded metrics, sorted."""
@@ -133,6 +142,18 @@ class LiveRun:
         with self._lock:
             return {name: self.series[name].arrays() for name in names if name in self.series}
 
+    def rest(self, name: str, points: int, since: int) -> tuple[int, int, tuple[np.ndarray, np.ndarray]]:
+        """What a page lacks that has all of a curve of at most `points` points before the step `since`.
+
+        Returns the number of points that stay as they are, the values per point, and steps and values after those
+        points: everything if the steps are not in order.
+        """
+        with self._lock:
+            series = self.series[name]
+            size = size_of(len(series.values), points)
+            start = bisect_left(series.steps, since) // size if series.in_order else 0
+            return start, size, series.arrays(start * size)
+
 
 def _finite(value: float | None) -> float:
     try:
@@ -155,37 +176,40 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def thin(steps: np.ndarray, values: np.ndarray, points: int, known: int = 0) -> dict[str, Any]:
-    """A curve of at most `points` points: beyond that, each is the mean of consecutive values.
+def size_of(count: int, points: int) -> int:
+    """How many of `count` values each point of a curve of at most `points` points stands for."""
+    return max(1, math.ceil(count / points)) if points > 0 else 1
 
-    Returns {"x": steps, "y": means, "size": values per point}, as lists; None for a value that is not recorded. The
-    step of a point is the last one of its values. With size > 1 also "low" and "high", the extremes of the values.
 
-    Values of such points have `DIGITS` significant digits.
+def thin(steps: np.ndarray, values: np.ndarray, points: int) -> dict[str, Any]:
+    """A curve of at most `points` points, see `means`."""
+    return means(steps, values, size_of(len(values), points))
 
-    `known`: points that consist of the first `known` values alone are left out, and "start" is their number.
+
+def means(steps: np.ndarray, values: np.ndarray, size: int) -> dict[str, Any]:
+    """A curve of which every point is the mean of `size` consecutive values, the last one of what is left.
+
+    Returns {"x": steps, "y": means, "size": size}, as lists; None for a value that is not recorded. The step of a point
+    is the last one of its values. With size > 1 also "low" and "high", the extremes of the values, and `DIGITS`
+    significant digits.
     """
-    size = max(1, math.ceil(len(values) / points)) if points > 0 else 1
-    start = known // size
-    left_out = {"start": start} if start else {}
-    steps, values = steps[start * size :], values[start * size :]
     if size == 1:
-        return {"x": steps.tolist(), "y": _plain(values), "size": 1, **left_out}
+        return {"x": steps.tolist(), "y": _plain(values), "size": 1}
     count = math.ceil(len(values) / size)
     padded = np.full(count * size, np.nan)
     padded[: len(values)] = values
     rows = padded.reshape(count, size)
-    known_values = ~np.isnan(rows)
-    number = known_values.sum(axis=1)
+    known = ~np.isnan(rows)
+    number = known.sum(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
-        sums = np.where(known_values, rows, 0.0).sum(axis=1)
-        means = np.where(number > 0, sums / np.maximum(number, 1), np.nan)
-    low = np.where(number > 0, np.where(known_values, rows, np.inf).min(axis=1), np.nan)
-    high = np.where(number > 0, np.where(known_values, rows, -np.inf).max(axis=1), np.nan)
+        sums = np.where(known, rows, 0.0).sum(axis=1)
+        middle = np.where(number > 0, sums / np.maximum(number, 1), np.nan)
+    low = np.where(number > 0, np.where(known, rows, np.inf).min(axis=1), np.nan)
+    high = np.where(number > 0, np.where(known, rows, -np.inf).max(axis=1), np.nan)
     ends = steps[np.minimum(np.arange(1, count + 1) * size, len(steps)) - 1]
     return {
-        "x": ends.tolist(), "y": _plain(rounded(means)), "low": _plain(rounded(low)), "high": _plain(rounded(high)),
-        "size": size, **left_out,
+        "x": ends.tolist(), "y": _plain(rounded(middle)), "low": _plain(rounded(low)), "high": _plain(rounded(high)),
+        "size": size,
     }  # fmt: skip
 
 

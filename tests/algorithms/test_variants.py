@@ -332,6 +332,19 @@ def test_gradient_coefficient_by_hand(name: str, expected: list[float]) -> None:
         assert float(gradient) == pytest.approx(coefficient, abs=1e-12), ratio
 
 
+def test_kl_with_importance_has_the_gradient_of_the_kl_by_hand() -> None:
+    """d/dlogπ of ρ (r - log r - 1), r = π_ref/π: at π = ½, π_old = ¼ and π_ref = ⅛, ρ = 2 and r = ¼, so
+    ρ (r - log r - 1) + ρ (1 - r) = -ρ log r = 2 log 4: ρ times the log-ratio, whose mean over π_old is the KL's
+    gradient."""
+    half, quarter, eighth = (torch.tensor([math.log(p)], dtype=torch.float64) for p in (0.5, 0.25, 0.125))
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    logprobs = half.requires_grad_()
+    result = losses.policy_loss(logprobs, quarter, zero, one, 0.2, 0.2, eighth, kl_coef=1.0, kl_importance=True)
+    (gradient,) = torch.autograd.grad(result.loss, logprobs)
+    assert float(gradient) == pytest.approx(2 * math.log(4), abs=1e-12)
+    assert float(result.kl) == pytest.approx(2 * (0.25 + math.log(4) - 1), abs=1e-12)
+
+
 def test_dapo_clips_higher_by_hand() -> None:
     """ρ = 1.25 keeps its gradient with clip_high = 0.28, but not with 0.2."""
     for high, expected in ((0.28, 1.25), (0.2, 0.0)):

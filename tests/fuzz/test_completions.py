@@ -35,7 +35,7 @@ from gruppo.rewards.length import Overlong, Repetition
 from gruppo.rewards.steps import checked_ends, lines, step_tokens
 from gruppo.rollout.metrics import describe_groups
 from gruppo.rollout.workers.reward_main import _score
-from gruppo.rollout.workers.rewards import _outcome
+from gruppo.rollout.workers.rewards import outcome_of
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS, rollout_rows
 from gruppo.types import Completion, Group, Prompt, Reward
@@ -173,7 +173,7 @@ def test_any_result_of_a_reward_becomes_rewards_or_a_failure(value: Any, logged:
     completions = [completion_of(token_ids) for token_ids in ids]
     arguments = {"completions": [completion.text for completion in completions]}
     answer = json.loads(json.dumps(_score(LoadedReward(value, logged), arguments, {}, None)))  # type: ignore[arg-type]
-    outcome = _outcome(answer, completions)
+    outcome = outcome_of(answer, completions)
     rewards = [combine(["f"], [0.5], [value], {}) for value in outcome.values]
     assert len(rewards) == 2
     group = Group(Prompt("t/0", "q", (1, 2), "t", {}), completions, rewards)

@@ -64,7 +64,9 @@ class _Host:
         try:
             message = pickle.loads(content)
         except Exception as error:  # noqa: BLE001  a column of the row can be an object that this process cannot create
-            return {"failure": f"a column of the row cannot be unpickled in the reward's process ({_describe(error)})"}
+            return {
+                "failure": f"a column of the row cannot be unpickled in the reward's process ({describe_error(error)})"
+            }
         if message["kind"] == "load":
             sys.path += [place for place in message["path"] if place not in sys.path]
             answer = _load(message["rewards"], message["columns"], message["partial_columns"], self.rewards)
@@ -123,18 +125,19 @@ def _score(reward: Loaded, arguments: Mapping[str, Any], state: Mapping[str, Any
 
     run = {"trainer_state": SimpleNamespace(**state), "log_extra": log_extra, "log_metric": log_metric}
     try:
-        result = reward.function(**_accepted(reward.function, {**arguments, **run, **reward.options}))
+        result = reward.function(**accepted(reward.function, {**arguments, **run, **reward.options}))
         if inspect.isawaitable(result):
             result = loop.run(result)
-        values = _values(result, size)
+        values = values_of(result, size)
     except MemoryError as error:  # the memory may never be freed: another process continues
-        return {"failure": f"{_describe(error)} (see reward.memory)", "last": True}
+        return {"failure": f"{describe_error(error)} (see reward.memory)", "last": True}
     except BaseException as error:  # noqa: BLE001  any exception means that the reward failed
-        return {"failure": _describe(error)}
+        return {"failure": describe_error(error)}
     return {"values": values, "metrics": metrics, "extra": extra}
 
 
-def _accepted(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(function: RewardFunction, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments on offer that a function takes: all, if it has no signature or takes **kwargs."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -149,7 +152,8 @@ async def _awaited(result: Any) -> Any:
     return await result
 
 
-def _values(result: Any, size: int) -> list[Any]:
+def values_of(result: Any, size: int) -> list[Any]:
+    """What a function returned, as JSON (see `_score`). Raises TypeError or ValueError unless there are `size`."""
     if hasattr(result, "tolist"):  # arrays and tensors
         result = result.tolist()
     if isinstance(result, str | bytes | Mapping | set | frozenset) or not hasattr(result, "__iter__"):
@@ -169,11 +173,11 @@ def _number(value: Any) -> float | dict[str, Any] | None:
     if isinstance(value, str | bytes | bytearray | memoryview):  # float() would accept some of them
         return {"bad": f"returned {_shown(value[:40])}, not a number"}
     if isinstance(value, Exception):  # how a function reports a failure on one completion
-        return {"bad": _describe(value)}
+        return {"bad": describe_error(value)}
     try:
         number = float(value)
     except Exception as error:  # noqa: BLE001  a user-defined object can raise anything here
-        return {"bad": f"returned a value that is not a number ({_describe(error)})"}
+        return {"bad": f"returned a value that is not a number ({describe_error(error)})"}
     return number if abs(number) < float("inf") else {"bad": f"returned {number}"}
 
 
@@ -186,7 +190,7 @@ def _steps(value: Mapping[str, Any]) -> dict[str, Any]:
         rewards = [float(reward) for reward in value["step_rewards"]]
         ends = [operator.index(end) for end in value["step_ends"]]
     except Exception as error:  # noqa: BLE001  a user-defined object can raise anything here
-        return {"bad": f"returned step_rewards or step_ends that are not lists of numbers ({_describe(error)})"}
+        return {"bad": f"returned step_rewards or step_ends that are not lists of numbers ({describe_error(error)})"}
     if invalid := [reward for reward in rewards if not abs(reward) < float("inf")]:
         return {"bad": f"returned a step reward of {invalid[0]}"}
     return {"rewards": rewards, "ends": ends}
@@ -203,7 +207,8 @@ def _plain(value: Any, form: Callable[[Any], str] = str) -> str:
         return f"<{type(value).__name__} that cannot be printed>"
 
 
-def _describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
+    """An error of a user's function in one line, with the line of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if "gruppo/rollout/workers/reward_main" not in frame.filename.replace("\\", "/")]
     where = f" (line {users[-1].lineno} of {users[-1].filename})" if users else ""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cloudpickle
 
@@ -45,6 +45,37 @@ class Outcome:
     metrics: Mapping[str, Sequence[float]]
     extra: Mapping[str, Sequence[Any]]
     printed: str = ""
+
+
+class Rewards(Protocol):
+    """Scores the groups of a run. The attributes have one entry per reward function, in order.
+
+    `names`: in metrics and tables; `paths`: import paths, None for functions passed from Python; `options`: keyword
+    arguments; `digests`: hashes of their code. `columns`, `environment` and `timeout`: what calls get.
+    """
+
+    names: list[str]
+    weights: list[float]
+    paths: list[str | None]
+    options: list[dict[str, Any]]
+    digests: list[str]
+    columns: list[str]
+    environment: list[str]
+    timeout: float
+
+    def score(
+        self,
+        groups: Sequence[tuple[Prompt, Sequence[Completion]]],
+        state: Mapping[str, Any],
+        advance: Advance | None = None,
+    ) -> tuple[list[list[Reward]], dict[str, list[float]]]:
+        """See `RewardPool.score`."""
+
+    def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
+        """See `RewardPool.notify_of_restarts`."""
+
+    def close(self) -> None:
+        """End what runs the functions."""
 
 
 class RewardPool:
@@ -163,7 +194,7 @@ class RewardPool:
             return pickled({**message, "seed": seed})
 
         def done(job: _Job, answer: Mapping[str, Any]) -> None:
-            outcomes[job] = _outcome(answer, groups[job[0]][1])
+            outcomes[job] = outcome_of(answer, groups[job[0]][1])
             show(1 / len(self.names))
 
         self._run(deque(jobs), call, done, lambda: show(0))
@@ -313,7 +344,8 @@ def call_arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[st
     }
 
 
-def _outcome(answer: Mapping[str, Any], completions: Sequence[Completion]) -> Outcome:
+def outcome_of(answer: Mapping[str, Any], completions: Sequence[Completion]) -> Outcome:
+    """The outcome of a call from the answer of what ran it, which is checked: it can be anything."""
     if "failure" not in answer:
         try:
             values, metrics, extra = answer["values"], answer["metrics"], answer["extra"]
