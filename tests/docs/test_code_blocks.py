@@ -24,6 +24,11 @@ SMALLER = {
     '"max_tokens": 32': '"max_tokens": 8, "prompts_per_step": 2, "group_size": 2',
     "runs/NAME": "runs/watched",
     "range(20, 41)": "range(2, 4)",
+    # What is on the hub.
+    'result.push_to_hub("me/my-model", private=True)': "None",
+    "Qwen/Qwen2.5-0.5B-Instruct": "smollm2-135m-instruct",
+    'load_dataset("trl-lib/DeepMath-103K", split="train")': '[{"prompt": "1 + 1", "solution": "$2$"}] * 4',
+    "max_completion_length=256": "max_completion_length=4, max_steps=2",
 }
 BEFORE = {"docs/rewards.md:291": 'gruppo.rescore("runs/watched", short_and_polite).write("rescored.parquet")\n'}
 PYTHON = blocks("python")
@@ -46,9 +51,10 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_python_runs(block: Block, names: dict[str, Any], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expression whose comment is a Python literal has that value."""
     monkeypatch.chdir(names["folder"])
-    text = BEFORE.get(str(block), "") + block.text.replace("smollm2-135m-instruct", tiny)
+    text = BEFORE.get(str(block), "") + block.text
     for long, short in SMALLER.items():
         text = text.replace(long, short)
+    text = text.replace("smollm2-135m-instruct", tiny)
     lines = text.splitlines()
     for statement in ast.parse(text).body:
         place = f"{block} + {statement.lineno}"
