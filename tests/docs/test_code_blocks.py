@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from gruppo.cli.main import app
 from gruppo.config.loading import load_recipe
-from tests.docs.blocks import Block, blocks, commands
+from tests.docs.blocks import PAGES, Block, blocks, commands
 from tests.examples.tiny import save_tiny
 
 SMALLER = {
@@ -97,6 +97,16 @@ def test_commands_parse(command: str, complete: bool) -> None:
     except typer.BadParameter as error:  # a missing one is a kind of it
         if complete or type(error).__name__ != "MissingParameter":
             raise
+
+
+def test_make_targets_and_scripts_exist() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    targets = {name for line in re.findall(r"(?:^|`)make ([a-z -]+)", text, re.MULTILINE) for name in line.split()}
+    scripts = set(re.findall(r"python ([\w/]+\.py)", text))
+    assert len(targets) > 8
+    assert len(scripts) > 3
+    assert targets <= set(re.findall(r"^([a-z-]+):", Path("Makefile").read_text(), re.MULTILINE))
+    assert {name for name in scripts if not Path(name).is_file()} == set()
 
 
 def test_notebook_runs_and_has_no_outputs(tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
