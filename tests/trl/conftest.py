@@ -1,4 +1,4 @@
-"""Makes sure that `trl` is TRL: a user's file in tests/ or gruppo/ puts that folder, with its own trl, into the path."""
+"""Makes sure that `trl` is TRL: a user's file in tests/ or gruppo/ puts that folder into the path, with its trl."""
 
 from __future__ import annotations
 
