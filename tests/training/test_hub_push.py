@@ -106,14 +106,15 @@ def test_a_revision_is_downloaded_without_pickles_and_programs(hub: Hub, tiny_fo
 
 @pytest.mark.usefixtures("address")
 def test_an_adapter_names_the_revision_of_its_base_model(hub: Hub, tiny_folder: str, tmp_path: Path) -> None:
-    hub.add("me/base", {path.name: path.read_bytes() for path in Path(tiny_folder).iterdir()})
-    small_run("me/base@main", tmp_path / "run", run__steps=1, model__lora={"rank": 2, "targets": ["q_proj"]})
+    base = hub.add("me/base", {"README.md": b"no model"})
+    base.commit("v1", {path.name: path.read_bytes() for path in Path(tiny_folder).iterdir()})
+    small_run("me/base@v1", tmp_path / "run", run__steps=1, model__lora={"rank": 2, "targets": ["q_proj"]})
     push_to_hub(tmp_path / "run", "me/adapter", adapter=True, progress=False)
     files = hub.repositories["models", "me/adapter"].files()
     config = json.loads(files["adapter_config.json"])
-    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "main")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "v1")
     assert b"base_model: me/base\n" in files["README.md"]
-    assert skeleton(find_model("me/adapter@main").config, False) is not None, "merged into me/base@main"
+    assert skeleton(find_model("me/adapter@main").config, False) is not None, "merged into me/base@v1"
 
 
 def spoiled(hub: Hub, case: str, patch: pytest.MonkeyPatch, address: str, cache: str) -> None:
