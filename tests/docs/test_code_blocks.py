@@ -32,7 +32,6 @@ SHORTENED = {
 }
 MODELS = ("smollm2-135m-instruct", "Qwen/Qwen2.5-0.5B-Instruct")
 TWO_ROWS = [{"prompt": [{"role": "user", "content": f"1 + {n} ="}], "solution": f"${n + 1}$"} for n in (1, 2)]
-PYTHON = blocks("python")
 COMMANDS = [pytest.param(text, complete, id=f"{page}-{text[:40]}") for page, text, complete in commands()]
 ROOT = get_command(app)
 
@@ -42,23 +41,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The names that the blocks define, from the first page to the last, and `folder`, in which they run."""
-    return {"__name__": "block", "folder": tmp_path_factory.mktemp("blocks"), "two_rows": TWO_ROWS}
-
-
-@pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_runs(block: Block, names: dict[str, Any], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expression whose comment is a Python literal has that value."""
-    monkeypatch.chdir(names["folder"])
+def test_python_runs(tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All blocks in one folder, from the first page to the last: later ones use the names and runs of earlier ones. A
+    traceback names the page and the line of the block."""
+    found = blocks("python")
+    assert len(found) > 7
+    names: dict[str, Any] = {"__name__": "block", "two_rows": TWO_ROWS}
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gruppo.training.hub_push.push_to_hub", no_upload)
-    text = block.text
-    for long, short in {**SHORTENED, **dict.fromkeys(MODELS, tiny)}.items():
-        text = text.replace(long, short)
+    for block in found:
+        text = block.text
+        for long, short in {**SHORTENED, **dict.fromkeys(MODELS, tiny)}.items():
+            text = text.replace(long, short)
+        run_and_compare(text, str(block), names)
+
+
+def run_and_compare(text: str, place: str, names: dict[str, Any]) -> None:
+    """Run the code. An expression whose comment is a Python literal must have that value."""
     lines = text.splitlines()
     for statement in ast.parse(text).body:
-        place = f"{block} + {statement.lineno}"
         if not isinstance(statement, ast.Expr):
             exec(compile(ast.Module([statement], []), place, "exec"), names)
             continue
