@@ -1,20 +1,22 @@
 """Collect the pages of the documentation's site in build/docs, for `make docs`.
 
 The README becomes the first page. A file of the repository that a page links to becomes a page too: Markdown as it is,
-source as a block of code, images as files. api.md lists the public API, whose text mkdocstrings takes from the
-docstrings. Links to pages or headings that do not exist are left as they are: the strict build reports them. It does
-not look at images, so those are checked here.
+notebooks cell by cell, source as a block of code, images as files. api.md lists the public API, whose text mkdocstrings
+takes from the docstrings. Links to pages or headings that do not exist are left as they are: the strict build reports
+them. It does not look at images, so those are checked here.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 OUT = Path("build/docs")
 IMAGES = {".svg", ".png"}
@@ -33,6 +35,8 @@ def place_of(path: Path) -> Path:
 def page_of(path: Path) -> tuple[str, set[Path]]:
     """The text of a page, and the files that it links to."""
     text, found = path.read_text(encoding="utf-8"), set()
+    if path.suffix == ".ipynb":
+        return "\n\n".join(map(cell_text, json.loads(text)["cells"])) + "\n", found
     if path.suffix != ".md":
         return f"# {path}\n\n`````{path.suffix[1:]}\n{text}\n`````\n", found
 
@@ -47,6 +51,12 @@ def page_of(path: Path) -> tuple[str, set[Path]]:
         return os.path.relpath(place_of(target), place_of(path).parent)
 
     return _LINK.sub(relinked, text), found
+
+
+def cell_text(cell: dict[str, Any]) -> str:
+    """A cell of a notebook as Markdown, without outputs."""
+    source = "".join(cell["source"])
+    return f"```python\n{source}\n```" if cell["cell_type"] == "code" else source
 
 
 def public_names() -> Iterator[tuple[str, str]]:
@@ -66,7 +76,7 @@ def api_page() -> str:
 def main() -> None:
     """Write build/docs anew."""
     shutil.rmtree(OUT, ignore_errors=True)
-    pending = [Path("README.md"), Path("CHANGELOG.md"), *Path("docs").glob("*.md"), *Path("examples").glob("*.py")]
+    pending = [Path("README.md"), Path("CHANGELOG.md"), *Path("docs").glob("*.md"), Path("examples/README.md")]
     done: set[Path] = set()
     while pending:
         path = pending.pop()

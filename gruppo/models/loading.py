@@ -185,7 +185,11 @@ def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
 def _on_hub(name: str, path: Path, progress: Progress, trust_remote_code: bool) -> str:
     """The name of a model on the hub, or the folder of its revision. `path`: the name as a path, which is no folder."""
     if split_revision(name)[1] is not None:
-        return _locate(_downloaded(name, progress, trust_remote_code), progress, trust_remote_code)
+        folder = _downloaded(name, progress, trust_remote_code)
+        try:
+            return _locate(folder, progress, trust_remote_code)
+        except UsageError as error:
+            raise UsageError(str(error).replace(folder, name)) from None
     if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; write a folder saved by transformers")
     try:

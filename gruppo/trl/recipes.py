@@ -149,7 +149,7 @@ def init_kwargs(args: TrainingArguments) -> dict[str, Any]:
     for name, neutral in (("quantization_config", (None,)), ("revision", (None, "main"))):
         if options.get(name) not in neutral:
             fix = "weights are trained in float32, not quantized" if neutral == (None,) else (
-                "model names load the files as they are; download the revision and give its folder"
+                f'write the model as "owner/name@{options[name]}"'
             )  # fmt: skip
             raise UsageError(f"model_init_kwargs[{name!r}] = {options[name]!r}: {fix}")
     return dict(options)

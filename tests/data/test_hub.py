@@ -10,6 +10,7 @@ import pytest
 
 from gruppo.errors import UsageError
 from tests.data.load import Notes, both_sides, given, questions, training
+from tests.hub_server import Hub, serving, use
 
 TRAIN = [{"prompt": [{"role": "user", "content": f"q{n}"}], "answer": str(n)} for n in range(5)]
 TEST = [{"prompt": [{"role": "user", "content": f"t{n}"}], "answer": str(n)} for n in range(3)]
@@ -93,6 +94,21 @@ def test_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("gruppo.data.hub.hub_reachable", lambda: False)
     with pytest.raises(UsageError, match=r'task\.name = "owner/no-such-name".*cannot be reached'):
         training("owner/no-such-name")
+
+
+def test_a_revision_in_the_name_belongs_in_the_options() -> None:
+    with pytest.raises(UsageError, match=r'write task\.name = "owner/rows" and task\.options = \{revision = "v1"\}'):
+        training("owner/rows@v1")
+
+
+def test_a_dataset_that_the_hub_refuses_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = Hub()
+    hub.add("me/rows", {"train.jsonl": b'{"prompt": "a"}\n'}, "datasets")
+    with serving(hub) as address:
+        use(address, "hf_wrong", str(tmp_path), monkeypatch)
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", address)
+        with pytest.raises(UsageError, match=r'task\.name = "me/rows": .*the token is not valid; .*log in with'):
+            training("me/rows")
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/at/all", "a/b/c", "~/none", "none/"])

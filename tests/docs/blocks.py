@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("examples/README.md"), *sorted(Path("docs").glob("*.md"))]
 _FENCED = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`(gruppo [^`]+)`")
 

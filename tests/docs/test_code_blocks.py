@@ -8,6 +8,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,17 +17,21 @@ from typer.main import get_command
 
 from gruppo.cli.main import app
 from gruppo.config.loading import load_recipe
-from tests.docs.blocks import Block, blocks, commands
+from tests.docs.blocks import PAGES, Block, blocks, commands
 from tests.examples.tiny import save_tiny
 
-SMALLER = {
+SHORTENED = {
     '"steps": 20': '"steps": 3, "checkpoint_every": 3',
     '"max_tokens": 32': '"max_tokens": 8, "prompts_per_step": 2, "group_size": 2',
     "runs/NAME": "runs/watched",
     "range(20, 41)": "range(2, 4)",
+    "import Rescores\n": 'import Rescores\nfound.write("rescored.parquet")\n',  # as --out does
+    "max_completion_length=256": "max_completion_length=8, max_steps=1",
+    "import load_dataset": "import Dataset",
+    'load_dataset("trl-lib/DeepMath-103K", split="train")': "Dataset.from_list(two_rows)",
 }
-BEFORE = {"docs/rewards.md:291": 'gruppo.rescore("runs/watched", short_and_polite).write("rescored.parquet")\n'}
-PYTHON = blocks("python")
+MODELS = ("smollm2-135m-instruct", "Qwen/Qwen2.5-0.5B-Instruct")
+TWO_ROWS = [{"prompt": [{"role": "user", "content": f"1 + {n} ="}], "solution": f"${n + 1}$"} for n in (1, 2)]
 COMMANDS = [pytest.param(text, complete, id=f"{page}-{text[:40]}") for page, text, complete in commands()]
 ROOT = get_command(app)
 
@@ -36,28 +41,37 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The names that the blocks define, from the first page to the last, and `folder`, in which they run."""
-    return {"__name__": "block", "folder": tmp_path_factory.mktemp("blocks")}
+def test_python_runs(tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All blocks in one folder, from the first page to the last: later ones use the names and runs of earlier ones. A
+    traceback names the page and the line of the block."""
+    found = blocks("python")
+    assert len(found) > 7
+    names: dict[str, Any] = {"__name__": "block", "two_rows": TWO_ROWS}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gruppo.training.hub_push.push_to_hub", no_upload)
+    for block in found:
+        text = block.text
+        for long, short in {**SHORTENED, **dict.fromkeys(MODELS, tiny)}.items():
+            text = text.replace(long, short)
+        run_and_compare(text, str(block), names)
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_runs(block: Block, names: dict[str, Any], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expression whose comment is a Python literal has that value."""
-    monkeypatch.chdir(names["folder"])
-    text = BEFORE.get(str(block), "") + block.text.replace("smollm2-135m-instruct", tiny)
-    for long, short in SMALLER.items():
-        text = text.replace(long, short)
+def run_and_compare(text: str, place: str, names: dict[str, Any]) -> None:
+    """Run the code. An expression whose comment is a Python literal must have that value."""
     lines = text.splitlines()
     for statement in ast.parse(text).body:
-        place = f"{block} + {statement.lineno}"
         if not isinstance(statement, ast.Expr):
             exec(compile(ast.Module([statement], []), place, "exec"), names)
             continue
         value = eval(compile(ast.Expression(statement.value), place, "eval"), names)
         shown = literal(lines[statement.end_lineno - 1][statement.end_col_offset :].strip().removeprefix("#"))
         assert shown is None or value == shown[0], place
+
+
+def no_upload(run: Path, repository: str, *, private: bool) -> SimpleNamespace:
+    """In place of `gruppo.training.hub_push.push_to_hub`, which tests/training/test_hub_push.py tests."""
+    assert (run / "model").is_dir()
+    return SimpleNamespace(url=repository)
 
 
 def literal(text: str) -> tuple[Any] | None:
@@ -91,6 +105,16 @@ def test_commands_parse(command: str, complete: bool) -> None:
     except typer.BadParameter as error:  # a missing one is a kind of it
         if complete or type(error).__name__ != "MissingParameter":
             raise
+
+
+def test_make_targets_and_scripts_exist() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    targets = {name for line in re.findall(r"(?:^|`)make ([a-z -]+)", text, re.MULTILINE) for name in line.split()}
+    scripts = set(re.findall(r"python ([\w/]+\.py)", text))
+    assert len(targets) > 8
+    assert len(scripts) > 3
+    assert targets <= set(re.findall(r"^([a-z-]+):", Path("Makefile").read_text(), re.MULTILINE))
+    assert {name for name in scripts if not Path(name).is_file()} == set()
 
 
 def test_notebook_runs_and_has_no_outputs(tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ def test_every_page_is_collected_and_in_the_navigation(tmp_path: Path, monkeypat
     listed = set(pages(tomllib.loads(Path("zensical.toml").read_text())["project"]["nav"]))
     assert {name for name in listed if not (tmp_path / name).is_file()} == set()
     assert {path.name for path in Path("docs").glob("*.md")} <= listed
-    assert {f"source/{path}.md" for path in Path("examples").glob("*.py")} <= listed
+    assert {f"source/{path}.md" for path in Path("examples").glob("*.[pi]*")} <= listed
+    assert "```python\nimport re" in (tmp_path / "source/examples/first_run.ipynb.md").read_text()
     assert "](source/gruppo/training/loop.py.md)" in (tmp_path / "index.md").read_text()
 
 
 def test_the_api_page_has_every_public_name() -> None:
     names = {name for name, _ in site.public_names()}
-    assert names | {"EnvironmentTable"} == set(gruppo.__all__)
+    assert names == set(gruppo.__all__)
     assert all(f"heading: gruppo.{name}\n" in site.api_page() for name in names)
 
 

@@ -38,7 +38,7 @@ def test_every_test_named_in_safety_exists() -> None:
 
 
 def test_relative_links_have_a_target() -> None:
-    for page in (Path("README.md"), *Path("docs").glob("*.md"), Path("CONTRIBUTING.md")):
+    for page in (Path("README.md"), *Path("docs").glob("*.md"), Path("CONTRIBUTING.md"), Path("examples/README.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"
 

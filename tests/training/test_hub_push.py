@@ -106,14 +106,15 @@ def test_a_revision_is_downloaded_without_pickles_and_programs(hub: Hub, tiny_fo
 
 @pytest.mark.usefixtures("address")
 def test_an_adapter_names_the_revision_of_its_base_model(hub: Hub, tiny_folder: str, tmp_path: Path) -> None:
-    hub.add("me/base", {path.name: path.read_bytes() for path in Path(tiny_folder).iterdir()})
-    small_run("me/base@main", tmp_path / "run", run__steps=1, model__lora={"rank": 2, "targets": ["q_proj"]})
+    base = hub.add("me/base", {"README.md": b"no model"})
+    base.commit("v1", {path.name: path.read_bytes() for path in Path(tiny_folder).iterdir()})
+    small_run("me/base@v1", tmp_path / "run", run__steps=1, model__lora={"rank": 2, "targets": ["q_proj"]})
     push_to_hub(tmp_path / "run", "me/adapter", adapter=True, progress=False)
     files = hub.repositories["models", "me/adapter"].files()
     config = json.loads(files["adapter_config.json"])
-    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "main")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "v1")
     assert b"base_model: me/base\n" in files["README.md"]
-    assert skeleton(find_model("me/adapter@main").config, False) is not None, "merged into me/base@main"
+    assert skeleton(find_model("me/adapter@main").config, False) is not None, "merged into me/base@v1"
 
 
 def spoiled(hub: Hub, case: str, patch: pytest.MonkeyPatch, address: str, cache: str) -> None:
@@ -202,6 +203,7 @@ def test_an_upload_that_fails_keeps_the_folder(hub: Hub, finished: Result, tmp_p
         ("me/none@main", "", "there is no such repository, or it is private; correct the name, or log in"),
         ("me/gated@main", "", "its owner must grant access first; ask for it on the repository's page"),
         ("me/gated", "", "its owner must grant access first"),
+        ("me/other@main", "", r"the folder has no config\.json"),
         ("me/secret@main", "no token", "there is no such repository, or it is private"),
         ("me/tiny@main", "no network", r"the Hugging Face hub \(http://127\.0\.0\.1:9\) cannot be reached"),
         ("me/tiny@main", "offline", "HF_HUB_OFFLINE is set"),
@@ -211,6 +213,7 @@ def test_models_that_cannot_be_read_are_explained(
     name: str, case: str, words: str, hub: Hub, address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hub.add("me/gated", {"config.json": b"{}"}, gated=True)
+    hub.add("me/other", {"README.md": b"data"})
     hub.add("me/secret", {"config.json": b"{}"}, private=True)
     spoiled(hub, case, monkeypatch, address, str(tmp_path / "hub cache"))
     with pytest.raises(UsageError, match=words) as caught:

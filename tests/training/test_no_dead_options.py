@@ -39,6 +39,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "inner_updates": 3,
         "minibatches": 2,
         "advantage_epsilon": 0.5,
+        "kl_importance": True,
         "mask_truncated": "not",
         "dynamic_sampling_rounds": 1,
     },
