@@ -61,13 +61,13 @@ def missing_parts(folder: Path, metrics: Iterable[Mapping[str, Any]] | None = No
     done = max([total, *saved, max(_steps_in(folder / "rollouts"), default=1) - 1])
     lines = read_lines(folder / "metrics.jsonl") if metrics is None else list(metrics)
     evaluated = {int(line["step"]) for line in lines if any(name.startswith("eval/") for name in line)}
-    every_step = set(range(1, done + 1)) | set(steps_of(lines))
+    counts = Counter(int(line["step"]) for line in lines if STEP in line)
+    every_step = {*range(1, done + 1), *counts}
     problems = []
     if done and not (folder / "metrics.jsonl").is_file():
         problems.append(f"metrics.jsonl is missing; the metrics of {steps_text(range(1, done + 1))} are lost")
-    elif lost := set(range(1, done + 1)) - set(steps_of(lines)):
+    elif lost := every_step - counts.keys():
         problems.append(f"metrics.jsonl has no metrics of {steps_text(lost)}; they are lost")
-    counts = Counter(int(line["step"]) for line in lines if STEP in line)
     if twice := [step for step, count in counts.items() if count > 1]:
         problems.append(f"metrics.jsonl has several lines of {steps_text(twice)}; this run did not write them")
     if lost := every_step - set(_steps_in(folder / "rollouts")):

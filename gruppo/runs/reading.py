@@ -26,6 +26,7 @@ from gruppo.runs.tables import ADDED
 
 MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; for a table, in memory
 _ROWS, _FEW = 256, 16  # that are read at a time
+_STEP = re.compile(r"step-(\d{6,18})(\.parquet)?", re.ASCII)
 _LATER = frozenset().union(*ADDED.values())
 
 
@@ -231,7 +232,7 @@ def step_of(path: Path) -> int | None:
 
 def step_of_name(name: str) -> int | None:
     """The same for the name alone."""
-    found = re.fullmatch(r"step-(\d{6,18})(\.parquet)?", name, re.ASCII)
+    found = _STEP.fullmatch(name)
     return int(found[1]) if found else None
 
 

@@ -104,9 +104,9 @@ def payload(runs: Sequence[Compared], axis: str = "step", band: bool = True, poi
     """The charts of several runs, in the form of `gruppo.ui.charts.payload`: one metric per chart, one curve per run.
 
     `band`: seeds of one recipe are one curve, their mean, with a band from the smallest to the largest. A curve has at
-    most `points` points; with more than two runs fewer, so that the charts have as many as with two.
+    most `points` points, divided by the number of runs: a chart has as many as that of one run.
     """
-    points = min(points, 2 * points // max(1, len(runs)))
+    points //= max(1, len(runs))
     revisions = [run.live.poll() for run in runs]
     positions = [Axis(run.live, axis) for run in runs]
     groups = seeds(runs) if band else [[number] for number in range(len(runs))]
