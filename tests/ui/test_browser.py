@@ -233,21 +233,22 @@ def test_the_keyboard_reaches_everything(runs: Runs, address: str, open_page: Op
 
 def test_two_runs_are_compared(address: str, open_page: Open) -> None:
     page = open_page(address)
-    button = page.get_by_role("button", name="Choose runs to compare")
+    button = page.get_by_role("button", name="Tick runs to compare")
     expect(button).to_be_disabled()
     for name in ("seed-0", "seed-1"):
         page.get_by_role("checkbox", name=f"Compare {name}").check()
     page.get_by_role("button", name="Compare 2 runs").click()
     expect(page.get_by_role("heading", name="Comparing 2 runs")).to_be_visible()
-    page.wait_for_function(f"() => {NAMES}?.length === 1")
-    assert page.evaluate(NAMES)[0].endswith(" (2 seeds)")
-    page.get_by_role("link", name="Show every seed as a curve of its own").click()
     page.wait_for_function(f"() => {NAMES}?.length === 2")
     assert sorted(page.evaluate(NAMES)) == ["tiny-0", "tiny-1"]
+    page.get_by_role("link", name="Show seeds as one band").click()
+    page.wait_for_function(f"() => {NAMES}?.length === 1")
+    assert page.evaluate(NAMES)[0].endswith(" (2 seeds)")
+    expect(page.get_by_text("the band goes from the lowest to the highest seed").first).to_be_visible()
     page.get_by_label("Axis").select_option("tokens")
     page.wait_for_function(f"() => {REWARD}.layout.xaxis.title.text === 'sampled tokens'")
     page.get_by_role("link", name="Remove").first.click()
-    expect(page.get_by_role("heading", name="Comparing 1 runs")).to_be_visible()
+    expect(page.get_by_role("heading", name="Comparing 1 run")).to_be_visible()
 
 
 def test_a_report_opens_without_a_network(runs: Runs, tmp_path: Path, open_page: Open) -> None:
