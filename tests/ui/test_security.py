@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -401,3 +402,9 @@ def test_data_in_pages_is_what_the_api_says(runs: Runs, visitor: Visitor) -> Non
     for group in (0, 1, 2):
         (block,) = visitor.page(f"/r/{key}/steps/1/groups/{group}").data()
         assert block == visitor.get(f"/api/r/{key}/steps/1/groups/{group}").json()
+
+
+def test_small_answers_do_not_wait() -> None:
+    """asyncio switches the delay of small packets off if the socket names its protocol."""
+    with server.bound_socket("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
