@@ -72,6 +72,12 @@ _RULES = (
     ),
     _Rule(
         "method",
+        "kl_importance",
+        lambda recipe: recipe.method.kl_in_reward,
+        'kl_estimator = "k1" leaves no KL term in the loss; remove it, or write kl_estimator = "k3"',
+    ),
+    _Rule(
+        "method",
         "clip_low clip_high ratio old_logprobs",
         _no_ratio,
         'surrogate = "log-likelihood" has no probability ratio; remove it, or write surrogate = "clipped"',

@@ -27,11 +27,11 @@ _MARK = re.compile(
     r"|\\[,;:! ]|\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|displaystyle|textstyle|bf|rm)(?![A-Za-z])"
     r"|[MLR]_\{?\s?(?:\\odot|\\oplus|sun)(?![A-Za-z])\s?\}?|\\(?:Omega|ohm|AA|mu)(?![A-Za-z])"
 )
-_RUN = re.compile(  # atomic, not possessive: with "(?:…)++" Python before 3.11.5 never ends at the lookbehinds
-    r"(?>(?:\d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+|\.\d++|\\[A-Za-z]++|\\[{}]"
+_RUN = re.compile(  # not possessive: Python before 3.11.5 never ends at lookbehinds in "(?:…)++"
+    r"(?:\d++(?:,\d{3}(?!\d))*+(?:\.\d++)?+|\.\d++|\\[A-Za-z]++|\\[{}]"
     r"|(?<![A-Za-z])(?:pi|sqrt|log|ln|lg|sin|cos|tan|exp|mod)(?![A-Za-z])|(?<![A-Za-z'’])[A-Za-z](?![A-Za-z'’])"
     r"|(?<=[+*^])[abcnpqruvwxyz]{2,3}(?![A-Za-z])|(?<=[-+*] )[bcnpqrvwxyz]{2,3}(?![A-Za-z])"
-    r"|[-+*/^_!<>=≤≥⩽⩾≠±∓≈×÷·√∛∞%α-ωΑ-Ω(){}\[\]~\"'` \t])+)"
+    r"|[-+*/^_!<>=≤≥⩽⩾≠±∓≈×÷·√∛∞%α-ωΑ-Ω(){}\[\]~\"'` \t])+"
 )
 _RELATION = re.compile(
     r"=|≈|\\(?:approx|simeq|cong|sim|equiv)(?![A-Za-z])"
