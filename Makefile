@@ -13,7 +13,7 @@
 #   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
 #                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
-#   make quickstart PYTHON=python3.12          another Python, 3.11 or later
+#   make quickstart PYTHON=python3.12          another Python, 3.11.5 or later
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
 
 PYTHON ?= python3
@@ -154,6 +154,7 @@ clean:
 # everything else by hash, the model's package too; nothing that is not in the lock. Then the libraries that this build of
 # torch needs (none for a CPU; for CUDA, in versions that torch pins).
 $(VENV)/.ready: requirements.lock constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11, 5) or sys.exit("$(PYTHON) is Python %d.%d.%d, and gruppo needs 3.11.5 or later; write e.g. make quickstart PYTHON=python3.12" % sys.version_info[:3])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(VERIFIED) -r requirements.lock
