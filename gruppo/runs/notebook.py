@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from gruppo.runs.reading import finite_number
 from gruppo.runs.screen import ACCURACY, ROWS, downsampled, state_of
 from gruppo.runs.status import read_status
 from gruppo.utils.progress import visible
@@ -59,7 +59,7 @@ def curve(values: Sequence[float | None], words: str) -> str:
 
 
 def _row(metrics: Sequence[dict[str, Any]], name: str, words: str, form: str) -> str:
-    values = [_number(line[name]) for line in metrics if name in line]
+    values = [finite_number(line[name]) for line in metrics if name in line]
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -67,15 +67,6 @@ def _row(metrics: Sequence[dict[str, Any]], name: str, words: str, form: str) ->
     label = f"{words}: {format(known[0], form)} to {format(known[-1], form)}"
     head = f'<th scope="row" style="{_CELL};font-weight:normal">{words}</th>'
     return f'<tr>{head}{ends}<td style="padding:0">{curve(values, label)}</td></tr>'
-
-
-def _number(value: Any) -> float | None:
-    """A finite number; None for anything else that a foreign file may contain."""
-    try:
-        number = float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _text(text: str) -> str:

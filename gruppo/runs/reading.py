@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -94,6 +95,15 @@ def old_parts(folder: Path) -> dict[str, str]:
         return renamed_parts(tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return {}
+
+
+def finite_number(value: Any) -> float | None:
+    """A number of a foreign file as a float; None if it is none, or too large, or not finite."""
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def object_of(line: bytes) -> dict[str, Any] | None:

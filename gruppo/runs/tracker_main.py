@@ -12,7 +12,6 @@ a step on, so a resume logs everything after its checkpoint again, and loses not
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import sys
@@ -25,7 +24,7 @@ import pyarrow as pa
 
 from gruppo.config.renames import translate_metrics
 from gruppo.errors import UsageError
-from gruppo.runs.reading import old_parts, read_batches
+from gruppo.runs.reading import finite_number, old_parts, read_batches
 from gruppo.runs.tables import ROLLOUTS
 from gruppo.runs.tail import Tail
 from gruppo.runs.tracker_kinds import COLUMNS, CONFIG_IS_FINAL, TENSORBOARD, open_tracker, send_completions
@@ -90,7 +89,7 @@ class Follower:
         values = {
             name: number
             for name, value in line.items()
-            if name != "step" and step > self.sent.steps.get(name, -1) and (number := finite(value)) is not None
+            if name != "step" and step > self.sent.steps.get(name, -1) and (number := finite_number(value)) is not None
         }
         if values:
             self._once(step, values, lambda: self.tracker.log(values, step=step))
@@ -139,7 +138,7 @@ def sample(path: Path) -> list[list[Any]]:
 
 
 def _ends(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    scored = sorted((row for row in rows if finite(row["reward"]) is not None), key=lambda row: -row["reward"])
+    scored = sorted((row for row in rows if finite_number(row["reward"]) is not None), key=lambda row: -row["reward"])
     return [scored[0], scored[-1]][: len(scored)] if scored else rows[:1]
 
 
@@ -148,16 +147,7 @@ def shortened(value: Any) -> Any:
     is a number that is not finite."""
     if isinstance(value, str) and len(value) > MOST_TEXT:
         return f"{value[:MOST_TEXT]}… ({len(value) - MOST_TEXT} more characters)"
-    return finite(value) if isinstance(value, float) else value
-
-
-def finite(value: Any) -> float | None:
-    """The number as a float; None if it is none, or too large, or not finite."""
-    try:
-        number = float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    return finite_number(value) if isinstance(value, float) else value
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:

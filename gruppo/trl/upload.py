@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from gruppo.errors import UsageError, error_line
 from gruppo.trl.configs import TrainingArguments
+from gruppo.utils.hub import hub_problem
 
 
 def upload(folder: Path, args: TrainingArguments, message: str, options: Mapping[str, Any]) -> str:
@@ -27,9 +27,10 @@ def upload(folder: Path, args: TrainingArguments, message: str, options: Mapping
         if revision:
             api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=message, revision=revision)
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub, the network or the disk
+        why = hub_problem(error) or error_line(error)
         raise UsageError(
-            f"push_to_hub: {name} cannot be uploaded ({error_line(error)}); log in with `hf auth login`, check the "
-            "connection and hub_model_id, and call trainer.push_to_hub() again"
+            f"push_to_hub: {name} cannot be uploaded ({why}); log in with `hf auth login`, check the connection and "
+            "hub_model_id, and call trainer.push_to_hub() again"
         ) from error
     return str(repository)

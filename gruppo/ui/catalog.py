@@ -19,7 +19,7 @@ from typing import Any
 from gruppo.config.renames import translate_event, translate_metrics, translate_recipe
 from gruppo.errors import UsageError
 from gruppo.runs.missing import STEP
-from gruppo.runs.reading import object_of, old_parts, open_file, read_object
+from gruppo.runs.reading import finite_number, object_of, old_parts, open_file, read_object
 from gruppo.runs.screen import State, state_of
 from gruppo.runs.status import Status, read_status
 
@@ -238,11 +238,11 @@ def _card(key: str, path: Path, root: Path) -> Card:
         steps=_number(_table(data, "run").get("steps")),
         pace=_pace(steps),
         left=None,
-        reward=_value(steps[-1].get("reward/mean")) if steps else None,
-        accuracy=_value(last.get("eval/accuracy")),
-        low=_value(last.get("eval/accuracy_low")),
-        high=_value(last.get("eval/accuracy_high")),
-        before=_value(first.get("eval/accuracy")) if first.get("step") != last.get("step") else None,
+        reward=finite_number(steps[-1].get("reward/mean")) if steps else None,
+        accuracy=finite_number(last.get("eval/accuracy")),
+        low=finite_number(last.get("eval/accuracy_low")),
+        high=finite_number(last.get("eval/accuracy_high")),
+        before=finite_number(first.get("eval/accuracy")) if first.get("step") != last.get("step") else None,
         warning=_warning(path),
         started=_started(path),
         problem=problem,
@@ -254,7 +254,7 @@ def _with_status(card: Card, status: Status, now: float | None) -> Card:
     state, step, steps = state_of(status, {}, now), _number(status.step), _number(status.steps)
     left = None
     if state.name == "running" and steps and card.pace is not None:
-        left = _value(card.pace * max(0, steps - step))
+        left = finite_number(card.pace * max(0, steps - step))
     return replace(card, state=state, step=step, steps=steps or card.steps, left=left)
 
 
@@ -276,16 +276,8 @@ def _number(value: Any) -> int:
     return value if type(value) is int and 0 <= value < 2**53 else 0
 
 
-def _value(value: Any) -> float | None:
-    try:
-        number = float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _pace(steps: list[dict[str, Any]]) -> float | None:
-    known = (_value(line.get("time/step")) for line in steps[-RECENT:])
+    known = (finite_number(line.get("time/step")) for line in steps[-RECENT:])
     times = [time for time in known if time is not None and 0 <= time <= LONGEST_STEP]
     return math.fsum(times) / len(times) if times else None
 

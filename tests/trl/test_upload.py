@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from gruppo.errors import UsageError
@@ -16,14 +17,14 @@ class Hub:
     """Records what it is asked for, or has no connection."""
 
     calls: list[tuple[str, dict[str, Any]]]
-    offline = False
+    offline: bool | BaseException = False
 
     def __init__(self, token: str | None = None) -> None:
         type(self).calls = [("token", {"token": token})]
 
     def create_repo(self, name: str, **options: Any) -> Any:
         if self.offline:
-            raise ConnectionError("no route")
+            raise self.offline if isinstance(self.offline, Exception) else ConnectionError("no route")
         self.calls.append(("create", {"name": name, **options}))
         return type("Url", (str,), {"repo_id": f"me/{Path(name).name}"})(f"hub://{name}")
 
@@ -65,4 +66,7 @@ def test_a_hub_out_of_reach_is_an_error_in_words(
 ) -> None:
     monkeypatch.setattr(hub, "offline", True)
     with pytest.raises(UsageError, match=r"mine cannot be uploaded \(ConnectionError: no route\); log in"):
+        push(tmp_path, GRPOConfig("out/mine"), "done", {})
+    monkeypatch.setattr(hub, "offline", httpx2.ConnectError("no name"))
+    with pytest.raises(UsageError, match=r"mine cannot be uploaded \(the Hugging Face hub .* cannot be reached"):
         push(tmp_path, GRPOConfig("out/mine"), "done", {})
