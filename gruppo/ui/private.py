@@ -1,4 +1,4 @@
-"""What a report does not tell about the machine that made it: where its folders are."""
+"""Keeps the folders of the machine that wrote a report out of it."""
 
 from __future__ import annotations
 

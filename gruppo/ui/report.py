@@ -1,6 +1,6 @@
 """`gruppo report`: the pages of the dashboard as one file that opens without a network.
 
-The file is made from run folders alone; the same folders and limits give the same bytes. It tells no folder of the
+The file is written from run folders alone; the same folders and limits give the same bytes. It names no folder of the
 machine, and the policy in it lets the browser run the scripts of this package only.
 """
 
