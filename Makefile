@@ -8,6 +8,7 @@
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
+#   make accelerator                           check and measure on a GPU, in under ten minutes (ACCELERATOR="--device cpu --small")
 #   make test-notebook                         run examples/first_run.ipynb from top to bottom
 #   make docs                                  the documentation as a site, in build/site
 #   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
@@ -31,7 +32,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-notebook docs bench format schema architecture coming-from coming-from-trl lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-notebook docs bench accelerator format schema architecture coming-from coming-from-trl lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -121,6 +122,10 @@ bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
 	.venv-lmeval/bin/$(INSTALL) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	.venv-lmeval/bin/$(INSTALL) -c constraints.txt "lm-eval[hf]"
 	touch $@
+
+# On a machine where nothing may be installed: `python benchmarks/accelerator`, with the Python that has torch.
+accelerator: $(VENV)/.ready-dev
+	$(BIN)/python benchmarks/accelerator $(ACCELERATOR)
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix $(CODE)

@@ -17,6 +17,16 @@ from gruppo.models.weights import save_model
 from gruppo.types import Completion, Group, Prompt, Reward
 
 torch.set_num_threads(1)
+device = "cpu"  # of the models that `make_policy` makes; see --device
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the tiny models; see benchmarks/accelerator")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global device
+    device = config.getoption("--device")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -83,7 +93,7 @@ def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: ob
         **changes,
     }
     model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     return wrap_model(model, make_tokenizer(), dtype)
 
 
