@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,23 +12,36 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.functional import pad
 
 from gruppo.models.attention.interface import Layer, soft_capped
 from gruppo.models.attention.sequences import Layout
 
 BLOCK = 128  # tokens of a block of the mask, FlexAttention's own default
+SMALLEST = 1024  # tokens of the shortest row that is compiled
 
 FlexKernel = Callable[..., Any]  # the signature of `flex_attention`
 
 
 @cache
 def compiled_kernel() -> FlexKernel:
-    """FlexAttention as a fused kernel. Without compilation it would compute tokens × tokens scores.
+    """FlexAttention as a fused kernel, compiled again for each length, kind of layer, and with or without gradients.
 
-    `fullgraph`: fail rather than fall back to that.
+    Fails where it cannot be compiled: FlexAttention itself would compute tokens × tokens scores.
     """
-    kernel: FlexKernel = torch.compile(flex_attention, fullgraph=True)
+    config: Any = importlib.import_module("torch._dynamo.config")
+    config.recompile_limit = max(config.recompile_limit, 64)
+    kernel: FlexKernel = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     return kernel
+
+
+def padded_length(tokens: int) -> int:
+    """The length that a row of `tokens` is padded to: 2ⁿ or 3 · 2ⁿ, at least `SMALLEST`.
+
+    A kernel for each length would be compiled otherwise. Padding sees only itself, so it takes memory but hardly time.
+    """
+    power = 1 << (tokens - 1).bit_length()
+    return max(SMALLEST, power * 3 // 4 if tokens <= power * 3 // 4 else power)
 
 
 class FlexAttention:
@@ -43,11 +57,14 @@ class FlexAttention:
     def __init__(self, groups: Layout, device: torch.device, kernel: FlexKernel | None = None) -> None:
         """`kernel`: by default the compiled one. torch has no backward pass of it for a CPU."""
         self.device, self.kernel = device, kernel or compiled_kernel()
-        self.keys = _SeenKeys(groups)
+        self.tokens = sum(prompt + sum(completions) for prompt, completions in groups)
+        self.length = padded_length(self.tokens)
+        self.keys = _SeenKeys(groups, self.length - self.tokens)
         self._masks: dict[int | None, BlockMask] = {}
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1."""
+        query, key, value = (pad(part, (0, 0, 0, self.length - self.tokens)) for part in (query, key, value))
         options = {
             "score_mod": None if layer.softcap is None else _capping(layer.softcap),
             "block_mask": self.block_mask(layer.window),
@@ -61,7 +78,7 @@ class FlexAttention:
             # A sink is one more score in the softmax: the others keep exp(lse) of exp(lse) + exp(sink).
             share = torch.sigmoid(extra.lse - layer.sinks.to(extra.lse.dtype)[:, None])
             output = (output * share[..., None]).to(value.dtype)
-        return output.transpose(1, 2)
+        return output[:, :, : self.tokens].transpose(1, 2)
 
     def block_mask(self, window: int | None) -> BlockMask:
         """The mask of a layer with this window, or without one."""
@@ -76,9 +93,8 @@ class FlexAttention:
         tensors = [torch.from_numpy(array)[None, None].to(self.device) for array in (*_listed(some), *_listed(whole))]
         keys = (self.keys.sequence, self.keys.prompt, self.keys.position)
         columns = torch.from_numpy(np.stack(keys).astype(np.int32)).to(self.device)
-        tokens = len(self.keys.sequence)
         return BlockMask.from_kv_blocks(
-            *tensors, BLOCK_SIZE=BLOCK, mask_mod=_mask(*columns, window), seq_lengths=(tokens, tokens)
+            *tensors, BLOCK_SIZE=BLOCK, mask_mod=_mask(*columns, window), seq_lengths=(self.length, self.length)
         )
 
 
@@ -105,14 +121,15 @@ def _capping(cap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], T
 
 
 class _SeenKeys:
-    """The keys that each query sees: of its prompt and of its own sequence, up to itself.
+    """The keys that each query sees: of its prompt and of its own sequence, up to itself. Padding sees itself.
 
     For each token: `sequence`, a number of its prompt or completion; `prompt`, that of the prompt of its group;
     `position` after the start of the prompt; `prompt_start`, `prompt_end` and `start`, the places in the packed row
     where its prompt and its own sequence start and end. `longest`: the number of positions of the longest sequence.
     """
 
-    def __init__(self, groups: Layout) -> None:
+    def __init__(self, groups: Layout, padding: int) -> None:
+        """`padding`: the number of tokens after the groups."""
         columns: list[tuple[int, ...]] = []
         lengths: list[int] = []
         start = 0
@@ -124,8 +141,11 @@ class _SeenKeys:
                 lengths.append(length)
                 start += length
         table = np.repeat(np.array(columns), lengths, axis=0).T
+        # Each token of the padding is a prompt of its own.
+        numbers, places = len(lengths) + np.arange(padding), start + np.arange(padding)
+        table = np.hstack([table, [numbers, numbers, 0 * places, places, places + 1, places]])
         self.sequence, self.prompt, shift, self.prompt_start, self.prompt_end, self.start = table
-        self.place = np.arange(start)
+        self.place = np.arange(start + padding)
         self.position = self.place - self.start + shift
         self.longest = int(self.position.max()) + 1
 
@@ -143,13 +163,13 @@ class _SeenKeys:
         meet = prompt_end == start
         start = np.where(meet, prompt_start, start)
         prompt_start = np.where(meet, prompt_end, prompt_start)
-        count = -(-len(self.place) // BLOCK)
+        count = len(self.place) // BLOCK
         touched, covered = np.zeros((2, count, count + 1), dtype=np.int64)
         for first, last in ((prompt_start, prompt_end), (start, end)):
             _count_blocks(touched, self.place, first // BLOCK, -(-last // BLOCK), last > first)
             _count_blocks(covered, self.place, -(-first // BLOCK), last // BLOCK, last > first)
         some, whole = (table.cumsum(axis=1)[:, :count] for table in (touched, covered))
-        seen_whole = whole == BLOCK  # no block of fewer queries, or of fewer keys, has this many
+        seen_whole = whole == BLOCK
         return (some > 0) & ~seen_whole, seen_whole
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def varlen_kernel(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, l
     """One call of torch's attention per sequence, or the formula where it has no soft cap or sinks."""
     outputs = []
     query_ends, key_ends = lengths.query_ends.tolist(), lengths.key_ends.tolist()
-    assert max(b - a for a, b in zip(query_ends, query_ends[1:], strict=False)) == lengths.longest_query
-    assert max(b - a for a, b in zip(key_ends, key_ends[1:], strict=False)) == lengths.longest_key
+    assert max(b - a for a, b in pairwise(query_ends)) == lengths.longest_query
+    assert max(b - a for a, b in pairwise(key_ends)) == lengths.longest_key
     for number in range(len(query_ends) - 1):
         q = query[query_ends[number] : query_ends[number + 1]].transpose(0, 1)
         k, v = (part[key_ends[number] : key_ends[number + 1]].transpose(0, 1) for part in (key, value))

@@ -156,8 +156,8 @@ LONG: dict[str, Groups] = {
 def test_block_mask_equals_the_one_that_torch_computes(layout: str, window: int | None) -> None:
     """torch evaluates the mask for all pairs of tokens; gruppo computes the blocks from the lengths."""
     groups = LONG[layout]
-    tokens = sum(prompt + sum(completions) for prompt, completions in groups)
-    mask = FlexAttention(groups, CPU, flex_attention).block_mask(window)
+    plan = FlexAttention(groups, CPU, flex_attention)
+    mask, tokens = plan.block_mask(window), plan.length
     expected = create_block_mask(mask.mask_mod, None, None, tokens, tokens, device="cpu")
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(mask, name), getattr(expected, name)), name
@@ -167,7 +167,9 @@ def test_block_mask_equals_the_one_that_torch_computes(layout: str, window: int 
         )  # fmt: skip
         for row, count in enumerate(numbers[0, 0].tolist()):
             assert torch.equal(indices[0, 0, row, :count], others[0, 0, row, :count])
-    assert torch.equal(seen_of(mask, tokens), visible(groups, window))
+    seen = seen_of(mask, tokens)
+    assert torch.equal(seen[: plan.tokens, : plan.tokens], visible(groups, window))
+    assert torch.equal(seen[plan.tokens :], torch.eye(tokens, dtype=torch.bool)[plan.tokens :])  # padding
 
 
 def visible(groups: Groups, window: int | None) -> Tensor:
@@ -177,10 +179,10 @@ def visible(groups: Groups, window: int | None) -> Tensor:
         rows += [(group, -1, position) for position in range(prompt)]
         rows += [(group, n, prompt + t) for n, length in enumerate(completions) for t in range(length)]
     columns = torch.tensor(rows).T
-    group, number, position = columns[:, :, None], columns[:, None, :], None
-    same = (group[0] == number[0]) & ((group[1] == number[1]) | (number[1] == -1))
-    position = group[2] - number[2]
-    return same & (position >= 0) & (position < (window or 10**9))
+    query, key = columns[:, :, None], columns[:, None, :]
+    same = (query[0] == key[0]) & ((query[1] == key[1]) | (key[1] == -1))
+    before = query[2] - key[2]
+    return same & (before >= 0) & (before < (window or 10**9))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
