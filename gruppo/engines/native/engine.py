@@ -138,8 +138,9 @@ class _Decoder:
 
     def _compute_prompts(self, new: Sequence[tuple[int, Request, int]]) -> None:
         lengths = [len(request.token_ids) for _, request, _ in new]
-        plan = PromptAttention(self.cache, [entry for _, _, entry in new], lengths)
         device = self.policy.device
+        prompts = self.policy.attention([(length, ()) for length in lengths], device)
+        plan = PromptAttention(prompts, self.cache, [entry for _, _, entry in new], lengths)
         ids = torch.tensor([[token for _, request, _ in new for token in request.token_ids]], device=device)
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
         hidden = self.policy.hidden_states(ids, positions, plan)[0]
