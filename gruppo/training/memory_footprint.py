@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from gruppo.models.packing import Batch, score
+from gruppo.models.packing import Batch, make_batch, score
 from gruppo.models.policy import LanguageModel
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import release_memory
@@ -192,15 +192,14 @@ def trial_batch(policy: LanguageModel, layout: Layout) -> Batch:
             positions += range(prompt, prompt + length)
             members.append((index, number, length + 1))
     vocabulary = int(policy.model.config.get_text_config().vocab_size)
-    device, count = policy.device, len(predictors)
-    return Batch(
-        token_ids=torch.tensor([token % vocabulary for token in ids], device=device),
-        positions=torch.tensor(positions, device=device),
-        layout=[(prompt, [length for length in completions if length]) for prompt, completions in layout],
-        predictors=torch.tensor(predictors, device=device),
-        targets=torch.zeros(count, dtype=torch.long, device=device),
-        advantages=torch.ones(count, device=device),
-        weights=torch.ones(count, device=device),
-        sampling_logprobs=torch.zeros(count, device=device),
-        members=members,
+    count = len(predictors)
+    return make_batch(
+        [token % vocabulary for token in ids],
+        positions,
+        [(prompt, [length for length in completions if length]) for prompt, completions in layout],
+        predictors,
+        [0] * count,
+        {"advantages": [1.0] * count, "weights": [1.0] * count, "sampling_logprobs": [0.0] * count},
+        members,
+        policy.device,
     )
