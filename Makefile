@@ -139,7 +139,7 @@ coming-from-trl: $(VENV)/.ready
 coming-from: $(VENV)/.ready
 	$(BIN)/python scripts/coming_from.py
 
-# After a change of constraints.txt. Needs the network: the hashes come from the package index.
+# After a change of constraints.txt or pyproject.toml. Both need the package index, for hashes and metadata.
 lock: $(VENV)/.ready-dev
 	$(BIN)/$(INSTALL) uv
 	$(BIN)/python scripts/lock.py
