@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -89,8 +91,9 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _git_revision() -> str | None:
-    """Git revision of the checkout that gruppo runs from; None if it is not a checkout."""
+    """Git revision of the checkout that gruppo runs from, when it was first asked for; None if it is not a checkout."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"],
