@@ -214,7 +214,9 @@ class _Scorer:
         assert recipe.reward_model is not None
         self.settings, policy = recipe.reward_model, candidate.policy
         source = find_like(self.settings.name, "reward_model.name", candidate.source, progress)
-        model = load_reward_model(source, self.settings.kind, policy.device.type, recipe.model.dtype, progress)
+        model = load_reward_model(
+            source, self.settings.kind, policy.device.type, recipe.model.dtype, progress, recipe.model.attention
+        )
         longest = max(
             len(prompt.token_ids) + eval_set.options.max_tokens
             for eval_set in candidate.eval_sets
