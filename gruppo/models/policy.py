@@ -25,7 +25,7 @@ from gruppo.models.attention.interface import AttentionPlan, attention_plan
 from gruppo.models.attention.shared_prefix import SharedPrefixAttention
 from gruppo.models.fused_decoder import Cast, FusedBody
 from gruppo.models.generation import Generation
-from gruppo.models.logprobs import OutputHead, token_logprobs
+from gruppo.models.logprobs import OutputHead, logit_block, token_logprobs
 from gruppo.models.precision import prepare_for_float64
 from gruppo.models.weights import WeightSource, named_weights
 from gruppo.utils.token_text import ids_without_text
@@ -179,7 +179,9 @@ class TokenScorer(nn.Module):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Log-probabilities of the targets, and the entropy at each, in nats at `temperature`. See `Batch`."""
         hidden = predicting_states(self.policy, token_ids, positions, layout, predictors)
-        return token_logprobs(hidden, self.policy.head, targets, temperature)
+        head, accelerator = self.policy.head, self.policy.device.type != "cpu"
+        block = logit_block(len(head.weight), head.accumulation_dtype.itemsize, accelerator)
+        return token_logprobs(hidden, head, targets, temperature, *block)
 
 
 def predicting_states(
