@@ -28,6 +28,7 @@ from gruppo.models.generation import Generation
 from gruppo.models.logprobs import OutputHead, logit_block, token_logprobs
 from gruppo.models.precision import prepare_for_float64
 from gruppo.models.weights import WeightSource, named_weights
+from gruppo.utils.determinism import deterministic
 from gruppo.utils.token_text import ids_without_text
 
 
@@ -55,11 +56,15 @@ class LanguageModel:
     recompute: bool = False
     generation: Generation = field(default_factory=Generation)
 
-    def precision(self) -> AbstractContextManager[object]:
-        """Run matmuls in `dtype` inside the block. Each weight is cast at most once per block."""
-        if self.dtype == torch.bfloat16:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Run matmuls in `dtype` inside the block, with deterministic kernels on cuda (see `deterministic`).
+
+        Each weight is cast at most once per block.
+        """
+        narrow = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+        with deterministic(self.device), narrow:
+            yield
 
     @cached_property
     def configs(self) -> list[PreTrainedConfig]:
