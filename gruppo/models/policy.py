@@ -21,8 +21,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from gruppo.models.attention.backends import BACKENDS, Backend
 from gruppo.models.attention.interface import AttentionPlan, attention_plan
-from gruppo.models.attention.shared_prefix import SharedPrefixAttention
 from gruppo.models.fused_decoder import Cast, FusedBody
 from gruppo.models.generation import Generation
 from gruppo.models.logprobs import OutputHead, logit_block, token_logprobs
@@ -40,7 +40,8 @@ class LanguageModel:
     token ids that end a turn. `context`: the maximum number of tokens of a sequence. `head_scale`, `head_softcap`: see
     `OutputHead`. `cache_bytes`: size of the keys and values of one token in all layers. `body`: the decoder with fused
     matmuls, if available; otherwise the module computes. `recompute`: keep only the input of every layer for backward,
-    and compute the layer again there. `generation`: counter of weight changes.
+    and compute the layer again there. `attention`: computes the attention of packed groups. `compiled`: whether layers
+    run through torch's compiler. `generation`: counter of weight changes.
     """
 
     model: PreTrainedModel
@@ -54,6 +55,7 @@ class LanguageModel:
     cache_bytes: int = 0
     body: FusedBody | None = None
     recompute: bool = False
+    attention: Backend = BACKENDS["cpu"]
     generation: Generation = field(default_factory=Generation)
 
     @contextmanager
@@ -151,7 +153,14 @@ class LanguageModel:
         model = copy.deepcopy(self.model).requires_grad_(False)
         nn.Module.to(model, torch.float64)
         prepare_for_float64(model)
-        return replace(self, model=model, body=None, dtype=torch.float64, generation=Generation())
+        return replace(
+            self,
+            model=model,
+            body=None,
+            dtype=torch.float64,
+            attention=BACKENDS["sdpa"],
+            generation=Generation(),
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """The weights of the saved model, by name."""
@@ -197,7 +206,8 @@ def predicting_states(
     predictors: Int[Tensor, " N"],
 ) -> Float[Tensor, "N H"]:
     """The hidden state that predicts each completion token of packed groups. Call inside `policy.precision()`."""
-    hidden = policy.hidden_states(token_ids[None], positions[None], SharedPrefixAttention(layout))[0]
+    plan = policy.attention(layout, policy.device)
+    hidden = policy.hidden_states(token_ids[None], positions[None], plan)[0]
     return hidden.index_select(0, predictors)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from gruppo.engines.native.kv_cache import KVCache
 from gruppo.engines.native.scheduler import Scheduler
-from gruppo.models.attention.interface import Layer, soft_capped
-from gruppo.models.attention.shared_prefix import SharedPrefixAttention
+from gruppo.models.attention.interface import AttentionPlan, Layer, soft_capped
 from gruppo.models.ops.attention import attend_decoding
 from gruppo.models.ops.rope import QKNorm, Rope
 
@@ -23,17 +22,17 @@ FEW_QUERIES = 8
 MASKED = -1e30  # finite, so that a row that sees no token of its prompt gets weight 0 instead of NaN
 
 
-class PromptAttention(SharedPrefixAttention):
-    """Attention over packed prompts that do not see each other. Their keys and values are stored in the cache."""
+class PromptAttention:
+    """Attention over packed prompts, computed by `plan`. Their keys and values are stored in the cache."""
 
-    def __init__(self, cache: KVCache, entries: Sequence[int], lengths: Sequence[int]) -> None:
-        super().__init__([(length, ()) for length in lengths])
+    def __init__(self, plan: AttentionPlan, cache: KVCache, entries: Sequence[int], lengths: Sequence[int]) -> None:
+        self.plan, self.wide = plan, plan.wide
         self.cache, self.entries, self.lengths = cache, entries, lengths
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1."""
         self.cache.store_prompts(layer, (key[0], value[0]), self.entries, self.lengths)
-        return super().attend(layer, query, key, value)
+        return self.plan.attend(layer, query, key, value)
 
 
 class DecodingAttention:
@@ -42,6 +41,8 @@ class DecodingAttention:
     The token of each live slot attends to its prompt, which is shared between slots, and to its own completion. Indices
     and masks are the same for every layer.
     """
+
+    wide = True  # as the cache
 
     def __init__(self, scheduler: Scheduler, device: torch.device) -> None:
         self.cache, self.device, self.live = scheduler.cache, device, scheduler.live

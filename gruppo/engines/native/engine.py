@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gruppo.engines.base import Engine, Request, SamplingParams
+from gruppo.engines.completions import CompletionText, check_requests, find_stop, make_completion
 from gruppo.engines.native.attention import DecodingAttention, PromptAttention
 from gruppo.engines.native.kv_cache import KVCache
 from gruppo.engines.native.sampling import sample_tokens
@@ -22,10 +23,9 @@ from gruppo.models.logprobs import OutputHead
 from gruppo.models.ops.linear import packed
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource, named_weights
-from gruppo.types import Completion, FinishReason
+from gruppo.types import Completion
 from gruppo.utils.progress import Advance
 from gruppo.utils.system import free_memory
-from gruppo.utils.token_text import text_of
 
 PREFILL_TOKENS = 4096
 MAX_SLOTS = 256
@@ -88,51 +88,17 @@ class NativeEngine(Engine):
     def _groups(
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        _check(requests)
+        check_requests(requests)
         decoder = _Decoder(self.policy, self.slots, requests, params)
         while decoder.scheduler.busy:
             sampled = decoder.step()
             if advance is not None:
                 advance(sampled)
             for index, group in decoder.scheduler.take_finished():
-                yield index, [self._completion(finished, requests[index]) for finished in group]
+                yield index, [decoder.completion(requests[index], finished, self.version) for finished in group]
         for index, group in decoder.scheduler.take_finished():  # requests without streams
-            yield index, [self._completion(finished, requests[index]) for finished in group]
-
-    def _completion(self, finished: Finished, request: Request) -> Completion:
-        ended = finished.tokens[-1] in self.policy.eos_ids
-        reason: FinishReason = "stop" if ended or finished.text_end is not None else "length"
-        text = _text(self.policy, [*finished.written, *finished.tokens], request)
-        return Completion(
-            token_ids=tuple(finished.tokens),
-            sampling_logprobs=tuple(finished.logprobs),
-            mask=(True,) * len(finished.tokens),
-            finish_reason=reason,
-            policy_version=self.version,
-            text=text[: finished.text_end],
-        )
-
-
-def _check(requests: Sequence[Request]) -> None:
-    for request in requests:
-        if not request.token_ids:
-            raise ValueError("the prompt of a request has no tokens; give at least one")
-        if request.limits is not None and (
-            len(request.limits) != len(request.streams) or min(request.limits, default=1) < 1
-        ):
-            raise ValueError(
-                f"limits of a request = {list(request.limits)}: must be one for each of its {len(request.streams)} "
-                "streams, and all at least 1"
-            )
-        if not 0 <= request.written <= len(request.token_ids):
-            raise ValueError(f"written of a request = {request.written}: it has {len(request.token_ids)} tokens")
-
-
-def _text(policy: LanguageModel, tokens: Sequence[int], request: Request) -> str:
-    """The text of the written and sampled tokens after their prompt, without the EOS token at their end."""
-    ended = tokens[-1:] and tokens[-1] in policy.eos_ids
-    before = request.token_ids[: len(request.token_ids) - request.written]
-    return text_of(policy.tokenizer, tokens[:-1] if ended else tokens, before)
+            assert not group
+            yield index, []
 
 
 class _Decoder:
@@ -145,7 +111,7 @@ class _Decoder:
         accumulate = torch.promote_types(policy.dtype, torch.float32)
         self.cache = KVCache(slots, params.max_tokens, min(slots, len(requests)), longest, accumulate)
         self.scheduler = Scheduler(requests, slots, params, self.cache)
-        self.eos = np.array(policy.eos_ids)
+        self.eos, self.text = np.array(policy.eos_ids), CompletionText(policy.tokenizer, policy.eos_ids)
         self.head = self._packed_head()
 
     @torch.no_grad()
@@ -172,8 +138,9 @@ class _Decoder:
 
     def _compute_prompts(self, new: Sequence[tuple[int, Request, int]]) -> None:
         lengths = [len(request.token_ids) for _, request, _ in new]
-        plan = PromptAttention(self.cache, [entry for _, _, entry in new], lengths)
         device = self.policy.device
+        prompts = self.policy.attention([(length, ()) for length in lengths], device)
+        plan = PromptAttention(prompts, self.cache, [entry for _, _, entry in new], lengths)
         ids = torch.tensor([[token for _, request, _ in new for token in request.token_ids]], device=device)
         positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
         hidden = self.policy.hidden_states(ids, positions, plan)[0]
@@ -216,25 +183,16 @@ class _Decoder:
                 scheduler.retire(slot, text_ends.get(slot))
         return len(slots)
 
-    def _find_stops(self, slots: np.ndarray) -> dict[int, int]:
-        """The slots whose last token completed a stop string, and where that ends their text.
+    def completion(self, request: Request, finished: Finished, version: int) -> Completion:
+        """A finished completion of a request, sampled with the weights of this version."""
+        return make_completion(self.text, request, finished.tokens, finished.logprobs, finished.text_end, version)
 
-        All tokens so far are decoded, because the text of a token can depend on the tokens before it. Of several stop
-        strings, the one that is complete first counts, so that it does not matter how the text is split into tokens.
-        """
+    def _find_stops(self, slots: np.ndarray) -> dict[int, int]:
+        """The slots whose last token completed a stop string, and where that ends their text."""
         ends = {}
         for slot in slots.tolist():
-            length = int(self.scheduler.length[slot])
-            if length < self.params.min_tokens:
-                continue
+            tokens = self.scheduler.tokens[slot, : int(self.scheduler.length[slot])].tolist()
             request = self.requests[self.scheduler.owner[slot][0]]
-            tokens = [*self.scheduler.written[slot], *self.scheduler.tokens[slot, :length].tolist()]
-            text, before = _text(self.policy, tokens, request), _text(self.policy, tokens[:-1], request)
-            pairs = enumerate(zip(before, text))  # the last token of a character changes the text of its first ones
-            same = next((place for place, (old, new) in pairs if old != new), min(len(before), len(text)))
-            found = [(text.find(stop, max(0, same - len(stop) + 1)), len(stop)) for stop in self.params.stop]
-            complete = [(start + size, start) for start, size in found if start >= 0]
-            if complete:
-                end, start = min(complete)
-                ends[slot] = end if self.params.keep_stop else start
+            if (end := find_stop(self.text, request, tokens, self.params)) is not None:
+                ends[slot] = end
         return ends

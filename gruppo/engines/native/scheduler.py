@@ -17,28 +17,22 @@ from gruppo.engines.native.kv_cache import KVCache
 class Waiting:
     """A completion whose prompt is computed and that waits for a slot.
 
-    `number`: its index within the request. `limit`: its maximum number of tokens. `written`: tokens at the end of the
-    prompt that belong to its text. `entry`: the prompt's entry in the cache. `state`: the hidden state that its first
-    token is sampled from.
+    `number`: its index within the request. `limit`: its maximum number of tokens. `entry`: the prompt's entry in
+    the cache. `state`: the hidden state that its first token is sampled from.
     """
 
     request: int
     number: int
     stream: tuple[int, ...]
     limit: int
-    written: tuple[int, ...]
     entry: int
     state: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A finished completion.
+    """A finished completion. `text_end`: where a stop string ended its text, if one did."""
 
-    `written`: tokens before it that belong to its text. `text_end`: where a stop string ended its text, if one did.
-    """
-
-    written: tuple[int, ...]
     tokens: list[int]
     logprobs: list[float]
     text_end: int | None
@@ -56,7 +50,6 @@ class Scheduler:
         self.queue = deque(enumerate(requests))
         self.waiting: deque[Waiting] = deque()
         self.owner: list[tuple[int, int]] = [(0, 0)] * slots  # (request, index of the completion in it)
-        self.written: list[tuple[int, ...]] = [()] * slots  # tokens of its prompt that belong to its text
         self.entry = np.zeros(slots, dtype=np.int64)  # entry of its prompt in the cache
         self.length = np.zeros(slots, dtype=np.int64)
         self.limit = np.zeros(slots, dtype=np.int64)
@@ -103,10 +96,10 @@ class Scheduler:
     def add(self, index: int, request: Request, entry: int, state: Tensor) -> None:
         """Queue the completions of a request whose prompt is computed."""
         self.cache.prompt_lengths[entry], self.cache.users[entry] = len(request.token_ids), len(request.streams)
-        most, written = self.params.max_tokens, tuple(request.token_ids[len(request.token_ids) - request.written :])
+        most = self.params.max_tokens
         for number, stream in enumerate(request.streams):
             limit = most if request.limits is None else min(most, request.limits[number])
-            self.waiting.append(Waiting(index, number, tuple(stream), limit, written, entry, state))
+            self.waiting.append(Waiting(index, number, tuple(stream), limit, entry, state))
 
     def fill_slots(self) -> list[Tensor]:
         """Assign waiting completions to the free slots. Returns their states, slot by slot."""
@@ -114,7 +107,7 @@ class Scheduler:
         while self.waiting and self.free:
             new, slot = self.waiting.popleft(), self.live
             self.owner[slot], self.entry[slot], self.length[slot] = (new.request, new.number), new.entry, 0
-            self.limit[slot], self.written[slot] = new.limit, new.written
+            self.limit[slot] = new.limit
             if self.params.temperature:
                 generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(new.stream)))
                 self.uniforms[slot] = generator.random(self.params.max_tokens)
@@ -138,14 +131,14 @@ class Scheduler:
         length = int(self.length[slot])
         tokens, logprobs = self.tokens[slot, :length].tolist(), self.logprobs[slot, :length].tolist()
         request, number = self.owner[slot]
-        self._finished[request][number] = Finished(self.written[slot], tokens, logprobs, text_end)
+        self._finished[request][number] = Finished(tokens, logprobs, text_end)
         self._unfinished[request] -= 1
         self.cache.users[self.entry[slot]] -= 1
         self.live -= 1
         last = self.live
         if slot == last:
             return
-        self.owner[slot], self.written[slot] = self.owner[last], self.written[last]
+        self.owner[slot] = self.owner[last]
         for array in (self.entry, self.length, self.limit, self.tokens, self.logprobs, self.uniforms):
             array[slot] = array[last]
         self.cache.move(last, slot, int(self.length[slot]))

@@ -4,51 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import _Decoder
-from gruppo.engines.native.sampling import sample_tokens
 from tests.conftest import make_policy
 from tests.odd_tokenizers import byte_level
-
-
-def test_inverse_distribution_function_by_hand() -> None:
-    """Probabilities ½, 0, ¼, ¼: u below ½ is token 0, below ¾ token 2, else token 3; never token 1."""
-    logits = torch.log(torch.tensor([[0.5, 0.0, 0.25, 0.25]], dtype=torch.float64)).repeat(6, 1)
-    uniforms = torch.tensor([0.0, 0.499, 0.5, 0.749, 0.75, 1 - 2**-53], dtype=torch.float64)
-    tokens, logprobs = sample_tokens(logits, uniforms, SamplingParams(1.0, 1))
-    assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
-    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.25], dtype=torch.float64))
-
-
-def test_sampling_in_blocks_equals_the_plain_sum() -> None:
-    """A vocabulary of several blocks, not a multiple of the block size: the same token as by a plain cumulative sum."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 4 * torch.randn(500, 1000, generator=generator, dtype=torch.float64)
-    uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
-    tokens, logprobs = sample_tokens(logits, uniforms, SamplingParams(0.8, 1))
-    plain = torch.softmax(logits / 0.8, -1)
-    expected = (plain.cumsum(-1) <= uniforms[:, None]).sum(-1)
-    assert tokens.tolist() == expected.tolist()
-    torch.testing.assert_close(logprobs, plain.gather(-1, tokens[:, None]).squeeze(-1).log(), rtol=0, atol=1e-12)
-
-
-def test_token_of_probability_zero_is_never_sampled() -> None:
-    logits = torch.full((2, 700), -torch.inf)
-    logits[:, 300] = 0.0
-    tokens, logprobs = sample_tokens(
-        logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), SamplingParams(1.0, 1)
-    )
-    assert tokens.tolist() == [300, 300]
-    assert logprobs.tolist() == [0.0, 0.0]
-
-
-def test_greedy_takes_the_most_likely_token_and_reports_temperature_one() -> None:
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    tokens, logprobs = sample_tokens(logits, torch.tensor([0.9]), SamplingParams(0.0, 1))
-    assert tokens.tolist() == [1]
-    torch.testing.assert_close(logprobs, torch.log_softmax(logits, -1)[:, 1])
 
 
 def test_stop_text_with_characters_of_several_tokens() -> None:
