@@ -28,7 +28,7 @@ def upload(
     if torch.device(device).type == "cuda":
         buffer = buffer.pin_memory()
     copied = buffer.to(device, non_blocking=True)
-    return torch.split(copied, [len(column) for column in columns])  # type: ignore[no-any-return, no-untyped-call]
+    return torch.split(copied, [len(column) for column in columns])
 
 
 def real_dtype(device: torch.device | str) -> torch.dtype:
