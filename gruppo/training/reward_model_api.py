@@ -236,7 +236,7 @@ def _begin_training(
     optimizer = make_optimizer(recipe.optimizer, model.module, model.policy)
     max_grad_norm = recipe.optimizer.max_grad_norm
     longest = max(len(sample.prompt.token_ids) + len(sample.completion.token_ids) for sample in (*training, *held_out))
-    tokens = most_tokens(max(prompts))
+    tokens = most_tokens(max(prompts), model.policy.device.type != "cpu")
     sizes = BatchSizes(tokens, 1, longest, lambda reduced: run.event("memory", str(reduced), state.step))
     trainer = RewardModelTrainer(RewardModelScorer(model, settings, source.tokenizer, sizes), optimizer, max_grad_norm)
 

@@ -44,8 +44,14 @@ def limit_threads() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device now; on a CPU, see `gruppo.utils.cgroups.available_memory`."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+    """Bytes that can be allocated on the device now; on a CPU, see `gruppo.utils.cgroups.available_memory`.
+
+    On cuda this includes what torch's allocator has reserved and not in use.
+    """
+    if device.type != "cuda":
+        return available_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def release_memory() -> None:
