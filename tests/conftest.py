@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import string
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -56,6 +58,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def words_of_python() -> None:
     """Messages name arguments of Python functions, even if the test before ran the command line in this process."""
     speak_command_line(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """os.fsync only checks its argument in this process: half of the time of a small run would be spent on it.
+
+    Programs that tests start sync as usual. tests/torture.py checks what is synced before it gets its name.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
 
 
 END = 0

@@ -27,9 +27,9 @@ from gruppo.evaluation.datasets import read_eval_sets
 from gruppo.evaluation.metrics import figures_of
 from gruppo.evaluation.sets import EvalSet, make_eval_set
 from gruppo.evaluation.verdicts import grade_answer, vote
+from gruppo.models.attention.backends import check_compute
 from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
-from gruppo.models.precision import choose_device, choose_dtype
 from gruppo.rewards.grading.verdicts import Verdict
 from gruppo.rollout.multi_turn import open_multi_turn
 from gruppo.rollout.sampling import sample_groups
@@ -267,7 +267,7 @@ def open_eval_sets(
     `stack` ends the processes of an environment and of chat templates. Raises UsageError for problems with the
     evaluation sets, before weights are loaded.
     """
-    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    check_compute(recipe.model)
     stack.callback(end_renderer)
     all_rows = read_eval_sets(recipe, progress)
     source = find_model(
@@ -282,7 +282,7 @@ def open_eval_sets(
             return tokenize_part(part, source.tokenizer, context, room, known, most, advance, tools)[0]
 
     eval_sets = [make_eval_set(rows, recipe, tokenize, source.tokenizer) for rows in all_rows]
-    policy = load_model(source, recipe.model.device, recipe.model.dtype, progress)
+    policy = load_model(source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
     prompts = [prompt for eval_set in eval_sets for prompt in eval_set.prompts]
     sample: Sampler = sample_groups
     room = max(eval_set.options.max_tokens for eval_set in eval_sets)

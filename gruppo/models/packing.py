@@ -17,15 +17,16 @@ from gruppo.models.policy import LanguageModel
 from gruppo.types import Group
 from gruppo.utils.transfer import real_dtype, upload
 
-MAX_TOKENS = 1024  # per micro-batch; larger ones do not make matmuls faster
+MAX_TOKENS = 1024  # per micro-batch on a CPU, where larger ones do not make matmuls faster
+ACCELERATOR_TOKENS = 65_536  # on an accelerator, which small micro-batches would leave idle; memory decides below this
 
 
-def most_tokens(prompt_tokens: int) -> int:
+def most_tokens(prompt_tokens: int, accelerator: bool) -> int:
     """Maximum number of tokens of a micro-batch.
 
     A prompt is at most half of it. Otherwise long prompts would be computed again for every few completions.
     """
-    return max(MAX_TOKENS, 2 * prompt_tokens)
+    return max(ACCELERATOR_TOKENS if accelerator else MAX_TOKENS, 2 * prompt_tokens)
 
 
 TokenWeights = Callable[[list[list[int]]], list[list[float]]]

@@ -15,7 +15,7 @@ from gruppo.utils.progress import Progress
 from gruppo.utils.system import release_memory
 
 LATER = 95_000_000  # bytes that libraries allocate on first use: kernels, the table writer; measured on Linux
-
+WORKSPACES = 64 * 2**20  # bytes that matmul libraries take from torch's allocator on first use, on an accelerator
 
 # (prompt tokens, completions, tokens read per completion): one trial more than `_terms` has terms, chosen so that the
 # terms can be told apart. A single completion would be kept in other shapes than several.
@@ -35,7 +35,7 @@ class Footprint:
     `prepared`: copies of weights in the compute dtype, alive during computation. `kept`: what forward keeps for
     backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers.
     `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of one number in
-    the accumulation dtype.
+    the accumulation dtype. `accelerator`: the policy is not on a CPU.
     """
 
     process: int
@@ -50,6 +50,7 @@ class Footprint:
     state_token: int
     logits_token: int
     wide: int
+    accelerator: bool = False
 
     def activations(self, layout: Layout, recompute: bool) -> int:
         """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
@@ -62,19 +63,21 @@ class Footprint:
 def process_bytes(device: torch.device) -> int:
     """Bytes that this process already uses and that count towards the estimate.
 
-    On a CPU these are the resident bytes. On an accelerator it is 0, because only torch's allocations count there.
+    On a CPU these are the resident bytes. On an accelerator only torch's allocations there count: other models.
     """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
 
 
 def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -> Footprint:
     """Measure and count the memory of a model. `process`: `process_bytes` from before the weights were loaded."""
     config, weight = policy.model.config.get_text_config(), policy.head.weight
-    wide = torch.promote_types(policy.dtype, torch.float32).itemsize
+    wide, accelerator = torch.promote_types(policy.dtype, torch.float32).itemsize, policy.device.type != "cpu"
     prepared, *kept = _measure_kept(policy, progress)
     release_memory()
     return Footprint(
-        process=process + (LATER if policy.device.type == "cpu" else 0),
+        process=process + (WORKSPACES if accelerator else LATER),
         weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()]),
         gradients=_bytes_of([parameter for parameter in policy.model.parameters() if parameter.requires_grad]),
         reference=_reference_bytes(policy),
@@ -86,6 +89,7 @@ def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -
         state_token=wide * weight.shape[1],
         logits_token=wide * weight.shape[0],
         wide=wide,
+        accelerator=accelerator,
     )
 
 

@@ -74,7 +74,9 @@ class Recorded:
         are not those that the run asked.
         """
         device = "cpu" if self.recipe.model.device == "cpu" else "auto"
-        changes = {"name": str(folder.absolute()), "lora": None, "device": device, "dtype": dtype}
+        changes = {"name": str(folder.absolute()), "lora": None, "device": device, "dtype": dtype, "compile": False}
+        if device == "auto":
+            changes["attention"] = "auto"
         model = self.recipe.model.model_copy(update={**changes, "trust_remote_code": trust_remote_code})
         recipe = self.recipe.model_copy(update={"model": model})
         verification = compared(self.rows, evaluate_recipe(recipe, progress=progress).rows())

@@ -27,7 +27,8 @@ def upload(
     buffer = torch.cat([torch.tensor(column, dtype=dtype) for column in columns])
     if torch.device(device).type == "cuda":
         buffer = buffer.pin_memory()
-    return buffer.to(device, non_blocking=True).split([len(column) for column in columns])
+    copied = buffer.to(device, non_blocking=True)
+    return torch.split(copied, [len(column) for column in columns])
 
 
 def real_dtype(device: torch.device | str) -> torch.dtype:

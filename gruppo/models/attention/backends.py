@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gruppo.config.sections import Model
 from gruppo.errors import UsageError, error_line
 from gruppo.models.attention.flex import FlexAttention
 from gruppo.models.attention.interface import AttentionPlan, CapturingAttention, Layer
@@ -15,6 +16,7 @@ from gruppo.models.attention.sdpa import SdpaAttention
 from gruppo.models.attention.sequences import Layout
 from gruppo.models.attention.shared_prefix import SharedPrefixAttention
 from gruppo.models.attention.varlen import VarlenAttention
+from gruppo.models.precision import choose_device, choose_dtype
 
 MakePlan = Callable[[Layout, torch.device], AttentionPlan]
 
@@ -43,8 +45,19 @@ BACKENDS = {
 _ORDER = {"cpu": ("cpu",), "cuda": ("varlen", "flex", "sdpa")}  # of "auto"; on other devices: sdpa
 
 
+def check_compute(settings: Model) -> None:
+    """Raise UsageError if device, compute dtype, attention and compilation do not go together. Needs no weights."""
+    device = choose_device(settings.device)
+    check_attention(settings.attention, device, choose_dtype(settings.dtype, device))
+    if settings.compile and settings.attention in ("auto", "cpu") and device.type == "cpu":
+        raise UsageError(
+            f'model.compile = true: model.attention = "{settings.attention}" on a CPU leaves nothing to compile; '
+            'remove it, or write model.attention = "sdpa"'
+        )
+
+
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UsageError if `model.attention` does not go with the device or the compute dtype. Needs no model."""
+    """Raise UsageError if the attention backend `name` cannot run on the device or in the compute dtype."""
     if name != "auto" and (problem := _unfit(name, device, dtype)):
         raise UsageError(f'model.attention = "{name}": {problem}; write "auto"')
 

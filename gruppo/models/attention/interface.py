@@ -117,6 +117,11 @@ def _window(module: torch.nn.Module, index: int, given: int | None) -> int | Non
 AttentionInterface.register(NAME, _attention)
 
 
+def exclude_attention_from_compilation() -> None:
+    """Keep torch's compiler out of gruppo's attention."""
+    AttentionInterface.register(NAME, torch.compiler.disable(_attention))
+
+
 @contextmanager
 def attention_plan(configs: Sequence[PreTrainedConfig], plan: AttentionPlan) -> Iterator[None]:
     """Let `plan` compute the attention of the modules with these configs inside the block. Plans do not nest."""

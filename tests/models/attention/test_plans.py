@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from gruppo.models.attention.flex import FlexAttention, compiled_kernel
-from gruppo.models.attention.interface import AttentionPlan, Layer
+from gruppo.models.attention.flex import FlexAttention
+from gruppo.models.attention.interface import Layer
 from gruppo.models.attention.sdpa import SdpaAttention
 from gruppo.models.attention.sequences import Repeat, prompt_and_completions
 from tests.models.attention.references import ON_CPU, Groups, each_sequence_alone, seen_of
