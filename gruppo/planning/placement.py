@@ -135,7 +135,8 @@ def place(
     training = training_time(
         shape, cluster, trainers, work.passes, work.training_tokens, work.lengths.training_context(work.prompt), assumed
     )
-    rate = min(device.link * assumed.bandwidth_share, assumed.transfer_gb_s * 1e9)
+    between = device.link if cluster.machines == 1 else min(device.link, assumed.network_gb_s * 1e9)
+    rate = min(between * assumed.bandwidth_share, assumed.transfer_gb_s * 1e9)
     transfer = 0.0 if sampling is None or cluster.devices == 1 else shape.weight_bytes / rate
     seconds = 0.0 if sampling is None else sampling.seconds
     busy = max(seconds, training.seconds) if kind == "ahead" else seconds + training.seconds

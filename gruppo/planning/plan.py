@@ -54,6 +54,16 @@ class Plan:
         return compare_published(self.assumptions)
 
     @property
+    def assumed(self) -> dict[str, dict[str, Any]]:
+        """Value, unit, meaning and source of each assumption, also of those that follow from the recipe or device."""
+        given = {"slots": self.cluster.device.slots, "mean_tokens": self.work.lengths.mean}
+        named = self.assumptions.named()
+        return {
+            name: {**each, "value": given[name] if each["value"] is None else each["value"]}
+            for name, each in named.items()
+        }
+
+    @property
     def total_seconds(self) -> float | None:
         """Seconds of all steps, without evaluations; None if nothing fits."""
         return None if self.chosen is None else self.chosen.step * self.recipe.run.steps
@@ -93,7 +103,7 @@ class Plan:
             "transfer_bytes": self.shape.weight_bytes,
             "problems": list(self.problems),
             "notes": list(self.notes),
-            "assumptions": self.assumptions.named(),
+            "assumptions": self.assumed,
             "published": [{"name": run.name, "source": run.source, "error": run.error()} for run in self.checked],
         }
 

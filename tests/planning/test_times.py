@@ -44,6 +44,7 @@ def test_the_cache_limits_the_slots() -> None:
     assert engine().slots(1000) == 256
     assert engine().slots(10_000) == 175
     assert engine(memory=1e9).slots(1000) == 0
+    assert engine(assumed=replace(PLAIN, slots=2000)).slots(1000) == 1750
 
 
 def by_single_tokens(engine: Engine, values: list[int], slots: int, prompt: float) -> float:
