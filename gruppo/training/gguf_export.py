@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +37,7 @@ def require_gguf_export(base: Path, dtype: str, verify: bool, trust_remote_code:
 
 def gguf_file_name(name: str, dtype: str) -> str:
     """The name of the file for a run's `name`, such as "quickstart-Q8_0.gguf"."""
-    portable = re.sub(r"[^\w.-]+", "-", name)
-    return f"{portable}-{DTYPES[dtype][0].name}.gguf"
+    return f"{name}-{DTYPES[dtype][0].name}.gguf"
 
 
 def write_gguf_export(
