@@ -178,5 +178,5 @@ def _frequency_factors(config: PreTrainedConfig, model: Any) -> Tensor | None:
         return None
     size = _head_size(config)
     plain = float(_rope(config)["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    scaled: Tensor = model.model.rotary_emb.inv_freq
-    return (plain / scaled.double()).float()
+    factors: Tensor = plain / model.model.rotary_emb.inv_freq.double()
+    return factors.float()
