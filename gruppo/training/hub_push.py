@@ -49,9 +49,9 @@ def push_to_hub(
 
     The repository is created if there is none, as a private one with `private`. `revision`: a branch, which is created
     if there is none; "main" by default. `to`: also keep the folder. `options`: those of `gruppo.export`; with
-    `verify`, nothing is uploaded if the verification fails. The weights in the repository are replaced; its other
-    files stay. Raises UsageError for mistakes, a missing login or missing rights, before the export is written, and
-    RunError if the upload fails.
+    `verify`, nothing is uploaded if the verification fails. The weights in the repository are replaced (a GGUF file
+    only by one of its name); its other files stay. Raises UsageError for mistakes, a missing login or missing rights,
+    before the export is written, and RunError if the upload fails.
     """
     shown = choose_progress(progress)
     with tempfile.TemporaryDirectory(prefix="gruppo-push-") as scratch:
@@ -66,7 +66,7 @@ def push_to_hub(
                     folder_path=exported.path,
                     commit_message=message,
                     revision=revision,
-                    delete_patterns=_REPLACED,
+                    delete_patterns=None if plan.gguf else _REPLACED,  # a repository holds GGUF files of several dtypes
                 )
             except Exception as error:
                 kept = "" if to is None else f"; the folder {to} is complete"
