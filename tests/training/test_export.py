@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ print(json.dumps({"ids": generated, "text": text, "gruppo": "gruppo" in sys.modu
 """
 
 
+@cache
 def answers(folder: Path) -> dict[str, Any]:
-    """The answers of plain transformers to a folder, in a separate process."""
+    """The answers of plain transformers to a folder, in a separate process, which is not started twice for one folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", ALONE, str(folder), json.dumps(PROMPTS)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
