@@ -71,7 +71,7 @@ print(json.dumps({"ids": generated, "text": text, "gruppo": "gruppo" in sys.modu
 
 @cache
 def answers(folder: Path) -> dict[str, Any]:
-    """The answers of plain transformers to a folder, in a separate process, which is not started twice for one folder."""
+    """The answers of plain transformers to a folder, in a separate process, once for each folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", ALONE, str(folder), json.dumps(PROMPTS)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
