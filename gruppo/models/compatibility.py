@@ -106,8 +106,7 @@ def _tried(policy: LanguageModel) -> LanguageModel:
         candidate = replace(policy, head_scale=scale, head_softcap=softcap)
         if plan.captured and agrees(candidate, hidden):
             width = sum(tensor.shape[0] * tensor.shape[-1] for pair in plan.captured.values() for tensor in pair)
-            size = torch.promote_types(policy.dtype, torch.float32).itemsize
-            candidate = replace(candidate, cache_bytes=size * width)
+            candidate = replace(candidate, cache_bytes=policy.cache_dtype.itemsize * width)
             if not FusedBody.fits(model.get_decoder()):
                 return candidate
             fused = replace(candidate, body=FusedBody(model.get_decoder(), plan.layers, candidate.generation))

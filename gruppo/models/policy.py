@@ -61,6 +61,12 @@ class LanguageModel:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the keys and values that the native engine keeps: on a CPU the accumulation dtype, which its
+        kernels read, else the compute dtype."""
+        return torch.promote_types(self.dtype, torch.float32) if self.device.type == "cpu" else self.dtype
+
     @cached_property
     def configs(self) -> list[PreTrainedConfig]:
         """The configs that select the attention implementation of the modules, without duplicates."""

@@ -127,3 +127,51 @@ def test_an_eos_token_is_no_part_of_the_text() -> None:
     request, params = Request((5,), [(0,)]), SamplingParams(1.0, 9, stop=("</s>",))
     finder = StopFinder(CompletionText(tokenizer, (eos,)), request, params)
     assert [finder.add(token) for token in (*tokenizer("ab")["input_ids"], eos)] == [None, None]
+
+
+def test_stop_text_with_characters_of_several_tokens() -> None:
+    """A byte-level tokenizer decodes half a character as a replacement character, until the next token completes it."""
+    tokenizer = byte_level()
+    finder = StopFinder(
+        CompletionText(tokenizer, (1,)), Request((5,), [(0,)]), SamplingParams(1.0, 5, stop=("a\u5b8c",))
+    )
+    assert [finder.add(token) for token in tokenizer("\u0061a\u5b8c")["input_ids"]] == [None, None, None, None, 1]
+
+
+PIECES = {1: "a", 2: "ab", 3: "bc", 4: "abcd", 5: "c", 6: "\u00e9"}
+
+
+class Pieces:
+    """Tokens of several characters. Like some tokenizers, it strips the first space."""
+
+    chat_template = bos_token = bos_token_id = pad_token = pad_token_id = None
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [next(token for token, piece in PIECES.items() if piece == text)]}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [PIECES[token] for token in ids]
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(PIECES[token] for token in ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stop", "kept", "removed"),
+    [
+        ([1, 3, 5], ("bc",), "abc", "a"),
+        ([2, 5, 5], ("bc",), "abc", "a"),  # over two tokens
+        ([4, 5], ("bc",), "abc", "a"),  # inside one token
+        ([4, 5], ("abcd", "b"), "ab", "a"),  # the one that is complete first, as if tokens were characters
+        ([2, 3, 5], ("abb", "b"), "ab", "a"),
+        ([1, 3], ("abc", "bc", "c"), "abc", ""),  # complete at once: the longest
+        ([1, 1, 2], ("aab",), "aaab", "a"),
+    ],
+)
+def test_where_a_stop_string_ends_the_text(tokens: list[int], stop: tuple, kept: str, removed: str) -> None:
+    for keep, text in ((True, kept), (False, removed)):
+        params = SamplingParams(1.0, len(tokens), stop=stop, keep_stop=keep)
+        finder = StopFinder(CompletionText(Pieces(), (0,)), Request((1,), [(0,)]), params)
+        ends = [finder.add(token) for token in tokens]
+        length, end = next((length, end) for length, end in enumerate(ends, 1) if end is not None)
+        assert Pieces().decode(tokens[:length])[:end] == text
