@@ -115,11 +115,10 @@ def _tried(policy: LanguageModel, attention: str, progress: Progress) -> Languag
         if plan.captured and agrees(candidate, hidden):
             cached = [tensor for _, key, value in plan.captured.values() for tensor in (key, value)]
             width = sum(tensor.shape[0] * tensor.shape[-1] for tensor in cached)
-            size = torch.promote_types(policy.dtype, torch.float32).itemsize
             backend, problems = choose_backend(attention, policy.device, policy.dtype, plan)
             if problems:
                 progress.note(f"Note: attention runs on {backend.name} ({'; '.join(problems)})")
-            candidate = replace(candidate, cache_bytes=size * width, attention=backend)
+            candidate = replace(candidate, cache_bytes=policy.cache_dtype.itemsize * width, attention=backend)
             if backend.name != "cpu" or not FusedBody.fits(model.get_decoder()):
                 return candidate
             fused = replace(candidate, body=FusedBody(model.get_decoder(), plan.layers, candidate.generation))

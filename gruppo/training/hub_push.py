@@ -84,7 +84,8 @@ def upload_model(
 ) -> str:
     """Replace the model in a repository by that in a folder; its other files stay. Returns the URL of the commit.
 
-    `replaces`: False to add to the weights in the repository, which may hold GGUF files of several dtypes. Raises errors of huggingface_hub.
+    `replaces`: False to add to the weights in the repository, which may hold GGUF files of several dtypes.
+    Raises errors of huggingface_hub.
     """
     with hidden_bars():
         commit = api.upload_folder(
