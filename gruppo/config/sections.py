@@ -411,6 +411,9 @@ class Optimizer(Section):
     """Decoupled weight decay; applied to matrices only, not to norms and biases."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping: a gradient with a larger norm is scaled down to this norm."""
+    state: Literal["float32", "8bit", "cpu"] = "float32"
+    """AdamW's moments: float32; rounded to 8 bits (2 bytes per trained weight, not 8; needs gruppo[lean]); or float32
+    in CPU memory while the model is on an accelerator (slower updates, the same numbers)."""
 
 
 class Decoding(Section):
