@@ -15,7 +15,7 @@
 #                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11.5 or later
-#   make test-lean                             the tests of 8-bit optimizer states, in an environment of its own
+#   make test-lean                             the tests of 8-bit moments and 4-bit weights, in an environment of its own
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
 
 PYTHON ?= python3
@@ -78,7 +78,7 @@ test-lean: constraints.txt pyproject.toml
 	test -x .venv-lean/bin/python || $(PYTHON) -m venv .venv-lean
 	.venv-lean/bin/pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"
 	.venv-lean/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,lean]"
-	.venv-lean/bin/python -m pytest tests/training/test_lean_optimizers.py
+	.venv-lean/bin/python -m pytest tests/training/test_lean_optimizers.py tests/models/test_four_bit.py
 
 test-transformers: constraints.txt pyproject.toml
 	test -x .venv-$(TRANSFORMERS)/bin/python || $(PYTHON) -m venv .venv-$(TRANSFORMERS)

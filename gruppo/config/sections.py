@@ -122,6 +122,8 @@ class Lora(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Layers that get an adapter: "all-linear" for every linear layer except the output head (experts that are not
     linear layers get none), or a list of layer name suffixes, such as ["q_proj", "v_proj"]."""
+    base: Literal["full", "4bit"] = "full"
+    """How W is stored: in the compute dtype, or in 4 bits (QLoRA; needs gruppo[lean]), which changes the model."""
 
     @model_validator(mode="before")
     @classmethod

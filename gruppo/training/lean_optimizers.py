@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from gruppo.errors import UsageError
+from gruppo.models.four_bit import check_package
 
 BLOCK = 256  # values of a moment that bitsandbytes scales together
 SMALLEST = 4096  # parameters with fewer values keep float32 moments
@@ -19,10 +18,8 @@ SMALLEST = 4096  # parameters with fewer values keep float32 moments
 
 def check_state(state: str) -> None:
     """Raise UsageError if `optimizer.state` needs a package that is not installed."""
-    if state == "8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(
-            'optimizer.state = "8bit": needs the package bitsandbytes: pip install "gruppo[lean]"; or write "float32"'
-        )
+    if state == "8bit":
+        check_package('optimizer.state = "8bit"')
 
 
 def make_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:

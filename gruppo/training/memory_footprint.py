@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from gruppo.models.four_bit import full_count, is_four_bit, scale_bytes
 from gruppo.models.packing import Batch, make_batch, score
 from gruppo.models.policy import LanguageModel
 from gruppo.training.lean_optimizers import moments_bytes
@@ -85,7 +86,8 @@ def measure_footprint(
     release_memory()
     return Footprint(
         process=process + (WORKSPACES if accelerator else LATER),
-        weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()]),
+        weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()])
+        + sum(map(scale_bytes, policy.model.parameters())),
         gradients=_bytes_of([parameter for parameter in policy.model.parameters() if parameter.requires_grad]),
         moments=moments_bytes([p for p in policy.model.parameters() if p.requires_grad], optimizer_state, accelerator),
         reference=_reference_bytes(policy),
@@ -102,7 +104,10 @@ def measure_footprint(
 
 
 def prepared_bytes(policy: LanguageModel) -> int:
-    """Bytes of copies of weights that autograd does not keep: those of the fused body."""
+    """Bytes of copies of weights that autograd does not keep: those of the fused body, or of one layer of 4 bits."""
+    small = [full_count(parameter) for parameter in policy.model.parameters() if is_four_bit(parameter)]
+    if small:
+        return max(small) * policy.dtype.itemsize
     storages = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
     if policy.body is None or not policy.body.trains:
         return 0
@@ -133,7 +138,7 @@ def _critic_bytes(policy: LanguageModel, optimizer_state: str) -> int:
     Its gradients reuse the memory of the policy's gradients.
     """
     wide, parameters = torch.promote_types(policy.dtype, torch.float32).itemsize, list(policy.model.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
+    count = sum(map(full_count, parameters))
     moments = moments_bytes(parameters, optimizer_state, policy.device.type != "cpu")
     return count * (wide + policy.dtype.itemsize) + moments
 
