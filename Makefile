@@ -16,6 +16,7 @@
 #                                              docs/plan.md (plan-tables)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11.5 or later
+#   make test-lean                             the tests of 8-bit moments and 4-bit weights, in an environment of its own
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
 
 PYTHON ?= python3
@@ -33,7 +34,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -74,6 +75,12 @@ fuzz: $(VENV)/.ready-dev
 	GRUPPO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Some pinned versions do not fit another transformers: pip chooses those.
+test-lean: constraints.txt pyproject.toml
+	test -x .venv-lean/bin/python || $(PYTHON) -m venv .venv-lean
+	.venv-lean/bin/pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"
+	.venv-lean/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,lean]"
+	.venv-lean/bin/python -m pytest tests/training/test_lean_optimizers.py tests/models/test_four_bit.py
+
 test-transformers: constraints.txt pyproject.toml
 	test -x .venv-$(TRANSFORMERS)/bin/python || $(PYTHON) -m venv .venv-$(TRANSFORMERS)
 	sed -E '/^(transformers|tokenizers|huggingface[-_]hub|hf[-_]xet)==/d' constraints.txt > .venv-$(TRANSFORMERS)/constraints.txt

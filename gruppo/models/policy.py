@@ -254,5 +254,5 @@ def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in shared:
             for tensor in module.parameters(recurse=False):
-                if module is not head or tensor is module.weight:
+                if tensor.is_floating_point() and (module is not head or tensor is module.weight):
                     tensor.data = tensor.data.to(dtype)

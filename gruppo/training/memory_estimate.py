@@ -222,7 +222,7 @@ def forecast_memory(
     return Memory(
         process=footprint.process,
         weights=footprint.weights,
-        optimizer=2 * footprint.gradients,
+        optimizer=footprint.moments,
         reference=footprint.reference if workload.reference else 0,
         critic=footprint.critic if workload.critic else 0,
         reward_model=footprint.critic if workload.reward_model else 0,
