@@ -10,6 +10,7 @@
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
 #   make accelerator                           check and measure on a GPU, in under ten minutes (ACCELERATOR="--device cpu --small")
 #   make test-notebook                         run examples/first_run.ipynb from top to bottom
+#   make test-gguf                             compile llama.cpp, and compare it with gruppo on exported GGUF files
 #   make docs                                  the documentation as a site, in build/site
 #   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
 #                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl),
@@ -34,7 +35,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -104,6 +105,17 @@ test-notebook: .venv-notebook/.ready
 		> "$$(.venv-notebook/bin/python -c 'import site; print(site.getsitepackages()[0])')/gruppo.pth"
 	touch $@
 
+# llama.cpp alone: gruppo and what it needs are seen where they are, in $(VENV). Needs CMake and a C++ compiler.
+test-gguf: .venv-gguf/.ready
+	.venv-gguf/bin/python -m pytest tests/gguf
+
+.venv-gguf/.ready: $(VENV)/.ready-dev
+	test -x .venv-gguf/bin/python || $(BIN)/python -m venv .venv-gguf
+	.venv-gguf/bin/$(INSTALL) --no-deps "llama-cpp-python==0.3.36" "diskcache==5.*"
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$(.venv-gguf/bin/python -c 'import site; print(site.getsitepackages()[0])')/gruppo.pth"
+	touch $@
+
 # Strict: a link to a page or heading that does not exist is an error.
 docs: .venv-docs/.ready
 	.venv-docs/bin/python scripts/site.py
@@ -171,7 +183,7 @@ licences: $(VENV)/.ready-dev
 	$(BIN)/python scripts/licences.py
 
 clean:
-	rm -rf $(VENV) .venv-notebook .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-notebook .venv-gguf .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and alone, so that its index serves nothing else; its build, and so its hash, depends on the machine. Then
 # everything else by hash, the model's package too; nothing that is not in the lock. Then the libraries that this build of
