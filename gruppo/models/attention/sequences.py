@@ -47,7 +47,10 @@ class Repeat:
         row = source[places]
         starts = np.searchsorted(row, np.arange(rows))
         rank = np.arange(len(row)) - starts[row]
-        tensor = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+
+        def tensor(array: Places) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
         self.source = tensor(source)
         self.first = tensor(places[rank == 0])
         self.more = [(tensor(row[rank == n]), tensor(places[rank == n])) for n in range(1, int(rank.max()) + 1)]
