@@ -130,6 +130,8 @@ class Recipe(Section):
                 f'run.iterations = {iterations}: method.source = "{method.source}" does not sample from the current '
                 "policy; write iterations = 1"
             )
+        if self.model.lora is not None and self.model.lora.base == "4bit" and self.model.dtype == "float64":
+            raise ValueError('model.lora.base = "4bit": does not compute in float64; write model.dtype = "auto"')
         if iterations > 1 and self.model.lora is not None:
             raise ValueError(
                 f"run.iterations = {iterations}: with adapters, the reference is the model without them and cannot be "

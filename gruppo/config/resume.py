@@ -45,7 +45,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "critic": ("name", "learning_rate", "clip", "gamma", "gae_lambda"),
         "sampling": ("prompts_per_step", "group_size", "max_tokens", "temperature", "stop"),
         "optimizer": (
-            "learning_rate", "schedule", "beta1", "beta2", "epsilon", "weight_decay", "max_grad_norm",
+            "learning_rate", "schedule", "beta1", "beta2", "epsilon", "weight_decay", "max_grad_norm", "state",
         ),
     },
 }  # fmt: skip

@@ -222,7 +222,7 @@ class _Scorer:
             for eval_set in candidate.eval_sets
             for prompt in eval_set.prompts
         )
-        sizes = BatchSizes(min(4 * longest, most_tokens(longest)), 1, longest)
+        sizes = BatchSizes(min(4 * longest, most_tokens(longest, policy.device.type != "cpu")), 1, longest)
         self.scorer = RewardModelScorer(model, self.settings, policy.tokenizer, sizes)
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> list[list[float]]:

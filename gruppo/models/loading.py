@@ -241,9 +241,10 @@ def _merged_adapter(folder: Path, progress: Progress, trust_remote_code: bool) -
     return merge_adapter(folder, location, progress, trust_remote_code)
 
 
-def out_of_reach(name: str) -> bool:
+def out_of_reach(name: str, revision: str | None = None) -> bool:
     """True if a hub model is neither cached nor reachable. Answers at once, not after half a minute of retries."""
-    return not isinstance(try_to_load_from_cache(name, "config.json"), str) and not hub_reachable()
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return not isinstance(cached, str) and not hub_reachable()
 
 
 def find_named(name: str, field: str, progress: Progress) -> ModelSource:

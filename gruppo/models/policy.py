@@ -25,9 +25,10 @@ from gruppo.models.attention.backends import BACKENDS, Backend
 from gruppo.models.attention.interface import AttentionPlan, attention_plan, exclude_attention_from_compilation
 from gruppo.models.fused_decoder import Cast, FusedBody
 from gruppo.models.generation import Generation
-from gruppo.models.logprobs import OutputHead, token_logprobs
+from gruppo.models.logprobs import OutputHead, logit_block, token_logprobs
 from gruppo.models.precision import prepare_for_float64
 from gruppo.models.weights import WeightSource, named_weights
+from gruppo.utils.determinism import deterministic
 from gruppo.utils.token_text import ids_without_text
 
 
@@ -58,11 +59,21 @@ class LanguageModel:
     compiled: bool = False
     generation: Generation = field(default_factory=Generation)
 
-    def precision(self) -> AbstractContextManager[object]:
-        """Run matmuls in `dtype` inside the block. Each weight is cast at most once per block."""
-        if self.dtype == torch.bfloat16:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Run matmuls in `dtype` inside the block, with deterministic kernels on cuda (see `deterministic`).
+
+        Each weight is cast at most once per block.
+        """
+        narrow = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+        with deterministic(self.device), narrow:
+            yield
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the keys and values that the native engine keeps: on a CPU the accumulation dtype, which its
+        kernels read, else the compute dtype."""
+        return torch.promote_types(self.dtype, torch.float32) if self.device.type == "cpu" else self.dtype
 
     @cached_property
     def configs(self) -> list[PreTrainedConfig]:
@@ -198,7 +209,9 @@ class TokenScorer(nn.Module):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Log-probabilities of the targets, and the entropy at each, in nats at `temperature`. See `Batch`."""
         hidden = predicting_states(self.policy, token_ids, positions, layout, predictors)
-        return token_logprobs(hidden, self.policy.head, targets, temperature)
+        head, accelerator = self.policy.head, self.policy.device.type != "cpu"
+        block = logit_block(len(head.weight), head.accumulation_dtype.itemsize, accelerator)
+        return token_logprobs(hidden, head, targets, temperature, *block)
 
 
 def predicting_states(
@@ -241,5 +254,5 @@ def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in shared:
             for tensor in module.parameters(recurse=False):
-                if module is not head or tensor is module.weight:
+                if tensor.is_floating_point() and (module is not head or tensor is module.weight):
                     tensor.data = tensor.data.to(dtype)

@@ -131,6 +131,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
     from gruppo.models.precision import choose_device, choose_dtype
     from gruppo.rollout.multi_turn import open_multi_turn
     from gruppo.training.inputs import with_steps, workload
+    from gruppo.training.lean_optimizers import check_state
     from gruppo.training.policy_loss import find_surrogate
     from gruppo.training.setup import make_pool
     from gruppo.training.sizing import disk_of, load_and_choose
@@ -138,6 +139,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
     device = choose_device(recipe.model.device)
     dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
     check_compute(recipe.model)
+    check_state(recipe.optimizer.state)
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
         pool = None

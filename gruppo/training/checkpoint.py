@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -139,16 +141,11 @@ def load_tensors(
     """Load a checkpoint's weights and optimizer states into the models and optimizers."""
     for name, (module, module_optimizer) in {"": (model, optimizer), **others}.items():
         load_weights_file(folder / _file(name, "weights"), module)
-        parameters = dict(module.named_parameters())
         with reading(folder / _file(name, "optimizer"), _ANOTHER):
-            for key, tensor in read_tensors(folder / _file(name, "optimizer")).items():
-                kind, _, owner = key.partition(":")
-                parameter = parameters[owner]
-                if kind != "step" and tensor.shape != parameter.shape:
-                    raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
-                module_optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+            _put_optimizer_tensors(read_tensors(folder / _file(name, "optimizer")), module, module_optimizer)
 
 
+_LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # moments of AdamW, and of 8-bit AdamW
 _ANOTHER = "use another checkpoint; without the folder of this one, --resume continues from the one before"
 
 
@@ -179,10 +176,31 @@ def put_weights(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{kind}:{name}": value.cpu().contiguous()
+        f"{kind}:{name}": _stored(kind, value)
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _stored(kind: str, value: Tensor | int) -> Tensor:
+    """A part of an optimizer's state as a tensor of its own. Tables of 8-bit moments are shared by all parameters."""
+    tensor = torch.as_tensor(value).cpu().contiguous()
+    return tensor.clone() if kind in {"qmap1", "qmap2"} else tensor
+
+
+def _put_optimizer_tensors(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Set an optimizer's state. torch knows where each tensor belongs: a fused AdamW counts its steps on the device."""
+    parameters = dict(model.named_parameters())
+    lists = (group["params"] for group in optimizer.param_groups)
+    numbers = {parameter: number for number, parameter in enumerate(chain.from_iterable(lists))}
+    state: dict[int, dict[str, Tensor | int]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        kind, _, owner = key.partition(":")
+        if kind in _LIKE_PARAMETERS and tensor.shape != parameters[owner].shape:
+            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
+        counted = kind == "step" and not tensor.is_floating_point()  # a number of 8-bit AdamW, a tensor of AdamW
+        state[numbers[parameters[owner]]][kind] = int(tensor) if counted else tensor
+    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def problem_of(folder: Path) -> str | None:

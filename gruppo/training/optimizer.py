@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from gruppo.errors import RunError, first_line, out_of_memory
 from gruppo.models.packing import Batch
 from gruppo.models.policy import LanguageModel
 from gruppo.models.value_head import ScalarModel
+from gruppo.training.lean_optimizers import OffloadedAdamW, make_8bit
 from gruppo.utils.progress import Advance
 from gruppo.utils.system import release_memory
+from gruppo.utils.transfer import as_floats
 
 # Called with a value, its name, and the micro-batches that it comes from; raises if the value is not finite.
 RequireFinite = Callable[[float, str, Sequence[Batch]], None]
@@ -31,19 +34,25 @@ class Trainable:
 def make_optimizer(settings: Optimizer, model: nn.Module, computed_by: LanguageModel) -> torch.optim.Optimizer:
     """AdamW over a model's trained float32 weights, with weight decay on matrices only.
 
-    Every optimizer step marks the weights of `computed_by` as changed.
+    `settings.state` selects how the moments are kept (see `gruppo.training.lean_optimizers`). Every optimizer step
+    marks the weights of `computed_by` as changed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=parameters[0].device.type in {"cpu", "cuda"},
-    )
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    common: dict[str, Any] = {
+        "lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon,
+    }  # fmt: skip
+    fused = parameters[0].device.type in {"cpu", "cuda"}
+    optimizer: torch.optim.Optimizer
+    if settings.state == "8bit":
+        optimizer = make_8bit(groups, **common)
+    elif settings.state == "cpu":
+        optimizer = OffloadedAdamW(groups, **common, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, **common, fused=fused)
     optimizer.register_step_post_hook(lambda *_: computed_by.generation.advance())
     return optimizer
 
@@ -62,7 +71,8 @@ def update(
     """One optimizer step on a loss that is a sum over micro-batches.
 
     `module` holds the trained parameters; `advance` is called once per micro-batch. Returns the loss, and the norm of
-    the gradient before clipping. If a value is not finite, `require_finite` raises before the optimizer step.
+    the gradient before clipping. The host waits for the device once, after the last micro-batch. If a value is not
+    finite, `require_finite` then raises, before the optimizer step.
 
     An error leaves no gradient behind, and weights and moments unchanged. The one exception is an error in the
     optimizer step itself. If memory runs out there, RunError is raised, because the update may be half done and must
@@ -70,8 +80,11 @@ def update(
     """
     optimizer.zero_grad(set_to_none=True)
     try:
-        total = _accumulate(batches, loss_of, computed_by, require_finite, advance)
-        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
+        losses = _accumulate(batches, loss_of, computed_by, advance)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        *values, norm = as_floats([*losses, gradient_norm])
+        for value, batch in zip(values, batches, strict=True):
+            require_finite(value, "loss", [batch])
         require_finite(norm, "gradient norm", batches)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -86,25 +99,23 @@ def update(
             ) from error
     finally:
         optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return sum(values), norm
 
 
 def _accumulate(
     batches: Sequence[Batch],
     loss_of: Callable[[Batch], Tensor],
     computed_by: LanguageModel,
-    require_finite: RequireFinite,
     advance: Advance,
-) -> float:
-    """Accumulate the gradients of all micro-batches. Returns the sum of the losses."""
-    total = 0.0
+) -> list[Tensor]:
+    """Accumulate the gradients of all micro-batches. Returns their losses, which the host does not wait for."""
+    losses = []
     with computed_by.precision():
         for batch in batches:
             loss = loss_of(batch)
-            require_finite(float(loss.detach()), "loss", [batch])
             with torch.autocast(computed_by.device.type, enabled=False):
                 loss.backward()
-            total += float(loss.detach())
+            losses.append(loss.detach())
             release_memory()
             advance(1)
-    return total
+    return losses

@@ -220,12 +220,14 @@ def _begin_training(
     from gruppo.models.weights import weights_sha256
     from gruppo.rollout.reward_model import RewardModelScorer
     from gruppo.training.checkpoint import State, load_state, load_tensors, newest_checkpoint
+    from gruppo.training.lean_optimizers import check_state
     from gruppo.training.optimizer import make_optimizer
     from gruppo.training.reward_model import RewardModelTrainer
     from gruppo.utils.files import file_sha256
     from gruppo.utils.oom_retry import BatchSizes
 
     check_compute(recipe.model)
+    check_state(recipe.optimizer.state)
     name = "reward_model.name" if settings.name else "model.name"
     source = find_named(settings.name or recipe.model.name, name, progress)
     check_kind(source.config, settings.kind)
@@ -236,7 +238,7 @@ def _begin_training(
     optimizer = make_optimizer(recipe.optimizer, model.module, model.policy)
     max_grad_norm = recipe.optimizer.max_grad_norm
     longest = max(len(sample.prompt.token_ids) + len(sample.completion.token_ids) for sample in (*training, *held_out))
-    tokens = most_tokens(max(prompts))
+    tokens = most_tokens(max(prompts), model.policy.device.type != "cpu")
     sizes = BatchSizes(tokens, 1, longest, lambda reduced: run.event("memory", str(reduced), state.step))
     trainer = RewardModelTrainer(RewardModelScorer(model, settings, source.tokenizer, sizes), optimizer, max_grad_norm)
 

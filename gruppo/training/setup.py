@@ -44,6 +44,7 @@ from gruppo.training.changes import Changes
 from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole
 from gruppo.training.inputs import RunInputs, tokenize_data, with_steps, workload
+from gruppo.training.lean_optimizers import check_state
 from gruppo.training.optimizer import Trainable, make_optimizer
 from gruppo.training.policy_loss import find_surrogate
 from gruppo.training.sizing import Free, disk_of
@@ -116,6 +117,7 @@ def prepare(
     possible before weights are loaded.
     """
     check_compute(recipe.model)
+    check_state(recipe.optimizer.state)
     find_surrogate(recipe.method.surrogate)
     run, started = _open_folder(recipe, folder, resume, links_to, stack)
     reward_settings = recipe.reward_model
