@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from gruppo.models.attention.interface import Layer, soft_capped
 from gruppo.models.attention.sequences import Layout
+from gruppo.utils.transfer import upload
 
 BLOCK = 128  # tokens of a block of the mask, FlexAttention's own default
 SMALLEST = 1024  # tokens of the shortest row that is compiled
@@ -88,16 +89,18 @@ class FlexAttention:
 
     def _make_mask(self, window: int | None) -> BlockMask:
         some, whole = self.keys.blocks(window)
-        kv, full_kv = (
-            [torch.from_numpy(array)[None, None].to(self.device) for array in pair] for pair in (some, whole)
+        columns = (self.keys.sequence, self.keys.prompt, self.keys.position)
+        vectors = [*columns, *(array.ravel() for array in (*some, *whole))]
+        sequence, prompt, position, *blocks = upload(vectors, torch.int32, self.device)
+        count = len(some[0])
+        numbers, indices, whole_numbers, whole_indices = (
+            part.view(1, 1, *((count,) if len(part) == count else (count, count))) for part in blocks
         )
-        columns = np.stack((self.keys.sequence, self.keys.prompt, self.keys.position)).astype(np.int32)
-        sequence, prompt, position = torch.from_numpy(columns).to(self.device)
         return BlockMask.from_kv_blocks(
-            kv[0],
-            kv[1],
-            full_kv[0],
-            full_kv[1],
+            numbers,
+            indices,
+            whole_numbers,
+            whole_indices,
             BLOCK_SIZE=BLOCK,
             mask_mod=_mask(sequence, prompt, position, window),
             seq_lengths=(self.length, self.length),
