@@ -12,7 +12,8 @@
 #   make test-notebook                         run examples/first_run.ipynb from top to bottom
 #   make docs                                  the documentation as a site, in build/site
 #   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
-#                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl)
+#                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl),
+#                                              docs/plan.md (plan-tables)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11.5 or later
 #   make test-lean                             the tests of 8-bit moments and 4-bit weights, in an environment of its own
@@ -33,7 +34,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture coming-from coming-from-trl lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -151,6 +152,9 @@ schema: $(VENV)/.ready
 
 architecture: $(VENV)/.ready
 	$(BIN)/python scripts/architecture.py
+
+plan-tables: $(VENV)/.ready
+	$(BIN)/python scripts/plan_tables.py
 
 coming-from-trl: $(VENV)/.ready
 	$(BIN)/python scripts/coming_from_trl.py

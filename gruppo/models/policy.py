@@ -69,6 +69,12 @@ class LanguageModel:
         with deterministic(self.device), narrow:
             yield
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the keys and values that the native engine keeps: on a CPU the accumulation dtype, which its
+        kernels read, else the compute dtype."""
+        return torch.promote_types(self.dtype, torch.float32) if self.device.type == "cpu" else self.dtype
+
     @cached_property
     def configs(self) -> list[PreTrainedConfig]:
         """The configs that select the attention implementation of the modules, without duplicates."""

@@ -43,9 +43,9 @@ class Assumptions:
     engine_memory: float = _number(
         0.9, "share", "device memory that an engine may use", "vLLM's default gpu_memory_utilization", 1
     )
-    slots: float = _number(
-        1024, "completions", "maximum of an engine at once; 256 on devices under 70 GiB and on A100",
-        "vLLM's default max_num_seqs",
+    slots: float | None = _number(
+        None, "completions", "maximum of an engine at once",
+        "vLLM's default max_num_seqs: 256 on devices under 70 GiB and on A100, else 1024",
     )  # fmt: skip
     mean_share: float = _number(
         0.5, "share", "mean completion length as a share of sampling.max_tokens",

@@ -116,9 +116,8 @@ def _listed(title: str, texts: Iterable[str]) -> list[str]:
 def _assumptions(plan: Plan) -> list[str]:
     device = plan.cluster.device
     lines = ["Assumed (each can be changed by the option of its name):"]
-    for name, number in plan.assumptions.named().items():
-        value = plan.work.lengths.mean if number["value"] is None else number["value"]
-        head = f"  --{name.replace('_', '-'):<20}{value:>10,.6g} {number['unit']:<12}"
+    for name, number in plan.assumed.items():
+        head = f"  --{name.replace('_', '-'):<20}{number['value']:>10,.6g} {number['unit']:<12}"
         text = f"{number['meaning']} ({number['source']})"
         lines += textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * 46)
     published = (

@@ -22,6 +22,7 @@ from gruppo.planning.trainer import (
 
 _ENGINE_SIZES = (1, 2, 4, 8)
 _SPLITS = 64  # numbers of trainers that are tried, at most
+_MOST = 2**20  # ranks; what is not divided among so many never fits
 
 Kind = Literal["colocated", "synchronous", "ahead"]
 
@@ -134,7 +135,8 @@ def place(
     training = training_time(
         shape, cluster, trainers, work.passes, work.training_tokens, work.lengths.training_context(work.prompt), assumed
     )
-    rate = min(device.link * assumed.bandwidth_share, assumed.transfer_gb_s * 1e9)
+    between = device.link if cluster.machines == 1 else min(device.link, assumed.network_gb_s * 1e9)
+    rate = min(between * assumed.bandwidth_share, assumed.transfer_gb_s * 1e9)
     transfer = 0.0 if sampling is None or cluster.devices == 1 else shape.weight_bytes / rate
     seconds = 0.0 if sampling is None else sampling.seconds
     busy = max(seconds, training.seconds) if kind == "ahead" else seconds + training.seconds
@@ -154,6 +156,27 @@ def trainer_parts(shape: ModelShape, work: Work, assumed: Assumptions, trainers:
 def trainers_fit(shape: ModelShape, cluster: Cluster, work: Work, assumed: Assumptions, trainers: int) -> bool:
     """Whether a rank fits on its device."""
     return sum(trainer_parts(shape, work, assumed, trainers).values()) <= rank_memory(cluster)
+
+
+def fewest_trainers(shape: ModelShape, cluster: Cluster, work: Work, assumed: Assumptions) -> int | None:
+    """The smallest number of ranks that fit on devices of this kind; None if a micro-batch alone does not fit.
+
+    More ranks always need less each, from two on.
+    """
+    if trainers_fit(shape, cluster, work, assumed, 1):
+        return 1
+    low, high = 1, 2
+    while not trainers_fit(shape, cluster, work, assumed, high):
+        low, high = high, 2 * high
+        if high > _MOST:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        if trainers_fit(shape, cluster, work, assumed, middle):
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 def engine_sizes(cluster: Cluster) -> list[int]:

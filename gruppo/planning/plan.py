@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from gruppo.config.recipe import Recipe
@@ -11,7 +11,15 @@ from gruppo.errors import UsageError
 from gruppo.planning.assumptions import Assumptions
 from gruppo.planning.devices import Cluster
 from gruppo.planning.lengths import lengths_with_mean
-from gruppo.planning.placement import Kind, Placement, Work, best_placement, engine_sizes, trainer_parts
+from gruppo.planning.placement import (
+    Kind,
+    Placement,
+    Work,
+    best_placement,
+    engine_sizes,
+    fewest_trainers,
+    trainer_parts,
+)
 from gruppo.planning.published import Comparison, compare_published
 from gruppo.planning.sampling import Engine
 from gruppo.planning.shape import ModelShape
@@ -24,8 +32,8 @@ class Plan:
 
     `placements`: the best of each kind that fits, fastest first. `chosen`: the one for gruppo, None if none fits.
     `trainer_bytes`: of one rank of the chosen placement, by part. `engine_bytes`: of one device of an engine: weights,
-    and the cache of the completions that run at once. `problems`: what does not fit, each with what to change. `notes`: what
-    the plan leaves out.
+    and the cache of the completions that run at once. `problems`: what does not fit, each with what to change.
+    `notes`: what the plan leaves out.
     """
 
     recipe: Recipe
@@ -39,7 +47,21 @@ class Plan:
     engine_bytes: dict[str, float]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
-    checked: tuple[Comparison, ...]
+
+    @cached_property
+    def checked(self) -> list[Comparison]:
+        """Published runs, predicted with the same assumptions."""
+        return compare_published(self.assumptions)
+
+    @property
+    def assumed(self) -> dict[str, dict[str, Any]]:
+        """Value, unit, meaning and source of each assumption, also of those that follow from the recipe or device."""
+        given = {"slots": self.cluster.device.slots, "mean_tokens": self.work.lengths.mean}
+        named = self.assumptions.named()
+        return {
+            name: {**each, "value": given[name] if each["value"] is None else each["value"]}
+            for name, each in named.items()
+        }
 
     @property
     def total_seconds(self) -> float | None:
@@ -81,7 +103,7 @@ class Plan:
             "transfer_bytes": self.shape.weight_bytes,
             "problems": list(self.problems),
             "notes": list(self.notes),
-            "assumptions": self.assumptions.named(),
+            "assumptions": self.assumed,
             "published": [{"name": run.name, "source": run.source, "error": run.error()} for run in self.checked],
         }
 
@@ -130,18 +152,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, cluster: Cluster, assumptions: 
     problems = () if chosen else tuple(_problems(shape, cluster, work, assumptions))
     notes = tuple(_notes(recipe, chosen, work))
     return Plan(
-        recipe,
-        shape,
-        cluster,
-        assumptions,
-        work,
-        tuple(placements),
-        chosen,
-        parts,
-        engine_parts,
-        problems,
-        notes,
-        tuple(compare_published(assumptions)),
+        recipe, shape, cluster, assumptions, work, tuple(placements), chosen, parts, engine_parts, problems, notes
     )
 
 
@@ -186,11 +197,9 @@ def _engine_parts(shape: ModelShape, cluster: Cluster, work: Work, chosen: Place
 def _problems(shape: ModelShape, cluster: Cluster, work: Work, assumed: Assumptions) -> list[str]:
     """Why nothing fits, and what to change."""
     device, found = cluster.device, []
-    room = rank_memory(cluster)
     own = cluster.devices - 1 if work.sampled and cluster.devices > 1 else cluster.devices
-    parts = trainer_parts(shape, work, assumed, own)
-    fixed = sum(size for name, size in parts.items() if name != "state")
-    needed = math.ceil(work.state.bytes / (room - fixed)) if room > fixed else None
+    fixed = sum(size for name, size in trainer_parts(shape, work, assumed, own).items() if name != "state")
+    needed = fewest_trainers(shape, cluster, work, assumed)
     if needed is None:
         found.append(
             f"a micro-batch: {fixed / 1e9:.1f} GB of activations and weights on a device of {device.memory / 1e9:.0f} "

@@ -32,10 +32,14 @@ class Engine:
         """Bytes of all its devices that are left for the cache; negative if the weights do not fit."""
         return self.devices * self.memory - self.shape.weight_bytes
 
+    @property
+    def most_slots(self) -> float:
+        """Completions at once, if the cache has room for them."""
+        return self.assumptions.slots or self.device.slots
+
     def slots(self, context: float) -> int:
         """Completions at once, if each has `context` cached tokens on average; 0 if none fits."""
-        limit = min(self.assumptions.slots, self.device.slots)
-        return int(max(0.0, min(limit, self.cache_memory / (self.shape.cache_bytes * context))))
+        return int(max(0.0, min(self.most_slots, self.cache_memory / (self.shape.cache_bytes * context))))
 
     def token_seconds(self, running: float, context: float) -> float:
         """Seconds for one more token of each of `running` completions with `context` cached tokens on average.
@@ -133,8 +137,6 @@ def sampling_time(engine: Engine, engines: int, samples: Samples) -> SamplingTim
             heapq.heappush(running, (now + following, now))
             started += now
     prefill = engine.prefill_seconds(prompt * samples.prompts / engines, prompt / 2)
-    if room >= share:
-        limit = "completions"
-    else:
-        limit = "slots" if room >= min(engine.assumptions.slots, engine.device.slots) else "cache"
+    limited = "slots" if room >= engine.most_slots else "cache"
+    limit = "completions" if room >= share else limited
     return SamplingTime(prefill + seconds, seconds - after_most, slots, limit)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from gruppo.models.attention.backends import BACKENDS
 from gruppo.models.four_bit import full_count, is_four_bit, scale_bytes
 from gruppo.models.packing import Batch, make_batch, score
 from gruppo.models.policy import LanguageModel
@@ -82,6 +83,8 @@ def measure_footprint(
     """
     config, weight = policy.model.config.get_text_config(), policy.head.weight
     wide, accelerator = torch.promote_types(policy.dtype, torch.float32).itemsize, policy.device.type != "cpu"
+    if policy.attention.name == "flex":  # which pads all trials to the same length
+        policy = replace(policy, attention=BACKENDS["sdpa"])
     prepared, *kept = _measure_kept(policy, progress)
     release_memory()
     return Footprint(

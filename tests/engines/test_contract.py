@@ -1,4 +1,4 @@
-"""The contract that every engine of `gruppo.engines.ENGINES` must pass."""
+"""The contract that every engine of `gruppo.engines.ENGINES` must pass, the native one also as on an accelerator."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def policy(request: pytest.FixtureRequest) -> LanguageModel:
     return make_architecture(request.param)
 
 
-@pytest.fixture(params=ENGINES)
+AS_ON_A_DEVICE = "tests.engines.native.as_on_a_device:EngineAsOnADevice"
+
+
+@pytest.fixture(params=[*ENGINES, AS_ON_A_DEVICE])
 def make_engine(request: pytest.FixtureRequest) -> MakeEngine:
     def make(policy: LanguageModel, slots: int = 64) -> Engine:
         return build_engine(policy, slots, name=request.param)

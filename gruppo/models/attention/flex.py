@@ -82,8 +82,6 @@ class FlexAttention:
 
     def block_mask(self, window: int | None) -> BlockMask:
         """The mask of a layer with this window, or without one."""
-        if window is not None and window >= self.keys.longest:
-            window = None
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
         return self._masks[window]
@@ -125,7 +123,7 @@ class _SeenKeys:
 
     For each token: `sequence`, a number of its prompt or completion; `prompt`, that of the prompt of its group;
     `position` after the start of the prompt; `prompt_start`, `prompt_end` and `start`, the places in the packed row
-    where its prompt and its own sequence start and end. `longest`: the number of positions of the longest sequence.
+    where its prompt and its own sequence start and end.
     """
 
     def __init__(self, groups: Layout, padding: int) -> None:
@@ -147,7 +145,6 @@ class _SeenKeys:
         self.sequence, self.prompt, shift, self.prompt_start, self.prompt_end, self.start = table
         self.place = np.arange(start + padding)
         self.position = self.place - self.start + shift
-        self.longest = int(self.position.max()) + 1
 
     def blocks(self, window: int | None) -> tuple[Bool[np.ndarray, "n n"], Bool[np.ndarray, "n n"]]:
         """Which blocks of keys some query of a block sees in part, and which all of its queries see as a whole."""

@@ -19,7 +19,9 @@ from gruppo.models.attention.varlen import Lengths, VarlenAttention
 from gruppo.models.lora import adapted_layers, add_adapters
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
+from gruppo.training.memory_footprint import measure_footprint, saved_bytes
 from gruppo.types import Group, Prompt
+from gruppo.utils.progress import NullProgress
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_policy, random_groups
 from tests.models.attention.references import ON_CPU, varlen_kernel
@@ -127,3 +129,17 @@ def test_copies_of_the_policy_keep_or_leave_the_backend() -> None:
     assert policy.frozen_copy().attention is policy.attention
     copy = policy.float64_copy()
     assert isinstance(copy.attention([(2, (1,))], copy.device), SdpaAttention)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_bytes_are_predicted(name: str, dtype: torch.dtype) -> None:
+    """For rows of one length. FlexAttention keeps no more than these, apart from its padding."""
+    policy = on("sdpa", make_architecture(name, dtype))
+    footprint = measure_footprint(policy, 0, NullProgress())
+    assert measure_footprint(replace(policy, attention=ON_CPU["flex"]), 0, NullProgress()) == footprint
+    for layout in ([(20, [10] * 6)], [(20, [10] * 6), (31, [7] * 3)]):
+        with policy.precision():
+            exact = saved_bytes(policy, layout)
+        known = footprint.prepared + footprint.activations(layout, recompute=False)
+        assert known == pytest.approx(exact, rel=2e-3)
