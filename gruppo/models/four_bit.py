@@ -73,7 +73,8 @@ def full_weight(weight: Any) -> Tensor:
         return weight  # type: ignore[no-any-return]
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, weight.quant_state).float()
+    full: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return full.float()
 
 
 def full_count(weight: Any) -> int:

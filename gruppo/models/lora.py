@@ -143,8 +143,8 @@ def _inject(model: PreTrainedModel, settings: Lora) -> None:
     """Add adapters without values to the model. Raises UsageError if peft adapts other layers than requested."""
     expected = _layers(model, settings)
     config: Any = lora_config(model, settings)
-    if any(is_four_bit(layer.weight) for layer in expected.values()):
-        model.is_loaded_in_4bit = True  # peft asks for it
+    if any(map(is_four_bit, model.parameters())):
+        vars(model)["is_loaded_in_4bit"] = True  # peft asks for it
     # Created without memory: the values are replaced, so this saves time and leaves the global random state unchanged.
     _peft().inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     if unexpected := sorted(expected.keys() ^ adapted_layers(model).keys()):

@@ -62,6 +62,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         kinds = ("exp_avg", "exp_avg_sq", "step") if group["fused"] else ("exp_avg", "exp_avg_sq")
         visiting = {kind: state[kind].to(parameter.device, non_blocking=True) for kind in kinds}
         beta1, beta2 = group["betas"]
+        assert parameter.grad is not None
         adamw(
             [parameter], [parameter.grad], [visiting["exp_avg"]], [visiting["exp_avg_sq"]], [],
             [visiting.get("step", state["step"])], fused=group["fused"], foreach=False, amsgrad=False, beta1=beta1,
@@ -70,7 +71,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         for kind, tensor in visiting.items():
             state[kind].copy_(tensor, non_blocking=True)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As for any optimizer, but the moments stay in CPU memory."""
         super().load_state_dict({**state_dict, "state": {}})
         parameters = list(chain.from_iterable(group["params"] for group in self.param_groups))

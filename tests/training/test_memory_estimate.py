@@ -218,7 +218,7 @@ def test_activations_are_recomputed_only_if_one_completion_does_not_fit_otherwis
 
 
 def test_too_little_memory_reports_what_is_needed_and_what_to_change(footprint: Footprint) -> None:
-    heavy = replace(footprint, gradients=3_000_000_000)
+    heavy = replace(footprint, gradients=3_000_000_000, moments=6_000_000_000)
     with pytest.raises(UsageError) as error:
         choose_sizes(heavy, WORK, 2_000_000_000)
     message = str(error.value)
