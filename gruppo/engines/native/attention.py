@@ -68,7 +68,9 @@ class DecodingAttention:
             kv_heads = key.shape[1]
             shared = heads // kv_heads
             self._write(layer, key[:, :, 0].to(self.cache.dtype), value[:, :, 0].to(self.cache.dtype))
-            rows, results, normalizers = query.to(self.cache.dtype).reshape(live, -1), [], []
+            rows = query.to(self.cache.dtype).reshape(live, -1)
+            results: list[Tensor] = []
+            normalizers: list[Tensor] = []
             for number, piece in enumerate(self.layout.pieces):
                 keys, values = piece.store.pair(layer.index, piece.block)
                 seen = self._keys(piece)
@@ -175,4 +177,4 @@ def _product(one: Float[Tensor, "B heads N D"], other: Float[Tensor, "B heads D 
     if one.device.type != "cuda":
         return one.float() @ other.float()
     product: Tensor = torch.bmm(one.flatten(0, 1), other.flatten(0, 1), out_dtype=torch.float32)
-    return product.unflatten(0, one.shape[:2])
+    return product.view(*one.shape[:2], *product.shape[1:])
