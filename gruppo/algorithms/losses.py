@@ -164,7 +164,7 @@ def reward_model_loss(
     (Math-Shepherd, arXiv 2312.08935, Eq. 2). Labels y are between 0 and 1, hard or soft. The derivative with respect to
     s is w (σ(s) - y). With K = 0 the loss is 0. Raises ValueError for labels outside of this range.
     """
-    if len(labels) and not (float(labels.min()) >= 0 and float(labels.max()) <= 1):
+    if not ((labels >= 0) & (labels <= 1)).all():
         raise ValueError(f"labels = {labels.tolist()[:20]}: must be between 0 and 1")
     return (weights * (torch.nn.functional.softplus(scores) - labels * scores)).sum()
 
@@ -195,7 +195,7 @@ def sequence_means(
     values: Float[Tensor, " N"], used: Bool[Tensor, " N"], sequences: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
     """For each token, the mean of `values` over the used tokens of its sequence; 0 if the sequence has none."""
-    count = int(sequences.max()) + 1 if len(sequences) else 0
+    count = len(sequences)  # at least the number of sequences, which would have to be read from the device
     sums = values.new_zeros(count).index_add(0, sequences, torch.where(used, values, 0.0))
     lengths = values.new_zeros(count).index_add(0, sequences, used.to(values.dtype))
     return (sums / lengths.clamp(min=1))[sequences]

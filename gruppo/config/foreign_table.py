@@ -20,6 +20,7 @@ _KL = "method.kl_coef, the weight of the KL term"
 _KL_IN_REWARD = 'method.kl_estimator = "k1", which subtracts the KL from the reward'
 _REFERENCE = "run.iterations: the reference is reset at the start of each iteration"
 _SCORER = 'reward.functions = ["classifier"], with options.classifier.model'
+_SERVER = 'reward.functions = ["remote"], with options.remote.url; for a file, the path of its function'
 _OUT = "--out"
 _RESUME = "--resume"
 _TRACKERS = 'run.trackers, a list such as ["tensorboard", "wandb"]'
@@ -279,8 +280,8 @@ NAMES = {
     "custom_reward_function.name": "reward.functions",
     "reward_manager": "reward.functions",
     "reward_manager.name": "reward.functions",
-    "remote_rm_url": "reward.functions",
-    "remote_url": "reward.functions",
+    "remote_rm_url": _SERVER,
+    "remote_url": _SERVER,
     "reward_weights": "reward.weights",
     "reward_pretrain": _SCORER,
     "reward_model_path": _SCORER,

@@ -22,7 +22,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
     MEMORY: {"run": ("memory",)},
     FIXED: {
         "run": ("seed",),
-        "model": ("device", "dtype", "lora"),
+        "model": ("device", "dtype", "attention", "compile", "lora"),
         **dict.fromkeys(
             ("task", "mixture"),
             (

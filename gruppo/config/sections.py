@@ -147,6 +147,14 @@ class Model(Section):
     """Compute dtype of matrix multiplications (matmuls); "auto" is bfloat16 if the device supports it natively, else
     float32. Weights, gradients and optimizer state are float32 (float64 with "float64", meant for numerical
     checks)."""
+    attention: Literal["auto", "cpu", "sdpa", "flex", "varlen"] = "auto"
+    """Attention over packed groups, and the modules around it. "cpu": gruppo's decoder and C kernels, for a CPU. The
+    others run transformers' modules: "sdpa" is torch's attention, on any device; "flex" (FlexAttention) and "varlen"
+    (flash attention, in bfloat16) need cuda. "auto": "cpu" on a CPU; on cuda the first of varlen, flex and sdpa that
+    can compute the model's layers; else "sdpa"."""
+    compile: bool = False
+    """Compile the layers of transformers' modules with torch.compile, for training only. The first steps take a minute
+    or more longer; a step is faster afterwards, where small operations dominate. Not with attention = "cpu"."""
     trust_remote_code: bool = False
     """Run the Python files that come with model.name. They run with your permissions: read them first."""
     lora: Lora | None = None

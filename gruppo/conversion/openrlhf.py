@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
 }
 _CRITIC = {"critic.adam.lr": 9e-6, "critic.value_clip": 0.5}
 _LORA = {"ds.lora.alpha": 16}
+_SECONDS = 180.0  # that OpenRLHF waits for a reward server
 _EVALUATION = {"eval.temperature": 0.6, "eval.n_samples_per_prompt": 4}
 
 # advantage estimator -> the row of the table of methods, and its baseline and scale
@@ -280,7 +281,12 @@ def _rewards(draft: Draft, settings: Settings) -> None:
     functions: list[str] = []
     options: dict[str, Any] = {}
     weights: list[float] = []
-    if model.value and is_off(remote.value):
+    source = model
+    servers = [str(one) for one in as_list(remote.value)] if is_off(agent.value) else []
+    if servers and servers[0].startswith(("http://", "https://")):
+        functions, weights, source = ["remote"], [1.0], remote
+        options["remote"] = _server(draft, servers)
+    elif model.value and is_off(remote.value):
         for name in as_list(model.value):
             label = "classifier" if not functions else f"classifier{len(functions) + 1}"
             functions.append(label if label == "classifier" else f"{label} = classifier")
@@ -303,13 +309,26 @@ def _rewards(draft: Draft, settings: Settings) -> None:
         where = next((one for one in (remote, agent) if not is_off(one.value)), None)
         draft.ask("reward.functions", functions, what if where is None else f"{where}; {what}")
     else:
-        draft.put("reward.functions", functions, model)
+        draft.put("reward.functions", functions, source)
     if not is_off(agent.value):
         draft.lack(agent, 'an agent of several turns is a class; write [environment] with name = "file.py:Class"')
     if set(weights) != {1.0}:
         draft.put("reward.weights", weights, factor)
     if options:
         draft.put("reward.options", options, "models and lengths of the reward")
+
+
+def _server(draft: Draft, servers: list[str]) -> dict[str, Any]:
+    """The options of the reward "remote" for a reward server, with the time and tries that OpenRLHF gives a request."""
+    options: dict[str, Any] = {"url": servers[0], "format": "openrlhf", "timeout": _SECONDS, "tries": 5}
+    if "task.system" in draft.fields:  # prompts are conversations
+        options["tokenizer"] = draft.value("model.name")
+    if servers[1:]:
+        draft.lack(", ".join(servers[1:]), "a reward asks one server; put a load balancer in front of several")
+    draft.lack("the EOS token at the end of each query", "a reward gets the text before it; let the server add one")
+    source = f"{_SECONDS:g} seconds per request"
+    draft.put("reward.timeout", 4 * _SECONDS, f"{source}, and time for more tries", given=False)
+    return options
 
 
 def _evaluation(draft: Draft, settings: Settings) -> None:

@@ -44,6 +44,7 @@ _AGGREGATION = {
     "bnpo": "token-mean",
     "cispo": "token-mean",
     "dr_grpo": "constant",
+    "luspo": "sequence-sum",
 }
 _REWARDS = {
     "accuracy_reward": "trl.rewards:accuracy_reward",
@@ -158,7 +159,7 @@ def _online(draft: Draft, settings: Settings, source: Source) -> None:
         draft.put("method.inner_updates", repeats, inner)
     _length(draft, settings, repeats * parts)
     if source.method == "grpo":
-        _grpo(draft, settings)
+        _grpo(draft, settings, source)
     else:
         scale = settings.take("normalize_advantages")
         draft.put("method.scale", "none" if is_off(scale.value) else "batch", scale)
@@ -172,9 +173,12 @@ def _online(draft: Draft, settings: Settings, source: Source) -> None:
     _engine(draft, settings)
 
 
-def _grpo(draft: Draft, settings: Settings) -> None:
+def _grpo(draft: Draft, settings: Settings, source: Source) -> None:
     loss = settings.take("loss_type")
     kind = str(loss.value)
+    passes = (source.processes or 1) * (as_number(source.values.get("gradient_accumulation_steps")) or 1)
+    if kind == "bnpo" and passes > 1:
+        draft.lack(loss, "TRL averages over the tokens of each pass through the model, gruppo over those of an update")
     if kind not in _AGGREGATION:
         draft.lack(loss, 'gruppo has no such loss; written as "dapo". See method.surrogate for one of your own')
     draft.put("method.aggregation", _AGGREGATION.get(kind, "token-mean"), loss)
@@ -183,6 +187,8 @@ def _grpo(draft: Draft, settings: Settings) -> None:
         draft.put("method.surrogate", "clipped-weight", loss)
         draft.put("method.clip_low", 1.0, "the ratio has no lower bound")
         bound = as_number(high.value) or as_number(low.value) or 0.2
+        if bound < 1:
+            draft.lack(f"a largest ratio of {bound:g}", "it must be at least 1; for 5, write method.clip_high = 4")
         draft.put("method.clip_high", max(0.0, round(bound - 1, 12)), f"{high}, TRL's bound of the ratio itself")
     else:
         put_clips(draft, settings.take("epsilon"), settings.take("epsilon_high"))

@@ -51,6 +51,8 @@ _ESTIMATORS = {
     "reinforce_plus_plus": ("reinforce-pp", "batch", "batch"),
     "reinforce_plus_plus_baseline": ("grpo", "group", "batch"),
 }
+# Ways to call compute_score once per completion; "dapo" adds the overlong buffer.
+_MANAGERS = ("naive", "dapo", "remote", "rate_limited")
 _LOSSES = {
     "vanilla": ("clipped", "token"),
     "gspo": ("clipped", "sequence"),
@@ -236,39 +238,70 @@ def _data(draft: Draft, settings: Settings) -> None:
 
 
 def _rewards(draft: Draft, settings: Settings) -> None:
+    functions, source, question = _functions(draft, settings)
+    buffer = _taken(settings, r"overlong_buffer(_cfg)?\.(enable|len|penalty_factor)$|reward_kwargs\.max_resp_len$")
+    if not is_off(buffer.get("enable")):
+        functions["overlong"] = {"buffer_tokens": int(as_number(buffer.get("len")) or 4096)}
+        if limit := as_number(buffer.get("max_resp_len")):
+            functions["overlong"]["max_tokens"] = int(limit)
+        weight = as_number(buffer.get("penalty_factor")) or 1.0
+        if weight != 1.0:
+            weights = [*[1.0] * (len(functions) - 1), weight]
+            draft.put("reward.weights", weights, "overlong_buffer.penalty_factor")
+    if question:
+        draft.ask("reward.functions", list(functions), question)
+    else:
+        draft.put("reward.functions", list(functions), source)
+    options = {name: given for name, given in functions.items() if given}
+    if options:
+        draft.put("reward.options", options, "arguments of the rewards")
+
+
+def _functions(draft: Draft, settings: Settings) -> tuple[dict[str, dict[str, Any]], Setting, str]:
+    """The rewards with their options, the setting that they come from, and what the user has to look at ("" for none).
+
+    verl has no name for the address of a reward server. Under `reward`, some of its users have.
+    """
     path = settings.take("reward.custom_reward_function.path", "custom_reward_function.path")
     name = settings.take("reward.custom_reward_function.name", "custom_reward_function.name")
-    model = settings.take("reward.reward_model.model_path", "reward_model.model.path")
-    trained = settings.flag("reward.reward_model.enable", "reward_model.enable")
-    functions: list[str] = []
-    weights: list[float] = []
-    options: dict[str, Any] = {}
+    source = model = settings.take("reward.reward_model.model_path", "reward_model.model.path")
+    manager = settings.take("reward.reward_manager.name", "reward_model.reward_manager")
+    if manager.value in _MANAGERS:
+        draft.skip(manager, "gruppo calls the function in processes of its own, as this manager does")
+    elif manager.given:
+        draft.lack(manager, "gruppo calls compute_score for one completion at a time")
+    found: dict[str, dict[str, Any]] = {}
+    question = ""
+    address = next((one for one in settings.rest() if _is_server(one)), None)
     if not is_off(path.value):
-        functions, weights = [f"verl:{path.value}:{name.value or 'compute_score'}"], [1.0]
-    if trained and not is_off(model.value):
-        functions, weights = [*functions, "classifier"], [*weights, 1.0]
-        options["classifier"] = {"model": str(model.value)}
-    by_hand = not functions
-    if by_hand:
-        functions, weights = ["verl:verl.utils.reward_score:default_compute_score"], [1.0]
-    buffers = [
-        one for one in settings.rest() if re.search(r"overlong_buffer(_cfg)?\.(enable|len|penalty_factor)$", one.name)
-    ]
-    buffer = {one.name.rpartition(".")[2]: settings.take(one.name).value for one in buffers}
-    if not is_off(buffer.get("enable")):
-        functions.append("overlong")
-        weights.append(as_number(buffer.get("penalty_factor")) or 1.0)
-        options["overlong"] = {"buffer_tokens": int(as_number(buffer.get("len")) or 4096)}
-    if by_hand:
-        draft.ask(
-            "reward.functions", functions, "verl's own choice by data_source, which needs verl; or e.g. \"math_verify\""
-        )  # fmt: skip
-    else:
-        draft.put("reward.functions", functions, path if path.given else model)
-    if set(weights) != {1.0}:
-        draft.put("reward.weights", weights, "overlong_buffer.penalty_factor")
-    if options:
-        draft.put("reward.options", options, "reward model and overlong buffer")
+        source = path
+        arguments = _taken(settings, r"custom_reward_function\.reward_kwargs\.\w+$")
+        found[f"verl:{path.value}:{name.value or 'compute_score'}"] = arguments
+    elif address is not None:
+        question = (
+            f"{settings.take(address.name)}, which is not a name of verl; if the server does not take the arguments of "
+            "compute_score, change format (docs/rewards.md)"
+        )
+        found["remote"] = {"url": str(address.value), "format": "verl"}
+        draft.put("reward.timeout", 240.0, "60 seconds per request, and time for more tries", given=False)
+    if settings.flag("reward.reward_model.enable", "reward_model.enable") and not is_off(model.value):
+        found["classifier"] = {"model": str(model.value)}
+    if not found:
+        question = 'verl\'s own choice by data_source, which needs verl; or e.g. "math_verify"'
+        found["verl:verl.utils.reward_score:default_compute_score"] = {}
+    return found, source, question
+
+
+def _is_server(setting: Setting) -> bool:
+    table, _, name = setting.name.rpartition(".")
+    other = re.search(r"^(?!reward)|sandbox_fusion|reward_kwargs", table)
+    return not other and name.endswith(("url", "address", "endpoint")) and str(setting.value).startswith("http")
+
+
+def _taken(settings: Settings, pattern: str) -> dict[str, Any]:
+    """The values of all names in which the pattern occurs, by the last part of the name."""
+    names = [one.name for one in settings.rest() if re.search(pattern, one.name)]
+    return {name.rpartition(".")[2]: settings.take(name).value for name in names}
 
 
 def _sampling(draft: Draft, settings: Settings) -> None:

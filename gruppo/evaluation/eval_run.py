@@ -214,13 +214,15 @@ class _Scorer:
         assert recipe.reward_model is not None
         self.settings, policy = recipe.reward_model, candidate.policy
         source = find_like(self.settings.name, "reward_model.name", candidate.source, progress)
-        model = load_reward_model(source, self.settings.kind, policy.device.type, recipe.model.dtype, progress)
+        model = load_reward_model(
+            source, self.settings.kind, policy.device.type, recipe.model.dtype, progress, recipe.model.attention
+        )
         longest = max(
             len(prompt.token_ids) + eval_set.options.max_tokens
             for eval_set in candidate.eval_sets
             for prompt in eval_set.prompts
         )
-        sizes = BatchSizes(min(4 * longest, most_tokens(longest)), 1, longest)
+        sizes = BatchSizes(min(4 * longest, most_tokens(longest, policy.device.type != "cpu")), 1, longest)
         self.scorer = RewardModelScorer(model, self.settings, policy.tokenizer, sizes)
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Completion]]) -> list[list[float]]:

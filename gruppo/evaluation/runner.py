@@ -27,11 +27,11 @@ from gruppo.evaluation.datasets import read_eval_sets
 from gruppo.evaluation.metrics import figures_of
 from gruppo.evaluation.sets import EvalSet, make_eval_set
 from gruppo.evaluation.verdicts import grade_answer, vote
+from gruppo.models.attention.backends import check_compute
 from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
-from gruppo.models.precision import choose_device, choose_dtype
 from gruppo.rewards.grading.verdicts import Verdict
-from gruppo.rollout.multi_turn import open_multi_turn
+from gruppo.rollout.multi_turn import OpenedEnvironments, open_multi_turn
 from gruppo.rollout.sampling import sample_groups
 from gruppo.runs.console import choose_progress
 from gruppo.types import Completion, Prompt
@@ -267,7 +267,56 @@ def open_eval_sets(
     `stack` ends the processes of an environment and of chat templates. Raises UsageError for problems with the
     evaluation sets, before weights are loaded.
     """
-    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    check_compute(recipe.model)
+    questions = read_questions(recipe, progress, stack, model, tokenizer)
+    policy = load_model(questions.source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
+    engine = build_engine(policy, choose_slots(policy, questions.longest, questions.room, questions.wanted))
+    sample = questions.sampler(policy.tokenizer, policy.eos_ids)
+    return Candidate(questions.source, policy, engine, questions.eval_sets, sample)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Evaluation sets as token ids for a model whose weights are not loaded. `opened`: the environment, if any."""
+
+    source: ModelSource
+    eval_sets: list[EvalSet]
+    opened: OpenedEnvironments | None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of all sets."""
+        return [prompt for eval_set in self.eval_sets for prompt in eval_set.prompts]
+
+    @property
+    def room(self) -> int:
+        """The maximum number of tokens of an answer, or of a turn of it."""
+        return max(eval_set.options.max_tokens for eval_set in self.eval_sets)
+
+    @property
+    def longest(self) -> int:
+        """The maximum number of tokens of a prompt. The prompt of a turn includes all earlier turns."""
+        longest = max(len(prompt.token_ids) for prompt in self.prompts)
+        return longest if self.opened is None else longest + self.room
+
+    @property
+    def wanted(self) -> int:
+        """The number of answers to the largest set."""
+        return max(len(eval_set.prompts) * eval_set.samples for eval_set in self.eval_sets)
+
+    def sampler(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Sampler:
+        """The function that samples answers."""
+        return sample_groups if self.opened is None else self.opened.episodes(tokenizer, eos_ids, self.prompts).sample
+
+
+def read_questions(
+    recipe: Recipe,
+    progress: Progress,
+    stack: ExitStack,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Questions:
+    """Read a recipe's evaluation sets, and make token ids of them. The arguments are those of `open_eval_sets`."""
     stack.callback(end_renderer)
     all_rows = read_eval_sets(recipe, progress)
     source = find_model(
@@ -281,15 +330,4 @@ def open_eval_sets(
             context, known = source.context, source.vocabulary
             return tokenize_part(part, source.tokenizer, context, room, known, most, advance, tools)[0]
 
-    eval_sets = [make_eval_set(rows, recipe, tokenize, source.tokenizer) for rows in all_rows]
-    policy = load_model(source, recipe.model.device, recipe.model.dtype, progress)
-    prompts = [prompt for eval_set in eval_sets for prompt in eval_set.prompts]
-    sample: Sampler = sample_groups
-    room = max(eval_set.options.max_tokens for eval_set in eval_sets)
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    if opened is not None:
-        sample = opened.episodes(policy.tokenizer, policy.eos_ids, prompts).sample
-        longest += room  # the prompt of a turn includes all earlier turns
-    wanted = max(len(eval_set.prompts) * eval_set.samples for eval_set in eval_sets)
-    engine = build_engine(policy, choose_slots(policy, longest, room, wanted))
-    return Candidate(source, policy, engine, eval_sets, sample)
+    return Questions(source, [make_eval_set(rows, recipe, tokenize, source.tokenizer) for rows in all_rows], opened)

@@ -16,12 +16,13 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from gruppo.errors import UsageError, error_line
-from gruppo.models.attention.interface import attention_named
-from gruppo.models.attention.shared_prefix import CapturingAttention, SharedPrefixAttention
+from gruppo.models.attention.backends import BACKENDS, choose_backend
+from gruppo.models.attention.interface import CapturingAttention, attention_named
 from gruppo.models.fused_decoder import FusedBody
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import prepare_for_float64
 from gruppo.models.weights import damage_of
+from gruppo.utils.progress import NullProgress, Progress
 
 # Layer types whose only state is their keys and values. Others (convolutions, recurrences) would leak from one sequence
 # of a packed row into the next.
@@ -29,9 +30,13 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def wrap_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "auto",
+    progress: Progress | None = None,
 ) -> LanguageModel:
-    """Wrap a transformers model for gruppo.
+    """Wrap a transformers model for gruppo. `attention`: the name of a backend, see `choose_backend`.
 
     Dropout is turned off, so that sampling and training use the same distribution. The embedding of the padding token
     gets a gradient, which torch would leave out, because chat templates end turns with this token.
@@ -46,23 +51,26 @@ def wrap_model(
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
-    ends, context = eos_ids(model, tokenizer), context_length(model.config)
-    return _tried(LanguageModel(model.eval(), tokenizer, ends, context, model.device, dtype))
+    ends, context = eos_ids(model.generation_config, model.config, tokenizer), context_length(model.config)
+    policy = LanguageModel(model.eval(), tokenizer, ends, context, model.device, dtype)
+    return _tried(policy, attention, progress or NullProgress())
 
 
 _TRIAL_PROMPT, _TRIAL_COMPLETIONS = 3, (4, 2)
 
 
 @torch.no_grad()
-def _tried(policy: LanguageModel) -> LanguageModel:
-    """Set `head_scale`, `head_softcap`, `cache_bytes` and `body` from a trial.
+def _tried(policy: LanguageModel, attention: str, progress: Progress) -> LanguageModel:
+    """Set `head_scale`, `head_softcap`, `cache_bytes`, `attention` and `body` from a trial.
 
     Raises UsageError if the numbers differ from those of transformers.
     """
     model, name = policy.model, f"{policy.model.config.model_type} ({type(policy.model).__name__})"
     if getattr(model.get_output_embeddings(), "weight", None) is None:
         raise UsageError(f"model: architecture {name} has no linear output head; use another model")
-    plan = CapturingAttention([(_TRIAL_PROMPT, _TRIAL_COMPLETIONS)])
+    layout = [(_TRIAL_PROMPT, _TRIAL_COMPLETIONS)]
+    tried = BACKENDS["cpu" if policy.device.type == "cpu" else "sdpa"]
+    plan = CapturingAttention(tried(layout, policy.device))
     length = _TRIAL_PROMPT + sum(_TRIAL_COMPLETIONS)
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = torch.tensor([[(7 * place + 5) % vocabulary for place in range(length)]], device=policy.device)
@@ -105,12 +113,17 @@ def _tried(policy: LanguageModel) -> LanguageModel:
     for scale, softcap in _head_settings(text):
         candidate = replace(policy, head_scale=scale, head_softcap=softcap)
         if plan.captured and agrees(candidate, hidden):
-            width = sum(tensor.shape[0] * tensor.shape[-1] for pair in plan.captured.values() for tensor in pair)
-            candidate = replace(candidate, cache_bytes=policy.cache_dtype.itemsize * width)
-            if not FusedBody.fits(model.get_decoder()):
+            cached = [tensor for _, key, value in plan.captured.values() for tensor in (key, value)]
+            width = sum(tensor.shape[0] * tensor.shape[-1] for tensor in cached)
+            backend, problems = choose_backend(attention, policy.device, policy.dtype, plan)
+            if problems:
+                progress.note(f"Note: attention runs on {backend.name} ({'; '.join(problems)})")
+            size = width * policy.cache_dtype.itemsize
+            candidate = replace(candidate, cache_bytes=size, attention=backend)
+            if backend.name != "cpu" or not FusedBody.fits(model.get_decoder()):
                 return candidate
             fused = replace(candidate, body=FusedBody(model.get_decoder(), plan.layers, candidate.generation))
-            again = SharedPrefixAttention([(_TRIAL_PROMPT, _TRIAL_COMPLETIONS)])
+            again = backend(layout, policy.device)
             same = agrees(candidate, replace(fused, dtype=hidden.dtype).hidden_states(ids, positions, again)[0])
             return fused if same else candidate
     raise UsageError(
@@ -163,10 +176,10 @@ def context_length(config: PreTrainedConfig) -> int:
     return context
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All token ids that end a turn, from the generation config, the config and the tokenizer."""
+def eos_ids(*sources: Any) -> tuple[int, ...]:
+    """All token ids that end a turn, according to a model's generation config, its config and its tokenizer."""
     ids: set[int] = set()
-    for source in (model.generation_config, model.config, tokenizer):
+    for source in sources:
         value = getattr(source, "eos_token_id", None)
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(ids))

@@ -1,7 +1,8 @@
-"""The decoder of the Llama family written out: fused matmuls, hand-written gradients, few tensors kept for backward.
+"""The Llama family's decoder for a CPU: fused matmuls, hand-written gradients, few tensors kept for backward.
 
-It replaces transformers' modules if a trial shows that it reproduces their numbers (`gruppo.models.compatibility`).
-All other models run through the modules themselves. Matmuls run in the compute dtype of the policy, on weights that are
+On a CPU, it replaces transformers' modules if a trial shows that it reproduces their numbers
+(`gruppo.models.compatibility`). All other models, and all devices that are not a CPU, run through the modules
+themselves. Matmuls run in the compute dtype of the policy, on weights that are
 prepared once and again when they change. Everything between them is in the accumulation dtype, float32 (or float64), as
 under autocast.
 
@@ -221,8 +222,10 @@ class FusedBody:
     ) -> Float[Tensor, "B T H"]:
         """Last hidden states, after the final norm. `plan` computes the attention.
 
-        `recompute`: see `LanguageModel`.
+        `recompute`: see `LanguageModel`. Raises RuntimeError for weights that are not on a CPU.
         """
+        if (kind := self.decoder.embed_tokens.weight.device.type) != "cpu":
+            raise RuntimeError(f"the fused decoder is for a CPU, and its weights are on {kind}; run the modules there")
         batch, length = token_ids.shape
         training = torch.is_grad_enabled()
         with torch.autocast(token_ids.device.type, enabled=False):

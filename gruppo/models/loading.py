@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from gruppo.errors import UsageError, error_line
+from gruppo.models.attention.backends import check_attention
 from gruppo.models.compatibility import context_length, unsupported, wrap_model
 from gruppo.models.conversion import adapter_base, convert_gguf, is_adapter, merge_adapter
 from gruppo.models.packaged import PACKAGED, packaged_model
@@ -116,16 +117,22 @@ def _given(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
 
 
 def load_model(
-    source: ModelSource, device: str = "auto", dtype: str = "auto", progress: Progress | None = None
+    source: ModelSource,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+    attention: str = "auto",
 ) -> LanguageModel:
     """Load the weights of a model onto the device, as float32, or as float64 with dtype "float64".
 
-    `dtype`: the compute dtype. See `choose_device` and `choose_dtype` for the names.
+    `dtype`: the compute dtype. `attention`: the backend for packed groups. See `choose_device`, `choose_dtype` and
+    `choose_backend` for the names.
     """
     keep_freed_memory()
     limit_threads()
     target = choose_device(device)
     compute = choose_dtype(dtype, target)
+    check_attention(attention, target, compute)
     storage = torch.float64 if compute == torch.float64 else torch.float32
     with loading_progress(progress or NullProgress()):
         if source.given is None:
@@ -133,7 +140,7 @@ def load_model(
         else:
             model = _copied(source.given, storage)
     nn.Module.to(model, target)
-    return wrap_model(model, source.tokenizer, compute)
+    return wrap_model(model, source.tokenizer, compute, attention, progress)
 
 
 def _copied(given: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -234,9 +241,10 @@ def _merged_adapter(folder: Path, progress: Progress, trust_remote_code: bool) -
     return merge_adapter(folder, location, progress, trust_remote_code)
 
 
-def out_of_reach(name: str) -> bool:
+def out_of_reach(name: str, revision: str | None = None) -> bool:
     """True if a hub model is neither cached nor reachable. Answers at once, not after half a minute of retries."""
-    return not isinstance(try_to_load_from_cache(name, "config.json"), str) and not hub_reachable()
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return not isinstance(cached, str) and not hub_reachable()
 
 
 def find_named(name: str, field: str, progress: Progress) -> ModelSource:

@@ -14,7 +14,20 @@ from torch import Tensor
 from gruppo.models.ops.linear import product
 from gruppo.models.ops.logprobs import logprobs_backward, logprobs_of_part
 
-CHUNK_SIZE, PART_SIZE = 1024, 4096  # tokens and vocabulary entries whose logits are in memory at a time
+CHUNK_SIZE, PART_SIZE = 1024, 4096  # tokens and vocabulary entries whose logits are in memory at a time, on a CPU
+CHUNK_BYTES = 512 * 2**20  # logits in memory at a time on an accelerator
+
+
+def logit_block(vocabulary: int, itemsize: int, accelerator: bool) -> tuple[int, int]:
+    """Tokens and vocabulary entries whose logits `token_logprobs` computes at a time. `itemsize`: bytes of a logit.
+
+    On a CPU, the logits stay in its caches. On an accelerator, they are those of the whole vocabulary for as many
+    tokens, in steps of 64, as `CHUNK_BYTES` hold: few large matmuls, and few passes over the weight's gradient. The
+    block depends on the model alone, so that another machine, or less memory after a resume, rounds in the same way.
+    """
+    if not accelerator:
+        return CHUNK_SIZE, PART_SIZE
+    return max(64, CHUNK_BYTES // (vocabulary * itemsize) // 64 * 64), vocabulary
 
 
 class OutputHead(NamedTuple):

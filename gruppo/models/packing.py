@@ -6,9 +6,8 @@ the groups cannot change the objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,16 +15,18 @@ from torch import Tensor
 
 from gruppo.models.policy import LanguageModel
 from gruppo.types import Group
+from gruppo.utils.transfer import real_dtype, upload
 
-MAX_TOKENS = 1024  # per micro-batch; larger ones do not make matmuls faster
+MAX_TOKENS = 1024  # per micro-batch on a CPU, where larger ones do not make matmuls faster
+ACCELERATOR_TOKENS = 65_536  # on an accelerator, which small micro-batches would leave idle; memory decides below this
 
 
-def most_tokens(prompt_tokens: int) -> int:
+def most_tokens(prompt_tokens: int, accelerator: bool) -> int:
     """Maximum number of tokens of a micro-batch.
 
     A prompt is at most half of it. Otherwise long prompts would be computed again for every few completions.
     """
-    return max(MAX_TOKENS, 2 * prompt_tokens)
+    return max(ACCELERATOR_TOKENS if accelerator else MAX_TOKENS, 2 * prompt_tokens)
 
 
 TokenWeights = Callable[[list[list[int]]], list[list[float]]]
@@ -38,7 +39,9 @@ class Batch:
 
     The last token of a completion is predicted but never read, so it is not in T. `layout` has the lengths of each
     prompt and its completions in T. `predictors[n]` is the position in T whose hidden state predicts `targets[n]`.
-    `members` lists the completions in N, in order, as (group index, completion index, number of tokens). The method
+    `members` lists the completions in N, in order, as (group index, completion index, number of tokens), and
+    `sequences` the number of each token's completion among them; completions are never split between batches. `trained`
+    are the tokens whose weight is not 0: known here, because selecting them on a device would wait for it. The method
     fills in `old_logprobs`, `ref_logprobs` and the policy's `entropy` before the step. `values` and `returns` are set
     with a value model only.
     """
@@ -51,18 +54,14 @@ class Batch:
     advantages: Float[Tensor, " N"]
     weights: Float[Tensor, " N"]
     sampling_logprobs: Float[Tensor, " N"]
+    sequences: Int[Tensor, " N"]
+    trained: Int[Tensor, " U"]
     members: list[tuple[int, int, int]] = field(default_factory=list)
     old_logprobs: Float[Tensor, " N"] | None = None
     ref_logprobs: Float[Tensor, " N"] | None = None
     entropy: Float[Tensor, " N"] | None = None
     values: Float[Tensor, " N"] | None = None
     returns: Float[Tensor, " N"] | None = None
-
-    @property
-    def sequences(self) -> Int[Tensor, " N"]:
-        """The index of the completion of each token within the batch. Completions are never split between batches."""
-        lengths = torch.tensor([length for _, _, length in self.members], device=self.targets.device)
-        return torch.arange(len(lengths), device=self.targets.device).repeat_interleave(lengths)
 
 
 def split(groups: Sequence[Group], parts: int) -> list[Part]:
@@ -134,7 +133,8 @@ class _Packer:
         layout: list[tuple[int, list[int]]] = []
         predictors: list[int] = []
         targets: list[int] = []
-        columns: dict[str, list[float]] = {"advantages": [], "weights": [], "sampling": [], "values": [], "returns": []}
+        names = ("advantages", "weights", "sampling_logprobs", "values", "returns")
+        columns: dict[str, list[float]] = {name: [] for name in names}
         members: list[tuple[int, int, int]] = []
         current = None
         for index, number, group, weight in plan:
@@ -153,26 +153,39 @@ class _Packer:
             targets += completion.token_ids
             columns["advantages"] += group.advantages[number]
             columns["weights"] += [weight if sampled else 0.0 for sampled in completion.mask]
-            columns["sampling"] += completion.sampling_logprobs
+            columns["sampling_logprobs"] += completion.sampling_logprobs
             if group.returns:
                 columns["values"] += (group.values[number] or [])[:-1]
                 columns["returns"] += group.returns[number] or []
-        dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
-        whole = partial(torch.tensor, dtype=torch.long, device=self.device)
-        real = partial(torch.tensor, dtype=dtype, device=self.device)
-        return Batch(
-            token_ids=whole(token_ids),
-            positions=whole(positions),
-            layout=layout,
-            predictors=whole(predictors),
-            targets=whole(targets),
-            advantages=real(columns["advantages"]),
-            weights=real(columns["weights"]),
-            sampling_logprobs=real(columns["sampling"]),
-            members=members,
-            values=real(columns["values"]) if columns["returns"] else None,
-            returns=real(columns["returns"]) if columns["returns"] else None,
-        )
+        if not columns["returns"]:
+            del columns["values"], columns["returns"]
+        return make_batch(token_ids, positions, layout, predictors, targets, columns, members, self.device)
+
+
+def make_batch(
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    layout: list[tuple[int, list[int]]],
+    predictors: Sequence[int],
+    targets: Sequence[int],
+    columns: Mapping[str, Sequence[float]],
+    members: list[tuple[int, int, int]],
+    device: torch.device | str,
+) -> Batch:
+    """The micro-batch on the device, in two transfers: whole numbers and reals. `columns`: its reals, by name."""
+    sequences = [number for number, (_, _, length) in enumerate(members) for _ in range(length)]
+    trained = [place for place, weight in enumerate(columns["weights"]) if weight]
+    whole = {
+        "token_ids": token_ids,
+        "positions": positions,
+        "predictors": predictors,
+        "targets": targets,
+        "sequences": sequences,
+        "trained": trained,
+    }
+    on_device = dict(zip(whole, upload(list(whole.values()), torch.long, device), strict=True))
+    on_device |= zip(columns, upload(list(columns.values()), real_dtype(device), device), strict=True)
+    return Batch(layout=layout, members=members, **on_device)
 
 
 def score(policy: LanguageModel, batch: Batch, temperature: float) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -21,13 +21,14 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from gruppo.models.attention.interface import AttentionPlan, attention_plan
-from gruppo.models.attention.shared_prefix import SharedPrefixAttention
+from gruppo.models.attention.backends import BACKENDS, Backend
+from gruppo.models.attention.interface import AttentionPlan, attention_plan, exclude_attention_from_compilation
 from gruppo.models.fused_decoder import Cast, FusedBody
 from gruppo.models.generation import Generation
-from gruppo.models.logprobs import OutputHead, token_logprobs
+from gruppo.models.logprobs import OutputHead, logit_block, token_logprobs
 from gruppo.models.precision import prepare_for_float64
 from gruppo.models.weights import WeightSource, named_weights
+from gruppo.utils.determinism import deterministic
 from gruppo.utils.token_text import ids_without_text
 
 
@@ -39,7 +40,8 @@ class LanguageModel:
     token ids that end a turn. `context`: the maximum number of tokens of a sequence. `head_scale`, `head_softcap`: see
     `OutputHead`. `cache_bytes`: size of the keys and values of one token in all layers. `body`: the decoder with fused
     matmuls, if available; otherwise the module computes. `recompute`: keep only the input of every layer for backward,
-    and compute the layer again there. `generation`: counter of weight changes.
+    and compute the layer again there. `attention`: computes the attention of packed groups. `compiled`: whether layers
+    run through torch's compiler. `generation`: counter of weight changes.
     """
 
     model: PreTrainedModel
@@ -53,13 +55,19 @@ class LanguageModel:
     cache_bytes: int = 0
     body: FusedBody | None = None
     recompute: bool = False
+    attention: Backend = BACKENDS["cpu"]
+    compiled: bool = False
     generation: Generation = field(default_factory=Generation)
 
-    def precision(self) -> AbstractContextManager[object]:
-        """Run matmuls in `dtype` inside the block. Each weight is cast at most once per block."""
-        if self.dtype == torch.bfloat16:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Run matmuls in `dtype` inside the block, with deterministic kernels on cuda (see `deterministic`).
+
+        Each weight is cast at most once per block.
+        """
+        narrow = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+        with deterministic(self.device), narrow:
+            yield
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -84,26 +92,34 @@ class LanguageModel:
             output = self.model.get_decoder()(input_ids=token_ids, position_ids=positions, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
-    @contextmanager
-    def _recomputing(self, plan: AttentionPlan) -> Iterator[None]:
+    @cached_property
+    def layers(self) -> list[Any]:
+        """The decoder's layers."""
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def _recomputing(self, plan: AttentionPlan) -> AbstractContextManager[None]:
         """Let the decoder layers keep only their inputs inside the block. `plan` is active again during backward."""
 
         def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
             return nullcontext(), attention_plan(self.configs, plan)
 
-        layers: list[Any] = [
-            module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)
+        forwards = [
+            partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts) for layer in self.layers
         ]
-        before = [vars(layer).get("forward") for layer in layers]
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
-        try:
-            yield
-        finally:
-            for layer, forward in zip(layers, before, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
+        return replaced_forwards(self.layers, forwards)
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """Run the decoder layers through torch's compiler inside the block, if the policy is `compiled`."""
+        return replaced_forwards(self.layers, self._compiled_forwards) if self.compiled else nullcontext()
+
+    @cached_property
+    def _compiled_forwards(self) -> list[Callable[..., Any]]:
+        """The forward methods of the layers, compiled once for all layers of a class and all numbers of tokens.
+
+        Attention is left out: it has kernels of its own, and its plans differ from one micro-batch to the next.
+        """
+        exclude_attention_from_compilation()
+        return [torch.compile(layer.forward, dynamic=True) for layer in self.layers]
 
     @property
     def head_size(self) -> int:
@@ -152,7 +168,15 @@ class LanguageModel:
         model = copy.deepcopy(self.model).requires_grad_(False)
         nn.Module.to(model, torch.float64)
         prepare_for_float64(model)
-        return replace(self, model=model, body=None, dtype=torch.float64, generation=Generation())
+        return replace(
+            self,
+            model=model,
+            body=None,
+            dtype=torch.float64,
+            attention=BACKENDS["sdpa"],
+            compiled=False,
+            generation=Generation(),
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """The weights of the saved model, by name."""
@@ -185,7 +209,9 @@ class TokenScorer(nn.Module):
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Log-probabilities of the targets, and the entropy at each, in nats at `temperature`. See `Batch`."""
         hidden = predicting_states(self.policy, token_ids, positions, layout, predictors)
-        return token_logprobs(hidden, self.policy.head, targets, temperature)
+        head, accelerator = self.policy.head, self.policy.device.type != "cpu"
+        block = logit_block(len(head.weight), head.accumulation_dtype.itemsize, accelerator)
+        return token_logprobs(hidden, head, targets, temperature, *block)
 
 
 def predicting_states(
@@ -196,8 +222,25 @@ def predicting_states(
     predictors: Int[Tensor, " N"],
 ) -> Float[Tensor, "N H"]:
     """The hidden state that predicts each completion token of packed groups. Call inside `policy.precision()`."""
-    hidden = policy.hidden_states(token_ids[None], positions[None], SharedPrefixAttention(layout))[0]
+    plan = policy.attention(layout, policy.device)
+    with policy.compiling():
+        hidden = policy.hidden_states(token_ids[None], positions[None], plan)[0]
     return hidden.index_select(0, predictors)
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[Any], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let the modules run these functions in place of their forward methods inside the block."""
+    before = [vars(module).get("forward") for module in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:

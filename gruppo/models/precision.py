@@ -66,9 +66,11 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The compute dtype `name`. "auto" is bfloat16 if the processor has instructions for it, else float32.
 
-    Raises UsageError for an unknown name.
+    Raises UsageError for an unknown name, and for one that the device does not have.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name == "float64" and device.type == "mps":
+        raise UsageError('model.dtype = "float64": mps has no float64; write model.device = "cpu", or another dtype')
     if name in dtypes:
         return dtypes[name]
     if name != "auto":

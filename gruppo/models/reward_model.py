@@ -83,7 +83,12 @@ def kind_of(name: str) -> str:
 
 
 def load_reward_model(
-    source: ModelSource, kind: str, device: str, dtype: str, progress: Progress | None = None
+    source: ModelSource,
+    kind: str,
+    device: str,
+    dtype: str,
+    progress: Progress | None = None,
+    attention: str = "auto",
 ) -> ScalarModel:
     """Load a reward model: a saved one, or a language model with a zero-initialized scalar head.
 
@@ -92,7 +97,7 @@ def load_reward_model(
     check_kind(source.config, kind)
     ending, _ = _KINDS[kind]
     if not is_trained(source.config):
-        return ScalarModel.on(load_model(source, device, dtype, progress), bias=kind == "process")
+        return ScalarModel.on(load_model(source, device, dtype, progress, attention), bias=kind == "process")
     class_name = str((source.config.architectures or [""])[0])
     if not class_name.endswith(ending):
         raise UsageError(f"reward_model.kind = {kind!r}: {source.location} is a {class_name}; write the other kind")
@@ -103,7 +108,7 @@ def load_reward_model(
         )
     layers, head = _parts(source, kind)
     in_memory = replace(source, given=layers)
-    model = ScalarModel.on(load_model(in_memory, device, dtype, progress), bias=kind == "process")
+    model = ScalarModel.on(load_model(in_memory, device, dtype, progress, attention), bias=kind == "process")
     with torch.no_grad():
         for target, saved in zip((model.head.weight, model.head.bias), head, strict=False):
             if target is not None:

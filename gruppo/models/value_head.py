@@ -94,7 +94,7 @@ def read_states(
     """Yield group index, completion index, and the outputs at all states, including the one after the last token."""
     for batch in pack_states(groups, budget, device):
         with model.policy.precision():
-            numbers = model.numbers(batch).double().cpu()
+            numbers = model.numbers(batch).cpu().double()
         start = 0
         for index, number, length in batch.members:
             yield index, number, numbers[start : start + length].tolist()

@@ -125,6 +125,7 @@ def check_recipe(
 
 
 def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: Path, seconds: float) -> Check:
+    from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_model
     from gruppo.models.lora import check_adapters
     from gruppo.models.precision import choose_device, choose_dtype
@@ -136,6 +137,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
 
     device = choose_device(recipe.model.device)
     dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    check_compute(recipe.model)
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
         pool = None

@@ -233,7 +233,7 @@ def _along_gradient(
 ) -> tuple[list[float], list[float]]:
     """The norm of the gradient, and the difference along it, in the policy itself, whose weights are then restored."""
     weights = {name: weight for name, weight in policy.model.named_parameters() if name in gradients}
-    norm = math.sqrt(math.fsum(float(gradient.double().square().sum()) for gradient in gradients.values()))
+    norm = math.sqrt(math.fsum(float(gradient.cpu().double().square().sum()) for gradient in gradients.values()))
     originals = {name: weight.clone() for name, weight in weights.items()}
     step, losses = 1e-3 / norm**2, []
     for sign in (1, -1):

@@ -376,9 +376,9 @@ def compare_logprobs(policy: LanguageModel, groups: Sequence[Group], temperature
     differences = []
     for batch in pack(chosen, lambda lengths: [[1.0] * len(row) for row in lengths], budget, True, policy.device):
         with policy.precision():
-            logprobs = score(policy, batch, temperature)[0].double()
-        sampled = batch.weights != 0
-        differences.append((logprobs - batch.sampling_logprobs.double())[sampled].abs().cpu())
+            logprobs = score(policy, batch, temperature)[0]
+        sampling = batch.sampling_logprobs
+        differences.append((logprobs.to(sampling.dtype) - sampling)[batch.trained].abs().cpu().double())
     return report_engine_difference(torch.cat(differences), str(policy.dtype).removeprefix("torch."))
 
 

@@ -22,6 +22,7 @@ from gruppo.models.pretrained import UNDAMAGED, pickles_alone
 from gruppo.models.weights import damage_of
 from gruppo.rewards import conversation, whole_text
 from gruppo.types import Message
+from gruppo.utils.hub import hub_problem, split_revision
 from gruppo.utils.paths import is_dir, is_file, user_path
 
 _UNLIMITED = 10**9  # tokenizers without a limit report 10**30
@@ -38,21 +39,25 @@ class Classifier:
     """
 
     def __init__(self, model: str, label: str | int | None = None, device: str = "auto") -> None:
-        """`model`: a folder or a hub name; `device`: auto, cpu, cuda or mps.
+        """`model`: a folder, or a hub name, which a revision may follow ("owner/name@revision"); `device`: auto, cpu,
+        cuda or mps.
 
         Raises UsageError if the model is not found, cannot be loaded or has missing weights, if `label` does not fit
         its outputs, or if the device is not available.
         """
-        location = _locate(model)
+        location, revision = _locate(model)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         try:
             if problem := pickles_alone(Path(location)):
                 raise ValueError(problem)
-            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(location, **options)
+            self.tokenizer = AutoTokenizer.from_pretrained(location, **options)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                location, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+                location, output_loading_info=True, use_safetensors=True, **options
             )
         except Exception as error:  # third-party files: anything can be wrong with them
+            if not is_dir(Path(location)) and (problem := hub_problem(error)):
+                raise UsageError(f"model = {model!r}: {problem}") from error
             first = (str(error).strip().splitlines() or [""])[0]
             raise UsageError(
                 f"model = {model!r}: cannot be loaded ({type(error).__name__}: {first}); give a folder or a hub name "
@@ -101,18 +106,20 @@ def longest_sequence(config: PreTrainedConfig, tokenizer: Any) -> int:
     return min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
 
 
-def _locate(model: str) -> str:
+def _locate(model: str) -> tuple[str, str]:
+    """The folder or hub name of a model, and its revision."""
     if not isinstance(model, str) or not model:
         raise UsageError(f"model = {model!r}: must be text; write a folder or a hub name")
     path = user_path(model)
     if is_file(path / "config.json"):
-        return str(path)
-    if is_file(path) or is_dir(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        return str(path), "main"
+    name, revision = split_revision(model)
+    if is_file(path) or is_dir(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(
             f"model = {model!r}: there is no such folder with a config.json; write its path, or a hub name"
         )
     try:
-        unreachable = out_of_reach(model)
+        unreachable = out_of_reach(name, revision)
     except HFValidationError:
         raise UsageError(f"model = {model!r}: neither a folder nor a valid name on the Hugging Face hub") from None
     if unreachable:
@@ -120,7 +127,7 @@ def _locate(model: str) -> str:
             f"model = {model!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, or "
             "give a folder"
         )
-    return model
+    return name, revision or "main"
 
 
 def _label_id(config: PreTrainedConfig, label: str | int | None) -> int | None:

@@ -9,7 +9,6 @@ only its completion is excluded. In a recipe: "verl:file.py:compute_score", "ver
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +86,8 @@ class Adapted:
             return error
 
     async def _wait(self, outcomes: Sequence[Any], *logs: Any) -> list[Any]:
+        import asyncio  # a reward's process starts without it
+
         async def outcome_of(outcome: Any) -> Any:
             return await outcome if inspect.isawaitable(outcome) else outcome
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -139,14 +141,8 @@ def load_tensors(
     """Load a checkpoint's weights and optimizer states into the models and optimizers."""
     for name, (module, module_optimizer) in {"": (model, optimizer), **others}.items():
         load_weights_file(folder / _file(name, "weights"), module)
-        parameters = dict(module.named_parameters())
         with reading(folder / _file(name, "optimizer"), _ANOTHER):
-            for key, tensor in read_tensors(folder / _file(name, "optimizer")).items():
-                kind, _, owner = key.partition(":")
-                parameter = parameters[owner]
-                if kind != "step" and tensor.shape != parameter.shape:
-                    raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
-                module_optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+            _put_optimizer_tensors(read_tensors(folder / _file(name, "optimizer")), module, module_optimizer)
 
 
 _ANOTHER = "use another checkpoint; without the folder of this one, --resume continues from the one before"
@@ -183,6 +179,20 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _put_optimizer_tensors(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Set an optimizer's state. torch knows where each tensor belongs: a fused AdamW counts its steps on the device."""
+    parameters = dict(model.named_parameters())
+    lists = (group["params"] for group in optimizer.param_groups)
+    numbers = {parameter: number for number, parameter in enumerate(chain.from_iterable(lists))}
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        kind, _, owner = key.partition(":")
+        if kind != "step" and tensor.shape != parameters[owner].shape:
+            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
+        state[numbers[parameters[owner]]][kind] = tensor
+    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def problem_of(folder: Path) -> str | None:

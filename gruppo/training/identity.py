@@ -19,6 +19,8 @@ def require_whole(environment: Mapping[str, Any], run: RunFolder) -> None:
             raise ValueError(f"threads, slots and micro_batch_tokens are {numbers}")
         if chosen["dtype"] not in ("float32", "bfloat16", "float64") or chosen["device"] not in ("cpu", "cuda", "mps"):
             raise ValueError(f"dtype = {chosen['dtype']!r}, device = {chosen['device']!r}")
+        if chosen.get("attention", "cpu") not in ("cpu", "sdpa", "flex", "varlen"):
+            raise ValueError(f"attention = {chosen['attention']!r}")
         if not isinstance(chosen.get("recompute", False), bool):
             raise ValueError(f"recompute = {chosen['recompute']!r}")
         if missing := {"start_weights_sha256", "data_sha256", "rewards_sha256"} - set(environment):

@@ -17,13 +17,15 @@ import torch
 from gruppo.config.units import as_bytes
 from gruppo.engines.native.engine import MAX_SLOTS, PREFILL_TOKENS
 from gruppo.errors import UsageError
-from gruppo.models.logprobs import CHUNK_SIZE, PART_SIZE
+from gruppo.models.logprobs import logit_block
 from gruppo.models.packing import most_tokens
 from gruppo.training.memory_footprint import Footprint, Layout, layout_tokens, process_bytes
 from gruppo.utils.system import free_memory
 
 FRAGMENTS = 1.05  # resident over allocated bytes of the temporaries of a step; see benchmarks/memory.py
-
+# The same on an accelerator, a margin and no measurement: torch's allocator rounds blocks up to 2 MiB, and keeps blocks
+# of micro-batches of other shapes, which it reuses only in part.
+DEVICE_FRAGMENTS = 1.1
 
 PHASES = ("sampling", "training", "evaluation")
 
@@ -107,7 +109,8 @@ class Memory:
     """Bytes of each part at the peak of its phase; see `parts` for what is alive when.
 
     `work` and `evaluation_work`: temporaries of prefill and sampling. `logits`: temporaries of log-probabilities,
-    forward and backward. `gradients`: gradients that exist in addition to all activations.
+    forward and backward. `backward`: temporaries of a layer's backward pass, 0 on a CPU, where micro-batches are small.
+    `gradients`: gradients that exist in addition to all activations.
     """
 
     process: int
@@ -124,6 +127,7 @@ class Memory:
     gradients: int
     activations: int
     logits: int
+    backward: int
 
     def parts(self, phase: str) -> dict[str, int]:
         """Bytes alive in a phase, by name."""
@@ -131,7 +135,12 @@ class Memory:
         of_phase = {
             "sampling": {"cache": self.cache, "work": self.work},
             "evaluation": {"cache": self.evaluation_cache, "work": self.evaluation_work},
-            "training": {"gradients": self.gradients, "activations": self.activations, "logits": self.logits},
+            "training": {
+                "gradients": self.gradients,
+                "activations": self.activations,
+                "logits": self.logits,
+                "backward": self.backward,
+            },
         }[phase]
         return {name: getattr(self, name) for name in always} | of_phase
 
@@ -191,6 +200,9 @@ def forecast_memory(
     if len(layouts) > 1:
         activations = int(activations * max(1.0, micro_batch_tokens / layout_tokens(layout)))
     logits = _logits(footprint, layout)
+    # A layer's backward pass has about one temporary for each tensor that its forward pass kept.
+    backward = footprint.activations(layout, False) // footprint.layers if footprint.accelerator else 0
+    resident = partial(_resident, DEVICE_FRAGMENTS if footprint.accelerator else FRAGMENTS)
     gradients = footprint.gradients
     if len(layouts) == 1:  # gradients are allocated while activations are freed
         gradients = max(0, gradients - activations - logits)
@@ -214,29 +226,35 @@ def forecast_memory(
         reference=footprint.reference if workload.reference else 0,
         critic=footprint.critic if workload.critic else 0,
         reward_model=footprint.critic if workload.reward_model else 0,
-        prepared=_resident(footprint.prepared),
-        cache=_resident(cache),
-        work=_resident(work),
-        evaluation_cache=_resident(evaluation_cache),
-        evaluation_work=_resident(evaluation_work),
-        gradients=_resident(gradients),
-        activations=_resident(activations),
-        logits=_resident(logits),
+        prepared=resident(footprint.prepared),
+        cache=resident(cache),
+        work=resident(work),
+        evaluation_cache=resident(evaluation_cache),
+        evaluation_work=resident(evaluation_work),
+        gradients=resident(gradients),
+        activations=resident(activations),
+        logits=resident(logits),
+        backward=resident(backward),
     )
 
 
-def _resident(allocated: int) -> int:
-    return int(FRAGMENTS * allocated)
+def _resident(fragments: float, allocated: int) -> int:
+    return int(fragments * allocated)
 
 
 def _logits(footprint: Footprint, layout: Layout) -> int:
-    """The peak of `token_logprobs`: a chunk's logits for a part of the vocabulary, three times.
+    """The peak of `token_logprobs`: a chunk's logits for a part of the vocabulary, three times, and on an accelerator
+    their part of the weight's gradient, which is the whole weight.
 
     A head without a gradient also needs that gradient, which `Footprint.gradients` already counts.
     """
-    chunk = min(CHUNK_SIZE, sum(length + 1 for _, completions in layout for length in completions))
-    part = min(PART_SIZE, footprint.logits_token // footprint.wide)
-    return 3 * chunk * part * footprint.wide
+    vocabulary = footprint.logits_token // footprint.wide
+    most, entries = logit_block(vocabulary, footprint.wide, footprint.accelerator)
+    chunk, part = (
+        min(most, sum(length + 1 for _, completions in layout for length in completions)),
+        min(entries, vocabulary),
+    )
+    return 3 * chunk * part * footprint.wide + (part * footprint.state_token if footprint.accelerator else 0)
 
 
 def _generation(
@@ -273,7 +291,7 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
     slots = _largest(
         1, most, lambda count: max(memory(1, count, True).sampling, memory(1, count, True).evaluation) <= budget
     )
-    highest = most_tokens(workload.prompt_tokens)
+    highest = most_tokens(workload.prompt_tokens, footprint.accelerator)
     least = min(workload.smallest, highest)
     for recompute in (False, True):
         tokens = _largest(least, highest, partial(fits, recompute))

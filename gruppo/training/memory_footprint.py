@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from gruppo.models.packing import Batch, score
+from gruppo.models.attention.backends import BACKENDS
+from gruppo.models.packing import Batch, make_batch, score
 from gruppo.models.policy import LanguageModel
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import release_memory
 
 LATER = 95_000_000  # bytes that libraries allocate on first use: kernels, the table writer; measured on Linux
-
+WORKSPACES = 64 * 2**20  # bytes that matmul libraries take from torch's allocator on first use, on an accelerator
 
 # (prompt tokens, completions, tokens read per completion): one trial more than `_terms` has terms, chosen so that the
 # terms can be told apart. A single completion would be kept in other shapes than several.
@@ -35,7 +36,7 @@ class Footprint:
     `prepared`: copies of weights in the compute dtype, alive during computation. `kept`: what forward keeps for
     backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers.
     `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of one number in
-    the accumulation dtype.
+    the accumulation dtype. `accelerator`: the policy is not on a CPU.
     """
 
     process: int
@@ -50,6 +51,7 @@ class Footprint:
     state_token: int
     logits_token: int
     wide: int
+    accelerator: bool = False
 
     def activations(self, layout: Layout, recompute: bool) -> int:
         """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
@@ -62,19 +64,23 @@ class Footprint:
 def process_bytes(device: torch.device) -> int:
     """Bytes that this process already uses and that count towards the estimate.
 
-    On a CPU these are the resident bytes. On an accelerator it is 0, because only torch's allocations count there.
+    On a CPU these are the resident bytes. On an accelerator only torch's allocations there count: other models.
     """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
 
 
 def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -> Footprint:
     """Measure and count the memory of a model. `process`: `process_bytes` from before the weights were loaded."""
     config, weight = policy.model.config.get_text_config(), policy.head.weight
-    wide = torch.promote_types(policy.dtype, torch.float32).itemsize
+    wide, accelerator = torch.promote_types(policy.dtype, torch.float32).itemsize, policy.device.type != "cpu"
+    if policy.attention.name == "flex":  # which pads all trials to the same length
+        policy = replace(policy, attention=BACKENDS["sdpa"])
     prepared, *kept = _measure_kept(policy, progress)
     release_memory()
     return Footprint(
-        process=process + (LATER if policy.device.type == "cpu" else 0),
+        process=process + (WORKSPACES if accelerator else LATER),
         weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()]),
         gradients=_bytes_of([parameter for parameter in policy.model.parameters() if parameter.requires_grad]),
         reference=_reference_bytes(policy),
@@ -86,6 +92,7 @@ def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -
         state_token=wide * weight.shape[1],
         logits_token=wide * weight.shape[0],
         wide=wide,
+        accelerator=accelerator,
     )
 
 
@@ -192,15 +199,14 @@ def trial_batch(policy: LanguageModel, layout: Layout) -> Batch:
             positions += range(prompt, prompt + length)
             members.append((index, number, length + 1))
     vocabulary = int(policy.model.config.get_text_config().vocab_size)
-    device, count = policy.device, len(predictors)
-    return Batch(
-        token_ids=torch.tensor([token % vocabulary for token in ids], device=device),
-        positions=torch.tensor(positions, device=device),
-        layout=[(prompt, [length for length in completions if length]) for prompt, completions in layout],
-        predictors=torch.tensor(predictors, device=device),
-        targets=torch.zeros(count, dtype=torch.long, device=device),
-        advantages=torch.ones(count, device=device),
-        weights=torch.ones(count, device=device),
-        sampling_logprobs=torch.zeros(count, device=device),
-        members=members,
+    count = len(predictors)
+    return make_batch(
+        [token % vocabulary for token in ids],
+        positions,
+        [(prompt, [length for length in completions if length]) for prompt, completions in layout],
+        predictors,
+        [0] * count,
+        {"advantages": [1.0] * count, "weights": [1.0] * count, "sampling_logprobs": [0.0] * count},
+        members,
+        policy.device,
     )

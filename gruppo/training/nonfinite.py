@@ -21,6 +21,7 @@ from gruppo.models.packing import Batch
 from gruppo.runs.atomic import publish
 from gruppo.runs.folder import RunFolder
 from gruppo.training.context import RunContext
+from gruppo.utils.transfer import as_floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,12 +108,11 @@ def not_finite(batch: Batch) -> dict[str, int]:
     `sampling_logprobs` that are all NaN do not count: they belong to completions from dataset rows.
     """
     used = batch.weights != 0
-    counts = {
-        name: int((~torch.isfinite(tensor))[used].sum())
-        for name, tensor in _tensors(batch).items()
-        if tensor.is_floating_point() and not (name == "sampling_logprobs" and bool(tensor.isnan().all()))
-    }
-    return {name: count for name, count in counts.items() if count}
+    reals = {name: tensor for name, tensor in _tensors(batch).items() if tensor.is_floating_point()}
+    counts = {name: (~torch.isfinite(tensor) & used).sum() for name, tensor in reals.items()}
+    counts["sampling_logprobs"] *= ~batch.sampling_logprobs.isnan().all()
+    found = zip(counts, as_floats(list(counts.values())), strict=True)
+    return {name: int(count) for name, count in found if count}
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:

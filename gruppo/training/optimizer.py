@@ -15,6 +15,7 @@ from gruppo.models.policy import LanguageModel
 from gruppo.models.value_head import ScalarModel
 from gruppo.utils.progress import Advance
 from gruppo.utils.system import release_memory
+from gruppo.utils.transfer import as_floats
 
 # Called with a value, its name, and the micro-batches that it comes from; raises if the value is not finite.
 RequireFinite = Callable[[float, str, Sequence[Batch]], None]
@@ -62,7 +63,8 @@ def update(
     """One optimizer step on a loss that is a sum over micro-batches.
 
     `module` holds the trained parameters; `advance` is called once per micro-batch. Returns the loss, and the norm of
-    the gradient before clipping. If a value is not finite, `require_finite` raises before the optimizer step.
+    the gradient before clipping. The host waits for the device once, after the last micro-batch. If a value is not
+    finite, `require_finite` then raises, before the optimizer step.
 
     An error leaves no gradient behind, and weights and moments unchanged. The one exception is an error in the
     optimizer step itself. If memory runs out there, RunError is raised, because the update may be half done and must
@@ -70,8 +72,11 @@ def update(
     """
     optimizer.zero_grad(set_to_none=True)
     try:
-        total = _accumulate(batches, loss_of, computed_by, require_finite, advance)
-        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm))
+        losses = _accumulate(batches, loss_of, computed_by, advance)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        *values, norm = as_floats([*losses, gradient_norm])
+        for value, batch in zip(values, batches, strict=True):
+            require_finite(value, "loss", [batch])
         require_finite(norm, "gradient norm", batches)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -86,25 +91,23 @@ def update(
             ) from error
     finally:
         optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return sum(values), norm
 
 
 def _accumulate(
     batches: Sequence[Batch],
     loss_of: Callable[[Batch], Tensor],
     computed_by: LanguageModel,
-    require_finite: RequireFinite,
     advance: Advance,
-) -> float:
-    """Accumulate the gradients of all micro-batches. Returns the sum of the losses."""
-    total = 0.0
+) -> list[Tensor]:
+    """Accumulate the gradients of all micro-batches. Returns their losses, which the host does not wait for."""
+    losses = []
     with computed_by.precision():
         for batch in batches:
             loss = loss_of(batch)
-            require_finite(float(loss.detach()), "loss", [batch])
             with torch.autocast(computed_by.device.type, enabled=False):
                 loss.backward()
-            total += float(loss.detach())
+            losses.append(loss.detach())
             release_memory()
             advance(1)
-    return total
+    return losses

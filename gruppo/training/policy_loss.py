@@ -76,8 +76,8 @@ def score_batches(
         with policy.precision():
             batch.old_logprobs, batch.entropy = score(policy, batch, temperature)
             batch.ref_logprobs = score(reference, batch, temperature)[0]
-        used = batch.weights != 0
-        metrics.mean("policy/kl", float((batch.old_logprobs - batch.ref_logprobs)[used].sum()), float(used.sum()))
+        ratios = batch.old_logprobs - batch.ref_logprobs
+        metrics.mean("policy/kl", _total(ratios, batch), len(batch.trained))
 
 
 def batch_loss(
@@ -121,37 +121,41 @@ def batch_loss(
         importance,
         settings.kl_importance,
     )
-    used = batch.weights != 0
-    tokens = float(used.sum())
+    tokens = len(batch.trained)
     if not tokens:
         return result.loss
-    metrics.mean("policy/ratio_mean", float(result.ratio[used].sum()), tokens)
-    metrics.maximum("policy/ratio_max", float(result.ratio[used].max()))
-    metrics.minimum("policy/ratio_min", float(result.ratio[used].min()))
-    metrics.mean("policy/clipped_low", float(result.clipped_low[used].sum()), tokens)
-    metrics.mean("policy/clipped_high", float(result.clipped_high[used].sum()), tokens)
+    ratios = result.ratio[batch.trained]
+    metrics.mean("policy/ratio_mean", ratios.sum(), tokens)
+    metrics.maximum("policy/ratio_max", ratios.max())
+    metrics.minimum("policy/ratio_min", ratios.min())
+    metrics.mean("policy/clipped_low", _total(result.clipped_low, batch), tokens)
+    metrics.mean("policy/clipped_high", _total(result.clipped_high, batch), tokens)
     if settings.kl_in_loss:
-        metrics.mean("policy/kl", float(result.kl[used].sum()), tokens)
+        metrics.mean("policy/kl", _total(result.kl, batch), tokens)
     return result.loss
+
+
+def _total(values: Tensor, batch: Batch) -> Tensor:
+    """The sum over the batch's trained tokens."""
+    return values[batch.trained].sum()
 
 
 def _describe_sampling(batch: Batch, settings: Method, metrics: Metrics) -> None:
     """Metrics of the policy as it sampled: its entropy, and how far the engine's log-probabilities are from π_old."""
-    used = batch.weights != 0
-    tokens = float(used.sum())
+    tokens = len(batch.trained)
     if not tokens:
         return
     assert batch.entropy is not None
     assert batch.old_logprobs is not None
-    metrics.mean("policy/entropy", float(batch.entropy[used].sum()), tokens)
+    metrics.mean("policy/entropy", _total(batch.entropy, batch), tokens)
     if settings.source == "policy":
-        drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[used]
-        metrics.mean("engine/logprob_difference_mean", float(drift.sum()), tokens)
-        metrics.maximum("engine/logprob_difference_max", float(drift.max()))
+        drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[batch.trained]
+        metrics.mean("engine/logprob_difference_mean", drift.sum(), tokens)
+        metrics.maximum("engine/logprob_difference_max", drift.max())
         if settings.tis_cap:
-            importance = _importance(batch, settings)[used]
-            metrics.mean("engine/importance_mean", float(importance.sum()), tokens)
-            metrics.mean("engine/importance_capped", float((importance == settings.tis_cap).sum()), tokens)
+            importance = _importance(batch, settings)
+            metrics.mean("engine/importance_mean", _total(importance, batch), tokens)
+            metrics.mean("engine/importance_capped", _total(importance == settings.tis_cap, batch), tokens)
 
 
 def _importance(batch: Batch, settings: Method) -> Tensor:
@@ -164,17 +168,14 @@ def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
     """Copy the computed per-token log-probabilities and entropies from the batches back to the groups, to be
     recorded."""
     for batch in batches:
-        start = 0
-        for index, number, length in batch.members:
-            stretch = slice(start, start + length)
-            for kept, computed in (
-                (groups[index].old_logprobs, batch.old_logprobs),
-                (groups[index].ref_logprobs, batch.ref_logprobs),
-                (groups[index].entropy, batch.entropy),
-            ):
-                if computed is not None:
-                    kept[number] = computed[stretch].tolist()
-            start += length
+        for name in ("old_logprobs", "ref_logprobs", "entropy"):
+            computed: Tensor | None = getattr(batch, name)
+            if computed is None:
+                continue
+            values, start = computed.tolist(), 0
+            for index, number, length in batch.members:
+                getattr(groups[index], name)[number] = values[start : start + length]
+                start += length
 
 
 def put_logprobs(groups: Sequence[Group], batches: Sequence[Batch], dtype: torch.dtype) -> None:

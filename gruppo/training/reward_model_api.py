@@ -100,8 +100,8 @@ def _label(
     from gruppo.data.tokenization import data_sha256
     from gruppo.engines import build_engine
     from gruppo.engines.native.engine import choose_slots
+    from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_model, load_model
-    from gruppo.models.precision import choose_device, choose_dtype
     from gruppo.models.weights import weights_sha256
     from gruppo.rewards.steps import find_split
     from gruppo.rollout.labels import label_rows, read_labels
@@ -111,13 +111,13 @@ def _label(
     from gruppo.training.setup import make_pool
 
     find_split(settings.split)
-    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    check_compute(recipe.model)
     pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", progress))
     source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
     started = start_time(run.path)
     stack.enter_context(template_time(started))
     inputs = tokenize_data(recipe, data, source, progress)
-    policy = load_model(source, recipe.model.device, recipe.model.dtype, progress)
+    policy = load_model(source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
     identity = {
         "weights_sha256": weights_sha256(policy.model),
         "rewards_sha256": pool.digests,
@@ -213,9 +213,9 @@ class _Training:
 def _begin_training(
     recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, progress: Progress
 ) -> _Training:
+    from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_named
     from gruppo.models.packing import most_tokens
-    from gruppo.models.precision import choose_device, choose_dtype
     from gruppo.models.reward_model import check_kind, load_reward_model
     from gruppo.models.weights import weights_sha256
     from gruppo.rollout.reward_model import RewardModelScorer
@@ -225,17 +225,18 @@ def _begin_training(
     from gruppo.utils.files import file_sha256
     from gruppo.utils.oom_retry import BatchSizes
 
-    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    check_compute(recipe.model)
     name = "reward_model.name" if settings.name else "model.name"
     source = find_named(settings.name or recipe.model.name, name, progress)
     check_kind(source.config, settings.kind)
     training, held_out = _samples(source, settings, files)
     prompts = [len(sample.prompt.token_ids) for sample in (*training, *held_out)]
-    model = load_reward_model(source, settings.kind, recipe.model.device, recipe.model.dtype, progress)
+    compute = recipe.model
+    model = load_reward_model(source, settings.kind, compute.device, compute.dtype, progress, compute.attention)
     optimizer = make_optimizer(recipe.optimizer, model.module, model.policy)
     max_grad_norm = recipe.optimizer.max_grad_norm
     longest = max(len(sample.prompt.token_ids) + len(sample.completion.token_ids) for sample in (*training, *held_out))
-    tokens = most_tokens(max(prompts))
+    tokens = most_tokens(max(prompts), model.policy.device.type != "cpu")
     sizes = BatchSizes(tokens, 1, longest, lambda reduced: run.event("memory", str(reduced), state.step))
     trainer = RewardModelTrainer(RewardModelScorer(model, settings, source.tokenizer, sizes), optimizer, max_grad_norm)
 

@@ -25,6 +25,7 @@ from gruppo.engines.base import Engine, SamplingParams
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data
 from gruppo.evaluation.sets import EvalSet
+from gruppo.models.attention.backends import check_compute
 from gruppo.models.loading import ModelSource, find_like, find_model, load_model
 from gruppo.models.lora import add_adapters, check_adapters
 from gruppo.models.ops.cpu.build import NO_KERNELS, kernels_sha256
@@ -114,7 +115,7 @@ def prepare(
     objects of the caller that replace worker processes. `stack` closes processes and locks. Raises UsageError, if
     possible before weights are loaded.
     """
-    choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))
+    check_compute(recipe.model)
     find_surrogate(recipe.method.surrogate)
     run, started = _open_folder(recipe, folder, resume, links_to, stack)
     reward_settings = recipe.reward_model
@@ -148,13 +149,16 @@ def prepare(
         sampler = build_engine(reference, sizes.slots, sizes)
     critic = None
     if critic_source is not None:
-        layers = load_model(critic_source, policy.device.type, chosen["dtype"], progress)
-        value_model = ScalarModel.on(replace(layers, recompute=policy.recompute))
+        layers = load_model(critic_source, policy.device.type, chosen["dtype"], progress, recipe.model.attention)
+        value_model = ScalarModel.on(replace(layers, recompute=policy.recompute, compiled=policy.compiled))
         critic = Trainable(value_model, make_optimizer(recipe.optimizer, value_model.module, value_model.policy))
     reward_model = None
     if reward_settings is not None and reward_source is not None:
-        loaded = load_reward_model(reward_source, reward_settings.kind, policy.device.type, chosen["dtype"], progress)
-        scorer = replace(loaded, policy=replace(loaded.policy, recompute=policy.recompute))
+        loaded = load_reward_model(
+            reward_source, reward_settings.kind, policy.device.type, chosen["dtype"], progress, recipe.model.attention
+        )
+        layers = replace(loaded.policy, recompute=policy.recompute, compiled=policy.compiled)
+        scorer = replace(loaded, policy=layers)
         require_same_reward_model(run, weights_sha256(scorer.module))
         scorer_optimizer = (
             make_optimizer(recipe.optimizer, scorer.module, scorer.policy) if reward_settings.prompts else None
@@ -331,7 +335,8 @@ def _load_policy(
     if before:
         changes.check_data(before, data, prompts)
     free = Free.now(recipe, device)
-    policy = load_model(source, device.type, dtype, progress)
+    # `attention` and `recompute` are missing in runs from before the options existed.
+    policy = load_model(source, device.type, dtype, progress, chosen.get("attention", recipe.model.attention))
     weights = weights_sha256(policy.model)
     if before:
         require_same(before["start_weights_sha256"], weights, "weights of the initial model")
@@ -352,8 +357,7 @@ def _load_policy(
             changes.lasting.append(
                 "the compiled kernels are not those that the run started with: rounding differs from here on"
             )
-        # `recompute` is missing in runs from before the option existed.
-        return replace(policy, recompute=chosen.get("recompute", False)), chosen
+        return replace(policy, recompute=chosen.get("recompute", False), compiled=recipe.model.compile), chosen
     changes.found.clear()  # a run that was killed while it started has done nothing
     sizes = free.choose(recipe, policy, inputs, progress)
     disk = disk_of(recipe, policy, inputs, start_weights=unnamed_weights is not None)
@@ -362,6 +366,7 @@ def _load_policy(
     chosen = {
         "device": device.type,
         "dtype": dtype,
+        "attention": policy.attention.name,
         "threads": torch.get_num_threads(),
         "kernels": kernels_sha256(policy.dtype),
         "slots": sizes.slots,
@@ -381,4 +386,4 @@ def _load_policy(
     environment["disk_forecast"] = disk.as_dict()
     environment[START_TIME] = started.isoformat()
     run.write_json("environment.json", {**environment, **counts, **identity})
-    return replace(policy, recompute=sizes.recompute), chosen
+    return replace(policy, recompute=sizes.recompute, compiled=recipe.model.compile), chosen

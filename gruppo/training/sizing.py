@@ -22,7 +22,8 @@ def load_and_choose(
 ) -> tuple[LanguageModel, ChosenSizes]:
     """Load the policy, and choose the sizes within the recipe's budget."""
     free = Free.now(recipe, device)
-    policy = add_adapters(load_model(source, device.type, dtype, progress), recipe.model.lora, recipe.run.seed)
+    policy = load_model(source, device.type, dtype, progress, recipe.model.attention)
+    policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
     return policy, free.choose(recipe, policy, inputs, progress)
 
 

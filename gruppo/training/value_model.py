@@ -49,16 +49,15 @@ def critic_loss(critic: ScalarModel, batch: Batch, settings: Critic, metrics: Me
     dtype = numbers.dtype
     values, returns, weights = (tensor.to(dtype) for tensor in (batch.values, batch.returns, batch.weights))
     loss = value_loss(numbers, values, returns, weights, settings.clip)
-    used = weights != 0
-    count = float(used.sum())
+    count, trained = len(batch.trained), batch.trained
     if count:
-        error = (numbers.detach() - returns)[used]
-        metrics.mean("value/mean", float(numbers.detach()[used].sum()), count)
-        metrics.mean("value/return_mean", float(returns[used].sum()), count)
-        metrics.mean("value/error", float(error.square().sum()), count)
+        error = (numbers.detach() - returns)[trained]
+        metrics.mean("value/mean", numbers.detach()[trained].sum(), count)
+        metrics.mean("value/return_mean", returns[trained].sum(), count)
+        metrics.mean("value/error", error.square().sum(), count)
         if settings.clip:
-            moved = (numbers.detach() - values).abs()[used] > settings.clip
-            metrics.mean("value/clipped", float(moved.sum()), count)
+            moved = (numbers.detach() - values).abs()[trained] > settings.clip
+            metrics.mean("value/clipped", moved.sum(), count)
     return loss
 
 

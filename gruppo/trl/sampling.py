@@ -45,7 +45,7 @@ class Sampler:
         """A sampler from the model of a recipe, or from a model in memory with its tokenizer, as it is."""
         name, tokenizer = model or (recipe.model.name, None)
         source = find_model(name, progress, tokenizer, recipe.model.trust_remote_code)
-        policy = load_model(source, recipe.model.device, recipe.model.dtype, progress)
+        policy = load_model(source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
         settings = recipe.sampling
         stop = tuple(settings.stop)
         params = SamplingParams(settings.temperature, settings.max_tokens, stop=stop, keep_stop=bool(stop))

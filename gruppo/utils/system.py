@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,14 @@ def limit_threads() -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device now; on a CPU, see `gruppo.utils.cgroups.available_memory`."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()
+    """Bytes that can be allocated on the device now; on a CPU, see `gruppo.utils.cgroups.available_memory`.
+
+    On cuda this includes what torch's allocator has reserved and not in use.
+    """
+    if device.type != "cuda":
+        return available_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def release_memory() -> None:
@@ -82,6 +89,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -89,8 +97,9 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _git_revision() -> str | None:
-    """Git revision of the checkout that gruppo runs from; None if it is not a checkout."""
+    """Git revision of the checkout that gruppo runs from, when it was first asked for; None if it is not a checkout."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -19,6 +19,8 @@ from gruppo.conversion import openrlhf, trl, verl
 from gruppo.conversion.convert import Conversion, convert
 from gruppo.conversion.reading import names
 from gruppo.errors import UsageError
+from gruppo.trl import GRPOConfig
+from gruppo.trl.recipes import Length, recipe_of
 
 TRL = {
     "grpo.yaml": """
@@ -332,6 +334,32 @@ def test_trl_reward(tmp_path: Path) -> None:
     assert "labels" in conversion.draft.missing[0]
 
 
+@pytest.mark.parametrize(
+    ("loss", "aggregation"),
+    [("grpo", "sequence-mean"), ("luspo", "sequence-sum"), ("dapo", "token-mean"), ("bnpo", "token-mean"),
+     ("dr_grpo", "constant"), ("cispo", "token-mean")],
+)  # fmt: skip
+def test_losses_of_trl_are_averaged_as_in_gruppo_trl(tmp_path: Path, loss: str, aggregation: str) -> None:
+    text = f"model_name_or_path: example/x\nloss_type: {loss}\nepsilon_high: 5.0"
+    conversion, recipe = converted(tmp_path, "grpo.yaml", text)
+    assert recipe.method.aggregation == aggregation
+    args = GRPOConfig(loss_type=loss, epsilon_high=5.0, output_dir=str(tmp_path))
+    assert recipe_of(args, Length(1, None), "example/x", None, False, 512)["method"]["aggregation"] == aggregation
+    assert not any(line.startswith("loss_type") for line in conversion.draft.missing)
+
+
+def test_a_bound_of_cispo_below_1_is_told(tmp_path: Path) -> None:
+    conversion, recipe = converted(tmp_path, "grpo.yaml", "model_name_or_path: example/x\nloss_type: cispo")
+    assert recipe.method.clip_high == 0.0
+    assert any(line.startswith("a largest ratio of 0.2: ") for line in conversion.draft.missing)
+
+
+def test_the_passes_of_bnpo_are_told(tmp_path: Path) -> None:
+    text = "model_name_or_path: example/x\nloss_type: bnpo\ngradient_accumulation_steps: 4"
+    conversion, _ = converted(tmp_path, "grpo.yaml", text)
+    assert any(line.startswith("loss_type = bnpo: TRL averages") for line in conversion.draft.missing)
+
+
 def test_verl_grpo_script(tmp_path: Path) -> None:
     conversion, recipe = converted(tmp_path, "run_grpo.sh", VERL["run_grpo.sh"])
     assert recipe.model.name == "example/qwen-3b"
@@ -410,7 +438,10 @@ def test_openrlhf_with_names_of_before(tmp_path: Path) -> None:
     assert recipe.critic.learning_rate == 9e-6
     assert (recipe.sampling.max_tokens, recipe.task.max_prompt_tokens) == (512, 1024)
     assert recipe.run.name == "llama-rlhf"
-    assert conversion.draft.to_fill[0].startswith("reward.functions: remote_rm_url")
+    assert (recipe.reward.functions, recipe.reward.options["remote"]["url"]) == (
+        ["remote"],
+        "http://localhost:5000/get_reward",
+    )
     assert any(line.startswith("normalize_reward") for line in conversion.draft.missing)
 
 

@@ -52,16 +52,18 @@ def trainer_logprobs(
         group.trained = [True] * len(completions)
         group.advantages = [[1.0] * len(completion.token_ids) for completion in completions]
         groups.append(group)
-    (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=True)
+    (batch,) = pack(groups, sequence_mean_weights, 10**9, with_kl=True, device=policy.device)
     with torch.no_grad(), policy.precision():
         logprobs, _ = score(policy, batch, temperature)
-    return list(logprobs.split([length for _, _, length in batch.members]))
+    return list(logprobs.cpu().split([length for _, _, length in batch.members]))
 
 
 def test_greedy_tokens_equal_transformers_generate(make_engine: MakeEngine, policy: LanguageModel) -> None:
     groups = make_engine(policy).generate(requests(1), SamplingParams(0.0, 20))
     for prompt, (completion,) in zip(PROMPTS, groups, strict=True):
-        expected = policy.model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        expected = policy.model.generate(
+            torch.tensor([prompt], device=policy.device), max_new_tokens=20, do_sample=False
+        )
         assert list(completion.token_ids) == expected[0, len(prompt) :].tolist()
 
 
@@ -182,7 +184,7 @@ def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand:
     """Check first tokens and their log-probabilities against `by_hand` of the plain distribution."""
     policy = make_policy(vocab_size=8)
     groups = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(8000)])], options)
-    logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1].detach().double()
+    logits = policy.model(torch.tensor([[5, 6]], device=policy.device)).logits[0, -1].detach().cpu().double()
     distribution = by_hand(torch.softmax(logits / options.temperature, -1))
     expected = 8000 * distribution
     sampled = torch.tensor([completion.token_ids[0] for completion in groups[0]])

@@ -1,7 +1,8 @@
-"""A user's script that configures a run in Python holds under `mypy --strict`, with the types of gruppo's py.typed."""
+"""A user's script that configures a run in Python holds under mypy and pyright, with the types of gruppo's py.typed."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -60,6 +61,16 @@ follow_imports = skip
 """
 
 
+MISTAKES = (
+    "from gruppo import Method, Recipe, Run, Sampling, train\n"
+    "recipe = Recipe(run=Run(stepz=3))\n"
+    "Sampling(group_size='8')\n"
+    "Method(scale='grup')\n"
+    "train(recipe, out=3)\n"
+    "train(recipe).no_such_thing\n"
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("types")
@@ -83,16 +94,26 @@ def test_a_script_holds_under_mypy_strict(folder: Path) -> None:
 
 
 def test_mistakes_in_a_script_are_found(folder: Path) -> None:
-    lines = checked(
-        folder,
-        "from gruppo import Method, Model, Recipe, Run, Sampling, train\n"
-        "recipe = Recipe(run=Run(stepz=3))\n"
-        "Sampling(group_size='8')\n"
-        "Method(scale='grup')\n"
-        "train(recipe, out=3)\n"
-        "train(recipe).no_such_thing\n",
-    )
+    lines = checked(folder, MISTAKES)
     found = {line.partition(": ")[0]: line for line in lines if " error: " in line}
     assert {place.split(":")[1] for place in found} == {"2", "3", "4", "5", "6"}
     assert any('Unexpected keyword argument "stepz"' in line for line in lines)
     assert any('Missing named argument "model"' in line for line in lines)
+
+
+def test_the_scripts_under_pyright_strict(folder: Path) -> None:
+    """basedpyright is pyright with its Node.js, and has the same rules in this mode."""
+    pytest.importorskip("basedpyright", reason="the environment is older than basedpyright in requirements-dev.lock")
+    for name, script in (("script.py", SCRIPT), ("mistakes.py", MISTAKES)):
+        (folder / name).write_text(script)
+    settings = {"typeCheckingMode": "strict", "include": ["*.py"], "extraPaths": [str(Path.cwd())]}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "basedpyright", "--project", ".", "--pythonpath", sys.executable, "--outputjson"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    told = {(Path(one["file"]).name, one["range"]["start"]["line"] + 1): one for one in found}
+    (line,) = [one for (name, _), one in told.items() if name == "script.py"]
+    assert line["severity"] == "information"
+    assert "Literal['constant', 'linear', 'cosine']" in line["message"]
+    errors = {place for (name, place), one in told.items() if name == "mistakes.py" and one["severity"] == "error"}
+    assert errors == {2, 3, 4, 5, 6}

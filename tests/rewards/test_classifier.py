@@ -19,6 +19,7 @@ from gruppo.errors import UsageError
 from gruppo.rewards.classifier import Classifier
 from gruppo.rollout.workers.rewards import RewardPool
 from tests.conftest import make_policy, make_tokenizer
+from tests.hub_server import WRITER, Hub, serving, use
 from tests.rollout.workers.test_rewards import group, totals
 
 QUESTION = [{"role": "user", "content": "one or two"}]
@@ -185,6 +186,31 @@ def test_broken_folder_and_unreachable_hub(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="cannot be loaded"):
         Classifier(str(tmp_path))
-    monkeypatch.setattr("gruppo.rewards.classifier.out_of_reach", lambda _: True)
-    with pytest.raises(UsageError, match="hub cannot be reached"):
-        Classifier("someone/reward-model")
+    monkeypatch.setattr("gruppo.rewards.classifier.out_of_reach", lambda *_: True)
+    for name in ("someone/reward-model", "someone/reward-model@v1"):
+        with pytest.raises(UsageError, match="hub cannot be reached"):
+            Classifier(name)
+
+
+def test_a_model_on_the_hub_at_a_revision(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = save_llama(tmp_path / "other", initializer_range=0.9)
+    hub = Hub()
+    hub.add("me/judge", files_of(llama))
+    hub.repositories["models", "me/judge"].commit("refs/pr/1", files_of(other))
+    asked = [QUESTION], answers("one")
+    with serving(hub) as address:
+        use(address, WRITER, str(tmp_path / "cache"), monkeypatch)
+        found = {name: Classifier(name, device="cpu")(*asked) for name in ("me/judge", "me/judge@refs/pr/1")}
+        with pytest.raises(UsageError, match=r"model = 'me/judge@v9': the repository has no such revision; write one"):
+            Classifier("me/judge@v9")
+        with pytest.raises(UsageError, match=r"model = 'me/none': there is no such repository"):
+            Classifier("me/none")
+    use("http://127.0.0.1:9", None, str(tmp_path / "cache"), monkeypatch)  # nothing listens there: from the cache
+    assert Classifier("me/judge@refs/pr/1", device="cpu")(*asked) == found["me/judge@refs/pr/1"]
+    expected = {"me/judge": llama, "me/judge@refs/pr/1": other}
+    assert found == {name: Classifier(folder, device="cpu")(*asked) for name, folder in expected.items()}
+    assert found["me/judge"] != found["me/judge@refs/pr/1"]
+
+
+def files_of(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

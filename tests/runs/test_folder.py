@@ -109,6 +109,21 @@ def test_checkpoint_restores_weights_optimizer_and_state(run: RunFolder) -> None
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_steps_of_a_fused_optimizer_are_restored_on_the_device(run: RunFolder, fused: bool) -> None:
+    """On any device but the CPU, a fused AdamW needs the number of its steps there; "meta" stands for one."""
+    model, optimizer = trained(0)
+    folder = save_checkpoint(run, model, optimizer, State(step=3))
+    on_device = make_policy(seed=1).model.to("meta")
+    on_device.tie_weights()
+    restored = torch.optim.AdamW(on_device.parameters(), fused=fused)
+    load_tensors(folder, on_device, restored)
+    kinds = {(kind, tensor.device.type) for state in restored.state.values() for kind, tensor in state.items()}
+    step = ("step", "meta" if fused else "cpu")
+    assert kinds == {step, ("exp_avg", "meta"), ("exp_avg_sq", "meta")}
+    assert len(restored.state) == len(optimizer.state)
+
+
 def test_last_two_and_best_are_kept(run: RunFolder) -> None:
     model, optimizer = trained(0)
     state = State()

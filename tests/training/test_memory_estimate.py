@@ -10,11 +10,21 @@ import torch
 
 from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.errors import UsageError
-from gruppo.models.packing import MAX_TOKENS, pack
+from gruppo.models.packing import ACCELERATOR_TOKENS, MAX_TOKENS, pack
 from gruppo.models.policy import LanguageModel
-from gruppo.training.memory_estimate import PHASES, EvalWorkload, Workload, budget_bytes, choose_sizes, forecast_memory
+from gruppo.training.memory_estimate import (
+    DEVICE_FRAGMENTS,
+    FRAGMENTS,
+    PHASES,
+    EvalWorkload,
+    Workload,
+    budget_bytes,
+    choose_sizes,
+    forecast_memory,
+)
 from gruppo.training.memory_footprint import Footprint, measure_footprint, prepared_bytes, process_bytes, saved_bytes
 from gruppo.utils.progress import NullProgress
+from gruppo.utils.system import free_memory
 from tests.conftest import make_group, make_policy
 
 CPU = torch.device("cpu")
@@ -226,6 +236,46 @@ def test_too_little_memory_reports_what_is_needed_and_what_to_change(footprint: 
         choose_sizes(replace(footprint, cache_token=10**9), WORK, 2_000_000_000)
 
 
-def test_the_process_counts_on_a_cpu_and_not_on_an_accelerator() -> None:
+def test_the_process_counts_on_a_cpu_and_only_its_tensors_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
     assert process_bytes(CPU) > 100_000_000
-    assert process_bytes(torch.device("cuda")) == 0
+    assert process_bytes(cuda) == 0
+    # A device of 1,000 bytes: 600 are torch's, 250 of them in use; 100 belong to other programs.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 600)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 250)
+    assert process_bytes(cuda) == 250
+    assert free_memory(cuda) == 300 + (600 - 250)
+    assert budget_bytes(1.0, cuda) == 900, "all but what belongs to others"
+
+
+LARGE = Workload(prompt_tokens=600, max_tokens=1000, prompts_per_step=64, group_size=16)
+
+
+def test_micro_batches_of_an_accelerator_are_as_large_as_memory_allows(footprint: Footprint) -> None:
+    """On a CPU the same work has micro-batches of 1,200 tokens, whatever the memory."""
+    device = replace(footprint, accelerator=True)
+    assert choose_sizes(footprint, LARGE, 10**13).micro_batch_tokens == 1200
+    assert choose_sizes(device, LARGE, 10**13).micro_batch_tokens == ACCELERATOR_TOKENS
+    budget = forecast_memory(device, LARGE, 20_000, 1).training
+    chosen = choose_sizes(device, LARGE, budget)
+    assert chosen.micro_batch_tokens >= 20_000
+    assert chosen.memory.training <= budget
+    assert forecast_memory(device, LARGE, chosen.micro_batch_tokens + 1, 1).training > budget
+
+
+def test_memory_of_an_accelerator_counted_by_hand(footprint: Footprint) -> None:
+    """A tiny model, 1,000 bytes of other models: 2 layers, 48 tokens of 32 float32 numbers, all in one micro-batch."""
+    device = replace(footprint, accelerator=True, gradients=10**9)
+    work = Workload(prompt_tokens=5, max_tokens=4, prompts_per_step=1, group_size=2)
+    memory = forecast_memory(device, work, 10**6, 1)
+    kept = device.activations([(5, [3, 3])], recompute=False)
+    logits = 3 * 8 * 48 * 4 + 48 * 32 * 4  # 8 targets; the gradient of the head's weight
+    assert memory.activations == int(DEVICE_FRAGMENTS * kept)
+    assert memory.backward == int(DEVICE_FRAGMENTS * (kept // 2))
+    assert memory.logits == int(DEVICE_FRAGMENTS * logits)
+    assert memory.gradients == int(DEVICE_FRAGMENTS * (10**9 - kept - logits))
+    on_cpu = forecast_memory(replace(device, accelerator=False), work, 10**6, 1)
+    assert on_cpu.backward == 0
+    assert on_cpu.activations == int(FRAGMENTS * kept)
+    assert memory.training - on_cpu.training > 0

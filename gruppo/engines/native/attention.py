@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gruppo.engines.native.kv_cache import KVCache
 from gruppo.engines.native.layout import DecodingLayout, Piece
-from gruppo.models.attention.interface import Layer, soft_capped
-from gruppo.models.attention.shared_prefix import SharedPrefixAttention
+from gruppo.models.attention.interface import AttentionPlan, Layer, soft_capped
 from gruppo.models.ops.attention import attend_decoding
 from gruppo.models.ops.rope import QKNorm, Rope
 
@@ -21,17 +20,17 @@ FEW_QUERIES = 8
 MASKED = -1e30  # finite, so that a row that sees no token of a page gets weight 0 instead of NaN
 
 
-class PromptAttention(SharedPrefixAttention):
-    """Attention over packed prompts that do not see each other. Their keys and values are stored in the cache."""
+class PromptAttention:
+    """Attention over packed prompts, computed by `plan`. Their keys and values are stored in the cache."""
 
-    def __init__(self, cache: KVCache, entries: Sequence[int], lengths: Sequence[int]) -> None:
-        super().__init__([(length, ()) for length in lengths])
+    def __init__(self, plan: AttentionPlan, cache: KVCache, entries: Sequence[int], lengths: Sequence[int]) -> None:
+        self.plan, self.wide = plan, plan.wide
         self.cache, self.entries, self.lengths = cache, entries, lengths
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1."""
         self.cache.store_prompts(layer, (key[0], value[0]), self.entries, self.lengths)
-        return super().attend(layer, query, key, value)
+        return self.plan.attend(layer, query, key, value)
 
 
 class DecodingAttention:
@@ -48,6 +47,7 @@ class DecodingAttention:
         self.layout, self.cache, self.device = layout, layout.cache, lengths.device
         self.lengths, self.longest, self.together = lengths, longest, longest == shortest
         self.position = lengths - 1
+        self.wide = self.cache.dtype != torch.bfloat16
         self._biases: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend_projected(

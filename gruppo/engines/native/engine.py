@@ -197,7 +197,8 @@ class _Decoder:
 
     def _compute_prompts(self, new: Sequence[tuple[int, Request, int]]) -> None:
         lengths = [len(request.token_ids) for _, request, _ in new]
-        plan = PromptAttention(self.cache, [entry for _, _, entry in new], lengths)
+        prompts = self.policy.attention([(length, ()) for length in lengths], self.policy.device)
+        plan = PromptAttention(prompts, self.cache, [entry for _, _, entry in new], lengths)
         arrays = [[token for _, request, _ in new for token in request.token_ids]]
         arrays += [[place for length in lengths for place in range(length)], (np.cumsum(lengths) - 1).tolist()]
         ids, positions, ends = upload([np.array(array) for array in arrays], self.policy.device)

@@ -39,7 +39,15 @@ class Layer:
 
 
 class AttentionPlan(Protocol):
-    """Computes the attention of one layer at a time."""
+    """Computes the attention of one layer at a time.
+
+    `wide`: whether it takes heads in the accumulation dtype, float32 (or float64). Others take the compute dtype,
+    without which kernels of accelerators cannot run.
+    """
+
+    @property
+    def wide(self) -> bool:
+        """See the class."""
 
     def attend(
         self,
@@ -83,11 +91,14 @@ def _attention(
     index = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = Layer(index, scale, softcap, _window(module, index, sliding_window), s_aux)
-    if query.device.type != "cpu":
-        return _active.attend(layer, query, key, value), None
-    # On a CPU, torch's attention is faster in float32 than in bfloat16, forward and backward.
-    with torch.autocast("cpu", enabled=False):
-        dtype = torch.promote_types(query.dtype, torch.float32)
+    device = query.device.type
+    # Rotary embeddings promote queries and keys to float32, and leave values in the compute dtype.
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    if _active.wide:
+        dtype = torch.promote_types(dtype, torch.float32)
+    elif torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
         return _active.attend(layer, query.to(dtype), key.to(dtype), value.to(dtype)), None
 
 
@@ -104,6 +115,11 @@ def _window(module: torch.nn.Module, index: int, given: int | None) -> int | Non
 
 
 AttentionInterface.register(NAME, _attention)
+
+
+def exclude_attention_from_compilation() -> None:
+    """Keep torch's compiler out of gruppo's attention."""
+    AttentionInterface.register(NAME, torch.compiler.disable(_attention))
 
 
 @contextmanager
@@ -130,6 +146,26 @@ def attention_named(configs: Sequence[PreTrainedConfig], name: str) -> Iterator[
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
+
+
+class CapturingAttention:
+    """An attention plan that records the layers, and their queries, keys and values."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.plan, self.wide = plan, plan.wide
+        self.captured: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.layers: list[Layer] = []
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `AttentionPlan`; B = 1.
+
+        Raises ValueError for a layer that attends more than once, because its keys would overwrite each other.
+        """
+        if layer.index in self.captured:
+            raise ValueError(f"layer {layer.index} computes attention more than once")
+        self.captured[layer.index] = (query[0], key[0], value[0])
+        self.layers.append(layer)
+        return self.plan.attend(layer, query, key, value)
 
 
 def soft_capped(scores: Tensor, cap: float | None) -> Tensor:

@@ -1,16 +1,19 @@
-"""Attention over packed groups whose completions share a prompt."""
+"""The CPU's attention over packed groups whose completions share a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from gruppo.errors import UsageError
 from gruppo.models.attention.interface import Layer, soft_capped
+from gruppo.models.attention.sequences import Layout
 from gruppo.models.ops.attention import PackedLayout, attend_packed, attend_packed_backward
+
+CPU = torch.device("cpu")
 
 
 class SharedPrefixAttention:
@@ -18,10 +21,20 @@ class SharedPrefixAttention:
 
     A prompt token sees its prompt up to itself. A completion token sees the prompt of its group and its own completion
     up to itself. Nothing else is seen. A group without completions is a plain causal sequence.
+
+    This is the CPU's attention: C kernels, or torch's kernel group by group. It is in float32, in which torch's kernel
+    for a CPU is faster than in bfloat16, forward and backward.
     """
 
-    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """`groups`: for each group, the length of its prompt and of its completions, in tokens; all >= 1."""
+    wide = True
+
+    def __init__(self, groups: Layout, device: torch.device = CPU) -> None:
+        """`groups`: for each group, the length of its prompt and of its completions, in tokens; all >= 1.
+
+        Raises UsageError for a device that is not a CPU.
+        """
+        if device.type != "cpu":
+            raise UsageError(f'model.attention = "cpu": is for a CPU, and the model is on {device.type}; write "auto"')
         self.groups = [(prompt, tuple(completions)) for prompt, completions in groups]
         self._layout = PackedLayout(self.groups)
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
@@ -171,23 +184,3 @@ class _Unpad(torch.autograd.Function):
         padded = grad.new_zeros(ctx.places, *grad.shape[1:])
         (place_of_token,) = ctx.saved_tensors
         return padded.index_copy_(0, place_of_token, grad), None, None
-
-
-class CapturingAttention(SharedPrefixAttention):
-    """Shared-prefix attention that records the layers, and their keys and values, e.g. of prompts."""
-
-    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
-        super().__init__(groups)
-        self.captured: dict[int, tuple[Tensor, Tensor]] = {}
-        self.layers: list[Layer] = []
-
-    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `AttentionPlan`; B = 1.
-
-        Raises ValueError for a layer that attends more than once, because its keys would overwrite each other.
-        """
-        if layer.index in self.captured:
-            raise ValueError(f"layer {layer.index} computes attention more than once")
-        self.captured[layer.index] = (key[0], value[0])
-        self.layers.append(layer)
-        return super().attend(layer, query, key, value)

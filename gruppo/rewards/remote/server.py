@@ -23,6 +23,7 @@ from gruppo.rewards.interop import log_entries, verl_arguments
 from gruppo.rewards.remote.base import RemoteReward, Spent
 from gruppo.rewards.remote.cache import request_hash
 from gruppo.rewards.remote.http import RequestError, Requests
+from gruppo.utils.hub import split_revision
 from gruppo.utils.paths import user_path
 from gruppo.utils.text import as_text
 
@@ -52,9 +53,9 @@ class Remote(RemoteReward):
         Bearer token.
 
         `label`: the column that "openrlhf" sends as labels. `model`: the name that "vllm" and "sglang" send.
-        `tokenizer`: folder or hub name of the tokenizer whose chat template makes text of conversations; without one,
-        contents are joined by line breaks. `minimum`, `maximum`: the range of values; others are failures. `timeout`,
-        `tries`, `concurrency`, `cache`: see `LLMJudge`.
+        `tokenizer`: folder or hub name ("owner/name@revision" too) of the tokenizer whose chat template makes text of
+        conversations; without one, contents are joined by line breaks. `minimum`, `maximum`: the range of values;
+        others are failures. `timeout`, `tries`, `concurrency`, `cache`: see `LLMJudge`.
 
         Raises UsageError that begins with the option at fault.
         """
@@ -198,7 +199,10 @@ def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found: Any = AutoTokenizer.from_pretrained(str(user_path(name)), trust_remote_code=False)
+        place, revision = split_revision(name)
+        found: Any = AutoTokenizer.from_pretrained(
+            str(user_path(place)), revision=revision or "main", trust_remote_code=False
+        )
     except Exception as error:  # third-party files: anything can be wrong with them
         raise UsageError(
             f"tokenizer = {name!r}: cannot be loaded ({error_line(error)}); give a folder or a hub name"

@@ -5,7 +5,6 @@ The state that counts is that after the code was loaded: what it changes at impo
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 import contextlib
 import contextvars
@@ -200,15 +199,15 @@ def _importers(name: str) -> tuple[Callable[[], list[Any]], Callable[[list[Any]]
 
 
 def _event_loop() -> tuple[Any, Any, bool]:
-    """The policy of event loops, the current event loop, and whether one was set."""
-    policy = asyncio.events._event_loop_policy  # type: ignore[attr-defined]
+    """The policy of event loops, the current event loop, and whether one was set; asyncio may not be loaded yet."""
+    policy = getattr(sys.modules.get("asyncio.events"), "_event_loop_policy", None)
     local = getattr(policy, "_local", None)
     return policy, getattr(local, "_loop", None), getattr(local, "_set_called", False)
 
 
 def _write_event_loop(state: tuple[Any, Any, bool]) -> None:
     policy, loop, was_set = state
-    asyncio.events._event_loop_policy = policy  # type: ignore[attr-defined]
+    sys.modules["asyncio.events"]._event_loop_policy = policy  # type: ignore[attr-defined]
     if (local := getattr(policy, "_local", None)) is not None:
         local._loop, local._set_called = loop, was_set
 

@@ -15,7 +15,6 @@ something, it answers {"stale": what} instead, and another process has to run th
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import inspect
 import operator
@@ -25,7 +24,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
@@ -35,16 +34,22 @@ from gruppo.rollout.workers.printed import Printed
 from gruppo.rollout.workers.process_state import ProcessState, seed
 from gruppo.rollout.workers.serving import serve_pipes
 
+if TYPE_CHECKING:
+    import asyncio
+
 
 class _EventLoop:
     """The event loop of asynchronous functions: one for the process, since clients and locks belong to their loop. It
-    is not the current event loop of other functions; a new one follows if a function closes it."""
+    is not the current event loop of other functions; a new one follows if a function closes it. asyncio is loaded for
+    the first of them: most functions do without."""
 
     def __init__(self) -> None:
         self._runner: asyncio.Runner | None = None
 
     def run(self, result: Any) -> Any:
         """The value of an awaitable."""
+        import asyncio
+
         if self._runner is None or self._runner.get_loop().is_closed():
             self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         return self._runner.run(_awaited(result), context=contextvars.copy_context())

@@ -18,6 +18,7 @@ from gruppo.rewards.remote.http import RequestError
 from gruppo.rewards.remote.server import Remote
 from gruppo.rollout.workers.rewards import RewardPool
 from tests.conftest import make_tokenizer
+from tests.hub_server import Hub, serving, use
 from tests.rewards.remote.stand_in import CUTS, HANGS, Reply, StandIn, in_turn, stand_in
 from tests.rollout.workers.test_rewards import group, totals
 
@@ -107,6 +108,20 @@ def test_openrlhf_renders_the_prompt_with_its_generation_prompt(tmp_path: Path) 
         ["<one or two><it is one"],
         ["one or two\none"],
     ]
+
+
+def test_the_tokenizer_on_the_hub_at_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    hub = Hub()
+    hub.add("me/policy", {})
+    files = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
+    hub.repositories["models", "me/policy"].commit("v1", files)
+    with serving(hub) as address, stand_in(lengths) as one:
+        use(address, None, str(tmp_path / "cache"), monkeypatch)
+        values(one, "openrlhf", "one", prompt=ASKED, tokenizer="me/policy@v1")
+        with pytest.raises(UsageError, match="tokenizer = 'me/policy': cannot be loaded"):
+            values(one, "openrlhf", "one", prompt=ASKED, tokenizer="me/policy")
+    assert one.requests[0]["query"] == ["<one or two>=one"]
 
 
 @pytest.mark.parametrize(
