@@ -118,7 +118,8 @@ def _tried(policy: LanguageModel, attention: str, progress: Progress) -> Languag
             backend, problems = choose_backend(attention, policy.device, policy.dtype, plan)
             if problems:
                 progress.note(f"Note: attention runs on {backend.name} ({'; '.join(problems)})")
-            candidate = replace(candidate, cache_bytes=policy.cache_dtype.itemsize * width, attention=backend)
+            size = width * policy.cache_dtype.itemsize
+            candidate = replace(candidate, cache_bytes=size, attention=backend)
             if backend.name != "cpu" or not FusedBody.fits(model.get_decoder()):
                 return candidate
             fused = replace(candidate, body=FusedBody(model.get_decoder(), plan.layers, candidate.generation))

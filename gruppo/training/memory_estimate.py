@@ -16,6 +16,7 @@ import torch
 
 from gruppo.config.units import as_bytes
 from gruppo.engines.native.engine import MAX_SLOTS, PREFILL_TOKENS
+from gruppo.engines.native.kv_cache import PAGE_TOKENS, room
 from gruppo.errors import UsageError
 from gruppo.models.logprobs import logit_block
 from gruppo.models.packing import most_tokens
@@ -266,7 +267,8 @@ def _generation(
     step holds the logits of each row three times, and one layer's cache a second time.
     """
     rows, places = min(slots, completions), min(slots, prompts)
-    cache = footprint.cache_token * (rows * max_tokens + places * prompt_tokens)
+    page_tokens = PAGE_TOKENS if footprint.accelerator else None
+    cache = footprint.cache_token * (rows * room(max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens))
     together = min(places, max(1, PREFILL_TOKENS // prompt_tokens))
     layer = footprint.activations([(prompt_tokens, ())] * together, recompute=False) // footprint.layers
     prefill = footprint.cache_token * together * prompt_tokens + layer

@@ -43,12 +43,11 @@ class DecodingAttention:
     `lengths`: the tokens of each row's completion, with the one that this step reads; `longest` and `shortest` of them.
     """
 
-    wide = True  # it casts to the dtype of the cache itself
-
     def __init__(self, layout: DecodingLayout, lengths: Int[Tensor, " N"], longest: int, shortest: int) -> None:
         self.layout, self.cache, self.device = layout, layout.cache, lengths.device
         self.lengths, self.longest, self.together = lengths, longest, longest == shortest
         self.position = lengths - 1
+        self.wide = self.cache.dtype != torch.bfloat16
         self._biases: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend_projected(
@@ -69,7 +68,9 @@ class DecodingAttention:
             kv_heads = key.shape[1]
             shared = heads // kv_heads
             self._write(layer, key[:, :, 0].to(self.cache.dtype), value[:, :, 0].to(self.cache.dtype))
-            rows, results, normalizers = query.to(self.cache.dtype).reshape(live, -1), [], []
+            rows = query.to(self.cache.dtype).reshape(live, -1)
+            results: list[Tensor] = []
+            normalizers: list[Tensor] = []
             for number, piece in enumerate(self.layout.pieces):
                 keys, values = piece.store.pair(layer.index, piece.block)
                 seen = self._keys(piece)
@@ -176,4 +177,4 @@ def _product(one: Float[Tensor, "B heads N D"], other: Float[Tensor, "B heads D 
     if one.device.type != "cuda":
         return one.float() @ other.float()
     product: Tensor = torch.bmm(one.flatten(0, 1), other.flatten(0, 1), out_dtype=torch.float32)
-    return product.unflatten(0, one.shape[:2])
+    return product.view(*one.shape[:2], *product.shape[1:])
