@@ -12,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from gruppo.config.engine_section import Engine
 from gruppo.config.method_section import Critic, Method
 from gruppo.config.methods import METHODS
 from gruppo.config.recipe import Recipe
@@ -50,6 +51,7 @@ TABLES: dict[str, type[Section]] = {
     "[method]": Method,
     "[critic]": Critic,
     "[sampling]": Sampling,
+    "[engine]": Engine,
     "[optimizer]": Optimizer,
     "[evaluation]": Evaluation,
     "[evaluation.decoding], [benchmarks.decoding]": Decoding,

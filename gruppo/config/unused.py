@@ -101,6 +101,12 @@ _RULES = (
         'only baseline = "indicator", credit = "pair", max_per_prompt and a trained [reward_model] use it; remove it',
     ),
     _Rule(
+        "engine",
+        "memory device",
+        lambda recipe: not recipe.engine.has_own_process,
+        'only engine.name = "vllm" uses it; remove it, or write name = "vllm"',
+    ),
+    _Rule(
         "sampling",
         "group_size stop",
         _offline,

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from gruppo.engines.base import Engine, Request, SamplingParams
-from gruppo.engines.completions import CompletionText, check_requests, find_stop, make_completion
+from gruppo.engines.completions import CompletionText, NonFiniteError, check_requests, find_stop, make_completion
 from gruppo.engines.native.attention import DecodingAttention, PromptAttention
 from gruppo.engines.native.kv_cache import KVCache
 from gruppo.engines.native.sampling import sample_tokens
 from gruppo.engines.native.scheduler import Finished, Scheduler
-from gruppo.errors import RunError
 from gruppo.models.logprobs import OutputHead
 from gruppo.models.ops.linear import packed
 from gruppo.models.policy import LanguageModel
@@ -44,6 +43,8 @@ def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wan
 
 class NativeEngine(Engine):
     """See `Engine`."""
+
+    copies_weights = False  # it samples with the module of the policy that it was built with
 
     def __init__(self, policy: LanguageModel, slots: int) -> None:
         self.policy, self.slots, self.version = policy, slots, 0
@@ -169,10 +170,7 @@ class _Decoder:
         uniforms = torch.as_tensor(scheduler.uniforms[slots, position], device=logits.device)
         tokens, logprobs = sample_tokens(logits, uniforms, self.params)
         if not torch.isfinite(logprobs).all():
-            raise RunError(
-                "the log-probabilities of the model are not finite: its weights have diverged or are damaged, or the "
-                "temperature is too low for them; start again with a lower optimizer.learning_rate"
-            )
+            raise NonFiniteError
         sampled = tokens.cpu().numpy()
         scheduler.append(slots, sampled, logprobs.cpu().numpy())
         ended = np.isin(sampled, self.eos) | (scheduler.length[slots] == scheduler.limit[slots])
