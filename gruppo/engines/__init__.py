@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -58,6 +59,25 @@ def build_engine(
     from gruppo.engines.resizing import ResizingEngine
 
     return ResizingEngine(engine, sizes)
+
+
+def open_engine(
+    policy: LanguageModel, settings: EngineTable, prompt_tokens: int, max_tokens: int, wanted: int, stack: ExitStack
+) -> Engine:
+    """Build an engine without a memory forecast: for evaluation, labels and `gruppo sample`.
+
+    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the most completions at once. `stack`
+    closes the engine.
+    """
+    from gruppo.engines.native.engine import MAX_SLOTS, choose_slots
+
+    if settings.has_own_process:
+        slots = min(MAX_SLOTS, wanted)
+    else:
+        slots = choose_slots(policy, prompt_tokens, max_tokens, wanted)
+    engine = build_engine(policy, slots, settings=settings, length=prompt_tokens + max_tokens)
+    stack.callback(engine.close)
+    return engine
 
 
 def _find(settings: EngineTable) -> Any:

@@ -34,6 +34,12 @@ def make_engine() -> MakeEngine:
     return lambda policy, slots=64: build_engine(policy, slots)
 
 
+@pytest.fixture
+def draws() -> int:
+    """How many tokens are sampled to compare their frequencies with a distribution."""
+    return 8000
+
+
 def make_policy(dtype: torch.dtype = torch.float32, **changes: object) -> LanguageModel:
     """A tiny Llama whose heads have a size that all engines have kernels for."""
     return tiny_policy(dtype, **{"vocab_size": 44, "head_dim": 32, **changes})
@@ -117,9 +123,9 @@ def test_streams_differ_and_are_reproducible(make_engine: MakeEngine, policy: La
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_follow_the_distribution(make_engine: MakeEngine, temperature: float) -> None:
-    """Chi-square test of 8,000 first tokens over a vocabulary of eight, at p = 0.001."""
-    check_frequencies(make_engine, SamplingParams(temperature, 1), lambda plain: plain)
+def test_frequencies_follow_the_distribution(make_engine: MakeEngine, temperature: float, draws: int) -> None:
+    """Chi-square test of first tokens over a vocabulary of eight, at p = 0.001."""
+    check_frequencies(make_engine, SamplingParams(temperature, 1), lambda plain: plain, draws)
 
 
 def most_likely(plain: torch.Tensor, count: int) -> torch.Tensor:
@@ -159,12 +165,12 @@ TRUNCATIONS: dict[str, tuple[SamplingParams, ByHand]] = {
 
 @pytest.mark.parametrize(("options", "by_hand"), TRUNCATIONS.values(), ids=TRUNCATIONS.keys())
 def test_truncated_frequencies_follow_the_distribution_by_hand(
-    make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand
+    make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand, draws: int
 ) -> None:
-    check_frequencies(make_engine, options, by_hand)
+    check_frequencies(make_engine, options, by_hand, draws)
 
 
-def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEngine) -> None:
+def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEngine, draws: int) -> None:
     """The first token comes from the other seven; a completion can end once it has the minimum."""
 
     def without_end(plain: torch.Tensor) -> torch.Tensor:
@@ -172,7 +178,7 @@ def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEn
         kept[END] = 0
         return kept / kept.sum()
 
-    check_frequencies(make_engine, SamplingParams(1.5, 1, min_tokens=1), without_end)
+    check_frequencies(make_engine, SamplingParams(1.5, 1, min_tokens=1), without_end, draws)
     policy = make_policy()
     groups = make_engine(policy).generate(requests(60), SamplingParams(2.0, 12, min_tokens=4))
     lengths = {len(c.token_ids) for group in groups for c in group}
@@ -180,13 +186,13 @@ def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEn
     assert max(lengths) == 12
 
 
-def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand) -> None:
+def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand, draws: int) -> None:
     """Check first tokens and their log-probabilities against `by_hand` of the plain distribution."""
     policy = make_policy(vocab_size=8)
-    groups = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(8000)])], options)
+    groups = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(draws)])], options)
     logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1].detach().double()
     distribution = by_hand(torch.softmax(logits / options.temperature, -1))
-    expected = 8000 * distribution
+    expected = draws * distribution
     sampled = torch.tensor([completion.token_ids[0] for completion in groups[0]])
     counted = torch.bincount(sampled, minlength=8).double()
     assert counted[distribution == 0].sum() == 0
