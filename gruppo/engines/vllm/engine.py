@@ -32,6 +32,9 @@ from gruppo.types import Completion
 from gruppo.utils.progress import Advance
 
 
+MESSAGE = 300  # characters of an error of vLLM that are shown
+
+
 @dataclass
 class _Sampled:
     """A completion under way: the `number`-th of request `index`."""
@@ -222,11 +225,11 @@ def _limit(request: Request, params: SamplingParams, number: int) -> int:
 
 @contextmanager
 def _vllm_errors(during: str) -> Iterator[None]:
-    """Raise RunError for an error of vLLM. What it wrote before is on standard error."""
+    """Raise RunError for an error of vLLM, with the start of its message, which can have thousands of characters."""
     try:
         yield
     except Exception as error:
         raise RunError(
-            f'engine.name = "vllm": vLLM failed while {during} ({first_line(error)}); its own messages are above; the '
-            "last checkpoint is intact: resume the run, with another engine.memory if memory ran out"
+            f'engine.name = "vllm": vLLM failed while {during} ({first_line(error)[:MESSAGE]}); its own messages are '
+            "above; the last checkpoint is intact: resume the run, with another engine.memory if memory ran out"
         ) from error

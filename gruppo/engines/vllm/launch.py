@@ -23,7 +23,7 @@ from gruppo.models.policy import LanguageModel
 
 COLDEST = 0.01  # vLLM raises lower temperatures to this one
 BLOCK_TOKENS = 32  # of the prefix cache on a CPU; vLLM's own 128 would share no prompt shorter than that
-EXTENSION = "gruppo.engines.vllm.worker.WeightLoader"
+EXTENSION = "gruppo.engines.vllm.worker.WorkerMethods"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -99,6 +99,7 @@ def options(folder: Path, policy: LanguageModel, settings: Settings, size: Size)
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        "worker_extension_cls": EXTENSION,
     }
     if policy.device.type == "cpu":
         cache = _cache_bytes(policy, settings, size)
@@ -106,7 +107,6 @@ def options(folder: Path, policy: LanguageModel, settings: Settings, size: Size)
             "block_size": BLOCK_TOKENS,
             "enforce_eager": True,
             "kv_cache_memory_bytes": cache,
-            "worker_extension_cls": EXTENSION,
         }
     share = settings.memory
     if isinstance(share, str):
@@ -143,7 +143,9 @@ def start(arguments: dict[str, Any], device: torch.device, settings: Settings) -
         try:
             from vllm import LLM
 
-            return LLM(**arguments)
+            llm = LLM(**arguments)
+            llm.collective_rpc("gruppo_watch", args=(os.getpid(),))
+            return llm
         except ImportError as error:
             raise UsageError(
                 f'engine.name = "vllm": vLLM cannot be imported ({first_line(error)}); install it again, or write '
