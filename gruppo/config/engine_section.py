@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from gruppo.config.sections import Section
 from gruppo.config.units import share_or_size
@@ -36,7 +37,11 @@ class Engine(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in ENGINES and ":" not in name:
-            raise ValueError(f'name = "{name}": no such engine{nearest(name, ENGINES)}')
+            raise PydanticCustomError(
+                "engine",
+                'must be "native", "vllm" or an import path such as "my_engine.py:MyEngine"{near}',
+                {"near": nearest(name, ENGINES)},
+            )
         return name
 
     @property

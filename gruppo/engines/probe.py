@@ -71,7 +71,7 @@ class ProbedEngine(Engine):
     name: str
 
     @property
-    def slots(self) -> int:  # type: ignore[override]
+    def slots(self) -> int:
         """See `Engine`."""
         return self.engine.slots
 

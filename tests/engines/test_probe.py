@@ -147,7 +147,7 @@ def test_bounds_by_dtype() -> None:
 
 def test_engines_of_users_are_probed_and_the_native_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
-    monkeypatch.setattr(Copying, "close", lambda self: closed.append(self), raising=False)
+    monkeypatch.setattr(Copying, "close", lambda self: closed.append(self))  # noqa: PLW0108  a bound method
     settings, policy = EngineTable(name=f"{__name__}:Copying"), make_policy(seed=1)
     engine: Engine = build_engine(policy, 4, settings=settings)
     assert isinstance(engine, ProbedEngine)

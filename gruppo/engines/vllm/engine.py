@@ -31,7 +31,6 @@ from gruppo.models.weights import WeightSource, save_base
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
 
-
 MESSAGE = 300  # characters of an error of vLLM that are shown
 
 

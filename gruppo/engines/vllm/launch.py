@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from gruppo.models.policy import LanguageModel
 COLDEST = 0.01  # vLLM raises lower temperatures to this one
 BLOCK_TOKENS = 32  # of the prefix cache on a CPU; vLLM's own 128 would share no prompt shorter than that
 EXTENSION = "gruppo.engines.vllm.worker.WorkerMethods"
+DEAD = "its process has ended; the system may have killed it for its memory"
+SWEEPS = 10  # one a second
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -144,6 +149,8 @@ def start(arguments: dict[str, Any], device: torch.device, settings: Settings) -
             from vllm import LLM
 
             llm = LLM(**arguments)
+            core = llm.llm_engine.engine_core
+            threading.Thread(target=_fail_when_dead, args=(core,), daemon=True).start()
             llm.collective_rpc("gruppo_watch", args=(os.getpid(),))
             return llm
         except ImportError as error:
@@ -156,6 +163,18 @@ def start(arguments: dict[str, Any], device: torch.device, settings: Settings) -
                 f'engine.name = "vllm": vLLM does not start ({first_line(error)}); its own messages are above; check '
                 'engine.memory, or write engine.name = "native"'
             ) from error
+
+
+def _fail_when_dead(core: Any) -> None:
+    """Let every call that waits for vLLM fail once a process of it has ended. vLLM itself would wait forever for one
+    that was killed. `core`: its client in this process."""
+    connection.wait(core.resources.engine_manager.sentinels())
+    for _ in range(SWEEPS):  # a call may be sent just before vLLM notices
+        core.outputs_queue.put(RuntimeError(DEAD))
+        for answer in list(core.utility_results.values()):
+            if not answer.done():
+                answer.set_exception(RuntimeError(DEAD))
+        time.sleep(1)
 
 
 @contextmanager

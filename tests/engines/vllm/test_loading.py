@@ -207,7 +207,7 @@ def test_a_process_that_dies_is_an_error_with_the_way_out(policy: LanguageModel)
     (core,) = (child for child in psutil.Process().children() if _is_core_of(child, engine))
     for process in [*core.children(recursive=True), core]:
         process.kill()
-    with pytest.raises(RunError, match='engine.name = "vllm": vLLM failed while sampling .* resume the run'):
+    with pytest.raises(RunError, match=r'engine.name = "vllm": vLLM failed while sampling .* resume the run'):
         engine.generate(REQUESTS, SamplingParams(1.0, 60))
     engine.close()
 
