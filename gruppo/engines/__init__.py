@@ -40,14 +40,15 @@ def build_engine(
 
     An engine that keeps weights of its own gets the policy's, and is probed now and after each load.
     """
-    engine_class = _find(settings)
-    length = min(policy.context, length or policy.context)
-    engine: Engine = (
-        engine_class(policy, slots, length, settings) if settings.has_own_process else engine_class(policy, slots)
-    )
-    if getattr(engine, "copies_weights", True):
-        from gruppo.engines.probe import ProbedEngine
+    from gruppo.engines.probe import LONGEST, ProbedEngine
 
+    engine_class = _find(settings)
+    if settings.has_own_process:
+        longest = min(policy.context, max(length or policy.context, LONGEST))
+        engine: Engine = engine_class(policy, slots, longest, settings)
+    else:
+        engine = engine_class(policy, slots)
+    if getattr(engine, "copies_weights", True):
         engine = ProbedEngine(engine, policy, settings.name)
         try:
             engine.load_weights(policy.weight_source(), 0)

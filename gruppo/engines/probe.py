@@ -25,6 +25,7 @@ from gruppo.utils.progress import Advance
 
 PROBE_TOKENS = 16
 PROMPT_TOKENS = 96  # at least one whole block of a prefix cache
+LONGEST = PROMPT_TOKENS + PROBE_TOKENS
 ATTEMPTS = 2
 
 

@@ -13,11 +13,12 @@ import torch
 
 from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.loading import load_recipe
-from gruppo.engines import check_engine, open_engine
+from gruppo.engines import ENGINES, build_engine, check_engine, open_engine
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.engines.vllm.launch import Size, options
 from gruppo.errors import UsageError
 from gruppo.evaluation.runner import evaluate
+from gruppo.models.policy import LanguageModel
 from gruppo.training.memory_estimate import Workload
 from tests.conftest import make_policy
 
@@ -112,6 +113,26 @@ def test_the_engine_of_an_import_path_samples_in_evaluation(tiny_folder: str, tm
     )
     with pytest.raises(RuntimeError, match="my engine samples"):
         evaluate(tiny_folder, engine=f"{tmp_path / 'mine.py'}:Mine", questions=2, max_tokens=3, progress=False)
+
+
+class Elsewhere(NativeEngine):
+    """In place of vLLM: an engine with weights of its own that is told how long its sequences are."""
+
+    copies_weights = True
+
+    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable) -> None:
+        super().__init__(make_policy(seed=99, max_position_embeddings=512), slots)
+        self.length, self.settings = length, settings
+
+
+@pytest.mark.parametrize(("context", "length", "expected"), [(512, 300, 300), (512, 20, 112), (100, 300, 100)])
+def test_vllm_is_started_for_the_longest_sequence_and_the_probe(
+    monkeypatch: pytest.MonkeyPatch, context: int, length: int, expected: int
+) -> None:
+    monkeypatch.setitem(ENGINES, "vllm", f"{__name__}:Elsewhere")
+    settings = EngineTable(name="vllm", memory="1 GB")
+    engine: Any = build_engine(make_policy(max_position_embeddings=context), 4, settings=settings, length=length)
+    assert (engine.engine.length, engine.engine.settings) == (expected, settings)
 
 
 def test_engines_are_closed_by_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:

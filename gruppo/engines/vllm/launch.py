@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,7 @@ def _environment(device: torch.device, settings: Settings) -> Iterator[None]:
     """The environment of vLLM's processes. This process gets its own back, which vLLM changes while it starts."""
     before = dict(os.environ)
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    defaults["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is for results
     if device.type == "cpu":
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         defaults["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
@@ -204,6 +205,7 @@ def _environment(device: torch.device, settings: Settings) -> Iterator[None]:
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Block SIGINT, for processes that inherit it: Ctrl-C reaches them too, and must not end them under a run."""
+    resource_tracker.ensure_running()  # when multiprocessing starts it later, it unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
