@@ -211,6 +211,7 @@ class VllmEngine(Engine):
         if self._asleep:
             with _vllm_errors("waking up"):
                 self._llm.wake_up()
+                self._llm.reset_prefix_cache()  # its keys and values are gone
             self._asleep = False
 
     def close(self) -> None:

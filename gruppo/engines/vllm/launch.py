@@ -179,7 +179,8 @@ def _fail_when_dead(core: Any) -> None:
 
 @contextmanager
 def _environment(device: torch.device, settings: Settings) -> Iterator[None]:
-    """The environment of vLLM's processes. This process gets its own back, which vLLM changes while it starts."""
+    """The environment of vLLM's processes. This process gets its own back, which vLLM changes while it starts, with what
+    sending weights needs."""
     before = dict(os.environ)
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     defaults["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # standard output is for results
@@ -188,8 +189,12 @@ def _environment(device: torch.device, settings: Settings) -> Iterator[None]:
         defaults["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
         if cores:
             defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    elif settings.device is None:
-        defaults["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of CUDA memory, between this process and its own
+    kept = {}
+    if (
+        device.type == "cuda" and settings.device is None
+    ):  # handles of CUDA memory are sent to vLLM's processes, pickled
+        kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    defaults |= kept
     os.environ.update({name: value for name, value in defaults.items() if name not in before})
     if settings.device is not None:
         visible = before.get("CUDA_VISIBLE_DEVICES", "")
@@ -199,7 +204,7 @@ def _environment(device: torch.device, settings: Settings) -> Iterator[None]:
         yield
     finally:
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(kept | before)
 
 
 @contextmanager
