@@ -179,7 +179,7 @@ def _fail_when_dead(core: Any) -> None:
 
 @contextmanager
 def _environment(device: torch.device, settings: Settings) -> Iterator[None]:
-    """The environment of vLLM's processes. This process gets its own back, which vLLM changes while it starts, with what
+    """The environment of vLLM's processes. vLLM changes this process's own while it starts; it is restored, with what
     sending weights needs."""
     before = dict(os.environ)
     defaults = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}

@@ -9,6 +9,7 @@ The CUDA path follows vLLM's documentation. It has not been run yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,7 +88,8 @@ class ByTransferApi:
         try:
             self._sender.send_weights()
         except Exception:
-            self.llm.finish_weight_update()
+            with suppress(Exception):  # the first error counts
+                self.llm.finish_weight_update()
             raise
         finally:
             self._current = None
