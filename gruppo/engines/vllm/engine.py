@@ -31,6 +31,7 @@ from gruppo.models.weights import WeightSource, save_base
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
 
+CLOSING_SECONDS = 10.0  # until processes that do not end are killed
 MESSAGE = 300  # characters of an error of vLLM that are shown
 
 
@@ -216,7 +217,7 @@ class VllmEngine(Engine):
 
     def close(self) -> None:
         """See `Engine`."""
-        self._llm.llm_engine.engine_core.shutdown()
+        self._llm.llm_engine.engine_core.shutdown(timeout=CLOSING_SECONDS)
 
 
 def _limit(request: Request, params: SamplingParams, number: int) -> int:

@@ -189,11 +189,8 @@ def _environment(device: torch.device, settings: Settings) -> Iterator[None]:
         defaults["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
         if cores:
             defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    kept = {}
-    if (
-        device.type == "cuda" and settings.device is None
-    ):  # handles of CUDA memory are sent to vLLM's processes, pickled
-        kept["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    shared = device.type == "cuda" and settings.device is None
+    kept = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if shared else {}  # handles of CUDA memory are sent pickled
     defaults |= kept
     os.environ.update({name: value for name, value in defaults.items() if name not in before})
     if settings.device is not None:
