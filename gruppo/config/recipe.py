@@ -9,6 +9,7 @@ import tomli_w
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from gruppo.config.engine_section import Engine
 from gruppo.config.inheritance import with_inherited
 from gruppo.config.method_section import Critic, Method
 from gruppo.config.schedule import steps_of_epochs
@@ -45,6 +46,7 @@ class Recipe(Section):
     method: Method = Method()
     critic: Critic = Critic()
     sampling: Sampling = Sampling()
+    engine: Engine = Engine()
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation | None = None
     benchmarks: list[Benchmark] = []  # noqa: RUF012

@@ -19,9 +19,8 @@ from gruppo.data.chat_template import end_renderer
 from gruppo.data.loading import Dataset
 from gruppo.data.tokenization import tokenize_part
 from gruppo.data.transform import INHERITED
-from gruppo.engines import build_engine
+from gruppo.engines import check_engine, open_engine
 from gruppo.engines.base import Engine
-from gruppo.engines.native.engine import choose_slots
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import read_eval_sets
 from gruppo.evaluation.metrics import figures_of
@@ -173,6 +172,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    engine: str = "native",
     trust_remote_code: bool = False,
     progress: bool | Progress = True,
     stop: Stop | None = None,
@@ -182,8 +182,8 @@ def evaluate(
     The questions are the held-out part of the task, or all its rows if it has none. `task`: a name, the fields of
     [task], or a Task. `options`: options of a task given by name. `questions`: maximum number of questions, from the
     start. `samples`: answers per question. `decoding`: fields of [evaluation.decoding], such as temperature and top_p.
-    `grader`: the task's own by default. `tokenizer`: for a model passed from Python. Raises UsageError for an invalid
-    argument.
+    `grader`: the task's own by default. `engine`: as engine.name in a recipe. `tokenizer`: for a model passed from
+    Python. Raises UsageError for an invalid argument.
     """
     if isinstance(task, Task):
         task = task.model_dump(exclude_none=True)
@@ -200,6 +200,7 @@ def evaluate(
     tables = {
         "run": {"seed": seed},
         "model": {"name": name, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
+        "engine": {"name": engine},
         "evaluation": settings,
     }
     in_memory = None if isinstance(model, str | Path) else model
@@ -223,6 +224,7 @@ def _with_arguments(message: str, task: str | None) -> str:
     message = re.sub(rf"{start}evaluation\.task\.options\.(\w+)", r'options["\1"]', message)
     message = re.sub(rf"{start}evaluation\.(task|decoding)\.(\w+)", r'\1["\2"]', message)
     message = re.sub(rf"{start}model\.name\b", "model", message)
+    message = re.sub(rf"{start}engine\.name\b", "engine", message)
     return re.sub(rf"{start}(?:evaluation|model|run)\.([a-z_]+)(?= =|[:;,]|$)", r"\1", message)
 
 
@@ -264,13 +266,13 @@ def open_eval_sets(
 ) -> Candidate:
     """Read a recipe's evaluation sets and load its model, or use the model passed from Python.
 
-    `stack` ends the processes of an environment and of chat templates. Raises UsageError for problems with the
-    evaluation sets, before weights are loaded.
+    `stack` ends the processes of an environment, of chat templates and of the engine. Raises UsageError for problems
+    with the evaluation sets or the engine, before weights are loaded.
     """
-    check_compute(recipe.model)
+    check_engine(recipe, *check_compute(recipe.model))
     questions = read_questions(recipe, progress, stack, model, tokenizer)
     policy = load_model(questions.source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
-    engine = build_engine(policy, choose_slots(policy, questions.longest, questions.room, questions.wanted))
+    engine = open_engine(policy, recipe.engine, questions.longest, questions.room, questions.wanted, stack)
     sample = questions.sampler(policy.tokenizer, policy.eos_ids)
     return Candidate(questions.source, policy, engine, questions.eval_sets, sample)
 

@@ -53,6 +53,7 @@ class Workload:
     """Upper bounds of a run's work; lengths in tokens.
 
     `turns`: completions are sampled in several turns, so every completion has its own prompt in the engine.
+    `samples_elsewhere`: the engine has a process and memory of its own.
     """
 
     prompt_tokens: int
@@ -64,6 +65,7 @@ class Workload:
     reward_model: bool = False
     eval_sets: tuple[EvalWorkload, ...] = ()
     turns: bool = False
+    samples_elsewhere: bool = False
 
     @property
     def answers(self) -> int:
@@ -98,6 +100,13 @@ class Workload:
             layouts[-1][-1][1].append(completion)
             tokens += needed
         return layouts
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the engine samples: a prompt with its completion."""
+        step = self.completions, self.prompts_per_step, self.prompt_tokens, self.max_tokens
+        sets = [(part.answers, part.questions, part.question_tokens, part.answer_tokens) for part in self.eval_sets]
+        return max(sum(self.engine_bounds(*bounds)[2:]) for bounds in (step, *sets))
 
     @property
     def smallest(self) -> int:
@@ -209,6 +218,8 @@ def forecast_memory(
         gradients = max(0, gradients - activations - logits)
     step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
     cache, work = _generation(footprint, slots, *workload.engine_bounds(*step))
+    if workload.samples_elsewhere:
+        cache = work = 0
     evaluations = [
         _generation(
             footprint,
@@ -217,7 +228,7 @@ def forecast_memory(
                 eval_set.answers, eval_set.questions, eval_set.question_tokens, eval_set.answer_tokens
             ),
         )
-        for eval_set in workload.eval_sets
+        for eval_set in (() if workload.samples_elsewhere else workload.eval_sets)
     ]
     evaluation_cache, evaluation_work = max(evaluations, key=sum, default=(0, 0))
     return Memory(

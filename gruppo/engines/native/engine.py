@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gruppo.engines.base import Engine, Request, SamplingParams
-from gruppo.engines.completions import CompletionText, check_requests, make_completion
+from gruppo.engines.completions import CompletionText, NonFiniteError, check_requests, make_completion
 from gruppo.engines.native.attention import DecodingAttention, PromptAttention
 from gruppo.engines.native.kv_cache import PAGE_TOKENS, KVCache, room
 from gruppo.engines.native.layout import DecodingLayout
@@ -24,7 +24,6 @@ from gruppo.engines.native.scheduler import Finished, Scheduler
 from gruppo.engines.native.slot_state import SlotState
 from gruppo.engines.native.transfer import Download, upload
 from gruppo.engines.stop_strings import StopFinder
-from gruppo.errors import RunError
 from gruppo.models.logprobs import OutputHead
 from gruppo.models.ops.linear import packed
 from gruppo.models.policy import LanguageModel
@@ -74,6 +73,8 @@ def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wan
 
 class NativeEngine(Engine):
     """See `Engine`. `options`: those for the policy's device, unless they are given."""
+
+    copies_weights = False  # it samples with the module of the policy that it was built with
 
     def __init__(self, policy: LanguageModel, slots: int, options: DecodingOptions | None = None) -> None:
         self.policy, self.slots, self.version = policy, slots, 0
@@ -239,10 +240,7 @@ class _Decoder:
         slots = step.slots[step.kept]
         tokens, logprobs = (array[step.kept] for array in step.download.result())
         if not np.isfinite(logprobs).all():
-            raise RunError(
-                "the log-probabilities of the model are not finite: its weights have diverged or are damaged, or the "
-                "temperature is too low for them; start again with a lower optimizer.learning_rate"
-            )
+            raise NonFiniteError
         scheduler.append(slots, tokens, logprobs)
         ended = np.isin(tokens, self.eos) | (scheduler.length[slots] == scheduler.limit[slots])
         ends: dict[int, int | None] = dict.fromkeys(slots[ended].tolist())
