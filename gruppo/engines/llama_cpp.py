@@ -65,6 +65,13 @@ class LlamaCppEngine(Engine):
         """The weights are those of the file."""
         raise NotImplementedError("the weights of a GGUF file cannot be replaced")
 
+    def sleep(self) -> None:
+        """See `Engine`. The memory of weights and keys is kept."""
+
+    def close(self) -> None:
+        """See `Engine`. Frees the memory; there are no processes."""
+        self._llama.close()
+
     def stream(
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:

@@ -169,7 +169,8 @@ def _paired(rows: Tensor, heads: int) -> Tensor:
 
     transformers rotates row i of a head with row i + size/2, llama.cpp rotates neighbors.
     """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+    return pairs.flatten(0, 2)
 
 
 def _frequency_factors(config: PreTrainedConfig, model: Any) -> Tensor | None:

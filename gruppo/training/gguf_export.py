@@ -82,6 +82,7 @@ def _by_llama_cpp(
         questions = read_questions(recipe, progress, stack)
         tokenizer = questions.source.tokenizer
         engine = LlamaCppEngine(file, tokenizer, questions.longest + questions.room)
+        stack.callback(engine.close)
         _require_same_tokens(engine, questions, file)
         sample = questions.sampler(tokenizer, engine.eos_ids)
         evaluation = run_eval_set(questions.eval_sets[0], engine, recipe.run.seed, progress, Stop(), sample)
