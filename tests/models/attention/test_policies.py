@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from gruppo.utils.progress import NullProgress
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_policy, random_groups
 from tests.models.attention.references import ON_CPU, varlen_kernel
+from tests.small_runs import fingerprint, killed, small_run
 from tests.training.test_invariance import FLOAT32_PARTS, assert_equal, distance, naive, packed, prepared
 
 ACCELERATED = [name for name in ON_CPU if name != "cpu"]
@@ -143,3 +146,17 @@ def test_kept_bytes_are_predicted(name: str, dtype: torch.dtype) -> None:
             exact = saved_bytes(policy, layout)
         known = footprint.prepared + footprint.activations(layout, recompute=False)
         assert known == pytest.approx(exact, rel=2e-3)
+
+
+def test_a_run_records_the_backend_and_a_resume_keeps_it(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run equals one that was not interrupted."""
+    changes = {"model__attention": "sdpa", "run__steps": 3, "run__checkpoint_every": 1}
+    small_run(tiny_folder, tmp_path / "whole", **changes)
+    with killed(monkeypatch, "gruppo.training.run.describe_groups", 3):
+        small_run(tiny_folder, tmp_path / "cut", **changes)
+    small_run(tiny_folder, tmp_path / "cut", resume=True, **changes)
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+    for name in ("cut", "whole"):
+        assert json.loads((tmp_path / name / "environment.json").read_text())["chosen"]["attention"] == "sdpa"
