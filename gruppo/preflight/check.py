@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +234,7 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
     limit = min(policy.context - most, *(task.max_prompt_tokens or policy.context for task in recipe.tasks))
     return [
         *static_checks.check_fields(recipe),
+        *static_checks.check_engine_choice(recipe, check.device, find_spec("vllm") is not None),
         *static_checks.check_model(policy, check.dtype),
         *static_checks.check_end_tokens(policy),
         *token_checks.check_token_text(policy, prompts, inputs.offline),
