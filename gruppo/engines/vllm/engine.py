@@ -217,7 +217,11 @@ class VllmEngine(Engine):
 
     def close(self) -> None:
         """See `Engine`."""
-        self._llm.llm_engine.engine_core.shutdown(timeout=CLOSING_SECONDS)
+        core = self._llm.llm_engine.engine_core
+        processes = core.resources.engine_manager.processes
+        core.shutdown(timeout=CLOSING_SECONDS)
+        for process in processes:
+            process.join(CLOSING_SECONDS)
 
 
 def _limit(request: Request, params: SamplingParams, number: int) -> int:
