@@ -9,6 +9,7 @@ import tomli_w
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from gruppo.config.cluster_section import Cluster
 from gruppo.config.inheritance import with_inherited
 from gruppo.config.method_section import Critic, Method
 from gruppo.config.schedule import steps_of_epochs
@@ -49,6 +50,7 @@ class Recipe(Section):
     evaluation: Evaluation | None = None
     benchmarks: list[Benchmark] = []  # noqa: RUF012
     """Additional tasks, evaluated during training or by `gruppo eval --recipe`."""
+    cluster: Cluster | None = None
 
     @model_validator(mode="before")
     @classmethod

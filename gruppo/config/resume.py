@@ -13,6 +13,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "model": ("name", "trust_remote_code"),  # the weights behind the name are compared
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),
         "environment": ("seconds", "memory", "workers"),
+        "cluster": ("trainers", "shards", "patience"),  # rounding may differ
         "audit": ("function", "options", "share", "window"),
         "evaluation": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit"),
         "benchmarks": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit", "name"),
