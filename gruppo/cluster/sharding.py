@@ -44,6 +44,7 @@ def _shard(root: nn.Module, layers: list[Any], mesh: DeviceMesh) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no product inside a sum
 
 
 def whole(tensor: Tensor) -> Tensor:

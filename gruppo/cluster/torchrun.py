@@ -35,8 +35,8 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) ->
     field = f"cluster.trainers = {wanted}"
     if "RANK" not in environment:
         raise UsageError(
-            f"{field}: nothing has started the ranks; run: torchrun --nproc-per-node {wanted} --no-python gruppo train "
-            "…, or leave [cluster] out"
+            f"{field}: nothing has started the ranks; run `torchrun --nproc-per-node {wanted} --no-python gruppo train "
+            "RECIPE`, or leave [cluster] out"
         )
     raise UsageError(f"{field}: WORLD_SIZE = {started}, so {started} processes were started; make the two equal")
 
@@ -61,11 +61,9 @@ def joined(recipe: Recipe) -> Iterator[ProcessRanks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if accelerated else "gloo", timeout=patience)
     size = dist.get_world_size()
-    shape = (size // (settings.shards or size), settings.shards or size)
-    names = ("copies", "shards")
-    if shape[0] == 1:
-        shape, names = shape[1:], names[1:]
-    mesh = dist.device_mesh.init_device_mesh("cuda" if accelerated else "cpu", shape, mesh_dim_names=names)
+    shards = settings.shards or size
+    shape = (size,) if shards == size else (size // shards, shards)
+    mesh = dist.device_mesh.init_device_mesh("cuda" if accelerated else "cpu", shape)
     group = dist.new_group(backend="gloo", timeout=patience)
     ranks = ProcessRanks(group, dist.new_group(backend="gloo", timeout=FOREVER), mesh)
     leads = ranks.rank == 0

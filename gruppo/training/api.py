@@ -111,9 +111,10 @@ def run_recipe(
         load_recipe(recipe, [*override_list(overrides), *model_override]), rewards, prompts is not None
     )
     if settings.cluster is not None and ranks is None:
+        size = settings.cluster.trainers
         raise UsageError(
-            f"cluster.trainers = {settings.cluster.trainers}: a run from Python has no ranks; use gruppo train with "
-            f"torchrun --nproc-per-node {settings.cluster.trainers} --no-python, or leave [cluster] out"
+            f"cluster.trainers = {size}: a run from Python has no ranks; run `torchrun --nproc-per-node {size} "
+            "--no-python gruppo train RECIPE`, or leave [cluster] out"
         )
     folder = Path(out) if out is not None else Path("runs") / settings.run.name
     functions = settings.reward.functions if rewards is None else rewards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,7 +68,7 @@ def distribute(
     return TrainedModels(*models, optimizer, trainable(critic), trainable(scorer, trains_scorer))
 
 
-def chosen_policy(policy: LanguageModel, recipe: Recipe, chosen: dict[str, Any]) -> LanguageModel:
+def chosen_policy(policy: LanguageModel, recipe: Recipe, chosen: Mapping[str, Any]) -> LanguageModel:
     """The policy as the settings that were chosen for this machine compute it."""
     # `recompute` is missing in runs from before the option existed.
     return replace(policy, recompute=chosen.get("recompute", False), compiled=recipe.model.compile)

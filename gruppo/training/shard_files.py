@@ -39,7 +39,7 @@ def save_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None
     kept = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor) or not place}
     rows = {key: own_rows(tensor)[0] for key, tensor in kept.items()}
     file = folder / f"{name}-{place + 1:05d}-of-{meshes[0].shape[-1]:05d}.safetensors"
-    _save(file, {key: local_tensor(tensor) for key, tensor in kept.items()}, {"rows": json.dumps(rows)})
+    _save(file, {key: local_tensor(tensor) for key, tensor in kept.items()}, {"rows": json.dumps(rows, sort_keys=True)})
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -54,7 +54,7 @@ class Metrics:
         """The observations so far, with their values on the host."""
         values = iter(_on_host([observed for _, observed, _ in [*self._means, *self._extremes]]))
         means = [(name, next(values), count) for name, _, count in self._means]
-        return means, [(name, next(values), choose) for name, _, choose in self._extremes]
+        return [*means], [(name, next(values), choose) for name, _, choose in self._extremes]
 
     def add(self, observations: Observations) -> None:
         """Add observations that were made elsewhere."""

@@ -42,6 +42,8 @@ def assert_close(found: Any, expected: Any, tolerance: float, where: str) -> Non
     """Equal, and real numbers within the tolerance."""
     if isinstance(expected, float):
         assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), where
+    elif isinstance(expected, str) and expected.startswith("{"):
+        assert_close(json.loads(found), json.loads(expected), tolerance, where)
     elif isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for key, value in expected.items():

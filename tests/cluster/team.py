@@ -23,6 +23,11 @@ PATIENCE = timedelta(seconds=60)
 class Together(ProcessRanks):
     """Ranks that all run the same code, so that nothing needs to be announced."""
 
+    @classmethod
+    def of(cls, ranks: ProcessRanks) -> Together:
+        """These ranks."""
+        return cls(ranks.group, ranks.announcements, ranks.mesh)
+
     def announce(self, *_: Any) -> None:
         pass
 
@@ -39,8 +44,8 @@ class Team:
         for connection in used:
             connection.send((size, replicas, function, arguments))
         results = [connection.recv() for connection in used]
-        for failed, result in results:
-            assert not failed, result
+        failures = [result for failed, result in results if failed]
+        assert not failures, "\n".join(failures)
         return [result for _, result in results]
 
 
@@ -73,9 +78,9 @@ def _serve(connection: Connection, rank: int, size: int, file: str) -> None:
         for replicas in {1, 2} if members % 2 == 0 else {1}:
             places = torch.arange(members).view(replicas, -1) if replicas > 1 else torch.arange(members)
             mesh = DeviceMesh("cpu", places)
-            group = dist.new_group(list(range(members)), timeout=PATIENCE)
+            group, announcements = (dist.new_group(list(range(members)), timeout=PATIENCE) for _ in range(2))
             if rank < members:
-                teams[members, replicas] = Together(group, group, mesh)
+                teams[members, replicas] = ProcessRanks(group, announcements, mesh)
     while (task := connection.recv()) is not None:
         members, replicas, function, arguments = task
         try:

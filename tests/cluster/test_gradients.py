@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gruppo.algorithms.credit import assign_advantages
 from gruppo.algorithms.filtering import mark_trained, select
+from gruppo.cluster.ranks import ProcessRanks
 from gruppo.config.loading import load_recipe, without_unused_fields
 from gruppo.config.methods import METHODS
 from gruppo.models.lora import add_adapters
@@ -26,14 +28,8 @@ from gruppo.training.value_model import ValueModelTrainer
 from gruppo.types import Group, Reward, Steps
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import NullProgress
-from tests.cluster.team import Team, started
+from tests.cluster.team import Team, Together, started
 from tests.conftest import make_policy, random_groups
-
-
-@pytest.fixture(scope="module")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    with started(3, tmp_path_factory.mktemp("team")) as team:
-        yield team
 
 
 class Recording(torch.optim.SGD):
@@ -71,6 +67,8 @@ def scored_groups(seed: int) -> list[Group]:
 
 def trained(ranks: Ranks, method: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Gradients, losses, log-probabilities and metrics of two steps of a method."""
+    if isinstance(ranks, ProcessRanks):
+        ranks = Together.of(ranks)
     repeats = METHODS[method].settings.get("surrogate") != "log-likelihood"
     settings: dict[str, Any] = {
         "model": {"name": "x", "dtype": "float64", "lora": changes.pop("lora", None)},
@@ -86,6 +84,7 @@ def trained(ranks: Ranks, method: str, changes: dict[str, Any]) -> dict[str, Any
     policy = make_policy(torch.float64, tie_word_embeddings=changes.pop("tied", True), num_hidden_layers=2)
     policy = add_adapters(policy, recipe.model.lora, 0)
     policy = replace(policy, recompute=changes.pop("recompute", False))
+    steps = changes.pop("steps", 2)
     assert not changes
     critic = ScalarModel.on(make_policy(torch.float64, seed=1)) if recipe.method.needs_critic else None
     models = ranks.distribute(policy, recipe.method.needs_reference, False)
@@ -101,7 +100,7 @@ def trained(ranks: Ranks, method: str, changes: dict[str, Any]) -> dict[str, Any
         part = Trainable(critic, optimizers[1])
     value_model = ValueModelTrainer(part, recipe, sizes, guard, NullProgress(), ranks)  # type: ignore[arg-type]
     result: dict[str, Any] = {"metrics": [], "logprobs": [], "batches": []}
-    for number in (1, 2):
+    for number in range(1, steps + 1):
         step, groups = Step(number, 0), scored_groups(number)
         mark_trained(groups, False)
         select(groups, recipe.method)
@@ -156,25 +155,41 @@ def compare(team: Team, size: int, name: str, replicas: int = 1, **changes: Any)
     assert_equal(together[0]["metrics"], alone["metrics"], "metrics")
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The others differ in their data and advantages, not in what the ranks compute.
+FEW = {"grpo", "ppo", "dpo", "gspo"}
+
+
+def some(values: Iterable[Any], kept: Callable[[Any], bool]) -> list[Any]:
+    """Parameters, of which only those that are kept run in `make test`."""
+    return [pytest.param(value, marks=() if kept(value) else pytest.mark.cluster, id=str(value)) for value in values]
+
+
+@pytest.mark.parametrize("method", some(METHODS, lambda method: method in FEW))
 def test_every_method_has_the_gradient_of_one_process(team: Team, method: str) -> None:
     compare(team, 2, method)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"size": 1},
-        {"size": 3},
-        {"size": 3, "method": {"minibatches": 2, "inner_updates": 2, "kl_coef": 0.1}},
-        {"size": 3, "tied": False, "recompute": True},
-        {"size": 2, "lora": {"rank": 2}},
-        {"size": 3, "lora": {"rank": 2}, "recompute": True, "method": {"kl_coef": 0.1, "inner_updates": 2}},
-    ],
-    ids=str,
-)
+ARRANGEMENTS = [
+    {"size": 1},
+    {"size": 3},
+    {"size": 3, "method": {"minibatches": 2, "inner_updates": 2, "kl_coef": 0.1}},
+    {"size": 3, "tied": False, "recompute": True},
+    {"size": 2, "lora": {"rank": 2}},
+    {"size": 3, "lora": {"rank": 2}, "recompute": True, "method": {"kl_coef": 0.1, "inner_updates": 2}},
+    {"size": 2, "steps": 30},  # no weight that was prepared for an earlier step is used again
+]
+
+
+@pytest.mark.parametrize("changes", some(ARRANGEMENTS, lambda changes: "method" in changes))
 def test_every_arrangement_has_the_gradient_of_one_process(team: Team, changes: dict[str, Any]) -> None:
-    compare(team, changes.pop("size"), "grpo", **changes)
+    compare(team, name="grpo", **changes)
+
+
+@pytest.mark.cluster
+def test_copies_of_shards_have_the_gradient_of_one_process(tmp_path: Path) -> None:
+    with started(4, tmp_path) as team:
+        compare(team, 4, "grpo", replicas=2)
+        compare(team, 4, "ppo", replicas=2)
 
 
 def test_the_deal_is_fair_and_complete() -> None:
