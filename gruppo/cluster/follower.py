@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 
 from gruppo.cluster.ranks import Begin, Call, LeadersOwn, MinibatchOf, ProcessRanks, StepOf
-from gruppo.models.loading import find_like, find_model, load_model
-from gruppo.models.lora import add_adapters
+from gruppo.errors import RunError
+from gruppo.models.loading import find_model
+from gruppo.models.lora import skeleton
 from gruppo.models.packing import Batch
 from gruppo.rollout.source import Step
-from gruppo.training.models import chosen_policy, distribute, load_critic, load_scorer
+from gruppo.training.models import distribute
 from gruppo.training.policy_trainer import StepBatches
 from gruppo.training.trainers import Trainers, make_trainers
-from gruppo.utils.oom_retry import BatchSizes
+from gruppo.utils.oom_retry import BatchSizes, SizeReduced
 from gruppo.utils.progress import NullProgress
+from gruppo.utils.system import keep_freed_memory
 
 
 class AbandonedError(Exception):
@@ -45,23 +48,23 @@ def follow(ranks: ProcessRanks) -> None:
 
 
 def load_trainers(begin: Begin, ranks: ProcessRanks) -> Trainers:
-    """Load and shard the models of a run, as the leader does."""
-    recipe, chosen, progress = begin.recipe, begin.chosen, NullProgress()
+    """Shard the models of a run as the leader does, with the weights that it sends."""
+    recipe, chosen = begin.recipe, begin.chosen
     torch.set_num_threads(chosen["threads"])
-    source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
-    attention = chosen.get("attention", recipe.model.attention)
-    loaded = load_model(source, chosen["device"], chosen["dtype"], progress, attention)
-    policy = chosen_policy(add_adapters(loaded, recipe.model.lora, recipe.run.seed), recipe, chosen)
-    critic = scorer = None
-    if recipe.method.needs_critic:
-        found = find_like(recipe.critic.name, "critic.name", source, progress)
-        critic = load_critic(recipe, found, policy, chosen["dtype"], progress)
-    if recipe.reward_model is not None:
-        found = find_like(recipe.reward_model.name, "reward_model.name", source, progress)
-        scorer = load_scorer(recipe, found, policy, chosen["dtype"], progress)
+    keep_freed_memory()
+    if recipe.model.trust_remote_code:  # the classes of the model are known once its own files have been imported
+        skeleton(find_model(recipe.model.name, trust_remote_code=True).config, True)
+    policy, critic, scorer = pickle.loads(begin.models)
     models = distribute(recipe, policy, critic, scorer, ranks)
-    sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], retries=False)
-    return make_trainers(recipe, models, sizes, _LeaderTells(), progress, ranks)
+
+    def reduced(what: SizeReduced) -> NoReturn:
+        raise RunError(
+            f"rank {ranks.rank}: out of memory during {what.during} ({what.why}); lower run.memory, and resume with "
+            "--resume"
+        )
+
+    sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], on_reduced=reduced)
+    return make_trainers(recipe, models, sizes, _LeaderTells(), NullProgress(), ranks)
 
 
 class Follower:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from gruppo.cluster.sending import bare, described, receive_weights, send_weights
 from gruppo.cluster.sharding import gradient_norm, scale_gradients, shard_policy, shard_scalar, whole
 from gruppo.config.recipe import Recipe
 from gruppo.models.lora import AdaptedModel
@@ -32,10 +33,12 @@ FOREVER = timedelta(days=365)
 
 
 class Begin(NamedTuple):
-    """The first announcement: the recipe of the run, and the settings that the leader chose for it."""
+    """The first announcement: the recipe of the run, the settings that the leader chose for it, and what `described`
+    says of its policy, value model and reward model."""
 
     recipe: Recipe
     chosen: Mapping[str, Any]
+    models: bytes
 
 
 class Call(NamedTuple):
@@ -78,9 +81,17 @@ class ProcessRanks:
     def __post_init__(self) -> None:
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
-    def begin(self, recipe: Recipe, chosen: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        recipe: Recipe,
+        chosen: Mapping[str, Any],
+        policy: LanguageModel,
+        critic: ScalarModel | None,
+        scorer: ScalarModel | None,
+    ) -> None:
         """See `Ranks`."""
-        self._send(Begin(recipe, dict(chosen)))
+        models = replace(policy, body=None), critic and bare(critic), scorer and bare(scorer)
+        self._send(Begin(recipe, dict(chosen), described(models)))
 
     def announce(self, owner: object, method: str, arguments: Sequence[Any]) -> None:
         """See `Ranks`."""
@@ -129,15 +140,28 @@ class ProcessRanks:
         frozen = None
         if reference and not isinstance(policy, AdaptedModel):
             # The fused decoder of a copy would free the weights that are to be sharded.
-            frozen = shard_policy(replace(policy, body=None).frozen_copy(), self.mesh)
-        sharded = shard_policy(policy, self.mesh)
+            frozen = self._shard_policy(replace(policy, body=None).frozen_copy())
+        sharded = self._shard_policy(policy)
         if reference and isinstance(policy, AdaptedModel):
             frozen = sharded.frozen_copy()
         return Models(sharded, frozen, sampled, start)
 
     def distribute_scalar(self, model: ScalarModel) -> ScalarModel:
         """See `Ranks`."""
-        return shard_scalar(model, self.mesh)
+        if self.rank == 0:
+            send_weights(model.module, self.group)
+            return shard_scalar(model, self.mesh)
+        sharded = shard_scalar(model, self.mesh)
+        receive_weights(sharded.module, sharded.policy.device, self.group)
+        return sharded
+
+    def _shard_policy(self, policy: LanguageModel) -> LanguageModel:
+        if self.rank == 0:
+            send_weights(policy.scorer, self.group)
+            return shard_policy(policy, self.mesh)
+        sharded = shard_policy(policy, self.mesh)
+        receive_weights(sharded.scorer, sharded.device, self.group)
+        return sharded
 
 
 def _encoded(argument: Any) -> Any:

@@ -30,7 +30,7 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) ->
     if recipe.cluster is None:
         raise UsageError(
             f"WORLD_SIZE = {started}: {started} processes were started, and the recipe has no [cluster]; add "
-            f"--set cluster.trainers={started}, or start one process"
+            f"`--set cluster.trainers={started}`, or start one process"
         )
     field = f"cluster.trainers = {wanted}"
     if "RANK" not in environment:

@@ -44,11 +44,16 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def begin(self, recipe: Recipe, chosen: Mapping[str, Any]) -> None:
-        """Let the other ranks load the models of a recipe too. `chosen`: settings that the leader chose.
-
-        Only the leader calls this.
-        """
+    def begin(
+        self,
+        recipe: Recipe,
+        chosen: Mapping[str, Any],
+        policy: LanguageModel,
+        critic: ScalarModel | None,
+        scorer: ScalarModel | None,
+    ) -> None:
+        """Let the other ranks take part in a run. `chosen`: settings that the leader chose. The models are described to
+        them without weights, which `distribute` and `distribute_scalar` send. Only the leader calls this."""
 
     def announce(self, owner: object, method: str, arguments: Sequence[Any]) -> None:
         """Let the other ranks run this method of their `owner` too. Only the leader calls this."""
@@ -70,10 +75,13 @@ class Ranks(Protocol):
         """The whole of a tensor of which every rank holds a shard."""
 
     def distribute(self, policy: LanguageModel, reference: bool, initial: bool) -> Models:
-        """Shard the policy, in place, and its reference if needed. `initial`: the initial policy is sampled from."""
+        """Shard the policy, in place, and its reference if needed. `initial`: the initial policy is sampled from.
+
+        Only the leader's policy has weights; the others get their shards from it.
+        """
 
     def distribute_scalar(self, model: ScalarModel) -> ScalarModel:
-        """Shard a value or reward model, in place."""
+        """Shard a value or reward model, in place, with the leader's weights."""
 
 
 class Alone:
@@ -81,7 +89,14 @@ class Alone:
 
     rank, size = 0, 1
 
-    def begin(self, recipe: Recipe, chosen: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        recipe: Recipe,
+        chosen: Mapping[str, Any],
+        policy: LanguageModel,
+        critic: ScalarModel | None,
+        scorer: ScalarModel | None,
+    ) -> None:
         """See `Ranks`."""
 
     def announce(self, owner: object, method: str, arguments: Sequence[Any]) -> None:

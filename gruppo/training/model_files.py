@@ -44,7 +44,7 @@ class ModelFiles:
 
     @on_all_ranks
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer states of all trained models to a folder that exists. Ends when all ranks have."""
+        """Write weights and optimizer states of all trained models to a folder that exists. Ends when all ranks did."""
         save_models(folder, self.trained)
         self.ranks.gather(None)  # the leader renames the folder next
 

@@ -143,13 +143,13 @@ def prepare(
     changes = Changes(check_folder(folder, recipe, resume, links_to=links_to))
     code = _code(pool, rewards, opened, recipe)
     policy, chosen = _load_policy(recipe, run, source, inputs, code, changes, started, progress)
-    ranks.begin(recipe, chosen)
     critic = scorer = None
     if critic_source is not None:
         critic = load_critic(recipe, critic_source, policy, chosen["dtype"], progress)
     if reward_source is not None:
         scorer = load_scorer(recipe, reward_source, policy, chosen["dtype"], progress)
         require_same_reward_model(run, weights_sha256(scorer.module))
+    ranks.begin(recipe, chosen, policy, critic, scorer)
     models = distribute(recipe, policy, critic, scorer, ranks)
     least = workload(recipe, inputs).smallest
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], least, retries=ranks.size == 1)

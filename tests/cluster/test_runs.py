@@ -155,7 +155,7 @@ def test_as_many_ranks_must_be_started_as_the_recipe_has() -> None:
     for recipe_, environment, words in (
         (ranks, {"RANK": "0", "WORLD_SIZE": "3"}, "WORLD_SIZE = 3, so 3 processes were started"),
         (ranks, {}, "torchrun --nproc-per-node 2 --no-python gruppo train"),
-        (none, {"RANK": "0", "WORLD_SIZE": "4"}, "add --set cluster.trainers=4"),
+        (none, {"RANK": "0", "WORLD_SIZE": "4"}, "add `--set cluster.trainers=4`"),
     ):
         with pytest.raises(UsageError, match=words):
             check_launch(recipe_, environment)
