@@ -16,7 +16,8 @@ For your own code:
     Environment, Turn      environments of several turns
 The recipe in Python, in place of TOML or a mapping:
     Recipe                 the recipe; its tables are the classes Run, Model, Lora, Task, Reward, RewardModel, Audit,
-                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark and EnvironmentTable
+                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark, Cluster and
+                           EnvironmentTable
 
 Names are imported when they are first used, so that `import gruppo` is quick.
 """
@@ -31,6 +32,7 @@ from gruppo.utils.renamed_modules import install_aliases
 from gruppo.utils.torch_settings import configure_torch
 
 if TYPE_CHECKING:
+    from gruppo.config.cluster_section import Cluster as Cluster
     from gruppo.config.loading import load_recipe as load_recipe
     from gruppo.config.method_section import Critic as Critic
     from gruppo.config.method_section import Method as Method
@@ -69,6 +71,7 @@ _TABLES = ["Run", "Model", "Lora", "Task", "Reward", "RewardModel", "Audit", "Sa
            "Decoding", "Benchmark"]  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_TABLES, "config.sections"),
+    "Cluster": "config.cluster_section",
     "Critic": "config.method_section",
     "EnvironmentTable": "config.sections",
     "Method": "config.method_section",

@@ -110,7 +110,7 @@ class Checkpointer:
 
     def load_tensors(self, checkpoint: Path) -> None:
         """Load a checkpoint's weights and optimizer states."""
-        self.models.load(checkpoint)
+        self.models.restore(checkpoint)
 
     def record_restored(self, restored: Restored, damages: Sequence[str], resumed: bool) -> None:
         """Record problems that were found, and differences from the run that was started."""

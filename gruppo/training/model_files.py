@@ -49,7 +49,7 @@ class ModelFiles:
         self.ranks.gather(None)  # the leader renames the folder next
 
     @on_all_ranks
-    def load(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
         """Load what `save` wrote, on any number of ranks."""
         load_models(folder, self.trained)
         for policy in (self.policy, *(part.model.policy for part in self.scalar_models.values())):

@@ -68,6 +68,18 @@ def test_a_rank_that_dies_ends_the_run_which_then_continues(tiny_folder: str, tm
     assert [line["step"] for line in lines(out)] == list(range(1, done + 3))
 
 
+def test_ctrl_c_saves_the_run(tiny_folder: str, tmp_path: Path) -> None:
+    file = recipe_file(tiny_folder, tmp_path, run__steps=400, run__checkpoint_every=100)
+    out = tmp_path / "run"
+    process = start(file, out)
+    wait(lambda: (out / "metrics.jsonl").is_file() and len(lines(out)) >= 2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    done = len(lines(out))
+    assert f"Interrupted after step {done} of 400; everything is saved" in output, output
+    assert (out / f"checkpoints/step-{done:06d}/manifest.json").is_file()
+
+
 def wait(condition: Any) -> None:
     deadline = time.monotonic() + 240
     while not condition():

@@ -13,7 +13,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Evaluation, Section
 
 TABLES = {
-    "Audit", "Benchmark", "Critic", "Decoding", "EnvironmentTable", "Evaluation", "Lora", "Method", "Model",
+    "Audit", "Benchmark", "Cluster", "Critic", "Decoding", "EnvironmentTable", "Evaluation", "Lora", "Method", "Model",
     "Optimizer", "Reward", "RewardModel", "Run", "Sampling", "Task",
 }  # fmt: skip
 PUBLIC = TABLES | {
