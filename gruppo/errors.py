@@ -11,7 +11,7 @@ from collections.abc import Iterable
 _command_line = False
 
 # Options without a value, which Python spells name=True.
-_FLAGS = {"adapter", "force", "private", "quick", "resume", "trust", "trust-remote-code", "verify"}
+_FLAGS = {"adapter", "force", "gguf", "private", "quick", "resume", "trust", "trust-remote-code", "verify"}
 _SET = re.compile(r"--set ('[^']*'|[^\s,;]+)")
 _OPTION = re.compile(r"(?<![^\s(])--([a-z][a-z-]*[a-z])(?:=([^\s;,)]+))?(?![\w=/-])")
 

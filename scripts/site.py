@@ -69,7 +69,7 @@ def public_names() -> Iterator[tuple[str, str]]:
 def api_page() -> str:
     """The page of the public API, with a directive of mkdocstrings for every name."""
     names = sorted(public_names(), key=lambda pair: (pair[0][0].isupper(), pair[0].lower()))
-    parts = [f"::: {path}\n    options:\n      heading: gruppo.{name}" for name, path in names]
+    parts = [f"::: {path}\n    options:\n      heading: gruppo.{name}\n      toc_label: {name}" for name, path in names]
     return "# Python API\n\nEverything that `import gruppo` offers.\n\n" + "\n\n".join(parts) + "\n"
 
 

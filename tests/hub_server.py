@@ -45,10 +45,10 @@ class Repository:
 
 
 class RefusalError(Exception):
-    """An answer that is no success: status, and the hub's error code if it has one."""
+    """An answer that is no success: status, and the hub's error code if it has one. `url`: of what is there already."""
 
-    def __init__(self, status: int, code: str = "") -> None:
-        self.status, self.code = status, code
+    def __init__(self, status: int, code: str = "", url: str = "") -> None:
+        self.status, self.code, self.url = status, code, url
 
 
 class Hub:
@@ -102,11 +102,12 @@ class Hub:
         raise RefusalError(404)
 
     def _create(self, given: dict[str, Any], token: str) -> Any:
-        if token != WRITER or given["organization"] != "me":
+        owner = given["organization"] or "me"  # that of the token, if the name has none
+        if token != WRITER or owner != "me":
             raise RefusalError(403 if token else 401)
-        name = f"{given['organization']}/{given['name']}"
+        name = f"{owner}/{given['name']}"
         if ("models", name) in self.repositories:
-            raise RefusalError(409)
+            raise RefusalError(409, url=f"{self.address}/{name}")
         self.add(name, {".gitattributes": b""}, private=given.get("visibility") == "private")
         return {"url": f"{self.address}/{name}"}
 
@@ -178,7 +179,7 @@ def serving(hub: Hub) -> Iterator[str]:
                 else:
                     headers = {"Content-Type": "application/json"}
             except RefusalError as refused:
-                status, data = refused.status, json.dumps({"error": "refused", "url": f"{hub.address}/me/x"}).encode()
+                status, data = refused.status, json.dumps({"error": "refused", "url": refused.url}).encode()
                 headers = {"X-Error-Code": refused.code} if refused.code else {}
                 if refused.status == 401 and not refused.code:
                     headers["X-Error-Message"] = "Invalid credentials in Authorization header"

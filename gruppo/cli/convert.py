@@ -33,7 +33,7 @@ def convert(
         typer.Option(
             "--source",
             metavar="TRAINER",
-            help="trl-grpo, trl-rloo, trl-dpo, trl-sft, trl-reward, verl or openrlhf. Default: found out.",
+            help="trl-grpo, trl-rloo, trl-dpo, trl-sft, trl-reward, verl or openrlhf. Default: guessed from the names.",
         ),
     ] = None,
     processes: Annotated[

@@ -27,10 +27,15 @@ def export(
         Path | None, typer.Option("--to", help="Folder to write; must be empty or not exist yet. Optional with --push.")
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="last, best (highest held-out accuracy), or a step number.")] = "last",
-    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the weights: float32 or bfloat16, with --gguf also float16 or q8_0.")
+    ] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file, e.g. 500MB.")] = "5GB",
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write only the adapter of a run with [model.lora], in peft's format.")
+    ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Write one GGUF file for llama.cpp and Ollama, with a Modelfile.")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Evaluate what was written, and fail if it answers unlike the run.")
@@ -48,8 +53,8 @@ def export(
     """Export a checkpoint as a Hugging Face model folder, and upload it with --push.
 
     The folder has weights, tokenizer, generation config and model card. Adapters of a run with [model.lora] are merged
-    into the model. --verify runs the run's own evaluation on the folder; exit code 1 if the difference leaves its
-    paired 95% interval.
+    into the model. --gguf writes a GGUF file instead. --verify runs the run's own evaluation on what was written; exit
+    code 1 if the difference leaves its paired 95% interval.
     """
     from gruppo.runs.console import ConsoleProgress
     from gruppo.training.export import export as write_folder
@@ -64,6 +69,7 @@ def export(
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "adapter": adapter,
+        "gguf": gguf,
         "verify": verify,
         "trust": True,  # asked above
         "trust_remote_code": trust,

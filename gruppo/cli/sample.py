@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,7 @@ def sample(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    engine: Annotated[str, typer.Option(help="What samples, as engine.name in a recipe: native, vllm, …")] = "native",
     trust: Trust = False,
 ) -> None:
     """Sample completions for a prompt."""
@@ -63,15 +65,18 @@ def sample(
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "min_tokens": min_tokens,
         "stop": stop_text or [],
     }  # fmt: skip
-    evaluation = load_recipe(
-        {"model": {"name": model, "device": device, "dtype": dtype}, "evaluation": {"decoding": decoding}}
-    ).evaluation
-    assert evaluation is not None
+    recipe = load_recipe(
+        {
+            "model": {"name": model, "device": device, "dtype": dtype},
+            "engine": {"name": engine},
+            "evaluation": {"decoding": decoding},
+        }
+    )
+    assert recipe.evaluation is not None
     content = _content(prompt, system, messages, plain)
     from gruppo.data.loading import checked_rows
     from gruppo.data.tokenization import tokenize_rows
-    from gruppo.engines import build_engine
-    from gruppo.engines.native.engine import choose_slots
+    from gruppo.engines import check_engine, open_engine
     from gruppo.evaluation.sets import sampling_params
     from gruppo.models.loading import find_model, load_model
     from gruppo.models.precision import choose_device, choose_dtype
@@ -79,12 +84,13 @@ def sample(
     from gruppo.runs.console import ConsoleProgress
     from gruppo.utils.signals import stop_on_signals
 
-    params = sampling_params(evaluation.decoding, max_tokens)
-    choose_dtype(dtype, choose_device(device))
+    params = sampling_params(recipe.evaluation.decoding, max_tokens)
+    chosen = choose_device(device)
+    check_engine(recipe, chosen, choose_dtype(dtype, chosen))
     progress = ConsoleProgress()
     option = "--prompt" if messages is None else "--messages"
     (row,) = checked_rows([{"prompt": content}], option)
-    with stop_on_signals(kills=True) as stop, stop.interruptible():
+    with stop_on_signals(kills=True) as stop, ExitStack() as stack, stop.interruptible():
         source = find_model(model, progress, trust_remote_code=trust)
         content = row["prompt"]
         if isinstance(content, list) and len(content) == 1 and not source.tokenizer.chat_template:
@@ -92,9 +98,10 @@ def sample(
         rows = [{"prompt": content}]
         prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, option, source.vocabulary)
         policy = load_model(source, device, dtype, progress)
-        engine = build_engine(policy, choose_slots(policy, len(prompts[0].token_ids), max_tokens, count))
+        longest = len(prompts[0].token_ids)
+        sampler = open_engine(policy, recipe.engine, longest, max_tokens, count, stack)
         streams = [[(seed, number) for number in range(count)]]
-        (completions,) = sample_groups(engine, prompts, streams, params, progress, stop)
+        (completions,) = sample_groups(sampler, prompts, streams, params, progress, stop)
     for number, completion in enumerate(completions, start=1):
         _show(completion, number if count > 1 else None, as_json, progress)
 

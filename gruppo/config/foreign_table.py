@@ -392,8 +392,9 @@ MISSING = {
     "target_parameters lora_task_type task_type use_dora use_rslora init_lora_weights lora_bias layers_to_transform "
     "layers_pattern rank_pattern alpha_pattern exclude_modules loftq_config additional_target pissa_* bias lora.type "
     "lora.merge lora.dtype lora_a_init_method lora_b_init_method a2a_experimental lora_adapter_path adapter_path",
-    "weights are trained in float32, not quantized": "load_in_4bit load_in_8bit bnb_* use_bnb_nested_quant "
-    "quantization_bit quantization_method bf16_full_eval fp16_full_eval full_finetuning *qat.* rollout.qat",
+    'trained weights are float32, not quantized; for QLoRA, write model.lora.base = "4bit"': "load_in_4bit "
+    "load_in_8bit bnb_* use_bnb_nested_quant quantization_bit quantization_method bf16_full_eval fp16_full_eval "
+    "full_finetuning *qat.* rollout.qat",
     'model.name loads the files as they are; for another revision, write "owner/name@revision"': "model_revision "
     "model_init_kwargs cache_dir override_config override_config.* external_lib",
     "training samples from the full distribution": "repetition_penalty frequency_penalty presence_penalty "

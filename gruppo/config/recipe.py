@@ -10,6 +10,7 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from gruppo.config.cluster_section import Cluster
+from gruppo.config.engine_section import Engine
 from gruppo.config.inheritance import with_inherited
 from gruppo.config.method_section import Critic, Method
 from gruppo.config.schedule import steps_of_epochs
@@ -46,6 +47,7 @@ class Recipe(Section):
     method: Method = Method()
     critic: Critic = Critic()
     sampling: Sampling = Sampling()
+    engine: Engine = Engine()
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation | None = None
     benchmarks: list[Benchmark] = []  # noqa: RUF012
@@ -74,6 +76,7 @@ class Recipe(Section):
         self._evaluations_agree()
         self._iterations_agree()
         self._environment_agrees()
+        self._cluster_agrees()
         if self.method.credit == "pair" and self.method.source != "dataset" and self.sampling.group_size < 2:
             raise ValueError(
                 'sampling.group_size = 1: method.credit = "pair" needs a correct and an incorrect completion per '
@@ -119,6 +122,21 @@ class Recipe(Section):
                 "leave one of the two tables out"
             )
 
+    def _cluster_agrees(self) -> None:
+        """Check the fields that several ranks do not support yet. Raises ValueError if one is set."""
+        if self.cluster is None:
+            return
+        lora = self.model.lora
+        for field, value, only in (
+            ("engine.name", self.engine.name, "native"),
+            ("optimizer.state", self.optimizer.state, "float32"),
+            ("model.lora.base", "full" if lora is None else lora.base, "full"),
+        ):
+            if value != only:
+                raise ValueError(
+                    f'{field} = "{value}": not supported on several ranks; write "{only}", or leave [cluster] out'
+                )
+
     def _iterations_agree(self) -> None:
         """Check the fields of iterations, reward model and audit. Raises ValueError if they disagree."""
         iterations, model, method = self.run.iterations, self.reward_model, self.method
@@ -132,6 +150,8 @@ class Recipe(Section):
                 f'run.iterations = {iterations}: method.source = "{method.source}" does not sample from the current '
                 "policy; write iterations = 1"
             )
+        if self.model.lora is not None and self.model.lora.base == "4bit" and self.model.dtype == "float64":
+            raise ValueError('model.lora.base = "4bit": does not compute in float64; write model.dtype = "auto"')
         if iterations > 1 and self.model.lora is not None:
             raise ValueError(
                 f"run.iterations = {iterations}: with adapters, the reference is the model without them and cannot be "

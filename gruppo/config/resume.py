@@ -11,6 +11,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
     FREE: {
         "run": ("name", "checkpoint_every", "trackers"),
         "model": ("name", "trust_remote_code"),  # the weights behind the name are compared
+        "engine": ("memory", "device"),
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),
         "environment": ("seconds", "memory", "workers"),
         "cluster": ("trainers", "shards", "patience"),  # rounding may differ
@@ -44,9 +45,10 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
             "dynamic_sampling_rounds", "advantage_epsilon",
         ),
         "critic": ("name", "learning_rate", "clip", "gamma", "gae_lambda"),
+        "engine": ("name",),
         "sampling": ("prompts_per_step", "group_size", "max_tokens", "temperature", "stop"),
         "optimizer": (
-            "learning_rate", "schedule", "beta1", "beta2", "epsilon", "weight_decay", "max_grad_norm",
+            "learning_rate", "schedule", "beta1", "beta2", "epsilon", "weight_decay", "max_grad_norm", "state",
         ),
     },
 }  # fmt: skip
@@ -63,6 +65,7 @@ REASONS = {
     "method": "the steps that are done were computed with it",
     "critic": "the steps that are done were computed with it",
     "sampling": "the completions so far were sampled with it",
+    "engine": "the completions so far were sampled with it",
     "optimizer": "the steps that are done were computed with it",
 }
 

@@ -122,6 +122,8 @@ class Lora(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Layers that get an adapter: "all-linear" for every linear layer except the output head (experts that are not
     linear layers get none), or a list of layer name suffixes, such as ["q_proj", "v_proj"]."""
+    base: Literal["full", "4bit"] = "full"
+    """How W is stored: in the compute dtype, or in 4 bits (QLoRA; needs gruppo[lean]), which changes the model."""
 
     @model_validator(mode="before")
     @classmethod
@@ -411,6 +413,9 @@ class Optimizer(Section):
     """Decoupled weight decay; applied to matrices only, not to norms and biases."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping: a gradient with a larger norm is scaled down to this norm."""
+    state: Literal["float32", "8bit", "cpu"] = "float32"
+    """AdamW's moments: float32; rounded to 8 bits (2 bytes per trained weight, not 8; needs gruppo[lean]); or float32
+    in CPU memory while the model is on an accelerator (slower updates, the same numbers)."""
 
 
 class Decoding(Section):

@@ -101,6 +101,18 @@ _RULES = (
         'only baseline = "indicator", credit = "pair", max_per_prompt and a trained [reward_model] use it; remove it',
     ),
     _Rule(
+        "engine",
+        "*",
+        lambda recipe: _offline(recipe) and recipe.evaluation is None and not recipe.benchmarks,
+        'method.source = "dataset" samples nothing, and there is no [evaluation]; remove it',
+    ),
+    _Rule(
+        "engine",
+        "memory device",
+        lambda recipe: not recipe.engine.has_own_process,
+        'only engine.name = "vllm" uses it; remove it, or write name = "vllm"',
+    ),
+    _Rule(
         "sampling",
         "group_size stop",
         _offline,

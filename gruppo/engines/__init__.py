@@ -2,24 +2,84 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from gruppo.config.engine_section import ENGINES
+from gruppo.config.engine_section import Engine as EngineTable
+from gruppo.config.recipe import Recipe
 from gruppo.engines.base import Engine
 from gruppo.models.policy import LanguageModel
 from gruppo.utils.imports import import_attribute
 from gruppo.utils.oom_retry import BatchSizes
 
-# name -> import path of a class that is called with a policy and the number of slots (concurrent completions)
-ENGINES = {"native": "gruppo.engines.native.engine:NativeEngine"}
+NATIVE = EngineTable()
 
 
-def build_engine(policy: LanguageModel, slots: int, sizes: BatchSizes | None = None, name: str = "native") -> Engine:
+def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UsageError if the recipe's engine cannot be imported, or cannot do what the recipe asks for."""
+    check = getattr(_find(recipe.engine), "check", None)
+    if check is not None:
+        check(recipe, device, dtype)
+
+
+def build_engine(
+    policy: LanguageModel,
+    slots: int,
+    sizes: BatchSizes | None = None,
+    settings: EngineTable = NATIVE,
+    length: int | None = None,
+) -> Engine:
     """Build an engine that samples from the policy, with `slots` concurrent completions.
 
     `sizes`: if given, sampling that runs out of memory is retried with fewer slots, and `sizes` keeps the smaller
-    number for the rest of the run. `name`: a key of ENGINES or an import path.
+    number for the rest of the run. `settings`: the recipe's [engine]. `length`: the longest sequence, a prompt with its
+    completion, in tokens; by default the context of the policy. The caller closes the engine.
+
+    An engine that keeps weights of its own gets the policy's, and is probed now and after each load.
     """
-    engine: Engine = import_attribute(ENGINES.get(name, name), "engine")(policy, slots)
+    from gruppo.engines.probe import LONGEST, ProbedEngine
+
+    engine_class = _find(settings)
+    if settings.has_own_process:
+        longest = min(policy.context, max(length or policy.context, LONGEST))
+        engine: Engine = engine_class(policy, slots, longest, settings)
+    else:
+        engine = engine_class(policy, slots)
+    if getattr(engine, "copies_weights", True):
+        engine = ProbedEngine(engine, policy, settings.name)
+        try:
+            engine.load_weights(policy.weight_source(), 0)
+        except BaseException:
+            engine.close()
+            raise
     if sizes is None:
         return engine
     from gruppo.engines.resizing import ResizingEngine
 
     return ResizingEngine(engine, sizes)
+
+
+def open_engine(
+    policy: LanguageModel, settings: EngineTable, prompt_tokens: int, max_tokens: int, wanted: int, stack: ExitStack
+) -> Engine:
+    """Build an engine without a memory forecast: for evaluation, labels and `gruppo sample`.
+
+    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the most completions at once. `stack`
+    closes the engine.
+    """
+    from gruppo.engines.native.engine import MAX_SLOTS, choose_slots
+
+    if settings.has_own_process:
+        slots = min(MAX_SLOTS, wanted)
+    else:
+        slots = choose_slots(policy, prompt_tokens, max_tokens, wanted)
+    engine = build_engine(policy, slots, settings=settings, length=prompt_tokens + max_tokens)
+    stack.callback(engine.close)
+    return engine
+
+
+def _find(settings: EngineTable) -> Any:
+    return import_attribute(ENGINES.get(settings.name, settings.name), "engine.name")

@@ -59,6 +59,9 @@ class Engine(Protocol):
     slots: int
     """Number of concurrent completions. It changes completions by rounding at most."""
 
+    copies_weights: bool = True
+    """Whether the engine keeps weights of its own. Each load is then probed; see `gruppo.engines.probe`."""
+
     def stream(
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
@@ -84,3 +87,9 @@ class Engine(Protocol):
 
     def load_weights(self, source: WeightSource, version: int) -> None:
         """Use these weights for sampling from now on. Completions get the version `version`."""
+
+    def sleep(self) -> None:
+        """Free the memory of the device that only sampling needs, until the next call of another method."""
+
+    def close(self) -> None:
+        """End the processes of the engine."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from gruppo.engines.base import Request, SamplingParams
+from gruppo.errors import RunError
 from gruppo.types import Completion, FinishReason
 from gruppo.utils.token_text import text_of
 
@@ -26,6 +27,16 @@ def check_requests(requests: Sequence[Request]) -> None:
             )
         if not 0 <= request.written <= len(request.token_ids):
             raise ValueError(f"written of a request = {request.written}: it has {len(request.token_ids)} tokens")
+
+
+class NonFiniteError(RunError):
+    """The engine's log-probabilities are infinite or NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the log-probabilities of the model are not finite: its weights have diverged or are damaged, or the "
+            "temperature is too low for them; start again with a lower optimizer.learning_rate"
+        )
 
 
 @dataclass(frozen=True)

@@ -51,3 +51,11 @@ class ResizingEngine(Engine):
     def load_weights(self, source: WeightSource, version: int) -> None:
         """See `Engine`."""
         self.engine.load_weights(source, version)
+
+    def sleep(self) -> None:
+        """See `Engine`."""
+        self.engine.sleep()
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.engine.close()

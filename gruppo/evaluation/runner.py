@@ -19,9 +19,8 @@ from gruppo.data.chat_template import end_renderer
 from gruppo.data.loading import Dataset
 from gruppo.data.tokenization import tokenize_part
 from gruppo.data.transform import INHERITED
-from gruppo.engines import build_engine
+from gruppo.engines import check_engine, open_engine
 from gruppo.engines.base import Engine
-from gruppo.engines.native.engine import choose_slots
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import read_eval_sets
 from gruppo.evaluation.metrics import figures_of
@@ -31,7 +30,7 @@ from gruppo.models.attention.backends import check_compute
 from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
 from gruppo.rewards.grading.verdicts import Verdict
-from gruppo.rollout.multi_turn import open_multi_turn
+from gruppo.rollout.multi_turn import OpenedEnvironments, open_multi_turn
 from gruppo.rollout.sampling import sample_groups
 from gruppo.runs.console import choose_progress
 from gruppo.types import Completion, Prompt
@@ -173,6 +172,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    engine: str = "native",
     trust_remote_code: bool = False,
     progress: bool | Progress = True,
     stop: Stop | None = None,
@@ -182,8 +182,8 @@ def evaluate(
     The questions are the held-out part of the task, or all its rows if it has none. `task`: a name, the fields of
     [task], or a Task. `options`: options of a task given by name. `questions`: maximum number of questions, from the
     start. `samples`: answers per question. `decoding`: fields of [evaluation.decoding], such as temperature and top_p.
-    `grader`: the task's own by default. `tokenizer`: for a model passed from Python. Raises UsageError for an invalid
-    argument.
+    `grader`: the task's own by default. `engine`: as engine.name in a recipe. `tokenizer`: for a model passed from
+    Python. Raises UsageError for an invalid argument.
     """
     if isinstance(task, Task):
         task = task.model_dump(exclude_none=True)
@@ -200,6 +200,7 @@ def evaluate(
     tables = {
         "run": {"seed": seed},
         "model": {"name": name, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
+        "engine": {"name": engine},
         "evaluation": settings,
     }
     in_memory = None if isinstance(model, str | Path) else model
@@ -223,6 +224,7 @@ def _with_arguments(message: str, task: str | None) -> str:
     message = re.sub(rf"{start}evaluation\.task\.options\.(\w+)", r'options["\1"]', message)
     message = re.sub(rf"{start}evaluation\.(task|decoding)\.(\w+)", r'\1["\2"]', message)
     message = re.sub(rf"{start}model\.name\b", "model", message)
+    message = re.sub(rf"{start}engine\.name\b", "engine", message)
     return re.sub(rf"{start}(?:evaluation|model|run)\.([a-z_]+)(?= =|[:;,]|$)", r"\1", message)
 
 
@@ -264,10 +266,59 @@ def open_eval_sets(
 ) -> Candidate:
     """Read a recipe's evaluation sets and load its model, or use the model passed from Python.
 
-    `stack` ends the processes of an environment and of chat templates. Raises UsageError for problems with the
-    evaluation sets, before weights are loaded.
+    `stack` ends the processes of an environment, of chat templates and of the engine. Raises UsageError for problems
+    with the evaluation sets or the engine, before weights are loaded.
     """
-    check_compute(recipe.model)
+    check_engine(recipe, *check_compute(recipe.model))
+    questions = read_questions(recipe, progress, stack, model, tokenizer)
+    policy = load_model(questions.source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
+    engine = open_engine(policy, recipe.engine, questions.longest, questions.room, questions.wanted, stack)
+    sample = questions.sampler(policy.tokenizer, policy.eos_ids)
+    return Candidate(questions.source, policy, engine, questions.eval_sets, sample)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Evaluation sets as token ids for a model whose weights are not loaded. `opened`: the environment, if any."""
+
+    source: ModelSource
+    eval_sets: list[EvalSet]
+    opened: OpenedEnvironments | None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of all sets."""
+        return [prompt for eval_set in self.eval_sets for prompt in eval_set.prompts]
+
+    @property
+    def room(self) -> int:
+        """The maximum number of tokens of an answer, or of a turn of it."""
+        return max(eval_set.options.max_tokens for eval_set in self.eval_sets)
+
+    @property
+    def longest(self) -> int:
+        """The maximum number of tokens of a prompt. The prompt of a turn includes all earlier turns."""
+        longest = max(len(prompt.token_ids) for prompt in self.prompts)
+        return longest if self.opened is None else longest + self.room
+
+    @property
+    def wanted(self) -> int:
+        """The number of answers to the largest set."""
+        return max(len(eval_set.prompts) * eval_set.samples for eval_set in self.eval_sets)
+
+    def sampler(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Sampler:
+        """The function that samples answers."""
+        return sample_groups if self.opened is None else self.opened.episodes(tokenizer, eos_ids, self.prompts).sample
+
+
+def read_questions(
+    recipe: Recipe,
+    progress: Progress,
+    stack: ExitStack,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Questions:
+    """Read a recipe's evaluation sets, and make token ids of them. The arguments are those of `open_eval_sets`."""
     stack.callback(end_renderer)
     all_rows = read_eval_sets(recipe, progress)
     source = find_model(
@@ -281,15 +332,4 @@ def open_eval_sets(
             context, known = source.context, source.vocabulary
             return tokenize_part(part, source.tokenizer, context, room, known, most, advance, tools)[0]
 
-    eval_sets = [make_eval_set(rows, recipe, tokenize, source.tokenizer) for rows in all_rows]
-    policy = load_model(source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
-    prompts = [prompt for eval_set in eval_sets for prompt in eval_set.prompts]
-    sample: Sampler = sample_groups
-    room = max(eval_set.options.max_tokens for eval_set in eval_sets)
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    if opened is not None:
-        sample = opened.episodes(policy.tokenizer, policy.eos_ids, prompts).sample
-        longest += room  # the prompt of a turn includes all earlier turns
-    wanted = max(len(eval_set.prompts) * eval_set.samples for eval_set in eval_sets)
-    engine = build_engine(policy, choose_slots(policy, longest, room, wanted))
-    return Candidate(source, policy, engine, eval_sets, sample)
+    return Questions(source, [make_eval_set(rows, recipe, tokenize, source.tokenizer) for rows in all_rows], opened)

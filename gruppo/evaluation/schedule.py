@@ -59,6 +59,7 @@ class EvalSchedule:
                 run_eval_set(eval_set, self.engine, self.seed, self.recorder, self.stop, self.sample)
                 for eval_set in due
             ]
+        self.engine.sleep()
         all_rows = [result.rows() for result in results]
         self.folder.table("evaluations", state.step, list(chain(*all_rows)), EVALUATIONS)
         values: dict[str, Any] = {"step": state.step}

@@ -51,7 +51,7 @@ def wrap_model(
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
-    ends, context = eos_ids(model, tokenizer), context_length(model.config)
+    ends, context = eos_ids(model.generation_config, model.config, tokenizer), context_length(model.config)
     policy = LanguageModel(model.eval(), tokenizer, ends, context, model.device, dtype)
     return _tried(policy, attention, progress or NullProgress())
 
@@ -115,11 +115,11 @@ def _tried(policy: LanguageModel, attention: str, progress: Progress) -> Languag
         if plan.captured and agrees(candidate, hidden):
             cached = [tensor for _, key, value in plan.captured.values() for tensor in (key, value)]
             width = sum(tensor.shape[0] * tensor.shape[-1] for tensor in cached)
-            size = torch.promote_types(policy.dtype, torch.float32).itemsize
             backend, problems = choose_backend(attention, policy.device, policy.dtype, plan)
             if problems:
                 progress.note(f"Note: attention runs on {backend.name} ({'; '.join(problems)})")
-            candidate = replace(candidate, cache_bytes=size * width, attention=backend)
+            size = width * policy.cache_dtype.itemsize
+            candidate = replace(candidate, cache_bytes=size, attention=backend)
             if backend.name != "cpu" or not FusedBody.fits(model.get_decoder()):
                 return candidate
             fused = replace(candidate, body=FusedBody(model.get_decoder(), plan.layers, candidate.generation))
@@ -176,10 +176,10 @@ def context_length(config: PreTrainedConfig) -> int:
     return context
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """All token ids that end a turn, from the generation config, the config and the tokenizer."""
+def eos_ids(*sources: Any) -> tuple[int, ...]:
+    """All token ids that end a turn, according to a model's generation config, its config and its tokenizer."""
     ids: set[int] = set()
-    for source in (model.generation_config, model.config, tokenizer):
+    for source in sources:
         value = getattr(source, "eos_token_id", None)
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(ids))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,10 +32,18 @@ _Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def convert_gguf(file: Path, progress: Progress) -> Path:
-    """Convert a GGUF file. Returns the folder. Raises UsageError if the file is incomplete."""
+    """Convert a GGUF file. Returns the folder.
+
+    Raises UsageError if the file is incomplete, or scales positions, which transformers does not read.
+    """
     name = f"{file.stem}-{file_sha256(file)[:16]}"
 
     def read() -> _Loaded:
+        if _scales_positions(GGUFReader(file)):
+            raise UsageError(
+                f"model.name = {str(file)!r}: its positions are scaled, which transformers does not read from a GGUF "
+                "file; use the model's safetensors files"
+            )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         model = load_weights(str(file.parent), torch.float32, gguf_file=file.name)
         # transformers considers a dequantized GGUF model quantized, and cannot save its quantization config.
@@ -43,6 +52,14 @@ def convert_gguf(file: Path, progress: Progress) -> Path:
         return model, tokenizer
 
     return _converted(name, file, "use a complete .gguf file", f"Converting {file.name} to safetensors", read, progress)
+
+
+def _scales_positions(file: GGUFReader) -> bool:
+    """Whether a GGUF file scales rotary frequencies, by factors (Llama 3) or by a method (linear, YaRN)."""
+    factors = any(tensor.name.startswith("rope_f") for tensor in file.tensors)
+    return factors or any(
+        name.endswith(".rope.scaling.type") and field.contents() != "none" for name, field in file.fields.items()
+    )
 
 
 def is_adapter(folder: Path) -> bool:

@@ -52,6 +52,18 @@ def require_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, e
     gguf_vocabulary(tokenizer, ends, config.vocab_size)
 
 
+def unread_gguf(config: PreTrainedConfig) -> str | None:
+    """What transformers does not read from a GGUF file of a model with this config, in words, or None.
+
+    llama.cpp reads all of it.
+    """
+    if (scaling := _rope(config).get("rope_type", "default")) != "default":
+        return f"positions scaled by {scaling!r}"
+    if config.model_type == "qwen3" and _head_size(config) != 128:
+        return f"heads of {_head_size(config)} values in a Qwen3"
+    return None
+
+
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], path: Path, dtype: str, name: str
 ) -> None:
@@ -147,8 +159,9 @@ def _tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> Iterator[
         assert known is not None, name
         layer = name.split(".")[-2]
         if architecture == gguf.MODEL_ARCH.LLAMA and layer in heads:
-            tensor = _paired(tensor, heads[layer])
-        yield known, tensor
+            yield known, _paired(tensor, heads[layer])
+        else:
+            yield known, tensor
 
 
 def _paired(rows: Tensor, heads: int) -> Tensor:
@@ -156,7 +169,8 @@ def _paired(rows: Tensor, heads: int) -> Tensor:
 
     transformers rotates row i of a head with row i + size/2, llama.cpp rotates neighbors.
     """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+    return pairs.flatten(0, 2)
 
 
 def _frequency_factors(config: PreTrainedConfig, model: Any) -> Tensor | None:
@@ -165,5 +179,5 @@ def _frequency_factors(config: PreTrainedConfig, model: Any) -> Tensor | None:
         return None
     size = _head_size(config)
     plain = float(_rope(config)["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    scaled: Tensor = model.model.rotary_emb.inv_freq
-    return (plain / scaled.double()).float()
+    factors: Tensor = plain / model.model.rotary_emb.inv_freq.double()
+    return factors.float()

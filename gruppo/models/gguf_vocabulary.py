@@ -17,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gruppo.errors import UsageError
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # (how text is split before merging, whether a whole word that is a token is taken without merging) -> llama.cpp's name
@@ -107,8 +110,8 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], row
 
 def _refusal(what: str) -> UsageError:
     return UsageError(
-        f"--gguf: the tokenizer {what}, which llama.cpp cannot reproduce under a name that gruppo knows; export without "
-        "--gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
+        f"--gguf: the tokenizer {what}, which cannot be described in a GGUF file; export without --gguf, "
+        "and convert the folder with llama.cpp's convert_hf_to_gguf.py"
     )
 
 

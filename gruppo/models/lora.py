@@ -2,8 +2,8 @@
 
 W becomes W + alpha/rank · B·A. A and B are float32, and only they are trained. B starts at 0, so the start policy
 equals the model. The reference policy is the same model with its adapters turned off, without a second copy of the
-weights. Frozen weights of linear layers are stored in the compute dtype, which is what the policy computes with.
-Merging adds to the stored weights.
+weights. Frozen weights of linear layers are stored in the compute dtype, which is what the policy computes with, or in
+4 bits. Merging adds to the stored weights; of 4 bits, to the numbers that they stand for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from gruppo.config.sections import Lora
 from gruppo.errors import UsageError
 from gruppo.models.attention.interface import AttentionPlan
+from gruppo.models.four_bit import check_layers, check_package, full_weight, is_four_bit, quantize_layers
 from gruppo.models.fused_decoder import FusedBody
 from gruppo.models.loading import ModelSource
 from gruppo.models.policy import LanguageModel, narrow_products
@@ -61,6 +62,17 @@ class AdaptedModel(LanguageModel):
             model.set_submodule(name, layer.base_layer)
         return self._for_sampling(model)
 
+    def float64_copy(self) -> LanguageModel:
+        """See `LanguageModel`. Weights of 4 bits become the numbers that they stand for."""
+        if not any(map(is_four_bit, self.model.parameters())):
+            return super().float64_copy()
+        model = copy.deepcopy(self.model)
+        for layer in adapted_layers(model).values():
+            small = layer.base_layer
+            layer.base_layer = nn.Linear(small.in_features, small.out_features, small.bias is not None, device="meta")
+            layer.base_layer.weight, layer.base_layer.bias = nn.Parameter(full_weight(small.weight)), small.bias
+        return LanguageModel.float64_copy(replace(self, model=model))
+
     def weights(self) -> dict[str, Tensor]:
         """The weights of the saved model: merged, with the names of a model without adapters."""
         return merged_weights(self.model)
@@ -88,7 +100,11 @@ class _WithoutAdapters(AdaptedModel):
 def check_adapters(source: ModelSource, settings: Lora | None) -> None:
     """Raise UsageError if adapters cannot be added to this model. Needs no weights."""
     if settings is not None:
-        _inject(skeleton(source.config, source.trusted), settings)
+        model = skeleton(source.config, source.trusted)
+        if settings.base == "4bit":
+            check_package('model.lora.base = "4bit"')
+            check_layers(_layers(model, settings))
+        _inject(model, settings)
 
 
 def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -103,12 +119,16 @@ def add_adapters(policy: LanguageModel, settings: Lora | None, seed: int) -> Lan
     """Add adapters to the policy's model, in place, and freeze all other weights.
 
     Returns the policy unchanged if `settings` is None. A is uniform within ±1/√inputs, as in peft, from its own random
-    stream seeded with `seed`. B is 0. Both are float32, or float64 for a float64 policy.
+    stream seeded with `seed`. B is 0. Both are float32, or float64 for a float64 policy. With `settings.base = "4bit"`,
+    W is rounded to 4 bits first (see `quantize_layers`), so the start policy is not quite the model.
     """
     if settings is None:
         return policy
     model, dtype = policy.model, torch.promote_types(policy.dtype, torch.float32)
     model.requires_grad_(False)
+    four_bit = settings.base == "4bit"
+    if four_bit:
+        quantize_layers(model, _layers(model, settings), policy.dtype)
     narrow_products(model, policy.dtype)
     _inject(model, settings)
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +140,9 @@ def add_adapters(policy: LanguageModel, settings: Lora | None, seed: int) -> Lan
     model.eval()
     policy.generation.advance()
     body = None
-    if policy.body is not None and dtype == policy.dtype:  # in bfloat16, rounding of the sum would lose small adapters
+    if (
+        policy.body is not None and dtype == policy.dtype and not four_bit
+    ):  # in bfloat16, rounding of the sum would lose small adapters
         body = FusedBody(policy.body.decoder, policy.body.layers, policy.generation, _current_weight)
     return AdaptedModel(**{field.name: getattr(policy, field.name) for field in fields(policy)} | {"body": body})
 
@@ -132,8 +154,11 @@ def _current_weight(layer: Any) -> Tensor:
 def _inject(model: PreTrainedModel, settings: Lora) -> None:
     """Add adapters without values to the model. Raises UsageError if peft adapts other layers than requested."""
     expected = _layers(model, settings)
+    config: Any = lora_config(model, settings)
+    if any(map(is_four_bit, model.parameters())):
+        vars(model)["is_loaded_in_4bit"] = True  # peft asks for it
     # Created without memory: the values are replaced, so this saves time and leaves the global random state unchanged.
-    _peft().inject_adapter_in_model(lora_config(model, settings), model, low_cpu_mem_usage=True)
+    _peft().inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     if unexpected := sorted(expected.keys() ^ adapted_layers(model).keys()):
         raise UsageError(
             f"model.lora.targets = {settings.targets!r}: peft does not adapt exactly these layers of architecture "
@@ -205,7 +230,7 @@ def merged_weight(layer: Any) -> Tensor:
 
     The result is float32 (or float64), even inside `LanguageModel.precision`, whether adapters are on or off.
     """
-    weight: Tensor = layer.base_layer.weight
+    weight = full_weight(layer.base_layer.weight)
     with torch.autocast(weight.device.type, enabled=False):
         added: Tensor = layer.get_delta_weight(_NAME)
     return added + weight

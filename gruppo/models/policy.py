@@ -74,6 +74,12 @@ class LanguageModel:
         with deterministic(self.device), narrow:
             yield
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the keys and values that the native engine keeps: on a CPU the accumulation dtype, which its
+        kernels read, else the compute dtype."""
+        return torch.promote_types(self.dtype, torch.float32) if self.device.type == "cpu" else self.dtype
+
     @cached_property
     def configs(self) -> list[PreTrainedConfig]:
         """The configs that select the attention implementation of the modules, without duplicates."""
@@ -277,5 +283,5 @@ def narrow_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in shared:
             for tensor in module.parameters(recurse=False):
-                if module is not head or tensor is module.weight:
+                if tensor.is_floating_point() and (module is not head or tensor is module.weight):
                     tensor.data = tensor.data.to(dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     start = json.loads(found[_CONFIG].read_text(encoding="utf-8")) if _CONFIG in found else {}
     if "auto_map" in start:  # its class is a Python file, which was saved with it
         return
-    original = _original(tokenizer) if start else None
+    original = _original(tokenizer.name_or_path, _stamps(found)) if start else None
     if original is None or not _same_tokens(tokenizer, original):
         written = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         _write(folder, _for_all_versions(written, start.get("tokenizer_class")))
@@ -66,10 +67,17 @@ def _found(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...]) -> dict[s
     return {name: Path(path) for name, path in cached.items() if isinstance(path, str)}
 
 
-def _original(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-    """The tokenizer as it is in its files; None if they cannot be loaded any more."""
+def _stamps(files: Mapping[str, Path]) -> tuple[tuple[str, int, int], ...]:
+    """What changes when one of the files does: names, sizes and times."""
+    statuses = {str(path): path.stat() for path in files.values()}
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in sorted(statuses.items()))
+
+
+@lru_cache(maxsize=1)
+def _original(where: str, _: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer as it is in its files; None if they cannot be loaded any more. A run saves it several times."""
     try:
-        return AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     except Exception:  # noqa: BLE001  third-party files can fail in any way
         return None
 

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
 
 if TYPE_CHECKING:
+    from gruppo.engines.base import Engine
     from gruppo.models.loading import ModelSource
     from gruppo.models.policy import LanguageModel
     from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments
@@ -125,19 +127,21 @@ def check_recipe(
 
 
 def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: Path, seconds: float) -> Check:
+    from gruppo.engines import build_engine, check_engine
     from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_model
     from gruppo.models.lora import check_adapters
-    from gruppo.models.precision import choose_device, choose_dtype
     from gruppo.rollout.multi_turn import open_multi_turn
     from gruppo.training.inputs import with_steps, workload
+    from gruppo.training.lean_optimizers import check_state
     from gruppo.training.policy_loss import find_surrogate
     from gruppo.training.setup import make_pool
     from gruppo.training.sizing import disk_of, load_and_choose
 
-    device = choose_device(recipe.model.device)
-    dtype = str(choose_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    check_compute(recipe.model)
+    device, compute = check_compute(recipe.model)
+    dtype = str(compute).removeprefix("torch.")
+    check_engine(recipe, device, compute)
+    check_state(recipe.optimizer.state)
     find_surrogate(recipe.method.surrogate)
     with ExitStack() as stack:
         pool = None
@@ -153,8 +157,10 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
         episodes = opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None
         work = workload(recipe, inputs)
         stop.check()
+        engine = build_engine(policy, chosen.slots, settings=recipe.engine, length=work.longest)
+        stack.callback(engine.close)
         with progress.bar("Timing", None, ""):
-            prompt_token, decoding_step = time_generation(policy, inputs, chosen.slots, stop)
+            prompt_token, decoding_step = time_generation(engine, inputs, chosen.slots, stop)
             forward, backward, optimizer = time_update(recipe, policy, work, chosen)
         rounds = math.ceil(work.completions / chosen.slots)
         tokens = sum(
@@ -197,7 +203,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
         )
         findings = [
             *_static_findings(check, policy, inputs, refused),
-            *_smoke_test_findings(check, policy, inputs, pool, seconds, progress, stop, episodes),
+            *_smoke_test_findings(check, policy, engine, inputs, pool, seconds, progress, stop, episodes),
         ]
         return replace(check, findings=findings)
 
@@ -228,6 +234,7 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
     limit = min(policy.context - most, *(task.max_prompt_tokens or policy.context for task in recipe.tasks))
     return [
         *static_checks.check_fields(recipe),
+        *static_checks.check_engine_choice(recipe, check.device, find_spec("vllm") is not None),
         *static_checks.check_model(policy, check.dtype),
         *static_checks.check_end_tokens(policy),
         *token_checks.check_token_text(policy, prompts, inputs.offline),
@@ -301,6 +308,7 @@ def _kernels(policy: LanguageModel) -> Finding:
 def _smoke_test_findings(
     check: Check,
     policy: LanguageModel,
+    engine: Engine,
     inputs: RunInputs,
     pool: RewardPool | None,
     seconds: float,
@@ -319,7 +327,7 @@ def _smoke_test_findings(
     elif not seconds:
         found.append(smoke_test.skipped("--quick"))
     else:
-        test = smoke_test.run_smoke_test(recipe, policy, inputs, pool, chosen.slots, seconds, progress, stop, episodes)
+        test = smoke_test.run_smoke_test(recipe, engine, inputs, pool, chosen.slots, seconds, progress, stop, episodes)
         weights = dict(zip(pool.names, pool.weights, strict=True))
         if episodes is not None and episodes.weight is not None:
             weights[NAME] = episodes.weight

@@ -20,7 +20,7 @@ from gruppo.algorithms.filtering import mark_trained
 from gruppo.config.method_section import Method
 from gruppo.config.recipe import Recipe
 from gruppo.engines import build_engine
-from gruppo.engines.base import SamplingParams
+from gruppo.engines.base import Engine, SamplingParams
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
@@ -101,7 +101,7 @@ class SmokeTest:
 
 def run_smoke_test(
     recipe: Recipe,
-    policy: LanguageModel,
+    engine: Engine,
     inputs: RunInputs,
     pool: RewardPool,
     slots: int,
@@ -115,7 +115,7 @@ def run_smoke_test(
     It ends when there are enough groups, or after `seconds` of sampling or `seconds` of rewards. Each round has twice
     as many groups as the one before, if the time seems to suffice, so that a slow machine finishes at least a few.
     """
-    engine, size, test = build_engine(policy, slots), recipe.sampling.group_size, SmokeTest()
+    size, test = recipe.sampling.group_size, SmokeTest()
     wanted, most = min(PROMPTS, len(inputs.prompts)), max(1, slots // size)
     state = {"global_step": 0, "max_steps": recipe.run.steps, "max_tokens": recipe.sampling.max_tokens}
     count = 1

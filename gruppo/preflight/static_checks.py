@@ -61,6 +61,18 @@ def check_fields(recipe: Recipe) -> list[Finding]:
     return [Finding("ok", "recipe", f"{method.name}: {run.steps} steps of {step}"), *found]
 
 
+def check_engine_choice(recipe: Recipe, device: str, has_vllm: bool) -> list[Finding]:
+    """Whether the native engine samples on a GPU. `has_vllm`: vLLM is installed."""
+    if recipe.engine.name != "native" or device != "cuda" or recipe.method.source == "dataset":
+        return []
+    install = "" if has_vllm else 'run: pip install "gruppo[vllm]"; then '
+    return [Finding(
+        "note", "engine", 'engine.name = "native" on a GPU',
+        "it computes one token at a time without CUDA graphs; vLLM is much faster there",
+        f'{install}write engine.name = "vllm" (see docs/vllm.md)',
+    )]  # fmt: skip
+
+
 def check_model(policy: LanguageModel, dtype: str) -> list[Finding]:
     """Architecture, number of weights and compute dtype, and matrices that are all zeros."""
     count = sum(weight.numel() for weight in policy.model.parameters())

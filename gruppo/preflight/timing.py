@@ -11,6 +11,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.utils.signals import Stop
 
 if TYPE_CHECKING:
+    from gruppo.engines.base import Engine
     from gruppo.models.policy import LanguageModel
     from gruppo.training.inputs import RunInputs
     from gruppo.training.memory_estimate import ChosenSizes, Workload
@@ -22,9 +23,8 @@ REPEATS = 2  # the faster one counts, because other load on the machine only slo
 SECONDS = 60.0  # default limit for sampling in the smoke test; its rewards get the same limit
 
 
-def time_generation(policy: LanguageModel, inputs: RunInputs, slots: int, stop: Stop) -> tuple[float, float]:
+def time_generation(engine: Engine, inputs: RunInputs, slots: int, stop: Stop) -> tuple[float, float]:
     """Seconds per prompt token, and seconds per decoding step with all slots filled, on real prompts."""
-    from gruppo.engines import build_engine
     from gruppo.engines.base import Request, SamplingParams
 
     prompts = [inputs.prompts.draw(0, 1)[0]]
@@ -36,7 +36,6 @@ def time_generation(policy: LanguageModel, inputs: RunInputs, slots: int, stop: 
         Request(prompt.token_ids, [(0, place, number) for number in range(share)])
         for place, (prompt, share) in enumerate(zip(prompts, shares, strict=True))
     ]
-    engine = build_engine(policy, slots)
 
     def seconds(tokens: int) -> float:
         """Seconds to sample exactly `tokens` tokens per completion."""

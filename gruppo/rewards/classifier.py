@@ -46,14 +46,13 @@ class Classifier:
         its outputs, or if the device is not available.
         """
         location, revision = _locate(model)
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         try:
             if problem := pickles_alone(Path(location)):
                 raise ValueError(problem)
-            config = AutoConfig.from_pretrained(location, **options)
-            self.tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                location, output_loading_info=True, use_safetensors=True, **options
+                location, revision=revision, output_loading_info=True, use_safetensors=True, trust_remote_code=False
             )
         except Exception as error:  # third-party files: anything can be wrong with them
             if not is_dir(Path(location)) and (problem := hub_problem(error)):

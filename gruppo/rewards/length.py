@@ -15,8 +15,8 @@ class Overlong:
 
     0 if |y| <= L - B;  (L - B - |y|) / B if L - B < |y| <= L;  -1 if |y| > L.
     L is `max_tokens`, by default the run's sampling limit. B is `buffer_tokens`, by default L // 4 and at least 1 (the
-    paper uses 4096 of 16384). Raises UsageError if either is not a whole number from 1, if B > L, or, when called, if
-    the run does not provide L.
+    paper has B = 4096 and L = 20480). Raises UsageError if either is not a whole number from 1, if B > L, or, when
+    called, if the run does not provide L.
     """
 
     def __init__(self, max_tokens: int | None = None, buffer_tokens: int | None = None) -> None:

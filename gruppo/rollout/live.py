@@ -80,6 +80,7 @@ class LiveRollouts:
             if not missing or not any(any(group.trained) for group in groups):
                 break  # enough groups, or a broken reward, for which more completions would not help
             groups += self._sample_and_score(step, step.cursor + len(groups), missing)
+        self.engine.sleep()
         if rounds:
             self._drop_equal_rewards(step, groups)
         self._require_rewards(step, groups)
@@ -100,7 +101,9 @@ class LiveRollouts:
             self.recorder,
             self.stop,
         )
-        return labeller.sample(prompts, self.recipe.sampling.group_size, key)
+        labels = labeller.sample(prompts, self.recipe.sampling.group_size, key)
+        self.engine.sleep()
+        return labels
 
     def _sample_and_score(self, step: Step, cursor: int, count: int) -> list[Group]:
         """Scored groups of the next `count` prompts after the first `cursor` prompts of the run."""

@@ -48,16 +48,16 @@ def rescore(
 ) -> Rescores:
     """Score the saved completions of a run with another reward, and compare it with the recorded one.
 
-    run: the run folder, of a run that goes on or ended. It is only read.
-    reward: a function, a built-in name, an import path or "label = function", or several, as in reward.functions.
-    overrides: fields of the [reward] table, such as "reward.weights=[1, 0.5]" or "reward.options.regex.pattern=…".
-        Timeout, workers and memory are those of the run by default; environment variables are never taken over.
-    against: the part of the recorded reward to compare with, by the name of its function; the total by default. Step
-        rewards count with the mean of their steps.
-    steps: a step, or a collection such as range(1, 11); all by default.
-    limit: the largest number of groups to score, spread evenly over the steps; the first groups of each are taken.
-    out: a .parquet file to write every row to, with the columns of gruppo.runs.tables.RESCORES.
-    progress: show progress on the console; False for no output.
+    - `run`: the run folder, finished or not. It is only read.
+    - `reward`: a function, a built-in name, an import path or "label = function", or several, as in reward.functions.
+    - `overrides`: fields of the [reward] table, such as "reward.weights=[1, 0.5]" or "reward.options.regex.pattern=…".
+      Timeout, workers and memory are those of the run by default; environment variables are never taken over.
+    - `against`: the part of the recorded reward to compare with, by the name of its function; the total by default.
+      Step rewards count with the mean of their steps.
+    - `steps`: a step, or a collection such as range(1, 11); all by default.
+    - `limit`: the largest number of groups to score, spread evenly over the steps; the first groups of each are taken.
+    - `out`: a .parquet file to write every row to, with the columns of gruppo.runs.tables.RESCORES.
+    - `progress`: show progress on the console; False for no output.
 
     Completions without a recorded or a new reward are counted, not compared. A table that cannot be read is left out,
     and `notes` of the result says so. Ctrl-C stops without a file. Raises UsageError for a mistake in the arguments, a

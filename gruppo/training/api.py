@@ -45,17 +45,17 @@ def train(
 ) -> Result:
     """Train a model according to a recipe.
 
-    recipe: a TOML file, a mapping, or a `Recipe`.
-    reward: a function, an import path, or several, in place of reward.functions.
-    prompts: rows in place of the task's rows. Each row has a `prompt` (text or messages) and optional further columns,
-        which reward functions receive by name. The other fields of [task] apply to these rows.
-    model, tokenizer: a transformers causal language model in memory, in place of model.name. A copy is trained.
-    callbacks: objects with one or more methods of `gruppo.Callback`, or functions f(step, metrics, groups). Returning
-        `gruppo.STOP` ends the run early; the final model is saved.
-    overrides: changes to the recipe, such as "run.steps=50".
-    out: the run folder; runs/<name> by default.
-    resume: continue the run in the folder, if there is one.
-    progress: show progress, steps and warnings on the console; False for no output.
+    - `recipe`: a TOML file, a mapping, or a `Recipe`.
+    - `reward`: a function, an import path, or several, in place of reward.functions.
+    - `prompts`: rows in place of the task's rows. Each row has a `prompt` (text or messages) and optional further
+      columns, which reward functions receive by name. The other fields of [task] apply to these rows.
+    - `model`, `tokenizer`: a transformers causal language model in memory, in place of model.name. A copy is trained.
+    - `callbacks`: objects with one or more methods of `gruppo.Callback`, or functions f(step, metrics, groups).
+      Returning `gruppo.STOP` ends the run early; the final model is saved.
+    - `overrides`: changes to the recipe, such as "run.steps=50".
+    - `out`: the run folder; `runs/NAME` by default, with the name of the recipe.
+    - `resume`: continue the run in the folder, if there is one.
+    - `progress`: show progress, steps and warnings on the console; False for no output.
 
     The state of the result's summary is "done", or "stopped" if a callback ended the run. Ctrl-C ends the run at the
     next safe point: everything is saved, then KeyboardInterrupt is raised. SIGTERM does the same with SystemExit. The

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gruppo.errors import RunError, UsageError
 from gruppo.models.weights import not_finite_in, trained_weights
@@ -140,6 +141,7 @@ def load_models(folder: Path, models: Trained) -> None:
             _put_optimizer_tensors(folder, _file(name, "optimizer"), module, optimizer)
 
 
+_LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # moments of AdamW, and of 8-bit AdamW
 _ANOTHER = "use another checkpoint; without the folder of this one, --resume continues from the one before"
 
 
@@ -176,10 +178,16 @@ def put_weights(files: TensorFiles, targets: Mapping[str, Tensor]) -> None:
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{kind}:{name}": value
+        f"{kind}:{name}": value if isinstance(value, DTensor) else _stored(kind, value)
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _stored(kind: str, value: Tensor | int) -> Tensor:
+    """A part of an optimizer's state as a tensor of its own. Tables of 8-bit moments are shared by all parameters."""
+    tensor = torch.as_tensor(value).cpu().contiguous()
+    return tensor.clone() if kind in {"qmap1", "qmap2"} else tensor
 
 
 def _put_optimizer_tensors(folder: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -187,15 +195,16 @@ def _put_optimizer_tensors(folder: Path, name: str, model: nn.Module, optimizer:
     parameters = dict(model.named_parameters())
     lists = (group["params"] for group in optimizer.param_groups)
     numbers = {parameter: number for number, parameter in enumerate(chain.from_iterable(lists))}
-    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    state: dict[int, dict[str, Tensor | int]] = defaultdict(dict)
     with TensorFiles(folder, name) as files:
         for key in sorted(files.names):
             kind, _, owner = key.partition(":")
-            if kind == "step":
-                state[numbers[parameters[owner]]][kind] = files.rows(key)
-                continue
-            rows = _finite({key: files.like(key, parameters[owner])})[key]
-            state[numbers[parameters[owner]]][kind] = as_rows_of(rows, parameters[owner])
+            like = parameters[owner] if kind in _LIKE_PARAMETERS else None
+            rows = files.rows(key) if like is None else files.like(key, like)
+            tensor = _finite({key: rows})[key]
+            counted = kind == "step" and not tensor.is_floating_point()  # a number of 8-bit AdamW, a tensor of AdamW
+            part = int(tensor) if counted else tensor if like is None else as_rows_of(tensor, like)
+            state[numbers[parameters[owner]]][kind] = part
     optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
+from gruppo.models.four_bit import full_count, is_four_bit
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import named_weights, save_base, trained_weights
 from gruppo.training.memory_estimate import Workload
@@ -98,6 +99,8 @@ def forecast_disk(recipe: Recipe, policy: LanguageModel, work: Workload, start_w
     policy's size. Groups that dynamic sampling adds to a step are not counted.
     """
     whole, trained = _weights(named_weights(policy.model)), trained_weights(policy.model)
+    small = [weight for weight in policy.model.parameters() if is_four_bit(weight)]  # saved as float32
+    whole += sum(4 * full_count(weight) - weight.nbytes for weight in small)
     adapters = _bytes(trained.values()) if recipe.model.lora is not None else 0
     layers = _scalar_model(policy)
     trains_reward_model = recipe.reward_model is not None and recipe.reward_model.prompts > 0

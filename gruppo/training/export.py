@@ -1,4 +1,4 @@
-"""Exports a checkpoint as a Hugging Face folder that plain transformers can load, with a model card.
+"""Exports a checkpoint as a Hugging Face folder that plain transformers can load, or as a GGUF file, with a model card.
 
 Only the run folder is read: neither the initial model nor the network is needed, unless the run trained adapters, which
 are merged into the initial model. The weights come from the checkpoint, config and tokenizer from the run's base/. The
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gruppo.training.verify import Recorded, Verification
 
 DTYPES = ("float32", "bfloat16")
+GGUF_DTYPES = ("float16", "q8_0")  # of GGUF files only
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def export(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     adapter: bool = False,
+    gguf: bool = False,
     verify: bool = False,
     trust: bool = False,
     trust_remote_code: bool = False,
@@ -73,13 +75,14 @@ def export(
     `checkpoint`: "last"; "best", the kept one with the highest held-out accuracy (the later one if tied); or a step.
     `dtype`: float32 as trained, or bfloat16. `max_shard_size`: maximum size of a weights file, e.g. "5GB"; larger
     models are split into several files. A run that trained adapters is exported as the merged model, or with `adapter`
-    as the adapter alone, in peft format. `verify`: evaluate the folder on the run's own evaluation set, and raise
+    as the adapter alone, in peft format. `gguf`: write one GGUF file for llama.cpp and Ollama; then `dtype` can also be
+    float16 or q8_0. `verify`: evaluate the folder on the run's own evaluation set, and raise
     RunError if it answers differently from the run (see `gruppo.training.verify`); the folder is kept. `trust`: run
     the code that the evaluation of a run folder from somebody else names. `trust_remote_code`: run the Python files
     that the model came with, regardless of the run's recipe. Raises UsageError if `to` contains files, or if the run
     or checkpoint is missing or damaged.
     """
-    plan = plan_export(run, to, checkpoint, dtype, max_shard_size, adapter, verify, trust, trust_remote_code)
+    plan = plan_export(run, to, checkpoint, dtype, max_shard_size, adapter, gguf, verify, trust, trust_remote_code)
     return plan.write(choose_progress(progress))
 
 
@@ -100,6 +103,7 @@ class Plan:
     dtype: str
     max_shard_size: str
     adapter: bool
+    gguf: bool
     trust_remote_code: bool
     recorded: Recorded | None
 
@@ -108,15 +112,32 @@ class Plan:
         size, files = self._write(progress)
         verified = None
         if self.recorded is not None:
-            dtype = self.environment["chosen"]["dtype"]
-            verified = self.recorded.verify(self.target, dtype, self.trust_remote_code, progress)
+            verified = self._verify(self.recorded, progress)
         accuracy = accuracy_of(self.state, self.state.step)
         return Export(self.target, self.state.step, accuracy, files, size, verified)
+
+    @property
+    def _gguf_file(self) -> str | None:
+        """The name of the GGUF file, if one is written."""
+        if not self.gguf:
+            return None
+        from gruppo.training.gguf_export import gguf_file_name
+
+        return gguf_file_name(self.recipe.run.name, self.dtype)
+
+    def _verify(self, recorded: Recorded, progress: Progress) -> Verification:
+        """Evaluate what was written. Raises RunError, see `export`."""
+        dtype, trust = self.environment["chosen"]["dtype"], self.trust_remote_code
+        if self._gguf_file is None:
+            return recorded.verify(self.target, dtype, trust, progress)
+        from gruppo.training.gguf_export import verify_gguf
+
+        file = self.target / self._gguf_file
+        return verify_gguf(recorded, file, self.source / "base", dtype, trust, progress)
 
     def _write(self, progress: Progress) -> tuple[int, int]:
         """Write the folder. Returns its size in bytes and the number of its files."""
         recipe, dtype, trust, base = self.recipe, self.dtype, self.trust_remote_code, self.source / "base"
-        options = dtype, self.max_shard_size, trust
         with (
             reading(self.source, "export another checkpoint"),
             _new_folder(self.target) as building,
@@ -126,16 +147,36 @@ class Plan:
                 chat = _write_adapter(base, weights, building, recipe, dtype, trust)
             elif recipe.model.lora is not None:
                 with _merged(base, weights, building, recipe, self.environment, trust, progress) as merged:
-                    chat = _write_model(base, merged, building, recipe, options, progress)
+                    chat = self._write_model(merged, building, progress)
             else:
-                chat = _write_model(base, weights, building, recipe, options, progress)
+                chat = self._write_model(weights, building, progress)
             start = user_path(recipe.model.name)
+            start_model = start if is_dir(start) else None
             card = model_card(
-                recipe, self.state, self.environment, dtype, chat, self.adapter, start if is_dir(start) else None
+                recipe, self.state, self.environment, dtype, chat, self.adapter, start_model, self._gguf_file
             )
             (building / "README.md").write_text(str(card), encoding="utf-8")
             written = list(building.iterdir())
             return sum(path.stat().st_size for path in written), len(written)
+
+    def _write_model(self, weights: Path, building: Path, progress: Progress) -> bool:
+        """Write weights, configs and tokenizer. Returns whether there is a chat template."""
+        from gruppo.models.compatibility import eos_ids
+        from gruppo.models.tokenizer_files import save_tokenizer
+
+        settings = self.recipe.evaluation.decoding if self.recipe.evaluation else Decoding()
+        dtype = "float32" if self.gguf else self.dtype
+        with _loaded(self.source / "base", weights, dtype, self.trust_remote_code, progress) as (model, tokenizer):
+            if self.gguf:
+                from gruppo.training.gguf_export import write_gguf_export
+
+                write_gguf_export(model, tokenizer, building, self.recipe.run.name, self.dtype, settings)
+            else:
+                ends = eos_ids(model.generation_config, model.config, tokenizer)
+                model.generation_config = _generation(ends, tokenizer, settings)
+                model.save_pretrained(building, max_shard_size=self.max_shard_size)
+                save_tokenizer(tokenizer, building)
+        return bool(tokenizer.chat_template)
 
 
 def plan_export(
@@ -145,31 +186,52 @@ def plan_export(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     adapter: bool = False,
+    gguf: bool = False,
     verify: bool = False,
     trust: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Check what an export needs, without loading the model. The arguments and errors are those of `export`."""
     source, target = Path(run), Path(to)
-    _check(source, target, dtype, max_shard_size)
+    _check(source, target, dtype, max_shard_size, gguf)
     recipe = load_recipe(source / "recipe.toml")
     if adapter and recipe.model.lora is None:
         raise UsageError(f"--adapter: {source} trained all weights of its model, so there is no adapter; leave it out")
+    if adapter and gguf:
+        raise UsageError("--gguf: holds the merged model; leave --adapter out")
     folder = _choose(source, checkpoint)
     state, environment = _state(source, folder), _environment(source)
+    if gguf:
+        from gruppo.training.gguf_export import require_gguf_export
+
+        with reading(source, "export without --gguf"):
+            require_gguf_export(source / "base", dtype, verify, trust_remote_code)
     recorded = None
     if verify:
         from gruppo.training.verify import read_recorded
 
         recorded = read_recorded(source, recipe, state.step, trust)
     return Plan(
-        source, target, recipe, folder, state, environment, dtype, max_shard_size, adapter, trust_remote_code, recorded
+        source,
+        target,
+        recipe,
+        folder,
+        state,
+        environment,
+        dtype,
+        max_shard_size,
+        adapter,
+        gguf,
+        trust_remote_code,
+        recorded,
     )
 
 
-def _check(source: Path, target: Path, dtype: str, max_shard_size: str) -> None:
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: cannot be exported; write {' or '.join(DTYPES)}")
+def _check(source: Path, target: Path, dtype: str, max_shard_size: str, gguf: bool) -> None:
+    known = (*DTYPES, *GGUF_DTYPES) if gguf else DTYPES
+    if dtype not in known:
+        also = f"; --gguf also knows {' and '.join(GGUF_DTYPES)}" if not gguf else ""
+        raise UsageError(f"--dtype {dtype}: cannot be exported; write {' or '.join(known)}{also}")
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise UsageError(f"--max-shard-size {max_shard_size}: not a size; write e.g. 5GB or 500MB")
     if source.is_dir():
@@ -262,21 +324,17 @@ def _new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _write_model(
-    base: Path, weights: Path, building: Path, recipe: Recipe, options: tuple[str, str, bool], progress: Progress
-) -> bool:
-    """Write weights, configs and tokenizer. Returns whether there is a chat template.
+@contextmanager
+def _loaded(base: Path, weights: Path, dtype: str, trust: bool, progress: Progress) -> Iterator[tuple[Any, Any]]:
+    """The model with the weights of a file, and its tokenizer. The model can be used inside the block only.
 
-    `options`: dtype, maximum size of a weights file, whether to trust the Python files of the model.
+    `trust`: run the Python files of the model.
     """
     import torch
     from transformers import AutoTokenizer
 
-    from gruppo.models.compatibility import eos_ids
     from gruppo.models.pretrained import load_weights, loading_progress
-    from gruppo.models.tokenizer_files import save_tokenizer
 
-    dtype, max_shard_size, trust = options
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust)
     with tempfile.TemporaryDirectory() as name, loading_progress(progress):
         whole = Path(name)
@@ -287,12 +345,7 @@ def _write_model(
             ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "adapter_config.json"),
         )
         (whole / "model.safetensors").symlink_to(weights.absolute())
-        model = load_weights(str(whole), getattr(torch, dtype), trust)
-        settings = recipe.evaluation.decoding if recipe.evaluation else Decoding()
-        model.generation_config = _generation(eos_ids(model, tokenizer), tokenizer, settings)
-        model.save_pretrained(building, max_shard_size=max_shard_size)
-    save_tokenizer(tokenizer, building)
-    return bool(tokenizer.chat_template)
+        yield load_weights(str(whole), getattr(torch, dtype), trust), tokenizer
 
 
 @contextmanager
@@ -308,7 +361,7 @@ def _whole_weights(checkpoint: Path, building: Path) -> Iterator[Path]:
         del tensors
         yield file
         return
-    with tempfile.TemporaryDirectory(dir=building) as folder:
+    with tempfile.TemporaryDirectory(dir=building.parent, prefix=f"{building.name}-") as folder:
         save_weights(tensors, Path(folder), file.name)
         del tensors
         yield Path(folder) / file.name

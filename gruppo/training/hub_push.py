@@ -49,9 +49,9 @@ def push_to_hub(
 
     The repository is created if there is none, as a private one with `private`. `revision`: a branch, which is created
     if there is none; "main" by default. `to`: also keep the folder. `options`: those of `gruppo.export`; with
-    `verify`, nothing is uploaded if the verification fails. The weights in the repository are replaced; its other
-    files stay. Raises UsageError for mistakes, a missing login or missing rights, before the export is written, and
-    RunError if the upload fails.
+    `verify`, nothing is uploaded if the verification fails. The weights in the repository are replaced (a GGUF file
+    only by one of its name); its other files stay. Raises UsageError for mistakes, a missing login or missing rights,
+    before the export is written, and RunError if the upload fails.
     """
     shown = choose_progress(progress)
     with tempfile.TemporaryDirectory(prefix="gruppo-push-") as scratch:
@@ -59,19 +59,43 @@ def push_to_hub(
         is_private = _open_repository(repository, private, revision)
         exported = plan.write(shown)
         message = f"{plan.recipe.run.name}: step {exported.step}, {plan.dtype}"
-        with shown.bar(f"Uploading to {repository}", None, ""), hidden_bars():
+        with shown.bar(f"Uploading to {repository}", None, ""):
             try:
-                commit = HfApi().upload_folder(
-                    repo_id=repository,
-                    folder_path=exported.path,
-                    commit_message=message,
-                    revision=revision,
-                    delete_patterns=_REPLACED,
-                )
+                url = upload_model(HfApi(), exported.path, repository, revision, message, replaces=not plan.gguf)
             except Exception as error:
                 kept = "" if to is None else f"; the folder {to} is complete"
                 raise _words(error, f"--push {repository}: the upload failed", RunError, kept) from error
-    return Pushed(commit.commit_url, repository, is_private, exported)
+    return Pushed(url, repository, is_private, exported)
+
+
+def create_repository(api: HfApi, name: str, private: bool | None, revision: str | None) -> str:
+    """Create a model repository and its branch where they are missing. Returns the full name, "OWNER/NAME".
+
+    `private`: whether a new one is private; None for the owner's default. Raises errors of huggingface_hub.
+    """
+    repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repository, branch=revision, exist_ok=True)
+    return repository
+
+
+def upload_model(
+    api: HfApi, folder: Path, repository: str, revision: str | None, message: str, replaces: bool = True
+) -> str:
+    """Replace the model in a repository by that in a folder; its other files stay. Returns the URL of the commit.
+
+    `replaces`: False to add to the weights in the repository, which may hold GGUF files of several dtypes.
+    Raises errors of huggingface_hub.
+    """
+    with hidden_bars():
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            delete_patterns=_REPLACED if replaces else None,
+        )
+    return commit.commit_url
 
 
 def _open_repository(repository: str, private: bool, revision: str | None) -> bool:
@@ -88,11 +112,9 @@ def _open_repository(repository: str, private: bool, revision: str | None) -> bo
         raise UsageError(f"{what}: {unreachable()}")
     api = HfApi()
     try:
-        api.create_repo(repository, private=private or None, exist_ok=True)
+        create_repository(api, repository, private or None, revision)
         api.auth_check(repository, write=True)
         is_private = bool(api.model_info(repository).private)
-        if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
     except Exception as error:
         raise _words(error, what, UsageError) from error
     if private and not is_private:

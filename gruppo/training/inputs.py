@@ -102,6 +102,7 @@ def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
             for eval_set in inputs.eval_sets
         ),
         turns=recipe.environment is not None,
+        samples_elsewhere=recipe.engine.has_own_process,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from gruppo.config.units import as_bytes
 from gruppo.engines.native.engine import MAX_SLOTS, PREFILL_TOKENS
+from gruppo.engines.native.kv_cache import PAGE_TOKENS, room
 from gruppo.errors import UsageError
 from gruppo.models.logprobs import logit_block
 from gruppo.models.packing import most_tokens
@@ -52,6 +53,7 @@ class Workload:
     """Upper bounds of a run's work; lengths in tokens.
 
     `turns`: completions are sampled in several turns, so every completion has its own prompt in the engine.
+    `samples_elsewhere`: the engine has a process and memory of its own.
     """
 
     prompt_tokens: int
@@ -63,6 +65,7 @@ class Workload:
     reward_model: bool = False
     eval_sets: tuple[EvalWorkload, ...] = ()
     turns: bool = False
+    samples_elsewhere: bool = False
 
     @property
     def answers(self) -> int:
@@ -97,6 +100,13 @@ class Workload:
             layouts[-1][-1][1].append(completion)
             tokens += needed
         return layouts
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the engine samples: a prompt with its completion."""
+        step = self.completions, self.prompts_per_step, self.prompt_tokens, self.max_tokens
+        sets = [(part.answers, part.questions, part.question_tokens, part.answer_tokens) for part in self.eval_sets]
+        return max(sum(self.engine_bounds(*bounds)[2:]) for bounds in (step, *sets))
 
     @property
     def smallest(self) -> int:
@@ -208,6 +218,8 @@ def forecast_memory(
         gradients = max(0, gradients - activations - logits)
     step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
     cache, work = _generation(footprint, slots, *workload.engine_bounds(*step))
+    if workload.samples_elsewhere:
+        cache = work = 0
     evaluations = [
         _generation(
             footprint,
@@ -216,13 +228,13 @@ def forecast_memory(
                 eval_set.answers, eval_set.questions, eval_set.question_tokens, eval_set.answer_tokens
             ),
         )
-        for eval_set in workload.eval_sets
+        for eval_set in (() if workload.samples_elsewhere else workload.eval_sets)
     ]
     evaluation_cache, evaluation_work = max(evaluations, key=sum, default=(0, 0))
     return Memory(
         process=footprint.process,
         weights=footprint.weights,
-        optimizer=2 * footprint.gradients,
+        optimizer=footprint.moments,
         reference=footprint.reference if workload.reference else 0,
         critic=footprint.critic if workload.critic else 0,
         reward_model=footprint.critic if workload.reward_model else 0,
@@ -266,7 +278,8 @@ def _generation(
     step holds the logits of each row three times, and one layer's cache a second time.
     """
     rows, places = min(slots, completions), min(slots, prompts)
-    cache = footprint.cache_token * (rows * max_tokens + places * prompt_tokens)
+    page_tokens = PAGE_TOKENS if footprint.accelerator else None
+    cache = footprint.cache_token * (rows * room(max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens))
     together = min(places, max(1, PREFILL_TOKENS // prompt_tokens))
     layer = footprint.activations([(prompt_tokens, ())] * together, recompute=False) // footprint.layers
     prefill = footprint.cache_token * together * prompt_tokens + layer

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from gruppo.models.attention.backends import BACKENDS
+from gruppo.models.four_bit import full_count, is_four_bit, scale_bytes
 from gruppo.models.packing import Batch, make_batch, score
 from gruppo.models.policy import LanguageModel
+from gruppo.training.lean_optimizers import moments_bytes
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import release_memory
 
@@ -31,16 +34,17 @@ class Footprint:
     """Memory of a model that does not depend on the workload, and memory per unit of work; in bytes.
 
     `process`: Python, torch and everything that is resident before the weights are loaded. `gradients`: as many bytes
-    as the trainable weights have. `critic`: the weights of a value or reward model, its optimizer state and copies.
-    `prepared`: copies of weights in the compute dtype, alive during computation. `kept`: what forward keeps for
-    backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token in all layers.
-    `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of one number in
-    the accumulation dtype. `accelerator`: the policy is not on a CPU.
+    as the trainable weights have. `moments`: the optimizer's. `critic`: the weights of a value or reward model, its
+    optimizer state and copies. `prepared`: copies of weights in the compute dtype, alive during computation. `kept`:
+    what forward keeps for backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token
+    in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of
+    one number in the accumulation dtype. `accelerator`: the policy is not on a CPU.
     """
 
     process: int
     weights: int
     gradients: int
+    moments: int
     reference: int
     critic: int
     prepared: int
@@ -70,18 +74,27 @@ def process_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
 
 
-def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -> Footprint:
-    """Measure and count the memory of a model. `process`: `process_bytes` from before the weights were loaded."""
+def measure_footprint(
+    policy: LanguageModel, process: int, progress: Progress, optimizer_state: str = "float32"
+) -> Footprint:
+    """Measure and count the memory of a model. `process`: `process_bytes` from before the weights were loaded.
+
+    `optimizer_state`: the recipe's `optimizer.state`.
+    """
     config, weight = policy.model.config.get_text_config(), policy.head.weight
     wide, accelerator = torch.promote_types(policy.dtype, torch.float32).itemsize, policy.device.type != "cpu"
+    if policy.attention.name == "flex":  # which pads all trials to the same length
+        policy = replace(policy, attention=BACKENDS["sdpa"])
     prepared, *kept = _measure_kept(policy, progress)
     release_memory()
     return Footprint(
         process=process + (WORKSPACES if accelerator else LATER),
-        weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()]),
+        weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()])
+        + sum(map(scale_bytes, policy.model.parameters())),
         gradients=_bytes_of([parameter for parameter in policy.model.parameters() if parameter.requires_grad]),
+        moments=moments_bytes([p for p in policy.model.parameters() if p.requires_grad], optimizer_state, accelerator),
         reference=_reference_bytes(policy),
-        critic=_critic_bytes(policy),
+        critic=_critic_bytes(policy, optimizer_state),
         prepared=int(prepared) + prepared_bytes(policy),
         kept=tuple(kept),
         layers=max(1, int(config.num_hidden_layers)),
@@ -94,7 +107,10 @@ def measure_footprint(policy: LanguageModel, process: int, progress: Progress) -
 
 
 def prepared_bytes(policy: LanguageModel) -> int:
-    """Bytes of copies of weights that autograd does not keep: those of the fused body."""
+    """Bytes of copies of weights that autograd does not keep: those of the fused body, or of one layer of 4 bits."""
+    small = [full_count(parameter) for parameter in policy.model.parameters() if is_four_bit(parameter)]
+    if small:
+        return max(small) * policy.dtype.itemsize
     storages = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
     if policy.body is None or not policy.body.trains:
         return 0
@@ -119,14 +135,15 @@ def _reference_bytes(policy: LanguageModel) -> int:
     return _bytes_of([*policy.model.parameters(), *policy.model.buffers()]) - saved
 
 
-def _critic_bytes(policy: LanguageModel) -> int:
+def _critic_bytes(policy: LanguageModel, optimizer_state: str) -> int:
     """Bytes of a value or reward model of the policy's size. All of it is trained, with or without adapters.
 
     Its gradients reuse the memory of the policy's gradients.
     """
-    wide = torch.promote_types(policy.dtype, torch.float32).itemsize
-    count = sum(parameter.numel() for parameter in policy.model.parameters())
-    return count * (3 * wide + policy.dtype.itemsize)
+    wide, parameters = torch.promote_types(policy.dtype, torch.float32).itemsize, list(policy.model.parameters())
+    count = sum(map(full_count, parameters))
+    moments = moments_bytes(parameters, optimizer_state, policy.device.type != "cpu")
+    return count * (wide + policy.dtype.itemsize) + moments
 
 
 def _terms(layout: Layout) -> list[int]:

@@ -32,23 +32,25 @@ def model_card(
     chat: bool,
     adapter: bool = False,
     start_model: Path | None = None,
+    gguf: str | None = None,
 ) -> ModelCard:
     """The card of an exported model: what it is, how to use it, method, data, results, and the recipe that trained it.
 
     `chat`: the tokenizer has a chat template. `adapter`: the export is a LoRA adapter, not a whole model.
-    `start_model`: the folder of the initial model, whose card names its license.
+    `start_model`: the folder of the initial model, whose card names its license. `gguf`: the name of the GGUF file that
+    is the export.
     """
     base, license_name = _origin(recipe.model.name, start_model)
     data = ModelCardData(
         base_model=base,
         datasets=[task.name for task in recipe.tasks if _on_hub(task.name)] or None,
-        library_name="peft" if adapter else "transformers",
+        library_name="gguf" if gguf else "peft" if adapter else "transformers",
         license=license_name,
         pipeline_tag="text-generation",
         tags=sorted({"gruppo", "grpo", recipe.method.name, *(["lora"] if recipe.model.lora else [])}),
     )
     inputs = _CHAT if chat else _TEXT
-    template = _USE_ADAPTER if adapter else _USE
+    template = _USE_GGUF if gguf else _USE_ADAPTER if adapter else _USE
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {recipe.run.name}",
@@ -56,7 +58,7 @@ def model_card(
         "Relative Policy Optimization](https://arxiv.org/abs/2402.03300) by gruppo: step "
         f"{state.step} of {recipe.run.steps}, weights in {dtype}.",
         "## Use",
-        template.format(inputs=inputs, base=_portable(base or recipe.model.name)),
+        template.format(inputs=inputs, base=_portable(base or recipe.model.name), file=gguf),
         "## Method",
         _method(recipe),
         "## Data",
@@ -100,6 +102,12 @@ tokenizer = AutoTokenizer.from_pretrained("{base}")
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "this folder")
 inputs = {inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```"""
+
+
+_USE_GGUF = """```
+llama-cli -m {file}
+ollama create NAME -f Modelfile
 ```"""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from gruppo.models.packing import Batch
 from gruppo.models.policy import LanguageModel
 from gruppo.models.ranks import ALONE, Ranks
 from gruppo.models.value_head import ScalarModel
+from gruppo.training.lean_optimizers import OffloadedAdamW, make_8bit
 from gruppo.utils.progress import Advance
 from gruppo.utils.system import release_memory
 from gruppo.utils.transfer import as_floats
@@ -34,19 +36,25 @@ class Trainable:
 def make_optimizer(settings: Optimizer, model: nn.Module, computed_by: LanguageModel) -> torch.optim.Optimizer:
     """AdamW over a model's trained float32 weights, with weight decay on matrices only.
 
-    Every optimizer step marks the weights of `computed_by` as changed.
+    `settings.state` selects how the moments are kept (see `gruppo.training.lean_optimizers`). Every optimizer step
+    marks the weights of `computed_by` as changed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=parameters[0].device.type in {"cpu", "cuda"},
-    )
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    common: dict[str, Any] = {
+        "lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon,
+    }  # fmt: skip
+    fused = parameters[0].device.type in {"cpu", "cuda"}
+    optimizer: torch.optim.Optimizer
+    if settings.state == "8bit":
+        optimizer = make_8bit(groups, **common)
+    elif settings.state == "cpu":
+        optimizer = OffloadedAdamW(groups, **common, fused=fused)
+    else:
+        optimizer = torch.optim.AdamW(groups, **common, fused=fused)
     optimizer.register_step_post_hook(lambda *_: computed_by.generation.advance())
     return optimizer
 

@@ -99,8 +99,7 @@ def _label(
 ) -> Labels:
     from gruppo.data.chat_template import template_time
     from gruppo.data.tokenization import data_sha256
-    from gruppo.engines import build_engine
-    from gruppo.engines.native.engine import choose_slots
+    from gruppo.engines import check_engine, open_engine
     from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_model, load_model
     from gruppo.models.weights import weights_sha256
@@ -112,7 +111,7 @@ def _label(
     from gruppo.training.setup import make_pool
 
     find_split(settings.split)
-    check_compute(recipe.model)
+    check_engine(recipe, *check_compute(recipe.model))
     pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", progress))
     source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
     started = start_time(run.path)
@@ -127,7 +126,7 @@ def _label(
     run.start_same(recipe, LABELS, identity, started)
     size, group, max_tokens = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
     longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + max_tokens
-    engine = build_engine(policy, choose_slots(policy, longest, max_tokens, size * group * settings.continuations))
+    engine = open_engine(policy, recipe.engine, longest, max_tokens, size * group * settings.continuations, stack)
     threshold = recipe.method.success_threshold
     labeller = StepLabeller(engine, pool, policy.tokenizer, inputs.sampling, settings, threshold, progress, stop)
     with progress.bar("Labeling", settings.prompts, "questions") as advance:
@@ -221,12 +220,14 @@ def _begin_training(
     from gruppo.models.weights import weights_sha256
     from gruppo.rollout.reward_model import RewardModelScorer
     from gruppo.training.checkpoint import State, load_models, load_state, newest_checkpoint
+    from gruppo.training.lean_optimizers import check_state
     from gruppo.training.optimizer import make_optimizer
     from gruppo.training.reward_model import RewardModelTrainer
     from gruppo.utils.files import file_sha256
     from gruppo.utils.oom_retry import BatchSizes
 
     check_compute(recipe.model)
+    check_state(recipe.optimizer.state)
     name = "reward_model.name" if settings.name else "model.name"
     source = find_named(settings.name or recipe.model.name, name, progress)
     check_kind(source.config, settings.kind)

@@ -7,8 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
+from gruppo.engines.probe import largest_drift
 from gruppo.errors import RunError, first_line, out_of_memory
 from gruppo.evaluation.schedule import EvalSchedule
 from gruppo.models.reward_model import NAME as REWARD_MODEL
@@ -44,8 +43,6 @@ from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import Interrupted, Stop
 from gruppo.utils.system import peak_memory, release_memory
 
-BFLOAT16_DRIFT, FLOAT32_DRIFT = 0.05, 1e-4  # average difference allowed between engine and trainer, in nats per token
-
 # Builds the source of a run's groups from the default source.
 MakeSource = Callable[[LiveRollouts], RolloutSource]
 
@@ -70,8 +67,7 @@ class TrainingRun:
         self.stop, self.callbacks, self.state = stop, callbacks or Callbacks(), State()
         self.reward_weights = _reward_weights(parts)
         self.status = StatusFile(parts.run.path, self.recipe.run.steps)
-        # The dtype determines how much engine and trainer may differ by rounding; see docs/metrics.md.
-        drift = BFLOAT16_DRIFT if parts.policy.dtype == torch.bfloat16 else FLOAT32_DRIFT
+        drift = largest_drift(parts.policy.dtype)  # see docs/metrics.md
         sinks: list[Sink] = [FileSink(parts.run), StatusSink(self.status)]
         self.recorder = Recorder(console, sinks, WarningMonitor(self.reward_weights, drift))
         self.context = RunContext(self.recipe, parts.run, self.state, self.recorder, stop, self.callbacks)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.labels import options_name
 from gruppo.config.recipe import Recipe
 from gruppo.config.resume import MEMORY
@@ -20,7 +21,7 @@ from gruppo.data.chat_template import end_renderer, template_time
 from gruppo.data.mixture import Mixture
 from gruppo.data.offline import OfflineCompletions
 from gruppo.data.tokenization import data_sha256
-from gruppo.engines import build_engine
+from gruppo.engines import NATIVE, build_engine, check_engine
 from gruppo.engines.base import Engine, SamplingParams
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data
@@ -44,6 +45,7 @@ from gruppo.training.changes import Changes
 from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole
 from gruppo.training.inputs import RunInputs, tokenize_data, with_steps, workload
+from gruppo.training.lean_optimizers import check_state
 from gruppo.training.models import TrainedModels, chosen_policy, distribute, load_critic, load_scorer
 from gruppo.training.policy_loss import find_surrogate
 from gruppo.training.sizing import Free, disk_of
@@ -113,16 +115,20 @@ def prepare(
 ) -> RunComponents:
     """Build a run from its recipe and its data.
 
-    `model`: a model in memory with its tokenizer, in place of the recipe's. `links_to`: see `check_folder`. `local`:
-    objects of the caller that replace worker processes. `ranks`: those that train, of which this is the leader. `stack`
-    closes processes and locks. Raises UsageError, if
+    `model`: a model in memory with its tokenizer, in place of the recipe's. `links_to`: see `check_folder`; such a run
+    samples nothing. `local`: objects of the caller that replace worker processes. `ranks`: those that train, of which
+    this is the leader. `stack` closes processes and locks. Raises UsageError, if
     possible before weights are loaded.
     """
-    check_compute(recipe.model)
+    plays = links_to is None
+    device, dtype = check_compute(recipe.model)
+    check_state(recipe.optimizer.state)
+    if plays:
+        check_engine(recipe, device, dtype)
     find_surrogate(recipe.method.surrogate)
     run, started = _open_folder(recipe, folder, resume, links_to, stack)
     reward_settings = recipe.reward_model
-    opened, pool, audit = _open_rewards(recipe, rewards, data, folder, progress, stack, links_to is None, local)
+    opened, pool, audit = _open_rewards(recipe, rewards, data, folder, progress, stack, plays, local)
     start_model, tokenizer = model or (recipe.model.name, None)
     source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
     check_adapters(source, recipe.model.lora)
@@ -151,10 +157,10 @@ def prepare(
         require_same_reward_model(run, weights_sha256(scorer.module))
     ranks.begin(recipe, chosen, policy, critic, scorer)
     models = distribute(recipe, policy, critic, scorer, ranks)
-    least = workload(recipe, inputs).smallest
-    sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], least, retries=ranks.size == 1)
-    engine = build_engine(models.sampled, sizes.slots, sizes)
-    sampler = engine if models.initial is None else build_engine(models.initial, sizes.slots, sizes)
+    work = workload(recipe, inputs)
+    sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest, retries=ranks.size == 1)
+    settings = recipe.engine if plays else NATIVE
+    engine, sampler = _engines(models.sampled, models.initial, sizes, settings, work.longest, stack)
     parts = RunComponents(
         recipe=recipe,
         run=run,
@@ -176,6 +182,22 @@ def prepare(
     if local is not None:
         local.ready(parts)
     return parts
+
+
+def _engines(
+    policy: LanguageModel,
+    sampled: LanguageModel | None,
+    sizes: BatchSizes,
+    settings: EngineTable,
+    length: int,
+    stack: ExitStack,
+) -> tuple[Engine, Engine]:
+    """The engine of the policy, and the one that samples completions: of `sampled`, or else the same."""
+    engines = []
+    for model in (policy,) if sampled is None else (policy, sampled):
+        engines.append(build_engine(model, sizes.slots, sizes, settings, length))
+        stack.callback(engines[-1].close)
+    return engines[0], engines[-1]
 
 
 def _open_rewards(

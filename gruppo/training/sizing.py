@@ -41,7 +41,8 @@ class Free:
 
     def choose(self, recipe: Recipe, policy: LanguageModel, inputs: RunInputs, progress: Progress) -> ChosenSizes:
         """Choose the sizes for a policy with its adapters."""
-        return choose_sizes(measure_footprint(policy, self.process, progress), workload(recipe, inputs), self.budget)
+        footprint = measure_footprint(policy, self.process, progress, recipe.optimizer.state)
+        return choose_sizes(footprint, workload(recipe, inputs), self.budget)
 
 
 def disk_of(recipe: Recipe, policy: LanguageModel, inputs: RunInputs, start_weights: bool = False) -> Disk:

@@ -32,7 +32,8 @@ class Verification:
 
     `recorded`, `measured`: accuracy of the run after the step, and of the folder. `difference`: measured - recorded,
     with its 95% `interval`, paired by question. `smallest`: the smallest difference that this many `questions` can
-    show. `answers`: their number; `changed`: how many of them have another text.
+    show. `answers`: their number; `changed`: how many of them have another text. `by`: what answered, if it was not the
+    engine of the run.
     """
 
     recorded: float
@@ -43,6 +44,7 @@ class Verification:
     questions: int
     answers: int
     changed: int
+    by: str = ""
 
     @property
     def holds(self) -> bool:
@@ -56,6 +58,7 @@ class Verification:
             f"held-out accuracy {self.measured:.1%}, the run's {self.recorded:.1%}: difference {self.difference:+.1%} "
             f"(95% interval {low:+.1%} to {high:+.1%}, paired, {self.questions:,} questions, which can show "
             f"{self.smallest:.1%}); {self.changed:,} of {self.answers:,} answers differ"
+            f"{self.by and f'; answered by {self.by}'}"
         )
 
 
@@ -73,17 +76,26 @@ class Recorded:
         Raises RunError if the paired interval of the difference does not contain 0, and UsageError if the questions
         are not those that the run asked.
         """
+        recipe = self.recipe_for(str(folder.absolute()), dtype, trust_remote_code)
+        verification = compared(self.rows, evaluate_recipe(recipe, progress=progress).rows())
+        return self.accepted(verification, folder, "Export with --dtype float32, or the adapter alone with --adapter")
+
+    def recipe_for(self, model_name: str, dtype: str, trust_remote_code: bool) -> Recipe:
+        """The recipe of the evaluation with another model and compute dtype."""
         device = "cpu" if self.recipe.model.device == "cpu" else "auto"
-        changes = {"name": str(folder.absolute()), "lora": None, "device": device, "dtype": dtype, "compile": False}
+        changes = {"name": model_name, "lora": None, "device": device, "dtype": dtype, "compile": False}
         if device == "auto":
             changes["attention"] = "auto"
         model = self.recipe.model.model_copy(update={**changes, "trust_remote_code": trust_remote_code})
-        recipe = self.recipe.model_copy(update={"model": model})
-        verification = compared(self.rows, evaluate_recipe(recipe, progress=progress).rows())
+        return self.recipe.model_copy(update={"model": model})
+
+    def accepted(self, verification: Verification, what: Path, fix: str) -> Verification:
+        """The verification of a folder or file. Raises RunError if it does not hold. `fix`: how to export instead."""
         if not verification.holds:
+            kind = "folder" if what.is_dir() else "file"
             raise RunError(
-                f"{folder}: does not answer as the run did after step {self.step}: {verification}. The folder is kept; "
-                "do not use it. Export with --dtype float32, or the adapter alone with --adapter"
+                f"{what}: does not answer as the run did after step {self.step}: {verification}. The {kind} is kept; "
+                f"do not use it. {fix}"
             )
         return verification
 

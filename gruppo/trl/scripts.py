@@ -185,7 +185,7 @@ def get_quantization_config(model_args: ModelConfig) -> None:
     """None. Raises UsageError if the arguments ask for quantized weights."""
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, name):
-            raise UsageError(f"{name} = True: weights are trained in float32, not quantized; remove it")
+            raise UsageError(f"{name} = True: gruppo loads float32 weights, not quantized; remove it")
 
 
 def get_kbit_device_map() -> None:

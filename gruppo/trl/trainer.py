@@ -304,7 +304,7 @@ class Trainer(Familiar):
                 path.replace(folder / path.name)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **options: Any) -> str:
-        """Upload the trained model to the hub, as hub_model_id or the name of output_dir. Returns its address."""
+        """Upload the trained model to the hub, as hub_model_id or the name of output_dir. Returns the commit's URL."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_model(folder)
             return upload(Path(folder), self.args, commit_message or "End of training", options)

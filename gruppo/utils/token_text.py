@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 UNDECODABLE = "\ufffd"  # in place of bytes that are not a character (yet), and of ids without text
 _TAILS = 4, 16, 64  # tokens before a piece that are decoded with it: the fewest that are whole characters
+CONTEXT_TOKENS = _TAILS[-1]  # no more tokens before a piece matter to its text
 _CHARACTER = 4  # the most bytes, and so tokens, of a character
 _BARRIERS = "\n", "1", ".", "a", " "  # texts to put before a piece, so that it is not the start of a text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def as_floats(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def upload(
-    columns: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str = "cpu"
+    columns: Sequence[Sequence[float] | np.ndarray], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, ...]:
     """A vector on the device for each column, in one transfer, which the host does not wait for."""
     buffer = torch.cat([torch.tensor(column, dtype=dtype) for column in columns])

@@ -16,7 +16,11 @@ import typer
 from typer.main import get_command
 
 from gruppo.cli.main import app
+from gruppo.config.labels import options_name
 from gruppo.config.loading import load_recipe
+from gruppo.errors import UsageError
+from gruppo.rewards import RewardRun, reward_path
+from gruppo.rewards.loading import load_reward
 from tests.docs.blocks import PAGES, Block, blocks, commands
 from tests.examples.tiny import save_tiny
 
@@ -83,11 +87,31 @@ def literal(text: str) -> tuple[Any] | None:
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
-def test_recipes_load(block: Block) -> None:
-    """A block without a model is a part of a recipe."""
-    recipe = tomllib.loads(block.text)
-    recipe.setdefault("model", {}).setdefault("name", "smollm2-135m-instruct")
-    load_recipe(recipe)
+def test_recipes_load(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_with_rewards(block.text, monkeypatch)
+
+
+@pytest.mark.parametrize("option", ["buffer = 64", "buffer_tokens = -1"])
+def test_recipes_with_wrong_options_of_rewards_do_not_load(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = f'[reward]\nfunctions = ["short = overlong"]\n[reward.options.short]\n{option}'
+    with pytest.raises(UsageError, match=r"reward\.options\.short\.buffer"):
+        load_with_rewards(recipe, monkeypatch)
+
+
+def load_with_rewards(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load a recipe, or a part of one without a model, and each of its rewards that is not in a reader's file."""
+    tables = tomllib.loads(text)
+    tables.setdefault("model", {}).setdefault("name", "smollm2-135m-instruct")
+    recipe = load_recipe(tables)
+    for name in recipe.reward.environment:
+        monkeypatch.setenv(name, "secret")
+    for entry in recipe.reward.functions:
+        name, path = options_name(entry), reward_path(entry)
+        if ".py:" not in path:
+            options = recipe.reward.options.get(name, {})
+            load_reward(
+                path, name, options, ["answer", "solution", "metadata"], run=RewardRun(name, recipe.reward.timeout)
+            )
 
 
 @pytest.mark.parametrize(("command", "complete"), COMMANDS)

@@ -1,4 +1,7 @@
-"""The contract that every engine of `gruppo.engines.ENGINES` must pass."""
+"""The contract that every engine must pass. Here the native one does, also as on an accelerator.
+
+`tests/engines/vllm` runs the same tests with vLLM.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ import pytest
 import torch
 
 from gruppo.algorithms.aggregation import sequence_mean_weights
-from gruppo.engines import ENGINES, build_engine
+from gruppo.config.engine_section import Engine as EngineTable
+from gruppo.engines import build_engine
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.types import Group, Prompt
 from tests.architectures import ARCHITECTURES, make_architecture
-from tests.conftest import END, make_policy
+from tests.conftest import END
+from tests.conftest import make_policy as tiny_policy
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13, 14, 15), (5, 6, 7)]
 
@@ -28,12 +33,26 @@ def policy(request: pytest.FixtureRequest) -> LanguageModel:
     return make_architecture(request.param)
 
 
-@pytest.fixture(params=ENGINES)
+AS_ON_A_DEVICE = "tests.engines.native.as_on_a_device:EngineAsOnADevice"
+
+
+@pytest.fixture(params=["native", AS_ON_A_DEVICE])
 def make_engine(request: pytest.FixtureRequest) -> MakeEngine:
     def make(policy: LanguageModel, slots: int = 64) -> Engine:
-        return build_engine(policy, slots, name=request.param)
+        return build_engine(policy, slots, settings=EngineTable(name=request.param))
 
     return make
+
+
+@pytest.fixture
+def draws() -> int:
+    """How many tokens are sampled to compare their frequencies with a distribution."""
+    return 8000
+
+
+def make_policy(dtype: torch.dtype = torch.float32, **changes: object) -> LanguageModel:
+    """A tiny Llama whose heads have a size that all engines have kernels for."""
+    return tiny_policy(dtype, **{"vocab_size": 44, "head_dim": 32, **changes})
 
 
 def requests(count: int = 4, seed: int = 0) -> list[Request]:
@@ -116,9 +135,9 @@ def test_streams_differ_and_are_reproducible(make_engine: MakeEngine, policy: La
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_follow_the_distribution(make_engine: MakeEngine, temperature: float) -> None:
-    """Chi-square test of 8,000 first tokens over a vocabulary of eight, at p = 0.001."""
-    check_frequencies(make_engine, SamplingParams(temperature, 1), lambda plain: plain)
+def test_frequencies_follow_the_distribution(make_engine: MakeEngine, temperature: float, draws: int) -> None:
+    """Chi-square test of first tokens over a vocabulary of eight, at p = 0.001."""
+    check_frequencies(make_engine, SamplingParams(temperature, 1), lambda plain: plain, draws)
 
 
 def most_likely(plain: torch.Tensor, count: int) -> torch.Tensor:
@@ -141,27 +160,29 @@ def at_least(plain: torch.Tensor, share: float) -> torch.Tensor:
     return kept / kept.sum()
 
 
-@pytest.mark.parametrize(
-    ("options", "by_hand"),
-    [
-        (SamplingParams(1.0, 1, top_k=3), lambda plain: most_likely(plain, 3)),
-        (SamplingParams(1.5, 1, top_k=1), lambda plain: most_likely(plain, 1)),
-        (SamplingParams(1.5, 1, top_p=0.7), lambda plain: nucleus(plain, 0.7)),
-        (SamplingParams(1.0, 1, top_p=1e-9), lambda plain: most_likely(plain, 1)),
-        (SamplingParams(2.0, 1, min_p=0.4), lambda plain: at_least(plain, 0.4)),
-        (SamplingParams(2.0, 1, top_k=6, top_p=0.8), lambda plain: nucleus(most_likely(plain, 6), 0.8)),
-        (SamplingParams(2.0, 1, top_k=6, top_p=0.9, min_p=0.5),
-         lambda plain: at_least(nucleus(most_likely(plain, 6), 0.9), 0.5)),
-    ],
-    ids=["top-k", "top-1", "top-p", "tiny top-p", "min-p", "top-k then top-p", "all three"],
-)  # fmt: skip
+# options, the distribution by hand
+TRUNCATIONS: dict[str, tuple[SamplingParams, ByHand]] = {
+    "top-k": (SamplingParams(1.0, 1, top_k=3), lambda plain: most_likely(plain, 3)),
+    "top-1": (SamplingParams(1.5, 1, top_k=1), lambda plain: most_likely(plain, 1)),
+    "top-p": (SamplingParams(1.5, 1, top_p=0.7), lambda plain: nucleus(plain, 0.7)),
+    "tiny top-p": (SamplingParams(1.0, 1, top_p=1e-9), lambda plain: most_likely(plain, 1)),
+    "min-p": (SamplingParams(2.0, 1, min_p=0.4), lambda plain: at_least(plain, 0.4)),
+    "top-k then top-p": (
+        SamplingParams(2.0, 1, top_k=6, top_p=0.8), lambda plain: nucleus(most_likely(plain, 6), 0.8)),
+    "all three": (
+        SamplingParams(2.0, 1, top_k=6, top_p=0.9, min_p=0.5),
+        lambda plain: at_least(nucleus(most_likely(plain, 6), 0.9), 0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "by_hand"), TRUNCATIONS.values(), ids=TRUNCATIONS.keys())
 def test_truncated_frequencies_follow_the_distribution_by_hand(
-    make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand
+    make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand, draws: int
 ) -> None:
-    check_frequencies(make_engine, options, by_hand)
+    check_frequencies(make_engine, options, by_hand, draws)
 
 
-def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEngine) -> None:
+def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEngine, draws: int) -> None:
     """The first token comes from the other seven; a completion can end once it has the minimum."""
 
     def without_end(plain: torch.Tensor) -> torch.Tensor:
@@ -169,7 +190,7 @@ def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEn
         kept[END] = 0
         return kept / kept.sum()
 
-    check_frequencies(make_engine, SamplingParams(1.5, 1, min_tokens=1), without_end)
+    check_frequencies(make_engine, SamplingParams(1.5, 1, min_tokens=1), without_end, draws)
     policy = make_policy()
     groups = make_engine(policy).generate(requests(60), SamplingParams(2.0, 12, min_tokens=4))
     lengths = {len(c.token_ids) for group in groups for c in group}
@@ -177,13 +198,13 @@ def test_end_tokens_before_the_minimum_have_probability_zero(make_engine: MakeEn
     assert max(lengths) == 12
 
 
-def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand) -> None:
+def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand: ByHand, draws: int) -> None:
     """Check first tokens and their log-probabilities against `by_hand` of the plain distribution."""
     policy = make_policy(vocab_size=8)
-    groups = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(8000)])], options)
+    groups = make_engine(policy, 2000).generate([Request((5, 6), [(7, index) for index in range(draws)])], options)
     logits = policy.model(torch.tensor([[5, 6]], device=policy.device)).logits[0, -1].detach().cpu().double()
     distribution = by_hand(torch.softmax(logits / options.temperature, -1))
-    expected = 8000 * distribution
+    expected = draws * distribution
     sampled = torch.tensor([completion.token_ids[0] for completion in groups[0]])
     counted = torch.bincount(sampled, minlength=8).double()
     assert counted[distribution == 0].sum() == 0
@@ -199,7 +220,7 @@ def check_frequencies(make_engine: MakeEngine, options: SamplingParams, by_hand:
 
 def test_stop_texts_end_a_completion_across_token_boundaries(make_engine: MakeEngine) -> None:
     """Tokens are single characters, so a stop string of two spans two. The tokens are kept, the stop string is not."""
-    policy = make_policy(vocab_size=44)
+    policy = make_policy()
     plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24))
     texts = [completion.text for group in plain for completion in group]
     stop = next(text[2:4] for text in texts if len(text) > 6)
@@ -221,7 +242,7 @@ def test_stop_texts_end_a_completion_across_token_boundaries(make_engine: MakeEn
 
 def test_a_stop_string_can_stay_in_the_text(make_engine: MakeEngine) -> None:
     """As in training. The tokens are those of a completion without it, up to the end of the stop string."""
-    policy = make_policy(vocab_size=44)
+    policy = make_policy()
     plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24))
     texts = [completion.text for group in plain for completion in group]
     stop = next(text[2:4] for text in texts if len(text) > 6)
@@ -239,7 +260,7 @@ def test_a_stop_string_can_stay_in_the_text(make_engine: MakeEngine) -> None:
 
 
 def test_a_stop_string_may_begin_in_text_that_was_written_before(make_engine: MakeEngine) -> None:
-    policy = make_policy(vocab_size=44)
+    policy = make_policy()
     options = SamplingParams(2.0, 24)
     prompt = tuple(policy.tokenizer("ab")["input_ids"])
     (plain,) = make_engine(policy).generate([Request(prompt, [(0, 0, index) for index in range(40)])], options)
@@ -258,7 +279,7 @@ def test_a_stop_string_may_begin_in_text_that_was_written_before(make_engine: Ma
 
 
 def test_stop_text_before_the_minimum_does_not_end_a_completion(make_engine: MakeEngine) -> None:
-    policy = make_policy(vocab_size=44)
+    policy = make_policy()
     plain = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, min_tokens=10))
     stops = tuple({completion.text[0] for group in plain for completion in group})
     groups = make_engine(policy).generate(requests(40), SamplingParams(2.0, 24, min_tokens=10, stop=stops))
@@ -282,9 +303,9 @@ def test_finish_reason_where_pad_is_eos(make_engine: MakeEngine, policy: Languag
 
 def test_end_token_at_the_limit_is_a_stop(make_engine: MakeEngine) -> None:
     policy = make_policy()
-    policy.model.generation_config.eos_token_id = list(range(48))
+    policy.model.generation_config.eos_token_id = list(range(44))
     every_token_ends = LanguageModel(
-        policy.model, policy.tokenizer, tuple(range(48)), policy.context, policy.device, policy.dtype
+        policy.model, policy.tokenizer, tuple(range(44)), policy.context, policy.device, policy.dtype
     )
     groups = make_engine(every_token_ends).generate(requests(2), SamplingParams(1.0, 1))
     assert {completion.finish_reason for group in groups for completion in group} == {"stop"}

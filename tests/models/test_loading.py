@@ -75,7 +75,7 @@ def test_frozen_copy_gives_the_same_logits_and_is_not_updated(name: str) -> None
 def test_end_tokens_of_model_and_tokenizer_are_merged() -> None:
     policy = make_policy()
     policy.model.generation_config.eos_token_id = [3, 5]
-    assert eos_ids(policy.model, policy.tokenizer) == (0, 3, 5)
+    assert eos_ids(policy.model.generation_config, policy.model.config, policy.tokenizer) == (0, 3, 5)
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "./nowhere", "nowhere.gguf", "smollm2-135m"])

@@ -126,8 +126,8 @@ def test_the_forecast_covers_what_is_allocated(
         got, _ = token_logprobs(hidden, OutputHead(weight, master=master), targets, 0.9, tokens, entries)
         got.sum().backward()
     footprint = Footprint(
-        process=0, weights=0, gradients=0, reference=0, critic=0, prepared=0, kept=(), layers=1, cache_token=0,
-        state_token=4 * WIDTH, logits_token=4 * VOCABULARY, wide=4, accelerator=accelerator,
+        process=0, weights=0, gradients=0, moments=0, reference=0, critic=0, prepared=0, kept=(), layers=1,
+        cache_token=0, state_token=4 * WIDTH, logits_token=4 * VOCABULARY, wide=4, accelerator=accelerator,
     )  # fmt: skip
     forecast = _logits(footprint, [(1, [count - 1])])
     per_token = count * (4 * WIDTH + 6 * 4)  # the gradient of the hidden states, and vectors over the tokens

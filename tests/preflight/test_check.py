@@ -143,9 +143,10 @@ def test_what_is_sampled_is_the_start_model(data: dict, monkeypatch: pytest.Monk
     start = weights_sha256(load_model(find_model(data["model"]["name"]), "cpu", "float32").model)
     seen, sample = [], smoke_test.run_smoke_test
 
-    def looked(recipe, policy, *rest):
-        seen.append((weights_sha256(policy.model), [each.grad for each in policy.model.parameters()]))
-        return sample(recipe, policy, *rest)
+    def looked(recipe, engine, *rest):
+        model = engine.policy.model
+        seen.append((weights_sha256(model), [each.grad for each in model.parameters()]))
+        return sample(recipe, engine, *rest)
 
     monkeypatch.setattr(smoke_test, "run_smoke_test", looked)
     check_recipe(data, overrides=["optimizer.learning_rate=0.1", "optimizer.weight_decay=0.1"])

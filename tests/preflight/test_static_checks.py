@@ -18,6 +18,7 @@ from gruppo.preflight.static_checks import (
     check_chat_template,
     check_dataset_completions,
     check_end_tokens,
+    check_engine_choice,
     check_fields,
     check_model,
     check_overlap,
@@ -66,6 +67,19 @@ def recipe(**tables: dict):
 def test_fields_that_train_nothing(tables: dict, severity: str) -> None:
     grades = [each.severity for each in check_fields(recipe(**{"evaluation": {}, **tables}))]
     assert grades == ["ok", severity] if severity != "ok" else ["ok"]
+
+
+@pytest.mark.parametrize(("tables", "device", "expected"), [
+    ({}, "cuda", True),
+    ({}, "cpu", False),
+    ({"engine": {"name": "vllm"}}, "cuda", False),
+    ({"method": {"name": "sft"}, "reward": {}}, "cuda", False),
+])  # fmt: skip
+def test_vllm_is_recommended_for_a_gpu(tables: dict, device: str, expected: bool) -> None:
+    found = check_engine_choice(recipe(**tables), device, has_vllm=True)
+    assert [each.severity for each in found] == ["note"] * expected
+    (missing,) = check_engine_choice(recipe(), "cuda", has_vllm=False)
+    assert missing.change.startswith('run: pip install "gruppo[vllm]"')
 
 
 def test_a_matrix_of_zeros_is_pointed_out() -> None:

@@ -27,7 +27,7 @@ from gruppo.models.loading import find_model, load_model
 from gruppo.runs.results import Result
 from gruppo.training.api import train
 from gruppo.training.checkpoint import load_state
-from gruppo.training.export import export
+from gruppo.training.export import Export, export
 from gruppo.training.model_card import model_card
 from gruppo.training.run import TrainingRun
 from gruppo.utils.files import file_sha256
@@ -57,32 +57,43 @@ def exported(finished: Result, tmp_path_factory: pytest.TempPathFactory) -> Path
 ALONE = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 import torch
-generated = []
-for prompt in json.loads(sys.argv[2]):
-    ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
-    generated.append(ids)
-text = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False, add_generation_prompt=True)
-print(json.dumps({"ids": generated, "text": text, "gruppo": "gruppo" in sys.modules}))
+for folder in sys.argv[2:]:
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    generated = []
+    for prompt in json.loads(sys.argv[1]):
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):].tolist()
+        generated.append(ids)
+    said = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "ab"}], tokenize=False, add_generation_prompt=True
+    )
+    print(json.dumps({"ids": generated, "text": said, "gruppo": "gruppo" in sys.modules}))
 """
 
 
-def answers(folder: Path) -> dict[str, Any]:
-    """The answers of plain transformers to a folder, in a separate process."""
+@pytest.fixture(scope="module")
+def parts(finished: Result, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """An export in several files."""
+    return export(finished.path, tmp_path_factory.mktemp("export") / "parts", max_shard_size="20KB")
+
+
+@pytest.fixture(scope="module")
+def answers(exported: Path, parts: Export) -> dict[Path, dict[str, Any]]:
+    """The answers of plain transformers, in a separate process, to both folders."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", ALONE, str(folder), json.dumps(PROMPTS)]
+    command = [sys.executable, "-c", ALONE, json.dumps(PROMPTS), str(exported), str(parts.path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert "UserWarning" not in done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return dict(zip((exported, parts.path), map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def test_plain_transformers_gives_the_greedy_answers_of_the_engine(finished: Result, exported: Path) -> None:
+def test_plain_transformers_gives_the_greedy_answers_of_the_engine(
+    finished: Result, exported: Path, answers: dict[Path, dict[str, Any]]
+) -> None:
     policy = load_model(find_model(str(finished.path / "model")), "cpu", "float32")
     requests = [Request(tuple(prompt), [(0,)]) for prompt in PROMPTS]
     groups = NativeEngine(policy, 4).generate(requests, SamplingParams(0.0, 12))
-    result = answers(exported)
+    result = answers[exported]
     assert result["ids"] == [list(group[0].token_ids) for group in groups]
     assert result["text"] == "<ab>="
     assert result["gruppo"] is False
@@ -129,14 +140,15 @@ def test_bfloat16(finished: Result, exported: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
-def test_large_models_are_written_in_several_files(finished: Result, exported: Path, tmp_path: Path) -> None:
-    parts = export(finished.path, tmp_path / "parts", max_shard_size="20KB")
-    shards = sorted((tmp_path / "parts").glob("model-*.safetensors"))
+def test_large_models_are_written_in_several_files(
+    exported: Path, parts: Export, answers: dict[Path, dict[str, Any]]
+) -> None:
+    shards = sorted(parts.path.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert all(path.stat().st_size < 25_000 for path in shards)
-    assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
-    assert parts.files == len(list((tmp_path / "parts").iterdir()))
-    assert answers(tmp_path / "parts") == answers(exported)
+    assert (parts.path / "model.safetensors.index.json").is_file()
+    assert parts.files == len(list(parts.path.iterdir()))
+    assert answers[parts.path] == answers[exported]
 
 
 def with_accuracies(run: Path, to: Path, accuracies: dict[int, float]) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gruppo.training.reproduce import reproduce
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, at_call, fingerprint, killed, recipe, small_run
 
+Trained = Callable[..., Path]  # the fixtures of conftest.py
 CONSTANT = {"optimizer__schedule": "constant"}
 ITERATED = {
     **CONSTANT, "reward__weights": [0.0], "reward_model__prompts": 4, "reward_model__batch_size": 8,
@@ -50,26 +52,24 @@ def events(out: Path, kind: str = "changed") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("lengths", [(2, 6), (3, 6), (1, 2, 5, 6)])
 def test_an_extended_run_equals_one_of_that_length(
-    lengths: tuple[int, ...], tiny_folder: str, questions: dict, tmp_path: Path
+    lengths: tuple[int, ...], tiny_folder: str, questions: dict, tmp_path: Path, trained: Trained
 ) -> None:
     """The evaluations after the old last steps are additional; nothing else differs."""
     out, changes = tmp_path / "run", {**CONSTANT, **questions, "method__inner_updates": 2}
-    small_run(tiny_folder, tmp_path / "whole", **changes)
+    whole = trained(**changes)
     for length in lengths:
         result = small_run(tiny_folder, out, resume=True, **changes, run__steps=length)
         assert (result.summary["state"], result.summary["steps"]) == ("done", length)
-    assert compared(out, lengths[:-1]) == compared(tmp_path / "whole", lengths[:-1])
+    assert compared(out, lengths[:-1]) == compared(whole, lengths[:-1])
     for name in ("model/model.safetensors", "recipe.toml"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert [(event["step"], event["old"], event["new"]) for event in events(out)] == [
         (old, old, new) for old, new in pairwise(lengths)
     ]
     status = read_status(out)
     assert status is not None
     assert (status.step, status.steps, status.state) == (6, 6, "done")
-    forecasts = [
-        json.loads((path / "environment.json").read_text())["disk_forecast"] for path in (out, tmp_path / "whole")
-    ]
+    forecasts = [json.loads((path / "environment.json").read_text())["disk_forecast"] for path in (out, whole)]
     assert forecasts[0] == forecasts[1]
 
 
@@ -84,27 +84,24 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_an_extension_that_is_killed_loses_nothing(
-    moment: str, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained
 ) -> None:
-    out = tmp_path / "run"
-    small_run(tiny_folder, tmp_path / "whole", **CONSTANT)
+    out, whole = tmp_path / "run", trained(**CONSTANT)
     target, count = MOMENTS[moment]
     with killed(monkeypatch, target, count):
         small_run(tiny_folder, out, **CONSTANT, run__steps=3)
         small_run(tiny_folder, out, resume=True, **CONSTANT)
     small_run(tiny_folder, out, resume=True, **CONSTANT)
-    assert fingerprint(out) == fingerprint(tmp_path / "whole")
-    assert (out / "recipe.toml").read_bytes() == (tmp_path / "whole" / "recipe.toml").read_bytes()
+    assert fingerprint(out) == fingerprint(whole)
+    assert (out / "recipe.toml").read_bytes() == (whole / "recipe.toml").read_bytes()
     assert [(event["field"], event["old"], event["new"]) for event in events(out)] == [("run.steps", 3, 6)]
     assert "recipe" not in json.loads((out / "environment.json").read_text())
 
 
 def test_an_interrupted_run_is_extended_and_shortened(
-    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained
 ) -> None:
-    small_run(tiny_folder, tmp_path / "whole", **CONSTANT)
-    small_run(tiny_folder, tmp_path / "short", **CONSTANT, run__steps=4)
-    out = tmp_path / "run"
+    out, whole, short = tmp_path / "run", trained(**CONSTANT), trained(**CONSTANT, run__steps=4)
     with monkeypatch.context() as patch:
         at_call(patch, "gruppo.training.run.TrainingRun._describe", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
@@ -112,10 +109,10 @@ def test_an_interrupted_run_is_extended_and_shortened(
     with pytest.raises(UsageError, match=r"run\.steps was 20 and is 2: 3 steps are done; write run\.steps = 3 or more"):
         small_run(tiny_folder, out, resume=True, **CONSTANT, run__steps=2)
     small_run(tiny_folder, out, resume=True, **CONSTANT, run__steps=4)
-    assert fingerprint(out)["weights"] == fingerprint(tmp_path / "short")["weights"]
+    assert fingerprint(out)["weights"] == fingerprint(short)["weights"]
     small_run(tiny_folder, out, resume=True, **CONSTANT)
-    assert fingerprint(out)["metrics"] == fingerprint(tmp_path / "whole")["metrics"]
-    assert fingerprint(out)["weights"] == fingerprint(tmp_path / "whole")["weights"]
+    assert fingerprint(out)["metrics"] == fingerprint(whole)["metrics"]
+    assert fingerprint(out)["weights"] == fingerprint(whole)["weights"]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
@@ -227,11 +224,11 @@ FREE: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_model_that_was_moved(tiny_folder: str, tmp_path: Path) -> None:
+def test_a_model_that_was_moved(tiny_folder: str, tmp_path: Path, copied: Trained) -> None:
     """Its weights are compared, whatever it is called."""
     moved = tmp_path / "moved"
     shutil.copytree(tiny_folder, moved)
-    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    copied(run__steps=1)
     small_run(str(moved), tmp_path / "run", resume=True, run__steps=1)
     (event,) = events(tmp_path / "run")
     assert (event["field"], event["new"]) == ("model.name", str(moved))
@@ -240,8 +237,8 @@ def test_a_model_that_was_moved(tiny_folder: str, tmp_path: Path) -> None:
         small_run(str(tmp_path / "other"), tmp_path / "run", resume=True, run__steps=1)
 
 
-def test_another_spelling_is_no_change(tiny_folder: str, tmp_path: Path) -> None:
-    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+def test_another_spelling_is_no_change(tiny_folder: str, tmp_path: Path, copied: Trained) -> None:
+    copied(run__steps=1)
     spelled = {"reward__functions": [str(Path("tests/rewards/functions.py:likes_letters").absolute())],
                "reward__weights": [1.0]}  # fmt: skip
     small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1, **spelled)
@@ -249,13 +246,13 @@ def test_another_spelling_is_no_change(tiny_folder: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_fields_that_do_not_change_what_is_computed(name: str, tiny_folder: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    small_run(tiny_folder, tmp_path / "whole", run__steps=4, **CONSTANT)
-    small_run(tiny_folder, out, run__steps=2, **CONSTANT)
+def test_fields_that_do_not_change_what_is_computed(
+    name: str, tiny_folder: str, trained: Trained, copied: Trained
+) -> None:
+    whole, out = trained(**CONSTANT, run__steps=4), copied(**CONSTANT, run__steps=2)
     for _ in range(2):  # the second time, nothing has changed
         small_run(tiny_folder, out, resume=True, run__steps=4, **CONSTANT, **FREE[name])
-    got, expected = fingerprint(out), fingerprint(tmp_path / "whole")
+    got, expected = fingerprint(out), fingerprint(whole)
     got["metrics"] = [{k: v for k, v in line.items() if not k.startswith("audit/")} for line in got["metrics"]]
     assert got == expected
     fields = {event["field"].partition(".")[0] for event in events(out)}
@@ -265,16 +262,15 @@ def test_fields_that_do_not_change_what_is_computed(name: str, tiny_folder: str,
 
 
 def test_evaluation_changes_and_is_not_compared_across_the_change(
-    tiny_folder: str, questions: dict, tmp_path: Path
+    tiny_folder: str, questions: dict, tmp_path: Path, trained: Trained
 ) -> None:
-    out, every = tmp_path / "run", {"evaluation__every": 1}
-    small_run(tiny_folder, tmp_path / "whole", run__steps=4, **CONSTANT)
+    out, every, whole = tmp_path / "run", {"evaluation__every": 1}, trained(**CONSTANT, run__steps=4)
     small_run(tiny_folder, out, run__steps=2, **CONSTANT, **questions)
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "d", "answer": "a"}\n')
     changes = {**CONSTANT, **questions, **every, "evaluation__task": str(other)}
     result = small_run(tiny_folder, out, resume=True, run__steps=4, **changes)
-    assert result.summary["weights_sha256"] == fingerprint(tmp_path / "whole")["weights"]
+    assert result.summary["weights_sha256"] == fingerprint(whole)["weights"]
     assert (result.summary["accuracy_before"], result.summary["questions"]) == (None, 1)
     assert result.summary["accuracy_after"] is not None
     state = json.loads((out / "checkpoints" / "step-000004" / "state.json").read_text())
@@ -286,15 +282,17 @@ def test_evaluation_changes_and_is_not_compared_across_the_change(
 
 
 def test_other_prompts_are_refused_even_if_the_evaluation_changes(
-    tiny_folder: str, questions: dict, tmp_path: Path
+    tiny_folder: str, questions: dict, tmp_path: Path, copied: Trained
 ) -> None:
-    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+    copied(run__steps=1)
     with pytest.raises(UsageError, match="training prompts are not those"):
         train(recipe(tiny_folder, run__steps=1, **questions), prompts=ROWS[1:], out=tmp_path / "run", resume=True)
 
 
-def test_old_folders_have_one_hash_of_prompts_and_questions(tiny_folder: str, questions: dict, tmp_path: Path) -> None:
-    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+def test_old_folders_have_one_hash_of_prompts_and_questions(
+    tiny_folder: str, questions: dict, tmp_path: Path, copied: Trained
+) -> None:
+    copied(run__steps=1)
     file = tmp_path / "run" / "environment.json"
     environment = json.loads(file.read_text())
     del environment["prompts_sha256"]
@@ -329,8 +327,10 @@ def test_memory_ends_the_promise_and_says_so(tiny_folder: str, tmp_path: Path) -
         ({"reward__weights": [2.0]}, r"reward\.weights was \[1\.0\] and is \[2\.0\], but the steps"),
     ],
 )  # fmt: skip
-def test_what_cannot_change_is_refused(changes: dict, message: str, tiny_folder: str, tmp_path: Path) -> None:
-    small_run(tiny_folder, tmp_path / "run", run__steps=1)
+def test_what_cannot_change_is_refused(
+    changes: dict, message: str, tiny_folder: str, tmp_path: Path, copied: Trained
+) -> None:
+    copied(run__steps=1)
     with pytest.raises(UsageError, match=message) as error:
         small_run(tiny_folder, tmp_path / "run", resume=True, run__steps=1, **changes)
     assert f'start a new run from its result (model.name = "{tmp_path / "run" / "model"}")' in str(error.value)

@@ -218,7 +218,7 @@ def test_activations_are_recomputed_only_if_one_completion_does_not_fit_otherwis
 
 
 def test_too_little_memory_reports_what_is_needed_and_what_to_change(footprint: Footprint) -> None:
-    heavy = replace(footprint, gradients=3_000_000_000)
+    heavy = replace(footprint, gradients=3_000_000_000, moments=6_000_000_000)
     with pytest.raises(UsageError) as error:
         choose_sizes(heavy, WORK, 2_000_000_000)
     message = str(error.value)
@@ -279,3 +279,12 @@ def test_memory_of_an_accelerator_counted_by_hand(footprint: Footprint) -> None:
     assert on_cpu.backward == 0
     assert on_cpu.activations == int(FRAGMENTS * kept)
     assert memory.training - on_cpu.training > 0
+
+
+def test_the_cache_of_an_accelerator_has_whole_pages(footprint: Footprint) -> None:
+    """Pages of 256 tokens: 300 tokens take 512, and 5 take 5. A CPU's cache has exactly the tokens."""
+    work = Workload(prompt_tokens=5, max_tokens=300, prompts_per_step=2, group_size=4)
+    device = forecast_memory(replace(footprint, accelerator=True), work, 10**6, 8)
+    assert device.cache == int(DEVICE_FRAGMENTS * footprint.cache_token * (8 * 512 + 2 * 5))
+    on_cpu = forecast_memory(replace(footprint, accelerator=False), work, 10**6, 8)
+    assert on_cpu.cache == int(FRAGMENTS * footprint.cache_token * (8 * 300 + 2 * 5))

@@ -61,6 +61,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "epsilon": 1e-3,
         "weight_decay": 0.5,
         "max_grad_norm": 1e-3,
+        "state": ["8bit"],  # "cpu" computes the same: tests/training/test_lean_optimizers.py
     },
     "critic": {"learning_rate": 1e-3, "clip": 0.001, "gamma": 0.5, "gae_lambda": 0.5},
     "reward_model": {

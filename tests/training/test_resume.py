@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,9 @@ def test_every_method_resumes_bit_for_bit(
 ) -> None:
     """DAPO's dynamic sampling advances the cursor by its prompts; KL in the reward needs the initial reference."""
 
-    changes = {"method__name": method, "reward__functions": [REFILLED], "sampling__temperature": 0.7}
+    changes = {
+        "method__name": method, "reward__functions": [REFILLED], "sampling__temperature": 0.7, "run__steps": 4,
+    }  # fmt: skip
     settings = {**recipe(tiny_folder, **changes)}
     del settings["method"]["kl_coef"]
     rows = ROWS
@@ -82,7 +85,7 @@ def test_every_method_resumes_bit_for_bit(
         del settings["reward"]
         rows = [{**row, "completion": row["prompt"] + "z"} for row in ROWS]
     train(settings, prompts=rows, out=tmp_path / "whole")
-    with killed(monkeypatch, "gruppo.training.run.TrainingRun._describe", 5):
+    with killed(monkeypatch, "gruppo.training.run.TrainingRun._describe", 3):
         train(settings, prompts=rows, out=tmp_path / "run")
     train(settings, prompts=rows, out=tmp_path / "run", resume=True)
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
@@ -262,9 +265,8 @@ def test_changed_questions_are_refused_and_changed_rewards_are_reported(
 
 
 @pytest.mark.parametrize("before", ["of another compiler", "none"])
-def test_changed_kernels_are_reported(tiny_folder: str, tmp_path: Path, before: str) -> None:
-    out = tmp_path / "run"
-    small_run(tiny_folder, out)
+def test_changed_kernels_are_reported(tiny_folder: str, before: str, copied: Callable[..., Path]) -> None:
+    out = copied()
     chosen = json.loads((out / "environment.json").read_text())
     now, chosen["chosen"]["kernels"] = chosen["chosen"]["kernels"], before
     (out / "environment.json").write_text(json.dumps(chosen))
@@ -273,8 +275,10 @@ def test_changed_kernels_are_reported(tiny_folder: str, tmp_path: Path, before: 
     assert ["kernels" in message for message in messages] == [True] * (now != before)
 
 
-def test_damaged_last_checkpoint_falls_back_with_an_event(tiny_folder: str, tmp_path: Path) -> None:
-    small_run(tiny_folder, tmp_path / "run")
+def test_damaged_last_checkpoint_falls_back_with_an_event(
+    tiny_folder: str, tmp_path: Path, copied: Callable[..., Path]
+) -> None:
+    copied()
     before = fingerprint(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step-000006" / "weights.safetensors").write_bytes(b"rubbish")
     small_run(tiny_folder, tmp_path / "run", resume=True)

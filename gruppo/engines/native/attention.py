@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gruppo.engines.native.kv_cache import KVCache
-from gruppo.engines.native.scheduler import Scheduler
+from gruppo.engines.native.layout import DecodingLayout, Piece
 from gruppo.models.attention.interface import AttentionPlan, Layer, soft_capped
 from gruppo.models.ops.attention import attend_decoding
 from gruppo.models.ops.rope import QKNorm, Rope
@@ -18,8 +17,7 @@ from gruppo.models.ops.rope import QKNorm, Rope
 # Up to this many queries per head, torch's CPU attention kernel takes 1.6 times as long as two matmuls.
 FEW_QUERIES = 8
 
-
-MASKED = -1e30  # finite, so that a row that sees no token of its prompt gets weight 0 instead of NaN
+MASKED = -1e30  # finite, so that a row that sees no token of a page gets weight 0 instead of NaN
 
 
 class PromptAttention:
@@ -38,128 +36,111 @@ class PromptAttention:
 class DecodingAttention:
     """The attention plan of one decoding step.
 
-    The token of each live slot attends to its prompt, which is shared between slots, and to its own completion. Indices
+    The token of each live slot attends to its prompt, which is shared between slots, and to its own completion.
+    Attention to each page is normalized separately, then all pages of a row are joined by their log-sum-exps. Indices
     and masks are the same for every layer.
+
+    `lengths`: the tokens of each row's completion, with the one that this step reads; `longest` and `shortest` of them.
     """
 
-    wide = True  # as the cache
-
-    def __init__(self, scheduler: Scheduler, device: torch.device) -> None:
-        self.cache, self.device, self.live = scheduler.cache, device, scheduler.live
-        live = scheduler.live
-        length, entry_of = scheduler.length[:live], scheduler.entry[:live]
-        entries, group = np.unique(entry_of, return_inverse=True)
-        order = np.argsort(group, kind="stable")
-        starts = np.searchsorted(group[order], np.arange(len(entries)))
-        rank = np.empty(live, dtype=np.int64)  # of the completion among those of its prompt
-        rank[order] = np.arange(live) - starts[group[order]]
-        rows = np.zeros((len(entries), int(rank.max()) + 1), dtype=np.int64)
-        rows[group, rank] = np.arange(live)
-        lengths = self.cache.prompt_lengths[entries]
-        indices = (order, entry_of, self.cache.prompt_lengths[entry_of], length - 1)
-        self.row_numbers = [torch.as_tensor(array, device=device) for array in indices]
-        self.rows_of_entry = torch.as_tensor(rows, device=device)
-        self.flat_index = torch.as_tensor(group * rows.shape[1] + rank, device=device)
-        self.longest_prefix, self.longest_completion = int(lengths.max()), int(length.max())
-        self.seen_lengths = torch.as_tensor(length, device=device)
-        self.seen_prefixes = torch.as_tensor(self.cache.prompt_lengths[entry_of], device=device)
-        self.rows = torch.arange(live, device=device)
-        self.position = self.seen_lengths - 1
-        # Slices where possible: they are faster than the equivalent indices.
-        together = length.min() == length.max()
-        self.written = (
-            (slice(live), slice(None), int(length[0]) - 1) if together else (self.rows, slice(None), self.position)
-        )
-        whole = len(entries) == int(entries[-1]) + 1
-        self.entries = slice(len(entries)) if whole else torch.as_tensor(entries, device=device)
-        self.biases: dict[tuple[int | None, int], tuple[Tensor | None, Tensor]] = {}
-        self.together = bool(together)
-        self.dense = bool((rows.ravel() == np.arange(live)).all()) if rows.size == live else False
-
-    def _bias(self, window: int | None, shared: int) -> tuple[Tensor | None, Tensor]:
-        """Biases added to the scores: 0 for keys that are seen, MASKED for keys that are not.
-
-        Returns the bias of completion keys [live, 1, 1, longest], None if all are seen, and of prompt keys
-        [entries, 1, slots per entry · shared or 1, longest].
-        """
-        if window is not None and window >= self.longest_prefix + self.longest_completion:
-            window = None
-        if (window, shared) not in self.biases:
-            completion_key = torch.arange(self.longest_completion, device=self.device)
-            key = torch.arange(self.longest_prefix, device=self.device)
-            completion = completion_key < self.seen_lengths[:, None]
-            prefix = key < self.seen_prefixes[:, None]
-            if window is not None:
-                completion &= completion_key > (self.position - window)[:, None]
-                prefix &= key > (self.seen_prefixes + self.position - window)[:, None]
-            if window is None:  # all slots of an entry see the same
-                by_entry = prefix[self.rows_of_entry[:, :1]]
-            else:
-                by_entry = prefix[self.rows_of_entry].repeat_interleave(shared, dim=1)
-            whole = self.together and window is None
-            completion_bias = None if whole else self._penalty(completion[:, None, None])
-            self.biases[window, shared] = completion_bias, self._penalty(by_entry[:, None])
-        return self.biases[window, shared]
-
-    def _penalty(self, seen: Tensor) -> Tensor:
-        return torch.zeros(seen.shape, dtype=self.cache.dtype, device=seen.device).masked_fill_(~seen, MASKED)
+    def __init__(self, layout: DecodingLayout, lengths: Int[Tensor, " N"], longest: int, shortest: int) -> None:
+        self.layout, self.cache, self.device = layout, layout.cache, lengths.device
+        self.lengths, self.longest, self.together = lengths, longest, longest == shortest
+        self.position = lengths - 1
+        self.wide = self.cache.dtype != torch.bfloat16
+        self._biases: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend_projected(
         self, layer: Layer, projected: Tensor, queries: int, rope: Rope, norms: QKNorm
     ) -> Tensor | None:
         """See `ProjectedAttention`. N is the number of live slots, one row per slot."""
-        if layer.softcap is not None or layer.sinks is not None:
+        if layer.softcap is not None or layer.sinks is not None or not self.cache.whole:
             return None
-        stores = self.cache.completions[layer.index], self.cache.prompts[layer.index]
-        return attend_decoding(projected, queries, rope, norms, layer.scale, layer.window, *stores, self.row_numbers)
+        stores = self.cache.completions.pair(layer.index, 0), self.cache.prompts.pair(layer.index, 0)
+        layout = self.layout
+        rows = [layout.order, layout.prompt_pages, layout.prompt_lengths, self.position]
+        return attend_decoding(projected, queries, rope, norms, layer.scale, layer.window, *stores, rows)
 
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `AttentionPlan`; T = 1.
-
-        Attention over the shared prompt and over the completion are normalized separately, then joined by their
-        log-sum-exps.
-        """
+        """See `AttentionPlan`; T = 1."""
         with torch.autocast(self.device.type, enabled=False):
             live, heads, _, width = query.shape
             kv_heads = key.shape[1]
             shared = heads // kv_heads
-            completion_keys, completion_values = self.cache.completions[layer.index]
-            prefix_keys, prefix_values = self.cache.prompts[layer.index]
-            completion_keys[self.written] = key[:, :, 0].to(self.cache.dtype)
-            completion_values[self.written] = value[:, :, 0].to(self.cache.dtype)
-            completion_bias, prefix_bias = self._bias(layer.window, shared)
-            query = query.to(self.cache.dtype)
-            completion, completion_lse = attention_with_lse(
-                query.reshape(live, kv_heads, shared, width),
-                completion_keys[:live, :, : self.longest_completion],
-                completion_values[:live, :, : self.longest_completion],
-                completion_bias,
-                layer,
-            )
-            entries, per_entry = self.rows_of_entry.shape
-            grouped = query.reshape(live, -1)
-            if not self.dense:
-                grouped = grouped.index_select(0, self.rows_of_entry.view(-1))
-            grouped = grouped.view(entries, per_entry, kv_heads, shared, width).transpose(1, 2)
-            out, lse = attention_with_lse(
-                grouped.reshape(entries, kv_heads, per_entry * shared, width),
-                prefix_keys[self.entries, :, : self.longest_prefix],
-                prefix_values[self.entries, :, : self.longest_prefix],
-                prefix_bias,
-                layer,
-            )
-            out, lse = (
-                tensor.view(entries, kv_heads, per_entry, -1).transpose(1, 2).reshape(entries * per_entry, -1)
-                for tensor in (out, lse)
-            )
-            if not self.dense:
-                out, lse = out.index_select(0, self.flat_index), lse.index_select(0, self.flat_index)
-            out, lse = out.view(completion.shape), lse.view(completion_lse.shape)
-            joint = torch.lerp(out, completion, torch.sigmoid(completion_lse - lse).unsqueeze(-1))
+            self._write(layer, key[:, :, 0].to(self.cache.dtype), value[:, :, 0].to(self.cache.dtype))
+            rows = query.to(self.cache.dtype).reshape(live, -1)
+            results: list[Tensor] = []
+            normalizers: list[Tensor] = []
+            for number, piece in enumerate(self.layout.pieces):
+                keys, values = piece.store.pair(layer.index, piece.block)
+                seen = self._keys(piece)
+                own = rows if piece.rows is None else rows.index_select(0, piece.rows)
+                own = own.view(piece.pages, piece.per, kv_heads, shared, width).transpose(1, 2)
+                result, normalizer = attention_with_lse(
+                    own.reshape(piece.pages, kv_heads, piece.per * shared, width),
+                    keys[: piece.pages, :, :seen],
+                    values[: piece.pages, :, :seen],
+                    self._bias(number, piece, layer.window, shared),
+                    layer,
+                )
+                for joined, tensor in ((results, result), (normalizers, normalizer)):
+                    by_row = tensor.view(piece.pages, kv_heads, piece.per, shared, -1).transpose(1, 2)
+                    joined.append(by_row.reshape(piece.pages * piece.per, heads, -1))
+            parts = self.layout.parts
+            weights = torch.cat(normalizers)[parts] + self.layout.missing[..., None, None]
             if layer.sinks is not None:
-                sinks = layer.sinks.to(self.cache.dtype).view(1, kv_heads, shared)
-                joint = joint * torch.sigmoid(torch.logaddexp(completion_lse, lse) - sinks).unsqueeze(-1)
-            return joint.view(live, 1, heads, -1)
+                sinks = layer.sinks.to(weights.dtype).view(1, 1, heads, 1).expand(live, -1, -1, -1)
+                weights = torch.cat([weights, sinks], dim=1)
+            weights = torch.softmax(weights, dim=1)[:, : parts.shape[1]]
+            return (weights * torch.cat(results)[parts]).sum(dim=1).view(live, 1, heads, -1)
+
+    def _write(self, layer: Layer, key: Tensor, value: Tensor) -> None:
+        """Store the key and the value of each row's token."""
+        page_tokens = self.cache.completions.page_tokens
+        for written in self.layout.written:
+            for store, tensor in zip(
+                self.cache.completions.pair(layer.index, written.block), (key, value), strict=True
+            ):
+                if written.pages is None and self.together:  # a slice is faster than the equivalent indices
+                    store[: len(tensor), :, (self.longest - 1) % page_tokens] = tensor
+                    continue
+                rows = slice(None) if written.rows is None else written.rows
+                pages = torch.arange(len(tensor), device=self.device) if written.pages is None else written.pages
+                store[pages, :, self.position[rows] % page_tokens] = tensor[rows]
+
+    def _keys(self, piece: Piece) -> int:
+        """The number of keys per page that any row can see."""
+        return min(piece.store.page_tokens, self.layout.longest_prompt if piece.of_prompts else self.longest)
+
+    def _bias(self, number: int, piece: Piece, window: int | None, shared: int) -> Tensor | None:
+        """Biases added to the scores: 0 for keys that are seen, MASKED for keys that are not. None if all are seen.
+
+        [pages, 1, 1 or queries, keys].
+        """
+        if window is not None and window >= self.layout.longest_prompt + self.longest:
+            window = None
+        if (number, window) not in self._biases:
+            self._biases[number, window] = self._new_bias(piece, window, shared)
+        return self._biases[number, window]
+
+    def _new_bias(self, piece: Piece, window: int | None, shared: int) -> Tensor | None:
+        if not piece.of_prompts and self.cache.whole and self.together and window is None:
+            return None
+        prompts, lengths = (
+            (tensor if piece.rows is None else tensor[piece.rows]).view(piece.pages, piece.per)
+            for tensor in (self.layout.prompt_lengths, self.lengths)
+        )
+        ends = (prompts if piece.of_prompts else lengths) - piece.start[:, None]
+        key = torch.arange(self._keys(piece), device=self.device)
+        if window is None:
+            seen = key < ends[:, :1, None]  # all rows of a page see the same
+        else:
+            begins = (prompts + lengths if piece.of_prompts else lengths) - window - piece.start[:, None]
+            seen = (key < ends[..., None]) & (key >= begins[..., None])
+            if piece.per > 1:
+                seen = seen.repeat_interleave(shared, dim=1)
+        dtype = torch.promote_types(self.cache.dtype, torch.float32)
+        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, MASKED)[:, None]
 
 
 def attention_with_lse(
@@ -169,20 +150,31 @@ def attention_with_lse(
     bias: Float[Tensor, "..."] | None,
     layer: Layer,
 ) -> tuple[Float[Tensor, "B heads Q E"], Float[Tensor, "B heads Q"]]:
-    """Attention output, and the log-sum-exp of the scores.
+    """Attention output, and the log-sum-exp of the scores, in the accumulation dtype.
 
-    Uses torch's kernel if it can return both and is faster.
+    Uses torch's kernel if it can return both and is faster. bfloat16 is multiplied as it is, and summed in float32.
     """
-    plain = layer.softcap is None and query.shape[-1] == values.shape[-1]
+    plain = layer.softcap is None and query.shape[-1] == values.shape[-1] and query.dtype != torch.bfloat16
     if plain and query.device.type == "cpu" and query.shape[2] > FEW_QUERIES:
         mask = None if bias is None else bias.expand(len(query), 1, query.shape[2], keys.shape[2])
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=mask, scale=layer.scale
         )
         return out, lse
-    scores = soft_capped((query * layer.scale) @ keys.transpose(-1, -2), layer.softcap)
+    scores = soft_capped(_product(query, keys.transpose(-1, -2)).mul_(layer.scale), layer.softcap)
     if bias is not None:
         scores += bias
     weights = torch.softmax(scores, dim=-1)
     # Log-sum-exp from the key with the largest weight, which is at least 1 / keys.
-    return weights @ values, scores.amax(dim=-1) - weights.amax(dim=-1).log_()
+    lse = scores.amax(dim=-1) - weights.amax(dim=-1).log_()
+    return _product(weights.to(values.dtype), values), lse
+
+
+def _product(one: Float[Tensor, "B heads N D"], other: Float[Tensor, "B heads D M"]) -> Float[Tensor, "B heads N M"]:
+    """Matrix products in the accumulation dtype."""
+    if one.dtype != torch.bfloat16:
+        return one @ other
+    if one.device.type != "cuda":
+        return one.float() @ other.float()
+    product: Tensor = torch.bmm(one.flatten(0, 1), other.flatten(0, 1), out_dtype=torch.float32)
+    return product.view(*one.shape[:2], *product.shape[1:])

@@ -1,4 +1,4 @@
-"""Key-value cache: prompts, shared by their completions, and the completions themselves."""
+"""Key-value cache: prompts, shared by their completions, and the completions themselves, in pages."""
 
 from __future__ import annotations
 
@@ -10,19 +10,119 @@ from torch import Tensor
 
 from gruppo.models.attention.interface import Layer
 
+PAGE_TOKENS = 256
 
-class KVCache:
-    """Keys and values by layer, in the accumulation dtype: float32, or float64 for a float64 policy.
 
-    Each prompt is stored once, in one prompt entry, until all of its completions are finished. Each slot has room for
-    the tokens of one completion.
+def room(tokens: int, page_tokens: int | None) -> int:
+    """The tokens that a sequence of so many tokens takes in pages of `page_tokens`; None: one page of its length."""
+    page = min(page_tokens or tokens, tokens)
+    return -(-tokens // page) * page
+
+
+class PageStore:
+    """Keys and values of sequences, in pages of `page_tokens` tokens.
+
+    Pages are allocated in blocks, when they are needed: each block at least doubles the number of pages, and no block
+    is ever copied. `table` has the pages of each sequence, in order, -1 where there is none (yet).
     """
 
-    def __init__(self, slots: int, max_tokens: int, entries: int, longest_prompt: int, dtype: torch.dtype) -> None:
-        self.slots, self.max_tokens = slots, max_tokens
-        self.longest_prompt, self.dtype = longest_prompt, dtype
-        self.completions: dict[int, tuple[Tensor, Tensor]] = {}
-        self.prompts: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, sequences: int, tokens: int, page_tokens: int | None, dtype: torch.dtype) -> None:
+        """`tokens`: the most of a sequence. `page_tokens` None: one page per sequence, all in one block."""
+        self.page_tokens, self.dtype, self.whole = min(page_tokens or tokens, tokens), dtype, page_tokens is None
+        self.table = np.full((sequences, -(-tokens // self.page_tokens)), -1, dtype=np.int64)
+        self.used = np.zeros(self.table.size, dtype=bool)
+        self.block_starts = [0]  # the first page of each block, and the number of allocated pages
+        self._blocks: list[dict[int, tuple[Tensor, Tensor]]] = []
+        self._shapes: dict[int, tuple[tuple[int, int], tuple[int, int], torch.device]] = {}
+
+    def describe(self, layer: int, pair: Sequence[Tensor]) -> None:
+        """Set heads, widths and device of a layer: those of its keys and values [heads, tokens, D]."""
+        (heads, _, width), (value_heads, _, value_width) = pair[0].shape, pair[1].shape
+        self._shapes[layer] = (heads, width), (value_heads, value_width), pair[0].device
+
+    def reserve(self, sequences: np.ndarray, tokens: np.ndarray) -> bool:
+        """Give each of the sequences the pages for its first `tokens` tokens. Returns whether any page was missing."""
+        needed = -(-tokens // self.page_tokens)
+        missing = [
+            (sequence, place)
+            for sequence, count, pages in zip(sequences, needed, self.table[sequences], strict=True)
+            for place in range(int((pages >= 0).sum()), int(count))
+        ]
+        if missing:
+            free = np.flatnonzero(~self.used[: self.block_starts[-1]])
+            if len(free) < len(missing):
+                self._grow(len(missing) - len(free))
+                free = np.flatnonzero(~self.used[: self.block_starts[-1]])
+            for (sequence, place), page in zip(missing, free, strict=False):
+                self.table[sequence, place], self.used[page] = page, True
+        return bool(missing)
+
+    def _grow(self, pages: int) -> None:
+        allocated = self.block_starts[-1]
+        more = len(self.used) if self.whole else max(pages, allocated)
+        self.block_starts.append(min(len(self.used), allocated + more))
+        self._blocks.append({})
+
+    def release(self, sequence: int) -> None:
+        """Free the pages of a sequence."""
+        pages = self.table[sequence]
+        self.used[pages[pages >= 0]] = False
+        pages[:] = -1
+
+    def pair(self, layer: int, block: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [pages, heads, page_tokens, D] of a layer in a block. Zeros at first, so always finite."""
+        tensors = self._blocks[block]
+        if layer not in tensors:
+            *shapes, device = self._shapes[layer]
+            pages = self.block_starts[block + 1] - self.block_starts[block]
+            keys, values = (
+                torch.zeros(pages, heads, self.page_tokens, width, dtype=self.dtype, device=device)
+                for heads, width in shapes
+            )
+            tensors[layer] = keys, values
+        return tensors[layer]
+
+    def locate(self, page: int) -> tuple[int, int]:
+        """The block of a page, and its index in the block."""
+        block = int(np.searchsorted(self.block_starts, page, side="right")) - 1
+        return block, page - self.block_starts[block]
+
+    def store(self, layer: int, sequence: int, pair: Sequence[Tensor]) -> None:
+        """Store the keys and values [heads, tokens, D] of a sequence from its beginning."""
+        parts = zip(*(tensor.split(self.page_tokens, dim=1) for tensor in pair), strict=True)
+        for page, part in zip(self.table[sequence].tolist(), parts, strict=False):
+            block, index = self.locate(page)
+            for target, tokens in zip(self.pair(layer, block), part, strict=True):
+                target[index, :, : tokens.shape[1]] = tokens
+
+    def fill_gap(self, sequence: int, page: int, tokens: int) -> None:
+        """Move the first `tokens` tokens of a sequence of one page to a free page."""
+        source = int(self.table[sequence, 0])
+        for pair in self._blocks[0].values():
+            for tensor in pair:
+                tensor[page, :, :tokens] = tensor[source, :, :tokens]
+        self.used[source], self.used[page], self.table[sequence, 0] = False, True, page
+
+
+class KVCache:
+    """Keys and values by layer.
+
+    Each prompt is stored once, in one prompt entry, until all of its completions are finished. Each slot has the pages
+    of one completion.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        max_tokens: int,
+        entries: int,
+        longest_prompt: int,
+        dtype: torch.dtype,
+        page_tokens: int | None = None,
+    ) -> None:
+        self.dtype, self.whole = dtype, page_tokens is None
+        self.completions = PageStore(slots, max_tokens, page_tokens, dtype)
+        self.prompts = PageStore(entries, longest_prompt, page_tokens, dtype)
         self.prompt_lengths = np.zeros(entries, dtype=np.int64)
         self.users = np.zeros(entries, dtype=np.int64)  # number of unfinished completions of each prompt
 
@@ -35,22 +135,15 @@ class KVCache:
         self, layer: Layer, pair: Sequence[Tensor], entries: Sequence[int], lengths: Sequence[int]
     ) -> None:
         """Store the keys and values [heads, Σ lengths, D] of prompts for one layer. `lengths` are in tokens."""
-        if layer.index not in self.completions:
-            self.completions[layer.index] = self._allocate(pair, self.slots, self.max_tokens)
-            self.prompts[layer.index] = self._allocate(pair, len(self.users), self.longest_prompt)
-        for store, tensor in zip(self.prompts[layer.index], pair, strict=True):
-            for entry, length, part in zip(entries, lengths, tensor.split(list(lengths), dim=1), strict=True):
-                store[entry, :, :length] = part
+        self.completions.describe(layer.index, pair)
+        self.prompts.describe(layer.index, pair)
+        self.prompts.reserve(np.array(entries), np.array(lengths))
+        parts = zip(*(tensor.split(list(lengths), dim=1) for tensor in pair), strict=True)
+        for entry, part in zip(entries, parts, strict=True):
+            self.prompts.store(layer.index, entry, part)
 
-    def _allocate(self, pair: Sequence[Tensor], rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            torch.zeros(rows, len(tensor), tokens, tensor.shape[-1], dtype=self.dtype, device=tensor.device)
-            for tensor in pair
-        )
-        return keys, values
-
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` tokens of slot `source` to slot `target`."""
-        for pair in self.completions.values():
-            for store in pair:
-                store[target, :, :tokens] = store[source, :, :tokens]
+    def leave_prompt(self, entry: int) -> None:
+        """One completion of a prompt is finished. The last one frees the prompt's pages."""
+        self.users[entry] -= 1
+        if not self.users[entry]:
+            self.prompts.release(entry)

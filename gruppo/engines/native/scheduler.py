@@ -41,23 +41,32 @@ class Finished:
 class Scheduler:
     """The slots, and the queues of requests and completions that wait for them.
 
-    A finished completion is replaced by the next one of the queue. When the queue is empty, the last slot moves into
-    the gap, so slots 0 to live - 1 are always the ones in use.
+    A completion keeps its slot. The rows of a decoding step are the live slots, in the order of `active`. A finished
+    completion is replaced by the next one of the queue. When the queue is empty, the last row moves into the gap; where
+    the cache has one page per slot, so does its page, so that rows 0, 1, … are pages 0, 1, ….
+
+    `sampled` counts the tokens of a slot that are sampled, `length` those of them that the host has read.
     """
 
     def __init__(self, requests: Sequence[Request], slots: int, params: SamplingParams, cache: KVCache) -> None:
         self.slots, self.params, self.cache, self.live = slots, params, cache, 0
         self.queue = deque(enumerate(requests))
         self.waiting: deque[Waiting] = deque()
+        self.rows = np.arange(slots)  # the first `live` are those of the live slots, the others are free
         self.owner: list[tuple[int, int]] = [(0, 0)] * slots  # (request, index of the completion in it)
         self.entry = np.zeros(slots, dtype=np.int64)  # entry of its prompt in the cache
+        self.sampled = np.zeros(slots, dtype=np.int64)
         self.length = np.zeros(slots, dtype=np.int64)
         self.limit = np.zeros(slots, dtype=np.int64)
         self.tokens = np.zeros((slots, params.max_tokens), dtype=np.int64)
         self.logprobs = np.zeros((slots, params.max_tokens))
-        self.uniforms = np.zeros((slots, params.max_tokens))
         self._unfinished = {index: len(request.streams) for index, request in enumerate(requests)}
         self._finished: dict[int, dict[int, Finished]] = {index: {} for index in self._unfinished}
+
+    @property
+    def active(self) -> np.ndarray:
+        """The live slots, row by row."""
+        return self.rows[: self.live]
 
     @property
     def free(self) -> int:
@@ -101,24 +110,16 @@ class Scheduler:
             limit = most if request.limits is None else min(most, request.limits[number])
             self.waiting.append(Waiting(index, number, tuple(stream), limit, entry, state))
 
-    def fill_slots(self) -> list[Tensor]:
-        """Assign waiting completions to the free slots. Returns their states, slot by slot."""
-        states = []
+    def fill_slots(self) -> list[Waiting]:
+        """Assign waiting completions to the free slots, which become the last rows. Returns them, row by row."""
+        filled = []
         while self.waiting and self.free:
-            new, slot = self.waiting.popleft(), self.live
-            self.owner[slot], self.entry[slot], self.length[slot] = (new.request, new.number), new.entry, 0
-            self.limit[slot] = new.limit
-            if self.params.temperature:
-                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(new.stream)))
-                self.uniforms[slot] = generator.random(self.params.max_tokens)
-            states.append(new.state)
+            new, slot = self.waiting.popleft(), int(self.rows[self.live])
+            self.owner[slot], self.entry[slot], self.limit[slot] = (new.request, new.number), new.entry, new.limit
+            self.sampled[slot] = self.length[slot] = 0
+            filled.append(new)
             self.live += 1
-        return states
-
-    @property
-    def positions(self) -> np.ndarray:
-        """The position of the last token of each live slot, counted from the start of its prompt."""
-        return self.cache.prompt_lengths[self.entry[: self.live]] + self.length[: self.live] - 1
+        return filled
 
     def append(self, slots: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Append one token to each of the slots."""
@@ -127,21 +128,19 @@ class Scheduler:
         self.length[slots] += 1
 
     def retire(self, slot: int, text_end: int | None) -> None:
-        """Record the completion of a slot as finished, and move the last live slot into its place."""
+        """Record the completion of a slot as finished, and move the last row into its place."""
         length = int(self.length[slot])
         tokens, logprobs = self.tokens[slot, :length].tolist(), self.logprobs[slot, :length].tolist()
         request, number = self.owner[slot]
         self._finished[request][number] = Finished(tokens, logprobs, text_end)
         self._unfinished[request] -= 1
-        self.cache.users[self.entry[slot]] -= 1
+        self.cache.leave_prompt(int(self.entry[slot]))
+        self.cache.completions.release(slot)
         self.live -= 1
-        last = self.live
-        if slot == last:
-            return
-        self.owner[slot] = self.owner[last]
-        for array in (self.entry, self.length, self.limit, self.tokens, self.logprobs, self.uniforms):
-            array[slot] = array[last]
-        self.cache.move(last, slot, int(self.length[slot]))
+        row, last = int(np.flatnonzero(self.rows == slot)[0]), int(self.rows[self.live])
+        self.rows[row], self.rows[self.live] = last, slot
+        if self.cache.whole and row != self.live and self.sampled[last] > 1:  # the last token is not in the cache yet
+            self.cache.completions.fill_gap(last, row, int(self.sampled[last]) - 1)
 
     def take_finished(self) -> list[tuple[int, list[Finished]]]:
         """The requests whose last completion finished since the previous call, with their completions in order."""

@@ -45,15 +45,20 @@ BACKENDS = {
 _ORDER = {"cpu": ("cpu",), "cuda": ("varlen", "flex", "sdpa")}  # of "auto"; on other devices: sdpa
 
 
-def check_compute(settings: Model) -> None:
-    """Raise UsageError if device, compute dtype, attention and compilation do not go together. Needs no weights."""
+def check_compute(settings: Model) -> tuple[torch.device, torch.dtype]:
+    """The device and the compute dtype of a model. Needs no weights.
+
+    Raises UsageError if they, attention and compilation do not go together.
+    """
     device = choose_device(settings.device)
-    check_attention(settings.attention, device, choose_dtype(settings.dtype, device))
+    dtype = choose_dtype(settings.dtype, device)
+    check_attention(settings.attention, device, dtype)
     if settings.compile and settings.attention in ("auto", "cpu") and device.type == "cpu":
         raise UsageError(
             f'model.compile = true: model.attention = "{settings.attention}" on a CPU leaves nothing to compile; '
             'remove it, or write model.attention = "sdpa"'
         )
+    return device, dtype
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from gruppo.models.attention.interface import Layer, soft_capped
 from gruppo.models.attention.sequences import Layout
+from gruppo.utils.transfer import upload
 
 BLOCK = 128  # tokens of a block of the mask, FlexAttention's own default
 SMALLEST = 1024  # tokens of the shortest row that is compiled
@@ -82,19 +83,27 @@ class FlexAttention:
 
     def block_mask(self, window: int | None) -> BlockMask:
         """The mask of a layer with this window, or without one."""
-        if window is not None and window >= self.keys.longest:
-            window = None
         if window not in self._masks:
             self._masks[window] = self._make_mask(window)
         return self._masks[window]
 
     def _make_mask(self, window: int | None) -> BlockMask:
         some, whole = self.keys.blocks(window)
-        tensors = [torch.from_numpy(array)[None, None].to(self.device) for array in (*_listed(some), *_listed(whole))]
-        keys = (self.keys.sequence, self.keys.prompt, self.keys.position)
-        columns = torch.from_numpy(np.stack(keys).astype(np.int32)).to(self.device)
+        columns = (self.keys.sequence, self.keys.prompt, self.keys.position)
+        vectors = [*columns, *(array.ravel() for array in (*some, *whole))]
+        sequence, prompt, position, *blocks = upload(vectors, torch.int32, self.device)
+        count = len(some[0])
+        numbers, indices, whole_numbers, whole_indices = (
+            part.view(1, 1, *((count,) if len(part) == count else (count, count))) for part in blocks
+        )
         return BlockMask.from_kv_blocks(
-            *tensors, BLOCK_SIZE=BLOCK, mask_mod=_mask(*columns, window), seq_lengths=(self.length, self.length)
+            numbers,
+            indices,
+            whole_numbers,
+            whole_indices,
+            BLOCK_SIZE=BLOCK,
+            mask_mod=_mask(sequence, prompt, position, window),
+            seq_lengths=(self.length, self.length),
         )
 
 
@@ -107,10 +116,14 @@ def _mask(
         same = (sequence[key] == sequence[query]) | (sequence[key] == prompt[query])
         return same & (position[key] <= position[query])
 
-    def sees_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(batch, head, query, key) & (position[query] - position[key] < window)
+    if window is None:
+        return sees
+    limit = window
 
-    return sees if window is None else sees_window
+    def sees_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(batch, head, query, key) & (position[query] - position[key] < limit)
+
+    return sees_window
 
 
 def _capping(cap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -120,12 +133,16 @@ def _capping(cap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], T
     return capped
 
 
+# The number of blocks for each block of queries [n], and which they are [n, n], followed by the others.
+_Blocks = tuple[Int[np.ndarray, " n"], Int[np.ndarray, "n n"]]
+
+
 class _SeenKeys:
     """The keys that each query sees: of its prompt and of its own sequence, up to itself. Padding sees itself.
 
     For each token: `sequence`, a number of its prompt or completion; `prompt`, that of the prompt of its group;
     `position` after the start of the prompt; `prompt_start`, `prompt_end` and `start`, the places in the packed row
-    where its prompt and its own sequence start and end. `longest`: the number of positions of the longest sequence.
+    where its prompt and its own sequence start and end.
     """
 
     def __init__(self, groups: Layout, padding: int) -> None:
@@ -147,10 +164,9 @@ class _SeenKeys:
         self.sequence, self.prompt, shift, self.prompt_start, self.prompt_end, self.start = table
         self.place = np.arange(start + padding)
         self.position = self.place - self.start + shift
-        self.longest = int(self.position.max()) + 1
 
-    def blocks(self, window: int | None) -> tuple[Bool[np.ndarray, "n n"], Bool[np.ndarray, "n n"]]:
-        """Which blocks of keys some query of a block sees in part, and which all of its queries see as a whole."""
+    def blocks(self, window: int | None) -> tuple[_Blocks, _Blocks]:
+        """The blocks of keys that some query of each block sees in part, and those that all see as a whole."""
         end = self.place + 1
         start = self.start if window is None else np.maximum(self.start, end - window)
         own = self.sequence == self.prompt
@@ -170,7 +186,7 @@ class _SeenKeys:
             _count_blocks(covered, self.place, -(-first // BLOCK), last // BLOCK, last > first)
         some, whole = (table.cumsum(axis=1)[:, :count] for table in (touched, covered))
         seen_whole = whole == BLOCK
-        return (some > 0) & ~seen_whole, seen_whole
+        return _listed((some > 0) & ~seen_whole), _listed(seen_whole)
 
 
 def _count_blocks(
@@ -186,7 +202,7 @@ def _count_blocks(
     np.add.at(table, (place[used] // BLOCK, last[used]), -1)
 
 
-def _listed(blocks: Bool[np.ndarray, "n n"]) -> tuple[np.ndarray, np.ndarray]:
-    """The number of marked blocks in each row, and their numbers, followed by those of the others."""
+def _listed(blocks: Bool[np.ndarray, "n n"]) -> _Blocks:
+    """The marked blocks of each row."""
     numbers = np.argsort(~blocks, axis=1, kind="stable")
     return blocks.sum(axis=1).astype(np.int32), numbers.astype(np.int32)

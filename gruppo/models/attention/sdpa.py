@@ -78,7 +78,7 @@ class SdpaAttention:
         for rows, *heads in zip(self.rows, *parts, strict=True):
             q, k, v = (part.unflatten(0, (rows.count, rows.length)).transpose(1, 2) for part in heads)
             outputs.append(self._attend(layer, q, k, v).transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, self.queries.first)[None]
+        return self.queries.first_places(torch.cat(outputs))[None]
 
     def _attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of rows [rows, heads, T, D]."""

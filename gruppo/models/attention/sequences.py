@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gruppo.utils.transfer import upload
+
 # For each group, the length of its prompt and of its completions, in tokens; all >= 1.
 Layout = Sequence[tuple[int, Sequence[int]]]
 Places = np.ndarray[Any, np.dtype[np.int64]]
@@ -33,8 +35,8 @@ def prompt_and_completions(groups: Layout) -> list[tuple[Places, list[Places]]]:
 class Repeat:
     """Copies rows of a packed tensor to the places of sequences, some rows to several places.
 
-    The gradient of a row is the sum over its places, in float32 (or float64). It is made of additions that each add at
-    most one place to a row. So its order does not depend on the device's scheduling, as that of `index_add_` would.
+    The gradient of a row is the sum over its places, in float32 (or float64), in the order of the places. Only reads
+    are indexed, never additions: on CUDA, `index_add_` adds in the order in which threads arrive, or sorts first.
     """
 
     def __init__(self, source: Places, rows: int, device: torch.device, real: np.ndarray | None = None) -> None:
@@ -44,13 +46,16 @@ class Repeat:
         """
         places = np.arange(len(source)) if real is None else np.flatnonzero(real)
         places = places[np.argsort(source[places], kind="stable")]  # by row, and by place within a row
-        row = source[places]
-        starts = np.searchsorted(row, np.arange(rows))
-        rank = np.arange(len(row)) - starts[row]
-        tensor = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-        self.source = tensor(source)
-        self.first = tensor(places[rank == 0])
-        self.more = [(tensor(row[rank == n]), tensor(places[rank == n])) for n in range(1, int(rank.max()) + 1)]
+        counts = np.bincount(source[places], minlength=rows)
+        starts = counts.cumsum() - counts
+        order = np.argsort(-counts, kind="stable")  # rows with more places first, so that those with n are a slice
+        inverse, first = np.argsort(order), places[starts]
+        owner = np.full(len(source), rows)
+        owner[first] = np.arange(rows)
+        nth = [places[starts[order[: (counts > n).sum()]] + n] for n in range(counts.max())]
+        self.source, self.first, self.owner, self._inverse, *self._nth = upload(
+            [source, first, owner, inverse, *nth], torch.long, device
+        )
 
     def __call__(self, rows: Float[Tensor, "T ..."]) -> Float[Tensor, "M ..."]:
         """The row of each place."""
@@ -59,13 +64,17 @@ class Repeat:
 
     def backward(self, grad: Float[Tensor, "M ..."]) -> Float[Tensor, "T ..."]:
         """The gradient of the rows."""
-        total = grad.index_select(0, self.first)
-        if not self.more:
-            return total
-        total = total.to(torch.promote_types(grad.dtype, torch.float32))
-        for rows, places in self.more:
-            total.index_add_(0, rows, grad.index_select(0, places).to(total.dtype))
-        return total.to(grad.dtype)
+        if len(self._nth) == 1:
+            return grad.index_select(0, self.first)
+        total = grad.index_select(0, self._nth[0]).to(torch.promote_types(grad.dtype, torch.float32))
+        for places in self._nth[1:]:
+            total[: len(places)] += grad.index_select(0, places)
+        return total.index_select(0, self._inverse).to(grad.dtype)
+
+    def first_places(self, places: Float[Tensor, "M ..."]) -> Float[Tensor, "T ..."]:
+        """What is at the first place of each row. Other places get gradient 0."""
+        rows: Tensor = _FirstPlaces.apply(places, self)  # type: ignore[no-untyped-call]
+        return rows
 
 
 class _Repeat(torch.autograd.Function):
@@ -77,3 +86,14 @@ class _Repeat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.repeat.backward(grad), None
+
+
+class _FirstPlaces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, repeat: Repeat) -> Tensor:
+        ctx.repeat = repeat
+        return places.index_select(0, repeat.first)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])]).index_select(0, ctx.repeat.owner), None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gruppo.models.attention.interface import Layer
 from gruppo.models.attention.sequences import Layout, Repeat, prompt_and_completions
+from gruppo.utils.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class VarlenAttention:
             sequences += [prompt, *(np.concatenate([prompt, completion]) for completion in completions)]
             queries += [len(prompt), *map(len, completions)]
         keys = [len(sequence) for sequence in sequences]
-        ends = np.stack([np.cumsum([0, *queries]), np.cumsum([0, *keys])]).astype(np.int32)
-        query_ends, key_ends = torch.from_numpy(ends).to(device)
+        query_ends, key_ends = upload([np.cumsum([0, *queries]), np.cumsum([0, *keys])], torch.int32, device)
         self.lengths = Lengths(query_ends, key_ends, max(queries), max(keys))
         self.repeat = Repeat(np.concatenate(sequences), sum(queries), device)
         self.kernel = kernel or varlen_kernel()

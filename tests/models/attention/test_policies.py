@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +21,13 @@ from gruppo.models.attention.varlen import Lengths, VarlenAttention
 from gruppo.models.lora import adapted_layers, add_adapters
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
+from gruppo.training.memory_footprint import measure_footprint, saved_bytes
 from gruppo.types import Group, Prompt
+from gruppo.utils.progress import NullProgress
 from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_policy, random_groups
 from tests.models.attention.references import ON_CPU, varlen_kernel
+from tests.small_runs import fingerprint, killed, small_run
 from tests.training.test_invariance import FLOAT32_PARTS, assert_equal, distance, naive, packed, prepared
 
 ACCELERATED = [name for name in ON_CPU if name != "cpu"]
@@ -127,3 +132,31 @@ def test_copies_of_the_policy_keep_or_leave_the_backend() -> None:
     assert policy.frozen_copy().attention is policy.attention
     copy = policy.float64_copy()
     assert isinstance(copy.attention([(2, (1,))], copy.device), SdpaAttention)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_bytes_are_predicted(name: str, dtype: torch.dtype) -> None:
+    """For rows of one length. FlexAttention keeps no more than these, apart from its padding."""
+    policy = on("sdpa", make_architecture(name, dtype))
+    footprint = measure_footprint(policy, 0, NullProgress())
+    assert measure_footprint(replace(policy, attention=ON_CPU["flex"]), 0, NullProgress()) == footprint
+    for layout in ([(20, [10] * 6)], [(20, [10] * 6), (31, [7] * 3)]):
+        with policy.precision():
+            exact = saved_bytes(policy, layout)
+        known = footprint.prepared + footprint.activations(layout, recompute=False)
+        assert known == pytest.approx(exact, rel=2e-3)
+
+
+def test_a_run_records_the_backend_and_a_resume_keeps_it(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run equals one that was not interrupted."""
+    changes = {"model__attention": "sdpa", "run__steps": 3, "run__checkpoint_every": 1}
+    small_run(tiny_folder, tmp_path / "whole", **changes)
+    with killed(monkeypatch, "gruppo.training.run.describe_groups", 3):
+        small_run(tiny_folder, tmp_path / "cut", **changes)
+    small_run(tiny_folder, tmp_path / "cut", resume=True, **changes)
+    assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
+    for name in ("cut", "whole"):
+        assert json.loads((tmp_path / name / "environment.json").read_text())["chosen"]["attention"] == "sdpa"

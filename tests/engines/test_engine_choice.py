@@ -1,0 +1,184 @@
+"""What `engine.name` chooses, and what is refused before any weights are loaded. vLLM itself is not needed here."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gruppo.config.engine_section import Engine as EngineTable
+from gruppo.config.loading import load_recipe
+from gruppo.engines import ENGINES, build_engine, check_engine, open_engine
+from gruppo.engines.native.engine import NativeEngine
+from gruppo.engines.vllm.launch import Size, options
+from gruppo.errors import UsageError
+from gruppo.evaluation.runner import evaluate
+from gruppo.models.policy import LanguageModel
+from gruppo.training.memory_estimate import Workload
+from tests.conftest import make_policy
+
+CPU = torch.device("cpu")
+
+
+def recipe(engine: dict[str, Any] | None = None, **tables: Any) -> Any:
+    return load_recipe({"model": {"name": "m"}, "engine": {"name": "vllm", **(engine or {})}, **tables})
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.machinery.ModuleSpec("vllm", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (
+            {"engine": {"name": "vlm"}},
+            'must be "native", "vllm" or an import path such as "my_engine.py:MyEngine"; did you mean "vllm"',
+        ),
+        ({"engine": {"memory": "4 GB"}}, 'engine.memory = "4 GB": has no effect: only engine.name = "vllm" uses it'),
+        ({"engine": {"device": 1}}, "engine.device = 1: has no effect"),
+        ({"engine": {"name": "vllm", "memory": 1.5}}, "engine.memory = 1.5: must be a fraction"),
+        ({"engine": {"name": "vllm", "device": -1}}, "engine.device = -1"),
+        (
+            {"engine": {"name": "vllm"}, "method": {"name": "sft"}, "task": {"name": "arithmetic", "completion": "x"}},
+            'engine.name = "vllm": has no effect: method.source = "dataset" samples nothing',
+        ),
+    ],
+)
+def test_recipes_that_are_refused(tables: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe({"model": {"name": "m"}, **tables})
+    assert message in str(caught.value)
+
+
+def test_a_missing_vllm_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'vLLM is not installed; run: pip install "gruppo\[vllm\]"'):
+        check_engine(recipe(), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "dtype", "message"),
+    [
+        (recipe, "mps", torch.float32, "vLLM does not run on mps"),
+        (recipe, "cpu", torch.float64, 'model.dtype = "float64": vLLM computes in float32 or bfloat16 only'),
+        (lambda: recipe({"device": 1}), "cpu", torch.float32, "engine.device = 1: is a CUDA device"),
+        (lambda: recipe({"device": 64}), "cuda", torch.float32, "engine.device = 64: there are"),
+        (lambda: recipe(sampling={"temperature": 0.001}), "cpu", torch.float32,
+         "sampling.temperature = 0.001: vLLM samples at 0.01 or more"),
+        (lambda: recipe(evaluation={"decoding": {"temperature": 0.5, "min_p": 0.1, "top_p": 0.9}}), "cpu",
+         torch.float32, "evaluation.decoding.min_p = 0.1: vLLM applies min_p before top_p"),
+        (lambda: recipe(benchmarks=[{"task": "gsm8k", "decoding": {"temperature": 0.002}}]), "cpu", torch.float32,
+         r"benchmarks\[0\].decoding.temperature = 0.002"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("installed")
+def test_what_vllm_cannot_do_is_refused(
+    settings: Callable[[], Any], device: str, dtype: torch.dtype, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_engine(settings(), torch.device(device), dtype)
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_vllm_can_do_is_accepted() -> None:
+    greedy = {"decoding": {"min_p": 0.1, "top_p": 0.9}}  # without a temperature they do nothing
+    check_engine(recipe(evaluation=greedy, sampling={"temperature": 0.01}), CPU, torch.bfloat16)
+    check_engine(load_recipe({"model": {"name": "m"}}), CPU, torch.float64)
+
+
+def test_commands_refuse_before_they_load_weights(tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object, **named: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("gruppo.models.loading.load_weights", never)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'^engine = "vllm": vLLM is not installed'):
+        evaluate(tiny_folder, engine="vllm", progress=False)
+
+
+def test_the_engine_of_an_import_path_samples_in_evaluation(tiny_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from gruppo.engines.native.engine import NativeEngine\n\n\n"
+        "class Mine(NativeEngine):\n"
+        "    def generate(self, requests, params, advance=None):\n"
+        "        raise RuntimeError('my engine samples')\n"
+    )
+    with pytest.raises(RuntimeError, match="my engine samples"):
+        evaluate(tiny_folder, engine=f"{tmp_path / 'mine.py'}:Mine", questions=2, max_tokens=3, progress=False)
+
+
+class Elsewhere(NativeEngine):
+    """In place of vLLM: an engine with weights of its own that is told how long its sequences are."""
+
+    copies_weights = True
+
+    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable) -> None:
+        super().__init__(make_policy(seed=99, max_position_embeddings=512), slots)
+        self.length, self.settings = length, settings
+
+
+@pytest.mark.parametrize(("context", "length", "expected"), [(512, 300, 300), (512, 20, 112), (100, 300, 100)])
+def test_vllm_is_started_for_the_longest_sequence_and_the_probe(
+    monkeypatch: pytest.MonkeyPatch, context: int, length: int, expected: int
+) -> None:
+    monkeypatch.setitem(ENGINES, "vllm", f"{__name__}:Elsewhere")
+    settings = EngineTable(name="vllm", memory="1 GB")
+    engine: Any = build_engine(make_policy(max_position_embeddings=context), 4, settings=settings, length=length)
+    assert (engine.engine.length, engine.engine.settings) == (expected, settings)
+
+
+def test_engines_are_closed_by_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import ExitStack
+
+    closed: list[NativeEngine] = []
+    monkeypatch.setattr(NativeEngine, "close", lambda self: closed.append(self))  # noqa: PLW0108  a bound method
+    with ExitStack() as stack:
+        engine = open_engine(make_policy(), EngineTable(), 10, 10, 3, stack)
+        assert engine.slots == 3
+        assert not closed
+    assert closed == [engine]
+
+
+def test_vllm_gets_memory_for_its_slots_and_no_more(tmp_path: Path) -> None:
+    """On a CPU: keys and values of each slot, with two blocks to spare, beside the weights and their packed copy."""
+    policy = make_policy()
+    weights = 2 * 4 * sum(parameter.numel() for parameter in policy.model.parameters())
+    sequence = policy.cache_bytes * (100 + 64)
+
+    def cache(memory: str, slots: int = 8) -> int:
+        found: int = options(tmp_path, policy, EngineTable(name="vllm", memory=memory), Size(slots, 100))[
+            "kv_cache_memory_bytes"
+        ]
+        return found
+
+    assert cache("1 GB") == 8 * sequence
+    assert cache(f"{weights + 3 * sequence} B") == 3 * sequence
+    with pytest.raises(UsageError, match=r"engine.memory = '\d+ B': allows 0.00 GB, and vLLM needs at least"):
+        cache(f"{weights + sequence - 1} B")
+
+
+def test_a_sampler_elsewhere_needs_no_memory_here() -> None:
+    from dataclasses import replace
+
+    from gruppo.training.memory_estimate import forecast_memory
+    from gruppo.training.memory_footprint import measure_footprint
+    from gruppo.utils.progress import NullProgress
+
+    work = Workload(prompt_tokens=20, max_tokens=30, prompts_per_step=4, group_size=4)
+    footprint = measure_footprint(make_policy(), 10**8, NullProgress())
+    here, elsewhere = (
+        forecast_memory(footprint, replace(work, samples_elsewhere=there), 256, 16) for there in (False, True)
+    )
+    assert here.cache > 0 < here.work
+    assert (elsewhere.cache, elsewhere.work) == (0, 0)
+    assert elsewhere.training == here.training
+    assert work.longest == 50
+    assert replace(work, turns=True).longest == 80
