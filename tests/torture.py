@@ -92,7 +92,7 @@ QUICK = ("grpo", "iterative, process", "ppo", "extended")
 # Phase -> the function whose calls are counted; a kill comes just before or just after one of these calls.
 CALLS = {
     "loading": "gruppo.training.setup.load_model",
-    "restoring": "gruppo.training.checkpointer.load_tensors",
+    "restoring": "gruppo.training.model_files.load_models",
     "sampling": "gruppo.engines.native.engine._Decoder.decode",
     "rewarding": "gruppo.rollout.workers.process.Worker._receive",
     "evaluating": "gruppo.evaluation.verdicts.grade_answer",

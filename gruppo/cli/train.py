@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,8 @@ from gruppo.cli.options import Overrides, RecipeFile, TrustCode, load_chosen_rec
 from gruppo.utils.progress import visible
 
 if TYPE_CHECKING:
+    from gruppo.cluster.ranks import ProcessRanks
+    from gruppo.config.recipe import Recipe
     from gruppo.runs.console import ConsoleProgress
     from gruppo.runs.results import Result
 
@@ -32,12 +36,18 @@ def train(
 
     Ctrl-C saves the run and stops; a second Ctrl-C stops immediately.
     """
+    from gruppo.cluster.torchrun import check_launch, own_rank
+
+    if own_rank():
+        _follow(recipe, set_)
+        return
     settings = load_chosen_recipe(recipe, set_, trust or show)
     if show:
         from gruppo.config.schema import annotated
 
         typer.echo(visible(annotated(settings)), nl=False)
         return
+    check_launch(settings)
     folder = out if out is not None else Path("runs") / settings.run.name
     from gruppo.runs.console import ConsoleProgress
 
@@ -45,8 +55,8 @@ def train(
     progress.note(f"gruppo {__version__}: {recipe} -> {folder}")
     from gruppo.training.api import run_recipe
 
-    with resumable(["train", recipe], set_, folder):
-        result, _ = run_recipe(settings, out=folder, resume=resume, progress=progress)
+    with resumable(["train", recipe], set_, folder), _ranks(settings) as ranks:
+        result, _ = run_recipe(settings, out=folder, resume=resume, progress=progress, ranks=ranks)
         if result.summary["state"] == "interrupted":
             from gruppo.runs.status import read_status
             from gruppo.utils.signals import Interrupted
@@ -55,6 +65,35 @@ def train(
             step, steps = result.summary["steps"], settings.run.steps if status is None else status.steps
             raise Interrupted(f"Interrupted after step {step} of {steps}; everything is saved. Resume with:")
     _show_result(progress, result)
+
+
+@contextmanager
+def _ranks(settings: Recipe) -> Iterator[ProcessRanks | None]:
+    """The ranks that this process leads, None without a [cluster]."""
+    if settings.cluster is None:
+        yield None
+        return
+    from gruppo.cluster.torchrun import joined
+
+    with joined(settings) as ranks:
+        yield ranks
+
+
+def _follow(recipe: Path, set_: list[str] | None) -> None:
+    """Take part in the run of rank 0, which alone reports what is wrong with the recipe."""
+    from gruppo.cluster.torchrun import check_launch, joined
+    from gruppo.config.loading import load_recipe
+    from gruppo.errors import UsageError
+
+    try:
+        settings = load_recipe(recipe, set_ or [])
+        check_launch(settings)
+    except UsageError:
+        raise typer.Exit(2) from None
+    with joined(settings) as ranks:
+        from gruppo.cluster.follower import follow
+
+        follow(ranks)
 
 
 def _show_result(progress: ConsoleProgress, result: Result) -> None:

@@ -9,6 +9,7 @@ import tomli_w
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from gruppo.config.cluster_section import Cluster
 from gruppo.config.engine_section import Engine
 from gruppo.config.inheritance import with_inherited
 from gruppo.config.method_section import Critic, Method
@@ -51,6 +52,7 @@ class Recipe(Section):
     evaluation: Evaluation | None = None
     benchmarks: list[Benchmark] = []  # noqa: RUF012
     """Additional tasks, evaluated during training or by `gruppo eval --recipe`."""
+    cluster: Cluster | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -74,6 +76,7 @@ class Recipe(Section):
         self._evaluations_agree()
         self._iterations_agree()
         self._environment_agrees()
+        self._cluster_agrees()
         if self.method.credit == "pair" and self.method.source != "dataset" and self.sampling.group_size < 2:
             raise ValueError(
                 'sampling.group_size = 1: method.credit = "pair" needs a correct and an incorrect completion per '
@@ -118,6 +121,21 @@ class Recipe(Section):
                 "[environment]: the labels of a [reward_model] come from completions sampled without an environment; "
                 "leave one of the two tables out"
             )
+
+    def _cluster_agrees(self) -> None:
+        """Check the fields that several ranks do not support yet. Raises ValueError if one is set."""
+        if self.cluster is None:
+            return
+        lora = self.model.lora
+        for field, value, only in (
+            ("engine.name", self.engine.name, "native"),
+            ("optimizer.state", self.optimizer.state, "float32"),
+            ("model.lora.base", "full" if lora is None else lora.base, "full"),
+        ):
+            if value != only:
+                raise ValueError(
+                    f'{field} = "{value}": not supported on several ranks; write "{only}", or leave [cluster] out'
+                )
 
     def _iterations_agree(self) -> None:
         """Check the fields of iterations, reward model and audit. Raises ValueError if they disagree."""

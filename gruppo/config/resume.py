@@ -14,6 +14,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "engine": ("memory", "device"),
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),
         "environment": ("seconds", "memory", "workers"),
+        "cluster": ("trainers", "shards", "patience"),  # rounding may differ
         "audit": ("function", "options", "share", "window"),
         "evaluation": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit"),
         "benchmarks": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit", "name"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from gruppo.config.cluster_section import Cluster
 from gruppo.config.engine_section import Engine
 from gruppo.config.method_section import Critic, Method
 from gruppo.config.methods import METHODS
@@ -56,6 +57,7 @@ TABLES: dict[str, type[Section]] = {
     "[evaluation]": Evaluation,
     "[evaluation.decoding], [benchmarks.decoding]": Decoding,
     "[[benchmarks]]": Benchmark,
+    "[cluster]": Cluster,
 }
 # Nested tables: not listed as fields, because they have their own entry in TABLES.
 _INNER = {(Model, "lora"), (Evaluation, "decoding"), (Benchmark, "decoding")}

@@ -55,6 +55,13 @@ class AdaptedModel(LanguageModel):
         """The same modules with their adapters turned off. Nothing is copied, and updates do not change its results."""
         return _WithoutAdapters(**{field.name: getattr(self, field.name) for field in fields(self)} | {"body": None})
 
+    def sampling_copy(self) -> LanguageModel:
+        """See `LanguageModel`. The copy has no adapters; the weights that it receives are merged."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        for name, layer in adapted_layers(model).items():
+            model.set_submodule(name, layer.base_layer)
+        return self._for_sampling(model)
+
     def float64_copy(self) -> LanguageModel:
         """See `LanguageModel`. Weights of 4 bits become the numbers that they stand for."""
         if not any(map(is_four_bit, self.model.parameters())):
@@ -77,6 +84,11 @@ class AdaptedModel(LanguageModel):
 
 @dataclass(frozen=True)
 class _WithoutAdapters(AdaptedModel):
+    def score_tokens(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """See `LanguageModel`. Sharded weights are read through the module of the policy, which has its adapters on."""
+        with without_adapters(self.model):
+            return super().score_tokens(*arguments)
+
     def hidden_states(
         self, token_ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], plan: AttentionPlan
     ) -> Float[Tensor, "B T H"]:
@@ -255,10 +267,11 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
-    """Write the model's adapter in peft's format. `base`: the name of the base model."""
+def save_adapter(model: PreTrainedModel, folder: Path, base: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write the model's adapter in peft's format. `base`: the name of the base model. `tensors`: the adapter's weights,
+    if the model has only shards of them."""
     config: Any = model.peft_config[_NAME]
-    write_adapter(config, trained_weights(model), folder, base)
+    write_adapter(config, trained_weights(model) if tensors is None else tensors, folder, base)
 
 
 def write_adapter(config: LoraConfig, weights: Mapping[str, Tensor], folder: Path, base: str) -> None:

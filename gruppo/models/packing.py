@@ -7,7 +7,7 @@ the groups cannot change the objective.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +31,9 @@ def most_tokens(prompt_tokens: int, accelerator: bool) -> int:
 
 TokenWeights = Callable[[list[list[int]]], list[list[float]]]
 Part = list[list[int]]  # the numbers of some completions of each group
+
+# Called with the tokens of every micro-batch; returns the numbers of those to train on, and of those to run idle.
+Share = Callable[[Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
 
 @dataclass(slots=True)
@@ -86,10 +89,12 @@ def pack(
     with_kl: bool,
     device: torch.device | str = "cpu",
     part: Part | None = None,
+    share: Share | None = None,
 ) -> list[Batch]:
     """Pack groups into micro-batches of at most `budget` read tokens, or one completion if it alone is longer.
 
-    `part`: the completions to pack, as if no others had been sampled; by default all.
+    `part`: the completions to pack, as if no others had been sampled; by default all. `share`: chooses the
+    micro-batches of this process, by default all; those that it runs idle come last.
 
     Completions that are not trained on are left out, as if they had not been sampled. Without a KL term in the loss
     (`with_kl` False), completions whose advantages are all 0 are also left out, because their gradient is 0; they still
@@ -103,29 +108,32 @@ def pack(
         for number, weight in zip(used[index], weights, strict=True):
             if group.completions[number].token_ids and (with_kl or any(group.advantages[number])):
                 packer.add(index, number, group, weight)
-    return packer.batches()
+    return packer.batches(share)
 
 
 class _Packer:
     def __init__(self, budget: int, device: torch.device | str) -> None:
         self.budget, self.device = budget, device
         self.plans: list[list[tuple[int, int, Group, float]]] = []
-        self.tokens = 0
+        self.tokens: list[int] = []  # of each plan
 
     def add(self, index: int, number: int, group: Group, weight: float) -> None:
         """Add a completion to the last micro-batch, or to a new one if it does not fit."""
         completion, prompt = len(group.completions[number].token_ids) - 1, len(group.prompt.token_ids)
         continues = bool(self.plans) and self.plans[-1][-1][0] == index
         needed = completion if continues else completion + prompt
-        if not self.plans or self.tokens + needed > self.budget:
+        if not self.plans or self.tokens[-1] + needed > self.budget:
             self.plans.append([])
-            self.tokens, needed = 0, completion + prompt
+            self.tokens.append(0)
+            needed = completion + prompt
         self.plans[-1].append((index, number, group, weight))
-        self.tokens += needed
+        self.tokens[-1] += needed
 
-    def batches(self) -> list[Batch]:
-        """The micro-batches as tensors."""
-        return [self._batch(plan) for plan in self.plans]
+    def batches(self, share: Share | None) -> list[Batch]:
+        """The micro-batches as tensors: all of them, or a share."""
+        own, idle = (range(len(self.plans)), []) if share is None else share(self.tokens)
+        batches = [self._batch(self.plans[place]) for place in own]
+        return batches + [as_idle(self._batch(self.plans[place])) for place in idle]
 
     def _batch(self, plan: list[tuple[int, int, Group, float]]) -> Batch:
         token_ids: list[int] = []
@@ -162,6 +170,11 @@ class _Packer:
         return make_batch(token_ids, positions, layout, predictors, targets, columns, members, self.device)
 
 
+def as_idle(batch: Batch) -> Batch:
+    """The micro-batch with weights of 0 and without members: it is computed, and changes and records nothing."""
+    return replace(batch, weights=torch.zeros_like(batch.weights), trained=batch.trained[:0], members=[])
+
+
 def make_batch(
     token_ids: Sequence[int],
     positions: Sequence[int],
@@ -193,7 +206,6 @@ def score(policy: LanguageModel, batch: Batch, temperature: float) -> tuple[Floa
 
     Call this inside `policy.precision()`. Both results are float32, or float64 for a float64 policy.
     """
-    logprobs, entropy = policy.scorer(
+    return policy.score_tokens(
         batch.token_ids, batch.positions, batch.layout, batch.predictors, batch.targets, temperature
     )
-    return logprobs, entropy

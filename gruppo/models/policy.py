@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -41,7 +41,8 @@ class LanguageModel:
     `OutputHead`. `cache_bytes`: size of the keys and values of one token in all layers. `body`: the decoder with fused
     matmuls, if available; otherwise the module computes. `recompute`: keep only the input of every layer for backward,
     and compute the layer again there. `attention`: computes the attention of packed groups. `compiled`: whether layers
-    run through torch's compiler. `generation`: counter of weight changes.
+    run through torch's compiler. `generation`: counter of weight changes. `sharded`: this process holds a shard of each
+    weight, and the whole of it only while a module that needs it runs. `root`: the module to score tokens with then.
     """
 
     model: PreTrainedModel
@@ -58,14 +59,18 @@ class LanguageModel:
     attention: Backend = BACKENDS["cpu"]
     compiled: bool = False
     generation: Generation = field(default_factory=Generation)
+    sharded: bool = False
+    root: TokenScorer | None = None
 
     @contextmanager
     def precision(self) -> Iterator[None]:
         """Run matmuls in `dtype` inside the block, with deterministic kernels on cuda (see `deterministic`).
 
-        Each weight is cast at most once per block.
+        Each weight is cast at most once per block, or at each use if weights are sharded: a kept cast would be whole.
         """
-        narrow = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+        narrow: AbstractContextManager[object] = nullcontext()
+        if self.dtype == torch.bfloat16:
+            narrow = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.sharded)
         with deterministic(self.device), narrow:
             yield
 
@@ -135,15 +140,27 @@ class LanguageModel:
     @property
     def scorer(self) -> TokenScorer:
         """The policy as a module that scores tokens. Not cached: a reference cycle would keep the policy alive."""
-        return TokenScorer(self)
+        return TokenScorer(self) if self.root is None else self.root
+
+    def score_tokens(
+        self,
+        token_ids: Int[Tensor, " T"],
+        positions: Int[Tensor, " T"],
+        layout: Sequence[tuple[int, Sequence[int]]],
+        predictors: Int[Tensor, " N"],
+        targets: Int[Tensor, " N"],
+        temperature: float,
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """See `TokenScorer.forward`."""
+        scores: tuple[Tensor, Tensor] = self.scorer(token_ids, positions, layout, predictors, targets, temperature)
+        return scores
 
     @property
     def head(self) -> OutputHead:
         """The output head with its weight in the compute dtype, cast again when it has changed."""
         layer: Any = self.model.get_output_embeddings()
-        return OutputHead(
-            self._head_weight(layer.weight, self.dtype), layer.bias, self.head_scale, self.head_softcap, layer.weight
-        )
+        cast = layer.weight.detach().to(self.dtype) if self.sharded else self._head_weight(layer.weight, self.dtype)
+        return OutputHead(cast, layer.bias, self.head_scale, self.head_softcap, layer.weight)
 
     @cached_property
     def _head_weight(self) -> Cast:
@@ -162,6 +179,18 @@ class LanguageModel:
             body.freeze(self.dtype)
         narrow_products(model, self.dtype)
         return replace(self, model=model, body=body, generation=generation)
+
+    def sampling_copy(self) -> LanguageModel:
+        """A copy for an engine that receives weights, with the weights of matmuls in the compute dtype."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        return self._for_sampling(model)
+
+    def _for_sampling(self, model: PreTrainedModel) -> LanguageModel:
+        generation = Generation()
+        body = self.body and FusedBody(model.get_decoder(), self.body.layers, generation)
+        narrow_products(model, self.dtype)
+        shared = {item.name: getattr(self, item.name) for item in fields(LanguageModel)}
+        return LanguageModel(**shared | {"model": model, "body": body, "generation": generation})
 
     def float64_copy(self) -> LanguageModel:
         """A float64 copy without gradients, computed by transformers' own modules, for numerical checks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,23 +25,24 @@ def _widen_norms(model: PreTrainedModel) -> None:
 
     Each norm is tried to find which of the two common formulas it follows. A norm that follows neither is not changed.
     """
-
-    def plain(norm: Any, hidden: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, _epsilon(norm))
-
-    def shifted(norm: Any, hidden: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden, norm.weight.shape, 1 + norm.weight, _epsilon(norm))
-
     norms: list[Any] = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     for module in norms:
         if _epsilon(module) is not None and hasattr(module, "weight"):
             trial = torch.linspace(-1, 2, module.weight.numel(), dtype=torch.float64, device=module.weight.device)
             with torch.no_grad():
                 expected = module(trial[None])
-                for forward in (plain, shifted):
+                for forward in (_plain, _shifted):
                     if torch.allclose(forward(module, trial[None]), expected, atol=1e-5):
-                        module.forward = MethodType(forward, module)
+                        module.forward = partial(forward, module)  # unlike a method, it can be pickled
                         break
+
+
+def _plain(norm: Any, hidden: Tensor) -> Tensor:
+    return nn.functional.rms_norm(hidden, norm.weight.shape, norm.weight, _epsilon(norm))
+
+
+def _shifted(norm: Any, hidden: Tensor) -> Tensor:
+    return nn.functional.rms_norm(hidden, norm.weight.shape, 1 + norm.weight, _epsilon(norm))
 
 
 def _epsilon(norm: Any) -> Any:

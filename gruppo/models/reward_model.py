@@ -6,6 +6,7 @@ A reward model is a language model with a scalar head that gives the probability
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from gruppo.models.policy import LanguageModel
 from gruppo.models.pretrained import UNDAMAGED
 from gruppo.models.tokenizer_files import save_tokenizer
 from gruppo.models.value_head import ScalarModel
-from gruppo.models.weights import damage_of, save_base, save_weights
+from gruppo.models.weights import damage_of, named_weights, save_base, save_weights
 from gruppo.runs.reading import read_object
 from gruppo.utils.progress import Progress
 
@@ -172,22 +173,23 @@ def _described(config: PreTrainedConfig, kind: str) -> PreTrainedConfig:
     return described
 
 
-def save_reward_model(model: ScalarModel, kind: str, folder: Path) -> None:
+def save_reward_model(model: ScalarModel, kind: str, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write weights, config and tokenizer to a folder that transformers can load.
 
     The class is AutoModelForSequenceClassification for an outcome model, AutoModelForTokenClassification for a process
     model. transformers reads a sequence at its last token that is not padding. If the padding token also ended turns,
     the position that the model was trained at would be skipped. So another padding token is written into config and
-    tokenizer.
+    tokenizer. `tensors`: the weights of the model's module by name, if it has only shards of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     policy = model.policy
     config = _described(policy.model.config, kind)
     target = _skeleton(config, kind)
     prefix = f"{target.base_model_prefix}."
-    weights = {prefix + name: tensor for name, tensor in policy.model.get_decoder().state_dict().items()}
-    head = dict(zip(_head_names(config, kind), [model.head.weight, model.head.bias], strict=False))
-    weights |= {name: tensor for name, tensor in head.items() if tensor is not None}
+    tensors = named_weights(model.module) if tensors is None else tensors
+    weights = {prefix + name.removeprefix("model."): tensors[name] for name in tensors if name.startswith("model.")}
+    head = [tensors[name] for name in ("score.weight", "score.bias") if name in tensors]
+    weights |= zip(_head_names(config, kind), head, strict=False)
     save_base(policy, folder)
     tokenizer = copy.deepcopy(policy.tokenizer)
     config.pad_token_id = _padding(policy)

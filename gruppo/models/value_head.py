@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gruppo.models.packing import Batch, pack
+from gruppo.models.packing import Batch, Share, pack
 from gruppo.models.policy import LanguageModel, predicting_states
 from gruppo.types import Completion, Group
 
@@ -69,10 +69,10 @@ class ScalarScorer(nn.Module):
         return numbers[:, 0]
 
 
-def pack_states(groups: Sequence[Group], budget: int, device: torch.device) -> list[Batch]:
+def pack_states(groups: Sequence[Group], budget: int, device: torch.device, share: Share | None = None) -> list[Batch]:
     """Micro-batches of the trained completions that also contain the state after the last token.
 
-    A completion of k tokens has k + 1 states. State t (from 0) is the state before token t.
+    A completion of k tokens has k + 1 states. State t (from 0) is the state before token t. `share`: see `pack`.
     """
     extended = [
         replace(
@@ -84,15 +84,22 @@ def pack_states(groups: Sequence[Group], budget: int, device: torch.device) -> l
         )
         for group in groups
     ]
-    return pack(extended, lambda lengths: [[1.0] * len(row) for row in lengths], budget, with_kl=True, device=device)
+
+    def weights(lengths: list[list[int]]) -> list[list[float]]:
+        return [[1.0] * len(row) for row in lengths]
+
+    return pack(extended, weights, budget, with_kl=True, device=device, share=share)
 
 
 @torch.no_grad()
 def read_states(
-    model: ScalarModel, groups: Sequence[Group], budget: int, device: torch.device
+    model: ScalarModel, groups: Sequence[Group], budget: int, device: torch.device, share: Share | None = None
 ) -> Iterator[tuple[int, int, list[float]]]:
-    """Yield group index, completion index, and the outputs at all states, including the one after the last token."""
-    for batch in pack_states(groups, budget, device):
+    """Yield group index, completion index, and the outputs at all states, including the one after the last token.
+
+    `share`: see `pack`.
+    """
+    for batch in pack_states(groups, budget, device, share):
         with model.policy.precision():
             numbers = model.numbers(batch).cpu().double()
         start = 0

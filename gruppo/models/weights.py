@@ -53,6 +53,14 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return named_weights(model) if whole else trained
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy all weights to a module with the same names, whose dtypes may differ. Both may be sharded, in the same way."""
+    weights = named_weights(source)
+    for name, tensor in named_weights(target).items():
+        tensor.copy_(weights[name])
+
+
 def damage_of(model: nn.Module) -> str | None:
     """What shows that the weights of a model are damaged; None if nothing does.
 

@@ -6,12 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 
 from gruppo.config.sections import RewardModel
 from gruppo.errors import RunError
+from gruppo.models.ranks import ALONE, Ranks, on_all_ranks
 from gruppo.models.reward_model import NAME
 from gruppo.models.value_head import ScalarModel, read_states
 from gruppo.rewards.steps import checked_ends, find_split, step_tokens
@@ -55,12 +57,13 @@ def grouped_samples(samples: Sequence[Sample]) -> tuple[list[Group], dict[tuple[
 
 
 def probabilities(
-    model: ScalarModel, samples: Sequence[Sample], budget: int, device: torch.device
+    model: ScalarModel, samples: Sequence[Sample], budget: int, device: torch.device, ranks: Ranks = ALONE
 ) -> list[tuple[float, ...]]:
     """The model's probability at each label position of each sample. Label values are ignored."""
     groups, places = grouped_samples(samples)
     results: list[tuple[float, ...]] = [()] * len(samples)
-    for index, number, scores in read_states(model, groups, budget, device):
+    states = ranks.gather([*read_states(model, groups, budget, device, ranks.share)])
+    for index, number, scores in chain.from_iterable(states):
         place = places[index, number]
         at = torch.tensor([scores[end + 1] for end in samples[place].labels.ends], dtype=torch.float64)
         results[place] = tuple(torch.sigmoid(at).tolist())
@@ -89,6 +92,7 @@ class RewardModelScorer:
     settings: RewardModel
     tokenizer: PreTrainedTokenizerBase
     sizes: BatchSizes
+    ranks: Ranks = ALONE
 
     def score(self, groups: Sequence[Group]) -> None:
         """Add the model's scores to the rewards. A completion that cannot be split into steps is excluded."""
@@ -118,12 +122,13 @@ class RewardModelScorer:
         ends = checked_ends(find_split(self.settings.split), completion.text)
         return tuple(end for end, _ in step_tokens(completion, ends, self.tokenizer, prompt.token_ids))
 
+    @on_all_ranks
     def probabilities(self, samples: Sequence[Sample], during: str) -> list[tuple[float, ...]]:
         """The model's probability at each label position of each sample. Raises RunError if one is not finite."""
         model = self.model
 
         def attempt(tokens: int) -> list[tuple[float, ...]]:
-            return probabilities(model, samples, tokens, model.policy.device)
+            return probabilities(model, samples, tokens, model.policy.device, self.ranks)
 
         results = self.sizes.run_with_retry("micro_batch_tokens", during, attempt)
         invalid = [

@@ -26,6 +26,7 @@ from gruppo.utils.signals import Stop, stop_on_signals
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gruppo.models.ranks import Ranks
     from gruppo.training.setup import Local
 
 
@@ -93,10 +94,12 @@ def run_recipe(
     out: str | Path | None = None,
     resume: bool = False,
     local: Local | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Result, Stop]:
     """Like `train`, but a run ended by a signal returns the state "interrupted". The `Stop` says which signal.
 
-    `local`: objects that the run uses in this process; `reward` then only names the functions.
+    `local`: objects that the run uses in this process; `reward` then only names the functions. `ranks`: those that
+    train, of which this process is the leader; a recipe with a [cluster] needs them.
     """
     listeners, rewards = Callbacks(callbacks), listed_rewards(reward)
     if tokenizer is not None and model is None:
@@ -107,6 +110,12 @@ def run_recipe(
     settings = _with_arguments(
         load_recipe(recipe, [*override_list(overrides), *model_override]), rewards, prompts is not None
     )
+    if settings.cluster is not None and ranks is None:
+        size = settings.cluster.trainers
+        raise UsageError(
+            f"cluster.trainers = {size}: a run from Python has no ranks; run `torchrun --nproc-per-node {size} "
+            "--no-python gruppo train RECIPE`, or leave [cluster] out"
+        )
     folder = Path(out) if out is not None else Path("runs") / settings.run.name
     functions = settings.reward.functions if rewards is None else rewards
     with ExitStack() as stack:
@@ -119,7 +128,11 @@ def run_recipe(
             from gruppo.training.setup import prepare
 
             in_memory = None if model is None else (model, tokenizer)
-            prepared = prepare(settings, folder, resume, functions, data, progress, stack, in_memory, local=local)
+            from gruppo.models.ranks import ALONE
+
+            prepared = prepare(
+                settings, folder, resume, functions, data, progress, stack, in_memory, local=local, ranks=ranks or ALONE
+            )
         remember(folder)  # also a resumed folder: this user chose its recipe
         summary = TrainingRun(prepared, progress, stop, listeners).execute(run_training)
         return Result(prepared.run.path, prepared.run.metrics(), summary), stop

@@ -11,23 +11,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gruppo.errors import RunError, UsageError
 from gruppo.models.weights import not_finite_in, trained_weights
 from gruppo.runs.atomic import publish, recover, write_whole, writing
 from gruppo.runs.folder import RunFolder, checkpoint_folders
 from gruppo.runs.reading import read_object, reading
+from gruppo.training.shard_files import TensorFiles, as_rows_of, local_tensor, save_tensors, shard_names
 from gruppo.utils.files import file_sha256, link_file
 
 
@@ -59,21 +59,15 @@ class State:
         return {step: figures for step, figures in self.evaluations.items() if int(step) >= self.evaluations_from}
 
 
-# Critic and reward model, with their optimizers. The key is the prefix of their file names.
-Others = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
+# The trained modules with their optimizers. The key is the prefix of their file names; the policy has none.
+Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
-def save_checkpoint(
-    run: RunFolder,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: State,
-    others: Others = MappingProxyType({}),
-    files: Sequence[Path] = (),
-) -> Path:
+def save_checkpoint(run: RunFolder, save: Callable[[Path], None], state: State, files: Sequence[Path] = ()) -> Path:
     """Write checkpoints/step-NNNNNN and delete old checkpoints (see `drop_old`).
 
-    `files`: further files of the checkpoint, which are linked and must not be written to any more.
+    `save`: writes the models to the folder (see `save_tensors`). `files`: further files of the checkpoint, which are
+    linked and must not be written to any more.
     """
     state.lengths = run.lengths()
     folder = run.path / "checkpoints" / f"step-{state.step:06d}"
@@ -81,10 +75,7 @@ def save_checkpoint(
     with writing(folder, building):
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        for name, (module, module_optimizer) in {"": (model, optimizer), **others}.items():
-            weights = {key: tensor.cpu().contiguous() for key, tensor in trained_weights(module).items()}
-            save_file(weights, building / _file(name, "weights"))
-            save_file(_optimizer_tensors(module, module_optimizer), building / _file(name, "optimizer"))
+        save(building)
         for file in files:
             link_file(file, building / file.name)
         write_whole(building / "state.json", json.dumps(asdict(state), indent=2).encode())
@@ -93,6 +84,13 @@ def save_checkpoint(
         publish(building, folder)
     drop_old(run, state)
     return folder
+
+
+def save_models(folder: Path, models: Trained) -> None:
+    """Write this process's shards of weights and optimizer states."""
+    for name, (module, optimizer) in models.items():
+        save_tensors(folder, _file(name, "weights"), trained_weights(module))
+        save_tensors(folder, _file(name, "optimizer"), _optimizer_tensors(module, optimizer))
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
@@ -135,14 +133,12 @@ def load_state(folder: Path) -> State:
     return state
 
 
-def load_tensors(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: Others = MappingProxyType({})
-) -> None:
-    """Load a checkpoint's weights and optimizer states into the models and optimizers."""
-    for name, (module, module_optimizer) in {"": (model, optimizer), **others}.items():
-        load_weights_file(folder / _file(name, "weights"), module)
-        with reading(folder / _file(name, "optimizer"), _ANOTHER):
-            _put_optimizer_tensors(read_tensors(folder / _file(name, "optimizer")), module, module_optimizer)
+def load_models(folder: Path, models: Trained) -> None:
+    """Load this process's shards of a checkpoint's weights and optimizer states into the models and optimizers."""
+    for name, (module, optimizer) in models.items():
+        load_weights_file(folder, module, _file(name, "weights"))
+        with reading(folder / f"{_file(name, 'optimizer')}.safetensors", _ANOTHER):
+            _put_optimizer_tensors(folder, _file(name, "optimizer"), module, optimizer)
 
 
 _LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # moments of AdamW, and of 8-bit AdamW
@@ -150,33 +146,39 @@ _ANOTHER = "use another checkpoint; without the folder of this one, --resume con
 
 
 def _file(name: str, what: str) -> str:
-    return f"{name}.{what}.safetensors" if name else f"{what}.safetensors"
+    return f"{name}.{what}" if name else what
 
 
-def load_weights_file(path: Path, model: nn.Module) -> None:
-    """Load a checkpoint's weights file into the model."""
-    with reading(path, _ANOTHER):
-        put_weights(read_tensors(path), trained_weights(model))
+def load_weights_file(folder: Path, model: nn.Module, name: str = "weights") -> None:
+    """Load a checkpoint's weights into the model."""
+    with reading(folder / f"{name}.safetensors", _ANOTHER), TensorFiles(folder, name) as files:
+        put_weights(files, trained_weights(model))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's file. Raises ValueError if a value is not finite: nothing can be learned then."""
-    tensors = load_file(path)
+def read_tensors(folder: Path, name: str = "weights") -> dict[str, Tensor]:
+    """The whole tensors of a checkpoint. Raises ValueError if a value is not finite: nothing can be learned then."""
+    with TensorFiles(folder, name) as files:
+        return _finite({key: files.rows(key) for key in files.names})
+
+
+def _finite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if problem := not_finite_in(tensors):
         raise ValueError(problem)
     return tensors
 
 
-def put_weights(weights: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-    """Copy tensors by name into `targets`."""
-    assert weights.keys() == targets.keys(), "the checkpoint belongs to another model"
-    for name, tensor in targets.items():
-        tensor.copy_(weights[name])
+@torch.no_grad()
+def put_weights(files: TensorFiles, targets: Mapping[str, Tensor]) -> None:
+    """Copy tensors by name into `targets`, of which this process may hold shards."""
+    assert files.names == targets.keys(), "the checkpoint belongs to another model"
+    tensors = _finite({name: files.like(name, target) for name, target in targets.items()})
+    for name, target in targets.items():
+        local_tensor(target).copy_(tensors[name])
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{kind}:{name}": _stored(kind, value)
+        f"{kind}:{name}": value if isinstance(value, DTensor) else _stored(kind, value)
         for name, parameter in model.named_parameters()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
@@ -188,18 +190,21 @@ def _stored(kind: str, value: Tensor | int) -> Tensor:
     return tensor.clone() if kind in {"qmap1", "qmap2"} else tensor
 
 
-def _put_optimizer_tensors(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _put_optimizer_tensors(folder: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Set an optimizer's state. torch knows where each tensor belongs: a fused AdamW counts its steps on the device."""
     parameters = dict(model.named_parameters())
     lists = (group["params"] for group in optimizer.param_groups)
     numbers = {parameter: number for number, parameter in enumerate(chain.from_iterable(lists))}
     state: dict[int, dict[str, Tensor | int]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        kind, _, owner = key.partition(":")
-        if kind in _LIKE_PARAMETERS and tensor.shape != parameters[owner].shape:
-            raise ValueError(f"{key} has the shape {tuple(tensor.shape)}")
-        counted = kind == "step" and not tensor.is_floating_point()  # a number of 8-bit AdamW, a tensor of AdamW
-        state[numbers[parameters[owner]]][kind] = int(tensor) if counted else tensor
+    with TensorFiles(folder, name) as files:
+        for key in sorted(files.names):
+            kind, _, owner = key.partition(":")
+            like = parameters[owner] if kind in _LIKE_PARAMETERS else None
+            rows = files.rows(key) if like is None else files.like(key, like)
+            tensor = _finite({key: rows})[key]
+            counted = kind == "step" and not tensor.is_floating_point()  # a number of 8-bit AdamW, a tensor of AdamW
+            part = int(tensor) if counted else tensor if like is None else as_rows_of(tensor, like)
+            state[numbers[parameters[owner]]][kind] = part
     optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -218,11 +223,8 @@ def problem_of(folder: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, AttributeError) as error:
         return f"cannot be read ({error})"
-    return (
-        None
-        if {"weights.safetensors", "optimizer.safetensors", "state.json"} <= set(manifest)
-        else "truncated manifest"
-    )
+    whole = "state.json" in manifest and all(shard_names(manifest, name) for name in ("weights", "optimizer"))
+    return None if whole else "truncated manifest"
 
 
 def drop_old(run: RunFolder, state: State) -> None:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from gruppo.errors import RunError
-from gruppo.models.lora import save_adapter
-from gruppo.models.reward_model import save_reward_model
-from gruppo.models.weights import save_model
 from gruppo.runs.missing import saved_step
 from gruppo.runs.status import StatusFile
 from gruppo.training.changes import DIFFER, comparable_from
 from gruppo.training.changes import KIND as CHANGED
-from gruppo.training.checkpoint import drop_old, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from gruppo.training.checkpoint import drop_old, load_state, newest_checkpoint, save_checkpoint
 from gruppo.training.context import RunContext
-from gruppo.training.optimizer import Trainable
+from gruppo.training.model_files import ModelFiles
 from gruppo.training.setup import RunComponents
 from gruppo.utils.system import peak_memory
 
@@ -40,11 +34,14 @@ class Restored:
 class Checkpointer:
     """Saves checkpoints, and the final model at the last step.
 
-    `status`: records the last checkpoint. `enabled`: False if nothing is to be saved.
+    `models`: the files of the run's models. `status`: records the last checkpoint. `enabled`: False if nothing is to be
+    saved.
     """
 
-    def __init__(self, context: RunContext, parts: RunComponents, status: StatusFile, enabled: bool = True) -> None:
-        self.context, self.parts, self.status, self.enabled = context, parts, status, enabled
+    def __init__(
+        self, context: RunContext, parts: RunComponents, models: ModelFiles, status: StatusFile, enabled: bool = True
+    ) -> None:
+        self.context, self.parts, self.models, self.status, self.enabled = context, parts, models, status, enabled
         self._saved: tuple[int, bool, int] | None = None
 
     @property
@@ -61,16 +58,14 @@ class Checkpointer:
         """Save a checkpoint (and the final model at the last step) unless the current state is already saved."""
         if self._saved == self._position or not self.enabled:
             return
-        context, parts = self.context, self.parts
+        context = self.context
         if context.at_end:
             self._save_final_model()
         self.note_memory()
         with context.recorder.bar("Saving", None, ""):
             later = self.reference_file.is_file() and context.state.iteration > 1
             files = [self.reference_file] if later else []
-            path = save_checkpoint(
-                context.folder, parts.policy.model, parts.optimizer, context.state, self._others(), files
-            )
+            path = save_checkpoint(context.folder, self.models.save, context.state, files)
         self._saved = self._position
         self.status.update(now=True, checkpoint=context.state.step)
         context.callbacks.notify("on_checkpoint", context.state.step, path)
@@ -115,10 +110,7 @@ class Checkpointer:
 
     def load_tensors(self, checkpoint: Path) -> None:
         """Load a checkpoint's weights and optimizer states."""
-        load_tensors(checkpoint, self.parts.policy.model, self.parts.optimizer, self._others())
-        self.parts.policy.generation.advance()
-        for part in self._scalar_models().values():
-            part.model.policy.generation.advance()
+        self.models.restore(checkpoint)
 
     def record_restored(self, restored: Restored, damages: Sequence[str], resumed: bool) -> None:
         """Record problems that were found, and differences from the run that was started."""
@@ -161,27 +153,14 @@ class Checkpointer:
         """Delete checkpoints that are no longer needed."""
         drop_old(self.context.folder, self.context.state)
 
-    def _scalar_models(self) -> dict[str, Trainable]:
-        """Critic and reward model, if present."""
-        parts = {"critic": self.parts.critic, "reward_model": self.parts.reward_model}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def _others(self) -> Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]:
-        """Critic and reward model, with their optimizers."""
-        return {
-            name: (part.model.module, part.optimizer)
-            for name, part in self._scalar_models().items()
-            if part.optimizer is not None
-        }
-
     def _save_final_model(self) -> None:
         folder, parts, recipe = self.context.folder, self.parts, self.context.recipe
         with folder.building("model") as path:
-            save_model(parts.policy, path)
-        scorer = parts.reward_model
+            self.models.save_final(path)
+        scorer = parts.models.reward_model
         if scorer is not None and scorer.optimizer is not None and recipe.reward_model is not None:
             with folder.building("reward_model") as path:
-                save_reward_model(scorer.model, recipe.reward_model.kind, path)
+                self.models.save_reward_model(recipe.reward_model.kind, path)
         if recipe.model.lora is not None:
             with folder.building("adapter") as path:
-                save_adapter(parts.policy.model, path, recipe.model.name)
+                self.models.save_adapter(path, recipe.model.name)

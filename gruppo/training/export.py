@@ -137,13 +137,12 @@ class Plan:
 
     def _write(self, progress: Progress) -> tuple[int, int]:
         """Write the folder. Returns its size in bytes and the number of its files."""
-        from gruppo.training.checkpoint import read_tensors
-
         recipe, dtype, trust, base = self.recipe, self.dtype, self.trust_remote_code, self.source / "base"
-        with reading(self.source, "export another checkpoint"), _new_folder(self.target) as building:
-            weights = self.folder / "weights.safetensors"
-            with reading(weights, "export another checkpoint"):
-                read_tensors(weights)
+        with (
+            reading(self.source, "export another checkpoint"),
+            _new_folder(self.target) as building,
+            _whole_weights(self.folder, building) as weights,
+        ):
             if self.adapter:
                 chat = _write_adapter(base, weights, building, recipe, dtype, trust)
             elif recipe.model.lora is not None:
@@ -350,6 +349,25 @@ def _loaded(base: Path, weights: Path, dtype: str, trust: bool, progress: Progre
 
 
 @contextmanager
+def _whole_weights(checkpoint: Path, building: Path) -> Iterator[Path]:
+    """The file with a checkpoint's weights. If they are in shards, it exists inside the block only."""
+    from gruppo.models.weights import save_weights
+    from gruppo.training.checkpoint import read_tensors
+
+    file = checkpoint / "weights.safetensors"
+    with reading(file, "export another checkpoint"):
+        tensors = read_tensors(checkpoint)
+    if file.is_file():
+        del tensors
+        yield file
+        return
+    with tempfile.TemporaryDirectory(dir=building.parent, prefix=f"{building.name}-") as folder:
+        save_weights(tensors, Path(folder), file.name)
+        del tensors
+        yield Path(folder) / file.name
+
+
+@contextmanager
 def _merged(
     base: Path,
     adapter: Path,
@@ -378,7 +396,7 @@ def _merged(
             "checkpoint contains only adapters; restore them, or export the adapter with --adapter"
         )
     policy = add_adapters(policy, recipe.model.lora, recipe.run.seed)
-    load_weights_file(adapter, policy.model)
+    load_weights_file(adapter.parent, policy.model)
     with tempfile.TemporaryDirectory(dir=building) as folder:
         save_weights(policy.weights(), Path(folder))
         del policy

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from gruppo.data.mixture import Mixture
 from gruppo.errors import RunError
 from gruppo.models.packing import Batch
-from gruppo.models.weights import named_weights, save_weights
+from gruppo.models.weights import save_weights
 from gruppo.rollout.labels import label_rows, read_labels
 from gruppo.rollout.source import RolloutSource
-from gruppo.runs.reading import reading
 from gruppo.runs.tables import LABELS
-from gruppo.training.checkpoint import put_weights
 from gruppo.training.checkpointer import Checkpointer
 from gruppo.training.context import RunContext
 from gruppo.training.nonfinite import FiniteGuard
@@ -84,11 +80,10 @@ class Iterations:
 
     def _replace_reference(self) -> None:
         """π_ref ← π_θ. The new reference's weights are saved next to the checkpoints."""
-        file, policy = self.checkpointer.reference_file, self.policy.policy
+        file = self.checkpointer.reference_file
         with self.context.folder.building(file.parent.name) as folder:
-            save_weights(policy.weights(), folder, file.name)
-        self.policy.reference = None  # free it before the new one is created
-        self.policy.reference = policy.frozen_copy()
+            save_weights(dict(self.policy.weights), folder, file.name)
+        self.policy.replace_reference()
 
     def restore_reference(self, checkpoint: Path) -> None:
         """Load the reference of a later iteration from the checkpoint that the run continues from.
@@ -101,11 +96,7 @@ class Iterations:
             return
         target.parent.mkdir(exist_ok=True)
         link_file(file, target)
-        policy = self.policy.policy
-        with reading(file, "use the previous checkpoint"):
-            put_weights(load_file(file), named_weights(policy.model))
-        policy.generation.advance()
-        self.policy.reference = policy.frozen_copy()
+        self.policy.load_reference(file)
 
     def _train_reward_model(self, trainer: RewardModelTrainer, number: int) -> dict[str, float | None]:
         """Sample and label by rule, then train on the new labels and on a share of the earlier ones."""

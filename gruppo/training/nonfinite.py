@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,15 @@ from gruppo.utils.transfer import as_floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Guard(Protocol):
+    """See `FiniteGuard`."""
+
+    def require(
+        self, value: float, what: str, batches: Sequence[Batch], update: int = 0, field: str = "optimizer.learning_rate"
+    ) -> None:
+        """Raise an error if `value` is not finite."""
 
 
 @dataclass(frozen=True)

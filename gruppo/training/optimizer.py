@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from gruppo.config.sections import Optimizer
 from gruppo.errors import RunError, first_line, out_of_memory
 from gruppo.models.packing import Batch
 from gruppo.models.policy import LanguageModel
+from gruppo.models.ranks import ALONE, Ranks
 from gruppo.models.value_head import ScalarModel
 from gruppo.training.lean_optimizers import OffloadedAdamW, make_8bit
 from gruppo.utils.progress import Advance
@@ -67,12 +69,13 @@ def update(
     max_grad_norm: float,
     require_finite: RequireFinite,
     advance: Advance,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, float]:
-    """One optimizer step on a loss that is a sum over micro-batches.
+    """One optimizer step on a loss that is a sum over micro-batches, those of all ranks.
 
     `module` holds the trained parameters; `advance` is called once per micro-batch. Returns the loss, and the norm of
     the gradient before clipping. The host waits for the device once, after the last micro-batch. If a value is not
-    finite, `require_finite` then raises, before the optimizer step.
+    finite on any rank, `require_finite` then raises on all of them, before the optimizer step.
 
     An error leaves no gradient behind, and weights and moments unchanged. The one exception is an error in the
     optimizer step itself. If memory runs out there, RunError is raised, because the update may be half done and must
@@ -81,11 +84,14 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     try:
         losses = _accumulate(batches, loss_of, computed_by, advance)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        gradient_norm = ranks.clip(module, max_grad_norm)
         *values, norm = as_floats([*losses, gradient_norm])
-        for value, batch in zip(values, batches, strict=True):
+        wrong = [found for found in zip(values, batches, strict=True) if not math.isfinite(found[0])]
+        shares = ranks.gather((values, wrong[:1]))
+        for value, batch in [found for _, share in shares for found in share]:
             require_finite(value, "loss", [batch])
-        require_finite(norm, "gradient norm", batches)
+        if not math.isfinite(norm):
+            require_finite(norm, "gradient norm", [batch for share in ranks.gather(batches) for batch in share])
         for group in optimizer.param_groups:
             group["lr"] = rate
         try:
@@ -99,7 +105,7 @@ def update(
             ) from error
     finally:
         optimizer.zero_grad(set_to_none=True)
-    return sum(values), norm
+    return sum(value for values, _ in shares for value in values), norm
 
 
 def _accumulate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from itertools import chain
 
@@ -16,6 +16,7 @@ from gruppo.config.sections import SURROGATES
 from gruppo.errors import UsageError
 from gruppo.models.packing import Batch, TokenWeights, score
 from gruppo.models.policy import LanguageModel
+from gruppo.models.ranks import ALONE, Ranks
 from gruppo.types import Group
 from gruppo.utils.imports import import_attribute
 from gruppo.utils.metrics import Metrics
@@ -164,18 +165,24 @@ def _importance(batch: Batch, settings: Method) -> Tensor:
     return (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=settings.tis_cap)
 
 
-def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch]) -> None:
-    """Copy the computed per-token log-probabilities and entropies from the batches back to the groups, to be
-    recorded."""
-    for batch in batches:
-        for name in ("old_logprobs", "ref_logprobs", "entropy"):
-            computed: Tensor | None = getattr(batch, name)
-            if computed is None:
-                continue
-            values, start = computed.tolist(), 0
-            for index, number, length in batch.members:
-                getattr(groups[index], name)[number] = values[start : start + length]
-                start += length
+def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch], ranks: Ranks = ALONE) -> None:
+    """Copy the computed per-token log-probabilities and entropies from the batches of all ranks back to the groups, to
+    be recorded."""
+    for computed in ranks.gather([kept for batch in batches for kept in _computed(batch)]):
+        for index, number, name, values in computed:
+            getattr(groups[index], name)[number] = values
+
+
+def _computed(batch: Batch) -> Iterator[tuple[int, int, str, list[float]]]:
+    """Group index, completion index, and the name and values of what was computed for the completion's tokens."""
+    for name in ("old_logprobs", "ref_logprobs", "entropy"):
+        computed: Tensor | None = getattr(batch, name)
+        if computed is None:
+            continue
+        values, start = computed.tolist(), 0
+        for index, number, length in batch.members:
+            yield index, number, name, values[start : start + length]
+            start += length
 
 
 def put_logprobs(groups: Sequence[Group], batches: Sequence[Batch], dtype: torch.dtype) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gruppo.config.recipe import Recipe
 from gruppo.config.schedule import learning_rate
 from gruppo.models.packing import Batch, Part, TokenWeights, pack, split
 from gruppo.models.policy import LanguageModel
-from gruppo.models.weights import WeightSource
+from gruppo.models.ranks import ALONE, Ranks, metrics_of_all, on_all_ranks
+from gruppo.models.weights import WeightSource, copy_weights, named_weights
 from gruppo.rollout.source import Step
-from gruppo.training.nonfinite import FiniteGuard, not_finite
+from gruppo.runs.reading import reading
+from gruppo.training.checkpoint import put_weights
+from gruppo.training.nonfinite import Guard, not_finite
 from gruppo.training.optimizer import update
 from gruppo.training.policy_loss import (
     batch_loss,
@@ -25,6 +30,7 @@ from gruppo.training.policy_loss import (
     score_old,
     token_weights,
 )
+from gruppo.training.shard_files import TensorFiles
 from gruppo.types import Group
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.oom_retry import BatchSizes
@@ -38,7 +44,8 @@ class StepBatches:
     Token weights are fixed over the `part` of the step's completions that the update learns from. `old_from_engine`:
     π_old is the distribution that the engine sampled from, not what the trainer's first update computes. `updated`: the
     policy has changed since it was scored, so the log-probabilities in the batches cannot be recomputed and move with
-    their tokens.
+    their tokens. `number`: of the minibatch in its step. The batches are the share of one of the `ranks`, which has one
+    if any rank has.
     """
 
     def __init__(
@@ -50,9 +57,12 @@ class StepBatches:
         tokens: int,
         old_from_engine: bool = False,
         part: Part | None = None,
+        number: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.groups, self.weights, self.policy, self.with_kl, self.part = groups, weights, policy, with_kl, part
         self.tokens, self.old_from_engine, self.updated = tokens, old_from_engine, False
+        self.number, self.ranks = number, ranks
         self.batches = self._pack()
 
     def __bool__(self) -> bool:
@@ -62,15 +72,21 @@ class StepBatches:
         """The micro-batches, with at most `tokens` tokens each."""
         if tokens != self.tokens:
             if self.updated:
-                keep_logprobs(self.groups, self.batches)
+                self.keep_logprobs()
             self.tokens = tokens
             self.batches = self._pack()
             if self.updated:
                 put_logprobs(self.groups, self.batches, torch.promote_types(self.policy.dtype, torch.float32))
         return self.batches
 
+    def keep_logprobs(self) -> None:
+        """Copy what was computed for the tokens of the batches to the groups."""
+        keep_logprobs(self.groups, self.batches, self.ranks)
+
     def _pack(self) -> list[Batch]:
-        batches = pack(self.groups, self.weights, self.tokens, self.with_kl, self.policy.device, self.part)
+        batches = pack(
+            self.groups, self.weights, self.tokens, self.with_kl, self.policy.device, self.part, self.ranks.share
+        )
         if self.old_from_engine:
             for batch in batches:
                 batch.old_logprobs = batch.sampling_logprobs
@@ -90,10 +106,11 @@ class Learner:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     sizes: BatchSizes
-    guard: FiniteGuard
+    guard: Guard
     progress: Progress
     prefix: str = ""
     rate_field: str = "optimizer.learning_rate"
+    ranks: Ranks = ALONE
 
     def update(
         self,
@@ -124,6 +141,7 @@ class Learner:
                     self.max_grad_norm,
                     require,
                     advance,
+                    self.ranks,
                 )
 
         return self.sizes.run_with_retry("micro_batch_tokens", "updating", attempt)
@@ -139,19 +157,26 @@ class PolicyTrainer:
         optimizer: torch.optim.Optimizer,
         recipe: Recipe,
         sizes: BatchSizes,
-        guard: FiniteGuard,
+        guard: Guard,
         progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.policy, self.reference, self.optimizer = policy, reference, optimizer
+        self.policy, self.reference, self.optimizer, self.ranks = policy, reference, optimizer, ranks
         self.recipe, self.method, self.sizes, self.guard = recipe, recipe.method, sizes, guard
         max_grad_norm = recipe.optimizer.max_grad_norm
-        self.learner = Learner(policy, policy.model, optimizer, max_grad_norm, sizes, guard, progress)
+        self.learner = Learner(policy, policy.model, optimizer, max_grad_norm, sizes, guard, progress, ranks=ranks)
         self._weights = token_weights(self.method, recipe.sampling.max_tokens)
 
     @property
     def weights(self) -> WeightSource:
         """The policy's weights, for engines."""
-        return self.policy.weight_source()
+        return WeightSource(self.policy.model, self.whole_weights)
+
+    @on_all_ranks
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight of the saved model with its name. Every rank must iterate to the end."""
+        for name, tensor in self.policy.weight_source():
+            yield name, self.ranks.whole(tensor)
 
     def rate(self, step: Step) -> float:
         """The learning rate of a step."""
@@ -159,31 +184,36 @@ class PolicyTrainer:
 
     def score(self, groups: Sequence[Group], step: Step) -> None:
         """Fill in π_old and π_ref of trained completions if advantages depend on them (KL in the reward, pairs)."""
-        if not self.method.needs_scores:
-            return
+        if self.method.needs_scores:
+            self._score(groups, step)
+
+    @on_all_ranks
+    def _score(self, groups: Sequence[Group], step: Step) -> None:
         policy, reference = self.policy, self.reference
         assert reference is not None
         with step.timer("score"):
-            packed = StepBatches(groups, self._weights, policy, with_kl=True, tokens=self.sizes.micro_batch_tokens)
+            tokens = self.sizes.micro_batch_tokens
+            packed = StepBatches(groups, self._weights, policy, with_kl=True, tokens=tokens, ranks=self.ranks)
 
             def attempt(tokens: int) -> Sequence[Batch]:
                 batches = packed.at(tokens)
-                with step.metrics.all_or_nothing():
-                    score_batches(policy, reference, batches, self.recipe.sampling.temperature, step.metrics)
+                with metrics_of_all(self.ranks, step.metrics) as metrics, metrics.all_or_nothing():
+                    score_batches(policy, reference, batches, self.recipe.sampling.temperature, metrics)
                 return batches
 
             batches = self.sizes.run_with_retry("micro_batch_tokens", "scoring", attempt)
             self._require_finite(batches)
-            keep_logprobs(groups, batches)
+            packed.keep_logprobs()
 
+    @on_all_ranks
     def pack(self, groups: Sequence[Group], step: Step) -> list[StepBatches]:
         """The step's minibatches, in micro-batches; without those in which nothing would change the policy."""
         with_all = self.method.kl_in_loss or self.method.needs_critic
         from_engine = self.method.old_logprobs == "engine"
         tokens = self.sizes.micro_batch_tokens
         packed = [
-            StepBatches(groups, self._weights, self.policy, with_all, tokens, from_engine, part)
-            for part in split(groups, self.method.minibatches)
+            StepBatches(groups, self._weights, self.policy, with_all, tokens, from_engine, part, number, self.ranks)
+            for number, part in enumerate(split(groups, self.method.minibatches))
         ]
         minibatches = [batches for batches in packed if batches]
         if not from_engine:
@@ -197,8 +227,8 @@ class PolicyTrainer:
 
         def attempt(tokens: int) -> Sequence[Batch]:
             batches = minibatch.at(tokens)
-            with step.metrics.all_or_nothing():
-                score_old(self.policy, batches, self.method, self.recipe.sampling.temperature, step.metrics)
+            with metrics_of_all(self.ranks, step.metrics) as metrics, metrics.all_or_nothing():
+                score_old(self.policy, batches, self.method, self.recipe.sampling.temperature, metrics)
             return batches
 
         with step.timer("score"):
@@ -206,23 +236,50 @@ class PolicyTrainer:
         minibatch.updated = True
 
     def _require_finite(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            if names := not_finite(batch):
-                self.guard.require(math.nan, next(iter(names)), [batch])
+        wrong = [(name, batch) for batch in batches for name in not_finite(batch)]
+        for name, batch in [found for share in self.ranks.gather(wrong[:1]) for found in share]:
+            self.guard.require(math.nan, name, [batch])
 
+    @on_all_ranks
     def update(self, batches: StepBatches, number: int, step: Step) -> None:
         """Update `number` (from 0) of the step, on one of its minibatches; the loss is a sum over micro-batches."""
-        loss = partial(
-            batch_loss,
-            self.policy,
-            self.reference,
-            settings=self.method,
-            temperature=self.recipe.sampling.temperature,
-            metrics=step.metrics,
-        )
-        with step.timer("update"):
-            total, norm = self.learner.update(batches, loss, self.rate(step), number, step.metrics)
+        with step.timer("update"), metrics_of_all(self.ranks, step.metrics) as metrics:
+            loss = partial(
+                batch_loss,
+                self.policy,
+                self.reference,
+                settings=self.method,
+                temperature=self.recipe.sampling.temperature,
+                metrics=metrics,
+            )
+            total, norm = self.learner.update(batches, loss, self.rate(step), number, metrics)
         batches.updated = True
         step.metrics.mean("loss/total", total)
         step.metrics.mean("optimizer/gradient_norm", norm)
         step.metrics.mean("optimizer/clipped", norm > self.recipe.optimizer.max_grad_norm)
+
+    @on_all_ranks
+    def keep_logprobs(self, minibatches: Sequence[StepBatches]) -> None:
+        """Copy what was computed for the tokens of the step's minibatches to its groups, to be recorded."""
+        for minibatch in minibatches:
+            minibatch.keep_logprobs()
+
+    @on_all_ranks
+    def replace_reference(self) -> None:
+        """π_ref ← π_θ."""
+        self._freeze()
+
+    @on_all_ranks
+    def load_reference(self, file: Path) -> None:
+        """Load the reference from a file of whole weights. They pass through the policy, which has them afterwards."""
+        with reading(file, "use the previous checkpoint"), TensorFiles(file.parent, file.stem) as files:
+            put_weights(files, named_weights(self.policy.model))
+        self.policy.generation.advance()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.policy.sharded and self.reference is not None:
+            copy_weights(self.policy.model, self.reference.model)
+        else:
+            self.reference = None  # free it before the new one is created
+            self.reference = self.policy.frozen_copy()

@@ -16,6 +16,7 @@ from gruppo.algorithms.losses import reward_model_loss
 from gruppo.config.sections import RewardModel
 from gruppo.errors import RunError
 from gruppo.models.packing import Batch
+from gruppo.models.ranks import ALONE, Ranks, on_all_ranks
 from gruppo.models.value_head import ScalarModel, pack_states
 from gruppo.rewards.grading.last_number import last_number
 from gruppo.rollout.reward_model import RewardModelScorer, Sample, grouped_samples
@@ -27,11 +28,11 @@ from gruppo.utils.stats import auc, calibration_error
 
 
 def label_batches(
-    model: ScalarModel, samples: Sequence[Sample], budget: int
+    model: ScalarModel, samples: Sequence[Sample], budget: int, ranks: Ranks = ALONE
 ) -> tuple[list[Batch], Callable[[Batch], Tensor]]:
     """Micro-batches of the samples and the loss of one batch. The sum of the losses is the mean over all labels."""
     groups, places = grouped_samples(samples)
-    batches = pack_states(groups, budget, model.policy.device)
+    batches = pack_states(groups, budget, model.policy.device, ranks.share)
     total = sum(len(sample.labels.ends) for sample in samples)
 
     def loss(batch: Batch) -> Tensor:
@@ -165,6 +166,17 @@ class RewardModelTrainer:
         """The recipe's [reward_model]."""
         return self.scorer.settings
 
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that train the model."""
+        return self.scorer.ranks
+
+    @on_all_ranks
+    def update(self, row: Sequence[Sample], require_finite: RequireFinite) -> tuple[float, float]:
+        """One update on a mini-batch. Returns its loss and gradient norm."""
+        attempt = partial(_learn_from, self, row, require_finite)
+        return self.scorer.sizes.run_with_retry("micro_batch_tokens", "training the reward model", attempt)
+
     def learn(
         self,
         new: Sequence[Sample],
@@ -229,9 +241,7 @@ def fit(
         show(done)
         for number, row in enumerate(rows[done:], start=done + 1):
             stop.check()
-            total, norm = trainer.scorer.sizes.run_with_retry(
-                "micro_batch_tokens", "training the reward model", partial(_learn_from, trainer, row, require_finite)
-            )
+            total, norm = trainer.update(row, require_finite)
             of_update = Metrics()
             for metrics in (of_update, whole):
                 metrics.mean("reward_model/loss", total)
@@ -246,7 +256,7 @@ def _learn_from(
 ) -> tuple[float, float]:
     """One update on a mini-batch, in micro-batches of `tokens` tokens; see `gruppo.training.optimizer.update`."""
     model = trainer.scorer.model
-    batches, loss_of = label_batches(model, row, tokens)
+    batches, loss_of = label_batches(model, row, tokens, trainer.ranks)
     return update(
         batches,
         loss_of,
@@ -257,4 +267,5 @@ def _learn_from(
         trainer.max_grad_norm,
         require_finite,
         lambda _: None,
+        trainer.ranks,
     )

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,7 +219,7 @@ def _begin_training(
     from gruppo.models.reward_model import check_kind, load_reward_model
     from gruppo.models.weights import weights_sha256
     from gruppo.rollout.reward_model import RewardModelScorer
-    from gruppo.training.checkpoint import State, load_state, load_tensors, newest_checkpoint
+    from gruppo.training.checkpoint import State, load_models, load_state, newest_checkpoint
     from gruppo.training.lean_optimizers import check_state
     from gruppo.training.optimizer import make_optimizer
     from gruppo.training.reward_model import RewardModelTrainer
@@ -254,7 +255,7 @@ def _begin_training(
         before: dict[str, Any] = trainer.quality(held_out, progress)
         run.write_json("before.json", before)
     else:
-        load_tensors(checkpoint, model.module, optimizer)
+        load_models(checkpoint, {"": (model.module, optimizer)})
         model.policy.generation.advance()
         before = run.read_json("before.json") or {}
     return _Training(trainer, state, training, held_out, before)
@@ -266,14 +267,14 @@ def _train(
     with stop.interruptible():
         begun = _begin_training(recipe, settings, files, run, progress)
         from gruppo.models.reward_model import save_reward_model
-        from gruppo.training.checkpoint import save_checkpoint
+        from gruppo.training.checkpoint import save_checkpoint, save_models
         from gruppo.training.reward_model import alike, fit
     trainer, state = begun.trainer, begun.state
     model, optimizer = trainer.scorer.model, trainer.optimizer
 
     def save() -> None:
         if state.step:
-            save_checkpoint(run, model.module, optimizer, state)
+            save_checkpoint(run, partial(save_models, models={"": (model.module, optimizer)}), state)
 
     require = _required(run, state, trainer.scorer.tokenizer)
     if (warning := alike(begun.training)) and not state.step:

@@ -31,14 +31,12 @@ from gruppo.training.checkpointer import Checkpointer
 from gruppo.training.context import RunContext
 from gruppo.training.iterations import Iterations
 from gruppo.training.nonfinite import FiniteGuard
-from gruppo.training.policy_loss import keep_logprobs
-from gruppo.training.policy_trainer import PolicyTrainer, StepBatches
+from gruppo.training.policy_trainer import StepBatches
 from gruppo.training.reward_audit import RewardAudit
-from gruppo.training.reward_model import RewardModelTrainer
 from gruppo.training.setup import RunComponents
 from gruppo.training.summary import summarize
 from gruppo.training.trackers import Trackers
-from gruppo.training.value_model import ValueModelTrainer
+from gruppo.training.trainers import make_trainers
 from gruppo.types import Group
 from gruppo.utils.oom_retry import SizeReduced
 from gruppo.utils.progress import Advance, Progress
@@ -74,21 +72,16 @@ class TrainingRun:
         self.recorder = Recorder(console, sinks, WarningMonitor(self.reward_weights, drift))
         self.context = RunContext(self.recipe, parts.run, self.state, self.recorder, stop, self.callbacks)
         self.trackers = Trackers(self.context)
-        self.checkpointer = Checkpointer(self.context, parts, self.status, enabled=saves)
+        guard = FiniteGuard(self.context, parts.policy.tokenizer)
+        trainers = make_trainers(self.recipe, parts.models, parts.sizes, guard, self.recorder, parts.ranks)
+        self.policy, self.value_model = trainers.policy, trainers.value_model
+        self.checkpointer = Checkpointer(self.context, parts, trainers.files, self.status, enabled=saves)
         _record_restarts(parts, self.recorder, self.state)
         _record_reductions(parts, self.recorder, self.state)
         self.audit = _reward_audit(parts)
-        scorer, reward_trainer = self._reward_model()
-        self.rollouts = self._rollouts(scorer, source)
-        guard = FiniteGuard(self.context, parts.policy.tokenizer)
-        # Only the trainer keeps the reference, because it replaces it.
-        reference, parts.reference = parts.reference, None
-        self.policy = PolicyTrainer(
-            parts.policy, reference, parts.optimizer, self.recipe, parts.sizes, guard, self.recorder
-        )
-        self.value_model = ValueModelTrainer(parts.critic, self.recipe, parts.sizes, guard, self.recorder)
+        self.rollouts = self._rollouts(trainers.scorer, source)
         self.iterations = Iterations(
-            self.context, self.policy, reward_trainer, self.rollouts, parts.prompts, self.checkpointer, guard,
+            self.context, self.policy, trainers.reward_model, self.rollouts, parts.prompts, self.checkpointer, guard,
             parts.sizes,
         )  # fmt: skip
         self.evaluations = EvalSchedule(
@@ -105,15 +98,6 @@ class TrainingRun:
         self._advance: Advance = lambda _: None  # the progress bar over all steps, while it is shown
         self._without_advantage = 0  # steps in a row without a nonzero advantage
         self._lengths: dict[str, int] = {}  # of the append-only files, when no work was half done
-
-    def _reward_model(self) -> tuple[RewardModelScorer | None, RewardModelTrainer | None]:
-        part, settings = self.parts.reward_model, self.recipe.reward_model
-        if part is None or settings is None:
-            return None, None
-        scorer = RewardModelScorer(part.model, settings, self.parts.policy.tokenizer, self.parts.sizes)
-        if part.optimizer is None:
-            return scorer, None
-        return scorer, RewardModelTrainer(scorer, part.optimizer, self.recipe.optimizer.max_grad_norm)
 
     def _rollouts(self, scorer: RewardModelScorer | None, source: MakeSource | None) -> RolloutSource:
         parts = self.parts
@@ -165,7 +149,9 @@ class TrainingRun:
             raise
         finally:
             self.checkpointer.note_memory()
-            summary = summarize(outcome, self.state, self.parts.eval_sets, self.parts.policy)
+            lost = outcome == "failed" and self.parts.ranks.size > 1  # the other ranks may have ended
+            weights = None if lost else dict(self.policy.weights)
+            summary = summarize(outcome, self.state, self.parts.eval_sets, weights)
             with suppress(*[WriteError] if outcome == "failed" else []):  # the original failure takes precedence
                 self.folder.write_json("summary.json", summary)
             self.status.update(now=True, state=outcome, step=self.state.step)
@@ -239,8 +225,7 @@ class TrainingRun:
     def finish_step(self, step: Step, groups: list[Group], minibatches: Sequence[StepBatches]) -> None:
         """Record the step (rollouts, metrics, warnings), mark it as done, and notify the callbacks."""
         release_memory()
-        for minibatch in minibatches:
-            keep_logprobs(groups, minibatch.batches)
+        self.policy.keep_logprobs(minibatches)
         self._describe(step, groups)
         self._record_failures(step, groups, bool(minibatches))
         with step.timer("write"):
@@ -303,7 +288,7 @@ def _reward_weights(parts: RunComponents) -> dict[str, float]:
     if parts.episodes is not None and parts.episodes.weight is not None:
         weights[ENVIRONMENT] = parts.episodes.weight
     settings = parts.recipe.reward_model
-    return weights | ({REWARD_MODEL: settings.weight} if parts.reward_model is not None and settings else {})
+    return weights | ({REWARD_MODEL: settings.weight} if settings else {})
 
 
 def _reward_audit(parts: RunComponents) -> RewardAudit | None:

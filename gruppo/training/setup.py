@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from gruppo.models.lora import add_adapters, check_adapters
 from gruppo.models.ops.cpu.build import NO_KERNELS, kernels_sha256
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
-from gruppo.models.reward_model import NAME, check_kind, load_reward_model
-from gruppo.models.value_head import ScalarModel
+from gruppo.models.ranks import ALONE, Ranks
+from gruppo.models.reward_model import NAME, check_kind
 from gruppo.models.weights import named_weights, save_base, save_weights, weights_sha256
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
@@ -46,7 +46,7 @@ from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole
 from gruppo.training.inputs import RunInputs, tokenize_data, with_steps, workload
 from gruppo.training.lean_optimizers import check_state
-from gruppo.training.optimizer import Trainable, make_optimizer
+from gruppo.training.models import TrainedModels, chosen_policy, distribute, load_critic, load_scorer
 from gruppo.training.policy_loss import find_surrogate
 from gruppo.training.sizing import Free, disk_of
 from gruppo.utils.oom_retry import BatchSizes
@@ -72,31 +72,32 @@ class RunComponents:
     """The parts of a run that is ready to start.
 
     `sampler`: the engine that samples completions: the policy's `engine`, or an engine of the initial model. `offline`:
-    the completions that dataset rows bring, by prompt id; there is no `pool` then. `critic`: the value model (PPO
-    only). `reward_model`: has an optimizer if it is trained. `audit`: the second grader's pool. `episodes`: the sampler
-    of a recipe with an environment. `changes`: what has changed since the run was started or last resumed. `filtered`:
-    how many rows of each task were left out as too long.
+    the completions that dataset rows bring, by prompt id; there is no `pool` then. `audit`: the second grader's pool.
+    `changes`: what has changed since the run was started or last resumed. `filtered`: how many rows of each task were
+    left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train.
     """
 
     recipe: Recipe
     run: RunFolder
-    policy: LanguageModel
-    reference: LanguageModel | None
+    models: TrainedModels
     engine: Engine
     sampler: Engine
     pool: Rewards | None
     prompts: Mixture
     offline: Mapping[str, OfflineCompletions]
     eval_sets: list[EvalSet]
-    optimizer: torch.optim.Optimizer
-    critic: Trainable | None
-    reward_model: Trainable | None
     audit: RewardPool | None
     sizes: BatchSizes
     sampling: SamplingParams
     changes: Changes
     filtered: dict[str, int]
     episodes: MultiTurnSampler | None = None
+    ranks: Ranks = ALONE
+
+    @property
+    def policy(self) -> LanguageModel:
+        """The policy that is trained."""
+        return self.models.policy
 
 
 def prepare(
@@ -110,12 +111,13 @@ def prepare(
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None = None,
     links_to: Path | None = None,
     local: Local | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunComponents:
     """Build a run from its recipe and its data.
 
     `model`: a model in memory with its tokenizer, in place of the recipe's. `links_to`: see `check_folder`; such a run
-    samples nothing. `local`:
-    objects of the caller that replace worker processes. `stack` closes processes and locks. Raises UsageError, if
+    samples nothing. `local`: objects of the caller that replace worker processes. `ranks`: those that train, of which
+    this is the leader. `stack` closes processes and locks. Raises UsageError, if
     possible before weights are loaded.
     """
     plays = links_to is None
@@ -147,48 +149,35 @@ def prepare(
     changes = Changes(check_folder(folder, recipe, resume, links_to=links_to))
     code = _code(pool, rewards, opened, recipe)
     policy, chosen = _load_policy(recipe, run, source, inputs, code, changes, started, progress)
-    reference = policy.frozen_copy() if recipe.method.needs_reference else None
-    work = workload(recipe, inputs)
-    sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest)
-    sampled = reference if recipe.method.source == "initial" else None
-    engine, sampler = _engines(policy, sampled, sizes, recipe.engine if plays else NATIVE, work.longest, stack)
-    critic = None
+    critic = scorer = None
     if critic_source is not None:
-        layers = load_model(critic_source, policy.device.type, chosen["dtype"], progress, recipe.model.attention)
-        value_model = ScalarModel.on(replace(layers, recompute=policy.recompute, compiled=policy.compiled))
-        critic = Trainable(value_model, make_optimizer(recipe.optimizer, value_model.module, value_model.policy))
-    reward_model = None
-    if reward_settings is not None and reward_source is not None:
-        loaded = load_reward_model(
-            reward_source, reward_settings.kind, policy.device.type, chosen["dtype"], progress, recipe.model.attention
-        )
-        layers = replace(loaded.policy, recompute=policy.recompute, compiled=policy.compiled)
-        scorer = replace(loaded, policy=layers)
+        critic = load_critic(recipe, critic_source, policy, chosen["dtype"], progress)
+    if reward_source is not None:
+        scorer = load_scorer(recipe, reward_source, policy, chosen["dtype"], progress)
         require_same_reward_model(run, weights_sha256(scorer.module))
-        scorer_optimizer = (
-            make_optimizer(recipe.optimizer, scorer.module, scorer.policy) if reward_settings.prompts else None
-        )
-        reward_model = Trainable(scorer, scorer_optimizer)
+    ranks.begin(recipe, chosen, policy, critic, scorer)
+    models = distribute(recipe, policy, critic, scorer, ranks)
+    work = workload(recipe, inputs)
+    sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest, retries=ranks.size == 1)
+    settings = recipe.engine if plays else NATIVE
+    engine, sampler = _engines(models.sampled, models.initial, sizes, settings, work.longest, stack)
     parts = RunComponents(
         recipe=recipe,
         run=run,
-        policy=policy,
-        reference=reference,
+        models=models,
         engine=engine,
         sampler=sampler,
         pool=pool,
         prompts=inputs.prompts,
         offline=inputs.offline,
         eval_sets=inputs.eval_sets,
-        optimizer=make_optimizer(recipe.optimizer, policy.model, policy),
-        critic=critic,
-        reward_model=reward_model,
         audit=audit,
         sizes=sizes,
         sampling=inputs.sampling,
         changes=changes,
         filtered=inputs.filtered,
         episodes=opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None,
+        ranks=ranks,
     )
     if local is not None:
         local.ready(parts)
@@ -378,7 +367,7 @@ def _load_policy(
             changes.lasting.append(
                 "the compiled kernels are not those that the run started with: rounding differs from here on"
             )
-        return replace(policy, recompute=chosen.get("recompute", False), compiled=recipe.model.compile), chosen
+        return chosen_policy(policy, recipe, chosen), chosen
     changes.found.clear()  # a run that was killed while it started has done nothing
     sizes = free.choose(recipe, policy, inputs, progress)
     disk = disk_of(recipe, policy, inputs, start_weights=unnamed_weights is not None)
@@ -407,4 +396,4 @@ def _load_policy(
     environment["disk_forecast"] = disk.as_dict()
     environment[START_TIME] = started.isoformat()
     run.write_json("environment.json", {**environment, **counts, **identity})
-    return replace(policy, recompute=sizes.recompute, compiled=recipe.model.compile), chosen
+    return chosen_policy(policy, recipe, chosen), chosen

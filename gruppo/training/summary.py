@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from gruppo.evaluation.sets import EvalSet
-from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import tensors_sha256
 from gruppo.training.checkpoint import State
 
 
-def summarize(outcome: str, state: State, sets: Sequence[EvalSet], policy: LanguageModel) -> dict[str, Any]:
-    """The outcome of a run: its state, accuracies before and after, seconds, bytes, and a hash of the weights."""
+def summarize(
+    outcome: str, state: State, sets: Sequence[EvalSet], weights: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """The outcome of a run: its state, accuracies before and after, seconds, bytes, and a hash of the weights.
+
+    `weights`: those of the policy by name; None if they cannot be read any more.
+    """
     before = state.comparable.get("0", {})
     after = state.evaluations.get(str(state.step), {}) if state.step else {}
     return {
@@ -34,5 +40,5 @@ def summarize(outcome: str, state: State, sets: Sequence[EvalSet], policy: Langu
             if eval_set.name
         },
         "peak_memory_bytes": state.peak_memory_bytes,
-        "weights_sha256": tensors_sha256(policy.weights()),
+        "weights_sha256": None if weights is None else tensors_sha256(weights),
     }

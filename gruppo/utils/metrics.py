@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Name, value and count of each mean; name, value and choice of each extreme.
+Observations = tuple[
+    list[tuple[str, "float | Tensor", float]], list[tuple[str, "float | Tensor", Callable[..., float]]]
+]
+
+
 class Metrics:
     """Named observations of a step, reduced once at its end.
 
@@ -43,6 +49,18 @@ class Metrics:
         except BaseException:
             del self._means[means:], self._extremes[extremes:]
             raise
+
+    def observations(self) -> Observations:
+        """The observations so far, with their values on the host."""
+        values = iter(_on_host([observed for _, observed, _ in [*self._means, *self._extremes]]))
+        means = [(name, next(values), count) for name, _, count in self._means]
+        return [*means], [(name, next(values), choose) for name, _, choose in self._extremes]
+
+    def add(self, observations: Observations) -> None:
+        """Add observations that were made elsewhere."""
+        means, extremes = observations
+        self._means += means
+        self._extremes += extremes
 
     def reduce(self) -> dict[str, float | None]:
         """Name -> value, sorted by name. Means of no observations and non-finite values are None."""

@@ -45,13 +45,15 @@ class BatchSizes:
 
     `micro_batch_tokens`: maximum tokens per micro-batch. `slots`: concurrent completions. `least`: lower limit of
     micro_batch_tokens, the tokens of the longest prompt with its longest completion. `on_reduced`: called with every
-    reduction, after it has taken effect.
+    reduction, after it has taken effect. `retries`: False if other processes take part in what runs out of memory, and
+    would wait forever; the run then ends, and resumes with the smaller size.
     """
 
     micro_batch_tokens: int
     slots: int
     least: int = 1
     on_reduced: Callable[[SizeReduced], None] = lambda _: None
+    retries: bool = True
 
     def run_with_retry(self, size: str, during: str, attempt: Callable[[int], Result]) -> Result:
         """Call `attempt` with the size of that name, and halve the size until memory suffices.
@@ -67,6 +69,11 @@ class BatchSizes:
                 why = first_line(error)
             # Outside the except clause, because the error references the frames and thus the tensors of the attempt.
             self.reduce(size, during, why)
+            if not self.retries:
+                raise RunError(
+                    f"out of memory during {during} ({why}); resume the run, and it continues with "
+                    f"{getattr(self, size)} {_UNITS[size]}"
+                )
 
     def reduce(self, size: str, during: str, why: str) -> None:
         """Halve a size, release memory and report the change. Raises RunError if the size is already at its minimum."""

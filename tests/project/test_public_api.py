@@ -13,8 +13,8 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Evaluation, Section
 
 TABLES = {
-    "Audit", "Benchmark", "Critic", "Decoding", "EngineTable", "EnvironmentTable", "Evaluation", "Lora", "Method",
-    "Model", "Optimizer", "Reward", "RewardModel", "Run", "Sampling", "Task",
+    "Audit", "Benchmark", "Cluster", "Critic", "Decoding", "EngineTable", "EnvironmentTable", "Evaluation", "Lora",
+    "Method", "Model", "Optimizer", "Reward", "RewardModel", "Run", "Sampling", "Task",
 }  # fmt: skip
 PUBLIC = TABLES | {
     "Callback", "Environment", "Recipe", "RunError", "STOP", "StopTraining", "Turn", "UsageError", "evaluate", "export",

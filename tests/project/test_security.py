@@ -42,8 +42,8 @@ def argument(node: ast.Call, name: str) -> str | None:
 
 
 def test_nothing_reads_a_pickle_from_a_file() -> None:
-    """Pickles are read only from pipes of gruppo's own processes: calls of rewards and environments, conversations to
-    render, and reasoning-gym's rows."""
+    """Pickles are read only from gruppo's own processes: calls of rewards and environments, conversations to render,
+    reasoning-gym's rows, and what the leader tells the other ranks of a run."""
     readers = {
         f"{path}: {ast.unparse(node)}"
         for path, node in CALLS
@@ -54,6 +54,7 @@ def test_nothing_reads_a_pickle_from_a_file() -> None:
         "gruppo/training/model_card.py: ModelCard.load(folder / 'README.md')",  # text
     }
     assert readers == {
+        "gruppo/cluster/follower.py: pickle.loads(begin.models)",
         "gruppo/data/chat_template_main.py: pickle.loads(requests.recv_bytes())",
         "gruppo/rollout/environments/worker_main.py: pickle.loads(content)",
         "gruppo/rollout/workers/reward_main.py: pickle.loads(content)",
@@ -77,9 +78,10 @@ def test_forbidden_calls() -> None:
         for path, node in CALLS
         if called(node).split(".")[-1] in forbidden and called(node) not in allowed
     }
-    # Only the worker inside the sandbox runs code, and only the dashboard listens.
+    # Only the worker inside the sandbox runs code. Only the dashboard listens, and the ranks of a run, for each other.
     assert calls == {f"gruppo/rollout/sandbox/worker_main.py: {name}" for name in ("exec", "eval", "compile")} | {
-        f"gruppo/ui/server.py: found.{name}" for name in ("bind", "listen")
+        *(f"gruppo/ui/server.py: found.{name}" for name in ("bind", "listen")),
+        "gruppo/cluster/torchrun.py: dist.init_process_group",
     }
     assert not [
         f"{path}: {called(node)}" for path, node in CALLS if argument(node, "shell") or argument(node, "allow_pickle")

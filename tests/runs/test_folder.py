@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +18,7 @@ from gruppo.models.weights import weights_sha256
 from gruppo.runs.atomic import write_whole
 from gruppo.runs.folder import RunFolder, check_folder
 from gruppo.runs.reading import read_lines
-from gruppo.training.checkpoint import State, load_state, load_tensors, newest_checkpoint, save_checkpoint
+from gruppo.training.checkpoint import State, load_models, load_state, newest_checkpoint, save_checkpoint, save_models
 from tests.conftest import make_policy
 
 SCHEMA = pa.schema({"a": pa.int64()})
@@ -93,15 +95,19 @@ def trained(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def saving(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Path], None]:
+    return partial(save_models, models={"": (model, optimizer)})
+
+
 def test_checkpoint_restores_weights_optimizer_and_state(run: RunFolder) -> None:
     model, optimizer = trained(0)
     run.metric({"step": 1})
-    folder = save_checkpoint(run, model, optimizer, State(step=3, cursor=12, evaluated=True))
+    folder = save_checkpoint(run, saving(model, optimizer), State(step=3, cursor=12, evaluated=True))
     state = load_state(folder)
     assert (state.step, state.cursor, state.evaluated) == (3, 12, True)
     assert state.lengths == {"metrics.jsonl": len('{"step": 1}\n'), "events.jsonl": 0}
     other, other_optimizer = trained(1)
-    load_tensors(folder, other, other_optimizer)
+    load_models(folder, {"": (other, other_optimizer)})
     for one, two in ((model, optimizer), (other, other_optimizer)):
         one(torch.tensor([[4, 5]])).logits.square().mean().backward()
         two.step()
@@ -113,11 +119,11 @@ def test_checkpoint_restores_weights_optimizer_and_state(run: RunFolder) -> None
 def test_steps_of_a_fused_optimizer_are_restored_on_the_device(run: RunFolder, fused: bool) -> None:
     """On any device but the CPU, a fused AdamW needs the number of its steps there; "meta" stands for one."""
     model, optimizer = trained(0)
-    folder = save_checkpoint(run, model, optimizer, State(step=3))
+    folder = save_checkpoint(run, saving(model, optimizer), State(step=3))
     on_device = make_policy(seed=1).model.to("meta")
     on_device.tie_weights()
     restored = torch.optim.AdamW(on_device.parameters(), fused=fused)
-    load_tensors(folder, on_device, restored)
+    load_models(folder, {"": (on_device, restored)})
     kinds = {(kind, tensor.device.type) for state in restored.state.values() for kind, tensor in state.items()}
     step = ("step", "meta" if fused else "cpu")
     assert kinds == {step, ("exp_avg", "meta"), ("exp_avg_sq", "meta")}
@@ -130,7 +136,7 @@ def test_last_two_and_best_are_kept(run: RunFolder) -> None:
     for step, accuracy in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], start=1):
         state.step = step
         state.evaluations[str(step)] = {"accuracy": accuracy}
-        save_checkpoint(run, model, optimizer, state)
+        save_checkpoint(run, saving(model, optimizer), state)
     kept = sorted(path.name for path in (run.path / "checkpoints").iterdir())
     assert kept == ["step-000002", "step-000004", "step-000005"]
 
@@ -138,8 +144,8 @@ def test_last_two_and_best_are_kept(run: RunFolder) -> None:
 @pytest.mark.parametrize("damage", ["flipped bit", "missing file", "truncated manifest", "empty manifest"])
 def test_damaged_checkpoint_is_skipped(run: RunFolder, damage: str) -> None:
     model, optimizer = trained(0)
-    good = save_checkpoint(run, model, optimizer, State(step=1))
-    bad = save_checkpoint(run, model, optimizer, State(step=2))
+    good = save_checkpoint(run, saving(model, optimizer), State(step=1))
+    bad = save_checkpoint(run, saving(model, optimizer), State(step=2))
     if damage == "flipped bit":
         content = bytearray((bad / "weights.safetensors").read_bytes())
         content[-5] ^= 1
@@ -164,7 +170,7 @@ def test_no_checkpoint_yet(run: RunFolder) -> None:
 def test_kill_while_a_checkpoint_is_replaced_loses_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old folder is moved aside before the new one gets its name; in between, the old one is still found."""
     model, optimizer = trained(0)
-    save_checkpoint(run, model, optimizer, State(step=2, cursor=1))
+    save_checkpoint(run, saving(model, optimizer), State(step=2, cursor=1))
     rename = Path.replace
 
     def dies(self: Path, target: Path) -> Path:
@@ -175,7 +181,7 @@ def test_kill_while_a_checkpoint_is_replaced_loses_nothing(run: RunFolder, monke
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(run, model, optimizer, State(step=2, cursor=2))
+            save_checkpoint(run, saving(model, optimizer), State(step=2, cursor=2))
     assert not (run.path / "checkpoints" / "step-000002").exists()
     found, problems = newest_checkpoint(run)
     assert problems == []

@@ -78,7 +78,7 @@ MOMENTS = {
     "while the change is stored": ("gruppo.runs.folder.RunFolder.write_json", 4),
     "before its event": ("gruppo.runs.folder.RunFolder.event", 1),
     "in the first step after it": ("gruppo.training.run.TrainingRun._describe", 4),
-    "at the end": ("gruppo.training.checkpointer.save_model", 2),
+    "at the end": ("gruppo.training.model_files.save_base", 2),
 }
 
 

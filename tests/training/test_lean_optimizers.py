@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gruppo.config.sections import Optimizer
 from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
 from gruppo.runs.folder import RunFolder
-from gruppo.training.checkpoint import State, load_tensors, save_checkpoint
+from gruppo.training.checkpoint import State, load_models, save_checkpoint, save_models
 from gruppo.training.lean_optimizers import OffloadedAdamW, check_state, make_8bit, moments_bytes
 from gruppo.training.memory_footprint import measure_footprint
 from gruppo.training.optimizer import make_optimizer
@@ -84,12 +85,12 @@ def test_a_resume_is_exact(state: str, tmp_path: Path) -> None:
     policy, optimizer = trained(state, 3)
     run = RunFolder(tmp_path / "run")
     try:
-        folder = save_checkpoint(run, policy.model, optimizer, State(step=3))
+        folder = save_checkpoint(run, partial(save_models, models={"": (policy.model, optimizer)}), State(step=3))
     finally:
         run.close()
     resumed = large_policy(seed=1)
     other = make_optimizer(Optimizer(**SETTINGS, state=state), resumed.model, resumed)  # type: ignore[arg-type]
-    load_tensors(folder, resumed.model, other)
+    load_models(folder, {"": (resumed.model, other)})
     for one, two in ((policy, optimizer), (resumed, other)):
         learn(one, two, range(3, 6))
     for one, other_weight in zip(weights(policy), weights(resumed), strict=True):

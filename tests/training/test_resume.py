@@ -54,7 +54,7 @@ MOMENTS = {
     "before a checkpoint": ("gruppo.training.checkpointer.save_checkpoint", 2),
     "before a checkpoint is named": ("gruppo.training.checkpoint.publish", 2),
     "before old checkpoints go": ("gruppo.training.checkpoint.drop_old", 2),
-    "before the result is saved": ("gruppo.training.checkpointer.save_model", 1),
+    "before the result is saved": ("gruppo.training.model_files.save_base", 1),
     "before the first step": ("gruppo.training.run.TrainingRun.start_step", 1),
 }
 
@@ -98,7 +98,7 @@ LORA_MOMENTS = {
     "while updating": ("gruppo.training.policy_trainer.batch_loss", 7),
     "while the reference scores": ("gruppo.models.lora._WithoutAdapters.hidden_states", 6),
     "before a checkpoint is named": ("gruppo.training.checkpoint.publish", 2),
-    "before the adapter is saved": ("gruppo.training.checkpointer.save_adapter", 1),
+    "before the adapter is saved": ("gruppo.training.model_files.save_adapter", 1),
 }
 
 

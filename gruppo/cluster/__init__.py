@@ -1,0 +1,1 @@
+"""Training on several ranks: processes of torch.distributed, each with a shard of every model."""

@@ -1,0 +1,31 @@
+"""The table [cluster]: training on several ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from gruppo.config.sections import Section
+
+
+class Cluster(Section):
+    """Training on several ranks: processes with one device each, which hold the weights in shards. Leave the table out
+    for one process."""
+
+    trainers: Annotated[int, Field(ge=1)] = 1
+    """Number of ranks: the number of processes that torchrun starts."""
+    shards: Annotated[int, Field(ge=0)] = 0
+    """Number of ranks that hold the weights once, in shards. The other ranks hold copies of these shards. 0 stands for
+    all ranks."""
+    patience: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a rank waits for the others before the run ends with an error."""
+
+    @model_validator(mode="after")
+    def _shards_divide(self) -> Self:
+        if self.shards and self.trainers % self.shards:
+            raise ValueError(
+                f"shards = {self.shards}: trainers = {self.trainers} cannot be divided into copies of as many; write a "
+                "divisor of it, or 0"
+            )
+        return self
