@@ -101,7 +101,7 @@ __all__ = [  # noqa: RUF022  in the order of the text above
     "train", "evaluate", "load_result", "export", "reproduce", "rescore", "load_recipe", "label", "train_reward_model",
     "Callback", "STOP", "StopTraining", "Environment", "Turn", "Recipe", "Run", "Model", "Lora", "Task", "Reward",
     "RewardModel", "Audit", "Method", "Critic", "Sampling", "Optimizer", "Evaluation", "Decoding", "Benchmark",
-    "EnvironmentTable", "EngineTable",
+    "Cluster", "EnvironmentTable", "EngineTable",
     "Result", "RunError", "UsageError",
 ]  # fmt: skip
 __version__ = "0.1.0"
