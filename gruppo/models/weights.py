@@ -55,7 +55,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy all weights to a module with the same names; dtypes may differ. Both may be sharded, in the same way."""
+    """Copy all weights to a module with the same names, whose dtypes may differ. Both may be sharded, in one way."""
     weights = named_weights(source)
     for name, tensor in named_weights(target).items():
         tensor.copy_(weights[name])
