@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
-import numpy as np
 import torch
 
 from gruppo.algorithms.aggregation import sequence_mean_weights
@@ -25,6 +25,10 @@ from gruppo.utils.progress import Advance
 
 PROBE_TOKENS = 16
 PROMPT_TOKENS = 96  # at least one whole block of a prefix cache
+TEXT = (
+    "The weights of a model are the numbers that it has learned. After each step of training they change a little, and "
+    "a program that samples with them has to use the new ones. "
+)
 LONGEST = PROMPT_TOKENS + PROBE_TOKENS
 ATTEMPTS = 2
 
@@ -35,11 +39,16 @@ def largest_drift(dtype: torch.dtype) -> float:
 
 
 def probe_request(policy: LanguageModel) -> Request:
-    """The fixed prompt: random tokens that have a text and end no turn, at most half of the context."""
-    usable = sorted(set(range(policy.head_size)) - set(policy.eos_ids) - policy.ids_without_text) or [0]
+    """The fixed prompt: plain text, at most half of the context. Tokens that end a turn or have no text are left out.
+
+    On random tokens bfloat16 rounds so differently that the bound could not tell rounding from a mistake: with vLLM,
+    0.051 nats in place of 0.007 (SmolLM2-135M).
+    """
+    ids = [int(token) for token in policy.tokenizer(TEXT)["input_ids"]]
+    usable = [token for token in ids if token < policy.head_size and token not in policy.eos_ids]
+    usable = [token for token in usable if token not in policy.ids_without_text] or [0]
     length = max(1, min(PROMPT_TOKENS, policy.context // 2))
-    places = np.random.Generator(np.random.Philox(0)).integers(len(usable), size=length)
-    return Request(tuple(usable[place] for place in places), [(0,)])
+    return Request(tuple(islice(cycle(usable), length)), [(0,)])
 
 
 def probe(engine: Engine, policy: LanguageModel) -> float:

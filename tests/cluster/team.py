@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,25 @@ class Together(ProcessRanks):
 class Team:
     """Runs functions f(ranks, *arguments) on all ranks of a number of processes."""
 
-    def __init__(self, connections: list[Connection]) -> None:
-        self.connections = connections
+    def __init__(self, connections: list[Connection], processes: list[Any]) -> None:
+        self.connections, self.processes = connections, processes
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any, replicas: int = 1) -> list[Any]:
         """The results of `size` ranks, in order. `replicas`: how many times the weights are held (HSDP)."""
         used = self.connections[:size]
         for connection in used:
             connection.send((size, replicas, function, arguments))
-        results = [connection.recv() for connection in used]
+        results = [self._result(rank) for rank in range(size)]
         failures = [result for failed, result in results if failed]
         assert not failures, "\n".join(failures)
         return [result for _, result in results]
+
+    def _result(self, rank: int) -> tuple[bool, Any]:
+        """What a rank sent. Raises AssertionError if its process ended."""
+        connection, process = self.connections[rank], self.processes[rank]
+        wait([connection, process.sentinel])
+        assert connection.poll(), f"the process of rank {rank} ended with {process.exitcode}"
+        return connection.recv()  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -61,10 +68,11 @@ def started(size: int, folder: Path) -> Iterator[Team]:
     for process in processes:
         process.start()
     try:
-        yield Team([parent for parent, _ in pairs])
+        yield Team([parent for parent, _ in pairs], processes)
     finally:
-        for parent, _ in pairs:
-            parent.send(None)
+        for (parent, _), process in zip(pairs, processes, strict=True):
+            if process.is_alive():
+                parent.send(None)
         for process in processes:
             process.join(10)
             process.kill()

@@ -113,9 +113,9 @@ def test_schema_and_page_have_every_field() -> None:
 def test_fields_stay_few() -> None:
     """About sixty-seven for GRPO and its variants, eleven for the methods it is compared with, five for their value
     model, nineteen for reward models, outer iterations and the audit, nine for environments, two for chat templates,
-    three for engines, three for the memory of rows, for inheritance in evaluation and for the held-out rows of earlier
-    versions, and four for attention and memory on an accelerator."""
-    assert int(markdown().split(" fields;")[0].split()[-1]) <= 129
+    three for engines, three for ranks, three for the memory of rows, for inheritance in evaluation and for the held-out
+    rows of earlier versions, and four for attention and memory on an accelerator."""
+    assert int(markdown().split(" fields;")[0].split()[-1]) <= 132
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_annotated_recipe_reads_back_equal(changes: dict[str, Any]) -> None:
 
 
 def test_annotated_recipe_shows_every_field_and_unset_tables() -> None:
-    tables = {"evaluation": {}, "reward_model": {}, "audit": {"function": "last_number"}}
+    tables = {"evaluation": {}, "reward_model": {}, "audit": {"function": "last_number"}, "cluster": {}}
     text = annotated(load_recipe({"model": {"name": "m", "lora": {}}, **tables}))
     text += annotated(load_recipe({"model": {"name": "m"}, "environment": {"name": "python"}}))
     for title, table in TABLES.items():

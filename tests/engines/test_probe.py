@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,12 +132,15 @@ def test_the_difference_is_the_mean_over_the_continuation() -> None:
     assert difference > 0.1
 
 
-def test_the_prompt_is_fixed_and_ends_no_turn() -> None:
-    one, other = probe_request(make_policy(seed=1)), probe_request(make_policy(seed=2))
-    assert one == other
-    assert len(one.token_ids) == 64, "half of the context"
-    assert END not in one.token_ids
+def test_the_prompt_is_a_fixed_text_that_ends_no_turn() -> None:
+    one, other = make_policy(seed=1), make_policy(seed=2)
+    assert probe_request(one) == probe_request(other)
+    ids = probe_request(one).token_ids
+    assert len(ids) == 64, "half of the context"
+    assert one.tokenizer.decode(ids).startswith("?he weights of a model"), "its tokenizer has no capital letters"
     assert len(probe_request(make_policy(max_position_embeddings=4096)).token_ids) == 96
+    ends = replace(one, eos_ids=(END, *one.tokenizer("e")["input_ids"]))
+    assert one.tokenizer.decode(probe_request(ends).token_ids).startswith("?h wights of a modl")
 
 
 def test_bounds_by_dtype() -> None:
