@@ -23,7 +23,7 @@ from gruppo.training.api import run_recipe, train
 from gruppo.training.export import export
 from gruppo.training.shard_files import local_tensor
 from gruppo.utils.progress import NullProgress
-from tests.cluster.compare import assert_same_run
+from tests.cluster.compare import assert_same_run, lines
 from tests.cluster.team import Team, started
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, fingerprint, recipe
@@ -100,6 +100,21 @@ def test_a_run_continues_on_another_number_of_ranks(
     names = {path.name for path in (tmp_path / "run/checkpoints/step-000002").iterdir()}
     assert ("critic.weights.safetensors" in names) == (before == 1)
     assert_no_pickle(tmp_path / "run")
+
+
+@CLUSTER
+@pytest.mark.parametrize("changes", [{}, {"model__lora": {"rank": 2}}], ids=["whole", "lora"])
+def test_weights_of_two_dtypes_are_sharded_together(
+    team: Team, tiny_folder: str, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """In bfloat16, a reference and the base of adapters have weights of both dtypes."""
+    settings = settings_of(tiny_folder, model__dtype="bfloat16", run__steps=2, **changes)
+    alone(settings, tmp_path / "one")
+    summary = team.run(2, run_on, settings, tmp_path / "two")[0]
+    assert summary.get("state") == "done", summary
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert two["engine/logprob_difference_mean"] < 0.02
+        assert two["policy/entropy"] == pytest.approx(one["policy/entropy"], abs=0.02)
 
 
 @CLUSTER
