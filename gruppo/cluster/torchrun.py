@@ -63,7 +63,8 @@ def joined(recipe: Recipe) -> Iterator[ProcessRanks]:
     size = dist.get_world_size()
     shards = settings.shards or size
     shape = (size,) if shards == size else (size // shards, shards)
-    mesh = dist.device_mesh.init_device_mesh("cuda" if accelerated else "cpu", shape)
+    names = ("copies", "shards")[-len(shape) :]
+    mesh = dist.device_mesh.init_device_mesh("cuda" if accelerated else "cpu", shape, mesh_dim_names=names)
     group = dist.new_group(backend="gloo", timeout=patience)
     ranks = ProcessRanks(group, dist.new_group(backend="gloo", timeout=FOREVER), mesh)
     leads = ranks.rank == 0

@@ -85,7 +85,7 @@ def _serve(connection: Connection, rank: int, size: int, file: str) -> None:
     for members in range(1, size + 1):
         for replicas in {1, 2} if members % 2 == 0 else {1}:
             places = torch.arange(members).view(replicas, -1) if replicas > 1 else torch.arange(members)
-            mesh = DeviceMesh("cpu", places)
+            mesh = DeviceMesh("cpu", places, mesh_dim_names=("copies", "shards")[-places.ndim :])
             group, announcements = (dist.new_group(list(range(members)), timeout=PATIENCE) for _ in range(2))
             if rank < members:
                 teams[members, replicas] = ProcessRanks(group, announcements, mesh)

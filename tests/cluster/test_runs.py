@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,17 @@ from transformers import AutoModelForCausalLM
 
 from gruppo.cluster.follower import follow
 from gruppo.cluster.ranks import ProcessRanks
+from gruppo.cluster.sending import described
 from gruppo.cluster.torchrun import check_launch
 from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.training.api import run_recipe, train
 from gruppo.training.export import export
+from gruppo.training.shard_files import local_tensor
 from gruppo.utils.progress import NullProgress
-from tests.cluster.compare import assert_same_run
-from tests.cluster.team import Team
+from tests.cluster.compare import assert_same_run, lines
+from tests.cluster.team import Team, started
+from tests.conftest import make_policy
 from tests.small_runs import ROWS, fingerprint, recipe
 
 CLUSTER = pytest.mark.cluster
@@ -34,12 +39,12 @@ def settings_of(model: str, **changes: Any) -> dict[str, Any]:
     return recipe(model, **small | changes)
 
 
-def run_on(ranks: ProcessRanks, settings: dict[str, Any], out: Path) -> dict[str, Any]:
+def run_on(ranks: ProcessRanks, settings: dict[str, Any], out: Path, shards: int = 0) -> dict[str, Any]:
     """Run or resume a recipe, as the leader or as a follower. Returns the leader's summary, or its error."""
     if ranks.rank:
         follow(ranks)
         return {}
-    settings = settings | {"cluster": {"trainers": ranks.size}}
+    settings = settings | {"cluster": {"trainers": ranks.size, "shards": shards}}
     try:
         result, _ = run_recipe(settings, prompts=ROWS, out=out, resume=True, progress=NullProgress(), ranks=ranks)
         return result.summary
@@ -95,6 +100,53 @@ def test_a_run_continues_on_another_number_of_ranks(
     names = {path.name for path in (tmp_path / "run/checkpoints/step-000002").iterdir()}
     assert ("critic.weights.safetensors" in names) == (before == 1)
     assert_no_pickle(tmp_path / "run")
+
+
+@CLUSTER
+@pytest.mark.parametrize("changes", [{}, {"model__lora": {"rank": 2}}], ids=["whole", "lora"])
+def test_weights_of_two_dtypes_are_sharded_together(
+    team: Team, tiny_folder: str, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """In bfloat16, a reference and the base of adapters have weights of both dtypes."""
+    settings = settings_of(tiny_folder, model__dtype="bfloat16", run__steps=2, **changes)
+    alone(settings, tmp_path / "one")
+    summary = team.run(2, run_on, settings, tmp_path / "two")[0]
+    assert summary.get("state") == "done", summary
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert two["engine/logprob_difference_mean"] < 0.02
+        assert two["policy/entropy"] == pytest.approx(one["policy/entropy"], abs=0.02)
+
+
+@CLUSTER
+def test_a_run_with_copies_of_shards_continues_in_one_process(tiny_folder: str, tmp_path: Path) -> None:
+    settings = settings_of(tiny_folder)
+    alone(settings, tmp_path / "whole")
+    with started(4, tmp_path) as four:
+        shorter = settings_of(tiny_folder, run__steps=2)
+        summary = four.run(4, run_on, shorter, tmp_path / "run", 2, replicas=2)[0]
+        assert summary.get("state") == "done", summary
+    names = {path.name for path in (tmp_path / "run/checkpoints/step-000002").glob("weights*")}
+    assert names == {f"weights-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    alone(settings, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def held(ranks: ProcessRanks) -> tuple[int, int]:
+    """Numbers that this rank holds of a policy and its reference, before and after it gets its shards."""
+    policy = make_policy(torch.float64, tie_word_embeddings=False)
+    if ranks.rank:
+        policy = pickle.loads(described(replace(policy, body=None)))
+    before = sum(weight.untyped_storage().nbytes() for weight in policy.model.parameters() if not weight.is_meta)
+    models = ranks.distribute(policy, True, False)
+    assert models.reference is not None
+    kept = [*models.policy.model.parameters(), *models.reference.model.parameters()]
+    return before, sum(local_tensor(weight).untyped_storage().nbytes() for weight in kept)
+
+
+def test_a_follower_holds_shards_alone(team: Team) -> None:
+    (whole, leaders), (nothing, followers) = team.run(2, held)
+    assert nothing == 0
+    assert leaders == followers == whole  # half of two models
 
 
 def test_a_run_continues_bit_for_bit_on_as_many_ranks(team: Team, tiny_folder: str, tmp_path: Path) -> None:
