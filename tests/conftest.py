@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import string
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -69,6 +70,14 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def unchanged_path() -> Iterator[None]:
+    """A reward "tests/file.py:function" puts tests/ on sys.path, where tests/gguf and tests/trl hide the libraries."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 END = 0
