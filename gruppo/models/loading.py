@@ -215,13 +215,22 @@ def _on_hub(name: str, path: Path, progress: Progress, trust_remote_code: bool) 
 
 def _downloaded(name: str, progress: Progress, trust_remote_code: bool) -> str:
     """The folder in the hub's cache with a revision of a model: a branch, tag or commit. Downloads what is missing."""
-    repository, revision = split_revision(name)
-    patterns = [*_FILES, "*.py"] if trust_remote_code else _FILES
     try:
-        with progress.bar(f"Opening {name}", None, ""), hidden_bars():
-            return snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        with progress.bar(f"Opening {name}", None, ""):
+            return snapshot_of(name, trust_remote_code)
     except Exception as error:  # of the hub, the network or the disk
         raise UsageError(f"model.name = {name!r}: {hub_problem(error) or error_line(error)}") from error
+
+
+def snapshot_of(name: str, trust_remote_code: bool = False) -> str:
+    """The folder in the hub's cache with a model. Downloads what is missing; raises errors of huggingface_hub.
+
+    transformers itself would ask the hub again for files that are in the cache, for minutes if it cannot be reached.
+    """
+    repository, revision = split_revision(name)
+    patterns = [*_FILES, "*.py"] if trust_remote_code else _FILES
+    with hidden_bars():
+        return snapshot_download(repository, revision=revision, allow_patterns=patterns)
 
 
 def _merged_adapter(folder: Path, progress: Progress, trust_remote_code: bool) -> Path:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from gruppo.data.chat_template import chat_tokens
 from gruppo.errors import UsageError, nearest
-from gruppo.models.loading import out_of_reach
+from gruppo.models.loading import out_of_reach, snapshot_of
 from gruppo.models.precision import choose_device
 from gruppo.models.pretrained import UNDAMAGED, pickles_alone
 from gruppo.models.weights import damage_of
@@ -45,17 +45,18 @@ class Classifier:
         Raises UsageError if the model is not found, cannot be loaded or has missing weights, if `label` does not fit
         its outputs, or if the device is not available.
         """
-        location, revision = _locate(model)
+        folder = _locate(model)
         try:
+            location = snapshot_of(model) if folder is None else folder
             if problem := pickles_alone(Path(location)):
                 raise ValueError(problem)
-            config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                location, revision=revision, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+                location, output_loading_info=True, use_safetensors=True, trust_remote_code=False
             )
         except Exception as error:  # third-party files: anything can be wrong with them
-            if not is_dir(Path(location)) and (problem := hub_problem(error)):
+            if folder is None and (problem := hub_problem(error)):
                 raise UsageError(f"model = {model!r}: {problem}") from error
             first = (str(error).strip().splitlines() or [""])[0]
             raise UsageError(
@@ -105,13 +106,13 @@ def longest_sequence(config: PreTrainedConfig, tokenizer: Any) -> int:
     return min((size for size in sizes if size and size < _UNLIMITED), default=_UNLIMITED)
 
 
-def _locate(model: str) -> tuple[str, str]:
-    """The folder or hub name of a model, and its revision."""
+def _locate(model: str) -> str | None:
+    """The folder of a model; None for a name on the hub."""
     if not isinstance(model, str) or not model:
         raise UsageError(f"model = {model!r}: must be text; write a folder or a hub name")
     path = user_path(model)
     if is_file(path / "config.json"):
-        return str(path), "main"
+        return str(path)
     name, revision = split_revision(model)
     if is_file(path) or is_dir(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UsageError(
@@ -126,7 +127,7 @@ def _locate(model: str) -> tuple[str, str]:
             f"model = {model!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, or "
             "give a folder"
         )
-    return name, revision or "main"
+    return None
 
 
 def _label_id(config: PreTrainedConfig, label: str | int | None) -> int | None:
