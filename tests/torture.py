@@ -100,7 +100,7 @@ CALLS = {
     "training a reward model": "gruppo.training.reward_model.update",
     "computing a loss": "gruppo.training.optimizer.release_memory",
     "updating": "gruppo.training.optimizer.torch.optim.AdamW.step",
-    "writing a checkpoint": "gruppo.training.checkpoint.save_file",
+    "writing a checkpoint": "gruppo.training.shard_files.save_file",
     "writing a table": "gruppo.runs.folder.pq.write_table",
     "writing a line": "gruppo.runs.folder.RunFolder._append",
 }
