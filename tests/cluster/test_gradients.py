@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -48,7 +49,7 @@ class Recording(torch.optim.SGD):
 
 class Guard:
     def require(self, value: float, what: str, *_: Any) -> None:
-        raise AssertionError(f"{what} is {value}")
+        assert math.isfinite(value), f"{what} is {value}"
 
 
 def scored_groups(seed: int) -> list[Group]:
