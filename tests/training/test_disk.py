@@ -127,7 +127,7 @@ def test_tables_that_may_not_fit_give_a_warning_also_on_resume(
 @pytest.mark.parametrize(
     ("writer", "raises", "code"),
     [
-        ("gruppo.training.checkpoint.save_file", "rust", errno.ENOSPC),
+        ("gruppo.training.shard_files.save_file", "rust", errno.ENOSPC),
         ("gruppo.models.weights.save_file", "rust", errno.EDQUOT),
         ("gruppo.runs.folder.pq.write_table", "system", errno.EDQUOT),
         ("gruppo.runs.folder.os.fsync", "system", errno.ENOSPC),
