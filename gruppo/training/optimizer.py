@@ -90,8 +90,8 @@ def update(
         shares = ranks.gather((values, wrong[:1]))
         for value, batch in [found for _, share in shares for found in share]:
             require_finite(value, "loss", [batch])
-        if not math.isfinite(norm):
-            require_finite(norm, "gradient norm", [batch for share in ranks.gather(batches) for batch in share])
+        everything = batches if math.isfinite(norm) else [batch for share in ranks.gather(batches) for batch in share]
+        require_finite(norm, "gradient norm", everything)
         for group in optimizer.param_groups:
             group["lr"] = rate
         try:
