@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -26,13 +27,16 @@ class AbandonedError(Exception):
     """Ends a method that the leader ends with an error, for the same reason."""
 
 
-class _LeaderTells:
-    """In place of a `FiniteGuard`: all ranks have the same numbers, and the leader reports what is wrong with them."""
-
-    def require(
-        self, value: float, what: str, batches: Sequence[Batch], update: int = 0, field: str = "optimizer.learning_rate"
-    ) -> None:
+def require_finite(value: float, what: str, batches: Sequence[Batch], *_: object) -> None:
+    """Abandon the leader's method if a value is not finite. All ranks have the same one, and the leader reports it."""
+    if not math.isfinite(value):
         raise AbandonedError
+
+
+class _LeaderTells:
+    """In place of a `FiniteGuard`."""
+
+    require = staticmethod(require_finite)
 
 
 def follow(ranks: ProcessRanks) -> None:
@@ -95,9 +99,5 @@ class Follower:
         if isinstance(argument, MinibatchOf):
             return self.minibatches[argument.number]
         if isinstance(argument, LeadersOwn):
-            return _abandon
+            return require_finite
         return [self._decoded(item) for item in argument] if isinstance(argument, list) else argument
-
-
-def _abandon(*_: object) -> NoReturn:
-    raise AbandonedError

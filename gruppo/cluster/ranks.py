@@ -63,7 +63,7 @@ class MinibatchOf(NamedTuple):
 
 
 class LeadersOwn(NamedTuple):
-    """Stands for a function in arguments, which only the leader has."""
+    """Stands for a function in arguments that only the leader has: one that refuses values that are not finite."""
 
 
 @dataclass
