@@ -19,6 +19,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.models.policy import LanguageModel
 from gruppo.models.value_head import ScalarModel
 from gruppo.utils.metrics import Metrics
+from gruppo.utils.signals import stop_held
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -144,14 +145,17 @@ def on_all_ranks(
 ) -> Callable[Concatenate[Owner, Arguments], Result]:
     """Let a method that the leader calls run on every rank, with the same arguments.
 
-    Such a method calls no other one. Its arguments are positional.
+    Such a method calls no other one. Its arguments are positional. With several ranks, it is not interrupted.
     """
 
     @functools.wraps(method)
     def announced(owner: Owner, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         assert not named, "arguments of a method on all ranks are positional"
-        owner.ranks.announce(owner, method.__name__, arguments)
-        return method(owner, *arguments, **named)
+        if owner.ranks.size == 1:
+            return method(owner, *arguments, **named)
+        with stop_held():
+            owner.ranks.announce(owner, method.__name__, arguments)
+            return method(owner, *arguments, **named)
 
     return announced
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -25,12 +25,15 @@ class Stop:
         """`kills`: see `stop_on_signals`."""
         self.requested, self.kills = False, kills
         self.signal: int | None = None  # the signal that requested it
-        self._droppable = 0
+        self._droppable = self._held = 0
 
     def request(self) -> None:
         """Request a stop at the next safe point. Inside `interruptible` that is now: raises Interrupted."""
         self.requested = True
-        if self._droppable:
+        self._end()
+
+    def _end(self) -> None:
+        if self._droppable and not self._held:
             raise Interrupted
 
     def check(self) -> None:
@@ -49,6 +52,17 @@ class Stop:
             raise SystemExit(128 + signal.SIGTERM) from error
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a stop request wait for the end of the block, even inside `interruptible`."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self.requested:
+            self._end()
+
+    @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Let a stop request end the block at any moment.
 
@@ -63,6 +77,11 @@ class Stop:
 
 
 _active: list[Stop] = []
+
+
+def stop_held() -> AbstractContextManager[None]:
+    """The active `Stop.held`, for work that others take part in; nothing if signals are not handled."""
+    return _active[-1].held() if _active else nullcontext()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import tomli_w
 from gruppo.errors import UsageError
 from gruppo.runs.folder import RunFolder
 from gruppo.training.api import train
-from gruppo.utils.signals import Interrupted, Stop, stop_on_signals
+from gruppo.utils.signals import Interrupted, Stop, stop_held, stop_on_signals
 from tests.cli.test_cli import ENVIRONMENT
 from tests.small_runs import ROWS, fingerprint, recipe
 
@@ -183,3 +183,20 @@ def test_a_file_system_without_locks_is_reported(code: int, tmp_path: Path, monk
     monkeypatch.setattr(fcntl, "flock", fails)
     with pytest.raises(UsageError, match=r"its file system does not support locks \(.*\).*choose a folder on another"):
         RunFolder(tmp_path / "run")
+
+
+def test_work_that_others_take_part_in_is_finished_before_a_stop() -> None:
+    done = []
+
+    def work() -> None:
+        with stop_on_signals() as stop, stop.interruptible():
+            with stop_held():
+                signal.raise_signal(signal.SIGINT)
+                done.append("with the others")
+            done.append("after the stop")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["with the others"]
+    with stop_held():  # signals are not handled here
+        pass
