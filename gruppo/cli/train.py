@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,16 +66,13 @@ def train(
     _show_result(progress, result)
 
 
-@contextmanager
-def _ranks(settings: Recipe) -> Iterator[ProcessRanks | None]:
+def _ranks(settings: Recipe) -> AbstractContextManager[ProcessRanks | None]:
     """The ranks that this process leads, None without a [cluster]."""
     if settings.cluster is None:
-        yield None
-        return
+        return nullcontext()
     from gruppo.cluster.torchrun import joined
 
-    with joined(settings) as ranks:
-        yield ranks
+    return joined(settings)
 
 
 def _follow(recipe: Path, set_: list[str] | None) -> None:

@@ -58,8 +58,7 @@ def load_trainers(begin: Begin, ranks: ProcessRanks) -> Trainers:
     keep_freed_memory()
     if recipe.model.trust_remote_code:  # the classes of the model are known once its own files have been imported
         skeleton(find_model(recipe.model.name, trust_remote_code=True).config, True)
-    policy, critic, scorer = pickle.loads(begin.models)
-    models = distribute(recipe, policy, critic, scorer, ranks)
+    models = distribute(recipe, pickle.loads(begin.models), ranks)
 
     def reduced(what: SizeReduced) -> NoReturn:
         raise RunError(

@@ -23,7 +23,7 @@ from gruppo.cluster.sharding import gradient_norm, scale_gradients, shard_policy
 from gruppo.config.recipe import Recipe
 from gruppo.models.lora import AdaptedModel
 from gruppo.models.policy import LanguageModel
-from gruppo.models.ranks import Models, deal
+from gruppo.models.ranks import Loaded, Models, deal
 from gruppo.models.value_head import ScalarModel
 from gruppo.rollout.source import Step
 from gruppo.training.policy_trainer import StepBatches
@@ -81,16 +81,10 @@ class ProcessRanks:
     def __post_init__(self) -> None:
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
-    def begin(
-        self,
-        recipe: Recipe,
-        chosen: Mapping[str, Any],
-        policy: LanguageModel,
-        critic: ScalarModel | None,
-        scorer: ScalarModel | None,
-    ) -> None:
+    def begin(self, recipe: Recipe, chosen: Mapping[str, Any], loaded: Loaded) -> None:
         """See `Ranks`."""
-        models = replace(policy, body=None), critic and bare(critic), scorer and bare(scorer)
+        policy, critic, scorer = loaded
+        models = Loaded(replace(policy, body=None), critic and bare(critic), scorer and bare(scorer))
         self._send(Begin(recipe, dict(chosen), described(models)))
 
     def announce(self, owner: object, method: str, arguments: Sequence[Any]) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from gruppo.models.policy import LanguageModel
 from gruppo.models.value_head import ScalarModel
+from gruppo.training.shard_files import local_tensor
 
 
 def shard_policy(policy: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
@@ -58,12 +59,7 @@ def scale_gradients(module: nn.Module, norm: float, max_norm: float) -> None:
     factor = min(1.0, max_norm / (norm + 1e-6))
     for parameter in module.parameters():
         if parameter.grad is not None:
-            local(parameter.grad).mul_(factor)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, or the tensor itself if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local_tensor(parameter.grad).mul_(factor)
 
 
 def gradient_norm(module: nn.Module) -> Tensor:

@@ -26,6 +26,14 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
+class Loaded(NamedTuple):
+    """The models of a run as they were loaded, before they are sharded: policy, value model and reward model."""
+
+    policy: LanguageModel
+    critic: ScalarModel | None = None
+    scorer: ScalarModel | None = None
+
+
 class Models(NamedTuple):
     """The models of a policy on this rank.
 
@@ -45,14 +53,7 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def begin(
-        self,
-        recipe: Recipe,
-        chosen: Mapping[str, Any],
-        policy: LanguageModel,
-        critic: ScalarModel | None,
-        scorer: ScalarModel | None,
-    ) -> None:
+    def begin(self, recipe: Recipe, chosen: Mapping[str, Any], loaded: Loaded) -> None:
         """Let the other ranks take part in a run. `chosen`: settings that the leader chose. The models are described to
         them without weights, which `distribute` and `distribute_scalar` send. Only the leader calls this."""
 
@@ -90,14 +91,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def begin(
-        self,
-        recipe: Recipe,
-        chosen: Mapping[str, Any],
-        policy: LanguageModel,
-        critic: ScalarModel | None,
-        scorer: ScalarModel | None,
-    ) -> None:
+    def begin(self, recipe: Recipe, chosen: Mapping[str, Any], loaded: Loaded) -> None:
         """See `Ranks`."""
 
     def announce(self, owner: object, method: str, arguments: Sequence[Any]) -> None:

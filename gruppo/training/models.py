@@ -11,7 +11,7 @@ import torch
 from gruppo.config.recipe import Recipe
 from gruppo.models.loading import ModelSource, load_model
 from gruppo.models.policy import LanguageModel
-from gruppo.models.ranks import Ranks
+from gruppo.models.ranks import Loaded, Ranks
 from gruppo.models.reward_model import load_reward_model
 from gruppo.models.value_head import ScalarModel
 from gruppo.training.optimizer import Trainable, make_optimizer
@@ -50,11 +50,9 @@ def load_scorer(
     return replace(loaded, policy=layers)
 
 
-def distribute(
-    recipe: Recipe, policy: LanguageModel, critic: ScalarModel | None, scorer: ScalarModel | None, ranks: Ranks
-) -> TrainedModels:
+def distribute(recipe: Recipe, loaded: Loaded, ranks: Ranks) -> TrainedModels:
     """Shard the models over the ranks, in place, and make their optimizers."""
-    models = ranks.distribute(policy, recipe.method.needs_reference, recipe.method.source == "initial")
+    models = ranks.distribute(loaded.policy, recipe.method.needs_reference, recipe.method.source == "initial")
 
     def trainable(model: ScalarModel | None, trained: bool = True) -> Trainable | None:
         if model is None:
@@ -65,7 +63,7 @@ def distribute(
 
     trains_scorer = recipe.reward_model is not None and recipe.reward_model.prompts > 0
     optimizer = make_optimizer(recipe.optimizer, models.policy.model, models.policy)
-    return TrainedModels(*models, optimizer, trainable(critic), trainable(scorer, trains_scorer))
+    return TrainedModels(*models, optimizer, trainable(loaded.critic), trainable(loaded.scorer, trains_scorer))
 
 
 def chosen_policy(policy: LanguageModel, recipe: Recipe, chosen: Mapping[str, Any]) -> LanguageModel:

@@ -32,7 +32,7 @@ from gruppo.models.lora import add_adapters, check_adapters
 from gruppo.models.ops.cpu.build import NO_KERNELS, kernels_sha256
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
-from gruppo.models.ranks import ALONE, Ranks
+from gruppo.models.ranks import ALONE, Loaded, Ranks
 from gruppo.models.reward_model import NAME, check_kind
 from gruppo.models.weights import named_weights, save_base, save_weights, weights_sha256
 from gruppo.rewards import RewardFunction
@@ -155,8 +155,9 @@ def prepare(
     if reward_source is not None:
         scorer = load_scorer(recipe, reward_source, policy, chosen["dtype"], progress)
         require_same_reward_model(run, weights_sha256(scorer.module))
-    ranks.begin(recipe, chosen, policy, critic, scorer)
-    models = distribute(recipe, policy, critic, scorer, ranks)
+    loaded = Loaded(policy, critic, scorer)
+    ranks.begin(recipe, chosen, loaded)
+    models = distribute(recipe, loaded, ranks)
     work = workload(recipe, inputs)
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest, retries=ranks.size == 1)
     settings = recipe.engine if plays else NATIVE

@@ -1,4 +1,4 @@
-"""Comparison of runs that differ in the number of ranks: equal but for rounding."""
+"""Comparison of runs that differ in the number of ranks: equal up to rounding."""
 
 from __future__ import annotations
 
