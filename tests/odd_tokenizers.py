@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -74,3 +74,13 @@ def closing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def ids_of(tokenizer: PreTrainedTokenizerFast, *texts: str) -> list[int]:
     """The ids of tokens by their texts in the vocabulary."""
     return [int(tokenizer.convert_tokens_to_ids(text)) for text in texts]
+
+
+KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "metaspace": metaspace,
+    "metaspace first": lambda: metaspace("first"),
+    "metaspace never": lambda: metaspace("never"),
+    "prepending": prepending,
+    "byte level": byte_level,
+    "byte level with a space": lambda: byte_level(prefix_space=True),
+}

@@ -13,16 +13,8 @@ from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.completions import CompletionText, find_stop
 from gruppo.engines.stop_strings import StopFinder
 from gruppo.utils.token_text import text_tokens, tokens_after
-from tests.odd_tokenizers import byte_level, metaspace, prepending
+from tests.odd_tokenizers import KINDS, byte_level, metaspace
 
-KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "metaspace": metaspace,
-    "metaspace first": lambda: metaspace("first"),
-    "metaspace never": lambda: metaspace("never"),
-    "prepending": prepending,
-    "byte level": byte_level,
-    "byte level with a space": lambda: byte_level(prefix_space=True),
-}
 WORDS = [
     "a", " b", "  ", "ab", "\n", "2+2= 4", "\u4e2d\u6587", "\U0001f600", "caf\u00e9", "<think>", "</think>", "{",
     " a\u200db", "\U0001f1e9\U0001f1ea",

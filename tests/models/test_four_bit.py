@@ -165,7 +165,7 @@ def test_a_missing_package_is_refused_before_weights_are_loaded(
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"), [({}, "has 32 inputs, which is no multiple of 64"), ({"hidden_size": 64}, "has 48 inputs")]
+    ("changes", "words"), [({}, "has 32 inputs, which is not a multiple of 64"), ({"hidden_size": 64}, "has 48 inputs")]
 )
 def test_layers_without_whole_blocks_are_refused(
     changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -68,7 +68,7 @@ def test_a_refusal_is_an_error_in_words(hub: Hub, folder: Path) -> None:
     ):
         upload(folder, GRPOConfig("out/mine", hub_token="hf_wrong"), "done", {})
     hub.fail = {"create": 503}
-    with pytest.raises(UsageError, match=r"the hub has a problem of its own \(HTTP 503\); try again later\); the run"):
+    with pytest.raises(UsageError, match=r"the hub has a problem of its own \(HTTP 503\); try again later\)\. The run"):
         upload(folder, GRPOConfig("out/mine", hub_token=WRITER), "done", {})
 
 

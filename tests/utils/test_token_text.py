@@ -20,14 +20,9 @@ from gruppo.utils.token_text import (
     visible_text,
 )
 from tests.odd_tokenizers import CHATML, byte_level, closing, ids_of, metaspace, prepending
+from tests.odd_tokenizers import KINDS as PLAIN_KINDS
 
-KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "metaspace": metaspace,
-    "metaspace first": lambda: metaspace("first"),
-    "metaspace never": lambda: metaspace("never"),
-    "prepending": prepending,
-    "byte level": byte_level,
-    "byte level with a space": lambda: byte_level(prefix_space=True),
+KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = PLAIN_KINDS | {
     "closing metaspace": lambda: closing(metaspace()),
     "closing byte level": lambda: closing(byte_level()),
 }
