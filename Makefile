@@ -80,13 +80,13 @@ torture: $(VENV)/.ready-dev
 fuzz: $(VENV)/.ready-dev
 	GRUPPO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 tests/fuzz
 
-# Some pinned versions do not fit another transformers: pip chooses those.
 test-lean: constraints.txt pyproject.toml
 	test -x .venv-lean/bin/python || $(PYTHON) -m venv .venv-lean
 	.venv-lean/bin/pip install --quiet --disable-pip-version-check --no-deps "$(TORCH)"
 	.venv-lean/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,lean]"
 	.venv-lean/bin/python -m pytest tests/training/test_lean_optimizers.py tests/models/test_four_bit.py
 
+# Some pinned versions do not fit another transformers: pip chooses those.
 test-transformers: constraints.txt pyproject.toml
 	test -x .venv-$(TRANSFORMERS)/bin/python || $(PYTHON) -m venv .venv-$(TRANSFORMERS)
 	sed -E '/^(transformers|tokenizers|huggingface[-_]hub|hf[-_]xet)==/d' constraints.txt > .venv-$(TRANSFORMERS)/constraints.txt
@@ -197,7 +197,7 @@ licences: $(VENV)/.ready-dev
 	$(BIN)/python scripts/licences.py
 
 clean:
-	rm -rf $(VENV) .venv-notebook .venv-gguf .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-notebook .venv-gguf .venv-lean .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and alone, so that its index serves nothing else; its build, and so its hash, depends on the machine. Then
 # everything else by hash, the model's package too; nothing that is not in the lock. Then the libraries that this build of

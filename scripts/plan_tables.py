@@ -27,7 +27,7 @@ def devices() -> str:
     for device in known_devices().values():
         lines.append(
             f"| {device.name} | {device.flops / 1e12:,.0f} | {device.memory / 1e9:.0f} | {device.bandwidth / 1e12:.3g} "
-            f"| {device.link / 1e9:.0f} | {device.source} |"
+            f"| {device.link / 1e9:.0f} | {device.source}, as given in {device.read_in} |"
         )
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ class Cluster(Section):
     trainers: Annotated[int, Field(ge=1)] = 1
     """Number of ranks: the number of processes that torchrun starts."""
     shards: Annotated[int, Field(ge=0)] = 0
-    """Number of ranks that hold the weights once, in shards. The other ranks hold copies of these shards. 0 stands for
+    """Number of ranks over which one copy of the weights is sharded; the other ranks hold further copies. 0 stands for
     all ranks."""
     patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that a rank waits for the others before the run ends with an error."""
@@ -25,7 +25,6 @@ class Cluster(Section):
     def _shards_divide(self) -> Self:
         if self.shards and self.trainers % self.shards:
             raise ValueError(
-                f"shards = {self.shards}: trainers = {self.trainers} cannot be divided into copies of as many; write a "
-                "divisor of it, or 0"
+                f"shards = {self.shards}: must divide trainers = {self.trainers}; write a divisor of it, or 0"
             )
         return self

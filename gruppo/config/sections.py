@@ -147,8 +147,8 @@ class Model(Section):
     """Device to compute on; "auto" picks the first one available of cuda, mps and cpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute dtype of matrix multiplications (matmuls); "auto" is bfloat16 if the device supports it natively, else
-    float32. Weights, gradients and optimizer state are float32 (float64 with "float64", meant for numerical
-    checks)."""
+    float32. Trained weights and gradients are float32, and so are AdamW's moments unless optimizer.state says otherwise
+    (all float64 with "float64", meant for numerical checks)."""
     attention: Literal["auto", "cpu", "sdpa", "flex", "varlen"] = "auto"
     """Attention over packed groups, and the modules around it. "cpu": gruppo's decoder and C kernels, for a CPU. The
     others run transformers' modules: "sdpa" is torch's attention, on any device; "flex" (FlexAttention) and "varlen"

@@ -30,7 +30,7 @@ def check_layers(layers: Mapping[str, nn.Module]) -> None:
         if not isinstance(layer, nn.Linear):
             problem = f"is a {type(layer).__name__}"
         elif layer.in_features % BLOCK:
-            problem = f"has {layer.in_features} inputs, which is no multiple of {BLOCK}"
+            problem = f"has {layer.in_features} inputs, which is not a multiple of {BLOCK}"
         else:
             continue
         raise UsageError(

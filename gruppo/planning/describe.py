@@ -69,19 +69,22 @@ def _placements(plan: Plan) -> list[str]:
     total = plan.total_seconds
     assert total is not None
     lines.append(f"In all: {_duration(total)} for {plan.recipe.run.steps:,} steps.")
-    if any(placed.kind == "colocated" for placed in plan.placements) and chosen.kind != "colocated":
+    if plan.cluster.devices > 1 and plan.work.sampled:
         lines += textwrap.wrap(
-            "Colocated is for comparison: gruppo gives sampling devices of its own if there are several.", _WIDTH
+            "For comparison: gruppo itself samples on one device, and never ahead of training (docs/ranks.md, "
+            "docs/vllm.md).",
+            _WIDTH,
         )
     return lines
 
 
 def _devices(placed: Placement) -> str:
+    trainers = f"{placed.trainers} trainer{'s' * (placed.trainers > 1)}"
     if placed.sampling is None:
-        return f"{placed.trainers} trainers"
+        return trainers
     each = f"{placed.engine_devices} device{'s' * (placed.engine_devices > 1)}"
     return (
-        f"{placed.trainers} trainer{'s' * (placed.trainers > 1)}, {placed.engines} engine{'s' * (placed.engines > 1)} "
+        f"{trainers}, {placed.engines} engine{'s' * (placed.engines > 1)} "
         f"of {each}, up to {placed.sampling.running} completions at once in each"
     )
 
@@ -103,7 +106,7 @@ def _memory(plan: Plan) -> list[str]:
 def _settings(plan: Plan) -> list[str]:
     if not plan.settings:
         return []
-    return ["Values for this cluster:", *(f"  {name} = {value}" for name, value in plan.settings.items())]
+    return ["Split of the devices:", *(f"  {name} = {value}" for name, value in plan.settings.items())]
 
 
 def _listed(title: str, texts: Iterable[str]) -> list[str]:
@@ -115,7 +118,7 @@ def _listed(title: str, texts: Iterable[str]) -> list[str]:
 
 def _assumptions(plan: Plan) -> list[str]:
     device = plan.cluster.device
-    lines = ["Assumed (each can be changed by the option of its name):"]
+    lines = ["Assumptions (each has an option of the same name):"]
     for name, number in plan.assumed.items():
         head = f"  --{name.replace('_', '-'):<20}{number['value']:>10,.6g} {number['unit']:<12}"
         text = f"{number['meaning']} ({number['source']})"

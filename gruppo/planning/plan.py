@@ -30,9 +30,10 @@ from gruppo.planning.trainer import Passes, rank_memory, training_state
 class Plan:
     """What a recipe will take on a cluster.
 
-    `placements`: the best of each kind that fits, fastest first. `chosen`: the one for gruppo, None if none fits.
-    `trainer_bytes`: of one rank of the chosen placement, by part. `engine_bytes`: of one device of an engine: weights,
-    and the cache of the completions that run at once. `problems`: what does not fit, each with what to change.
+    `placements`: the best of each kind that fits, fastest first. `chosen`: the fastest, on several devices of those
+    with engines apart; None if none fits. `trainer_bytes`: of one rank of the chosen placement, by part.
+    `engine_bytes`: of one device of an engine: weights, and the cache of the completions that run at once. `problems`:
+    what does not fit, each with what to change.
     `notes`: what the plan leaves out.
     """
 
@@ -150,7 +151,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, cluster: Cluster, assumptions: 
         parts = trainer_parts(shape, work, assumptions, chosen.trainers)
         engine_parts = _engine_parts(shape, cluster, work, chosen) if chosen.sampling else {}
     problems = () if chosen else tuple(_problems(shape, cluster, work, assumptions))
-    notes = tuple(_notes(recipe, chosen, work))
+    notes = tuple(_notes(recipe, work))
     return Plan(
         recipe, shape, cluster, assumptions, work, tuple(placements), chosen, parts, engine_parts, problems, notes
     )
@@ -228,13 +229,11 @@ def _problems(shape: ModelShape, cluster: Cluster, work: Work, assumed: Assumpti
     ]
 
 
-def _notes(recipe: Recipe, chosen: Placement | None, work: Work) -> list[str]:
+def _notes(recipe: Recipe, work: Work) -> list[str]:
     """What the plan leaves out, or takes for granted."""
     notes = []
-    if chosen is not None and chosen.kind == "ahead" and not recipe.method.tis_cap:
-        notes.append(
-            "lag = 1 trains on completions of the weights before: set method.tis_cap, e.g. --set method.tis_cap=2"
-        )
+    if recipe.optimizer.state != "float32" or (recipe.model.lora and recipe.model.lora.base == "4bit"):
+        notes.append('the memory that optimizer.state and model.lora.base = "4bit" save is not counted')
     if recipe.method.dynamic_sampling_rounds:
         notes.append(
             "method.dynamic_sampling_rounds: each additional round takes up to the time of sampling; none is counted"

@@ -29,6 +29,6 @@ def upload(folder: Path, args: TrainingArguments, message: str, options: Mapping
     except Exception as error:  # of the hub, the network or the disk
         why = hub_problem(error) or error_line(error)
         raise UsageError(
-            f"push_to_hub: {name} cannot be uploaded ({why}); the run folder keeps the model; then "
-            "call trainer.push_to_hub() again"
+            f"push_to_hub: {name} cannot be uploaded ({why}). The run folder keeps the model; once this "
+            "is fixed, call trainer.push_to_hub() again"
         ) from error
