@@ -25,7 +25,7 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) ->
     """Raise UsageError unless as many processes were started as the recipe has ranks."""
     started = int(environment.get("WORLD_SIZE", "1"))
     wanted = 1 if recipe.cluster is None else recipe.cluster.trainers
-    if started == wanted and (recipe.cluster is None or "RANK" in environment):
+    if started == wanted and (wanted == 1 or "RANK" in environment):
         return
     if recipe.cluster is None:
         raise UsageError(
@@ -36,14 +36,14 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) ->
     if "RANK" not in environment:
         raise UsageError(
             f"{field}: nothing has started the ranks; run `torchrun --nproc-per-node {wanted} --no-python gruppo train "
-            "RECIPE`, or leave [cluster] out"
+            "RECIPE`, or write trainers = 1"
         )
     raise UsageError(f"{field}: WORLD_SIZE = {started}, so {started} processes were started; make the two equal")
 
 
 @contextmanager
 def joined(recipe: Recipe) -> Iterator[ProcessRanks]:
-    """The ranks of a recipe with a [cluster], of which this process is one, for the duration of the block.
+    """The ranks of a recipe with several trainers, of which this process is one, for the duration of the block.
 
     If the connection to another rank is lost, RunError is raised in the block's place. At the end of the leader's
     block, the followers are told to end.

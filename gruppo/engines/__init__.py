@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from gruppo.config.cluster_section import LOCAL, Cluster
 from gruppo.config.engine_section import ENGINES
 from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.recipe import Recipe
 from gruppo.engines.base import Engine
+from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
 from gruppo.utils.imports import import_attribute
 from gruppo.utils.oom_retry import BatchSizes
@@ -23,6 +27,22 @@ def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> No
     check = getattr(_find(recipe.engine), "check", None)
     if check is not None:
         check(recipe, device, dtype)
+    if recipe.cluster is not None and recipe.cluster.engines:
+        _check_fleet(recipe.cluster, device)
+
+
+def _check_fleet(cluster: Cluster, device: torch.device) -> None:
+    """Raise UsageError if Ray is missing, or may not be used as the recipe says. Starts nothing."""
+    field = f"cluster.engines = {cluster.engines}"
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(f'{field}: Ray is not installed; run: pip install "gruppo[cluster]", or write engines = 0')
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{field}: Ray has no devices of type {device.type}; write engines = 0")
+    if cluster.address != LOCAL and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise UsageError(
+            f'cluster.address = "{cluster.address}": whoever reaches a Ray without a token can run programs on its '
+            "machines; start it and this run with RAY_AUTH_MODE=token (docs/scale.md says how)"
+        )
 
 
 def build_engine(

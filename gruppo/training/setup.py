@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from gruppo.data.offline import OfflineCompletions
 from gruppo.data.tokenization import data_sha256
 from gruppo.engines import NATIVE, build_engine, check_engine
 from gruppo.engines.base import Engine, SamplingParams
+from gruppo.engines.resizing import ResizingEngine
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data
 from gruppo.evaluation.sets import EvalSet
@@ -53,6 +54,9 @@ from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import describe
 
+if TYPE_CHECKING:
+    from gruppo.engines.fleet.fleet import Fleet
+
 
 @dataclass(frozen=True)
 class Local:
@@ -74,7 +78,8 @@ class RunComponents:
     `sampler`: the engine that samples completions: the policy's `engine`, or an engine of the initial model. `offline`:
     the completions that dataset rows bring, by prompt id; there is no `pool` then. `audit`: the second grader's pool.
     `changes`: what has changed since the run was started or last resumed. `filtered`: how many rows of each task were
-    left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train.
+    left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train. `fleet`:
+    what `engine` and `sampler` are, if the recipe has several engines.
     """
 
     recipe: Recipe
@@ -93,6 +98,7 @@ class RunComponents:
     filtered: dict[str, int]
     episodes: MultiTurnSampler | None = None
     ranks: Ranks = ALONE
+    fleet: Fleet | None = None
 
     @property
     def policy(self) -> LanguageModel:
@@ -160,8 +166,13 @@ def prepare(
     models = distribute(recipe, loaded, ranks)
     work = workload(recipe, inputs)
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest, retries=ranks.size == 1)
-    settings = recipe.engine if plays else NATIVE
-    engine, sampler = _engines(models.sampled, models.initial, sizes, settings, work.longest, stack)
+    fleet = None
+    if plays and recipe.cluster is not None and recipe.cluster.engines:
+        fleet = _open_fleet(models.sampled, recipe, sizes, work.longest, folder, progress, stack)
+        engine, sampler = (ResizingEngine(fleet, sizes),) * 2
+    else:
+        settings = recipe.engine if plays else NATIVE
+        engine, sampler = _engines(models.sampled, models.initial, sizes, settings, work.longest, stack)
     parts = RunComponents(
         recipe=recipe,
         run=run,
@@ -179,6 +190,7 @@ def prepare(
         filtered=inputs.filtered,
         episodes=opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None,
         ranks=ranks,
+        fleet=fleet,
     )
     if local is not None:
         local.ready(parts)
@@ -199,6 +211,23 @@ def _engines(
         engines.append(build_engine(model, sizes.slots, sizes, settings, length))
         stack.callback(engines[-1].close)
     return engines[0], engines[-1]
+
+
+def _open_fleet(
+    policy: LanguageModel,
+    recipe: Recipe,
+    sizes: BatchSizes,
+    length: int,
+    folder: Path,
+    progress: Progress,
+    stack: ExitStack,
+) -> Fleet:
+    """The engines of a recipe with cluster.engines. Ray is imported only for them."""
+    from gruppo.engines.fleet.opening import open_fleet
+
+    assert recipe.cluster is not None
+    with progress.bar("Starting engines", None, ""):
+        return open_fleet(policy, recipe, sizes.slots, length, folder, stack)
 
 
 def _open_rewards(

@@ -71,6 +71,24 @@ def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wan
     return max(1, min(MAX_SLOTS, wanted, int(budget / (policy.cache_bytes * tokens))))
 
 
+@torch.no_grad()
+def receive_weights(policy: LanguageModel, source: WeightSource) -> None:
+    """Copy weights into a policy, unless they are its own.
+
+    Raises ValueError if the names of the weights are not the names of the policy's model.
+    """
+    if source.module is policy.model:
+        return
+    targets = named_weights(policy.model)
+    policy.generation.advance()
+    for name, tensor in source:
+        if name not in targets:
+            raise ValueError(f"weights of {name!r}: the engine's model has no weight of that name")
+        targets.pop(name).copy_(tensor)
+    if targets:
+        raise ValueError(f"weights of {min(targets)!r}: missing")
+
+
 class NativeEngine(Engine):
     """See `Engine`. `options`: those for the policy's device, unless they are given."""
 
@@ -80,21 +98,12 @@ class NativeEngine(Engine):
         self.policy, self.slots, self.version = policy, slots, 0
         self.options = options or DecodingOptions.of(policy)
 
-    @torch.no_grad()
     def load_weights(self, source: WeightSource, version: int) -> None:
         """See `Engine`. Weights of the module that this engine samples with are shared, not copied.
 
         Raises ValueError if the names of the weights are not the names of the engine's model.
         """
-        if source.module is not self.policy.model:
-            targets = named_weights(self.policy.model)
-            self.policy.generation.advance()
-            for name, tensor in source:
-                if name not in targets:
-                    raise ValueError(f"weights of {name!r}: the engine's model has no weight of that name")
-                targets.pop(name).copy_(tensor)
-            if targets:
-                raise ValueError(f"weights of {min(targets)!r}: missing")
+        receive_weights(self.policy, source)
         self.version = version
 
     def stream(

@@ -82,10 +82,12 @@ def _check_decoding(field: str, decoding: Decoding) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """What vLLM is started for: `slots` concurrent completions of sequences of at most `length` tokens."""
+    """What vLLM is started for: `slots` concurrent completions of sequences of at most `length` tokens, on a number of
+    CUDA `devices`."""
 
     slots: int
     length: int
+    devices: int = 1
 
 
 def options(folder: Path, policy: LanguageModel, settings: Settings, size: Size) -> dict[str, Any]:
@@ -117,6 +119,8 @@ def options(folder: Path, policy: LanguageModel, settings: Settings, size: Size)
     if isinstance(share, str):
         share = min(1.0, as_bytes(share) / torch.cuda.get_device_properties(policy.device).total_memory)
     shared = settings.device is None
+    if size.devices > 1:
+        common |= {"tensor_parallel_size": size.devices, "distributed_executor_backend": "mp"}
     return common | {
         "gpu_memory_utilization": share,
         "enable_sleep_mode": shared,
