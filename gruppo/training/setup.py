@@ -166,13 +166,8 @@ def prepare(
     models = distribute(recipe, loaded, ranks)
     work = workload(recipe, inputs)
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest, retries=ranks.size == 1)
-    fleet = None
-    if plays and recipe.cluster is not None and recipe.cluster.engines:
-        fleet = _open_fleet(models.sampled, recipe, sizes, work.longest, folder, progress, stack)
-        engine, sampler = (ResizingEngine(fleet, sizes),) * 2
-    else:
-        settings = recipe.engine if plays else NATIVE
-        engine, sampler = _engines(models.sampled, models.initial, sizes, settings, work.longest, stack)
+    fleet = _open_fleet(models.sampled, recipe, sizes, work.longest, folder, progress, stack) if plays else None
+    engine, sampler = _engines(models, sizes, recipe.engine if plays else NATIVE, work.longest, fleet, stack)
     parts = RunComponents(
         recipe=recipe,
         run=run,
@@ -198,16 +193,18 @@ def prepare(
 
 
 def _engines(
-    policy: LanguageModel,
-    sampled: LanguageModel | None,
+    models: TrainedModels,
     sizes: BatchSizes,
     settings: EngineTable,
     length: int,
+    fleet: Fleet | None,
     stack: ExitStack,
 ) -> tuple[Engine, Engine]:
-    """The engine of the policy, and the one that samples completions: of `sampled`, or else the same."""
+    """The engine of the policy, and the one that samples completions: of the initial policy, or else the same."""
+    if fleet is not None:
+        return (ResizingEngine(fleet, sizes),) * 2
     engines = []
-    for model in (policy,) if sampled is None else (policy, sampled):
+    for model in (models.sampled,) if models.initial is None else (models.sampled, models.initial):
         engines.append(build_engine(model, sizes.slots, sizes, settings, length))
         stack.callback(engines[-1].close)
     return engines[0], engines[-1]
@@ -221,11 +218,12 @@ def _open_fleet(
     folder: Path,
     progress: Progress,
     stack: ExitStack,
-) -> Fleet:
-    """The engines of a recipe with cluster.engines. Ray is imported only for them."""
+) -> Fleet | None:
+    """The engines of a recipe with cluster.engines, else None. Ray is imported only for them."""
+    if recipe.cluster is None or not recipe.cluster.engines:
+        return None
     from gruppo.engines.fleet.opening import open_fleet
 
-    assert recipe.cluster is not None
     with progress.bar("Starting engines", None, ""):
         return open_fleet(policy, recipe, sizes.slots, length, folder, stack)
 

@@ -36,18 +36,27 @@ def cut(loads: Sequence[int], slots: int, engines: int) -> list[tuple[int, ...]]
     smaller, down to a quarter of the slots, so that engines finish at about the same time. If everything fits into the
     slots of all engines, each gets one piece: pieces that are smaller than they need to be waste slots.
     """
-    left, pieces, place = sum(loads), [], 0
+    pieces: list[tuple[int, ...]] = []
+    left, place = sum(loads), 0
     rounds = left > slots * engines
-    share = -(-left // engines)
     while place < len(loads):
-        size = min(slots, max(-(-left // (2 * engines)), -(-slots // 4))) if rounds else share
-        taken, first = 0, place
-        while place < len(loads) and (first == place or taken + loads[place] <= size):
+        if rounds:
+            size = min(slots, max(-(-left // (2 * engines)), -(-slots // 4)))
+        else:
+            size = -(-left // max(1, engines - len(pieces)))
+        first, taken = place, loads[place]
+        place += 1
+        while place < len(loads) and _fits(taken, loads[place], size, size if rounds else slots):
             taken += loads[place]
             place += 1
         left -= taken
         pieces.append(tuple(range(first, place)))
     return pieces
+
+
+def _fits(taken: int, load: int, size: int, most: int) -> bool:
+    """Whether a piece with one more request is nearer to its size, and not too large."""
+    return taken + load <= most and abs(taken + load - size) < abs(taken - size)
 
 
 def pieces_of(requests: Sequence[Request], slots: int, engines: int) -> list[Piece]:
