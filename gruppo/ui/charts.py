@@ -67,6 +67,8 @@ CHARTS = (
            "engine/importance_capped": "importance capped"}, unit="share"),
     Chart("engine", "Engine against trainer", "Difference of the log-probabilities of the same tokens, in nats.",
           {"engine/logprob_difference_mean": "mean", "engine/logprob_difference_max": "largest"}),
+    Chart("idle", "Idle engines", "Share of the engines' time during sampling in which they had nothing to do.",
+          {"engine/idle_share": "idle"}, unit="share"),
     Chart("speed", "Tokens per second", "Sampled tokens per second of sampling.",
           {"time/tokens_per_second": "tokens/s"}),
     Chart("phases", "Seconds by phase", "Of a step.",

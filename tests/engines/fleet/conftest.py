@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gruppo.config.loading import load_recipe
+from gruppo.engines.base import Request, SamplingParams
+from gruppo.engines.fleet.pieces import pieces_of
+from gruppo.engines.native.engine import NativeEngine
 from gruppo.models.policy import LanguageModel
+from gruppo.types import Completion
 
 if importlib.util.find_spec("ray") is None:
     collect_ignore_glob = ["test_contract.py", "test_faults.py", "test_training.py", "test_weights.py"]
@@ -21,6 +25,18 @@ if TYPE_CHECKING:
 
 KEPT = 3  # fleets that wait to be used again
 MakeFleet = Callable[..., "Fleet"]
+
+
+def one_process(
+    policy: LanguageModel, requests: list[Request], params: SamplingParams, slots: int = 64, version: int = 0
+) -> list[list[Completion]]:
+    """What one process samples in the pieces of two engines, one after the other."""
+    engine = NativeEngine(policy, slots)
+    engine.version = version
+    groups: dict[int, list[Completion]] = {}
+    for piece in pieces_of(requests, slots, 2):
+        groups |= zip(piece.places, engine.generate(piece.requests, params), strict=True)
+    return [groups[place] for place in range(len(requests))]
 
 
 @pytest.fixture(scope="session")
