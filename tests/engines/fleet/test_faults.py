@@ -153,7 +153,7 @@ def test_without_engines_the_run_ends_after_a_while(
         member.gpus = 1
         assert member.hello is not None
         kill(member.hello.pid)
-    with pytest.raises(RunError, match=r"cluster.engines = 2: no engine has been there for [2-9] s .* --resume"):
+    with pytest.raises(RunError, match=r"cluster.engines = 2: no engine has been there for [2-9] s .*; resume with"):
         engines.generate(REQUESTS, PARAMS)
 
 

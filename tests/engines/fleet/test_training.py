@@ -18,6 +18,7 @@ import tomli_w
 from gruppo.engines.fleet.member import Member
 from gruppo.errors import RunError
 from gruppo.training.api import train
+from tests.cluster.compare import assert_close, lines
 from tests.small_runs import ROWS, fingerprint, killed, recipe, small_run
 
 OF_THE_FLEET = ("engine/idle_share", "engine/load_", "engine/0/", "engine/1/")
@@ -52,13 +53,18 @@ def events(out: Path, *kinds: str) -> list[dict[str, Any]]:
 def test_a_run_with_two_engines_equals_the_run_without(
     running_ray: None, tiny_folder: str, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Weights, rollouts, evaluations and metrics but those of time and of the engines."""
+    """Weights and checkpoints to the last bit; tokens, rewards and metrics but those of time and of the engines.
+
+    Only what the engine says of its log-probabilities may differ in the last bits, because pieces are smaller batches.
+    """
     alone = {name: value for name, value in changes.items() if not name.startswith("cluster__")}
     small_run(tiny_folder, tmp_path / "one", **EVALUATION, **alone)
     small_run(tiny_folder, tmp_path / "two", cluster__engines=2, **EVALUATION, **changes)
-    assert of_the_run(tmp_path / "two") == of_the_run(tmp_path / "one")
-    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "engine/idle_share" in line]
+    found, expected = of_the_run(tmp_path / "two"), of_the_run(tmp_path / "one")
+    assert (found["weights"], found["checkpoint"]) == (expected["weights"], expected["checkpoint"])
+    for name in ("rollouts", "evaluations", "metrics"):
+        assert_close(found[name], expected[name], 1e-6, name)
+    steps = [line for line in lines(tmp_path / "two") if "engine/idle_share" in line]
     assert [line["engine/1/version"] for line in steps] == [1, 2, 3, 4]
     assert not (tmp_path / "two" / "engine_weights").exists()
 
@@ -168,8 +174,6 @@ def test_a_signal_leaves_no_process_of_ray(tiny_folder: str, tmp_path: Path, num
 
 
 def test_two_ranks_and_two_engines_equal_one_process(tiny_folder: str, tmp_path: Path) -> None:
-    from tests.cluster.compare import assert_close, lines
-
     small: dict[str, Any] = {"run__steps": 3, "model__dtype": "float64"}
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     process = started(tiny_folder, tmp_path, *launcher, cluster__trainers=2, **small)
