@@ -25,6 +25,7 @@ from gruppo.errors import UsageError
 from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
+from gruppo.utils.random_numbers import generator_of
 
 
 def llama_cpp_installed() -> bool:
@@ -97,7 +98,7 @@ class LlamaCppEngine(Engine):
         advance: Advance | None,
     ) -> Completion:
         """One completion of a prompt that is computed. `first`: the logits of its first token."""
-        uniforms = np.random.Generator(np.random.Philox(np.random.SeedSequence(stream))).random(params.max_tokens)
+        uniforms = generator_of(stream).random(params.max_tokens)
         tokens: list[int] = []
         logprobs: list[float] = []
         logits, text_end = first, None

@@ -16,6 +16,7 @@ from gruppo.planning.placement import (
     Placement,
     Work,
     best_placement,
+    engine_memory,
     engine_sizes,
     fewest_trainers,
     trainer_parts,
@@ -215,7 +216,7 @@ def _problems(shape: ModelShape, cluster: Cluster, work: Work, assumed: Assumpti
         )
     if work.sampled:
         largest = engine_sizes(cluster)[-1]
-        memory = device.memory * assumed.engine_memory
+        memory = engine_memory(cluster, assumed)
         engine = Engine(shape, device, largest, memory, assumed)
         if engine.slots(work.prompt + work.longest) < 1:
             longest = (work.prompt + work.longest) * shape.cache_bytes

@@ -37,6 +37,11 @@ class Engine:
         """Completions at once, if the cache has room for them."""
         return self.assumptions.slots or self.device.slots
 
+    @property
+    def rate(self) -> float:
+        """Floating-point operations per second of all its devices."""
+        return self.devices * self.device.flops * self.assumptions.mfu_of(self.shape.experts)
+
     def slots(self, context: float) -> int:
         """Completions at once, if each has `context` cached tokens on average; 0 if none fits."""
         return int(max(0.0, min(self.most_slots, self.cache_memory / (self.shape.cache_bytes * context))))
@@ -49,9 +54,8 @@ class Engine:
         """
         assumed, device = self.assumptions, self.device
         bandwidth = self.devices * device.bandwidth * assumed.bandwidth_share
-        rate = self.devices * device.flops * assumed.mfu_of(self.shape.experts)
         weights = self.shape.read_bytes(running) / bandwidth
-        computing = 2.0 * self.shape.active * running / rate
+        computing = 2.0 * self.shape.active * running / self.rate
         cache = running * context * self.shape.cache_bytes / bandwidth
         return max(weights, computing) + cache + self._sum_seconds(running) + assumed.iteration_ms / 1e3
 
@@ -65,8 +69,7 @@ class Engine:
 
     def prefill_seconds(self, tokens: float, context: float) -> float:
         """Seconds to compute the caches of `tokens` prompt tokens."""
-        rate = self.devices * self.device.flops * self.assumptions.mfu_of(self.shape.experts)
-        return tokens * self.shape.forward_flops(context) / rate
+        return tokens * self.shape.forward_flops(context) / self.rate
 
 
 @dataclass(frozen=True)

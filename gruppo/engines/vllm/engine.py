@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gruppo.config.engine_section import Engine as Settings
+from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.recipe import Recipe
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.completions import (
@@ -23,7 +23,7 @@ from gruppo.engines.completions import (
     make_completion,
 )
 from gruppo.engines.stop_strings import StopFinder
-from gruppo.engines.vllm.launch import COLDEST, Size, check_recipe, options, start
+from gruppo.engines.vllm.launch import COLDEST, Size, check_recipe, options, start, too_cold, truncates_otherwise
 from gruppo.engines.vllm.transfer import choose_transfer
 from gruppo.errors import RunError, first_line
 from gruppo.models.policy import LanguageModel
@@ -54,7 +54,7 @@ class VllmEngine(Engine):
     neighbors by rounding.
     """
 
-    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: Settings) -> None:
+    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable) -> None:
         """Start vLLM. It has no weights before the first `load_weights`.
 
         `length`: the longest sequence, a prompt with its completion, in tokens.
@@ -88,9 +88,9 @@ class VllmEngine(Engine):
         yield from self._groups(requests, params, advance)
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
-        if 0 < params.temperature < COLDEST:
+        if too_cold(params.temperature):
             raise ValueError(f"temperature = {params.temperature:g}: vLLM samples at {COLDEST:g} or more; or write 0")
-        if params.temperature and params.min_p > 0 and params.top_p < 1:
+        if truncates_otherwise(params.temperature, params.top_p, params.min_p):
             raise ValueError(f"min_p = {params.min_p:g}: vLLM applies it before top_p; write only one of them")
         longest = max(
             (len(request.token_ids) + request.limit(number, params) for request in requests
