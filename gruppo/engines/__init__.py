@@ -71,8 +71,8 @@ def open_engine(
 ) -> Engine:
     """Build an engine without a memory forecast: for evaluation, labels and `gruppo sample`.
 
-    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the most completions at once. `stack`
-    closes the engine.
+    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the largest useful number of
+    concurrent completions. `stack` closes the engine.
     """
     from gruppo.engines.native.engine import MAX_SLOTS, choose_slots
 

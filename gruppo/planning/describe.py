@@ -85,7 +85,7 @@ def _devices(placed: Placement) -> str:
     each = f"{placed.engine_devices} device{'s' * (placed.engine_devices > 1)}"
     return (
         f"{trainers}, {placed.engines} engine{'s' * (placed.engines > 1)} "
-        f"of {each}, up to {placed.sampling.running} completions at once in each"
+        f"of {each}, up to {placed.sampling.running} concurrent completions in each"
     )
 
 

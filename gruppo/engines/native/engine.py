@@ -43,7 +43,7 @@ class DecodingOptions:
     """Where decoding keeps its data, and when the host reads it. Changes results by rounding at most.
 
     `cache_dtype`: of keys and values. `page_tokens`: size of the cache's pages; None: one page per sequence, allocated
-    at once, which the CPU's kernels need. `lag`: by how many steps the host reads tokens later, so that a device need
+    at once, which the CPU's kernels need. `lag`: by how many steps the host reads tokens later, so that a device does
     not wait for it. `paired_uniforms`: random numbers in two float32 numbers each, for devices without float64.
     """
 
@@ -139,7 +139,7 @@ class _Decoder:
 
     What a step reads is on the device already: the tokens of the step before it, their positions, the random numbers.
     The host reads the sampled tokens `options.lag` steps later, in one transfer per step. Until then, a completion that
-    is finished goes on, and what it samples is dropped.
+    is finished continues, and its further tokens are dropped.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ PAGE_TOKENS = 256
 
 
 def room(tokens: int, page_tokens: int | None) -> int:
-    """The tokens that a sequence of so many tokens takes in pages of `page_tokens`; None: one page of its length."""
+    """Room, in tokens, that a sequence takes in pages of `page_tokens` tokens; None: one page of its length."""
     page = min(page_tokens or tokens, tokens)
     return -(-tokens // page) * page
 
@@ -27,7 +27,7 @@ class PageStore:
     """
 
     def __init__(self, sequences: int, tokens: int, page_tokens: int | None, dtype: torch.dtype) -> None:
-        """`tokens`: the most of a sequence. `page_tokens` None: one page per sequence, all in one block."""
+        """`tokens`: maximum length of a sequence. `page_tokens` None: one page per sequence, all in one block."""
         self.page_tokens, self.dtype, self.whole = min(page_tokens or tokens, tokens), dtype, page_tokens is None
         self.table = np.full((sequences, -(-tokens // self.page_tokens)), -1, dtype=np.int64)
         self.used = np.zeros(self.table.size, dtype=bool)

@@ -49,9 +49,8 @@ class _Sampled:
 class VllmEngine(Engine):
     """See `Engine`.
 
-    vLLM runs in processes of its own. Nothing of the policy is kept but its tokenizer: `load_weights` is the only way
-    in for weights, so the engine can also run where the policy is not. In bfloat16, a completion depends on its
-    neighbors by rounding.
+    vLLM runs in processes of its own. Only the policy's tokenizer is kept. Weights come from `load_weights` alone, so
+    the engine can also run where the policy is not. In bfloat16, a completion depends on its neighbors by rounding.
     """
 
     def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable) -> None:

@@ -1,4 +1,4 @@
-"""Starting vLLM: its options, its environment, and what can be wrong before it starts."""
+"""Starting vLLM: its options, its environment, and checks before it starts."""
 
 from __future__ import annotations
 
