@@ -11,15 +11,19 @@ from gruppo.config.engine_section import ENGINES
 from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.recipe import Recipe
 from gruppo.engines.base import Engine
+from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
 from gruppo.utils.imports import import_attribute
 from gruppo.utils.oom_retry import BatchSizes
 
 NATIVE = EngineTable()
+METHODS = "stream", "load_weights", "generate", "sleep", "close"
+OWN_METHODS = METHODS[:2]  # `Engine` has the others
 
 
 def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UsageError if the recipe's engine cannot be imported, or cannot do what the recipe asks for."""
+    """Raise UsageError if the recipe's engine cannot be imported, is no engine, or cannot do what the recipe asks
+    for."""
     check = getattr(_find(recipe.engine), "check", None)
     if check is not None:
         check(recipe, device, dtype)
@@ -67,8 +71,8 @@ def open_engine(
 ) -> Engine:
     """Build an engine without a memory forecast: for evaluation, labels and `gruppo sample`.
 
-    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the most completions at once. `stack`
-    closes the engine.
+    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the largest useful number of
+    concurrent completions. `stack` closes the engine.
     """
     from gruppo.engines.native.engine import MAX_SLOTS, choose_slots
 
@@ -82,4 +86,13 @@ def open_engine(
 
 
 def _find(settings: EngineTable) -> Any:
-    return import_attribute(ENGINES.get(settings.name, settings.name), "engine.name")
+    found = import_attribute(ENGINES.get(settings.name, settings.name), "engine.name")
+    missing = [name for name in METHODS if getattr(found, name, None) is None]
+    missing += [name for name in OWN_METHODS if getattr(found, name, None) is getattr(Engine, name)]
+    if missing:
+        raise UsageError(
+            f'engine.name = "{settings.name}": has no method {" and no method ".join(missing)}; write a class with '
+            f"{', '.join(METHODS[:-1])} and {METHODS[-1]}: a subclass of gruppo.engines.base.Engine needs "
+            f"{' and '.join(OWN_METHODS)} only"
+        )
+    return found

@@ -161,6 +161,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
         stack.callback(engine.close)
         with progress.bar("Timing", None, ""):
             prompt_token, decoding_step = time_generation(engine, inputs, chosen.slots, stop)
+            engine.sleep()
             forward, backward, optimizer = time_update(recipe, policy, work, chosen)
         rounds = math.ceil(work.completions / chosen.slots)
         tokens = sum(
@@ -328,6 +329,7 @@ def _smoke_test_findings(
         found.append(smoke_test.skipped("--quick"))
     else:
         test = smoke_test.run_smoke_test(recipe, engine, inputs, pool, chosen.slots, seconds, progress, stop, episodes)
+        engine.sleep()
         weights = dict(zip(pool.names, pool.weights, strict=True))
         if episodes is not None and episodes.weight is not None:
             weights[NAME] = episodes.weight

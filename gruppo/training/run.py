@@ -175,7 +175,7 @@ class TrainingRun:
             lines = self.folder.metrics()
         saved = 0 if restored.checkpoint is None else self.state.step
         self.status.update(now=True, step=self.state.step, checkpoint=saved, truncated_to=self.folder.lengths())
-        self.parts.engine.load_weights(self.policy.weights, self.state.step)
+        self._load_weights(self.state.step)
         self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
         with reading(self.folder.path, "restore the folder as the run left it, or choose another --out"):
             for values in lines:  # for warnings that look back; their messages are already recorded
@@ -220,7 +220,13 @@ class TrainingRun:
     def load_weights(self, step: Step) -> None:
         """Load the policy's weights into the engine after a step."""
         with step.timer("load_weights"):
-            self.parts.engine.load_weights(self.policy.weights, step.number)
+            self._load_weights(step.number)
+
+    def _load_weights(self, version: int) -> None:
+        """Load the policy's weights into its engine, which then sleeps unless the next step begins by sampling."""
+        self.parts.engine.load_weights(self.policy.weights, version)
+        if not self.parts.samples_policy:
+            self.parts.engine.sleep()
 
     def finish_step(self, step: Step, groups: list[Group], minibatches: Sequence[StepBatches]) -> None:
         """Record the step (rollouts, metrics, warnings), mark it as done, and notify the callbacks."""

@@ -99,6 +99,11 @@ class RunComponents:
         """The policy that is trained."""
         return self.models.policy
 
+    @property
+    def samples_policy(self) -> bool:
+        """Whether steps sample with `engine`. Otherwise, only evaluations do."""
+        return self.pool is not None and self.sampler is self.engine
+
 
 def prepare(
     recipe: Recipe,
@@ -193,11 +198,15 @@ def _engines(
     length: int,
     stack: ExitStack,
 ) -> tuple[Engine, Engine]:
-    """The engine of the policy, and the one that samples completions: of `sampled`, or else the same."""
+    """The engine of the policy, and the one that samples completions: of `sampled`, or else the same.
+
+    They sleep until they are used: a second one may need the memory of the first one.
+    """
     engines = []
     for model in (policy,) if sampled is None else (policy, sampled):
         engines.append(build_engine(model, sizes.slots, sizes, settings, length))
         stack.callback(engines[-1].close)
+        engines[-1].sleep()
     return engines[0], engines[-1]
 
 

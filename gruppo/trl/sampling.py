@@ -85,4 +85,5 @@ class Sampler:
             )
         else:
             completions = sample_groups(self.engine, prompts, streams, self.params, progress, stop, "Evaluating")
+        self.engine.sleep()
         return score_groups(prompts, completions, pool, state, Metrics(), progress, stop, weight)

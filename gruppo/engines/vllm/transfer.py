@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gruppo.config.engine_section import Engine as Settings
+from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 
@@ -30,7 +30,7 @@ class Transfer(Protocol):
         """Replace vLLM's weights by these."""
 
 
-def choose_transfer(llm: Any, policy: LanguageModel, settings: Settings) -> Transfer:
+def choose_transfer(llm: Any, policy: LanguageModel, settings: EngineTable) -> Transfer:
     """The transfer for the device of the policy and the device of vLLM."""
     if policy.device.type == "cpu":
         return ByName(llm, policy.dtype)

@@ -22,7 +22,7 @@ import cloudpickle
 from gruppo.config.labels import options_name, split_label
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Reward as RewardSettings
-from gruppo.config.units import as_bytes
+from gruppo.config.units import bytes_of
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction, RewardRun, check_option_names, reward_path
 from gruppo.rewards.combine import Value, combine
@@ -318,9 +318,7 @@ def trainer_state(recipe: Recipe, step: int) -> dict[str, int]:
 
 def memory_per_process(settings: RewardSettings) -> int:
     """Maximum memory of one reward process, in bytes."""
-    memory = settings.memory
-    total = as_bytes(memory) if isinstance(memory, str) else int(memory * machine_memory())
-    return total // settings.workers
+    return bytes_of(settings.memory, machine_memory()) // settings.workers
 
 
 def _unique(names: Sequence[str]) -> list[str]:
