@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from gruppo.cluster.follower import follow
 from gruppo.cluster.ranks import ProcessRanks
 from gruppo.cluster.sending import described
-from gruppo.cluster.torchrun import check_launch
+from gruppo.cluster.torchrun import check_launch, make_mesh
 from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.training.api import run_recipe, train
@@ -129,6 +130,18 @@ def test_a_run_with_copies_of_shards_continues_in_one_process(tiny_folder: str, 
     assert names == {f"weights-0000{number}-of-00002.safetensors" for number in (1, 2)}
     alone(settings, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def timeouts(ranks: ProcessRanks, shards: int) -> list[float]:
+    """Seconds that exchanges of weights wait for a rank."""
+    mesh = make_mesh("cpu", shards, timedelta(seconds=77))
+    groups: list[Any] = mesh.get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.parametrize(("shards", "dimensions"), [(3, 1), (1, 2)])
+def test_patience_holds_for_every_exchange_of_weights(team: Team, shards: int, dimensions: int) -> None:
+    assert team.run(3, timeouts, shards) == [[77.0] * dimensions] * 3
 
 
 def held(ranks: ProcessRanks) -> tuple[int, int]:
