@@ -212,6 +212,16 @@ def test_an_update_that_is_not_finite_ends_all_ranks_with_its_cause(
     assert "not finite" in error or "is nan" in error, error
 
 
+def test_a_reward_model_that_is_not_finite_is_reported_by_the_leader_alone(
+    team: Team, tiny_folder: str, tmp_path: Path
+) -> None:
+    settings = settings_of(
+        tiny_folder, model__dtype="float32", run__iterations=2, **LABELLED | {"reward_model__learning_rate": 1e38}
+    )
+    error = team.run(2, run_on, settings, tmp_path / "run")[0]["error"]  # an error of another rank would be raised
+    assert "the reward model's probability" in error, error
+
+
 def test_as_many_ranks_must_be_started_as_the_recipe_has() -> None:
     ranks, none = (load_recipe({"model": {"name": "m"}, **table}) for table in ({"cluster": {"trainers": 2}}, {}))
     check_launch(ranks, {"RANK": "0", "WORLD_SIZE": "2"})
