@@ -188,7 +188,7 @@ def reproduce(
             notes=[
                 *map(
                     worded,
-                    [*prepared.changes.texts, *damaged, *_environment_note(recipe), *_notes(folder, step, begun)],
+                    [*prepared.changes.texts, *damaged, *_notes_of(recipe), *_notes(folder, step, begun)],
                 )
             ],
         )
@@ -307,9 +307,12 @@ def _link(folder: Path, scratch: Path, step: int) -> list[str]:
     return notes
 
 
-def _environment_note(recipe: Recipe) -> Iterator[str]:
+def _notes_of(recipe: Recipe) -> Iterator[str]:
     if recipe.environment is not None:
         yield "the environment's observations and rewards are the recorded ones; the environment was not called again"
+    if recipe.cluster is not None and recipe.cluster.trainers > 1:
+        ranks = recipe.cluster.trainers
+        yield f"{ranks} ranks trained, and one process reproduces: rounding differs; --tolerance=1e-4 allows for it"
 
 
 def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:

@@ -22,6 +22,7 @@ from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.training.api import run_recipe, train
 from gruppo.training.export import export
+from gruppo.training.reproduce import reproduce
 from gruppo.training.shard_files import local_tensor
 from gruppo.utils.progress import NullProgress
 from tests.cluster.compare import assert_same_run, lines
@@ -80,6 +81,9 @@ def test_a_run_on_two_ranks_equals_one_process(
     assert_same_run(tmp_path / "two", tmp_path / "one")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two/model", dtype=torch.float64)
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    reproduced = reproduce(tmp_path / "two", 3, prompts=ROWS, tolerance=1e-8, trust=True, progress=False)
+    assert reproduced.equal, reproduced.differences
+    assert any(note.startswith("2 ranks trained") for note in reproduced.notes)
 
 
 @pytest.mark.parametrize(
