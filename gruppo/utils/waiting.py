@@ -32,6 +32,7 @@ class Wait:
         self.inner = 0  # waits of the same thread that are open inside this one
         self.since = time.monotonic()
         self.over = False
+        self.thread = threading.get_ident()
 
     def moved(self) -> None:
         """What is waited for has moved on."""
@@ -52,6 +53,8 @@ def waiting_for(what: str | Callable[[], str]) -> Iterator[Wait]:
     """Register what the block waits for. `what`: words such as "the sandbox", or a function that returns them, which
     the watcher calls in its own thread."""
     outer: Wait | None = getattr(_innermost, "wait", None)
+    while outer is not None and outer.over:
+        outer = outer.outer
     wait = Wait(what, outer)
     if outer is not None:
         outer.inner += 1
@@ -60,15 +63,18 @@ def waiting_for(what: str | Callable[[], str]) -> Iterator[Wait]:
     try:
         yield wait
     finally:
-        while not wait.over:  # also of waits inside it that were left open, as by an error in another library
-            _end(_innermost.wait)
+        while not wait.over:
+            # Waits inside it that were left open, as by an error in another library, end with it. A generator that is
+            # left can be ended by the garbage collector in any thread.
+            _end(_innermost.wait if wait.thread == threading.get_ident() else wait)
 
 
 def _end(wait: Wait) -> None:
     wait.moved()
     wait.over = True
     del _open[wait]
-    _innermost.wait = wait.outer
+    if wait.thread == threading.get_ident():
+        _innermost.wait = wait.outer
     if wait.outer is not None:
         wait.outer.inner -= 1
         wait.outer.moved()

@@ -143,6 +143,18 @@ def test_a_wait_that_was_left_open_ends_with_the_one_around_it(clock: Clock) -> 
         assert said.after(30) == ["waiting for the next (30 s)"]
 
 
+def test_a_wait_can_be_ended_by_another_thread(clock: Clock) -> None:
+    """The garbage collector ends generators in any thread."""
+    said, left_open = Lines(clock), waiting_for("left open")
+    left_open.__enter__()
+    thread = threading.Thread(target=left_open.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert said.after(30) == []
+    with waiting_for("the next"):
+        assert said.after(30) == ["waiting for the next (30 s)"]
+
+
 def test_a_progress_bar_is_a_wait(clock: Clock) -> None:
     said = Lines(clock)
     with WatchedProgress(NullProgress()).bar("Updating", 2, "batches") as advance:
