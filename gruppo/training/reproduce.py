@@ -29,6 +29,7 @@ from gruppo.types import Reward, Row
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import stop_on_signals
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,6 +131,7 @@ def reproduce(
     functions = _reward_functions(recipe, reward, prompts, model)
     data = read_data(recipe, functions, prompts, shown)
     with ExitStack() as stack:
+        shown, _ = stack.enter_context(watched(shown))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-reproduce-")))
         damaged = _link(folder, scratch, step)
         stop = stack.enter_context(stop_on_signals())

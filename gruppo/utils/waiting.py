@@ -103,13 +103,14 @@ class WaitWatcher:
     """
 
     def __init__(self, tell: Tell, first: float = FIRST_SECONDS) -> None:
-        self.tells, self.first = [tell], first
+        self._tells, self.first = [tell], first
+        self._looking = threading.Lock()
         self._told: dict[Wait, _Told] = {}
         self._longest: dict[str, float] = {}  # seconds of waits that were reported and ended, by what was waited for
 
     @contextmanager
     def running(self, every: float = LOOK_SECONDS) -> Iterator[None]:
-        """Look every few seconds, in a thread, until the end of the block."""
+        """Look every few seconds (`every`), in a thread, until the end of the block."""
         ended = threading.Event()
 
         def look() -> None:
@@ -124,8 +125,22 @@ class WaitWatcher:
             ended.set()
             thread.join()
 
+    @contextmanager
+    def telling(self, tell: Tell) -> Iterator[None]:
+        """Report to another function, too, inside the block; at its end the waits that are over."""
+        self._tells.append(tell)
+        try:
+            yield
+        finally:
+            self.look(time.monotonic())
+            self._tells.remove(tell)
+
     def look(self, now: float) -> None:
         """Report what is due. `now`: of `time.monotonic`."""
+        with self._looking:
+            self._look(now)
+
+    def _look(self, now: float) -> None:
         for wait, told in list(self._told.items()):
             if wait.over or wait.since > told.since:
                 seconds = wait.since - told.since
@@ -144,7 +159,7 @@ class WaitWatcher:
                 self._tell(f"waiting for {what} since {began:%H:%M:%S} ({now - since:.0f} s)", over=False)
 
     def _tell(self, text: str, over: bool) -> None:
-        for tell in self.tells:
+        for tell in self._tells:
             with suppress(OSError, RunError):  # a full disk, or a console that is gone: the thread goes on
                 tell(text, over)
 
@@ -177,8 +192,13 @@ class WatchedProgress:
 
 
 @contextmanager
-def watched(progress: Progress) -> Iterator[tuple[WatchedProgress, WaitWatcher]]:
-    """Watch what the block waits for, and show it as notes. Yields the progress to use inside, and the watcher."""
-    watcher = WaitWatcher(lambda text, _: progress.note(text))
-    with watcher.running():
+def watched(
+    progress: Progress, first: float = FIRST_SECONDS, every: float = LOOK_SECONDS
+) -> Iterator[tuple[WatchedProgress, WaitWatcher]]:
+    """Watch what the block waits for, and show it as notes. Yields the progress to use inside, and the watcher.
+
+    `first`: see `WaitWatcher`; `every`: see `WaitWatcher.running`; in seconds.
+    """
+    watcher = WaitWatcher(lambda text, _: progress.note(text), first)
+    with watcher.running(every):
         yield WatchedProgress(progress), watcher
