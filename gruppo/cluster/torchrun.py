@@ -13,6 +13,8 @@ from gruppo.config.recipe import Recipe
 from gruppo.errors import RunError, UsageError, first_line
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from gruppo.cluster.ranks import ProcessRanks
 
 
@@ -60,11 +62,7 @@ def joined(recipe: Recipe) -> Iterator[ProcessRanks]:
     if accelerated:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if accelerated else "gloo", timeout=patience)
-    size = dist.get_world_size()
-    shards = settings.shards or size
-    shape = (size,) if shards == size else (size // shards, shards)
-    names = ("copies", "shards")[-len(shape) :]
-    mesh = dist.device_mesh.init_device_mesh("cuda" if accelerated else "cpu", shape, mesh_dim_names=names)
+    mesh = make_mesh("cuda" if accelerated else "cpu", settings.shards or dist.get_world_size(), patience)
     group = dist.new_group(backend="gloo", timeout=patience)
     ranks = ProcessRanks(group, dist.new_group(backend="gloo", timeout=FOREVER), mesh)
     leads = ranks.rank == 0
@@ -85,6 +83,19 @@ def joined(recipe: Recipe) -> Iterator[ProcessRanks]:
             if leads:
                 ranks.end()
         dist.destroy_process_group()
+
+
+def make_mesh(device: str, shards: int, patience: timedelta) -> DeviceMesh:
+    """All ranks as copies of the weights, each sharded over `shards` ranks. No exchange in it waits longer than
+    `patience`."""
+    import torch.distributed as dist
+
+    size = dist.get_world_size()
+    shape = (size,) if shards == size else (size // shards, shards)
+    mesh = dist.device_mesh.init_device_mesh(device, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+    for group in mesh.get_all_groups():  # torch gives groups of a part of the ranks a timeout of its own
+        dist.distributed_c10d._set_pg_timeout(patience, group)
+    return mesh
 
 
 def _is_lost(error: RuntimeError) -> bool:

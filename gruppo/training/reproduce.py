@@ -29,6 +29,7 @@ from gruppo.types import Reward, Row
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import stop_on_signals
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,6 +131,7 @@ def reproduce(
     functions = _reward_functions(recipe, reward, prompts, model)
     data = read_data(recipe, functions, prompts, shown)
     with ExitStack() as stack:
+        shown, _ = stack.enter_context(watched(shown))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-reproduce-")))
         damaged = _link(folder, scratch, step)
         stop = stack.enter_context(stop_on_signals())
@@ -188,7 +190,7 @@ def reproduce(
             notes=[
                 *map(
                     worded,
-                    [*prepared.changes.texts, *damaged, *_environment_note(recipe), *_notes(folder, step, begun)],
+                    [*prepared.changes.texts, *damaged, *_notes_of(recipe), *_notes(folder, step, begun)],
                 )
             ],
         )
@@ -307,9 +309,12 @@ def _link(folder: Path, scratch: Path, step: int) -> list[str]:
     return notes
 
 
-def _environment_note(recipe: Recipe) -> Iterator[str]:
+def _notes_of(recipe: Recipe) -> Iterator[str]:
     if recipe.environment is not None:
         yield "the environment's observations and rewards are the recorded ones; the environment was not called again"
+    if recipe.cluster is not None and recipe.cluster.trainers > 1:
+        ranks = recipe.cluster.trainers
+        yield f"{ranks} ranks trained, and one process reproduces: rounding differs; --tolerance=1e-4 allows for it"
 
 
 def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:

@@ -42,6 +42,7 @@ from gruppo.utils.oom_retry import SizeReduced
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import Interrupted, Stop
 from gruppo.utils.system import peak_memory, release_memory
+from gruppo.utils.waiting import waiting_for
 
 # Builds the source of a run's groups from the default source.
 MakeSource = Callable[[LiveRollouts], RolloutSource]
@@ -191,6 +192,10 @@ class TrainingRun:
         if self.state.step and (problem := base_problem(self.folder.path)):
             yield f"{problem}, and gruppo export needs it"
 
+    def record_wait(self, text: str, over: bool) -> None:
+        """Record that the run waits for something, or that it is over. Called by another thread."""
+        self.recorder.event("waiting", text, self.state.step + 1, state="passed" if over else "begins")
+
     # Steps.
 
     def remaining_steps(self) -> Iterator[int]:
@@ -219,7 +224,7 @@ class TrainingRun:
 
     def load_weights(self, step: Step) -> None:
         """Load the policy's weights into the engine after a step."""
-        with step.timer("load_weights"):
+        with step.timer("load_weights"), waiting_for("the engine, to load weights"):
             self._load_weights(step.number)
 
     def _load_weights(self, version: int) -> None:

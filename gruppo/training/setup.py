@@ -52,6 +52,7 @@ from gruppo.training.sizing import Free, disk_of
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import describe
+from gruppo.utils.waiting import waiting_for
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def prepare(
     reward_settings = recipe.reward_model
     opened, pool, audit = _open_rewards(recipe, rewards, data, folder, progress, stack, plays, local)
     start_model, tokenizer = model or (recipe.model.name, None)
-    source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
+    with waiting_for(f"the files of {recipe.model.name}"):
+        source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
     check_adapters(source, recipe.model.lora)
     if reward_settings is not None and pool is not None and NAME in pool.names:
         raise UsageError(

@@ -23,6 +23,7 @@ from gruppo.rollout.workers.rewards import Outcome, call_arguments, outcome_of, 
 from gruppo.trl.local_environments import LocalEnvironments
 from gruppo.types import Completion, Prompt, Reward
 from gruppo.utils.progress import Advance
+from gruppo.utils.waiting import waiting_for
 
 
 class BackgroundLoop:
@@ -109,11 +110,12 @@ class LocalRewards:
             texts = [completion.text for completion in completions]
             arguments["completions"] = [self._environments.messages(*one) for one in enumerate(texts)]
         outcomes, metrics = [], dict[str, list[float]]()
-        for function in self.functions:
-            outcome = self._call(function, arguments, completions, state)
+        for name, function in zip(self.names, self.functions, strict=True):
+            with waiting_for(f"reward {name}"):
+                outcome = self._call(function, arguments, completions, state)
             outcomes.append(outcome)
-            for name, values in outcome.metrics.items():
-                metrics.setdefault(name, []).extend(values)
+            for metric, values in outcome.metrics.items():
+                metrics.setdefault(metric, []).extend(values)
             if advance is not None:
                 advance(len(groups) / len(self.functions))
         rewards = iter(

@@ -69,6 +69,13 @@ def test_a_rank_that_dies_ends_the_run_which_then_continues(tiny_folder: str, tm
     assert [line["step"] for line in lines(out)] == list(range(1, done + 3))
 
 
+def test_a_recipe_is_shown_once() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "gruppo.cli.main"]
+    command += ["train", "quickstart", "--set", "cluster.trainers=2", "--show"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert shown.stdout.count("[cluster]") == 1
+
+
 def test_ctrl_c_saves_the_run(tiny_folder: str, tmp_path: Path) -> None:
     file = recipe_file(tiny_folder, tmp_path, run__steps=400, run__checkpoint_every=100)
     out = tmp_path / "run"

@@ -30,6 +30,7 @@ from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource, save_base
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
+from gruppo.utils.waiting import waiting_for
 
 CLOSING_SECONDS = 10.0  # until processes that do not end are killed
 MESSAGE = 300  # characters of an error of vLLM that are shown
@@ -64,7 +65,8 @@ class VllmEngine(Engine):
         with tempfile.TemporaryDirectory() as folder:
             save_base(policy, Path(folder))
             arguments = options(Path(folder), policy, settings, Size(slots, length))
-            self._llm = start(arguments, policy.device, settings)
+            with waiting_for("vLLM to start"):
+                self._llm = start(arguments, policy.device, settings)
         self._transfer = choose_transfer(self._llm, policy, settings)
         self._sleeps = bool(arguments.get("enable_sleep_mode"))
 
@@ -223,7 +225,8 @@ class VllmEngine(Engine):
 def _vllm_errors(during: str) -> Iterator[None]:
     """Raise RunError for an error of vLLM, with the start of its message, which can have thousands of characters."""
     try:
-        yield
+        with waiting_for(f"vLLM, {during}"):
+            yield
     except Exception as error:
         raise RunError(
             f'engine.name = "vllm": vLLM failed while {during} ({first_line(error)[:MESSAGE]}); its own messages are '

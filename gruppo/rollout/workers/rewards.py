@@ -33,6 +33,7 @@ from gruppo.rollout.workers.worker_set import WorkerSet
 from gruppo.types import Completion, Prompt, Reward, Steps
 from gruppo.utils.cgroups import machine_memory
 from gruppo.utils.progress import Advance, NullProgress, Progress
+from gruppo.utils.waiting import moved, waiting_for
 
 _Job = tuple[int, int]  # group, function
 
@@ -225,22 +226,28 @@ class RewardPool:
         """Give jobs to idle workers until all are done. A busy worker without a job is loading its functions."""
         busy: dict[Worker, tuple[_Job | None, float]] = {}
         try:
-            while jobs or any(job is not None for job, _ in busy.values()):
-                for idle in [worker for worker in self._workers if worker not in busy]:
-                    worker = self._workers.alive(idle)
-                    if not worker.loaded:
-                        busy[worker] = None, worker.load_by
-                    elif jobs:
-                        busy[worker] = jobs[0], time.monotonic() + self.timeout
-                        worker.send(call(jobs.popleft()))
-                patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
-                wait(busy, min(patience, TICK_SECONDS))
-                self._collect(busy, jobs, done)
-                tick()
+            with waiting_for(lambda: self._in_words(busy)):
+                while jobs or any(job is not None for job, _ in busy.values()):
+                    for idle in [worker for worker in self._workers if worker not in busy]:
+                        worker = self._workers.alive(idle)
+                        if not worker.loaded:
+                            busy[worker] = None, worker.load_by
+                        elif jobs:
+                            busy[worker] = jobs[0], time.monotonic() + self.timeout
+                            worker.send(call(jobs.popleft()))
+                    patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
+                    wait(busy, min(patience, TICK_SECONDS))
+                    self._collect(busy, jobs, done)
+                    tick()
         except BaseException:
             for worker in busy:
                 self._workers.replace(worker)
             raise
+
+    def _in_words(self, busy: Mapping[Worker, tuple[_Job | None, float]]) -> str:
+        """What busy workers compute. Called by the thread that watches waits."""
+        names = sorted({self.names[job[1]] for job, _ in list(busy.values()) if job is not None})
+        return f"reward {', '.join(names)}" if names else "a process that loads the rewards"
 
     def _collect(
         self,
@@ -254,6 +261,7 @@ class RewardPool:
             if answer is None:
                 continue
             del busy[worker]
+            moved()
             if job is None:
                 self._workers.loaded(worker, answer)
                 continue
