@@ -30,7 +30,8 @@ from gruppo.models.attention.backends import check_compute
 from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
 from gruppo.rewards.grading.verdicts import Verdict
-from gruppo.rollout.multi_turn import OpenedEnvironments, open_multi_turn
+from gruppo.rollout.episodes import Opened
+from gruppo.rollout.multi_turn import open_multi_turn
 from gruppo.rollout.sampling import sample_groups
 from gruppo.runs.console import choose_progress
 from gruppo.types import Completion, Prompt
@@ -283,7 +284,7 @@ class Questions:
 
     source: ModelSource
     eval_sets: list[EvalSet]
-    opened: OpenedEnvironments | None
+    opened: Opened | None
 
     @property
     def prompts(self) -> list[Prompt]:

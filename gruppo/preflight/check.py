@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from gruppo.engines.base import Engine
     from gruppo.models.loading import ModelSource
     from gruppo.models.policy import LanguageModel
-    from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments
+    from gruppo.rollout.episodes import Episodes, Opened
     from gruppo.rollout.workers.rewards import RewardPool
     from gruppo.training.disk_estimate import Disk
     from gruppo.training.inputs import RunInputs
@@ -210,7 +210,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
 
 
 def _tokenize(
-    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: OpenedEnvironments | None
+    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: Opened | None
 ) -> tuple[RunInputs, str | None]:
     """The tokenized prompts and None; or, if training would refuse some as too long, the others and its message."""
     from gruppo.training.inputs import tokenize_data
@@ -315,7 +315,7 @@ def _smoke_test_findings(
     seconds: float,
     progress: Progress,
     stop: Stop,
-    episodes: MultiTurnSampler | None,
+    episodes: Episodes | None,
 ) -> list[Finding]:
     """The findings of the smoke test, if `seconds` is not 0, and of the gradient check."""
     from gruppo.preflight import smoke_test

@@ -26,7 +26,7 @@ from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
 from gruppo.preflight.gradient_check import Derivative, compare, fill_advantages, shortened, with_arbitrary_rewards
-from gruppo.rollout.multi_turn import MultiTurnSampler
+from gruppo.rollout.episodes import Episodes
 from gruppo.rollout.offline import offline_groups
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.scoring import score_groups
@@ -108,7 +108,7 @@ def run_smoke_test(
     seconds: float,
     progress: Progress,
     stop: Stop,
-    episodes: MultiTurnSampler | None = None,
+    episodes: Episodes | None = None,
 ) -> SmokeTest:
     """Sample and score groups like the first steps of a run.
 
@@ -378,6 +378,7 @@ def compare_logprobs(policy: LanguageModel, groups: Sequence[Group], temperature
         with policy.precision():
             logprobs = score(policy, batch, temperature)[0]
         sampling = batch.sampling_logprobs
+        assert sampling is not None
         differences.append((logprobs.to(sampling.dtype) - sampling)[batch.trained].abs().cpu().double())
     return report_engine_difference(torch.cat(differences), policy.dtype)
 

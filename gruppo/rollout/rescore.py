@@ -23,7 +23,13 @@ from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction, listed_rewards, recipe_name
 from gruppo.rewards.combine import overall
 from gruppo.rollout.recorded_rows import CALLS, Row, completion_of, prompt_of, read_groups, reward_of
-from gruppo.rollout.workers.rewards import RewardPool, memory_per_process, reward_names, trainer_state
+from gruppo.rollout.workers.rewards import (
+    RewardPool,
+    completion_columns,
+    memory_per_process,
+    reward_names,
+    trainer_state,
+)
 from gruppo.runs.console import choose_progress
 from gruppo.runs.missing import steps_text
 from gruppo.runs.reading import old_parts, reading, require_own, step_of
@@ -87,6 +93,11 @@ class _Group:
     completions: list[Completion]
     rewards: list[Reward]
 
+    @property
+    def columns(self) -> set[str]:
+        """The names of the columns that a call gets."""
+        return {*self.prompt.columns, *completion_columns(self.completions)}
+
     @classmethod
     def read(cls, rows: list[Row]) -> _Group:
         """The group in these rows of a rollout table."""
@@ -143,7 +154,7 @@ class _Rescoring:
 
     def _pool(self, groups: Sequence[_Group]) -> RewardPool:
         """The processes of the new reward. The columns that it may need are those of all these groups."""
-        counts = Counter(name for group in groups for name in group.prompt.columns)
+        counts = Counter(name for group in groups for name in group.columns)
         partial = {name: f"{count} of {len(groups)} groups" for name, count in counts.items() if count < len(groups)}
         try:
             pool = RewardPool(

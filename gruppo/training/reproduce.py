@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +129,7 @@ def reproduce(
         raise refusal(folder, code, "pass trust=True")
     line = _line(folder, step)
     functions = _reward_functions(recipe, reward, prompts, model)
-    data = read_data(recipe, functions, prompts, shown)
+    data = replace(read_data(recipe, functions, prompts, shown), completion_columns=_completion_columns(folder, step))
     with ExitStack() as stack:
         shown, _ = stack.enter_context(watched(shown))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-reproduce-")))
@@ -283,6 +283,16 @@ def _reward_functions(
     if reward is None:
         return recipe.reward.functions
     return [reward] if callable(reward) else list(reward)
+
+
+def _completion_columns(folder: Path, step: int) -> tuple[str, ...]:
+    """The columns that the completions of a step bring for rewards."""
+    from gruppo.rollout.recorded import Recording
+    from gruppo.rollout.recorded_rows import completion_of
+    from gruppo.rollout.workers.rewards import completion_columns
+
+    rows = [row for group in Recording(folder).groups(step) for row in group]
+    return tuple(completion_columns([completion_of(row) for row in rows]))
 
 
 def _link(folder: Path, scratch: Path, step: int) -> list[str]:

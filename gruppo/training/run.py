@@ -315,7 +315,7 @@ def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> 
         recorder.event("worker_restarted", message, step)
         recorder.note(f"Step {step}: {message}")
 
-    for pool in (parts.pool, parts.audit, parts.episodes.environments if parts.episodes else None):
+    for pool in (parts.pool, parts.audit, parts.episodes):
         if pool is not None:
             pool.notify_of_restarts(restarted)
 

@@ -37,8 +37,8 @@ from gruppo.models.reward_model import NAME, check_kind
 from gruppo.models.weights import named_weights, save_base, save_weights, weights_sha256
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
-from gruppo.rollout.environments.client import Environments
-from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
+from gruppo.rollout.episodes import Episodes, Opened
+from gruppo.rollout.multi_turn import open_multi_turn
 from gruppo.rollout.workers.rewards import RewardPool, Rewards, memory_per_process
 from gruppo.runs.folder import REWARD_CACHE, START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
 from gruppo.training.changes import Changes
@@ -59,13 +59,13 @@ from gruppo.utils.waiting import waiting_for
 class Local:
     """Objects of the caller that a run uses in this process, in place of worker processes.
 
-    `rewards`: makes what scores completions, from the names of the columns that every row has. `environments`: those of
-    the recipe's [environment]. `ready`: is called with the run's parts before its first step.
+    `rewards`: makes what scores completions, from the names of the columns that every row has; None for worker
+    processes. `opened`: the recipe's [environment]. `ready`: is called with the run's parts before its first step.
     """
 
-    rewards: Callable[[Sequence[str]], Rewards]
-    environments: Environments | None
-    ready: Callable[[RunComponents], None]
+    rewards: Callable[[Sequence[str]], Rewards] | None
+    opened: Opened | None
+    ready: Callable[[RunComponents], None] = lambda _: None
 
 
 @dataclass
@@ -92,7 +92,7 @@ class RunComponents:
     sampling: SamplingParams
     changes: Changes
     filtered: dict[str, int]
-    episodes: MultiTurnSampler | None = None
+    episodes: Episodes | None = None
     ranks: Ranks = ALONE
 
     @property
@@ -221,19 +221,19 @@ def _open_rewards(
     stack: ExitStack,
     played: bool,
     local: Local | None,
-) -> tuple[OpenedEnvironments | None, Rewards | None, RewardPool | None]:
+) -> tuple[Opened | None, Rewards | None, RewardPool | None]:
     """What answers and scores completions: environments, reward functions and audit, None for what a recipe lacks.
 
     `played`: False if nothing will be sampled. `local`: see `prepare`.
     """
-    if local is not None and local.environments is not None and recipe.environment is not None:
-        opened: OpenedEnvironments | None = OpenedEnvironments(local.environments, recipe.environment)
-    else:
+    opened = None if local is None else local.opened
+    if opened is None:
         opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played)
     pool: Rewards | None = None
     log = folder / "rewards.log"
     if recipe.method.source != "dataset":
-        pool = local.rewards(data.columns) if local else make_pool(recipe, rewards, data, log, progress, opened)
+        here = None if local is None else local.rewards
+        pool = here(data.columns) if here else make_pool(recipe, rewards, data, log, progress, opened)
         stack.callback(pool.close)
     audit = None
     if recipe.audit is not None:
@@ -261,7 +261,7 @@ def make_pool(
     data: Data,
     log: Path,
     progress: Progress,
-    opened: OpenedEnvironments | None = None,
+    opened: Opened | None = None,
 ) -> RewardPool:
     """The reward processes of a recipe; none if its environment alone gives the reward.
 
@@ -269,7 +269,7 @@ def make_pool(
     """
     settings = recipe.reward
     limits = memory_per_process(settings), settings.environment, progress
-    workers = 0 if opened is not None and opened.environments.gives_reward and not rewards else settings.workers
+    workers = 0 if opened is not None and opened.gives_reward and not rewards else settings.workers
     return RewardPool(
         rewards,
         settings.weights,
@@ -317,11 +317,11 @@ class _Code:
 def _code(
     pool: Rewards | None,
     rewards: Sequence[str | RewardFunction],
-    opened: OpenedEnvironments | None,
+    opened: Opened | None,
     recipe: Recipe,
 ) -> _Code:
     digests, names = (pool.digests, pool.names) if pool and pool.digests else ([], [])
-    environments = opened.environments.digests if opened else []
+    environments = opened.digests if opened else []
     called = recipe.environment.name if recipe.environment else ""
     known = rewards if digests else ()
     return _Code([*names, *[called] * len(environments)], [*digests, *environments], known)

@@ -17,7 +17,7 @@ from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.combine import combine
 from gruppo.rewards.identity import old_digest
-from gruppo.rewards.loading import check_signature
+from gruppo.rewards.loading import check_signature, parameters_of
 from gruppo.rollout.workers.reward_main import accepted, describe_error, values_of
 from gruppo.rollout.workers.rewards import Outcome, call_arguments, outcome_of, reward_names
 from gruppo.trl.local_environments import LocalEnvironments
@@ -63,8 +63,12 @@ class LocalRewards:
         columns: Sequence[str],
         state: Callable[[Mapping[str, Any]], Any],
         environments: LocalEnvironments | None = None,
+        further_columns: bool = False,
     ) -> None:
-        """Raises UsageError if a function cannot be called with these columns, or if there is not one weight each."""
+        """`further_columns`: completions bring columns that are not known yet.
+
+        Raises UsageError if a function cannot be called with these columns, or if there is not one weight each.
+        """
         self.functions, self._state, self._environments = list(functions), state, environments
         self.names = reward_names(self.functions)
         self.weights = list(weights) or [1.0] * len(self.functions)
@@ -83,7 +87,7 @@ class LocalRewards:
             for function, name in zip(self.functions, self.names, strict=True)
         ]
         for function, name in zip(self.functions, self.names, strict=True):
-            check_signature(function, name, self.columns, {})
+            check_signature(function, name, [*self.columns, *(parameters_of(function) if further_columns else ())], {})
         self._loop = BackgroundLoop()
 
     def notify_of_restarts(self, notify: Callable[[str], None]) -> None:

@@ -276,7 +276,9 @@ class Trainer(Familiar):
 
     @property
     def model(self) -> Any:
-        """The model of the script; after training, the trained one. Adapters are merged."""
+        """The model of the script; during training the policy, after it the trained model. Adapters are merged then."""
+        if (running := self.running_model) is not None:
+            return running
         if self.result is not None and not isinstance(self._given, PreTrainedModel):
             self._given = self.result.load_model(trust_remote_code=self.args.trust_remote_code)
         if isinstance(self._given, str):

@@ -457,7 +457,6 @@ def test_rows_that_cannot_be_used_are_refused(tiny_folder: str, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"rollout_func": print}, "environment_factory"),
         ({"quantization_config": {"load_in_4bit": True}}, "not quantized"),
         ({"reward_funcs": [3]}, "neither a function nor the name of a reward model"),
         ({"reward_funcs": None}, "reward_funcs: missing"),

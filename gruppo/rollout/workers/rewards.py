@@ -337,16 +337,28 @@ def _unique(names: Sequence[str]) -> list[str]:
     return unique
 
 
+def completion_columns(completions: Sequence[Completion]) -> list[str]:
+    """The names of the columns that every one of these completions brings."""
+    found = [set(c.episode.columns) if c.episode is not None else set() for c in completions]
+    return sorted(set.intersection(*found) - {"completion_ids"}) if found else []
+
+
 def call_arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, Any]:
     """Arguments of a reward function. Every list has G entries."""
     size = len(completions)
     conversation = not isinstance(prompt.content, str)
+    of_completions = [{} if c.episode is None else c.episode.columns for c in completions]
+    names = dict.fromkeys(name for columns in of_completions for name in columns)
     return {
         **{name: [value] * size for name, value in prompt.columns.items()},
+        **{name: [columns.get(name) for columns in of_completions] for name in names},
         "prompts": [prompt.content] * size,
         "prompt_endings": [prompt.ending] * size,
         "completions": [[{"role": "assistant", "content": c.text}] if conversation else c.text for c in completions],
-        "completion_ids": [list(completion.token_ids) for completion in completions],
+        "completion_ids": [
+            columns.get("completion_ids", list(completion.token_ids))
+            for columns, completion in zip(of_completions, completions, strict=True)
+        ],
     }
 
 
