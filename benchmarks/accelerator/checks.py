@@ -263,7 +263,7 @@ def train_once(place: Place, name: str, engine: str, backend: str) -> Figures:
     forecast, peak = environment["memory_forecast"]["peak"], last["memory/peak_bytes"]
     return {
         "seconds": {key.removeprefix("time/"): value for key, value in last.items() if key.startswith("time/")},
-        "tokens": shape.completions * last["completion/length_mean"],
+        "tokens": shape.completions * last["completion/length"],
         "tokens_per_second": last["time/tokens_per_second"],
         "engine_trainer_nats": last["engine/logprob_difference_mean"],
         "peak_bytes": peak,
