@@ -149,7 +149,7 @@ class WaitWatcher:
                 self._tell(f"went on after {seconds:.0f} s: {told.what}", over=True)
         for wait in list(_open):
             since = wait.since
-            if wait.inner or now - since < self.first:
+            if wait.over or wait.inner or now - since < self.first:
                 continue
             before, what = self._told.get(wait), wait.what
             due = max(self.first, 2 * self._longest.get(what, 0.0)) if before is None else before.again
