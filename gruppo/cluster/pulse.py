@@ -73,7 +73,7 @@ class Pulse:
 
     def account(self) -> str:
         """Which rank has ended or is silent, and why if it said so, in words; "" if none. Takes a few beats."""
-        time.sleep((LATE + 1) * self.every)
+        time.sleep((LATE + 2) * self.every)
         left = {other: cause for other in self._last if (cause := self._cause(other)) is not None}
         for other, cause in left.items():
             if cause:
