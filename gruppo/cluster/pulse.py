@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Protocol
 
@@ -88,6 +88,9 @@ class Pulse:
                 return self.store.get(f"left/{rank}").decode()
         return None
 
+    def _awaited(self) -> str:
+        return f"a sign of life from {_named(self.silent(LATE * self.every))}"
+
     def _missing(self, ranks: list[int]) -> str:
         return f"{_named(ranks)} has ended, or is silent since {self._since(ranks)}"
 
@@ -105,11 +108,13 @@ class Pulse:
         ended = threading.Event()
 
         def beats() -> None:
-            with waiting_for(lambda: f"a sign of life from {_named(self.silent(LATE * self.every))}") as wait:
+            with ExitStack() as stack:
+                wait = stack.enter_context(waiting_for(self._awaited)) if self.speaks else None
                 while not ended.wait(self.every):
                     with suppress(RuntimeError):  # the store is gone, and the others are silent from now on
                         self.beat()
-                    wait.since = min(self._last.values(), default=time.monotonic())
+                    if wait is not None:
+                        wait.since = min(self._last.values(), default=time.monotonic())
 
         def deadline() -> None:
             while lost is not None and not ended.wait(self.every):

@@ -191,14 +191,25 @@ class WatchedProgress:
         self.shown.step(metrics)
 
 
+_watchers: list[WaitWatcher] = []
+
+
 @contextmanager
 def watched(
     progress: Progress, first: float = FIRST_SECONDS, every: float = LOOK_SECONDS
 ) -> Iterator[tuple[WatchedProgress, WaitWatcher]]:
-    """Watch what the block waits for, and show it as notes. Yields the progress to use inside, and the watcher.
+    """Watch what the block waits for, and show it as notes. Yields the progress to use inside, and the watcher, which
+    is the one around this block if there is one.
 
     `first`: see `WaitWatcher`; `every`: see `WaitWatcher.running`; in seconds.
     """
+    if _watchers:
+        yield WatchedProgress(progress), _watchers[-1]
+        return
     watcher = WaitWatcher(lambda text, _: progress.note(text), first)
-    with watcher.running(every):
-        yield WatchedProgress(progress), watcher
+    _watchers.append(watcher)
+    try:
+        with watcher.running(every):
+            yield WatchedProgress(progress), watcher
+    finally:
+        _watchers.remove(watcher)
