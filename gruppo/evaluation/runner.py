@@ -39,6 +39,7 @@ from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 from gruppo.utils.text import as_json
 from gruppo.utils.token_text import TokenTexts
+from gruppo.utils.waiting import watched
 
 Sampler = Callable[..., list[list[Completion]]]  # same signature as `sample_groups`
 
@@ -238,13 +239,14 @@ def evaluate_recipe(
     stop: Stop | None = None,
 ) -> Evaluation:
     """Run a recipe's [evaluation] with its model, or with a model passed from Python. Raises UsageError."""
-    progress, stop = choose_progress(progress), stop or Stop()
+    stop = stop or Stop()
     if recipe.evaluation is None:
         raise UsageError("evaluation: missing; the recipe describes no evaluation: write [evaluation] in it")
     with ExitStack() as stack:
+        shown, _ = stack.enter_context(watched(choose_progress(progress)))
         without_benchmarks = recipe.model_copy(update={"benchmarks": []})
-        candidate = open_eval_sets(without_benchmarks, progress, stack, model, tokenizer)
-        return run_eval_set(candidate.eval_sets[0], candidate.engine, recipe.run.seed, progress, stop, candidate.sample)
+        candidate = open_eval_sets(without_benchmarks, shown, stack, model, tokenizer)
+        return run_eval_set(candidate.eval_sets[0], candidate.engine, recipe.run.seed, shown, stop, candidate.sample)
 
 
 @dataclass(frozen=True)

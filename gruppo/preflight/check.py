@@ -28,6 +28,7 @@ from gruppo.runs.trackers import require_installed
 from gruppo.utils.disk import free_bytes, gigabytes
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from gruppo.engines.base import Engine
@@ -120,6 +121,7 @@ def check_recipe(
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        shown, _ = stack.enter_context(watched(shown))
         stack.enter_context(stop.interruptible())
         stack.callback(end_renderer)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -39,6 +39,7 @@ from gruppo.types import Completion, Prompt, Reward
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
 from gruppo.utils.text import as_json
+from gruppo.utils.waiting import watched
 
 
 def rescore(
@@ -75,8 +76,8 @@ def rescore(
     settings = _settings(recipe, rewards, overrides)
     tables = _chosen(folder, steps, limit)
     file = None if out is None else _new_file(Path(out), folder)
-    with stop_on_signals() as stop:
-        rescoring = _Rescoring(folder, recipe, rewards, settings, against, console, stop)
+    with stop_on_signals() as stop, watched(console) as (shown, _):
+        rescoring = _Rescoring(folder, recipe, rewards, settings, against, shown, stop)
         rescores = rescoring.run(tables)
         stop.check()
         if file is not None:

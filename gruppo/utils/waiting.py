@@ -149,7 +149,7 @@ class WaitWatcher:
                 self._tell(f"went on after {seconds:.0f} s: {told.what}", over=True)
         for wait in list(_open):
             since = wait.since
-            if wait.inner or now - since < self.first:
+            if wait.over or wait.inner or now - since < self.first:
                 continue
             before, what = self._told.get(wait), wait.what
             due = max(self.first, 2 * self._longest.get(what, 0.0)) if before is None else before.again
@@ -191,14 +191,25 @@ class WatchedProgress:
         self.shown.step(metrics)
 
 
+_watchers: list[WaitWatcher] = []
+
+
 @contextmanager
 def watched(
     progress: Progress, first: float = FIRST_SECONDS, every: float = LOOK_SECONDS
 ) -> Iterator[tuple[WatchedProgress, WaitWatcher]]:
-    """Watch what the block waits for, and show it as notes. Yields the progress to use inside, and the watcher.
+    """Watch what the block waits for, and show it as notes. Yields the progress to use inside, and the watcher, which
+    is the one around this block if there is one.
 
     `first`: see `WaitWatcher`; `every`: see `WaitWatcher.running`; in seconds.
     """
+    if _watchers:
+        yield WatchedProgress(progress), _watchers[-1]
+        return
     watcher = WaitWatcher(lambda text, _: progress.note(text), first)
-    with watcher.running(every):
-        yield WatchedProgress(progress), watcher
+    _watchers.append(watcher)
+    try:
+        with watcher.running(every):
+            yield WatchedProgress(progress), watcher
+    finally:
+        _watchers.remove(watcher)

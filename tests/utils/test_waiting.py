@@ -9,7 +9,7 @@ import pytest
 from gruppo.errors import RunError
 from gruppo.utils import waiting
 from gruppo.utils.progress import NullProgress
-from gruppo.utils.waiting import WaitWatcher, WatchedProgress, moved, waiting_for
+from gruppo.utils.waiting import WaitWatcher, WatchedProgress, moved, waiting_for, watched
 
 
 class Clock:
@@ -163,6 +163,15 @@ def test_a_progress_bar_is_a_wait(clock: Clock) -> None:
         assert said.after(29) == []
         advance(0)  # a tick, not progress
         assert said.after(1) == ['waiting for progress of "Updating" (30 s)']
+
+
+def test_a_watcher_inside_another_is_the_same() -> None:
+    with watched(NullProgress()) as (_, outer):
+        with watched(NullProgress()) as (_, inner):
+            assert inner is outer
+        assert [thread.name for thread in threading.enumerate()].count("waits") == 1
+    with watched(NullProgress()) as (_, later):
+        assert later is not outer
 
 
 def test_the_thread_goes_on_when_a_line_cannot_be_written() -> None:
