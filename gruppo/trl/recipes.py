@@ -142,16 +142,12 @@ def _precision(args: TrainingArguments) -> dict[str, Any]:
 
 
 def init_kwargs(args: TrainingArguments) -> dict[str, Any]:
-    """`model_init_kwargs` as a mapping. Raises UsageError for quantization and for a revision."""
+    """`model_init_kwargs` as a mapping. Raises UsageError for a revision."""
     options = args.model_init_kwargs or {}
     if not isinstance(options, Mapping):
         raise UsageError(f'model_init_kwargs = {options!r}: must be a mapping; write {{"trust_remote_code": True}}')
-    for name, neutral in (("quantization_config", (None,)), ("revision", (None, "main"))):
-        if options.get(name) not in neutral:
-            fix = "weights are trained in float32, not quantized" if neutral == (None,) else (
-                f'write the model as "owner/name@{options[name]}"'
-            )  # fmt: skip
-            raise UsageError(f"model_init_kwargs[{name!r}] = {options[name]!r}: {fix}")
+    if (revision := options.get("revision")) not in (None, "main"):
+        raise UsageError(f'model_init_kwargs["revision"] = {revision!r}: write the model as "owner/name@{revision}"')
     return dict(options)
 
 
@@ -173,6 +169,7 @@ def _optimizer(args: TrainingArguments, updates: int, batches: Batches) -> dict[
         "epsilon": args.adam_epsilon,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm or NEVER_CLIPS,
+        "state": "8bit" if "8bit" in args.optim else "float32",
     }
 
 
