@@ -68,8 +68,8 @@ def train(
 
 
 def _ranks(settings: Recipe) -> AbstractContextManager[ProcessRanks | None]:
-    """The ranks that this process leads, None without a [cluster]."""
-    if settings.cluster is None:
+    """The ranks that this process leads, None if it trains alone."""
+    if settings.cluster is None or settings.cluster.trainers == 1:
         return nullcontext()
     from gruppo.cluster.torchrun import joined
 

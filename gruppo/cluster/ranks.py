@@ -129,7 +129,7 @@ class ProcessRanks:
         """See `Ranks`."""
         return whole(tensor)
 
-    def distribute(self, policy: LanguageModel, reference: bool, initial: bool) -> Models:
+    def distribute(self, policy: LanguageModel, reference: bool, initial: bool, apart: bool = False) -> Models:
         """See `Ranks`. Only the leader samples, from copies of its own."""
         leads = self.rank == 0
         sampled = policy.sampling_copy() if leads else policy

@@ -29,7 +29,7 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) ->
     """Raise UsageError unless as many processes were started as the recipe has ranks."""
     started = int(environment.get("WORLD_SIZE", "1"))
     wanted = 1 if recipe.cluster is None else recipe.cluster.trainers
-    if started == wanted and (recipe.cluster is None or "RANK" in environment):
+    if started == wanted and (wanted == 1 or "RANK" in environment):
         return
     if recipe.cluster is None:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The table [cluster]: training on several ranks."""
+"""The table [cluster]: training on several ranks, and sampling ahead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gruppo.config.sections import Section
 
 class Cluster(Section):
     """Training on several ranks: processes with one device each, which hold the weights in shards. Leave the table out
-    for one process."""
+    for one process. `lag` lets one process, too, sample while it trains."""
 
     trainers: Annotated[int, Field(ge=1)] = 1
     """Number of ranks: the number of processes that torchrun starts."""
@@ -20,6 +20,9 @@ class Cluster(Section):
     all ranks."""
     patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that a rank waits for the others before the run ends with an error."""
+    lag: Annotated[int, Field(ge=0)] = 0
+    """Steps that sampling may be ahead of training. A step is sampled and scored while the `lag` steps before it train,
+    wholly by the weights after step max(0, step - 1 - lag). 0: step by step. Needs method.tis_cap."""
 
     @model_validator(mode="after")
     def _shards_divide(self) -> Self:

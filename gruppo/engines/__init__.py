@@ -24,9 +24,23 @@ OWN_METHODS = METHODS[:2]  # `Engine` has the others
 def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UsageError if the recipe's engine cannot be imported, is no engine, or cannot do what the recipe asks
     for."""
-    check = getattr(_find(recipe.engine), "check", None)
+    engine_class = _find(recipe.engine)
+    check = getattr(engine_class, "check", None)
     if check is not None:
         check(recipe, device, dtype)
+    if not recipe.lag:
+        return
+    lag, settings = f"cluster.lag = {recipe.lag}", recipe.engine
+    if settings.has_own_process and device.type == "cuda" and settings.device is None:
+        raise UsageError(
+            f'{lag}: engine.name = "{settings.name}" shares the device of the trained model, and cannot sample while '
+            "it trains; write engine.device, the number of another device, or lag = 0"
+        )
+    if settings.name != "native" and not getattr(engine_class, "copies_weights", True):
+        raise UsageError(
+            f'{lag}: engine.name = "{settings.name}" samples with the trained model itself (copies_weights = False), '
+            "which changes meanwhile; use an engine that copies the weights, or write lag = 0"
+        )
 
 
 def build_engine(

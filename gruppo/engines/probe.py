@@ -79,14 +79,15 @@ class ProbedEngine(EngineWrapper):
     name: str
 
     def load_weights(self, source: WeightSource, version: int) -> None:
-        """See `Engine`. A load that fails the probe is repeated once.
+        """See `Engine`. A load that fails the probe is repeated once. Weights of an earlier version are compared with
+        the model that holds them.
 
         Raises RunError if the engine fails the probe again.
         """
-        limit, differences = largest_drift(self.policy.dtype), []
+        limit, differences, policy = largest_drift(self.policy.dtype), [], source.scored_by or self.policy
         for _ in range(ATTEMPTS):
             self.engine.load_weights(source, version)
-            differences.append(probe(self.engine, self.policy))
+            differences.append(probe(self.engine, policy))
             if differences[-1] <= limit:
                 return
         found = " and ".join(f"{difference:.3g}" for difference in differences)

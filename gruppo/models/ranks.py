@@ -77,8 +77,9 @@ class Ranks(Protocol):
     def whole(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor of which every rank holds a shard."""
 
-    def distribute(self, policy: LanguageModel, reference: bool, initial: bool) -> Models:
-        """Shard the policy, in place, and its reference if needed. `initial`: the initial policy is sampled from.
+    def distribute(self, policy: LanguageModel, reference: bool, initial: bool, apart: bool = False) -> Models:
+        """Shard the policy, in place, and its reference if needed. `initial`: the initial policy is sampled from;
+        `apart`: the engine samples while the policy is trained, so it needs a copy.
 
         Only the leader's policy has weights; the others get their shards from it.
         """
@@ -114,10 +115,11 @@ class Alone:
         """See `Ranks`."""
         return tensor
 
-    def distribute(self, policy: LanguageModel, reference: bool, initial: bool) -> Models:
+    def distribute(self, policy: LanguageModel, reference: bool, initial: bool, apart: bool = False) -> Models:
         """See `Ranks`."""
         frozen = policy.frozen_copy() if reference else None
-        return Models(policy, frozen, policy, frozen if initial else None)
+        sampled = policy.sampling_copy() if apart else policy
+        return Models(policy, frozen, sampled, frozen if initial else None)
 
     def distribute_scalar(self, model: ScalarModel) -> ScalarModel:
         """See `Ranks`."""

@@ -69,9 +69,16 @@ class Check:
         return sum(finding.severity == "problem" for finding in self.findings)
 
     @property
+    def seconds_per_step(self) -> float:
+        """Seconds of a step: of all phases, or of the longer side if an engine on a device of its own samples ahead."""
+        total, sampling = math.fsum(self.step_seconds.values()), self.step_seconds["generate"]
+        overlaps = self.recipe.lag and self.recipe.engine.has_own_process
+        return max(sampling, total - sampling) if overlaps else total
+
+    @property
     def total_seconds(self) -> float:
         """Seconds of all steps, evaluations and iterations."""
-        steps = self.recipe.run.steps * math.fsum(self.step_seconds.values())
+        steps = self.recipe.run.steps * self.seconds_per_step
         eval_sets = zip(self.workload.eval_sets, self.eval_set_seconds, strict=True)
         rounds = self.recipe.run.iterations * self.round_seconds
         return steps + rounds + math.fsum(eval_set.times * seconds for eval_set, seconds in eval_sets)
@@ -87,7 +94,7 @@ class Check:
             "memory_bytes": self.chosen.memory.as_dict(),
             "workload": asdict(self.workload),
             "steps": self.recipe.run.steps,
-            "step_seconds": {**self.step_seconds, "total": math.fsum(self.step_seconds.values())},
+            "step_seconds": {**self.step_seconds, "total": self.seconds_per_step},
             "eval_set_seconds": self.eval_set_seconds,
             "round_seconds": self.round_seconds,
             "total_seconds": self.total_seconds,
@@ -238,6 +245,7 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
     return [
         *static_checks.check_fields(recipe),
         *static_checks.check_engine_choice(recipe, check.device, find_spec("vllm") is not None),
+        *static_checks.check_lag(recipe),
         *static_checks.check_model(policy, check.dtype),
         *static_checks.check_end_tokens(policy),
         *token_checks.check_token_text(policy, prompts, inputs.offline),
@@ -279,7 +287,7 @@ def _memory(check: Check, policy: LanguageModel) -> Finding:
 
 
 def _time(check: Check) -> Finding:
-    step = math.fsum(check.step_seconds.values())
+    step = check.seconds_per_step
     what = f"{step:.1f} s per step, {_duration(check.total_seconds)} in all, if every completion has max_tokens"
     return Finding("ok", "time", what, figures={"step_seconds": step, "total_seconds": check.total_seconds})
 
@@ -348,6 +356,7 @@ _PARTS = {  # of memory, if their names in JSON need an explanation
     "prepared": "prepared weights",
     "cache": "KV cache",
     "work": "temporaries",
+    "versions": "weights to sample from",
 }
 _LARGEST = 3  # maximum number of memory parts shown per phase; parts under 5 MB would print as 0.00
 
@@ -381,7 +390,8 @@ def _describe_time(check: Check) -> list[str]:
     lengths = f"if all completions have {work.max_tokens} tokens and prompts {work.prompt_tokens}"
     lines = _wrapped(f"Time, {lengths}; no rewards, no saving")
     by_phase = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())
-    lines += _row("per step", f"{math.fsum(phases.values()):.1f} s", by_phase)
+    ahead = f"; sampling is {check.recipe.lag} ahead" if check.recipe.lag else ""
+    lines += _row("per step", f"{check.seconds_per_step:.1f} s", by_phase + ahead)
     for eval_set, seconds in zip(work.eval_sets, check.eval_set_seconds, strict=True):
         lines += _row(eval_set.name or "evaluation", f"{seconds:.1f} s", f"{eval_set.times} times")
     if check.round_seconds:

@@ -24,6 +24,7 @@ SCHEMA_VERSION = 2
 ADDED = {
     2: frozenset({"entropy", "prompt_token_ids", "prompt_token_texts", "token_texts", "printed"})
 }  # columns, by version
+AHEAD = frozenset({"staleness"})  # columns of runs that sample ahead
 
 
 ROLLOUTS = pa.schema(
@@ -60,6 +61,11 @@ ROLLOUTS = pa.schema(
         "returns": pa.list_(_FLOAT),
     }
 )
+
+
+# With a lag between sampling and training. `staleness`: how many steps' updates came between the weights that sampled
+# the completion and those that it trains.
+ROLLOUTS_AHEAD = ROLLOUTS.insert(ROLLOUTS.get_field_index("policy_version") + 1, pa.field("staleness", _INTEGER))
 
 
 EVALUATIONS = pa.schema(
@@ -173,6 +179,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "text": completion.text,
                     "finish_reason": completion.finish_reason,
                     "policy_version": completion.policy_version,
+                    "staleness": step - 1 - completion.policy_version,
                     "reward": reward.total,
                     "reward_parts": as_json(dict(reward.parts)),
                     "steps": as_json({name: steps._asdict() for name, steps in reward.steps.items()}),

@@ -100,7 +100,7 @@ def run_recipe(
     """Like `train`, but a run ended by a signal returns the state "interrupted". The `Stop` says which signal.
 
     `local`: objects that the run uses in this process; `reward` then only names the functions. `ranks`: those that
-    train, of which this process is the leader; a recipe with a [cluster] needs them.
+    train, of which this process is the leader; a recipe with several trainers needs them.
     """
     listeners, rewards = Callbacks(callbacks), listed_rewards(reward)
     if tokenizer is not None and model is None:
@@ -111,7 +111,7 @@ def run_recipe(
     settings = _with_arguments(
         load_recipe(recipe, [*override_list(overrides), *model_override]), rewards, prompts is not None
     )
-    if settings.cluster is not None and ranks is None:
+    if settings.cluster is not None and settings.cluster.trainers > 1 and ranks is None:
         size = settings.cluster.trainers
         raise UsageError(
             f"cluster.trainers = {size}: a run from Python has no ranks; run `torchrun --nproc-per-node {size} "

@@ -67,8 +67,8 @@ Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
 def save_checkpoint(run: RunFolder, save: Callable[[Path], None], state: State, files: Sequence[Path] = ()) -> Path:
     """Write checkpoints/step-NNNNNN and delete old checkpoints (see `drop_old`).
 
-    `save`: writes the models to the folder (see `save_tensors`). `files`: further files of the checkpoint, which are
-    linked and must not be written to any more.
+    `save`: writes the models (see `save_tensors`) and the steps that were sampled ahead to the folder. `files`: further
+    files of the checkpoint, which are linked and must not be written to any more.
     """
     state.lengths = run.lengths()
     folder = run.path / "checkpoints" / f"step-{state.step:06d}"

@@ -153,7 +153,7 @@ def reproduce(
             saves=False,
         )
         begun = _rerun(rerun, recording, step)
-        recomputed = rerun.rollouts.rewards if isinstance(rerun.rollouts, RecordedRollouts) else []
+        recomputed = rerun.source.rewards if isinstance(rerun.source, RecordedRollouts) else []
         groups = read_groups(scratch / "rollouts" / f"step-{step:06d}.parquet")
         lines = steps_of(read_lines(scratch / "metrics.jsonl"))
         compare = _Compare(tolerance)

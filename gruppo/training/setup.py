@@ -75,7 +75,8 @@ class RunComponents:
     `sampler`: the engine that samples completions: the policy's `engine`, or an engine of the initial model. `offline`:
     the completions that dataset rows bring, by prompt id; there is no `pool` then. `audit`: the second grader's pool.
     `changes`: what has changed since the run was started or last resumed. `filtered`: how many rows of each task were
-    left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train.
+    left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train. `copies`:
+    of the policy, for weights that the engine loads later; see `gruppo.rollout.ahead`.
     """
 
     recipe: Recipe
@@ -94,6 +95,7 @@ class RunComponents:
     filtered: dict[str, int]
     episodes: Episodes | None = None
     ranks: Ranks = ALONE
+    copies: Sequence[LanguageModel] = ()
 
     @property
     def policy(self) -> LanguageModel:
@@ -164,7 +166,8 @@ def prepare(
         require_same_reward_model(run, weights_sha256(scorer.module))
     loaded = Loaded(policy, critic, scorer)
     ranks.begin(recipe, chosen, loaded)
-    models = distribute(recipe, loaded, ranks)
+    lag = recipe.lag if plays else 0
+    models = distribute(recipe, loaded, ranks, apart=lag > 0 and recipe.engine.name == "native")
     work = workload(recipe, inputs)
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest, retries=ranks.size == 1)
     settings = recipe.engine if plays else NATIVE
@@ -186,6 +189,7 @@ def prepare(
         filtered=inputs.filtered,
         episodes=opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None,
         ranks=ranks,
+        copies=[models.sampled.sampling_copy() for _ in range(lag - 1)],
     )
     if local is not None:
         local.ready(parts)

@@ -46,7 +46,8 @@ def run_on(ranks: ProcessRanks, settings: dict[str, Any], out: Path, shards: int
     if ranks.rank:
         follow(ranks)
         return {}
-    settings = settings | {"cluster": {"trainers": ranks.size, "shards": shards}}
+    cluster = {**settings.get("cluster", {}), "trainers": ranks.size, "shards": shards}
+    settings = settings | {"cluster": cluster}
     try:
         result, _ = run_recipe(settings, prompts=ROWS, out=out, resume=True, progress=NullProgress(), ranks=ranks)
         return result.summary
@@ -68,8 +69,9 @@ def alone(settings: dict[str, Any], out: Path) -> None:
         pytest.param({"method__name": "dpo"}, marks=CLUSTER),
         pytest.param({"model__lora": {"rank": 2}}, marks=CLUSTER),
         {"run__iterations": 2, **LABELLED},
+        pytest.param({"cluster__lag": 2, "method__tis_cap": 2.0}, marks=CLUSTER),
     ],
-    ids=["grpo", "ppo", "dpo", "lora", "reward model"],
+    ids=["grpo", "ppo", "dpo", "lora", "reward model", "ahead"],
 )
 def test_a_run_on_two_ranks_equals_one_process(
     team: Team, tiny_folder: str, tmp_path: Path, changes: dict[str, Any]

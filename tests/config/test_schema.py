@@ -115,7 +115,7 @@ def test_fields_stay_few() -> None:
     model, nineteen for reward models, outer iterations and the audit, nine for environments, two for chat templates,
     three for engines, three for ranks, three for the memory of rows, for inheritance in evaluation and for the held-out
     rows of earlier versions, and four for attention and memory on an accelerator."""
-    assert int(markdown().split(" fields;")[0].split()[-1]) <= 132
+    assert int(markdown().split(" fields;")[0].split()[-1]) <= 133
 
 
 @pytest.mark.parametrize(

@@ -241,3 +241,19 @@ def test_a_sampler_elsewhere_needs_no_memory_here() -> None:
     assert elsewhere.training == here.training
     assert work.longest == 50
     assert replace(work, turns=True).longest == 80
+
+
+class InPlace(NativeEngine):
+    """A user's engine that samples with the trained model itself."""
+
+
+def test_what_cannot_sample_while_the_model_is_trained(installed: None) -> None:
+    lagged = {"cluster": {"lag": 1}, "method": {"tis_cap": 2.0}}
+    shared = recipe(**lagged)
+    with pytest.raises(UsageError, match=r'cluster.lag = 1: engine.name = "vllm" shares the device .* engine.device'):
+        check_engine(shared, torch.device("cuda"), torch.bfloat16)
+    in_place = recipe({"name": "tests/engines/test_engine_choice.py:InPlace"}, **lagged)
+    with pytest.raises(UsageError, match=r"cluster.lag = 1: .*InPlace.* samples with the trained model itself"):
+        check_engine(in_place, CPU, torch.float32)
+    check_engine(recipe({"name": "native"}, **lagged), CPU, torch.float32)
+    check_engine(recipe({"name": "tests/engines/test_engine_choice.py:InPlace"}), CPU, torch.float32)

@@ -27,7 +27,7 @@ from gruppo.engines.stop_strings import StopFinder
 from gruppo.models.logprobs import OutputHead
 from gruppo.models.ops.linear import packed
 from gruppo.models.policy import LanguageModel
-from gruppo.models.weights import WeightSource, named_weights
+from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
 from gruppo.utils.system import free_memory
@@ -81,21 +81,13 @@ class NativeEngine(Engine):
         self.policy, self.slots, self.version = policy, slots, 0
         self.options = options or DecodingOptions.of(policy)
 
-    @torch.no_grad()
     def load_weights(self, source: WeightSource, version: int) -> None:
         """See `Engine`. Weights of the module that this engine samples with are shared, not copied.
 
         Raises ValueError if the names of the weights are not the names of the engine's model.
         """
         if source.module is not self.policy.model:
-            targets = named_weights(self.policy.model)
-            self.policy.generation.advance()
-            for name, tensor in source:
-                if name not in targets:
-                    raise ValueError(f"weights of {name!r}: the engine's model has no weight of that name")
-                targets.pop(name).copy_(tensor)
-            if targets:
-                raise ValueError(f"weights of {min(targets)!r}: missing")
+            self.policy.take_weights(source)
         self.version = version
 
     def stream(
