@@ -68,7 +68,7 @@ def train(
 
 
 def _ranks(settings: Recipe) -> AbstractContextManager[ProcessRanks | None]:
-    """The ranks that this process leads, None if it trains alone."""
+    """The ranks that this process leads, None for a single trainer."""
     if settings.cluster is None or settings.cluster.trainers == 1:
         return nullcontext()
     from gruppo.cluster.torchrun import joined

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from gruppo.cluster.sending import bare, described, receive_weights, send_weights
+from gruppo.cluster.sending import bare, receive_weights, send_weights
 from gruppo.cluster.sharding import gradient_norm, scale_gradients, shard_policy, shard_scalar, whole
 from gruppo.config.recipe import Recipe
+from gruppo.models.blueprint import described
 from gruppo.models.lora import AdaptedModel
 from gruppo.models.policy import LanguageModel
 from gruppo.models.ranks import Loaded, Models, deal

@@ -40,14 +40,14 @@ def check_launch(recipe: Recipe, environment: Mapping[str, str] = os.environ) ->
     if "RANK" not in environment:
         raise UsageError(
             f"{field}: nothing has started the ranks; run `torchrun --nproc-per-node {wanted} --no-python gruppo train "
-            "RECIPE`, or leave [cluster] out"
+            "RECIPE`, or write trainers = 1"
         )
     raise UsageError(f"{field}: WORLD_SIZE = {started}, so {started} processes were started; make the two equal")
 
 
 @contextmanager
 def joined(recipe: Recipe) -> Iterator[ProcessRanks]:
-    """The ranks of a recipe with a [cluster], of which this process is one, for the duration of the block.
+    """The ranks of a recipe with several trainers, of which this process is one, for the duration of the block.
 
     If the connection to another rank is lost, RunError is raised in the block's place, on rank 0 with the rank that has
     ended or is silent, and why if that rank has said so. The other ranks end without a word then, except that rank 1

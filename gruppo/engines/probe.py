@@ -7,6 +7,7 @@ found too, because the prompt is the same each time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -20,7 +21,7 @@ from gruppo.errors import RunError
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
-from gruppo.types import Group, Prompt
+from gruppo.types import Completion, Group, Prompt
 
 PROBE_TOKENS = 16
 PROMPT_TOKENS = 96  # at least one whole block of a prefix cache
@@ -50,24 +51,44 @@ def probe_request(policy: LanguageModel) -> Request:
     return Request(tuple(islice(cycle(usable), length)), [(0,)])
 
 
+def probe_params(policy: LanguageModel) -> SamplingParams:
+    """The continuation of the fixed prompt: greedy, up to 16 tokens."""
+    return SamplingParams(0.0, max(1, min(PROBE_TOKENS, policy.context - len(probe_request(policy).token_ids))))
+
+
 def probe(engine: Engine, policy: LanguageModel) -> float:
     """The mean absolute difference between the log-probabilities of engine and trainer, in nats per token.
 
     The engine continues the fixed prompt greedily for up to 16 tokens. Infinite if its log-probabilities are not
     finite.
     """
-    request = probe_request(policy)
-    most = max(1, min(PROBE_TOKENS, policy.context - len(request.token_ids)))
     try:
-        ((completion,),) = engine.generate([request], SamplingParams(0.0, most))
+        ((completion,),) = engine.generate([probe_request(policy)], probe_params(policy))
     except NonFiniteError:
         return float("inf")
-    group = Group(Prompt("probe", "", request.token_ids, "probe", {}), [completion], [])
+    return drift(policy, completion)
+
+
+def drift(policy: LanguageModel, completion: Completion) -> float:
+    """The mean absolute difference between the log-probabilities of the policy and of the engine that continued the
+    fixed prompt with this completion, in nats per token."""
+    group = Group(Prompt("probe", "", probe_request(policy).token_ids, "probe", {}), [completion], [])
     group.trained, group.advantages = [True], [[1.0] * len(completion.token_ids)]
     (batch,) = pack([group], sequence_mean_weights, policy.context, with_kl=True, device=policy.device)
     with torch.no_grad(), policy.precision():
         logprobs, _ = score(policy, batch, 1.0)
     return float((logprobs.double().cpu() - torch.tensor(completion.sampling_logprobs).double()).abs().mean())
+
+
+def wrong_weights(name: str, version: int, differences: Sequence[float], dtype: torch.dtype) -> RunError:
+    """The error of an engine that has failed the probe with these differences, once for each attempt."""
+    found = " and ".join(f"{difference:.3g}" for difference in differences)
+    return RunError(
+        f"engine {name} does not have the weights of version {version}: after {ATTEMPTS} loads its log-probabilities "
+        f"differ from the trainer's by {found} nats per token on average, and rounding explains at most "
+        f"{largest_drift(dtype):g}; the last checkpoint is intact: resume the run, or start again with engine.name = "
+        '"native"'
+    )
 
 
 @dataclass
@@ -90,10 +111,4 @@ class ProbedEngine(EngineWrapper):
             differences.append(probe(self.engine, policy))
             if differences[-1] <= limit:
                 return
-        found = " and ".join(f"{difference:.3g}" for difference in differences)
-        raise RunError(
-            f'engine "{self.name}" does not have the weights of version {version}: after {ATTEMPTS} loads its '
-            f"log-probabilities differ from the trainer's by {found} nats per token on average, and rounding explains "
-            f"at most {limit:g}; the last checkpoint is intact: resume the run, or start again "
-            'with engine.name = "native"'
-        )
+        raise wrong_weights(f'"{self.name}"', version, differences, self.policy.dtype)

@@ -115,7 +115,7 @@ def run_recipe(
         size = settings.cluster.trainers
         raise UsageError(
             f"cluster.trainers = {size}: a run from Python has no ranks; run `torchrun --nproc-per-node {size} "
-            "--no-python gruppo train RECIPE`, or leave [cluster] out"
+            "--no-python gruppo train RECIPE`, or write trainers = 1"
         )
     folder = Path(out) if out is not None else Path("runs") / settings.run.name
     functions = settings.reward.functions if rewards is None else rewards

@@ -291,6 +291,8 @@ class TrainingRun:
         metrics.mean("optimizer/learning_rate", self.policy.rate(step))
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
         metrics.maximum("memory/micro_batch_tokens", parts.sizes.micro_batch_tokens)
+        if parts.fleet is not None:
+            parts.fleet.observe(metrics)
 
     def _record_failures(self, step: Step, groups: Sequence[Group], updated: bool) -> None:
         """Record events for rewards that failed, and for a step without nonzero advantages."""
@@ -340,13 +342,18 @@ def _reward_audit(parts: RunComponents) -> RewardAudit | None:
 
 
 def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> None:
-    """From now on, record why a worker process is started again."""
+    """From now on, record why a worker process or an engine is started again."""
 
     def restarted(message: str) -> None:
+        happened("worker_restarted", message)
+
+    def happened(kind: str, message: str) -> None:
         step = state.step + 1
-        recorder.event("worker_restarted", message, step)
+        recorder.event(kind, message, step)
         recorder.note(f"Step {step}: {message}")
 
+    if parts.fleet is not None:
+        parts.fleet.notify = happened
     for pool in (parts.pool, parts.audit, parts.episodes):
         if pool is not None:
             pool.notify_of_restarts(restarted)

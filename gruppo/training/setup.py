@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from gruppo.data.offline import OfflineCompletions
 from gruppo.data.tokenization import data_sha256
 from gruppo.engines import NATIVE, build_engine, check_engine
 from gruppo.engines.base import Engine, SamplingParams
+from gruppo.engines.resizing import ResizingEngine
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data
 from gruppo.evaluation.sets import EvalSet
@@ -54,6 +55,9 @@ from gruppo.utils.progress import Progress
 from gruppo.utils.system import describe
 from gruppo.utils.waiting import waiting_for
 
+if TYPE_CHECKING:
+    from gruppo.engines.fleet.fleet import Fleet
+
 
 @dataclass(frozen=True)
 class Local:
@@ -76,7 +80,8 @@ class RunComponents:
     the completions that dataset rows bring, by prompt id; there is no `pool` then. `audit`: the second grader's pool.
     `changes`: what has changed since the run was started or last resumed. `filtered`: how many rows of each task were
     left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train. `copies`:
-    of the policy, for weights that the engine loads later; see `gruppo.rollout.ahead`.
+    of the policy, for weights that the engine loads later; see `gruppo.rollout.ahead`. `fleet`: what `engine` and
+    `sampler` are, if the recipe has several engines.
     """
 
     recipe: Recipe
@@ -96,6 +101,7 @@ class RunComponents:
     episodes: Episodes | None = None
     ranks: Ranks = ALONE
     copies: Sequence[LanguageModel] = ()
+    fleet: Fleet | None = None
 
     @property
     def policy(self) -> LanguageModel:
@@ -167,11 +173,12 @@ def prepare(
     loaded = Loaded(policy, critic, scorer)
     ranks.begin(recipe, chosen, loaded)
     lag = recipe.lag if plays else 0
-    models = distribute(recipe, loaded, ranks, apart=lag > 0 and recipe.engine.name == "native")
+    fleets = recipe.cluster is not None and recipe.cluster.engines > 0
+    models = distribute(recipe, loaded, ranks, apart=lag > 0 and (fleets or recipe.engine.name == "native"))
     work = workload(recipe, inputs)
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest, retries=ranks.size == 1)
-    settings = recipe.engine if plays else NATIVE
-    engine, sampler = _engines(models.sampled, models.initial, sizes, settings, work.longest, stack)
+    fleet = _open_fleet(models.sampled, recipe, sizes, work.longest, folder, progress, stack) if plays else None
+    engine, sampler = _engines(models, sizes, recipe.engine if plays else NATIVE, work.longest, fleet, stack)
     parts = RunComponents(
         recipe=recipe,
         run=run,
@@ -190,6 +197,7 @@ def prepare(
         episodes=opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None,
         ranks=ranks,
         copies=[models.sampled.sampling_copy() for _ in range(lag - 1)],
+        fleet=fleet,
     )
     if local is not None:
         local.ready(parts)
@@ -197,23 +205,43 @@ def prepare(
 
 
 def _engines(
-    policy: LanguageModel,
-    sampled: LanguageModel | None,
+    models: TrainedModels,
     sizes: BatchSizes,
     settings: EngineTable,
     length: int,
+    fleet: Fleet | None,
     stack: ExitStack,
 ) -> tuple[Engine, Engine]:
-    """The engine of the policy, and the one that samples completions: of `sampled`, or else the same.
+    """The engine of the policy, and the one that samples completions: of the initial policy, or else the same.
 
     They sleep until they are used: a second one may need the memory of the first one.
     """
+    if fleet is not None:
+        return (ResizingEngine(fleet, sizes),) * 2
     engines = []
-    for model in (policy,) if sampled is None else (policy, sampled):
+    for model in (models.sampled,) if models.initial is None else (models.sampled, models.initial):
         engines.append(build_engine(model, sizes.slots, sizes, settings, length))
         stack.callback(engines[-1].close)
         engines[-1].sleep()
     return engines[0], engines[-1]
+
+
+def _open_fleet(
+    policy: LanguageModel,
+    recipe: Recipe,
+    sizes: BatchSizes,
+    length: int,
+    folder: Path,
+    progress: Progress,
+    stack: ExitStack,
+) -> Fleet | None:
+    """The engines of a recipe with cluster.engines, else None. Ray is imported only for them."""
+    if recipe.cluster is None or not recipe.cluster.engines:
+        return None
+    from gruppo.engines.fleet.opening import open_fleet
+
+    with progress.bar("Starting engines", None, ""):
+        return open_fleet(policy, recipe, sizes.slots, length, folder, stack)
 
 
 def _open_rewards(

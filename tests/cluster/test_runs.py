@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from gruppo.cluster.follower import follow
 from gruppo.cluster.ranks import ProcessRanks
-from gruppo.cluster.sending import described
 from gruppo.cluster.torchrun import check_launch, make_mesh
 from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
+from gruppo.models.blueprint import described
 from gruppo.training.api import run_recipe, train
 from gruppo.training.export import export
 from gruppo.training.reproduce import reproduce

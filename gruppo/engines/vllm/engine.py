@@ -54,20 +54,21 @@ class VllmEngine(Engine):
     the engine can also run where the policy is not. In bfloat16, a completion depends on its neighbors by rounding.
     """
 
-    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable) -> None:
+    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable, devices: int = 1) -> None:
         """Start vLLM. It has no weights before the first `load_weights`.
 
-        `length`: the longest sequence, a prompt with its completion, in tokens.
+        `length`: the longest sequence, a prompt with its completion, in tokens. `devices`: CUDA devices over which vLLM
+        splits the model.
         """
         self.slots, self.version = slots, 0
         self.text = CompletionText(policy.tokenizer, policy.eos_ids)
         self._length, self._asleep, self._numbers = length, False, 0
         with tempfile.TemporaryDirectory() as folder:
             save_base(policy, Path(folder))
-            arguments = options(Path(folder), policy, settings, Size(slots, length))
+            arguments = options(Path(folder), policy, settings, Size(slots, length, devices))
             with waiting_for("vLLM to start"):
                 self._llm = start(arguments, policy.device, settings)
-        self._transfer = choose_transfer(self._llm, policy, settings)
+        self._transfer = choose_transfer(self._llm, policy, settings, devices)
         self._sleeps = bool(arguments.get("enable_sleep_mode"))
 
     @staticmethod

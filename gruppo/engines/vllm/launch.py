@@ -103,10 +103,12 @@ def _check_decoding(field: str, decoding: Decoding) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """What vLLM is started for: `slots` concurrent completions of sequences of at most `length` tokens."""
+    """What vLLM is started for: `slots` concurrent completions of sequences of at most `length` tokens, on a number of
+    CUDA `devices`."""
 
     slots: int
     length: int
+    devices: int = 1
 
 
 def options(folder: Path, policy: LanguageModel, settings: EngineTable, size: Size) -> dict[str, Any]:
@@ -139,6 +141,8 @@ def options(folder: Path, policy: LanguageModel, settings: EngineTable, size: Si
     if isinstance(share, str):
         number = _number(policy.device) if shared else settings.device
         share = min(1.0, as_bytes(share) / torch.cuda.get_device_properties(number).total_memory)
+    if size.devices > 1:
+        common |= {"tensor_parallel_size": size.devices, "distributed_executor_backend": "mp"}
     return common | {
         "gpu_memory_utilization": share,
         "enable_sleep_mode": shared,
