@@ -83,3 +83,13 @@ def sleeps(completions, **kwargs):
 
 def by_level(completions: list, level: list, **columns: object) -> list[float]:
     return [float(value) for value in level]
+
+
+def fails_on_a(completions, **kwargs):
+    if any(text.startswith("a") for text in completions):
+        raise ValueError("a group begins with an a")
+    return [text.count("b") / 8 for text in completions]
+
+
+def always_fails(completions, **kwargs):
+    raise ValueError("always")

@@ -84,6 +84,9 @@ CASES: dict[str, dict[str, Any]] = {
         "sampling__max_tokens": 16,
     },
     "grpo-process": {"method__name": "grpo-process", "reward__functions": ["tests/rewards/functions.py:steps"]},
+    "ahead": {
+        "method__name": "dapo", "method__kl_coef": None, "method__tis_cap": 2.0, "cluster__lag": 2, **RULE,
+    },
     "extended": {"optimizer__schedule": "constant", "method__inner_updates": 2},
 }  # fmt: skip
 LENGTHS = {"extended": (2, 4)}  # steps of the runs that are extended to the length of the recipe

@@ -19,12 +19,17 @@ def mark_trained(groups: Sequence[Group], mask_truncated: bool) -> None:
             reward.total is not None and not (mask_truncated and completion.finish_reason == "length")
             for completion, reward in zip(group.completions, group.rewards, strict=True)
         ]
-        group.advantages = [[0.0] * len(completion.token_ids) for completion in group.completions]
-        group.old_logprobs = [None] * len(group.completions)
-        group.ref_logprobs = [None] * len(group.completions)
-        group.entropy = [None] * len(group.completions)
+        reset(group)
         if not any(group.trained):
             group.skipped = f"no completion is trained on: {_why_none(group)}"
+
+
+def reset(group: Group) -> None:
+    """Reset advantages, log-probabilities and entropies: nothing is computed for the completions yet."""
+    group.advantages = [[0.0] * len(completion.token_ids) for completion in group.completions]
+    group.old_logprobs = [None] * len(group.completions)
+    group.ref_logprobs = [None] * len(group.completions)
+    group.entropy = [None] * len(group.completions)
 
 
 def _why_none(group: Group) -> str:

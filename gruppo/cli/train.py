@@ -38,7 +38,8 @@ def train(
     from gruppo.cluster.torchrun import check_launch, own_rank
 
     if own_rank():
-        _follow(recipe, set_)
+        if not show:  # rank 0 shows the recipe
+            _follow(recipe, set_)
         return
     settings = load_chosen_recipe(recipe, set_, trust or show)
     if show:

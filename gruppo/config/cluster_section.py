@@ -1,4 +1,4 @@
-"""The table [cluster]: training on several ranks, and sampling with several engines."""
+"""The table [cluster]: training on several ranks, sampling with several engines, and sampling ahead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ LOCAL = "local"  # the address of a Ray that is started for the run
 
 
 class Cluster(Section):
-    """Training on several ranks, and sampling with several engines. Leave the table out for one process."""
+    """Training on several ranks, sampling with several engines, and sampling ahead. Leave the table out for one process
+    that samples and trains in turn."""
 
     trainers: Annotated[int, Field(ge=1)] = 1
     """Number of ranks: processes with one device each, which hold the weights in shards. More than 1 are started by
@@ -34,6 +35,9 @@ class Cluster(Section):
     patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds of silence after which a rank takes the others for lost and ends the run, and an engine is killed and
     replaced."""
+    lag: Annotated[int, Field(ge=0)] = 0
+    """Steps that sampling may be ahead of training. A step is sampled and scored while the `lag` steps before it train,
+    wholly by the weights after step max(0, step - 1 - lag). 0: step by step. Needs method.tis_cap."""
 
     @model_validator(mode="after")
     def _shards_divide(self) -> Self:

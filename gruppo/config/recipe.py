@@ -123,9 +123,12 @@ class Recipe(Section):
             )
 
     def _cluster_agrees(self) -> None:
-        """Check the fields that several ranks or engines do not support. Raises ValueError if one is set."""
+        """Check the fields that several ranks, several engines or sampling ahead do not support. Raises ValueError if
+        one is set."""
         if self.cluster is None:
             return
+        if self.cluster.lag:
+            self._lag_agrees(self.cluster)
         lora, ranks, engines = self.model.lora, self.cluster.trainers > 1, self.cluster.engines
         for field, value, only, applies, what in (
             ("engine.name", self.engine.name, "native", ranks and not engines, "several ranks without cluster.engines"),
@@ -144,6 +147,36 @@ class Recipe(Section):
             raise ValueError(
                 f'cluster.engine_devices = {self.cluster.engine_devices}: engine.name = "{self.engine.name}" computes '
                 'on one device; write engine_devices = 1 and more engines, or engine.name = "vllm"'
+            )
+
+    def _lag_agrees(self, cluster: Cluster) -> None:
+        """Check the fields that sampling ahead depends on. Raises ValueError if one does not fit."""
+        method, scorer, lag = self.method, self.reward_model, f"cluster.lag = {cluster.lag}"
+        if method.source != "policy":
+            raise ValueError(
+                f'{lag}: method.source = "{method.source}" does not sample from the policy that is trained, so nothing '
+                "has to wait for its weights; write lag = 0"
+            )
+        if not method.tis_cap:
+            trainer = ' and old_logprobs = "trainer"' if method.old_logprobs == "engine" else ""
+            raise ValueError(
+                f"{lag}: completions are sampled by weights of up to {cluster.lag} steps before, which truncated "
+                f"importance weights have to correct; write method.tis_cap = 2.0{trainer}, or lag = 0"
+            )
+        if scorer is not None and scorer.prompts and self.run.iterations > 1:
+            raise ValueError(
+                f"{lag}: steps would be scored ahead by a reward model that run.iterations = {self.run.iterations} "
+                "trains again in between; write lag = 0, run.iterations = 1, or reward_model.prompts = 0"
+            )
+        if scorer is not None and cluster.trainers > 1:
+            raise ValueError(
+                f"{lag}: a [reward_model] is sharded over the cluster.trainers = {cluster.trainers} ranks, which are "
+                "busy training while a step is scored ahead; write lag = 0, or trainers = 1"
+            )
+        if self.model.lora is not None and self.model.lora.base == "4bit":
+            raise ValueError(
+                f'{lag}: sampling ahead needs copies of the merged weights, which model.lora.base = "4bit" cannot '
+                'hold; write base = "full", or lag = 0'
             )
 
     def _iterations_agree(self) -> None:
@@ -200,6 +233,11 @@ class Recipe(Section):
         resolved = self.model_copy(update={"run": run})
         resolved._check()
         return resolved
+
+    @property
+    def lag(self) -> int:
+        """Steps that sampling may be ahead of training."""
+        return 0 if self.cluster is None else self.cluster.lag
 
     @property
     def tasks(self) -> list[Task]:

@@ -47,6 +47,7 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "critic": ("name", "learning_rate", "clip", "gamma", "gae_lambda"),
         "engine": ("name",),
+        "cluster": ("lag",),
         "sampling": ("prompts_per_step", "group_size", "max_tokens", "temperature", "stop"),
         "optimizer": (
             "learning_rate", "schedule", "beta1", "beta2", "epsilon", "weight_decay", "max_grad_norm", "state",
@@ -67,6 +68,7 @@ REASONS = {
     "critic": "the steps that are done were computed with it",
     "sampling": "the completions so far were sampled with it",
     "engine": "the completions so far were sampled with it",
+    "cluster": "it determines the weights that sampled each step",
     "optimizer": "the steps that are done were computed with it",
 }
 

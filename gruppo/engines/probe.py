@@ -7,7 +7,7 @@ found too, because the prompt is the same each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -16,12 +16,12 @@ import torch
 from gruppo.algorithms.aggregation import sequence_mean_weights
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.completions import NonFiniteError
+from gruppo.engines.wrapper import EngineWrapper
 from gruppo.errors import RunError
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 from gruppo.types import Completion, Group, Prompt
-from gruppo.utils.progress import Advance
 
 PROBE_TOKENS = 16
 PROMPT_TOKENS = 96  # at least one whole block of a prefix cache
@@ -35,7 +35,7 @@ ATTEMPTS = 2
 
 def largest_drift(dtype: torch.dtype) -> float:
     """The mean difference between log-probabilities of engine and trainer that rounding explains, in nats per token."""
-    return 0.05 if dtype == torch.bfloat16 else 1e-4
+    return {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
 
 
 def probe_request(policy: LanguageModel) -> Request:
@@ -92,46 +92,23 @@ def wrong_weights(name: str, version: int, differences: Sequence[float], dtype: 
 
 
 @dataclass
-class ProbedEngine(Engine):
-    """Wraps an engine and probes it after each load. `name`: the engine in messages. `policy`: what its weights are
+class ProbedEngine(EngineWrapper):
+    """Probes an engine after each load. `name`: the engine in messages. `policy`: what its weights are
     compared with."""
 
-    engine: Engine
     policy: LanguageModel
     name: str
 
-    @property
-    def slots(self) -> int:
-        """See `Engine`."""
-        return self.engine.slots
-
-    @slots.setter
-    def slots(self, slots: int) -> None:
-        self.engine.slots = slots
-
-    def stream(
-        self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """See `Engine`."""
-        return self.engine.stream(requests, params, advance)
-
     def load_weights(self, source: WeightSource, version: int) -> None:
-        """See `Engine`. A load that fails the probe is repeated once.
+        """See `Engine`. A load that fails the probe is repeated once. Weights of an earlier version are compared with
+        the model that holds them.
 
         Raises RunError if the engine fails the probe again.
         """
-        limit, differences = largest_drift(self.policy.dtype), []
+        limit, differences, policy = largest_drift(self.policy.dtype), [], source.scored_by or self.policy
         for _ in range(ATTEMPTS):
             self.engine.load_weights(source, version)
-            differences.append(probe(self.engine, self.policy))
+            differences.append(probe(self.engine, policy))
             if differences[-1] <= limit:
                 return
         raise wrong_weights(f'"{self.name}"', version, differences, self.policy.dtype)
-
-    def sleep(self) -> None:
-        """See `Engine`."""
-        self.engine.sleep()
-
-    def close(self) -> None:
-        """See `Engine`."""
-        self.engine.close()

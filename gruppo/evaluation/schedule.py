@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -35,7 +36,8 @@ class Evaluated(Protocol):
 class EvalSchedule:
     """Runs the evaluation sets of a recipe before the first step, every `every` steps of a set, and at the end.
 
-    `notify`: called with step, figures and rows of each evaluation, for callbacks.
+    `notify`: called with step, figures and rows of each evaluation, for callbacks. `ready`: a context in which the
+    engine has the weights of the current step, and samples nothing else.
     """
 
     sets: Sequence[EvalSet]
@@ -47,14 +49,19 @@ class EvalSchedule:
     recorder: Recorder
     stop: Stop
     notify: Callable[[int, dict[str, Any], list[dict[str, Any]]], None]
+    ready: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def due(self, step: int, at_end: bool) -> list[EvalSet]:
+        """The sets that are evaluated after this step."""
+        return [eval_set for eval_set in self.sets if eval_set.due(step, at_end)]
 
     def run_due(self, at_end: bool) -> None:
         """Run the sets that are due. Writes a table of all answers and a line of metrics, and updates the state."""
         state, start = self.state, time.monotonic()
-        due = [eval_set for eval_set in self.sets if eval_set.due(state.step, at_end)]
+        due = self.due(state.step, at_end)
         if state.evaluated or not due:
             return
-        with self.stop.interruptible():
+        with self.ready(), self.stop.interruptible():
             results = [
                 run_eval_set(eval_set, self.engine, self.seed, self.recorder, self.stop, self.sample)
                 for eval_set in due

@@ -79,7 +79,7 @@ class AdaptedModel(LanguageModel):
 
     def weight_source(self) -> WeightSource:
         """The merged weights, one tensor at a time."""
-        return WeightSource(self.model, lambda: _merged_one_by_one(self.model))
+        return WeightSource(self.model, lambda: _merged_one_by_one(self.model), self)
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,19 @@ class LanguageModel:
 
     def weight_source(self) -> WeightSource:
         """The weights for an engine, one tensor at a time."""
-        return WeightSource(self.model, lambda: iter(self.weights().items()))
+        return WeightSource(self.model, lambda: iter(self.weights().items()), self)
+
+    @torch.no_grad()
+    def take_weights(self, source: WeightSource) -> None:
+        """Copy weights by name into this model. Raises ValueError if their names are not those of its weights."""
+        targets = self.weights()
+        self.generation.advance()
+        for name, tensor in source:
+            if name not in targets:
+                raise ValueError(f"weights of {name!r}: the engine's model has no weight of that name")
+            targets.pop(name).copy_(tensor)
+        if targets:
+            raise ValueError(f"weights of {min(targets)!r}: missing")
 
 
 class TokenScorer(nn.Module):

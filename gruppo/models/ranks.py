@@ -8,6 +8,7 @@ and neither the number of ranks nor the deal changes the objective. A single pro
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -76,8 +77,9 @@ class Ranks(Protocol):
     def whole(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor of which every rank holds a shard."""
 
-    def distribute(self, policy: LanguageModel, reference: bool, initial: bool) -> Models:
-        """Shard the policy, in place, and its reference if needed. `initial`: the initial policy is sampled from.
+    def distribute(self, policy: LanguageModel, reference: bool, initial: bool, apart: bool = False) -> Models:
+        """Shard the policy, in place, and its reference if needed. `initial`: the initial policy is sampled from;
+        `apart`: the engine samples while the policy is trained, so it needs a copy.
 
         Only the leader's policy has weights; the others get their shards from it.
         """
@@ -113,10 +115,11 @@ class Alone:
         """See `Ranks`."""
         return tensor
 
-    def distribute(self, policy: LanguageModel, reference: bool, initial: bool) -> Models:
+    def distribute(self, policy: LanguageModel, reference: bool, initial: bool, apart: bool = False) -> Models:
         """See `Ranks`."""
         frozen = policy.frozen_copy() if reference else None
-        return Models(policy, frozen, policy, frozen if initial else None)
+        sampled = policy.sampling_copy() if apart else policy
+        return Models(policy, frozen, sampled, frozen if initial else None)
 
     def distribute_scalar(self, model: ScalarModel) -> ScalarModel:
         """See `Ranks`."""
@@ -139,7 +142,8 @@ def on_all_ranks(
 ) -> Callable[Concatenate[Owner, Arguments], Result]:
     """Let a method that the leader calls run on every rank, with the same arguments.
 
-    Such a method calls no other one. Its arguments are positional. With several ranks, it is not interrupted.
+    Such a method calls no other one. Its arguments are positional. With several ranks, it is not interrupted. A method
+    that yields begins on all ranks when the leader takes its first item, and the leader must take them all.
     """
 
     @functools.wraps(method)
@@ -147,11 +151,19 @@ def on_all_ranks(
         assert not named, "arguments of a method on all ranks are positional"
         if owner.ranks.size == 1:
             return method(owner, *arguments, **named)
+        if inspect.isgeneratorfunction(method):
+            return _announced_items(owner, method, arguments)  # type: ignore[no-any-return]
         with stop_held():
             owner.ranks.announce(owner, method.__name__, arguments)
             return method(owner, *arguments, **named)
 
     return announced
+
+
+def _announced_items(owner: _HasRanks, method: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    with stop_held():
+        owner.ranks.announce(owner, method.__name__, arguments)
+        yield from method(owner, *arguments)
 
 
 def deal(tokens: Sequence[int], rank: int, size: int) -> tuple[list[int], list[int]]:

@@ -26,11 +26,13 @@ class WeightSource:
     """The named tensors of a model, produced one at a time; can be iterated over repeatedly.
 
     `module`: the live module that has the weights, in this process. An engine that samples with this module need not
-    copy anything. Names are the names in the saved model. Adapters are merged during iteration.
+    copy anything. Names are the names in the saved model. Adapters are merged during iteration. `scored_by`: the model
+    as a whole, if it is in this process; an engine that has loaded the weights can be compared with it.
     """
 
     module: nn.Module
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    scored_by: LanguageModel | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self.tensors()

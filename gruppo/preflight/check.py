@@ -28,12 +28,13 @@ from gruppo.runs.trackers import require_installed
 from gruppo.utils.disk import free_bytes, gigabytes
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from gruppo.engines.base import Engine
     from gruppo.models.loading import ModelSource
     from gruppo.models.policy import LanguageModel
-    from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments
+    from gruppo.rollout.episodes import Episodes, Opened
     from gruppo.rollout.workers.rewards import RewardPool
     from gruppo.training.disk_estimate import Disk
     from gruppo.training.inputs import RunInputs
@@ -68,9 +69,16 @@ class Check:
         return sum(finding.severity == "problem" for finding in self.findings)
 
     @property
+    def seconds_per_step(self) -> float:
+        """Seconds of a step: of all phases, or of the longer side if an engine on a device of its own samples ahead."""
+        total, sampling = math.fsum(self.step_seconds.values()), self.step_seconds["generate"]
+        overlaps = self.recipe.lag and self.recipe.engine.has_own_process
+        return max(sampling, total - sampling) if overlaps else total
+
+    @property
     def total_seconds(self) -> float:
         """Seconds of all steps, evaluations and iterations."""
-        steps = self.recipe.run.steps * math.fsum(self.step_seconds.values())
+        steps = self.recipe.run.steps * self.seconds_per_step
         eval_sets = zip(self.workload.eval_sets, self.eval_set_seconds, strict=True)
         rounds = self.recipe.run.iterations * self.round_seconds
         return steps + rounds + math.fsum(eval_set.times * seconds for eval_set, seconds in eval_sets)
@@ -86,7 +94,7 @@ class Check:
             "memory_bytes": self.chosen.memory.as_dict(),
             "workload": asdict(self.workload),
             "steps": self.recipe.run.steps,
-            "step_seconds": {**self.step_seconds, "total": math.fsum(self.step_seconds.values())},
+            "step_seconds": {**self.step_seconds, "total": self.seconds_per_step},
             "eval_set_seconds": self.eval_set_seconds,
             "round_seconds": self.round_seconds,
             "total_seconds": self.total_seconds,
@@ -120,6 +128,7 @@ def check_recipe(
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        shown, _ = stack.enter_context(watched(shown))
         stack.enter_context(stop.interruptible())
         stack.callback(end_renderer)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -161,6 +170,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
         stack.callback(engine.close)
         with progress.bar("Timing", None, ""):
             prompt_token, decoding_step = time_generation(engine, inputs, chosen.slots, stop)
+            engine.sleep()
             forward, backward, optimizer = time_update(recipe, policy, work, chosen)
         rounds = math.ceil(work.completions / chosen.slots)
         tokens = sum(
@@ -209,7 +219,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
 
 
 def _tokenize(
-    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: OpenedEnvironments | None
+    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: Opened | None
 ) -> tuple[RunInputs, str | None]:
     """The tokenized prompts and None; or, if training would refuse some as too long, the others and its message."""
     from gruppo.training.inputs import tokenize_data
@@ -235,6 +245,7 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
     return [
         *static_checks.check_fields(recipe),
         *static_checks.check_engine_choice(recipe, check.device, find_spec("vllm") is not None),
+        *static_checks.check_lag(recipe),
         *static_checks.check_model(policy, check.dtype),
         *static_checks.check_end_tokens(policy),
         *token_checks.check_token_text(policy, prompts, inputs.offline),
@@ -276,7 +287,7 @@ def _memory(check: Check, policy: LanguageModel) -> Finding:
 
 
 def _time(check: Check) -> Finding:
-    step = math.fsum(check.step_seconds.values())
+    step = check.seconds_per_step
     what = f"{step:.1f} s per step, {_duration(check.total_seconds)} in all, if every completion has max_tokens"
     return Finding("ok", "time", what, figures={"step_seconds": step, "total_seconds": check.total_seconds})
 
@@ -314,7 +325,7 @@ def _smoke_test_findings(
     seconds: float,
     progress: Progress,
     stop: Stop,
-    episodes: MultiTurnSampler | None,
+    episodes: Episodes | None,
 ) -> list[Finding]:
     """The findings of the smoke test, if `seconds` is not 0, and of the gradient check."""
     from gruppo.preflight import smoke_test
@@ -328,6 +339,7 @@ def _smoke_test_findings(
         found.append(smoke_test.skipped("--quick"))
     else:
         test = smoke_test.run_smoke_test(recipe, engine, inputs, pool, chosen.slots, seconds, progress, stop, episodes)
+        engine.sleep()
         weights = dict(zip(pool.names, pool.weights, strict=True))
         if episodes is not None and episodes.weight is not None:
             weights[NAME] = episodes.weight
@@ -344,6 +356,7 @@ _PARTS = {  # of memory, if their names in JSON need an explanation
     "prepared": "prepared weights",
     "cache": "KV cache",
     "work": "temporaries",
+    "versions": "weights to sample from",
 }
 _LARGEST = 3  # maximum number of memory parts shown per phase; parts under 5 MB would print as 0.00
 
@@ -377,7 +390,8 @@ def _describe_time(check: Check) -> list[str]:
     lengths = f"if all completions have {work.max_tokens} tokens and prompts {work.prompt_tokens}"
     lines = _wrapped(f"Time, {lengths}; no rewards, no saving")
     by_phase = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items())
-    lines += _row("per step", f"{math.fsum(phases.values()):.1f} s", by_phase)
+    ahead = f"; sampling is {check.recipe.lag} ahead" if check.recipe.lag else ""
+    lines += _row("per step", f"{check.seconds_per_step:.1f} s", by_phase + ahead)
     for eval_set, seconds in zip(work.eval_sets, check.eval_set_seconds, strict=True):
         lines += _row(eval_set.name or "evaluation", f"{seconds:.1f} s", f"{eval_set.times} times")
     if check.round_seconds:

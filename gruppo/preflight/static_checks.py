@@ -73,6 +73,17 @@ def check_engine_choice(recipe: Recipe, device: str, has_vllm: bool) -> list[Fin
     )]  # fmt: skip
 
 
+def check_lag(recipe: Recipe) -> list[Finding]:
+    """Whether sampling ahead has a device of its own."""
+    if not recipe.lag or recipe.engine.name != "native":
+        return []
+    return [Finding(
+        "note", "lag", f"cluster.lag = {recipe.lag} with the native engine: it samples on the device that trains",
+        "only rewards and environments run beside training; sampling and training slow each other down",
+        'write engine.name = "vllm" with a device of its own, or lag = 0',
+    )]  # fmt: skip
+
+
 def check_model(policy: LanguageModel, dtype: str) -> list[Finding]:
     """Architecture, number of weights and compute dtype, and matrices that are all zeros."""
     count = sum(weight.numel() for weight in policy.model.parameters())

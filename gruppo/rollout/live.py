@@ -13,8 +13,8 @@ from gruppo.config.recipe import Recipe
 from gruppo.data.mixture import Mixture
 from gruppo.engines.base import Engine, SamplingParams
 from gruppo.errors import RunError
+from gruppo.rollout.episodes import Episodes
 from gruppo.rollout.labels import LabelledCompletion
-from gruppo.rollout.multi_turn import MultiTurnSampler
 from gruppo.rollout.reward_failures import record_failures
 from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.rollout.sampling import sample_groups
@@ -52,13 +52,14 @@ class LiveRollouts:
     `engine`: samples completions; with an environment, through `multi_turn`. `pool`: the reward functions.
     `scorer`: the reward model, if the recipe has one. `weights`: weights of all rewards, by name.
     `folder`: the run folder, in which failed reward calls are saved.
-    `save`: saves the run before it stops because rewards failed. The step is not lost: a resumed run repeats it.
+    `save`: saves the run before it stops because rewards failed, and says in words what is saved. The step is not lost:
+    a resumed run repeats it.
     """
 
     recipe: Recipe
     prompts: Mixture
     engine: Engine
-    multi_turn: MultiTurnSampler | None
+    multi_turn: Episodes | None
     pool: Rewards
     scorer: RewardModelScorer | None
     audit: Audit | None
@@ -68,7 +69,7 @@ class LiveRollouts:
     folder: Path
     recorder: Recorder
     stop: Stop
-    save: Callable[[], None]
+    save: Callable[[], str]
 
     def collect(self, step: Step) -> list[Group]:
         """See `RolloutSource`. With dynamic sampling, groups whose rewards do not differ are dropped and replaced by
@@ -175,12 +176,12 @@ class LiveRollouts:
         count, limit = sum(bool(reward.failures) for reward in rewards), self.recipe.reward.failure_limit
         if count <= limit * len(rewards):
             return
-        self.save()
+        saved = self.save()
         files = self.record_failures(step, groups)  # after the checkpoint, because the step will be repeated
         ((name, why), most), *_ = failed.most_common(1)
         where = f"; rerun the call with: gruppo rerun-reward {self.folder / files[0]}" if files else ""
         raise RunError(
             f"step {step.number}: {count} of {len(rewards)} completions are excluded because a reward failed, more "
             f"than reward.failure_limit = {limit:g} allows; {most} of them because of {name}: {why}{where}. This step "
-            "was not trained on, and everything before it is saved: fix the reward and continue with --resume"
+            f"was not trained on, and {saved}: fix the reward and continue with --resume"
         )

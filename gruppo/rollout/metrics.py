@@ -58,6 +58,14 @@ def describe_groups(
                 metrics.minimum("advantage/min", min(advantages))
 
 
+def describe_staleness(groups: Sequence[Group], step: int, metrics: Metrics) -> None:
+    """Add how many steps' updates (counts) came between the weights that sampled and those that are trained now."""
+    for group in groups:
+        for completion in group.completions:
+            metrics.mean("staleness/mean", step - 1 - completion.policy_version)
+            metrics.maximum("staleness/max", step - 1 - completion.policy_version)
+
+
 def _describe_episode(completion: Completion, episode: Episode, metrics: Metrics) -> None:
     metrics.mean("environment/turns", episode.turns)
     metrics.mean("environment/called", episode.calls > 0)

@@ -15,12 +15,17 @@ from gruppo.utils.timing import PhaseTimer
 
 @dataclass(frozen=True)
 class Step:
-    """A step in progress. `number`: counted from 1; `cursor`: how many prompts the run sampled before this step."""
+    """A step in progress.
+
+    `number`: counted from 1; `cursor`: how many prompts the run sampled before this step. `beside`: seconds of phases
+    that ran while earlier steps trained.
+    """
 
     number: int
     cursor: int
     metrics: Metrics = field(default_factory=Metrics)
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+    beside: dict[str, float] = field(default_factory=dict)
 
 
 class RolloutSource(Protocol):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gruppo.config.cluster_section import Cluster
 from gruppo.config.recipe import Recipe
 from gruppo.config.resume import FIXED, LENGTH, REASONS, rule_of
 from gruppo.config.schedule import learning_rate, warmup_steps
@@ -140,8 +141,10 @@ def _length_problem(before: Recipe, now: Recipe, done: int, begun: int) -> str |
 
 def _effective(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, where recipes that mean the same are equal: with the stop strings that evaluations
-    take from [sampling], with all weights of rewards, and with files of functions as absolute paths."""
+    take from [sampling], with all weights of rewards, with the defaults of [cluster], and with files of functions as
+    absolute paths."""
     values = recipe.as_mapping()
+    values.setdefault("cluster", Cluster().model_dump())
     reward = values["reward"]
     reward["functions"] = [_located(name) for name in reward["functions"]]
     reward["weights"] = reward["weights"] or [1.0] * len(reward["functions"])

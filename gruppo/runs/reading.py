@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 
 from gruppo.config.renames import COLUMNS, renamed_parts, translate_event, translate_metrics
 from gruppo.errors import RunError, UsageError
-from gruppo.runs.tables import ADDED
+from gruppo.runs.tables import ADDED, AHEAD
 
 MOST_JSON, MOST_LINES, MOST_TABLE = 64 * 2**20, 2**30, 8 * 2**30  # bytes; for a table, in memory
 _ROWS, _FEW = 256, 16  # that are read at a time
 _STEP = re.compile(r"step-(\d{6,18})(\.parquet)?", re.ASCII)
-_LATER = frozenset().union(*ADDED.values())
+_OPTIONAL = AHEAD.union(*ADDED.values())
 
 
 def require_own(folder: Path, links_to: Path | None = None) -> None:
@@ -127,8 +127,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """The rows of a Parquet file, with the columns of the schema if one is given. Columns that were not recorded yet
-    when the file was written are null.
+    """The rows of a Parquet file, with the columns of the schema if one is given. Columns that not all files have are
+    null where they are missing.
 
     Raises UsageError if the file is missing, is not such a table, does not match its checksums, or is too large once it
     is decompressed, which the size of the file does not show.
@@ -203,12 +203,12 @@ def _batches(path: Path, file: pq.ParquetFile, schema: pa.Schema | None, rows: i
 
 
 def _current(batches: list[pa.RecordBatch], file: pq.ParquetFile, schema: pa.Schema | None) -> pa.Table:
-    """Rows with the current names of their columns, and null for columns that were recorded only later."""
+    """Rows with the current names of their columns, and null for columns that not all files have."""
     table = pa.Table.from_batches(batches, batches[0].schema if batches else file.schema_arrow)
     table = table.replace_schema_metadata(None)
     table = table.rename_columns([COLUMNS.get(name, name) for name in table.column_names])
     for field in () if schema is None else schema:
-        if field.name in _LATER and field.name not in table.column_names:
+        if field.name in _OPTIONAL and field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
     return table if schema is None else table.select(schema.names).cast(schema)
 

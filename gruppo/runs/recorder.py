@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -64,11 +65,35 @@ class StatusSink:
 class Recorder:
     """Records steps, events and progress in every sink, and shows them on the console. It is the `Progress` of a run.
 
-    `monitor`: sees every line of metrics; its warnings become events and notes.
+    `monitor`: sees every line of metrics; its warnings become events and notes. What a thread reports inside `held` is
+    recorded later, by `release`.
     """
 
     def __init__(self, console: Progress, sinks: Sequence[Sink], monitor: WarningMonitor | None = None) -> None:
         self.console, self.sinks, self.monitor = console, list(sinks), monitor
+        self._of_thread = threading.local()
+
+    @contextmanager
+    def held(self) -> Iterator[list[dict[str, Any]]]:
+        """Keep the events and notes of this thread back inside the block, and show none of its progress. Yields what is
+        kept, in order: plain values, for JSON."""
+        self._of_thread.kept = kept = list[dict[str, Any]]()
+        try:
+            yield kept
+        finally:
+            self._of_thread.kept = None
+
+    def release(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """Record events and notes that were held."""
+        for entry in kept:
+            if "note" in entry:
+                self.note(entry["note"])
+            else:
+                self.event(**entry)
+
+    @property
+    def _kept(self) -> list[dict[str, Any]] | None:
+        return getattr(self._of_thread, "kept", None)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Record a line of metrics, and the warnings that it triggers."""
@@ -90,16 +115,26 @@ class Recorder:
 
     def event(self, kind: str, message: str, step: int, **details: Any) -> None:
         """Record an event; the console does not show it."""
+        event = {"kind": kind, "message": message, "step": step, **details}
+        if self._kept is not None:
+            self._kept.append(event)
+            return
         for sink in self.sinks:
-            sink.event({"kind": kind, "message": message, "step": step, **details})
+            sink.event(event)
 
     def note(self, text: str) -> None:
         """Show a line of text."""
-        self.console.note(text)
+        if self._kept is None:
+            self.console.note(text)
+        else:
+            self._kept.append({"note": text})
 
     @contextmanager
     def bar(self, label: str, total: float | None, unit: str) -> Iterator[Advance]:
         """See `Progress`."""
+        if self._kept is not None:
+            yield lambda _: None
+            return
         done = 0.0
         self._progress(label, 0.0, total, unit)
         with self.console.bar(label, total, unit) as show:

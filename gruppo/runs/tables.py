@@ -24,6 +24,7 @@ SCHEMA_VERSION = 2
 ADDED = {
     2: frozenset({"entropy", "prompt_token_ids", "prompt_token_texts", "token_texts", "printed"})
 }  # columns, by version
+AHEAD = frozenset({"staleness"})  # columns of runs that sample ahead
 
 
 ROLLOUTS = pa.schema(
@@ -60,6 +61,11 @@ ROLLOUTS = pa.schema(
         "returns": pa.list_(_FLOAT),
     }
 )
+
+
+# With a lag between sampling and training. `staleness`: how many steps' updates came between the weights that sampled
+# the completion and those that it trains.
+ROLLOUTS_AHEAD = ROLLOUTS.insert(ROLLOUTS.get_field_index("policy_version") + 1, pa.field("staleness", _INTEGER))
 
 
 EVALUATIONS = pa.schema(
@@ -130,9 +136,13 @@ def versioned(schema: pa.Schema) -> pa.Schema:
     return schema.with_metadata({"gruppo_schema": str(SCHEMA_VERSION)})
 
 
-def is_offline(completion: Completion) -> bool:
-    """Whether a completion came from a dataset row."""
-    return any(map(math.isnan, completion.sampling_logprobs))
+def _unknown(completion: Completion) -> bool:
+    """Whether nobody knows the log-probabilities with which a completion was sampled: it came from a dataset row, or
+    from a function that samples and does not say them."""
+    return any(
+        sampled and math.isnan(value)
+        for value, sampled in zip(completion.sampling_logprobs, completion.mask, strict=True)
+    )
 
 
 def _where_sampled(mask: Sequence[bool], values: Sequence[float] | None) -> list[float | None] | None:
@@ -169,6 +179,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "text": completion.text,
                     "finish_reason": completion.finish_reason,
                     "policy_version": completion.policy_version,
+                    "staleness": step - 1 - completion.policy_version,
                     "reward": reward.total,
                     "reward_parts": as_json(dict(reward.parts)),
                     "steps": as_json({name: steps._asdict() for name, steps in reward.steps.items()}),
@@ -180,7 +191,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "token_ids": list(completion.token_ids),
                     "token_texts": texts.of(completion.token_ids, group.prompt.token_ids),
                     "mask": list(completion.mask),
-                    "sampling_logprobs": None if is_offline(completion) else sampled(completion.sampling_logprobs),
+                    "sampling_logprobs": None if _unknown(completion) else sampled(completion.sampling_logprobs),
                     "old_logprobs": sampled(group.old_logprobs[number]),
                     "ref_logprobs": sampled(group.ref_logprobs[number]),
                     "entropy": sampled(group.entropy[number]),

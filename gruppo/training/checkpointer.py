@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -35,13 +35,14 @@ class Checkpointer:
     """Saves checkpoints, and the final model at the last step.
 
     `models`: the files of the run's models. `status`: records the last checkpoint. `enabled`: False if nothing is to be
-    saved.
+    saved. `save_more`: writes the other files of a checkpoint, after those of the models.
     """
 
     def __init__(
         self, context: RunContext, parts: RunComponents, models: ModelFiles, status: StatusFile, enabled: bool = True
     ) -> None:
         self.context, self.parts, self.models, self.status, self.enabled = context, parts, models, status, enabled
+        self.save_more: Callable[[Path], None] = lambda _: None
         self._saved: tuple[int, bool, int] | None = None
 
     @property
@@ -65,10 +66,14 @@ class Checkpointer:
         with context.recorder.bar("Saving", None, ""):
             later = self.reference_file.is_file() and context.state.iteration > 1
             files = [self.reference_file] if later else []
-            path = save_checkpoint(context.folder, self.models.save, context.state, files)
+            path = save_checkpoint(context.folder, self._save_files, context.state, files)
         self._saved = self._position
         self.status.update(now=True, checkpoint=context.state.step)
         context.callbacks.notify("on_checkpoint", context.state.step, path)
+
+    def _save_files(self, folder: Path) -> None:
+        self.models.save(folder)
+        self.save_more(folder)
 
     def forget(self) -> None:
         """Make the next `save` save this step again: it has become the last one and needs a final model."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gruppo.config.units import as_bytes
+from gruppo.config.units import bytes_of
 from gruppo.engines.native.engine import MAX_SLOTS, PREFILL_TOKENS
 from gruppo.engines.native.kv_cache import PAGE_TOKENS, room
 from gruppo.errors import UsageError
@@ -53,7 +53,8 @@ class Workload:
     """Upper bounds of a run's work; lengths in tokens.
 
     `turns`: completions are sampled in several turns, so every completion has its own prompt in the engine.
-    `samples_elsewhere`: the engine has a process and memory of its own.
+    `samples_elsewhere`: the engine has a process and memory of its own. `lag`: steps that sampling may be ahead of
+    training; if not 0, both take memory at the same time.
     """
 
     prompt_tokens: int
@@ -66,6 +67,7 @@ class Workload:
     eval_sets: tuple[EvalWorkload, ...] = ()
     turns: bool = False
     samples_elsewhere: bool = False
+    lag: int = 0
 
     @property
     def answers(self) -> int:
@@ -120,7 +122,8 @@ class Memory:
 
     `work` and `evaluation_work`: temporaries of prefill and sampling. `logits`: temporaries of log-probabilities,
     forward and backward. `backward`: temporaries of a layer's backward pass, 0 on a CPU, where micro-batches are small.
-    `gradients`: gradients that exist in addition to all activations.
+    `gradients`: gradients that exist in addition to all activations. `versions`: copies of the weights that are sampled
+    from, or will be, while the policy is trained; `lags`: whether there is sampling meanwhile.
     """
 
     process: int
@@ -138,6 +141,8 @@ class Memory:
     activations: int
     logits: int
     backward: int
+    versions: int = 0
+    lags: bool = False
 
     def parts(self, phase: str) -> dict[str, int]:
         """Bytes alive in a phase, by name."""
@@ -150,9 +155,11 @@ class Memory:
                 "activations": self.activations,
                 "logits": self.logits,
                 "backward": self.backward,
+                **({"cache": self.cache, "work": self.work} if self.lags else {}),
             },
         }[phase]
-        return {name: getattr(self, name) for name in always} | of_phase
+        versions = {"versions": self.versions} if self.versions else {}
+        return {name: getattr(self, name) for name in always} | versions | of_phase
 
     @property
     def sampling(self) -> int:
@@ -192,9 +199,7 @@ class ChosenSizes:
 
 def budget_bytes(memory: float | str, device: torch.device) -> int:
     """The recipe's `run.memory` in bytes, for the whole process. Call it before the weights are loaded."""
-    if isinstance(memory, str):
-        return as_bytes(memory)
-    return int(memory * (free_memory(device) + process_bytes(device)))
+    return bytes_of(memory, free_memory(device) + process_bytes(device))
 
 
 def forecast_memory(
@@ -247,7 +252,16 @@ def forecast_memory(
         activations=resident(activations),
         logits=resident(logits),
         backward=resident(backward),
+        versions=_versions(footprint, workload),
+        lags=workload.lag > 0,
     )
+
+
+def _versions(footprint: Footprint, workload: Workload) -> int:
+    """Bytes of the copies of a run that samples ahead: the engine's, with its prepared weights, unless it has a process
+    of its own, and one for each further step of the lag."""
+    own = 0 if workload.samples_elsewhere else footprint.reference + footprint.prepared
+    return own + (workload.lag - 1) * footprint.reference if workload.lag else 0
 
 
 def _resident(fragments: float, allocated: int) -> int:
@@ -290,22 +304,27 @@ def _generation(
 def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> ChosenSizes:
     """The largest sizes whose estimated memory is within the budget.
 
-    Activations are recomputed only if otherwise not even one completion could be trained on. Raises UsageError if
-    nothing fits.
+    Activations are recomputed only if otherwise not even one completion could be trained on. If a run samples while it
+    trains, sampling gets at most half of what neither needs at least. Raises UsageError if nothing fits.
     """
 
     def memory(tokens: int, slots: int, recompute: bool) -> Memory:
         return forecast_memory(footprint, workload, tokens, slots, recompute)
 
     def fits(recompute: bool, tokens: int) -> bool:
-        return memory(tokens, 1, recompute).training <= budget
+        return memory(tokens, slots if workload.lag else 1, recompute).training <= budget
 
-    most = max(1, min(MAX_SLOTS, max(workload.completions, workload.answers)))
-    slots = _largest(
-        1, most, lambda count: max(memory(1, count, True).sampling, memory(1, count, True).evaluation) <= budget
-    )
     highest = most_tokens(workload.prompt_tokens, footprint.accelerator)
     least = min(workload.smallest, highest)
+    share = (budget + memory(least, 1, True).training) // 2  # for the slots, beside training
+
+    def holds(count: int) -> bool:
+        need = memory(least, count, True)
+        together = not workload.lag or need.training <= min(budget, share)
+        return together and max(memory(1, count, True).sampling, need.evaluation) <= budget
+
+    most = max(1, min(MAX_SLOTS, max(workload.completions, workload.answers)))
+    slots = _largest(1, most, holds)
     for recompute in (False, True):
         tokens = _largest(least, highest, partial(fits, recompute))
         if slots and tokens:

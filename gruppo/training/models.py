@@ -50,9 +50,10 @@ def load_scorer(
     return replace(loaded, policy=layers)
 
 
-def distribute(recipe: Recipe, loaded: Loaded, ranks: Ranks) -> TrainedModels:
-    """Shard the models over the ranks, in place, and make their optimizers."""
-    models = ranks.distribute(loaded.policy, recipe.method.needs_reference, recipe.method.source == "initial")
+def distribute(recipe: Recipe, loaded: Loaded, ranks: Ranks, apart: bool = False) -> TrainedModels:
+    """Shard the models over the ranks, in place, and make their optimizers. `apart`: see `Ranks.distribute`."""
+    initial = recipe.method.source == "initial"
+    models = ranks.distribute(loaded.policy, recipe.method.needs_reference, initial, apart)
 
     def trainable(model: ScalarModel | None, trained: bool = True) -> Trainable | None:
         if model is None:

@@ -59,13 +59,18 @@ def find_surrogate(name: str) -> Surrogate:
 
 @torch.no_grad()
 def score_old(
-    policy: LanguageModel, batches: Sequence[Batch], settings: Method, temperature: float, metrics: Metrics
+    policy: LanguageModel,
+    batches: Sequence[Batch],
+    settings: Method,
+    temperature: float,
+    metrics: Metrics,
+    fresh: bool = True,
 ) -> None:
     """Fill in π_old and the entropy of batches whose first update comes after the policy has changed."""
     for batch in batches:
         with policy.precision():
             batch.old_logprobs, batch.entropy = score(policy, batch, temperature)
-        _describe_sampling(batch, settings, metrics)
+        _describe_sampling(batch, settings, metrics, fresh)
 
 
 @torch.no_grad()
@@ -88,12 +93,13 @@ def batch_loss(
     settings: Method,
     temperature: float,
     metrics: Metrics,
+    fresh: bool = True,
 ) -> Tensor:
     """The micro-batch's part of the loss of an update. Call it inside `policy.precision()`.
 
-    If the batch has no π_old yet, the policy has not changed since it sampled: the log-probabilities of this pass are
+    If the batch has no π_old yet, the policy has not changed in this step: the log-probabilities of this pass are
     π_old, and the batch keeps them for the following updates. It also keeps the entropy of its first pass.
-    Log-probabilities of the reference are computed once per batch.
+    Log-probabilities of the reference are computed once per batch. `fresh`: see `is_fresh`.
     """
     if settings.kl_in_loss and batch.ref_logprobs is None:
         assert reference is not None
@@ -105,8 +111,8 @@ def batch_loss(
         batch.old_logprobs = logprobs.detach()
     if batch.entropy is None:
         batch.entropy = entropy
-        _describe_sampling(batch, settings, metrics)
-    importance = _importance(batch, settings).to(dtype) if settings.tis_cap else None
+        _describe_sampling(batch, settings, metrics, fresh)
+    importance = _importance(batch, settings.tis_cap)
     result = policy_loss(
         logprobs,
         batch.old_logprobs.to(dtype),
@@ -119,7 +125,7 @@ def batch_loss(
         settings.kl_estimator,
         find_surrogate(settings.surrogate),
         batch.sequences if settings.ratio == "sequence" else None,
-        importance,
+        None if importance is None else importance.to(dtype),
         settings.kl_importance,
     )
     tokens = len(batch.trained)
@@ -141,28 +147,39 @@ def _total(values: Tensor, batch: Batch) -> Tensor:
     return values[batch.trained].sum()
 
 
-def _describe_sampling(batch: Batch, settings: Method, metrics: Metrics) -> None:
-    """Metrics of the policy as it sampled: its entropy, and how far the engine's log-probabilities are from π_old."""
+def is_fresh(groups: Sequence[Group], step: int) -> bool:
+    """Whether a step's completions were sampled by the weights that the step begins with. Only then does the difference
+    between the log-probabilities of engine and trainer measure rounding, and not learning."""
+    return all(completion.policy_version == step - 1 for group in groups for completion in group.completions)
+
+
+def _describe_sampling(batch: Batch, settings: Method, metrics: Metrics, fresh: bool) -> None:
+    """Metrics of the policy at the start of the step: its entropy, and how far the log-probabilities of the engine that
+    sampled are from π_old."""
     tokens = len(batch.trained)
     if not tokens:
         return
     assert batch.entropy is not None
     assert batch.old_logprobs is not None
     metrics.mean("policy/entropy", _total(batch.entropy, batch), tokens)
-    if settings.source == "policy":
-        drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[batch.trained]
-        metrics.mean("engine/logprob_difference_mean", drift.sum(), tokens)
-        metrics.maximum("engine/logprob_difference_max", drift.max())
-        if settings.tis_cap:
-            importance = _importance(batch, settings)
+    if settings.source == "policy" and batch.sampling_logprobs is not None:
+        if fresh:
+            drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[batch.trained]
+            metrics.mean("engine/logprob_difference_mean", drift.sum(), tokens)
+            metrics.maximum("engine/logprob_difference_max", drift.max())
+        importance = _importance(batch, settings.tis_cap)
+        if importance is not None:
             metrics.mean("engine/importance_mean", _total(importance, batch), tokens)
             metrics.mean("engine/importance_capped", _total(importance == settings.tis_cap, batch), tokens)
 
 
-def _importance(batch: Batch, settings: Method) -> Tensor:
-    """min(π_old / π_sampling, tis_cap) of every token."""
+def _importance(batch: Batch, cap: float | None) -> Tensor | None:
+    """min(π_old / π_sampling, cap) of every token. None, which stands for 1, without a cap or if π_sampling is not
+    known."""
+    if not cap or batch.sampling_logprobs is None:
+        return None
     assert batch.old_logprobs is not None
-    return (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=settings.tis_cap)
+    return (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=cap)
 
 
 def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch], ranks: Ranks = ALONE) -> None:

@@ -24,6 +24,7 @@ from gruppo.training.nonfinite import Guard, not_finite
 from gruppo.training.optimizer import update
 from gruppo.training.policy_loss import (
     batch_loss,
+    is_fresh,
     keep_logprobs,
     put_logprobs,
     score_batches,
@@ -228,7 +229,8 @@ class PolicyTrainer:
         def attempt(tokens: int) -> Sequence[Batch]:
             batches = minibatch.at(tokens)
             with metrics_of_all(self.ranks, step.metrics) as metrics, metrics.all_or_nothing():
-                score_old(self.policy, batches, self.method, self.recipe.sampling.temperature, metrics)
+                fresh = is_fresh(minibatch.groups, step.number)
+                score_old(self.policy, batches, self.method, self.recipe.sampling.temperature, metrics, fresh)
             return batches
 
         with step.timer("score"):
@@ -251,6 +253,7 @@ class PolicyTrainer:
                 settings=self.method,
                 temperature=self.recipe.sampling.temperature,
                 metrics=metrics,
+                fresh=is_fresh(batches.groups, step.number),
             )
             total, norm = self.learner.update(batches, loss, self.rate(step), number, metrics)
         batches.updated = True

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from gruppo.engines.probe import largest_drift
 from gruppo.errors import RunError, first_line, out_of_memory
 from gruppo.evaluation.schedule import EvalSchedule
 from gruppo.models.reward_model import NAME as REWARD_MODEL
+from gruppo.rollout.ahead import Ahead
 from gruppo.rollout.environments.client import NAME as ENVIRONMENT
 from gruppo.rollout.live import LiveRollouts
-from gruppo.rollout.metrics import describe_groups
+from gruppo.rollout.metrics import describe_groups, describe_staleness
 from gruppo.rollout.offline import OfflineRollouts
 from gruppo.rollout.reward_model import RewardModelScorer
+from gruppo.rollout.sampled_step import SampledStep, read_sampled, write_sampled
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.source import RolloutSource, Step
 from gruppo.runs.atomic import WriteError
@@ -23,7 +27,7 @@ from gruppo.runs.missing import base_problem, metric_problems
 from gruppo.runs.reading import reading
 from gruppo.runs.recorder import FileSink, Recorder, Sink, StatusSink
 from gruppo.runs.status import StatusFile
-from gruppo.runs.tables import ROLLOUTS, rollout_rows
+from gruppo.runs.tables import ROLLOUTS, ROLLOUTS_AHEAD, rollout_rows
 from gruppo.runs.warnings import WarningMonitor
 from gruppo.training.callbacks import Callbacks
 from gruppo.training.checkpoint import State
@@ -42,6 +46,7 @@ from gruppo.utils.oom_retry import SizeReduced
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import Interrupted, Stop
 from gruppo.utils.system import peak_memory, release_memory
+from gruppo.utils.waiting import waiting_for
 
 # Builds the source of a run's groups from the default source.
 MakeSource = Callable[[LiveRollouts], RolloutSource]
@@ -79,7 +84,14 @@ class TrainingRun:
         _record_restarts(parts, self.recorder, self.state)
         _record_reductions(parts, self.recorder, self.state)
         self.audit = _reward_audit(parts)
-        self.rollouts = self._rollouts(trainers.scorer, source)
+        lag = self.recipe.lag if source is None else 0
+        halt = Stop() if lag else stop
+        self.source = self._source(trainers.scorer, source, halt, lag)
+        self.rollouts = Ahead(
+            self.source, parts.engine, self.policy.weights, lag, self.recipe.run.steps, self.recorder, stop, halt,
+            parts.copies,
+        )  # fmt: skip
+        self.checkpointer.save_more = lambda folder: write_sampled(folder, self.rollouts.sampled_after(self.state.step))
         self.iterations = Iterations(
             self.context, self.policy, trainers.reward_model, self.rollouts, parts.prompts, self.checkpointer, guard,
             parts.sizes,
@@ -94,12 +106,15 @@ class TrainingRun:
             self.recorder,
             stop,
             lambda *arguments: self.callbacks.notify("on_evaluation", *arguments),
+            self.rollouts.engine_with_live_weights,
         )
         self._advance: Advance = lambda _: None  # the progress bar over all steps, while it is shown
         self._without_advantage = 0  # steps in a row without a nonzero advantage
         self._lengths: dict[str, int] = {}  # of the append-only files, when no work was half done
 
-    def _rollouts(self, scorer: RewardModelScorer | None, source: MakeSource | None) -> RolloutSource:
+    def _source(
+        self, scorer: RewardModelScorer | None, source: MakeSource | None, stop: Stop, lag: int
+    ) -> RolloutSource:
         parts = self.parts
         if parts.pool is None:
             size = self.recipe.sampling.prompts_per_step
@@ -117,10 +132,14 @@ class TrainingRun:
             weights=self.reward_weights,
             folder=self.folder.path,
             recorder=self.recorder,
-            stop=self.stop,
-            save=self.checkpointer.save,
+            stop=stop,
+            save=(lambda: "the last checkpoint is intact") if lag else self._save_before_error,
         )
         return live if source is None else source(live)
+
+    def _save_before_error(self) -> str:
+        self.checkpointer.save()
+        return "everything before it is saved"
 
     # Start and end of a run.
 
@@ -148,6 +167,7 @@ class TrainingRun:
                 raise RunError(message) from error
             raise
         finally:
+            self.rollouts.close()
             self.checkpointer.note_memory()
             lost = outcome == "failed" and self.parts.ranks.size > 1  # the other ranks may have ended
             weights = None if lost else dict(self.policy.weights)
@@ -175,7 +195,8 @@ class TrainingRun:
             lines = self.folder.metrics()
         saved = 0 if restored.checkpoint is None else self.state.step
         self.status.update(now=True, step=self.state.step, checkpoint=saved, truncated_to=self.folder.lengths())
-        self.parts.engine.load_weights(self.policy.weights, self.state.step)
+        self.rollouts.begin(self.state.step, self._sampled(restored.checkpoint))
+        self._let_unused_engine_sleep()
         self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
         with reading(self.folder.path, "restore the folder as the run left it, or choose another --out"):
             for values in lines:  # for warnings that look back; their messages are already recorded
@@ -184,12 +205,22 @@ class TrainingRun:
                 if self.audit is not None:
                     self.audit.alarm(values)
 
+    def _sampled(self, checkpoint: Path | None) -> list[SampledStep]:
+        """The steps after a checkpoint that the run has sampled already."""
+        if checkpoint is None or not self.rollouts.lag:
+            return []
+        return read_sampled(checkpoint, self.parts.prompts, self.state.cursor)
+
     def _missing(self, known: Sequence[str]) -> Iterator[str]:
         """Descriptions of further parts that are missing from the folder of a run. `known`: descriptions so far."""
         if not any(problem.startswith("metrics.jsonl") for problem in known):
             yield from metric_problems(self.folder.metrics(), self.state.step)
         if self.state.step and (problem := base_problem(self.folder.path)):
             yield f"{problem}, and gruppo export needs it"
+
+    def record_wait(self, text: str, over: bool) -> None:
+        """Record that the run waits for something, or that it is over. Called by another thread."""
+        self.recorder.event("waiting", text, self.state.step + 1, state="passed" if over else "begins")
 
     # Steps.
 
@@ -218,9 +249,17 @@ class TrainingRun:
         return Step(number, self.state.cursor)
 
     def load_weights(self, step: Step) -> None:
-        """Load the policy's weights into the engine after a step."""
-        with step.timer("load_weights"):
-            self.parts.engine.load_weights(self.policy.weights, step.number)
+        """Let the engine have the policy's weights after a step. An evaluation that is due comes first."""
+        with step.timer("load_weights"), waiting_for("the engine, to load weights"):
+            at_end = step.number == self.recipe.run.steps
+            self.rollouts.weights_changed(step.number, offered=not self.evaluations.due(step.number, at_end))
+            self._let_unused_engine_sleep()
+
+    def _let_unused_engine_sleep(self) -> None:
+        """The engine holds memory of the device after it has loaded weights. It may rest unless the next step samples
+        from the policy."""
+        if not self.parts.samples_policy:
+            self.parts.engine.sleep()
 
     def finish_step(self, step: Step, groups: list[Group], minibatches: Sequence[StepBatches]) -> None:
         """Record the step (rollouts, metrics, warnings), mark it as done, and notify the callbacks."""
@@ -230,9 +269,9 @@ class TrainingRun:
         self._record_failures(step, groups, bool(minibatches))
         with step.timer("write"):
             rows = rollout_rows(step.number, groups, self.parts.policy.tokenizer)
-            self.folder.table("rollouts", step.number, rows, ROLLOUTS)
+            self.folder.table("rollouts", step.number, rows, ROLLOUTS_AHEAD if self.recipe.lag else ROLLOUTS)
         self.state.train_seconds += step.timer.total
-        values = self._reduce(step, groups)
+        values = _reduced(step, groups)
         self.recorder.step(values)
         alarm = self.audit and self.audit.alarm(values)
         if alarm:
@@ -247,21 +286,13 @@ class TrainingRun:
     def _describe(self, step: Step, groups: Sequence[Group]) -> None:
         metrics, parts = step.metrics, self.parts
         describe_groups(groups, metrics, len(parts.prompts.parts) > 1, parts.policy.ids_without_text)
+        if self.recipe.lag:
+            describe_staleness(groups, step.number, metrics)
         metrics.mean("optimizer/learning_rate", self.policy.rate(step))
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
         metrics.maximum("memory/micro_batch_tokens", parts.sizes.micro_batch_tokens)
         if parts.fleet is not None:
             parts.fleet.observe(metrics)
-
-    def _reduce(self, step: Step, groups: Sequence[Group]) -> dict[str, Any]:
-        metrics, timer = step.metrics, step.timer
-        for name, seconds in timer.seconds.items():
-            metrics.mean(f"time/{name}", seconds)
-        metrics.mean("time/step", timer.total)
-        if "generate" in timer.seconds:
-            tokens = sum(sum(completion.mask) for group in groups for completion in group.completions)
-            metrics.mean("time/tokens_per_second", tokens, timer.seconds["generate"])
-        return {"step": step.number, **metrics.reduce()}
 
     def _record_failures(self, step: Step, groups: Sequence[Group], updated: bool) -> None:
         """Record events for rewards that failed, and for a step without nonzero advantages."""
@@ -282,6 +313,18 @@ class TrainingRun:
                 self.recorder.note(f"Step {step.number}: {message}{steps}")
         else:
             self._without_advantage = 0
+
+
+def _reduced(step: Step, groups: Sequence[Group]) -> dict[str, Any]:
+    """The line of metrics of a step."""
+    metrics, timer = step.metrics, step.timer
+    for name, seconds in {**step.beside, **timer.seconds}.items():
+        metrics.mean(f"time/{name}", seconds)
+    metrics.mean("time/step", timer.total)
+    if generation := {**step.beside, **timer.seconds}.get("generate"):
+        tokens = sum(sum(completion.mask) for group in groups for completion in group.completions)
+        metrics.mean("time/tokens_per_second", tokens, generation)
+    return {"step": step.number, **metrics.reduce()}
 
 
 def _reward_weights(parts: RunComponents) -> dict[str, float]:
@@ -311,7 +354,7 @@ def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> 
 
     if parts.fleet is not None:
         parts.fleet.notify = happened
-    for pool in (parts.pool, parts.audit, parts.episodes.environments if parts.episodes else None):
+    for pool in (parts.pool, parts.audit, parts.episodes):
         if pool is not None:
             pool.notify_of_restarts(restarted)
 
@@ -319,11 +362,14 @@ def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> 
 def _record_reductions(parts: RunComponents, recorder: Recorder, state: State) -> None:
     """From now on, write a size that is reduced to environment.json, so that a resumed run keeps it."""
 
+    writing = Lock()  # sampling and training may run out of memory at the same time
+
     def reduced(what: SizeReduced) -> None:
-        step, environment = state.step + 1, parts.run.read_json("environment.json") or {}
-        halvings = [*environment.get("halvings", []), {"step": step, **asdict(what)}]
-        chosen = {**environment.get("chosen", {}), what.size: what.after}
-        parts.run.write_json("environment.json", {**environment, "chosen": chosen, "halvings": halvings})
+        with writing:
+            step, environment = state.step + 1, parts.run.read_json("environment.json") or {}
+            halvings = [*environment.get("halvings", []), {"step": step, **asdict(what)}]
+            chosen = {**environment.get("chosen", {}), what.size: what.after}
+            parts.run.write_json("environment.json", {**environment, "chosen": chosen, "halvings": halvings})
         recorder.event("memory", str(what), step, **asdict(what))
         recorder.note(f"Step {step}: {what}")
 

@@ -46,6 +46,9 @@ ADVICE = {
     "machine has too little memory for its engines (engine.memory, cluster.engines).",
     "checkpoint_unusable": "Check the disk. The run has continued from an older checkpoint, and repeats steps.",
     "damaged": "Restore the file from a copy if you need it; training does not depend on it.",
+    "waiting": "Look at the part that is named: the log of a reward or an environment, the load of a server, the disk "
+    "or the network. Nothing is lost: the run goes on when the part answers, and calls of rewards and environments end "
+    "at their time limits.",
     "tracker": "Nothing for the run, which goes on without it; check its installation, login and network.",
 }
 NOTHING_TO_DO = frozenset(

@@ -67,13 +67,19 @@ CHARTS = (
            "engine/importance_capped": "importance capped"}, unit="share"),
     Chart("engine", "Engine against trainer", "Difference of the log-probabilities of the same tokens, in nats.",
           {"engine/logprob_difference_mean": "mean", "engine/logprob_difference_max": "largest"}),
+    Chart("staleness", "Staleness", "Steps between the weights that sampled a completion and those that train on it: "
+          "with cluster.lag, the lag. If capped importance weights (Clipped tokens) grow with it, lower cluster.lag "
+          "or the learning rate.",
+          {"staleness/mean": "mean", "staleness/max": "largest"}),
     Chart("idle", "Idle engines", "Share of the engines' time during sampling in which they had nothing to do.",
           {"engine/idle_share": "idle"}, unit="share"),
     Chart("speed", "Tokens per second", "Sampled tokens per second of sampling.",
           {"time/tokens_per_second": "tokens/s"}),
-    Chart("phases", "Seconds by phase", "Of a step.",
-          {"time/generate": "sampling", "time/reward": "rewards", "time/score": "scoring", "time/update": "update",
-           "time/load_weights": "loading weights", "time/write": "writing"}, kind="stack", unit="seconds"),
+    Chart("phases", "Seconds by phase", "Of a step. With cluster.lag, sampling and rewards ran beside the training of "
+          "earlier steps; if the waiting is long, sampling is the longer side.",
+          {"time/wait": "waiting", "time/generate": "sampling", "time/reward": "rewards", "time/score": "scoring",
+           "time/update": "update", "time/load_weights": "loading weights", "time/write": "writing"}, kind="stack",
+          unit="seconds"),
     Chart("memory", "Memory", "Peak so far.", {"memory/peak_bytes": "peak"}, unit="bytes"),
     Chart("loss", "Loss", "See docs/methods.md: with GRPO it stays near 0 while the policy learns.",
           {"loss/total": "loss", "dpo/loss": "DPO", "value/loss": "value model", "reward_model/loss": "reward model"},

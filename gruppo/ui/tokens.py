@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from gruppo.errors import UsageError, is_visible
 from gruppo.runs.reading import matching_rows, own_table, reading
-from gruppo.runs.tables import EVALUATIONS, ROLLOUTS
+from gruppo.runs.tables import EVALUATIONS, ROLLOUTS_AHEAD
 from gruppo.ui.quantities import ANSWER, COMPLETION, Numbers, Ranges, as_numbers, rounded
 from gruppo.ui.rendering import MOST_CHARACTERS, markdown
 from gruppo.utils.nesting import too_deep
@@ -48,7 +48,7 @@ def group_data(
     path = own_table(run, "rollouts", step)
     page = _Page(offset, limit)
     ranges = Ranges(COMPLETION)
-    for row in _rows(path, ROLLOUTS, {"group": group}):
+    for row in _rows(path, ROLLOUTS_AHEAD, {"group": group}):
         numbers = {quantity.key: quantity.of(row) for quantity in COMPLETION}
         ranges.add(numbers, row["mask"])
         page.add(row, partial(_completion, row, numbers))
@@ -164,6 +164,7 @@ def _completion(row: dict[str, Any], numbers: Mapping[str, Numbers | None]) -> d
     return {
         **_tokens(row, numbers, row["text"], row["completion"]),
         "policy_version": row["policy_version"],
+        "staleness": row["staleness"],
         "reward": number_or_text(row["reward"]),
         "parts": _object(row["reward_parts"]),
         "steps": _steps(_object(row["steps"]), len(row["token_ids"])),

@@ -263,3 +263,58 @@ def test_overrides_of_names_with_dots_and_in_a_mixture() -> None:
     assert load_recipe(mixed, ["task.name=arithmetic"]).mixture == []
     assert "written in the recipe" not in mistake(mixed, "mixture.0.weight=2")
     assert "mixture" in mistake(mixed, "mixture.0.weight=2")
+
+
+LAGGED = {"cluster": {"lag": 1}, "method": {"tis_cap": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": {}}, ["cluster.lag = 1", "up to 1 steps before", "write method.tis_cap = 2.0, or lag = 0"]),
+        (
+            {"method": {"old_logprobs": "engine"}},
+            ['write method.tis_cap = 2.0 and old_logprobs = "trainer", or lag = 0'],
+        ),
+        ({"method": {"name": "rft"}}, ['method.source = "initial"', "write lag = 0"]),
+        ({"method": {"name": "sft"}}, ['method.source = "dataset"', "write lag = 0"]),
+        (
+            {"run": {"iterations": 2}, "reward_model": {"prompts": 4}},
+            ["run.iterations = 2", "or reward_model.prompts = 0"],
+        ),
+        (
+            {"cluster": {"lag": 1, "trainers": 2}, "reward_model": {"prompts": 0}},
+            ["cluster.trainers = 2", "write lag = 0, or trainers = 1"],
+        ),
+        ({"model": {"name": "m", "lora": {"base": "4bit"}}}, ['model.lora.base = "4bit"', 'write base = "full"']),
+        ({"cluster": {"lag": -1}}, ["cluster.lag", "0"]),
+    ],
+)
+def test_what_a_lag_cannot_do(changes: dict, words: list[str]) -> None:
+    message = mistake({**MINIMAL, **LAGGED, **changes})
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"run": {"iterations": 2}},
+        {"reward_model": {"prompts": 4}},
+        {"reward_model": {"prompts": 0}, "run": {"iterations": 2}},
+        {"engine": {"name": "vllm"}},
+        {"cluster": {"lag": 1, "trainers": 2}},
+        {"method": {"name": "ppo", "tis_cap": 2.0}},
+        {"method": {"name": "dapo", "tis_cap": 2.0}},
+    ],
+)
+def test_what_a_lag_can_do(changes: dict) -> None:
+    assert load_recipe({**MINIMAL, **LAGGED, **changes}).lag == 1
+
+
+def test_one_trainer_is_a_single_process() -> None:
+    """What several ranks cannot do is no mistake then."""
+    alone = {"cluster": {"trainers": 1}, "engine": {"name": "vllm"}, "optimizer": {"state": "8bit"}}
+    assert load_recipe({**MINIMAL, **alone}).lag == 0
+    assert 'engine.name = "vllm"' in mistake({**MINIMAL, **alone, "cluster": {"trainers": 2}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -123,3 +124,32 @@ def test_an_unwritable_status_does_not_stop_a_run(tmp_path: Path) -> None:
     file.update(now=True)
     file.update(now=True, step=1)
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_what_a_thread_reports_can_be_held() -> None:
+    """Events and notes of that thread alone; its progress is not shown."""
+    sink, notes, entered, left = MemorySink(), list[str](), threading.Event(), threading.Event()
+    console = NullProgress()
+    console.note = notes.append  # type: ignore[method-assign]
+    recorder, held = Recorder(console, [sink]), list[dict[str, Any]]()
+
+    def other() -> None:
+        with recorder.held() as kept:
+            recorder.event("memory", "less", 3, slots=4)
+            recorder.note("less memory")
+            with recorder.bar("Sampling", 2, "tokens") as advance:
+                advance(1)
+            held.extend(kept)
+            entered.set()
+            left.wait(30)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(30)
+    recorder.event("resume", "continued", 2)
+    assert ([event["kind"] for event in sink.events], notes, sink.phases) == (["resume"], [], [])
+    left.set()
+    thread.join()
+    recorder.release(json.loads(json.dumps(held)))
+    assert sink.events[1:] == [{"kind": "memory", "message": "less", "step": 3, "slots": 4}]
+    assert notes == ["less memory"]

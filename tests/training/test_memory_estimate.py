@@ -288,3 +288,32 @@ def test_the_cache_of_an_accelerator_has_whole_pages(footprint: Footprint) -> No
     assert device.cache == int(DEVICE_FRAGMENTS * footprint.cache_token * (8 * 512 + 2 * 5))
     on_cpu = forecast_memory(replace(footprint, accelerator=False), work, 10**6, 8)
     assert on_cpu.cache == int(FRAGMENTS * footprint.cache_token * (8 * 300 + 2 * 5))
+
+
+def test_a_lag_keeps_copies_of_the_weights_and_samples_while_it_trains(footprint: Footprint) -> None:
+    """The native engine has a copy with prepared weights of its own; each further step of lag needs one more copy."""
+    alone = forecast_memory(footprint, WORK, 500, 8)
+    assert "versions" not in alone.as_dict()["training"]
+    for lag in (1, 2, 3):
+        ahead = forecast_memory(footprint, replace(WORK, lag=lag), 500, 8)
+        copies = lag * footprint.reference + footprint.prepared
+        assert ahead.parts("training")["versions"] == copies
+        assert ahead.training == alone.training + alone.cache + alone.work + copies
+        assert ahead.sampling == alone.sampling + copies
+        elsewhere = forecast_memory(footprint, replace(WORK, lag=lag, samples_elsewhere=True), 500, 8)
+        assert elsewhere.parts("training").get("versions", 0) == (lag - 1) * footprint.reference
+        assert elsewhere.training == alone.training + (lag - 1) * footprint.reference
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_the_sizes_of_a_run_that_samples_ahead_fit_together(footprint: Footprint, share: float) -> None:
+    """Neither sampling nor training takes all of the memory."""
+    work = replace(ASKED, lag=2)
+    least = forecast_memory(footprint, work, work.smallest, 1, True).peak
+    most = forecast_memory(footprint, work, MAX_TOKENS, work.completions).peak
+    budget = int(least + share * (most - least))
+    chosen = choose_sizes(footprint, work, budget)
+    assert chosen.memory.peak <= budget
+    assert chosen.memory == forecast_memory(footprint, work, chosen.micro_batch_tokens, chosen.slots, chosen.recompute)
+    assert chosen.slots >= 1
+    assert chosen.micro_batch_tokens >= min(work.smallest, MAX_TOKENS)

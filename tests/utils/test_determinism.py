@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -43,6 +44,24 @@ def test_kernels_are_deterministic_on_cuda_alone() -> None:
 def test_the_setting_ends_with_an_error() -> None:
     with pytest.raises(MemoryError), deterministic(CUDA):
         raise MemoryError
+
+
+def test_blocks_of_two_threads_may_overlap() -> None:
+    """One that ends first must not end the setting of the other."""
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with deterministic(CUDA):
+            entered.set()
+            left.wait(30)
+
+    thread = threading.Thread(target=other)
+    with deterministic(CUDA):
+        thread.start()
+        assert entered.wait(30)
+    assert torch.are_deterministic_algorithms_enabled()
+    left.set()
+    thread.join()
 
 
 def test_a_stricter_setting_of_the_caller_stays() -> None:

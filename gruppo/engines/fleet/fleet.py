@@ -17,7 +17,6 @@ from gruppo.engines.fleet.actor import Failure, Hello, Loaded, Order, Report, ve
 from gruppo.engines.fleet.member import Member
 from gruppo.engines.fleet.parcels import Published, Way
 from gruppo.engines.fleet.pieces import Piece, pieces_of
-from gruppo.engines.native.engine import receive_weights
 from gruppo.engines.probe import ATTEMPTS, drift, largest_drift, probe_params, probe_request, wrong_weights
 from gruppo.errors import RunError, UsageError
 from gruppo.models.policy import LanguageModel
@@ -77,9 +76,9 @@ class Fleet(Engine):
     ) -> None:
         """One engine for each of the orders; see `start`. They have no weights before the first `load_weights`.
 
-        `policy`: the policy that is trained, or the leader's copy of it. `gpus`: of each engine. `dtypes`:
-        those in which weights travel, by name. `has_room`: what Ray has
-        and needs, for the message if an engine finds no place.
+        `policy`: scores the probe: the policy that is trained, or a copy of it (of the leader of several ranks, or
+        of a run that samples ahead). `gpus`: of each engine. `dtypes`: those in which weights travel, by name.
+        `has_room`: what Ray has and needs, for the message if an engine finds no place.
         """
         self.policy, self.way, self.dtypes, self.patience, self.has_room = policy, way, dtypes, patience, has_room
         self.slots, self.version = orders[0].slots, -1
@@ -108,7 +107,8 @@ class Fleet(Engine):
         RunError if an engine fails the probe twice.
         """
         started = time.monotonic()
-        receive_weights(self.policy, source)  # the leader's copy scores the probe; a single trainer's policy is its own
+        if source.module is not self.policy.model:  # a copy, of the leader or of a run that samples ahead
+            self.policy.take_weights(source)
         self._published = self.way.publish(self.policy.weight_source(), self.dtypes)
         self.version, self._loads = version, self._loads + 1
         for member in self.members:

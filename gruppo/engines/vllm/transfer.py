@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gruppo.config.engine_section import Engine as Settings
+from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 
@@ -30,7 +30,7 @@ class Transfer(Protocol):
         """Replace vLLM's weights by these."""
 
 
-def choose_transfer(llm: Any, policy: LanguageModel, settings: Settings, devices: int = 1) -> Transfer:
+def choose_transfer(llm: Any, policy: LanguageModel, settings: EngineTable, devices: int = 1) -> Transfer:
     """The transfer for the device of the policy and the devices of vLLM, which are several only in a fleet."""
     if policy.device.type == "cpu" or devices > 1:
         return ByName(llm, policy.dtype)

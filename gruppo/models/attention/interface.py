@@ -1,8 +1,8 @@
 """gruppo's attention, plugged into transformers' modules through their attention interface.
 
-A *plan* defines which tokens see which. While a plan is active, the attention calls of the model go to it. Otherwise
-the model uses transformers' attention. There is one active plan per process, not per thread, because on some devices
-autograd runs backward on threads of its own.
+A *plan* defines which tokens see which. While a plan is active for a model, the attention calls of the model go to it.
+Otherwise the model uses transformers' attention. There is one active plan per model, not per thread, because on some
+devices autograd runs backward on threads of its own. Copies of a model can compute on other threads at the same time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ProjectedAttention(Protocol):
         """
 
 
-_active: AttentionPlan | None = None
+_active: dict[int, AttentionPlan] = {}  # by the identity of the config of the modules
 
 
 def _attention(
@@ -87,19 +87,20 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    assert _active is not None, "gruppo's attention is selected, but no plan is active"
+    plan = _active.get(id(module.config))
+    assert plan is not None, "gruppo's attention is selected, but no plan is active"
     index = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = Layer(index, scale, softcap, _window(module, index, sliding_window), s_aux)
     device = query.device.type
     # Rotary embeddings promote queries and keys to float32, and leave values in the compute dtype.
     dtype = torch.promote_types(query.dtype, key.dtype)
-    if _active.wide:
+    if plan.wide:
         dtype = torch.promote_types(dtype, torch.float32)
     elif torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return _active.attend(layer, query.to(dtype), key.to(dtype), value.to(dtype)), None
+        return plan.attend(layer, query.to(dtype), key.to(dtype), value.to(dtype)), None
 
 
 def _window(module: torch.nn.Module, index: int, given: int | None) -> int | None:
@@ -124,15 +125,17 @@ def exclude_attention_from_compilation() -> None:
 
 @contextmanager
 def attention_plan(configs: Sequence[PreTrainedConfig], plan: AttentionPlan) -> Iterator[None]:
-    """Let `plan` compute the attention of the modules with these configs inside the block. Plans do not nest."""
-    global _active
-    assert _active is None, "an attention plan is already active"
-    _active = plan
+    """Let `plan` compute the attention of the modules with these configs inside the block. Plans of a model do not
+    nest."""
+    keys = [id(config) for config in configs]
+    assert _active.keys().isdisjoint(keys), "an attention plan is already active"
+    _active.update(dict.fromkeys(keys, plan))
     try:
         with attention_named(configs, NAME):
             yield
     finally:
-        _active = None
+        for key in keys:
+            del _active[key]
 
 
 @contextmanager

@@ -164,7 +164,7 @@
     for (const [words, object] of [["What the grader read", graded], ["Columns of the rewards", one.extra], ["Episode", one.episode]]) {
       if (object && Object.keys(object).length) found.push(h("h4", {}, words), facts(object));
     }
-    if (one.policy_version !== undefined && one.policy_version !== null) found.push(h("p", { class: "muted" }, `Sampled by the policy after step ${one.policy_version}.`));
+    if (one.policy_version !== undefined && one.policy_version !== null) found.push(h("p", { class: "muted" }, `Sampled by the policy after step ${one.policy_version}${one.staleness ? `, ${plural(one.staleness, "step")} before the one that it trains` : ""}.`));
     return found.length ? folded("Details", found) : null;
   }
 

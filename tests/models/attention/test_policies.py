@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from gruppo.models.attention.varlen import Lengths, VarlenAttention
 from gruppo.models.lora import adapted_layers, add_adapters
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
-from gruppo.training.memory_footprint import measure_footprint, saved_bytes
+from gruppo.training.memory_footprint import Layout, measure_footprint, saved_bytes
 from gruppo.types import Group, Prompt
 from gruppo.utils.progress import NullProgress
 from tests.architectures import ARCHITECTURES, make_architecture
@@ -160,3 +161,32 @@ def test_a_run_records_the_backend_and_a_resume_keeps_it(
     assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
     for name in ("cut", "whole"):
         assert json.loads((tmp_path / name / "environment.json").read_text())["chosen"]["attention"] == "sdpa"
+
+
+def test_copies_of_a_model_compute_at_the_same_time() -> None:
+    """One thread samples while another trains. Each model has the plan that was made for it, for any interleaving."""
+    policy = replace(make_policy(), body=None)
+    copied = replace(policy.sampling_copy(), body=None)
+    layouts: list[tuple[LanguageModel, Layout]] = [(policy, [(5, (4, 3))]), (copied, [(9, (2,)), (3, (6,))])]
+
+    def hidden(model: LanguageModel, layout: Layout) -> torch.Tensor:
+        length = sum(prompt + sum(completions) for prompt, completions in layout)
+        ids = torch.arange(1, length + 1)[None] % 40
+        with torch.no_grad(), model.precision():
+            return model.hidden_states(ids, ids, model.attention(layout, model.device))
+
+    expected, wrong = [hidden(*pair) for pair in layouts], list[str]()
+
+    def compute(place: int) -> None:
+        try:
+            if any(not torch.equal(hidden(*layouts[place]), expected[place]) for _ in range(60)):
+                wrong.append("other numbers")
+        except AssertionError as error:
+            wrong.append(str(error))
+
+    threads = [threading.Thread(target=compute, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
