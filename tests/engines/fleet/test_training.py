@@ -69,6 +69,17 @@ def test_a_run_with_two_engines_equals_the_run_without(
     assert not (tmp_path / "two" / "engine_weights").exists()
 
 
+def test_a_run_that_samples_ahead_with_two_engines_equals_the_one_without(
+    running_ray: None, tiny_folder: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {**EVALUATION, "cluster__lag": 2, "method__tis_cap": 2.0}
+    small_run(tiny_folder, tmp_path / "one", **changes)
+    small_run(tiny_folder, tmp_path / "two", cluster__engines=2, **changes)
+    found, expected = of_the_run(tmp_path / "two"), of_the_run(tmp_path / "one")
+    for name in ("rollouts", "evaluations", "metrics"):
+        assert_close(found[name], expected[name], 1e-5, name)
+
+
 def test_a_run_that_loses_engines_equals_one_that_loses_none(
     running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
