@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -135,7 +136,9 @@ def test_a_run_whose_engines_all_fail_is_saved(
     assert of_the_run(tmp_path / "run") == of_the_run(tmp_path / "whole")
 
 
-def started(model: str, folder: Path, *launcher: str, **changes: Any) -> subprocess.Popen[str]:
+def started(
+    model: str, folder: Path, *launcher: str, environment: dict[str, str] | None = None, **changes: Any
+) -> subprocess.Popen[str]:
     """`gruppo train` in a process group of its own."""
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -145,7 +148,7 @@ def started(model: str, folder: Path, *launcher: str, **changes: Any) -> subproc
     command = [sys.executable, *launcher, "-m", "gruppo.cli.main", "train", str(folder / "recipe.toml")]
     return subprocess.Popen(
         [*command, "--out", str(folder / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, env=environment,
     )  # fmt: skip
 
 
@@ -185,6 +188,48 @@ def test_a_signal_leaves_no_process_of_ray(tiny_folder: str, tmp_path: Path, num
         assert (tmp_path / f"run/checkpoints/step-{done:06d}/manifest.json").is_file()
         assert "Traceback" not in output
         assert "(raylet)" not in output
+
+
+def test_a_ray_that_runs_already_is_used_and_left(tiny_folder: str, tmp_path: Path) -> None:
+    """`ray start` with a token, as on several machines."""
+    token = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["ray", "start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:], "--node-ip-address=127.0.0.1",
+         "--object-store-memory=200000000"],
+        env=token, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert head.stdout is not None
+        wait_for_line(head.stdout, "Ray runtime started")
+        address = f"127.0.0.1:{port}"
+        process = started(tiny_folder, tmp_path, environment=token, run__steps=2, cluster__address=address)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert [line["engine/1/version"] for line in lines(tmp_path / "run")] == [1, 2]
+        assert head.poll() is None, "the run ends only what it has started"
+        (tmp_path / "other").mkdir()
+        wrong = token | {"RAY_AUTH_TOKEN": "1" * 64}
+        process = started(tiny_folder, tmp_path / "other", environment=wrong, cluster__address=address)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert f'cluster.address = "{address}": Ray cannot be reached (' in output
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True)
+        head.send_signal(signal.SIGTERM)
+        wait_for_the_end(children, 120)
+
+
+def wait_for_line(stream: IO[str], words: str) -> None:
+    seen = []
+    for line in stream:
+        seen.append(line)
+        if words in line:
+            return
+    raise AssertionError("".join(seen))
 
 
 def test_two_ranks_and_two_engines_equal_one_process(tiny_folder: str, tmp_path: Path) -> None:
