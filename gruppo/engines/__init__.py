@@ -81,12 +81,11 @@ def build_engine(
 
     An engine that keeps weights of its own gets the policy's, and is probed now and after each load.
     """
-    from gruppo.engines.probe import LONGEST, ProbedEngine
+    from gruppo.engines.probe import ProbedEngine, probed_length
 
     engine_class = _find(settings)
     if settings.has_own_process:
-        longest = min(policy.context, max(length or policy.context, LONGEST))
-        engine: Engine = engine_class(policy, slots, longest, settings)
+        engine: Engine = engine_class(policy, slots, probed_length(policy, length), settings)
     else:
         engine = engine_class(policy, slots)
     if getattr(engine, "copies_weights", True):

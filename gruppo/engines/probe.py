@@ -33,6 +33,12 @@ LONGEST = PROMPT_TOKENS + PROBE_TOKENS
 ATTEMPTS = 2
 
 
+def probed_length(policy: LanguageModel, length: int | None) -> int:
+    """The longest sequence, in tokens, of an engine that samples sequences of this length (None: the policy's context)
+    and is probed."""
+    return min(policy.context, max(length or policy.context, LONGEST))
+
+
 def largest_drift(dtype: torch.dtype) -> float:
     """The mean difference between log-probabilities of engine and trainer that rounding explains, in nats per token."""
     return {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]

@@ -257,3 +257,48 @@ def test_what_cannot_sample_while_the_model_is_trained(installed: None) -> None:
         check_engine(in_place, CPU, torch.float32)
     check_engine(recipe({"name": "native"}, **lagged), CPU, torch.float32)
     check_engine(recipe({"name": "tests/engines/test_engine_choice.py:InPlace"}), CPU, torch.float32)
+
+
+TWO = {"cluster": {"engines": 2}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({**TWO, "method": {"name": "rft"}}, 'method.source = "initial": not supported with engines'),
+        ({**TWO, "model": {"name": "m", "lora": {"base": "4bit"}}}, 'model.lora.base = "4bit": not supported'),
+        ({**TWO, "model": {"name": "m", "trust_remote_code": True}}, "cluster.engines = 2: does not run Python files"),
+        ({"cluster": {"engines": 2, "engine_devices": 4}}, 'engine.name = "native" computes on one device'),
+        ({"cluster": {"address": "auto"}}, "cluster.engines = 0 starts no engines"),
+        ({"cluster": {"weights": "files"}}, "cluster.engines = 0 starts no engines"),
+        ({**TWO, "engine": {"name": "vllm", "device": 1}}, "engine.device = 1: has no effect: Ray gives each"),
+        ({"cluster": {"shards": 1}}, "cluster.shards = 1: has no effect: a single trainer"),
+        ({"cluster": {"weights": "transfer"}}, "cluster.weights = 'transfer': must be 'objects' or 'files'"),
+        (
+            {**TWO, "method": {"name": "sft"}, "task": {"name": "arithmetic", "completion": "x"}},
+            'cluster.engines = 2: has no effect: method.source = "dataset" samples nothing',
+        ),
+    ],
+)
+def test_fleets_that_are_refused(tables: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe({"model": {"name": "m"}, **tables})
+    assert message in str(caught.value)
+
+
+def test_a_fleet_needs_ray_a_device_that_ray_knows_and_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = load_recipe({"model": {"name": "m"}, **TWO})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'Ray is not installed; run: pip install "gruppo\[cluster\]"'):
+        check_engine(two, CPU, torch.float32)
+    found = importlib.machinery.ModuleSpec("ray", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    check_engine(two, CPU, torch.float32)
+    with pytest.raises(UsageError, match="Ray has no devices of type mps"):
+        check_engine(two, torch.device("mps"), torch.float32)
+    elsewhere = load_recipe({"model": {"name": "m"}, "cluster": {"engines": 2, "address": "10.0.0.1:6379"}})
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(UsageError, match=r'cluster.address = "10.0.0.1:6379": .* RAY_AUTH_MODE=token'):
+        check_engine(elsewhere, CPU, torch.float32)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    check_engine(elsewhere, CPU, torch.float32)

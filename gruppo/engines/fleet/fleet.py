@@ -24,6 +24,7 @@ from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Advance
+from gruppo.utils.waiting import waiting_for
 
 TURN_SECONDS = 0.5
 START_SECONDS = 300.0  # an engine has at least this long to start, whatever the patience
@@ -95,8 +96,7 @@ class Fleet(Engine):
         """Start all engines, and wait for them. Raises RunError or UsageError if one does not start."""
         for member in self.members:
             member.start()
-        while not all(member.ready for member in self.members):
-            self._turn()
+        self._wait_for(lambda: all(member.ready for member in self.members))
 
     # Weights.
 
@@ -113,8 +113,7 @@ class Fleet(Engine):
         self.version, self._loads = version, self._loads + 1
         for member in self.members:
             member.differences = []
-        while any(member.ready and member.load != self._loads for member in self.members):
-            self._turn()
+        self._wait_for(lambda: all(member.load == self._loads for member in self.members if member.ready))
         self._load_seconds = time.monotonic() - started
 
     # Sampling.
@@ -133,8 +132,7 @@ class Fleet(Engine):
         call = self._call = _Call(params, deque(pieces), len(pieces), deque())
         try:
             while call.pieces or call.found:
-                if not call.found:
-                    self._turn()
+                self._wait_for(lambda: call.found or call.tokens or not call.pieces)
                 if advance is not None and call.tokens:
                     advance(call.tokens)
                 call.tokens = 0
@@ -147,7 +145,19 @@ class Fleet(Engine):
 
     # One turn: give work, wait for an answer, look for engines that are silent.
 
-    def _turn(self) -> None:
+    def _wait_for(self, condition: Callable[[], object]) -> None:
+        with waiting_for(self._awaited) as wait:
+            while not condition():
+                if self._turn():
+                    wait.moved()
+
+    def _awaited(self) -> str:
+        """What the run waits for, in words."""
+        member = max(self.members, key=lambda one: one.silent if one.doing is not None else -1.0)
+        return f"{member.name()}, which is {member.doing or 'idle'}"
+
+    def _turn(self) -> bool:
+        """Returns whether an engine has answered."""
         for member in self.members:
             if member.doing is None:
                 self._employ(member)
@@ -164,6 +174,7 @@ class Fleet(Engine):
                 starting = member.doing == "starting"
                 words = f"silent for {member.silent:.0f} s while {member.doing} (cluster.patience), so it was killed"
                 self._lose(member, f"{words}; {self.has_room}" if starting else words, starting)
+        return bool(answered)
 
     def _employ(self, member: Member) -> None:
         if self._published is not None and member.load != self._loads:

@@ -13,6 +13,7 @@ from gruppo.engines.fleet.actor import Order
 from gruppo.engines.fleet.fleet import Fleet
 from gruppo.engines.fleet.parcels import Files, Objects
 from gruppo.engines.fleet.runtime import Runtime, room
+from gruppo.engines.probe import probed_length
 from gruppo.models.blueprint import sampling_blueprint
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import named_weights
@@ -38,7 +39,7 @@ def open_fleet(policy: LanguageModel, recipe: Recipe, slots: int, length: int, f
         blueprint=blueprint,
         settings=settings,
         slots=slots,
-        length=length,
+        length=probed_length(policy, length),
         device=policy.device.type,
         devices=cluster.engine_devices,
         threads=max(1, torch.get_num_threads() // cluster.engines) if runtime.local else torch.get_num_threads(),

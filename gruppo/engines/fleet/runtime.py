@@ -33,12 +33,10 @@ class Runtime:
         self.local = cluster.address == LOCAL
         if not self.owned:
             return
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        options: dict[str, Any] = {"address": cluster.address, "log_to_driver": False, "logging_level": "ERROR"}
         if self.local:
             options |= {"include_dashboard": False, "num_cpus": cluster.engines}
             options["object_store_memory"] = int(max(LEAST_STORE, VERSIONS * weight_bytes))
-        else:
-            options["address"] = cluster.address
         devices = _free_devices(cluster) if accelerated and self.local else None
         try:
             with _signals_kept(), _devices_shown(devices):

@@ -22,6 +22,7 @@ from gruppo.errors import RunError, UsageError
 from gruppo.models.policy import LanguageModel
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.oom_retry import BatchSizes
+from gruppo.utils.waiting import WaitWatcher
 from tests.conftest import make_policy
 from tests.engines.fleet.conftest import MakeFleet, one_process
 
@@ -116,6 +117,17 @@ def test_an_engine_that_is_lost_changes_nothing(
     assert [kind for kind, _ in events] == ["engine_lost", "engine_back"], rest
     assert engines.generate(REQUESTS, PARAMS) == expected
     assert not psutil.pid_exists(lost.pid)
+
+
+def test_an_engine_that_hangs_is_named(
+    fleet: tuple[Fleet, list[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is given up, the run says for which engine it waits."""
+    told: list[str] = []
+    once(monkeypatch, "sampling", stop, lambda pid: None)
+    with WaitWatcher(lambda text, over: told.append(text), first=3).running(0.2):
+        fleet[0].generate(REQUESTS, PARAMS)
+    assert re.match(r"waiting for engine 0 \(process \d+ on .*\), which is sampling since", told[0]), told
 
 
 def test_an_engine_that_dies_while_idle_is_replaced(

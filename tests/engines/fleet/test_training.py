@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -69,6 +70,17 @@ def test_a_run_with_two_engines_equals_the_run_without(
     assert not (tmp_path / "two" / "engine_weights").exists()
 
 
+def test_a_run_that_samples_ahead_with_two_engines_equals_the_one_without(
+    running_ray: None, tiny_folder: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {**EVALUATION, "cluster__lag": 2, "method__tis_cap": 2.0}
+    small_run(tiny_folder, tmp_path / "one", **changes)
+    small_run(tiny_folder, tmp_path / "two", cluster__engines=2, **changes)
+    found, expected = of_the_run(tmp_path / "two"), of_the_run(tmp_path / "one")
+    for name in ("rollouts", "evaluations", "metrics"):
+        assert_close(found[name], expected[name], 1e-5, name)
+
+
 def test_a_run_that_loses_engines_equals_one_that_loses_none(
     running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +136,9 @@ def test_a_run_whose_engines_all_fail_is_saved(
     assert of_the_run(tmp_path / "run") == of_the_run(tmp_path / "whole")
 
 
-def started(model: str, folder: Path, *launcher: str, **changes: Any) -> subprocess.Popen[str]:
+def started(
+    model: str, folder: Path, *launcher: str, environment: dict[str, str] | None = None, **changes: Any
+) -> subprocess.Popen[str]:
     """`gruppo train` in a process group of its own."""
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -134,7 +148,7 @@ def started(model: str, folder: Path, *launcher: str, **changes: Any) -> subproc
     command = [sys.executable, *launcher, "-m", "gruppo.cli.main", "train", str(folder / "recipe.toml")]
     return subprocess.Popen(
         [*command, "--out", str(folder / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        start_new_session=True, env=environment,
     )  # fmt: skip
 
 
@@ -145,8 +159,8 @@ def wait_for_steps(out: Path, count: int) -> None:
         time.sleep(0.2)
 
 
-def wait_for_the_end(processes: list[psutil.Process]) -> None:
-    deadline = time.monotonic() + 60
+def wait_for_the_end(processes: list[psutil.Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while alive := [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.2)
@@ -154,23 +168,68 @@ def wait_for_the_end(processes: list[psutil.Process]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_no_process_of_ray(tiny_folder: str, tmp_path: Path, number: signal.Signals) -> None:
-    """Ctrl-C reaches the whole group of processes."""
+    """Ctrl-C reaches the whole group of processes. After SIGKILL, Ray's agents need a minute to notice."""
     process = started(tiny_folder, tmp_path, run__steps=2000, run__checkpoint_every=1000)
     wait_for_steps(tmp_path / "run", 3)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert any("raylet" in child.name() for child in children)
+    names = {child.pid: child.name() for child in children}
+    assert "raylet" in names.values()
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    wait_for_the_end(children)
+    agents = ("DashboardAgent", "RuntimeEnvAgent")
+    wait_for_the_end([child for child in children if not names[child.pid].endswith(agents)], 60)
+    wait_for_the_end(children, 180 if number == signal.SIGKILL else 1)
     if number != signal.SIGKILL:
         done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
         assert f"Interrupted after step {done} of 2000; everything is saved" in output, output
         assert (tmp_path / f"run/checkpoints/step-{done:06d}/manifest.json").is_file()
         assert "Traceback" not in output
         assert "(raylet)" not in output
+
+
+def test_a_ray_that_runs_already_is_used_and_left(tiny_folder: str, tmp_path: Path) -> None:
+    """`ray start` with a token, as on several machines."""
+    token = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["ray", "start", "--head", "--block", "--port", str(port), "--num-cpus", "2", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:], "--node-ip-address=127.0.0.1",
+         "--object-store-memory=200000000"],
+        env=token, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert head.stdout is not None
+        wait_for_line(head.stdout, "Ray runtime started")
+        address = f"127.0.0.1:{port}"
+        process = started(tiny_folder, tmp_path, environment=token, run__steps=2, cluster__address=address)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert [line["engine/1/version"] for line in lines(tmp_path / "run")] == [1, 2]
+        assert head.poll() is None, "the run ends only what it has started"
+        (tmp_path / "other").mkdir()
+        wrong = token | {"RAY_AUTH_TOKEN": "1" * 64}
+        process = started(tiny_folder, tmp_path / "other", environment=wrong, cluster__address=address)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert f'cluster.address = "{address}": Ray cannot be reached (' in output
+    finally:
+        children = psutil.Process(head.pid).children(recursive=True)
+        head.send_signal(signal.SIGTERM)
+        wait_for_the_end(children, 120)
+
+
+def wait_for_line(stream: IO[str], words: str) -> None:
+    seen = []
+    for line in stream:
+        seen.append(line)
+        if words in line:
+            return
+    raise AssertionError("".join(seen))
 
 
 def test_two_ranks_and_two_engines_equal_one_process(tiny_folder: str, tmp_path: Path) -> None:

@@ -11,11 +11,7 @@ import torch
 from gruppo.config.sections import Lora
 from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.fleet import parcels
-from gruppo.engines.native.engine import NativeEngine
-from gruppo.models.blueprint import built, sampling_blueprint
 from gruppo.models.lora import adapted_layers, add_adapters
-from gruppo.models.weights import named_weights
-from tests.architectures import ARCHITECTURES, make_architecture
 from tests.conftest import make_policy
 from tests.engines.fleet.conftest import MakeFleet, one_process
 
@@ -65,20 +61,6 @@ def test_a_sharded_trainers_weights_reach_its_copy_and_the_engines(open_new: Mak
     fleet.load_weights(trained.weight_source(), 5)
     assert fleet.generate(REQUESTS, PARAMS) == one_process(trained, REQUESTS, PARAMS, version=5)
     assert one_process(copy, REQUESTS, PARAMS) == one_process(trained, REQUESTS, PARAMS)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_blueprint_has_everything_but_the_weights(name: str) -> None:
-    policy = make_architecture(name)
-    blueprint, empty = sampling_blueprint(policy, "cpu")
-    assert all(weight.is_meta for weight in empty.model.parameters())
-    copy = built(blueprint)
-    engine = NativeEngine(copy, 8)
-    engine.load_weights(policy.weight_source(), 0)
-    assert (copy.body is None) == (policy.body is None)
-    assert engine.generate(REQUESTS, PARAMS) == NativeEngine(policy, 8).generate(REQUESTS, PARAMS)
-    tied = len({id(weight) for weight in policy.model.state_dict().values()})
-    assert len(named_weights(copy.model)) == len(named_weights(policy.model)) <= tied
 
 
 def test_memory_does_not_grow_with_the_number_of_loads(open_new: MakeFleet) -> None:

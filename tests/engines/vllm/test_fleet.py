@@ -32,11 +32,12 @@ def tokens(groups: list[list[Any]]) -> list[tuple[int, ...]]:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     from gruppo.engines.fleet.opening import open_fleet
 
+    """Its engines are started for sequences of 40 tokens, which is less than the probe needs."""
     policy = make_policy(initializer_range=0.1)
     tables = {"cluster": {"engines": 2}, "engine": {"name": "vllm", "memory": "500 MB"}}
     with ExitStack() as stack:
         recipe = load_recipe({"model": {"name": "m"}, **tables})
-        built = open_fleet(policy, recipe, 16, policy.context, tmp_path_factory.mktemp("run"), stack)
+        built = open_fleet(policy, recipe, 16, 40, tmp_path_factory.mktemp("run"), stack)
         built.load_weights(policy.weight_source(), 0)
         yield built
 
