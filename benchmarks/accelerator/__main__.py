@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+OPTIONAL = "triton", "flash-attn", "liger-kernel", "vllm", "trl", "bitsandbytes", "torchao"  # packages
 
 
 def arguments() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def run_all(chosen: argparse.Namespace) -> int:
         sys.exit(f"--only {min(unknown)}: there is no such check; there are {', '.join(CHECKS)}")
     started = time.monotonic()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"environment": environment(), "small": chosen.small, "checks": {}}
+    results: dict[str, Any] = {"environment": environment(chosen.device), "small": chosen.small, "checks": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for name, check in CHECKS.items():
             if chosen.only and name not in chosen.only:
@@ -103,31 +103,17 @@ def run_check(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def environment() -> dict[str, Any]:
-    """Versions and the device."""
-    from importlib import metadata
-
+def environment(device: str) -> dict[str, Any]:
+    """Versions and the machine."""
     import torch
 
-    packages = (
-        "torch",
-        "transformers",
-        "triton",
-        "flash-attn",
-        "liger-kernel",
-        "vllm",
-        "trl",
-        "bitsandbytes",
-        "torchao",
-    )
-    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
-    device = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    from gruppo.utils.system import describe
+
+    there = device == "cuda" and torch.cuda.is_available()
     return {
-        "python": platform.python_version(),
-        "packages": {name: installed[name] for name in packages if name in installed},
+        **describe(torch.device("cuda" if there else "cpu"), OPTIONAL),
         "cuda": torch.version.cuda,
-        "device": device.name if device else platform.processor() or platform.machine(),
-        "device_bytes": device.total_memory if device else None,
+        "device_bytes": torch.cuda.get_device_properties(0).total_memory if there else None,
     }
 
 
@@ -141,7 +127,12 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown: a row for each check, and a row for each training run."""
     machine = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    lines = [f"{machine['device']}; {versions}", "", "| check | result | seconds | |", "| --- | --- | --- | --- |"]
+    lines = [
+        f"{machine['accelerator'] or machine['processor']}; {versions}",
+        "",
+        "| check | result | seconds | |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, row in results["checks"].items():
         lines.append(f"| {name} | {row['state']} | {row.get('took', 0):.0f} | {row.get('why', row['question'])} |")
     columns = "generate", "score", "update", "load_weights", "step"

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -262,7 +263,7 @@ def train_once(place: Place, name: str, engine: str, backend: str) -> Figures:
     forecast, peak = environment["memory_forecast"]["peak"], last["memory/peak_bytes"]
     return {
         "seconds": {key.removeprefix("time/"): value for key, value in last.items() if key.startswith("time/")},
-        "tokens": shape.completions * last["completion/length_mean"],
+        "tokens": shape.completions * last["completion/length"],
         "tokens_per_second": last["time/tokens_per_second"],
         "engine_trainer_nats": last["engine/logprob_difference_mean"],
         "peak_bytes": peak,
@@ -295,11 +296,11 @@ def trl(place: Place) -> Figures:
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             synchronize()
-            seconds.append(-now())
+            seconds.append(-time.perf_counter())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             synchronize()
-            seconds[-1] += now()
+            seconds[-1] += time.perf_counter()
 
     with redirect_stdout(io.StringIO()):
         arguments = GRPOConfig(
@@ -318,13 +319,6 @@ def trl(place: Place) -> Figures:
         trainer.train()
     peak = torch.cuda.max_memory_allocated() if place.device == "cuda" else None
     return {"seconds a step": seconds, "median": statistics.median(seconds), "peak_bytes": peak}
-
-
-def now() -> float:
-    """Seconds of a clock."""
-    import time
-
-    return time.perf_counter()
 
 
 def synchronize() -> None:

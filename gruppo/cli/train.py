@@ -38,7 +38,8 @@ def train(
     from gruppo.cluster.torchrun import check_launch, own_rank
 
     if own_rank():
-        _follow(recipe, set_)
+        if not show:  # rank 0 shows the recipe
+            _follow(recipe, set_)
         return
     settings = load_chosen_recipe(recipe, set_, trust or show)
     if show:
@@ -67,7 +68,7 @@ def train(
 
 
 def _ranks(settings: Recipe) -> AbstractContextManager[ProcessRanks | None]:
-    """The ranks that this process leads, None if it trains alone."""
+    """The ranks that this process leads, None for a single trainer."""
     if settings.cluster is None or settings.cluster.trainers == 1:
         return nullcontext()
     from gruppo.cluster.torchrun import joined

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from gruppo.training.trainers import Trainers, make_trainers
 from gruppo.utils.oom_retry import BatchSizes, SizeReduced
 from gruppo.utils.progress import NullProgress
 from gruppo.utils.system import keep_freed_memory
+from gruppo.utils.waiting import WaitWatcher
 
 
 class AbandonedError(Exception):
@@ -40,15 +42,20 @@ class _LeaderTells:
 
 
 def follow(ranks: ProcessRanks) -> None:
-    """Take part in the leader's run until it ends."""
-    message = ranks.hear()
-    if message is None:  # the leader has refused the recipe
-        return
-    assert isinstance(message, Begin)
-    follower = Follower(load_trainers(message, ranks))
-    while (message := ranks.hear()) is not None:
-        assert isinstance(message, Call)
-        follower.run(message)
+    """Take part in the leader's run until it ends. What this rank waits for is said on standard error."""
+
+    def tell(text: str, over: bool) -> None:
+        sys.stderr.write(f"gruppo: rank {ranks.rank}: {text}\n")
+
+    with WaitWatcher(tell).running():
+        message = ranks.hear()
+        if message is None:  # the leader has refused the recipe
+            return
+        assert isinstance(message, Begin)
+        follower = Follower(load_trainers(message, ranks))
+        while (message := ranks.hear()) is not None:
+            assert isinstance(message, Call)
+            follower.run(message)
 
 
 def load_trainers(begin: Begin, ranks: ProcessRanks) -> Trainers:

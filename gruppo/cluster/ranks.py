@@ -2,8 +2,8 @@
 
 The leader, rank 0, has the whole run: prompts, engine, rewards, run folder. The other ranks are followers: they hold
 shards of the models, and run what the leader announces. Two groups carry this. In one, followers wait for the next
-announcement, as long as the leader samples. In the other, ranks exchange numbers while they work, and nobody waits
-longer than the recipe's patience. An exchange fails on all ranks as soon as one of them ends.
+announcement, as long as the leader lives (see `gruppo.cluster.pulse`). In the other, ranks exchange numbers while they
+work, and nobody waits longer than the recipe's patience. An exchange fails on all ranks as soon as one of them ends.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from gruppo.cluster.sending import bare, described, receive_weights, send_weights
+from gruppo.cluster.sending import bare, receive_weights, send_weights
 from gruppo.cluster.sharding import gradient_norm, scale_gradients, shard_policy, shard_scalar, whole
 from gruppo.config.recipe import Recipe
+from gruppo.models.blueprint import described
 from gruppo.models.lora import AdaptedModel
 from gruppo.models.policy import LanguageModel
 from gruppo.models.ranks import Loaded, Models, deal
 from gruppo.models.value_head import ScalarModel
 from gruppo.rollout.source import Step
 from gruppo.training.policy_trainer import StepBatches
+from gruppo.utils.waiting import waiting_for
 
 Value = TypeVar("Value")
 FOREVER = timedelta(days=365)
@@ -96,7 +98,8 @@ class ProcessRanks:
         self._send(None)
 
     def _send(self, message: object) -> None:
-        dist.broadcast_object_list([message], group=self.announcements, group_src=0)
+        with waiting_for("the other ranks"):
+            dist.broadcast_object_list([message], group=self.announcements, group_src=0)
 
     def hear(self) -> Begin | Call | None:
         """The leader's next announcement; None at the end. Only followers call this."""
@@ -112,7 +115,8 @@ class ProcessRanks:
     def gather(self, value: Value) -> list[Value]:
         """See `Ranks`."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, self.group)
+        with waiting_for("the other ranks"):
+            dist.all_gather_object(values, value, self.group)
         return values
 
     def clip(self, module: nn.Module, max_norm: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The leader's models for the other ranks: modules without weights, then each rank's rows of every weight.
+"""The weights of the leader's models for the other ranks: each rank's rows of every weight.
 
 Only the leader reads the files of a model, so all ranks have the same weights whatever they come from, and only the
 leader ever holds a model as a whole.
@@ -6,11 +6,8 @@ leader ever holds a model as a whole.
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,32 +20,6 @@ from gruppo.training.shard_files import local_tensor, own_rows
 def bare(model: ScalarModel) -> ScalarModel:
     """The model without its fused decoder."""
     return replace(model, policy=replace(model.policy, body=None))
-
-
-def described(models: object) -> bytes:
-    """Objects with modules as a pickle without weights, for a process of the same run."""
-    stream = io.BytesIO()
-    _WithoutWeights(stream).dump(models)
-    return stream.getvalue()
-
-
-class _WithoutWeights(pickle.Pickler):
-    """Pickles tensors as tensors of the same shape on the device "meta". Tied weights stay tied."""
-
-    def reducer_override(self, value: object) -> Any:
-        if isinstance(value, nn.Parameter):
-            return _parameter, (tuple(value.shape), value.dtype, value.requires_grad)
-        if isinstance(value, Tensor):
-            return _tensor, (tuple(value.shape), value.dtype)
-        return NotImplemented
-
-
-def _tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype, trained: bool) -> nn.Parameter:
-    return nn.Parameter(_tensor(shape, dtype), requires_grad=trained)
 
 
 @torch.no_grad()

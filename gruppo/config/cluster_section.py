@@ -1,25 +1,40 @@
-"""The table [cluster]: training on several ranks, and sampling ahead."""
+"""The table [cluster]: training on several ranks, sampling with several engines, and sampling ahead."""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from gruppo.config.sections import Section
 
+LOCAL = "local"  # the address of a Ray that is started for the run
+
 
 class Cluster(Section):
-    """Training on several ranks: processes with one device each, which hold the weights in shards. Leave the table out
-    for one process. `lag` lets one process, too, sample while it trains."""
+    """Training on several ranks, sampling with several engines, and sampling ahead. Leave the table out for one process
+    that samples and trains in turn."""
 
     trainers: Annotated[int, Field(ge=1)] = 1
-    """Number of ranks: the number of processes that torchrun starts."""
+    """Number of ranks: processes with one device each, which hold the weights in shards. More than 1 are started by
+    torchrun."""
     shards: Annotated[int, Field(ge=0)] = 0
     """Number of ranks over which one copy of the weights is sharded; the other ranks hold further copies. 0 stands for
     all ranks."""
+    engines: Annotated[int, Field(ge=0)] = 0
+    """Number of engines in processes of their own, on any machine of Ray (see docs/scale.md). Each is what engine.name
+    says. 0: the run samples in its own process. Needs `pip install "gruppo[cluster]"`."""
+    engine_devices: Annotated[int, Field(ge=1)] = 1
+    """CUDA devices of each engine. vLLM splits the model over them (tensor parallelism)."""
+    address: Annotated[str, Field(min_length=1)] = LOCAL
+    """"local": Ray is started on this machine for the run, and ends with it. "auto" or "HOST:PORT": a Ray that runs
+    already, which needs RAY_AUTH_MODE=token."""
+    weights: Literal["objects", "files"] = "objects"
+    """How weights get to the engines: through Ray's object store, or as files in the run folder, which all machines
+    must then see."""
     patience: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that a rank waits for the others before the run ends with an error."""
+    """Seconds of silence after which a rank takes the others for lost and ends the run, and an engine is killed and
+    replaced."""
     lag: Annotated[int, Field(ge=0)] = 0
     """Steps that sampling may be ahead of training. A step is sampled and scored while the `lag` steps before it train,
     wholly by the weights after step max(0, step - 1 - lag). 0: step by step. Needs method.tis_cap."""

@@ -71,8 +71,8 @@ NAMES = {
     "mini_batch_size": _MINI_BATCH,
     "train.batch_size": _MINI_BATCH,
     "num_mini_batches": _MINI_BATCH,
-    "gpu_memory_utilization": "run.memory",
-    "vllm_gpu_memory_utilization": "run.memory",
+    "gpu_memory_utilization": 'engine.memory, with engine.name = "vllm"',
+    "vllm_gpu_memory_utilization": 'engine.memory, with engine.name = "vllm"',
     "ref_model_sync_steps": _REFERENCE,
     "sync_ref_model": _REFERENCE,
     # Sampling
@@ -208,6 +208,8 @@ NAMES = {
     "optimizer.clip": "optimizer.max_grad_norm",
     "clip_grad": "optimizer.max_grad_norm",
     "max_norm": "optimizer.max_grad_norm",
+    "adam_offload": 'optimizer.state = "cpu"',
+    "optimizer_offload": 'optimizer.state = "cpu"',
     # Model
     "model_name_or_path": "model.name",
     "base_model_name_or_path": "model.name",
@@ -321,7 +323,8 @@ IGNORED = {
     "trackio_* swanlab_* project project_name",
     "training uploads nothing; `gruppo export RUN --push OWNER/NAME` does, afterwards": "push_to_hub hub_* "
     "default_hdfs_dir",
-    "gruppo has its own engine": "vllm_* use_vllm sglang_* fast_inference rollout.mode enforce_eager "
+    'gruppo samples with its own engine; a recipe selects vLLM with engine.name = "vllm"': "vllm_* use_vllm sglang_* "
+    "fast_inference rollout.mode enforce_eager "
     "enable_chunked_prefill enable_prefix_caching free_cache_engine cache_implementation use_cache "
     "max_num_batched_tokens max_num_seqs max_model_len transformers_continuous_batching_config generation_kwargs "
     "use_transformers_continuous_batching use_transformers_paged ds3_gather_for_generation async_train vllm.* "
@@ -336,15 +339,18 @@ IGNORED = {
     "val_batch_size eval_do_concat_batches batch_eval_metrics log_prob_use_dynamic_bsz dynamic_batch_enable",
     "activations are recomputed when run.memory requires it": "gradient_checkpointing* enable_gradient_checkpointing "
     "use_gradient_checkpointing activation_* enable_activation_offload entropy_from_logits_* entropy_checkpointing",
-    "a run uses one device, model.device": "ddp_* fsdp fsdp_* *fsdp.* *fsdp_config.* *megatron.* deepspeed deepspeed_* "
+    "a run uses one device, model.device, or the ranks of the table [cluster] (docs/ranks.md)": "ddp_* fsdp fsdp_* "
+    "*fsdp.* *fsdp_config.* *megatron.* deepspeed deepspeed_* "
     "local_rank accelerator_config parallelism_config *parallel_size n_gpus_per_node nnodes *_num_nodes "
-    "*_num_gpus_per_node num_nodes num_gpus_per_node colocate_* zero_stage zpg ds.* adam_offload param_offload "
-    "grad_offload optimizer_offload *.offload device_map average_tokens_across_devices eval_use_gather_object "
+    "*_num_gpus_per_node num_nodes num_gpus_per_node colocate_* zero_stage zpg ds.* param_offload grad_offload "
+    "*.offload device_map average_tokens_across_devices eval_use_gather_object "
     "use_cpu_offload ring_attn_size ring_head_stride balance_batch strategy nccl_timeout hybrid_engine use_shm ray_* "
     "transfer_queue.* *enable_sleep enable_resource_pool grad_accum_dtype overlap_comm trainer.device num_processes",
-    "gruppo chooses its own kernels": "attn_implementation flash_attn use_flash_attention* use_liger* liger_* "
-    "torch_compile* use_torch_compile use_fused_kernels fused_kernel_options.* tiled_mlp.* use_prefix_grouper "
-    "cast_lm_head_to_fp32 jit_mode_eval enable_jit_checkpoint use_unsloth* tf32 full_determinism "
+    "model.attention chooses the kernels of attention": "attn_implementation flash_attn use_flash_attention*",
+    "model.compile = true compiles the layers": "torch_compile* use_torch_compile",
+    "evaluation computes in model.dtype": "bf16_full_eval fp16_full_eval",
+    "gruppo chooses its other kernels": "use_liger* liger_* use_fused_kernels fused_kernel_options.* tiled_mlp.* "
+    "use_prefix_grouper cast_lm_head_to_fp32 jit_mode_eval enable_jit_checkpoint use_unsloth* tf32 full_determinism "
     "full_determinism_enable optimizer_impl override_optimizer_config",
     "sequences are packed without padding": "packing packing_* packing_samples eval_packing neat_packing padding_free "
     "pad_to_multiple_of pad_to_length pad_to_length_bucket padding_side use_remove_padding use_rmpad group_by_length "
@@ -382,7 +388,8 @@ MISSING = {
     "train_on_inputs train_on_responses_only mask_history",
     "run.steps limits the training, and evaluation.questions the evaluation": "max_samples max_train_samples "
     "max_eval_samples train_max_samples val_max_samples",
-    "the optimizer is AdamW": "optim optim_args optim_target_modules optimizer_type optim_type optim.optimizer "
+    'the optimizer is AdamW; optimizer.state = "8bit" stores its moments in 8 bits': "optim optim_args "
+    "optim_target_modules optimizer_type optim_type optim.optimizer "
     "galore_* use_galore apollo_* use_apollo badam_* use_badam neftune_noise_alpha loraplus_* muon.*",
     "schedules are constant, linear or cosine, without options": "lr_scheduler_kwargs lr_scheduler_args min_lr_ratio "
     "min_lr num_cycles zero_indexed_step",
@@ -393,8 +400,7 @@ MISSING = {
     "layers_pattern rank_pattern alpha_pattern exclude_modules loftq_config additional_target pissa_* bias lora.type "
     "lora.merge lora.dtype lora_a_init_method lora_b_init_method a2a_experimental lora_adapter_path adapter_path",
     'trained weights are float32, not quantized; for QLoRA, write model.lora.base = "4bit"': "load_in_4bit "
-    "load_in_8bit bnb_* use_bnb_nested_quant quantization_bit quantization_method bf16_full_eval fp16_full_eval "
-    "full_finetuning *qat.* rollout.qat",
+    "load_in_8bit bnb_* use_bnb_nested_quant quantization_bit quantization_method full_finetuning *qat.* rollout.qat",
     'model.name loads the files as they are; for another revision, write "owner/name@revision"': "model_revision "
     "model_init_kwargs cache_dir override_config override_config.* external_lib",
     "training samples from the full distribution": "repetition_penalty frequency_penalty presence_penalty "

@@ -123,21 +123,31 @@ class Recipe(Section):
             )
 
     def _cluster_agrees(self) -> None:
-        """Check the fields that several ranks, or sampling ahead, do not support. Raises ValueError if one is set."""
-        if self.cluster is not None and self.cluster.lag:
-            self._lag_agrees(self.cluster)
-        if self.cluster is None or self.cluster.trainers == 1:
+        """Check the fields that several ranks, several engines or sampling ahead do not support. Raises ValueError if
+        one is set."""
+        if self.cluster is None:
             return
-        lora = self.model.lora
-        for field, value, only in (
-            ("engine.name", self.engine.name, "native"),
-            ("optimizer.state", self.optimizer.state, "float32"),
-            ("model.lora.base", "full" if lora is None else lora.base, "full"),
+        if self.cluster.lag:
+            self._lag_agrees(self.cluster)
+        lora, ranks, engines = self.model.lora, self.cluster.trainers > 1, self.cluster.engines
+        for field, value, only, applies, what in (
+            ("engine.name", self.engine.name, "native", ranks and not engines, "several ranks without cluster.engines"),
+            ("optimizer.state", self.optimizer.state, "float32", ranks, "several ranks"),
+            ("model.lora.base", lora.base if lora else "full", "full", ranks or engines, "several ranks or engines"),
+            ("method.source", self.method.source, "policy", engines and self.method.source == "initial", "engines"),
         ):
-            if value != only:
-                raise ValueError(
-                    f'{field} = "{value}": not supported on several ranks; write "{only}", or leave [cluster] out'
-                )
+            if applies and value != only:
+                raise ValueError(f'{field} = "{value}": not supported with {what}; write "{only}", or change [cluster]')
+        if engines and self.model.trust_remote_code:
+            raise ValueError(
+                f"cluster.engines = {engines}: does not run Python files that come with a model "
+                "(model.trust_remote_code); write engines = 0"
+            )
+        if self.cluster.engine_devices > 1 and self.engine.name != "vllm":
+            raise ValueError(
+                f'cluster.engine_devices = {self.cluster.engine_devices}: engine.name = "{self.engine.name}" computes '
+                'on one device; write engine_devices = 1 and more engines, or engine.name = "vllm"'
+            )
 
     def _lag_agrees(self, cluster: Cluster) -> None:
         """Check the fields that sampling ahead depends on. Raises ValueError if one does not fit."""

@@ -28,6 +28,11 @@ def as_bytes(text: str) -> int:
     return size
 
 
+def bytes_of(memory: float | str, whole: int) -> int:
+    """A memory that `share_or_size` accepts, in bytes: a size, or a fraction of `whole` bytes."""
+    return as_bytes(memory) if isinstance(memory, str) else int(memory * whole)
+
+
 def _checked_size(text: str) -> str:
     as_bytes(text)
     return text

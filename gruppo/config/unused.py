@@ -107,6 +107,30 @@ _RULES = (
         'method.source = "dataset" samples nothing, and there is no [evaluation]; remove it',
     ),
     _Rule(
+        "cluster",
+        "engines",
+        lambda recipe: _offline(recipe) and recipe.evaluation is None and not recipe.benchmarks,
+        'method.source = "dataset" samples nothing, and there is no [evaluation]; remove it',
+    ),
+    _Rule(
+        "cluster",
+        "engine_devices address weights",
+        lambda recipe: recipe.cluster is not None and not recipe.cluster.engines,
+        "cluster.engines = 0 starts no engines; remove it, or set cluster.engines",
+    ),
+    _Rule(
+        "cluster",
+        "shards",
+        lambda recipe: recipe.cluster is not None and recipe.cluster.trainers == 1,
+        "a single trainer holds all weights; remove it, or write more trainers",
+    ),
+    _Rule(
+        "engine",
+        "device",
+        lambda recipe: recipe.cluster is not None and recipe.cluster.engines > 0,
+        "Ray gives each of the cluster.engines a device; remove it",
+    ),
+    _Rule(
         "engine",
         "memory device",
         lambda recipe: not recipe.engine.has_own_process,

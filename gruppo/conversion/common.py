@@ -18,6 +18,9 @@ _SCHEDULES = {
 }
 
 
+_FORMS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")  # of 4-bit weights
+
+
 def run_name(draft: Draft, *candidates: Setting) -> None:
     """Name the run after the first of these values that is given; of a path, its last part counts."""
     for setting in candidates:
@@ -77,6 +80,23 @@ def put_schedule(draft: Draft, settings: Settings, kind: Setting, steps: str, ra
         draft.put("optimizer.warmup_steps", max(1, round(count * factor)), source)
     elif fraction:
         draft.put("optimizer.warmup_ratio", fraction, share)
+
+
+def put_moments(draft: Draft, settings: Settings, *names: str) -> None:
+    """The moments of an AdamW that stores them in 8 bits, if one of these names asks for it."""
+    for setting in list(settings.rest()):
+        if setting.name in names and re.search("adam.*8bit", str(setting.value), re.IGNORECASE):
+            draft.put("optimizer.state", "8bit", settings.take(setting.name))
+
+
+def put_base(draft: Draft, settings: Settings, *names: str) -> None:
+    """Frozen weights in 4 bits, if one of these names asks for it, under adapters, which were put before."""
+    adapted = any(name.startswith("model.lora.") for name in draft.fields)
+    for setting in list(settings.rest()):
+        if adapted and setting.name in names and not is_off(setting.value):
+            draft.put("model.lora.base", "4bit", settings.take(setting.name))
+        elif adapted and setting.name in _FORMS and setting.given:
+            draft.skip(settings.take(setting.name), "4-bit weights are NF4 in blocks of 64, with float32 scales")
 
 
 def aggregation(draft: Draft, setting: Setting) -> None:

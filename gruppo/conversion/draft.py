@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
@@ -43,7 +44,10 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 # Fields that need more than a value: which code to call, or which rows to read.
-_BY_HAND = ("run.memory", "reward.", "reward_model.", "environment.", "evaluation.", "mixture", "method.tis_cap")
+_BY_HAND = ("reward.", "reward_model.", "environment.", "evaluation.", "mixture", "method.tis_cap")
+
+# An answer of the table of foreign names that gives a field its value.
+_ASSIGNED = re.compile(r'(?P<field>(?!reward|evaluation)[\w.]+) = "(?P<value>[\w-]+)"')
 
 # Tables of other trainers about another model than the policy -> gruppo's table for it.
 _PARTS = {
@@ -143,13 +147,18 @@ class Draft:
             answer = named[0] if named else None
         if answer is None:
             self.lack(setting, "gruppo does not know this name; nothing was written for it")
+        elif (value := _ASSIGNED.fullmatch(answer)) and not is_off(setting.value):
+            self._take_over(value["field"], Setting(setting.name, value["value"], setting.given), str(setting))
         elif _field(answer) is not None and not answer.startswith(_BY_HAND):
-            self._take_over(answer, setting)
+            self._take_over(answer, setting, setting)
         elif setting.given:
             self._explain(answer, setting)
 
-    def _take_over(self, name: str, setting: Setting) -> None:
-        """Set a field to a value, unless it is set already, or the value is that of another model than the policy."""
+    def _take_over(self, name: str, setting: Setting, source: Setting | str) -> None:
+        """Set a field to a value, unless it is set already, or the value is that of another model than the policy.
+
+        `source`: for the comment.
+        """
         table = next((table for start, table in _PARTS.items() if setting.name.startswith(start)), "")
         if not name.startswith(table):
             if setting.given and not is_off(setting.value):
@@ -157,7 +166,7 @@ class Draft:
         elif name in self.fields:
             self.skip(setting, f"{name} is set by {self.fields[name].comment}")
         elif setting.value is not None:
-            self.put(name, setting.value, setting)
+            self.put(name, setting.value, source, given=setting.given)
 
     def _explain(self, answer: str, setting: Setting) -> None:
         """Say what the table of foreign names says of a value for which there is no field."""
@@ -166,7 +175,7 @@ class Draft:
             self.skip(setting, reason)
         elif is_off(setting.value) or _is_neutral(setting):
             self.skip(setting, "this value changes nothing")
-        elif answer == reason and answer.startswith(("--", "run.memory")):
+        elif answer == reason and answer.startswith(("--", "engine.memory")):
             self.skip(setting, f"see `gruppo train {answer}`" if answer.startswith("--") else f"see {answer}")
         else:
             self.lack(setting, reason if answer != reason else f"write {answer}")

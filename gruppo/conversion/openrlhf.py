@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gruppo.conversion.common import aggregation, loss_kl, put_kl, put_schedule, put_trackers, run_name
+from gruppo.conversion.common import aggregation, loss_kl, put_base, put_kl, put_schedule, put_trackers, run_name
 from gruppo.conversion.draft import Draft
 from gruppo.conversion.given import Setting, Settings, Source, as_list, as_number, is_off
 
@@ -219,6 +219,7 @@ def _model(draft: Draft, settings: Settings) -> None:
         targets = settings.take("ds.lora.target_modules", "target_modules")
         whole = targets.value in (None, "all-linear")
         draft.put("model.lora.targets", "all-linear" if whole else as_list(targets.value), targets)
+        put_base(draft, settings, "ds.load_in_4bit", "load_in_4bit")
     else:
         for setting in list(settings.rest()):
             if setting.name.startswith(("ds.lora.", "lora_", "target_modules")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gruppo.conversion.common import put_clips, put_kl, put_schedule, put_trackers, run_name
+from gruppo.conversion.common import put_base, put_clips, put_kl, put_moments, put_schedule, put_trackers, run_name
 from gruppo.conversion.draft import Draft
 from gruppo.conversion.given import Setting, Settings, Source, as_list, as_number, is_off, written
 
@@ -67,6 +67,7 @@ def convert(source: Source) -> Draft:
         draft.put("method.name", source.method, f"TRL's {source.method.upper()}Trainer")
         _offline(draft, settings, source)
     _data(draft, settings, source.method)
+    put_moments(draft, settings, "optim")
     factor = 1 / (draft.value("method.inner_updates") * draft.value("method.minibatches"))
     put_schedule(draft, settings, settings.take("lr_scheduler_type"), "warmup_steps", "warmup_ratio", factor)
     run_name(draft, settings.take("run_name"), settings.take("output_dir"))
@@ -105,6 +106,7 @@ def _model(draft: Draft, settings: Settings) -> None:
         draft.put("model.lora.targets", guess, why, given=bool(names))
     else:
         draft.put("model.lora.targets", names, targets)
+    put_base(draft, settings, "load_in_4bit")
     dropout = settings.take("lora_dropout")
     if not is_off(dropout.value):
         what = dropout if dropout.given else f"TRL's default {dropout}"
@@ -204,7 +206,7 @@ def _grpo(draft: Draft, settings: Settings, source: Source) -> None:
 
 
 def _engine(draft: Draft, settings: Settings) -> None:
-    """vLLM's importance weights: gruppo samples with the weights and kernels that it trains with."""
+    """Importance weights for the difference between engine and trainer."""
     mode = settings.take("vllm_importance_sampling_mode")
     names = ("vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max")
     is_on = settings.take("vllm_importance_sampling_correction")
@@ -214,7 +216,7 @@ def _engine(draft: Draft, settings: Settings) -> None:
         return
     for setting in (mode, is_on, cap):
         if setting.given:
-            draft.skip(setting, "gruppo samples with the weights that it trains, so there is nothing to correct")
+            draft.skip(setting, "method.tis_cap is off, which weights tokens for the difference of engine and trainer")
 
 
 def _length(draft: Draft, settings: Settings, updates_per_step: int = 1) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gruppo.conversion.common import aggregation, loss_kl, put_kl, put_schedule, put_trackers, run_name
+from gruppo.conversion.common import aggregation, loss_kl, put_kl, put_moments, put_schedule, put_trackers, run_name
 from gruppo.conversion.draft import Draft
 from gruppo.conversion.given import Setting, Settings, Source, as_list, as_number, is_off, written
 
@@ -75,6 +75,7 @@ def convert(source: Source) -> Draft:
     kind = settings.take(f"{_ACTOR}optim.lr_scheduler_type", f"{_ACTOR}optim.warmup_style")
     warmup = f"{_ACTOR}optim.lr_warmup_steps"
     put_schedule(draft, settings, kind, warmup, f"{warmup}_ratio")
+    put_moments(draft, settings, f"{_ACTOR}optim.optimizer")
     put_trackers(draft, settings.take("trainer.logger"))
     run_name(draft, settings.take("trainer.experiment_name"), settings.take("trainer.default_local_dir"))
     _evaluation(draft, settings)

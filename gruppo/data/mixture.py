@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from gruppo.types import Prompt
+from gruppo.utils.random_numbers import generator_of
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ class Mixture:
         """
         if len(self.parts) == 1:
             return draw_prompts(self.parts[0], self.seed, cursor, count)
-        source = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2))))
+        source = generator_of((self.seed, 2))
         borders = np.cumsum(self.weights) / np.sum(self.weights)
         chosen = np.searchsorted(borders[:-1], source.random(cursor + count), side="right")
         before = np.bincount(chosen[:cursor], minlength=len(self.parts))
@@ -59,7 +60,7 @@ def draw_prompts(prompts: Sequence[Prompt], seed: int, cursor: int, count: int, 
     while len(samples) < count:
         epoch, place = divmod(cursor + len(samples), len(prompts))
         entropy = (seed, 1, epoch, stream) if stream else (seed, 1, epoch)
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy))).permutation(len(prompts))
+        order = generator_of(entropy).permutation(len(prompts))
         samples += [prompts[index] for index in order[place : place + count - len(samples)]]
     return samples
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from gruppo.config.cluster_section import LOCAL, Cluster
 from gruppo.config.engine_section import ENGINES
 from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.recipe import Recipe
@@ -17,16 +20,25 @@ from gruppo.utils.imports import import_attribute
 from gruppo.utils.oom_retry import BatchSizes
 
 NATIVE = EngineTable()
+METHODS = "stream", "load_weights", "generate", "sleep", "close"
+OWN_METHODS = METHODS[:2]  # `Engine` has the others
 
 
 def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UsageError if the recipe's engine cannot be imported, or cannot do what the recipe asks for."""
+    """Raise UsageError if the recipe's engine cannot be imported, is no engine, or cannot do what the recipe asks
+    for."""
     engine_class = _find(recipe.engine)
     check = getattr(engine_class, "check", None)
     if check is not None:
         check(recipe, device, dtype)
-    if not recipe.lag:
-        return
+    if recipe.cluster is not None and recipe.cluster.engines:
+        _check_fleet(recipe.cluster, device)
+    elif recipe.lag:
+        _check_lag(recipe, engine_class, device)
+
+
+def _check_lag(recipe: Recipe, engine_class: type, device: torch.device) -> None:
+    """Raise UsageError if the engine needs the device or the weights of the policy while it trains."""
     lag, settings = f"cluster.lag = {recipe.lag}", recipe.engine
     if settings.has_own_process and device.type == "cuda" and settings.device is None:
         raise UsageError(
@@ -37,6 +49,20 @@ def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> No
         raise UsageError(
             f'{lag}: engine.name = "{settings.name}" samples with the trained model itself (copies_weights = False), '
             "which changes meanwhile; use an engine that copies the weights, or write lag = 0"
+        )
+
+
+def _check_fleet(cluster: Cluster, device: torch.device) -> None:
+    """Raise UsageError if Ray is missing, or may not be used as the recipe says. Starts nothing."""
+    field = f"cluster.engines = {cluster.engines}"
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(f'{field}: Ray is not installed; run: pip install "gruppo[cluster]", or write engines = 0')
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{field}: Ray has no devices of type {device.type}; write engines = 0")
+    if cluster.address != LOCAL and os.environ.get("RAY_AUTH_MODE") != "token":
+        raise UsageError(
+            f'cluster.address = "{cluster.address}": whoever reaches a Ray without a token can run programs on its '
+            "machines; start it and this run with RAY_AUTH_MODE=token (docs/scale.md says how)"
         )
 
 
@@ -82,8 +108,8 @@ def open_engine(
 ) -> Engine:
     """Build an engine without a memory forecast: for evaluation, labels and `gruppo sample`.
 
-    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the most completions at once. `stack`
-    closes the engine.
+    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the largest useful number of
+    concurrent completions. `stack` closes the engine.
     """
     from gruppo.engines.native.engine import MAX_SLOTS, choose_slots
 
@@ -97,4 +123,13 @@ def open_engine(
 
 
 def _find(settings: EngineTable) -> Any:
-    return import_attribute(ENGINES.get(settings.name, settings.name), "engine.name")
+    found = import_attribute(ENGINES.get(settings.name, settings.name), "engine.name")
+    missing = [name for name in METHODS if getattr(found, name, None) is None]
+    missing += [name for name in OWN_METHODS if getattr(found, name, None) is getattr(Engine, name)]
+    if missing:
+        raise UsageError(
+            f'engine.name = "{settings.name}": has no method {" and no method ".join(missing)}; write a class with '
+            f"{', '.join(METHODS[:-1])} and {METHODS[-1]}: a subclass of gruppo.engines.base.Engine needs "
+            f"{' and '.join(OWN_METHODS)} only"
+        )
+    return found

@@ -26,6 +26,10 @@ class Request:
     limits: Sequence[int] | None = None
     written: int = 0
 
+    def limit(self, number: int, params: SamplingParams) -> int:
+        """The maximum number of tokens of the completion of stream `number`."""
+        return params.max_tokens if self.limits is None else min(params.max_tokens, self.limits[number])
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

@@ -1,4 +1,4 @@
-"""What every engine does with the tokens that it samples: checks of requests, text, stop strings, completions."""
+"""What every engine does with the tokens that it samples: checks of requests, text, completions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from gruppo.engines.base import Request, SamplingParams
+from gruppo.engines.base import Request
 from gruppo.errors import RunError
 from gruppo.types import Completion, FinishReason
 from gruppo.utils.token_text import text_of
@@ -52,25 +52,6 @@ class CompletionText:
         tokens = [*request.token_ids[before:], *tokens]
         ended = tokens[-1:] and tokens[-1] in self.eos_ids
         return text_of(self.tokenizer, tokens[:-1] if ended else tokens, request.token_ids[:before])
-
-
-def find_stop(text: CompletionText, request: Request, tokens: Sequence[int], params: SamplingParams) -> int | None:
-    """Where a stop string that the last of the `tokens` completed ends the text; None if it completed none.
-
-    All tokens so far are decoded, because the text of a token can depend on the tokens before it. Of several stop
-    strings, the one that is complete first counts, so that it does not matter how the text is split into tokens.
-    """
-    if len(tokens) < params.min_tokens:
-        return None
-    now, before = text.of(request, tokens), text.of(request, tokens[:-1])
-    pairs = enumerate(zip(before, now))  # the last token of a character changes the text of its first ones
-    same = next((place for place, (old, new) in pairs if old != new), min(len(before), len(now)))
-    found = [(now.find(stop, max(0, same - len(stop) + 1)), len(stop)) for stop in params.stop]
-    complete = [(start + size, start) for start, size in found if start >= 0]
-    if not complete:
-        return None
-    end, start = min(complete)
-    return end if params.keep_stop else start
 
 
 def make_completion(

@@ -18,12 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gruppo.engines.base import Engine, Request, SamplingParams
-from gruppo.engines.completions import CompletionText, check_requests, find_stop, make_completion
+from gruppo.engines.completions import CompletionText, check_requests, make_completion
 from gruppo.engines.native.sampling import sample_tokens
+from gruppo.engines.stop_strings import StopFinder
 from gruppo.errors import UsageError
 from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
+from gruppo.utils.random_numbers import generator_of
 
 
 def llama_cpp_installed() -> bool:
@@ -81,9 +83,9 @@ class LlamaCppEngine(Engine):
             completions = []
             first = self._logits(0, request.token_ids) if request.streams else None
             for number, stream in enumerate(request.streams):
-                most = params.max_tokens if request.limits is None else min(params.max_tokens, request.limits[number])
                 assert first is not None
-                completions.append(self._completion(request, first, stream, most, params, advance))
+                limit = request.limit(number, params)
+                completions.append(self._completion(request, first, stream, limit, params, advance))
             yield index, completions
 
     def _completion(
@@ -91,15 +93,16 @@ class LlamaCppEngine(Engine):
         request: Request,
         first: Tensor,
         stream: Sequence[int],
-        most: int,
+        limit: int,
         params: SamplingParams,
         advance: Advance | None,
     ) -> Completion:
         """One completion of a prompt that is computed. `first`: the logits of its first token."""
-        uniforms = np.random.Generator(np.random.Philox(np.random.SeedSequence(stream))).random(params.max_tokens)
+        uniforms = generator_of(stream).random(params.max_tokens)
         tokens: list[int] = []
         logprobs: list[float] = []
         logits, text_end = first, None
+        stops = StopFinder(self._text, request, params) if params.stop else None
         while True:
             if len(tokens) < params.min_tokens:
                 logits = logits.index_fill(1, torch.tensor(self.eos_ids), -torch.inf)
@@ -108,8 +111,9 @@ class LlamaCppEngine(Engine):
             logprobs.append(float(logprob))
             if advance is not None:
                 advance(1)
-            text_end = find_stop(self._text, request, tokens, params) if params.stop else None
-            if tokens[-1] in self.eos_ids or text_end is not None or len(tokens) == most:
+            if stops is not None:
+                text_end = stops.add(tokens[-1])
+            if tokens[-1] in self.eos_ids or text_end is not None or len(tokens) == limit:
                 return make_completion(self._text, request, tokens, logprobs, text_end, version=0)
             logits = self._logits(len(request.token_ids) + len(tokens) - 1, tokens[-1:])
 

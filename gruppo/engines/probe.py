@@ -7,7 +7,7 @@ found too, because the prompt is the same each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -16,12 +16,12 @@ import torch
 from gruppo.algorithms.aggregation import sequence_mean_weights
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.completions import NonFiniteError
+from gruppo.engines.wrapper import EngineWrapper
 from gruppo.errors import RunError
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 from gruppo.types import Completion, Group, Prompt
-from gruppo.utils.progress import Advance
 
 PROBE_TOKENS = 16
 PROMPT_TOKENS = 96  # at least one whole block of a prefix cache
@@ -35,7 +35,7 @@ ATTEMPTS = 2
 
 def largest_drift(dtype: torch.dtype) -> float:
     """The mean difference between log-probabilities of engine and trainer that rounding explains, in nats per token."""
-    return 0.05 if dtype == torch.bfloat16 else 1e-4
+    return {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
 
 
 def probe_request(policy: LanguageModel) -> Request:
@@ -51,19 +51,28 @@ def probe_request(policy: LanguageModel) -> Request:
     return Request(tuple(islice(cycle(usable), length)), [(0,)])
 
 
+def probe_params(policy: LanguageModel) -> SamplingParams:
+    """The continuation of the fixed prompt: greedy, up to 16 tokens."""
+    return SamplingParams(0.0, max(1, min(PROBE_TOKENS, policy.context - len(probe_request(policy).token_ids))))
+
+
 def probe(engine: Engine, policy: LanguageModel) -> float:
     """The mean absolute difference between the log-probabilities of engine and trainer, in nats per token.
 
     The engine continues the fixed prompt greedily for up to 16 tokens. Infinite if its log-probabilities are not
     finite.
     """
-    request = probe_request(policy)
-    most = max(1, min(PROBE_TOKENS, policy.context - len(request.token_ids)))
     try:
-        ((completion,),) = engine.generate([request], SamplingParams(0.0, most))
+        ((completion,),) = engine.generate([probe_request(policy)], probe_params(policy))
     except NonFiniteError:
         return float("inf")
-    group = Group(Prompt("probe", "", request.token_ids, "probe", {}), [completion], [])
+    return drift(policy, completion)
+
+
+def drift(policy: LanguageModel, completion: Completion) -> float:
+    """The mean absolute difference between the log-probabilities of the policy and of the engine that continued the
+    fixed prompt with this completion, in nats per token."""
+    group = Group(Prompt("probe", "", probe_request(policy).token_ids, "probe", {}), [completion], [])
     group.trained, group.advantages = [True], [[1.0] * len(completion.token_ids)]
     (batch,) = pack([group], sequence_mean_weights, policy.context, with_kl=True, device=policy.device)
     with torch.no_grad(), policy.precision():
@@ -71,29 +80,24 @@ def probe(engine: Engine, policy: LanguageModel) -> float:
     return float((logprobs.double().cpu() - torch.tensor(completion.sampling_logprobs).double()).abs().mean())
 
 
+def wrong_weights(name: str, version: int, differences: Sequence[float], dtype: torch.dtype) -> RunError:
+    """The error of an engine that has failed the probe with these differences, once for each attempt."""
+    found = " and ".join(f"{difference:.3g}" for difference in differences)
+    return RunError(
+        f"engine {name} does not have the weights of version {version}: after {ATTEMPTS} loads its log-probabilities "
+        f"differ from the trainer's by {found} nats per token on average, and rounding explains at most "
+        f"{largest_drift(dtype):g}; the last checkpoint is intact: resume the run, or start again with engine.name = "
+        '"native"'
+    )
+
+
 @dataclass
-class ProbedEngine(Engine):
-    """Wraps an engine and probes it after each load. `name`: the engine in messages. `policy`: what its weights are
+class ProbedEngine(EngineWrapper):
+    """Probes an engine after each load. `name`: the engine in messages. `policy`: what its weights are
     compared with."""
 
-    engine: Engine
     policy: LanguageModel
     name: str
-
-    @property
-    def slots(self) -> int:
-        """See `Engine`."""
-        return self.engine.slots
-
-    @slots.setter
-    def slots(self, slots: int) -> None:
-        self.engine.slots = slots
-
-    def stream(
-        self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
-    ) -> Iterator[tuple[int, list[Completion]]]:
-        """See `Engine`."""
-        return self.engine.stream(requests, params, advance)
 
     def load_weights(self, source: WeightSource, version: int) -> None:
         """See `Engine`. A load that fails the probe is repeated once. Weights of an earlier version are compared with
@@ -107,18 +111,4 @@ class ProbedEngine(Engine):
             differences.append(probe(self.engine, policy))
             if differences[-1] <= limit:
                 return
-        found = " and ".join(f"{difference:.3g}" for difference in differences)
-        raise RunError(
-            f'engine "{self.name}" does not have the weights of version {version}: after {ATTEMPTS} loads its '
-            f"log-probabilities differ from the trainer's by {found} nats per token on average, and rounding explains "
-            f"at most {limit:g}; the last checkpoint is intact: resume the run, or start again "
-            'with engine.name = "native"'
-        )
-
-    def sleep(self) -> None:
-        """See `Engine`."""
-        self.engine.sleep()
-
-    def close(self) -> None:
-        """See `Engine`."""
-        self.engine.close()
+        raise wrong_weights(f'"{self.name}"', version, differences, self.policy.dtype)

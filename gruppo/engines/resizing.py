@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gruppo.engines.base import Engine, Request, SamplingParams
+from gruppo.engines.base import Request, SamplingParams
+from gruppo.engines.wrapper import EngineWrapper
 from gruppo.errors import first_line, out_of_memory
-from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Advance
 
 
 @dataclass
-class ResizingEngine(Engine):
-    """Wraps an engine, and retries with fewer slots when it runs out of memory.
+class ResizingEngine(EngineWrapper):
+    """Retries sampling with fewer slots when it runs out of memory.
 
     In float32 this changes no completion. Finished groups are kept; the others are sampled again from the start.
     """
 
-    engine: Engine
     sizes: BatchSizes
-
-    @property
-    def slots(self) -> int:  # type: ignore[override]
-        """See `Engine`."""
-        return self.sizes.slots
 
     def stream(
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
@@ -47,15 +41,3 @@ class ResizingEngine(Engine):
             # Not in the except clause: there the error still keeps the frames of the failed attempt, and their tensors.
             if why is not None:
                 self.sizes.reduce("slots", "sampling", why)
-
-    def load_weights(self, source: WeightSource, version: int) -> None:
-        """See `Engine`."""
-        self.engine.load_weights(source, version)
-
-    def sleep(self) -> None:
-        """See `Engine`."""
-        self.engine.sleep()
-
-    def close(self) -> None:
-        """See `Engine`."""
-        self.engine.close()

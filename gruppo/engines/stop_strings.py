@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from gruppo.engines.base import Request, SamplingParams
-from gruppo.engines.completions import CompletionText, find_stop
+from gruppo.engines.completions import CompletionText
 from gruppo.utils.token_text import CONTEXT_TOKENS, ids_without_text, shared_length, text_of
 
 _LEAST, _MOST = 16, 48  # tokens of the window after it was moved, and when it is moved
@@ -67,3 +68,21 @@ class StopFinder:
         return text_of(
             self._text.tokenizer, self._tokens[start:end], self._tokens[max(0, start - CONTEXT_TOKENS) : start]
         )
+
+
+def find_stop(text: CompletionText, request: Request, tokens: Sequence[int], params: SamplingParams) -> int | None:
+    """Where a stop string that the last of the `tokens` completed ends the text; None if it completed none.
+
+    All tokens so far are decoded, because the text of a token can depend on the tokens before it. Of several stop
+    strings, the one that is complete first counts, so that it does not matter how the text is split into tokens.
+    """
+    if len(tokens) < params.min_tokens:
+        return None
+    now, before = text.of(request, tokens), text.of(request, tokens[:-1])
+    same = shared_length(before, now)  # the last token of a character changes the text of its first ones
+    found = [(now.find(stop, max(0, same - len(stop) + 1)), len(stop)) for stop in params.stop]
+    complete = [(start + size, start) for start, size in found if start >= 0]
+    if not complete:
+        return None
+    end, start = min(complete)
+    return end if params.keep_stop else start

@@ -42,10 +42,12 @@ class EvalSetRows:
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of a run: training rows by task, and evaluation sets."""
+    """The rows of a run: training rows by task, and evaluation sets. `completion_columns`: the names of what
+    completions bring for rewards besides."""
 
     training: list[Dataset]
     eval_sets: list[EvalSetRows]
+    completion_columns: tuple[str, ...] = ()
 
     @property
     def partial_columns(self) -> dict[str, str]:
@@ -62,8 +64,10 @@ class Data:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that every training row has, except the prompt: the columns that rewards receive."""
-        return sorted(set.intersection(*(set(row) for part in self.training for row in part.rows)) - {"prompt"})
+        """The columns that rewards receive: those that every training row has, except the prompt, and those of
+        completions."""
+        shared = set.intersection(*(set(row) for part in self.training for row in part.rows)) - {"prompt"}
+        return sorted({*shared, *self.completion_columns})
 
 
 def preflight(

@@ -45,6 +45,7 @@ from gruppo.utils.files import file_sha256
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +71,7 @@ def run_evaluation(
         )
     _check_out(recipe, out, resume)
     with ExitStack() as stack:
+        progress, _ = stack.enter_context(watched(progress))
         started = start_time(out)
         stack.enter_context(template_time(started))
         candidate = open_eval_sets(recipe, progress, stack, model, tokenizer)

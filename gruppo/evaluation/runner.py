@@ -30,7 +30,8 @@ from gruppo.models.attention.backends import check_compute
 from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
 from gruppo.rewards.grading.verdicts import Verdict
-from gruppo.rollout.multi_turn import OpenedEnvironments, open_multi_turn
+from gruppo.rollout.episodes import Opened
+from gruppo.rollout.multi_turn import open_multi_turn
 from gruppo.rollout.sampling import sample_groups
 from gruppo.runs.console import choose_progress
 from gruppo.types import Completion, Prompt
@@ -38,6 +39,7 @@ from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 from gruppo.utils.text import as_json
 from gruppo.utils.token_text import TokenTexts
+from gruppo.utils.waiting import watched
 
 Sampler = Callable[..., list[list[Completion]]]  # same signature as `sample_groups`
 
@@ -237,13 +239,14 @@ def evaluate_recipe(
     stop: Stop | None = None,
 ) -> Evaluation:
     """Run a recipe's [evaluation] with its model, or with a model passed from Python. Raises UsageError."""
-    progress, stop = choose_progress(progress), stop or Stop()
+    stop = stop or Stop()
     if recipe.evaluation is None:
         raise UsageError("evaluation: missing; the recipe describes no evaluation: write [evaluation] in it")
     with ExitStack() as stack:
+        shown, _ = stack.enter_context(watched(choose_progress(progress)))
         without_benchmarks = recipe.model_copy(update={"benchmarks": []})
-        candidate = open_eval_sets(without_benchmarks, progress, stack, model, tokenizer)
-        return run_eval_set(candidate.eval_sets[0], candidate.engine, recipe.run.seed, progress, stop, candidate.sample)
+        candidate = open_eval_sets(without_benchmarks, shown, stack, model, tokenizer)
+        return run_eval_set(candidate.eval_sets[0], candidate.engine, recipe.run.seed, shown, stop, candidate.sample)
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,7 @@ class Questions:
 
     source: ModelSource
     eval_sets: list[EvalSet]
-    opened: OpenedEnvironments | None
+    opened: Opened | None
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -6,6 +6,7 @@ the groups cannot change the objective.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -44,8 +45,9 @@ class Batch:
     prompt and its completions in T. `predictors[n]` is the position in T whose hidden state predicts `targets[n]`.
     `members` lists the completions in N, in order, as (group index, completion index, number of tokens), and
     `sequences` the number of each token's completion among them; completions are never split between batches. `trained`
-    are the tokens whose weight is not 0: known here, because selecting them on a device would wait for it. The method
-    fills in `old_logprobs`, `ref_logprobs` and the policy's `entropy` before the step. `values` and `returns` are set
+    are the tokens whose weight is not 0: known here, because selecting them on a device would wait for it.
+    `sampling_logprobs` are None if those of a completion are not known. The method fills in
+    `old_logprobs`, `ref_logprobs` and the policy's `entropy` before the step. `values` and `returns` are set
     with a value model only.
     """
 
@@ -56,10 +58,10 @@ class Batch:
     targets: Int[Tensor, " N"]
     advantages: Float[Tensor, " N"]
     weights: Float[Tensor, " N"]
-    sampling_logprobs: Float[Tensor, " N"]
     sequences: Int[Tensor, " N"]
     trained: Int[Tensor, " U"]
     members: list[tuple[int, int, int]] = field(default_factory=list)
+    sampling_logprobs: Float[Tensor, " N"] | None = None
     old_logprobs: Float[Tensor, " N"] | None = None
     ref_logprobs: Float[Tensor, " N"] | None = None
     entropy: Float[Tensor, " N"] | None = None
@@ -167,6 +169,9 @@ class _Packer:
                 columns["returns"] += group.returns[number] or []
         if not columns["returns"]:
             del columns["values"], columns["returns"]
+        sampled = zip(columns["sampling_logprobs"], columns["weights"], strict=True)
+        if any(weight and math.isnan(value) for value, weight in sampled):
+            del columns["sampling_logprobs"]
         return make_batch(token_ids, positions, layout, predictors, targets, columns, members, self.device)
 
 

@@ -8,6 +8,7 @@ and neither the number of ranks nor the deal changes the objective. A single pro
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -141,7 +142,8 @@ def on_all_ranks(
 ) -> Callable[Concatenate[Owner, Arguments], Result]:
     """Let a method that the leader calls run on every rank, with the same arguments.
 
-    Such a method calls no other one. Its arguments are positional. With several ranks, it is not interrupted.
+    Such a method calls no other one. Its arguments are positional. With several ranks, it is not interrupted. A method
+    that yields begins on all ranks when the leader takes its first item, and the leader must take them all.
     """
 
     @functools.wraps(method)
@@ -149,11 +151,19 @@ def on_all_ranks(
         assert not named, "arguments of a method on all ranks are positional"
         if owner.ranks.size == 1:
             return method(owner, *arguments, **named)
+        if inspect.isgeneratorfunction(method):
+            return _announced_items(owner, method, arguments)  # type: ignore[no-any-return]
         with stop_held():
             owner.ranks.announce(owner, method.__name__, arguments)
             return method(owner, *arguments, **named)
 
     return announced
+
+
+def _announced_items(owner: _HasRanks, method: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    with stop_held():
+        owner.ranks.announce(owner, method.__name__, arguments)
+        yield from method(owner, *arguments)
 
 
 def deal(tokens: Sequence[int], rank: int, size: int) -> tuple[list[int], list[int]]:

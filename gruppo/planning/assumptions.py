@@ -22,15 +22,15 @@ class Assumptions:
 
     mfu: float = _number(
         0.35, "share",
-        "peak floating-point rate that dense models reach in training and in log-probabilities",
+        "share of the peak floating-point rate that dense models reach in training and scoring",
         "prime-rl's trainer benchmarks: 0.14 to 0.35 (Qwen3-4B, 8xH100)", 1,
     )  # fmt: skip
     moe_mfu: float = _number(
-        0.1, "share", "the same for a mixture of experts, counting the weights that a token uses",
+        0.1, "share", "the same share for a mixture of experts, counting only the weights that a token uses",
         "prime-rl's trainer benchmark: 0.03 (Qwen3-30B-A3B, 8xH100); our choice is higher", 1,
     )  # fmt: skip
     bandwidth_share: float = _number(
-        0.7, "share", "peak memory and link bandwidth that is reached",
+        0.7, "share", "share of the peak bandwidth of memory and links that is reached",
         "open-instruct PR 957: 0.52 in all of sampling; our choice for the kernels alone", 1,
     )  # fmt: skip
     iteration_ms: float = _number(
@@ -41,10 +41,14 @@ class Assumptions:
         20.0, "µs", "latency of one of the two sums per layer of an engine on several devices", "our choice"
     )
     engine_memory: float = _number(
-        0.9, "share", "device memory that an engine may use", "vLLM's default gpu_memory_utilization", 1
+        0.9,
+        "share",
+        "share of the memory of a device that an engine may use",
+        "vLLM's default gpu_memory_utilization",
+        1,
     )
     slots: float | None = _number(
-        None, "completions", "maximum of an engine at once",
+        None, "completions", "maximum number of concurrent completions of an engine",
         "vLLM's default max_num_seqs: 256 on devices under 70 GiB and on A100, else 1024",
     )  # fmt: skip
     mean_share: float = _number(
@@ -75,7 +79,7 @@ class Assumptions:
         "one adapter of 400 Gb/s per device, as in DGX H100",
     )  # fmt: skip
     other_share: float = _number(
-        0.05, "share", "rest of a step: rewards, packing, moving data, as a share of the computed time",
+        0.05, "share", "time for rewards, packing and moving data, as a share of the time of everything else",
         "verl's documentation: 0.03 to 0.07 (Qwen2.5-Math-7B, 32 to 128 H20)", 1,
     )  # fmt: skip
 

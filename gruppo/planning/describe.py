@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from gruppo.planning.placement import Placement
+from gruppo.planning.placement import Placement, engine_memory
 from gruppo.planning.plan import Plan
 from gruppo.planning.published import ratios
 from gruppo.planning.trainer import rank_memory
@@ -85,7 +85,7 @@ def _devices(placed: Placement) -> str:
     each = f"{placed.engine_devices} device{'s' * (placed.engine_devices > 1)}"
     return (
         f"{trainers}, {placed.engines} engine{'s' * (placed.engines > 1)} "
-        f"of {each}, up to {placed.sampling.running} completions at once in each"
+        f"of {each}, up to {placed.sampling.running} concurrent completions in each"
     )
 
 
@@ -95,7 +95,7 @@ def _memory(plan: Plan) -> list[str]:
     shown = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.trainer_bytes.items())
     lines.append(f"  trainer  {total / 1e9:6.1f} of {room / 1e9:.1f}: {shown}")
     if plan.engine_bytes:
-        room = plan.cluster.device.memory * plan.assumptions.engine_memory
+        room = engine_memory(plan.cluster, plan.assumptions)
         shown = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in plan.engine_bytes.items())
         lines.append(f"  engine   {sum(plan.engine_bytes.values()) / 1e9:6.1f} of {room / 1e9:.1f}: {shown}")
         if plan.cluster.devices > 1:

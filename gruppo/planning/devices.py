@@ -29,7 +29,7 @@ class Device:
 
     @property
     def slots(self) -> int:
-        """vLLM's default for the completions of an engine at once."""
+        """vLLM's default for the maximum number of concurrent completions."""
         return 1024 if self.memory >= 70 * 2**30 and not self.name.startswith("A100") else 256
 
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
+_HALVINGS = 60
 _POINTS = 400  # quantiles that stand for all completions
+
+
+def smallest(low: float, high: float, enough: Callable[[float], bool]) -> float:
+    """The smallest number between `low` and `high` that is enough, by bisection; all larger ones must be, too."""
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 @dataclass(frozen=True)
@@ -50,10 +60,4 @@ def lengths_with_mean(mean: float, longest: float, spread: float) -> Lengths:
         return Lengths(values)
 
     low, high = math.log(mean) - 10 * spread - spread**2, math.log(longest) + 10 * spread
-    for _ in range(60):
-        middle = (low + high) / 2
-        if limited(middle).mean < mean:
-            low = middle
-        else:
-            high = middle
-    return limited(high)
+    return limited(smallest(low, high, lambda center: limited(center).mean >= mean))

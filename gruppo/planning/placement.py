@@ -17,6 +17,7 @@ from gruppo.planning.trainer import (
     TrainingTime,
     rank_bytes,
     rank_memory,
+    rate_between,
     training_time,
 )
 
@@ -119,12 +120,11 @@ def place(
     single device, where it stays.
     """
     colocated = kind == "colocated"
-    device = cluster.device
     engines = (cluster.devices if colocated else cluster.devices - trainers) // engine_devices
-    memory = device.memory * assumed.engine_memory
+    memory = engine_memory(cluster, assumed)
     if colocated and cluster.devices == 1:
         memory -= work.state.bytes
-    engine = Engine(shape, device, engine_devices, memory, assumed)
+    engine = Engine(shape, cluster.device, engine_devices, memory, assumed)
     sampling = None
     if work.sampled:
         if engines < 1 or engine.slots(work.prompt + work.longest) < 1:
@@ -135,8 +135,7 @@ def place(
     training = training_time(
         shape, cluster, trainers, work.passes, work.training_tokens, work.lengths.training_context(work.prompt), assumed
     )
-    between = device.link if cluster.machines == 1 else min(device.link, assumed.network_gb_s * 1e9)
-    rate = min(between * assumed.bandwidth_share, assumed.transfer_gb_s * 1e9)
+    rate = min(rate_between(cluster, cluster.devices, assumed), assumed.transfer_gb_s * 1e9)
     transfer = 0.0 if sampling is None or cluster.devices == 1 else shape.weight_bytes / rate
     seconds = 0.0 if sampling is None else sampling.seconds
     busy = max(seconds, training.seconds) if kind == "ahead" else seconds + training.seconds
@@ -177,6 +176,11 @@ def fewest_trainers(shape: ModelShape, cluster: Cluster, work: Work, assumed: As
         else:
             low = middle
     return high
+
+
+def engine_memory(cluster: Cluster, assumed: Assumptions) -> float:
+    """Bytes of a device that an engine may use."""
+    return cluster.device.memory * assumed.engine_memory
 
 
 def engine_sizes(cluster: Cluster) -> list[int]:

@@ -16,6 +16,7 @@ from gruppo.planning.placement import (
     Placement,
     Work,
     best_placement,
+    engine_memory,
     engine_sizes,
     fewest_trainers,
     trainer_parts,
@@ -32,9 +33,8 @@ class Plan:
 
     `placements`: the best of each kind that fits, fastest first. `chosen`: the fastest, on several devices of those
     with engines apart; None if none fits. `trainer_bytes`: of one rank of the chosen placement, by part.
-    `engine_bytes`: of one device of an engine: weights, and the cache of the completions that run at once. `problems`:
-    what does not fit, each with what to change.
-    `notes`: what the plan leaves out.
+    `engine_bytes`: of one device of an engine: weights, and the cache of concurrent completions. `problems`: what
+    does not fit, each with what to change. `notes`: what the plan leaves out.
     """
 
     recipe: Recipe
@@ -188,7 +188,7 @@ def _work(recipe: Recipe, shape: ModelShape, cluster: Cluster, assumed: Assumpti
 
 
 def _engine_parts(shape: ModelShape, cluster: Cluster, work: Work, chosen: Placement) -> dict[str, float]:
-    """Bytes of one device of an engine: weights, and the cache of completions that run at once."""
+    """Bytes of one device of an engine: weights, and the cache of concurrent completions."""
     assert chosen.sampling is not None
     context = work.lengths.mean_context(work.prompt)
     cache = chosen.sampling.running * context * shape.cache_bytes / chosen.engine_devices
@@ -215,7 +215,7 @@ def _problems(shape: ModelShape, cluster: Cluster, work: Work, assumed: Assumpti
         )
     if work.sampled:
         largest = engine_sizes(cluster)[-1]
-        memory = device.memory * assumed.engine_memory
+        memory = engine_memory(cluster, assumed)
         engine = Engine(shape, device, largest, memory, assumed)
         if engine.slots(work.prompt + work.longest) < 1:
             longest = (work.prompt + work.longest) * shape.cache_bytes

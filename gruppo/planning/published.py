@@ -12,7 +12,7 @@ import yaml
 
 from gruppo.planning.assumptions import Assumptions
 from gruppo.planning.devices import read_cluster
-from gruppo.planning.lengths import lengths_with_mean
+from gruppo.planning.lengths import lengths_with_mean, smallest
 from gruppo.planning.placement import Kind, Work, engine_sizes, place
 from gruppo.planning.shape import ModelShape, shape_of_config
 from gruppo.planning.trainer import Passes, State, training_time
@@ -115,11 +115,4 @@ def _mean_from_updates(run: dict[str, Any], shape: ModelShape, assumed: Assumpti
         passes = work.passes
         return training_time(shape, cluster, cluster.devices, passes, work.training_tokens, context, assumed).updates
 
-    low, high = 1.0, float(run["max_tokens"])
-    for _ in range(50):
-        middle = (low + high) / 2
-        if seconds(middle) < run["published"]["updates"]:
-            low = middle
-        else:
-            high = middle
-    return high
+    return smallest(1.0, float(run["max_tokens"]), lambda mean: seconds(mean) >= run["published"]["updates"])

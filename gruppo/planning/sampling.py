@@ -18,7 +18,7 @@ _SIMULATED = 384  # completions that are simulated; each stands for an equal sha
 class Engine:
     """One engine: a copy of the model on `devices` devices.
 
-    `memory`: bytes per device for weights and cache. `slots`: completions at once, limited by the cache.
+    `memory`: bytes per device for weights and cache. `slots`: number of concurrent completions, limited by the cache.
     """
 
     shape: ModelShape
@@ -34,11 +34,16 @@ class Engine:
 
     @property
     def most_slots(self) -> float:
-        """Completions at once, if the cache has room for them."""
+        """Maximum number of concurrent completions, if the cache has room for them."""
         return self.assumptions.slots or self.device.slots
 
+    @property
+    def rate(self) -> float:
+        """Floating-point operations per second of all its devices."""
+        return self.devices * self.device.flops * self.assumptions.mfu_of(self.shape.experts)
+
     def slots(self, context: float) -> int:
-        """Completions at once, if each has `context` cached tokens on average; 0 if none fits."""
+        """Number of concurrent completions, if each has `context` cached tokens on average; 0 if none fits."""
         return int(max(0.0, min(self.most_slots, self.cache_memory / (self.shape.cache_bytes * context))))
 
     def token_seconds(self, running: float, context: float) -> float:
@@ -49,9 +54,8 @@ class Engine:
         """
         assumed, device = self.assumptions, self.device
         bandwidth = self.devices * device.bandwidth * assumed.bandwidth_share
-        rate = self.devices * device.flops * assumed.mfu_of(self.shape.experts)
         weights = self.shape.read_bytes(running) / bandwidth
-        computing = 2.0 * self.shape.active * running / rate
+        computing = 2.0 * self.shape.active * running / self.rate
         cache = running * context * self.shape.cache_bytes / bandwidth
         return max(weights, computing) + cache + self._sum_seconds(running) + assumed.iteration_ms / 1e3
 
@@ -65,16 +69,15 @@ class Engine:
 
     def prefill_seconds(self, tokens: float, context: float) -> float:
         """Seconds to compute the caches of `tokens` prompt tokens."""
-        rate = self.devices * self.device.flops * self.assumptions.mfu_of(self.shape.experts)
-        return tokens * self.shape.forward_flops(context) / rate
+        return tokens * self.shape.forward_flops(context) / self.rate
 
 
 @dataclass(frozen=True)
 class SamplingTime:
     """Seconds to sample the completions of a step, and what limits it.
 
-    `tail`: seconds after 90% of the completions are finished. `running`: completions at once of an engine at the start.
-    `limit`: "cache" or "slots" if more completions wait than run, else "completions".
+    `tail`: seconds after 90% of the completions are finished. `running`: concurrent completions of an engine at the
+    start. `limit`: "cache" or "slots" if more completions wait than run, else "completions".
     """
 
     seconds: float

@@ -60,6 +60,14 @@ class TrainingTime:
         return self.scores + self.updates
 
 
+def rate_between(cluster: Cluster, devices: int, assumed: Assumptions) -> float:
+    """Bytes per second from one to another of `devices` devices, which fill one machine after another."""
+    link = cluster.device.link
+    if devices > cluster.per_machine:
+        link = min(link, assumed.network_gb_s * 1e9)
+    return link * assumed.bandwidth_share
+
+
 def training_time(
     shape: ModelShape, cluster: Cluster, ranks: int, passes: Passes, tokens: float, context: float, assumed: Assumptions
 ) -> TrainingTime:
@@ -71,11 +79,8 @@ def training_time(
     """
     rate = ranks * cluster.device.flops * assumed.mfu_of(shape.experts)
     forward = tokens * shape.forward_flops(context) / rate
-    between = (
-        cluster.device.link if ranks <= cluster.per_machine else min(cluster.device.link, assumed.network_gb_s * 1e9)
-    )
     batches = max(1.0, tokens / ranks / assumed.micro_batch_tokens)
-    moved = batches * shape.parameters * (ranks - 1) / ranks / (between * assumed.bandwidth_share)
+    moved = batches * shape.parameters * (ranks - 1) / ranks / rate_between(cluster, ranks, assumed)
     score = max(forward, BYTES * moved)
     update = max(forward * passes.update_forwards, (BYTES if passes.frozen else 2 * BYTES + 4) * moved)
     optimizer = 0.0 if passes.frozen else 28 * shape.parameters / ranks / (

@@ -28,12 +28,13 @@ from gruppo.runs.trackers import require_installed
 from gruppo.utils.disk import free_bytes, gigabytes
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from gruppo.engines.base import Engine
     from gruppo.models.loading import ModelSource
     from gruppo.models.policy import LanguageModel
-    from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments
+    from gruppo.rollout.episodes import Episodes, Opened
     from gruppo.rollout.workers.rewards import RewardPool
     from gruppo.training.disk_estimate import Disk
     from gruppo.training.inputs import RunInputs
@@ -127,6 +128,7 @@ def check_recipe(
     data = read_data(settings, settings.reward.functions, None, shown)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        shown, _ = stack.enter_context(watched(shown))
         stack.enter_context(stop.interruptible())
         stack.callback(end_renderer)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -168,6 +170,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
         stack.callback(engine.close)
         with progress.bar("Timing", None, ""):
             prompt_token, decoding_step = time_generation(engine, inputs, chosen.slots, stop)
+            engine.sleep()
             forward, backward, optimizer = time_update(recipe, policy, work, chosen)
         rounds = math.ceil(work.completions / chosen.slots)
         tokens = sum(
@@ -216,7 +219,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
 
 
 def _tokenize(
-    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: OpenedEnvironments | None
+    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: Opened | None
 ) -> tuple[RunInputs, str | None]:
     """The tokenized prompts and None; or, if training would refuse some as too long, the others and its message."""
     from gruppo.training.inputs import tokenize_data
@@ -322,7 +325,7 @@ def _smoke_test_findings(
     seconds: float,
     progress: Progress,
     stop: Stop,
-    episodes: MultiTurnSampler | None,
+    episodes: Episodes | None,
 ) -> list[Finding]:
     """The findings of the smoke test, if `seconds` is not 0, and of the gradient check."""
     from gruppo.preflight import smoke_test
@@ -336,6 +339,7 @@ def _smoke_test_findings(
         found.append(smoke_test.skipped("--quick"))
     else:
         test = smoke_test.run_smoke_test(recipe, engine, inputs, pool, chosen.slots, seconds, progress, stop, episodes)
+        engine.sleep()
         weights = dict(zip(pool.names, pool.weights, strict=True))
         if episodes is not None and episodes.weight is not None:
             weights[NAME] = episodes.weight

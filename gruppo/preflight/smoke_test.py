@@ -21,11 +21,12 @@ from gruppo.config.method_section import Method
 from gruppo.config.recipe import Recipe
 from gruppo.engines import build_engine
 from gruppo.engines.base import Engine, SamplingParams
+from gruppo.engines.probe import largest_drift
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
 from gruppo.preflight.gradient_check import Derivative, compare, fill_advantages, shortened, with_arbitrary_rewards
-from gruppo.rollout.multi_turn import MultiTurnSampler
+from gruppo.rollout.episodes import Episodes
 from gruppo.rollout.offline import offline_groups
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.scoring import score_groups
@@ -41,7 +42,6 @@ from gruppo.utils.stats import wilson_interval
 PROMPTS = 32  # maximum number of sampled groups
 COMPARED_TOKENS = 4096  # maximum number of tokens whose log-probabilities are compared
 GRADIENT_GROUPS = 2, 4  # prompts, and completions per prompt, of the gradient check
-MEAN_DIFFERENCE = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 0.05}  # nats; see docs/decisions.md
 GRADIENT_ERROR = {"float64": 1e-4, "float32": 1e-2, "bfloat16": 0.25}
 ENOUGH_GROUPS = 22  # if none of them has a nonzero advantage, fewer than 15% of all groups do (95% confidence)
 MANY_EXCLUDED = 0.2  # from this share of completions on, excluded completions are a problem
@@ -108,7 +108,7 @@ def run_smoke_test(
     seconds: float,
     progress: Progress,
     stop: Stop,
-    episodes: MultiTurnSampler | None = None,
+    episodes: Episodes | None = None,
 ) -> SmokeTest:
     """Sample and score groups like the first steps of a run.
 
@@ -378,17 +378,19 @@ def compare_logprobs(policy: LanguageModel, groups: Sequence[Group], temperature
         with policy.precision():
             logprobs = score(policy, batch, temperature)[0]
         sampling = batch.sampling_logprobs
+        assert sampling is not None
         differences.append((logprobs.to(sampling.dtype) - sampling)[batch.trained].abs().cpu().double())
-    return report_engine_difference(torch.cat(differences), str(policy.dtype).removeprefix("torch."))
+    return report_engine_difference(torch.cat(differences), policy.dtype)
 
 
-def report_engine_difference(differences: torch.Tensor, dtype: str) -> Finding:
-    """The finding on |log π of the trainer - log π of the engine|, in nats, one value per token."""
-    mean, most, bound = float(differences.mean()), float(differences.max()), MEAN_DIFFERENCE[dtype]
+def report_engine_difference(differences: torch.Tensor, dtype: torch.dtype) -> Finding:
+    """The finding on |log π of the trainer - log π of the engine|, in nats, one value per token. `dtype`: that of
+    matmuls."""
+    mean, most, bound = float(differences.mean()), float(differences.max()), largest_drift(dtype)
     figures = {"tokens": len(differences), "mean": mean, "max": most, "bound": bound}
     what = (
         f"log-probabilities of {len(differences)} tokens differ from the trainer's by {mean:.2g} nats on average, at "
-        f"most {most:.2g}; bound of the mean in {dtype}: {bound:g}"
+        f"most {most:.2g}; bound of the mean in {str(dtype).removeprefix('torch.')}: {bound:g}"
     )
     if not mean <= bound:
         return Finding(

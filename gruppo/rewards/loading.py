@@ -133,6 +133,14 @@ def check_signature(
         )
 
 
+def parameters_of(function: RewardFunction) -> list[str]:
+    """The names of a function's parameters; none for a callable without a signature."""
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
 def _partly(names: Iterable[str], partial_columns: Mapping[str, str]) -> str:
     return "".join(f"; {name}: {partial_columns[name]}" for name in names if name in partial_columns)
 

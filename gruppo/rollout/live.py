@@ -13,8 +13,8 @@ from gruppo.config.recipe import Recipe
 from gruppo.data.mixture import Mixture
 from gruppo.engines.base import Engine, SamplingParams
 from gruppo.errors import RunError
+from gruppo.rollout.episodes import Episodes
 from gruppo.rollout.labels import LabelledCompletion
-from gruppo.rollout.multi_turn import MultiTurnSampler
 from gruppo.rollout.reward_failures import record_failures
 from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.rollout.sampling import sample_groups
@@ -59,7 +59,7 @@ class LiveRollouts:
     recipe: Recipe
     prompts: Mixture
     engine: Engine
-    multi_turn: MultiTurnSampler | None
+    multi_turn: Episodes | None
     pool: Rewards
     scorer: RewardModelScorer | None
     audit: Audit | None

@@ -25,6 +25,7 @@ from gruppo.data.tokenization import ToolTexts
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.rollout.chat_rendering import ChatRenderer, tool_texts
 from gruppo.rollout.environments.client import Answer, EnvironmentHandle, Environments, open_environments
+from gruppo.rollout.episodes import ROLLOUT_FUNC, Opened, RecordedFunction
 from gruppo.rollout.trajectory import Trajectory
 from gruppo.types import Completion, FinishReason, Prompt
 from gruppo.utils.progress import Progress
@@ -112,9 +113,9 @@ class MultiTurnSampler:
                 self.environments.drop()
         return started, [[trajectory.completion() for trajectory in group] for group in groups]
 
-    def close(self) -> None:
-        """End the processes of the environments."""
-        self.environments.close()
+    def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
+        """See `Episodes`."""
+        self.environments.notify_of_restarts(notify)
 
     def _new_handle(self, prompt: Prompt, key: tuple[int, ...]) -> EnvironmentHandle:
         """A handle of a new environment. `key`: the first stream of its group, which determines the seed."""
@@ -148,7 +149,7 @@ class MultiTurnSampler:
                         content, ids = self.dialogue.prompt(prompt.content, first, prompt.template_options)
                         extended[first] = replace(prompt, content=content, token_ids=ids), ids
                 trajectory.ids = list(extended[first][1])
-            shared = _common_prefix([ids for _, ids in extended.values()])
+            shared = common_prefix([ids for _, ids in extended.values()])
             for trajectory in group:
                 if trajectory.finish is None and not shared:
                     trajectory.fail(
@@ -285,7 +286,7 @@ def _waves(sizes: Sequence[int], most: int) -> Iterator[slice]:
             start = place
 
 
-def _common_prefix(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def common_prefix(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The longest prefix of all lists."""
     if not lists:
         return ()
@@ -295,7 +296,7 @@ def _common_prefix(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class OpenedEnvironments:
-    """The environments of a recipe before its model is loaded."""
+    """See `Opened`."""
 
     environments: Environments
     settings: Settings
@@ -303,6 +304,16 @@ class OpenedEnvironments:
     def tools(self, tokenizer: PreTrainedTokenizerBase) -> ToolTexts | None:
         """The description of their tools in prompts, for `gruppo.data.tokenization.tokenize_part`."""
         return tool_texts(tokenizer, self.environments.schemas)
+
+    @property
+    def gives_reward(self) -> bool:
+        """See `Opened`."""
+        return self.environments.gives_reward
+
+    @property
+    def digests(self) -> list[str]:
+        """See `Opened`."""
+        return self.environments.digests
 
     def episodes(
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], prompts: Iterable[Prompt]
@@ -317,7 +328,7 @@ class OpenedEnvironments:
 
 def open_multi_turn(
     recipe: Recipe, log: Path | None, progress: Progress, stack: ExitStack, played: bool = True
-) -> OpenedEnvironments | None:
+) -> Opened | None:
     """Start the environments of a recipe; None if it has none. `stack` closes them.
 
     `log`: file for the output of the environment class; `played`: False if nothing will be sampled. Raises UsageError
@@ -326,6 +337,8 @@ def open_multi_turn(
     settings = recipe.environment
     if settings is None:
         return None
+    if settings.name == ROLLOUT_FUNC and not played:
+        return RecordedFunction()
     environments = open_environments(settings, recipe.reward.environment, log, progress, played)
     stack.callback(environments.close)
     return OpenedEnvironments(environments, settings)

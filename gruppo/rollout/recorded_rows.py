@@ -25,7 +25,7 @@ CALLS = pa.schema(
         ROLLOUTS.field(name)
         for name in (
             "group", "completion", "prompt_id", "prompt", "prompt_token_texts", "columns", "text", "finish_reason",
-            "policy_version", "token_ids", "mask", "reward", "reward_parts", "steps", "failure", "extra",
+            "policy_version", "token_ids", "mask", "episode", "reward", "reward_parts", "steps", "failure", "extra",
         )
     ]
 )  # fmt: skip

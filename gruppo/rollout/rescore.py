@@ -23,7 +23,13 @@ from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction, listed_rewards, recipe_name
 from gruppo.rewards.combine import overall
 from gruppo.rollout.recorded_rows import CALLS, Row, completion_of, prompt_of, read_groups, reward_of
-from gruppo.rollout.workers.rewards import RewardPool, memory_per_process, reward_names, trainer_state
+from gruppo.rollout.workers.rewards import (
+    RewardPool,
+    completion_columns,
+    memory_per_process,
+    reward_names,
+    trainer_state,
+)
 from gruppo.runs.console import choose_progress
 from gruppo.runs.missing import steps_text
 from gruppo.runs.reading import old_parts, reading, require_own, step_of
@@ -33,6 +39,7 @@ from gruppo.types import Completion, Prompt, Reward
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
 from gruppo.utils.text import as_json
+from gruppo.utils.waiting import watched
 
 
 def rescore(
@@ -69,8 +76,8 @@ def rescore(
     settings = _settings(recipe, rewards, overrides)
     tables = _chosen(folder, steps, limit)
     file = None if out is None else _new_file(Path(out), folder)
-    with stop_on_signals() as stop:
-        rescoring = _Rescoring(folder, recipe, rewards, settings, against, console, stop)
+    with stop_on_signals() as stop, watched(console) as (shown, _):
+        rescoring = _Rescoring(folder, recipe, rewards, settings, against, shown, stop)
         rescores = rescoring.run(tables)
         stop.check()
         if file is not None:
@@ -86,6 +93,11 @@ class _Group:
     prompt: Prompt
     completions: list[Completion]
     rewards: list[Reward]
+
+    @property
+    def columns(self) -> set[str]:
+        """The names of the columns that a call gets."""
+        return {*self.prompt.columns, *completion_columns(self.completions)}
 
     @classmethod
     def read(cls, rows: list[Row]) -> _Group:
@@ -143,7 +155,7 @@ class _Rescoring:
 
     def _pool(self, groups: Sequence[_Group]) -> RewardPool:
         """The processes of the new reward. The columns that it may need are those of all these groups."""
-        counts = Counter(name for group in groups for name in group.prompt.columns)
+        counts = Counter(name for group in groups for name in group.columns)
         partial = {name: f"{count} of {len(groups)} groups" for name, count in counts.items() if count < len(groups)}
         try:
             pool = RewardPool(

@@ -20,12 +20,19 @@ from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rollout.recorded_rows import completion_of, prompt_of, read_groups
-from gruppo.rollout.workers.rewards import RewardPool, Rewards, call_arguments, reward_names, trainer_state
+from gruppo.rollout.workers.rewards import (
+    RewardPool,
+    Rewards,
+    call_arguments,
+    completion_columns,
+    reward_names,
+    trainer_state,
+)
 from gruppo.runs.atomic import write_whole
 from gruppo.runs.reading import read_object, reading, require_own
 from gruppo.runs.recorder import Recorder
 from gruppo.runs.trust import code_of_call, refusal
-from gruppo.types import Completion, Group, Prompt, Reward
+from gruppo.types import Completion, Episode, Group, Prompt, Reward
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.paths import not_a_file
 from gruppo.utils.text import text_of_content
@@ -96,11 +103,13 @@ def keep_call(folder: Path, step: int, failure: Failure, pool: Rewards, state: M
         exact = False
         return str(value)
 
+    call = call_arguments(group.prompt, group.completions)
+    columns = [*pool.columns, *completion_columns(group.completions)]
     content = {
         "reward": failure.name,
         "function": pool.paths[place],  # None: passed from Python
         "options": pool.options[place],
-        "columns": pool.columns,
+        "columns": [name for name in columns if name in call],
         "environment": pool.environment,
         "timeout": pool.timeout,
         "step": step,
@@ -109,7 +118,7 @@ def keep_call(folder: Path, step: int, failure: Failure, pool: Rewards, state: M
         "trainer_state": dict(state),
     }
     try:
-        arguments = json.dumps(call_arguments(group.prompt, group.completions), default=as_text)
+        arguments = json.dumps(call, default=as_text)
     except (TypeError, ValueError, RecursionError):
         arguments = "null"
     if len(arguments) > MOST_BYTES:
@@ -187,7 +196,7 @@ def recorded_call(folder: Path, step: int | None, group: int | None, reward: str
             "reward": reward,
             "function": None if split_label(function)[1].startswith(IN_MEMORY) else function,
             "options": dict(recipe.reward.options.get(options_name(function), {})),
-            "columns": list(prompt.columns),
+            "columns": [*prompt.columns, *completion_columns(completions)],
             "environment": list(recipe.reward.environment),
             "timeout": recipe.reward.timeout,
             "prompt_id": prompt.id,
@@ -243,13 +252,13 @@ def rerun_reward(
         content if isinstance(content, str) else text_of_content(content[-1]["content"])
         for content in arguments["completions"]
     ]
+    own = [Episode(columns={name: arguments[name][place] for name in columns}) for place in range(len(texts))]
     completions = [
-        Completion(tuple(ids), (0.0,) * len(ids), (True,) * len(ids), "stop", 0, text)
-        for ids, text in zip(arguments["completion_ids"], texts, strict=True)
+        Completion(tuple(ids), (0.0,) * len(ids), (True,) * len(ids), "stop", 0, text, episode)
+        for ids, text, episode in zip(arguments["completion_ids"], texts, own, strict=True)
     ]
-    row = {name: arguments[name][0] for name in columns}
     ending = arguments.get("prompt_endings", [""])[0]  # files of earlier versions have none
-    prompt = Prompt(call["prompt_id"], arguments["prompts"][0], (), "", row, ending=ending)
+    prompt = Prompt(call["prompt_id"], arguments["prompts"][0], (), "", {}, ending=ending)
     options = {options_name(chosen): call["options"]} if isinstance(chosen, str) else {}
     limit = timeout or call["timeout"]
     with RewardPool([chosen], [], columns, limit, 1, log, options, environment=call["environment"]) as pool:

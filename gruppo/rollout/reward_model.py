@@ -122,23 +122,22 @@ class RewardModelScorer:
         ends = checked_ends(find_split(self.settings.split), completion.text)
         return tuple(end for end, _ in step_tokens(completion, ends, self.tokenizer, prompt.token_ids))
 
-    @on_all_ranks
     def probabilities(self, samples: Sequence[Sample], during: str) -> list[tuple[float, ...]]:
         """The model's probability at each label position of each sample. Raises RunError if one is not finite."""
+        results = self._probabilities(samples, during)
+        for sample, values in zip(samples, results, strict=True):
+            if not all(map(math.isfinite, values)):
+                raise RunError(
+                    f"the reward model's probability for a completion of {sample.prompt.id} is not finite: its weights "
+                    "have diverged; start again with a lower reward_model.learning_rate"
+                )
+        return results
+
+    @on_all_ranks
+    def _probabilities(self, samples: Sequence[Sample], during: str) -> list[tuple[float, ...]]:
         model = self.model
 
         def attempt(tokens: int) -> list[tuple[float, ...]]:
             return probabilities(model, samples, tokens, model.policy.device, self.ranks)
 
-        results = self.sizes.run_with_retry("micro_batch_tokens", during, attempt)
-        invalid = [
-            sample.prompt.id
-            for sample, values in zip(samples, results, strict=True)
-            if not all(map(math.isfinite, values))
-        ]
-        if invalid:
-            raise RunError(
-                f"the reward model's probability for a completion of {invalid[0]} is not finite: its weights have "
-                "diverged; start again with a lower reward_model.learning_rate"
-            )
-        return results
+        return self.sizes.run_with_retry("micro_batch_tokens", during, attempt)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gruppo.errors import RunError
+from gruppo.utils.waiting import waiting_for
 
 _ASIDE = ".replaced-"
 
@@ -77,7 +78,8 @@ def writing(path: Path, *begun: Path) -> Iterator[None]:
     Raises WriteError in place of an error of the operating system, also if a library reports it as text only.
     """
     try:
-        yield
+        with waiting_for(f"the file system, to write {path}"):
+            yield
     except Exception as error:
         for temporary in begun:
             remove(temporary)

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import tomllib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -84,6 +85,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._appending = threading.RLock()  # another thread records what the run waits for
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / "lock").open("a+")
@@ -184,7 +186,8 @@ class RunFolder:
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each append-only file."""
-        return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in APPENDED}
+        with self._appending:
+            return {name: (self.path / name).stat().st_size if (self.path / name).exists() else 0 for name in APPENDED}
 
     def cut_back(self, lengths: Mapping[str, int], step: int) -> list[str]:
         """Undo what was written after a checkpoint: truncate append-only files, and delete tables of later steps.
@@ -250,7 +253,7 @@ class RunFolder:
 
     def _append(self, name: str, values: Mapping[str, Any]) -> None:
         line, path = json.dumps(values, allow_nan=False).encode() + b"\n", self.path / name
-        with writing(path), path.open("ab", buffering=0) as stream:
+        with self._appending, writing(path), path.open("ab", buffering=0) as stream:
             before = os.fstat(stream.fileno()).st_size
             try:
                 while line:  # a nearly full disk may accept only a part

@@ -136,9 +136,13 @@ def versioned(schema: pa.Schema) -> pa.Schema:
     return schema.with_metadata({"gruppo_schema": str(SCHEMA_VERSION)})
 
 
-def is_offline(completion: Completion) -> bool:
-    """Whether a completion came from a dataset row."""
-    return any(map(math.isnan, completion.sampling_logprobs))
+def _unknown(completion: Completion) -> bool:
+    """Whether nobody knows the log-probabilities with which a completion was sampled: it came from a dataset row, or
+    from a function that samples and does not say them."""
+    return any(
+        sampled and math.isnan(value)
+        for value, sampled in zip(completion.sampling_logprobs, completion.mask, strict=True)
+    )
 
 
 def _where_sampled(mask: Sequence[bool], values: Sequence[float] | None) -> list[float | None] | None:
@@ -187,7 +191,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "token_ids": list(completion.token_ids),
                     "token_texts": texts.of(completion.token_ids, group.prompt.token_ids),
                     "mask": list(completion.mask),
-                    "sampling_logprobs": None if is_offline(completion) else sampled(completion.sampling_logprobs),
+                    "sampling_logprobs": None if _unknown(completion) else sampled(completion.sampling_logprobs),
                     "old_logprobs": sampled(group.old_logprobs[number]),
                     "ref_logprobs": sampled(group.ref_logprobs[number]),
                     "entropy": sampled(group.entropy[number]),

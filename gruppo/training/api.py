@@ -22,6 +22,7 @@ from gruppo.types import Row
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop, stop_on_signals
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,15 +115,16 @@ def run_recipe(
         size = settings.cluster.trainers
         raise UsageError(
             f"cluster.trainers = {size}: a run from Python has no ranks; run `torchrun --nproc-per-node {size} "
-            "--no-python gruppo train RECIPE`, or leave [cluster] out"
+            "--no-python gruppo train RECIPE`, or write trainers = 1"
         )
     folder = Path(out) if out is not None else Path("runs") / settings.run.name
     functions = settings.reward.functions if rewards is None else rewards
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(explaining_write_errors(folder))
+        shown, watcher = stack.enter_context(watched(progress))
         with stop.interruptible():
-            data = preflight(settings, folder, resume, functions, prompts, progress)
+            data = preflight(settings, folder, resume, functions, prompts, shown)
             from gruppo.training.loop import run_training
             from gruppo.training.run import TrainingRun
             from gruppo.training.setup import prepare
@@ -131,10 +133,12 @@ def run_recipe(
             from gruppo.models.ranks import ALONE
 
             prepared = prepare(
-                settings, folder, resume, functions, data, progress, stack, in_memory, local=local, ranks=ranks or ALONE
+                settings, folder, resume, functions, data, shown, stack, in_memory, local=local, ranks=ranks or ALONE
             )
         remember(folder)  # also a resumed folder: this user chose its recipe
-        summary = TrainingRun(prepared, progress, stop, listeners).execute(run_training)
+        run = TrainingRun(prepared, shown, stop, listeners)
+        with watcher.telling(run.record_wait):
+            summary = run.execute(run_training)
         return Result(prepared.run.path, prepared.run.metrics(), summary), stop
 
 

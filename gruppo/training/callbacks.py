@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from gruppo.errors import UsageError
 from gruppo.types import Group
+from gruppo.utils.waiting import waiting_for
 
 
 class StopTraining(Enum):
@@ -73,7 +74,8 @@ class Callbacks:
         """
         for name, method in [] if self.failed else self._listeners[moment]:
             try:
-                answer = method(*copy.deepcopy(arguments))
+                with waiting_for(f"the callback {name}"):
+                    answer = method(*copy.deepcopy(arguments))
                 if answer is not None and answer is not STOP:
                     raise UsageError(
                         f"callbacks: {name} returns {answer!r}; return gruppo.STOP to end the run, or None"

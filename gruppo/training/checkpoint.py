@@ -29,6 +29,7 @@ from gruppo.runs.folder import RunFolder, checkpoint_folders
 from gruppo.runs.reading import read_object, reading
 from gruppo.training.shard_files import TensorFiles, as_rows_of, local_tensor, save_tensors, shard_names
 from gruppo.utils.files import file_sha256, link_file
+from gruppo.utils.waiting import waiting_for
 
 
 @dataclass
@@ -89,8 +90,9 @@ def save_checkpoint(run: RunFolder, save: Callable[[Path], None], state: State, 
 def save_models(folder: Path, models: Trained) -> None:
     """Write this process's shards of weights and optimizer states."""
     for name, (module, optimizer) in models.items():
-        save_tensors(folder, _file(name, "weights"), trained_weights(module))
-        save_tensors(folder, _file(name, "optimizer"), _optimizer_tensors(module, optimizer))
+        with waiting_for(f"the file system, to write {folder}"):
+            save_tensors(folder, _file(name, "weights"), trained_weights(module))
+            save_tensors(folder, _file(name, "optimizer"), _optimizer_tensors(module, optimizer))
 
 
 def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
@@ -102,7 +104,8 @@ def newest_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:
     recover(run.path / "checkpoints")
     problems: list[str] = []
     for folder in reversed(checkpoint_folders(run.path).values()):
-        problem = problem_of(folder)
+        with waiting_for(f"the file system, to read {folder}"):
+            problem = problem_of(folder)
         if problem is None:
             return folder, problems
         problems.append(f"{folder.name}: {problem}")
@@ -136,9 +139,10 @@ def load_state(folder: Path) -> State:
 def load_models(folder: Path, models: Trained) -> None:
     """Load this process's shards of a checkpoint's weights and optimizer states into the models and optimizers."""
     for name, (module, optimizer) in models.items():
-        load_weights_file(folder, module, _file(name, "weights"))
-        with reading(folder / f"{_file(name, 'optimizer')}.safetensors", _ANOTHER):
-            _put_optimizer_tensors(folder, _file(name, "optimizer"), module, optimizer)
+        with waiting_for(f"the file system, to read {folder}"):
+            load_weights_file(folder, module, _file(name, "weights"))
+            with reading(folder / f"{_file(name, 'optimizer')}.safetensors", _ANOTHER):
+                _put_optimizer_tensors(folder, _file(name, "optimizer"), module, optimizer)
 
 
 _LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "state1", "state2"}  # moments of AdamW, and of 8-bit AdamW

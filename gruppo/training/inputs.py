@@ -16,7 +16,7 @@ from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data
 from gruppo.evaluation.sets import EvalSet, make_eval_set
 from gruppo.models.loading import ModelSource
-from gruppo.rollout.multi_turn import OpenedEnvironments
+from gruppo.rollout.episodes import Opened
 from gruppo.training.disk_estimate import eval_set_count
 from gruppo.training.memory_estimate import EvalWorkload, Workload
 from gruppo.types import Prompt
@@ -48,7 +48,7 @@ class RunInputs:
 
 
 def tokenize_data(
-    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: OpenedEnvironments | None = None
+    recipe: Recipe, data: Data, source: ModelSource, progress: Progress, opened: Opened | None = None
 ) -> RunInputs:
     """Tokenize the prompts and questions of a recipe. Raises UsageError if one does not fit the model or the grader."""
     limit = recipe.sampling.max_tokens

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gruppo.config.units import as_bytes
+from gruppo.config.units import bytes_of
 from gruppo.engines.native.engine import MAX_SLOTS, PREFILL_TOKENS
 from gruppo.engines.native.kv_cache import PAGE_TOKENS, room
 from gruppo.errors import UsageError
@@ -199,9 +199,7 @@ class ChosenSizes:
 
 def budget_bytes(memory: float | str, device: torch.device) -> int:
     """The recipe's `run.memory` in bytes, for the whole process. Call it before the weights are loaded."""
-    if isinstance(memory, str):
-        return as_bytes(memory)
-    return int(memory * (free_memory(device) + process_bytes(device)))
+    return bytes_of(memory, free_memory(device) + process_bytes(device))
 
 
 def forecast_memory(

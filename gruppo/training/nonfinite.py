@@ -112,14 +112,10 @@ def load_batches(path: str | Path) -> list[Batch]:
 
 
 def not_finite(batch: Batch) -> dict[str, int]:
-    """How many trained values are not finite, by name of the tensor over the batch's completion tokens.
-
-    `sampling_logprobs` that are all NaN do not count: they belong to completions from dataset rows.
-    """
+    """How many trained values are not finite, by name of the tensor over the batch's completion tokens."""
     used = batch.weights != 0
     reals = {name: tensor for name, tensor in _tensors(batch).items() if tensor.is_floating_point()}
     counts = {name: (~torch.isfinite(tensor) & used).sum() for name, tensor in reals.items()}
-    counts["sampling_logprobs"] *= ~batch.sampling_logprobs.isnan().all()
     found = zip(counts, as_floats(list(counts.values())), strict=True)
     return {name: int(count) for name, count in found if count}
 

@@ -112,7 +112,7 @@ def batch_loss(
     if batch.entropy is None:
         batch.entropy = entropy
         _describe_sampling(batch, settings, metrics, fresh)
-    importance = _importance(batch, settings).to(dtype) if settings.tis_cap else None
+    importance = _importance(batch, settings.tis_cap)
     result = policy_loss(
         logprobs,
         batch.old_logprobs.to(dtype),
@@ -125,7 +125,7 @@ def batch_loss(
         settings.kl_estimator,
         find_surrogate(settings.surrogate),
         batch.sequences if settings.ratio == "sequence" else None,
-        importance,
+        None if importance is None else importance.to(dtype),
         settings.kl_importance,
     )
     tokens = len(batch.trained)
@@ -162,21 +162,24 @@ def _describe_sampling(batch: Batch, settings: Method, metrics: Metrics, fresh: 
     assert batch.entropy is not None
     assert batch.old_logprobs is not None
     metrics.mean("policy/entropy", _total(batch.entropy, batch), tokens)
-    if settings.source == "policy":
+    if settings.source == "policy" and batch.sampling_logprobs is not None:
         if fresh:
             drift = (batch.old_logprobs - batch.sampling_logprobs).abs()[batch.trained]
             metrics.mean("engine/logprob_difference_mean", drift.sum(), tokens)
             metrics.maximum("engine/logprob_difference_max", drift.max())
-        if settings.tis_cap:
-            importance = _importance(batch, settings)
+        importance = _importance(batch, settings.tis_cap)
+        if importance is not None:
             metrics.mean("engine/importance_mean", _total(importance, batch), tokens)
             metrics.mean("engine/importance_capped", _total(importance == settings.tis_cap, batch), tokens)
 
 
-def _importance(batch: Batch, settings: Method) -> Tensor:
-    """min(π_old / π_sampling, tis_cap) of every token."""
+def _importance(batch: Batch, cap: float | None) -> Tensor | None:
+    """min(π_old / π_sampling, cap) of every token. None, which stands for 1, without a cap or if π_sampling is not
+    known."""
+    if not cap or batch.sampling_logprobs is None:
+        return None
     assert batch.old_logprobs is not None
-    return (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=settings.tis_cap)
+    return (batch.old_logprobs - batch.sampling_logprobs).exp().clamp(max=cap)
 
 
 def keep_logprobs(groups: Sequence[Group], batches: Sequence[Batch], ranks: Ranks = ALONE) -> None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from gruppo.types import Reward, Row
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import stop_on_signals
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,8 +129,9 @@ def reproduce(
         raise refusal(folder, code, "pass trust=True")
     line = _line(folder, step)
     functions = _reward_functions(recipe, reward, prompts, model)
-    data = read_data(recipe, functions, prompts, shown)
+    data = replace(read_data(recipe, functions, prompts, shown), completion_columns=_completion_columns(folder, step))
     with ExitStack() as stack:
+        shown, _ = stack.enter_context(watched(shown))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-reproduce-")))
         damaged = _link(folder, scratch, step)
         stop = stack.enter_context(stop_on_signals())
@@ -188,7 +190,7 @@ def reproduce(
             notes=[
                 *map(
                     worded,
-                    [*prepared.changes.texts, *damaged, *_environment_note(recipe), *_notes(folder, step, begun)],
+                    [*prepared.changes.texts, *damaged, *_notes_of(recipe), *_notes(folder, step, begun)],
                 )
             ],
         )
@@ -283,6 +285,16 @@ def _reward_functions(
     return [reward] if callable(reward) else list(reward)
 
 
+def _completion_columns(folder: Path, step: int) -> tuple[str, ...]:
+    """The columns that the completions of a step bring for rewards."""
+    from gruppo.rollout.recorded import Recording
+    from gruppo.rollout.recorded_rows import completion_of
+    from gruppo.rollout.workers.rewards import completion_columns
+
+    rows = [row for group in Recording(folder).groups(step) for row in group]
+    return tuple(completion_columns([completion_of(row) for row in rows]))
+
+
 def _link(folder: Path, scratch: Path, step: int) -> list[str]:
     """Make the scratch folder what the run folder was before the step: small files are copied, others are linked.
 
@@ -307,9 +319,12 @@ def _link(folder: Path, scratch: Path, step: int) -> list[str]:
     return notes
 
 
-def _environment_note(recipe: Recipe) -> Iterator[str]:
+def _notes_of(recipe: Recipe) -> Iterator[str]:
     if recipe.environment is not None:
         yield "the environment's observations and rewards are the recorded ones; the environment was not called again"
+    if recipe.cluster is not None and recipe.cluster.trainers > 1:
+        ranks = recipe.cluster.trainers
+        yield f"{ranks} ranks trained, and one process reproduces: rounding differs; --tolerance=1e-4 allows for it"
 
 
 def _notes(folder: Path, step: int, begun: int) -> Iterator[str]:

@@ -19,6 +19,7 @@ from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.types import Group
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Advance
+from gruppo.utils.random_numbers import generator_of
 from gruppo.utils.stats import trend
 
 RISES, STAYS = 2.0, 1.0  # standard errors
@@ -45,7 +46,7 @@ class RewardAudit:
         function that scores steps, the mean of the step rewards times the function's weight.
         """
         count = min(len(groups), max(1, round(self.settings.share * len(groups))))
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, step, 4))))
+        random = generator_of((self.seed, step, 4))
         chosen = [groups[place] for place in sorted(random.permutation(len(groups))[:count])]
         verdicts, _ = self.pool.score([(group.prompt, group.completions) for group in chosen], {}, advance)
         for group, group_verdicts in zip(chosen, verdicts, strict=True):

@@ -23,6 +23,7 @@ from gruppo.rollout.reward_model import RewardModelScorer, Sample, grouped_sampl
 from gruppo.training.optimizer import RequireFinite, update
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Progress
+from gruppo.utils.random_numbers import generator_of
 from gruppo.utils.signals import Stop
 from gruppo.utils.stats import auc, calibration_error
 
@@ -62,7 +63,7 @@ def minibatches(samples: Sequence[Sample], settings: RewardModel, turn: int) -> 
         together[sample.prompt.token_ids].append(sample)
     prompts = list(together.values())
     for epoch in range(settings.epochs):
-        order = _random(settings.seed, turn, 1, epoch).permutation(len(prompts))
+        order = generator_of((settings.seed, turn, 1, epoch)).permutation(len(prompts))
         row = [sample for place in order for sample in prompts[place]]
         for start in range(0, len(row), settings.batch_size):
             yield row[start : start + settings.batch_size]
@@ -75,12 +76,8 @@ def replayed(history: Sequence[Sample], new: int, settings: RewardModel, turn: i
     """
     kept = history[-settings.replay_capacity :] if settings.replay_capacity else []
     wanted = round(settings.replay_fraction * new / (1 - settings.replay_fraction))
-    chosen = _random(settings.seed, turn, 2).permutation(len(kept))[:wanted]
+    chosen = generator_of((settings.seed, turn, 2)).permutation(len(kept))[:wanted]
     return [kept[place] for place in sorted(chosen)]
-
-
-def _random(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 def divided(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -27,6 +27,7 @@ from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Interrupted, stop_on_signals
 from gruppo.utils.text import text_of_content
 from gruppo.utils.token_text import text_of, text_tokens, tokens_after
+from gruppo.utils.waiting import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,7 @@ def label(
     check_folder(folder, settings, resume, LABELS)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        shown, _ = stack.enter_context(watched(shown))
         stack.enter_context(stop.interruptible())  # tables are written atomically, and existing tables are kept
         stack.enter_context(explaining_write_errors(folder))
         data = read_data(settings, settings.reward.functions, None, shown)
@@ -192,6 +194,7 @@ def train_reward_model(
     check_folder(folder, settings, resume, REWARD_MODEL)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
+        shown, _ = stack.enter_context(watched(shown))
         stack.enter_context(explaining_write_errors(folder))
         run = RunFolder(folder)
         stack.callback(run.close)

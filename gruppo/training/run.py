@@ -46,6 +46,7 @@ from gruppo.utils.oom_retry import SizeReduced
 from gruppo.utils.progress import Advance, Progress
 from gruppo.utils.signals import Interrupted, Stop
 from gruppo.utils.system import peak_memory, release_memory
+from gruppo.utils.waiting import waiting_for
 
 # Builds the source of a run's groups from the default source.
 MakeSource = Callable[[LiveRollouts], RolloutSource]
@@ -195,6 +196,7 @@ class TrainingRun:
         saved = 0 if restored.checkpoint is None else self.state.step
         self.status.update(now=True, step=self.state.step, checkpoint=saved, truncated_to=self.folder.lengths())
         self.rollouts.begin(self.state.step, self._sampled(restored.checkpoint))
+        self._let_unused_engine_sleep()
         self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
         with reading(self.folder.path, "restore the folder as the run left it, or choose another --out"):
             for values in lines:  # for warnings that look back; their messages are already recorded
@@ -215,6 +217,10 @@ class TrainingRun:
             yield from metric_problems(self.folder.metrics(), self.state.step)
         if self.state.step and (problem := base_problem(self.folder.path)):
             yield f"{problem}, and gruppo export needs it"
+
+    def record_wait(self, text: str, over: bool) -> None:
+        """Record that the run waits for something, or that it is over. Called by another thread."""
+        self.recorder.event("waiting", text, self.state.step + 1, state="passed" if over else "begins")
 
     # Steps.
 
@@ -244,9 +250,16 @@ class TrainingRun:
 
     def load_weights(self, step: Step) -> None:
         """Let the engine have the policy's weights after a step. An evaluation that is due comes first."""
-        with step.timer("load_weights"):
+        with step.timer("load_weights"), waiting_for("the engine, to load weights"):
             at_end = step.number == self.recipe.run.steps
             self.rollouts.weights_changed(step.number, offered=not self.evaluations.due(step.number, at_end))
+            self._let_unused_engine_sleep()
+
+    def _let_unused_engine_sleep(self) -> None:
+        """The engine holds memory of the device after it has loaded weights. It may rest unless the next step samples
+        from the policy."""
+        if not self.parts.samples_policy:
+            self.parts.engine.sleep()
 
     def finish_step(self, step: Step, groups: list[Group], minibatches: Sequence[StepBatches]) -> None:
         """Record the step (rollouts, metrics, warnings), mark it as done, and notify the callbacks."""
@@ -278,6 +291,8 @@ class TrainingRun:
         metrics.mean("optimizer/learning_rate", self.policy.rate(step))
         metrics.maximum("memory/peak_bytes", peak_memory(parts.policy.device))
         metrics.maximum("memory/micro_batch_tokens", parts.sizes.micro_batch_tokens)
+        if parts.fleet is not None:
+            parts.fleet.observe(metrics)
 
     def _record_failures(self, step: Step, groups: Sequence[Group], updated: bool) -> None:
         """Record events for rewards that failed, and for a step without nonzero advantages."""
@@ -327,14 +342,19 @@ def _reward_audit(parts: RunComponents) -> RewardAudit | None:
 
 
 def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> None:
-    """From now on, record why a worker process is started again."""
+    """From now on, record why a worker process or an engine is started again."""
 
     def restarted(message: str) -> None:
+        happened("worker_restarted", message)
+
+    def happened(kind: str, message: str) -> None:
         step = state.step + 1
-        recorder.event("worker_restarted", message, step)
+        recorder.event(kind, message, step)
         recorder.note(f"Step {step}: {message}")
 
-    for pool in (parts.pool, parts.audit, parts.episodes.environments if parts.episodes else None):
+    if parts.fleet is not None:
+        parts.fleet.notify = happened
+    for pool in (parts.pool, parts.audit, parts.episodes):
         if pool is not None:
             pool.notify_of_restarts(restarted)
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from gruppo.data.offline import OfflineCompletions
 from gruppo.data.tokenization import data_sha256
 from gruppo.engines import NATIVE, build_engine, check_engine
 from gruppo.engines.base import Engine, SamplingParams
+from gruppo.engines.resizing import ResizingEngine
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data
 from gruppo.evaluation.sets import EvalSet
@@ -37,8 +38,8 @@ from gruppo.models.reward_model import NAME, check_kind
 from gruppo.models.weights import named_weights, save_base, save_weights, weights_sha256
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
-from gruppo.rollout.environments.client import Environments
-from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments, open_multi_turn
+from gruppo.rollout.episodes import Episodes, Opened
+from gruppo.rollout.multi_turn import open_multi_turn
 from gruppo.rollout.workers.rewards import RewardPool, Rewards, memory_per_process
 from gruppo.runs.folder import REWARD_CACHE, START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
 from gruppo.training.changes import Changes
@@ -52,19 +53,23 @@ from gruppo.training.sizing import Free, disk_of
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import describe
+from gruppo.utils.waiting import waiting_for
+
+if TYPE_CHECKING:
+    from gruppo.engines.fleet.fleet import Fleet
 
 
 @dataclass(frozen=True)
 class Local:
     """Objects of the caller that a run uses in this process, in place of worker processes.
 
-    `rewards`: makes what scores completions, from the names of the columns that every row has. `environments`: those of
-    the recipe's [environment]. `ready`: is called with the run's parts before its first step.
+    `rewards`: makes what scores completions, from the names of the columns that every row has; None for worker
+    processes. `opened`: the recipe's [environment]. `ready`: is called with the run's parts before its first step.
     """
 
-    rewards: Callable[[Sequence[str]], Rewards]
-    environments: Environments | None
-    ready: Callable[[RunComponents], None]
+    rewards: Callable[[Sequence[str]], Rewards] | None
+    opened: Opened | None
+    ready: Callable[[RunComponents], None] = lambda _: None
 
 
 @dataclass
@@ -75,7 +80,8 @@ class RunComponents:
     the completions that dataset rows bring, by prompt id; there is no `pool` then. `audit`: the second grader's pool.
     `changes`: what has changed since the run was started or last resumed. `filtered`: how many rows of each task were
     left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train. `copies`:
-    of the policy, for weights that the engine loads later; see `gruppo.rollout.ahead`.
+    of the policy, for weights that the engine loads later; see `gruppo.rollout.ahead`. `fleet`: what `engine` and
+    `sampler` are, if the recipe has several engines.
     """
 
     recipe: Recipe
@@ -92,14 +98,20 @@ class RunComponents:
     sampling: SamplingParams
     changes: Changes
     filtered: dict[str, int]
-    episodes: MultiTurnSampler | None = None
+    episodes: Episodes | None = None
     ranks: Ranks = ALONE
     copies: Sequence[LanguageModel] = ()
+    fleet: Fleet | None = None
 
     @property
     def policy(self) -> LanguageModel:
         """The policy that is trained."""
         return self.models.policy
+
+    @property
+    def samples_policy(self) -> bool:
+        """Whether steps sample with `engine`. Otherwise, only evaluations do."""
+        return self.pool is not None and self.sampler is self.engine
 
 
 def prepare(
@@ -132,7 +144,8 @@ def prepare(
     reward_settings = recipe.reward_model
     opened, pool, audit = _open_rewards(recipe, rewards, data, folder, progress, stack, plays, local)
     start_model, tokenizer = model or (recipe.model.name, None)
-    source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
+    with waiting_for(f"the files of {recipe.model.name}"):
+        source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
     check_adapters(source, recipe.model.lora)
     if reward_settings is not None and pool is not None and NAME in pool.names:
         raise UsageError(
@@ -160,11 +173,12 @@ def prepare(
     loaded = Loaded(policy, critic, scorer)
     ranks.begin(recipe, chosen, loaded)
     lag = recipe.lag if plays else 0
-    models = distribute(recipe, loaded, ranks, apart=lag > 0 and recipe.engine.name == "native")
+    fleets = recipe.cluster is not None and recipe.cluster.engines > 0
+    models = distribute(recipe, loaded, ranks, apart=lag > 0 and (fleets or recipe.engine.name == "native"))
     work = workload(recipe, inputs)
     sizes = BatchSizes(chosen["micro_batch_tokens"], chosen["slots"], work.smallest, retries=ranks.size == 1)
-    settings = recipe.engine if plays else NATIVE
-    engine, sampler = _engines(models.sampled, models.initial, sizes, settings, work.longest, stack)
+    fleet = _open_fleet(models.sampled, recipe, sizes, work.longest, folder, progress, stack) if plays else None
+    engine, sampler = _engines(models, sizes, recipe.engine if plays else NATIVE, work.longest, fleet, stack)
     parts = RunComponents(
         recipe=recipe,
         run=run,
@@ -183,6 +197,7 @@ def prepare(
         episodes=opened.episodes(policy.tokenizer, policy.eos_ids, inputs.all_prompts) if opened else None,
         ranks=ranks,
         copies=[models.sampled.sampling_copy() for _ in range(lag - 1)],
+        fleet=fleet,
     )
     if local is not None:
         local.ready(parts)
@@ -190,19 +205,43 @@ def prepare(
 
 
 def _engines(
-    policy: LanguageModel,
-    sampled: LanguageModel | None,
+    models: TrainedModels,
     sizes: BatchSizes,
     settings: EngineTable,
     length: int,
+    fleet: Fleet | None,
     stack: ExitStack,
 ) -> tuple[Engine, Engine]:
-    """The engine of the policy, and the one that samples completions: of `sampled`, or else the same."""
+    """The engine of the policy, and the one that samples completions: of the initial policy, or else the same.
+
+    They sleep until they are used: a second one may need the memory of the first one.
+    """
+    if fleet is not None:
+        return (ResizingEngine(fleet, sizes),) * 2
     engines = []
-    for model in (policy,) if sampled is None else (policy, sampled):
+    for model in (models.sampled,) if models.initial is None else (models.sampled, models.initial):
         engines.append(build_engine(model, sizes.slots, sizes, settings, length))
         stack.callback(engines[-1].close)
+        engines[-1].sleep()
     return engines[0], engines[-1]
+
+
+def _open_fleet(
+    policy: LanguageModel,
+    recipe: Recipe,
+    sizes: BatchSizes,
+    length: int,
+    folder: Path,
+    progress: Progress,
+    stack: ExitStack,
+) -> Fleet | None:
+    """The engines of a recipe with cluster.engines, else None. Ray is imported only for them."""
+    if recipe.cluster is None or not recipe.cluster.engines:
+        return None
+    from gruppo.engines.fleet.opening import open_fleet
+
+    with progress.bar("Starting engines", None, ""):
+        return open_fleet(policy, recipe, sizes.slots, length, folder, stack)
 
 
 def _open_rewards(
@@ -214,19 +253,19 @@ def _open_rewards(
     stack: ExitStack,
     played: bool,
     local: Local | None,
-) -> tuple[OpenedEnvironments | None, Rewards | None, RewardPool | None]:
+) -> tuple[Opened | None, Rewards | None, RewardPool | None]:
     """What answers and scores completions: environments, reward functions and audit, None for what a recipe lacks.
 
     `played`: False if nothing will be sampled. `local`: see `prepare`.
     """
-    if local is not None and local.environments is not None and recipe.environment is not None:
-        opened: OpenedEnvironments | None = OpenedEnvironments(local.environments, recipe.environment)
-    else:
+    opened = None if local is None else local.opened
+    if opened is None:
         opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played)
     pool: Rewards | None = None
     log = folder / "rewards.log"
     if recipe.method.source != "dataset":
-        pool = local.rewards(data.columns) if local else make_pool(recipe, rewards, data, log, progress, opened)
+        here = None if local is None else local.rewards
+        pool = here(data.columns) if here else make_pool(recipe, rewards, data, log, progress, opened)
         stack.callback(pool.close)
     audit = None
     if recipe.audit is not None:
@@ -254,7 +293,7 @@ def make_pool(
     data: Data,
     log: Path,
     progress: Progress,
-    opened: OpenedEnvironments | None = None,
+    opened: Opened | None = None,
 ) -> RewardPool:
     """The reward processes of a recipe; none if its environment alone gives the reward.
 
@@ -262,7 +301,7 @@ def make_pool(
     """
     settings = recipe.reward
     limits = memory_per_process(settings), settings.environment, progress
-    workers = 0 if opened is not None and opened.environments.gives_reward and not rewards else settings.workers
+    workers = 0 if opened is not None and opened.gives_reward and not rewards else settings.workers
     return RewardPool(
         rewards,
         settings.weights,
@@ -310,11 +349,11 @@ class _Code:
 def _code(
     pool: Rewards | None,
     rewards: Sequence[str | RewardFunction],
-    opened: OpenedEnvironments | None,
+    opened: Opened | None,
     recipe: Recipe,
 ) -> _Code:
     digests, names = (pool.digests, pool.names) if pool and pool.digests else ([], [])
-    environments = opened.environments.digests if opened else []
+    environments = opened.digests if opened else []
     called = recipe.environment.name if recipe.environment else ""
     known = rewards if digests else ()
     return _Code([*names, *[called] * len(environments)], [*digests, *environments], known)

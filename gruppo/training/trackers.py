@@ -19,6 +19,7 @@ from gruppo.rollout.workers.process import how_it_ended, python_command
 from gruppo.rollout.workers.supervised import Supervised
 from gruppo.runs.trackers import FOLDER
 from gruppo.training.context import RunContext
+from gruppo.utils.waiting import waiting_for
 
 FINISH_SECONDS = 30.0  # for all trackers of a run that has ended, to log and upload the rest
 _LAST_BYTES, _LAST_LINES = 4096, 8  # of a tracker's log, in the event that it has ended
@@ -70,7 +71,8 @@ class Trackers:
 
     def _wait(self, deadline: float) -> None:
         for name, process in self._alive.items():
-            code = process.wait(max(0.0, deadline - time.monotonic()))
+            with waiting_for(f"tracker {name}"):
+                code = process.wait(max(0.0, deadline - time.monotonic()))
             lines = process.close()
             if code is None:
                 self._record(name, f"was ended, as it took longer than {FINISH_SECONDS:.0f} s after the run", lines)

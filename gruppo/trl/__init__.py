@@ -3,6 +3,7 @@
     GRPOTrainer, GRPOConfig    RLOOTrainer, RLOOConfig    DPOTrainer, DPOConfig    SFTTrainer, SFTConfig
     TrlParser, ScriptArguments, ModelConfig, DatasetMixtureConfig, get_dataset, get_peft_config,
     get_quantization_config, get_kbit_device_map          for command-line scripts
+    generate_rollout_completions                          in place of trl.experimental.openenv's, for a rollout_func
     gruppo.trl.rewards                                    in place of trl.rewards
 
 TRL itself need not be installed. What becomes of each argument, and what differs: docs/coming_from_trl.md.
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gruppo.trl.configs import GRPOConfig as GRPOConfig
     from gruppo.trl.configs import RLOOConfig as RLOOConfig
     from gruppo.trl.configs import SFTConfig as SFTConfig
+    from gruppo.trl.rollouts import generate_rollout_completions as generate_rollout_completions
     from gruppo.trl.scripts import DatasetMixtureConfig as DatasetMixtureConfig
     from gruppo.trl.scripts import ModelConfig as ModelConfig
     from gruppo.trl.scripts import ScriptArguments as ScriptArguments
@@ -40,6 +42,7 @@ _HOMES = {
     **{f"{method}Config": "configs" for method in ("DPO", "GRPO", "RLOO", "SFT")},
     **{f"{method}Trainer": "trainers" for method in ("DPO", "GRPO", "RLOO", "SFT")},
     **dict.fromkeys(_SCRIPTS, "scripts"),
+    "generate_rollout_completions": "rollouts",
 }
 
 __all__ = list(_HOMES)

@@ -13,6 +13,7 @@ from typing import Any
 from gruppo.config.foreign_names import NOTHING, gruppo_name
 from gruppo.errors import UsageError
 from gruppo.trl.configs import TrainingArguments
+from gruppo.trl.quantization import BASE
 
 # Mapped to a recipe, or used by the trainer; the words where the table of foreign names has none.
 _BATCH = "sampling.prompts_per_step, sampling.group_size and method.minibatches"
@@ -30,7 +31,7 @@ MAPPED: Mapping[str, str] = {
     "lr_scheduler_type": "optimizer.schedule: linear, cosine, constant, constant_with_warmup",
     "warmup_steps": "optimizer.warmup_steps",
     "warmup_ratio": "optimizer.warmup_steps",
-    "optim": "AdamW, whichever implementation of it is named",
+    "optim": 'AdamW, whichever implementation of it is named, with optimizer.state = "8bit" if its name has 8bit',
     "weight_decay": "optimizer.weight_decay",
     "adam_beta1": "optimizer.beta1",
     "adam_beta2": "optimizer.beta2",
@@ -59,7 +60,8 @@ MAPPED: Mapping[str, str] = {
     "hub_token": "token for push_to_hub()",
     "hub_private_repo": "visibility of the repository of push_to_hub()",
     "hub_revision": "branch for push_to_hub()",
-    "model_init_kwargs": "model.trust_remote_code; how weights are loaded is gruppo's choice",
+    "model_init_kwargs": f"model.trust_remote_code, and {BASE} for a 4-bit quantization_config with adapters; how else "
+    "weights are loaded is gruppo's choice",
     "trust_remote_code": "model.trust_remote_code",
     "max_prompt_length": 'task.max_prompt_tokens, with task.overlong = "filter"',
     "max_completion_length": "sampling.max_tokens",
@@ -132,6 +134,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 _FULL = "training samples from the full distribution, so that π_old is the distribution that was sampled from"
+_ENGINE = 'gruppo samples with its own engine; a recipe selects vLLM with engine.name = "vllm"'
 _REASONS: Mapping[str, str] = {
     "top_p": _FULL,
     "top_k": _FULL,
@@ -143,6 +146,7 @@ _REASONS: Mapping[str, str] = {
     "load_best_model_at_end": "the last model is the result; the best checkpoint is kept",
     "log_completions_hub_repo": "nothing is uploaded during training; every completion is in the run folder",
     "dataset_text_field": "rows of plain text have no completion to train on; give prompt and completion, or messages",
+    "vllm_gpu_memory_utilization": _ENGINE,
     "packing": "rows are never cut and joined; sequences are computed without padding anyway",
     "normalize_advantages": "advantages are not normalized a second time",
 }  # fmt: skip

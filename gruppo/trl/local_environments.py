@@ -21,6 +21,7 @@ from gruppo.rollout.environments.trl_tools import (
     tools_of,
 )
 from gruppo.rollout.workers.reward_main import describe_error
+from gruppo.utils.waiting import waiting_for
 
 Factory = Callable[[], Any]
 
@@ -97,7 +98,8 @@ class LocalEnvironments:
     def _answered(self, ask: Callable[[EnvironmentHandle], Answer], play: EnvironmentHandle, tick: Tick) -> Answer:
         tick()
         try:
-            return ask(play)
+            with waiting_for("environment_factory"):
+                return ask(play)
         except Exception as error:  # noqa: BLE001  an object of the script can raise anything
             return Answer(failure=describe_error(error))
 

@@ -17,12 +17,13 @@ from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rewards.combine import combine
 from gruppo.rewards.identity import old_digest
-from gruppo.rewards.loading import check_signature
+from gruppo.rewards.loading import check_signature, parameters_of
 from gruppo.rollout.workers.reward_main import accepted, describe_error, values_of
 from gruppo.rollout.workers.rewards import Outcome, call_arguments, outcome_of, reward_names
 from gruppo.trl.local_environments import LocalEnvironments
 from gruppo.types import Completion, Prompt, Reward
 from gruppo.utils.progress import Advance
+from gruppo.utils.waiting import waiting_for
 
 
 class BackgroundLoop:
@@ -62,8 +63,12 @@ class LocalRewards:
         columns: Sequence[str],
         state: Callable[[Mapping[str, Any]], Any],
         environments: LocalEnvironments | None = None,
+        further_columns: bool = False,
     ) -> None:
-        """Raises UsageError if a function cannot be called with these columns, or if there is not one weight each."""
+        """`further_columns`: completions bring columns that are not known yet.
+
+        Raises UsageError if a function cannot be called with these columns, or if there is not one weight each.
+        """
         self.functions, self._state, self._environments = list(functions), state, environments
         self.names = reward_names(self.functions)
         self.weights = list(weights) or [1.0] * len(self.functions)
@@ -82,7 +87,7 @@ class LocalRewards:
             for function, name in zip(self.functions, self.names, strict=True)
         ]
         for function, name in zip(self.functions, self.names, strict=True):
-            check_signature(function, name, self.columns, {})
+            check_signature(function, name, [*self.columns, *(parameters_of(function) if further_columns else ())], {})
         self._loop = BackgroundLoop()
 
     def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
@@ -109,11 +114,12 @@ class LocalRewards:
             texts = [completion.text for completion in completions]
             arguments["completions"] = [self._environments.messages(*one) for one in enumerate(texts)]
         outcomes, metrics = [], dict[str, list[float]]()
-        for function in self.functions:
-            outcome = self._call(function, arguments, completions, state)
+        for name, function in zip(self.names, self.functions, strict=True):
+            with waiting_for(f"reward {name}"):
+                outcome = self._call(function, arguments, completions, state)
             outcomes.append(outcome)
-            for name, values in outcome.metrics.items():
-                metrics.setdefault(name, []).extend(values)
+            for metric, values in outcome.metrics.items():
+                metrics.setdefault(metric, []).extend(values)
             if advance is not None:
                 advance(len(groups) / len(self.functions))
         rewards = iter(

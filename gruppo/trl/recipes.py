@@ -142,16 +142,12 @@ def _precision(args: TrainingArguments) -> dict[str, Any]:
 
 
 def init_kwargs(args: TrainingArguments) -> dict[str, Any]:
-    """`model_init_kwargs` as a mapping. Raises UsageError for quantization and for a revision."""
+    """`model_init_kwargs` as a mapping. Raises UsageError for a revision."""
     options = args.model_init_kwargs or {}
     if not isinstance(options, Mapping):
         raise UsageError(f'model_init_kwargs = {options!r}: must be a mapping; write {{"trust_remote_code": True}}')
-    for name, neutral in (("quantization_config", (None,)), ("revision", (None, "main"))):
-        if options.get(name) not in neutral:
-            fix = "weights are trained in float32, not quantized" if neutral == (None,) else (
-                f'write the model as "owner/name@{options[name]}"'
-            )  # fmt: skip
-            raise UsageError(f"model_init_kwargs[{name!r}] = {options[name]!r}: {fix}")
+    if (revision := options.get("revision")) not in (None, "main"):
+        raise UsageError(f'model_init_kwargs["revision"] = {revision!r}: write the model as "owner/name@{revision}"')
     return dict(options)
 
 
@@ -173,6 +169,7 @@ def _optimizer(args: TrainingArguments, updates: int, batches: Batches) -> dict[
         "epsilon": args.adam_epsilon,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm or NEVER_CLIPS,
+        "state": "8bit" if "8bit" in args.optim else "float32",
     }
 
 
@@ -180,29 +177,37 @@ def _sampling(args: GRPOConfig | RLOOConfig) -> dict[str, Any]:
     """The fields of [sampling] that only methods that sample have."""
     if not args.max_completion_length:
         raise UsageError("max_completion_length = None: write the most tokens that a completion may have")
-    sampling: dict[str, Any] = {"max_tokens": args.max_completion_length, "temperature": args.temperature}
-    options = args.generation_kwargs or {}
+    start = {"max_tokens": args.max_completion_length, "temperature": args.temperature}
+    return {**start, **sampling_options(args.generation_kwargs or {}, "generation_kwargs")}
+
+
+def sampling_options(options: Any, field: str) -> dict[str, Any]:
+    """The fields of [sampling] that keyword arguments of generation set.
+
+    `field`: the name of the argument that holds them. Raises UsageError for one that changes the distribution.
+    """
     if not isinstance(options, Mapping):
-        raise UsageError(f'generation_kwargs = {options!r}: must be a mapping; write {{"stop": ["\\n"]}}')
+        raise UsageError(f'{field} = {options!r}: must be a mapping; write {{"stop": ["\\n"]}}')
+    sampling: dict[str, Any] = {}
     for name, value in options.items():
-        if name in ("stop", "stop_strings") and value:
-            sampling["stop"] = [value] if isinstance(value, str) else list(value)
+        if name in ("stop", "stop_strings"):
+            sampling["stop"] = [value] if isinstance(value, str) else list(value or ())
         elif name == "temperature":
             sampling["temperature"] = value
-        elif name == "max_new_tokens":
+        elif name in ("max_new_tokens", "max_tokens"):
             sampling["max_tokens"] = value
         elif (name, value) not in _FULL:
-            raise UsageError(
-                f"generation_kwargs[{name!r}] = {value!r}: training samples from the full distribution; remove it"
-            )
+            raise UsageError(f"{field}[{name!r}] = {value!r}: training samples from the full distribution; remove it")
     return sampling
 
 
 _FULL = [
+    ("n", 1),
     ("do_sample", True),
     ("top_p", 1.0),
     ("top_k", 0),
     ("top_k", None),
+    ("top_k", -1),
     ("repetition_penalty", 1.0),
     ("num_beams", 1),
 ]

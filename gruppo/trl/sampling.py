@@ -17,7 +17,7 @@ from gruppo.engines.base import Engine, SamplingParams
 from gruppo.engines.native.engine import choose_slots
 from gruppo.models.loading import find_model, load_model
 from gruppo.models.policy import LanguageModel
-from gruppo.rollout.multi_turn import MultiTurnSampler, OpenedEnvironments
+from gruppo.rollout.episodes import Episodes, Opened
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.scoring import score_groups
 from gruppo.rollout.workers.rewards import Rewards
@@ -36,11 +36,11 @@ class Sampler:
     policy: LanguageModel
     engine: Engine
     params: SamplingParams
-    episodes: MultiTurnSampler | None
+    episodes: Episodes | None
 
     @classmethod
     def loaded(
-        cls, recipe: Recipe, model: tuple[Any, Any] | None, opened: OpenedEnvironments | None, progress: Progress
+        cls, recipe: Recipe, model: tuple[Any, Any] | None, opened: Opened | None, progress: Progress
     ) -> Sampler:
         """A sampler from the model of a recipe, or from a model in memory with its tokenizer, as it is."""
         name, tokenizer = model or (recipe.model.name, None)
@@ -57,13 +57,13 @@ class Sampler:
     def groups(
         self,
         rows: Sequence[Row],
-        chat: Mapping[str, Any] | None,
+        chat: Mapping[str, Any],
         size: int,
         pool: Rewards,
         state: Mapping[str, Any],
         seed: int,
         progress: Progress,
-        opened: OpenedEnvironments | None,
+        opened: Opened | None,
     ) -> list[Group]:
         """`size` scored completions of every row. The same seed gives the same random numbers each time.
 
@@ -71,7 +71,7 @@ class Sampler:
         cannot be tokenized.
         """
         checked = checked_rows(rows, "eval_dataset")
-        part = Dataset("eval_dataset", checked, range(len(checked)), chat=ChatOptions(chat or {}))
+        part = Dataset("eval_dataset", checked, range(len(checked)), chat=ChatOptions(chat))
         policy, weight = self.policy, self.episodes.weight if self.episodes else None
         tools = opened.tools(policy.tokenizer) if opened else None
         with ExitStack() as stack:
@@ -85,4 +85,5 @@ class Sampler:
             )
         else:
             completions = sample_groups(self.engine, prompts, streams, self.params, progress, stop, "Evaluating")
+        self.engine.sleep()
         return score_groups(prompts, completions, pool, state, Metrics(), progress, stop, weight)

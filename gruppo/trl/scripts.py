@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import HfArgumentParser
 
 from gruppo.errors import UsageError
+from gruppo.trl.quantization import REFUSED
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
 
 
 @dataclass
@@ -33,7 +35,7 @@ class ScriptArguments:
 
 @dataclass
 class ModelConfig:
-    """Which model is trained, and how. Quantization is refused by `get_quantization_config`."""
+    """Which model is trained, and how. See `get_quantization_config` for quantized weights."""
 
     model_name_or_path: str | None = None
     model_revision: str = "main"
@@ -181,11 +183,18 @@ def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
     )
 
 
-def get_quantization_config(model_args: ModelConfig) -> None:
-    """None. Raises UsageError if the arguments ask for quantized weights."""
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if getattr(model_args, name):
-            raise UsageError(f"{name} = True: gruppo loads float32 weights, not quantized; remove it")
+def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """The `quantization_config` of 4-bit weights under adapters; None if the arguments ask for no quantized weights.
+
+    Raises UsageError if the arguments ask for 8-bit weights.
+    """
+    if model_args.load_in_8bit:
+        raise UsageError(f"load_in_8bit = True: {REFUSED}")
+    if not model_args.load_in_4bit:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=model_args.bnb_4bit_quant_type)
 
 
 def get_kbit_device_map() -> None:

@@ -41,6 +41,7 @@ from gruppo.trl.data import (
 )
 from gruppo.trl.familiar import Familiar
 from gruppo.trl.folders import resumes, run_folder
+from gruppo.trl.quantization import FORM, asks_for_four_bits, check_model
 from gruppo.trl.recipes import Length, init_kwargs, length_of, recipe_of
 from gruppo.trl.sampling import Sampler
 from gruppo.trl.upload import upload
@@ -95,12 +96,9 @@ class Trainer(Familiar):
 
         Raises UsageError for an argument that gruppo has nothing for, with what to write instead.
         """
-        for name, value, reason in (
-            ("optimizers", None if optimizers == (None, None) else optimizers, "the optimizer is AdamW; write args"),
-            ("quantization_config", quantization_config, "weights are trained in float32, not quantized; remove it"),
-        ):
-            if value is not None:
-                raise UsageError(f"{name} = {value!r}: {reason}")
+        if optimizers != (None, None):
+            raise UsageError(f"optimizers = {optimizers!r}: the optimizer is AdamW; write args")
+        check_model(model)
         self._given, peft_config = plain_model(model, peft_config)
         self.args = self._arguments(args, model)
         self.processing_class = text_tokenizer(processing_class or tokenizer)
@@ -109,7 +107,10 @@ class Trainer(Familiar):
         self._lora = None if peft_config is None else lora_of(peft_config, self._config.model_type)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.ignored = check(self.args)
-        init_kwargs(self.args)
+        in_kwargs = init_kwargs(self.args).get("quantization_config")
+        for name, config in (("quantization_config", quantization_config), ("model_init_kwargs", in_kwargs)):
+            if asks_for_four_bits(config, name, self._lora is not None) and self._lora is not None:
+                self._lora["base"] = "4bit"
         self.batches = batches_of(self.args)
         self.state = TrainerState(log_history=[])
         self.result: Result | None = None
@@ -276,7 +277,9 @@ class Trainer(Familiar):
 
     @property
     def model(self) -> Any:
-        """The model of the script; after training, the trained one. Adapters are merged."""
+        """The model of the script; during training the policy, after it the trained model. Adapters are merged then."""
+        if (running := self.running_model) is not None:
+            return running
         if self.result is not None and not isinstance(self._given, PreTrainedModel):
             self._given = self.result.load_model(trust_remote_code=self.args.trust_remote_code)
         if isinstance(self._given, str):
@@ -315,6 +318,8 @@ def _announcement(plan: Plan, folder: Path, ignored: Sequence[str], peft_config:
     updates = plan.batches.updates
     counted = f" of {updates} updates ({plan.length.steps * updates} of TRL's steps)" if updates > 1 else ""
     yield f"{plan.batches.sentence}; {plan.length.steps} steps{counted}; run folder: {folder}"
+    if plan.recipe.model.lora is not None and plan.recipe.model.lora.base == "4bit":
+        yield FORM
     dropout = ["lora_dropout"] if getattr(peft_config, "lora_dropout", 0.0) > 0 else []
     if names := [*ignored, *dropout]:
         yield f"Ignored, without effect here: {', '.join(names)}"

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel, TrainerState
 
 from gruppo.config.sections import Environment
 from gruppo.errors import UsageError
+from gruppo.models.compatibility import context_length
 from gruppo.rewards import RewardFunction
 from gruppo.rollout.environments.client import NAME
+from gruppo.rollout.episodes import ROLLOUT_FUNC, Opened
 from gruppo.rollout.multi_turn import OpenedEnvironments
 from gruppo.rollout.workers.rewards import reward_names
 from gruppo.training.setup import Local
@@ -21,6 +23,7 @@ from gruppo.trl.data import PLACEHOLDER, rows_of
 from gruppo.trl.local_environments import LocalEnvironments
 from gruppo.trl.local_rewards import LocalRewards
 from gruppo.trl.reward_models import ModelReward
+from gruppo.trl.rollouts import RolloutFunction
 from gruppo.trl.sampling import Sampler
 from gruppo.trl.trainer import Trainer
 from gruppo.types import Row
@@ -55,10 +58,14 @@ class _OnlineTrainer(Trainer):
         environment_factory: Any = None,
         tokenizer: Any = None,
     ) -> None:
-        if rollout_func is not None:
+        if rollout_func is not None and (environment_factory is not None or tools):
+            other = "tools" if tools else "environment_factory"
             raise UsageError(
-                "rollout_func: gruppo's engine samples, so that π_old is the distribution that was sampled from; write "
-                "an environment_factory, whose objects answer the model turn by turn"
+                f"rollout_func: it calls tools and environments itself; leave {other} out, or give no rollout_func"
+            )
+        if rollout_func is not None and not callable(rollout_func):
+            raise UsageError(
+                f"rollout_func = {rollout_func!r}: write a function f(prompts, trainer) that returns a dict"
             )
         self.environments: LocalEnvironments | None = None
         if environment_factory is not None or tools:
@@ -76,6 +83,36 @@ class _OnlineTrainer(Trainer):
             peft_config, tokenizer,
         )  # fmt: skip
         self._check_weights()
+        self.num_generations, self.num_generations_eval = self.batches.group, self._evaluation_group
+        self.max_completion_length, self.temperature = self.args.max_completion_length, self.args.temperature
+        self.rollouts: RolloutFunction | None = None
+        if rollout_func is not None:
+            vocabulary = self._config.get_text_config().vocab_size
+            self.rollouts = RolloutFunction(
+                rollout_func, self, context_length(self._config), vocabulary, self._template_options
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("vllm_generation", "vllm_client", "llm"):
+            raise AttributeError(
+                f"{name}: gruppo's trainers have none; in a rollout_func, sample with "
+                "gruppo.trl.generate_rollout_completions"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the run so far, each with one or more optimizer steps."""
+        return self.state.global_step // self.batches.updates
+
+    @property
+    def _evaluation_group(self) -> int:
+        return self.args.num_generations_eval or self.args.num_generations or 1
+
+    @property
+    def _template_options(self) -> Mapping[str, Any]:
+        options = self.args.chat_template_kwargs
+        return options if isinstance(options, Mapping) else {}
 
     def _check_weights(self) -> None:
         weights = self.args.reward_weights
@@ -97,20 +134,29 @@ class _OnlineTrainer(Trainer):
     def completed(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """See `Trainer`. A reward function may take as long as it likes, and runs in this process."""
         recipe["reward"]["failure_limit"] = 0.0
-        if self.environments is not None:
+        if self.environments is not None or self.rollouts is not None:
             recipe["environment"] = self._environment()
         return recipe
 
     def _environment(self) -> dict[str, Any]:
         """The table [environment]."""
+        if self.rollouts is not None:
+            return {"name": ROLLOUT_FUNC}
         turns = getattr(self.args, "max_tool_calling_iterations", None) or MOST_TURNS
         return {"name": f"{IN_MEMORY}environment_factory", "turns": turns}
+
+    def _opened(self) -> Opened | None:
+        """What answers the model besides the reward functions, or samples in place of the engine."""
+        if self.environments is None:
+            return self.rollouts
+        return OpenedEnvironments(self.environments, Environment(**self._environment()))
 
     def pool(self, columns: Sequence[str]) -> LocalRewards:
         """What calls the reward functions, for rows with these columns."""
         return LocalRewards(
-            self.reward_funcs, self.args.reward_weights or [], columns, self._trainer_state, self.environments
-        )
+            self.reward_funcs, self.args.reward_weights or [], columns, self._trainer_state, self.environments,
+            further_columns=self.rollouts is not None,
+        )  # fmt: skip
 
     def _trainer_state(self, state: Mapping[str, Any]) -> TrainerState:
         """`trainer_state` of reward functions: the trainer's state, at the start of the step."""
@@ -119,7 +165,7 @@ class _OnlineTrainer(Trainer):
 
     def local(self, ready: Any) -> Local | None:
         """See `Trainer`."""
-        return Local(self.pool, self.environments, ready)
+        return Local(self.pool, self._opened(), ready)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -158,20 +204,17 @@ class _OnlineTrainer(Trainer):
         """The metrics of one set of rows."""
         started = time.monotonic()
         recipe = None if self._sampler else self._plan().recipe
-        opened = None
-        if self.environments is not None:
-            opened = OpenedEnvironments(self.environments, Environment(**self._environment()))
+        opened = self._opened()
         if self._sampler is None:
             assert recipe is not None
             in_memory = None if self._in_memory is None else (self._in_memory, self.processing_class)
             self._sampler = Sampler.loaded(recipe, in_memory, opened, self._progress)
-        size = self.args.num_generations_eval or self.args.num_generations or 1
+        size = self._evaluation_group
         columns = sorted(set.intersection(*map(set, rows)) - {"prompt"})
-        state = {"global_step": self.state.global_step // self.batches.updates}
-        chat = self.args.chat_template_kwargs
+        state = {"global_step": self.steps_done}
         groups = self._sampler.groups(
             rows,
-            chat if isinstance(chat, Mapping) else None,
+            self._template_options,
             size,
             self.pool(columns),
             state,

@@ -42,11 +42,18 @@ ADVICE = {
     "nonfinite": "Inspect the batch, which is in the run folder, and start again with a lower learning rate.",
     "worker_restarted": "Once is harmless. If it happens again, see rewards.log: a reward function or an environment "
     "should load in a new process, and change nothing outside of itself.",
+    "engine_lost": "Once is harmless: no result changes. If it happens again, read the cause in the message; often the "
+    "machine has too little memory for its engines (engine.memory, cluster.engines).",
     "checkpoint_unusable": "Check the disk. The run has continued from an older checkpoint, and repeats steps.",
     "damaged": "Restore the file from a copy if you need it; training does not depend on it.",
+    "waiting": "Look at the part that is named: the log of a reward or an environment, the load of a server, the disk "
+    "or the network. Nothing is lost: the run goes on when the part answers, and calls of rewards and environments end "
+    "at their time limits.",
     "tracker": "Nothing for the run, which goes on without it; check its installation, login and network.",
 }
-NOTHING_TO_DO = frozenset({"resume", "changed", "warning"})  # kinds of events; a warning has advice by its own name
+NOTHING_TO_DO = frozenset(
+    {"resume", "changed", "warning", "engine_back"}
+)  # kinds of events; a warning has advice by its own name
 
 
 def advice_for(event: Mapping[str, Any]) -> str:

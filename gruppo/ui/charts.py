@@ -71,6 +71,8 @@ CHARTS = (
           "with cluster.lag, the lag. If capped importance weights (Clipped tokens) grow with it, lower cluster.lag "
           "or the learning rate.",
           {"staleness/mean": "mean", "staleness/max": "largest"}),
+    Chart("idle", "Idle engines", "Share of the engines' time during sampling in which they had nothing to do.",
+          {"engine/idle_share": "idle"}, unit="share"),
     Chart("speed", "Tokens per second", "Sampled tokens per second of sampling.",
           {"time/tokens_per_second": "tokens/s"}),
     Chart("phases", "Seconds by phase", "Of a step. With cluster.lag, sampling and rewards ran beside the training of "

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 
 # Name, value and count of each mean; name, value and choice of each extreme.
-Observations = tuple[
-    list[tuple[str, "float | Tensor", float]], list[tuple[str, "float | Tensor", Callable[..., float]]]
-]
+Observations = tuple[list[tuple[str, float, float]], list[tuple[str, float, Callable[..., float]]]]
 
 
 class Metrics:
@@ -54,7 +52,7 @@ class Metrics:
         """The observations so far, with their values on the host."""
         values = iter(_on_host([observed for _, observed, _ in [*self._means, *self._extremes]]))
         means = [(name, next(values), count) for name, _, count in self._means]
-        return [*means], [(name, next(values), choose) for name, _, choose in self._extremes]
+        return means, [(name, next(values), choose) for name, _, choose in self._extremes]
 
     def add(self, observations: Observations) -> None:
         """Add observations that were made elsewhere."""
@@ -64,14 +62,14 @@ class Metrics:
 
     def reduce(self) -> dict[str, float | None]:
         """Name -> value, sorted by name. Means of no observations and non-finite values are None."""
-        values = _on_host([observed for _, observed, _ in [*self._means, *self._extremes]])
+        means, observed = self.observations()
         sums: dict[str, tuple[float, float]] = {}
-        for (name, _, count), total in zip(self._means, values, strict=False):
+        for name, total, count in means:
             old_total, old_count = sums.get(name, (0.0, 0.0))
             sums[name] = (old_total + total, old_count + count)
         reduced = {name: (total / count if count else None) for name, (total, count) in sums.items()}
         extremes: dict[str, float] = {}
-        for (name, _, choose), value in zip(self._extremes, values[len(self._means) :], strict=True):
+        for name, value, choose in observed:
             extremes[name] = choose(extremes.get(name, value), value)
         found = sorted({**reduced, **extremes}.items())
         return {name: value if value is not None and math.isfinite(value) else None for name, value in found}

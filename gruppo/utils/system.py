@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -75,11 +76,11 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Versions, git revision and machine, for reproducing a run."""
+def describe(device: torch.device, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Versions, git revision and machine, for reproducing a run. `more`: further packages, if they are installed."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in (*_PACKAGES, *more) if (version := _version(name))},
         "git_revision": _git_revision(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),

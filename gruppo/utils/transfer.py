@@ -22,14 +22,20 @@ def as_floats(scalars: Sequence[Tensor]) -> list[float]:
 
 
 def upload(
-    columns: Sequence[Sequence[float] | np.ndarray], dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> tuple[Tensor, ...]:
-    """A vector on the device for each column, in one transfer, which the host does not wait for."""
-    buffer = torch.cat([torch.tensor(column, dtype=dtype) for column in columns])
-    if torch.device(device).type == "cuda":
-        buffer = buffer.pin_memory()
-    copied = buffer.to(device, non_blocking=True)
-    return torch.split(copied, [len(column) for column in columns])
+    arrays: Sequence[Sequence[float] | np.ndarray], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Arrays, or lists of numbers, as tensors on the device, in one transfer, which the host does not wait for."""
+    tensors = [torch.tensor(array, dtype=dtype) for array in arrays]
+    there = to_device(torch.cat([tensor.flatten() for tensor in tensors]), device)
+    parts = there.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on the device."""
+    if torch.device(device).type == "cuda":  # from other memory, the host would wait until all earlier work is done
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def real_dtype(device: torch.device | str) -> torch.dtype:

@@ -126,7 +126,10 @@ def test_train_eval_and_sample(recipe_file: Path, tmp_path: Path) -> None:
         (["train", "r.toml", "--output_dir", "x"], "--output_dir: no such option; write --out"),
         (["train", "r.toml", "--steps", "3"], "write --set run.steps=3"),
         (["check", "r.toml", "--bf16"], "write --set model.dtype=bfloat16"),
-        (["train", "r.toml", "--use_vllm"], "--use_vllm: no such option; remove it: gruppo has its own engine"),
+        (
+            ["train", "r.toml", "--use_vllm"],
+            "--use_vllm: no such option; remove it: gruppo samples with its own engine",
+        ),
         (["eval", "m", "--num_samples", "4"], "write --samples 4"),
         (["eval", "m", "--max_new_tokens=4"], "write --max-tokens 4"),
         (["sample", "m", "--max_new_tokens", "4"], "write --max-tokens 4"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from gruppo.cluster.follower import follow
 from gruppo.cluster.ranks import ProcessRanks
-from gruppo.cluster.sending import described
-from gruppo.cluster.torchrun import check_launch
+from gruppo.cluster.torchrun import check_launch, make_mesh
 from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
+from gruppo.models.blueprint import described
 from gruppo.training.api import run_recipe, train
 from gruppo.training.export import export
+from gruppo.training.reproduce import reproduce
 from gruppo.training.shard_files import local_tensor
 from gruppo.utils.progress import NullProgress
 from tests.cluster.compare import assert_same_run, lines
@@ -81,6 +83,9 @@ def test_a_run_on_two_ranks_equals_one_process(
     assert_same_run(tmp_path / "two", tmp_path / "one")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two/model", dtype=torch.float64)
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
+    reproduced = reproduce(tmp_path / "two", 3, prompts=ROWS, tolerance=1e-8, trust=True, progress=False)
+    assert reproduced.equal, reproduced.differences
+    assert any(note.startswith("2 ranks trained") for note in reproduced.notes)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,18 @@ def test_a_run_with_copies_of_shards_continues_in_one_process(tiny_folder: str, 
     assert names == {f"weights-0000{number}-of-00002.safetensors" for number in (1, 2)}
     alone(settings, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def timeouts(ranks: ProcessRanks, shards: int) -> list[float]:
+    """Seconds that exchanges of weights wait for a rank."""
+    mesh = make_mesh("cpu", shards, timedelta(seconds=77))
+    groups: list[Any] = mesh.get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.parametrize(("shards", "dimensions"), [(3, 1), (1, 2)])
+def test_patience_holds_for_every_exchange_of_weights(team: Team, shards: int, dimensions: int) -> None:
+    assert team.run(3, timeouts, shards) == [[77.0] * dimensions] * 3
 
 
 def held(ranks: ProcessRanks) -> tuple[int, int]:
@@ -199,6 +216,16 @@ def test_an_update_that_is_not_finite_ends_all_ranks_with_its_cause(
     settings = settings_of(tiny_folder, model__dtype="float32", optimizer__learning_rate=1e38)
     error = team.run(2, run_on, settings, tmp_path / "run")[0]["error"]
     assert "not finite" in error or "is nan" in error, error
+
+
+def test_a_reward_model_that_is_not_finite_is_reported_by_the_leader_alone(
+    team: Team, tiny_folder: str, tmp_path: Path
+) -> None:
+    settings = settings_of(
+        tiny_folder, model__dtype="float32", run__iterations=2, **LABELLED | {"reward_model__learning_rate": 1e38}
+    )
+    error = team.run(2, run_on, settings, tmp_path / "run")[0]["error"]  # an error of another rank would be raised
+    assert "the reward model's probability" in error, error
 
 
 def test_as_many_ranks_must_be_started_as_the_recipe_has() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 import runpy
+import shlex
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -445,6 +447,31 @@ def test_openrlhf_with_names_of_before(tmp_path: Path) -> None:
     assert any(line.startswith("normalize_reward") for line in conversion.draft.missing)
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "field", "value"),
+    [
+        (VERL, "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True", "optimizer.state", "cpu"),
+        (VERL, "actor_rollout_ref.actor.fsdp_config.optimizer_offload=False", "optimizer.state", "float32"),
+        (VERL, "actor_rollout_ref.actor.optim.optimizer=AdamW8bit", "optimizer.state", "8bit"),
+        (VERL, "actor_rollout_ref.rollout.gpu_memory_utilization=0.6", "engine.memory", 0.3),
+        (OPENRLHF, "--ds.adam_offload", "optimizer.state", "cpu"),
+        (OPENRLHF, "--ds.lora.rank 8 --ds.load_in_4bit", "model.lora.base", "4bit"),
+    ],
+)
+def test_memory_of_verl_and_openrlhf(kind: Mapping[str, str], more: str, field: str, value: Any) -> None:
+    start = "python3 -m verl.trainer.main_ppo data.train_files=a.parquet actor_rollout_ref.model.path=example/m"
+    if kind is OPENRLHF:
+        start = (
+            "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path example/m --data.prompt_dataset example/d"
+        )
+    conversion = convert(shlex.split(f"{start} {more}"))
+    found: Any = load_recipe(conversion.draft.data())
+    for part in field.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert not any("optimizer" in told or "4bit" in told for told in conversion.draft.missing)
+
+
 def test_openrlhf_dr_grpo(tmp_path: Path) -> None:
     _, recipe = converted(tmp_path, "d.sh", OPENRLHF["train_dr_grpo.sh"])
     method = recipe.method
@@ -485,10 +512,17 @@ def test_a_command_may_name_a_configuration_file(tmp_path: Path) -> None:
         ("weight_decay: 0.1", "optimizer.weight_decay", 0.1),
         ("max_prompt_length: 512", "task.overlong", "filter"),
         ("adam_beta2: 0.99", "optimizer.beta2", 0.99),
+        ("optim: paged_adamw_8bit", "optimizer.state", "8bit"),
+        ("optim: adamw_torch", "optimizer.state", "float32"),
+        ("bf16_full_eval: true", "optimizer.state", "float32"),
+        ("vllm_gpu_memory_utilization: 0.4", "engine.name", "native"),
+        ("use_vllm: true", "engine.name", "native"),
+        ("{use_peft: true, lora_dropout: 0, load_in_4bit: true, bnb_4bit_quant_type: fp4}", "model.lora.base", "4bit"),
     ],
 )
 def test_single_values_of_trl(tmp_path: Path, line: str, field: str, value: Any) -> None:
-    text = f"model_name_or_path: example/m\nnum_generations: 8\n{line}\n"
+    lines = line.strip("{}").replace(", ", "\n")
+    text = f"model_name_or_path: example/m\nnum_generations: 8\n{lines}\n"
     conversion, recipe = converted(tmp_path, "grpo.yaml", text)
     found: Any = recipe
     for part in field.split("."):
@@ -509,6 +543,8 @@ def test_single_values_of_trl(tmp_path: Path, line: str, field: str, value: Any)
         ("sync_ref_model: true", "run.iterations"),
         ("lora_bias: all", "plain LoRA"),
         ("fp16: true", "float16"),
+        ("load_in_4bit: true", 'model.lora.base = "4bit"'),
+        ("optim: lion_8bit", "the optimizer is AdamW"),
     ],
 )
 def test_what_has_no_equivalent_is_said(tmp_path: Path, line: str, why: str) -> None:

@@ -380,6 +380,16 @@ def test_no_requests(make_engine: MakeEngine, policy: LanguageModel) -> None:
     assert make_engine(policy).generate([], SamplingParams(1.0, 5)) == []
 
 
+def test_requests_without_streams(make_engine: MakeEngine, policy: LanguageModel) -> None:
+    """Alone, beside others, and with no slot free."""
+    nothing, params = Request((5, 6), []), SamplingParams(1.0, 5)
+    assert make_engine(policy).generate([nothing, nothing], params) == [[], []]
+    first, *_, last = requests(2)
+    groups = make_engine(policy, 1).generate([first, nothing, last, nothing], params)
+    assert groups == [*make_engine(policy, 1).generate([first], params), [], groups[2], []]
+    assert [len(group) for group in groups] == [2, 0, 2, 0]
+
+
 def test_empty_prompt_is_refused(make_engine: MakeEngine, policy: LanguageModel) -> None:
     with pytest.raises(ValueError, match="no tokens"):
         make_engine(policy).generate([Request((), [(0,)])], SamplingParams(1.0, 5))

@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.loading import load_recipe
 from gruppo.engines import ENGINES, build_engine, check_engine, open_engine
+from gruppo.engines.base import Engine
 from gruppo.engines.native.engine import NativeEngine
+from gruppo.engines.vllm import launch
 from gruppo.engines.vllm.launch import Size, options
 from gruppo.errors import UsageError
 from gruppo.evaluation.runner import evaluate
@@ -88,6 +91,17 @@ def test_what_vllm_cannot_do_is_refused(
 
 
 @pytest.mark.usefixtures("installed")
+def test_the_device_of_the_trainer_is_shared_by_leaving_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    with pytest.raises(UsageError, match=r"engine\.device = 2: is the device of the trained model; leave it out to"):
+        check_engine(recipe({"device": 2}), torch.device("cuda"), torch.float32)
+    with pytest.raises(UsageError, match=r"engine\.device = 1: is the device of the trained model"):
+        check_engine(recipe({"device": 1}), torch.device("cuda:1"), torch.float32)
+    check_engine(recipe({"device": 1}), torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.usefixtures("installed")
 def test_what_vllm_can_do_is_accepted() -> None:
     greedy = {"decoding": {"min_p": 0.1, "top_p": 0.9}}  # without a temperature they do nothing
     check_engine(recipe(evaluation=greedy, sampling={"temperature": 0.01}), CPU, torch.bfloat16)
@@ -113,6 +127,32 @@ def test_the_engine_of_an_import_path_samples_in_evaluation(tiny_folder: str, tm
     )
     with pytest.raises(RuntimeError, match="my engine samples"):
         evaluate(tiny_folder, engine=f"{tmp_path / 'mine.py'}:Mine", questions=2, max_tokens=3, progress=False)
+
+
+class Half:
+    """Samples, and that is all."""
+
+    def stream(self, requests: object, params: object, advance: object = None) -> None: ...
+
+
+class Inherits(Engine):
+    """Has nothing of its own."""
+
+
+def factory(policy: object, slots: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("Half", "has no method load_weights and no method generate and no method sleep and no method close; write a"),
+        ("Inherits", "has no method stream and no method load_weights; write a class with stream, load_weights, "),
+        ("factory", "has no method stream and no method load_weights and"),
+    ],
+)
+def test_what_is_no_engine_is_refused_by_the_methods_that_it_lacks(name: str, missing: str) -> None:
+    with pytest.raises(UsageError, match=f'engine.name = "{__name__}:{name}": {missing}'):
+        check_engine(recipe({"name": f"{__name__}:{name}"}), CPU, torch.float32)
 
 
 class Elsewhere(NativeEngine):
@@ -163,6 +203,25 @@ def test_vllm_gets_memory_for_its_slots_and_no_more(tmp_path: Path) -> None:
     assert cache(f"{weights + 3 * sequence} B") == 3 * sequence
     with pytest.raises(UsageError, match=r"engine.memory = '\d+ B': allows 0.00 GB, and vLLM needs at least"):
         cache(f"{weights + sequence - 1} B")
+
+
+def test_memory_of_vllm_is_counted_in_its_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 the native engine keeps float32 keys and values on a CPU, vLLM bfloat16. A 4-bit weight is sent
+    whole. A fraction is one of what the process may use."""
+    settings, size = EngineTable(name="vllm", memory=0.5), Size(1, 100)
+    wide, narrow = make_policy(), make_policy(torch.bfloat16)
+    found = [options(tmp_path, policy, settings, size)["kv_cache_memory_bytes"] for policy in (wide, narrow)]
+    assert found == [wide.cache_bytes * 164, wide.cache_bytes * 164 / 2]
+
+    weight = wide.model.model.layers[0].mlp.up_proj.weight
+    count = sum(parameter.numel() for parameter in wide.model.parameters())
+    weight.quant_state = SimpleNamespace(shape=torch.Size([8 * weight.shape[0], weight.shape[1]]))
+    needed = 2 * 4 * (count + 7 * weight.numel())
+    monkeypatch.setattr(launch, "machine_memory", lambda: 2 * (needed + found[0]))
+    assert options(tmp_path, wide, settings, size)["kv_cache_memory_bytes"] == found[0]
+    monkeypatch.setattr(launch, "machine_memory", lambda: 2 * (needed + found[0]) - 2)
+    with pytest.raises(UsageError, match=r"engine.memory = 0\.5: allows"):
+        options(tmp_path, wide, settings, size)
 
 
 def test_a_sampler_elsewhere_needs_no_memory_here() -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
+from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.engines import stop_strings
-from gruppo.engines.base import Request, SamplingParams
-from gruppo.engines.completions import CompletionText, find_stop
-from gruppo.engines.stop_strings import StopFinder
+from gruppo.engines.base import Engine, Request, SamplingParams
+from gruppo.engines.completions import CompletionText
+from gruppo.engines.llama_cpp import LlamaCppEngine
+from gruppo.engines.stop_strings import StopFinder, find_stop
+from gruppo.engines.vllm import engine as vllm_engine
 from gruppo.utils.token_text import text_tokens, tokens_after
+from tests.conftest import make_policy
+from tests.engines import vllm_stand_in
 from tests.odd_tokenizers import KINDS, byte_level, metaspace
 
 WORDS = [
@@ -111,6 +118,47 @@ def test_the_cost_of_a_token_does_not_depend_on_the_length(kind: str, monkeypatc
     assert len(tokens) > 2000
     assert sum(costs[-500:]) / 500 < 200
     assert max(costs[100:]) < 3000, "the window moved"
+
+
+def llama_cpp(tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, PreTrainedTokenizerFast]:
+    """The engine without llama.cpp: its logits give each of the tokens in turn a probability of 1."""
+    tokenizer, engine, left = make_policy().tokenizer, object.__new__(LlamaCppEngine), iter(tokens)
+    engine.eos_ids, engine._text = (0,), CompletionText(tokenizer, (0,))
+    logits: Callable[..., torch.Tensor] = lambda *_: torch.eye(44)[[next(left)]].log()  # noqa: E731
+    monkeypatch.setattr(engine, "_logits", logits)
+    return engine, tokenizer
+
+
+def vllm(tokens: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, PreTrainedTokenizerFast]:
+    """The engine without vLLM."""
+    vllm_stand_in.install(monkeypatch)
+    monkeypatch.setattr(vllm_engine, "start", lambda *_: vllm_stand_in.StandIn(tokens))
+    policy = make_policy(vocab_size=44)
+    settings = EngineTable(name="vllm", memory="1 GB")
+    return vllm_engine.VllmEngine(policy, 4, 5000, settings), policy.tokenizer
+
+
+@pytest.mark.parametrize("make", [llama_cpp, vllm])
+@pytest.mark.parametrize(("stop", "count"), [((), 400), (("never there",), 400), (("aa",), 302)])
+def test_engines_decode_no_more_than_a_window_for_each_token(
+    make: Callable[..., Any], stop: tuple[str, ...], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the whole text once or twice at the end."""
+    letters = {letter: make_policy().tokenizer(letter)["input_ids"][0] for letter in "ab"}
+    tokens = [letters[letter] for letter in "ab" * 150 + "aa" + "b" * 98]
+    engine, tokenizer = make(tokens, monkeypatch)
+    decode, decoded = tokenizer.decode, 0
+
+    def counting(ids: list[int], **options: object) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return str(decode(ids, **options))
+
+    monkeypatch.setattr(tokenizer, "decode", counting)
+    ((completion,),) = engine.generate([Request((5,), [(0,)])], SamplingParams(1.0, 400, stop=stop))
+    assert completion.token_ids == tuple(tokens[:count])
+    assert completion.text == ("ab" * 150 + "aa" + "b" * 98)[: 300 if stop == ("aa",) else 400]
+    assert decoded < (200 * count if stop else 4 * count)
 
 
 def test_an_eos_token_is_no_part_of_the_text() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +66,18 @@ def test_one_device_is_shared_by_sleeping_and_another_one_is_not(
     assert arguments["weight_transfer_config"] == {"backend": backend}
     assert (arguments["dtype"], arguments["max_num_seqs"], arguments["max_model_len"]) == ("bfloat16", 64, 100)
     assert "kv_cache_memory_bytes" not in arguments
+
+
+def test_a_size_is_a_share_of_the_memory_of_vllms_own_device(
+    policy: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Device 0, which trains, has 100 GB, and device 1 has 20 GB."""
+    sizes = {0: 100e9, 1: 20e9}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=sizes[number]))
+    for device, expected in ((None, 0.1), (1, 0.5)):
+        settings = EngineTable(name="vllm", memory="10 GB", device=device)
+        assert options(tmp_path, policy, settings, Size(64, 100))["gpu_memory_utilization"] == expected
 
 
 def test_vllm_sees_its_device_alone_and_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:

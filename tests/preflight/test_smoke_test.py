@@ -147,7 +147,9 @@ def test_the_chance_of_fewer_is_without_bias() -> None:
     (float("nan"), "float32", "problem"),
 ])  # fmt: skip
 def test_engine_and_trainer(apart: float, dtype: str, severity: str) -> None:
-    assert report_engine_difference(torch.full((5,), apart), dtype).severity == severity
+    finding = report_engine_difference(torch.full((5,), apart), getattr(torch, dtype))
+    assert finding.severity == severity
+    assert f"bound of the mean in {dtype}: " in finding.what
 
 
 @pytest.mark.parametrize(("made", "own", "severity"), [

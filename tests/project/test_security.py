@@ -43,7 +43,7 @@ def argument(node: ast.Call, name: str) -> str | None:
 
 def test_nothing_reads_a_pickle_from_a_file() -> None:
     """Pickles are read only from gruppo's own processes: calls of rewards and environments, conversations to render,
-    reasoning-gym's rows, and what the leader tells the other ranks of a run."""
+    reasoning-gym's rows, and what the leader tells the other ranks and the engines of a run."""
     readers = {
         f"{path}: {ast.unparse(node)}"
         for path, node in CALLS
@@ -55,6 +55,8 @@ def test_nothing_reads_a_pickle_from_a_file() -> None:
     }
     assert readers == {
         "gruppo/cluster/follower.py: pickle.loads(begin.models)",
+        "gruppo/models/blueprint.py: pickle.loads(blueprint)",
+        "gruppo/models/blueprint.py: pickle.loads(described(replace(policy, body=None, root=None), keep_buffers=True))",
         "gruppo/data/chat_template_main.py: pickle.loads(requests.recv_bytes())",
         "gruppo/rollout/environments/worker_main.py: pickle.loads(content)",
         "gruppo/rollout/workers/reward_main.py: pickle.loads(content)",

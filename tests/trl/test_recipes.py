@@ -97,7 +97,6 @@ def test_chat_options_are_for_conversations() -> None:
         (GRPOConfig(optim="adafactor"), ["adafactor", "AdamW"]),
         (GRPOConfig(generation_kwargs={"num_beams": 4}), ["num_beams", "full distribution"]),
         (GRPOConfig(model_init_kwargs={"revision": "v2"}), ["revision", "'v2'"]),
-        (GRPOConfig(model_init_kwargs={"quantization_config": object()}), ["not quantized"]),
         (RLOOConfig(num_iterations=2), ["num_iterations = 2", "num_iterations=1"]),
         (DPOConfig(loss_type=["ipo"]), ["ipo", '["sigmoid"]']),
         (SFTConfig(completion_only_loss=False), ["completion_only_loss = False"]),

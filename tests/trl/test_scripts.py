@@ -27,6 +27,7 @@ from gruppo.trl import (
     get_quantization_config,
     rewards,
 )
+from gruppo.trl.quantization import asks_for_four_bits
 from gruppo.trl.scripts import DatasetConfig
 from tests.conftest import make_tokenizer
 
@@ -118,9 +119,11 @@ def test_a_mixture_of_data_sets(tmp_path: Path) -> None:
         get_dataset(DatasetMixtureConfig())
 
 
-def test_quantization_is_refused() -> None:
-    with pytest.raises(UsageError, match="load_in_4bit = True"):
-        get_quantization_config(ModelConfig(load_in_4bit=True))
+def test_quantization() -> None:
+    config = get_quantization_config(ModelConfig(load_in_4bit=True))
+    assert asks_for_four_bits(config, "quantization_config", adapters=True)
+    with pytest.raises(UsageError, match=r"load_in_8bit = True: .*model.lora.base"):
+        get_quantization_config(ModelConfig(load_in_8bit=True))
 
 
 def test_trl_is_not_needed() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 
 from gruppo.errors import RunError, UsageError
 from gruppo.models.weights import save_model
@@ -22,6 +22,9 @@ from tests.conftest import make_policy
 
 ROWS = [{"prompt": f"{first}{second}", "answer": first} for first in "abcdef" for second in "12"]
 CHATS = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in ROWS]
+
+
+LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 def counted(completions: list[str], **_: Any) -> list[float]:
@@ -296,6 +299,24 @@ def test_adapters(tiny_folder: str, tmp_path: Path, wrapped: bool) -> None:
     assert load_result(trainer.result.path).summary["state"] == "done"
 
 
+@pytest.mark.parametrize("where", ["argument", "model_init_kwargs"])
+def test_four_bit_weights_under_adapters(tiny_folder: str, tmp_path: Path, where: str) -> None:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    options: dict[str, Any] = {"quantization_config": config} if where == "argument" else {}
+    args = arguments(tmp_path, **({} if options else {"model_init_kwargs": {"quantization_config": config}}))
+    trainer = GRPOTrainer(tiny_folder, counted, args, ROWS, peft_config=LORA, **options)
+    recipe = trainer._plan().recipe
+    assert recipe.model.lora is not None
+    assert recipe.model.lora.base == "4bit"
+
+
+def test_a_quantized_model_in_memory_is_refused(tiny_folder: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.is_quantized = True
+    with pytest.raises(UsageError, match="its weights are quantized"):
+        GRPOTrainer(model, counted, arguments(tmp_path), ROWS, peft_config=LORA)
+
+
 def test_adapters_that_gruppo_lacks_are_refused(tiny_folder: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="use_dora = True: adapters are plain LoRA"):
         GRPOTrainer(tiny_folder, counted, arguments(tmp_path), ROWS, peft_config=LoraConfig(use_dora=True))
@@ -457,8 +478,10 @@ def test_rows_that_cannot_be_used_are_refused(tiny_folder: str, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"rollout_func": print}, "environment_factory"),
-        ({"quantization_config": {"load_in_4bit": True}}, "not quantized"),
+        ({"quantization_config": {"load_in_4bit": True}}, "without a peft_config: trained weights are float32"),
+        ({"quantization_config": {"load_in_8bit": True}, "peft_config": LORA}, 'model.lora.base = "4bit"'),
+        ({"quantization_config": object(), "peft_config": LORA}, "quantization_config = object: trained weights"),
+        ({"args": GRPOConfig("out", model_init_kwargs={"quantization_config": {"load_in_4bit": True}})}, "adapters"),
         ({"reward_funcs": [3]}, "neither a function nor the name of a reward model"),
         ({"reward_funcs": None}, "reward_funcs: missing"),
         ({"callbacks": [print]}, "no TrainerCallback"),

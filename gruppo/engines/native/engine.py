@@ -22,7 +22,7 @@ from gruppo.engines.native.layout import DecodingLayout
 from gruppo.engines.native.sampling import sample_tokens
 from gruppo.engines.native.scheduler import Finished, Scheduler
 from gruppo.engines.native.slot_state import SlotState
-from gruppo.engines.native.transfer import Download, upload
+from gruppo.engines.native.transfer import Download
 from gruppo.engines.stop_strings import StopFinder
 from gruppo.models.logprobs import OutputHead
 from gruppo.models.ops.linear import packed
@@ -31,6 +31,7 @@ from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
 from gruppo.utils.system import free_memory
+from gruppo.utils.transfer import upload
 
 PREFILL_TOKENS = 4096
 MAX_SLOTS = 256
@@ -42,7 +43,7 @@ class DecodingOptions:
     """Where decoding keeps its data, and when the host reads it. Changes results by rounding at most.
 
     `cache_dtype`: of keys and values. `page_tokens`: size of the cache's pages; None: one page per sequence, allocated
-    at once, which the CPU's kernels need. `lag`: by how many steps the host reads tokens later, so that a device need
+    at once, which the CPU's kernels need. `lag`: by how many steps the host reads tokens later, so that a device does
     not wait for it. `paired_uniforms`: random numbers in two float32 numbers each, for devices without float64.
     """
 
@@ -130,7 +131,7 @@ class _Decoder:
 
     What a step reads is on the device already: the tokens of the step before it, their positions, the random numbers.
     The host reads the sampled tokens `options.lag` steps later, in one transfer per step. Until then, a completion that
-    is finished goes on, and what it samples is dropped.
+    is finished continues, and its further tokens are dropped.
     """
 
     def __init__(
@@ -192,9 +193,9 @@ class _Decoder:
         lengths = [len(request.token_ids) for _, request, _ in new]
         prompts = self.policy.attention([(length, ()) for length in lengths], self.policy.device)
         plan = PromptAttention(prompts, self.cache, [entry for _, _, entry in new], lengths)
-        arrays = [[token for _, request, _ in new for token in request.token_ids]]
-        arrays += [[place for length in lengths for place in range(length)], (np.cumsum(lengths) - 1).tolist()]
-        ids, positions, ends = upload([np.array(array) for array in arrays], self.policy.device)
+        tokens = [token for _, request, _ in new for token in request.token_ids]
+        places = [place for length in lengths for place in range(length)]
+        ids, positions, ends = upload([tokens, places, np.cumsum(lengths) - 1], torch.long, self.policy.device)
         last = self.policy.hidden_states(ids[None], positions[None], plan)[0][ends]
         for (index, request, entry), state in zip(new, last, strict=True):
             self.scheduler.add(index, request, entry, state)

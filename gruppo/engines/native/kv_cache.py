@@ -14,7 +14,7 @@ PAGE_TOKENS = 256
 
 
 def room(tokens: int, page_tokens: int | None) -> int:
-    """The tokens that a sequence of so many tokens takes in pages of `page_tokens`; None: one page of its length."""
+    """Room, in tokens, that a sequence takes in pages of `page_tokens` tokens; None: one page of its length."""
     page = min(page_tokens or tokens, tokens)
     return -(-tokens // page) * page
 
@@ -27,7 +27,7 @@ class PageStore:
     """
 
     def __init__(self, sequences: int, tokens: int, page_tokens: int | None, dtype: torch.dtype) -> None:
-        """`tokens`: the most of a sequence. `page_tokens` None: one page per sequence, all in one block."""
+        """`tokens`: maximum length of a sequence. `page_tokens` None: one page per sequence, all in one block."""
         self.page_tokens, self.dtype, self.whole = min(page_tokens or tokens, tokens), dtype, page_tokens is None
         self.table = np.full((sequences, -(-tokens // self.page_tokens)), -1, dtype=np.int64)
         self.used = np.zeros(self.table.size, dtype=bool)
@@ -43,19 +43,17 @@ class PageStore:
     def reserve(self, sequences: np.ndarray, tokens: np.ndarray) -> bool:
         """Give each of the sequences the pages for its first `tokens` tokens. Returns whether any page was missing."""
         needed = -(-tokens // self.page_tokens)
-        missing = [
-            (sequence, place)
-            for sequence, count, pages in zip(sequences, needed, self.table[sequences], strict=True)
-            for place in range(int((pages >= 0).sum()), int(count))
-        ]
-        if missing:
+        missing = (self.table[sequences] < 0) & (np.arange(self.table.shape[1]) < needed[:, None])
+        rows, places = np.nonzero(missing)
+        if not len(rows):
+            return False
+        free = np.flatnonzero(~self.used[: self.block_starts[-1]])
+        if len(free) < len(rows):
+            self._grow(len(rows) - len(free))
             free = np.flatnonzero(~self.used[: self.block_starts[-1]])
-            if len(free) < len(missing):
-                self._grow(len(missing) - len(free))
-                free = np.flatnonzero(~self.used[: self.block_starts[-1]])
-            for (sequence, place), page in zip(missing, free, strict=False):
-                self.table[sequence, place], self.used[page] = page, True
-        return bool(missing)
+        pages = free[: len(rows)]
+        self.table[sequences[rows], places], self.used[pages] = pages, True
+        return True
 
     def _grow(self, pages: int) -> None:
         allocated = self.block_starts[-1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gruppo.engines.native.kv_cache import PageStore
 from gruppo.engines.native.scheduler import Scheduler
-from gruppo.engines.native.transfer import upload
+from gruppo.utils.transfer import upload
 
 _NOWHERE = 2**40  # where an unused page begins: behind the end of every sequence
 
@@ -74,7 +74,7 @@ class DecodingLayout:
         arrays = [slots, lengths[group], order, prompts.table[entries[group], 0], parts[:, (parts >= 0).any(axis=0)]]
         arrays += [array for piece in (*own, *shared) for array in (piece.rows, piece.start)]
         arrays += [array for _, rows, pages in written for array in (rows, pages)]
-        tensors = iter(upload(arrays, device))
+        tensors = iter(upload(arrays, torch.long, device))
         self.slots, self.prompt_lengths, self.order, self.prompt_pages, parts_there = (next(tensors) for _ in range(5))
         self.missing = torch.zeros(parts_there.shape, device=device).masked_fill_(parts_there < 0, -torch.inf)
         self.parts = parts_there.clamp(min=0)

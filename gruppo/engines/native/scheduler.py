@@ -50,7 +50,7 @@ class Scheduler:
 
     def __init__(self, requests: Sequence[Request], slots: int, params: SamplingParams, cache: KVCache) -> None:
         self.slots, self.params, self.cache, self.live = slots, params, cache, 0
-        self.queue = deque(enumerate(requests))
+        self.queue = deque((index, request) for index, request in enumerate(requests) if request.streams)
         self.waiting: deque[Waiting] = deque()
         self.rows = np.arange(slots)  # the first `live` are those of the live slots, the others are free
         self.owner: list[tuple[int, int]] = [(0, 0)] * slots  # (request, index of the completion in it)
@@ -75,7 +75,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether any request or completion is unfinished."""
+        """Whether any completion is unfinished."""
         return bool(self.queue or self.waiting or self.live)
 
     @property
@@ -105,9 +105,8 @@ class Scheduler:
     def add(self, index: int, request: Request, entry: int, state: Tensor) -> None:
         """Queue the completions of a request whose prompt is computed."""
         self.cache.prompt_lengths[entry], self.cache.users[entry] = len(request.token_ids), len(request.streams)
-        most = self.params.max_tokens
         for number, stream in enumerate(request.streams):
-            limit = most if request.limits is None else min(most, request.limits[number])
+            limit = request.limit(number, self.params)
             self.waiting.append(Waiting(index, number, tuple(stream), limit, entry, state))
 
     def fill_slots(self) -> list[Waiting]:

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from gruppo.engines.native.transfer import to_device, upload
 from gruppo.models.ops.pairs import Pair
+from gruppo.utils.random_numbers import generator_of
+from gruppo.utils.transfer import to_device, upload
 
 
 class SlotState:
@@ -31,11 +32,10 @@ class SlotState:
 
         Without `streams` no random numbers are needed.
         """
-        (on_device,) = upload([slots], self.token.device)
+        (on_device,) = upload([slots], torch.long, self.token.device)
         self.length.index_fill_(0, on_device, 0)
         if streams:
-            generators = [np.random.Generator(np.random.Philox(np.random.SeedSequence(stream))) for stream in streams]
-            numbers = torch.from_numpy(np.stack([generator.random(tokens) for generator in generators]))
+            numbers = torch.from_numpy(np.stack([generator_of(stream).random(tokens) for stream in streams]))
             if self.uniforms.dtype == torch.float32:
                 pair = Pair.of(numbers)
                 numbers = torch.stack([pair.high, pair.low], dim=-1)

@@ -1,27 +1,11 @@
-"""Few transfers between the host and a device: one for many arrays, without waiting for the device."""
+"""The transfer of sampled tokens from a device to the host."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-
-
-def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """int64 arrays as tensors on the device, by one transfer."""
-    flat = to_device(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), device)
-    parts = flat.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device."""
-    if device.type == "cuda":  # from other memory, the host would wait until the device has done all work before
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class Download:

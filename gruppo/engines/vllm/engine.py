@@ -13,23 +13,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gruppo.config.engine_section import Engine as Settings
+from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.recipe import Recipe
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.completions import (
     CompletionText,
     NonFiniteError,
     check_requests,
-    find_stop,
     make_completion,
 )
-from gruppo.engines.vllm.launch import COLDEST, Size, check_recipe, options, start
+from gruppo.engines.stop_strings import StopFinder
+from gruppo.engines.vllm.launch import COLDEST, Size, check_recipe, options, start, too_cold, truncates_otherwise
 from gruppo.engines.vllm.transfer import choose_transfer
 from gruppo.errors import RunError, first_line
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource, save_base
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
+from gruppo.utils.waiting import waiting_for
 
 CLOSING_SECONDS = 10.0  # until processes that do not end are killed
 MESSAGE = 300  # characters of an error of vLLM that are shown
@@ -37,11 +38,11 @@ MESSAGE = 300  # characters of an error of vLLM that are shown
 
 @dataclass
 class _Sampled:
-    """A completion under way: the `number`-th of request `index`."""
+    """A completion under way: the `number`-th of request `index`. `stops`: None without stop strings."""
 
     index: int
     number: int
-    limit: int
+    stops: StopFinder | None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -49,24 +50,25 @@ class _Sampled:
 class VllmEngine(Engine):
     """See `Engine`.
 
-    vLLM runs in processes of its own. Nothing of the policy is kept but its tokenizer: `load_weights` is the only way
-    in for weights, so the engine can also run where the policy is not. In bfloat16, a completion depends on its
-    neighbors by rounding.
+    vLLM runs in processes of its own. Only the policy's tokenizer is kept. Weights come from `load_weights` alone, so
+    the engine can also run where the policy is not. In bfloat16, a completion depends on its neighbors by rounding.
     """
 
-    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: Settings) -> None:
+    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable, devices: int = 1) -> None:
         """Start vLLM. It has no weights before the first `load_weights`.
 
-        `length`: the longest sequence, a prompt with its completion, in tokens.
+        `length`: the longest sequence, a prompt with its completion, in tokens. `devices`: CUDA devices over which vLLM
+        splits the model.
         """
         self.slots, self.version = slots, 0
         self.text = CompletionText(policy.tokenizer, policy.eos_ids)
         self._length, self._asleep, self._numbers = length, False, 0
         with tempfile.TemporaryDirectory() as folder:
             save_base(policy, Path(folder))
-            arguments = options(Path(folder), policy, settings, Size(slots, length))
-            self._llm = start(arguments, policy.device, settings)
-        self._transfer = choose_transfer(self._llm, policy, settings)
+            arguments = options(Path(folder), policy, settings, Size(slots, length, devices))
+            with waiting_for("vLLM to start"):
+                self._llm = start(arguments, policy.device, settings)
+        self._transfer = choose_transfer(self._llm, policy, settings, devices)
         self._sleeps = bool(arguments.get("enable_sleep_mode"))
 
     @staticmethod
@@ -88,12 +90,12 @@ class VllmEngine(Engine):
         yield from self._groups(requests, params, advance)
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
-        if 0 < params.temperature < COLDEST:
+        if too_cold(params.temperature):
             raise ValueError(f"temperature = {params.temperature:g}: vLLM samples at {COLDEST:g} or more; or write 0")
-        if params.temperature and params.min_p > 0 and params.top_p < 1:
+        if truncates_otherwise(params.temperature, params.top_p, params.min_p):
             raise ValueError(f"min_p = {params.min_p:g}: vLLM applies it before top_p; write only one of them")
         longest = max(
-            (len(request.token_ids) + _limit(request, params, number) for request in requests
+            (len(request.token_ids) + request.limit(number, params) for request in requests
              for number in range(len(request.streams))), default=0,
         )  # fmt: skip
         if longest > self._length:
@@ -106,9 +108,7 @@ class VllmEngine(Engine):
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None
     ) -> Iterator[tuple[int, list[Completion]]]:
         waiting = deque(
-            _Sampled(index, number, _limit(request, params, number))
-            for index, request in enumerate(requests)
-            for number in range(len(request.streams))
+            (index, number) for index, request in enumerate(requests) for number in range(len(request.streams))
         )
         groups: list[list[Completion | None]] = [[None] * len(request.streams) for request in requests]
         yield from ((index, []) for index, group in enumerate(groups) if not group)
@@ -116,9 +116,10 @@ class VllmEngine(Engine):
         try:
             while waiting or live:
                 while waiting and len(live) < self.slots:
-                    sampled = waiting.popleft()
-                    live[self._add(requests[sampled.index], sampled, params)] = sampled
-                count, finished = self._step(requests, params, live)
+                    index, number = waiting.popleft()
+                    stops = StopFinder(self.text, requests[index], params) if params.stop else None
+                    live[self._add(requests[index], number, params)] = _Sampled(index, number, stops)
+                count, finished = self._step(live)
                 if advance is not None and count:
                     advance(count)
                 for sampled, text_end in finished:
@@ -133,16 +134,16 @@ class VllmEngine(Engine):
                 with suppress(Exception):  # vLLM may be what failed
                     self._llm.llm_engine.abort_request(list(live))
 
-    def _add(self, request: Request, sampled: _Sampled, params: SamplingParams) -> str:
-        """Hand a completion to vLLM. Returns its name there."""
+    def _add(self, request: Request, number: int, params: SamplingParams) -> str:
+        """Hand the completion of stream `number` to vLLM. Returns its name there."""
         from vllm import SamplingParams as VllmParams
         from vllm.sampling_params import RequestOutputKind
 
         self._numbers += 1
-        name = f"{self._numbers}"
+        name, limit = f"{self._numbers}", request.limit(number, params)
         seed = None
         if params.temperature:
-            state = np.random.SeedSequence(tuple(request.streams[sampled.number])).generate_state(1, np.uint64)
+            state = np.random.SeedSequence(tuple(request.streams[number])).generate_state(1, np.uint64)
             seed = int(state[0] >> np.uint64(1))
         wanted = VllmParams(
             temperature=params.temperature,
@@ -150,8 +151,8 @@ class VllmEngine(Engine):
             top_p=params.top_p,
             min_p=params.min_p,
             seed=seed,
-            max_tokens=sampled.limit,
-            min_tokens=min(params.min_tokens, sampled.limit),
+            max_tokens=limit,
+            min_tokens=min(params.min_tokens, limit),
             stop_token_ids=list(self.text.eos_ids),
             ignore_eos=True,  # the EOS tokens are those above
             logprobs=0,
@@ -162,9 +163,7 @@ class VllmEngine(Engine):
             self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.token_ids)}, wanted)
         return name
 
-    def _step(
-        self, requests: Sequence[Request], params: SamplingParams, live: dict[str, _Sampled]
-    ) -> tuple[int, list[tuple[_Sampled, int | None]]]:
+    def _step(self, live: dict[str, _Sampled]) -> tuple[int, list[tuple[_Sampled, int | None]]]:
         """Take the tokens of vLLM's next step. Returns their number, and the finished completions with the end of their
         text, if a stop string ended it; these leave `live`."""
         finished, stopped, count = [], [], 0
@@ -181,8 +180,7 @@ class VllmEngine(Engine):
                 count += 1
                 if not math.isfinite(sampled.logprobs[-1]):
                     raise NonFiniteError
-                text_end = find_stop(self.text, requests[sampled.index], sampled.tokens, params)
-                if text_end is not None:
+                if sampled.stops is not None and (text_end := sampled.stops.add(token)) is not None:
                     break
             if output.finished or text_end is not None:
                 finished.append((live.pop(output.request_id), text_end))
@@ -224,15 +222,12 @@ class VllmEngine(Engine):
             process.join(CLOSING_SECONDS)
 
 
-def _limit(request: Request, params: SamplingParams, number: int) -> int:
-    return params.max_tokens if request.limits is None else min(params.max_tokens, request.limits[number])
-
-
 @contextmanager
 def _vllm_errors(during: str) -> Iterator[None]:
     """Raise RunError for an error of vLLM, with the start of its message, which can have thousands of characters."""
     try:
-        yield
+        with waiting_for(f"vLLM, {during}"):
+            yield
     except Exception as error:
         raise RunError(
             f'engine.name = "vllm": vLLM failed while {during} ({first_line(error)[:MESSAGE]}); its own messages are '

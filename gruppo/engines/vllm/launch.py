@@ -1,4 +1,4 @@
-"""Starting vLLM: its options, its environment, and what can be wrong before it starts."""
+"""Starting vLLM: its options, its environment, and checks before it starts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from gruppo.config.engine_section import Engine as Settings
+from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Decoding
-from gruppo.config.units import as_bytes
+from gruppo.config.units import as_bytes, bytes_of
 from gruppo.errors import RunError, UsageError, first_line
+from gruppo.models.four_bit import full_count
 from gruppo.models.policy import LanguageModel
+from gruppo.utils.cgroups import machine_memory
 
 COLDEST = 0.01  # vLLM raises lower temperatures to this one
 BLOCK_TOKENS = 32  # of the prefix cache on a CPU; vLLM's own 128 would share no prompt shorter than that
@@ -56,6 +57,11 @@ def check_recipe(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> No
             f"engine.device = {recipe.engine.device}: there are {torch.cuda.device_count()} CUDA devices, counted from "
             "0; write a smaller number, or leave it out"
         )
+    if recipe.engine.device is not None and recipe.engine.device == _number(device):
+        raise UsageError(
+            f"engine.device = {recipe.engine.device}: is the device of the trained model; leave it out to share that "
+            "device, where vLLM then sleeps while the model is trained"
+        )
     _check_temperature("sampling.temperature", recipe.sampling.temperature)
     if recipe.evaluation is not None:
         _check_decoding("evaluation.decoding", recipe.evaluation.decoding)
@@ -63,8 +69,23 @@ def check_recipe(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> No
         _check_decoding(f"benchmarks[{index}].decoding", benchmark.decoding)
 
 
+def _number(device: torch.device) -> int:
+    """The number of a CUDA device."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def too_cold(temperature: float) -> bool:
+    """Whether vLLM would sample at another temperature than this one."""
+    return 0 < temperature < COLDEST
+
+
+def truncates_otherwise(temperature: float, top_p: float, min_p: float) -> bool:
+    """Whether vLLM would sample from another distribution: it applies min_p before top_p."""
+    return temperature > 0 and min_p > 0 and top_p < 1
+
+
 def _check_temperature(field: str, temperature: float) -> None:
-    if 0 < temperature < COLDEST:
+    if too_cold(temperature):
         raise UsageError(
             f"{field} = {temperature:g}: vLLM samples at {COLDEST:g} or more; write {COLDEST:g}, or 0 for greedy "
             'answers, or engine.name = "native"'
@@ -73,7 +94,7 @@ def _check_temperature(field: str, temperature: float) -> None:
 
 def _check_decoding(field: str, decoding: Decoding) -> None:
     _check_temperature(f"{field}.temperature", decoding.temperature)
-    if decoding.temperature and decoding.min_p and decoding.top_p < 1:
+    if truncates_otherwise(decoding.temperature, decoding.top_p, decoding.min_p):
         raise UsageError(
             f"{field}.min_p = {decoding.min_p:g}: vLLM applies min_p before top_p, which gives another distribution; "
             'write only one of them, or engine.name = "native"'
@@ -82,13 +103,15 @@ def _check_decoding(field: str, decoding: Decoding) -> None:
 
 @dataclass(frozen=True)
 class Size:
-    """What vLLM is started for: `slots` concurrent completions of sequences of at most `length` tokens."""
+    """What vLLM is started for: `slots` concurrent completions of sequences of at most `length` tokens, on a number of
+    CUDA `devices`."""
 
     slots: int
     length: int
+    devices: int = 1
 
 
-def options(folder: Path, policy: LanguageModel, settings: Settings, size: Size) -> dict[str, Any]:
+def options(folder: Path, policy: LanguageModel, settings: EngineTable, size: Size) -> dict[str, Any]:
     """The arguments of `vllm.LLM` for the model whose config is in `folder`. Raises UsageError for too little memory.
 
     The weights are loaded later, by the trainer.
@@ -113,10 +136,13 @@ def options(folder: Path, policy: LanguageModel, settings: Settings, size: Size)
             "enforce_eager": True,
             "kv_cache_memory_bytes": cache,
         }
+    shared = settings.device is None
     share = settings.memory
     if isinstance(share, str):
-        share = min(1.0, as_bytes(share) / torch.cuda.get_device_properties(policy.device).total_memory)
-    shared = settings.device is None
+        number = _number(policy.device) if shared else settings.device
+        share = min(1.0, as_bytes(share) / torch.cuda.get_device_properties(number).total_memory)
+    if size.devices > 1:
+        common |= {"tensor_parallel_size": size.devices, "distributed_executor_backend": "mp"}
     return common | {
         "gpu_memory_utilization": share,
         "enable_sleep_mode": shared,
@@ -124,25 +150,25 @@ def options(folder: Path, policy: LanguageModel, settings: Settings, size: Size)
     }
 
 
-def _cache_bytes(policy: LanguageModel, settings: Settings, size: Size) -> int:
+def _cache_bytes(policy: LanguageModel, settings: EngineTable, size: Size) -> int:
     """Bytes for keys and values on a CPU: enough for all slots, and at most what `engine.memory` leaves.
 
-    The weights are there twice, once packed.
+    vLLM keeps everything in the compute dtype: keys and values, and the weights twice, once packed.
     """
-    memory = settings.memory
-    allowed = as_bytes(memory) if isinstance(memory, str) else int(memory * psutil.virtual_memory().total)
-    sequence = policy.cache_bytes * (size.length + 2 * BLOCK_TOKENS)
-    weights = 2 * policy.dtype.itemsize * sum(parameter.numel() for parameter in policy.model.parameters())
+    allowed = bytes_of(settings.memory, machine_memory())
+    token = policy.cache_bytes * policy.dtype.itemsize // policy.cache_dtype.itemsize
+    sequence = token * (size.length + 2 * BLOCK_TOKENS)
+    weights = 2 * policy.dtype.itemsize * sum(map(full_count, policy.model.parameters()))
     if weights + sequence > allowed:
         raise UsageError(
-            f"engine.memory = {memory!r}: allows {allowed / 1e9:.2f} GB, and vLLM needs at least "
+            f"engine.memory = {settings.memory!r}: allows {allowed / 1e9:.2f} GB, and vLLM needs at least "
             f"{(weights + sequence) / 1e9:.2f} GB, of which the weights take {weights / 1e9:.2f} GB; write e.g. "
             f'"{(weights + sequence) / 1e9 + 0.5:.1f} GB"'
         )
     return min(size.slots * sequence, allowed - weights)
 
 
-def start(arguments: dict[str, Any], device: torch.device, settings: Settings) -> Any:
+def start(arguments: dict[str, Any], device: torch.device, settings: EngineTable) -> Any:
     """Start vLLM, as a `vllm.LLM`. Its processes end with this one. Raises RunError if it does not start."""
     with _environment(device, settings), _without_interrupts():
         try:
@@ -178,7 +204,7 @@ def _fail_when_dead(core: Any) -> None:
 
 
 @contextmanager
-def _environment(device: torch.device, settings: Settings) -> Iterator[None]:
+def _environment(device: torch.device, settings: EngineTable) -> Iterator[None]:
     """The environment of vLLM's processes. vLLM changes this process's own while it starts; it is restored, with what
     sending weights needs."""
     before = dict(os.environ)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gruppo.config.engine_section import Engine as Settings
+from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 
@@ -30,9 +30,9 @@ class Transfer(Protocol):
         """Replace vLLM's weights by these."""
 
 
-def choose_transfer(llm: Any, policy: LanguageModel, settings: Settings) -> Transfer:
-    """The transfer for the device of the policy and the device of vLLM."""
-    if policy.device.type == "cpu":
+def choose_transfer(llm: Any, policy: LanguageModel, settings: EngineTable, devices: int = 1) -> Transfer:
+    """The transfer for the device of the policy and the devices of vLLM, which are several only in a fleet."""
+    if policy.device.type == "cpu" or devices > 1:
         return ByName(llm, policy.dtype)
     return ByTransferApi(llm, policy.dtype, shared=settings.device is None)
 

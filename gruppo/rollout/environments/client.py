@@ -23,6 +23,7 @@ from gruppo.rollout.workers.process import TICK_SECONDS, Worker, wait
 from gruppo.rollout.workers.rewards import pickled
 from gruppo.rollout.workers.worker_set import WorkerSet
 from gruppo.utils.progress import Progress
+from gruppo.utils.waiting import moved, waiting_for
 
 NAME = "environment"  # of its part in the reward
 MOST_SANDBOXES = 64  # each keeps an interpreter with the objects of its blocks until its completion is finished
@@ -95,9 +96,12 @@ class PythonEnvironments:
         """See `Environments`."""
         futures = [self.threads.submit(self._step, play) for play in plays]
         try:
-            while not all(future.done() for future in futures):
-                wait_for(futures, TICK_SECONDS)
-                tick()
+            with waiting_for("Python blocks in the sandbox") as waited:
+                for future in futures:
+                    future.add_done_callback(lambda _: waited.moved())
+                while not all(future.done() for future in futures):
+                    wait_for(futures, TICK_SECONDS)
+                    tick()
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -154,7 +158,7 @@ class ProcessEnvironments:
     def __init__(self, settings: Settings, passed: Sequence[str], log: Path | None, progress: Progress) -> None:
         """`passed`: names of environment variables that the processes get; `log`: file for the class's output. Raises
         UsageError if the class cannot be loaded."""
-        self.seconds, self.max_characters = settings.seconds, settings.output
+        self.name, self.seconds, self.max_characters = settings.name, settings.seconds, settings.output
         load = {"kind": "load", "name": settings.name, "options": dict(settings.options), "path": sys.path}
         message, memory = pickled(load), as_bytes(settings.memory)
         self._output = Output(log) if log is not None else None
@@ -176,11 +180,13 @@ class ProcessEnvironments:
 
     def answer(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`."""
-        return self._ask("turn", plays, tick)
+        with waiting_for(f"environment {self.name}"):
+            return self._ask("turn", plays, tick)
 
     def end(self, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
         """See `Environments`."""
-        answers = self._ask("end", plays, tick)
+        with waiting_for(f"environment {self.name}, which gives rewards"):
+            answers = self._ask("end", plays, tick)
         for play in plays:
             self._places.pop(play.number, None)
         return answers
@@ -224,6 +230,7 @@ class ProcessEnvironments:
                     answer = self._collect(place, index, deadline)
                     if answer is not None:
                         del busy[place]
+                        moved()
                         if index is not None:
                             answers[index] = answer
                             if answer.failure:

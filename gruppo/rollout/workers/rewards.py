@@ -22,7 +22,7 @@ import cloudpickle
 from gruppo.config.labels import options_name, split_label
 from gruppo.config.recipe import Recipe
 from gruppo.config.sections import Reward as RewardSettings
-from gruppo.config.units import as_bytes
+from gruppo.config.units import bytes_of
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction, RewardRun, check_option_names, reward_path
 from gruppo.rewards.combine import Value, combine
@@ -33,6 +33,7 @@ from gruppo.rollout.workers.worker_set import WorkerSet
 from gruppo.types import Completion, Prompt, Reward, Steps
 from gruppo.utils.cgroups import machine_memory
 from gruppo.utils.progress import Advance, NullProgress, Progress
+from gruppo.utils.waiting import moved, waiting_for
 
 _Job = tuple[int, int]  # group, function
 
@@ -225,22 +226,28 @@ class RewardPool:
         """Give jobs to idle workers until all are done. A busy worker without a job is loading its functions."""
         busy: dict[Worker, tuple[_Job | None, float]] = {}
         try:
-            while jobs or any(job is not None for job, _ in busy.values()):
-                for idle in [worker for worker in self._workers if worker not in busy]:
-                    worker = self._workers.alive(idle)
-                    if not worker.loaded:
-                        busy[worker] = None, worker.load_by
-                    elif jobs:
-                        busy[worker] = jobs[0], time.monotonic() + self.timeout
-                        worker.send(call(jobs.popleft()))
-                patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
-                wait(busy, min(patience, TICK_SECONDS))
-                self._collect(busy, jobs, done)
-                tick()
+            with waiting_for(lambda: self._in_words(busy)):
+                while jobs or any(job is not None for job, _ in busy.values()):
+                    for idle in [worker for worker in self._workers if worker not in busy]:
+                        worker = self._workers.alive(idle)
+                        if not worker.loaded:
+                            busy[worker] = None, worker.load_by
+                        elif jobs:
+                            busy[worker] = jobs[0], time.monotonic() + self.timeout
+                            worker.send(call(jobs.popleft()))
+                    patience = max(0.0, min(deadline for _, deadline in busy.values()) - time.monotonic())
+                    wait(busy, min(patience, TICK_SECONDS))
+                    self._collect(busy, jobs, done)
+                    tick()
         except BaseException:
             for worker in busy:
                 self._workers.replace(worker)
             raise
+
+    def _in_words(self, busy: Mapping[Worker, tuple[_Job | None, float]]) -> str:
+        """What busy workers compute. Called by the thread that watches waits."""
+        names = sorted({self.names[job[1]] for job, _ in list(busy.values()) if job is not None})
+        return f"reward {', '.join(names)}" if names else "a process that loads the rewards"
 
     def _collect(
         self,
@@ -254,6 +261,7 @@ class RewardPool:
             if answer is None:
                 continue
             del busy[worker]
+            moved()
             if job is None:
                 self._workers.loaded(worker, answer)
                 continue
@@ -318,9 +326,7 @@ def trainer_state(recipe: Recipe, step: int) -> dict[str, int]:
 
 def memory_per_process(settings: RewardSettings) -> int:
     """Maximum memory of one reward process, in bytes."""
-    memory = settings.memory
-    total = as_bytes(memory) if isinstance(memory, str) else int(memory * machine_memory())
-    return total // settings.workers
+    return bytes_of(settings.memory, machine_memory()) // settings.workers
 
 
 def _unique(names: Sequence[str]) -> list[str]:
@@ -331,16 +337,28 @@ def _unique(names: Sequence[str]) -> list[str]:
     return unique
 
 
+def completion_columns(completions: Sequence[Completion]) -> list[str]:
+    """The names of the columns that every one of these completions brings."""
+    found = [set(c.episode.columns) if c.episode is not None else set() for c in completions]
+    return sorted(set.intersection(*found) - {"completion_ids"}) if found else []
+
+
 def call_arguments(prompt: Prompt, completions: Sequence[Completion]) -> dict[str, Any]:
     """Arguments of a reward function. Every list has G entries."""
     size = len(completions)
     conversation = not isinstance(prompt.content, str)
+    of_completions = [{} if c.episode is None else c.episode.columns for c in completions]
+    names = dict.fromkeys(name for columns in of_completions for name in columns)
     return {
         **{name: [value] * size for name, value in prompt.columns.items()},
+        **{name: [columns.get(name) for columns in of_completions] for name in names},
         "prompts": [prompt.content] * size,
         "prompt_endings": [prompt.ending] * size,
         "completions": [[{"role": "assistant", "content": c.text}] if conversation else c.text for c in completions],
-        "completion_ids": [list(completion.token_ids) for completion in completions],
+        "completion_ids": [
+            columns.get("completion_ids", list(completion.token_ids))
+            for columns, completion in zip(of_completions, completions, strict=True)
+        ],
     }
 
 

@@ -12,9 +12,10 @@ from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native import engine as native
 from gruppo.engines.native.engine import DecodingOptions, NativeEngine, choose_slots
 from gruppo.engines.native.kv_cache import PAGE_TOKENS, PageStore, room
-from gruppo.engines.native.transfer import Download, upload
+from gruppo.engines.native.transfer import Download
 from gruppo.models.attention.interface import Layer
 from gruppo.types import Completion
+from gruppo.utils.transfer import upload
 from tests.conftest import make_policy
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def generate(options: DecodingOptions, dtype: torch.dtype, params: SamplingParam
 
 def test_arrays_keep_their_shapes_and_numbers() -> None:
     arrays = [np.arange(6).reshape(2, 3), np.array([7]), np.zeros((0, 2), dtype=np.int64)]
-    assert [tensor.tolist() for tensor in upload(arrays, CPU)] == [[[0, 1, 2], [3, 4, 5]], [7], []]
+    assert [tensor.tolist() for tensor in upload(arrays, torch.long, CPU)] == [[[0, 1, 2], [3, 4, 5]], [7], []]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

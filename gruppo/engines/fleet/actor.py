@@ -1,0 +1,236 @@
+"""The process of one engine of a fleet: an actor of Ray. It outlives no run, and what it holds can be had again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch
+
+from gruppo import __version__
+from gruppo.config.engine_section import ENGINES
+from gruppo.config.engine_section import Engine as EngineTable
+from gruppo.engines.base import Engine, Request, SamplingParams
+from gruppo.engines.completions import NonFiniteError
+from gruppo.engines.fleet.parcels import received
+from gruppo.errors import UsageError, first_line, out_of_memory
+from gruppo.models.blueprint import built
+from gruppo.types import Completion
+from gruppo.utils.cgroups import available_memory
+from gruppo.utils.imports import import_attribute
+from gruppo.utils.system import keep_freed_memory
+
+REPORT_SECONDS = 0.5
+# What launchers tell the ranks of the trainer. An engine that inherits it would take itself for one of them.
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+FailureKind = Literal["usage", "value", "nonfinite", "memory", "engine"]
+
+
+class Failure(NamedTuple):
+    """An error of an engine, as text: exceptions of other processes do not always survive pickling.
+
+    "usage", "value", "nonfinite" and "memory" become the exception that the engine raised. "engine" is anything else,
+    and ends the process.
+    """
+
+    kind: FailureKind
+    message: str
+
+
+class Hello(NamedTuple):
+    """Who an engine is. `errors`: the file with its standard error, on its own machine."""
+
+    pid: int
+    host: str
+    errors: str
+    versions: tuple[str, str]
+
+
+class Memory(NamedTuple):
+    """Bytes that the process holds, and that its machine has left."""
+
+    used: int
+    free: int
+
+
+class Report(NamedTuple):
+    """What an engine has sampled since its last report: a number of tokens, and whole requests by their places.
+
+    `last`: the piece has ended, with a `failure` if there is one.
+    """
+
+    tokens: int
+    groups: list[tuple[int, list[Completion]]]
+    memory: Memory
+    last: bool
+    failure: Failure | None
+
+
+class Loaded(NamedTuple):
+    """Weights are loaded."""
+
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Order:
+    """The engine that an actor is to hold. `blueprint`: see `sampling_blueprint`. `device`: where its weights are to
+    arrive. `devices`: over how many devices vLLM splits the model."""
+
+    blueprint: bytes
+    settings: EngineTable
+    slots: int
+    length: int
+    device: str
+    devices: int
+    threads: int
+
+
+def versions() -> tuple[str, str]:
+    """Of gruppo and torch. Driver and engines must agree."""
+    return __version__, torch.__version__
+
+
+class EngineActor:
+    """Methods that the driver calls, one at a time. Each answers with a `Failure` where an engine would raise."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.engine: Engine | None = None
+        self.work: _Work | None = None
+
+    def hello(self) -> Hello | Failure:
+        """Build the engine."""
+        for name in _OF_RANKS:
+            os.environ.pop(name, None)
+        torch.set_num_threads(self.order.threads)
+        keep_freed_memory()
+        try:
+            self.engine = _build(self.order)
+        except Exception as error:  # noqa: BLE001  the driver reports it
+            return _failure(error)
+        errors = Path("/proc/self/fd/2")
+        file = str(errors.readlink()) if errors.exists() else ""
+        return Hello(os.getpid(), socket.gethostname(), file, versions())
+
+    def load(self, parcels: Sequence[Any], version: int) -> Loaded | Failure:
+        """See `Engine.load_weights`."""
+        engine = self._idle_engine()
+        try:
+            engine.load_weights(received(parcels, torch.device(self.order.device)), version)
+        except Exception as error:  # noqa: BLE001
+            return _failure(error)
+        return Loaded(_memory())
+
+    def probe(self, request: Request, params: SamplingParams) -> Completion | Failure:
+        """The completion of a request with one stream."""
+        engine = self._idle_engine()
+        try:
+            ((completion,),) = engine.generate([request], params)
+        except Exception as error:  # noqa: BLE001
+            return _failure(error)
+        return completion
+
+    def sample(self, requests: Sequence[Request], params: SamplingParams, slots: int) -> Iterator[Report]:
+        """Sample a piece. Reports come while it is sampled, but none as long as nothing is."""
+        engine = self._idle_engine()
+        engine.slots = slots
+        self.work = _Work(lambda advance: engine.stream(requests, params, advance))
+        yield from self.work.reports()
+
+    def _idle_engine(self) -> Engine:
+        """The engine, after the end of a piece that the driver has given up."""
+        if self.work is not None:
+            self.work.abandon()
+            self.work = None
+        assert self.engine is not None
+        return self.engine
+
+
+def _build(order: Order) -> Engine:
+    policy, settings = built(order.blueprint), order.settings
+    engine_class = import_attribute(ENGINES.get(settings.name, settings.name), "engine.name")
+    if settings.has_own_process:
+        return engine_class(policy, order.slots, order.length, settings, order.devices)  # type: ignore[no-any-return]
+    return engine_class(policy, order.slots)  # type: ignore[no-any-return]
+
+
+def _failure(error: Exception) -> Failure:
+    kinds: dict[type[Exception], FailureKind] = {UsageError: "usage", NonFiniteError: "nonfinite", ValueError: "value"}
+    kind: FailureKind = next((name for known, name in kinds.items() if isinstance(error, known)), "engine")
+    return Failure("memory" if out_of_memory(error) else kind, first_line(error))
+
+
+def _memory() -> Memory:
+    return Memory(psutil.Process().memory_info().rss, available_memory())
+
+
+class _AbandonedError(Exception):
+    """Ends a piece that the driver has given up."""
+
+
+@dataclass
+class _Work:
+    """A piece that is sampled in a thread of its own, so that reports do not wait for whole groups."""
+
+    stream: Callable[[Callable[[float], None]], Iterator[tuple[int, list[Completion]]]]
+    news: SimpleQueue[Any] = field(default_factory=SimpleQueue)
+    given_up: bool = False
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            for group in self.stream(self._advance):
+                self.news.put(group)
+            self.news.put(None)
+        except _AbandonedError:
+            self.news.put(None)
+        except Exception as error:  # noqa: BLE001
+            self.news.put(_failure(error))
+
+    def _advance(self, tokens: float) -> None:
+        if self.given_up:
+            raise _AbandonedError
+        self.news.put(int(tokens))
+
+    def abandon(self) -> None:
+        """Stop sampling. Returns when the engine is free."""
+        self.given_up = True
+        self.thread.join()
+
+    def reports(self) -> Iterator[Report]:
+        """Everything that is sampled, at most twice a second; the last report ends the piece."""
+        ended = False
+        try:
+            while not ended:
+                item, tokens, groups, failure = self.news.get(), 0, [], None
+                due = time.monotonic() + REPORT_SECONDS
+                while True:
+                    if isinstance(item, int):
+                        tokens += item
+                    elif isinstance(item, Failure):
+                        failure = item
+                    elif item is not None:
+                        groups.append(item)
+                    ended = item is None or failure is not None
+                    if ended:
+                        break
+                    try:
+                        item = self.news.get(timeout=max(0.0, due - time.monotonic()))
+                    except Empty:
+                        break
+                yield Report(tokens, groups, _memory(), ended, failure)
+        finally:
+            self.abandon()

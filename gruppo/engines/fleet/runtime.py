@@ -1,0 +1,108 @@
+"""Ray for the duration of a run: started on this machine, or joined where it runs already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch
+
+from gruppo.config.cluster_section import LOCAL, Cluster
+from gruppo.errors import RunError, UsageError, first_line
+
+LEAST_STORE = 200 * 2**20  # bytes of Ray's object store; Ray accepts no fewer than 75 MB
+VERSIONS = 2.5  # of the weights that fit into the object store: the new one, the old one, and room between objects
+
+
+class Runtime:
+    """A connection to Ray. `close` ends what `start` has started."""
+
+    def __init__(self, cluster: Cluster, accelerated: bool, weight_bytes: int) -> None:
+        """Start Ray on this machine, or join the one at `cluster.address`. A Ray that this process is connected to
+        already is used as it is.
+
+        `weight_bytes`: of one version of the weights. Raises RunError if Ray cannot be reached or started.
+        """
+        self.owned = not ray.is_initialized()
+        self.local = cluster.address == LOCAL
+        if not self.owned:
+            return
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if self.local:
+            options |= {"include_dashboard": False, "num_cpus": cluster.engines}
+            options["object_store_memory"] = int(max(LEAST_STORE, VERSIONS * weight_bytes))
+        else:
+            options["address"] = cluster.address
+        devices = _free_devices(cluster) if accelerated and self.local else None
+        try:
+            with _signals_kept(), _devices_shown(devices):
+                self.folder = ray.init(**options).address_info["session_dir"]
+        except Exception as error:
+            raise RunError(
+                f'cluster.address = "{cluster.address}": Ray cannot be {"started" if self.local else "reached"} '
+                f"({first_line(error)}); see docs/scale.md"
+            ) from error
+
+    def close(self) -> None:
+        """Leave Ray, and end it if it was started here."""
+        if not self.owned or not ray.is_initialized():
+            return
+        with _signals_kept():
+            ray.shutdown()
+        if self.local:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def room(cluster: Cluster, accelerated: bool) -> str:
+    """What Ray has and the engines need, in words."""
+    total = ray.cluster_resources()
+    has = f"Ray has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+    gpus = f" and {cluster.engines * cluster.engine_devices} GPUs" if accelerated else ""
+    return f"{has}; {cluster.engines} engines need {cluster.engines} CPUs{gpus}"
+
+
+def _free_devices(cluster: Cluster) -> list[str]:
+    """The CUDA devices of this machine that no rank of the trainer uses. Raises UsageError if they are too few."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    every = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free, needed = every[ranks:], cluster.engines * cluster.engine_devices
+    if len(free) < needed:
+        raise UsageError(
+            f"cluster.engines = {cluster.engines}: needs {needed} CUDA devices besides the trainer's, and this machine "
+            f"has {len(free)}; write fewer engines, or the address of a Ray with more machines in cluster.address"
+        )
+    return free
+
+
+@contextmanager
+def _devices_shown(devices: list[str] | None) -> Iterator[None]:
+    """Let processes that start inside the block see these CUDA devices only."""
+    if devices is None:
+        yield
+        return
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Restore the handler of SIGTERM, which Ray replaces in the main thread by one that ends the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,187 @@
+"""Runs that sample with two engines equal runs that sample in their own process, and leave no process of Ray behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomli_w
+
+from gruppo.engines.fleet.member import Member
+from gruppo.errors import RunError
+from gruppo.training.api import train
+from tests.cluster.compare import assert_close, lines
+from tests.small_runs import ROWS, fingerprint, killed, recipe, small_run
+
+OF_THE_FLEET = ("engine/idle_share", "engine/load_", "engine/0/", "engine/1/")
+EVALUATION: dict[str, Any] = {
+    "evaluation__questions": 4,
+    "evaluation__grader": "exact_match",
+    "task__held_out": 0.3,
+    "run__steps": 4,
+}
+
+
+def of_the_run(out: Path) -> dict[str, Any]:
+    """The fingerprint of a run without what only a fleet reports."""
+    found = fingerprint(out)
+    for line in found["metrics"]:
+        for name in list(line):
+            if name.startswith(OF_THE_FLEET):
+                del line[name]
+    return found
+
+
+def events(out: Path, *kinds: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] in kinds]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"cluster__weights": "files"}, {"model__dtype": "float64"}, {"model__lora": {"rank": 2}}],
+    ids=["objects", "files", "float64", "lora"],
+)
+def test_a_run_with_two_engines_equals_the_run_without(
+    running_ray: None, tiny_folder: str, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Weights and checkpoints to the last bit; tokens, rewards and metrics but those of time and of the engines.
+
+    Only what the engine says of its log-probabilities may differ in the last bits, because pieces are smaller batches.
+    """
+    alone = {name: value for name, value in changes.items() if not name.startswith("cluster__")}
+    small_run(tiny_folder, tmp_path / "one", **EVALUATION, **alone)
+    small_run(tiny_folder, tmp_path / "two", cluster__engines=2, **EVALUATION, **changes)
+    found, expected = of_the_run(tmp_path / "two"), of_the_run(tmp_path / "one")
+    assert (found["weights"], found["checkpoint"]) == (expected["weights"], expected["checkpoint"])
+    for name in ("rollouts", "evaluations", "metrics"):
+        assert_close(found[name], expected[name], 1e-6, name)
+    steps = [line for line in lines(tmp_path / "two") if "engine/idle_share" in line]
+    assert [line["engine/1/version"] for line in steps] == [1, 2, 3, 4]
+    assert not (tmp_path / "two" / "engine_weights").exists()
+
+
+def test_a_run_that_loses_engines_equals_one_that_loses_none(
+    running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run(tiny_folder, tmp_path / "whole", cluster__engines=2)
+    send, sent = Member.send_piece, 0
+
+    def kills(member: Member, *arguments: Any) -> None:
+        nonlocal sent
+        sent += 1
+        send(member, *arguments)
+        if sent in {2, 7}:
+            assert member.hello is not None
+            os.kill(member.hello.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Member, "send_piece", kills)
+    small_run(tiny_folder, tmp_path / "run", cluster__engines=2)
+    assert of_the_run(tmp_path / "run") == of_the_run(tmp_path / "whole")
+    found = events(tmp_path / "run", "engine_lost", "engine_back")
+    assert [event["kind"] for event in found].count("engine_lost") == 2
+    assert all("engine " in event["message"] and event["step"] >= 1 for event in found)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(
+    running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run(tiny_folder, tmp_path / "whole", cluster__engines=2)
+    with killed(monkeypatch, "gruppo.engines.fleet.fleet.Fleet.load_weights", 4):
+        small_run(tiny_folder, tmp_path / "run", cluster__engines=2)
+    small_run(tiny_folder, tmp_path / "run", resume=True, cluster__engines=2)
+    assert of_the_run(tmp_path / "run") == of_the_run(tmp_path / "whole")
+
+
+def test_a_run_whose_engines_all_fail_is_saved(
+    running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, sent = Member.send_piece, 0
+
+    def kills(member: Member, *arguments: Any) -> None:
+        nonlocal sent
+        sent += 1
+        send(member, *arguments)
+        if sent > 6:
+            assert member.hello is not None
+            os.kill(member.hello.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "send_piece", kills)
+        with pytest.raises(RunError, match=r"engine [01] has ended 3 times without finishing any work; the last time:"):
+            small_run(tiny_folder, tmp_path / "run", cluster__engines=2, run__checkpoint_every=100)
+    assert (tmp_path / "run/checkpoints/step-000003/manifest.json").is_file()
+    small_run(tiny_folder, tmp_path / "run", resume=True, cluster__engines=2, run__checkpoint_every=100)
+    small_run(tiny_folder, tmp_path / "whole", cluster__engines=2, run__checkpoint_every=100)
+    assert of_the_run(tmp_path / "run") == of_the_run(tmp_path / "whole")
+
+
+def started(model: str, folder: Path, *launcher: str, **changes: Any) -> subprocess.Popen[str]:
+    """`gruppo train` in a process group of its own."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    reward = str(Path("tests/rewards/functions.py").absolute()) + ":likes_letters"
+    settings = recipe(model, task__name=str(rows), reward__functions=[reward], cluster__engines=2, **changes)
+    (folder / "recipe.toml").write_text(tomli_w.dumps(settings))
+    command = [sys.executable, *launcher, "-m", "gruppo.cli.main", "train", str(folder / "recipe.toml")]
+    return subprocess.Popen(
+        [*command, "--out", str(folder / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_steps(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def wait_for_the_end(processes: list[psutil.Process]) -> None:
+    deadline = time.monotonic() + 60
+    while alive := [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_no_process_of_ray(tiny_folder: str, tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C reaches the whole group of processes."""
+    process = started(tiny_folder, tmp_path, run__steps=2000, run__checkpoint_every=1000)
+    wait_for_steps(tmp_path / "run", 3)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in child.name() for child in children)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    wait_for_the_end(children)
+    if number != signal.SIGKILL:
+        done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+        assert f"Interrupted after step {done} of 2000; everything is saved" in output, output
+        assert (tmp_path / f"run/checkpoints/step-{done:06d}/manifest.json").is_file()
+        assert "Traceback" not in output
+        assert "(raylet)" not in output
+
+
+def test_two_ranks_and_two_engines_equal_one_process(tiny_folder: str, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"run__steps": 3, "model__dtype": "float64"}
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    process = started(tiny_folder, tmp_path, *launcher, cluster__trainers=2, **small)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    train(recipe(tiny_folder, **small), prompts=ROWS, out=tmp_path / "one", progress=False)
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "run"), strict=True):
+        assert two["engine/0/version"] == two["step"]
+        for name, value in one.items():
+            if not name.startswith(("time/", "memory/")):
+                assert_close(two[name], value, 1e-10, name)
