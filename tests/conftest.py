@@ -72,12 +72,15 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def unchanged_path() -> Iterator[None]:
+def _unchanged_path() -> Iterator[None]:
     """A reward "tests/file.py:function" puts tests/ on sys.path, where tests/gguf and tests/trl hide the libraries."""
     before = list(sys.path)
     yield
     sys.path[:] = before
+
+
+unchanged_path = pytest.fixture(autouse=True)(_unchanged_path)
+unchanged_path_of_module = pytest.fixture(autouse=True, scope="module")(_unchanged_path)  # by fixtures of a module
 
 
 END = 0

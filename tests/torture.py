@@ -47,7 +47,9 @@ import tomli_w
 import gruppo.cli.main
 import gruppo.training.loop
 import gruppo.training.setup
-from gruppo.runs.reading import read_lines
+from gruppo.rollout.sampled_step import FILE as AHEAD
+from gruppo.rollout.sampled_step import SAMPLED
+from gruppo.runs.reading import read_lines, read_table
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, recipe
 
@@ -315,12 +317,14 @@ def outcome(out: Path) -> dict[str, Any]:
     contents: dict[str, Any] = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file() or path.name.startswith(".")):
         name = str(path.relative_to(out))
-        if path.suffix in {".safetensors", ".parquet"} or ".writing" in name or path.name.startswith("."):
+        if path.name == AHEAD:
+            contents[name] = sampled_steps(path)
+        elif path.suffix in {".safetensors", ".parquet"} or ".writing" in name or path.name.startswith("."):
             contents[name] = path.read_bytes() if path.is_file() else ""
         elif path.name == "state.json":
             contents[name] = without(json.loads(path.read_text()), {"train_seconds", "peak_memory_bytes", "lengths"})
         elif path.name == "manifest.json":
-            contents[name] = without(json.loads(path.read_text()), {"state.json"})
+            contents[name] = without(json.loads(path.read_text()), {"state.json", AHEAD})
     contents["summary.json"] = without(
         json.loads((out / "summary.json").read_text()), {"train_seconds", "peak_memory_bytes"}
     )
@@ -331,6 +335,14 @@ def outcome(out: Path) -> dict[str, Any]:
     events = [event for event in read_lines(out / "events.jsonl") if event["kind"] not in {"resume", "changed"}]
     contents["events.jsonl"] = [without(event, {"time"}) for event in events]
     return contents
+
+
+def sampled_steps(path: Path) -> list[dict[str, Any]]:
+    """The steps that a checkpoint keeps, without the seconds that their sampling took."""
+    rows = read_table(path, SAMPLED).to_pylist()
+    for row in rows:
+        row["report"] = row["report"] and without(json.loads(row["report"]), {"seconds"})
+    return rows
 
 
 def without(content: dict[str, Any], names: set[str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 128, 2, 4, 2, 512, 2, 4, 12, 12),
+    "tiny": Shape(128, 256, 2, 4, 2, 512, 2, 4, 12, 12),  # heads of 32, which every engine has kernels for
     "0.5b": Shape(896, 4864, 24, 14, 2, 151_936, 16, 8, 256, 256),
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151_936, 16, 8, 256, 256),
 }

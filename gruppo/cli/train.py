@@ -52,11 +52,12 @@ def train(
     from gruppo.runs.console import ConsoleProgress
 
     progress = ConsoleProgress()
-    progress.note(f"gruppo {__version__}: {recipe} -> {folder}")
-    from gruppo.training.api import run_recipe
+    with resumable(["train", recipe], set_, folder):
+        progress.note(f"gruppo {__version__}: {recipe} -> {folder}")
+        from gruppo.training.api import run_recipe
 
-    with resumable(["train", recipe], set_, folder), _ranks(settings) as ranks:
-        result, _ = run_recipe(settings, out=folder, resume=resume, progress=progress, ranks=ranks)
+        with _ranks(settings) as ranks:
+            result, _ = run_recipe(settings, out=folder, resume=resume, progress=progress, ranks=ranks)
         if result.summary["state"] == "interrupted":
             from gruppo.runs.status import read_status
             from gruppo.utils.signals import Interrupted

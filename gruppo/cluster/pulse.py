@@ -92,7 +92,8 @@ class Pulse:
         return f"a sign of life from {_named(self.silent(LATE * self.every))}"
 
     def _missing(self, ranks: list[int]) -> str:
-        return f"{_named(ranks)} has ended, or is silent since {self._since(ranks)}"
+        verbs = ("has", "is") if len(ranks) == 1 else ("have", "are")
+        return f"{_named(ranks)} {verbs[0]} ended, or {verbs[1]} silent since {self._since(ranks)}"
 
     def _since(self, ranks: list[int]) -> str:
         """The time of day of the earliest last sign of life."""
@@ -135,4 +136,6 @@ class Pulse:
 
 
 def _named(ranks: list[int]) -> str:
-    return f"rank {', '.join(map(str, ranks))}" if ranks else "the other ranks"
+    if not ranks:
+        return "the other ranks"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

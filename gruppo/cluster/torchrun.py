@@ -113,7 +113,8 @@ def _own_store(patience: timedelta) -> Store:
     dist: Any = importlib.import_module("torch.distributed")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-    prefixed: Store = dist.PrefixStore("gruppo", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun can start all ranks again
+    prefixed: Store = dist.PrefixStore(f"gruppo/{attempt}", store)
     return prefixed
 
 

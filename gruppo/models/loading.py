@@ -27,15 +27,23 @@ from gruppo.models.conversion import adapter_base, convert_gguf, is_adapter, mer
 from gruppo.models.packaged import PACKAGED, packaged_model
 from gruppo.models.policy import LanguageModel
 from gruppo.models.precision import choose_device, choose_dtype
-from gruppo.models.pretrained import FOREIGN, load_weights, loading_progress, pickles_alone, require_whole_model
+from gruppo.models.pretrained import (
+    FOREIGN,
+    NO_SAFETENSORS,
+    load_weights,
+    loading_progress,
+    pickles_alone,
+    require_whole_model,
+)
 from gruppo.utils.hub import hidden_bars, hub_problem, hub_reachable, split_revision
 from gruppo.utils.imports import IN_MEMORY
 from gruppo.utils.paths import is_dir, is_file, user_path
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.system import keep_freed_memory, limit_threads
 
-# The files of a model on the hub that are downloaded with a revision: no pickles, and no other formats of the weights.
+# The files of a model on the hub that are downloaded: no pickles, and the weights in transformers' format only.
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md"]
+_OTHER_FORMATS = ["consolidated*.safetensors", "*/*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -190,17 +198,12 @@ def _locate(name: str, progress: Progress, trust_remote_code: bool) -> str:
 
 
 def _on_hub(name: str, path: Path, progress: Progress, trust_remote_code: bool) -> str:
-    """The name of a model on the hub, or the folder of its revision. `path`: the name as a path, which is no folder."""
-    if split_revision(name)[1] is not None:
-        folder = _downloaded(name, progress, trust_remote_code)
-        try:
-            return _locate(folder, progress, trust_remote_code)
-        except UsageError as error:
-            raise UsageError(str(error).replace(folder, name)) from None
-    if is_file(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    """The folder of a model on the hub. `path`: its name as a path, which is no folder."""
+    repository, revision = split_revision(name)
+    if is_file(path) or name.startswith((".", "/", "~")) or repository.count("/") > 1:
         raise UsageError(f"model.name = {name!r}: there is no such folder; write a folder saved by transformers")
     try:
-        unreachable = out_of_reach(name)
+        unreachable = out_of_reach(repository, revision)
     except HFValidationError:
         raise UsageError(
             f"model.name = {name!r}: neither a folder nor a Hugging Face hub name; write one of them"
@@ -210,11 +213,18 @@ def _on_hub(name: str, path: Path, progress: Progress, trust_remote_code: bool) 
             f"model.name = {name!r}: there is no such folder, and the Hugging Face hub cannot be reached; go online, "
             f"write a folder or .gguf file, or one of: {', '.join(PACKAGED)}"
         )
-    return name
+    folder = _downloaded(name, progress, trust_remote_code)
+    try:
+        location = _locate(folder, progress, trust_remote_code)
+    except UsageError as error:
+        raise UsageError(str(error).replace(folder, name)) from None
+    if not any(Path(location).glob("*.safetensors")):
+        raise UsageError(f"model.name = {name!r}: {NO_SAFETENSORS}")
+    return location
 
 
 def _downloaded(name: str, progress: Progress, trust_remote_code: bool) -> str:
-    """The folder in the hub's cache with a revision of a model: a branch, tag or commit. Downloads what is missing."""
+    """The folder in the hub's cache with a model. Downloads what is missing."""
     try:
         with progress.bar(f"Opening {name}", None, ""):
             return snapshot_of(name, trust_remote_code)
@@ -230,7 +240,7 @@ def snapshot_of(name: str, trust_remote_code: bool = False) -> str:
     repository, revision = split_revision(name)
     patterns = [*_FILES, "*.py"] if trust_remote_code else _FILES
     with hidden_bars():
-        return snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        return snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS)
 
 
 def _merged_adapter(folder: Path, progress: Progress, trust_remote_code: bool) -> Path:

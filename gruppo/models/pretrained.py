@@ -37,7 +37,7 @@ def load_weights(location: str, dtype: torch.dtype, trust_remote_code: bool = Fa
             raise UsageError(f"model.name = {location!r}: {FOREIGN}") from None
         others = _has_pickles(Path(location)) or not Path(location).exists()  # not a folder: a hub model
         if "safetensors" in str(error) and others and "gguf_file" not in options:
-            raise UsageError(f"model.name = {location!r}: {_PICKLES}") from error
+            raise UsageError(f"model.name = {location!r}: {NO_SAFETENSORS}") from error
         raise UsageError(
             f"model.name: the weights in {location} cannot be loaded ({error_line(error)}); use a complete model"
         ) from error
@@ -53,16 +53,16 @@ FOREIGN = (
 )
 
 
-_PICKLES = (
-    "has no safetensors weights; its weights are pickles, which are never read, because reading one can run any code. "
-    "If you trust them, convert them with transformers: "
+NO_SAFETENSORS = (
+    "has no safetensors weights. Weights in pickles are never read, because reading one can run any code; if you trust "
+    "them, convert them with transformers: "
     "AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder)"
 )
 
 
 def pickles_alone(folder: Path) -> str | None:
     """The advice for a folder whose only weights are pickles, or None for any other folder."""
-    return _PICKLES if _has_pickles(folder) and not any(folder.glob("*.safetensors")) else None
+    return NO_SAFETENSORS if _has_pickles(folder) and not any(folder.glob("*.safetensors")) else None
 
 
 def _has_pickles(folder: Path) -> bool:

@@ -70,9 +70,9 @@ class Check:
 
     @property
     def seconds_per_step(self) -> float:
-        """Seconds of a step: of all phases, or of the longer side if an engine on a device of its own samples ahead."""
+        """Seconds of a step: of all phases, or of the longer side if engines on devices of their own sample ahead."""
         total, sampling = math.fsum(self.step_seconds.values()), self.step_seconds["generate"]
-        overlaps = self.recipe.lag and self.recipe.engine.has_own_process
+        overlaps = self.recipe.lag and (self.recipe.engine.has_own_process or self.workload.engines)
         return max(sampling, total - sampling) if overlaps else total
 
     @property

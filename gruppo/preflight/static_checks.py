@@ -75,7 +75,7 @@ def check_engine_choice(recipe: Recipe, device: str, has_vllm: bool) -> list[Fin
 
 def check_lag(recipe: Recipe) -> list[Finding]:
     """Whether sampling ahead has a device of its own."""
-    if not recipe.lag or recipe.engine.name != "native":
+    if recipe.cluster is None or not recipe.lag or recipe.cluster.engines or recipe.engine.name != "native":
         return []
     return [Finding(
         "note", "lag", f"cluster.lag = {recipe.lag} with the native engine: it samples on the device that trains",

@@ -20,6 +20,7 @@ from gruppo.rollout.source import RolloutSource, Step
 from gruppo.runs.recorder import Recorder
 from gruppo.types import Group, Prompt
 from gruppo.utils.signals import Interrupted, Stop
+from gruppo.utils.waiting import moved, waiting_for
 
 TICK_SECONDS = 0.5  # between two signs of life while the run waits
 ENDING_SECONDS = 30.0  # the longest that the end of a run waits for the thread
@@ -62,6 +63,7 @@ class Ahead:
         self._next, self._cursor = 1, 0  # the next step to sample, and the prompts sampled before it
         self._sampled: dict[int, SampledStep] = {}
         self._busy = self._paused = self._closed = False
+        self._moved = 0.0  # how far sampling and scoring have come: tokens, groups
         self._failure: BaseException | None = None
         self._unreported: list[dict[str, Any]] = []  # events and notes of the step that is being sampled
         self._thread: threading.Thread | None = None
@@ -165,8 +167,11 @@ class Ahead:
                 return
         with self.recorder.bar(label, None, "") as show, self._changed:
             while self._none_failed() and not ready():
+                before = self._moved
                 self._changed.wait(TICK_SECONDS)
                 show(0)
+                if self._moved != before:  # what is waited for goes on
+                    moved()
 
     def _none_failed(self) -> bool:
         """True; or raises the error that ended the sampling, after what was reported before it."""
@@ -198,7 +203,8 @@ class Ahead:
         return waits and self._version_of(self._next) == self._live != self._loaded
 
     def _load_live(self) -> None:
-        self.engine.load_weights(self.weights, self._live)
+        with waiting_for("the engine, to load weights"):
+            self.engine.load_weights(self.weights, self._live)
         self._loaded = self._live
         self._changed.notify_all()
 
@@ -223,13 +229,16 @@ class Ahead:
     def _run(self) -> None:
         torch.autocast_increment_nesting()  # or each end of autocast here would clear the trainer's casts
         try:
-            with suppress(Interrupted), self.recorder.held() as self._unreported:
+            with suppress(Interrupted), self.recorder.held(self._move) as self._unreported:
                 while self._begin_next():
                     self._sample()
         except BaseException as error:  # noqa: BLE001  of the engine, a reward or an environment; the run raises it
             with self._changed:
                 self._failure, self._busy = error, False
                 self._changed.notify_all()
+
+    def _move(self, amount: float) -> None:
+        self._moved += amount
 
     def _begin_next(self) -> bool:
         """Wait until the next step can be sampled, and load its weights. False at the end of the run."""
@@ -242,7 +251,8 @@ class Ahead:
             version = self._version_of(self._next)
             copy = None if version == self._loaded else self._versions.pop(version)
         if copy is not None:
-            self.engine.load_weights(copy.weight_source(), version)
+            with waiting_for("the engine, to load weights"):
+                self.engine.load_weights(copy.weight_source(), version)
             with self._changed:
                 self._loaded = version
                 self._unused.append(copy)

@@ -74,10 +74,11 @@ class Recorder:
         self._of_thread = threading.local()
 
     @contextmanager
-    def held(self) -> Iterator[list[dict[str, Any]]]:
-        """Keep the events and notes of this thread back inside the block, and show none of its progress. Yields what is
-        kept, in order: plain values, for JSON."""
+    def held(self, moved: Advance = lambda _: None) -> Iterator[list[dict[str, Any]]]:
+        """Keep the events and notes of this thread back inside the block, and show none of its progress, which `moved`
+        is called with. Yields what is kept, in order: plain values, for JSON."""
         self._of_thread.kept = kept = list[dict[str, Any]]()
+        self._of_thread.moved = moved
         try:
             yield kept
         finally:
@@ -133,7 +134,7 @@ class Recorder:
     def bar(self, label: str, total: float | None, unit: str) -> Iterator[Advance]:
         """See `Progress`."""
         if self._kept is not None:
-            yield lambda _: None
+            yield self._of_thread.moved
             return
         done = 0.0
         self._progress(label, 0.0, total, unit)

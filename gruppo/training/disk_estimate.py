@@ -106,6 +106,7 @@ def forecast_disk(recipe: Recipe, policy: LanguageModel, work: Workload, start_w
     trains_reward_model = recipe.reward_model is not None and recipe.reward_model.prompts > 0
     extra_models = int(recipe.method.needs_critic) + int(trains_reward_model)
     checkpoint = _with_optimizer(policy.model) + extra_models * 3 * layers
+    checkpoint += recipe.lag * _table(work.completions, work.max_tokens, 1)  # the steps that are sampled already
     kept, most = _checkpoints(recipe)
     result = whole - adapters
     references = min(recipe.run.iterations - 1, 1 + (kept > 2)) if recipe.method.needs_reference else 0

@@ -104,6 +104,7 @@ def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
         turns=recipe.environment is not None,
         samples_elsewhere=recipe.engine.has_own_process,
         lag=recipe.lag,
+        engines=recipe.cluster is not None and recipe.cluster.engines > 0,
     )
 
 

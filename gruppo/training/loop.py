@@ -30,7 +30,7 @@ def train_step(run: TrainingRun, number: int) -> None:
     """One exploration stage and its updates, μ on each minibatch; `number` is counted from 1."""
     step = run.start_step(number)
 
-    groups = run.rollouts.collect(step)  # questions, G completions of each from π_old, rewards
+    groups = run.rollouts.collect(step)  # questions, G completions of each from π_old (or, with a lag, before), rewards
     select(groups, run.method)  # which completions the method learns from
 
     run.policy.score(groups, step)  # π_old and π_ref, if advantages depend on them

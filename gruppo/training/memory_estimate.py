@@ -54,7 +54,8 @@ class Workload:
 
     `turns`: completions are sampled in several turns, so every completion has its own prompt in the engine.
     `samples_elsewhere`: the engine has a process and memory of its own. `lag`: steps that sampling may be ahead of
-    training; if not 0, both take memory at the same time.
+    training; if not 0, both take memory at the same time. `engines`: there are several engines elsewhere, which get
+    their weights from a copy.
     """
 
     prompt_tokens: int
@@ -68,6 +69,7 @@ class Workload:
     turns: bool = False
     samples_elsewhere: bool = False
     lag: int = 0
+    engines: bool = False
 
     @property
     def answers(self) -> int:
@@ -258,10 +260,13 @@ def forecast_memory(
 
 
 def _versions(footprint: Footprint, workload: Workload) -> int:
-    """Bytes of the copies of a run that samples ahead: the engine's, with its prepared weights, unless it has a process
-    of its own, and one for each further step of the lag."""
-    own = 0 if workload.samples_elsewhere else footprint.reference + footprint.prepared
-    return own + (workload.lag - 1) * footprint.reference if workload.lag else 0
+    """Bytes of the copies of a run that samples ahead: that of the engine, with its prepared weights, unless it has a
+    process of its own, or that of several engines; and one for each further step of the lag."""
+    if not workload.lag:
+        return 0
+    prepared = 0 if workload.samples_elsewhere else footprint.prepared
+    copies = workload.lag - (workload.samples_elsewhere and not workload.engines)
+    return copies * footprint.reference + prepared
 
 
 def _resident(fragments: float, allocated: int) -> int:

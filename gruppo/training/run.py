@@ -191,11 +191,11 @@ class TrainingRun:
             damages = self.folder.cut_back(self.state.lengths, self.state.step)
             damages += self.folder.table_problems("rollouts", range(1, self.state.step + 1))
             damages += self.folder.table_problems("evaluations", map(int, self.state.evaluations))
-            damages += self._missing(tuple(damages))
+            damages += _missing(self, tuple(damages))
             lines = self.folder.metrics()
         saved = 0 if restored.checkpoint is None else self.state.step
         self.status.update(now=True, step=self.state.step, checkpoint=saved, truncated_to=self.folder.lengths())
-        self.rollouts.begin(self.state.step, self._sampled(restored.checkpoint))
+        self.rollouts.begin(self.state.step, _sampled(self, restored.checkpoint))
         self._let_unused_engine_sleep()
         self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
         with reading(self.folder.path, "restore the folder as the run left it, or choose another --out"):
@@ -204,19 +204,6 @@ class TrainingRun:
                     self.recorder.see_again(values)
                 if self.audit is not None:
                     self.audit.alarm(values)
-
-    def _sampled(self, checkpoint: Path | None) -> list[SampledStep]:
-        """The steps after a checkpoint that the run has sampled already."""
-        if checkpoint is None or not self.rollouts.lag:
-            return []
-        return read_sampled(checkpoint, self.parts.prompts, self.state.cursor)
-
-    def _missing(self, known: Sequence[str]) -> Iterator[str]:
-        """Descriptions of further parts that are missing from the folder of a run. `known`: descriptions so far."""
-        if not any(problem.startswith("metrics.jsonl") for problem in known):
-            yield from metric_problems(self.folder.metrics(), self.state.step)
-        if self.state.step and (problem := base_problem(self.folder.path)):
-            yield f"{problem}, and gruppo export needs it"
 
     def record_wait(self, text: str, over: bool) -> None:
         """Record that the run waits for something, or that it is over. Called by another thread."""
@@ -313,6 +300,21 @@ class TrainingRun:
                 self.recorder.note(f"Step {step.number}: {message}{steps}")
         else:
             self._without_advantage = 0
+
+
+def _sampled(run: TrainingRun, checkpoint: Path | None) -> list[SampledStep]:
+    """The steps after a checkpoint that the run has sampled already."""
+    if checkpoint is None or not run.rollouts.lag:
+        return []
+    return read_sampled(checkpoint, run.parts.prompts, run.state.cursor)
+
+
+def _missing(run: TrainingRun, known: Sequence[str]) -> Iterator[str]:
+    """Descriptions of further parts that are missing from the folder of a run. `known`: descriptions so far."""
+    if not any(problem.startswith("metrics.jsonl") for problem in known):
+        yield from metric_problems(run.folder.metrics(), run.state.step)
+    if run.state.step and (problem := base_problem(run.folder.path)):
+        yield f"{problem}, and gruppo export needs it"
 
 
 def _reduced(step: Step, groups: Sequence[Group]) -> dict[str, Any]:

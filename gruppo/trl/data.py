@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
+from gruppo.models.loading import find_model
 from gruppo.types import Row
 
 if TYPE_CHECKING:
@@ -107,11 +108,9 @@ def tokenizer_for(model: str, tokenizer: PreTrainedTokenizerBase | None, trust_r
     """
     if tokenizer is None:
         return False
-    from transformers import AutoTokenizer
-
     if str(tokenizer.name_or_path) != model:
         return True
-    own: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    own: Any = find_model(model, trust_remote_code=trust_remote_code).tokenizer
     return bool(own.chat_template != tokenizer.chat_template or len(own) != len(tokenizer))
 
 
@@ -129,9 +128,10 @@ def load_in_memory(model: str, trust_remote_code: bool) -> PreTrainedModel:
     """A model for which the script has a tokenizer of its own."""
     from transformers import AutoModelForCausalLM
 
+    location = find_model(model, trust_remote_code=trust_remote_code).location
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model, use_safetensors=True, trust_remote_code=trust_remote_code
+            location, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise UsageError(

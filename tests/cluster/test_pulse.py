@@ -77,6 +77,11 @@ def test_the_leader_names_a_rank_that_is_silent(ranks: Ranks) -> None:
     assert ranks.pulses[1].account() == ""
 
 
+def test_the_leader_names_all_ranks_that_are_silent(ranks: Ranks) -> None:
+    ranks.beating = {0}
+    assert ranks.pulses[0].account().startswith("ranks 1, 2 have ended, or are silent since ")
+
+
 def test_followers_notice_a_silent_leader_and_one_of_them_says_it(ranks: Ranks) -> None:
     ranks.beating.remove(0)
     assert ranks.pulses[1].account().startswith("rank 0 has ended, or is silent since ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,22 @@ def test_seconds_that_are_none(recipe_file: Path) -> None:  # noqa: F811
     assert (shown.returncode, shown.stderr.strip()) == (
         2, "gruppo: --seconds 0: must be more than 0; write e.g. 60, or use --quick",
     )  # fmt: skip
+
+
+def test_a_lag_is_checked(data: dict) -> None:
+    """Sampling takes memory beside training. It saves time only if the engine has a device of its own."""
+    data |= {"cluster": {"lag": 2}}
+    data["method"] = {**data.get("method", {}), "tis_cap": 2.0}
+    found = check_recipe(data, quick=True)
+    (note,) = [finding for finding in found.findings if finding.subject == "lag"]
+    assert (note.severity, note.what.split(" with ")[0]) == ("note", "cluster.lag = 2")
+    training = found.as_dict()["memory_bytes"]["training"]
+    assert training["versions"] > 0
+    assert training["cache"] > 0
+    total = sum(found.step_seconds.values())
+    assert found.seconds_per_step == pytest.approx(total)
+    assert "; sampling is 2 ahead" in " ".join(describe_check(found).split())
+    apart = replace(found, recipe=load_recipe({**data, "engine": {"name": "vllm"}}))
+    sampling = found.step_seconds["generate"]
+    assert apart.seconds_per_step == pytest.approx(max(sampling, total - sampling))
+    assert apart.seconds_per_step < total

@@ -20,8 +20,10 @@ from gruppo.rollout.sampled_step import SampledStep
 from gruppo.rollout.source import Step
 from gruppo.runs.recorder import Recorder
 from gruppo.types import Completion, Group, Prompt, Reward
+from gruppo.utils import waiting
 from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Interrupted, Stop
+from gruppo.utils.waiting import Wait, WatchedProgress
 
 STEPS = 8
 
@@ -277,3 +279,34 @@ def test_the_thread_leaves_the_casts_of_the_trainer() -> None:
         run.ahead.collect(Step(1, 0))
         torch.nn.functional.linear(rows, weight)
     assert casts.count == 1
+
+
+def test_waiting_goes_on_while_the_thread_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait is reported when nothing moves on, and not because sampling takes long."""
+    monkeypatch.setattr("gruppo.rollout.ahead.TICK_SECONDS", 0.01)
+    run, seen = make(lag=1), threading.Event()
+    run.ahead.recorder.console = WatchedProgress(NullProgress())
+    collect = run.source.collect
+
+    def sampling(step: Step) -> list[Group]:
+        with run.ahead.recorder.bar("Sampling", None, "tokens") as advance:
+            for _ in range(3000):
+                advance(1)
+                if seen.wait(0.01):
+                    break
+        return collect(step)
+
+    def look() -> None:
+        first: dict[Wait, float] = {}
+        while not seen.is_set():
+            for wait in [wait for wait in list(waiting._open) if "the samples of step 1" in wait.what]:
+                if wait.since > first.setdefault(wait, wait.since):
+                    seen.set()
+
+    run.source.collect = sampling
+    watcher = threading.Thread(target=look, daemon=True)
+    with ending(run):
+        run.ahead.begin(0, [])
+        watcher.start()
+        run.ahead.collect(Step(1, 0))
+        assert seen.is_set()

@@ -244,3 +244,33 @@ def test_two_ranks_and_two_engines_equal_one_process(tiny_folder: str, tmp_path:
         for name, value in one.items():
             if not name.startswith(("time/", "memory/")):
                 assert_close(two[name], value, 1e-10, name)
+
+
+def test_engines_sample_while_the_policy_is_trained(
+    running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of each step are those that the lag says, also in an engine that has just been replaced, and in a
+    run that was killed."""
+    lagged: dict[str, Any] = {"cluster__engines": 2, "cluster__lag": 2, "method__tis_cap": 2.0, **EVALUATION}
+    small_run(tiny_folder, tmp_path / "whole", **lagged)
+    rows = [row for table in of_the_run(tmp_path / "whole")["rollouts"].values() for row in table]
+    assert {row["step"]: row["policy_version"] for row in rows} == {1: 0, 2: 0, 3: 0, 4: 1}
+    send, sent = Member.send_piece, 0
+
+    def kills(member: Member, *arguments: Any) -> None:
+        nonlocal sent
+        sent += 1
+        send(member, *arguments)
+        if sent == 5:
+            assert member.hello is not None
+            os.kill(member.hello.pid, signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "send_piece", kills)
+        small_run(tiny_folder, tmp_path / "lost", **lagged)
+    assert of_the_run(tmp_path / "lost") == of_the_run(tmp_path / "whole")
+    assert len(events(tmp_path / "lost", "engine_lost")) == 1
+    with killed(monkeypatch, "gruppo.training.run.TrainingRun._describe", 3):
+        small_run(tiny_folder, tmp_path / "run", **lagged)
+    small_run(tiny_folder, tmp_path / "run", resume=True, **lagged)
+    assert of_the_run(tmp_path / "run") == of_the_run(tmp_path / "whole")

@@ -68,3 +68,16 @@ def test_a_run_samples_with_vllm_and_resumes_to_the_same_weights(
     assert not {child for child in new if "VLLM" in child.name()}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert reproduce(whole, 2, prompts=ROWS, trust=True).equal, "a step is reproduced without vLLM"
+
+
+def test_vllm_samples_while_the_policy_is_trained(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another thread than the one that started it, also weights that were kept for later, which are probed."""
+    changes = {**CHANGES, "run__steps": 5, "cluster__lag": 2, "method__tis_cap": 2.0}
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    small_run(model, whole, **changes)
+    assert {row["step"]: row["policy_version"] for row in rollouts(whole)} == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2}
+    with killed(monkeypatch, "gruppo.training.policy_trainer.batch_loss", 4):
+        small_run(model, resumed, **changes)
+    small_run(model, resumed, resume=True, **changes)
+    assert [row["token_ids"] for row in rollouts(resumed)] == [row["token_ids"] for row in rollouts(whole)]
+    assert weights(resumed) == weights(whole)

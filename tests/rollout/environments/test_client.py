@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,7 @@ from gruppo.rollout.environments.client import (
     open_environments,
 )
 from gruppo.utils.progress import NullProgress
+from gruppo.utils.waiting import watched
 from tests.rollout.environments.test_protocol import FakePool
 
 WORLDS = "tests/rollout/environments/worlds.py"
@@ -147,3 +149,41 @@ def test_python_blocks_run_in_sandboxes() -> None:
 
 def test_no_sandbox_is_needed_if_nothing_is_sampled() -> None:
     open_environments(Environment(name="python"), [], None, NullProgress(), played=False).close()
+
+
+class Notes(NullProgress):
+    """Raises in `tick` once it was noted that something is waited for."""
+
+    def __init__(self, awaited: str) -> None:
+        self.awaited, self.noted = awaited, threading.Event()
+
+    def note(self, text: str) -> None:
+        if text.startswith(f"waiting for {self.awaited} since "):
+            self.noted.set()
+
+    def tick(self) -> None:
+        if self.noted.is_set():
+            raise NotedError
+
+
+class NotedError(Exception):
+    """The note was seen."""
+
+
+def test_an_environment_that_hangs_is_named() -> None:
+    environments, notes = hosted("Fails", seconds=3600), Notes(f"environment {WORLDS}:Fails")
+    (play,) = plays({"what": "hang in step"})
+    environments.answer([play], nothing)
+    play.texts.append("a")
+    with watched(notes, first=0.05, every=0.01), pytest.raises(NotedError):
+        environments.answer([play], notes.tick)
+    environments.close()
+
+
+def test_a_sandbox_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes, pool = Notes("Python blocks in the sandbox"), FakePool()
+    environments = PythonEnvironments(pool, 1)  # type: ignore[arg-type]
+    monkeypatch.setattr(PythonEnvironments, "_step", lambda *_: notes.noted.wait(600))
+    with watched(notes, first=0.05, every=0.01), pytest.raises(NotedError):
+        environments.answer(plays({}, {}), notes.tick)
+    environments.close()
