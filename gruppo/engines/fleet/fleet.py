@@ -146,15 +146,10 @@ class Fleet(Engine):
     # One turn: give work, wait for an answer, look for engines that are silent.
 
     def _wait_for(self, condition: Callable[[], object]) -> None:
-        with waiting_for(self._awaited) as wait:
+        with waiting_for(lambda: _awaited(self.members)) as wait:
             while not condition():
                 if self._turn():
                     wait.moved()
-
-    def _awaited(self) -> str:
-        """What the run waits for, in words."""
-        member = max(self.members, key=lambda one: one.silent if one.doing is not None else -1.0)
-        return f"{member.name()}, which is {member.doing or 'idle'}"
 
     def _turn(self) -> bool:
         """Returns whether an engine has answered."""
@@ -259,14 +254,8 @@ class Fleet(Engine):
 
     def _fail(self, member: Member, failure: Failure) -> None:
         """Raise what the engine raised, or replace its process."""
-        if failure.kind == "usage":
-            raise UsageError(failure.message)
-        if failure.kind == "value":
-            raise ValueError(failure.message)
-        if failure.kind == "nonfinite":
-            raise NonFiniteError
-        if failure.kind == "memory" and member.piece is not None:
-            raise MemoryError(f"engine {member.number}: {failure.message}")
+        if error := _raised(failure, sampling=member.piece is not None):
+            raise error
         self._lose(member, member.cause(failure))
 
     def _lose(self, member: Member, cause: str, starting: bool = False) -> None:
@@ -308,3 +297,20 @@ class Fleet(Engine):
             if member.starts:
                 member.kill()
         self._published = None
+
+
+def _awaited(members: Sequence[Member]) -> str:
+    """The engine that has been silent for longest, in words."""
+    member = max(members, key=lambda one: one.silent if one.doing is not None else -1.0)
+    return f"{member.name()}, which is {member.doing or 'idle'}"
+
+
+def _raised(failure: Failure, sampling: bool) -> Exception | None:
+    """The exception of an engine that its caller has to know of; None if a new process may do better."""
+    if failure.kind == "usage":
+        return UsageError(failure.message)
+    if failure.kind == "value":
+        return ValueError(failure.message)
+    if failure.kind == "nonfinite":
+        return NonFiniteError()
+    return MemoryError(failure.message) if failure.kind == "memory" and sampling else None
