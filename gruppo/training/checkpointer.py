@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gruppo.errors import RunError
+from gruppo.rollout.sampled_step import SampledStep, write_sampled
 from gruppo.runs.missing import saved_step
 from gruppo.runs.status import StatusFile
 from gruppo.training.changes import DIFFER, comparable_from
@@ -35,14 +36,14 @@ class Checkpointer:
     """Saves checkpoints, and the final model at the last step.
 
     `models`: the files of the run's models. `status`: records the last checkpoint. `enabled`: False if nothing is to be
-    saved. `save_more`: writes the other files of a checkpoint, after those of the models.
+    saved. `sampled_ahead`: waits for the steps that a checkpoint has to keep, and returns them.
     """
 
     def __init__(
         self, context: RunContext, parts: RunComponents, models: ModelFiles, status: StatusFile, enabled: bool = True
     ) -> None:
         self.context, self.parts, self.models, self.status, self.enabled = context, parts, models, status, enabled
-        self.save_more: Callable[[Path], None] = lambda _: None
+        self.sampled_ahead: Callable[[], Sequence[SampledStep]] = lambda: ()
         self._saved: tuple[int, bool, int] | None = None
 
     @property
@@ -63,17 +64,20 @@ class Checkpointer:
         if context.at_end:
             self._save_final_model()
         self.note_memory()
+        steps = self.sampled_ahead()
         with context.recorder.bar("Saving", None, ""):
             later = self.reference_file.is_file() and context.state.iteration > 1
             files = [self.reference_file] if later else []
-            path = save_checkpoint(context.folder, self._save_files, context.state, files)
+            path = save_checkpoint(
+                context.folder, lambda building: self._save_files(building, steps), context.state, files
+            )
         self._saved = self._position
         self.status.update(now=True, checkpoint=context.state.step)
         context.callbacks.notify("on_checkpoint", context.state.step, path)
 
-    def _save_files(self, folder: Path) -> None:
+    def _save_files(self, folder: Path, steps: Sequence[SampledStep]) -> None:
         self.models.save(folder)
-        self.save_more(folder)
+        write_sampled(folder, steps)
 
     def forget(self) -> None:
         """Make the next `save` save this step again: it has become the last one and needs a final model."""

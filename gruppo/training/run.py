@@ -19,7 +19,7 @@ from gruppo.rollout.live import LiveRollouts
 from gruppo.rollout.metrics import describe_groups, describe_staleness
 from gruppo.rollout.offline import OfflineRollouts
 from gruppo.rollout.reward_model import RewardModelScorer
-from gruppo.rollout.sampled_step import SampledStep, read_sampled, write_sampled
+from gruppo.rollout.sampled_step import SampledStep, read_sampled
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.source import RolloutSource, Step
 from gruppo.runs.atomic import WriteError
@@ -91,7 +91,7 @@ class TrainingRun:
             self.source, parts.engine, self.policy.weights, lag, self.recipe.run.steps, self.recorder, stop, halt,
             parts.copies,
         )  # fmt: skip
-        self.checkpointer.save_more = lambda folder: write_sampled(folder, self.rollouts.sampled_after(self.state.step))
+        self.checkpointer.sampled_ahead = lambda: self.rollouts.sampled_after(self.state.step)
         self.iterations = Iterations(
             self.context, self.policy, trainers.reward_model, self.rollouts, parts.prompts, self.checkpointer, guard,
             parts.sizes,
