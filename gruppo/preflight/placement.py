@@ -139,9 +139,9 @@ def _members(recipe: Recipe, cluster: Cluster, memory: Memory, weights: Weights,
     yield Member("rank 0", 1, f"leader, {device}", _leader(cluster, memory, weights))
     if cluster.trainers > 1:
         others = cluster.trainers - 1
-        device = "the next CUDA devices" if machine.devices else "CPU"
+        device = f"the next CUDA device{'s' * (others > 1)}" if machine.devices else "CPU"
         parts = _rank(memory.parts("training"), cluster, weights)
-        yield Member(_numbered("rank", 1, others), others, f"followers, {device}", parts)
+        yield Member(_numbered("rank", 1, others), others, f"follower{'s' * (others > 1)}, {device}", parts)
     if cluster.engines:
         name, count = recipe.engine.name, cluster.engine_devices
         device = f"{count} CUDA device{'s' * (count > 1)} for each" if machine.devices else "CPU"

@@ -95,7 +95,7 @@ def test_vllm_engines_split_their_weights_and_cache_in_the_rest() -> None:
     found = placed(cluster(trainers=2, engines=2, engine_devices=2, engine="vllm"), CUDA)
     assert in_gb(found)["engines 0-1"] == {"weights": 2, "cache": 38}
     assert [member.place for member in found.members] == [
-        "leader, the first CUDA device of its machine", "followers, the next CUDA devices",
+        "leader, the first CUDA device of its machine", "follower, the next CUDA device",
         "vllm, 2 CUDA devices for each",
     ]  # fmt: skip
     assert found.ray.startswith("2 times 1 CPU and 2 GPUs, on this machine")
