@@ -297,6 +297,6 @@ def _check_store(cluster: Cluster, placement: Placement, machine: Machine) -> li
         "problem" if refused else "warning", "object store", f"Ray's object store needs {store / 1e9:.2f} GB in "
         f"{SHARED_MEMORY}, and {machine.shared / 1e9:.2f} GB are free",
         "Ray does not start" if refused else "Ray keeps weights in files under /tmp, so they arrive more slowly",
-        'enlarge /dev/shm (docker run --shm-size, or a volume of medium Memory in Kubernetes)',
+        "enlarge it (`docker run --shm-size`, or a volume of medium Memory in Kubernetes)",
         {"needed_bytes": store, "there_bytes": machine.shared},
     )]  # fmt: skip
