@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from contextlib import ExitStack
 from typing import Any
@@ -16,7 +15,7 @@ from gruppo.config.recipe import Recipe
 from gruppo.engines.base import Engine
 from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
-from gruppo.utils.imports import import_attribute
+from gruppo.utils.imports import import_attribute, installed
 from gruppo.utils.oom_retry import BatchSizes
 
 NATIVE = EngineTable()
@@ -55,7 +54,7 @@ def _check_lag(recipe: Recipe, engine_class: type, device: torch.device) -> None
 def _check_fleet(cluster: Cluster, device: torch.device) -> None:
     """Raise UsageError if Ray is missing, or may not be used as the recipe says. Starts nothing."""
     field = f"cluster.engines = {cluster.engines}"
-    if importlib.util.find_spec("ray") is None:
+    if not installed("ray"):
         raise UsageError(f'{field}: Ray is not installed; run: pip install "gruppo[cluster]", or write engines = 0')
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"{field}: Ray has no devices of type {device.type}; write engines = 0")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from gruppo.engines.stop_strings import StopFinder
 from gruppo.errors import UsageError
 from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
+from gruppo.utils.imports import installed
 from gruppo.utils.progress import Advance
 from gruppo.utils.random_numbers import generator_of
 
 
 def llama_cpp_installed() -> bool:
     """Whether llama-cpp-python is installed."""
-    return importlib.util.find_spec("llama_cpp") is not None
+    return installed("llama_cpp")
 
 
 class LlamaCppEngine(Engine):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gruppo.errors import UsageError
+from gruppo.utils.imports import installed
 
 BLOCK = 64  # weights that are scaled together, by their largest magnitude, in float32
 
 
 def check_package(field: str) -> None:
     """Raise UsageError if bitsandbytes, which `field` needs, is not installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not installed("bitsandbytes"):
         raise UsageError(f'{field}: needs the package bitsandbytes: pip install "gruppo[lean]"; or leave the field out')
 
 

@@ -13,7 +13,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from gruppo.preflight.findings import WIDTH, Finding, format_findings
 from gruppo.preflight.timing import SECONDS, round_seconds, time_generation, time_update
 from gruppo.runs.trackers import require_installed
 from gruppo.utils.disk import free_bytes, gigabytes
+from gruppo.utils.imports import installed
 from gruppo.utils.progress import NullProgress, Progress
 from gruppo.utils.signals import Stop, stop_on_signals
 from gruppo.utils.waiting import watched
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from gruppo.engines.base import Engine
     from gruppo.models.loading import ModelSource
     from gruppo.models.policy import LanguageModel
+    from gruppo.preflight.placement import Placement
     from gruppo.rollout.episodes import Episodes, Opened
     from gruppo.rollout.workers.rewards import RewardPool
     from gruppo.training.disk_estimate import Disk
@@ -48,7 +49,8 @@ class Check:
     `step_seconds`: seconds per step, by phase. `eval_set_seconds`: seconds per evaluation of each set in the workload.
     `round_seconds`: seconds for the reward model per iteration, 0 if it is not trained. All of these assume completions
     of max_tokens; they do not include saving, nor completions sampled from the ends of steps. `disk_free`: free bytes
-    at runs/NAME. `findings`: the results of all checks, good and bad.
+    at runs/NAME. `placement`: where the processes of a [cluster] go, None for a single one. `findings`: the results of
+    all checks, good and bad.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class Check:
     round_seconds: float
     disk: Disk
     disk_free: int
+    placement: Placement | None = None
     findings: Sequence[Finding] = ()
 
     @property
@@ -100,6 +103,7 @@ class Check:
             "total_seconds": self.total_seconds,
             "disk_bytes": self.disk.as_dict(),
             "disk_free_bytes": self.disk_free,
+            "placement": None if self.placement is None else self.placement.as_dict(),
             "findings": [finding.as_dict() for finding in self.findings],
             "problems": self.problems,
         }
@@ -140,6 +144,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
     from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_model
     from gruppo.models.lora import check_adapters
+    from gruppo.preflight.placement import check_placement, measure_machine, measure_weights, place_processes
     from gruppo.rollout.multi_turn import open_multi_turn
     from gruppo.training.inputs import with_steps, workload
     from gruppo.training.lean_optimizers import check_state
@@ -211,8 +216,15 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
             disk=disk_of(recipe, policy, inputs),
             disk_free=free_bytes(Path("runs") / recipe.run.name),
         )
+        placed: list[Finding] = []
+        if recipe.cluster is not None:
+            machine = measure_machine(device)
+            placement = place_processes(recipe, chosen.memory, measure_weights(recipe, policy), machine)
+            check = replace(check, placement=placement)
+            placed = [] if placement is None else check_placement(recipe, placement, machine)
         findings = [
             *_static_findings(check, policy, inputs, refused),
+            *placed,
             *_smoke_test_findings(check, policy, engine, inputs, pool, seconds, progress, stop, episodes),
         ]
         return replace(check, findings=findings)
@@ -244,7 +256,7 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
     limit = min(policy.context - most, *(task.max_prompt_tokens or policy.context for task in recipe.tasks))
     return [
         *static_checks.check_fields(recipe),
-        *static_checks.check_engine_choice(recipe, check.device, find_spec("vllm") is not None),
+        *static_checks.check_engine_choice(recipe, check.device, installed("vllm")),
         *static_checks.check_lag(recipe),
         *static_checks.check_model(policy, check.dtype),
         *static_checks.check_end_tokens(policy),
@@ -357,16 +369,18 @@ _PARTS = {  # of memory, if their names in JSON need an explanation
     "cache": "KV cache",
     "work": "temporaries",
     "versions": "weights to sample from",
+    "gathered": "gathered weights",
 }
-_LARGEST = 3  # maximum number of memory parts shown per phase; parts under 5 MB would print as 0.00
+_LARGEST = 3  # maximum number of memory parts shown per phase
+_LARGEST_OF_RANK = 5  # the same of a process with [cluster]
 
 
 def describe_check(check: Check) -> str:
     """The estimates and findings as text of at most 80 columns."""
     estimated = {"memory", "time", "disk"}  # shown as estimates, and as findings only if not ok
     findings = [finding for finding in check.findings if finding.subject not in estimated or finding.severity != "ok"]
-    parts = [_describe_memory(check), _describe_time(check), _describe_disk(check)]
-    return "\n".join([*(line for part in parts for line in [*part, ""]), format_findings(findings)])
+    parts = [_describe_memory(check), _describe_placement(check), _describe_time(check), _describe_disk(check)]
+    return "\n".join([*(line for part in parts if part for line in [*part, ""]), format_findings(findings)])
 
 
 def _describe_memory(check: Check) -> list[str]:
@@ -376,13 +390,34 @@ def _describe_memory(check: Check) -> list[str]:
     lines = _wrapped(f"Memory, in GB: peak {memory.peak / 1e9:.2f}, budget {budget / 1e9:.2f} ({source})")
     for phase in ("sampling", "training", *(["evaluation"] if check.workload.answers else [])):
         parts = memory.parts(phase)
-        largest = sorted((name for name in parts if parts[name] >= 5e6), key=lambda name: -parts[name])[:_LARGEST]
-        shown = [f"{_PARTS.get(name, name)} {parts[name] / 1e9:.2f}" for name in largest]
-        others = sum(size for name, size in parts.items() if name not in largest)
-        lines += _row(
-            phase, f"{sum(parts.values()) / 1e9:.2f}", ", ".join([*shown, f"others {others / 1e9:.2f}"]), 10, 6
-        )
+        lines += _row(phase, f"{sum(parts.values()) / 1e9:.2f}", _shown_parts(parts, _LARGEST), 10, 6)
     return lines
+
+
+def _shown_parts(parts: Mapping[str, int], most: int) -> str:
+    """The largest parts of memory, in GB, and all others together. Parts under 5 MB would print as 0.00."""
+    largest = sorted((name for name in parts if parts[name] >= 5e6), key=lambda name: -parts[name])[:most]
+    shown = [f"{_PARTS.get(name, name)} {parts[name] / 1e9:.2f}" for name in largest]
+    others = sum(size for name, size in parts.items() if name not in largest)
+    return ", ".join([*shown, f"others {others / 1e9:.2f}"])
+
+
+def _describe_placement(check: Check) -> list[str]:
+    placement = check.placement
+    if placement is None:
+        return []
+    lines = ["Placement, in GB of each process on each of its devices"]
+    for member in placement.members:
+        text = f"{member.place}: {_shown_parts(member.parts, _LARGEST_OF_RANK)}"
+        lines += _row(member.name, f"{member.bytes / 1e9:.2f}", text, 12, 6)
+    if placement.ray:
+        lines += _row("Ray", "", placement.ray, 12, 6)
+    size, seconds = placement.transfer_bytes / 1e9, placement.transfer_seconds
+    text = (
+        f"{size:.2f} GB of weights after each step; {seconds:.2g} s for one copy at {placement.rate / 1e9:.1f} GB/s, "
+        "which is the rate of this machine's memory and not of a network"
+    )
+    return lines + _row("transfer", "", text, 12, 6)
 
 
 def _describe_time(check: Check) -> list[str]:

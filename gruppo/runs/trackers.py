@@ -6,7 +6,6 @@ A tracker is a program that shows runs: TensorBoard, Weights & Biases, MLflow, â
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from secrets import token_hex
 from gruppo.errors import UsageError
 from gruppo.runs.atomic import write_whole
 from gruppo.runs.reading import read_object
+from gruppo.utils.imports import installed
 
 FOLDER = "trackers"  # in the run folder
 
@@ -23,9 +23,7 @@ FOLDER = "trackers"  # in the run folder
 def require_installed(names: Iterable[str]) -> None:
     """Raise UsageError if the package of one of these trackers is not installed. Nothing is imported."""
     for name in names:
-        found = importlib.util.find_spec(name)
-        # Some trackers write to a folder of their own name, and a folder can be imported too, as an empty package.
-        if found is None or found.origin is None:
+        if not installed(name):
             package = name.replace("_", "-")
             raise UsageError(
                 f'run.trackers: "{name}" is not installed; install it with `pip install {package}`, or remove it from '

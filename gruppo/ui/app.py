@@ -27,6 +27,7 @@ from gruppo.ui import details
 from gruppo.ui.advice import advice_for
 from gruppo.ui.catalog import Card, Catalog, foreign_entries
 from gruppo.ui.charts import payload
+from gruppo.ui.cluster import cluster_tile
 from gruppo.ui.compare_routes import add_comparison
 from gruppo.ui.dashboard import Dashboard
 from gruppo.ui.indexes import Indexes, NotReadyError, default_cache
@@ -255,7 +256,12 @@ def _add_errors(app: FastAPI, state: Dashboard) -> None:
 def head_values(state: Dashboard, card: Card) -> dict[str, Any]:
     """What the top of a run's page shows."""
     live = state.runs.live(card.path)
-    return {"card": card, "last": details.last_values(live), "problems": _problems(card, live)}
+    return {
+        "card": card,
+        "last": details.last_values(live),
+        "cluster": cluster_tile(card, live),
+        "problems": _problems(card, live),
+    }
 
 
 def _problems(card: Card, live: LiveRun) -> list[str]:

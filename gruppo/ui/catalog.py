@@ -41,7 +41,7 @@ class Card:
 
     `pace`: seconds per step. `accuracy`, `low`, `high`: of the last evaluation on held-out questions; `before`: of the
     first. `problem`: why a part of the line is missing. `most_tokens`: sampling.max_tokens; 0 if it is the
-    default or not known.
+    default or not known. `ranks`, `engines`, `lag`: of [cluster].
     """
 
     key: str
@@ -65,6 +65,9 @@ class Card:
     started: str
     problem: str
     most_tokens: int = 0
+    ranks: int = 1
+    engines: int = 0
+    lag: int = 0
 
     @property
     def share(self) -> float:
@@ -247,6 +250,9 @@ def _card(key: str, path: Path, root: Path) -> Card:
         started=_started(path),
         problem=problem,
         most_tokens=_number(_table(data, "sampling").get("max_tokens")),
+        ranks=max(1, _number(_table(data, "cluster").get("trainers"))),
+        engines=_number(_table(data, "cluster").get("engines")),
+        lag=_number(_table(data, "cluster").get("lag")),
     )
 
 

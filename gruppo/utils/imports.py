@@ -17,6 +17,13 @@ from gruppo.utils.paths import user_path
 IN_MEMORY = "in-memory:"  # begins the names of objects that were passed from Python
 
 
+def installed(package: str) -> bool:
+    """Whether a package is installed. Nothing is imported. A folder of its name, as some trackers and Ray write one,
+    can be imported too, as an empty package, and does not count."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def import_attribute(name: str, field: str) -> Any:
     """The callable named "package.module:name" or "path/to/file.py:name".
 

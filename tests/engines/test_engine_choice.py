@@ -34,7 +34,7 @@ def recipe(engine: dict[str, Any] | None = None, **tables: Any) -> Any:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.machinery.ModuleSpec("vllm", None)
+    found = importlib.machinery.ModuleSpec("vllm", None, origin="vllm.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
 
 
@@ -291,7 +291,7 @@ def test_a_fleet_needs_ray_a_device_that_ray_knows_and_a_token(monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'Ray is not installed; run: pip install "gruppo\[cluster\]"'):
         check_engine(two, CPU, torch.float32)
-    found = importlib.machinery.ModuleSpec("ray", None)
+    found = importlib.machinery.ModuleSpec("ray", None, origin="ray.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     check_engine(two, CPU, torch.float32)
     with pytest.raises(UsageError, match="Ray has no devices of type mps"):

@@ -20,12 +20,13 @@ from gruppo.models.packing import Batch, pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import save_model
 from gruppo.training.memory_footprint import measure_footprint
+from gruppo.utils.imports import installed
 from gruppo.utils.progress import NullProgress
 from tests.conftest import make_policy, random_groups
 from tests.small_runs import fingerprint, killed, small_run
 from tests.training.test_invariance import prepared
 
-needs_package = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs gruppo[lean]")
+needs_package = pytest.mark.skipif(not installed("bitsandbytes"), reason="needs gruppo[lean]")
 SETTINGS = Lora(rank=4, base="4bit")
 
 

@@ -19,10 +19,11 @@ from gruppo.training.checkpoint import State, load_models, save_checkpoint, save
 from gruppo.training.lean_optimizers import OffloadedAdamW, check_state, make_8bit, moments_bytes
 from gruppo.training.memory_footprint import measure_footprint
 from gruppo.training.optimizer import make_optimizer
+from gruppo.utils.imports import installed
 from gruppo.utils.progress import NullProgress
 from tests.conftest import make_policy
 
-with_8bit = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs gruppo[lean]")
+with_8bit = pytest.mark.skipif(not installed("bitsandbytes"), reason="needs gruppo[lean]")
 STATES = ["float32", "cpu", pytest.param("8bit", marks=with_8bit)]
 SETTINGS = {"learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "epsilon": 1e-7}
 

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.fleet.actor import EngineActor, Failure, Hello, Memory, Order
+from gruppo.engines.fleet.needs import ENGINE_CPUS
 from gruppo.engines.fleet.parcels import Published
 from gruppo.engines.fleet.pieces import Piece
 from gruppo.errors import first_line
@@ -54,7 +55,9 @@ class Member:
         self.load = self.version = -1
         self.hello = self.memory = None
         self.differences = []
-        actor = ray.remote(EngineActor).options(num_cpus=1, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)
+        actor = ray.remote(EngineActor).options(
+            num_cpus=ENGINE_CPUS, num_gpus=self.gpus, max_restarts=0, max_task_retries=0
+        )
         self.actor: Any = actor.remote(self.order)
         self._ask("starting", self.actor.hello.remote())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import torch
 from gruppo.config.recipe import Recipe
 from gruppo.engines.fleet.actor import Order
 from gruppo.engines.fleet.fleet import Fleet
+from gruppo.engines.fleet.needs import received_bytes, received_dtypes
 from gruppo.engines.fleet.parcels import Files, Objects
 from gruppo.engines.fleet.runtime import Runtime, room
 from gruppo.engines.probe import probed_length
 from gruppo.models.blueprint import sampling_blueprint
 from gruppo.models.policy import LanguageModel
-from gruppo.models.weights import named_weights
 
 FOLDER = "engine_weights"  # in the run folder
 
@@ -31,9 +30,8 @@ def open_fleet(policy: LanguageModel, recipe: Recipe, slots: int, length: int, f
     assert cluster is not None
     accelerated, elsewhere = policy.device.type == "cuda", settings.has_own_process
     blueprint, copy = sampling_blueprint(policy, "meta" if elsewhere else policy.device.type)
-    dtypes = _dtypes(copy, policy.dtype if elsewhere else None)
-    size = sum(weight.numel() * dtypes[name].itemsize for name, weight in named_weights(copy.model).items())
-    runtime = Runtime(cluster, accelerated, size)
+    dtypes = received_dtypes(copy, policy.dtype if elsewhere else None)
+    runtime = Runtime(cluster, accelerated, received_bytes(copy, dtypes))
     stack.callback(runtime.close)
     order = Order(
         blueprint=blueprint,
@@ -58,9 +56,3 @@ def open_fleet(policy: LanguageModel, recipe: Recipe, slots: int, length: int, f
     stack.callback(fleet.close)
     fleet.start()
     return fleet
-
-
-def _dtypes(copy: LanguageModel, only: torch.dtype | None) -> Mapping[str, torch.dtype]:
-    """The dtypes in which an engine keeps weights: those of the copy, or `only` for all that are not integers."""
-    kept = {name: weight.dtype for name, weight in named_weights(copy.model).items()}
-    return {name: only if only is not None and dtype.is_floating_point else dtype for name, dtype in kept.items()}

@@ -14,10 +14,8 @@ import ray
 import torch
 
 from gruppo.config.cluster_section import LOCAL, Cluster
+from gruppo.engines.fleet.needs import ENGINE_CPUS, store_bytes
 from gruppo.errors import RunError, UsageError, first_line
-
-LEAST_STORE = 200 * 2**20  # bytes of Ray's object store; Ray accepts no fewer than 75 MB
-VERSIONS = 2.5  # of the weights that fit into the object store: the new one, the old one, and room between objects
 
 
 class Runtime:
@@ -35,8 +33,8 @@ class Runtime:
             return
         options: dict[str, Any] = {"address": cluster.address, "log_to_driver": False, "logging_level": "ERROR"}
         if self.local:
-            options |= {"include_dashboard": False, "num_cpus": cluster.engines}
-            options["object_store_memory"] = int(max(LEAST_STORE, VERSIONS * weight_bytes))
+            options |= {"include_dashboard": False, "num_cpus": ENGINE_CPUS * cluster.engines}
+            options["object_store_memory"] = store_bytes(weight_bytes)
         devices = _free_devices(cluster) if accelerated and self.local else None
         try:
             with _signals_kept(), _devices_shown(devices):
@@ -62,7 +60,7 @@ def room(cluster: Cluster, accelerated: bool) -> str:
     total = ray.cluster_resources()
     has = f"Ray has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
     gpus = f" and {cluster.engines * cluster.engine_devices} GPUs" if accelerated else ""
-    return f"{has}; {cluster.engines} engines need {cluster.engines} CPUs{gpus}"
+    return f"{has}; {cluster.engines} engines need {ENGINE_CPUS * cluster.engines} CPUs{gpus}"
 
 
 def _free_devices(cluster: Cluster) -> list[str]:

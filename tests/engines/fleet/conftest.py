@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,8 +15,9 @@ from gruppo.engines.fleet.pieces import pieces_of
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.models.policy import LanguageModel
 from gruppo.types import Completion
+from gruppo.utils.imports import installed
 
-if importlib.util.find_spec("ray") is None:
+if not installed("ray"):
     collect_ignore_glob = ["test_contract.py", "test_faults.py", "test_training.py", "test_weights.py"]
 
 if TYPE_CHECKING:

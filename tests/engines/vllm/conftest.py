@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,9 +11,10 @@ from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.engines.completions import CompletionText
 from gruppo.engines.vllm.engine import VllmEngine
 from gruppo.models.policy import LanguageModel
+from gruppo.utils.imports import installed
 from tests.engines.test_contract import make_policy
 
-if importlib.util.find_spec("vllm") is None:
+if not installed("vllm"):
     collect_ignore_glob = ["test_*.py"]
 
 SLOTS = 256

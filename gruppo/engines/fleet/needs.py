@@ -1,0 +1,33 @@
+"""What engines of a fleet need: weights in their dtypes, and room in Ray. Known without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from gruppo.models.policy import LanguageModel
+from gruppo.models.weights import named_weights
+
+LEAST_STORE = 200 * 2**20  # bytes of Ray's object store; Ray accepts no fewer than 75 MB
+VERSIONS = 2.5  # of the weights that fit into the object store: the new one, the old one, and room between objects
+ENGINE_CPUS = 1  # that Ray reserves for each engine
+
+
+def store_bytes(weight_bytes: int) -> int:
+    """Bytes of the object store of a Ray that is started for a run. `weight_bytes`: of one version of the weights."""
+    return int(max(LEAST_STORE, VERSIONS * weight_bytes))
+
+
+def received_dtypes(copy: LanguageModel, elsewhere: torch.dtype | None) -> Mapping[str, torch.dtype]:
+    """The dtypes in which an engine keeps weights: those of the `copy` of `sampling_blueprint`, or `elsewhere` for all
+    that are not integers."""
+    kept = {name: weight.dtype for name, weight in named_weights(copy.model).items()}
+    return {
+        name: elsewhere if elsewhere is not None and dtype.is_floating_point else dtype for name, dtype in kept.items()
+    }
+
+
+def received_bytes(copy: LanguageModel, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Bytes of one version of the weights in these dtypes."""
+    return sum(weight.numel() * dtypes[name].itemsize for name, weight in named_weights(copy.model).items())
