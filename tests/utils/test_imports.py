@@ -15,4 +15,9 @@ def test_a_folder_of_its_name_is_no_package(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "a_package" / "__init__.py").touch()
     (tmp_path / "a_module.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert [installed(name) for name in ("a_folder", "a_package", "a_module", "not_there")] == [False, True, True, False]
+    assert [installed(name) for name in ("a_folder", "a_package", "a_module", "not_there")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
