@@ -20,6 +20,7 @@ from gruppo.errors import UsageError
 from gruppo.rollout.sandbox import Limits, PythonPool, Ran
 from gruppo.rollout.sandbox.interpreter import MOST_FILES
 from gruppo.rollout.sandbox.reaper import marked
+from tests.rollout.workers.test_supervisor import eventually
 
 MIB = 2**20
 SECRET = "c4n4ry-of-the-environment"
@@ -548,9 +549,11 @@ def test_killed_trainer_leaves_no_process(pool: PythonPool) -> None:
         assert trainer.stdout is not None
         mark = trainer.stdout.readline().strip()
         assert len(mark) == 32
-        left = [psutil.Process(number) for number in marked(mark)]
-        assert len(left) > 4
-        trainer.kill()
-        trainer.communicate()
+        try:
+            assert eventually(lambda mark=mark: len(marked(mark)) > 4)
+            left = [psutil.Process(number) for number in marked(mark)]
+        finally:
+            trainer.kill()
+            trainer.communicate()
         assert psutil.wait_procs(left, timeout=20)[1] == []
         assert marked(mark) == []
