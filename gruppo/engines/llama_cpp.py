@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,27 @@ def llama_cpp_installed() -> bool:
     return installed("llama_cpp")
 
 
+@contextmanager
+def _weights_as_in_the_file(bindings: Any) -> Iterator[None]:
+    """llama.cpp keeps weights as they are in the file, where it would rearrange them for the processor, for speed.
+
+    Rearranged q8_0 weights end the process on processors with AMX (llama-cpp-python 0.3.36). `Llama` has no argument
+    for this, so the default that it asks its bindings for is another one inside the block.
+    """
+    default = bindings.llama_model_default_params
+
+    def changed() -> Any:
+        params = default()
+        params.use_extra_bufts = False
+        return params
+
+    bindings.llama_model_default_params = changed
+    try:
+        yield
+    finally:
+        bindings.llama_model_default_params = default
+
+
 class LlamaCppEngine(Engine):
     """See `Engine`. `eos_ids`: the tokens that end a turn for llama.cpp."""
 
@@ -46,9 +68,10 @@ class LlamaCppEngine(Engine):
         try:
             self._library: Any = importlib.import_module("llama_cpp")
             threads = torch.get_num_threads()
-            self._llama: Any = self._library.Llama(
-                str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
-            )
+            with _weights_as_in_the_file(self._library.llama_cpp):
+                self._llama: Any = self._library.Llama(
+                    str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False
+                )
         except Exception as error:  # a third-party library can fail in any way
             raise UsageError(f"{path}: llama.cpp cannot load it ({error})") from error
         vocabulary = self._library.llama_model_get_vocab(self._llama.model)
