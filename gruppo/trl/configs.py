@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
+from inspect import get_annotations
 from typing import Any
 
 
@@ -163,9 +164,11 @@ class TrainingArguments(Earlier):
     pad_to_multiple_of: int | str | None = "auto"
 
     def __post_init__(self) -> None:
+        # Not `entry.type`: transformers' parser of command lines replaces it by the type of the text.
+        kinds = {name: kind for base in type(self).__mro__[::-1] for name, kind in get_annotations(base).items()}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if isinstance(value, str) and "dict" in str(entry.type) and value.startswith("{"):
+            if isinstance(value, str) and "dict" in str(kinds[entry.name]) and value.startswith("{"):
                 setattr(self, entry.name, json.loads(value))  # as written on a command line
             elif isinstance(value, Enum):
                 setattr(self, entry.name, value.value)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gruppo.errors import UsageError
-from gruppo.trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
+from gruppo.trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig, TrlParser
 from gruppo.trl.arguments import IGNORED, MAPPED, REFUSED, check, default_of, words_of
 from gruppo.trl.configs import Earlier
 
@@ -67,9 +67,14 @@ def test_neutral_values_are_accepted(changes: dict[str, Any]) -> None:
 
 
 def test_options_written_as_text_become_mappings() -> None:
-    config = GRPOConfig(chat_template_kwargs='{"enable_thinking": false}', evaluation_strategy="steps")
-    assert config.chat_template_kwargs == {"enable_thinking": False}
+    """In Python as well as on a command line, whose parser changes the fields of the class."""
+    text, options = '{"enable_thinking": false}', {"enable_thinking": False}
+    config = GRPOConfig(chat_template_kwargs=text, evaluation_strategy="steps")
+    assert config.chat_template_kwargs == options
     assert config.eval_strategy == "steps"
+    (parsed,) = TrlParser(GRPOConfig).parse_args_and_config(["--chat_template_kwargs", text])
+    assert parsed.chat_template_kwargs == options
+    assert GRPOConfig(chat_template_kwargs=text).chat_template_kwargs == options
 
 
 def test_tokens_are_not_printed() -> None:
