@@ -144,7 +144,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
     from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_model
     from gruppo.models.lora import check_adapters
-    from gruppo.preflight.placement import check_placement, measure_machine, measure_weights, place_processes
+    from gruppo.preflight.placement import check_placement, measure_machine, measure_sent, place_processes
     from gruppo.rollout.multi_turn import open_multi_turn
     from gruppo.training.inputs import with_steps, workload
     from gruppo.training.lean_optimizers import check_state
@@ -219,7 +219,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
         placed: list[Finding] = []
         if recipe.cluster is not None:
             machine = measure_machine(device)
-            placement = place_processes(recipe, chosen.memory, measure_weights(recipe, policy), machine)
+            placement = place_processes(recipe, chosen.memory, measure_sent(recipe, policy), machine)
             check = replace(check, placement=placement)
             placed = [] if placement is None else check_placement(recipe, placement, machine)
         findings = [

@@ -1,14 +1,14 @@
 """Where the processes of a run with [cluster] go, the memory that each needs, and the weights that travel between them.
 
-Memory is that of `gruppo.training.memory_estimate` for one process, dealt out: shards are divided by their number, and
-what a process does not do is left out. Nothing is started, and no Ray is asked.
+Memory is that of `gruppo.training.memory_estimate`, which is of the leader; what another process does not do is left
+out. Nothing is started, and no Ray is asked.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from gruppo.engines.fleet.needs import ENGINE_CPUS, received_bytes, received_dty
 from gruppo.models.blueprint import sampling_blueprint
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
-from gruppo.training.memory_estimate import Memory
+from gruppo.training.memory_estimate import PHASES, Memory
 from gruppo.training.memory_footprint import process_bytes
 from gruppo.utils.cgroups import machine_memory
 from gruppo.utils.system import free_memory
@@ -31,7 +31,6 @@ COPIED = 64 * 2**20  # bytes that are copied to measure a rate
 REPEATS = 3  # the fastest copy counts
 SHARED_MEMORY = Path("/dev/shm")  # where Ray keeps objects
 MOST_ELSEWHERE = 10**10  # bytes of an object store that Ray starts outside of /dev/shm
-_SHARDED = ("weights", "optimizer", "reference", "critic", "reward_model", "gradients")
 _OF_SAMPLING = ("cache", "work")
 
 
@@ -45,14 +44,6 @@ class Machine(NamedTuple):
     total: int
     shared: int | None
     rate: float
-
-
-class Weights(NamedTuple):
-    """Bytes of the policy's weights. `sent`: of one version as engines get it, and as a leader of ranks samples from
-    it. `gathered`: the most that a rank has gathered at a time: two layers, and all that is outside of layers."""
-
-    sent: int
-    gathered: int
 
 
 @dataclass(frozen=True)
@@ -111,41 +102,36 @@ def measure_machine(device: torch.device) -> Machine:
     )
 
 
-def measure_weights(recipe: Recipe, policy: LanguageModel) -> Weights:
-    """Bytes of the policy's weights as they are sent and gathered."""
+def measure_sent(recipe: Recipe, policy: LanguageModel) -> int:
+    """Bytes of one version of the policy's weights as engines get it, and as a leader of ranks samples from it."""
     _, copy = sampling_blueprint(policy, "meta")
-    elsewhere = policy.dtype if recipe.engine.has_own_process else None
-    layers = [sum(weight.nbytes for weight in layer.parameters()) for layer in policy.layers]
-    outside = sum(weight.nbytes for weight in policy.model.parameters()) - sum(layers)
-    return Weights(received_bytes(copy, received_dtypes(copy, elsewhere)), outside + 2 * max(layers, default=0))
+    return received_bytes(copy, received_dtypes(copy, policy.dtype if recipe.engine.has_own_process else None))
 
 
-def place_processes(recipe: Recipe, memory: Memory, weights: Weights, machine: Machine) -> Placement | None:
+def place_processes(recipe: Recipe, memory: Memory, sent: int, machine: Machine) -> Placement | None:
     """The placement of a recipe's processes, None if there is only one.
 
-    `memory`: the estimate for a single process.
+    `memory`: the estimate for the leader. `sent`: see `measure_sent`.
     """
     cluster = recipe.cluster
     if cluster is None or (cluster.trainers == 1 and not cluster.engines):
         return None
-    return Placement(
-        tuple(_members(recipe, cluster, memory, weights, machine)), _ray(cluster, machine, weights.sent), weights.sent,
-        machine.rate,
-    )  # fmt: skip
+    members = tuple(_members(recipe, cluster, memory, sent, machine))
+    return Placement(members, _ray(cluster, machine, sent), sent, machine.rate)
 
 
-def _members(recipe: Recipe, cluster: Cluster, memory: Memory, weights: Weights, machine: Machine) -> Iterator[Member]:
+def _members(recipe: Recipe, cluster: Cluster, memory: Memory, sent: int, machine: Machine) -> Iterator[Member]:
     device = "the first CUDA device of its machine" if machine.devices else "CPU"
-    yield Member("rank 0", 1, f"leader, {device}", _leader(cluster, memory, weights))
+    yield Member("rank 0", 1, f"leader, {device}", _leader(cluster, memory))
     if cluster.trainers > 1:
         others = cluster.trainers - 1
         device = f"the next CUDA device{'s' * (others > 1)}" if machine.devices else "CPU"
-        parts = _rank(memory.parts("training"), cluster, weights)
+        parts = _without(memory.parts("training"), ("versions", *_OF_SAMPLING))
         yield Member(_numbered("rank", 1, others), others, f"follower{'s' * (others > 1)}, {device}", parts)
     if cluster.engines:
         name, count = recipe.engine.name, cluster.engine_devices
         device = f"{count} CUDA device{'s' * (count > 1)} for each" if machine.devices else "CPU"
-        parts = _vllm(recipe, cluster, weights, machine) if recipe.engine.has_own_process else _native(memory, weights)
+        parts = _vllm(recipe, cluster, sent, machine) if recipe.engine.has_own_process else _native(memory, sent)
         yield Member(_numbered("engine", 0, cluster.engines), cluster.engines, f"{name}, {device}", parts)
 
 
@@ -153,40 +139,28 @@ def _numbered(name: str, first: int, count: int) -> str:
     return f"{name} {first}" if count == 1 else f"{name}s {first}-{first + count - 1}"
 
 
-def _leader(cluster: Cluster, memory: Memory, weights: Weights) -> dict[str, int]:
+def _leader(cluster: Cluster, memory: Memory) -> dict[str, int]:
     """The parts of the phase in which the leader needs most. It samples only without engines."""
-    ranks, phases = cluster.trainers > 1, ("training",) if cluster.engines else ("training", "sampling", "evaluation")
-    found = []
-    for phase in phases:
-        parts = memory.parts(phase)
-        if cluster.engines:
-            parts = {name: size for name, size in parts.items() if name not in _OF_SAMPLING}
-        if ranks:
-            parts = {"versions": weights.sent} | _rank(parts, cluster, weights)  # the copy that it samples from
-        found.append(parts)
-    return max(found, key=lambda parts: sum(parts.values()))
+    if cluster.engines:
+        return _without(memory.parts("training"), _OF_SAMPLING)
+    return max(map(memory.parts, PHASES), key=lambda parts: sum(parts.values()))
 
 
-def _rank(parts: Mapping[str, int], cluster: Cluster, weights: Weights) -> dict[str, int]:
-    """The parts of a rank: shards are divided, and gathered weights take the place of the fused decoder's copies."""
-    shards = cluster.shards or cluster.trainers
-    kept = {name: size for name, size in parts.items() if name != "prepared"}
-    return {name: size // shards if name in _SHARDED else size for name, size in kept.items()} | {
-        "gathered": weights.gathered
-    }
+def _without(parts: Mapping[str, int], names: Collection[str]) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if name not in names}
 
 
-def _native(memory: Memory, weights: Weights) -> dict[str, int]:
+def _native(memory: Memory, sent: int) -> dict[str, int]:
     """The parts of a native engine, in the larger of sampling and evaluation."""
     phase = max(("sampling", "evaluation"), key=lambda name: getattr(memory, name))
     parts = memory.parts(phase)
-    return {"weights": weights.sent} | {name: parts[name] for name in ("process", "prepared", *_OF_SAMPLING)}
+    return {"weights": sent} | {name: parts[name] for name in ("process", "prepared", *_OF_SAMPLING)}
 
 
-def _vllm(recipe: Recipe, cluster: Cluster, weights: Weights, machine: Machine) -> dict[str, int]:
+def _vllm(recipe: Recipe, cluster: Cluster, sent: int, machine: Machine) -> dict[str, int]:
     """The parts of a vLLM engine on each of its devices: its weights, and a cache of the rest of engine.memory. On a
     CPU, vLLM holds the weights twice."""
-    held = weights.sent // cluster.engine_devices if machine.devices else 2 * weights.sent
+    held = sent // cluster.engine_devices if machine.devices else 2 * sent
     return {"weights": held, "cache": max(0, bytes_of(recipe.engine.memory, machine.total) - held)}
 
 

@@ -82,6 +82,7 @@ def with_steps(recipe: Recipe, inputs: RunInputs, progress: Progress) -> Recipe:
 
 def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
     """Upper bounds of the work that the recipe asks for, from its longest prompt and question."""
+    cluster = recipe.cluster
     return Workload(
         prompt_tokens=max(len(prompt.token_ids) for prompt in inputs.prompts),
         max_tokens=inputs.sampling.max_tokens,
@@ -104,7 +105,8 @@ def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
         turns=recipe.environment is not None,
         samples_elsewhere=recipe.engine.has_own_process,
         lag=recipe.lag,
-        engines=recipe.cluster is not None and recipe.cluster.engines > 0,
+        engines=cluster is not None and cluster.engines > 0,
+        shards=0 if cluster is None or cluster.trainers == 1 else cluster.shards or cluster.trainers,
     )
 
 

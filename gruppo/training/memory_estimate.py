@@ -55,7 +55,7 @@ class Workload:
     `turns`: completions are sampled in several turns, so every completion has its own prompt in the engine.
     `samples_elsewhere`: the engine has a process and memory of its own. `lag`: steps that sampling may be ahead of
     training; if not 0, both take memory at the same time. `engines`: there are several engines elsewhere, which get
-    their weights from a copy.
+    their weights from a copy. `shards`: of the weights, one for each of several ranks; 0 in a single process.
     """
 
     prompt_tokens: int
@@ -70,6 +70,7 @@ class Workload:
     samples_elsewhere: bool = False
     lag: int = 0
     engines: bool = False
+    shards: int = 0
 
     @property
     def answers(self) -> int:
@@ -125,7 +126,10 @@ class Memory:
     `work` and `evaluation_work`: temporaries of prefill and sampling. `logits`: temporaries of log-probabilities,
     forward and backward. `backward`: temporaries of a layer's backward pass, 0 on a CPU, where micro-batches are small.
     `gradients`: gradients that exist in addition to all activations. `versions`: copies of the weights that are sampled
-    from, or will be, while the policy is trained; `lags`: whether there is sampling meanwhile.
+    from, or will be, while the policy is trained; `lags`: whether there is sampling meanwhile. `gathered`: weights of
+    other ranks that a rank has for a moment.
+
+    Of several ranks, this is the leader, which needs most: it alone samples, from a copy of the weights.
     """
 
     process: int
@@ -145,6 +149,7 @@ class Memory:
     backward: int
     versions: int = 0
     lags: bool = False
+    gathered: int = 0
 
     def parts(self, phase: str) -> dict[str, int]:
         """Bytes alive in a phase, by name."""
@@ -160,8 +165,8 @@ class Memory:
                 **({"cache": self.cache, "work": self.work} if self.lags else {}),
             },
         }[phase]
-        versions = {"versions": self.versions} if self.versions else {}
-        return {name: getattr(self, name) for name in always} | versions | of_phase
+        some = {name: getattr(self, name) for name in ("versions", "gathered") if getattr(self, name)}
+        return {name: getattr(self, name) for name in always} | some | of_phase
 
     @property
     def sampling(self) -> int:
@@ -209,7 +214,9 @@ def forecast_memory(
 ) -> Memory:
     """Estimate the memory of a run with these sizes, if every prompt and completion has the maximum length.
 
-    If a step has several micro-batches, they are assumed to be full: shorter completions fill the gaps of longer ones.
+    Of several ranks, each has a shard of weights, moments and gradients, and gathers what it computes with; this is the
+    leader. If a step has several micro-batches, they are assumed to be full: shorter completions fill the gaps of
+    longer ones.
     """
     layouts = workload.micro_batches(micro_batch_tokens)
     layout = max(layouts, key=lambda candidate: footprint.activations(candidate, recompute))
@@ -220,7 +227,8 @@ def forecast_memory(
     # A layer's backward pass has about one temporary for each tensor that its forward pass kept.
     backward = footprint.activations(layout, False) // footprint.layers if footprint.accelerator else 0
     resident = partial(_resident, DEVICE_FRAGMENTS if footprint.accelerator else FRAGMENTS)
-    gradients = footprint.gradients
+    shards = workload.shards or 1
+    gradients = footprint.gradients // shards
     if len(layouts) == 1:  # gradients are allocated while activations are freed
         gradients = max(0, gradients - activations - logits)
     step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
@@ -240,12 +248,12 @@ def forecast_memory(
     evaluation_cache, evaluation_work = max(evaluations, key=sum, default=(0, 0))
     return Memory(
         process=footprint.process,
-        weights=footprint.weights,
-        optimizer=footprint.moments,
-        reference=footprint.reference if workload.reference else 0,
-        critic=footprint.critic if workload.critic else 0,
-        reward_model=footprint.critic if workload.reward_model else 0,
-        prepared=resident(footprint.prepared),
+        weights=footprint.weights // shards,
+        optimizer=footprint.moments // shards,
+        reference=footprint.reference // shards if workload.reference else 0,
+        critic=footprint.critic // shards if workload.critic else 0,
+        reward_model=footprint.critic // shards if workload.reward_model else 0,
+        prepared=0 if workload.shards else resident(footprint.prepared),
         cache=resident(cache),
         work=resident(work),
         evaluation_cache=resident(evaluation_cache),
@@ -256,17 +264,19 @@ def forecast_memory(
         backward=resident(backward),
         versions=_versions(footprint, workload),
         lags=workload.lag > 0,
+        gathered=footprint.gathered if workload.shards else 0,
     )
 
 
 def _versions(footprint: Footprint, workload: Workload) -> int:
     """Bytes of the copies of a run that samples ahead: that of the engine, with its prepared weights, unless it has a
-    process of its own, or that of several engines; and one for each further step of the lag."""
-    if not workload.lag:
+    process of its own, or that of several engines; and one for each further step of the lag. The leader of several
+    ranks has one in any case."""
+    if not workload.lag and not workload.shards:
         return 0
-    prepared = 0 if workload.samples_elsewhere else footprint.prepared
+    prepared = 0 if workload.samples_elsewhere or workload.engines else footprint.prepared
     copies = workload.lag - (workload.samples_elsewhere and not workload.engines)
-    return copies * footprint.reference + prepared
+    return max(copies, int(workload.shards > 0)) * footprint.reference + prepared
 
 
 def _resident(fragments: float, allocated: int) -> int:
@@ -312,6 +322,8 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
     Activations are recomputed only if otherwise not even one completion could be trained on. If a run samples while it
     trains, sampling gets at most half of what neither needs at least. Raises UsageError if nothing fits.
     """
+    if workload.shards:
+        _check_start(footprint, workload, budget)
 
     def memory(tokens: int, slots: int, recompute: bool) -> Memory:
         return forecast_memory(footprint, workload, tokens, slots, recompute)
@@ -335,6 +347,19 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
         if slots and tokens:
             return ChosenSizes(tokens, slots, recompute, budget, memory(tokens, slots, recompute))
     raise _too_little(memory(least, 1, True), workload, budget)
+
+
+def _check_start(footprint: Footprint, workload: Workload, budget: int) -> None:
+    """Raise UsageError if the leader of several ranks cannot hold the models before they are dealt out."""
+    copies = 2 if workload.reference else 1
+    needed = footprint.process + footprint.weights + copies * footprint.reference
+    if needed > budget:
+        reference = ", the reference" if workload.reference else ""
+        raise UsageError(
+            f"run.memory: allows {_gigabytes(budget)}, but rank 0 has the whole model{reference} and the copy that it "
+            f"samples from, before it deals out shards, which takes {_gigabytes(needed)}; raise it (a larger share, or "
+            f'e.g. "{needed / 1e9 + 0.1:.1f} GB"), or use a smaller model'
+        )
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:

@@ -38,7 +38,8 @@ class Footprint:
     optimizer state and copies. `prepared`: copies of weights in the compute dtype, alive during computation. `kept`:
     what forward keeps for backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token
     in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of
-    one number in the accumulation dtype. `accelerator`: the policy is not on a CPU.
+    one number in the accumulation dtype. `accelerator`: the policy is not on a CPU. `gathered`: what a rank of several
+    has gathered of the other ranks' weights at a time: two layers, and all that is outside of layers.
     """
 
     process: int
@@ -55,6 +56,7 @@ class Footprint:
     logits_token: int
     wide: int
     accelerator: bool = False
+    gathered: int = 0
 
     def activations(self, layout: Layout, recompute: bool) -> int:
         """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
@@ -103,6 +105,7 @@ def measure_footprint(
         logits_token=wide * weight.shape[0],
         wide=wide,
         accelerator=accelerator,
+        gathered=_gathered_bytes(policy),
     )
 
 
@@ -120,6 +123,12 @@ def prepared_bytes(policy: LanguageModel) -> int:
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.itemsize for tensor in tensors}.values())
+
+
+def _gathered_bytes(policy: LanguageModel) -> int:
+    """Bytes of two layers, of which one is computed and the next one gathered, and of the weights outside of layers."""
+    layers = [_bytes_of([*layer.parameters()]) for layer in policy.layers]
+    return _bytes_of([*policy.model.parameters()]) - sum(layers) + 2 * max(layers, default=0)
 
 
 def _reference_bytes(policy: LanguageModel) -> int:

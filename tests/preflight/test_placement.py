@@ -18,10 +18,9 @@ from gruppo.preflight.check import check_recipe, describe_check
 from gruppo.preflight.placement import (
     Machine,
     Placement,
-    Weights,
     check_placement,
     measure_machine,
-    measure_weights,
+    measure_sent,
     place_processes,
 )
 from gruppo.training.memory_estimate import Memory
@@ -33,7 +32,11 @@ MEMORY = Memory(
     cache=5 * GB, work=2 * GB, evaluation_cache=6 * GB, evaluation_work=2 * GB, gradients=8 * GB, activations=10 * GB,
     logits=1 * GB, backward=0,
 )  # fmt: skip
-WEIGHTS = Weights(sent=4 * GB, gathered=2 * GB)
+RANKS = Memory(**{
+    **vars(MEMORY), "weights": 2 * GB, "optimizer": 4 * GB, "reference": GB, "gradients": 2 * GB, "prepared": 0,
+    "versions": 4 * GB, "gathered": 2 * GB,
+})  # fmt: skip
+SENT = 4 * GB
 CPU = Machine(devices=0, free=100 * GB, total=120 * GB, shared=60 * GB, rate=2.0 * GB)
 CUDA = CPU._replace(devices=8, free=80 * GB, total=80 * GB)
 
@@ -44,8 +47,9 @@ def cluster(**fields: Any) -> Recipe:
     return load_recipe({**data, **({"engine": engine} if engine else {})})
 
 
-def placed(settings: Recipe, machine: Machine = CPU, memory: Memory = MEMORY) -> Placement:
-    found = place_processes(settings, memory, WEIGHTS, machine)
+def placed(settings: Recipe, machine: Machine = CPU, memory: Memory | None = None) -> Placement:
+    assert settings.cluster is not None
+    found = place_processes(settings, memory or (RANKS if settings.cluster.trainers > 1 else MEMORY), SENT, machine)
     assert found is not None
     return found
 
@@ -55,8 +59,8 @@ def in_gb(found: Placement) -> dict[str, dict[str, float]]:
 
 
 def test_one_process_has_no_placement() -> None:
-    assert place_processes(load_recipe(recipe("model") | {"task": {"name": "a"}}), MEMORY, WEIGHTS, CPU) is None
-    assert place_processes(cluster(trainers=1), MEMORY, WEIGHTS, CPU) is None
+    assert place_processes(load_recipe(recipe("model") | {"task": {"name": "a"}}), MEMORY, SENT, CPU) is None
+    assert place_processes(cluster(trainers=1), MEMORY, SENT, CPU) is None
 
 
 def test_ranks_hold_shards_and_the_leader_a_copy_to_sample_from() -> None:
@@ -68,14 +72,9 @@ def test_ranks_hold_shards_and_the_leader_a_copy_to_sample_from() -> None:
     assert (found.ray, found.transfer_bytes, found.transfer_seconds) == ("", 4 * GB, 2.0)
 
 
-def test_shards_of_copies_are_larger() -> None:
-    (leader, follower) = placed(cluster(trainers=4, shards=2)).members
-    assert leader.parts["weights"] == follower.parts["weights"] == 4 * GB
-
-
 def test_the_leader_may_need_most_while_it_samples() -> None:
     assert "cache" not in placed(cluster(trainers=2)).members[0].parts
-    found = placed(cluster(trainers=8), memory=Memory(**{**vars(MEMORY), "cache": 50 * GB})).members
+    found = placed(cluster(trainers=8), memory=Memory(**{**vars(RANKS), "cache": 50 * GB})).members
     assert found[0].parts["cache"] == 50 * GB
     assert "activations" not in found[0].parts
     assert "cache" not in found[1].parts
@@ -139,7 +138,7 @@ def test_what_does_not_fit(settings: dict[str, Any], machine: Machine, severity:
 
 def test_ray_starts_no_store_above_10_gb_elsewhere() -> None:
     chosen = cluster(engines=1)
-    found = place_processes(chosen, MEMORY, WEIGHTS._replace(sent=4 * GB + 1), CPU)
+    found = place_processes(chosen, MEMORY, SENT + 1, CPU)
     assert found is not None
     (finding,) = check_placement(chosen, found, CPU._replace(shared=9 * GB))
     assert (finding.severity, finding.why) == ("problem", "Ray does not start")
@@ -150,12 +149,9 @@ def test_weights_are_counted_as_engines_get_them(tiny_folder: str) -> None:
     policy = load_model(find_model(tiny_folder), "cpu", "bfloat16")
     count = sum(weight.numel() for weight in policy.model.parameters())
     products = sum(weight.numel() for layer in policy.layers for weight in layer.parameters() if weight.ndim == 2)
-    native = measure_weights(cluster(engines=1), policy)
-    vllm = measure_weights(cluster(engines=1, engine="vllm"), policy)
-    assert vllm.sent == 2 * count
-    assert native.sent == 4 * count - 2 * products  # the output head is the embedding, which stays float32
-    layer = sum(weight.nbytes for weight in policy.layers[0].parameters())
-    assert native.gathered == sum(w.nbytes for w in policy.model.parameters()) - (len(policy.layers) - 2) * layer
+    assert measure_sent(cluster(engines=1, engine="vllm"), policy) == 2 * count
+    # The output head is the embedding, which stays float32.
+    assert measure_sent(cluster(engines=1), policy) == 4 * count - 2 * products
 
 
 def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -305,6 +305,39 @@ def test_a_lag_keeps_copies_of_the_weights_and_samples_while_it_trains(footprint
         assert elsewhere.training == alone.training + (lag - 1) * footprint.reference
 
 
+def test_a_rank_has_shards_and_the_leader_a_copy_to_sample_from(footprint: Footprint) -> None:
+    whole = replace(footprint, weights=800, gradients=800, moments=1600, reference=400, prepared=100, gathered=200)
+    work = replace(WORK, reference=True, shards=4)
+    alone, rank = (forecast_memory(whole, replace(work, shards=shards), 500, 8) for shards in (0, 4))
+    assert (rank.weights, rank.optimizer, rank.reference) == (200, 400, 100)
+    assert (alone.gathered, rank.gathered) == (0, 200)
+    assert rank.prepared == 0, "the fused decoder is not used"
+    assert rank.versions == 400 + 100
+    assert rank.gradients == int(FRAGMENTS * 200)
+    assert (rank.cache, rank.work, rank.activations) == (alone.cache, alone.work, alone.activations)
+    assert forecast_memory(whole, replace(work, engines=True), 500, 8).versions == 400, "engines sample elsewhere"
+    assert forecast_memory(whole, replace(work, lag=2), 500, 8).versions == 2 * 400 + 100
+
+
+def test_a_rank_gathers_two_layers_and_what_is_outside_of_layers() -> None:
+    policy = make_policy(num_hidden_layers=4)
+    layer = sum(weight.nbytes for weight in policy.layers[0].parameters())
+    found = measure_footprint(policy, process=1000, progress=NullProgress())
+    assert found.gathered == sum(weight.nbytes for weight in policy.model.parameters()) - 2 * layer
+
+
+def test_a_model_that_is_too_large_for_one_process_is_trained_in_shards(footprint: Footprint) -> None:
+    large = replace(footprint, weights=8 * 10**9, gradients=8 * 10**9, moments=16 * 10**9, reference=4 * 10**9)
+    with pytest.raises(UsageError, match=r"training needs at least 32\.\d\d GB"):
+        choose_sizes(large, WORK, 20 * 10**9)
+    chosen = choose_sizes(large, replace(WORK, shards=4), 20 * 10**9)
+    assert chosen.memory.peak < 12.5 * 10**9
+    with pytest.raises(UsageError) as error:
+        choose_sizes(large, replace(WORK, shards=4, reference=True), 15 * 10**9)
+    assert "allows 15.00 GB, but rank 0 has the whole model, the reference and the copy" in str(error.value)
+    assert 'takes 16.10 GB; raise it (a larger share, or e.g. "16.2 GB")' in str(error.value)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
 def test_the_sizes_of_a_run_that_samples_ahead_fit_together(footprint: Footprint, share: float) -> None:
     """Neither sampling nor training takes all of the memory."""
