@@ -93,3 +93,8 @@ def fails_on_a(completions, **kwargs):
 
 def always_fails(completions, **kwargs):
     raise ValueError("always")
+
+
+def from_env(completions: list[str], env_reward: list[float], **columns: object) -> list[float]:
+    """Here, where processes that call it import no torch."""
+    return env_reward

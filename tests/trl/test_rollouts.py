@@ -16,6 +16,7 @@ from gruppo.errors import RunError, UsageError
 from gruppo.rollout.reward_failures import rerun_reward
 from gruppo.trl import GRPOConfig, GRPOTrainer, generate_rollout_completions
 from tests.conftest import END
+from tests.functions_of_users import from_env
 from tests.trl.test_trainer import CHATS, ROWS, arguments, counted
 
 
@@ -42,10 +43,6 @@ def two_turns(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         columns["env_reward"].append(float(len(last["completion_ids"])))
         columns["texts"].append([first["text"], last["text"]])
     return {**rows, **columns, "game": "letters"}
-
-
-def from_env(completions: list[str], env_reward: list[float], **_: Any) -> list[float]:
-    return env_reward
 
 
 def trained(model: str, out: Path, rewards: Any = counted, rows: Any = ROWS, **more: Any) -> GRPOTrainer:
