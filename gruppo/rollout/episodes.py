@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 ROLLOUT_FUNC = f"{IN_MEMORY}rollout_func"  # name of the environment of a recipe whose completions a function samples
 
 
-class Episodes(Protocol):
-    """Samples completions that are not the model's alone."""
+class Episodes(ABC):
+    """Samples completions that are not the model's alone.
 
-    @property
-    def weight(self) -> float | None:
-        """The weight of the environment's reward, None if it gives none."""
+    `weight`: the weight of the environment's reward, None if it gives none.
+    """
+
+    weight: float | None
 
     def sample(
         self,
@@ -37,8 +39,11 @@ class Episodes(Protocol):
         stop: Stop,
         label: str = "Sampling",
     ) -> list[list[Completion]]:
-        """Sample one completion per random stream for every prompt. `play` also returns the prompts."""
+        """Sample one completion per random stream for every prompt, as `gruppo.rollout.sampling.sample_groups` does.
+        `play` also returns the prompts."""
+        return self.play(engine, prompts, streams, options, progress, stop, label)[1]
 
+    @abstractmethod
     def play(
         self,
         engine: Engine,
@@ -52,6 +57,7 @@ class Episodes(Protocol):
         """Sample one completion per random stream for every prompt. Returns the prompts that were used, with token ids
         that all completions of a group follow, and their completions."""
 
+    @abstractmethod
     def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
         """Have `notify` called with a description whenever a process has to be started again."""
 
@@ -76,7 +82,7 @@ class Opened(Protocol):
         """What samples with it. Raises UsageError if that is not possible for these prompts."""
 
 
-class RecordedFunction:
+class RecordedFunction(Episodes):
     """Stands for a function that sampled the completions of a run whose steps are reproduced. See `Opened` and
     `Episodes`: nothing is sampled."""
 
@@ -92,10 +98,6 @@ class RecordedFunction:
     ) -> RecordedFunction:
         """See `Opened`."""
         return self
-
-    def sample(self, *_: Any) -> list[list[Completion]]:
-        """See `Episodes`."""
-        raise AssertionError("nothing is sampled")
 
     def play(self, *_: Any) -> tuple[list[Prompt], list[list[Completion]]]:
         """See `Episodes`."""

@@ -25,7 +25,7 @@ from gruppo.data.tokenization import ToolTexts
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.rollout.chat_rendering import ChatRenderer, tool_texts
 from gruppo.rollout.environments.client import Answer, EnvironmentHandle, Environments, open_environments
-from gruppo.rollout.episodes import ROLLOUT_FUNC, Opened, RecordedFunction
+from gruppo.rollout.episodes import ROLLOUT_FUNC, Episodes, Opened, RecordedFunction
 from gruppo.rollout.trajectory import Trajectory
 from gruppo.types import Completion, FinishReason, Prompt
 from gruppo.utils.progress import Progress
@@ -38,7 +38,7 @@ _SEED = 6  # extends the key of a random stream to that of an environment's seed
 _MAX_IGNORED_STOPS = 16  # per completion; after that, stop strings are ignored until the model ends its turn
 
 
-class MultiTurnSampler:
+class MultiTurnSampler(Episodes):
     """Samples completions of several turns, in place of `gruppo.rollout.sampling.sample_groups`.
 
     `weight`: weight of the environment's reward, None if it gives none.
@@ -48,20 +48,6 @@ class MultiTurnSampler:
         self.environments, self.dialogue, self.turns = environments, dialogue, turns
         self.weight = weight if environments.gives_reward else None
         self._opened = 0
-
-    def sample(
-        self,
-        engine: Engine,
-        prompts: Sequence[Prompt],
-        streams: Sequence[Sequence[tuple[int, ...]]],
-        options: SamplingParams,
-        progress: Progress,
-        stop: Stop,
-        label: str = "Sampling",
-    ) -> list[list[Completion]]:
-        """Sample one completion per random stream for every prompt. `play` also returns the prompts, which may end with
-        a first observation."""
-        return self.play(engine, prompts, streams, options, progress, stop, label)[1]
 
     def play(
         self,

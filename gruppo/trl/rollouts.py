@@ -25,6 +25,7 @@ from gruppo.data.tokenization import ENDING, prompt_tokens
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.errors import RunError, UsageError
 from gruppo.rewards.loading import OFFERED
+from gruppo.rollout.episodes import Episodes
 from gruppo.rollout.multi_turn import common_prefix
 from gruppo.rollout.workers.reward_main import describe_error
 from gruppo.trl.recipes import sampling_options
@@ -203,26 +204,13 @@ class _Call:
 
 
 @dataclass(frozen=True)
-class RolloutSampler:
-    """Samples with a rollout function. See `gruppo.rollout.episodes.Episodes`. `ends`: ids that end a completion."""
+class RolloutSampler(Episodes):
+    """Samples with a rollout function. See `Episodes`. `ends`: ids that end a completion."""
 
     rollouts: RolloutFunction
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int | None]
     weight: float | None = None
-
-    def sample(
-        self,
-        engine: Engine,
-        prompts: Sequence[Prompt],
-        streams: Sequence[Sequence[tuple[int, ...]]],
-        options: SamplingParams,
-        progress: Progress,
-        stop: Stop,
-        label: str = "Sampling",
-    ) -> list[list[Completion]]:
-        """See `Episodes`."""
-        return self.play(engine, prompts, streams, options, progress, stop, label)[1]
 
     def play(
         self,
