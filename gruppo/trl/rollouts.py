@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,8 @@ def generate_rollout_completions(
             "generate_rollout_completions: no rollout_func is running; call it in the function that you give to "
             "GRPOTrainer(rollout_func=…)"
         )
+    if isinstance(prompts, str):
+        raise UsageError("prompts: is text; give a list of prompts, here [text]")
     if as_chat and any(isinstance(prompt, str) for prompt in prompts):
         raise UsageError("as_chat = True: a prompt is text; give lists of messages, or as_chat=False")
     return rollouts.call.generate(list(prompts), generation_overrides or {})
@@ -189,7 +192,17 @@ class _Call:
     def _ids(self, prompt: Any) -> tuple[int, ...]:
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             return tuple(prompt_tokens(prompt, self.tokenizer, None, self.rollouts.template_options))
-        return tuple(map(int, prompt))
+        try:
+            ids = tuple(map(operator.index, prompt))
+        except TypeError:
+            raise UsageError(
+                f"generate_rollout_completions: a prompt is {prompt!r}; give text, messages or a list of token ids"
+            ) from None
+        if not ids:
+            raise UsageError("generate_rollout_completions: a prompt is empty; give at least one token")
+        if problem := _outside(ids, self.rollouts.vocabulary):
+            raise UsageError(f"generate_rollout_completions: a prompt has {problem}")
+        return ids
 
     def _params(self, overrides: Mapping[str, Any]) -> SamplingParams:
         wanted = sampling_options(overrides, "generation_overrides")
@@ -199,6 +212,9 @@ class _Call:
                 f'generation_overrides["temperature"] = {temperature}: the policy is trained at temperature '
                 f"{self.options.temperature}; set it in the trainer's args"
             )
+        most = wanted.get("max_tokens", 1)
+        if not isinstance(most, int) or most < 1:
+            raise UsageError(f'generation_overrides["max_tokens"] = {most}: must be a whole number of at least 1')
         stop = tuple(wanted.pop("stop", self.options.stop))
         return replace(self.options, **wanted, stop=stop, keep_stop=False)
 
@@ -253,7 +269,8 @@ class RolloutSampler(Episodes):
         """The completion at `place`, of whose prompt the first `shared` tokens are the group's prompt."""
         rest, ids = returned.prompt_ids[place][shared:], returned.completion_ids[place]
         mask = (True,) * len(ids) if returned.mask is None else returned.mask[place]
-        logprobs = (math.nan,) * len(ids) if returned.logprobs is None else returned.logprobs[place]
+        unknown = tuple(math.nan if sampled else 0.0 for sampled in mask)
+        logprobs = unknown if returned.logprobs is None else returned.logprobs[place]
         columns = {name: values[place] for name, values in returned.columns.items()}
         if not same:
             columns["completion_ids"] = list(ids)  # reward functions get it as it was returned
@@ -294,16 +311,14 @@ def _checked(returned: Any, count: int, context: int, vocabulary: int) -> _Retur
     if missing := [name for name in _REQUIRED if name not in returned]:
         hint = '; write "logprobs": None if they are not known' if missing == ["logprobs"] else ""
         raise _wrong(f"it returned no {', '.join(missing)}{hint}")
-    prompt_ids = _rows(returned, "prompt_ids", count, int)
-    completion_ids = _rows(returned, "completion_ids", count, int)
+    prompt_ids = _rows(returned, "prompt_ids", count, operator.index)
+    completion_ids = _rows(returned, "completion_ids", count, operator.index)
     for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
         for place, ids in enumerate(rows):
             if not ids:
                 raise _wrong(f"{name}[{place}] is empty; return at least one token")
-            if outside := [token for token in ids if not 0 <= token < vocabulary]:
-                raise _wrong(
-                    f"{name}[{place}] has the token {outside[0]}; the model has the tokens 0 to {vocabulary - 1}"
-                )
+            if problem := _outside(ids, vocabulary):
+                raise _wrong(f"{name}[{place}] has {problem}")
     for place, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         if len(prompt) + len(completion) > context:
             raise _wrong(
@@ -312,10 +327,10 @@ def _checked(returned: Any, count: int, context: int, vocabulary: int) -> _Retur
             )
     mask = None
     if returned.get(_MASK) is not None:
-        mask = _per_token(returned, _MASK, completion_ids, int)
+        mask = _per_token(returned, _MASK, completion_ids, float)
         for place, row in enumerate(mask):
             if strange := [value for value in row if value not in (0, 1)]:
-                raise _wrong(f"{_MASK}[{place}] has the value {strange[0]}; write 1 for tokens of the model, else 0")
+                raise _wrong(f"{_MASK}[{place}] has the value {strange[0]:g}; write 1 for tokens of the model, else 0")
     logprobs = None
     if returned["logprobs"] is not None:
         logprobs = _sampled(_per_token(returned, "logprobs", completion_ids, float), mask)
@@ -326,6 +341,12 @@ def _checked(returned: Any, count: int, context: int, vocabulary: int) -> _Retur
         None if mask is None else [tuple(map(bool, row)) for row in mask],
         _columns(returned, count),
     )
+
+
+def _outside(ids: Iterable[int], vocabulary: int) -> str | None:
+    """What is wrong with token ids of which one is not in the vocabulary."""
+    outside = next((token for token in ids if not 0 <= token < vocabulary), None)
+    return None if outside is None else f"the token {outside}; the model has the tokens 0 to {vocabulary - 1}"
 
 
 def _rows(returned: Mapping[str, Any], name: str, count: int, kind: Callable[[Any], Any]) -> list[tuple[Any, ...]]:

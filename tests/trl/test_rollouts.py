@@ -270,6 +270,8 @@ def first(row: Any) -> Callable[[Any], Any]:
         (change("completion_ids", lambda _: 3), "completion_ids is a int; return a list"),
         (change("completion_ids", first(["a"])), "completion_ids is not a list of lists of numbers"),
         (change("completion_ids", first([])), "completion_ids[0] is empty"),
+        (change("completion_ids", first([1, 2.5])), "completion_ids is not a list of lists of numbers"),
+        (change("completion_ids", first("12")), "completion_ids is not a list of lists of numbers"),
         (change("completion_ids", first([1, 48])), "[0] has the token 48; the model has the tokens 0 to 47"),
         (change("prompt_ids", first([-1])), "prompt_ids[0] has the token -1"),
         (change("prompt_ids", first([5] * 130)), "130 + "),
@@ -297,6 +299,16 @@ def first(row: Any) -> Callable[[Any], Any]:
             lambda prompts, trainer: generate_rollout_completions(trainer, ["a" * 128]),
             "a prompt has 128 tokens, and the model's context is 128",
         ),
+        (lambda prompts, trainer: generate_rollout_completions(trainer, "ab"), "prompts: is text; give a list"),
+        (lambda prompts, trainer: generate_rollout_completions(trainer, [[]]), "a prompt is empty"),
+        (lambda prompts, trainer: generate_rollout_completions(trainer, [[1, 48]]), "a prompt has the token 48; the"),
+        (lambda prompts, trainer: generate_rollout_completions(trainer, [[1.5]]), "a prompt is [1.5]; give text"),
+        (
+            lambda prompts, trainer: generate_rollout_completions(
+                trainer, prompts, generation_overrides={"max_tokens": 0}
+            ),
+            'generation_overrides["max_tokens"] = 0: must be a whole number of at least 1',
+        ),
         (lambda prompts, trainer: trainer.vllm_generation.llm, "sample with gruppo.trl.generate_rollout_completions"),
     ],
 )  # fmt: skip
@@ -307,12 +319,13 @@ def test_wrong_returns_are_named(tiny_folder: str, tmp_path: Path, function: Cal
     assert words in str(caught.value)
 
 
-def test_values_of_env_mask(tiny_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [2, 0.5])
+def test_values_of_env_mask(tiny_folder: str, tmp_path: Path, value: float) -> None:
     def function(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         returned = plain(prompts, trainer)
-        return {**returned, "env_mask": [[2] * len(ids) for ids in returned["completion_ids"]]}
+        return {**returned, "env_mask": [[value] * len(ids) for ids in returned["completion_ids"]]}
 
-    with pytest.raises(RunError, match=r"env_mask\[0\] has the value 2; write 1 for tokens of the model"):
+    with pytest.raises(RunError, match=rf"env_mask\[0\] has the value {value}; write 1 for tokens of the model"):
         trained(tiny_folder, tmp_path, rollout_func=function)
 
 
