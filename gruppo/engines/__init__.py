@@ -58,6 +58,10 @@ def _check_fleet(cluster: Cluster, device: torch.device) -> None:
         raise UsageError(f'{field}: Ray is not installed; run: pip install "gruppo[cluster]", or write engines = 0')
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"{field}: Ray has no devices of type {device.type}; write engines = 0")
+    if cluster.address == LOCAL and device.type == "cuda":
+        from gruppo.engines.fleet.needs import free_devices
+
+        free_devices(cluster)
     if cluster.address != LOCAL and os.environ.get("RAY_AUTH_MODE") != "token":
         raise UsageError(
             f'cluster.address = "{cluster.address}": whoever reaches a Ray without a token can run programs on its '

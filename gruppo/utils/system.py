@@ -44,6 +44,12 @@ def limit_threads() -> None:
         torch.set_num_threads(allowed)
 
 
+def visible_devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on the device now; on a CPU, see `gruppo.utils.cgroups.available_memory`.
 

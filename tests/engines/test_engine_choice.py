@@ -296,6 +296,12 @@ def test_a_fleet_needs_ray_a_device_that_ray_knows_and_a_token(monkeypatch: pyte
     check_engine(two, CPU, torch.float32)
     with pytest.raises(UsageError, match="Ray has no devices of type mps"):
         check_engine(two, torch.device("mps"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UsageError, match="needs 2 CUDA devices besides the trainer's, and this machine has 1"):
+        check_engine(two, torch.device("cuda"), torch.float32)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    check_engine(two, torch.device("cuda"), torch.float32)
     elsewhere = load_recipe({"model": {"name": "m"}, "cluster": {"engines": 2, "address": "10.0.0.1:6379"}})
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(UsageError, match=r'cluster.address = "10.0.0.1:6379": .* RAY_AUTH_MODE=token'):

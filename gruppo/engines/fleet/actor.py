@@ -1,4 +1,4 @@
-"""The process of one engine of a fleet: an actor of Ray. It outlives no run, and what it holds can be had again."""
+"""The process of one engine of a fleet: an actor of Ray. It ends with the run; all it holds can be sent again."""
 
 from __future__ import annotations
 

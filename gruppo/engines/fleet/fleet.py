@@ -218,7 +218,7 @@ class Fleet(Engine):
             )
         member.hello = hello
         if member.starts > 1:
-            self.notify("engine_back", f"{member.name()} is back, after {member.starts - 1} other processes")
+            self.notify("engine_back", f"{member.name()} is back, as process {member.starts} of this run")
 
     def _compare(self, member: Member, answer: Completion | Failure) -> None:
         """Let the engine sample if it has passed the probe; else let it load once more."""

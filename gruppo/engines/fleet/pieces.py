@@ -7,7 +7,7 @@ piece that is sampled again, by any engine, has the same completions to the last
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gruppo.engines.base import Request
 
@@ -17,16 +17,10 @@ class Piece:
     """Some requests of a call, by their places in it. `told`: tokens of it that the caller knows of. `given`: its
     requests whose completions the caller has."""
 
-    number: int
     places: tuple[int, ...]
     requests: tuple[Request, ...]
-    told: int
-    given: set[int]
-
-    @property
-    def done(self) -> bool:
-        """Whether the caller has everything."""
-        return len(self.given) == len(self.places)
+    told: int = 0
+    given: set[int] = field(default_factory=set)
 
 
 def cut(loads: Sequence[int], slots: int, engines: int) -> list[tuple[int, ...]]:
@@ -64,6 +58,4 @@ def pieces_of(requests: Sequence[Request], slots: int, engines: int) -> list[Pie
     sampled = [place for place, request in enumerate(requests) if request.streams]
     parts = cut([len(requests[place].streams) for place in sampled], slots, engines)
     places = [tuple(sampled[index] for index in part) for part in parts]
-    return [
-        Piece(number, part, tuple(requests[place] for place in part), 0, set()) for number, part in enumerate(places)
-    ]
+    return [Piece(part, tuple(requests[place] for place in part)) for part in places]

@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-import torch
 
 from gruppo.config.cluster_section import LOCAL, Cluster
-from gruppo.engines.fleet.needs import ENGINE_CPUS, store_bytes
-from gruppo.errors import RunError, UsageError, first_line
+from gruppo.engines.fleet.needs import ENGINE_CPUS, free_devices, store_bytes
+from gruppo.errors import RunError, first_line
 
 
 class Runtime:
-    """A connection to Ray. `close` ends what `start` has started."""
+    """A connection to Ray. `close` leaves Ray, and ends it if it was started here."""
 
     def __init__(self, cluster: Cluster, accelerated: bool, weight_bytes: int) -> None:
         """Start Ray on this machine, or join the one at `cluster.address`. A Ray that this process is connected to
@@ -35,7 +34,7 @@ class Runtime:
         if self.local:
             options |= {"include_dashboard": False, "num_cpus": ENGINE_CPUS * cluster.engines}
             options["object_store_memory"] = store_bytes(weight_bytes)
-        devices = _free_devices(cluster) if accelerated and self.local else None
+        devices = free_devices(cluster) if accelerated and self.local else None
         try:
             with _signals_kept(), _devices_shown(devices):
                 self.folder = ray.init(**options).address_info["session_dir"]
@@ -61,20 +60,6 @@ def room(cluster: Cluster, accelerated: bool) -> str:
     has = f"Ray has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
     gpus = f" and {cluster.engines * cluster.engine_devices} GPUs" if accelerated else ""
     return f"{has}; {cluster.engines} engines need {ENGINE_CPUS * cluster.engines} CPUs{gpus}"
-
-
-def _free_devices(cluster: Cluster) -> list[str]:
-    """The CUDA devices of this machine that no rank of the trainer uses. Raises UsageError if they are too few."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    every = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free, needed = every[ranks:], cluster.engines * cluster.engine_devices
-    if len(free) < needed:
-        raise UsageError(
-            f"cluster.engines = {cluster.engines}: needs {needed} CUDA devices besides the trainer's, and this machine "
-            f"has {len(free)}; write fewer engines, or the address of a Ray with more machines in cluster.address"
-        )
-    return free
 
 
 @contextmanager

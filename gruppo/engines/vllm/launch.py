@@ -24,6 +24,7 @@ from gruppo.models.four_bit import full_count
 from gruppo.models.policy import LanguageModel
 from gruppo.utils.cgroups import machine_memory
 from gruppo.utils.imports import installed
+from gruppo.utils.system import visible_devices
 
 COLDEST = 0.01  # vLLM raises lower temperatures to this one
 BLOCK_TOKENS = 32  # of the prefix cache on a CPU; vLLM's own 128 would share no prompt shorter than that
@@ -220,9 +221,7 @@ def _environment(device: torch.device, settings: EngineTable) -> Iterator[None]:
     defaults |= kept
     os.environ.update({name: value for name, value in defaults.items() if name not in before})
     if settings.device is not None:
-        visible = before.get("CUDA_VISIBLE_DEVICES", "")
-        devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[settings.device]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices()[settings.device]
     try:
         yield
     finally:
