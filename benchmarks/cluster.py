@@ -63,6 +63,8 @@ def main() -> None:
     for name, value in {"engines": 2, "prompts": 16, "group": 8, "tokens": 96, "loads": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
+    if min(given.engines, given.prompts, given.group, given.tokens, given.loads) < 1:
+        parser.error("numbers must be at least 1")
     policy = load_model(find_model(given.model), "auto", "bfloat16")
     ids = tuple(policy.tokenizer(TEXT)["input_ids"])
     requests = [

@@ -71,8 +71,8 @@ def _placements(plan: Plan) -> list[str]:
     lines.append(f"In all: {_duration(total)} for {plan.recipe.run.steps:,} steps.")
     if plan.cluster.devices > 1 and plan.work.sampled:
         lines += textwrap.wrap(
-            "For comparison: gruppo itself samples on one device, with cluster.lag ahead of training (docs/ranks.md, "
-            "docs/vllm.md, docs/ahead.md).",
+            "gruppo trains and samples on devices apart with the table [cluster], in turn or with a lag "
+            "(docs/scale.md, docs/ahead.md).",
             _WIDTH,
         )
     return lines

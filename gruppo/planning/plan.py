@@ -151,7 +151,7 @@ def make_plan(recipe: Recipe, shape: ModelShape, cluster: Cluster, assumptions: 
         parts = trainer_parts(shape, work, assumptions, chosen.trainers)
         engine_parts = _engine_parts(shape, cluster, work, chosen) if chosen.sampling else {}
     problems = () if chosen else tuple(_problems(shape, cluster, work, assumptions))
-    notes = tuple(_notes(recipe, work))
+    notes = tuple(_notes(recipe, chosen, work))
     return Plan(
         recipe, shape, cluster, assumptions, work, tuple(placements), chosen, parts, engine_parts, problems, notes
     )
@@ -229,11 +229,13 @@ def _problems(shape: ModelShape, cluster: Cluster, work: Work, assumed: Assumpti
     ]
 
 
-def _notes(recipe: Recipe, work: Work) -> list[str]:
+def _notes(recipe: Recipe, chosen: Placement | None, work: Work) -> list[str]:
     """What the plan leaves out, or takes for granted."""
     notes = []
+    if chosen is not None and chosen.kind == "ahead" and not recipe.method.tis_cap:
+        notes.append("cluster.lag = 1 needs method.tis_cap, e.g. --set method.tis_cap=2")
     if recipe.optimizer.state != "float32" or (recipe.model.lora and recipe.model.lora.base == "4bit"):
-        notes.append('the memory that optimizer.state and model.lora.base = "4bit" save is not counted')
+        notes.append('the memory saved by optimizer.state and by model.lora.base = "4bit" is not counted')
     if recipe.method.dynamic_sampling_rounds:
         notes.append(
             "method.dynamic_sampling_rounds: each additional round takes up to the time of sampling; none is counted"

@@ -217,7 +217,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
             disk_free=free_bytes(Path("runs") / recipe.run.name),
         )
         placed: list[Finding] = []
-        if recipe.cluster is not None:
+        if recipe.cluster is not None and (recipe.cluster.trainers > 1 or recipe.cluster.engines):
             machine = measure_machine(device)
             placement = place_processes(recipe, chosen.memory, measure_sent(recipe, policy), machine)
             check = replace(check, placement=placement)

@@ -186,7 +186,7 @@ def check_placement(recipe: Recipe, placement: Placement, machine: Machine) -> l
         *_check_store(cluster, placement, machine),
     ]
     ranks, engines = f"{cluster.trainers} rank{'s' * (cluster.trainers > 1)}", cluster.engines
-    what = f"{ranks} and {engines} engine{'s' * (engines != 1)}: nothing speaks against it on this machine"
+    what = f"{ranks} and {engines} engine{'s' * (engines != 1)}: no problem found on this machine"
     return problems or [Finding("ok", "placement", what, figures=placement.as_dict())]
 
 

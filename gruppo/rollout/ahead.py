@@ -29,7 +29,7 @@ ENDING_SECONDS = 30.0  # the longest that the end of a run waits for the thread
 class Ahead:
     """See `RolloutSource`. The steps of a source, with a fixed lag between sampling and training.
 
-    Version v of the weights is what the updates of v steps have made of them. With lag k, step s is sampled, scored and
+    Version v of the weights is those after step v. With lag k, step s is sampled, scored and
     refilled wholly from version max(b, s - 1 - k), where b is the step that this process began after (0 in a run that
     was never resumed). So what is sampled depends on no clock. With lag 0 the calls go to the source and the engine as
     they are. Else one thread samples one step after the other, because each begins at the prompts where the one before

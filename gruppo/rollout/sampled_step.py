@@ -71,13 +71,13 @@ def read_sampled(folder: Path, prompts: Mixture, cursor: int) -> list[SampledSte
     with reading(
         path, "use another checkpoint; without the folder of this one, --resume continues from the one before"
     ):
-        for row in read_table(path, SAMPLED).to_pylist():
+        rows = read_table(path, SAMPLED).to_pylist()
+        drawn = iter(prompts.draw(cursor, sum(row["completion"] == 0 for row in rows)))
+        for row in rows:
             if row["report"] is not None:
                 steps.append(_reported(row["step"], json.loads(row["report"])))
             if row["completion"] == 0:
-                (prompt,) = prompts.draw(cursor, 1)
-                steps[-1].groups.append(Group(_prompt_of(row, prompt), [], [], skipped=row["skipped"]))
-                cursor += 1
+                steps[-1].groups.append(Group(_prompt_of(row, next(drawn)), [], [], skipped=row["skipped"]))
             _add(steps[-1].groups[-1], row)
     for step in steps:
         for group in step.groups:

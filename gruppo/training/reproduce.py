@@ -129,7 +129,8 @@ def reproduce(
         raise refusal(folder, code, "pass trust=True")
     line = _line(folder, step)
     functions = _reward_functions(recipe, reward, prompts, model)
-    data = replace(read_data(recipe, functions, prompts, shown), completion_columns=_completion_columns(folder, step))
+    columns = _completion_columns(recipe, folder, step)
+    data = replace(read_data(recipe, functions, prompts, shown), completion_columns=columns)
     with ExitStack() as stack:
         shown, _ = stack.enter_context(watched(shown))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-reproduce-")))
@@ -285,8 +286,10 @@ def _reward_functions(
     return [reward] if callable(reward) else list(reward)
 
 
-def _completion_columns(folder: Path, step: int) -> tuple[str, ...]:
-    """The columns that the completions of a step bring for rewards."""
+def _completion_columns(recipe: Recipe, folder: Path, step: int) -> tuple[str, ...]:
+    """The columns that the completions of a step bring for rewards: only those of a function from Python do."""
+    if recipe.environment is None or not recipe.environment.name.startswith(IN_MEMORY):
+        return ()
     from gruppo.rollout.recorded import Recording
     from gruppo.rollout.recorded_rows import completion_of
     from gruppo.rollout.workers.rewards import completion_columns

@@ -319,11 +319,11 @@ def _missing(run: TrainingRun, known: Sequence[str]) -> Iterator[str]:
 
 def _reduced(step: Step, groups: Sequence[Group]) -> dict[str, Any]:
     """The line of metrics of a step."""
-    metrics, timer = step.metrics, step.timer
-    for name, seconds in {**step.beside, **timer.seconds}.items():
+    metrics, phases = step.metrics, {**step.beside, **step.timer.seconds}
+    for name, seconds in phases.items():
         metrics.mean(f"time/{name}", seconds)
-    metrics.mean("time/step", timer.total)
-    if generation := {**step.beside, **timer.seconds}.get("generate"):
+    metrics.mean("time/step", step.timer.total)
+    if generation := phases.get("generate"):
         tokens = sum(sum(completion.mask) for group in groups for completion in group.completions)
         metrics.mean("time/tokens_per_second", tokens, generation)
     return {"step": step.number, **metrics.reduce()}
