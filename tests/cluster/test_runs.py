@@ -97,13 +97,22 @@ def test_a_run_continues_on_another_number_of_ranks(
     settings = settings_of(tiny_folder, method__name="ppo")
     shorter = settings_of(tiny_folder, method__name="ppo", run__steps=2)
     alone(settings, tmp_path / "whole")
+    environment = tmp_path / "run/environment.json"
     for size, one in ((before, shorter), (after, settings)):
         if size == 1:
             alone(one, tmp_path / "run")
         else:
             summary = team.run(size, run_on, one, tmp_path / "run")[0]
             assert summary.get("state") == "done", summary
+        if size == before:
+            started = json.loads(environment.read_text())
+            environment.write_text(json.dumps({**started, "chosen": {**started["chosen"], "slots": 1}}))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert json.loads(environment.read_text())["chosen"]["slots"] > 1, "sizes are chosen again"
+    (change,) = (
+        event for event in events(tmp_path / "run") if event["kind"] == "changed" and "trainers" in event["field"]
+    )
+    assert change["message"].startswith(f"cluster.trainers was {before} and is {after}: sizes were chosen anew (micro_")
     names = {path.name for path in (tmp_path / "run/checkpoints/step-000002").iterdir()}
     assert ("critic.weights.safetensors" in names) == (before == 1)
     assert_no_pickle(tmp_path / "run")
@@ -177,6 +186,10 @@ def test_a_run_continues_bit_for_bit_on_as_many_ranks(team: Team, tiny_folder: s
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
 def assert_no_pickle(folder: Path) -> None:
     """No file is a pickle, or a zip archive as torch.save writes it."""
     for path in folder.rglob("*"):
@@ -204,8 +217,7 @@ def test_a_missing_shard_makes_a_checkpoint_unusable(team: Team, tiny_folder: st
     (tmp_path / "run/model").rename(tmp_path / "model")
     summary = team.run(2, run_on, settings_of(tiny_folder), tmp_path / "run")[0]
     assert summary.get("state") == "done", summary
-    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
-    assert [event["message"] for event in events if event["kind"] == "checkpoint_unusable"] == [
+    assert [event["message"] for event in events(tmp_path / "run") if event["kind"] == "checkpoint_unusable"] == [
         "step-000004: weights-00002-of-00002.safetensors is missing"
     ]
 
