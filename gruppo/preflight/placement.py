@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gruppo.actors.needs import ACTOR_CPUS, store_bytes
 from gruppo.config.cluster_section import LOCAL, Cluster
 from gruppo.config.recipe import Recipe
 from gruppo.config.units import bytes_of
-from gruppo.engines.fleet.needs import ENGINE_CPUS, received_bytes, received_dtypes, store_bytes
+from gruppo.engines.fleet.received import received_bytes, received_dtypes
 from gruppo.models.blueprint import sampling_blueprint
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
@@ -169,7 +170,7 @@ def _ray(cluster: Cluster, machine: Machine, sent: int) -> str:
     if not cluster.engines:
         return ""
     gpus = f" and {cluster.engine_devices} GPU{'s' * (cluster.engine_devices > 1)}" if machine.devices else ""
-    asked = f"{cluster.engines} times {ENGINE_CPUS} CPU{gpus}"
+    asked = f"{cluster.engines} times {ACTOR_CPUS} CPU{gpus}"
     if cluster.address != LOCAL:
         return f'{asked}, on any machine of the Ray at "{cluster.address}", which was not asked'
     return f"{asked}, on this machine, and an object store of {store_bytes(sent) / 1e9:.2f} GB"

@@ -298,7 +298,7 @@ def test_a_fleet_needs_ray_a_device_that_ray_knows_and_a_token(monkeypatch: pyte
         check_engine(two, torch.device("mps"), torch.float32)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(UsageError, match="needs 2 CUDA devices besides the trainer's, and this machine has 1"):
+    with pytest.raises(UsageError, match="needs 2 CUDA devices besides the leader's, and this machine has 1"):
         check_engine(two, torch.device("cuda"), torch.float32)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     check_engine(two, torch.device("cuda"), torch.float32)

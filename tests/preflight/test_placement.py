@@ -187,7 +187,7 @@ def test_a_check_shows_ranks(data: dict[str, Any]) -> None:
 
 
 def test_a_check_shows_engines_and_starts_no_ray(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gruppo.engines._check_fleet", lambda *_: None)  # which demands that Ray is installed
+    monkeypatch.setattr("gruppo.engines.check_ray", lambda *_: None)  # which demands that Ray is installed
     found = check_recipe(data, overrides=["cluster.engines=2"], quick=True)
     assert "Ray" in describe_check(found)
     assert "ray" not in sys.modules

@@ -41,8 +41,8 @@ def one_process(
 
 @pytest.fixture(scope="session")
 def running_ray() -> Iterator[None]:
+    from gruppo.actors.runtime import Runtime
     from gruppo.config.cluster_section import Cluster
-    from gruppo.engines.fleet.runtime import Runtime
 
     runtime = Runtime(Cluster(engines=16), False, 0)
     yield
