@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gruppo.cluster.follower import follow
+from gruppo.cluster.joining import make_mesh
 from gruppo.cluster.ranks import ProcessRanks
-from gruppo.cluster.torchrun import check_launch, make_mesh
+from gruppo.cluster.torchrun import check_launch
 from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.models.blueprint import described
@@ -243,14 +244,25 @@ def test_a_reward_model_that_is_not_finite_is_reported_by_the_leader_alone(
 def test_as_many_ranks_must_be_started_as_the_recipe_has() -> None:
     ranks, none = (load_recipe({"model": {"name": "m"}, **table}) for table in ({"cluster": {"trainers": 2}}, {}))
     check_launch(ranks, {"RANK": "0", "WORLD_SIZE": "2"})
+    check_launch(ranks, {})  # the run starts them
     check_launch(none, {})
     check_launch(none, {"WORLD_SIZE": "1"})
     for recipe_, environment, words in (
         (ranks, {"RANK": "0", "WORLD_SIZE": "3"}, "WORLD_SIZE = 3, so 3 processes were started"),
-        (ranks, {}, "torchrun --nproc-per-node 2 --no-python gruppo train"),
         (none, {"RANK": "0", "WORLD_SIZE": "4"}, "add `--set cluster.trainers=4`"),
     ):
         with pytest.raises(UsageError, match=words):
             check_launch(recipe_, environment)
-    with pytest.raises(UsageError, match="a run from Python has no ranks"):
-        train({"model": {"name": "m"}, "cluster": {"trainers": 2}})
+
+
+def test_a_run_that_may_not_start_its_ranks_says_what_to_do(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(tiny_folder, cluster__trainers=2)
+    monkeypatch.setattr("gruppo.actors.needs.installed", lambda package: False)
+    command = "torchrun --nproc-per-node 2 --no-python gruppo train RECIPE"
+    with pytest.raises(UsageError, match=rf'run: pip install "gruppo\[cluster\]", or start the ranks with `{command}`'):
+        train(settings, prompts=ROWS, out=tmp_path, progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=rf"starts the ranks itself; start the script once, .* or run `{command}`"):
+        train(settings, prompts=ROWS, out=tmp_path, progress=False)
