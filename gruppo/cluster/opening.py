@@ -28,15 +28,15 @@ def start_ranks(recipe: Recipe, model: PreTrainedModel | None, progress: Progres
     """
     assert recipe.cluster is not None
     size = recipe.cluster.trainers
-    command = f"torchrun --nproc-per-node {size} --no-python gruppo train RECIPE"
+    command = f"`torchrun --nproc-per-node {size} --no-python gruppo train RECIPE`"
     if is_launched():
         raise UsageError(
             f"cluster.trainers = {size}: a launcher has started this process as one of several (WORLD_SIZE), and "
-            f"gruppo.train starts the ranks itself; start the script once, without a launcher, or run `{command}`"
+            f"gruppo.train starts the ranks itself; start the script once, without a launcher, or run {command}"
         )
     device = choose_device(recipe.model.device)
     check_ray(
-        recipe.cluster, device, f"cluster.trainers = {size}", f"start the ranks with `{command}`", followers=size - 1
+        recipe.cluster, device, f"cluster.trainers = {size}", f"start the ranks with {command}", followers=size - 1
     )
     from gruppo.cluster.started import StartedRanks
 

@@ -87,8 +87,9 @@ class Attempt:
                     local=self.local,
                     ranks=ranks,
                 )
+            parts.losses = losses
             remember(self.folder)  # also a resumed folder: this user chose its recipe
-            run = TrainingRun(parts, self.progress, self.stop, self.callbacks.fresh(), losses=losses)
+            run = TrainingRun(parts, self.progress, self.stop, self.callbacks.fresh())
             with self.watcher.telling(run.record_wait):
                 summary = run.execute(run_training)
             return Result(parts.run.path, parts.run.metrics(), summary)
@@ -97,12 +98,12 @@ class Attempt:
 def run_attempts(attempt: Attempt, team: Team, resume: bool) -> Result:
     """Run until the end. When a rank is lost, all ranks end and start again, and the run continues from its last
     checkpoint as `--resume` does. Raises RunError if ranks are lost again and again."""
-    losses = Losses(attempt.folder, team.size)
+    losses = Losses(team.size)
     while True:
         try:
             return attempt.execute(team, resume or bool(losses.messages), losses)
         except RankLostError as error:
-            losses.add(error)
+            losses.add(error, attempt.folder)
             attempt.progress.note(f"Note: {error.cause}; the ranks start again")
         gc.collect()  # the models of the attempt that has ended
         release_memory()

@@ -24,18 +24,17 @@ class RankLostError(RunError):
 
 @dataclass
 class Losses:
-    """The losses of ranks in this process. `folder`: the run folder. `wanted`: the number of ranks that the run should
-    have."""
+    """The losses of ranks in this process. `wanted`: the number of ranks that the run should have."""
 
-    folder: Path
-    wanted: int
+    wanted: int = 1
     messages: list[str] = field(default_factory=list)  # of all losses, oldest first
     _saved: int = -1  # the step of the newest checkpoint at the last loss
     _count: int = 0  # losses since that checkpoint
 
-    def add(self, error: RankLostError) -> None:
-        """Count a loss. Raises RunError if there were too many without a checkpoint in between."""
-        saved = max(checkpoint_folders(self.folder), default=0)
+    def add(self, error: RankLostError, folder: Path) -> None:
+        """Count a loss. Raises RunError if there were too many without a checkpoint in between. `folder`: the run
+        folder."""
+        saved = max(checkpoint_folders(folder), default=0)
         self._count = self._count + 1 if saved == self._saved else 1
         self._saved = saved
         self.messages.append(error.cause)
@@ -45,12 +44,13 @@ class Losses:
                 f"last time: {error.cause}; resume with --resume"
             ) from error
 
-    def record(self, recorder: Recorder, step: int, size: int) -> None:
+    def record(self, recorder: Recorder, folder: Path, step: int, size: int) -> None:
         """Record the losses that events.jsonl does not have: the last one, and those whose events were undone because
         the run went back to a checkpoint. `step`: the one that the run continues after, on `size` ranks."""
-        known = {event["message"] for event in read_lines(self.folder / "events.jsonl") if event["kind"] == KIND}
+        known = [event["message"] for event in read_lines(folder / "events.jsonl") if event["kind"] == KIND]
         for place, cause in enumerate(self.messages):
-            if any(message.startswith(cause) for message in known):
+            if recorded := next((message for message in known if message.startswith(cause)), None):
+                known.remove(recorded)
                 continue
             message = cause
             if place == len(self.messages) - 1:

@@ -34,7 +34,6 @@ from gruppo.training.checkpoint import State
 from gruppo.training.checkpointer import Checkpointer
 from gruppo.training.context import RunContext
 from gruppo.training.iterations import Iterations
-from gruppo.training.losses import Losses
 from gruppo.training.nonfinite import FiniteGuard
 from gruppo.training.policy_trainer import StepBatches
 from gruppo.training.reward_audit import RewardAudit
@@ -57,7 +56,7 @@ class TrainingRun:
     """State of a training run.
 
     `source`: builds the source of its rollouts from the default source. `saves`: False for a run that saves no
-    checkpoints and no final model. `losses`: of ranks, which it continues after.
+    checkpoints and no final model.
     """
 
     def __init__(
@@ -68,11 +67,9 @@ class TrainingRun:
         callbacks: Callbacks | None = None,
         source: MakeSource | None = None,
         saves: bool = True,
-        losses: Losses | None = None,
     ) -> None:
         self.parts, self.recipe, self.method, self.folder = parts, parts.recipe, parts.recipe.method, parts.run
         self.stop, self.callbacks, self.state = stop, callbacks or Callbacks(), State()
-        self.losses = losses
         self.reward_weights = _reward_weights(parts)
         self.status = StatusFile(parts.run.path, self.recipe.run.steps)
         drift = largest_drift(parts.policy.dtype)  # see docs/metrics.md
@@ -201,8 +198,6 @@ class TrainingRun:
         self.rollouts.begin(self.state.step, _sampled(self, restored.checkpoint))
         self._let_unused_engine_sleep()
         self.checkpointer.record_restored(restored, damages, resumed=restored.checkpoint is not None or begun)
-        if self.losses is not None:
-            self.losses.record(self.recorder, self.state.step, self.parts.ranks.size)
         with reading(self.folder.path, "restore the folder as the run left it, or choose another --out"):
             for values in lines:  # for warnings that look back; their messages are already recorded
                 if "eval/accuracy" not in values or values["step"] >= self.state.evaluations_from:

@@ -21,7 +21,7 @@ from tests.cluster.compare import assert_same_run, lines
 from tests.engines.fleet.running import events, started, wait_for_steps, wait_for_the_end
 from tests.small_runs import ROWS, at_call, fingerprint, recipe
 
-TWO = {"cluster__trainers": 2, "cluster__patience": 8.0}
+TWO = {"cluster__trainers": 2, "cluster__patience": 120.0}
 LOADING = "gruppo.cluster.ranks.ProcessRanks.begin"
 UPDATE = "gruppo.training.policy_trainer.PolicyTrainer.update"
 SAVING = "gruppo.training.model_files.ModelFiles.save"
@@ -77,7 +77,8 @@ def test_a_rank_that_is_lost_changes_nothing(
     number: signal.Signals,
 ) -> None:
     at_call(monkeypatch, target, count, to_follower(number))
-    result = run(tiny_folder, tmp_path / "run")
+    patience = 120.0 if number == signal.SIGKILL else 12.0  # a busy machine may need some seconds for an exchange
+    result = run(tiny_folder, tmp_path / "run", cluster__patience=patience)
     assert result.summary["state"] == "done"
     assert fingerprint(tmp_path / "run") == fingerprint(whole)
     (event,) = events(tmp_path / "run", "rank_lost")
@@ -123,7 +124,7 @@ def test_losses_with_checkpoints_in_between_do_not_add_up(
 ) -> None:
     """Events of losses that a later loss undoes are recorded again."""
     kill = to_follower(signal.SIGKILL)
-    for count in (1, 4, 7, 10):  # updates, with those that are repeated: of steps 1, 3, 4 and 5
+    for count in (1, 2, 5, 6):  # updates: twice of step 1, and, after the checkpoint of step 2, twice of step 3
         at_call(monkeypatch, UPDATE, count, kill)
     run(tiny_folder, tmp_path / "run")
     assert fingerprint(tmp_path / "run") == fingerprint(whole)
@@ -168,13 +169,13 @@ def test_the_command_equals_torchrun(tiny_folder: str, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     found = {}
     for name, arguments in (("torchrun", launcher), ("ray", ())):
-        (tmp_path / name).mkdir()
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = started(tiny_folder, tmp_path / name, *arguments, environment=one_thread, cluster__trainers=2)
+        process = started(tiny_folder, tmp_path, *arguments, environment=one_thread, cluster__trainers=2)
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
         assert output.count("Done: 6 steps") == 1
-        found[name] = fingerprint(tmp_path / name / "run")
+        found[name] = fingerprint(tmp_path / "run")
+        (tmp_path / "run").rename(tmp_path / name)
     assert found["ray"] == found["torchrun"]
 
 
