@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 
 from gruppo import __version__
@@ -24,7 +21,7 @@ from gruppo.engines.fleet.parcels import received
 from gruppo.errors import UsageError, first_line, out_of_memory
 from gruppo.models.blueprint import built
 from gruppo.types import Completion
-from gruppo.utils.cgroups import available_memory
+from gruppo.utils.actors import Hello, Memory, greeting, own_memory
 from gruppo.utils.imports import import_attribute
 from gruppo.utils.system import keep_freed_memory
 
@@ -44,22 +41,6 @@ class Failure(NamedTuple):
 
     kind: FailureKind
     message: str
-
-
-class Hello(NamedTuple):
-    """Who an engine is. `errors`: the file with its standard error, on its own machine."""
-
-    pid: int
-    host: str
-    errors: str
-    versions: tuple[str, str]
-
-
-class Memory(NamedTuple):
-    """Bytes that the process holds, and that its machine has left."""
-
-    used: int
-    free: int
 
 
 class Report(NamedTuple):
@@ -118,9 +99,7 @@ class EngineActor:
             self.engine = _build(self.order)
         except Exception as error:  # noqa: BLE001  the driver reports it
             return _failure(error)
-        errors = Path("/proc/self/fd/2")
-        file = str(errors.readlink()) if errors.exists() else ""
-        return Hello(os.getpid(), socket.gethostname(), file, versions())
+        return greeting(versions())
 
     def load(self, parcels: Sequence[Any], version: int) -> Loaded | Failure:
         """See `Engine.load_weights`."""
@@ -129,7 +108,7 @@ class EngineActor:
             engine.load_weights(received(parcels, torch.device(self.order.device)), version)
         except Exception as error:  # noqa: BLE001
             return _failure(error)
-        return Loaded(_memory())
+        return Loaded(own_memory())
 
     def probe(self, request: Request, params: SamplingParams) -> Completion | Failure:
         """The completion of a request with one stream."""
@@ -168,10 +147,6 @@ def _failure(error: Exception) -> Failure:
     kinds: dict[type[Exception], FailureKind] = {UsageError: "usage", NonFiniteError: "nonfinite", ValueError: "value"}
     kind: FailureKind = next((name for known, name in kinds.items() if isinstance(error, known)), "engine")
     return Failure("memory" if out_of_memory(error) else kind, first_line(error))
-
-
-def _memory() -> Memory:
-    return Memory(psutil.Process().memory_info().rss, available_memory())
 
 
 class _AbandonedError(Exception):
@@ -231,6 +206,6 @@ class _Work:
                         item = self.news.get(timeout=max(0.0, due - time.monotonic()))
                     except Empty:
                         break
-                yield Report(tokens, groups, _memory(), ended, failure)
+                yield Report(tokens, groups, own_memory(), ended, failure)
         finally:
             self.abandon()

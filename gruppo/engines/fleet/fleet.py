@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.completions import NonFiniteError, check_requests
-from gruppo.engines.fleet.actor import Failure, Hello, Loaded, Order, Report, versions
+from gruppo.engines.fleet.actor import Failure, Loaded, Order, Report, versions
 from gruppo.engines.fleet.member import Member
 from gruppo.engines.fleet.parcels import Published, Way
 from gruppo.engines.fleet.pieces import Piece, pieces_of
@@ -22,6 +22,7 @@ from gruppo.errors import RunError, UsageError
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
+from gruppo.utils.actors import Hello
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Advance
 from gruppo.utils.waiting import waiting_for
