@@ -15,7 +15,9 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),
         "environment": ("seconds", "memory", "workers"),
         # rounding may differ
-        "cluster": ("trainers", "shards", "engines", "engine_devices", "address", "weights", "patience"),
+        "cluster": (
+            "trainers", "shards", "engines", "engine_devices", "reward_hosts", "address", "weights", "patience",
+        ),
         "audit": ("function", "options", "share", "window"),
         "evaluation": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit"),
         "benchmarks": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit", "name"),

@@ -114,9 +114,21 @@ _RULES = (
     ),
     _Rule(
         "cluster",
-        "engine_devices address weights",
+        "engine_devices weights",
         lambda recipe: recipe.cluster is not None and not recipe.cluster.engines,
         "cluster.engines = 0 starts no engines; remove it, or set cluster.engines",
+    ),
+    _Rule(
+        "cluster",
+        "address",
+        lambda recipe: recipe.cluster is not None and not recipe.cluster.uses_ray,
+        "neither cluster.engines nor cluster.reward_hosts is set; remove it, or set one of them",
+    ),
+    _Rule(
+        "cluster",
+        "reward_hosts",
+        _offline,
+        'method.source = "dataset" scores nothing; remove it',
     ),
     _Rule(
         "cluster",

@@ -30,9 +30,9 @@ def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> No
     check = getattr(engine_class, "check", None)
     if check is not None:
         check(recipe, device, dtype)
-    if recipe.cluster is not None and recipe.cluster.engines:
-        _check_fleet(recipe.cluster, device)
-    elif recipe.lag:
+    if recipe.cluster is not None and recipe.cluster.uses_ray:
+        _check_ray(recipe.cluster, device)
+    if recipe.lag and not (recipe.cluster and recipe.cluster.engines):
         _check_lag(recipe, engine_class, device)
 
 
@@ -51,14 +51,15 @@ def _check_lag(recipe: Recipe, engine_class: type, device: torch.device) -> None
         )
 
 
-def _check_fleet(cluster: Cluster, device: torch.device) -> None:
+def _check_ray(cluster: Cluster, device: torch.device) -> None:
     """Raise UsageError if Ray is missing, or may not be used as the recipe says. Starts nothing."""
-    field = f"cluster.engines = {cluster.engines}"
+    name = "engines" if cluster.engines else "reward_hosts"
+    field = f"cluster.{name} = {getattr(cluster, name)}"
     if not installed("ray"):
-        raise UsageError(f'{field}: Ray is not installed; run: pip install "gruppo[cluster]", or write engines = 0')
-    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f'{field}: Ray is not installed; run: pip install "gruppo[cluster]", or write {name} = 0')
+    if cluster.engines and device.type not in ("cpu", "cuda"):
         raise UsageError(f"{field}: Ray has no devices of type {device.type}; write engines = 0")
-    if cluster.address == LOCAL and device.type == "cuda":
+    if cluster.engines and cluster.address == LOCAL and device.type == "cuda":
         from gruppo.engines.fleet.needs import free_devices
 
         free_devices(cluster)

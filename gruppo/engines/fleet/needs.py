@@ -16,6 +16,12 @@ from gruppo.utils.system import visible_devices
 LEAST_STORE = 200 * 2**20  # bytes of Ray's object store; Ray accepts no fewer than 75 MB
 VERSIONS = 2.5  # of the weights that fit into the object store: the new one, the old one, and room between objects
 ENGINE_CPUS = 1  # that Ray reserves for each engine
+HOST_CPUS = 1  # that Ray reserves for each reward host
+
+
+def cpus_needed(cluster: Cluster) -> int:
+    """CPUs that Ray reserves for engines and reward hosts."""
+    return ENGINE_CPUS * cluster.engines + HOST_CPUS * cluster.reward_hosts
 
 
 def free_devices(cluster: Cluster) -> list[str]:

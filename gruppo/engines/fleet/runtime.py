@@ -13,18 +13,20 @@ from typing import Any
 import ray
 
 from gruppo.config.cluster_section import LOCAL, Cluster
-from gruppo.engines.fleet.needs import ENGINE_CPUS, free_devices, store_bytes
+from gruppo.engines.fleet.needs import cpus_needed, free_devices, store_bytes
 from gruppo.errors import RunError, first_line
 
 
 class Runtime:
     """A connection to Ray. `close` leaves Ray, and ends it if it was started here."""
 
-    def __init__(self, cluster: Cluster, accelerated: bool, weight_bytes: int) -> None:
+    def __init__(self, cluster: Cluster, accelerated: bool, weight_bytes: int | None) -> None:
         """Start Ray on this machine, or join the one at `cluster.address`. A Ray that this process is connected to
         already is used as it is.
 
-        `weight_bytes`: of one version of the weights. Raises RunError if Ray cannot be reached or started.
+        `weight_bytes`: of one version of the weights; None if it is not known yet, and Ray chooses the size of its
+        store: up to a third of the free memory, as far as /dev/shm has room. Raises RunError if Ray cannot
+        be reached or started.
         """
         self.owned = not ray.is_initialized()
         self.local = cluster.address == LOCAL
@@ -32,8 +34,9 @@ class Runtime:
             return
         options: dict[str, Any] = {"address": cluster.address, "log_to_driver": False, "logging_level": "ERROR"}
         if self.local:
-            options |= {"include_dashboard": False, "num_cpus": ENGINE_CPUS * cluster.engines}
-            options["object_store_memory"] = store_bytes(weight_bytes)
+            options |= {"include_dashboard": False, "num_cpus": cpus_needed(cluster)}
+            if weight_bytes is not None:
+                options["object_store_memory"] = store_bytes(weight_bytes)
         devices = free_devices(cluster) if accelerated and self.local else None
         try:
             with _signals_kept(), _devices_shown(devices):
@@ -55,11 +58,13 @@ class Runtime:
 
 
 def room(cluster: Cluster, accelerated: bool) -> str:
-    """What Ray has and the engines need, in words."""
+    """What Ray has, and what engines and reward hosts need, in words."""
     total = ray.cluster_resources()
     has = f"Ray has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
-    gpus = f" and {cluster.engines * cluster.engine_devices} GPUs" if accelerated else ""
-    return f"{has}; {cluster.engines} engines need {ENGINE_CPUS * cluster.engines} CPUs{gpus}"
+    gpus = f" and {cluster.engines * cluster.engine_devices} GPUs" if accelerated and cluster.engines else ""
+    what = [f"{cluster.engines} engines"] if cluster.engines else []
+    what += [f"{cluster.reward_hosts} reward hosts"] if cluster.reward_hosts else []
+    return f"{has}; {' and '.join(what)} need {cpus_needed(cluster)} CPUs{gpus}"
 
 
 @contextmanager

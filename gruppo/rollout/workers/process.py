@@ -41,12 +41,14 @@ _MUCH = 50 * 10**6  # bytes of memory that may explain a death
 @dataclass(frozen=True)
 class Order:
     """A process that is to be started: the module that it runs, the limit of its memory in bytes (0 for none), its
-    environment variables, and after how many seconds it starts."""
+    environment variables, after how many seconds it starts, and its working directory, None for that of this
+    process."""
 
     module: str
     memory: int
     environment: Mapping[str, str]
     delay: float
+    folder: str | None = None
 
 
 class Ending(NamedTuple):
@@ -150,7 +152,7 @@ class LocalProcess(Supervised):
         """`passed`: the descriptors from which it reads messages and to which it writes answers."""
         command = python_command(order.module, *map(str, (*passed, order.memory)))
         printed = subprocess.DEVNULL if printer is None else printer.descriptor
-        super().__init__(command, passed, printed, order.environment, delay=order.delay)
+        super().__init__(command, passed, printed, order.environment, order.folder, order.delay)
         self._memory, self._printer = order.memory, printer
 
     @property

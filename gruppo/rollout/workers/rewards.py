@@ -165,14 +165,14 @@ class RewardPool:
         excluded, with the reason; if a value is not a finite number, only its own completion is excluded. `advance` is
         called at least every half second and may raise; busy processes are then replaced.
         """
-        with self.begin(state) as scoring:
-            for place, (prompt, completions) in enumerate(groups):
-                scoring.add(place, prompt, completions)
+        with self.begin([prompt for prompt, _ in groups], state) as scoring:
+            for place, (_, completions) in enumerate(groups):
+                scoring.add(place, completions)
             return scoring.finish(advance)
 
-    def begin(self, state: Mapping[str, Any]) -> Scoring:
-        """Begin to score the groups of a step, which are added one by one; see `score`."""
-        return Scoring(self._workers, self.names, self.weights, self.timeout, state, self._stale)
+    def begin(self, prompts: Sequence[Prompt], state: Mapping[str, Any]) -> Scoring:
+        """Begin to score the groups of a step, whose completions are added one by one; see `score`."""
+        return Scoring(self._workers, self.names, self.weights, self.timeout, prompts, state, self._stale)
 
     def _stale(self, answer: Mapping[str, Any]) -> None:
         """Report, once, that a function leaves something behind for which its process has to be replaced."""

@@ -39,14 +39,15 @@ class Scoring:
         names: Sequence[str],
         weights: Sequence[float],
         timeout: float,
+        prompts: Sequence[Prompt],
         state: Mapping[str, Any],
         stale: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        """`names`, `weights`: of the functions; `state`: becomes `trainer_state`; `stale`: is called with the answer of
-        a process that has to be replaced before another function is called in it."""
+        """`names`, `weights`: of the functions; `prompts`: of the groups; `state`: becomes `trainer_state`; `stale`: is
+        called with the answer of a process that has to be replaced before another function is called in it."""
         self._workers, self._names, self._weights, self._timeout = workers, names, weights, timeout
         self._state, self._stale = dict(state), stale
-        self._groups: dict[int, tuple[Prompt, Sequence[Completion]]] = {}
+        self._prompts, self._groups = prompts, dict[int, Sequence[Completion]]()
         self._arguments: dict[int, dict[str, Any]] = {}
         self._waiting: list[deque[int]] = [deque() for _ in names]  # places of groups, by function
         self._busy: dict[Worker, tuple[_Job | None, float]] = {}  # without a job: loading its functions
@@ -63,10 +64,10 @@ class Scoring:
             for worker in self._busy:
                 self._workers.replace(worker)
 
-    def add(self, place: int, prompt: Prompt, completions: Sequence[Completion]) -> None:
-        """Add a group. `place`: its place among the groups of the step."""
-        self._groups[place] = prompt, completions
-        self._arguments[place] = call_arguments(prompt, completions)
+    def add(self, place: int, completions: Sequence[Completion]) -> None:
+        """Add the group of a prompt. `place`: that of the prompt."""
+        self._groups[place] = completions
+        self._arguments[place] = call_arguments(self._prompts[place], completions)
         for waiting in self._waiting:
             waiting.append(place)
 
@@ -102,7 +103,7 @@ class Scoring:
         functions = range(len(self._names))
         rewards = [
             [self._reward([self._outcomes[place, one] for one in functions], number) for number in range(len(group))]
-            for place, (_, group) in sorted(self._groups.items(), key=lambda item: item[0])
+            for place, group in sorted(self._groups.items(), key=lambda item: item[0])
         ]
         return rewards, metrics
 
@@ -116,7 +117,7 @@ class Scoring:
 
     def _call(self, job: _Job) -> bytes:
         place, function = job
-        seed = f"{self._state.get('global_step')}/{self._groups[place][0].id}/{self._names[function]}"
+        seed = f"{self._state.get('global_step')}/{self._prompts[place].id}/{self._names[function]}"
         message = {"kind": "call", "function": function, "arguments": self._arguments[place], "state": self._state}
         return pickled({**message, "seed": seed})
 
@@ -142,7 +143,7 @@ class Scoring:
             if "stale" in answer:
                 self._stale(answer)
             elif "lost" not in answer:
-                self._outcomes[job] = outcome_of(answer, self._groups[job[0]][1])
+                self._outcomes[job] = outcome_of(answer, self._groups[job[0]])
                 self._show(1 / len(self._names))
 
     def _reward(self, outcomes: Sequence[Outcome], number: int) -> Reward:
