@@ -90,6 +90,21 @@ def test_native_engines_take_over_the_sampling() -> None:
     assert found.ray == "3 times 1 CPU, on this machine, and an object store of 10.00 GB"
 
 
+def test_reward_hosts_have_limits_in_place_of_an_estimate() -> None:
+    data = recipe("model", reward__workers=3, reward__memory=0.25) | {"task": {"name": "rows.jsonl"}}
+    settings = load_recipe({**data, "cluster": {"reward_hosts": 2}, "environment": {"name": "a.py:World"}})
+    found = placed(settings)
+    assert [member.name for member in found.members] == ["rank 0", "reward hosts 0-1"]
+    assert found.members[1].place == (
+        "3 processes of rewards, up to 25% of its memory, 2 of environments, up to 512 MiB each"
+    )
+    assert found.members[1].bytes == 0
+    assert found.ray.startswith("2 times 1 CPU for reward hosts, on this machine")
+    (finding,) = check_placement(settings, found, CPU)
+    assert finding.severity == "ok"
+    assert "and 2 reward hosts" in finding.what
+
+
 def test_vllm_engines_split_their_weights_and_cache_in_the_rest() -> None:
     found = placed(cluster(trainers=2, engines=2, engine_devices=2, engine="vllm"), CUDA)
     assert in_gb(found)["engines 0-1"] == {"weights": 2, "cache": 38}
@@ -187,7 +202,7 @@ def test_a_check_shows_ranks(data: dict[str, Any]) -> None:
 
 
 def test_a_check_shows_engines_and_starts_no_ray(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gruppo.engines._check_fleet", lambda *_: None)  # which demands that Ray is installed
+    monkeypatch.setattr("gruppo.engines._check_ray", lambda *_: None)  # which demands that Ray is installed
     found = check_recipe(data, overrides=["cluster.engines=2"], quick=True)
     assert "Ray" in describe_check(found)
     assert "ray" not in sys.modules

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
@@ -225,7 +225,7 @@ class ProcessEnvironments:
         """Make one call per completion; processes work in parallel. A completion uses the same process as long as that
         is there, or will be again before its machine is."""
         queues: list[deque[int]] = [deque() for _ in self._workers.members]
-        self._queue(range(len(plays)), plays, queues)
+        self._queue(range(len(plays)), plays, queues, ())
         answers: dict[int, Answer] = {}
         lost: Counter[int] = Counter()
         busy: dict[int, tuple[int | None, float]] = {}
@@ -245,7 +245,7 @@ class ProcessEnvironments:
                     if answer is _AGAIN:  # by any process: nothing of the completion is left here
                         waiting = [*([] if index is None else [index]), *queues[place]]
                         queues[place].clear()
-                        self._queue(waiting, plays, queues)
+                        self._queue(waiting, plays, queues, busy)
                     elif index is not None:
                         answers[index] = answer
                         if answer.failure:
@@ -257,11 +257,17 @@ class ProcessEnvironments:
             raise
         return [answers[number] for number in range(len(plays))]
 
-    def _queue(self, calls: Iterable[int], plays: Sequence[EnvironmentHandle], queues: Sequence[deque[int]]) -> None:
+    def _queue(
+        self,
+        calls: Iterable[int],
+        plays: Sequence[EnvironmentHandle],
+        queues: Sequence[deque[int]],
+        busy: Collection[int],
+    ) -> None:
         """Give calls to the places of the processes that their completions use: those on machines that are there,
-        unless none is."""
-        for worker in list(self._workers):
-            if worker.process.began == math.inf:
+        unless none is. `busy`: the places of processes that have not answered."""
+        for place, worker in enumerate(list(self._workers)):
+            if worker.process.began == math.inf and place not in busy:
                 self._workers.alive(worker)
         places = [place for place, worker in enumerate(self._workers) if worker.process.began < math.inf]
         places = places or list(range(len(queues)))

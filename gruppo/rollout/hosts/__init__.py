@@ -3,3 +3,7 @@
 What decides stays with the run: `RewardPool`, `WorkerSet` and `ProcessEnvironments` send the same messages to the same
 processes, with the same limits. A host starts these processes on its machine and relays what they send and print.
 """
+
+from gruppo.utils.ray_settings import set_ray_defaults
+
+set_ray_defaults()

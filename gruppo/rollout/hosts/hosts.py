@@ -99,15 +99,12 @@ class Hosts:
 
     @contextmanager
     def running_block(self, member: Member) -> Iterator[None]:
-        """A host runs a block in a sandbox."""
+        """A host runs a block in a sandbox. If the block raises, the host is lost."""
         with self.lock:
             member.blocks += 1
-        try:
-            yield
-            member.deaths = 0
-        finally:
-            with self.lock:
-                member.blocks -= 1
+        yield
+        with self.lock:
+            member.blocks, member.deaths = member.blocks - 1, 0
 
     def close(self) -> None:
         """End all processes, then the hosts."""
@@ -157,7 +154,7 @@ class Hosts:
                     self._hear(member, answers[member.number])
                 elif member.silent > (self.patience if member.ready else max(self.patience, START_SECONDS)):
                     words = f"silent for {member.silent:.0f} s (cluster.patience), so it was killed"
-                    self._lose(member, words if member.ready else f"{words}; {self.has_room}")
+                    self._lose(member, member.cause(words if member.ready else f"{words}; {self.has_room}"))
             self._without = 0.0 if any(member.ready for member in self.members) else self._without + passed
             if self._without > max(self.patience, START_SECONDS):
                 raise RunError(

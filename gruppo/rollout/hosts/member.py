@@ -118,7 +118,7 @@ class Member:
         calling = self.blocks > 0 or any(process.calling for process in self.processes.values())
         for process in self.processes.values():
             process.lose(cause)
-        self.processes, self.waiting = {}, []
+        self.processes, self.waiting, self.blocks = {}, [], 0
         self.deaths += not calling
         return calling
 
@@ -127,6 +127,8 @@ class Member:
         where = f" (process {self.host.hello.pid} on {self.host.hello.host})" if self.host else ""
         return f"reward host {self.number}{where}"
 
-    def cause(self, error: RayError) -> str:
-        """Why it has ended: in a line, with what it last wrote and held."""
-        return cause_in_words(why_ended(error), self.host and self.host.hello, self.memory)
+    def cause(self, why: RayError | str) -> str:
+        """Why it has ended, or is to be ended: in a line, with what it last wrote and held."""
+        return cause_in_words(
+            why if isinstance(why, str) else why_ended(why), self.host and self.host.hello, self.memory
+        )

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 
 from gruppo.config.sections import Environment
 from gruppo.errors import RunError, UsageError
@@ -29,7 +29,7 @@ class Sandboxes:
         for member, task in asked:
             try:
                 why = ray.get(task)
-            except RayError as error:
+            except RayActorError as error:
                 raise RunError(f"cluster.reward_hosts: {member.name()}: {member.cause(error)}") from error
             if why:
                 raise UsageError(f"{member.name()}: {why}")
@@ -63,7 +63,7 @@ class Session:
                 with self._pool.hosts.running_block(member):
                     for block in again:
                         done = ray.get(call(member, "run_block", self._pool.settings, self._number, block))
-            except RayError as error:
+            except RayActorError as error:
                 why = error
                 self._pool.hosts.wait_until(partial(self._is_replaced, member))
                 continue

@@ -95,7 +95,10 @@ class Output:
         """Pass on the rest of the output. The processes have ended."""
         self._closed = True
         os.write(self._wakes, b".")
-        self._thread.join(_CLOSE_SECONDS)
+        self._thread.join(2 * _CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            os.close(self._woken)
+            os.close(self._wakes)
 
     def _copy(self) -> None:
         deadline: float | None = None
@@ -114,8 +117,6 @@ class Output:
                     self._printers.pop(descriptor).end()
         for printer in self._printers.values():
             printer.end()
-        os.close(self._woken)
-        os.close(self._wakes)
 
 
 def old_log(path: Path) -> Path:
