@@ -409,8 +409,8 @@ def _describe_placement(check: Check) -> list[str]:
     lines = ["Placement, in GB of each process on each of its devices"]
     for member in placement.members:
         parts = f": {_shown_parts(member.parts, _LARGEST_OF_RANK)}" if member.parts else ""
-        size = f"{member.bytes / 1e9:.2f}" if member.parts else ""
-        lines += _row(member.name, size, f"{member.place}{parts}", 12, 6)
+        held = f"{member.bytes / 1e9:.2f}" if member.parts else ""
+        lines += _row(member.name, held, f"{member.place}{parts}", 12, 6)
     if placement.ray:
         lines += _row("Ray", "", placement.ray, 12, 6)
     size, seconds = placement.transfer_bytes / 1e9, placement.transfer_seconds
