@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from gruppo.config.sections import Environment
 from gruppo.engines.fleet.fleet import MOST_DEATHS, START_SECONDS, TURN_SECONDS, Notify
 from gruppo.errors import RunError
-from gruppo.rollout.hosts.actor import Host, News, Printed, versions
+from gruppo.rollout.hosts.actor import Answered, Host, News, Printed, versions
 from gruppo.rollout.hosts.member import Member, Pool
 from gruppo.rollout.hosts.relayed import Relayed
 from gruppo.rollout.hosts.sandboxes import Sandboxes
@@ -195,6 +195,8 @@ class Hosts:
                 process.hear(item)
                 if process.works:
                     member.deaths = 0
+                if not isinstance(item, Answered):
+                    del member.processes[item.number]
         member.hear()
 
     def _lose(self, member: Member, cause: str) -> None:

@@ -18,6 +18,8 @@ from gruppo.rollout.workers.log import LogFile
 from gruppo.rollout.workers.process import Order
 from gruppo.utils.actors import Memory
 
+# Ray would kill the supervisors of an actor that ends, and they could not end what their processes have started.
+_VARIABLES = {"RAY_kill_child_processes_on_worker_exit": "0"}
 MOST_BLOCKS = 64  # sandboxes of a host that compute at the same time
 
 
@@ -56,7 +58,13 @@ class Member:
         """Start a new actor, on another machine than the other ones if possible."""
         self.silent, self.host, self.memory = 0.0, None, None
         kind = ray.remote(concurrency_groups={"news": 1, "blocks": MOST_BLOCKS})(HostActor)
-        actor = kind.options(num_cpus=HOST_CPUS, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")
+        actor = kind.options(
+            num_cpus=HOST_CPUS,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": _VARIABLES},
+        )
         self.actor: Any = actor.remote(self.beat)
         self.task: Any = self.actor.hello.remote()
         self.starts += 1

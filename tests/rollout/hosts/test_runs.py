@@ -63,7 +63,8 @@ def test_a_function_from_python_is_sent(running_ray: None, tiny_folder: str, tmp
         return [float(len(set(text))) for text in completions]
 
     for name, changes in (("one", {}), ("two", {"cluster__reward_hosts": 2})):
-        settings = recipe(tiny_folder, run__steps=3, reward__functions=None, **changes)
+        settings = recipe(tiny_folder, run__steps=3, **changes)
+        settings["reward"].pop("functions")
         train(settings, reward=reward, prompts=ROWS, out=tmp_path / name, progress=False)
     assert fingerprint(tmp_path / "two") == fingerprint(tmp_path / "one")
 
