@@ -77,14 +77,14 @@ class Member:
     def greet(self, host: Host) -> None:
         """It is there: let it do what waits for it."""
         self.host, self.silent = host, 0.0
-        self.listen()
+        self.ask_for_news()
         for process in self.processes.values():
             process.begin()
         for method, arguments in self.waiting:
             self.tell(method, *arguments)
         self.waiting = []
 
-    def listen(self) -> None:
+    def ask_for_news(self) -> None:
         """Ask for its next news."""
         self.task = self.actor.news.options(concurrency_group="news").remote()
 
@@ -92,7 +92,7 @@ class Member:
         """Note that it lives."""
         self.silent, self.memory, self.closed = 0.0, news.memory, news.last
         if not news.last:
-            self.listen()
+            self.ask_for_news()
 
     def hear(self) -> None:
         """All news up to now have been taken."""
