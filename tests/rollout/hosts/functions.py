@@ -44,14 +44,6 @@ def ends_its_host(completions, **kwargs):
     return [1.0] * len(completions)
 
 
-def dies_between_calls(completions, **kwargs):
-    """The process ends right after its answer."""
-    import threading
-
-    threading.Timer(0.3, lambda: os._exit(7)).start()
-    return [1.0] * len(completions)
-
-
 class Counts:
     """Answers with how many letters it was told so far."""
 

@@ -175,11 +175,23 @@ def test_a_call_that_ends_its_host_again_and_again_fails(two: tuple[Hosts, Event
 
 
 def test_a_death_between_two_calls_does_not_fail_the_next(two: tuple[Hosts, Events]) -> None:
-    hosts, _ = two
-    with pool(hosts, "dies_between_calls", []) as opened:
-        for _ in range(4):
-            assert opened.score([group("a")], {})[0][0][0].total == 1.0
-            time.sleep(0.25)
+    """The call is sent before the news of the death arrives."""
+    hosts, events = two
+    with pool(hosts, "slow", []) as opened, opened.begin([group("a")[0]], {}) as scoring:
+        assert opened.score([group("a")], {})[0][0][0].total == 1.0
+        scoring.add(0, group("a")[1])
+        with hosts.lock:
+            for member in hosts.members:
+                assert member.host is not None
+                (supervisor,) = psutil.Process(member.host.hello.pid).children()
+                supervisor.children()[0].kill()
+                while supervisor.is_running() and supervisor.status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.01)
+            scoring.turn()
+            assert any(process.calling for member in hosts.members for process in member.processes.values())
+        assert scoring.finish()[0][0][0].total == 1.0
+    hosts.report()
+    assert events == []
 
 
 def test_a_host_that_ends_again_and_again_ends_the_run(two: tuple[Hosts, Events]) -> None:

@@ -58,6 +58,17 @@ def test_a_run_with_two_hosts_equals_the_run_without(
     assert events(tmp_path / "two") == events(tmp_path / "one")
 
 
+def test_hosts_score_what_engines_are_sampling(running_ray: None, tiny_folder: str, tmp_path: Path) -> None:
+    """Both use the same Ray. What the engines report of themselves depends on times."""
+    small_run(tiny_folder, tmp_path / "one", cluster__engines=2, **CASES["plain"])
+    small_run(tiny_folder, tmp_path / "two", cluster__engines=2, cluster__reward_hosts=2, **CASES["plain"])
+    found, expected = (fingerprint(tmp_path / name) for name in ("two", "one"))
+    for line in (*found["metrics"], *expected["metrics"]):
+        line.pop("engine/idle_share", None)
+        line.pop("engine/load_seconds", None)
+    assert found == expected
+
+
 def test_a_function_from_python_is_sent(running_ray: None, tiny_folder: str, tmp_path: Path) -> None:
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(set(text))) for text in completions]
