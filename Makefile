@@ -4,7 +4,7 @@
 #   make quickstart                            train a real model for a few minutes
 #   make ui                                    the dashboard over the runs in runs/ (UI="FOLDER --port 8001" for others)
 #   make test                                  style, types, tests
-#   make test-cluster                          the tests of several ranks and engines, with Ray in an environment of its own
+#   make test-cluster                          the tests of several ranks, engines and reward hosts, with Ray in an environment of its own
 #   make test-wheel                            build a wheel, and use it where only what it declares is installed
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
@@ -73,7 +73,7 @@ test-wheel: $(VENV)/.ready
 
 # Half an hour: each kind of tiny model starts two engines once.
 test-cluster: .venv-cluster/.ready
-	.venv-cluster/bin/python -m pytest -m "cluster or not cluster" tests/cluster tests/engines/fleet
+	.venv-cluster/bin/python -m pytest -m "cluster or not cluster" tests/cluster tests/engines/fleet tests/rollout/hosts
 
 # Ray alone: gruppo and what it needs are seen where they are, in $(VENV).
 .venv-cluster/.ready: $(VENV)/.ready-dev pyproject.toml

@@ -91,6 +91,10 @@ class Completion:
     text: str
     episode: Episode | None = None
 
+    def staleness(self, step: int) -> int:
+        """How many updates lie between the weights that sampled it and those that `step` trains."""
+        return step - 1 - self.policy_version
+
 
 class Steps(NamedTuple):
     """Rewards of the steps of a completion, and the token (from 0, increasing) on which each step ends."""

@@ -13,7 +13,7 @@ from gruppo.utils.system import visible_devices
 
 LEAST_STORE = 200 * 2**20  # bytes of Ray's object store; Ray accepts no fewer than 75 MB
 VERSIONS = 2.5  # of the weights that fit into the object store: the new one, the old one, and room between objects
-ACTOR_CPUS = 1  # that Ray reserves for each engine, and for each rank that it starts
+ACTOR_CPUS = 1  # that Ray reserves for each engine, each reward host, and each rank that it starts
 START_SECONDS = 300.0  # a process has at least this long to start, whatever the patience
 
 
@@ -33,6 +33,11 @@ def check_ray(cluster: Cluster, device: torch.device, field: str, otherwise: str
             f'cluster.address = "{cluster.address}": whoever reaches a Ray without a token can run programs on its '
             "machines; start it and this run with RAY_AUTH_MODE=token (docs/scale.md says how)"
         )
+
+
+def cpus_needed(cluster: Cluster, followers: int = 0) -> int:
+    """CPUs that Ray reserves for engines, reward hosts, and the `followers` that it is to start."""
+    return ACTOR_CPUS * (cluster.engines + cluster.reward_hosts + followers)
 
 
 def free_devices(cluster: Cluster, followers: int = 0) -> list[str]:

@@ -6,18 +6,17 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from gruppo import __version__
 from gruppo.errors import RunError, first_line
-from gruppo.utils.system import Memory
-
-LAST_LINES, LAST_CHARACTERS = 3, 300  # of a process's standard error that are shown
+from gruppo.utils.cgroups import Memory
+from gruppo.utils.last_lines import last_lines_of, last_words
 
 
 class Hello(NamedTuple):
@@ -43,18 +42,18 @@ class Hello(NamedTuple):
         """Whether the process is on this machine."""
         return self.host == socket.gethostname()
 
-    def last_lines(self) -> str:
-        """The last lines that the process wrote to its standard error, if it is on this machine."""
-        if not self.is_here or not Path(self.errors).is_file():
+    def last_words(self) -> str:
+        """What the process last wrote to its standard error, if it is on this machine."""
+        if not self.is_here:
             return ""
-        text = Path(self.errors).read_bytes()[-4096:].decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(":")]
-        return " / ".join(lines[-LAST_LINES:])[-LAST_CHARACTERS:]
+        return last_words(
+            [line for line in last_lines_of(Path(self.errors)) if not line.startswith(":")]
+        )  # ":…": of Ray
 
 
 def versions() -> tuple[str, str]:
     """Of gruppo and torch. All processes of a run must agree."""
-    return __version__, torch.__version__
+    return __version__, metadata.version("torch")
 
 
 def require_same_versions(hello: Hello, field: str) -> None:
@@ -80,7 +79,7 @@ def cause_of_end(why: str | RayError, hello: Hello | None, memory: Memory | None
     if memory is not None:
         used, free = (size / 1e9 for size in memory)
         parts.append(f"it held {used:.1f} GB when last heard of, and its machine had {free:.1f} GB left")
-    if hello is not None and (last := hello.last_lines()):
+    if hello is not None and (last := hello.last_words()):
         parts.append(f"its last words: {last}")
     return "; ".join(parts)
 

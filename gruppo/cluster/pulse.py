@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Protocol
 
-from gruppo.utils.system import Memory
+from gruppo.utils.cgroups import Memory
 from gruppo.utils.waiting import waiting_for
 
 BEAT_SECONDS = 1.0

@@ -27,8 +27,8 @@ from gruppo.config.recipe import Recipe
 from gruppo.errors import RunError
 from gruppo.models.ranks import ALONE, Ranks
 from gruppo.training.losses import RankLostError
+from gruppo.utils.cgroups import Memory
 from gruppo.utils.progress import Progress
-from gruppo.utils.system import Memory
 from gruppo.utils.waiting import waiting_for
 
 ROOM_SECONDS = 60.0  # the longest that ranks which start again wait for room for all of them

@@ -1,4 +1,5 @@
-"""The table [cluster]: training on several ranks, sampling with several engines, and sampling ahead."""
+"""The table [cluster]: training on several ranks, sampling with several engines, rewards on other machines, and
+sampling ahead."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ LOCAL = "local"  # the address of a Ray that is started for the run
 
 
 class Cluster(Section):
-    """Training on several ranks, sampling with several engines, and sampling ahead. Leave the table out for one process
-    that samples and trains in turn."""
+    """Training on several ranks, sampling with several engines, rewards on other machines, and sampling ahead. Leave
+    the table out for one process that samples, scores and trains in turn."""
 
     trainers: Annotated[int, Field(ge=1)] = 1
     """Number of ranks: processes with one device each, which hold the weights in shards. The run starts them through
@@ -26,6 +27,10 @@ class Cluster(Section):
     says. 0: the run samples in its own process. Needs `pip install "gruppo[cluster]"`."""
     engine_devices: Annotated[int, Field(ge=1)] = 1
     """CUDA devices of each engine. vLLM splits the model over them (tensor parallelism)."""
+    reward_hosts: Annotated[int, Field(ge=0)] = 0
+    """Number of hosts of the processes of rewards and environments, with their tools and sandboxes: one a machine of
+    Ray where possible (see docs/scale.md). Each has reward.workers and environment.workers processes. 0: they are on
+    the machine of the run. Needs `pip install "gruppo[cluster]"`."""
     address: Annotated[str, Field(min_length=1)] = LOCAL
     """"local": Ray is started on this machine for the run, and ends with it. "auto" or "HOST:PORT": a Ray that runs
     already, which needs RAY_AUTH_MODE=token."""
@@ -33,11 +38,16 @@ class Cluster(Section):
     """How weights get to the engines: through Ray's object store, or as files in the run folder, which all machines
     must then see."""
     patience: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds of silence after which a rank is taken for lost, and an engine is killed and replaced. Ranks that the run
-    has started itself start again then; others end."""
+    """Seconds of silence after which a rank is taken for lost, and an engine or a reward host is killed and replaced.
+    Ranks that the run has started itself start again then; others end."""
     lag: Annotated[int, Field(ge=0)] = 0
     """Steps that sampling may be ahead of training. A step is sampled and scored while the `lag` steps before it train,
     wholly by the weights after step max(0, step - 1 - lag). 0: step by step. Needs method.tis_cap."""
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether a run needs Ray, even if something else has started its ranks."""
+        return self.engines > 0 or self.reward_hosts > 0
 
     @model_validator(mode="after")
     def _shards_divide(self) -> Self:

@@ -241,7 +241,7 @@ class Recipe(Section):
         changes: dict[str, Any] = {"trainers": size}
         if size == 1 or (self.cluster.shards and size % self.cluster.shards):
             changes["shards"] = 0
-        if size == 1 and not self.cluster.engines:
+        if size == 1 and not self.cluster.uses_ray:
             changes["address"] = LOCAL
         return self.model_copy(update={"cluster": self.cluster.model_copy(update=changes)})
 

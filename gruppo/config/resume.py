@@ -14,7 +14,8 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "engine": ("memory", "device"),
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),
         "environment": ("seconds", "memory", "workers"),
-        "cluster": ("engines", "engine_devices", "address", "weights", "patience"),  # rounding may differ
+        # rounding may differ
+        "cluster": ("engines", "engine_devices", "reward_hosts", "address", "weights", "patience"),
         "audit": ("function", "options", "share", "window"),
         "evaluation": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit"),
         "benchmarks": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit", "name"),

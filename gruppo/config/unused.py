@@ -121,8 +121,14 @@ _RULES = (
     _Rule(
         "cluster",
         "address",
-        lambda recipe: recipe.cluster is not None and not recipe.cluster.engines and recipe.cluster.trainers == 1,
-        "cluster.engines = 0 and cluster.trainers = 1 start nothing; remove it, or set one of them",
+        lambda recipe: recipe.cluster is not None and not recipe.cluster.uses_ray and recipe.cluster.trainers == 1,
+        "cluster.trainers = 1, engines = 0 and reward_hosts = 0 start nothing; remove it, or set one of them",
+    ),
+    _Rule(
+        "cluster",
+        "reward_hosts",
+        _offline,
+        'method.source = "dataset" scores nothing; remove it',
     ),
     _Rule(
         "cluster",

@@ -32,7 +32,10 @@ def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> No
     if recipe.cluster is not None and recipe.cluster.engines:
         field = f"cluster.engines = {recipe.cluster.engines}"
         check_ray(recipe.cluster, device, field, "write engines = 0")
-    elif recipe.lag:
+    elif recipe.cluster is not None and recipe.cluster.reward_hosts:
+        field = f"cluster.reward_hosts = {recipe.cluster.reward_hosts}"
+        check_ray(recipe.cluster, torch.device("cpu"), field, "write reward_hosts = 0")  # which need no device
+    if recipe.lag and not (recipe.cluster and recipe.cluster.engines):
         _check_lag(recipe, engine_class, device)
 
 

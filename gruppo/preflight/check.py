@@ -217,7 +217,7 @@ def _check(recipe: Recipe, data: Data, progress: Progress, stop: Stop, folder: P
             disk_free=free_bytes(Path("runs") / recipe.run.name),
         )
         placed: list[Finding] = []
-        if recipe.cluster is not None and (recipe.cluster.trainers > 1 or recipe.cluster.engines):
+        if recipe.cluster is not None and (recipe.cluster.trainers > 1 or recipe.cluster.uses_ray):
             machine = measure_machine(device)
             placement = place_processes(recipe, chosen.memory, measure_sent(recipe, policy), machine)
             check = replace(check, placement=placement)
@@ -408,8 +408,9 @@ def _describe_placement(check: Check) -> list[str]:
         return []
     lines = ["Placement, in GB of each process on each of its devices"]
     for member in placement.members:
-        text = f"{member.place}: {_shown_parts(member.parts, _LARGEST_OF_RANK)}"
-        lines += _row(member.name, f"{member.bytes / 1e9:.2f}", text, 12, 6)
+        parts = f": {_shown_parts(member.parts, _LARGEST_OF_RANK)}" if member.parts else ""
+        held = f"{member.bytes / 1e9:.2f}" if member.parts else ""
+        lines += _row(member.name, held, f"{member.place}{parts}", 12, 6)
     if placement.ray:
         lines += _row("Ray", "", placement.ray, 12, 6)
     size, seconds = placement.transfer_bytes / 1e9, placement.transfer_seconds

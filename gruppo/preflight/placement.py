@@ -65,7 +65,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Placement:
-    """The processes of a run. `ray`: what Ray is asked for. `transfer_bytes`: weights that are
+    """The processes of a run. `ray`: what Ray is asked for, empty without it. `transfer_bytes`: weights that are
     copied after each step. `rate`: see `Machine`."""
 
     members: tuple[Member, ...]
@@ -115,7 +115,7 @@ def place_processes(recipe: Recipe, memory: Memory, sent: int, machine: Machine)
     `memory`: the estimate for the leader. `sent`: see `measure_sent`.
     """
     cluster = recipe.cluster
-    if cluster is None or (cluster.trainers == 1 and not cluster.engines):
+    if cluster is None or (cluster.trainers == 1 and not cluster.uses_ray):
         return None
     members = tuple(_members(recipe, cluster, memory, sent, machine))
     return Placement(members, _ray(cluster, machine, sent), sent, machine.rate)
@@ -134,6 +134,18 @@ def _members(recipe: Recipe, cluster: Cluster, memory: Memory, sent: int, machin
         device = f"{count} CUDA device{'s' * (count > 1)} for each" if machine.devices else "CPU"
         parts = _vllm(recipe, cluster, sent, machine) if recipe.engine.has_own_process else _native(memory, sent)
         yield Member(_numbered("engine", 0, cluster.engines), cluster.engines, f"{name}, {device}", parts)
+    if cluster.reward_hosts:
+        yield Member(_numbered("reward host", 0, cluster.reward_hosts), cluster.reward_hosts, _of_host(recipe), {})
+
+
+def _of_host(recipe: Recipe) -> str:
+    """What a reward host holds, and the limit of its memory, in words. What functions need is not known."""
+    reward, environment = recipe.reward, recipe.environment
+    memory = f"{reward.memory:.0%} of its memory" if isinstance(reward.memory, float) else reward.memory
+    parts = [f"{reward.workers} processes of rewards, up to {memory}"]
+    if environment is not None:
+        parts.append(f"{environment.workers} of environments, up to {environment.memory} each")
+    return ", ".join(parts)
 
 
 def _numbered(name: str, first: int, count: int) -> str:
@@ -167,6 +179,8 @@ def _vllm(recipe: Recipe, cluster: Cluster, sent: int, machine: Machine) -> dict
 
 def _ray(cluster: Cluster, machine: Machine, sent: int) -> str:
     """What Ray is asked for, in words."""
+    if not cluster.uses_ray and cluster.trainers == 1:
+        return ""
     asked = []
     if cluster.trainers > 1:
         gpu = " and 1 GPU" if machine.devices else ""
@@ -174,6 +188,8 @@ def _ray(cluster: Cluster, machine: Machine, sent: int) -> str:
     if cluster.engines:
         gpus = f" and {cluster.engine_devices} GPU{'s' * (cluster.engine_devices > 1)}" if machine.devices else ""
         asked.append(f"{cluster.engines} times {ACTOR_CPUS} CPU{gpus} for engines")
+    if cluster.reward_hosts:
+        asked.append(f"{cluster.reward_hosts} times {ACTOR_CPUS} CPU for reward hosts")
     processes = ", ".join(asked)
     if cluster.address != LOCAL:
         return f'{processes}, on any machine of the Ray at "{cluster.address}", which was not asked'
@@ -192,7 +208,10 @@ def check_placement(recipe: Recipe, placement: Placement, machine: Machine) -> l
         *_check_store(cluster, placement, machine),
     ]
     ranks, engines = f"{cluster.trainers} rank{'s' * (cluster.trainers > 1)}", cluster.engines
-    what = f"{ranks} and {engines} engine{'s' * (engines != 1)}: no problem found on this machine"
+    hosts = (
+        f" and {cluster.reward_hosts} reward host{'s' * (cluster.reward_hosts != 1)}" if cluster.reward_hosts else ""
+    )
+    what = f"{ranks} and {engines} engine{'s' * (engines != 1)}{hosts}: no problem found on this machine"
     return problems or [Finding("ok", "placement", what, figures=placement.as_dict())]
 
 
@@ -232,7 +251,7 @@ def _check_memory(cluster: Cluster, placement: Placement, machine: Machine) -> l
         )]  # fmt: skip
     if machine.devices:
         return []
-    here = [member for member in placement.members if member in ranks or cluster.address == LOCAL]
+    here = [one for one in placement.members if one.parts and (one in ranks or cluster.address == LOCAL)]
     together = sum(member.count * member.bytes for member in here)
     if together <= machine.free:
         return []

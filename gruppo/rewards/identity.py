@@ -8,10 +8,10 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from gruppo.rewards.interop import Adapted
+from gruppo.utils.imports import file_of
 
 
 def code_digest(source: str | bytes, function: Any) -> str:
@@ -29,8 +29,7 @@ def code_digest(source: str | bytes, function: Any) -> str:
             digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()
     module = sys.modules.get(getattr(function, "__module__", None) or type(function).__module__)
-    file = getattr(module, "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes() if file else source.encode()).hexdigest()
+    return hashlib.sha256(file_of(module) or source.encode()).hexdigest()
 
 
 def old_digest(function: Any) -> str | None:

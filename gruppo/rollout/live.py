@@ -18,10 +18,10 @@ from gruppo.rollout.labels import LabelledCompletion
 from gruppo.rollout.reward_failures import record_failures
 from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.rollout.sampling import sample_groups
-from gruppo.rollout.scoring import score_groups
+from gruppo.rollout.scoring import score_groups, scored_groups
 from gruppo.rollout.source import Step
 from gruppo.rollout.step_labels import StepLabeller
-from gruppo.rollout.workers.rewards import Rewards, trainer_state
+from gruppo.rollout.workers.rewards import RewardPool, Rewards, trainer_state
 from gruppo.runs.recorder import Recorder
 from gruppo.types import Completion, Group, Prompt
 from gruppo.utils.metrics import Metrics
@@ -53,7 +53,8 @@ class LiveRollouts:
     `scorer`: the reward model, if the recipe has one. `weights`: weights of all rewards, by name.
     `folder`: the run folder, in which failed reward calls are saved.
     `save`: saves the run before it stops because rewards failed, and says in words what is saved. The step is not lost:
-    a resumed run repeats it.
+    a resumed run repeats it. `streamed`: whether groups are scored while others are sampled, by a `pool` on other
+    machines.
     """
 
     recipe: Recipe
@@ -70,6 +71,7 @@ class LiveRollouts:
     recorder: Recorder
     stop: Stop
     save: Callable[[], str]
+    streamed: bool
 
     def collect(self, step: Step) -> list[Group]:
         """See `RolloutSource`. With dynamic sampling, groups whose rewards do not differ are dropped and replaced by
@@ -111,10 +113,13 @@ class LiveRollouts:
         prompts, size = self.prompts.draw(cursor, count), self.recipe.sampling.group_size
         streams = [[(self.recipe.run.seed, step.number, cursor + i, j) for j in range(size)] for i in range(count)]
         try:
-            with step.timer("generate"), self.stop.interruptible():
-                prompts, completions = self.sample(prompts, streams)
-            with step.timer("reward"), self.stop.interruptible():
-                groups = self.score(step, cursor, prompts, completions)
+            if self.streamed and self.multi_turn is None:
+                groups = self._score_while_sampling(step, prompts, streams)
+            else:
+                with step.timer("generate"), self.stop.interruptible():
+                    prompts, completions = self.sample(prompts, streams)
+                with step.timer("reward"), self.stop.interruptible():
+                    groups = self.score(step, cursor, prompts, completions)
         except RunError:  # a replaced worker process cannot load the user's code again
             self.save()
             raise
@@ -125,6 +130,27 @@ class LiveRollouts:
             )
         mark_trained(groups, self.recipe.method.mask_truncated)
         return groups
+
+    def _score_while_sampling(
+        self, step: Step, prompts: Sequence[Prompt], streams: Sequence[Sequence[tuple[int, ...]]]
+    ) -> list[Group]:
+        """Sample and score; a group is scored as soon as it is sampled. Results are those of `sample` and `score`."""
+        assert isinstance(self.pool, RewardPool)
+        with self.pool.begin(prompts, trainer_state(self.recipe, step.number)) as scoring:
+            with step.timer("generate"), self.stop.interruptible():
+                completions = sample_groups(
+                    self.engine,
+                    prompts,
+                    streams,
+                    self.params,
+                    self.recorder,
+                    self.stop,
+                    listener=scoring,
+                )
+            with step.timer("reward"), self.stop.interruptible():
+                return self._judge(
+                    step, scored_groups(prompts, completions, scoring.finish, step.metrics, self.recorder, self.stop)
+                )
 
     def sample(
         self, prompts: Sequence[Prompt], streams: Sequence[Sequence[tuple[int, ...]]]
@@ -142,6 +168,10 @@ class LiveRollouts:
         weight = self.multi_turn.weight if self.multi_turn else None
         state = trainer_state(self.recipe, step.number)
         groups = score_groups(prompts, completions, self.pool, state, step.metrics, self.recorder, self.stop, weight)
+        return self._judge(step, groups)
+
+    def _judge(self, step: Step, groups: list[Group]) -> list[Group]:
+        """Add the reward model's scores to groups, and audit them."""
         if self.scorer is not None:
             self.scorer.score(groups)
         if self.audit is not None:

@@ -62,8 +62,8 @@ def describe_staleness(groups: Sequence[Group], step: int, metrics: Metrics) -> 
     """Add how many steps' updates (counts) came between the weights that sampled and those that are trained now."""
     for group in groups:
         for completion in group.completions:
-            metrics.mean("staleness/mean", step - 1 - completion.policy_version)
-            metrics.maximum("staleness/max", step - 1 - completion.policy_version)
+            metrics.mean("staleness/mean", completion.staleness(step))
+            metrics.maximum("staleness/max", completion.staleness(step))
 
 
 def _describe_episode(completion: Completion, episode: Episode, metrics: Metrics) -> None:

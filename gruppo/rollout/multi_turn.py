@@ -24,7 +24,13 @@ from gruppo.config.sections import Environment as Settings
 from gruppo.data.tokenization import ToolTexts
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.rollout.chat_rendering import ChatRenderer, tool_texts
-from gruppo.rollout.environments.client import Answer, EnvironmentHandle, Environments, open_environments
+from gruppo.rollout.environments.client import (
+    Answer,
+    Elsewhere,
+    EnvironmentHandle,
+    Environments,
+    open_environments,
+)
 from gruppo.rollout.episodes import ROLLOUT_FUNC, Episodes, Opened, RecordedFunction
 from gruppo.rollout.trajectory import Trajectory
 from gruppo.types import Completion, FinishReason, Prompt
@@ -313,18 +319,23 @@ class OpenedEnvironments:
 
 
 def open_multi_turn(
-    recipe: Recipe, log: Path | None, progress: Progress, stack: ExitStack, played: bool = True
+    recipe: Recipe,
+    log: Path | None,
+    progress: Progress,
+    stack: ExitStack,
+    played: bool = True,
+    elsewhere: Elsewhere | None = None,
 ) -> Opened | None:
     """Start the environments of a recipe; None if it has none. `stack` closes them.
 
-    `log`: file for the output of the environment class; `played`: False if nothing will be sampled. Raises UsageError
-    if the environments cannot run here.
+    `log`: file for the output of the environment class; `played`: False if nothing will be sampled;
+    `elsewhere`: see `open_environments`. Raises UsageError if the environments cannot run there.
     """
     settings = recipe.environment
     if settings is None:
         return None
     if settings.name == ROLLOUT_FUNC and not played:
         return RecordedFunction()
-    environments = open_environments(settings, recipe.reward.environment, log, progress, played)
+    environments = open_environments(settings, recipe.reward.environment, log, progress, played, elsewhere)
     stack.callback(environments.close)
     return OpenedEnvironments(environments, settings)

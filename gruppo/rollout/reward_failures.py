@@ -20,10 +20,10 @@ from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardFunction
 from gruppo.rollout.recorded_rows import completion_of, prompt_of, read_groups
+from gruppo.rollout.workers.outcomes import call_arguments
 from gruppo.rollout.workers.rewards import (
     RewardPool,
     Rewards,
-    call_arguments,
     completion_columns,
     reward_names,
     trainer_state,

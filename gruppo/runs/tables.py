@@ -179,7 +179,7 @@ def rollout_rows(step: int, groups: Sequence[Group], tokenizer: PreTrainedTokeni
                     "text": completion.text,
                     "finish_reason": completion.finish_reason,
                     "policy_version": completion.policy_version,
-                    "staleness": step - 1 - completion.policy_version,
+                    "staleness": completion.staleness(step),
                     "reward": reward.total,
                     "reward_parts": as_json(dict(reward.parts)),
                     "steps": as_json({name: steps._asdict() for name, steps in reward.steps.items()}),

@@ -150,7 +150,7 @@ def _total(values: Tensor, batch: Batch) -> Tensor:
 def is_fresh(groups: Sequence[Group], step: int) -> bool:
     """Whether a step's completions were sampled by the weights that the step begins with. Only then does the difference
     between the log-probabilities of engine and trainer measure rounding, and not learning."""
-    return all(completion.policy_version == step - 1 for group in groups for completion in group.completions)
+    return not any(completion.staleness(step) for group in groups for completion in group.completions)
 
 
 def _describe_sampling(batch: Batch, settings: Method, metrics: Metrics, fresh: bool) -> None:

@@ -133,6 +133,7 @@ class TrainingRun:
             folder=self.folder.path,
             recorder=self.recorder,
             stop=stop,
+            streamed=parts.hosts is not None,
             save=(lambda: "the last checkpoint is intact") if lag else self._save_before_error,
         )
         return live if source is None else source(live)
@@ -356,6 +357,8 @@ def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> 
 
     if parts.fleet is not None:
         parts.fleet.notify = happened
+    if parts.hosts is not None:
+        parts.hosts.notify = happened
     for pool in (parts.pool, parts.audit, parts.episodes):
         if pool is not None:
             pool.notify_of_restarts(restarted)

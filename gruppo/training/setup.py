@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from gruppo.rewards import RewardFunction
 from gruppo.rewards.steps import find_split
 from gruppo.rollout.episodes import Episodes, Opened
 from gruppo.rollout.multi_turn import open_multi_turn
+from gruppo.rollout.workers.process import Launcher
 from gruppo.rollout.workers.rewards import RewardPool, Rewards, memory_per_process
 from gruppo.runs.folder import REWARD_CACHE, START_TIME, RunFolder, check_folder, checkpoint_folders, start_time
 from gruppo.training.changes import Changes
@@ -58,6 +60,7 @@ from gruppo.utils.waiting import waiting_for
 
 if TYPE_CHECKING:
     from gruppo.engines.fleet.fleet import Fleet
+    from gruppo.rollout.hosts.hosts import Hosts
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class RunComponents:
     `changes`: what has changed since the run was started or last resumed. `filtered`: how many rows of each task were
     left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train. `copies`:
     of the policy, for weights that the engine loads later; see `gruppo.rollout.ahead`. `fleet`: what `engine` and
-    `sampler` are, if the recipe has several engines. `losses`: of ranks, which the run continues after.
+    `sampler` are, if the recipe has several engines. `losses`: of ranks, which the run continues after. `hosts`: where
+    rewards and environments run, None for this machine.
     """
 
     recipe: Recipe
@@ -104,6 +108,7 @@ class RunComponents:
     copies: Sequence[LanguageModel] = ()
     fleet: Fleet | None = None
     losses: Losses = field(default_factory=Losses)
+    hosts: Hosts | None = None
 
     @property
     def policy(self) -> LanguageModel:
@@ -144,7 +149,8 @@ def prepare(
     find_surrogate(recipe.method.surrogate)
     run, started = _open_folder(recipe, folder, resume, links_to, stack)
     reward_settings = recipe.reward_model
-    opened, pool, audit = _open_rewards(recipe, rewards, data, folder, progress, stack, plays, local)
+    hosts = _open_hosts(recipe, device, progress, stack) if plays and local is None else None
+    opened, pool, audit = _open_rewards(recipe, rewards, data, folder, progress, stack, plays, local, hosts)
     start_model, tokenizer = model or (recipe.model.name, None)
     with waiting_for(f"the files of {recipe.model.name}"):
         source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
@@ -200,6 +206,7 @@ def prepare(
         ranks=ranks,
         copies=[models.sampled.sampling_copy() for _ in range(lag - 1)],
         fleet=fleet,
+        hosts=hosts,
     )
     if local is not None:
         local.ready(parts)
@@ -246,6 +253,18 @@ def _open_fleet(
         return open_fleet(policy, recipe, sizes.slots, length, folder, stack)
 
 
+def _open_hosts(recipe: Recipe, device: torch.device, progress: Progress, stack: ExitStack) -> Hosts | None:
+    """The hosts of a recipe with cluster.reward_hosts, else None. Ray is imported only for them."""
+    if recipe.cluster is None or not recipe.cluster.reward_hosts:
+        return None
+    from gruppo.rollout.hosts.opening import open_hosts
+
+    with progress.bar("Starting reward hosts", None, ""):
+        hosts = open_hosts(recipe, device.type == "cuda", stack)
+    hosts.notify = lambda kind, message: progress.note(message)
+    return hosts
+
+
 def _open_rewards(
     recipe: Recipe,
     rewards: Sequence[str | RewardFunction],
@@ -255,23 +274,24 @@ def _open_rewards(
     stack: ExitStack,
     played: bool,
     local: Local | None,
+    hosts: Hosts | None,
 ) -> tuple[Opened | None, Rewards | None, RewardPool | None]:
     """What answers and scores completions: environments, reward functions and audit, None for what a recipe lacks.
 
-    `played`: False if nothing will be sampled. `local`: see `prepare`.
+    `played`: False if nothing will be sampled. `local`: see `prepare`. `hosts`: see `RunComponents`.
     """
     opened = None if local is None else local.opened
     if opened is None:
-        opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played)
+        opened = open_multi_turn(recipe, folder / "environment.log", progress, stack, played, hosts)
     pool: Rewards | None = None
     log = folder / "rewards.log"
     if recipe.method.source != "dataset":
         here = None if local is None else local.rewards
-        pool = here(data.columns) if here else make_pool(recipe, rewards, data, log, progress, opened)
+        pool = here(data.columns) if here else make_pool(recipe, rewards, data, log, progress, opened, hosts)
         stack.callback(pool.close)
     audit = None
     if recipe.audit is not None:
-        audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, log, progress))
+        audit = stack.enter_context(_audit_pool(recipe, recipe.audit, data, log, progress, hosts))
     return opened, pool, audit
 
 
@@ -296,8 +316,9 @@ def make_pool(
     log: Path,
     progress: Progress,
     opened: Opened | None = None,
+    hosts: Hosts | None = None,
 ) -> RewardPool:
-    """The reward processes of a recipe; none if its environment alone gives the reward.
+    """The reward processes of a recipe; none if its environment alone gives the reward. `hosts`: see `RunComponents`.
 
     Raises UsageError if a reward function cannot be used on the data.
     """
@@ -315,10 +336,18 @@ def make_pool(
         *limits,
         data.partial_columns,
         cache=log.with_name(REWARD_CACHE),
+        launcher=_launcher(recipe, log, hosts),
     )
 
 
-def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, progress: Progress) -> RewardPool:
+def _launcher(recipe: Recipe, log: Path, hosts: Hosts | None) -> Launcher | None:
+    """What starts the processes of rewards on hosts, with the limit of memory that holds on their machines."""
+    return None if hosts is None else hosts.launcher(log, partial(memory_per_process, recipe.reward))
+
+
+def _audit_pool(
+    recipe: Recipe, settings: Audit, data: Data, log: Path, progress: Progress, hosts: Hosts | None
+) -> RewardPool:
     rewards, options = recipe.reward, {options_name(settings.function): settings.options} if settings.options else {}
     limits = memory_per_process(rewards), rewards.environment, progress
     try:
@@ -333,6 +362,7 @@ def _audit_pool(recipe: Recipe, settings: Audit, data: Data, log: Path, progress
             *limits,
             field="audit.function",
             cache=log.with_name(REWARD_CACHE),
+            launcher=_launcher(recipe, log, hosts),
         )
     except UsageError as error:
         text = str(error).replace("reward.functions", "audit.function").replace("reward.options", "audit.options")

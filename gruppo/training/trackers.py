@@ -14,15 +14,16 @@ import time
 from pathlib import Path
 
 from gruppo.errors import UsageError
-from gruppo.rollout.workers.log import Output
+from gruppo.rollout.workers.log import LogFile, Output
 from gruppo.rollout.workers.process import how_it_ended, python_command
 from gruppo.rollout.workers.supervised import Supervised
 from gruppo.runs.trackers import FOLDER
 from gruppo.training.context import RunContext
+from gruppo.utils.last_lines import last_lines_of
 from gruppo.utils.waiting import waiting_for
 
 FINISH_SECONDS = 30.0  # for all trackers of a run that has ended, to log and upload the rest
-_LAST_BYTES, _LAST_LINES = 4096, 8  # of a tracker's log, in the event that it has ended
+_LAST_LINES = 8  # of a tracker's log, in the event that it has ended
 
 # Variables of launchers, with which accelerate would look for other processes of the run.
 _LAUNCHER = re.compile(
@@ -92,14 +93,16 @@ class _Process:
     """The process of one tracker, its log, and the pipe that tells it that the run has ended."""
 
     def __init__(self, folder: Path, name: str, step: int) -> None:
-        self._output = Output(folder / FOLDER / f"{name}.log")
+        self._log = LogFile(folder / FOLDER / f"{name}.log")
+        self._output = Output(self._log.append)
         read, self._write = os.pipe()
         command = python_command("gruppo.runs.tracker_main", name, str(folder.absolute()), str(step), str(read))
         kept = {name: value for name, value in os.environ.items() if not _LAUNCHER.fullmatch(name)}
         environment = {**kept, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._closed = False
         try:
-            self.supervised = Supervised(command, (read,), self._output.descriptor, environment)
+            with self._output.open() as printer:
+                self.supervised = Supervised(command, (read,), printer.descriptor, environment)
         except BaseException:
             os.close(self._write)
             self._output.close()
@@ -126,14 +129,4 @@ class _Process:
         self.supervised.end()
         os.close(self._write)
         self._output.close()
-        return _last_lines(self._output.path)
-
-
-def _last_lines(path: Path) -> list[str]:
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _LAST_BYTES))
-            text = stream.read().decode("utf-8", "replace")
-    except OSError:
-        return []
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-_LAST_LINES:]
+        return last_lines_of(self._log.path)[-_LAST_LINES:]

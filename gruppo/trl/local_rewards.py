@@ -18,8 +18,9 @@ from gruppo.rewards import RewardFunction
 from gruppo.rewards.combine import combine
 from gruppo.rewards.identity import old_digest
 from gruppo.rewards.loading import check_signature, parameters_of
+from gruppo.rollout.workers.outcomes import Outcome, call_arguments, outcome_of
 from gruppo.rollout.workers.reward_main import accepted, describe_error, values_of
-from gruppo.rollout.workers.rewards import Outcome, call_arguments, outcome_of, reward_names
+from gruppo.rollout.workers.rewards import reward_names
 from gruppo.trl.local_environments import LocalEnvironments
 from gruppo.types import Completion, Prompt, Reward
 from gruppo.utils.progress import Advance

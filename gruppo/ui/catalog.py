@@ -41,7 +41,7 @@ class Card:
 
     `pace`: seconds per step. `accuracy`, `low`, `high`: of the last evaluation on held-out questions; `before`: of the
     first. `problem`: why a part of the line is missing. `most_tokens`: sampling.max_tokens; 0 if it is the
-    default or not known. `ranks`, `engines`, `lag`: of [cluster].
+    default or not known. `ranks`, `engines`, `hosts`, `lag`: of [cluster].
     """
 
     key: str
@@ -67,6 +67,7 @@ class Card:
     most_tokens: int = 0
     ranks: int = 1
     engines: int = 0
+    hosts: int = 0
     lag: int = 0
 
     @property
@@ -252,6 +253,7 @@ def _card(key: str, path: Path, root: Path) -> Card:
         most_tokens=_number(_table(data, "sampling").get("max_tokens")),
         ranks=max(1, _number(_table(data, "cluster").get("trainers"))),
         engines=_number(_table(data, "cluster").get("engines")),
+        hosts=_number(_table(data, "cluster").get("reward_hosts")),
         lag=_number(_table(data, "cluster").get("lag")),
     )
 

@@ -1,4 +1,4 @@
-"""What the top of a run's page says of its ranks and engines."""
+"""What the top of a run's page says of its ranks, engines and reward hosts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from gruppo.ui.live import LiveRun
 
 @dataclass(frozen=True)
 class Tile:
-    """The processes of a run, and facts about them, as words. `missing`: more engines were lost than are back."""
+    """The processes of a run, and facts about them, as words. `missing`: more engines or reward hosts were lost than
+    are back."""
 
     processes: str
     facts: tuple[str, ...]
@@ -18,21 +19,25 @@ class Tile:
 
 
 def cluster_tile(card: Card, live: LiveRun) -> Tile | None:
-    """The ranks and engines of a run with [cluster], as of its last step; None for a single process without a lag.
+    """The processes of a run with [cluster], as of its last step; None for a single process without a lag.
 
     Engines: the newest weights that one has, how many have older ones, and the share of their time that is idle. Then
-    the lag and the mean staleness, how many engines were lost and are back, and how often ranks started again.
+    the lag and the mean staleness, how many engines and reward hosts were lost and are back, and how often ranks
+    started again.
     """
-    if card.ranks == 1 and not card.engines and not card.lag:
+    if card.ranks == 1 and not card.engines and not card.hosts and not card.lag:
         return None
-    lost, back = (sum(event["kind"] == kind for event in live.events) for kind in ("engine_lost", "engine_back"))
-    processes = [_count(card.ranks, "rank"), *([_count(card.engines, "engine")] if card.engines else [])]
+    processes, missing = [_count(card.ranks, "rank")], False
     facts = [*_engines(card, live), *_ages(card, live)]
-    if lost or back:
-        facts.append(f"{_count(lost, 'engine')} lost, {back:,} back")
+    for noun, count in (("engine", card.engines), ("reward host", card.hosts)):
+        kind = noun.replace(" ", "_")
+        lost, back = (sum(event["kind"] == f"{kind}_{what}" for event in live.events) for what in ("lost", "back"))
+        processes += [_count(count, noun)] if count else []
+        facts += [f"{_count(lost, noun)} lost, {back:,} back"] if lost or back else []
+        missing = missing or lost > back
     if restarts := sum(event["kind"] == "rank_lost" for event in live.events):
         facts.append(f"ranks started again {'once' if restarts == 1 else f'{restarts:,} times'}")
-    return Tile(", ".join(processes), tuple(facts), lost > back)
+    return Tile(", ".join(processes), tuple(facts), missing)
 
 
 def _engines(card: Card, live: LiveRun) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import psutil
 
@@ -193,3 +194,15 @@ def processors(root: Path = Path("/")) -> int:
     quotas = (group.processors for group in groups_of("cpu", root))
     quota = min((quota for quota in quotas if quota is not None), default=math.inf)
     return max(1, allowed if quota >= allowed else math.ceil(quota))
+
+
+class Memory(NamedTuple):
+    """Bytes that a process holds, and that its machine has left."""
+
+    used: int
+    free: int
+
+    @classmethod
+    def now(cls) -> Memory:
+        """That of this process."""
+        return cls(psutil.Process().memory_info().rss, available_memory())

@@ -34,8 +34,8 @@ from gruppo.rewards.grading.verdicts import Verdict, verdicts
 from gruppo.rewards.length import Overlong, Repetition
 from gruppo.rewards.steps import checked_ends, lines, step_tokens
 from gruppo.rollout.metrics import describe_groups
+from gruppo.rollout.workers.outcomes import outcome_of
 from gruppo.rollout.workers.reward_main import _score
-from gruppo.rollout.workers.rewards import outcome_of
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.tables import EVALUATIONS, ROLLOUTS, rollout_rows
 from gruppo.types import Completion, Group, Prompt, Reward

@@ -91,6 +91,21 @@ def test_native_engines_take_over_the_sampling() -> None:
     assert found.ray == "3 times 1 CPU for engines, on this machine, and an object store of 10.00 GB"
 
 
+def test_reward_hosts_have_limits_in_place_of_an_estimate() -> None:
+    data = recipe("model", reward__workers=3, reward__memory=0.25) | {"task": {"name": "rows.jsonl"}}
+    settings = load_recipe({**data, "cluster": {"reward_hosts": 2}, "environment": {"name": "a.py:World"}})
+    found = placed(settings)
+    assert [member.name for member in found.members] == ["rank 0", "reward hosts 0-1"]
+    assert found.members[1].place == (
+        "3 processes of rewards, up to 25% of its memory, 2 of environments, up to 512 MiB each"
+    )
+    assert found.members[1].bytes == 0
+    assert found.ray.startswith("2 times 1 CPU for reward hosts, on this machine")
+    (finding,) = check_placement(settings, found, CPU)
+    assert finding.severity == "ok"
+    assert "and 2 reward hosts" in finding.what
+
+
 def test_vllm_engines_split_their_weights_and_cache_in_the_rest() -> None:
     found = placed(cluster(trainers=2, engines=2, engine_devices=2, engine="vllm"), CUDA)
     assert in_gb(found)["engines 0-1"] == {"weights": 2, "cache": 38}
@@ -181,7 +196,7 @@ def test_a_check_shows_ranks(data: dict[str, Any]) -> None:
     shown = " ".join(" ".join(lines[place : lines.index("", place)]).split())
     assert "rank 0" in shown
     assert "rank 1" in shown
-    assert "Ray" not in shown
+    assert "Ray 1 times 1 CPU for ranks (unless torchrun starts them), on this machine" in shown
     assert "which is the rate of this machine's memory and not of a network" in shown
     assert found.placement is not None
     assert found.as_dict()["placement"]["members"][1]["bytes"] == found.placement.members[1].bytes > 0

@@ -339,7 +339,7 @@ def test_python_blocks_in_a_run(tiny_folder: str, tmp_path: Path, monkeypatch: p
         pools.append(FakePool())
         return pools[-1]
 
-    monkeypatch.setattr("gruppo.rollout.environments.client._python_pool", fake)
+    monkeypatch.setattr("gruppo.rollout.environments.client.python_pool", fake)
     likes = {"reward__functions": ["tests/rewards/functions.py:likes_letters"], "run__steps": 2}
     alone = run(tiny_folder, tmp_path / "alone", environment=None, **likes)
     with_python = run(tiny_folder, tmp_path / "python", environment={"name": "python"}, **likes)
@@ -366,7 +366,7 @@ def test_environment_failures_exclude_completions_and_too_many_stop_the_run(tiny
 
 
 def test_incompatible_settings_are_refused(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gruppo.rollout.environments.client._python_pool", lambda _: FakePool())
+    monkeypatch.setattr("gruppo.rollout.environments.client.python_pool", lambda _: FakePool())
     for changes, message in (
         ({"method__name": "sft"}, 'source = "dataset"'),
         ({"reward_model__kind": "outcome"}, "reward_model"),

@@ -58,6 +58,14 @@ def test_ranks_that_started_again(tmp_path: Path) -> None:
         assert found == Tile("2 ranks", (f"ranks started again {words}",), False)
 
 
+def test_reward_hosts(tmp_path: Path) -> None:
+    lost = [{**LOST, "kind": "reward_host_lost"}, LOST, BACK]
+    found = tile(tmp_path, "engines = 2\nreward_hosts = 3", [], lost)
+    facts = ("1 engine lost, 1 back", "1 reward host lost, 0 back")
+    assert found == Tile("1 rank, 2 engines, 3 reward hosts", facts, True)
+    assert tile(tmp_path / "alone", "reward_hosts = 1") == Tile("1 rank, 1 reward host", (), False)
+
+
 def test_engines_that_are_all_up_to_date(tmp_path: Path) -> None:
     metrics = [{"step": 1, "engine/0/version": 0, "engine/1/version": 0}]
     assert tile(tmp_path, "engines = 2", metrics) == Tile("1 rank, 2 engines", ("weights of step 0",), False)

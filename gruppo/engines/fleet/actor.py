@@ -21,8 +21,9 @@ from gruppo.engines.fleet.parcels import received
 from gruppo.errors import UsageError, first_line, out_of_memory
 from gruppo.models.blueprint import built
 from gruppo.types import Completion
+from gruppo.utils.cgroups import Memory
 from gruppo.utils.imports import import_attribute
-from gruppo.utils.system import Memory, keep_freed_memory
+from gruppo.utils.system import keep_freed_memory
 
 REPORT_SECONDS = 0.5
 # What launchers tell the ranks of the trainer. An engine that inherits it would take itself for one of them.

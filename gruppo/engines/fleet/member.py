@@ -14,7 +14,7 @@ from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.fleet.actor import EngineActor, Failure, Order
 from gruppo.engines.fleet.parcels import Published
 from gruppo.engines.fleet.pieces import Piece
-from gruppo.utils.system import Memory
+from gruppo.utils.cgroups import Memory
 
 Doing = Literal["starting", "loading", "probing", "sampling"]
 

@@ -3,13 +3,15 @@ can hang or crash without affecting the trainer."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -18,10 +20,10 @@ from gruppo.config.sections import Environment as Settings
 from gruppo.config.units import as_bytes
 from gruppo.rollout.environments.python_tool import Pool, PythonBlocks
 from gruppo.rollout.sandbox import Limits, PythonPool
-from gruppo.rollout.workers.log import Output
-from gruppo.rollout.workers.process import TICK_SECONDS, Worker, wait
-from gruppo.rollout.workers.rewards import pickled
-from gruppo.rollout.workers.worker_set import WorkerSet
+from gruppo.rollout.workers.process import TICK_SECONDS, Launcher, LocalLauncher, Worker, wait
+from gruppo.rollout.workers.scoring import pickled
+from gruppo.rollout.workers.worker_set import WorkerSet, lost_too_often
+from gruppo.utils.imports import files_to_send
 from gruppo.utils.progress import Progress
 from gruppo.utils.waiting import moved, waiting_for
 
@@ -51,6 +53,9 @@ class Answer:
     errors: int = 0
     reward: float | None = None
     failure: str | None = None
+
+
+_AGAIN = Answer(failure="the call has to be made again")
 
 
 class Environments(Protocol):
@@ -155,22 +160,31 @@ class ProcessEnvironments:
 
     most = sys.maxsize
 
-    def __init__(self, settings: Settings, passed: Sequence[str], log: Path | None, progress: Progress) -> None:
-        """`passed`: names of environment variables that the processes get; `log`: file for the class's output. Raises
-        UsageError if the class cannot be loaded."""
+    def __init__(
+        self,
+        settings: Settings,
+        passed: Sequence[str],
+        log: Path | None,
+        progress: Progress,
+        launcher: Launcher | None = None,
+    ) -> None:
+        """`passed`: names of environment variables that the processes get; `log`: file for the class's output;
+        `launcher`: see `RewardPool`. Raises UsageError if the class cannot be loaded."""
         self.name, self.seconds, self.max_characters = settings.name, settings.seconds, settings.output
         load = {"kind": "load", "name": settings.name, "options": dict(settings.options), "path": sys.path}
+        load["files"] = files_to_send([settings.name]) if launcher else {}
         message, memory = pickled(load), as_bytes(settings.memory)
-        self._output = Output(log) if log is not None else None
+        self._launcher = launcher or LocalLauncher(log)
         self._places: dict[int, _Host] = {}  # by number of the completion: the process that has its object
 
-        def start(delay: float) -> _Host:
-            return _Host(message, self._output, memory, passed, delay)
+        def start(place: int, delay: float) -> _Host:
+            return _Host(message, partial(self._launcher.launch, place), memory, passed, delay)
 
         try:
-            self._workers = WorkerSet(start, settings.workers, "Loading the environment", progress)
+            count = settings.workers * self._launcher.machines
+            self._workers = WorkerSet(start, count, "Loading the environment", progress)
         except BaseException:
-            self._close_output()
+            self._launcher.close()
             raise
         loaded = self._workers.members[0].load_answer
         self.digests = self._workers.digests
@@ -201,46 +215,64 @@ class ProcessEnvironments:
     def close(self) -> None:
         """See `Environments`."""
         self._workers.close()
-        self._close_output()
-
-    def _close_output(self) -> None:
-        if self._output is not None:
-            self._output.close()
-            self._output = None
+        self._launcher.close()
 
     def notify_of_restarts(self, notify: Callable[[str], None]) -> None:
         """See `Environments`."""
         self._workers.notify = notify
 
     def _ask(self, kind: str, plays: Sequence[EnvironmentHandle], tick: Tick) -> list[Answer]:
-        """Make one call per completion. A completion always uses the same process; processes work in parallel."""
+        """Make one call per completion; processes work in parallel. A completion uses the same process as long as that
+        is there, or will be again before its machine is."""
         queues: list[deque[int]] = [deque() for _ in self._workers.members]
-        for number, play in enumerate(plays):
-            queues[play.number % len(queues)].append(number)
+        self._queue(range(len(plays)), plays, queues, ())
         answers: dict[int, Answer] = {}
+        lost: Counter[int] = Counter()
         busy: dict[int, tuple[int | None, float]] = {}
         try:
             while len(answers) < len(plays):
                 for place in range(len(queues)):
                     if place not in busy and queues[place]:
                         busy[place] = self._start_call(place, queues[place], kind, plays)
-                soonest = min(deadline for _, deadline in busy.values()) - time.monotonic()
-                wait([self._workers.members[place] for place in busy], min(max(0.0, soonest), TICK_SECONDS))
+                patience = min(self._workers.members[place].patience(deadline) for place, (_, deadline) in busy.items())
+                wait([self._workers.members[place] for place in busy], min(max(0.0, patience), TICK_SECONDS))
                 for place, (index, deadline) in list(busy.items()):
-                    answer = self._collect(place, index, deadline)
-                    if answer is not None:
-                        del busy[place]
-                        moved()
-                        if index is not None:
-                            answers[index] = answer
-                            if answer.failure:
-                                self._places.pop(plays[index].number, None)
+                    answer = self._collect(place, index, deadline, lost)
+                    if answer is None:
+                        continue
+                    del busy[place]
+                    moved()
+                    if answer is _AGAIN:  # by any process: nothing of the completion is left here
+                        waiting = [*([] if index is None else [index]), *queues[place]]
+                        queues[place].clear()
+                        self._queue(waiting, plays, queues, busy)
+                    elif index is not None:
+                        answers[index] = answer
+                        if answer.failure:
+                            self._places.pop(plays[index].number, None)
                 tick()
         except BaseException:
             for place in busy:
                 self._workers.replace(self._workers.members[place])
             raise
         return [answers[number] for number in range(len(plays))]
+
+    def _queue(
+        self,
+        calls: Iterable[int],
+        plays: Sequence[EnvironmentHandle],
+        queues: Sequence[deque[int]],
+        busy: Collection[int],
+    ) -> None:
+        """Give calls to the places of the processes that their completions use: those on machines that are there,
+        unless none is. `busy`: the places of processes that have not answered."""
+        for place, worker in enumerate(list(self._workers)):
+            if worker.process.began == math.inf and place not in busy:
+                self._workers.alive(worker)
+        places = [place for place, worker in enumerate(self._workers) if worker.process.began < math.inf]
+        places = places or list(range(len(queues)))
+        for number in calls:
+            queues[places[plays[number].number % len(places)]].append(number)
 
     def _start_call(
         self, place: int, queue: deque[int], kind: str, plays: Sequence[EnvironmentHandle]
@@ -258,17 +290,20 @@ class ProcessEnvironments:
         worker.send(pickled(message))
         return index, time.monotonic() + self.seconds * (1 + rebuild * len(play.texts))
 
-    def _collect(self, place: int, index: int | None, deadline: float) -> Answer | None:
+    def _collect(self, place: int, index: int | None, deadline: float, lost: Counter[int]) -> Answer | None:
         worker = self._workers.members[place]
-        content = worker.answer_by(deadline)
+        content: Mapping[str, Any] | None = worker.answer_by(deadline)
         if content is None:
             return None
         if index is None:
             self._workers.loaded(worker, content)
-            return Answer()
+            return _AGAIN if "lost" in content else Answer()
         if worker.dead:
             self._workers.replace(worker)
-        return self._read(content)
+        if "lost" in content:
+            lost[index] += 1
+            content = lost_too_often(content, lost[index])
+        return _AGAIN if "lost" in content else self._read(content)
 
     def _read(self, content: Mapping[str, Any]) -> Answer:
         """Validate an answer: in the process that sent it, user code can have changed anything."""
@@ -299,20 +334,43 @@ class _ClosedPool:
         """Does nothing."""
 
 
+class Elsewhere(Protocol):
+    """Other machines on which the environments of a recipe run. `machines`: their number."""
+
+    machines: int
+
+    def launcher(self, log: Path | None) -> Launcher:
+        """Starts processes on them. `log`: file for what these print."""
+
+    def sandboxes(self, settings: Settings) -> Pool:
+        """Sandboxes on all of them. Raises UsageError if one of them cannot have any."""
+
+
 def open_environments(
-    settings: Settings, passed: Sequence[str], log: Path | None, progress: Progress, played: bool = True
+    settings: Settings,
+    passed: Sequence[str],
+    log: Path | None,
+    progress: Progress,
+    played: bool = True,
+    elsewhere: Elsewhere | None = None,
 ) -> Environments:
     """The environments of a recipe.
 
     `passed`, `log`: see `ProcessEnvironments`. `played`: False if no block will be run, so that no sandbox is needed.
-    Raises UsageError if they cannot run here.
+    `elsewhere`: where they run, if not on this machine. Raises UsageError if they cannot run there.
     """
     if settings.name != "python":
-        return ProcessEnvironments(settings, passed, log, progress)
-    return PythonEnvironments(_python_pool(settings) if played else _ClosedPool(), settings.workers)
+        launcher = None if elsewhere is None else elsewhere.launcher(log)
+        return ProcessEnvironments(settings, passed, log, progress, launcher)
+    if not played:
+        return PythonEnvironments(_ClosedPool(), settings.workers)
+    if elsewhere is None:
+        return PythonEnvironments(python_pool(settings), settings.workers)
+    return PythonEnvironments(elsewhere.sandboxes(settings), settings.workers * elsewhere.machines)
 
 
-def _python_pool(settings: Settings) -> Pool:
+def python_pool(settings: Settings) -> PythonPool:
+    """Sandboxes on this machine. Raises UsageError if it cannot have any."""
     return PythonPool(
         Limits(
             seconds=settings.seconds,

@@ -7,13 +7,12 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gruppo.errors import UsageError
 from gruppo.rollout.environments.protocol import Environment
 from gruppo.rollout.environments.trl_tools import Tools, schema_of, tools_of
-from gruppo.utils.imports import import_attribute
+from gruppo.utils.imports import file_of, import_attribute
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ def load_environment(name: str, options: Mapping[str, Any]) -> Loaded:
             "that, or give the tool another name than step"
         )
     module = sys.modules.get(type(instance).__module__)
-    file = getattr(module, "__file__", None)
-    digest = hashlib.sha256(Path(file).read_bytes() if file else name.encode()).hexdigest()
+    digest = hashlib.sha256(file_of(module) or name.encode()).hexdigest()
     gives_reward = callable(getattr(instance, "get_reward", None))
     if is_ours(instance):
         if asynchronous := [one for one in ("reset", "step") if inspect.iscoroutinefunction(getattr(instance, one))]:

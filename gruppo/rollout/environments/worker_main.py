@@ -25,6 +25,7 @@ from gruppo.rollout.environments.loading import Loaded, load_environment
 from gruppo.rollout.environments.protocol import Environment, Turn
 from gruppo.rollout.workers.process_state import ProcessState, seed
 from gruppo.rollout.workers.serving import encode, serve_pipes
+from gruppo.utils.imports import use_sent_files
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Host:
 
     def _load(self, message: Mapping[str, Any]) -> dict[str, Any]:
         sys.path += [place for place in message["path"] if place not in sys.path]
+        use_sent_files(message["files"])
         try:
             self.loaded = load_environment(message["name"], message["options"])
         except UsageError as error:

@@ -28,10 +28,24 @@ _PASSED = re.compile(
     re.IGNORECASE,
 )
 
+# Those of them that belong to a machine: where programs, libraries, caches and devices are, and how it reaches others.
+_OF_MACHINE = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TEMP|TMP|XDG_\w+|(DY)?LD_LIBRARY_PATH|PYTHON(PATH|HOME|USERBASE|PYCACHEPREFIX)"
+    r"|VIRTUAL_ENV|CONDA_PREFIX|JAVA_HOME|GRUPPO_CACHE|CUDA_\w+|(HIP|ROCR)_VISIBLE_DEVICES|(PYTORCH|TORCH)_\w*HOME"
+    r"|HF_(HOME|\w+_CACHE)|TRANSFORMERS_CACHE|SSL_CERT_\w+|\w+_CA_BUNDLE|\w+_PROXY",
+    re.IGNORECASE,
+)
+
 
 def clean_environment(asked: Sequence[str]) -> dict[str, str]:
     """Environment of a worker process: variables matched by `_PASSED`, and those named in the recipe."""
     return {name: value for name, value in os.environ.items() if name in asked or _passed(name, value)}
+
+
+def environment_here(sent: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a worker process of a run on another machine, whose own would be `sent`."""
+    of_run = {name: value for name, value in sent.items() if not _OF_MACHINE.fullmatch(name)}
+    return of_run | {name: value for name, value in clean_environment(()).items() if _OF_MACHINE.fullmatch(name)}
 
 
 def withheld(environment: Mapping[str, str], text: str) -> list[str]:

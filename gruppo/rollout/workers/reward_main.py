@@ -22,6 +22,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ from gruppo.rollout.workers.module_watch import ModuleWatch
 from gruppo.rollout.workers.printed import Printed
 from gruppo.rollout.workers.process_state import ProcessState, seed
 from gruppo.rollout.workers.serving import serve_pipes
+from gruppo.utils.imports import use_sent_files
+from gruppo.utils.paths import is_dir
 
 if TYPE_CHECKING:
     import asyncio
@@ -74,6 +77,7 @@ class _Host:
             }
         if message["kind"] == "load":
             sys.path += [place for place in message["path"] if place not in sys.path]
+            use_sent_files(message["files"])
             answer = _load(message["rewards"], message["columns"], message["partial_columns"], self.rewards)
             self.state = ProcessState()
             self.watch = ModuleWatch() if len(self.rewards) > 1 else None
@@ -100,6 +104,8 @@ def _load(
     """Load rewards given as (import path or pickle, name, options, run). Returns {"digests": hash of each one's code}
     or {"error": why}."""
     for source, name, options, run in rewards:
+        if run.cache is not None and not is_dir(run.cache.parent):  # the run folder, from another machine
+            run = replace(run, cache=None)  # noqa: PLW2901
         try:
             loaded.append(load_reward(source, name, options, columns, partial_columns, run))
         except UsageError as error:

@@ -77,6 +77,12 @@ class Supervised:
             self.process.wait(1)
         return self.process.returncode
 
+    @property
+    def peak(self) -> int:
+        """The most memory that the program held, in bytes, once it has ended; 0 if it is unknown."""
+        parts = self._said.split(b"\n")  # its process id, this number, and that nothing is left
+        return int(parts[1]) if len(parts) == 3 else 0
+
     def ask_to_end(self) -> None:
         """Begin to end the program and everything that it has started."""
         with contextlib.suppress(OSError):

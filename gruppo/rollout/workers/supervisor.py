@@ -11,9 +11,9 @@ Other systems have neither call. There, descendants are the processes that have 
 whose parents are descendants.
 
 The command starts after DELAY seconds, with the descriptors PASSED_FDS (numbers with commas between them). The
-supervisor writes the command's process id and a line break to the socket, and DONE when nothing is left; it ends as the
-command did. It uses only the standard library, except for psutil where there is no /proc, and nothing of gruppo, so
-that it starts in milliseconds.
+supervisor writes the command's process id and a line break to the socket. When nothing is left, it writes the most
+memory that the command held, in bytes, a line break, and DONE; it ends as the command did. It uses only the standard
+library, except for psutil where there is no /proc, and nothing of gruppo, so that it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Supervisor:
     def __init__(self, control: int, trainer: int, mark: str) -> None:
         self.control, self.trainer, self.mark = control, trainer, mark
         self.worker: int | None = None
-        self.status: int | None = None  # of the command, as returned by waitpid, once it has ended
+        self.status: int | None = None  # of the command, as returned by wait4, once it has ended
+        self.peak = 0  # bytes of memory
         os.set_inheritable(control, False)
         self._woken, wakes = os.pipe()
         for descriptor in (self._woken, wakes):
@@ -82,9 +83,10 @@ class Supervisor:
     def _reap(self) -> bool:
         """Wait for the children that have ended. Returns whether there are others."""
         try:
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            while (ended := os.wait4(-1, os.WNOHANG))[0]:
                 if ended[0] == self.worker:
-                    self.status = ended[1]
+                    self.status, used = ended[1:]
+                    self.peak = used.ru_maxrss * (1024 if _LINUX else 1)
         except ChildProcessError:
             return False
         return True
@@ -108,7 +110,7 @@ class Supervisor:
             before = set(found)
             time.sleep(pause)
         with contextlib.suppress(OSError):  # the trainer is dead
-            os.write(self.control, DONE)
+            os.write(self.control, b"%d\n" % self.peak + DONE)
 
     def exit(self) -> NoReturn:
         """End as the command did."""

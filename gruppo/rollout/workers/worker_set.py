@@ -12,6 +12,8 @@ from gruppo.utils.progress import Advance, Progress
 # Before each new try to load the code, in seconds. The reason may be temporary: a lack of memory, or of a file server.
 PAUSES = (1.0, 4.0, 16.0)
 
+MOST_LOST = 3  # processes or machines that are lost under the same call
+
 AnyWorker = TypeVar("AnyWorker", bound=Worker)
 
 
@@ -23,19 +25,19 @@ class WorkerSet(Generic[AnyWorker]):
     of each such failure.
     """
 
-    def __init__(self, start: Callable[[float], AnyWorker], count: int, label: str, progress: Progress) -> None:
+    def __init__(self, start: Callable[[int, float], AnyWorker], count: int, label: str, progress: Progress) -> None:
         """Start `count` processes and wait until they have loaded the code.
 
-        `start`: starts a process after a number of seconds; `label`: of the progress bar. Raises UsageError if the code
-        cannot be loaded.
+        `start`: starts a process, given its place and after how many seconds; `label`: of the progress bar. Raises
+        UsageError if the code cannot be loaded, or is not the same on all machines.
         """
         self._start = start
         self.notify: Callable[[str], None] = progress.note
         self.members: list[AnyWorker] = []
         self.digests: list[str] = []  # hash of each function's or class's code
         try:
-            for _ in range(count):
-                self.members.append(start(0.0))
+            for place in range(count):
+                self.members.append(start(place, 0.0))
             with progress.bar(label, count, "processes") as show:
                 for place in range(count):
                     self._await(place, show)
@@ -55,7 +57,11 @@ class WorkerSet(Generic[AnyWorker]):
             elif "digests" in answer:
                 worker.accept(answer)
                 self.digests = self.digests or answer["digests"]
+                if answer["digests"] != self.digests:
+                    raise UsageError(f"{worker.field}: the code is not the same on all machines; install the same")
                 show(1)
+            elif "lost" in answer:
+                self._put(worker, 0.0, worker.tries)
             elif "error" in answer:
                 raise UsageError(answer["error"])
             elif worker.timed_out or not self._again(worker, answer["failure"]):
@@ -63,6 +69,9 @@ class WorkerSet(Generic[AnyWorker]):
 
     def loaded(self, worker: AnyWorker, answer: Mapping[str, Any]) -> None:
         """Take a replacement's answer to the load message. Raises RunError if it cannot replace the lost process."""
+        if "lost" in answer:
+            self._put(worker, 0.0, worker.tries)
+            return
         if answer.get("digests") == self.digests:
             worker.accept(answer)
             return
@@ -94,7 +103,7 @@ class WorkerSet(Generic[AnyWorker]):
     def _put(self, worker: AnyWorker, pause: float, tries: int) -> AnyWorker:
         worker.kill()
         place = self.members.index(worker)
-        self.members[place] = replacement = self._start(pause)
+        self.members[place] = replacement = self._start(place, pause)
         replacement.tries = tries
         return replacement
 
@@ -102,3 +111,10 @@ class WorkerSet(Generic[AnyWorker]):
         """Kill all processes."""
         kill(self.members)
         self.members = []
+
+
+def lost_too_often(answer: Mapping[str, Any], times: int) -> Mapping[str, Any]:
+    """The answer to a call whose process was lost `times` times: a failure, if no other one shall be tried."""
+    if times < MOST_LOST:
+        return answer
+    return {"failure": f"its process was lost {times} times; the last time: {answer['lost']}"}

@@ -184,3 +184,13 @@ def leaks(completions, **_):
 
 
 _leaked: list[bytes] = []
+
+
+def says_why_and_dies(completions, **kwargs):
+    print("not the last words", flush=True)
+    if completions[0] != "x":
+        return [1.0]
+    held = bytearray(b"x") * (3 * 10**8)
+    os.write(2, b"1\n2\n\n3\x1b[0m\n  the disk is full: \xff\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+    return held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from gruppo.errors import UsageError
 from gruppo.rollout.workers.channel import Channel
-from gruppo.rollout.workers.log import MOST_BYTES, Output, old_log
+from gruppo.rollout.workers.log import MOST_BYTES, LogFile, Output, old_log
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.types import Reward
 from tests.rollout.workers.test_rewards import group, score, totals
@@ -52,6 +53,21 @@ def test_bad_call_fails_and_the_next_is_correct(name: str, why: str) -> None:
     assert bad.total is None
     assert why in str(bad.failure)
     assert (good.total, good.failure) == (1.0, None)
+
+
+def test_a_death_is_explained_in_one_line(tmp_path: Path) -> None:
+    """The last words are those of the process that died, and not of another one, and memory is shown if it is much."""
+    limit = 2 * 10**9
+    log = tmp_path / "rewards.log"
+    with RewardPool([f"{HELL}:says_why_and_dies"], [], [], workers=2, memory=limit, log=log) as pool:
+        quiet, (died,) = pool.score([group("a"), group("x")], {})[0]
+    assert quiet[0].failure is None
+    assert re.fullmatch(
+        r"says_why_and_dies: its process died \(signal SIGKILL\); see rewards.log; it held up to 0\.[3-6] of 2\.0 GB; "
+        r"its last words: 2 / 3\\x1b\[0m / the disk is full: �",
+        str(died.failure),
+    ), died.failure
+    assert "\n" not in str(died.failure)
 
 
 @pytest.mark.parametrize(
@@ -192,11 +208,13 @@ def test_import_that_never_ends_times_out(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_log_is_bounded_and_keeps_the_latest_output(tmp_path: Path) -> None:
-    output = Output(tmp_path / "rewards.log")
-    for number in range(40):
-        os.write(output.descriptor, f"{number}\n".encode() + b"x" * 2**20)
-    os.write(output.descriptor, b"the end\n")
+    output = Output(LogFile(tmp_path / "rewards.log").append)
+    with output.open() as printer:
+        for number in range(40):
+            os.write(printer.descriptor, f"{number}\n".encode() + b"x" * 2**20)
+        os.write(printer.descriptor, b"the end\n")
     output.close()
+    assert printer.last_lines()[-1].endswith("xthe end")
     assert (tmp_path / "rewards.log").read_bytes().endswith(b"the end\n")
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2 * MOST_BYTES + 2**17
     assert old_log(tmp_path / "rewards.log") == tmp_path / "rewards.old.log"
