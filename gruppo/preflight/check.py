@@ -413,6 +413,8 @@ def _describe_placement(check: Check) -> list[str]:
         lines += _row(member.name, held, f"{member.place}{parts}", 12, 6)
     if placement.ray:
         lines += _row("Ray", "", placement.ray, 12, 6)
+    if not placement.transfer_bytes:
+        return lines
     size, seconds = placement.transfer_bytes / 1e9, placement.transfer_seconds
     text = (
         f"{size:.2f} GB of weights after each step; {seconds:.2g} s for one copy at {placement.rate / 1e9:.1f} GB/s, "

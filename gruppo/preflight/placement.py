@@ -66,7 +66,7 @@ class Member:
 @dataclass(frozen=True)
 class Placement:
     """The processes of a run. `ray`: what Ray is asked for, empty without it. `transfer_bytes`: weights that are
-    copied after each step. `rate`: see `Machine`."""
+    copied after each step, 0 if none are. `rate`: see `Machine`."""
 
     members: tuple[Member, ...]
     ray: str
@@ -118,7 +118,8 @@ def place_processes(recipe: Recipe, memory: Memory, sent: int, machine: Machine)
     if cluster is None or (cluster.trainers == 1 and not cluster.uses_ray):
         return None
     members = tuple(_members(recipe, cluster, memory, sent, machine))
-    return Placement(members, _ray(cluster, machine, sent), sent, machine.rate)
+    travels = cluster.trainers > 1 or cluster.engines > 0
+    return Placement(members, _ray(cluster, machine, sent), sent if travels else 0, machine.rate)
 
 
 def _members(recipe: Recipe, cluster: Cluster, memory: Memory, sent: int, machine: Machine) -> Iterator[Member]:
@@ -142,7 +143,7 @@ def _of_host(recipe: Recipe) -> str:
     """What a reward host holds, and the limit of its memory, in words. What functions need is not known."""
     reward, environment = recipe.reward, recipe.environment
     memory = f"{reward.memory:.0%} of its memory" if isinstance(reward.memory, float) else reward.memory
-    parts = [f"{reward.workers} processes of rewards, up to {memory}"]
+    parts = [f"{reward.workers} process{'es' * (reward.workers != 1)} of rewards, up to {memory}"]
     if environment is not None:
         parts.append(f"{environment.workers} of environments, up to {environment.memory} each")
     return ", ".join(parts)
@@ -207,11 +208,10 @@ def check_placement(recipe: Recipe, placement: Placement, machine: Machine) -> l
         *_check_engines(recipe, placement, machine),
         *_check_store(cluster, placement, machine),
     ]
-    ranks, engines = f"{cluster.trainers} rank{'s' * (cluster.trainers > 1)}", cluster.engines
-    hosts = (
-        f" and {cluster.reward_hosts} reward host{'s' * (cluster.reward_hosts != 1)}" if cluster.reward_hosts else ""
-    )
-    what = f"{ranks} and {engines} engine{'s' * (engines != 1)}{hosts}: no problem found on this machine"
+    known = {"rank": cluster.trainers, "engine": cluster.engines}
+    known |= {"reward host": cluster.reward_hosts} if cluster.reward_hosts else {}
+    *first, last = (f"{count} {noun}{'s' * (count != 1)}" for noun, count in known.items())
+    what = f"{', '.join(first)} and {last}: no problem found on this machine"
     return problems or [Finding("ok", "placement", what, figures=placement.as_dict())]
 
 

@@ -103,7 +103,8 @@ def test_reward_hosts_have_limits_in_place_of_an_estimate() -> None:
     assert found.ray.startswith("2 times 1 CPU for reward hosts, on this machine")
     (finding,) = check_placement(settings, found, CPU)
     assert finding.severity == "ok"
-    assert "and 2 reward hosts" in finding.what
+    assert "1 rank, 0 engines and 2 reward hosts" in finding.what
+    assert found.transfer_bytes == 0
 
 
 def test_vllm_engines_split_their_weights_and_cache_in_the_rest() -> None:
