@@ -269,7 +269,7 @@ TWO = {"cluster": {"engines": 2}}
         ({**TWO, "model": {"name": "m", "lora": {"base": "4bit"}}}, 'model.lora.base = "4bit": not supported'),
         ({**TWO, "model": {"name": "m", "trust_remote_code": True}}, "cluster.engines = 2: does not run Python files"),
         ({"cluster": {"engines": 2, "engine_devices": 4}}, 'engine.name = "native" computes on one device'),
-        ({"cluster": {"address": "auto"}}, "cluster.engines = 0 and cluster.trainers = 1 start nothing"),
+        ({"cluster": {"address": "auto"}}, "cluster.trainers = 1, engines = 0 and reward_hosts = 0 start nothing"),
         ({"cluster": {"weights": "files"}}, "cluster.engines = 0 starts no engines"),
         ({**TWO, "engine": {"name": "vllm", "device": 1}}, "engine.device = 1: has no effect: Ray gives each"),
         ({"cluster": {"shards": 1}}, "cluster.shards = 1: has no effect: a single trainer"),

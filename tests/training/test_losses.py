@@ -57,7 +57,7 @@ def test_each_loss_has_one_event_whatever_is_undone(tmp_path: Path) -> None:
     recorder, losses = Recorder(NullProgress(), [FileSink(folder)]), Losses(wanted=3)
     causes = ["rank 1 has ended", "rank 1 has ended", "rank 2 is silent"]
     for count, cause in enumerate(causes, 1):
-        if count == 2:
+        if count == 3:
             (tmp_path / "events.jsonl").unlink()
         losses.messages.append(cause)
         losses.record(recorder, tmp_path, 4, size=2)
