@@ -154,7 +154,9 @@ class Ahead:
     def close(self) -> None:
         """End the thread. What it is sampling is lost."""
         with self._changed:
-            self._closed = self.halt.requested = True
+            self._closed = True
+            if self.halt is not self.stop:  # the caller's own stop may belong to several runs
+                self.halt.requested = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(ENDING_SECONDS)

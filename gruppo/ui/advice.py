@@ -52,7 +52,7 @@ ADVICE = {
     "tracker": "Nothing for the run, which goes on without it; check its installation, login and network.",
 }
 NOTHING_TO_DO = frozenset(
-    {"resume", "changed", "warning", "engine_back"}
+    {"resume", "changed", "warning", "engine_back", "stopped"}
 )  # kinds of events; a warning has advice by its own name
 
 
