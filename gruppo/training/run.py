@@ -302,7 +302,7 @@ class TrainingRun:
 
 
 def _trained(run: TrainingRun, train: Callable[[TrainingRun], None]) -> str:
-    """Train to the end. Returns the outcome: "done", or "stopped" if a callback has ended the run, which is recorded."""
+    """Train to the end. Returns the outcome: "done", or "stopped" if a callback has ended the run; it is recorded."""
     run.callbacks.notify("on_start", run.state.step)
     if run.callbacks.stopped:
         run.checkpointer.forget()  # save again, with the final model
