@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from gruppo.data.loading import Dataset
 from gruppo.types import Row
+from gruppo.utils.text import normalized
 
 NGRAM = 8  # words
 NEAR = 0.5  # share of the n-grams of a question that one training question must contain
@@ -40,8 +40,8 @@ class Overlap:
 
 
 def words_of(text: str) -> tuple[str, ...]:
-    """The words and signs of a text, without case, compatibility forms and spaces. Signs count: 2 + 3 is not 2 - 3."""
-    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    """The words and signs of a text in normal form. Signs count: 2 + 3 is not 2 - 3."""
+    return tuple(_WORD.findall(normalized(text)))
 
 
 def overlap(questions: Sequence[str], training: Sequence[str]) -> Overlap:

@@ -58,13 +58,15 @@ def split_in_halves(groups: Sequence[Group], part: Part | None, weights: TokenWe
         return None
     order = generator_of((step,)).permutation(len(places))
     first = {places[place] for place in order[: len(places) // 2]}
-    whole = weights(lengths)
-
-    def as_in_the_whole(rows: list[list[int]]) -> list[list[float]]:
-        return [kept if row else [] for kept, row in zip(whole, rows, strict=True)]
-
     chosen = [numbers if place in first else [] for place, numbers in enumerate(used)]
-    return Halves(chosen, as_in_the_whole, len(first), len(places) - len(first), sum(map(len, used)))
+    return Halves(chosen, fixed(weights, lengths), len(first), len(places) - len(first), sum(map(len, used)))
+
+
+def fixed(weights: TokenWeights, lengths: list[list[int]]) -> TokenWeights:
+    """Token weights of some of the groups as parts of a whole with these lengths. Groups that are left out have no
+    lengths."""
+    whole = weights(lengths)
+    return lambda rows: [kept if row else [] for kept, row in zip(whole, rows, strict=True)]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ STORY = "Anna has three red apples and gives two of them to her brother Ben who 
 def test_spaces_case_and_forms_do_not_count_but_signs_do() -> None:
     assert words_of("What  is\n2+3?") == words_of("what is 2 + 3 ?")
     assert words_of("ﬁve") == words_of("FIVE")
+    assert words_of("He said: (two) pears.") == words_of("he said two pears")
     assert words_of("2 + 3") != words_of("2 - 3")
 
 
