@@ -12,7 +12,7 @@ from gruppo.study.arms import PlannedRun, Study
 from gruppo.study.attempts import attempt
 from gruppo.study.contamination_check import check_contamination
 from gruppo.study.estimate import Estimator, clock
-from gruppo.study.evaluations import PlannedEvaluation, plan_evaluations
+from gruppo.study.evaluations import PlannedEvaluation, final_evaluation, plan_evaluations
 from gruppo.study.spending import BudgetCallback
 from gruppo.study.states import RunState, read_state, read_states
 from gruppo.training.api import run_recipe
@@ -76,9 +76,8 @@ class StudyRunner:
             if not states[run.name].complete:
                 self._train(run, states)
                 states[run.name] = read_state(run, self.study.budget)
-            for planned in plan_evaluations(self.study, {**states}):
-                if planned.run is run and not planned.initial:
-                    self._evaluate(planned)
+            for table in self.study.file.evaluations if states[run.name].complete else ():
+                self._evaluate(final_evaluation(self.study, table, run, states[run.name]))
         return self.outcome
 
     def _train(self, run: PlannedRun, states: dict[str, RunState]) -> None:

@@ -20,8 +20,9 @@ from gruppo.study.states import read_state, read_states
 from gruppo.training.callbacks import STOP
 from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Interrupted, Stop, stop_on_signals
+from tests.fuzzing import command
 from tests.small_runs import at_call, fingerprint
-from tests.study.conftest import write_study
+from tests.study.conftest import STUDY, write_study
 
 
 def run(file: Path, **options: Any) -> Outcome:
@@ -168,3 +169,35 @@ def test_minutes_are_kept(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert outcome.left == ["low/seed-3", "high/seed-3"]
     with pytest.raises(UsageError, match=r"--only none|only = none"):
         run(copied, only=["none"])
+
+
+def test_a_run_that_takes_too_long_is_interrupted_after_a_step(tiny_folder: str, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "c", tiny_folder, text=STUDY.split("[[evaluations]]")[0])
+    with pytest.MonkeyPatch.context() as patch, stop_on_signals(kills=True) as stop:
+        patch.setattr(StudyRunner, "_fits", lambda *_: True)  # as if the estimate had been too short
+        runner = StudyRunner(load_study(file), NullProgress(), stop, minutes=1e-6)
+        with pytest.raises(Interrupted):
+            runner.run()
+    (attempt,) = read_attempts(load_study(file).folder)
+    assert attempt["outcome"] == "interrupted"
+    state = read_state(load_study(file).runs[0], load_study(file).budget)
+    assert (state.state, state.steps) == ("unfinished", 1)
+    assert run(file).left == []
+
+
+def test_the_command_line(finished: Path) -> None:
+    code, printed, _ = command("study", str(finished), "--plan")
+    assert code == 0
+    assert "0 of 4 runs and 0 evaluations are left" in printed
+    code, printed, _ = command("study", str(finished))
+    assert code == 0
+    assert "learned: Is it better than before?" in printed
+    assert "study.md" in printed
+    for options, words in (
+        (["--plan", "--report"], "--plan: writes nothing"),
+        (["--minutes", "0"], "--minutes 0: must be more than 0"),
+        (["--only", "none"], "--only none: is no arm"),
+    ):
+        code, _, error = command("study", str(finished), *options)
+        assert code == 2
+        assert words in error
