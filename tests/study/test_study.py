@@ -19,14 +19,15 @@ from gruppo.study.spending import BudgetCallback, tokens_by_step
 from gruppo.study.states import read_state, read_states
 from gruppo.training.callbacks import STOP
 from gruppo.utils.progress import NullProgress
-from gruppo.utils.signals import Interrupted, Stop, stop_on_signals
+from gruppo.utils.signals import Interrupted, stop_on_signals
 from tests.fuzzing import command
 from tests.small_runs import at_call, fingerprint
 from tests.study.conftest import STUDY, write_study
 
 
 def run(file: Path, **options: Any) -> Outcome:
-    return StudyRunner(load_study(file), NullProgress(), Stop(), **options).run()
+    with stop_on_signals(kills=True) as stop:
+        return StudyRunner(load_study(file), NullProgress(), stop, **options).run()
 
 
 @pytest.fixture(scope="module")
