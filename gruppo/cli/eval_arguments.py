@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,7 @@ from gruppo.data.benchmark_table import BENCHMARKS
 from gruppo.data.transform import INHERITED
 from gruppo.errors import UsageError
 from gruppo.evaluation.formatting import format_difference, format_results
-from gruppo.evaluation.plots import draw_curves
-from gruppo.runs.atomic import publish, writing
+from gruppo.evaluation.plots import draw_curves, save_figure
 from gruppo.runs.folder import EVALUATION
 from gruppo.runs.reading import read_object
 from gruppo.runs.trust import evaluation_code
@@ -332,11 +330,4 @@ def _draw(results: Sequence[EvalResult], path: Path) -> None:
     name = next(name for name in results[0].sets if all(name in result.sets for result in results))
     labels = _labels(results) if len(results) > 1 else [results[0].model]
     sets = [(label, result.sets[name].figures) for label, result in zip(labels, results, strict=True)]
-    temporary = path.with_name(f".writing-{path.name}")
-    with writing(path, temporary):
-        draw_curves(sets, name, partial(_save, temporary, path.suffix.removeprefix(".")))
-        publish(temporary, path)
-
-
-def _save(path: Path, kind: str, figure: Any) -> None:
-    figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    save_figure(draw_curves(sets, name), path)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from gruppo import __version__
-from gruppo.cli import convert, evaluate, export, plan, rescore, reward_model, sample, train, ui
+from gruppo.cli import convert, evaluate, export, plan, rescore, reward_model, sample, study, train, ui
 from gruppo.cli.options import Command
 from gruppo.config.renames import COMMANDS
 from gruppo.errors import RunError, UsageError, speak_command_line
@@ -42,6 +42,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "check": train.check,
     "plan": plan.plan,
     "eval": evaluate.eval_,
+    "study": study.study,
     "sample": sample.sample,
     "show": export.show,
     "ui": ui.ui,

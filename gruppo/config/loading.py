@@ -62,7 +62,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     as plain text if it is not valid TOML. Raises RecipeError with one line per mistake: file, field, value and fix.
     """
     files = _read(source)
-    where, data = files[0][0], _overlaid([data for _, data in files])
+    where, data = files[0][0], overlaid([data for _, data in files])
     for override in override_list(overrides):
         data = _override(data, override)
     try:
@@ -206,7 +206,7 @@ def _require_flat(data: dict[str, Any], where: str) -> dict[str, Any]:
     return data
 
 
-def _overlaid(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def overlaid(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The layers merged into one recipe; earlier layers override later ones.
 
     A layer that sets reward.functions drops the options of functions that it removes. A task replaces a mixture, and
@@ -311,7 +311,7 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     value: Any = toml_value(text)
     for part in reversed(path):
         value = {part: value}
-    return _overlaid([_require_flat(value, f"--set {_short(override)}"), data])
+    return overlaid([_require_flat(value, f"--set {_short(override)}"), data])
 
 
 def as_override(location: Sequence[str], text: str) -> str | None:

@@ -9,7 +9,7 @@ FREE, LENGTH, MEMORY, FIXED = "free", "length", "memory", "fixed"
 # Rule -> table -> fields. The rule of a field that is a table holds for everything in it.
 RULES: dict[str, dict[str, tuple[str, ...]]] = {
     FREE: {
-        "run": ("name", "checkpoint_every", "trackers"),
+        "run": ("name", "checkpoint_every", "noise_every", "trackers"),
         "model": ("name", "trust_remote_code"),  # the weights behind the name are compared
         "engine": ("memory", "device"),
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),

@@ -84,6 +84,9 @@ class Run(Section):
     """Peak memory of the process: a fraction of the memory that is free when the run starts, or a size such as "6 GB"
     or "5.5 GiB". The micro-batch and the slots (concurrent completions) are derived from it once, at the start; they
     affect results by rounding only."""
+    noise_every: Annotated[int, Field(ge=0)] = 20
+    """Steps between measurements of the noise of the gradient: how far two halves of a step's groups agree
+    (gradient/agreement, docs/metrics.md). Each takes half an update; nothing else changes. 0: none."""
     trackers: list[Tracker] = []
     """Trackers that get the metrics, the recipe and a sample of the completions, such as ["tensorboard", "wandb"]. Each
     runs in a process of its own: one that fails or hangs is an event, and the run goes on. Default: none. See

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gruppo.errors import UsageError
+from gruppo.runs.atomic import publish, writing
 from gruppo.utils.stats import MOST_VOTES
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def draw_curves(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, write: Callable[[Any], None]) -> None:
+
+def make_figure() -> tuple[Figure, Axes]:
+    """An empty figure. Raises UsageError if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("figures: need matplotlib; pip install 'gruppo[plots]'") from None
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    return figure, figure.subplots()
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the file's name. Equal figures give equal files."""
+    from matplotlib import rc_context
+
+    kind, temporary = path.suffix.removeprefix("."), path.with_name(f".writing-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    with writing(path, temporary), rc_context({"svg.hashsalt": "gruppo"}):
+        figure.savefig(temporary, format=kind, metadata=undated)
+        publish(temporary, path)
+
+
+def draw_curves(results: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Figure:
     """Plot pass@k and maj@k of one or more models in one figure, like Figure 7 of DeepSeekMath.
 
-    `results`: pairs of model name and figures. `write`: receives matplotlib's figure. Raises UsageError if a model has
-    no curves, or if matplotlib is not installed.
+    `results`: pairs of model name and figures. Raises UsageError if a model has no curves, or if matplotlib is not
+    installed.
     """
     if missing := [name for name, figures in results if "maj" not in figures.get("curves", {})]:
         raise UsageError(f"--curves: {missing[0]}: needs 2 to {MOST_VOTES:,} answers per question")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError:
-        raise UsageError("--curves: needs matplotlib; pip install 'gruppo[plots]'") from None
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = make_figure()
+    from matplotlib.ticker import PercentFormatter
+
     for number, (name, figures) in enumerate(results):
         for style, curve in (("-", "pass"), ("--", "maj")):
             points = figures["curves"][curve]
@@ -40,4 +64,4 @@ def draw_curves(results: Sequence[tuple[str, Mapping[str, Any]]], title: str, wr
     axes.set(xlabel="k", ylabel="accuracy, with 95% intervals over questions", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    write(figure)
+    return figure

@@ -102,15 +102,21 @@ def pack(
     (`with_kl` False), completions whose advantages are all 0 are also left out, because their gradient is 0; they still
     count in the weights.
     """
-    numbers = [list(range(len(group.completions))) for group in groups] if part is None else part
-    used = [[number for number in row if group.trained[number]] for group, row in zip(groups, numbers, strict=True)]
-    lengths = [[sum(group.completions[number].mask) for number in row] for group, row in zip(groups, used, strict=True)]
+    used, lengths = trained_lengths(groups, part)
     packer = _Packer(budget, device)
     for index, (group, weights) in enumerate(zip(groups, token_weights(lengths), strict=True)):
         for number, weight in zip(used[index], weights, strict=True):
             if group.completions[number].token_ids and (with_kl or any(group.advantages[number])):
                 packer.add(index, number, group, weight)
     return packer.batches(share)
+
+
+def trained_lengths(groups: Sequence[Group], part: Part | None) -> tuple[Part, list[list[int]]]:
+    """The numbers of the completions of each group that are trained on, and their numbers of sampled tokens."""
+    numbers = [list(range(len(group.completions))) for group in groups] if part is None else part
+    used = [[number for number in row if group.trained[number]] for group, row in zip(groups, numbers, strict=True)]
+    lengths = [[sum(group.completions[number].mask) for number in row] for group, row in zip(groups, used, strict=True)]
+    return used, lengths
 
 
 class _Packer:

@@ -340,7 +340,7 @@ def _smoke_test_findings(
     episodes: Episodes | None,
 ) -> list[Finding]:
     """The findings of the smoke test, if `seconds` is not 0, and of the gradient check."""
-    from gruppo.preflight import smoke_test
+    from gruppo.preflight import noise_check, smoke_test
     from gruppo.rollout.environments.client import NAME
 
     recipe, chosen = check.recipe, check.chosen
@@ -359,6 +359,7 @@ def _smoke_test_findings(
         if test.completions:
             groups, temperature = [*test.groups, *test.unscored], recipe.sampling.temperature
             found.append(smoke_test.compare_logprobs(policy, groups, temperature, chosen.micro_batch_tokens))
+        found += noise_check.estimate_noise(recipe, policy, test.groups, weights, chosen.micro_batch_tokens, progress)
     stop.check()
     return [*found, smoke_test.compare_gradient(recipe, policy, inputs, chosen, progress, stop)]
 

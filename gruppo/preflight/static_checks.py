@@ -4,9 +4,7 @@ training and evaluation."""
 from __future__ import annotations
 
 import json
-import re
 import statistics
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +17,10 @@ from gruppo.data.transform import prompt_text
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
 from gruppo.types import Message, Prompt
-from gruppo.utils.text import text_of_content
+from gruppo.utils.text import normalized, text_of_content
 
 _ANSWER = "Kiwi seven."  # a made-up assistant message
 _THOUGHT = "<think>\nPlum.\n</think>\n\n" + _ANSWER
-_ENDS = re.compile(r"[\"'.,;:!?’”)\]]+(?=\s|$)|(?:(?<=\s)|^)[\"'‘“(\[]+")
 
 
 def check_fields(recipe: Recipe) -> list[Finding]:
@@ -402,10 +399,9 @@ def check_overlap(prompts: Iterable[Prompt], questions: Sequence[Prompt]) -> lis
 
 
 def _normalized(prompt: Prompt) -> str:
-    """The question without case, extra whitespace and punctuation; math signs stay, as they distinguish questions."""
+    """The question in normal form."""
     content = prompt.content
     parts = [content] if isinstance(content, str) else [
         text_of_content(message["content"]) for message in content if message["role"] != "system"
     ]  # fmt: skip
-    text = unicodedata.normalize("NFKC", "\n".join(parts)).casefold()
-    return " ".join(_ENDS.sub("", text).split())
+    return normalized("\n".join(parts))

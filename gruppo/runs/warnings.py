@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from gruppo.utils.stats import trend
@@ -27,6 +27,7 @@ DRIFT_STEPS = 3
 PART_STEPS, PART_SHARE, NOTHING = 10, 0.9, 1e-9
 KL_STEPS, KL_FACTOR, KL_LEAST, KL_MOST = 3, 5.0, 0.1, 1.0
 SPIKE, SPIKE_STEPS = 10.0, 10
+NOISE_COUNT, SIGNAL_LEAST = 4, 0.05  # measurements of the gradient's noise; share of its squared norm
 RISES = 2.0  # standard errors of a slope
 CHANCE = 2.0  # standard errors of an area under the curve
 PENALTIES = ("overlong", "repetition")  # rewards that are 0 if nothing is wrong
@@ -61,7 +62,8 @@ class History:
     """The lines that checks look at.
 
     `first`: lines of the run's first steps. `steps`: of the last steps. `evaluations`: of all evaluations.
-    `reward_model`: of the reward model's last training. `weights`: weights of the parts of the reward. `drift`: the
+    `reward_model`: of the reward model's last training. `noise`: of the last steps at which the noise of the gradient
+    was measured. `weights`: weights of the parts of the reward. `drift`: the
     average difference allowed between engine and trainer, in nats per token.
     """
 
@@ -71,6 +73,7 @@ class History:
     steps: list[Line] = field(default_factory=list)
     evaluations: list[Line] = field(default_factory=list)
     reward_model: Line | None = None
+    noise: list[Line] = field(default_factory=list)
     count: int = 0
 
     def add(self, line: Line) -> bool:
@@ -79,6 +82,8 @@ class History:
             self.evaluations.append(line)
         if "reward_model/after/positives" in line:
             self.reward_model = line
+        if line.get("gradient/signal") is not None:
+            self.noise = [*self.noise, line][-NOISE_COUNT:]
         if "completion/length" not in line:
             return False
         self.count += 1
@@ -294,6 +299,23 @@ def gradient_spikes(seen: History) -> Evidence | None:
     )
 
 
+def noisy_gradient(seen: History) -> Evidence | None:
+    """Nearly nothing of the gradient is signal, averaged over NOISE_COUNT measurements, by two standard errors."""
+    if len(seen.noise) < NOISE_COUNT:
+        return None
+    signals = _values(seen.noise, "gradient/signal")
+    mean, error = fmean(signals), stdev(signals) / len(signals) ** 0.5
+    if mean + 2 * error >= SIGNAL_LEAST:
+        return None
+    steps = [int(seen.noise[0]["step"]), int(seen.noise[-1]["step"])]
+    needed = f"a step would need {(1 - mean) / mean:.0f} times as many completions" if mean > 0.001 else "none was seen"
+    return Evidence(
+        f"{max(0.0, mean):.1%} of the squared gradient was signal in {NOISE_COUNT} measurements, steps {_to(steps)}: "
+        f"nearly every update is noise (for half of it to be signal, {needed})",
+        {"steps": steps, "gradient/signal": signals, "gradient/agreement": _values(seen.noise, "gradient/agreement")},
+    )
+
+
 def reward_model_guesses(seen: History) -> Evidence | None:
     """After its last training, the reward model's AUC on held-out labels is no further above ½ than chance explains.
 
@@ -345,6 +367,7 @@ CHECKS: dict[str, Callable[[History], Evidence | None]] = {
         one_part_of_the_reward,
         kl_explodes,
         gradient_spikes,
+        noisy_gradient,
         reward_model_guesses,
         tokens_without_text,
     )

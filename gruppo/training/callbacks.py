@@ -33,7 +33,13 @@ class Callback:
     A method that returns `gruppo.STOP` ends the run at the step that it was called for. The run still evaluates (if the
     recipe has an evaluation), saves a checkpoint and writes the result. Steps done before a resume are not reported
     again.
+
+    A callback with an attribute `reason` says in words why it stops; the run records it as an event.
     """
+
+    def on_start(self, step: int) -> StopTraining | None:
+        """The run begins after `step` steps: 0, or those that are done before a resume."""
+        return None
 
     def on_step(self, step: int, metrics: dict[str, Any], groups: Sequence[Group]) -> StopTraining | None:
         """A step is done and recorded: its line of metrics.jsonl, and its groups with completions and advantages."""
@@ -48,18 +54,25 @@ class Callback:
         return None
 
 
-MOMENTS: Mapping[str, int] = {"on_step": 3, "on_evaluation": 3, "on_checkpoint": 2}  # name -> number of arguments
+MOMENTS: Mapping[str, int] = {
+    "on_start": 1,
+    "on_step": 3,
+    "on_evaluation": 3,
+    "on_checkpoint": 2,
+}  # name -> number of arguments
 
 
 class Callbacks:
     """The callbacks of a run.
 
-    `stopped`: a callback has asked to end the run. `failed`: a callback has raised, so none is called any more.
+    `stopped`: a callback has asked to end the run; `reason`: why, in words. `failed`: a callback has raised, so none is
+    called any more.
     """
 
     def __init__(self, callbacks: Sequence[Callback | Callable[..., Any] | object] = ()) -> None:
         """Raises UsageError for an object that has none of the methods, or a method with a different signature."""
         self.stopped = self.failed = False
+        self.reason = ""
         self._listeners: dict[str, list[tuple[str, Callable[..., Any]]]] = {moment: [] for moment in MOMENTS}
         if not isinstance(callbacks, list | tuple):
             raise UsageError(f"callbacks: is of type {type(callbacks).__name__}; pass a list of callbacks")
@@ -89,7 +102,9 @@ class Callbacks:
             except Exception:
                 self.failed = True
                 raise
-            self.stopped |= answer is STOP
+            if answer is STOP and not self.stopped:
+                self.stopped = True
+                self.reason = str(getattr(getattr(method, "__self__", None), "reason", "")) or f"{name} ended the run"
 
 
 def _methods(callback: object) -> list[tuple[str, Callable[..., Any]]]:

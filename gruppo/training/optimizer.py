@@ -70,10 +70,12 @@ def update(
     require_finite: RequireFinite,
     advance: Advance,
     ranks: Ranks = ALONE,
+    observe: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """One optimizer step on a loss that is a sum over micro-batches, those of all ranks.
 
-    `module` holds the trained parameters; `advance` is called once per micro-batch. Returns the loss, and the norm of
+    `module` holds the trained parameters; `advance` is called once per micro-batch, and `observe` when the module has
+    the gradient, before it is clipped. Returns the loss, and the norm of
     the gradient before clipping. The host waits for the device once, after the last micro-batch. If a value is not
     finite on any rank, `require_finite` then raises on all of them, before the optimizer step.
 
@@ -83,7 +85,8 @@ def update(
     """
     optimizer.zero_grad(set_to_none=True)
     try:
-        losses = _accumulate(batches, loss_of, computed_by, advance)
+        losses = accumulate(batches, loss_of, computed_by, advance)
+        observe()
         gradient_norm = ranks.clip(module, max_grad_norm)
         *values, norm = as_floats([*losses, gradient_norm])
         wrong = [found for found in zip(values, batches, strict=True) if not math.isfinite(found[0])]
@@ -108,7 +111,7 @@ def update(
     return sum(value for values, _ in shares for value in values), norm
 
 
-def _accumulate(
+def accumulate(
     batches: Sequence[Batch],
     loss_of: Callable[[Batch], Tensor],
     computed_by: LanguageModel,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gruppo.config.recipe import Recipe
 from gruppo.config.schedule import learning_rate
+from gruppo.errors import out_of_memory
 from gruppo.models.packing import Batch, Part, TokenWeights, pack, split
 from gruppo.models.policy import LanguageModel
 from gruppo.models.ranks import ALONE, Ranks, metrics_of_all, on_all_ranks
@@ -20,8 +21,9 @@ from gruppo.models.weights import WeightSource, copy_weights, named_weights
 from gruppo.rollout.source import Step
 from gruppo.runs.reading import reading
 from gruppo.training.checkpoint import put_weights
+from gruppo.training.gradient_noise import HalfGradient, split_in_halves
 from gruppo.training.nonfinite import Guard, not_finite
-from gruppo.training.optimizer import update
+from gruppo.training.optimizer import accumulate, update
 from gruppo.training.policy_loss import (
     batch_loss,
     is_fresh,
@@ -120,8 +122,11 @@ class Learner:
         rate: float,
         number: int,
         metrics: Metrics,
+        observe: Callable[[], None] = lambda: None,
     ) -> tuple[float, float]:
         """Perform update `number` (from 0) of a step, on one of its parts. Returns its loss and gradient norm.
+
+        `observe`: called when the module has the gradient.
 
         If memory runs out, the update is retried in smaller micro-batches, as if it had not been attempted before.
         """
@@ -143,6 +148,7 @@ class Learner:
                     require,
                     advance,
                     self.ranks,
+                    observe,
                 )
 
         return self.sizes.run_with_retry("micro_batch_tokens", "updating", attempt)
@@ -245,21 +251,56 @@ class PolicyTrainer:
     @on_all_ranks
     def update(self, batches: StepBatches, number: int, step: Step) -> None:
         """Update `number` (from 0) of the step, on one of its minibatches; the loss is a sum over micro-batches."""
+        half = self._half_gradient(batches, step) if self._measures_noise(batches, number, step) else None
+        observe = partial(half.compare, step.metrics) if half else lambda: None
         with step.timer("update"), metrics_of_all(self.ranks, step.metrics) as metrics:
-            loss = partial(
-                batch_loss,
-                self.policy,
-                self.reference,
-                settings=self.method,
-                temperature=self.recipe.sampling.temperature,
-                metrics=metrics,
-                fresh=is_fresh(batches.groups, step.number),
-            )
-            total, norm = self.learner.update(batches, loss, self.rate(step), number, metrics)
+            loss = self._loss(batches, step, metrics)
+            total, norm = self.learner.update(batches, loss, self.rate(step), number, metrics, observe)
         batches.updated = True
         step.metrics.mean("loss/total", total)
         step.metrics.mean("optimizer/gradient_norm", norm)
         step.metrics.mean("optimizer/clipped", norm > self.recipe.optimizer.max_grad_norm)
+
+    def _loss(self, batches: StepBatches, step: Step, metrics: Metrics) -> Callable[[Batch], Tensor]:
+        return partial(
+            batch_loss,
+            self.policy,
+            self.reference,
+            settings=self.method,
+            temperature=self.recipe.sampling.temperature,
+            metrics=metrics,
+            fresh=is_fresh(batches.groups, step.number),
+        )
+
+    def _measures_noise(self, batches: StepBatches, number: int, step: Step) -> bool:
+        every = self.recipe.run.noise_every
+        return every > 0 and step.number % every == 0 and number == 0 and not batches.updated
+
+    def _half_gradient(self, batches: StepBatches, step: Step) -> HalfGradient | None:
+        """The gradient of half of the groups of the step's first update. None if there are too few, or no memory.
+
+        The pass has micro-batches and metrics of its own, and leaves no gradient behind, so it changes nothing.
+        """
+        halves = split_in_halves(batches.groups, batches.part, batches.weights, step.number)
+        if halves is None:
+            return None
+        module = self.policy.model
+        self.optimizer.zero_grad(set_to_none=True)
+        with step.timer("noise"):
+            try:
+                packed = StepBatches(
+                    batches.groups, halves.weights, self.policy, batches.with_kl, batches.tokens,
+                    batches.old_from_engine, halves.part, ranks=self.ranks,
+                )  # fmt: skip
+                accumulate(packed.batches, self._loss(packed, step, Metrics()), self.policy, lambda _: None)
+                return HalfGradient(module, halves, self.ranks)
+            except (MemoryError, RuntimeError) as error:
+                if self.ranks.size > 1 or not out_of_memory(error):
+                    raise
+                return None
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                release_memory()
 
     @on_all_ranks
     def keep_logprobs(self, minibatches: Sequence[StepBatches]) -> None:

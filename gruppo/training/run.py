@@ -153,8 +153,7 @@ class TrainingRun:
         try:
             with self.recorder.bar("Training", self.recipe.run.steps, "steps") as self._advance:
                 self._advance(self.state.step)
-                train(self)
-            outcome = "done" if self.state.step == self.recipe.run.steps else "stopped"
+                outcome = _trained(self, train)
         except Interrupted:
             if not self.iterations.learning:  # otherwise the run continues from the earlier checkpoint
                 self.folder.cut_back(self._lengths, self.state.step)
@@ -301,6 +300,18 @@ class TrainingRun:
                 self.recorder.note(f"Step {step.number}: {message}{steps}")
         else:
             self._without_advantage = 0
+
+
+def _trained(run: TrainingRun, train: Callable[[TrainingRun], None]) -> str:
+    """Train to the end. Returns the outcome: "done", or "stopped" if a callback has ended the run; it is recorded."""
+    run.callbacks.notify("on_start", run.state.step)
+    if run.callbacks.stopped:
+        run.checkpointer.forget()  # save again, with the final model
+    train(run)
+    if run.state.step == run.recipe.run.steps:
+        return "done"
+    run.recorder.event("stopped", run.callbacks.reason, run.state.step)
+    return "stopped"
 
 
 def _sampled(run: TrainingRun, checkpoint: Path | None) -> list[SampledStep]:

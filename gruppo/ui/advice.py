@@ -24,6 +24,8 @@ ADVICE = {
     "kl_explodes": "Lower optimizer.learning_rate, or increase method.kl_coef or optimizer.warmup_steps. Read the "
     "groups of this step: the reward may pay for strange text.",
     "gradient_spikes": "One spike is clipped and harmless. Many mean that optimizer.learning_rate is too high.",
+    "noisy_gradient": "Take more completions per step (sampling.prompts_per_step, sampling.group_size), or lower "
+    "optimizer.learning_rate; a larger share of groups with a nonzero advantage helps too.",
     "reward_model_guesses": "Give the reward model more or better balanced labels (reward_model.prompts), or train it "
     "longer (reward_model.epochs).",
     "tokens_without_text": "Use the tokenizer that belongs to the model.",
@@ -56,7 +58,7 @@ ADVICE = {
     "tracker": "Nothing for the run, which goes on without it; check its installation, login and network.",
 }
 NOTHING_TO_DO = frozenset(
-    {"resume", "changed", "warning", "engine_back", "reward_host_back"}
+    {"resume", "changed", "warning", "engine_back", "reward_host_back", "stopped"}
 )  # kinds of events; a warning has advice by its own name
 
 

@@ -61,6 +61,9 @@ CHARTS = (
     Chart("gradient", "Gradient norm", "Before clipping.",
           {"optimizer/gradient_norm": "policy", "value/gradient_norm": "value model",
            "reward_model/gradient_norm": "reward model"}),
+    Chart("noise", "Agreement of the gradient", "Cosine between the gradients of two halves of a step, and the share "
+          "of the squared gradient that is signal. Near 0, updates are noise.",
+          {"gradient/agreement": "agreement", "gradient/signal": "signal"}),
     Chart("clip", "Clipped tokens", "Share of tokens whose ratio is beyond the clip in the direction of their "
           "advantage.",
           {"policy/clipped_high": "above", "policy/clipped_low": "below",

@@ -210,7 +210,7 @@ def smallest_difference(differences: np.ndarray, power: float = 0.8, share: floa
     never differ do not suggest that every difference would be detected. Raises ValueError for no pairs.
     """
     quantile = NormalDist().inv_cdf
-    return min(1.0, (quantile((1 + share) / 2) + quantile(power)) * _standard_error(differences))
+    return min(1.0, (quantile((1 + share) / 2) + quantile(power)) * standard_error(differences))
 
 
 def paired_interval(differences: np.ndarray, share: float = 0.95) -> tuple[float, float]:
@@ -220,13 +220,17 @@ def paired_interval(differences: np.ndarray, share: float = 0.95) -> tuple[float
     standard deviation of `smallest_difference`. Raises ValueError for no pairs.
     """
     if len(differences) and len(set(differences.tolist())) == 1:
-        half = NormalDist().inv_cdf((1 + share) / 2) * _standard_error(differences)
+        half = NormalDist().inv_cdf((1 + share) / 2) * standard_error(differences)
         middle = float(differences[0])
         return max(-1.0, middle - half), min(1.0, middle + half)
     return bootstrap_interval(differences, share)
 
 
-def _standard_error(differences: np.ndarray) -> float:
+def standard_error(differences: np.ndarray) -> float:
+    """The standard error of the mean difference of pairs, with the standard deviation of `smallest_difference`.
+
+    Raises ValueError for no pairs.
+    """
     if not len(differences):
         raise ValueError("differences are empty; pass one per question")
     return float(np.std(np.append(differences, [1.0, -1.0]), ddof=1)) / math.sqrt(len(differences))

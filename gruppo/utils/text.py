@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
+
+_ENDS = re.compile(r"[\"'.,;:!?’”)\]]+(?=\s|$)|(?:(?<=\s)|^)[\"'‘“(\[]+")
+
+
+def normalized(text: str) -> str:
+    """The text without case, compatibility forms, extra whitespace and punctuation around words.
+
+    Math signs stay, as they distinguish questions.
+    """
+    return " ".join(_ENDS.sub("", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def as_json(value: Any) -> str:

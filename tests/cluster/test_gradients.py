@@ -73,7 +73,7 @@ def trained(ranks: Ranks, method: str, changes: dict[str, Any]) -> dict[str, Any
     repeats = METHODS[method].settings.get("surrogate") != "log-likelihood"
     settings: dict[str, Any] = {
         "model": {"name": "x", "dtype": "float64", "lora": changes.pop("lora", None)},
-        "run": {"steps": 2},
+        "run": {"steps": 2, "noise_every": 1},
         "method": {"name": method, **changes.pop("method", {"inner_updates": 2} if repeats else {})},
         "optimizer": {"learning_rate": 0.5, "max_grad_norm": 0.1},
         "sampling": {"prompts_per_step": 5, "max_tokens": 8, "temperature": 0.7},

@@ -21,6 +21,7 @@ from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.rewards import RewardRun, reward_path
 from gruppo.rewards.loading import load_reward
+from gruppo.study.arms import load_study
 from tests.docs.blocks import PAGES, Block, blocks, commands
 from tests.examples.tiny import save_tiny
 
@@ -87,8 +88,12 @@ def literal(text: str) -> tuple[Any] | None:
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
-def test_recipes_load(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_with_rewards(block.text, monkeypatch)
+def test_recipes_load(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if "study" in tomllib.loads(block.text):
+        (tmp_path / "study.toml").write_text(block.text)
+        assert load_study(tmp_path / "study.toml").runs
+    else:
+        load_with_rewards(block.text, monkeypatch)
 
 
 @pytest.mark.parametrize("option", ["buffer = 64", "buffer_tokens = -1"])

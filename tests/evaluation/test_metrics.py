@@ -106,13 +106,13 @@ def test_formatted_results_name_every_figure() -> None:
 def test_the_picture_has_both_curves_of_both_models() -> None:
     drawn = []
     sets = [("A", figures([question(0, "10")])), ("B", figures([question(0, "11")]))]
-    draw_curves(sets, "gsm8k", drawn.append)
+    drawn.append(draw_curves(sets, "gsm8k"))
     (axes,) = drawn[0].axes
     labels = [line.get_label() for line in axes.get_lines()]
     assert labels == ["A: pass@k", "A: maj@k", "B: pass@k", "B: maj@k"]
     assert list(axes.get_lines()[2].get_ydata()) == [1, 1]
     with pytest.raises(UsageError, match="2 to 1,000 answers per question"):
-        draw_curves([("A", figures([question(0, "1")]))], "gsm8k", drawn.append)
+        draw_curves([("A", figures([question(0, "1")]))], "gsm8k")
 
 
 def test_answers_that_are_all_alike_still_leave_doubt() -> None:

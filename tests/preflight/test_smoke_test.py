@@ -200,9 +200,11 @@ def test_a_whole_check_of_a_recipe_that_is_right(data: dict) -> None:  # noqa: F
         **dict.fromkeys(["disk", "reward time", "nonzero advantage", "engine", "gradient"], "ok"),
         "kernels": "ok" if why_missing(torch.float32) is None else "note",
         "chat template": "note",
+        "gradient noise": "note",
         "overlap": "warning",
         "completions": "warning",
     }
+    assert found["gradient noise"].figures["groups"] == 18
     assert found["nonzero advantage"].figures["groups"] == 18
     assert found["overlap"].figures["exact"] == 4
 

@@ -83,6 +83,7 @@ SHOWN = {
     "one_part_of_the_reward": (series(reward__last_number__mean=0.0, reward__last_number__std=0.0), 29),
     "kl_explodes": (series(policy__kl=lambda step: 0.02 * 1.5 ** (step - 19)), 24),
     "gradient_spikes": (series(until=21, optimizer__gradient_norm=7.0), 20),
+    "noisy_gradient": (series(gradient__signal=lambda step: None if step % 5 else 0.01 - 0.001 * (step % 2)), 35),
     "reward_model_guesses": (with_round(0.66, 10), 20),  # a standard error is 0.097
     "tokens_without_text": (series(completion__without_text=0.3), 20),
 }
@@ -101,6 +102,18 @@ def test_a_problem_triggers_one_warning_with_evidence(name: str) -> None:
     assert steps[1] == step
     assert str(steps[0]) in notice.message or str(steps[1]) in notice.message
     json.dumps(notice.evidence, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("signals", "warned"),
+    [([0.01] * 4, True), ([0.06] * 4, False), ([-0.02, 0.02, 0.0, 0.01], True), ([-0.2, 0.3, -0.1, 0.04], False),
+     ([0.0] * 3, False), ([0.5, 0.0, 0.0, 0.0, 0.0], True)],
+)  # fmt: skip
+def test_one_noisy_measurement_does_not_warn(signals: list[float], warned: bool) -> None:
+    lines = [
+        {**healthy(step), "gradient/signal": value, "gradient/agreement": value} for step, value in enumerate(signals)
+    ]
+    assert ("noisy_gradient" in dict(begun(lines))) == warned
 
 
 def test_an_unmeasurable_reward_model_triggers_a_warning_that_a_better_one_ends() -> None:

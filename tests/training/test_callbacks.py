@@ -42,6 +42,9 @@ class Recorder:
             return self.answer
         return None
 
+    def on_start(self, step):
+        return self._note("start", step)
+
     def on_step(self, step, metrics, groups):
         return self._note("step", step, metrics, groups)
 
@@ -62,8 +65,8 @@ def test_callbacks_are_called_in_order_with_the_content_of_the_folder(
     seen = Recorder()
     result = run(tiny_folder, tmp_path / "run", seen, run__steps=4, **evaluated)
     assert seen.calls == [
-        ("evaluation", 0), ("step", 1), ("step", 2), ("checkpoint", 2), ("step", 3), ("evaluation", 3), ("step", 4),
-        ("evaluation", 4), ("checkpoint", 4),
+        ("start", 0), ("evaluation", 0), ("step", 1), ("step", 2), ("checkpoint", 2), ("step", 3), ("evaluation", 3),
+        ("step", 4), ("evaluation", 4), ("checkpoint", 4),
     ]  # fmt: skip
     metrics, groups = seen.arguments["step", 3]
     assert metrics in read_lines(result.path / "metrics.jsonl")
@@ -107,6 +110,7 @@ def test_a_function_is_called_as_on_step_and_the_base_class_does_nothing(tiny_fo
 @pytest.mark.parametrize(
     ("when", "checkpoints"),
     [
+        (("start", 0), [0]),
         (("step", 1), [1]),
         (("evaluation", 0), [0]),
         (("evaluation", 3), [2, 3]),
@@ -127,8 +131,11 @@ def test_a_stopped_run_is_evaluated_saved_and_resumed(
     assert seen.calls.count(("evaluation", step)) == 1
     assert f"Stopped by a callback: {step} steps" in _described(result)
     assert result.load_model().num_parameters() > 0
+    (event,) = (line for line in read_lines(result.path / "events.jsonl") if line["kind"] == "stopped")
+    assert (event["step"], event["message"]) == (step, f"Recorder.on_{when[0]} ended the run")
     again = Recorder()
     run(tiny_folder, tmp_path / "run", again, resume=True, **evaluated)
+    assert again.calls[0] == ("start", step)
     assert [number for moment, number in again.calls if moment == "step"] == list(range(step + 1, 7))
     one, two = fingerprint(tmp_path / "run"), fingerprint(trained(**evaluated))
     assert one["weights"] == two["weights"]
@@ -189,7 +196,7 @@ class OnlyWrong:
 @pytest.mark.parametrize(
     ("callbacks", "word"),
     [
-        ([object()], "has none of on_step"),
+        ([object()], "has none of on_start, on_step"),
         ([Recorder], "is a class; pass an instance"),
         ([3], "has none of"),
         (lambda step, metrics, groups: None, "pass a list"),

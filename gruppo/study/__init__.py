@@ -1,0 +1,1 @@
+"""`gruppo study`: recipes × changes × seeds × budgets, and the questions that their runs answer."""

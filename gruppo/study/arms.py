@@ -1,0 +1,163 @@
+"""The runs of a study: the recipe and the folder of every arm with every seed."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gruppo.config.loading import load_recipe, overlaid
+from gruppo.config.packaged import packaged_recipes
+from gruppo.config.recipe import Recipe
+from gruppo.errors import UsageError
+from gruppo.study.file import Arm, Budget, StudyFile, read_study
+from gruppo.utils.paths import is_file, user_path
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """An arm with one seed."""
+
+    arm: Arm
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Its name in the study."""
+        return f"{self.arm.name}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: its file, where it lies, and its runs, in the order in which they are trained.
+
+    The first seed of every arm comes first, so that a study that is not finished compares all arms.
+    """
+
+    path: Path
+    file: StudyFile
+    runs: list[PlannedRun]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the runs."""
+        return self.path.parent / (user_path(self.file.study.runs or f"runs/{self.file.study.name}"))
+
+    @property
+    def page(self) -> Path:
+        """The page that is written."""
+        given = self.file.study.page
+        return self.path.parent / user_path(given) if given else self.folder / "study.md"
+
+    @property
+    def budget(self) -> Budget:
+        """What every run may spend."""
+        return self.file.study.budget
+
+    def runs_of(self, arm: str) -> list[PlannedRun]:
+        """The runs of an arm."""
+        return [run for run in self.runs if run.arm.name == arm]
+
+
+def load_study(path: Path) -> Study:
+    """Read a study and the recipes of all its runs. Raises UsageError."""
+    file = read_study(path)
+    study = Study(path, file, [])
+    pairs = [(place, arm, seed) for arm in file.arms for place, seed in enumerate(file.seeds_of(arm))]
+    for _, arm, seed in sorted(pairs, key=lambda pair: pair[0]):
+        folder = study.folder / arm.name / f"seed-{seed}"
+        study.runs.append(PlannedRun(arm, seed, _recipe(study, arm, seed), folder))
+    return study
+
+
+def _recipe(study: Study, arm: Arm, seed: int) -> Recipe:
+    """The recipe of an arm with a seed. Raises UsageError."""
+    where, budget, name = f"{study.path}: arm {arm.name}", study.budget, study.file.study.name
+    run: dict[str, Any] = {"name": f"{name}-{arm.name}-{seed}"[:100], "seed": seed}
+    if budget.steps is not None:
+        run["steps"] = budget.steps
+    layers = [{"run": run}, *(_nested(key, value, where) for key, value in arm.changes.items())]
+    base = study.file.recipe if arm.recipe is None else arm.recipe
+    assert base is not None
+    tables = {"extends": base} if isinstance(base, str) else dict(base)
+    if "extends" in tables:
+        tables["extends"] = _located(tables["extends"], study.path, where)
+    try:
+        recipe = load_recipe(overlaid([*layers, tables]))
+    except UsageError as error:
+        raise UsageError(
+            "; ".join(f"{where}: {line.removeprefix('recipe: ')}" for line in str(error).splitlines())
+        ) from (error)
+    if recipe.cluster is not None and recipe.cluster.trainers > 1:
+        raise UsageError(
+            f"{where}: cluster.trainers = {recipe.cluster.trainers}: a study trains in one process; write trainers = 1"
+        )
+    _require_reachable(recipe, budget, where)
+    return recipe
+
+
+def _nested(key: str, value: Any, where: str) -> dict[str, Any]:
+    """{"a": {"b": value}} for the key a.b, which is written as in TOML."""
+    try:
+        layer: Any = tomllib.loads(f"{key} = 0")
+    except ValueError:
+        raise UsageError(f'{where}: changes: "{key}" is no field; write e.g. "method.name" = "rft"') from None
+    path: list[str] = []
+    while isinstance(layer, dict):
+        ((name, layer),) = layer.items()
+        path.append(name)
+    for name in reversed(path):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _located(name: Any, file: Path, where: str) -> str:
+    """The recipe that a study's file names: a path relative to it, or the name of a packaged recipe."""
+    path = file.parent / user_path(str(name))
+    if is_file(path):
+        return str(path.resolve())
+    if name in packaged_recipes():
+        return str(name)
+    raise UsageError(
+        f'{where}: recipe = "{name}": there is no file {path}; give a path relative to {file}, or a name that '
+        "`gruppo recipes` lists"
+    )
+
+
+def _require_reachable(recipe: Recipe, budget: Budget, where: str) -> None:
+    """Raise UsageError if the run would end before it can have spent its budget of tokens."""
+    if budget.tokens is None or recipe.method.source == "dataset" or recipe.run.epochs is not None:
+        return
+    turns = 1 + (recipe.environment.turns if recipe.environment else 0)
+    sampling = recipe.sampling
+    step = sampling.prompts_per_step * sampling.group_size * sampling.max_tokens * turns
+    if step * recipe.run.steps < budget.tokens:
+        raise UsageError(
+            f"{where}: run.steps = {recipe.run.steps}: samples at most {step * recipe.run.steps:,} tokens, but "
+            f"budget.tokens = {budget.tokens:,}; write at least steps = {-(-budget.tokens // step)}, and more because "
+            "completions can be shorter"
+        )
+
+
+def written(changes: Mapping[str, Any]) -> list[str]:
+    """Changes as text, one per field."""
+    lines = []
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            lines += [f"{key}.{line}" for line in written(value)]
+        else:
+            lines.append(f"{key} = {_plain(value)}")
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(value)

@@ -1,0 +1,69 @@
+"""The contamination check of a study: its evaluations against what its arms train on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from gruppo.config.recipe import Recipe
+from gruppo.evaluation.datasets import read_data, read_eval_sets
+from gruppo.runs.atomic import write_whole
+from gruppo.runs.reading import read_object
+from gruppo.study.arms import Study
+from gruppo.study.contamination import overlap, texts_of
+from gruppo.study.evaluations import initial_evaluation
+from gruppo.utils.progress import Progress
+
+FILE = "contamination.json"
+
+
+def check_contamination(study: Study, progress: Progress) -> None:
+    """Compare the questions of every evaluation with the training questions of every arm, and write FILE.
+
+    What was compared before with the same tables is kept. Raises UsageError if rows cannot be read.
+    """
+    path = study.folder / FILE
+    known, found = read_object(path) if path.is_file() else {}, {}
+    training: dict[str, list[str]] = {}
+    for table in study.file.evaluations:
+        for arm in study.file.arms:
+            run = study.runs_of(arm.name)[0]
+            recipe = initial_evaluation(study, table, run).recipe
+            key = _key(recipe, run.recipe)
+            if key not in known and key not in found:
+                source = _key(run.recipe)
+                if source not in training:
+                    data = read_data(run.recipe, run.recipe.reward.functions, None, progress)
+                    training[source] = texts_of(data.training)
+                (rows,) = read_eval_sets(recipe, progress)
+                questions = texts_of(rows.parts)[: table.questions]
+                found[key] = overlap(questions, training[source]).as_dict()
+            known.setdefault(key, found.get(key))
+    if found:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, (json.dumps(known, indent=1) + "\n").encode())
+
+
+def contamination_of(study: Study) -> list[dict[str, Any]]:
+    """What was found, one entry per evaluation and kind of training data: `evaluation`, `arms`, and `found`, which is
+    None if it is not checked yet."""
+    path = study.folder / FILE
+    known, entries = read_object(path) if path.is_file() else {}, []
+    for table in study.file.evaluations:
+        by_key: dict[str, list[str]] = {}
+        for arm in study.file.arms:
+            run = study.runs_of(arm.name)[0]
+            by_key.setdefault(_key(initial_evaluation(study, table, run).recipe, run.recipe), []).append(arm.name)
+        entries += [{"evaluation": table.title, "arms": arms, "found": known.get(key)} for key, arms in by_key.items()]
+    return entries
+
+
+def _key(*recipes: Recipe) -> str:
+    """A hash of where the rows of recipes come from."""
+    tables = [
+        [task.model_dump(exclude_defaults=True) for task in recipe.tasks]
+        + [entry.model_dump(exclude_defaults=True) for entry in recipe.benchmarks]
+        for recipe in recipes
+    ]
+    return hashlib.sha256(json.dumps(tables, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,170 @@
+"""The page of a study, in Markdown. Equal results give equal pages: it has no dates and no durations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gruppo.study.arms import Study
+from gruppo.study.contamination import NEAR, NGRAM
+from gruppo.study.file import INITIAL
+
+BEFORE = "before training"
+
+
+def page_of(study: Study, content: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    """The page. `content`: of study.json. `figures`: the path of every figure, relative to the page."""
+    head = study.file.study
+    sections = [
+        [f"# {content['title']}"],
+        [head.text.strip()] if head.text else [],
+        _answers(study, content),
+        _values(study, content),
+        _figures(study, figures),
+        _arms(study, content),
+        _runs(content),
+        _contamination(content),
+        ["## What a reader may and may not conclude", "", head.conclusions.strip()] if head.conclusions else [],
+        _again(study),
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _answers(study: Study, content: Mapping[str, Any]) -> list[str]:
+    if not content["questions"]:
+        return []
+    titles = {arm.name: arm.title for arm in study.file.arms} | {INITIAL: BEFORE}
+    rows = [
+        [
+            f"**{found['id']}.** {found['text']}",
+            f"{found['answer']}",
+            f"`{found['metric']}`: {titles[found['arms'][1]]} minus {titles[found['arms'][0]]}",
+            "" if found["difference"] is None else f"{100 * found['difference']:+.1f}",
+            "" if found["interval"] is None else f"{_points(found['interval'])}",
+            _p(found["p"]) + ("" if found["alternative"] == "two-sided" else f" ({found['alternative']})"),
+            _p(found["p_holm"]),
+            f"{len(found['seeds'])} × {found['questions']}",
+        ]
+        for found in content["questions"]
+    ]
+    names = ["question", "answer", "difference of", "points", "95% interval", "p", "p (Holm)", "seeds × questions"]
+    return ["## Answers", "", *_table(names, rows), "", content["method"]]
+
+
+def _values(study: Study, content: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, found in content["evaluations"].items():
+        for metric, values in found["metrics"].items():
+            rows = []
+            for arm, title in [(INITIAL, BEFORE), *((arm.name, arm.title) for arm in study.file.arms)]:
+                if arm in values:
+                    value = values[arm]
+                    seeds = ", ".join(f"{seed}: {mean:.1%}" for seed, mean in value["seeds"].items())
+                    interval = f"{value['interval'][0]:.1%} to {value['interval'][1]:.1%}"
+                    rows.append([title, f"{value['mean']:.1%}", interval, seeds, f"{value['questions']:,}"])
+            if rows:
+                samples = f", {found['samples']} answers per question" if found["samples"] > 1 else ""
+                lines += ["", f"### {name}: {metric}{samples}", ""]
+                lines += _table(["model", "mean", "95% interval", "by seed", "questions"], rows)
+    note = (
+        "Intervals are over seeds and questions; over questions alone for one seed, where they say nothing about "
+        "other seeds, and for the model before training."
+    )
+    return ["## Trained models", "", note, *lines] if lines else []
+
+
+def _figures(study: Study, figures: Mapping[str, str]) -> list[str]:
+    shown = [(table, figures[table.name]) for table in study.file.figures if table.name in figures]
+    if not shown:
+        return []
+    images = [f"![{table.title or table.metric or table.evaluation}]({path})" for table, path in shown]
+    return ["## Figures", "", "\n\n".join(images)]
+
+
+def _arms(study: Study, content: Mapping[str, Any]) -> list[str]:
+    shared = content["recipe"]
+    base = f"`{shared}`" if isinstance(shared, str) else "the recipe in the study's file"
+    rows = []
+    for arm in content["arms"]:
+        own = arm["recipe"]
+        start = base if own is None else f"`{own}`" if isinstance(own, str) else "a recipe of its own"
+        changes = "<br>".join(f"`{_cell(line)}`" for line in arm["changes"]) or "none"
+        rows.append([arm["label"], start, changes, _list(arm["seeds"]), arm["chosen_on"] or "not searched"])
+    lines = ["## Arms", "", f"Every run has a budget of {study.budget}."]
+    if content["chosen_on"]:
+        lines.append(f"Settings of all arms were chosen on: {content['chosen_on']}")
+    return [*lines, "", *_table(["arm", "recipe", "changes", "seeds", "settings chosen on"], rows)]
+
+
+def _runs(content: Mapping[str, Any]) -> list[str]:
+    """Everything that was started, also what failed or was left over."""
+    rows = [
+        [
+            run["name"],
+            run["state"],
+            f"{run['steps']:,}",
+            f"{run['tokens']:,}",
+            f"{run['tokens'] + run['label_tokens']:,}",
+            _list(run["warnings"]),
+            _cell("; ".join(run["notes"])),
+        ]
+        for run in content["runs"]
+    ]
+    names = ["run", "state", "steps", "sampled tokens", "with labels", "warnings", "notes"]
+    lines = ["## Runs", "", "All runs that were started or planned.", "", *_table(names, rows)]
+    ended = [found for found in content["attempts"] if found["outcome"] not in ("done", "stopped")]
+    if ended:
+        lines += ["", "Attempts that did not end by themselves:", ""]
+        words = {"started": "its process ended without a word"}
+        lines += [
+            f"- {found['name']}: {words.get(found['outcome'], found['outcome'])}"
+            + (f" ({_cell(found['message'])})" if found["message"] else "")
+            for found in ended
+        ]
+    return lines
+
+
+def _contamination(content: Mapping[str, Any]) -> list[str]:
+    if not content["contamination"]:
+        return []
+    rows = []
+    for entry in content["contamination"]:
+        found = entry["found"]
+        numbers = ["not checked"] + [""] * 3
+        if found is not None:
+            numbers = [f"{found[name]:,}" for name in ("questions", "training", "exact", "near")]
+        rows.append([entry["evaluation"], _list(entry["arms"]), *numbers])
+    note = (
+        "Questions of an evaluation that are also training questions: with the same words, or with at least "
+        f"{NEAR:.0%} of their {NGRAM}-grams in one training question. This says nothing about the data of the model "
+        "before training."
+    )
+    names = ["evaluation", "training data of", "questions", "training questions", "same", "near"]
+    return ["## Contamination", "", note, "", *_table(names, rows)]
+
+
+def _again(study: Study) -> list[str]:
+    return ["## Again", "", f"    gruppo study {study.path.name}", "", "repeats the study, and uses what is done."]
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+    return lines + [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _list(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _points(interval: Sequence[float]) -> str:
+    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

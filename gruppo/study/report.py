@@ -1,0 +1,127 @@
+"""What a study found: study.json, the figures and the page."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gruppo import __version__
+from gruppo.runs.atomic import write_whole
+from gruppo.runs.eval_metrics import Question
+from gruppo.study.answers import METHOD, Answered, answer, value_of
+from gruppo.study.arms import Study, written
+from gruppo.study.attempts import read_attempts
+from gruppo.study.contamination_check import contamination_of
+from gruppo.study.evaluations import final_evaluation, initial_evaluation
+from gruppo.study.figures import write_figures
+from gruppo.study.file import INITIAL, EvaluationSet
+from gruppo.study.page import page_of
+from gruppo.study.states import RunState, read_states
+
+FILE = "study.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The files of a report."""
+
+    content: Mapping[str, Any]
+    json: Path
+    page: Path
+    figures: list[Path]
+
+
+def write_report(study: Study) -> Report:
+    """Write study.json, the figures and the page from what is there. Raises UsageError if something is damaged."""
+    states = read_states(study)
+    answered = _answered(study, states)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    study.page.parent.mkdir(parents=True, exist_ok=True)
+    figures = study.page.parent / f"{study.page.stem}-figures"
+    drawn = write_figures(study, states, answered, figures)
+    content = _content(study, states, answered)
+    write_whole(study.folder / FILE, (json.dumps(content, indent=1) + "\n").encode())
+    links = {path.stem: os.path.relpath(path, study.page.parent) for path in drawn}
+    write_whole(study.page, page_of(study, content, links).encode())
+    return Report(content, study.folder / FILE, study.page, drawn)
+
+
+def _answered(study: Study, states: Mapping[str, RunState]) -> Answered:
+    """The answers of all evaluations that are done."""
+    final, initial = {}, {}
+    read: dict[Path, list[Question]] = {}
+    for table in study.file.evaluations:
+        for run in study.runs:
+            key = table.title, run.arm.name, run.seed
+            before = initial_evaluation(study, table, run)
+            if before.done:
+                if before.folder not in read:
+                    read[before.folder] = before.questions()
+                initial[key] = read[before.folder]
+            if states[run.name].complete and (after := final_evaluation(study, table, run, states[run.name])).done:
+                final[key] = after.questions()
+    return Answered(final, initial)
+
+
+def _content(study: Study, states: Mapping[str, RunState], answered: Answered) -> dict[str, Any]:
+    """The content of study.json. Durations are in `runs` and `attempts` alone; all else is equal in equal studies."""
+    file = study.file
+    return {
+        "gruppo": __version__,
+        "name": file.study.name,
+        "title": file.study.title or file.study.name,
+        "budget": study.budget.given,
+        "chosen_on": file.study.chosen_on,
+        "recipe": file.recipe,
+        "arms": [
+            {
+                "name": arm.name,
+                "label": arm.title,
+                "recipe": arm.recipe,
+                "changes": written(arm.changes),
+                "chosen_on": arm.chosen_on,
+                "seeds": file.seeds_of(arm),
+            }
+            for arm in file.arms
+        ],
+        "runs": [_run(state) for state in states.values()],
+        "attempts": read_attempts(study.folder),
+        "evaluations": {table.title: _evaluation(study, table, answered) for table in file.evaluations},
+        "questions": answer(file, answered),
+        "method": METHOD,
+        "contamination": contamination_of(study),
+    }
+
+
+def _run(state: RunState) -> dict[str, Any]:
+    return {
+        "name": state.name,
+        "state": state.state,
+        "steps": state.steps,
+        "tokens": state.tokens,
+        "label_tokens": state.label_tokens,
+        "seconds": round(state.seconds, 1),
+        "warnings": state.warnings,
+        "notes": state.notes,
+        "weights_sha256": state.weights,
+    }
+
+
+def _evaluation(study: Study, table: EvaluationSet, answered: Answered) -> dict[str, Any]:
+    """The values of every arm, and of the model before training, by metric."""
+    metrics = ["accuracy"]
+    if table.samples > 1:
+        metrics += [f"{kind}@{table.samples}" for kind in ("maj", "pass")]
+    found: dict[str, Any] = {"samples": table.samples, "seed": table.seed, "metrics": {}}
+    for metric in metrics:
+        _, kind, k = study.file.parsed(f"{table.title}/{metric}")
+        values = {
+            name: value_of(answered.table(table.title, name, kind, k))
+            for name in [INITIAL, *(arm.name for arm in study.file.arms)]
+        }
+        found["metrics"][metric] = {name: value for name, value in values.items() if value is not None}
+    return found

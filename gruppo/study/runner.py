@@ -1,0 +1,163 @@
+"""Running what is missing of a study."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from gruppo.errors import RunError, UsageError, first_line
+from gruppo.study.arms import PlannedRun, Study
+from gruppo.study.attempts import attempt
+from gruppo.study.contamination_check import check_contamination
+from gruppo.study.estimate import Estimator, clock
+from gruppo.study.evaluations import PlannedEvaluation, final_evaluation, plan_evaluations
+from gruppo.study.spending import BudgetCallback
+from gruppo.study.states import RunState, read_state, read_states
+from gruppo.training.api import run_recipe
+from gruppo.training.callbacks import Callback
+from gruppo.types import Group
+from gruppo.utils.progress import Progress
+from gruppo.utils.signals import Interrupted, Stop
+
+
+@dataclass
+class Outcome:
+    """What happened to the work of a study.
+
+    `failed`: names of what failed, with the reason. `left`: names of what is not done, because it failed or because
+    there was no time for it.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+
+def work_left(
+    study: Study, states: dict[str, RunState], only: Collection[str] = ()
+) -> tuple[list[PlannedRun], list[PlannedEvaluation]]:
+    """The runs that are not complete, and the evaluations that can be done now. `only`: names of arms; all if empty."""
+    runs = [run for run in study.runs if not states[run.name].complete and (not only or run.arm.name in only)]
+    planned = [
+        evaluation
+        for evaluation in plan_evaluations(study, states)
+        if not evaluation.done and (evaluation.initial or not only or evaluation.run.arm.name in only)
+    ]
+    return runs, planned
+
+
+class StudyRunner:
+    """Trains the runs of a study one after another, and evaluates each after its training.
+
+    `minutes`: begin nothing that would take longer than what is left of them, and interrupt a run that does.
+    """
+
+    def __init__(
+        self, study: Study, progress: Progress, stop: Stop, minutes: float | None = None, only: Collection[str] = ()
+    ) -> None:
+        """Raises UsageError for an arm that does not exist."""
+        self.study, self.progress, self.stop, self.only = study, progress, stop, only
+        known = {arm.name for arm in study.file.arms}
+        if unknown := [name for name in only if name not in known]:
+            raise UsageError(f"--only {unknown[0]}: is no arm of {study.path}; it has {', '.join(sorted(known))}")
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.outcome = Outcome()
+
+    def run(self) -> Outcome:
+        """Do everything that is missing and fits. Raises Interrupted after a signal, when everything is saved."""
+        self._guarded("contamination", lambda: check_contamination(self.study, self.progress))
+        states = read_states(self.study)
+        for planned in work_left(self.study, states, self.only)[1]:
+            self._evaluate(planned)
+        for run in self.study.runs:
+            if self.only and run.arm.name not in self.only:
+                continue
+            if not states[run.name].complete:
+                self._train(run, states)
+                states[run.name] = read_state(run, self.study.budget)
+            for table in self.study.file.evaluations if states[run.name].complete else ():
+                self._evaluate(final_evaluation(self.study, table, run, states[run.name]))
+        return self.outcome
+
+    def _train(self, run: PlannedRun, states: dict[str, RunState]) -> None:
+        state = states[run.name]
+        if state.state == "refused":
+            self._fail(run.name, "; ".join(state.notes))
+            return
+        seconds = Estimator(self.study, states, self.progress, checks=self.deadline is not None).run(run)
+        if not self._fits(seconds):
+            self._leave(run.name, seconds)
+            return
+        callbacks: list[Callback] = [] if self.study.budget.steps else [BudgetCallback(self.study.budget, run.folder)]
+        if self.deadline is not None:
+            callbacks.append(_Deadline(self.deadline, self.stop))
+        self.progress.note(f"Study {self.study.file.study.name}: {run.name}")
+
+        def train(record: dict[str, Any]) -> None:
+            result, _ = run_recipe(run.recipe, callbacks=callbacks, out=run.folder, resume=True, progress=self.progress)
+            record["outcome"] = result.summary["state"]
+            if record["outcome"] == "interrupted":
+                raise Interrupted
+
+        self._attempt(run.name, train)
+
+    def _evaluate(self, planned: PlannedEvaluation) -> None:
+        if planned.done:
+            return
+        states = {run.name: RunState(run.name) for run in self.study.runs}
+        seconds = Estimator(self.study, states, self.progress, checks=False).evaluation(planned.table)
+        if not self._fits(seconds):
+            self._leave(planned.name, seconds)
+            return
+        self.progress.note(f"Study {self.study.file.study.name}: evaluation {planned.name}")
+
+        def evaluate(record: dict[str, Any]) -> None:
+            with self.stop.interruptible():
+                planned.perform(self.progress, self.stop)
+            record["outcome"] = "done"
+
+        self._attempt(planned.name, evaluate)
+
+    def _attempt(self, name: str, work: Any) -> None:
+        def recorded() -> None:
+            with attempt(self.study.folder, name) as record:
+                work(record)
+
+        self._guarded(name, recorded)
+        self.stop.check()
+
+    def _guarded(self, name: str, work: Any) -> None:
+        """Do some work; a failure does not end the study."""
+        try:
+            work()
+        except (UsageError, RunError) as error:
+            self._fail(name, first_line(error))
+
+    def _fail(self, name: str, why: str) -> None:
+        self.progress.note(f"Study {self.study.file.study.name}: {name} failed: {why}")
+        self.outcome.failed[name] = why
+        self.outcome.left.append(name)
+
+    def _fits(self, seconds: float | None) -> bool:
+        if self.deadline is None:
+            return True
+        left = self.deadline - time.monotonic()
+        return left > (seconds or 0.0)
+
+    def _leave(self, name: str, seconds: float | None) -> None:
+        self.progress.note(f"Study {self.study.file.study.name}: no time left for {name} ({clock(seconds)})")
+        self.outcome.left.append(name)
+
+
+class _Deadline(Callback):
+    """Requests a stop after the last step that ends before a deadline, if the next takes as long as the longest."""
+
+    def __init__(self, deadline: float, stop: Stop) -> None:
+        self.deadline, self.stop, self.longest = deadline, stop, 0.0
+
+    def on_step(self, step: int, metrics: dict[str, Any], groups: list[Group]) -> None:  # type: ignore[override]
+        """See `Callback`."""
+        self.longest = max(self.longest, metrics["time/step"])
+        if time.monotonic() + self.longest > self.deadline:
+            self.stop.request()

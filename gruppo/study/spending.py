@@ -1,0 +1,101 @@
+"""What a run has spent, step by step, and the callback that ends it when it reaches its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gruppo.runs.missing import STEP
+from gruppo.runs.reading import read_metrics, read_table, step_of
+from gruppo.runs.tables import LABELS, ROLLOUTS
+from gruppo.study.file import Budget
+from gruppo.training.callbacks import STOP, Callback, StopTraining
+from gruppo.types import Group
+
+
+def tokens_by_step(folder: Path) -> dict[int, int]:
+    """The sampled tokens of every step of a run: all that the model wrote, also in groups that were dropped."""
+    schema = pa.schema([ROLLOUTS.field("mask")])
+    return {step: _true(read_table(path, schema)["mask"]) for step, path in _tables(folder / "rollouts")}
+
+
+def label_tokens_by_step(folder: Path) -> dict[int, int]:
+    """The tokens that were sampled for labels of a reward model, by the step after which they were sampled."""
+    schema = pa.schema([LABELS.field("token_ids")])
+    tables = _tables(folder / "labels")
+    return {step: len(pc.list_flatten(read_table(path, schema)["token_ids"])) for step, path in tables}
+
+
+def seconds_by_step(folder: Path) -> dict[int, float]:
+    """The seconds of training of every step of a run, without evaluations; step 0 has what came before the first."""
+    seconds: dict[int, float] = {}
+    for line in read_metrics(folder / "metrics.jsonl"):
+        spent = line.get("time/step" if STEP in line else "time/reward_model")
+        seconds[line["step"]] = seconds.get(line["step"], 0.0) + (spent or 0.0)
+    return seconds
+
+
+def reached_at(budget: Budget, spent: Mapping[int, float]) -> int | None:
+    """The step with which a run reaches its budget, given what each step spends of it; None if it does not."""
+    total = 0.0
+    for step, amount in sorted(spent.items()):
+        total += amount
+        if step and total >= _limit(budget):
+            return step
+    return None
+
+
+def spent_by_step(budget: Budget, folder: Path) -> dict[int, float]:
+    """What every step of a run has spent, in the unit of the budget; of minutes, the seconds."""
+    if budget.unit == "minutes":
+        return seconds_by_step(folder)
+    if budget.unit == "tokens":
+        return dict(tokens_by_step(folder))
+    return {step: 1.0 for step, _ in _tables(folder / "rollouts")}
+
+
+def _limit(budget: Budget) -> float:
+    return 60 * budget.amount if budget.unit == "minutes" else budget.amount
+
+
+class BudgetCallback(Callback):
+    """Stops a run after the step with which it reaches its budget of tokens or minutes; also if it was interrupted at
+    that step.
+
+    What is spent is counted from the run's folder when it starts, so a resumed run stops where it would have.
+    """
+
+    def __init__(self, budget: Budget, folder: Path) -> None:
+        self.budget, self.folder, self.spent = budget, folder, 0.0
+
+    @property
+    def reason(self) -> str:
+        """Why the run stops."""
+        return f"the budget of {self.budget} is spent"
+
+    def on_start(self, step: int) -> StopTraining | None:
+        """See `Callback`."""
+        spent = spent_by_step(self.budget, self.folder)
+        self.spent = sum(amount for number, amount in spent.items() if number <= step)
+        return STOP if step and self.spent >= _limit(self.budget) else None
+
+    def on_step(self, step: int, metrics: dict[str, Any], groups: Sequence[Group]) -> StopTraining | None:
+        """See `Callback`."""
+        if self.budget.unit == "minutes":
+            self.spent += metrics["time/step"]
+        else:
+            self.spent += sum(sum(completion.mask) for group in groups for completion in group.completions)
+        return STOP if self.spent >= _limit(self.budget) else None
+
+
+def _true(masks: pa.ChunkedArray) -> int:
+    return int(pc.sum(pc.list_flatten(masks)).as_py() or 0)
+
+
+def _tables(folder: Path) -> list[tuple[int, Path]]:
+    found = [(step_of(path), path) for path in sorted(folder.glob("step-*.parquet"))]
+    return [(step, path) for step, path in found if step is not None]

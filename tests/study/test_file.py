@@ -1,0 +1,79 @@
+"""The file of a study: what it may contain, and the recipes of its arms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gruppo.errors import UsageError
+from gruppo.study.arms import load_study, written
+from gruppo.study.file import StudyFile
+from tests.study.conftest import STUDY, write_study
+
+
+def test_arms_differ_by_their_changes_seed_and_name(study_file: Path) -> None:
+    first, second = load_study(study_file).runs[:2]
+    assert first.folder == study_file.parent / "runs/low/seed-1"
+    assert first.recipe.run.name == "tiny-low-1"
+    values = [run.recipe.as_mapping() for run in (first, second)]
+    assert values[0].pop("optimizer")["learning_rate"] == 3e-3
+    assert values[1].pop("optimizer")["learning_rate"] == 3e-2
+    assert values[0]["run"].pop("name") != values[1]["run"].pop("name")
+    assert values[0] == values[1]
+
+
+def test_a_recipe_is_a_file_or_a_packaged_name(study_file: Path) -> None:
+    (study_file.parent / "mine.toml").write_text('extends = "quickstart"\n[run]\nsteps = 77\n')
+    text = study_file.read_text().replace("tokens = 150", "tokens = 5").split("[recipe]")[0]
+    for name, steps in (("mine.toml", 77), ("quickstart", 12)):
+        study_file.write_text(text + f'[[arms]]\nname = "a"\nrecipe = "{name}"\nchanges.method.clip_high = 0.3\n')
+        (run, _) = load_study(study_file).runs
+        assert run.recipe.run.steps == steps
+        assert run.recipe.method.clip_high == 0.3
+        assert written(run.arm.changes) == ["method.clip_high = 0.3"]
+    study_file.write_text(
+        text.replace("{ tokens = 5 }", "{ steps = 3 }") + '[[arms]]\nname = "a"\nrecipe = "quickstart"'
+    )
+    assert load_study(study_file).runs[0].recipe.run.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = [1, 2]", "seeds = [1, 1]", ["seeds = 1", "twice"]),
+        ("{{ tokens = {tokens} }}", "{{ tokens = 5, steps = 1 }}", ["study.budget", "exactly one"]),
+        ("{{ tokens = {tokens} }}", "{{ tokens = 9999 }}", ["arm low: run.steps = 9", "at most 576 ", "steps = 157"]),
+        ('["low", "high"]', '["low", "hihg"]', ["questions: rates", '"hihg" is no arm', 'did you mean "high"']),
+        ("letters/pass@2", "letters/pass@4", ["samples = 2", "write samples = 4"]),
+        ("letters/pass@2", "letters/best", ["EVALUATION/accuracy"]),
+        ("letters/pass@2", "leters/pass@2", ['"leters" is no evaluation', 'did you mean "letters"']),
+        ('evaluation = "letters"', "", ["figures: samples", "is no evaluation"]),
+        ('name = "high"', 'name = "initial"', ["reserved"]),
+        ('name = "high"', 'name = "low"', ["arms: name = 'low'", "twice"]),
+        ("questions = 4", "questions = 4\nevery = 2", ["every = 2", "[[benchmarks]] in the recipe"]),
+        ("chosen_on", "choosen_on", ["arms.1.choosen_on", 'did you mean "chosen_on"']),
+        ("max_tokens = 8", "max_tokns = 8", ["arm low", "sampling.max_tokns", 'did you mean "max_tokens"']),
+        ('"optimizer.learning_rate" =', '"optimizer learning_rate" =', ["arm high", "is no field"]),
+        ("[recipe]", 'recipe = "none.toml"\n[other]', ["other: unknown field"]),
+        ("title", "[title", ["cannot be read as TOML"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in STUDY
+    file = write_study(tmp_path, "tiny", text=STUDY.replace(old, new))
+    with pytest.raises(UsageError) as caught:
+        load_study(file)
+    for word in [str(file), *words]:
+        assert word in str(caught.value)
+
+
+def test_the_example_loads() -> None:
+    assert len(load_study(Path("examples/study.toml")).runs) == 4
+
+
+def test_every_field_is_explained() -> None:
+    definitions = StudyFile.model_json_schema()["$defs"]
+    for name in ("Head", "Budget", "Arm", "EvaluationSet", "Question", "FigureTable"):
+        for field, schema in definitions[name]["properties"].items():
+            assert schema.get("description"), f"{name}.{field}"
