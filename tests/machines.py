@@ -14,7 +14,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,14 +156,60 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
         yield one, two
 
 
+@dataclass
+class Scene:
+    """Where runs take place: the first machine has the run, and Ray's nodes are on all. `address`: of Ray."""
+
+    machines: tuple[Machine, ...]
+    address: str
+
+    @property
+    def home(self) -> Machine:
+        return self.machines[0]
+
+    def actors(self, name: str) -> list[psutil.Process]:
+        """See `Machine.actors`, of all machines."""
+        return [process for machine in self.machines for process in machine.actors(name)]
+
+    def left(self, names: Iterable[str], seconds: float) -> list[str]:
+        """The classes that actors still have after some seconds, on the machine that has the run."""
+        deadline = time.monotonic() + seconds
+        while alive := [name for name in names if self.home.actors(name)]:
+            if time.monotonic() > deadline:
+                return alive
+            time.sleep(0.2)
+        return []
+
+    def join(self) -> None:
+        """Start the node of the second machine."""
+        self.machines[1].start_node(1, head=self.address)
+
+    def restore(self) -> None:
+        """Connect and start the second machine again."""
+        self.machines[1].connect(True)
+        self.machines[1].kill()
+        self.join()
+
+
 @contextlib.contextmanager
-def this_machine() -> Iterator[Machine]:
-    """This machine, whose nodes of Ray end with the block."""
-    machine = Machine("127.0.0.1")
-    try:
-        yield machine
-    finally:
-        machine.kill()
+def scene(two: bool, ray: bool = True) -> Iterator[Scene]:
+    """Two machines, or this one, with room for two actors in a Ray that ends with the block. Without `ray`, a run starts
+    its own."""
+    with contextlib.ExitStack() as stack:
+        machines: tuple[Machine, ...] = stack.enter_context(two_machines()) if two else (Machine("127.0.0.1"),)
+        found = Scene(machines, "local")
+        if ray:
+            stack.callback(found.home.kill)
+            found.address = found.home.start_node(2 // len(machines), port=free_port())
+            if two:
+                found.join()
+        yield found
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _ip(*words: str) -> str:

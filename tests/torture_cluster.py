@@ -32,13 +32,12 @@ import re
 import select
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,13 +45,12 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import psutil
 import pyarrow.parquet as pq
 
 from gruppo.runs.reading import read_lines
 from tests.conftest import make_policy
 from tests.forked import around, end_survivors, fork_command
-from tests.machines import TOKEN, Machine, no_machines, this_machine, two_machines
+from tests.machines import TOKEN, Scene, free_port, no_machines, scene
 from tests.outcomes import differences, outcome
 from tests.small_runs import recipe_folder
 from tests.torture import CALLS as OF_ONE_PROCESS
@@ -93,6 +91,11 @@ class Case:
     @property
     def ranks(self) -> int:
         return int(self.cluster.get("trainers", 1))
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether a Ray that runs already is used."""
+        return self.cluster.get("address") != "local" and "engines" in self.cluster
 
     @property
     def calls(self) -> dict[str, str]:
@@ -138,68 +141,11 @@ class Fault:
 
 @dataclass
 class Inflicted:
-    """A fault that has happened. `pid`: of its victim. `lines`: of metrics.jsonl by then."""
+    """A fault that has happened. `pid`: of its victim, 0 if nobody has to notice. `lines`: of metrics.jsonl by then."""
 
     fault: Fault
     pid: int
     lines: int
-
-
-@dataclass
-class Scene:
-    """Where the runs of a case take place: the first machine has the run, and Ray's nodes are on all."""
-
-    machines: tuple[Machine, ...]
-    address: str
-
-    @property
-    def home(self) -> Machine:
-        return self.machines[0]
-
-    def victims(self, victim: str) -> list[psutil.Process]:
-        """Processes of Ray that hold a victim."""
-        return [process for machine in self.machines for process in machine.actors(ACTORS[victim])]
-
-    def left(self) -> list[str]:
-        """Actors of a run that is over, on the machines that can be reached."""
-        deadline = time.monotonic() + LEFT_SECONDS
-        while alive := [name for name in ACTORS if any(self.home.actors(ACTORS[name]))]:
-            if time.monotonic() > deadline:
-                return alive
-            time.sleep(0.2)
-        return []
-
-    def join(self) -> None:
-        """Start the node of the second machine."""
-        self.machines[1].start_node(1, head=self.address)
-
-    def restore(self) -> None:
-        """Connect and start the second machine again."""
-        if len(self.machines) > 1:
-            self.machines[1].connect(True)
-            self.machines[1].kill()
-            self.join()
-
-
-@contextlib.contextmanager
-def scene_of(name: str, case: Case) -> Iterator[Scene]:
-    """The machines of a case, with a Ray that runs as long as the case."""
-    if case.cluster.get("address") == "local" or "engines" not in case.cluster:
-        yield Scene((Machine("127.0.0.1"),), "local")
-        return
-    with two_machines() if name == "machines" else this_machine() as found:
-        machines = found if isinstance(found, tuple) else (found,)
-        address = machines[0].start_node(2 // len(machines), port=free_port())
-        scene = Scene(machines, address)
-        if len(machines) > 1:
-            scene.join()
-        yield scene
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class Hooks:
@@ -286,7 +232,7 @@ class Trial:
         local = self.scene.address == "local" and "engines" in self.case.cluster
         if alive := end_survivors(mark, False, LEFT_OF_RAY if local and life.code < 0 else LEFT_SECONDS):
             life.problems.append(f"left alive: {alive}")
-        if alive := self.scene.left():
+        if alive := self.scene.left(ACTORS.values(), LEFT_SECONDS):
             life.problems.append(f"left alive: {alive}")
         life.log = log.read_text()
         life.events = list(read_lines(out / "events.jsonl")) if (out / "events.jsonl").is_file() else []
@@ -313,7 +259,7 @@ class Watch:
         scene, sign = self.trial.scene, signal.SIGSTOP if fault.way == "stopped" else signal.SIGKILL
         lines = lines_of(self.out)
         if fault.victim == "machine":
-            pids = [process.pid for process in scene.machines[1].actors("EngineActor")]
+            pids = [one.pid for name in ACTORS.values() for one in scene.machines[1].actors(name)] or [0]
             if fault.way.startswith("killed"):
                 scene.machines[1].kill()
             else:
@@ -334,7 +280,7 @@ class Watch:
 
     def _pids(self, victim: str) -> list[int]:
         if victim in ACTORS:
-            return [process.pid for process in self.trial.scene.victims(victim)]
+            return [process.pid for process in self.trial.scene.actors(ACTORS[victim])]
         ranks = self.ranks[:1] if victim == "leader" else self.ranks[1:]
         return [pid for pid in ranks if pid is not None]
 
@@ -358,7 +304,7 @@ class Watch:
     def _is_there(self, fault: Fault) -> bool:
         if fault.victim not in ACTORS:
             return True
-        titles = [process.cmdline()[0] for process in self.trial.scene.victims(fault.victim)]
+        titles = [process.cmdline()[0] for process in self.trial.scene.actors(ACTORS[fault.victim])]
         return any(title.endswith(".hello") for title in titles) if fault.phase == "starting" else bool(titles)
 
     def over(self) -> bool:
@@ -396,7 +342,7 @@ def unreported(life: Life, case: Case) -> list[str]:
     lost = [event for event in life.events if event["kind"].endswith("_lost")]
     for one in life.inflicted:
         fault = one.fault
-        if (fault.victim == "leader" and case.ranks == 1) or fault.way == "unplugged for 3 s":
+        if (fault.victim == "leader" and case.ranks == 1) or not one.pid:
             continue
         if fault.victim in FATAL:
             said = [line for line in life.log.splitlines() if line.startswith("gruppo: rank")]
@@ -522,8 +468,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.wait()
         for place, name in enumerate(names):
             share = args.faults * (place + 1) // len(names) - args.faults * place // len(names)
-            with scene_of(name, CASES[name]) as scene:
-                trial = prepare(name, root, scene)
+            with scene(name == "machines", CASES[name].uses_ray) as place_of_runs:
+                trial = prepare(name, root, place_of_runs)
                 print(f"{name}: undisturbed in {trial.seconds:.0f} s", flush=True)
                 done = 0
                 for run in itertools.count() if args.run is None else [args.run]:
