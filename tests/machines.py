@@ -193,8 +193,8 @@ class Scene:
 
 @contextlib.contextmanager
 def scene(two: bool, ray: bool = True) -> Iterator[Scene]:
-    """Two machines, or this one, with room for two actors in a Ray that ends with the block. Without `ray`, a run starts
-    its own."""
+    """Two machines, or this one, with a Ray that has room for two actors and ends with the block. Without `ray`, a run
+    starts its own."""
     with contextlib.ExitStack() as stack:
         machines: tuple[Machine, ...] = stack.enter_context(two_machines()) if two else (Machine("127.0.0.1"),)
         found = Scene(machines, "local")

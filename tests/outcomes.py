@@ -13,6 +13,11 @@ from gruppo.runs.reading import read_lines, read_table
 TIMES = ("time/", "memory/")  # metrics that differ between any two runs
 RESUMED = frozenset({"resume", "changed"})  # events of a run that was continued
 
+# What differs between runs with engines of which one lost some: times, and the weights that an engine has at the end of
+# a step, older ones or none (-1) while it is being replaced.
+OF_LOSSES = ("engine/idle_share", "engine/load_seconds", *(f"engine/{number}/version" for number in range(4)))
+LOSSES = frozenset({"engine_lost", "engine_back", "waiting"})  # events
+
 
 def outcome(out: Path, unequal: tuple[str, ...] = (), events: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Everything that must be equal in two equal runs, by name.

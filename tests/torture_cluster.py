@@ -51,7 +51,7 @@ from gruppo.runs.reading import read_lines
 from tests.conftest import make_policy
 from tests.forked import around, end_survivors, fork_command
 from tests.machines import TOKEN, Scene, free_port, no_machines, scene
-from tests.outcomes import differences, outcome
+from tests.outcomes import LOSSES, OF_LOSSES, differences, outcome
 from tests.small_runs import recipe_folder
 from tests.torture import CALLS as OF_ONE_PROCESS
 
@@ -62,8 +62,6 @@ STARTING = 75.0  # in place of the five minutes that an engine may take to start
 MARGIN = 90.0  # seconds that a fault may cost besides: a start of an engine, on a busy machine
 LEFT_SECONDS = 20.0  # that processes have to notice that the run is over
 LEFT_OF_RAY = 150.0  # that the small agents of a Ray have whose run was killed
-UNEQUAL = ("engine/idle_share", "engine/load_seconds", *(f"engine/{number}/version" for number in range(4)))
-EVENTS = frozenset({"engine_lost", "engine_back", "waiting"})
 ACTORS = {"engine": "EngineActor"}  # victim -> the class of its actor
 OF_THE_FLEET = {
     "starting": "gruppo.engines.fleet.member.Member.start",
@@ -417,7 +415,7 @@ def torture(trial: Trial, seed: int, run: int) -> tuple[list[Inflicted], list[st
         if problems:
             problems.append("\n" + "\n".join(life.log.splitlines()[-40:]))
     if finished:
-        problems += differences(outcome(out, UNEQUAL, EVENTS), trial.expected)[:8] + miscounted(out)
+        problems += differences(outcome(out, OF_LOSSES, LOSSES), trial.expected)[:8] + miscounted(out)
     if problems:
         shutil.copytree(out, trial.folder / f"failed-{run}", dirs_exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
@@ -437,7 +435,7 @@ def prepare(name: str, root: Path, scene: Scene) -> Trial:
     if life.code or life.problems:
         raise AssertionError(f"{name}: cannot be run: {life.code} {life.problems}\n{life.log}")
     trial.tally = json.loads((folder / "tally.json").read_text())
-    trial.expected = outcome(folder / "whole", UNEQUAL, EVENTS)
+    trial.expected = outcome(folder / "whole", OF_LOSSES, LOSSES)
     problems = miscounted(folder / "whole")
     assert not problems, problems
     return trial
