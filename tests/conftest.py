@@ -164,3 +164,14 @@ def random_groups(seed: int = 0, groups: int = 3, size: int = 4, uneven: bool = 
         completions = [[source.randrange(1, 48) for _ in range(length)] for length in lengths]
         result.append(make_group(prompt, completions, [source.gauss(0, 1) for _ in range(size)]))
     return result
+
+
+@pytest.fixture(scope="session")
+def running_ray() -> Iterator[None]:
+    """Ray for the tests of a session, in an environment that has it (`make test-cluster`)."""
+    from gruppo.actors.runtime import Runtime
+    from gruppo.config.cluster_section import Cluster
+
+    runtime = Runtime(Cluster(engines=16), False, 0)
+    yield
+    runtime.close()

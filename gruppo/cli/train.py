@@ -69,17 +69,17 @@ def train(
 
 
 def _ranks(settings: Recipe) -> AbstractContextManager[ProcessRanks | None]:
-    """The ranks that this process leads, None for a single trainer."""
-    if settings.cluster is None or settings.cluster.trainers == 1:
-        return nullcontext()
-    from gruppo.cluster.torchrun import joined
+    """The ranks that a launcher has started, which this process leads; None if the run is to start them, or has one."""
+    from gruppo.cluster.torchrun import is_launched, joined_launched
 
-    return joined(settings)
+    if settings.cluster is None or settings.cluster.trainers == 1 or not is_launched():
+        return nullcontext()
+    return joined_launched(settings)
 
 
 def _follow(recipe: Path, set_: list[str] | None) -> None:
     """Take part in the run of rank 0, which alone reports what is wrong with the recipe."""
-    from gruppo.cluster.torchrun import check_launch, joined
+    from gruppo.cluster.torchrun import check_launch, joined_launched
     from gruppo.config.loading import load_recipe
     from gruppo.errors import UsageError
 
@@ -88,7 +88,7 @@ def _follow(recipe: Path, set_: list[str] | None) -> None:
         check_launch(settings)
     except UsageError:
         raise typer.Exit(2) from None
-    with joined(settings) as ranks:
+    with joined_launched(settings) as ranks:
         from gruppo.cluster.follower import follow
 
         follow(ranks)

@@ -14,10 +14,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Protocol
 
+from gruppo.utils.system import Memory
 from gruppo.utils.waiting import waiting_for
 
 BEAT_SECONDS = 1.0
 LATE = 4  # beats until a rank counts as silent
+
+
+# Says of a rank, in words, that it has ended, and why, or that it is silent: since the given time of day. It is called
+# with what the rank last held, too.
+EndOf = Callable[[int, Memory | None, str], str]
 
 
 class Store(Protocol):
@@ -56,6 +62,7 @@ class Pulse:
     def beat(self) -> None:
         """Give a sign of life, and look for those of others."""
         self.store.add(f"alive/{self.rank}", 1)
+        self.store.set(f"memory/{self.rank}", " ".join(map(str, Memory.now())))
         for other, before in self._counts.items():
             self._counts[other] = self.store.add(f"alive/{other}", 0)
             if self._counts[other] != before:
@@ -71,21 +78,34 @@ class Pulse:
         with suppress(RuntimeError):
             self.store.set(f"left/{self.rank}", cause)
 
-    def account(self) -> str:
-        """Which rank has ended or is silent, and why if it said so, in words; "" if none. Takes a few beats."""
+    def memory(self, rank: int) -> Memory | None:
+        """What a rank said of its memory last."""
+        text = self._text(f"memory/{rank}")
+        return None if text is None else Memory(*map(int, text.split()))
+
+    def account(self, end_of: EndOf | None = None) -> str:
+        """Which rank has ended or is silent, and why if it said so, in words; "" if none. Takes a few beats.
+
+        `end_of`: says it of ranks that did not say why.
+        """
         time.sleep((LATE + 2) * self.every)
         left = {other: cause for other in self._last if (cause := self._cause(other)) is not None}
         for other, cause in left.items():
             if cause:
                 return f"rank {other} has failed ({cause})"
         missing = [other for other in self.silent(LATE * self.every) if other not in left]
+        if end_of is not None:
+            return "; ".join(end_of(rank, self.memory(rank), self._since([rank])) for rank in missing)
         return self._missing(missing) if missing else ""
 
     def _cause(self, rank: int) -> str | None:
         """What a rank said as it left; None if it did not."""
+        return self._text(f"left/{rank}")
+
+    def _text(self, key: str) -> str | None:
         with suppress(RuntimeError):
-            if self.store.check([f"left/{rank}"]):
-                return self.store.get(f"left/{rank}").decode()
+            if self.store.check([key]):
+                return self.store.get(key).decode()
         return None
 
     def _awaited(self) -> str:

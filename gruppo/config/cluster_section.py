@@ -16,8 +16,8 @@ class Cluster(Section):
     that samples and trains in turn."""
 
     trainers: Annotated[int, Field(ge=1)] = 1
-    """Number of ranks: processes with one device each, which hold the weights in shards. More than 1 are started by
-    torchrun."""
+    """Number of ranks: processes with one device each, which hold the weights in shards. The run starts them through
+    Ray, which needs `pip install "gruppo[cluster]"`, unless torchrun has started them."""
     shards: Annotated[int, Field(ge=0)] = 0
     """Number of ranks over which one copy of the weights is sharded; the other ranks hold further copies. 0 stands for
     all ranks."""
@@ -33,8 +33,8 @@ class Cluster(Section):
     """How weights get to the engines: through Ray's object store, or as files in the run folder, which all machines
     must then see."""
     patience: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds of silence after which a rank takes the others for lost and ends the run, and an engine is killed and
-    replaced."""
+    """Seconds of silence after which a rank is taken for lost, and an engine is killed and replaced. Ranks that the run
+    has started itself start again then; others end."""
     lag: Annotated[int, Field(ge=0)] = 0
     """Steps that sampling may be ahead of training. A step is sampled and scored while the `lag` steps before it train,
     wholly by the weights after step max(0, step - 1 - lag). 0: step by step. Needs method.tis_cap."""

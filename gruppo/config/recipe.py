@@ -9,7 +9,7 @@ import tomli_w
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from gruppo.config.cluster_section import Cluster
+from gruppo.config.cluster_section import LOCAL, Cluster
 from gruppo.config.engine_section import Engine
 from gruppo.config.inheritance import with_inherited
 from gruppo.config.method_section import Critic, Method
@@ -233,6 +233,17 @@ class Recipe(Section):
         resolved = self.model_copy(update={"run": run})
         resolved._check()
         return resolved
+
+    def on_ranks(self, size: int) -> Self:
+        """The recipe on another number of ranks."""
+        if self.cluster is None or size == self.cluster.trainers:
+            return self
+        changes: dict[str, Any] = {"trainers": size}
+        if size == 1 or (self.cluster.shards and size % self.cluster.shards):
+            changes["shards"] = 0
+        if size == 1 and not self.cluster.engines:
+            changes["address"] = LOCAL
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update=changes)})
 
     @property
     def lag(self) -> int:

@@ -14,15 +14,14 @@ RULES: dict[str, dict[str, tuple[str, ...]]] = {
         "engine": ("memory", "device"),
         "reward": ("timeout", "workers", "failure_limit", "memory", "environment"),
         "environment": ("seconds", "memory", "workers"),
-        # rounding may differ
-        "cluster": ("trainers", "shards", "engines", "engine_devices", "address", "weights", "patience"),
+        "cluster": ("engines", "engine_devices", "address", "weights", "patience"),  # rounding may differ
         "audit": ("function", "options", "share", "window"),
         "evaluation": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit"),
         "benchmarks": ("task", "questions", "every", "samples", "max_tokens", "grader", "decoding", "inherit", "name"),
         **dict.fromkeys(("task", "mixture"), ("memory",)),
     },
     LENGTH: {"run": ("steps", "epochs", "iterations"), "optimizer": ("warmup_steps", "warmup_ratio")},
-    MEMORY: {"run": ("memory",)},
+    MEMORY: {"run": ("memory",), "cluster": ("trainers", "shards")},
     FIXED: {
         "run": ("seed",),
         "model": ("device", "dtype", "attention", "compile", "lora"),

@@ -114,9 +114,15 @@ _RULES = (
     ),
     _Rule(
         "cluster",
-        "engine_devices address weights",
+        "engine_devices weights",
         lambda recipe: recipe.cluster is not None and not recipe.cluster.engines,
         "cluster.engines = 0 starts no engines; remove it, or set cluster.engines",
+    ),
+    _Rule(
+        "cluster",
+        "address",
+        lambda recipe: recipe.cluster is not None and not recipe.cluster.engines and recipe.cluster.trainers == 1,
+        "cluster.engines = 0 and cluster.trainers = 1 start nothing; remove it, or set one of them",
     ),
     _Rule(
         "cluster",

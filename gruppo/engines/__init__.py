@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from gruppo.config.cluster_section import LOCAL, Cluster
+from gruppo.actors.needs import check_ray
 from gruppo.config.engine_section import ENGINES
 from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.recipe import Recipe
 from gruppo.engines.base import Engine
 from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
-from gruppo.utils.imports import import_attribute, installed
+from gruppo.utils.imports import import_attribute
 from gruppo.utils.oom_retry import BatchSizes
 
 NATIVE = EngineTable()
@@ -31,7 +30,8 @@ def check_engine(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> No
     if check is not None:
         check(recipe, device, dtype)
     if recipe.cluster is not None and recipe.cluster.engines:
-        _check_fleet(recipe.cluster, device)
+        field = f"cluster.engines = {recipe.cluster.engines}"
+        check_ray(recipe.cluster, device, field, "write engines = 0")
     elif recipe.lag:
         _check_lag(recipe, engine_class, device)
 
@@ -48,24 +48,6 @@ def _check_lag(recipe: Recipe, engine_class: type, device: torch.device) -> None
         raise UsageError(
             f'{lag}: engine.name = "{settings.name}" samples with the trained model itself (copies_weights = False), '
             "which changes meanwhile; use an engine that copies the weights, or write lag = 0"
-        )
-
-
-def _check_fleet(cluster: Cluster, device: torch.device) -> None:
-    """Raise UsageError if Ray is missing, or may not be used as the recipe says. Starts nothing."""
-    field = f"cluster.engines = {cluster.engines}"
-    if not installed("ray"):
-        raise UsageError(f'{field}: Ray is not installed; run: pip install "gruppo[cluster]", or write engines = 0')
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"{field}: Ray has no devices of type {device.type}; write engines = 0")
-    if cluster.address == LOCAL and device.type == "cuda":
-        from gruppo.engines.fleet.needs import free_devices
-
-        free_devices(cluster)
-    if cluster.address != LOCAL and os.environ.get("RAY_AUTH_MODE") != "token":
-        raise UsageError(
-            f'cluster.address = "{cluster.address}": whoever reaches a Ray without a token can run programs on its '
-            "machines; start it and this run with RAY_AUTH_MODE=token (docs/scale.md says how)"
         )
 
 

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gruppo.actors.needs import ACTOR_CPUS, store_bytes
 from gruppo.config.cluster_section import LOCAL, Cluster
 from gruppo.config.recipe import Recipe
 from gruppo.config.units import bytes_of
-from gruppo.engines.fleet.needs import ENGINE_CPUS, received_bytes, received_dtypes, store_bytes
+from gruppo.engines.fleet.received import received_bytes, received_dtypes
 from gruppo.models.blueprint import sampling_blueprint
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
@@ -64,7 +65,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Placement:
-    """The processes of a run. `ray`: what Ray is asked for, empty without engines. `transfer_bytes`: weights that are
+    """The processes of a run. `ray`: what Ray is asked for. `transfer_bytes`: weights that are
     copied after each step. `rate`: see `Machine`."""
 
     members: tuple[Member, ...]
@@ -125,7 +126,7 @@ def _members(recipe: Recipe, cluster: Cluster, memory: Memory, sent: int, machin
     yield Member("rank 0", 1, f"leader, {device}", _leader(cluster, memory))
     if cluster.trainers > 1:
         others = cluster.trainers - 1
-        device = f"the next CUDA device{'s' * (others > 1)}" if machine.devices else "CPU"
+        device = f"{others} more CUDA device{'s' * (others > 1)}" if machine.devices else "CPU"
         parts = _without(memory.parts("training"), ("versions", *_OF_SAMPLING))
         yield Member(_numbered("rank", 1, others), others, f"follower{'s' * (others > 1)}, {device}", parts)
     if cluster.engines:
@@ -166,13 +167,18 @@ def _vllm(recipe: Recipe, cluster: Cluster, sent: int, machine: Machine) -> dict
 
 def _ray(cluster: Cluster, machine: Machine, sent: int) -> str:
     """What Ray is asked for, in words."""
-    if not cluster.engines:
-        return ""
-    gpus = f" and {cluster.engine_devices} GPU{'s' * (cluster.engine_devices > 1)}" if machine.devices else ""
-    asked = f"{cluster.engines} times {ENGINE_CPUS} CPU{gpus}"
+    asked = []
+    if cluster.trainers > 1:
+        gpu = " and 1 GPU" if machine.devices else ""
+        asked.append(f"{cluster.trainers - 1} times {ACTOR_CPUS} CPU{gpu} for ranks (unless torchrun starts them)")
+    if cluster.engines:
+        gpus = f" and {cluster.engine_devices} GPU{'s' * (cluster.engine_devices > 1)}" if machine.devices else ""
+        asked.append(f"{cluster.engines} times {ACTOR_CPUS} CPU{gpus} for engines")
+    processes = ", ".join(asked)
     if cluster.address != LOCAL:
-        return f'{asked}, on any machine of the Ray at "{cluster.address}", which was not asked'
-    return f"{asked}, on this machine, and an object store of {store_bytes(sent) / 1e9:.2f} GB"
+        return f'{processes}, on any machine of the Ray at "{cluster.address}", which was not asked'
+    store = store_bytes(sent if cluster.engines else 0)
+    return f"{processes}, on this machine, and an object store of {store / 1e9:.2f} GB"
 
 
 def check_placement(recipe: Recipe, placement: Placement, machine: Machine) -> list[Finding]:
@@ -206,7 +212,8 @@ def _check_devices(cluster: Cluster, machine: Machine) -> list[Finding]:
         return [Finding(
             "warning", "placement", f"cluster.trainers = {cluster.trainers}: with {local} devices for engines, this "
             f"machine has {machine.devices - local} of {machine.devices} CUDA devices left for ranks",
-            "torchrun cannot start all ranks here", "start torchrun on several machines, or lower cluster.trainers",
+            "not all ranks can start here", "use several machines (cluster.address, or torchrun on each of them), or "
+            "lower cluster.trainers",
             figures,
         )]  # fmt: skip
     return []

@@ -154,9 +154,10 @@ class Ahead:
     def close(self) -> None:
         """End the thread. What it is sampling is lost."""
         with self._changed:
-            self._closed = self.halt.requested = True
+            self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
+            self.halt.requested = True
             self._thread.join(ENDING_SECONDS)
 
     def _wait_for(self, label: str, ready: Callable[[], bool]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from gruppo.rewards import RewardFunction, listed_rewards, recipe_name
 from gruppo.runs.console import choose_progress
 from gruppo.runs.folder import explaining_write_errors
 from gruppo.runs.results import Result
-from gruppo.runs.trust import remember
 from gruppo.training.callbacks import Callback, Callbacks
 from gruppo.types import Row
 from gruppo.utils.imports import IN_MEMORY
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gruppo.models.ranks import Ranks
+    from gruppo.training.attempts import Team
     from gruppo.training.setup import Local
 
 
@@ -100,7 +101,7 @@ def run_recipe(
     """Like `train`, but a run ended by a signal returns the state "interrupted". The `Stop` says which signal.
 
     `local`: objects that the run uses in this process; `reward` then only names the functions. `ranks`: those that
-    train, of which this process is the leader; a recipe with several trainers needs them.
+    train, of which this process is the leader, if something else has started them.
     """
     listeners, rewards = Callbacks(callbacks), listed_rewards(reward)
     if tokenizer is not None and model is None:
@@ -111,12 +112,6 @@ def run_recipe(
     settings = _with_arguments(
         load_recipe(recipe, [*override_list(overrides), *model_override]), rewards, prompts is not None
     )
-    if settings.cluster is not None and settings.cluster.trainers > 1 and ranks is None:
-        size = settings.cluster.trainers
-        raise UsageError(
-            f"cluster.trainers = {size}: a run from Python has no ranks; run `torchrun --nproc-per-node {size} "
-            "--no-python gruppo train RECIPE`, or write trainers = 1"
-        )
     folder = Path(out) if out is not None else Path("runs") / settings.run.name
     functions = settings.reward.functions if rewards is None else rewards
     with ExitStack() as stack:
@@ -125,21 +120,26 @@ def run_recipe(
         shown, watcher = stack.enter_context(watched(progress))
         with stop.interruptible():
             data = preflight(settings, folder, resume, functions, prompts, shown)
-            from gruppo.training.loop import run_training
-            from gruppo.training.run import TrainingRun
-            from gruppo.training.setup import prepare
+            team = _team(settings, ranks, model, shown, stack)
+        from gruppo.training.attempts import Attempt, run_attempts
 
-            in_memory = None if model is None else (model, tokenizer)
-            from gruppo.models.ranks import ALONE
+        in_memory = None if model is None else (model, tokenizer)
+        attempt = Attempt(folder, functions, data, shown, watcher, stop, listeners, in_memory, local)
+        return run_attempts(attempt, team, resume), stop
 
-            prepared = prepare(
-                settings, folder, resume, functions, data, shown, stack, in_memory, local=local, ranks=ranks or ALONE
-            )
-        remember(folder)  # also a resumed folder: this user chose its recipe
-        run = TrainingRun(prepared, shown, stop, listeners)
-        with watcher.telling(run.record_wait):
-            summary = run.execute(run_training)
-        return Result(prepared.run.path, prepared.run.metrics(), summary), stop
+
+def _team(
+    recipe: Recipe, ranks: Ranks | None, model: PreTrainedModel | None, progress: Progress, stack: ExitStack
+) -> Team:
+    """The ranks of a run: those that were given, this process alone, or those that it starts."""
+    from gruppo.models.ranks import ALONE
+    from gruppo.training.attempts import FixedTeam
+
+    if ranks is not None or recipe.cluster is None or recipe.cluster.trainers == 1:
+        return FixedTeam(recipe, ranks or ALONE)
+    opening = import_module("gruppo.cluster.opening")  # it builds on this package, so it is imported by name
+    started: Team = opening.start_ranks(recipe, model, progress, stack)
+    return started
 
 
 def _with_arguments(recipe: Recipe, rewards: Sequence[str | RewardFunction] | None, rows: bool) -> Recipe:

@@ -67,6 +67,12 @@ class Callbacks:
             for moment, method in _methods(callback):
                 self._listeners[moment].append((_checked_name(moment, method), method))
 
+    def fresh(self) -> Callbacks:
+        """The same callbacks, in the state before a run."""
+        other = Callbacks()
+        other._listeners = self._listeners
+        return other
+
     def notify(self, moment: str, *arguments: Any) -> None:
         """Call the method `moment` of every callback that has it, with copies of the arguments.
 

@@ -87,7 +87,8 @@ class Changes:
             self.environment["rewards_sha256"] = list(now)
 
     def choose_sizes(self, before: Mapping[str, Any], sizes: ChosenSizes) -> dict[str, Any]:
-        """Store the sizes that a changed run.memory gives. Returns them with the other settings of the machine."""
+        """Store the sizes that a changed run.memory or number of ranks gives. Returns them with the other settings of
+        the machine."""
         old = before["chosen"]
         chosen = {
             **old,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole
 from gruppo.training.inputs import RunInputs, tokenize_data, with_steps, workload
 from gruppo.training.lean_optimizers import check_state
+from gruppo.training.losses import Losses
 from gruppo.training.models import TrainedModels, chosen_policy, distribute, load_critic, load_scorer
 from gruppo.training.policy_loss import find_surrogate
 from gruppo.training.sizing import Free, disk_of
@@ -81,7 +82,7 @@ class RunComponents:
     `changes`: what has changed since the run was started or last resumed. `filtered`: how many rows of each task were
     left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train. `copies`:
     of the policy, for weights that the engine loads later; see `gruppo.rollout.ahead`. `fleet`: what `engine` and
-    `sampler` are, if the recipe has several engines.
+    `sampler` are, if the recipe has several engines. `losses`: of ranks, which the run continues after.
     """
 
     recipe: Recipe
@@ -102,6 +103,7 @@ class RunComponents:
     ranks: Ranks = ALONE
     copies: Sequence[LanguageModel] = ()
     fleet: Fleet | None = None
+    losses: Losses = field(default_factory=Losses)
 
     @property
     def policy(self) -> LanguageModel:

@@ -44,6 +44,8 @@ ADVICE = {
     "should load in a new process, and change nothing outside of itself.",
     "engine_lost": "Once is harmless: no result changes. If it happens again, read the cause in the message; often the "
     "machine has too little memory for its engines (engine.memory, cluster.engines).",
+    "rank_lost": "Once is harmless: the run has repeated the steps since its last checkpoint. If it happens again, "
+    "read the cause in the message; most often a machine has too little memory for its ranks (run.memory).",
     "checkpoint_unusable": "Check the disk. The run has continued from an older checkpoint, and repeats steps.",
     "damaged": "Restore the file from a copy if you need it; training does not depend on it.",
     "waiting": "Look at the part that is named: the log of a reward or an environment, the load of a server, the disk "

@@ -21,7 +21,7 @@ def cluster_tile(card: Card, live: LiveRun) -> Tile | None:
     """The ranks and engines of a run with [cluster], as of its last step; None for a single process without a lag.
 
     Engines: the newest weights that one has, how many have older ones, and the share of their time that is idle. Then
-    the lag and the mean staleness, and how many engines were lost and are back.
+    the lag and the mean staleness, how many engines were lost and are back, and how often ranks started again.
     """
     if card.ranks == 1 and not card.engines and not card.lag:
         return None
@@ -30,6 +30,8 @@ def cluster_tile(card: Card, live: LiveRun) -> Tile | None:
     facts = [*_engines(card, live), *_ages(card, live)]
     if lost or back:
         facts.append(f"{_count(lost, 'engine')} lost, {back:,} back")
+    if restarts := sum(event["kind"] == "rank_lost" for event in live.events):
+        facts.append(f"ranks started again {'once' if restarts == 1 else f'{restarts:,} times'}")
     return Tile(", ".join(processes), tuple(facts), lost > back)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -48,6 +48,18 @@ def visible_devices() -> list[str]:
     """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+class Memory(NamedTuple):
+    """Bytes that a process holds, and that its machine has left."""
+
+    used: int
+    free: int
+
+    @classmethod
+    def now(cls) -> Memory:
+        """That of this process."""
+        return cls(psutil.Process().memory_info().rss, available_memory())
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""The processes of the tests with several ranks."""
+"""The processes of the tests with several ranks. Ranks that a run starts itself need Ray: `make test-cluster`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from gruppo.utils.imports import installed
 from tests.cluster.team import Team, started
+
+if not installed("ray"):
+    collect_ignore = ["test_started.py"]
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gruppo.cluster.follower import follow
+from gruppo.cluster.joining import make_mesh
 from gruppo.cluster.ranks import ProcessRanks
-from gruppo.cluster.torchrun import check_launch, make_mesh
+from gruppo.cluster.torchrun import check_launch
 from gruppo.config.loading import load_recipe
 from gruppo.errors import UsageError
 from gruppo.models.blueprint import described
@@ -97,13 +98,22 @@ def test_a_run_continues_on_another_number_of_ranks(
     settings = settings_of(tiny_folder, method__name="ppo")
     shorter = settings_of(tiny_folder, method__name="ppo", run__steps=2)
     alone(settings, tmp_path / "whole")
+    environment = tmp_path / "run/environment.json"
     for size, one in ((before, shorter), (after, settings)):
         if size == 1:
             alone(one, tmp_path / "run")
         else:
             summary = team.run(size, run_on, one, tmp_path / "run")[0]
             assert summary.get("state") == "done", summary
+        if size == before:
+            started = json.loads(environment.read_text())
+            environment.write_text(json.dumps({**started, "chosen": {**started["chosen"], "slots": 1}}))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert json.loads(environment.read_text())["chosen"]["slots"] > 1, "sizes are chosen again"
+    (change,) = (
+        event for event in events(tmp_path / "run") if event["kind"] == "changed" and "trainers" in event["field"]
+    )
+    assert change["message"].startswith(f"cluster.trainers was {before} and is {after}: sizes were chosen anew (micro_")
     names = {path.name for path in (tmp_path / "run/checkpoints/step-000002").iterdir()}
     assert ("critic.weights.safetensors" in names) == (before == 1)
     assert_no_pickle(tmp_path / "run")
@@ -177,6 +187,10 @@ def test_a_run_continues_bit_for_bit_on_as_many_ranks(team: Team, tiny_folder: s
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
 def assert_no_pickle(folder: Path) -> None:
     """No file is a pickle, or a zip archive as torch.save writes it."""
     for path in folder.rglob("*"):
@@ -204,8 +218,7 @@ def test_a_missing_shard_makes_a_checkpoint_unusable(team: Team, tiny_folder: st
     (tmp_path / "run/model").rename(tmp_path / "model")
     summary = team.run(2, run_on, settings_of(tiny_folder), tmp_path / "run")[0]
     assert summary.get("state") == "done", summary
-    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
-    assert [event["message"] for event in events if event["kind"] == "checkpoint_unusable"] == [
+    assert [event["message"] for event in events(tmp_path / "run") if event["kind"] == "checkpoint_unusable"] == [
         "step-000004: weights-00002-of-00002.safetensors is missing"
     ]
 
@@ -231,14 +244,25 @@ def test_a_reward_model_that_is_not_finite_is_reported_by_the_leader_alone(
 def test_as_many_ranks_must_be_started_as_the_recipe_has() -> None:
     ranks, none = (load_recipe({"model": {"name": "m"}, **table}) for table in ({"cluster": {"trainers": 2}}, {}))
     check_launch(ranks, {"RANK": "0", "WORLD_SIZE": "2"})
+    check_launch(ranks, {})  # the run starts them
     check_launch(none, {})
     check_launch(none, {"WORLD_SIZE": "1"})
     for recipe_, environment, words in (
         (ranks, {"RANK": "0", "WORLD_SIZE": "3"}, "WORLD_SIZE = 3, so 3 processes were started"),
-        (ranks, {}, "torchrun --nproc-per-node 2 --no-python gruppo train"),
         (none, {"RANK": "0", "WORLD_SIZE": "4"}, "add `--set cluster.trainers=4`"),
     ):
         with pytest.raises(UsageError, match=words):
             check_launch(recipe_, environment)
-    with pytest.raises(UsageError, match="a run from Python has no ranks"):
-        train({"model": {"name": "m"}, "cluster": {"trainers": 2}})
+
+
+def test_a_run_that_may_not_start_its_ranks_says_what_to_do(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(tiny_folder, cluster__trainers=2)
+    monkeypatch.setattr("gruppo.actors.needs.installed", lambda package: False)
+    command = "torchrun --nproc-per-node 2 --no-python gruppo train RECIPE"
+    with pytest.raises(UsageError, match=rf'run: pip install "gruppo\[cluster\]", or start the ranks with `{command}`'):
+        train(settings, prompts=ROWS, out=tmp_path, progress=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=rf"starts the ranks itself; start the script once, .* or run `{command}`"):
+        train(settings, prompts=ROWS, out=tmp_path, progress=False)

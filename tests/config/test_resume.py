@@ -36,7 +36,7 @@ def test_every_field_is_in_exactly_one_list() -> None:
         ("benchmarks", FREE), ("benchmarks[2].decoding.stop[0]", FREE), ("run.steps", LENGTH), ("run.memory", MEMORY),
         ("task.name", FIXED), ("mixture[0].weight", FIXED), ("model.lora.rank", FIXED), ("model.lora", FIXED),
         ("environment", FIXED), ("reward_model", FIXED), ("reward.options.f.x", FIXED),
-        ("optimizer.warmup_ratio", LENGTH),
+        ("optimizer.warmup_ratio", LENGTH), ("cluster.trainers", MEMORY), ("cluster.engines", FREE), ("cluster", FIXED),
     ],
 )  # fmt: skip
 def test_the_rule_of_a_field(field: str, rule: str) -> None:

@@ -269,7 +269,7 @@ TWO = {"cluster": {"engines": 2}}
         ({**TWO, "model": {"name": "m", "lora": {"base": "4bit"}}}, 'model.lora.base = "4bit": not supported'),
         ({**TWO, "model": {"name": "m", "trust_remote_code": True}}, "cluster.engines = 2: does not run Python files"),
         ({"cluster": {"engines": 2, "engine_devices": 4}}, 'engine.name = "native" computes on one device'),
-        ({"cluster": {"address": "auto"}}, "cluster.engines = 0 starts no engines"),
+        ({"cluster": {"address": "auto"}}, "cluster.engines = 0 and cluster.trainers = 1 start nothing"),
         ({"cluster": {"weights": "files"}}, "cluster.engines = 0 starts no engines"),
         ({**TWO, "engine": {"name": "vllm", "device": 1}}, "engine.device = 1: has no effect: Ray gives each"),
         ({"cluster": {"shards": 1}}, "cluster.shards = 1: has no effect: a single trainer"),
@@ -298,7 +298,7 @@ def test_a_fleet_needs_ray_a_device_that_ray_knows_and_a_token(monkeypatch: pyte
         check_engine(two, torch.device("mps"), torch.float32)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(UsageError, match="needs 2 CUDA devices besides the trainer's, and this machine has 1"):
+    with pytest.raises(UsageError, match="needs 2 CUDA devices besides the leader's, and this machine has 1"):
         check_engine(two, torch.device("cuda"), torch.float32)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
     check_engine(two, torch.device("cuda"), torch.float32)

@@ -69,7 +69,8 @@ def test_ranks_hold_shards_and_the_leader_a_copy_to_sample_from() -> None:
     rank = shards | {"process": 1, "activations": 10, "logits": 1}
     assert in_gb(found) == {"rank 0": rank | {"versions": 4}, "ranks 1-3": rank}
     assert [(member.count, member.place) for member in found.members] == [(1, "leader, CPU"), (3, "followers, CPU")]
-    assert (found.ray, found.transfer_bytes, found.transfer_seconds) == ("", 4 * GB, 2.0)
+    asked = "3 times 1 CPU for ranks (unless torchrun starts them), on this machine, and an object store of 0.21 GB"
+    assert (found.ray, found.transfer_bytes, found.transfer_seconds) == (asked, 4 * GB, 2.0)
 
 
 def test_the_leader_may_need_most_while_it_samples() -> None:
@@ -87,23 +88,25 @@ def test_native_engines_take_over_the_sampling() -> None:
                    "activations": 10, "logits": 1},
         "engines 0-2": {"process": 1, "weights": 4, "prepared": 3, "cache": 6, "work": 2},
     }  # fmt: skip
-    assert found.ray == "3 times 1 CPU, on this machine, and an object store of 10.00 GB"
+    assert found.ray == "3 times 1 CPU for engines, on this machine, and an object store of 10.00 GB"
 
 
 def test_vllm_engines_split_their_weights_and_cache_in_the_rest() -> None:
     found = placed(cluster(trainers=2, engines=2, engine_devices=2, engine="vllm"), CUDA)
     assert in_gb(found)["engines 0-1"] == {"weights": 2, "cache": 38}
     assert [member.place for member in found.members] == [
-        "leader, the first CUDA device of its machine", "follower, the next CUDA device",
+        "leader, the first CUDA device of its machine", "follower, 1 more CUDA device",
         "vllm, 2 CUDA devices for each",
     ]  # fmt: skip
-    assert found.ray.startswith("2 times 1 CPU and 2 GPUs, on this machine")
+    assert found.ray.startswith(
+        "1 times 1 CPU and 1 GPU for ranks (unless torchrun starts them), 2 times 1 CPU and 2 GPUs"
+    )
     assert in_gb(placed(cluster(engines=1, engine="vllm")))["engine 0"] == {"weights": 8, "cache": 52}
 
 
 def test_a_ray_that_runs_is_not_asked() -> None:
     found = placed(cluster(engines=1, address="10.0.0.1:6379"))
-    assert found.ray == '1 times 1 CPU, on any machine of the Ray at "10.0.0.1:6379", which was not asked'
+    assert found.ray == '1 times 1 CPU for engines, on any machine of the Ray at "10.0.0.1:6379", which was not asked'
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_a_check_shows_ranks(data: dict[str, Any]) -> None:
 
 
 def test_a_check_shows_engines_and_starts_no_ray(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gruppo.engines._check_fleet", lambda *_: None)  # which demands that Ray is installed
+    monkeypatch.setattr("gruppo.engines.check_ray", lambda *_: None)  # which demands that Ray is installed
     found = check_recipe(data, overrides=["cluster.engines=2"], quick=True)
     assert "Ray" in describe_check(found)
     assert "ray" not in sys.modules

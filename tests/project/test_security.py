@@ -83,7 +83,7 @@ def test_forbidden_calls() -> None:
     # Only the worker inside the sandbox runs code. Only the dashboard listens, and the ranks of a run, for each other.
     assert calls == {f"gruppo/rollout/sandbox/worker_main.py: {name}" for name in ("exec", "eval", "compile")} | {
         *(f"gruppo/ui/server.py: found.{name}" for name in ("bind", "listen")),
-        "gruppo/cluster/torchrun.py: dist.init_process_group",
+        "gruppo/cluster/joining.py: dist.init_process_group",
     }
     assert not [
         f"{path}: {called(node)}" for path, node in CALLS if argument(node, "shell") or argument(node, "allow_pickle")

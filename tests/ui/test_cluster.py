@@ -51,6 +51,13 @@ def test_engines_lag_and_losses_of_the_last_step(tmp_path: Path) -> None:
     assert back == Tile("1 rank, 3 engines", (*facts[:2], "1 engine lost, 1 back"), False)
 
 
+def test_ranks_that_started_again(tmp_path: Path) -> None:
+    lost = {"step": 2, "kind": "rank_lost", "message": "rank 1 has ended: …; the run continues after step 2 on 2 ranks"}
+    for count, words in ((1, "once"), (2, "2 times")):
+        found = tile(tmp_path / words, "trainers = 2", events=[lost] * count)
+        assert found == Tile("2 ranks", (f"ranks started again {words}",), False)
+
+
 def test_engines_that_are_all_up_to_date(tmp_path: Path) -> None:
     metrics = [{"step": 1, "engine/0/version": 0, "engine/1/version": 0}]
     assert tile(tmp_path, "engines = 2", metrics) == Tile("1 rank, 2 engines", ("weights of step 0",), False)

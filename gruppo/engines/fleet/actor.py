@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 
-from gruppo import __version__
+from gruppo.actors.process import Hello
 from gruppo.config.engine_section import ENGINES
 from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.engines.base import Engine, Request, SamplingParams
@@ -24,9 +21,8 @@ from gruppo.engines.fleet.parcels import received
 from gruppo.errors import UsageError, first_line, out_of_memory
 from gruppo.models.blueprint import built
 from gruppo.types import Completion
-from gruppo.utils.cgroups import available_memory
 from gruppo.utils.imports import import_attribute
-from gruppo.utils.system import keep_freed_memory
+from gruppo.utils.system import Memory, keep_freed_memory
 
 REPORT_SECONDS = 0.5
 # What launchers tell the ranks of the trainer. An engine that inherits it would take itself for one of them.
@@ -44,22 +40,6 @@ class Failure(NamedTuple):
 
     kind: FailureKind
     message: str
-
-
-class Hello(NamedTuple):
-    """Who an engine is. `errors`: the file with its standard error, on its own machine."""
-
-    pid: int
-    host: str
-    errors: str
-    versions: tuple[str, str]
-
-
-class Memory(NamedTuple):
-    """Bytes that the process holds, and that its machine has left."""
-
-    used: int
-    free: int
 
 
 class Report(NamedTuple):
@@ -95,11 +75,6 @@ class Order:
     threads: int
 
 
-def versions() -> tuple[str, str]:
-    """Of gruppo and torch. Driver and engines must agree."""
-    return __version__, torch.__version__
-
-
 class EngineActor:
     """Methods that the driver calls, one at a time. Each answers with a `Failure` where an engine would raise."""
 
@@ -118,9 +93,7 @@ class EngineActor:
             self.engine = _build(self.order)
         except Exception as error:  # noqa: BLE001  the driver reports it
             return _failure(error)
-        errors = Path("/proc/self/fd/2")
-        file = str(errors.readlink()) if errors.exists() else ""
-        return Hello(os.getpid(), socket.gethostname(), file, versions())
+        return Hello.of_this_process()
 
     def load(self, parcels: Sequence[Any], version: int) -> Loaded | Failure:
         """See `Engine.load_weights`."""
@@ -129,7 +102,7 @@ class EngineActor:
             engine.load_weights(received(parcels, torch.device(self.order.device)), version)
         except Exception as error:  # noqa: BLE001
             return _failure(error)
-        return Loaded(_memory())
+        return Loaded(Memory.now())
 
     def probe(self, request: Request, params: SamplingParams) -> Completion | Failure:
         """The completion of a request with one stream."""
@@ -168,10 +141,6 @@ def _failure(error: Exception) -> Failure:
     kinds: dict[type[Exception], FailureKind] = {UsageError: "usage", NonFiniteError: "nonfinite", ValueError: "value"}
     kind: FailureKind = next((name for known, name in kinds.items() if isinstance(error, known)), "engine")
     return Failure("memory" if out_of_memory(error) else kind, first_line(error))
-
-
-def _memory() -> Memory:
-    return Memory(psutil.Process().memory_info().rss, available_memory())
 
 
 class _AbandonedError(Exception):
@@ -231,6 +200,6 @@ class _Work:
                         item = self.news.get(timeout=max(0.0, due - time.monotonic()))
                     except Empty:
                         break
-                yield Report(tokens, groups, _memory(), ended, failure)
+                yield Report(tokens, groups, Memory.now(), ended, failure)
         finally:
             self.abandon()

@@ -11,9 +11,11 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from gruppo.actors.needs import START_SECONDS
+from gruppo.actors.process import Hello, require_same_versions
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.completions import NonFiniteError, check_requests
-from gruppo.engines.fleet.actor import Failure, Hello, Loaded, Order, Report, versions
+from gruppo.engines.fleet.actor import Failure, Loaded, Order, Report
 from gruppo.engines.fleet.member import Member
 from gruppo.engines.fleet.parcels import Published, Way
 from gruppo.engines.fleet.pieces import Piece, pieces_of
@@ -27,7 +29,6 @@ from gruppo.utils.progress import Advance
 from gruppo.utils.waiting import waiting_for
 
 TURN_SECONDS = 0.5
-START_SECONDS = 300.0  # an engine has at least this long to start, whatever the patience
 MOST_DEATHS, DEATH_VERSIONS = 3, 10
 
 Notify = Callable[[str, str], None]  # kind of an event, and its message
@@ -215,11 +216,7 @@ class Fleet(Engine):
             member.send_probe(*self._probe)
 
     def _greet(self, member: Member, hello: Hello) -> None:
-        if hello.versions != versions():
-            theirs, ours = (f"gruppo {gruppo} with torch {torch_}" for gruppo, torch_ in (hello.versions, versions()))
-            raise RunError(
-                f"cluster.engines: {hello.host} has {theirs}, and this process {ours}; install the same on all machines"
-            )
+        require_same_versions(hello, "cluster.engines")
         member.hello = hello
         if member.starts > 1:
             self.notify("engine_back", f"{member.name()} is back, as process {member.starts} of this run")

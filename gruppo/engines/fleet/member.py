@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
+from gruppo.actors.needs import ACTOR_CPUS
+from gruppo.actors.process import Hello, cause_of_end, end_process
 from gruppo.engines.base import Request, SamplingParams
-from gruppo.engines.fleet.actor import EngineActor, Failure, Hello, Memory, Order
-from gruppo.engines.fleet.needs import ENGINE_CPUS
+from gruppo.engines.fleet.actor import EngineActor, Failure, Order
 from gruppo.engines.fleet.parcels import Published
 from gruppo.engines.fleet.pieces import Piece
-from gruppo.errors import first_line
+from gruppo.utils.system import Memory
 
 Doing = Literal["starting", "loading", "probing", "sampling"]
-
-LAST_LINES, LAST_CHARACTERS = 3, 300  # of an engine's standard error that are shown
 
 
 @dataclass
@@ -56,7 +50,7 @@ class Member:
         self.hello = self.memory = None
         self.differences = []
         actor = ray.remote(EngineActor).options(
-            num_cpus=ENGINE_CPUS, num_gpus=self.gpus, max_restarts=0, max_task_retries=0
+            num_cpus=ACTOR_CPUS, num_gpus=self.gpus, max_restarts=0, max_task_retries=0
         )
         self.actor: Any = actor.remote(self.order)
         self._ask("starting", self.actor.hello.remote())
@@ -103,53 +97,13 @@ class Member:
 
     def kill(self) -> None:
         """End its process, even if it is stopped. A process on this machine ends at once, others within seconds."""
-        with suppress(RayError):
-            ray.kill(self.actor)
-        if self.hello is not None and self.hello.host == socket.gethostname():
-            with suppress(ProcessLookupError):
-                os.kill(self.hello.pid, signal.SIGKILL)
+        end_process(self.actor, self.hello)
         self.doing = None
 
     def name(self) -> str:
         """For messages."""
-        where = f" (process {self.hello.pid} on {self.hello.host})" if self.hello else ""
-        return f"engine {self.number}{where}"
+        return f"engine {self.number}" + (f" ({self.hello})" if self.hello else "")
 
     def cause(self, error: RayError | Failure) -> str:
         """Why its process has ended: in a line, with what it last wrote and held."""
-        if isinstance(error, Failure):
-            why = error.message
-        elif isinstance(error, RayTaskError):
-            why = first_line(error.cause) if isinstance(error.cause, Exception) else str(error).strip().splitlines()[-1]
-        elif isinstance(error, RayActorError):
-            why = _of_ray(str(error))
-        else:
-            why = first_line(error)
-        parts = [why]
-        if self.memory is not None:
-            used, free = (size / 1e9 for size in self.memory)
-            parts.append(f"it held {used:.1f} GB when last heard of, and its machine had {free:.1f} GB left")
-        if last := self._last_lines():
-            parts.append(f"its last words: {last}")
-        return "; ".join(parts)
-
-    def _last_lines(self) -> str:
-        if self.hello is None or self.hello.host != socket.gethostname() or not Path(self.hello.errors).is_file():
-            return ""
-        text = Path(self.hello.errors).read_bytes()[-4096:].decode(errors="replace")
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(":")]
-        return " / ".join(lines[-LAST_LINES:])[-LAST_CHARACTERS:]
-
-
-def _of_ray(message: str) -> str:
-    """What Ray says about the end of a process, without its advice."""
-    if "creation task" in message:
-        return message.strip().splitlines()[-1]
-    for sign, words in (
-        ("connection error code", "its process was killed or crashed (Ray does not know the signal)"),
-        ("node", "its machine is gone"),
-        ("memory", "Ray has killed it, because its machine ran out of memory"),
-    ):
-        if sign in message:
-            return words
-    return first_line(Exception(message))
+        return cause_of_end(error.message if isinstance(error, Failure) else error, self.hello, self.memory)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from gruppo.actors.runtime import Runtime, room
 from gruppo.config.recipe import Recipe
 from gruppo.engines.fleet.actor import Order
 from gruppo.engines.fleet.fleet import Fleet
-from gruppo.engines.fleet.needs import received_bytes, received_dtypes
 from gruppo.engines.fleet.parcels import Files, Objects
-from gruppo.engines.fleet.runtime import Runtime, room
+from gruppo.engines.fleet.received import received_bytes, received_dtypes
 from gruppo.engines.probe import probed_length
 from gruppo.models.blueprint import sampling_blueprint
 from gruppo.models.policy import LanguageModel

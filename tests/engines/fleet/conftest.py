@@ -45,16 +45,6 @@ def one_process(
     return [groups[place] for place in range(len(requests))]
 
 
-@pytest.fixture(scope="session")
-def running_ray() -> Iterator[None]:
-    from gruppo.config.cluster_section import Cluster
-    from gruppo.engines.fleet.runtime import Runtime
-
-    runtime = Runtime(Cluster(engines=16), False, 0)
-    yield
-    runtime.close()
-
-
 @pytest.fixture
 def open_new(running_ray: None, tmp_path: Path) -> Iterator[MakeFleet]:
     """A fleet of its own for a test. `engine`: engine.name. The other options are fields of [cluster]."""

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 import pytest
-import tomli_w
 
 from gruppo.engines.fleet import fleet as fleet_module
 from gruppo.engines.fleet.member import Member
 from gruppo.errors import RunError
 from gruppo.training.api import train
 from tests.cluster.compare import assert_close, lines
+from tests.engines.fleet.running import events, started, wait_for_steps, wait_for_the_end
 from tests.small_runs import ROWS, fingerprint, killed, recipe, small_run
 
 OF_THE_FLEET = ("engine/idle_share", "engine/load_", "engine/0/", "engine/1/")
@@ -40,11 +38,6 @@ def of_the_run(out: Path) -> dict[str, Any]:
             if name.startswith(OF_THE_FLEET):
                 del line[name]
     return found
-
-
-def events(out: Path, *kinds: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] in kinds]
 
 
 @pytest.mark.parametrize(
@@ -159,40 +152,10 @@ def test_a_run_whose_engines_all_fail_is_saved(
     assert of_the_run(tmp_path / "run") == of_the_run(tmp_path / "whole")
 
 
-def started(
-    model: str, folder: Path, *launcher: str, environment: dict[str, str] | None = None, **changes: Any
-) -> subprocess.Popen[str]:
-    """`gruppo train` in a process group of its own."""
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    reward = str(Path("tests/rewards/functions.py").absolute()) + ":likes_letters"
-    settings = recipe(model, task__name=str(rows), reward__functions=[reward], cluster__engines=2, **changes)
-    (folder / "recipe.toml").write_text(tomli_w.dumps(settings))
-    command = [sys.executable, *launcher, "-m", "gruppo.cli.main", "train", str(folder / "recipe.toml")]
-    return subprocess.Popen(
-        [*command, "--out", str(folder / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, env=environment,
-    )  # fmt: skip
-
-
-def wait_for_steps(out: Path, count: int) -> None:
-    deadline = time.monotonic() + 300
-    while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-def wait_for_the_end(processes: list[psutil.Process], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while alive := [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.2)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_no_process_of_ray(tiny_folder: str, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C reaches the whole group of processes. After SIGKILL, Ray's agents need a minute to notice."""
-    process = started(tiny_folder, tmp_path, run__steps=2000, run__checkpoint_every=1000)
+    process = started(tiny_folder, tmp_path, cluster__engines=2, run__steps=2000, run__checkpoint_every=1000)
     wait_for_steps(tmp_path / "run", 3)
     children = psutil.Process(process.pid).children(recursive=True)
     names = {child.pid: child.name() for child in children}
@@ -229,14 +192,18 @@ def test_a_ray_that_runs_already_is_used_and_left(tiny_folder: str, tmp_path: Pa
         assert head.stdout is not None
         wait_for_line(head.stdout, "Ray runtime started")
         address = f"127.0.0.1:{port}"
-        process = started(tiny_folder, tmp_path, environment=token, run__steps=2, cluster__address=address)
+        process = started(
+            tiny_folder, tmp_path, environment=token, cluster__engines=2, run__steps=2, cluster__address=address
+        )
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
         assert [line["engine/1/version"] for line in lines(tmp_path / "run")] == [1, 2]
         assert head.poll() is None, "the run ends only what it has started"
         (tmp_path / "other").mkdir()
         wrong = token | {"RAY_AUTH_TOKEN": "1" * 64}
-        process = started(tiny_folder, tmp_path / "other", environment=wrong, cluster__address=address)
+        process = started(
+            tiny_folder, tmp_path / "other", environment=wrong, cluster__engines=2, cluster__address=address
+        )
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 1
         assert f'cluster.address = "{address}": Ray cannot be reached (' in output
@@ -258,7 +225,7 @@ def wait_for_line(stream: IO[str], words: str) -> None:
 def test_two_ranks_and_two_engines_equal_one_process(tiny_folder: str, tmp_path: Path) -> None:
     small: dict[str, Any] = {"run__steps": 3, "model__dtype": "float64"}
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    process = started(tiny_folder, tmp_path, *launcher, cluster__trainers=2, **small)
+    process = started(tiny_folder, tmp_path, *launcher, cluster__trainers=2, cluster__engines=2, **small)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     train(recipe(tiny_folder, **small), prompts=ROWS, out=tmp_path / "one", progress=False)

@@ -12,19 +12,20 @@ from typing import Any
 
 import ray
 
+from gruppo.actors.needs import ACTOR_CPUS, free_devices, store_bytes
 from gruppo.config.cluster_section import LOCAL, Cluster
-from gruppo.engines.fleet.needs import ENGINE_CPUS, free_devices, store_bytes
 from gruppo.errors import RunError, first_line
 
 
 class Runtime:
     """A connection to Ray. `close` leaves Ray, and ends it if it was started here."""
 
-    def __init__(self, cluster: Cluster, accelerated: bool, weight_bytes: int) -> None:
+    def __init__(self, cluster: Cluster, accelerated: bool, weight_bytes: int, followers: int = 0) -> None:
         """Start Ray on this machine, or join the one at `cluster.address`. A Ray that this process is connected to
         already is used as it is.
 
-        `weight_bytes`: of one version of the weights. Raises RunError if Ray cannot be reached or started.
+        `weight_bytes`: of one version of the weights. `followers`: ranks that Ray is to start. Raises RunError if Ray
+        cannot be reached or started.
         """
         self.owned = not ray.is_initialized()
         self.local = cluster.address == LOCAL
@@ -32,9 +33,9 @@ class Runtime:
             return
         options: dict[str, Any] = {"address": cluster.address, "log_to_driver": False, "logging_level": "ERROR"}
         if self.local:
-            options |= {"include_dashboard": False, "num_cpus": ENGINE_CPUS * cluster.engines}
+            options |= {"include_dashboard": False, "num_cpus": ACTOR_CPUS * (cluster.engines + followers)}
             options["object_store_memory"] = store_bytes(weight_bytes)
-        devices = free_devices(cluster) if accelerated and self.local else None
+        devices = free_devices(cluster, followers) if accelerated and self.local else None
         try:
             with _signals_kept(), _devices_shown(devices):
                 self.folder = ray.init(**options).address_info["session_dir"]
@@ -54,12 +55,14 @@ class Runtime:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def room(cluster: Cluster, accelerated: bool) -> str:
-    """What Ray has and the engines need, in words."""
+def room(cluster: Cluster, accelerated: bool, followers: int = 0) -> str:
+    """What Ray has, and what the engines and the ranks that it is to start need, in words."""
     total = ray.cluster_resources()
     has = f"Ray has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
-    gpus = f" and {cluster.engines * cluster.engine_devices} GPUs" if accelerated else ""
-    return f"{has}; {cluster.engines} engines need {ENGINE_CPUS * cluster.engines} CPUs{gpus}"
+    who = [f"{followers} ranks besides the leader"] if followers else []
+    who += [f"{cluster.engines} engines"] if cluster.engines else []
+    gpus = f" and {followers + cluster.engines * cluster.engine_devices} GPUs" if accelerated else ""
+    return f"{has}; {' and '.join(who)} need {ACTOR_CPUS * (followers + cluster.engines)} CPUs{gpus}"
 
 
 @contextmanager
