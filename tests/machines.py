@@ -37,6 +37,7 @@ class Machine:
     namespace: str = ""
     link: str = ""
     nodes: list[subprocess.Popen[str]] = field(default_factory=list)
+    roots: set[int] = field(default_factory=set)  # processes whose descendants are its own
     folders: list[str] = field(default_factory=list)  # of Ray
 
     def command(self, *words: str) -> list[str]:
@@ -72,6 +73,7 @@ class Machine:
             start_new_session=True,
         )  # fmt: skip
         self.nodes.append(node)
+        self.roots.add(node.pid)
         seen: list[str] = []
         assert node.stdout is not None
         for line in node.stdout:
@@ -81,11 +83,11 @@ class Machine:
         raise AssertionError("".join(seen))
 
     def processes(self) -> list[psutil.Process]:
-        """Those of its nodes, and all others if it has a namespace."""
+        """Its roots and what they have started, and all others if it has a namespace."""
         found: set[psutil.Process] = set()
-        for node in self.nodes:
+        for root in self.roots:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one = psutil.Process(node.pid)
+                one = psutil.Process(root)
                 found |= {one, *one.children(recursive=True)}
         if self.namespace:
             for number in _ip("netns", "pids", self.namespace).split():
@@ -111,6 +113,7 @@ class Machine:
             node.stdout.close()
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
+        self.roots.clear()
         self.nodes.clear()
         self.folders.clear()
 
@@ -193,14 +196,14 @@ class Scene:
 
 @contextlib.contextmanager
 def scene(two: bool, ray: bool = True) -> Iterator[Scene]:
-    """Two machines, or this one, with a Ray that has room for two actors and ends with the block. Without `ray`, a run
-    starts its own."""
+    """Two machines with a Ray that has room for an actor on each, or this one with room for four. Ray ends with the
+    block. Without `ray`, a run starts its own."""
     with contextlib.ExitStack() as stack:
         machines: tuple[Machine, ...] = stack.enter_context(two_machines()) if two else (Machine("127.0.0.1"),)
         found = Scene(machines, "local")
         if ray:
             stack.callback(found.home.kill)
-            found.address = found.home.start_node(2 // len(machines), port=free_port())
+            found.address = found.home.start_node(1 if two else 4, port=free_port())
             if two:
                 found.join()
         yield found

@@ -16,7 +16,9 @@ RESUMED = frozenset({"resume", "changed"})  # events of a run that was continued
 # What differs between runs with engines of which one lost some: times, and the weights that an engine has at the end of
 # a step, older ones or none (-1) while it is being replaced.
 OF_LOSSES = ("engine/idle_share", "engine/load_seconds", *(f"engine/{number}/version" for number in range(4)))
-LOSSES = frozenset({"engine_lost", "engine_back", "waiting"})  # events
+LOSSES = frozenset(  # events
+    {"engine_lost", "engine_back", "rank_lost", "reward_host_lost", "reward_host_back", "waiting"}
+)
 
 
 def outcome(out: Path, unequal: tuple[str, ...] = (), events: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import itertools
 import json
 import os
@@ -47,13 +46,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import pyarrow.parquet as pq
 
+from gruppo.actors import needs
 from gruppo.runs.reading import read_lines
 from tests.conftest import make_policy
 from tests.forked import around, end_survivors, fork_command
 from tests.machines import TOKEN, Scene, free_port, no_machines, scene
 from tests.outcomes import LOSSES, OF_LOSSES, differences, outcome
 from tests.small_runs import recipe_folder
-from tests.torture import CALLS as OF_ONE_PROCESS
+from tests.torture_faults import CASES, Case, Fault, plan
 
 os.environ |= TOKEN
 
@@ -62,79 +62,12 @@ STARTING = 75.0  # in place of the five minutes that an engine may take to start
 MARGIN = 90.0  # seconds that a fault may cost besides: a start of an engine, on a busy machine
 LEFT_SECONDS = 20.0  # that processes have to notice that the run is over
 LEFT_OF_RAY = 150.0  # that the small agents of a Ray have whose run was killed
-ACTORS = {"engine": "EngineActor"}  # victim -> the class of its actor
-OF_THE_FLEET = {
-    "starting": "gruppo.engines.fleet.member.Member.start",
-    "loading weights": "gruppo.engines.fleet.member.Member.send_weights",
-    "probing": "gruppo.engines.fleet.member.Member.send_probe",
-    "sampling": "gruppo.engines.fleet.member.Member.send_piece",
-}
-PHASES = ("loading", "restoring", "sampling", "rewarding", "evaluating", "computing a loss", "updating",
-          "writing a checkpoint", "writing a table", "writing a line")  # fmt: skip
+ACTORS = {"engine": "EngineActor", "rank": "RankActor", "reward host": "HostActor"}  # victim -> class of its actor
 CAUSES = {
     "killed": r"killed or crashed|machine is gone|has ended, or is silent since",
     "stopped": r"silent for \d+ s|is silent since",
     "unplugged": r"silent for \d+ s|machine is gone|killed or crashed",
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """`cluster`: the table of the recipe. `victims`: what may be lost. `changes`: to the recipe of torture.py."""
-
-    cluster: dict[str, Any]
-    victims: tuple[str, ...]
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def ranks(self) -> int:
-        return int(self.cluster.get("trainers", 1))
-
-    @property
-    def uses_ray(self) -> bool:
-        """Whether a Ray that runs already is used."""
-        return self.cluster.get("address") != "local" and "engines" in self.cluster
-
-    @property
-    def calls(self) -> dict[str, str]:
-        """Phase -> the function whose calls are counted in the leader."""
-        calls = {name: OF_ONE_PROCESS[name] for name in PHASES}
-        return calls | (OF_THE_FLEET if self.cluster.get("engines") else {})
-
-
-LAGGED = {"method__name": "dapo", "method__kl_coef": None, "method__tis_cap": 2.0}
-CASES = {
-    "engines": Case({"engines": 2}, ("engine", "engine", "leader"), {"method__inner_updates": 2}),
-    "ray of the run": Case({"engines": 2, "address": "local", "weights": "files"}, ("engine", "leader")),
-    "ranks": Case({"trainers": 2}, ("rank", "rank", "leader")),
-    "ranks and engines": Case({"trainers": 2, "engines": 2}, ("rank", "engine", "leader")),
-    "ahead": Case({"engines": 2, "lag": 2}, ("engine", "engine", "leader"), LAGGED),
-    "machines": Case({"engines": 2}, ("machine", "machine", "engine", "leader")),
-}
-WAYS = {
-    "engine": ("killed", "stopped"),
-    "rank": ("killed", "stopped"),
-    "leader": ("killed",),  # stopped, it would stay so for good
-    "machine": ("killed", "killed, and back", "unplugged", "unplugged for 3 s"),
-}
-FATAL = {"leader", "rank"}  # victims without which a run ends
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What happens to whom, and when. `phase`: "time", or one of the case's calls. `moment`: seconds, or the number of
-    the call, counted from 1. `which`: 0 to 1, chooses among several victims."""
-
-    victim: str
-    way: str
-    phase: str
-    moment: float
-    after: bool
-    which: float
-
-    def __str__(self) -> str:
-        when = f"after {self.moment:.1f} s" if self.phase == "time" else f"{self.phase} {self.moment:g}"
-        return f"{self.victim} {self.way} at {when}{'+' * self.after}"
 
 
 @dataclass
@@ -202,20 +135,40 @@ class Trial:
 
         def prepare(rank: int) -> Callable[[], None]:
             self.scene.home.enter()
-            if self.case.ranks > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.case.ranks)}
+            if self.case.launched > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.case.launched)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             if rank:
                 return lambda: None
-            if "engines" in self.case.cluster:
-                importlib.import_module("gruppo.engines.fleet.fleet").START_SECONDS = STARTING
+            needs.START_SECONDS = STARTING
             hooks = Hooks(self.case.calls, calls, tell, hear)
             return lambda: (self.folder / "tally.json").write_text(json.dumps(hooks.tally)) and None
 
         command = ["gruppo", "train", str(self.folder / "recipe.toml"), "--out", str(out), "--resume"]
-        ranks = [fork_command(command, log, mark, partial(prepare, rank)) for rank in range(self.case.ranks)]
+        ranks = [fork_command(command, log, mark, partial(prepare, rank)) for rank in range(self.case.launched)]
+        self.scene.home.roots |= set(ranks) if self.case.local else set()
         watch = Watch(self, out, ranks, life)
         watch.later += [(watch.began + fault.moment, fault) for fault in faults if fault.phase == "time"]
+        try:
+            self._attend(watch, told, answer, calls)
+        finally:
+            watch.end()
+            for descriptor in (told, tell, hear, answer):
+                os.close(descriptor)
+        if alive := end_survivors(mark, False, LEFT_OF_RAY if self.case.local and life.code < 0 else LEFT_SECONDS):
+            life.problems.append(f"left alive: {alive}")
+        self.scene.home.roots -= set(ranks)
+        if alive := self.scene.left(ACTORS.values(), LEFT_SECONDS):
+            life.problems.append(f"left alive: {alive}")
+        life.log = log.read_text()
+        life.events = list(read_lines(out / "events.jsonl")) if (out / "events.jsonl").is_file() else []
+        life.lines = lines_of(out)
+        if any(fault.victim == "machine" for fault in faults):
+            self.scene.restore()
+        return life
+
+    def _attend(self, watch: Watch, told: int, answer: int, calls: Sequence[Fault]) -> None:
+        """Let faults happen until the processes have ended. `calls`: those that come with a call of the leader."""
         while not watch.over():
             if select.select([told], [], [], 0.05)[0]:
                 fault = calls[os.read(told, 1)[0]]
@@ -225,19 +178,6 @@ class Trial:
                     watch.inflict(fault)
                 os.write(answer, b".")
             watch.tick()
-        for descriptor in (told, tell, hear, answer):
-            os.close(descriptor)
-        local = self.scene.address == "local" and "engines" in self.case.cluster
-        if alive := end_survivors(mark, False, LEFT_OF_RAY if local and life.code < 0 else LEFT_SECONDS):
-            life.problems.append(f"left alive: {alive}")
-        if alive := self.scene.left(ACTORS.values(), LEFT_SECONDS):
-            life.problems.append(f"left alive: {alive}")
-        life.log = log.read_text()
-        life.events = list(read_lines(out / "events.jsonl")) if (out / "events.jsonl").is_file() else []
-        life.lines = lines_of(out)
-        if any(fault.victim == "machine" for fault in faults):
-            self.scene.restore()
-        return life
 
 
 class Watch:
@@ -277,7 +217,7 @@ class Watch:
         self.deadline += (PATIENCE + MARGIN) if pids else 0
 
     def _pids(self, victim: str) -> list[int]:
-        if victim in ACTORS:
+        if victim in ACTORS and self.trial.case.launched == 1:
             return [process.pid for process in self.trial.scene.actors(ACTORS[victim])]
         ranks = self.ranks[:1] if victim == "leader" else self.ranks[1:]
         return [pid for pid in ranks if pid is not None]
@@ -297,10 +237,10 @@ class Watch:
             for pid in self._alive():
                 os.kill(pid, signal.SIGUSR1)  # writes its stacks into the log
             time.sleep(1)
-            self._end(self._alive())
+            self.end()
 
     def _is_there(self, fault: Fault) -> bool:
-        if fault.victim not in ACTORS:
+        if fault.victim not in ACTORS or self.trial.case.launched > 1:
             return True
         titles = [process.cmdline()[0] for process in self.trial.scene.actors(ACTORS[fault.victim])]
         return any(title.endswith(".hello") for title in titles) if fault.phase == "starting" else bool(titles)
@@ -316,15 +256,16 @@ class Watch:
         alive = self._alive()
         stopped = {one.pid for one in self.life.inflicted if one.fault.way == "stopped"}
         if any(self.codes) and alive and stopped.issuperset(alive):
-            self._end(alive)
+            self.end()
         self.life.code = next((code for code in self.codes if code), 0)
         return not alive
 
     def _alive(self) -> list[int]:
         return [pid for pid in self.ranks if pid is not None]
 
-    def _end(self, pids: Sequence[int]) -> None:
-        for pid in pids:
+    def end(self) -> None:
+        """Kill the processes of the command that are alive."""
+        for pid in self._alive():
             os.kill(pid, signal.SIGKILL)
 
 
@@ -340,9 +281,9 @@ def unreported(life: Life, case: Case) -> list[str]:
     lost = [event for event in life.events if event["kind"].endswith("_lost")]
     for one in life.inflicted:
         fault = one.fault
-        if (fault.victim == "leader" and case.ranks == 1) or not one.pid:
+        if (fault.victim == "leader" and case.launched == 1) or not one.pid:
             continue
-        if fault.victim in FATAL:
+        if fault.victim in case.fatal:
             said = [line for line in life.log.splitlines() if line.startswith("gruppo: rank")]
         else:
             ended = life.code != 0 or life.lines - one.lines < 2 + lag  # before anyone had to notice
@@ -373,44 +314,20 @@ def miscounted(out: Path) -> list[str]:
     return problems
 
 
-def plan(trial: Trial, seed: int, run: int) -> list[Fault]:
-    """The faults of a run: one to three, determined by the seed and the number of the run alone, but for how long the
-    undisturbed run took."""
-    name, case = trial.name, trial.case
-    kinds = [(victim, way) for victim in case.victims for way in WAYS[victim]]
-    random.Random(f"{seed} {name}").shuffle(kinds)
-    source = random.Random(f"{seed} {name} {run}")
-    first, faults = sum(1 + earlier % 3 for earlier in range(run)), list[Fault]()
-    for place in range(first, first + 1 + run % 3):
-        victim, way = kinds[place % len(kinds)]
-        known = {name for name in case.calls if trial.tally.get(name)}
-        if victim not in FATAL:
-            known -= {"loading"}  # it is not there yet
-        if any(fault.victim in FATAL for fault in faults):
-            known |= {"restoring"}
-        phase, after = source.choice(["time", *(3 * sorted(known))]), source.random() < 0.5
-        if phase == "time":
-            moment = source.uniform(0.2, 1) * trial.seconds
-        else:
-            moment = source.randint(1, max(1, trial.tally.get(phase, 1) // source.choice([1, 3, 10])))
-        faults.append(Fault(victim, way, phase, moment, after and phase != "time", source.random()))
-    return faults
-
-
 def torture(trial: Trial, seed: int, run: int) -> tuple[list[Inflicted], list[str]]:
     """One run with its faults. Returns those that happened, and what is wrong afterwards."""
-    out, pending, problems = trial.folder / "run", plan(trial, seed, run), list[str]()
+    out, pending, problems = trial.folder / "run", plan(trial.name, trial.tally, trial.seconds, seed, run), list[str]()
     inflicted: list[Inflicted] = []
     finished = False
     while not (finished or problems):
-        fatal = next((place for place, fault in enumerate(pending) if fault.victim in FATAL), len(pending))
+        fatal = next((place for place, fault in enumerate(pending) if fault.victim in trial.case.fatal), len(pending))
         life = trial.live(out, pending[: fatal + 1])
         inflicted += life.inflicted
         happened = [one.fault for one in life.inflicted]
         pending = [fault for fault in pending if fault not in happened]
         problems += life.problems + unreported(life, trial.case)
         finished = life.code == 0
-        if not finished and not any(fault.victim in FATAL for fault in happened):
+        if not finished and not any(fault.victim in trial.case.fatal for fault in happened):
             problems.append(f"exit code {life.code}")
         if problems:
             problems.append("\n" + "\n".join(life.log.splitlines()[-40:]))
@@ -466,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.wait()
         for place, name in enumerate(names):
             share = args.faults * (place + 1) // len(names) - args.faults * place // len(names)
-            with scene(name == "machines", CASES[name].uses_ray) as place_of_runs:
+            with scene(name == "machines", not CASES[name].local) as place_of_runs:
                 trial = prepare(name, root, place_of_runs)
                 print(f"{name}: undisturbed in {trial.seconds:.0f} s", flush=True)
                 done = 0
