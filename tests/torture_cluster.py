@@ -55,8 +55,6 @@ from tests.outcomes import LOSSES, OF_LOSSES, differences, outcome
 from tests.small_runs import recipe_folder
 from tests.torture_faults import CASES, Case, Fault, plan
 
-os.environ |= TOKEN
-
 PATIENCE = 12.0  # cluster.patience of all runs
 STARTING = 75.0  # in place of the five minutes that an engine may take to start
 MARGIN = 90.0  # seconds that a fault may cost besides: a start of an engine, on a busy machine
@@ -300,13 +298,16 @@ def unreported(life: Life, case: Case) -> list[str]:
 
 
 def miscounted(out: Path) -> list[str]:
-    """Whether a step has not trained on all of its prompts, or on a completion twice."""
+    """Whether a run has lost a completion, has not rewarded one, or has one twice, and whether its steps went through
+    the prompts in turn."""
     problems, prompts = [], Counter[str]()
     steps = [pq.read_table(path).to_pylist() for path in sorted((out / "rollouts").iterdir())]
     for rows in steps:
         places = Counter((row["step"], row["group"], row["completion"]) for row in rows)
         groups = {(row["step"], row["group"]): row["prompt_id"] for row in rows}
+        sizes = {size for _, size in Counter((row["step"], row["group"]) for row in rows).items()}
         prompts.update(groups.values())
+        problems += [f"rollouts: groups have {sorted(sizes)} completions"] if len(sizes) > 1 else []
         problems += [f"rollouts: {place} is there {count} times" for place, count in places.items() if count > 1]
         problems += [f"rollouts: {row['prompt_id']} has no reward" for row in rows if row["reward"] is None]
     if max(prompts.values()) > min(prompts.values()) + 1:
@@ -367,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=int, help="do only the run with this number of each case")
     parser.add_argument("--keep", type=Path, help="work in this new folder and keep everything in it")
     args = parser.parse_args(arguments)
+    os.environ |= TOKEN
     names = [name.strip() for name in args.cases.split(";")]
     if "machines" in names and (why := no_machines()):
         print(f"machines: skipped: {why}")
