@@ -31,6 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wide model, reference": {
         "prompts_per_step": 4, "group_size": 6, "max_tokens": 48, "kl_coef": 0.04, "model": WIDE,
     },
+    "adapters": {"prompts_per_step": 6, "group_size": 8, "max_tokens": 24, "rank": 16},
+    "adapters, long": {"prompts_per_step": 3, "group_size": 4, "max_tokens": 112, "rank": 16},
 }  # fmt: skip
 
 
@@ -67,6 +69,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     }
     if recipe["model"]["name"] == WIDE:
         recipe["model"]["name"] = str(folder / WIDE)
+    if "rank" in setting:
+        recipe["model"]["lora"] = {"rank": setting["rank"]}
     if "questions" in setting:
         recipe["evaluation"] = {"task": str(task), "questions": setting["questions"], "max_tokens": 32}
     result = gruppo.train(recipe, out=folder / "run")

@@ -130,6 +130,7 @@ def add_adapters(policy: LanguageModel, settings: Lora | None, seed: int) -> Lan
     if four_bit:
         quantize_layers(model, _layers(model, settings), policy.dtype)
     narrow_products(model, policy.dtype)
+    _leave_file(model, policy.dtype)
     _inject(model, settings)
     generator = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
@@ -145,6 +146,14 @@ def add_adapters(policy: LanguageModel, settings: Lora | None, seed: int) -> Lan
     ):  # in bfloat16, rounding of the sum would lose small adapters
         body = FusedBody(policy.body.decoder, policy.body.layers, policy.generation, _current_weight)
     return AdaptedModel(**{field.name: getattr(policy, field.name) for field in fields(policy)} | {"body": body})
+
+
+def _leave_file(model: PreTrainedModel, narrow: torch.dtype) -> None:
+    """Copy the tensors that `narrow_products` has left. On a CPU, they are in the memory of the file that they were
+    read from, and as long as one of them is, the whole file stays in memory."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype != narrow and tensor.device.type == "cpu" and not is_four_bit(tensor):
+            tensor.data = tensor.data.clone()
 
 
 def _current_weight(layer: Any) -> Tensor:

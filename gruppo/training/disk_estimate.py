@@ -190,7 +190,7 @@ def _tables(recipe: Recipe, work: Workload, rounds: int) -> dict[str, int]:
     """Bytes of the tables by folder, if every completion has the maximum number of tokens."""
     by_token = recipe.method.credit in {"token", "value", "step"}
     # Lists of log-probabilities, entropies, advantages, values, returns.
-    lists = 3 + work.reference + by_token + 2 * work.critic
+    lists = 3 + recipe.method.needs_reference + by_token + 2 * work.critic
     tables = {
         "rollouts": recipe.run.steps * _table(work.completions, work.max_tokens, lists),
         "evaluations": sum(each.times * _table(each.answers, each.answer_tokens, 1) for each in work.eval_sets),

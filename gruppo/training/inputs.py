@@ -88,7 +88,7 @@ def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
         max_tokens=inputs.sampling.max_tokens,
         prompts_per_step=recipe.sampling.prompts_per_step,
         group_size=max(map(len, inputs.offline.values())) if inputs.offline else recipe.sampling.group_size,
-        reference=recipe.method.needs_reference,
+        reference=recipe.method.needs_reference and recipe.model.lora is None,
         critic=recipe.method.needs_critic,
         reward_model=recipe.reward_model is not None,
         eval_sets=tuple(

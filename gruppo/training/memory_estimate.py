@@ -24,6 +24,9 @@ from gruppo.training.memory_footprint import Footprint, Layout, layout_tokens, p
 from gruppo.utils.system import free_memory
 
 FRAGMENTS = 1.05  # resident over allocated bytes of the temporaries of a step; see benchmarks/memory.py
+# The same where transformers' modules compute, as with adapters: they free many small temporaries between tensors that
+# are kept for backward.
+MODULE_FRAGMENTS = 1.4
 # The same on an accelerator, a margin and no measurement: torch's allocator rounds blocks up to 2 MiB, and keeps blocks
 # of micro-batches of other shapes, which it reuses only in part.
 DEVICE_FRAGMENTS = 1.1
@@ -52,10 +55,11 @@ class EvalWorkload:
 class Workload:
     """Upper bounds of a run's work; lengths in tokens.
 
-    `turns`: completions are sampled in several turns, so every completion has its own prompt in the engine.
-    `samples_elsewhere`: the engine has a process and memory of its own. `lag`: steps that sampling may be ahead of
-    training; if not 0, both take memory at the same time. `engines`: there are several engines elsewhere, which get
-    their weights from a copy. `shards`: of the weights, one for each of several ranks; 0 in a single process.
+    `reference`: there is a copy of the policy, which adapters do not need. `turns`: completions are sampled in several
+    turns, so every completion has its own prompt in the engine. `samples_elsewhere`: the engine has a process and
+    memory of its own. `lag`: steps that sampling may be ahead of training; if not 0, both take memory at the same time.
+    `engines`: there are several engines elsewhere, which get their weights from a copy. `shards`: of the weights, one
+    for each of several ranks; 0 in a single process.
     """
 
     prompt_tokens: int
@@ -226,7 +230,7 @@ def forecast_memory(
     logits = _logits(footprint, layout)
     # A layer's backward pass has about one temporary for each tensor that its forward pass kept.
     backward = footprint.activations(layout, False) // footprint.layers if footprint.accelerator else 0
-    resident = partial(_resident, DEVICE_FRAGMENTS if footprint.accelerator else FRAGMENTS)
+    resident = partial(_resident, _fragments(footprint))
     shards = workload.shards or 1
     gradients = footprint.gradients // shards
     if len(layouts) == 1:  # gradients are allocated while activations are freed
@@ -277,6 +281,12 @@ def _versions(footprint: Footprint, workload: Workload) -> int:
     prepared = 0 if workload.samples_elsewhere or workload.engines else footprint.prepared
     copies = workload.lag - (workload.samples_elsewhere and not workload.engines)
     return max(copies, int(workload.shards > 0)) * footprint.reference + prepared
+
+
+def _fragments(footprint: Footprint) -> float:
+    if footprint.accelerator:
+        return DEVICE_FRAGMENTS
+    return FRAGMENTS if footprint.fused else MODULE_FRAGMENTS
 
 
 def _resident(fragments: float, allocated: int) -> int:

@@ -39,7 +39,8 @@ class Footprint:
     what forward keeps for backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token
     in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of
     one number in the accumulation dtype. `accelerator`: the policy is not on a CPU. `gathered`: what a rank of several
-    has gathered of the other ranks' weights at a time: two layers, and all that is outside of layers.
+    has gathered of the other ranks' weights at a time: two layers, and all that is outside of layers. `fused`: the
+    policy is trained by gruppo's own decoder.
     """
 
     process: int
@@ -57,6 +58,7 @@ class Footprint:
     wide: int
     accelerator: bool = False
     gathered: int = 0
+    fused: bool = True
 
     def activations(self, layout: Layout, recompute: bool) -> int:
         """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
@@ -106,6 +108,7 @@ def measure_footprint(
         wide=wide,
         accelerator=accelerator,
         gathered=_gathered_bytes(policy),
+        fused=policy.body is not None and policy.body.trains,
     )
 
 

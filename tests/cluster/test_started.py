@@ -89,16 +89,22 @@ def test_a_rank_that_is_lost_changes_nothing(
     assert list(followers()) == []
 
 
-def test_a_run_with_engines_that_loses_a_rank_changes_nothing(
-    running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "changes", [{"cluster__engines": 2}, {"cluster__lag": 1, "method__tis_cap": 2.0}], ids=["engines", "ahead"]
+)
+def test_a_rank_that_is_lost_beside_engines_or_ahead_changes_nothing(
+    running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    run(tiny_folder, tmp_path / "whole", cluster__engines=2)
+    run(tiny_folder, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         at_call(patch, UPDATE, 4, to_follower(signal.SIGKILL))
-        run(tiny_folder, tmp_path / "run", cluster__engines=2)
-    assert fingerprint(tmp_path / "run")["weights"] == fingerprint(tmp_path / "whole")["weights"]
+        run(tiny_folder, tmp_path / "run", **changes)
+    found, expected = (fingerprint(tmp_path / name) for name in ("run", "whole"))
+    for what in ("weights", "checkpoint", "rollouts"):
+        assert found[what] == expected[what], what
     assert len(events(tmp_path / "run", "rank_lost")) == 1
-    assert [line["engine/1/version"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    if "cluster__engines" in changes:
+        assert [line["engine/1/version"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_whose_ranks_fail_again_and_again_stops(

@@ -4,6 +4,7 @@ computed, and saved in the formats that transformers and peft load."""
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 import subprocess
@@ -307,6 +308,28 @@ def test_reference_pass_between_forward_and_backward_keeps_the_gradient() -> Non
         )
     assert gradients[0].keys() == gradients[1].keys() == trained_weights(policy.model).keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_file_of_the_weights_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """The layers are narrowed, so only the embedding and norms would keep a file of 4 bytes per weight in memory."""
+
+    def is_mapped() -> bool:
+        return str(tmp_path / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    save_model(make_policy(), tmp_path)
+    policy = load_model(find_model(str(tmp_path)), "cpu", "bfloat16")
+    before = dict(policy.model.named_parameters())
+    values = {name: tensor.clone() for name, tensor in before.items() if "norm" in name or "embed" in name}
+    assert values
+    assert is_mapped()
+    with_adapters = add_adapters(policy, LORA, 0)
+    del policy, before
+    gc.collect()
+    assert not is_mapped()
+    for name, tensor in with_adapters.model.named_parameters():
+        if name in values:
+            assert torch.equal(tensor, values[name])
 
 
 def test_optimizer_updates_only_the_adapters() -> None:

@@ -15,6 +15,7 @@ from gruppo.models.policy import LanguageModel
 from gruppo.training.memory_estimate import (
     DEVICE_FRAGMENTS,
     FRAGMENTS,
+    MODULE_FRAGMENTS,
     PHASES,
     EvalWorkload,
     Workload,
@@ -278,6 +279,8 @@ def test_memory_of_an_accelerator_counted_by_hand(footprint: Footprint) -> None:
     on_cpu = forecast_memory(replace(device, accelerator=False), work, 10**6, 1)
     assert on_cpu.backward == 0
     assert on_cpu.activations == int(FRAGMENTS * kept)
+    by_modules = forecast_memory(replace(device, accelerator=False, fused=False), work, 10**6, 1)
+    assert by_modules.activations == int(MODULE_FRAGMENTS * kept)
     assert memory.training - on_cpu.training > 0
 
 
