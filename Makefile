@@ -7,7 +7,7 @@
 #   make test-cluster                          the tests of several ranks and engines, with Ray in an environment of its own
 #   make test-wheel                            build a wheel, and use it where only what it declares is installed
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
-#   make torture-cluster                       kill and stop engines, ranks and machines of runs, 42 times; half an hour
+#   make torture-cluster                       kill and stop engines, ranks and machines of runs, 48 times; half an hour
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
 #   make accelerator                           check and measure on a GPU, in under ten minutes (ACCELERATOR="--device cpu --small")

@@ -12,7 +12,7 @@ but for
 Besides, every step must have trained on all of its prompts and on no completion twice, every death must be reported in
 one line with its cause, a run must go on or end within `cluster.patience` and a margin, and no process may be left.
 
-    python -m tests.torture_cluster [--faults 40] [--cases "engines; ranks"] [--seed 0] [--run 3]
+    python -m tests.torture_cluster [--faults 48] [--cases "engines; ranks"] [--seed 0] [--run 3]
 
 A fault comes at a random time, or just before or after a random call of one phase in the process that leads the run; it
 waits meanwhile. Processes of a run are forked as in tests/torture.py; those of Ray are started by Ray. Two
@@ -362,7 +362,7 @@ def prepare(name: str, root: Path, scene: Scene) -> Trial:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 if all faults happened and all runs passed."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--faults", type=int, default=42, help="least number of faults, over all cases")
+    parser.add_argument("--faults", type=int, default=48, help="least number of faults, over all cases")
     parser.add_argument("--cases", default="; ".join(CASES), help="cases to test, separated by semicolons")
     parser.add_argument("--seed", type=int, default=0, help="determines the faults")
     parser.add_argument("--run", type=int, help="do only the run with this number of each case")
