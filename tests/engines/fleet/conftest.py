@@ -22,6 +22,7 @@ if not installed("ray"):
         "test_contract.py",
         "test_faults.py",
         "test_machines.py",
+        "test_torture.py",
         "test_training.py",
         "test_weights.py",
     ]
