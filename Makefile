@@ -7,6 +7,7 @@
 #   make test-cluster                          the tests of several ranks, engines and reward hosts, with Ray in an environment of its own
 #   make test-wheel                            build a wheel, and use it where only what it declares is installed
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
+#   make torture-cluster                       kill and stop engines, ranks and machines of runs, 48 times; half an hour
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
 #   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
 #   make accelerator                           check and measure on a GPU, in under ten minutes (ACCELERATOR="--device cpu --small")
@@ -37,7 +38,7 @@ PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
 CODE := gruppo tests benchmarks scripts examples
 
-.PHONY: quickstart ui test test-cluster check unit bubblewrap torture fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf test-vllm lock licences clean
+.PHONY: quickstart ui test test-cluster check unit bubblewrap torture torture-cluster fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf test-vllm lock licences clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/gruppo train quickstart --out $(OUT) --resume
@@ -85,6 +86,10 @@ test-cluster: .venv-cluster/.ready
 
 torture: $(VENV)/.ready-dev
 	$(BIN)/python -m tests.torture $(TORTURE)
+
+# Root for the cases with two machines, which are network namespaces.
+torture-cluster: .venv-cluster/.ready
+	.venv-cluster/bin/python -m tests.torture_cluster $(TORTURE)
 
 fuzz: $(VENV)/.ready-dev
 	GRUPPO_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 tests/fuzz

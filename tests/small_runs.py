@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 
 from gruppo.config.loading import without_unused_fields
 from gruppo.runs.results import Result
@@ -20,6 +21,7 @@ ROWS = [{"prompt": f"{first}{second}", "answer": first} for first in "abcdef" fo
 
 
 def recipe(model: str, **changes: Any) -> dict[str, Any]:
+    """Changes to None remove a field."""
     data: dict[str, Any] = {
         "run": {"name": "tiny", "steps": 6, "checkpoint_every": 2},
         "model": {"name": model, "device": "cpu", "dtype": "float32"},
@@ -31,7 +33,23 @@ def recipe(model: str, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         section, _, field = key.partition("__")
         data.setdefault(section, {})[field] = value
+    data = {name: {key: value for key, value in table.items() if value is not None} for name, table in data.items()}
     return without_unused_fields(data)
+
+
+def recipe_folder(folder: Path, model: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any) -> Path:
+    """A new folder with a recipe, its rows and the questions of its evaluations; returns the recipe's file."""
+    folder.mkdir()
+    for file, content in {"rows": rows, "questions": [{"prompt": letter, "answer": "a"} for letter in "abc"]}.items():
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    evaluation = {"evaluation__grader": "exact_match", "evaluation__every": 2, "evaluation__samples": 2,
+                  "evaluation__decoding": {"temperature": 1.0}}  # fmt: skip
+    data = recipe(str(model), **{**evaluation, **changes})
+    data["run"]["memory"] = "2 GB"
+    data["task"] = {"name": str(folder / "rows.jsonl")}
+    data["evaluation"]["task"] = str(folder / "questions.jsonl")
+    (folder / "recipe.toml").write_text(tomli_w.dumps(data))
+    return folder / "recipe.toml"
 
 
 def small_run(model: str, out: Path, resume: bool = False, **changes: Any) -> Result:

@@ -31,27 +31,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import psutil
-import tomli_w
-
-import gruppo.cli.main
-import gruppo.training.loop
-import gruppo.training.setup
-from gruppo.rollout.sampled_step import FILE as AHEAD
-from gruppo.rollout.sampled_step import SAMPLED
-from gruppo.runs.reading import read_lines, read_table
 from tests.conftest import make_policy
-from tests.small_runs import ROWS, recipe
+from tests.forked import MARK, around, end_survivors, fork_command
+from tests.outcomes import differences, outcome
+from tests.small_runs import ROWS, recipe_folder
 
 LETTERS = "tests/rewards/functions.py:likes_letters"
 FIRST_LETTER = "tests/rewards/functions.py:begins_with_a_letter"
@@ -110,7 +102,6 @@ CALLS = {
     "writing a line": "gruppo.runs.folder.RunFolder._append",
 }
 FILES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
-MARK = "GRUPPO_TORTURE"  # environment variable of a run, inherited by every process that it starts
 PATIENCE = 10.0  # seconds that reward processes have to notice that the run is dead
 MAX_KILLS = 5  # per run
 
@@ -166,7 +157,7 @@ class Hooks:
         self.start = time.time_ns()
         self.synced: dict[int, tuple[int, int]] = {}  # inode -> (time, size) of its last sync
         for name, target in CALLS.items():
-            self._count(name, target)
+            around(target, partial(self._call, name, False), partial(self._call, name, True))
 
         def synced(descriptor: int) -> None:
             """In place of os.fsync, whose work a kill cannot show; `_cut` does what it prevents."""
@@ -184,19 +175,9 @@ class Hooks:
         kill = self.kill
         return kill is not None and (name, self.tally[name], after) == (kill.how, kill.moment, kill.after)
 
-    def _count(self, name: str, target: str) -> None:
-        place, _, attribute = target.rpartition(".")
-        original = resolve_name(target)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            if self._due(name):
-                die()
-            result = original(*args, **kwargs)
-            if self._due(name, after=True):
-                die()
-            return result
-
-        setattr(resolve_name(place), attribute, counted)
+    def _call(self, name: str, after: bool) -> None:
+        if self._due(name, after):
+            die()
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Count operations on files of the run; rmtree names files relative to a folder descriptor."""
@@ -239,34 +220,17 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_child(case: Case, out: Path, kill: Kill | None, seed: int, mark: str) -> NoReturn:
-    """In a forked process: run the command line's main and write the counts to tally.json."""
-    code = 1
-    try:
-        os.setsid()
-        log = os.open(case.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ[MARK] = mark
-        hooks = Hooks(out, kill, seed)
-        sys.argv = case.command(out)
-        try:
-            gruppo.cli.main.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        sys.stdout.flush()
-        (case.folder / "tally.json").write_text(json.dumps(hooks.tally))
-    except BaseException:  # noqa: BLE001  this process must never return into the parent's code
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
 def run_forked(case: Case, out: Path, kill: Kill | None, seed: int, mark: str) -> int:
-    """Run the command in a forked process; returns its exit code, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        run_child(case, out, kill, seed, mark)
+    """Run the command in a forked process; returns its exit code, or minus the signal that ended it. The process writes
+    its counts to tally.json."""
+    log = case.folder / "log.txt"
+    log.unlink(missing_ok=True)
+
+    def hooked() -> Callable[[], None]:
+        hooks = Hooks(out, kill, seed)
+        return lambda: (case.folder / "tally.json").write_text(json.dumps(hooks.tally)) and None
+
+    child = fork_command(case.command(out), log, mark, hooked)
     if kill and kill.how == "time":
         time.sleep(kill.moment)
         os.kill(child, signal.SIGKILL)  # not waited for yet, so the process id cannot have been reused
@@ -285,94 +249,11 @@ def run_real(case: Case, out: Path, kill: Kill | None, mark: str) -> int:
             return process.wait()
 
 
-def survivors(mark: str) -> list[psutil.Process]:
-    """Live processes that a run has started."""
-    alive = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(process)
-    return alive
-
-
-def end_survivors(mark: str, everything: bool) -> list[str]:
-    """Kill the processes of a dead run (`everything`) or wait for them; returns the commands of those still alive."""
-    if everything:
-        for process in survivors(mark):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-    _, alive = psutil.wait_procs(survivors(mark), PATIENCE)
-    commands = [" ".join(process.cmdline()) for process in alive]
-    for process in alive:
-        process.kill()
-    return commands
-
-
-def outcome(out: Path) -> dict[str, Any]:
-    """Everything that must be equal in two equal runs, by name.
-
-    Files are compared byte by byte. Times, memory, positions in files that contain times, and resume events are left
-    out.
-    """
-    contents: dict[str, Any] = {}
-    for path in sorted(path for path in out.rglob("*") if path.is_file() or path.name.startswith(".")):
-        name = str(path.relative_to(out))
-        if path.name == AHEAD:
-            contents[name] = sampled_steps(path)
-        elif path.suffix in {".safetensors", ".parquet"} or ".writing" in name or path.name.startswith("."):
-            contents[name] = path.read_bytes() if path.is_file() else ""
-        elif path.name == "state.json":
-            contents[name] = without(json.loads(path.read_text()), {"train_seconds", "peak_memory_bytes", "lengths"})
-        elif path.name == "manifest.json":
-            contents[name] = without(json.loads(path.read_text()), {"state.json", AHEAD})
-    contents["summary.json"] = without(
-        json.loads((out / "summary.json").read_text()), {"train_seconds", "peak_memory_bytes"}
-    )
-    for number, line in enumerate(read_lines(out / "metrics.jsonl")):
-        contents[f"metrics.jsonl, line {number + 1}"] = {
-            name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))
-        }
-    events = [event for event in read_lines(out / "events.jsonl") if event["kind"] not in {"resume", "changed"}]
-    contents["events.jsonl"] = [without(event, {"time"}) for event in events]
-    return contents
-
-
-def sampled_steps(path: Path) -> list[dict[str, Any]]:
-    """The steps that a checkpoint keeps, without the seconds that their sampling took."""
-    rows = read_table(path, SAMPLED).to_pylist()
-    for row in rows:
-        row["report"] = row["report"] and without(json.loads(row["report"]), {"seconds"})
-    return rows
-
-
-def without(content: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name not in names}
-
-
-def differences(got: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What differs between two outcomes, one message per name."""
-    return [
-        f"{name} {'is missing' if name not in got else 'is unexpected' if name not in expected else 'differs'}"
-        for name in sorted({*got, *expected})
-        if (name in got) != (name in expected) or got[name] != expected[name]
-    ]
-
-
 def prepare(name: str, root: Path, real: bool) -> Case:
     """Write a case's recipe and do its undisturbed run."""
     folder = root / name.replace(", ", "-")
-    folder.mkdir()
     rows = [{**row, "completion": row["prompt"] + "z"} for row in ROWS] if name == "sft" else ROWS
-    for file, content in {"rows": rows, "questions": [{"prompt": letter, "answer": "a"} for letter in "abc"]}.items():
-        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    changes = {"evaluation__grader": "exact_match", "evaluation__every": 2, "evaluation__samples": 2,
-               "evaluation__decoding": {"temperature": 1.0}, **CASES[name]}  # fmt: skip
-    data = recipe(str(root / "model"), **changes)
-    data = {name: {key: value for key, value in table.items() if value is not None} for name, table in data.items()}
-    data["run"]["memory"] = "2 GB"
-    data["task"] = {"name": str(folder / "rows.jsonl")}
-    data["evaluation"]["task"] = str(folder / "questions.jsonl")
-    (folder / "recipe.toml").write_text(tomli_w.dumps(data))
+    recipe_folder(folder, root / "model", rows, **CASES[name])
     case = Case(name, folder)
     start = time.monotonic()
     codes = {"forked": run_forked(case, folder / "whole", None, 0, "whole")}
@@ -437,7 +318,7 @@ def torture(case: Case, kills: int, source: random.Random, real: bool, report: R
                 code = run_real(case, out, kill, mark)
             else:
                 code = run_forked(case, out, kill, seed, mark)
-            if alive := end_survivors(mark, bool(kill and kill.everything)):
+            if alive := end_survivors(mark, bool(kill and kill.everything), PATIENCE):
                 problems.append(f"left alive: {alive}")
             if code == -signal.SIGKILL and kill:
                 inflicted.append(kill)

@@ -81,7 +81,6 @@ class TrainingRun:
         trainers = make_trainers(self.recipe, parts.models, parts.sizes, guard, self.recorder, parts.ranks)
         self.policy, self.value_model = trainers.policy, trainers.value_model
         self.checkpointer = Checkpointer(self.context, parts, trainers.files, self.status, enabled=saves)
-        _record_restarts(parts, self.recorder, self.state)
         _record_reductions(parts, self.recorder, self.state)
         self.audit = _reward_audit(parts)
         lag = self.recipe.lag if source is None else 0
@@ -193,6 +192,7 @@ class TrainingRun:
             damages += self.folder.table_problems("evaluations", map(int, self.state.evaluations))
             damages += _missing(self, tuple(damages))
             lines = self.folder.metrics()
+        _record_restarts(self.parts, self.recorder, self.state)
         saved = 0 if restored.checkpoint is None else self.state.step
         self.status.update(now=True, step=self.state.step, checkpoint=saved, truncated_to=self.folder.lengths())
         self.rollouts.begin(self.state.step, _sampled(self, restored.checkpoint))
@@ -356,7 +356,7 @@ def _reward_audit(parts: RunComponents) -> RewardAudit | None:
 
 
 def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> None:
-    """From now on, record why a worker process or an engine is started again."""
+    """From now on, record why a worker process or an engine is started again. An engine may have been already."""
 
     def restarted(message: str) -> None:
         happened("worker_restarted", message)
@@ -368,6 +368,8 @@ def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> 
 
     if parts.fleet is not None:
         parts.fleet.notify = happened
+        while parts.fleet.untold:
+            happened(*parts.fleet.untold.pop(0))
     if parts.hosts is not None:
         parts.hosts.notify = happened
     for pool in (parts.pool, parts.audit, parts.episodes):

@@ -115,7 +115,7 @@ def test_benchmarks_and_scripts_import_names_that_exist(path: Path) -> None:
     """They run rarely, so a renamed function would go unnoticed."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gruppo":
-            if node.module and node.module.startswith("gruppo.engines.fleet"):
+            if node.module and node.module.startswith(("gruppo.actors", "gruppo.engines.fleet")):
                 pytest.importorskip("ray")
             module = importlib.import_module(str(node.module))
             for alias in node.names:

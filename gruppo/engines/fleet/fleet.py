@@ -84,7 +84,8 @@ class Fleet(Engine):
         """
         self.policy, self.way, self.dtypes, self.patience, self.has_room = policy, way, dtypes, patience, has_room
         self.slots, self.version = orders[0].slots, -1
-        self.notify: Notify = lambda kind, message: None
+        self.untold: list[tuple[str, str]] = []  # what happened before anyone was to be notified
+        self.notify: Notify = lambda kind, message: self.untold.append((kind, message))
         self._probe = probe_request(policy), probe_params(policy)
         self._published: Published | None = None
         self._loads, self._load_seconds = 0, 0.0
@@ -94,10 +95,13 @@ class Fleet(Engine):
         self.members = [Member(number, order, gpus) for number, order in enumerate(orders)]
 
     def start(self) -> None:
-        """Start all engines, and wait for them. Raises RunError or UsageError if one does not start."""
+        """Start all engines, and wait for each until it is there or is lost. Raises RunError or UsageError if none
+        starts, or one cannot."""
         for member in self.members:
             member.start()
-        self._wait_for(lambda: all(member.ready for member in self.members))
+        self._wait_for(
+            lambda: any(one.ready for one in self.members) and all(one.ready or one.starts > 1 for one in self.members)
+        )
 
     # Weights.
 

@@ -18,7 +18,14 @@ from gruppo.types import Completion
 from gruppo.utils.imports import installed
 
 if not installed("ray"):
-    collect_ignore_glob = ["test_contract.py", "test_faults.py", "test_training.py", "test_weights.py"]
+    collect_ignore_glob = [
+        "test_contract.py",
+        "test_faults.py",
+        "test_machines.py",
+        "test_torture.py",
+        "test_training.py",
+        "test_weights.py",
+    ]
 
 if TYPE_CHECKING:
     from gruppo.engines.fleet.fleet import Fleet

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
+from ray.exceptions import ActorUnavailableError
 
+from gruppo.actors.process import cause_of_end
 from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.fleet import fleet as fleet_module
 from gruppo.engines.fleet.member import Member
@@ -117,6 +119,15 @@ def test_an_engine_that_is_lost_changes_nothing(
     assert [kind for kind, _ in events] == ["engine_lost", "engine_back"], rest
     assert engines.generate(REQUESTS, PARAMS) == expected
     assert not psutil.pid_exists(lost.pid)
+
+
+def test_an_engine_that_ray_cannot_reach_has_a_cause_in_plain_words() -> None:
+    """Ray says so before it has noticed that a machine is gone."""
+    said = (
+        "The actor is temporarily unavailable: RpcError: RPC error: failed to connect to all addresses; last error: …"
+    )
+    cause = cause_of_end(ActorUnavailableError(said, b"0" * 16), None, None)
+    assert cause == "it cannot be reached: its process was killed or crashed, or its machine is gone"
 
 
 def test_an_engine_that_hangs_is_named(

@@ -13,6 +13,7 @@ from typing import IO, Any
 import psutil
 import pytest
 
+from gruppo.engines.fleet import fleet as fleet_module
 from gruppo.engines.fleet.member import Member
 from gruppo.errors import RunError
 from gruppo.training.api import train
@@ -94,6 +95,28 @@ def test_a_run_that_loses_engines_equals_one_that_loses_none(
     found = events(tmp_path / "run", "engine_lost", "engine_back")
     assert [event["kind"] for event in found].count("engine_lost") == 2
     assert all("engine " in event["message"] and event["step"] >= 1 for event in found)
+
+
+def test_an_engine_that_finds_no_place_at_the_start_is_reported_and_not_waited_for(
+    running_ray: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a run that is resumed, which forgets the events after its checkpoint."""
+    small_run(tiny_folder, tmp_path / "whole", cluster__engines=2)
+    with killed(monkeypatch, "gruppo.engines.fleet.fleet.Fleet.load_weights", 4):
+        small_run(tiny_folder, tmp_path / "run", cluster__engines=2)
+    start = Member.start
+
+    def first_without_a_place(member: Member) -> None:
+        member.gpus = int(member.number == 1 and member.starts == 0)
+        start(member)
+
+    monkeypatch.setattr(Member, "start", first_without_a_place)
+    monkeypatch.setattr(fleet_module, "START_SECONDS", 30.0)
+    small_run(tiny_folder, tmp_path / "run", resume=True, cluster__engines=2, cluster__patience=30.0)
+    assert of_the_run(tmp_path / "run") == of_the_run(tmp_path / "whole")
+    lost, *_ = events(tmp_path / "run", "engine_lost", "engine_back")
+    assert lost["message"].startswith("engine 1: silent for 30 s while starting (cluster.patience), so it was killed; ")
+    assert lost["step"] == 3
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(
