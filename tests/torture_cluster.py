@@ -61,10 +61,11 @@ MARGIN = 90.0  # seconds that a fault may cost besides: a start of an engine, on
 LEFT_SECONDS = 20.0  # that processes have to notice that the run is over
 LEFT_OF_RAY = 150.0  # that the small agents of a Ray have whose run was killed
 ACTORS = {"engine": "EngineActor", "rank": "RankActor", "reward host": "HostActor"}  # victim -> class of its actor
+UNREACHABLE = "it cannot be reached"  # Ray says so at first of a process, or a machine, that is gone or hangs
 CAUSES = {
-    "killed": r"killed or crashed|machine is gone|has ended, or is silent since",
-    "stopped": r"silent for \d+ s|is silent since",
-    "unplugged": r"silent for \d+ s|machine is gone|killed or crashed",
+    "killed": rf"killed or crashed|machine is gone|has ended, or is silent since|{UNREACHABLE}",
+    "stopped": rf"silent for \d+ s|is silent since|{UNREACHABLE}",
+    "unplugged": rf"silent for \d+ s|machine is gone|killed or crashed|{UNREACHABLE}",
 }
 
 
@@ -286,9 +287,8 @@ def unreported(life: Life, case: Case) -> list[str]:
         else:
             ended = life.code != 0 or life.lines - one.lines < 2 + lag  # before anyone had to notice
             said = [event["message"] for event in lost if f"process {one.pid} " in event["message"]]
-            said += [
-                event["message"] for event in lost if fault.phase == "starting" and "(process" not in event["message"]
-            ]
+            if not said:  # it had not said yet which process it is
+                said = [event["message"] for event in lost if "(process" not in event["message"]][:1]
             if ended and not said:
                 continue
         cause = CAUSES[fault.way.split(",")[0].split(" ")[0]]
