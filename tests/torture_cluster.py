@@ -197,12 +197,12 @@ class Watch:
         lines = lines_of(self.out)
         if fault.victim == "machine":
             pids = [one.pid for name in ACTORS.values() for one in scene.machines[1].actors(name)] or [0]
-            if fault.way.startswith("killed"):
+            if fault.way == "killed, and back":
+                scene.restore()
+            elif fault.way == "killed":
                 scene.machines[1].kill()
             else:
                 scene.machines[1].connect(False)
-            if fault.way == "killed, and back":
-                scene.join()
             if fault.way == "unplugged for 3 s":
                 self.links.append(time.monotonic() + 3)
                 pids = [0]
