@@ -61,10 +61,11 @@ MARGIN = 90.0  # seconds that a fault may cost besides: a start of an engine, on
 LEFT_SECONDS = 20.0  # that processes have to notice that the run is over
 LEFT_OF_RAY = 150.0  # that the small agents of a Ray have whose run was killed
 ACTORS = {"engine": "EngineActor", "rank": "RankActor", "reward host": "HostActor"}  # victim -> class of its actor
+UNREACHABLE = "it cannot be reached"  # Ray says so at first of a process, or a machine, that is gone or hangs
 CAUSES = {
-    "killed": r"killed or crashed|machine is gone|has ended, or is silent since",
-    "stopped": r"silent for \d+ s|is silent since",
-    "unplugged": r"silent for \d+ s|machine is gone|killed or crashed",
+    "killed": rf"killed or crashed|machine is gone|has ended, or is silent since|{UNREACHABLE}",
+    "stopped": rf"silent for \d+ s|is silent since|{UNREACHABLE}",
+    "unplugged": rf"silent for \d+ s|machine is gone|killed or crashed|{UNREACHABLE}",
 }
 
 
@@ -196,12 +197,12 @@ class Watch:
         lines = lines_of(self.out)
         if fault.victim == "machine":
             pids = [one.pid for name in ACTORS.values() for one in scene.machines[1].actors(name)] or [0]
-            if fault.way.startswith("killed"):
+            if fault.way == "killed, and back":
+                scene.restore()
+            elif fault.way == "killed":
                 scene.machines[1].kill()
             else:
                 scene.machines[1].connect(False)
-            if fault.way == "killed, and back":
-                scene.join()
             if fault.way == "unplugged for 3 s":
                 self.links.append(time.monotonic() + 3)
                 pids = [0]
@@ -286,12 +287,12 @@ def unreported(life: Life, case: Case) -> list[str]:
         else:
             ended = life.code != 0 or life.lines - one.lines < 2 + lag  # before anyone had to notice
             said = [event["message"] for event in lost if f"process {one.pid} " in event["message"]]
-            said += [
-                event["message"] for event in lost if fault.phase == "starting" and "(process" not in event["message"]
-            ]
+            if not said:  # it had not said yet which process it is
+                said = [event["message"] for event in lost if "(process" not in event["message"]][:1]
             if ended and not said:
                 continue
-        cause = CAUSES[fault.way.split(",")[0].split(" ")[0]]
+        ways = [other.fault.way for other in life.inflicted if other.pid == one.pid]  # either may be noticed
+        cause = "|".join(CAUSES[way.split(",")[0].split(" ")[0]] for way in ways)
         if len(said) != 1 or "\n" in said[0] or not re.search(cause, said[0]):
             problems.append(f"{fault} (process {one.pid}) is not reported in one line with its cause: {said}")
     return problems

@@ -96,7 +96,7 @@ def _of_ray(message: str) -> str:
         return message.strip().splitlines()[-1]
     for sign, words in (
         ("connection error code", "its process was killed or crashed (Ray does not know the signal)"),
-        ("failed to connect", "it cannot be reached: its process was killed or crashed, or its machine is gone"),
+        ("unavailable", "it cannot be reached: its process or its machine is gone, or hangs"),
         ("node", "its machine is gone"),
         ("memory", "Ray has killed it, because its machine ran out of memory"),
     ):

@@ -121,13 +121,14 @@ def test_an_engine_that_is_lost_changes_nothing(
     assert not psutil.pid_exists(lost.pid)
 
 
-def test_an_engine_that_ray_cannot_reach_has_a_cause_in_plain_words() -> None:
+@pytest.mark.parametrize(
+    "why", ["failed to connect to all addresses; last error: …", "recvmsg:Connection reset by peer"]
+)
+def test_an_engine_that_ray_cannot_reach_has_a_cause_in_plain_words(why: str) -> None:
     """Ray says so before it has noticed that a machine is gone."""
-    said = (
-        "The actor is temporarily unavailable: RpcError: RPC error: failed to connect to all addresses; last error: …"
-    )
+    said = f"The actor is temporarily unavailable: RpcError: RPC error: {why} rpc_code: 14"
     cause = cause_of_end(ActorUnavailableError(said, b"0" * 16), None, None)
-    assert cause == "it cannot be reached: its process was killed or crashed, or its machine is gone"
+    assert cause == "it cannot be reached: its process or its machine is gone, or hangs"
 
 
 def test_an_engine_that_hangs_is_named(
