@@ -21,7 +21,7 @@ from gruppo.cluster.pulse import BEAT_SECONDS, EndOf, Pulse
 from gruppo.cluster.ranks import FOREVER, ProcessRanks
 from gruppo.config.recipe import Recipe
 from gruppo.errors import RunError, error_line, first_line
-from gruppo.training.losses import RankLostError
+from gruppo.training.lost_ranks import RankLostError
 
 INTERFACE = "GLOO_SOCKET_IFNAME"  # the environment variable that gloo reads
 

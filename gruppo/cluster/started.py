@@ -26,7 +26,7 @@ from gruppo.cluster.rank_actor import HERE, RankActor
 from gruppo.config.recipe import Recipe
 from gruppo.errors import RunError
 from gruppo.models.ranks import ALONE, Ranks
-from gruppo.training.losses import RankLostError
+from gruppo.training.lost_ranks import RankLostError
 from gruppo.utils.cgroups import Memory
 from gruppo.utils.progress import Progress
 from gruppo.utils.waiting import waiting_for

@@ -47,7 +47,7 @@ def joined_launched(recipe: Recipe) -> Iterator[ProcessRanks]:
     from torch.distributed.rendezvous import rendezvous
 
     from gruppo.cluster.joining import Rendezvous, joined
-    from gruppo.training.losses import RankLostError
+    from gruppo.training.lost_ranks import RankLostError
 
     assert recipe.cluster is not None
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=recipe.cluster.patience)))

@@ -19,7 +19,7 @@ from gruppo.runs.results import Result
 from gruppo.runs.trust import remember
 from gruppo.training.callbacks import Callbacks
 from gruppo.training.loop import run_training
-from gruppo.training.losses import Losses, RankLostError
+from gruppo.training.lost_ranks import LostRanks, RankLostError
 from gruppo.training.run import TrainingRun
 from gruppo.training.setup import Local, prepare
 from gruppo.utils.signals import Stop
@@ -70,7 +70,7 @@ class Attempt:
     model: tuple[PreTrainedModel, PreTrainedTokenizerBase | None] | None
     local: Local | None
 
-    def execute(self, team: Team, resume: bool, losses: Losses) -> Result:
+    def execute(self, team: Team, resume: bool, lost: LostRanks) -> Result:
         """Run until the end. Raises RankLostError if a rank is lost before that."""
         with ExitStack() as stack:
             with self.stop.interruptible():
@@ -87,7 +87,7 @@ class Attempt:
                     local=self.local,
                     ranks=ranks,
                 )
-            parts.losses = losses
+            parts.lost_ranks = lost
             remember(self.folder)  # also a resumed folder: this user chose its recipe
             run = TrainingRun(parts, self.progress, self.stop, self.callbacks.fresh())
             with self.watcher.telling(run.record_wait):
@@ -98,12 +98,12 @@ class Attempt:
 def run_attempts(attempt: Attempt, team: Team, resume: bool) -> Result:
     """Run until the end. When a rank is lost, all ranks end and start again, and the run continues from its last
     checkpoint as `--resume` does. Raises RunError if ranks are lost again and again."""
-    losses = Losses(team.size)
+    lost = LostRanks(team.size)
     while True:
         try:
-            return attempt.execute(team, resume or bool(losses.messages), losses)
+            return attempt.execute(team, resume or bool(lost.messages), lost)
         except RankLostError as error:
-            losses.add(error, attempt.folder)
+            lost.add(error, attempt.folder)
             attempt.progress.note(f"Note: {error.cause}; the ranks start again")
         gc.collect()  # the models of the attempt that has ended
         release_memory()

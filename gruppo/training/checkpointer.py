@@ -157,7 +157,7 @@ class Checkpointer:
             self.drop_old()  # checkpoints that a kill left behind
         if resumed:
             recorder.event("resume", f"continued after step {step}", step)
-        self.parts.losses.record(recorder, context.folder.path, step, self.parts.ranks.size)
+        self.parts.lost_ranks.record(recorder, context.folder.path, step, self.parts.ranks.size)
 
     def drop_old(self) -> None:
         """Delete checkpoints that are no longer needed."""

@@ -356,7 +356,8 @@ def _reward_audit(parts: RunComponents) -> RewardAudit | None:
 
 
 def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> None:
-    """From now on, record why a worker process or an engine is started again. An engine may have been already."""
+    """From now on, record why a worker process, an engine or a reward host is started again. Some may have been
+    already."""
 
     def restarted(message: str) -> None:
         happened("worker_restarted", message)
@@ -366,12 +367,11 @@ def _record_restarts(parts: RunComponents, recorder: Recorder, state: State) -> 
         recorder.event(kind, message, step)
         recorder.note(f"Step {step}: {message}")
 
-    if parts.fleet is not None:
-        parts.fleet.notify = happened
-        while parts.fleet.untold:
-            happened(*parts.fleet.untold.pop(0))
-    if parts.hosts is not None:
-        parts.hosts.notify = happened
+    for actors in (parts.fleet, parts.hosts):
+        if actors is not None:
+            actors.notify = happened
+            while actors.untold:
+                happened(*actors.untold.pop(0))
     for pool in (parts.pool, parts.audit, parts.episodes):
         if pool is not None:
             pool.notify_of_restarts(restarted)

@@ -49,7 +49,7 @@ from gruppo.training.disk_estimate import still_needed
 from gruppo.training.identity import require_same, require_same_reward_model, require_whole
 from gruppo.training.inputs import RunInputs, tokenize_data, with_steps, workload
 from gruppo.training.lean_optimizers import check_state
-from gruppo.training.losses import Losses
+from gruppo.training.lost_ranks import LostRanks
 from gruppo.training.models import TrainedModels, chosen_policy, distribute, load_critic, load_scorer
 from gruppo.training.policy_loss import find_surrogate
 from gruppo.training.sizing import Free, disk_of
@@ -85,7 +85,7 @@ class RunComponents:
     `changes`: what has changed since the run was started or last resumed. `filtered`: how many rows of each task were
     left out as too long. `episodes`: the sampler of a recipe with an environment. `ranks`: those that train. `copies`:
     of the policy, for weights that the engine loads later; see `gruppo.rollout.ahead`. `fleet`: what `engine` and
-    `sampler` are, if the recipe has several engines. `losses`: of ranks, which the run continues after. `hosts`: where
+    `sampler` are, if the recipe has several engines. `lost_ranks`: those that the run continues after. `hosts`: where
     rewards and environments run, None for this machine.
     """
 
@@ -107,7 +107,7 @@ class RunComponents:
     ranks: Ranks = ALONE
     copies: Sequence[LanguageModel] = ()
     fleet: Fleet | None = None
-    losses: Losses = field(default_factory=Losses)
+    lost_ranks: LostRanks = field(default_factory=LostRanks)
     hosts: Hosts | None = None
 
     @property
@@ -260,9 +260,7 @@ def _open_hosts(recipe: Recipe, device: torch.device, progress: Progress, stack:
     from gruppo.rollout.hosts.opening import open_hosts
 
     with progress.bar("Starting reward hosts", None, ""):
-        hosts = open_hosts(recipe, device.type == "cuda", stack)
-    hosts.notify = lambda kind, message: progress.note(message)
-    return hosts
+        return open_hosts(recipe, device.type == "cuda", stack)
 
 
 def _open_rewards(

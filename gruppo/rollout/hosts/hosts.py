@@ -43,7 +43,8 @@ class Hosts:
     def __init__(self, count: int, patience: float, has_room: str) -> None:
         """`has_room`: what Ray has and needs, for the message if a host finds no place."""
         self.machines, self.patience, self.has_room = count, patience, has_room
-        self.notify: Notify = lambda kind, message: None
+        self.untold: list[tuple[str, str]] = []  # what happened before anyone was to be notified
+        self.notify: Notify = lambda kind, message: self.untold.append((kind, message))
         beat = min(BEAT_SECONDS, patience / 10)
         self.members = [Member(number, beat) for number in range(count)]
         self.lock = threading.RLock()

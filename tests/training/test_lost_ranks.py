@@ -13,7 +13,7 @@ from gruppo.errors import RunError
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.recorder import FileSink, Recorder
 from gruppo.training.attempts import run_attempts
-from gruppo.training.losses import Losses, RankLostError
+from gruppo.training.lost_ranks import LostRanks, RankLostError
 from gruppo.utils.progress import NullProgress
 from tests.engines.fleet.running import events
 
@@ -25,7 +25,7 @@ class Attempt:
         self.folder, self.happens, self.resumed = folder, list(happens), list[bool]()
         self.progress = NullProgress()
 
-    def execute(self, team: Any, resume: bool, losses: Losses) -> str:
+    def execute(self, team: Any, resume: bool, lost: LostRanks) -> str:
         self.resumed.append(resume)
         while self.happens:
             step = self.happens.pop(0)
@@ -54,14 +54,14 @@ def test_a_run_that_does_not_move_on_stops(tmp_path: Path, happens: tuple[int | 
 
 def test_each_loss_has_one_event_whatever_is_undone(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    recorder, losses = Recorder(NullProgress(), [FileSink(folder)]), Losses(wanted=3)
+    recorder, lost = Recorder(NullProgress(), [FileSink(folder)]), LostRanks(wanted=3)
     causes = ["rank 1 has ended", "rank 1 has ended", "rank 2 is silent"]
     for count, cause in enumerate(causes, 1):
         if count == 3:
             (tmp_path / "events.jsonl").unlink()
-        losses.messages.append(cause)
-        losses.record(recorder, tmp_path, 4, size=2)
-        losses.record(recorder, tmp_path, 4, size=2)
+        lost.messages.append(cause)
+        lost.record(recorder, tmp_path, 4, size=2)
+        lost.record(recorder, tmp_path, 4, size=2)
         assert len(events(tmp_path, "rank_lost")) == count
     last = events(tmp_path, "rank_lost")[-1]
     assert last["message"] == f"{causes[-1]}; the run continues after step 4 on 2 ranks of 3, for which there is room"

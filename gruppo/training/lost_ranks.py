@@ -23,7 +23,7 @@ class RankLostError(RunError):
 
 
 @dataclass
-class Losses:
+class LostRanks:
     """The losses of ranks in this process. `wanted`: the number of ranks that the run should have."""
 
     wanted: int = 1
