@@ -116,7 +116,7 @@ def test_fields_stay_few() -> None:
     three for engines in the process of the run and four for those outside of it, three for ranks, one for reward
     hosts, one for sampling ahead, three for the memory of rows, for inheritance in evaluation and for the held-out rows
     of earlier versions, four for attention and memory on an accelerator, and one for the noise of the gradient."""
-    assert int(markdown().split(" fields;")[0].split()[-1]) <= 138
+    assert int(markdown().split(" fields;")[0].split()[-1]) <= 139
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,9 @@ def test_closing_kills_running_blocks(pool: PythonPool) -> None:
         session.run("1")
         thread = threading.Thread(target=lambda: ended.append(session.run("while True: pass").status))
         thread.start()
-        left = descendants(inner)
+        deadline = time.monotonic() + 20
+        while len(left := descendants(inner)) < 3 and time.monotonic() < deadline:  # the next interpreter is starting
+            time.sleep(0.01)
         assert len(left) >= 3
     thread.join(20)
     assert ended == ["killed"]
