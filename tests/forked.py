@@ -19,6 +19,7 @@ import psutil
 import gruppo.cli.main
 import gruppo.training.loop
 import gruppo.training.setup
+from tests.conftest import make_policy
 
 MARK = "GRUPPO_TORTURE"  # environment variable of a run, inherited by every process that it starts
 
@@ -35,6 +36,16 @@ def around(target: str, before: Callable[[], None], after: Callable[[], None]) -
         return result
 
     setattr(resolve_name(place), attribute, wrapped)
+
+
+def save_tiny_model(folder: Path) -> None:
+    """Save the model of the runs, in a process of its own: no torch thread may ever run in the one that forks."""
+    if os.fork() == 0:
+        from gruppo.models.weights import save_model
+
+        save_model(make_policy(initializer_range=0.02), folder)
+        os._exit(0)
+    os.wait()
 
 
 def fork_command(command: Sequence[str], log: Path, mark: str, prepare: Callable[[], Callable[[], None]]) -> int:

@@ -40,8 +40,7 @@ from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from tests.conftest import make_policy
-from tests.forked import MARK, around, end_survivors, fork_command
+from tests.forked import MARK, around, end_survivors, fork_command, save_tiny_model
 from tests.outcomes import differences, outcome
 from tests.small_runs import ROWS, recipe_folder
 
@@ -351,12 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         root = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root.mkdir(exist_ok=True)
-        if os.fork() == 0:  # so that no torch thread ever runs in the process that forks
-            from gruppo.models.weights import save_model
-
-            save_model(make_policy(initializer_range=0.02), root / "model")
-            os._exit(0)
-        os.wait()
+        save_tiny_model(root / "model")
         for place, name in enumerate(names):
             case = prepare(name, root, not args.forked)
             share = args.kills * (place + 1) // len(names) - args.kills * place // len(names)

@@ -48,8 +48,7 @@ import pyarrow.parquet as pq
 
 from gruppo.actors import needs
 from gruppo.runs.reading import read_lines
-from tests.conftest import make_policy
-from tests.forked import around, end_survivors, fork_command
+from tests.forked import around, end_survivors, fork_command, save_tiny_model
 from tests.machines import TOKEN, Scene, free_port, no_machines, scene
 from tests.outcomes import LOSSES, OF_LOSSES, differences, outcome
 from tests.small_runs import recipe_folder
@@ -378,12 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         root = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root.mkdir(exist_ok=True)
-        if os.fork() == 0:  # so that no torch thread ever runs in the process that forks
-            from gruppo.models.weights import save_model
-
-            save_model(make_policy(initializer_range=0.02), root / "model")
-            os._exit(0)
-        os.wait()
+        save_tiny_model(root / "model")
         for place, name in enumerate(names):
             share = args.faults * (place + 1) // len(names) - args.faults * place // len(names)
             with scene(name == "machines", not CASES[name].local) as place_of_runs:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import tomli_w
 
 from gruppo.rollout.hosts.hosts import Hosts
 from gruppo.training.api import train
+from tests.engines.fleet.running import end_by_signal, started, wait_for_steps
 from tests.small_runs import ROWS, fingerprint, killed, recipe, small_run
 
 REWARD = str(Path("tests/rewards/functions.py").absolute())
@@ -117,52 +113,18 @@ def test_a_killed_run_resumes_to_the_same_numbers_with_other_hosts(
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "whole")
 
 
-def started(model: str, folder: Path, **changes: Any) -> subprocess.Popen[str]:
-    """`gruppo train` in a process group of its own."""
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    reward = str(Path("tests/rollout/hosts/functions.py").absolute()) + ":leaves_a_process"
-    settings = recipe(model, task__name=str(rows), reward__functions=[reward], cluster__reward_hosts=2, **changes)
-    (folder / "recipe.toml").write_text(tomli_w.dumps(settings))
-    command = [sys.executable, "-m", "gruppo.cli.main", "train", str(folder / "recipe.toml")]
-    return subprocess.Popen(
-        [*command, "--out", str(folder / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for_the_end(processes: list[psutil.Process], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while alive := [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.2)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_no_process(tiny_folder: str, tmp_path: Path, number: signal.Signals) -> None:
     """Also none that a reward has started in a session of its own. After SIGKILL, Ray's agents need a minute."""
-    process = started(tiny_folder, tmp_path, run__steps=2000, run__checkpoint_every=1000)
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 300
-    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.2)
-    children = psutil.Process(process.pid).children(recursive=True)
-    names = {child.pid: child.name() for child in children}
-    assert "raylet" in names.values()
-    assert "sleep" in names.values()
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    agents = ("DashboardAgent", "RuntimeEnvAgent")
-    wait_for_the_end([child for child in children if not names[child.pid].endswith(agents)], 60)
-    wait_for_the_end(children, 180 if number == signal.SIGKILL else 1)
+    reward = "tests/rollout/hosts/functions.py:leaves_a_process"
+    changes = {"cluster__reward_hosts": 2, "run__steps": 2000, "run__checkpoint_every": 1000}
+    process = started(tiny_folder, tmp_path, reward=reward, **changes)
+    wait_for_steps(tmp_path / "run", 3)
+    assert process.poll() is None
+    names, output = end_by_signal(process, number, tmp_path / "run")
+    assert "raylet" in names
+    assert "sleep" in names
     if number != signal.SIGKILL:
-        done = len(metrics.read_text().splitlines())
-        assert f"Interrupted after step {done} of 2000; everything is saved" in output, output
-        assert "Traceback" not in output
         assert "(raylet)" not in output
 
 
