@@ -51,12 +51,12 @@ LONGEST_RUN = 900.0  # seconds
 class Size:
     """How much work there is. `rounds`: of sides that alternate. `loads`: of the weights. `run`: sampling of runs."""
 
-    prompts: int = 16
-    group: int = 8
-    tokens: int = 96
+    prompts: int = 8
+    group: int = 4
+    tokens: int = 64
     rounds: int = 3
     loads: int = 4
-    run: tuple[int, int, int] = (8, 4, 48)
+    run: tuple[int, int, int] = (4, 4, 32)
 
 
 QUICK = Size(prompts=2, group=2, tokens=8, rounds=1, loads=1, run=(2, 2, 8))
@@ -311,7 +311,7 @@ def on_first_machine(model: str, count: int, address: str, link: str) -> None:
 
 
 def load(model: str) -> LanguageModel:
-    return load_model(find_model(model), "auto", "bfloat16")
+    return load_model(find_model(model))
 
 
 def weight_bytes(policy: LanguageModel) -> int:
