@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Keep the modules and tests, which live until the end, out of garbage collection: a tenth of all time went there."""
+    """Keep modules and tests, which live until the end, out of garbage collection: a tenth of all time went there."""
     gc.collect()
     gc.freeze()
 
