@@ -58,8 +58,9 @@ class Team:
 
 @contextmanager
 def started(size: int, folder: Path) -> Iterator[Team]:
-    """A team of up to `size` ranks."""
-    context = get_context("spawn")
+    """A team of up to `size` ranks, forked from a process that has imported torch once for all of them."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["gruppo.cluster.follower", "gruppo.training.api", "gruppo.training.setup"])
     pairs = [context.Pipe() for _ in range(size)]
     processes = [
         context.Process(target=_serve, args=(child, rank, size, str(folder / "rendezvous")), daemon=True)

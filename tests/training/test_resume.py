@@ -21,6 +21,7 @@ from gruppo.training import policy_trainer
 from gruppo.training.api import train
 from gruppo.training.memory_footprint import process_bytes
 from gruppo.training.run import TrainingRun
+from tests.fuzzing import command
 from tests.small_runs import ROWS, at_call, fingerprint, killed, recipe, small_run
 
 REFILLED = "tests/rewards/functions.py:begins_with_a_letter"
@@ -288,25 +289,27 @@ def test_damaged_last_checkpoint_falls_back_with_an_event(
 
 
 def test_sigkill_of_the_real_command(tiny_folder: str, questions: dict, uninterrupted: dict, tmp_path: Path) -> None:
-    """The command line in a separate process, killed after its third step and resumed with the same command."""
+    """The command line in a separate process, killed after its third step, and resumed by the same command in this one,
+    which saves seconds for importing torch."""
     import tomli_w
 
     data = recipe(tiny_folder, **EVALUATED, **questions)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     data["task"] = {"name": str(tmp_path / "rows.jsonl")}
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(data))
-    command = [sys.executable, "-m", "gruppo.cli.main", "train", str(tmp_path / "tiny.toml")]
-    command += ["--out", str(tmp_path / "run"), "--resume"]
+    arguments = ["train", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "run"), "--resume"]
+    line = [sys.executable, "-m", "gruppo.cli.main", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step    3  reward"):
+    for shown in process.stdout:
+        if shown.startswith("step    3  reward"):
             break
     process.kill()
     process.wait()
     process.stdout.close()
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    code, _, errors = command(*arguments)
+    assert code == 0, errors
     got = fingerprint(tmp_path / "run")
     assert got["metrics"] == uninterrupted["metrics"]
     assert got["weights"] == uninterrupted["weights"]

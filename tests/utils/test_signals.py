@@ -27,6 +27,7 @@ from gruppo.runs.folder import RunFolder
 from gruppo.training.api import train
 from gruppo.utils.signals import Interrupted, Stop, stop_held, stop_on_signals
 from tests.cli.test_cli import ENVIRONMENT
+from tests.fuzzing import command
 from tests.small_runs import ROWS, fingerprint, recipe
 
 USERS = "tests/functions_of_users.py"
@@ -82,8 +83,8 @@ def test_the_first_signal_during_a_slow_reward_and_the_command_to_continue(
     assert "Interrupted after step 0 of 2; everything is saved. Resume with:" in output
     shown = shlex.split(output.splitlines()[-1])
     assert shown == ["gruppo", "train", str(file), "--set", "run.steps=2", "--out", str(out), "--resume"]
-    again = subprocess.run([sys.executable, "-m", "gruppo.cli.main", *shown[1:]], capture_output=True, env=ENVIRONMENT)
-    assert again.returncode == 0
+    code, _, errors = command(*shown[1:])
+    assert code == 0, errors
     train(file, overrides=["run.steps=2"], out=tmp_path / "whole")
     assert fingerprint(out) == fingerprint(tmp_path / "whole")
 

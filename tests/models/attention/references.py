@@ -99,18 +99,23 @@ def flex_kernel(
     enable_gqa: bool = False,
     return_aux: AuxRequest | None = None,
 ) -> Any:
-    """FlexAttention by its definition, from the whole matrix of scores."""
+    """FlexAttention by its definition, for each block of queries, with the keys that any of them sees."""
     assert block_mask is not None
     assert scale is not None
     shared = query.shape[1] // key.shape[1]
     assert enable_gqa == (shared > 1)
     key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    scores = query @ key.transpose(-1, -2) * scale
-    if score_mod is not None:
-        scores = score_mod(scores, *torch.zeros(4, dtype=torch.long))
-    scores = scores.masked_fill(~seen_of(block_mask, query.shape[2]), -torch.inf)
-    output = torch.softmax(scores, dim=-1) @ value
-    return output if return_aux is None else (output, AuxOutput(lse=scores.logsumexp(dim=-1)))
+    outputs, sums = [], []
+    for queries, seen in zip(query.split(BLOCK, 2), seen_of(block_mask, query.shape[2]).split(BLOCK), strict=True):
+        columns = seen.any(0).nonzero()[:, 0]
+        scores = queries @ key[:, :, columns].transpose(-1, -2) * scale
+        if score_mod is not None:
+            scores = score_mod(scores, *torch.zeros(4, dtype=torch.long))
+        scores = scores.masked_fill(~seen[:, columns], -torch.inf)
+        outputs.append(torch.softmax(scores, dim=-1) @ value[:, :, columns])
+        sums.append(scores.logsumexp(dim=-1))
+    output = torch.cat(outputs, dim=2)
+    return output if return_aux is None else (output, AuxOutput(lse=torch.cat(sums, dim=2)))
 
 
 # The backends as on an accelerator, with the plain kernels in place of the fast ones.

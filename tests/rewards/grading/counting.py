@@ -10,6 +10,7 @@ import re
 import re._constants as c  # type: ignore[import-not-found]
 import re._parser as parser  # type: ignore[import-not-found]
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 Next = Callable[[int], int | None]
@@ -19,60 +20,101 @@ class TooManyStepsError(Exception):
     """The limit of steps is passed."""
 
 
+_SINGLE = frozenset({c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN})
+_REPEATS = frozenset({c.MAX_REPEAT, c.MIN_REPEAT, c.POSSESSIVE_REPEAT})
+Node = tuple[Any, Any]
+
+
+@cache
+def _parsed(pattern: str, flags: int) -> list[Node]:
+    return _nodes(parser.parse(pattern, flags))
+
+
+def _nodes(tree: Any) -> list[Node]:
+    """The nodes of a parsed pattern as plain lists. One that matches a character remembers which ones it matches."""
+    return [(operation, _operand(operation, value)) for operation, value in tree]
+
+
+def _operand(operation: Any, value: Any) -> Any:
+    if operation in _SINGLE:
+        return value, dict[tuple[str, int], bool]()
+    if operation is c.BRANCH:
+        return [_nodes(branch) for branch in value[1]]
+    if operation is c.SUBPATTERN:
+        return value[1], value[2], _nodes(value[3])
+    if operation in (c.ASSERT, c.ASSERT_NOT):
+        direction, inner = value
+        return 0 if direction > 0 else inner.getwidth()[0], _nodes(inner)
+    if operation is c.ATOMIC_GROUP:
+        return _nodes(value)
+    if operation in _REPEATS:
+        return value[0], value[1], _nodes(value[2])
+    return value
+
+
 class Counter:
     """Steps of a pattern on a text: `Counter(pattern, text, limit).search_all()`."""
 
     def __init__(self, pattern: re.Pattern[str], text: str, limit: int) -> None:
-        self.tree = parser.parse(pattern.pattern, pattern.flags)
+        self.tree = _parsed(pattern.pattern, pattern.flags)
         self.flags, self.text, self.limit, self.steps = pattern.flags, text, limit, 0
 
     def match(self) -> int:
         """The steps of one attempt at the beginning of the text."""
-        self._sequence(list(self.tree), 0, 0, self.flags, lambda at: at)
+        self._sequence(self.tree, 0, 0, self.flags, lambda at: at)
         return self.steps
 
     def search_all(self) -> int:
         place = 0
         while place <= len(self.text):
-            end = self._sequence(list(self.tree), 0, place, self.flags, lambda at: at)
+            end = self._sequence(self.tree, 0, place, self.flags, lambda at: at)
             place = place + 1 if end is None or end == place else end
         return self.steps
 
-    def _sequence(self, nodes: Sequence[Any], index: int, place: int, flags: int, after: Next) -> int | None:
-        if index == len(nodes):
-            return after(place)
-        self.steps += 1
-        if self.steps > self.limit:
-            raise TooManyStepsError
-        operation, value = nodes[index]
-        rest: Next = lambda at: self._sequence(nodes, index + 1, at, flags, after)  # noqa: E731
-        if operation in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN):
-            return rest(place + 1) if self._one(operation, value, place, flags) else None
-        if operation is c.AT:
-            return rest(place) if self._at(value, place) else None
+    def _sequence(self, nodes: Sequence[Node], index: int, place: int, flags: int, after: Next) -> int | None:
+        while index < len(nodes):
+            self.steps += 1
+            if self.steps > self.limit:
+                raise TooManyStepsError
+            operation, value = nodes[index]
+            index += 1
+            if operation in _SINGLE:
+                if not self._one(operation, value, place, flags):
+                    return None
+                place += 1
+            elif operation is c.AT:
+                if not self._at(value, place):
+                    return None
+            else:
+                return self._compound(operation, value, place, flags, self._rest(nodes, index, flags, after))
+        return after(place)
+
+    def _rest(self, nodes: Sequence[Node], index: int, flags: int, after: Next) -> Next:
+        return lambda at: self._sequence(nodes, index, at, flags, after)
+
+    def _compound(self, operation: Any, value: Any, place: int, flags: int, rest: Next) -> int | None:
         if operation is c.BRANCH:
-            for branch in value[1]:
-                if (end := self._sequence(list(branch), 0, place, flags, rest)) is not None:
+            for branch in value:
+                if (end := self._sequence(branch, 0, place, flags, rest)) is not None:
                     return end
             return None
         if operation is c.SUBPATTERN:
-            _, on, off, inner = value
-            return self._sequence(list(inner), 0, place, (flags | on) & ~off, rest)
+            on, off, inner = value
+            return self._sequence(inner, 0, place, (flags | on) & ~off, rest)
         if operation in (c.ASSERT, c.ASSERT_NOT):
-            direction, inner = value
-            start = place if direction > 0 else place - inner.getwidth()[0]
-            found = start >= 0 and self._sequence(list(inner), 0, start, flags, lambda at: at) is not None
+            width, inner = value
+            start = place - width
+            found = start >= 0 and self._sequence(inner, 0, start, flags, lambda at: at) is not None
             return rest(place) if found == (operation is c.ASSERT) else None
         if operation is c.ATOMIC_GROUP:
-            end = self._sequence(list(value), 0, place, flags, lambda at: at)
+            end = self._sequence(value, 0, place, flags, lambda at: at)
             return None if end is None else rest(end)
         return self._repeat(operation, value, place, flags, rest)
 
     def _repeat(self, operation: Any, value: Any, place: int, flags: int, rest: Next) -> int | None:
-        low, high, inner = value
-        nodes = list(inner)
+        low, high, nodes = value
         ends, at = [place], place
-        simple = len(nodes) == 1 and nodes[0][0] in (c.LITERAL, c.NOT_LITERAL, c.ANY, c.IN)
+        simple = len(nodes) == 1 and nodes[0][0] in _SINGLE
         if operation is c.POSSESSIVE_REPEAT or (simple and operation is c.MAX_REPEAT):
             while high is c.MAXREPEAT or len(ends) <= high:
                 self.steps += 1
@@ -104,13 +146,19 @@ class Counter:
     def _one(self, operation: Any, value: Any, place: int, flags: int) -> bool:
         if place >= len(self.text):
             return False
-        letter = self.text[place]
+        operand, known = value
+        key = self.text[place], flags
+        if key not in known:
+            known[key] = self._is_one(operation, operand, *key)
+        return known[key]
+
+    def _is_one(self, operation: Any, operand: Any, letter: str, flags: int) -> bool:
         if operation is c.ANY:
             return letter != "\n" or bool(flags & re.DOTALL)
         if operation is c.IN:
-            negated = value[0][0] is c.NEGATE
-            return any(self._member(kind, item, letter, flags) for kind, item in value[negated:]) != negated
-        same = self._same(value, letter, flags)
+            negated = operand[0][0] is c.NEGATE
+            return any(self._member(kind, item, letter, flags) for kind, item in operand[negated:]) != negated
+        same = self._same(operand, letter, flags)
         return same == (operation is c.LITERAL)
 
     def _same(self, code: int, letter: str, flags: int) -> bool:
