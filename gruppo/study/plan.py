@@ -36,7 +36,7 @@ def describe_plan(study: Study, only: Collection[str], progress: Progress, check
     waiting = [planned.table for planned in evaluations]
     waiting += [table for run in runs for table in unanswered(study, run, states[run.name])]
     times += [estimator.evaluation(table) for table in waiting]
-    rows = [("run", "state", "from", "steps", "sampled tokens", "left")]
+    rows: list[tuple[str, ...]] = [("run", "state", "from", "steps", "sampled tokens", "left")]
     for name, state in states.items():
         source = _source(study, state)
         rows.append((name, state.state, source, f"{state.steps:,}", f"{state.tokens:,}", left.get(name, "")))

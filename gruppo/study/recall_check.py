@@ -42,7 +42,7 @@ def recall_of(study: Study) -> list[dict[str, Any]]:
     known = read_facts(study.records / FILE)
     entries: dict[str, dict[str, Any]] = {}
     for key, planned in _planned(study):
-        new = {"evaluation": planned.table.title, "arms": [], "found": known.get(key)}
+        new: dict[str, Any] = {"evaluation": planned.table.title, "arms": [], "found": known.get(key)}
         entries.setdefault(key, new)["arms"].append(planned.run.arm.name)
     return list(entries.values())
 

@@ -143,7 +143,7 @@ def flip(path: Path) -> None:
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
+    path.write_bytes(path.read_bytes()[:-40])
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
