@@ -90,18 +90,18 @@ def read_state(study: Study, run: PlannedRun) -> RunState:
     kept = RunState(run.name)
     try:
         if (data := read_kept_run(record)) is not None:
-            kept = _judged(run, study.budget, data)
+            kept = replace(_judged(run, study.budget, data), recorded=True)
     except UsageError as error:
         damage = str(error)
     if kept.complete and (_is_in_folder(run, kept) or not (run.folder / "recipe.toml").is_file()):
-        return replace(kept, recorded=True)
+        return kept
     found = folder_state(run, study.budget)
     if found.complete:
         return replace(found, remarks=_why_folder(record, kept, found, damage))
     if kept.complete:
         other = found.notes[0] if found.state == "refused" else f"{found.state}, with {found.steps} steps"
         why = f"the record is used, because it is complete, and the folder is not ({other})"
-        return replace(kept, recorded=True, remarks=[f"{why}; to go on with the folder, delete {record}"])
+        return replace(kept, remarks=[f"{why}; to go on with the folder, delete {record}"])
     if found.state != "missing":
         return replace(found, remarks=[damage] if damage else [])
     if damage:

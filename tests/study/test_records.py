@@ -95,6 +95,7 @@ def test_a_record_of_another_recipe_is_refused_with_the_field(alone: Path) -> No
     outcome = run(alone)
     assert set(outcome.failed) == {"high/seed-1", "high/seed-2"}
     assert "optimizer.learning_rate was 0.03 and is 0.02; restore it" in outcome.failed["high/seed-1"]
+    assert "high/seed-1  refused  record  " in plan(alone)
     assert {name: state.state for name, state in read_states(load_study(alone)).items()} == {
         "low/seed-1": "stopped", "high/seed-1": "refused", "low/seed-2": "stopped", "high/seed-2": "refused",
     }  # fmt: skip
