@@ -20,6 +20,9 @@ def study(
     file: Annotated[Path, typer.Argument(help="The TOML file of a study; see docs/studies.md.")],
     plan: Annotated[bool, typer.Option("--plan", help="Show what is left and how long it takes, and exit.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Write the page from what is there, and exit.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete the folders of runs whose results are recorded, and exit.")
+    ] = False,
     only: Annotated[list[str] | None, typer.Option(metavar="ARM", help="Only this arm; may be repeated.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Begin nothing that would take longer than what is left of these minutes.")
@@ -34,6 +37,8 @@ def study(
 
     if plan and report:
         raise UsageError("--plan: writes nothing, so it cannot be combined with --report; leave one of them out")
+    if prune and (plan or report):
+        raise UsageError(f"--prune: only deletes folders; leave out {'--plan' if plan else '--report'}")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g}: must be more than 0; write e.g. --minutes 60")
     from gruppo.runs.console import ConsoleProgress
@@ -48,6 +53,11 @@ def study(
             progress.result(visible(describe_plan(loaded, only or [], progress)))
     elif report:
         _report(loaded, progress)
+    elif prune:
+        from gruppo.study.prune import prune as prune_study
+
+        for line in prune_study(loaded, only or []):
+            progress.result(visible(line))
     else:
         _run(loaded, only or [], minutes, progress)
 
@@ -56,6 +66,8 @@ def _report(study: Study, progress: ConsoleProgress) -> Report:
     from gruppo.study.report import write_report
 
     written = write_report(study)
+    for remark in written.remarks:
+        progress.note(visible(remark))
     for found in written.content["questions"]:
         progress.result(visible(f"{found['id']}: {found['text']}\n  {found['answer']}"))
     progress.result(f"{written.page}, {written.json}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gruppo.config.foreign_names import NOTHING, fields_named, gruppo_name
@@ -22,7 +22,7 @@ from gruppo.config.labels import options_name
 from gruppo.config.packaged import packaged_recipes, recipe_path
 from gruppo.config.recipe import Recipe
 from gruppo.config.renames import new_field, new_value, translate_recipe
-from gruppo.config.sections import Decoding, Lora, Optimizer, Run, Section
+from gruppo.config.sections import Decoding, Lora, Optimizer, Run
 from gruppo.errors import UsageError, nearest, worded
 from gruppo.utils.nesting import MAX_DEPTH, too_deep
 from gruppo.utils.paths import is_file, not_a_file, user_path
@@ -371,8 +371,16 @@ def _explain(details: ErrorDetails) -> str:
         return f"{field} = {_short(details['input'])}: must be a table; write [{field}] with its fields below"
     if renamed := new_value(location[0], location[-1], details["input"]):
         return f'{field} = {_short(details["input"])}: this value was renamed; write "{renamed}"'
+    return wrong_value(field, location, details)
+
+
+def wrong_value(field: str, location: Sequence[str], details: ErrorDetails, root: type[BaseModel] = Recipe) -> str:
+    """A value of the wrong type or range as `field = value: problem; fix`.
+
+    `location`: the names of the tables of `root` that lead to the field, and its own.
+    """
     text = details["msg"].removeprefix("Input ").replace("should", "must")
-    return f"{field} = {_short(details['input'])}: {text}{_fix(location, details['input'])}"
+    return f"{field} = {_short(details['input'])}: {text}{_fix(location, details['input'], root)}"
 
 
 def _unknown(field: str, location: Sequence[str], value: Any) -> str:
@@ -432,9 +440,9 @@ def _inner_names(location: Sequence[str], table: Mapping[str, Any]) -> list[str]
     return answers[:8]
 
 
-def _section(location: Sequence[str]) -> type[Section] | None:
-    """The table class at a location of the recipe; None if there is none."""
-    section: type[Section] = Recipe
+def _section(location: Sequence[str], root: type[BaseModel] = Recipe) -> type[BaseModel] | None:
+    """The table class at a location of the recipe, or of another file; None if there is none."""
+    section = root
     for name in location:
         if name.isdecimal():
             continue  # an index, e.g. of a task in the mixture
@@ -442,25 +450,26 @@ def _section(location: Sequence[str]) -> type[Section] | None:
             return None
         annotation = section.model_fields[name].annotation
         types = [annotation, *get_args(annotation)]
-        inner = next((kind for kind in types if isinstance(kind, type) and issubclass(kind, Section)), None)
+        inner = next((kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if inner is None:
             return None
         section = inner
     return section
 
 
-def _fix(location: Sequence[str], value: object) -> str:
+def _fix(location: Sequence[str], value: object, root: type[BaseModel]) -> str:
     """The fix for a value of the wrong type or range: an example, or the meaning of a field without a default."""
-    depths = [depth for depth in range(len(location), 1, -1) if _section(location[: depth - 1])]
+    depths = [depth for depth in range(len(location), 1, -1) if _section(location[: depth - 1], root)]
     if not depths:
         return ""
-    section = _section(location[: depths[0] - 1])
+    section = _section(location[: depths[0] - 1], root)
     name = location[depths[0] - 1]
     if section is None or name not in section.model_fields:
         return "; use a string as the name of a field"
     field = section.model_fields[name]
     kind, example = str(field.annotation), field.default
-    if kind.startswith(("list", "typing.Annotated[list")) and isinstance(value, str | int | float):
+    whole = depths[0] == len(location)  # not an item of a list
+    if whole and kind.startswith(("list", "typing.Annotated[list")) and isinstance(value, str | int | float):
         return f"; write e.g. {name} = {json.dumps([value], ensure_ascii=False)}"
     if field.annotation is bool:
         example = str(value).lower() in ("true", "yes", "on", "1")

@@ -77,7 +77,7 @@ def allowed_changes(folder: Path, before: Recipe, now: Recipe, checkpoints: Mapp
             "another --out"
         )
     length = [change for change in found if change.rule == LENGTH]
-    if length and (problem := _length_problem(before, now, *_done(checkpoints))):
+    if length and (problem := length_problem(before, now, *steps_and_iterations(checkpoints))):
         changes = "; ".join(change.message for change in length)
         raise UsageError(f"--resume {folder}: {changes}: {problem}, or {again} with another --out")
     return [_with_effect(change) for change in found]
@@ -98,7 +98,7 @@ def _table(field: str) -> str:
     return field.partition(".")[0].partition("[")[0]
 
 
-def _done(checkpoints: Mapping[int, Path]) -> tuple[int, int]:
+def steps_and_iterations(checkpoints: Mapping[int, Path]) -> tuple[int, int]:
     """The steps that are done and the iterations that have begun, from the newest readable checkpoint."""
     for step, checkpoint in sorted(checkpoints.items(), reverse=True):
         try:
@@ -108,7 +108,7 @@ def _done(checkpoints: Mapping[int, Path]) -> tuple[int, int]:
     return 0, 0
 
 
-def _length_problem(before: Recipe, now: Recipe, done: int, begun: int) -> str | None:
+def length_problem(before: Recipe, now: Recipe, done: int, begun: int) -> str | None:
     """Why the steps that are done would not be those of a run with the new recipe, and what to write; None if they are.
 
     `done`: steps; `begun`: outer iterations.

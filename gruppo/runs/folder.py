@@ -74,6 +74,9 @@ PENDING = "recipe"  # in environment.json, while recipe.toml is being replaced
 RUN, LABELS, REWARD_MODEL, EVALUATION = "run", "set of labels", "reward model", "evaluation"
 
 
+_INTERRUPTED = (".writing", ".damaged")  # ends of names beside those above
+
+
 _FIRST = {"lock", *_LOGS, "recipe.toml.writing", "folder.json", "folder.json.writing"}  # may exist before the recipe
 
 
@@ -306,6 +309,13 @@ def start_time(folder: Path | None) -> datetime:
     with reading(path, "start again with another --out"):
         recorded = read_object(path).get(START_TIME)
         return datetime.now() if recorded is None else datetime.fromisoformat(recorded)
+
+
+def foreign_entries(folder: Path) -> list[str]:
+    """The names of what is in a run folder and was not written by the run."""
+    own = {*_FILES, *_FOLDERS, "failures"}
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name not in own and not name.startswith(".") and not name.endswith(_INTERRUPTED)]
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import tomllib
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ def require_own(folder: Path, links_to: Path | None = None) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UsageError if it contains something else, and FileNotFoundError."""
-    content = _json(_bytes(path, MOST_JSON), str(path))
+    content = _json(read_content(path, MOST_JSON), str(path))
     if not isinstance(content, dict):
         raise UsageError(f"{path}: is damaged (not an object); restore it from a copy, or use another folder")
     return content
@@ -68,16 +69,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Blank lines and a last line that is still being written are skipped. Raises UsageError for a line that is not an
     object.
     """
-    if not path.is_file():
-        return []
+    return lines_in(read_content(path, MOST_LINES), path) if path.is_file() else []
+
+
+def lines_in(content: bytes, path: Path) -> list[dict[str, Any]]:
+    """The same for what is in such a file. `path`: where it is, for messages and for the recipe beside it."""
     objects = []
     translate = _translation(path)
-    for number, line in enumerate(_bytes(path, MOST_LINES).split(b"\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         if line.strip():
-            content = object_of(line)
-            if content is None:
+            found = object_of(line)
+            if found is None:
                 raise UsageError(f"{path}: line {number} is damaged; `gruppo train … --resume` removes it")
-            objects.append(translate(content))
+            objects.append(translate(found))
     return objects
 
 
@@ -117,7 +121,15 @@ def object_of(line: bytes) -> dict[str, Any] | None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl: each has a step, and numbers or None. Raises UsageError otherwise."""
-    lines = read_lines(path)
+    return _checked(read_lines(path), path)
+
+
+def metrics_in(content: bytes, path: Path) -> list[dict[str, Any]]:
+    """The same for what is in such a file; see `lines_in`."""
+    return _checked(lines_in(content, path), path)
+
+
+def _checked(lines: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         others = [name for name, value in line.items() if value is not None and type(value) not in (int, float)]
         if type(line.get("step")) is not int or others:
@@ -269,13 +281,21 @@ def own_table(run: Path, kind: str, step: int) -> Path:
     return path
 
 
-def _bytes(path: Path, most: int) -> bytes:
+def read_content(path: Path, most: int = MOST_LINES) -> bytes:
+    """The content of a file, decompressed if its name ends with .gz.
+
+    Raises UsageError if it is larger than `most` bytes, OSError, and zlib.error if it cannot be decompressed.
+    """
     with open_file(path) as stream:
         size = os.fstat(stream.fileno()).st_size
-        if size > most:
-            raise UsageError(f"{path}: is larger than {most / 2**20:.0f} MiB; it is not read")
         # Skips what a run appends meanwhile. Reading up to `most` bytes would reserve that much memory.
-        return stream.read(size)
+        content = b"" if size > most else stream.read(size)
+    if path.suffix == ".gz" and content:
+        content = zlib.decompressobj(wbits=31).decompress(content, most + 1)
+        size = len(content)
+    if size > most:
+        raise UsageError(f"{path}: is larger than {most / 2**20:.0f} MiB; it is not read")
+    return content
 
 
 def _json(content: bytes, where: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,12 @@ class Study:
         return self.path.parent / (user_path(self.file.study.runs or f"runs/{self.file.study.name}"))
 
     @property
+    def records(self) -> Path:
+        """The folder of the records."""
+        given = self.file.study.records
+        return self.path.parent / user_path(given) if given else self.folder / "records"
+
+    @property
     def page(self) -> Path:
         """The page that is written."""
         given = self.file.study.page
@@ -71,7 +77,26 @@ def load_study(path: Path) -> Study:
     for _, arm, seed in sorted(pairs, key=lambda pair: pair[0]):
         folder = study.folder / arm.name / f"seed-{seed}"
         study.runs.append(PlannedRun(arm, seed, _recipe(study, arm, seed), folder))
+    _require_apart(study)
     return study
+
+
+def require_arms(study: Study, only: Iterable[str]) -> None:
+    """Raise UsageError unless these are names of arms."""
+    known = {arm.name for arm in study.file.arms}
+    if unknown := [name for name in only if name not in known]:
+        raise UsageError(f"--only {unknown[0]}: is no arm of {study.path}; it has {', '.join(sorted(known))}")
+
+
+def _require_apart(study: Study) -> None:
+    """Raise UsageError if records would be written into run folders."""
+    records, given = study.records.resolve(), study.file.study.records
+    for folder in (run.folder.resolve() for run in study.runs):
+        if folder.is_relative_to(records) or records.is_relative_to(folder):
+            raise UsageError(
+                f'{study.path}: study.records = "{given}": holds the runs, or lies in one; write another folder, e.g. '
+                f'"{study.file.study.name}-records"'
+            )
 
 
 def _recipe(study: Study, arm: Arm, seed: int) -> Recipe:

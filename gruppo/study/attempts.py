@@ -1,8 +1,7 @@
-"""attempts.json in the folder of a study: everything that it started, in order, and how that ended."""
+"""attempts.json among the records of a study: everything that it started, in order, and how that ended."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gruppo.errors import RunError, UsageError, first_line
-from gruppo.runs.atomic import write_whole
-from gruppo.runs.reading import read_object
+from gruppo.study.record_files import read_facts, write_facts
 from gruppo.utils.signals import Interrupted
 
 FILE = "attempts.json"
@@ -20,7 +18,7 @@ FILE = "attempts.json"
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """What was started: `name`, `outcome` ("started" if its process died), `message` and `seconds`."""
     path = folder / FILE
-    attempts = read_object(path).get("attempts", []) if path.is_file() else []
+    attempts = read_facts(path).get("attempts", [])
     if not isinstance(attempts, list) or any(not isinstance(attempt, dict) for attempt in attempts):
         raise UsageError(f"{path}: is damaged; restore it from a copy, or delete it")
     return attempts
@@ -46,5 +44,4 @@ def attempt(folder: Path, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _write(folder: Path, attempts: list[dict[str, Any]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / FILE, (json.dumps({"attempts": attempts}, indent=1) + "\n").encode())
+    write_facts(folder / FILE, {"attempts": attempts})

@@ -8,11 +8,10 @@ from typing import Any
 
 from gruppo.config.recipe import Recipe
 from gruppo.evaluation.datasets import read_data, read_eval_sets
-from gruppo.runs.atomic import write_whole
-from gruppo.runs.reading import read_object
 from gruppo.study.arms import Study
 from gruppo.study.contamination import overlap, texts_of
 from gruppo.study.evaluations import initial_evaluation
+from gruppo.study.record_files import read_facts, write_facts
 from gruppo.utils.progress import Progress
 
 FILE = "contamination.json"
@@ -23,8 +22,8 @@ def check_contamination(study: Study, progress: Progress) -> None:
 
     What was compared before with the same tables is kept. Raises UsageError if rows cannot be read.
     """
-    path = study.folder / FILE
-    known, found = read_object(path) if path.is_file() else {}, {}
+    path = study.records / FILE
+    known, found = read_facts(path), {}
     training: dict[str, list[str]] = {}
     for table in study.file.evaluations:
         for arm in study.file.arms:
@@ -41,15 +40,14 @@ def check_contamination(study: Study, progress: Progress) -> None:
                 found[key] = overlap(questions, training[source]).as_dict()
             known.setdefault(key, found.get(key))
     if found:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(known, indent=1) + "\n").encode())
+        write_facts(path, known)
 
 
 def contamination_of(study: Study) -> list[dict[str, Any]]:
     """What was found, one entry per evaluation and kind of training data: `evaluation`, `arms`, and `found`, which is
     None if it is not checked yet."""
-    path = study.folder / FILE
-    known, entries = read_object(path) if path.is_file() else {}, []
+    path = study.records / FILE
+    known, entries = read_facts(path), []
     for table in study.file.evaluations:
         by_key: dict[str, list[str]] = {}
         for arm in study.file.arms:

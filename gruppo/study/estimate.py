@@ -9,11 +9,10 @@ from typing import Any
 
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
-from gruppo.runs.atomic import write_whole
-from gruppo.runs.reading import read_object
 from gruppo.study.arms import PlannedRun, Study
 from gruppo.study.attempts import read_attempts
 from gruppo.study.file import EvaluationSet
+from gruppo.study.record_files import read_facts, write_facts
 from gruppo.study.states import RunState
 from gruppo.utils.progress import Progress
 
@@ -24,7 +23,7 @@ class Estimator:
     """Estimates seconds of runs and evaluations.
 
     An arm whose runs have recorded steps is as fast in its other runs. For another arm `gruppo check` is asked, once:
-    its answer is kept in the study's folder, and assumes completions of the maximum length, so that it is an upper
+    its answer is kept among the records, and assumes completions of the maximum length, so that it is an upper
     bound. `checks`: False to ask nothing; then such an arm has no estimate.
     """
 
@@ -32,22 +31,22 @@ class Estimator:
         self.study, self.states, self.progress, self.checks = study, states, progress, checks
         self._seconds = {
             attempt["name"]: attempt["seconds"]
-            for attempt in read_attempts(study.folder)
+            for attempt in read_attempts(study.records)
             if attempt["outcome"] in ("done", "stopped")
         }
 
-    def run(self, run: PlannedRun) -> float | None:
-        """Seconds until a run is done, without its evaluations."""
-        state, budget = self.states[run.name], self.study.budget
+    def run(self, run: PlannedRun, start: RunState) -> float | None:
+        """Seconds until a run that goes on from `start` is done, without its evaluations."""
+        budget = self.study.budget
         if budget.minutes is not None:
-            return max(0.0, 60 * budget.minutes - state.seconds)
+            return max(0.0, 60 * budget.minutes - start.seconds)
         arm = [self.states[other.name] for other in self.study.runs_of(run.arm.name)]
         steps, tokens = sum(other.steps for other in arm), sum(other.tokens for other in arm)
         seconds = sum(other.seconds for other in arm)
         if steps and tokens:
             if budget.tokens is not None:
-                return max(0.0, budget.tokens - state.tokens) * seconds / tokens
-            return max(0, run.recipe.run.steps - state.steps) * seconds / steps
+                return max(0.0, budget.tokens - start.tokens) * seconds / tokens
+            return max(0, run.recipe.run.steps - start.steps) * seconds / steps
         checked = self._checked(run.recipe)
         if checked is None:
             return None
@@ -64,8 +63,8 @@ class Estimator:
 
     def _checked(self, recipe: Recipe) -> Mapping[str, Any] | None:
         """What `gruppo check --quick` says of a recipe."""
-        path = self.study.folder / FILE
-        known = read_object(path) if path.is_file() else {}
+        path = self.study.records / FILE
+        known = read_facts(path)
         values = recipe.as_mapping()
         values["run"] |= {"name": "", "seed": 0}
         key = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -81,8 +80,7 @@ class Estimator:
         except UsageError:
             return None  # training reports it
         entry = {"step_seconds": check.seconds_per_step}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps({**known, key: entry}, indent=1) + "\n").encode())
+        write_facts(path, {**known, key: entry})
         return entry
 
 

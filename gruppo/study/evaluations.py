@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import numpy as np
 from gruppo.config.loading import load_recipe
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
-from gruppo.evaluation.compare import read_evaluation
 from gruppo.evaluation.eval_run import run_evaluation
 from gruppo.evaluation.results import RESULTS
 from gruppo.runs.eval_metrics import Question, accuracies
+from gruppo.study.answer_data import keep_answers, kept_answers, read_questions
 from gruppo.study.arms import PlannedRun, Study
 from gruppo.study.file import INITIAL, EvaluationSet
-from gruppo.study.states import RunState
+from gruppo.study.record_files import MANIFEST
+from gruppo.study.states import RunState, folder_state, has_model
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 
@@ -29,13 +30,14 @@ from gruppo.utils.signals import Stop
 class PlannedEvaluation:
     """A model that answers the questions of an evaluation: the result of a run, or the model that its arm starts from.
 
-    `run`: the run, or one of those that start from the model.
+    `run`: the run, or one of those that start from the model. `record`: the folder of its record.
     """
 
     table: EvaluationSet
     run: PlannedRun
     recipe: Recipe
     folder: Path
+    record: Path
     initial: bool = False
 
     @property
@@ -45,8 +47,8 @@ class PlannedEvaluation:
 
     @property
     def done(self) -> bool:
-        """Whether all answers are there."""
-        return (self.folder / RESULTS).is_file()
+        """Whether all answers are there, or a record of them."""
+        return (self.folder / RESULTS).is_file() or (self.record / MANIFEST).is_file()
 
     def perform(self, progress: Progress, stop: Stop) -> None:
         """Evaluate, or go on. Raises UsageError, e.g. if the folder has answers to another evaluation."""
@@ -54,12 +56,29 @@ class PlannedEvaluation:
 
     def questions(self) -> list[Question]:
         """The questions with their answers. Raises UsageError if they cannot be read."""
-        (result,) = read_evaluation(self.folder).sets.values()
-        return result.questions
+        return read_questions(self.folder, self.record)
+
+    @property
+    def kept(self) -> bool:
+        """Whether its record is complete."""
+        return kept_answers(self.folder, self.record)[0] is not None
+
+    @property
+    def remark(self) -> str:
+        """What is wrong with its record, "" if nothing is."""
+        try:
+            return kept_answers(self.folder, self.record)[1]
+        except UsageError as error:
+            return str(error)
+
+    def keep(self) -> str:
+        """Write the record of what is done. Returns why it replaces another record, "" if it does not."""
+        return keep_answers(self.folder, self.record)
 
 
 def plan_evaluations(study: Study, states: Mapping[str, RunState]) -> list[PlannedEvaluation]:
-    """The evaluations of every complete run, and of the models before training, which arms share."""
+    """The evaluations that are done, or can be: of every complete run whose model is there, and of the models before
+    training, which arms share."""
     planned: dict[Path, PlannedEvaluation] = {}
     for table in study.file.evaluations:
         for run in study.runs:
@@ -68,31 +87,55 @@ def plan_evaluations(study: Study, states: Mapping[str, RunState]) -> list[Plann
         for run in study.runs:
             if states[run.name].complete:
                 final = final_evaluation(study, table, run, states[run.name])
-                planned.setdefault(final.folder, final)
+                if final.done or has_model(run, states[run.name]):
+                    planned.setdefault(final.folder, final)
     return list(planned.values())
 
 
 def final_evaluation(study: Study, table: EvaluationSet, run: PlannedRun, state: RunState) -> PlannedEvaluation:
     """The evaluation of the result of a run."""
     recipe = _recipe(table, run.recipe, str((run.folder / "model").resolve()))
-    folder = _folder(study, table, f"{run.arm.name}-seed-{run.seed}", recipe, state.weights)
-    return PlannedEvaluation(table, run, recipe, folder)
+    name = _name(table, f"{run.arm.name}-seed-{run.seed}", recipe, state.weights)
+    return PlannedEvaluation(table, run, recipe, study.folder / name, study.records / name)
 
 
 def initial_evaluation(study: Study, table: EvaluationSet, run: PlannedRun) -> PlannedEvaluation:
     """The evaluation of the model before training."""
     recipe = _recipe(table, run.recipe, run.recipe.model.name)
-    folder = _folder(study, table, INITIAL, recipe, recipe.model.name)
-    return PlannedEvaluation(table, run, recipe, folder, initial=True)
+    name = _name(table, INITIAL, recipe, recipe.model.name)
+    return PlannedEvaluation(table, run, recipe, study.folder / name, study.records / name, initial=True)
 
 
-def _folder(study: Study, table: EvaluationSet, name: str, recipe: Recipe, model: str) -> Path:
-    """The folder of an evaluation. Its name ends with a hash of the model and of all settings, so another model, or
-    other settings, have another folder."""
+def start_of_training(study: Study, run: PlannedRun, state: RunState) -> RunState | None:
+    """The state that the training of a run begins from; None if nothing is to be trained.
+
+    A complete run is trained again if its model is gone and has not answered everything. The first note says so.
+    """
+    if not state.complete:
+        return state
+    left = [] if has_model(run, state) else unanswered(study, run, state)
+    if not left:
+        return None
+    found = folder_state(run, study.budget)
+    names = ", ".join(table.title for table in left)
+    return replace(
+        found, notes=[f"its model is gone and has not answered {names}, so it is trained again", *found.notes]
+    )
+
+
+def unanswered(study: Study, run: PlannedRun, state: RunState) -> list[EvaluationSet]:
+    """The evaluations that the model of a run has not answered; all if the run is not complete."""
+    tables = study.file.evaluations
+    return [table for table in tables if not state.complete or not final_evaluation(study, table, run, state).done]
+
+
+def _name(table: EvaluationSet, name: str, recipe: Recipe, model: str) -> Path:
+    """The place of an evaluation in the folders of runs and records. It ends with a hash of the model and of all
+    settings, so another model, or other settings, have another place."""
     settings = recipe.model_dump(exclude_defaults=True)
     settings["model"]["name"] = model
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    return study.folder / "evaluations" / table.title / f"{name}-{digest[:8]}"
+    return Path("evaluations", table.title, f"{name}-{digest[:8]}")
 
 
 def _recipe(table: EvaluationSet, trained: Recipe, model: str) -> Recipe:
@@ -108,7 +151,7 @@ def _recipe(table: EvaluationSet, trained: Recipe, model: str) -> Recipe:
         "run": {"name": "evaluation", "seed": table.seed},
         "model": {**device, "name": model},
         "sampling": {"max_tokens": trained.sampling.max_tokens, "stop": list(trained.sampling.stop)},
-        "benchmarks": [table.model_dump(exclude={"seed"}, exclude_none=True, exclude_unset=True)],
+        "benchmarks": [table.benchmark],
     }
     try:
         return load_recipe(tables)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gruppo.evaluation.plots import make_figure, save_figure
-from gruppo.runs.reading import read_metrics
 from gruppo.study.answers import Answered, curve_of, value_of
 from gruppo.study.arms import Study
 from gruppo.study.file import INITIAL, FigureTable
-from gruppo.study.spending import tokens_by_step
+from gruppo.study.run_data import RunData
 from gruppo.study.states import RunState
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ def _draw_curve(
 ) -> bool:
     for arm in study.file.shown_arms(table):
         runs = [run for run in study.runs_of(arm.name) if states[run.name].complete]
-        curves = [curve for run in runs if (curve := _points(run.folder, table)) is not None]
+        read = [data for run in runs if (data := states[run.name].data) is not None]
+        curves = [curve for data in read if (curve := _points(data, table)) is not None]
         if not curves:
             continue
         start, end = max(curve[0, 0] for curve in curves), min(curve[0, -1] for curve in curves)
@@ -62,14 +62,14 @@ def _draw_curve(
     return True
 
 
-def _points(folder: Path, table: FigureTable) -> np.ndarray | None:
+def _points(data: RunData, table: FigureTable) -> np.ndarray | None:
     """A metric of a run: two rows, where it was measured and its values, smoothed. None if it has none."""
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line.get(table.metric) is not None]
+    lines = [line for line in data.metrics if line.get(table.metric) is not None]
     steps = np.array([line["step"] for line in lines], dtype=float)
     values = np.array([line[table.metric] for line in lines], dtype=float)
     if table.by == "tokens":
-        tokens = tokens_by_step(folder)
-        steps = np.array([sum(count for step, count in tokens.items() if step <= at) for at in steps], dtype=float)
+        tokens = data.tokens.items()
+        steps = np.array([sum(count for step, count in tokens if step <= at) for at in steps], dtype=float)
     width = min(table.smooth, len(values))
     if width > 1:
         values = np.convolve(values, np.full(width, 1 / width), mode="valid")

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from gruppo.config.sections import Benchmark, Section
+from gruppo.config.loading import wrong_value
+from gruppo.config.sections import Benchmark, Section, Task
 from gruppo.errors import UsageError, nearest
 from gruppo.utils.crossed import Alternative
 
 INITIAL = "initial"  # stands for the model before training, in questions and figures
-_RESERVED = (INITIAL, "evaluations")
+_RESERVED = (INITIAL, "evaluations", "records")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
 
 
@@ -73,6 +74,9 @@ class Head(Table):
     """What the study is about, in Markdown: the first paragraphs of the page."""
     runs: str = ""
     """Folder of the runs, relative to the study's file. Default: runs/NAME."""
+    records: str = ""
+    """Folder of the records of runs and evaluations, relative to the study's file. Default: records in `runs`. Put it
+    next to the file to commit it."""
     page: str = ""
     """The page that is written, relative to the study's file; figures go next to it. Default: study.md in `runs`."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
@@ -113,6 +117,28 @@ class EvaluationSet(Benchmark):
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Random seed of the answers; the same for all models."""
+    recall: bool = False
+    """Measure how much of its questions the model before training can continue from their first half."""
+    recall_control: Task | None = None
+    """Questions of the same kind that the model cannot have seen: a table like [task], or only its name. Recall is
+    compared with theirs."""
+
+    @field_validator("recall_control", mode="before", json_schema_input_type=Task | str)
+    @classmethod
+    def _control_by_name(cls, task: Any) -> Any:
+        return {"name": task} if isinstance(task, str) else task
+
+    @model_validator(mode="after")
+    def _control_is_used(self) -> Self:
+        if self.recall_control is not None and not self.recall:
+            raise ValueError("recall_control: has no effect without recall = true; write it, or remove recall_control")
+        return self
+
+    @property
+    def benchmark(self) -> dict[str, Any]:
+        """What is set of the fields that [[benchmarks]] has too."""
+        own = set(EvaluationSet.model_fields) - set(Benchmark.model_fields)
+        return self.model_dump(exclude=own, exclude_none=True, exclude_unset=True)
 
 
 class Question(Table):
@@ -259,7 +285,8 @@ def read_study(path: Path) -> StudyFile:
 
 def _mistakes(error: ValidationError) -> Iterator[str]:
     for details in error.errors():
-        place = ".".join(str(part) for part in details["loc"] if part not in ("dict[str,any]", "str"))
+        path = [str(part) for part in details["loc"] if part not in ("dict[str,any]", "str")]
+        place = ".".join(path)
         if details["type"] == "value_error":
             yield f"{place}: {details['ctx']['error']}".removeprefix(": ")
         elif details["type"] == "extra_forbidden":
@@ -268,7 +295,7 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
         elif details["type"] == "missing":
             yield f"{place}: missing; add it"
         else:
-            yield f"{place} = {details['input']!r:.60}: {details['msg'].removeprefix('Input ')}"
+            yield wrong_value(place, path, details, StudyFile)
 
 
 _TABLES: Mapping[str, type[BaseModel]] = {

@@ -24,6 +24,7 @@ def page_of(study: Study, content: Mapping[str, Any], figures: Mapping[str, str]
         _arms(study, content),
         _runs(content),
         _contamination(content),
+        _recall(study, content),
         ["## What a reader may and may not conclude", "", head.conclusions.strip()] if head.conclusions else [],
         _again(study),
     ]
@@ -141,6 +142,32 @@ def _contamination(content: Mapping[str, Any]) -> list[str]:
     )
     names = ["evaluation", "training data of", "questions", "training questions", "same", "near"]
     return ["## Contamination", "", note, "", *_table(names, rows)]
+
+
+def _recall(study: Study, content: Mapping[str, Any]) -> list[str]:
+    if not content["recall"]:
+        return []
+    rows = []
+    for entry in content["recall"]:
+        found = entry["found"] or {}
+        table = study.file.evaluation(entry["evaluation"])
+        for name, title in (("questions", table.title), ("control", f"control for {table.title}")):
+            if name == "control" and table.recall_control is None:
+                continue
+            value = found.get(name)
+            numbers = ["not measured", "", ""]
+            if value is not None:
+                numbers = [f"{value['questions']:,}", f"{value['exact']:.1%}", f"{value['words']:.1%}"]
+            rows.append([title, _list(entry["arms"]), *numbers])
+    note = (
+        "How much of a question the model before training continues by itself from the first half, with the most "
+        "likely tokens and without a chat template: the share of questions whose second half it writes word for word, "
+        "and the share of the second half that it has up to the first word that differs. Ends of questions can be "
+        "guessed, so a value alone says little. Compare it with that of the control, whose questions the model cannot "
+        "have seen: if it is clearly higher, the questions were probably in the data of the model before training."
+    )
+    names = ["questions", "model before training of", "number", "word for word", "words up to a difference"]
+    return ["## Recall", "", note, "", *_table(names, rows)]
 
 
 def _again(study: Study) -> list[str]:

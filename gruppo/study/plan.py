@@ -4,42 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gruppo.study.arms import Study
+from gruppo.study.arms import Study, require_arms
 from gruppo.study.estimate import Estimator, clock, total
+from gruppo.study.evaluations import plan_evaluations, start_of_training, unanswered
+from gruppo.study.recall_check import recall_left
 from gruppo.study.runner import work_left
-from gruppo.study.states import read_states
+from gruppo.study.states import RunState, read_states
 from gruppo.utils.progress import Progress
 
 
 def describe_plan(study: Study, only: Collection[str], progress: Progress, checks: bool = True) -> str:
     """All runs and evaluations with their states, as text, and the estimated time of what is left.
 
-    `checks`: estimate arms that have not run with `gruppo check`, which loads their models.
+    `only`: names of arms; all if empty. `checks`: estimate arms that have not run with `gruppo check`, which loads
+    their models. Raises UsageError for an arm that does not exist.
     """
+    require_arms(study, only)
     states = read_states(study)
     estimator = Estimator(study, states, progress, checks)
     runs, evaluations = work_left(study, states, only)
-    left = {run.name for run in runs}
-    rows: list[tuple[str, ...]] = [("run", "state", "steps", "sampled tokens", "left")]
-    seconds: list[float | None] = []
-    for run in study.runs:
-        state = states[run.name]
-        estimate = estimator.run(run) if run.name in left and state.state != "refused" else None
-        seconds.append(estimate)
-        shown = clock(estimate) if run.name in left else ""
-        rows.append((run.name, state.state, f"{state.steps:,}", f"{state.tokens:,}", shown))
+    remarks = [f"{state.name}: {remark}" for state in states.values() for remark in state.remarks]
+    remarks += [remark for planned in plan_evaluations(study, states) if (remark := planned.remark)]
+    times: list[float | None] = []
+    left = {}
+    for run in runs:
+        start = start_of_training(study, run, states[run.name])
+        assert start is not None
+        remarks += [f"{run.name}: {note}" for note in start.notes]
+        times.append(None if start.state == "refused" else estimator.run(run, start))
+        left[run.name] = clock(times[-1])
+    waiting = [planned.table for planned in evaluations]
+    waiting += [table for run in runs for table in unanswered(study, run, states[run.name])]
+    times += [estimator.evaluation(table) for table in waiting]
+    rows: list[tuple[str, ...]] = [("run", "state", "from", "steps", "sampled tokens", "left")]
     for name, state in states.items():
-        if state.state == "left over":
-            rows.append((name, state.state, f"{state.steps:,}", f"{state.tokens:,}", ""))
-    waiting = [planned.table for planned in evaluations] + [table for _ in runs for table in study.file.evaluations]
-    times = [estimator.evaluation(table) for table in waiting]
-    lines = [_line(row, rows) for row in rows]
-    lines += [f"  {name}: {note}" for name, state in states.items() for note in state.notes if name in left]
+        source = _source(study, state)
+        rows.append((name, state.state, source, f"{state.steps:,}", f"{state.tokens:,}", left.get(name, "")))
+    lines = [_line(row, rows) for row in rows] + [f"  {remark}" for remark in remarks]
+    lines += [f"  recall of {planned.table.title} is left" for planned in recall_left(study)]
     lines.append(f"{len(runs)} of {len(study.runs)} runs and {len(waiting)} evaluations are left: about "
-                 f"{clock(total([*seconds, *times]))}")  # fmt: skip
-    if any(value is None for value in [*seconds, *times]) and (runs or waiting):
+                 f"{clock(total(times))}")  # fmt: skip
+    if any(value is None for value in times):
         lines[-1] += ", and what has no estimate yet"
     return "\n".join(lines)
+
+
+def _source(study: Study, state: RunState) -> str:
+    """What a state comes from: "folder", "record" (the folder is gone), or "record and folder"."""
+    if state.data is None:
+        return ""
+    if not state.recorded:
+        return "folder"
+    return "record and folder" if (study.folder / state.name).is_dir() else "record"
 
 
 def _line(row: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

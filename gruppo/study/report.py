@@ -16,28 +16,35 @@ from gruppo.study.answers import METHOD, Answered, answer, value_of
 from gruppo.study.arms import Study, written
 from gruppo.study.attempts import read_attempts
 from gruppo.study.contamination_check import contamination_of
-from gruppo.study.evaluations import final_evaluation, initial_evaluation
+from gruppo.study.evaluations import final_evaluation, initial_evaluation, plan_evaluations
 from gruppo.study.figures import write_figures
 from gruppo.study.file import INITIAL, EvaluationSet
 from gruppo.study.page import page_of
-from gruppo.study.states import RunState, read_states
+from gruppo.study.recall_check import recall_of
+from gruppo.study.states import RunState, keep_states
 
 FILE = "study.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """The files of a report."""
+    """The files of a report. `remarks`: why a folder was used in place of a record, or the other way round."""
 
     content: Mapping[str, Any]
     json: Path
     page: Path
     figures: list[Path]
+    remarks: list[str]
 
 
 def write_report(study: Study) -> Report:
-    """Write study.json, the figures and the page from what is there. Raises UsageError if something is damaged."""
-    states = read_states(study)
+    """Write study.json, the figures and the page from what is there, and the records that are missing.
+
+    Raises UsageError if something is damaged.
+    """
+    states = keep_states(study)
+    remarks = [f"{state.name}: {remark}" for state in states.values() for remark in state.remarks]
+    remarks += [remark for planned in plan_evaluations(study, states) if planned.done and (remark := planned.keep())]
     answered = _answered(study, states)
     study.folder.mkdir(parents=True, exist_ok=True)
     study.page.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +54,7 @@ def write_report(study: Study) -> Report:
     write_whole(study.folder / FILE, (json.dumps(content, indent=1) + "\n").encode())
     links = {path.stem: os.path.relpath(path, study.page.parent) for path in drawn}
     write_whole(study.page, page_of(study, content, links).encode())
-    return Report(content, study.folder / FILE, study.page, drawn)
+    return Report(content, study.folder / FILE, study.page, drawn, remarks)
 
 
 def _answered(study: Study, states: Mapping[str, RunState]) -> Answered:
@@ -89,11 +96,12 @@ def _content(study: Study, states: Mapping[str, RunState], answered: Answered) -
             for arm in file.arms
         ],
         "runs": [_run(state) for state in states.values()],
-        "attempts": read_attempts(study.folder),
+        "attempts": read_attempts(study.records),
         "evaluations": {table.title: _evaluation(study, table, answered) for table in file.evaluations},
         "questions": answer(file, answered),
         "method": METHOD,
         "contamination": contamination_of(study),
+        "recall": recall_of(study),
     }
 
 

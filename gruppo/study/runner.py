@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gruppo.errors import RunError, UsageError, first_line
-from gruppo.study.arms import PlannedRun, Study
+from gruppo.study.arms import PlannedRun, Study, require_arms
 from gruppo.study.attempts import attempt
 from gruppo.study.contamination_check import check_contamination
 from gruppo.study.estimate import Estimator, clock
-from gruppo.study.evaluations import PlannedEvaluation, final_evaluation, plan_evaluations
+from gruppo.study.evaluations import PlannedEvaluation, final_evaluation, plan_evaluations, start_of_training
+from gruppo.study.recall_check import measure_recall, recall_left
 from gruppo.study.spending import BudgetCallback
-from gruppo.study.states import RunState, read_state, read_states
+from gruppo.study.states import RunState, keep_state, keep_states
 from gruppo.training.api import run_recipe
 from gruppo.training.callbacks import Callback
 from gruppo.types import Group
@@ -37,8 +38,12 @@ class Outcome:
 def work_left(
     study: Study, states: dict[str, RunState], only: Collection[str] = ()
 ) -> tuple[list[PlannedRun], list[PlannedEvaluation]]:
-    """The runs that are not complete, and the evaluations that can be done now. `only`: names of arms; all if empty."""
-    runs = [run for run in study.runs if not states[run.name].complete and (not only or run.arm.name in only)]
+    """The runs to train, and the evaluations that can be done now. `only`: names of arms; all if empty."""
+    runs = [
+        run
+        for run in study.runs
+        if (not only or run.arm.name in only) and start_of_training(study, run, states[run.name]) is not None
+    ]
     planned = [
         evaluation
         for evaluation in plan_evaluations(study, states)
@@ -58,34 +63,37 @@ class StudyRunner:
     ) -> None:
         """Raises UsageError for an arm that does not exist."""
         self.study, self.progress, self.stop, self.only = study, progress, stop, only
-        known = {arm.name for arm in study.file.arms}
-        if unknown := [name for name in only if name not in known]:
-            raise UsageError(f"--only {unknown[0]}: is no arm of {study.path}; it has {', '.join(sorted(known))}")
+        require_arms(study, only)
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
         """Do everything that is missing and fits. Raises Interrupted after a signal, when everything is saved."""
         self._guarded("contamination", lambda: check_contamination(self.study, self.progress))
-        states = read_states(self.study)
+        states = keep_states(self.study)
+        for planned in recall_left(self.study):
+            self._measure_recall(planned)
+        for planned in plan_evaluations(self.study, states):
+            if planned.done:
+                self._keep(planned)
         for planned in work_left(self.study, states, self.only)[1]:
             self._evaluate(planned)
         for run in self.study.runs:
             if self.only and run.arm.name not in self.only:
                 continue
-            if not states[run.name].complete:
-                self._train(run, states)
-                states[run.name] = read_state(run, self.study.budget)
-            for table in self.study.file.evaluations if states[run.name].complete else ():
-                self._evaluate(final_evaluation(self.study, table, run, states[run.name]))
+            if (start := start_of_training(self.study, run, states[run.name])) is not None:
+                self._train(run, start, states)
+                states[run.name] = keep_state(self.study, run)
+            if start_of_training(self.study, run, states[run.name]) is None:
+                for table in self.study.file.evaluations:
+                    self._evaluate(final_evaluation(self.study, table, run, states[run.name]))
         return self.outcome
 
-    def _train(self, run: PlannedRun, states: dict[str, RunState]) -> None:
-        state = states[run.name]
-        if state.state == "refused":
-            self._fail(run.name, "; ".join(state.notes))
+    def _train(self, run: PlannedRun, start: RunState, states: dict[str, RunState]) -> None:
+        if start.state == "refused":
+            self._fail(run.name, "; ".join(start.notes))
             return
-        seconds = Estimator(self.study, states, self.progress, checks=self.deadline is not None).run(run)
+        seconds = Estimator(self.study, states, self.progress, checks=self.deadline is not None).run(run, start)
         if not self._fits(seconds):
             self._leave(run.name, seconds)
             return
@@ -101,6 +109,20 @@ class StudyRunner:
                 raise Interrupted
 
         self._attempt(run.name, train)
+
+    def _measure_recall(self, planned: PlannedEvaluation) -> None:
+        name = f"recall of {planned.table.title}"
+        if not self._fits(None):
+            self._leave(name, None)
+            return
+        self.progress.note(f"Study {self.study.file.study.name}: {name}")
+
+        def measure(record: dict[str, Any]) -> None:
+            with self.stop.interruptible():
+                measure_recall(self.study, planned, self.progress, self.stop)
+            record["outcome"] = "done"
+
+        self._attempt(name, measure)
 
     def _evaluate(self, planned: PlannedEvaluation) -> None:
         if planned.done:
@@ -118,10 +140,19 @@ class StudyRunner:
             record["outcome"] = "done"
 
         self._attempt(planned.name, evaluate)
+        if planned.done:
+            self._keep(planned)
+
+    def _keep(self, planned: PlannedEvaluation) -> None:
+        def keep() -> None:
+            if remark := planned.keep():
+                self.progress.note(f"Study {self.study.file.study.name}: {remark}")
+
+        self._guarded(planned.name, keep)
 
     def _attempt(self, name: str, work: Any) -> None:
         def recorded() -> None:
-            with attempt(self.study.folder, name) as record:
+            with attempt(self.study.records, name) as record:
                 work(record)
 
         self._guarded(name, recorded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ def label_tokens_by_step(folder: Path) -> dict[int, int]:
     return {step: len(pc.list_flatten(read_table(path, schema)["token_ids"])) for step, path in tables}
 
 
-def seconds_by_step(folder: Path) -> dict[int, float]:
-    """The seconds of training of every step of a run, without evaluations; step 0 has what came before the first."""
+def seconds_by_step(metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """The seconds of training of every step of a run, without evaluations; step 0 has what came before the first.
+
+    `metrics`: the lines of metrics.jsonl.
+    """
     seconds: dict[int, float] = {}
-    for line in read_metrics(folder / "metrics.jsonl"):
+    for line in metrics:
         spent = line.get("time/step" if STEP in line else "time/reward_model")
         seconds[line["step"]] = seconds.get(line["step"], 0.0) + (spent or 0.0)
     return seconds
@@ -49,13 +52,14 @@ def reached_at(budget: Budget, spent: Mapping[int, float]) -> int | None:
     return None
 
 
-def spent_by_step(budget: Budget, folder: Path) -> dict[int, float]:
-    """What every step of a run has spent, in the unit of the budget; of minutes, the seconds."""
+def spent_by_step(budget: Budget, tokens: Mapping[int, int], metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """What every step of a run has spent, in the unit of the budget; of minutes, the seconds.
+
+    `tokens`: see `tokens_by_step`. `metrics`: the lines of metrics.jsonl.
+    """
     if budget.unit == "minutes":
-        return seconds_by_step(folder)
-    if budget.unit == "tokens":
-        return dict(tokens_by_step(folder))
-    return {step: 1.0 for step, _ in _tables(folder / "rollouts")}
+        return seconds_by_step(metrics)
+    return dict(tokens) if budget.unit == "tokens" else dict.fromkeys(tokens, 1.0)
 
 
 def _limit(budget: Budget) -> float:
@@ -79,7 +83,8 @@ class BudgetCallback(Callback):
 
     def on_start(self, step: int) -> StopTraining | None:
         """See `Callback`."""
-        spent = spent_by_step(self.budget, self.folder)
+        metrics = read_metrics(self.folder / "metrics.jsonl")
+        spent = spent_by_step(self.budget, tokens_by_step(self.folder), metrics)
         self.spent = sum(amount for number, amount in spent.items() if number <= step)
         return STOP if step and self.spent >= _limit(self.budget) else None
 

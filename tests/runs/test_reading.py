@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,3 +201,18 @@ def test_bars_do_not_interpret_markup() -> None:
         advance(1)
         progress._bars.refresh()
     assert r"Opening [/] [red]x\x1b[2J" in progress.console.export_text()
+
+
+def test_compressed_files_are_read_up_to_the_same_size(tmp_path: Path) -> None:
+    """A small file can be large once it is decompressed."""
+    path = tmp_path / "lines.jsonl.gz"
+    path.write_bytes(gzip.compress(b"a" * 100_000))
+    assert path.stat().st_size < 1000
+    assert opening.read_content(path, 100_000) == b"a" * 100_000
+    with pytest.raises(UsageError, match="is larger than"):
+        opening.read_content(path, 99_999)
+    path.write_bytes(b"a" * 100_000)
+    with pytest.raises(UsageError, match="is larger than"):
+        opening.read_content(path, 99_999)
+    with pytest.raises(zlib.error):
+        opening.read_content(path)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gruppo.study.arms import load_study
+from gruppo.study.runner import Outcome, StudyRunner
+from gruppo.utils.progress import NullProgress
+from gruppo.utils.signals import stop_on_signals
 from tests.small_runs import ROWS
 
 STUDY = """
@@ -84,6 +90,32 @@ def write_study(folder: Path, model: str, tokens: int = 150, text: str = STUDY) 
     file = folder / "study.toml"
     file.write_text(text.format(model=model, train=folder / "train.jsonl", test=folder / "test.jsonl", tokens=tokens))
     return file
+
+
+def run(file: Path, **options: Any) -> Outcome:
+    with stop_on_signals(kills=True) as stop:
+        return StudyRunner(load_study(file), NullProgress(), stop, **options).run()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a study that has run. Tests change copies of it only."""
+    file = write_study(tmp_path_factory.mktemp("study") / "a", tiny_folder)
+    outcome = run(file)
+    assert (outcome.failed, outcome.left) == ({}, [])
+    return file
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished.parent, tmp_path / "study")
+    return tmp_path / "study" / "study.toml"
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
 
 
 @pytest.fixture

@@ -57,6 +57,8 @@ def test_a_recipe_is_a_file_or_a_packaged_name(study_file: Path) -> None:
         ('"optimizer.learning_rate" =', '"optimizer learning_rate" =', ["arm high", "is no field"]),
         ("[recipe]", 'recipe = "none.toml"\n[other]', ["other: unknown field"]),
         ("title", "[title", ["cannot be read as TOML"]),
+        ('name = "low"', 'name = "records"', ["reserved"]),
+        ("questions = 4", 'questions = 4\nrecall_control = "gsm8k"', ["recall_control", "without recall = true"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
@@ -66,6 +68,27 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, words: list[str]
         load_study(file)
     for word in [str(file), *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("samples = 2", "samples = 0", "evaluations.0.samples = 0: {at_least} 1; write e.g. samples = 1"),
+        ("samples = 2", "samples = 2.5", "evaluations.0.samples = 2.5: must be a valid integer; write e.g. samples ="),
+        ("{{ tokens = {tokens} }}", "{{ tokens = 0 }}", "study.budget.tokens = 0: {at_least} 1; Sampled tokens. A run"),
+        ("seeds = [1, 2]", "seeds = [-1]", "study.seeds.0 = -1: {at_least} 0; Values of run.seed."),
+        ("seeds = [1, 2]", "seeds = 3", "study.seeds = 3: must be a valid list; write e.g. seeds = [3]"),
+        ('name = "low"', 'name = "low"\nseeds = [-2]', "arms.0.seeds.0 = -2: {at_least} 0; In place of"),
+        ("temperature = 1.0", "temperature = -1.0", "evaluations.0.decoding.temperature = -1.0: {at_least} 0; write"),
+        ("questions = 4", "recall = 1", "evaluations.0.recall = 1: must be a valid boolean; write e.g. recall = true"),
+    ],
+)
+def test_values_of_the_wrong_range_or_type_come_with_advice(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in STUDY
+    file = write_study(tmp_path, "tiny", text=STUDY.replace(old, new))
+    with pytest.raises(UsageError) as caught:
+        load_study(file)
+    assert f"{file}: {message.format(at_least='must be greater than or equal to')}" in str(caught.value)
 
 
 def test_the_example_loads() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,20 +20,7 @@ from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Interrupted, stop_on_signals
 from tests.fuzzing import command
 from tests.small_runs import at_call, fingerprint
-from tests.study.conftest import STUDY, write_study
-
-
-def run(file: Path, **options: Any) -> Outcome:
-    with stop_on_signals(kills=True) as stop:
-        return StudyRunner(load_study(file), NullProgress(), stop, **options).run()
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = write_study(tmp_path_factory.mktemp("study") / "a", tiny_folder)
-    outcome = run(file)
-    assert (outcome.failed, outcome.left) == ({}, [])
-    return file
+from tests.study.conftest import STUDY, change, run, write_study
 
 
 def test_runs_stop_after_the_step_that_reaches_the_budget(finished: Path) -> None:
@@ -88,7 +73,9 @@ def test_two_studies_give_the_same_files(finished: Path, tiny_folder: str, tmp_p
         if count == 5:
             states = read_states(load_study(again))
             assert sorted(state.state for state in states.values()) == ["missing", "missing", "stopped", "unfinished"]
-            assert "high/seed-1  unfinished" in describe_plan(load_study(again), (), NullProgress(), checks=False)
+            assert "high/seed-1  unfinished  folder" in describe_plan(
+                load_study(again), (), NullProgress(), checks=False
+            )
     run(again)
     reports = [write_report(load_study(file)) for file in (finished, again)]
     for one, other in zip(*(load_study(file).runs for file in (finished, again)), strict=True):
@@ -98,7 +85,11 @@ def test_two_studies_give_the_same_files(finished: Path, tiny_folder: str, tmp_p
     for one, other in zip(*(report.figures for report in reports), strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
         assert one.with_suffix(".png").read_bytes() == other.with_suffix(".png").read_bytes()
-    assert {found["outcome"] for found in read_attempts(load_study(again).folder)} == {"stopped", "done", "interrupted"}
+    assert {found["outcome"] for found in read_attempts(load_study(again).records)} == {
+        "stopped",
+        "done",
+        "interrupted",
+    }
 
 
 def test_a_finished_study_does_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,18 +106,6 @@ def test_an_interruption_at_the_end_of_the_budget_does_not_add_a_step(finished: 
     assert callback.on_start(steps) is STOP
     assert callback.on_start(steps - 1) is None
     assert callback.on_start(0) is None
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished.parent, tmp_path / "study")
-    return tmp_path / "study" / "study.toml"
-
-
-def change(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
 
 
 def test_a_changed_recipe_is_refused_with_the_field(copied: Path) -> None:
@@ -146,7 +125,7 @@ def test_a_larger_budget_goes_on_and_a_smaller_one_is_refused(copied: Path, fini
     change(copied, "tokens = 150", "tokens = 200")
     assert run(copied, only=["low"]).failed == {}
     assert len(tokens_by_step(study.runs[0].folder)) > before
-    assert read_state(load_study(copied).runs[0], load_study(copied).budget).state == "stopped"
+    assert read_state(load_study(copied), load_study(copied).runs[0]).state == "stopped"
     change(copied, "tokens = 200", "tokens = 50")
     outcome = run(copied)
     assert "which it reached with step" in outcome.failed["low/seed-1"]
@@ -179,9 +158,9 @@ def test_a_run_that_takes_too_long_is_interrupted_after_a_step(tiny_folder: str,
         runner = StudyRunner(load_study(file), NullProgress(), stop, minutes=1e-6)
         with pytest.raises(Interrupted):
             runner.run()
-    (attempt,) = read_attempts(load_study(file).folder)
+    (attempt,) = read_attempts(load_study(file).records)
     assert attempt["outcome"] == "interrupted"
-    state = read_state(load_study(file).runs[0], load_study(file).budget)
+    state = read_state(load_study(file), load_study(file).runs[0])
     assert (state.state, state.steps) == ("unfinished", 1)
     assert run(file).left == []
 
