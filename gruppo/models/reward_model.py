@@ -108,7 +108,7 @@ def load_reward_model(
             'or write reward.functions = ["classifier"]'
         )
     layers, head = _parts(source, kind)
-    in_memory = replace(source, given=layers)
+    in_memory = replace(source, given=layers, owned=True)
     model = ScalarModel.on(load_model(in_memory, device, dtype, progress, attention), bias=kind == "process")
     with torch.no_grad():
         for target, saved in zip((model.head.weight, model.head.bias), head, strict=False):
@@ -148,7 +148,8 @@ def _parts(source: ModelSource, kind: str) -> tuple[Any, list[Tensor]]:
     output = model.get_output_embeddings().weight
     if output is not model.get_input_embeddings().weight:
         nn.init.zeros_(output)
-    model.get_decoder().load_state_dict(layers)
+    model.get_decoder().load_state_dict(layers, assign=True)  # a copy would be in memory beside the classifier
+    model.tie_weights()
     return model, [named[name].detach() for name in _head_names(source.config, kind)]
 
 
