@@ -137,6 +137,7 @@ def test_a_reward_model_is_trained_in_micro_batches_that_run_memory_allows(
     settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gruppo.engines.memory.process_bytes", lambda _: 0)
+    settings = {**settings, "reward_model": {**settings["reward_model"], "batch_size": 32, "epochs": 5}}
     roomy = train_reward_model(within(settings, "9 GB"), labelled, out=tmp_path / "roomy")
     most = facts_of(tmp_path / "roomy")
     forecast = most["memory_forecast"]
@@ -144,10 +145,11 @@ def test_a_reward_model_is_trained_in_micro_batches_that_run_memory_allows(
     assert forecast["peak"] == sum(size for part, size in forecast.items() if part != "peak")
     assert forecast["logits"] == 0
     least = forecast["peak"] - forecast["activations"] // 2
-    with killed(monkeypatch, "gruppo.training.reward_model.update", 6):
+    with killed(monkeypatch, "gruppo.training.reward_model.update", 3):
         train_reward_model(within(settings, least), labelled, out=tmp_path / "tight")
     chosen = facts_of(tmp_path / "tight")["chosen"]
-    assert chosen["micro_batch_tokens"] < 1024
+    assert 20 < chosen["micro_batch_tokens"] < 300
+    assert facts_of(tmp_path / "tight")["memory_forecast"]["peak"] <= least
     with monkeypatch.context() as patch:  # a resume keeps the sizes, whatever is free by then
         patch.setattr("gruppo.training.sizing.choose_sizes", lambda *_: pytest.fail("chosen again"))
         tight = train_reward_model(within(settings, least), labelled, out=tmp_path / "tight", resume=True)
