@@ -131,12 +131,13 @@ def measure_footprint(
 
 
 def prepared_bytes(policy: LanguageModel) -> int:
-    """Bytes of copies of weights that autograd does not keep: those of the fused body, or of one layer of 4 bits."""
+    """Bytes of copies of weights that autograd does not keep: those of the fused body, with adapters merged into them,
+    or of one layer of 4 bits."""
     small = [full_count(parameter) for parameter in policy.model.parameters() if is_four_bit(parameter)]
     if small:
         return max(small) * policy.dtype.itemsize
     storages = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
-    if policy.body is None or not policy.body.trains:
+    if policy.body is None:
         return 0
     copies = [linear.weight for layer in policy.body.prepare(policy.dtype, pack=False) for linear in layer.products]
     return _bytes_of([weight for weight in copies if weight.untyped_storage().data_ptr() not in storages])

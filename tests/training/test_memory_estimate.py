@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.config.sections import Lora
 from gruppo.engines.memory import DEVICE_FRAGMENTS, FRAGMENTS, MODULE_FRAGMENTS, Free
 from gruppo.errors import UsageError
 from gruppo.models.footprint import Footprint, measure_footprint, prepared_bytes, process_bytes, saved_bytes
+from gruppo.models.lora import add_adapters
 from gruppo.models.packing import ACCELERATOR_TOKENS, MAX_TOKENS, pack
 from gruppo.models.policy import LanguageModel
 from gruppo.training.memory_estimate import (
@@ -127,6 +129,13 @@ def test_weights_gradients_and_reference_are_counted(footprint: Footprint) -> No
     assert footprint.prepared == 2 * 4 * ((32 + 16 + 16) * 32 + 2 * 48 * 32), "what is stacked for one product"
     policy.model.get_input_embeddings().requires_grad_(False)
     assert measure_footprint(policy, 0, NullProgress()).gradients == 4 * (size - embedding)
+
+
+def test_weights_merged_with_adapters_are_counted() -> None:
+    """In float32, sampling computes with merged weights; in bfloat16, transformers' modules compute."""
+    linear = 2 * ((32 + 16 + 16) * 32 + 32 * 32 + 3 * 48 * 32)
+    for dtype, expected in ((torch.float32, 4 * linear), (torch.bfloat16, 0)):
+        assert prepared_bytes(add_adapters(make_policy(dtype), Lora(rank=2), 0)) == expected
 
 
 @pytest.mark.parametrize("field", ["prompt_tokens", "max_tokens", "group_size", "prompts_per_step", "samples",
