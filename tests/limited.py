@@ -23,11 +23,11 @@ from unittest import mock
 import psutil
 
 from gruppo.errors import RunError
+from gruppo.models.footprint import LATER
 from gruppo.models.weights import save_model
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import train
 from gruppo.training.memory_estimate import choose_sizes
-from gruppo.training.memory_footprint import LATER
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.system import release_memory
 from tests.conftest import make_policy

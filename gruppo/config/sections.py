@@ -79,7 +79,8 @@ class Run(Section):
     iteration a [reward_model] is trained on new samples; from the second iteration on, the reference is also reset to
     the current policy. TRL's num_iterations is not this but method.inner_updates."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 10
-    """Steps between checkpoints. The latest two and the best are kept; the last step is always saved."""
+    """Steps between checkpoints. The latest two and the best are kept; the last step is always saved. In gruppo
+    reward-model: updates, or more where saving would take more than a tenth of the time."""
     memory: float | str = 0.6
     """Peak memory of the process: a fraction of the memory that is free when the run starts, or a size such as "6 GB"
     or "5.5 GiB". The micro-batch and the slots (concurrent completions) are derived from it once, at the start; they

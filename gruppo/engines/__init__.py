@@ -93,7 +93,7 @@ def build_engine(
 def open_engine(
     policy: LanguageModel, settings: EngineTable, prompt_tokens: int, max_tokens: int, wanted: int, stack: ExitStack
 ) -> Engine:
-    """Build an engine without a memory forecast: for evaluation, labels and `gruppo sample`.
+    """Build an engine without a memory forecast: for `gruppo sample`, whose completions are few.
 
     `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the largest useful number of
     concurrent completions. `stack` closes the engine.

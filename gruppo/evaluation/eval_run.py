@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,12 @@ from gruppo.evaluation.metrics import ambiguous
 from gruppo.evaluation.results import HELD_OUT, NEEDED_COLUMNS, RESULTS, EvalResult, sets_of
 from gruppo.evaluation.runner import Candidate, answer_rows, grade_answers, open_eval_sets, sample_answers
 from gruppo.evaluation.sets import EvalSet, check_graders
-from gruppo.models.loading import find_like
+from gruppo.models.loading import ModelSource, find_like
 from gruppo.models.ops.cpu.build import kernels_sha256
 from gruppo.models.packing import most_tokens
+from gruppo.models.policy import LanguageModel
 from gruppo.models.reward_model import NAME, load_reward_model
+from gruppo.models.value_head import ScalarModel
 from gruppo.models.weights import weights_sha256
 from gruppo.rollout.reward_model import RewardModelScorer
 from gruppo.runs.atomic import publish, write_whole, writing
@@ -74,8 +77,9 @@ def run_evaluation(
         progress, _ = stack.enter_context(watched(progress))
         started = start_time(out)
         stack.enter_context(template_time(started))
-        candidate = open_eval_sets(recipe, progress, stack, model, tokenizer)
-        scorer = _Scorer(recipe, candidate, progress) if recipe.reward_model is not None else None
+        load_judge = partial(_load_judge, recipe, progress)
+        candidate = open_eval_sets(recipe, progress, stack, model, tokenizer, load_judge)
+        scorer = None if candidate.judge is None else _Scorer(recipe, candidate, candidate.judge)
         prompts = [prompt for eval_set in candidate.eval_sets for prompt in eval_set.prompts]
         identity = {
             "weights_sha256": weights_sha256(candidate.policy.model),
@@ -86,7 +90,8 @@ def run_evaluation(
         if scorer is not None:
             identity["reward_model_sha256"] = weights_sha256(scorer.scorer.model.module)
         jobs = [_model_job(recipe, candidate, eval_set, scorer, progress, stop) for eval_set in candidate.eval_sets]
-        return _run_jobs(recipe, jobs, identity, out, stack, progress, started)
+        facts = {"slots": candidate.engine.slots, "memory_forecast": candidate.memory.as_dict()}
+        return _run_jobs(recipe, jobs, identity, out, stack, progress, started, facts)
 
 
 def grade_file(
@@ -163,8 +168,9 @@ def _run_jobs(
     stack: ExitStack,
     progress: Progress,
     started: datetime | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> EvalResult:
-    """Compute the missing parts, then the figures of all.
+    """Compute the missing parts, then the figures of all. `facts`: see `RunFolder.start_same`.
 
     Raises UsageError if the folder was written with another `identity`.
     """
@@ -173,7 +179,7 @@ def _run_jobs(
         stack.enter_context(explaining_write_errors(out))
         run = RunFolder(out)
         stack.callback(run.close)
-        run.start_same(recipe, EVALUATION, identity, started)
+        run.start_same(recipe, EVALUATION, identity, started, facts)
         if (out / RESULTS).is_file():
             return read_evaluation(out)
     tables, number = [], 0
@@ -208,17 +214,23 @@ def _advising_to_delete() -> Iterator[None]:
         raise UsageError(f"{error}, or delete it, and --resume computes it again") from None
 
 
+def _load_judge(recipe: Recipe, progress: Progress, source: ModelSource, policy: LanguageModel) -> ScalarModel | None:
+    """The recipe's reward model, if it has one. Raises UsageError if it does not exist, or does not read the policy's
+    tokens."""
+    settings = recipe.reward_model
+    if settings is None:
+        return None
+    found = find_like(settings.name, "reward_model.name", source, progress)
+    compute = recipe.model
+    return load_reward_model(found, settings.kind, policy.device.type, compute.dtype, progress, compute.attention)
+
+
 class _Scorer:
     """Scores answers with the recipe's reward model."""
 
-    def __init__(self, recipe: Recipe, candidate: Candidate, progress: Progress) -> None:
-        """Raises UsageError if the reward model does not exist, or does not read the policy's tokens."""
+    def __init__(self, recipe: Recipe, candidate: Candidate, model: ScalarModel) -> None:
         assert recipe.reward_model is not None
         self.settings, policy = recipe.reward_model, candidate.policy
-        source = find_like(self.settings.name, "reward_model.name", candidate.source, progress)
-        model = load_reward_model(
-            source, self.settings.kind, policy.device.type, recipe.model.dtype, progress, recipe.model.attention
-        )
         longest = max(
             len(prompt.token_ids) + eval_set.options.max_tokens
             for eval_set in candidate.eval_sets

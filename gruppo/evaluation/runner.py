@@ -19,16 +19,19 @@ from gruppo.data.chat_template import end_renderer
 from gruppo.data.loading import Dataset
 from gruppo.data.tokenization import tokenize_part
 from gruppo.data.transform import INHERITED
-from gruppo.engines import check_engine, open_engine
+from gruppo.engines import check_engine
 from gruppo.engines.base import Engine
+from gruppo.engines.memory import Free, Sampled, SamplingMemory, decoding_of, open_engine_within
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import read_eval_sets
 from gruppo.evaluation.metrics import figures_of
 from gruppo.evaluation.sets import EvalSet, make_eval_set
 from gruppo.evaluation.verdicts import grade_answer, vote
 from gruppo.models.attention.backends import check_compute
+from gruppo.models.footprint import held_bytes
 from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
+from gruppo.models.value_head import ScalarModel
 from gruppo.rewards.grading.verdicts import Verdict
 from gruppo.rollout.episodes import Opened
 from gruppo.rollout.multi_turn import open_multi_turn
@@ -175,6 +178,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     engine: str = "native",
+    memory: float | str = 0.6,
     trust_remote_code: bool = False,
     progress: bool | Progress = True,
     stop: Stop | None = None,
@@ -184,8 +188,8 @@ def evaluate(
     The questions are the held-out part of the task, or all its rows if it has none. `task`: a name, the fields of
     [task], or a Task. `options`: options of a task given by name. `questions`: maximum number of questions, from the
     start. `samples`: answers per question. `decoding`: fields of [evaluation.decoding], such as temperature and top_p.
-    `grader`: the task's own by default. `engine`: as engine.name in a recipe. `tokenizer`: for a model passed from
-    Python. Raises UsageError for an invalid argument.
+    `grader`: the task's own by default. `engine`, `memory`: as engine.name and run.memory in a recipe.
+    `tokenizer`: for a model passed from Python. Raises UsageError for an invalid argument.
     """
     if isinstance(task, Task):
         task = task.model_dump(exclude_none=True)
@@ -200,7 +204,7 @@ def evaluate(
     }
     name = str(model) if isinstance(model, str | Path) else "in-memory"
     tables = {
-        "run": {"seed": seed},
+        "run": {"seed": seed, "memory": memory},
         "model": {"name": name, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code},
         "engine": {"name": engine},
         "evaluation": settings,
@@ -251,13 +255,19 @@ def evaluate_recipe(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model with the evaluation sets that it is to answer. `sample`: the function that samples its answers."""
+    """A model with the evaluation sets that it is to answer.
+
+    `sample`: the function that samples its answers. `judge`: the reward model that scores them, if any. `memory`: the
+    estimate at the peak.
+    """
 
     source: ModelSource
     policy: LanguageModel
     engine: Engine
     eval_sets: list[EvalSet]
     sample: Sampler
+    memory: SamplingMemory
+    judge: ScalarModel | None = None
 
 
 def open_eval_sets(
@@ -266,18 +276,24 @@ def open_eval_sets(
     stack: ExitStack,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    load_judge: Callable[[ModelSource, LanguageModel], ScalarModel | None] = lambda source, policy: None,
 ) -> Candidate:
     """Read a recipe's evaluation sets and load its model, or use the model passed from Python.
 
-    `stack` ends the processes of an environment, of chat templates and of the engine. Raises UsageError for problems
-    with the evaluation sets or the engine, before weights are loaded.
+    `stack` ends the processes of an environment, of chat templates and of the engine. `load_judge`: loads the reward
+    model that scores the answers, whose memory counts too. Raises UsageError for problems with the evaluation sets or
+    the engine, before weights are loaded, and if run.memory is too little.
     """
-    check_engine(recipe, *check_compute(recipe.model))
+    device, dtype = check_compute(recipe.model)
+    check_engine(recipe, device, dtype)
     questions = read_questions(recipe, progress, stack, model, tokenizer)
+    free = Free.now(recipe.run.memory, device)
     policy = load_model(questions.source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
-    engine = open_engine(policy, recipe.engine, questions.longest, questions.room, questions.wanted, stack)
+    judge = load_judge(questions.source, policy)
+    others = 0 if judge is None else held_bytes(judge)
+    engine, memory = open_engine_within(free, policy, recipe.engine, questions.sampled, stack, progress, others)
     sample = questions.sampler(policy.tokenizer, policy.eos_ids)
-    return Candidate(questions.source, policy, engine, questions.eval_sets, sample)
+    return Candidate(questions.source, policy, engine, questions.eval_sets, sample, memory, judge)
 
 
 @dataclass(frozen=True)
@@ -305,9 +321,18 @@ class Questions:
         return longest if self.opened is None else longest + self.room
 
     @property
-    def wanted(self) -> int:
-        """The number of answers to the largest set."""
-        return max(len(eval_set.prompts) * eval_set.samples for eval_set in self.eval_sets)
+    def sampled(self) -> list[Sampled]:
+        """What the engine samples: the largest part of each set."""
+        works, benchmarks = [], 0
+        for eval_set in self.eval_sets:
+            count, options = max(map(len, eval_set.chunks())), eval_set.options
+            longest = max(len(prompt.token_ids) for prompt in eval_set.prompts)
+            table = f"benchmarks[{benchmarks}]" if eval_set.name else "evaluation"
+            benchmarks += bool(eval_set.name)
+            decoding, field = decoding_of(options), f"{table}.max_tokens"
+            work = Sampled(count * eval_set.samples, count, longest, options.max_tokens, decoding, field)
+            works.append(work if self.opened is None else work.of_turns())
+        return works
 
     def sampler(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Sampler:
         """The function that samples answers."""

@@ -50,7 +50,8 @@ _OTHER_FORMATS = ["consolidated*.safetensors", "*/*.safetensors"]
 class ModelSource:
     """A model whose weights are not loaded yet, with config and tokenizer: enough to check prompts.
 
-    `given`: the model, if it was passed from Python. `trusted`: its Python files may run.
+    `given`: the model, if it is in memory. `trusted`: its Python files may run. `owned`: the given model is not used
+    elsewhere, so it need not be copied.
     """
 
     location: str
@@ -58,6 +59,7 @@ class ModelSource:
     tokenizer: PreTrainedTokenizerBase
     given: PreTrainedModel | None = None
     trusted: bool = False
+    owned: bool = False
 
     @property
     def context(self) -> int:
@@ -146,9 +148,16 @@ def load_model(
         if source.given is None:
             model = load_weights(source.location, storage, source.trusted)
         else:
-            model = _copied(source.given, storage)
+            model = _widened(source.given, storage) if source.owned else _copied(source.given, storage)
     nn.Module.to(model, target)
     return wrap_model(model, source.tokenizer, compute, attention, progress)
+
+
+def _widened(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights in this dtype. Buffers are left as they are, as transformers leaves them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _copied(given: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
@@ -108,7 +108,7 @@ def load_reward_model(
             'or write reward.functions = ["classifier"]'
         )
     layers, head = _parts(source, kind)
-    in_memory = replace(source, given=layers)
+    in_memory = replace(source, given=layers, owned=True)
     model = ScalarModel.on(load_model(in_memory, device, dtype, progress, attention), bias=kind == "process")
     with torch.no_grad():
         for target, saved in zip((model.head.weight, model.head.bias), head, strict=False):
@@ -141,14 +141,14 @@ def _parts(source: ModelSource, kind: str) -> tuple[Any, list[Tensor]]:
         )
     if damage := damage_of(classifier):
         raise UsageError(f"reward_model.name = {source.location!r}: its weights are damaged: {damage}; {UNDAMAGED}")
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), trust_remote_code=False)
-    prefix = f"{classifier.base_model_prefix}."
     named = dict(classifier.state_dict())
-    layers = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
-    output = model.get_output_embeddings().weight
-    if output is not model.get_input_embeddings().weight:
-        nn.init.zeros_(output)
-    model.get_decoder().load_state_dict(layers)
+    model = skeleton(source.config)
+    place = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    model.set_submodule(place, getattr(classifier, classifier.base_model_prefix))  # a copy would take memory again
+    output: Any = model.get_output_embeddings()
+    for name, parameter in list(output.named_parameters(recurse=False)):
+        setattr(output, name, nn.Parameter(torch.zeros(parameter.shape)))
+    model.tie_weights()
     return model, [named[name].detach() for name in _head_names(source.config, kind)]
 
 

@@ -277,7 +277,7 @@ def _static_findings(check: Check, policy: LanguageModel, inputs: RunInputs, ref
 
 
 def _memory(check: Check, policy: LanguageModel) -> Finding:
-    from gruppo.training.memory_footprint import process_bytes
+    from gruppo.models.footprint import process_bytes
     from gruppo.utils.system import free_memory
 
     memory, chosen = check.chosen.memory, check.chosen

@@ -20,10 +20,10 @@ from gruppo.algorithms.credit import assign_advantages
 from gruppo.algorithms.filtering import mark_trained, select
 from gruppo.config.method_section import Critic, Method
 from gruppo.config.recipe import Recipe
+from gruppo.models.footprint import process_bytes
 from gruppo.models.lora import AdaptedModel
 from gruppo.models.packing import Batch, pack
 from gruppo.models.policy import LanguageModel
-from gruppo.training.memory_footprint import process_bytes
 from gruppo.training.policy_loss import batch_loss, token_weights
 from gruppo.types import Completion, Group, Reward, Steps
 from gruppo.utils.metrics import Metrics

@@ -21,10 +21,10 @@ from gruppo.config.recipe import Recipe
 from gruppo.config.units import bytes_of
 from gruppo.engines.fleet.received import received_bytes, received_dtypes
 from gruppo.models.blueprint import sampling_blueprint
+from gruppo.models.footprint import process_bytes
 from gruppo.models.policy import LanguageModel
 from gruppo.preflight.findings import Finding
 from gruppo.training.memory_estimate import PHASES, Memory
-from gruppo.training.memory_footprint import process_bytes
 from gruppo.utils.cgroups import machine_memory
 from gruppo.utils.system import free_memory
 

@@ -74,8 +74,8 @@ def time_update(
     """
     import torch
 
+    from gruppo.models.footprint import trial_batch
     from gruppo.models.packing import score
-    from gruppo.training.memory_footprint import trial_batch
     from gruppo.training.optimizer import make_optimizer
 
     layout = work.micro_batches(min(chosen.micro_batch_tokens, UPDATE_TOKENS))[0]

@@ -131,19 +131,29 @@ class RunFolder:
         write_whole(self.path / "recipe.toml", recipe.to_toml().encode())
         remember(self.path)
 
-    def start_same(self, recipe: Recipe, kind: str, identity: Mapping[str, Any], time: datetime | None = None) -> None:
+    def start_same(
+        self,
+        recipe: Recipe,
+        kind: str,
+        identity: Mapping[str, Any],
+        time: datetime | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Like `start`, and record what the contents of the folder depend on.
 
-        `time`: see `start_time`. Raises UsageError if the folder was started with a different `identity`.
+        `time`: see `start_time`. `facts`: what may differ at a resume, such as sizes. Raises UsageError if the folder
+        was started with a different `identity`.
         """
         before = self.read_json("environment.json")
         if time is not None and (before is None or START_TIME in before):
             identity = {**identity, START_TIME: time.isoformat()}
-        if before is not None and before != identity:
-            changed = next(name for name in identity if before.get(name) != identity[name])
+        changed = (
+            None if before is None else next((name for name in identity if before.get(name) != identity[name]), None)
+        )
+        if changed is not None:
             raise UsageError(f"--resume {self.path}: {changed} has changed since the start; choose another --out")
         self.start(recipe, kind)
-        self.write_json("environment.json", identity)
+        self.write_json("environment.json", {**identity, **(facts or {})})
 
     def metric(self, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

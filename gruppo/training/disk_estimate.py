@@ -105,7 +105,7 @@ def forecast_disk(recipe: Recipe, policy: LanguageModel, work: Workload, start_w
     layers = _scalar_model(policy)
     trains_reward_model = recipe.reward_model is not None and recipe.reward_model.prompts > 0
     extra_models = int(recipe.method.needs_critic) + int(trains_reward_model)
-    checkpoint = _with_optimizer(policy.model) + extra_models * 3 * layers
+    checkpoint = checkpoint_bytes(policy.model) + extra_models * 3 * layers
     checkpoint += recipe.lag * _table(work.completions, work.max_tokens, 1)  # the steps that are sampled already
     kept, most = _checkpoints(recipe)
     result = whole - adapters
@@ -137,8 +137,8 @@ def _weights(tensors: Mapping[str, Tensor]) -> int:
     )
 
 
-def _with_optimizer(module: nn.Module) -> int:
-    """Bytes of trained weights, and AdamW's two moments and step count for each of them."""
+def checkpoint_bytes(module: nn.Module) -> int:
+    """Bytes of a module in a checkpoint: its trained weights, each with AdamW's two moments and step count."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return _bytes(trained_weights(module).values()) + sum(
         2 * (p.numel() * p.itemsize + HEADER) + HEADER for p in trained

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from gruppo.config.recipe import Recipe
+from gruppo.config.sections import RewardModel
 from gruppo.data.loading import Dataset
 from gruppo.data.mixture import Mixture
 from gruppo.data.offline import OfflineCompletions, offline_completions
 from gruppo.data.tokenization import ToolTexts, tokenize_part
 from gruppo.engines.base import SamplingParams
+from gruppo.engines.memory import Sampled, decoding_of
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data
 from gruppo.evaluation.sets import EvalSet, make_eval_set
@@ -82,9 +84,9 @@ def with_steps(recipe: Recipe, inputs: RunInputs, progress: Progress) -> Recipe:
 
 def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
     """Upper bounds of the work that the recipe asks for, from its longest prompt and question."""
-    cluster = recipe.cluster
+    cluster, longest = recipe.cluster, max(len(prompt.token_ids) for prompt in inputs.prompts)
     return Workload(
-        prompt_tokens=max(len(prompt.token_ids) for prompt in inputs.prompts),
+        prompt_tokens=longest,
         max_tokens=inputs.sampling.max_tokens,
         prompts_per_step=recipe.sampling.prompts_per_step,
         group_size=max(map(len, inputs.offline.values())) if inputs.offline else recipe.sampling.group_size,
@@ -99,6 +101,7 @@ def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
                 question_tokens=max(len(prompt.token_ids) for prompt in eval_set.prompts),
                 answer_tokens=eval_set.options.max_tokens,
                 times=eval_set_count(recipe, eval_set.every),
+                decoding=decoding_of(eval_set.options),
             )
             for eval_set in inputs.eval_sets
         ),
@@ -107,7 +110,23 @@ def workload(recipe: Recipe, inputs: RunInputs) -> Workload:
         lag=recipe.lag,
         engines=cluster is not None and cluster.engines > 0,
         shards=0 if cluster is None or cluster.trainers == 1 else cluster.shards or cluster.trainers,
+        labels=labeled(recipe, recipe.reward_model, longest, inputs.sampling.max_tokens, recipe.reward_model.prompts)
+        if recipe.reward_model is not None and recipe.reward_model.prompts
+        else None,
     )
+
+
+def labeled(recipe: Recipe, settings: RewardModel, prompt_tokens: int, max_tokens: int, prompts: int) -> Sampled:
+    """Upper bounds of what is sampled to label completions of `prompts` prompts at a time.
+
+    A step is labeled by continuations, whose prompt is all that was written before; there may be as many prompts as
+    slots.
+    """
+    completions = prompts * recipe.sampling.group_size
+    work = Sampled(completions, prompts, prompt_tokens, max_tokens)
+    if settings.kind == "outcome":
+        return work
+    return replace(work.of_turns(), completions=completions * settings.continuations)
 
 
 class _Tokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from gruppo.models.footprint import SMALLEST_8BIT
 from gruppo.models.four_bit import check_package
-
-BLOCK = 256  # values of a moment that bitsandbytes scales together
-SMALLEST = 4096  # parameters with fewer values keep float32 moments
 
 
 def check_state(state: str) -> None:
@@ -32,7 +30,7 @@ def make_8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opti
     """
     from bitsandbytes.optim import AdamW8bit
 
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, min_8bit_size=SMALLEST, **settings)
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, min_8bit_size=SMALLEST_8BIT, **settings)
     return optimizer
 
 
@@ -82,17 +80,3 @@ class OffloadedAdamW(torch.optim.AdamW):
 def _on_host(tensor: Tensor) -> Tensor:
     """The tensor in memory from which cuda copies without waiting, if there is cuda."""
     return tensor.pin_memory() if torch.cuda.is_available() and tensor.ndim else tensor
-
-
-def moments_bytes(parameters: Sequence[Tensor], state: str, accelerator: bool) -> int:
-    """Bytes of the moments of trained parameters in the memory that computes."""
-    if state == "cpu" and accelerator:
-        return max((2 * parameter.nbytes for parameter in parameters), default=0)
-    return sum(_moment_bytes(parameter, state) for parameter in parameters)
-
-
-def _moment_bytes(parameter: Tensor, state: str) -> int:
-    count = parameter.numel()
-    if state != "8bit" or count < SMALLEST:
-        return 2 * parameter.nbytes
-    return 2 * (count + 4 * -(-count // BLOCK))

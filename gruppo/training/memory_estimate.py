@@ -7,36 +7,25 @@ micro-batches, slots or recomputation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
-from gruppo.config.units import bytes_of
-from gruppo.engines.native.engine import MAX_SLOTS, PREFILL_TOKENS
-from gruppo.engines.native.kv_cache import PAGE_TOKENS, room
+from gruppo.engines.memory import Decoding, Sampled, fragments, largest, sampling_bytes
+from gruppo.engines.native.engine import MAX_SLOTS
 from gruppo.errors import UsageError
+from gruppo.models.footprint import Footprint, Layout, layout_tokens
 from gruppo.models.logprobs import logit_block
 from gruppo.models.packing import most_tokens
-from gruppo.training.memory_footprint import Footprint, Layout, layout_tokens, process_bytes
-from gruppo.utils.system import free_memory
-
-FRAGMENTS = 1.05  # resident over allocated bytes of the temporaries of a step; see benchmarks/memory.py
-# The same where transformers' modules compute, as with adapters: they free many small temporaries between tensors that
-# are kept for backward.
-MODULE_FRAGMENTS = 1.4
-# The same on an accelerator, a margin and no measurement: torch's allocator rounds blocks up to 2 MiB, and keeps blocks
-# of micro-batches of other shapes, which it reuses only in part.
-DEVICE_FRAGMENTS = 1.1
 
 PHASES = ("sampling", "training", "evaluation")
 
 
 @dataclass(frozen=True)
 class EvalWorkload:
-    """Upper bounds of one evaluation set; lengths in tokens. `times`: how often a run evaluates it."""
+    """Upper bounds of one evaluation set; lengths in tokens. `times`: how often a run evaluates it. `decoding`: see
+    `gruppo.engines.memory.decoding_of`."""
 
     name: str
     questions: int
@@ -44,11 +33,17 @@ class EvalWorkload:
     question_tokens: int
     answer_tokens: int
     times: int
+    decoding: Decoding = "greedy"
 
     @property
     def answers(self) -> int:
         """Answers per evaluation."""
         return self.questions * self.samples
+
+    @property
+    def sampled(self) -> Sampled:
+        """What the engine samples."""
+        return Sampled(self.answers, self.questions, self.question_tokens, self.answer_tokens, self.decoding)
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Workload:
     turns, so every completion has its own prompt in the engine. `samples_elsewhere`: the engine has a process and
     memory of its own. `lag`: steps that sampling may be ahead of training; if not 0, both take memory at the same time.
     `engines`: there are several engines elsewhere, which get their weights from a copy. `shards`: of the weights, one
-    for each of several ranks; 0 in a single process.
+    for each of several ranks; 0 in a single process. `labels`: what is sampled for the labels of a reward model.
     """
 
     prompt_tokens: int
@@ -75,6 +70,7 @@ class Workload:
     lag: int = 0
     engines: bool = False
     shards: int = 0
+    labels: Sampled | None = None
 
     @property
     def answers(self) -> int:
@@ -86,13 +82,17 @@ class Workload:
         """Completions per step."""
         return self.prompts_per_step * self.group_size
 
-    def engine_bounds(
-        self, completions: int, prompts: int, prompt_tokens: int, max_tokens: int
-    ) -> tuple[int, int, int, int]:
-        """The same four numbers as upper bounds of what the engine receives."""
-        if not self.turns:
-            return completions, prompts, prompt_tokens, max_tokens
-        return completions, completions, prompt_tokens + max_tokens, max_tokens
+    @property
+    def sampled(self) -> list[Sampled]:
+        """What the engine samples for training: the completions of a step, and those that are labeled."""
+        step = Sampled(self.completions, self.prompts_per_step, self.prompt_tokens, self.max_tokens)
+        return [step.of_turns() if self.turns else step, *([self.labels] if self.labels else [])]
+
+    @property
+    def evaluated(self) -> list[Sampled]:
+        """What the engine samples for evaluation."""
+        sets = [each.sampled for each in self.eval_sets]
+        return [each.of_turns() for each in sets] if self.turns else sets
 
     def micro_batches(self, budget: int) -> list[list[tuple[int, list[int]]]]:
         """The layouts that `pack` makes of a step whose prompts and completions all have the maximum length."""
@@ -113,9 +113,7 @@ class Workload:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the engine samples: a prompt with its completion."""
-        step = self.completions, self.prompts_per_step, self.prompt_tokens, self.max_tokens
-        sets = [(part.answers, part.questions, part.question_tokens, part.answer_tokens) for part in self.eval_sets]
-        return max(sum(self.engine_bounds(*bounds)[2:]) for bounds in (step, *sets))
+        return max(work.prompt_tokens + work.max_tokens for work in (self.sampled[0], *self.evaluated))
 
     @property
     def smallest(self) -> int:
@@ -131,7 +129,7 @@ class Memory:
     forward and backward. `backward`: temporaries of a layer's backward pass, 0 on a CPU, where micro-batches are small.
     `gradients`: gradients that exist in addition to all activations. `versions`: copies of the weights that are sampled
     from, or will be, while the policy is trained; `lags`: whether there is sampling meanwhile. `gathered`: weights of
-    other ranks that a rank has for a moment.
+    other ranks that a rank has for a moment. `answers`: those to an evaluation set, until they are written.
 
     Of several ranks, this is the leader, which needs most: it alone samples, from a copy of the weights.
     """
@@ -154,13 +152,18 @@ class Memory:
     versions: int = 0
     lags: bool = False
     gathered: int = 0
+    answers: int = 0
 
     def parts(self, phase: str) -> dict[str, int]:
         """Bytes alive in a phase, by name."""
         always = ("process", "weights", "optimizer", "reference", "critic", "reward_model", "prepared")
         of_phase = {
             "sampling": {"cache": self.cache, "work": self.work},
-            "evaluation": {"cache": self.evaluation_cache, "work": self.evaluation_work},
+            "evaluation": {
+                "cache": self.evaluation_cache,
+                "work": self.evaluation_work,
+                "answers": self.answers,
+            },
             "training": {
                 "gradients": self.gradients,
                 "activations": self.activations,
@@ -208,11 +211,6 @@ class ChosenSizes:
     memory: Memory
 
 
-def budget_bytes(memory: float | str, device: torch.device) -> int:
-    """The recipe's `run.memory` in bytes, for the whole process. Call it before the weights are loaded."""
-    return bytes_of(memory, free_memory(device) + process_bytes(device))
-
-
 def forecast_memory(
     footprint: Footprint, workload: Workload, micro_batch_tokens: int, slots: int, recompute: bool = False
 ) -> Memory:
@@ -230,26 +228,14 @@ def forecast_memory(
     logits = _logits(footprint, layout)
     # A layer's backward pass has about one temporary for each tensor that its forward pass kept.
     backward = footprint.activations(layout, False) // footprint.layers if footprint.accelerator else 0
-    resident = partial(_resident, _fragments(footprint))
+    resident = partial(_resident, fragments(footprint))
     shards = workload.shards or 1
     gradients = footprint.gradients // shards
     if len(layouts) == 1:  # gradients are allocated while activations are freed
         gradients = max(0, gradients - activations - logits)
-    step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
-    cache, work = _generation(footprint, slots, *workload.engine_bounds(*step))
-    if workload.samples_elsewhere:
-        cache = work = 0
-    evaluations = [
-        _generation(
-            footprint,
-            slots,
-            *workload.engine_bounds(
-                eval_set.answers, eval_set.questions, eval_set.question_tokens, eval_set.answer_tokens
-            ),
-        )
-        for eval_set in (() if workload.samples_elsewhere else workload.eval_sets)
-    ]
-    evaluation_cache, evaluation_work = max(evaluations, key=sum, default=(0, 0))
+    elsewhere = workload.samples_elsewhere
+    cache, work = _largest_sampling(footprint, slots, () if elsewhere else workload.sampled)
+    evaluation_cache, evaluation_work = _largest_sampling(footprint, slots, () if elsewhere else workload.evaluated)
     return Memory(
         process=footprint.process,
         weights=footprint.weights // shards,
@@ -258,10 +244,10 @@ def forecast_memory(
         critic=footprint.critic // shards if workload.critic else 0,
         reward_model=footprint.critic // shards if workload.reward_model else 0,
         prepared=0 if workload.shards else resident(footprint.prepared),
-        cache=resident(cache),
-        work=resident(work),
-        evaluation_cache=resident(evaluation_cache),
-        evaluation_work=resident(evaluation_work),
+        cache=cache,
+        work=work,
+        evaluation_cache=evaluation_cache,
+        evaluation_work=evaluation_work,
         gradients=resident(gradients),
         activations=resident(activations),
         logits=resident(logits),
@@ -269,6 +255,7 @@ def forecast_memory(
         versions=_versions(footprint, workload),
         lags=workload.lag > 0,
         gathered=footprint.gathered if workload.shards else 0,
+        answers=max((each.answers_bytes for each in workload.evaluated), default=0),
     )
 
 
@@ -283,10 +270,8 @@ def _versions(footprint: Footprint, workload: Workload) -> int:
     return max(copies, int(workload.shards > 0)) * footprint.reference + prepared
 
 
-def _fragments(footprint: Footprint) -> float:
-    if footprint.accelerator:
-        return DEVICE_FRAGMENTS
-    return FRAGMENTS if footprint.fused else MODULE_FRAGMENTS
+def _largest_sampling(footprint: Footprint, slots: int, works: Sequence[Sampled]) -> tuple[int, int]:
+    return max((sampling_bytes(footprint, slots, work) for work in works), key=sum, default=(0, 0))
 
 
 def _resident(fragments: float, allocated: int) -> int:
@@ -300,6 +285,8 @@ def _logits(footprint: Footprint, layout: Layout) -> int:
     A head without a gradient also needs that gradient, which `Footprint.gradients` already counts.
     """
     vocabulary = footprint.logits_token // footprint.wide
+    if not vocabulary:  # a reward model
+        return 0
     most, entries = logit_block(vocabulary, footprint.wide, footprint.accelerator)
     chunk, part = (
         min(most, sum(length + 1 for _, completions in layout for length in completions)),
@@ -308,29 +295,15 @@ def _logits(footprint: Footprint, layout: Layout) -> int:
     return 3 * chunk * part * footprint.wide + (part * footprint.state_token if footprint.accelerator else 0)
 
 
-def _generation(
-    footprint: Footprint, slots: int, completions: int, prompts: int, prompt_tokens: int, max_tokens: int
-) -> tuple[int, int]:
-    """Bytes of the key-value caches, and of the engine's temporaries in prefill or in a decoding step.
-
-    Prefill holds the prompts' keys and values a second time, and one layer's activations for each token. A decoding
-    step holds the logits of each row three times, and one layer's cache a second time.
-    """
-    rows, places = min(slots, completions), min(slots, prompts)
-    page_tokens = PAGE_TOKENS if footprint.accelerator else None
-    cache = footprint.cache_token * (rows * room(max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens))
-    together = min(places, max(1, PREFILL_TOKENS // prompt_tokens))
-    layer = footprint.activations([(prompt_tokens, ())] * together, recompute=False) // footprint.layers
-    prefill = footprint.cache_token * together * prompt_tokens + layer
-    decoding = 3 * footprint.logits_token * rows + cache // footprint.layers
-    return cache, max(prefill, decoding)
+SMALLER = "a smaller sampling.max_tokens, a smaller task.max_prompt_tokens, a smaller model, or method.kl_coef = 0"
 
 
-def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> ChosenSizes:
+def choose_sizes(footprint: Footprint, workload: Workload, budget: int, smaller: str = SMALLER) -> ChosenSizes:
     """The largest sizes whose estimated memory is within the budget.
 
     Activations are recomputed only if otherwise not even one completion could be trained on. If a run samples while it
-    trains, sampling gets at most half of what neither needs at least. Raises UsageError if nothing fits.
+    trains, sampling gets at most half of what neither needs at least. Raises UsageError if nothing fits. `smaller`:
+    what it advises to use.
     """
     if workload.shards:
         _check_start(footprint, workload, budget)
@@ -351,12 +324,12 @@ def choose_sizes(footprint: Footprint, workload: Workload, budget: int) -> Chose
         return together and max(memory(1, count, True).sampling, need.evaluation) <= budget
 
     most = max(1, min(MAX_SLOTS, max(workload.completions, workload.answers)))
-    slots = _largest(1, most, holds)
+    slots = largest(1, most, holds)
     for recompute in (False, True):
-        tokens = _largest(least, highest, partial(fits, recompute))
+        tokens = largest(least, highest, partial(fits, recompute))
         if slots and tokens:
             return ChosenSizes(tokens, slots, recompute, budget, memory(tokens, slots, recompute))
-    raise _too_little(memory(least, 1, True), workload, budget)
+    raise _too_little(memory(least, 1, True), workload, budget, smaller)
 
 
 def _check_start(footprint: Footprint, workload: Workload, budget: int) -> None:
@@ -372,30 +345,13 @@ def _check_start(footprint: Footprint, workload: Workload, budget: int) -> None:
         )
 
 
-def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from `low` to `high` that fits, 0 if none does.
-
-    Everything below a number that fits also fits, except below `high`: a step in one micro-batch has no gradients in
-    addition to its activations.
-    """
-    if fits(high):
-        return high
-    if not fits(low):
-        return 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _too_little(least: Memory, workload: Workload, budget: int) -> UsageError:
+def _too_little(least: Memory, workload: Workload, budget: int, smaller: str) -> UsageError:
     phase = max(PHASES, key=lambda name: getattr(least, name))
     part, size = max(least.parts(phase).items(), key=lambda item: item[1])
     return UsageError(
         f"run.memory: allows {_gigabytes(budget)}, but {phase} needs at least {_gigabytes(least.peak)}, most of it for "
         f"{part} ({_gigabytes(size)}), with one completion of {workload.prompt_tokens} + {workload.max_tokens} tokens "
-        f'at a time; raise it (a larger share, or e.g. "{least.peak / 1e9 + 0.1:.1f} GB"), or use a smaller '
-        "sampling.max_tokens, a smaller task.max_prompt_tokens, a smaller model, or method.kl_coef = 0"
+        f'at a time; raise it (a larger share, or e.g. "{least.peak / 1e9 + 0.1:.1f} GB"), or use {smaller}'
     )
 
 

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from gruppo.utils.metrics import Metrics
     from gruppo.utils.signals import Stop
 
+SIZES = ("chosen", "memory_forecast")  # of environment.json: what a training chose when it began
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -101,7 +103,8 @@ def _label(
 ) -> Labels:
     from gruppo.data.chat_template import template_time
     from gruppo.data.tokenization import data_sha256
-    from gruppo.engines import check_engine, open_engine
+    from gruppo.engines import check_engine
+    from gruppo.engines.memory import Free, open_engine_within
     from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_model, load_model
     from gruppo.models.weights import weights_sha256
@@ -109,26 +112,29 @@ def _label(
     from gruppo.rollout.labels import label_rows, read_labels
     from gruppo.rollout.step_labels import StepLabeller
     from gruppo.runs.tables import LABELS as LABEL_COLUMNS
-    from gruppo.training.inputs import tokenize_data
+    from gruppo.training.inputs import labeled, tokenize_data
     from gruppo.training.setup import make_pool
 
     find_split(settings.split)
-    check_engine(recipe, *check_compute(recipe.model))
+    device, dtype = check_compute(recipe.model)
+    check_engine(recipe, device, dtype)
     pool = stack.enter_context(make_pool(recipe, recipe.reward.functions, data, run.path / "rewards.log", progress))
     source = find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
     started = start_time(run.path)
     stack.enter_context(template_time(started))
     inputs = tokenize_data(recipe, data, source, progress)
+    free = Free.now(recipe.run.memory, device)
     policy = load_model(source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
+    size, group, max_tokens = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
+    longest = max(len(prompt.token_ids) for prompt in inputs.prompts)
+    work = labeled(recipe, settings, longest, max_tokens, min(size, settings.prompts))
+    engine, memory = open_engine_within(free, policy, recipe.engine, [work], stack, progress)
     identity = {
         "weights_sha256": weights_sha256(policy.model),
         "rewards_sha256": pool.digests,
         "data_sha256": data_sha256(inputs.prompts, ()),
     }
-    run.start_same(recipe, LABELS, identity, started)
-    size, group, max_tokens = recipe.sampling.prompts_per_step, recipe.sampling.group_size, recipe.sampling.max_tokens
-    longest = max(len(prompt.token_ids) for prompt in inputs.prompts) + max_tokens
-    engine = open_engine(policy, recipe.engine, longest, max_tokens, size * group * settings.continuations, stack)
+    run.start_same(recipe, LABELS, identity, started, {"slots": engine.slots, "memory_forecast": memory.as_dict()})
     threshold = recipe.method.success_threshold
     labeller = StepLabeller(engine, pool, policy.tokenizer, inputs.sampling, settings, threshold, progress, stop)
     with progress.bar("Labeling", settings.prompts, "questions") as advance:
@@ -178,9 +184,9 @@ def train_reward_model(
 
     Weights come from reward_model.name, or else model.name. If the model's tokenizer differs from the labels', the
     texts are tokenized again. `out`/model is the model, `out`/metrics.jsonl has one line per update, and
-    `out`/summary.json has the metrics. A checkpoint is saved every run.checkpoint_every updates, and when SIGINT or
-    SIGTERM ends the training. Raises UsageError, RunError if a loss is not finite, and
-    gruppo.utils.signals.Interrupted.
+    `out`/summary.json has the metrics. A checkpoint is saved every run.checkpoint_every updates, less often if saving
+    would take more than a tenth of the time, and when SIGINT or SIGTERM ends the training. Micro-batches are derived
+    from run.memory. Raises UsageError, RunError if a loss is not finite, and gruppo.utils.signals.Interrupted.
     """
     settings, shown, folder = load_recipe(recipe, overrides), choose_progress(progress), Path(out)
     reward_model = settings.reward_model
@@ -215,10 +221,11 @@ class _Training:
 
 def _begin_training(
     recipe: Recipe, settings: RewardModel, files: Sequence[Path], run: RunFolder, progress: Progress
-) -> _Training:
+) -> _Training | Trained:
+    """The state that the training begins or goes on with, or its result if it is finished."""
+    from gruppo.engines.memory import Free
     from gruppo.models.attention.backends import check_compute
     from gruppo.models.loading import find_named
-    from gruppo.models.packing import most_tokens
     from gruppo.models.reward_model import check_kind, load_reward_model
     from gruppo.models.weights import weights_sha256
     from gruppo.rollout.reward_model import RewardModelScorer
@@ -226,27 +233,36 @@ def _begin_training(
     from gruppo.training.lean_optimizers import check_state
     from gruppo.training.optimizer import make_optimizer
     from gruppo.training.reward_model import RewardModelTrainer
+    from gruppo.training.sizing import choose_for_labels
     from gruppo.utils.files import file_sha256
     from gruppo.utils.oom_retry import BatchSizes
 
-    check_compute(recipe.model)
+    device, _ = check_compute(recipe.model)
     check_state(recipe.optimizer.state)
     name = "reward_model.name" if settings.name else "model.name"
     source = find_named(settings.name or recipe.model.name, name, progress)
     check_kind(source.config, settings.kind)
     training, held_out = _samples(source, settings, files)
-    prompts = [len(sample.prompt.token_ids) for sample in (*training, *held_out)]
-    compute = recipe.model
+    free, compute = Free.now(recipe.run.memory, device), recipe.model
     model = load_reward_model(source, settings.kind, compute.device, compute.dtype, progress, compute.attention)
+    facts = {name: value for name, value in (run.read_json("environment.json") or {}).items() if name in SIZES}
+    if not facts:  # a resumed training keeps its sizes: others would round differently
+        found = choose_for_labels(free, recipe, settings, model, [*training, *held_out], progress)
+        chosen = {"micro_batch_tokens": found.micro_batch_tokens, "recompute": found.recompute}
+        facts = {"chosen": {**chosen, "memory_budget_bytes": found.budget_bytes}}
+        facts["memory_forecast"] = {"peak": found.memory.training, **found.memory.parts("training")}
+    model = replace(model, policy=replace(model.policy, recompute=facts["chosen"]["recompute"]))
     optimizer = make_optimizer(recipe.optimizer, model.module, model.policy)
     max_grad_norm = recipe.optimizer.max_grad_norm
     longest = max(len(sample.prompt.token_ids) + len(sample.completion.token_ids) for sample in (*training, *held_out))
-    tokens = most_tokens(max(prompts), model.policy.device.type != "cpu")
+    tokens = facts["chosen"]["micro_batch_tokens"]
     sizes = BatchSizes(tokens, 1, longest, lambda reduced: run.event("memory", str(reduced), state.step))
     trainer = RewardModelTrainer(RewardModelScorer(model, settings, source.tokenizer, sizes), optimizer, max_grad_norm)
 
     identity = {"labels_sha256": [file_sha256(file) for file in files], "weights_sha256": weights_sha256(model.module)}
-    run.start_same(recipe, REWARD_MODEL, identity)
+    run.start_same(recipe, REWARD_MODEL, identity, facts=facts)
+    if done := run.read_json("summary.json"):
+        return Trained(run.path, done["updates"], done["before"], done["after"])
     checkpoint, problems = newest_checkpoint(run)
     state = load_state(checkpoint) if checkpoint else State()
     damages = run.cut_back(state.lengths, state.step)
@@ -254,13 +270,13 @@ def _begin_training(
         for message in messages:
             run.event(kind, message, state.step)
             progress.note(f"Note: {message}; continuing after update {state.step}")
-    if checkpoint is None:
-        before: dict[str, Any] = trainer.quality(held_out, progress)
+    before: dict[str, Any] | None = run.read_json("before.json")
+    if before is None:
+        before = trainer.quality(held_out, progress)
         run.write_json("before.json", before)
-    else:
+    if checkpoint is not None:
         load_models(checkpoint, {"": (model.module, optimizer)})
         model.policy.generation.advance()
-        before = run.read_json("before.json") or {}
     return _Training(trainer, state, training, held_out, before)
 
 
@@ -269,15 +285,21 @@ def _train(
 ) -> Trained:
     with stop.interruptible():
         begun = _begin_training(recipe, settings, files, run, progress)
+        if isinstance(begun, Trained):
+            return begun
         from gruppo.models.reward_model import save_reward_model
         from gruppo.training.checkpoint import save_checkpoint, save_models
+        from gruppo.training.disk_estimate import checkpoint_bytes
         from gruppo.training.reward_model import alike, fit
+        from gruppo.training.saving_pace import SavingPace
     trainer, state = begun.trainer, begun.state
     model, optimizer = trainer.scorer.model, trainer.optimizer
+    pace = SavingPace(checkpoint_bytes(model.module))
 
     def save() -> None:
         if state.step:
-            save_checkpoint(run, partial(save_models, models={"": (model.module, optimizer)}), state)
+            with pace.saving():
+                save_checkpoint(run, partial(save_models, models={"": (model.module, optimizer)}), state)
 
     require = _required(run, state, trainer.scorer.tokenizer)
     if (warning := alike(begun.training)) and not state.step:
@@ -287,21 +309,20 @@ def _train(
     def after(number: int, metrics: Metrics) -> None:
         run.metric({"step": number, **metrics.reduce()})
         state.step = number
-        if number % recipe.run.checkpoint_every == 0:
+        if number % recipe.run.checkpoint_every == 0 and pace.allows:
             save()
 
     try:
         fit(trainer, begun.training, 1, require, progress, stop, state.step, after)
+        with stop.interruptible():
+            result = Trained(run.path, state.step, begun.before, trainer.quality(begun.held_out, progress))
+            with run.building("model") as folder:
+                save_reward_model(model, settings.kind, folder)
+            run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
     except (Interrupted, RunError) as error:  # raised between two updates, unless a line could not be written
         if not isinstance(error, WriteError):
             save()
         raise
-    save()
-    with stop.interruptible():
-        result = Trained(run.path, state.step, begun.before, trainer.quality(begun.held_out, progress))
-        with run.building("model") as folder:
-            save_reward_model(model, settings.kind, folder)
-        run.write_json("summary.json", {"updates": result.updates, "before": result.before, "after": result.after})
     return result
 
 

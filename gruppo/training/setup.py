@@ -24,6 +24,7 @@ from gruppo.data.offline import OfflineCompletions
 from gruppo.data.tokenization import data_sha256
 from gruppo.engines import NATIVE, build_engine, check_engine
 from gruppo.engines.base import Engine, SamplingParams
+from gruppo.engines.memory import Free
 from gruppo.engines.resizing import ResizingEngine
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import Data
@@ -52,7 +53,7 @@ from gruppo.training.lean_optimizers import check_state
 from gruppo.training.lost_ranks import LostRanks
 from gruppo.training.models import TrainedModels, chosen_policy, distribute, load_critic, load_scorer
 from gruppo.training.policy_loss import find_surrogate
-from gruppo.training.sizing import Free, disk_of
+from gruppo.training.sizing import choose_for_run, disk_of
 from gruppo.utils.oom_retry import BatchSizes
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import describe
@@ -418,7 +419,7 @@ def _load_policy(
     data, prompts = data_sha256(inputs.prompts, inputs.questions), data_sha256(inputs.prompts, ())
     if before:
         changes.check_data(before, data, prompts)
-    free = Free.now(recipe, device)
+    free = Free.now(recipe.run.memory, device)
     # `attention` and `recompute` are missing in runs from before the options existed.
     policy = load_model(source, device.type, dtype, progress, chosen.get("attention", recipe.model.attention))
     weights = weights_sha256(policy.model)
@@ -429,7 +430,7 @@ def _load_policy(
     if before:
         torch.set_num_threads(chosen["threads"])
         if changes.has(MEMORY):
-            chosen = changes.choose_sizes(before, free.choose(recipe, policy, inputs, progress))
+            chosen = changes.choose_sizes(before, choose_for_run(free, recipe, policy, inputs, progress))
         if changes.resizes_folder:
             has_weights = (run.path / "base" / "model.safetensors").is_file()
             changes.environment["disk_forecast"] = disk_of(recipe, policy, inputs, has_weights).as_dict()
@@ -443,7 +444,7 @@ def _load_policy(
             )
         return chosen_policy(policy, recipe, chosen), chosen
     changes.found.clear()  # a run that was killed while it started has done nothing
-    sizes = free.choose(recipe, policy, inputs, progress)
+    sizes = choose_for_run(free, recipe, policy, inputs, progress)
     disk = disk_of(recipe, policy, inputs, start_weights=unnamed_weights is not None)
     if warning := disk.require(run.path):
         progress.note(f"Note: {warning}")

@@ -227,8 +227,8 @@ def test_memory_of_vllm_is_counted_in_its_dtype(tmp_path: Path, monkeypatch: pyt
 def test_a_sampler_elsewhere_needs_no_memory_here() -> None:
     from dataclasses import replace
 
+    from gruppo.models.footprint import measure_footprint
     from gruppo.training.memory_estimate import forecast_memory
-    from gruppo.training.memory_footprint import measure_footprint
     from gruppo.utils.progress import NullProgress
 
     work = Workload(prompt_tokens=20, max_tokens=30, prompts_per_step=4, group_size=4)

@@ -104,6 +104,36 @@ def test_a_killed_evaluation_resumes_with_the_same_results(
         go(other, tmp_path / "cut", resume=True)
 
 
+def test_slots_are_those_that_run_memory_allows(
+    tiny_folder: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, the answers are the same. The folder records the slots and the estimate, which differ at a resume."""
+    monkeypatch.setattr("gruppo.engines.memory.process_bytes", lambda _: 0)
+    settings = asked(tiny_folder, files)
+
+    def within(size: str) -> Recipe:
+        return settings.model_copy(update={"run": settings.run.model_copy(update={"memory": size})})
+
+    roomy = go(within("9 GB"), tmp_path / "roomy")
+    most = json.loads((tmp_path / "roomy/environment.json").read_text())
+    assert most["slots"] == 7 * 3
+    forecast = most["memory_forecast"]
+    assert forecast["peak"] == sum(size for part, size in forecast.items() if part != "peak")
+    budget = forecast["peak"] - forecast["cache"] // 2
+    tight = go(within(f"{budget // 1024} KiB"), tmp_path / "tight")
+    least = json.loads((tmp_path / "tight/environment.json").read_text())
+    assert 1 < least["slots"] < 7 * 3
+    assert least["memory_forecast"]["peak"] <= budget
+    assert {name: made.figures for name, made in tight.sets.items()} == {
+        name: made.figures for name, made in roomy.sets.items()
+    }
+    with pytest.raises(
+        UsageError, match=r"run\.memory: allows 0\.00 GB, but sampling needs .* benchmarks\[\d\]\.max_tok"
+    ):
+        go(within("1 MB"), tmp_path / "none")
+    assert not (tmp_path / "none/environment.json").exists()
+
+
 def test_another_model_in_the_same_folder_is_refused(tiny_folder: str, files: list[str], tmp_path: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "model")
     settings = asked(str(tmp_path / "model"), files)

@@ -13,13 +13,13 @@ import torch
 from gruppo.config.loading import RecipeError, load_recipe
 from gruppo.config.sections import Lora
 from gruppo.errors import UsageError
+from gruppo.models.footprint import measure_footprint
 from gruppo.models.four_bit import BLOCK, full_count, full_weight, is_four_bit, scale_bytes
 from gruppo.models.loading import find_model, load_model
 from gruppo.models.lora import adapted_layers, add_adapters, check_adapters
 from gruppo.models.packing import Batch, pack, score
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import save_model
-from gruppo.training.memory_footprint import measure_footprint
 from gruppo.utils.imports import installed
 from gruppo.utils.progress import NullProgress
 from tests.conftest import make_policy, random_groups

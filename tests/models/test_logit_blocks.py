@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gruppo.models.footprint import Footprint
 from gruppo.models.logprobs import CHUNK_BYTES, CHUNK_SIZE, PART_SIZE, OutputHead, logit_block, token_logprobs
 from gruppo.training.memory_estimate import _logits
-from gruppo.training.memory_footprint import Footprint
 
 VOCABULARY, WIDTH = 700, 16
 

@@ -13,11 +13,11 @@ import torch
 
 from gruppo.config.sections import Optimizer
 from gruppo.errors import UsageError
+from gruppo.models.footprint import measure_footprint, moments_bytes
 from gruppo.models.policy import LanguageModel
 from gruppo.runs.folder import RunFolder
 from gruppo.training.checkpoint import State, load_models, save_checkpoint, save_models
-from gruppo.training.lean_optimizers import OffloadedAdamW, check_state, make_8bit, moments_bytes
-from gruppo.training.memory_footprint import measure_footprint
+from gruppo.training.lean_optimizers import OffloadedAdamW, check_state, make_8bit
 from gruppo.training.optimizer import make_optimizer
 from gruppo.utils.imports import installed
 from gruppo.utils.progress import NullProgress

@@ -9,21 +9,20 @@ import pytest
 import torch
 
 from gruppo.config.loading import RecipeError, load_recipe
+from gruppo.config.sections import Lora
+from gruppo.engines.memory import DEVICE_FRAGMENTS, FRAGMENTS, MODULE_FRAGMENTS, Free
 from gruppo.errors import UsageError
+from gruppo.models.footprint import Footprint, measure_footprint, prepared_bytes, process_bytes, saved_bytes
+from gruppo.models.lora import add_adapters
 from gruppo.models.packing import ACCELERATOR_TOKENS, MAX_TOKENS, pack
 from gruppo.models.policy import LanguageModel
 from gruppo.training.memory_estimate import (
-    DEVICE_FRAGMENTS,
-    FRAGMENTS,
-    MODULE_FRAGMENTS,
     PHASES,
     EvalWorkload,
     Workload,
-    budget_bytes,
     choose_sizes,
     forecast_memory,
 )
-from gruppo.training.memory_footprint import Footprint, measure_footprint, prepared_bytes, process_bytes, saved_bytes
 from gruppo.utils.progress import NullProgress
 from gruppo.utils.system import free_memory
 from tests.conftest import make_group, make_policy
@@ -43,15 +42,15 @@ def footprint() -> Footprint:
     ("text", "size"), [("6 GB", 6_000_000_000), ("5.5GiB", 5_905_580_032), ("300 MB", 300_000_000), ("7 KiB", 7168)]
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert budget_bytes(load_recipe({"model": {"name": "m"}, "run": {"memory": text}}).run.memory, CPU) == size
+    assert Free.now(load_recipe({"model": {"name": "m"}, "run": {"memory": text}}).run.memory, CPU).budget == size
 
 
 def test_a_share_refers_to_free_memory_plus_memory_of_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 1000)
-    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: 200)
-    assert budget_bytes(0.5, CPU) == 600
+    monkeypatch.setattr("gruppo.engines.memory.free_memory", lambda _: 1000)
+    monkeypatch.setattr("gruppo.engines.memory.process_bytes", lambda _: 200)
+    assert Free.now(0.5, CPU).budget == 600
 
 
 @pytest.mark.parametrize("value", [0, 1.5, -1, True, "6", "GB", "6 gb", "0 GB", "-1 GB", [1]])
@@ -130,6 +129,13 @@ def test_weights_gradients_and_reference_are_counted(footprint: Footprint) -> No
     assert footprint.prepared == 2 * 4 * ((32 + 16 + 16) * 32 + 2 * 48 * 32), "what is stacked for one product"
     policy.model.get_input_embeddings().requires_grad_(False)
     assert measure_footprint(policy, 0, NullProgress()).gradients == 4 * (size - embedding)
+
+
+def test_weights_merged_with_adapters_are_counted() -> None:
+    """In float32, sampling computes with merged weights; in bfloat16, transformers' modules compute."""
+    linear = 2 * ((32 + 16 + 16) * 32 + 32 * 32 + 3 * 48 * 32)
+    for dtype, expected in ((torch.float32, 4 * linear), (torch.bfloat16, 0)):
+        assert prepared_bytes(add_adapters(make_policy(dtype), Lora(rank=2), 0)) == expected
 
 
 @pytest.mark.parametrize("field", ["prompt_tokens", "max_tokens", "group_size", "prompts_per_step", "samples",
@@ -247,7 +253,7 @@ def test_the_process_counts_on_a_cpu_and_only_its_tensors_on_an_accelerator(monk
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 250)
     assert process_bytes(cuda) == 250
     assert free_memory(cuda) == 300 + (600 - 250)
-    assert budget_bytes(1.0, cuda) == 900, "all but what belongs to others"
+    assert Free.now(1.0, cuda).budget == 900, "all but what belongs to others"
 
 
 LARGE = Workload(prompt_tokens=600, max_tokens=1000, prompts_per_step=64, group_size=16)
@@ -290,7 +296,7 @@ def test_the_cache_of_an_accelerator_has_whole_pages(footprint: Footprint) -> No
     device = forecast_memory(replace(footprint, accelerator=True), work, 10**6, 8)
     assert device.cache == int(DEVICE_FRAGMENTS * footprint.cache_token * (8 * 512 + 2 * 5))
     on_cpu = forecast_memory(replace(footprint, accelerator=False), work, 10**6, 8)
-    assert on_cpu.cache == int(FRAGMENTS * footprint.cache_token * (8 * 300 + 2 * 5))
+    assert on_cpu.cache == footprint.cache_token * (8 * 300 + 2 * 5)
 
 
 def test_a_lag_keeps_copies_of_the_weights_and_samples_while_it_trains(footprint: Footprint) -> None:

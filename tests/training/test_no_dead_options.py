@@ -16,12 +16,12 @@ from gruppo.config.method_section import Critic, Method
 from gruppo.config.methods import METHODS
 from gruppo.config.sections import Optimizer, RewardModel, Sampling, Section
 from gruppo.errors import UsageError
+from gruppo.models.footprint import measure_footprint
 from gruppo.models.loading import find_model, load_model
 from gruppo.rewards.combine import combine
 from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.runs.results import Result
 from gruppo.training.api import train
-from gruppo.training.memory_footprint import measure_footprint
 from gruppo.types import Completion, Prompt, Steps
 from gruppo.utils.progress import NullProgress
 from tests.conftest import make_policy

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import gruppo.training.policy_loss
 from gruppo.config.method_section import Method
 from gruppo.errors import RunError
+from gruppo.models.footprint import trial_batch
 from gruppo.models.loading import find_model, load_model
 from gruppo.models.weights import weights_sha256
 from gruppo.runs.reading import read_lines
-from gruppo.training.memory_footprint import trial_batch
 from gruppo.training.nonfinite import load_batches, not_finite
 from gruppo.training.policy_loss import batch_loss
 from gruppo.utils.metrics import Metrics

@@ -15,11 +15,11 @@ import torch
 
 from gruppo.config.methods import METHODS
 from gruppo.errors import UsageError
+from gruppo.models.footprint import process_bytes
 from gruppo.runs.reading import read_lines
 from gruppo.runs.results import load_result
 from gruppo.training import policy_trainer
 from gruppo.training.api import train
-from gruppo.training.memory_footprint import process_bytes
 from gruppo.training.run import TrainingRun
 from tests.fuzzing import command
 from tests.small_runs import ROWS, at_call, fingerprint, killed, recipe, small_run
@@ -189,17 +189,16 @@ def test_resume_without_a_run_starts_one(tiny_folder: str, tmp_path: Path) -> No
 def test_resume_keeps_the_measured_sizes(tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Different free memory at the resume must not change the micro-batch, and thus the rounding."""
     resident = process_bytes(torch.device("cpu"))
-    monkeypatch.setattr("gruppo.training.memory_estimate.process_bytes", lambda _: resident)
-    monkeypatch.setattr("gruppo.training.sizing.process_bytes", lambda _: resident)
+    monkeypatch.setattr("gruppo.engines.memory.process_bytes", lambda _: resident)
     with monkeypatch.context() as patch:
-        patch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 10**10)
+        patch.setattr("gruppo.engines.memory.free_memory", lambda _: 10**10)
         patch.setattr("gruppo.models.packing.MAX_TOKENS", 30)
         patch.setattr(TrainingRun, "finish_step", _stop_after(2))
         small_run(tiny_folder, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "environment.json").read_text())["chosen"]
     assert before["micro_batch_tokens"] == 30
     assert (before["recompute"], before["memory_budget_bytes"]) == (False, int(0.6 * (10**10 + resident)))
-    monkeypatch.setattr("gruppo.training.memory_estimate.free_memory", lambda _: 0)
+    monkeypatch.setattr("gruppo.engines.memory.free_memory", lambda _: 0)
     seen = []
     original = policy_trainer.pack
     monkeypatch.setattr(

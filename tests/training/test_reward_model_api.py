@@ -101,6 +101,116 @@ def test_a_reward_model_is_trained_on_labels_and_resumes(
     assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def within(settings: dict[str, Any], size: int | str) -> dict[str, Any]:
+    """The recipe with this run.memory, in bytes."""
+    memory = size if isinstance(size, str) else f"{size // 1024} KiB"
+    return {**settings, "run": {**settings["run"], "memory": memory}}
+
+
+def facts_of(out: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((out / "environment.json").read_text())
+    return facts
+
+
+def test_labelling_has_the_slots_that_run_memory_allows(
+    settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every continuation may have a prompt of its own: the question with all that was written so far."""
+    monkeypatch.setattr("gruppo.engines.memory.process_bytes", lambda _: 0)
+    label(within(settings, "9 GB"), out=tmp_path / "roomy")
+    most = facts_of(tmp_path / "roomy")
+    assert most["slots"] == 4 * 4 * 3
+    forecast = most["memory_forecast"]
+    budget = forecast["peak"] - forecast["cache"] // 2
+    label(within(settings, budget), out=tmp_path / "tight")
+    tight = facts_of(tmp_path / "tight")
+    assert 1 < tight["slots"] < most["slots"]
+    assert tight["memory_forecast"]["peak"] <= budget
+    assert rows_of(tmp_path / "tight") == rows_of(labelled)
+    with pytest.raises(
+        UsageError, match=r"run\.memory: allows 0\.00 GB, but sampling needs .* sampling\.max_tokens or"
+    ):
+        label(within(settings, "1 MB"), out=tmp_path / "none")
+
+
+def test_a_reward_model_is_trained_in_micro_batches_that_run_memory_allows(
+    settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gruppo.engines.memory.process_bytes", lambda _: 0)
+    settings = {**settings, "reward_model": {**settings["reward_model"], "batch_size": 32, "epochs": 5}}
+    roomy = train_reward_model(within(settings, "9 GB"), labelled, out=tmp_path / "roomy")
+    most = facts_of(tmp_path / "roomy")
+    forecast = most["memory_forecast"]
+    assert most["chosen"]["micro_batch_tokens"] == 1024
+    assert forecast["peak"] == sum(size for part, size in forecast.items() if part != "peak")
+    assert forecast["logits"] == 0
+    least = forecast["peak"] - forecast["activations"] // 2
+    with killed(monkeypatch, "gruppo.training.reward_model.update", 3):
+        train_reward_model(within(settings, least), labelled, out=tmp_path / "tight")
+    chosen = facts_of(tmp_path / "tight")["chosen"]
+    assert 20 < chosen["micro_batch_tokens"] < 300
+    assert facts_of(tmp_path / "tight")["memory_forecast"]["peak"] <= least
+    with monkeypatch.context() as patch:  # a resume keeps the sizes, whatever is free by then
+        patch.setattr("gruppo.training.sizing.choose_sizes", lambda *_: pytest.fail("chosen again"))
+        tight = train_reward_model(within(settings, least), labelled, out=tmp_path / "tight", resume=True)
+    assert facts_of(tmp_path / "tight")["chosen"] == chosen
+    for name, value in roomy.after.items():
+        assert tight.after[name] == pytest.approx(value, rel=1e-3)
+    with pytest.raises(UsageError) as error:
+        train_reward_model(within(settings, "1 MB"), labelled, out=tmp_path / "none")
+    for words in ("run.memory: allows 0.00 GB, but training needs at least 0.1", "reward_model.name", "gruppo label"):
+        assert words in str(error.value)
+    assert not (tmp_path / "none/before.json").exists(), "before the held-out completions are scored"
+
+
+def test_a_finished_training_is_read_and_not_repeated(
+    settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = train_reward_model(settings, labelled, out=tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_bytes()
+    monkeypatch.setattr("gruppo.training.reward_model.update", lambda *_: pytest.fail("trained again"))
+    assert train_reward_model(settings, labelled, out=tmp_path / "run", resume=True) == made
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines
+
+
+@pytest.mark.parametrize(
+    "place", ["gruppo.training.reward_model.quality", "gruppo.models.reward_model.save_reward_model"]
+)
+def test_an_interruption_after_the_last_update_saves_it(
+    place: str, settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out completions are measured and the model is written without a checkpoint before."""
+
+    def stops() -> None:
+        raise Interrupted
+
+    whole = train_reward_model(settings, labelled, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_call(patch, place, 2 if place.endswith("quality") else 1, stops)
+        with pytest.raises(Interrupted):
+            train_reward_model(settings, labelled, out=tmp_path / "run")
+    names = [each.name for each in (tmp_path / "run/checkpoints").iterdir()]
+    assert f"step-{whole.updates:06d}" in names
+    assert train_reward_model(settings, labelled, out=tmp_path / "run", resume=True).after == whole.after
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_checkpoints_are_saved_when_they_are_due_and_take_little_of_the_time(
+    allowed: bool, settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill then loses the updates since the last one; see test_saving_pace.py for how often they are saved."""
+    monkeypatch.setattr("gruppo.training.saving_pace.SavingPace.allows", allowed)
+    whole = train_reward_model(settings, labelled, out=tmp_path / "whole")
+    with killed(monkeypatch, "gruppo.training.reward_model.update", 6):
+        train_reward_model(settings, labelled, out=tmp_path / "run")
+    saved = sorted(each.name for each in (tmp_path / "run").glob("checkpoints/*"))
+    assert saved == (["step-000002", "step-000004"] if allowed else [])
+    again = train_reward_model(settings, labelled, out=tmp_path / "run", resume=True)
+    assert (again.before, again.after) == (whole.before, whole.after)
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
+    assert lines == read_lines(tmp_path / "whole/metrics.jsonl")
+
+
 def test_a_model_with_another_tokenizer_tokenizes_the_texts_again(
     settings: dict[str, Any], labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,15 +164,15 @@ def test_memory_of_the_machine_is_used_up_to_the_limit(tmp_path: Path) -> None:
 
 def test_run_memory_and_reward_memory_use_the_same_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gruppo.config.sections import Reward
+    from gruppo.engines.memory import Free
+    from gruppo.models.footprint import process_bytes
     from gruppo.rollout.workers.rewards import memory_per_process
-    from gruppo.training.memory_estimate import budget_bytes
-    from gruppo.training.memory_footprint import process_bytes
 
     root = tree(tmp_path, "0::/a/b", V2, v2("max", 1, where="/a/b") | v2(8000 * MB, 30 * MB, where="/a"))
     monkeypatch.setattr(cgroups, "groups_of", lambda controller, _: groups_of(controller, root))
     cpu = torch.device("cpu")
     free = min(7970 * MB, psutil.virtual_memory().available)
-    assert abs(budget_bytes(0.5, cpu) - (free + process_bytes(cpu)) // 2) < 200 * MB
+    assert abs(Free.now(0.5, cpu).budget - (free + process_bytes(cpu)) // 2) < 200 * MB
     assert memory_per_process(Reward(memory=0.5, workers=2)) == min(8000 * MB, psutil.virtual_memory().total) // 4
     assert not hasattr(limits, "machine_memory")
 

@@ -19,10 +19,10 @@ from gruppo.models.attention.backends import Backend
 from gruppo.models.attention.interface import Layer
 from gruppo.models.attention.sdpa import SdpaAttention
 from gruppo.models.attention.varlen import Lengths, VarlenAttention
+from gruppo.models.footprint import Layout, measure_footprint, saved_bytes
 from gruppo.models.lora import adapted_layers, add_adapters
 from gruppo.models.packing import pack, score
 from gruppo.models.policy import LanguageModel
-from gruppo.training.memory_footprint import Layout, measure_footprint, saved_bytes
 from gruppo.types import Group, Prompt
 from gruppo.utils.progress import NullProgress
 from tests.architectures import ARCHITECTURES, make_architecture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
@@ -11,14 +12,19 @@ from torch import Tensor, nn
 
 from gruppo.models.attention.backends import BACKENDS
 from gruppo.models.four_bit import full_count, is_four_bit, scale_bytes
+from gruppo.models.ops.cpu.build import why_missing
+from gruppo.models.ops.linear import packed
 from gruppo.models.packing import Batch, make_batch, score
 from gruppo.models.policy import LanguageModel
-from gruppo.training.lean_optimizers import moments_bytes
+from gruppo.models.value_head import ScalarModel
 from gruppo.utils.progress import Progress
 from gruppo.utils.system import release_memory
 
 LATER = 95_000_000  # bytes that libraries allocate on first use: kernels, the table writer; measured on Linux
 WORKSPACES = 64 * 2**20  # bytes that matmul libraries take from torch's allocator on first use, on an accelerator
+
+BLOCK_8BIT = 256  # values of a moment that bitsandbytes scales together
+SMALLEST_8BIT = 4096  # with optimizer.state = "8bit", parameters with fewer values keep float32 moments
 
 # (prompt tokens, completions, tokens read per completion): one trial more than `_terms` has terms, chosen so that the
 # terms can be told apart. A single completion would be kept in other shapes than several.
@@ -40,7 +46,8 @@ class Footprint:
     in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of
     one number in the accumulation dtype. `accelerator`: the policy is not on a CPU. `gathered`: what a rank of several
     has gathered of the other ranks' weights at a time: two layers, and all that is outside of layers. `fused`: the
-    policy is trained by gruppo's own decoder.
+    policy is trained by gruppo's own decoder. `narrow`: bytes of a number in the compute dtype. `kernels`: gruppo's
+    kernels attend and sample in decoding steps. `packed_head`: the copy of the output head that sampling makes.
     """
 
     process: int
@@ -59,6 +66,9 @@ class Footprint:
     accelerator: bool = False
     gathered: int = 0
     fused: bool = True
+    narrow: int = 4
+    kernels: bool = False
+    packed_head: int = 0
 
     def activations(self, layout: Layout, recompute: bool) -> int:
         """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
@@ -79,24 +89,29 @@ def process_bytes(device: torch.device) -> int:
 
 
 def measure_footprint(
-    policy: LanguageModel, process: int, progress: Progress, optimizer_state: str = "float32"
+    model: LanguageModel | ScalarModel, process: int, progress: Progress, optimizer_state: str = "float32"
 ) -> Footprint:
     """Measure and count the memory of a model. `process`: `process_bytes` from before the weights were loaded.
 
-    `optimizer_state`: the recipe's `optimizer.state`.
+    `optimizer_state`: the recipe's `optimizer.state`. A value or reward model computes no logits.
     """
-    config, weight = policy.model.config.get_text_config(), policy.head.weight
+    scalar, policy = (model, model.policy) if isinstance(model, ScalarModel) else (None, model)
+    layer: Any = policy.model.get_output_embeddings()
+    config, weight = policy.model.config.get_text_config(), layer.weight
     wide, accelerator = torch.promote_types(policy.dtype, torch.float32).itemsize, policy.device.type != "cpu"
     if policy.attention.name == "flex":  # which pads all trials to the same length
         policy = replace(policy, attention=BACKENDS["sdpa"])
-    prepared, *kept = _measure_kept(policy, progress)
+    trained = [each for each in (scalar.module if scalar else policy.model).parameters() if each.requires_grad]
+    head = [] if scalar is None else [*scalar.head.parameters()]
+    computed = policy if scalar is None else replace(scalar, policy=policy)
+    prepared, *kept = _measure_kept(computed, progress)
     release_memory()
     return Footprint(
         process=process + (WORKSPACES if accelerator else LATER),
-        weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers()])
+        weights=_bytes_of([*policy.model.parameters(), *policy.model.buffers(), *head])
         + sum(map(scale_bytes, policy.model.parameters())),
-        gradients=_bytes_of([parameter for parameter in policy.model.parameters() if parameter.requires_grad]),
-        moments=moments_bytes([p for p in policy.model.parameters() if p.requires_grad], optimizer_state, accelerator),
+        gradients=_bytes_of(trained),
+        moments=moments_bytes(trained, optimizer_state, accelerator),
         reference=_reference_bytes(policy),
         critic=_critic_bytes(policy, optimizer_state),
         prepared=int(prepared) + prepared_bytes(policy),
@@ -104,28 +119,57 @@ def measure_footprint(
         layers=max(1, int(config.num_hidden_layers)),
         cache_token=policy.cache_bytes,
         state_token=wide * weight.shape[1],
-        logits_token=wide * weight.shape[0],
+        logits_token=wide * weight.shape[0] if scalar is None else 0,
         wide=wide,
         accelerator=accelerator,
         gathered=_gathered_bytes(policy),
         fused=policy.body is not None and policy.body.trains,
+        narrow=policy.dtype.itemsize,
+        kernels=policy.body is not None and why_missing(policy.dtype) is None,
+        packed_head=0 if scalar else _packed_bytes(policy.head.weight),
     )
 
 
 def prepared_bytes(policy: LanguageModel) -> int:
-    """Bytes of copies of weights that autograd does not keep: those of the fused body, or of one layer of 4 bits."""
+    """Bytes of copies of weights that autograd does not keep: those of the fused body, with adapters merged into them,
+    or of one layer of 4 bits."""
     small = [full_count(parameter) for parameter in policy.model.parameters() if is_four_bit(parameter)]
     if small:
         return max(small) * policy.dtype.itemsize
     storages = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
-    if policy.body is None or not policy.body.trains:
+    if policy.body is None:
         return 0
     copies = [linear.weight for layer in policy.body.prepare(policy.dtype, pack=False) for linear in layer.products]
     return _bytes_of([weight for weight in copies if weight.untyped_storage().data_ptr() not in storages])
 
 
+def held_bytes(model: ScalarModel) -> int:
+    """Bytes of a value or reward model that is not trained: its weights, and their copies in the compute dtype."""
+    layers = model.policy.model
+    return _bytes_of([*layers.parameters(), *layers.buffers(), *model.head.parameters()]) + prepared_bytes(model.policy)
+
+
+def moments_bytes(parameters: Sequence[Tensor], state: str, accelerator: bool) -> int:
+    """Bytes of the moments of trained parameters in the memory that computes."""
+    if state == "cpu" and accelerator:
+        return max((2 * parameter.nbytes for parameter in parameters), default=0)
+    return sum(_moment_bytes(parameter, state) for parameter in parameters)
+
+
+def _moment_bytes(parameter: Tensor, state: str) -> int:
+    count = parameter.numel()
+    if state != "8bit" or count < SMALLEST_8BIT:
+        return 2 * parameter.nbytes
+    return 2 * (count + 4 * -(-count // BLOCK_8BIT))
+
+
 def _bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.itemsize for tensor in tensors}.values())
+
+
+@torch.no_grad()
+def _packed_bytes(weight: Tensor) -> int:
+    return 0 if packed(weight) is weight else weight.nbytes
 
 
 def _gathered_bytes(policy: LanguageModel) -> int:
@@ -178,22 +222,26 @@ def layout_tokens(layout: Layout) -> int:
     return sum(prompt + sum(completions) for prompt, completions in layout)
 
 
-def _measure_kept(policy: LanguageModel, progress: Progress) -> list[float]:
+def _measure_kept(model: LanguageModel | ScalarModel, progress: Progress) -> list[float]:
     """Bytes that do not grow with the tokens (prepared weights), then bytes per unit of each of `_terms`."""
     rows, kept = [], []
-    with policy.precision(), progress.bar("Measuring memory", len(_TRIALS), "trials") as advance:
+    with (
+        (model.policy if isinstance(model, ScalarModel) else model).precision(),
+        progress.bar("Measuring memory", len(_TRIALS), "trials") as advance,
+    ):
         for prompt, count, length in _TRIALS:
             layout = [(prompt, [length] * count)]
             rows.append([1.0, *map(float, _terms(layout))])
-            kept.append(float(saved_bytes(policy, layout)))
+            kept.append(float(saved_bytes(model, layout)))
             advance(1)
     solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(kept, dtype=torch.float64))
     return [max(0.0, value) for value in solved.tolist()]
 
 
-def saved_bytes(policy: LanguageModel, layout: Layout) -> int:
+def saved_bytes(model: LanguageModel | ScalarModel, layout: Layout) -> int:
     """Bytes that autograd keeps of a forward pass on this layout, except parameters. Call it in `precision()`."""
-    tensors = [*policy.model.parameters(), *policy.model.buffers()]
+    scalar, policy = (model, model.policy) if isinstance(model, ScalarModel) else (None, model)
+    tensors = [*policy.model.parameters(), *policy.model.buffers(), *(scalar.head.parameters() if scalar else ())]
     storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     seen: dict[int, int] = {}
 
@@ -204,7 +252,8 @@ def saved_bytes(policy: LanguageModel, layout: Layout) -> int:
         return tensor.detach()  # a node that referenced its own output would never be freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = score(policy, trial_batch(policy, layout), 1.0)  # alive until everything is counted
+        batch = trial_batch(policy, layout)
+        result = score(policy, batch, 1.0) if scalar is None else scalar.numbers(batch)  # alive until all is counted
     del result
     return sum(seen.values())
 
