@@ -56,7 +56,8 @@ class Workload:
     """Upper bounds of a run's work; lengths in tokens.
 
     `reference`: there is a copy of the policy, which adapters do not need. `turns`: completions are sampled in several
-    turns, so every completion has its own prompt in the engine. `samples_elsewhere`: the engine has a process and
+    turns, so the engine keeps keys and values between its calls, or every completion is a prompt of its own.
+    `samples_elsewhere`: the engine has a process and
     memory of its own. `lag`: steps that sampling may be ahead of training; if not 0, both take memory at the same time.
     `engines`: there are several engines elsewhere, which get their weights from a copy. `shards`: of the weights, one
     for each of several ranks; 0 in a single process.
@@ -86,14 +87,6 @@ class Workload:
         """Completions per step."""
         return self.prompts_per_step * self.group_size
 
-    def engine_bounds(
-        self, completions: int, prompts: int, prompt_tokens: int, max_tokens: int
-    ) -> tuple[int, int, int, int]:
-        """The same four numbers as upper bounds of what the engine receives."""
-        if not self.turns:
-            return completions, prompts, prompt_tokens, max_tokens
-        return completions, completions, prompt_tokens + max_tokens, max_tokens
-
     def micro_batches(self, budget: int) -> list[list[tuple[int, list[int]]]]:
         """The layouts that `pack` makes of a step whose prompts and completions all have the maximum length."""
         completion, tokens = self.max_tokens - 1, 0
@@ -113,9 +106,9 @@ class Workload:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the engine samples: a prompt with its completion."""
-        step = self.completions, self.prompts_per_step, self.prompt_tokens, self.max_tokens
-        sets = [(part.answers, part.questions, part.question_tokens, part.answer_tokens) for part in self.eval_sets]
-        return max(sum(self.engine_bounds(*bounds)[2:]) for bounds in (step, *sets))
+        sets = [(part.question_tokens, part.answer_tokens) for part in self.eval_sets]
+        lengths = [(self.prompt_tokens, self.max_tokens), *sets]
+        return max(prompt + (2 if self.turns else 1) * completion for prompt, completion in lengths)
 
     @property
     def smallest(self) -> int:
@@ -236,16 +229,18 @@ def forecast_memory(
     if len(layouts) == 1:  # gradients are allocated while activations are freed
         gradients = max(0, gradients - activations - logits)
     step = workload.completions, workload.prompts_per_step, workload.prompt_tokens, workload.max_tokens
-    cache, work = _generation(footprint, slots, *workload.engine_bounds(*step))
+    cache, work = _generation(footprint, slots, workload.turns, *step)
     if workload.samples_elsewhere:
         cache = work = 0
     evaluations = [
         _generation(
             footprint,
             slots,
-            *workload.engine_bounds(
-                eval_set.answers, eval_set.questions, eval_set.question_tokens, eval_set.answer_tokens
-            ),
+            workload.turns,
+            eval_set.answers,
+            eval_set.questions,
+            eval_set.question_tokens,
+            eval_set.answer_tokens,
         )
         for eval_set in (() if workload.samples_elsewhere else workload.eval_sets)
     ]
@@ -309,16 +304,29 @@ def _logits(footprint: Footprint, layout: Layout) -> int:
 
 
 def _generation(
-    footprint: Footprint, slots: int, completions: int, prompts: int, prompt_tokens: int, max_tokens: int
+    footprint: Footprint,
+    slots: int,
+    turns: bool,
+    completions: int,
+    prompts: int,
+    prompt_tokens: int,
+    max_tokens: int,
 ) -> tuple[int, int]:
     """Bytes of the key-value caches, and of the engine's temporaries in prefill or in a decoding step.
 
     Prefill holds the prompts' keys and values a second time, and one layer's activations for each token. A decoding
     step holds the logits of each row three times, and one layer's cache a second time.
+
+    Between `turns`, as many completions are kept as there are slots, with their prompts. Or each of them, with all of
+    its turns, is a prompt of its own.
     """
     rows, places = min(slots, completions), min(slots, prompts)
     page_tokens = PAGE_TOKENS if footprint.accelerator else None
-    cache = footprint.cache_token * (rows * room(max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens))
+    tokens = rows * room(max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens)
+    if turns:
+        places, prompt_tokens = rows, prompt_tokens + max_tokens
+        tokens = max(2 * tokens, rows * room(max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens))
+    cache = footprint.cache_token * tokens
     together = min(places, max(1, PREFILL_TOKENS // prompt_tokens))
     layer = footprint.activations([(prompt_tokens, ())] * together, recompute=False) // footprint.layers
     prefill = footprint.cache_token * together * prompt_tokens + layer
