@@ -3,7 +3,8 @@
 Episodes of several turns run through the native engine, all together. In each turn, the model writes a fixed number of
 tokens, and a fixed number of others follows. One side lets the engine keep keys and values between turns; the other
 computes each conversation again, as a request of its own. Sides alternate, after a conversation to warm up. Printed for
-each turn and in all: the prompt tokens that were computed, the seconds for them, and the seconds of the whole turn.
+each turn and in all: the prompt tokens that were computed, the seconds for them, the seconds of the whole turn, and
+the processor's seconds, which other processes on the machine change least.
 
 --episodes, --turns, --prompt, --written, --observed: of a conversation. --rounds: measurements of each side.
 """
@@ -61,13 +62,14 @@ def converse(policy: LanguageModel, keep: bool, shape: argparse.Namespace, compu
     turns = []
     for turn in range(shape.turns):
         requests = requests_of(known, turn, shape.prompt if keep else None, keep and turn + 1 < shape.turns)
-        tokens, seconds, began = computed.tokens, computed.seconds, time.perf_counter()
+        tokens, seconds, began, used = computed.tokens, computed.seconds, time.perf_counter(), time.process_time()
         sampled = [completion for group in engine.generate(requests, params) for completion in group]
         turns.append(
             {
                 "computed": computed.tokens - tokens,
                 "computing_seconds": computed.seconds - seconds,
                 "seconds": time.perf_counter() - began,
+                "processor_seconds": time.process_time() - used,
             }
         )
         known = [

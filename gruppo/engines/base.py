@@ -21,8 +21,9 @@ class Request:
     string may begin in them, and the text of a completion begins with theirs.
 
     `shared`: the number of tokens at the start of `token_ids` that other requests begin with as well, by default all.
-    `keep`: whether a later request may begin with `token_ids` and a completion of this request. An engine may use both
-    to compute less; they change results by rounding at most.
+    `keep`: whether a later request may begin with `token_ids` and a completion of this request; `continues`: whether
+    this request begins with those of an earlier one that said so. An engine may use all three to compute less; they
+    change results by rounding at most.
     """
 
     token_ids: tuple[int, ...]
@@ -31,6 +32,7 @@ class Request:
     written: int = 0
     shared: int | None = None
     keep: bool = False
+    continues: bool = False
 
     def limit(self, number: int, params: SamplingParams) -> int:
         """The maximum number of tokens of the completion of stream `number`."""

@@ -191,9 +191,15 @@ class MultiTurnSampler(Episodes):
             turn_options = replace(options, stop=stop, max_tokens=most, min_tokens=min_tokens)
             requests = [
                 Request(
-                    ids, [one.next_stream for one in batch], [one.room for one in batch], written, shared, accepting
+                    ids,
+                    [one.next_stream for one in batch],
+                    [one.room for one in batch],
+                    written,
+                    shared,
+                    keep=accepting,
+                    continues=not first,
                 )
-                for (ids, _, written, shared), batch in by_prefix.items()
+                for (ids, first, written, shared), batch in by_prefix.items()
             ]
             sampled = engine.generate(requests, turn_options, advance)
             for batch, completions in zip(by_prefix.values(), sampled, strict=True):

@@ -57,10 +57,9 @@ class Workload:
 
     `reference`: there is a copy of the policy, which adapters do not need. `turns`: completions are sampled in several
     turns, so the engine keeps keys and values between its calls, or every completion is a prompt of its own.
-    `samples_elsewhere`: the engine has a process and
-    memory of its own. `lag`: steps that sampling may be ahead of training; if not 0, both take memory at the same time.
-    `engines`: there are several engines elsewhere, which get their weights from a copy. `shards`: of the weights, one
-    for each of several ranks; 0 in a single process.
+    `samples_elsewhere`: the engine has a process and memory of its own. `lag`: steps that sampling may be ahead of
+    training; if not 0, both take memory at the same time. `engines`: there are several engines elsewhere, which get
+    their weights from a copy. `shards`: of the weights, one for each of several ranks; 0 in a single process.
     """
 
     prompt_tokens: int

@@ -377,7 +377,7 @@ def test_requests_may_continue_completions(make_engine: MakeEngine, policy: Lang
         engine, known, turns = make_engine(policy, slots), [ids for ids in PROMPTS for _ in range(2)], []
         for turn in range(4):
             asked = [
-                Request(ids, [(turn, number)], shared=len(PROMPTS[number // 2]), keep=keep)
+                Request(ids, [(turn, number)], shared=len(PROMPTS[number // 2]), keep=keep, continues=turn > 0)
                 for number, ids in enumerate(known)
             ]
             turns.append(engine.generate(asked, params))

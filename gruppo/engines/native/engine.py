@@ -78,8 +78,9 @@ def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wan
 class NativeEngine(Engine):
     """See `Engine`. `options`: those for the policy's device, unless they are given.
 
-    Of the completions of a call whose request says `keep`, the first `slots` are kept. A call that ends early, by an
-    error or because its caller wants no more, forgets all that is kept; so do new weights, and `sleep`.
+    Of the completions of a call whose request says `keep`, the first `slots` are kept. All that is kept is forgotten by
+    a call that continues nothing, and by one that ends early, with an error or because its caller wants no more; also
+    with new weights, and with `sleep`.
     """
 
     copies_weights = False  # it samples with the module of the policy that it was built with
@@ -164,8 +165,10 @@ class _Decoder:
     ) -> None:
         self.policy, self.params, self.requests, self.options = policy, params, requests, options
         self.kept, self.most_kept = kept, slots
-        continued = kept.take([request.token_ids for request in requests])
+        continued = kept.take([request.token_ids if request.continues else () for request in requests])
         self.jobs = [Job.of(*job) for job in zip(range(len(requests)), requests, continued, strict=True)]
+        if not any(request.continues for request in requests):
+            kept.clear()
         sizes = [len(request.streams) if request.keep else 0 for request in requests]
         self.kept_before = np.cumsum([0, *sizes])  # completions to keep of the requests before each
         slots = min(slots, sum(len(request.streams) for request in requests))

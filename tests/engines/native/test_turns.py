@@ -43,7 +43,13 @@ def converse(
         for number, ids in enumerate(known):
             numbers.setdefault(ids, []).append(number)
         requests = [
-            Request(ids, [(turn, number) for number in same], shared=shared[same[0]], keep=keep and turn < turns - 1)
+            Request(
+                ids,
+                [(turn, number) for number in same],
+                shared=shared[same[0]],
+                keep=keep and turn < turns - 1,
+                continues=turn > 0,
+            )
             for ids, same in numbers.items()
         ]
         groups = engine.generate(requests, params)
@@ -205,12 +211,22 @@ def test_new_weights_and_sleep_forget(kept_engine: NativeEngine) -> None:
     assert len(kept_engine.kept) == 0
 
 
+def test_a_call_that_continues_nothing_forgets(kept_engine: NativeEngine) -> None:
+    """So the completions of a step or an evaluation do not depend on what the engine sampled before."""
+    params = SamplingParams(1.0, MOST)
+    kept_engine.generate([Request((3, 4), [(0, 0)], keep=True), Request((3, 4, 5), [])], params)
+    assert len(kept_engine.kept) == 1
+    kept_engine.generate([Request((3, 4), [(0, 0)])], params)
+    assert len(kept_engine.kept) == 0
+
+
 def test_a_call_that_ends_early_forgets(kept_engine: NativeEngine) -> None:
     def stop(_: float) -> None:
         raise InterruptedError
 
+    request = Request((3, 4), [(0, 0)], keep=True, continues=True)
     with pytest.raises(InterruptedError):
-        kept_engine.generate([Request((3, 4), [(0, 0)], keep=True)], SamplingParams(1.0, MOST), stop)
+        kept_engine.generate([request], SamplingParams(1.0, MOST), stop)
     assert len(kept_engine.kept) == 0
 
 
@@ -274,7 +290,8 @@ def test_completions_of_one_request_may_continue_a_conversation(policy: Language
         ((completion,),) = engine.generate([first], params)
         del computed[:]
         ids = (*GROUPS[0], *completion.token_ids, 30, 31)
-        found.append(engine.generate([Request(ids, [(1, number) for number in range(5)])], params))
+        request = Request(ids, [(1, number) for number in range(5)], continues=True)
+        found.append(engine.generate([request], params))
         assert sum(computed) == 5 * 3
     assert tokens(found[0]) == tokens(found[1]) == tokens(found[2])
 
@@ -285,7 +302,7 @@ def test_a_conversation_may_end_with_the_first_token(policy: LanguageModel, comp
     ((completion,),) = engine.generate([Request(GROUPS[1], [(0, 0)], keep=True)], SamplingParams(1.0, 1))
     ids = (*GROUPS[1], *completion.token_ids, 30, 31)
     del computed[:]
-    kept = engine.generate([Request(ids, [(1, 0)])], SamplingParams(1.0, MOST))
+    kept = engine.generate([Request(ids, [(1, 0)], continues=True)], SamplingParams(1.0, MOST))
     assert computed == [3]
     assert tokens(kept) == tokens(NativeEngine(policy, 4).generate([Request(ids, [(1, 0)])], SamplingParams(1.0, MOST)))
 
@@ -332,6 +349,7 @@ def kept() -> Conversations:
         ((1, 2), None),
         ((1, 9, 5), None),
         ((0, 0, 0), None),
+        ((), None),
         ((9, 9), None),
     ],
 )
