@@ -84,7 +84,7 @@ def requests_of(known: Sequence[tuple[int, ...]], turn: int, shared: int | None,
     streams = [(SEED, turn, episode) for episode in range(len(known))]
     step = GROUP if turn == 0 else 1
     return [
-        Request(known[first], streams[first : first + step], shared=shared, keep=keep)
+        Request(known[first], streams[first : first + step], shared=shared, keep=keep, continues=turn > 0)
         for first in range(0, len(known), step)
     ]
 
@@ -104,10 +104,11 @@ def main() -> None:
     warm = argparse.Namespace(**vars(shape) | {"episodes": GROUP, "turns": 2})
     for keep in SIDES.values():
         converse(policy, keep, warm, computed)
-    best: dict[str, list[dict[str, Any]]] = {}
+    best: dict[str, list[dict[str, Any]]] = {}  # by side, of all rounds
     for _ in range(shape.rounds):
         for name, keep in SIDES.items():
             turns = converse(policy, keep, shape, computed)
+            print(json.dumps({"side": name, "round": summed(turns)}), flush=True)
             if name not in best or summed(turns)["seconds"] < summed(best[name])["seconds"]:
                 best[name] = turns
     for name, turns in best.items():
