@@ -19,12 +19,20 @@ class Request:
     completion, if it is smaller than `SamplingParams.max_tokens`. A completion that reaches its limit has the finish
     reason "length". `written`: the number of tokens at the end of `token_ids` that the model wrote before. A stop
     string may begin in them, and the text of a completion begins with theirs.
+
+    `shared`: the number of tokens at the start of `token_ids` that other requests begin with as well, by default all.
+    `keep`: whether a later request may begin with `token_ids` and a completion of this request; `continues`: whether
+    this request begins with those of an earlier one that said so. An engine may use all three to compute less; they
+    change results by rounding at most.
     """
 
     token_ids: tuple[int, ...]
     streams: Sequence[tuple[int, ...]]
     limits: Sequence[int] | None = None
     written: int = 0
+    shared: int | None = None
+    keep: bool = False
+    continues: bool = False
 
     def limit(self, number: int, params: SamplingParams) -> int:
         """The maximum number of tokens of the completion of stream `number`."""
@@ -79,7 +87,7 @@ class Engine(Protocol):
         is called with the number of tokens sampled since its last call.
 
         Raises ValueError for a prompt without tokens, unless `limits` has one positive value per stream, and if more
-        tokens are `written` than there are.
+        tokens are `written`, or `shared`, than there are, or none is shared.
         """
 
     def generate(

@@ -27,6 +27,11 @@ def check_requests(requests: Sequence[Request]) -> None:
             )
         if not 0 <= request.written <= len(request.token_ids):
             raise ValueError(f"written of a request = {request.written}: it has {len(request.token_ids)} tokens")
+        if request.shared is not None and not 1 <= request.shared <= len(request.token_ids):
+            raise ValueError(
+                f"shared of a request = {request.shared}: must be at least 1, and at most its {len(request.token_ids)} "
+                "tokens"
+            )
 
 
 class NonFiniteError(RunError):

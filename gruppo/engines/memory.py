@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal
 
@@ -64,7 +64,9 @@ def decoding_of(params: SamplingParams) -> Decoding:
 class Sampled:
     """Upper bounds of what an engine samples in one call; lengths in tokens.
 
-    `decoding`: how tokens are chosen, see `decoding_of`. `field`: the recipe field of `max_tokens`.
+    `decoding`: how tokens are chosen, see `decoding_of`. `field`: the recipe field of `max_tokens`. `turns`: there are
+    several, so the engine keeps keys and values between its calls, or every completion is a prompt of its own, which
+    ends with all that was written before.
     """
 
     completions: int
@@ -73,16 +75,17 @@ class Sampled:
     max_tokens: int
     decoding: Decoding = "full"
     field: str = "sampling.max_tokens"
+    turns: bool = False
 
     @property
     def answers_bytes(self) -> int:
         """Bytes of the completions as Python objects and as the rows of a table."""
         return self.completions * self.max_tokens * ANSWER_TOKEN_BYTES
 
-    def of_turns(self) -> Sampled:
-        """The same if completions are sampled in several turns: every completion then has its own prompt, which ends
-        with all that was written before."""
-        return replace(self, prompts=self.completions, prompt_tokens=self.prompt_tokens + self.max_tokens)
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: a prompt with its completion, and with what was written before."""
+        return self.prompt_tokens + (2 if self.turns else 1) * self.max_tokens
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,20 @@ def sampling_bytes(footprint: Footprint, slots: int, work: Sampled) -> tuple[int
     Prefill holds one layer's activations for each prompt token. A decoding step holds the temporaries of each row's
     logits; without gruppo's kernels, attention also copies one layer's cache. Both have the output head in the layout
     of the matmuls.
+
+    Between turns, as many completions are kept as there are slots, with their prompts. Or each of them, with all of its
+    turns, is a prompt of its own.
     """
     rows, places = min(slots, work.completions), min(slots, work.prompts)
     page_tokens = PAGE_TOKENS if footprint.accelerator else None
-    tokens = rows * room(work.max_tokens, page_tokens) + places * room(work.prompt_tokens, page_tokens)
+    prompt_tokens = work.prompt_tokens
+    tokens = rows * room(work.max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens)
+    if work.turns:
+        places, prompt_tokens = rows, prompt_tokens + work.max_tokens
+        tokens = max(2 * tokens, rows * room(work.max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens))
     cache = int(footprint.cache_token * tokens * (DEVICE_FRAGMENTS if footprint.accelerator else 1))
-    together = min(places, max(1, PREFILL_TOKENS // work.prompt_tokens))
-    prefill = footprint.activations([(work.prompt_tokens, ())] * together, recompute=False) // footprint.layers
+    together = min(places, max(1, PREFILL_TOKENS // prompt_tokens))
+    prefill = footprint.activations([(prompt_tokens, ())] * together, recompute=False) // footprint.layers
     logits = logit_bytes(footprint, work.decoding) * (footprint.logits_token // footprint.wide) * rows
     decoding = logits + (0 if footprint.kernels else cache // footprint.layers)
     return cache, footprint.packed_head + int(fragments(footprint) * max(prefill, decoding))
@@ -188,7 +198,7 @@ def open_engine_within(
     slots = largest(1, wanted, lambda count: forecast(slots=count).peak <= free.budget)
     if not slots:
         raise _too_little(forecast(slots=1), works, free.budget)
-    longest = max(work.prompt_tokens + work.max_tokens for work in works)
+    longest = max(work.longest for work in works)
     engine = build_engine(policy, slots, settings=settings, length=longest)
     stack.callback(engine.close)
     return engine, forecast(slots=slots)
@@ -196,7 +206,7 @@ def open_engine_within(
 
 def _too_little(least: SamplingMemory, works: Sequence[Sampled], budget: int) -> UsageError:
     part, size = max(least.parts.items(), key=lambda item: item[1])
-    work = max(works, key=lambda work: work.prompt_tokens + work.max_tokens)
+    work = max(works, key=lambda work: work.longest)
     return UsageError(
         f"run.memory: allows {budget / 1e9:.2f} GB, but sampling needs at least {least.peak / 1e9:.2f} GB, most of it "
         f"for {part} ({size / 1e9:.2f} GB), with one completion of {work.prompt_tokens} + {work.max_tokens} tokens at "

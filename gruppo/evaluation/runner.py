@@ -330,8 +330,8 @@ class Questions:
             table = f"benchmarks[{benchmarks}]" if eval_set.name else "evaluation"
             benchmarks += bool(eval_set.name)
             decoding, field = decoding_of(options), f"{table}.max_tokens"
-            work = Sampled(count * eval_set.samples, count, longest, options.max_tokens, decoding, field)
-            works.append(work if self.opened is None else work.of_turns())
+            turns = self.opened is not None
+            works.append(Sampled(count * eval_set.samples, count, longest, options.max_tokens, decoding, field, turns))
         return works
 
     def sampler(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> Sampler:

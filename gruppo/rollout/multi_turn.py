@@ -174,23 +174,32 @@ class MultiTurnSampler(Episodes):
         self, engine: Engine, active: Sequence[Trajectory], options: SamplingParams, advance: Callable[[float], None]
     ) -> None:
         """Sample a turn of each trajectory, or the rest of one. Trajectories with the same tokens so far share a
-        request."""
+        request. The engine may keep what it has computed until the next turn, if there can be one."""
         for accepting in (True, False):
-            by_prefix: dict[tuple[tuple[int, ...], bool, int], list[Trajectory]] = {}
+            by_prefix: dict[tuple[tuple[int, ...], bool, int, int], list[Trajectory]] = {}
             for trajectory in active:
                 if self._accepts_observations(trajectory) == accepting:
-                    key = trajectory.known, not trajectory.samples, len(trajectory.turn_ids)
+                    shared = len(trajectory.prompt_ids)
+                    key = trajectory.known, not trajectory.samples, len(trajectory.turn_ids), shared
                     by_prefix.setdefault(key, []).append(trajectory)
             if not by_prefix:
                 continue
             stop = (*options.stop, *(self.environments.stop if accepting else ()))
             most = max(trajectory.room for batch in by_prefix.values() for trajectory in batch)
-            only_later_turns = all(not first for _, first, _ in by_prefix)
+            only_later_turns = all(not first for _, first, *_ in by_prefix)
             min_tokens = 0 if only_later_turns else options.min_tokens
             turn_options = replace(options, stop=stop, max_tokens=most, min_tokens=min_tokens)
             requests = [
-                Request(ids, [one.next_stream for one in batch], [one.room for one in batch], written)
-                for (ids, _, written), batch in by_prefix.items()
+                Request(
+                    ids,
+                    [one.next_stream for one in batch],
+                    [one.room for one in batch],
+                    written,
+                    shared,
+                    keep=accepting,
+                    continues=not first,
+                )
+                for (ids, first, written, shared), batch in by_prefix.items()
             ]
             sampled = engine.generate(requests, turn_options, advance)
             for batch, completions in zip(by_prefix.values(), sampled, strict=True):

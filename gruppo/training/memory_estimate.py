@@ -8,7 +8,7 @@ micro-batches, slots or recomputation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,10 +51,10 @@ class Workload:
     """Upper bounds of a run's work; lengths in tokens.
 
     `reference`: there is a copy of the policy, which adapters do not need. `turns`: completions are sampled in several
-    turns, so every completion has its own prompt in the engine. `samples_elsewhere`: the engine has a process and
-    memory of its own. `lag`: steps that sampling may be ahead of training; if not 0, both take memory at the same time.
-    `engines`: there are several engines elsewhere, which get their weights from a copy. `shards`: of the weights, one
-    for each of several ranks; 0 in a single process. `labels`: what is sampled for the labels of a reward model.
+    turns. `samples_elsewhere`: the engine has a process and memory of its own. `lag`: steps that sampling may be ahead
+    of training; if not 0, both take memory at the same time. `engines`: there are several engines elsewhere, which get
+    their weights from a copy. `shards`: of the weights, one for each of several ranks; 0 in a single process. `labels`:
+    what is sampled for the labels of a reward model.
     """
 
     prompt_tokens: int
@@ -85,14 +85,13 @@ class Workload:
     @property
     def sampled(self) -> list[Sampled]:
         """What the engine samples for training: the completions of a step, and those that are labeled."""
-        step = Sampled(self.completions, self.prompts_per_step, self.prompt_tokens, self.max_tokens)
-        return [step.of_turns() if self.turns else step, *([self.labels] if self.labels else [])]
+        step = Sampled(self.completions, self.prompts_per_step, self.prompt_tokens, self.max_tokens, turns=self.turns)
+        return [step, *([self.labels] if self.labels else [])]
 
     @property
     def evaluated(self) -> list[Sampled]:
         """What the engine samples for evaluation."""
-        sets = [each.sampled for each in self.eval_sets]
-        return [each.of_turns() for each in sets] if self.turns else sets
+        return [replace(each.sampled, turns=self.turns) for each in self.eval_sets]
 
     def micro_batches(self, budget: int) -> list[list[tuple[int, list[int]]]]:
         """The layouts that `pack` makes of a step whose prompts and completions all have the maximum length."""
@@ -113,7 +112,7 @@ class Workload:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the engine samples: a prompt with its completion."""
-        return max(work.prompt_tokens + work.max_tokens for work in (self.sampled[0], *self.evaluated))
+        return max(work.longest for work in (self.sampled[0], *self.evaluated))
 
     @property
     def smallest(self) -> int:

@@ -370,6 +370,31 @@ def test_limits_truncate_completions_and_change_nothing_else(make_engine: MakeEn
     assert truncated > 4
 
 
+def test_requests_may_continue_completions(make_engine: MakeEngine, policy: LanguageModel) -> None:
+    """What an engine keeps between turns changes no token, and no log-probability beyond rounding. Turns are uneven."""
+    params, tokens = SamplingParams(1.0, 10), []
+    for keep, slots in ((True, 64), (True, 3), (False, 64)):
+        engine, known, turns = make_engine(policy, slots), [ids for ids in PROMPTS for _ in range(2)], []
+        for turn in range(4):
+            asked = [
+                Request(ids, [(turn, number)], shared=len(PROMPTS[number // 2]), keep=keep, continues=turn > 0)
+                for number, ids in enumerate(known)
+            ]
+            turns.append(engine.generate(asked, params))
+            for one, other in zip(
+                (completion.sampling_logprobs for (completion,) in turns[-1]),
+                trainer_logprobs(policy, asked, turns[-1], 1.0),
+                strict=True,
+            ):
+                torch.testing.assert_close(torch.tensor(one, dtype=torch.float32), other, rtol=0, atol=1e-4)
+            known = [
+                (*ids, *completion.token_ids, *range(5, 6 + (turn + number) % 5))
+                for number, (ids, (completion,)) in enumerate(zip(known, turns[-1], strict=True))
+            ]
+        tokens.append([[completion.token_ids for (completion,) in turn] for turn in turns])
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
 @pytest.mark.parametrize("limits", [[4], [4, 0], [4, 4, 4]])
 def test_limits_that_do_not_fit_are_refused(make_engine: MakeEngine, limits: list[int]) -> None:
     with pytest.raises(ValueError, match="one for each of its 2 streams"):

@@ -66,8 +66,11 @@ def test_cache_and_temporaries_counted_by_hand() -> None:
     assert sampling_bytes(without, 256, truncated) == (cache, int(FRAGMENTS * (40 * 100 * 24 + cache // 2)))
 
 
-def test_turns_have_a_prompt_for_every_completion() -> None:
-    assert WORK.of_turns() == replace(WORK, prompts=24, prompt_tokens=70)
+@pytest.mark.parametrize(("slots", "tokens"), [(256, 24 * 20 + 24 * 70), (4, 2 * (4 * 20 + 4 * 50))])
+def test_turns_are_kept_or_have_a_prompt_for_every_completion(slots: int, tokens: int) -> None:
+    work = replace(WORK, turns=True)
+    assert sampling_bytes(MODEL, slots, work)[0] == 16 * tokens
+    assert (WORK.longest, work.longest) == (70, 90)
 
 
 def test_the_peak_is_that_of_the_largest_work_beside_other_models() -> None:

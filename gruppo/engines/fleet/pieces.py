@@ -1,13 +1,14 @@
 """Pieces: the requests of a call, cut into parts that one engine samples at a time.
 
 The cut depends on the requests, the slots and the number of engines alone, never on which engine is free or alive. So a
-piece that is sampled again, by any engine, has the same completions to the last bit.
+piece that is sampled again, by any engine, has the same completions to the last bit. For the same reason an engine
+keeps nothing for later requests: another engine may get them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gruppo.engines.base import Request
 
@@ -58,4 +59,4 @@ def pieces_of(requests: Sequence[Request], slots: int, engines: int) -> list[Pie
     sampled = [place for place, request in enumerate(requests) if request.streams]
     parts = cut([len(requests[place].streams) for place in sampled], slots, engines)
     places = [tuple(sampled[index] for index in part) for part in parts]
-    return [Piece(part, tuple(requests[place] for place in part)) for part in places]
+    return [Piece(part, tuple(replace(requests[place], keep=False) for place in part)) for part in places]

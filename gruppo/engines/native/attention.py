@@ -36,11 +36,12 @@ class PromptAttention:
 class DecodingAttention:
     """The attention plan of one decoding step.
 
-    The token of each live slot attends to its prompt, which is shared between slots, and to its own completion.
-    Attention to each page is normalized separately, then all pages of a row are joined by their log-sum-exps. Indices
-    and masks are the same for every layer.
+    The token of each live slot attends to its prompt, which is shared between slots, and to what follows the prompt in
+    the slot. Attention to each page is normalized separately, then all pages of a row are joined by their log-sum-exps.
+    Indices and masks are the same for every layer.
 
-    `lengths`: the tokens of each row's completion, with the one that this step reads; `longest` and `shortest` of them.
+    `lengths`: the tokens of each row behind its prompt, with the one that this step reads; `longest` and `shortest` of
+    them.
     """
 
     def __init__(self, layout: DecodingLayout, lengths: Int[Tensor, " N"], longest: int, shortest: int) -> None:

@@ -1,7 +1,8 @@
 """The native engine: samples with the same transformers module that is being trained, in the same process.
 
 Each prompt is computed once, and its completions share its keys and values. A decoding step runs one token of every
-live slot. See `Scheduler` for how slots are filled.
+live slot. See `Scheduler` for how slots are filled. Keys and values of completions that a later request may continue
+stay until then; see `Conversations`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import Tensor
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.completions import CompletionText, NonFiniteError, check_requests, make_completion
 from gruppo.engines.native.attention import DecodingAttention, PromptAttention
+from gruppo.engines.native.continued import Continued, ContinuedAttention
+from gruppo.engines.native.kept import Conversation, Conversations
 from gruppo.engines.native.kv_cache import PAGE_TOKENS, KVCache, room
 from gruppo.engines.native.layout import DecodingLayout
 from gruppo.engines.native.sampling import sample_tokens
-from gruppo.engines.native.scheduler import Finished, Scheduler
+from gruppo.engines.native.scheduler import Finished, Job, Scheduler, Waiting
 from gruppo.engines.native.slot_state import SlotState
 from gruppo.engines.native.transfer import Download
 from gruppo.engines.stop_strings import StopFinder
@@ -73,22 +76,33 @@ def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wan
 
 
 class NativeEngine(Engine):
-    """See `Engine`. `options`: those for the policy's device, unless they are given."""
+    """See `Engine`. `options`: those for the policy's device, unless they are given.
+
+    Of the completions of a call whose request says `keep`, the first `slots` are kept. All that is kept is forgotten by
+    a call that continues nothing, and by one that ends early, with an error or because its caller wants no more; also
+    with new weights, and with `sleep`.
+    """
 
     copies_weights = False  # it samples with the module of the policy that it was built with
 
     def __init__(self, policy: LanguageModel, slots: int, options: DecodingOptions | None = None) -> None:
         self.policy, self.slots, self.version = policy, slots, 0
         self.options = options or DecodingOptions.of(policy)
+        self.kept = Conversations()
 
     def load_weights(self, source: WeightSource, version: int) -> None:
         """See `Engine`. Weights of the module that this engine samples with are shared, not copied.
 
         Raises ValueError if the names of the weights are not the names of the engine's model.
         """
+        self.kept.clear()
         if source.module is not self.policy.model:
             self.policy.take_weights(source)
         self.version = version
+
+    def sleep(self) -> None:
+        """See `Engine`."""
+        self.kept.clear()
 
     def stream(
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None = None
@@ -114,16 +128,22 @@ class NativeEngine(Engine):
         self, requests: Sequence[Request], params: SamplingParams, advance: Advance | None
     ) -> Iterator[tuple[int, list[Completion]]]:
         check_requests(requests)
-        decoder = _Decoder(self.policy, self.slots, requests, params, self.options)
-        while decoder.scheduler.busy:
-            sampled = decoder.step()
-            if advance is not None:
-                advance(sampled)
-            for index, group in decoder.scheduler.take_finished():
-                yield index, [decoder.completion(requests[index], finished, self.version) for finished in group]
-        for index, group in decoder.scheduler.take_finished():  # requests without streams
-            assert not group
-            yield index, []
+        whole = False
+        try:
+            decoder = _Decoder(self.policy, self.slots, requests, params, self.options, self.kept)
+            while decoder.scheduler.busy:
+                sampled = decoder.step()
+                if advance is not None:
+                    advance(sampled)
+                for index, group in decoder.scheduler.take_finished():
+                    yield index, [decoder.completion(requests[index], finished, self.version) for finished in group]
+            for index, group in decoder.scheduler.take_finished():  # requests without streams
+                assert not group
+                yield index, []
+            whole = True
+        finally:
+            if not whole:
+                self.kept.clear()
 
 
 class _Decoder:
@@ -141,19 +161,35 @@ class _Decoder:
         requests: Sequence[Request],
         params: SamplingParams,
         options: DecodingOptions,
+        kept: Conversations,
     ) -> None:
         self.policy, self.params, self.requests, self.options = policy, params, requests, options
+        self.kept, self.most_kept = kept, slots
+        continued = kept.take([request.token_ids if request.continues else () for request in requests])
+        self.jobs = [Job.of(*job) for job in zip(range(len(requests)), requests, continued, strict=True)]
+        if not any(request.continues for request in requests):
+            kept.clear()
+        sizes = [len(request.streams) if request.keep else 0 for request in requests]
+        self.kept_before = np.cumsum([0, *sizes])  # completions to keep of the requests before each
         slots = min(slots, sum(len(request.streams) for request in requests))
-        longest = max((len(request.token_ids) for request in requests), default=1)
+        longest = max((len(job.prompt) for job in self.jobs), default=1)
         entries = min(slots, len(requests))
-        self.cache = KVCache(slots, params.max_tokens, entries, longest, options.cache_dtype, options.page_tokens)
-        self.scheduler = Scheduler(requests, slots, params, self.cache)
+        self.cache = KVCache(slots, self._own_room(), entries, longest, options.cache_dtype, options.page_tokens)
+        self.scheduler = Scheduler(self.jobs, slots, params, self.cache)
         self.state = SlotState(slots, params.max_tokens + options.lag, options.paired_uniforms, policy.device)
         self.layout: DecodingLayout | None = None
         self.eos, self.text = np.array(policy.eos_ids), CompletionText(policy.tokenizer, policy.eos_ids)
         self.stops: dict[int, StopFinder] = {}
         self.unread: deque[_Sampled] = deque()
         self.head = self._packed_head()
+
+    def _own_room(self) -> int:
+        """The most tokens of a slot: a completion, behind the own tokens of its request."""
+        room = self.params.max_tokens
+        for job in self.jobs:
+            for number in range(len(job.request.streams) if job.own else 0):
+                room = max(room, len(job.own) + job.request.limit(number, self.params))
+        return room
 
     @torch.no_grad()
     def _packed_head(self) -> OutputHead:
@@ -175,9 +211,9 @@ class _Decoder:
     def admit(self) -> None:
         """Fill free slots, first with completions whose prompt is computed already, then with those of new prompts."""
         scheduler = self.scheduler
-        if new := scheduler.next_prompts(PREFILL_TOKENS):
-            self._compute_prompts(new)
-        filled = scheduler.fill_slots()
+        if taken := scheduler.next_jobs(PREFILL_TOKENS):
+            self._compute_prompts(taken)
+        filled = scheduler.fill_slots(PREFILL_TOKENS)
         if not filled:
             return
         slots = scheduler.active[scheduler.live - len(filled) :].copy()
@@ -185,29 +221,70 @@ class _Decoder:
         on_device = self.state.admit(slots, streams, self.params.max_tokens)
         if self.params.stop:
             for slot, completion in zip(slots.tolist(), filled, strict=True):
-                self.stops[slot] = StopFinder(self.text, self.requests[completion.request], self.params)
+                self.stops[slot] = StopFinder(self.text, completion.job.request, self.params)
         self.layout = None
-        self._sample(torch.stack([completion.state for completion in filled]), slots, on_device)
+        self._sample(torch.stack(self._last_states(filled, slots)), slots, on_device)
 
-    def _compute_prompts(self, new: Sequence[tuple[int, Request, int]]) -> None:
-        lengths = [len(request.token_ids) for _, request, _ in new]
+    def _compute_prompts(self, taken: Sequence[tuple[Job, int, bool]]) -> None:
+        """Compute the prompts of requests, unless they are in the cache or were kept."""
+        new = [(job, entry) for job, entry, there in taken if not there and job.kept is None]
+        states = dict(zip([entry for _, entry in new], self._prompt_states(new), strict=True)) if new else {}
+        for job, entry, there in taken:
+            if not there and job.kept is not None:
+                self.cache.load_prompt(entry, job.kept.prompt)
+            self.scheduler.add(job, entry, None if job.own else states[entry])
+
+    def _prompt_states(self, new: Sequence[tuple[Job, int]]) -> Tensor:
+        """The last hidden states of prompts, whose keys and values go to their entries."""
+        lengths = [len(job.prompt) for job, _ in new]
         prompts = self.policy.attention([(length, ()) for length in lengths], self.policy.device)
-        plan = PromptAttention(prompts, self.cache, [entry for _, _, entry in new], lengths)
-        tokens = [token for _, request, _ in new for token in request.token_ids]
+        plan = PromptAttention(prompts, self.cache, [entry for _, entry in new], lengths)
+        tokens = [token for job, _ in new for token in job.prompt]
         places = [place for length in lengths for place in range(length)]
         ids, positions, ends = upload([tokens, places, np.cumsum(lengths) - 1], torch.long, self.policy.device)
-        last = self.policy.hidden_states(ids[None], positions[None], plan)[0][ends]
-        for (index, request, entry), state in zip(new, last, strict=True):
-            self.scheduler.add(index, request, entry, state)
+        return self.policy.hidden_states(ids[None], positions[None], plan)[0][ends]
+
+    def _last_states(self, filled: Sequence[Waiting], slots: np.ndarray) -> list[Tensor]:
+        """The hidden states that the first tokens of completions are sampled from.
+
+        Own tokens of their requests, behind the prompt, are computed now, unless they were kept.
+        """
+        own = [place for place, completion in enumerate(filled) if completion.job.own]
+        states = {}
+        if own:
+            active = self.scheduler.active
+            lengths = self.scheduler.before[active] + self.scheduler.sampled[active]
+            self.cache.completions.reserve(active, np.maximum(lengths, 1))
+            computed = self._own_states([(int(slots[place]), filled[place]) for place in own])
+            states = dict(zip(own, computed, strict=True))
+        return [states[place] if one.state is None else one.state for place, one in enumerate(filled)]
+
+    def _own_states(self, filled: Sequence[tuple[int, Waiting]]) -> Tensor:
+        """The last hidden states of the own tokens of completions in slots."""
+        sequences, tokens, places = [], list[int](), list[int]()
+        for slot, completion in filled:
+            job = completion.job
+            if job.kept is not None:
+                self.cache.completions.load(slot, job.kept.pairs)
+                if completion.number == len(job.request.streams) - 1:
+                    job.kept = None  # its memory is free
+            new, start = job.own[job.known :], len(job.prompt) + job.known
+            sequences.append(Continued(slot, completion.entry, len(job.prompt), job.known, len(new)))
+            tokens += new
+            places += range(start, start + len(new))
+        plan = ContinuedAttention(self.cache, sequences, self.policy.device)
+        ends = np.cumsum([sequence.new for sequence in sequences]) - 1
+        ids, positions, last = upload([tokens, places, ends], torch.long, self.policy.device)
+        return self.policy.hidden_states(ids[None], positions[None], plan)[0][last]
 
     def decode(self) -> None:
         """Sample one more token for every live slot."""
         scheduler, slots = self.scheduler, self.scheduler.active.copy()
-        lengths = scheduler.sampled[slots]
+        lengths = scheduler.before[slots] + scheduler.sampled[slots]
         if self.cache.completions.reserve(slots, lengths) or self.layout is None:
             self.layout = DecodingLayout(scheduler, self.policy.device)
         on_device = self.layout.slots
-        length = self.state.length[on_device]
+        length = self.layout.before + self.state.length[on_device]
         plan = DecodingAttention(self.layout, length, int(lengths.max()), int(lengths.min()))
         ids, positions = self.state.token[on_device], self.layout.prompt_lengths + plan.position
         hidden = self.policy.hidden_states(ids[:, None], positions[:, None], plan)
@@ -242,12 +319,26 @@ class _Decoder:
                 if (end := self.stops[slot].add(token)) is not None:
                     ends[slot] = end
         for slot in reversed([slot for slot in slots.tolist() if slot in ends]):
+            self._keep(slot)
             scheduler.retire(slot, ends[slot])
             for later in self.unread:
                 later.kept &= later.slots != slot
         if ends:
             self.layout = None
         return len(slots)
+
+    def _keep(self, slot: int) -> None:
+        """Keep the conversation that the finished completion of a slot ends, if its request says so and it is one of
+        the first. Its last token is not in it, unless a further step has read it."""
+        scheduler, cache = self.scheduler, self.cache
+        request, number = scheduler.owner[slot]
+        job = self.jobs[request]
+        if not job.request.keep or self.kept_before[request] + number >= self.most_kept:
+            return
+        sampled = int(min(scheduler.length[slot], scheduler.sampled[slot] - 1))
+        own = (*job.own, *scheduler.tokens[slot, :sampled].tolist())
+        prompt = cache.keep_prompt(int(scheduler.entry[slot]), job.prompt)
+        self.kept.put(Conversation(prompt, own, cache.completions.copy(slot, len(own))), self.most_kept)
 
     def completion(self, request: Request, finished: Finished, version: int) -> Completion:
         """A finished completion of a request, sampled with the weights of this version."""

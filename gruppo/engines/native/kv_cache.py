@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gruppo.engines.native.kept import KeptPrompt, Pairs
 from gruppo.models.attention.interface import Layer
 
 PAGE_TOKENS = 256
@@ -93,6 +94,28 @@ class PageStore:
             for target, tokens in zip(self.pair(layer, block), part, strict=True):
                 target[index, :, : tokens.shape[1]] = tokens
 
+    def load(self, sequence: int, pairs: Pairs) -> None:
+        """Store the keys and values of all layers of a sequence that has its pages."""
+        for layer, pair in pairs.items():
+            self.store(layer, sequence, pair)
+
+    def copy(self, sequence: int, tokens: int) -> Pairs:
+        """A copy of the keys and values of the first `tokens` tokens of a sequence, in all layers."""
+        places = [self.locate(page) for page in self.table[sequence].tolist() if page >= 0]
+        return {layer: self._copied(layer, places, tokens) for layer in self._shapes} if tokens else {}
+
+    def _copied(self, layer: int, places: Sequence[tuple[int, int]], tokens: int) -> tuple[Tensor, Tensor]:
+        pages = [self.pair(layer, block) for block, _ in places]
+        sizes = [min(self.page_tokens, tokens - start) for start in range(0, tokens, self.page_tokens)]
+        keys, values = (
+            torch.cat(
+                [pair[number][index, :, :size] for pair, (_, index), size in zip(pages, places, sizes, strict=False)],
+                dim=1,
+            )
+            for number in range(2)
+        )
+        return keys, values
+
     def fill_gap(self, sequence: int, page: int, tokens: int) -> None:
         """Move the first `tokens` tokens of a sequence of one page to a free page."""
         source = int(self.table[sequence, 0])
@@ -106,7 +129,7 @@ class KVCache:
     """Keys and values by layer.
 
     Each prompt is stored once, in one prompt entry, until all of its completions are finished. Each slot has the pages
-    of one completion.
+    of one completion, and of the tokens between the prompt and the completion, if there are any.
     """
 
     def __init__(
@@ -123,6 +146,7 @@ class KVCache:
         self.prompts = PageStore(entries, longest_prompt, page_tokens, dtype)
         self.prompt_lengths = np.zeros(entries, dtype=np.int64)
         self.users = np.zeros(entries, dtype=np.int64)  # number of unfinished completions of each prompt
+        self._kept_prompts: dict[int, KeptPrompt] = {}  # by entry
 
     @property
     def free_entries(self) -> list[int]:
@@ -133,15 +157,35 @@ class KVCache:
         self, layer: Layer, pair: Sequence[Tensor], entries: Sequence[int], lengths: Sequence[int]
     ) -> None:
         """Store the keys and values [heads, Σ lengths, D] of prompts for one layer. `lengths` are in tokens."""
-        self.completions.describe(layer.index, pair)
-        self.prompts.describe(layer.index, pair)
+        self._describe(layer.index, pair)
         self.prompts.reserve(np.array(entries), np.array(lengths))
         parts = zip(*(tensor.split(list(lengths), dim=1) for tensor in pair), strict=True)
         for entry, part in zip(entries, parts, strict=True):
             self.prompts.store(layer.index, entry, part)
 
-    def leave_prompt(self, entry: int) -> None:
-        """One completion of a prompt is finished. The last one frees the prompt's pages."""
+    def _describe(self, layer: int, pair: Sequence[Tensor]) -> None:
+        self.completions.describe(layer, pair)
+        self.prompts.describe(layer, pair)
+
+    def load_prompt(self, entry: int, prompt: KeptPrompt) -> None:
+        """Store the keys and values of a prompt that was kept."""
+        for layer, pair in prompt.pairs.items():
+            self._describe(layer, pair)
+        self.prompts.reserve(np.array([entry]), np.array([len(prompt.token_ids)]))
+        self.prompts.load(entry, prompt.pairs)
+        self._kept_prompts[entry] = prompt
+
+    def keep_prompt(self, entry: int, token_ids: tuple[int, ...]) -> KeptPrompt:
+        """A copy of the prompt of an entry. All callers get the same one, as long as the prompt is in the entry."""
+        if entry not in self._kept_prompts:
+            self._kept_prompts[entry] = KeptPrompt(token_ids, self.prompts.copy(entry, len(token_ids)))
+        return self._kept_prompts[entry]
+
+    def leave_prompt(self, entry: int) -> bool:
+        """One completion of a prompt is finished. The last one frees the prompt's pages. Returns whether it was."""
         self.users[entry] -= 1
-        if not self.users[entry]:
-            self.prompts.release(entry)
+        if self.users[entry]:
+            return False
+        self.prompts.release(entry)
+        self._kept_prompts.pop(entry, None)
+        return True

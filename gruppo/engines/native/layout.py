@@ -48,10 +48,10 @@ class DecodingLayout:
 
     It is the same for every step until rows or pages change, and is then uploaded in one transfer.
 
-    `slots`: the slot of each row. `prompt_lengths`: the tokens of each row's prompt. `order`: an order of the rows in
-    which those with the same prompt are adjacent. `prompt_pages`: the first page of each row's prompt. `pieces`: the
-    pages in use. Attention to them gives one partial result per page and row. `parts`: which of these results belong
-    to each row, -1 where there are no more.
+    `slots`: the slot of each row. `prompt_lengths`: the tokens of each row's prompt. `before`: those between its prompt
+    and its completion, in its own pages. `order`: an order of the rows in which those with the same prompt are
+    adjacent. `prompt_pages`: the first page of each row's prompt. `pieces`: the pages in use. Attention to them gives
+    one partial result per page and row. `parts`: which of these results belong to each row, -1 where there are no more.
     """
 
     def __init__(self, scheduler: Scheduler, device: torch.device) -> None:
@@ -70,12 +70,15 @@ class DecodingLayout:
         count = sum(len(piece.rows) for piece in own)
         shared, results = _pieces(prompts, prompts.table[entries], rows_of_entry, count)
         parts = np.concatenate([own_results, np.where(results[group] < 0, -1, results[group] + rank[:, None])], axis=1)
-        written = _written(completions, table, scheduler.sampled[slots] - 1)
-        arrays = [slots, lengths[group], order, prompts.table[entries[group], 0], parts[:, (parts >= 0).any(axis=0)]]
+        before = scheduler.before[slots]
+        written = _written(completions, table, before + scheduler.sampled[slots] - 1)
+        arrays = [slots, before, lengths[group], order, prompts.table[entries[group], 0]]
+        arrays += [parts[:, (parts >= 0).any(axis=0)]]
         arrays += [array for piece in (*own, *shared) for array in (piece.rows, piece.start)]
         arrays += [array for _, rows, pages in written for array in (rows, pages)]
         tensors = iter(upload(arrays, torch.long, device))
-        self.slots, self.prompt_lengths, self.order, self.prompt_pages, parts_there = (next(tensors) for _ in range(5))
+        self.slots, self.before, self.prompt_lengths = (next(tensors) for _ in range(3))
+        self.order, self.prompt_pages, parts_there = (next(tensors) for _ in range(3))
         self.missing = torch.zeros(parts_there.shape, device=device).masked_fill_(parts_there < 0, -torch.inf)
         self.parts = parts_there.clamp(min=0)
         self.pieces = []

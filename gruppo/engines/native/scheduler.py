@@ -10,7 +10,35 @@ import numpy as np
 from torch import Tensor
 
 from gruppo.engines.base import Request, SamplingParams
+from gruppo.engines.native.kept import Conversation
 from gruppo.engines.native.kv_cache import KVCache
+
+
+@dataclass(slots=True)
+class Job:
+    """A request of a call, number `index`.
+
+    `prompt`: the tokens that it shares with other requests, in an entry of the cache. `own`: the tokens between them
+    and a completion, in the pages of each completion. `kept`: the conversation that it continues, until the last of
+    its completions has a slot. `known`: how many of the own tokens are in that conversation.
+    """
+
+    index: int
+    request: Request
+    prompt: tuple[int, ...]
+    own: tuple[int, ...]
+    kept: Conversation | None
+    known: int
+
+    @classmethod
+    def of(cls, index: int, request: Request, kept: Conversation | None) -> Job:
+        """The job of a request that continues `kept`, or nothing."""
+        token_ids = request.token_ids
+        shared = len(token_ids) if request.shared is None else request.shared
+        if kept is None:
+            return cls(index, request, token_ids[:shared], token_ids[shared:], None, 0)
+        prompt = kept.prompt.token_ids
+        return cls(index, request, prompt, token_ids[len(prompt) :], kept, len(kept.own))
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +46,15 @@ class Waiting:
     """A completion whose prompt is computed and that waits for a slot.
 
     `number`: its index within the request. `limit`: its maximum number of tokens. `entry`: the prompt's entry in
-    the cache. `state`: the hidden state that its first token is sampled from.
+    the cache. `state`: the hidden state that its first token is sampled from; None if that is not the prompt's last.
     """
 
-    request: int
+    job: Job
     number: int
     stream: tuple[int, ...]
     limit: int
     entry: int
-    state: Tensor
+    state: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +73,25 @@ class Scheduler:
     completion is replaced by the next one of the queue. When the queue is empty, the last row moves into the gap; where
     the cache has one page per slot, so does its page, so that rows 0, 1, … are pages 0, 1, ….
 
-    `sampled` counts the tokens of a slot that are sampled, `length` those of them that the host has read.
+    `sampled` counts the tokens of a slot that are sampled, `length` those of them that the host has read, and `before`
+    the own tokens of its request, which precede them in its pages.
     """
 
-    def __init__(self, requests: Sequence[Request], slots: int, params: SamplingParams, cache: KVCache) -> None:
+    def __init__(self, jobs: Sequence[Job], slots: int, params: SamplingParams, cache: KVCache) -> None:
         self.slots, self.params, self.cache, self.live = slots, params, cache, 0
-        self.queue = deque((index, request) for index, request in enumerate(requests) if request.streams)
+        self.queue = deque(job for job in jobs if job.request.streams)
         self.waiting: deque[Waiting] = deque()
         self.rows = np.arange(slots)  # the first `live` are those of the live slots, the others are free
         self.owner: list[tuple[int, int]] = [(0, 0)] * slots  # (request, index of the completion in it)
         self.entry = np.zeros(slots, dtype=np.int64)  # entry of its prompt in the cache
+        self.before = np.zeros(slots, dtype=np.int64)
         self.sampled = np.zeros(slots, dtype=np.int64)
         self.length = np.zeros(slots, dtype=np.int64)
         self.limit = np.zeros(slots, dtype=np.int64)
         self.tokens = np.zeros((slots, params.max_tokens), dtype=np.int64)
         self.logprobs = np.zeros((slots, params.max_tokens))
-        self._unfinished = {index: len(request.streams) for index, request in enumerate(requests)}
+        self._entries: dict[tuple[int, ...], int] = {}  # that have these prompts, for requests with own tokens
+        self._unfinished = {job.index: len(job.request.streams) for job in jobs}
         self._finished: dict[int, dict[int, Finished]] = {index: {} for index in self._unfinished}
 
     @property
@@ -83,41 +114,56 @@ class Scheduler:
         """Whether a slot is free and a request or completion waits for it."""
         return bool(self.free and (self.queue or self.waiting))
 
-    def next_prompts(self, most_tokens: int) -> list[tuple[int, Request, int]]:
-        """Take the requests to prefill now from the queue, each with its index and a free prompt entry of the cache.
+    def next_jobs(self, most_tokens: int) -> list[tuple[Job, int, bool]]:
+        """Take the next requests from the queue, each with its entry of the cache, and whether its prompt is in it.
 
-        Takes as many as free slots, free entries and `most_tokens` prompt tokens allow. The first one may be longer.
+        Takes as many as free slots, free entries and `most_tokens` prompt tokens to compute allow. The first prompt to
+        compute may be longer.
         """
-        chosen: list[tuple[int, Request, int]] = []
+        taken: list[tuple[Job, int, bool]] = []
         entries = deque(self.cache.free_entries)
         room, tokens = self.free - len(self.waiting), 0
-        while (
-            self.queue
-            and room > 0
-            and entries
-            and (not chosen or tokens + len(self.queue[0][1].token_ids) <= most_tokens)
-        ):
-            index, request = self.queue.popleft()
-            tokens, room = tokens + len(request.token_ids), room - len(request.streams)
-            chosen.append((index, request, entries.popleft()))
-        return chosen
+        while self.queue and room > 0:
+            job = self.queue[0]
+            entry = self._entries.get(job.prompt) if job.own else None
+            there, size = entry is not None, len(job.prompt) if job.kept is None else 0
+            if entry is None:
+                if not entries or (tokens and tokens + size > most_tokens):
+                    break
+                entry, tokens = entries.popleft(), tokens + size
+                self._entries.setdefault(job.prompt, entry)
+            self.queue.popleft()
+            room -= len(job.request.streams)
+            taken.append((job, entry, there))
+        return taken
 
-    def add(self, index: int, request: Request, entry: int, state: Tensor) -> None:
-        """Queue the completions of a request whose prompt is computed."""
-        self.cache.prompt_lengths[entry], self.cache.users[entry] = len(request.token_ids), len(request.streams)
-        for number, stream in enumerate(request.streams):
-            limit = request.limit(number, self.params)
-            self.waiting.append(Waiting(index, number, tuple(stream), limit, entry, state))
+    def add(self, job: Job, entry: int, state: Tensor | None) -> None:
+        """Queue the completions of a request whose prompt is in the cache. `state`: see `Waiting`."""
+        self.cache.prompt_lengths[entry] = len(job.prompt)
+        self.cache.users[entry] += len(job.request.streams)
+        for number, stream in enumerate(job.request.streams):
+            limit = job.request.limit(number, self.params)
+            self.waiting.append(Waiting(job, number, tuple(stream), limit, entry, state))
 
-    def fill_slots(self) -> list[Waiting]:
-        """Assign waiting completions to the free slots, which become the last rows. Returns them, row by row."""
-        filled = []
+    def fill_slots(self, most_tokens: int) -> list[Waiting]:
+        """Assign waiting completions to the free slots, which become the last rows. Returns them, row by row.
+
+        Takes as many as free slots and `most_tokens` own tokens to compute allow. The first may have more.
+        """
+        filled: list[Waiting] = []
+        tokens = 0
         while self.waiting and self.free:
+            job = self.waiting[0].job
+            more = len(job.own) - job.known
+            if tokens and tokens + more > most_tokens:
+                break
             new, slot = self.waiting.popleft(), int(self.rows[self.live])
-            self.owner[slot], self.entry[slot], self.limit[slot] = (new.request, new.number), new.entry, new.limit
+            self.owner[slot], self.entry[slot], self.limit[slot] = (job.index, new.number), new.entry, new.limit
             self.sampled[slot] = self.length[slot] = 0
+            self.before[slot] = len(job.own)
             filled.append(new)
             self.live += 1
+            tokens += more
         return filled
 
     def append(self, slots: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
@@ -133,13 +179,16 @@ class Scheduler:
         request, number = self.owner[slot]
         self._finished[request][number] = Finished(tokens, logprobs, text_end)
         self._unfinished[request] -= 1
-        self.cache.leave_prompt(int(self.entry[slot]))
+        entry = int(self.entry[slot])
+        if self.cache.leave_prompt(entry):
+            self._entries = {prompt: place for prompt, place in self._entries.items() if place != entry}
         self.cache.completions.release(slot)
         self.live -= 1
         row, last = int(np.flatnonzero(self.rows == slot)[0]), int(self.rows[self.live])
         self.rows[row], self.rows[self.live] = last, slot
-        if self.cache.whole and row != self.live and self.sampled[last] > 1:  # the last token is not in the cache yet
-            self.cache.completions.fill_gap(last, row, int(self.sampled[last]) - 1)
+        if self.cache.whole and row != self.live and self.cache.completions.table[last, 0] >= 0:
+            tokens = int(self.before[last] + self.sampled[last]) - 1  # the last token is not in the cache yet
+            self.cache.completions.fill_gap(last, row, tokens)
 
     def take_finished(self) -> list[tuple[int, list[Finished]]]:
         """The requests whose last completion finished since the previous call, with their completions in order."""

@@ -64,7 +64,7 @@ class SharedPrefixAttention:
         heads, kv_heads = q.shape[1], k.shape[1]
         q = q.reshape(1, kv_heads, heads // kv_heads * length, q.shape[-1])
         mask = self._mask(0, length, heads // kv_heads, layer.window, q.device)
-        return _attend(layer, q, k, v, mask).reshape(1, heads, length, v.shape[-1])
+        return attend_masked(layer, q, k, v, mask).reshape(1, heads, length, v.shape[-1])
 
     def _completions(
         self, layer: Layer, suffix: tuple[Tensor, ...], k: Tensor, v: Tensor, lengths: tuple[int, ...]
@@ -78,7 +78,7 @@ class SharedPrefixAttention:
         k = torch.cat([k.expand(count, -1, -1, -1), key.transpose(1, 2)], dim=2)
         v = torch.cat([v.expand(count, -1, -1, -1), value.transpose(1, 2)], dim=2)
         mask = self._mask(prompt, longest, shared, layer.window, query.device)
-        out = _attend(layer, q, k, v, mask)
+        out = attend_masked(layer, q, k, v, mask)
         out = out.view(count, kv_heads, shared, longest, v.shape[-1]).permute(0, 3, 1, 2, 4)
         return self._unpad(out.reshape(count * longest, kv_heads * shared, v.shape[-1]), lengths)
 
@@ -121,8 +121,8 @@ class SharedPrefixAttention:
         return self._masks[mask_key]
 
 
-def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of queries laid out as [rows, kv_heads, shared · T, D].
+def attend_masked(layer: Layer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of queries laid out as [rows, kv_heads, shared · T, D]. `mask` says which keys each of them sees.
 
     Uses torch's kernel for layers without a cap or sinks.
     """

@@ -42,3 +42,8 @@ def test_requests_without_streams_are_in_no_piece() -> None:
     (one, two) = pieces_of(requests, 8, 2)
     assert (one.places, two.places) == ((1,), (3,))
     assert two.requests == (requests[3],)
+
+
+def test_an_engine_keeps_nothing_for_requests_that_another_one_may_get() -> None:
+    (piece,) = pieces_of([Request((1, 2), [(0,)], shared=1, keep=True)], 8, 2)
+    assert piece.requests == (Request((1, 2), [(0,)], shared=1),)
