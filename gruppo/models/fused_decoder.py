@@ -347,12 +347,10 @@ def _head_norms_backward(prepared: _Prepared, grad: Tensor, projected: Tensor) -
 class _Rest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attended: Tensor, hidden: Tensor, prepared: _Prepared, *_: Tensor) -> Tensor:
-        attended = attended.to(prepared.dtype)
-        middle, normed = _normed(
-            hidden, prepared.out(attended), prepared.block.post_attention_layernorm, prepared.dtype
-        )
+        output = prepared.out(attended.to(prepared.dtype))
+        middle, normed = _normed(hidden, output, prepared.block.post_attention_layernorm, prepared.dtype)
         gated = prepared.gate_up(normed)
-        ctx.save_for_backward(attended, middle, gated)
+        ctx.save_for_backward(attended, middle, gated)  # the attention keeps `attended` too
         ctx.prepared = prepared
         return add_norm(middle, prepared.down(gate(gated)), None, 0.0, prepared.dtype)[0]
 
@@ -367,7 +365,7 @@ class _Rest(torch.autograd.Function):
             slopes = prepared.gate_up.backward(gate_backward(gated, inner), normed)
             grad_middle = _norm_backward(slopes, middle, norm, grad)
             return (
-                prepared.out.backward(grad_middle.to(prepared.dtype), attended).to(middle.dtype),
+                prepared.out.backward(grad_middle.to(prepared.dtype), attended.to(prepared.dtype)).to(attended.dtype),
                 grad_middle,
                 None,
                 *(None for _ in prepared.parameters),

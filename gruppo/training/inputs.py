@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 from gruppo.config.recipe import Recipe
@@ -123,10 +123,9 @@ def labeled(recipe: Recipe, settings: RewardModel, prompt_tokens: int, max_token
     slots.
     """
     completions = prompts * recipe.sampling.group_size
-    work = Sampled(completions, prompts, prompt_tokens, max_tokens)
     if settings.kind == "outcome":
-        return work
-    return replace(work.of_turns(), completions=completions * settings.continuations)
+        return Sampled(completions, prompts, prompt_tokens, max_tokens)
+    return Sampled(completions * settings.continuations, completions, prompt_tokens + max_tokens, max_tokens)
 
 
 class _Tokenizer:
